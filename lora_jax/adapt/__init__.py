@@ -1,0 +1,6 @@
+"""`adapt` and what it says where it merges or refuses."""
+
+from lora_jax.adapt.interpreter import MergeError, MergeWarning, RoleError
+from lora_jax.adapt.transform import adapt
+
+__all__ = ["MergeError", "MergeWarning", "RoleError", "adapt"]

@@ -1,0 +1,122 @@
+"""What is read of JAX's equations: every parameter that differs between releases, in one place."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.sharding import Sharding
+
+AnyJaxpr = ClosedJaxpr | Jaxpr
+
+
+def opened(jaxpr: AnyJaxpr) -> tuple[Jaxpr, Sequence[Any]]:
+    """A jaxpr and its constants (from 0.12 on, every jaxpr is closed)."""
+    inner: Any = getattr(jaxpr, "jaxpr", jaxpr)
+    return inner, getattr(jaxpr, "consts", ())
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an operand is a constant written into the jaxpr."""
+    return isinstance(atom, Literal)
+
+
+def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """Applies the equation as it stands to plain arrays."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    outputs = eqn.primitive.bind(*values, **params)
+    return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+class Scan(NamedTuple):
+    """A `scan` equation; its operands are consts, then carries, then xs."""
+
+    body: AnyJaxpr
+    n_consts: int
+    n_carry: int
+    length: int
+    reverse: bool
+    unroll: Any
+
+
+def scan_of(eqn: JaxprEqn) -> Scan:
+    """Reads a `scan` by the ranks of its operands, which no release changes.
+
+    A carry has the body's rank inside and outside; an x has one axis more outside.
+    """
+    body = eqn.params["jaxpr"]
+    inner, _ = opened(body)
+    n_carry = sum(
+        out.aval.ndim == of_body.aval.ndim  # type: ignore[attr-defined]
+        for out, of_body in zip(eqn.outvars, inner.outvars, strict=True)
+    )
+    n_xs = sum(
+        operand.aval.ndim != of_body.aval.ndim  # type: ignore[attr-defined]
+        for operand, of_body in zip(eqn.invars, inner.invars, strict=True)
+    )
+    n_consts = len(eqn.invars) - n_carry - n_xs
+    params = eqn.params
+    return Scan(body, n_consts, n_carry, params["length"], params["reverse"], params["unroll"])
+
+
+class While(NamedTuple):
+    """A `while` equation; its operands are the condition's consts, the body's, then carries."""
+
+    condition: AnyJaxpr
+    body: AnyJaxpr
+    n_condition_consts: int
+    n_body_consts: int
+
+
+def while_of(eqn: JaxprEqn) -> While:
+    params = eqn.params
+    return While(
+        params["cond_jaxpr"], params["body_jaxpr"], params["cond_nconsts"], params["body_nconsts"]
+    )
+
+
+class Jit(NamedTuple):
+    """A `jit` equation."""
+
+    jaxpr: AnyJaxpr
+    name: str
+    inline: bool
+    keep_unused: bool
+    compiler_options: dict[str, Any]
+    in_shardings: tuple[Sharding | None, ...]
+    out_shardings: tuple[Sharding | None, ...]
+
+
+def jit_of(eqn: JaxprEqn) -> Jit:
+    params = eqn.params
+
+    def specified(shardings: Sequence[Any]) -> tuple[Sharding | None, ...]:
+        return tuple(s if isinstance(s, Sharding) else None for s in shardings)
+
+    return Jit(
+        params["jaxpr"],
+        params["name"],
+        params["inline"] is True or getattr(params["inline"], "name", "") == "ALWAYS",
+        params["keep_unused"],
+        dict(params["compiler_options_kvs"]),
+        specified(params["in_shardings"]),
+        specified(params["out_shardings"]),
+    )
+
+
+def user_line(eqn: JaxprEqn) -> tuple[str, int]:
+    """The file and line of the user's code that made the equation."""
+    summary = source_info_util.summarize(eqn.source_info)
+    match = re.match(r"(.*?):(\d+)(?::\d+)?(?: \(|$)", summary)
+    return (match[1], int(match[2])) if match else (summary, 1)
+
+
+@contextmanager
+def user_context(eqn: JaxprEqn) -> Iterator[None]:
+    """What is traced inside bears the equation's names and source line, as before."""
+    info = eqn.source_info
+    name_stack = source_info_util.current_name_stack() + info.name_stack
+    with source_info_util.user_context(info.traceback, name_stack=name_stack):
+        yield

@@ -1,0 +1,191 @@
+"""The walk over a jaxpr in which some values are weights with factors (`Factored`).
+
+An equation that touches none of them is applied as it stands. One that does follows the rule for
+its primitive; where there is none, or the rule declines, the weight is merged at that one place.
+"""
+
+import dataclasses
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import Jaxpr, JaxprEqn
+
+from lora_jax.adapt import eqns
+from lora_jax.product import Factored
+
+Live = tuple[bool, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """An equation that meets an adapted weight: its operands, and which outputs are wanted."""
+
+    eqn: JaxprEqn
+    values: list[Any]  # arrays, at least one `Factored` among them
+    live: Live
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The equation's parameters."""
+        return self.eqn.params
+
+    def bind(self, values: Sequence[Any]) -> list[Any]:
+        """The equation, applied to plain arrays."""
+        return eqns.bind(self.eqn, values)
+
+
+# A rule returns the equation's outputs, or None to have its operands merged.
+Rule = Callable[["Interpreter", Use], list[Any] | None]
+
+
+class MergeWarning(UserWarning):
+    """A weight is used in a way that has no factored form, so W + s·AB is formed at that place."""
+
+
+class MergeError(ValueError):
+    """Says what `MergeWarning` says: under ``strict=True``, or with dropout on."""
+
+
+class RoleError(ValueError):
+    """A function uses a weight against its recorded axis roles."""
+
+
+# Functions made of inner jaxprs, so that one that is called forty times, or in call after call,
+# is traced and compiled once. An entry goes with the jaxpr that it is made of.
+_FUNCTIONS: weakref.WeakKeyDictionary[Any, dict[Hashable, Callable[..., Any]]] = (
+    weakref.WeakKeyDictionary()
+)
+# What `warnings` needs to say a thing once for each weight and place.
+_WARNED: dict[Any, Any] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Interpreter:
+    """Evaluates jaxprs whose values may be `Factored`."""
+
+    rules: Mapping[str, Rule] = dataclasses.field(hash=False, compare=False)
+    strict: bool = False
+
+    def evaluate(
+        self,
+        jaxpr: eqns.AnyJaxpr,
+        args: Sequence[Any],
+        live: Live | None = None,
+    ) -> list[Any]:
+        """The outputs of `jaxpr`, `Factored` where a weight leaves as it came or re-arranged.
+
+        live: which outputs are wanted; the others are None, and what only they need is not run.
+        """
+        inner, consts = eqns.opened(jaxpr)
+        live = (True,) * len(inner.outvars) if live is None else live
+        environment: dict[Any, Any] = dict(zip(inner.constvars, consts, strict=True))
+        environment |= dict(zip(inner.invars, args, strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if eqns.is_literal(atom) else environment[atom]
+
+        for index, eqn, wanted, last_uses in _live_equations(inner, live):
+            values = [read(atom) for atom in eqn.invars]
+            with eqns.user_context(eqn):
+                outputs = self._apply(index, eqn, values, wanted)
+            environment |= dict(zip(eqn.outvars, outputs, strict=True))
+            for atom in last_uses:
+                del environment[atom]
+        outputs = zip(inner.outvars, live, strict=True)
+        return [read(atom) if wanted else None for atom, wanted in outputs]
+
+    def function(self, jaxpr: eqns.AnyJaxpr, live: Live | None = None) -> Callable[..., list[Any]]:
+        """`evaluate` of an inner jaxpr as a function of its arguments; always the same object."""
+        reference = weakref.ref(jaxpr)  # the cache must not keep its own key alive
+
+        def make() -> Callable[..., list[Any]]:
+            def call(*args: Any) -> list[Any]:
+                alive = reference()
+                assert alive is not None, "an equation holds its jaxpr while it is evaluated"
+                return self.evaluate(alive, args, live)
+
+            return call
+
+        return self.memoised(jaxpr, ("function", live), make)
+
+    def memoised(
+        self, jaxpr: eqns.AnyJaxpr, key: Hashable, make: Callable[[], Callable[..., Any]]
+    ) -> Callable[..., Any]:
+        """What `make` returned the first time for this jaxpr and key."""
+        functions = _FUNCTIONS.setdefault(jaxpr, {})
+        if (self, key) not in functions:
+            functions[self, key] = make()
+        return functions[self, key]
+
+    def merged(self, weight: Factored, primitive: str, eqn: JaxprEqn | None) -> jax.Array:
+        """W + s·AB, formed here; says so, or raises."""
+        file, line = eqns.user_line(eqn) if eqn is not None else ("the function's output", 0)
+        what = f"the weight {weight.path!r} meets {primitive!r} at {file}:{line}"
+        if weight.key is not None and weight.dropout:
+            raise MergeError(
+                f"{what}, which has no factored form, and a merged weight has no dropout. Leave "
+                "out dropout_key, or set dropout=0 in the rule of this weight"
+            )
+        advice = (
+            "To avoid it, multiply by the weight with a dot product (x @ w, einsum), or leave "
+            "the weight out of the rules"
+        )
+        if self.strict:
+            raise MergeError(f"{what}, which has no factored form. {advice}")
+        warnings.warn_explicit(
+            f"{what}, which has no factored form: W + s·AB is formed there, at the cost of W's "
+            f"memory. The result is right. {advice}.",
+            MergeWarning,
+            file,
+            line,
+            registry=_WARNED,
+        )
+        return weight.merged()
+
+    def _apply(self, index: int, eqn: JaxprEqn, values: list[Any], live: Live) -> list[Any]:
+        if not any(isinstance(value, Factored) for value in values):
+            return eqns.bind(eqn, values)
+        name = eqn.primitive.name
+        if name in self.rules:
+            use = Use(eqn, [at_site(value, index) for value in values], live)
+            outputs = self.rules[name](self, use)
+            if outputs is not None:
+                return outputs
+        plain = [self.merged(v, name, eqn) if isinstance(v, Factored) else v for v in values]
+        return eqns.bind(eqn, plain)
+
+
+def at_site(value: Any, index: int | jax.Array) -> Any:
+    """The value with a dropout key of its own for one equation or one iteration."""
+    if not isinstance(value, Factored) or value.key is None:
+        return value
+    fold = jax.random.fold_in
+    for _ in range(value.key.ndim):
+        fold = jax.vmap(fold, (0, None))
+    return dataclasses.replace(value, key=fold(value.key, index))
+
+
+def _live_equations(jaxpr: Jaxpr, live: Live) -> list[tuple[int, JaxprEqn, Live, list[Any]]]:
+    """The equations that the wanted outputs or an effect need, in order.
+
+    Each with its index, which of its outputs are wanted, and the variables that nothing after it
+    reads: dropping them frees memory where the function runs eagerly.
+    """
+    needed = {
+        atom
+        for atom, wanted in zip(jaxpr.outvars, live, strict=True)
+        if wanted and not eqns.is_literal(atom)
+    }
+    found = []
+    for index, eqn in reversed(list(enumerate(jaxpr.eqns))):
+        wanted = tuple(out in needed for out in eqn.outvars)
+        if not any(wanted) and not eqn.effects:
+            continue
+        reads = {atom for atom in eqn.invars if not eqns.is_literal(atom)}
+        unread = {out for out, used in zip(eqn.outvars, wanted, strict=True) if not used}
+        found.append((index, eqn, wanted, [*((reads - needed) | unread)]))
+        needed |= reads
+    return found[::-1]

@@ -1,0 +1,129 @@
+"""`adapt`: runs any function of an adapted tree, each adapted weight in factored form."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapt import eqns
+from lora_jax.adapt.interpreter import Interpreter
+from lora_jax.adapt.primitives import RULES
+from lora_jax.paths import fold_in_path, path_string
+from lora_jax.product import Factored
+from lora_jax.weight import LoraWeight, Trained, is_node
+
+
+def adapt(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
+    """`fn`, running on an adapted tree: each product with an adapted W is xW + s·(xA)B.
+
+    W + s·AB is never formed, nor a gradient of W where the derivative is taken with respect to
+    the adapter half alone (see `lora_jax.split`). `fn` is any JAX function of a tree of arrays: a
+    Flax Linen ``apply``, a function that calls ``nnx.merge(graphdef, state)(x)``, a plain
+    function. Arguments that are no arrays reach it as they are. The result commutes with `jit`,
+    `grad`, `jvp`, `vmap`, `scan` and `remat`.
+
+    A use that has no factored form merges that weight at that place, with a `MergeWarning` that
+    names the weight, the primitive and the line of your code.
+
+    Args:
+      fn: called with the same arguments, but for plain arrays in the place of the tree's nodes.
+      strict: raise `MergeError` instead of merging.
+
+    Returns:
+      ``forward(*args, dropout_key=None, **kwargs)``. A PRNG key as `dropout_key` turns on the
+      dropout of the rules; each weight, layer and place of use gets a mask of its own.
+
+    The result, when called, raises TypeError where no argument holds an adapted tree, and
+    `RoleError` where a use contradicts the axis roles that are recorded for a weight.
+
+    Source: Hu et al., *LoRA*, arXiv 2106.09685, equation 3 (it is ΔW·x that α/r scales).
+    """
+    interpreter = Interpreter(RULES, strict)
+
+    @functools.wraps(fn)
+    def forward(*args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> Any:
+        treedef: Any
+        keyed, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_node)
+        if not any(is_node(leaf) for _, leaf in keyed):
+            raise TypeError(
+                f"adapt({getattr(fn, '__name__', fn)}): no argument holds an adapted tree, so "
+                "there is no adapter to run. Pass the tree that lorafy, join or load_adapter "
+                "returned as an argument; one that the function closes over is not seen"
+            )
+        leaves: list[Any] = []
+        nodes: dict[int, LoraWeight] = {}
+        weights: list[Factored] = []
+        for place, (key_path, leaf) in enumerate(keyed):
+            path = path_string(key_path[2:])  # without ([args or kwargs], [which of them])
+            leaves.append(_plain(leaf, path))
+            if isinstance(leaf, LoraWeight) and leaf.a is not None:
+                nodes[place] = leaf
+                weights.append(leaf.factored(path, _weight_key(leaf, path, dropout_key)))
+        if not weights:
+            args, kwargs = treedef.unflatten(leaves)
+            return fn(*args, **kwargs)
+        outputs = _Outputs()
+
+        def traced(*bases: Any) -> list[Any]:
+            replaced = dict(zip(nodes, bases, strict=True))
+            values = [replaced.get(place, leaf) for place, leaf in enumerate(leaves)]
+            args, kwargs = treedef.unflatten(values)
+            return outputs.take(fn(*args, **kwargs))
+
+        jaxpr = jax.make_jaxpr(traced)(*(weight.base for weight in weights))
+        values = interpreter.evaluate(jaxpr, weights)
+        inner, _ = eqns.opened(jaxpr)
+        untouched: dict[Any, LoraWeight] = dict(zip(inner.invars, nodes.values(), strict=True))
+        results = []
+        for atom, value in zip(inner.outvars, values, strict=True):
+            if isinstance(value, Factored):
+                same = None if eqns.is_literal(atom) else untouched.get(atom)
+                value = same if same is not None else interpreter.merged(value, "output", None)
+            results.append(value)
+        return outputs.give(results)
+
+    return forward
+
+
+class _Outputs:
+    """The function's outputs: traced arrays go through the jaxpr, all else around it."""
+
+    def take(self, out: Any) -> list[jax.Array]:
+        self.treedef: Any
+        self.leaves, self.treedef = jax.tree.flatten(out)
+        self.traced = [isinstance(leaf, jax.core.Tracer) for leaf in self.leaves]
+        return [leaf for leaf, traced in zip(self.leaves, self.traced, strict=True) if traced]
+
+    def give(self, arrays: list[Any]) -> Any:
+        remaining = iter(arrays)
+        return self.treedef.unflatten(
+            next(remaining) if traced else leaf
+            for leaf, traced in zip(self.leaves, self.traced, strict=True)
+        )
+
+
+def _plain(leaf: Any, path: str) -> Any:
+    if isinstance(leaf, LoraWeight):
+        return leaf.base
+    if not isinstance(leaf, Trained):
+        return leaf
+    if leaf.value is None:
+        raise ValueError(
+            f"{path!r} trains in full, and this half of the tree has no value for it: call "
+            "lora_jax.join(adapter, base) first"
+        )
+    return leaf.value
+
+
+def _weight_key(weight: LoraWeight, path: str, key: jax.Array | None) -> jax.Array | None:
+    """The weight's dropout keys, one for each index of its batch axes."""
+    if key is None or not weight.dropout:
+        return None
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    key = fold_in_path(key, path)
+    batch = weight.roles.sizes(weight.shape, "batch")
+    return jax.random.split(key, math.prod(batch)).reshape(batch) if batch else key
