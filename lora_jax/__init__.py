@@ -1,7 +1,8 @@
 """LoRA for JAX and Flax, as a pure transform of a parameter tree."""
 
-from lora_jax import init
+from lora_jax import init, optim
 from lora_jax.adapt import MergeError, MergeWarning, RoleError, adapt
+from lora_jax.checkpoint import AdapterError, load_adapter, save_adapter
 from lora_jax.lorafy import (
     count_params,
     join,
@@ -17,6 +18,7 @@ from lora_jax.rules import LoraRule, TrainRule
 from lora_jax.weight import LoraWeight, Trained
 
 __all__ = [
+    "AdapterError",
     "LoraRule",
     "LoraWeight",
     "MergeError",
@@ -28,8 +30,11 @@ __all__ = [
     "count_params",
     "init",
     "join",
+    "load_adapter",
     "lorafy",
     "merge",
+    "optim",
+    "save_adapter",
     "split",
     "strip",
     "summary",

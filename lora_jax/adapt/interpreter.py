@@ -94,8 +94,8 @@ class Interpreter:
             environment |= dict(zip(eqn.outvars, outputs, strict=True))
             for atom in last_uses:
                 del environment[atom]
-        outputs = zip(inner.outvars, live, strict=True)
-        return [read(atom) if wanted else None for atom, wanted in outputs]
+        wanted_atoms = zip(inner.outvars, live, strict=True)
+        return [read(atom) if wanted else None for atom, wanted in wanted_atoms]
 
     def function(self, jaxpr: eqns.AnyJaxpr, live: Live | None = None) -> Callable[..., list[Any]]:
         """`evaluate` of an inner jaxpr as a function of its arguments; always the same object."""

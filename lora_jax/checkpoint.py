@@ -1,0 +1,290 @@
+"""Adapters on disk: the adapter subtree alone, with what is needed to put it on its base again.
+
+A folder written by Orbax with two items: ``adapter``, the arrays, in the order of the algebra
+(A [batch…, in…, r], B [batch…, r, out…], padding left out), and ``lora``, JSON: the format's
+version, the roles, ranks, scales and dropout of each weight, a checksum of each array, and the
+fingerprint of the base.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lora_jax.axes import AxisRoles
+from lora_jax.fingerprint import base_fingerprint, checksum, differing
+from lora_jax.lorafy import Tree, swap
+from lora_jax.paths import flatten_with_paths, nearest
+from lora_jax.product import canonical, stored
+from lora_jax.weight import LoraWeight, Trained, is_node
+
+FORMAT = 1
+
+
+class AdapterError(ValueError):
+    """An adapter folder that can't be written or read, or does not belong to the tree."""
+
+
+def save_adapter(folder: str | os.PathLike[str], params: Tree, *, overwrite: bool = False) -> None:
+    """Writes the adapter of an adapted tree to `folder`, which appears whole or not at all.
+
+    Args:
+      folder: created; its parents too.
+      params: an adapted tree; of its base only a fingerprint is written.
+      overwrite: replace an adapter that is there. Without it, an existing folder is an error.
+
+    Raises AdapterError where the folder exists, or the tree is not adapted.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not overwrite:
+        raise AdapterError(
+            f"{folder} exists; name another folder, or give overwrite=True to replace it"
+        )
+    leaves, _ = flatten_with_paths(params, is_leaf=is_node)
+    nodes = {path: leaf for path, leaf in leaves if is_node(leaf)}
+    if not nodes:
+        raise AdapterError("save_adapter needs an adapted tree, and this one is plain")
+    arrays = {path: _arrays(path, node) for path, node in nodes.items()}
+    metadata = {
+        "format": FORMAT,
+        "weights": {path: _settings(n) for path, n in nodes.items() if isinstance(n, LoraWeight)},
+        "trained": sorted(path for path, n in nodes.items() if isinstance(n, Trained)),
+        "arrays": {
+            path: {name: checksum(array) for name, array in parts.items()}
+            for path, parts in arrays.items()
+        },
+        "base": base_fingerprint(params),
+    }
+    partial = folder.with_name(f".{folder.name}.partial")
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(
+            partial,
+            ocp.args.Composite(
+                adapter=ocp.args.StandardSave(arrays), lora=ocp.args.JsonSave(metadata)
+            ),
+            force=True,
+        )
+    if jax.process_index() == 0:
+        _put_in_place(partial, folder)
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    """Renames `partial` to `folder`; what was there goes only once the new one stands."""
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old)
+
+
+def load_adapter(
+    folder: str | os.PathLike[str], params: Tree, *, allow_base_mismatch: bool = False
+) -> Tree:
+    """`params` with the adapter that `save_adapter` wrote to `folder`.
+
+    A plain tree is adapted as the file says. An adapted tree gets the file's adapter in the place
+    of its own (`lora_jax.swap`), and a function compiled for it runs on without recompiling.
+
+    Args:
+      folder: an adapter folder.
+      params: the base the adapter was trained on, plain or adapted.
+      allow_base_mismatch: accept another base of the same shapes.
+
+    Raises AdapterError where the folder is missing, damaged or of a later format; where the tree
+    lacks a weight or has it in another shape; or where the base has another fingerprint.
+    """
+    folder = Path(folder).absolute()
+    metadata = _read_metadata(folder)
+    leaves, treedef = flatten_with_paths(params, is_leaf=is_node)
+    _check_shapes(folder, metadata, leaves)
+    if not allow_base_mismatch:
+        _check_base(folder, metadata, params)
+    arrays = _read_arrays(folder, metadata)
+
+    def adapted(path: str, leaf: Any) -> Any:
+        if path in metadata["trained"]:
+            return Trained(jnp.asarray(arrays[path]["value"]))
+        if path not in metadata["weights"]:
+            return _plain(leaf)
+        return _weight(_plain(leaf), arrays[path], metadata["weights"][path])
+
+    loaded = treedef.unflatten(adapted(path, leaf) for path, leaf in leaves)
+    return swap(params, loaded) if any(is_node(leaf) for _, leaf in leaves) else loaded
+
+
+def _plain(leaf: Any) -> Any:
+    if isinstance(leaf, Trained):
+        return leaf.value
+    return leaf.base if isinstance(leaf, LoraWeight) else leaf
+
+
+def _settings(weight: LoraWeight) -> dict[str, Any]:
+    return {
+        "shape": list(weight.shape),
+        "in_axes": list(weight.roles.in_axes),
+        "out_axes": list(weight.roles.out_axes),
+        "ranks": list(weight.ranks),
+        "scale": np.asarray(weight.scale).tolist(),
+        "dropout": weight.dropout,
+    }
+
+
+def _arrays(path: str, node: LoraWeight | Trained) -> dict[str, Any]:
+    """The arrays of a node as they are filed."""
+    parts = node.value if isinstance(node, Trained) else node.a
+    if parts is None:
+        raise AdapterError(
+            f"{path!r} has no adapter in this half of the tree: join(adapter, base) first"
+        )
+    if isinstance(node, Trained):
+        return {"value": node.value}
+    a, b = canonical(node.a, node.b, node.n_batch)
+    if len(set(node.ranks)) > 1:
+        a, b = _without_padding(a, b, node)
+    return {"a": a, "b": b}
+
+
+def _without_padding(a: Any, b: Any, node: LoraWeight) -> tuple[Any, Any]:
+    """The factors of a stack whose layers differ in rank: one after the other along the rank."""
+    n = node.n_batch - 1  # the stack's own axis goes
+    layers = list(enumerate(node.ranks))
+    a = jnp.concatenate([a[layer][..., :rank] for layer, rank in layers], axis=-1)
+    parts = [
+        jax.lax.slice_in_dim(b[layer], 0, rank, axis=n) if rank else b[layer][..., :0, :]
+        for layer, rank in layers
+    ]
+    return a, jnp.concatenate(parts, axis=n)
+
+
+def _weight(base: Any, arrays: Mapping[str, Any], settings: Mapping[str, Any]) -> LoraWeight:
+    """The inverse of `_settings` and `_arrays`."""
+    weight = LoraWeight(
+        base,
+        None,
+        None,
+        jnp.asarray(settings["scale"], jnp.float32),
+        roles=AxisRoles(tuple(settings["in_axes"]), tuple(settings["out_axes"])),
+        ranks=tuple(settings["ranks"]),
+        dropout=settings["dropout"],
+    )
+    a, b = jnp.asarray(arrays["a"]), jnp.asarray(arrays["b"])
+    if len(set(weight.ranks)) > 1:
+        a, b = _with_padding(a, b, weight)
+    a, b = stored(a, b, weight.n_batch)
+    return weight.replace(a=a, b=b)
+
+
+def _with_padding(a: Any, b: Any, weight: LoraWeight) -> tuple[Any, Any]:
+    n, start = weight.n_batch - 1, 0
+    layers_a, layers_b = [], []
+    for rank in weight.ranks:
+        missing = weight.rank - rank
+        part_a = a[..., start : start + rank]
+        part_b = jax.lax.slice_in_dim(b, start, start + rank, axis=n)
+        layers_a.append(jnp.pad(part_a, [(0, 0)] * (a.ndim - 1) + [(0, missing)]))
+        widths = [(0, missing) if axis == n else (0, 0) for axis in range(b.ndim)]
+        layers_b.append(jnp.pad(part_b, widths))
+        start += rank
+    return jnp.stack(layers_a), jnp.stack(layers_b)
+
+
+def _read_metadata(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise AdapterError(f"there is no adapter folder {folder}")
+    file = folder / "lora" / "metadata"
+    try:
+        metadata = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise AdapterError(
+            f"{folder} is no adapter folder: it lacks {file.relative_to(folder)}"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"{file} is damaged: {error}") from None
+    if not isinstance(metadata, dict) or not {"format", "weights", "trained", "arrays"} <= set(
+        metadata
+    ):
+        raise AdapterError(f"{file} is damaged: it lacks what describes the adapter")
+    if metadata["format"] != FORMAT:
+        raise AdapterError(
+            f"{folder} has the format {metadata['format']}, and this version reads {FORMAT}: "
+            "update lora_jax"
+        )
+    return metadata
+
+
+def _check_shapes(folder: Path, metadata: Mapping[str, Any], leaves: list[tuple[str, Any]]) -> None:
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
+    wanted = {path: tuple(s["shape"]) for path, s in metadata["weights"].items()}
+    wanted |= {path: _shape(metadata["arrays"][path]["value"]) for path in metadata["trained"]}
+    wrong = [
+        f"{path}: {list(shape)} in the adapter, "
+        + (f"{list(shapes[path])} in the tree" if path in shapes else "missing in the tree")
+        for path, shape in wanted.items()
+        if shapes.get(path) != shape
+    ]
+    if wrong:
+        near = nearest(wrong[0].split(":")[0], shapes, n=3)
+        raise AdapterError(
+            f"the adapter {folder} does not fit this tree; {len(wrong)} of {len(wanted)} weights "
+            f"differ: {'; '.join(wrong[:5])}. The nearest paths in the tree are {near}"
+        )
+
+
+def _shape(described: str) -> tuple[int, ...]:
+    """The shape that a checksum begins with ("float32[3x5]:…")."""
+    sizes = described[described.index("[") + 1 : described.index("]")]
+    return tuple(int(size) for size in sizes.split("x")) if sizes else ()
+
+
+def _dtype(described: str) -> Any:
+    return jnp.dtype(described[: described.index("[")])
+
+
+def _check_base(folder: Path, metadata: Mapping[str, Any], params: Tree) -> None:
+    saved = metadata["base"]
+    found = base_fingerprint(params)
+    trained = set(metadata["trained"])
+    wrong = [path for path in differing(saved, found) if path not in trained]
+    if wrong:
+        raise AdapterError(
+            f"the adapter {folder} was trained on another base: {len(wrong)} of {len(saved)} "
+            f"frozen leaves differ, {', '.join(wrong[:3])} among them. Load the base that it was "
+            "trained on, or accept this one with allow_base_mismatch=True "
+            "(--allow-base-mismatch)"
+        )
+
+
+def _read_arrays(folder: Path, metadata: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = {
+        path: {
+            name: jax.ShapeDtypeStruct(_shape(described), _dtype(described), sharding=device)
+            for name, described in parts.items()
+        }
+        for path, parts in metadata["arrays"].items()
+    }
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(
+                folder, ocp.args.Composite(adapter=ocp.args.StandardRestore(abstract))
+            )
+    except Exception as error:  # whatever the storage layers raise for a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise AdapterError(f"the adapter {folder} is damaged: {reason[:300]}") from None
+    for path, parts in metadata["arrays"].items():
+        for name, described in parts.items():
+            if checksum(restored["adapter"][path][name]) != described:
+                raise AdapterError(
+                    f"the adapter {folder} is damaged: {path}/{name} is not what was saved"
+                )
+    return restored["adapter"]

@@ -1,0 +1,74 @@
+"""Fingerprints of arrays and trees: what an adapter remembers of the base it was trained on.
+
+Computed where the arrays are, in integers modulo 2³² only, so that the result is exact and does
+not depend on the mesh.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lora_jax.paths import flatten_with_paths
+from lora_jax.weight import LoraWeight, Trained, is_node
+
+_MULTIPLIERS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3A2646D)
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """A bijection of uint32 that spreads every bit."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+@jax.jit
+def _sums(x: jax.Array) -> jax.Array:
+    """Two sums over all elements, each element mixed with its position. uint32 [2]."""
+    if jnp.issubdtype(x.dtype, jnp.bool_):
+        bits = x.astype(jnp.uint32)
+    else:
+        width = np.dtype(x.dtype).itemsize
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[width]
+        bits = lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)  # 8 bytes: a last axis of 2
+    position = jnp.zeros(bits.shape, jnp.uint32)
+    for axis in range(bits.ndim):
+        step = jnp.uint32(_MULTIPLIERS[axis % len(_MULTIPLIERS)])
+        position = _mixed(position + lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * step)
+    mixed = _mixed(bits + position)
+    return jnp.stack([jnp.sum(mixed), jnp.sum(_mixed(mixed ^ jnp.uint32(0xA5A5A5A5)))])
+
+
+def checksum(array: Any) -> str:
+    """16 hexadecimal digits that change with any bit, shape or dtype of the array."""
+    low, high = (int(part) for part in np.asarray(_sums(jnp.asarray(array))))
+    shape = "x".join(map(str, array.shape))
+    return f"{np.dtype(array.dtype).name}[{shape}]:{high:08x}{low:08x}"
+
+
+def base_fingerprint(params: Any) -> dict[str, str]:
+    """The checksum of each frozen leaf of a tree, adapted or plain, by path.
+
+    Floating-point values are rounded to bfloat16 first, so that a base has one fingerprint whether
+    it was loaded in fp32 or bf16. Leaves that train in full belong to the adapter and are left out.
+    """
+    leaves, _ = flatten_with_paths(params, is_leaf=is_node)
+    fingerprint = {}
+    for path, leaf in leaves:
+        array = leaf.base if isinstance(leaf, LoraWeight) else leaf
+        if isinstance(leaf, Trained) or not hasattr(array, "dtype"):
+            continue
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            continue
+        if jnp.issubdtype(array.dtype, jnp.floating):
+            array = jnp.asarray(array).astype(jnp.bfloat16)
+        fingerprint[path] = checksum(array)
+    return fingerprint
+
+
+def differing(saved: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """The paths whose checksums differ, or that only one of the two has."""
+    return sorted(path for path in {*saved, *found} if saved.get(path) != found.get(path))
