@@ -1,0 +1,292 @@
+"""What several tests share: small programs with adapted weights, and judges of their results."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+import lora_jax as lj
+
+Params = Any
+
+
+def draw(key: int, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+    """Normal values, scaled by the root of the last axis but one."""
+    scale = shape[-2] if len(shape) > 1 else 1
+    return jax.random.normal(jax.random.key(key), tuple(shape), dtype) / np.sqrt(scale).astype(
+        dtype
+    )
+
+
+def with_random_factors(params: Params, seed: int = 7) -> Params:
+    """An adapted tree whose A and B are random and far from zero, so that the adapter is seen."""
+    adapter, base = lj.split(params)
+    adapter = {
+        path: {
+            name: value
+            + jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), value.shape, value.dtype)
+            * jnp.asarray(0.3, value.dtype)
+            for name, value in parts.items()
+        }
+        for i, (path, parts) in enumerate(adapter.items())
+    }
+    return lj.join(adapter, base)
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
+    """max|Δ| ≤ tolerance·max(1, max|expected|), leaf by leaf."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert a.shape == b.shape
+        error, bound = np.abs(a - b).max(), tolerance * max(1.0, np.abs(b).max())
+        assert error <= bound, f"max|Δ| = {error:.3g} > {bound:.3g}"
+
+
+def assert_identical(actual: Any, expected: Any) -> None:
+    """Equal bit by bit, leaf by leaf."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def dots_of_size(hlo: str, shape: Sequence[int]) -> list[str]:
+    """The products in optimised HLO whose result has as many elements as `shape`.
+
+    Where all axes have distinct prime sizes, that is the shape in any order of its axes, merged
+    or not: nothing else has as many.
+    """
+    found = []
+    for line in hlo.splitlines():
+        match = re.search(r"= \w+\[([\d,]*)\]\S* (dot|convolution|custom-call)\(", line)
+        if match and math.prod(int(n) for n in match[1].split(",") if n) == math.prod(shape):
+            found.append(line.strip())
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function of (params, x) with weights to adapt. Sizes are distinct primes."""
+
+    name: str
+    params: Callable[[Any], Params]  # of a dtype
+    rules: tuple[lj.LoraRule, ...]
+    run: Callable[[Params, jax.Array], jax.Array]
+    x: tuple[int, ...]  # the shape of the input
+
+    def inputs(self, dtype: Any = jnp.float32) -> tuple[Params, Params, jax.Array]:
+        """(plain tree, adapted tree with random factors, input)."""
+        params = self.params(dtype)
+        rules = [dataclasses.replace(rule, dtype=dtype) for rule in self.rules]
+        adapted = with_random_factors(lj.lorafy(params, rules))
+        return params, adapted, draw(99, self.x, dtype)
+
+
+def _mlp(params: Params, x: jax.Array) -> jax.Array:
+    hidden = jnp.tanh(x @ params["up"]["kernel"] + params["up"]["bias"])
+    return hidden @ params["down"]["kernel"]
+
+
+def _scanned(params: Params, x: jax.Array) -> jax.Array:
+    @jax.checkpoint
+    def layer(x: jax.Array, weights: Params) -> tuple[jax.Array, None]:
+        return x + _mlp(weights, x), None
+
+    return lax.scan(layer, x, params["layers"])[0]
+
+
+def _einsum_heads(params: Params, x: jax.Array) -> jax.Array:
+    q = jnp.einsum("bsd,dhk->bshk", x, params["query"]["kernel"])
+    return jnp.einsum("bshk,hkd->bsd", jax.nn.relu(q), params["out"]["kernel"])
+
+
+def _tied(params: Params, x: jax.Array) -> jax.Array:
+    table = params["embed"]["embedding"]
+    hidden = jnp.tanh(x @ table)  # rows in: [.., vocab] @ [vocab, d]
+    return hidden @ table.T
+
+
+def _weight_first(params: Params, x: jax.Array) -> jax.Array:
+    return (params["w"].T @ jnp.moveaxis(x.reshape(-1, x.shape[-1]), 0, 1)).T
+
+
+def _fused(params: Params, x: jax.Array) -> jax.Array:
+    kernel = params["qkv"]["kernel"].reshape(5, 3, 7)
+    q, k, v = (kernel[:, i] for i in range(3))
+    return (x @ q) * (x @ k) + x @ v
+
+
+@jax.jit
+def _dense(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    return x @ kernel.astype(x.dtype)
+
+
+def _nested_jit(params: Params, x: jax.Array) -> jax.Array:
+    return jax.jit(lambda p, x: _dense(p["a"]["kernel"], jnp.sin(_dense(p["b"]["kernel"], x))))(
+        params, x
+    )
+
+
+def _branches(params: Params, x: jax.Array) -> jax.Array:
+    a, b = params["a"]["kernel"], params["b"]["kernel"]
+    y = lax.cond(x.sum() > 0, lambda: x @ b @ a, lambda: jnp.sin(x @ b) @ a)
+
+    def step(state: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, jax.Array, jax.Array]:
+        i, y, w = state
+        return i + 1, jnp.tanh(y @ w[:, :11]), w
+
+    return lax.fori_loop(0, 3, lambda _, y: jnp.tanh(y @ b @ a), y) + y
+
+
+def _stack_by_hand(params: Params, x: jax.Array) -> jax.Array:
+    kernel = params["layers"]["kernel"]
+    x = x + jnp.tanh(x @ kernel[0])
+    return x + jnp.tanh(x @ lax.dynamic_index_in_dim(kernel, 1, keepdims=False))
+
+
+def _experts(params: Params, x: jax.Array) -> jax.Array:
+    every = jnp.einsum("bsd,edf->bsef", x, params["experts"]["kernel"])
+    one = jnp.einsum("bsef,efd->bsed", jax.nn.relu(every), params["back"]["kernel"])
+    return one.sum(2)
+
+
+PROGRAMS = [
+    Program(
+        "mlp",
+        lambda t: {
+            "up": {"kernel": draw(1, (5, 11), t), "bias": draw(2, (11,), t)},
+            "down": {"kernel": draw(3, (11, 7), t)},
+        },
+        (lj.LoraRule(targets=["up", "down"], rank=2, alpha=3.0),),
+        _mlp,
+        (3, 13, 5),
+    ),
+    Program(
+        "scanned and rematerialised",
+        lambda t: {
+            "layers": {
+                "up": {"kernel": draw(1, (3, 5, 11), t), "bias": draw(2, (3, 11), t)},
+                "down": {"kernel": draw(3, (3, 11, 5), t)},
+            }
+        },
+        (
+            lj.LoraRule(targets=["up"], rank=2, alpha=3.0),
+            lj.LoraRule(targets=["down"], layers=[1, 2], rank=2, alpha=3.0),
+        ),
+        _scanned,
+        (2, 13, 5),
+    ),
+    Program(
+        "einsum with heads",
+        lambda t: {
+            "query": {"kernel": draw(1, (5, 3, 7), t)},
+            "out": {"kernel": draw(2, (3, 7, 11), t)},
+        },
+        (
+            lj.LoraRule(targets=["query"], rank=2, alpha=3.0, in_axes=[0], out_axes=[1, 2]),
+            lj.LoraRule(targets=["out"], rank=2, alpha=5.0, in_axes=[0, 1], out_axes=[2]),
+        ),
+        _einsum_heads,
+        (2, 13, 5),
+    ),
+    Program(
+        "tied table, looked up by one-hot and multiplied back",
+        lambda t: {"embed": {"embedding": draw(1, (11, 5), t)}},
+        (lj.LoraRule(targets=["embed"], rank=2, alpha=3.0),),
+        _tied,
+        (2, 13, 11),
+    ),
+    Program(
+        "weight as the left operand",
+        lambda t: {"w": draw(1, (5, 11), t)},
+        (lj.LoraRule(targets=["w"], rank=2, alpha=3.0),),
+        _weight_first,
+        (2, 13, 5),
+    ),
+    Program(
+        "fused kernel taken apart",
+        lambda t: {"qkv": {"kernel": draw(1, (5, 21), t)}},
+        (lj.LoraRule(targets=["qkv"], rank=2, alpha=3.0),),
+        _fused,
+        (2, 13, 5),
+    ),
+    Program(
+        "nested jit",
+        lambda t: {"a": {"kernel": draw(1, (11, 7), t)}, "b": {"kernel": draw(2, (5, 11), t)}},
+        (lj.LoraRule(targets=["a", "b"], rank=2, alpha=3.0),),
+        _nested_jit,
+        (2, 13, 5),
+    ),
+    Program(
+        "branches and loops",
+        lambda t: {"a": {"kernel": draw(1, (11, 5), t)}, "b": {"kernel": draw(2, (5, 11), t)}},
+        (lj.LoraRule(targets=["a", "b"], rank=2, alpha=3.0),),
+        _branches,
+        (2, 13, 5),
+    ),
+    Program(
+        "stack walked by hand",
+        lambda t: {"layers": {"kernel": draw(1, (3, 5, 5), t)}},
+        (lj.LoraRule(targets=["layers"], rank=2, alpha=3.0),),
+        _stack_by_hand,
+        (2, 13, 5),
+    ),
+    Program(
+        "experts, all of them on every token",
+        lambda t: {
+            "experts": {"kernel": draw(1, (3, 5, 11), t)},
+            "back": {"kernel": draw(2, (3, 11, 5), t)},
+        },
+        (lj.LoraRule(targets=["experts", "back"], rank=2, alpha=3.0),),
+        _experts,
+        (2, 13, 5),
+    ),
+]
+
+
+class LinenBlock(nn.Module):
+    """One block of a Linen model: a Dense layer over heads, and one back."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        hidden = nn.DenseGeneral((3, 7), name="wide")(nn.LayerNorm()(x))
+        return x + nn.DenseGeneral(5, axis=(-2, -1), name="back")(jnp.tanh(hidden)), None
+
+
+class LinenModel(nn.Module):
+    """A scanned and rematerialised Linen model. [batch, 5] -> [batch, 11]."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        layers = nn.scan(
+            nn.remat(LinenBlock), variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+        )
+        x, _ = layers(name="layers")(x, None)
+        return nn.Dense(11, name="head")(x)
+
+
+LINEN_RULES = (
+    lj.LoraRule(targets=["wide"], rank=2, alpha=3.0, in_axes=[-3], out_axes=[-2, -1]),
+    lj.LoraRule(targets=["back"], rank=2, alpha=3.0, in_axes=[-3, -2], out_axes=[-1]),
+    lj.LoraRule(targets=["head"], rank=2, alpha=5.0),
+)
+
+
+class NnxModel(nnx.Module):
+    """An NNX model. [batch, 5] -> [batch, 7]."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.up = nnx.Linear(5, 11, rngs=rngs)
+        self.norm = nnx.LayerNorm(11, rngs=rngs)
+        self.down = nnx.Linear(11, 7, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jnp.tanh(self.norm(self.up(x))))

@@ -1,0 +1,225 @@
+"""The laws that the two transforms keep, over a table of programs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import lora_jax as lj
+from tests.support import (
+    LINEN_RULES,
+    PROGRAMS,
+    LinenModel,
+    NnxModel,
+    assert_close,
+    assert_identical,
+    dots_of_size,
+    draw,
+    with_random_factors,
+)
+
+programs = pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.name)
+
+
+@functools.cache
+def adapted(program):
+    """The adapted function of a program, always the same object."""
+    return lj.adapt(program.run, strict=True)
+
+
+def merged(program):
+    return lambda params, x: program.run(lj.merge(params), x)
+
+
+@programs
+def test_identity_where_b_is_zero(program):
+    params, _, x = program.inputs()
+    fresh = lj.lorafy(params, program.rules)
+    ours = jax.jit(adapted(program))(fresh, x)
+    assert_identical(ours, jax.jit(program.run)(params, x))
+
+
+@programs
+def test_factored_equals_merged(program, float64):
+    params, tree, x = program.inputs(jnp.float64)
+    adapter, base = lj.split(tree)
+
+    def values(run):
+        def loss(adapter, x):
+            y = run(lj.join(adapter, base), x)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(adapter, x)
+
+    ours, theirs = values(adapted(program)), values(merged(program))
+    assert_close(ours, theirs, 1e-9)
+    change = np.abs(ours[0][1] - program.run(params, x)).max()
+    assert change > 1e-2, "the adapter must be seen in the output"
+    assert all(np.abs(g).max() > 1e-6 for g in jax.tree.leaves(ours[1]))
+
+
+@programs
+def test_inverses(program):
+    params, tree, _ = program.inputs()
+    assert_identical(lj.join(*lj.split(tree)), tree)
+    stripped = lj.strip(tree)
+    assert jax.tree.structure(stripped) == jax.tree.structure(params)
+    leaves = zip(jax.tree.leaves(stripped), jax.tree.leaves(params), strict=True)
+    assert all(a is b for a, b in leaves)
+
+
+@programs
+def test_no_frozen_gradient(program):
+    """No product has the shape of a kernel or of its slice, and the gradient is the adapter's."""
+    _, tree, x = program.inputs()
+    adapter, base = lj.split(tree)
+
+    def compiled(run):
+        def loss(adapter, base, x):
+            return jnp.sum(jnp.sin(run(lj.join(adapter, base), x)))
+
+        return jax.jit(jax.grad(loss)).lower(adapter, base, x).compile()
+
+    def kernels(hlo):
+        nodes = [n for n in jax.tree.leaves(tree, is_leaf=lj.weight.is_node) if hasattr(n, "roles")]
+        shapes = {n.shape for n in nodes} | {n.shape[n.n_batch :] for n in nodes}
+        return [line for shape in shapes for line in dots_of_size(hlo, shape)]
+
+    ours, control = compiled(adapted(program)), compiled(merged(program))
+    assert kernels(ours.as_text()) == []
+    assert kernels(control.as_text()), "the judge must see naive merging"
+    size = ours.memory_analysis().output_size_in_bytes
+    assert size <= sum(v.nbytes for v in jax.tree.leaves(adapter)) + 8 * len(jax.tree.leaves(adapter))
+
+
+@programs
+def test_locality(program):
+    """A rule for one more weight changes no factor of another."""
+    params, tree, _ = program.inputs()
+    paths = list(lj.split(tree)[0])
+    rules = [r for r in program.rules]
+    every = lj.split(lj.lorafy(params, rules))[0]
+    for path in paths:
+        others = [lj.LoraRule(**(vars(r) | {"exclude": [path]})) for r in rules]
+        try:
+            fewer = lj.split(lj.lorafy(params, others))[0]
+        except ValueError:  # the rule was for this weight alone
+            continue
+        assert path not in fewer
+        for other, parts in fewer.items():
+            assert_identical(parts, every[other])
+
+
+@programs
+def test_commutes_with_jit_and_vmap(program, float64):
+    _, tree, x = program.inputs(jnp.float64)
+    run = adapted(program)
+    expected = merged(program)(tree, x)
+    assert_close(jax.jit(run)(tree, x), expected, 1e-9)
+    assert_close(run(tree, x), expected, 1e-9)
+    xs = jnp.stack([x, 2 * x, -x])
+    each = jnp.stack([merged(program)(tree, x) for x in xs])
+    assert_close(jax.vmap(run, (None, 0))(tree, xs), each, 1e-9)
+
+
+@programs
+def test_vmap_over_adapters(program, float64):
+    _, tree, x = program.inputs(jnp.float64)
+    adapter, base = lj.split(tree)
+    other = jax.tree.map(lambda v: v * -0.5, adapter)
+    stacked = jax.tree.map(lambda *vs: jnp.stack(vs), adapter, other)
+    run = lambda adapter: adapted(program)(lj.join(adapter, base), x)  # noqa: E731
+    expected = [merged(program)(lj.join(a, base), x) for a in (adapter, other)]
+    assert_close(jax.vmap(run)(stacked), jnp.stack(expected), 1e-9)
+
+
+@programs
+def test_commutes_with_forward_mode_and_linearize(program, float64):
+    _, tree, x = program.inputs(jnp.float64)
+    adapter, base = lj.split(tree)
+    direction = jax.tree.map(jnp.cos, adapter)
+
+    def along(run):
+        f = lambda adapter: run(lj.join(adapter, base), x)  # noqa: E731
+        return jax.jvp(f, (adapter,), (direction,)), jax.linearize(f, adapter)[1](direction)
+
+    assert_close(along(adapted(program)), along(merged(program)), 1e-9)
+
+
+def test_hessian(float64):
+    program = PROGRAMS[0]
+    _, tree, x = program.inputs(jnp.float64)
+    adapter, base = lj.split(tree)
+
+    def hessian(run):
+        def loss(b):
+            changed = adapter | {"up/kernel": adapter["up/kernel"] | {"b": b}}
+            return jnp.sum(jnp.sin(run(lj.join(changed, base), x)))
+
+        return jax.hessian(loss)(adapter["up/kernel"]["b"])
+
+    assert_close(hessian(adapted(program)), hessian(merged(program)), 1e-9)
+
+
+@programs
+def test_swap_compiles_nothing(program):
+    params, tree, x = program.inputs()
+    traces = []
+
+    @jax.jit
+    def run(tree, x):
+        traces.append(1)
+        return adapted(program)(tree, x)
+
+    run(tree, x)
+    rules = [lj.LoraRule(**(vars(r) | {"alpha": 17.0})) for r in program.rules]
+    other = with_random_factors(lj.lorafy(params, rules), seed=23)
+    swapped = lj.swap(tree, other)
+    assert_close(run(swapped, x), program.run(lj.merge(other), x), 1e-4)
+    assert len(traces) == 1, "another alpha must not recompile"
+    wider = [lj.LoraRule(**(vars(r) | {"rank": 3})) for r in program.rules]
+    run(lj.swap(tree, lj.lorafy(params, wider)), x)
+    assert len(traces) == 2, "the count must see a recompilation"
+
+
+def test_linen_model():
+    model = LinenModel()
+    x = draw(1, (13, 5))
+    params = model.init(jax.random.key(0), x)["params"]
+    tree = with_random_factors(lj.lorafy(params, LINEN_RULES))
+    forward = lj.adapt(model.apply, strict=True)
+    y = jax.jit(forward)({"params": tree}, x)
+    assert_close(y, model.apply({"params": lj.merge(tree)}, x), 1e-5)
+    assert np.abs(y - model.apply({"params": params}, x)).max() > 1e-2
+
+
+def test_nnx_model():
+    graphdef, state = nnx.split(NnxModel(nnx.Rngs(0)))
+    rules = [lj.LoraRule(targets=["up", "down"], rank=2, alpha=3.0)]
+    tree = with_random_factors(lj.lorafy(state, rules))
+    assert type(tree) is type(state)
+
+    def run(state, x):
+        return nnx.merge(graphdef, state)(x)
+
+    x = draw(1, (13, 5))
+    forward = lj.adapt(run, strict=True)
+    y = jax.jit(forward)(tree, x)
+    assert_close(y, run(lj.merge(tree), x), 1e-5)
+    assert np.abs(y - run(state, x)).max() > 1e-2
+    assert set(lj.split(tree)[0]) == {"up/kernel", "down/kernel"}
+
+
+def test_on_a_mesh():
+    """One device's result, with the kernel and its factors sharded over as many as there are."""
+    program = PROGRAMS[0]
+    _, tree, x = program.inputs()
+    mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("data", "tensor"))
+    spread = jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    x_spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    y = jax.jit(adapted(program))(spread, x_spread)
+    assert_close(y, program.run(lj.merge(tree), x), 1e-5)
