@@ -1,0 +1,196 @@
+"""What a schema is: two linked tables, their columns, and what each column may hold.
+
+A schema is written as text, the foreign key being the column `<other table>_id`:
+
+    book(id, title=@title, author_id, genre=novel|poetry|drama, year=1950..2020, pages=90..900+)
+    author(id, name=@person, country=@country, birth_year=1900..1990)
+
+A column is `name[~wording]=values`, a table `name[~singular/plural]`, with the wording that
+questions use where it is not the name with spaces for underscores. Values are `low..high` (whole
+numbers, or tenths if written so; `+` marks quantities that may be summed), `a|b|c` (texts),
+`a|b*c|d` (texts of two words) or `@pool`. The first column that is no key names the row, uniquely.
+"""
+
+import re
+from dataclasses import dataclass
+
+_WORDS = {
+    "person": "Anna Boris Clara David Elena Felix Grace Hugo Irene Jonas Karin Liam*"
+    "Adler Brooks Costa Dietz Evans Fischer Garcia Hall Ito Jensen Kaya Lopez",
+    "title": "Silent Red Last Golden Hidden Broken Winter Distant*"
+    "River City Garden Letter Mirror Island Road Promise",
+    "firm": "Apex Nova Delta Summit Orion Harbor Vertex Atlas*Group Partners Systems Works",
+    "place": "Oak Maple Stone Green River North Lake Sunny*Hill Park Valley Bridge Field Grove",
+    "country": "Spain France Italy Japan Brazil Kenya Canada India",
+    "city": "Paris Rome Berlin Madrid Oslo Lisbon Vienna Dublin Prague Athens",
+    "pet": "Bella Max Luna Rocky Daisy Milo Coco Simba Nala Oscar Ruby Toby Zara Leo Kiwi Pepper "
+    "Shadow Ginger Bruno Hazel Otis Willow Ziggy Maple Fern Bear Jasper Olive",
+    "code": "AX BK CT DR EV FL*12 35 47 58 61 74",
+    "ship": "Ocean Royal Pacific Arctic Silver Blue*Star Queen Spirit Wind Pearl Dawn",
+}
+
+# How questions speak of columns whose name is not a noun.
+_WORDINGS = {
+    "admitted": "admission year",
+    "born": "birth year",
+    "bought": "purchase year",
+    "built": "construction year",
+    "copied": "copying year",
+    "debut": "debut year",
+    "enrolled": "enrolled students",
+    "filed": "filing year",
+    "founded": "founding year",
+    "hired": "hiring year",
+    "joined": "joining year",
+    "launched": "launch year",
+    "licensed": "licence year",
+    "moved_in": "move-in year",
+    "opened": "opening year",
+    "planted": "planting year",
+    "premiere": "premiere year",
+    "sold": "units sold",
+    "started": "starting year",
+    "trained": "training year",
+}
+
+
+def _combinations(text: str, separator: str) -> tuple[str, ...]:
+    """`a|b*c|d` as "a c", "a d", "b c", "b d"; codes are written without the space."""
+    first, *rest = (part.strip().split(separator) for part in text.split("*"))
+    return tuple(f"{a} {b}" for a in first for b in rest[0]) if rest else tuple(first)
+
+
+POOLS = {name: _combinations(words, " ") for name, words in _WORDS.items()}
+POOLS["code"] = tuple(code.replace(" ", "") for code in POOLS["code"])
+
+
+def plural(noun: str) -> str:
+    """The plural of an English noun: regular, or the same as the singular."""
+    if noun in ("species", "goods"):
+        return noun
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A column. `kind` is "key", "link" (a foreign key), "name", "text", "year" or "number"."""
+
+    table: str
+    name: str
+    wording: str
+    kind: str
+    values: tuple[str, ...] = ()
+    low: int = 0
+    high: int = 0
+    scale: int = 1  # what is stored is a whole number of 1/scale
+    summable: bool = False
+
+    @property
+    def path(self) -> str:
+        """`table.column`."""
+        return f"{self.table}.{self.name}"
+
+    @property
+    def is_number(self) -> bool:
+        """Whether the column can be compared as a number (keys aside)."""
+        return self.kind in ("number", "year")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table, with the nouns that questions use for its rows."""
+
+    name: str
+    singular: str
+    plural: str
+    columns: tuple[Column, ...]
+
+    def of_kind(self, *kinds: str) -> list[Column]:
+        """The columns of these kinds, in order."""
+        return [column for column in self.columns if column.kind in kinds]
+
+    @property
+    def title(self) -> Column:
+        """The column that names a row."""
+        return self.of_kind("name")[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    """Two tables in the order of the prompt; each row of `child` points to one of `parent`."""
+
+    name: str
+    tables: tuple[Table, Table]
+
+    @property
+    def child(self) -> Table:
+        """The table with the foreign key."""
+        return next(table for table in self.tables if table.of_kind("link"))
+
+    @property
+    def parent(self) -> Table:
+        """The table that the foreign key points to."""
+        return next(table for table in self.tables if not table.of_kind("link"))
+
+    @property
+    def link(self) -> Column:
+        """The foreign key."""
+        return self.child.of_kind("link")[0]
+
+    def column(self, path: str) -> Column:
+        """The column at `table.column`."""
+        return next(c for table in self.tables for c in table.columns if c.path == path)
+
+    def describe(self) -> str:
+        """The schema as a prompt shows it: `book(id, title, author_id); author(id, name)`."""
+        return "; ".join(
+            f"{table.name}({', '.join(column.name for column in table.columns)})"
+            for table in self.tables
+        )
+
+
+def _column(table: str, text: str, named: bool) -> Column:
+    head, _, values = text.partition("=")
+    name, _, wording = head.strip().partition("~")
+    values = values.strip()
+    wording = wording or _WORDINGS.get(name, name.replace("_", " "))
+    if not values:
+        kind = "key" if name == "id" else "link"
+        return Column(table=table, name=name, wording=wording, kind=kind)
+    if span := re.fullmatch(r"([\d.]+)\.\.([\d.]+)(\+?)", values):
+        scale = 10 if "." in span[1] else 1
+        low, high = (round(float(end) * scale) for end in (span[1], span[2]))
+        if wording.endswith("s") and not wording.endswith("ss"):
+            wording = f"number of {wording}"
+        kind = "year" if scale == 1 and low >= 1000 and high < 2030 and not span[3] else "number"
+        return Column(
+            table=table, name=name, wording=wording, kind=kind,
+            low=low, high=high, scale=scale, summable=bool(span[3]),
+        )  # fmt: skip
+    texts = POOLS[values[1:]] if values.startswith("@") else _combinations(values, "|")
+    kind = "text" if named else "name"
+    return Column(table=table, name=name, wording=wording, kind=kind, values=texts)
+
+
+def _table(text: str) -> Table:
+    head, _, body = text.strip().partition("(")
+    name, _, wording = head.partition("~")
+    singular, _, more = wording.partition("/")
+    singular = singular or name.replace("_", " ")
+    columns: list[Column] = []
+    for part in body.rstrip(") \n").split(","):
+        columns.append(_column(name, part, any(column.kind == "name" for column in columns)))
+    return Table(
+        name=name, singular=singular, plural=more or plural(singular), columns=tuple(columns)
+    )
+
+
+def parse_schema(name: str, text: str) -> Schema:
+    """Read a schema written as this module's docstring says."""
+    first, second = (_table(part) for part in text.strip().split(")\n"))
+    schema = Schema(name=name, tables=(first, second))
+    if schema.link.name.removesuffix("_id") not in (schema.parent.name, schema.parent.singular):
+        raise ValueError(f"schema {name}: {schema.link.path} does not name {schema.parent.name}")
+    return schema
