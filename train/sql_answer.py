@@ -1,0 +1,54 @@
+"""The SQL statement in a text that a language model wrote."""
+
+import re
+
+_FENCE = re.compile(r"```[ \t]*\w*[ \t]*\n?(.*?)(?:```|\Z)", re.DOTALL)
+_START = r"(?:SELECT\b|WITH\s+(?:RECURSIVE\s+)?\w+\s*(?:\([^()]*\)\s*)?AS\s*(?:\w+\s+)*\()"
+_AT_LINE = re.compile(rf"(?:^|[\n:`])[ \t]*({_START})", re.IGNORECASE)
+_ANYWHERE = re.compile(rf"\b({_START})", re.IGNORECASE)
+_BLANK_LINE = re.compile(r"\n[ \t]*\n")
+_QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|--[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
+_OTHER = re.compile(
+    r"\b(?:(?:CREATE|DROP|ALTER)\s+(?:TEMP\w*\s+|UNIQUE\s+|VIRTUAL\s+)?(?:TABLE|VIEW|INDEX|TRIGGER)"
+    r"|(?:INSERT|REPLACE)\s+(?:OR\s+\w+\s+)?INTO|DELETE\s+FROM|UPDATE\s+\S+\s+SET"
+    r"|ATTACH\s+(?:DATABASE\b|')|DETACH\s+\w+|PRAGMA\s+\w+|VACUUM\b|REINDEX\b"
+    r"|EXPLAIN\s+(?:SELECT\b|QUERY\s+PLAN\b)"
+    r"|BEGIN\s*(?:;|TRANSACTION)|COMMIT\s*;|ROLLBACK\s*;|SAVEPOINT\s+\w+)",
+    re.IGNORECASE,
+)
+
+
+def _blank_quotes(text: str) -> str:
+    """The text with quoted strings and comments blanked, every position kept."""
+    return _QUOTED.sub(lambda match: " " * len(match[0]), text)
+
+
+def find_query(text: str) -> str | None:
+    """The one SELECT (or WITH) statement in a model's answer, without the words around it.
+
+    Markdown fences, text before the statement, its semicolon and what is said after it do not
+    count. None if there is no such statement, or if there is a second one of any kind.
+    """
+    text = text.partition("<|")[0]  # what follows a chat template's token is no answer
+    if _OTHER.search(text):
+        return None
+    fenced = _FENCE.search(text)
+    if fenced and _ANYWHERE.search(fenced[1]):
+        text = fenced[1]
+    else:
+        fenced = None
+    found = _AT_LINE.search(text) or _ANYWHERE.search(text)
+    if not found:
+        return None
+    start = found.start(1)
+    query = text[start:]
+    if text[:start].endswith("`"):
+        query = query.partition("`")[0]
+    # What is in quotes neither ends a statement nor begins one.
+    bare, _, after = _blank_quotes(query).partition(";")
+    blank_line = _BLANK_LINE.search(bare)
+    if blank_line and not fenced and found[1][:1] in "Ss":  # a WITH may go on after one
+        bare, after = bare[: blank_line.start()], bare[blank_line.end() :] + after
+    if _AT_LINE.search(after):
+        return None
+    return query[: len(bare)].strip()
