@@ -1,0 +1,269 @@
+"""The SQL task's score: right answers in any dress, wrong ones however near, harmful ones never."""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from train import sql
+from train.sql_answer import find_query
+from train.sql_execute import open_databases, run, same_rows
+from train.sql_schemas import SCHEMAS
+
+
+def _gold(query: str, schema: str = "library") -> sql.SqlExample:
+    return sql.SqlExample(messages=(), schema=schema, question="", sql=query, form="", phrasing=0)
+
+
+NOVELS = _gold("SELECT title FROM book WHERE genre = 'novel'")
+BY_YEAR = _gold("SELECT title FROM book ORDER BY year DESC LIMIT 3")
+AUTHORS = _gold(
+    "SELECT book.title, author.name FROM book JOIN author ON book.author_id = author.id"
+)
+MEAN = _gold("SELECT AVG(pages) FROM book WHERE genre = 'novel'")
+
+
+@pytest.fixture(scope="module")
+def examples() -> list[sql.SqlExample]:
+    return (
+        sql.training_examples(150, seed=5)
+        + sql.evaluation_examples(150, seed=5)
+        + sql.evaluation_examples(100, seed=5, unseen_phrasings=True)
+    )
+
+
+def test_gold_is_right(examples: list[sql.SqlExample]) -> None:
+    for example in examples:
+        assert sql.score(example, example.sql), example.sql
+        assert sql.score(example, f"Here it is:\n```sql\n{example.sql};\n```\nIt works so.")
+
+
+@pytest.mark.parametrize(
+    ("example", "text"),
+    [
+        (NOVELS, "select title from book where genre='novel'"),
+        (NOVELS, "  SELECT\n  title\nFROM book\n  WHERE genre = 'novel' ;  "),
+        (NOVELS, "SELECT b.title FROM book AS b WHERE b.genre = 'novel'"),
+        (NOVELS, "SELECT book.title AS name_of_the_book FROM book WHERE book.genre = 'novel'"),
+        (NOVELS, "SELECT title FROM book WHERE genre IN ('novel') ORDER BY pages"),
+        (NOVELS, "SELECT `title` FROM `book` WHERE `genre` = 'novel'"),
+        (NOVELS, "WITH n AS (SELECT * FROM book WHERE genre = 'novel')\n\nSELECT title FROM n"),
+        (NOVELS, "Use `SELECT title FROM book WHERE genre = 'novel'` for this."),
+        (NOVELS, "You can select rows so:\nSELECT title FROM book WHERE genre = 'novel';\nDone."),
+        (NOVELS, "SELECT title FROM book WHERE genre = 'novel'\n\nThis lists the novels."),
+        (NOVELS, "SELECT title FROM book WHERE genre = 'novel'<|im_end|>\nSELECT 1"),
+        (NOVELS, "SQL: SELECT title FROM book WHERE genre = 'novel' -- novels; only\n"),
+        (NOVELS, "SELECT title FROM book WHERE genre = 'novel' OR genre = ';'"),
+        (BY_YEAR, "SELECT title FROM book ORDER BY -year LIMIT 3"),
+        (AUTHORS, "SELECT title, name FROM author, book WHERE author.id = author_id"),
+        (MEAN, "SELECT SUM(pages) * 1.0 / COUNT(*) FROM book WHERE genre = 'novel'"),
+    ],
+)
+def test_right_in_other_words(example: sql.SqlExample, text: str) -> None:
+    assert sql.score(example, text)
+
+
+@pytest.mark.parametrize(
+    ("example", "text"),
+    [
+        (NOVELS, ""),
+        (NOVELS, "I cannot answer that."),
+        (NOVELS, "SELECT title FROM book"),
+        (NOVELS, "SELECT title FROM book WHERE genre = 'poetry'"),
+        (NOVELS, "SELECT genre FROM book WHERE genre = 'novel'"),
+        (NOVELS, "SELECT title, genre FROM book WHERE genre = 'novel'"),
+        (NOVELS, "SELECT title FROM book WHERE genre = 'novel' LIMIT 1"),
+        (NOVELS, "SELECT title FROM book WHERE genre = 'novel' UNION ALL SELECT 'x'"),
+        (NOVELS, "SELECT title FROM books WHERE genre = 'novel'"),
+        (NOVELS, "SELECT title FROM book WHERE genre = 'novel"),
+        (NOVELS, "SELECT title FROM book WHERE genre = ?"),
+        (BY_YEAR, "SELECT title FROM book ORDER BY year LIMIT 3"),
+        (
+            BY_YEAR,
+            "SELECT title FROM (SELECT * FROM book ORDER BY year DESC LIMIT 3) ORDER BY year",
+        ),
+        (AUTHORS, "SELECT author.name, book.title FROM book JOIN author ON author_id = author.id"),
+        (AUTHORS, "SELECT title, name FROM book, author"),
+        (MEAN, "SELECT CAST(AVG(pages) AS INTEGER) FROM book WHERE genre = 'novel'"),
+    ],
+)
+def test_wrong(example: sql.SqlExample, text: str) -> None:
+    assert not sql.score(example, text)
+
+
+def _near_misses(example: sql.SqlExample) -> Iterator[tuple[str, str]]:
+    """The gold SQL with a filter dropped, another column, or another order, made as text."""
+    query = example.sql
+    for pattern in (
+        r" WHERE .+?(?= GROUP| ORDER|$)",
+        r" AND (?!\d).+?(?= GROUP| ORDER|$)",
+        r" HAVING .+$",
+    ):
+        if re.search(pattern, query):
+            yield "filter", re.sub(pattern, "", query, count=1)
+    if "BETWEEN" not in query and re.search(r" WHERE .+ AND ", query):
+        yield "filter", re.sub(r" WHERE .+? AND ", " WHERE ", query, count=1)
+    table = re.search(r" FROM (\w+)", query)
+    first = re.match(r"SELECT (?:\w+\((?:DISTINCT )?)?([\w.]+)", query)
+    if table and first and " GROUP BY" not in query:
+        prefix, dot, name = first[1].rpartition(".")
+        columns = next(
+            t for t in SCHEMAS[example.schema].tables if t.name == (prefix or table[1])
+        ).of_kind("name", "text", "number", "year")
+        numbers = re.match(r"SELECT (AVG|SUM|MIN)", query) is not None
+        for column in columns:
+            if column.name != name and (column.is_number or not numbers):
+                other = f"{prefix}{dot}{column.name}"
+                yield "column", query[: first.start(1)] + other + query[first.end(1) :]
+    if " ORDER BY" in query:
+        limit = re.search(r"( LIMIT \d+)?$", query)
+        assert limit
+        body = query[: limit.start()]
+        flipped = body.removesuffix(" DESC") if body.endswith(" DESC") else f"{body} DESC"
+        yield "order", flipped + limit[0]
+        yield "order", re.sub(r" ORDER BY [\w.]+( DESC)?", "", query)
+
+
+def test_near_misses_are_wrong(examples: list[sql.SqlExample]) -> None:
+    kinds: Counter[str] = Counter()
+    for example in examples:
+        for kind, query in _near_misses(example):
+            assert query != example.sql
+            kinds[kind] += 1
+            assert not sql.score(example, query), (example.sql, query)
+    assert kinds["filter"] > 150 and kinds["column"] > 500 and kinds["order"] > 50, kinds
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DROP TABLE book",
+        "SELECT title FROM book WHERE genre = 'novel'; DROP TABLE book",
+        "DROP TABLE book; SELECT title FROM book WHERE genre = 'novel'",
+        "SELECT title FROM book WHERE genre = 'novel'; SELECT title FROM book",
+        "INSERT INTO author SELECT id, title, title, 1 FROM book WHERE genre = 'novel'",
+        "WITH n AS (SELECT 1) DELETE FROM book",
+        "UPDATE book SET genre = 'novel'; SELECT title FROM book",
+        "ATTACH DATABASE 'stolen.db' AS stolen",
+        "VACUUM INTO 'stolen.db'; SELECT title FROM book WHERE genre = 'novel'",
+        "PRAGMA query_only = OFF; SELECT title FROM book WHERE genre = 'novel'",
+        "EXPLAIN SELECT title FROM book WHERE genre = 'novel'",
+        "SELECT name FROM sqlite_master",
+        "SELECT name FROM pragma_table_info('book')",
+        "SELECT load_extension('evil.so')",
+        "SELECT writefile('stolen.db', 'x')",
+        "SELECT randomblob(1000000000)",
+        "SELECT replace(group_concat(title), 'e', group_concat(title)) FROM book, author",
+        "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT n FROM c",
+        "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT COUNT(*) FROM c",
+        "SELECT COUNT(*) FROM book a, book b, book c, book d, book e, book f, book g, book h",
+        "SELECT a.title FROM book a, book b, book c, book d ORDER BY a.pages * b.pages",
+        f"SELECT '{'a' * 1500}' LIKE '{'%a' * 700}b' FROM book, author",
+        f"SELECT {'(' * 1500}1{')' * 1500}",
+        f"SELECT {'1 + ' * 5000}1",
+        "SELECT title FROM book WHERE genre = 'no\0vel'",
+        "SELECT '\ud800'",
+        "SELECT CAST(x'ff' AS TEXT)",
+        "SELECT 9e999, -9e999, 0x7fffffffffffffff + 1",
+        "SELECT abs(-9223372036854775808)",
+    ],
+)
+def test_harmful_sql_is_wrong_and_harmless(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    start = time.monotonic()
+    assert not sql.score(NOVELS, text)
+    assert time.monotonic() - start < 4
+    assert not list(tmp_path.iterdir())
+    assert sql.score(NOVELS, NOVELS.sql)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DROP TABLE book",
+        "DELETE FROM book",
+        "INSERT INTO author VALUES (99, 'x', 'y', 1)",
+        "CREATE TEMP TABLE t (x)",
+        "ATTACH DATABASE 'stolen.db' AS stolen",
+        "VACUUM INTO 'stolen.db'",
+        "PRAGMA query_only = OFF",
+        "PRAGMA writable_schema = ON",
+        "BEGIN",
+        "SELECT load_extension('evil.so')",
+        "SELECT hex(zeroblob(100))",
+        "SELECT sql FROM sqlite_master",
+        "SELECT 1; SELECT 2",
+    ],
+)
+def test_the_guard_alone_permits_reading_only(
+    statement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with open_databases(SCHEMAS["library"]) as databases:
+        before = run(databases[0], "SELECT * FROM book, author")
+        assert before
+        assert run(databases[0], statement) is None
+        assert run(databases[0], "SELECT * FROM book, author") == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_work_is_limited_not_the_time_alone() -> None:
+    # The limit in instructions makes a score independent of the machine's load.
+    endless = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT MAX(n) FROM c"
+    with open_databases(SCHEMAS["library"]) as databases:
+        start = time.monotonic()
+        assert run(databases[0], endless) is None
+        assert time.monotonic() - start < 1
+        bounded = endless.replace("FROM c)", "FROM c WHERE n < 1000)")
+        assert run(databases[0], bounded) == [(1000,)]
+        assert run(databases[0], "SELECT a.id FROM book a, book b, book c") is None  # many rows
+
+
+@pytest.mark.parametrize(
+    ("text", "query"),
+    [
+        ("SELECT 1", "SELECT 1"),
+        ("select 1;", "select 1"),
+        ("```\nSELECT 1\n```", "SELECT 1"),
+        ("```sql\nSELECT 1;\n```\nor\n```sql\nSELECT 2;\n```", "SELECT 1"),
+        ("```sqlite\nSELECT 1,\n\n  2", "SELECT 1,\n\n  2"),
+        ("The answer is: SELECT ';' FROM t; as you see", "SELECT ';' FROM t"),
+        ("SELECT 1 -- one; two\n;", "SELECT 1 -- one; two"),
+        ("With this query we get it.\nSELECT 1", "SELECT 1"),
+        ("WITH a(x) AS (SELECT 1) SELECT x FROM a", "WITH a(x) AS (SELECT 1) SELECT x FROM a"),
+        ("SELECT 1; SELECT 2", None),
+        ("SELECT 1\n\nSELECT 2", None),
+        ("SELECT 1;\n\nDROP TABLE t;", None),
+        ("There is none", None),
+    ],
+)
+def test_find_query(text: str, query: str | None) -> None:
+    assert find_query(text) == query
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "ordered", "same"),
+    [
+        ([(1,), (2,)], [(2,), (1,)], False, True),
+        ([(1,), (2,)], [(2,), (1,)], True, False),
+        ([(1,), (1,), (2,)], [(1,), (2,), (2,)], False, False),
+        ([(1,)], [(1,), (1,)], False, False),
+        ([(0.1 + 0.2,)], [(0.3,)], False, True),
+        ([(2,)], [(2.0,)], True, True),
+        ([(2.01,)], [(2.0,)], True, False),
+        ([("2",)], [(2,)], False, False),
+        ([(None,)], [(0,)], False, False),
+        ([(None, "a"), (1, "b")], [(1, "b"), (None, "a")], False, True),
+        ([("a",)], [("A",)], False, False),
+        ([(1, 2)], [(1,)], False, False),
+    ],
+)
+def test_same_rows(
+    a: list[tuple[object, ...]], b: list[tuple[object, ...]], ordered: bool, same: bool
+) -> None:
+    assert same_rows(a, b, ordered=ordered) is same
