@@ -1,0 +1,24 @@
+"""Plain Flax models with pretrained weights. They know nothing of LoRA."""
+
+from lora_jax.models.cache import Cache, init_cache
+from lora_jax.models.config import ConfigError, DecoderConfig, RopeScaling
+from lora_jax.models.decoder import Decoder
+from lora_jax.models.hub import ModelNotFound
+from lora_jax.models.keys import WeightsError, key_table, to_hf
+from lora_jax.models.load import from_pretrained
+from lora_jax.models.tokenizer import load_tokenizer
+
+__all__ = [
+    "Cache",
+    "ConfigError",
+    "Decoder",
+    "DecoderConfig",
+    "ModelNotFound",
+    "RopeScaling",
+    "WeightsError",
+    "from_pretrained",
+    "init_cache",
+    "key_table",
+    "load_tokenizer",
+    "to_hf",
+]

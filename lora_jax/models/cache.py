@@ -1,0 +1,48 @@
+"""The keys and values of tokens already seen: an explicit pytree, for decoding step by step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.models.config import DecoderConfig
+
+
+class Cache(NamedTuple):
+    """What attention needs of the tokens so far. Slot i holds the i-th token fed to the model.
+
+    Attributes:
+      key: [layers, batch, max_len, kv_heads, head_dim], rotated.
+      value: as key.
+      positions: [batch, max_len] int32, each slot's position; -1 in empty and padded slots.
+      filled: [] int32, how many slots are in use, padding included; the same for every row.
+      length: [batch] int32, the next token's position: how many tokens the row has, less padding.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    positions: jax.Array
+    filled: jax.Array
+    length: jax.Array
+
+
+def init_cache(config: DecoderConfig, batch: int, max_len: int, dtype: Any = jnp.float32) -> Cache:
+    """An empty cache.
+
+    Args:
+      config: the decoder's.
+      batch: how many rows.
+      max_len: how many tokens, padding included, the cache can hold. Writing beyond it overwrites
+        the last slots: under jit nothing can raise.
+      dtype: of keys and values; the model's compute dtype.
+    """
+    shape = (config.num_hidden_layers, batch, max_len, config.num_key_value_heads, config.head_dim)
+    return Cache(
+        key=jnp.zeros(shape, dtype),
+        value=jnp.zeros(shape, dtype),
+        positions=jnp.full((batch, max_len), -1, jnp.int32),
+        filled=jnp.zeros((), jnp.int32),
+        length=jnp.zeros((batch,), jnp.int32),
+    )

@@ -1,0 +1,258 @@
+"""Decoder-only language models in Flax Linen: Llama, SmolLM2, Mistral, Qwen2, Qwen3."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import lax
+
+from lora_jax.models.cache import Cache
+from lora_jax.models.config import DecoderConfig
+from lora_jax.models.layers import DecoderLayer, PerLayer, RMSNorm, Step
+from lora_jax.models.rope import rotations
+
+
+class Decoder(nn.Module):
+    """A causal language model whose layers are scanned, so compile time is flat in the depth.
+
+    Parameters are a plain nested dict under Hugging Face's module names, less the layer number:
+    ``model/layers/self_attn/q_proj/kernel`` is [layers, d_model, heads * head_dim].
+
+    Attributes:
+      config: the options of the forward pass.
+      dtype: of the computation. RMSNorm's statistics, RoPE, softmax and logits are fp32 always.
+      param_dtype: of the parameters that ``init`` makes.
+      remat: recompute each layer in the backward pass. True keeps nothing but the layer's input;
+        a name of ``jax.checkpoint_policies`` keeps what that policy says.
+      constrain: applied to the residual stream, [batch, seq, d_model], at the layers' borders: a
+        place for ``jax.lax.with_sharding_constraint``.
+    """
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: bool | str = False
+    constrain: Callable[[jax.Array], jax.Array] | None = None
+
+    def setup(self) -> None:
+        self.model = _Trunk(self.config, self.dtype, self.param_dtype, self.remat, self.constrain)
+        if not self.config.tie_word_embeddings:
+            self.lm_head = nn.Dense(
+                self.config.vocab_size,
+                use_bias=False,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                kernel_init=nn.initializers.normal(self.config.initializer_range),
+                dot_general=_dot_fp32,
+            )
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+        segment_ids: jax.Array | None = None,
+        logits_at: jax.Array | None = None,
+        return_hidden: bool = False,
+    ) -> Any:
+        """Predicts each next token.
+
+        Args:
+          input_ids: [batch, seq], int. An id outside the vocabulary gives NaN.
+          attention_mask: [batch, seq], 0 or False at padding, which may be left or right; None for
+            no padding. With a cache it speaks of the new tokens only.
+          positions: [batch, seq], int; by default counted over the tokens that are not padding,
+            from the cache's length or from each segment's start.
+          cache: keys and values so far, from ``init_cache`` or from the last call.
+          segment_ids: [batch, seq], int, for several sequences packed in one row: a token sees
+            those of its own (contiguous) segment only.
+          logits_at: [batch, n], int: compute logits at these indices of seq only.
+          return_hidden: return the final hidden states, [batch, seq, d_model], instead of logits;
+            ``head`` turns them into logits.
+
+        Returns:
+          Logits, [batch, seq, vocab] or [batch, n, vocab], fp32; with a cache, a pair of that and
+          the new cache.
+
+        Raises:
+          ValueError: for segment_ids together with a cache, or more tokens than a cache can hold.
+        """
+        hidden, new_cache = self.model(input_ids, attention_mask, positions, cache, segment_ids)
+        if logits_at is not None:
+            hidden = jnp.take_along_axis(hidden, logits_at[..., None], axis=1)
+        out = hidden if return_hidden else self.head(hidden)
+        return out if new_cache is None else (out, new_cache)
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Logits of final hidden states.
+
+        For a loss that never holds all logits at once:
+        ``model.apply({"params": params}, hidden_chunk, method="head")``.
+
+        Args:
+          hidden: [..., d_model].
+
+        Returns:
+          [..., vocab], fp32.
+        """
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(hidden)
+        embedding = self.model.embed_tokens.embedding.astype(self.dtype)
+        contract = (((hidden.ndim - 1,), (1,)), ((), ()))
+        return _dot_fp32(hidden.astype(self.dtype), embedding, contract)
+
+
+class _Trunk(nn.Module):
+    """Embedding, scanned layers and the final norm: everything but the head."""
+
+    config: DecoderConfig
+    dtype: Any
+    param_dtype: Any
+    remat: bool | str
+    constrain: Callable[[jax.Array], jax.Array] | None
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.embed_tokens = nn.Embed(
+            cfg.vocab_size,
+            cfg.hidden_size,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            embedding_init=nn.initializers.normal(cfg.initializer_range),
+        )
+        scanned = nn.scan(
+            _rematerialised(DecoderLayer, self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0),
+            length=cfg.num_hidden_layers,
+        )
+        self.layers = scanned(cfg, self.dtype, self.param_dtype, self.constrain)
+        self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype, self.param_dtype)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None,
+        positions: jax.Array | None,
+        cache: Cache | None,
+        segment_ids: jax.Array | None,
+    ) -> tuple[jax.Array, Cache | None]:
+        seq = input_ids.shape[1]
+        if cache is not None and segment_ids is not None:
+            raise ValueError("a cache holds one sequence per row: segment_ids cannot go with it")
+        if cache is not None and seq > cache.positions.shape[1]:
+            raise ValueError(
+                f"{seq} tokens do not fit into a cache of {cache.positions.shape[1]} slots"
+            )
+        present = jnp.ones(input_ids.shape, bool)
+        if attention_mask is not None:
+            present = attention_mask.astype(bool)
+        if positions is None:
+            positions = _count_positions(present, segment_ids, cache)
+        positions = positions.astype(jnp.int32)
+
+        slots = jnp.where(present, positions, -1)  # [batch, seq]
+        first = jnp.zeros((), jnp.int32)
+        if cache is not None:
+            first = cache.filled
+            slots = lax.dynamic_update_slice(cache.positions, slots, (0, first))
+        mask, window_mask = _masks(self.config, positions, slots, first, segment_ids)
+        cos, sin = rotations(positions, self.config)
+        step = Step(cos, sin, mask, window_mask, None if cache is None else first)
+
+        x = self.embed_tokens(input_ids)
+        if self.constrain is not None:
+            x = self.constrain(x)
+        windowed = np.zeros(self.config.num_hidden_layers, bool)
+        windowed[list(self.config.windowed_layers)] = True
+        per_layer = PerLayer(
+            jnp.asarray(windowed),
+            None if cache is None else cache.key,
+            None if cache is None else cache.value,
+        )
+        x, new = self.layers(x, step, per_layer)
+        x = self.norm(x)
+        if cache is None:
+            return x, None
+        start = (0, 0, first, 0, 0)
+        return x, Cache(
+            key=lax.dynamic_update_slice(cache.key, new[0].astype(cache.key.dtype), start),
+            value=lax.dynamic_update_slice(cache.value, new[1].astype(cache.value.dtype), start),
+            positions=slots,
+            filled=first + seq,
+            length=jnp.maximum(cache.length, jnp.max(slots, axis=1) + 1),
+        )
+
+
+def _rematerialised(layer: type[nn.Module], remat: bool | str) -> Any:
+    if remat is False:
+        return layer
+    policy = None
+    if isinstance(remat, str):
+        policy = getattr(jax.checkpoint_policies, remat, None)
+        if policy is None:
+            names = [name for name in dir(jax.checkpoint_policies) if not name.startswith("_")]
+            raise ValueError(f"remat policy {remat!r} is not one of {', '.join(names)}")
+    # Inside a scan, nothing can be merged with the forward pass: the barrier would only cost.
+    return nn.remat(layer, policy=policy, prevent_cse=False)
+
+
+def _count_positions(
+    present: jax.Array, segment_ids: jax.Array | None, cache: Cache | None
+) -> jax.Array:
+    """[batch, seq] int32: the number of real tokens before each one, in its row or segment."""
+    count = jnp.cumsum(present, axis=1, dtype=jnp.int32) - 1
+    if segment_ids is not None:
+        changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+        starts = jnp.concatenate([jnp.ones_like(changed[:, :1]), changed], axis=1)
+        before = count - present.astype(jnp.int32) + 1  # real tokens before this slot
+        count = count - lax.cummax(jnp.where(starts, before, 0), axis=1)
+    if cache is not None:
+        count = count + cache.length[:, None]
+    return jnp.maximum(count, 0)
+
+
+def _masks(
+    config: DecoderConfig,
+    positions: jax.Array,
+    slots: jax.Array,
+    first: jax.Array,
+    segment_ids: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Where queries may look: in all layers, and in those with a sliding window.
+
+    Args:
+      config: the decoder's.
+      positions: [batch, seq], the queries'.
+      slots: [batch, keys], the keys' positions, -1 where there is nothing to see.
+      first: [], the slot of the first query.
+      segment_ids: [batch, seq] or None.
+
+    Returns:
+      Two masks, [batch, 1, seq, keys] bool; the second is None where all layers
+      use the first.
+    """
+    queries = first + jnp.arange(positions.shape[1], dtype=jnp.int32)
+    causal = jnp.arange(slots.shape[1], dtype=jnp.int32)[None, :] <= queries[:, None]
+    mask = causal[None] & (slots >= 0)[:, None, :]
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    mask = mask[:, None]
+    if config.sliding_window is None:
+        return mask, None
+    near = positions[:, :, None] - slots[:, None, :] < config.sliding_window
+    window_mask = mask & near[:, None]
+    if len(config.windowed_layers) == config.num_hidden_layers:
+        return window_mask, None
+    return mask, window_mask
+
+
+_dot_fp32 = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)

@@ -1,0 +1,179 @@
+"""GGUF files: metadata to a configuration, quantised tensors to fp32, under our source's names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.models.config import ConfigError, DecoderConfig, RopeScaling
+from lora_jax.models.keys import WeightsError
+
+_FAMILY = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+class GGUFFile:
+    """A GGUF file of architecture llama, qwen2 or qwen3; ``read`` dequantises to fp32.
+
+    Attributes:
+      metadata: the file's key-value pairs.
+
+    Raises:
+      ConfigError: for another architecture or an option that is not supported, by name.
+      WeightsError: if the file is damaged or cut short.
+    """
+
+    def __init__(self, path: Path):
+        self.where = str(path)
+        self._gguf, reader = open_gguf(path)
+        self.metadata = {name: field.contents() for name, field in reader.fields.items()}
+        self._tensors = {_hf_name(t.name): t for t in reader.tensors}
+        self.shapes = {
+            name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()
+        }
+        try:
+            self.config = config_from_gguf(self.metadata, self.shapes)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def read(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name]
+        try:
+            array = self._gguf.dequantize(tensor.data, tensor.tensor_type)
+        except (ValueError, NotImplementedError) as error:
+            raise WeightsError(f"{self.where}: cannot read {tensor.name}: {error}") from None
+        array = np.asarray(array, np.float32).reshape(self.shapes[name])
+        if self.config.model_type == "llama":
+            if ".q_proj." in name:
+                return _unpermute(array, self.config.num_attention_heads)
+            if ".k_proj." in name:
+                return _unpermute(array, self.config.num_key_value_heads)
+        return array
+
+
+def open_gguf(path: Path) -> tuple[Any, Any]:
+    """The gguf package and a reader of the file.
+
+    Raises:
+      ImportError: if the gguf package is not installed.
+      WeightsError: if the file is damaged or cut short.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise ImportError("reading a GGUF file needs the package gguf: pip install gguf") from None
+    try:
+        return gguf, gguf.GGUFReader(path)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the reader raises whatever its cursor runs into
+        raise WeightsError(f"{path} is damaged or cut short: {error}") from None
+
+
+def config_from_gguf(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> DecoderConfig:
+    """A configuration from GGUF metadata.
+
+    Args:
+      metadata: the file's key-value pairs.
+      shapes: Hugging Face's name -> shape, for what the metadata does not say: biases, the vocab
+        and whether the head is tied.
+
+    Raises:
+      ConfigError: names what is missing or not supported.
+    """
+    arch = metadata.get("general.architecture")
+    if arch not in _FAMILY:
+        raise ConfigError(
+            f"GGUF architecture {arch!r} is not supported; supported are {', '.join(_FAMILY)}"
+        )
+
+    def get(name: str, default: Any = None) -> Any:
+        value = metadata.get(f"{arch}.{name}", default)
+        if value is None:
+            raise ConfigError(f"the metadata lacks {arch}.{name}")
+        # fp32 in the file: the shortest decimal is the number that was meant.
+        return float(str(np.float32(value))) if isinstance(value, float) else value
+
+    heads, width = get("attention.head_count"), get("embedding_length")
+    head_dim = get("attention.key_length", width // heads)
+    supported = {
+        "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim,
+        "expert_count": 0,
+    }
+    for name, value in supported.items():
+        if get(name, value) != value:
+            raise ConfigError(f"{arch}.{name}={get(name)} is not supported, only {value} is")
+    if "rope_freqs.weight" in shapes:
+        raise ConfigError("RoPE with scaled frequencies (rope_freqs.weight) is not supported")
+    scaling = None
+    kind = get("rope.scaling.type", "none")
+    if kind == "linear":
+        scaling = RopeScaling(kind="linear", factor=get("rope.scaling.factor"))
+    elif kind != "none":
+        raise ConfigError(f"RoPE scaling {kind!r} is not supported")
+    if "model.embed_tokens.weight" not in shapes:
+        raise WeightsError("there is no token_embd.weight")
+    eos = metadata.get("tokenizer.ggml.eos_token_id")
+    return DecoderConfig(
+        model_type=_FAMILY[arch],
+        vocab_size=shapes["model.embed_tokens.weight"][0],
+        hidden_size=width,
+        intermediate_size=get("feed_forward_length"),
+        num_hidden_layers=get("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=get("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
+        rope_theta=get("rope.freq_base", 10000.0),
+        rope_scaling=scaling,
+        max_position_embeddings=get("context_length"),
+        tie_word_embeddings="lm_head.weight" not in shapes,
+        qkv_bias="model.layers.0.self_attn.q_proj.bias" in shapes,
+        o_bias="model.layers.0.self_attn.o_proj.bias" in shapes,
+        mlp_bias="model.layers.0.mlp.gate_proj.bias" in shapes,
+        qk_norm=arch == "qwen3",
+        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        eos_token_ids=() if eos is None else (eos,),
+        pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
+    )
+
+
+def _hf_name(name: str) -> str:
+    """Hugging Face's name; a name that the table does not know stays, and is refused later."""
+    if name in _TOP:
+        return _TOP[name]
+    parts = name.split(".")
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _BLOCK:
+        return f"model.layers.{parts[1]}.{_BLOCK[parts[2]]}.{parts[3]}"
+    return name
+
+
+def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of q and k in Hugging Face's order.
+
+    GGUF's llama rotates neighbouring rows (0, 1), Hugging Face row i with i + head_dim/2.
+    """
+    pairs = array.reshape(heads, -1, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)

