@@ -3,6 +3,7 @@
 from lora_jax.models.cache import Cache, init_cache
 from lora_jax.models.config import ConfigError, DecoderConfig, RopeScaling
 from lora_jax.models.decoder import Decoder
+from lora_jax.models.generate import generate
 from lora_jax.models.hub import ModelNotFound
 from lora_jax.models.keys import WeightsError, key_table, to_hf
 from lora_jax.models.load import from_pretrained
@@ -17,6 +18,7 @@ __all__ = [
     "RopeScaling",
     "WeightsError",
     "from_pretrained",
+    "generate",
     "init_cache",
     "key_table",
     "load_tokenizer",

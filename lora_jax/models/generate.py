@@ -1,0 +1,192 @@
+"""Text generation: prefill and a decoding loop with a key/value cache, in one compiled function."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.models.cache import Cache, init_cache
+from lora_jax.models.decoder import Decoder
+
+
+def generate(
+    model: Decoder,
+    params: Any,
+    input_ids: jax.typing.ArrayLike,
+    attention_mask: jax.typing.ArrayLike | None = None,
+    *,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    key: jax.Array | None = None,
+    apply: Callable[..., Any] | None = None,
+) -> jax.Array:
+    """Continues each prompt, greedily or by sampling.
+
+    One function is compiled per prompt shape, ``max_new_tokens`` and number of EOS tokens. Other
+    prompts, weights, temperatures, top_p, top_k and keys run the same code, and weights are its
+    arguments, never constants in it. The loop ends once every row has ended.
+
+    Args:
+      model: gives the configuration, the cache's dtype, and ``model.apply`` by default.
+      params: handed on as ``apply({"params": params}, ...)``; any pytree.
+      input_ids: [batch, seq], int. Pad on the left or on the right.
+      attention_mask: [batch, seq], 0 at padding; None for no padding.
+      max_new_tokens: how many tokens to add at most.
+      eos_token_id: what ends a row; by default the configuration's.
+      pad_token_id: what follows the end; by default the configuration's, else the first EOS, else
+        0.
+      temperature: divides the logits before sampling; 0 takes the most likely token.
+      top_p: sample from the fewest tokens whose probabilities add up to it (Holtzman et al. 2020).
+      top_k: sample from that many tokens, before top_p.
+      key: needed where temperature is above 0.
+      apply: a function with ``model.apply``'s signature to run in its place, such as
+        ``lora_jax.adapt(model.apply)``. Keep one and pass it again: each new function compiles.
+
+    Returns:
+      [batch, max_new_tokens], int32: the new tokens, EOS included, then padding.
+
+    Raises:
+      ValueError: for max_new_tokens < 1, or a temperature above 0 without a key.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if temperature > 0 and key is None:
+        raise ValueError("sampling (temperature > 0) needs a key, such as jax.random.key(0)")
+    config = model.config
+    if eos_token_id is None:
+        eos_token_id = config.eos_token_ids
+    eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    if pad_token_id is None:
+        pad_token_id = config.pad_token_id
+    if pad_token_id is None:
+        pad_token_id = eos[0] if eos else 0
+    ids = jnp.asarray(input_ids, jnp.int32)
+    mask = (
+        jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
+    )
+    sampling = _Sampling(
+        temperature=jnp.asarray(temperature, jnp.float32),
+        top_p=jnp.asarray(top_p, jnp.float32),
+        top_k=jnp.asarray(config.vocab_size if top_k is None else top_k, jnp.int32),
+    )
+    return _generate(
+        params,
+        ids,
+        mask,
+        jnp.asarray(eos, jnp.int32),
+        jnp.asarray(pad_token_id, jnp.int32),
+        sampling,
+        jax.random.key(0) if key is None else key,
+        model=model,
+        apply=apply,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+class _Sampling(NamedTuple):
+    """[] each; see ``generate``."""
+
+    temperature: jax.Array
+    top_p: jax.Array
+    top_k: jax.Array
+
+
+class _Loop(NamedTuple):
+    """The decoding loop's state.
+
+    Attributes:
+      step: [] int32, how many tokens are written.
+      tokens: [batch, max_new_tokens] int32.
+      last: [batch] int32, each row's newest token.
+      done: [batch] bool.
+      cache: up to, and without, ``last``.
+    """
+
+    step: jax.Array
+    tokens: jax.Array
+    last: jax.Array
+    done: jax.Array
+    cache: Cache
+
+
+# Static arguments are compared: equal models share what was compiled.
+@functools.partial(jax.jit, static_argnames=("model", "apply", "max_new_tokens"))
+def _generate(
+    params: Any,
+    ids: jax.Array,
+    mask: jax.Array,
+    eos: jax.Array,
+    pad: jax.Array,
+    sampling: _Sampling,
+    key: jax.Array,
+    *,
+    model: Decoder,
+    apply: Callable[..., Any] | None,
+    max_new_tokens: int,
+) -> jax.Array:
+    run: Any = model.apply if apply is None else apply
+    batch, seq = ids.shape
+
+    def forward(ids: jax.Array, mask: jax.Array, old: Cache, at: jax.Array) -> Any:
+        logits, new = run(
+            {"params": params}, ids, attention_mask=mask, cache=old, logits_at=at[:, None]
+        )
+        return logits[:, 0], new
+
+    def write(state: _Loop, logits: jax.Array, cache: Cache) -> _Loop:
+        new = _choose(logits, sampling, jax.random.fold_in(key, state.step))
+        new = jnp.where(state.done, pad, new)
+        tokens = lax.dynamic_update_slice(state.tokens, new[:, None], (0, state.step))
+        done = state.done | jnp.isin(new, eos)
+        return _Loop(state.step + 1, tokens, new, done, cache)
+
+    def unfinished(state: _Loop) -> jax.Array:
+        return (state.step < max_new_tokens) & ~jnp.all(state.done)
+
+    def decode(state: _Loop) -> _Loop:
+        fed = ~state.done  # a row that has ended feeds padding
+        here = jnp.zeros((batch,), jnp.int32)
+        return write(state, *forward(state.last[:, None], fed[:, None], state.cache, here))
+
+    # The last token is never fed.
+    cache = init_cache(model.config, batch, seq + max_new_tokens - 1, model.dtype)
+    start = _Loop(
+        step=jnp.zeros((), jnp.int32),
+        tokens=jnp.broadcast_to(pad, (batch, max_new_tokens)),
+        last=jnp.zeros((batch,), jnp.int32),
+        done=jnp.zeros((batch,), bool),
+        cache=cache,
+    )
+    last_real = seq - 1 - jnp.argmax(mask[:, ::-1], axis=1).astype(jnp.int32)
+    state = write(start, *forward(ids, mask, cache, last_real))
+    return lax.while_loop(unfinished, decode, state).tokens
+
+
+def _choose(logits: jax.Array, sampling: _Sampling, key: jax.Array) -> jax.Array:
+    """[batch] int32: the next tokens, from logits [batch, vocab]. Sorts only if it samples."""
+
+    def greedy(logits: jax.Array) -> jax.Array:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def sample(logits: jax.Array) -> jax.Array:
+        scores = logits / sampling.temperature
+        ranked = -jnp.sort(-scores, axis=-1)
+        rank = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+        ranked = jnp.where(rank < sampling.top_k, ranked, -jnp.inf)
+        probs = jax.nn.softmax(ranked, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs  # mass of the more likely tokens
+        kept = (rank == 0) | ((rank < sampling.top_k) & (before < sampling.top_p))
+        least = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
+        scores = jnp.where(scores >= least, scores, -jnp.inf)
+        return jax.random.categorical(key, scores, axis=-1).astype(jnp.int32)
+
+    return lax.cond(sampling.temperature > 0, sample, greedy, logits)
