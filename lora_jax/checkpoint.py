@@ -287,4 +287,6 @@ def _read_arrays(folder: Path, metadata: Mapping[str, Any]) -> dict[str, dict[st
                 raise AdapterError(
                     f"the adapter {folder} is damaged: {path}/{name} is not what was saved"
                 )
-    return restored["adapter"]
+    # Through the host: Orbax commits arrays to a device, and a function compiled for arrays that
+    # are not committed would compile again.
+    return jax.tree.map(np.asarray, restored["adapter"])

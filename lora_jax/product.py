@@ -26,6 +26,19 @@ from jax import lax
 from lora_jax.axes import AxisRoles, Label
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ForMessages:
+    """A path, equal to every other: layers that share a jitted function share its compilation."""
+
+    path: str
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ForMessages)
+
+    def __hash__(self) -> int:
+        return 0
+
+
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Factored:
@@ -46,11 +59,12 @@ class Factored:
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         children = (self.base, self.a, self.b, self.scale, self.key)
-        return children, (self.labels, self.dropout, self.path)
+        return children, (self.labels, self.dropout, _ForMessages(self.path))
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], children: tuple[Any, ...]) -> "Factored":
-        return cls(*children, *static)
+        labels, dropout, name = static
+        return cls(*children, labels, dropout, name.path)
 
     def axes(self, label: Label) -> tuple[int, ...]:
         """The base's axes with this role, in order."""
@@ -62,7 +76,7 @@ class Factored:
 
     def merged(self) -> jax.Array:
         """W + s·AB as one array, summed in fp32 (or wider) and rounded once to W's dtype."""
-        wide = jnp.promote_types(self.base.dtype, jnp.float32)
+        wide = _wide(self.base.dtype)
         return (self.base.astype(wide) + self.delta(wide)).astype(self.base.dtype)
 
     def delta(self, dtype: Any) -> jax.Array:
@@ -166,7 +180,7 @@ def _delta(
             (x_batch, tuple(stack.index(axis) for axis in w_batch)),
         ),
         precision=precision,
-        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        preferred_element_type=_wide(x.dtype),
         out_sharding=_rank_sharding(x, x_batch, x_free, len(free_stack)) if sharded else None,
     )
     scale = lax.transpose(weight.scale, [stack.index(axis) for axis in (*w_batch, *free_stack)])
@@ -199,6 +213,11 @@ def _delta(
     free_w = sorted((*free_stack, *far_axes))
     want = [*w_batch, *free_w, *free_x] if weight_first else [*w_batch, *free_x, *free_w]
     return lax.transpose(delta, [have.index(axis) for axis in want])
+
+
+def _wide(dtype: Any) -> Any:
+    """The dtype to accumulate in: fp32, or fp64 where the operands are."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def dropped(x: jax.Array, weight: Factored) -> jax.Array:

@@ -24,8 +24,24 @@ _NOT_LINEAR = re.compile(
 _SIDE_LEAVES = frozenset({"bias", "b", "scale", "offset", "mean", "var", "gamma", "beta"})
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraRule:
+class _Shown:
+    """Shows a rule as it was written: only the fields that are not the default."""
+
+    def __repr__(self) -> str:
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        shown = [f for f in fields if getattr(self, f.name) != f.default]
+        inside = ", ".join(f"{f.name}={_shown(getattr(self, f.name))}" for f in shown)
+        return f"{type(self).__name__}({inside})"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return repr(list(value))
+    return getattr(value, "__name__", None) or repr(value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class LoraRule(_Shown):
     """Adapts each kernel that `targets` selects: W becomes W + s·AB, A and B trained.
 
     Args:
@@ -84,8 +100,8 @@ class LoraRule:
         return alpha / (math.sqrt(self.rank) if self.scaling == "alpha/sqrt(rank)" else self.rank)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainRule:
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class TrainRule(_Shown):
     """Trains the leaves that `targets` selects in full: a head, norms, biases; ``".*"`` is all.
 
     `targets` is a string, `re.fullmatch`\\ ed on the whole path of the leaf, or a list of names,

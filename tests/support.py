@@ -14,6 +14,8 @@ from flax import nnx
 from jax import lax
 
 import lora_jax as lj
+from lora_jax.paths import flatten_with_paths
+from lora_jax.weight import is_node
 
 Params = Any
 
@@ -27,16 +29,26 @@ def draw(key: int, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
 
 
 def with_random_factors(params: Params, seed: int = 7) -> Params:
-    """An adapted tree whose A and B are random and far from zero, so that the adapter is seen."""
+    """An adapted tree whose A and B are random and far from zero, so that the adapter is seen.
+
+    (What pads the ranks of a stack stays zero, as training leaves it.)
+    """
     adapter, base = lj.split(params)
+    nodes, _ = flatten_with_paths(params, is_leaf=is_node)
+    weights = {path: node for path, node in nodes if path in adapter}
+
+    def changed(path: str, name: str, value: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), len(path) * 31 + ord(name[0]))
+        noise = jax.random.normal(key, value.shape, value.dtype) * jnp.asarray(0.3, value.dtype)
+        node = weights[path]
+        if len(node.ranks) > 1:
+            used = jnp.arange(node.rank) < jnp.asarray(node.ranks)[:, None]
+            noise = noise * used.reshape(*used.shape, *[1] * (value.ndim - 2)).astype(value.dtype)
+        return value + noise
+
     adapter = {
-        path: {
-            name: value
-            + jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), value.shape, value.dtype)
-            * jnp.asarray(0.3, value.dtype)
-            for name, value in parts.items()
-        }
-        for i, (path, parts) in enumerate(adapter.items())
+        path: {name: changed(path, name, value) for name, value in parts.items()}
+        for path, parts in adapter.items()
     }
     return lj.join(adapter, base)
 

@@ -93,7 +93,9 @@ def test_no_frozen_gradient(program):
     assert kernels(ours.as_text()) == []
     assert kernels(control.as_text()), "the judge must see naive merging"
     size = ours.memory_analysis().output_size_in_bytes
-    assert size <= sum(v.nbytes for v in jax.tree.leaves(adapter)) + 8 * len(jax.tree.leaves(adapter))
+    assert size <= sum(v.nbytes for v in jax.tree.leaves(adapter)) + 8 * len(
+        jax.tree.leaves(adapter)
+    )
 
 
 @programs

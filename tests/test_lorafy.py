@@ -1,0 +1,238 @@
+"""The transform of a tree, and what it keeps."""
+
+import subprocess
+import sys
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lora_jax as lj
+from tests.support import PROGRAMS, NnxModel, assert_close, assert_identical, draw
+
+KERNEL = {"q_proj": {"kernel": draw(1, (5, 7)), "bias": draw(2, (7,))}}
+RULE = lj.LoraRule(targets=["q_proj"], rank=2, alpha=3.0)
+
+
+def llama_2_7b():
+    """The abstract tree of Llama-2-7B: 6,738,415,616 parameters."""
+
+    def shaped(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    d, f, n, v = 4096, 11008, 32, 32000
+    attention = {f"{name}_proj": {"kernel": shaped(n, d, d)} for name in "qkvo"}
+    mlp = {name: {"kernel": shaped(n, d, f)} for name in ("gate_proj", "up_proj")}
+    mlp["down_proj"] = {"kernel": shaped(n, f, d)}
+    norms = {f"{name}_layernorm": {"scale": shaped(n, d)} for name in ("input", "post_attention")}
+    layers = {"self_attn": attention, "mlp": mlp, **norms}
+    return {
+        "model": {
+            "embed_tokens": {"embedding": shaped(v, d)},
+            "layers": layers,
+            "norm": {"scale": shaped(d)},
+        },
+        "lm_head": {"kernel": shaped(d, v)},
+    }
+
+
+def test_llama_2_7b_is_counted_from_shapes_alone():
+    start = time.perf_counter()
+    tree = lj.lorafy(llama_2_7b(), [lj.LoraRule(targets=["q_proj", "v_proj"], rank=8)])
+    line = lj.summary(tree)
+    assert time.perf_counter() - start < 5  # about 0.2 s; a second of real weights takes minutes
+    assert line == (
+        "trainable params: 4,194,304 || all params: 6,742,609,920 || trainable%: 0.0622"
+    )
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
+def test_factors_have_the_documented_shapes_and_draws():
+    tree = lj.lorafy(PROGRAMS[2].params(jnp.float32), PROGRAMS[2].rules)
+    query = tree["query"]["kernel"]  # [5, 3, 7]: in 0, out 1 and 2
+    assert (query.a.shape, query.b.shape, query.scale.shape) == ((2, 5), (2, 3, 7), ())
+    big = lj.lorafy({"w": jnp.zeros((400, 300))}, [lj.LoraRule(targets=["w"], rank=50)])["w"]
+    assert np.abs(big.a).max() <= 1 / 20
+    assert_close(np.std(big.a) * np.sqrt(3) * 20, 1.0, 0.02)
+    assert not big.b.any() and big.a.dtype == big.b.dtype == jnp.float32
+
+
+def test_batch_axes_get_independent_draws_and_are_no_fan_in():
+    stack = lj.lorafy({"w": jnp.zeros((3, 400, 5))}, [lj.LoraRule(targets=["w"], rank=20)])["w"]
+    assert stack.a.shape == (3, 20, 400)
+    assert_close(np.abs(stack.a).max(), 1 / 20, 0.01)
+    assert np.abs(stack.a[0] - stack.a[1]).max() > 0.01
+
+
+def test_untouched_leaves_and_the_base_are_the_same_objects():
+    tree = lj.lorafy(KERNEL, [RULE])
+    assert tree["q_proj"]["kernel"].base is KERNEL["q_proj"]["kernel"]
+    assert tree["q_proj"]["bias"] is KERNEL["q_proj"]["bias"]
+
+
+def test_a_trained_leaf_is_a_copy_that_can_be_donated():
+    tree = lj.lorafy(KERNEL, [lj.TrainRule(targets=["bias"])])
+    adapter, base = lj.split(tree)
+    jax.jit(lambda adapter: jax.tree.map(jnp.negative, adapter), donate_argnums=0)(adapter)
+    assert not KERNEL["q_proj"]["bias"].is_deleted()
+
+
+def test_draws_are_the_same_in_every_process():
+    code = (
+        "import jax.numpy as jnp, lora_jax as lj;"
+        "t = lj.lorafy({'w': jnp.zeros((5, 7))}, [lj.LoraRule(targets=['w'], rank=2)]);"
+        "print(t['w'].a.tolist())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    here = lj.lorafy({"w": jnp.zeros((5, 7))}, [lj.LoraRule(targets=["w"], rank=2)])["w"].a
+    assert run.stdout.strip() == str(here.tolist())
+
+
+def test_another_key_gives_other_draws():
+    one, two = (lj.lorafy(KERNEL, [RULE], key=jax.random.key(seed)) for seed in (0, 1))
+    assert np.abs(one["q_proj"]["kernel"].a - two["q_proj"]["kernel"].a).max() > 0.01
+    assert_identical(lj.lorafy(KERNEL, [RULE]), one)
+
+
+def test_ranks_that_differ_are_padded_with_zeros_which_are_not_counted():
+    rules = [lj.LoraRule(targets=["w"], layers=[0], rank=2), lj.LoraRule(targets=["w"], rank=5)]
+    weight = lj.lorafy({"w": jnp.zeros((3, 7, 11))}, rules)["w"]
+    assert weight.ranks == (2, 5, 5) and weight.a.shape == (3, 5, 7)
+    assert not weight.a[0, 2:].any() and weight.a[0, :2].all() and weight.a[1].all()
+    assert lj.count_params({"w": weight})[0] == (2 + 5 + 5) * (7 + 11)
+
+
+def test_padding_is_a_fixed_point_of_training(float64):
+    rules = [lj.LoraRule(targets=["w"], layers=[0], rank=2), lj.LoraRule(targets=["w"], rank=5)]
+    tree = lj.lorafy({"w": draw(1, (2, 7, 7), jnp.float64)}, rules)
+    adapter, base = lj.split(tree)
+    adapter["w"]["b"] = adapter["w"]["b"] + tree["w"].a.sum(-1)[..., None] * 0.1
+
+    def loss(adapter):
+        return jnp.sum(
+            jnp.sin(
+                lj.adapt(lambda p, x: x @ p["w"][0] @ p["w"][1])(
+                    lj.join(adapter, base), draw(3, (13, 7), jnp.float64)
+                )
+            )
+        )
+
+    with jax.numpy_dtype_promotion("standard"):
+        gradient = jax.grad(loss)(adapter)["w"]
+    assert not gradient["a"][0, 2:].any() and not gradient["b"][0, 2:].any()
+    assert gradient["a"][0, :2].any() and gradient["b"][0, :2].any()
+
+
+@pytest.mark.parametrize("init", [lj.init.kaiming, lj.init.gaussian, lj.init.orthogonal])
+def test_initialisers_leave_the_function_alone(init):
+    tree = lj.lorafy(KERNEL, [lj.LoraRule(targets=["q_proj"], rank=4, alpha=3.0, init=init)])
+    assert_close(lj.merge(tree), KERNEL, 1e-6)
+    weight = tree["q_proj"]["kernel"]
+    assert weight.a.any() and bool(weight.b.any()) == (init is lj.init.orthogonal)
+
+
+def test_orthogonal_needs_an_even_rank():
+    with pytest.raises(ValueError, match="even rank"):
+        lj.lorafy(KERNEL, [lj.LoraRule(targets=["q_proj"], rank=3, init=lj.init.orthogonal)])
+
+
+def test_an_initialiser_of_ones_own_is_checked():
+    def wrong(key, shape, dtype):
+        return jnp.zeros((1, 1), dtype), jnp.zeros(shape.b, dtype)
+
+    with pytest.raises(ValueError, match=r"A of shape \(1, 1\).*expected \(5, 2\)"):
+        lj.lorafy(KERNEL, [lj.LoraRule(targets=["q_proj"], rank=2, init=wrong)])
+
+
+def test_merging_rounds_once():
+    """In bf16, W + s·AB is summed in fp32: nearer to the exact sum than two roundings get."""
+    base = draw(1, (31, 37)).astype(jnp.bfloat16)
+    tree = lj.lorafy({"w": base}, [lj.LoraRule(targets=["w"], rank=2, alpha=3.0)])
+    weight = tree["w"].replace(b=draw(2, (2, 37)))
+    exact = np.asarray(base, np.float64) + 1.5 * np.asarray(weight.a, np.float64).T @ np.asarray(
+        weight.b, np.float64
+    )
+    assert_identical(lj.merge({"w": weight})["w"], jnp.asarray(exact, jnp.bfloat16))
+    assert weight.merged().dtype == jnp.bfloat16
+
+
+def test_boxed_leaves_keep_their_boxes_and_paths_skip_them():
+    boxed = {"q_proj": {"kernel": nn.Partitioned(KERNEL["q_proj"]["kernel"], names=("in", "out"))}}
+    tree = lj.lorafy(boxed, [RULE])
+    assert set(lj.split(tree)[0]) == {"q_proj/kernel"}
+    assert tree["q_proj"]["kernel"].names == ("in", "out")
+    assert_identical(lj.strip(tree), boxed)
+    _, state = nnx.split(NnxModel(nnx.Rngs(0)))
+    state = lj.lorafy(state, [lj.LoraRule(targets=["up"], rank=2)])
+    assert isinstance(state["up"]["kernel"], nnx.Param)
+
+
+def test_lorafy_runs_under_jit():
+    tree = jax.jit(lambda params: lj.lorafy(params, [RULE]))(KERNEL)
+    assert_identical(tree, lj.lorafy(KERNEL, [RULE]))
+
+
+def test_an_adapted_tree_is_not_adapted_again():
+    with pytest.raises(ValueError, match="adapted already.*strip"):
+        lj.lorafy(lj.lorafy(KERNEL, [RULE]), [RULE])
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda w: jnp.ones((3, 5)) @ w,
+        lambda w: w + 1,
+        lambda w: w.T @ jnp.ones(5) if hasattr(w, "T") else w @ jnp.ones(7),
+        lambda w: jnp.sin(w),
+        lambda w: np.asarray(w),
+        lambda w: w[0],
+    ],
+)
+def test_a_node_used_as_an_array_says_what_to_do(use):
+    with pytest.raises(TypeError, match=r"LoraWeight.*lora_jax\.adapt"):
+        use(lj.lorafy(KERNEL, [RULE])["q_proj"]["kernel"])
+
+
+def test_nodes_let_anything_through():
+    tree = lj.lorafy(KERNEL, [RULE])
+    for value in (None, True, "text"):
+        mapped = jax.tree.map(lambda _, value=value: value, tree)
+        assert mapped["q_proj"]["kernel"].a is value
+
+
+def test_join_refuses_what_does_not_belong():
+    adapter, base = lj.split(lj.lorafy(KERNEL, [RULE]))
+    with pytest.raises(ValueError, match="q_prj/kernel.*nearest.*q_proj/kernel"):
+        lj.join({"q_prj/kernel": adapter["q_proj/kernel"]}, base)
+    both = [RULE, lj.TrainRule(targets=["bias"])]
+    _, base = lj.split(lj.lorafy(KERNEL, both))
+    with pytest.raises(ValueError, match="nothing for 'q_proj/bias'"):
+        lj.join(adapter, base)
+
+
+def test_the_base_alone_runs():
+    _, base = lj.split(lj.lorafy(KERNEL, [RULE]))
+    x = draw(3, (3, 5))
+    y = lj.adapt(lambda p, x: x @ p["q_proj"]["kernel"])(lj.join({}, base), x)
+    assert_identical(y, x @ KERNEL["q_proj"]["kernel"])
+
+
+def test_swap_refuses_another_adaptation():
+    tree = lj.lorafy(KERNEL, [RULE])
+    other = lj.lorafy(KERNEL, [RULE, lj.TrainRule(targets=["bias"])])
+    with pytest.raises(ValueError, match="q_proj/bias"):
+        lj.swap(tree, other)
+    turned = lj.LoraRule(targets=["q_proj"], in_axes=[1], out_axes=[0])
+    with pytest.raises(ValueError, match="in axes"):
+        lj.swap(tree, lj.lorafy(KERNEL, [turned]))
+    with pytest.raises(ValueError, match="call lorafy first"):
+        lj.swap(tree, KERNEL)
+
+
+def test_two_leaves_of_one_path_are_refused():
+    with pytest.raises(ValueError, match="same path 'a/w'"):
+        lj.lorafy({"a/w": jnp.ones((5, 7)), "a": {"w": jnp.ones((5, 7))}}, [RULE])

@@ -1,0 +1,34 @@
+"""The shape of the package itself."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted([*(ROOT / "lora_jax").rglob("*.py"), *(ROOT / "train").rglob("*.py")])
+
+
+def test_importing_it_brings_no_heavy_library():
+    code = (
+        "import sys, lora_jax, lora_jax.models;"
+        "print(sorted({'transformers', 'datasets', 'torch', 'tokenizers', 'gguf'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_file_is_long_and_no_function_imports_the_package(path):
+    source = path.read_text()
+    assert source.count("\n") <= 420, "split it: a file has one subject"
+    for function in ast.walk(ast.parse(source)):
+        if isinstance(function, ast.FunctionDef):
+            for node in ast.walk(function):
+                own = isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                    "lora_jax"
+                )
+                assert not own, f"{path}:{node.lineno} imports lora_jax inside a function"
+    assert "jax._src" not in source and "flax.core.frozen" not in source

@@ -1,0 +1,185 @@
+"""Which leaves a rule selects, and what it says where it selects none."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lora_jax as lj
+
+
+def shaped(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+TREE = {
+    "model": {
+        "embed_tokens": {"embedding": shaped(31, 5)},
+        "layers": {
+            "self_attn": {
+                "q_proj": {"kernel": shaped(3, 5, 7), "bias": shaped(3, 7)},
+                "v_proj": {"kernel": shaped(3, 5, 11)},
+                "q_norm": {"scale": shaped(3, 7)},
+            },
+            "mlp": {"up_proj": {"kernel": shaped(3, 5, 13)}},
+        },
+    },
+    "lm_head": {"kernel": shaped(5, 31)},
+}
+Q = "model/layers/self_attn/q_proj/kernel"
+V = "model/layers/self_attn/v_proj/kernel"
+UP = "model/layers/mlp/up_proj/kernel"
+NUMBERED = {f"layers_{i}": {"dense": {"kernel": shaped(5, 7)}} for i in range(3)}
+
+
+def selected(rules, tree=TREE):
+    return set(lj.split(lj.lorafy(tree, rules))[0])
+
+
+@pytest.mark.parametrize(
+    ("targets", "exclude", "expected"),
+    [
+        (["q_proj"], (), {Q}),
+        (["q_proj", "v_proj"], (), {Q, V}),
+        (["self_attn/q_proj"], (), {Q}),
+        (["self_attn"], (), {Q, V}),
+        (["self_attn"], ["v_proj"], {Q}),
+        ("all-linear", (), {Q, V, UP}),
+        ("all-linear", r".*/mlp/.*", {Q, V}),
+        (r".*(q|v)_proj/kernel", (), {Q, V}),
+        (r".*q_proj.*", (), {Q}),
+        (["lm_head"], (), {"lm_head/kernel"}),
+        (["embed_tokens"], (), {"model/embed_tokens/embedding"}),
+    ],
+)
+def test_targets(targets, exclude, expected):
+    assert selected([lj.LoraRule(targets=targets, exclude=exclude)]) == expected
+
+
+@pytest.mark.parametrize("name", ["proj", "q_pro", "_proj", "q_proj/bias"])
+def test_a_name_is_a_run_of_whole_segments(name):
+    with pytest.raises(ValueError, match="selects nothing"):
+        selected([lj.LoraRule(targets=[name])])
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["bias"], {"model/layers/self_attn/q_proj/bias"}),
+        (["lm_head"], {"lm_head/kernel"}),
+        (r".*norm/scale", {"model/layers/self_attn/q_norm/scale"}),
+    ],
+)
+def test_train_rule(targets, expected):
+    assert selected([lj.TrainRule(targets=targets)]) == expected
+
+
+def test_a_train_rule_takes_every_leaf():
+    tree = lj.lorafy(TREE, [lj.TrainRule(targets=".*")])
+    assert lj.count_params(tree) == (lj.count_params(TREE)[1],) * 2
+
+
+def test_the_first_rule_wins():
+    tree = lj.lorafy(
+        TREE, [lj.LoraRule(targets=["q_proj"], rank=2), lj.LoraRule(targets="all-linear", rank=3)]
+    )
+    attention = tree["model"]["layers"]["self_attn"]
+    assert attention["q_proj"]["kernel"].ranks == (2,)
+    assert attention["v_proj"]["kernel"].ranks == (3,)
+
+
+def test_layers_of_a_stack_and_of_numbered_modules():
+    tree = lj.lorafy(
+        TREE,
+        [
+            lj.LoraRule(targets=["q_proj"], layers=[2], rank=2, alpha=3),
+            lj.LoraRule(targets=["q_proj"], layers=[0], rank=4, alpha=3),
+        ],
+    )
+    assert tree["model"]["layers"]["self_attn"]["q_proj"]["kernel"].ranks == (4, 0, 2)
+    rules = [lj.LoraRule(targets=["dense"], layers=[0, 2])]
+    assert selected(rules, NUMBERED) == {"layers_0/dense/kernel", "layers_2/dense/kernel"}
+
+
+def test_linen_automatic_names_count_no_layers():
+    tree = {"ScanBlock_0": {"Dense_0": {"kernel": shaped(3, 5, 7)}}}
+    adapted = lj.lorafy(tree, [lj.LoraRule(targets=["Dense_0"], layers=[1], rank=2)])
+    assert adapted["ScanBlock_0"]["Dense_0"]["kernel"].ranks == (0, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("rules", "tree", "message"),
+    [
+        (
+            [lj.LoraRule(targets=["q_prj"])],
+            TREE,
+            r"LoraRule\(targets=\['q_prj'\]\) selects.*nearest.*\n +model.*q_proj/kernel",
+        ),
+        ([lj.LoraRule(targets=["q_norm"])], TREE, r"q_norm/scale.*no kernel; a TrainRule"),
+        (
+            [lj.LoraRule(targets=["q_proj"]), lj.LoraRule(targets=["q_proj"], rank=3)],
+            TREE,
+            "earlier rule takes",
+        ),
+        ([lj.LoraRule(targets=["q_proj"], exclude=["q_proj"])], TREE, "exclude takes out"),
+        ([lj.LoraRule(targets=["q_proj"], layers=[7])], TREE, "layer"),
+        ([lj.LoraRule(targets=["q_proj"], layers=[1, 7])], TREE, "layer 7"),
+        ([lj.LoraRule(targets=["dense"], layers=[7])], NUMBERED, "none of the layers"),
+        ([lj.LoraRule(targets=["fc"])], {"fc": {"weight": shaped(5, 7)}}, "in_axes=…, out_axes=…"),
+        (
+            [lj.LoraRule(targets=["fc"], in_axes=[0], out_axes=[2])],
+            {"fc": {"weight": shaped(5, 7)}},
+            "axis 2 does not exist",
+        ),
+        ([], TREE, "no rules"),
+        ([lj.LoraRule(targets=["x"])], {}, "no leaves"),
+        (
+            [
+                lj.LoraRule(targets=["q_proj"], layers=[0], dropout=0.5),
+                lj.LoraRule(targets=["q_proj"]),
+            ],
+            TREE,
+            "differ in more than rank and alpha",
+        ),
+    ],
+)
+def test_errors_say_what_was_found(rules, tree, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        lj.lorafy(tree, rules)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"targets": []}, "targets is empty"),
+        ({"targets": "("}, "no regular expression"),
+        ({"targets": [""]}, "non-empty string"),
+        ({"rank": 0}, "at least 1"),
+        ({"rank": 2.0}, "integer"),
+        ({"alpha": -1.0}, "positive"),
+        ({"alpha": float("nan")}, "positive"),
+        ({"dropout": 1.0}, "probability"),
+        ({"scaling": "alpha"}, "alpha/rank"),
+        ({"dtype": jnp.int32}, "floating-point"),
+        ({"in_axes": [0]}, "both in_axes and out_axes"),
+    ],
+)
+def test_a_rule_refuses_nonsense(field, message):
+    with pytest.raises(ValueError, match=message):
+        lj.LoraRule(**({"targets": ["q"]} | field))
+
+
+@pytest.mark.parametrize(
+    ("rule", "scale"),
+    [
+        (lj.LoraRule(targets=["q"], rank=4, alpha=6.0), 1.5),
+        (lj.LoraRule(targets=["q"], rank=4, alpha=6.0, scaling="alpha/sqrt(rank)"), 3.0),
+        (lj.LoraRule(targets=["q"], rank=4), 1.0),
+    ],
+)
+def test_scale(rule, scale):
+    assert rule.scale == scale
+
+
+def test_rules_are_values():
+    a, b = (lj.LoraRule(targets=["q", "v"], layers=[1]) for _ in range(2))
+    assert a == b and hash(a) == hash(b)
