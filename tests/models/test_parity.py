@@ -1,0 +1,124 @@
+"""Against transformers on torch: the same tiny weights give the same logits and the same text."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.models import Decoder, from_pretrained, generate, init_cache
+from tests.models import tiny
+
+pytestmark = pytest.mark.parity
+
+
+@pytest.fixture(scope="module", params=list(tiny.CASES))
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(torch's model, ours, its parameters), through a folder that transformers wrote."""
+    import torch
+    import transformers
+
+    fields = tiny.fields(request.param)
+    config = transformers.AutoConfig.for_model(**fields)
+    reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    rng = np.random.default_rng(3)
+    with torch.no_grad():
+        for name, value in reference.named_parameters():
+            # torch's kernels are [out, in].
+            new = tiny.draw(rng, name, tuple(value.shape)[::-1]).T.copy()
+            value.copy_(torch.from_numpy(new))
+    folder = tmp_path_factory.mktemp("model")
+    reference.eval().save_pretrained(folder)
+    return reference, *from_pretrained(folder)
+
+
+def reference_logits(reference: Any, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    import torch
+
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    with torch.no_grad():
+        return reference(
+            torch.from_numpy(ids).long(),
+            attention_mask=torch.from_numpy(mask).long(),
+            position_ids=torch.from_numpy(positions).long(),
+        ).logits.numpy()
+
+
+def padded(side: str) -> tuple[np.ndarray, np.ndarray]:
+    ids = tiny.tokens(1, 3, 11)
+    lengths = np.array([[11], [7], [4]])
+    at = np.arange(11)[None]
+    mask = at < lengths if side == "right" else at >= 11 - lengths
+    return ids, mask.astype(np.int32)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits(pair: Any, side: str) -> None:
+    reference, model, params = pair
+    ids, mask = padded(side)
+    want = reference_logits(reference, ids, mask)
+    got = model.apply({"params": params}, ids, mask)
+    assert np.abs(want).max() > 1
+    tiny.assert_close(got[mask == 1], want[mask == 1])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_cached_decoding(pair: Any, side: str) -> None:
+    """Prefill of seven slots, then one token at a time: after padding on the right, too."""
+    reference, model, params = pair
+    ids, mask = padded(side)
+    mask[:, 7:] = 1
+    cache = init_cache(model.config, 3, 11)
+    step = jax.jit(lambda ids, mask, cache: model.apply({"params": params}, ids, mask, cache=cache))
+    logits, cache = step(ids[:, :7], mask[:, :7], cache)
+    parts = [logits]
+    for i in range(7, 11):
+        logits, cache = step(ids[:, i : i + 1], mask[:, i : i + 1], cache)
+        parts.append(logits)
+    got = np.concatenate(parts, axis=1)
+    # The reference sees each row's real tokens together, since its window counts padding.
+    order = np.argsort(mask, axis=1, kind="stable")
+    packed = np.take_along_axis(mask, order, axis=1)
+    want = reference_logits(reference, np.take_along_axis(ids, order, axis=1), packed)
+    tiny.assert_close(got[mask == 1], want[packed == 1])
+
+
+def test_greedy_generation(pair: Any) -> None:
+    import torch
+
+    reference, model, params = pair
+    ids, mask = padded("left")
+    want = reference.generate(
+        torch.from_numpy(ids).long(),
+        attention_mask=torch.from_numpy(mask).long(),
+        max_new_tokens=9,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    got = generate(model, params, ids, mask, max_new_tokens=9)
+    np.testing.assert_array_equal(got, want.numpy()[:, 11:])
+
+
+def test_bfloat16(pair: Any) -> None:
+    """bf16 on both sides: as near to each other as rounding lets them, a bf16 being 8 bits."""
+    import torch
+
+    reference, model, params = pair
+    ids, mask = padded("left")
+    half = Decoder(model.config, jnp.bfloat16, jnp.bfloat16)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    exact = reference_logits(reference, ids, mask)
+    reference.to(torch.bfloat16)
+    try:
+        with torch.no_grad():
+            want = reference(
+                torch.from_numpy(ids).long(), attention_mask=torch.from_numpy(mask).long()
+            ).logits.float()
+    finally:
+        reference.to(torch.float32)
+    got = np.asarray(half.apply({"params": rounded}, ids, mask))
+    theirs = np.abs(want.numpy() - exact)[mask == 1].mean()
+    ours = np.abs(got - exact)[mask == 1].mean()
+    assert got.dtype == np.float32
+    assert ours <= 1.25 * theirs, f"mean error {ours}, the reference's {theirs}"
