@@ -98,7 +98,7 @@ def score(example: SqlExample, text: str) -> bool:
     """Whether the SQL in a generated text gives the gold query's result on all three databases.
 
     Rows are compared as a list if the gold query orders them, else as a multiset. SQL that is
-    broken, forbidden or takes too long is wrong, as is more than one statement; it neither raises
+    broken, forbidden or takes too long is wrong, as are two statements in a row; it neither raises
     nor changes anything.
     """
     query = find_query(text)

@@ -26,8 +26,9 @@ def _blank_quotes(text: str) -> str:
 def find_query(text: str) -> str | None:
     """The one SELECT (or WITH) statement in a model's answer, without the words around it.
 
-    Markdown fences, text before the statement, its semicolon and what is said after it do not
-    count. None if there is no such statement, or if there is a second one of any kind.
+    Markdown fences, text before the statement, its semicolon and what follows on other lines do
+    not count: small models often go on with other queries. None if there is no such statement, if
+    a second one follows on its line, or if a statement of another kind stands anywhere.
     """
     text = text.partition("<|")[0]  # what follows a chat template's token is no answer
     if _OTHER.search(text):
@@ -48,7 +49,7 @@ def find_query(text: str) -> str | None:
     bare, _, after = _blank_quotes(query).partition(";")
     blank_line = _BLANK_LINE.search(bare)
     if blank_line and not fenced and found[1][:1] in "Ss":  # a WITH may go on after one
-        bare, after = bare[: blank_line.start()], bare[blank_line.end() :] + after
-    if _AT_LINE.search(after):
+        bare, after = bare[: blank_line.start()], ""
+    if re.match(rf"[ \t]*{_START}", after, re.IGNORECASE):
         return None
     return query[: len(bare)].strip()
