@@ -1,7 +1,9 @@
-"""Settings for all tests: dtypes are never promoted silently."""
+"""Settings for all tests: four devices, and dtypes that are never promoted silently."""
 
 import jax
 import pytest
+
+jax.config.update("jax_num_cpu_devices", 4)
 
 
 @pytest.fixture(autouse=True)

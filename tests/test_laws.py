@@ -1,5 +1,6 @@
 """The laws that the two transforms keep, over a table of programs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
+from lora_jax.paths import flatten_with_paths
+from lora_jax.weight import is_node
 from tests.support import (
     LINEN_RULES,
     PROGRAMS,
@@ -85,7 +89,7 @@ def test_no_frozen_gradient(program):
         return jax.jit(jax.grad(loss)).lower(adapter, base, x).compile()
 
     def kernels(hlo):
-        nodes = [n for n in jax.tree.leaves(tree, is_leaf=lj.weight.is_node) if hasattr(n, "roles")]
+        nodes = [n for n in jax.tree.leaves(tree, is_leaf=is_node) if hasattr(n, "roles")]
         shapes = {n.shape for n in nodes} | {n.shape[n.n_batch :] for n in nodes}
         return [line for shape in shapes for line in dots_of_size(hlo, shape)]
 
@@ -216,12 +220,86 @@ def test_nnx_model():
     assert set(lj.split(tree)[0]) == {"up/kernel", "down/kernel"}
 
 
-def test_on_a_mesh():
-    """One device's result, with the kernel and its factors sharded over as many as there are."""
-    program = PROGRAMS[0]
+EVEN = [  # two programs with sizes that two devices can share
+    dataclasses.replace(
+        PROGRAMS[0],
+        params=lambda t: {
+            "up": {"kernel": draw(1, (6, 22), t), "bias": draw(2, (22,), t)},
+            "down": {"kernel": draw(3, (22, 10), t)},
+        },
+        x=(2, 13, 6),
+    ),
+    dataclasses.replace(
+        PROGRAMS[1],
+        params=lambda t: {
+            "layers": {
+                "up": {"kernel": draw(1, (3, 6, 22), t), "bias": draw(2, (3, 22), t)},
+                "down": {"kernel": draw(3, (3, 22, 6), t)},
+            }
+        },
+        x=(2, 13, 6),
+    ),
+]
+SHARDINGS = {  # of the kernel and of its factors, in the plain and in the rematerialised program
+    "mlp": {"up": P(None, "tensor"), "down": P("tensor", None)},
+    "scanned and rematerialised": {"up": P(None, None, "tensor"), "down": P(None, "tensor", None)},
+}
+
+
+def spread_over(mesh, program, tree, x):
+    """The tree and the input sharded over a mesh: in axes of W with A, out axes with B."""
+
+    def place(path, weight):
+        kernel = SHARDINGS[program.name][path.split("/")[-2]]
+        *stack, rows, columns = kernel
+        put = lambda v, spec: jax.device_put(v, NamedSharding(mesh, P(*spec)))  # noqa: E731
+        return weight.replace(
+            base=put(weight.base, kernel),
+            a=put(weight.a, (*stack, None, rows)),
+            b=put(weight.b, (*stack, None, columns)),
+            scale=put(weight.scale, stack),
+        )
+
+    leaves, treedef = flatten_with_paths(tree, is_leaf=is_node)
+    replicated = NamedSharding(mesh, P())
+    spread = treedef.unflatten(
+        place(path, leaf) if is_node(leaf) else jax.device_put(leaf, replicated)
+        for path, leaf in leaves
+    )
+    return spread, jax.device_put(x, NamedSharding(mesh, P("data")))
+
+
+@pytest.mark.parametrize("program", EVEN, ids=lambda p: p.name)
+def test_on_a_mesh(program, float64):
+    """Values and gradients of one device, with data and kernels sharded over four."""
+    _, tree, x = program.inputs(jnp.float64)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    spread, x_spread = spread_over(mesh, program, tree, x)
+
+    def loss(run, tree, x):
+        adapter, base = lj.split(tree)
+        f = lambda adapter: jnp.sum(jnp.sin(run(lj.join(adapter, base), x)))  # noqa: E731
+        return jax.value_and_grad(f)(adapter)
+
+    ours = jax.jit(lambda tree, x: loss(adapted(program), tree, x))(spread, x_spread)
+    assert_close(ours, loss(merged(program), tree, x), 1e-9)
+
+
+def test_on_a_mesh_with_explicit_axes():
+    program = EVEN[0]
     _, tree, x = program.inputs()
-    mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("data", "tensor"))
-    spread = jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
-    x_spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
-    y = jax.jit(adapted(program))(spread, x_spread)
-    assert_close(y, program.run(lj.merge(tree), x), 1e-5)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        replicated = NamedSharding(mesh, P())
+        tree_there = jax.device_put(tree, replicated)
+        x_there = jax.device_put(x, NamedSharding(mesh, P("data", None, None)))
+
+        def loss(adapter, base, x):
+            y = adapted(program)(lj.join(adapter, base), x)
+            assert jax.typeof(y).sharding.spec == P("data", None, None)
+            return jnp.sum(jnp.sin(y))
+
+        ours = jax.jit(jax.grad(loss))(*lj.split(tree_there), x_there)
+    adapter, base = lj.split(tree)
+    expected = jax.grad(lambda ad: jnp.sum(jnp.sin(merged(program)(lj.join(ad, base), x))))(adapter)
+    assert_close(ours, expected, 1e-5)
