@@ -64,7 +64,8 @@ class Factored:
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], children: tuple[Any, ...]) -> "Factored":
         labels, dropout, name = static
-        return cls(*children, labels, dropout, name.path)
+        base, a, b, scale, key = children
+        return cls(base, a, b, scale, key, labels, dropout, name.path)
 
     def axes(self, label: Label) -> tuple[int, ...]:
         """The base's axes with this role, in order."""
