@@ -1,0 +1,240 @@
+"""The options of `python -m train.sft`: frozen dataclasses, checked as far as that can be early."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import optax
+
+from lora_jax import LoraRule, TrainRule
+from train.errors import UserError, as_user_errors
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SQL = "sql"  # the name of the default task, made in train/sql.py
+SQL_STEPS = 35
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Model and data."""
+
+    model: str = DEFAULT_MODEL
+    """A name on the hub, a folder, or a GGUF file."""
+    dataset: str = SQL
+    """"sql" (the default task), a JSONL, Parquet or CSV file, or a dataset of the hub. Rows have
+    `messages`, or `prompt` and `completion`."""
+    split: str = "train"
+    """Which split of a dataset of the hub."""
+    subset: str | None = None
+    """Which subset of a dataset of the hub."""
+    rows: int | None = None
+    """Use the first rows only. Of the SQL task there are as many as wanted: 1000 by default."""
+    shuffle_schemas: bool = False
+    """A control for the SQL task: train on questions beside the tables of another database."""
+    seq_len: int = 128
+    """Tokens a sequence."""
+    truncate: bool = False
+    """Cut rows off that are longer than --seq-len, which are an error otherwise."""
+    packing: bool = False
+    """Put several rows into one sequence; none sees another."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What trains."""
+
+    targets: tuple[str, ...] = ("all-linear",)
+    """Names of modules (q_proj v_proj), one regular expression for whole paths, or all-linear."""
+    layers: tuple[int, ...] = ()
+    """Adapt these layers only."""
+    rank: int = 16
+    """r."""
+    alpha: float = 32.0
+    """The adapter's product is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Of the adapter's input."""
+    full: bool = False
+    """Train every parameter, without an adapter."""
+    init_adapter: str | None = None
+    """Go on from the adapter in this folder; its own targets, rank and alpha apply."""
+    allow_base_mismatch: bool = False
+    """Accept an adapter that was trained on another base."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimisation."""
+
+    steps: int | None = None
+    """Optimiser steps. 35 for the SQL task, one epoch for other data, if --epochs is not given."""
+    epochs: float | None = None
+    """Passes over the data, instead of --steps."""
+    batch_size: int = 8
+    """Sequences that are in memory at once."""
+    grad_accum: int = 1
+    """Batches a step; equal to one batch so many times as large."""
+    lr: float = 2e-3
+    """The highest learning rate (AdamW). Full fine-tuning wants about a fiftieth of this."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls after the warmup; linear and cosine end at zero."""
+    warmup: int = 3
+    """Steps over which the learning rate rises."""
+    weight_decay: float = 0.0
+    """Of A, B and kernels; never of norms and biases."""
+    grad_clip: float = 1.0
+    """The largest norm of the gradient; 0 for no limit."""
+    seed: int = 0
+    """Of the adapter's start, the order of the data, dropout, and the SQL task's questions."""
+    remat: bool = False
+    """Recompute activations in the backward pass: much less memory, about a third more time."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the base and its activations. Adapters are always float32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Evaluation and output."""
+
+    output: str = "runs/sql"
+    """The folder of this run."""
+    resume: bool = False
+    """Go on from the last checkpoint in the output folder."""
+    overwrite: bool = False
+    """Delete the run that the output folder holds."""
+    log_every: int = 1
+    """Steps between lines of metrics."""
+    save_every: int = 10
+    """Steps between checkpoints; the last step always has one."""
+    keep: int = 2
+    """How many checkpoints are kept."""
+    eval_every: int = 0
+    """Steps between measurements of the loss on held-out data; 0 for none."""
+    eval_questions: int = 64
+    """The SQL task: questions answered before and after training, of each kind; 0 for none. Other
+    data: rows held out (at most a tenth) if --eval-every is given."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Fine-tune a language model, with LoRA or in full."""
+
+    data: DataConfig = DataConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig = RunConfig()
+
+    @property
+    def is_sql(self) -> bool:
+        """Whether the run trains on the default task."""
+        return self.data.dataset == SQL
+
+
+# What a resumed run may change: how long, how it reports, and what it keeps. Nothing else, or it
+# would not be the run that it claims to be.
+CHANGEABLE = frozenset(
+    {"steps", "epochs", "output", "resume", "overwrite", "allow_base_mismatch", "log_every"}
+    | {"save_every", "keep", "eval_every", "eval_questions"}
+)
+
+
+def check(config: Config) -> None:
+    """Everything that can be checked without data or model; raises UserError."""
+    data, optim, run = config.data, config.optim, config.run
+    _at_least(1, data, "seq_len", "rows")
+    _at_least(1, optim, "batch_size", "grad_accum", "steps")
+    _at_least(1, run, "log_every", "save_every", "keep")
+    _at_least(0, optim, "warmup", "weight_decay", "grad_clip", "seed")
+    _at_least(0, run, "eval_every", "eval_questions")
+    if data.seq_len < 2:
+        raise UserError("--seq-len 1 leaves no token to predict")
+    if not (math.isfinite(optim.lr) and optim.lr > 0):
+        raise UserError(f"--lr {optim.lr}: a learning rate is a positive number")
+    if optim.steps is not None and optim.epochs is not None:
+        raise UserError("--steps and --epochs both say how long to train: give one of them")
+    if optim.epochs is not None and not (math.isfinite(optim.epochs) and optim.epochs > 0):
+        raise UserError(f"--epochs {optim.epochs}: a positive number of passes over the data")
+    if config.adapter.full and config.adapter.init_adapter:
+        raise UserError("--full trains without an adapter, and --init-adapter goes on from one")
+    if data.shuffle_schemas and not config.is_sql:
+        raise UserError("--shuffle-schemas is a control for --dataset sql alone")
+    if run.resume and run.overwrite:
+        raise UserError("--resume goes on with a run and --overwrite deletes it: give one of them")
+    rules(config)
+
+
+def _at_least(least: int, part: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(part, name)
+        if value is not None and not value >= least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least {least} is needed")
+
+
+def rules(config: Config) -> list[LoraRule | TrainRule]:
+    """The rules that the options stand for; raises UserError where they make no sense."""
+    if config.adapter.full:
+        return [TrainRule(targets=".*")]
+    adapter = config.adapter
+    targets: str | tuple[str, ...] = adapter.targets
+    if len(targets) == 1 and (targets[0] == "all-linear" or not _is_name(targets[0])):
+        targets = targets[0]
+    with as_user_errors(ValueError, prefix="--targets, --rank, --alpha, --dropout: "):
+        return [
+            LoraRule(
+                targets=targets,
+                layers=adapter.layers or None,
+                rank=adapter.rank,
+                alpha=adapter.alpha,
+                dropout=adapter.dropout,
+            )
+        ]
+
+
+def _is_name(target: str) -> bool:
+    """Whether a target is a module's name (or several with slashes), not a regular expression."""
+    return target.replace("/", "").replace("_", "").isalnum()
+
+
+def learning_rate(optim: OptimConfig, steps: int) -> optax.Schedule:
+    """Linear from 0 over the warmup, then constant, or down to 0 at `steps`.
+
+    The warmup's first step already has lr / warmup, so that no step is lost.
+    """
+    warmup = min(optim.warmup, steps - 1)
+    left = steps - warmup
+    after = {
+        "constant": optax.constant_schedule(optim.lr),
+        "linear": optax.linear_schedule(optim.lr, 0.0, left),
+        "cosine": optax.cosine_decay_schedule(optim.lr, left),
+    }[optim.schedule]
+    if not warmup:
+        return after
+    rise = optax.linear_schedule(optim.lr / warmup, optim.lr, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def as_json(config: Config) -> dict[str, Any]:
+    """The options as flat JSON, by their names on the command line."""
+    parts = dataclasses.asdict(config).values()
+    flat = {name: value for part in parts for name, value in part.items()}
+    return json.loads(json.dumps(flat))  # tuples become lists, as when read from a file
+
+
+def check_same_run(config: Config, saved: dict[str, Any], folder: Path) -> None:
+    """Raises UserError where a resumed run's options differ from those that it began with."""
+    now = as_json(config)
+    differing = [
+        f"--{name.replace('_', '-')} was {_option(saved.get(name))} and is now {_option(value)}"
+        for name, value in now.items()
+        if name not in CHANGEABLE and saved.get(name) != value
+    ]
+    if differing:
+        raise UserError(
+            f"--resume: the run in {folder} began with other options: {'; '.join(differing)}. "
+            "Give the same, or begin another run in another --output"
+        )
+
+
+def _option(value: Any) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

@@ -1,0 +1,140 @@
+"""One optimiser step, as one pure function: ``(state, base, batch) -> (state, metrics)``."""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import lora_jax as lj
+from train.config import OptimConfig
+
+Adapter = dict[str, dict[str, Any]]
+Metrics = dict[str, jax.Array]
+Logits = Callable[..., jax.Array]
+
+
+class State(NamedTuple):
+    """All that a step changes."""
+
+    adapter: Adapter  # what trains: the first half of `lora_jax.split`
+    opt_state: optax.OptState
+    step: jax.Array  # int32 []: the steps done
+    key: jax.Array  # a PRNG key that never changes; dropout folds the step into it
+
+
+Step = Callable[[State, Any, dict[str, Any]], tuple[State, Metrics]]
+
+
+def make_optimizer(optim: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW with the gradient clipped to a norm; norms and biases do not decay."""
+    clip = [optax.clip_by_global_norm(optim.grad_clip)] if optim.grad_clip else []
+    adamw = optax.adamw(schedule, weight_decay=optim.weight_decay, mask=decays)
+    return optax.chain(*clip, adamw)
+
+
+def decays(adapter: Adapter) -> dict[str, dict[str, bool]]:
+    """Which arrays of an adapter weight decay applies to: A and B, kernels and embeddings."""
+
+    def is_matrix(path: str, name: str) -> bool:
+        return name in ("a", "b") or re.search(r"(^|/)(kernel|embedding|w)$", path) is not None
+
+    return {path: {name: is_matrix(path, name) for name in p} for path, p in adapter.items()}
+
+
+def init_state(adapter: Adapter, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
+    """The state before the first step."""
+    return State(adapter, optimizer.init(adapter), jnp.int32(0), key)
+
+
+def summed_loss(
+    forward: Logits, params: Any, batch: dict[str, Any], dropout_key: jax.Array | None = None
+) -> jax.Array:
+    """The cross entropy of a batch, summed over the tokens that count. fp32 [].
+
+    Args:
+      forward: called as ``forward({"params": params}, ids, positions=…, segment_ids=…,
+        logits_at=…)``; gives logits [batch, m, vocab].
+      params: a parameter tree, adapted or plain.
+      batch: arrays [batch, seq] and [batch, m]; see `train.batches.Packs`.
+      dropout_key: turns dropout on.
+    """
+    dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
+    logits = forward(
+        {"params": params},
+        batch["ids"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        logits_at=batch["predict_at"],
+        **dropout,
+    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), batch["targets"]
+    )  # [batch, m]
+    return jnp.sum(losses * batch["weights"].astype(jnp.float32))
+
+
+def make_step(
+    forward: Logits,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    dropout: bool,
+) -> Step:
+    """The step; pure, to be jitted with its state donated.
+
+    The batch's arrays have a first axis more, the parts that are accumulated. Losses and gradients
+    are summed over all of it and divided by its number of tokens once, so that accumulation is the
+    large batch exactly, however the tokens are spread.
+
+    The metrics, fp32 []: `loss` (the mean over tokens), `tokens` (that count), `grad_norm` (before
+    clipping), `lr`.
+    """
+
+    def loss(adapter: Adapter, base: Any, batch: Any, key: jax.Array | None) -> jax.Array:
+        return summed_loss(forward, lj.join(adapter, base), batch, key)
+
+    value_and_grad = jax.value_and_grad(loss)  # of the adapter: no gradient of the base exists
+
+    def step(state: State, base: Any, batch: dict[str, Any]) -> tuple[State, Metrics]:
+        accumulate = batch["ids"].shape[0]
+        key = jax.random.fold_in(state.key, state.step)
+
+        def of_part(part: dict[str, Any], index: Any) -> tuple[jax.Array, Adapter]:
+            part_key = jax.random.fold_in(key, index) if dropout else None
+            return value_and_grad(state.adapter, base, part, part_key)
+
+        def add(total: Any, xs: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, of_part(*xs)), None
+
+        if accumulate == 1:
+            total, grads = of_part({name: array[0] for name, array in batch.items()}, 0)
+        else:
+            zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.adapter))
+            (total, grads), _ = jax.lax.scan(add, zeros, (batch, jnp.arange(accumulate)))
+        tokens = jnp.sum(batch["weights"]).astype(jnp.float32)
+        scale = 1 / jnp.maximum(tokens, 1)
+        grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.adapter)
+        adapter = optax.apply_updates(state.adapter, updates)
+        metrics = {
+            "loss": total * scale,
+            "tokens": tokens,
+            "grad_norm": optax.tree.norm(grads),
+            "lr": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        return State(adapter, opt_state, state.step + 1, state.key), metrics
+
+    return step
+
+
+def make_evaluation(forward: Logits) -> Callable[[Adapter, Any, dict[str, Any]], Metrics]:
+    """``(adapter, base, batch) -> {"loss", "tokens"}``, both sums, of a batch."""
+
+    def evaluate(adapter: Adapter, base: Any, batch: dict[str, Any]) -> Metrics:
+        total = summed_loss(forward, lj.join(adapter, base), batch)
+        return {"loss": total, "tokens": jnp.sum(batch["weights"])}
+
+    return evaluate
