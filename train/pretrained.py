@@ -1,0 +1,75 @@
+"""The model that a script works on: first what it is, which is cheap, then its weights."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.models import ConfigError, DecoderConfig, ModelNotFound, WeightsError, key_table
+from lora_jax.models.hub import resolve
+from lora_jax.models.load import from_pretrained, open_source
+from lora_jax.models.tokenizer import load_tokenizer
+from train.errors import UserError, as_user_errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """A model before its weights are read: tokenizer, configuration, and abstract parameters."""
+
+    name: str
+    tokenizer: Any
+    config: DecoderConfig
+    params: dict[str, Any]  # jax.ShapeDtypeStruct leaves
+
+    def check_length(self, length: int, what: str) -> None:
+        """Raises UserError where `length` tokens are more than the model allows."""
+        if length > self.config.max_position_embeddings:
+            raise UserError(
+                f"{what}: the model {self.name} allows {self.config.max_position_embeddings} "
+                "tokens at most"
+            )
+
+
+@contextmanager
+def _model_errors(name: str) -> Iterator[None]:
+    with as_user_errors(ConfigError, WeightsError, ModelNotFound, prefix=f"--model {name}: "):
+        yield
+
+
+def read_outline(name: str) -> Outline:
+    """Fetches the model's files, if need be, and reads all but its weights."""
+    with _model_errors(name):
+        config = open_source(resolve(name).path).config
+        tokenizer = load_tokenizer(name)
+    if not tokenizer.is_fast:
+        raise UserError(f"--model {name}: its tokenizer has no fast version (tokenizer.json)")
+    params: dict[str, Any] = {}
+    for row in key_table(config):
+        *parents, leaf = row.path.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = jax.ShapeDtypeStruct(row.stacked_shape, jnp.float32)
+    return Outline(name, tokenizer, config, params)
+
+
+def read_model(
+    name: str, *, dtype: str, param_dtype: str | None = None, remat: bool = False
+) -> tuple[Any, dict[str, Any]]:
+    """The model and its parameters; see `lora_jax.models.from_pretrained`."""
+    with _model_errors(name):
+        return from_pretrained(
+            name,
+            dtype=jnp.dtype(dtype),
+            param_dtype=None if param_dtype is None else jnp.dtype(param_dtype),
+            remat=remat,
+        )
+
+
+def end_tokens(outline: Outline) -> tuple[int, ...]:
+    """The tokens that end an answer: those of the configuration and the tokenizer's."""
+    eos = outline.tokenizer.eos_token_id
+    return tuple(dict.fromkeys([*outline.config.eos_token_ids, *([] if eos is None else [eos])]))

@@ -1,0 +1,104 @@
+"""What a run shows at its end: scores, examples, and what it cost."""
+
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "lora_jax")
+
+
+def versions() -> dict[str, str]:
+    """The versions that a run's figures depend on."""
+    found = {"python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def compiled_bytes(compiled: Any) -> dict[str, int]:
+    """The memory of a compiled function; {} on a backend that does not tell."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return {}
+    return {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+    }
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def tree_bytes(tree: Any) -> int:
+    """The size of all arrays of a tree."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def megabytes(size: float) -> str:
+    """ "19.6 MB"."""
+    return f"{size / 1e6:,.1f} MB"
+
+
+def print_costs(console: Console, report: Mapping[str, Any]) -> None:
+    """The table of what training cost and what it left."""
+    table = Table(title="What it cost", show_header=False)
+    memory = report["compiled_bytes"]
+    seconds = report["median_step_seconds"]
+    lines = [
+        ("step (median)", "none taken" if seconds is None else f"{seconds:.2f} s"),
+        ("compilation of the step", f"{report['compile_seconds']:.1f} s"),
+        ("compiled: temporaries", megabytes(memory["temporaries"]) if memory else "not told"),
+        ("compiled: arguments", megabytes(memory["arguments"]) if memory else "not told"),
+        ("peak memory of the process", megabytes(report["peak_bytes"])),
+        ("adapter on disk", megabytes(report["adapter_bytes"])),
+        ("base", megabytes(report["base_bytes"])),
+    ]
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+
+
+def print_scores(console: Console, scores: Mapping[str, Mapping[str, float | None]]) -> None:
+    """Execution accuracy: a row for each kind of question, a column for each way to answer."""
+    table = Table(title="Execution accuracy: answers that give the right rows, in %")
+    table.add_column("questions")
+    ways = list(next(iter(scores.values())))
+    for way in ways:
+        table.add_column(way, justify="right")
+    for kind, row in scores.items():
+        table.add_row(kind, *(_percent(row[way]) for way in ways))
+    console.print(table)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def print_examples(console: Console, examples: Sequence[Mapping[str, str]]) -> None:
+    """A table with a column for each key of the examples; all have the same keys."""
+    if not examples:
+        return
+    table = Table(title="Examples", show_lines=True)
+    for name in examples[0]:
+        table.add_column(name, overflow="fold", ratio=1)
+    for example in examples:
+        table.add_row(*(_escaped(text) for text in example.values()))
+    console.print(table)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")
