@@ -15,7 +15,7 @@ from lora_jax.lorafy import (
     trainable_mask,
 )
 from lora_jax.rules import LoraRule, TrainRule
-from lora_jax.weight import LoraWeight, Trained
+from lora_jax.weight import LoraWeight, Trained, is_node
 
 __all__ = [
     "AdapterError",
@@ -29,6 +29,7 @@ __all__ = [
     "adapt",
     "count_params",
     "init",
+    "is_node",
     "join",
     "load_adapter",
     "lorafy",

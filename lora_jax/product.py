@@ -77,8 +77,8 @@ class Factored:
 
     def merged(self) -> jax.Array:
         """W + s·AB as one array, summed in fp32 (or wider) and rounded once to W's dtype."""
-        wide = _wide(self.base.dtype)
-        return (self.base.astype(wide) + self.delta(wide)).astype(self.base.dtype)
+        dtype = wide(self.base.dtype)
+        return (self.base.astype(dtype) + self.delta(dtype)).astype(self.base.dtype)
 
     def delta(self, dtype: Any) -> jax.Array:
         """s·AB in the base's layout."""
@@ -181,7 +181,7 @@ def _delta(
             (x_batch, tuple(stack.index(axis) for axis in w_batch)),
         ),
         precision=precision,
-        preferred_element_type=_wide(x.dtype),
+        preferred_element_type=wide(x.dtype),
         out_sharding=_rank_sharding(x, x_batch, x_free, len(free_stack)) if sharded else None,
     )
     scale = lax.transpose(weight.scale, [stack.index(axis) for axis in (*w_batch, *free_stack)])
@@ -216,7 +216,7 @@ def _delta(
     return lax.transpose(delta, [have.index(axis) for axis in want])
 
 
-def _wide(dtype: Any) -> Any:
+def wide(dtype: Any) -> Any:
     """The dtype to accumulate in: fp32, or fp64 where the operands are."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 

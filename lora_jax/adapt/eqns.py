@@ -106,6 +106,29 @@ def jit_of(eqn: JaxprEqn) -> Jit:
     )
 
 
+class ShardMap(NamedTuple):
+    """A `shard_map` equation."""
+
+    body: AnyJaxpr
+    mesh: Any
+    in_specs: tuple[Any, ...]
+    out_specs: tuple[Any, ...]
+    manual_axes: frozenset[Any]
+    check_vma: bool
+
+
+def shard_map_of(eqn: JaxprEqn) -> ShardMap:
+    params = eqn.params
+    return ShardMap(
+        params["jaxpr"],
+        params["mesh"],
+        params["in_specs"],
+        params["out_specs"],
+        params["newly_manual_axes"],
+        params["check_vma"],
+    )
+
+
 def user_line(eqn: JaxprEqn) -> tuple[str, int]:
     """The file and line of the user's code that made the equation."""
     summary = source_info_util.summarize(eqn.source_info)

@@ -205,6 +205,55 @@ def _slice(_: Interpreter, use: Use) -> list[Any] | None:
     return [along(weight, base, cut)]
 
 
+def _split(_: Interpreter, use: Use) -> list[Any] | None:
+    (weight,) = use.values
+    axis = use.params["axis"]
+    parts, start = [], 0
+    for base in use.bind([weight.base]):
+        size = base.shape[axis]
+
+        def cut(array: Any, axes: Sequence[int], start: int = start, size: int = size) -> Any:
+            if axis not in axes:
+                return array
+            return lax.slice_in_dim(array, start, start + size, axis=list(axes).index(axis))
+
+        parts.append(along(weight, base, cut))
+        start += size
+    return parts
+
+
+def _gathered_over_devices(_: Interpreter, use: Use) -> list[Any] | None:
+    """Inside shard_map: the parts of an axis put together again."""
+    (weight,) = use.values
+    axis = use.params["all_gather_dimension"]
+    if not use.params["tiled"]:
+        return None
+    (base,) = use.bind([weight.base])
+    names, groups = use.params["axis_name"], use.params["axis_index_groups"]
+
+    def gather(array: Any, axes: Sequence[int]) -> Any:
+        if axis not in axes:
+            return array
+        return lax.all_gather(
+            array, names, axis=list(axes).index(axis), tiled=True, axis_index_groups=groups
+        )
+
+    return [along(weight, base, gather)]
+
+
+def _everywhere(_: Interpreter, use: Use) -> list[Any] | None:
+    """Inside shard_map: the type says that the value varies over devices; the factors' too."""
+    weights = [v for v in use.values if isinstance(v, Factored)]
+    if len(weights) != len(use.values):
+        return None
+    bases = use.bind([w.base for w in weights])
+    parts = [use.bind([getattr(w, name) for w in weights]) for name in ("a", "b", "scale")]
+    return [
+        dataclasses.replace(w, base=base, a=a, b=b, scale=scale)
+        for w, base, a, b, scale in zip(weights, bases, *parts, strict=True)
+    ]
+
+
 def _dynamic_slice(_: Interpreter, use: Use) -> list[Any] | None:
     weight = _only_weight(use)
     if weight is None:
@@ -234,6 +283,10 @@ LAYOUT_RULES = {
     "stop_gradient": _stop_gradient,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
+    "split": _split,
+    "all_gather": _gathered_over_devices,
+    "pvary": _everywhere,
+    "pcast": _everywhere,
     **dict.fromkeys(
         (
             "copy",

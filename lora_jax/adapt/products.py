@@ -1,0 +1,267 @@
+"""Rules for primitives that multiply by a weight: xW + s·(xA)B in the place of xW."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.adapt import eqns
+from lora_jax.adapt.interpreter import Interpreter, RoleError, Rule, Use
+from lora_jax.adapt.layout import relabelled
+from lora_jax.product import Factored, dot, dropped, wide
+
+
+def _dot_general(_: Interpreter, use: Use) -> list[Any] | None:
+    left, right = use.values
+    (contract, batch) = use.params["dimension_numbers"]
+    if isinstance(left, Factored) and isinstance(right, Factored):
+        return None
+    weight_first = isinstance(left, Factored)
+    x, weight = (right, left) if weight_first else (left, right)
+    if weight_first:
+        contract, batch = contract[::-1], batch[::-1]
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return None
+    contract = (tuple(contract[0]), tuple(contract[1]))
+    batch = (tuple(batch[0]), tuple(batch[1]))
+    roles = {weight.labels[axis] for axis in contract[1] if weight.base.shape[axis] != 1}
+    if not roles or roles == {"in", "out"}:
+        return None
+    _check_roles(weight, contract[1], batch[1], use)
+    weight = _with_unit_roles(weight, contract[1], batch[1])
+    params = {
+        name: use.params[name] for name in ("precision", "preferred_element_type", "out_sharding")
+    }
+    return [dot(x, weight, contract=contract, batch=batch, weight_first=weight_first, **params)]
+
+
+def _with_unit_roles(weight: Factored, contract: Sequence[int], batch: Sequence[int]) -> Factored:
+    """The weight with the axes of size one in the roles that a product uses them in."""
+    labels = list(weight.labels)
+    role = next(labels[axis] for axis in contract if weight.base.shape[axis] != 1)
+    for axis, size in enumerate(weight.base.shape):
+        if size == 1 and axis in contract:
+            labels[axis] = role
+        elif size == 1 and (axis in batch or labels[axis] == role):
+            labels[axis] = "batch"
+    return weight if tuple(labels) == weight.labels else relabelled(weight, weight.base, labels)
+
+
+def _check_roles(weight: Factored, contract: Sequence[int], batch: Sequence[int], use: Use) -> None:
+    """A product contracts all in axes, or all out axes, and batches batch axes only."""
+    shape = weight.base.shape
+
+    def long(axes: Sequence[int]) -> set[int]:
+        return {axis for axis in axes if shape[axis] != 1}
+
+    contracted, batched = long(contract), long(batch)
+    whole = contracted in (long(weight.axes("in")), long(weight.axes("out")))
+    if whole and batched <= set(weight.axes("batch")):
+        return
+    file, line = eqns.user_line(use.eqn)
+    roles = ", ".join(f"{n}: {label}" for n, label in zip(shape, weight.labels, strict=True))
+    sizes = " and ".join(
+        f"{verb} {[shape[axis] for axis in sorted(axes)]}"
+        for verb, axes in (("contracts the axes of sizes", contracted), ("batches", batched))
+        if axes
+    )
+    raise RoleError(
+        f"the weight {weight.path!r} is recorded with the axes ({roles}), but the function "
+        f"{sizes} at {file}:{line}. LoRA needs all in axes contracted, or all out axes, and batch "
+        "axes left alone. Record what the function does with LoraRule(in_axes=…, out_axes=…), or "
+        "leave this weight out of the rules"
+    )
+
+
+def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
+    """A convolution with A, then B at each place. In axes: space and input features."""
+    x, weight = use.values
+    params = use.params
+    if isinstance(x, Factored) or params["batch_group_count"] != 1:
+        return None
+    out_axis, *in_axes = params["dimension_numbers"].rhs_spec
+    _check_roles(weight, in_axes, (), use)
+    weight = _with_unit_roles(weight, in_axes, ())
+    if weight.labels[out_axis] != "out":
+        return None  # all axes but one are contracted, and that one is an in axis: a mirror image
+    (product,) = use.bind([x, weight.base])
+    groups = params["feature_group_count"]
+    kernel = jnp.moveaxis(weight.a, 0, out_axis).astype(x.dtype)  # W's layout, r output features
+    kernel = jnp.concatenate([kernel] * groups, axis=out_axis) if groups > 1 else kernel
+    how = {name: params[name] for name in _CONVOLUTION if name in params}
+    z = lax.conv_general_dilated(
+        dropped(x, weight),
+        kernel,
+        **how,
+        feature_group_count=groups,
+        preferred_element_type=wide(x.dtype),
+    )
+    features = params["dimension_numbers"].out_spec[1]
+    z = (jnp.moveaxis(z, features, -1) * weight.scale.astype(z.dtype)).astype(x.dtype)
+    lead = z.shape[:-1]
+    rank, n_out = weight.b.shape
+    z = z.reshape(math.prod(lead), groups, rank)
+    b = weight.b.astype(x.dtype).reshape(rank, groups, n_out // groups)
+    delta = lax.dot_general(
+        z,
+        b,
+        (((2,), (0,)), ((1,), (1,))),
+        precision=params["precision"],
+        preferred_element_type=product.dtype,
+    )  # [groups, places, out / groups]
+    delta = jnp.moveaxis(delta, 0, 1).reshape(*lead, n_out)
+    return [product + jnp.moveaxis(delta, -1, features)]
+
+
+_CONVOLUTION = (
+    "window_strides",
+    "padding",
+    "lhs_dilation",
+    "rhs_dilation",
+    "dimension_numbers",
+    "precision",
+)
+
+
+def _ragged_dot_general(_: Interpreter, use: Use) -> list[Any] | None:
+    """Tokens sorted by expert: each group has its own A, B and s."""
+    x, weight, sizes = use.values
+    numbers = use.params["ragged_dot_dimension_numbers"]
+    ((x_contract, w_contract), batch) = numbers.dot_dimension_numbers
+    if (
+        isinstance(x, Factored)
+        or isinstance(sizes, Factored)
+        or use.params["group_offset"] is not None
+        or any(batch)
+        or tuple(numbers.lhs_ragged_dimensions) != (0,)
+        or (x.ndim, weight.base.ndim, tuple(x_contract)) != (2, 3, (1,))
+        or weight.labels[numbers.rhs_group_dimensions[0]] != "batch"
+    ):
+        return None
+    _check_roles(weight, w_contract, (), use)
+    (product,) = use.bind([x, weight.base, sizes])
+    forward = weight.labels[w_contract[0]] == "in"
+    near, far = (weight.a, weight.b) if forward else (weight.b, weight.a)  # [groups, r, …] each
+    scaled = (near * weight.scale[:, None, None].astype(near.dtype)).astype(x.dtype)
+    how = {"precision": use.params["precision"]}
+    z = lax.ragged_dot(
+        dropped(x, weight),
+        jnp.swapaxes(scaled, 1, 2),
+        sizes,
+        preferred_element_type=wide(x.dtype),
+        **how,
+    ).astype(x.dtype)
+    delta = lax.ragged_dot(
+        z, far.astype(x.dtype), sizes, preferred_element_type=product.dtype, **how
+    )
+    return [product + delta]
+
+
+def _gather(_: Interpreter, use: Use) -> list[Any] | None:
+    """A look-up along an in axis reads rows of A; along a batch axis, it takes whole factors."""
+    weight, indices = use.values
+    numbers = use.params["dimension_numbers"]
+    if isinstance(indices, Factored) or len(numbers.start_index_map) != 1:
+        return None
+    (axis,) = numbers.start_index_map
+    sizes = [1 if a == axis else n for a, n in enumerate(weight.base.shape)]
+    if (
+        tuple(numbers.collapsed_slice_dims) != (axis,)
+        or tuple(use.params["slice_sizes"]) != tuple(sizes)
+        or numbers.operand_batching_dims
+    ):
+        return None
+    if weight.labels[axis] == "batch":
+        return [_of_stack(weight, axis, indices, use)]
+    if weight.labels[axis] != "in" or len(weight.axes("in")) != 1 or weight.axes("batch"):
+        return None
+    (rows,) = use.bind([weight.base, indices])
+    z = _take(weight.a, 1, indices, use)  # [r, …]
+    z = (z * weight.scale.astype(z.dtype)).astype(rows.dtype)
+    delta = lax.dot_general(
+        z,
+        weight.b.astype(rows.dtype),
+        (((0,), (0,)), ((), ())),
+        preferred_element_type=rows.dtype,
+    )  # [places…, out…]
+    n_places = indices.ndim - 1
+    offsets = list(numbers.offset_dims)
+    order = [axis for axis in range(rows.ndim) if axis not in offsets] + offsets
+    assert n_places + len(offsets) == rows.ndim
+    return [rows + lax.transpose(delta, [order.index(axis) for axis in range(rows.ndim)])]
+
+
+def _take(array: jax.Array, axis: int, indices: jax.Array, use: Use) -> jax.Array:
+    """The same look-up along an axis of a factor; the places stand where the axis stood.
+
+    What lies outside is filled with zeros: there the base alone says what the function sees.
+    """
+    n_places = indices.ndim - 1
+    others = [a for a in range(array.ndim) if a != axis]
+    offsets = [a if a < axis else a - 1 + n_places for a in others]
+    return lax.gather(
+        array,
+        indices,
+        lax.GatherDimensionNumbers(
+            offset_dims=tuple(offsets), collapsed_slice_dims=(axis,), start_index_map=(axis,)
+        ),
+        tuple(1 if a == axis else n for a, n in enumerate(array.shape)),
+        mode=use.params["mode"],
+        fill_value=0,
+    )
+
+
+def _of_stack(weight: Factored, axis: int, indices: jax.Array, use: Use) -> Factored:
+    """The weights of some indices of a stack; the places are batch axes."""
+    (base,) = use.bind([weight.base, indices])
+    offsets = list(use.params["dimension_numbers"].offset_dims)
+    others = [a for a in range(len(weight.labels)) if a != axis]
+    source = dict(zip(offsets, others, strict=True))  # the axis of the base for each that is whole
+    labels = tuple(
+        weight.labels[source[place]] if place in source else "batch" for place in range(base.ndim)
+    )
+    stack = weight.axes("batch")
+    place = stack.index(axis)
+    n_places = indices.ndim - 1
+    # The factors' stacks: the places first taken where the axis stood, then put in base's order.
+    have = [*stack[:place], *[("place", i) for i in range(n_places)], *stack[place + 1 :]]
+    places = iter(range(n_places))
+    want = [
+        source[a] if a in source else ("place", next(places))
+        for a in range(base.ndim)
+        if labels[a] == "batch"
+    ]
+    order = [have.index(entry) for entry in want]
+
+    def taken(array: Any) -> Any:
+        array = _take(array, place, indices, use)
+        return lax.transpose(array, [*order, *range(len(order), array.ndim)])
+
+    key = None if weight.key is None else _taken_keys(weight.key, place, indices, order)
+    return dataclasses.replace(
+        weight,
+        base=base,
+        a=taken(weight.a),
+        b=taken(weight.b),
+        scale=taken(weight.scale),
+        key=key,
+        labels=labels,
+    )
+
+
+def _taken_keys(keys: jax.Array, axis: int, indices: jax.Array, order: Sequence[int]) -> jax.Array:
+    """Dropout keys of some indices of a stack."""
+    taken = jnp.take(keys, indices[..., 0], axis=axis, mode="clip")
+    return lax.transpose(taken, tuple(order))
+
+
+PRODUCT_RULES: dict[str, Rule] = {
+    "dot_general": _dot_general,
+    "conv_general_dilated": _conv_general_dilated,
+    "ragged_dot_general": _ragged_dot_general,
+    "gather": _gather,
+}
