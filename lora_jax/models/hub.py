@@ -128,6 +128,7 @@ def _first_line(error: Exception) -> str:
 def _huggingface_hub() -> Any:
     try:
         import huggingface_hub
+        import huggingface_hub.constants
     except ImportError:
         raise ImportError(
             "a hub name needs the package huggingface_hub: pip install huggingface_hub"

@@ -58,7 +58,7 @@ def test_logits(pair: Any, side: str) -> None:
     reference, model, params = pair
     ids, mask = padded(side)
     want = reference_logits(reference, ids, mask)
-    got = model.apply({"params": params}, ids, mask)
+    got = tiny.run(model, params, ids, mask)
     assert np.abs(want).max() > 1
     tiny.assert_close(got[mask == 1], want[mask == 1])
 
@@ -70,11 +70,10 @@ def test_cached_decoding(pair: Any, side: str) -> None:
     ids, mask = padded(side)
     mask[:, 7:] = 1
     cache = init_cache(model.config, 3, 11)
-    step = jax.jit(lambda ids, mask, cache: model.apply({"params": params}, ids, mask, cache=cache))
-    logits, cache = step(ids[:, :7], mask[:, :7], cache)
+    logits, cache = tiny.run(model, params, ids[:, :7], mask[:, :7], cache=cache)
     parts = [logits]
     for i in range(7, 11):
-        logits, cache = step(ids[:, i : i + 1], mask[:, i : i + 1], cache)
+        logits, cache = tiny.run(model, params, ids[:, i : i + 1], mask[:, i : i + 1], cache=cache)
         parts.append(logits)
     got = np.concatenate(parts, axis=1)
     # The reference sees each row's real tokens together, since its window counts padding.
@@ -117,7 +116,7 @@ def test_bfloat16(pair: Any) -> None:
             ).logits.float()
     finally:
         reference.to(torch.float32)
-    got = np.asarray(half.apply({"params": rounded}, ids, mask))
+    got = np.asarray(tiny.run(half, rounded, ids, mask))
     theirs = np.abs(want.numpy() - exact)[mask == 1].mean()
     ours = np.abs(got - exact)[mask == 1].mean()
     assert got.dtype == np.float32

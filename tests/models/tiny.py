@@ -1,5 +1,6 @@
 """Tiny decoders of every family, and random weights under which every option matters."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,18 @@ def draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndar
     if "bias" in name:
         return 0.7 * values
     return values if "embed" in name else values * np.float32(1.3 / np.sqrt(shape[-2]))
+
+
+# Compiling takes most of the tests' time.
+FAST_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0}
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "method", "return_hidden"), compiler_options=FAST_COMPILE
+)
+def run(model: Decoder, params: Any, *args: Any, **kwargs: Any) -> Any:
+    """model.apply, compiled: equal models share it."""
+    return model.apply({"params": params}, *args, **kwargs)
 
 
 def tokens(seed: int, batch: int, seq: int) -> np.ndarray:

@@ -1,0 +1,176 @@
+"""Generation against a plain loop, and how often it compiles."""
+
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.models import Decoder, generate
+from tests.models import tiny
+
+# The module's name is the function's, too.
+MODULE = importlib.import_module("lora_jax.models.generate")
+
+
+@pytest.fixture(scope="module")
+def tiny_model() -> Any:
+    return tiny.decoder("llama3")
+
+
+def greedy_loop(model: Decoder, params: Any, prompt: np.ndarray, steps: int) -> np.ndarray:
+    """Without a cache: one whole forward pass per token, over a buffer of fixed length."""
+    ids = np.zeros((1, len(prompt) + steps), np.int32)
+    ids[0, : len(prompt)] = prompt
+    for i in range(len(prompt), ids.shape[1]):
+        ids[0, i] = np.argmax(tiny.run(model, params, ids)[0, i - 1])
+    return ids[0, len(prompt) :]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_greedy_is_an_argmax_loop(tiny_model: Any, side: str) -> None:
+    model, params = tiny_model
+    ids = tiny.tokens(2, 3, 6)
+    lengths = [6, 2, 5]
+    want = []
+    mask = np.zeros_like(ids)
+    for row, n in enumerate(lengths):
+        part = slice(0, n) if side == "right" else slice(6 - n, 6)
+        mask[row, part] = 1
+        want.append(greedy_loop(model, params, ids[row, part], 8 - n + 6)[:8])
+    got = generate(model, params, ids, mask, max_new_tokens=8)
+    np.testing.assert_array_equal(got, want)
+    assert len(np.unique(want)) > 3
+
+
+def test_it_compiles_once(tiny_model: Any) -> None:
+    model, params = tiny_model
+    traces = []
+
+    def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        traces.append(1)
+        return model.apply(variables, *args, **kwargs)
+
+    def run(seed: int, params: Any, **kwargs: Any) -> jax.Array:
+        ids = tiny.tokens(seed, 2, 5)
+        return generate(model, params, ids, max_new_tokens=4, apply=apply, **kwargs)
+
+    first = run(0, params)
+    once = len(traces)
+    others = [
+        run(1, params, key=jax.random.key(1), temperature=0.7, top_p=0.9, top_k=5),
+        run(0, jax.tree.map(lambda x: x * 1.5, params)),
+        run(0, params, eos_token_id=[], pad_token_id=3),
+        run(2, params, key=jax.random.key(2), temperature=2.0),
+    ]
+    assert once == len(traces) == 2  # prefill and one step
+    assert all(not np.array_equal(first, other) for other in others if other is not others[2])
+    np.testing.assert_array_equal(first, others[2])
+
+
+def test_equal_models_share_what_is_compiled(tiny_model: Any) -> None:
+    model, params = tiny_model
+    ids = tiny.tokens(0, 2, 5)
+    generate(model, params, ids, max_new_tokens=3)
+    compiled = MODULE._generate._cache_size()
+    generate(Decoder(model.config), params, ids, max_new_tokens=3)
+    assert MODULE._generate._cache_size() == compiled
+
+
+def test_weights_are_arguments_not_constants(tiny_model: Any) -> None:
+    model, params = tiny_model
+    traced = MODULE._generate.trace(
+        params,
+        jnp.zeros((1, 3), jnp.int32),
+        jnp.ones((1, 3), bool),
+        jnp.zeros((0,), jnp.int32),
+        jnp.zeros((), jnp.int32),
+        MODULE._Sampling(jnp.zeros(()), jnp.ones(()), jnp.zeros((), jnp.int32)),
+        jax.random.key(0),
+        model=model,
+        apply=None,
+        max_new_tokens=2,
+    )
+    smallest = min(leaf.size for leaf in jax.tree.leaves(params))
+    assert all(np.size(const) < smallest for const in traced.jaxpr.consts)
+
+
+@pytest.mark.parametrize("limit", [{"top_p": 1e-6}, {"top_k": 1}])
+def test_the_narrowest_sampling_is_greedy(tiny_model: Any, limit: dict[str, Any]) -> None:
+    model, params = tiny_model
+    ids = tiny.tokens(0, 4, 5)
+    want = generate(model, params, ids, max_new_tokens=6)
+    key = jax.random.key(3)
+    got = generate(model, params, ids, max_new_tokens=6, temperature=3.0, key=key, **limit)
+    np.testing.assert_array_equal(got, want)
+    free = generate(model, params, ids, max_new_tokens=6, temperature=3.0, key=key)
+    assert not np.array_equal(free, want)
+
+
+LOGITS = np.log(np.array([0.05, 0.4, 0.25, 0.2, 0.1], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k", "expected"),
+    [
+        (1.0, 1.0, 5, [0.05, 0.4, 0.25, 0.2, 0.1]),
+        (1.0, 0.6, 5, [0, 0.4 / 0.65, 0.25 / 0.65, 0, 0]),
+        (1.0, 1.0, 3, [0, 0.4 / 0.85, 0.25 / 0.85, 0.2 / 0.85, 0]),
+        # Top-p counts what top-k leaves: 0.4 / 0.65 is over 0.6 alone.
+        (1.0, 0.6, 2, [0, 1, 0, 0, 0]),
+        (0.5, 1.0, 2, [0, 0.16 / 0.2225, 0.0625 / 0.2225, 0, 0]),
+        (0.0, 1.0, 5, [0, 1, 0, 0, 0]),
+    ],
+)
+def test_samples_follow_the_distribution(
+    temperature: float, top_p: float, top_k: int, expected: list[float]
+) -> None:
+    n = 20_000
+    sampling = MODULE._Sampling(jnp.float32(temperature), jnp.float32(top_p), jnp.int32(top_k))
+    drawn = MODULE._choose(jnp.tile(LOGITS, (n, 1)), sampling, jax.random.key(0))
+    shares = np.bincount(drawn, minlength=5) / n
+    np.testing.assert_allclose(shares, expected, atol=0.015)
+    assert all(share == 0 for share, p in zip(shares, expected, strict=True) if p == 0)
+
+
+def test_a_row_ends_at_eos(tiny_model: Any) -> None:
+    model, params = tiny_model
+    ids = tiny.tokens(2, 3, 6)
+    free = np.asarray(generate(model, params, ids, max_new_tokens=8))
+    eos = [int(free[0, 2]), int(free[1, 4])]
+    got = generate(model, params, ids, max_new_tokens=8, eos_token_id=eos, pad_token_id=60)
+    for row, want in zip(np.asarray(got), free, strict=True):
+        ends = np.flatnonzero(np.isin(want, eos))
+        stop = ends[0] + 1 if len(ends) else 8
+        np.testing.assert_array_equal(row[:stop], want[:stop])
+        assert (row[stop:] == 60).all()
+
+
+def test_it_stops_when_all_rows_have_ended(tiny_model: Any) -> None:
+    """Counts the forward passes that run, not those that are traced."""
+    model, params = tiny_model
+    ran = []
+
+    def apply(variables: Any, ids: Any, **kwargs: Any) -> Any:
+        jax.debug.callback(lambda: ran.append(1))
+        return model.apply(variables, ids, **kwargs)
+
+    ids = tiny.tokens(2, 1, 6)
+    free = np.asarray(generate(model, params, ids, max_new_tokens=8))[0]
+    stop = int(np.flatnonzero(free == free[3])[0])
+    generate(
+        model, params, ids, max_new_tokens=8, eos_token_id=int(free[3]), apply=apply
+    ).block_until_ready()
+    jax.effects_barrier()
+    assert len(ran) == stop + 1
+
+
+def test_refusals(tiny_model: Any) -> None:
+    model, params = tiny_model
+    ids = tiny.tokens(0, 1, 3)
+    with pytest.raises(ValueError, match="needs a key"):
+        generate(model, params, ids, max_new_tokens=2, temperature=1.0)
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        generate(model, params, ids, max_new_tokens=0)

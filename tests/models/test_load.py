@@ -1,0 +1,180 @@
+"""Folders of safetensors: bitwise both ways, and one error for everything that is wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import save_file
+
+from lora_jax.models import ConfigError, ModelNotFound, WeightsError, from_pretrained, to_hf
+from tests.models import tiny
+
+CASE = "qwen3"  # tied, with norms of its own
+
+
+@pytest.mark.parametrize("case", list(tiny.CASES))
+def test_a_folder_is_read_bitwise(case: str, tmp_path: Path) -> None:
+    model, params = tiny.decoder(case)
+    tiny.write_folder(tmp_path, case, params)
+    again, loaded = from_pretrained(tmp_path)
+    assert again == model
+    assert jax.tree.structure(loaded) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert type(loaded) is dict
+
+
+def test_layouts_are_those_of_hugging_face(tmp_path: Path) -> None:
+    """[out, in], one tensor per layer; the parity tests read files that transformers wrote."""
+    _, params = tiny.decoder("llama3")
+    tensors = tiny.write_folder(tmp_path, "llama3", params)
+    kernel = params["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    got = tensors["model.layers.2.mlp.up_proj.weight"]
+    assert got.shape == (37, 24)
+    np.testing.assert_array_equal(got, kernel[2].T)
+    np.testing.assert_array_equal(
+        tensors["model.embed_tokens.weight"], params["model"]["embed_tokens"]["embedding"]
+    )
+
+
+def test_shards(tmp_path: Path) -> None:
+    _, params = tiny.decoder(CASE)
+    tensors = tiny.write_folder(tmp_path, CASE, params)
+    whole = tmp_path / "model.safetensors"
+    whole.unlink()
+    names = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(tensors)}
+    for shard in set(names.values()):
+        save_file({n: t for n, t in tensors.items() if names[n] == shard}, tmp_path / shard)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    jax.tree.map(np.testing.assert_array_equal, from_pretrained(tmp_path)[1], params)
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(WeightsError, match="lacks shards.*model-1.safetensors"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "param_dtype", "expected"),
+    [
+        (ml_dtypes.bfloat16, jnp.bfloat16, None, jnp.bfloat16),
+        (ml_dtypes.bfloat16, jnp.float32, None, jnp.float32),
+        (np.float32, jnp.bfloat16, jnp.float32, jnp.float32),
+        (np.float16, jnp.float32, None, jnp.float32),
+        (np.float32, jnp.bfloat16, None, jnp.bfloat16),
+    ],
+)
+def test_dtypes(stored: Any, dtype: Any, param_dtype: Any, expected: Any, tmp_path: Path) -> None:
+    _, params = tiny.decoder(CASE)
+    tensors = tiny.write_folder(tmp_path, CASE, params)
+    save_file({n: t.astype(stored) for n, t in tensors.items()}, tmp_path / "model.safetensors")
+    model, loaded = from_pretrained(tmp_path, dtype=dtype, param_dtype=param_dtype)
+    assert (model.dtype, model.param_dtype) == (dtype, expected)
+
+    def check(got: jax.Array, want: jax.Array) -> None:
+        assert got.dtype == expected
+        rounded = np.asarray(want).astype(stored).astype(expected)
+        np.testing.assert_array_equal(np.asarray(got), rounded)
+
+    jax.tree.map(check, loaded, params)
+
+
+def test_everything_wrong_is_in_one_error(tmp_path: Path) -> None:
+    _, params = tiny.decoder(CASE)
+    tensors = tiny.write_folder(tmp_path, CASE, params)
+    del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.layers.3.mlp.up_proj.weight"] = np.zeros((37, 24), np.float32)
+    tensors["extra"] = np.zeros(2, np.float32)
+    wrong = "model.layers.0.self_attn.q_proj.weight"
+    tensors[wrong] = np.ascontiguousarray(tensors[wrong].T)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError) as raised:
+        from_pretrained(tmp_path)
+    text = str(raised.value)
+    assert str(tmp_path) in text
+    assert "2 missing, 2 unexpected, 1 misshaped" in text
+    for line in (
+        "missing model.norm.weight [24]",
+        "missing model.layers.1.mlp.up_proj.weight [37, 24]",
+        "unexpected model.layers.3.mlp.up_proj.weight [37, 24]",
+        "unexpected extra [2]",
+        f"{wrong} is [24, 60], expected [60, 24]",
+    ):
+        assert line in text
+
+
+def test_harmless_extras(tmp_path: Path) -> None:
+    _, params = tiny.decoder(CASE)
+    tensors = tiny.write_folder(tmp_path, CASE, params)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(5, np.float32)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, tmp_path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, from_pretrained(tmp_path)[1], params)
+    tensors["lm_head.weight"][0] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match="lm_head.weight differs from model.embed_tokens"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [4, 200, -100])
+def test_a_truncated_file_is_named(keep: int, tmp_path: Path) -> None:
+    _, params = tiny.decoder(CASE)
+    tiny.write_folder(tmp_path, CASE, params)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(WeightsError, match=f"{path} is damaged or cut short"):
+        from_pretrained(tmp_path)
+
+
+def test_what_a_folder_lacks_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="config.json is missing"):
+        from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="config.json cannot be read"):
+        from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(tiny.fields(CASE)))
+    with pytest.raises(WeightsError, match="neither model.safetensors nor"):
+        from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**tiny.fields(CASE), "model_type": "t5"}))
+    with pytest.raises(ConfigError, match="config.json: model_type 't5' is not supported"):
+        from_pretrained(tmp_path)
+    with pytest.raises(ModelNotFound, match="nowhere is neither a file or folder"):
+        from_pretrained(tmp_path / "nowhere")
+
+
+def test_parameters_are_placed_as_asked(tmp_path: Path) -> None:
+    _, params = tiny.decoder(CASE)
+    tiny.write_folder(tmp_path, CASE, params)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("tensor",))
+    asked: dict[str, tuple[int, ...]] = {}
+
+    def place(path: str, shape: tuple[int, ...]) -> NamedSharding | None:
+        asked[path] = shape
+        spec = PartitionSpec(None, None, "tensor")
+        return NamedSharding(mesh, spec) if path.endswith("q_proj/kernel") else None
+
+    _, loaded = from_pretrained(tmp_path, sharding=place)
+    kernel = loaded["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
+    assert kernel.sharding.spec == PartitionSpec(None, None, "tensor")
+    assert asked["model/layers/self_attn/q_proj/kernel"] == (3, 24, 60)
+    assert len(asked) == len(jax.tree.leaves(params))
+
+
+def test_writing_checks_the_tree() -> None:
+    _, params = tiny.decoder(CASE)
+    config = tiny.config(CASE)
+    del params["model"]["norm"]
+    params["more"] = jnp.zeros(3)
+    params["model"]["embed_tokens"]["embedding"] = jnp.zeros((24, 61))
+    with pytest.raises(WeightsError) as raised:
+        list(to_hf(params, config))
+    for line in (
+        "missing model/norm/scale",
+        "unexpected more",
+        "model/embed_tokens/embedding is [24, 61], expected [61, 24]",
+    ):
+        assert line in str(raised.value)
