@@ -64,7 +64,8 @@ _SQL_ROWS = 1000
 
 def parse(args: Sequence[str] | None = None) -> Config:
     """The options of a command line, by default this process's."""
-    return tyro.cli(tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[Config]], args=args)
+    flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[Config]]
+    return tyro.cli(flat, args=args, prog="python -m train.sft")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,0 +1,133 @@
+"""Ask a fine-tuned model: `python -m train.generate --adapter runs/sql/adapter --prompt "…"`.
+
+Without --prompt it reads one from each line that is typed.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import lora_jax as lj
+from lora_jax.models import generate
+from train.complete import left_padded, tokenized
+from train.config import DEFAULT_MODEL
+from train.errors import UserError, as_user_errors, reported
+from train.output import CONFIG, read_json
+from train.pretrained import Outline, end_tokens, read_model, read_outline
+
+_MULTIPLE = 64  # prompts are padded to a multiple of it: one function serves many
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Generate text with a base model and an adapter."""
+
+    adapter: str | None = None
+    """The folder of an adapter; the base answers alone without it."""
+    model: str | None = None
+    """The base: a hub name, folder or GGUF file. By default the one that the adapter's run used."""
+    prompt: str | None = None
+    """What to answer. Without it, each line of standard input is a prompt."""
+    system: str | None = None
+    """A system prompt."""
+    max_new_tokens: int = 128
+    """The most tokens to generate."""
+    temperature: float = 0.0
+    """0 always takes the likeliest token."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that have this probability together."""
+    seed: int = 0
+    """Of the sampling."""
+    allow_base_mismatch: bool = False
+    """Accept an adapter that was trained on another base."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    options = tyro.cli(
+        tyro.conf.FlagCreatePairsOff[Options], args=args, prog="python -m train.generate"
+    )
+    with reported():
+        run(options)
+
+
+def run(options: Options) -> None:
+    """Loads the model and its adapter, and answers."""
+    check(options)
+    name = options.model or trained_model(options.adapter)
+    outline = read_outline(name)
+    model, params = read_model(name, dtype="float32")
+    if options.adapter:
+        with as_user_errors(ValueError):
+            adapted = lj.load_adapter(
+                options.adapter, params, allow_base_mismatch=options.allow_base_mismatch
+            )
+        params = lj.merge(adapted)
+        del adapted
+    key = jax.random.key(options.seed)
+    prompts = [options.prompt] if options.prompt is not None else lines()
+    for number, prompt in enumerate(prompts):
+        print(reply(model, params, outline, options, prompt, jax.random.fold_in(key, number)))
+
+
+def check(options: Options) -> None:
+    """Raises UserError where an option makes no sense."""
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {options.max_new_tokens}: at least 1 is needed")
+    if not options.temperature >= 0:
+        raise UserError(f"--temperature {options.temperature}: at least 0 is needed")
+    if not 0 < options.top_p <= 1:
+        raise UserError(f"--top-p {options.top_p}: a probability above 0, at most 1")
+    if options.adapter and not Path(options.adapter).is_dir():
+        raise UserError(f"--adapter {options.adapter}: there is no such folder")
+
+
+def trained_model(adapter: str | None) -> str:
+    """The base that the run beside an adapter folder was trained on, or the default one."""
+    if adapter is None:
+        return DEFAULT_MODEL
+    saved = read_json(Path(adapter).absolute().parent / CONFIG)
+    return saved.get("options", {}).get("model", DEFAULT_MODEL)
+
+
+def lines() -> Any:
+    """Prompts as they are typed, or piped in, one a line."""
+    if sys.stdin.isatty():
+        print("One prompt a line; end with Ctrl-D.", file=sys.stderr)
+    return (line.strip() for line in sys.stdin if line.strip())
+
+
+def reply(
+    model: Any, params: Any, outline: Outline, options: Options, prompt: str, key: jax.Array
+) -> str:
+    """The answer to one prompt; UserError where it is longer than the model allows."""
+    if outline.tokenizer.chat_template is None:
+        tokens = outline.tokenizer(prompt)["input_ids"]
+    else:
+        turns = [{"role": "system", "content": options.system}] if options.system else []
+        (tokens,) = tokenized(outline, [[*turns, {"role": "user", "content": prompt}]])
+    outline.check_length(len(tokens) + options.max_new_tokens, "prompt and --max-new-tokens")
+    ids, mask = left_padded([tokens], -(-len(tokens) // _MULTIPLE) * _MULTIPLE, 0)
+    new = generate(
+        model,
+        params,
+        jnp.asarray(ids),
+        jnp.asarray(mask),
+        max_new_tokens=options.max_new_tokens,
+        eos_token_id=end_tokens(outline) or None,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        key=key,
+    )
+    return outline.tokenizer.decode(np.asarray(new)[0].tolist(), skip_special_tokens=True).strip()
+
+
+if __name__ == "__main__":
+    main()
