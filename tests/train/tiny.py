@@ -72,12 +72,13 @@ def decoder() -> tuple[Decoder, dict[str, Any]]:
     )
 
 
-def write_model(folder: Path, template: str | None = CHATML, **changes: Any) -> Path:
-    """Writes the decoder and its tokenizer; `changes` go into config.json."""
+def write_model(folder: Path, template: str | None = CHATML, *, scale: float = 1.0) -> Path:
+    """Writes the decoder, its parameters times `scale`, and its tokenizer."""
     model, params = decoder()
+    params = jax.tree.map(lambda leaf: leaf * scale, params)
     tokenizer(template).save_pretrained(folder)
     save_file(dict(to_hf(params, model.config)), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
     return folder
 
 

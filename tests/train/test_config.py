@@ -1,0 +1,122 @@
+"""Options that make no sense, runs that do not match, and folders that are taken."""
+
+import json
+
+import pytest
+
+from train.config import as_json, check, check_same_run, rules
+from train.errors import UserError
+from train.output import begin, check_output, read_json, write_json
+from train.sft import parse
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--batch-size 0", "--batch-size 0: at least 1 is needed"),
+        ("--grad-accum 0", "--grad-accum 0: at least 1"),
+        ("--steps 0", "--steps 0: at least 1"),
+        ("--rows 0", "--rows 0: at least 1"),
+        ("--seq-len 1", "--seq-len 1 leaves no token to predict"),
+        ("--keep 0", "--keep 0: at least 1"),
+        ("--warmup -1", "--warmup -1: at least 0"),
+        ("--eval-questions -1", "--eval-questions -1: at least 0"),
+        ("--seed -1", "--seed -1: at least 0"),
+        ("--lr 0", "--lr 0.0: a learning rate is a positive number"),
+        ("--lr nan", "--lr nan: a learning rate"),
+        ("--grad-clip nan", "--grad-clip nan: at least 0"),
+        ("--steps 3 --epochs 1", "--steps and --epochs both say how long"),
+        ("--epochs 0", "--epochs 0.0: a positive number"),
+        ("--full --init-adapter x", "--full trains without an adapter"),
+        ("--shuffle-schemas --dataset a.jsonl", "--shuffle-schemas is a control"),
+        ("--resume --overwrite", "give one of them"),
+        ("--rank 0", "rank=0: a rank is an integer of at least 1"),
+        ("--alpha 0", "alpha=0.0: alpha is a positive number"),
+        ("--dropout 1", r"dropout=1.0: a probability in \[0, 1\)"),
+        ("--targets (", r"targets='\(' is no regular expression"),
+        ("--targets", "targets is empty"),
+    ],
+)
+def test_options_that_make_no_sense(args, message):
+    with pytest.raises(UserError, match=message):
+        check(parse(args.split()))
+
+
+@pytest.mark.parametrize(
+    ("args", "targets"),
+    [
+        ("", "all-linear"),
+        ("--targets q_proj v_proj", ("q_proj", "v_proj")),
+        ("--targets self_attn/q_proj", ("self_attn/q_proj",)),
+        ("--targets .*(q|k)_proj/kernel", ".*(q|k)_proj/kernel"),
+        ("--full", ".*"),
+    ],
+)
+def test_targets_are_names_or_one_expression(args, targets):
+    check(parse(args.split()))
+    (rule,) = rules(parse(args.split()))
+    assert rule.targets == targets
+
+
+def test_the_default_is_the_sql_task_with_every_linear_layer():
+    config = parse([])
+    check(config)
+    (rule,) = rules(config)
+    assert config.is_sql and (rule.targets, rule.rank) == ("all-linear", 16)
+
+
+def test_a_resumed_run_keeps_its_options_but_for_length_and_reports(tmp_path):
+    saved = as_json(parse(["--rank", "4", "--layers", "1", "2"]))
+    same = "--rank 4 --layers 1 2 --steps 9 --keep 3 --log-every 2 --resume --eval-questions 0"
+    check_same_run(parse(same.split()), saved, tmp_path)
+    with pytest.raises(UserError) as caught:
+        check_same_run(parse("--rank 8 --lr 1e-4 --resume".split()), saved, tmp_path)
+    message = str(caught.value)
+    assert "--rank was 4 and is now 8" in message
+    assert "--lr was 0.002 and is now 0.0001" in message or "--lr was" in message
+    assert "--layers was 1 2 and is now none" in message
+    assert "steps" not in message
+
+
+def options(folder, *args):
+    return parse(["--output", str(folder), *args])
+
+
+def test_a_folder_that_holds_a_run_is_not_used_again(tmp_path):
+    folder = tmp_path / "run"
+    assert check_output(options(folder)) == folder
+    begin(folder, options(folder), {"resolved": {}})
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="run holds another run: go on with it by --resume"):
+        check_output(options(folder))
+    check_output(options(folder, "--resume"))
+    with pytest.raises(UserError, match="--seed was 0 and is now 1"):
+        check_output(options(folder, "--resume", "--seed", "1"))
+    (folder / "adapter").mkdir()
+    check_output(options(folder, "--overwrite"))
+    assert (folder / "adapter").exists()  # nothing goes before all checks have passed
+    begin(folder, options(folder, "--overwrite"), {})
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "notes.txt"]
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
+    with pytest.raises(UserError, match="there is no run in .*config.json is missing"):
+        check_output(options(tmp_path / "nothing", "--resume"))
+    (tmp_path / "config.json").write_text('{"options"')
+    with pytest.raises(UserError, match="config.json is damaged"):
+        check_output(options(tmp_path, "--resume"))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/run cannot be written: Not a directory"):
+        check_output(options(tmp_path / "file" / "run"))
+
+
+def test_json_is_replaced_whole(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": "ü"})
+    assert json.loads(path.read_text()) == {"a": "ü"} == read_json(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+    path.write_text("{")
+    assert read_json(path) == {} == read_json(tmp_path / "missing.json")

@@ -1,0 +1,273 @@
+"""The whole script on a tiny model: what it leaves, resuming, stopping, and bad input."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from lora_jax import models
+from tests.train.tiny import write_jsonl, write_model, write_rows
+from train import generate
+from train.log import read_metrics
+from train.sft import main
+
+# Orbax leaves coroutines behind where a file cannot be read.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """The options that name the tiny model and 24 rows."""
+    folder = tmp_path_factory.mktemp("inputs")
+    model, rows = write_model(folder / "model"), write_rows(folder / "rows.jsonl")
+    return ["--model", str(model), "--dataset", str(rows), "--batch-size", "4", "--rank", "2"]
+
+
+def run(inputs, folder, *args):
+    main([*inputs, "--output", str(folder), *map(str, args)])
+    return folder
+
+
+def fails(capsys, *args):
+    """What the script says before it ends with the code for bad input."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(arg) for arg in args])
+    captured = capsys.readouterr()
+    assert caught.value.code == 2
+    assert "Traceback" not in captured.err and "loss" not in captured.out
+    message = captured.err.strip()
+    assert message.startswith("error: ")
+    return message
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """A run of six steps without a break."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run(
+        inputs, folder, "--steps", 6, "--schedule", "constant", "--warmup", 1, "--dropout", 0.1
+    )
+
+
+def adapter_of(inputs, folder):
+    """The adapter that a run left, on its base."""
+    _, params = models.from_pretrained(inputs[1])
+    return lj.split(lj.load_adapter(folder / "adapter", params))[0]
+
+
+def assert_same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_leaves_all_that_it_should(inputs, whole):
+    names = {path.name for path in whole.iterdir()}
+    assert names == {
+        *("adapter", "checkpoints", "config.json", "loss.png", "metrics.jsonl", "report.json"),
+        "tensorboard",
+    }
+    config = json.loads((whole / "config.json").read_text())
+    assert config["options"]["rank"] == 2 and config["resolved"]["steps"] == 6
+    assert config["summary"].startswith("trainable params: ") and "jax" in config["versions"]
+    report = json.loads((whole / "report.json").read_text())
+    assert report["compiled_bytes"]["temporaries"] > 0 and report["median_step_seconds"] > 0
+    assert 0 < report["adapter_bytes"] and 0 < report["base_bytes"]
+    lines = read_metrics(whole)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert any(np.any(parts["b"]) for parts in adapter_of(inputs, whole).values())
+
+
+def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, whole, tmp_path, capsys):
+    options = ["--schedule", "constant", "--warmup", 1, "--dropout", 0.1]
+    run(inputs, tmp_path, "--steps", 3, *options)
+    run(inputs, tmp_path, "--steps", 6, *options, "--resume")
+    assert "going on after step 3" in capsys.readouterr().out
+    assert_same(adapter_of(inputs, whole), adapter_of(inputs, tmp_path))
+    lines, expected = read_metrics(tmp_path), read_metrics(whole)
+    assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
+
+
+def test_a_truncated_checkpoint_stops_a_resumed_run_before_it_trains(
+    inputs, whole, tmp_path, capsys
+):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", whole, copy], check=True)
+    files = [path for path in (copy / "checkpoints" / "6").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    options = ["--steps", 6, "--schedule", "constant", "--warmup", 1, "--dropout", 0.1]
+    message = fails(capsys, *inputs, "--output", copy, *options, "--resume")
+    assert f"the checkpoint {copy / 'checkpoints' / '6'} is damaged" in message
+    assert "begin again with --overwrite" in message
+
+
+def test_other_data_are_not_resumed_on(inputs, whole, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", whole, copy], check=True)
+    rows = Path(inputs[3])
+    before = rows.read_text()
+    rows.write_text(before.replace("plus", "and"))
+    options = ["--steps", 6, "--schedule", "constant", "--warmup", 1, "--dropout", 0.1]
+    message = fails(capsys, *inputs, "--output", copy, *options, "--resume")
+    rows.write_text(before)
+    assert "the training data are not those that the run began with" in message
+
+
+def test_the_adapter_answers_and_goes_on_training(inputs, whole, tmp_path, capsys):
+    args = ["--adapter", str(whole / "adapter"), "--max-new-tokens", "5", "--prompt", "1 plus 7?"]
+    generate.main(args)  # the model's name is read from the run beside the adapter
+    answer = capsys.readouterr().out
+    generate.main(["--model", inputs[1], *args[2:]])
+    assert answer != capsys.readouterr().out
+    first = run(inputs, tmp_path, "--init-adapter", whole / "adapter", "--steps", 1, "--packing")
+    assert read_metrics(first)[0]["loss"] < read_metrics(whole)[0]["loss"]
+
+
+def test_full_fine_tuning_is_the_same_script(inputs, tmp_path):
+    run(
+        *(inputs, tmp_path, "--full", "--steps", 2, "--lr", 1e-3, "--grad-accum", 2),
+        *("--eval-every", 1, "--dtype", "bfloat16", "--remat"),
+    )
+    _, params = models.from_pretrained(inputs[1])
+    adapter = lj.split(lj.load_adapter(tmp_path / "adapter", params))[0]
+    assert all(set(parts) == {"value"} for parts in adapter.values())
+    assert {leaf.dtype for leaf in jax.tree.leaves(adapter)} == {np.dtype("float32")}
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--targets", "q_porj"], ["selects nothing", "q_proj/kernel"]),
+        (["--layers", "7"], ["has none of the layers (7,)"]),
+        (["--seq-len", "5000"], ["--seq-len 5000: the model", "allows 4096 tokens at most"]),
+        (["--seq-len", "40"], ["of 24 sequences are longer than --seq-len 40", "--truncate"]),
+        (["--model", "nowhere.gguf"], ["--model nowhere.gguf: nowhere.gguf is neither a file"]),
+        (["--dataset", "nowhere.jsonl"], ["--dataset nowhere.jsonl: there is no such file"]),
+        (["--init-adapter", "nowhere"], ["there is no adapter folder"]),
+        (["--eval-every", "1", "--eval-questions", "0"], ["needs rows to hold out"]),
+        (["--batch-size", "0"], ["--batch-size 0: at least 1 is needed"]),
+    ],
+)
+def test_bad_input_is_one_paragraph_before_training(inputs, tmp_path, capsys, args, words):
+    message = fails(capsys, *inputs, "--output", tmp_path, *args)
+    assert all(word in message for word in words), message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_row_without_the_fields_is_named(inputs, tmp_path, capsys):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}, {"text": "c"}])
+    message = fails(capsys, *inputs, "--dataset", rows, "--output", tmp_path / "run")
+    assert f"{rows}, row 2 has `text`; a row needs `messages`" in message
+
+
+def test_a_folder_with_another_run_is_left_alone(inputs, whole, capsys):
+    before = (whole / "config.json").read_text()
+    message = fails(capsys, *inputs, "--output", whole)
+    assert "holds another run" in message
+    message = fails(capsys, *inputs, "--output", whole, "--resume", "--seed", 1)
+    assert "--seed was 0 and is now 1" in message
+    assert (whole / "config.json").read_text() == before
+
+
+def test_truncated_weights_are_named(inputs, tmp_path, capsys):
+    folder = write_model(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    message = fails(capsys, *inputs, "--model", folder, "--output", tmp_path / "run")
+    assert f"{weights} is damaged or cut short" in message
+
+
+def test_an_adapter_is_refused_on_another_base(inputs, whole, tmp_path, capsys):
+    other = write_model(tmp_path / "model", scale=1.5)
+    args = [*inputs, "--model", other, "--init-adapter", whole / "adapter", "--steps", 1]
+    message = fails(capsys, *args, "--output", tmp_path / "run")
+    assert "trained on another base" in message and "--allow-base-mismatch" in message
+    main([str(arg) for arg in [*args, "--output", tmp_path / "run", "--allow-base-mismatch"]])
+
+
+def start(inputs, folder, *args):
+    """The script as a process of its own."""
+    command = [sys.executable, "-m", "train.sft", *inputs, "--output", str(folder)]
+    return subprocess.Popen(
+        [*command, *map(str, args)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_step(process, step):
+    for line in process.stdout:
+        if line.startswith(f"step {step}/"):
+            return
+    pytest.fail(f"the process ended with {process.wait()} before step {step}")
+
+
+LONG = ["--steps", 400, "--save-every", 7, "--dropout", 0.1]
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_adapter_bitwise(inputs, tmp_path):
+    process = start(inputs, tmp_path / "whole", *LONG)
+    assert process.communicate()[0] and process.returncode == 0
+    seed = int(time.time())
+    draw = random.Random(seed)
+    folder = tmp_path / "killed"
+    for attempt in range(4):
+        process = start(inputs, folder, *LONG, *(["--resume"] if attempt else []))
+        first = max([line["step"] for line in read_metrics(folder)] or [0]) - 6
+        wait_for_step(process, draw.randint(max(first, 1), first + 90))
+        time.sleep(draw.random() / 20)  # in the middle of a step, or of saving
+        process.kill()
+        process.communicate()
+    process = start(inputs, folder, *LONG, "--resume")
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert_same(adapter_of(inputs, tmp_path / "whole"), adapter_of(inputs, folder)), seed
+    steps = [line["step"] for line in read_metrics(folder)]
+    assert steps == list(range(1, 401))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_ends_cleanly(inputs, tmp_path, number, code):
+    process = start(inputs, tmp_path, *LONG)
+    wait_for_step(process, 9)
+    process.send_signal(number)
+    output = process.communicate()[0]
+    assert process.returncode == code
+    assert "Traceback" not in output
+    assert "stopped after step" in output and "--resume" in output
+    saved = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert saved == read_metrics(tmp_path)[-1]["step"] >= 9
+
+
+@pytest.mark.slow
+def test_the_default_task_on_a_tiny_model(inputs, tmp_path, capsys):
+    args = ["--model", inputs[1], "--output", str(tmp_path), "--seq-len", "700", "--rows", "20"]
+    args += ["--steps", "2", "--eval-questions", "2", "--eval-every", "2"]
+    main(args)
+    shown = capsys.readouterr().out
+    assert "Execution accuracy" in shown and "zero-shot" in shown and "Examples" in shown
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["questions_of_each_kind"] == 2
+    for row in scores["accuracy"].values():
+        assert set(row) == {"base, zero-shot", "base, 4 examples", "fine-tuned"}
+    main([*args, "--resume"])  # the base's answers are kept
+    assert "zero-shot: answering" not in capsys.readouterr().out
