@@ -1,7 +1,7 @@
 """LoRA for JAX and Flax, as a pure transform of a parameter tree."""
 
 from lora_jax import init, optim
-from lora_jax.adapt import MergeError, MergeWarning, RoleError, adapt
+from lora_jax.adapt import MergeError, MergeWarning, RoleError, adapt, explain
 from lora_jax.checkpoint import AdapterError, load_adapter, save_adapter
 from lora_jax.lorafy import (
     count_params,
@@ -28,6 +28,7 @@ __all__ = [
     "Trained",
     "adapt",
     "count_params",
+    "explain",
     "init",
     "is_node",
     "join",

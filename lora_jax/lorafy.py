@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.adapt.roles import roles_by_looking
+from lora_jax.axes import AxisRoles
 from lora_jax.init import FactorShape, Initialiser
 from lora_jax.paths import flatten_with_paths, fold_in_path, nearest
 from lora_jax.product import factor_shapes, stored
@@ -18,7 +20,13 @@ Tree = Any
 Adapter = dict[str, dict[str, Any]]
 
 
-def lorafy(params: Tree, rules: Sequence[Rule], *, key: jax.Array | None = None) -> Tree:
+def lorafy(
+    params: Tree,
+    rules: Sequence[Rule],
+    *,
+    key: jax.Array | None = None,
+    trace: Sequence[Any] | None = None,
+) -> Tree:
     """`params` with each selected kernel as a `LoraWeight`, each leaf to be trained as a `Trained`.
 
     Pure: containers stay what they are, and every other leaf is the same object. A `LoraWeight`
@@ -29,6 +37,9 @@ def lorafy(params: Tree, rules: Sequence[Rule], *, key: jax.Array | None = None)
       rules: the first rule that selects a leaf wins.
       key: a PRNG key, `jax.random.key(0)` by default. Each weight's draws depend on it and on the
         weight's path only, so that adapting one more weight changes no other.
+      trace: ``(fn, *args)``, as `fn` is called, `params` among the arguments (arrays may be
+        `jax.ShapeDtypeStruct`\\ s): the axis roles of each kernel are read from what `fn` does
+        with it, in the place of Flax's convention. A rule's own in_axes and out_axes come first.
 
     Raises ValueError where a rule selects nothing, where a kernel's axis roles are unknown, or
     where the tree is adapted already.
@@ -40,11 +51,21 @@ def lorafy(params: Tree, rules: Sequence[Rule], *, key: jax.Array | None = None)
             "lora_jax.strip(params), or lora_jax.merge(params) to build on what was learned"
         )
     arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
-    chosen = resolve(arrays, rules)
+    chosen = resolve(arrays, rules, _looked(trace, arrays))
     key = jax.random.key(0) if key is None else key
     return treedef.unflatten(
         _adapted_leaf(leaf, path, chosen.get(path), key) for path, leaf in leaves
     )
+
+
+def _looked(
+    trace: Sequence[Any] | None, leaves: list[tuple[str, Any]]
+) -> dict[str, AxisRoles | str] | None:
+    """The roles that `trace` shows, by path."""
+    if trace is None:
+        return None
+    fn, *args = trace
+    return roles_by_looking(fn, args, {id(leaf): path for path, leaf in leaves})
 
 
 def _adapted_leaf(leaf: Any, path: str, choice: Adapted | TrainRule | None, key: jax.Array) -> Any:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -117,6 +117,8 @@ class TrainRule(_Shown):
 
 
 Rule = LoraRule | TrainRule
+# By path, the axis roles that a function was seen to give a leaf, or why there are none.
+Looked = Mapping[str, AxisRoles | str] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +145,9 @@ class Adapted:
 
 
 def resolve(
-    leaves: Sequence[tuple[str, Any]], rules: Sequence[Rule]
+    leaves: Sequence[tuple[str, Any]],
+    rules: Sequence[Rule],
+    looked: Looked = None,
 ) -> dict[str, Adapted | TrainRule]:
     """Which of `leaves` (path and array, or anything with a shape) gets which rule; first wins.
 
@@ -158,27 +162,32 @@ def resolve(
     used: set[int] = set()
     resolved: dict[str, Adapted | TrainRule] = {}
     for path, leaf in leaves:
-        matching = [index for index, rule in enumerate(rules) if _selects(rule, path, leaf)]
+        matching = [index for index, rule in enumerate(rules) if _selects(rule, path, leaf, looked)]
         if not matching:
             continue
         first = rules[matching[0]]
         if isinstance(first, TrainRule):
             resolved[path] = first
             used.add(matching[0])
-        elif (adapted := _adapt_layers(path, leaf, rules, matching, used)) is not None:
+        elif (adapted := _adapt_layers(path, leaf, rules, matching, used, looked)) is not None:
             resolved[path] = adapted
     for index, rule in enumerate(rules):
         if index not in used:
-            raise ValueError(_no_match(rule, rules[:index], leaves, resolved))
+            raise ValueError(_no_match(rule, rules[:index], leaves, resolved, looked))
     return resolved
 
 
 def _adapt_layers(
-    path: str, leaf: Any, rules: Sequence[Rule], matching: list[int], used: set[int]
+    path: str,
+    leaf: Any,
+    rules: Sequence[Rule],
+    matching: list[int],
+    used: set[int],
+    looked: Looked,
 ) -> Adapted | None:
     """The rule of each layer of the kernel at `path`; marks those as `used` that take part."""
     candidates = {index: rule for index in matching if isinstance(rule := rules[index], LoraRule)}
-    roles = _roles(candidates[matching[0]], path, len(leaf.shape))
+    roles = _roles(candidates[matching[0]], path, len(leaf.shape), looked)
     batch = roles.sizes(leaf.shape, "batch")
     number = numbered_layer(path, stacked=bool(batch))
     stacked = number is None and bool(batch)
@@ -214,21 +223,23 @@ def _has_layer(rule: LoraRule, layer: int) -> bool:
     return rule.layers is None or layer in rule.layers
 
 
-def _selects(rule: Rule, path: str, leaf: Any) -> bool:
+def _selects(rule: Rule, path: str, leaf: Any, looked: Looked) -> bool:
     """Whether `rule` names the leaf and (a LoraRule) the leaf can be adapted."""
-    if _matches(rule.exclude, path) or not _is_named(rule, path, leaf):
+    if _matches(rule.exclude, path) or not _is_named(rule, path, leaf, looked):
         return False
     if isinstance(rule, TrainRule):
         return jnp.issubdtype(leaf.dtype, jnp.inexact)
     return _is_kernel(path, leaf)
 
 
-def _is_named(rule: Rule, path: str, leaf: Any) -> bool:
+def _is_named(rule: Rule, path: str, leaf: Any, looked: Looked) -> bool:
     if rule.targets != ALL_LINEAR:
         return _matches(rule.targets, path)
     if isinstance(rule, TrainRule) or leaf_name(path) in EMBEDDING_NAMES:
         return False
     known = default_roles(leaf_name(path), len(leaf.shape)) is not None
+    if looked is not None:
+        known = isinstance(looked.get(path), AxisRoles)
     return known and not any(_NOT_LINEAR.fullmatch(segment) for segment in path.split("/"))
 
 
@@ -245,18 +256,27 @@ def _is_kernel(path: str, leaf: Any) -> bool:
     return leaf_name(path) not in _SIDE_LEAVES
 
 
-def _roles(rule: LoraRule, path: str, ndim: int) -> AxisRoles:
+def _roles(rule: LoraRule, path: str, ndim: int, looked: Looked) -> AxisRoles:
     if rule.in_axes is not None and rule.out_axes is not None:
         try:
             return AxisRoles.of(rule.in_axes, rule.out_axes, ndim)
         except ValueError as error:
             raise ValueError(f"{rule}: {path!r}: {error}") from None
+    if looked is not None:
+        seen = looked.get(path, "it is not among the arguments (leaves are matched by identity)")
+        if isinstance(seen, str):
+            raise ValueError(
+                f"{rule} selects {path!r}, and trace tells no axis roles for it: {seen}. Leave it "
+                "out with exclude=…, or say them in a rule for it with in_axes=… and out_axes=…"
+            )
+        return seen
     roles = default_roles(leaf_name(path), ndim)
     if roles is None:
         raise ValueError(
             f"{rule} selects {path!r}, whose name tells nothing about its {ndim} axes (kernel, w "
-            "and embedding have a convention); say which are contracted with the input and which "
-            "are the output by LoraRule(in_axes=…, out_axes=…)"
+            "and embedding have a convention). Say which are contracted with the input and which "
+            "come out with LoraRule(in_axes=…, out_axes=…), or let lorafy look at what your "
+            "function does with it: lorafy(params, rules, trace=(fn, params, x))"
         )
     return roles
 
@@ -266,9 +286,10 @@ def _no_match(
     earlier: Sequence[Rule],
     leaves: Sequence[tuple[str, Any]],
     resolved: dict[str, Adapted | TrainRule],
+    looked: Looked,
 ) -> str:
     """Why `rule` selected nothing: taken already, not a kernel, or no such name."""
-    named = [(path, leaf) for path, leaf in leaves if _is_named(rule, path, leaf)]
+    named = [(path, leaf) for path, leaf in leaves if _is_named(rule, path, leaf, looked)]
     if taken := [path for path, _ in named if path in resolved and earlier]:
         return f"{rule} selects nothing: an earlier rule takes {taken[0]!r} (the first rule wins)"
     if excluded := [path for path, _ in named if _matches(rule.exclude, path)]:

@@ -1,5 +1,10 @@
 """Settings for all tests: four devices, and dtypes that are never promoted silently."""
 
+import os
+
+# Machine code that nobody runs for long need not be fast. (The optimisation of HLO is untouched.)
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 import jax
 import pytest
 

@@ -18,7 +18,7 @@ def _jit(interpreter: Interpreter, use: Use) -> list[Any]:
     jit = eqns.jit_of(use.eqn)
     body = interpreter.function(jit.jaxpr, use.live)
     values = [_constrained(v, s) for v, s in zip(use.values, jit.in_shardings, strict=True)]
-    if jit.inline:
+    if jit.inline or interpreter.record is not None:
         outputs = body(*values)
     else:
 
@@ -52,6 +52,8 @@ def _with_base(weight: Factored, base: Any) -> Factored:
 
 def _remat(interpreter: Interpreter, use: Use) -> list[Any]:
     body = interpreter.function(use.params["jaxpr"], use.live)
+    if interpreter.record is not None:
+        return body(*use.values)
     rematerialised = jax.checkpoint(
         body, prevent_cse=use.params["prevent_cse"], policy=use.params["policy"]
     )

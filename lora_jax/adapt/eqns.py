@@ -129,6 +129,16 @@ def shard_map_of(eqn: JaxprEqn) -> ShardMap:
     )
 
 
+def function_name(eqn: JaxprEqn) -> str | None:
+    """The name of the function that a jit, custom_vjp or custom_jvp equation calls."""
+    if "name" in eqn.params and "jaxpr" in eqn.params:
+        return eqn.params["name"]
+    if "call_jaxpr" in eqn.params:
+        inner, _ = opened(eqn.params["call_jaxpr"])
+        return inner.debug_info.func_name
+    return None
+
+
 def user_line(eqn: JaxprEqn) -> tuple[str, int]:
     """The file and line of the user's code that made the equation."""
     summary = source_info_util.summarize(eqn.source_info)

@@ -37,6 +37,17 @@ class Use:
         return eqns.bind(self.eqn, values)
 
 
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One use of an adapted weight; see `lora_jax.explain`."""
+
+    path: str
+    primitive: str
+    place: str  # file:line
+    how: str  # "factored", "merged" or "unused"
+    why: str
+
+
 # A rule returns the equation's outputs, or None to have its operands merged.
 Rule = Callable[["Interpreter", Use], list[Any] | None]
 
@@ -68,6 +79,10 @@ class Interpreter:
 
     rules: Mapping[str, Rule] = dataclasses.field(hash=False, compare=False)
     strict: bool = False
+    # The caller's own rules, by the name of a primitive or of a function; see `adapt`.
+    own: tuple[tuple[str, Callable[..., Any]], ...] = ()
+    # Called with each use of a weight. Every call is then walked through anew, nothing is cached.
+    record: Callable[[Record], None] | None = None
 
     def evaluate(
         self,
@@ -123,6 +138,10 @@ class Interpreter:
     def merged(self, weight: Factored, primitive: str, eqn: JaxprEqn | None) -> jax.Array:
         """W + s·AB, formed here; says so, or raises."""
         file, line = eqns.user_line(eqn) if eqn is not None else ("the function's output", 0)
+        if self.record is not None:
+            why = _WHY.get(primitive, "has no factored form")
+            self.record(Record(weight.path, primitive, f"{file}:{line}", "merged", why))
+            return weight.merged()
         what = f"the weight {weight.path!r} meets {primitive!r} at {file}:{line}"
         if weight.key is not None and weight.dropout:
             raise MergeError(
@@ -149,13 +168,37 @@ class Interpreter:
         if not any(isinstance(value, Factored) for value in values):
             return eqns.bind(eqn, values)
         name = eqn.primitive.name
+        use = Use(eqn, [at_site(value, index) for value in values], live)
+        for called, rule in self.own:
+            if called in (name, eqns.function_name(eqn)):
+                self._note(use, f"by the rule given for {called!r}")
+                outputs = rule(*use.values, **eqn.params)
+                return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
         if name in self.rules:
-            use = Use(eqn, [at_site(value, index) for value in values], live)
             outputs = self.rules[name](self, use)
             if outputs is not None:
+                if name in _PRODUCTS and not any(isinstance(o, Factored) for o in outputs):
+                    self._note(use, "xW + s·(xA)B")
                 return outputs
         plain = [self.merged(v, name, eqn) if isinstance(v, Factored) else v for v in values]
         return eqns.bind(eqn, plain)
+
+    def _note(self, use: Use, why: str) -> None:
+        if self.record is None:
+            return
+        file, line = eqns.user_line(use.eqn)
+        for value in use.values:
+            if isinstance(value, Factored):
+                name = use.eqn.primitive.name
+                self.record(Record(value.path, name, f"{file}:{line}", "factored", why))
+
+
+_PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general", "gather"})
+_WHY = {
+    "custom_vjp_call": "has a derivative of its own, which must be kept",
+    "custom_jvp_call": "has a derivative of its own, which must be kept",
+    "output": "the weight itself, changed, is an output",
+}
 
 
 def at_site(value: Any, index: int | jax.Array) -> Any:

@@ -72,8 +72,8 @@ def _check_roles(weight: Factored, contract: Sequence[int], batch: Sequence[int]
     raise RoleError(
         f"the weight {weight.path!r} is recorded with the axes ({roles}), but the function "
         f"{sizes} at {file}:{line}. LoRA needs all in axes contracted, or all out axes, and batch "
-        "axes left alone. Record what the function does with LoraRule(in_axes=…, out_axes=…), or "
-        "leave this weight out of the rules"
+        "axes left alone. Record what the function does: by hand with LoraRule(in_axes=…, "
+        "out_axes=…), or by looking with lorafy(params, rules, trace=(fn, params, x))"
     )
 
 

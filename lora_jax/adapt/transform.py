@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,12 @@ from lora_jax.product import Factored
 from lora_jax.weight import LoraWeight, Trained, is_node
 
 
-def adapt(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
+def adapt(
+    fn: Callable[..., Any],
+    *,
+    strict: bool = False,
+    primitives: Mapping[str, Callable[..., Any]] | None = None,
+) -> Callable[..., Any]:
     """`fn`, running on an adapted tree: each product with an adapted W is xW + s·(xA)B.
 
     W + s·AB is never formed, nor a gradient of W where the derivative is taken with respect to
@@ -31,6 +36,11 @@ def adapt(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]
     Args:
       fn: called with the same arguments, but for plain arrays in the place of the tree's nodes.
       strict: raise `MergeError` instead of merging.
+      primitives: rules of your own, by the name of a primitive, or of a function under `jax.jit`,
+        `jax.custom_vjp` or `jax.custom_jvp` (a Pallas kernel with its derivative, say), which are
+        merged at their boundary otherwise. A rule is called as ``rule(*operands, **params)``
+        with the equation's operands and parameters, an adapted weight as a
+        `lora_jax.product.Factored`, and returns the output or the list of outputs.
 
     Returns:
       ``forward(*args, dropout_key=None, **kwargs)``. A PRNG key as `dropout_key` turns on the
@@ -41,51 +51,63 @@ def adapt(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]
 
     Source: Hu et al., *LoRA*, arXiv 2106.09685, equation 3 (it is ΔW·x that α/r scales).
     """
-    interpreter = Interpreter(RULES, strict)
+    own = tuple((primitives or {}).items())
+    interpreter = Interpreter(RULES, strict, own)
 
     @functools.wraps(fn)
     def forward(*args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> Any:
-        treedef: Any
-        keyed, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_node)
-        if not any(is_node(leaf) for _, leaf in keyed):
-            raise TypeError(
-                f"adapt({getattr(fn, '__name__', fn)}): no argument holds an adapted tree, so "
-                "there is no adapter to run. Pass the tree that lorafy, join or load_adapter "
-                "returned as an argument; one that the function closes over is not seen"
-            )
-        leaves: list[Any] = []
-        nodes: dict[int, LoraWeight] = {}
-        weights: list[Factored] = []
-        for place, (key_path, leaf) in enumerate(keyed):
-            path = path_string(key_path[2:])  # without ([args or kwargs], [which of them])
-            leaves.append(_plain(leaf, path))
-            if isinstance(leaf, LoraWeight) and leaf.a is not None:
-                nodes[place] = leaf
-                weights.append(leaf.factored(path, _weight_key(leaf, path, dropout_key)))
-        if not weights:
-            args, kwargs = treedef.unflatten(leaves)
-            return fn(*args, **kwargs)
-        outputs = _Outputs()
-
-        def traced(*bases: Any) -> list[Any]:
-            replaced = dict(zip(nodes, bases, strict=True))
-            values = [replaced.get(place, leaf) for place, leaf in enumerate(leaves)]
-            args, kwargs = treedef.unflatten(values)
-            return outputs.take(fn(*args, **kwargs))
-
-        jaxpr = jax.make_jaxpr(traced)(*(weight.base for weight in weights))
-        values = interpreter.evaluate(jaxpr, weights)
-        inner, _ = eqns.opened(jaxpr)
-        untouched: dict[Any, LoraWeight] = dict(zip(inner.invars, nodes.values(), strict=True))
-        results = []
-        for atom, value in zip(inner.outvars, values, strict=True):
-            if isinstance(value, Factored):
-                same = None if eqns.is_literal(atom) else untouched.get(atom)
-                value = same if same is not None else interpreter.merged(value, "output", None)
-            results.append(value)
-        return outputs.give(results)
+        return run(fn, interpreter, args, kwargs, dropout_key)
 
     return forward
+
+
+def run(
+    fn: Callable[..., Any],
+    interpreter: Interpreter,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dropout_key: jax.Array | None,
+) -> Any:
+    """``fn(*args, **kwargs)``, with the adapted weights among the arguments in factored form."""
+    treedef: Any
+    keyed, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_node)
+    if not any(is_node(leaf) for _, leaf in keyed):
+        raise TypeError(
+            f"adapt({getattr(fn, '__name__', fn)}): no argument holds an adapted tree, so "
+            "there is no adapter to run. Pass the tree that lorafy, join or load_adapter "
+            "returned as an argument; one that the function closes over is not seen"
+        )
+    leaves: list[Any] = []
+    nodes: dict[int, LoraWeight] = {}
+    weights: list[Factored] = []
+    for place, (key_path, leaf) in enumerate(keyed):
+        path = path_string(key_path[2:])  # without ([args or kwargs], [which of them])
+        leaves.append(_plain(leaf, path))
+        if isinstance(leaf, LoraWeight) and leaf.a is not None:
+            nodes[place] = leaf
+            weights.append(leaf.factored(path, _weight_key(leaf, path, dropout_key)))
+    if not weights:
+        args, kwargs = treedef.unflatten(leaves)
+        return fn(*args, **kwargs)
+    outputs = _Outputs()
+
+    def traced(*bases: Any) -> list[Any]:
+        replaced = dict(zip(nodes, bases, strict=True))
+        values = [replaced.get(place, leaf) for place, leaf in enumerate(leaves)]
+        args, kwargs = treedef.unflatten(values)
+        return outputs.take(fn(*args, **kwargs))
+
+    jaxpr = jax.make_jaxpr(traced)(*(weight.base for weight in weights))
+    values = interpreter.evaluate(jaxpr, weights)
+    inner, _ = eqns.opened(jaxpr)
+    untouched: dict[Any, LoraWeight] = dict(zip(inner.invars, nodes.values(), strict=True))
+    results = []
+    for atom, value in zip(inner.outvars, values, strict=True):
+        if isinstance(value, Factored):
+            same = None if eqns.is_literal(atom) else untouched.get(atom)
+            value = same if same is not None else interpreter.merged(value, "output", None)
+        results.append(value)
+    return outputs.give(results)
 
 
 class _Outputs:

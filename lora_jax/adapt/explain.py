@@ -1,0 +1,61 @@
+"""`explain`: where a function uses each adapted weight, factored or merged, and why."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lora_jax.adapt.interpreter import Interpreter, Record
+from lora_jax.adapt.primitives import RULES
+from lora_jax.adapt.transform import run
+from lora_jax.paths import flatten_with_paths
+from lora_jax.weight import LoraWeight, is_node
+
+
+def uses(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Record]:
+    """Every use of an adapted weight by ``fn(*args, **kwargs)``, in the order of the program.
+
+    `fn` is traced, not run; arrays may be `jax.ShapeDtypeStruct`\\ s. A weight that the function
+    never uses has one entry, which says so.
+    """
+    found: list[Record] = []
+    interpreter = Interpreter(RULES, strict=False, record=found.append)
+    treedef: Any
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    arrays = [place for place, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
+
+    def traced(values: list[Any]) -> Any:
+        given = dict(zip(arrays, values, strict=True))
+        every = [given.get(place, leaf) for place, leaf in enumerate(leaves)]
+        inner_args, inner_kwargs = treedef.unflatten(every)
+        out = run(fn, interpreter, inner_args, inner_kwargs, None)
+        return [leaf for leaf in jax.tree.leaves(out) if isinstance(leaf, jax.core.Tracer)]
+
+    jax.eval_shape(traced, [leaves[place] for place in arrays])
+    for argument in (*args, *kwargs.values()):
+        nodes, _ = flatten_with_paths(argument, is_leaf=is_node)
+        adapted = [path for path, leaf in nodes if isinstance(leaf, LoraWeight)]
+        met = {record.path for record in found}
+        found += [
+            Record(path, "", "", "unused", "no output depends on it; its adapter will not train")
+            for path in adapted
+            if path not in met
+        ]
+    return list(dict.fromkeys(found))
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Prints a table of where ``adapt(fn)(*args, **kwargs)`` uses each adapted weight.
+
+    One line for each place: the primitive, the line of your code, whether the product is factored
+    or the weight is merged there, and why. `fn` is traced, not run.
+    """
+    columns = [field.name for field in dataclasses.fields(Record)]
+    rows = [columns] + [
+        [str(getattr(record, column)) for column in columns] for record in uses(fn, *args, **kwargs)
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
