@@ -51,7 +51,8 @@ def train(
             state, metrics = step(state, base, batch)
             done = number + 1
             window.append((done, metrics))
-            last = done == steps or stop.signal is not None
+            stopping = stop.signal is not None  # once a step: what is raised has been saved
+            last = done == steps or stopping
             if last or done % run.log_every == 0 or done % run.save_every == 0:
                 # Reading the metrics waits for the device, so it is done once a window.
                 values = [(at, {k: float(v) for k, v in m.items()}) for at, m in window]
@@ -64,7 +65,7 @@ def train(
                 log.add({"step": done, "eval_loss": hooks.evaluate(state)})
             if last or done % run.save_every == 0:
                 hooks.save(state)
-            if stop.signal is not None and done < steps:
+            if stopping and done < steps:
                 raise Interrupted(f"stopped after step {done}. {hooks.resume_hint}", stop.code)
             if not window:
                 began = time.perf_counter()

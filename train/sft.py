@@ -193,6 +193,7 @@ def run(config: Config, stop: Stop) -> None:
 
     # Its answers.
     stop.message = f"interrupted; the adapter is in {folder / ADAPTER}"
+    stop.check()
     if scores:
         merged = lj.merge(trained)
         del trained, state, base

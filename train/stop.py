@@ -37,6 +37,11 @@ class Stop:
         finally:
             self._deferred = False
 
+    def check(self) -> None:
+        """Raises `Interrupted` where a signal came while it was deferred."""
+        if self.signal is not None:
+            raise Interrupted(self.message, self.code)
+
     @property
     def code(self) -> int:
         """The exit code that shells give for the signal."""
