@@ -96,16 +96,17 @@ class Scores:
         }
 
     def recall(self, saved: Mapping[str, Any]) -> bool:
-        """Takes the base's answers from an interrupted run; whether they were there."""
-        if saved.get("questions_of_each_kind") != self.n:
+        """Takes the base's answers from an interrupted run; whether it had asked the same."""
+        try:
+            rows = {kind: saved["answers"][kind] for kind in self.questions}
+            for kind, examples in self.questions.items():
+                if [row["question"] for row in rows[kind]] != [e.question for e in examples]:
+                    return False
+            for way in (ZERO_SHOT, FEW_SHOT):
+                self.answers[way] = {kind: [row[way] for row in rows[kind]] for kind in rows}
+        except KeyError:
+            self.answers.clear()
             return False
-        for way in (ZERO_SHOT, FEW_SHOT):
-            try:
-                rows = {kind: saved["answers"][kind] for kind in self.questions}
-                self.answers[way] = {k: [row[way] for row in rows[k]] for k in self.questions}
-            except KeyError:
-                self.answers.clear()
-                return False
         return True
 
     def examples(self, n: int = 6) -> list[dict[str, str]]:
@@ -122,4 +123,4 @@ class Scores:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:199]}…"
+    return text if len(text) <= 160 else f"{text[:159]}…"
