@@ -259,8 +259,10 @@ def packed(config: Config, rows: list[Row], tokenizer: Any, source: str) -> Pack
     """Rows as sequences of one length."""
     data = config.data
     sequences = tokenize(rows, tokenizer, source)
-    sequences = check_lengths(sequences, data.seq_len, truncate=data.truncate)
-    return pack(sequences, data.seq_len, packing=data.packing)
+    kept = check_lengths(sequences, data.seq_len, truncate=data.truncate)
+    if left_out := len(sequences) - len(kept):
+        print(f"{source}: left out {left_out} rows, cut off before their completion began")
+    return pack(kept, data.seq_len, packing=data.packing)
 
 
 def number_of_steps(config: Config, order: Order) -> int:
