@@ -11,7 +11,7 @@ BLOCKS = re.findall(r"^```python( continued)?\n(.*?)^```", README, re.DOTALL | r
 
 
 def expected_lines(code):
-    return re.findall(r"print\(.*\)  # (.*)", code)
+    return re.findall(r"print\(.*\)(?:  |\n)# (.*)", code)
 
 
 def run(code, names, capsys):
