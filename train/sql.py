@@ -1,9 +1,10 @@
 """The default fine-tuning task: questions to SQL, on databases that were not trained on.
 
-An example is a chat: the system prompt, a user turn with the tables of a database and a question,
-and the SQL that answers it. Everything is made here from a seed, nothing is downloaded. Evaluation
-always uses schemas that share no table with the training schemas, and on request phrasings that
-never occur in training. An answer is right if it gives the gold query's result on three databases:
+An example is a chat: the system prompt, a user turn with the tables of a database, how they join
+and a question, and the SQL that answers it. Everything is made here from a seed, nothing is
+downloaded. Evaluation always uses schemas that share no table with the training schemas and, if
+asked to, phrasings that never occur in training. An answer is right if it gives the gold query's
+result on three databases:
 
     examples = training_examples(280)
     held_out = evaluation_examples(200, unseen_phrasings=True)

@@ -7,7 +7,7 @@ something on every database: that is tested by running it (see `sql.py`).
 from collections.abc import Callable
 from dataclasses import replace
 
-from train.sql_query import Condition, Query, Term, join_on, literal
+from train.sql_query import Condition, Query, Term, literal
 from train.sql_scene import (
     DoesNotFit,
     Scene,
@@ -30,7 +30,7 @@ def _titles(table: Table, *where: Condition) -> Query:
 def _joined(scene: Scene, *select: Term, where: tuple[Condition, ...] = ()) -> Query:
     """Columns of both tables."""
     schema = scene.schema
-    return Query(table=schema.child.name, select=select, join=join_on(schema), where=where)
+    return Query(table=schema.child.name, select=select, join=schema.join, where=where)
 
 
 def _is(column: Column, value: object, operator: str = "=") -> Condition:
@@ -139,13 +139,6 @@ def _aggregate(function: str) -> Form:
     return form
 
 
-def _extent(scene: Scene) -> tuple[Query, Words]:
-    table = scene.table()
-    number = scene.number(table)
-    ends = tuple(Term(path=number.path, function=function) for function in ("MIN", "MAX"))
-    return replace(_titles(table), select=ends), table_words(table) | number_words(number)
-
-
 def _ordered(scene: Scene) -> tuple[Query, Words]:
     table = scene.table()
     number = scene.number(table)
@@ -168,14 +161,6 @@ def _group_count(scene: Scene) -> tuple[Query, Words]:
     return query, table_words(table) | category_words(category)
 
 
-def _group_average(scene: Scene) -> tuple[Query, Words]:
-    table = scene.table("text", "number")
-    category, number = scene.column(table, "text"), scene.column(table, "number")
-    select = (Term(path=category.path), Term(path=number.path, function="AVG"))
-    query = replace(_titles(table), select=select, group=category.path)
-    return query, table_words(table) | category_words(category) | number_words(number)
-
-
 def _group_having(scene: Scene) -> tuple[Query, Words]:
     query, words = _group_count(scene)
     count = scene.draw.integer(2, 7)
@@ -196,37 +181,6 @@ def _join_filter(scene: Scene) -> tuple[Query, Words]:
     return query, owned_words(scene.schema) | words
 
 
-def _join_two_filters(scene: Scene) -> tuple[Query, Words]:
-    child, parent = scene.schema.child, scene.schema.parent
-    number = scene.number(child)
-    [value], [bound] = scene.values(parent.title), scene.values(number)
-    where = (_is(parent.title, value), _is(number, bound, ">"))
-    words = owned_words(scene.schema) | number_words(number)
-    words |= {"value": str(value), "bound": str(bound)}
-    return _joined(scene, Term(path=child.title.path), where=where), words
-
-
-def _join_average(scene: Scene) -> tuple[Query, Words]:
-    query, words = _join_filter(scene)
-    number = scene.column(scene.schema.child, "number")
-    query = replace(query, select=(Term(path=number.path, function="AVG"),))
-    return query, words | number_words(number)
-
-
-def _join_count(scene: Scene) -> tuple[Query, Words]:
-    title = scene.schema.parent.title
-    query = _joined(scene, Term(path=title.path), Term(path="*", function="COUNT"))
-    return replace(query, group=title.path), owned_words(scene.schema)
-
-
-def _join_top(scene: Scene) -> tuple[Query, Words]:
-    number = scene.column(scene.schema.child, "number", "year")
-    descending = scene.draw.pick((False, True))
-    query = _joined(scene, Term(path=scene.schema.parent.title.path))
-    query = replace(query, order=Term(path=number.path), descending=descending, limit=1)
-    return query, owned_words(scene.schema) | number_words(number, descending=descending)
-
-
 def _above_average(scene: Scene) -> tuple[Query, Words]:
     table = scene.table("number")
     number = scene.column(table, "number")
@@ -245,23 +199,6 @@ def _at_extreme(scene: Scene) -> tuple[Query, Words]:
     return _titles(table, condition), words
 
 
-def _owners(scene: Scene, operator: str, *where: Condition) -> Query:
-    """Parents that are (`IN`) or are not (`NOT IN`) pointed to by some child."""
-    child, parent = scene.schema.child, scene.schema.parent
-    links = Query(table=child.name, select=(Term(path=scene.schema.link.path),), where=where)
-    condition = Condition(path=f"{parent.name}.id", operator=operator, value=links)
-    return _titles(parent, condition)
-
-
-def _owners_with(scene: Scene) -> tuple[Query, Words]:
-    condition, words = _filter(scene, scene.schema.child)
-    return _owners(scene, "IN", condition), owned_words(scene.schema) | words
-
-
-def _owners_without(scene: Scene) -> tuple[Query, Words]:
-    return _owners(scene, "NOT IN"), owned_words(scene.schema)
-
-
 FORMS: dict[str, Form] = {
     "two_columns": _two_columns,
     "lookup": _lookup,
@@ -275,21 +212,13 @@ FORMS: dict[str, Form] = {
     "count": _count,
     "count_distinct": _count_distinct,
     "average": _aggregate("AVG"),
-    "extent": _extent,
     "total": _aggregate("SUM"),
     "ordered": _ordered,
     "top": _top,
     "group_count": _group_count,
-    "group_average": _group_average,
     "group_having": _group_having,
     "join_columns": _join_columns,
     "join_filter": _join_filter,
-    "join_two_filters": _join_two_filters,
-    "join_average": _join_average,
-    "join_count": _join_count,
-    "join_top": _join_top,
     "above_average": _above_average,
     "at_extreme": _at_extreme,
-    "owners_with": _owners_with,
-    "owners_without": _owners_without,
 }

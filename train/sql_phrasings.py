@@ -34,233 +34,253 @@ PHRASINGS: dict[str, Phrasings] = {
         """List the {name} and {other} of all {things}.
         Show the {name} and the {other} of every {thing}.
         What are the {name} and {other} of each {thing}?
-        Give me {name} and {other} for all {things}.""",
-        """I need an overview of our {things}: first the {name}, then the {other}.
-        Print every {thing}'s {name} next to its {other}.""",
+        Give me the {name} and {other} for all {things}.
+        For each {thing}, return its {name} and its {other}.
+        I need the {name} and {other} of all our {things}.
+        Which {name} and {other} does each {thing} have?
+        Can you find every {thing}'s {name} together with its {other}?""",
+        """I'm putting together an overview of the {things}: {name} and {other}, please.
+        Could you print a table of our {things} that has first {name}, then {other}?""",
     ),
     "lookup": _phrasings(
         """What is the {other} of the {thing} {value}?
-        Show the {other} for the {thing} with {name} {value}.
+        Show the {other} of the {thing} with the {name} {value}.
         Give me the {other} of {thing} {value}.
-        Find the {other} of the {thing} whose {name} is {value}.""",
-        """Take the {thing} {value}: which {other} does our data give?
-        I only know the {name}, {value}. Tell me that {thing}'s {other}.""",
+        Find the {other} of the {thing} whose {name} is {value}.
+        Which {other} does the {thing} {value} have?
+        I need the {other} of the {thing} called {value}.
+        For the {thing} {value}, return the {other}.
+        Can you look up the {other} of {value} among the {things}?""",
+        """Do you happen to know the {other} on record for our {thing} {value}?
+        Tell me about the {thing} {value}: what's its {other}?""",
     ),
     "equals": _phrasings(
         """List the {names} of {things} with {category} {value}.
         Which {things} have the {category} {value}? Give their {names}.
         Show the {name} of every {thing} whose {category} is {value}.
-        Find the {names} of all {things} where the {category} equals {value}.""",
-        """For {category} {value}, which {names} do the {things} carry?
-        I am only interested in {value} as {category}. Identify those {things} by {name}.""",
+        Find the {names} of all {things} where the {category} is {value}.
+        What are the {names} of the {things} that have {value} as their {category}?
+        For all {things} of {category} {value}, return the {name}.
+        I need the {name} of each {thing} with {value} as its {category}.
+        Give me all {things}, by {name}, that have the {category} {value}.""",
+        """Let's see the {things} listed under {category} {value}, please: just their {names}.
+        Could you pick out the {things} that fall under {category} {value}, by {name}?""",
     ),
     "above": _phrasings(
-        """List the {names} of {things} with {number} {above} {value}.
-        Which {things} have {number} {above} {value}? Give their {names}.
+        """List the {names} of {things} with a {number} {above} {value}.
+        Which {things} have a {number} {above} {value}? Give their {names}.
         Show the {name} of every {thing} whose {number} is {over} {value}.
-        Find the {names} of all {things} where the {number} is {above} {value}.""",
-        """Leave out {things} with {number} {value} or {lower}. Which {names} have the others?
-        Tell me, by {name}, which {things} go beyond {value} in {number}.""",
+        Find the {names} of all {things} where the {number} is {above} {value}.
+        What are the {names} of the {things} with a {number} {higher} than {value}?
+        For every {thing} that has a {number} {over} {value}, return the {name}.
+        I need the {names} of {things} whose {number} is greater than {value}.
+        Give me all {things}, by {name}, that have a {number} {above} {value}.""",
+        """I'm looking for {things} with a {number} {past} {value}. Please tell me their {names}.
+        Could you pick out the {things} that go beyond a {number} of {value}, by {name}?""",
     ),
     "below": _phrasings(
-        """List the {names} of {things} with {number} {below} {value}.
-        Which {things} have {number} {below} {value}? Give their {names}.
+        """List the {names} of {things} with a {number} {below} {value}.
+        Which {things} have a {number} {below} {value}? Give their {names}.
         Show the {name} of every {thing} whose {number} is {under} {value}.
-        Find the {names} of all {things} where the {number} is {below} {value}.""",
-        """Leave out {things} with {number} {value} or {higher}. Which {names} have the others?
-        Tell me, by {name}, which {things} do not reach {value} in {number}.""",
+        Find the {names} of all {things} where the {number} is {below} {value}.
+        What are the {names} of the {things} with a {number} {lower} than {value}?
+        For every {thing} that has a {number} {under} {value}, return the {name}.
+        I need the {names} of {things} whose {number} is smaller than {value}.
+        Give me all {things}, by {name}, that have a {number} {below} {value}.""",
+        """I'm looking for {things} with a {number} {beneath} {value}. Tell me their {names}.
+        Could you pick out the {things} that don't reach a {number} of {value}, by {name}?""",
     ),
     "between": _phrasings(
-        """List the {names} of {things} with {number} between {low} and {high}.
-        Which {things} have {number} from {low} to {high}? Give their {names}.
+        """List the {names} of {things} with a {number} between {low} and {high}.
+        Which {things} have a {number} from {low} to {high}? Give their {names}.
         Show the {name} of every {thing} whose {number} is between {low} and {high}.
-        Find the {names} of all {things} where the {number} is between {low} and {high}.""",
-        """Identify by {name} the {things} whose {number} is at least {low} but not over {high}.
-        For {number} take {low} as minimum, {high} as maximum. Which {names} of {things} remain?""",
+        Find the {names} of all {things} where the {number} is between {low} and {high}.
+        What are the {names} of the {things} with a {number} of {low} to {high}?
+        For each {thing} that has a {number} from {low} up to {high}, return the {name}.
+        I need the {names} of {things} whose {number} lies between {low} and {high}.
+        Give me all {things}, by {name}, that have a {number} in the range {low} to {high}.""",
+        """I'm after {things} with a {number} of at least {low} but at most {high}, by {name}.
+        Tell me the {names} of those {things} whose {number} falls within {low} and {high}.""",
     ),
     "contains": _phrasings(
         """List the {names} of {things} whose {name} contains {value}.
         Which {names} of {things} include the word {value}?
         Show every {thing}'s {name} that contains the word {value}.
-        Find the {names} of all {things} with {value} in the {name}.""",
-        """I recall just a part of the {name}, {value}. Which {names} could the {thing} have?
-        Search our {things} for {value} somewhere in the {name}, and print the {names}.""",
+        Find the {names} of all {things} with {value} in the {name}.
+        What are the {names} of the {things} with the word {value} in their {name}?
+        For each {thing} that has {value} in its {name}, return the {name}.
+        I need the {names} of all {things} whose {name} includes {value}.
+        Give me the {names} of {things} where {value} is part of the {name}.""",
+        """Could you search the {names} of our {things} for {value} and tell me what comes up?
+        I only remember that the {thing}'s {name} had {value} in it. Which {names} could it be?""",
     ),
     "one_of": _phrasings(
         """List the {names} of {things} with {category} {value} or {value2}.
-        Which {things} have {value} or {value2} as {category}? Give their {names}.
+        Which {things} have the {category} {value} or {value2}? Give their {names}.
         Show the {name} of every {thing} whose {category} is {value} or {value2}.
-        Find the {names} of all {things} where the {category} is either {value} or {value2}.""",
-        """Both {value} and {value2} are fine as {category}. Which {names} do such {things} have?
-        Apart from {category} {value} and {value2}, ignore all {things}. Which {names} are left?""",
+        Find the {names} of all {things} where the {category} is either {value} or {value2}.
+        What are the {names} of the {things} that have {value} or {value2} as their {category}?
+        For all {things} of {category} {value} or {value2}, return the {name}.
+        I need the {name} of each {thing} with either {value} or {value2} as its {category}.
+        Give me all {things}, by {name}, that have the {category} {value} or {value2}.""",
+        """Both {value} and {value2} are fine as {category}. Tell me such {things}' {names}.
+        Let's see the {things} under {category} {value} as well as under {value2}: just {names}.""",
     ),
     "both_filters": _phrasings(
-        """List the {names} of {things} with {category} {value} and {number} {above} {bound}.
-        Which {things} with {category} {value} have {number} {above} {bound}? Give their {names}.
-        Show {names} of {things} whose {category} is {value} and {number} is {over} {bound}.
-        Find {names} of {things} where {category} is {value} and {number} is {above} {bound}.""",
-        """Of the {things} of {category} {value}, identify by {name} those past {bound} in {number}.
-        Beyond {bound} in {number}, and {value} as {category}: which {names} of {things} fit?""",
+        """List the {names} of {things} with {category} {value} and a {number} {above} {bound}.
+        Which {things} of {category} {value} have a {number} {above} {bound}? Give the {names}.
+        Show the {names} of {things} whose {category} is {value} and {number} is {over} {bound}.
+        Find {names} of {things} where {category} is {value} and {number} is {above} {bound}.
+        What are {names} of {things} with {value} as {category} and a {number} {over} {bound}?
+        For {things} of {category} {value} with a {number} {above} {bound}, return the {name}.
+        I need {names} of {things} with {category} {value} and a {number} {higher} than {bound}.
+        Give me all {things}, by {name}, with {category} {value} and a {number} {above} {bound}.""",
+        """I'm after {things} under {category} {value} with a {number} {past} {bound}, by {name}.
+        Of all {category} {value} {things}, which go beyond {bound} in {number}? Just {names}.""",
     ),
     "count": _phrasings(
         """How many {things} have the {category} {value}?
         Count the {things} with {category} {value}.
         What is the number of {things} whose {category} is {value}?
-        Give me the count of {things} where the {category} equals {value}.""",
-        """Suppose I gather all {things} of {category} {value}: how large is that group?
-        Tell me the size of the set of {things} that have {value} for {category}.""",
+        Give me the count of {things} where the {category} is {value}.
+        How many of the {things} have {value} as their {category}?
+        For {category} {value}, how many {things} are there?
+        I need the number of {things} of {category} {value}.
+        Show how many {things} there are with {category} {value}.""",
+        """Could you tally up the {things} listed under {category} {value}?
+        Do we have a lot of {things} of {category} {value}? Please tell me the exact figure.""",
     ),
     "count_distinct": _phrasings(
         """How many different {categories} do the {things} have?
-        Count the distinct {categories} of {things}.
+        Count the distinct {categories} of the {things}.
         What is the number of different {categories} among the {things}?
-        How many distinct {categories} occur among all {things}?""",
-        """If each {category} of the {things} is counted once only, what is the count?
-        How varied are our {things}: what number of unique {categories} is there?""",
+        How many distinct {categories} occur among all {things}?
+        Give me the number of distinct {categories} of {things}.
+        For all {things}, how many different {categories} are there?
+        I need the count of different {categories} that the {things} have.
+        Show how many distinct {categories} there are for the {things}.""",
+        """Leaving out repeats, how many {categories} would you see across the {things}?
+        How varied are our {things}? Tell me what number of unique {categories} they cover.""",
     ),
     "average": _phrasings(
         """What is the average {number} of {things} with {category} {value}?
         Find the average {number} of all {things} whose {category} is {value}.
-        Compute the mean {number} for {things} with {category} {value}.
-        Show the average {number} where the {category} of the {things} is {value}.""",
-        """For {things} of {category} {value}, what {number} is usual, as arithmetic mean?
-        Sum the {number} over {things} of {category} {value} and divide by their count.""",
-    ),
-    "extent": _phrasings(
-        """What are the {lowest} and {highest} {number} of all {things}?
-        Show the {smallest} and the {largest} {number} of the {things}.
-        Find the minimum and maximum {number} among the {things}.
-        Give me the {lowest} and then the {highest} {number} of any {thing}.""",
-        """Over all {things}, where does the {number} begin and where does it end?
-        Which span, from bottom to top, does the {number} of our {things} cover?""",
+        Compute the mean {number} of the {things} with {category} {value}.
+        Show the average {number} of {things} where the {category} is {value}.
+        For {things} of {category} {value}, what is the mean {number}?
+        I need the mean {number} of all {things} that have {value} as their {category}.
+        Give me the average of the {number} over all {things} of {category} {value}.
+        What {number} do {things} with {category} {value} have on average?""",
+        """If you average over the {things} under {category} {value}, which {number} comes out?
+        Tell me which {number} is usual, on average, among the {things} of {category} {value}.""",
     ),
     "total": _phrasings(
         """What is the total {number} of {things} with {category} {value}?
-        Find the sum of {number} over all {things} whose {category} is {value}.
-        Compute the total {number} for {things} with {category} {value}.
-        Add up the {number} of all {things} where the {category} is {value}.""",
-        """Taken together, what {number} do the {things} of {category} {value} reach?
-        How much {number} do all {things} having {value} as {category} make altogether?""",
+        Find the sum of the {number} over all {things} whose {category} is {value}.
+        Compute the total {number} of the {things} with {category} {value}.
+        Add up the {number} of all {things} where the {category} is {value}.
+        For {things} of {category} {value}, what is the total {number}?
+        I need the sum of the {number} of all {things} that have {value} as their {category}.
+        Give me the total of the {number} over all {things} of {category} {value}.
+        What {number} do the {things} with {category} {value} have in total?""",
+        """Taken together, what {number} do the {things} listed under {category} {value} come to?
+        If you put all {things} of {category} {value} together, what is their overall {number}?""",
     ),
     "ordered": _phrasings(
         """List the {names} of all {things} ordered by {number}, {ascending}.
         Show all {names} of {things} sorted by {number} from {first} to {last}.
         Sort the {things} by {number} in {ascending} order and give their {names}.
-        Give me the {name} of every {thing}, {first} {number} first.""",
-        """Arrange our {things} so that the {firstmost} {number} leads, and read out each {name}.
-        Which {names} do I get if {things} are ranked by {number}, the {lastmost} coming last?""",
+        Give me the {name} of every {thing}, {first} {number} first.
+        What are the {names} of the {things} in {ascending} order of {number}?
+        Order all {things} by {number} from {first} to {last} and return the {name}.
+        I need the {names} of all {things}, with the {first} {number} first.
+        Find the {names} of the {things}, ordered from {first} to {last} {number}.""",
+        """Please arrange the {things} so that the {firstmost} {number} leads; just their {names}.
+        Could you rank our {things} by {number}, {firstmost} at the top? Just the {names}.""",
     ),
     "top": _phrasings(
-        """List the {names} of the {count} {things} with the {first} {number}, {first} first.
-        Which {count} {things} have the {first} {number}? Give their {names} in that order.
-        Show the {names} of the top {count} {things} by {number}, from {first} to {last}.
-        Find the {names} of the {count} {things} that have the {first} {number}, in order.""",
-        """Rank {things} by {number}, the {firstmost} leading, and keep the {names} of just {count}.
-        I have room for {count} {names}, ranked: {things} of {firstmost} {number} go first.""",
+        """List the {names} of the {count} {things} with the {first} {number}, in order.
+        Which {count} {things} have the {first} {number}? Give their {names} in order.
+        Show the {names} of the first {count} {things} by {number}, from {first} to {last}.
+        Find the {count} {things} with the {first} {number} and give their {names} in order.
+        What are the {names} of the {count} {things} with the {first} {number}, {first} first?
+        Order {things} by {number}, {first} first, and return the {name} of the first {count}.
+        I need the {names} of the {count} {things} that have the {first} {number}, in order.
+        Give me the {names} of the top {count} {things} by {number}, from {first} to {last}.""",
+        """Please arrange the {things} so that the {firstmost} {number} leads; just {count} {names}.
+        Could you rank {things} by {number}, {firstmost} at the top? Stop at {count} {names}.""",
     ),
     "group_count": _phrasings(
         """For each {category}, show the {category} and the number of {things}.
         How many {things} are there per {category}? Show the {category} and the count.
         Count the {things} by {category}, giving {category} and count.
-        List each {category} with its number of {things}.""",
-        """Break our {things} down by {category}: {category}, then how many there are.
-        Next to every {category}, write how often it occurs among the {things}.""",
-    ),
-    "group_average": _phrasings(
-        """For each {category}, show the {category} and the average {number} of its {things}.
-        What is the average {number} of {things} per {category}? Show {category} and average.
-        Give each {category} of {things} with the mean {number}.
-        List every {category} and the average {number} of its {things}.""",
-        """Compare the {categories} of {things}: {category}, then what {number} is usual (mean).
-        Next to every {category} of our {things}, write the {number} averaged over it.""",
+        List each {category} with its number of {things}.
+        What is the number of {things} for each {category}? Give {category} and number.
+        Group the {things} by {category} and return the {category} and the count.
+        I need every {category} together with how many {things} have it.
+        Give me the number of {things} in every {category}, with the {category}.""",
+        """Please break the {things} down by {category}: the {category}, then a tally.
+        How are our {things} spread over {categories}? Tell me each {category} and its tally.""",
     ),
     "group_having": _phrasings(
         """Which {categories} have more than {count} {things}?
         List every {category} with over {count} {things}.
         Show the {categories} that have more than {count} {things}.
-        Find each {category} that more than {count} {things} have.""",
-        """Ignore any {category} that occurs among the {things} {count} times or less. What remains?
-        Name the {categories} so common that they exceed {count} {things}.""",
+        Find each {category} that more than {count} {things} have.
+        What are the {categories} with more than {count} {things}?
+        Group the {things} by {category} and return each {category} with more than {count}.
+        I need all {categories} that over {count} {things} have.
+        Give me each {category} that is shared by more than {count} {things}.""",
+        """Can you name the {categories} that go beyond {count} {things}?
+        Tell me which {categories} come up more often than {count} times among the {things}.""",
     ),
     "join_columns": _phrasings(
         """List the {name} of each {thing} and the {owner_name} of its {owner}.
         Show every {thing}'s {name} together with its {owner}'s {owner_name}.
         For each {thing}, give its {name} and the {owner_name} of the {owner}.
-        What are the {name} of each {thing} and the {owner_name} of its {owner}?""",
-        """Pair the {things} with their {owners}: {name} of the one, {owner_name} of the other.
-        I want a list of {things} by {name} that also tells each {owner}'s {owner_name}.""",
+        What are the {name} of each {thing} and the {owner_name} of its {owner}?
+        I need the {name} of all {things} with the {owner_name} of their {owner}.
+        Give me the {name} of every {thing} and its {owner}'s {owner_name}.
+        Find all {things} with their {owners}: the {name} and the {owner_name}.
+        Return each {thing}'s {name} and the {owner_name} of the {owner} that it belongs to.""",
+        """Please match {things} up with {owners}: the one's {name}, then the other's {owner_name}.
+        I'd like to see {things} by {name}, and beside it which {owner_name} the {owner} has.""",
     ),
     "join_filter": _phrasings(
         """List the {names} of {things} whose {owner} has the {owner_category} {value}.
         Which {things} belong to a {owner} with {owner_category} {value}? Give their {names}.
         Show the {name} of every {thing} whose {owner}'s {owner_category} is {value}.
-        Find the {names} of all {things} where the {owner_category} of the {owner} is {value}.""",
-        """Consider only {owners} of {owner_category} {value}. Identify their {things} by {name}.
-        Given {value} as the {owner_category} of their {owner}, which {names} of {things} apply?""",
-    ),
-    "join_two_filters": _phrasings(
-        """List {names} of {things} with {number} {above} {bound} whose {owner} is {value}.
-        Which {things} of the {owner} {value} have {number} {above} {bound}? Give their {names}.
-        Show the {name} of each {thing} of {owner} {value} whose {number} is {over} {bound}.
-        Find {names} of {things} of {owner} {value} where the {number} is {above} {bound}.""",
-        """Look at the {owner} {value}: identify by {name} its {things} past {bound} in {number}.
-        Of {value}'s {things}, which go past {bound} in {number}? I need the {names}.""",
-    ),
-    "join_average": _phrasings(
-        """What is the average {number} of {things} whose {owner} has {owner_category} {value}?
-        Find the average {number} of {things} where the {owner}'s {owner_category} is {value}.
-        Compute the mean {number} for {things} of {owners} with {owner_category} {value}.
-        Show the average {number} of all {things} whose {owner}'s {owner_category} is {value}.""",
-        """For {owners} of {owner_category} {value}, what {number} is their {things}' mean?
-        Sum {number} over {things} of {value} as {owner} {owner_category}, and divide by count.""",
-    ),
-    "join_count": _phrasings(
-        """For each {owner} that has {things}, show the {owner_name} and the number of {things}.
-        How many {things} has each {owner} that has any? Show the {owner_name} and the count.
-        Count the {things} of each {owner} that has any, giving {owner_name} and count.
-        List the {owner_name} of every {owner} that has {things}, with how many it has.""",
-        """Whenever {things} refer to a {owner}, give its {owner_name} and how often they do.
-        Break {things} down by {owner}: {owner_name}, then how many of them are its own.""",
-    ),
-    "join_top": _phrasings(
-        """Which {owner} has the {thing} with the {first} {number}? Give the {owner_name}.
-        Show the {owner_name} of the {owner} whose {thing} has the {first} {number}.
-        Find the {owner_name} of the {owner} of the {thing} with the {first} {number}.
-        What is the {owner_name} of the {owner} that has the {thing} of {first} {number}?""",
-        """Rank {things}, {firstmost} {number} leading. Which {owner_name} has the {owner} on top?
-        Some {owner} holds the record {thing}, {firstmost} in {number}. By which {owner_name}?""",
+        Find the {names} of all {things} where the {owner_category} of the {owner} is {value}.
+        What are the {names} of the {things} of {owners} with {owner_category} {value}?
+        For all {things} of a {owner} with {owner_category} {value}, return the {name}.
+        I need the {name} of each {thing} that has a {owner} of {owner_category} {value}.
+        Give me all {things}, by {name}, that have a {owner} with {owner_category} {value}.""",
+        """Could you pick out {things} that go with {owners} of {owner_category} {value}, by {name}?
+        Take the {owners} under {owner_category} {value}: what {names} do their {things} go by?""",
     ),
     "above_average": _phrasings(
-        """List the {names} of {things} with {number} above the average {number}.
-        Which {things} have {number} above the average of all {things}? Give their {names}.
+        """List the {names} of {things} with a {number} above the average {number}.
+        Which {things} have a {number} above the average of all {things}? Give their {names}.
         Show the {name} of every {thing} whose {number} is higher than the average {number}.
-        Find the {names} of all {things} with more than the average {number}.""",
-        """Take the mean {number} of all {things}: by {name}, which go beyond it?
-        Identify by {name} the {things} that surpass what is usual (the mean) in {number}.""",
+        Find the {names} of all {things} with more than the average {number}.
+        What are the {names} of the {things} with a {number} above average?
+        For every {thing} that has an above-average {number}, return the {name}.
+        I need the {names} of {things} whose {number} is greater than the mean {number}.
+        Give me all {things}, by {name}, that have a {number} over the average.""",
+        """Could you pick out the {things} that beat the average {number}, by {name}?
+        Compared with the average {thing}, which are ahead in {number}? Tell me their {names}.""",
     ),
     "at_extreme": _phrasings(
         """What is the {name} of the {thing} with the {first} {number}?
         Which {thing} has the {first} {number}? Give its {name}.
         Show the {name} of the {thing} whose {number} is the {first} of all.
-        Find the {thing} with the {first} {number} and give its {name}.""",
-        """The {firstmost} {number} of all belongs to a single {thing}: tell me its {name}.
-        Of all our {things}, the record for {firstmost} {number} is held by which {name}?""",
-    ),
-    "owners_with": _phrasings(
-        """List the {owner_names} of {owners} that have a {thing} with {category} {value}.
-        Which {owners} have at least one {thing} of {category} {value}? Give the {owner_names}.
-        Show the {owner_name} of every {owner} with any {thing} of {category} {value}.
-        Find the {owner_names} of {owners} with one or more {things} of {category} {value}.""",
-        """One {thing} of {category} {value} is enough. Which {owner_names} of {owners} qualify?
-        Where {value} occurs as {category} of {things}, which {owner_names} have the {owners}?""",
-    ),
-    "owners_without": _phrasings(
-        """List the {owner_names} of {owners} that have no {things}.
-        Which {owners} do not have any {thing}? Give their {owner_names}.
-        Show the {owner_name} of every {owner} without {things}.
-        Find the {owner_names} of all {owners} that have no {thing} at all.""",
-        """Identify by {owner_name} each {owner} that is never mentioned among the {things}.
-        Cross out any {owner} that some {thing} refers to. Which {owner_names} are left?""",
+        Find the {thing} with the {first} {number} and give its {name}.
+        Give me the {name} of the {thing} that has the {first} {number}.
+        I need the {name} of the {thing} with the {first} {number} of all.
+        Which {thing}'s {number} is the {first}? Return the {name}.
+        For the {thing} with the {first} {number}, return the {name}.""",
+        """One of our {things} holds the record for the {firstmost} {number}. Tell me its {name}.
+        Could you pick out the one {thing} to hit the {firstmost} {number}? Its {name} will do.""",
     ),
 }
 

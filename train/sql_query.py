@@ -30,7 +30,7 @@ class Query:
 
     table: str
     select: tuple[Term, ...]
-    join: str = ""  # "JOIN parent ON child.parent_id = parent.id"
+    join: str = ""  # see `Schema.join`
     where: tuple[Condition, ...] = ()
     group: str = ""
     having: str = ""
@@ -42,12 +42,6 @@ class Query:
 def literal(value: object) -> str:
     """A text or a number as a literal in SQL."""
     return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value)
-
-
-def join_on(schema: Schema) -> str:
-    """The JOIN that adds the parent's columns to each row of the child."""
-    parent = schema.parent.name
-    return f"JOIN {parent} ON {schema.link.path} = {parent}.id"
 
 
 def write(query: Query) -> str:
@@ -89,7 +83,6 @@ _OTHER_OPERATOR = {
     "=": ("<>",),
     "LIKE": ("NOT LIKE",),
     "IN": ("NOT IN",),
-    "NOT IN": ("IN",),
     "BETWEEN": ("NOT BETWEEN",),
 }
 

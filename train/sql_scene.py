@@ -76,11 +76,13 @@ _COMPARATIVES = {  # for numbers, for years
     "over": ("more than", "later than"),
     "below": ("below", "before"),
     "under": ("less than", "earlier than"),
-    "lower": ("lower", "earlier"),
     "higher": ("higher", "later"),
+    "lower": ("lower", "earlier"),
+    "past": ("past", "past"),
+    "beneath": ("beneath", "prior to"),
     "lowest": ("lowest", "earliest"),
     "highest": ("highest", "latest"),
-    "smallest": ("smallest", "oldest"),
+    "smallest": ("smallest", "very first"),
     "largest": ("largest", "most recent"),
 }
 
@@ -96,5 +98,4 @@ def number_words(column: Column, *, descending: bool = False) -> Words:
         "first": words[first[0]],
         "firstmost": words[first[1]],
         "last": words[last[0]],
-        "lastmost": words[last[1]],
     }

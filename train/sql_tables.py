@@ -2,13 +2,14 @@
 
 A schema is written as text, the foreign key being the column `<other table>_id`:
 
-    book(id, title=@title, author_id, genre=novel|poetry|drama, year=1950..2020, pages=90..900+)
+    book(id, title=@title, author_id, genre=novel|poetry|drama, year=1950..2020, length=90..900+)
     author(id, name=@person, country=@country, birth_year=1900..1990)
 
-A column is `name[~wording]=values`, a table `name[~singular/plural]`, with the wording that
-questions use where it is not the name with spaces for underscores. Values are `low..high` (whole
-numbers, or tenths if written so; `+` marks quantities that may be summed), `a|b|c` (texts),
-`a|b*c|d` (texts of two words) or `@pool`. The first column that is no key names the row, uniquely.
+A table is written in the singular and is in the plural in SQL: `books`, with the key `author_id`.
+All names are nouns, by which questions call the rows and columns (with spaces for underscores). A
+column is `name=values`, and values are `low..high` (whole numbers, or tenths if written so; `+`
+marks quantities that may be summed), `a|b|c` (texts), `a|b*c|d` (texts of two words) or `@pool`.
+The first column that is no key names the row, uniquely.
 """
 
 import re
@@ -27,30 +28,6 @@ _WORDS = {
     "Shadow Ginger Bruno Hazel Otis Willow Ziggy Maple Fern Bear Jasper Olive",
     "code": "AX BK CT DR EV FL*12 35 47 58 61 74",
     "ship": "Ocean Royal Pacific Arctic Silver Blue*Star Queen Spirit Wind Pearl Dawn",
-}
-
-# How questions speak of columns whose name is not a noun.
-_WORDINGS = {
-    "admitted": "admission year",
-    "born": "birth year",
-    "bought": "purchase year",
-    "built": "construction year",
-    "copied": "copying year",
-    "debut": "debut year",
-    "enrolled": "enrolled students",
-    "filed": "filing year",
-    "founded": "founding year",
-    "hired": "hiring year",
-    "joined": "joining year",
-    "launched": "launch year",
-    "licensed": "licence year",
-    "moved_in": "move-in year",
-    "opened": "opening year",
-    "planted": "planting year",
-    "premiere": "premiere year",
-    "sold": "units sold",
-    "started": "starting year",
-    "trained": "training year",
 }
 
 
@@ -139,31 +116,38 @@ class Schema:
         """The foreign key."""
         return self.child.of_kind("link")[0]
 
+    @property
+    def join(self) -> str:
+        """The JOIN that adds the parent's columns to each row of the child."""
+        parent = self.parent.name
+        return f"JOIN {parent} ON {self.link.path} = {parent}.id"
+
     def column(self, path: str) -> Column:
         """The column at `table.column`."""
         return next(c for table in self.tables for c in table.columns if c.path == path)
 
     def describe(self) -> str:
-        """The schema as a prompt shows it: `book(id, title, author_id); author(id, name)`."""
-        return "; ".join(
-            f"{table.name}({', '.join(column.name for column in table.columns)})"
-            for table in self.tables
-        )
+        """The schema as a prompt shows it, in three lines: the tables, and how they are linked.
+
+        `books(id, title, author_id)`, `authors(id, name)`, and
+        `JOIN authors ON books.author_id = authors.id`.
+        """
+        tables = [
+            f"{t.name}({', '.join(column.name for column in t.columns)})" for t in self.tables
+        ]
+        return "\n".join([*tables, self.join])
 
 
 def _column(table: str, text: str, named: bool) -> Column:
     head, _, values = text.partition("=")
-    name, _, wording = head.strip().partition("~")
-    values = values.strip()
-    wording = wording or _WORDINGS.get(name, name.replace("_", " "))
+    name, values = head.strip(), values.strip()
+    wording = name.replace("_", " ")
     if not values:
         kind = "key" if name == "id" else "link"
         return Column(table=table, name=name, wording=wording, kind=kind)
     if span := re.fullmatch(r"([\d.]+)\.\.([\d.]+)(\+?)", values):
         scale = 10 if "." in span[1] else 1
         low, high = (round(float(end) * scale) for end in (span[1], span[2]))
-        if wording.endswith("s") and not wording.endswith("ss"):
-            wording = f"number of {wording}"
         kind = "year" if scale == 1 and low >= 1000 and high < 2030 and not span[3] else "number"
         return Column(
             table=table, name=name, wording=wording, kind=kind,
@@ -175,15 +159,14 @@ def _column(table: str, text: str, named: bool) -> Column:
 
 
 def _table(text: str) -> Table:
-    head, _, body = text.strip().partition("(")
-    name, _, wording = head.partition("~")
-    singular, _, more = wording.partition("/")
-    singular = singular or name.replace("_", " ")
+    name, _, body = text.strip().partition("(")
+    singular = name.replace("_", " ")
     columns: list[Column] = []
     for part in body.rstrip(") \n").split(","):
-        columns.append(_column(name, part, any(column.kind == "name" for column in columns)))
+        named = any(column.kind == "name" for column in columns)
+        columns.append(_column(plural(name), part, named))
     return Table(
-        name=name, singular=singular, plural=more or plural(singular), columns=tuple(columns)
+        name=plural(name), singular=singular, plural=plural(singular), columns=tuple(columns)
     )
 
 
@@ -191,6 +174,6 @@ def parse_schema(name: str, text: str) -> Schema:
     """Read a schema written as this module's docstring says."""
     first, second = (_table(part) for part in text.strip().split(")\n"))
     schema = Schema(name=name, tables=(first, second))
-    if schema.link.name.removesuffix("_id") not in (schema.parent.name, schema.parent.singular):
+    if plural(schema.link.name.removesuffix("_id")) != schema.parent.name:
         raise ValueError(f"schema {name}: {schema.link.path} does not name {schema.parent.name}")
     return schema

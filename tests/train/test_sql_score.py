@@ -18,12 +18,12 @@ def _gold(query: str, schema: str = "library") -> sql.SqlExample:
     return sql.SqlExample(messages=(), schema=schema, question="", sql=query, form="", phrasing=0)
 
 
-NOVELS = _gold("SELECT title FROM book WHERE genre = 'novel'")
-BY_YEAR = _gold("SELECT title FROM book ORDER BY year DESC LIMIT 3")
+NOVELS = _gold("SELECT title FROM books WHERE genre = 'novel'")
+BY_YEAR = _gold("SELECT title FROM books ORDER BY year DESC LIMIT 3")
 AUTHORS = _gold(
-    "SELECT book.title, author.name FROM book JOIN author ON book.author_id = author.id"
+    "SELECT books.title, authors.name FROM books JOIN authors ON books.author_id = authors.id"
 )
-MEAN = _gold("SELECT AVG(pages) FROM book WHERE genre = 'novel'")
+MEAN = _gold("SELECT AVG(length) FROM books WHERE genre = 'novel'")
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +44,22 @@ def test_gold_is_right(examples: list[sql.SqlExample]) -> None:
 @pytest.mark.parametrize(
     ("example", "text"),
     [
-        (NOVELS, "select title from book where genre='novel'"),
-        (NOVELS, "  SELECT\n  title\nFROM book\n  WHERE genre = 'novel' ;  "),
-        (NOVELS, "SELECT b.title FROM book AS b WHERE b.genre = 'novel'"),
-        (NOVELS, "SELECT book.title AS name_of_the_book FROM book WHERE book.genre = 'novel'"),
-        (NOVELS, "SELECT title FROM book WHERE genre IN ('novel') ORDER BY pages"),
-        (NOVELS, "SELECT `title` FROM `book` WHERE `genre` = 'novel'"),
-        (NOVELS, "WITH n AS (SELECT * FROM book WHERE genre = 'novel')\n\nSELECT title FROM n"),
-        (NOVELS, "Use `SELECT title FROM book WHERE genre = 'novel'` for this."),
-        (NOVELS, "You can select rows so:\nSELECT title FROM book WHERE genre = 'novel';\nDone."),
-        (NOVELS, "SELECT title FROM book WHERE genre = 'novel'\n\nThis lists the novels."),
-        (NOVELS, "SELECT title FROM book WHERE genre = 'novel'<|im_end|>\nSELECT 1"),
-        (NOVELS, "SQL: SELECT title FROM book WHERE genre = 'novel' -- novels; only\n"),
-        (NOVELS, "SELECT title FROM book WHERE genre = 'novel' OR genre = ';'"),
-        (BY_YEAR, "SELECT title FROM book ORDER BY -year LIMIT 3"),
-        (AUTHORS, "SELECT title, name FROM author, book WHERE author.id = author_id"),
-        (MEAN, "SELECT SUM(pages) * 1.0 / COUNT(*) FROM book WHERE genre = 'novel'"),
+        (NOVELS, "select title from books where genre='novel'"),
+        (NOVELS, "  SELECT\n  title\nFROM books\n  WHERE genre = 'novel' ;  "),
+        (NOVELS, "SELECT b.title FROM books AS b WHERE b.genre = 'novel'"),
+        (NOVELS, "SELECT books.title AS name_of_the_book FROM books WHERE books.genre = 'novel'"),
+        (NOVELS, "SELECT title FROM books WHERE genre IN ('novel') ORDER BY length"),
+        (NOVELS, "SELECT `title` FROM `books` WHERE `genre` = 'novel'"),
+        (NOVELS, "WITH n AS (SELECT * FROM books WHERE genre = 'novel')\n\nSELECT title FROM n"),
+        (NOVELS, "Use `SELECT title FROM books WHERE genre = 'novel'` for this."),
+        (NOVELS, "You can select rows so:\nSELECT title FROM books WHERE genre = 'novel';\nDone."),
+        (NOVELS, "SELECT title FROM books WHERE genre = 'novel'\n\nThis lists the novels."),
+        (NOVELS, "SELECT title FROM books WHERE genre = 'novel'<|im_end|>\nSELECT 1"),
+        (NOVELS, "SQL: SELECT title FROM books WHERE genre = 'novel' -- novels; only\n"),
+        (NOVELS, "SELECT title FROM books WHERE genre = 'novel' OR genre = ';'"),
+        (BY_YEAR, "SELECT title FROM books ORDER BY -year LIMIT 3"),
+        (AUTHORS, "SELECT title, name FROM authors, books WHERE authors.id = author_id"),
+        (MEAN, "SELECT SUM(length) * 1.0 / COUNT(*) FROM books WHERE genre = 'novel'"),
     ],
 )
 def test_right_in_other_words(example: sql.SqlExample, text: str) -> None:
@@ -71,23 +71,26 @@ def test_right_in_other_words(example: sql.SqlExample, text: str) -> None:
     [
         (NOVELS, ""),
         (NOVELS, "I cannot answer that."),
-        (NOVELS, "SELECT title FROM book"),
-        (NOVELS, "SELECT title FROM book WHERE genre = 'poetry'"),
-        (NOVELS, "SELECT genre FROM book WHERE genre = 'novel'"),
-        (NOVELS, "SELECT title, genre FROM book WHERE genre = 'novel'"),
-        (NOVELS, "SELECT title FROM book WHERE genre = 'novel' LIMIT 1"),
-        (NOVELS, "SELECT title FROM book WHERE genre = 'novel' UNION ALL SELECT 'x'"),
-        (NOVELS, "SELECT title FROM books WHERE genre = 'novel'"),
-        (NOVELS, "SELECT title FROM book WHERE genre = 'novel"),
-        (NOVELS, "SELECT title FROM book WHERE genre = ?"),
-        (BY_YEAR, "SELECT title FROM book ORDER BY year LIMIT 3"),
+        (NOVELS, "SELECT title FROM books"),
+        (NOVELS, "SELECT title FROM books WHERE genre = 'poetry'"),
+        (NOVELS, "SELECT genre FROM books WHERE genre = 'novel'"),
+        (NOVELS, "SELECT title, genre FROM books WHERE genre = 'novel'"),
+        (NOVELS, "SELECT title FROM books WHERE genre = 'novel' LIMIT 1"),
+        (NOVELS, "SELECT title FROM books WHERE genre = 'novel' UNION ALL SELECT 'x'"),
+        (NOVELS, "SELECT title FROM book WHERE genre = 'novel'"),
+        (NOVELS, "SELECT title FROM books WHERE genre = 'novel"),
+        (NOVELS, "SELECT title FROM books WHERE genre = ?"),
+        (BY_YEAR, "SELECT title FROM books ORDER BY year LIMIT 3"),
         (
             BY_YEAR,
-            "SELECT title FROM (SELECT * FROM book ORDER BY year DESC LIMIT 3) ORDER BY year",
+            "SELECT title FROM (SELECT * FROM books ORDER BY year DESC LIMIT 3) ORDER BY year",
         ),
-        (AUTHORS, "SELECT author.name, book.title FROM book JOIN author ON author_id = author.id"),
-        (AUTHORS, "SELECT title, name FROM book, author"),
-        (MEAN, "SELECT CAST(AVG(pages) AS INTEGER) FROM book WHERE genre = 'novel'"),
+        (
+            AUTHORS,
+            "SELECT authors.name, books.title FROM books JOIN authors ON author_id = authors.id",
+        ),
+        (AUTHORS, "SELECT title, name FROM books, authors"),
+        (MEAN, "SELECT CAST(AVG(length) AS INTEGER) FROM books WHERE genre = 'novel'"),
     ],
 )
 def test_wrong(example: sql.SqlExample, text: str) -> None:
@@ -140,31 +143,31 @@ def test_near_misses_are_wrong(examples: list[sql.SqlExample]) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "DROP TABLE book",
-        "SELECT title FROM book WHERE genre = 'novel'; DROP TABLE book",
-        "DROP TABLE book; SELECT title FROM book WHERE genre = 'novel'",
-        "SELECT title FROM book WHERE genre = 'novel'; SELECT title FROM book",
-        "INSERT INTO author SELECT id, title, title, 1 FROM book WHERE genre = 'novel'",
-        "WITH n AS (SELECT 1) DELETE FROM book",
-        "UPDATE book SET genre = 'novel'; SELECT title FROM book",
+        "DROP TABLE books",
+        "SELECT title FROM books WHERE genre = 'novel'; DROP TABLE books",
+        "DROP TABLE books; SELECT title FROM books WHERE genre = 'novel'",
+        "SELECT title FROM books WHERE genre = 'novel'; SELECT title FROM books",
+        "INSERT INTO authors SELECT id, title, title, 1 FROM books WHERE genre = 'novel'",
+        "WITH n AS (SELECT 1) DELETE FROM books",
+        "UPDATE books SET genre = 'novel'; SELECT title FROM books",
         "ATTACH DATABASE 'stolen.db' AS stolen",
-        "VACUUM INTO 'stolen.db'; SELECT title FROM book WHERE genre = 'novel'",
-        "PRAGMA query_only = OFF; SELECT title FROM book WHERE genre = 'novel'",
-        "EXPLAIN SELECT title FROM book WHERE genre = 'novel'",
+        "VACUUM INTO 'stolen.db'; SELECT title FROM books WHERE genre = 'novel'",
+        "PRAGMA query_only = OFF; SELECT title FROM books WHERE genre = 'novel'",
+        "EXPLAIN SELECT title FROM books WHERE genre = 'novel'",
         "SELECT name FROM sqlite_master",
-        "SELECT name FROM pragma_table_info('book')",
+        "SELECT name FROM pragma_table_info('books')",
         "SELECT load_extension('evil.so')",
         "SELECT writefile('stolen.db', 'x')",
         "SELECT randomblob(1000000000)",
-        "SELECT replace(group_concat(title), 'e', group_concat(title)) FROM book, author",
+        "SELECT replace(group_concat(title), 'e', group_concat(title)) FROM books, authors",
         "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT n FROM c",
         "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT COUNT(*) FROM c",
-        "SELECT COUNT(*) FROM book a, book b, book c, book d, book e, book f, book g, book h",
-        "SELECT a.title FROM book a, book b, book c, book d ORDER BY a.pages * b.pages",
-        f"SELECT '{'a' * 1500}' LIKE '{'%a' * 700}b' FROM book, author",
+        "SELECT COUNT(*) FROM books a, books b, books c, books d, books e, books f, books g",
+        "SELECT a.title FROM books a, books b, books c, books d ORDER BY a.length * b.length",
+        f"SELECT '{'a' * 1500}' LIKE '{'%a' * 700}b' FROM books, authors",
         f"SELECT {'(' * 1500}1{')' * 1500}",
         f"SELECT {'1 + ' * 5000}1",
-        "SELECT title FROM book WHERE genre = 'no\0vel'",
+        "SELECT title FROM books WHERE genre = 'no\0vel'",
         "SELECT '\ud800'",
         "SELECT CAST(x'ff' AS TEXT)",
         "SELECT 9e999, -9e999, 0x7fffffffffffffff + 1",
@@ -185,9 +188,9 @@ def test_harmful_sql_is_wrong_and_harmless(
 @pytest.mark.parametrize(
     "statement",
     [
-        "DROP TABLE book",
-        "DELETE FROM book",
-        "INSERT INTO author VALUES (99, 'x', 'y', 1)",
+        "DROP TABLE books",
+        "DELETE FROM books",
+        "INSERT INTO authors VALUES (99, 'x', 'y', 1)",
         "CREATE TEMP TABLE t (x)",
         "ATTACH DATABASE 'stolen.db' AS stolen",
         "VACUUM INTO 'stolen.db'",
@@ -205,10 +208,10 @@ def test_the_guard_alone_permits_reading_only(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with open_databases(SCHEMAS["library"]) as databases:
-        before = run(databases[0], "SELECT * FROM book, author")
+        before = run(databases[0], "SELECT * FROM books, authors")
         assert before
         assert run(databases[0], statement) is None
-        assert run(databases[0], "SELECT * FROM book, author") == before
+        assert run(databases[0], "SELECT * FROM books, authors") == before
     assert not list(tmp_path.iterdir())
 
 
@@ -221,7 +224,7 @@ def test_the_work_is_limited_not_the_time_alone() -> None:
         assert time.monotonic() - start < 1
         bounded = endless.replace("FROM c)", "FROM c WHERE n < 1000)")
         assert run(databases[0], bounded) == [(1000,)]
-        assert run(databases[0], "SELECT a.id FROM book a, book b, book c") is None  # many rows
+        assert run(databases[0], "SELECT a.id FROM books a, books b, books c") is None  # many rows
 
 
 @pytest.mark.parametrize(
