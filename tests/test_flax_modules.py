@@ -1,0 +1,182 @@
+"""Flax's own layers, Linen and NNX, adapted under strict=True with the roles read by looking."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from tests.foreign import ALL_LINEAR, judge, rule
+from tests.support import draw
+
+X = draw(9, (2, 13, 6))
+IMAGE = draw(9, (2, 7, 5, 6))
+IDS = jnp.array([[3, 0, 9], [10, 3, 1]])
+
+
+class Attend(nn.Module):
+    """A table that is looked up, and multiplied back."""
+
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(11, 5)
+        return embed.attend(jnp.tanh(embed(ids)))
+
+
+class ScannedLSTM(nn.Module):
+    """An LSTM cell under nn.scan."""
+
+    @nn.compact
+    def __call__(self, x):
+        cell = nn.scan(
+            nn.LSTMCell, variable_broadcast="params", split_rngs={"params": False}, in_axes=1
+        )(7)
+        return cell(cell.initialize_carry(jax.random.key(0), x[:, 0].shape), x)[1]
+
+
+ATTENTION = {f"{name}/kernel" for name in ("query", "key", "value", "out")}
+GATES = {f"{kind}{gate}/kernel" for kind in "ih" for gate in "ifgo"}
+
+
+@pytest.mark.parametrize(
+    ("module", "x", "rules", "expected"),
+    [
+        (nn.Dense(7), X, ALL_LINEAR, {"kernel"}),
+        (nn.DenseGeneral((3, 5), axis=(-2, -1)), X, ALL_LINEAR, {"kernel"}),
+        (nn.Einsum((6, 3, 5), "bsd,dhk->bshk"), X, ALL_LINEAR, {"kernel"}),
+        (nn.MultiHeadDotProductAttention(3, qkv_features=15), X, ALL_LINEAR, ATTENTION),
+        (
+            nn.MultiHeadDotProductAttention(3, qkv_features=15, normalize_qk=True, use_bias=False),
+            X,
+            ALL_LINEAR,
+            ATTENTION,
+        ),
+        (nn.Conv(10, (3, 2)), IMAGE, ALL_LINEAR, {"kernel"}),
+        (nn.Conv(10, (3, 3), strides=2, padding="VALID"), IMAGE, ALL_LINEAR, {"kernel"}),
+        (nn.Conv(10, (3, 2), feature_group_count=2), IMAGE, ALL_LINEAR, {"kernel"}),
+        (nn.Conv(12, (3, 2), feature_group_count=6), IMAGE, ALL_LINEAR, {"kernel"}),
+        (nn.Conv(10, 3, padding="CAUSAL", kernel_dilation=2), X, ALL_LINEAR, {"kernel"}),
+        (nn.ConvTranspose(10, (3, 2), strides=(2, 1)), IMAGE, ALL_LINEAR, {"kernel"}),
+        (nn.Embed(11, 5), IDS, rule(["embedding"]), {"embedding"}),
+        (Attend(), IDS, rule(["embedding"]), {"Embed_0/embedding"}),
+        (nn.RNN(nn.OptimizedLSTMCell(7)), X, ALL_LINEAR, {f"cell/{p}" for p in GATES}),
+        (nn.RNN(nn.LSTMCell(7)), X, ALL_LINEAR, {f"cell/{p}" for p in GATES}),
+        (ScannedLSTM(), X, ALL_LINEAR, {f"ScanLSTMCell_0/{p}" for p in GATES}),
+        (
+            nn.RNN(nn.GRUCell(7), reverse=True, keep_order=True),
+            X,
+            ALL_LINEAR,
+            {f"cell/{kind}{gate}/kernel" for kind in "ih" for gate in "rzn"},
+        ),
+        (
+            nn.RNN(nn.ConvLSTMCell(5, (3, 3))),
+            draw(9, (2, 3, 7, 5, 6)),
+            ALL_LINEAR,
+            {"cell/ih/kernel", "cell/hh/kernel"},
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_linen(module, x, rules, expected):
+    params = module.init(jax.random.key(1), x)["params"]
+    paths = judge(lambda p, x: module.apply({"params": p}, x), params, x, rules=rules)
+    assert paths == expected
+
+
+def scan_by_hand(cell, x):
+    """An NNX cell over time."""
+    carry = cell.initialize_carry(x[:, 0].shape, nnx.Rngs(0))
+    outputs = []
+    for t in range(x.shape[1]):
+        carry, y = cell(carry, x[:, t])
+        outputs.append(y)
+    return jnp.stack(outputs)
+
+
+def attend(embed, ids):
+    return embed.attend(jnp.tanh(embed(ids)))
+
+
+def with_carry(rnn, x):
+    """An RNN that draws nothing: NNX allows no draw under jax.grad from a state outside of it."""
+    return rnn(x, initial_carry=rnn.cell.initialize_carry(x[:, 0].shape, nnx.Rngs(0)))
+
+
+def call(module, x):
+    return module(x)
+
+
+def rngs():
+    return nnx.Rngs(1)
+
+
+@pytest.mark.parametrize(
+    ("make", "run", "x", "rules", "expected"),
+    [
+        (lambda: nnx.Linear(6, 7, rngs=rngs()), call, X, ALL_LINEAR, {"kernel"}),
+        (
+            lambda: nnx.LinearGeneral((13, 6), (3, 5), axis=(-2, -1), rngs=rngs()),
+            call,
+            X,
+            ALL_LINEAR,
+            {"kernel"},
+        ),
+        (
+            lambda: nnx.Einsum("bsd,dhk->bshk", (6, 3, 5), (3, 5), rngs=rngs()),
+            call,
+            X,
+            ALL_LINEAR,
+            {"kernel"},
+        ),
+        (lambda: nnx.Conv(6, 10, (3, 2), rngs=rngs()), call, IMAGE, ALL_LINEAR, {"kernel"}),
+        (
+            lambda: nnx.Conv(6, 10, (3, 2), feature_group_count=2, rngs=rngs()),
+            call,
+            IMAGE,
+            ALL_LINEAR,
+            {"kernel"},
+        ),
+        (lambda: nnx.Embed(11, 5, rngs=rngs()), call, IDS, rule(["embedding"]), {"embedding"}),
+        (lambda: nnx.Embed(11, 5, rngs=rngs()), attend, IDS, rule(["embedding"]), {"embedding"}),
+        (
+            lambda: nnx.MultiHeadAttention(3, 6, qkv_features=15, decode=False, rngs=rngs()),
+            call,
+            X,
+            ALL_LINEAR,
+            ATTENTION,
+        ),
+        (
+            lambda: nnx.LSTMCell(6, 7, rngs=rngs()),
+            scan_by_hand,
+            X[:, :3],
+            ALL_LINEAR,
+            {path.replace("if/", "if_/") for path in GATES},
+        ),
+        (
+            lambda: nnx.RNN(nnx.OptimizedLSTMCell(6, 7, rngs=rngs()), rngs=rngs()),
+            with_carry,
+            X,
+            ALL_LINEAR,
+            {"cell/dense_i/kernel", "cell/dense_h/kernel"},
+        ),
+    ],
+    ids=[
+        "Linear",
+        "LinearGeneral",
+        "Einsum",
+        "Conv",
+        "Conv, grouped",
+        "Embed",
+        "Embed, attend",
+        "MultiHeadAttention",
+        "LSTMCell",
+        "RNN of OptimizedLSTMCell",
+    ],
+)
+def test_nnx(make, run, x, rules, expected):
+    graphdef, params, rest = nnx.split(make(), nnx.Param, ...)
+
+    def fn(params, rest, x):
+        return run(nnx.merge(graphdef, params, rest), x)
+
+    assert judge(fn, params, rest, x, rules=rules) == expected
