@@ -51,8 +51,9 @@ class AdapterConfig:
     """Adapt these layers only."""
     rank: int = 16
     """r."""
-    alpha: float = 160.0
-    """The adapter's product is scaled by alpha / rank. Ten is much; it suits runs of few steps."""
+    alpha: float | None = None
+    """The adapter's product is scaled by alpha / rank. By default twice the rank; for the few steps
+    of the SQL task, ten times."""
     dropout: float = 0.0
     """Of the adapter's input."""
     full: bool = False
@@ -75,8 +76,12 @@ class OptimConfig:
     """Sequences that are in memory at once."""
     grad_accum: int = 1
     """Batches a step; equal to one batch so many times as large."""
-    lr: float = 1e-3
-    """The highest learning rate (AdamW). Full fine-tuning wants about a tenth of this."""
+    lr: float | None = None
+    """The highest learning rate (AdamW). By default 2e-4, for the few steps of the SQL task 1e-3;
+    a tenth of that for --full."""
+    beta2: float | None = None
+    """Adam's memory of squared gradients. By default 0.999; for the few steps of the SQL task, in
+    which the first large gradients would never be forgotten, 0.99."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the learning rate falls after the warmup; linear and cosine end at zero."""
     warmup: int = 3
@@ -131,6 +136,21 @@ class Config:
         return self.data.dataset == SQL
 
 
+def settled(config: Config) -> Config:
+    """The options with those filled in whose defaults depend on the task and on what trains."""
+    few_steps = config.is_sql
+    adapter, optim = config.adapter, config.optim
+    if adapter.alpha is None:
+        alpha = (10.0 if few_steps else 2.0) * adapter.rank
+        adapter = dataclasses.replace(adapter, alpha=alpha)
+    if optim.lr is None:
+        rate = 1e-3 if few_steps else 2e-4
+        optim = dataclasses.replace(optim, lr=rate / 10 if adapter.full else rate)
+    if optim.beta2 is None:
+        optim = dataclasses.replace(optim, beta2=0.99 if few_steps else 0.999)
+    return dataclasses.replace(config, adapter=adapter, optim=optim)
+
+
 # What a resumed run may change: how long, how it reports, and what it keeps. Nothing else, or it
 # would not be the run that it claims to be.
 CHANGEABLE = frozenset(
@@ -140,7 +160,7 @@ CHANGEABLE = frozenset(
 
 
 def check(config: Config) -> None:
-    """Everything that can be checked without data or model; raises UserError."""
+    """Everything that can be checked of settled options without data or model; or UserError."""
     data, optim, run = config.data, config.optim, config.run
     _at_least(1, data, "seq_len", "rows")
     _at_least(1, optim, "batch_size", "grad_accum", "steps")
@@ -149,8 +169,10 @@ def check(config: Config) -> None:
     _at_least(0, run, "eval_every", "eval_questions")
     if data.seq_len < 2:
         raise UserError("--seq-len 1 leaves no token to predict")
-    if not (math.isfinite(optim.lr) and optim.lr > 0):
+    if optim.lr is None or not (math.isfinite(optim.lr) and optim.lr > 0):
         raise UserError(f"--lr {optim.lr}: a learning rate is a positive number")
+    if optim.beta2 is None or not 0 <= optim.beta2 < 1:
+        raise UserError(f"--beta2 {optim.beta2}: a number from 0 to below 1")
     if optim.steps is not None and optim.epochs is not None:
         raise UserError("--steps and --epochs both say how long to train: give one of them")
     if optim.epochs is not None and not (math.isfinite(optim.epochs) and optim.epochs > 0):
@@ -201,6 +223,7 @@ def learning_rate(optim: OptimConfig, steps: int) -> optax.Schedule:
 
     The warmup's first step already has lr / warmup, so that no step is lost.
     """
+    assert optim.lr is not None, "the options are not settled"
     warmup = min(optim.warmup, steps - 1)
     left = steps - warmup
     after = {

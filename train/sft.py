@@ -19,7 +19,7 @@ import lora_jax as lj
 from lora_jax.fingerprint import base_fingerprint, differing
 from train.batches import Order, Packs, pack
 from train.checkpoints import Checkpoints
-from train.config import SQL_STEPS, Config, check, learning_rate, rules
+from train.config import SQL_STEPS, Config, check, learning_rate, rules, settled
 from train.data import Row, check_lengths, conversation, read_rows, tokenize
 from train.errors import UserError, as_user_errors, reported
 from train.evaluate import (
@@ -63,9 +63,9 @@ _SQL_ROWS = 1000
 
 
 def parse(args: Sequence[str] | None = None) -> Config:
-    """The options of a command line, by default this process's."""
+    """The settled options of a command line, by default this process's."""
     flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[Config]]
-    return tyro.cli(flat, args=args, prog="python -m train.sft")
+    return settled(tyro.cli(flat, args=args, prog="python -m train.sft"))
 
 
 def main(args: Sequence[str] | None = None) -> None:

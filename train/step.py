@@ -28,14 +28,11 @@ class State(NamedTuple):
 Step = Callable[[State, Any, dict[str, Any]], tuple[State, Metrics]]
 
 
-# With Adam's 0.999, the large gradients of the first steps would slow a short run to its end.
-_B2 = 0.99
-
-
 def make_optimizer(optim: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """AdamW with the gradient clipped to a norm; norms and biases do not decay."""
     clip = [optax.clip_by_global_norm(optim.grad_clip)] if optim.grad_clip else []
-    adamw = optax.adamw(schedule, b2=_B2, weight_decay=optim.weight_decay, mask=decays)
+    assert optim.beta2 is not None, "the options are not settled"
+    adamw = optax.adamw(schedule, b2=optim.beta2, weight_decay=optim.weight_decay, mask=decays)
     return optax.chain(*clip, adamw)
 
 
