@@ -37,23 +37,6 @@ from train.sft import parse
         ("--targets", "targets is empty"),
     ],
 )
-@pytest.mark.parametrize(
-    ("args", "alpha", "lr", "beta2"),
-    [
-        ("", 160, 1e-3, 0.99),
-        ("--rank 4", 40, 1e-3, 0.99),
-        ("--full", 160, 1e-4, 0.99),
-        ("--dataset rows.jsonl", 32, 2e-4, 0.999),
-        ("--dataset rows.jsonl --full", 32, 2e-5, 0.999),
-        ("--alpha 3 --lr 0.5 --beta2 0.9", 3, 0.5, 0.9),
-    ],
-)
-def test_defaults_that_depend_on_the_task(args, alpha, lr, beta2):
-    config = parse(args.split())
-    assert config.adapter.alpha == alpha
-    assert (config.optim.lr, config.optim.beta2) == (pytest.approx(lr), beta2)
-
-
 def test_options_that_make_no_sense(args, message):
     with pytest.raises(UserError, match=message):
         check(parse(args.split()))
@@ -137,3 +120,20 @@ def test_json_is_replaced_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
     path.write_text("{")
     assert read_json(path) == {} == read_json(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(
+    ("args", "alpha", "lr", "beta2"),
+    [
+        ("", 160, 1e-3, 0.99),
+        ("--rank 4", 40, 1e-3, 0.99),
+        ("--full", 160, 1e-4, 0.99),
+        ("--dataset rows.jsonl", 32, 2e-4, 0.999),
+        ("--dataset rows.jsonl --full", 32, 2e-5, 0.999),
+        ("--alpha 3 --lr 0.5 --beta2 0.9", 3, 0.5, 0.9),
+    ],
+)
+def test_defaults_that_depend_on_the_task(args, alpha, lr, beta2):
+    config = parse(args.split())
+    assert config.adapter.alpha == alpha
+    assert (config.optim.lr, config.optim.beta2) == (pytest.approx(lr), beta2)
