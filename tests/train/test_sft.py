@@ -30,7 +30,8 @@ def inputs(tmp_path_factory):
     """The options that name the tiny model and 24 rows."""
     folder = tmp_path_factory.mktemp("inputs")
     model, rows = write_model(folder / "model"), write_rows(folder / "rows.jsonl")
-    return ["--model", str(model), "--dataset", str(rows), "--batch-size", "4", "--rank", "2"]
+    options = ["--batch-size", "4", "--rank", "2", "--alpha", "20"]
+    return ["--model", str(model), "--dataset", str(rows), *options]
 
 
 def run(inputs, folder, *args):
@@ -54,9 +55,8 @@ def fails(capsys, *args):
 def whole(inputs, tmp_path_factory):
     """A run of six steps without a break."""
     folder = tmp_path_factory.mktemp("whole")
-    return run(
-        inputs, folder, "--steps", 6, "--schedule", "constant", "--warmup", 1, "--dropout", 0.1
-    )
+    options = ["--steps", 6, "--lr", 3e-3, "--schedule", "constant", "--warmup", 1]
+    return run(inputs, folder, *options, "--dropout", 0.1)
 
 
 def adapter_of(inputs, folder):
@@ -90,7 +90,7 @@ def test_a_run_leaves_all_that_it_should(inputs, whole):
 
 
 def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, whole, tmp_path, capsys):
-    options = ["--schedule", "constant", "--warmup", 1, "--dropout", 0.1]
+    options = ["--schedule", "constant", "--lr", 3e-3, "--warmup", 1, "--dropout", 0.1]
     run(inputs, tmp_path, "--steps", 3, *options)
     run(inputs, tmp_path, "--steps", 6, *options, "--resume")
     assert "going on after step 3" in capsys.readouterr().out
@@ -107,7 +107,8 @@ def test_a_truncated_checkpoint_stops_a_resumed_run_before_it_trains(
     files = [path for path in (copy / "checkpoints" / "6").rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
-    options = ["--steps", 6, "--schedule", "constant", "--warmup", 1, "--dropout", 0.1]
+    options = ["--steps", 6, "--lr", 3e-3, "--schedule", "constant", "--warmup", 1]
+    options += ["--dropout", 0.1]
     message = fails(capsys, *inputs, "--output", copy, *options, "--resume")
     assert f"the checkpoint {copy / 'checkpoints' / '6'} is damaged" in message
     assert "begin again with --overwrite" in message
@@ -119,7 +120,8 @@ def test_other_data_are_not_resumed_on(inputs, whole, tmp_path, capsys):
     rows = Path(inputs[3])
     before = rows.read_text()
     rows.write_text(before.replace("plus", "and"))
-    options = ["--steps", 6, "--schedule", "constant", "--warmup", 1, "--dropout", 0.1]
+    options = ["--steps", 6, "--lr", 3e-3, "--schedule", "constant", "--warmup", 1]
+    options += ["--dropout", 0.1]
     message = fails(capsys, *inputs, "--output", copy, *options, "--resume")
     rows.write_text(before)
     assert "the training data are not those that the run began with" in message
