@@ -59,8 +59,6 @@ from train.sql import training_examples
 from train.step import State, init_state, make_evaluation, make_optimizer, make_step
 from train.stop import Stop
 
-_SQL_ROWS = 1000
-
 
 def parse(args: Sequence[str] | None = None) -> Config:
     """The settled options of a command line, by default this process's."""
@@ -226,7 +224,7 @@ def training_rows(config: Config) -> list[Row]:
     data = config.data
     if config.is_sql:
         examples = training_examples(
-            data.rows or _SQL_ROWS,
+            data.rows or SQL_STEPS * config.optim.batch_size * config.optim.grad_accum,
             seed=config.optim.seed,
             shuffle_schemas=data.shuffle_schemas,
         )

@@ -63,8 +63,8 @@ PHRASINGS: dict[str, Phrasings] = {
         For all {things} of {category} {value}, return the {name}.
         I need the {name} of each {thing} with {value} as its {category}.
         Give me all {things}, by {name}, that have the {category} {value}.""",
-        """Let's see the {things} listed under {category} {value}, please: just their {names}.
-        Could you pick out the {things} that fall under {category} {value}, by {name}?""",
+        """Let's see the {things} where the {category} equals {value}, please: just their {names}.
+        Could you pick out, by {name}, the {things} with {value} for {category}?""",
     ),
     "above": _phrasings(
         """List the {names} of {things} with a {number} {above} {value}.
@@ -75,8 +75,8 @@ PHRASINGS: dict[str, Phrasings] = {
         For every {thing} that has a {number} {over} {value}, return the {name}.
         I need the {names} of {things} whose {number} is greater than {value}.
         Give me all {things}, by {name}, that have a {number} {above} {value}.""",
-        """I'm looking for {things} with a {number} {past} {value}. Please tell me their {names}.
-        Could you pick out the {things} that go beyond a {number} of {value}, by {name}?""",
+        """I'm looking for {things} with a {number} of more than {value}. Tell me their {names}.
+        Could you pick out, by {name}, the {things} that exceed a {number} of {value}?""",
     ),
     "below": _phrasings(
         """List the {names} of {things} with a {number} {below} {value}.
@@ -87,8 +87,8 @@ PHRASINGS: dict[str, Phrasings] = {
         For every {thing} that has a {number} {under} {value}, return the {name}.
         I need the {names} of {things} whose {number} is smaller than {value}.
         Give me all {things}, by {name}, that have a {number} {below} {value}.""",
-        """I'm looking for {things} with a {number} {beneath} {value}. Tell me their {names}.
-        Could you pick out the {things} that don't reach a {number} of {value}, by {name}?""",
+        """I'm looking for {things} with a {number} of less than {value}. Tell me their {names}.
+        Could you pick out, by {name}, the {things} that stay under a {number} of {value}?""",
     ),
     "between": _phrasings(
         """List the {names} of {things} with a {number} between {low} and {high}.
@@ -123,8 +123,8 @@ PHRASINGS: dict[str, Phrasings] = {
         For all {things} of {category} {value} or {value2}, return the {name}.
         I need the {name} of each {thing} with either {value} or {value2} as its {category}.
         Give me all {things}, by {name}, that have the {category} {value} or {value2}.""",
-        """Both {value} and {value2} are fine as {category}. Tell me such {things}' {names}.
-        Let's see the {things} under {category} {value} as well as under {value2}: just {names}.""",
+        """I don't mind if the {category} is {value} or {value2}: tell me such {things}' {names}.
+        Let's see {things} where {category} equals {value} or {value2}, please: just {names}.""",
     ),
     "both_filters": _phrasings(
         """List the {names} of {things} with {category} {value} and a {number} {above} {bound}.
@@ -135,8 +135,8 @@ PHRASINGS: dict[str, Phrasings] = {
         For {things} of {category} {value} with a {number} {above} {bound}, return the {name}.
         I need {names} of {things} with {category} {value} and a {number} {higher} than {bound}.
         Give me all {things}, by {name}, with {category} {value} and a {number} {above} {bound}.""",
-        """I'm after {things} under {category} {value} with a {number} {past} {bound}, by {name}.
-        Of all {category} {value} {things}, which go beyond {bound} in {number}? Just {names}.""",
+        """I'm after {things} of {category} {value} and {number} of more than {bound}, by {name}.
+        Pick out, by {name}, {things} of {category} {value} that exceed a {number} of {bound}.""",
     ),
     "count": _phrasings(
         """How many {things} have the {category} {value}?
@@ -147,8 +147,8 @@ PHRASINGS: dict[str, Phrasings] = {
         For {category} {value}, how many {things} are there?
         I need the number of {things} of {category} {value}.
         Show how many {things} there are with {category} {value}.""",
-        """Could you tally up the {things} listed under {category} {value}?
-        Do we have a lot of {things} of {category} {value}? Please tell me the exact figure.""",
+        """Could you work out how many of our {things} carry {value} for {category}?
+        Please tell me how large the group of {things} of {category} {value} is.""",
     ),
     "count_distinct": _phrasings(
         """How many different {categories} do the {things} have?
@@ -160,7 +160,7 @@ PHRASINGS: dict[str, Phrasings] = {
         I need the count of different {categories} that the {things} have.
         Show how many distinct {categories} there are for the {things}.""",
         """Leaving out repeats, how many {categories} would you see across the {things}?
-        How varied are our {things}? Tell me what number of unique {categories} they cover.""",
+        Could you work out how many unique {categories} our {things} have?""",
     ),
     "average": _phrasings(
         """What is the average {number} of {things} with {category} {value}?
@@ -171,8 +171,8 @@ PHRASINGS: dict[str, Phrasings] = {
         I need the mean {number} of all {things} that have {value} as their {category}.
         Give me the average of the {number} over all {things} of {category} {value}.
         What {number} do {things} with {category} {value} have on average?""",
-        """If you average over the {things} under {category} {value}, which {number} comes out?
-        Tell me which {number} is usual, on average, among the {things} of {category} {value}.""",
+        """If you average the {number} over our {things} of {category} {value}, what comes out?
+        Could you work out the mean {number} that our {things} of {category} {value} reach?""",
     ),
     "total": _phrasings(
         """What is the total {number} of {things} with {category} {value}?
@@ -183,8 +183,8 @@ PHRASINGS: dict[str, Phrasings] = {
         I need the sum of the {number} of all {things} that have {value} as their {category}.
         Give me the total of the {number} over all {things} of {category} {value}.
         What {number} do the {things} with {category} {value} have in total?""",
-        """Taken together, what {number} do the {things} listed under {category} {value} come to?
-        If you put all {things} of {category} {value} together, what is their overall {number}?""",
+        """Taken together, what {number} do our {things} of {category} {value} come to?
+        Could you work out the total {number} that our {things} of {category} {value} reach?""",
     ),
     "ordered": _phrasings(
         """List the {names} of all {things} ordered by {number}, {ascending}.
@@ -195,8 +195,8 @@ PHRASINGS: dict[str, Phrasings] = {
         Order all {things} by {number} from {first} to {last} and return the {name}.
         I need the {names} of all {things}, with the {first} {number} first.
         Find the {names} of the {things}, ordered from {first} to {last} {number}.""",
-        """Please arrange the {things} so that the {firstmost} {number} leads; just their {names}.
-        Could you rank our {things} by {number}, {firstmost} at the top? Just the {names}.""",
+        """Please arrange the {things} by {number}, starting with the {first}: just their {names}.
+        Could you rank our {things} by {number}, {first} at the top? Just the {names}.""",
     ),
     "top": _phrasings(
         """List the {names} of the {count} {things} with the {first} {number}, in order.
@@ -207,8 +207,8 @@ PHRASINGS: dict[str, Phrasings] = {
         Order {things} by {number}, {first} first, and return the {name} of the first {count}.
         I need the {names} of the {count} {things} that have the {first} {number}, in order.
         Give me the {names} of the top {count} {things} by {number}, from {first} to {last}.""",
-        """Please arrange the {things} so that the {firstmost} {number} leads; just {count} {names}.
-        Could you rank {things} by {number}, {firstmost} at the top? Stop at {count} {names}.""",
+        """Please arrange the {things} by {number}, starting with the {first}: just {count} {names}.
+        Could you rank {things} by {number}, {first} at the top? Stop at {count} {names}.""",
     ),
     "group_count": _phrasings(
         """For each {category}, show the {category} and the number of {things}.
@@ -219,8 +219,8 @@ PHRASINGS: dict[str, Phrasings] = {
         Group the {things} by {category} and return the {category} and the count.
         I need every {category} together with how many {things} have it.
         Give me the number of {things} in every {category}, with the {category}.""",
-        """Please break the {things} down by {category}: the {category}, then a tally.
-        How are our {things} spread over {categories}? Tell me each {category} and its tally.""",
+        """Please break the {things} down by {category}: each {category}, then how many we have.
+        Please work out, for every {category}, how many {things} carry it, and tell me both.""",
     ),
     "group_having": _phrasings(
         """Which {categories} have more than {count} {things}?
@@ -231,8 +231,8 @@ PHRASINGS: dict[str, Phrasings] = {
         Group the {things} by {category} and return each {category} with more than {count}.
         I need all {categories} that over {count} {things} have.
         Give me each {category} that is shared by more than {count} {things}.""",
-        """Can you name the {categories} that go beyond {count} {things}?
-        Tell me which {categories} come up more often than {count} times among the {things}.""",
+        """Can you name all {categories} that exceed {count} {things}?
+        Tell me which {categories} come up more than {count} times among our {things}.""",
     ),
     "join_columns": _phrasings(
         """List the {name} of each {thing} and the {owner_name} of its {owner}.
@@ -243,8 +243,8 @@ PHRASINGS: dict[str, Phrasings] = {
         Give me the {name} of every {thing} and its {owner}'s {owner_name}.
         Find all {things} with their {owners}: the {name} and the {owner_name}.
         Return each {thing}'s {name} and the {owner_name} of the {owner} that it belongs to.""",
-        """Please match {things} up with {owners}: the one's {name}, then the other's {owner_name}.
-        I'd like to see {things} by {name}, and beside it which {owner_name} the {owner} has.""",
+        """Please print a table of our {things}: first the {name}, then the {owner}'s {owner_name}.
+        I'd like to see, beside each {thing}'s {name}, which {owner_name} its {owner} has.""",
     ),
     "join_filter": _phrasings(
         """List the {names} of {things} whose {owner} has the {owner_category} {value}.
@@ -255,8 +255,8 @@ PHRASINGS: dict[str, Phrasings] = {
         For all {things} of a {owner} with {owner_category} {value}, return the {name}.
         I need the {name} of each {thing} that has a {owner} of {owner_category} {value}.
         Give me all {things}, by {name}, that have a {owner} with {owner_category} {value}.""",
-        """Could you pick out {things} that go with {owners} of {owner_category} {value}, by {name}?
-        Take the {owners} under {owner_category} {value}: what {names} do their {things} go by?""",
+        """Let's pick out, by {name}, the {things} whose {owner} has {value} for {owner_category}.
+        I'm after {things} that go with {owners} of {owner_category} {value}. Just {names}.""",
     ),
     "above_average": _phrasings(
         """List the {names} of {things} with a {number} above the average {number}.
@@ -267,8 +267,8 @@ PHRASINGS: dict[str, Phrasings] = {
         For every {thing} that has an above-average {number}, return the {name}.
         I need the {names} of {things} whose {number} is greater than the mean {number}.
         Give me all {things}, by {name}, that have a {number} over the average.""",
-        """Could you pick out the {things} that beat the average {number}, by {name}?
-        Compared with the average {thing}, which are ahead in {number}? Tell me their {names}.""",
+        """Could you pick out, by {name}, the {things} that beat the average {number}?
+        Please tell me the {names} of those {things} that exceed the average {number}.""",
     ),
     "at_extreme": _phrasings(
         """What is the {name} of the {thing} with the {first} {number}?
@@ -279,8 +279,8 @@ PHRASINGS: dict[str, Phrasings] = {
         I need the {name} of the {thing} with the {first} {number} of all.
         Which {thing}'s {number} is the {first}? Return the {name}.
         For the {thing} with the {first} {number}, return the {name}.""",
-        """One of our {things} holds the record for the {firstmost} {number}. Tell me its {name}.
-        Could you pick out the one {thing} to hit the {firstmost} {number}? Its {name} will do.""",
+        """Please tell me the {name} of the one {thing} that has our {first} {number}.
+        Could you pick out the {thing} with the very {first} {number}? Its {name} will do.""",
     ),
 }
 

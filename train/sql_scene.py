@@ -78,24 +78,18 @@ _COMPARATIVES = {  # for numbers, for years
     "under": ("less than", "earlier than"),
     "higher": ("higher", "later"),
     "lower": ("lower", "earlier"),
-    "past": ("past", "past"),
-    "beneath": ("beneath", "prior to"),
     "lowest": ("lowest", "earliest"),
     "highest": ("highest", "latest"),
-    "smallest": ("smallest", "very first"),
-    "largest": ("largest", "most recent"),
 }
 
 
 def number_words(column: Column, *, descending: bool = False) -> Words:
     """Words for a column of numbers, comparatives among them; `first` is the order's first end."""
     words = {key: pair[column.kind == "year"] for key, pair in _COMPARATIVES.items()}
-    ends = [("lowest", "smallest"), ("highest", "largest")]
-    first, last = reversed(ends) if descending else ends
+    first, last = ("highest", "lowest") if descending else ("lowest", "highest")
     return words | {
         "number": column.wording,
         "ascending": "descending" if descending else "ascending",
-        "first": words[first[0]],
-        "firstmost": words[first[1]],
-        "last": words[last[0]],
+        "first": words[first],
+        "last": words[last],
     }
