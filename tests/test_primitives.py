@@ -173,6 +173,41 @@ CASES = [
         lambda p, x: (jnp.take(p["a"]["embedding"], IDS, axis=0) * x) @ p["a"]["embedding"].T,
         (5,),
     ),
+    Program(
+        "look-up of one row under vmap",
+        lambda t: {"a": {"embedding": draw(1, (11, 5), t)}},
+        (rule(),),
+        lambda p, x: jax.vmap(lambda i: p["a"]["embedding"][i] * x)(IDS[0]),
+        (5,),
+    ),
+    Program(
+        "look-up of one row, and of one known row",
+        lambda t: {"a": {"embedding": draw(1, (11, 5), t)}},
+        (rule(),),
+        lambda p, x: jnp.sin(p["a"]["embedding"][IDS[0, 0]] * x) + p["a"]["embedding"][4],
+        (5,),
+    ),
+    one(
+        "experts by index under vmap",
+        (3, 5, 7),
+        lambda w, x: jax.vmap(lambda i, x: x @ w[i])(jnp.array([2, 0, 0, 1]), x),
+        (4, 5),
+    ),
+    one(
+        "experts by index under vmap, stack last",
+        (5, 7, 3),
+        lambda w, x: jax.vmap(lambda i, x: x @ w[..., i])(jnp.array([2, 0, 0, 1]), x),
+        (4, 5),
+        in_axes=[0],
+        out_axes=[1],
+    ),
+    Program(
+        "look-up, filled with a number outside",
+        lambda t: {"a": {"embedding": draw(1, (11, 5), t)}},
+        (rule(),),
+        lambda p, x: p["a"]["embedding"].at[IDS + 5].get(mode="fill", fill_value=0.5) * x,
+        (5,),
+    ),
     one(
         "experts by index",
         (3, 5, 7),
@@ -213,6 +248,32 @@ CASES = [
         (5, 7),
         lambda a, b, x: jnp.einsum("bi,ieo->beo", x, jnp.stack([a, b], 1)),
         (13, 5),
+    ),
+    two(
+        "concatenate one with another transposed",
+        (5, 7),
+        (11, 5),
+        lambda a, b, x: x @ jnp.concatenate([a, b.T], 1),
+        (13, 5),
+    ),
+    two("sum with a transposed weight", (5, 7), (7, 5), lambda a, b, x: x @ (a + b.T), (13, 5)),
+    one("a single input", (1, 7), lambda w, x: x @ w, (13, 1)),
+    one("a single input and output", (1, 1), lambda w, x: jnp.sin(x @ w) @ w.T, (13, 1)),
+    one("a single output, mirror image", (5, 1), lambda w, x: x @ w.T, (13, 1)),
+    one(
+        "conv of a single input",
+        (1, 1, 1, 7),
+        conv,
+        (2, 11, 13, 1),
+        in_axes=[0, 1, 2],
+        out_axes=[3],
+    ),
+    one("reversed", (5, 7), lambda w, x: x @ w[::-1, ::-1], (13, 5)),
+    one(
+        "padded",
+        (3, 5, 7),
+        lambda w, x: jnp.einsum("bi,eio->beo", x, jnp.pad(w, ((1, 0), (2, 4), (0, 1)))),
+        (13, 11),
     ),
     two("sum of two weights", (5, 7), (5, 7), lambda a, b, x: x @ (a - b), (13, 5)),
     Program(
@@ -332,7 +393,17 @@ def test_values_and_gradients(case, float64):
 
 
 # Where a kernel's own axis is cut, two sizes can share a product; the judge then needs more care.
-CUT = ("split", "slice along", "reshaped", "scan over chunks", "vector", "shard_map", "experts by")
+CUT = (
+    "split",
+    "slice along",
+    "reshaped",
+    "scan over chunks",
+    "vector",
+    "shard_map",
+    "experts by",
+    "a single",
+    "conv of a s",
+)
 
 
 @pytest.mark.parametrize(

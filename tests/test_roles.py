@@ -45,6 +45,12 @@ def looked(fn, shape, *args):
             ((-2,), (-1,)),
         ),
         (lambda w, x: w[jnp.array([1, 2])] * x[0], (11, 5), ((-2,), (-1,))),
+        (lambda w, x: jax.vmap(lambda i: w[i])(jnp.array([1, 2])) * x[0], (11, 5), ((-2,), (-1,))),
+        (
+            lambda w, x: jax.vmap(lambda i, x: x @ w[i])(jnp.zeros(13, int), x),
+            (3, 5, 7),
+            ((-2,), (-1,)),
+        ),
         (
             lambda w, x: (w[jnp.array([1, 2])] * x[0]) @ w.T,
             (11, 5),

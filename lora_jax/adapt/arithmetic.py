@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
+from lora_jax.axes import Label
 from lora_jax.product import Factored
 
 
@@ -94,9 +95,10 @@ def _sum(use: Use, sign: int) -> list[Any] | None:
 
 def _side_by_side(weights: Sequence[Factored]) -> Factored | None:
     """The sum of weights of one shape, but for the base: [A₁ A₂] and [B₁; B₂], s in A."""
-    first = weights[0]
-    if any(w.labels != first.labels or w.dropout != first.dropout for w in weights):
+    aligned = _aligned(weights)
+    if aligned is None:
         return None
+    weights, first = aligned, aligned[0]
     rank_axis = len(first.axes("batch"))
     return dataclasses.replace(
         first,
@@ -104,6 +106,28 @@ def _side_by_side(weights: Sequence[Factored]) -> Factored | None:
         b=jnp.concatenate([w.b for w in weights], axis=rank_axis),
         scale=jnp.ones_like(first.scale),
     )
+
+
+def _aligned(values: Sequence[Any]) -> list[Any] | None:
+    """The values with all weights' axes in the same roles; None where they cannot be.
+
+    A weight that comes transposed to the others (a tied table) is read as (BᵀAᵀ)ᵀ: the names of
+    its factors change, and of their axes.
+    """
+    first = next(v for v in values if isinstance(v, Factored))
+    aligned = [
+        _mirrored(v) if isinstance(v, Factored) and v.labels != first.labels else v for v in values
+    ]
+    weights = [v for v in aligned if isinstance(v, Factored)]
+    if any(w.labels != first.labels or w.dropout != first.dropout for w in weights):
+        return None
+    return aligned
+
+
+def _mirrored(weight: Factored) -> Factored:
+    other: dict[Label, Label] = {"in": "out", "out": "in", "batch": "batch"}
+    labels = tuple(other[label] for label in weight.labels)
+    return dataclasses.replace(weight, a=weight.b, b=weight.a, labels=labels)
 
 
 def _with_scale(weight: Factored) -> jax.Array:
@@ -115,13 +139,12 @@ def _with_scale(weight: Factored) -> jax.Array:
 
 def _concatenate(_: Interpreter, use: Use) -> list[Any] | None:
     """Kernels joined end to end: along an in or out axis, each keeps its own columns of rank."""
-    weights = [v for v in use.values if isinstance(v, Factored)]
-    first = weights[0]
-    if any(w.labels != first.labels or w.dropout != first.dropout for w in weights):
+    values = _aligned(use.values)
+    if values is None:
         return None
-    (base,) = use.bind([v.base if isinstance(v, Factored) else v for v in use.values])
-    dimension = use.params["dimension"]
-    return [_joined(use.values, first, base, dimension)]
+    first = next(v for v in values if isinstance(v, Factored))
+    (base,) = use.bind([v.base if isinstance(v, Factored) else v for v in values])
+    return [_joined(values, first, base, use.params["dimension"])]
 
 
 def _joined(values: Sequence[Any], first: Factored, base: Any, dimension: int) -> Factored:
@@ -187,11 +210,11 @@ def _keys(value: Any, first: Factored) -> Any:
 def _stack(interpreter: Interpreter, use: Use) -> list[Any] | None:
     """Kernels under a new axis, which is a batch axis."""
     axis = use.params["axis"]
-    weights = [v for v in use.values if isinstance(v, Factored)]
-    first = weights[0]
-    if any(w.labels != first.labels or w.dropout != first.dropout for w in weights):
+    aligned = _aligned(use.values)
+    if aligned is None:
         return None
-    (base,) = use.bind([v.base if isinstance(v, Factored) else v for v in use.values])
+    first = next(v for v in aligned if isinstance(v, Factored))
+    (base,) = use.bind([v.base if isinstance(v, Factored) else v for v in aligned])
     labels = (*first.labels[:axis], "batch", *first.labels[axis:])
     n_before = sum(label == "batch" for label in labels[:axis])
 
@@ -210,7 +233,7 @@ def _stack(interpreter: Interpreter, use: Use) -> list[Any] | None:
         )
         if isinstance(v, Factored)
         else jnp.expand_dims(v, axis)
-        for v in use.values
+        for v in aligned
     ]
     first = next(v for v in values if isinstance(v, Factored))
     return [_joined(values, first, base, axis)]

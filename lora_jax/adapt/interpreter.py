@@ -193,7 +193,11 @@ class Interpreter:
                 self.record(Record(value.path, name, f"{file}:{line}", "factored", why))
 
 
-_PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general", "gather"})
+# Those that multiply by a weight, or read rows of it.
+_PRODUCTS = frozenset(
+    ("dot_general", "conv_general_dilated", "ragged_dot_general", "gather", "slice")
+    + ("dynamic_slice",)
+)
 _WHY = {
     "custom_vjp_call": "has a derivative of its own, which must be kept",
     "custom_jvp_call": "has a derivative of its own, which must be kept",

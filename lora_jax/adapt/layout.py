@@ -1,6 +1,7 @@
 """Rules for primitives that only re-arrange a weight: its factors follow, nothing is formed."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -202,7 +203,13 @@ def _slice(_: Interpreter, use: Use) -> list[Any] | None:
         step = [1 if axis == -1 else strides[axis] for axis in axes]
         return lax.slice(array, begin, end, step)
 
-    return [along(weight, base, cut)]
+    return [_row_or_part(weight, along(weight, base, cut))]
+
+
+def _row_or_part(weight: Factored, part: Factored) -> Any:
+    """A part of a weight; where that is one row, it is a look-up: W's row + s·(A's row)B."""
+    before, after = (math.prod(w.sizes("in")) for w in (weight, part))
+    return part.merged() if after == 1 < before else part
 
 
 def _split(_: Interpreter, use: Use) -> list[Any] | None:
@@ -271,7 +278,35 @@ def _dynamic_slice(_: Interpreter, use: Use) -> list[Any] | None:
         ]
         return lax.dynamic_slice(array, begin, size)
 
-    return [along(weight, base, cut)]
+    return [_row_or_part(weight, along(weight, base, cut))]
+
+
+def _rev(_: Interpreter, use: Use) -> list[Any] | None:
+    weight = _only_weight(use)
+    if weight is None:
+        return None
+    (base,) = use.bind([weight.base])
+    turned = use.params["dimensions"]
+
+    def turn(array: Any, axes: Sequence[int]) -> Any:
+        return lax.rev(array, [place for place, axis in enumerate(axes) if axis in turned])
+
+    return [along(weight, base, turn)]
+
+
+def _pad(_: Interpreter, use: Use) -> list[Any] | None:
+    """Where W is padded, with whatever value, its factors are padded with zeros."""
+    weight = _only_weight(use)
+    if weight is None or weight.key is not None:
+        return None
+    (base,) = use.bind([weight.base, use.values[1]])
+    widths = use.params["padding_config"]
+
+    def pad(array: Any, axes: Sequence[int]) -> Any:
+        config = [(0, 0, 0) if axis == -1 else widths[axis] for axis in axes]
+        return lax.pad(array, jnp.zeros((), array.dtype), config)
+
+    return [along(weight, base, pad)]
 
 
 LAYOUT_RULES = {
@@ -283,6 +318,8 @@ LAYOUT_RULES = {
     "stop_gradient": _stop_gradient,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
+    "rev": _rev,
+    "pad": _pad,
     "split": _split,
     "all_gather": _gathered_over_devices,
     "pvary": _everywhere,

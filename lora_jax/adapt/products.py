@@ -1,8 +1,9 @@
 """Rules for primitives that multiply by a weight: xW + s·(xA)B in the place of xW."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jax import lax
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, RoleError, Rule, Use
 from lora_jax.adapt.layout import relabelled
+from lora_jax.axes import Label
 from lora_jax.product import Factored, dot, dropped, wide
 
 
@@ -28,21 +30,33 @@ def _dot_general(_: Interpreter, use: Use) -> list[Any] | None:
         return None
     contract = (tuple(contract[0]), tuple(contract[1]))
     batch = (tuple(batch[0]), tuple(batch[1]))
-    roles = {weight.labels[axis] for axis in contract[1] if weight.base.shape[axis] != 1}
-    if not roles or roles == {"in", "out"}:
+    role = _contracted_role(weight, contract[1])
+    if role is None:
         return None
     _check_roles(weight, contract[1], batch[1], use)
-    weight = _with_unit_roles(weight, contract[1], batch[1])
+    weight = _with_unit_roles(weight, role, contract[1], batch[1])
     params = {
         name: use.params[name] for name in ("precision", "preferred_element_type", "out_sharding")
     }
     return [dot(x, weight, contract=contract, batch=batch, weight_first=weight_first, **params)]
 
 
-def _with_unit_roles(weight: Factored, contract: Sequence[int], batch: Sequence[int]) -> Factored:
+def _contracted_role(weight: Factored, contract: Sequence[int]) -> Label | None:
+    """The one role of the axes that a product contracts; None where it mixes two."""
+    roles = {weight.labels[axis] for axis in contract if weight.base.shape[axis] != 1}
+    if not roles:  # axes of one element alone: a layer of one input, or of one output
+        return next((role for role in _ROLES if math.prod(weight.sizes(role)) == 1), None)
+    return roles.pop() if len(roles) == 1 else None
+
+
+_ROLES: tuple[Label, Label] = ("in", "out")
+
+
+def _with_unit_roles(
+    weight: Factored, role: Label, contract: Sequence[int], batch: Sequence[int]
+) -> Factored:
     """The weight with the axes of size one in the roles that a product uses them in."""
     labels = list(weight.labels)
-    role = next(labels[axis] for axis in contract if weight.base.shape[axis] != 1)
     for axis, size in enumerate(weight.base.shape):
         if size == 1 and axis in contract:
             labels[axis] = role
@@ -85,7 +99,7 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
         return None
     out_axis, *in_axes = params["dimension_numbers"].rhs_spec
     _check_roles(weight, in_axes, (), use)
-    weight = _with_unit_roles(weight, in_axes, ())
+    weight = _with_unit_roles(weight, "in", in_axes, ())
     if weight.labels[out_axis] != "out":
         return None  # all axes but one are contracted, and that one is an in axis: a mirror image
     (product,) = use.bind([x, weight.base])
@@ -162,25 +176,44 @@ def _ragged_dot_general(_: Interpreter, use: Use) -> list[Any] | None:
 
 
 def _gather(_: Interpreter, use: Use) -> list[Any] | None:
-    """A look-up along an in axis reads rows of A; along a batch axis, it takes whole factors."""
+    """A look-up along an in axis reads rows of A; along a batch axis, it takes whole factors.
+
+    Where the axis stays, of size one (what vmap makes of `table[i]`), it comes back at the end.
+    """
     weight, indices = use.values
     numbers = use.params["dimension_numbers"]
-    if isinstance(indices, Factored) or len(numbers.start_index_map) != 1:
+    sizes, shape = tuple(use.params["slice_sizes"]), weight.base.shape
+    cut = [axis for axis in numbers.start_index_map if sizes[axis] != shape[axis]]
+    cut = cut or list(numbers.start_index_map)
+    if isinstance(indices, Factored) or len(cut) != 1 or numbers.operand_batching_dims:
         return None
-    (axis,) = numbers.start_index_map
-    sizes = [1 if a == axis else n for a, n in enumerate(weight.base.shape)]
-    if (
-        tuple(numbers.collapsed_slice_dims) != (axis,)
-        or tuple(use.params["slice_sizes"]) != tuple(sizes)
-        or numbers.operand_batching_dims
-    ):
+    (axis,) = cut
+    offsets = list(numbers.offset_dims)
+    whole = tuple(1 if a == axis else n for a, n in enumerate(shape))
+    if sizes != whole or numbers.collapsed_slice_dims not in ((), (axis,)):
         return None
+    if len(numbers.start_index_map) > 1:
+        if use.params["mode"] is lax.GatherScatterMode.FILL_OR_DROP:
+            return None  # an index along a whole axis has a say there
+        place = numbers.start_index_map.index(axis)
+        indices = lax.slice_in_dim(indices, place, place + 1, axis=indices.ndim - 1)
+    unit = None if numbers.collapsed_slice_dims else offsets.pop(axis)
+    if unit is not None:
+        offsets = [place - (place > unit) for place in offsets]
+    look_up = functools.partial(
+        _take, indices=indices, mode=use.params["mode"], fill_value=use.params["fill_value"]
+    )
     if weight.labels[axis] == "batch":
-        return [_of_stack(weight, axis, indices, use)]
+        stack = _of_stack(weight, axis, indices, offsets, look_up)
+        if unit is None:
+            return [stack]
+        labels = list(stack.labels)
+        labels.insert(unit, "batch")
+        return [relabelled(stack, jnp.expand_dims(stack.base, unit), labels)]
     if weight.labels[axis] != "in" or len(weight.axes("in")) != 1 or weight.axes("batch"):
         return None
-    (rows,) = use.bind([weight.base, indices])
-    z = _take(weight.a, 1, indices, use)  # [r, …]
+    rows = look_up(weight.base, axis, offsets=offsets)
+    z = look_up(weight.a, 1, fill_value=0)  # [r, …]
     z = (z * weight.scale.astype(z.dtype)).astype(rows.dtype)
     delta = lax.dot_general(
         z,
@@ -188,21 +221,29 @@ def _gather(_: Interpreter, use: Use) -> list[Any] | None:
         (((0,), (0,)), ((), ())),
         preferred_element_type=rows.dtype,
     )  # [places…, out…]
-    n_places = indices.ndim - 1
-    offsets = list(numbers.offset_dims)
     order = [axis for axis in range(rows.ndim) if axis not in offsets] + offsets
-    assert n_places + len(offsets) == rows.ndim
-    return [rows + lax.transpose(delta, [order.index(axis) for axis in range(rows.ndim)])]
+    rows += lax.transpose(delta, [order.index(axis) for axis in range(rows.ndim)])
+    return [rows if unit is None else jnp.expand_dims(rows, unit)]
 
 
-def _take(array: jax.Array, axis: int, indices: jax.Array, use: Use) -> jax.Array:
-    """The same look-up along an axis of a factor; the places stand where the axis stood.
+def _take(
+    array: jax.Array,
+    axis: int,
+    *,
+    indices: jax.Array,
+    mode: lax.GatherScatterMode,
+    offsets: Sequence[int] | None = None,
+    fill_value: Any = None,
+) -> jax.Array:
+    """The look-up along an axis; the other axes stand at `offsets`.
 
-    What lies outside is filled with zeros: there the base alone says what the function sees.
+    By default, the places stand where the axis stood. In factors, what lies outside is filled with
+    zeros: there the base alone says what the function sees.
     """
     n_places = indices.ndim - 1
     others = [a for a in range(array.ndim) if a != axis]
-    offsets = [a if a < axis else a - 1 + n_places for a in others]
+    if offsets is None:
+        offsets = [a if a < axis else a - 1 + n_places for a in others]
     return lax.gather(
         array,
         indices,
@@ -210,15 +251,20 @@ def _take(array: jax.Array, axis: int, indices: jax.Array, use: Use) -> jax.Arra
             offset_dims=tuple(offsets), collapsed_slice_dims=(axis,), start_index_map=(axis,)
         ),
         tuple(1 if a == axis else n for a, n in enumerate(array.shape)),
-        mode=use.params["mode"],
-        fill_value=0,
+        mode=mode,
+        fill_value=fill_value,
     )
 
 
-def _of_stack(weight: Factored, axis: int, indices: jax.Array, use: Use) -> Factored:
+def _of_stack(
+    weight: Factored,
+    axis: int,
+    indices: jax.Array,
+    offsets: Sequence[int],
+    look_up: Callable[..., jax.Array],
+) -> Factored:
     """The weights of some indices of a stack; the places are batch axes."""
-    (base,) = use.bind([weight.base, indices])
-    offsets = list(use.params["dimension_numbers"].offset_dims)
+    base = look_up(weight.base, axis, offsets=offsets)
     others = [a for a in range(len(weight.labels)) if a != axis]
     source = dict(zip(offsets, others, strict=True))  # the axis of the base for each that is whole
     labels = tuple(
@@ -238,7 +284,7 @@ def _of_stack(weight: Factored, axis: int, indices: jax.Array, use: Use) -> Fact
     order = [have.index(entry) for entry in want]
 
     def taken(array: Any) -> Any:
-        array = _take(array, place, indices, use)
+        array = look_up(array, place, fill_value=0)
         return lax.transpose(array, [*order, *range(len(order), array.ndim)])
 
     key = None if weight.key is None else _taken_keys(weight.key, place, indices, order)

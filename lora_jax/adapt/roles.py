@@ -204,7 +204,7 @@ def _conv(eqn: JaxprEqn, side: int, weight: Weight) -> list[Contraction]:
 
 def _gather(eqn: JaxprEqn, side: int, weight: Weight) -> list[Contraction]:
     """A look-up where a row comes out; where a matrix does, an index into a stack."""
-    indexed = list(eqn.params["dimension_numbers"].collapsed_slice_dims)
+    indexed = _indexed(eqn)
     rest = [axis for axis in range(len(weight.axes)) if axis not in indexed]
     if side == 1 or len(indexed) != 1 or len([a for a in rest if weight.axes[a]]) != 1:
         return []
@@ -257,12 +257,28 @@ def _stack(eqn: JaxprEqn, axes: tuple[Axes, ...], *_: Shape) -> tuple[Axes, ...]
 
 def _gathered(eqn: JaxprEqn, axes: tuple[Axes, ...], _: Shape, out: Shape) -> Any:
     """The rest of a weight whose stack is indexed; nothing of a row that is looked up."""
-    numbers = eqn.params["dimension_numbers"]
-    rest = [held for axis, held in enumerate(axes) if axis not in numbers.collapsed_slice_dims]
-    if len([held for held in rest if held]) < 2 or len(rest) != len(numbers.offset_dims):
+    numbers, indexed = eqn.params["dimension_numbers"], _indexed(eqn)
+    rest = [held for axis, held in enumerate(axes) if axis not in indexed]
+    kept = [
+        NONE if axis in indexed else held
+        for axis, held in enumerate(axes)
+        if axis not in numbers.collapsed_slice_dims
+    ]
+    if len([held for held in rest if held]) < 2 or len(kept) != len(numbers.offset_dims):
         return None
-    whole = dict(zip(numbers.offset_dims, rest, strict=True))
+    whole = dict(zip(numbers.offset_dims, kept, strict=True))
     return tuple(whole.get(axis, NONE) for axis in range(len(out)))
+
+
+def _indexed(eqn: JaxprEqn) -> list[int]:
+    """The operand's axes that a gather indexes, whether they go or stay with one element."""
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    shape = eqn.invars[0].aval.shape  # type: ignore[attr-defined]
+    return [
+        axis
+        for axis, (size, n) in enumerate(zip(sizes, shape, strict=True))
+        if axis in numbers.collapsed_slice_dims or size == 1 < n
+    ]
 
 
 def _reshape(

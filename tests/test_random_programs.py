@@ -1,0 +1,31 @@
+"""The laws on random programs. See tests/random_programs.py for what they are made of."""
+
+import jax
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.random_programs import WAYS, check, programs
+
+COMMON = {
+    "deadline": None,
+    "derandomize": True,
+    "database": None,
+    "suppress_health_check": list(HealthCheck),
+}
+ways = st.sampled_from(list(WAYS))
+
+
+@settings(max_examples=25, **COMMON)
+@given(programs(), ways)
+def test_random_programs_keep_the_laws(program, way):
+    with jax.enable_x64(True):
+        check(program, way)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, **COMMON)
+@given(programs(), ways)
+def test_many_random_programs_keep_the_laws(program, way):
+    with jax.enable_x64(True):
+        check(program, way)
