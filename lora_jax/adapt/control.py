@@ -172,8 +172,10 @@ def _while(interpreter: Interpreter, use: Use) -> list[Any]:
     return [final[place] for place in range(len(init))]
 
 
-def _cond(interpreter: Interpreter, use: Use) -> list[Any]:
+def _cond(interpreter: Interpreter, use: Use) -> list[Any] | None:
     index, *operands = use.values
+    if isinstance(index, Factored):
+        return None
 
     def branch(jaxpr: eqns.AnyJaxpr) -> Any:
         body = interpreter.function(jaxpr, use.live)
@@ -182,8 +184,6 @@ def _cond(interpreter: Interpreter, use: Use) -> list[Any]:
         ]
 
     branches = [branch(jaxpr) for jaxpr in use.params["branches"]]
-    if isinstance(index, Factored):
-        return None  # type: ignore[return-value]
     return lax.switch(index, branches, *operands)
 
 
