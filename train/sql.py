@@ -33,7 +33,7 @@ from train.sql_schemas import SCHEMAS, TEST_SCHEMAS, TRAINING_SCHEMAS
 from train.sql_tables import Schema
 from train.sql_trust import can_be_trusted
 
-SYSTEM_PROMPT = "Answer the question with one SQLite query."
+SYSTEM_PROMPT = "Answer in SQL."
 
 Message = dict[str, str]
 _TRIES = 8

@@ -5,9 +5,12 @@ A schema is written as text, the foreign key being the column `<other table>_id`
     book(id, title=@title, author_id, genre=novel|poetry|drama, year=1950..2020, length=90..900+)
     author(id, name=@person, country=@country, birth_year=1900..1990)
 
-A table is written in the singular and is in the plural in SQL: `books`, with the key `author_id`.
-All names are nouns, by which questions call the rows and columns (with spaces for underscores). A
-column is `name=values`, and values are `low..high` (whole numbers, or tenths if written so; `+`
+All names are nouns, by which questions call the rows and columns (with spaces for underscores). In
+SQL a table's name has a suffix that both tables of a database share: `bookData`, `authorData`, with
+the key `author_id`. It is the database's own convention, which no question tells, so that no query
+can be written without reading the schema.
+
+A column is `name=values`, and values are `low..high` (whole numbers, or tenths if written so; `+`
 marks quantities that may be summed), `a|b|c` (texts), `a|b*c|d` (texts of two words) or `@pool`.
 The first column that is no key names the row, uniquely.
 """
@@ -129,8 +132,8 @@ class Schema:
     def describe(self) -> str:
         """The schema as a prompt shows it, in three lines: the tables, and how they are linked.
 
-        `books(id, title, author_id)`, `authors(id, name)`, and
-        `JOIN authors ON books.author_id = authors.id`.
+        `bookData(id, title, author_id)`, `authorData(id, name)`, and
+        `JOIN authorData ON bookData.author_id = authorData.id`.
         """
         tables = [
             f"{t.name}({', '.join(column.name for column in t.columns)})" for t in self.tables
@@ -158,22 +161,22 @@ def _column(table: str, text: str, named: bool) -> Column:
     return Column(table=table, name=name, wording=wording, kind=kind, values=texts)
 
 
-def _table(text: str) -> Table:
-    name, _, body = text.strip().partition("(")
-    singular = name.replace("_", " ")
+def _table(text: str, suffix: str) -> Table:
+    noun, _, body = text.strip().partition("(")
+    singular = noun.replace("_", " ")
     columns: list[Column] = []
     for part in body.rstrip(") \n").split(","):
         named = any(column.kind == "name" for column in columns)
-        columns.append(_column(plural(name), part, named))
+        columns.append(_column(noun + suffix, part, named))
     return Table(
-        name=plural(name), singular=singular, plural=plural(singular), columns=tuple(columns)
+        name=noun + suffix, singular=singular, plural=plural(singular), columns=tuple(columns)
     )
 
 
-def parse_schema(name: str, text: str) -> Schema:
-    """Read a schema written as this module's docstring says."""
-    first, second = (_table(part) for part in text.strip().split(")\n"))
+def parse_schema(name: str, text: str, suffix: str) -> Schema:
+    """Read a schema written as this module's docstring says, its tables to be named by `suffix`."""
+    first, second = (_table(part, suffix) for part in text.strip().split(")\n"))
     schema = Schema(name=name, tables=(first, second))
-    if plural(schema.link.name.removesuffix("_id")) != schema.parent.name:
+    if schema.link.name.removesuffix("_id") + suffix != schema.parent.name:
         raise ValueError(f"schema {name}: {schema.link.path} does not name {schema.parent.name}")
     return schema

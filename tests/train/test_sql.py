@@ -17,6 +17,7 @@ from train.sql_fill import DATABASES, fill_script, filled_tables
 from train.sql_forms import FORMS
 from train.sql_phrasings import PHRASINGS
 from train.sql_schemas import SCHEMAS, TEST_SCHEMAS, TRAINING_SCHEMAS
+from train.sql_tables import Schema
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,6 +61,26 @@ def test_training_and_test_share_no_table() -> None:
     assert stem("policies") == stem("policy") and stem("houses") == stem("house")
     assert len(stems[0]) >= 80 and len(stems[1]) >= 30
     assert not stems[0] & stems[1]
+
+
+def suffix(schema: Schema) -> str:
+    return os.path.commonprefix([table.name[::-1] for table in schema.tables])[::-1]
+
+
+def test_no_question_tells_how_the_database_names_its_tables(
+    training: list[sql.SqlExample], unseen: list[sql.SqlExample]
+) -> None:
+    # So no query can be written without reading the schema.
+    for example in training + unseen:
+        names = [table.name for table in SCHEMAS[example.schema].tables]
+        assert any(name in example.sql for name in names)
+        assert not any(name.lower() in example.question.lower() for name in names)
+
+
+def test_conventions_of_the_test_databases_are_not_trained_on() -> None:
+    trained, tested = ({suffix(s) for s in group} for group in (TRAINING_SCHEMAS, TEST_SCHEMAS))
+    assert len(trained) >= 20 and len(tested) >= 10
+    assert not {word.lower() for word in trained} & {word.lower() for word in tested}
 
 
 def test_the_three_databases_differ() -> None:
@@ -171,9 +192,9 @@ def test_the_chat_shows_schema_question_and_sql(training: list[sql.SqlExample]) 
         assert user["content"] == f"{schema}\n{example.question}"
         assert assistant["content"] == example.sql
     assert SCHEMAS["bakery"].describe() == (
-        "cakes(id, name, baker_id, flavour, price, demand)\n"
-        "bakers(id, name, city, training_year)\n"
-        "JOIN bakers ON cakes.baker_id = bakers.id"
+        "cakeCache(id, name, baker_id, flavour, price, demand)\n"
+        "bakerCache(id, name, city, training_year)\n"
+        "JOIN bakerCache ON cakeCache.baker_id = bakerCache.id"
     )
 
 

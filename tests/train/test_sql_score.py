@@ -12,10 +12,27 @@ from train import sql
 from train.sql_answer import find_query
 from train.sql_execute import open_databases, run, same_rows
 from train.sql_schemas import SCHEMAS
+from train.sql_tables import parse_schema
+
+LIBRARY = parse_schema(
+    "library",
+    """
+    book(id, title=@title, author_id, genre=novel|poetry|drama, year=1950..2020, length=90..900+)
+    author(id, name=@person, country=@country, birth_year=1900..1990)""",
+    suffix="s",
+)
 
 
-def _gold(query: str, schema: str = "library") -> sql.SqlExample:
-    return sql.SqlExample(messages=(), schema=schema, question="", sql=query, form="", phrasing=0)
+@pytest.fixture(autouse=True)
+def _plainly_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For these tests the library's tables are `books` and `authors`."""
+    monkeypatch.setitem(SCHEMAS, "library", LIBRARY)
+
+
+def _gold(query: str) -> sql.SqlExample:
+    return sql.SqlExample(
+        messages=(), schema="library", question="", sql=query, form="", phrasing=0
+    )
 
 
 NOVELS = _gold("SELECT title FROM books WHERE genre = 'novel'")
@@ -29,7 +46,7 @@ MEAN = _gold("SELECT AVG(length) FROM books WHERE genre = 'novel'")
 @pytest.fixture(scope="module")
 def examples() -> list[sql.SqlExample]:
     return (
-        sql.training_examples(150, seed=5)
+        [e for e in sql.training_examples(160, seed=5) if e.schema != "library"]
         + sql.evaluation_examples(150, seed=5)
         + sql.evaluation_examples(100, seed=5, unseen_phrasings=True)
     )
@@ -207,7 +224,7 @@ def test_the_guard_alone_permits_reading_only(
     statement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with open_databases(SCHEMAS["library"]) as databases:
+    with open_databases(LIBRARY) as databases:
         before = run(databases[0], "SELECT * FROM books, authors")
         assert before
         assert run(databases[0], statement) is None
@@ -218,7 +235,7 @@ def test_the_guard_alone_permits_reading_only(
 def test_the_work_is_limited_not_the_time_alone() -> None:
     # The limit in instructions makes a score independent of the machine's load.
     endless = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT MAX(n) FROM c"
-    with open_databases(SCHEMAS["library"]) as databases:
+    with open_databases(LIBRARY) as databases:
         start = time.monotonic()
         assert run(databases[0], endless) is None
         assert time.monotonic() - start < 1
