@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax.models import ConfigError, DecoderConfig, ModelNotFound, WeightsError, key_table
 from lora_jax.models.hub import resolve
+from lora_jax.models.keys import nested
 from lora_jax.models.load import from_pretrained, open_source
 from lora_jax.models.tokenizer import load_tokenizer
 from train.errors import UserError, as_user_errors
@@ -46,13 +47,10 @@ def read_outline(name: str) -> Outline:
         tokenizer = load_tokenizer(name)
     if not tokenizer.is_fast:
         raise UserError(f"--model {name}: its tokenizer has no fast version (tokenizer.json)")
-    params: dict[str, Any] = {}
-    for row in key_table(config):
-        *parents, leaf = row.path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = jax.ShapeDtypeStruct(row.stacked_shape, jnp.float32)
+    params = nested(
+        (row.path, jax.ShapeDtypeStruct(row.stacked_shape, jnp.float32))
+        for row in key_table(config)
+    )
     return Outline(name, tokenizer, config, params)
 
 

@@ -1,11 +1,13 @@
 """Plain Flax models with pretrained weights. They know nothing of LoRA."""
 
 from lora_jax.models.cache import Cache, init_cache
-from lora_jax.models.config import ConfigError, DecoderConfig, RopeScaling
+from lora_jax.models.config import DecoderConfig, RopeScaling
 from lora_jax.models.decoder import Decoder
+from lora_jax.models.families import key_table, read_config
+from lora_jax.models.fields import ConfigError
 from lora_jax.models.generate import generate
 from lora_jax.models.hub import ModelNotFound
-from lora_jax.models.keys import WeightsError, key_table, to_hf
+from lora_jax.models.keys import WeightsError, hf_tensors
 from lora_jax.models.load import from_pretrained
 from lora_jax.models.tokenizer import load_tokenizer
 
@@ -19,8 +21,9 @@ __all__ = [
     "WeightsError",
     "from_pretrained",
     "generate",
+    "hf_tensors",
     "init_cache",
     "key_table",
     "load_tokenizer",
-    "to_hf",
+    "read_config",
 ]

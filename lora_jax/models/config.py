@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from lora_jax.models.fields import ConfigError, refuse_unknown
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
 
@@ -69,27 +71,6 @@ _UNSUPPORTED: dict[str, Any] = {
     "add_cross_attention": False,
     "quantization_config": None,
 }
-
-# Known fields without any effect on the logits.
-_HARMLESS = frozenset(
-    """
-    _attn_implementation _name_or_path architectures auto_map bad_words_ids begin_suppress_tokens
-    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
-    do_sample dtype early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
-    finetuning_task forced_bos_token_id forced_eos_token_id id2label is_decoder is_llama_config
-    label2id length_penalty max_length max_window_layers min_length no_repeat_ngram_size
-    num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
-    output_scores prefix pretraining_tp problem_type pruned_heads remove_invalid_values
-    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
-    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k
-    top_p torch_dtype torchscript transformers.js_config transformers_version typical_p
-    unsloth_fixed unsloth_version use_bfloat16 use_cache
-    """.split()
-)
-
-
-class ConfigError(ValueError):
-    """A model configuration that is not supported, or not complete."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,7 +179,7 @@ class DecoderConfig:
         missing = [name for name in _REQUIRED if config.get(name) is None]
         if missing:
             raise ConfigError(f"the configuration lacks {', '.join(missing)}")
-        _refuse_unsupported(family, config)
+        refuse_unknown(config, family, _COMMON | _OWN[family], _UNSUPPORTED)
 
         def get(name: str, default: Any = None) -> Any:
             return config.get(name, _DEFAULTS[family].get(name, default))
@@ -267,22 +248,6 @@ class DecoderConfig:
                 fields = {"factor": fields["factor"]}
             out["rope_scaling"] = {"rope_type": kind, **fields}
         return out
-
-
-def _refuse_unsupported(family: str, config: Mapping[str, Any]) -> None:
-    known = _COMMON | _OWN[family] | _HARMLESS
-    problems = []
-    for name, value in config.items():
-        if name in _UNSUPPORTED:
-            if value is not None and value != _UNSUPPORTED[name]:
-                problems.append(f"{name}={value!r} is not supported")
-        elif name not in known and value is not None and value is not False:
-            problems.append(f"{name}={value!r} is not known for {family}")
-    if problems:
-        raise ConfigError(
-            "; ".join(problems)
-            + " (a field that does not change the logits can be removed from config.json)"
-        )
 
 
 def _read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.models.config import ConfigError, DecoderConfig, RopeScaling
+from lora_jax.models.config import DecoderConfig, RopeScaling
+from lora_jax.models.fields import ConfigError
 from lora_jax.models.keys import WeightsError
 
 _FAMILY = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}

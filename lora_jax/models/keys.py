@@ -1,18 +1,19 @@
-"""The two-way key table: Hugging Face's tensor names and layouts, and ours.
+"""Two-way key tables: Hugging Face's tensor names and layouts, and ours.
 
-One row per parameter, from the configuration alone. Reading and writing both follow it, and
-``check`` holds a file against it: nothing may be missing, left over, or of another shape.
+A table is a list of rows, one for each parameter, made from a configuration alone (see
+``families.key_table``). Reading and writing both follow it, and ``check`` holds a file against it:
+nothing may be missing, left over, or of another shape.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
-from lora_jax.models.config import DecoderConfig
 
 
 class WeightsError(ValueError):
@@ -25,22 +26,30 @@ class Row:
 
     Attributes:
       path: ours, "/"-joined: ``model/layers/mlp/up_proj/kernel``.
-      hf: Hugging Face's name, with ``{}`` for the layer's number in a stacked parameter.
-      shape: ours, of one layer: [in, out] for a kernel.
-      layers: how many layers are stacked on axis 0; None for a parameter that is not stacked.
+      hf: Hugging Face's name, with a ``{}`` for each axis of the stack: the layer's number, and
+        the expert's.
+      shape: ours, of one member of the stack: [in, out] for a kernel.
+      stack: the sizes of the axes in front: (layers,), (layers, experts), or ().
       transpose: whether Hugging Face stores [out, in].
+      aliases: other names under which a file may repeat this very tensor (a tied head).
     """
 
     path: str
     hf: str
     shape: tuple[int, ...]
-    layers: int | None
-    transpose: bool
+    stack: tuple[int, ...] = ()
+    transpose: bool = False
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def members(self) -> list[tuple[int, ...]]:
+        """The index of each tensor in the stack; the empty index where there is no stack."""
+        return list(itertools.product(*map(range, self.stack)))
 
     @property
     def hf_names(self) -> list[str]:
-        """Hugging Face's names, in the order of the layers."""
-        return [self.hf] if self.layers is None else [self.hf.format(i) for i in range(self.layers)]
+        """Hugging Face's names, in the order of ``members``."""
+        return [self.hf.format(*index) for index in self.members]
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
@@ -49,80 +58,32 @@ class Row:
 
     @property
     def stacked_shape(self) -> tuple[int, ...]:
-        """Our shape, with the stack of layers in front."""
-        return self.shape if self.layers is None else (self.layers, *self.shape)
+        """Our shape, with the axes of the stack in front."""
+        return (*self.stack, *self.shape)
 
 
-def key_table(config: DecoderConfig) -> list[Row]:
-    """Every parameter of the decoder, once, in the order of the forward pass."""
-    rows: list[Row] = []
-
-    def add(path: str, leaf: str, shape: tuple[int, ...], *, stacked: bool = True) -> None:
-        hf_leaf = "bias" if leaf == "bias" else "weight"
-        rows.append(
-            Row(
-                path=f"{path}/{leaf}",
-                hf=f"{path}/{hf_leaf}".replace("/", ".").replace("layers.", "layers.{}."),
-                shape=shape,
-                layers=config.num_hidden_layers if stacked else None,
-                transpose=leaf == "kernel",
-            )
-        )
-
-    def linear(path: str, d_in: int, d_out: int, bias: bool) -> None:
-        add(f"model/layers/{path}", "kernel", (d_in, d_out))
-        if bias:
-            add(f"model/layers/{path}", "bias", (d_out,))
-
-    width, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
-    q_out, kv_out = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    add("model/embed_tokens", "embedding", (config.vocab_size, width), stacked=False)
-    add("model/layers/input_layernorm", "scale", (width,))
-    linear("self_attn/q_proj", width, q_out, config.qkv_bias)
-    linear("self_attn/k_proj", width, kv_out, config.qkv_bias)
-    linear("self_attn/v_proj", width, kv_out, config.qkv_bias)
-    if config.qk_norm:
-        add("model/layers/self_attn/q_norm", "scale", (head_dim,))
-        add("model/layers/self_attn/k_norm", "scale", (head_dim,))
-    linear("self_attn/o_proj", q_out, width, config.o_bias)
-    add("model/layers/post_attention_layernorm", "scale", (width,))
-    linear("mlp/gate_proj", width, inner, config.mlp_bias)
-    linear("mlp/up_proj", width, inner, config.mlp_bias)
-    linear("mlp/down_proj", inner, width, config.mlp_bias)
-    add("model/norm", "scale", (width,), stacked=False)
-    if not config.tie_word_embeddings:
-        add("lm_head", "kernel", (width, config.vocab_size), stacked=False)
-    return rows
+# What files may hold beyond the table: buffers that are derived from the configuration.
+_DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias)")
 
 
-def is_harmless_extra(name: str, config: DecoderConfig) -> bool:
-    """Whether a tensor beyond the table holds nothing that the model lacks.
-
-    Old files carry RoPE's frequencies, which are derived; files of tied models may carry the
-    embedding a second time as the head. (The loader checks that the second is the same.)
-    """
-    return name.endswith("rotary_emb.inv_freq") or (
-        config.tie_word_embeddings and name == "lm_head.weight"
-    )
-
-
-def check(shapes: Mapping[str, tuple[int, ...]], config: DecoderConfig, where: str) -> None:
+def check(shapes: Mapping[str, tuple[int, ...]], table: Sequence[Row], where: str) -> None:
     """Holds a file's tensors against the table.
 
     Args:
       shapes: Hugging Face's name -> shape, for all tensors in the file or folder.
-      config: the decoder's.
+      table: the model's.
       where: the file or folder, for the message.
 
     Raises:
       WeightsError: one error that lists every missing, unexpected and misshaped tensor.
     """
-    expected = {name: row.hf_shape for row in key_table(config) for name in row.hf_names}
+    expected = {name: row.hf_shape for row in table for name in row.hf_names}
+    allowed = {alias for row in table for alias in row.aliases}
     missing = [f"missing {name} {list(expected[name])}" for name in expected if name not in shapes]
     unexpected = [
         f"unexpected {name} {list(shapes[name])}"
         for name in shapes
-        if name not in expected and not is_harmless_extra(name, config)
+        if name not in expected and name not in allowed and not _DERIVED.fullmatch(name)
     ]
     misshaped = [
         f"{name} is {list(shapes[name])}, expected {list(shape)}"
@@ -136,12 +97,24 @@ def check(shapes: Mapping[str, tuple[int, ...]], config: DecoderConfig, where: s
         )
 
 
-def to_hf(params: Mapping[str, Any], config: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:
+def nested(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """A nested dict of "/"-joined paths and their values."""
+    tree: dict[str, Any] = {}
+    for path, value in leaves:
+        *parents, leaf = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def hf_tensors(params: Mapping[str, Any], table: Sequence[Row]) -> Iterator[tuple[str, np.ndarray]]:
     """Hugging Face's tensors of a parameter tree, one at a time.
 
     Args:
       params: the tree, with every parameter of the table and nothing else.
-      config: the decoder's.
+      table: the model's.
 
     Yields:
       (name, array): contiguous, in Hugging Face's layout and the parameter's dtype.
@@ -150,8 +123,7 @@ def to_hf(params: Mapping[str, Any], config: DecoderConfig) -> Iterator[tuple[st
       WeightsError: one error that lists every missing, unexpected and misshaped parameter.
     """
     leaves = dict(_leaves(params))
-    rows = key_table(config)
-    expected = {row.path: row.stacked_shape for row in rows}
+    expected = {row.path: row.stacked_shape for row in table}
     problems = [f"missing {path}" for path in expected if path not in leaves]
     problems += [f"unexpected {path}" for path in leaves if path not in expected]
     problems += [
@@ -163,10 +135,10 @@ def to_hf(params: Mapping[str, Any], config: DecoderConfig) -> Iterator[tuple[st
         raise WeightsError(
             "the parameter tree does not fit its configuration\n  " + "\n  ".join(problems)
         )
-    for row in rows:
+    for row in table:
         leaf = leaves[row.path]
-        for i, name in enumerate(row.hf_names):
-            array = np.asarray(leaf if row.layers is None else leaf[i])
+        for index, name in zip(row.members, row.hf_names, strict=True):
+            array = np.asarray(leaf[index] if index else leaf)
             yield name, np.ascontiguousarray(array.T if row.transpose else array)
 
 

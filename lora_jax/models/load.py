@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.models.decoder import Decoder
+from lora_jax.models.families import family_of, key_table
 from lora_jax.models.gguf import GGUFFile
 from lora_jax.models.hub import resolve
-from lora_jax.models.keys import Row, WeightsError, check, key_table
+from lora_jax.models.keys import Row, WeightsError, check, nested
 from lora_jax.models.sources import SafetensorsFolder, Source
 
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
@@ -27,8 +27,8 @@ def from_pretrained(
     param_dtype: Any = None,
     remat: bool | str = False,
     sharding: Placement | None = None,
-) -> tuple[Decoder, dict[str, Any]]:
-    """A pretrained decoder, and its parameters as a plain nested dict.
+) -> tuple[Any, dict[str, Any]]:
+    """A pretrained model, and its parameters as a plain nested dict.
 
     Reads a folder (config.json with model.safetensors, or shards and their index), a GGUF file, or
     a name on the Hugging Face hub. Tensors are read one at a time, so the host holds one stacked
@@ -56,10 +56,11 @@ def from_pretrained(
     if found.note:
         print(found.note, file=sys.stderr)
     source = open_source(found.path)
-    model = Decoder(
-        source.config, dtype, dtype if param_dtype is None else param_dtype, remat=remat
+    param_dtype = dtype if param_dtype is None else param_dtype
+    model = family_of(source.config.model_type).module(
+        source.config, dtype, param_dtype, remat=remat
     )
-    return model, load_params(source, model.param_dtype, sharding)
+    return model, load_params(source, param_dtype, sharding)
 
 
 def open_source(path: Path) -> Source:
@@ -71,35 +72,35 @@ def load_params(
     source: Source, param_dtype: Any = jnp.float32, sharding: Placement | None = None
 ) -> dict[str, Any]:
     """The parameter tree of a source; see ``from_pretrained``."""
-    check(source.shapes, source.config, source.where)
-    _check_tied_head(source)
-    params: dict[str, Any] = {}
-    for row in key_table(source.config):
+    table = key_table(source.config)
+    check(source.shapes, table, source.where)
+    _check_aliases(source, table)
+
+    def read(row: Row) -> jax.Array:
         array = _stack(source, row, np.dtype(param_dtype))
         place = None if sharding is None else sharding(row.path, row.stacked_shape)
-        *parents, leaf = row.path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = jax.device_put(array, place)
-    return params
+        return jax.device_put(array, place)
+
+    return nested((row.path, read(row)) for row in table)
 
 
 def _stack(source: Source, row: Row, dtype: np.dtype) -> np.ndarray:
     out = np.empty(row.stacked_shape, dtype)
-    for i, name in enumerate(row.hf_names):
+    for index, name in zip(row.members, row.hf_names, strict=True):
         tensor = source.read(name)
         # Assignment converts the dtype: no second copy of the tensor.
-        out[... if row.layers is None else i] = tensor.T if row.transpose else tensor
+        out[index or ...] = tensor.T if row.transpose else tensor
     return out
 
 
-def _check_tied_head(source: Source) -> None:
-    """A tied model's file may repeat the embedding as the head, but not hold another head."""
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if source.config.tie_word_embeddings and head in source.shapes:
-        if not np.array_equal(source.read(head), source.read(embedding)):
-            raise WeightsError(
-                f"{source.where}: {head} differs from {embedding}, but the configuration ties "
-                "them (tie_word_embeddings)"
-            )
+def _check_aliases(source: Source, table: list[Row]) -> None:
+    """A file may repeat a tensor (a tied head), but not hold another in its place."""
+    for row in table:
+        for alias in row.aliases:
+            if alias not in source.shapes:
+                continue
+            if not np.array_equal(source.read(alias), source.read(row.hf)):
+                raise WeightsError(
+                    f"{source.where}: {alias} differs from {row.hf}, but the configuration ties "
+                    "them (tie_word_embeddings)"
+                )

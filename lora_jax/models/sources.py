@@ -10,7 +10,8 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lora_jax.models.config import ConfigError, DecoderConfig
+from lora_jax.models.families import read_config
+from lora_jax.models.fields import ConfigError
 from lora_jax.models.keys import WeightsError
 
 
@@ -18,7 +19,7 @@ class Source(Protocol):
     """A model's configuration and its tensors, under Hugging Face's names and in its layout."""
 
     where: str
-    config: DecoderConfig
+    config: Any
     shapes: dict[str, tuple[int, ...]]
 
     def read(self, name: str) -> np.ndarray:
@@ -57,7 +58,7 @@ class SafetensorsFolder:
             raise WeightsError(f"{self.where}: cannot read {name}: {error}") from None
 
 
-def _read_config(path: Path) -> DecoderConfig:
+def _read_config(path: Path) -> Any:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -65,7 +66,7 @@ def _read_config(path: Path) -> DecoderConfig:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     try:
-        return DecoderConfig.from_hf(fields)
+        return read_config(fields)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lora_jax.models.config import ConfigError
+from lora_jax.models.fields import ConfigError
 from lora_jax.models.gguf import open_gguf
 from lora_jax.models.hub import resolve
 

@@ -8,7 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax.models import ConfigError, WeightsError, from_pretrained, generate, to_hf
+from lora_jax.models import (
+    ConfigError,
+    WeightsError,
+    from_pretrained,
+    generate,
+    hf_tensors,
+    key_table,
+)
 from tests.models import tiny
 
 NAMES = {
@@ -49,7 +56,7 @@ def write(path: Path, case: str, params: Any, kind: str = "F32", **extra: Any) -
             writer.add_string(name.replace("__", "."), value)
         else:
             writer.add_uint32(name.replace("__", "."), value)
-    for name, tensor in to_hf(params, config):
+    for name, tensor in hf_tensors(params, key_table(config)):
         if arch == "llama" and (".q_proj." in name or ".k_proj." in name):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             tensor = interleave(tensor, heads)

@@ -12,7 +12,14 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from lora_jax.models import ConfigError, ModelNotFound, WeightsError, from_pretrained, to_hf
+from lora_jax.models import (
+    ConfigError,
+    ModelNotFound,
+    WeightsError,
+    from_pretrained,
+    hf_tensors,
+    key_table,
+)
 from tests.models import tiny
 
 CASE = "qwen3"  # tied, with norms of its own
@@ -171,7 +178,7 @@ def test_writing_checks_the_tree() -> None:
     params["more"] = jnp.zeros(3)
     params["model"]["embed_tokens"]["embedding"] = jnp.zeros((24, 61))
     with pytest.raises(WeightsError) as raised:
-        list(to_hf(params, config))
+        list(hf_tensors(params, key_table(config)))
     for line in (
         "missing model/norm/scale",
         "unexpected more",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from lora_jax.models import Decoder, DecoderConfig, to_hf
+from lora_jax.models import Decoder, DecoderConfig, hf_tensors, key_table
 
 # No two sizes are equal, but for hidden = heads * head_dim where a family allows nothing else.
 SIZES: dict[str, Any] = {
@@ -116,7 +116,7 @@ def tokens(seed: int, batch: int, seq: int) -> np.ndarray:
 
 def write_folder(folder: Path, case: str, params: Any, **changes: Any) -> dict[str, np.ndarray]:
     """Writes config.json and model.safetensors; returns the tensors written."""
-    tensors = dict(to_hf(params, config(case)))
+    tensors = dict(hf_tensors(params, key_table(config(case))))
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**fields(case), **changes}))
     save_file(tensors, folder / "model.safetensors")

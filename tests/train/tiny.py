@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from lora_jax.models import Decoder, DecoderConfig, to_hf
+from lora_jax.models import Decoder, DecoderConfig, hf_tensors, key_table
 from tests.models.tiny import draw
 
 CHATML = (
@@ -77,7 +77,7 @@ def write_model(folder: Path, template: str | None = CHATML, *, scale: float = 1
     model, params = decoder()
     params = jax.tree.map(lambda leaf: leaf * scale, params)
     tokenizer(template).save_pretrained(folder)
-    save_file(dict(to_hf(params, model.config)), folder / "model.safetensors")
+    save_file(dict(hf_tensors(params, key_table(model.config))), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     return folder
 
