@@ -146,16 +146,23 @@ def _write_weights(
         shard = {}
         for name, array in itertools.islice(tensors, len(names)):
             shard[name] = _converted(array, out[name], name)
-        try:
-            save_file(shard, path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from None
+        _write_shard(path, shard)
         weight_map.update(dict.fromkeys(names, path.name))
     if len(shards) > 1:
         total = sum(math.prod(row.stacked_shape) for row in table)
         metadata = {"total_parameters": total, "total_size": sum(sizes.values())}
         index = {"metadata": metadata, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # by the umask; safetensors leaves files to their owner alone
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
+    path.chmod(mode)
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

@@ -62,6 +62,13 @@ def test_what_is_saved_loads_bitwise(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_all_files_follow_the_umask(tmp_path: Path) -> None:
+    save_pretrained(tmp_path / "out", *tiny.decoder(CASE))
+    (tmp_path / "file").touch()
+    modes = {p.stat().st_mode for p in [*(tmp_path / "out").iterdir(), tmp_path / "file"]}
+    assert len(modes) == 1
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_another_dtype_is_rounded_once(dtype: Any, tmp_path: Path) -> None:
     model, params = tiny.decoder(CASE)
