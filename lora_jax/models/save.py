@@ -54,7 +54,8 @@ def save_pretrained(
         save_pretrained("out", model, params, tokenizer="HuggingFaceTB/SmolLM2-135M-Instruct")
         save_pretrained("out", model, lora_jax.merge(params))      # an adapted tree
 
-    Beside the parameters, the host holds one shard at a time.
+    Beside the parameters, the host holds one shard at a time. Where several processes run, one of
+    them saves, and the parameters have to lie on its devices.
 
     Args:
       folder: created; its parents too.
