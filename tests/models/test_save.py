@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
-import transformers
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import safe_open
 
@@ -284,6 +282,9 @@ def test_what_is_there_is_not_replaced_unasked(tmp_path: Path) -> None:
 
 
 def test_tokenizers(tmp_path: Path) -> None:
+    import tokenizers
+    import transformers
+
     model, params = tiny.decoder(CASE)
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, "?"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -310,6 +311,7 @@ def test_tokenizers(tmp_path: Path) -> None:
 def in_transformers(folder: Path, ids: np.ndarray) -> np.ndarray:
     """The logits of the folder's model, which has to load without a remark."""
     import torch
+    import transformers
 
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", output_loading_info=True
