@@ -314,7 +314,10 @@ def in_transformers(folder: Path, ids: np.ndarray) -> np.ndarray:
     import transformers
 
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", output_loading_info=True
+        folder,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
     )
     assert not any(info.values()), info
     with torch.no_grad():
