@@ -8,7 +8,6 @@ of each array, and the fingerprint of the base.
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import orbax.checkpoint as ocp
 
 from lora_jax.axes import AxisRoles
 from lora_jax.fingerprint import base_fingerprint, checksum, differing
+from lora_jax.folders import partial_of, put_in_place
 from lora_jax.lorafy import Tree, swap
 from lora_jax.paths import flatten_with_paths, nearest
 from lora_jax.product import canonical, stored
@@ -64,7 +64,7 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, overwrite: boo
         },
         "base": base_fingerprint(params),
     }
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = partial_of(folder)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(
             partial,
@@ -74,19 +74,7 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, overwrite: boo
             force=True,
         )
     if jax.process_index() == 0:
-        _put_in_place(partial, folder)
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    """Renames `partial` to `folder`; what was there goes only once the new one stands."""
-    if not folder.exists():
-        partial.rename(folder)
-        return
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old)
+        put_in_place(partial, folder)
 
 
 def load_adapter(

@@ -43,7 +43,9 @@ def with_random_factors(params: Params, seed: int = 7) -> Params:
         node = weights[path]
         if name in ("a", "b") and len(node.ranks) > 1:
             used = jnp.arange(node.rank) < jnp.asarray(node.ranks)[:, None]
-            noise = noise * used.reshape(*used.shape, *[1] * (value.ndim - 2)).astype(value.dtype)
+            shape = [1] * value.ndim
+            shape[0], shape[node.n_batch] = used.shape  # layers, [experts,] rank
+            noise = noise * used.reshape(shape).astype(value.dtype)
         return value + noise
 
     adapter = {

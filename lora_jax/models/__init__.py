@@ -9,6 +9,7 @@ from lora_jax.models.generate import generate
 from lora_jax.models.hub import ModelNotFound
 from lora_jax.models.keys import WeightsError, hf_tensors
 from lora_jax.models.load import from_pretrained
+from lora_jax.models.save import save_pretrained
 from lora_jax.models.tokenizer import load_tokenizer
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "key_table",
     "load_tokenizer",
     "read_config",
+    "save_pretrained",
 ]

@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from lora_jax.models.families import family_of, key_table
 from lora_jax.models.gguf import GGUFFile
 from lora_jax.models.hub import resolve
 from lora_jax.models.keys import Row, WeightsError, check, nested
-from lora_jax.models.sources import SafetensorsFolder, Source
+from lora_jax.models.sources import FLOATS, SafetensorsFolder, Source
 
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
@@ -31,8 +32,9 @@ def from_pretrained(
     """A pretrained model, and its parameters as a plain nested dict.
 
     Reads a folder (config.json with model.safetensors, or shards and their index), a GGUF file, or
-    a name on the Hugging Face hub. Tensors are read one at a time, so the host holds one stacked
-    parameter beside what is on the devices.
+    a name on the Hugging Face hub. Parameters are read one at a time, and of a sharded one each
+    device's part alone, so that the host never holds more than the largest of these parts beside
+    what is on the devices.
 
     Where the hub does not answer, ``HuggingFaceTB/SmolLM2-135M-Instruct`` comes from a Python
     package instead, as 4-bit weights, and a line on stderr says so.
@@ -74,23 +76,65 @@ def load_params(
     """The parameter tree of a source; see ``from_pretrained``."""
     table = key_table(source.config)
     check(source.shapes, table, source.where)
+    _check_dtypes(source, table)
     _check_aliases(source, table)
 
     def read(row: Row) -> jax.Array:
-        array = _stack(source, row, np.dtype(param_dtype))
         place = None if sharding is None else sharding(row.path, row.stacked_shape)
-        return jax.device_put(array, place)
+        return _placed(source, row, np.dtype(param_dtype), place)
 
     return nested((row.path, read(row)) for row in table)
 
 
-def _stack(source: Source, row: Row, dtype: np.dtype) -> np.ndarray:
-    out = np.empty(row.stacked_shape, dtype)
-    for index, name in zip(row.members, row.hf_names, strict=True):
-        tensor = source.read(name)
-        # Assignment converts the dtype: no second copy of the tensor.
-        out[index or ...] = tensor.T if row.transpose else tensor
+def _placed(
+    source: Source, row: Row, dtype: np.dtype, place: jax.sharding.Sharding | None
+) -> jax.Array:
+    """The parameter on its devices. Each part is read once, and is gone before the next."""
+    shape = row.stacked_shape
+    if place is None:
+        whole = tuple(range(size) for size in shape)
+        return jax.block_until_ready(jax.device_put(_part(source, row, whole, dtype)))
+    try:
+        indices = place.addressable_devices_indices_map(shape)
+    except ValueError as error:
+        raise ValueError(f"{row.path} {list(shape)} cannot be placed: {error}") from None
+    devices: dict[tuple[range, ...], list[jax.Device]] = {}
+    for device, slices in indices.items():
+        box = tuple(range(size)[part] for part, size in zip(slices or (), shape, strict=True))
+        devices.setdefault(box, []).append(device)
+    arrays: list[jax.Array] = []
+    for box, holders in devices.items():
+        part = _part(source, row, box, dtype)
+        targets = [SingleDeviceSharding(d, memory_kind=place.memory_kind) for d in holders]
+        arrays += jax.block_until_ready([jax.device_put(part, target) for target in targets])
+    return jax.make_array_from_single_device_arrays(shape, place, arrays, dtype=dtype)
+
+
+def _part(source: Source, row: Row, box: tuple[range, ...], dtype: np.dtype) -> np.ndarray:
+    """What lies in that box of the parameter: one range for each axis."""
+    n = len(row.stack)
+    out = np.empty([len(axis) for axis in box], dtype)
+    within = tuple(slice(axis.start, axis.stop) for axis in box[n:])
+    for member, name in zip(row.members, row.hf_names, strict=True):
+        if all(i in axis for i, axis in zip(member, box, strict=False)):
+            local = (i - axis.start for i, axis in zip(member, box, strict=False))
+            at: tuple[Any, ...] = (*local, ...)
+            view = out[at]
+            source.read_into(view.T if row.transpose else view, name, row.hf_index(within))
     return out
+
+
+def _check_dtypes(source: Source, table: list[Row]) -> None:
+    names = [name for row in table for name in (*row.hf_names, *row.aliases)]
+    problems = [
+        f"{name} is {source.dtypes[name]} ({source.locate(name)})"
+        for name in names
+        if source.dtypes.get(name, "F32") not in FLOATS
+    ]
+    if problems:
+        raise WeightsError(
+            f"{source.where}: weights have to be {', '.join(FLOATS)}\n  " + "\n  ".join(problems)
+        )
 
 
 def _check_aliases(source: Source, table: list[Row]) -> None:
@@ -99,7 +143,7 @@ def _check_aliases(source: Source, table: list[Row]) -> None:
         for alias in row.aliases:
             if alias not in source.shapes:
                 continue
-            if not np.array_equal(source.read(alias), source.read(row.hf)):
+            if not np.array_equal(source.read(alias), source.read(row.hf), equal_nan=True):
                 raise WeightsError(
                     f"{source.where}: {alias} differs from {row.hf}, but the configuration ties "
                     "them (tie_word_embeddings)"
