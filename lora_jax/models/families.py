@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from flax import linen as nn
 
-from lora_jax.models import config as decoder_config
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import Decoder
+from lora_jax.models.decoder_fields import FAMILIES as DECODERS
 from lora_jax.models.decoder_keys import decoder_table
 from lora_jax.models.fields import ConfigError
 from lora_jax.models.keys import Row
@@ -46,7 +46,7 @@ class Family:
 
 _DECODERS = Family(DecoderConfig.from_hf, Decoder, decoder_table)
 
-FAMILIES: dict[str, Family] = dict.fromkeys(decoder_config.FAMILIES, _DECODERS)
+FAMILIES: dict[str, Family] = dict.fromkeys(DECODERS, _DECODERS)
 
 
 def family_of(model_type: Any) -> Family:

@@ -21,7 +21,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
     fields = tiny.fields(request.param)
     config = transformers.AutoConfig.for_model(**fields)
-    reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    reference = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    )
     rng = np.random.default_rng(3)
     with torch.no_grad():
         for name, value in reference.named_parameters():
