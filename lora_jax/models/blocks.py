@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax import lax
 
 from lora_jax.models.config import DecoderConfig
+from lora_jax.models.rope import wide
 
 ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -23,13 +24,16 @@ ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
 }
 
-dot_fp32 = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
+
+def dot_wide(x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    """``lax.dot_general`` with a result in fp32 at least."""
+    return lax.dot_general(x, *args, **{**kwargs, "preferred_element_type": wide(x.dtype)})
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * scale, normalised in fp32 (Zhang and Sennrich 2019).
 
-    With ``adds_one`` it is 1 + scale, multiplied in fp32 too, as in Gemma.
+    With ``adds_one`` x is multiplied by 1 + scale, in fp32 too, as in Gemma.
     """
 
     eps: float
@@ -41,10 +45,10 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.zeros if self.adds_one else nn.initializers.ones
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
-        y = x.astype(jnp.float32)
+        y = x.astype(wide(x.dtype))
         y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         if self.adds_one:
-            return (y * (1.0 + scale.astype(jnp.float32))).astype(self.dtype)
+            return (y * (1.0 + scale.astype(y.dtype))).astype(self.dtype)
         return y.astype(self.dtype) * scale.astype(self.dtype)
 
 

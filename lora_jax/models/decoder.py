@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from lora_jax.models.blocks import dot_fp32, norm, soft_cap
+from lora_jax.models.blocks import dot_wide, norm, soft_cap
 from lora_jax.models.cache import Cache
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.layers import DecoderLayer, PerLayer, Step
@@ -26,7 +26,8 @@ class Decoder(nn.Module):
 
     Attributes:
       config: the options of the forward pass.
-      dtype: of the computation. RMSNorm's statistics, RoPE, softmax and logits are fp32 always.
+      dtype: of the computation. Norms' statistics, RoPE, routers, softmax and logits are fp32 (or
+        float64, where dtype is).
       param_dtype: of the parameters that ``init`` makes.
       remat: recompute each layer in the backward pass. True keeps nothing but the layer's input;
         a name of ``jax.checkpoint_policies`` keeps what that policy says.
@@ -49,7 +50,7 @@ class Decoder(nn.Module):
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 kernel_init=nn.initializers.normal(self.config.initializer_range),
-                dot_general=dot_fp32,
+                dot_general=dot_wide,
             )
 
     def __call__(
@@ -105,7 +106,7 @@ class Decoder(nn.Module):
         if self.config.tie_word_embeddings:
             embedding = self.model.embed_tokens.embedding.astype(self.dtype)
             contract = (((hidden.ndim - 1,), (1,)), ((), ()))
-            logits = dot_fp32(hidden.astype(self.dtype), embedding, contract)
+            logits = dot_wide(hidden.astype(self.dtype), embedding, contract)
         else:
             logits = self.lm_head(hidden)
         return soft_cap(logits, self.config.final_logit_softcapping)

@@ -14,7 +14,7 @@ from jax import lax
 from lora_jax.models.blocks import MLP, dense, norm, soft_cap
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.moe import SparseMLP
-from lora_jax.models.rope import Rotation, rotate
+from lora_jax.models.rope import Rotation, rotate, wide
 
 
 class Step(NamedTuple):
@@ -123,10 +123,10 @@ class Attention(nn.Module):
         cfg = self.config
         batch, seq, heads, head_dim = q.shape
         grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim)
-        scores = jnp.einsum("bsngd,btnd->bngst", grouped, k, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bsngd,btnd->bngst", grouped, k, preferred_element_type=wide(q.dtype))
         scores = scores * (cfg.query_pre_attn_scalar or head_dim) ** -0.5
         scores = soft_cap(scores, cfg.attn_logit_softcapping)
-        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(scores.dtype).min)
         probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         return jnp.einsum("bngst,btnd->bsngd", probs, v).reshape(q.shape)
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from lora_jax.models.blocks import ACTIVATION, dense, dot_fp32
+from lora_jax.models.blocks import ACTIVATION, dense, dot_wide
 from lora_jax.models.config import DecoderConfig
 
 
@@ -39,7 +39,7 @@ class SparseMLP(nn.Module):
         cfg = self.config
         k, width = cfg.num_experts_per_tok, x.shape[-1]
         tokens = x.reshape(-1, width)
-        router = dense(self, "gate", cfg.num_experts, False, dot_general=dot_fp32)
+        router = dense(self, "gate", cfg.num_experts, False, dot_general=dot_wide)
         weights, chosen = route(router(tokens), k, cfg.norm_topk_prob)
         chosen = chosen.reshape(-1)  # [tokens * k]
         order = jnp.argsort(chosen)
@@ -49,7 +49,7 @@ class SparseMLP(nn.Module):
         args = (cfg, self.dtype, self.param_dtype)
         out = _Experts(*args, name="experts")(rows, sizes)
         out = out.at[jnp.argsort(order)].get(unique_indices=True)  # in the order of tokens again
-        out = out.reshape(-1, k, width).astype(jnp.float32) * weights[..., None]
+        out = out.reshape(-1, k, width).astype(weights.dtype) * weights[..., None]
         return out.sum(axis=1).astype(x.dtype).reshape(x.shape)
 
 

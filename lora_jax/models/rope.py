@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,13 @@ from lora_jax.models.config import DecoderConfig
 from lora_jax.models.rope_fields import RopeScaling
 
 
+def wide(dtype: Any) -> Any:
+    """What rotations, norms, softmax and logits are computed in: fp32, or float64 for float64."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
 class Rotation(NamedTuple):
-    """cos and sin of every position's angles, [batch, seq, 1, rotated / 2] fp32 each."""
+    """cos and sin of every position's angles: [batch, seq, 1, rotated / 2] each, fp32."""
 
     cos: jax.Array
     sin: jax.Array
@@ -46,11 +51,12 @@ def rotations(
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     """Rotates heads, [batch, seq, heads, head_dim], pairing dimension i with i + rotated/2.
 
-    What lies beyond the rotated dimensions stays. Runs in fp32 and returns x's dtype.
+    What lies beyond the rotated dimensions stays. Runs in fp32 at least and returns x's dtype.
     """
     half = rotation.cos.shape[-1]
-    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
-    cos, sin = rotation
+    y = x.astype(wide(x.dtype))
+    first, second, rest = jnp.split(y, [half, 2 * half], axis=-1)
+    cos, sin = rotation.cos.astype(y.dtype), rotation.sin.astype(y.dtype)
     parts = [first * cos - second * sin, second * cos + first * sin, rest]
     return jnp.concatenate(parts, axis=-1).astype(x.dtype)
 
