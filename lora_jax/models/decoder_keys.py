@@ -1,9 +1,12 @@
-"""The decoder's key table."""
+"""The decoder's key table, and the other layout in which a file may hold experts."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 from lora_jax.models.config import DecoderConfig
-from lora_jax.models.keys import Row
+from lora_jax.models.keys import Part, Row
 
 
 def decoder_table(config: DecoderConfig) -> list[Row]:
@@ -71,3 +74,45 @@ def decoder_table(config: DecoderConfig) -> list[Row]:
     if not config.tie_word_embeddings:
         add("lm_head", "kernel", (width, config.vocab_size), ())
     return rows
+
+
+_FUSED = re.compile(
+    r"(model\.layers\.\d+)\.mlp\.(experts\.gate_up_proj|experts\.down_proj|gate\.weight)"
+)
+
+
+def decoder_parts(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Part]:
+    """The table's tensors, in a file that holds a layer's experts in two.
+
+    transformers 5 runs experts as gate_up_proj, [experts, 2 * inner, d_model], and down_proj,
+    [experts, d_model, inner], under the name ``mlp`` in all families. It saves them as the table
+    has them, unless asked for ``save_original_format=False``.
+
+    Args:
+      config: the decoder's.
+      shapes: the names and shapes in the file.
+
+    Returns:
+      The table's name of each tensor -> where it lies.
+    """
+    parts: dict[str, Part] = {}
+    if not any(name.endswith(".mlp.experts.gate_up_proj") for name in shapes):
+        return parts
+    gate, up, down = config.expert_names
+    inner = config.moe_intermediate_size
+    halves = {gate: slice(0, inner), up: slice(inner, None)}
+    for name, shape in shapes.items():
+        if (match := _FUSED.fullmatch(name)) is None:
+            continue
+        mlp = f"{match[1]}.{config.mlp_name}"
+        if match[2] == "gate.weight":
+            parts[f"{mlp}.gate.weight"] = Part(name, ())
+            continue
+        for expert in range(shape[0]):
+            hf = f"{mlp}.experts.{expert}"
+            if match[2] == "experts.down_proj":
+                parts[f"{hf}.{down}.weight"] = Part(name, (expert,))
+            else:
+                for kernel, half in halves.items():
+                    parts[f"{hf}.{kernel}.weight"] = Part(name, (expert, half))
+    return parts

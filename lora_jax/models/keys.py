@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -60,6 +60,19 @@ class Row:
     def stacked_shape(self) -> tuple[int, ...]:
         """Our shape, with the axes of the stack in front."""
         return (*self.stack, *self.shape)
+
+
+class Part(NamedTuple):
+    """A tensor that a file holds within another one."""
+
+    name: str  # in the file
+    at: tuple[int | slice, ...]
+
+    def shape_of(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """The part's shape, given that of the tensor which holds it."""
+        cut = zip(self.at, whole, strict=False)
+        sliced = [len(range(*i.indices(size))) for i, size in cut if isinstance(i, slice)]
+        return (*sliced, *whole[len(self.at) :])
 
 
 # What files may hold beyond the table: buffers that are derived from the configuration.

@@ -10,9 +10,9 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lora_jax.models.families import read_config
+from lora_jax.models.families import parts, read_config
 from lora_jax.models.fields import ConfigError
-from lora_jax.models.keys import WeightsError
+from lora_jax.models.keys import Part, WeightsError
 
 
 class Source(Protocol):
@@ -50,10 +50,19 @@ class SafetensorsFolder:
                     self.shapes[name] = tuple(file.get_slice(name).get_shape())
             except (SafetensorError, OSError) as error:
                 raise WeightsError(f"{path} is damaged or cut short: {error}") from None
+        self._parts = parts(self.config, self.shapes)
+        if self._parts:
+            held = {part.name for part in self._parts.values()}
+            whole = {name: shape for name, shape in self.shapes.items() if name not in held}
+            inside = {n: p.shape_of(self.shapes[p.name]) for n, p in self._parts.items()}
+            self.shapes = whole | inside
 
     def read(self, name: str) -> np.ndarray:
+        part = self._parts.get(name, Part(name, ()))
         try:
-            return self._files[name].get_tensor(name)
+            if part.at:
+                return self._files[part.name].get_slice(part.name)[part.at]
+            return self._files[part.name].get_tensor(part.name)
         except (SafetensorError, OSError, TypeError, AttributeError) as error:
             raise WeightsError(f"{self.where}: cannot read {name}: {error}") from None
 

@@ -1,5 +1,6 @@
 """Against transformers on torch: the same tiny weights give the same logits and the same text."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -63,6 +64,13 @@ def test_logits(pair: Any, side: str) -> None:
     got = tiny.run(model, params, ids, mask)
     assert np.abs(want).max() > 1
     tiny.assert_close(got[mask == 1], want[mask == 1])
+
+
+@pytest.mark.parametrize("pair", ["mixtral", "qwen3 moe"], indirect=True)
+def test_both_layouts_of_experts(pair: Any, tmp_path: Path) -> None:
+    reference, _, params = pair
+    reference.save_pretrained(tmp_path, save_original_format=False)
+    jax.tree.map(np.testing.assert_array_equal, from_pretrained(tmp_path)[1], params)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
