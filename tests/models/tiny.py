@@ -117,7 +117,13 @@ CASES: dict[str, dict[str, Any]] = {
         "use_sliding_window": True,
         "sliding_window": 5,
     },
-    "gemma2": {"model_type": "gemma2", "sliding_window": 4, "query_pre_attn_scalar": 7, **CAPS},
+    "gemma2": {
+        "model_type": "gemma2",
+        "sliding_window": 4,
+        "query_pre_attn_scalar": 7,
+        "tie_word_embeddings": False,
+        **CAPS,
+    },
     "gemma2 without caps": {
         "model_type": "gemma2",
         "sliding_window": 3,
@@ -126,7 +132,6 @@ CASES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": None,
         "hidden_activation": "relu",
         "attention_bias": True,
-        "tie_word_embeddings": False,
     },
     "gemma3": {
         "model_type": "gemma3_text",
@@ -145,6 +150,7 @@ CASES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 5.0,
         "attention_bias": True,
         "hidden_activation": "silu",
+        "tie_word_embeddings": False,
     },
     "phi3": {
         "model_type": "phi3",
