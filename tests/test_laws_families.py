@@ -107,3 +107,16 @@ def test_no_product_has_a_kernels_shape(family, float64):
 
     assert kernel_products("factored") == []
     assert kernel_products("merged"), "the judge must see naive merging"
+
+
+def test_adapted_experts_generate_what_the_merged_do():
+    """Through the cache and the decoding loop, where experts often have no token."""
+    model, params = tiny.decoder("qwen3 moe")
+    rules = [lj.LoraRule(targets="all-linear", rank=2, alpha=3.0)]
+    tree = with_random_factors(lj.lorafy(params, rules))
+    ids = tiny.tokens(4, 2, 6)
+    adapted = lj.adapt(model.apply, strict=True)
+    ours = models.generate(model, tree, ids, max_new_tokens=6, apply=adapted)
+    theirs = models.generate(model, lj.merge(tree), ids, max_new_tokens=6)
+    np.testing.assert_array_equal(ours, theirs)
+    assert not np.array_equal(ours, models.generate(model, params, ids, max_new_tokens=6))

@@ -152,11 +152,15 @@ _UNSUPPORTED: dict[str, Any] = {
     "router_jitter_noise": 0.0,
     "rope_interleaved": False,
     "use_bidirectional_attention": False,
-    "full_attn_mod": 1,
-    "interpolate_factor": 1,
     "is_encoder_decoder": False,
     "add_cross_attention": False,
     "quantization_config": None,
+}
+
+# The same, in files of one family.
+_UNSUPPORTED_IN: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"use_qk_norm": True, "shared_expert_intermediate_size": 0},
+    "phi3": {"full_attn_mod": 1, "interpolate_factor": 1},
 }
 
 _Get = Callable[..., Any]
@@ -176,7 +180,8 @@ def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     missing = [name for name in _REQUIRED if config.get(name) is None]
     if missing:
         raise ConfigError(f"the configuration lacks {', '.join(missing)}")
-    refuse_unknown(config, family, _COMMON | _OWN[family], _UNSUPPORTED)
+    unsupported = _UNSUPPORTED | _UNSUPPORTED_IN.get(family, {})
+    refuse_unknown(config, family, _COMMON | _OWN[family], unsupported)
 
     def get(name: str, default: Any = None) -> Any:
         return config.get(name, _DEFAULTS[family].get(name, default))

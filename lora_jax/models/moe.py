@@ -1,8 +1,10 @@
 """A mixture of experts in the place of an MLP: Mixtral's and Qwen3-MoE's.
 
 Each token goes through k experts only. The (token, expert) pairs are sorted by expert, so that the
-tokens of each expert lie together and ``jax.lax.ragged_dot`` multiplies each group by its own
-kernel: k products a token, however many experts there are.
+tokens of each expert lie together, and ``jax.lax.ragged_dot`` multiplies each group by its own
+kernel: k products a token, however many experts there are. (That holds where the compiler knows
+products of groups, as on TPU. On CPU, JAX lowers ``ragged_dot`` to a masked product of all tokens
+with every expert's kernel: right, but with the cost of them all.)
 
 The experts' kernels are stacked, [experts, in, out], and the router is a kernel like any other
 ([d_model, experts]). So "all-linear" adapts both, each expert with an A and a B of its own: in

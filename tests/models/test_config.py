@@ -150,6 +150,9 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [
         ({**MOE, "mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] is not supported"),
         ({**MOE, "num_experts_per_tok": 9}, "num_experts_per_tok .9. is not between"),
         ({**MOE, "shared_expert_intermediate_size": 5}, "shared_expert_intermediate_size=5"),
+        ({**MOE, "use_qk_norm": False}, "use_qk_norm=False is not supported"),
+        ({"use_qk_norm": True}, "use_qk_norm=True is not known for llama"),
+        ({**PHI3, "full_attn_mod": 2}, "full_attn_mod=2 is not supported"),
         ({**MIXTRAL, "router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported"),
         ({**GEMMA2, "use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         ({**GEMMA2, "hidden_act": "gelu"}, "hidden_act='gelu' contradicts hidden_activation"),
@@ -244,6 +247,15 @@ def test_harmless_fields_are_harmless() -> None:
     extra = {"torch_dtype": "bfloat16", "use_cache": True, "pretraining_tp": 1, "logit_scale": None}
     assert read(**extra) == read()
     assert read(rope_interleaved=False, attention_dropout=0.0) == read()
+    # What is in files on the hub beside the fields that transformers reads.
+    moe = {"use_qk_norm": True, "shared_expert_intermediate_size": 0, "qkv_bias": False}
+    assert read(**MOE, **moe, num_experts_per_tok=2) == read(**MOE, num_experts_per_tok=2)
+    phi = {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}
+    assert read(**PHI3, **phi, sliding_window=None) == read(**PHI3)
+    gemma = {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"}
+    assert read(**GEMMA2, **gemma) == read(**GEMMA2)
+    mixtral = {"output_router_logits": True, "router_aux_loss_coef": 0.02}
+    assert read(**MIXTRAL, **mixtral) == read(**MIXTRAL)
     assert read(eos_token_id=3).eos_token_ids == (3,)
     assert read(eos_token_id=[3, 5]).eos_token_ids == (3, 5)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.models import Decoder, from_pretrained, generate, init_cache
+from lora_jax.models import Decoder, DecoderConfig, from_pretrained, generate, init_cache
 from tests.models import tiny
 
 pytestmark = pytest.mark.parity
@@ -34,6 +34,21 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("model")
     reference.eval().save_pretrained(folder)
     return reference, *from_pretrained(folder)
+
+
+@pytest.mark.parametrize("case", list(tiny.CASES))
+def test_our_config_reads_as_theirs(case: str) -> None:
+    """transformers builds the same model from what to_hf writes as from the case's own fields."""
+    import transformers
+
+    config = tiny.config(case)
+    given, written = (
+        transformers.AutoConfig.for_model(**fields).to_dict()
+        for fields in (tiny.fields(case), config.to_hf())
+    )
+    assert DecoderConfig.from_hf(given) == DecoderConfig.from_hf(written) == config
+    for name in ("layer_types", "sliding_window", "num_local_experts", "query_pre_attn_scalar"):
+        assert given.get(name) == written.get(name)
 
 
 def reference_logits(reference: Any, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:

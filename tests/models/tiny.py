@@ -138,13 +138,16 @@ CASES: dict[str, dict[str, Any]] = {
         "sliding_window": 4,
         "sliding_window_pattern": 2,
         "query_pre_attn_scalar": 7,
+        "rope_theta": 900.0,
+        "rope_local_base_freq": 40.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 3.0},
     },
     "gemma3 with every option": {
         "model_type": "gemma3_text",
         "sliding_window": 5,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         "rope_parameters": {
-            "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 900.0},
+            "full_attention": {**YARN, "original_max_position_embeddings": 16},
             "sliding_attention": {"rope_type": "default", "rope_theta": 40.0},
         },
         "final_logit_softcapping": 5.0,
