@@ -38,7 +38,7 @@ class LoraRule(_Shown):
       targets: a list of names, each equal to a run of whole path segments (``["q_proj"]`` selects
         ``model/layers/q_proj/kernel``, and never a bias or a norm); or a string, which
         `re.fullmatch`\\ es the whole ``/``-joined path of the leaf; or ``"all-linear"``: every
-        kernel but embeddings and the output head.
+        kernel but embeddings and the output head (experts and their routers are kernels, too).
       exclude: paths that are left alone, in either of the first two forms.
       layers: indices of the layers to adapt; the first batch axis of a stacked kernel, or the
         first numbered segment of the path. None: all.

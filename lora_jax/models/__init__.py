@@ -1,7 +1,7 @@
 """Plain Flax models with pretrained weights. They know nothing of LoRA."""
 
 from lora_jax.models.cache import Cache, init_cache
-from lora_jax.models.config import DecoderConfig, RopeScaling
+from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import key_table, read_config
 from lora_jax.models.fields import ConfigError
@@ -9,6 +9,7 @@ from lora_jax.models.generate import generate
 from lora_jax.models.hub import ModelNotFound
 from lora_jax.models.keys import WeightsError, hf_tensors
 from lora_jax.models.load import from_pretrained
+from lora_jax.models.rope_fields import RopeScaling
 from lora_jax.models.save import save_pretrained
 from lora_jax.models.tokenizer import load_tokenizer
 

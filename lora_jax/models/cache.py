@@ -35,7 +35,8 @@ def init_cache(config: DecoderConfig, batch: int, max_len: int, dtype: Any = jnp
       config: the decoder's.
       batch: how many rows.
       max_len: how many tokens, padding included, the cache can hold. Writing beyond it overwrites
-        the last slots: under jit nothing can raise.
+        the last slots: under jit nothing can raise. RoPE of the kind "longrope" chooses its
+        frequencies by this number.
       dtype: of keys and values; the model's compute dtype.
     """
     shape = (config.num_hidden_layers, batch, max_len, config.num_key_value_heads, config.head_dim)

@@ -1,8 +1,7 @@
-"""Decoder-only language models in Flax Linen: Llama, SmolLM2, Mistral, Qwen2, Qwen3."""
+"""Decoder-only language models in Flax Linen, from Llama to Phi-3: see ``DecoderConfig``."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +11,10 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
+from lora_jax.models.blocks import dot_wide, norm, soft_cap
 from lora_jax.models.cache import Cache
 from lora_jax.models.config import DecoderConfig
-from lora_jax.models.layers import DecoderLayer, PerLayer, RMSNorm, Step
+from lora_jax.models.layers import DecoderLayer, PerLayer, Step
 from lora_jax.models.rope import rotations
 
 
@@ -26,7 +26,8 @@ class Decoder(nn.Module):
 
     Attributes:
       config: the options of the forward pass.
-      dtype: of the computation. RMSNorm's statistics, RoPE, softmax and logits are fp32 always.
+      dtype: of the computation. Norms' statistics, RoPE, routers, softmax and logits are fp32 (or
+        float64, where dtype is).
       param_dtype: of the parameters that ``init`` makes.
       remat: recompute each layer in the backward pass. True keeps nothing but the layer's input;
         a name of ``jax.checkpoint_policies`` keeps what that policy says.
@@ -49,7 +50,7 @@ class Decoder(nn.Module):
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 kernel_init=nn.initializers.normal(self.config.initializer_range),
-                dot_general=_dot_fp32,
+                dot_general=dot_wide,
             )
 
     def __call__(
@@ -102,11 +103,13 @@ class Decoder(nn.Module):
         Returns:
           [..., vocab], fp32.
         """
-        if not self.config.tie_word_embeddings:
-            return self.lm_head(hidden)
-        embedding = self.model.embed_tokens.embedding.astype(self.dtype)
-        contract = (((hidden.ndim - 1,), (1,)), ((), ()))
-        return _dot_fp32(hidden.astype(self.dtype), embedding, contract)
+        if self.config.tie_word_embeddings:
+            embedding = self.model.embed_tokens.embedding.astype(self.dtype)
+            contract = (((hidden.ndim - 1,), (1,)), ((), ()))
+            logits = dot_wide(hidden.astype(self.dtype), embedding, contract)
+        else:
+            logits = self.lm_head(hidden)
+        return soft_cap(logits, self.config.final_logit_softcapping)
 
 
 class _Trunk(nn.Module):
@@ -135,7 +138,7 @@ class _Trunk(nn.Module):
             length=cfg.num_hidden_layers,
         )
         self.layers = scanned(cfg, self.dtype, self.param_dtype, self.constrain)
-        self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype, self.param_dtype)
+        self.norm = norm(self)
 
     def __call__(
         self,
@@ -165,10 +168,17 @@ class _Trunk(nn.Module):
             first = cache.filled
             slots = lax.dynamic_update_slice(cache.positions, slots, (0, first))
         mask, window_mask = _masks(self.config, positions, slots, first, segment_ids)
-        cos, sin = rotations(positions, self.config)
-        step = Step(cos, sin, mask, window_mask, None if cache is None else first)
+        length = jnp.max(positions) + 1 if cache is None else cache.positions.shape[1]
+        rope = rotations(positions, self.config, length)
+        window_rope = None
+        if self.config.rope_local_theta is not None:
+            window_rope = rotations(positions, self.config, length, local=True)
+        filled = None if cache is None else first
+        step = Step(rope, window_rope, mask, window_mask, filled)
 
         x = self.embed_tokens(input_ids)
+        if self.config.scale_embeddings:
+            x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         if self.constrain is not None:
             x = self.constrain(x)
         windowed = np.zeros(self.config.num_hidden_layers, bool)
@@ -253,6 +263,3 @@ def _masks(
     if len(config.windowed_layers) == config.num_hidden_layers:
         return window_mask, None
     return mask, window_mask
-
-
-_dot_fp32 = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)

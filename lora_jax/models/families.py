@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 from flax import linen as nn
 
-from lora_jax.models import config as decoder_config
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import Decoder
-from lora_jax.models.decoder_keys import decoder_table
+from lora_jax.models.decoder_fields import FAMILIES as DECODERS
+from lora_jax.models.decoder_keys import decoder_parts, decoder_table
 from lora_jax.models.fields import ConfigError
-from lora_jax.models.keys import Row
+from lora_jax.models.keys import Part, Row
 
 
 class Config(Protocol):
@@ -37,16 +37,18 @@ class Family:
       read: from the parsed config.json to the configuration.
       module: called as ``module(config, dtype, param_dtype, remat=…)``.
       table: every parameter of a configuration; see ``keys.Row``.
+      parts: the table's tensors that a file, of such names and shapes, holds within others.
     """
 
     read: Callable[[Mapping[str, Any]], Any]
     module: type[nn.Module]
     table: Callable[[Any], list[Row]]
+    parts: Callable[[Any, Mapping[str, tuple[int, ...]]], dict[str, Part]] = lambda *_: {}
 
 
-_DECODERS = Family(DecoderConfig.from_hf, Decoder, decoder_table)
+_DECODERS = Family(DecoderConfig.from_hf, Decoder, decoder_table, decoder_parts)
 
-FAMILIES: dict[str, Family] = dict.fromkeys(decoder_config.FAMILIES, _DECODERS)
+FAMILIES: dict[str, Family] = dict.fromkeys(DECODERS, _DECODERS)
 
 
 def family_of(model_type: Any) -> Family:
@@ -69,3 +71,8 @@ def read_config(fields: Mapping[str, Any]) -> Any:
 def key_table(config: Config) -> list[Row]:
     """Every parameter of the model, once, in the order of the forward pass."""
     return family_of(config.model_type).table(config)
+
+
+def parts(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Part]:
+    """The table's tensors that a file, of such names and shapes, holds within others."""
+    return family_of(config.model_type).parts(config, shapes)

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -65,6 +65,33 @@ class Row:
     def hf_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
         """An index of our shape, without the stack, as one of Hugging Face's shape."""
         return index[::-1] if self.transpose else index
+
+
+class Part(NamedTuple):
+    """A tensor that a file holds within another one."""
+
+    name: str  # in the file
+    at: tuple[int | slice, ...]
+
+    def shape_of(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """The part's shape, given that of the tensor which holds it."""
+        cut = zip(self.at, whole, strict=False)
+        sliced = [len(range(*i.indices(size))) for i, size in cut if isinstance(i, slice)]
+        return (*sliced, *whole[len(self.at) :])
+
+    def inside(self, index: tuple[slice, ...]) -> tuple[int | slice, ...]:
+        """A slice of the part, as a slice of the tensor that holds it."""
+        asked = iter(index)
+        there: list[int | slice] = []
+        for cut in self.at:
+            if isinstance(cut, slice):
+                wanted = next(asked)
+                first = (cut.start or 0) + (wanted.start or 0)
+                stop = cut.stop if wanted.stop is None else (cut.start or 0) + wanted.stop
+                there.append(slice(first, stop))
+            else:
+                there.append(cut)
+        return (*there, *asked)
 
 
 # What files may hold beyond the table: buffers that are derived from the configuration.

@@ -1,4 +1,4 @@
-"""One decoder layer: RMSNorm, grouped-query attention, gated MLP."""
+"""One decoder layer: norms, grouped-query attention, and an MLP or experts."""
 
 from __future__ import annotations
 
@@ -11,32 +11,25 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from lora_jax.models.blocks import MLP, dense, norm, soft_cap
 from lora_jax.models.config import DecoderConfig
-from lora_jax.models.rope import rotate
-
-_ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": nn.silu,
-    "swish": nn.silu,
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_new": functools.partial(nn.gelu, approximate=True),
-    "gelu_fast": functools.partial(nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
-    "relu": nn.relu,
-}
+from lora_jax.models.moe import SparseMLP
+from lora_jax.models.rope import Rotation, rotate, wide
 
 
 class Step(NamedTuple):
     """What all layers share in one call.
 
     Attributes:
-      cos, sin: [batch, seq, 1, head_dim / 2] fp32, RoPE's rotations.
+      rope: RoPE's rotations of this call's tokens.
+      window_rope: those in layers with a sliding window; None where all layers use ``rope``.
       mask: [batch, 1, seq, keys] bool, True where a query may look.
       window_mask: the same within the sliding window; None where all layers use ``mask``.
       filled: [] int32, how many of the cache's slots are in use; None without a cache.
     """
 
-    cos: jax.Array
-    sin: jax.Array
+    rope: Rotation
+    window_rope: Rotation | None
     mask: jax.Array
     window_mask: jax.Array | None
     filled: jax.Array | None
@@ -53,21 +46,6 @@ class PerLayer(NamedTuple):
     windowed: jax.Array
     key: jax.Array | None
     value: jax.Array | None
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * scale, normalised in fp32 (Zhang and Sennrich 2019)."""
-
-    eps: float
-    dtype: Any
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        y = x.astype(jnp.float32)
-        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return y.astype(self.dtype) * scale.astype(self.dtype)
 
 
 class Attention(nn.Module):
@@ -93,51 +71,68 @@ class Attention(nn.Module):
           each [batch, seq, kv_heads, head_dim].
         """
         cfg = self.config
-        dense = functools.partial(_dense, self)
-        heads, kv_heads = cfg.num_attention_heads, cfg.num_key_value_heads
-        q = self._heads(dense("q_proj", heads * cfg.head_dim, cfg.qkv_bias)(x), heads)
-        k = self._heads(dense("k_proj", kv_heads * cfg.head_dim, cfg.qkv_bias)(x), kv_heads)
-        v = self._heads(dense("v_proj", kv_heads * cfg.head_dim, cfg.qkv_bias)(x), kv_heads)
+        q, k, v = self._project(x)
         if cfg.qk_norm:
-            q = _norm(self, "q_norm")(q)
-            k = _norm(self, "k_norm")(k)
-        q = rotate(q, step.cos, step.sin)
-        k = rotate(k, step.cos, step.sin)
+            q = norm(self, "q_norm")(q)
+            k = norm(self, "k_norm")(k)
+        rope = _chosen(layer.windowed, step.window_rope, step.rope)
+        q, k = rotate(q, rope), rotate(k, rope)
 
         keys, values = k, v
         if layer.key is not None and layer.value is not None and step.filled is not None:
             start = (0, step.filled, 0, 0)
             keys = lax.dynamic_update_slice(layer.key, k.astype(layer.key.dtype), start)
             values = lax.dynamic_update_slice(layer.value, v.astype(layer.value.dtype), start)
-        mask = step.mask
-        if step.window_mask is not None:
-            mask = jnp.where(layer.windowed, step.window_mask, mask)
-        out = _attend(q, keys.astype(q.dtype), values.astype(q.dtype), mask)
-        out = out.reshape(*x.shape[:2], heads * cfg.head_dim)
-        return dense("o_proj", cfg.hidden_size, cfg.o_bias)(out), (k, v)
+        mask = _chosen(layer.windowed, step.window_mask, step.mask)
+        out = self._attend(q, keys.astype(q.dtype), values.astype(q.dtype), mask)
+        out = out.reshape(*x.shape[:2], cfg.num_attention_heads * cfg.head_dim)
+        return dense(self, "o_proj", cfg.hidden_size, cfg.o_bias)(out), (k, v)
 
-    def _heads(self, x: jax.Array, heads: int) -> jax.Array:
-        return x.reshape(*x.shape[:2], heads, self.config.head_dim)
-
-
-class MLP(nn.Module):
-    """down(act(gate(x)) * up(x)) (Shazeer 2020)."""
-
-    config: DecoderConfig
-    dtype: Any
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def _project(self, x: jax.Array) -> list[jax.Array]:
+        """Queries, keys and values: [batch, seq, heads, head_dim] each."""
         cfg = self.config
-        gate = _dense(self, "gate_proj", cfg.intermediate_size, cfg.mlp_bias)(x)
-        up = _dense(self, "up_proj", cfg.intermediate_size, cfg.mlp_bias)(x)
-        hidden = _ACTIVATION[cfg.hidden_act](gate) * up
-        return _dense(self, "down_proj", cfg.hidden_size, cfg.mlp_bias)(hidden)
+        heads = {"q": cfg.num_attention_heads} | dict.fromkeys("kv", cfg.num_key_value_heads)
+        sizes = [n * cfg.head_dim for n in heads.values()]
+        if cfg.fused_projections:
+            fused = dense(self, "qkv_proj", sum(sizes), cfg.qkv_bias)(x)
+            flat = jnp.split(fused, [sizes[0], sizes[0] + sizes[1]], axis=-1)
+        else:
+            flat = [
+                dense(self, f"{name}_proj", size, cfg.qkv_bias)(x)
+                for name, size in zip(heads, sizes, strict=True)
+            ]
+        return [
+            part.reshape(*x.shape[:2], n, cfg.head_dim)
+            for part, n in zip(flat, heads.values(), strict=True)
+        ]
+
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        """softmax(cap(q k^T / sqrt(head_dim))) v, scores and softmax in fp32.
+
+        Args:
+          q: [batch, seq, heads, head_dim].
+          k: [batch, keys, kv_heads, head_dim]. Queries are grouped by key/value head, so that keys
+            and values are never repeated in memory.
+          v: as k.
+          mask: [batch, 1, seq, keys] bool. A query that may look nowhere (padding) averages all
+            values.
+
+        Returns:
+          [batch, seq, heads, head_dim].
+        """
+        cfg = self.config
+        batch, seq, heads, head_dim = q.shape
+        grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim)
+        scores = jnp.einsum("bsngd,btnd->bngst", grouped, k, preferred_element_type=wide(q.dtype))
+        scores = scores * (cfg.query_pre_attn_scalar or head_dim) ** -0.5
+        scores = soft_cap(scores, cfg.attn_logit_softcapping)
+        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(scores.dtype).min)
+        probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum("bngst,btnd->bsngd", probs, v).reshape(q.shape)
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each after a norm and added to the residual stream."""
+    """Attention and MLP, each after a norm (and before one, in Gemma), added to the stream."""
 
     config: DecoderConfig
     dtype: Any
@@ -149,48 +144,27 @@ class DecoderLayer(nn.Module):
         self, x: jax.Array, step: Step, layer: PerLayer
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """A scan's body: x is the carry, [batch, seq, d_model]; see ``Attention`` for the rest."""
-        args = (self.config, self.dtype, self.param_dtype)
+        cfg = self.config
+        args = (cfg, self.dtype, self.param_dtype)
+        mlp = (SparseMLP if cfg.num_experts else MLP)(*args, name=cfg.mlp_name)
+        normed = functools.partial(norm, self)
         hidden, cached = Attention(*args, name="self_attn")(
-            _norm(self, "input_layernorm")(x), step, layer
+            normed("input_layernorm")(x), step, layer
         )
-        x = x + hidden
-        x = x + MLP(*args, name="mlp")(_norm(self, "post_attention_layernorm")(x))
+        if cfg.post_norms:
+            x = x + normed("post_attention_layernorm")(hidden)
+            hidden = mlp(normed("pre_feedforward_layernorm")(x))
+            x = x + normed("post_feedforward_layernorm")(hidden)
+        else:
+            x = x + hidden
+            x = x + mlp(normed("post_attention_layernorm")(x))
         if self.constrain is not None:
             x = self.constrain(x)
         return x, None if layer.key is None else cached
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(head_dim)) v, scores and softmax in fp32.
-
-    Args:
-      q: [batch, seq, heads, head_dim].
-      k: [batch, keys, kv_heads, head_dim]. Queries are grouped by key/value head, so that keys and
-        values are never repeated in memory.
-      v: as k.
-      mask: [batch, 1, seq, keys] bool. A query that may look nowhere (padding) averages all values.
-
-    Returns:
-      [batch, seq, heads, head_dim].
-    """
-    batch, seq, heads, head_dim = q.shape
-    grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim)
-    scores = jnp.einsum("bsngd,btnd->bngst", grouped, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, :, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bngst,btnd->bsngd", probs, v).reshape(q.shape)
-
-
-def _dense(module: Any, name: str, features: int, use_bias: bool) -> nn.Dense:
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=module.dtype,
-        param_dtype=module.param_dtype,
-        kernel_init=nn.initializers.normal(module.config.initializer_range),
-        name=name,
-    )
-
-
-def _norm(module: Any, name: str) -> RMSNorm:
-    return RMSNorm(module.config.rms_norm_eps, module.dtype, module.param_dtype, name=name)
+def _chosen(windowed: jax.Array, inside: Any, outside: Any) -> Any:
+    """What a layer uses, with or without a sliding window; None inside: no difference."""
+    if inside is None:
+        return outside
+    return jax.tree.map(lambda a, b: jnp.where(windowed, a, b), inside, outside)

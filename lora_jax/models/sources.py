@@ -11,9 +11,9 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lora_jax.models.families import read_config
+from lora_jax.models.families import parts, read_config
 from lora_jax.models.fields import ConfigError
-from lora_jax.models.keys import WeightsError, convert
+from lora_jax.models.keys import Part, WeightsError, convert
 
 # The dtypes of weights, by safetensors' names.
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -74,6 +74,13 @@ class SafetensorsFolder:
         for name, shard in listed.items():
             if name and self._paths.get(name) != folder / shard:
                 raise WeightsError(f"{folder / _INDEX} puts {name} in {shard}, which lacks it")
+        self._parts = parts(self.config, self.shapes)
+        whole = dict(self.shapes)
+        for part in self._parts.values():
+            self.shapes.pop(part.name, None)
+        for name, part in self._parts.items():
+            self.shapes[name] = part.shape_of(whole[part.name])
+            self.dtypes[name], self._paths[name] = self.dtypes[part.name], self._paths[part.name]
 
     def _open(self, path: Path) -> None:
         try:
@@ -107,9 +114,9 @@ class SafetensorsFolder:
         return str(self._paths[name])
 
     def _slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        path = self._paths[name]
+        path, part = self._paths[name], self._parts.get(name, Part(name, ()))
         try:
-            return self._files[path].get_slice(name)[index]
+            return self._files[path].get_slice(part.name)[part.inside(index)]
         except (SafetensorError, OSError, TypeError, AttributeError) as error:
             raise WeightsError(f"{path}: cannot read {name}: {error}") from None
 

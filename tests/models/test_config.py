@@ -1,6 +1,7 @@
 """config.json: every option honoured or refused by name."""
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -99,6 +100,12 @@ def test_rope_as_transformers_4_and_5_write_it(
             5,
             (0, 2),
         ),
+        ({"model_type": "gemma2"}, 4096, (0, 2)),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 3}, 4096, (0, 1, 3)),
+        ({"model_type": "gemma3_text"}, 4096, (0, 1, 2, 3)),
+        ({"model_type": "mixtral", "sliding_window": 5}, 5, (0, 1, 2, 3)),
+        ({"model_type": "qwen3_moe", "num_experts": 8}, None, ()),
+        ({"model_type": "phi3", "sliding_window": 5}, 5, (0, 1, 2, 3)),
     ],
 )
 def test_sliding_windows(
@@ -108,6 +115,15 @@ def test_sliding_windows(
     assert (config.sliding_window, config.windowed_layers) == (window, layers)
 
 
+MOE = {"model_type": "qwen3_moe", "num_key_value_heads": 2, "num_experts": 5}
+MIXTRAL = {"model_type": "mixtral", "num_key_value_heads": 2}
+GEMMA2 = {"model_type": "gemma2", "num_key_value_heads": 2}
+GEMMA3 = {"model_type": "gemma3_text", "num_key_value_heads": 2}
+PHI3 = {"model_type": "phi3"}
+WINDOWED = ["sliding_attention"] * 4
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -115,7 +131,11 @@ def test_sliding_windows(
         ({"model_type": None}, "None is not supported"),
         ({"vocab_size": None, "hidden_size": None}, "lacks vocab_size, hidden_size"),
         ({"hidden_act": "xielu"}, "hidden_act 'xielu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "RoPE type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "proportional"}}, "RoPE type 'proportional'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn' lacks factor"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "lacks long_factor, short_factor"),
+        ({"rope_scaling": LONGROPE}, "short_factor has 3 numbers for 2 rotated pairs"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "ramp": 3}}, "'linear' with ramp"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE type 'dynamic'"),
         ({"rope_scaling": {"type": "linear"}}, "'linear' lacks factor"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention"),
@@ -126,6 +146,27 @@ def test_sliding_windows(
         ({"rope_interleaved": True}, "rope_interleaved=True is not supported"),
         ({"logit_scale": 2.0, "sliding_window": 7}, "logit_scale=2.0.*sliding_window=7"),
         ({"num_key_value_heads": 4}, "not a multiple"),
+        ({**MOE, "decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported"),
+        ({**MOE, "mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] is not supported"),
+        ({**MOE, "num_experts_per_tok": 9}, "num_experts_per_tok .9. is not between"),
+        ({**MOE, "shared_expert_intermediate_size": 5}, "shared_expert_intermediate_size=5"),
+        ({**MOE, "use_qk_norm": False}, "use_qk_norm=False is not supported"),
+        ({"use_qk_norm": True}, "use_qk_norm=True is not known for llama"),
+        ({**PHI3, "full_attn_mod": 2}, "full_attn_mod=2 is not supported"),
+        ({**MIXTRAL, "router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported"),
+        ({**GEMMA2, "use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ({**GEMMA2, "hidden_act": "gelu"}, "hidden_act='gelu' contradicts hidden_activation"),
+        ({**GEMMA2, "sliding_window": None, "layer_types": WINDOWED}, "no sliding_window"),
+        # transformers has the option in Gemma 3, too, and no code that would read it.
+        ({**GEMMA3, "attn_logit_softcapping": 3.0}, "attn_logit_softcapping=3.0 is not known"),
+        (
+            {**GEMMA3, "rope_parameters": {"sliding_attention": {"rope_type": "yarn"}}},
+            "RoPE type 'yarn' of sliding_attention",
+        ),
+        ({**PHI3, "resid_pdrop": 0.1}, "resid_pdrop=0.1 is not supported"),
+        ({**PHI3, "embd_pdrop": 0.1}, "embd_pdrop=0.1 is not supported"),
+        ({**PHI3, "partial_rotary_factor": 0.1}, "partial_rotary_factor=0.1.* leaves 0 dim"),
+        ({**PHI3, "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is not.* phi3"),
         ({"head_dim": 5}, "even head_dim"),
         (
             {"model_type": "qwen3", "num_key_value_heads": 2, "layer_types": ["chunked"] * 4},
@@ -147,10 +188,74 @@ def test_refusals_name_the_option(changes: dict[str, Any], message: str) -> None
         read(**changes)
 
 
+def test_defaults_of_other_families() -> None:
+    mixtral = read(**MIXTRAL)
+    assert (mixtral.num_experts, mixtral.num_experts_per_tok) == (8, 2)
+    assert (mixtral.moe_intermediate_size, mixtral.norm_topk_prob) == (37, True)
+    assert (mixtral.rope_theta, mixtral.rms_norm_eps) == (1e6, 1e-5)
+    moe = read(model_type="qwen3_moe", num_key_value_heads=2)
+    assert (moe.num_experts, moe.num_experts_per_tok) == (128, 8)
+    assert (moe.moe_intermediate_size, moe.norm_topk_prob, moe.qk_norm) == (768, False, True)
+    gemma2 = read(**GEMMA2)
+    assert (gemma2.attn_logit_softcapping, gemma2.final_logit_softcapping) == (50.0, 30.0)
+    assert (gemma2.head_dim, gemma2.query_pre_attn_scalar) == (256, 256)
+    assert (gemma2.hidden_act, gemma2.tie_word_embeddings) == ("gelu_pytorch_tanh", True)
+    gemma3 = read(**GEMMA3)
+    assert (gemma3.rope_theta, gemma3.rope_local_theta, gemma3.qk_norm) == (1e6, 1e4, True)
+    assert gemma3.attn_logit_softcapping is gemma3.final_logit_softcapping is None
+    phi3 = read(**PHI3)
+    assert (phi3.rms_norm_eps, phi3.fused_projections, phi3.rotary_dim) == (1e-5, True, 4)
+
+
+def test_gemma_3s_rope_as_transformers_4_and_5_write_it() -> None:
+    linear = {"rope_type": "linear", "factor": 8.0}
+    old = read(**GEMMA3, rope_theta=9.0, rope_local_base_freq=7.0, rope_scaling=linear)
+    nested = {
+        "full_attention": {**linear, "rope_theta": 9.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 7.0},
+    }
+    assert read(**GEMMA3, rope_parameters=nested) == old
+    assert (old.rope_theta, old.rope_local_theta) == (9.0, 7.0)
+    assert old.rope_scaling == RopeScaling(kind="linear", factor=8.0)
+
+
+def test_attention_factors() -> None:
+    """As YaRN's and LongRoPE's papers derive them from the growth of the context."""
+
+    def factor(**fields: Any) -> float:
+        scaling = read(max_position_embeddings=64, rope_scaling=fields).rope_scaling
+        assert scaling is not None
+        return scaling.attention_factor
+
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    assert factor(**yarn) == pytest.approx(0.1 * math.log(4) + 1)
+    assert factor(**yarn, attention_factor=0.7) == 0.7
+    assert factor(**yarn, mscale=1.0, mscale_all_dim=1.0) == pytest.approx(1.0)
+    long = {"rope_type": "longrope", "short_factor": [1.0] * 2, "long_factor": [2.0] * 2}
+    assert factor(**long) == 1.0
+    grown = factor(**long, original_max_position_embeddings=16)
+    assert grown == pytest.approx(math.sqrt(1 + math.log(4) / math.log(16)))
+    assert factor(**long, original_max_position_embeddings=16, factor=1.0) == 1.0
+
+
+def test_experts_as_transformers_4_and_5_name_them() -> None:
+    fields = {"model_type": "qwen3_moe", "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    assert read(**fields, num_experts=7) == read(**fields, num_local_experts=7)
+
+
 def test_harmless_fields_are_harmless() -> None:
     extra = {"torch_dtype": "bfloat16", "use_cache": True, "pretraining_tp": 1, "logit_scale": None}
     assert read(**extra) == read()
     assert read(rope_interleaved=False, attention_dropout=0.0) == read()
+    # What is in files on the hub beside the fields that transformers reads.
+    moe = {"use_qk_norm": True, "shared_expert_intermediate_size": 0, "qkv_bias": False}
+    assert read(**MOE, **moe, num_experts_per_tok=2) == read(**MOE, num_experts_per_tok=2)
+    phi = {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}
+    assert read(**PHI3, **phi, sliding_window=None) == read(**PHI3)
+    gemma = {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"}
+    assert read(**GEMMA2, **gemma) == read(**GEMMA2)
+    mixtral = {"output_router_logits": True, "router_aux_loss_coef": 0.02}
+    assert read(**MIXTRAL, **mixtral) == read(**MIXTRAL)
     assert read(eos_token_id=3).eos_token_ids == (3,)
     assert read(eos_token_id=[3, 5]).eos_token_ids == (3, 5)
 

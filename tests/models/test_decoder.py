@@ -63,7 +63,9 @@ def test_padding_changes_nothing(case: str, side: str) -> None:
     tiny.assert_close(got[:, pad[0] : pad[0] + 7], want, 1e-5)
 
 
-@pytest.mark.parametrize("case", ["llama2", "mistral with a window", WINDOWED])
+@pytest.mark.parametrize(
+    "case", ["llama2", "mistral with a window", WINDOWED, "gemma3 with every option"]
+)
 @pytest.mark.parametrize("sizes", [(9,), (4, 5), (3, 1, 1, 4)])
 def test_a_cache_changes_nothing(case: str, sizes: tuple[int, ...]) -> None:
     model, params = tiny.decoder(case)
@@ -177,27 +179,59 @@ def test_bfloat16_computation(param_dtype: Any) -> None:
     tiny.assert_close(cached, got, 1e-2)
 
 
+YARN = RopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=32)
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("case", "change"),
     [
-        {"rope_scaling": None},
-        {"rope_scaling": RopeScaling(kind="linear", factor=2.0)},
-        {"rope_theta": 50.0},
-        {"rms_norm_eps": 1e-6},
-        {"hidden_act": "gelu"},
-        {"hidden_act": "relu"},
-        {"sliding_window": 3, "windowed_layers": (1,)},
-        {"sliding_window": 3, "windowed_layers": (0, 1, 2)},
+        ("llama3", {"rope_scaling": None}),
+        ("llama3", {"rope_scaling": RopeScaling(kind="linear", factor=2.0)}),
+        ("llama3", {"rope_scaling": YARN}),
+        ("llama3", {"rope_theta": 50.0}),
+        ("llama3", {"rms_norm_eps": 1e-6}),
+        ("llama3", {"hidden_act": "gelu"}),
+        ("llama3", {"hidden_act": "relu"}),
+        ("llama3", {"sliding_window": 3, "windowed_layers": (1,)}),
+        ("llama3", {"sliding_window": 3, "windowed_layers": (0, 1, 2)}),
+        ("llama3", {"query_pre_attn_scalar": 3}),
+        ("gemma3 with every option", {"rope_local_theta": 900.0}),
+        ("gemma3 with every option", {"rope_local_theta": None}),
+        ("gemma3 with every option", {"attn_logit_softcapping": 1.5}),
+        ("gemma3 with every option", {"final_logit_softcapping": None}),
+        ("gemma3 with every option", {"norm_adds_one": False}),
+        ("gemma3 with every option", {"scale_embeddings": False}),
+        ("phi3", {"partial_rotary_factor": 1.0}),
+        ("qwen3 moe", {"norm_topk_prob": True}),
+        ("qwen3 moe", {"num_experts_per_tok": 2}),
     ],
     ids=str,
 )
-def test_each_option_matters(change: dict[str, Any]) -> None:
+def test_each_option_matters(case: str, change: dict[str, Any]) -> None:
     """Options that share a parameter tree: each gives visibly other logits."""
-    model, params = tiny.decoder("llama3")
+    model, params = tiny.decoder(case)
     ids = tiny.tokens(0, 1, 12)
     other = Decoder(dataclasses.replace(model.config, **change))
     difference = tiny.run(other, params, ids) - tiny.run(model, params, ids)
     assert np.abs(difference).max() > 1e-2
+
+
+def test_a_long_context_takes_other_frequencies() -> None:
+    """LongRoPE chooses by the longest row, or by what a cache can hold; here beyond 8 tokens."""
+    model, params = tiny.decoder("phi3 with a long context")
+    scaling = model.config.rope_scaling
+    assert scaling is not None
+    always = dataclasses.replace(scaling, short_factor=scaling.long_factor)
+    long = Decoder(dataclasses.replace(model.config, rope_scaling=always))
+    ids = tiny.tokens(0, 2, 9)
+    for n, same in ((8, False), (9, True)):
+        got, want = (np.asarray(tiny.run(m, params, ids[:, :n])) for m in (model, long))
+        assert np.array_equal(got, want) == same
+    for slots, same in ((8, False), (9, True)):
+        cache = init_cache(model.config, 2, slots)
+        got, _ = tiny.run(model, params, ids[:, :5], cache=cache)
+        want = tiny.run(long, params, ids[:, :5])
+        assert (np.abs(got - want).max() < 1e-4) == same
 
 
 def test_the_residual_stream_can_be_constrained() -> None:

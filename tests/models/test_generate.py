@@ -45,6 +45,25 @@ def test_greedy_is_an_argmax_loop(tiny_model: Any, side: str) -> None:
     assert len(np.unique(want)) > 3
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        "mixtral",
+        "qwen3 moe with every option",
+        "gemma2",
+        "gemma3 with every option",
+        "phi3",
+        "phi3 with a long context",
+    ],
+)
+def test_every_kind_of_layer_generates_the_same_with_a_cache(case: str) -> None:
+    model, params = tiny.decoder(case)
+    prompt = tiny.tokens(4, 1, 6)
+    got = generate(model, params, prompt, max_new_tokens=6)
+    np.testing.assert_array_equal(got[0], greedy_loop(model, params, prompt[0], 6))
+    assert len(np.unique(got)) > 2
+
+
 def test_it_compiles_once(tiny_model: Any) -> None:
     model, params = tiny_model
     traces = []

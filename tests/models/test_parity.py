@@ -1,5 +1,6 @@
 """Against transformers on torch: the same tiny weights give the same logits and the same text."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.models import Decoder, from_pretrained, generate, init_cache
+from lora_jax.models import Decoder, DecoderConfig, from_pretrained, generate, init_cache
 from tests.models import tiny
 
 pytestmark = pytest.mark.parity
@@ -21,7 +22,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
     fields = tiny.fields(request.param)
     config = transformers.AutoConfig.for_model(**fields)
-    reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    reference = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    )
     rng = np.random.default_rng(3)
     with torch.no_grad():
         for name, value in reference.named_parameters():
@@ -31,6 +34,21 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("model")
     reference.eval().save_pretrained(folder)
     return reference, *from_pretrained(folder)
+
+
+@pytest.mark.parametrize("case", list(tiny.CASES))
+def test_our_config_reads_as_theirs(case: str) -> None:
+    """transformers builds the same model from what to_hf writes as from the case's own fields."""
+    import transformers
+
+    config = tiny.config(case)
+    given, written = (
+        transformers.AutoConfig.for_model(**fields).to_dict()
+        for fields in (tiny.fields(case), config.to_hf())
+    )
+    assert DecoderConfig.from_hf(given) == DecoderConfig.from_hf(written) == config
+    for name in ("layer_types", "sliding_window", "num_local_experts", "query_pre_attn_scalar"):
+        assert given.get(name) == written.get(name)
 
 
 def reference_logits(reference: Any, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -61,6 +79,13 @@ def test_logits(pair: Any, side: str) -> None:
     got = tiny.run(model, params, ids, mask)
     assert np.abs(want).max() > 1
     tiny.assert_close(got[mask == 1], want[mask == 1])
+
+
+@pytest.mark.parametrize("pair", ["mixtral", "qwen3 moe"], indirect=True)
+def test_both_layouts_of_experts(pair: Any, tmp_path: Path) -> None:
+    reference, _, params = pair
+    reference.save_pretrained(tmp_path, save_original_format=False)
+    jax.tree.map(np.testing.assert_array_equal, from_pretrained(tmp_path)[1], params)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

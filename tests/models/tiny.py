@@ -36,6 +36,15 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 
+YARN = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 300.0,
+    "short_factor": [1.0, 1.3, 1.9, 2.2, 3.0],
+    "long_factor": [1.5, 2.7, 4.0, 6.0, 9.0],
+}
+CAPS = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 5.0}
+
 # Case -> the fields of config.json, as transformers 5 names them.
 CASES: dict[str, dict[str, Any]] = {
     "llama2": {"model_type": "llama", "num_key_value_heads": 6, "head_dim": 4},
@@ -62,6 +71,109 @@ CASES: dict[str, dict[str, Any]] = {
         "use_sliding_window": True,
         "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "yarn": {
+        "model_type": "qwen3",
+        "rope_parameters": {**YARN, "original_max_position_embeddings": 16},
+    },
+    "yarn with every option": {
+        "model_type": "llama",
+        "rope_parameters": {
+            **YARN,
+            "original_max_position_embeddings": 20,
+            "beta_fast": 2.0,
+            "beta_slow": 0.3,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.4,
+            "truncate": False,
+        },
+    },
+    "short longrope": {
+        "model_type": "llama",
+        "rope_parameters": {**LONG, "original_max_position_embeddings": 32, "factor": 5.0},
+    },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 5},
+    "mixtral with a window": {
+        "model_type": "mixtral",
+        "num_local_experts": 7,
+        "num_experts_per_tok": 3,
+        "sliding_window": 4,
+        "hidden_act": "gelu",
+        "tie_word_embeddings": True,
+    },
+    "qwen3 moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 13,
+    },
+    "qwen3 moe with every option": {
+        "model_type": "qwen3_moe",
+        "num_experts": 7,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 13,
+        "norm_topk_prob": True,
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+    },
+    "gemma2": {
+        "model_type": "gemma2",
+        "sliding_window": 4,
+        "query_pre_attn_scalar": 7,
+        "tie_word_embeddings": False,
+        **CAPS,
+    },
+    "gemma2 without caps": {
+        "model_type": "gemma2",
+        "sliding_window": 3,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "hidden_activation": "relu",
+        "attention_bias": True,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "sliding_window": 4,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 7,
+        "rope_theta": 900.0,
+        "rope_local_base_freq": 40.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+    },
+    "gemma3 with every option": {
+        "model_type": "gemma3_text",
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {**YARN, "original_max_position_embeddings": 16},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 40.0},
+        },
+        "final_logit_softcapping": 5.0,
+        "attention_bias": True,
+        "hidden_activation": "silu",
+        "tie_word_embeddings": False,
+    },
+    "phi3": {
+        "model_type": "phi3",
+        "partial_rotary_factor": 0.6,
+        "original_max_position_embeddings": 64,
+    },
+    "phi3 with a long context": {
+        "model_type": "phi3",
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "original_max_position_embeddings": 8,
+        "rope_parameters": {
+            **LONG,
+            "partial_rotary_factor": 0.75,
+            "short_factor": LONG["short_factor"][:3],
+            "long_factor": LONG["long_factor"][:3],
+        },
+        "sliding_window": 6,
+        "tie_word_embeddings": True,
     },
 }
 

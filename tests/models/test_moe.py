@@ -1,0 +1,111 @@
+"""Experts against all of them on every token, and what is multiplied."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from lora_jax.models import Decoder, DecoderConfig
+from lora_jax.models.blocks import ACTIVATION
+from lora_jax.models.moe import SparseMLP, route
+from tests.models import tiny
+
+
+def layer(case: str, **kwargs: Any) -> tuple[SparseMLP, dict[str, Any], jax.Array]:
+    """A layer's experts, their parameters, and an input [2, 5, d_model]."""
+    config = tiny.config(case)
+    module = SparseMLP(config, jnp.float32, jnp.float32, **kwargs)
+    _, params = tiny.decoder(case)
+    params = jax.tree.map(lambda x: x[1], params["model"]["layers"][config.mlp_name])
+    return module, params, jax.random.normal(jax.random.key(0), (2, 5, config.hidden_size))
+
+
+def all_experts(params: dict[str, Any], x: jax.Array, config: DecoderConfig) -> jax.Array:
+    """Every expert on every token, then the weighted sum of the chosen ones."""
+    kernels = [params["experts"][name]["kernel"] for name in config.expert_names]
+    probs = jax.nn.softmax(x @ params["gate"]["kernel"], axis=-1)
+    least = jnp.sort(probs, axis=-1)[..., -config.num_experts_per_tok, None]
+    weights = jnp.where(probs >= least, probs, 0.0)
+    if config.norm_topk_prob:
+        weights /= weights.sum(-1, keepdims=True)
+    gate, up = (jnp.einsum("bsd,edf->bsef", x, kernel) for kernel in kernels[:2])
+    hidden = ACTIVATION[config.hidden_act](gate) * up
+    return jnp.einsum("bsef,efd,bse->bsd", hidden, kernels[2], weights)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "mixtral with a window", "qwen3 moe"])
+def test_values_and_gradients(case: str) -> None:
+    module, params, x = layer(case)
+
+    weights = jax.random.normal(jax.random.key(1), x.shape)
+    # As drawn, and all tokens alike: groups without a token, and some with all of them.
+    for tokens in (x, jnp.broadcast_to(x[:1, :1], x.shape)):
+        got = _values_and_gradients(module, params, tokens, weights)
+        want = _values_and_gradients(module, params, tokens, weights, all_experts)
+        jax.tree.map(lambda a, b: tiny.assert_close(a, b, 1e-5), got, want)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4), compiler_options=tiny.FAST_COMPILE)
+def _values_and_gradients(
+    module: SparseMLP, params: Any, x: jax.Array, weights: jax.Array, other: Any = None
+) -> Any:
+    def loss(params: Any, x: jax.Array) -> Any:
+        if other is None:
+            out = module.apply({"params": params}, x)
+        else:
+            out = other(params, x, module.config)
+        return jnp.sum(out * weights), out
+
+    return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+
+
+def test_only_the_chosen_experts_are_multiplied() -> None:
+    """Each kernel is multiplied once, by k rows a token, wherever the experts are in the tree."""
+    model = Decoder(tiny.config("mixtral with a window"))
+    ids = tiny.tokens(0, 2, 5)
+    params = jax.eval_shape(model.init, jax.random.key(0), ids)
+    program = jax.make_jaxpr(model.apply)(params, ids)
+    sizes = [
+        [tuple(v.aval.shape) for v in eqn.invars]
+        for eqn in _equations(program.jaxpr)
+        if eqn.primitive.name == "ragged_dot_general"
+    ]
+    rows = 2 * 5 * 3
+    up, down = [(rows, 24), (7, 24, 37), (7,)], [(rows, 37), (7, 37, 24), (7,)]
+    assert sizes == [up, up, down]
+
+
+def _equations(jaxpr: Any) -> Any:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
+
+
+def test_route() -> None:
+    logits = jnp.log(jnp.array([[0.5, 0.1, 0.4], [0.2, 0.3, 0.5]]))
+    weights, chosen = route(logits, 2, False)
+    np.testing.assert_array_equal(chosen, [[0, 2], [2, 1]])
+    tiny.assert_close(weights, [[0.5, 0.4], [0.5, 0.3]], 1e-6)
+    tiny.assert_close(route(logits, 2, True)[0], [[5 / 9, 4 / 9], [5 / 8, 3 / 8]], 1e-6)
+
+
+def test_the_router_is_computed_in_fp32() -> None:
+    """In bf16, probabilities as close as these would tie, and the first expert win."""
+    module, params, _ = layer("mixtral")
+    module = SparseMLP(module.config, jnp.bfloat16, jnp.bfloat16)
+    x = jnp.ones((1, 1, 24), jnp.bfloat16)
+    gate = jnp.zeros((24, 5)).at[:, 0].set(1.0).at[0, 1].set(1.0625).at[1:, 1].set(1.0)
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    params["gate"]["kernel"] = gate.astype(jnp.bfloat16)
+    run = functools.partial(module.apply, capture_intermediates=lambda m, _: m.name == "gate")
+    _, state = jax.jit(run, compiler_options=tiny.FAST_COMPILE)({"params": params}, x)
+    logits = state["intermediates"]["gate"]["__call__"][0]
+    assert logits.dtype == jnp.float32
+    assert lax.top_k(logits, 1)[1] == 1
