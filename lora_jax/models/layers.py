@@ -11,18 +11,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from lora_jax.models.activations import ACTIVATION
+from lora_jax.models.attention import attend
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.rope import rotate
-
-_ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": nn.silu,
-    "swish": nn.silu,
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_new": functools.partial(nn.gelu, approximate=True),
-    "gelu_fast": functools.partial(nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
-    "relu": nn.relu,
-}
 
 
 class Step(NamedTuple):
@@ -112,7 +104,7 @@ class Attention(nn.Module):
         mask = step.mask
         if step.window_mask is not None:
             mask = jnp.where(layer.windowed, step.window_mask, mask)
-        out = _attend(q, keys.astype(q.dtype), values.astype(q.dtype), mask)
+        out = attend(q, keys.astype(q.dtype), values.astype(q.dtype), mask)
         out = out.reshape(*x.shape[:2], heads * cfg.head_dim)
         return dense("o_proj", cfg.hidden_size, cfg.o_bias)(out), (k, v)
 
@@ -132,7 +124,7 @@ class MLP(nn.Module):
         cfg = self.config
         gate = _dense(self, "gate_proj", cfg.intermediate_size, cfg.mlp_bias)(x)
         up = _dense(self, "up_proj", cfg.intermediate_size, cfg.mlp_bias)(x)
-        hidden = _ACTIVATION[cfg.hidden_act](gate) * up
+        hidden = ACTIVATION[cfg.hidden_act](gate) * up
         return _dense(self, "down_proj", cfg.hidden_size, cfg.mlp_bias)(hidden)
 
 
@@ -158,27 +150,6 @@ class DecoderLayer(nn.Module):
         if self.constrain is not None:
             x = self.constrain(x)
         return x, None if layer.key is None else cached
-
-
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(head_dim)) v, scores and softmax in fp32.
-
-    Args:
-      q: [batch, seq, heads, head_dim].
-      k: [batch, keys, kv_heads, head_dim]. Queries are grouped by key/value head, so that keys and
-        values are never repeated in memory.
-      v: as k.
-      mask: [batch, 1, seq, keys] bool. A query that may look nowhere (padding) averages all values.
-
-    Returns:
-      [batch, seq, heads, head_dim].
-    """
-    batch, seq, heads, head_dim = q.shape
-    grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim)
-    scores = jnp.einsum("bsngd,btnd->bngst", grouped, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, :, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bngst,btnd->bsngd", probs, v).reshape(q.shape)
 
 
 def _dense(module: Any, name: str, features: int, use_bias: bool) -> nn.Dense:

@@ -30,16 +30,17 @@ class Source(Protocol):
 class SafetensorsFolder:
     """A folder with config.json and model.safetensors, or shards and their index.
 
-    Only headers are read here, and ``read`` maps one tensor at a time.
+    Only headers are read here, and ``read`` maps one tensor at a time. The options are those of
+    ``families.read_config``.
 
     Raises:
       ConfigError: if config.json is missing or describes another model.
       WeightsError: if a file is missing, truncated or damaged; it names the file.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, **options: Any):
         self.where = str(folder)
-        self.config = _read_config(folder / "config.json")
+        self.config = _read_config(folder / "config.json", options)
         self._files: dict[str, Any] = {}
         self.shapes = {}
         for path in _weight_files(folder):
@@ -58,7 +59,7 @@ class SafetensorsFolder:
             raise WeightsError(f"{self.where}: cannot read {name}: {error}") from None
 
 
-def _read_config(path: Path) -> Any:
+def _read_config(path: Path, options: dict[str, Any]) -> Any:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -66,7 +67,7 @@ def _read_config(path: Path) -> Any:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     try:
-        return read_config(fields)
+        return read_config(fields, **options)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
