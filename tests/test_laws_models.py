@@ -40,6 +40,8 @@ CONFIGS = {
         {},
     ),
 }
+# The table of words, where it is the output layer as well.
+TIED = {"bert, masked_lm": "word_embeddings", "gpt2": "wte"}
 IDS = np.random.default_rng(5).integers(2, 61, (5, 17), np.int32)
 MASK = np.arange(17) < np.array([[17], [13], [11], [7], [5]])
 LAYER = {
@@ -77,8 +79,10 @@ def adapted_tree(case, dtype=jnp.float32):
     params = jax.jit(model.init)(jax.random.key(0), IDS)["params"]
     # Kernels of 0.02 would let the adapter do all the work.
     params = jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 1 else leaf, params)
-    rule = lj.LoraRule(targets="all-linear", rank=4, alpha=3, dtype=dtype)
-    return with_random_factors(lj.lorafy(params, [rule]))
+    rules = [lj.LoraRule(targets="all-linear", rank=4, alpha=3, dtype=dtype)]
+    if case in TIED:
+        rules.append(lj.LoraRule(targets=[TIED[case]], rank=2, alpha=3, dtype=dtype))
+    return with_random_factors(lj.lorafy(params, rules))
 
 
 @pytest.mark.parametrize("case", list(CONFIGS))

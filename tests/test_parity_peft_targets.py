@@ -10,7 +10,8 @@ from lora_jax import models
 from lora_jax.models.families import family_of
 from tests.models import tiny_encoders
 
-pytestmark = pytest.mark.parity
+# PEFT asks transformers for a name that transformers has renamed.
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 
 @pytest.mark.parametrize(

@@ -38,13 +38,14 @@ _DEFAULTS: dict[str, Any] = {
     "initializer_range": 0.02,
 }
 
-# Without an effect on the output: dropout is for training, the loss is the caller's, and the rest
-# is what TensorFlow's BERT and older versions of transformers wrote.
+# Without an effect on the output: dropout is for training, and the rest is what TensorFlow's BERT,
+# older versions of transformers and sentence-transformers write.
 _NO_EFFECT = frozenset(
     """
     hidden_dropout_prob attention_probs_dropout_prob classifier_dropout bos_token_id eos_token_id
     gradient_checkpointing directionality pooler_fc_size pooler_num_attention_heads
-    pooler_num_fc_layers pooler_size_per_head pooler_type output_past
+    pooler_num_fc_layers pooler_size_per_head pooler_type output_past sentence_transformers
+    sbert_ce_default_activation_function
     """.split()
 )
 

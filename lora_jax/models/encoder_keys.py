@@ -8,6 +8,7 @@ from lora_jax.models.encoder_config import EncoderConfig
 from lora_jax.models.keys import Row
 
 _ENCODER = re.compile(r"(?:(?:bert|roberta)\.)?((?:embeddings|encoder|pooler)\..+)")
+_LM_HEAD = "masked language model head"
 _TENSORFLOW = {"gamma": "weight", "beta": "bias"}
 
 # What a file may hold for a head that is not in use: pooler, masked language model, next sentence,
@@ -100,12 +101,12 @@ def encoder_table(config: EncoderConfig) -> list[Row]:
         linear(f"{trunk}/pooler/dense", width, width, "pooler")
     if config.head == "masked_lm":
         if trunk == "bert":
-            linear(f"{lm}/transform/dense", width, width, "masked language model head")
-            layer_norm(f"{lm}/transform/LayerNorm", "masked language model head")
+            linear(f"{lm}/transform/dense", width, width, _LM_HEAD)
+            layer_norm(f"{lm}/transform/LayerNorm", _LM_HEAD)
         else:
-            linear(f"{lm}/dense", width, width, "masked language model head")
-            layer_norm(f"{lm}/layer_norm", "masked language model head")
-        add(lm, "bias", (config.vocab_size,), "masked language model head", (f"{decoder}.bias",))
+            linear(f"{lm}/dense", width, width, _LM_HEAD)
+            layer_norm(f"{lm}/layer_norm", _LM_HEAD)
+        add(lm, "bias", (config.vocab_size,), _LM_HEAD, (f"{decoder}.bias",))
     if config.head == "classification":
         if trunk == "bert":
             linear("classifier", width, config.num_labels, "classifier")

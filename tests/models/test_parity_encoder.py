@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lora_jax.models import from_pretrained, hf_tensors, key_table
+from lora_jax.models.activations import ACTIVATION
 from tests.models import tiny, tiny_encoders
 
 pytestmark = pytest.mark.parity
@@ -123,6 +125,15 @@ def test_what_we_write_transformers_reads(name: str, tmp_path: Path) -> None:
         got = jax.tree.leaves(tiny.run(model, params, *arrays))[0]
         real = arrays[1] == 1 if head != "classification" else slice(None)
         tiny.assert_close(got[real], want[real])
+
+
+@pytest.mark.parametrize("name", list(ACTIVATION))
+def test_activations(name: str) -> None:
+    import torch
+    from transformers.activations import ACT2FN
+
+    x = np.linspace(-12, 12, 4001, dtype=np.float32)
+    tiny.assert_close(ACTIVATION[name](jnp.asarray(x)), ACT2FN[name](torch.from_numpy(x)), 1e-6)
 
 
 def report(case: str, what: str, got: Any, want: Any) -> None:
