@@ -15,7 +15,7 @@ from lora_jax.lorafy import (
     trainable_mask,
 )
 from lora_jax.rules import LoraRule, TrainRule
-from lora_jax.weight import LoraWeight, Trained, is_node
+from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_node
 
 __all__ = [
     "AdapterError",
@@ -26,6 +26,7 @@ __all__ = [
     "RoleError",
     "TrainRule",
     "Trained",
+    "TrainedRows",
     "adapt",
     "count_params",
     "explain",

@@ -2,13 +2,12 @@
 
 A folder written by Orbax with two items: ``adapter``, the arrays, in the order of the algebra
 (A [batch…, in…, r], B [batch…, r, out…], padding left out), and ``lora``, JSON: the format's
-version, the roles, ranks, scales and dropout of each weight, a checksum of each array, and the
-fingerprint of the base.
+version, the roles, ranks, scales and dropout of each weight, which rows of a leaf train, a checksum
+of each array, and the fingerprint of the base.
 """
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,14 @@ import orbax.checkpoint as ocp
 
 from lora_jax.axes import AxisRoles
 from lora_jax.fingerprint import base_fingerprint, checksum, differing
+from lora_jax.folders import partial_of, put_in_place
 from lora_jax.lorafy import Tree, swap
 from lora_jax.paths import flatten_with_paths, nearest
 from lora_jax.product import canonical, stored
-from lora_jax.weight import LoraWeight, Trained, is_node
+from lora_jax.weight import LoraWeight, Node, Trained, TrainedRows, is_node
 
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, FORMAT)  # format 1 had neither variants nor rows
 
 
 class AdapterError(ValueError):
@@ -56,13 +57,14 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, overwrite: boo
         "format": FORMAT,
         "weights": {path: _settings(n) for path, n in nodes.items() if isinstance(n, LoraWeight)},
         "trained": sorted(path for path, n in nodes.items() if isinstance(n, Trained)),
+        "rows": {path: _rows(n) for path, n in nodes.items() if isinstance(n, TrainedRows)},
         "arrays": {
             path: {name: checksum(array) for name, array in parts.items()}
             for path, parts in arrays.items()
         },
         "base": base_fingerprint(params),
     }
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = partial_of(folder)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(
             partial,
@@ -72,19 +74,7 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, overwrite: boo
             force=True,
         )
     if jax.process_index() == 0:
-        _put_in_place(partial, folder)
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    """Renames `partial` to `folder`; what was there goes only once the new one stands."""
-    if not folder.exists():
-        partial.rename(folder)
-        return
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old)
+        put_in_place(partial, folder)
 
 
 def load_adapter(
@@ -114,6 +104,11 @@ def load_adapter(
     def adapted(path: str, leaf: Any) -> Any:
         if path in metadata["trained"]:
             return Trained(jnp.asarray(arrays[path]["value"]))
+        if path in metadata["rows"]:
+            settings = metadata["rows"][path]
+            value = jnp.asarray(arrays[path]["value"])
+            rows, is_table = tuple(settings["rows"]), settings["is_table"]
+            return TrainedRows(_plain(leaf), value, rows=rows, is_table=is_table)
         if path not in metadata["weights"]:
             return _plain(leaf)
         return _weight(_plain(leaf), arrays[path], metadata["weights"][path])
@@ -123,9 +118,11 @@ def load_adapter(
 
 
 def _plain(leaf: Any) -> Any:
-    if isinstance(leaf, Trained):
-        return leaf.value
-    return leaf.base if isinstance(leaf, LoraWeight) else leaf
+    return leaf.base if is_node(leaf) else leaf
+
+
+def _rows(node: TrainedRows) -> dict[str, Any]:
+    return {"shape": list(node.shape), "rows": list(node.rows), "is_table": node.is_table}
 
 
 def _settings(weight: LoraWeight) -> dict[str, Any]:
@@ -136,22 +133,29 @@ def _settings(weight: LoraWeight) -> dict[str, Any]:
         "ranks": list(weight.ranks),
         "scale": np.asarray(weight.scale).tolist(),
         "dropout": weight.dropout,
+        "frozen": list(weight.frozen),
     }
 
 
-def _arrays(path: str, node: LoraWeight | Trained) -> dict[str, Any]:
+def _arrays(path: str, node: Node) -> dict[str, Any]:
     """The arrays of a node as they are filed."""
-    parts = node.value if isinstance(node, Trained) else node.a
-    if parts is None:
+    if not node.is_on:
         raise AdapterError(
             f"{path!r} has no adapter in this half of the tree: join(adapter, base) first"
         )
-    if isinstance(node, Trained):
-        return {"value": node.value}
-    a, b = canonical(node.a, node.b, node.n_batch)
-    if len(set(node.ranks)) > 1:
-        a, b = _without_padding(a, b, node)
-    return {"a": a, "b": b}
+    if not isinstance(node, LoraWeight):
+        return node.parts()
+    a, b = _filed_factors(node.a, node.b, node)
+    arrays = {"a": a, "b": b, "magnitude": node.magnitude, "bias": node.bias}
+    if node.start is not None:
+        a0, b0 = node.start
+        arrays["start_a"], arrays["start_b"] = _filed_factors(a0, b0, node)
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _filed_factors(a: Any, b: Any, node: LoraWeight) -> tuple[Any, Any]:
+    a, b = canonical(a, b, node.n_batch)
+    return _without_padding(a, b, node) if len(set(node.ranks)) > 1 else (a, b)
 
 
 def _without_padding(a: Any, b: Any, node: LoraWeight) -> tuple[Any, Any]:
@@ -173,15 +177,24 @@ def _weight(base: Any, arrays: Mapping[str, Any], settings: Mapping[str, Any]) -
         None,
         None,
         jnp.asarray(settings["scale"], jnp.float32),
+        *(jnp.asarray(arrays[name]) if name in arrays else None for name in ("magnitude", "bias")),
         roles=AxisRoles(tuple(settings["in_axes"]), tuple(settings["out_axes"])),
         ranks=tuple(settings["ranks"]),
         dropout=settings["dropout"],
+        frozen=tuple(settings.get("frozen", ())),
     )
-    a, b = jnp.asarray(arrays["a"]), jnp.asarray(arrays["b"])
+    a, b = _stored_factors(arrays["a"], arrays["b"], weight)
+    start = None
+    if "start_a" in arrays:
+        start = _stored_factors(arrays["start_a"], arrays["start_b"], weight)
+    return weight.replace(a=a, b=b, start=start)
+
+
+def _stored_factors(a: Any, b: Any, weight: LoraWeight) -> tuple[Any, Any]:
+    a, b = jnp.asarray(a), jnp.asarray(b)
     if len(set(weight.ranks)) > 1:
         a, b = _with_padding(a, b, weight)
-    a, b = stored(a, b, weight.n_batch)
-    return weight.replace(a=a, b=b)
+    return stored(a, b, weight.n_batch)
 
 
 def _with_padding(a: Any, b: Any, weight: LoraWeight) -> tuple[Any, Any]:
@@ -214,17 +227,18 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
         metadata
     ):
         raise AdapterError(f"{file} is damaged: it lacks what describes the adapter")
-    if metadata["format"] != FORMAT:
+    if metadata["format"] not in _READABLE:
         raise AdapterError(
-            f"{folder} has the format {metadata['format']}, and this version reads {FORMAT}: "
+            f"{folder} has the format {metadata['format']}, and this version reads up to {FORMAT}: "
             "update lora_jax"
         )
-    return metadata
+    return {"rows": {}, **metadata}
 
 
 def _check_shapes(folder: Path, metadata: Mapping[str, Any], leaves: list[tuple[str, Any]]) -> None:
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
     wanted = {path: tuple(s["shape"]) for path, s in metadata["weights"].items()}
+    wanted |= {path: tuple(s["shape"]) for path, s in metadata["rows"].items()}
     wanted |= {path: _shape(metadata["arrays"][path]["value"]) for path in metadata["trained"]}
     wrong = [
         f"{path}: {list(shape)} in the adapter, "

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from lora_jax.paths import flatten_with_paths
-from lora_jax.weight import LoraWeight, Trained, is_node
+from lora_jax.weight import Trained, is_node
 
 _MULTIPLIERS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3A2646D)
 
@@ -58,7 +58,7 @@ def base_fingerprint(params: Any) -> dict[str, str]:
     leaves, _ = flatten_with_paths(params, is_leaf=is_node)
     fingerprint = {}
     for path, leaf in leaves:
-        array = leaf.base if isinstance(leaf, LoraWeight) else leaf
+        array = leaf.base if is_node(leaf) else leaf
         if isinstance(leaf, Trained) or not hasattr(array, "dtype"):
             continue
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):

@@ -2,10 +2,16 @@
 
 An initialiser is called once for each adapted weight and draws the factors of its whole stack.
 Batch axes (layers, experts) get independent draws and never count as fan-in.
+
+`pissa` and `olora` take the factors that training starts from out of the base: the weight then
+stands for W + s·(AB − A₀B₀). (A₀, B₀) are kept beside A and B, frozen, so that W itself stays what
+it was: another adapter goes onto the same base, its fingerprint holds, nothing is decomposed again
+on resume, and the adapter is a plain one of rank 2r on W, [A A₀] and [B; −B₀].
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -32,15 +38,31 @@ class FactorShape:
         return (*self.batch, self.rank, self.fan_out)
 
 
+Factors = tuple[jax.Array, jax.Array]
+
+
 class Initialiser(Protocol):
-    """Draws (A, B) of shapes `shape.a` and `shape.b` in `dtype`."""
+    """Draws (A, B) of shapes `shape.a` and `shape.b` in `dtype`.
 
-    def __call__(
-        self, key: jax.Array, shape: FactorShape, dtype: Any
-    ) -> tuple[jax.Array, jax.Array]: ...
+    One that is marked with `from_base` gets two more arguments by name: `kernel`, W as
+    [batch…, in, out] in fp32, and `scale`, s as [batch…].
+    """
+
+    def __call__(self, key: jax.Array, shape: FactorShape, dtype: Any) -> Factors: ...
 
 
-def kaiming(key: jax.Array, shape: FactorShape, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def from_base(init: Callable[..., Factors]) -> Any:
+    """Marks an initialiser that makes the factors of W, and so takes s·AB out of W."""
+    init.takes_from_base = True  # type: ignore[attr-defined]
+    return init
+
+
+def takes_from_base(init: Initialiser) -> bool:
+    """Whether the initialiser is marked with `from_base`."""
+    return getattr(init, "takes_from_base", False)
+
+
+def kaiming(key: jax.Array, shape: FactorShape, dtype: Any) -> Factors:
     """A ~ U(±1/√d_in), B = 0: PEFT's default and that of *LoRA Without Regret*.
 
     (`flax.linen.initializers.he_uniform` is √6 times wider.)
@@ -50,12 +72,12 @@ def kaiming(key: jax.Array, shape: FactorShape, dtype: Any) -> tuple[jax.Array, 
     return a, jnp.zeros(shape.b, dtype)
 
 
-def gaussian(key: jax.Array, shape: FactorShape, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def gaussian(key: jax.Array, shape: FactorShape, dtype: Any) -> Factors:
     """A ~ N(0, 1/r²), B = 0: PEFT's ``init_lora_weights="gaussian"``."""
     return jax.random.normal(key, shape.a, dtype) / shape.rank, jnp.zeros(shape.b, dtype)
 
 
-def orthogonal(key: jax.Array, shape: FactorShape, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def orthogonal(key: jax.Array, shape: FactorShape, dtype: Any) -> Factors:
     """A and B from the odd and the even rows of one random orthogonal matrix, so that AB = 0.
 
     PEFT's ``init_lora_weights="orthogonal"``: neither factor starts at zero. Raises ValueError
@@ -72,3 +94,62 @@ def orthogonal(key: jax.Array, shape: FactorShape, dtype: Any) -> tuple[jax.Arra
     a = a @ q[..., 0::2, :] / 10
     b = b @ q[..., 1::2, :] / 10
     return a, jnp.swapaxes(b, -1, -2)
+
+
+@from_base
+def pissa(
+    key: jax.Array, shape: FactorShape, dtype: Any, *, kernel: jax.Array, scale: jax.Array
+) -> Factors:
+    """A = U√(S/s), B = √(S/s)Vᵀ of the r largest singular values of W = USVᵀ.
+
+    PiSSA (Meng et al., arXiv 2404.02948), PEFT's ``init_lora_weights="pissa"``. A full
+    decomposition of each kernel: see `fast_pissa` for large ones.
+    """
+    del key
+    u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
+    return _singular(u[..., : shape.rank], s[..., : shape.rank], vt[..., : shape.rank, :], scale)
+
+
+def fast_pissa(iterations: int = 4, oversampling: int = 8) -> Any:
+    """`pissa` by subspace iteration (Halko et al., arXiv 0909.4061): PEFT's ``"pissa_niter_4"``.
+
+    Args:
+      iterations: of the power method; more of them separate close singular values better.
+      oversampling: vectors beyond the rank.
+    """
+
+    @from_base
+    def init(
+        key: jax.Array, shape: FactorShape, dtype: Any, *, kernel: jax.Array, scale: jax.Array
+    ) -> Factors:
+        width = min(shape.rank + oversampling, shape.fan_in, shape.fan_out)
+        probe = jax.random.normal(key, (*shape.batch, shape.fan_out, width), kernel.dtype)
+        q, _ = jnp.linalg.qr(kernel @ probe)
+        for _ in range(iterations):
+            back, _ = jnp.linalg.qr(jnp.swapaxes(kernel, -1, -2) @ q)
+            q, _ = jnp.linalg.qr(kernel @ back)
+        u, s, vt = jnp.linalg.svd(jnp.swapaxes(q, -1, -2) @ kernel, full_matrices=False)
+        rank = shape.rank
+        return _singular(q @ u[..., :rank], s[..., :rank], vt[..., :rank, :], scale)
+
+    return init
+
+
+def _singular(u: jax.Array, s: jax.Array, vt: jax.Array, scale: jax.Array) -> Factors:
+    root = jnp.sqrt(s / jnp.asarray(scale, s.dtype)[..., None])
+    return u * root[..., None, :], root[..., :, None] * vt
+
+
+@from_base
+def olora(
+    key: jax.Array, shape: FactorShape, dtype: Any, *, kernel: jax.Array, scale: jax.Array
+) -> Factors:
+    """A = (the first r rows of R)ᵀ, B = (the first r columns of Q)ᵀ of Wᵀ = QR.
+
+    OLoRA (Büyükakyüz, arXiv 2406.01775), PEFT's ``init_lora_weights="olora"``: B is orthonormal.
+    """
+    del key, scale
+    q, r = jnp.linalg.qr(jnp.swapaxes(kernel, -1, -2))
+    return jnp.swapaxes(r[..., : shape.rank, :], -1, -2), jnp.swapaxes(
+        q[..., :, : shape.rank], -1, -2
+    )

@@ -6,14 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax.adapt.roles import roles_by_looking
 from lora_jax.axes import AxisRoles
-from lora_jax.init import FactorShape, Initialiser
-from lora_jax.paths import flatten_with_paths, fold_in_path, nearest
-from lora_jax.product import factor_shapes, stored
-from lora_jax.rules import Adapted, Rule, TrainRule, resolve
+from lora_jax.build import node_of
+from lora_jax.magnitude import wide
+from lora_jax.paths import flatten_with_paths, nearest
+from lora_jax.resolve import beside, resolve
+from lora_jax.rules import Rule
 from lora_jax.weight import LoraWeight, Node, Trained, is_node
 
 Tree = Any
@@ -27,10 +27,11 @@ def lorafy(
     key: jax.Array | None = None,
     trace: Sequence[Any] | None = None,
 ) -> Tree:
-    """`params` with each selected kernel as a `LoraWeight`, each leaf to be trained as a `Trained`.
+    """`params` with each selected kernel as a `LoraWeight`, each leaf that trains as a `Trained`.
 
     Pure: containers stay what they are, and every other leaf is the same object. A `LoraWeight`
-    holds the kernel itself; a `Trained` holds a copy, so that donating it spares `params`.
+    holds the kernel itself; a `Trained` (or of some rows, a `TrainedRows`) holds a copy of what
+    trains, so that donating it spares `params`.
 
     Args:
       params: any pytree; its leaves may be `jax.ShapeDtypeStruct`\\ s, which cost nothing.
@@ -54,7 +55,7 @@ def lorafy(
     chosen = resolve(arrays, rules, _looked(trace, arrays))
     key = jax.random.key(0) if key is None else key
     return treedef.unflatten(
-        _adapted_leaf(leaf, path, chosen.get(path), key) for path, leaf in leaves
+        node_of(leaf, path, chosen[path], key) if path in chosen else leaf for path, leaf in leaves
     )
 
 
@@ -66,86 +67,6 @@ def _looked(
         return None
     fn, *args = trace
     return roles_by_looking(fn, args, {id(leaf): path for path, leaf in leaves})
-
-
-def _adapted_leaf(leaf: Any, path: str, choice: Adapted | TrainRule | None, key: jax.Array) -> Any:
-    if choice is None:
-        return leaf
-    if isinstance(choice, TrainRule):
-        return Trained(leaf if _is_abstract(leaf) else jnp.array(leaf, copy=True))
-    rank = max(choice.ranks)
-    _, _, scale_shape = factor_shapes(tuple(leaf.shape), choice.roles, rank)
-    if _is_abstract(leaf):
-        a, b = jax.eval_shape(lambda: _draw(leaf, path, choice, jax.random.key(0)))
-        scale: Any = jax.ShapeDtypeStruct(scale_shape, jnp.float32)
-    else:
-        a, b = _draw(leaf, path, choice, key)
-        scales = np.asarray(choice.scales, np.float32)
-        scales = scales.reshape(-1, *[1] * (len(scale_shape) - 1)) if scale_shape else scales[0]
-        scale = jnp.asarray(np.broadcast_to(scales, scale_shape))
-    return LoraWeight(
-        leaf, a, b, scale, roles=choice.roles, ranks=choice.ranks, dropout=choice.rule.dropout
-    )
-
-
-def _draw(leaf: Any, path: str, choice: Adapted, key: jax.Array) -> tuple[Any, Any]:
-    """The stored factors of one weight: where the layers' ranks differ, layer by layer."""
-    shape, roles, rule = tuple(leaf.shape), choice.roles, choice.rule
-    batch = roles.sizes(shape, "batch")
-    fan_in, fan_out = (math.prod(roles.sizes(shape, label)) for label in ("in", "out"))
-    rank = max(choice.ranks)
-    key = fold_in_path(key, path)
-    dtype = np.dtype(rule.dtype)
-    if len(set(choice.ranks)) == 1:
-        a, b = _initialise(rule.init, key, FactorShape(batch, fan_in, fan_out, rank), dtype)
-    else:
-        layers = [
-            _padded(
-                _initialise(
-                    rule.init,
-                    jax.random.fold_in(key, layer),
-                    FactorShape(batch[1:], fan_in, fan_out, layer_rank),
-                    dtype,
-                )
-                if layer_rank
-                else None,
-                FactorShape(batch[1:], fan_in, fan_out, rank),
-                dtype,
-            )
-            for layer, layer_rank in enumerate(choice.ranks)
-        ]
-        a, b = (jnp.stack(factors) for factors in zip(*layers, strict=True))
-    a, b = stored(a, b, len(batch))
-    a_shape, b_shape, _ = factor_shapes(shape, roles, rank)
-    return a.reshape(a_shape), b.reshape(b_shape)
-
-
-def _initialise(
-    init: Initialiser, key: jax.Array, shape: FactorShape, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
-    a, b = init(key, shape, dtype)
-    if a.shape != shape.a or b.shape != shape.b:
-        raise ValueError(
-            f"the initialiser {init!r} returned A of shape {a.shape} and B of shape {b.shape}; "
-            f"expected {shape.a} and {shape.b}"
-        )
-    return a.astype(dtype), b.astype(dtype)
-
-
-def _padded(
-    factors: tuple[jax.Array, jax.Array] | None, shape: FactorShape, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Factors with zeros up to the rank of `shape`, which is where training leaves them."""
-    if factors is None:
-        return jnp.zeros(shape.a, dtype), jnp.zeros(shape.b, dtype)
-    a, b = factors
-    missing = shape.rank - a.shape[-1]
-    none = [(0, 0)] * len(shape.batch)
-    return jnp.pad(a, [*none, (0, 0), (0, missing)]), jnp.pad(b, [*none, (0, missing), (0, 0)])
-
-
-def _is_abstract(leaf: Any) -> bool:
-    return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _map_nodes(visit: Any, tree: Tree) -> Tree:
@@ -165,20 +86,12 @@ def _nodes(tree: Tree, what: str) -> dict[str, Node]:
 def split(params: Tree) -> tuple[Adapter, Tree]:
     """An adapted tree as its two halves, (adapter, base); `join` is the exact inverse.
 
-    adapter: a flat dict ``{path: {"a": …, "b": …}}`` (or ``{"value": …}``) of plain arrays, which
-    trains. base: the tree with the rest, frozen; where the adapter's arrays were, there is None.
+    adapter: a flat dict ``{path: {"a": …, "b": …}}`` (or ``{"value": …}``; with DoRA "magnitude",
+    with a bias on B "bias" as well) of plain arrays, which trains. base: the tree with the rest,
+    frozen; where the adapter's arrays were, there is None.
     """
-    adapter: Adapter = {}
-    for path, node in _nodes(params, "split").items():
-        if isinstance(node, Trained):
-            adapter[path] = {"value": node.value}
-        else:
-            adapter[path] = {"a": node.a, "b": node.b}
-
-    def shell(node: Node) -> Node:
-        return Trained(None) if isinstance(node, Trained) else node.replace(a=None, b=None)
-
-    return adapter, _map_nodes(shell, params)
+    adapter = {path: node.parts() for path, node in _nodes(params, "split").items()}
+    return adapter, _map_nodes(lambda node: node.with_parts({}), params)
 
 
 def join(adapter: Mapping[str, Mapping[str, Any]], base: Tree) -> Tree:
@@ -192,11 +105,14 @@ def join(adapter: Mapping[str, Mapping[str, Any]], base: Tree) -> Tree:
     _check_same_paths(adapter, {path for path, leaf in leaves if is_node(leaf)}, "join")
 
     def filled(path: str, leaf: Any) -> Any:
-        if isinstance(leaf, Trained):
-            return Trained(adapter[path]["value"])
-        if isinstance(leaf, LoraWeight):
-            return leaf.replace(a=adapter[path]["a"], b=adapter[path]["b"])
-        return leaf
+        if not is_node(leaf):
+            return leaf
+        if set(adapter[path]) != set(leaf.part_names()):
+            raise ValueError(
+                f"join: the adapter has {sorted(adapter[path])} for {path!r}, where the tree "
+                f"trains {sorted(leaf.part_names())}"
+            )
+        return leaf.with_parts(adapter[path])
 
     return treedef.unflatten(filled(path, leaf) for path, leaf in leaves)
 
@@ -206,25 +122,42 @@ def strip(params: Tree) -> Tree:
 
     (Of a leaf that trains in full, its value now: no copy of the earlier one is kept.)
     """
-    return _map_nodes(lambda n: n.value if isinstance(n, Trained) else n.base, params)
+    return _map_nodes(lambda node: node.base, params)
 
 
 def merge(params: Tree) -> Tree:
     """The tree with W + s·AB in place of each adapted weight: no cost at inference.
 
-    Each sum is taken in fp32 (or wider) and rounded once to W's dtype.
+    Each sum is taken in fp32 (or wider) and rounded once to W's dtype. A bias on B is added to the
+    bias that stands beside the kernel; ValueError where there is none, or of another shape.
     """
+    leaves, treedef = flatten_with_paths(params, is_leaf=is_node)
+    merged = {path: _merged(leaf) for path, leaf in leaves}
+    for path, leaf in leaves:
+        if isinstance(leaf, LoraWeight) and leaf.is_on and leaf.bias is not None:
+            there = beside(path, merged)
+            shape = None if there is None else merged[there].shape
+            if there is None or shape != leaf.bias.shape:
+                raise ValueError(
+                    f"merge: {path!r} has a bias on B of shape {leaf.bias.shape}, and "
+                    + (f"{there!r} has the shape {shape}" if there else "no bias stands beside it")
+                    + ": it cannot be merged. Run the adapted tree through lora_jax.adapt"
+                )
+            bias = merged[there]
+            shift = jnp.squeeze(leaf.factored().shift, leaf.n_batch)
+            total = bias.astype(wide(bias.dtype)) + shift.astype(wide(bias.dtype))
+            merged[there] = total.astype(bias.dtype)
+    return treedef.unflatten(merged[path] for path, _ in leaves)
 
-    def merged(node: Node) -> Any:
-        if isinstance(node, Trained):
-            return node.value
-        return node.base if node.a is None else node.merged()
 
-    return _map_nodes(merged, params)
+def _merged(leaf: Any) -> Any:
+    if not is_node(leaf):
+        return leaf
+    return leaf.merged() if leaf.is_on else leaf.base
 
 
 def swap(params: Tree, other: Tree) -> Tree:
-    """`params` with the adapter of another adapted tree: its a, b, scale and trained values.
+    """`params` with the adapter of another adapted tree: its factors, scale and trained values.
 
     Where the two have the same ranks, a function compiled for `params` runs on the result without
     compiling again, whatever the alphas. Raises ValueError where they do not adapt the same
@@ -240,21 +173,21 @@ def swap(params: Tree, other: Tree) -> Tree:
             raise ValueError(f"swap: {path!r} is {a} in one tree and {b} in the other")
 
     def swapped(path: str, leaf: Any) -> Any:
+        if not is_node(leaf):
+            return leaf
+        other = theirs[path]
         if isinstance(leaf, Trained):
-            return theirs[path]
-        if isinstance(leaf, LoraWeight):
-            node = theirs[path]
-            assert isinstance(node, LoraWeight)
-            return leaf.replace(a=node.a, b=node.b, scale=node.scale, ranks=node.ranks)
-        return leaf
+            return other
+        kept = {"dropout": leaf.dropout} if isinstance(leaf, LoraWeight) else {}
+        return other.replace(base=leaf.base, **kept)
 
     return treedef.unflatten(swapped(path, leaf) for path, leaf in leaves)
 
 
 def _kind(node: Node) -> str:
-    if isinstance(node, Trained):
-        return "trained in full"
-    return f"adapted with the shape {node.shape} and {node.roles}"
+    if isinstance(node, LoraWeight):
+        return f"adapted with the shape {node.shape} and {node.roles}"
+    return "trained in full" if isinstance(node, Trained) else "trained in some rows"
 
 
 def _check_same_paths(adapter: Mapping[str, Any], paths: set[str], what: str) -> None:
@@ -277,11 +210,12 @@ def trainable_mask(params: Tree) -> Tree:
     """
 
     def mask(node: Node) -> Node:
-        if isinstance(node, Trained):
-            return Trained(jax.tree.map(lambda _: True, node.value))
-        a, b = (jax.tree.map(lambda _: True, factor) for factor in (node.a, node.b))
-        base, scale = (jax.tree.map(lambda _: False, frozen) for frozen in (node.base, node.scale))
-        return node.replace(base=base, a=a, b=b, scale=scale)
+        trains = node.part_names()
+        flags = {
+            name: jax.tree.map(lambda _, name=name: name in trains, getattr(node, name))
+            for name in node.children()
+        }
+        return node.replace(**flags)
 
     return jax.tree.map(lambda x: mask(x) if is_node(x) else False, params, is_leaf=is_node)
 
@@ -290,15 +224,14 @@ def count_params(params: Tree) -> tuple[int, int]:
     """(trained, all) parameters of a tree; padding of ranks and scales not counted."""
     trained = total = 0
     for leaf in jax.tree.leaves(params, is_leaf=is_node):
-        if isinstance(leaf, LoraWeight):
-            adapter = leaf.n_trainable if leaf.a is not None else 0
-            trained += adapter
-            total += adapter + math.prod(leaf.shape)
-        elif isinstance(leaf, Trained):
-            trained += math.prod(leaf.shape)
-            total += math.prod(leaf.shape)
-        elif hasattr(leaf, "shape"):
-            total += math.prod(leaf.shape)
+        if not is_node(leaf):
+            total += math.prod(leaf.shape) if hasattr(leaf, "shape") else 0
+            continue
+        own = leaf.n_trainable if leaf.is_on else 0
+        trained += own
+        total += own
+        if not isinstance(leaf, Trained):
+            total += math.prod(leaf.shape) + leaf.n_frozen
     return trained, total
 
 

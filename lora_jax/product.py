@@ -6,6 +6,11 @@ This file knows how factors are stored, and why. For a weight with batch, in and
     b      [batch…, r, out…]    B
     scale  [batch…]             s, fp32
 
+and where a variant asks for them, vectors over the columns, laid out as a B of rank one:
+
+    gain   [batch…, 1, out…]    g: each column of W + s·AB is multiplied by it (DoRA)
+    shift  [batch…, 1, out…]    added to the product xW (a bias on B)
+
 Measured on the layers of SmolLM2-135M (tests/benchmarks/product_layouts.py, two CPU cores, forward
 and backward to A and B): this order is the fastest of the four, and the order of the operands
 below is what keeps the backward pass from copying whole activations into another layout before
@@ -16,6 +21,7 @@ forward mode, reverse mode and their compositions work as JAX derives them.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -24,6 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.axes import AxisRoles, Label
+from lora_jax.magnitude import rescaled, wide
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +49,7 @@ class _ForMessages:
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Factored:
-    """W + s·AB, unformed. The axes of `base` may come in any order; `labels` gives their roles.
+    """(W + s·AB)·diag(g), unformed. The axes of `base` come in any order, in the roles of `labels`.
 
     `a` holds the batch axes in the base's order, then r, then the in axes; `b` the batch axes, r,
     the out axes; `scale` the batch axes. `key`, [batch…] typed PRNG keys, turns dropout on.
@@ -56,16 +63,23 @@ class Factored:
     labels: tuple[Label, ...]
     dropout: float
     path: str
+    gain: Any = None
+    shift: Any = None
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        children = (self.base, self.a, self.b, self.scale, self.key)
+        children = (self.base, self.a, self.b, self.scale, self.key, self.gain, self.shift)
         return children, (self.labels, self.dropout, _ForMessages(self.path))
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], children: tuple[Any, ...]) -> "Factored":
         labels, dropout, name = static
-        base, a, b, scale, key = children
-        return cls(base, a, b, scale, key, labels, dropout, name.path)
+        base, a, b, scale, key, gain, shift = children
+        return cls(base, a, b, scale, key, labels, dropout, name.path, gain, shift)
+
+    def columns(self) -> dict[str, Any]:
+        """What is laid out as B is, by name: B itself, and the gain and the shift if there are."""
+        found = {name: getattr(self, name) for name in ("b", "gain", "shift")}
+        return {name: array for name, array in found.items() if array is not None}
 
     def axes(self, label: Label) -> tuple[int, ...]:
         """The base's axes with this role, in order."""
@@ -76,9 +90,20 @@ class Factored:
         return tuple(self.base.shape[axis] for axis in self.axes(label))
 
     def merged(self) -> jax.Array:
-        """W + s·AB as one array, summed in fp32 (or wider) and rounded once to W's dtype."""
+        """(W + s·AB)·diag(g) as one array: in fp32 (or wider), rounded once to W's dtype."""
         dtype = wide(self.base.dtype)
-        return (self.base.astype(dtype) + self.delta(dtype)).astype(self.base.dtype)
+        total = self.base.astype(dtype) + self.delta(dtype)
+        if self.gain is not None:
+            total *= self.of_columns(self.gain).astype(dtype)
+        return total.astype(self.base.dtype)
+
+    def of_columns(self, vector: jax.Array) -> jax.Array:
+        """A gain or a shift in the base's layout, with axes of size one where the in axes are."""
+        n = len(self.axes("batch"))
+        order = self.axes("batch") + self.axes("out")
+        vector = lax.squeeze(vector, (n,))
+        vector = lax.transpose(vector, [order.index(axis) for axis in sorted(order)])
+        return lax.expand_dims(vector, self.axes("in"))
 
     def delta(self, dtype: Any) -> jax.Array:
         """s·AB in the base's layout."""
@@ -137,17 +162,74 @@ def dot(
 
     xA accumulates in fp32 and is scaled there; A and B are cast to x's dtype.
     """
-    (x_contract, w_contract), (x_batch, w_batch) = contract, batch
-    if weight_first:
-        dims = ((w_contract, x_contract), (w_batch, x_batch))
-        product = lax.dot_general(weight.base, x, dims, **params)
-    else:
-        dims = ((x_contract, w_contract), (x_batch, w_batch))
-        product = lax.dot_general(x, weight.base, dims, **params)
+    forward = set(contract[1]) == set(weight.axes("in"))
+    if weight.gain is not None and not forward:
+        x = x * _of_contracted(weight, x, contract, batch)
+        weight = dataclasses.replace(weight, gain=None)
+    product = _base_product(x, weight, contract, batch, weight_first, params)
     delta = _delta(x, weight, contract, batch, weight_first, product.dtype, params)
     if delta.shape != product.shape:
         delta = lax.reshape(delta, product.shape)
-    return product + delta
+    if not forward or not (weight.columns().keys() - {"b"}):
+        return product + delta
+    place = functools.partial(_of_result, weight, batch[1], x.ndim, contract, weight_first)
+    if weight.gain is None:
+        result = product + delta
+    elif not is_dropped(weight):
+        result = rescaled(product + delta, place(weight.gain))
+    else:  # PEFT's: what is dropped is the change that the adapter makes, base and all
+        seen = _base_product(dropped(x, weight), weight, contract, batch, weight_first, params)
+        result = product - seen + rescaled(seen + delta, place(weight.gain))
+    return result if weight.shift is None else result + place(weight.shift).astype(result.dtype)
+
+
+def _base_product(
+    x: jax.Array,
+    weight: Factored,
+    contract: tuple[tuple[int, ...], tuple[int, ...]],
+    batch: tuple[tuple[int, ...], tuple[int, ...]],
+    weight_first: bool,
+    params: dict[str, Any],
+) -> jax.Array:
+    """xW, or Wᵀx where the weight comes first."""
+    if weight_first:
+        dims = (contract[::-1], batch[::-1])
+        return lax.dot_general(weight.base, x, dims, **params)
+    return lax.dot_general(x, weight.base, (contract, batch), **params)
+
+
+def _of_contracted(
+    weight: Factored,
+    x: jax.Array,
+    contract: tuple[tuple[int, ...], tuple[int, ...]],
+    batch: tuple[tuple[int, ...], tuple[int, ...]],
+) -> jax.Array:
+    """The gain in x's layout and dtype, where its axes are contracted (the mirror image)."""
+    gain = weight.of_columns(weight.gain)
+    place = dict(zip(contract[1] + batch[1], contract[0] + batch[0], strict=True))
+    axes = [axis for axis in range(gain.ndim) if axis in place]
+    gain = lax.squeeze(gain, [axis for axis in range(gain.ndim) if axis not in place])
+    gain = lax.transpose(gain, [axes.index(axis) for axis in sorted(axes, key=place.__getitem__)])
+    taken = {place[axis] for axis in axes}
+    return lax.expand_dims(gain, [a for a in range(x.ndim) if a not in taken]).astype(x.dtype)
+
+
+def _of_result(
+    weight: Factored,
+    w_batch: tuple[int, ...],
+    x_ndim: int,
+    contract: tuple[tuple[int, ...], tuple[int, ...]],
+    weight_first: bool,
+    vector: jax.Array,
+) -> jax.Array:
+    """A gain or a shift in the layout of the product xW."""
+    vector = lax.squeeze(weight.of_columns(vector), contract[1])
+    left = [axis for axis in range(len(weight.labels)) if axis not in contract[1]]
+    free = [axis for axis in left if axis not in w_batch]
+    vector = lax.transpose(vector, [left.index(axis) for axis in (*w_batch, *free)])
+    n_free_x = x_ndim - len(w_batch) - len(contract[0])
+    start = len(w_batch) + (len(free) if weight_first else 0)
+    return lax.expand_dims(vector, range(start, start + n_free_x))
 
 
 def _delta(
@@ -216,19 +298,19 @@ def _delta(
     return lax.transpose(delta, [have.index(axis) for axis in want])
 
 
-def wide(dtype: Any) -> Any:
-    """The dtype to accumulate in: fp32, or fp64 where the operands are."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
-
-
 def dropped(x: jax.Array, weight: Factored) -> jax.Array:
     """x with dropout as A's input, where the weight carries a key."""
-    if weight.key is None or not weight.dropout:
+    if not is_dropped(weight):
         return x
     key = weight.key.reshape(-1)[0]  # the layers of a stack that x meets at once share one mask
     keep = jax.random.bernoulli(key, 1 - weight.dropout, x.shape)
     kept = x * jnp.asarray(1 / (1 - weight.dropout), x.dtype)
     return jnp.where(keep, kept, jnp.zeros_like(x))
+
+
+def is_dropped(weight: Factored) -> bool:
+    """Whether dropout is on."""
+    return weight.key is not None and weight.dropout > 0
 
 
 def is_sharded(x: jax.Array) -> bool:

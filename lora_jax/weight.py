@@ -1,12 +1,20 @@
-"""The nodes that `lorafy` puts into a parameter tree: an adapted weight, a leaf that trains."""
+"""The nodes that `lorafy` puts into a parameter tree.
+
+`LoraWeight` is an adapted kernel, `Trained` a leaf that trains in full, `TrainedRows` a leaf of
+which some rows train. All of them give and take their trained arrays by name (`parts`,
+`with_parts`), so that whoever walks over a tree need not know their kinds.
+"""
 
 import math
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn, Self
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
-from lora_jax.axes import AxisRoles
+from lora_jax.axes import AxisRoles, Label
+from lora_jax.magnitude import column_norms, wide
 from lora_jax.product import Factored
 
 _HOW_TO_USE = (
@@ -17,9 +25,43 @@ _HOW_TO_USE = (
 
 
 class _Node:
-    """What both nodes share: the message that an operation on one raises."""
+    """What the nodes share: children and static fields by name, and a message on misuse."""
 
     __slots__ = ()
+    _children: tuple[str, ...] = ()
+    _static: tuple[str, ...] = ()
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values in some of the attributes."""
+        names = (*self._children, *self._static)
+        return type(self)(**{name: getattr(self, name) for name in names} | changes)
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[GetAttrKey, Any]], tuple[Any, ...]]:
+        children = [(GetAttrKey(name), getattr(self, name)) for name in self._children]
+        return children, tuple(getattr(self, name) for name in self._static)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Any, ...], children: Any) -> Self:
+        names = (*cls._children, *cls._static)
+        return cls(**dict(zip(names, (*children, *static), strict=True)))
+
+    @classmethod
+    def children(cls) -> tuple[str, ...]:
+        """The names of the attributes that hold arrays."""
+        return cls._children
+
+    def parts(self) -> dict[str, Any]:
+        """The arrays that train, by name; empty in the base half of a tree."""
+        found = {name: getattr(self, name) for name in self.part_names()}
+        return {name: array for name, array in found.items() if array is not None}
+
+    def part_names(self) -> tuple[str, ...]:
+        """The names of the arrays that train, whether or not this half of the tree has them."""
+        raise NotImplementedError
+
+    def with_parts(self, parts: Mapping[str, Any]) -> Self:
+        """The inverse of `parts`; with an empty mapping, the node of the base half."""
+        return self.replace(**{name: parts.get(name) for name in self.part_names()})
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(f"a {type(self).__name__} {_HOW_TO_USE}.")
@@ -31,22 +73,29 @@ class _Node:
 
 @jax.tree_util.register_pytree_with_keys_class
 class LoraWeight(_Node):
-    """A kernel W with its factors: it stands for W + s·AB.
+    """A kernel W with its factors: it stands for W + s·AB, or what a variant makes of it.
 
     Attributes:
       base: W itself, the same object as in the tree before.
       a: [batch…, r, in…], A, stored transposed (see `lora_jax.product`); None in the base half.
       b: [batch…, r, out…], B; None in the base half.
       scale: [batch…], s, fp32; a leaf, so that another alpha recompiles nothing; never trained.
+      magnitude: [batch…, out…], m of DoRA, which stands for (W + s·AB)·diag(m / ‖W + s·AB‖).
+      bias: [batch…, out…], c, a bias on B: the product is xW + s·((xA)B + c).
+      start: (A₀, B₀), laid out as a and b, where an initialiser takes the factors out of W: the
+        weight stands for W + s·(AB − A₀B₀). Never trained.
       roles: the axis roles of `base`.
       ranks: r of each layer of the first batch axis, or one r for all. A rank smaller than the
         largest is padded with zeros in both factors, which training leaves at zero.
       dropout: probability of zeroing an element of A's input.
+      frozen: names of those of a, b, magnitude and bias that do not train.
 
     Nothing is checked on construction: None, masks and tracers pass through.
     """
 
-    __slots__ = ("base", "a", "b", "scale", "roles", "ranks", "dropout")
+    _children = ("base", "a", "b", "scale", "magnitude", "bias", "start")
+    _static = ("roles", "ranks", "dropout", "frozen", "has")
+    __slots__ = _children + _static
 
     def __init__(
         self,
@@ -54,31 +103,33 @@ class LoraWeight(_Node):
         a: Any,
         b: Any,
         scale: Any,
+        magnitude: Any = None,
+        bias: Any = None,
+        start: Any = None,
         *,
         roles: AxisRoles,
         ranks: tuple[int, ...],
         dropout: float = 0.0,
+        frozen: tuple[str, ...] = (),
+        has: tuple[str, ...] | None = None,
     ) -> None:
         self.base = base
         self.a = a
         self.b = b
         self.scale = scale
+        self.magnitude = magnitude
+        self.bias = bias
+        self.start = start
         self.roles = roles
         self.ranks = ranks
         self.dropout = dropout
+        self.frozen = frozen
+        # Which of the optional arrays there are, so that the base half knows what it lacks.
+        extras = {"magnitude": magnitude, "bias": bias}
+        self.has = tuple(n for n, v in extras.items() if v is not None) if has is None else has
 
-    def replace(self, **changes: Any) -> "LoraWeight":
-        """A copy with other values in some of the attributes."""
-        return LoraWeight(**{name: getattr(self, name) for name in self.__slots__} | changes)
-
-    def tree_flatten_with_keys(self) -> tuple[list[tuple[GetAttrKey, Any]], tuple[Any, ...]]:
-        children = [(GetAttrKey(name), getattr(self, name)) for name in self.__slots__[:4]]
-        return children, (self.roles, self.ranks, self.dropout)
-
-    @classmethod
-    def tree_unflatten(cls, static: tuple[Any, ...], children: Any) -> "LoraWeight":
-        roles, ranks, dropout = static
-        return cls(*children, roles=roles, ranks=ranks, dropout=dropout)
+    def part_names(self) -> tuple[str, ...]:
+        return tuple(name for name in ("a", "b", *self.has) if name not in self.frozen)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -105,24 +156,65 @@ class LoraWeight(_Node):
         """The rank that the factors are stored with: the largest of `ranks`."""
         return max(self.ranks)
 
-    @property
-    def n_trainable(self) -> int:
-        """The number of trained parameters, padding not counted."""
+    def _counts(self) -> dict[str, int]:
+        """The number of parameters of each array of the adapter, padding not counted."""
         batch = self.roles.sizes(self.shape, "batch")
-        fan = math.prod(self.roles.sizes(self.shape, "in"))
-        fan += math.prod(self.roles.sizes(self.shape, "out"))
+        fan_in, fan_out = (math.prod(self.roles.sizes(self.shape, label)) for label in _SIDES)
         copies = math.prod(batch)
         if len(self.ranks) > 1:
             copies //= batch[0]
-        return sum(self.ranks) * fan * copies
+        rank, layers = sum(self.ranks), sum(r > 0 for r in self.ranks)
+        each = {"a": rank * fan_in, "b": rank * fan_out}
+        each |= dict.fromkeys(("magnitude", "bias"), layers * fan_out)
+        return {name: copies * each[name] for name in ("a", "b", *self.has)}
+
+    @property
+    def n_trainable(self) -> int:
+        """The number of trained parameters, padding not counted."""
+        return sum(self._counts()[name] for name in self.part_names())
+
+    @property
+    def n_frozen(self) -> int:
+        """The number of the adapter's parameters that do not train; W is not among them."""
+        return sum(n for name, n in self._counts().items() if name in self.frozen)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the factors are here: False in the base half, which stands for W alone."""
+        return self.a is not None and self.b is not None
 
     def factored(self, path: str = "", key: Any = None) -> Factored:
         """The weight as what the products work on; see `lora_jax.product`."""
         labels = self.roles.labels(self.ndim)
-        return Factored(self.base, self.a, self.b, self.scale, key, labels, self.dropout, path)
+        n, a, b = self.n_batch, self.a, self.b
+        if self.start is not None:
+            a0, b0 = self.start
+            a, b = jnp.concatenate([a, a0], axis=n), jnp.concatenate([b, -b0], axis=n)
+        gain = shift = None
+        if self.magnitude is not None:
+            norms = jax.lax.stop_gradient(column_norms(self.base, a, b, self.scale, labels))
+            gain = self._where_adapted(self.magnitude / norms, 1)
+            gain = jnp.expand_dims(gain, n)
+        if self.bias is not None:
+            s = jnp.expand_dims(self.scale, range(n, self.bias.ndim)).astype(self.bias.dtype)
+            shift = jnp.expand_dims(s * self.bias, n)
+        return Factored(
+            self.base, a, b, self.scale, key, labels, self.dropout, path, gain=gain, shift=shift
+        )
+
+    def _where_adapted(self, array: jax.Array, otherwise: float) -> jax.Array:
+        """The array, but for the layers of rank 0."""
+        if all(self.ranks):
+            return array
+        on = jnp.asarray([rank > 0 for rank in self.ranks])
+        on = on.reshape(-1, *[1] * (array.ndim - 1))
+        return jnp.where(on, array, jnp.asarray(otherwise, array.dtype))
 
     def merged(self) -> jax.Array:
-        """W + s·AB, summed in fp32 and rounded once to W's dtype."""
+        """W + s·AB (DoRA's rescaled), summed in fp32 and rounded once to W's dtype.
+
+        A bias on B is no part of it.
+        """
         return self.factored().merged()
 
     def __repr__(self) -> str:
@@ -131,21 +223,40 @@ class LoraWeight(_Node):
         return f"LoraWeight(shape={shape}, ranks={ranks}, {self.roles})"
 
 
+_SIDES: tuple[Label, Label] = ("in", "out")
+
+
 @jax.tree_util.register_pytree_with_keys_class
 class Trained(_Node):
     """A leaf that trains in full. `value` is None in the base half of a tree."""
 
-    __slots__ = ("value",)
+    _children = ("value",)
+    __slots__ = _children
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
-    def tree_flatten_with_keys(self) -> tuple[list[tuple[GetAttrKey, Any]], None]:
-        return [(GetAttrKey("array"), self.value)], None
+    def part_names(self) -> tuple[str, ...]:
+        return ("value",)
 
-    @classmethod
-    def tree_unflatten(cls, _: None, children: Any) -> "Trained":
-        return cls(*children)
+    @property
+    def base(self) -> Any:
+        """The value: no copy of the earlier one is kept."""
+        return self.value
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the value is here: False in the base half."""
+        return self.value is not None
+
+    @property
+    def n_trainable(self) -> int:
+        """The number of trained parameters."""
+        return math.prod(self.shape)
+
+    def merged(self) -> Any:
+        """The value."""
+        return self.value
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -161,7 +272,75 @@ class Trained(_Node):
         return f"Trained(shape={getattr(self.value, 'shape', None)})"
 
 
-Node = LoraWeight | Trained
+@jax.tree_util.register_pytree_with_keys_class
+class TrainedRows(_Node):
+    """A leaf of which some rows along the first axis train: tokens of a table, layers of a stack.
+
+    Attributes:
+      base: the leaf itself, [n, …], frozen.
+      value: [rows, …], what stands in the place of those rows; None in the base half.
+      rows: their indices.
+      is_table: whether they are rows of a matrix, which may be looked up or multiplied by, or
+        layers of a stack.
+    """
+
+    _children = ("base", "value")
+    _static = ("rows", "is_table")
+    __slots__ = _children + _static
+
+    def __init__(self, base: Any, value: Any, *, rows: tuple[int, ...], is_table: bool) -> None:
+        self.base = base
+        self.value = value
+        self.rows = rows
+        self.is_table = is_table
+
+    def part_names(self) -> tuple[str, ...]:
+        return ("value",)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the trained rows are here: False in the base half."""
+        return self.value is not None
+
+    n_frozen = 0
+
+    @property
+    def n_trainable(self) -> int:
+        """The number of trained parameters."""
+        return len(self.rows) * math.prod(self.shape[1:])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the leaf."""
+        return tuple(self.base.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the leaf."""
+        return self.base.dtype
+
+    def merged(self) -> jax.Array:
+        """The leaf with its trained rows, in its own dtype."""
+        return self.base.at[jnp.asarray(self.rows)].set(self.value.astype(self.base.dtype))
+
+    def factored(self, path: str = "", key: Any = None) -> Factored:
+        """The table as W + AB, where each column of A picks one row, and B holds their changes.
+
+        So a look-up adds a row's change to it, and a tied head multiplies by nothing but the
+        changes: neither copies the table, and there is no gradient of it.
+        """
+        dtype = wide(self.base.dtype)
+        rows = jnp.asarray(self.rows)
+        a = (rows[:, None] == jnp.arange(self.base.shape[0])).astype(dtype)
+        b = self.value.astype(dtype) - jax.lax.stop_gradient(self.base[rows]).astype(dtype)
+        one = jnp.ones((), jnp.float32)
+        return Factored(self.base, a, b, one, None, ("in", "out"), 0.0, path)
+
+    def __repr__(self) -> str:
+        return f"TrainedRows(shape={getattr(self.base, 'shape', None)}, rows={self.rows})"
+
+
+Node = LoraWeight | Trained | TrainedRows
 
 
 def is_node(leaf: Any) -> bool:

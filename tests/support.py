@@ -41,9 +41,11 @@ def with_random_factors(params: Params, seed: int = 7) -> Params:
         key = jax.random.fold_in(jax.random.key(seed), len(path) * 31 + ord(name[0]))
         noise = jax.random.normal(key, value.shape, value.dtype) * jnp.asarray(0.3, value.dtype)
         node = weights[path]
-        if len(node.ranks) > 1:
+        if name in ("a", "b") and len(node.ranks) > 1:
             used = jnp.arange(node.rank) < jnp.asarray(node.ranks)[:, None]
-            noise = noise * used.reshape(*used.shape, *[1] * (value.ndim - 2)).astype(value.dtype)
+            shape = [1] * value.ndim
+            shape[0], shape[node.n_batch] = used.shape  # layers, [experts,] rank
+            noise = noise * used.reshape(shape).astype(value.dtype)
         return value + noise
 
     adapter = {
@@ -260,6 +262,52 @@ PROGRAMS = [
         (lj.LoraRule(targets=["experts", "back"], rank=2, alpha=3.0),),
         _experts,
         (2, 13, 5),
+    ),
+]
+
+
+def _looked_up(params: Params, x: jax.Array) -> jax.Array:
+    table = params["embed"]["embedding"]
+    ids = jnp.asarray([[0, 3, 10, 3], [7, 1, 2, 9]])
+    return jnp.tanh(jnp.take(table, ids, axis=0) + x) @ table.T
+
+
+def _sorted_experts(params: Params, x: jax.Array) -> jax.Array:
+    sizes = jnp.asarray([5, 0, 8], jnp.int32)
+    hidden = lax.ragged_dot(x, params["experts"]["kernel"], sizes)
+    return lax.ragged_dot(jnp.tanh(hidden), params["back"]["kernel"], sizes)
+
+
+def _convolved(params: Params, x: jax.Array) -> jax.Array:
+    return lax.conv_general_dilated(
+        x, params["conv"]["kernel"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+
+
+MORE_PROGRAMS = [  # on which variants are held to the laws, beside some of the others
+    Program(
+        "embedding looked up and tied",
+        lambda t: {"embed": {"embedding": draw(1, (11, 5), t)}},
+        (lj.LoraRule(targets=["embed"], rank=2, alpha=3.0),),
+        _looked_up,
+        (2, 4, 5),
+    ),
+    Program(
+        "experts, tokens sorted",
+        lambda t: {
+            "experts": {"kernel": draw(1, (3, 5, 11), t)},
+            "back": {"kernel": draw(2, (3, 11, 5), t)},
+        },
+        (lj.LoraRule(targets=["experts", "back"], rank=2, alpha=3.0),),
+        _sorted_experts,
+        (13, 5),
+    ),
+    Program(
+        "convolution",
+        lambda t: {"conv": {"kernel": draw(1, (3, 5, 11), t)}},
+        (lj.LoraRule(targets=["conv"], rank=2, alpha=3.0, in_axes=[0, 1], out_axes=[2]),),
+        _convolved,
+        (2, 7, 5),
     ),
 ]
 

@@ -1,5 +1,7 @@
 """Optimisers over whole adapted trees."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import optax
 import pytest
 
 import lora_jax as lj
-from tests.support import PROGRAMS, assert_identical
+from lora_jax.paths import flatten_with_paths
+from lora_jax.weight import is_node
+from tests.support import MORE_PROGRAMS, PROGRAMS, assert_close, assert_identical
 
 
 @pytest.fixture(autouse=True)
@@ -54,3 +58,117 @@ def test_trainable_mask_names_what_trains():
     weight = mask["w"]
     assert (weight.base, weight.a, weight.b, weight.scale) == (False, True, True, False)
     assert (mask["bias"].value, mask["norm"]) == (True, False)
+
+
+def run_steps(program, tree, x, optimizer, steps):
+    adapter, base = lj.split(tree)
+    state = optimizer.init(adapter)
+    forward = lj.adapt(program.run)
+
+    @jax.jit
+    def step(adapter, state):
+        loss = lambda adapter: jnp.sum(jnp.square(forward(lj.join(adapter, base), x) - 1))  # noqa: E731
+        updates, state = optimizer.update(jax.grad(loss)(adapter), state, adapter)
+        return optax.apply_updates(adapter, updates), state
+
+    for _ in range(steps):
+        adapter, state = step(adapter, state)
+    return adapter, base
+
+
+@pytest.mark.parametrize(
+    "program", [PROGRAMS[1], PROGRAMS[2], MORE_PROGRAMS[0]], ids=lambda p: p.name
+)
+def test_scaling_is_right_everywhere_at_once(program, float64):
+    """α → α/(pq), A → p·A, B → q·B, lr_A → p·lr_A, lr_B → q·lr_B leaves Adam's steps unchanged."""
+    p, q, lr = 3.0, 0.25, 1e-2
+    params, tree, x = program.inputs(jnp.float64)
+
+    def seen(tree, optimizer):
+        adapter, base = run_steps(program, tree, x, optimizer, 20)
+        return program.run(lj.merge(lj.join(adapter, base)), x)
+
+    adam = optax.adam(lr, eps=1e-30)
+    adapter, base = lj.split(tree)
+    moved = {path: {"a": v["a"] * p, "b": v["b"] * q} for path, v in adapter.items()}
+    rules = [
+        dataclasses.replace(r, alpha=r.alpha / (p * q), dtype=jnp.float64) for r in program.rules
+    ]
+    other = lj.join(moved, lj.split(lj.lorafy(params, rules))[1])
+    both = optax.chain(adam, lj.optim.scale_factors(a=p, b=q))
+    expected = seen(tree, adam)
+    assert np.abs(expected - program.run(lj.merge(tree), x)).max() > 1e-2, "it must have moved"
+    assert_close(seen(other, both), expected, 1e-5)
+    with pytest.raises(AssertionError):
+        assert_close(seen(other, adam), expected, 1e-5)
+
+
+def test_lora_plus_on_an_adapter_and_on_a_whole_tree():
+    program = PROGRAMS[1]
+    params, tree, _ = program.inputs()
+    adapter, _ = lj.split(tree)
+    optimizer = optax.chain(optax.sgd(0.5), lj.optim.lora_plus(16))
+    ones = jax.tree.map(jnp.ones_like, adapter)
+    updates, _ = optimizer.update(ones, optimizer.init(adapter), adapter)
+    for parts in updates.values():
+        assert float(parts["a"].max()) == float(parts["a"].min()) == -0.5
+        assert float(parts["b"].max()) == float(parts["b"].min()) == -8.0
+    whole = lj.optim.freeze_base(optimizer)
+    gradient = jax.tree.map(jnp.ones_like, tree)
+    updates, _ = whole.update(gradient, whole.init(tree), tree)
+    node = updates["layers"]["up"]["kernel"]
+    assert float(node.a.max()) == -0.5 and float(node.b.min()) == -8.0
+    assert float(jnp.abs(node.base).max()) == float(jnp.abs(node.scale).max()) == 0.0
+    with pytest.raises(ValueError, match="positive number"):
+        lj.optim.lora_plus(-1)
+
+
+def test_lora_plus_has_a_rate_for_embeddings():
+    _, tree, _ = MORE_PROGRAMS[0].inputs()
+    adapter, _ = lj.split(tree)
+    plus = lj.optim.lora_plus(16, embedding=0.125)
+    updates, _ = plus.update(jax.tree.map(jnp.ones_like, adapter), plus.init(adapter))
+    assert {float(v.max()) for v in jax.tree.leaves(updates)} == {0.125}
+
+
+@pytest.mark.parametrize("program", [PROGRAMS[1], PROGRAMS[2]], ids=lambda p: p.name)
+def test_project_b_steps_as_near_to_full_fine_tuning_as_b_can(program, float64):
+    """Least squares: of all B, s·A·ΔB is nearest to the step that W itself would take."""
+    rules = tuple(dataclasses.replace(rule, freeze_a=True) for rule in program.rules)
+    program = dataclasses.replace(program, rules=rules)
+    params, tree, x = program.inputs(jnp.float64)
+    project = lj.optim.project_b(tree, damping=0.0)
+    adapter, base = lj.split(tree)
+    loss = lambda run, tree: jnp.sum(jnp.sin(run(tree, x)))  # noqa: E731
+    g = jax.grad(lambda ad: loss(lj.adapt(program.run), lj.join(ad, base)))(adapter)
+    steps, _ = project.update(g, project.init(adapter))
+    full, _ = flatten_with_paths(jax.grad(lambda p: loss(program.run, p))(lj.merge(tree)))
+    nodes, _ = flatten_with_paths(tree, is_leaf=is_node)
+    for path, node in nodes:
+        if not is_node(node):
+            continue
+        n = node.n_batch
+        a = node.a.reshape(-1, node.rank, np.prod(node.roles.sizes(node.shape, "in")))
+        step = steps[path]["b"].reshape(len(a), node.rank, -1)
+        wanted = dict(full)[path].reshape(len(a), a.shape[-1], -1)
+        for layer in range(len(a)):
+            s = float(node.scale.reshape(-1)[layer if n else 0])
+            if s:
+                best = np.linalg.lstsq(s * np.asarray(a[layer]).T, wanted[layer])[0]
+                assert_close(step[layer], best, 1e-9)
+    with pytest.raises(ValueError, match="freeze_a=True"):
+        lj.optim.project_b(PROGRAMS[1].inputs()[1])
+
+
+def test_learning_rate_rule():
+    rate = lj.optim.learning_rate
+    assert rate(2000) == pytest.approx(5e-4)
+    assert rate(4096, family="llama") == pytest.approx(5e-4 * (2000 / 4096) ** 0.781)
+    assert rate(1024, family="qwen", steps=99) == pytest.approx(7.5e-4 * (2000 / 1024) ** 0.0775)
+    assert rate(4096) == pytest.approx(10 * rate(4096, full=True))
+    assert rate(576, steps=35) == pytest.approx(1.5 * rate(576, steps=100))
+    with pytest.raises(ValueError, match="family='gpt'"):
+        rate(100, family="gpt")
+    assert [lj.optim.expert_rank(16, active=k) for k in (1, 2, 8, 32)] == [16, 8, 2, 1]
+    with pytest.raises(ValueError, match="at least 1"):
+        lj.optim.expert_rank(16, active=0)

@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 import optax
 
-from lora_jax import LoraRule, TrainRule
-from train.errors import UserError, as_user_errors
+from train.errors import UserError
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SQL = "sql"  # the name of the default task, made in train/sql.py
@@ -57,6 +56,24 @@ class AdapterConfig:
     of the SQL task, ten times."""
     dropout: float = 0.0
     """Of the adapter's input."""
+    scaling: Literal["alpha/rank", "alpha/sqrt(rank)"] = "alpha/rank"
+    """What alpha is divided by; the root of the rank is rsLoRA."""
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "fast-pissa", "olora"] = "kaiming"
+    """How A and B begin."""
+    dora: bool = False
+    """Rescale each column to a trained magnitude (DoRA)."""
+    freeze_a: bool = False
+    """Train B alone, its gradient projected (LoRA-FA): A's inputs are not kept."""
+    bias: Literal["none", "adapted", "all"] = "none"
+    """Which biases of the model train as well: none, those of adapted layers, or all."""
+    bias_on_b: bool = False
+    """Train a bias on B."""
+    train: tuple[str, ...] = ()
+    """Names of modules that train in full beside the adapter, such as lm_head and norm."""
+    train_tokens: tuple[int, ...] = ()
+    """Tokens whose rows of the embedding train."""
+    divide_rank: bool = False
+    """Of a mixture of experts: give each expert the rank divided by the number that are active."""
     full: bool = False
     """Train every parameter, without an adapter."""
     init_adapter: str | None = None
@@ -80,6 +97,11 @@ class OptimConfig:
     lr: float | None = None
     """The highest learning rate (AdamW). By default 2e-4, for the few steps of the SQL task 1e-3;
     a tenth of that for --full."""
+    lr_rule: Literal["llama", "qwen"] | None = None
+    """In place of --lr: the rate that *LoRA Without Regret* fitted for models of that family, from
+    the model's width and the number of steps."""
+    lora_plus: float | None = None
+    """B learns so many times as fast as A (LoRA+; 16 in its paper)."""
     beta2: float | None = None
     """Adam's memory of squared gradients. By default 0.999; for the few steps of the SQL task, in
     which the first large gradients would never be forgotten, 0.99."""
@@ -144,7 +166,7 @@ def settled(config: Config) -> Config:
     if adapter.alpha is None:
         alpha = (10.0 if few_steps else 2.0) * adapter.rank
         adapter = dataclasses.replace(adapter, alpha=alpha)
-    if optim.lr is None:
+    if optim.lr is None and optim.lr_rule is None:
         rate = 1e-3 if few_steps else 2e-4
         optim = dataclasses.replace(optim, lr=rate / 10 if adapter.full else rate)
     if optim.beta2 is None:
@@ -170,8 +192,14 @@ def check(config: Config) -> None:
     _at_least(0, run, "eval_every", "eval_questions")
     if data.seq_len < 2:
         raise UserError("--seq-len 1 leaves no token to predict")
-    if optim.lr is None or not (math.isfinite(optim.lr) and optim.lr > 0):
+    if optim.lr is not None and not (math.isfinite(optim.lr) and optim.lr > 0):
         raise UserError(f"--lr {optim.lr}: a learning rate is a positive number")
+    if (optim.lr is None) == (optim.lr_rule is None):
+        raise UserError("--lr and --lr-rule both give a learning rate: give one of them")
+    if optim.lora_plus is not None and not (math.isfinite(optim.lora_plus) and optim.lora_plus > 0):
+        raise UserError(f"--lora-plus {optim.lora_plus}: a positive number")
+    if optim.lora_plus is not None and config.adapter.freeze_a:
+        raise UserError("--lora-plus is about the rates of A and B, and --freeze-a trains B alone")
     if optim.beta2 is None or not 0 <= optim.beta2 < 1:
         raise UserError(f"--beta2 {optim.beta2}: a number from 0 to below 1")
     if optim.steps is not None and optim.epochs is not None:
@@ -180,11 +208,22 @@ def check(config: Config) -> None:
         raise UserError(f"--epochs {optim.epochs}: a positive number of passes over the data")
     if config.adapter.full and config.adapter.init_adapter:
         raise UserError("--full trains without an adapter, and --init-adapter goes on from one")
+    if config.adapter.full and (given := _of_adapters(config)):
+        raise UserError(f"--full trains without an adapter, and {given} is about one")
     if data.shuffle_schemas and not config.is_sql:
         raise UserError("--shuffle-schemas is a control for --dataset sql alone")
     if run.resume and run.overwrite:
         raise UserError("--resume goes on with a run and --overwrite deletes it: give one of them")
-    rules(config)
+
+
+def _of_adapters(config: Config) -> str | None:
+    """An option that was given and makes no sense without an adapter."""
+    default = AdapterConfig()
+    names = ("scaling", "init", "dora", "freeze_a", "bias", "bias_on_b", "train", "train_tokens")
+    for name in (*names, "divide_rank"):
+        if getattr(config.adapter, name) != getattr(default, name):
+            return f"--{name.replace('_', '-')}"
+    return "--lora-plus" if config.optim.lora_plus is not None else None
 
 
 def _at_least(least: int, part: Any, *names: str) -> None:
@@ -192,31 +231,6 @@ def _at_least(least: int, part: Any, *names: str) -> None:
         value = getattr(part, name)
         if value is not None and not value >= least:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least {least} is needed")
-
-
-def rules(config: Config) -> list[LoraRule | TrainRule]:
-    """The rules that the options stand for; raises UserError where they make no sense."""
-    if config.adapter.full:
-        return [TrainRule(targets=".*")]
-    adapter = config.adapter
-    targets: str | tuple[str, ...] = adapter.targets
-    if len(targets) == 1 and (targets[0] == "all-linear" or not _is_name(targets[0])):
-        targets = targets[0]
-    with as_user_errors(ValueError, prefix="--targets, --rank, --alpha, --dropout: "):
-        return [
-            LoraRule(
-                targets=targets,
-                layers=adapter.layers or None,
-                rank=adapter.rank,
-                alpha=adapter.alpha,
-                dropout=adapter.dropout,
-            )
-        ]
-
-
-def _is_name(target: str) -> bool:
-    """Whether a target is a module's name (or several with slashes), not a regular expression."""
-    return target.replace("/", "").replace("_", "").isalnum()
 
 
 def learning_rate(optim: OptimConfig, steps: int) -> optax.Schedule:

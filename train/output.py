@@ -15,8 +15,9 @@ CONFIG = "config.json"
 SCORES = "scores.json"
 REPORT = "report.json"
 ADAPTER = "adapter"
+START = "start"
 CHECKPOINTS = "checkpoints"
-_OURS = (CONFIG, SCORES, REPORT, ADAPTER, CHECKPOINTS, METRICS, EVENTS, CURVE)
+_OURS = (CONFIG, SCORES, REPORT, ADAPTER, START, CHECKPOINTS, METRICS, EVENTS, CURVE)
 
 
 def check_output(config: Config) -> Path:

@@ -33,6 +33,11 @@ class Outline:
     config: DecoderConfig | GPT2Config
     params: dict[str, Any]  # jax.ShapeDtypeStruct leaves
 
+    @property
+    def active_experts(self) -> int | None:
+        """How many experts are active for a token; None where the model is no mixture of them."""
+        return getattr(self.config, "num_experts_per_tok", None)
+
     def check_length(self, length: int, what: str) -> None:
         """Raises UserError where `length` tokens are more than the model allows."""
         if length > self.config.max_position_embeddings:

@@ -4,11 +4,13 @@
 adapt, train, save, report.
 """
 
+import dataclasses
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ import lora_jax as lj
 from lora_jax.fingerprint import base_fingerprint, differing
 from train.batches import Order, Packs, pack
 from train.checkpoints import Checkpoints
-from train.config import SQL_STEPS, Config, check, learning_rate, rules, settled
+from train.config import SQL_STEPS, Config, OptimConfig, check, learning_rate, settled
 from train.data import Row, check_lengths, conversation, read_rows, tokenize
 from train.errors import UserError, as_user_errors, reported
 from train.evaluate import (
@@ -33,18 +35,20 @@ from train.evaluate import (
 )
 from train.log import Log, draw_curve, duration, read_metrics
 from train.loop import Hooks, train
+from train.methods import make_optimizer, rules, takes_from_base
 from train.output import (
     ADAPTER,
     CHECKPOINTS,
     REPORT,
     SCORES,
+    START,
     begin,
     check_output,
     folder_bytes,
     read_json,
     write_json,
 )
-from train.pretrained import read_model, read_outline
+from train.pretrained import Outline, read_model, read_outline
 from train.report import (
     compiled_bytes,
     megabytes,
@@ -56,7 +60,7 @@ from train.report import (
     versions,
 )
 from train.sql import training_examples
-from train.step import State, init_state, make_evaluation, make_optimizer, make_step
+from train.step import State, init_state, make_evaluation, make_step
 from train.stop import Stop
 
 
@@ -82,6 +86,7 @@ def run(config: Config, stop: Stop) -> None:
     # What can be wrong is found first: options and output folder, then rows, then lengths and
     # targets against the model's configuration. Only then are weights read.
     check(config)
+    rules(config, active_experts=1)
     folder = check_output(config)
     rows = training_rows(config)
     questions = draw_questions(config.run.eval_questions) if asks_questions(config) else None
@@ -99,9 +104,10 @@ def run(config: Config, stop: Stop) -> None:
     optim = config.optim
     order = Order(optim.seed, len(packs), optim.batch_size, optim.grad_accum)
     steps = number_of_steps(config, order)
+    optim = with_learning_rate(config, outline, steps)
     if not config.adapter.init_adapter:
         with as_user_errors(ValueError):
-            lj.lorafy(outline.params, rules(config))
+            lj.lorafy(outline.params, rules(config, outline.active_experts))
 
     # The model and its adapter. Full fine-tuning keeps its weights in fp32, whatever computes.
     param_dtype = "float32" if config.adapter.full else optim.dtype
@@ -110,16 +116,15 @@ def run(config: Config, stop: Stop) -> None:
     )
     key = jax.random.key(optim.seed)
     with as_user_errors(ValueError):
-        params = adapted(config, plain, jax.random.fold_in(key, 0))
+        params = adapted(config, outline, plain, folder, jax.random.fold_in(key, 0))
     summary = lj.summary(params)
     console.print(summary, highlight=False, soft_wrap=True)
     base_bytes = tree_bytes(plain)
     adapter, base = lj.split(params)
-    del params
 
     # The state: new, or where an earlier run stopped.
     schedule = learning_rate(optim, steps)
-    optimizer = make_optimizer(optim, schedule)
+    optimizer = make_optimizer(config, schedule, params)
     state = init_state(adapter, optimizer, jax.random.fold_in(key, 1))
     checkpoints = Checkpoints(folder / CHECKPOINTS, config.run.keep)
     facts = {"data": packs.digest(), "base": base_fingerprint(base)}
@@ -129,12 +134,20 @@ def run(config: Config, stop: Stop) -> None:
         folder,
         config,
         {
-            "resolved": {"steps": steps, "rows": len(rows), "sequences": len(packs)},
+            "resolved": {
+                "steps": steps,
+                "rows": len(rows),
+                "sequences": len(packs),
+                "lr": optim.lr,
+            },
             "sequence_length": packs.ids.shape[1],
             "summary": summary,
             "versions": versions(),
         },
     )
+    if takes_from_base(config) and not (folder / START).exists():
+        lj.save_adapter(folder / START, params)  # so that --resume decomposes nothing again
+    del params
 
     # The base's answers, for comparison.
     scores = Scores(questions) if questions else None
@@ -272,12 +285,25 @@ def number_of_steps(config: Config, order: Order) -> int:
     return order.steps(config.optim.epochs or 1)
 
 
-def adapted(config: Config, plain: Any, key: jax.Array) -> Any:
-    """The parameters with a new adapter, or with the one to go on from."""
-    folder = config.adapter.init_adapter
-    if folder is None:
-        return lj.lorafy(plain, rules(config), key=key)
-    return lj.load_adapter(folder, plain, allow_base_mismatch=config.adapter.allow_base_mismatch)
+def with_learning_rate(config: Config, outline: Outline, steps: int) -> OptimConfig:
+    """The optimisation's options with the learning rate that --lr-rule gives for this run."""
+    optim = config.optim
+    if optim.lr_rule is None:
+        return optim
+    rate = lj.optim.learning_rate(
+        outline.config.hidden_size, family=optim.lr_rule, steps=steps, full=config.adapter.full
+    )
+    return dataclasses.replace(optim, lr=rate)
+
+
+def adapted(config: Config, outline: Outline, plain: Any, folder: Path, key: jax.Array) -> Any:
+    """The parameters with a new adapter, with the one to go on from, or with this run's first."""
+    start = config.adapter.init_adapter
+    if start is None and config.run.resume and (folder / START).exists():
+        start = str(folder / START)
+    if start is None:
+        return lj.lorafy(plain, rules(config, outline.active_experts), key=key)
+    return lj.load_adapter(start, plain, allow_base_mismatch=config.adapter.allow_base_mismatch)
 
 
 def batch(packs: Packs, order: Order, number: int) -> dict[str, Any]:

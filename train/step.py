@@ -1,6 +1,5 @@
 """One optimiser step, as one pure function: ``(state, base, batch) -> (state, metrics)``."""
 
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 import lora_jax as lj
-from train.config import OptimConfig
 
 Adapter = dict[str, dict[str, Any]]
 Metrics = dict[str, jax.Array]
@@ -26,23 +24,6 @@ class State(NamedTuple):
 
 
 Step = Callable[[State, Any, dict[str, Any]], tuple[State, Metrics]]
-
-
-def make_optimizer(optim: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW with the gradient clipped to a norm; norms and biases do not decay."""
-    clip = [optax.clip_by_global_norm(optim.grad_clip)] if optim.grad_clip else []
-    assert optim.beta2 is not None, "the options are not settled"
-    adamw = optax.adamw(schedule, b2=optim.beta2, weight_decay=optim.weight_decay, mask=decays)
-    return optax.chain(*clip, adamw)
-
-
-def decays(adapter: Adapter) -> dict[str, dict[str, bool]]:
-    """Which arrays of an adapter weight decay applies to: A and B, kernels and embeddings."""
-
-    def is_matrix(path: str, name: str) -> bool:
-        return name in ("a", "b") or re.search(r"(^|/)(kernel|embedding|w)$", path) is not None
-
-    return {path: {name: is_matrix(path, name) for name in p} for path, p in adapter.items()}
 
 
 def init_state(adapter: Adapter, optimizer: optax.GradientTransformation, key: jax.Array) -> State:

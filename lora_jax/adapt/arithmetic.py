@@ -35,7 +35,8 @@ def _div(_: Interpreter, use: Use) -> list[Any] | None:
 def _neg(_: Interpreter, use: Use) -> list[Any] | None:
     (weight,) = use.values
     (base,) = use.bind([weight.base])
-    return [dataclasses.replace(weight, base=base, scale=-weight.scale)]
+    shift = None if weight.shift is None else -weight.shift
+    return [dataclasses.replace(weight, base=base, scale=-weight.scale, shift=shift)]
 
 
 def _scaled(use: Use, weight: Factored, factor: Any) -> list[Any] | None:
@@ -65,8 +66,12 @@ def _scaled(use: Use, weight: Factored, factor: Any) -> list[Any] | None:
     if "in" in long:
         return [dataclasses.replace(weight, base=base, a=along(weight.a, "in"))]
     if "out" in long:
-        return [dataclasses.replace(weight, base=base, b=along(weight.b, "out"))]
-    return [dataclasses.replace(weight, base=base, scale=along(weight.scale, None))]
+        changed = {name: along(v, "out") for name, v in weight.columns().items() if name != "gain"}
+        return [dataclasses.replace(weight, base=base, **changed)]
+    changed = {"scale": along(weight.scale, None)}
+    if weight.shift is not None:
+        changed["shift"] = along(weight.shift, "out")
+    return [dataclasses.replace(weight, base=base, **changed)]
 
 
 def _add(_: Interpreter, use: Use) -> list[Any] | None:
@@ -85,6 +90,8 @@ def _sum(use: Use, sign: int) -> list[Any] | None:
     if any(isinstance(v, Factored) and v.base.shape != base.shape for v in values):
         return None  # the weight itself is stretched
     weights = [v for v in values if isinstance(v, Factored)]
+    if any(map(_has_more, weights)):
+        return None  # (W + s·AB)·diag(g) + C has no such form
     if sign < 0 and isinstance(values[1], Factored):
         weights[-1] = dataclasses.replace(weights[-1], scale=-weights[-1].scale)
     if len(weights) == 1:
@@ -121,7 +128,15 @@ def _aligned(values: Sequence[Any]) -> list[Any] | None:
     weights = [v for v in aligned if isinstance(v, Factored)]
     if any(w.labels != first.labels or w.dropout != first.dropout for w in weights):
         return None
+    mirrored = any(a is not v for a, v in zip(aligned, values, strict=True))
+    if mirrored and any(map(_has_more, weights)):
+        return None  # the gain of columns that have become rows
     return aligned
+
+
+def _has_more(weight: Factored) -> bool:
+    """Whether the weight has a gain or a shift beside its factors."""
+    return weight.gain is not None or weight.shift is not None
 
 
 def _mirrored(weight: Factored) -> Factored:
@@ -143,11 +158,43 @@ def _concatenate(_: Interpreter, use: Use) -> list[Any] | None:
     if values is None:
         return None
     first = next(v for v in values if isinstance(v, Factored))
+    dimension = use.params["dimension"]
+    weights = [v for v in values if isinstance(v, Factored)]
+    if first.labels[dimension] == "in" and any(map(_has_more, weights)):
+        return None  # each part has a gain of its own for the same columns
     (base,) = use.bind([v.base if isinstance(v, Factored) else v for v in values])
-    return [_joined(values, first, base, use.params["dimension"])]
+    return [_joined(values, first, base, dimension)]
 
 
 def _joined(values: Sequence[Any], first: Factored, base: Any, dimension: int) -> Factored:
+    joined = _joined_factors(values, first, base, dimension)
+    role = first.labels[dimension]
+    axis = first.axes(role).index(dimension)
+    axis += 0 if role == "batch" else len(first.axes("batch")) + 1
+    more: dict[str, Any] = {}
+    for name, neutral in (("gain", 1.0), ("shift", 0.0)):
+        given = [getattr(v, name) if isinstance(v, Factored) else None for v in values]
+        like = next((array for array in given if array is not None), None)
+        if like is not None:
+            parts = [
+                _neutral(v, first, neutral, like.dtype) if array is None else array
+                for v, array in zip(values, given, strict=True)
+            ]
+            more[name] = jnp.concatenate(parts, axis=axis)
+    return dataclasses.replace(joined, **more)
+
+
+def _neutral(value: Any, first: Factored, number: float, dtype: Any) -> jax.Array:
+    """A gain or a shift that changes nothing, for one of the parts that are joined."""
+    shape = (value.base if isinstance(value, Factored) else value).shape
+    stack, columns = ([shape[axis] for axis in first.axes(role)] for role in _STACK_AND_COLUMNS)
+    return jnp.full((*stack, 1, *columns), number, dtype)
+
+
+_STACK_AND_COLUMNS: tuple[Label, Label] = ("batch", "out")
+
+
+def _joined_factors(values: Sequence[Any], first: Factored, base: Any, dimension: int) -> Factored:
     role = first.labels[dimension]
     place = first.axes(role).index(dimension)
     rank_axis = len(first.axes("batch"))
@@ -226,7 +273,7 @@ def _stack(interpreter: Interpreter, use: Use) -> list[Any] | None:
             v,
             base=jnp.expand_dims(v.base, axis),
             a=under(v.a),
-            b=under(v.b),
+            **{name: under(array) for name, array in v.columns().items()},
             scale=under(v.scale),
             key=under(v.key),
             labels=labels,

@@ -118,12 +118,13 @@ def _sliced(value: Any) -> tuple[Any, Any]:
     if label != "out":
         stacked["a"] = jnp.moveaxis(value.a, n_batch + 1, 0) if label == "in" else value.a
     if label != "in":
-        stacked["b"] = jnp.moveaxis(value.b, n_batch + 1, 0) if label == "out" else value.b
+        for name, array in value.columns().items():
+            stacked[name] = jnp.moveaxis(array, n_batch + 1, 0) if label == "out" else array
     if label == "batch":
         stacked["scale"] = value.scale
         if value.key is not None:
             stacked["key"] = value.key
-    whole = {name: getattr(value, name) for name in ("a", "b", "scale", "key")}
+    whole = {"a": value.a, "scale": value.scale, "key": value.key, **value.columns()}
 
     def rebuild(part: dict[str, Any]) -> Factored:
         return Factored(**(whole | part), labels=labels, dropout=value.dropout, path=value.path)
@@ -226,7 +227,7 @@ def _specs(value: Any, spec: PartitionSpec) -> Any:
     return Factored(
         base=spec,
         a=PartitionSpec(*stack, None, *rows),
-        b=PartitionSpec(*stack, None, *columns),
+        **{name: PartitionSpec(*stack, None, *columns) for name in value.columns()},
         scale=PartitionSpec(*stack),
         key=None if value.key is None else PartitionSpec(*stack),
         labels=value.labels,

@@ -5,6 +5,7 @@ its primitive; where there is none, or the rule declines, the weight is merged a
 """
 
 import dataclasses
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -152,6 +153,11 @@ class Interpreter:
             "To avoid it, multiply by the weight with a dot product (x @ w, einsum), or leave "
             "the weight out of the rules"
         )
+        if weight.shift is not None:
+            raise MergeError(
+                f"{what}, which has no factored form, and a merged weight has no place for a bias "
+                f"on B. {advice}, or set bias_on_b=False in its rule"
+            )
         if self.strict:
             raise MergeError(f"{what}, which has no factored form. {advice}")
         warnings.warn_explicit(
@@ -176,7 +182,7 @@ class Interpreter:
                 return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
         if name in self.rules:
             outputs = self.rules[name](self, use)
-            if outputs is not None:
+            if outputs is not None and not _cuts_shifted(use.values, outputs):
                 if name in _PRODUCTS and not any(isinstance(o, Factored) for o in outputs):
                     self._note(use, "xW + s·(xA)B")
                 return outputs
@@ -191,6 +197,17 @@ class Interpreter:
             if isinstance(value, Factored):
                 name = use.eqn.primitive.name
                 self.record(Record(value.path, name, f"{file}:{line}", "factored", why))
+
+
+def _cuts_shifted(values: Sequence[Any], outputs: Sequence[Any]) -> bool:
+    """Whether a weight with a bias on B has lost part of its in axes, and would add it twice."""
+    sizes = {
+        math.prod(v.sizes("in")) for v in values if isinstance(v, Factored) and v.shift is not None
+    }
+    return any(
+        isinstance(v, Factored) and v.shift is not None and math.prod(v.sizes("in")) not in sizes
+        for v in outputs
+    )
 
 
 # Those that multiply by a weight, or read rows of it.

@@ -24,7 +24,10 @@ def relabelled(weight: Factored, base: Any, labels: Sequence[Label]) -> Factored
         weight,
         base=base,
         a=weight.a.reshape(*sizes["batch"], rank, *sizes["in"]),
-        b=weight.b.reshape(*sizes["batch"], rank, *sizes["out"]),
+        **{
+            name: array.reshape(*sizes["batch"], rank if name == "b" else 1, *sizes["out"])
+            for name, array in weight.columns().items()
+        },
         scale=weight.scale.reshape(sizes["batch"]),
         key=None if weight.key is None else weight.key.reshape(sizes["batch"]),
         labels=tuple(labels),
@@ -41,7 +44,7 @@ def along(weight: Factored, base: Any, move: Callable[[Any, Sequence[int]], Any]
         weight,
         base=base,
         a=move(weight.a, (*stack, -1, *rows)),
-        b=move(weight.b, (*stack, -1, *columns)),
+        **{name: move(v, (*stack, -1, *columns)) for name, v in weight.columns().items()},
         scale=move(weight.scale, stack),
         key=None if weight.key is None else move(weight.key, stack),
     )
@@ -112,7 +115,7 @@ def _broadcast_in_dim(_: Interpreter, use: Use) -> list[Any] | None:
             moved,
             base=base,
             a=stretched(moved.a),
-            b=stretched(moved.b),
+            **{name: stretched(array) for name, array in moved.columns().items()},
             scale=stretched(moved.scale),
             key=None if moved.key is None else stretched(moved.key),
         )
@@ -186,7 +189,8 @@ def _same(_: Interpreter, use: Use) -> list[Any] | None:
 def _stop_gradient(_: Interpreter, use: Use) -> list[Any] | None:
     (weight,) = use.values
     stop = lax.stop_gradient
-    return [dataclasses.replace(weight, base=stop(weight.base), a=stop(weight.a), b=stop(weight.b))]
+    columns = {name: stop(array) for name, array in weight.columns().items()}
+    return [dataclasses.replace(weight, base=stop(weight.base), a=stop(weight.a), **columns)]
 
 
 def _slice(_: Interpreter, use: Use) -> list[Any] | None:
@@ -209,7 +213,10 @@ def _slice(_: Interpreter, use: Use) -> list[Any] | None:
 def _row_or_part(weight: Factored, part: Factored) -> Any:
     """A part of a weight; where that is one row, it is a look-up: W's row + s·(A's row)B."""
     before, after = (math.prod(w.sizes("in")) for w in (weight, part))
-    return part.merged() if after == 1 < before else part
+    if not after == 1 < before:
+        return part
+    row = part.merged()
+    return row if part.shift is None else row + part.of_columns(part.shift).astype(row.dtype)
 
 
 def _split(_: Interpreter, use: Use) -> list[Any] | None:
@@ -254,10 +261,20 @@ def _everywhere(_: Interpreter, use: Use) -> list[Any] | None:
     if len(weights) != len(use.values):
         return None
     bases = use.bind([w.base for w in weights])
-    parts = [use.bind([getattr(w, name) for w in weights]) for name in ("a", "b", "scale")]
     return [
-        dataclasses.replace(w, base=base, a=a, b=b, scale=scale)
-        for w, base, a, b, scale in zip(weights, bases, *parts, strict=True)
+        dataclasses.replace(
+            weight,
+            base=base,
+            **{
+                name: use.bind([array])[0]
+                for name, array in {
+                    "a": weight.a,
+                    "scale": weight.scale,
+                    **weight.columns(),
+                }.items()
+            },
+        )
+        for weight, base in zip(weights, bases, strict=True)
     ]
 
 
@@ -297,7 +314,7 @@ def _rev(_: Interpreter, use: Use) -> list[Any] | None:
 def _pad(_: Interpreter, use: Use) -> list[Any] | None:
     """Where W is padded, with whatever value, its factors are padded with zeros."""
     weight = _only_weight(use)
-    if weight is None or weight.key is not None:
+    if weight is None or weight.key is not None or weight.gain is not None:
         return None
     (base,) = use.bind([weight.base, use.values[1]])
     widths = use.params["padding_config"]

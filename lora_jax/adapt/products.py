@@ -14,7 +14,8 @@ from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, RoleError, Rule, Use
 from lora_jax.adapt.layout import relabelled
 from lora_jax.axes import Label
-from lora_jax.product import Factored, dot, dropped, wide
+from lora_jax.magnitude import rescaled, wide
+from lora_jax.product import Factored, dot, dropped, is_dropped
 
 
 def _dot_general(_: Interpreter, use: Use) -> list[Any] | None:
@@ -35,10 +36,20 @@ def _dot_general(_: Interpreter, use: Use) -> list[Any] | None:
         return None
     _check_roles(weight, contract[1], batch[1], use)
     weight = _with_unit_roles(weight, role, contract[1], batch[1])
+    mirrored = set(contract[1]) != set(weight.axes("in"))
+    if mirrored and not _can_be_mirrored(weight, batch[1]):
+        return None
     params = {
         name: use.params[name] for name in ("precision", "preferred_element_type", "out_sharding")
     }
     return [dot(x, weight, contract=contract, batch=batch, weight_first=weight_first, **params)]
+
+
+def _can_be_mirrored(weight: Factored, batch: Sequence[int]) -> bool:
+    """Whether columns can be contracted: not beside a bias on B, nor under several gains."""
+    if weight.shift is not None:
+        return False
+    return weight.gain is None or set(batch) == set(weight.axes("batch"))
 
 
 def _contracted_role(weight: Factored, contract: Sequence[int]) -> Label | None:
@@ -127,8 +138,22 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
         precision=params["precision"],
         preferred_element_type=product.dtype,
     )  # [groups, places, out / groups]
-    delta = jnp.moveaxis(delta, 0, 1).reshape(*lead, n_out)
-    return [product + jnp.moveaxis(delta, -1, features)]
+    delta = jnp.moveaxis(jnp.moveaxis(delta, 0, 1).reshape(*lead, n_out), -1, features)
+
+    def along_features(vector: jax.Array) -> jax.Array:
+        others = [axis for axis in range(product.ndim) if axis != features]
+        return lax.expand_dims(vector.reshape(n_out), others)
+
+    if weight.gain is None:
+        result = product + delta
+    elif not is_dropped(weight):
+        result = rescaled(product + delta, along_features(weight.gain))
+    else:
+        (seen,) = use.bind([dropped(x, weight), weight.base])
+        result = product - seen + rescaled(seen + delta, along_features(weight.gain))
+    if weight.shift is not None:
+        result += along_features(weight.shift).astype(result.dtype)
+    return [result]
 
 
 _CONVOLUTION = (
@@ -157,8 +182,19 @@ def _ragged_dot_general(_: Interpreter, use: Use) -> list[Any] | None:
     ):
         return None
     _check_roles(weight, w_contract, (), use)
-    (product,) = use.bind([x, weight.base, sizes])
     forward = weight.labels[w_contract[0]] == "in"
+    if weight.shift is not None and not forward:
+        return None
+
+    def of_each_row(vector: jax.Array) -> jax.Array:
+        """A gain or a shift, [groups, 1, out], for the group that each row belongs to."""
+        ends = jnp.cumsum(sizes)
+        group = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=ends.dtype), side="right")
+        return jnp.take(lax.squeeze(vector, (1,)), group, axis=0, mode="clip")
+
+    if weight.gain is not None and not forward:
+        x = x * of_each_row(weight.gain).astype(x.dtype)
+    (product,) = use.bind([x, weight.base, sizes])
     near, far = (weight.a, weight.b) if forward else (weight.b, weight.a)  # [groups, r, …] each
     scaled = (near * weight.scale[:, None, None].astype(near.dtype)).astype(x.dtype)
     how = {"precision": use.params["precision"]}
@@ -172,7 +208,16 @@ def _ragged_dot_general(_: Interpreter, use: Use) -> list[Any] | None:
     delta = lax.ragged_dot(
         z, far.astype(x.dtype), sizes, preferred_element_type=product.dtype, **how
     )
-    return [product + delta]
+    if not forward or weight.gain is None:
+        result = product + delta
+    elif not is_dropped(weight):
+        result = rescaled(product + delta, of_each_row(weight.gain))
+    else:
+        (seen,) = use.bind([dropped(x, weight), weight.base, sizes])
+        result = product - seen + rescaled(seen + delta, of_each_row(weight.gain))
+    if weight.shift is not None:
+        result += of_each_row(weight.shift).astype(result.dtype)
+    return [result]
 
 
 def _gather(_: Interpreter, use: Use) -> list[Any] | None:
@@ -221,8 +266,17 @@ def _gather(_: Interpreter, use: Use) -> list[Any] | None:
         (((0,), (0,)), ((), ())),
         preferred_element_type=rows.dtype,
     )  # [places…, out…]
-    order = [axis for axis in range(rows.ndim) if axis not in offsets] + offsets
-    rows += lax.transpose(delta, [order.index(axis) for axis in range(rows.ndim)])
+    places = [axis for axis in range(rows.ndim) if axis not in offsets]
+    order = places + offsets
+
+    def placed(array: jax.Array) -> jax.Array:
+        return lax.transpose(array, [order.index(axis) for axis in range(rows.ndim)])
+
+    rows += placed(delta)
+    if weight.gain is not None:
+        rows = rescaled(rows, placed(lax.expand_dims(weight.gain[0], range(len(places)))))
+    if weight.shift is not None:
+        rows += placed(lax.expand_dims(weight.shift[0], range(len(places)))).astype(rows.dtype)
     return [rows if unit is None else jnp.expand_dims(rows, unit)]
 
 
@@ -292,7 +346,7 @@ def _of_stack(
         weight,
         base=base,
         a=taken(weight.a),
-        b=taken(weight.b),
+        **{name: taken(array) for name, array in weight.columns().items()},
         scale=taken(weight.scale),
         key=key,
         labels=labels,

@@ -13,7 +13,7 @@ from lora_jax.adapt.interpreter import Interpreter
 from lora_jax.adapt.primitives import RULES
 from lora_jax.paths import fold_in_path, path_string
 from lora_jax.product import Factored
-from lora_jax.weight import LoraWeight, Trained, is_node
+from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_node
 
 
 def adapt(
@@ -78,12 +78,12 @@ def run(
             "returned as an argument; one that the function closes over is not seen"
         )
     leaves: list[Any] = []
-    nodes: dict[int, LoraWeight] = {}
+    nodes: dict[int, LoraWeight | TrainedRows] = {}
     weights: list[Factored] = []
     for place, (key_path, leaf) in enumerate(keyed):
         path = path_string(key_path[2:])  # without ([args or kwargs], [which of them])
         leaves.append(_plain(leaf, path))
-        if isinstance(leaf, LoraWeight) and leaf.a is not None:
+        if _is_factored(leaf):
             nodes[place] = leaf
             weights.append(leaf.factored(path, _weight_key(leaf, path, dropout_key)))
     if not weights:
@@ -100,7 +100,7 @@ def run(
     jaxpr = jax.make_jaxpr(traced)(*(weight.base for weight in weights))
     values = interpreter.evaluate(jaxpr, weights)
     inner, _ = eqns.opened(jaxpr)
-    untouched: dict[Any, LoraWeight] = dict(zip(inner.invars, nodes.values(), strict=True))
+    untouched: dict[Any, Any] = dict(zip(inner.invars, nodes.values(), strict=True))
     results = []
     for atom, value in zip(inner.outvars, values, strict=True):
         if isinstance(value, Factored):
@@ -127,22 +127,31 @@ class _Outputs:
         )
 
 
+def _is_factored(leaf: Any) -> bool:
+    """Whether a leaf is a weight that the function is run on in factored form."""
+    if isinstance(leaf, TrainedRows):
+        return leaf.is_on and leaf.is_table
+    return isinstance(leaf, LoraWeight) and leaf.is_on
+
+
 def _plain(leaf: Any, path: str) -> Any:
-    if isinstance(leaf, LoraWeight):
-        return leaf.base
-    if not isinstance(leaf, Trained):
+    """A leaf as the function is traced with it."""
+    if not is_node(leaf):
         return leaf
-    if leaf.value is None:
+    if isinstance(leaf, Trained) and not leaf.is_on:
         raise ValueError(
             f"{path!r} trains in full, and this half of the tree has no value for it: call "
             "lora_jax.join(adapter, base) first"
         )
-    return leaf.value
+    whole = isinstance(leaf, Trained) or (isinstance(leaf, TrainedRows) and not leaf.is_table)
+    return leaf.merged() if whole and leaf.is_on else leaf.base
 
 
-def _weight_key(weight: LoraWeight, path: str, key: jax.Array | None) -> jax.Array | None:
+def _weight_key(
+    weight: LoraWeight | TrainedRows, path: str, key: jax.Array | None
+) -> jax.Array | None:
     """The weight's dropout keys, one for each index of its batch axes."""
-    if key is None or not weight.dropout:
+    if key is None or isinstance(weight, TrainedRows) or not weight.dropout:
         return None
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)

@@ -13,6 +13,7 @@ from lora_jax.models.gpt2_config import GPT2Config
 from lora_jax.models.hub import ModelNotFound
 from lora_jax.models.keys import WeightsError, hf_tensors
 from lora_jax.models.load import from_pretrained
+from lora_jax.models.save import save_pretrained
 from lora_jax.models.tokenizer import load_tokenizer
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "key_table",
     "load_tokenizer",
     "read_config",
+    "save_pretrained",
 ]

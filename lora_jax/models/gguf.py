@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_jax.models.config import DecoderConfig, RopeScaling
 from lora_jax.models.fields import ConfigError
-from lora_jax.models.keys import WeightsError
+from lora_jax.models.keys import WeightsError, convert
 
 _FAMILY = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
@@ -53,6 +53,7 @@ class GGUFFile:
         self.shapes = {
             name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()
         }
+        self.dtypes = dict.fromkeys(self.shapes, "F32")  # as they are read
         try:
             self.config = config_from_gguf(self.metadata, self.shapes)
         except ConfigError as error:
@@ -71,6 +72,12 @@ class GGUFFile:
             if ".k_proj." in name:
                 return _unpermute(array, self.config.num_key_value_heads)
         return array
+
+    def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
+        convert(self.read(name)[index], out, f"{self.where}: {name}")
+
+    def locate(self, name: str) -> str:
+        return self.where
 
 
 def open_gguf(path: Path) -> tuple[Any, Any]:

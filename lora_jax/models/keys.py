@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 
@@ -63,6 +64,10 @@ class Row:
     def stacked_shape(self) -> tuple[int, ...]:
         """Our shape, with the axes of the stack in front."""
         return (*self.stack, *self.shape)
+
+    def hf_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """An index of our shape, without the stack, as one of Hugging Face's shape."""
+        return index[::-1] if self.transpose else index
 
 
 # What files may hold beyond the table: buffers that are derived from the configuration.
@@ -115,6 +120,21 @@ def check(
         )
 
 
+def convert(values: np.ndarray, out: np.ndarray, where: str) -> None:
+    """Writes values into ``out``, in its dtype.
+
+    Raises:
+      WeightsError: for a value beyond the range of fp16, which would become an infinity.
+    """
+    with np.errstate(over="ignore"):
+        out[...] = values
+    if out.dtype == np.float16 != values.dtype:
+        if np.count_nonzero(np.isinf(out)) != np.count_nonzero(np.isinf(values)):
+            raise WeightsError(
+                f"{where} has values beyond the range of float16 (65504); choose bfloat16"
+            )
+
+
 def nested(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """A nested dict of "/"-joined paths and their values."""
     tree: dict[str, Any] = {}
@@ -127,37 +147,83 @@ def nested(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
-def hf_tensors(params: Mapping[str, Any], table: Sequence[Row]) -> Iterator[tuple[str, np.ndarray]]:
-    """Hugging Face's tensors of a parameter tree, one at a time.
-
-    Args:
-      params: the tree, with every parameter of the table and nothing else.
-      table: the model's.
-
-    Yields:
-      (name, array): contiguous, in Hugging Face's layout and the parameter's dtype.
+def checked_leaves(params: Mapping[str, Any], table: Sequence[Row]) -> dict[str, Any]:
+    """The arrays of a parameter tree, by path.
 
     Raises:
-      WeightsError: one error that lists every missing, unexpected and misshaped parameter.
+      WeightsError: one error that lists every parameter that is missing, unexpected, misshaped, or
+        no array that this process holds.
     """
     leaves = dict(_leaves(params))
     expected = {row.path: row.stacked_shape for row in table}
     problems = [f"missing {path}" for path in expected if path not in leaves]
     problems += [f"unexpected {path}" for path in leaves if path not in expected]
     problems += [
-        f"{path} is {list(np.shape(leaves[path]))}, expected {list(shape)}"
+        f"{path} {problem}"
         for path, shape in expected.items()
-        if path in leaves and np.shape(leaves[path]) != shape
+        if path in leaves and (problem := _problem(leaves[path], shape))
     ]
     if problems:
         raise WeightsError(
             "the parameter tree does not fit its configuration\n  " + "\n  ".join(problems)
         )
+    return leaves
+
+
+def _problem(leaf: Any, shape: tuple[int, ...]) -> str | None:
+    if not isinstance(leaf, np.ndarray | jax.Array):
+        return (
+            f"is a {type(leaf).__name__}, not an array (an adapted tree has to be merged first: "
+            "lora_jax.merge(params))"
+        )
+    if np.shape(leaf) != shape:
+        return f"is {list(np.shape(leaf))}, expected {list(shape)}"
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return (
+            "lies partly on devices of other processes; gather it first "
+            "(jax.experimental.multihost_utils.process_allgather)"
+        )
+    return None
+
+
+def hf_tensors(params: Mapping[str, Any], table: Sequence[Row]) -> Iterator[tuple[str, np.ndarray]]:
+    """Hugging Face's tensors of a parameter tree, one at a time.
+
+    Args:
+      params: the tree, with every parameter of the table and nothing else, sharded or not.
+      table: the model's.
+
+    Yields:
+      (name, array): contiguous, in Hugging Face's layout and the parameter's dtype.
+
+    Raises:
+      WeightsError: see ``checked_leaves``.
+    """
+    leaves = checked_leaves(params, table)
     for row in table:
         leaf = leaves[row.path]
         for index, name in zip(row.members, row.hf_names, strict=True):
-            array = np.asarray(leaf[index] if index else leaf)
+            array = _member(leaf, index)
             yield name, np.ascontiguousarray(array.T if row.transpose else array)
+
+
+def _member(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
+    """leaf[index] on the host, and nothing else of it.
+
+    Shard by shard: indexing the array itself is refused where its mesh has explicit axes, and
+    turning the whole into numpy's would keep that copy as long as the array lives.
+    """
+    if isinstance(leaf, np.ndarray):
+        return leaf[index] if index else leaf
+    n = len(index)
+    out = np.empty(leaf.shape[n:], leaf.dtype)
+    for shard in leaf.addressable_shards:
+        ranges = [s.indices(size) for s, size in zip(shard.index, leaf.shape, strict=True)]
+        inside = all(low <= i < high for i, (low, high, _) in zip(index, ranges, strict=False))
+        if inside and shard.replica_id == 0:
+            local = tuple(i - low for i, (low, _, _) in zip(index, ranges, strict=False))
+            out[shard.index[n:]] = np.asarray(shard.data[local] if n else shard.data)
+    return out
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from lora_jax.models.families import family_of, key_table
 from lora_jax.models.fields import ConfigError
 from lora_jax.models.gguf import GGUFFile
 from lora_jax.models.hub import resolve
 from lora_jax.models.keys import Row, WeightsError, absent_parts, check, nested
-from lora_jax.models.sources import SafetensorsFolder, Source
+from lora_jax.models.sources import FLOATS, Renamed, SafetensorsFolder, Source
 
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
@@ -38,8 +39,9 @@ def from_pretrained(
     """A pretrained model, and its parameters as a plain nested dict.
 
     Reads a folder (config.json with model.safetensors, or shards and their index), a GGUF file, or
-    a name on the Hugging Face hub. Tensors are read one at a time, so the host holds one stacked
-    parameter beside what is on the devices.
+    a name on the Hugging Face hub. Parameters are read one at a time, and of a sharded one each
+    device's part alone, so that the host never holds more than the largest of these parts beside
+    what is on the devices.
 
     Where the hub does not answer, ``HuggingFaceTB/SmolLM2-135M-Instruct`` comes from a Python
     package instead, as 4-bit weights, and a line on stderr says so.
@@ -101,22 +103,22 @@ def load_params(
 ) -> dict[str, Any]:
     """The parameter tree of a source; see ``from_pretrained``."""
     table = key_table(source.config)
-    names = _file_names(source, table)
-    shapes = {name: source.shapes[held] for name, held in names.items()}
-    absent = absent_parts(shapes, table)
-    held_rows = [row for row in table if row.part not in absent]
-    check(shapes, held_rows, source.where, family_of(source.config.model_type).ignored)
-    _check_aliases(source, held_rows, names)
+    view = Renamed(source, _file_names(source, table))
+    absent = absent_parts(view.shapes, table)
+    held = [row for row in table if row.part not in absent]
+    check(view.shapes, held, view.where, family_of(view.config.model_type).ignored)
+    _check_dtypes(view, held)
+    _check_aliases(view, held)
     if absent:
-        print(f"{source.where} holds no {', '.join(absent)}: freshly initialised", file=sys.stderr)
+        print(f"{view.where} holds no {', '.join(absent)}: freshly initialised", file=sys.stderr)
     key = jax.random.key(0) if key is None else key
 
     def read(row: Row) -> jax.Array:
         place = None if sharding is None else sharding(row.path, row.stacked_shape)
         if row.part in absent:
-            std = source.config.initializer_range
-            return jax.device_put(_fresh(row, std, key).astype(param_dtype), place)
-        return jax.device_put(_stack(source, row, names, np.dtype(param_dtype)), place)
+            fresh = _fresh(row, view.config.initializer_range, key)
+            return jax.device_put(fresh.astype(param_dtype), place)
+        return _placed(view, row, np.dtype(param_dtype), place)
 
     return nested((row.path, read(row)) for row in table)
 
@@ -146,22 +148,64 @@ def _fresh(row: Row, std: float, key: jax.Array) -> jax.Array:
     return jnp.full(row.stacked_shape, 1.0 if leaf == "scale" else 0.0, jnp.float32)
 
 
-def _stack(source: Source, row: Row, names: Mapping[str, str], dtype: np.dtype) -> np.ndarray:
-    out = np.empty(row.stacked_shape, dtype)
-    for index, name in zip(row.members, row.hf_names, strict=True):
-        tensor = source.read(names[name])
-        # Assignment converts the dtype: no second copy of the tensor.
-        out[index or ...] = tensor.T if row.transpose else tensor
+def _placed(
+    source: Source, row: Row, dtype: np.dtype, place: jax.sharding.Sharding | None
+) -> jax.Array:
+    """The parameter on its devices. Each part is read once, and is gone before the next."""
+    shape = row.stacked_shape
+    if place is None:
+        whole = tuple(range(size) for size in shape)
+        return jax.block_until_ready(jax.device_put(_part(source, row, whole, dtype)))
+    try:
+        indices = place.addressable_devices_indices_map(shape)
+    except ValueError as error:
+        raise ValueError(f"{row.path} {list(shape)} cannot be placed: {error}") from None
+    devices: dict[tuple[range, ...], list[jax.Device]] = {}
+    for device, slices in indices.items():
+        box = tuple(range(size)[part] for part, size in zip(slices or (), shape, strict=True))
+        devices.setdefault(box, []).append(device)
+    arrays: list[jax.Array] = []
+    for box, holders in devices.items():
+        part = _part(source, row, box, dtype)
+        targets = [SingleDeviceSharding(d, memory_kind=place.memory_kind) for d in holders]
+        arrays += jax.block_until_ready([jax.device_put(part, target) for target in targets])
+    return jax.make_array_from_single_device_arrays(shape, place, arrays, dtype=dtype)
+
+
+def _part(source: Source, row: Row, box: tuple[range, ...], dtype: np.dtype) -> np.ndarray:
+    """What lies in that box of the parameter: one range for each axis."""
+    n = len(row.stack)
+    out = np.empty([len(axis) for axis in box], dtype)
+    within = tuple(slice(axis.start, axis.stop) for axis in box[n:])
+    for member, name in zip(row.members, row.hf_names, strict=True):
+        if all(i in axis for i, axis in zip(member, box, strict=False)):
+            local = (i - axis.start for i, axis in zip(member, box, strict=False))
+            at: tuple[Any, ...] = (*local, ...)
+            view = out[at]
+            source.read_into(view.T if row.transpose else view, name, row.hf_index(within))
     return out
 
 
-def _check_aliases(source: Source, table: list[Row], names: Mapping[str, str]) -> None:
+def _check_dtypes(source: Source, table: list[Row]) -> None:
+    names = [name for row in table for name in (*row.hf_names, *row.aliases)]
+    problems = [
+        f"{name} is {source.dtypes[name]} ({source.locate(name)})"
+        for name in names
+        if source.dtypes.get(name, "F32") not in FLOATS
+    ]
+    if problems:
+        raise WeightsError(
+            f"{source.where}: weights have to be {', '.join(FLOATS)}\n  " + "\n  ".join(problems)
+        )
+
+
+def _check_aliases(source: Renamed, table: list[Row]) -> None:
     """A file may repeat a tensor (a tied head), but not hold another in its place."""
     for row in table:
         for alias in row.aliases:
-            if names.get(alias) in (None, names[row.hf]):
+            if source.names.get(alias) in (None, source.names[row.hf]):
                 continue
-            if not np.array_equal(source.read(names[alias]), source.read(names[row.hf])):
+            if not np.array_equal(source.read(alias), source.read(row.hf), equal_nan=True):
                 raise WeightsError(
                     f"{source.where}: {alias} differs from {row.hf}, but the configuration ties "
                     "them (tie_word_embeddings)"

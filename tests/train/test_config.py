@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from train.config import as_json, check, check_same_run, rules
+from train.config import as_json, check, check_same_run
 from train.errors import UserError
+from train.methods import rules
 from train.output import begin, check_output, read_json, write_json
 from train.sft import parse
 
@@ -35,11 +36,19 @@ from train.sft import parse
         ("--dropout 1", r"dropout=1.0: a probability in \[0, 1\)"),
         ("--targets (", r"targets='\(' is no regular expression"),
         ("--targets", "targets is empty"),
+        ("--lr 1e-3 --lr-rule llama", "give one of them"),
+        ("--lora-plus 0", "--lora-plus 0.0: a positive number"),
+        ("--lora-plus 16 --freeze-a", "--freeze-a trains B alone"),
+        ("--full --dora", "--full trains without an adapter, and --dora is about one"),
+        ("--full --train-tokens 3", "and --train-tokens is about one"),
+        ("--full --lora-plus 16", "and --lora-plus is about one"),
+        ("--dora --bias-on-b", "dora and bias_on_b do not go together"),
     ],
 )
 def test_options_that_make_no_sense(args, message):
     with pytest.raises(UserError, match=message):
         check(parse(args.split()))
+        rules(parse(args.split()), active_experts=1)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +72,18 @@ def test_the_default_is_the_sql_task_with_every_linear_layer():
     check(config)
     (rule,) = rules(config)
     assert config.is_sql and (rule.targets, rule.rank) == ("all-linear", 16)
+
+
+def test_what_else_trains_comes_first():
+    args = "--train norm lm_head --train-tokens 3 5 --bias all --dora --init pissa --rank 8"
+    config = parse([*args.split(), "--divide-rank"])
+    *others, experts, every = rules(config, active_experts=2)
+    assert [rule.targets for rule in others] == [("norm", "lm_head"), r"(.*/)?embedding", ("bias",)]
+    assert others[1].rows == (3, 5)
+    assert (experts.targets, experts.rank, experts.scale) == (("experts",), 4, 10.0)
+    assert (every.rank, every.scale, every.dora) == (8, 10.0, True)
+    with pytest.raises(UserError, match="--divide-rank: the model is no mixture of experts"):
+        rules(config)
 
 
 def test_a_resumed_run_keeps_its_options_but_for_length_and_reports(tmp_path):

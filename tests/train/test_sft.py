@@ -137,6 +137,35 @@ def test_the_adapter_answers_and_goes_on_training(inputs, whole, tmp_path, capsy
     assert read_metrics(first)[0]["loss"] < read_metrics(whole)[0]["loss"]
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "--init pissa --dora --bias adapted --train norm --train-tokens 5 7 --lora-plus 4",
+        "--init olora --freeze-a --lr-rule llama --scaling alpha/sqrt(rank)",
+    ],
+)
+def test_methods_resume_bitwise_and_decompose_once(inputs, tmp_path, method, monkeypatch):
+    options = [*method.split(), "--schedule", "constant", "--warmup", 1]
+    whole = run(inputs, tmp_path / "whole", "--steps", 4, *options)
+    assert (whole / "start").is_dir()
+    run(inputs, tmp_path / "parts", "--steps", 2, *options)
+    for name in ("svd", "qr"):
+        monkeypatch.setattr(jax.numpy.linalg, name, only_shapes_of(getattr(jax.numpy.linalg, name)))
+    run(inputs, tmp_path / "parts", "--steps", 4, *options, "--resume")
+    resumed = adapter_of(inputs, tmp_path / "parts")
+    assert_same(adapter_of(inputs, whole), resumed)
+    kinds = {name for parts in resumed.values() for name in parts}
+    assert kinds == ({"b"} if "freeze" in method else {"a", "b", "magnitude", "value"})
+
+
+def only_shapes_of(decompose):
+    def checked(matrix, **options):
+        assert isinstance(matrix, jax.core.Tracer), "decomposed again"
+        return decompose(matrix, **options)
+
+    return checked
+
+
 def test_full_fine_tuning_is_the_same_script(inputs, tmp_path):
     run(
         *(inputs, tmp_path, "--full", "--steps", 2, "--lr", 1e-3, "--grad-accum", 2),

@@ -10,9 +10,10 @@ import lora_jax as lj
 from tests.models.tiny import draw
 from tests.train.tiny import decoder, tokenizer
 from train.batches import pack
-from train.config import OptimConfig, learning_rate
+from train.config import Config, OptimConfig, learning_rate
 from train.data import tokenize
-from train.step import State, decays, init_state, make_optimizer, make_step, summed_loss
+from train.methods import decays, make_optimizer
+from train.step import State, init_state, make_step, summed_loss
 
 ROWS = [{"prompt": "p" * n, "completion": "abc" * n} for n in range(1, 9)]
 
@@ -41,7 +42,7 @@ def packs(*, packing=False, seq_len=64):
 def step_of(model, **options):
     optim = OptimConfig(lr=0.1, beta2=0.99, schedule="constant", warmup=0, **options)
     schedule = learning_rate(optim, 10)
-    optimizer = make_optimizer(optim, schedule)
+    optimizer = make_optimizer(Config(optim=optim), schedule)
     return optimizer, make_step(lj.adapt(model[0].apply), optimizer, schedule, dropout=False)
 
 
@@ -151,7 +152,7 @@ def test_the_gradient_is_clipped_to_a_norm(model, halves):
     gradient = jax.tree.map(jnp.ones_like, adapter)
     for clip, expected in ((0.5, 0.5), (0.0, float(optax.tree.norm(gradient)))):
         optim = OptimConfig(beta2=0.99, grad_clip=clip)
-        optimizer = make_optimizer(optim, optax.constant_schedule(1.0))
+        optimizer = make_optimizer(Config(optim=optim), optax.constant_schedule(1.0))
         _, state = optimizer.update(gradient, optimizer.init(adapter), adapter)
         mu = next(s.mu for s in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(s))
         assert float(optax.tree.norm(mu)) / 0.1 == pytest.approx(expected, rel=1e-5)

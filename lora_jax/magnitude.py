@@ -1,0 +1,97 @@
+"""DoRA's algebra: the norm of each column of W + s·AB, and a product rescaled column by column.
+
+DoRA (Liu et al., arXiv 2402.09353) runs x·(W + s·AB)·diag(m / ‖W + s·AB‖). The norms come from
+
+    ‖W + s·AB‖² = ‖W‖² + 2s·Σ_r (AᵀW ⊙ B) + s²·Σ_r ((AᵀA)B ⊙ B)        (sums over rows of W)
+
+so that nothing of W's shape is formed, and they count as constants of the derivative (its section
+4.3, and PEFT's ``use_dora``).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.axes import Label
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype to accumulate in: fp32, or fp64 where the operands are."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def column_norms(
+    base: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, labels: Sequence[Label]
+) -> jax.Array:
+    """‖W + s·AB‖ over the in axes, fp32 (or wider), [batch…, out…].
+
+    Args:
+      base: W, its axes in any order; `labels` are their roles.
+      a: [batch…, r, in…].
+      b: [batch…, r, out…].
+      scale: [batch…].
+    """
+    stack, rows, columns = (
+        tuple(axis for axis, label in enumerate(labels) if label == role)
+        for role in ("batch", "in", "out")
+    )
+    dtype = wide(base.dtype)
+    n = len(stack)
+    kept = [axis for axis in range(base.ndim) if axis not in rows]
+    order = [kept.index(axis) for axis in (*stack, *columns)]
+    squares = lax.transpose(jnp.sum(jnp.square(base.astype(dtype)), axis=rows), order)
+
+    a, b = a.astype(dtype), b.astype(dtype)
+    in_of_a = tuple(range(n + 1, a.ndim))
+    batch = tuple(range(n))
+    cross = sum(
+        lax.dot_general(
+            part,
+            base,
+            ((in_of_a, rows), (batch, stack)),
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=dtype,
+        )
+        for part in _in_parts(a, base.dtype)
+    )  # AᵀW, [batch…, r, out…]
+    gram = lax.dot_general(
+        a, a, ((in_of_a, in_of_a), (batch, batch)), precision=lax.Precision.HIGHEST
+    )  # AᵀA, [batch…, r, r]
+    gram_b = lax.dot_general(
+        gram, b, (((n + 1,), (n,)), (batch, batch)), precision=lax.Precision.HIGHEST
+    )
+    s = lax.expand_dims(scale.astype(dtype), range(n, b.ndim))
+    change = jnp.sum((2 * cross + s * gram_b) * s * b, axis=n)
+    return jnp.sqrt(jnp.maximum(squares + change, jnp.finfo(dtype).tiny))
+
+
+def _in_parts(a: jax.Array, dtype: Any) -> list[jax.Array]:
+    """A as a sum of arrays of W's dtype: a half-precision W is then multiplied as it is."""
+    if jnp.dtype(dtype).itemsize >= a.dtype.itemsize:
+        return [a]
+    high = a.astype(dtype)
+    return [high, (a - high.astype(a.dtype)).astype(dtype)]
+
+
+@jax.custom_jvp
+def rescaled(u: jax.Array, gain: jax.Array) -> jax.Array:
+    """u·gain, multiplied in the gain's dtype and rounded to u's; the two broadcast.
+
+    Its derivative with respect to the gain is written with the result in the place of u: the
+    result is what the next operation keeps, so that often nothing more is kept for the gain.
+    """
+    return (u.astype(gain.dtype) * gain).astype(u.dtype)
+
+
+@rescaled.defjvp
+def _rescaled_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (u, gain), (u_dot, gain_dot) = primals, tangents
+    y = rescaled(u, gain)
+    inverse = jnp.where(gain == 0, 0, 1 / gain).astype(gain.dtype)
+    of_gain = y * (gain_dot * inverse).astype(y.dtype)
+    return y, (u_dot.astype(gain.dtype) * gain).astype(y.dtype) + of_gain

@@ -1,0 +1,46 @@
+"""Folders appear whole, and take the place of older ones only when they stand."""
+
+from pathlib import Path
+
+import pytest
+
+from lora_jax.folders import partial_of, put_in_place
+
+
+def written(folder: Path, text: str) -> Path:
+    folder.mkdir()
+    (folder / "file").write_text(text)
+    return folder
+
+
+def test_a_new_folder(tmp_path):
+    folder = tmp_path / "out"
+    put_in_place(written(partial_of(folder), "new"), folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (folder / "file").read_text() == "new"
+
+
+def test_an_older_folder_goes(tmp_path):
+    folder = written(tmp_path / "out", "old")
+    written(tmp_path / ".out.old", "older")  # as a kill leaves it
+    put_in_place(written(partial_of(folder), "new"), folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (folder / "file").read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_interruption_brings_the_older_folder_back(tmp_path, monkeypatch, error):
+    folder = written(tmp_path / "out", "old")
+    partial = written(partial_of(folder), "new")
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if self == partial:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(error):
+        put_in_place(partial, folder)
+    assert (folder / "file").read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.partial", "out"]

@@ -1,0 +1,299 @@
+"""Every variant of LoRA keeps the laws, on a stack, an einsum kernel, experts and an embedding."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import lora_jax as lj
+from lora_jax import init
+from lora_jax.weight import is_node
+from tests.support import (
+    MORE_PROGRAMS,
+    PROGRAMS,
+    assert_close,
+    assert_identical,
+    dots_of_size,
+    draw,
+    with_random_factors,
+)
+
+NAMED = {program.name: program for program in PROGRAMS + MORE_PROGRAMS}
+# A stacked kernel, an einsum kernel, an expert kernel, an embedding.
+USUAL = [
+    NAMED["scanned and rematerialised"],
+    NAMED["einsum with heads"],
+    NAMED["experts, tokens sorted"],
+    NAMED["embedding looked up and tied"],
+]
+# Where a vector over the columns takes other ways than the factors do.
+WITH_COLUMNS = [
+    NAMED["weight as the left operand"],
+    NAMED["experts, all of them on every token"],
+    NAMED["convolution"],
+]
+programs = pytest.mark.parametrize("program", USUAL + WITH_COLUMNS, ids=lambda p: p.name)
+VARIANTS = {
+    "rsLoRA": {"scaling": "alpha/sqrt(rank)"},
+    "gaussian": {"init": init.gaussian},
+    "orthogonal": {"init": init.orthogonal},
+    "PiSSA": {"init": init.pissa},
+    "fast PiSSA": {"init": init.fast_pissa(2)},
+    "OLoRA": {"init": init.olora},
+    "DoRA": {"dora": True},
+    "DoRA from PiSSA": {"dora": True, "init": init.pissa},
+    "LoRA-FA": {"freeze_a": True},
+    "LoRA-FA with DoRA": {"freeze_a": True, "dora": True},
+}
+variants = pytest.mark.parametrize("variant", VARIANTS)
+each_variant = pytest.mark.parametrize(
+    ("program", "variant"),
+    [(program, variant) for program in USUAL for variant in VARIANTS]
+    + [(program, "DoRA") for program in WITH_COLUMNS],
+    ids=lambda v: getattr(v, "name", v),
+)
+
+
+def with_variant(program, variant):
+    rules = [dataclasses.replace(rule, **VARIANTS[variant]) for rule in program.rules]
+    return dataclasses.replace(program, rules=tuple(rules))
+
+
+@functools.cache
+def adapted(run):
+    return lj.adapt(run, strict=True)
+
+
+def formed(tree):
+    """The tree with (W + s·(AB − A₀B₀))·diag(m / ‖·‖) in place of each weight, from the papers."""
+
+    def dense(node):
+        if not isinstance(node, lj.LoraWeight):
+            return node
+        batch, rows, columns = (node.roles.sizes(node.shape, r) for r in ("batch", "in", "out"))
+        labels = node.roles.labels(node.ndim)
+        order = [
+            i for role in ("batch", "in", "out") for i in range(node.ndim) if labels[i] == role
+        ]
+        w = jnp.transpose(node.base, order).reshape(*batch, np.prod(rows), np.prod(columns))
+
+        def product(a, b):
+            a, b = (v.reshape(*batch, v.shape[len(batch)], -1) for v in (a, b))
+            return jnp.einsum("...ri,...ro->...io", a, b)
+
+        delta = product(node.a, node.b)
+        if node.start is not None:
+            delta = delta - product(*node.start)
+        w = w + node.scale[..., None, None].astype(w.dtype) * delta
+        if node.magnitude is not None:
+            norm = lax.stop_gradient(jnp.linalg.norm(w, axis=-2, keepdims=True))
+            rescaled = w * node.magnitude.reshape(*batch, 1, -1) / norm
+            ranks = jnp.broadcast_to(jnp.asarray(node.ranks), batch[:1] if batch else (1,))
+            on = (ranks > 0).reshape(-1, *[1] * (w.ndim - 1)) if batch else ranks[0] > 0
+            w = jnp.where(on, rescaled, w)
+        w = w.reshape(*batch, *rows, *columns)
+        return jnp.transpose(w, np.argsort(order))
+
+    return jax.tree.map(dense, tree, is_leaf=is_node)
+
+
+@each_variant
+def test_values_and_gradients(program, variant, float64):
+    program = with_variant(program, variant)
+    params, tree, x = program.inputs(jnp.float64)
+    adapter, base = lj.split(tree)
+
+    def values(run):
+        def loss(adapter, x):
+            y = run(lj.join(adapter, base), x)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(adapter, x)
+
+    ours = values(adapted(program.run))
+    assert_close(ours, values(lambda tree, x: program.run(formed(tree), x)), 1e-9)
+    assert np.abs(ours[0][1] - program.run(params, x)).max() > 1e-2, "it must be seen"
+    if "scanned" not in program.name:  # one layer of a stack there is not adapted
+        assert all(np.abs(g).max() > 1e-6 for g in jax.tree.leaves(ours[1]))
+    assert_close(lj.merge(tree), formed(tree), 1e-12)
+
+
+@each_variant
+def test_before_the_first_step(program, variant):
+    """Step 0 is the base within 1e-5, and nothing of it is replaced."""
+    program = with_variant(program, variant)
+    params, _, x = program.inputs()
+    fresh = lj.lorafy(params, program.rules)
+    assert_close(jax.jit(adapted(program.run))(fresh, x), program.run(params, x), 1e-5)
+    stripped = zip(jax.tree.leaves(lj.strip(fresh)), jax.tree.leaves(params), strict=True)
+    assert all(a is b for a, b in stripped)
+    assert_identical(lj.join(*lj.split(fresh)), fresh)
+    abstract = jax.eval_shape(lambda p: p, params)
+    planned = lj.lorafy(abstract, program.rules)
+    assert jax.tree.structure(planned) == jax.tree.structure(fresh)
+    for plan, leaf in zip(jax.tree.leaves(planned), jax.tree.leaves(fresh), strict=True):
+        assert (plan.shape, plan.dtype) == (leaf.shape, leaf.dtype)
+
+
+@pytest.mark.parametrize("variant", ["DoRA from PiSSA", "LoRA-FA with DoRA"])
+@programs
+def test_no_product_has_the_shape_of_a_kernel(program, variant):
+    program = with_variant(program, variant)
+    _, tree, x = program.inputs()
+    adapter, base = lj.split(tree)
+
+    def products(run):
+        def loss(adapter, base, x):
+            return jnp.sum(jnp.sin(run(lj.join(adapter, base), x)))
+
+        hlo = jax.jit(jax.grad(loss)).lower(adapter, base, x).compile().as_text()
+        nodes = [n for n in jax.tree.leaves(tree, is_leaf=is_node) if is_node(n)]
+        shapes = {n.shape for n in nodes} | {n.shape[n.n_batch :] for n in nodes}
+        return [line for shape in shapes for line in dots_of_size(hlo, shape)]
+
+    assert products(adapted(program.run)) == []
+    assert products(lambda tree, x: program.run(lj.merge(tree), x)), "the judge must see merging"
+
+
+@variants
+@pytest.mark.parametrize("program", [PROGRAMS[1], MORE_PROGRAMS[0]], ids=lambda p: p.name)
+def test_file_holds_all_of_it(program, variant, tmp_path):
+    program = with_variant(program, variant)
+    params, tree, _ = program.inputs()
+    lj.save_adapter(tmp_path / "adapter", tree)
+    loaded = lj.load_adapter(tmp_path / "adapter", params)
+    assert_identical(loaded, tree)
+    assert_identical(lj.load_adapter(tmp_path / "adapter", lj.lorafy(params, program.rules)), tree)
+
+
+def test_initialisers_that_decompose_run_once(tmp_path, monkeypatch):
+    """What is loaded is what was saved: no decomposition is needed, and W is what it was."""
+    program = with_variant(PROGRAMS[0], "PiSSA")
+    params, tree, x = program.inputs()
+    lj.save_adapter(tmp_path / "adapter", tree)
+
+    def refuse(*_, **__):
+        raise AssertionError("decomposed again")
+
+    monkeypatch.setattr(jnp.linalg, "svd", refuse)
+    loaded = lj.load_adapter(tmp_path / "adapter", params)
+    assert_close(lj.adapt(program.run)(loaded, x), program.run(formed(tree), x), 1e-5)
+    for node in lj.split(loaded)[1]["up"].values():
+        if is_node(node):
+            assert node.start[0].shape[0] == node.rank
+
+
+def test_stacks_with_several_ranks():
+    """PiSSA takes each layer's own rank out of it, DoRA leaves unadapted layers alone."""
+    params = {"layers": {"kernel": draw(1, (3, 5, 7))}}
+    rules = [
+        lj.LoraRule(targets=["layers"], layers=[0], rank=3, alpha=4.0, init=init.pissa, dora=True),
+        lj.LoraRule(targets=["layers"], layers=[2], rank=1, alpha=3.0, init=init.pissa, dora=True),
+    ]
+    node = lj.lorafy(params, rules)["layers"]["kernel"]
+    taken = node.replace(a=jnp.zeros_like(node.a), magnitude=None, has=()).merged()
+    for layer, rank in enumerate([3, 0, 1]):
+        values = jnp.linalg.svd(params["layers"]["kernel"][layer], compute_uv=False)
+        left = jnp.linalg.svd(taken[layer], compute_uv=False)
+        expected = sorted([*np.asarray(values[rank:]), *[0.0] * rank], reverse=True)
+        np.testing.assert_allclose(left, expected, atol=1e-5)
+    tree = with_random_factors({"layers": {"kernel": node}})
+    assert_identical(lj.merge(tree)["layers"]["kernel"][1], params["layers"]["kernel"][1])
+    assert lj.count_params(tree)[0] == (3 + 1) * (5 + 7) + 2 * 7
+
+
+@programs
+def test_bias_on_b(program, float64):
+    """xW + s·((xA)B + c): the bias reaches every product of the weight, and no other place."""
+    rules = tuple(dataclasses.replace(rule, bias_on_b=True) for rule in program.rules)
+    program = dataclasses.replace(program, rules=rules)
+    if program.name == "embedding looked up and tied":
+        with pytest.raises(lj.MergeError, match="bias on B"):
+            lj.adapt(program.run)(*program.inputs(jnp.float64)[1:])
+        return
+    _, tree, x = program.inputs(jnp.float64)
+    without = jax.tree.map(
+        lambda n: n.replace(bias=None, has=()) if is_node(n) else n, tree, is_leaf=is_node
+    )
+    forward = jax.jit(adapted(program.run))
+    ours, theirs = forward(tree, x), forward(without, x)
+    change = np.asarray(ours - theirs)
+    assert np.abs(change).max() > 1e-2
+    if len(lj.split(tree)[0]) == 1 and "conv" not in program.name:
+        node = next(n for n in jax.tree.leaves(tree, is_leaf=is_node) if is_node(n))
+        shift = np.broadcast_to(np.asarray(node.scale) * np.asarray(node.bias), change.shape)
+        np.testing.assert_allclose(change, shift, atol=1e-12)
+
+
+def test_bias_on_b_merges_into_the_bias_beside():
+    params = {
+        "layers": {"kernel": draw(1, (3, 5, 5)), "bias": draw(2, (3, 5))},
+        "bare": {"kernel": draw(3, (5, 7))},
+    }
+    rule = lj.LoraRule(targets=["layers"], rank=2, alpha=3.0, bias_on_b=True)
+
+    def run(params, x):
+        layers = params["layers"]
+        x = lax.scan(lambda x, w: (jnp.tanh(x @ w["kernel"] + w["bias"]), None), x, layers)[0]
+        return x @ params["bare"]["kernel"]
+
+    tree = with_random_factors(lj.lorafy(params, [rule]))
+    x = draw(9, (11, 5))
+    assert_close(lj.adapt(run, strict=True)(tree, x), run(lj.merge(tree), x), 1e-5)
+    bare = lj.lorafy(params, [dataclasses.replace(rule, targets=["bare"])])
+    with pytest.raises(ValueError, match="'bare/kernel' has a bias on B.*no bias stands beside it"):
+        lj.merge(bare)
+
+
+def test_dora_with_dropout_drops_the_change_alone():
+    """PEFT's: x meets W as it is, and what the adapter changes is computed of the dropped x."""
+    params = {"kernel": draw(1, (5, 7))}
+    rule = lj.LoraRule(targets=["kernel"], rank=2, alpha=3.0, dora=True, dropout=0.5)
+    tree = with_random_factors(lj.lorafy(params, [rule]))
+    x = jnp.ones((4000, 5))
+    y = lj.adapt(lambda p, x: x @ p["kernel"])(tree, x, dropout_key=jax.random.key(3))
+    plain, whole = x[:1] @ params["kernel"], x[:1] @ lj.merge(tree)["kernel"]
+    masks = np.asarray(jax.random.bernoulli(jax.random.key(0), 0.5, (1,)))
+    assert masks.shape == (1,)
+    np.testing.assert_allclose(y.mean(0, keepdims=True), whole, atol=0.1)
+    change = (y - plain) @ jnp.linalg.pinv(lj.merge(tree)["kernel"] - params["kernel"])
+    assert set(np.round(np.asarray(change).ravel(), 3)) <= {-0.0, 0.0, 2.0}
+
+
+def test_frozen_a_is_not_differentiated_and_its_input_not_kept():
+    """LoRA-FA's compiled memory: of a chain of products, no activation is kept for A."""
+
+    def run(params, x):
+        for layer in range(4):
+            x = x @ params[f"l{layer}"]["kernel"]
+        return x
+
+    params = {f"l{layer}": {"kernel": draw(layer, (64, 64))} for layer in range(4)}
+    x = draw(9, (4096, 64))
+
+    def temporaries(**changes):
+        rule = lj.LoraRule(targets=r"l\d/kernel", rank=2, alpha=3.0, **changes)
+        adapter, base = lj.split(with_random_factors(lj.lorafy(params, [rule])))
+
+        def loss(adapter, base, x):
+            return jnp.sum(jnp.square(lj.adapt(run)(lj.join(adapter, base), x)))
+
+        compiled = jax.jit(jax.grad(loss)).lower(adapter, base, x).compile()
+        assert set(adapter["l0/kernel"]) == ({"b"} if changes else {"a", "b"})
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(freeze_a=True) <= temporaries() - 2 * x.nbytes
+
+
+def test_magnitudes_need_no_array_of_the_kernels_shape():
+    kernel = jax.ShapeDtypeStruct((12, 512, 1024), jnp.float32)
+    rule = lj.LoraRule(targets=["kernel"], rank=2, dora=True)
+    node = lj.lorafy({"kernel": kernel}, [rule])["kernel"]
+    bytes_of = lambda f: jax.jit(f).lower(node).compile().memory_analysis().temp_size_in_bytes  # noqa: E731
+    whole = 4 * 12 * 512 * 1024
+    assert bytes_of(lambda node: node.factored().gain) < whole / 10
+    assert bytes_of(lambda node: jnp.linalg.norm(node.merged(), axis=1)) >= whole

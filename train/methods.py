@@ -1,0 +1,116 @@
+"""What the options on the adapter stand for: rules for the tree, an optimiser for what trains."""
+
+import re
+from typing import Any
+
+import optax
+
+import lora_jax as lj
+from lora_jax import init
+from train.config import Config
+from train.errors import UserError, as_user_errors
+
+_INITIALISERS = {
+    "kaiming": init.kaiming,
+    "gaussian": init.gaussian,
+    "orthogonal": init.orthogonal,
+    "pissa": init.pissa,
+    "fast-pissa": init.fast_pissa(),
+    "olora": init.olora,
+}
+
+
+def rules(config: Config, active_experts: int | None = None) -> list[lj.LoraRule | lj.TrainRule]:
+    """The rules that the options stand for; raises UserError where they make no sense.
+
+    Args:
+      active_experts: how many experts are active for a token, of a mixture of experts.
+    """
+    adapter = config.adapter
+    if adapter.full:
+        return [lj.TrainRule(targets=".*")]
+    with as_user_errors(ValueError, prefix="options on the adapter: "):
+        chosen: list[lj.LoraRule | lj.TrainRule] = []
+        if adapter.train:
+            chosen.append(lj.TrainRule(targets=adapter.train))
+        if adapter.train_tokens:
+            rows = lj.TrainRule(targets=r"(.*/)?embedding", rows=adapter.train_tokens)
+            chosen.append(rows)
+        if adapter.bias == "all":
+            chosen.append(lj.TrainRule(targets=["bias"]))
+        if adapter.divide_rank:
+            if active_experts is None:
+                raise UserError("--divide-rank: the model is no mixture of experts")
+            rank = lj.optim.expert_rank(adapter.rank, active=active_experts)
+            chosen.append(_lora_rule(config, ("experts",), rank))
+        targets: str | tuple[str, ...] = adapter.targets
+        if len(targets) == 1 and (targets[0] == "all-linear" or not _is_name(targets[0])):
+            targets = targets[0]
+        chosen.append(_lora_rule(config, targets, adapter.rank))
+    return chosen
+
+
+def _lora_rule(config: Config, targets: str | tuple[str, ...], rank: int) -> lj.LoraRule:
+    """A rule of the given rank, with the s that the options' alpha and rank come to."""
+    adapter = config.adapter
+    alpha = adapter.alpha
+    if alpha is not None and rank != adapter.rank:
+        alpha *= rank / adapter.rank
+    return lj.LoraRule(
+        targets=targets,
+        layers=adapter.layers or None,
+        rank=rank,
+        alpha=alpha,
+        scaling=adapter.scaling,
+        dropout=adapter.dropout,
+        init=_INITIALISERS[adapter.init],
+        dora=adapter.dora,
+        freeze_a=adapter.freeze_a,
+        bias_on_b=adapter.bias_on_b,
+        train_bias=adapter.bias == "adapted",
+    )
+
+
+def _is_name(target: str) -> bool:
+    """Whether a target is a module's name (or several with slashes), not a regular expression."""
+    return target.replace("/", "").replace("_", "").isalnum()
+
+
+def takes_from_base(config: Config) -> bool:
+    """Whether the adapter starts from what the base holds, which takes a decomposition."""
+    if config.adapter.full or config.adapter.init_adapter:
+        return False
+    return init.takes_from_base(_INITIALISERS[config.adapter.init])
+
+
+def make_optimizer(
+    config: Config, schedule: optax.Schedule, params: Any = None
+) -> optax.GradientTransformation:
+    """AdamW with the gradient clipped to a norm; norms and biases do not decay.
+
+    Args:
+      schedule: the learning rate at each step.
+      params: the adapted tree; needed where A is frozen, for B's gradient to be projected.
+    """
+    optim = config.optim
+    assert optim.beta2 is not None, "the options are not settled"
+    parts = [optax.clip_by_global_norm(optim.grad_clip)] if optim.grad_clip else []
+    if config.adapter.freeze_a:
+        parts.append(lj.optim.project_b(params))
+    parts.append(
+        optax.adamw(schedule, b2=optim.beta2, weight_decay=optim.weight_decay, mask=decays)
+    )
+    if optim.lora_plus is not None:
+        parts.append(lj.optim.lora_plus(optim.lora_plus))
+    return optax.chain(*parts)
+
+
+def decays(adapter: dict[str, dict[str, Any]]) -> dict[str, dict[str, bool]]:
+    """Which arrays of an adapter weight decay applies to: A and B, kernels and embeddings."""
+
+    def is_matrix(path: str, name: str) -> bool:
+        if name == "value":
+            return re.search(r"(^|/)(kernel|embedding|w)$", path) is not None
+        return name in ("a", "b")
+
+    return {path: {name: is_matrix(path, name) for name in p} for path, p in adapter.items()}
