@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lora_jax.models import ConfigError, WeightsError, from_pretrained
+from lora_jax.models import ConfigError, WeightsError, from_pretrained, save_pretrained
 from tests.models import tiny_encoders
 
 FAMILIES = ["bert", "roberta", "xlm-roberta"]
@@ -178,6 +178,16 @@ def test_nothing_else_is_left_alone(tmp_path: Path) -> None:
         "unexpected classifier.extra [3]",
     ):
         assert line in text
+
+
+@pytest.mark.parametrize("head", list(tiny_encoders.HEADS))
+@pytest.mark.parametrize("case", ["bert", "roberta"])
+def test_what_is_saved_is_loaded_with_its_head(case: str, head: str, tmp_path: Path) -> None:
+    model, params = tiny_encoders.model(case, head)
+    save_pretrained(tmp_path / "model", model, params)
+    again, loaded = from_pretrained(tmp_path / "model")
+    assert again == model
+    same(loaded, params)
 
 
 def test_another_number_of_labels_than_the_files(tmp_path: Path) -> None:
