@@ -16,6 +16,9 @@ from lora_jax.rules import ALL_LINEAR, LoraRule, Rule, Targets, TrainRule
 _NOT_LINEAR = re.compile(
     r"embed\w*|\w*embeddings?|wte|wpe|\w*lm_head|head|unembed\w*|classifier|score|logits"
 )
+# Those of masked language models: the output layer lies in a module that holds other layers, too.
+_INNER_OUTPUT = re.compile(r"(.*/)?cls/predictions/decoder/\w+")
+_INNER_LINEAR = re.compile(r"(.*/)?lm_head/dense/\w+")
 # Leaves with two or more axes that a module owns beside its kernel, once layers are stacked.
 _SIDE_LEAVES = frozenset({"bias", "b", "scale", "offset", "mean", "var", "gamma", "beta"})
 
@@ -203,7 +206,16 @@ def _is_named(rule: Rule, path: str, leaf: Any, looked: Looked) -> bool:
     known = default_roles(leaf_name(path), len(leaf.shape)) is not None
     if looked is not None:
         known = isinstance(looked.get(path), AxisRoles)
-    return known and not any(_NOT_LINEAR.fullmatch(segment) for segment in path.split("/"))
+    return known and _is_inner(path)
+
+
+def _is_inner(path: str) -> bool:
+    """Whether the module is neither an embedding nor the output head."""
+    if _INNER_LINEAR.fullmatch(path):
+        return True
+    if _INNER_OUTPUT.fullmatch(path):
+        return False
+    return not any(_NOT_LINEAR.fullmatch(segment) for segment in path.split("/"))
 
 
 def _matches(targets: Targets, path: str) -> bool:

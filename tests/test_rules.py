@@ -55,6 +55,18 @@ def test_targets(targets, exclude, expected):
     assert selected([lj.LoraRule(targets=targets, exclude=exclude)]) == expected
 
 
+def test_all_linear_in_the_heads_of_masked_language_models():
+    """As PEFT does: the layer before the output, not the output."""
+    kernel = {"kernel": shaped(5, 7)}
+    tree = {
+        "lm_head": {"dense": kernel, "decoder": kernel},
+        "cls": {"predictions": {"transform": {"dense": kernel}, "decoder": kernel}},
+        "classifier": {"dense": kernel, "out_proj": kernel},
+    }
+    expected = {"lm_head/dense/kernel", "cls/predictions/transform/dense/kernel"}
+    assert selected([lj.LoraRule(targets="all-linear")], tree) == expected
+
+
 @pytest.mark.parametrize("name", ["proj", "q_pro", "_proj", "q_proj/bias"])
 def test_a_name_is_a_run_of_whole_segments(name):
     with pytest.raises(ValueError, match="selects nothing"):

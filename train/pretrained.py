@@ -8,7 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models import ConfigError, DecoderConfig, ModelNotFound, WeightsError, key_table
+from lora_jax.models import (
+    ConfigError,
+    DecoderConfig,
+    EncoderConfig,
+    GPT2Config,
+    ModelNotFound,
+    WeightsError,
+    key_table,
+)
 from lora_jax.models.hub import resolve
 from lora_jax.models.keys import nested
 from lora_jax.models.load import from_pretrained, open_source
@@ -22,7 +30,7 @@ class Outline:
 
     name: str
     tokenizer: Any
-    config: DecoderConfig
+    config: DecoderConfig | GPT2Config
     params: dict[str, Any]  # jax.ShapeDtypeStruct leaves
 
     @property
@@ -50,6 +58,8 @@ def read_outline(name: str) -> Outline:
     with _model_errors(name):
         config = open_source(resolve(name).path).config
         tokenizer = load_tokenizer(name)
+    if isinstance(config, EncoderConfig):
+        raise UserError(f"--model {name}: a {config.model_type} model does not continue texts")
     if not tokenizer.is_fast:
         raise UserError(f"--model {name}: its tokenizer has no fast version (tokenizer.json)")
     params = nested(

@@ -3,9 +3,13 @@
 from lora_jax.models.cache import Cache, init_cache
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import Decoder
+from lora_jax.models.encoder import Encoder, EncoderOutput
+from lora_jax.models.encoder_config import EncoderConfig
 from lora_jax.models.families import key_table, read_config
 from lora_jax.models.fields import ConfigError
 from lora_jax.models.generate import generate
+from lora_jax.models.gpt2 import GPT2
+from lora_jax.models.gpt2_config import GPT2Config
 from lora_jax.models.hub import ModelNotFound
 from lora_jax.models.keys import WeightsError, hf_tensors
 from lora_jax.models.load import from_pretrained
@@ -18,6 +22,11 @@ __all__ = [
     "ConfigError",
     "Decoder",
     "DecoderConfig",
+    "Encoder",
+    "EncoderConfig",
+    "EncoderOutput",
+    "GPT2",
+    "GPT2Config",
     "ModelNotFound",
     "RopeScaling",
     "WeightsError",

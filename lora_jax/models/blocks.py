@@ -1,9 +1,10 @@
-"""What a decoder layer is built of: dense layers, norms, activations."""
+"""The layers that BERT, RoBERTa and GPT-2 are made of.
+
+Each function makes a layer for ``module``, with its dtypes and its configuration's options.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,86 +12,51 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from lora_jax.models.config import DecoderConfig
-from lora_jax.models.rope import wide
-
-ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": nn.silu,
-    "swish": nn.silu,
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_new": functools.partial(nn.gelu, approximate=True),
-    "gelu_fast": functools.partial(nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
-    "relu": nn.relu,
-}
+from lora_jax.models.attention import wide
 
 
-def dot_wide(x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-    """``lax.dot_general`` with a result in fp32 at least."""
-    return lax.dot_general(x, *args, **{**kwargs, "preferred_element_type": wide(x.dtype)})
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * scale, normalised in fp32 (Zhang and Sennrich 2019).
-
-    With ``adds_one`` x is multiplied by 1 + scale, in fp32 too, as in Gemma.
-    """
-
-    eps: float
-    dtype: Any
-    param_dtype: Any
-    adds_one: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.initializers.zeros if self.adds_one else nn.initializers.ones
-        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
-        y = x.astype(wide(x.dtype))
-        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        if self.adds_one:
-            return (y * (1.0 + scale.astype(y.dtype))).astype(self.dtype)
-        return y.astype(self.dtype) * scale.astype(self.dtype)
-
-
-class MLP(nn.Module):
-    """down(act(gate(x)) * up(x)) (Shazeer 2020)."""
-
-    config: DecoderConfig
-    dtype: Any
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        cfg = self.config
-        size, bias = cfg.intermediate_size, cfg.mlp_bias
-        if cfg.fused_projections:
-            gate, up = jnp.split(dense(self, "gate_up_proj", 2 * size, bias)(x), 2, axis=-1)
-        else:
-            gate = dense(self, "gate_proj", size, bias)(x)
-            up = dense(self, "up_proj", size, bias)(x)
-        hidden = ACTIVATION[cfg.hidden_act](gate) * up
-        return dense(self, "down_proj", cfg.hidden_size, bias)(hidden)
-
-
-def dense(module: Any, name: str, features: int, use_bias: bool, **kwargs: Any) -> nn.Dense:
-    """A dense layer with the dtypes and the initialiser of the module that holds it."""
+def dense(module: Any, features: int, *, dtype: Any = None, **kwargs: Any) -> nn.Dense:
+    """xW + b, drawn with the configuration's initializer_range."""
     return nn.Dense(
         features,
-        use_bias=use_bias,
-        dtype=module.dtype,
+        dtype=module.dtype if dtype is None else dtype,
         param_dtype=module.param_dtype,
         kernel_init=nn.initializers.normal(module.config.initializer_range),
-        name=name,
         **kwargs,
     )
 
 
-def norm(module: Any, name: str | None = None) -> RMSNorm:
-    """A norm with the dtypes and the options of the module that holds it."""
-    cfg: DecoderConfig = module.config
-    return RMSNorm(cfg.rms_norm_eps, module.dtype, module.param_dtype, cfg.norm_adds_one, name=name)
+class LayerNorm(nn.Module):
+    """(x - mean) / std * scale + bias, in fp32 (Ba et al. 2016)."""
+
+    eps: float
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+        dtype = wide(self.dtype)
+        x = x.astype(dtype)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return (x * scale.astype(dtype) + bias.astype(dtype)).astype(self.dtype)
 
 
-def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """cap tanh(x / cap): x where it is small, never beyond ±cap (Gemma 2)."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
+def layer_norm(module: Any, **kwargs: Any) -> LayerNorm:
+    """LayerNorm with the configuration's epsilon."""
+    return LayerNorm(module.config.layer_norm_eps, module.dtype, module.param_dtype, **kwargs)
+
+
+def embed(module: Any, rows: int, **kwargs: Any) -> nn.Embed:
+    """A table of ``rows`` vectors as wide as the model."""
+    return nn.Embed(
+        rows,
+        module.config.hidden_size,
+        dtype=module.dtype,
+        param_dtype=module.param_dtype,
+        embedding_init=nn.initializers.normal(module.config.initializer_range),
+        **kwargs,
+    )

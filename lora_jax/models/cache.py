@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models.config import DecoderConfig
+
+class Cached(Protocol):
+    """What a configuration says of the keys and values of its model."""
+
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
 
 
 class Cache(NamedTuple):
     """What attention needs of the tokens so far. Slot i holds the i-th token fed to the model.
 
     Attributes:
-      key: [layers, batch, max_len, kv_heads, head_dim], rotated.
+      key: [layers, batch, max_len, kv_heads, head_dim], rotated where the model rotates.
       value: as key.
       positions: [batch, max_len] int32, each slot's position; -1 in empty and padded slots.
       filled: [] int32, how many slots are in use, padding included; the same for every row.
@@ -28,11 +37,11 @@ class Cache(NamedTuple):
     length: jax.Array
 
 
-def init_cache(config: DecoderConfig, batch: int, max_len: int, dtype: Any = jnp.float32) -> Cache:
+def init_cache(config: Cached, batch: int, max_len: int, dtype: Any = jnp.float32) -> Cache:
     """An empty cache.
 
     Args:
-      config: the decoder's.
+      config: the model's.
       batch: how many rows.
       max_len: how many tokens, padding included, the cache can hold. Writing beyond it overwrites
         the last slots: under jit nothing can raise. RoPE of the kind "longrope" chooses its

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax import lax
 
-from lora_jax.models.blocks import dot_wide, norm, soft_cap
+from lora_jax.models.attention import dot_wide, soft_cap
 from lora_jax.models.cache import Cache
 from lora_jax.models.config import DecoderConfig
+from lora_jax.models.decoder_blocks import norm
 from lora_jax.models.layers import DecoderLayer, PerLayer, Step
 from lora_jax.models.rope import rotations
+from lora_jax.models.trunk import Placed, causal_mask, extend, place, rematerialised
 
 
 class Decoder(nn.Module):
@@ -131,7 +132,7 @@ class _Trunk(nn.Module):
             embedding_init=nn.initializers.normal(cfg.initializer_range),
         )
         scanned = nn.scan(
-            _rematerialised(DecoderLayer, self.remat),
+            rematerialised(DecoderLayer, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),
@@ -148,32 +149,15 @@ class _Trunk(nn.Module):
         cache: Cache | None,
         segment_ids: jax.Array | None,
     ) -> tuple[jax.Array, Cache | None]:
-        seq = input_ids.shape[1]
-        if cache is not None and segment_ids is not None:
-            raise ValueError("a cache holds one sequence per row: segment_ids cannot go with it")
-        if cache is not None and seq > cache.positions.shape[1]:
-            raise ValueError(
-                f"{seq} tokens do not fit into a cache of {cache.positions.shape[1]} slots"
-            )
-        present = jnp.ones(input_ids.shape, bool)
-        if attention_mask is not None:
-            present = attention_mask.astype(bool)
-        if positions is None:
-            positions = _count_positions(present, segment_ids, cache)
-        positions = positions.astype(jnp.int32)
-
-        slots = jnp.where(present, positions, -1)  # [batch, seq]
-        first = jnp.zeros((), jnp.int32)
-        if cache is not None:
-            first = cache.filled
-            slots = lax.dynamic_update_slice(cache.positions, slots, (0, first))
-        mask, window_mask = _masks(self.config, positions, slots, first, segment_ids)
+        placed = place(input_ids, attention_mask, positions, cache, segment_ids)
+        mask, window_mask = _masks(self.config, placed, segment_ids)
+        positions = placed.positions
         length = jnp.max(positions) + 1 if cache is None else cache.positions.shape[1]
         rope = rotations(positions, self.config, length)
         window_rope = None
         if self.config.rope_local_theta is not None:
             window_rope = rotations(positions, self.config, length, local=True)
-        filled = None if cache is None else first
+        filled = None if cache is None else placed.first
         step = Step(rope, window_rope, mask, window_mask, filled)
 
         x = self.embed_tokens(input_ids)
@@ -190,75 +174,27 @@ class _Trunk(nn.Module):
         )
         x, new = self.layers(x, step, per_layer)
         x = self.norm(x)
-        if cache is None:
-            return x, None
-        start = (0, 0, first, 0, 0)
-        return x, Cache(
-            key=lax.dynamic_update_slice(cache.key, new[0].astype(cache.key.dtype), start),
-            value=lax.dynamic_update_slice(cache.value, new[1].astype(cache.value.dtype), start),
-            positions=slots,
-            filled=first + seq,
-            length=jnp.maximum(cache.length, jnp.max(slots, axis=1) + 1),
-        )
-
-
-def _rematerialised(layer: type[nn.Module], remat: bool | str) -> Any:
-    if remat is False:
-        return layer
-    policy = None
-    if isinstance(remat, str):
-        policy = getattr(jax.checkpoint_policies, remat, None)
-        if policy is None:
-            names = [name for name in dir(jax.checkpoint_policies) if not name.startswith("_")]
-            raise ValueError(f"remat policy {remat!r} is not one of {', '.join(names)}")
-    # Inside a scan, nothing can be merged with the forward pass: the barrier would only cost.
-    return nn.remat(layer, policy=policy, prevent_cse=False)
-
-
-def _count_positions(
-    present: jax.Array, segment_ids: jax.Array | None, cache: Cache | None
-) -> jax.Array:
-    """[batch, seq] int32: the number of real tokens before each one, in its row or segment."""
-    count = jnp.cumsum(present, axis=1, dtype=jnp.int32) - 1
-    if segment_ids is not None:
-        changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-        starts = jnp.concatenate([jnp.ones_like(changed[:, :1]), changed], axis=1)
-        before = count - present.astype(jnp.int32) + 1  # real tokens before this slot
-        count = count - lax.cummax(jnp.where(starts, before, 0), axis=1)
-    if cache is not None:
-        count = count + cache.length[:, None]
-    return jnp.maximum(count, 0)
+        return x, None if cache is None else extend(cache, placed, new)
 
 
 def _masks(
-    config: DecoderConfig,
-    positions: jax.Array,
-    slots: jax.Array,
-    first: jax.Array,
-    segment_ids: jax.Array | None,
+    config: DecoderConfig, placed: Placed, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
     """Where queries may look: in all layers, and in those with a sliding window.
 
     Args:
       config: the decoder's.
-      positions: [batch, seq], the queries'.
-      slots: [batch, keys], the keys' positions, -1 where there is nothing to see.
-      first: [], the slot of the first query.
+      placed: where queries and keys stand.
       segment_ids: [batch, seq] or None.
 
     Returns:
       Two masks, [batch, 1, seq, keys] bool; the second is None where all layers
       use the first.
     """
-    queries = first + jnp.arange(positions.shape[1], dtype=jnp.int32)
-    causal = jnp.arange(slots.shape[1], dtype=jnp.int32)[None, :] <= queries[:, None]
-    mask = causal[None] & (slots >= 0)[:, None, :]
-    if segment_ids is not None:
-        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    mask = mask[:, None]
+    mask = causal_mask(placed, segment_ids)
     if config.sliding_window is None:
         return mask, None
-    near = positions[:, :, None] - slots[:, None, :] < config.sliding_window
+    near = placed.positions[:, :, None] - placed.slots[:, None, :] < config.sliding_window
     window_mask = mask & near[:, None]
     if len(config.windowed_layers) == config.num_hidden_layers:
         return window_mask, None

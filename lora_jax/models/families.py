@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from flax import linen as nn
 
+from lora_jax.models import encoder_config
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.decoder_fields import FAMILIES as DECODERS
 from lora_jax.models.decoder_keys import decoder_parts, decoder_table
+from lora_jax.models.encoder import Encoder
+from lora_jax.models.encoder_config import EncoderConfig
+from lora_jax.models.encoder_keys import OTHER_HEADS, encoder_name, encoder_table
 from lora_jax.models.fields import ConfigError
+from lora_jax.models.gpt2 import GPT2
+from lora_jax.models.gpt2_config import GPT2Config
+from lora_jax.models.gpt2_keys import gpt2_name, gpt2_table
 from lora_jax.models.keys import Part, Row
 
 
@@ -34,21 +42,40 @@ class Family:
     """What reads, runs and names the parameters of a model.
 
     Attributes:
-      read: from the parsed config.json to the configuration.
+      read: from the parsed config.json, and options by keyword, to the configuration.
       module: called as ``module(config, dtype, param_dtype, remat=…)``.
       table: every parameter of a configuration; see ``keys.Row``.
       parts: the table's tensors that a file, of such names and shapes, holds within others.
+      options: what ``read`` takes by keyword.
+      name: (a file's name for a tensor, configuration) -> the table's name for it.
+      ignored: tensors of other heads than the configuration's, which a file may hold.
     """
 
-    read: Callable[[Mapping[str, Any]], Any]
+    read: Callable[..., Any]
     module: type[nn.Module]
     table: Callable[[Any], list[Row]]
     parts: Callable[[Any, Mapping[str, tuple[int, ...]]], dict[str, Part]] = lambda *_: {}
+    options: frozenset[str] = frozenset()
+    name: Callable[[str, Any], str] = lambda name, config: name
+    ignored: re.Pattern[str] | None = None
 
 
 _DECODERS = Family(DecoderConfig.from_hf, Decoder, decoder_table, decoder_parts)
 
-FAMILIES: dict[str, Family] = dict.fromkeys(DECODERS, _DECODERS)
+_ENCODERS = Family(
+    EncoderConfig.from_hf,
+    Encoder,
+    encoder_table,
+    options=encoder_config.OPTIONS,
+    name=encoder_name,
+    ignored=OTHER_HEADS,
+)
+
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(DECODERS, _DECODERS),
+    **dict.fromkeys(encoder_config.FAMILIES, _ENCODERS),
+    "gpt2": Family(GPT2Config.from_hf, GPT2, gpt2_table, name=gpt2_name),
+}
 
 
 def family_of(model_type: Any) -> Family:
@@ -60,12 +87,21 @@ def family_of(model_type: Any) -> Family:
     return FAMILIES[model_type]
 
 
-def read_config(fields: Mapping[str, Any]) -> Any:
+def read_config(fields: Mapping[str, Any], **options: Any) -> Any:
     """The configuration that a parsed config.json describes.
 
-    Raises ConfigError that names what is missing, unsupported or unknown.
+    Args:
+      fields: the parsed config.json.
+      **options: what to read it as, such as ``head="classification"``; see ``EncoderConfig``.
+
+    Raises:
+      ConfigError: names what is missing, unsupported or unknown, in the file or the options.
     """
-    return family_of(fields.get("model_type")).read(fields)
+    model_type = fields.get("model_type")
+    family = family_of(model_type)
+    if unknown := sorted(set(options) - family.options):
+        raise ConfigError(f"a {model_type} model has no option {', '.join(unknown)}")
+    return family.read(fields, **options)
 
 
 def key_table(config: Config) -> list[Row]:

@@ -12,10 +12,11 @@ from jax import lax
 
 from lora_jax.models.cache import Cache, init_cache
 from lora_jax.models.decoder import Decoder
+from lora_jax.models.gpt2 import GPT2
 
 
 def generate(
-    model: Decoder,
+    model: Decoder | GPT2,
     params: Any,
     input_ids: jax.typing.ArrayLike,
     attention_mask: jax.typing.ArrayLike | None = None,
@@ -129,7 +130,7 @@ def _generate(
     sampling: _Sampling,
     key: jax.Array,
     *,
-    model: Decoder,
+    model: Decoder | GPT2,
     apply: Callable[..., Any] | None,
     max_new_tokens: int,
 ) -> jax.Array:

@@ -32,7 +32,9 @@ class Row:
       shape: ours, of one member of the stack: [in, out] for a kernel.
       stack: the sizes of the axes in front: (layers,), (layers, experts), or ().
       transpose: whether Hugging Face stores [out, in].
-      aliases: other names under which a file may repeat this very tensor (a tied head).
+      aliases: other names under which a file may hold this very tensor (a tied head).
+      part: the name of the optional part that the parameter belongs to, such as "classifier": one
+        that a file lacks as a whole is freshly initialised.
     """
 
     path: str
@@ -41,6 +43,7 @@ class Row:
     stack: tuple[int, ...] = ()
     transpose: bool = False
     aliases: tuple[str, ...] = ()
+    part: str | None = None
 
     @property
     def members(self) -> list[tuple[int, ...]]:
@@ -98,13 +101,25 @@ class Part(NamedTuple):
 _DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias)")
 
 
-def check(shapes: Mapping[str, tuple[int, ...]], table: Sequence[Row], where: str) -> None:
+def absent_parts(shapes: Mapping[str, Any], table: Sequence[Row]) -> list[str]:
+    """The optional parts of which a file holds nothing at all, in the table's order."""
+    held = {row.part for row in table if any(name in shapes for name in row.hf_names)}
+    return list(dict.fromkeys(row.part for row in table if row.part and row.part not in held))
+
+
+def check(
+    shapes: Mapping[str, tuple[int, ...]],
+    table: Sequence[Row],
+    where: str,
+    ignored: re.Pattern[str] | None = None,
+) -> None:
     """Holds a file's tensors against the table.
 
     Args:
       shapes: Hugging Face's name -> shape, for all tensors in the file or folder.
-      table: the model's.
+      table: the model's, without the parts that the file need not hold.
       where: the file or folder, for the message.
+      ignored: what a file may hold for other heads than the table's.
 
     Raises:
       WeightsError: one error that lists every missing, unexpected and misshaped tensor.
@@ -115,7 +130,10 @@ def check(shapes: Mapping[str, tuple[int, ...]], table: Sequence[Row], where: st
     unexpected = [
         f"unexpected {name} {list(shapes[name])}"
         for name in shapes
-        if name not in expected and name not in allowed and not _DERIVED.fullmatch(name)
+        if name not in expected
+        and name not in allowed
+        and not _DERIVED.fullmatch(name)
+        and not (ignored and ignored.fullmatch(name))
     ]
     misshaped = [
         f"{name} is {list(shapes[name])}, expected {list(shape)}"

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from lora_jax.models.blocks import MLP, dense, norm, soft_cap
+from lora_jax.models.attention import attend
 from lora_jax.models.config import DecoderConfig
+from lora_jax.models.decoder_blocks import MLP, dense, norm
 from lora_jax.models.moe import SparseMLP
-from lora_jax.models.rope import Rotation, rotate, wide
+from lora_jax.models.rope import Rotation, rotate
 
 
 class Step(NamedTuple):
@@ -84,7 +85,9 @@ class Attention(nn.Module):
             keys = lax.dynamic_update_slice(layer.key, k.astype(layer.key.dtype), start)
             values = lax.dynamic_update_slice(layer.value, v.astype(layer.value.dtype), start)
         mask = _chosen(layer.windowed, step.window_mask, step.mask)
-        out = self._attend(q, keys.astype(q.dtype), values.astype(q.dtype), mask)
+        scale = (cfg.query_pre_attn_scalar or cfg.head_dim) ** -0.5
+        keys, values = keys.astype(q.dtype), values.astype(q.dtype)
+        out = attend(q, keys, values, mask, scale, cfg.attn_logit_softcapping)
         out = out.reshape(*x.shape[:2], cfg.num_attention_heads * cfg.head_dim)
         return dense(self, "o_proj", cfg.hidden_size, cfg.o_bias)(out), (k, v)
 
@@ -105,30 +108,6 @@ class Attention(nn.Module):
             part.reshape(*x.shape[:2], n, cfg.head_dim)
             for part, n in zip(flat, heads.values(), strict=True)
         ]
-
-    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-        """softmax(cap(q k^T / sqrt(head_dim))) v, scores and softmax in fp32.
-
-        Args:
-          q: [batch, seq, heads, head_dim].
-          k: [batch, keys, kv_heads, head_dim]. Queries are grouped by key/value head, so that keys
-            and values are never repeated in memory.
-          v: as k.
-          mask: [batch, 1, seq, keys] bool. A query that may look nowhere (padding) averages all
-            values.
-
-        Returns:
-          [batch, seq, heads, head_dim].
-        """
-        cfg = self.config
-        batch, seq, heads, head_dim = q.shape
-        grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim)
-        scores = jnp.einsum("bsngd,btnd->bngst", grouped, k, preferred_element_type=wide(q.dtype))
-        scores = scores * (cfg.query_pre_attn_scalar or head_dim) ** -0.5
-        scores = soft_cap(scores, cfg.attn_logit_softcapping)
-        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(scores.dtype).min)
-        probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum("bngst,btnd->bsngd", probs, v).reshape(q.shape)
 
 
 class DecoderLayer(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from lora_jax.models.families import family_of, key_table
+from lora_jax.models.fields import ConfigError
 from lora_jax.models.gguf import GGUFFile
 from lora_jax.models.hub import resolve
-from lora_jax.models.keys import Row, WeightsError, check, nested
-from lora_jax.models.sources import FLOATS, SafetensorsFolder, Source
+from lora_jax.models.keys import Row, WeightsError, absent_parts, check, nested
+from lora_jax.models.sources import FLOATS, Renamed, SafetensorsFolder, Source
 
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
@@ -28,6 +30,11 @@ def from_pretrained(
     param_dtype: Any = None,
     remat: bool | str = False,
     sharding: Placement | None = None,
+    head: str | None = None,
+    num_labels: int | None = None,
+    pooling: str | None = None,
+    normalize: bool | None = None,
+    key: jax.Array | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """A pretrained model, and its parameters as a plain nested dict.
 
@@ -39,12 +46,21 @@ def from_pretrained(
     Where the hub does not answer, ``HuggingFaceTB/SmolLM2-135M-Instruct`` comes from a Python
     package instead, as 4-bit weights, and a line on stderr says so.
 
+    An encoder's head is the one that the file was saved with, or the one asked for here:
+    ``from_pretrained(name, head="classification", num_labels=3)``. A head that the file does not
+    hold is freshly initialised, and a line on stderr says so. Heads that the file holds beyond the
+    one in use are left alone.
+
     Args:
       name_or_path: folder, GGUF file or hub name.
       dtype: of the computation.
       param_dtype: of the parameters; ``dtype`` by default.
       remat: see ``Decoder``.
       sharding: (path, shape) -> where to put that parameter; None for the default device.
+      head, num_labels, pooling, normalize: of an encoder, instead of what its config.json says;
+        see ``EncoderConfig``.
+      key: for a freshly initialised head; ``jax.random.key(0)`` by default. Each parameter's
+        values depend on the key and its path alone.
 
     Returns:
       (model, params), for ``model.apply({"params": params}, input_ids)``.
@@ -57,33 +73,79 @@ def from_pretrained(
     found = resolve(name_or_path)
     if found.note:
         print(found.note, file=sys.stderr)
-    source = open_source(found.path)
+    asked = {"head": head, "num_labels": num_labels, "pooling": pooling, "normalize": normalize}
+    options = {name: value for name, value in asked.items() if value is not None}
+    source = open_source(found.path, **options)
     param_dtype = dtype if param_dtype is None else param_dtype
     model = family_of(source.config.model_type).module(
         source.config, dtype, param_dtype, remat=remat
     )
-    return model, load_params(source, param_dtype, sharding)
+    return model, load_params(source, param_dtype, sharding, key)
 
 
-def open_source(path: Path) -> Source:
-    """The folder's or the GGUF file's configuration and tensors. Reads headers only."""
-    return SafetensorsFolder(path) if path.is_dir() else GGUFFile(path)
+def open_source(path: Path, **options: Any) -> Source:
+    """The folder's or the GGUF file's configuration and tensors. Reads headers only.
+
+    The options are those of ``families.read_config``.
+    """
+    if path.is_dir():
+        return SafetensorsFolder(path, **options)
+    if options:
+        raise ConfigError(f"{path}: a model in a GGUF file has no option {', '.join(options)}")
+    return GGUFFile(path)
 
 
 def load_params(
-    source: Source, param_dtype: Any = jnp.float32, sharding: Placement | None = None
+    source: Source,
+    param_dtype: Any = jnp.float32,
+    sharding: Placement | None = None,
+    key: jax.Array | None = None,
 ) -> dict[str, Any]:
     """The parameter tree of a source; see ``from_pretrained``."""
     table = key_table(source.config)
-    check(source.shapes, table, source.where)
-    _check_dtypes(source, table)
-    _check_aliases(source, table)
+    view = Renamed(source, _file_names(source, table))
+    absent = absent_parts(view.shapes, table)
+    held = [row for row in table if row.part not in absent]
+    check(view.shapes, held, view.where, family_of(view.config.model_type).ignored)
+    _check_dtypes(view, held)
+    _check_aliases(view, held)
+    if absent:
+        print(f"{view.where} holds no {', '.join(absent)}: freshly initialised", file=sys.stderr)
+    key = jax.random.key(0) if key is None else key
 
     def read(row: Row) -> jax.Array:
         place = None if sharding is None else sharding(row.path, row.stacked_shape)
-        return _placed(source, row, np.dtype(param_dtype), place)
+        if row.part in absent:
+            fresh = _fresh(row, view.config.initializer_range, key)
+            return jax.device_put(fresh.astype(param_dtype), place)
+        return _placed(view, row, np.dtype(param_dtype), place)
 
     return nested((row.path, read(row)) for row in table)
+
+
+def _file_names(source: Source, table: list[Row]) -> dict[str, str]:
+    """The table's name of each tensor in the file -> the file's own name of it."""
+    rename = family_of(source.config.model_type).name
+    names: dict[str, str] = {}
+    for held in source.shapes:
+        name = rename(held, source.config)
+        if name in names:
+            raise WeightsError(f"{source.where} holds both {names[name]} and {held}")
+        names[name] = held
+    for row in table:
+        for alias in row.aliases:
+            if row.hf not in names and alias in names:
+                names[row.hf] = names[alias]
+    return names
+
+
+def _fresh(row: Row, std: float, key: jax.Array) -> jax.Array:
+    """Initial values, as transformers draws them: N(0, std²) for kernels, no bias, scales of 1."""
+    leaf = row.path.rsplit("/", 1)[-1]
+    if leaf == "kernel":
+        own = jax.random.fold_in(key, zlib.crc32(row.path.encode()))
+        return std * jax.random.normal(own, row.stacked_shape, jnp.float32)
+    return jnp.full(row.stacked_shape, 1.0 if leaf == "scale" else 0.0, jnp.float32)
 
 
 def _placed(
@@ -137,11 +199,11 @@ def _check_dtypes(source: Source, table: list[Row]) -> None:
         )
 
 
-def _check_aliases(source: Source, table: list[Row]) -> None:
+def _check_aliases(source: Renamed, table: list[Row]) -> None:
     """A file may repeat a tensor (a tied head), but not hold another in its place."""
     for row in table:
         for alias in row.aliases:
-            if alias not in source.shapes:
+            if source.names.get(alias) in (None, source.names[row.hf]):
                 continue
             if not np.array_equal(source.read(alias), source.read(row.hf), equal_nan=True):
                 raise WeightsError(

@@ -21,8 +21,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from lora_jax.models.blocks import ACTIVATION, dense, dot_wide
+from lora_jax.models.activations import ACTIVATION
+from lora_jax.models.attention import dot_wide
 from lora_jax.models.config import DecoderConfig
+from lora_jax.models.decoder_blocks import dense
 
 
 class SparseMLP(nn.Module):

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.models.attention import wide
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.rope_fields import RopeScaling
-
-
-def wide(dtype: Any) -> Any:
-    """What rotations, norms, softmax and logits are computed in: fp32, or float64 for float64."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 class Rotation(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,7 +54,8 @@ class SafetensorsFolder:
     """A folder with config.json and model.safetensors, or shards and their index.
 
     Only headers are read here. Tensors are read by file access, not through a map of the file:
-    mapped pages would count as this process's memory.
+    mapped pages would count as this process's memory. The options are those of
+    ``families.read_config``.
 
     Raises:
       ConfigError: if config.json is missing or describes another model.
@@ -61,9 +63,9 @@ class SafetensorsFolder:
         disagree; it names the file and the tensor.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, **options: Any):
         self.where = str(folder)
-        self.config = _read_config(folder / "config.json")
+        self.config = _read_config(folder / "config.json", options)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._paths: dict[str, Path] = {}
@@ -121,7 +123,7 @@ class SafetensorsFolder:
             raise WeightsError(f"{path}: cannot read {name}: {error}") from None
 
 
-def _read_config(path: Path) -> Any:
+def _read_config(path: Path, options: dict[str, Any]) -> Any:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -131,7 +133,7 @@ def _read_config(path: Path) -> Any:
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} holds a {type(fields).__name__}, not the fields of a model")
     try:
-        return read_config(fields)
+        return read_config(fields, **options)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except (TypeError, ValueError, ArithmeticError) as error:  # "24" in the place of 24, 0 heads
@@ -171,3 +173,27 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if missing := [shard for shard in shards if not (folder / shard).exists()]:
         raise WeightsError(f"{folder} lacks shards that {_INDEX} lists: {', '.join(missing)}")
     return listed
+
+
+class Renamed:
+    """A source's tensors under other names.
+
+    Attributes:
+      names: name here -> name in the source; a tensor may have several names.
+    """
+
+    def __init__(self, source: Source, names: Mapping[str, str]):
+        self.where, self.config = source.where, source.config
+        self.names = names
+        self.shapes = {name: source.shapes[held] for name, held in names.items()}
+        self.dtypes = {n: source.dtypes[held] for n, held in names.items() if held in source.dtypes}
+        self._source = source
+
+    def read(self, name: str) -> np.ndarray:
+        return self._source.read(self.names[name])
+
+    def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
+        self._source.read_into(out, self.names[name], index)
+
+    def locate(self, name: str) -> str:
+        return self._source.locate(self.names[name])

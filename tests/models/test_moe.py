@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 from lora_jax.models import Decoder, DecoderConfig
-from lora_jax.models.blocks import ACTIVATION
+from lora_jax.models.activations import ACTIVATION
 from lora_jax.models.moe import SparseMLP, route
 from tests.models import tiny
 

@@ -222,6 +222,13 @@ def test_truncated_weights_are_named(inputs, tmp_path, capsys):
     assert f"{weights} is damaged or cut short" in message
 
 
+def test_a_model_that_continues_no_text_is_refused(inputs, tmp_path, capsys):
+    folder = write_model(tmp_path / "model")
+    (folder / "config.json").write_text('{"model_type": "bert", "vocab_size": 259}')
+    message = fails(capsys, *inputs, "--model", folder, "--output", tmp_path / "run")
+    assert message.endswith("a bert model does not continue texts")
+
+
 def test_an_adapter_is_refused_on_another_base(inputs, whole, tmp_path, capsys):
     other = write_model(tmp_path / "model", scale=1.5)
     args = [*inputs, "--model", other, "--init-adapter", whole / "adapter", "--steps", 1]

@@ -1,0 +1,116 @@
+"""The encoder's key table, and the names that files use beside it."""
+
+from __future__ import annotations
+
+import re
+
+from lora_jax.models.encoder_config import EncoderConfig
+from lora_jax.models.keys import Row
+
+_ENCODER = re.compile(r"(?:(?:bert|roberta)\.)?((?:embeddings|encoder|pooler)\..+)")
+_LM_HEAD = "masked language model head"
+_TENSORFLOW = {"gamma": "weight", "beta": "bias"}
+
+# What a file may hold for a head that is not in use: pooler, masked language model, next sentence,
+# classifiers of texts and of tokens, and spans.
+OTHER_HEADS = re.compile(
+    r"((bert|roberta)\.)?pooler\.dense\.(weight|bias)"
+    r"|cls\.predictions\.(bias|(decoder|transform\.dense|transform\.LayerNorm)\.(weight|bias))"
+    r"|lm_head\.(bias|(dense|layer_norm|decoder)\.(weight|bias))"
+    r"|cls\.seq_relationship\.(weight|bias)"
+    r"|classifier\.((dense|out_proj)\.)?(weight|bias)"
+    r"|qa_outputs\.(weight|bias)"
+)
+
+
+def encoder_name(name: str, config: EncoderConfig) -> str:
+    """The table's name of a file's tensor.
+
+    A file of a bare encoder has no prefix, one of a model with a head has it, and either may serve
+    for the other. Norms that came from TensorFlow are called gamma and beta.
+    """
+    stem, _, leaf = name.rpartition(".")
+    if stem.endswith("LayerNorm"):
+        name = f"{stem}.{_TENSORFLOW.get(leaf, leaf)}"
+    found = _ENCODER.fullmatch(name)
+    return _prefix(config) + found[1] if found else name
+
+
+def _prefix(config: EncoderConfig) -> str:
+    """transformers writes bare encoders without the encoder's name."""
+    return "" if config.head in ("none", "embedding") else f"{config.prefix}."
+
+
+def encoder_table(config: EncoderConfig) -> list[Row]:
+    """Every parameter of the encoder and its head, once, in the order of the forward pass.
+
+    The pooler and each head are optional parts: a file without them still loads.
+    """
+    rows: list[Row] = []
+    trunk = config.prefix
+
+    def add(
+        path: str,
+        leaf: str,
+        shape: tuple[int, ...],
+        part: str | None = None,
+        aliases: tuple[str, ...] = (),
+    ) -> None:
+        stacked = path.startswith(f"{trunk}/encoder/layer/")
+        hf = path.replace("encoder/layer/", "encoder/layer/{}/").replace("/", ".")
+        if path.startswith(f"{trunk}/"):
+            hf = _prefix(config) + hf.removeprefix(f"{trunk}.")
+        rows.append(
+            Row(
+                path=f"{path}/{leaf}",
+                hf=f"{hf}.{'bias' if leaf == 'bias' else 'weight'}",
+                shape=shape,
+                stack=(config.num_hidden_layers,) if stacked else (),
+                transpose=leaf == "kernel",
+                aliases=aliases,
+                part=part,
+            )
+        )
+
+    def linear(path: str, d_in: int, d_out: int, part: str | None = None) -> None:
+        add(path, "kernel", (d_in, d_out), part)
+        add(path, "bias", (d_out,), part)
+
+    def layer_norm(path: str, part: str | None = None) -> None:
+        add(path, "scale", (width,), part)
+        add(path, "bias", (width,), part)
+
+    width, inner = config.hidden_size, config.intermediate_size
+    lm = "cls/predictions" if trunk == "bert" else "lm_head"
+    decoder = lm.replace("/", ".") + ".decoder"
+    words, tied = (config.vocab_size, width), (f"{decoder}.weight",)
+    add(f"{trunk}/embeddings/word_embeddings", "embedding", words, aliases=tied)
+    positions = (config.max_position_embeddings, width)
+    add(f"{trunk}/embeddings/position_embeddings", "embedding", positions)
+    add(f"{trunk}/embeddings/token_type_embeddings", "embedding", (config.type_vocab_size, width))
+    layer_norm(f"{trunk}/embeddings/LayerNorm")
+    layer = f"{trunk}/encoder/layer"
+    for name in ("query", "key", "value"):
+        linear(f"{layer}/attention/self/{name}", width, width)
+    linear(f"{layer}/attention/output/dense", width, width)
+    layer_norm(f"{layer}/attention/output/LayerNorm")
+    linear(f"{layer}/intermediate/dense", width, inner)
+    linear(f"{layer}/output/dense", inner, width)
+    layer_norm(f"{layer}/output/LayerNorm")
+    if config.has_pooler:
+        linear(f"{trunk}/pooler/dense", width, width, "pooler")
+    if config.head == "masked_lm":
+        if trunk == "bert":
+            linear(f"{lm}/transform/dense", width, width, _LM_HEAD)
+            layer_norm(f"{lm}/transform/LayerNorm", _LM_HEAD)
+        else:
+            linear(f"{lm}/dense", width, width, _LM_HEAD)
+            layer_norm(f"{lm}/layer_norm", _LM_HEAD)
+        add(lm, "bias", (config.vocab_size,), _LM_HEAD, (f"{decoder}.bias",))
+    if config.head == "classification":
+        if trunk == "bert":
+            linear("classifier", width, config.num_labels, "classifier")
+        else:
+            linear("classifier/dense", width, width, "classifier")
+            linear("classifier/out_proj", width, config.num_labels, "classifier")
+    return rows

@@ -1,0 +1,77 @@
+"""GPT-2 against transformers on torch: the same tiny weights, the same logits and text."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_jax.models import from_pretrained, generate, hf_tensors, init_cache, key_table
+from tests.models import tiny, tiny_encoders
+from tests.models.test_parity import padded, reference_logits
+
+pytestmark = pytest.mark.parity
+
+
+@pytest.fixture(scope="module", params=list(tiny_encoders.GPT2S))
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(torch's model, ours, its parameters), through a folder that transformers wrote."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**tiny_encoders.fields(request.param))
+    reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model, params = tiny_encoders.model(request.param)
+    tensors = dict(hf_tensors(params, key_table(model.config)))
+    own = dict(reference.named_parameters())
+    assert set(tensors) == set(own)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(torch.from_numpy(tensor.copy()))
+    folder = tmp_path_factory.mktemp("model")
+    reference.eval().save_pretrained(folder)
+    return reference, *from_pretrained(folder)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits(pair: Any, side: str) -> None:
+    reference, model, params = pair
+    ids, mask = padded(side)
+    want = reference_logits(reference, ids, mask)[mask == 1]
+    got = np.asarray(tiny.run(model, params, ids, mask))[mask == 1]
+    assert np.abs(want).max() > 1
+    print(f"{side}: max |difference| {np.abs(got - want).max():.1e} of {np.abs(want).max():.1f}")
+    tiny.assert_close(got, want)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_cached_decoding(pair: Any, side: str) -> None:
+    """Prefill of seven slots, then one token at a time."""
+    reference, model, params = pair
+    ids, mask = padded(side)
+    mask[:, 7:] = 1
+    cache = init_cache(model.config, 3, 11)
+    logits, cache = tiny.run(model, params, ids[:, :7], mask[:, :7], cache=cache)
+    parts = [logits]
+    for i in range(7, 11):
+        logits, cache = tiny.run(model, params, ids[:, i : i + 1], mask[:, i : i + 1], cache=cache)
+        parts.append(logits)
+    got = np.concatenate(parts, axis=1)
+    want = reference_logits(reference, ids, mask)
+    print(f"{side}: max |difference| {np.abs(got - want)[mask == 1].max():.1e}")
+    tiny.assert_close(got[mask == 1], want[mask == 1])
+
+
+def test_greedy_generation(pair: Any) -> None:
+    import torch
+
+    reference, model, params = pair
+    ids, mask = padded("left")
+    want = reference.generate(
+        torch.from_numpy(ids).long(),
+        attention_mask=torch.from_numpy(mask).long(),
+        max_new_tokens=9,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    got = generate(model, params, ids, mask, max_new_tokens=9)
+    np.testing.assert_array_equal(got, want.numpy()[:, 11:])
