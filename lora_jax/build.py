@@ -63,6 +63,7 @@ def _adapted(leaf: Any, path: str, choice: Any, key: jax.Array) -> Node:
         ranks=choice.ranks,
         dropout=rule.dropout,
         frozen=("a",) if rule.freeze_a else (),
+        uses=rule.uses,
     )
 
 

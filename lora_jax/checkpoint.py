@@ -134,6 +134,7 @@ def _settings(weight: LoraWeight) -> dict[str, Any]:
         "scale": np.asarray(weight.scale).tolist(),
         "dropout": weight.dropout,
         "frozen": list(weight.frozen),
+        "uses": weight.uses,
     }
 
 
@@ -182,6 +183,7 @@ def _weight(base: Any, arrays: Mapping[str, Any], settings: Mapping[str, Any]) -
         ranks=tuple(settings["ranks"]),
         dropout=settings["dropout"],
         frozen=tuple(settings.get("frozen", ())),
+        uses=settings.get("uses", "all"),
     )
     a, b = _stored_factors(arrays["a"], arrays["b"], weight)
     start = None

@@ -132,6 +132,12 @@ def merge(params: Tree) -> Tree:
     bias that stands beside the kernel; ValueError where there is none, or of another shape.
     """
     leaves, treedef = flatten_with_paths(params, is_leaf=is_node)
+    for path, leaf in leaves:
+        if isinstance(leaf, LoraWeight) and leaf.is_on and leaf.uses != "all":
+            raise ValueError(
+                f"merge: the adapter of {path!r} is for one use of it only (uses={leaf.uses!r}); "
+                "merged, both would see it. Run the adapted tree through lora_jax.adapt"
+            )
     merged = {path: _merged(leaf) for path, leaf in leaves}
     for path, leaf in leaves:
         if isinstance(leaf, LoraWeight) and leaf.is_on and leaf.bias is not None:

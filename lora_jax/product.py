@@ -65,16 +65,17 @@ class Factored:
     path: str
     gain: Any = None
     shift: Any = None
+    uses: str = "all"  # or "lookup", "product": where a tied table is adapted; see `LoraRule`
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         children = (self.base, self.a, self.b, self.scale, self.key, self.gain, self.shift)
-        return children, (self.labels, self.dropout, _ForMessages(self.path))
+        return children, (self.labels, self.dropout, _ForMessages(self.path), self.uses)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], children: tuple[Any, ...]) -> "Factored":
-        labels, dropout, name = static
+        labels, dropout, name, uses = static
         base, a, b, scale, key, gain, shift = children
-        return cls(base, a, b, scale, key, labels, dropout, name.path, gain, shift)
+        return cls(base, a, b, scale, key, labels, dropout, name.path, gain, shift, uses)
 
     def columns(self) -> dict[str, Any]:
         """What is laid out as B is, by name: B itself, and the gain and the shift if there are."""

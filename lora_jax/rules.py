@@ -54,6 +54,8 @@ class LoraRule(_Shown):
       bias_on_b: train a bias on B as well: xW + s·((xA)B + c) (PEFT's ``lora_bias``).
       train_bias: train in full the bias that stands beside each selected kernel (PEFT's
         ``bias="lora_only"``).
+      uses: of a table that is both looked up and, tied, multiplied by: adapt one of the two uses
+        only, as PEFT does. Such a weight cannot be merged.
       dtype: of A and B. They are cast to the activation's dtype where they are used.
       in_axes, out_axes: the kernel's axis roles, where they are not Flax's (last axis out, the one
         before it in, the rest batch). Both or neither.
@@ -73,6 +75,7 @@ class LoraRule(_Shown):
     freeze_a: bool = False
     bias_on_b: bool = False
     train_bias: bool = False
+    uses: Literal["all", "lookup", "product"] = "all"
     dtype: Any = jnp.float32
     in_axes: Sequence[int] | None = None
     out_axes: Sequence[int] | None = None
@@ -86,6 +89,8 @@ class LoraRule(_Shown):
             raise ValueError(f"alpha={self.alpha!r}: alpha is a positive number")
         if self.scaling not in ("alpha/rank", "alpha/sqrt(rank)"):
             raise ValueError(f"scaling={self.scaling!r}: choose 'alpha/rank' or 'alpha/sqrt(rank)'")
+        if self.uses not in ("all", "lookup", "product"):
+            raise ValueError(f"uses={self.uses!r}: choose 'all', 'lookup' or 'product'")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r}: a probability in [0, 1)")
         if not jnp.issubdtype(self.dtype, jnp.floating):

@@ -89,12 +89,13 @@ class LoraWeight(_Node):
         largest is padded with zeros in both factors, which training leaves at zero.
       dropout: probability of zeroing an element of A's input.
       frozen: names of those of a, b, magnitude and bias that do not train.
+      uses: where the adapter is seen: in "all" uses of W, or in a "lookup" or a "product" only.
 
     Nothing is checked on construction: None, masks and tracers pass through.
     """
 
     _children = ("base", "a", "b", "scale", "magnitude", "bias", "start")
-    _static = ("roles", "ranks", "dropout", "frozen", "has")
+    _static = ("roles", "ranks", "dropout", "frozen", "uses", "has")
     __slots__ = _children + _static
 
     def __init__(
@@ -111,6 +112,7 @@ class LoraWeight(_Node):
         ranks: tuple[int, ...],
         dropout: float = 0.0,
         frozen: tuple[str, ...] = (),
+        uses: str = "all",
         has: tuple[str, ...] | None = None,
     ) -> None:
         self.base = base
@@ -124,6 +126,7 @@ class LoraWeight(_Node):
         self.ranks = ranks
         self.dropout = dropout
         self.frozen = frozen
+        self.uses = uses
         # Which of the optional arrays there are, so that the base half knows what it lacks.
         extras = {"magnitude": magnitude, "bias": bias}
         self.has = tuple(n for n, v in extras.items() if v is not None) if has is None else has
@@ -199,7 +202,7 @@ class LoraWeight(_Node):
             s = jnp.expand_dims(self.scale, range(n, self.bias.ndim)).astype(self.bias.dtype)
             shift = jnp.expand_dims(s * self.bias, n)
         return Factored(
-            self.base, a, b, self.scale, key, labels, self.dropout, path, gain=gain, shift=shift
+            self.base, a, b, self.scale, key, labels, self.dropout, path, gain, shift, self.uses
         )
 
     def _where_adapted(self, array: jax.Array, otherwise: float) -> jax.Array:

@@ -297,3 +297,21 @@ def test_magnitudes_need_no_array_of_the_kernels_shape():
     whole = 4 * 12 * 512 * 1024
     assert bytes_of(lambda node: node.factored().gain) < whole / 10
     assert bytes_of(lambda node: jnp.linalg.norm(node.merged(), axis=1)) >= whole
+
+
+@pytest.mark.parametrize("uses", ["lookup", "product"])
+def test_a_tied_table_adapted_in_one_use(uses, float64):
+    """As if the table were two, one of them adapted: PEFT's, where a tied layer is targeted."""
+    program = NAMED["embedding looked up and tied"]
+    rule = dataclasses.replace(program.rules[0], uses=uses)
+    params, tree, x = dataclasses.replace(program, rules=(rule,)).inputs(jnp.float64)
+    ids = jnp.asarray([[0, 3, 10, 3], [7, 1, 2, 9]])
+    changed = formed(tree)["embed"]["embedding"]
+    plain = params["embed"]["embedding"]
+    looked_up, head = (changed, plain) if uses == "lookup" else (plain, changed)
+    expected = jnp.tanh(looked_up[ids] + x) @ head.T
+    assert_close(lj.adapt(program.run, strict=True)(tree, x), expected, 1e-12)
+    with pytest.raises(ValueError, match=f"one use of it only .uses='{uses}'"):
+        lj.merge(tree)
+    with pytest.raises(lj.MergeError, match="cannot be merged"):
+        lj.adapt(lambda p, x: jnp.sin(p["embed"]["embedding"]))(tree, x)

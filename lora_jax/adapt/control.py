@@ -1,5 +1,6 @@
 """Rules for control flow: it is entered, with the weights' factors as further operands."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -127,7 +128,7 @@ def _sliced(value: Any) -> tuple[Any, Any]:
     whole = {"a": value.a, "scale": value.scale, "key": value.key, **value.columns()}
 
     def rebuild(part: dict[str, Any]) -> Factored:
-        return Factored(**(whole | part), labels=labels, dropout=value.dropout, path=value.path)
+        return dataclasses.replace(value, **(whole | part), labels=labels)
 
     return rebuild, stacked
 
@@ -224,16 +225,14 @@ def _specs(value: Any, spec: PartitionSpec) -> Any:
     stack, rows, columns = (
         [parts[axis] for axis in value.axes(label)] for label in ("batch", "in", "out")
     )
-    return Factored(
-        base=spec,
-        a=PartitionSpec(*stack, None, *rows),
-        **{name: PartitionSpec(*stack, None, *columns) for name in value.columns()},
-        scale=PartitionSpec(*stack),
-        key=None if value.key is None else PartitionSpec(*stack),
-        labels=value.labels,
-        dropout=value.dropout,
-        path=value.path,
-    )
+    specs: dict[str, Any] = {
+        "base": spec,
+        "a": PartitionSpec(*stack, None, *rows),
+        "scale": PartitionSpec(*stack),
+        "key": None if value.key is None else PartitionSpec(*stack),
+    }
+    specs |= {name: PartitionSpec(*stack, None, *columns) for name in value.columns()}
+    return dataclasses.replace(value, **specs)
 
 
 CONTROL_RULES: dict[str, Rule] = {

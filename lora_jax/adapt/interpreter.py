@@ -153,6 +153,11 @@ class Interpreter:
             "To avoid it, multiply by the weight with a dot product (x @ w, einsum), or leave "
             "the weight out of the rules"
         )
+        if weight.uses != "all":
+            raise MergeError(
+                f"{what}, which has no factored form, and the adapter is for one use of the weight "
+                f"only (uses={weight.uses!r}), so it cannot be merged. {advice}"
+            )
         if weight.shift is not None:
             raise MergeError(
                 f"{what}, which has no factored form, and a merged weight has no place for a bias "
@@ -180,6 +185,9 @@ class Interpreter:
                 self._note(use, f"by the rule given for {called!r}")
                 outputs = rule(*use.values, **eqn.params)
                 return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+        if name in _HIDES and any(_is_hidden(v, name) for v in use.values):
+            self._note(use, "W alone: the adapter is for other uses of it")
+            return eqns.bind(eqn, [v.base if isinstance(v, Factored) else v for v in values])
         if name in self.rules:
             outputs = self.rules[name](self, use)
             if outputs is not None and not _cuts_shifted(use.values, outputs):
@@ -215,6 +223,19 @@ _PRODUCTS = frozenset(
     ("dot_general", "conv_general_dilated", "ragged_dot_general", "gather", "slice")
     + ("dynamic_slice",)
 )
+_HIDES = {
+    "dot_general": "lookup",
+    "conv_general_dilated": "lookup",
+    "ragged_dot_general": "lookup",
+    "gather": "product",
+}
+
+
+def _is_hidden(value: Any, primitive: str) -> bool:
+    """Whether a weight's adapter is not for this kind of use."""
+    return isinstance(value, Factored) and value.uses == _HIDES[primitive]
+
+
 _WHY = {
     "custom_vjp_call": "has a derivative of its own, which must be kept",
     "custom_jvp_call": "has a derivative of its own, which must be kept",
