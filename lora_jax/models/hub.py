@@ -74,6 +74,23 @@ def resolve(name_or_path: str | Path) -> Found:
     return Found(copy, bundled.note(copy))
 
 
+def snapshot(name: str, patterns: list[str]) -> Path:
+    """The files of a hub name that match the patterns, from the local cache or from the hub.
+
+    Raises ModelNotFound where they can be had from neither.
+    """
+    cached = _download(name, local_only=True, patterns=patterns)
+    if isinstance(cached, Path) and any(cached.rglob("*.safetensors")):
+        return cached
+    problem = probe(name)
+    if problem is None:
+        got = _download(name, local_only=False, patterns=patterns)
+        if isinstance(got, Path):
+            return got
+        problem = got
+    raise ModelNotFound(f"{name} cannot be fetched from the hub ({problem}); give a folder instead")
+
+
 def probe(name: str, seconds: float = _PROBE_SECONDS) -> str | None:
     """Whether the hub answers for this model in time.
 
@@ -101,11 +118,15 @@ def probe(name: str, seconds: float = _PROBE_SECONDS) -> str | None:
     return answers[0] if answers else f"no answer within {seconds:g} seconds"
 
 
-def _download(name: str, *, local_only: bool) -> Path | str:
+def _download(name: str, *, local_only: bool, patterns: list[str] | None = None) -> Path | str:
     """The snapshot's folder, or why there is none."""
     hub = _huggingface_hub()
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=_FILES, local_files_only=local_only))
+        return Path(
+            hub.snapshot_download(
+                name, allow_patterns=patterns or _FILES, local_files_only=local_only
+            )
+        )
     except Exception as error:
         return _first_line(error)
 

@@ -1,0 +1,13 @@
+"""PEFT's adapters, both ways: its folders as adapted trees, and adapted trees as its folders.
+
+params = lora_jax.peft.load("path/or/hub-name", model, params)   # PEFT's logits
+lora_jax.peft.save("folder", model, params)                      # for PEFT, or a serving engine
+rules = lora_jax.peft.rules("adapter_config.json", model)        # train what a config says
+"""
+
+from lora_jax.peft.errors import PeftError
+from lora_jax.peft.load import load
+from lora_jax.peft.rules import rules
+from lora_jax.peft.save import save
+
+__all__ = ["PeftError", "load", "rules", "save"]

@@ -1,0 +1,162 @@
+"""PEFT's adapter_config.json: which fields are honoured, and which are refused by name."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_jax.peft.errors import PeftError
+
+FILE = "adapter_config.json"
+
+# The fields that change what an adapter computes, with PEFT's defaults.
+_HONOURED: dict[str, Any] = {
+    "r": 8,
+    "lora_alpha": 8,
+    "target_modules": None,
+    "exclude_modules": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_rslora": False,
+    "use_dora": False,
+    "lora_dropout": 0.0,
+    "lora_bias": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+    "init_lora_weights": True,
+    "fan_in_fan_out": False,
+    "task_type": None,
+    "target_parameters": None,
+    "ensure_weight_tying": False,
+}
+# Those without any effect on what is loaded.
+_HARMLESS = frozenset(
+    """
+    auto_mapping base_model_name_or_path corda_config eva_config inference_mode loftq_config
+    lora_ga_config megatron_core peft_type peft_version qalora_group_size revision runtime_config
+    """.split()
+)
+# Those that are not supported, with the values that mean that they are not in use.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "layer_replication": (None,),
+    "megatron_config": (None,),
+    "monteclora_config": (None,),
+    "use_bdlora": (None, False),
+    "use_qalora": (False, None),
+    "velora_config": (None,),
+}
+# How A and B were drawn matters to what is loaded only where PEFT draws again from the base.
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica", "lora_ga")
+DECOMPOSING_INITS = ("pissa", "olora")
+
+# PEFT's default targets, by model_type.
+DEFAULT_TARGETS: dict[str, list[str]] = {
+    "gpt2": ["c_attn"],
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), ["query", "value"]),
+    **dict.fromkeys(
+        ("llama", "mistral", "mixtral", "gemma2", "gemma3_text", "qwen2", "qwen3"),
+        ["q_proj", "v_proj"],
+    ),
+}
+
+
+def read_config(source: Any) -> dict[str, Any]:
+    """The fields of a PEFT configuration, defaults filled in, checked.
+
+    Args:
+      source: a dict, a file or folder, or a `peft.LoraConfig`.
+
+    Raises PeftError where it is no LoRA, or where a field that is not supported is in use.
+    """
+    fields, where = _fields(source)
+    kind = getattr(fields.get("peft_type"), "value", fields.get("peft_type", "LORA"))
+    if kind != "LORA":
+        raise PeftError(f"{where}: peft_type is {kind!r}; only LORA is supported")
+    problems = []
+    for name, value in fields.items():
+        if name in _REFUSED:
+            if value not in _REFUSED[name]:
+                problems.append(f"{name}={value!r} is not supported")
+        elif name not in _HONOURED and name not in _HARMLESS and value not in (None, False, {}, []):
+            problems.append(f"{name}={value!r} is not known")
+    if problems:
+        raise PeftError(f"{where}: {'; '.join(problems)}")
+    config = {name: fields.get(name, default) for name, default in _HONOURED.items()}
+    config["task_type"] = getattr(config["task_type"], "value", config["task_type"])
+    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(config[name], set | frozenset | tuple):
+            config[name] = sorted(config[name])
+    _check_values(config, where)
+    return config
+
+
+def _fields(source: Any) -> tuple[dict[str, Any], str]:
+    if isinstance(source, Mapping):
+        return dict(source), "the PEFT configuration"
+    if hasattr(source, "to_dict"):
+        return dict(source.to_dict()), type(source).__name__
+    path = Path(source)
+    path = path / FILE if path.is_dir() else path
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PeftError(f"{path} is missing: a PEFT adapter's folder holds it") from None
+    except (OSError, ValueError) as error:
+        raise PeftError(f"{path} cannot be read: {error}") from None
+    if not isinstance(fields, dict):
+        raise PeftError(f"{path} holds no fields, but a {type(fields).__name__}")
+    return fields, str(path)
+
+
+def _check_values(config: Mapping[str, Any], where: str) -> None:
+    """Values of the wrong kind, each by its field's name."""
+
+    def number(value: Any, least: float) -> bool:
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        return fits and least <= value < 1e6
+
+    def names(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+
+    def pattern(value: Any, least: float) -> bool:
+        return isinstance(value, Mapping) and all(
+            isinstance(key, str) and number(n, least) for key, n in value.items()
+        )
+
+    def indices(value: Any) -> bool:
+        return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
+
+    layers = config["layers_to_transform"]
+    tokens = config["trainable_token_indices"]
+    init = config["init_lora_weights"]
+    right = {
+        "r": type(config["r"]) is int and number(config["r"], 1),
+        "lora_alpha": number(config["lora_alpha"], 0) and config["lora_alpha"] > 0,
+        "lora_dropout": number(config["lora_dropout"], 0) and config["lora_dropout"] < 1,
+        "bias": config["bias"] in ("none", "all", "lora_only"),
+        "rank_pattern": config["rank_pattern"] is None or pattern(config["rank_pattern"], 1),
+        "alpha_pattern": config["alpha_pattern"] is None or pattern(config["alpha_pattern"], 0),
+        "layers_to_transform": layers is None or type(layers) is int or indices(layers),
+        "trainable_token_indices": tokens is None
+        or indices(tokens)
+        or (isinstance(tokens, Mapping) and all(map(indices, tokens.values()))),
+        "init_lora_weights": init in (*_PLAIN_INITS, *DECOMPOSING_INITS),
+    }
+    for name in ("target_modules", "exclude_modules"):
+        value = config[name]
+        right[name] = value is None or isinstance(value, str) or names(value)
+    for name in ("modules_to_save", "target_parameters"):
+        right[name] = config[name] is None or names(config[name])
+    for name in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
+        right[name] = type(config[name]) is bool
+    wrong = [f"{name}={config[name]!r}" for name, fits in right.items() if not fits]
+    if wrong:
+        raise PeftError(
+            f"{where}: {', '.join(wrong)}: not supported, or no value that PEFT would write"
+        )

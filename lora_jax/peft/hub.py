@@ -1,0 +1,38 @@
+"""The folder of an adapter: local, of several in one folder, or from the hub."""
+
+import os
+from pathlib import Path
+
+from lora_jax.models.hub import ModelNotFound, snapshot
+from lora_jax.peft.config import FILE
+from lora_jax.peft.errors import PeftError
+
+_PATTERNS = ["*adapter_config.json", "*adapter_model.safetensors"]
+
+
+def adapter_folder(folder: str | os.PathLike[str], adapter: str | None) -> Path:
+    """The folder that holds adapter_config.json.
+
+    PEFT puts an adapter that is not called "default" into a subfolder of its name.
+    """
+    path = Path(folder).expanduser()
+    if not path.exists():
+        name = str(folder)
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise PeftError(f"{name} is neither a folder here nor a hub name (owner/name)")
+        try:
+            path = snapshot(name, _PATTERNS)
+        except ModelNotFound as error:
+            raise PeftError(str(error)) from None
+    if not path.is_dir():
+        raise PeftError(f"{path} is no folder; a PEFT adapter is one, with {FILE} in it")
+    if adapter is not None and adapter != "default":
+        path = path / adapter
+    if (path / FILE).is_file():
+        return path
+    inside = sorted(file.parent.name for file in path.glob(f"*/{FILE}"))
+    if inside:
+        raise PeftError(
+            f"{path} holds several adapters, {', '.join(inside)}: choose one with adapter=…"
+        )
+    raise PeftError(f"{path} is no adapter of PEFT: {FILE} is missing")

@@ -1,0 +1,271 @@
+"""A PEFT adapter's folder as an adapted tree."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors asks for
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lora_jax.lorafy import Tree, lorafy
+from lora_jax.magnitude import wide
+from lora_jax.models.keys import Row
+from lora_jax.paths import flatten_with_paths
+from lora_jax.peft import config as configuration
+from lora_jax.peft.errors import PeftError
+from lora_jax.peft.hub import adapter_folder
+from lora_jax.peft.modules import Module, by_pattern, modules, places, table_of, targeted
+from lora_jax.peft.names import FILE, PREFIX, bias_key, keys_of, token_key
+from lora_jax.peft.rules import (
+    model_type_of,
+    rules_for,
+    saved_modules,
+    takes_from_base,
+    token_rows,
+)
+from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_node
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def load(
+    folder: str | os.PathLike[str], model: Any, params: Tree, *, adapter: str | None = None
+) -> Tree:
+    """`params` with the adapter that PEFT wrote: the same logits as PEFT's.
+
+    Args:
+      folder: a local folder (adapter_config.json, adapter_model.safetensors), or a hub name.
+      model: the model of `lora_jax.models` that `params` belong to; for another tree its key
+        table, a list of `lora_jax.models.Row`.
+      params: the plain tree of the base.
+      adapter: of several adapters in one folder, the one in the subfolder of this name.
+
+    Returns the adapted tree: for `lora_jax.adapt`, `split`, `merge`, `save_adapter` and so on.
+
+    A table that was adapted is saved by PEFT with its base; where that differs from `params`, the
+    file's is taken, as PEFT does.
+
+    Raises PeftError that names the file and the key: for what is missing, left over, misshaped or
+    of another dtype; for a configuration that is not supported; where nothing matches.
+    """
+    found = adapter_folder(folder, adapter)
+    config = configuration.read_config(found / configuration.FILE)
+    tensors = _read(found / FILE)
+    where = str(found / FILE)
+    table = table_of(model)
+    _check_tree(params, table)
+    experts = any(".experts." in name for name in tensors)
+    available = modules(table, experts=experts, tied=config["ensure_weight_tying"])
+    chosen = targeted(config, available, model_type_of(model))
+    rules = rules_for(config, table, model_type_of(model), experts=experts)
+    reader = _Reader(where, tensors)
+    params = _with_file_bases(params, chosen, reader)
+    try:
+        tree = lorafy(_abstract(params), rules)
+        if takes_from_base(config):
+            tree = lorafy(params, rules)
+    except ValueError as error:
+        raise PeftError(f"{found / configuration.FILE}: {error}") from None
+    files = _Files(reader, table, config, chosen, available)
+    leaves, treedef = flatten_with_paths(tree, is_leaf=is_node)
+    bases = dict(flatten_with_paths(params)[0])
+    loaded = [files.node(path, leaf, bases[path]) for path, leaf in leaves]
+    reader.finish()
+    return treedef.unflatten(loaded)
+
+
+def _abstract(params: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+
+
+def _check_tree(params: Tree, table: Sequence[Row]) -> None:
+    leaves, _ = flatten_with_paths(params, is_leaf=is_node)
+    if any(is_node(leaf) for _, leaf in leaves):
+        raise PeftError("the tree is adapted already: give the plain one, lora_jax.strip(params)")
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves}
+    wrong = [row.path for row in table if shapes.get(row.path) != row.stacked_shape]
+    if wrong:
+        raise PeftError(
+            f"the tree is not that of the model: it has {shapes.get(wrong[0], 'nothing')} at "
+            f"{wrong[0]!r} (and {len(wrong) - 1} more)"
+        )
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        others = sorted(file.name for file in path.parent.glob("adapter_model*"))
+        hint = f"; there is {others[0]}, and only safetensors are read" if others else ""
+        raise PeftError(f"{path} is missing{hint}")
+    try:
+        with safe_open(path, framework="np") as file:
+            tensors = {}
+            for name in file.keys():
+                kind = file.get_slice(name).get_dtype()
+                if kind not in _FLOATS:
+                    raise PeftError(f"{path}: {name} has the dtype {kind}; weights are floats")
+                tensors[name] = file.get_tensor(name)
+            return tensors
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
+        if isinstance(error, PeftError):
+            raise
+        raise PeftError(f"{path} is damaged or cut short: {error}") from None
+
+
+class _Reader:
+    """The file's tensors; each is to be taken once, in its shape."""
+
+    def __init__(self, where: str, tensors: Mapping[str, np.ndarray]) -> None:
+        self._where = where
+        self._tensors = tensors
+        self._taken: set[str] = set()
+        self._problems: list[str] = []
+
+    def has(self, key: str) -> bool:
+        """Whether the file has it."""
+        return key in self._tensors
+
+    def take(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The tensor; zeros where there is none of this shape, which `finish` reports."""
+        self._taken.add(key)
+        if key not in self._tensors:
+            self._problems.append(f"missing {key} {list(shape)}")
+            return np.zeros(shape, np.float32)
+        tensor = self._tensors[key]
+        if tensor.shape != shape:
+            self._problems.append(f"{key} is {list(tensor.shape)}, expected {list(shape)}")
+            return np.zeros(shape, np.float32)
+        return tensor
+
+    def finish(self) -> None:
+        """One PeftError on all that is missing, misshaped or left over."""
+        left = [key for key in self._tensors if key not in self._taken]
+        problems = self._problems + [f"unexpected {key}" for key in left]
+        if problems:
+            raise PeftError(
+                f"{self._where} does not fit its configuration and the model: "
+                f"{len(problems)} tensors\n  " + "\n  ".join(problems[:20])
+            )
+
+
+def _with_file_bases(params: Tree, chosen: Sequence[Module], reader: _Reader) -> Tree:
+    """The tree with those base weights that the file brings along (tables that are adapted)."""
+    leaves, treedef = flatten_with_paths(params)
+    changed = dict(leaves)
+    for module in chosen:
+        key = keys_of(module).base_weight
+        if not reader.has(key):
+            continue
+        leaf = changed[module.path]
+        transpose = not module.is_embedding and module.uses == "all"
+        here = leaf[module.index] if module.index else leaf
+        tensor = reader.take(key, tuple(here.shape[::-1] if transpose else here.shape))
+        value = jnp.asarray(tensor.T if transpose else tensor).astype(leaf.dtype)
+        if not np.array_equal(value, here, equal_nan=True):
+            changed[module.path] = leaf.at[module.index].set(value) if module.index else value
+    return treedef.unflatten(changed[path] for path, _ in leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """Fills the nodes of a tree from the file's tensors."""
+
+    reader: _Reader
+    table: Sequence[Row]
+    config: Mapping[str, Any]
+    chosen: Sequence[Module]
+    available: Sequence[Module]
+
+    def node(self, path: str, leaf: Any, base: Any) -> Any:
+        """The leaf at a path: a node with what the file holds for it, or the base."""
+        if isinstance(leaf, LoraWeight):
+            return self._adapted(path, leaf.replace(base=base))
+        if isinstance(leaf, TrainedRows):
+            return self._rows(path, leaf.replace(base=base))
+        return self._whole(path, base) if isinstance(leaf, Trained) else base
+
+    def _adapted(self, path: str, node: LoraWeight) -> LoraWeight:
+        batch = node.roles.sizes(node.shape, "batch")
+        dtype = np.dtype(wide(node.dtype))
+        fan_in, fan_out = (math.prod(node.roles.sizes(node.shape, r)) for r in ("in", "out"))
+        a = np.zeros((*batch, node.rank, fan_in), dtype)
+        b = np.zeros((*batch, node.rank, fan_out), dtype)
+        vectors = {name: np.zeros((*batch, fan_out), dtype) for name in node.has}
+        if "magnitude" in vectors:  # of layers that are not adapted, whatever
+            vectors["magnitude"][:] = 1
+        for module in self.chosen:
+            if module.path != path:
+                continue
+            layer = module.index[0] if module.index and len(node.ranks) > 1 else 0
+            rank, at, keys = node.ranks[layer], module.index, keys_of(module)
+            if module.uses == "product":  # a head: its input is the table's output
+                a[at][:rank] = self.reader.take(keys.b, (fan_in, rank)).T
+                b[at][:rank] = self.reader.take(keys.a, (rank, fan_out))
+            else:
+                a[at][:rank] = self.reader.take(keys.a, (rank, fan_in))
+                b[at][:rank] = self.reader.take(keys.b, (fan_out, rank)).T
+            for name, key in (("magnitude", keys.magnitude), ("bias", keys.bias_on_b)):
+                if name in vectors:
+                    vectors[name][at] = self.reader.take(key, (fan_out,))
+        columns = node.roles.sizes(node.shape, "out")
+        changes = {name: jnp.asarray(v.reshape(*batch, *columns)) for name, v in vectors.items()}
+        scale = node.scale
+        if isinstance(scale, jax.ShapeDtypeStruct):
+            scale = self._scale(path, node, batch)
+        return node.replace(
+            a=jnp.asarray(a.reshape(*batch, node.rank, *node.roles.sizes(node.shape, "in"))),
+            b=jnp.asarray(b.reshape(*batch, node.rank, *columns)),
+            scale=scale,
+            **changes,
+        )
+
+    def _scale(self, path: str, node: LoraWeight, batch: tuple[int, ...]) -> jax.Array:
+        """s of each layer, as PEFT computes it."""
+        scale = np.zeros(batch, np.float32)
+        for module in self.chosen:
+            if module.path == path:
+                rank = by_pattern(self.config["rank_pattern"], module.name, self.config["r"])
+                alpha = by_pattern(
+                    self.config["alpha_pattern"], module.name, self.config["lora_alpha"]
+                )
+                scale[module.index] = alpha / (rank**0.5 if self.config["use_rslora"] else rank)
+        return jnp.asarray(scale)
+
+    def _rows(self, path: str, node: TrainedRows) -> TrainedRows:
+        shape = (len(node.rows), *node.shape[1:])
+        if node.is_table:
+            name = next(m.name for m in self.available if m.path == path and m.is_embedding)
+            order = token_rows(self.config, self.available)[name]
+            value = self.reader.take(token_key(name), shape)
+            value = value[[order.index(row) for row in node.rows]]
+        else:
+            value = np.stack([self._tensor(name) for name in self._names(path, node.rows)])
+        return node.replace(value=jnp.asarray(value).astype(wide(node.dtype)))
+
+    def _whole(self, path: str, base: Any) -> Trained:
+        row = next(row for row in self.table if row.path == path)
+        arrays = [self._tensor(name) for name in row.hf_names]
+        value = np.stack(arrays).reshape(row.stacked_shape) if row.stack else arrays[0]
+        return Trained(jnp.asarray(value).astype(base.dtype))
+
+    def _names(self, path: str, layers: Sequence[int]) -> list[str]:
+        row = next(row for row in self.table if row.path == path)
+        return [row.hf.format(layer) for layer in layers]
+
+    def _tensor(self, name: str) -> np.ndarray:
+        """A tensor that trained in full, in our layout: a saved module's, or a bias."""
+        row, place = _row_of(self.table, name), places(self.table)[name]
+        saved = saved_modules(self.config, [name])
+        adapted = [module.name for module in self.chosen]
+        key = f"{PREFIX}{name}" if saved else bias_key(name, adapted)
+        tensor = self.reader.take(key, row.hf_shape)
+        return tensor.T if place.transpose else tensor
+
+
+def _row_of(table: Sequence[Row], name: str) -> Row:
+    return next(row for row in table if name in row.hf_names)

@@ -1,0 +1,171 @@
+"""The modules of a PyTorch model, as a key table tells them, and which of them PEFT would adapt."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lora_jax.models.families import key_table
+from lora_jax.models.keys import Row
+from lora_jax.peft.config import DEFAULT_TARGETS
+from lora_jax.peft.errors import PeftError
+
+# Modules that "all-linear" leaves out: output embeddings and, for classifiers, the head.
+_OUTPUTS = re.compile(r"lm_head|cls\.predictions\.decoder|lm_head\.decoder|embed_out")
+_CLASSIFIERS = re.compile(r"(score|classifier)(\..*)?")
+# What transformers runs as one module of many experts; its parts are no modules for PEFT.
+_EXPERTS = re.compile(r"(.*\.)(mlp|block_sparse_moe)\.(experts\.\d+\..*|gate)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A linear layer or an embedding, as PyTorch names it, and where its weight is in our tree.
+
+    Attributes:
+      name: dotted, with the layer's number.
+      path: of our kernel or table.
+      index: in the stack at `path`; () where there is none.
+      is_embedding: whether it is looked up in.
+      uses: "all", or the one use of a tied table that the module stands for.
+    """
+
+    name: str
+    path: str
+    index: tuple[int, ...]
+    is_embedding: bool
+    uses: str = "all"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where one of PyTorch's tensors is in our tree."""
+
+    path: str
+    index: tuple[int, ...]
+    transpose: bool
+
+
+def table_of(model: Any) -> Sequence[Row]:
+    """The key table of one of our models, or a table given in its place."""
+    if isinstance(model, Sequence) and all(isinstance(row, Row) for row in model):
+        return model
+    config = getattr(model, "config", None)
+    if config is None:
+        raise PeftError(
+            "a model of lora_jax.models is needed, or, for another tree, its key table: a list of "
+            f"lora_jax.models.Row; not a {type(model).__name__}"
+        )
+    return key_table(config)
+
+
+def places(table: Sequence[Row]) -> dict[str, Place]:
+    """Where each of PyTorch's tensors is in our tree."""
+    return {
+        name: Place(row.path, index, row.transpose)
+        for row in table
+        for index, name in zip(row.members, row.hf_names, strict=True)
+    }
+
+
+def modules(table: Sequence[Row], *, experts: bool = False, tied: bool = False) -> list[Module]:
+    """The modules that PEFT could adapt, in the order of the table.
+
+    Args:
+      experts: whether experts and routers are modules of their own, as they were up to
+        transformers 4.
+      tied: whether the two uses of a tied table share their adapter (PEFT's ensure_weight_tying).
+    """
+    found = []
+    for row in table:
+        leaf = row.path.rsplit("/", 1)[-1]
+        if leaf not in ("kernel", "embedding", "w") or not row.hf.endswith(".weight"):
+            continue
+        heads = [alias for alias in row.aliases if alias.endswith(".weight")]
+        is_embedding = leaf == "embedding"
+        uses = "lookup" if heads and is_embedding and not tied else "all"
+        for index, name in zip(row.members, row.hf_names, strict=True):
+            module = name.removesuffix(".weight")
+            if experts or not _EXPERTS.fullmatch(module):
+                found.append(Module(module, row.path, index, is_embedding, uses))
+        if is_embedding and not tied:
+            found += [
+                Module(head.removesuffix(".weight"), row.path, (), False, "product")
+                for head in heads
+            ]
+    return found
+
+
+def targeted(
+    config: Mapping[str, Any], available: Sequence[Module], model_type: str | None
+) -> list[Module]:
+    """The modules that PEFT would adapt, in their order; PeftError where there is none.
+
+    (PEFT's ``check_target_module_exists``.)
+    """
+    targets = config["target_modules"]
+    if targets is None and config["target_parameters"]:
+        return []
+    if targets is None:
+        if model_type not in DEFAULT_TARGETS:
+            raise PeftError(f"target_modules is not given, and {model_type} has no default")
+        targets = DEFAULT_TARGETS[model_type]
+    chosen = [module for module in available if _is_targeted(module, targets, config)]
+    if not chosen:
+        raise PeftError(
+            f"target_modules={config['target_modules']!r} matches none of the model's "
+            f"{len(available)} modules, such as {', '.join(m.name for m in available[:3])}"
+        )
+    return chosen
+
+
+def _is_targeted(module: Module, targets: str | list[str], config: Mapping[str, Any]) -> bool:
+    name = module.name
+    if _is_excluded(name, config):
+        return False
+    if isinstance(targets, str):
+        if targets.lower() == "all-linear":
+            is_head = _OUTPUTS.fullmatch(name) or (
+                config["task_type"] == "SEQ_CLS" and _CLASSIFIERS.fullmatch(name)
+            )
+            return not module.is_embedding and not is_head
+        return re.fullmatch(targets, name) is not None
+    if name in targets:
+        return True
+    return ends_with(name, targets) and _is_chosen_layer(name, config)
+
+
+def _is_excluded(name: str, config: Mapping[str, Any]) -> bool:
+    exclude = config["exclude_modules"]
+    if isinstance(exclude, str) and exclude and re.fullmatch(exclude, name):
+        return True
+    if isinstance(exclude, list) and (name in exclude or ends_with(name, exclude)):
+        return True
+    saved = config["modules_to_save"] or ()
+    return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved)
+
+
+def _is_chosen_layer(name: str, config: Mapping[str, Any]) -> bool:
+    layers, patterns = config["layers_to_transform"], config["layers_pattern"]
+    if layers is None or layers == []:
+        return True
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not patterns:
+        found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    else:
+        matches = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in patterns)
+        found = next((match for match in matches if match), None)
+    chosen = [layers] if isinstance(layers, int) else layers
+    return found is not None and int(found[1]) in chosen
+
+
+def ends_with(name: str, ends: Iterable[str]) -> bool:
+    """Whether a dotted name ends with one of some dotted names."""
+    return any(name.endswith(f".{end}") for end in ends)
+
+
+def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """PEFT's rank_pattern and alpha_pattern: the first key that matches the name's end."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default

@@ -1,0 +1,50 @@
+"""The keys of adapter_model.safetensors: one for each array of each module."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from lora_jax.peft.modules import Module
+
+FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """The keys of one adapted module.
+
+    PEFT's A is [r, in] and its B is [out, r], of embeddings as of linear layers and of GPT-2's
+    Conv1D; DoRA's magnitude is [out], and so is a bias on B.
+    """
+
+    a: str
+    b: str
+    magnitude: str
+    bias_on_b: str
+    base_weight: str
+    base_bias: str
+
+
+def keys_of(module: Module) -> Keys:
+    """The keys of a module that is adapted."""
+    stem = f"{PREFIX}{module.name}"
+    looked_up = module.is_embedding
+    return Keys(
+        a=f"{stem}.lora_embedding_A" if looked_up else f"{stem}.lora_A.weight",
+        b=f"{stem}.lora_embedding_B" if looked_up else f"{stem}.lora_B.weight",
+        magnitude=f"{stem}.lora_magnitude_vector",
+        bias_on_b=f"{stem}.lora_B.bias",
+        base_weight=f"{stem}.base_layer.weight",
+        base_bias=f"{stem}.base_layer.bias",
+    )
+
+
+def token_key(name: str) -> str:
+    """The key of an embedding's trained rows: the rows themselves, not their change."""
+    return f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"
+
+
+def bias_key(name: str, adapted: Sequence[str]) -> str:
+    """The key of a bias that trains: it is inside the wrapper of a module that is adapted."""
+    module = name.removesuffix(".bias")
+    return f"{PREFIX}{module}.base_layer.bias" if module in adapted else f"{PREFIX}{name}"

@@ -1,0 +1,245 @@
+"""A PEFT configuration as rules for a parameter tree."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+from lora_jax import init
+from lora_jax.models.keys import Row
+from lora_jax.peft.config import DECOMPOSING_INITS, read_config
+from lora_jax.peft.errors import PeftError
+from lora_jax.peft.modules import (
+    Module,
+    by_pattern,
+    ends_with,
+    modules,
+    places,
+    table_of,
+    targeted,
+)
+from lora_jax.rules import LoraRule, Rule, TrainRule
+
+
+def rules(config: Any, model: Any = None) -> list[Rule]:
+    """The rules that a PEFT configuration stands for.
+
+    Args:
+      config: a dict, a file or folder, or a `peft.LoraConfig`.
+      model: the model, or a key table; see `lora_jax.peft.load`. With it, the rules select exactly
+        the modules that PEFT would, whatever the configuration. Without it, a configuration that
+        speaks of names only (a list of targets, or "all-linear") is translated as it stands.
+
+    Raises PeftError for a field that is not supported, and where nothing matches.
+    """
+    fields = read_config(config)
+    if model is None:
+        return _translated(fields)
+    return rules_for(fields, table_of(model), model_type_of(model))
+
+
+def model_type_of(model: Any) -> str | None:
+    """Hugging Face's name of the model's family, if it says one."""
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def _translated(config: Mapping[str, Any]) -> list[Rule]:
+    targets = config["target_modules"]
+    # What only the model's own names can settle.
+    settled_by_model = {
+        "target_modules": targets is None or (isinstance(targets, str) and targets != "all-linear"),
+        "exclude_modules": isinstance(config["exclude_modules"], str),
+        "rank_pattern": bool(config["rank_pattern"]),
+        "alpha_pattern": bool(config["alpha_pattern"]),
+        "layers_pattern": bool(config["layers_pattern"]),
+        "trainable_token_indices": config["trainable_token_indices"] is not None,
+        "target_parameters": bool(config["target_parameters"]),
+    }
+    if unclear := [name for name, is_unclear in settled_by_model.items() if is_unclear]:
+        raise PeftError(
+            f"{', '.join(unclear)}: what these select depends on the model; give it as well: "
+            "rules(config, model)"
+        )
+    if isinstance(targets, list):
+        targets = [name.replace(".", "/") for name in targets]
+    exclude = [name.replace(".", "/") for name in config["exclude_modules"] or ()]
+    layers = config["layers_to_transform"]
+    layers = [layers] if isinstance(layers, int) else layers
+    saved = [name.replace(".", "/") for name in config["modules_to_save"] or ()]
+    found: list[Rule] = [TrainRule(targets=saved)] if saved else []
+    if config["bias"] == "all":
+        found.append(TrainRule(targets=["bias"]))
+    rule = _lora_rule(
+        config, targets, config["r"], config["lora_alpha"], layers or None, exclude=tuple(exclude)
+    )
+    return [*found, rule]
+
+
+def rules_for(
+    config: Mapping[str, Any],
+    table: Sequence[Row],
+    model_type: str | None,
+    *,
+    experts: bool = False,
+) -> list[Rule]:
+    """Rules that select what PEFT would, path by path and layer by layer."""
+    if config["target_parameters"]:
+        raise PeftError(
+            f"target_parameters={config['target_parameters']!r} is not supported: adapters on "
+            "experts that transformers holds as one parameter"
+        )
+    available = modules(table, experts=experts, tied=config["ensure_weight_tying"])
+    chosen = targeted(config, available, model_type)
+    _refuse_two_uses(chosen)
+    found: list[Rule] = []
+    found += _saved(config, table, chosen)
+    found += _tokens(config, table, available)
+    if config["bias"] == "all":
+        paths = sorted({row.path for row in table if row.hf.endswith(".bias")})
+        if paths:
+            found.append(TrainRule(targets=_either(paths)))
+    settings: dict[tuple[int, float, str, tuple[int, ...] | None], list[str]] = {}
+    for path, members in _by_path(chosen).items():
+        layers: dict[tuple[int, float], list[int]] = {}
+        for module in members:
+            rank = by_pattern(config["rank_pattern"], module.name, config["r"])
+            alpha = by_pattern(config["alpha_pattern"], module.name, config["lora_alpha"])
+            at = layers.setdefault((rank, alpha), [])
+            if module.index and module.index[0] not in at:
+                at.append(module.index[0])
+        depth = next(row.stack[0] if row.stack else 0 for row in table if row.path == path)
+        for (rank, alpha), at in layers.items():
+            whole = not at or len(at) == depth
+            key = (rank, alpha, members[0].uses, None if whole else tuple(sorted(at)))
+            settings.setdefault(key, []).append(path)
+    for (rank, alpha, uses, layer), paths in settings.items():
+        found.append(_lora_rule(config, _either(paths), rank, alpha, layer, uses=uses))
+    return found
+
+
+def _lora_rule(
+    config: Mapping[str, Any],
+    targets: Any,
+    rank: int,
+    alpha: float,
+    layers: Sequence[int] | None,
+    uses: str = "all",
+    exclude: tuple[str, ...] = (),
+) -> LoraRule:
+    draws = {"pissa": init.pissa, "olora": init.olora, "gaussian": init.gaussian}
+    return LoraRule(
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        rank=rank,
+        alpha=alpha,
+        scaling="alpha/sqrt(rank)" if config["use_rslora"] else "alpha/rank",
+        dropout=config["lora_dropout"],
+        init=draws.get(config["init_lora_weights"], init.kaiming),
+        dora=config["use_dora"],
+        bias_on_b=config["lora_bias"],
+        train_bias=config["bias"] == "lora_only",
+        uses=cast(Literal["all", "lookup", "product"], uses),
+    )
+
+
+def _either(paths: Sequence[str]) -> str:
+    return "|".join(re.escape(path) for path in paths)
+
+
+def _by_path(chosen: Sequence[Module]) -> dict[str, list[Module]]:
+    paths: dict[str, list[Module]] = {}
+    for module in chosen:
+        paths.setdefault(module.path, []).append(module)
+    return paths
+
+
+def _refuse_two_uses(chosen: Sequence[Module]) -> None:
+    for path, members in _by_path(chosen).items():
+        if len({module.uses for module in members}) > 1:
+            names = " and ".join(module.name for module in members)
+            raise PeftError(
+                f"{names} are tied to one table, {path}, and each would get an adapter of its own, "
+                "which is not supported: target one of them, or set ensure_weight_tying"
+            )
+
+
+def saved_modules(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """The tensors of PyTorch's that belong to modules_to_save, of all tensors `names`."""
+    wanted = config["modules_to_save"] or ()
+
+    def is_saved(name: str) -> bool:
+        parts = name.split(".")
+        stems = (".".join(parts[:end]) for end in range(1, len(parts)))
+        return any(stem in wanted or ends_with(stem, wanted) for stem in stems)
+
+    return [name for name in names if is_saved(name)]
+
+
+def _saved(
+    config: Mapping[str, Any], table: Sequence[Row], chosen: Sequence[Module]
+) -> list[TrainRule]:
+    """Modules that are saved whole train in full, layer by layer where they are of a stack."""
+    if not config["modules_to_save"]:
+        return []
+    where = places(table)
+    tensors = saved_modules(config, list(where))
+    heads = {alias: row for row in table for alias in row.aliases}
+    tied = [name for name in saved_modules(config, list(heads))]
+    tied += [name for name in tensors if any(where[name].path == r.path for r in heads.values())]
+    if tied and not config["ensure_weight_tying"]:
+        raise PeftError(
+            f"modules_to_save holds {tied[0].removesuffix('.weight')}, which is tied: PEFT saves a "
+            "copy that only one of its two uses sees, which is not supported; set "
+            "ensure_weight_tying"
+        )
+    if not tensors:
+        raise PeftError(
+            f"modules_to_save={config['modules_to_save']!r} matches none of the model's modules"
+        )
+    layers: dict[str, list[int]] = {}
+    for name in tensors:
+        place = where[name]
+        layers.setdefault(place.path, []).extend(place.index[:1])
+    depths = {row.path: row.stack[0] if row.stack else 0 for row in table}
+    grouped: dict[tuple[int, ...] | None, list[str]] = {}
+    for path, at in layers.items():
+        at = sorted(set(at))
+        grouped.setdefault(tuple(at) if 0 < len(at) < depths[path] else None, []).append(path)
+    return [TrainRule(targets=_either(paths), layers=at) for at, paths in grouped.items()]
+
+
+def token_rows(config: Mapping[str, Any], available: Sequence[Module]) -> dict[str, list[int]]:
+    """trainable_token_indices by the name of the embedding."""
+    tokens = config["trainable_token_indices"]
+    if tokens is None:
+        return {}
+    embeddings = [module.name for module in available if module.is_embedding]
+    if isinstance(tokens, list):
+        if not embeddings:
+            raise PeftError("trainable_token_indices: the model has no embedding")
+        return {embeddings[0]: tokens}
+    found = {}
+    for key, rows in tokens.items():
+        named = [name for name in embeddings if name == key or name.endswith(f".{key}")]
+        if not named:
+            raise PeftError(
+                f"trainable_token_indices names {key!r}; the model's embeddings are "
+                f"{', '.join(embeddings)}"
+            )
+        found[named[0]] = rows
+    return found
+
+
+def _tokens(
+    config: Mapping[str, Any], table: Sequence[Row], available: Sequence[Module]
+) -> list[TrainRule]:
+    paths = {module.name: module.path for module in available if module.is_embedding}
+    return [
+        TrainRule(targets=re.escape(paths[name]), rows=rows)
+        for name, rows in token_rows(config, available).items()
+    ]
+
+
+def takes_from_base(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT takes the factors that it draws out of the base, again at each load."""
+    return config["init_lora_weights"] in DECOMPOSING_INITS

@@ -1,0 +1,279 @@
+"""An adapted tree as the folder that PEFT writes."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from lora_jax.folders import partial_of, put_in_place
+from lora_jax.lorafy import Tree
+from lora_jax.models.keys import Row
+from lora_jax.paths import flatten_with_paths
+from lora_jax.peft import config as configuration
+from lora_jax.peft.errors import PeftError
+from lora_jax.peft.modules import Module, ends_with, modules, table_of
+from lora_jax.peft.names import FILE, PREFIX, bias_key, keys_of, token_key
+from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_node
+
+PEFT_VERSION = "0.21.2"  # whose format is written
+
+
+def save(
+    folder: str | os.PathLike[str],
+    model: Any,
+    params: Tree,
+    *,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes what PEFT would: adapter_config.json and adapter_model.safetensors.
+
+    Args:
+      folder: created whole or not at all.
+      model: the model of `lora_jax.models`, or the key table of another tree; see `load`.
+      params: an adapted tree. Initialisers that take factors out of the base (PiSSA, OLoRA) are
+        written as plain LoRA of twice the rank on the original base.
+      base_model: the base's hub name or folder, which PEFT's ``AutoPeftModel`` reads.
+      task_type: PEFT's, such as "CAUSAL_LM" or "SEQ_CLS".
+      overwrite: replace an adapter that is there.
+
+    Raises PeftError for what PEFT cannot hold, naming it, and FileExistsError.
+    """
+    folder = Path(folder).absolute()
+    _check_free(folder, overwrite)
+    config, tensors = contents(model, params)
+    config |= {"base_model_name_or_path": base_model, "task_type": task_type}
+    partial = partial_of(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(tensors, partial / FILE, metadata={"format": "pt"})
+    text = json.dumps(dict(sorted(config.items())), indent=2)
+    (partial / configuration.FILE).write_text(text + "\n", encoding="utf-8")
+    put_in_place(partial, folder)
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{folder} exists: name another folder, or give overwrite=True")
+    if not (folder / configuration.FILE).is_file() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds something else than an adapter: name another folder")
+
+
+def contents(model: Any, params: Tree) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(the fields of adapter_config.json, the tensors) of an adapted tree."""
+    table = table_of(model)
+    leaves, _ = flatten_with_paths(params, is_leaf=is_node)
+    nodes = {path: leaf for path, leaf in leaves if is_node(leaf)}
+    if not nodes:
+        raise PeftError("peft.save needs an adapted tree, and this one is plain")
+    if off := [path for path, node in nodes.items() if not node.is_on]:
+        raise PeftError(f"{off[0]!r} has no adapter in this half of the tree: join it first")
+    rows = {row.path: row for row in table}
+    if unknown := [path for path in nodes if path not in rows]:
+        raise PeftError(f"{unknown[0]!r} is in no row of the model's key table")
+    return _Contents(table, dict(leaves), nodes).collect()
+
+
+class _Contents:
+    """What is to be written, put together node by node."""
+
+    def __init__(
+        self, table: Sequence[Row], leaves: Mapping[str, Any], nodes: Mapping[str, Any]
+    ) -> None:
+        self._rows = {row.path: row for row in table}
+        self._leaves = leaves
+        self._lora = {p: n for p, n in nodes.items() if isinstance(n, LoraWeight)}
+        self._trained = {p: n for p, n in nodes.items() if not isinstance(n, LoraWeight)}
+        tied = {row.path for row in table if row.aliases}
+        uses = {n.uses for p, n in self._lora.items() if p in tied}
+        uses |= {"all" for p in self._trained if p in tied}
+        self._tied = "all" in uses
+        every = modules(table, experts=True, tied=self._tied)
+        self._adapted = [m for m in every if self._rank(m)]
+        self._all = every
+        self._tensors: dict[str, np.ndarray] = {}
+
+    def _rank(self, module: Module) -> int:
+        """r of a module, 0 where it is not adapted."""
+        node = self._lora.get(module.path)
+        if node is None or node.uses != module.uses:
+            return 0
+        layer = module.index[0] if module.index and len(node.ranks) > 1 else 0
+        return node.ranks[layer]
+
+    def collect(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        config = self._settings()
+        ranks: dict[str, int] = {}
+        alphas: dict[str, float] = {}
+        for module in self._adapted:
+            ranks[module.name], alphas[module.name] = self._write(module)
+        config |= self._patterns(ranks, alphas)
+        config |= self._write_trained()
+        return config, self._tensors
+
+    def _settings(self) -> dict[str, Any]:
+        """What holds for all adapted modules alike, in PEFT."""
+        nodes = list(self._lora.values())
+        alike: dict[str, set[Any]] = {
+            "use_dora": {node.magnitude is not None for node in nodes},
+            "lora_dropout": {float(node.dropout) for node in nodes},
+        }
+        for name, values in alike.items():
+            if len(values) > 1:
+                raise PeftError(f"PEFT has one {name} for all modules; here they differ")
+        return {
+            "peft_type": "LORA",
+            "peft_version": PEFT_VERSION,
+            "inference_mode": True,
+            "auto_mapping": None,
+            "revision": None,
+            "init_lora_weights": True,
+            "fan_in_fan_out": False,
+            "use_rslora": False,
+            "use_dora": any(alike["use_dora"]),
+            "lora_dropout": next(iter(alike["lora_dropout"]), 0.0),
+            "lora_bias": any(node.bias is not None for node in nodes),
+            "ensure_weight_tying": self._tied,
+        }
+
+    def _write(self, module: Module) -> tuple[int, float]:
+        """The tensors of one adapted module; its rank and alpha."""
+        node, at, keys = self._lora[module.path], module.index, keys_of(module)
+        rank = self._rank(module)
+        a, b = self._factors(node.a, node.b, node, at, rank)
+        if node.start is not None:
+            start_a, start_b = node.start
+            a0, b0 = self._factors(start_a, start_b, node, at, rank)
+            a, b = np.concatenate([a, a0]), np.concatenate([b, -b0])
+        if module.uses == "product":  # a head: its input is the table's output
+            a, b = b, a
+        self._put(keys.a, a)
+        self._put(keys.b, b.T)
+        if node.magnitude is not None:
+            self._put(keys.magnitude, np.asarray(node.magnitude[at]).reshape(-1))
+        if any(other.bias is not None for other in self._lora.values()):
+            bias = np.zeros(b.shape[1:]) if node.bias is None else np.asarray(node.bias[at])
+            self._put(keys.bias_on_b, bias.reshape(-1))
+        if module.name.split(".")[-1] in ("embed_tokens", "lm_head"):
+            base = np.asarray(node.base[at])
+            as_rows = module.is_embedding or module.uses == "product"
+            self._put(keys.base_weight, base if as_rows else base.T)
+        scale = float(node.scale[at] if at else node.scale)
+        return len(a), scale * len(a)
+
+    @staticmethod
+    def _factors(
+        a: Any, b: Any, node: LoraWeight, at: tuple[int, ...], rank: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A [r, in] and B [r, out] of one member of a stack, without padding."""
+        a, b = (np.asarray(v[at] if at else v) for v in (a, b))
+        return a.reshape(node.rank, -1)[:rank], b.reshape(node.rank, -1)[:rank]
+
+    def _put(self, key: str, array: np.ndarray) -> None:
+        self._tensors[key] = np.ascontiguousarray(array)
+
+    def _patterns(self, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+        """Targets, and what the modules' ranks and alphas are."""
+        if not ranks:
+            # PEFT has no adapter without a target; one that matches nothing is an error there.
+            raise PeftError("nothing is adapted: PEFT needs one module with a LoRA at least")
+        rank = Counter(ranks.values()).most_common(1)[0][0]
+        alpha = Counter(alphas.values()).most_common(1)[0][0]
+        return {
+            "target_modules": self._targets(list(ranks)),
+            "r": rank,
+            "lora_alpha": _number(alpha),
+            "rank_pattern": {_exactly(n): r for n, r in ranks.items() if r != rank},
+            "alpha_pattern": {_exactly(n): _number(v) for n, v in alphas.items() if v != alpha},
+        }
+
+    def _targets(self, names: list[str]) -> list[str]:
+        """Their last parts, if these select no other module; else the whole names."""
+        ends = sorted({name.rsplit(".", 1)[-1] for name in names})
+        others = {module.name for module in self._all} - set(names)
+        clash = [n for n in others if n in ends or ends_with(n, ends)]
+        return sorted(names) if clash else ends
+
+    def _write_trained(self) -> dict[str, Any]:
+        """What trains beside factors: biases, tokens, modules that are saved whole."""
+        biases: list[str] = []
+        whole: list[str] = []
+        tokens: dict[str, list[int]] = {}
+        for path, node in self._trained.items():
+            row = self._rows[path]
+            if isinstance(node, TrainedRows) and node.is_table:
+                name = row.hf.removesuffix(".weight")
+                tokens[name] = list(node.rows)
+                self._put(token_key(name), np.asarray(node.value))
+                continue
+            names = row.hf_names
+            if isinstance(node, TrainedRows):
+                names = [row.hf.format(layer) for layer in node.rows]
+            (biases if row.hf.endswith(".bias") else whole).extend(names)
+        adapted = [module.name for module in self._adapted]
+        saved = sorted({name.rsplit(".", 1)[0] for name in whole})
+        if wrong := [name for name in saved if name in adapted]:
+            raise PeftError(f"{wrong[0]} is adapted and trains in full; PEFT has one or the other")
+        loose = [name for name in biases if name.rsplit(".", 1)[0] not in saved]
+        kind = self._bias_kind(loose, adapted)
+        if kind is None:  # biases of modules of their own (norms): save these whole
+            others = {n.rsplit(".", 1)[0] for n in loose if n.rsplit(".", 1)[0] not in adapted}
+            saved = sorted({*saved, *others})
+            loose = [name for name in loose if name.rsplit(".", 1)[0] not in others]
+            kind = self._bias_kind(loose, adapted)
+        if kind is None:
+            raise PeftError(
+                "PEFT trains the biases of all modules, or of all adapted ones; here others train, "
+                f"such as {loose[0]}"
+            )
+        for name in loose:
+            self._put(bias_key(name, adapted), self._tensor(name))
+        for name in self._tensors_of(saved):
+            self._put(f"{PREFIX}{name}", self._tensor(name))
+        return {
+            "bias": kind,
+            "modules_to_save": saved or None,
+            "trainable_token_indices": tokens or None,
+        }
+
+    def _bias_kind(self, names: Sequence[str], adapted: Sequence[str]) -> str | None:
+        every = {n for row in self._rows.values() for n in row.hf_names if n.endswith(".bias")}
+        of_adapted = {n for n in every if n.removesuffix(".bias") in adapted}
+        if not names:
+            return "none"
+        if set(names) == of_adapted:
+            return "lora_only"
+        return "all" if set(names) == every else None
+
+    def _tensors_of(self, saved: Sequence[str]) -> list[str]:
+        names = [name for row in self._rows.values() for name in row.hf_names]
+        return [name for name in names if name.rsplit(".", 1)[0] in saved]
+
+    def _tensor(self, name: str) -> np.ndarray:
+        """One of PyTorch's tensors, as it has been trained."""
+        row = next(row for row in self._rows.values() if name in row.hf_names)
+        leaf = self._leaves[row.path]
+        array = np.asarray(leaf.merged() if isinstance(leaf, Trained | TrainedRows) else leaf)
+        index = row.members[row.hf_names.index(name)]
+        array = array[index]
+        return array.T if row.transpose else array
+
+
+def _exactly(name: str) -> str:
+    """A key of rank_pattern that matches this module alone."""
+    return "^" + name.replace(".", r"\.")
+
+
+def _number(value: float) -> float | int:
+    """Alpha as PEFT writes it: an integer where it is one (fp32's rounding aside)."""
+    nearest = round(value)
+    return nearest if abs(value - nearest) <= 1e-5 * max(1.0, abs(value)) else value

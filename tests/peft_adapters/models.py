@@ -1,0 +1,182 @@
+"""Tiny random models of several families, made by transformers, and configurations of adapters."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIZES = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
+DECODER = SIZES | {
+    "intermediate_size": 40,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+ENCODER = SIZES | {
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "type_vocab_size": 2,
+}
+# name -> (class of the configuration, class of the model, fields)
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": (
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        DECODER | {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    ),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", DECODER | {"tie_word_embeddings": True}),
+    "gpt2": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {
+            "vocab_size": 61,
+            "n_embd": 24,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_positions": 64,
+            "initializer_range": 0.2,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "bert": (
+        "BertConfig",
+        "BertForSequenceClassification",
+        ENCODER | {"num_labels": 3},
+    ),
+    "roberta": (
+        "RobertaConfig",
+        "RobertaForSequenceClassification",
+        ENCODER | {"num_labels": 3, "type_vocab_size": 1, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+}
+IDS = np.random.default_rng(5).integers(3, 61, (2, 11))
+LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+# name -> (family, fields of LoraConfig)
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "list": ("llama", {"target_modules": ["q_proj", "down_proj"]}),
+    "all linear": ("llama", {"target_modules": "all-linear"}),
+    "regular expression": (
+        "llama",
+        {"target_modules": r"model\.layers\.[02]\.self_attn\.(q|v)_proj"},
+    ),
+    "whole names": (
+        "llama",
+        {"target_modules": ["model.layers.1.mlp.up_proj", "layers.2.self_attn.k_proj"]},
+    ),
+    "defaults of the architecture": ("llama", {"target_modules": None}),
+    "exclude a list": (
+        "llama",
+        {"target_modules": "all-linear", "exclude_modules": ["k_proj", "layers.1.mlp.up_proj"]},
+    ),
+    "exclude an expression": (
+        "llama",
+        {"target_modules": LLAMA_LINEAR, "exclude_modules": r".*\.1\.mlp\..*"},
+    ),
+    "some layers": ("llama", {"target_modules": ["v_proj"], "layers_to_transform": [0, 2]}),
+    "one layer by a pattern": (
+        "llama",
+        {"target_modules": ["v_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+    ),
+    "ranks and alphas": (
+        "llama",
+        {
+            "target_modules": LLAMA_LINEAR,
+            "rank_pattern": {"v_proj": 5, "layers.1.mlp.up_proj": 1},
+            "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 11, "down_proj": 2},
+        },
+    ),
+    "rsLoRA": ("llama", {"target_modules": LLAMA_LINEAR, "use_rslora": True}),
+    "DoRA": ("llama", {"target_modules": LLAMA_LINEAR, "use_dora": True}),
+    "DoRA in some layers": (
+        "llama",
+        {"target_modules": ["up_proj"], "layers_to_transform": [1], "use_dora": True},
+    ),
+    "biases, all": ("llama", {"target_modules": ["q_proj"], "bias": "all"}),
+    "biases of adapted layers": (
+        "llama",
+        {"target_modules": ["q_proj"], "layers_to_transform": [0, 2], "bias": "lora_only"},
+    ),
+    "bias on B": ("llama", {"target_modules": ["q_proj", "up_proj"], "lora_bias": True}),
+    "modules saved": (
+        "llama",
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "layers.1.input_layernorm"]},
+    ),
+    "tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 3]}),
+    "embedding and head": ("llama", {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
+    "embedding with DoRA": ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
+    "PiSSA": ("llama", {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": "pissa"}),
+    "OLoRA": ("llama", {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": "olora"}),
+    "gaussian": ("llama", {"target_modules": ["o_proj"], "init_lora_weights": "gaussian"}),
+    "qwen2 all linear": ("qwen2", {"target_modules": "all-linear", "bias": "lora_only"}),
+    "tied embedding": ("qwen2", {"target_modules": ["embed_tokens", "v_proj"]}),
+    "tied head": ("qwen2", {"target_modules": ["lm_head", "v_proj"]}),
+    "tied tokens": (
+        "qwen2",
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [7, 2]}},
+    ),
+    "gpt2": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "gpt2 all linear, DoRA": (
+        "gpt2",
+        {"target_modules": "all-linear", "fan_in_fan_out": True, "use_dora": True},
+    ),
+    "gpt2, biases": (
+        "gpt2",
+        {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "bias": "all"},
+    ),
+    "bert classifier": (
+        "bert",
+        {"target_modules": ["query", "value"], "task_type": "SEQ_CLS", "bias": "lora_only"},
+    ),
+    "bert all linear": ("bert", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    "roberta classifier": (
+        "roberta",
+        {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS", "use_rslora": True},
+    ),
+}
+
+
+def write_model(family: str, folder: Path) -> Any:
+    """A folder with the family's tiny model; the model itself, in PyTorch."""
+    import torch
+    import transformers
+
+    config_class, model_class, fields = FAMILIES[family]
+    torch.manual_seed(sum(map(ord, family)))
+    config = getattr(transformers, config_class)(**fields)
+    model = getattr(transformers, model_class)(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return model
+
+
+def with_adapter(model: Any, options: dict[str, Any]) -> Any:
+    """PEFT's model with random factors far from zero, alpha unlike the rank."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(**{"r": 3, "lora_alpha": 7, "lora_dropout": 0.05} | options)
+    adapted = get_peft_model(model, config).eval()
+    torch.manual_seed(11)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return adapted
+
+
+def logits_of(model: Any) -> np.ndarray:
+    """PyTorch's logits."""
+    import torch
+
+    with torch.no_grad():
+        return model(input_ids=torch.from_numpy(IDS)).logits.numpy()

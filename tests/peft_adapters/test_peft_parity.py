@@ -1,0 +1,114 @@
+"""PEFT's adapters both ways, with PEFT itself as the judge."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import lora_jax as lj
+import lora_jax.peft as lp
+from lora_jax import models
+from lora_jax.peft.config import read_config
+from lora_jax.peft.modules import modules, table_of, targeted
+from tests.peft_adapters.models import CONFIGS, FAMILIES, IDS, logits_of, with_adapter, write_model
+from tests.support import assert_close, assert_identical
+
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The folder of each family's model."""
+    root = tmp_path_factory.mktemp("models")
+    for family in FAMILIES:
+        write_model(family, root / family)
+    return root
+
+
+def torch_model(folders, family):
+    import transformers
+
+    return getattr(transformers, FAMILIES[family][1]).from_pretrained(folders / family).eval()
+
+
+def our_logits(model, tree):
+    forward = jax.jit(lj.adapt(model.apply, strict=True))
+    return forward({"params": tree}, jnp.asarray(IDS, jnp.int32))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_both_ways(name, folders, tmp_path):
+    from peft import PeftModel, get_peft_model_state_dict
+
+    family, options = CONFIGS[name]
+    theirs = with_adapter(torch_model(folders, family), options)
+    expected = logits_of(theirs)
+    plain = logits_of(torch_model(folders, family))
+    assert np.abs(expected - plain).max() > 1e-2, "the adapter must be seen"
+    theirs.save_pretrained(tmp_path / "theirs")
+
+    # Theirs in ours: the same modules, the same logits.
+    model, params = models.from_pretrained(folders / family)
+    tree = lp.load(tmp_path / "theirs", model, params)
+    assert_close(our_logits(model, tree), expected, 1e-5)
+    config = read_config(tmp_path / "theirs")
+    chosen = targeted(config, modules(table_of(model)), model.config.model_type)
+    assert {module.name for module in chosen} == set(theirs.base_model.targeted_module_names)
+
+    # Ours in theirs: nothing missing, nothing left over, our logits.
+    lp.save(tmp_path / "ours", model, tree)
+    again = lp.load(tmp_path / "ours", model, params)
+    assert_close(our_logits(model, again), our_logits(model, tree), 1e-6)
+    if "init_lora_weights" not in options:
+        assert_identical(again, tree)
+    if name == "modules saved":
+        assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["modules_to_save"]
+    back = PeftModel.from_pretrained(torch_model(folders, family), tmp_path / "ours").eval()
+    tensors = load_file(tmp_path / "ours/adapter_model.safetensors")
+    assert set(get_peft_model_state_dict(back)) == set(tensors), "missing or unexpected"
+    assert_close(logits_of(back), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["embed_tokens", "lm_head"]}, "target one of them"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "which is tied"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "which is tied"),
+    ],
+)
+def test_tied_layers_that_are_not_supported(options, message, folders, tmp_path):
+    theirs = with_adapter(torch_model(folders, "qwen2"), options)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(lp.PeftError, match=message):
+        lp.load(tmp_path, *models.from_pretrained(folders / "qwen2"))
+
+
+def test_several_adapters_in_one_folder(folders, tmp_path):
+    from peft import LoraConfig
+
+    theirs = with_adapter(torch_model(folders, "llama"), {"target_modules": ["q_proj"]})
+    theirs.add_adapter("second", LoraConfig(r=2, lora_alpha=5, target_modules=["v_proj"]))
+    theirs.set_adapter("second")
+    import torch
+
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path)
+    model, params = models.from_pretrained(folders / "llama")
+    tree = lp.load(tmp_path, model, params, adapter="second")
+    assert_close(our_logits(model, tree), logits_of(theirs), 1e-5)
+    theirs.set_adapter("default")
+    assert_close(our_logits(model, lp.load(tmp_path, model, params)), logits_of(theirs), 1e-5)
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(lp.PeftError, match="several adapters, second: choose one with adapter="):
+        lp.load(tmp_path, model, params)
