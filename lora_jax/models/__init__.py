@@ -11,7 +11,7 @@ from lora_jax.models.generate import generate
 from lora_jax.models.gpt2 import GPT2
 from lora_jax.models.gpt2_config import GPT2Config
 from lora_jax.models.hub import ModelNotFound
-from lora_jax.models.keys import WeightsError, hf_tensors
+from lora_jax.models.keys import Row, WeightsError, hf_tensors
 from lora_jax.models.load import from_pretrained
 from lora_jax.models.rope_fields import RopeScaling
 from lora_jax.models.save import save_pretrained
@@ -29,6 +29,7 @@ __all__ = [
     "GPT2Config",
     "ModelNotFound",
     "RopeScaling",
+    "Row",
     "WeightsError",
     "from_pretrained",
     "generate",

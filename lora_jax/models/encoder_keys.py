@@ -83,7 +83,8 @@ def encoder_table(config: EncoderConfig) -> list[Row]:
     width, inner = config.hidden_size, config.intermediate_size
     lm = "cls/predictions" if trunk == "bert" else "lm_head"
     decoder = lm.replace("/", ".") + ".decoder"
-    words, tied = (config.vocab_size, width), (f"{decoder}.weight",)
+    words = (config.vocab_size, width)
+    tied = (f"{decoder}.weight",) if config.head == "masked_lm" else ()
     add(f"{trunk}/embeddings/word_embeddings", "embedding", words, aliases=tied)
     positions = (config.max_position_embeddings, width)
     add(f"{trunk}/embeddings/position_embeddings", "embedding", positions)

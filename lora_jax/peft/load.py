@@ -62,11 +62,11 @@ def load(
     _check_tree(params, table)
     experts = any(".experts." in name for name in tensors)
     available = modules(table, experts=experts, tied=config["ensure_weight_tying"])
-    chosen = targeted(config, available, model_type_of(model))
-    rules = rules_for(config, table, model_type_of(model), experts=experts)
     reader = _Reader(where, tensors)
-    params = _with_file_bases(params, chosen, reader)
     try:
+        chosen = targeted(config, available, model_type_of(model))
+        rules = rules_for(config, table, model_type_of(model), experts=experts)
+        params = _with_file_bases(params, chosen, reader)
         tree = lorafy(_abstract(params), rules)
         if takes_from_base(config):
             tree = lorafy(params, rules)
@@ -131,16 +131,21 @@ class _Reader:
         return key in self._tensors
 
     def take(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The tensor; zeros where there is none of this shape, which `finish` reports."""
+        """The tensor; something of its size where there is none, which `finish` reports."""
         self._taken.add(key)
         if key not in self._tensors:
             self._problems.append(f"missing {key} {list(shape)}")
-            return np.zeros(shape, np.float32)
+            return np.broadcast_to(np.float32(0), shape)  # no memory, however absurd the shape
         tensor = self._tensors[key]
         if tensor.shape != shape:
             self._problems.append(f"{key} is {list(tensor.shape)}, expected {list(shape)}")
-            return np.zeros(shape, np.float32)
+            return np.broadcast_to(np.float32(0), shape)
         return tensor
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that was taken was there."""
+        return not self._problems
 
     def finish(self) -> None:
         """One PeftError on all that is missing, misshaped or left over."""
@@ -191,40 +196,50 @@ class _Files:
 
     def _adapted(self, path: str, node: LoraWeight) -> LoraWeight:
         batch = node.roles.sizes(node.shape, "batch")
+        rows, columns = (node.roles.sizes(node.shape, role) for role in ("in", "out"))
+        sizes = {"a": math.prod(rows), "b": math.prod(columns)}
+        members = [module for module in self.chosen if module.path == path]
+        found = [(m.index, self._arrays(m, node, sizes["a"], sizes["b"])) for m in members]
+        if not self.reader.is_whole:
+            return node
         dtype = np.dtype(wide(node.dtype))
-        fan_in, fan_out = (math.prod(node.roles.sizes(node.shape, r)) for r in ("in", "out"))
-        a = np.zeros((*batch, node.rank, fan_in), dtype)
-        b = np.zeros((*batch, node.rank, fan_out), dtype)
-        vectors = {name: np.zeros((*batch, fan_out), dtype) for name in node.has}
-        if "magnitude" in vectors:  # of layers that are not adapted, whatever
-            vectors["magnitude"][:] = 1
-        for module in self.chosen:
-            if module.path != path:
-                continue
-            layer = module.index[0] if module.index and len(node.ranks) > 1 else 0
-            rank, at, keys = node.ranks[layer], module.index, keys_of(module)
-            if module.uses == "product":  # a head: its input is the table's output
-                a[at][:rank] = self.reader.take(keys.b, (fan_in, rank)).T
-                b[at][:rank] = self.reader.take(keys.a, (rank, fan_out))
-            else:
-                a[at][:rank] = self.reader.take(keys.a, (rank, fan_in))
-                b[at][:rank] = self.reader.take(keys.b, (fan_out, rank)).T
-            for name, key in (("magnitude", keys.magnitude), ("bias", keys.bias_on_b)):
+        out = {name: np.zeros((*batch, node.rank, n), dtype) for name, n in sizes.items()}
+        # A magnitude of a layer that is not adapted is never looked at.
+        vectors = {name: np.ones((*batch, sizes["b"]), dtype) for name in node.has}
+        for at, arrays in found:
+            for name, array in arrays.items():
                 if name in vectors:
-                    vectors[name][at] = self.reader.take(key, (fan_out,))
-        columns = node.roles.sizes(node.shape, "out")
-        changes = {name: jnp.asarray(v.reshape(*batch, *columns)) for name, v in vectors.items()}
+                    vectors[name][at] = array
+                else:
+                    out[name][at][: len(array)] = array
+        changes = {name: v.reshape(*batch, *columns) for name, v in vectors.items()}
+        changes["a"] = out["a"].reshape(*batch, node.rank, *rows)
+        changes["b"] = out["b"].reshape(*batch, node.rank, *columns)
         scale = node.scale
         if isinstance(scale, jax.ShapeDtypeStruct):
-            scale = self._scale(path, node, batch)
-        return node.replace(
-            a=jnp.asarray(a.reshape(*batch, node.rank, *node.roles.sizes(node.shape, "in"))),
-            b=jnp.asarray(b.reshape(*batch, node.rank, *columns)),
-            scale=scale,
-            **changes,
-        )
+            scale = self._scale(path, batch)
+        return node.replace(scale=scale, **jax.tree.map(jnp.asarray, changes))
 
-    def _scale(self, path: str, node: LoraWeight, batch: tuple[int, ...]) -> jax.Array:
+    def _arrays(
+        self, module: Module, node: LoraWeight, fan_in: int, fan_out: int
+    ) -> dict[str, np.ndarray]:
+        """A [r, in], B [r, out] and the vectors of one member of the stack."""
+        layer = module.index[0] if module.index and len(node.ranks) > 1 else 0
+        rank, keys = node.ranks[layer], keys_of(module)
+        if module.uses == "product":  # a head: its input is the table's output
+            arrays = {
+                "a": self.reader.take(keys.b, (fan_in, rank)).T,
+                "b": self.reader.take(keys.a, (rank, fan_out)),
+            }
+        else:
+            arrays = {
+                "a": self.reader.take(keys.a, (rank, fan_in)),
+                "b": self.reader.take(keys.b, (fan_out, rank)).T,
+            }
+        vectors = {"magnitude": keys.magnitude, "bias": keys.bias_on_b}
+        return arrays | {name: self.reader.take(vectors[name], (fan_out,)) for name in node.has}
+
+    def _scale(self, path: str, batch: tuple[int, ...]) -> jax.Array:
         """s of each layer, as PEFT computes it."""
         scale = np.zeros(batch, np.float32)
         for module in self.chosen:
