@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lora_jax.models.keys import Row
 from lora_jax.paths import flatten_with_paths
 from lora_jax.peft import config as configuration
 from lora_jax.peft.errors import PeftError
+from lora_jax.peft.experts import Expert, keys_of_expert, targeted_experts, unpack_a, unpack_b
 from lora_jax.peft.hub import adapter_folder
 from lora_jax.peft.modules import Module, by_pattern, modules, places, table_of, targeted
 from lora_jax.peft.names import FILE, PREFIX, bias_key, keys_of, token_key
@@ -60,12 +62,13 @@ def load(
     where = str(found / FILE)
     table = table_of(model)
     _check_tree(params, table)
-    experts = any(".experts." in name for name in tensors)
+    experts = any(re.search(r"\.experts\.\d+\.", name) for name in tensors)
     available = modules(table, experts=experts, tied=config["ensure_weight_tying"])
     reader = _Reader(where, tensors)
     try:
         chosen = targeted(config, available, model_type_of(model))
-        rules = rules_for(config, table, model_type_of(model), experts=experts)
+        chosen += targeted_experts(config, model)
+        rules = rules_for(config, table, model, experts=experts)
         params = _with_file_bases(params, chosen, reader)
         tree = lorafy(_abstract(params), rules)
         if takes_from_base(config):
@@ -164,7 +167,7 @@ def _with_file_bases(params: Tree, chosen: Sequence[Module], reader: _Reader) ->
     changed = dict(leaves)
     for module in chosen:
         key = keys_of(module).base_weight
-        if not reader.has(key):
+        if isinstance(module, Expert) or not reader.has(key):
             continue
         leaf = changed[module.path]
         transpose = not module.is_embedding and module.uses == "all"
@@ -211,7 +214,7 @@ class _Files:
                 if name in vectors:
                     vectors[name][at] = array
                 else:
-                    out[name][at][: len(array)] = array
+                    out[name][at][..., : array.shape[-2], :] = array
         changes = {name: v.reshape(*batch, *columns) for name, v in vectors.items()}
         changes["a"] = out["a"].reshape(*batch, node.rank, *rows)
         changes["b"] = out["b"].reshape(*batch, node.rank, *columns)
@@ -226,6 +229,12 @@ class _Files:
         """A [r, in], B [r, out] and the vectors of one member of the stack."""
         layer = module.index[0] if module.index and len(node.ranks) > 1 else 0
         rank, keys = node.ranks[layer], keys_of(module)
+        if isinstance(module, Expert):
+            key_a, key_b = keys_of_expert(module, self.chosen)
+            wide_out = fan_out * (1 if module.half is None else 2)
+            a = self.reader.take(key_a, (rank * module.n, fan_in))
+            b = self.reader.take(key_b, (wide_out, rank * module.n))
+            return {"a": unpack_a(a, module.n), "b": unpack_b(b, module.n, module.half)}
         if module.uses == "product":  # a head: its input is the table's output
             arrays = {
                 "a": self.reader.take(keys.b, (fan_in, rank)).T,

@@ -8,6 +8,7 @@ from lora_jax import init
 from lora_jax.models.keys import Row
 from lora_jax.peft.config import DECOMPOSING_INITS, read_config
 from lora_jax.peft.errors import PeftError
+from lora_jax.peft.experts import targeted_experts
 from lora_jax.peft.modules import (
     Module,
     by_pattern,
@@ -34,7 +35,7 @@ def rules(config: Any, model: Any = None) -> list[Rule]:
     fields = read_config(config)
     if model is None:
         return _translated(fields)
-    return rules_for(fields, table_of(model), model_type_of(model))
+    return rules_for(fields, table_of(model), model)
 
 
 def model_type_of(model: Any) -> str | None:
@@ -77,18 +78,16 @@ def _translated(config: Mapping[str, Any]) -> list[Rule]:
 def rules_for(
     config: Mapping[str, Any],
     table: Sequence[Row],
-    model_type: str | None,
+    model: Any,
     *,
     experts: bool = False,
 ) -> list[Rule]:
     """Rules that select what PEFT would, path by path and layer by layer."""
-    if config["target_parameters"]:
-        raise PeftError(
-            f"target_parameters={config['target_parameters']!r} is not supported: adapters on "
-            "experts that transformers holds as one parameter"
-        )
     available = modules(table, experts=experts, tied=config["ensure_weight_tying"])
-    chosen = targeted(config, available, model_type)
+    chosen = [
+        *targeted(config, available, model_type_of(model)),
+        *targeted_experts(config, model),
+    ]
     _refuse_two_uses(chosen)
     found: list[Rule] = []
     found += _saved(config, table, chosen)

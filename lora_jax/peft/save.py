@@ -17,6 +17,7 @@ from lora_jax.models.keys import Row
 from lora_jax.paths import flatten_with_paths
 from lora_jax.peft import config as configuration
 from lora_jax.peft.errors import PeftError
+from lora_jax.peft.experts import Expert, experts_of, keys_of_expert, pack, side_by_side
 from lora_jax.peft.modules import Module, ends_with, modules, table_of
 from lora_jax.peft.names import FILE, PREFIX, bias_key, keys_of, token_key
 from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_node
@@ -80,14 +81,18 @@ def contents(model: Any, params: Tree) -> tuple[dict[str, Any], dict[str, np.nda
     rows = {row.path: row for row in table}
     if unknown := [path for path in nodes if path not in rows]:
         raise PeftError(f"{unknown[0]!r} is in no row of the model's key table")
-    return _Contents(table, dict(leaves), nodes).collect()
+    return _Contents(table, dict(leaves), nodes, experts_of(model)).collect()
 
 
 class _Contents:
     """What is to be written, put together node by node."""
 
     def __init__(
-        self, table: Sequence[Row], leaves: Mapping[str, Any], nodes: Mapping[str, Any]
+        self,
+        table: Sequence[Row],
+        leaves: Mapping[str, Any],
+        nodes: Mapping[str, Any],
+        experts: Sequence[Expert],
     ) -> None:
         self._rows = {row.path: row for row in table}
         self._leaves = leaves
@@ -97,9 +102,12 @@ class _Contents:
         uses = {n.uses for p, n in self._lora.items() if p in tied}
         uses |= {"all" for p in self._trained if p in tied}
         self._tied = "all" in uses
-        every = modules(table, experts=True, tied=self._tied)
-        self._adapted = [m for m in every if self._rank(m)]
-        self._all = every
+        self._all = modules(table, tied=self._tied)
+        self._adapted = [m for m in self._all if self._rank(m)]
+        self._experts = [e for e in experts if self._rank(e)]
+        written = {m.path for m in [*self._adapted, *self._experts]}
+        if lost := sorted(set(self._lora) - written):
+            raise PeftError(f"{lost[0]!r} is adapted, and transformers has no such module")
         self._tensors: dict[str, np.ndarray] = {}
 
     def _rank(self, module: Module) -> int:
@@ -116,6 +124,7 @@ class _Contents:
         alphas: dict[str, float] = {}
         for module in self._adapted:
             ranks[module.name], alphas[module.name] = self._write(module)
+        config |= self._write_experts(ranks, alphas)
         config |= self._patterns(ranks, alphas)
         config |= self._write_trained()
         return config, self._tensors
@@ -178,6 +187,47 @@ class _Contents:
         a, b = (np.asarray(v[at] if at else v) for v in (a, b))
         return a.reshape(node.rank, -1)[:rank], b.reshape(node.rank, -1)[:rank]
 
+    def _write_experts(self, ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
+        """The tensors of experts, as PEFT packs them; adds their ranks and alphas."""
+        if not self._experts:
+            return {"target_parameters": None}
+        by_name: dict[str, dict[int | None, Expert]] = {}
+        for expert in self._experts:
+            by_name.setdefault(expert.name, {})[expert.half] = expert
+            node = self._lora[expert.path]
+            for what in ("magnitude", "bias"):
+                if getattr(node, what) is not None:
+                    raise PeftError(f"PEFT has no {what} for experts, and {expert.path!r} has one")
+            if node.dropout:
+                raise PeftError(f"PEFT has no dropout for experts, and {expert.path!r} has it")
+        for name, halves in by_name.items():
+            found = {half: self._of_experts(expert) for half, expert in halves.items()}
+            if None in found:
+                a, b, scale = found[None]
+            else:
+                a, b, scale = side_by_side(found.get(0), found.get(1))
+            ranks[name], alphas[name] = a.shape[1], scale * a.shape[1]
+            key_a, key_b = keys_of_expert(next(iter(halves.values())), self._experts)
+            packed_a, packed_b = pack(a, b)
+            self._put(key_a, packed_a)
+            self._put(key_b, packed_b)
+        ends = sorted({f"experts.{e.parameter}" for e in self._experts})
+        depth = self._rows[self._experts[0].path].stack[0]
+        every_layer = len(by_name) == depth * len(ends)
+        return {"target_parameters": ends if every_layer else sorted(by_name)}
+
+    def _of_experts(self, expert: Expert) -> tuple[np.ndarray, np.ndarray, float]:
+        """A [experts, r, in], B [experts, r, out] and s of one layer's experts."""
+        node, rank = self._lora[expert.path], self._rank(expert)
+        (layer,) = expert.index
+        scales = np.unique(np.asarray(node.scale[layer]))
+        if len(scales) > 1:
+            raise PeftError(f"PEFT has one alpha for all experts; those of {expert.path!r} differ")
+        parts = [(node.a, node.b)] + ([node.start] if node.start is not None else [])
+        a, b = zip(*((np.asarray(v[layer])[:, :rank] for v in pair) for pair in parts), strict=True)
+        signed = [b[0], *(-factor for factor in b[1:])]
+        return np.concatenate(a, axis=1), np.concatenate(signed, axis=1), float(scales[0])
+
     def _put(self, key: str, array: np.ndarray) -> None:
         self._tensors[key] = np.ascontiguousarray(array)
 
@@ -188,8 +238,9 @@ class _Contents:
             raise PeftError("nothing is adapted: PEFT needs one module with a LoRA at least")
         rank = Counter(ranks.values()).most_common(1)[0][0]
         alpha = Counter(alphas.values()).most_common(1)[0][0]
+        names = [module.name for module in self._adapted]
         return {
-            "target_modules": self._targets(list(ranks)),
+            "target_modules": self._targets(names) if names else None,
             "r": rank,
             "lora_alpha": _number(alpha),
             "rank_pattern": {_exactly(n): r for n, r in ranks.items() if r != rank},

@@ -30,6 +30,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         DECODER | {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
     ),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", DECODER | {"tie_word_embeddings": True}),
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        DECODER | {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 20},
+    ),
     "gpt2": (
         "GPT2Config",
         "GPT2LMHeadModel",
@@ -120,6 +125,23 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied tokens": (
         "qwen2",
         {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [7, 2]}},
+    ),
+    "experts": (
+        "mixtral",
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "rank_pattern": {"experts.down_proj": 2},
+            "lora_dropout": 0.0,
+        },
+    ),
+    "experts, one parameter alone": (
+        "mixtral",
+        {
+            "target_modules": ["v_proj"],
+            "target_parameters": ["model.layers.1.mlp.experts.gate_up_proj"],
+            "lora_dropout": 0.0,
+        },
     ),
     "gpt2": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
     "gpt2 all linear, DoRA": (

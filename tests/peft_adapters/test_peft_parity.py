@@ -14,12 +14,14 @@ from lora_jax import models
 from lora_jax.peft.config import read_config
 from lora_jax.peft.modules import modules, table_of, targeted
 from tests.peft_adapters.models import CONFIGS, FAMILIES, IDS, logits_of, with_adapter, write_model
-from tests.support import assert_close, assert_identical
+from tests.support import assert_close, assert_identical, with_random_factors
 
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
+    # PEFT heeds the pattern, although it says that it did not.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match"),
 ]
 
 
@@ -74,6 +76,23 @@ def test_both_ways(name, folders, tmp_path):
     tensors = load_file(tmp_path / "ours/adapter_model.safetensors")
     assert set(get_peft_model_state_dict(back)) == set(tensors), "missing or unexpected"
     assert_close(logits_of(back), expected, 1e-5)
+
+
+@pytest.mark.parametrize("kernels", [["w1", "w2", "w3"], ["w3"], ["w1", "w2"]])
+def test_experts_trained_here(kernels, folders, tmp_path):
+    """gate and up have an A each, and ranks of their own: still one function in PEFT."""
+    from peft import PeftModel
+
+    model, params = models.from_pretrained(folders / "mixtral")
+    rules = [
+        lj.LoraRule(targets=[name], rank=2 + i, alpha=5.0 + i) for i, name in enumerate(kernels)
+    ]
+    tree = with_random_factors(lj.lorafy(params, rules))
+    lp.save(tmp_path / "ours", model, tree)
+    theirs = PeftModel.from_pretrained(torch_model(folders, "mixtral"), tmp_path / "ours").eval()
+    assert_close(logits_of(theirs), our_logits(model, tree), 1e-5)
+    again = lp.load(tmp_path / "ours", model, params)
+    assert_close(our_logits(model, again), our_logits(model, tree), 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,129 @@
+"""Experts, which transformers holds as two parameters of one module, and PEFT adapts as such.
+
+`experts.gate_up_proj` is [experts, 2·inner, d_model] and `experts.down_proj` [experts, d_model,
+inner]; here gate, up and down are kernels of their own. PEFT (``target_parameters``) packs the
+factors of all experts e, of rank r, into two matrices:
+
+    A [experts·r, in]    row e·r + k is the k-th of expert e
+    B [out, r·experts]   column k·experts + e is the k-th of expert e
+
+gate and up share the A of gate_up_proj. Where theirs have become two, the pair is written with both
+side by side, which is the same function at the sum of their ranks.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_jax.peft.errors import PeftError
+from lora_jax.peft.modules import Module, ends_with
+from lora_jax.peft.names import PREFIX
+
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Expert(Module):
+    """A kernel of one layer's experts, as a part of one of PEFT's parameters.
+
+    Attributes:
+      parameter: "gate_up_proj" or "down_proj".
+      half: which half of gate_up_proj's outputs: 0 or 1; None for down_proj.
+      n: how many experts.
+    """
+
+    parameter: str
+    half: int | None
+    n: int
+
+
+def experts_of(model: Any) -> list[Expert]:
+    """Every kernel of experts of a model, layer by layer; none where the model has no experts."""
+    config = getattr(model, "config", None)
+    n = getattr(config, "num_experts", None)
+    if config is None or not n:
+        return []
+    gate, up, down = config.expert_names
+    parts = ((gate, GATE_UP, 0), (up, GATE_UP, 1), (down, DOWN, None))
+    return [
+        Expert(
+            name=f"model.layers.{layer}.mlp.experts.{parameter}",
+            path=f"model/layers/{config.mlp_name}/experts/{kernel}/kernel",
+            index=(layer,),
+            is_embedding=False,
+            parameter=parameter,
+            half=half,
+            n=n,
+        )
+        for layer in range(config.num_hidden_layers)
+        for kernel, parameter, half in parts
+    ]
+
+
+def targeted_experts(config: Mapping[str, Any], model: Any) -> list[Expert]:
+    """The experts that target_parameters selects; PeftError where it is not about experts."""
+    wanted = config["target_parameters"] or []
+    if not wanted:
+        return []
+    available = experts_of(model)
+    names = {expert.name for expert in available}
+    for target in wanted:
+        if target not in names and not any(ends_with(name, [target]) for name in names):
+            raise PeftError(
+                f"target_parameters names {target!r}; the parameters here that PEFT can adapt are "
+                + (f"{available[0].name} and the like" if available else "none: no experts")
+            )
+    for name in ("use_dora", "lora_bias", "lora_dropout"):
+        if config[name]:
+            raise PeftError(f"{name} does not go with target_parameters, in PEFT as here")
+    return [e for e in available if e.name in wanted or ends_with(e.name, wanted)]
+
+
+def keys_of_expert(expert: Expert, chosen: Sequence[Module]) -> tuple[str, str]:
+    """The keys of A and B: gate_up_proj's wrapper is inside down_proj's, where both are adapted."""
+    layer = expert.name.removesuffix(f".{expert.parameter}")
+    both = expert.parameter == GATE_UP and any(m.name == f"{layer}.{DOWN}" for m in chosen)
+    stem = f"{PREFIX}{layer}{'.base_layer' if both else ''}"
+    return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+
+
+def unpack_a(a: np.ndarray, n: int) -> np.ndarray:
+    """[experts·r, in] as [experts, r, in]."""
+    return a.reshape(n, -1, a.shape[-1])
+
+
+def unpack_b(b: np.ndarray, n: int, half: int | None) -> np.ndarray:
+    """[out, r·experts] as [experts, r, out], or a half of the outputs."""
+    unpacked = b.reshape(b.shape[0], -1, n).transpose(2, 1, 0)
+    return unpacked if half is None else np.split(unpacked, 2, axis=-1)[half]
+
+
+def pack(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[experts, r, in] and [experts, r, out] as PEFT's A and B."""
+    n, rank, fan_out = b.shape
+    return a.reshape(n * rank, -1), b.transpose(2, 1, 0).reshape(fan_out, rank * n)
+
+
+def side_by_side(
+    gate: tuple[np.ndarray, np.ndarray, float] | None,
+    up: tuple[np.ndarray, np.ndarray, float] | None,
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """(A, B, s) of gate_up_proj from those of its halves; None where one is not adapted."""
+    if gate is None or up is None:
+        a, b, s = gate or up  # type: ignore[misc]
+        nothing = np.zeros_like(b)
+        return a, np.concatenate([nothing, b] if gate is None else [b, nothing], axis=-1), s
+    (a_gate, b_gate, s_gate), (a_up, b_up, s_up) = gate, up
+    if a_gate.shape == a_up.shape and np.array_equal(a_gate, a_up) and s_gate == s_up:
+        return a_gate, np.concatenate([b_gate, b_up], axis=-1), s_gate
+    b_up = b_up * np.asarray(s_up / s_gate, b_up.dtype)
+    b = np.concatenate(
+        [
+            np.concatenate([b_gate, np.zeros((*b_gate.shape[:2], b_up.shape[-1]), b_up.dtype)], -1),
+            np.concatenate([np.zeros((*b_up.shape[:2], b_gate.shape[-1]), b_up.dtype), b_up], -1),
+        ],
+        axis=1,
+    )
+    return np.concatenate([a_gate, a_up], axis=1), b, s_gate
