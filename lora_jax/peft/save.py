@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from lora_jax.folders import partial_of, put_in_place
 from lora_jax.lorafy import Tree
 from lora_jax.models.keys import Row
+from lora_jax.models.save import write_tensors
 from lora_jax.paths import flatten_with_paths
 from lora_jax.peft import config as configuration
 from lora_jax.peft.errors import PeftError
@@ -52,11 +52,15 @@ def save(
     config |= {"base_model_name_or_path": base_model, "task_type": task_type}
     partial = partial_of(folder)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / FILE, metadata={"format": "pt"})
-    text = json.dumps(dict(sorted(config.items())), indent=2)
-    (partial / configuration.FILE).write_text(text + "\n", encoding="utf-8")
-    put_in_place(partial, folder)
+    try:
+        partial.mkdir(parents=True)
+        write_tensors(partial / FILE, tensors)
+        text = json.dumps(dict(sorted(config.items())), indent=2)
+        (partial / configuration.FILE).write_text(text + "\n", encoding="utf-8")
+        put_in_place(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:
