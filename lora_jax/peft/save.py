@@ -243,6 +243,7 @@ class _Contents:
             self._put(bias_key(name, adapted), self._tensor(name))
         for name in self._tensors_of(saved):
             self._put(f"{PREFIX}{name}", self._tensor(name))
+        saved = self._with_whole_head(saved)
         return {
             "bias": kind,
             "modules_to_save": saved or None,
@@ -257,6 +258,14 @@ class _Contents:
         if set(names) == of_adapted:
             return "lora_only"
         return "all" if set(names) == every else None
+
+    def _with_whole_head(self, saved: Sequence[str]) -> list[str]:
+        """Its layers as one module, as PEFT trains a classifier, and as engines accept one."""
+        names = {n.rsplit(".", 1)[0] for row in self._rows.values() for n in row.hf_names}
+        head = {name for name in names if name.startswith("classifier.")}
+        if not head or not head <= set(saved):
+            return list(saved)
+        return sorted({*saved, "classifier"} - head)
 
     def _tensors_of(self, saved: Sequence[str]) -> list[str]:
         names = [name for row in self._rows.values() for name in row.hf_names]
