@@ -28,7 +28,7 @@ from lora_jax.peft.config import fields_of
 from lora_jax.peft.save import contents
 from lora_jax.peft.serving import MAX_RANK, problems_of, serving_problems
 from train.errors import UserError, as_user_errors, reported
-from train.output import CONFIG, folder_bytes, read_json
+from train.output import ADAPTER, CONFIG, folder_bytes, read_json
 from train.pretrained import read_model
 from train.report import megabytes
 
@@ -82,7 +82,7 @@ def run(options: Options) -> None:
     """Checks, loads, writes, and says what it has written."""
     console = Console()
     adapter, from_peft = found_adapter(options.adapter)
-    shard = check(options, adapter)
+    shard = check(options)
 
     # A folder of PEFT's is judged as it is, if it is not to be written anew.
     if from_peft and options.output is None:
@@ -91,6 +91,7 @@ def run(options: Options) -> None:
         return
 
     name = options.model or base_of(adapter, from_peft)
+    check_apart(options.output, adapter, name)
     model, params = load(options, adapter, from_peft, name)
     if options.merged:
         assert options.output is not None
@@ -140,10 +141,17 @@ def found_adapter(name: str) -> tuple[Path, bool]:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise UserError(f"--adapter {name}: there is no such folder")
-    return folder, (folder / PEFT_CONFIG).is_file()
+    from_peft = (folder / PEFT_CONFIG).is_file()
+    if not from_peft and not (folder / "lora").is_dir():
+        of_run = folder / ADAPTER
+        raise UserError(
+            f"--adapter {name} is no adapter of this library's, nor of PEFT's ({PEFT_CONFIG})"
+            + (f": did you mean {of_run}?" if of_run.is_dir() else "")
+        )
+    return folder, from_peft
 
 
-def check(options: Options, adapter: Path) -> int:
+def check(options: Options) -> int:
     """The bytes of a shard; UserError where an option makes no sense or the output is taken."""
     if options.merged and options.output is None:
         raise UserError("--merged writes a model: name its folder by --output")
@@ -163,11 +171,11 @@ def check(options: Options, adapter: Path) -> int:
     if shard < 1:
         raise UserError(f"--max-shard-size {options.max_shard_size}: a size such as 500MB or 5GB")
     if options.output is not None:
-        check_output(options, Path(options.output).expanduser(), adapter)
+        check_output(options, Path(options.output).expanduser())
     return shard
 
 
-def check_output(options: Options, output: Path, adapter: Path) -> None:
+def check_output(options: Options, output: Path) -> None:
     """Raises UserError where the output folder is not this command's to write."""
     if not output.exists():
         return
@@ -175,10 +183,6 @@ def check_output(options: Options, output: Path, adapter: Path) -> None:
         raise UserError(
             f"--output {output} exists: name another folder, or replace it by --overwrite"
         )
-    inputs = [adapter, *([Path(options.model).expanduser()] if options.model else [])]
-    for path in inputs:
-        if path.exists() and path.resolve().is_relative_to(output.resolve()):
-            raise UserError(f"--output {output} holds {path}, which is to be read")
     kind = MODEL_CONFIG if options.merged else PEFT_CONFIG
     known = "model_type" if options.merged else "peft_type"
     if output.is_dir() and (not any(output.iterdir()) or known in read_json(output / kind)):
@@ -188,6 +192,15 @@ def check_output(options: Options, output: Path, adapter: Path) -> None:
         f"--output {output} holds something else than a {what}, and --overwrite would "
         "delete it: name another folder"
     )
+
+
+def check_apart(output: str | None, adapter: Path, base: str) -> None:
+    """Raises UserError where to replace the output folder would delete what is read."""
+    for path in (adapter, Path(base).expanduser()):
+        if output is None or not path.exists():
+            continue
+        if path.resolve().is_relative_to(Path(output).expanduser().resolve()):
+            raise UserError(f"--output {output} holds {path}, which is to be read")
 
 
 def base_of(adapter: Path, from_peft: bool) -> str:
@@ -204,7 +217,7 @@ def base_of(adapter: Path, from_peft: bool) -> str:
 
 def load(options: Options, adapter: Path, from_peft: bool, name: str) -> tuple[Any, Any]:
     """The model, and its parameters with the adapter, all in float32."""
-    head = {}
+    head: dict[str, Any] = {}
     if options.num_labels is not None:
         head = {"head": "classification", "num_labels": options.num_labels}
     model, params = read_model(name, dtype="float32", **head)

@@ -114,7 +114,10 @@ def _of_what_else_trains(fields: Mapping[str, Any], tensors: Mapping[str, Any]) 
 
 
 def _of_tables(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
-    """Adapted embeddings: vLLM has them for embed_tokens (and a head called lm_head)."""
+    """Adapted embeddings: vLLM has them for embed_tokens (and a head called lm_head).
+
+    (PEFT saves these tables' own weights beside, a file that older versions of vLLM refuse.)
+    """
     ends = ".lora_embedding_A"
     tables = [key.removesuffix(ends).removeprefix(PREFIX) for key in tensors if key.endswith(ends)]
     found = [

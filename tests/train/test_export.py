@@ -239,6 +239,12 @@ def test_another_base_is_refused(trained, tmp_path, capsys):
     assert (tmp_path / "out").is_dir()
 
 
+def test_a_folder_without_an_adapter(trained, tmp_path, capsys):
+    message = fails(capsys, "--adapter", trained, "--output", tmp_path / "out")
+    assert message.endswith(f"did you mean {trained / 'adapter'}?")
+    assert "is no adapter" in fails(capsys, "--adapter", tmp_path, "--check-serving")
+
+
 def test_an_adapter_that_names_no_base(trained, tmp_path, capsys):
     shutil.copytree(trained / "adapter", tmp_path / "moved")
     message = fails(capsys, "--adapter", tmp_path / "moved", "--output", tmp_path / "out")
@@ -259,7 +265,10 @@ def test_what_is_there_is_not_overwritten(base, trained, tmp_path, capsys):
 
     # A run's folder has a config.json as well, and is no model's.
     args = ["--adapter", trained / "adapter", "--overwrite", "--merged", "--output"]
-    assert "which is to be read" in fails(capsys, *args, trained)
+    assert "holds something else than a model" in fails(capsys, *args, trained)
+    assert "which is to be read" in fails(capsys, *args, base)
+    again = ["--adapter", output, "--output", output, "--overwrite"]
+    assert "which is to be read" in fails(capsys, *again)
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     assert "holds something else than a model" in fails(capsys, *args, copy)
