@@ -92,27 +92,40 @@ def run(options: Options) -> None:
 
     name = options.model or base_of(adapter, from_peft)
     check_apart(options.output, adapter, name)
-    model, params = load(options, adapter, from_peft, name)
+    with console.status(f"loading {name} and {adapter}"):
+        model, params = load(options, adapter, from_peft, name)
     if options.merged:
-        assert options.output is not None
-        output = Path(options.output).expanduser()
-        dtype = options.dtype or dtype_of_files(name)
-        with as_user_errors(ValueError, OSError, prefix="--merged: "):
-            merged = lj.merge(params)
-            del params
-            save_pretrained(
-                output,
-                model,
-                merged,
-                tokenizer=tokenizer_of(name),
-                max_shard_size=shard,
-                dtype=jnp.dtype(dtype),
-                overwrite=options.overwrite,
-            )
-        print_files(console, output, f"{adapter} merged into {name}, in {dtype}")
-        hint(console, f'{auto_class(model)}.from_pretrained("{output}")')
-        return
+        write_merged(options, console, model, params, name, shard)
+    else:
+        write_adapter(options, console, model, params, name)
 
+
+def write_merged(
+    options: Options, console: Console, model: Any, params: Any, name: str, shard: int
+) -> None:
+    """The whole model, the adapter in it."""
+    assert options.output is not None
+    output = Path(options.output).expanduser()
+    dtype = options.dtype or dtype_of_files(name)
+    with (
+        as_user_errors(ValueError, OSError, prefix="--merged: "),
+        console.status(f"merging and writing {output}"),
+    ):
+        save_pretrained(
+            output,
+            model,
+            lj.merge(params),
+            tokenizer=tokenizer_of(name),
+            max_shard_size=shard,
+            dtype=jnp.dtype(dtype),
+            overwrite=options.overwrite,
+        )
+    print_files(console, output, f"{options.adapter} merged into {name}, in {dtype}")
+    hint(console, f'{auto_class(model)}.from_pretrained("{output}")')
+
+
+def write_adapter(options: Options, console: Console, model: Any, params: Any, name: str) -> None:
+    """What PEFT would write, if it can be served or need not be."""
     no_peft = "as a PEFT adapter (--merged writes a whole model instead): "
     with as_user_errors(ValueError, prefix=no_peft):
         fields, tensors = contents(model, params)
@@ -121,17 +134,16 @@ def run(options: Options) -> None:
     if options.output is None:
         return
     output = Path(options.output).expanduser()
-    task = task_type(model, fields)
     with as_user_errors(ValueError, OSError):
         lp.save(
             output,
             model,
             params,
             base_model=name,
-            task_type=task,
+            task_type=task_type(model, fields),
             overwrite=options.overwrite,
         )
-    print_files(console, output, f"{adapter} as a PEFT adapter of {name}")
+    print_files(console, output, f"{options.adapter} as a PEFT adapter of {name}")
     base = f'{auto_class(model)}.from_pretrained("{name}")'
     hint(console, f'PeftModel.from_pretrained({base}, "{output}")')
 
@@ -279,7 +291,8 @@ def report_problems(problems: Sequence[str]) -> None:
 
 def print_files(console: Console, folder: Path, what: str) -> None:
     """The table of what was written."""
-    table = Table("file", "size", title=f"{what}: {folder}", title_justify="left")
+    console.print(f"{what}: {folder}", highlight=False, soft_wrap=True, markup=False)
+    table = Table("file", "size")
     table.columns[1].justify = "right"
     for path in sorted(folder.iterdir()):
         table.add_row(path.name, size(path.stat().st_size))

@@ -285,3 +285,17 @@ def test_a_base_without_a_tokenizer(base, trained, tmp_path, capsys):
     assert f"{bare} holds no tokenizer" in capsys.readouterr().err
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("options", [[], ["--merged"]])
+def test_a_failed_write_leaves_nothing(trained, tmp_path, monkeypatch, capsys, options):
+    def full(path, tensors):
+        path.write_bytes(b"half")
+        raise OSError(f"{path} cannot be written: no space left on device")
+
+    for module in ("lora_jax.peft.save", "lora_jax.models.save"):
+        monkeypatch.setattr(f"{module}.write_tensors", full)
+    output = tmp_path / "out"
+    message = fails(capsys, "--adapter", trained / "adapter", "--output", output, *options)
+    assert "no space left on device" in message
+    assert list(tmp_path.iterdir()) == []
