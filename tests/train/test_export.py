@@ -1,5 +1,6 @@
 """Exports of tiny adapters: what is written reads back, and what cannot be is refused in time."""
 
+import importlib
 import json
 import shutil
 
@@ -294,7 +295,7 @@ def test_a_failed_write_leaves_nothing(trained, tmp_path, monkeypatch, capsys, o
         raise OSError(f"{path} cannot be written: no space left on device")
 
     for module in ("lora_jax.peft.save", "lora_jax.models.save"):
-        monkeypatch.setattr(f"{module}.write_tensors", full)
+        monkeypatch.setattr(importlib.import_module(module), "write_tensors", full)
     output = tmp_path / "out"
     message = fails(capsys, "--adapter", trained / "adapter", "--output", output, *options)
     assert "no space left on device" in message
