@@ -70,7 +70,12 @@ def read_outline(name: str) -> Outline:
 
 
 def read_model(
-    name: str, *, dtype: str, param_dtype: str | None = None, remat: bool = False
+    name: str,
+    *,
+    dtype: str,
+    param_dtype: str | None = None,
+    remat: bool = False,
+    **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """The model and its parameters; see `lora_jax.models.from_pretrained`."""
     with _model_errors(name):
@@ -79,6 +84,7 @@ def read_model(
             dtype=jnp.dtype(dtype),
             param_dtype=None if param_dtype is None else jnp.dtype(param_dtype),
             remat=remat,
+            **options,
         )
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ def _write_weights(
         shard = {}
         for name, array in itertools.islice(tensors, len(names)):
             shard[name] = _converted(array, out[name], name)
-        _write_shard(path, shard)
+        write_tensors(path, shard)
         weight_map.update(dict.fromkeys(names, path.name))
     if len(shards) > 1:
         total = sum(math.prod(row.stacked_shape) for row in table)
@@ -156,7 +156,8 @@ def _write_weights(
         _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _write_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file, as PyTorch's libraries mark theirs; OSError where it cannot."""
     path.touch()
     mode = path.stat().st_mode  # by the umask; safetensors leaves files to their owner alone
     try:
@@ -195,15 +196,16 @@ def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
     if not source.is_dir():
         load_tokenizer(source).save_pretrained(folder)
         return
-    files = _matching(source, _TOKENIZER_FILES)
+    files = tokenizer_files(source)
     if not files:
         raise FileNotFoundError(f"{source} holds no tokenizer's files")
     for file in files:
         shutil.copyfile(file, folder / file.name)
 
 
-def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    return sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()})
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer that a model's folder holds."""
+    return sorted({p for name in _TOKENIZER_FILES for p in folder.glob(name) if p.is_file()})
 
 
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:

@@ -3,11 +3,13 @@
 params = lora_jax.peft.load("path/or/hub-name", model, params)   # PEFT's logits
 lora_jax.peft.save("folder", model, params)                      # for PEFT, or a serving engine
 rules = lora_jax.peft.rules("adapter_config.json", model)        # train what a config says
+lora_jax.peft.serving_problems("folder")                         # what an engine would refuse
 """
 
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.load import load
 from lora_jax.peft.rules import rules
 from lora_jax.peft.save import save
+from lora_jax.peft.serving import serving_problems
 
-__all__ = ["PeftError", "load", "rules", "save"]
+__all__ = ["PeftError", "load", "rules", "save", "serving_problems"]

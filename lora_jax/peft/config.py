@@ -40,7 +40,7 @@ _HARMLESS = frozenset(
     """.split()
 )
 # Those that are not supported, with the values that mean that they are not in use.
-_REFUSED: dict[str, tuple[Any, ...]] = {
+REFUSED: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
     "kasa_config": (None,),
@@ -74,14 +74,14 @@ def read_config(source: Any) -> dict[str, Any]:
 
     Raises PeftError where it is no LoRA, or where a field that is not supported is in use.
     """
-    fields, where = _fields(source)
+    fields, where = fields_of(source)
     kind = getattr(fields.get("peft_type"), "value", fields.get("peft_type", "LORA"))
     if kind != "LORA":
         raise PeftError(f"{where}: peft_type is {kind!r}; only LORA is supported")
     problems = []
     for name, value in fields.items():
-        if name in _REFUSED:
-            if value not in _REFUSED[name]:
+        if name in REFUSED:
+            if value not in REFUSED[name]:
                 problems.append(f"{name}={value!r} is not supported")
         elif name not in _HONOURED and name not in _HARMLESS and value not in (None, False, {}, []):
             problems.append(f"{name}={value!r} is not known")
@@ -96,7 +96,8 @@ def read_config(source: Any) -> dict[str, Any]:
     return config
 
 
-def _fields(source: Any) -> tuple[dict[str, Any], str]:
+def fields_of(source: Any) -> tuple[dict[str, Any], str]:
+    """(the fields as they are written, what to call their source in messages)."""
     if isinstance(source, Mapping):
         return dict(source), "the PEFT configuration"
     if hasattr(source, "to_dict"):

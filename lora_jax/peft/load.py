@@ -58,7 +58,7 @@ def load(
     """
     found = adapter_folder(folder, adapter)
     config = configuration.read_config(found / configuration.FILE)
-    tensors = _read(found / FILE)
+    tensors = read_tensors(found / FILE)
     where = str(found / FILE)
     table = table_of(model)
     _check_tree(params, table)
@@ -100,7 +100,8 @@ def _check_tree(params: Tree, table: Sequence[Row]) -> None:
         )
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of an adapter_model.safetensors; PeftError where it cannot be read."""
     if not path.is_file():
         others = sorted(file.name for file in path.parent.glob("adapter_model*"))
         hint = f"; there is {others[0]}, and only safetensors are read" if others else ""

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from lora_jax.folders import partial_of, put_in_place
 from lora_jax.lorafy import Tree
 from lora_jax.models.keys import Row
+from lora_jax.models.save import write_tensors
 from lora_jax.paths import flatten_with_paths
 from lora_jax.peft import config as configuration
 from lora_jax.peft.errors import PeftError
@@ -53,11 +53,15 @@ def save(
     config |= {"base_model_name_or_path": base_model, "task_type": task_type}
     partial = partial_of(folder)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / FILE, metadata={"format": "pt"})
-    text = json.dumps(dict(sorted(config.items())), indent=2)
-    (partial / configuration.FILE).write_text(text + "\n", encoding="utf-8")
-    put_in_place(partial, folder)
+    try:
+        partial.mkdir(parents=True)
+        write_tensors(partial / FILE, tensors)
+        text = json.dumps(dict(sorted(config.items())), indent=2)
+        (partial / configuration.FILE).write_text(text + "\n", encoding="utf-8")
+        put_in_place(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:
@@ -290,6 +294,7 @@ class _Contents:
             self._put(bias_key(name, adapted), self._tensor(name))
         for name in self._tensors_of(saved):
             self._put(f"{PREFIX}{name}", self._tensor(name))
+        saved = self._with_whole_head(saved)
         return {
             "bias": kind,
             "modules_to_save": saved or None,
@@ -304,6 +309,14 @@ class _Contents:
         if set(names) == of_adapted:
             return "lora_only"
         return "all" if set(names) == every else None
+
+    def _with_whole_head(self, saved: Sequence[str]) -> list[str]:
+        """Its layers as one module, as PEFT trains a classifier, and as engines accept one."""
+        names = {n.rsplit(".", 1)[0] for row in self._rows.values() for n in row.hf_names}
+        head = {name for name in names if name.startswith("classifier.")}
+        if not head or not head <= set(saved):
+            return list(saved)
+        return sorted({*saved, "classifier"} - head)
 
     def _tensors_of(self, saved: Sequence[str]) -> list[str]:
         names = [name for row in self._rows.values() for name in row.hf_names]

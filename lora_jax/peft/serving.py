@@ -1,0 +1,156 @@
+"""What a serving engine would refuse of an adapter, or run without a word as something else.
+
+The engine in mind is vLLM, whose loader reads adapter_config.json (``PEFTHelper``) and the names of
+the tensors. It knows few of PEFT's fields and ignores all others, so a field that it does not know
+is a problem just like one that it refuses. Whether it has adapters at all for a model's
+architecture, or for mixtures of experts, depends on its version and is not looked into.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.peft.config import FILE as CONFIG_FILE
+from lora_jax.peft.config import REFUSED, fields_of
+from lora_jax.peft.hub import adapter_folder
+from lora_jax.peft.load import read_tensors
+from lora_jax.peft.modules import by_pattern
+from lora_jax.peft.names import FILE, PREFIX
+
+MAX_RANK = 16  # vLLM's default
+_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
+_CLASSIFIERS = ("classifier", "score")
+_MERGE = "merge it into the base (--merged)"
+_BY_PEFT = "merge it into the base by PEFT (merge_and_unload)"
+
+
+def serving_problems(
+    folder: str | os.PathLike[str], *, adapter: str | None = None, max_rank: int = MAX_RANK
+) -> list[str]:
+    """What a serving engine would refuse or mistake of a PEFT adapter: a line each, with a remedy.
+
+    Args:
+      folder: a local folder, or a hub name; see `load`.
+      adapter: of several adapters in one folder, the one in the subfolder of this name.
+      max_rank: the engine's limit, vLLM's ``--max-lora-rank``.
+
+    Returns [] where there is nothing. Raises PeftError where the folder cannot be read.
+    """
+    found = adapter_folder(folder, adapter)
+    fields, _ = fields_of(found / CONFIG_FILE)
+    if fields.get("peft_type", "LORA") != "LORA":
+        return [f"peft_type {fields['peft_type']}: only LORA is served; {_BY_PEFT}"]
+    return problems_of(fields, read_tensors(found / FILE), max_rank=max_rank)
+
+
+def problems_of(
+    fields: Mapping[str, Any], tensors: Mapping[str, Any], *, max_rank: int = MAX_RANK
+) -> list[str]:
+    """The same of adapter_config.json's fields and the tensors by name, of which shapes count."""
+    ranks = _ranks(tensors)
+    found = [
+        *_of_kind(fields),
+        *_of_start(fields),
+        *_of_what_else_trains(fields, tensors),
+        *_of_tables(fields, tensors),
+        *_of_ranks(fields, ranks, max_rank),
+    ]
+    return found
+
+
+def _ranks(tensors: Mapping[str, Any]) -> dict[str, int]:
+    """r by the name of the module."""
+    ranks = {}
+    for key, tensor in tensors.items():
+        for end in (".lora_A.weight", ".lora_embedding_A"):
+            if key.endswith(end):
+                ranks[key.removeprefix(PREFIX).removesuffix(end)] = int(tensor.shape[0])
+    return ranks
+
+
+def _of_kind(fields: Mapping[str, Any]) -> list[str]:
+    """What computes something else than W + s·BA."""
+    found = []
+    if fields.get("use_dora"):
+        found.append(f"use_dora: DoRA is refused; {_MERGE}")
+    for name, unused in REFUSED.items():
+        value = fields.get(name)
+        if value in unused or value in ([], {}):
+            continue
+        if name == "alora_invocation_tokens":
+            remedy = "run it by PEFT, for it cannot be merged either"
+        elif name == "layer_replication":
+            remedy = f"{_BY_PEFT}, layers repeated and all"
+        else:
+            remedy = _BY_PEFT
+        found.append(f"{name}: not supported; {remedy}")
+    return found
+
+
+def _of_start(fields: Mapping[str, Any]) -> list[str]:
+    """Adapters for a base from which PEFT takes something out at each load."""
+    init = str(fields.get("init_lora_weights")).lower()
+    why = f"init_lora_weights={init}: PEFT changes the base at each load, and engines do not"
+    if init.startswith(("pissa", "olora")):
+        return [f"{why}; convert it to plain LoRA (--adapter this folder --output another)"]
+    if init.startswith("corda"):
+        remedy = "save it by PEFT with path_initial_model_for_weight_conversion"
+        return [f"{why}; {remedy}"]
+    return [f"{why}; {_BY_PEFT}"] if init.startswith("loftq") else []
+
+
+def _of_what_else_trains(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
+    found = []
+    if fields.get("lora_bias"):
+        found.append(f"lora_bias: a bias on B is refused; {_MERGE}")
+    if (bias := fields.get("bias") or "none") != "none":
+        found.append(f"bias={bias}: trained biases are refused; {_MERGE}")
+    saved = fields.get("modules_to_save") or []
+    if other := sorted(name for name in saved if name not in _CLASSIFIERS):
+        found.append(f"modules_to_save {', '.join(other)}: only a classifier may be; {_MERGE}")
+    if fields.get("trainable_token_indices") or any(".token_adapter." in key for key in tensors):
+        found.append(f"trainable_token_indices: trained tokens are refused; {_MERGE}")
+    return found
+
+
+def _of_tables(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
+    """Adapted embeddings: vLLM has them for embed_tokens (and a head called lm_head).
+
+    (PEFT saves these tables' own weights beside, a file that older versions of vLLM refuse.)
+    """
+    ends = ".lora_embedding_A"
+    tables = [key.removesuffix(ends).removeprefix(PREFIX) for key in tensors if key.endswith(ends)]
+    found = [
+        f"{name}: of embeddings only embed_tokens may be adapted; {_MERGE}"
+        for name in tables
+        if name.rsplit(".", 1)[-1] != "embed_tokens"
+    ]
+    if tables and fields.get("ensure_weight_tying"):
+        found.append(
+            f"ensure_weight_tying: the adapter of {tables[0]} would not reach the head; {_MERGE}"
+        )
+    return found
+
+
+def _of_ranks(fields: Mapping[str, Any], ranks: Mapping[str, int], max_rank: int) -> list[str]:
+    found = []
+    r, alpha = fields.get("r", 8), fields.get("lora_alpha", 8)
+    if (highest := max([r, *ranks.values()])) > max_rank:
+        allowed = next((limit for limit in _MAX_RANKS if limit >= highest), None)
+        remedy = f"start the engine with --max-lora-rank {allowed}" if allowed else _MERGE
+        found.append(f"rank {highest}: above the maximum of {max_rank}; {remedy}")
+
+    def scale(alpha: float, r: int) -> float:
+        return alpha / (r**0.5 if fields.get("use_rslora") else r)
+
+    other = []
+    for name, rank in ranks.items():
+        own = by_pattern(fields.get("alpha_pattern"), name, alpha)
+        if abs(scale(own, rank) - scale(alpha, r)) > 1e-5 * scale(alpha, r):
+            other.append(name)
+    if other:
+        found.append(
+            f"rank_pattern, alpha_pattern: ignored, so {len(other)} modules, {other[0]} among "
+            f"them, would run with lora_alpha's scale instead of their own; {_MERGE}"
+        )
+    return found

@@ -1,0 +1,121 @@
+"""What a serving engine would refuse: a table of configurations, each with its one problem."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import lora_jax.peft as lp
+from lora_jax.peft.serving import problems_of
+
+STEM = "base_model.model.model.layers"
+PLAIN = {
+    "peft_type": "LORA",
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ["q_proj"],
+    "bias": "none",
+    "modules_to_save": None,
+    "init_lora_weights": True,
+    "use_qalora": False,
+    "megatron_core": "megatron.core",
+}
+
+
+def factors(r=4, name=f"{STEM}.0.self_attn.q_proj"):
+    return {
+        f"{name}.lora_A.weight": np.zeros((r, 6), np.float32),
+        f"{name}.lora_B.weight": np.zeros((6, r), np.float32),
+    }
+
+
+def table(name):
+    key = f"base_model.model.{name}"
+    return {
+        f"{key}.lora_embedding_A": np.zeros((4, 9), np.float32),
+        f"{key}.lora_embedding_B": np.zeros((6, 4), np.float32),
+    }
+
+
+SERVED = {
+    "plain": ({}, factors()),
+    "rsLoRA": ({"use_rslora": True}, factors()),
+    "gaussian": ({"init_lora_weights": "gaussian"}, factors()),
+    "a classifier": ({"modules_to_save": ["classifier", "score"]}, factors()),
+    "the embedding": ({}, factors() | table("model.embed_tokens")),
+    "an equal scale": (
+        {"rank_pattern": {"1.self_attn.q_proj": 2}, "alpha_pattern": {"1.self_attn.q_proj": 4}},
+        factors() | factors(2, f"{STEM}.1.self_attn.q_proj"),
+    ),
+    "the highest rank": ({"r": 16, "lora_alpha": 8}, factors(16)),
+}
+REFUSED = {
+    "DoRA": ({"use_dora": True}, {}, "use_dora: .*--merged"),
+    "a bias on B": ({"lora_bias": True}, {}, "lora_bias: .*--merged"),
+    "biases": ({"bias": "lora_only"}, {}, "bias=lora_only: .*--merged"),
+    "a norm": (
+        {"modules_to_save": ["classifier", "input_layernorm"]},
+        {},
+        "modules_to_save input_layernorm: .*--merged",
+    ),
+    "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, {}, "pissa_niter_4: .*convert it"),
+    "OLoRA": ({"init_lora_weights": "olora"}, {}, "olora: .*convert it to plain LoRA"),
+    "CorDA": ({"init_lora_weights": "corda"}, {}, "corda: .*path_initial_model"),
+    "LoftQ": ({"init_lora_weights": "loftq"}, {}, "loftq: .*merge_and_unload"),
+    "aLoRA": ({"alora_invocation_tokens": [5]}, {}, "alora_invocation_tokens: .*by PEFT"),
+    "layers again": ({"layer_replication": [[0, 2]]}, {}, "layer_replication: .*repeated"),
+    "BD-LoRA": ({"use_bdlora": {"nblocks": 2}}, {}, "use_bdlora: .*merge_and_unload"),
+    "QA-LoRA": ({"use_qalora": True}, {}, "use_qalora: .*merge_and_unload"),
+    "KaSA": ({"kasa_config": {"beta": 1}}, {}, "kasa_config: .*merge_and_unload"),
+    "tokens": ({"trainable_token_indices": [3]}, {}, "trainable_token_indices: .*--merged"),
+    "another embedding": ({}, table("transformer.wte"), "transformer.wte: .*--merged"),
+    "a shared adapter": (
+        {"ensure_weight_tying": True},
+        table("model.embed_tokens"),
+        "ensure_weight_tying: .*--merged",
+    ),
+    "a rank": ({"r": 48, "lora_alpha": 96}, factors(48), "rank 48: .*--max-lora-rank 64"),
+    "one module's rank": (
+        {"rank_pattern": {"q_proj": 600}, "alpha_pattern": {"q_proj": 1200}},
+        factors(600),
+        "rank 600: above the maximum of 16; .*--merged",
+    ),
+    "another scale": (
+        {"alpha_pattern": {"q_proj": 9}},
+        {},
+        "alpha_pattern: .*layers.0.self_attn.q_proj among them",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_what_is_served(name):
+    changes, tensors = SERVED[name]
+    assert problems_of(PLAIN | changes, tensors) == []
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_each_problem_is_one_line(name):
+    changes, tensors, line = REFUSED[name]
+    (found,) = problems_of(PLAIN | changes, factors() | tensors)
+    assert re.search(line, found), found
+    assert "\n" not in found
+
+
+def test_problems_add_up():
+    changes = {"use_dora": True, "lora_bias": True, "r": 32, "lora_alpha": 64}
+    assert len(problems_of(PLAIN | changes, factors(32))) == 3
+    assert len(problems_of(PLAIN | changes, factors(32), max_rank=32)) == 2
+
+
+def test_a_folder(tmp_path):
+    save_file(factors(32), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(PLAIN | {"r": 32, "lora_alpha": 4}))
+    assert lp.serving_problems(tmp_path, max_rank=32) == []
+    assert len(lp.serving_problems(tmp_path)) == 1
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    assert "only LORA is served" in lp.serving_problems(tmp_path)[0]
+    with pytest.raises(lp.PeftError, match="neither a folder here nor a hub name"):
+        lp.serving_problems(tmp_path / "nowhere")

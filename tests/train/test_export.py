@@ -1,0 +1,302 @@
+"""Exports of tiny adapters: what is written reads back, and what cannot be is refused in time."""
+
+import importlib
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import lora_jax as lj
+import lora_jax.peft as lp
+from lora_jax import models
+from tests.support import assert_close, assert_identical, with_random_factors
+from tests.train.tiny import tokenizer, write_model, write_rows
+from train import sft
+from train.export import main
+
+# Orbax leaves coroutines behind where a file cannot be read.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+IDS = jnp.array([[1, 5, 77, 200, 3]])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The folder of the tiny model."""
+    return write_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """The folder of a run."""
+    folder = tmp_path_factory.mktemp("run")
+    rows = write_rows(folder / "rows.jsonl")
+    args = ["--model", base, "--dataset", rows, "--output", folder / "run", "--batch-size", 4]
+    sft.main([str(arg) for arg in [*args, "--steps", 3, "--lr", 3e-2, "--rank", 2]])
+    return folder / "run"
+
+
+@pytest.fixture
+def saved(base, tmp_path):
+    """Writes an adapter of the rules, far from zero, beside its run's configuration."""
+
+    def save(*rules):
+        _, params = models.from_pretrained(base)
+        tree = with_random_factors(lj.lorafy(params, rules))
+        lj.save_adapter(tmp_path / "run" / "adapter", tree)
+        (tmp_path / "run" / "config.json").write_text(json.dumps({"options": {"model": str(base)}}))
+        return tmp_path / "run" / "adapter", tree
+
+    return save
+
+
+def export(*args):
+    main([str(arg) for arg in args])
+
+
+def fails(capsys, *args, code=2):
+    """What is said before the end with this exit code."""
+    with pytest.raises(SystemExit) as caught:
+        export(*args)
+    shown = capsys.readouterr()
+    assert caught.value.code == code
+    assert "Traceback" not in shown.err
+    if code == 2:
+        assert shown.err.strip().startswith("error: ")
+        assert shown.err.strip().count("\n") == 0, "one paragraph"
+        return shown.err.strip()
+    return shown.out.strip()
+
+
+def logits(model, tree):
+    return lj.adapt(model.apply)({"params": tree}, IDS)
+
+
+def test_a_run_as_a_peft_adapter(base, trained, tmp_path, capsys):
+    output = tmp_path / "peft"
+    export("--adapter", trained / "adapter", "--output", output)
+    shown = capsys.readouterr().out
+    assert "adapter_model.safetensors" in shown and "adapter_config.json" in shown
+    assert f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"' in shown
+    assert {path.name for path in tmp_path.iterdir()} == {"peft"}
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base)
+    assert config["task_type"] == "CAUSAL_LM" and config["r"] == 2
+    model, params = models.from_pretrained(base)
+    tree = lj.load_adapter(trained / "adapter", params)
+    assert_identical(lp.load(output, model, params), tree)
+    assert np.abs(logits(model, tree) - model.apply({"params": params}, IDS)).max() > 1e-3
+
+
+def test_a_run_as_a_merged_model(base, trained, tmp_path, capsys):
+    output = tmp_path / "merged"
+    args = ["--adapter", trained / "adapter", "--output", output, "--merged"]
+    export(*args, "--max-shard-size", "0.02MB")
+    shown = capsys.readouterr().out
+    assert f'AutoModelForCausalLM.from_pretrained("{output}")' in shown and "float32" in shown
+    names = {path.name for path in output.iterdir()}
+    assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} < names
+    model, params = models.from_pretrained(base)
+    tree = lj.load_adapter(trained / "adapter", params)
+    again, merged = models.from_pretrained(output)
+    assert_close(again.apply({"params": merged}, IDS), logits(model, tree), 1e-5)
+    assert models.load_tokenizer(output)("abc") == tokenizer()("abc")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_merged_model_is_rounded_once(base, trained, tmp_path, dtype):
+    output = tmp_path / "merged"
+    export("--adapter", trained / "adapter", "--output", output, "--merged", "--dtype", dtype)
+    model, params = models.from_pretrained(base)
+    merged = lj.merge(lj.load_adapter(trained / "adapter", params))
+    expected = jax.tree.map(lambda leaf: leaf.astype(dtype), merged)
+    _, found = models.from_pretrained(output, dtype=jnp.dtype(dtype))
+    assert_identical(found, expected)
+    assert json.loads((output / "config.json").read_text())["dtype"] == dtype
+
+
+def test_the_dtype_is_that_of_the_bases_files(base, trained, tmp_path, capsys):
+    half = tmp_path / "half"
+    shutil.copytree(base, half)
+    tensors = load_file(half / "model.safetensors")
+    tensors = {name: tensor.astype(jnp.bfloat16) for name, tensor in tensors.items()}
+    save_file(tensors, half / "model.safetensors")
+    args = ["--adapter", trained / "adapter", "--model", half, "--merged"]
+    export(*args, "--output", tmp_path / "merged")
+    with safe_open(tmp_path / "merged" / "model.safetensors", "np") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
+
+
+def test_peft_to_peft_makes_plain_lora_of_pissa(base, saved, tmp_path, capsys):
+    adapter, tree = saved(lj.LoraRule(targets=["q_proj"], rank=2, init=lj.init.pissa))
+    model, params = models.from_pretrained(base)
+    export("--adapter", adapter, "--output", tmp_path / "plain")
+    first = lp.load(tmp_path / "plain", model, params)
+    assert_close(logits(model, first), logits(model, tree), 1e-5)
+
+    # The file that PEFT would write of it without converting.
+    node = tree["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
+    tensors = {}
+    for layer in range(2):
+        stem = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        tensors[f"{stem}.lora_A.weight"] = np.asarray(node.a[layer]).reshape(2, -1)
+        tensors[f"{stem}.lora_B.weight"] = np.asarray(node.b[layer]).reshape(2, -1).T.copy()
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    save_file(tensors, theirs / "adapter_model.safetensors")
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 2 * float(node.scale[0])}
+    fields |= {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}
+    fields |= {"base_model_name_or_path": str(base)}
+    (theirs / "adapter_config.json").write_text(json.dumps(fields))
+    assert "convert it" in fails(capsys, "--adapter", theirs, "--check-serving", code=1)
+    export("--adapter", theirs, "--output", tmp_path / "converted", "--check-serving")
+    converted = lp.load(tmp_path / "converted", model, params)
+    assert_close(logits(model, converted), logits(model, tree), 1e-5)
+    config = json.loads((tmp_path / "converted" / "adapter_config.json").read_text())
+    assert config["r"] == 4 and config["init_lora_weights"] is True
+
+
+def test_check_serving(saved, trained, tmp_path, capsys):
+    export("--adapter", trained / "adapter", "--check-serving")
+    assert capsys.readouterr().out == "serving: nothing to refuse\n"
+    message = fails(
+        *(capsys, "--adapter", trained / "adapter", "--check-serving", "--max-rank", 1), code=1
+    )
+    assert message == "rank 2: above the maximum of 1; start the engine with --max-lora-rank 8"
+
+    adapter, _ = saved(
+        lj.TrainRule(targets=["norm"]), lj.LoraRule(targets=["q_proj"], rank=32, dora=True)
+    )
+    output = tmp_path / "peft"
+    message = fails(capsys, "--adapter", adapter, "--check-serving", "--output", output, code=1)
+    assert [line.split(":")[0] for line in message.splitlines()] == [
+        "use_dora",
+        "modules_to_save model.norm",
+        "rank 32",
+    ]
+    assert not output.exists()
+    export("--adapter", adapter, "--output", output)
+    capsys.readouterr()
+    assert fails(capsys, "--adapter", output, "--check-serving", code=1) == message
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], ["nothing to do: give --output, --check-serving, or both"]),
+        (["--merged"], ["--merged writes a model: name its folder by --output"]),
+        (["--merged", "--check-serving", "--output", "out"], ["is about adapters"]),
+        (["--dtype", "bfloat16", "--output", "out"], ["--dtype", "(--merged)"]),
+        (["--max-shard-size", "5", "--output", "out"], ["--max-shard-size 5: a size such as"]),
+        (["--max-shard-size", "0GB", "--output", "out"], ["--max-shard-size 0GB: a size"]),
+        (["--max-rank", "0", "--check-serving"], ["--max-rank 0: at least 1"]),
+        (["--adapter", "nowhere", "--check-serving"], ["--adapter nowhere: there is no such"]),
+        (["--model", "nowhere.gguf", "--output", "out"], ["nowhere.gguf is neither a file"]),
+    ],
+)
+def test_options_that_make_no_sense(trained, tmp_path, monkeypatch, capsys, args, words):
+    monkeypatch.chdir(tmp_path)
+    message = fails(capsys, "--adapter", trained / "adapter", *args)
+    assert all(word in message for word in words), message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_that_cannot_be_merged(saved, tmp_path, capsys):
+    adapter, _ = saved(lj.LoraRule(targets=["q_proj"], rank=2, bias_on_b=True))
+    message = fails(capsys, "--adapter", adapter, "--merged", "--output", tmp_path / "out")
+    assert message.startswith("error: --merged: merge: ") and "bias on B" in message
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_an_adapter_of_one_use_cannot_be_merged(base, tmp_path, capsys):
+    model, params = models.from_pretrained(base)
+    rule = lj.LoraRule(targets=["embed_tokens"], rank=2, uses="lookup")
+    lp.save(tmp_path / "peft", model, with_random_factors(lj.lorafy(params, [rule])))
+    args = ["--adapter", tmp_path / "peft", "--model", base, "--merged"]
+    message = fails(capsys, *args, "--output", tmp_path / "out")
+    assert "is for one use of it only" in message
+    assert {path.name for path in tmp_path.iterdir()} == {"peft"}
+
+
+def test_full_fine_tuning_is_no_adapter_of_pefts(saved, tmp_path, capsys):
+    adapter, tree = saved(lj.TrainRule(targets=".*"))
+    message = fails(capsys, "--adapter", adapter, "--output", tmp_path / "out")
+    assert "nothing is adapted" in message and "--merged writes a whole model" in message
+    export("--adapter", adapter, "--merged", "--output", tmp_path / "out")
+    assert_identical(models.from_pretrained(tmp_path / "out")[1], lj.merge(tree))
+
+
+def test_another_base_is_refused(trained, tmp_path, capsys):
+    other = write_model(tmp_path / "other", scale=1.5)
+    args = ["--adapter", trained / "adapter", "--model", other, "--output", tmp_path / "out"]
+    message = fails(capsys, *args)
+    assert "trained on another base" in message and "--allow-base-mismatch" in message
+    assert not (tmp_path / "out").exists()
+    export(*args, "--allow-base-mismatch")
+    assert (tmp_path / "out").is_dir()
+
+
+def test_a_folder_without_an_adapter(trained, tmp_path, capsys):
+    message = fails(capsys, "--adapter", trained, "--output", tmp_path / "out")
+    assert message.endswith(f"did you mean {trained / 'adapter'}?")
+    assert "is no adapter" in fails(capsys, "--adapter", tmp_path, "--check-serving")
+
+
+def test_an_adapter_that_names_no_base(trained, tmp_path, capsys):
+    shutil.copytree(trained / "adapter", tmp_path / "moved")
+    message = fails(capsys, "--adapter", tmp_path / "moved", "--output", tmp_path / "out")
+    assert message.endswith("does not say what its base is: name it by --model")
+
+
+def test_what_is_there_is_not_overwritten(base, trained, tmp_path, capsys):
+    output = tmp_path / "out"
+    args = ["--adapter", trained / "adapter", "--output", output]
+    export(*args)
+    before = (output / "adapter_config.json").stat().st_mtime_ns
+    assert "replace it by --overwrite" in fails(capsys, *args)
+    assert (output / "adapter_config.json").stat().st_mtime_ns == before
+    message = fails(capsys, *args, "--merged", "--overwrite")
+    assert "holds something else than a model" in message
+    export(*args, "--overwrite")
+    assert (output / "adapter_config.json").stat().st_mtime_ns > before
+
+    # A run's folder has a config.json as well, and is no model's.
+    args = ["--adapter", trained / "adapter", "--overwrite", "--merged", "--output"]
+    assert "holds something else than a model" in fails(capsys, *args, trained)
+    assert "which is to be read" in fails(capsys, *args, base)
+    again = ["--adapter", output, "--output", output, "--overwrite"]
+    assert "which is to be read" in fails(capsys, *again)
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    assert "holds something else than a model" in fails(capsys, *args, copy)
+    assert (copy / "adapter").is_dir()
+
+
+def test_a_base_without_a_tokenizer(base, trained, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(base / name, bare / name)
+    args = ["--adapter", trained / "adapter", "--model", bare, "--merged"]
+    export(*args, "--output", tmp_path / "out")
+    assert f"{bare} holds no tokenizer" in capsys.readouterr().err
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("options", [[], ["--merged"]])
+def test_a_failed_write_leaves_nothing(trained, tmp_path, monkeypatch, capsys, options):
+    def full(path, tensors):
+        path.write_bytes(b"half")
+        raise OSError(f"{path} cannot be written: no space left on device")
+
+    for module in ("lora_jax.peft.save", "lora_jax.models.save"):
+        monkeypatch.setattr(importlib.import_module(module), "write_tensors", full)
+    output = tmp_path / "out"
+    message = fails(capsys, "--adapter", trained / "adapter", "--output", output, *options)
+    assert "no space left on device" in message
+    assert list(tmp_path.iterdir()) == []

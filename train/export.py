@@ -1,0 +1,315 @@
+"""Ship what was trained: `python -m train.export --adapter runs/sql/adapter --output out`.
+
+Writes a PEFT adapter for transformers and serving engines; with --merged a whole model. An adapter
+that PEFT wrote may be exported as well.
+"""
+
+import dataclasses
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import lora_jax as lj
+import lora_jax.peft as lp
+from lora_jax.models import EncoderConfig, save_pretrained
+from lora_jax.models.hub import resolve
+from lora_jax.models.load import open_source
+from lora_jax.models.save import tokenizer_files
+from lora_jax.peft.config import FILE as PEFT_CONFIG
+from lora_jax.peft.config import fields_of
+from lora_jax.peft.save import contents
+from lora_jax.peft.serving import MAX_RANK, problems_of, serving_problems
+from train.errors import UserError, as_user_errors, reported
+from train.output import ADAPTER, CONFIG, folder_bytes, read_json
+from train.pretrained import read_model
+from train.report import megabytes
+
+MODEL_CONFIG = "config.json"
+PROBLEMS = 1  # the exit code where --check-serving finds some
+_UNITS = {"MB": 10**6, "GB": 10**9}
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write an adapter as PEFT does, or merged into its base; say whether it can be served."""
+
+    adapter: str
+    """The folder of an adapter: a run's, or one that PEFT wrote."""
+    output: str | None = None
+    """The folder to write. Only --check-serving does without."""
+    model: str | None = None
+    """The base: a hub name, folder or GGUF file. By default the one that the adapter names."""
+    merged: bool = False
+    """Write a whole model, the adapter merged into it, in the place of the adapter."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of a merged model's weights, which are summed in float32 and rounded once. By default that
+    of the base's files."""
+    max_shard_size: str = "5GB"
+    """The most weights in one file of a merged model, in MB or GB."""
+    check_serving: bool = False
+    """Say what a serving engine (vLLM) would refuse of the adapter or take for something else, and
+    end with the exit code 1 where that is anything. Nothing is written then; leave this option out
+    to write all the same."""
+    max_rank: int = MAX_RANK
+    """The highest rank that the engine is started for (vLLM's --max-lora-rank)."""
+    num_labels: int | None = None
+    """The base gets a head for so many classes, where the adapter brings one that it lacks."""
+    allow_base_mismatch: bool = False
+    """Accept an adapter that was trained on another base."""
+    overwrite: bool = False
+    """Replace what an earlier export has left in the output folder."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    options = tyro.cli(
+        tyro.conf.FlagCreatePairsOff[Options], args=args, prog="python -m train.export"
+    )
+    with reported():
+        run(options)
+
+
+def run(options: Options) -> None:
+    """Checks, loads, writes, and says what it has written."""
+    console = Console()
+    adapter, from_peft = found_adapter(options.adapter)
+    shard = check(options)
+
+    # A folder of PEFT's is judged as it is, if it is not to be written anew.
+    if from_peft and options.output is None:
+        with as_user_errors(ValueError):
+            report_problems(serving_problems(adapter, max_rank=options.max_rank))
+        return
+
+    name = options.model or base_of(adapter, from_peft)
+    check_apart(options.output, adapter, name)
+    with console.status(f"loading {name} and {adapter}"):
+        model, params = load(options, adapter, from_peft, name)
+    if options.merged:
+        write_merged(options, console, model, params, name, shard)
+    else:
+        write_adapter(options, console, model, params, name)
+
+
+def write_merged(
+    options: Options, console: Console, model: Any, params: Any, name: str, shard: int
+) -> None:
+    """The whole model, the adapter in it."""
+    assert options.output is not None
+    output = Path(options.output).expanduser()
+    dtype = options.dtype or dtype_of_files(name)
+    with (
+        as_user_errors(ValueError, OSError, prefix="--merged: "),
+        console.status(f"merging and writing {output}"),
+    ):
+        save_pretrained(
+            output,
+            model,
+            lj.merge(params),
+            tokenizer=tokenizer_of(name),
+            max_shard_size=shard,
+            dtype=jnp.dtype(dtype),
+            overwrite=options.overwrite,
+        )
+    print_files(console, output, f"{options.adapter} merged into {name}, in {dtype}")
+    hint(console, f'{auto_class(model)}.from_pretrained("{output}")')
+
+
+def write_adapter(options: Options, console: Console, model: Any, params: Any, name: str) -> None:
+    """What PEFT would write, if it can be served or need not be."""
+    no_peft = "as a PEFT adapter (--merged writes a whole model instead): "
+    with as_user_errors(ValueError, prefix=no_peft):
+        fields, tensors = contents(model, params)
+    if options.check_serving:
+        report_problems(problems_of(fields, tensors, max_rank=options.max_rank))
+    if options.output is None:
+        return
+    output = Path(options.output).expanduser()
+    with as_user_errors(ValueError, OSError):
+        lp.save(
+            output,
+            model,
+            params,
+            base_model=name,
+            task_type=task_type(model, fields),
+            overwrite=options.overwrite,
+        )
+    print_files(console, output, f"{options.adapter} as a PEFT adapter of {name}")
+    base = f'{auto_class(model)}.from_pretrained("{name}")'
+    hint(console, f'PeftModel.from_pretrained({base}, "{output}")')
+
+
+def found_adapter(name: str) -> tuple[Path, bool]:
+    """The adapter's folder, and whether PEFT wrote it."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"--adapter {name}: there is no such folder")
+    from_peft = (folder / PEFT_CONFIG).is_file()
+    if not from_peft and not (folder / "lora").is_dir():
+        of_run = folder / ADAPTER
+        raise UserError(
+            f"--adapter {name} is no adapter of this library's, nor of PEFT's ({PEFT_CONFIG})"
+            + (f": did you mean {of_run}?" if of_run.is_dir() else "")
+        )
+    return folder, from_peft
+
+
+def check(options: Options) -> int:
+    """The bytes of a shard; UserError where an option makes no sense or the output is taken."""
+    if options.merged and options.output is None:
+        raise UserError("--merged writes a model: name its folder by --output")
+    if options.output is None and not options.check_serving:
+        raise UserError("nothing to do: give --output, --check-serving, or both")
+    if options.merged and options.check_serving:
+        raise UserError(
+            "--check-serving is about adapters, and --merged writes none: a merged "
+            "model is served like any other"
+        )
+    if options.dtype and not options.merged:
+        raise UserError("--dtype is that of a merged model (--merged); adapters stay as they are")
+    if options.max_rank < 1:
+        raise UserError(f"--max-rank {options.max_rank}: at least 1 is needed")
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB)", options.max_shard_size.upper())
+    shard = round(float(size[1]) * _UNITS[size[2]]) if size else 0
+    if shard < 1:
+        raise UserError(f"--max-shard-size {options.max_shard_size}: a size such as 500MB or 5GB")
+    if options.output is not None:
+        check_output(options, Path(options.output).expanduser())
+    return shard
+
+
+def check_output(options: Options, output: Path) -> None:
+    """Raises UserError where the output folder is not this command's to write."""
+    if not output.exists():
+        return
+    if not options.overwrite:
+        raise UserError(
+            f"--output {output} exists: name another folder, or replace it by --overwrite"
+        )
+    kind = MODEL_CONFIG if options.merged else PEFT_CONFIG
+    known = "model_type" if options.merged else "peft_type"
+    if output.is_dir() and (not any(output.iterdir()) or known in read_json(output / kind)):
+        return
+    what = "model" if options.merged else "PEFT adapter"
+    raise UserError(
+        f"--output {output} holds something else than a {what}, and --overwrite would "
+        "delete it: name another folder"
+    )
+
+
+def check_apart(output: str | None, adapter: Path, base: str) -> None:
+    """Raises UserError where to replace the output folder would delete what is read."""
+    for path in (adapter, Path(base).expanduser()):
+        if output is None or not path.exists():
+            continue
+        if path.resolve().is_relative_to(Path(output).expanduser().resolve()):
+            raise UserError(f"--output {output} holds {path}, which is to be read")
+
+
+def base_of(adapter: Path, from_peft: bool) -> str:
+    """The base that the adapter names: in PEFT's configuration, or in that of the run beside it."""
+    if from_peft:
+        with as_user_errors(ValueError):
+            name = fields_of(adapter)[0].get("base_model_name_or_path")
+    else:
+        name = read_json(adapter.absolute().parent / CONFIG).get("options", {}).get("model")
+    if not name:
+        raise UserError(f"--adapter {adapter} does not say what its base is: name it by --model")
+    return name
+
+
+def load(options: Options, adapter: Path, from_peft: bool, name: str) -> tuple[Any, Any]:
+    """The model, and its parameters with the adapter, all in float32."""
+    head: dict[str, Any] = {}
+    if options.num_labels is not None:
+        head = {"head": "classification", "num_labels": options.num_labels}
+    model, params = read_model(name, dtype="float32", **head)
+    with as_user_errors(ValueError):
+        if from_peft:
+            return model, lp.load(adapter, model, params)
+        mismatch = options.allow_base_mismatch
+        return model, lj.load_adapter(adapter, params, allow_base_mismatch=mismatch)
+
+
+def dtype_of_files(name: str) -> str:
+    """The dtype that most of the base's tensors have; float32 for those that are quantised."""
+    kinds = Counter(open_source(resolve(name).path).dtypes.values())
+    return _DTYPES.get(kinds.most_common(1)[0][0], "float32")
+
+
+def tokenizer_of(name: str) -> str | None:
+    """Where to take the tokenizer's files from; None where the base's folder has none."""
+    path = resolve(name).path
+    if path.is_dir() and not tokenizer_files(path):
+        print(f"{path} holds no tokenizer: the model is written without", file=sys.stderr)
+        return None
+    return name
+
+
+def task_type(model: Any, fields: dict[str, Any]) -> str | None:
+    """PEFT's name of what the model does.
+
+    A classifier that stays as it is in the base has none: by the name SEQ_CLS, PEFT would look for
+    a trained one in the adapter's file.
+    """
+    config = model.config
+    if not isinstance(config, EncoderConfig):
+        return "CAUSAL_LM"
+    if config.head == "classification":
+        return "SEQ_CLS" if "classifier" in (fields["modules_to_save"] or ()) else None
+    return None if config.head == "masked_lm" else "FEATURE_EXTRACTION"
+
+
+def auto_class(model: Any) -> str:
+    """transformers' class that loads such a model."""
+    if not isinstance(model.config, EncoderConfig):
+        return "AutoModelForCausalLM"
+    heads = {
+        "classification": "AutoModelForSequenceClassification",
+        "masked_lm": "AutoModelForMaskedLM",
+    }
+    return heads.get(model.config.head, "AutoModel")
+
+
+def report_problems(problems: Sequence[str]) -> None:
+    """A line each, then the end with the exit code 1; or the word that there are none."""
+    for problem in problems:
+        print(problem)
+    if problems:
+        sys.exit(PROBLEMS)
+    print("serving: nothing to refuse")
+
+
+def print_files(console: Console, folder: Path, what: str) -> None:
+    """The table of what was written."""
+    console.print(f"{what}: {folder}", highlight=False, soft_wrap=True, markup=False)
+    table = Table("file", "size")
+    table.columns[1].justify = "right"
+    for path in sorted(folder.iterdir()):
+        table.add_row(path.name, size(path.stat().st_size))
+    table.add_section()
+    table.add_row("together", size(folder_bytes(folder)))
+    console.print(table)
+
+
+def size(n: int) -> str:
+    """ "19.6 MB", or "3.2 kB" of what is small."""
+    return megabytes(n) if n >= 1e6 else f"{n / 1e3:.1f} kB"
+
+
+def hint(console: Console, code: str) -> None:
+    """How to load what was written."""
+    console.print(f"load it by: {code}", highlight=False, soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    main()
