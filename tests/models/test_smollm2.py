@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_jax.models import bundled, from_pretrained, generate, load_tokenizer
+from lora_jax.models import from_pretrained, generate, load_tokenizer
+from lora_jax.models.bundled import SMOLLM2
 from tests.models import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.parity]
@@ -27,7 +28,7 @@ NEW_TOKENS = 24
 
 @pytest.fixture(scope="module")
 def path() -> Any:
-    return bundled.cached() or bundled.fetch()
+    return SMOLLM2.package.local() / SMOLLM2.entry
 
 
 @pytest.fixture(scope="module")
