@@ -15,7 +15,38 @@ _MULTIPLE = 8  # lengths are rounded up to it: odd ones are slower on every devi
 
 
 @dataclasses.dataclass(frozen=True)
-class Packs:
+class Examples:
+    """Arrays of one length, from which batches are taken. `weights`, 0 or 1, says what counts."""
+
+    weights: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def take(self, rows: np.ndarray) -> Batch:
+        """The rows at the indices `rows`, of any shape: arrays [*rows.shape, …]."""
+        return {f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)}
+
+    def parts(self, batch_size: int) -> Iterator[Batch]:
+        """All rows in order, in batches of one shape; the last is filled up, with weights of 0."""
+        for first in range(0, len(self), batch_size):
+            rows = np.arange(first, first + batch_size)
+            part = self.take(rows % len(self))
+            real = rows < len(self)
+            part["weights"] = part["weights"] * real.reshape(-1, *[1] * (self.weights.ndim - 1))
+            yield part
+
+    def digest(self) -> str:
+        """A fingerprint of all rows: a resumed run must go on with the same."""
+        sha = hashlib.sha256()
+        for field in dataclasses.fields(self):
+            array = getattr(self, field.name)
+            sha.update(f"{field.name}{array.shape}".encode() + array.tobytes())
+        return sha.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Packs(Examples):
     """Sequences ready to be batched: int32, [n, seq] and, of the predictions that count, [n, m].
 
     Attributes:
@@ -33,30 +64,6 @@ class Packs:
     positions: np.ndarray
     predict_at: np.ndarray
     targets: np.ndarray
-    weights: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def take(self, rows: np.ndarray) -> Batch:
-        """The rows at the indices `rows`, of any shape: arrays [*rows.shape, seq or m]."""
-        return {f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)}
-
-    def parts(self, batch_size: int) -> Iterator[Batch]:
-        """All rows in order, in batches of one shape; the last is filled up with empty rows."""
-        for first in range(0, len(self), batch_size):
-            rows = np.arange(first, first + batch_size)
-            part = self.take(rows % len(self))
-            part["weights"] = part["weights"] * (rows < len(self))[:, None]
-            yield part
-
-    def digest(self) -> str:
-        """A fingerprint of all rows: a resumed run must go on with the same."""
-        sha = hashlib.sha256()
-        for field in dataclasses.fields(self):
-            array = getattr(self, field.name)
-            sha.update(f"{field.name}{array.shape}".encode() + array.tobytes())
-        return sha.hexdigest()
 
 
 def pack(sequences: Sequence[Tokens], seq_len: int, *, packing: bool) -> Packs:
@@ -78,8 +85,11 @@ def pack(sequences: Sequence[Tokens], seq_len: int, *, packing: bool) -> Packs:
         rows = [[tokens] for tokens in sequences]
     length = _round_up(max(sum(map(len, members)) for members in rows), seq_len)
     counted = _round_up(max(sum(t.counts[1:].sum() for t in members) for members in rows), length)
-    sizes = [length] * 3 + [counted] * 3
-    packs = Packs(*(np.zeros((len(rows), size), np.int32) for size in sizes))
+    of_length = {"ids": length, "segment_ids": length, "positions": length}
+    of_length |= {"predict_at": counted, "targets": counted, "weights": counted}
+    packs = Packs(
+        **{name: np.zeros((len(rows), size), np.int32) for name, size in of_length.items()}
+    )
     for row, members in enumerate(rows):
         start = first = 0
         for segment, tokens in enumerate(members, start=1):

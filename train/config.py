@@ -1,16 +1,12 @@
 """The options of `python -m train.sft`: frozen dataclasses, checked as far as that can be early."""
 
 import dataclasses
-import json
-import math
-from pathlib import Path
-from typing import Any, Literal
 
-import optax
-
+from lora_jax.models.bundled import SMOLLM2
 from train.errors import UserError
+from train.options import AdapterConfig, OptimConfig, Options, RunConfig, at_least, check_shared
 
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_MODEL = SMOLLM2.name
 SQL = "sql"  # the name of the default task, made in train/sql.py
 SQL_STEPS = 35
 
@@ -42,116 +38,49 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
+class SftAdapterConfig(AdapterConfig):
     """What trains."""
 
-    targets: tuple[str, ...] = ("all-linear",)
-    """Names of modules (q_proj v_proj), one regular expression for whole paths, or all-linear."""
-    layers: tuple[int, ...] = ()
-    """Adapt these layers only."""
-    rank: int = 16
-    """r."""
     alpha: float | None = None
     """The adapter's product is scaled by alpha / rank. By default twice the rank; for the few steps
     of the SQL task, ten times."""
-    dropout: float = 0.0
-    """Of the adapter's input."""
-    scaling: Literal["alpha/rank", "alpha/sqrt(rank)"] = "alpha/rank"
-    """What alpha is divided by; the root of the rank is rsLoRA."""
-    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "fast-pissa", "olora"] = "kaiming"
-    """How A and B begin."""
-    dora: bool = False
-    """Rescale each column to a trained magnitude (DoRA)."""
-    freeze_a: bool = False
-    """Train B alone, its gradient projected (LoRA-FA): A's inputs are not kept."""
-    bias: Literal["none", "adapted", "all"] = "none"
-    """Which biases of the model train as well: none, those of adapted layers, or all."""
-    bias_on_b: bool = False
-    """Train a bias on B."""
-    train: tuple[str, ...] = ()
-    """Names of modules that train in full beside the adapter, such as lm_head and norm."""
-    train_tokens: tuple[int, ...] = ()
-    """Tokens whose rows of the embedding train."""
-    divide_rank: bool = False
-    """Of a mixture of experts: give each expert the rank divided by the number that are active."""
-    full: bool = False
-    """Train every parameter, without an adapter."""
-    init_adapter: str | None = None
-    """Go on from the adapter in this folder; its own targets, rank and alpha apply."""
-    allow_base_mismatch: bool = False
-    """Accept an adapter that was trained on another base."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class SftOptimConfig(OptimConfig):
     """Optimisation."""
 
     steps: int | None = None
     """Optimiser steps. 35 for the SQL task, one epoch for other data, if --epochs is not given."""
-    epochs: float | None = None
-    """Passes over the data, instead of --steps."""
-    batch_size: int = 8
-    """Sequences that are in memory at once."""
-    grad_accum: int = 1
-    """Batches a step; equal to one batch so many times as large."""
     lr: float | None = None
     """The highest learning rate (AdamW). By default 2e-4, for the few steps of the SQL task 1e-3;
     a tenth of that for --full."""
-    lr_rule: Literal["llama", "qwen"] | None = None
-    """In place of --lr: the rate that *LoRA Without Regret* fitted for models of that family, from
-    the model's width and the number of steps."""
-    lora_plus: float | None = None
-    """B learns so many times as fast as A (LoRA+; 16 in its paper)."""
     beta2: float | None = None
     """Adam's memory of squared gradients. By default 0.999; for the few steps of the SQL task, in
     which the first large gradients would never be forgotten, 0.99."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate falls after the warmup; linear and cosine end at zero."""
-    warmup: int = 3
-    """Steps over which the learning rate rises."""
-    weight_decay: float = 0.0
-    """Of A, B and kernels; never of norms and biases."""
-    grad_clip: float = 1.0
-    """The largest norm of the gradient; 0 for no limit."""
     seed: int = 0
     """Of the adapter's start, the order of the data, dropout, and the SQL task's questions."""
-    remat: bool = False
-    """Recompute activations in the backward pass: much less memory, about a third more time."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the base and its activations. Adapters are always float32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class SftRunConfig(RunConfig):
     """Evaluation and output."""
 
     output: str = "runs/sql"
     """The folder of this run."""
-    resume: bool = False
-    """Go on from the last checkpoint in the output folder."""
-    overwrite: bool = False
-    """Delete the run that the output folder holds."""
-    log_every: int = 1
-    """Steps between lines of metrics."""
-    save_every: int = 10
-    """Steps between checkpoints; the last step always has one."""
-    keep: int = 2
-    """How many checkpoints are kept."""
-    eval_every: int = 0
-    """Steps between measurements of the loss on held-out data; 0 for none."""
     eval_questions: int = 64
     """The SQL task: questions answered before and after training, of each kind; 0 for none. Other
     data: rows held out (at most a tenth) if --eval-every is given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Options):
     """Fine-tune a language model, with LoRA or in full."""
 
     data: DataConfig = DataConfig()
-    adapter: AdapterConfig = AdapterConfig()
-    optim: OptimConfig = OptimConfig()
-    run: RunConfig = RunConfig()
+    adapter: AdapterConfig = SftAdapterConfig()
+    optim: OptimConfig = SftOptimConfig()
+    run: SftRunConfig = SftRunConfig()
 
     @property
     def is_sql(self) -> bool:
@@ -163,7 +92,7 @@ def settled(config: Config) -> Config:
     """The options with those filled in whose defaults depend on the task and on what trains."""
     few_steps = config.is_sql
     adapter, optim = config.adapter, config.optim
-    if adapter.alpha is None:
+    if adapter.alpha is None and adapter.peft_config is None:
         alpha = (10.0 if few_steps else 2.0) * adapter.rank
         adapter = dataclasses.replace(adapter, alpha=alpha)
     if optim.lr is None and optim.lr_rule is None:
@@ -174,105 +103,12 @@ def settled(config: Config) -> Config:
     return dataclasses.replace(config, adapter=adapter, optim=optim)
 
 
-# What a resumed run may change: how long, how it reports, and what it keeps. Nothing else, or it
-# would not be the run that it claims to be.
-CHANGEABLE = frozenset(
-    {"steps", "epochs", "output", "resume", "overwrite", "allow_base_mismatch", "log_every"}
-    | {"save_every", "keep", "eval_every", "eval_questions"}
-)
-
-
 def check(config: Config) -> None:
     """Everything that can be checked of settled options without data or model; or UserError."""
-    data, optim, run = config.data, config.optim, config.run
-    _at_least(1, data, "seq_len", "rows")
-    _at_least(1, optim, "batch_size", "grad_accum", "steps")
-    _at_least(1, run, "log_every", "save_every", "keep")
-    _at_least(0, optim, "warmup", "weight_decay", "grad_clip", "seed")
-    _at_least(0, run, "eval_every", "eval_questions")
-    if data.seq_len < 2:
+    check_shared(config)
+    at_least(1, config.data, "seq_len", "rows")
+    at_least(0, config.run, "eval_questions")
+    if config.data.seq_len < 2:
         raise UserError("--seq-len 1 leaves no token to predict")
-    if optim.lr is not None and not (math.isfinite(optim.lr) and optim.lr > 0):
-        raise UserError(f"--lr {optim.lr}: a learning rate is a positive number")
-    if (optim.lr is None) == (optim.lr_rule is None):
-        raise UserError("--lr and --lr-rule both give a learning rate: give one of them")
-    if optim.lora_plus is not None and not (math.isfinite(optim.lora_plus) and optim.lora_plus > 0):
-        raise UserError(f"--lora-plus {optim.lora_plus}: a positive number")
-    if optim.lora_plus is not None and config.adapter.freeze_a:
-        raise UserError("--lora-plus is about the rates of A and B, and --freeze-a trains B alone")
-    if optim.beta2 is None or not 0 <= optim.beta2 < 1:
-        raise UserError(f"--beta2 {optim.beta2}: a number from 0 to below 1")
-    if optim.steps is not None and optim.epochs is not None:
-        raise UserError("--steps and --epochs both say how long to train: give one of them")
-    if optim.epochs is not None and not (math.isfinite(optim.epochs) and optim.epochs > 0):
-        raise UserError(f"--epochs {optim.epochs}: a positive number of passes over the data")
-    if config.adapter.full and config.adapter.init_adapter:
-        raise UserError("--full trains without an adapter, and --init-adapter goes on from one")
-    if config.adapter.full and (given := _of_adapters(config)):
-        raise UserError(f"--full trains without an adapter, and {given} is about one")
-    if data.shuffle_schemas and not config.is_sql:
+    if config.data.shuffle_schemas and not config.is_sql:
         raise UserError("--shuffle-schemas is a control for --dataset sql alone")
-    if run.resume and run.overwrite:
-        raise UserError("--resume goes on with a run and --overwrite deletes it: give one of them")
-
-
-def _of_adapters(config: Config) -> str | None:
-    """An option that was given and makes no sense without an adapter."""
-    default = AdapterConfig()
-    names = ("scaling", "init", "dora", "freeze_a", "bias", "bias_on_b", "train", "train_tokens")
-    for name in (*names, "divide_rank"):
-        if getattr(config.adapter, name) != getattr(default, name):
-            return f"--{name.replace('_', '-')}"
-    return "--lora-plus" if config.optim.lora_plus is not None else None
-
-
-def _at_least(least: int, part: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(part, name)
-        if value is not None and not value >= least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least {least} is needed")
-
-
-def learning_rate(optim: OptimConfig, steps: int) -> optax.Schedule:
-    """Linear from 0 over the warmup, then constant, or down to 0 at `steps`.
-
-    The warmup's first step already has lr / warmup, so that no step is lost.
-    """
-    assert optim.lr is not None, "the options are not settled"
-    warmup = min(optim.warmup, steps - 1)
-    left = steps - warmup
-    after = {
-        "constant": optax.constant_schedule(optim.lr),
-        "linear": optax.linear_schedule(optim.lr, 0.0, left),
-        "cosine": optax.cosine_decay_schedule(optim.lr, left),
-    }[optim.schedule]
-    if not warmup:
-        return after
-    rise = optax.linear_schedule(optim.lr / warmup, optim.lr, max(warmup - 1, 1))
-    return optax.join_schedules([rise, after], [warmup])
-
-
-def as_json(config: Config) -> dict[str, Any]:
-    """The options as flat JSON, by their names on the command line."""
-    parts = dataclasses.asdict(config).values()
-    flat = {name: value for part in parts for name, value in part.items()}
-    return json.loads(json.dumps(flat))  # tuples become lists, as when read from a file
-
-
-def check_same_run(config: Config, saved: dict[str, Any], folder: Path) -> None:
-    """Raises UserError where a resumed run's options differ from those that it began with."""
-    now = as_json(config)
-    differing = [
-        f"--{name.replace('_', '-')} was {_option(saved.get(name))} and is now {_option(value)}"
-        for name, value in now.items()
-        if name not in CHANGEABLE and saved.get(name) != value
-    ]
-    if differing:
-        raise UserError(
-            f"--resume: the run in {folder} began with other options: {'; '.join(differing)}. "
-            "Give the same, or begin another run in another --output"
-        )
-
-
-def _option(value: Any) -> str:
-    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

@@ -119,15 +119,15 @@ def read_metrics(folder: Path) -> list[Line]:
     return lines
 
 
-def draw_curve(folder: Path, lines: Sequence[Line]) -> None:
-    """The loss over the steps, as a PNG."""
+def draw_curve(folder: Path, lines: Sequence[Line], unit: str = "token") -> None:
+    """The loss over the steps, as a PNG; `unit` is what it is the mean over."""
     figure = Figure(figsize=(7, 4))  # without pyplot: no window, no global state
     axes = figure.subplots()
     for name, label in (("loss", "training"), ("eval_loss", "held out")):
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="." * (name != "loss"))
-    axes.set(xlabel="step", ylabel="cross entropy a token (nats)")
+    axes.set(xlabel="step", ylabel=f"cross entropy a {unit} (nats)")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from train.config import RunConfig
 from train.errors import Interrupted, UserError
 from train.log import Log
+from train.options import RunConfig
 from train.step import State, Step
 from train.stop import Stop
 
@@ -21,6 +21,7 @@ class Hooks:
     """What the loop calls on its way."""
 
     batch: Callable[[int], dict[str, Any]]  # of the step with so many before it
+    tokens: Callable[[dict[str, Any]], int]  # how many a batch holds, without padding
     save: Callable[[State], None]
     evaluate: Callable[[State], float]  # the loss on held-out data
     resume_hint: str  # what an interrupted user reads
@@ -47,7 +48,7 @@ def train(
     with stop.deferred():
         for number in range(int(state.step), steps):
             batch = hooks.batch(number)
-            n_tokens += int((batch["segment_ids"] > 0).sum())
+            n_tokens += hooks.tokens(batch)
             state, metrics = step(state, base, batch)
             done = number + 1
             window.append((done, metrics))
@@ -73,11 +74,11 @@ def train(
 
 
 def _line(values: list[tuple[int, dict[str, float]]], tokens_per_s: float) -> dict[str, Any]:
-    """One line for a window: its loss is the mean over the window's tokens."""
+    """One line for a window: its loss is the mean over the window's predictions."""
     step, newest = values[-1]
-    tokens = sum(v["tokens"] for _, v in values)
-    loss = sum(v["loss"] * v["tokens"] for _, v in values) / max(tokens, 1)
-    line = {"step": step, **newest, "loss": loss, "tokens": int(tokens)}
+    count = sum(v["count"] for _, v in values)
+    loss = sum(v["loss"] * v["count"] for _, v in values) / max(count, 1)
+    line = {"step": step, **newest, "loss": loss, "count": int(count)}
     return {**line, "tokens_per_s": round(tokens_per_s, 1)}
 
 

@@ -6,9 +6,17 @@ from typing import Any
 import optax
 
 import lora_jax as lj
+import lora_jax.peft as lp
 from lora_jax import init
-from train.config import Config
+from lora_jax.paths import flatten_with_paths
+from lora_jax.peft.config import read_config
+from lora_jax.weight import LoraWeight, is_node
 from train.errors import UserError, as_user_errors
+from train.options import AdapterConfig, OptimConfig
+from train.pretrained import Outline
+
+Rule = lj.LoraRule | lj.TrainRule
+NO_ADAPTER = ("none",)
 
 _INITIALISERS = {
     "kaiming": init.kaiming,
@@ -20,17 +28,21 @@ _INITIALISERS = {
 }
 
 
-def rules(config: Config, active_experts: int | None = None) -> list[lj.LoraRule | lj.TrainRule]:
+def rules(adapter: AdapterConfig, outline: Outline | None = None) -> list[Rule]:
     """The rules that the options stand for; raises UserError where they make no sense.
 
     Args:
-      active_experts: how many experts are active for a token, of a mixture of experts.
+      outline: the model that they are for. Without it, the options are checked as far as that can
+        be, and what depends on the model is left out.
     """
-    adapter = config.adapter
     if adapter.full:
         return [lj.TrainRule(targets=".*")]
+    if adapter.peft_config is not None:
+        with as_user_errors(ValueError, OSError, prefix=f"--peft-config {adapter.peft_config}: "):
+            fields = read_config(adapter.peft_config)
+            return [] if outline is None else lp.rules(fields, outline)
     with as_user_errors(ValueError, prefix="options on the adapter: "):
-        chosen: list[lj.LoraRule | lj.TrainRule] = []
+        chosen: list[Rule] = []
         if adapter.train:
             chosen.append(lj.TrainRule(targets=adapter.train))
         if adapter.train_tokens:
@@ -38,21 +50,23 @@ def rules(config: Config, active_experts: int | None = None) -> list[lj.LoraRule
             chosen.append(rows)
         if adapter.bias == "all":
             chosen.append(lj.TrainRule(targets=["bias"]))
-        if adapter.divide_rank:
-            if active_experts is None:
+        if adapter.divide_rank and outline is not None:
+            if outline.active_experts is None:
                 raise UserError("--divide-rank: the model is no mixture of experts")
-            rank = lj.optim.expert_rank(adapter.rank, active=active_experts)
-            chosen.append(_lora_rule(config, ("experts",), rank))
+            rank = lj.optim.expert_rank(adapter.rank, active=outline.active_experts)
+            chosen.append(_lora_rule(adapter, ("experts",), rank))
         targets: str | tuple[str, ...] = adapter.targets
         if len(targets) == 1 and (targets[0] == "all-linear" or not _is_name(targets[0])):
             targets = targets[0]
-        chosen.append(_lora_rule(config, targets, adapter.rank))
+        if targets != NO_ADAPTER:
+            chosen.append(_lora_rule(adapter, targets, adapter.rank))
+    if not chosen:
+        raise UserError("--targets none: nothing would train; say what by --train or --bias")
     return chosen
 
 
-def _lora_rule(config: Config, targets: str | tuple[str, ...], rank: int) -> lj.LoraRule:
+def _lora_rule(adapter: AdapterConfig, targets: str | tuple[str, ...], rank: int) -> lj.LoraRule:
     """A rule of the given rank, with the s that the options' alpha and rank come to."""
-    adapter = config.adapter
     alpha = adapter.alpha
     if alpha is not None and rank != adapter.rank:
         alpha *= rank / adapter.rank
@@ -76,15 +90,23 @@ def _is_name(target: str) -> bool:
     return target.replace("/", "").replace("_", "").isalnum()
 
 
-def takes_from_base(config: Config) -> bool:
-    """Whether the adapter starts from what the base holds, which takes a decomposition."""
-    if config.adapter.full or config.adapter.init_adapter:
-        return False
-    return init.takes_from_base(_INITIALISERS[config.adapter.init])
+def takes_from_base(params: Any) -> bool:
+    """Whether an adapter started from what the base holds, which takes a decomposition."""
+    return any(weight.start is not None for weight in _adapted(params))
+
+
+def has_dropout(params: Any) -> bool:
+    """Whether an adapter's input is dropped in training."""
+    return any(weight.dropout > 0 for weight in _adapted(params))
+
+
+def _adapted(params: Any) -> list[LoraWeight]:
+    leaves, _ = flatten_with_paths(params, is_leaf=is_node)
+    return [leaf for _, leaf in leaves if isinstance(leaf, LoraWeight)]
 
 
 def make_optimizer(
-    config: Config, schedule: optax.Schedule, params: Any = None
+    optim: OptimConfig, schedule: optax.Schedule, params: Any = None
 ) -> optax.GradientTransformation:
     """AdamW with the gradient clipped to a norm; norms and biases do not decay.
 
@@ -92,10 +114,9 @@ def make_optimizer(
       schedule: the learning rate at each step.
       params: the adapted tree; needed where A is frozen, for B's gradient to be projected.
     """
-    optim = config.optim
     assert optim.beta2 is not None, "the options are not settled"
     parts = [optax.clip_by_global_norm(optim.grad_clip)] if optim.grad_clip else []
-    if config.adapter.freeze_a:
+    if any("a" in weight.frozen for weight in _adapted(params)):
         parts.append(lj.optim.project_b(params))
     parts.append(
         optax.adamw(schedule, b2=optim.beta2, weight_decay=optim.weight_decay, mask=decays)

@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from train.config import Config, as_json, check_same_run
 from train.errors import UserError
 from train.log import CURVE, EVENTS, METRICS
+from train.options import Options, as_json, check_same_run
 
 CONFIG = "config.json"
 SCORES = "scores.json"
@@ -20,7 +20,7 @@ CHECKPOINTS = "checkpoints"
 _OURS = (CONFIG, SCORES, REPORT, ADAPTER, START, CHECKPOINTS, METRICS, EVENTS, CURVE)
 
 
-def check_output(config: Config) -> Path:
+def check_output(config: Options) -> Path:
     """The output folder, made if need be; changes nothing that is in it.
 
     Raises UserError where it cannot be written, where it holds another run (without --resume or
@@ -62,7 +62,7 @@ def _saved_config(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def begin(folder: Path, config: Config, facts: dict[str, Any]) -> None:
+def begin(folder: Path, config: Options, facts: dict[str, Any]) -> None:
     """Deletes the run that was there, unless it is resumed, and writes the configuration."""
     if config.run.overwrite:
         for name in _OURS:

@@ -30,7 +30,7 @@ class Outline:
 
     name: str
     tokenizer: Any
-    config: DecoderConfig | GPT2Config
+    config: DecoderConfig | GPT2Config | EncoderConfig
     params: dict[str, Any]  # jax.ShapeDtypeStruct leaves
 
     @property
@@ -40,11 +40,12 @@ class Outline:
 
     def check_length(self, length: int, what: str) -> None:
         """Raises UserError where `length` tokens are more than the model allows."""
-        if length > self.config.max_position_embeddings:
-            raise UserError(
-                f"{what}: the model {self.name} allows {self.config.max_position_embeddings} "
-                "tokens at most"
-            )
+        if isinstance(self.config, EncoderConfig):
+            most = self.config.max_tokens
+        else:
+            most = self.config.max_position_embeddings
+        if length > most:
+            raise UserError(f"{what}: the model {self.name} allows {most} tokens at most")
 
 
 @contextmanager
@@ -54,12 +55,37 @@ def _model_errors(name: str) -> Iterator[None]:
 
 
 def read_outline(name: str) -> Outline:
-    """Fetches the model's files, if need be, and reads all but its weights."""
+    """Fetches the model's files, if need be, and reads all but its weights.
+
+    Raises UserError where the model does not continue texts.
+    """
+    outline = _outline(name)
+    if isinstance(outline.config, EncoderConfig):
+        raise UserError(
+            f"--model {name}: a {outline.config.model_type} model does not continue texts"
+        )
+    return outline
+
+
+def read_classifier_outline(name: str, num_labels: int) -> Outline:
+    """As `read_outline`, of an encoder with a head for so many classes.
+
+    Raises UserError where the model is no encoder.
+    """
     with _model_errors(name):
         config = open_source(resolve(name).path).config
+    if not isinstance(config, EncoderConfig):
+        raise UserError(
+            f"--model {name}: a {config.model_type} model has no head for classes here; a BERT, "
+            "RoBERTa or XLM-RoBERTa is needed"
+        )
+    return _outline(name, head="classification", num_labels=num_labels)
+
+
+def _outline(name: str, **options: Any) -> Outline:
+    with _model_errors(name):
+        config = open_source(resolve(name).path, **options).config
         tokenizer = load_tokenizer(name)
-    if isinstance(config, EncoderConfig):
-        raise UserError(f"--model {name}: a {config.model_type} model does not continue texts")
     if not tokenizer.is_fast:
         raise UserError(f"--model {name}: its tokenizer has no fast version (tokenizer.json)")
     params = nested(
@@ -91,4 +117,5 @@ def read_model(
 def end_tokens(outline: Outline) -> tuple[int, ...]:
     """The tokens that end an answer: those of the configuration and the tokenizer's."""
     eos = outline.tokenizer.eos_token_id
-    return tuple(dict.fromkeys([*outline.config.eos_token_ids, *([] if eos is None else [eos])]))
+    own = getattr(outline.config, "eos_token_ids", ())
+    return tuple(dict.fromkeys([*own, *([] if eos is None else [eos])]))

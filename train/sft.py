@@ -4,13 +4,8 @@
 adapt, train, save, report.
 """
 
-import dataclasses
-import shlex
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,12 +13,10 @@ import tyro
 from rich.console import Console
 
 import lora_jax as lj
-from lora_jax.fingerprint import base_fingerprint, differing
 from train.batches import Order, Packs, pack
-from train.checkpoints import Checkpoints
-from train.config import SQL_STEPS, Config, OptimConfig, check, learning_rate, settled
+from train.config import SQL_STEPS, Config, check, settled
 from train.data import Row, check_lengths, conversation, read_rows, tokenize
-from train.errors import UserError, as_user_errors, reported
+from train.errors import UserError, reported
 from train.evaluate import (
     ADAPTED,
     FEW_SHOT,
@@ -33,34 +26,24 @@ from train.evaluate import (
     draw_questions,
     longest_prompt,
 )
-from train.log import Log, draw_curve, duration, read_metrics
-from train.loop import Hooks, train
-from train.methods import make_optimizer, rules, takes_from_base
-from train.output import (
-    ADAPTER,
-    CHECKPOINTS,
-    REPORT,
-    SCORES,
-    START,
-    begin,
-    check_output,
-    folder_bytes,
-    read_json,
-    write_json,
+from train.fit import (
+    Run,
+    adapted,
+    check_rules,
+    doing,
+    fit,
+    number_of_steps,
+    print_adapter,
+    start,
+    with_learning_rate,
 )
-from train.pretrained import Outline, read_model, read_outline
-from train.report import (
-    compiled_bytes,
-    megabytes,
-    peak_bytes,
-    print_costs,
-    print_examples,
-    print_scores,
-    tree_bytes,
-    versions,
-)
+from train.log import duration
+from train.methods import rules
+from train.output import REPORT, SCORES, check_output, read_json, write_json
+from train.pretrained import read_model, read_outline
+from train.report import print_costs, print_examples, print_scores, tree_bytes
 from train.sql import training_examples
-from train.step import State, init_state, make_evaluation, make_step
+from train.step import summed_loss
 from train.stop import Stop
 
 
@@ -86,7 +69,7 @@ def run(config: Config, stop: Stop) -> None:
     # What can be wrong is found first: options and output folder, then rows, then lengths and
     # targets against the model's configuration. Only then are weights read.
     check(config)
-    rules(config, active_experts=1)
+    rules(config.adapter)
     folder = check_output(config)
     rows = training_rows(config)
     questions = draw_questions(config.run.eval_questions) if asks_questions(config) else None
@@ -103,50 +86,30 @@ def run(config: Config, stop: Stop) -> None:
         held_out = packed(config, held_out_rows, outline.tokenizer, "the held-out rows")
     optim = config.optim
     order = Order(optim.seed, len(packs), optim.batch_size, optim.grad_accum)
-    steps = number_of_steps(config, order)
+    steps = number_of_steps(optim, order, SQL_STEPS if config.is_sql else None)
     optim = with_learning_rate(config, outline, steps)
-    if not config.adapter.init_adapter:
-        with as_user_errors(ValueError):
-            lj.lorafy(outline.params, rules(config, outline.active_experts))
+    check_rules(config, outline)
+    of_run = Run(
+        script="train.sft",
+        config=config,
+        folder=folder,
+        console=console,
+        stop=stop,
+        examples=packs,
+        order=order,
+        steps=steps,
+    )
 
     # The model and its adapter. Full fine-tuning keeps its weights in fp32, whatever computes.
     param_dtype = "float32" if config.adapter.full else optim.dtype
     model, plain = read_model(
         config.data.model, dtype=optim.dtype, param_dtype=param_dtype, remat=optim.remat
     )
-    key = jax.random.key(optim.seed)
-    with as_user_errors(ValueError):
-        params = adapted(config, outline, plain, folder, jax.random.fold_in(key, 0))
-    summary = lj.summary(params)
-    console.print(summary, highlight=False, soft_wrap=True)
     base_bytes = tree_bytes(plain)
-    adapter, base = lj.split(params)
-
-    # The state: new, or where an earlier run stopped.
-    schedule = learning_rate(optim, steps)
-    optimizer = make_optimizer(config, schedule, params)
-    state = init_state(adapter, optimizer, jax.random.fold_in(key, 1))
-    checkpoints = Checkpoints(folder / CHECKPOINTS, config.run.keep)
-    facts = {"data": packs.digest(), "base": base_fingerprint(base)}
-    if config.run.resume:
-        state = resumed(checkpoints, state, facts, order, steps, console)
-    begin(
-        folder,
-        config,
-        {
-            "resolved": {
-                "steps": steps,
-                "rows": len(rows),
-                "sequences": len(packs),
-                "lr": optim.lr,
-            },
-            "sequence_length": packs.ids.shape[1],
-            "summary": summary,
-            "versions": versions(),
-        },
-    )
-    if takes_from_base(config) and not (folder / START).exists():
-        lj.save_adapter(folder / START, params)  # so that --resume decomposes nothing again
+    key = jax.random.key(optim.seed)
+    params = adapted(config, outline, plain, folder, jax.random.fold_in(key, 0))
+    facts = {"sequence_length": packs.ids.shape[1]}
+    begun = start(of_run, optim, params, jax.random.fold_in(key, 1), facts)
     del params
 
     # The base's answers, for comparison.
@@ -156,75 +119,34 @@ def run(config: Config, stop: Stop) -> None:
             with doing(console, f"{way}: answering {2 * scores.n} questions"):
                 scores.add(way, answer(model, plain, outline, scores.questions, few_shot=few_shot))
         write_json(folder / SCORES, scores.as_json())
-    del plain, adapter
+    del plain
 
-    # Training.
-    forward = lj.adapt(model.apply)
-    step = make_step(forward, optimizer, schedule, dropout=config.adapter.dropout > 0)
-    with doing(console, "compiling the step"):
-        compile_began = time.perf_counter()
-        lowered = jax.jit(step, donate_argnums=0).lower(state, base, batch(packs, order, 0))
-        compiled = lowered.compile()
-        compile_seconds = time.perf_counter() - compile_began
-    evaluation = jax.jit(make_evaluation(forward))
-    hooks = Hooks(
-        batch=lambda number: batch(packs, order, number),
-        save=lambda state: checkpoints.save(
-            state, {**facts, "cursor": order.cursor(int(state.step))}
-        ),
-        evaluate=lambda state: held_out_loss(evaluation, state, base, held_out, optim.batch_size),
-        resume_hint=f"Go on with: {resume_command()}",
+    # Training, and what is left of it: the adapter on its own, the curve, and what it cost.
+    trained, report = fit(
+        of_run,
+        begun,
+        lj.adapt(model.apply),
+        summed_loss,
+        held_out=held_out,
+        tokens=lambda batch: int((batch["segment_ids"] > 0).sum()),
+        unit="token",
     )
-    stop.message = f"interrupted. {hooks.resume_hint}"
-    with Log(folder, console, first=int(state.step), last=steps) as log:
-        state, step_seconds = train(compiled, state, base, steps, config.run, hooks, log, stop)
-    checkpoints.close()
-
-    # What is left of it: the adapter on its own, the curve, and what it cost.
-    trained = lj.join(state.adapter, base)
-    lj.save_adapter(folder / ADAPTER, trained, overwrite=True)
-    draw_curve(folder, read_metrics(folder))
-    report: dict[str, Any] = {
-        "summary": summary,
-        "steps": steps,
-        "compile_seconds": compile_seconds,
-        "median_step_seconds": step_seconds,
-        "compiled_bytes": compiled_bytes(compiled),
-        "peak_bytes": peak_bytes(),
-        "adapter_bytes": folder_bytes(folder / ADAPTER),
-        "base_bytes": base_bytes,
-    }
+    report["base_bytes"] = base_bytes
     write_json(folder / REPORT, report)
-    console.print(
-        f"adapter saved in {folder / ADAPTER}: {megabytes(report['adapter_bytes'])} beside the "
-        f"base's {megabytes(base_bytes)}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    print_adapter(of_run, report)
 
     # Its answers.
-    stop.message = f"interrupted; the adapter is in {folder / ADAPTER}"
-    stop.check()
     if scores:
         merged = lj.merge(trained)
-        del trained, state, base
+        del trained, begun
         with doing(console, f"{ADAPTED}: answering {2 * scores.n} questions"):
             scores.add(ADAPTED, answer(model, merged, outline, scores.questions))
         write_json(folder / SCORES, scores.as_json())
         print_examples(console, scores.examples())
         print_scores(console, scores.accuracies())
     print_costs(console, report)
-    console.print(summary, highlight=False, soft_wrap=True)
+    console.print(report["summary"], highlight=False, soft_wrap=True)
     console.print(f"all of it took {duration(time.monotonic() - began)}; see {folder}")
-
-
-@contextmanager
-def doing(console: Console, what: str) -> Iterator[None]:
-    """Says what takes a while and, afterwards, how long it took."""
-    began = time.monotonic()
-    with console.status(what):
-        yield
-    console.print(f"{what}: {duration(time.monotonic() - began)}", highlight=False)
 
 
 def asks_questions(config: Config) -> bool:
@@ -274,87 +196,6 @@ def packed(config: Config, rows: list[Row], tokenizer: Any, source: str) -> Pack
     if left_out := len(sequences) - len(kept):
         print(f"{source}: left out {left_out} rows, cut off before their completion began")
     return pack(kept, data.seq_len, packing=data.packing)
-
-
-def number_of_steps(config: Config, order: Order) -> int:
-    """--steps, or what --epochs comes to, or the default."""
-    if config.optim.steps is not None:
-        return config.optim.steps
-    if config.optim.epochs is None and config.is_sql:
-        return SQL_STEPS
-    return order.steps(config.optim.epochs or 1)
-
-
-def with_learning_rate(config: Config, outline: Outline, steps: int) -> OptimConfig:
-    """The optimisation's options with the learning rate that --lr-rule gives for this run."""
-    optim = config.optim
-    if optim.lr_rule is None:
-        return optim
-    rate = lj.optim.learning_rate(
-        outline.config.hidden_size, family=optim.lr_rule, steps=steps, full=config.adapter.full
-    )
-    return dataclasses.replace(optim, lr=rate)
-
-
-def adapted(config: Config, outline: Outline, plain: Any, folder: Path, key: jax.Array) -> Any:
-    """The parameters with a new adapter, with the one to go on from, or with this run's first."""
-    start = config.adapter.init_adapter
-    if start is None and config.run.resume and (folder / START).exists():
-        start = str(folder / START)
-    if start is None:
-        return lj.lorafy(plain, rules(config, outline.active_experts), key=key)
-    return lj.load_adapter(start, plain, allow_base_mismatch=config.adapter.allow_base_mismatch)
-
-
-def batch(packs: Packs, order: Order, number: int) -> dict[str, Any]:
-    """The batch of the step that has `number` steps before it."""
-    return packs.take(order.rows(number))
-
-
-def resumed(
-    checkpoints: Checkpoints,
-    state: State,
-    facts: dict[str, Any],
-    order: Order,
-    steps: int,
-    console: Console,
-) -> State:
-    """The state of the newest checkpoint; UserError where it is not of this run."""
-    if not checkpoints.steps():
-        console.print("no checkpoint yet: beginning at step 0")
-        return state
-    state, saved = checkpoints.restore(state)
-    done = int(state.step)
-    if saved["data"] != facts["data"] or saved["cursor"] != order.cursor(done):
-        raise UserError("--resume: the training data are not those that the run began with")
-    if wrong := differing(saved["base"], facts["base"]):
-        raise UserError(
-            f"--resume: the base is not the one that the run began with; {len(wrong)} of its "
-            f"weights differ, {wrong[0]} among them"
-        )
-    if done > steps:
-        raise UserError(f"--resume: {done} steps are done, more than the {steps} asked for")
-    console.print(f"going on after step {done}", highlight=False)
-    return state
-
-
-def held_out_loss(
-    evaluation: Any, state: State, base: Any, held_out: Packs | None, batch_size: int
-) -> float:
-    """The mean loss over the tokens of the held-out rows that count."""
-    assert held_out is not None
-    loss = tokens = 0.0
-    for part in held_out.parts(batch_size):
-        sums = evaluation(state.adapter, base, part)
-        loss += float(sums["loss"])
-        tokens += float(sums["tokens"])
-    return loss / tokens
-
-
-def resume_command() -> str:
-    """The command line of this run, with --resume."""
-    options = [arg for arg in sys.argv[1:] if arg not in ("--overwrite", "--resume")]
-    return shlex.join(["python", "-m", "train.sft", *options, "--resume"])
 
 
 if __name__ == "__main__":

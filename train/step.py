@@ -24,6 +24,8 @@ class State(NamedTuple):
 
 
 Step = Callable[[State, Any, dict[str, Any]], tuple[State, Metrics]]
+# (forward, params, batch, dropout_key) -> the loss summed over the predictions that count
+Loss = Callable[[Logits, Any, dict[str, Any], jax.Array | None], jax.Array]
 
 
 def init_state(adapter: Adapter, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
@@ -64,24 +66,26 @@ def make_step(
     schedule: optax.Schedule,
     *,
     dropout: bool,
+    loss: Loss = summed_loss,
 ) -> Step:
     """The step; pure, to be jitted with its state donated.
 
     The batch's arrays have a first axis more, the parts that are accumulated. Losses and gradients
-    are summed over all of it and divided by its number of tokens once, so that accumulation is the
-    large batch exactly, however the tokens are spread.
+    are summed over all of it and divided by its number of predictions once, so that accumulation
+    is the large batch exactly, however they are spread.
 
-    The metrics, fp32 []: `loss` (the mean over tokens), `tokens` (that count), `grad_norm` (before
-    clipping), `lr`.
+    The metrics, fp32 []: `loss` (the mean over predictions), `count` (how many predictions, the sum
+    of the batch's `weights`), `grad_norm` (before clipping), `lr`.
     """
 
-    def loss(adapter: Adapter, base: Any, batch: Any, key: jax.Array | None) -> jax.Array:
-        return summed_loss(forward, lj.join(adapter, base), batch, key)
+    def of_adapter(adapter: Adapter, base: Any, batch: Any, key: jax.Array | None) -> jax.Array:
+        return loss(forward, lj.join(adapter, base), batch, key)
 
-    value_and_grad = jax.value_and_grad(loss)  # of the adapter: no gradient of the base exists
+    # Of the adapter: no gradient of the base exists.
+    value_and_grad = jax.value_and_grad(of_adapter)
 
     def step(state: State, base: Any, batch: dict[str, Any]) -> tuple[State, Metrics]:
-        accumulate = batch["ids"].shape[0]
+        accumulate = batch["weights"].shape[0]
         key = jax.random.fold_in(state.key, state.step)
 
         def of_part(part: dict[str, Any], index: Any) -> tuple[jax.Array, Adapter]:
@@ -96,14 +100,14 @@ def make_step(
         else:
             zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.adapter))
             (total, grads), _ = jax.lax.scan(add, zeros, (batch, jnp.arange(accumulate)))
-        tokens = jnp.sum(batch["weights"]).astype(jnp.float32)
-        scale = 1 / jnp.maximum(tokens, 1)
+        count = jnp.sum(batch["weights"]).astype(jnp.float32)
+        scale = 1 / jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.adapter)
         adapter = optax.apply_updates(state.adapter, updates)
         metrics = {
             "loss": total * scale,
-            "tokens": tokens,
+            "count": count,
             "grad_norm": optax.tree.norm(grads),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
         }
@@ -112,11 +116,13 @@ def make_step(
     return step
 
 
-def make_evaluation(forward: Logits) -> Callable[[Adapter, Any, dict[str, Any]], Metrics]:
-    """``(adapter, base, batch) -> {"loss", "tokens"}``, both sums, of a batch."""
+def make_evaluation(
+    forward: Logits, loss: Loss = summed_loss
+) -> Callable[[Adapter, Any, dict[str, Any]], Metrics]:
+    """``(adapter, base, batch) -> {"loss", "count"}``, both sums, of a batch."""
 
     def evaluate(adapter: Adapter, base: Any, batch: dict[str, Any]) -> Metrics:
-        total = summed_loss(forward, lj.join(adapter, base), batch)
-        return {"loss": total, "tokens": jnp.sum(batch["weights"])}
+        total = loss(forward, lj.join(adapter, base), batch, None)
+        return {"loss": total, "count": jnp.sum(batch["weights"])}
 
     return evaluate

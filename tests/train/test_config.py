@@ -1,14 +1,31 @@
 """Options that make no sense, runs that do not match, and folders that are taken."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from train.config import as_json, check, check_same_run
+from lora_jax import TrainRule
+from lora_jax.models import DecoderConfig
+from tests.train.tiny import CONFIG
+from train.config import check
 from train.errors import UserError
 from train.methods import rules
+from train.options import as_json, check_same_run
 from train.output import begin, check_output, read_json, write_json
+from train.pretrained import Outline
 from train.sft import parse
+
+
+def outline(**config):
+    """What the rules may ask of a model."""
+    return Outline("a model", None, SimpleNamespace(**config), {})
+
+
+def decoder_outline():
+    return Outline(
+        "a model", None, DecoderConfig.from_hf(CONFIG | {"tie_word_embeddings": False}), {}
+    )
 
 
 @pytest.mark.parametrize(
@@ -42,13 +59,18 @@ from train.sft import parse
         ("--full --dora", "--full trains without an adapter, and --dora is about one"),
         ("--full --train-tokens 3", "and --train-tokens is about one"),
         ("--full --lora-plus 16", "and --lora-plus is about one"),
+        ("--targets none", "nothing would train"),
+        ("--peft-config x --rank 4", "--peft-config says all of the adapter, --rank too"),
+        ("--peft-config x --alpha 4", "--peft-config says all of the adapter, --alpha too"),
+        ("--peft-config x --full", "--peft-config describes one"),
+        ("--peft-config x --init-adapter y", "--init-adapter brings its own rules"),
         ("--dora --bias-on-b", "dora and bias_on_b do not go together"),
     ],
 )
 def test_options_that_make_no_sense(args, message):
     with pytest.raises(UserError, match=message):
         check(parse(args.split()))
-        rules(parse(args.split()), active_experts=1)
+        rules(parse(args.split()).adapter)
 
 
 @pytest.mark.parametrize(
@@ -63,27 +85,68 @@ def test_options_that_make_no_sense(args, message):
 )
 def test_targets_are_names_or_one_expression(args, targets):
     check(parse(args.split()))
-    (rule,) = rules(parse(args.split()))
+    (rule,) = rules(parse(args.split()).adapter)
     assert rule.targets == targets
 
 
 def test_the_default_is_the_sql_task_with_every_linear_layer():
     config = parse([])
     check(config)
-    (rule,) = rules(config)
+    (rule,) = rules(config.adapter)
     assert config.is_sql and (rule.targets, rule.rank) == ("all-linear", 16)
 
 
 def test_what_else_trains_comes_first():
     args = "--train norm lm_head --train-tokens 3 5 --bias all --dora --init pissa --rank 8"
     config = parse([*args.split(), "--divide-rank"])
-    *others, experts, every = rules(config, active_experts=2)
+    *others, experts, every = rules(config.adapter, outline(num_experts_per_tok=2))
     assert [rule.targets for rule in others] == [("norm", "lm_head"), r"(.*/)?embedding", ("bias",)]
     assert others[1].rows == (3, 5)
     assert (experts.targets, experts.rank, experts.scale) == (("experts",), 4, 10.0)
     assert (every.rank, every.scale, every.dora) == (8, 10.0, True)
     with pytest.raises(UserError, match="--divide-rank: the model is no mixture of experts"):
-        rules(config)
+        rules(config.adapter, outline())
+
+
+def test_without_an_adapter_what_else_trains_trains_alone():
+    config = parse("--targets none --bias all --train norm".split())
+    check(config)
+    assert [rule.targets for rule in rules(config.adapter)] == [("norm",), ("bias",)]
+
+
+def test_a_peft_configuration_takes_the_place_of_the_options(tmp_path):
+    path = tmp_path / "adapter_config.json"
+    fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 10, "lora_dropout": 0.1}
+    fields |= {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"0.*q_proj": 2}}
+    path.write_text(json.dumps({**fields, "modules_to_save": ["lm_head"]}))
+    for given in (path, tmp_path):
+        config = parse(["--peft-config", str(given)])
+        check(config)
+        assert rules(config.adapter) == []  # which modules those are, the model knows
+        head, *adapted = rules(config.adapter, decoder_outline())
+        assert isinstance(head, TrainRule)
+        assert {(rule.rank, rule.alpha, rule.dropout) for rule in adapted} == {
+            (4, 10, 0.1),
+            (2, 10, 0.1),
+        }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "--peft-config .*adapter_config.json"),
+        ("{", "--peft-config .*adapter_config.json"),
+        ('{"peft_type": "IA3"}', "peft_type is 'IA3'; only LORA is supported"),
+        ('{"r": 0}', "--peft-config .*r"),
+        ('{"r": 4, "unheard_of": 1}', "unheard_of=1 is not known"),
+    ],
+)
+def test_a_peft_configuration_that_cannot_be_used(content, message, tmp_path):
+    path = tmp_path / "adapter_config.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        rules(parse(["--peft-config", str(path)]).adapter)
 
 
 def test_a_resumed_run_keeps_its_options_but_for_length_and_reports(tmp_path):

@@ -11,7 +11,7 @@ from train.log import Log, draw_curve, duration, read_metrics
 
 
 def line(step):
-    return {"step": step, "loss": 1 / step, "lr": 0.1, "tokens": 5, "tokens_per_s": 7.0}
+    return {"step": step, "loss": 1 / step, "lr": 0.1, "count": 5, "tokens_per_s": 7.0}
 
 
 def events(folder):

@@ -114,6 +114,24 @@ def test_a_truncated_checkpoint_stops_a_resumed_run_before_it_trains(
     assert "begin again with --overwrite" in message
 
 
+def test_a_peft_configuration_says_what_trains(inputs, tmp_path):
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 7, "lora_dropout": 0.5}
+    config |= {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(config))
+    model_and_data = [*inputs[:4], "--steps", 1, "--output"]
+    main([*map(str, model_and_data), str(tmp_path / "run"), "--peft-config", str(path)])
+    adapter = adapter_of(inputs, tmp_path / "run")
+    assert {where.split("/")[-2] for where in adapter} == {"q_proj", "v_proj"}
+    summary = json.loads((tmp_path / "run" / "config.json").read_text())["summary"]
+    assert summary.startswith(f"trainable params: {3 * (24 + 24) + 3 * (24 + 8)} ")  # of one layer
+    config["lora_dropout"] = 0.0
+    path.write_text(json.dumps(config))
+    main([*map(str, model_and_data), str(tmp_path / "dry"), "--peft-config", str(path)])
+    (dropped,), (dry,) = (read_metrics(tmp_path / name) for name in ("run", "dry"))
+    assert dropped["grad_norm"] != dry["grad_norm"]
+
+
 def test_other_data_are_not_resumed_on(inputs, whole, tmp_path, capsys):
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", whole, copy], check=True)

@@ -10,9 +10,9 @@ import lora_jax as lj
 from tests.models.tiny import draw
 from tests.train.tiny import decoder, tokenizer
 from train.batches import pack
-from train.config import Config, OptimConfig, learning_rate
 from train.data import tokenize
 from train.methods import decays, make_optimizer
+from train.options import OptimConfig, learning_rate
 from train.step import State, init_state, make_step, summed_loss
 
 ROWS = [{"prompt": "p" * n, "completion": "abc" * n} for n in range(1, 9)]
@@ -42,7 +42,7 @@ def packs(*, packing=False, seq_len=64):
 def step_of(model, **options):
     optim = OptimConfig(lr=0.1, beta2=0.99, schedule="constant", warmup=0, **options)
     schedule = learning_rate(optim, 10)
-    optimizer = make_optimizer(Config(optim=optim), schedule)
+    optimizer = make_optimizer(optim, schedule)
     return optimizer, make_step(lj.adapt(model[0].apply), optimizer, schedule, dropout=False)
 
 
@@ -79,7 +79,7 @@ def test_accumulation_equals_the_large_batch_whatever_the_lengths(model, halves)
         state, metrics = jax.jit(step)(state, base, batch)
         results.append((metrics, state.opt_state[1][0].mu))  # Adam's first moment: the gradient
     (large, gradient), (parts, accumulated) = results
-    assert float(large["tokens"]) == float(parts["tokens"]) == rows.weights.sum()
+    assert float(large["count"]) == float(parts["count"]) == rows.weights.sum()
     for name in large:
         assert float(large[name]) == pytest.approx(float(parts[name]), rel=1e-5)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(accumulated), strict=True):
@@ -152,7 +152,7 @@ def test_the_gradient_is_clipped_to_a_norm(model, halves):
     gradient = jax.tree.map(jnp.ones_like, adapter)
     for clip, expected in ((0.5, 0.5), (0.0, float(optax.tree.norm(gradient)))):
         optim = OptimConfig(beta2=0.99, grad_clip=clip)
-        optimizer = make_optimizer(Config(optim=optim), optax.constant_schedule(1.0))
+        optimizer = make_optimizer(optim, optax.constant_schedule(1.0))
         _, state = optimizer.update(gradient, optimizer.init(adapter), adapter)
         mu = next(s.mu for s in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(s))
         assert float(optax.tree.norm(mu)) / 0.1 == pytest.approx(expected, rel=1e-5)

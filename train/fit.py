@@ -1,0 +1,264 @@
+"""From an adapted tree to a trained one: the part that all training scripts share.
+
+`start` makes the state, or takes it from where an earlier run stopped; `fit` trains it to its end.
+In between, a script may still look at the base as it was.
+"""
+
+import dataclasses
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from rich.console import Console
+
+import lora_jax as lj
+from lora_jax.fingerprint import base_fingerprint, differing
+from train.batches import Batch, Examples, Order
+from train.checkpoints import Checkpoints
+from train.errors import UserError, as_user_errors
+from train.log import Log, draw_curve, duration, read_metrics
+from train.loop import Hooks, train
+from train.methods import has_dropout, make_optimizer, rules, takes_from_base
+from train.options import OptimConfig, Options, learning_rate
+from train.output import ADAPTER, CHECKPOINTS, START, begin, folder_bytes
+from train.pretrained import Outline
+from train.report import compiled_bytes, megabytes, peak_bytes, versions
+from train.step import Loss, State, init_state, make_evaluation, make_step
+from train.stop import Stop
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run whose options, folder and data are settled."""
+
+    script: str  # "train.sft"
+    config: Options
+    folder: Path
+    console: Console
+    stop: Stop
+    examples: Examples
+    order: Order
+    steps: int
+
+    def batch(self, number: int) -> Batch:
+        """The batch of the step that has `number` steps before it."""
+        return self.examples.take(self.order.rows(number))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+    """What training begins with."""
+
+    state: State
+    base: Any
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    checkpoints: Checkpoints
+    facts: dict[str, Any]  # what data and base were: each checkpoint has them
+    summary: str
+    dropout: bool
+
+
+def number_of_steps(optim: OptimConfig, order: Order, default: int | None = None) -> int:
+    """--steps, or what --epochs comes to, or the default: one epoch, if none is given."""
+    if optim.steps is not None:
+        return optim.steps
+    if optim.epochs is None and default is not None:
+        return default
+    return order.steps(optim.epochs or 1)
+
+
+def with_learning_rate(config: Options, outline: Outline, steps: int) -> OptimConfig:
+    """The optimisation's options with the learning rate that --lr-rule gives for this run."""
+    optim = config.optim
+    if optim.lr_rule is None:
+        return optim
+    rate = lj.optim.learning_rate(
+        outline.config.hidden_size, family=optim.lr_rule, steps=steps, full=config.adapter.full
+    )
+    return dataclasses.replace(optim, lr=rate)
+
+
+def check_rules(config: Options, outline: Outline) -> None:
+    """Raises UserError where the rules do not fit the model; reads no weights."""
+    if config.adapter.init_adapter is None:
+        with as_user_errors(ValueError):
+            lj.lorafy(outline.params, rules(config.adapter, outline))
+
+
+def adapted(config: Options, outline: Outline, plain: Any, folder: Path, key: jax.Array) -> Any:
+    """The parameters with a new adapter, with the one to go on from, or with this run's first."""
+    start = config.adapter.init_adapter
+    if start is None and config.run.resume and (folder / START).exists():
+        start = str(folder / START)
+    with as_user_errors(ValueError):
+        if start is None:
+            return lj.lorafy(plain, rules(config.adapter, outline), key=key)
+        mismatch = config.adapter.allow_base_mismatch
+        return lj.load_adapter(start, plain, allow_base_mismatch=mismatch)
+
+
+def start(
+    run: Run, optim: OptimConfig, params: Any, key: jax.Array, facts: dict[str, Any]
+) -> Start:
+    """The state to train from, new or resumed; the run's folder is begun.
+
+    Args:
+      optim: the run's, with its learning rate.
+      params: the adapted tree.
+      facts: what config.json says beside the options.
+    """
+    summary = lj.summary(params)
+    run.console.print(summary, highlight=False, soft_wrap=True)
+    adapter, base = lj.split(params)
+    schedule = learning_rate(optim, run.steps)
+    optimizer = make_optimizer(optim, schedule, params)
+    state = init_state(adapter, optimizer, key)
+    checkpoints = Checkpoints(run.folder / CHECKPOINTS, run.config.run.keep)
+    saved = {"data": run.examples.digest(), "base": base_fingerprint(base)}
+    if run.config.run.resume:
+        state = _resumed(run, checkpoints, state, saved)
+    resolved = {"steps": run.steps, "examples": len(run.examples), "lr": optim.lr}
+    facts = {"resolved": resolved, **facts, "summary": summary, "versions": versions()}
+    begin(run.folder, run.config, facts)
+    if takes_from_base(params) and not (run.folder / START).exists():
+        lj.save_adapter(run.folder / START, params)  # so that --resume decomposes nothing again
+    return Start(
+        state=state,
+        base=base,
+        optimizer=optimizer,
+        schedule=schedule,
+        checkpoints=checkpoints,
+        facts=saved,
+        summary=summary,
+        dropout=has_dropout(params),
+    )
+
+
+def fit(
+    run: Run,
+    start: Start,
+    forward: Callable[..., Any],
+    loss: Loss,
+    *,
+    held_out: Examples | None,
+    tokens: Callable[[Batch], int],
+    unit: str,
+) -> tuple[Any, dict[str, Any]]:
+    """Trains to the end: (the adapted tree, the report of what it cost). The adapter is saved.
+
+    Args:
+      forward: the adapted function that the loss calls.
+      held_out: what the loss is measured on every --eval-every steps.
+      tokens: how many tokens a batch holds, without padding.
+      unit: what the loss is the mean over, for the curve.
+    """
+    state, base, checkpoints = start.state, start.base, start.checkpoints
+    step = make_step(forward, start.optimizer, start.schedule, dropout=start.dropout, loss=loss)
+    with doing(run.console, "compiling the step"):
+        began = time.perf_counter()
+        lowered = jax.jit(step, donate_argnums=0).lower(state, base, run.batch(0))
+        compiled = lowered.compile()
+        compile_seconds = time.perf_counter() - began
+    evaluation = jax.jit(make_evaluation(forward, loss))
+    hooks = Hooks(
+        batch=run.batch,
+        tokens=tokens,
+        save=lambda state: checkpoints.save(
+            state, {**start.facts, "cursor": run.order.cursor(int(state.step))}
+        ),
+        evaluate=lambda state: _mean_loss(
+            evaluation, state.adapter, base, held_out, run.config.optim.batch_size
+        ),
+        resume_hint=f"Go on with: {_resume_command(run.script)}",
+    )
+    run.stop.message = f"interrupted. {hooks.resume_hint}"
+    with Log(run.folder, run.console, first=int(state.step), last=run.steps) as log:
+        state, step_seconds = train(
+            compiled, state, base, run.steps, run.config.run, hooks, log, run.stop
+        )
+    checkpoints.close()
+
+    trained = lj.join(state.adapter, base)
+    lj.save_adapter(run.folder / ADAPTER, trained, overwrite=True)
+    draw_curve(run.folder, read_metrics(run.folder), unit)
+    report = {
+        "summary": start.summary,
+        "steps": run.steps,
+        "compile_seconds": compile_seconds,
+        "median_step_seconds": step_seconds,
+        "compiled_bytes": compiled_bytes(compiled),
+        "peak_bytes": peak_bytes(),
+        "adapter_bytes": folder_bytes(run.folder / ADAPTER),
+    }
+    run.stop.message = f"interrupted; the adapter is in {run.folder / ADAPTER}"
+    run.stop.check()
+    return trained, report
+
+
+def print_adapter(run: Run, report: dict[str, Any]) -> None:
+    """Where the adapter is, its size beside the base's."""
+    run.console.print(
+        f"adapter saved in {run.folder / ADAPTER}: {megabytes(report['adapter_bytes'])} beside "
+        f"the base's {megabytes(report['base_bytes'])}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@contextmanager
+def doing(console: Console, what: str) -> Iterator[None]:
+    """Says what takes a while and, afterwards, how long it took."""
+    began = time.monotonic()
+    with console.status(what):
+        yield
+    console.print(f"{what}: {duration(time.monotonic() - began)}", highlight=False)
+
+
+def _mean_loss(
+    evaluation: Callable[..., dict[str, jax.Array]],
+    adapter: Any,
+    base: Any,
+    examples: Examples | None,
+    batch_size: int,
+) -> float:
+    """The mean loss over the predictions that count; `evaluation` is of `make_evaluation`."""
+    assert examples is not None, "--eval-every without rows to hold out"
+    loss = count = 0.0
+    for part in examples.parts(batch_size):
+        sums = evaluation(adapter, base, part)
+        loss += float(sums["loss"])
+        count += float(sums["count"])
+    return loss / count
+
+
+def _resumed(run: Run, checkpoints: Checkpoints, state: State, facts: dict[str, Any]) -> State:
+    """The state of the newest checkpoint; UserError where it is not of this run."""
+    if not checkpoints.steps():
+        run.console.print("no checkpoint yet: beginning at step 0")
+        return state
+    state, saved = checkpoints.restore(state)
+    done = int(state.step)
+    if saved["data"] != facts["data"] or saved["cursor"] != run.order.cursor(done):
+        raise UserError("--resume: the training data are not those that the run began with")
+    if wrong := differing(saved["base"], facts["base"]):
+        raise UserError(
+            f"--resume: the base is not the one that the run began with; {len(wrong)} of its "
+            f"weights differ, {wrong[0]} among them"
+        )
+    if done > run.steps:
+        raise UserError(f"--resume: {done} steps are done, more than the {run.steps} asked for")
+    run.console.print(f"going on after step {done}", highlight=False)
+    return state
+
+
+def _resume_command(script: str) -> str:
+    """The command line of this run, with --resume."""
+    options = [arg for arg in sys.argv[1:] if arg not in ("--overwrite", "--resume")]
+    return shlex.join(["python", "-m", script, *options, "--resume"])
