@@ -83,8 +83,8 @@ def pack(sequences: Sequence[Tokens], seq_len: int, *, packing: bool) -> Packs:
             free[row] -= len(tokens)
     else:
         rows = [[tokens] for tokens in sequences]
-    length = _round_up(max(sum(map(len, members)) for members in rows), seq_len)
-    counted = _round_up(max(sum(t.counts[1:].sum() for t in members) for members in rows), length)
+    length = round_up(max(sum(map(len, members)) for members in rows), seq_len)
+    counted = round_up(max(sum(t.counts[1:].sum() for t in members) for members in rows), length)
     of_length = {"ids": length, "segment_ids": length, "positions": length}
     of_length |= {"predict_at": counted, "targets": counted, "weights": counted}
     packs = Packs(
@@ -107,7 +107,8 @@ def pack(sequences: Sequence[Tokens], seq_len: int, *, packing: bool) -> Packs:
     return packs
 
 
-def _round_up(length: int, most: int) -> int:
+def round_up(length: int, most: int) -> int:
+    """A length that suits devices: a multiple of eight, and no more than `most`."""
     return min(most, -(-int(length) // _MULTIPLE) * _MULTIPLE)
 
 

@@ -18,6 +18,8 @@ from train.pretrained import Outline
 Rule = lj.LoraRule | lj.TrainRule
 NO_ADAPTER = ("none",)
 
+_TOKENS = r"(.*/)?(embed_tokens|wte|word_embeddings)/embedding"  # not those of positions
+
 _INITIALISERS = {
     "kaiming": init.kaiming,
     "gaussian": init.gaussian,
@@ -46,7 +48,7 @@ def rules(adapter: AdapterConfig, outline: Outline | None = None) -> list[Rule]:
         if adapter.train:
             chosen.append(lj.TrainRule(targets=adapter.train))
         if adapter.train_tokens:
-            rows = lj.TrainRule(targets=r"(.*/)?embedding", rows=adapter.train_tokens)
+            rows = lj.TrainRule(targets=_TOKENS, rows=adapter.train_tokens)
             chosen.append(rows)
         if adapter.bias == "all":
             chosen.append(lj.TrainRule(targets=["bias"]))

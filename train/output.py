@@ -13,11 +13,12 @@ from train.options import Options, as_json, check_same_run
 
 CONFIG = "config.json"
 SCORES = "scores.json"
+CONFUSION = "confusion.png"
 REPORT = "report.json"
 ADAPTER = "adapter"
 START = "start"
 CHECKPOINTS = "checkpoints"
-_OURS = (CONFIG, SCORES, REPORT, ADAPTER, START, CHECKPOINTS, METRICS, EVENTS, CURVE)
+_OURS = (CONFIG, SCORES, REPORT, ADAPTER, START, CHECKPOINTS, METRICS, EVENTS, CURVE, CONFUSION)
 
 
 def check_output(config: Options) -> Path:

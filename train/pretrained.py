@@ -114,6 +114,11 @@ def read_model(
         )
 
 
+def read_classifier(name: str, num_labels: int, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """As `read_model`, of an encoder with a head for so many classes."""
+    return read_model(name, head="classification", num_labels=num_labels, **options)
+
+
 def end_tokens(outline: Outline) -> tuple[int, ...]:
     """The tokens that end an answer: those of the configuration and the tokenizer's."""
     eos = outline.tokenizer.eos_token_id

@@ -1,0 +1,110 @@
+"""How well texts are told apart: scores, their tables, and the confusion matrix as a picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from sklearn.metrics import (
+    ConfusionMatrixDisplay,
+    accuracy_score,
+    confusion_matrix,
+    f1_score,
+    precision_recall_fscore_support,
+)
+
+_MISTAKES = 8
+
+
+def scores_of(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """Accuracy, macro F1 (the mean over classes), each class's figures, and the confusion matrix.
+
+    Args:
+      labels, predicted: [n], indices of `names`.
+    """
+    classes = range(len(names))
+    precision, recall, f1, support = precision_recall_fscore_support(
+        labels, predicted, labels=classes, zero_division=0.0
+    )
+    of_class = {
+        name: {
+            "precision": float(precision[i]),
+            "recall": float(recall[i]),
+            "f1": float(f1[i]),
+            "texts": int(support[i]),
+        }
+        for i, name in enumerate(names)
+    }
+    return {
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "macro_f1": float(
+            f1_score(labels, predicted, labels=classes, average="macro", zero_division=0.0)
+        ),
+        "classes": of_class,
+        "confusion": confusion_matrix(labels, predicted, labels=classes).tolist(),
+    }
+
+
+def draw_confusion(path: Path, confusion: Sequence[Sequence[int]], names: Sequence[str]) -> None:
+    """The confusion matrix as a PNG: a row for each label, a column for each prediction."""
+    matrix = np.array(confusion)
+    size = 3.2 + 0.6 * len(names)
+    figure = Figure(figsize=(size + 0.8, size))  # without pyplot: no window, no global state
+    axes = figure.subplots()
+    shown = ConfusionMatrixDisplay(matrix, display_labels=list(names))
+    rotation = "horizontal" if len(names) < 6 else "vertical"
+    shown.plot(ax=axes, cmap="Blues", colorbar=False, values_format="d", xticks_rotation=rotation)
+    axes.set(xlabel="predicted", ylabel="label")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def print_scores(console: Console, ways: Mapping[str, Mapping[str, Any]], n: int) -> None:
+    """A row for each way to classify: its accuracy and macro F1 in %."""
+    table = Table(title=f"{n} held-out texts, in %")
+    table.add_column("by")
+    table.add_column("accuracy", justify="right")
+    table.add_column("macro F1", justify="right")
+    for way, scores in ways.items():
+        table.add_row(way, f"{100 * scores['accuracy']:.1f}", f"{100 * scores['macro_f1']:.1f}")
+    console.print(table)
+
+
+def print_classes(console: Console, scores: Mapping[str, Any]) -> None:
+    """A row for each class, then the mean."""
+    columns = ("precision", "recall", "f1")
+    table = Table("class", title="The fine-tuned model, in %")
+    for column in ("precision", "recall", "F1", "texts"):
+        table.add_column(column, justify="right")
+    for name, row in scores["classes"].items():
+        figures = [f"{100 * row[column]:.1f}" for column in columns]
+        table.add_row(escape(name), *figures, str(row["texts"]))
+    console.print(table)
+
+
+def print_mistakes(
+    console: Console,
+    texts: Sequence[str],
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    names: Sequence[str],
+) -> None:
+    """The mistakes that the model is surest of."""
+    predicted = probabilities.argmax(-1)
+    sure = probabilities.max(-1)
+    wrong = np.flatnonzero(predicted != labels)
+    wrong = wrong[np.argsort(-sure[wrong], kind="stable")][:_MISTAKES]
+    if not len(wrong):
+        return
+    table = Table(title="The mistakes that it is surest of")
+    table.add_column("text", overflow="fold", max_width=60)
+    table.add_column("label")
+    table.add_column("predicted")
+    for i in wrong.tolist():
+        predicted_name = f"{names[predicted[i]]} ({100 * sure[i]:.0f}%)"
+        table.add_row(escape(texts[i]), escape(names[labels[i]]), escape(predicted_name))
+    console.print(table)

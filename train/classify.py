@@ -1,0 +1,188 @@
+"""Text classification: `python -m train.classify` teaches MiniLM which words are positive.
+
+`python -m train.classify --help` lists the options. A head on an encoder trains in full, the
+encoder through LoRA, or in full as well, or not at all.
+"""
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+
+import lora_jax as lj
+from train.batches import Order
+from train.classes import (
+    draw_confusion,
+    print_classes,
+    print_mistakes,
+    print_scores,
+    scores_of,
+)
+from train.classify_config import HEAD, Config, check, settled
+from train.data import Row
+from train.errors import reported
+from train.fit import (
+    Run,
+    adapted,
+    check_rules,
+    doing,
+    fit,
+    number_of_steps,
+    print_adapter,
+    start,
+)
+from train.labelled import (
+    Labelled,
+    classification_loss,
+    encode,
+    label_names,
+    predict,
+    read_labelled,
+)
+from train.log import duration
+from train.methods import rules
+from train.output import CONFUSION, REPORT, SCORES, check_output, write_json
+from train.pretrained import read_classifier, read_classifier_outline
+from train.report import print_costs, tree_bytes
+from train.sentiment import PREFIX, look_up_prefixes
+from train.stop import Stop
+
+
+def parse(args: Sequence[str] | None = None) -> Config:
+    """The settled options of a command line, by default this process's."""
+    flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[Config]]
+    return settled(tyro.cli(flat, args=args, prog="python -m train.classify"))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line; bad input ends it with the exit code 2, a signal with its own."""
+    config = parse(args)
+    stop = Stop()
+    with reported(), stop.listening():
+        run(config, stop)
+
+
+def run(config: Config, stop: Stop) -> None:
+    """One run, from its options to its report."""
+    console = Console()
+    began = time.monotonic()
+
+    # What can be wrong is found first: options and output folder, then rows, then texts and
+    # targets against the model's configuration. Only then are weights read.
+    check(config)
+    config = with_head(config)
+    rules(config.adapter)
+    folder = check_output(config)
+    data, optim = config.data, config.optim
+    rows, test_rows = read_labelled(data)
+    names = label_names(data, rows)
+    outline = read_classifier_outline(data.model, len(names))
+    outline.check_length(data.seq_len, f"--seq-len {data.seq_len}")
+    examples = encode(data, rows, names, outline.tokenizer, data.dataset)
+    test = encode(data, test_rows, names, outline.tokenizer, data.test or "the held-out rows")
+    order = Order(optim.seed, len(examples), optim.batch_size, optim.grad_accum)
+    check_rules(config, outline)
+    of_run = Run(
+        script="train.classify",
+        config=config,
+        folder=folder,
+        console=console,
+        stop=stop,
+        examples=examples,
+        order=order,
+        steps=number_of_steps(optim, order),
+    )
+    print_data(console, rows, test_rows, data.label)
+
+    # The model, its head and its adapter.
+    param_dtype = "float32" if config.adapter.full else optim.dtype
+    model, plain = read_classifier(
+        data.model,
+        len(names),
+        dtype=optim.dtype,
+        param_dtype=param_dtype,
+        remat=optim.remat,
+    )
+    base_bytes = tree_bytes(plain)
+    key = jax.random.key(optim.seed)
+    params = adapted(config, outline, plain, folder, jax.random.fold_in(key, 0))
+    facts = {"labels": names, "sequence_length": examples.ids.shape[1]}
+    begun = start(of_run, optim, params, jax.random.fold_in(key, 1), facts)
+    del params, plain
+
+    # Training, and what is left of it.
+    trained, report = fit(
+        of_run,
+        begun,
+        lj.adapt(model.apply),
+        classification_loss,
+        held_out=test,
+        tokens=lambda batch: int(batch["attention_mask"].sum()),
+        unit="text",
+    )
+    report["base_bytes"] = base_bytes
+    write_json(folder / REPORT, report)
+    print_adapter(of_run, report)
+
+    # What it makes of the texts that it has not seen.
+    with doing(console, f"classifying {len(test)} texts"):
+        probabilities = predict(model, lj.merge(trained), test, 4 * optim.batch_size)
+    ways = baselines(config, rows, test_rows, test, names)
+    scores = scores_of(test.labels, probabilities.argmax(-1), names)
+    ways["fine-tuned"] = scores
+    write_json(folder / SCORES, ways)
+    draw_confusion(folder / CONFUSION, scores["confusion"], names)
+    texts = [row[data.text] for row in test_rows]
+    print_mistakes(console, texts, test.labels, probabilities, names)
+    print_classes(console, scores)
+    print_scores(console, ways, len(test))
+    print_costs(console, report)
+    console.print(report["summary"], highlight=False, soft_wrap=True)
+    console.print(f"all of it took {duration(time.monotonic() - began)}; see {folder}")
+
+
+def with_head(config: Config) -> Config:
+    """The options with the head among what trains in full."""
+    adapter = config.adapter
+    if adapter.full or adapter.init_adapter or adapter.peft_config or HEAD in adapter.train:
+        return config
+    adapter = dataclasses.replace(adapter, train=(HEAD, *adapter.train))
+    return dataclasses.replace(config, adapter=adapter)
+
+
+def baselines(
+    config: Config,
+    rows: Sequence[Row],
+    test_rows: Sequence[Row],
+    test: Labelled,
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """The scores of what needs no model: the commonest label; of words, their first letters."""
+    index = {name: i for i, name in enumerate(names)}
+    usual = Counter(str(row[config.data.label]) for row in rows).most_common(1)[0][0]
+    always = np.full(len(test), index[usual])
+    ways = {"always the commonest label": scores_of(test.labels, always, names)}
+    if config.is_vader:
+        labels, found = look_up_prefixes(list(rows), [row["text"] for row in test_rows])
+        way = f"look-up of {PREFIX}-letter prefixes ({100 * found:.0f}% found)"
+        looked_up = np.array([index[label] for label in labels])
+        ways[way] = scores_of(test.labels, looked_up, names)
+    return ways
+
+
+def print_data(console: Console, rows: Sequence[Row], test_rows: Sequence[Row], label: str) -> None:
+    """How many texts there are of each label."""
+    for what, part in (("to train on", rows), ("to test on", test_rows)):
+        counts = Counter(str(row[label]) for row in part)
+        shares = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+        console.print(f"{len(part)} texts {what}: {shares}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The options of `python -m train.classify`."""
+
+import dataclasses
+
+from lora_jax.models.bundled import MINILM
+from train.errors import UserError
+from train.labelled import VADER, DataConfig
+from train.methods import NO_ADAPTER
+from train.options import AdapterConfig, OptimConfig, Options, RunConfig, at_least, check_shared
+
+HEAD = "classifier"
+EPOCHS = 3.0
+RATE, FULL_RATE = 1e-3, 1e-4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifyDataConfig(DataConfig):
+    """Model and data."""
+
+    model: str = MINILM.name
+    """A BERT, RoBERTa or XLM-RoBERTa: a name on the hub, or a folder."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifyAdapterConfig(AdapterConfig):
+    """What trains."""
+
+    head_only: bool = False
+    """Train the head alone, on the model as it is."""
+    train: tuple[str, ...] = ()
+    """Names of modules that train in full beside the adapter and the head."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifyOptimConfig(OptimConfig):
+    """Optimisation."""
+
+    epochs: float | None = None
+    """Passes over the data. By default three, if --steps is not given."""
+    batch_size: int = 32
+    """Texts that are in memory at once."""
+    lr: float | None = None
+    """The highest learning rate (AdamW). By default 1e-3; 1e-4 for --full."""
+    warmup: int = 20
+    """Steps over which the learning rate rises."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifyRunConfig(RunConfig):
+    """Evaluation and output."""
+
+    output: str = "runs/classify"
+    """The folder of this run."""
+    log_every: int = 20
+    """Steps between lines of metrics."""
+    save_every: int = 100
+    """Steps between checkpoints; the last step always has one."""
+    eval_every: int = 0
+    """Steps between measurements of the loss on the test rows; 0 for none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    """Fine-tune an encoder to classify texts, with LoRA or in full."""
+
+    data: ClassifyDataConfig = ClassifyDataConfig()
+    adapter: ClassifyAdapterConfig = ClassifyAdapterConfig()
+    optim: OptimConfig = ClassifyOptimConfig()
+    run: ClassifyRunConfig = ClassifyRunConfig()
+
+    @property
+    def is_vader(self) -> bool:
+        """Whether the run trains on the default task."""
+        return self.data.dataset == VADER
+
+
+def settled(config: Config) -> Config:
+    """The options with those filled in whose defaults depend on what trains."""
+    adapter, optim = config.adapter, config.optim
+    if adapter.head_only and not adapter.full:
+        adapter = dataclasses.replace(adapter, targets=NO_ADAPTER)
+    if adapter.alpha is None and adapter.peft_config is None:
+        adapter = dataclasses.replace(adapter, alpha=2.0 * adapter.rank)
+    if optim.lr is None:
+        optim = dataclasses.replace(optim, lr=FULL_RATE if adapter.full else RATE)
+    if optim.epochs is None and optim.steps is None:
+        optim = dataclasses.replace(optim, epochs=EPOCHS)
+    if optim.beta2 is None:
+        optim = dataclasses.replace(optim, beta2=0.999)
+    return dataclasses.replace(config, adapter=adapter, optim=optim)
+
+
+def check(config: Config) -> None:
+    """Everything that can be checked of settled options without data or model; or UserError."""
+    data = config.data
+    check_shared(config)
+    at_least(1, data, "rows")
+    at_least(3, data, "seq_len")
+    if not 0 < data.test_share < 1:
+        raise UserError(f"--test-share {data.test_share}: a number between 0 and 1")
+    if config.adapter.head_only and config.adapter.full:
+        raise UserError("--head-only trains the head alone, and --full everything: give one")
+    if config.is_vader and data.test is not None:
+        raise UserError("--test: the words of --dataset vader have a split of their own, by stem")
+    if config.optim.lr_rule is not None:
+        raise UserError("--lr-rule was fitted for language models: give --lr")
