@@ -16,7 +16,7 @@ COMMON = {
 ways = st.sampled_from(list(WAYS))
 
 
-@settings(max_examples=25, **COMMON)
+@settings(max_examples=8, **COMMON)
 @given(programs(), ways)
 def test_random_programs_keep_the_laws(program, way):
     with jax.enable_x64(True):
@@ -24,7 +24,7 @@ def test_random_programs_keep_the_laws(program, way):
 
 
 @pytest.mark.slow
-@settings(max_examples=60, **COMMON)
+@settings(max_examples=80, **COMMON)
 @given(programs(), ways)
 def test_many_random_programs_keep_the_laws(program, way):
     with jax.enable_x64(True):

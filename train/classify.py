@@ -46,7 +46,7 @@ from train.labelled import (
     read_labelled,
 )
 from train.log import duration
-from train.methods import rules
+from train.methods import peft_fields, rules
 from train.output import CONFUSION, REPORT, SCORES, check_output, write_json
 from train.pretrained import read_classifier, read_classifier_outline
 from train.report import print_costs, tree_bytes
@@ -150,7 +150,9 @@ def run(config: Config, stop: Stop) -> None:
 def with_head(config: Config) -> Config:
     """The options with the head among what trains in full."""
     adapter = config.adapter
-    if adapter.full or adapter.init_adapter or adapter.peft_config or HEAD in adapter.train:
+    if adapter.full or adapter.init_adapter or HEAD in adapter.train:
+        return config
+    if adapter.peft_config and HEAD in (peft_fields(adapter.peft_config)["modules_to_save"] or ()):
         return config
     adapter = dataclasses.replace(adapter, train=(HEAD, *adapter.train))
     return dataclasses.replace(config, adapter=adapter)

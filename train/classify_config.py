@@ -6,7 +6,15 @@ from lora_jax.models.bundled import MINILM
 from train.errors import UserError
 from train.labelled import VADER, DataConfig
 from train.methods import NO_ADAPTER
-from train.options import AdapterConfig, OptimConfig, Options, RunConfig, at_least, check_shared
+from train.options import (
+    AdapterConfig,
+    OptimConfig,
+    Options,
+    RunConfig,
+    at_least,
+    check_shared,
+    flag,
+)
 
 HEAD = "classifier"
 EPOCHS = 3.0
@@ -93,14 +101,15 @@ def settled(config: Config) -> Config:
 def check(config: Config) -> None:
     """Everything that can be checked of settled options without data or model; or UserError."""
     data = config.data
-    check_shared(config)
-    at_least(1, data, "rows")
-    at_least(3, data, "seq_len")
     if not 0 < data.test_share < 1:
         raise UserError(f"--test-share {data.test_share}: a number between 0 and 1")
-    if config.adapter.head_only and config.adapter.full:
-        raise UserError("--head-only trains the head alone, and --full everything: give one")
+    for name in ("full", "peft_config", "init_adapter"):
+        if config.adapter.head_only and getattr(config.adapter, name):
+            raise UserError(f"--head-only trains the head alone: leave {flag(name)} out")
     if config.is_vader and data.test is not None:
         raise UserError("--test: the words of --dataset vader have a split of their own, by stem")
     if config.optim.lr_rule is not None:
-        raise UserError("--lr-rule was fitted for language models: give --lr")
+        raise UserError("--lr-rule was fitted to language models: give --lr")
+    check_shared(config)
+    at_least(1, data, "rows")
+    at_least(3, data, "seq_len")

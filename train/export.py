@@ -62,7 +62,8 @@ class Options:
     max_rank: int = MAX_RANK
     """The highest rank that the engine is started for (vLLM's --max-lora-rank)."""
     num_labels: int | None = None
-    """The base gets a head for so many classes, where the adapter brings one that it lacks."""
+    """The base gets a head for so many classes, where the adapter brings one that it lacks. By
+    default as many as the adapter's run had."""
     allow_base_mismatch: bool = False
     """Accept an adapter that was trained on another base."""
     overwrite: bool = False
@@ -221,18 +222,27 @@ def base_of(adapter: Path, from_peft: bool) -> str:
         with as_user_errors(ValueError):
             name = fields_of(adapter)[0].get("base_model_name_or_path")
     else:
-        name = read_json(adapter.absolute().parent / CONFIG).get("options", {}).get("model")
+        name = run_facts(adapter).get("options", {}).get("model")
     if not name:
         raise UserError(f"--adapter {adapter} does not say what its base is: name it by --model")
     return name
 
 
+def run_facts(adapter: Path) -> dict[str, Any]:
+    """What the run whose adapter this is has written down; {} where none is beside it."""
+    return read_json(adapter.absolute().parent / CONFIG)
+
+
 def load(options: Options, adapter: Path, from_peft: bool, name: str) -> tuple[Any, Any]:
     """The model, and its parameters with the adapter, all in float32."""
+    names = () if from_peft else run_facts(adapter).get("labels", ())
+    num_labels = options.num_labels or len(names)
     head: dict[str, Any] = {}
-    if options.num_labels is not None:
-        head = {"head": "classification", "num_labels": options.num_labels}
+    if num_labels:
+        head = {"head": "classification", "num_labels": num_labels}
     model, params = read_model(name, dtype="float32", **head)
+    if num_labels and len(names) == num_labels:
+        model = model.clone(config=dataclasses.replace(model.config, label_names=tuple(names)))
     with as_user_errors(ValueError):
         if from_peft:
             return model, lp.load(adapter, model, params)

@@ -1,6 +1,7 @@
 """What the options on the adapter stand for: rules for the tree, an optimiser for what trains."""
 
 import re
+from contextlib import AbstractContextManager
 from typing import Any
 
 import optax
@@ -40,9 +41,10 @@ def rules(adapter: AdapterConfig, outline: Outline | None = None) -> list[Rule]:
     if adapter.full:
         return [lj.TrainRule(targets=".*")]
     if adapter.peft_config is not None:
-        with as_user_errors(ValueError, OSError, prefix=f"--peft-config {adapter.peft_config}: "):
-            fields = read_config(adapter.peft_config)
-            return [] if outline is None else lp.rules(fields, outline)
+        others: list[Rule] = [lj.TrainRule(targets=adapter.train)] if adapter.train else []
+        fields = peft_fields(adapter.peft_config)
+        with _of_peft(adapter.peft_config):
+            return [] if outline is None else [*others, *lp.rules(fields, outline)]
     with as_user_errors(ValueError, prefix="options on the adapter: "):
         chosen: list[Rule] = []
         if adapter.train:
@@ -65,6 +67,16 @@ def rules(adapter: AdapterConfig, outline: Outline | None = None) -> list[Rule]:
     if not chosen:
         raise UserError("--targets none: nothing would train; say what by --train or --bias")
     return chosen
+
+
+def peft_fields(path: str) -> dict[str, Any]:
+    """The checked fields of --peft-config; raises UserError where it cannot be used."""
+    with _of_peft(path):
+        return read_config(path)
+
+
+def _of_peft(path: str) -> AbstractContextManager[None]:
+    return as_user_errors(ValueError, OSError, prefix=f"--peft-config {path}: ")
 
 
 def _lora_rule(adapter: AdapterConfig, targets: str | tuple[str, ...], rank: int) -> lj.LoraRule:

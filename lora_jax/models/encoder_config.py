@@ -90,6 +90,7 @@ class EncoderConfig:
     pad_token_id: int | None = None
     head: str = "none"
     num_labels: int = 2
+    label_names: tuple[str, ...] = ()
     pooling: str = "mean"
     normalize: bool = False
 
@@ -116,6 +117,10 @@ class EncoderConfig:
             raise ConfigError(
                 f"num_labels ({self.num_labels}) and type_vocab_size ({self.type_vocab_size}) are "
                 "at least 1"
+            )
+        if self.label_names and len(self.label_names) != self.num_labels:
+            raise ConfigError(
+                f"label_names has {len(self.label_names)} names for {self.num_labels} labels"
             )
 
     @property
@@ -168,9 +173,13 @@ class EncoderConfig:
         ):
             if name in options and head != owner:
                 raise ConfigError(f"{name} goes with head={owner!r}, and the head is {head!r}")
-        labels = config.get("id2label")
+        names = _names(config.get("id2label") or {})
+        num_labels = options.get("num_labels") or config.get("num_labels") or len(names) or 2
+        if names == _numbered(len(names)) or len(names) != num_labels:
+            names = ()  # none, or of another head
         read = {
-            "num_labels": config.get("num_labels") or (2 if labels is None else len(labels)),
+            "num_labels": num_labels,
+            "label_names": names,
             "pooling": config.get("sentence_pooling") or "mean",
             "normalize": bool(config.get("sentence_normalize", False)),
         }
@@ -189,12 +198,25 @@ class EncoderConfig:
         out = {name: getattr(self, name) for name in ("model_type", *_DEFAULTS, "pad_token_id")}
         written = "none" if self.head == "embedding" else self.head
         out["architectures"] = [_CLASS[self.model_type] + _ARCHITECTURES[written][0]]
-        out["id2label"] = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}
-        out["label2id"] = {f"LABEL_{i}": i for i in range(self.num_labels)}
+        names = self.label_names or _numbered(self.num_labels)
+        out["id2label"] = {str(i): name for i, name in enumerate(names)}
+        out["label2id"] = {name: i for i, name in enumerate(names)}
         if self.head == "embedding":
             out["sentence_pooling"] = self.pooling
             out["sentence_normalize"] = self.normalize
         return out
+
+
+def _names(id2label: Mapping[Any, Any]) -> tuple[str, ...]:
+    """The names of the classes in their order; () where they are not numbered from 0."""
+    names = {str(i): str(name) for i, name in id2label.items()}
+    numbers = [str(i) for i in range(len(names))]
+    return tuple(names[i] for i in numbers) if set(names) == set(numbers) else ()
+
+
+def _numbered(n: int) -> tuple[str, ...]:
+    """transformers' names where there are none."""
+    return tuple(f"LABEL_{i}" for i in range(n))
 
 
 def _head_of(config: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Options that make no sense, runs that do not match, and folders that are taken."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -100,8 +101,12 @@ def test_what_else_trains_comes_first():
     args = "--train norm lm_head --train-tokens 3 5 --bias all --dora --init pissa --rank 8"
     config = parse([*args.split(), "--divide-rank"])
     *others, experts, every = rules(config.adapter, outline(num_experts_per_tok=2))
-    assert [rule.targets for rule in others] == [("norm", "lm_head"), r"(.*/)?embedding", ("bias",)]
-    assert others[1].rows == (3, 5)
+    saved, tokens, biases = others
+    assert (saved.targets, biases.targets) == (("norm", "lm_head"), ("bias",))
+    assert tokens.rows == (3, 5)
+    for path in ("embed_tokens", "transformer/wte", "bert/embeddings/word_embeddings"):
+        assert re.fullmatch(tokens.targets, f"{path}/embedding")
+    assert not re.fullmatch(tokens.targets, "transformer/wpe/embedding")  # of positions
     assert (experts.targets, experts.rank, experts.scale) == (("experts",), 4, 10.0)
     assert (every.rank, every.scale, every.dora) == (8, 10.0, True)
     with pytest.raises(UserError, match="--divide-rank: the model is no mixture of experts"):

@@ -1,0 +1,296 @@
+"""The whole script on a tiny encoder: what it leaves, what trains, resuming, and bad input."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import lora_jax as lj
+from lora_jax import models
+from lora_jax.models import hf_tensors, key_table, read_config
+from lora_jax.models.families import family_of
+from tests.models.tiny import draw
+from tests.train.test_sft import assert_same
+from tests.train.tiny import tokenizer, write_jsonl, write_model
+from train import export
+from train.classes import scores_of
+from train.classify import main, parse
+from train.classify_config import check
+from train.errors import UserError
+from train.labelled import Labelled, classification_loss, encode, label_names, read_labelled
+from train.log import read_metrics
+from train.step import make_evaluation
+
+# Orbax leaves coroutines behind where a file cannot be read.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+CONFIG = {
+    "model_type": "bert",
+    "architectures": ["BertModel"],
+    "vocab_size": 259,
+    "hidden_size": 24,
+    "intermediate_size": 37,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 29,
+    "type_vocab_size": 2,
+    "pad_token_id": 256,
+}
+
+
+def write_encoder(folder):
+    """A tiny random BERT without a head, and a tokenizer of bytes."""
+    config = read_config(CONFIG)
+    model = family_of("bert").module(config)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    rng = np.random.default_rng(5)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.asarray(draw(rng, jax.tree_util.keystr(path), leaf.shape)), shapes
+    )
+    tokenizer(None).save_pretrained(folder)
+    save_file(dict(hf_tensors(params, key_table(config))), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def words(n, seed=0):
+    """Rows of three classes that the letters tell apart."""
+    rng = np.random.default_rng(seed)
+    kinds = {"low": "abc", "middle": "mno", "top": "xyz"}
+    rows = []
+    for i in range(n):
+        name = list(kinds)[i % 3]
+        letters = rng.choice(list(kinds[name]), size=rng.integers(2, 9))
+        rows.append({"word": "".join(letters), "grade": name})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """The options that name the tiny encoder and its rows."""
+    folder = tmp_path_factory.mktemp("inputs")
+    model = write_encoder(folder / "model")
+    rows = write_jsonl(folder / "rows.jsonl", words(60))
+    options = ["--model", model, "--dataset", rows, "--text", "word", "--label", "grade"]
+    options += ["--seq-len", 16, "--batch-size", 8, "--rank", 2, "--lr", 3e-3, "--warmup", 1]
+    return [str(option) for option in options]
+
+
+def run(inputs, folder, *args):
+    main([*inputs, "--output", str(folder), *map(str, args)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """A run without a break."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run(inputs, folder, "--steps", 120, "--eval-every", 60, "--alpha", 16)
+
+
+def base_of(inputs):
+    return models.from_pretrained(inputs[1], head="classification", num_labels=3)
+
+
+def adapter_of(inputs, folder):
+    return lj.split(lj.load_adapter(folder / "adapter", base_of(inputs)[1]))[0]
+
+
+def test_a_run_leaves_all_that_it_should(inputs, whole):
+    assert {path.name for path in whole.iterdir()} == {
+        *("adapter", "checkpoints", "config.json", "loss.png", "metrics.jsonl", "report.json"),
+        *("tensorboard", "scores.json", "confusion.png"),
+    }
+    assert json.loads((whole / "config.json").read_text())["labels"] == ["low", "middle", "top"]
+    scores = json.loads((whole / "scores.json").read_text())
+    assert scores["always the commonest label"]["accuracy"] == pytest.approx(1 / 3)
+    tuned = scores["fine-tuned"]
+    assert (
+        tuned["accuracy"] == np.trace(tuned["confusion"]) / 12 and np.sum(tuned["confusion"]) == 12
+    )
+    assert tuned["accuracy"] > 0.8  # letters are easy
+    trained = adapter_of(inputs, whole)
+    assert all("value" in trained[f"classifier/{name}"] for name in ("kernel", "bias"))
+    assert any(np.any(parts["b"]) for parts in trained.values() if "b" in parts)
+    lines = read_metrics(whole)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [60, 120]
+
+
+def test_the_scores_are_those_of_the_saved_adapter(inputs, whole):
+    """By hand: the texts that were held out, one at a time and unpadded, through `adapt`."""
+    model, params = base_of(inputs)
+    tree = lj.load_adapter(whole / "adapter", params)
+    forward = jax.jit(lj.adapt(model.apply))
+    _, test = read_labelled(parse(inputs).data)
+    right = 0
+    for row in test:
+        ids = jnp.array([tokenizer(None)(row["word"])["input_ids"]])
+        right += int(forward({"params": tree}, ids).argmax()) == ("lmt".index(row["grade"][0]))
+    scores = json.loads((whole / "scores.json").read_text())
+    assert scores["fine-tuned"]["accuracy"] == right / len(test)
+
+
+def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, whole, tmp_path):
+    options = ["--dropout", 0.1, "--eval-every", 6, "--log-every", 1, "--schedule", "constant"]
+    run(inputs, tmp_path / "whole", "--steps", 6, *options)
+    run(inputs, tmp_path / "half", "--steps", 3, *options)
+    run(inputs, tmp_path / "half", "--steps", 6, *options, "--resume")
+    assert_same(adapter_of(inputs, tmp_path / "whole"), adapter_of(inputs, tmp_path / "half"))
+
+
+@pytest.mark.parametrize("saved", [None, ["classifier", "score"]])
+def test_the_head_trains_whether_a_peft_configuration_says_so_or_not(saved, inputs, tmp_path):
+    config = {"peft_type": "LORA", "task_type": "SEQ_CLS", "r": 3, "target_modules": ["query"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": saved}))
+    rank = inputs.index("--rank")
+    options = [*inputs[:rank], *inputs[rank + 2 :], "--peft-config", str(tmp_path)]
+    folder = run(options, tmp_path / "run", "--steps", 2)
+    query = "bert/encoder/layer/attention/self/query/kernel"
+    assert set(adapter_of(inputs, folder)) == {"classifier/kernel", "classifier/bias", query}
+
+
+@pytest.mark.parametrize("way", ["--head-only", "--full", "--bias all"])
+def test_what_trains(way, inputs, tmp_path):
+    folder = run(inputs, tmp_path, "--steps", 2, *way.split())
+    trained = set(adapter_of(inputs, folder))
+    head = {"classifier/kernel", "classifier/bias"}
+    if way == "--head-only":
+        assert trained == head
+    elif way == "--full":
+        assert len(trained) == len(jax.tree.leaves(base_of(inputs)[1]))
+    else:
+        assert {path for path in trained if path.endswith("/bias")} > {"classifier/bias"}
+        assert head < trained
+
+
+def test_the_merged_export_knows_its_classes(inputs, whole, tmp_path):
+    args = ["--adapter", whole / "adapter", "--output", tmp_path / "out", "--merged"]
+    export.main([str(arg) for arg in args])
+    model, params = models.from_pretrained(tmp_path / "out")
+    assert model.config.label_names == ("low", "middle", "top")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["id2label"] == {"0": "low", "1": "middle", "2": "top"}
+    tree = lj.load_adapter(whole / "adapter", base_of(inputs)[1])
+    ids = jnp.array([[3, 9, 70]])
+    expected = lj.adapt(model.apply)({"params": tree}, ids)
+    got = model.apply({"params": params}, ids)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_and_filled_up_batches_change_no_loss(inputs):
+    model, params = base_of(inputs)
+    data, rows = parse(inputs).data, words(5)
+    one = encode(data, rows, ("low", "middle", "top"), tokenizer(None), "rows")
+    assert isinstance(one, Labelled) and one.ids.shape == (5, 8)
+    evaluate = jax.jit(make_evaluation(lj.adapt(model.apply), classification_loss))
+    tree = lj.lorafy(params, [lj.TrainRule(targets=["classifier"])])
+
+    def mean(examples, batch_size):
+        adapter, base = lj.split(tree)
+        sums = [evaluate(adapter, base, part) for part in examples.parts(batch_size)]
+        assert sum(int(s["count"]) for s in sums) == 5
+        return sum(float(s["loss"]) for s in sums) / 5
+
+    by_hand = 0.0
+    for row in rows:
+        ids = jnp.array([tokenizer(None)(row["word"])["input_ids"]])
+        log_probs = jax.nn.log_softmax(model.apply({"params": params}, ids)[0])
+        by_hand -= float(log_probs["lmt".index(row["grade"][0])]) / 5
+    assert mean(one, 2) == pytest.approx(by_hand, rel=1e-4)
+    assert mean(one, 5) == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_scores_of_a_small_case_by_hand():
+    labels, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 0, 1])
+    scores = scores_of(labels, predicted, ["a", "b", "c"])
+    assert scores["accuracy"] == 0.5
+    assert scores["confusion"] == [[2, 1, 0], [1, 1, 0], [0, 1, 0]]
+    assert scores["classes"]["a"] == {"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "texts": 3}
+    f1_b = 2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2)
+    assert scores["macro_f1"] == pytest.approx((2 / 3 + f1_b + 0) / 3)
+
+
+def test_numbers_are_ordered_as_numbers():
+    data = parse(["--label", "n"]).data
+    assert label_names(data, [{"n": 10}, {"n": 2}, {"n": "-1"}]) == ("-1", "2", "10")
+    assert label_names(data, [{"n": "b"}, {"n": "10"}, {"n": "a"}]) == ("10", "a", "b")
+
+
+def fails(capsys, *args):
+    """What the script says before it ends with the code for bad input."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(arg) for arg in args])
+    captured = capsys.readouterr()
+    assert caught.value.code == 2
+    assert "Traceback" not in captured.err and "loss" not in captured.out
+    return captured.err.strip()
+
+
+def test_rows_that_cannot_be_used(inputs, tmp_path, capsys):
+    model = inputs[:2]
+
+    def message(rows, *args):
+        path = write_jsonl(tmp_path / "rows.jsonl", rows)
+        output = ["--output", tmp_path / "out", "--dataset", path]
+        return fails(capsys, *model, *output, "--seq-len", 16, *args)
+
+    good = [{"text": "abc", "label": i % 2} for i in range(10)]
+    assert "row 11 has `label`, and no `text`: name the field by --text" in message(
+        [*good, {"label": 1}]
+    )
+    assert "row 11: `text` is None; a text is needed" in message(
+        [*good, {"text": None, "label": 1}]
+    )
+    assert "row 11: `label` is 0.5; a name or a whole number" in message(
+        [*good, {"text": "a", "label": 0.5}]
+    )
+    assert "no `hypothesis`: name the field by --text-pair" in message(
+        good, "--text-pair", "hypothesis"
+    )
+    assert "all rows have the label 1" in message([{"text": "a", "label": 1}] * 9)
+    long = [*good, {"text": "a" * 40, "label": 1}, {"text": "a" * 41, "label": 0}]
+    said = message(long, "--test-share", 0.5)
+    assert "longer than --seq-len 16, the longest has 4" in said and "--truncate" in said
+    assert "cannot be held out" in message([*good, {"text": "abc", "label": 7}])
+    other = write_jsonl(tmp_path / "test.jsonl", [{"text": "abc", "label": 3}])
+    assert "row 1: the label 3 is none of those to train on: 0, 1" in message(good, "--test", other)
+    assert "there is no such file" in message(good, "--test", tmp_path / "none.csv")
+
+
+def test_models_that_cannot_classify(inputs, tmp_path, capsys):
+    llama = write_model(tmp_path / "llama")
+    args = [*inputs, "--output", tmp_path / "out", "--model", llama]
+    assert "a llama model has no head for classes here; a BERT" in fails(capsys, *args)
+    args = [*inputs, "--output", tmp_path / "out", "--targets", "qwery"]
+    assert "qwery" in fails(capsys, *args)
+    args = [*inputs, "--output", tmp_path / "out", "--seq-len", 99]
+    assert "allows 29 tokens at most" in fails(capsys, *args)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--test-share 1", "--test-share 1.0: a number between 0 and 1"),
+        ("--head-only --full", "--head-only trains the head alone: leave --full out"),
+        ("--head-only --peft-config x", "leave --peft-config out"),
+        ("--head-only --rank 0 --seq-len 2", "--seq-len 2: at least 3"),
+        ("--test x.csv", "have a split of their own, by stem"),
+        ("--lr-rule llama", "--lr-rule was fitted to language models"),
+        ("--batch-size 0", "--batch-size 0: at least 1"),
+    ],
+)
+def test_options_that_make_no_sense(args, message):
+    with pytest.raises(UserError, match=message):
+        check(parse(args.split()))
+
+
+def test_a_pair_of_texts_is_told_apart(inputs):
+    data = parse([*inputs, "--text-pair", "other"]).data
+    rows = [{"word": "ab", "other": "xyz", "grade": "low"}]
+    encoded = encode(data, rows, ("low",), tokenizer(None), "rows")
+    joined = tokenizer(None)("ab")["input_ids"] + tokenizer(None)("xyz")["input_ids"]
+    assert encoded.ids[0].tolist() == [*joined, *[256] * 3]
+    assert encoded.attention_mask[0].tolist() == [1] * 5 + [0] * 3
+    assert encoded.token_type_ids[0].tolist() == [0, 0, 1, 1, 1, 0, 0, 0]
