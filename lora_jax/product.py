@@ -167,21 +167,41 @@ def dot(
     if weight.gain is not None and not forward:
         x = x * _of_contracted(weight, x, contract, batch)
         weight = dataclasses.replace(weight, gain=None)
-    product = _base_product(x, weight, contract, batch, weight_first, params)
-    delta = _delta(x, weight, contract, batch, weight_first, product.dtype, params)
-    if delta.shape != product.shape:
-        delta = lax.reshape(delta, product.shape)
-    if not forward or not (weight.columns().keys() - {"b"}):
-        return product + delta
+
+    def taken(x: jax.Array, weight: Factored, seen: jax.Array | None = None) -> jax.Array:
+        """x(W + s·AB); xW is taken from `seen` where that is given."""
+        if seen is None:
+            seen = _base_product(x, weight, contract, batch, weight_first, params)
+        delta = _delta(x, weight, contract, batch, weight_first, seen.dtype, params)
+        return seen + lax.reshape(delta, seen.shape)
+
     place = functools.partial(_of_result, weight, batch[1], x.ndim, contract, weight_first)
+
+    def columns_rescaled(x: jax.Array, weight: Factored) -> jax.Array:
+        return rescaled(taken(x, weight), place(weight.gain))
+
     if weight.gain is None:
-        result = product + delta
-    elif not is_dropped(weight):
-        result = rescaled(product + delta, place(weight.gain))
-    else:  # PEFT's: what is dropped is the change that the adapter makes, base and all
+        result = taken(x, weight)
+    elif is_dropped(weight):  # PEFT's: what is dropped is the change that the adapter makes
+        product = _base_product(x, weight, contract, batch, weight_first, params)
         seen = _base_product(dropped(x, weight), weight, contract, batch, weight_first, params)
-        result = product - seen + rescaled(seen + delta, place(weight.gain))
-    return result if weight.shift is None else result + place(weight.shift).astype(result.dtype)
+        result = product - seen + rescaled(taken(x, weight, seen), place(weight.gain))
+    elif _is_narrow(weight):
+        result = jax.checkpoint(columns_rescaled)(x, weight)
+    else:
+        result = columns_rescaled(x, weight)
+    if not forward or weight.shift is None:
+        return result
+    return result + place(weight.shift).astype(result.dtype)
+
+
+def _is_narrow(weight: Factored) -> bool:
+    """Whether a product costs less to take again than its result to keep, for the gain's gradient.
+
+    So it is with keys and values of grouped queries, a third as wide as what they are made from.
+    """
+    n_in, n_out = (math.prod(weight.base.shape[a] for a in weight.axes(r)) for r in ("in", "out"))
+    return 3 * n_out <= n_in
 
 
 def _base_product(

@@ -289,6 +289,34 @@ def test_frozen_a_is_not_differentiated_and_its_input_not_kept():
     assert temporaries(freeze_a=True) <= temporaries() - 2 * x.nbytes
 
 
+def test_what_a_narrow_product_gave_is_not_kept_for_its_magnitude(monkeypatch):
+    """It is taken again: the same gradients, with less memory."""
+    params = {"layers": {"narrow": draw(1, (4, 66, 22)), "wide": draw(2, (4, 22, 66))}}
+    rule = lj.LoraRule(targets="layers/.*", rank=2, alpha=3.0, dora=True)
+    adapter, base = lj.split(with_random_factors(lj.lorafy(params, [rule])))
+    x = draw(9, (2048, 66))
+
+    def run(params, x):
+        def layer(x, w):
+            heads = jnp.sin((x @ w["narrow"]).reshape(-1, 2, 11))
+            return jnp.tanh(heads.reshape(-1, 22) @ w["wide"]), None
+
+        return lax.scan(layer, x, params["layers"])[0]
+
+    def gradients(forward):
+        def loss(adapter, base, x):
+            return jnp.sum(jnp.square(forward(lj.join(adapter, base), x)))
+
+        compiled = jax.jit(jax.grad(loss)).lower(adapter, base, x).compile()
+        return compiled(adapter, base, x), compiled.memory_analysis().temp_size_in_bytes
+
+    again, less = gradients(lj.adapt(run, strict=True))
+    monkeypatch.setattr("lora_jax.product._is_narrow", lambda weight: False)
+    kept, more = gradients(lj.adapt(run, strict=True))
+    assert_close(again, kept, 1e-5)
+    assert less <= more - 4 * 2048 * 22 * 4
+
+
 def test_magnitudes_need_no_array_of_the_kernels_shape():
     kernel = jax.ShapeDtypeStruct((12, 512, 1024), jnp.float32)
     rule = lj.LoraRule(targets=["kernel"], rank=2, dora=True)

@@ -18,7 +18,7 @@ from train.options import (
 
 HEAD = "classifier"
 EPOCHS = 3.0
-RATE, FULL_RATE = 1e-3, 1e-4
+RATE, FULL_RATE, HEAD_RATE = 1e-3, 3e-5, 3e-2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,8 @@ class ClassifyOptimConfig(OptimConfig):
     batch_size: int = 32
     """Texts that are in memory at once."""
     lr: float | None = None
-    """The highest learning rate (AdamW). By default 1e-3; 1e-4 for --full."""
+    """The highest learning rate (AdamW). By default 1e-3; 3e-5 for --full, 3e-2 for
+    --head-only."""
     warmup: int = 20
     """Steps over which the learning rate rises."""
 
@@ -90,7 +91,8 @@ def settled(config: Config) -> Config:
     if adapter.alpha is None and adapter.peft_config is None:
         adapter = dataclasses.replace(adapter, alpha=2.0 * adapter.rank)
     if optim.lr is None:
-        optim = dataclasses.replace(optim, lr=FULL_RATE if adapter.full else RATE)
+        rate = FULL_RATE if adapter.full else HEAD_RATE if adapter.head_only else RATE
+        optim = dataclasses.replace(optim, lr=rate)
     if optim.epochs is None and optim.steps is None:
         optim = dataclasses.replace(optim, epochs=EPOCHS)
     if optim.beta2 is None:
