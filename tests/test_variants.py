@@ -291,15 +291,16 @@ def test_frozen_a_is_not_differentiated_and_its_input_not_kept():
 
 def test_what_a_narrow_product_gave_is_not_kept_for_its_magnitude(monkeypatch):
     """It is taken again: the same gradients, with less memory."""
-    params = {"layers": {"narrow": draw(1, (4, 66, 22)), "wide": draw(2, (4, 22, 66))}}
-    rule = lj.LoraRule(targets="layers/.*", rank=2, alpha=3.0, dora=True)
+    narrow, wide = draw(1, (4, 66, 22)), draw(2, (4, 22, 66))
+    params = {"layers": {"narrow": {"kernel": narrow}, "wide": {"kernel": wide}}}
+    rule = lj.LoraRule(targets=["layers"], rank=2, alpha=3.0, dora=True)
     adapter, base = lj.split(with_random_factors(lj.lorafy(params, [rule])))
     x = draw(9, (2048, 66))
 
     def run(params, x):
         def layer(x, w):
-            heads = jnp.sin((x @ w["narrow"]).reshape(-1, 2, 11))
-            return jnp.tanh(heads.reshape(-1, 22) @ w["wide"]), None
+            heads = jnp.sin((x @ w["narrow"]["kernel"]).reshape(-1, 2, 11))
+            return jnp.tanh(heads.reshape(-1, 22) @ w["wide"]["kernel"]), None
 
         return lax.scan(layer, x, params["layers"])[0]
 

@@ -90,12 +90,22 @@ def _read_hub(name: str, split: str, subset: str | None) -> list[Row]:
     import datasets
 
     try:
-        return list(datasets.load_dataset(name, subset, split=split))
+        dataset = datasets.load_dataset(name, subset, split=split)
+        kinds = dataset.features or {}
+        classes = {n: kind for n, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
+        return [{**row, **_named(row, classes)} for row in dataset]
     except Exception as error:  # whatever the hub's many layers raise, it is about the name given
         raise UserError(
             f"--dataset {name} is neither a file here nor a dataset that the hub gives "
             f"(--split {split}, --subset {subset}): {error}"
         ) from error
+
+
+def _named(row: Row, classes: Mapping[str, Any]) -> dict[str, Any]:
+    """The row's numbers of classes as the names that the dataset gives them; -1 is none."""
+    numbers = {name: row[name] for name in classes}
+    known = {name: n for name, n in numbers.items() if n is not None and n >= 0}
+    return {name: classes[name].int2str(n) for name, n in known.items()}
 
 
 def conversation(row: Row, name: str) -> list[dict[str, str]]:

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -153,3 +154,14 @@ def test_json_rows_survive_unicode(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "\u2028x", "completion": "y"}, ensure_ascii=False))
     assert read_rows(str(path)) == [{"prompt": "\u2028x", "completion": "y"}]
+
+
+def test_classes_of_a_hub_dataset_have_their_names(monkeypatch):
+    kinds = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    made = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, kinds)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, split: made)
+    rows = read_rows("owner/data")
+    assert [row["label"] for row in rows] == ["yes", "no", -1]
+    assert [row["text"] for row in rows] == ["a", "b", "c"]
