@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from train.hosts import is_first
+
 Line = dict[str, Any]
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
@@ -97,6 +99,24 @@ class Log:
 
     def _print(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)
+
+
+class Unheard:
+    """The log of the other processes of a run: the first one's is that of all."""
+
+    def __enter__(self) -> "Unheard":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def add(self, line: Line) -> None:
+        """Keeps nothing."""
+
+
+def open_log(folder: Path, console: Console, *, first: int, last: int) -> Log | Unheard:
+    """The log of this process; see `Log`."""
+    return Log(folder, console, first=first, last=last) if is_first() else Unheard()
 
 
 def duration(seconds: float) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 
 from train.errors import Interrupted, UserError
-from train.log import Log
+from train.hosts import any_of_all
+from train.log import Log, Unheard
 from train.options import RunConfig
 from train.step import State, Step
 from train.stop import Stop
@@ -21,6 +22,7 @@ class Hooks:
     """What the loop calls on its way."""
 
     batch: Callable[[int], dict[str, Any]]  # of the step with so many before it
+    placed: Callable[[dict[str, Any]], dict[str, Any]]  # the batch on the devices
     tokens: Callable[[dict[str, Any]], int]  # how many a batch holds, without padding
     save: Callable[[State], None]
     evaluate: Callable[[State], float]  # the loss on held-out data
@@ -34,7 +36,7 @@ def train(
     steps: int,
     run: RunConfig,
     hooks: Hooks,
-    log: Log,
+    log: Log | Unheard,
     stop: Stop,
 ) -> tuple[State, float | None]:
     """Trains from where `state` is to `steps`: (the last state, the median seconds of a step).
@@ -49,10 +51,11 @@ def train(
         for number in range(int(state.step), steps):
             batch = hooks.batch(number)
             n_tokens += hooks.tokens(batch)
-            state, metrics = step(state, base, batch)
+            state, metrics = step(state, base, hooks.placed(batch))
             done = number + 1
             window.append((done, metrics))
-            stopping = stop.signal is not None  # once a step: what is raised has been saved
+            # Asked once a step: what is raised has been saved.
+            stopping = any_of_all(stop.signal is not None)
             last = done == steps or stopping
             if last or done % run.log_every == 0 or done % run.save_every == 0:
                 # Reading the metrics waits for the device, so it is done once a window.

@@ -97,6 +97,18 @@ class RunConfig:
 
     output: str
     """The folder of this run."""
+    mesh: str | None = None
+    """The devices, such as data=2,fsdp=4,tensor=2 (also expert= and sequence=; -1 takes all that
+    are left). The batch is shared out over data, fsdp and expert, the base over all but data and
+    sequence. By default all devices are on fsdp."""
+    distributed: bool = False
+    """This is one of many processes, and SLURM, a TPU pod, GKE or Open MPI says which."""
+    coordinator: str | None = None
+    """Many processes: the address of the first one, host:port; the same for all of them."""
+    num_processes: int | None = None
+    """Many processes: how many there are, for --coordinator."""
+    process_id: int | None = None
+    """Many processes: which one this is, from 0, for --coordinator."""
     resume: bool = False
     """Go on from the last checkpoint in the output folder."""
     overwrite: bool = False
@@ -126,6 +138,7 @@ class Options:
 CHANGEABLE = frozenset(
     {"steps", "epochs", "output", "resume", "overwrite", "allow_base_mismatch", "log_every"}
     | {"save_every", "keep", "eval_every", "eval_questions"}
+    | {"mesh", "distributed", "coordinator", "num_processes", "process_id"}
 )
 
 
@@ -162,6 +175,10 @@ def check_shared(options: Options) -> None:
         raise UserError(f"--full trains without an adapter, and {given} is about one")
     if adapter.full and optim.lora_plus is not None:
         raise UserError("--full trains without an adapter, and --lora-plus is about one")
+    of_coordinator = (run.coordinator, run.num_processes, run.process_id)
+    if len({value is None for value in of_coordinator}) > 1:
+        raise UserError("--coordinator, --num-processes and --process-id go together")
+    at_least(1, run, "num_processes")
     if run.resume and run.overwrite:
         raise UserError("--resume goes on with a run and --overwrite deletes it: give one of them")
 
