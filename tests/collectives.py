@@ -10,7 +10,9 @@ _BYTES |= {"s64": 8, "u64": 8, "f64": 8}
 _SHAPE = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (.*)$")
-_CALLED = re.compile(r"(?:body|to_apply|calls|branch_computations)=\{?([^,}\s]+(?:, [^,}\s]+)*)")
+_CALLED = re.compile(
+    r"(?:body|to_apply|calls|branch_computations|called_computations)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
@@ -43,7 +45,7 @@ def _bytes_of(name: str, computations: dict[str, list[str]]) -> int:
                 assert trips, f"a loop of unknown length: {instruction[:200]}"
                 times = int(trips[1])
             if not re.search(rf"\s({_COLLECTIVES})(-start)?\(", instruction):
-                for inner in called[1].split(", "):
+                for inner in (called[1] or called[2]).split(", "):
                     total += times * _bytes_of(inner.lstrip("%"), computations)
     return total
 

@@ -60,6 +60,7 @@ class Start:
 
     state: State
     where: Any  # a State: the sharding of each array of the state
+    at_work: Any  # an adapter: the shardings that a step works with
     base: Any
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
@@ -124,7 +125,7 @@ def start(
     adapter, base = lj.split(params)
     schedule = learning_rate(optim, run.steps)
     optimizer = make_optimizer(optim, schedule, params)
-    state, where = _placed_state(run.layout, adapter, optimizer, key)
+    state, where = placed_state(run.layout, adapter, optimizer, key)
     checkpoints = Checkpoints(run.folder / CHECKPOINTS, run.config.run.keep)
     saved = {"data": run.examples.digest(), "base": base_fingerprint(base)}
     if run.config.run.resume:
@@ -140,6 +141,7 @@ def start(
     return Start(
         state=state,
         where=where,
+        at_work=run.layout.of_factors(params),
         base=base,
         optimizer=optimizer,
         schedule=schedule,
@@ -169,8 +171,15 @@ def fit(
       unit: what the loss is the mean over, for the curve.
     """
     state, base, checkpoints = start.state, start.base, start.checkpoints
-    step = make_step(forward, start.optimizer, start.schedule, dropout=start.dropout, loss=loss)
-    with doing(run.console, "compiling the step"):
+    step = make_step(
+        forward,
+        start.optimizer,
+        start.schedule,
+        dropout=start.dropout,
+        loss=loss,
+        gathered=lambda adapter: jax.lax.with_sharding_constraint(adapter, start.at_work),
+    )
+    with doing(run.console, "compiling the step"), jax.set_mesh(run.layout.mesh):
         began = time.perf_counter()
         out = (start.where, run.layout.whole)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
@@ -248,7 +257,7 @@ def _mean_loss(
     return loss / count
 
 
-def _placed_state(
+def placed_state(
     layout: Layout, adapter: Any, optimizer: optax.GradientTransformation, key: jax.Array
 ) -> tuple[State, Any]:
     """The state before the first step, and where its arrays lie: Adam's moments as the adapter."""

@@ -9,8 +9,9 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lora_jax.lorafy import split
 from lora_jax.models.specs import AXES, BATCH, partition_specs
-from lora_jax.sharding import Table, fitted, place, sharding_of
+from lora_jax.sharding import Table, fitted, place, sharding_of, shardings
 from train.batches import Batch
 from train.errors import UserError
 
@@ -85,6 +86,20 @@ class Layout:
     def placed(self, params: Any) -> Any:
         """An adapted tree on the mesh, the adapter as its base lies."""
         return place(params, self.table, self.mesh)
+
+    def of_factors(self, params: Any) -> Any:
+        """Where a step works with an adapter: gathered over fsdp once, not once for each layer.
+
+        Its optimiser state stays shared out. The adapter is small, and layer by layer it would be
+        gathered three times: forward, recomputed, and backward.
+        """
+
+        def less(entry: Any) -> Any:
+            names = (entry,) if isinstance(entry, str) else entry or ()
+            return tuple(name for name in names if name == "expert")
+
+        table = [(path, P(*map(less, spec))) for path, spec in self.table]
+        return split(shardings(params, table, self.mesh))[0]
 
     @property
     def whole(self) -> NamedSharding:

@@ -67,12 +67,16 @@ def make_step(
     *,
     dropout: bool,
     loss: Loss = summed_loss,
+    gathered: Callable[[Adapter], Adapter] = lambda adapter: adapter,
 ) -> Step:
     """The step; pure, to be jitted with its state donated.
 
     The batch's arrays have a first axis more, the parts that are accumulated. Losses and gradients
     are summed over all of it and divided by its number of predictions once, so that accumulation
     is the large batch exactly, however they are spread.
+
+    `gathered` says where on a mesh the adapter is worked with, which may be another place than
+    where it is kept.
 
     The metrics, fp32 []: `loss` (the mean over predictions), `count` (how many predictions, the sum
     of the batch's `weights`), `grad_norm` (before clipping), `lr`.
@@ -87,10 +91,11 @@ def make_step(
     def step(state: State, base: Any, batch: dict[str, Any]) -> tuple[State, Metrics]:
         accumulate = batch["weights"].shape[0]
         key = jax.random.fold_in(state.key, state.step)
+        at_work = gathered(state.adapter)
 
         def of_part(part: dict[str, Any], index: Any) -> tuple[jax.Array, Adapter]:
             part_key = jax.random.fold_in(key, index) if dropout else None
-            return value_and_grad(state.adapter, base, part, part_key)
+            return value_and_grad(at_work, base, part, part_key)
 
         def add(total: Any, xs: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, of_part(*xs)), None
@@ -98,7 +103,7 @@ def make_step(
         if accumulate == 1:
             total, grads = of_part({name: array[0] for name, array in batch.items()}, 0)
         else:
-            zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.adapter))
+            zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, at_work))
             (total, grads), _ = jax.lax.scan(add, zeros, (batch, jnp.arange(accumulate)))
         count = jnp.sum(batch["weights"]).astype(jnp.float32)
         scale = 1 / jnp.maximum(count, 1)

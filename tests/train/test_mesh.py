@@ -1,21 +1,29 @@
 """Meshes and processes: one device's losses and adapter, whatever the devices are."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax import models
-from tests.support import assert_close
+from tests.support import assert_close, with_random_factors
 from tests.train.tiny import write_jsonl, write_model
+from train import sft
+from train.checkpoints import Checkpoints
 from train.errors import UserError
+from train.fit import placed_state
 from train.log import read_metrics
-from train.mesh import make_mesh, parse_mesh
+from train.mesh import Layout, make_mesh, parse_mesh
 
 ROOT = Path(__file__).parents[2]
 DENSE = {
@@ -124,6 +132,61 @@ def trained(shared, folder):
     losses = [line["loss"] for line in read_metrics(folder)]
     assert len(losses) == STEPS
     return losses, lj.split(lj.load_adapter(folder / "adapter", params))[0]
+
+
+def test_a_run_goes_on_under_another_mesh(tmp_path):
+    shared = inputs(tmp_path, "dense")
+    steps = shared.index("--steps")
+    shared = [*shared[:steps], *shared[steps + 2 :], "--schedule", "constant"]
+    shared += ["--warmup", "1"]
+
+    def go_on(folder, mesh, n_steps, *options):
+        args = ["--output", tmp_path / folder, "--mesh", mesh, "--steps", n_steps, *options]
+        sft.main([*shared, *map(str, args)])
+        return tmp_path / folder
+
+    whole = go_on("whole", "data=4", 4)
+    first = go_on("moved", "fsdp=2,tensor=2", 2)
+    config = json.loads((first / "config.json").read_text())["options"]
+    assert config["mesh"] == "fsdp=2,tensor=2"
+    moved = go_on("moved", "data=2,sequence=2", 4, "--resume")
+    losses = [[line["loss"] for line in read_metrics(folder)] for folder in (whole, moved)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    _, params = models.from_pretrained(shared[1])
+    ours, theirs = (
+        lj.split(lj.load_adapter(folder / "adapter", params))[0] for folder in (moved, whole)
+    )
+    assert_close(ours, theirs, 1e-5)
+
+
+def test_a_checkpoint_loads_bitwise_under_another_mesh(tmp_path):
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.normal(size=(2, 8, 12)), jnp.float32)
+    params = with_random_factors(
+        lj.lorafy({"up": {"kernel": kernel}}, [lj.LoraRule(targets=["up"], rank=3)])
+    )
+    table = [("up/kernel", P("fsdp", "tensor"))]
+
+    def state_on(mesh, seed):
+        layout = Layout(make_mesh(mesh), table)
+        adapter, _ = lj.split(layout.placed(params))
+        state, _ = placed_state(layout, adapter, optax.adam(1e-3), jax.random.key(seed))
+        return state
+
+    first = state_on("fsdp=2,tensor=2", 3)
+    _, moments = optax.adam(1e-3).update(first.adapter, first.opt_state)
+    first = first._replace(opt_state=moments, step=jnp.int32(5))
+    Checkpoints(tmp_path, keep=1).save(first, {"data": "these"})
+    like = state_on("data=2,fsdp=2", 4)
+    second, facts = Checkpoints(tmp_path, keep=1).restore(like)
+    assert facts == {"data": "these"} and int(second.step) == 5
+    for one, other, where in zip(*map(jax.tree.leaves, (first, second, like)), strict=True):
+        assert other.sharding.is_equivalent_to(where.sharding, other.ndim)
+        if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
+            one, other = map(jax.random.key_data, (one, other))
+        np.testing.assert_array_equal(one, other)
+    b = second.adapter["up/kernel"]["b"]
+    assert {shard.data.shape for shard in b.addressable_shards} == {(2, 3, 12)}
 
 
 @pytest.mark.slow
