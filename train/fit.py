@@ -24,12 +24,13 @@ from train.checkpoints import Checkpoints
 from train.errors import UserError, as_user_errors
 from train.log import Log, draw_curve, duration, read_metrics
 from train.loop import Hooks, train
+from train.losses import Loss
 from train.methods import has_dropout, make_optimizer, rules, takes_from_base
 from train.options import OptimConfig, Options, learning_rate
 from train.output import ADAPTER, CHECKPOINTS, START, begin, folder_bytes
 from train.pretrained import Outline
 from train.report import compiled_bytes, megabytes, peak_bytes, versions
-from train.step import Loss, State, init_state, make_evaluation, make_step
+from train.step import State, init_state, make_evaluation, make_step
 from train.stop import Stop
 
 

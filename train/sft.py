@@ -4,6 +4,7 @@
 adapt, train, save, report.
 """
 
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -38,12 +39,13 @@ from train.fit import (
     with_learning_rate,
 )
 from train.log import duration
+from train.losses import summed_loss
 from train.methods import rules
+from train.options import OptimConfig
 from train.output import REPORT, SCORES, check_output, read_json, write_json
 from train.pretrained import read_model, read_outline
 from train.report import print_costs, print_examples, print_scores, tree_bytes
 from train.sql import training_examples
-from train.step import summed_loss
 from train.stop import Stop
 
 
@@ -84,7 +86,7 @@ def run(config: Config, stop: Stop) -> None:
     held_out = None
     if held_out_rows:
         held_out = packed(config, held_out_rows, outline.tokenizer, "the held-out rows")
-    optim = config.optim
+    optim: OptimConfig = config.optim
     order = Order(optim.seed, len(packs), optim.batch_size, optim.grad_accum)
     steps = number_of_steps(optim, order, SQL_STEPS if config.is_sql else None)
     optim = with_learning_rate(config, outline, steps)
@@ -126,7 +128,7 @@ def run(config: Config, stop: Stop) -> None:
         of_run,
         begun,
         lj.adapt(model.apply),
-        summed_loss,
+        functools.partial(summed_loss, chunk=config.optim.loss_chunk),
         held_out=held_out,
         tokens=lambda batch: int((batch["segment_ids"] > 0).sum()),
         unit="token",

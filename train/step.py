@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 
 import lora_jax as lj
+from train.losses import Logits, Loss, summed_loss
 
 Adapter = dict[str, dict[str, Any]]
 Metrics = dict[str, jax.Array]
-Logits = Callable[..., jax.Array]
 
 
 class State(NamedTuple):
@@ -24,40 +24,11 @@ class State(NamedTuple):
 
 
 Step = Callable[[State, Any, dict[str, Any]], tuple[State, Metrics]]
-# (forward, params, batch, dropout_key) -> the loss summed over the predictions that count
-Loss = Callable[[Logits, Any, dict[str, Any], jax.Array | None], jax.Array]
 
 
 def init_state(adapter: Adapter, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
     """The state before the first step."""
     return State(adapter, optimizer.init(adapter), jnp.int32(0), key)
-
-
-def summed_loss(
-    forward: Logits, params: Any, batch: dict[str, Any], dropout_key: jax.Array | None = None
-) -> jax.Array:
-    """The cross entropy of a batch, summed over the tokens that count. fp32 [].
-
-    Args:
-      forward: called as ``forward({"params": params}, ids, positions=…, segment_ids=…,
-        logits_at=…)``; gives logits [batch, m, vocab].
-      params: a parameter tree, adapted or plain.
-      batch: arrays [batch, seq] and [batch, m]; see `train.batches.Packs`.
-      dropout_key: turns dropout on.
-    """
-    dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
-    logits = forward(
-        {"params": params},
-        batch["ids"],
-        positions=batch["positions"],
-        segment_ids=batch["segment_ids"],
-        logits_at=batch["predict_at"],
-        **dropout,
-    )
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), batch["targets"]
-    )  # [batch, m]
-    return jnp.sum(losses * batch["weights"].astype(jnp.float32))
 
 
 def make_step(
