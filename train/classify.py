@@ -107,7 +107,7 @@ def run(config: Config, stop: Stop) -> None:
         len(names),
         dtype=optim.dtype,
         param_dtype=param_dtype,
-        remat=optim.remat,
+        remat=optim.remat_policy,
     )
     base_bytes = tree_bytes(plain)
     key = jax.random.key(optim.seed)

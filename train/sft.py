@@ -105,7 +105,7 @@ def run(config: Config, stop: Stop) -> None:
     # The model and its adapter. Full fine-tuning keeps its weights in fp32, whatever computes.
     param_dtype = "float32" if config.adapter.full else optim.dtype
     model, plain = read_model(
-        config.data.model, dtype=optim.dtype, param_dtype=param_dtype, remat=optim.remat
+        config.data.model, dtype=optim.dtype, param_dtype=param_dtype, remat=optim.remat_policy
     )
     base_bytes = tree_bytes(plain)
     key = jax.random.key(optim.seed)
