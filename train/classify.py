@@ -97,6 +97,7 @@ def run(config: Config, stop: Stop) -> None:
         examples=examples,
         order=order,
         steps=number_of_steps(optim, order),
+        name=lambda row: repr(rows[row][data.text]),
     )
     print_data(console, rows, test_rows, data.label)
 

@@ -33,6 +33,8 @@ from train.report import compiled_bytes, megabytes, peak_bytes, versions
 from train.step import State, init_state, make_evaluation, make_step
 from train.stop import Stop
 
+_SHOWN = 32  # as many rows of a batch are named
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
@@ -46,10 +48,17 @@ class Run:
     examples: Examples
     order: Order
     steps: int
+    name: Callable[[int], str]  # what messages call one of the examples
 
     def batch(self, number: int) -> Batch:
         """The batch of the step that has `number` steps before it."""
         return self.examples.take(self.order.rows(number))
+
+    def names(self, number: int) -> str:
+        """What that batch is made of, in words."""
+        rows = self.order.rows(number).ravel().tolist()
+        left_out = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+        return f"{', '.join(map(self.name, rows[:_SHOWN]))}{left_out} of {self.config.data.dataset}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,6 +186,7 @@ def fit(
         evaluate=lambda state: _mean_loss(
             evaluation, state.adapter, base, held_out, run.config.optim.batch_size
         ),
+        rows=run.names,
         resume_hint=f"Go on with: {_resume_command(run.script)}",
     )
     run.stop.message = f"interrupted. {hooks.resume_hint}"
@@ -188,11 +198,13 @@ def fit(
 
     trained = lj.join(state.adapter, base)
     lj.save_adapter(run.folder / ADAPTER, trained, overwrite=True)
-    draw_curve(run.folder, read_metrics(run.folder), unit)
+    metrics = read_metrics(run.folder)
+    draw_curve(run.folder, metrics, unit)
     report = {
         "summary": start.summary,
         "steps": run.steps,
         "compile_seconds": compile_seconds,
+        "skipped_steps": [line["step"] for line in metrics if "skipped" in line],
         "median_step_seconds": step_seconds,
         "compiled_bytes": compiled_bytes(compiled),
         "peak_bytes": peak_bytes(),

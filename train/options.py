@@ -140,6 +140,9 @@ class RunConfig:
     """How many checkpoints are kept."""
     eval_every: int = 0
     """Steps between measurements of the loss on held-out data; 0 for none."""
+    max_skipped: int = 3
+    """A step whose loss or gradient is not finite is skipped; after so many in a row the run
+    stops."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,7 +159,7 @@ class Options:
 # would not be the run that it claims to be.
 CHANGEABLE = frozenset(
     {"steps", "epochs", "output", "resume", "overwrite", "allow_base_mismatch", "log_every"}
-    | {"save_every", "keep", "eval_every", "eval_questions"}
+    | {"save_every", "keep", "eval_every", "eval_questions", "max_skipped"}
 )
 
 
@@ -164,7 +167,7 @@ def check_shared(options: Options) -> None:
     """What can be checked of settled options whatever the data are; or UserError."""
     adapter, optim, run = options.adapter, options.optim, options.run
     at_least(1, optim, "batch_size", "grad_accum", "steps")
-    at_least(1, run, "log_every", "save_every", "keep")
+    at_least(1, run, "log_every", "save_every", "keep", "max_skipped")
     at_least(0, optim, "warmup", "weight_decay", "grad_clip", "seed")
     at_least(0, run, "eval_every")
     if optim.lr is not None and not (math.isfinite(optim.lr) and optim.lr > 0):

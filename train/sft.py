@@ -100,6 +100,7 @@ def run(config: Config, stop: Stop) -> None:
         examples=packs,
         order=order,
         steps=steps,
+        name=lambda row: ", ".join(f"row {number}" for number in packs.sources[row]),
     )
 
     # The model and its adapter. Full fine-tuning keeps its weights in fp32, whatever computes.

@@ -45,8 +45,11 @@ def make_step(
     are summed over all of it and divided by its number of predictions once, so that accumulation
     is the large batch exactly, however they are spread.
 
+    Where the loss or the gradient's norm is not finite, the step is skipped: adapter and optimiser
+    state stay as they were, bit by bit, and `step` alone advances, so that other data follow.
+
     The metrics, fp32 []: `loss` (the mean over predictions), `count` (how many predictions, the sum
-    of the batch's `weights`), `grad_norm` (before clipping), `lr`.
+    of the batch's `weights`), `grad_norm` (before clipping), `lr`, `skipped` (1 or 0).
     """
 
     def of_adapter(adapter: Adapter, base: Any, batch: Any, key: jax.Array | None) -> jax.Array:
@@ -74,17 +77,28 @@ def make_step(
         count = jnp.sum(batch["weights"]).astype(jnp.float32)
         scale = 1 / jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.adapter)
-        adapter = optax.apply_updates(state.adapter, updates)
+        after = (optax.apply_updates(state.adapter, updates), opt_state)
+        before = (state.adapter, state.opt_state)
+        adapter, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, before)
         metrics = {
             "loss": total * scale,
             "count": count,
-            "grad_norm": optax.tree.norm(grads),
-            "lr": jnp.asarray(schedule(state.step), jnp.float32),
+            "grad_norm": norm,
+            "lr": jnp.asarray(schedule(_updates(state)), jnp.float32),
+            "skipped": 1 - finite.astype(jnp.float32),
         }
         return State(adapter, opt_state, state.step + 1, state.key), metrics
 
     return step
+
+
+def _updates(state: State) -> jax.Array:
+    """The updates so far, by the optimiser's own count: skipped steps are none of them."""
+    counts = optax.tree.get_all_with_path(state.opt_state, "count")
+    return counts[0][1] if counts else state.step
 
 
 def make_evaluation(
