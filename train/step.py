@@ -79,10 +79,16 @@ def make_step(
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.adapter)
-        after = (optax.apply_updates(state.adapter, updates), opt_state)
-        before = (state.adapter, state.opt_state)
-        adapter, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, before)
+
+        def update() -> tuple[Adapter, optax.OptState]:
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.adapter)
+            return optax.apply_updates(state.adapter, updates), opt_state
+
+        def skip() -> tuple[Adapter, optax.OptState]:
+            return state.adapter, state.opt_state
+
+        # Not jnp.where, which would hold the old state and the new one at once.
+        adapter, opt_state = jax.lax.cond(finite, update, skip)
         metrics = {
             "loss": total * scale,
             "count": count,
