@@ -105,6 +105,7 @@ def run(config: Config, stop: Stop) -> None:
         order=order,
         steps=number_of_steps(optim, order),
         layout=layout,
+        name=lambda row: repr(rows[row][data.text]),
     )
     print_data(console, rows, test_rows, data.label)
 
@@ -115,7 +116,7 @@ def run(config: Config, stop: Stop) -> None:
         len(names),
         dtype=optim.dtype,
         param_dtype=param_dtype,
-        remat=optim.remat,
+        remat=optim.remat_policy,
         sharding=layout.of_parameter,
     )
     base_bytes = tree_bytes(plain)

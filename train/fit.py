@@ -25,14 +25,17 @@ from train.errors import UserError, as_user_errors
 from train.hosts import is_first, wait_for_all
 from train.log import draw_curve, duration, open_log, read_metrics
 from train.loop import Hooks, train
+from train.losses import Loss
 from train.mesh import Layout
 from train.methods import has_dropout, make_optimizer, rules, takes_from_base
 from train.options import OptimConfig, Options, learning_rate
 from train.output import ADAPTER, CHECKPOINTS, START, begin, folder_bytes
 from train.pretrained import Outline
 from train.report import compiled_bytes, megabytes, peak_bytes, versions
-from train.step import Loss, State, init_state, make_evaluation, make_step
+from train.step import State, init_state, make_evaluation, make_step
 from train.stop import Stop
+
+_SHOWN = 32  # as many rows of a batch are named
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,10 +51,17 @@ class Run:
     order: Order
     steps: int
     layout: Layout
+    name: Callable[[int], str]  # what messages call one of the examples
 
     def batch(self, number: int) -> Batch:
         """The batch of the step that has `number` steps before it, in this process's memory."""
         return self.examples.take(self.order.rows(number))
+
+    def names(self, number: int) -> str:
+        """What that batch is made of, in words."""
+        rows = self.order.rows(number).ravel().tolist()
+        left_out = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+        return f"{', '.join(map(self.name, rows[:_SHOWN]))}{left_out} of {self.config.data.dataset}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,6 +204,7 @@ def fit(
             state, {**start.facts, "cursor": run.order.cursor(int(state.step))}
         ),
         evaluate=lambda state: _mean_loss(run, evaluation, state.adapter, base, held_out),
+        rows=run.names,
         resume_hint=f"Go on with: {_resume_command(run.script)}",
     )
     run.stop.message = f"interrupted. {hooks.resume_hint}"
@@ -205,12 +216,14 @@ def fit(
 
     trained = lj.join(state.adapter, base)
     lj.save_adapter(run.folder / ADAPTER, trained, overwrite=True)
+    metrics = read_metrics(run.folder)
     if is_first():
-        draw_curve(run.folder, read_metrics(run.folder), unit)
+        draw_curve(run.folder, metrics, unit)
     report = {
         "summary": start.summary,
         "steps": run.steps,
         "compile_seconds": compile_seconds,
+        "skipped_steps": [line["step"] for line in metrics if "skipped" in line],
         "median_step_seconds": step_seconds,
         "compiled_bytes": compiled_bytes(compiled),
         "peak_bytes": peak_bytes(),

@@ -4,6 +4,7 @@
 adapt, train, save, report.
 """
 
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -39,13 +40,14 @@ from train.fit import (
 )
 from train.hosts import join_hosts
 from train.log import duration
+from train.losses import summed_loss
 from train.mesh import Layout, make_mesh
 from train.methods import rules
+from train.options import OptimConfig
 from train.output import REPORT, SCORES, check_output, read_json, write_json
 from train.pretrained import read_model, read_outline
 from train.report import print_costs, print_examples, print_scores, tree_bytes
 from train.sql import training_examples
-from train.step import summed_loss
 from train.stop import Stop
 
 
@@ -88,7 +90,7 @@ def run(config: Config, stop: Stop) -> None:
     held_out = None
     if held_out_rows:
         held_out = packed(config, held_out_rows, outline.tokenizer, "the held-out rows")
-    optim = config.optim
+    optim: OptimConfig = config.optim
     order = Order(optim.seed, len(packs), optim.batch_size, optim.grad_accum)
     steps = number_of_steps(optim, order, SQL_STEPS if config.is_sql else None)
     optim = with_learning_rate(config, outline, steps)
@@ -105,6 +107,7 @@ def run(config: Config, stop: Stop) -> None:
         order=order,
         steps=steps,
         layout=layout,
+        name=lambda row: ", ".join(f"row {number}" for number in packs.sources[row]),
     )
 
     # The model and its adapter. Full fine-tuning keeps its weights in fp32, whatever computes.
@@ -113,7 +116,7 @@ def run(config: Config, stop: Stop) -> None:
         config.data.model,
         dtype=optim.dtype,
         param_dtype=param_dtype,
-        remat=optim.remat,
+        remat=optim.remat_policy,
         sharding=layout.of_parameter,
     )
     base_bytes = tree_bytes(plain)
@@ -137,7 +140,7 @@ def run(config: Config, stop: Stop) -> None:
         of_run,
         begun,
         lj.adapt(layout.constrained(model).apply),
-        summed_loss,
+        functools.partial(summed_loss, chunk=config.optim.loss_chunk),
         held_out=held_out,
         tokens=lambda batch: int((batch["segment_ids"] > 0).sum()),
         unit="token",
