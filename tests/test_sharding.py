@@ -151,7 +151,7 @@ def test_a_step_sends_what_the_base_needs_and_its_adapter_twice(text, times):
     (Once when it is gathered, once when its gradient is summed.)
     """
     config = models.read_config(CONFIG)
-    layout = Layout.of(make_mesh(text), config)
+    layout = Layout.of(make_mesh(text, BATCH), config)
     model = layout.constrained(models.Decoder(config, remat=True))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((BATCH, SEQ), jnp.int32))
     ids = jax.ShapeDtypeStruct(

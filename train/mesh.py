@@ -37,13 +37,16 @@ def parse_mesh(text: str | None) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(text: str | None) -> Mesh:
-    """All devices of all processes as a mesh of all axes; by default they are all on fsdp.
+def make_mesh(text: str | None, batch_size: int) -> Mesh:
+    """All devices of all processes as a mesh of all axes.
+
+    By default as many are on fsdp as the batch can be shared out over, and the others on tensor.
 
     Raises UserError where the sizes are not those of the devices.
     """
     devices = jax.devices()
-    sizes = parse_mesh(text) or {"fsdp": len(devices)}
+    rows = math.gcd(batch_size, len(devices))
+    sizes = parse_mesh(text) or {"fsdp": rows, "tensor": len(devices) // rows}
     given = math.prod(size for size in sizes.values() if size > 0)
     rest = [name for name, size in sizes.items() if size == -1]
     if rest and len(devices) % given == 0:

@@ -131,7 +131,7 @@ class RunConfig:
     mesh: str | None = None
     """The devices, such as data=2,fsdp=4,tensor=2 (also expert= and sequence=; -1 takes all that
     are left). The batch is shared out over data, fsdp and expert, the base over all but data and
-    sequence. By default all devices are on fsdp."""
+    sequence. By default as many are on fsdp as can share the batch, the others on tensor."""
     distributed: bool = False
     """This is one of many processes, and SLURM, a TPU pod, GKE or Open MPI says which."""
     coordinator: str | None = None

@@ -74,7 +74,7 @@ def run(config: Config, stop: Stop) -> None:
 
     # What can be wrong is found first: options and output folder, then rows, then lengths and
     # targets against the model's configuration. Only then are weights read.
-    mesh = make_mesh(config.run.mesh)
+    mesh = make_mesh(config.run.mesh, config.optim.batch_size)
     rules(config.adapter)
     folder = check_output(config)
     rows = training_rows(config)

@@ -138,6 +138,7 @@ def run(folder, halves, step, poisoned, **options):
     checkpoints = Checkpoints(folder / "checkpoints", keep=STEPS)
     hooks = Hooks(
         batch=lambda number: batch(number, np.nan if number + 1 in poisoned else 0.0),
+        placed=lambda batch: batch,
         tokens=lambda batch: batch["ids"].size,
         save=lambda state: checkpoints.save(state, {}),
         evaluate=lambda state: 0.0,
