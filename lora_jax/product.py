@@ -292,7 +292,7 @@ def _delta(
         scale.astype(z.dtype), [*range(len(w_batch), len(w_batch) + len(x_free)), z.ndim - 1]
     )
     z = (z * scale).astype(x.dtype)
-    if len(x_free) > 1 and not sharded:
+    if len(x_free) > 1 and not sharded and jax.sharding.get_abstract_mesh().empty:
         flat = math.prod(x.shape[axis] for axis in x_free)
         lead = len(w_batch)
         z = lax.reshape(z, (*z.shape[:lead], flat, *z.shape[lead + len(x_free) :]))

@@ -271,6 +271,18 @@ class TestDropout:
         assert_identical(again[0], one)
         assert np.abs(self.masks(twice, tree, x, key=1)[0] - one).max() > 1e-3
 
+    def test_what_else_is_computed_changes_no_mask(self):
+        """Such as a constraint on how x is sharded: a run drops the same on every mesh."""
+        tree = tree_of(50, 7, rule=self.rule)
+        x = jnp.ones((1, 50))
+
+        def more(p, x):
+            unused = jnp.sin(x).sum()
+            x = jax.lax.optimization_barrier(x)
+            return jnp.where(unused > 99, 0.0, x @ p["a"]["kernel"])
+
+        assert_identical(self.masks(more, tree, x), self.masks(self.run, tree, x))
+
     @pytest.mark.parametrize("remat", [False, True])
     def test_layers_of_a_scan_differ(self, remat):
         stack = {"a": {"kernel": jnp.broadcast_to(draw(1, (50, 7)), (3, 50, 7))}}

@@ -25,7 +25,7 @@ class Examples:
 
     def take(self, rows: np.ndarray) -> Batch:
         """The rows at the indices `rows`, of any shape: arrays [*rows.shape, …]."""
-        return {f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)}
+        return {name: array[rows] for name, array in self._arrays().items()}
 
     def parts(self, batch_size: int) -> Iterator[Batch]:
         """All rows in order, in batches of one shape; the last is filled up, with weights of 0."""
@@ -39,10 +39,13 @@ class Examples:
     def digest(self) -> str:
         """A fingerprint of all rows: a resumed run must go on with the same."""
         sha = hashlib.sha256()
-        for field in dataclasses.fields(self):
-            array = getattr(self, field.name)
-            sha.update(f"{field.name}{array.shape}".encode() + array.tobytes())
+        for name, array in self._arrays().items():
+            sha.update(f"{name}{array.shape}".encode() + array.tobytes())
         return sha.hexdigest()
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Packs(Examples):
         there only: with a long prompt most logits would be thrown away.
       targets: [n, m], the tokens that follow there.
       weights: [n, m], 1, or 0 where a row has fewer than m such tokens.
+      sources: for each of the n, the rows of the data that are in it, counted from 1.
     """
 
     ids: np.ndarray
@@ -64,6 +68,7 @@ class Packs(Examples):
     positions: np.ndarray
     predict_at: np.ndarray
     targets: np.ndarray
+    sources: tuple[tuple[int, ...], ...] = ()
 
 
 def pack(sequences: Sequence[Tokens], seq_len: int, *, packing: bool) -> Packs:
@@ -88,7 +93,8 @@ def pack(sequences: Sequence[Tokens], seq_len: int, *, packing: bool) -> Packs:
     of_length = {"ids": length, "segment_ids": length, "positions": length}
     of_length |= {"predict_at": counted, "targets": counted, "weights": counted}
     packs = Packs(
-        **{name: np.zeros((len(rows), size), np.int32) for name, size in of_length.items()}
+        **{name: np.zeros((len(rows), size), np.int32) for name, size in of_length.items()},
+        sources=tuple(tuple(tokens.row for tokens in members) for members in rows),
     )
     for row, members in enumerate(rows):
         start = first = 0

@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 
 import lora_jax as lj
+from train import hosts
 from train.batches import Order
 from train.classes import (
     draw_confusion,
@@ -37,6 +38,7 @@ from train.fit import (
     print_adapter,
     start,
 )
+from train.hosts import join_hosts
 from train.labelled import (
     Labelled,
     classification_loss,
@@ -46,6 +48,7 @@ from train.labelled import (
     read_labelled,
 )
 from train.log import duration
+from train.mesh import Layout, make_mesh
 from train.methods import peft_fields, rules
 from train.output import CONFUSION, REPORT, SCORES, check_output, write_json
 from train.pretrained import read_classifier, read_classifier_outline
@@ -70,12 +73,14 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def run(config: Config, stop: Stop) -> None:
     """One run, from its options to its report."""
-    console = Console()
     began = time.monotonic()
+    check(config)
+    join_hosts(config.run)
+    console = hosts.console()
 
     # What can be wrong is found first: options and output folder, then rows, then texts and
     # targets against the model's configuration. Only then are weights read.
-    check(config)
+    mesh = make_mesh(config.run.mesh, config.optim.batch_size)
     config = with_head(config)
     rules(config.adapter)
     folder = check_output(config)
@@ -88,6 +93,8 @@ def run(config: Config, stop: Stop) -> None:
     test = encode(data, test_rows, names, outline.tokenizer, data.test or "the held-out rows")
     order = Order(optim.seed, len(examples), optim.batch_size, optim.grad_accum)
     check_rules(config, outline)
+    layout = Layout.of(mesh, outline.config)
+    layout.check_batch(optim.batch_size)
     of_run = Run(
         script="train.classify",
         config=config,
@@ -97,6 +104,8 @@ def run(config: Config, stop: Stop) -> None:
         examples=examples,
         order=order,
         steps=number_of_steps(optim, order),
+        layout=layout,
+        name=lambda row: repr(rows[row][data.text]),
     )
     print_data(console, rows, test_rows, data.label)
 
@@ -107,7 +116,8 @@ def run(config: Config, stop: Stop) -> None:
         len(names),
         dtype=optim.dtype,
         param_dtype=param_dtype,
-        remat=optim.remat,
+        remat=optim.remat_policy,
+        sharding=layout.of_parameter,
     )
     base_bytes = tree_bytes(plain)
     key = jax.random.key(optim.seed)
@@ -120,7 +130,7 @@ def run(config: Config, stop: Stop) -> None:
     trained, report = fit(
         of_run,
         begun,
-        lj.adapt(model.apply),
+        lj.adapt(layout.constrained(model).apply),
         classification_loss,
         held_out=test,
         tokens=lambda batch: int(batch["attention_mask"].sum()),
@@ -137,7 +147,8 @@ def run(config: Config, stop: Stop) -> None:
     scores = scores_of(test.labels, probabilities.argmax(-1), names)
     ways["fine-tuned"] = scores
     write_json(folder / SCORES, ways)
-    draw_confusion(folder / CONFUSION, scores["confusion"], names)
+    if hosts.is_first():
+        draw_confusion(folder / CONFUSION, scores["confusion"], names)
     texts = [row[data.text] for row in test_rows]
     print_mistakes(console, texts, test.labels, probabilities, names)
     print_classes(console, scores)

@@ -60,6 +60,9 @@ class SftOptimConfig(OptimConfig):
     which the first large gradients would never be forgotten, 0.99."""
     seed: int = 0
     """Of the adapter's start, the order of the data, dropout, and the SQL task's questions."""
+    loss_chunk: int = 256
+    """Predictions whose logits are in memory at once; fewer take less of it. The head then runs
+    once more in the backward pass. 0 for all of a batch at once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,7 @@ class Config(Options):
 
     data: DataConfig = DataConfig()
     adapter: AdapterConfig = SftAdapterConfig()
-    optim: OptimConfig = SftOptimConfig()
+    optim: SftOptimConfig = SftOptimConfig()
     run: SftRunConfig = SftRunConfig()
 
     @property
@@ -108,6 +111,7 @@ def check(config: Config) -> None:
     check_shared(config)
     at_least(1, config.data, "seq_len", "rows")
     at_least(0, config.run, "eval_questions")
+    at_least(0, config.optim, "loss_chunk")
     if config.data.seq_len < 2:
         raise UserError("--seq-len 1 leaves no token to predict")
     if config.data.shuffle_schemas and not config.is_sql:

@@ -30,6 +30,7 @@ class Tokens:
 
     ids: np.ndarray
     counts: np.ndarray
+    row: int = 0  # of the data, counted from 1
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -156,9 +157,10 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, source: str) -> list[Tokens]:
         name = f"{source}, row {number}"
         turns = conversation(row, name)
         if tokenizer.chat_template is None:
-            sequences.append(_plain_tokens(turns, tokenizer, name))
+            of_row = [_plain_tokens(turns, tokenizer, name)]
         else:
-            sequences += _chat_tokens(turns, tokenizer, name)
+            of_row = _chat_tokens(turns, tokenizer, name)
+        sequences += [dataclasses.replace(tokens, row=number) for tokens in of_row]
     return sequences
 
 
@@ -236,7 +238,7 @@ def check_lengths(sequences: Sequence[Tokens], seq_len: int, *, truncate: bool) 
             f"longest has {longest} tokens. Raise --seq-len to {longest}, take those rows out, or "
             "cut them off at the end with --truncate"
         )
-    cut = [Tokens(t.ids[:seq_len], t.counts[:seq_len]) for t in sequences]
+    cut = [Tokens(t.ids[:seq_len], t.counts[:seq_len], t.row) for t in sequences]
     kept = [tokens for tokens in cut if tokens.counts[1:].any()]
     if not kept:
         raise UserError(f"within --seq-len {seq_len} no row has a token of a completion")

@@ -22,15 +22,20 @@ from lora_jax.fingerprint import base_fingerprint, differing
 from train.batches import Batch, Examples, Order
 from train.checkpoints import Checkpoints
 from train.errors import UserError, as_user_errors
-from train.log import Log, draw_curve, duration, read_metrics
+from train.hosts import is_first, wait_for_all
+from train.log import draw_curve, duration, open_log, read_metrics
 from train.loop import Hooks, train
+from train.losses import Loss
+from train.mesh import Layout
 from train.methods import has_dropout, make_optimizer, rules, takes_from_base
 from train.options import OptimConfig, Options, learning_rate
 from train.output import ADAPTER, CHECKPOINTS, START, begin, folder_bytes
 from train.pretrained import Outline
 from train.report import compiled_bytes, megabytes, peak_bytes, versions
-from train.step import Loss, State, init_state, make_evaluation, make_step
+from train.step import State, init_state, make_evaluation, make_step
 from train.stop import Stop
+
+_SHOWN = 32  # as many rows of a batch are named
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,10 +50,18 @@ class Run:
     examples: Examples
     order: Order
     steps: int
+    layout: Layout
+    name: Callable[[int], str]  # what messages call one of the examples
 
     def batch(self, number: int) -> Batch:
-        """The batch of the step that has `number` steps before it."""
+        """The batch of the step that has `number` steps before it, in this process's memory."""
         return self.examples.take(self.order.rows(number))
+
+    def names(self, number: int) -> str:
+        """What that batch is made of, in words."""
+        rows = self.order.rows(number).ravel().tolist()
+        left_out = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+        return f"{', '.join(map(self.name, rows[:_SHOWN]))}{left_out} of {self.config.data.dataset}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +69,8 @@ class Start:
     """What training begins with."""
 
     state: State
+    where: Any  # a State: the sharding of each array of the state
+    at_work: Any  # an adapter: the shardings that a step works with
     base: Any
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
@@ -116,21 +131,27 @@ def start(
     """
     summary = lj.summary(params)
     run.console.print(summary, highlight=False, soft_wrap=True)
+    params = run.layout.placed(params)
     adapter, base = lj.split(params)
     schedule = learning_rate(optim, run.steps)
     optimizer = make_optimizer(optim, schedule, params)
-    state = init_state(adapter, optimizer, key)
+    state, where = placed_state(run.layout, adapter, optimizer, key)
     checkpoints = Checkpoints(run.folder / CHECKPOINTS, run.config.run.keep)
     saved = {"data": run.examples.digest(), "base": base_fingerprint(base)}
     if run.config.run.resume:
         state = _resumed(run, checkpoints, state, saved)
     resolved = {"steps": run.steps, "examples": len(run.examples), "lr": optim.lr}
     facts = {"resolved": resolved, **facts, "summary": summary, "versions": versions()}
-    begin(run.folder, run.config, facts)
+    wait_for_all("the options of all processes are checked")
+    if is_first():
+        begin(run.folder, run.config, facts)
+    wait_for_all("the run has begun")
     if takes_from_base(params) and not (run.folder / START).exists():
         lj.save_adapter(run.folder / START, params)  # so that --resume decomposes nothing again
     return Start(
         state=state,
+        where=where,
+        at_work=run.layout.of_factors(params),
         base=base,
         optimizer=optimizer,
         schedule=schedule,
@@ -160,26 +181,34 @@ def fit(
       unit: what the loss is the mean over, for the curve.
     """
     state, base, checkpoints = start.state, start.base, start.checkpoints
-    step = make_step(forward, start.optimizer, start.schedule, dropout=start.dropout, loss=loss)
-    with doing(run.console, "compiling the step"):
+    step = make_step(
+        forward,
+        start.optimizer,
+        start.schedule,
+        dropout=start.dropout,
+        loss=loss,
+        gathered=lambda adapter: jax.lax.with_sharding_constraint(adapter, start.at_work),
+    )
+    with doing(run.console, "compiling the step"), jax.set_mesh(run.layout.mesh):
         began = time.perf_counter()
-        lowered = jax.jit(step, donate_argnums=0).lower(state, base, run.batch(0))
-        compiled = lowered.compile()
+        out = (start.where, run.layout.whole)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
+        compiled = jitted.lower(state, base, run.layout.batch(run.batch(0), parts=True)).compile()
         compile_seconds = time.perf_counter() - began
-    evaluation = jax.jit(make_evaluation(forward, loss))
+    evaluation = jax.jit(make_evaluation(forward, loss), out_shardings=run.layout.whole)
     hooks = Hooks(
         batch=run.batch,
+        placed=lambda batch: run.layout.batch(batch, parts=True),
         tokens=tokens,
         save=lambda state: checkpoints.save(
             state, {**start.facts, "cursor": run.order.cursor(int(state.step))}
         ),
-        evaluate=lambda state: _mean_loss(
-            evaluation, state.adapter, base, held_out, run.config.optim.batch_size
-        ),
+        evaluate=lambda state: _mean_loss(run, evaluation, state.adapter, base, held_out),
+        rows=run.names,
         resume_hint=f"Go on with: {_resume_command(run.script)}",
     )
     run.stop.message = f"interrupted. {hooks.resume_hint}"
-    with Log(run.folder, run.console, first=int(state.step), last=run.steps) as log:
+    with open_log(run.folder, run.console, first=int(state.step), last=run.steps) as log:
         state, step_seconds = train(
             compiled, state, base, run.steps, run.config.run, hooks, log, run.stop
         )
@@ -187,11 +216,14 @@ def fit(
 
     trained = lj.join(state.adapter, base)
     lj.save_adapter(run.folder / ADAPTER, trained, overwrite=True)
-    draw_curve(run.folder, read_metrics(run.folder), unit)
+    metrics = read_metrics(run.folder)
+    if is_first():
+        draw_curve(run.folder, metrics, unit)
     report = {
         "summary": start.summary,
         "steps": run.steps,
         "compile_seconds": compile_seconds,
+        "skipped_steps": [line["step"] for line in metrics if "skipped" in line],
         "median_step_seconds": step_seconds,
         "compiled_bytes": compiled_bytes(compiled),
         "peak_bytes": peak_bytes(),
@@ -222,20 +254,42 @@ def doing(console: Console, what: str) -> Iterator[None]:
 
 
 def _mean_loss(
+    run: Run,
     evaluation: Callable[..., dict[str, jax.Array]],
     adapter: Any,
     base: Any,
     examples: Examples | None,
-    batch_size: int,
 ) -> float:
     """The mean loss over the predictions that count; `evaluation` is of `make_evaluation`."""
     assert examples is not None, "--eval-every without rows to hold out"
     loss = count = 0.0
-    for part in examples.parts(batch_size):
-        sums = evaluation(adapter, base, part)
+    for part in examples.parts(run.config.optim.batch_size):
+        sums = evaluation(adapter, base, run.layout.batch(part, parts=False))
         loss += float(sums["loss"])
         count += float(sums["count"])
     return loss / count
+
+
+def placed_state(
+    layout: Layout, adapter: Any, optimizer: optax.GradientTransformation, key: jax.Array
+) -> tuple[State, Any]:
+    """The state before the first step, and where its arrays lie: Adam's moments as the adapter."""
+
+    def make(adapter: Any) -> State:
+        return init_state(adapter, optimizer, key)
+
+    of_adapter = jax.tree.map(lambda array: array.sharding, adapter)
+    shapes = jax.eval_shape(make, adapter)
+    of_moments = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        shapes.opt_state,
+        of_adapter,
+        transform_non_params=lambda _: layout.whole,
+    )
+    whole: Any = layout.whole
+    where = State(of_adapter, of_moments, whole, whole)
+    return jax.jit(make, out_shardings=where)(adapter), where
 
 
 def _resumed(run: Run, checkpoints: Checkpoints, state: State, facts: dict[str, Any]) -> State:

@@ -8,7 +8,7 @@ twice.
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
+
+from train.hosts import is_first
 
 Line = dict[str, Any]
 METRICS = "metrics.jsonl"
@@ -69,16 +71,28 @@ class Log:
         self._file.close()
         self._events.close()
 
+    def skipped(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records that a step was skipped, and shows why."""
+        self._record({"step": step, "skipped": 1.0})
+        self._print(
+            f"step {step} skipped: its loss is {metrics['loss']}, its gradient's norm "
+            f"{metrics['grad_norm']}"
+        )
+
     def add(self, line: Line) -> None:
         """Records a line of metrics, which has a `step`, and shows it."""
-        line = {**line, "time": round(time.time(), 3)}
-        self._file.write(f"{json.dumps(line)}\n")
-        self._file.flush()  # a killed run's record reaches to its last step
-        self._add_events(line)
+        line = self._record(line)
         if "loss" in line:
             self._show(line)
         else:
             self._print(f"step {line['step']}: held-out loss {line['eval_loss']:.4f}")
+
+    def _record(self, line: Line) -> Line:
+        line = {**line, "time": round(time.time(), 3)}
+        self._file.write(f"{json.dumps(line)}\n")
+        self._file.flush()  # a killed run's record reaches to its last step
+        self._add_events(line)
+        return line
 
     def _add_events(self, line: Line) -> None:
         for name, value in line.items():
@@ -97,6 +111,27 @@ class Log:
 
     def _print(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)
+
+
+class Unheard:
+    """The log of the other processes of a run: the first one's is that of all."""
+
+    def __enter__(self) -> "Unheard":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def add(self, line: Line) -> None:
+        """Keeps nothing."""
+
+    def skipped(self, step: int, metrics: Line) -> None:
+        """Keeps nothing."""
+
+
+def open_log(folder: Path, console: Console, *, first: int, last: int) -> Log | Unheard:
+    """The log of this process; see `Log`."""
+    return Log(folder, console, first=first, last=last) if is_first() else Unheard()
 
 
 def duration(seconds: float) -> str:

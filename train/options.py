@@ -4,11 +4,35 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import optax
+import tyro
 
 from train.errors import UserError
+
+_REMAT: dict[str, bool | str] = {"none": False, "full": True}
+_REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")}
+
+
+def _remat(given: list[str]) -> str:
+    if len(given) > 1:
+        raise ValueError(f"one policy is wanted, not {' '.join(given)}")
+    return given[0] if given else "full"
+
+
+# One of the names; the option alone is "full".
+Remat = Annotated[
+    str,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar=f"[{{{','.join(_REMAT)}}}]",
+        instance_from_str=_remat,
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value],
+        choices=tuple(_REMAT),
+    ),
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,10 +109,17 @@ class OptimConfig:
     """The largest norm of the gradient; 0 for no limit."""
     seed: int = 0
     """Of the adapter's start, the order of the data, and dropout."""
-    remat: bool = False
-    """Recompute activations in the backward pass: much less memory, about a third more time."""
+    remat: Remat = "none"
+    """What is recomputed in the backward pass. full, or --remat alone: all of each layer (much less
+    memory, about a third more time). dots_saveable and dots_with_no_batch_dims_saveable, policies
+    of JAX, keep the results of products, or of those with weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the base and its activations. Adapters are always float32."""
+
+    @property
+    def remat_policy(self) -> bool | str:
+        """--remat as the models take it."""
+        return _REMAT[self.remat]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +128,18 @@ class RunConfig:
 
     output: str
     """The folder of this run."""
+    mesh: str | None = None
+    """The devices, such as data=2,fsdp=4,tensor=2 (also expert= and sequence=; -1 takes all that
+    are left). The batch is shared out over data, fsdp and expert, the base over all but data and
+    sequence. By default as many are on fsdp as can share the batch, the others on tensor."""
+    distributed: bool = False
+    """This is one of many processes, and SLURM, a TPU pod, GKE or Open MPI says which."""
+    coordinator: str | None = None
+    """Many processes: the address of the first one, host:port; the same for all of them."""
+    num_processes: int | None = None
+    """Many processes: how many there are, for --coordinator."""
+    process_id: int | None = None
+    """Many processes: which one this is, from 0, for --coordinator."""
     resume: bool = False
     """Go on from the last checkpoint in the output folder."""
     overwrite: bool = False
@@ -109,6 +152,9 @@ class RunConfig:
     """How many checkpoints are kept."""
     eval_every: int = 0
     """Steps between measurements of the loss on held-out data; 0 for none."""
+    max_skipped: int = 3
+    """A step whose loss or gradient is not finite is skipped; after so many in a row the run
+    stops."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +171,8 @@ class Options:
 # would not be the run that it claims to be.
 CHANGEABLE = frozenset(
     {"steps", "epochs", "output", "resume", "overwrite", "allow_base_mismatch", "log_every"}
-    | {"save_every", "keep", "eval_every", "eval_questions"}
+    | {"save_every", "keep", "eval_every", "eval_questions", "max_skipped"}
+    | {"mesh", "distributed", "coordinator", "num_processes", "process_id"}
 )
 
 
@@ -133,7 +180,7 @@ def check_shared(options: Options) -> None:
     """What can be checked of settled options whatever the data are; or UserError."""
     adapter, optim, run = options.adapter, options.optim, options.run
     at_least(1, optim, "batch_size", "grad_accum", "steps")
-    at_least(1, run, "log_every", "save_every", "keep")
+    at_least(1, run, "log_every", "save_every", "keep", "max_skipped")
     at_least(0, optim, "warmup", "weight_decay", "grad_clip", "seed")
     at_least(0, run, "eval_every")
     if optim.lr is not None and not (math.isfinite(optim.lr) and optim.lr > 0):
@@ -162,6 +209,10 @@ def check_shared(options: Options) -> None:
         raise UserError(f"--full trains without an adapter, and {given} is about one")
     if adapter.full and optim.lora_plus is not None:
         raise UserError("--full trains without an adapter, and --lora-plus is about one")
+    of_coordinator = (run.coordinator, run.num_processes, run.process_id)
+    if len({value is None for value in of_coordinator}) > 1:
+        raise UserError("--coordinator, --num-processes and --process-id go together")
+    at_least(1, run, "num_processes")
     if run.resume and run.overwrite:
         raise UserError("--resume goes on with a run and --overwrite deletes it: give one of them")
 

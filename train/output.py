@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
+from train.hosts import is_first
 from train.log import CURVE, EVENTS, METRICS
 from train.options import Options, as_json, check_same_run
 
@@ -76,7 +77,9 @@ def begin(folder: Path, config: Options, facts: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON; the file is there whole or not at all."""
+    """Writes JSON; the file is there whole or not at all. Of many processes, the first one does."""
+    if not is_first():
+        return
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     os.replace(partial, path)

@@ -100,7 +100,7 @@ def read_model(
     *,
     dtype: str,
     param_dtype: str | None = None,
-    remat: bool = False,
+    remat: bool | str = False,
     **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """The model and its parameters; see `lora_jax.models.from_pretrained`."""

@@ -4,15 +4,16 @@
 adapt, train, save, report.
 """
 
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import tyro
-from rich.console import Console
 
 import lora_jax as lj
+from train import hosts
 from train.batches import Order, Packs, pack
 from train.config import SQL_STEPS, Config, check, settled
 from train.data import Row, check_lengths, conversation, read_rows, tokenize
@@ -37,13 +38,16 @@ from train.fit import (
     start,
     with_learning_rate,
 )
+from train.hosts import join_hosts
 from train.log import duration
+from train.losses import summed_loss
+from train.mesh import Layout, make_mesh
 from train.methods import rules
+from train.options import OptimConfig
 from train.output import REPORT, SCORES, check_output, read_json, write_json
 from train.pretrained import read_model, read_outline
 from train.report import print_costs, print_examples, print_scores, tree_bytes
 from train.sql import training_examples
-from train.step import summed_loss
 from train.stop import Stop
 
 
@@ -63,12 +67,14 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def run(config: Config, stop: Stop) -> None:
     """One run, from its options to its report."""
-    console = Console()
     began = time.monotonic()
+    check(config)
+    join_hosts(config.run)
+    console = hosts.console()
 
     # What can be wrong is found first: options and output folder, then rows, then lengths and
     # targets against the model's configuration. Only then are weights read.
-    check(config)
+    mesh = make_mesh(config.run.mesh, config.optim.batch_size)
     rules(config.adapter)
     folder = check_output(config)
     rows = training_rows(config)
@@ -84,11 +90,13 @@ def run(config: Config, stop: Stop) -> None:
     held_out = None
     if held_out_rows:
         held_out = packed(config, held_out_rows, outline.tokenizer, "the held-out rows")
-    optim = config.optim
+    optim: OptimConfig = config.optim
     order = Order(optim.seed, len(packs), optim.batch_size, optim.grad_accum)
     steps = number_of_steps(optim, order, SQL_STEPS if config.is_sql else None)
     optim = with_learning_rate(config, outline, steps)
     check_rules(config, outline)
+    layout = Layout.of(mesh, outline.config)
+    layout.check_batch(optim.batch_size)
     of_run = Run(
         script="train.sft",
         config=config,
@@ -98,12 +106,18 @@ def run(config: Config, stop: Stop) -> None:
         examples=packs,
         order=order,
         steps=steps,
+        layout=layout,
+        name=lambda row: ", ".join(f"row {number}" for number in packs.sources[row]),
     )
 
     # The model and its adapter. Full fine-tuning keeps its weights in fp32, whatever computes.
     param_dtype = "float32" if config.adapter.full else optim.dtype
     model, plain = read_model(
-        config.data.model, dtype=optim.dtype, param_dtype=param_dtype, remat=optim.remat
+        config.data.model,
+        dtype=optim.dtype,
+        param_dtype=param_dtype,
+        remat=optim.remat_policy,
+        sharding=layout.of_parameter,
     )
     base_bytes = tree_bytes(plain)
     key = jax.random.key(optim.seed)
@@ -125,8 +139,8 @@ def run(config: Config, stop: Stop) -> None:
     trained, report = fit(
         of_run,
         begun,
-        lj.adapt(model.apply),
-        summed_loss,
+        lj.adapt(layout.constrained(model).apply),
+        functools.partial(summed_loss, chunk=config.optim.loss_chunk),
         held_out=held_out,
         tokens=lambda batch: int((batch["segment_ids"] > 0).sum()),
         unit="token",

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 
 import lora_jax as lj
+from train.losses import Logits, Loss, summed_loss
 
 Adapter = dict[str, dict[str, Any]]
 Metrics = dict[str, jax.Array]
-Logits = Callable[..., jax.Array]
 
 
 class State(NamedTuple):
@@ -24,40 +24,11 @@ class State(NamedTuple):
 
 
 Step = Callable[[State, Any, dict[str, Any]], tuple[State, Metrics]]
-# (forward, params, batch, dropout_key) -> the loss summed over the predictions that count
-Loss = Callable[[Logits, Any, dict[str, Any], jax.Array | None], jax.Array]
 
 
 def init_state(adapter: Adapter, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
     """The state before the first step."""
     return State(adapter, optimizer.init(adapter), jnp.int32(0), key)
-
-
-def summed_loss(
-    forward: Logits, params: Any, batch: dict[str, Any], dropout_key: jax.Array | None = None
-) -> jax.Array:
-    """The cross entropy of a batch, summed over the tokens that count. fp32 [].
-
-    Args:
-      forward: called as ``forward({"params": params}, ids, positions=…, segment_ids=…,
-        logits_at=…)``; gives logits [batch, m, vocab].
-      params: a parameter tree, adapted or plain.
-      batch: arrays [batch, seq] and [batch, m]; see `train.batches.Packs`.
-      dropout_key: turns dropout on.
-    """
-    dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
-    logits = forward(
-        {"params": params},
-        batch["ids"],
-        positions=batch["positions"],
-        segment_ids=batch["segment_ids"],
-        logits_at=batch["predict_at"],
-        **dropout,
-    )
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), batch["targets"]
-    )  # [batch, m]
-    return jnp.sum(losses * batch["weights"].astype(jnp.float32))
 
 
 def make_step(
@@ -67,6 +38,7 @@ def make_step(
     *,
     dropout: bool,
     loss: Loss = summed_loss,
+    gathered: Callable[[Adapter], Adapter] = lambda adapter: adapter,
 ) -> Step:
     """The step; pure, to be jitted with its state donated.
 
@@ -74,8 +46,14 @@ def make_step(
     are summed over all of it and divided by its number of predictions once, so that accumulation
     is the large batch exactly, however they are spread.
 
+    Where the loss or the gradient's norm is not finite, the step is skipped: adapter and optimiser
+    state stay as they were, bit by bit, and `step` alone advances, so that other data follow.
+
+    `gathered` says where on a mesh the adapter is worked with, which may be another place than
+    where it is kept.
+
     The metrics, fp32 []: `loss` (the mean over predictions), `count` (how many predictions, the sum
-    of the batch's `weights`), `grad_norm` (before clipping), `lr`.
+    of the batch's `weights`), `grad_norm` (before clipping), `lr`, `skipped` (1 or 0).
     """
 
     def of_adapter(adapter: Adapter, base: Any, batch: Any, key: jax.Array | None) -> jax.Array:
@@ -87,10 +65,11 @@ def make_step(
     def step(state: State, base: Any, batch: dict[str, Any]) -> tuple[State, Metrics]:
         accumulate = batch["weights"].shape[0]
         key = jax.random.fold_in(state.key, state.step)
+        at_work = gathered(state.adapter)
 
         def of_part(part: dict[str, Any], index: Any) -> tuple[jax.Array, Adapter]:
             part_key = jax.random.fold_in(key, index) if dropout else None
-            return value_and_grad(state.adapter, base, part, part_key)
+            return value_and_grad(at_work, base, part, part_key)
 
         def add(total: Any, xs: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, of_part(*xs)), None
@@ -98,22 +77,39 @@ def make_step(
         if accumulate == 1:
             total, grads = of_part({name: array[0] for name, array in batch.items()}, 0)
         else:
-            zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.adapter))
+            zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, at_work))
             (total, grads), _ = jax.lax.scan(add, zeros, (batch, jnp.arange(accumulate)))
         count = jnp.sum(batch["weights"]).astype(jnp.float32)
         scale = 1 / jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.adapter)
-        adapter = optax.apply_updates(state.adapter, updates)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+
+        def update() -> tuple[Adapter, optax.OptState]:
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.adapter)
+            return optax.apply_updates(state.adapter, updates), opt_state
+
+        def skip() -> tuple[Adapter, optax.OptState]:
+            return state.adapter, state.opt_state
+
+        # Not jnp.where, which would hold the old state and the new one at once.
+        adapter, opt_state = jax.lax.cond(finite, update, skip)
         metrics = {
             "loss": total * scale,
             "count": count,
-            "grad_norm": optax.tree.norm(grads),
-            "lr": jnp.asarray(schedule(state.step), jnp.float32),
+            "grad_norm": norm,
+            "lr": jnp.asarray(schedule(_updates(state)), jnp.float32),
+            "skipped": 1 - finite.astype(jnp.float32),
         }
         return State(adapter, opt_state, state.step + 1, state.key), metrics
 
     return step
+
+
+def _updates(state: State) -> jax.Array:
+    """The updates so far, by the optimiser's own count: skipped steps are none of them."""
+    counts = optax.tree.get_all_with_path(state.opt_state, "count")
+    return counts[0][1] if counts else state.step
 
 
 def make_evaluation(

@@ -103,10 +103,12 @@ class Interpreter:
         def read(atom: Any) -> Any:
             return atom.val if eqns.is_literal(atom) else environment[atom]
 
-        for index, eqn, wanted, last_uses in _live_equations(inner, live):
+        site = 0  # counts uses of adapted weights: what else is computed changes no dropout
+        for eqn, wanted, last_uses in _live_equations(inner, live):
             values = [read(atom) for atom in eqn.invars]
             with eqns.user_context(eqn):
-                outputs = self._apply(index, eqn, values, wanted)
+                outputs = self._apply(site, eqn, values, wanted)
+            site += any(isinstance(value, Factored) for value in values)
             environment |= dict(zip(eqn.outvars, outputs, strict=True))
             for atom in last_uses:
                 del environment[atom]
@@ -175,11 +177,11 @@ class Interpreter:
         )
         return weight.merged()
 
-    def _apply(self, index: int, eqn: JaxprEqn, values: list[Any], live: Live) -> list[Any]:
+    def _apply(self, site: int, eqn: JaxprEqn, values: list[Any], live: Live) -> list[Any]:
         if not any(isinstance(value, Factored) for value in values):
             return eqns.bind(eqn, values)
         name = eqn.primitive.name
-        use = Use(eqn, [at_site(value, index) for value in values], live)
+        use = Use(eqn, [at_site(value, site) for value in values], live)
         for called, rule in self.own:
             if called in (name, eqns.function_name(eqn)):
                 self._note(use, f"by the rule given for {called!r}")
@@ -253,11 +255,11 @@ def at_site(value: Any, index: int | jax.Array) -> Any:
     return dataclasses.replace(value, key=fold(value.key, index))
 
 
-def _live_equations(jaxpr: Jaxpr, live: Live) -> list[tuple[int, JaxprEqn, Live, list[Any]]]:
+def _live_equations(jaxpr: Jaxpr, live: Live) -> list[tuple[JaxprEqn, Live, list[Any]]]:
     """The equations that the wanted outputs or an effect need, in order.
 
-    Each with its index, which of its outputs are wanted, and the variables that nothing after it
-    reads: dropping them frees memory where the function runs eagerly.
+    Each with which of its outputs are wanted, and the variables that nothing after it reads:
+    dropping them frees memory where the function runs eagerly.
     """
     needed = {
         atom
@@ -265,12 +267,12 @@ def _live_equations(jaxpr: Jaxpr, live: Live) -> list[tuple[int, JaxprEqn, Live,
         if wanted and not eqns.is_literal(atom)
     }
     found = []
-    for index, eqn in reversed(list(enumerate(jaxpr.eqns))):
+    for eqn in reversed(jaxpr.eqns):
         wanted = tuple(out in needed for out in eqn.outvars)
         if not any(wanted) and not eqn.effects:
             continue
         reads = {atom for atom in eqn.invars if not eqns.is_literal(atom)}
         unread = {out for out, used in zip(eqn.outvars, wanted, strict=True) if not used}
-        found.append((index, eqn, wanted, [*((reads - needed) | unread)]))
+        found.append((eqn, wanted, [*((reads - needed) | unread)]))
         needed |= reads
     return found[::-1]

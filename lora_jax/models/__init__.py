@@ -15,6 +15,7 @@ from lora_jax.models.keys import Row, WeightsError, hf_tensors
 from lora_jax.models.load import from_pretrained
 from lora_jax.models.rope_fields import RopeScaling
 from lora_jax.models.save import save_pretrained
+from lora_jax.models.specs import partition_specs
 from lora_jax.models.tokenizer import load_tokenizer
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "init_cache",
     "key_table",
     "load_tokenizer",
+    "partition_specs",
     "read_config",
     "save_pretrained",
 ]

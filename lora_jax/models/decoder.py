@@ -31,7 +31,8 @@ class Decoder(nn.Module):
         float64, where dtype is).
       param_dtype: of the parameters that ``init`` makes.
       remat: recompute each layer in the backward pass. True keeps nothing but the layer's input;
-        a name of ``jax.checkpoint_policies`` keeps what that policy says.
+        a policy of ``jax.checkpoint_policies`` by name, such as "dots_saveable", keeps what it
+        says.
       constrain: applied to the residual stream, [batch, seq, d_model], at the layers' borders: a
         place for ``jax.lax.with_sharding_constraint``.
     """

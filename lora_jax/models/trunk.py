@@ -11,6 +11,16 @@ from jax import lax
 
 from lora_jax.models.cache import Cache
 
+# Those of jax.checkpoint_policies that take no arguments: the others make policies.
+REMAT_POLICIES = (
+    "nothing_saveable",
+    "everything_saveable",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "checkpoint_dots",
+    "checkpoint_dots_with_no_batch_dims",
+)
+
 
 class Placed(NamedTuple):
     """Where the tokens of one call stand.
@@ -82,15 +92,18 @@ def extend(cache: Cache, placed: Placed, new: tuple[jax.Array, jax.Array]) -> Ca
 
 
 def rematerialised(layer: type[nn.Module], remat: bool | str) -> Any:
-    """The layer, recomputed in the backward pass as ``remat`` says; see ``Decoder``."""
+    """The layer, recomputed in the backward pass as ``remat`` says; see ``Decoder``.
+
+    Raises:
+      ValueError: for a policy that is none of ``REMAT_POLICIES``.
+    """
     if remat is False:
         return layer
     policy = None
     if isinstance(remat, str):
-        policy = getattr(jax.checkpoint_policies, remat, None)
-        if policy is None:
-            names = [name for name in dir(jax.checkpoint_policies) if not name.startswith("_")]
-            raise ValueError(f"remat policy {remat!r} is not one of {', '.join(names)}")
+        if remat not in REMAT_POLICIES:
+            raise ValueError(f"remat policy {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
+        policy = getattr(jax.checkpoint_policies, remat)
     # Inside a scan, nothing can be merged with the forward pass: the barrier would only cost.
     return nn.remat(layer, policy=policy, prevent_cse=False)
 

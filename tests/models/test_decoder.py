@@ -156,9 +156,10 @@ def test_remat_changes_no_value(remat: bool | str) -> None:
     assert ["prevent_cse" in program for program in programs] == [False, True]
 
 
-def test_an_unknown_remat_policy_names_the_known() -> None:
-    model = Decoder(tiny.config("llama2"), remat="save_everything")
-    with pytest.raises(ValueError, match="save_everything.*everything_saveable"):
+@pytest.mark.parametrize("name", ["save_everything", "save_only_these_names"])
+def test_what_is_no_remat_policy_names_those_that_are(name: str) -> None:
+    model = Decoder(tiny.config("llama2"), remat=name)
+    with pytest.raises(ValueError, match=f"{name}.*everything_saveable"):
         model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
 

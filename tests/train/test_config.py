@@ -8,7 +8,9 @@ import pytest
 
 from lora_jax import TrainRule
 from lora_jax.models import DecoderConfig
+from lora_jax.models.trunk import REMAT_POLICIES
 from tests.train.tiny import CONFIG
+from train import classify
 from train.config import check
 from train.errors import UserError
 from train.methods import rules
@@ -44,6 +46,7 @@ def decoder_outline():
         ("--lr 0", "--lr 0.0: a learning rate is a positive number"),
         ("--lr nan", "--lr nan: a learning rate"),
         ("--grad-clip nan", "--grad-clip nan: at least 0"),
+        ("--loss-chunk -1", "--loss-chunk -1: at least 0"),
         ("--steps 3 --epochs 1", "--steps and --epochs both say how long"),
         ("--epochs 0", "--epochs 0.0: a positive number"),
         ("--full --init-adapter x", "--full trains without an adapter"),
@@ -152,6 +155,40 @@ def test_a_peft_configuration_that_cannot_be_used(content, message, tmp_path):
         path.write_text(content)
     with pytest.raises(UserError, match=message):
         rules(parse(["--peft-config", str(path)]).adapter)
+
+
+@pytest.mark.parametrize(
+    ("args", "name", "policy"),
+    [
+        ("", "none", False),
+        ("--remat none", "none", False),
+        ("--remat", "full", True),
+        ("--remat --rank 4", "full", True),
+        ("--remat full", "full", True),
+        ("--remat dots_saveable", "dots_saveable", "dots_saveable"),
+        ("--remat dots_with_no_batch_dims_saveable", *["dots_with_no_batch_dims_saveable"] * 2),
+    ],
+)
+@pytest.mark.parametrize("parsed", [parse, classify.parse])
+def test_what_is_recomputed_by_its_name(parsed, args, name, policy):
+    optim = parsed(args.split()).optim
+    assert (optim.remat, optim.remat_policy) == (name, policy)
+    if isinstance(policy, str):
+        assert policy in REMAT_POLICIES
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("--remat dots", ["dots", "--remat", "none", "full", "dots_saveable"]),
+        ("--remat full none", ["--remat", "one policy is wanted, not full none"]),
+    ],
+)
+def test_another_policy_is_refused_by_those_that_are(args, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(args.split())
+    message = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert caught.value.code == 2 and all(word in message for word in words), message
 
 
 def test_a_resumed_run_keeps_its_options_but_for_length_and_reports(tmp_path):

@@ -62,9 +62,9 @@ def tokenizer(template: str | None = CHATML) -> Any:
 
 
 @functools.cache
-def decoder() -> tuple[Decoder, dict[str, Any]]:
-    """A decoder of two layers with random weights."""
-    model = Decoder(DecoderConfig.from_hf(CONFIG))
+def decoder(**fields: Any) -> tuple[Decoder, dict[str, Any]]:
+    """A decoder of two layers with random weights; `fields` change its configuration."""
+    model = Decoder(DecoderConfig.from_hf(CONFIG | fields))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     rng = np.random.default_rng(3)
     return model, jax.tree_util.tree_map_with_path(
@@ -72,13 +72,15 @@ def decoder() -> tuple[Decoder, dict[str, Any]]:
     )
 
 
-def write_model(folder: Path, template: str | None = CHATML, *, scale: float = 1.0) -> Path:
+def write_model(
+    folder: Path, template: str | None = CHATML, *, scale: float = 1.0, **fields: Any
+) -> Path:
     """Writes the decoder, its parameters times `scale`, and its tokenizer."""
-    model, params = decoder()
+    model, params = decoder(**fields)
     params = jax.tree.map(lambda leaf: leaf * scale, params)
     tokenizer(template).save_pretrained(folder)
     save_file(dict(hf_tensors(params, key_table(model.config))), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(CONFIG | fields))
     return folder
 
 

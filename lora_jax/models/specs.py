@@ -1,0 +1,65 @@
+"""How each family's parameters lie on a mesh: a table a family, for ``lora_jax.sharding``.
+
+The axes of a mesh, all of them optional in effect (an axis of size one changes nothing):
+
+- data: the batch; parameters are replicated over it.
+- fsdp: the batch too; parameters are sharded over it, and gathered layer by layer.
+- expert: the batch too; each device has some of the experts.
+- sequence: the tokens of a sequence.
+- tensor: heads and inner features. Where a product's out axis lies on it, the next product
+  contracts it again: one sum over the axis for attention, one for the MLP.
+
+Biases lie as the out axis of their kernel does; norms are replicated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax.sharding import PartitionSpec as P
+
+from lora_jax.models.families import family_of
+
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+BATCH = ("data", "fsdp", "expert")
+
+DECODER = (
+    (r"model/embed_tokens/embedding", P("tensor", "fsdp")),
+    (r"lm_head/kernel", P("fsdp", "tensor")),
+    (r".*/experts/(gate_proj|up_proj|w1|w3)/kernel", P("expert", "fsdp", "tensor")),
+    (r".*/experts/(down_proj|w2)/kernel", P("expert", "tensor", "fsdp")),
+    (r".*/(mlp|block_sparse_moe)/gate/kernel", P("fsdp", None)),  # a router: each device asks all
+    (r".*/(q|k|v|qkv|gate|up|gate_up)_proj/kernel", P("fsdp", "tensor")),
+    (r".*/(q|k|v|qkv|gate|up|gate_up)_proj/bias", P("tensor")),
+    (r".*/(o|down)_proj/kernel", P("tensor", "fsdp")),
+)
+
+GPT2 = (
+    (r"transformer/wte/embedding", P("tensor", "fsdp")),
+    (r"transformer/wpe/embedding", P(None, "fsdp")),
+    (r"lm_head/kernel", P("fsdp", "tensor")),
+    (r".*/(c_attn|c_fc)/kernel", P("fsdp", "tensor")),
+    (r".*/(c_attn|c_fc)/bias", P("tensor")),
+    (r".*/c_proj/kernel", P("tensor", "fsdp")),
+)
+
+ENCODER = (
+    (r".*/word_embeddings/embedding", P("tensor", "fsdp")),
+    (r".*/position_embeddings/embedding", P(None, "fsdp")),
+    (r".*/attention/self/(query|key|value)/kernel", P("fsdp", "tensor")),
+    (r".*/attention/self/(query|key|value)/bias", P("tensor")),
+    (r".*/intermediate/dense/kernel", P("fsdp", "tensor")),
+    (r".*/intermediate/dense/bias", P("tensor")),
+    (r".*/output/dense/kernel", P("tensor", "fsdp")),
+)
+
+_OF_MODULE = {"Decoder": DECODER, "GPT2": GPT2, "Encoder": ENCODER}
+
+
+def partition_specs(config: Any) -> tuple[tuple[str, P], ...]:
+    """The table of a model's family: (regular expression for the path, spec of its last axes).
+
+    Args:
+      config: the model's, such as ``model.config``.
+    """
+    return _OF_MODULE[family_of(config.model_type).module.__name__]

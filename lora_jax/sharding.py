@@ -1,0 +1,125 @@
+"""Where an adapted tree lies on a mesh: the base by a table, the adapter as its base lies.
+
+A table has a line for each kind of leaf: a regular expression for its whole path, and a
+PartitionSpec for its *last* axes, so that one line serves a layer and a stack of layers:
+
+    table = [
+        (r".*/(q|k|v|gate|up)_proj/kernel", P("fsdp", "tensor")),
+        (r".*/(o|down)_proj/kernel", P("tensor", "fsdp")),
+    ]
+    params = lora_jax.sharding.place(params, table, mesh)
+
+The first line that matches counts; a leaf without one is replicated. A lies as the in axes of its
+kernel, B as the out axes, and the rank is replicated: each device then has the factors of the
+parts of W that it has, and no product needs more of them.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lora_jax.lorafy import Tree
+from lora_jax.paths import flatten_with_paths
+from lora_jax.weight import LoraWeight, Node, Trained, is_node
+
+Table = Sequence[tuple[str, PartitionSpec]]
+_Axes = tuple[Any, ...]  # an entry for each axis of an array: None, a name, or several
+
+
+def shardings(params: Tree, table: Table, mesh: Mesh) -> Tree:
+    """The sharding of each array of a tree, in a tree of the same structure.
+
+    An axis of the mesh whose size does not divide an axis of an array is left out there.
+
+    Args:
+      params: a tree, adapted or plain; `jax.ShapeDtypeStruct` leaves will do.
+      table: (regular expression for the whole path, spec of the last axes), the first match counts.
+      mesh: its axes are those that the specs name.
+
+    Raises ValueError for a spec with an axis that the mesh lacks, or with more axes than a leaf.
+    """
+    leaves, treedef = flatten_with_paths(params, is_leaf=is_node)
+
+    def of(path: str, leaf: Any) -> Any:
+        if is_node(leaf):
+            return _of_node(path, leaf, table, mesh)
+        return sharding_of(path, leaf.shape, table, mesh) if hasattr(leaf, "shape") else leaf
+
+    return treedef.unflatten(of(path, leaf) for path, leaf in leaves)
+
+
+def place(params: Tree, table: Table, mesh: Mesh) -> Tree:
+    """The tree on the mesh, each array where `shardings` says."""
+    where = shardings(params, table, mesh)
+    return jax.tree.map(
+        lambda x, s: jax.device_put(x, s) if isinstance(s, NamedSharding) else x, params, where
+    )
+
+
+def sharding_of(path: str, shape: Sequence[int], table: Table, mesh: Mesh) -> NamedSharding:
+    """The sharding of one leaf; see `shardings`."""
+    return fitted(_axes_of(path, shape, table), shape, mesh)
+
+
+def _axes_of(path: str, shape: Sequence[int], table: Table) -> _Axes:
+    """What the table says of each axis; the leading ones, a stack's, are whole."""
+    for pattern, spec in table:
+        if re.fullmatch(pattern, path):
+            if len(spec) > len(shape):
+                raise ValueError(f"{path} {list(shape)} has fewer axes than {spec} ({pattern!r})")
+            return (None,) * (len(shape) - len(spec)) + tuple(spec)
+    return (None,) * len(shape)
+
+
+def fitted(axes: _Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """The sharding of an array of this shape, less the axes of the mesh that do not divide its own.
+
+    Args:
+      axes: for each axis of the array None, the name of an axis of the mesh, or several names.
+    """
+
+    def fitting(size: int, entry: Any) -> Any:
+        kept: list[str] = []
+        for name in (entry,) if isinstance(entry, str) else entry or ():
+            if name not in mesh.shape:
+                raise ValueError(
+                    f"the mesh has no axis {name!r}, only {', '.join(mesh.axis_names)}"
+                )
+            if size % (math.prod(mesh.shape[k] for k in kept) * mesh.shape[name]) == 0:
+                kept.append(name)
+        return tuple(kept) if len(kept) > 1 else kept[0] if kept else None
+
+    spec = [fitting(size, entry) for size, entry in zip(shape, axes, strict=True)]
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _of_node(path: str, node: Node, table: Table, mesh: Mesh) -> Node:
+    """A node with shardings in the place of its arrays."""
+    axes = _axes_of(path, node.shape, table)
+    if isinstance(node, Trained):
+        return Trained(fitted(axes, node.shape, mesh))
+    if not isinstance(node, LoraWeight):
+        whole = fitted((None, *axes[1:]), node.shape, mesh)  # some of the rows: each has them all
+        value = None if node.value is None else whole
+        base = fitted(axes, node.shape, mesh)
+        return type(node)(base, value, rows=node.rows, is_table=node.is_table)
+    labels = node.roles.labels(node.ndim)
+
+    def those(label: str) -> _Axes:
+        return tuple(axis for axis, role in zip(axes, labels, strict=True) if role == label)
+
+    batch, near, far = those("batch"), those("in"), those("out")
+    of_part = {"base": axes, "a": (*batch, None, *near), "b": (*batch, None, *far)}
+    of_part |= {"scale": batch, "magnitude": (*batch, *far), "bias": (*batch, *far)}
+
+    def named(name: str, array: Any) -> Any:
+        return None if array is None else fitted(of_part[name], array.shape, mesh)
+
+    parts = {name: named(name, getattr(node, name)) for name in of_part}
+    if node.start is not None:
+        parts["start"] = tuple(named(n, x) for n, x in zip("ab", node.start, strict=True))
+    return node.replace(**parts)

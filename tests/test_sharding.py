@@ -1,0 +1,199 @@
+"""Where adapted trees lie on a mesh, and what the devices send each other for it."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import lora_jax as lj
+from lora_jax import init, models
+from lora_jax.sharding import place, shardings
+from tests.collectives import collective_bytes
+from tests.models import tiny, tiny_encoders
+from tests.support import draw, with_random_factors
+from train.mesh import Layout, make_mesh
+
+TABLE = [
+    (r".*/up/kernel", P("fsdp", "tensor")),
+    (r".*/experts/kernel", P("expert", "tensor", "fsdp")),
+    (r"embed/embedding", P("tensor", "fsdp")),
+    (r".*/kernel", P(None, "fsdp")),
+]
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    auto = (AxisType.Auto,) * 3
+    return jax.make_mesh((1, 2, 2), ("expert", "fsdp", "tensor"), axis_types=auto)
+
+
+def spec_of(sharding):
+    return tuple(sharding.spec)
+
+
+def test_factors_lie_as_their_base(mesh):
+    params = {
+        "layers": {
+            "up": {"kernel": draw(1, (3, 8, 12))},
+            "experts": {"kernel": draw(2, (5, 4, 6))},
+        },
+        "embed": {"embedding": draw(3, (10, 8))},
+        "head": {"kernel": draw(4, (8, 10)), "bias": draw(5, (10,))},
+    }
+    rules = [
+        lj.TrainRule(targets=["embed"], rows=[2, 5]),
+        lj.TrainRule(targets=["head"]),
+        lj.LoraRule(targets=["up"], rank=3, dora=True, init=init.pissa),
+        lj.LoraRule(targets=["experts"], rank=2, bias_on_b=True),
+    ]
+    where = shardings(lj.lorafy(params, rules), TABLE, mesh)
+    up, experts = where["layers"]["up"]["kernel"], where["layers"]["experts"]["kernel"]
+    assert spec_of(up.base) == (None, "fsdp", "tensor")
+    assert spec_of(up.a) == (None, None, "fsdp") and spec_of(up.b) == (None, None, "tensor")
+    assert [spec_of(x) for x in up.start] == [(None, None, "fsdp"), (None, None, "tensor")]
+    assert spec_of(up.magnitude) == (None, "tensor")
+    assert spec_of(up.scale) == (None,)
+    assert spec_of(experts.base) == ("expert", "tensor", "fsdp")
+    assert spec_of(experts.a) == ("expert", None, "tensor")
+    assert spec_of(experts.bias) == ("expert", "fsdp")
+    assert spec_of(experts.b) == ("expert", None, "fsdp")
+    table = where["embed"]["embedding"]
+    assert spec_of(table.base) == ("tensor", "fsdp") and spec_of(table.value) == (None, "fsdp")
+    assert spec_of(where["head"]["kernel"].value) == (None, "fsdp")
+    assert spec_of(where["head"]["bias"].value) == (None,)  # no line: replicated
+
+
+def test_what_is_placed_lies_there_and_is_the_same(mesh):
+    params = {"layers": {"up": {"kernel": draw(1, (3, 8, 12))}}, "key": jax.random.key(0)}
+    tree = with_random_factors(lj.lorafy(params, [lj.LoraRule(targets=["up"], rank=3)]))
+    there = place(tree, TABLE, mesh)
+    node = there["layers"]["up"]["kernel"]
+    assert {s.data.shape for s in node.base.addressable_shards} == {(3, 4, 6)}
+    assert {s.data.shape for s in node.a.addressable_shards} == {(3, 3, 4)}
+    assert {s.data.shape for s in node.b.addressable_shards} == {(3, 3, 6)}
+    np.testing.assert_array_equal(node.merged(), tree["layers"]["up"]["kernel"].merged())
+
+
+def test_abstract_trees_have_shardings_too(mesh):
+    params = {"up": {"kernel": jax.ShapeDtypeStruct((8, 12), jnp.float32)}}
+    tree = lj.lorafy(params, [lj.LoraRule(targets=["up"], rank=3)])
+    assert spec_of(shardings(tree, [(r"up/.*", P("fsdp"))], mesh)["up"]["kernel"].base) == (
+        None,
+        "fsdp",
+    )
+
+
+def test_axes_that_do_not_divide_are_left_out(mesh):
+    where = shardings(
+        {"a": draw(1, (6, 5)), "b": draw(1, (2, 8))},
+        [(".*", P(("fsdp", "tensor"), "tensor"))],
+        mesh,
+    )
+    assert spec_of(where["a"]) == ("fsdp", None)  # 6 = 2·3, 5 is odd
+    assert spec_of(where["b"]) == ("fsdp", "tensor")
+
+
+def test_tables_that_cannot_be(mesh):
+    with pytest.raises(ValueError, match="the mesh has no axis 'rows', only expert, fsdp, tensor"):
+        shardings({"a": draw(1, (6, 5))}, [("a", P("rows"))], mesh)
+    with pytest.raises(ValueError, match=r"a \[6\] has fewer axes than .*'fsdp'"):
+        shardings({"a": draw(1, (6,))}, [("a", P("fsdp", None))], mesh)
+
+
+CONFIGS = [
+    *(tiny.config(case) for case in ("llama with biases", "qwen3 moe", "mixtral", "gemma2")),
+    *(tiny.config(case) for case in tiny.CASES if case.startswith("phi3")),
+    *(models.read_config(tiny_encoders.fields(case)) for case in ("bert", "roberta", "gpt2")),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_type)
+def test_each_family_says_where_all_its_kernels_lie(config):
+    table = models.partition_specs(config)
+    unsaid = [
+        row.path
+        for row in models.key_table(config)
+        if row.path.endswith(("kernel", "embedding"))
+        and not any(re.fullmatch(pattern, row.path) for pattern, _ in table)
+    ]
+    assert [path for path in unsaid if "token_type" not in path and "pooler" not in path] == []
+
+
+# --- what is sent
+
+CONFIG = {
+    **tiny.fields("llama3"),
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+BATCH, SEQ, RANK = 8, 16, 2
+
+
+@pytest.mark.parametrize(
+    ("text", "times"),
+    [
+        *(("data=4", 2), ("fsdp=4", 2), ("tensor=4", 2), ("data=2,sequence=2", 2)),
+        ("fsdp=2,tensor=2", 3),  # gradients are summed over one axis, then over the other
+    ],
+)
+def test_a_step_sends_what_the_base_needs_and_its_adapter_twice(text, times):
+    """The bound: the plain model forward and back to its input, and the adapter's bytes twice.
+
+    (Once when it is gathered, once when its gradient is summed.)
+    """
+    config = models.read_config(CONFIG)
+    layout = Layout.of(make_mesh(text, BATCH), config)
+    model = layout.constrained(models.Decoder(config, remat=True))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((BATCH, SEQ), jnp.int32))
+    ids = jax.ShapeDtypeStruct(
+        (BATCH, SEQ), jnp.int32, sharding=layout.of_batch((BATCH, SEQ), parts=False)
+    )
+
+    def there(tree):
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            tree,
+            shardings(tree, layout.table, layout.mesh),
+        )
+
+    def loss_of(forward, tree, ids):
+        logits = forward({"params": tree}, ids)[:, :-1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
+
+    def sent(of_what, *args):
+        kept = jax.tree.map(lambda x: x.sharding, args[0])
+        with jax.set_mesh(layout.mesh):
+            gradient = jax.jit(jax.grad(of_what), out_shardings=kept)
+            return collective_bytes(gradient.lower(*args).compile())
+
+    plain = there(shapes["params"])
+    probe = jax.ShapeDtypeStruct((32,), jnp.float32, sharding=layout.whole)
+
+    def of_input(probe, params, ids):
+        nudged = model.clone(constrain=lambda x: layout.constrain(x + probe))
+        return loss_of(nudged.apply, params, ids)
+
+    needed = sent(of_input, probe, plain, ids)
+    rule = lj.LoraRule(targets="all-linear", rank=RANK, alpha=5)
+    tree = there(lj.lorafy(shapes["params"], [rule]))
+    adapter, base = lj.split(tree)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(adapter))
+
+    def of_adapter(adapter, base, ids):
+        adapter = jax.lax.with_sharding_constraint(adapter, layout.of_factors(tree))
+        return loss_of(lj.adapt(model.apply, strict=True), lj.join(adapter, base), ids)
+
+    ours = sent(of_adapter, adapter, base, ids)
+    whole = sent(lambda params, ids: loss_of(model.apply, params, ids), plain, ids)
+    print(f"{text}: needed {needed}, adapter {size}, ours {ours}, full {whole}")
+    assert ours <= needed + times * size
+    assert whole > needed + times * size, "a gradient of the base must be seen"

@@ -1,0 +1,30 @@
+"""Runs train.sft several times in one process: a line of options each, after what all share.
+
+python tests/train/mesh_runs.py DEVICES PROCESS/PROCESSES PORT SHARED… -- OPTIONS… -- OPTIONS…
+"""
+
+import os
+import sys
+
+devices, place, port, *rest = sys.argv[1:]
+process, processes = map(int, place.split("/"))
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+
+import jax  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", int(devices))
+
+from train import hosts, sft  # noqa: E402
+
+runs: list[list[str]] = [[]]
+for word in rest:
+    if word == "--":
+        runs.append([])
+    else:
+        runs[-1].append(word)
+shared, *each = runs
+if processes > 1:
+    jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
+for options in each:
+    sft.main([*shared, *options])
+    hosts.wait_for_all("the next run")

@@ -1,0 +1,225 @@
+"""Meshes and processes: one device's losses and adapter, whatever the devices are."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import lora_jax as lj
+from lora_jax import models
+from tests.support import assert_close, with_random_factors
+from tests.train.tiny import write_jsonl, write_model
+from train import sft
+from train.checkpoints import Checkpoints
+from train.errors import UserError
+from train.fit import placed_state
+from train.log import read_metrics
+from train.mesh import Layout, make_mesh, parse_mesh
+
+ROOT = Path(__file__).parents[2]
+DENSE = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+}
+MIXTURE = {**DENSE, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+MODELS = {"dense": DENSE, "mixture": MIXTURE}
+MESHES = {
+    "dense": [
+        *("data=8", "fsdp=8", "tensor=2,fsdp=4", "data=2,fsdp=2,tensor=2"),
+        *("sequence=4,data=2", "data=2,sequence=2,tensor=2"),
+    ],
+    "mixture": [
+        *("data=8", "fsdp=8", "expert=4,fsdp=2", "expert=2,tensor=2,data=2"),
+        *("fsdp=4,tensor=2", "expert=2,sequence=2,fsdp=2"),
+    ],
+}
+STEPS = 20
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        (None, {}),
+        ("data=2,fsdp=4", {"data": 2, "fsdp": 4}),
+        ("tensor=2, fsdp=-1", {"tensor": 2, "fsdp": -1}),
+    ],
+)
+def test_sizes_are_read(text, sizes):
+    assert parse_mesh(text) == sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data", "sizes such as data=2,fsdp=4 are needed"),
+        ("rows=2", "each of data, fsdp, expert, sequence, tensor"),
+        ("data=2,data=2", "at most once"),
+        ("data=0", "sizes such as"),
+        ("data=-1,fsdp=-1", "only one axis"),
+        ("data=3", "is of 3 devices, and there are 4"),
+        ("data=3,fsdp=-1", "is of 3 devices, and there are 4"),
+    ],
+)
+def test_meshes_that_cannot_be(text, message):
+    with pytest.raises(UserError, match=message):
+        make_mesh(text, 8)
+
+
+def test_all_devices_are_used():
+    def more_than_one(text, batch_size):
+        return {axis: n for axis, n in make_mesh(text, batch_size).shape.items() if n > 1}
+
+    assert more_than_one(None, 8) == {"fsdp": 4}
+    assert more_than_one(None, 6) == {"fsdp": 2, "tensor": 2}
+    assert more_than_one(None, 1) == {"tensor": 4}
+    assert more_than_one("tensor=2,data=-1", 8) == {"tensor": 2, "data": 2}
+
+
+def inputs(folder, kind):
+    """The options that all runs on a tiny model share."""
+    model = write_model(folder / kind, **MODELS[kind])
+    letters = ["ab", "hello", "more of it", "z" * 20]
+    rows = [
+        {"prompt": f"{i} {letters[i % 4]}?", "completion": letters[-1 - i % 4] * (1 + i % 2)}
+        for i in range(40)
+    ]
+    options = ["--model", model, "--dataset", write_jsonl(folder / f"{kind}.jsonl", rows)]
+    options += ["--batch-size", 8, "--rank", 3, "--alpha", 7, "--dropout", 0.1, "--steps", STEPS]
+    options += ["--lr", 1e-3, "--save-every", 1000, "--targets", "all-linear"]
+    return [str(option) for option in options]
+
+
+def run(shared, each, *, devices, processes=1):
+    """Trains with each list of options in turn, in as many processes as asked for."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [str(word) for word in shared]
+    for options in each:
+        words += ["--", *map(str, options)]
+    script = [sys.executable, str(ROOT / "tests/train/mesh_runs.py"), str(devices)]
+    started = [
+        subprocess.Popen(
+            [*script, f"{process}/{processes}", str(port), *words],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(processes)
+    ]
+    said = [process.communicate(timeout=600) for process in started]
+    for process, (out, err) in zip(started, said, strict=True):
+        assert process.returncode == 0, f"{out[-2000:]}\n{err[-4000:]}"
+    return said
+
+
+def trained(shared, folder):
+    """(the losses, the adapter) that a run left."""
+    _, params = models.from_pretrained(shared[1])
+    losses = [line["loss"] for line in read_metrics(folder)]
+    assert len(losses) == STEPS
+    return losses, lj.split(lj.load_adapter(folder / "adapter", params))[0]
+
+
+def test_a_run_goes_on_under_another_mesh(tmp_path):
+    shared = inputs(tmp_path, "dense")
+    steps = shared.index("--steps")
+    shared = [*shared[:steps], *shared[steps + 2 :], "--schedule", "constant"]
+    shared += ["--warmup", "1"]
+
+    def go_on(folder, mesh, n_steps, *options):
+        args = ["--output", tmp_path / folder, "--mesh", mesh, "--steps", n_steps, *options]
+        sft.main([*shared, *map(str, args)])
+        return tmp_path / folder
+
+    whole = go_on("whole", "data=4", 4)
+    first = go_on("moved", "fsdp=2,tensor=2", 2)
+    config = json.loads((first / "config.json").read_text())["options"]
+    assert config["mesh"] == "fsdp=2,tensor=2"
+    moved = go_on("moved", "data=2,sequence=2", 4, "--resume")
+    losses = [[line["loss"] for line in read_metrics(folder)] for folder in (whole, moved)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    _, params = models.from_pretrained(shared[1])
+    ours, theirs = (
+        lj.split(lj.load_adapter(folder / "adapter", params))[0] for folder in (moved, whole)
+    )
+    assert_close(ours, theirs, 1e-5)
+
+
+def test_a_checkpoint_loads_bitwise_under_another_mesh(tmp_path):
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.normal(size=(2, 8, 12)), jnp.float32)
+    params = with_random_factors(
+        lj.lorafy({"up": {"kernel": kernel}}, [lj.LoraRule(targets=["up"], rank=3)])
+    )
+    table = [("up/kernel", P("fsdp", "tensor"))]
+
+    def state_on(mesh, seed):
+        layout = Layout(make_mesh(mesh, 4), table)
+        adapter, _ = lj.split(layout.placed(params))
+        state, _ = placed_state(layout, adapter, optax.adam(1e-3), jax.random.key(seed))
+        return state
+
+    first = state_on("fsdp=2,tensor=2", 3)
+    _, moments = optax.adam(1e-3).update(first.adapter, first.opt_state)
+    first = first._replace(opt_state=moments, step=jnp.int32(5))
+    Checkpoints(tmp_path, keep=1).save(first, {"data": "these"})
+    like = state_on("data=2,fsdp=2", 4)
+    second, facts = Checkpoints(tmp_path, keep=1).restore(like)
+    assert facts == {"data": "these"} and int(second.step) == 5
+    for one, other, where in zip(*map(jax.tree.leaves, (first, second, like)), strict=True):
+        assert other.sharding.is_equivalent_to(where.sharding, other.ndim)
+        if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
+            one, other = map(jax.random.key_data, (one, other))
+        np.testing.assert_array_equal(one, other)
+    b = second.adapter["up/kernel"]["b"]
+    assert {shard.data.shape for shard in b.addressable_shards} == {(2, 3, 12)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_mesh_trains_as_one_device_does(kind, tmp_path):
+    shared = inputs(tmp_path, kind)
+    run(shared, [["--output", tmp_path / "one"]], devices=1)
+    meshes = MESHES[kind]
+    run(
+        shared,
+        [["--mesh", mesh, "--output", tmp_path / f"mesh{i}"] for i, mesh in enumerate(meshes)],
+        devices=8,
+    )
+    losses, adapter = trained(shared, tmp_path / "one")
+    assert all(np.abs(parts["b"]).max() > 1e-2 for parts in adapter.values())
+    for i, mesh in enumerate(meshes):
+        ours, theirs = trained(shared, tmp_path / f"mesh{i}"), (losses, adapter)
+        np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5, err_msg=mesh)
+        assert_close(ours[1], theirs[1], 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODELS)
+def test_two_processes_train_as_one_device_does(kind, tmp_path):
+    shared = inputs(tmp_path, kind)
+    run(shared, [["--output", tmp_path / "one"]], devices=1)
+    mesh = {"dense": "fsdp=4,tensor=2", "mixture": "expert=4,fsdp=2"}[kind]
+    options = ["--mesh", mesh, "--output", tmp_path / "two"]
+    said = run(shared, [options], devices=4, processes=2)
+    assert f"step {STEPS}/{STEPS}" in said[0][0] and "step" not in said[1][0]
+    for ours, theirs in zip(
+        trained(shared, tmp_path / "two"), trained(shared, tmp_path / "one"), strict=True
+    ):
+        assert_close(ours, theirs, 1e-5)

@@ -1,0 +1,55 @@
+"""Many processes, each with its own devices, as one run: `jax.distributed`, and who writes what."""
+
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from rich.console import Console
+
+from train.errors import UserError
+from train.options import RunConfig
+
+
+def join_hosts(run: RunConfig) -> None:
+    """Makes this process one of many, if the options say so; before JAX looks for its devices.
+
+    Raises UserError where the processes do not find each other.
+    """
+    if run.coordinator is None and not run.distributed:
+        return
+    try:
+        jax.distributed.initialize(run.coordinator, run.num_processes, run.process_id)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the processes of this run do not find each other ({_first_line(error)}). Start "
+            "the same command on every host: with --distributed where SLURM, a TPU pod, GKE or "
+            "Open MPI says who is who, else with --coordinator, --num-processes, --process-id"
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and talks."""
+    return jax.process_index() == 0
+
+
+def console() -> Console:
+    """Where to talk to; only the first process is heard."""
+    return Console(quiet=not is_first())
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when all processes have come here; `what` names the place."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def any_of_all(flag: bool) -> bool:
+    """Whether the flag is set in one of the processes; all have to ask."""
+    if jax.process_count() == 1:
+        return flag
+    flags: Any = multihost_utils.process_allgather(flag)
+    return bool(flags.any())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,143 @@
+"""The devices of a run as a mesh, and where what a step works on lies on it."""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lora_jax.lorafy import split
+from lora_jax.models.specs import AXES, BATCH, partition_specs
+from lora_jax.sharding import Table, fitted, place, sharding_of, shardings
+from train.batches import Batch
+from train.errors import UserError
+
+_RESIDUAL = (BATCH, ("sequence", "tensor"), None)  # [batch, seq, d_model]
+
+
+def parse_mesh(text: str | None) -> dict[str, int]:
+    """The sizes that --mesh gives, such as ``data=2,fsdp=4``; {} for none. -1 means all the rest.
+
+    Raises UserError where it is not of this form.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(",") if text else ():
+        found = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d*)\s*", part)
+        if found is None or found[1] not in AXES or found[1] in sizes:
+            raise UserError(
+                f"--mesh {text}: sizes such as data=2,fsdp=4 are needed, each of {', '.join(AXES)} "
+                "at most once (-1 for all the devices that are left)"
+            )
+        sizes[found[1]] = int(found[2])
+    if list(sizes.values()).count(-1) > 1:
+        raise UserError(f"--mesh {text}: only one axis can take all the devices that are left")
+    return sizes
+
+
+def make_mesh(text: str | None, batch_size: int) -> Mesh:
+    """All devices of all processes as a mesh of all axes.
+
+    By default as many are on fsdp as the batch can be shared out over, and the others on tensor.
+
+    Raises UserError where the sizes are not those of the devices.
+    """
+    devices = jax.devices()
+    rows = math.gcd(batch_size, len(devices))
+    sizes = parse_mesh(text) or {"fsdp": rows, "tensor": len(devices) // rows}
+    given = math.prod(size for size in sizes.values() if size > 0)
+    rest = [name for name, size in sizes.items() if size == -1]
+    if rest and len(devices) % given == 0:
+        sizes[rest[0]] = len(devices) // given
+    elif rest or given != len(devices):
+        raise UserError(
+            f"--mesh {text} is of {given} devices, and there are {len(devices)} "
+            f"({jax.process_count()} processes with {jax.local_device_count()} each)"
+        )
+    shape = tuple(sizes.get(name, 1) for name in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where weights, adapters, batches and activations lie on the mesh."""
+
+    mesh: Mesh
+    table: Table
+
+    @classmethod
+    def of(cls, mesh: Mesh, config: Any) -> "Layout":
+        """The layout of a model with this configuration."""
+        return cls(mesh, partition_specs(config))
+
+    def check_batch(self, batch_size: int) -> None:
+        """Raises UserError where the batch cannot be shared out."""
+        parts = math.prod(self.mesh.shape[name] for name in BATCH)
+        if batch_size % parts:
+            shown = " × ".join(f"{name} {self.mesh.shape[name]}" for name in BATCH)
+            raise UserError(
+                f"--batch-size {batch_size} cannot be shared out evenly over {parts} parts of the "
+                f"mesh ({shown}): give a multiple of {parts}, or another --mesh"
+            )
+
+    def of_parameter(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
+        """Where to load a parameter to; see `lora_jax.models.from_pretrained`."""
+        return sharding_of(path, shape, self.table, self.mesh)
+
+    def placed(self, params: Any) -> Any:
+        """An adapted tree on the mesh, the adapter as its base lies."""
+        return place(params, self.table, self.mesh)
+
+    def of_factors(self, params: Any) -> Any:
+        """Where a step works with an adapter: gathered over fsdp once, not once for each layer.
+
+        Its optimiser state stays shared out. The adapter is small, and layer by layer it would be
+        gathered three times: forward, recomputed, and backward.
+        """
+
+        def less(entry: Any) -> Any:
+            names = (entry,) if isinstance(entry, str) else entry or ()
+            return tuple(name for name in names if name == "expert")
+
+        table = [(path, P(*map(less, spec))) for path, spec in self.table]
+        return split(shardings(params, table, self.mesh))[0]
+
+    @property
+    def whole(self) -> NamedSharding:
+        """That of an array that each device has."""
+        return NamedSharding(self.mesh, P())
+
+    def constrained(self, model: Any) -> Any:
+        """The model with its residual stream where `constrain` says; on one device as it is."""
+        return model if self.mesh.size == 1 else model.clone(constrain=self.constrain)
+
+    def constrain(self, x: jax.Array) -> jax.Array:
+        """The residual stream, [batch, seq, d_model], between layers.
+
+        It is what rematerialisation keeps of each layer, so it is shared out over the tensor axis
+        as well: by tokens, since norms are taken of each token by itself.
+        """
+        return jax.lax.with_sharding_constraint(x, self._fitting(x.shape, _RESIDUAL))
+
+    def batch(self, batch: Batch, *, parts: bool) -> dict[str, jax.Array]:
+        """A batch on the mesh: all processes know it, and each gives what its devices need.
+
+        Args:
+          batch: arrays [batch, …], or [accumulate, batch, …] with `parts`.
+        """
+        return {
+            name: jax.make_array_from_callback(
+                array.shape, self.of_batch(array.shape, parts=parts), array.__getitem__
+            )
+            for name, array in batch.items()
+        }
+
+    def of_batch(self, shape: tuple[int, ...], *, parts: bool) -> NamedSharding:
+        """The sharding of one of a batch's arrays."""
+        return self._fitting(shape, (None, BATCH) if parts else (BATCH,))
+
+    def _fitting(self, shape: tuple[int, ...], axes: tuple[Any, ...]) -> NamedSharding:
+        axes = axes + (None,) * (len(shape) - len(axes))
+        return fitted(axes, shape, self.mesh)
