@@ -12,6 +12,10 @@ PartitionSpec for its *last* axes, so that one line serves a layer and a stack o
 The first line that matches counts; a leaf without one is replicated. A lies as the in axes of its
 kernel, B as the out axes, and the rank is replicated: each device then has the factors of the
 parts of W that it has, and no product needs more of them.
+
+Where activations lie on the mesh by more than one of their axes (the batch and the sequence), trace
+the step under ``jax.set_mesh(mesh)``: products with the factors then keep those axes apart, and
+nothing moves for them.
 """
 
 import math

@@ -1,9 +1,11 @@
 """Checkpoints of a run: adapter, optimiser, rng, step and data cursor, never the base.
 
 Orbax writes each to a folder beside its place and renames it there, so that a checkpoint is there
-whole or not at all. Each array's checksum is kept as well, so that a damaged one is found.
+whole or not at all. The checksums of its arrays are in it, and those of its files beside it, so
+that a damaged one is found and named.
 """
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +17,8 @@ import orbax.checkpoint as ocp
 from lora_jax.fingerprint import checksum
 from lora_jax.paths import flatten_with_paths
 from train.errors import UserError
+from train.hosts import is_first
+from train.output import CHECKPOINT_FILES, read_json, write_json
 from train.step import State
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file on "absl"
@@ -29,6 +33,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder.absolute()
+        self._sums = self.folder.with_name(CHECKPOINT_FILES)
         self._keep = keep
         self._manager: ocp.CheckpointManager | None = None
 
@@ -60,6 +65,10 @@ class Checkpoints:
             ),
             force=True,
         )
+        if is_first():
+            there = {str(at) for at in self.steps()}
+            kept = {at: files for at, files in read_json(self._sums).items() if at in there}
+            write_json(self._sums, kept | {str(step): _files(self.folder / str(step))})
 
     def restore(self, like: State) -> tuple[State, dict[str, Any]]:
         """The newest checkpoint, and the `run` that it was saved with.
@@ -85,6 +94,11 @@ class Checkpoints:
         )
 
     def _read(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
+        files = read_json(self._sums).get(str(step), {})  # a kill may have come before they were
+        found = _files(self.folder / str(step)) if files else {}
+        if wrong := [name for name, digest in files.items() if found.get(name) != digest]:
+            how = "is not what was saved" if wrong[0] in found else "is missing"
+            raise DamagedCheckpoint(f"its file {wrong[0]} {how}")
         arrays = _as_arrays(like)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, arrays)
         try:
@@ -108,6 +122,18 @@ class Checkpoints:
         if self._manager is not None:
             self._manager.close()
             self._manager = None
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file in a folder."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                digests[str(path.relative_to(folder))] = hashlib.file_digest(
+                    file, "sha256"
+                ).hexdigest()
+    return digests
 
 
 def _as_arrays(state: State) -> dict[str, Any]:

@@ -19,7 +19,9 @@ REPORT = "report.json"
 ADAPTER = "adapter"
 START = "start"
 CHECKPOINTS = "checkpoints"
-_OURS = (CONFIG, SCORES, REPORT, ADAPTER, START, CHECKPOINTS, METRICS, EVENTS, CURVE, CONFUSION)
+CHECKPOINT_FILES = "checkpoints.json"  # the checksums of their files
+_RESULTS = (CONFIG, SCORES, REPORT, ADAPTER, METRICS, EVENTS, CURVE, CONFUSION)
+_OURS = (*_RESULTS, START, CHECKPOINTS, CHECKPOINT_FILES)
 
 
 def check_output(config: Options) -> Path:

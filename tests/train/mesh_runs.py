@@ -6,7 +6,7 @@ python tests/train/mesh_runs.py DEVICES PROCESS/PROCESSES PORT SHARED… -- OPTI
 import os
 import sys
 
-devices, place, port, *rest = sys.argv[1:]
+devices, place, port, script, *rest = sys.argv[1:]
 process, processes = map(int, place.split("/"))
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
@@ -14,7 +14,7 @@ import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", int(devices))
 
-from train import hosts, sft  # noqa: E402
+from train import classify, hosts, sft  # noqa: E402
 
 runs: list[list[str]] = [[]]
 for word in rest:
@@ -26,5 +26,5 @@ shared, *each = runs
 if processes > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
 for options in each:
-    sft.main([*shared, *options])
+    {"sft": sft, "classify": classify}[script].main([*shared, *options])
     hosts.wait_for_all("the next run")

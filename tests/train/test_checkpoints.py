@@ -86,6 +86,30 @@ def test_a_damaged_one_is_named_with_the_one_before(saved, damage):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("damage", [truncate, flip, lambda path: path.unlink()])
+def test_every_file_counts(saved, damage, tmp_path):
+    folder = saved.folder / "3"
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
+    assert len(files) > 10
+    for path in files:
+        content = path.read_bytes()
+        damage(path)
+        with pytest.raises(DamagedCheckpoint, match="the checkpoint .*3 is damaged") as caught:
+            saved.restore(state_at(0))
+        assert str(path.relative_to(folder)) in str(caught.value)
+        assert "of step 2, is whole" in str(caught.value)
+        path.write_bytes(content)
+    assert_same(saved.restore(state_at(0))[0], state_at(3))
+
+
+def test_a_kill_before_the_files_were_counted_loses_nothing(saved):
+    saved.folder.with_name("checkpoints.json").unlink()
+    assert_same(saved.restore(state_at(0))[0], state_at(3))
+    flip(largest_file(saved.folder / "3"))  # the arrays' own checksums are still there
+    with pytest.raises(DamagedCheckpoint, match="of step 2, is whole"):
+        saved.restore(state_at(0))
+
+
 def test_where_all_are_damaged_only_a_new_run_helps(saved):
     for step in ("2", "3"):
         truncate(largest_file(saved.folder / step))
@@ -95,5 +119,5 @@ def test_where_all_are_damaged_only_a_new_run_helps(saved):
 
 def test_bytes_that_decode_but_differ_are_found(saved, monkeypatch):
     monkeypatch.setattr("train.checkpoints.checksum", lambda array: "another")
-    with pytest.raises(DamagedCheckpoint, match="is not what was saved"):
+    with pytest.raises(DamagedCheckpoint, match="layers/q/kernel.* is not what was saved"):
         saved.restore(state_at(0))

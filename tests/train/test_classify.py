@@ -100,7 +100,8 @@ def adapter_of(inputs, folder):
 
 def test_a_run_leaves_all_that_it_should(inputs, whole):
     assert {path.name for path in whole.iterdir()} == {
-        *("adapter", "checkpoints", "config.json", "loss.png", "metrics.jsonl", "report.json"),
+        *("adapter", "checkpoints", "checkpoints.json", "config.json", "loss.png"),
+        *("metrics.jsonl", "report.json"),
         *("tensorboard", "scores.json", "confusion.png"),
     }
     assert json.loads((whole / "config.json").read_text())["labels"] == ["low", "middle", "top"]

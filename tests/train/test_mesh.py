@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax import models
 from tests.support import assert_close, with_random_factors
+from tests.train.test_classify import words, write_encoder
 from tests.train.tiny import write_jsonl, write_model
 from train import sft
 from train.checkpoints import Checkpoints
@@ -102,7 +103,7 @@ def inputs(folder, kind):
     return [str(option) for option in options]
 
 
-def run(shared, each, *, devices, processes=1):
+def run(shared, each, *, devices, processes=1, script="sft"):
     """Trains with each list of options in turn, in as many processes as asked for."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -110,10 +111,10 @@ def run(shared, each, *, devices, processes=1):
     words = [str(word) for word in shared]
     for options in each:
         words += ["--", *map(str, options)]
-    script = [sys.executable, str(ROOT / "tests/train/mesh_runs.py"), str(devices)]
+    command = [sys.executable, str(ROOT / "tests/train/mesh_runs.py"), str(devices)]
     started = [
         subprocess.Popen(
-            [*script, f"{process}/{processes}", str(port), *words],
+            [*command, f"{process}/{processes}", str(port), script, *words],
             cwd=ROOT,
             env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
@@ -178,9 +179,9 @@ def test_a_checkpoint_loads_bitwise_under_another_mesh(tmp_path):
     first = state_on("fsdp=2,tensor=2", 3)
     _, moments = optax.adam(1e-3).update(first.adapter, first.opt_state)
     first = first._replace(opt_state=moments, step=jnp.int32(5))
-    Checkpoints(tmp_path, keep=1).save(first, {"data": "these"})
+    Checkpoints(tmp_path / "checkpoints", keep=1).save(first, {"data": "these"})
     like = state_on("data=2,fsdp=2", 4)
-    second, facts = Checkpoints(tmp_path, keep=1).restore(like)
+    second, facts = Checkpoints(tmp_path / "checkpoints", keep=1).restore(like)
     assert facts == {"data": "these"} and int(second.step) == 5
     for one, other, where in zip(*map(jax.tree.leaves, (first, second, like)), strict=True):
         assert other.sharding.is_equivalent_to(where.sharding, other.ndim)
@@ -223,3 +224,27 @@ def test_two_processes_train_as_one_device_does(kind, tmp_path):
         trained(shared, tmp_path / "two"), trained(shared, tmp_path / "one"), strict=True
     ):
         assert_close(ours, theirs, 1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_answer_and_classify_as_one_does(tmp_path):
+    model = write_model(tmp_path / "decoder", **DENSE)
+    questions = ["--model", model, "--seq-len", 700, "--rows", 8, "--steps", 1, "--batch-size", 4]
+    questions += ["--eval-questions", 2]
+    encoder = write_encoder(tmp_path / "encoder")
+    texts = write_jsonl(tmp_path / "texts.jsonl", words(60))
+    classes = ["--model", encoder, "--dataset", texts, "--text", "word", "--label", "grade"]
+    classes += ["--seq-len", 16, "--batch-size", 8, "--steps", 3, "--eval-every", 3]
+    for script, shared in (("sft", questions), ("classify", classes)):
+        folders = [tmp_path / f"{script}{n}" for n in (1, 2)]
+        for processes, folder in enumerate(folders, start=1):
+            options = ["--output", folder, "--mesh", "fsdp=2,tensor=2"]
+            run(
+                shared,
+                [options],
+                devices=4 // processes,
+                processes=processes,
+                script=script,
+            )
+        one, two = (json.loads((folder / "scores.json").read_text()) for folder in folders)
+        assert one == two

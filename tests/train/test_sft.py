@@ -74,7 +74,8 @@ def assert_same(one, other):
 def test_a_run_leaves_all_that_it_should(inputs, whole):
     names = {path.name for path in whole.iterdir()}
     assert names == {
-        *("adapter", "checkpoints", "config.json", "loss.png", "metrics.jsonl", "report.json"),
+        *("adapter", "checkpoints", "checkpoints.json", "config.json", "loss.png"),
+        *("metrics.jsonl", "report.json"),
         "tensorboard",
     }
     config = json.loads((whole / "config.json").read_text())
