@@ -16,7 +16,8 @@ and backward to A and B): this order is the fastest of the four, and the order o
 below is what keeps the backward pass from copying whole activations into another layout before
 each skinny product: z = xA, which is small, is flattened to two dimensions, so that the
 derivative of B contracts one axis rather than several; x itself keeps its shape, and its
-residual is shared by all products that read it. Everything is plain `dot_general`, so
+residual is shared by all products that read it. (On a mesh that is set, z keeps its shape: its
+axes may lie apart.) Everything is plain `dot_general`, so
 forward mode, reverse mode and their compositions work as JAX derives them.
 """
 
@@ -292,7 +293,7 @@ def _delta(
         scale.astype(z.dtype), [*range(len(w_batch), len(w_batch) + len(x_free)), z.ndim - 1]
     )
     z = (z * scale).astype(x.dtype)
-    if len(x_free) > 1 and not sharded and jax.sharding.get_abstract_mesh().empty:
+    if len(x_free) > 1 and not sharded and not _on_mesh():
         flat = math.prod(x.shape[axis] for axis in x_free)
         lead = len(w_batch)
         z = lax.reshape(z, (*z.shape[:lead], flat, *z.shape[lead + len(x_free) :]))
@@ -337,6 +338,12 @@ def is_dropped(weight: Factored) -> bool:
 def is_sharded(x: jax.Array) -> bool:
     """Whether x's type says how it is sharded (a mesh with explicit axes)."""
     return any(part is not None for part in jax.typeof(x).sharding.spec)
+
+
+def _on_mesh() -> bool:
+    """Whether several devices are set (`jax.set_mesh`), so that axes of x may be apart on them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
 
 
 def _rank_sharding(

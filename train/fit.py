@@ -151,7 +151,7 @@ def start(
     return Start(
         state=state,
         where=where,
-        at_work=run.layout.of_factors(params),
+        at_work=run.layout.at_work(params),
         base=base,
         optimizer=optimizer,
         schedule=schedule,
@@ -264,7 +264,9 @@ def _mean_loss(
     assert examples is not None, "--eval-every without rows to hold out"
     loss = count = 0.0
     for part in examples.parts(run.config.optim.batch_size):
-        sums = evaluation(adapter, base, run.layout.batch(part, parts=False))
+        batch = run.layout.batch(part, parts=False)
+        with jax.set_mesh(run.layout.mesh):
+            sums = evaluation(adapter, base, batch)
         loss += float(sums["loss"])
         count += float(sums["count"])
     return loss / count

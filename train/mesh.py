@@ -90,19 +90,25 @@ class Layout:
         """An adapted tree on the mesh, the adapter as its base lies."""
         return place(params, self.table, self.mesh)
 
-    def of_factors(self, params: Any) -> Any:
-        """Where a step works with an adapter: gathered over fsdp once, not once for each layer.
+    def at_work(self, params: Any) -> Any:
+        """Where a step works with an adapter: its factors are whole, but for the experts' axis.
 
-        Its optimiser state stays shared out. The adapter is small, and layer by layer it would be
-        gathered three times: forward, recomputed, and backward.
+        So they are gathered once a step; layer by layer, it would be three times: forward,
+        recomputed, and backward. They are small. What trains in full is not: it stays where it
+        lies, and so does the state of the optimiser.
         """
 
         def less(entry: Any) -> Any:
             names = (entry,) if isinstance(entry, str) else entry or ()
             return tuple(name for name in names if name == "expert")
 
-        table = [(path, P(*map(less, spec))) for path, spec in self.table]
-        return split(shardings(params, table, self.mesh))[0]
+        whole_factors = [(path, P(*map(less, spec))) for path, spec in self.table]
+        lies = split(shardings(params, self.table, self.mesh))[0]
+        works = split(shardings(params, whole_factors, self.mesh))[0]
+        return {
+            path: {name: (lies if name == "value" else works)[path][name] for name in parts}
+            for path, parts in lies.items()
+        }
 
     @property
     def whole(self) -> NamedSharding:
