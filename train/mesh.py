@@ -37,6 +37,11 @@ def parse_mesh(text: str | None) -> dict[str, int]:
     return sizes
 
 
+def all_devices() -> list[jax.Device]:
+    """Those of all processes."""
+    return jax.devices()
+
+
 def make_mesh(text: str | None, batch_size: int) -> Mesh:
     """All devices of all processes as a mesh of all axes.
 
@@ -44,7 +49,7 @@ def make_mesh(text: str | None, batch_size: int) -> Mesh:
 
     Raises UserError where the sizes are not those of the devices.
     """
-    devices = jax.devices()
+    devices = all_devices()
     rows = math.gcd(batch_size, len(devices))
     sizes = parse_mesh(text) or {"fsdp": rows, "tensor": len(devices) // rows}
     given = math.prod(size for size in sizes.values() if size > 0)

@@ -55,7 +55,10 @@ def test_defaults_are_those_of_transformers() -> None:
     assert (config.pad_token_id, config.max_tokens, config.num_labels) == (0, 512, 2)
     roberta = read(model_type="roberta", max_position_embeddings=514)
     assert (roberta.pad_token_id, roberta.max_tokens) == (1, 512)
-    assert read(id2label={"0": "no", "1": "so so", "2": "yes"}).num_labels == 3
+    named = read(id2label={"0": "no", "2": "yes", "1": "so so"})
+    assert (named.num_labels, named.label_names) == (3, ("no", "so so", "yes"))
+    assert named.to_hf()["label2id"] == {"no": 0, "so so": 1, "yes": 2}
+    assert read(id2label={"0": "LABEL_0", "1": "LABEL_1"}).label_names == ()
     # Dropout acts in training only, and gradient_checkpointing saves memory.
     assert read(hidden_dropout_prob=0.5, gradient_checkpointing=True, pooler_fc_size=768) == config
 

@@ -12,10 +12,9 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 
-from lora_jax import packaged
-from lora_jax.models import ModelNotFound, hub
+from lora_jax.models import ModelNotFound, hub, packaged
 from lora_jax.models.bundled import BUNDLES, MINILM, SMOLLM2, Bundle
-from lora_jax.packaged import FetchError, Package
+from lora_jax.models.packaged import FetchError, Package
 
 CONTENT = b"a small stand-in for the real file" * 100
 OTHER = b"another"

@@ -26,7 +26,7 @@ def write(folder: Path, case: str, head: str, change: Any = dict) -> tuple[Any, 
     model, params = tiny_encoders.model(case, head)
     fields = tiny_encoders.fields(case)
     fields["architectures"] = [CLASS[fields["model_type"]] + ENDING[head]]
-    fields["id2label"] = {str(i): str(i) for i in range(model.config.num_labels)}
+    fields["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.config.num_labels)}
     tensors = tiny_encoders.write_folder(folder, fields, params, model.config)
     tensors = change(tensors)
     save_file(tensors, folder / "model.safetensors")

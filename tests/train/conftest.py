@@ -9,3 +9,11 @@ def strict_promotion():
     """Takes the place of the core's setting: Optax's Adam raises a float to an integer's power."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_devices():
+    """Scripts see one device: what compiles for several takes longer, and has tests of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.mesh.all_devices", lambda: jax.devices()[:1])
+        yield

@@ -50,6 +50,11 @@ MESHES = {
 STEPS = 20
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_devices():
+    """All that there are."""
+
+
 @pytest.mark.parametrize(
     ("text", "sizes"),
     [
