@@ -133,6 +133,7 @@ def test_the_scores_are_those_of_the_saved_adapter(inputs, whole):
     assert scores["fine-tuned"]["accuracy"] == right / len(test)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, whole, tmp_path):
     options = ["--dropout", 0.1, "--eval-every", 6, "--log-every", 1, "--schedule", "constant"]
     run(inputs, tmp_path / "whole", "--steps", 6, *options)

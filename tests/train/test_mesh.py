@@ -154,6 +154,7 @@ def test_factors_are_whole_at_work_and_what_trains_in_full_is_not():
     assert tuple(at_work["head/kernel"]["value"].spec) == ("fsdp", "tensor")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_another_mesh(tmp_path):
     shared = inputs(tmp_path, "dense")
     steps = shared.index("--steps")
