@@ -143,8 +143,9 @@ def test_initialisers_that_decompose(tiny_llama, name):  # noqa: F811
     expected = take(peft, adapter, lambda p: p)
     for path, parts in adapter.items():
         sign = np.sign((np.asarray(parts["a"]) * expected[path]["a"]).sum(-1, keepdims=True))
-        assert_close(parts["a"], expected[path]["a"] * sign, 1e-5)
-        assert_close(parts["b"], expected[path]["b"] * sign, 1e-5)
+        # Two decompositions in fp32, whose singular vectors agree to some 1e-5.
+        assert_close(parts["a"], expected[path]["a"] * sign, 5e-5)
+        assert_close(parts["b"], expected[path]["b"] * sign, 5e-5)
     logits = lj.adapt(model.apply, strict=True)({"params": tree}, IDS)
     assert_close(logits, model.apply({"params": params}, IDS), 1e-5)
     # Trained away from the start, both stand for the same weights.

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -272,7 +273,7 @@ def start(inputs, folder, *args):
 
 def wait_for_step(process, step):
     for line in process.stdout:
-        if line.startswith(f"step {step}/"):
+        if (found := re.match(r"step (\d+)/", line)) and int(found[1]) >= step:
             return
     pytest.fail(f"the process ended with {process.wait()} before step {step}")
 
