@@ -154,7 +154,8 @@ def test_initialisers_that_decompose(tiny_llama, name):  # noqa: F811
     for path, parts in lj.split(moved)[0].items():
         assert parts["a"].shape == adapter[path]["a"].shape
     logits = lj.adapt(model.apply, strict=True)({"params": moved}, IDS)
-    assert_close(logits, their_loss(peft).logits.detach().numpy(), 2e-5)
+    # (The starts that the two take out of W differ by the rounding of their decompositions.)
+    assert_close(logits, their_loss(peft).logits.detach().numpy(), 1e-4)
 
 
 def test_orthogonal_is_built_as_theirs(tiny_llama):  # noqa: F811
