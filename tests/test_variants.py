@@ -315,7 +315,8 @@ def test_what_a_narrow_product_gave_is_not_kept_for_its_magnitude(monkeypatch):
     monkeypatch.setattr("lora_jax.product._is_narrow", lambda weight: False)
     kept, more = gradients(lj.adapt(run, strict=True))
     assert_close(again, kept, 1e-5)
-    assert less <= more - 4 * 2048 * 22 * 4
+    kept_bytes = 4 * 2048 * 22 * 4  # of four layers
+    assert less <= more - 0.8 * kept_bytes
 
 
 def test_magnitudes_need_no_array_of_the_kernels_shape():
