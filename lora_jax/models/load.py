@@ -43,8 +43,9 @@ def from_pretrained(
     device's part alone, so that the host never holds more than the largest of these parts beside
     what is on the devices.
 
-    Where the hub does not answer, ``HuggingFaceTB/SmolLM2-135M-Instruct`` comes from a Python
-    package instead, as 4-bit weights, and a line on stderr says so.
+    Where the hub does not answer, ``HuggingFaceTB/SmolLM2-135M-Instruct`` (as 4-bit weights) and
+    ``sentence-transformers/all-MiniLM-L6-v2`` come from Python packages instead, and a line on
+    stderr says so.
 
     An encoder's head is the one that the file was saved with, or the one asked for here:
     ``from_pretrained(name, head="classification", num_labels=3)``. A head that the file does not
