@@ -110,8 +110,8 @@ class OptimConfig:
     seed: int = 0
     """Of the adapter's start, the order of the data, and dropout."""
     remat: Remat = "none"
-    """What is recomputed in the backward pass. full, or --remat alone: all of each layer (much less
-    memory, about a third more time). dots_saveable and dots_with_no_batch_dims_saveable, policies
+    """What is recomputed in the backward pass. full, or --remat alone: all of each layer: much less
+    memory for some more time. dots_saveable and dots_with_no_batch_dims_saveable, policies
     of JAX, keep the results of products, or of those with weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the base and its activations. Adapters are always float32."""
