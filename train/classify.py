@@ -38,7 +38,6 @@ from train.fit import (
     print_adapter,
     start,
 )
-from train.hosts import join_hosts
 from train.labelled import (
     Labelled,
     classification_loss,
@@ -75,7 +74,7 @@ def run(config: Config, stop: Stop) -> None:
     """One run, from its options to its report."""
     began = time.monotonic()
     check(config)
-    join_hosts(config.run)
+    hosts.join_hosts(config.run)
     console = hosts.console()
 
     # What can be wrong is found first: options and output folder, then rows, then texts and

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from lora_jax.models.bundled import MINILM
 from train.errors import UserError
 from train.labelled import VADER, DataConfig
 from train.methods import NO_ADAPTER
@@ -19,14 +18,6 @@ from train.options import (
 HEAD = "classifier"
 EPOCHS = 3.0
 RATE, FULL_RATE, HEAD_RATE = 1e-3, 3e-5, 3e-2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ClassifyDataConfig(DataConfig):
-    """Model and data."""
-
-    model: str = MINILM.name
-    """A BERT, RoBERTa or XLM-RoBERTa: a name on the hub, or a folder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +63,7 @@ class ClassifyRunConfig(RunConfig):
 class Config(Options):
     """Fine-tune an encoder to classify texts, with LoRA or in full."""
 
-    data: ClassifyDataConfig = ClassifyDataConfig()
+    data: DataConfig = DataConfig()
     adapter: ClassifyAdapterConfig = ClassifyAdapterConfig()
     optim: OptimConfig = ClassifyOptimConfig()
     run: ClassifyRunConfig = ClassifyRunConfig()

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from sklearn.model_selection import train_test_split
 
+from lora_jax.models.bundled import MINILM
 from train.batches import Examples, round_up
 from train.data import FILE_KINDS, Row, read_rows
 from train.errors import UserError
@@ -23,7 +24,7 @@ _SEED = 0  # of the rows held out: the same for every run, so that runs compare
 class DataConfig:
     """Model and data."""
 
-    model: str
+    model: str = MINILM.name
     """A BERT, RoBERTa or XLM-RoBERTa: a name on the hub, or a folder."""
     dataset: str = VADER
     """"vader" (the default task: words, rated by people), a JSONL, Parquet or CSV file, or a

@@ -10,7 +10,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.lorafy import split
-from lora_jax.models.specs import AXES, BATCH, partition_specs
+from lora_jax.models import partition_specs
+from lora_jax.models.specs import AXES, BATCH
 from lora_jax.sharding import Table, fitted, place, sharding_of, shardings
 from train.batches import Batch
 from train.errors import UserError

@@ -38,7 +38,6 @@ from train.fit import (
     start,
     with_learning_rate,
 )
-from train.hosts import join_hosts
 from train.log import duration
 from train.losses import summed_loss
 from train.mesh import Layout, make_mesh
@@ -69,7 +68,7 @@ def run(config: Config, stop: Stop) -> None:
     """One run, from its options to its report."""
     began = time.monotonic()
     check(config)
-    join_hosts(config.run)
+    hosts.join_hosts(config.run)
     console = hosts.console()
 
     # What can be wrong is found first: options and output folder, then rows, then lengths and

@@ -5,7 +5,7 @@ from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.encoder import Encoder, EncoderOutput
 from lora_jax.models.encoder_config import EncoderConfig
-from lora_jax.models.families import key_table, read_config
+from lora_jax.models.families import key_table, partition_specs, read_config
 from lora_jax.models.fields import ConfigError
 from lora_jax.models.generate import generate
 from lora_jax.models.gpt2 import GPT2
@@ -15,7 +15,6 @@ from lora_jax.models.keys import Row, WeightsError, hf_tensors
 from lora_jax.models.load import from_pretrained
 from lora_jax.models.rope_fields import RopeScaling
 from lora_jax.models.save import save_pretrained
-from lora_jax.models.specs import partition_specs
 from lora_jax.models.tokenizer import load_tokenizer
 
 __all__ = [

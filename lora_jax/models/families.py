@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from flax import linen as nn
 
-from lora_jax.models import encoder_config
+from lora_jax.models import encoder_config, specs
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.decoder_fields import FAMILIES as DECODERS
@@ -22,6 +22,7 @@ from lora_jax.models.gpt2 import GPT2
 from lora_jax.models.gpt2_config import GPT2Config
 from lora_jax.models.gpt2_keys import gpt2_name, gpt2_table
 from lora_jax.models.keys import Part, Row
+from lora_jax.models.specs import Specs
 
 
 class Config(Protocol):
@@ -45,6 +46,7 @@ class Family:
       read: from the parsed config.json, and options by keyword, to the configuration.
       module: called as ``module(config, dtype, param_dtype, remat=…)``.
       table: every parameter of a configuration; see ``keys.Row``.
+      specs: how its parameters lie on a mesh; see ``specs``.
       parts: the table's tensors that a file, of such names and shapes, holds within others.
       options: what ``read`` takes by keyword.
       name: (a file's name for a tensor, configuration) -> the table's name for it.
@@ -54,18 +56,20 @@ class Family:
     read: Callable[..., Any]
     module: type[nn.Module]
     table: Callable[[Any], list[Row]]
+    specs: Specs
     parts: Callable[[Any, Mapping[str, tuple[int, ...]]], dict[str, Part]] = lambda *_: {}
     options: frozenset[str] = frozenset()
     name: Callable[[str, Any], str] = lambda name, config: name
     ignored: re.Pattern[str] | None = None
 
 
-_DECODERS = Family(DecoderConfig.from_hf, Decoder, decoder_table, decoder_parts)
+_DECODERS = Family(DecoderConfig.from_hf, Decoder, decoder_table, specs.DECODER, decoder_parts)
 
 _ENCODERS = Family(
     EncoderConfig.from_hf,
     Encoder,
     encoder_table,
+    specs.ENCODER,
     options=encoder_config.OPTIONS,
     name=encoder_name,
     ignored=OTHER_HEADS,
@@ -74,7 +78,7 @@ _ENCODERS = Family(
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(DECODERS, _DECODERS),
     **dict.fromkeys(encoder_config.FAMILIES, _ENCODERS),
-    "gpt2": Family(GPT2Config.from_hf, GPT2, gpt2_table, name=gpt2_name),
+    "gpt2": Family(GPT2Config.from_hf, GPT2, gpt2_table, specs.GPT2, name=gpt2_name),
 }
 
 
@@ -107,6 +111,14 @@ def read_config(fields: Mapping[str, Any], **options: Any) -> Any:
 def key_table(config: Config) -> list[Row]:
     """Every parameter of the model, once, in the order of the forward pass."""
     return family_of(config.model_type).table(config)
+
+
+def partition_specs(config: Config) -> Specs:
+    """How the model's parameters lie on a mesh: a table for ``lora_jax.sharding``.
+
+    Of each line, the regular expression is for the whole path, and the spec for the last axes.
+    """
+    return family_of(config.model_type).specs
 
 
 def parts(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Part]:

@@ -12,18 +12,14 @@ The axes of a mesh, all of them optional in effect (an axis of size one changes 
 Biases lie as the out axis of their kernel does; norms are replicated.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.models.families import family_of
+Specs = tuple[tuple[str, P], ...]  # (regular expression for the path, spec of its last axes)
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 BATCH = ("data", "fsdp", "expert")
 
-DECODER = (
+DECODER: Specs = (
     (r"model/embed_tokens/embedding", P("tensor", "fsdp")),
     (r"lm_head/kernel", P("fsdp", "tensor")),
     (r".*/experts/(gate_proj|up_proj|w1|w3)/kernel", P("expert", "fsdp", "tensor")),
@@ -34,7 +30,7 @@ DECODER = (
     (r".*/(o|down)_proj/kernel", P("tensor", "fsdp")),
 )
 
-GPT2 = (
+GPT2: Specs = (
     (r"transformer/wte/embedding", P("tensor", "fsdp")),
     (r"transformer/wpe/embedding", P(None, "fsdp")),
     (r"lm_head/kernel", P("fsdp", "tensor")),
@@ -43,7 +39,7 @@ GPT2 = (
     (r".*/c_proj/kernel", P("tensor", "fsdp")),
 )
 
-ENCODER = (
+ENCODER: Specs = (
     (r".*/word_embeddings/embedding", P("tensor", "fsdp")),
     (r".*/position_embeddings/embedding", P(None, "fsdp")),
     (r".*/attention/self/(query|key|value)/kernel", P("fsdp", "tensor")),
@@ -52,14 +48,3 @@ ENCODER = (
     (r".*/intermediate/dense/bias", P("tensor")),
     (r".*/output/dense/kernel", P("tensor", "fsdp")),
 )
-
-_OF_MODULE = {"Decoder": DECODER, "GPT2": GPT2, "Encoder": ENCODER}
-
-
-def partition_specs(config: Any) -> tuple[tuple[str, P], ...]:
-    """The table of a model's family: (regular expression for the path, spec of its last axes).
-
-    Args:
-      config: the model's, such as ``model.config``.
-    """
-    return _OF_MODULE[family_of(config.model_type).module.__name__]
