@@ -12,11 +12,17 @@ from jax.sharding import PartitionSpec as P
 from lora_jax.lorafy import split
 from lora_jax.models import partition_specs
 from lora_jax.models.specs import AXES, BATCH
+from lora_jax.models.trunk import Activation
 from lora_jax.sharding import Table, fitted, place, sharding_of, shardings
 from train.batches import Batch
 from train.errors import UserError
 
-_RESIDUAL = (BATCH, ("sequence", "tensor"), None)  # [batch, seq, d_model]
+_ACTIVATIONS: dict[str, tuple[Any, ...]] = {
+    "residual": (BATCH, ("sequence", "tensor"), None),
+    "inputs": (BATCH, "sequence", None),
+    "heads": (BATCH, "sequence", "tensor", None),
+    "features": (BATCH, "sequence", "tensor"),
+}
 
 
 def parse_mesh(text: str | None) -> dict[str, int]:
@@ -97,20 +103,21 @@ class Layout:
         return place(params, self.table, self.mesh)
 
     def at_work(self, params: Any) -> Any:
-        """Where a step works with an adapter: its factors are whole, but for the experts' axis.
+        """Where a step works with an adapter: its factors are gathered over the fsdp axis.
 
-        So they are gathered once a step; layer by layer, it would be three times: forward,
-        recomputed, and backward. They are small. What trains in full is not: it stays where it
-        lies, and so does the state of the optimiser.
+        So that happens once a step; layer by layer, it would be three times: forward, recomputed,
+        and backward. They are small. What trains in full is not: it stays where it lies, and so
+        does the state of the optimiser. Over tensor and expert nothing is gathered: a device has
+        the factors of its own features and experts.
         """
 
-        def less(entry: Any) -> Any:
+        def gathered(entry: Any) -> Any:
             names = (entry,) if isinstance(entry, str) else entry or ()
-            return tuple(name for name in names if name == "expert")
+            return tuple(name for name in names if name != "fsdp")
 
-        whole_factors = [(path, P(*map(less, spec))) for path, spec in self.table]
+        table = [(path, P(*map(gathered, spec))) for path, spec in self.table]
         lies = split(shardings(params, self.table, self.mesh))[0]
-        works = split(shardings(params, whole_factors, self.mesh))[0]
+        works = split(shardings(params, table, self.mesh))[0]
         return {
             path: {name: (lies if name == "value" else works)[path][name] for name in parts}
             for path, parts in lies.items()
@@ -125,13 +132,15 @@ class Layout:
         """The model with its residual stream where `constrain` says; on one device as it is."""
         return model if self.mesh.size == 1 else model.clone(constrain=self.constrain)
 
-    def constrain(self, x: jax.Array) -> jax.Array:
-        """The residual stream, [batch, seq, d_model], between layers.
+    def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
+        """An activation of a model; see `lora_jax.models.trunk.Constrain`.
 
-        It is what rematerialisation keeps of each layer, so it is shared out over the tensor axis
-        as well: by tokens, since norms are taken of each token by itself.
+        The residual stream is what rematerialisation keeps of each layer, so it is shared out over
+        the tensor axis as well: by tokens, since norms are taken of each token by itself. For the
+        products of a block it is gathered over that axis; each device has its heads or features
+        of all tokens there, so that no kernel moves over the tensor axis.
         """
-        return jax.lax.with_sharding_constraint(x, self._fitting(x.shape, _RESIDUAL))
+        return jax.lax.with_sharding_constraint(x, self._fitting(x.shape, _ACTIVATIONS[kind]))
 
     def batch(self, batch: Batch, *, parts: bool) -> dict[str, jax.Array]:
         """A batch on the mesh: all processes know it, and each gives what its devices need.

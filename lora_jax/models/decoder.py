@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +15,15 @@ from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder_blocks import norm
 from lora_jax.models.layers import DecoderLayer, PerLayer, Step
 from lora_jax.models.rope import rotations
-from lora_jax.models.trunk import Placed, causal_mask, extend, place, rematerialised
+from lora_jax.models.trunk import (
+    Constrain,
+    Placed,
+    causal_mask,
+    extend,
+    place,
+    rematerialised,
+    unconstrained,
+)
 
 
 class Decoder(nn.Module):
@@ -33,15 +40,15 @@ class Decoder(nn.Module):
       remat: recompute each layer in the backward pass. True keeps nothing but the layer's input;
         a policy of ``jax.checkpoint_policies`` by name, such as "dots_saveable", keeps what it
         says.
-      constrain: applied to the residual stream, [batch, seq, d_model], at the layers' borders: a
-        place for ``jax.lax.with_sharding_constraint``.
+      constrain: applied to activations at the borders of layers and of their blocks: a place for
+        ``jax.lax.with_sharding_constraint``; see ``lora_jax.models.trunk.Constrain``.
     """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: bool | str = False
-    constrain: Callable[[jax.Array], jax.Array] | None = None
+    constrain: Constrain = unconstrained
 
     def setup(self) -> None:
         self.model = _Trunk(self.config, self.dtype, self.param_dtype, self.remat, self.constrain)
@@ -121,7 +128,7 @@ class _Trunk(nn.Module):
     dtype: Any
     param_dtype: Any
     remat: bool | str
-    constrain: Callable[[jax.Array], jax.Array] | None
+    constrain: Constrain
 
     def setup(self) -> None:
         cfg = self.config
@@ -164,8 +171,7 @@ class _Trunk(nn.Module):
         x = self.embed_tokens(input_ids)
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
-        if self.constrain is not None:
-            x = self.constrain(x)
+        x = self.constrain(x, "residual")
         windowed = np.zeros(self.config.num_hidden_layers, bool)
         windowed[list(self.config.windowed_layers)] = True
         per_layer = PerLayer(
@@ -174,7 +180,7 @@ class _Trunk(nn.Module):
             None if cache is None else cache.value,
         )
         x, new = self.layers(x, step, per_layer)
-        x = self.norm(x)
+        x = self.constrain(self.norm(x), "inputs")
         return x, None if cache is None else extend(cache, placed, new)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ from lora_jax.models.activations import ACTIVATION
 from lora_jax.models.attention import attend, dot_wide, wide
 from lora_jax.models.blocks import dense, embed, layer_norm
 from lora_jax.models.encoder_config import EncoderConfig
-from lora_jax.models.trunk import rematerialised
+from lora_jax.models.trunk import Constrain, rematerialised, unconstrained
 
 
 class EncoderOutput(NamedTuple):
@@ -47,7 +46,7 @@ class Encoder(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: bool | str = False
-    constrain: Callable[[jax.Array], jax.Array] | None = None
+    constrain: Constrain = unconstrained
 
     def setup(self) -> None:
         cfg, args = self.config, (self.config, self.dtype, self.param_dtype)
@@ -133,7 +132,7 @@ class _Trunk(nn.Module):
     dtype: Any
     param_dtype: Any
     remat: bool | str
-    constrain: Callable[[jax.Array], jax.Array] | None
+    constrain: Constrain
 
     def setup(self) -> None:
         args = (self.config, self.dtype, self.param_dtype)
@@ -190,12 +189,11 @@ class _Layers(nn.Module):
     dtype: Any
     param_dtype: Any
     remat: bool | str
-    constrain: Callable[[jax.Array], jax.Array] | None
+    constrain: Constrain
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        if self.constrain is not None:
-            x = self.constrain(x)
+        x = self.constrain(x, "residual")
         scanned = nn.scan(
             rematerialised(_Layer, self.remat),
             variable_axes={"params": 0},
@@ -213,26 +211,29 @@ class _Layer(nn.Module):
     config: EncoderConfig
     dtype: Any
     param_dtype: Any
-    constrain: Callable[[jax.Array], jax.Array] | None
+    constrain: Constrain
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
         cfg, args = self.config, (self.config, self.dtype, self.param_dtype)
-        x = _Attention(*args, name="attention")(x, mask)
-        inner = _Dense(*args, cfg.intermediate_size, name="intermediate")(x)
-        x = _AddNorm(*args, name="output")(ACTIVATION[cfg.hidden_act](inner), x)
-        return x if self.constrain is None else self.constrain(x), None
+        x = _Attention(*args, self.constrain, name="attention")(x, mask)
+        intermediate = _Dense(*args, cfg.intermediate_size, name="intermediate")
+        inner = ACTIVATION[cfg.hidden_act](intermediate(self.constrain(x, "inputs")))
+        x = _AddNorm(*args, name="output")(self.constrain(inner, "features"), x)
+        return self.constrain(x, "residual"), None
 
 
 class _Attention(nn.Module):
     config: EncoderConfig
     dtype: Any
     param_dtype: Any
+    constrain: Constrain
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         args = (self.config, self.dtype, self.param_dtype)
-        seen = _SelfAttention(*args, name="self")(x, mask)
+        attention = _SelfAttention(*args, self.constrain, name="self")
+        seen = attention(self.constrain(x, "inputs"), mask)
         return _AddNorm(*args, name="output")(seen, x)
 
 
@@ -240,15 +241,18 @@ class _SelfAttention(nn.Module):
     config: EncoderConfig
     dtype: Any
     param_dtype: Any
+    constrain: Constrain
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         heads = (*x.shape[:2], self.config.num_attention_heads, -1)
         q, k, v = (
-            dense(self, self.config.hidden_size, name=name)(x).reshape(heads)
+            self.constrain(
+                dense(self, self.config.hidden_size, name=name)(x).reshape(heads), "heads"
+            )
             for name in ("query", "key", "value")
         )
-        return attend(q, k, v, mask).reshape(x.shape)
+        return self.constrain(attend(q, k, v, mask).reshape(x.shape), "features")
 
 
 class _AddNorm(nn.Module):

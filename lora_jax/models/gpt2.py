@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,14 @@ from lora_jax.models.attention import attend, dot_wide
 from lora_jax.models.blocks import dense, embed, layer_norm
 from lora_jax.models.cache import Cache
 from lora_jax.models.gpt2_config import GPT2Config
-from lora_jax.models.trunk import causal_mask, extend, place, rematerialised
+from lora_jax.models.trunk import (
+    Constrain,
+    causal_mask,
+    extend,
+    place,
+    rematerialised,
+    unconstrained,
+)
 
 
 class GPT2(nn.Module):
@@ -36,7 +42,7 @@ class GPT2(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: bool | str = False
-    constrain: Callable[[jax.Array], jax.Array] | None = None
+    constrain: Constrain = unconstrained
 
     def setup(self) -> None:
         self.transformer = _Trunk(
@@ -107,6 +113,7 @@ class _Attention(nn.Module):
     config: GPT2Config
     dtype: Any
     param_dtype: Any
+    constrain: Constrain
 
     @nn.compact
     def __call__(
@@ -115,27 +122,29 @@ class _Attention(nn.Module):
         cfg = self.config
         fused = dense(self, 3 * cfg.hidden_size, name="c_attn")(x)
         heads = (*x.shape[:2], cfg.num_attention_heads, cfg.head_dim)
-        q, k, v = (part.reshape(heads) for part in jnp.split(fused, 3, axis=-1))
+        parts = jnp.split(fused, 3, axis=-1)
+        q, k, v = (self.constrain(part.reshape(heads), "heads") for part in parts)
         keys, values = k, v
         if layer.key is not None and layer.value is not None and step.filled is not None:
             start = (0, step.filled, 0, 0)
             keys = lax.dynamic_update_slice(layer.key, k.astype(layer.key.dtype), start)
             values = lax.dynamic_update_slice(layer.value, v.astype(layer.value.dtype), start)
         out = attend(q, keys.astype(q.dtype), values.astype(q.dtype), step.mask, layer.scale)
-        return dense(self, cfg.hidden_size, name="c_proj")(out.reshape(x.shape)), (k, v)
+        out = self.constrain(out.reshape(x.shape), "features")
+        return dense(self, cfg.hidden_size, name="c_proj")(out), (k, v)
 
 
 class _MLP(nn.Module):
     config: GPT2Config
     dtype: Any
     param_dtype: Any
+    constrain: Constrain
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = dense(self, self.config.intermediate_size, name="c_fc")(x)
-        return dense(self, self.config.hidden_size, name="c_proj")(
-            ACTIVATION[self.config.hidden_act](x)
-        )
+        hidden = self.constrain(ACTIVATION[self.config.hidden_act](x), "features")
+        return dense(self, self.config.hidden_size, name="c_proj")(hidden)
 
 
 class _Block(nn.Module):
@@ -144,20 +153,21 @@ class _Block(nn.Module):
     config: GPT2Config
     dtype: Any
     param_dtype: Any
-    constrain: Callable[[jax.Array], jax.Array] | None
+    constrain: Constrain
 
     @nn.compact
     def __call__(
         self, x: jax.Array, step: _Step, layer: _PerLayer
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        args = (self.config, self.dtype, self.param_dtype)
-        hidden, cached = _Attention(*args, name="attn")(
-            layer_norm(self, name="ln_1")(x), step, layer
-        )
+        args = (self.config, self.dtype, self.param_dtype, self.constrain)
+
+        def inputs(norm_name: str, x: jax.Array) -> jax.Array:
+            return self.constrain(layer_norm(self, name=norm_name)(x), "inputs")
+
+        hidden, cached = _Attention(*args, name="attn")(inputs("ln_1", x), step, layer)
         x = x + hidden
-        x = x + _MLP(*args, name="mlp")(layer_norm(self, name="ln_2")(x))
-        if self.constrain is not None:
-            x = self.constrain(x)
+        x = x + _MLP(*args, name="mlp")(inputs("ln_2", x))
+        x = self.constrain(x, "residual")
         return x, None if layer.key is None else cached
 
 
@@ -168,7 +178,7 @@ class _Trunk(nn.Module):
     dtype: Any
     param_dtype: Any
     remat: bool | str
-    constrain: Callable[[jax.Array], jax.Array] | None
+    constrain: Constrain
 
     def setup(self) -> None:
         cfg = self.config
@@ -204,15 +214,15 @@ class _Trunk(nn.Module):
         placed = place(input_ids, attention_mask, positions, cache, segment_ids)
         step = _Step(causal_mask(placed, segment_ids), None if cache is None else placed.first)
         x = self.wte(input_ids) + self.wpe(placed.positions)
-        if self.constrain is not None:
-            x = self.constrain(x)
+        x = self.constrain(x, "residual")
         per_layer = _PerLayer(
             _score_scales(cfg),
             None if cache is None else cache.key,
             None if cache is None else cache.value,
         )
         x, new = self.h(x, step, per_layer)
-        return self.ln_f(x), None if cache is None else extend(cache, placed, new)
+        x = self.constrain(self.ln_f(x), "inputs")
+        return x, None if cache is None else extend(cache, placed, new)
 
 
 def _score_scales(config: GPT2Config) -> jax.Array:

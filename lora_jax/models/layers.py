@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +14,7 @@ from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder_blocks import MLP, dense, norm
 from lora_jax.models.moe import SparseMLP
 from lora_jax.models.rope import Rotation, rotate
+from lora_jax.models.trunk import Constrain, unconstrained
 
 
 class Step(NamedTuple):
@@ -55,6 +54,7 @@ class Attention(nn.Module):
     config: DecoderConfig
     dtype: Any
     param_dtype: Any
+    constrain: Constrain = unconstrained
 
     @nn.compact
     def __call__(
@@ -89,6 +89,7 @@ class Attention(nn.Module):
         keys, values = keys.astype(q.dtype), values.astype(q.dtype)
         out = attend(q, keys, values, mask, scale, cfg.attn_logit_softcapping)
         out = out.reshape(*x.shape[:2], cfg.num_attention_heads * cfg.head_dim)
+        out = self.constrain(out, "features")
         return dense(self, "o_proj", cfg.hidden_size, cfg.o_bias)(out), (k, v)
 
     def _project(self, x: jax.Array) -> list[jax.Array]:
@@ -105,7 +106,7 @@ class Attention(nn.Module):
                 for name, size in zip(heads, sizes, strict=True)
             ]
         return [
-            part.reshape(*x.shape[:2], n, cfg.head_dim)
+            self.constrain(part.reshape(*x.shape[:2], n, cfg.head_dim), "heads")
             for part, n in zip(flat, heads.values(), strict=True)
         ]
 
@@ -116,7 +117,7 @@ class DecoderLayer(nn.Module):
     config: DecoderConfig
     dtype: Any
     param_dtype: Any
-    constrain: Callable[[jax.Array], jax.Array] | None = None
+    constrain: Constrain = unconstrained
 
     @nn.compact
     def __call__(
@@ -125,20 +126,25 @@ class DecoderLayer(nn.Module):
         """A scan's body: x is the carry, [batch, seq, d_model]; see ``Attention`` for the rest."""
         cfg = self.config
         args = (cfg, self.dtype, self.param_dtype)
-        mlp = (SparseMLP if cfg.num_experts else MLP)(*args, name=cfg.mlp_name)
-        normed = functools.partial(norm, self)
-        hidden, cached = Attention(*args, name="self_attn")(
-            normed("input_layernorm")(x), step, layer
+        if cfg.num_experts:
+            mlp: Any = SparseMLP(*args, name=cfg.mlp_name)
+        else:
+            mlp = MLP(*args, self.constrain, name=cfg.mlp_name)
+
+        def inputs(norm_name: str, x: jax.Array) -> jax.Array:
+            return self.constrain(norm(self, norm_name)(x), "inputs")
+
+        hidden, cached = Attention(*args, self.constrain, name="self_attn")(
+            inputs("input_layernorm", x), step, layer
         )
         if cfg.post_norms:
-            x = x + normed("post_attention_layernorm")(hidden)
-            hidden = mlp(normed("pre_feedforward_layernorm")(x))
-            x = x + normed("post_feedforward_layernorm")(hidden)
+            x = x + norm(self, "post_attention_layernorm")(hidden)
+            hidden = mlp(inputs("pre_feedforward_layernorm", x))
+            x = x + norm(self, "post_feedforward_layernorm")(hidden)
         else:
             x = x + hidden
-            x = x + mlp(normed("post_attention_layernorm")(x))
-        if self.constrain is not None:
-            x = self.constrain(x)
+            x = x + mlp(inputs("post_attention_layernorm", x))
+        x = self.constrain(x, "residual")
         return x, None if layer.key is None else cached
 
 

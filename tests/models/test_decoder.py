@@ -235,19 +235,26 @@ def test_a_long_context_takes_other_frequencies() -> None:
         assert (np.abs(got - want).max() < 1e-4) == same
 
 
-def test_the_residual_stream_can_be_constrained() -> None:
-    """At the embedding and once in the scanned layer."""
-    shapes = []
+@pytest.mark.parametrize("case", ["llama3", "gemma2", "phi3"])
+def test_activations_can_be_constrained(case: str) -> None:
+    """The stream at the embedding and behind each layer, and what each block's products read."""
+    config = tiny.config(case)
+    seen = set()
 
-    def constrain(x: jax.Array) -> jax.Array:
-        shapes.append(x.shape)
+    def constrain(x: jax.Array, kind: str) -> jax.Array:
+        seen.add((kind, x.shape))
         return x
 
-    model, params = tiny.decoder("llama2", constrain=constrain)
-    shapes.clear()
-    jax.make_jaxpr(lambda ids: model.apply({"params": params}, ids))(tiny.tokens(0, 2, 5))
-    assert len(shapes) >= 2
-    assert set(shapes) == {(2, 5, 24)}
+    model = Decoder(config, constrain=constrain)
+    jax.eval_shape(model.init, jax.random.key(0), tiny.tokens(0, 2, 5))
+    n, n_kv, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    assert seen == {
+        ("residual", (2, 5, config.hidden_size)),
+        ("inputs", (2, 5, config.hidden_size)),
+        *(("heads", (2, 5, heads, size)) for heads in (n, n_kv)),
+        ("features", (2, 5, n * size)),
+        ("features", (2, 5, config.intermediate_size)),
+    }
 
 
 def test_refusals() -> None:

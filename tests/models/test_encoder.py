@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.models import ConfigError, Encoder, EncoderConfig, key_table, read_config
+from lora_jax.models import GPT2, ConfigError, Encoder, EncoderConfig, key_table, read_config
 from tests.models import tiny, tiny_encoders
 
 CASES = [(case, head) for case in tiny_encoders.ENCODERS for head in tiny_encoders.HEADS]
@@ -238,13 +238,20 @@ def test_bfloat16_computation(case: str, head: str) -> None:
     assert 1e-4 < np.abs(got - exact).mean() < 0.05 * np.abs(exact).mean()
 
 
-def test_the_residual_stream_can_be_constrained() -> None:
-    shapes = []
+@pytest.mark.parametrize(("case", "kind"), [("bert", Encoder), ("gpt2", GPT2)])
+def test_activations_can_be_constrained(case: str, kind: type) -> None:
+    config = read_config(tiny_encoders.fields(case))
+    seen = set()
 
-    def constrain(x: jax.Array) -> jax.Array:
-        shapes.append(x.shape)
+    def constrain(x: jax.Array, kind: str) -> jax.Array:
+        seen.add((kind, x.shape))
         return x
 
-    model = Encoder(tiny_encoders.config("bert"), constrain=constrain)
+    model = kind(config, constrain=constrain)
     jax.eval_shape(model.init, jax.random.key(0), tiny_encoders.tokens(0, 2, 5))
-    assert len(shapes) >= 2 and set(shapes) == {(2, 5, 24)}
+    width, heads = config.hidden_size, config.num_attention_heads
+    assert seen == {
+        *((kind, (2, 5, width)) for kind in ("residual", "inputs", "features")),
+        ("heads", (2, 5, heads, width // heads)),
+        ("features", (2, 5, config.intermediate_size)),
+    }
