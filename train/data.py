@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from train.errors import UserError
+from train.hosts import shared_out
 
 Message = Mapping[str, str]
 Row = Mapping[str, Any]
@@ -150,18 +151,24 @@ def _checked_turns(messages: Any, name: str) -> list[dict[str, str]]:
 def tokenize(rows: Sequence[Row], tokenizer: Any, source: str) -> list[Tokens]:
     """Each row as one sequence (several, where the template renders a turn otherwise later on).
 
+    Of many processes, each does its part of the rows.
+
     Raises UserError that names the first row that is not usable.
     """
-    sequences = []
-    for number, row in enumerate(rows, start=1):
+
+    def of_row(numbered: tuple[int, Row]) -> list[Tokens]:
+        number, row = numbered
         name = f"{source}, row {number}"
         turns = conversation(row, name)
         if tokenizer.chat_template is None:
-            of_row = [_plain_tokens(turns, tokenizer, name)]
+            sequences = [_plain_tokens(turns, tokenizer, name)]
         else:
-            of_row = _chat_tokens(turns, tokenizer, name)
-        sequences += [dataclasses.replace(tokens, row=number) for tokens in of_row]
-    return sequences
+            sequences = _chat_tokens(turns, tokenizer, name)
+        return [dataclasses.replace(tokens, row=number) for tokens in sequences]
+
+    return [
+        tokens for part in shared_out(of_row, list(enumerate(rows, start=1))) for tokens in part
+    ]
 
 
 def _plain_tokens(turns: Sequence[Message], tokenizer: Any, name: str) -> Tokens:

@@ -1,13 +1,19 @@
-"""Many processes, each with its own devices, as one run: `jax.distributed`, and who writes what."""
+"""Many processes, each with its own devices, as one run: `jax.distributed`, and who does what."""
 
-from typing import Any
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
 from train.errors import UserError
 from train.options import RunConfig
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def join_hosts(run: RunConfig) -> None:
@@ -49,6 +55,38 @@ def any_of_all(flag: bool) -> bool:
         return flag
     flags: Any = multihost_utils.process_allgather(flag)
     return bool(flags.any())
+
+
+def shared_out(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """``[work(item) for item in items]``: each process works on its part, and all have the results.
+
+    Raises the UserError of the first item that has one, in all processes.
+    """
+    n = jax.process_count()
+    own: list[Any] = []
+    for item in items[jax.process_index() :: n]:
+        try:
+            own.append(work(item))
+        except UserError as error:
+            own.append(error)
+            break
+    parts = _exchanged(own) if n > 1 else [own]
+    results = []
+    for place in range(len(items)):
+        result = parts[place % n][place // n]
+        if isinstance(result, UserError):
+            raise result
+        results.append(result)
+    return results
+
+
+def _exchanged(own: Any) -> list[Any]:
+    """What each process gave, in their order."""
+    sent = np.frombuffer(pickle.dumps(own), np.uint8)
+    sizes: Any = multihost_utils.process_allgather(np.int32(sent.size))
+    filled = np.pad(sent, (0, sizes.max() - sent.size))
+    received: Any = multihost_utils.process_allgather(filled)
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(received, sizes, strict=True)]
 
 
 def _first_line(error: Exception) -> str:

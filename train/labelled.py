@@ -14,9 +14,11 @@ from lora_jax.models.bundled import MINILM
 from train.batches import Examples, round_up
 from train.data import FILE_KINDS, Row, read_rows
 from train.errors import UserError
+from train.hosts import shared_out
 from train.sentiment import read_words
 
 VADER = "vader"  # the name of the default task, made in train/sentiment.py
+_BLOCK = 256  # texts that are encoded at once
 _SEED = 0  # of the rows held out: the same for every run, so that runs compare
 
 
@@ -137,8 +139,19 @@ def encode(
     texts = [row[data.text] for row in rows]
     pairs = [row[data.text_pair] for row in rows] if data.text_pair else None
     limit = {"truncation": True, "max_length": data.seq_len} if data.truncate else {}
-    encoded = tokenizer(texts, pairs, return_token_type_ids=True, verbose=False, **limit)
-    lengths = [len(ids) for ids in encoded["input_ids"]]
+
+    def encoded_block(first: int) -> dict[str, list[list[int]]]:
+        block = slice(first, first + _BLOCK)
+        second = pairs[block] if pairs else None
+        return dict(
+            tokenizer(texts[block], second, return_token_type_ids=True, verbose=False, **limit)
+        )
+
+    blocks = shared_out(encoded_block, range(0, len(rows), _BLOCK))
+    ids, types = (
+        [one for block in blocks for one in block[name]] for name in ("input_ids", "token_type_ids")
+    )
+    lengths = [len(one) for one in ids]
     if longer := sum(length > data.seq_len for length in lengths):
         raise UserError(
             f"{source}: {longer} of {len(rows)} texts are longer than --seq-len {data.seq_len}, "
@@ -159,9 +172,9 @@ def encode(
         return np.array([[*ids, *[fill] * (length - len(ids))] for ids in lists], np.int32)
 
     return Labelled(
-        ids=padded(encoded["input_ids"], padding),
+        ids=padded(ids, padding),
         attention_mask=padded([[1] * n for n in lengths], 0),
-        token_type_ids=padded(encoded["token_type_ids"], 0),
+        token_type_ids=padded(types, 0),
         labels=np.array([index[_name(row[data.label])] for row in rows], np.int32),
         weights=np.ones(len(rows), np.int32),
     )

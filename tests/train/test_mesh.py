@@ -18,7 +18,7 @@ import lora_jax as lj
 from lora_jax import models
 from tests.support import assert_close, with_random_factors
 from tests.train.test_classify import words, write_encoder
-from tests.train.tiny import write_jsonl, write_model
+from tests.train.tiny import CHATML, write_jsonl, write_model
 from train import sft
 from train.checkpoints import Checkpoints
 from train.errors import UserError
@@ -108,7 +108,7 @@ def inputs(folder, kind):
     return [str(option) for option in options]
 
 
-def run(shared, each, *, devices, processes=1, script="sft"):
+def run(shared, each, *, devices, processes=1, script="sft", code=0):
     """Trains with each list of options in turn, in as many processes as asked for."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -130,7 +130,7 @@ def run(shared, each, *, devices, processes=1, script="sft"):
     ]
     said = [process.communicate(timeout=600) for process in started]
     for process, (out, err) in zip(started, said, strict=True):
-        assert process.returncode == 0, f"{out[-2000:]}\n{err[-4000:]}"
+        assert process.returncode == code, f"{out[-2000:]}\n{err[-4000:]}"
     return said
 
 
@@ -242,6 +242,19 @@ def test_two_processes_train_as_one_device_does(kind, tmp_path):
         trained(shared, tmp_path / "two"), trained(shared, tmp_path / "one"), strict=True
     ):
         assert_close(ours, theirs, 1e-5)
+
+
+@pytest.mark.slow
+def test_a_row_that_one_process_cannot_use_ends_both(tmp_path):
+    refusing = "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('no') }}"
+    model = write_model(
+        tmp_path / "model", f"{refusing}{{% endif %}}{{% endfor %}}{CHATML}", **DENSE
+    )
+    rows = [{"prompt": "ab", "completion": "no" if i == 3 else "yes"} for i in range(8)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    shared = ["--model", model, "--dataset", data, "--lr", 1e-3, "--steps", 2]
+    said = run(shared, [["--output", tmp_path / "out"]], devices=2, processes=2, code=2)
+    assert all("row 4: the model's chat template refuses it: no" in err for _, err in said)
 
 
 @pytest.mark.slow
