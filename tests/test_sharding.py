@@ -12,10 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax import init, models
+from lora_jax.models.placement import Placement
 from lora_jax.sharding import place, shardings
 from tests.collectives import collective_bytes
 from tests.models import tiny, tiny_encoders
-from tests.support import draw, with_random_factors
+from tests.support import assert_close, draw, with_random_factors
 from train.mesh import Layout, make_mesh
 
 TABLE = [
@@ -177,10 +178,11 @@ def test_a_step_sends_what_the_base_needs_and_its_adapter_twice(text):
     probe = jax.ShapeDtypeStruct((32,), jnp.float32, sharding=layout.whole)
 
     def of_input(probe, params, ids):
-        def nudge(x, kind):
-            return layout.constrain(x + probe if kind == "residual" else x, kind)
+        class Nudged(Placement):
+            def constrain(self, x, kind):
+                return layout.constrain(x + probe if kind == "residual" else x, kind)
 
-        nudged = model.clone(constrain=nudge)
+        nudged = model.clone(placement=Nudged())
         return loss_of(nudged.apply, params, ids)
 
     needed = sent(of_input, probe, plain, ids)
@@ -214,11 +216,12 @@ def test_no_kernel_moves_over_the_tensor_axis():
         layout = Layout.of(make_mesh(text, BATCH), config)
 
         def loss(probe, params, ids):
-            def nudge(x, kind):
-                x = x + probe if kind == "residual" else x
-                return layout.constrain(x, kind) if kind in kinds else x
+            class Nudged(Placement):
+                def constrain(self, x, kind):
+                    x = x + probe if kind == "residual" else x
+                    return layout.constrain(x, kind) if kind in kinds else x
 
-            model = models.Decoder(config, remat=True, constrain=nudge)
+            model = models.Decoder(config, remat=True, placement=Nudged())
             return jnp.sum(model.apply({"params": params}, ids, return_hidden=True) ** 2)
 
         model = models.Decoder(config)
@@ -241,3 +244,31 @@ def test_no_kernel_moves_over_the_tensor_axis():
     of_fsdp = growth("data=2,fsdp=2", *kinds)
     assert growth("tensor=2,fsdp=2", *kinds) == of_fsdp / 2
     assert growth("tensor=2,fsdp=2", "residual") > of_fsdp, "the control"
+
+
+def test_experts_sort_their_own_tokens(mesh):
+    """As on one device, values and the adapter's gradients; and no activation is gathered."""
+    config = models.read_config({**tiny.fields("mixtral"), "intermediate_size": 38})
+    layout = Layout.of(make_mesh("fsdp=2,tensor=2", 4), config)
+    ids = tiny.tokens(0, 4, 6)
+    model = models.Decoder(config, remat=True)
+    params = model.init(jax.random.key(0), ids)["params"]
+    rules = [lj.LoraRule(targets=["experts", "gate"], rank=3, alpha=7)]
+    adapter, base = lj.split(with_random_factors(lj.lorafy(params, rules)))
+
+    def gradients(model):
+        def loss(adapter, base):
+            tree = {"params": lj.join(adapter, base)}
+            return jnp.sum(lj.adapt(model.apply, strict=True)(tree, ids) ** 2)
+
+        return jax.jit(jax.value_and_grad(loss))
+
+    there = place(lj.join(adapter, base), layout.table, layout.mesh)
+    with jax.set_mesh(layout.mesh):
+        apart = gradients(layout.constrained(model)).lower(*lj.split(there)).compile()
+        together = gradients(layout.constrained(model, dropout=True)).lower(*lj.split(there))
+        ours = apart(*lj.split(there))
+    assert_close(ours, gradients(model)(adapter, base), 5e-5)  # sums of squares of many logits
+    rows = r"f32\[48,\d+\]"  # 4 sequences of 6 tokens, for 2 experts each
+    assert re.search(rows, together.compile().as_text()), "the control"
+    assert not re.search(rows, apart.as_text())

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax.lorafy import split
 from lora_jax.models import partition_specs
+from lora_jax.models.placement import Activation, Mixture, Placement
 from lora_jax.models.specs import AXES, BATCH
-from lora_jax.models.trunk import Activation
 from lora_jax.sharding import Table, fitted, place, sharding_of, shardings
 from train.batches import Batch
 from train.errors import UserError
@@ -73,11 +73,18 @@ def make_mesh(text: str | None, batch_size: int) -> Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where weights, adapters, batches and activations lie on the mesh."""
+class Layout(Placement):
+    """Where weights, adapters, batches and activations lie on the mesh.
+
+    Attributes:
+      mesh: with the axes `lora_jax.models.specs.AXES`.
+      table: of the parameters; see `lora_jax.sharding`.
+      sorts_apart: whether, before experts, each device sorts its own tokens.
+    """
 
     mesh: Mesh
     table: Table
+    sorts_apart: bool = True
 
     @classmethod
     def of(cls, mesh: Mesh, config: Any) -> "Layout":
@@ -128,12 +135,18 @@ class Layout:
         """That of an array that each device has."""
         return NamedSharding(self.mesh, P())
 
-    def constrained(self, model: Any) -> Any:
-        """The model with its residual stream where `constrain` says; on one device as it is."""
-        return model if self.mesh.size == 1 else model.clone(constrain=self.constrain)
+    def constrained(self, model: Any, *, dropout: bool = False) -> Any:
+        """The model with its activations on the mesh; on one device as it is.
+
+        Dropout on experts depends on the order of the tokens that are sorted for them. To be what
+        it is on one device, it has them sorted all at once, which takes more memory.
+        """
+        if self.mesh.size == 1:
+            return model
+        return model.clone(placement=dataclasses.replace(self, sorts_apart=not dropout))
 
     def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
-        """An activation of a model; see `lora_jax.models.trunk.Constrain`.
+        """An activation of a model; see `lora_jax.models.placement.Placement`.
 
         The residual stream is what rematerialisation keeps of each layer, so it is shared out over
         the tensor axis as well: by tokens, since norms are taken of each token by itself. For the
@@ -141,6 +154,30 @@ class Layout:
         of all tokens there, so that no kernel moves over the tensor axis.
         """
         return jax.lax.with_sharding_constraint(x, self._fitting(x.shape, _ACTIVATIONS[kind]))
+
+    def mixture(self, mixed: Mixture) -> Mixture:
+        """Experts, each device its own tokens, and its own features of all experts.
+
+        So no token moves; kernels are gathered over the other axes, a layer at a time.
+        """
+        tokens, inner, outer = P(BATCH, "sequence"), P(None, None, "tensor"), P(None, "tensor")
+        specs = (tokens, tokens, tokens, inner, inner, outer)
+
+        def apart(*args: jax.Array) -> jax.Array:
+            return jax.lax.psum(mixed(*args), "tensor")
+
+        def called(*args: jax.Array) -> jax.Array:
+            fit = all(
+                NamedSharding(self.mesh, spec).is_equivalent_to(
+                    self._fitting(arg.shape, tuple(spec)), arg.ndim
+                )
+                for arg, spec in zip(args, specs, strict=True)
+            )
+            if not self.sorts_apart or not fit:
+                return mixed(*args)
+            return jax.shard_map(apart, mesh=self.mesh, in_specs=specs, out_specs=tokens)(*args)
+
+        return called
 
     def batch(self, batch: Batch, *, parts: bool) -> dict[str, jax.Array]:
         """A batch on the mesh: all processes know it, and each gives what its devices need.

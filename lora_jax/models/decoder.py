@@ -14,16 +14,9 @@ from lora_jax.models.cache import Cache
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder_blocks import norm
 from lora_jax.models.layers import DecoderLayer, PerLayer, Step
+from lora_jax.models.placement import UNPLACED, Placement
 from lora_jax.models.rope import rotations
-from lora_jax.models.trunk import (
-    Constrain,
-    Placed,
-    causal_mask,
-    extend,
-    place,
-    rematerialised,
-    unconstrained,
-)
+from lora_jax.models.trunk import Placed, causal_mask, extend, place, rematerialised
 
 
 class Decoder(nn.Module):
@@ -40,18 +33,17 @@ class Decoder(nn.Module):
       remat: recompute each layer in the backward pass. True keeps nothing but the layer's input;
         a policy of ``jax.checkpoint_policies`` by name, such as "dots_saveable", keeps what it
         says.
-      constrain: applied to activations at the borders of layers and of their blocks: a place for
-        ``jax.lax.with_sharding_constraint``; see ``lora_jax.models.trunk.Constrain``.
+      placement: where activations lie on a mesh; see ``Placement``.
     """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: bool | str = False
-    constrain: Constrain = unconstrained
+    placement: Placement = UNPLACED
 
     def setup(self) -> None:
-        self.model = _Trunk(self.config, self.dtype, self.param_dtype, self.remat, self.constrain)
+        self.model = _Trunk(self.config, self.dtype, self.param_dtype, self.remat, self.placement)
         if not self.config.tie_word_embeddings:
             self.lm_head = nn.Dense(
                 self.config.vocab_size,
@@ -128,7 +120,7 @@ class _Trunk(nn.Module):
     dtype: Any
     param_dtype: Any
     remat: bool | str
-    constrain: Constrain
+    placement: Placement
 
     def setup(self) -> None:
         cfg = self.config
@@ -146,7 +138,7 @@ class _Trunk(nn.Module):
             in_axes=(nn.broadcast, 0),
             length=cfg.num_hidden_layers,
         )
-        self.layers = scanned(cfg, self.dtype, self.param_dtype, self.constrain)
+        self.layers = scanned(cfg, self.dtype, self.param_dtype, self.placement)
         self.norm = norm(self)
 
     def __call__(
@@ -171,7 +163,7 @@ class _Trunk(nn.Module):
         x = self.embed_tokens(input_ids)
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
-        x = self.constrain(x, "residual")
+        x = self.placement.constrain(x, "residual")
         windowed = np.zeros(self.config.num_hidden_layers, bool)
         windowed[list(self.config.windowed_layers)] = True
         per_layer = PerLayer(
@@ -180,7 +172,7 @@ class _Trunk(nn.Module):
             None if cache is None else cache.value,
         )
         x, new = self.layers(x, step, per_layer)
-        x = self.constrain(self.norm(x), "inputs")
+        x = self.placement.constrain(self.norm(x), "inputs")
         return x, None if cache is None else extend(cache, placed, new)
 
 

@@ -12,7 +12,7 @@ from jax import lax
 from lora_jax.models.activations import ACTIVATION
 from lora_jax.models.attention import wide
 from lora_jax.models.config import DecoderConfig
-from lora_jax.models.trunk import Constrain, unconstrained
+from lora_jax.models.placement import UNPLACED, Placement
 
 
 class RMSNorm(nn.Module):
@@ -43,7 +43,7 @@ class MLP(nn.Module):
     config: DecoderConfig
     dtype: Any
     param_dtype: Any
-    constrain: Constrain = unconstrained
+    placement: Placement = UNPLACED
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -54,8 +54,8 @@ class MLP(nn.Module):
         else:
             gate = dense(self, "gate_proj", size, bias)(x)
             up = dense(self, "up_proj", size, bias)(x)
-        hidden = ACTIVATION[cfg.hidden_act](gate) * up
-        return dense(self, "down_proj", cfg.hidden_size, bias)(self.constrain(hidden, "features"))
+        hidden = self.placement.constrain(ACTIVATION[cfg.hidden_act](gate) * up, "features")
+        return dense(self, "down_proj", cfg.hidden_size, bias)(hidden)
 
 
 def dense(module: Any, name: str, features: int, use_bias: bool, **kwargs: Any) -> nn.Dense:

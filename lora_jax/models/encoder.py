@@ -12,7 +12,8 @@ from lora_jax.models.activations import ACTIVATION
 from lora_jax.models.attention import attend, dot_wide, wide
 from lora_jax.models.blocks import dense, embed, layer_norm
 from lora_jax.models.encoder_config import EncoderConfig
-from lora_jax.models.trunk import Constrain, rematerialised, unconstrained
+from lora_jax.models.placement import UNPLACED, Placement
+from lora_jax.models.trunk import rematerialised
 
 
 class EncoderOutput(NamedTuple):
@@ -39,19 +40,19 @@ class Encoder(nn.Module):
         fp32 always.
       param_dtype: of the parameters that ``init`` makes.
       remat: see ``Decoder``.
-      constrain: see ``Decoder``.
+      placement: see ``Decoder``.
     """
 
     config: EncoderConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: bool | str = False
-    constrain: Constrain = unconstrained
+    placement: Placement = UNPLACED
 
     def setup(self) -> None:
         cfg, args = self.config, (self.config, self.dtype, self.param_dtype)
         # Its name is the family's, as in Hugging Face's files.
-        setattr(self, cfg.prefix, _Trunk(*args, self.remat, self.constrain))
+        setattr(self, cfg.prefix, _Trunk(*args, self.remat, self.placement))
         if cfg.head == "masked_lm" and cfg.prefix == "bert":
             self.cls = _BertHead(*args)
         elif cfg.head == "masked_lm":
@@ -132,12 +133,12 @@ class _Trunk(nn.Module):
     dtype: Any
     param_dtype: Any
     remat: bool | str
-    constrain: Constrain
+    placement: Placement
 
     def setup(self) -> None:
         args = (self.config, self.dtype, self.param_dtype)
         self.embeddings = _Embeddings(*args)
-        self.encoder = _Layers(*args, self.remat, self.constrain)
+        self.encoder = _Layers(*args, self.remat, self.placement)
         if self.config.has_pooler:
             self.pooler = _Dense(*args)
 
@@ -189,11 +190,11 @@ class _Layers(nn.Module):
     dtype: Any
     param_dtype: Any
     remat: bool | str
-    constrain: Constrain
+    placement: Placement
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        x = self.constrain(x, "residual")
+        x = self.placement.constrain(x, "residual")
         scanned = nn.scan(
             rematerialised(_Layer, self.remat),
             variable_axes={"params": 0},
@@ -201,7 +202,7 @@ class _Layers(nn.Module):
             in_axes=nn.broadcast,
             length=self.config.num_hidden_layers,
         )
-        args = (self.config, self.dtype, self.param_dtype, self.constrain)
+        args = (self.config, self.dtype, self.param_dtype, self.placement)
         return scanned(*args, name="layer")(x, mask)[0]
 
 
@@ -211,29 +212,29 @@ class _Layer(nn.Module):
     config: EncoderConfig
     dtype: Any
     param_dtype: Any
-    constrain: Constrain
+    placement: Placement
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
         cfg, args = self.config, (self.config, self.dtype, self.param_dtype)
-        x = _Attention(*args, self.constrain, name="attention")(x, mask)
+        x = _Attention(*args, self.placement, name="attention")(x, mask)
         intermediate = _Dense(*args, cfg.intermediate_size, name="intermediate")
-        inner = ACTIVATION[cfg.hidden_act](intermediate(self.constrain(x, "inputs")))
-        x = _AddNorm(*args, name="output")(self.constrain(inner, "features"), x)
-        return self.constrain(x, "residual"), None
+        inner = ACTIVATION[cfg.hidden_act](intermediate(self.placement.constrain(x, "inputs")))
+        x = _AddNorm(*args, name="output")(self.placement.constrain(inner, "features"), x)
+        return self.placement.constrain(x, "residual"), None
 
 
 class _Attention(nn.Module):
     config: EncoderConfig
     dtype: Any
     param_dtype: Any
-    constrain: Constrain
+    placement: Placement
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         args = (self.config, self.dtype, self.param_dtype)
-        attention = _SelfAttention(*args, self.constrain, name="self")
-        seen = attention(self.constrain(x, "inputs"), mask)
+        attention = _SelfAttention(*args, self.placement, name="self")
+        seen = attention(self.placement.constrain(x, "inputs"), mask)
         return _AddNorm(*args, name="output")(seen, x)
 
 
@@ -241,18 +242,18 @@ class _SelfAttention(nn.Module):
     config: EncoderConfig
     dtype: Any
     param_dtype: Any
-    constrain: Constrain
+    placement: Placement
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         heads = (*x.shape[:2], self.config.num_attention_heads, -1)
         q, k, v = (
-            self.constrain(
+            self.placement.constrain(
                 dense(self, self.config.hidden_size, name=name)(x).reshape(heads), "heads"
             )
             for name in ("query", "key", "value")
         )
-        return self.constrain(attend(q, k, v, mask).reshape(x.shape), "features")
+        return self.placement.constrain(attend(q, k, v, mask).reshape(x.shape), "features")
 
 
 class _AddNorm(nn.Module):

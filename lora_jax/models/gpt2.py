@@ -14,14 +14,8 @@ from lora_jax.models.attention import attend, dot_wide
 from lora_jax.models.blocks import dense, embed, layer_norm
 from lora_jax.models.cache import Cache
 from lora_jax.models.gpt2_config import GPT2Config
-from lora_jax.models.trunk import (
-    Constrain,
-    causal_mask,
-    extend,
-    place,
-    rematerialised,
-    unconstrained,
-)
+from lora_jax.models.placement import UNPLACED, Placement
+from lora_jax.models.trunk import causal_mask, extend, place, rematerialised
 
 
 class GPT2(nn.Module):
@@ -35,18 +29,18 @@ class GPT2(nn.Module):
       dtype: of the computation. LayerNorm's statistics, softmax and logits are fp32 always.
       param_dtype: of the parameters that ``init`` makes.
       remat: see ``Decoder``.
-      constrain: see ``Decoder``.
+      placement: see ``Decoder``.
     """
 
     config: GPT2Config
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: bool | str = False
-    constrain: Constrain = unconstrained
+    placement: Placement = UNPLACED
 
     def setup(self) -> None:
         self.transformer = _Trunk(
-            self.config, self.dtype, self.param_dtype, self.remat, self.constrain
+            self.config, self.dtype, self.param_dtype, self.remat, self.placement
         )
         if not self.config.tie_word_embeddings:
             self.lm_head = dense(self, self.config.vocab_size, use_bias=False, dot_general=dot_wide)
@@ -113,7 +107,7 @@ class _Attention(nn.Module):
     config: GPT2Config
     dtype: Any
     param_dtype: Any
-    constrain: Constrain
+    placement: Placement
 
     @nn.compact
     def __call__(
@@ -123,14 +117,14 @@ class _Attention(nn.Module):
         fused = dense(self, 3 * cfg.hidden_size, name="c_attn")(x)
         heads = (*x.shape[:2], cfg.num_attention_heads, cfg.head_dim)
         parts = jnp.split(fused, 3, axis=-1)
-        q, k, v = (self.constrain(part.reshape(heads), "heads") for part in parts)
+        q, k, v = (self.placement.constrain(part.reshape(heads), "heads") for part in parts)
         keys, values = k, v
         if layer.key is not None and layer.value is not None and step.filled is not None:
             start = (0, step.filled, 0, 0)
             keys = lax.dynamic_update_slice(layer.key, k.astype(layer.key.dtype), start)
             values = lax.dynamic_update_slice(layer.value, v.astype(layer.value.dtype), start)
         out = attend(q, keys.astype(q.dtype), values.astype(q.dtype), step.mask, layer.scale)
-        out = self.constrain(out.reshape(x.shape), "features")
+        out = self.placement.constrain(out.reshape(x.shape), "features")
         return dense(self, cfg.hidden_size, name="c_proj")(out), (k, v)
 
 
@@ -138,12 +132,12 @@ class _MLP(nn.Module):
     config: GPT2Config
     dtype: Any
     param_dtype: Any
-    constrain: Constrain
+    placement: Placement
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = dense(self, self.config.intermediate_size, name="c_fc")(x)
-        hidden = self.constrain(ACTIVATION[self.config.hidden_act](x), "features")
+        hidden = self.placement.constrain(ACTIVATION[self.config.hidden_act](x), "features")
         return dense(self, self.config.hidden_size, name="c_proj")(hidden)
 
 
@@ -153,21 +147,21 @@ class _Block(nn.Module):
     config: GPT2Config
     dtype: Any
     param_dtype: Any
-    constrain: Constrain
+    placement: Placement
 
     @nn.compact
     def __call__(
         self, x: jax.Array, step: _Step, layer: _PerLayer
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        args = (self.config, self.dtype, self.param_dtype, self.constrain)
+        args = (self.config, self.dtype, self.param_dtype, self.placement)
 
         def inputs(norm_name: str, x: jax.Array) -> jax.Array:
-            return self.constrain(layer_norm(self, name=norm_name)(x), "inputs")
+            return self.placement.constrain(layer_norm(self, name=norm_name)(x), "inputs")
 
         hidden, cached = _Attention(*args, name="attn")(inputs("ln_1", x), step, layer)
         x = x + hidden
         x = x + _MLP(*args, name="mlp")(inputs("ln_2", x))
-        x = self.constrain(x, "residual")
+        x = self.placement.constrain(x, "residual")
         return x, None if layer.key is None else cached
 
 
@@ -178,7 +172,7 @@ class _Trunk(nn.Module):
     dtype: Any
     param_dtype: Any
     remat: bool | str
-    constrain: Constrain
+    placement: Placement
 
     def setup(self) -> None:
         cfg = self.config
@@ -191,7 +185,7 @@ class _Trunk(nn.Module):
             in_axes=(nn.broadcast, 0),
             length=cfg.num_hidden_layers,
         )
-        self.h = scanned(cfg, self.dtype, self.param_dtype, self.constrain)
+        self.h = scanned(cfg, self.dtype, self.param_dtype, self.placement)
         self.ln_f = layer_norm(self)
 
     def __call__(
@@ -214,14 +208,14 @@ class _Trunk(nn.Module):
         placed = place(input_ids, attention_mask, positions, cache, segment_ids)
         step = _Step(causal_mask(placed, segment_ids), None if cache is None else placed.first)
         x = self.wte(input_ids) + self.wpe(placed.positions)
-        x = self.constrain(x, "residual")
+        x = self.placement.constrain(x, "residual")
         per_layer = _PerLayer(
             _score_scales(cfg),
             None if cache is None else cache.key,
             None if cache is None else cache.value,
         )
         x, new = self.h(x, step, per_layer)
-        x = self.constrain(self.ln_f(x), "inputs")
+        x = self.placement.constrain(self.ln_f(x), "inputs")
         return x, None if cache is None else extend(cache, placed, new)
 
 

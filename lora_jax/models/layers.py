@@ -13,8 +13,8 @@ from lora_jax.models.attention import attend
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder_blocks import MLP, dense, norm
 from lora_jax.models.moe import SparseMLP
+from lora_jax.models.placement import UNPLACED, Placement
 from lora_jax.models.rope import Rotation, rotate
-from lora_jax.models.trunk import Constrain, unconstrained
 
 
 class Step(NamedTuple):
@@ -54,7 +54,7 @@ class Attention(nn.Module):
     config: DecoderConfig
     dtype: Any
     param_dtype: Any
-    constrain: Constrain = unconstrained
+    placement: Placement = UNPLACED
 
     @nn.compact
     def __call__(
@@ -89,7 +89,7 @@ class Attention(nn.Module):
         keys, values = keys.astype(q.dtype), values.astype(q.dtype)
         out = attend(q, keys, values, mask, scale, cfg.attn_logit_softcapping)
         out = out.reshape(*x.shape[:2], cfg.num_attention_heads * cfg.head_dim)
-        out = self.constrain(out, "features")
+        out = self.placement.constrain(out, "features")
         return dense(self, "o_proj", cfg.hidden_size, cfg.o_bias)(out), (k, v)
 
     def _project(self, x: jax.Array) -> list[jax.Array]:
@@ -106,7 +106,7 @@ class Attention(nn.Module):
                 for name, size in zip(heads, sizes, strict=True)
             ]
         return [
-            self.constrain(part.reshape(*x.shape[:2], n, cfg.head_dim), "heads")
+            self.placement.constrain(part.reshape(*x.shape[:2], n, cfg.head_dim), "heads")
             for part, n in zip(flat, heads.values(), strict=True)
         ]
 
@@ -117,7 +117,7 @@ class DecoderLayer(nn.Module):
     config: DecoderConfig
     dtype: Any
     param_dtype: Any
-    constrain: Constrain = unconstrained
+    placement: Placement = UNPLACED
 
     @nn.compact
     def __call__(
@@ -125,16 +125,13 @@ class DecoderLayer(nn.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """A scan's body: x is the carry, [batch, seq, d_model]; see ``Attention`` for the rest."""
         cfg = self.config
-        args = (cfg, self.dtype, self.param_dtype)
-        if cfg.num_experts:
-            mlp: Any = SparseMLP(*args, name=cfg.mlp_name)
-        else:
-            mlp = MLP(*args, self.constrain, name=cfg.mlp_name)
+        args = (cfg, self.dtype, self.param_dtype, self.placement)
+        mlp = (SparseMLP if cfg.num_experts else MLP)(*args, name=cfg.mlp_name)
 
         def inputs(norm_name: str, x: jax.Array) -> jax.Array:
-            return self.constrain(norm(self, norm_name)(x), "inputs")
+            return self.placement.constrain(norm(self, norm_name)(x), "inputs")
 
-        hidden, cached = Attention(*args, self.constrain, name="self_attn")(
+        hidden, cached = Attention(*args, name="self_attn")(
             inputs("input_layernorm", x), step, layer
         )
         if cfg.post_norms:
@@ -144,7 +141,7 @@ class DecoderLayer(nn.Module):
         else:
             x = x + hidden
             x = x + mlp(inputs("post_attention_layernorm", x))
-        x = self.constrain(x, "residual")
+        x = self.placement.constrain(x, "residual")
         return x, None if layer.key is None else cached
 
 

@@ -3,8 +3,8 @@
 Each token goes through k experts only. The (token, expert) pairs are sorted by expert, so that the
 tokens of each expert lie together, and ``jax.lax.ragged_dot`` multiplies each group by its own
 kernel: k products a token, however many experts there are. (That holds where the compiler knows
-products of groups, as on TPU. On CPU, JAX lowers ``ragged_dot`` to a masked product of all tokens
-with every expert's kernel: right, but with the cost of them all.)
+products of groups. On CPU, and by the TPU compiler of late 2026 for v5e, it becomes a masked
+product of all tokens with every expert's kernel: right, but with the cost of them all.)
 
 The experts' kernels are stacked, [experts, in, out], and the router is a kernel like any other
 ([d_model, experts]). So "all-linear" adapts both, each expert with an A and a B of its own: in
@@ -14,6 +14,8 @@ them. ``LoraRule(exclude=["gate"])`` leaves the router as it is.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,6 +27,7 @@ from lora_jax.models.activations import ACTIVATION
 from lora_jax.models.attention import dot_wide
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder_blocks import dense
+from lora_jax.models.placement import UNPLACED, Placement
 
 
 class SparseMLP(nn.Module):
@@ -36,25 +39,17 @@ class SparseMLP(nn.Module):
     config: DecoderConfig
     dtype: Any
     param_dtype: Any
+    placement: Placement = UNPLACED
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[batch, seq, d_model] -> the same."""
         cfg = self.config
-        k, width = cfg.num_experts_per_tok, x.shape[-1]
-        tokens = x.reshape(-1, width)
         router = dense(self, "gate", cfg.num_experts, False, dot_general=dot_wide)
-        weights, chosen = route(router(tokens), k, cfg.norm_topk_prob)
-        chosen = chosen.reshape(-1)  # [tokens * k]
-        order = jnp.argsort(chosen)
-        sizes = jnp.bincount(chosen, length=cfg.num_experts).astype(jnp.int32)
-        # Repeated and then permuted: both have derivatives that add in a fixed order.
-        rows = jnp.repeat(tokens, k, axis=0).at[order].get(unique_indices=True)
-        args = (cfg, self.dtype, self.param_dtype)
-        out = _Experts(*args, name="experts")(rows, sizes)
-        out = out.at[jnp.argsort(order)].get(unique_indices=True)  # in the order of tokens again
-        out = out.reshape(-1, k, width).astype(weights.dtype) * weights[..., None]
-        return out.sum(axis=1).astype(x.dtype).reshape(x.shape)
+        weights, chosen = route(router(x), cfg.num_experts_per_tok, cfg.norm_topk_prob)
+        kernels = _Experts(cfg, self.dtype, self.param_dtype, name="experts")()
+        mixed = self.placement.mixture(functools.partial(_mixed, ACTIVATION[cfg.hidden_act]))
+        return mixed(x, weights, chosen, *kernels)
 
 
 def route(logits: jax.Array, k: int, normalise: bool) -> tuple[jax.Array, jax.Array]:
@@ -75,38 +70,58 @@ def route(logits: jax.Array, k: int, normalise: bool) -> tuple[jax.Array, jax.Ar
     return weights, chosen
 
 
+def _mixed(
+    act: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    weights: jax.Array,
+    chosen: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+) -> jax.Array:
+    """Gated MLPs, each applied to its own tokens; see ``placement.Mixture`` for the shapes."""
+    width, k = x.shape[-1], weights.shape[-1]
+    chosen = chosen.reshape(-1)  # [tokens * k]
+    order = jnp.argsort(chosen)
+    sizes = jnp.bincount(chosen, length=gate.shape[0]).astype(jnp.int32)
+    # Repeated and then permuted: both have derivatives that add in a fixed order.
+    rows = jnp.repeat(x.reshape(-1, width), k, axis=0).at[order].get(unique_indices=True)
+    rows = rows.astype(gate.dtype)
+    hidden = act(lax.ragged_dot(rows, gate, sizes)) * lax.ragged_dot(rows, up, sizes)
+    out = lax.ragged_dot(hidden, down, sizes)
+    out = out.at[jnp.argsort(order)].get(unique_indices=True)  # in the order of tokens again
+    out = out.reshape(*x.shape[:2], k, -1).astype(weights.dtype) * weights[..., None]
+    return out.sum(axis=2).astype(x.dtype)
+
+
 class _Experts(nn.Module):
-    """Gated MLPs, each applied to its own group of tokens."""
+    """The kernels of all experts: [experts, d_model, d_ff] twice, and [experts, d_ff, d_model]."""
 
     config: DecoderConfig
     dtype: Any
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        """[tokens, d_model], sorted by expert, and how many tokens each expert has: [experts]."""
+    def __call__(self) -> list[jax.Array]:
         cfg = self.config
+        inner, outer = cfg.moe_intermediate_size, cfg.hidden_size
+        return [
+            _Kernel((cfg.num_experts, *shape), cfg, self.dtype, self.param_dtype, name=name)()
+            for name, shape in zip(
+                cfg.expert_names, [(outer, inner), (outer, inner), (inner, outer)], strict=True
+            )
+        ]
 
-        def grouped(name: str, features: int) -> _GroupedDense:
-            return _GroupedDense(features, cfg, self.dtype, self.param_dtype, name=name)
 
-        gate, up, down = cfg.expert_names
-        hidden = ACTIVATION[cfg.hidden_act](grouped(gate, cfg.moe_intermediate_size)(x, sizes))
-        hidden = hidden * grouped(up, cfg.moe_intermediate_size)(x, sizes)
-        return grouped(down, cfg.hidden_size)(hidden, sizes)
+class _Kernel(nn.Module):
+    """The parameter ``kernel``."""
 
-
-class _GroupedDense(nn.Module):
-    """x W_e for the tokens of each expert e."""
-
-    features: int
+    shape: tuple[int, ...]
     config: DecoderConfig
     dtype: Any
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+    def __call__(self) -> jax.Array:
         init = nn.initializers.normal(self.config.initializer_range)
-        shape = (self.config.num_experts, x.shape[-1], self.features)
-        kernel = self.param("kernel", init, shape, self.param_dtype)
-        return lax.ragged_dot(x.astype(self.dtype), kernel.astype(self.dtype), sizes)
+        return self.param("kernel", init, self.shape, self.param_dtype).astype(self.dtype)

@@ -1,8 +1,8 @@
-"""What models do around their stack of layers: positions, masks, remat, places on a mesh."""
+"""What models do around their stack of layers: positions, causal masks, rematerialisation."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,28 +20,6 @@ REMAT_POLICIES = (
     "checkpoint_dots",
     "checkpoint_dots_with_no_batch_dims",
 )
-
-
-Activation = Literal["residual", "inputs", "heads", "features"]
-
-
-class Constrain(Protocol):
-    """Says where an activation lies on a mesh: returns x itself, constrained or not.
-
-    There are four kinds:
-
-    - residual, [batch, seq, d_model]: the stream between layers, what rematerialisation keeps;
-    - inputs, [batch, seq, d_model]: what the first products of a block are about to read;
-    - heads, [batch, seq, heads, head_dim]: queries, keys and values;
-    - features, [batch, seq, features]: what the last product of a block is about to read.
-    """
-
-    def __call__(self, x: jax.Array, kind: Activation) -> jax.Array: ...
-
-
-def unconstrained(x: jax.Array, kind: Activation) -> jax.Array:
-    """x, wherever it lies."""
-    return x
 
 
 class Placed(NamedTuple):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lora_jax.models import Decoder, RopeScaling, init_cache, key_table
+from lora_jax.models.placement import Placement
 from tests.models import tiny
 
 WINDOWED = "qwen2 with some windows"
@@ -241,11 +242,12 @@ def test_activations_can_be_constrained(case: str) -> None:
     config = tiny.config(case)
     seen = set()
 
-    def constrain(x: jax.Array, kind: str) -> jax.Array:
-        seen.add((kind, x.shape))
-        return x
+    class Seen(Placement):
+        def constrain(self, x: jax.Array, kind: str) -> jax.Array:
+            seen.add((kind, x.shape))
+            return x
 
-    model = Decoder(config, constrain=constrain)
+    model = Decoder(config, placement=Seen())
     jax.eval_shape(model.init, jax.random.key(0), tiny.tokens(0, 2, 5))
     n, n_kv, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     assert seen == {

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lora_jax.models import GPT2, ConfigError, Encoder, EncoderConfig, key_table, read_config
+from lora_jax.models.placement import Placement
 from tests.models import tiny, tiny_encoders
 
 CASES = [(case, head) for case in tiny_encoders.ENCODERS for head in tiny_encoders.HEADS]
@@ -243,11 +244,12 @@ def test_activations_can_be_constrained(case: str, kind: type) -> None:
     config = read_config(tiny_encoders.fields(case))
     seen = set()
 
-    def constrain(x: jax.Array, kind: str) -> jax.Array:
-        seen.add((kind, x.shape))
-        return x
+    class Seen(Placement):
+        def constrain(self, x: jax.Array, kind: str) -> jax.Array:
+            seen.add((kind, x.shape))
+            return x
 
-    model = kind(config, constrain=constrain)
+    model = kind(config, placement=Seen())
     jax.eval_shape(model.init, jax.random.key(0), tiny_encoders.tokens(0, 2, 5))
     width, heads = config.hidden_size, config.num_attention_heads
     assert seen == {

@@ -1,0 +1,269 @@
+"""What a compiled step does, read from its optimised HLO: FLOPs of products, bytes that are sent.
+
+XLA's own analysis counts the body of a loop once; here a loop counts as often as it runs. All
+figures are of one device.
+"""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2}
+_BYTES |= {"f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
+_ARRAY = re.compile(r"\b(" + "|".join(_BYTES) + r"|f8\w+)\[([\d,]*)\]")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(
+    r"\b(?:body|to_apply|calls|branch_computations|called_computations|true_computation|"
+    r"false_computation)=(?:\{([^}]*)\}|%?([\w.\-]+))"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_WINDOW = re.compile(r"window=\{([^}]*)\}")
+_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation; `shapes` are those of its result, `operands` names."""
+
+    name: str
+    opcode: str
+    shapes: tuple[tuple[str, Shape], ...]
+    operands: tuple[str, ...]
+    text: str  # all that stands behind the opcode
+    root: bool
+
+    def attribute(self, name: str) -> list[int]:
+        """The numbers of an attribute such as ``lhs_contracting_dims={1}``; [] without it."""
+        found = re.search(rf"\b{name}=\{{([\d,]*)\}}", self.text)
+        return [int(n) for n in found[1].split(",") if n] if found else []
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one device does in one call of a compiled function."""
+
+    flops: int  # of matrix products and convolutions
+    sent: dict[str, int]  # kind of collective -> bytes, in the order of `COLLECTIVES`
+
+    @property
+    def sent_bytes(self) -> int:
+        """Those of all kinds together."""
+        return sum(self.sent.values())
+
+
+def work_of(text: str) -> Work:
+    """Counts a module's work.
+
+    Of a collective, its result or its operand counts, whichever is larger. A branch counts as its
+    costliest side.
+
+    Args:
+      text: the optimised HLO, as ``compiled.as_text()`` gives it.
+
+    Raises ValueError for a loop whose number of turns cannot be read.
+    """
+    return _Counting(text).work()
+
+
+class _Counting:
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        for is_entry, name, instructions in _computations(text):
+            self.computations[name] = instructions
+            self.entry = name if is_entry else self.entry
+        self.channels: set[str] = set()
+
+    def work(self) -> Work:
+        flops, sent = self.of(self.entry)
+        return Work(flops, {kind: sent[kind] for kind in COLLECTIVES if sent[kind]})
+
+    def of(self, name: str) -> tuple[int, Counter[str]]:
+        flops, sent = 0, Counter[str]()
+        instructions = self.computations[name]
+        for one in instructions.values():
+            if one.opcode in ("dot", "convolution"):
+                flops += _product_flops(one, instructions)
+            kind = one.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                if "all-reduce-scatter" in name:  # so the TPU compiler calls the two in one
+                    kind = "reduce-scatter"
+                sent[kind] += self._bytes(one, instructions)
+                continue
+            inner = [self.of(called) for called in _called(one)]
+            if one.opcode == "conditional":
+                inner = [max(inner, key=lambda side: (side[0], side[1].total()))]
+            times = self._turns(one) if one.opcode == "while" and inner else 1
+            for more_flops, more_sent in inner:
+                flops += times * more_flops
+                sent.update({kind: times * size for kind, size in more_sent.items()})
+        return flops, sent
+
+    def _bytes(self, one: Instruction, instructions: Mapping[str, Instruction]) -> int:
+        """Those of a collective; 0 for another part of one that was counted.
+
+        (The TPU compiler spreads a collective over the fusions that it runs beside.)
+        """
+        channel = re.search(r"channel_id=(\d+)", one.text)
+        if channel and channel[1] in self.channels:
+            return 0
+        if channel:
+            self.channels.add(channel[1])
+        given = _size([s for name in one.operands for s in instructions[name].shapes])
+        result = _size(one.shapes)
+        if one.opcode.endswith("-start") and len(one.shapes) > len(one.operands):
+            result -= given  # it holds the operands as well
+        return max(given, result)
+
+    def _turns(self, loop: Instruction) -> int:
+        """n / k, where a loop counts i from 0 in steps of k while i < n; or what XLA says."""
+        if known := _TRIPS.search(loop.text):
+            return int(known[1])
+        condition, body = (
+            self.computations[_found(rf"\b{name}=%?([\w.\-]+)", loop.text)]
+            for name in ("condition", "body")
+        )
+        test = _root(condition)
+        if test.opcode == "fusion":
+            condition = self.computations[_called(test)[0]]
+            test = _root(condition)
+        limit = self._constant(test, condition)
+        counters = [one for one in condition.values() if one.opcode == "get-tuple-element"]
+        if test.opcode == "compare" and "direction=LT" in test.text and len(counters) == 1:
+            index = int(_found(r"index=(\d+)", counters[0].text))
+            counted = _behind(body[_root(body).operands[index]], body)
+            if counted.opcode == "fusion":
+                body = self.computations[_called(counted)[0]]
+                counted = _behind(_root(body), body)
+            step = self._constant(counted, body) if counted.opcode == "add" else None
+            if limit and step:
+                return -(-limit // step)
+        raise ValueError(f"the HLO does not say how often the loop {loop.name} runs")
+
+    def _constant(self, one: Instruction, instructions: Mapping[str, Instruction]) -> int | None:
+        """The one constant among the operands."""
+        given = [_behind(instructions[name], instructions) for name in one.operands]
+        numbers = [found[1] for o in given if o.opcode == "constant" and (found := _INT(o.text))]
+        return int(numbers[0]) if len(numbers) == 1 else None
+
+
+_INT = re.compile(r"\((\d+)\)").match
+
+
+def _found(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    assert found is not None, f"no {pattern} in {text[:200]}"
+    return found[1]
+
+
+def _root(instructions: Mapping[str, Instruction]) -> Instruction:
+    return next(one for one in instructions.values() if one.root)
+
+
+def _behind(one: Instruction, instructions: Mapping[str, Instruction]) -> Instruction:
+    """What an instruction is a copy of."""
+    while one.opcode in ("copy", "bitcast", "convert"):
+        one = instructions[one.operands[0]]
+    return one
+
+
+def _computations(text: str) -> Iterator[tuple[bool, str, dict[str, Instruction]]]:
+    name, is_entry, instructions = "", False, dict[str, Instruction]()
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            name, is_entry, instructions = header[2], header[1] is not None, {}
+        elif line.startswith("}"):
+            yield is_entry, name, instructions
+        elif found := _INSTRUCTION.match(line):
+            one = _instruction(found[2], found[3], found[1] is not None)
+            instructions[one.name] = one
+
+
+def _instruction(name: str, text: str, root: bool) -> Instruction:
+    if text.startswith("("):
+        end = _closing(text, 0) + 1
+    else:
+        end = text.index(" ")
+    opcode, _, rest = text[end:].strip().partition("(")
+    last = _closing(f"({rest}", 0)
+    operands = tuple(_NAME.findall(rest[:last]))
+    return Instruction(name, opcode, _arrays(text[:end]), operands, f"({rest}", root)
+
+
+def _closing(text: str, start: int) -> int:
+    depth = 0
+    for place in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[place], 0)
+        if depth == 0:
+            return place
+    raise ValueError(f"a bracket is not closed: {text[:100]}")
+
+
+def _arrays(text: str) -> tuple[tuple[str, Shape], ...]:
+    return tuple(
+        (kind, tuple(int(n) for n in sizes.split(",") if n)) for kind, sizes in _ARRAY.findall(text)
+    )
+
+
+def _size(shapes: tuple[tuple[str, Shape], ...] | list[tuple[str, Shape]]) -> int:
+    return int(sum(_BYTES.get(kind, 1) * math.prod(shape) for kind, shape in shapes))
+
+
+def _called(one: Instruction) -> list[str]:
+    names = []
+    for many, single in _CALLED.findall(one.text):
+        names += [name.strip().lstrip("%") for name in (many or single).split(",")]
+    return [name for name in names if name]
+
+
+def _product_flops(one: Instruction, instructions: Mapping[str, Instruction]) -> int:
+    (_, left), (_, right) = (instructions[name].shapes[0] for name in one.operands[:2])
+    if one.opcode == "dot":
+        contracted = math.prod(left[axis] for axis in one.attribute("lhs_contracting_dims"))
+        return 2 * math.prod(one.shapes[0][1]) * contracted
+    return _convolution_flops(one, left, right)
+
+
+def _convolution_flops(one: Instruction, left: Shape, right: Shape) -> int:
+    """Two for each pair of a kernel's element and an input's that it meets.
+
+    The TPU compiler writes products as convolutions, and batch axes as spatial ones, dilated such
+    that each output meets one input; padding and holes are no work.
+    """
+    labels = _LABELS.search(one.text)
+    assert labels is not None, f"a convolution without dim_labels: {one.text[:200]}"
+    of_left, of_right, of_result = labels.groups()
+    result = one.shapes[0][1]
+    window = _WINDOW.search(one.text)
+    fields = dict(part.split("=") for part in window[1].split()) if window else {}
+    total = result[of_result.index("b")] * result[of_result.index("f")]
+    total *= right[of_right.index("i")]
+    for axis, label in enumerate(sorted(c for c in of_left if c.isdigit())):
+        total *= _met(
+            left[of_left.index(label)],
+            right[of_right.index(label)],
+            result[of_result.index(label)],
+            {name: value.split("x")[axis] for name, value in fields.items() if "x" in value}
+            | {name: value for name, value in fields.items() if "x" not in value},
+        )
+    return 2 * total
+
+
+def _met(n_in: int, n_kernel: int, n_out: int, window: Mapping[str, str]) -> int:
+    """How many pairs (output, element of the kernel) meet an input along a spatial axis."""
+    stride, hole, spread = (
+        int(window.get(name, 1)) for name in ("stride", "lhs_dilate", "rhs_dilate")
+    )
+    before = int(window.get("pad", "0_0").split("_")[0])
+    place = np.arange(n_out)[:, None] * stride + np.arange(n_kernel) * spread - before
+    return int(np.sum((place >= 0) & (place % hole == 0) & (place < n_in * hole)))
