@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 from rich.console import Console
 
 import lora_jax as lj
@@ -27,12 +26,13 @@ from train.log import draw_curve, duration, open_log, read_metrics
 from train.loop import Hooks, train
 from train.losses import Loss
 from train.mesh import Layout
-from train.methods import has_dropout, make_optimizer, rules, takes_from_base
+from train.methods import make_optimizer, rules, takes_from_base
 from train.options import OptimConfig, Options, learning_rate
 from train.output import ADAPTER, CHECKPOINTS, START, begin, folder_bytes
 from train.pretrained import Outline
 from train.report import compiled_bytes, megabytes, peak_bytes, versions
-from train.step import State, init_state, make_evaluation, make_step
+from train.setup import Setup
+from train.step import State, make_evaluation
 from train.stop import Stop
 
 _SHOWN = 32  # as many rows of a batch are named
@@ -68,16 +68,12 @@ class Run:
 class Start:
     """What training begins with."""
 
+    setup: Setup
     state: State
-    where: Any  # a State: the sharding of each array of the state
-    at_work: Any  # an adapter: the shardings that a step works with
     base: Any
-    optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
     checkpoints: Checkpoints
     facts: dict[str, Any]  # what data and base were: each checkpoint has them
     summary: str
-    dropout: bool
 
 
 def number_of_steps(optim: OptimConfig, order: Order, default: int | None = None) -> int:
@@ -134,8 +130,8 @@ def start(
     params = run.layout.placed(params)
     adapter, base = lj.split(params)
     schedule = learning_rate(optim, run.steps)
-    optimizer = make_optimizer(optim, schedule, params)
-    state, where = placed_state(run.layout, adapter, optimizer, key)
+    setup = Setup.of(run.layout, params, make_optimizer(optim, schedule, params), schedule)
+    state = setup.state(adapter, key)
     checkpoints = Checkpoints(run.folder / CHECKPOINTS, run.config.run.keep)
     saved = {"data": run.examples.digest(), "base": base_fingerprint(base)}
     if run.config.run.resume:
@@ -149,16 +145,12 @@ def start(
     if takes_from_base(params) and not (run.folder / START).exists():
         lj.save_adapter(run.folder / START, params)  # so that --resume decomposes nothing again
     return Start(
+        setup=setup,
         state=state,
-        where=where,
-        at_work=run.layout.at_work(params),
         base=base,
-        optimizer=optimizer,
-        schedule=schedule,
         checkpoints=checkpoints,
         facts=saved,
         summary=summary,
-        dropout=has_dropout(params),
     )
 
 
@@ -181,19 +173,11 @@ def fit(
       unit: what the loss is the mean over, for the curve.
     """
     state, base, checkpoints = start.state, start.base, start.checkpoints
-    step = make_step(
-        forward,
-        start.optimizer,
-        start.schedule,
-        dropout=start.dropout,
-        loss=loss,
-        gathered=lambda adapter: jax.lax.with_sharding_constraint(adapter, start.at_work),
-    )
-    with doing(run.console, "compiling the step"), jax.set_mesh(run.layout.mesh):
+    with doing(run.console, "compiling the step"):
         began = time.perf_counter()
-        out = (start.where, run.layout.whole)
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
-        compiled = jitted.lower(state, base, run.layout.batch(run.batch(0), parts=True)).compile()
+        first = run.layout.batch(run.batch(0), parts=True)
+        compiled = start.setup.lower(forward, loss, state, base, first).compile()
+        del first
         compile_seconds = time.perf_counter() - began
     evaluation = jax.jit(make_evaluation(forward, loss), out_shardings=run.layout.whole)
     hooks = Hooks(
@@ -270,28 +254,6 @@ def _mean_loss(
         loss += float(sums["loss"])
         count += float(sums["count"])
     return loss / count
-
-
-def placed_state(
-    layout: Layout, adapter: Any, optimizer: optax.GradientTransformation, key: jax.Array
-) -> tuple[State, Any]:
-    """The state before the first step, and where its arrays lie: Adam's moments as the adapter."""
-
-    def make(adapter: Any) -> State:
-        return init_state(adapter, optimizer, key)
-
-    of_adapter = jax.tree.map(lambda array: array.sharding, adapter)
-    shapes = jax.eval_shape(make, adapter)
-    of_moments = optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        shapes.opt_state,
-        of_adapter,
-        transform_non_params=lambda _: layout.whole,
-    )
-    whole: Any = layout.whole
-    where = State(of_adapter, of_moments, whole, whole)
-    return jax.jit(make, out_shardings=where)(adapter), where
 
 
 def _resumed(run: Run, checkpoints: Checkpoints, state: State, facts: dict[str, Any]) -> State:

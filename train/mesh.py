@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -49,14 +50,17 @@ def all_devices() -> list[jax.Device]:
     return jax.devices()
 
 
-def make_mesh(text: str | None, batch_size: int) -> Mesh:
-    """All devices of all processes as a mesh of all axes.
+def make_mesh(text: str | None, batch_size: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """All devices of all processes, or those that are given, as a mesh of all axes.
 
     By default as many are on fsdp as the batch can be shared out over, and the others on tensor.
 
     Raises UserError where the sizes are not those of the devices.
     """
-    devices = all_devices()
+    here = ""
+    if devices is None:
+        devices = all_devices()
+        here = f" ({jax.process_count()} processes with {jax.local_device_count()} each)"
     rows = math.gcd(batch_size, len(devices))
     sizes = parse_mesh(text) or {"fsdp": rows, "tensor": len(devices) // rows}
     given = math.prod(size for size in sizes.values() if size > 0)
@@ -64,12 +68,10 @@ def make_mesh(text: str | None, batch_size: int) -> Mesh:
     if rest and len(devices) % given == 0:
         sizes[rest[0]] = len(devices) // given
     elif rest or given != len(devices):
-        raise UserError(
-            f"--mesh {text} is of {given} devices, and there are {len(devices)} "
-            f"({jax.process_count()} processes with {jax.local_device_count()} each)"
-        )
+        raise UserError(f"--mesh {text} is of {given} devices, and there are {len(devices)}{here}")
     shape = tuple(sizes.get(name, 1) for name in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=tuple(devices))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +93,14 @@ class Layout(Placement):
         """The layout of a model with this configuration."""
         return cls(mesh, partition_specs(config))
 
+    @property
+    def batch_parts(self) -> int:
+        """How many parts a batch is shared out into."""
+        return math.prod(self.mesh.shape[name] for name in BATCH)
+
     def check_batch(self, batch_size: int) -> None:
         """Raises UserError where the batch cannot be shared out."""
-        parts = math.prod(self.mesh.shape[name] for name in BATCH)
+        parts = self.batch_parts
         if batch_size % parts:
             shown = " × ".join(f"{name} {self.mesh.shape[name]}" for name in BATCH)
             raise UserError(

@@ -17,9 +17,10 @@ from lora_jax.models import (
     WeightsError,
     key_table,
 )
-from lora_jax.models.hub import resolve
+from lora_jax.models.hub import resolve, resolve_config
 from lora_jax.models.keys import nested
 from lora_jax.models.load import from_pretrained, open_source
+from lora_jax.models.sources import read_config_file
 from lora_jax.models.tokenizer import load_tokenizer
 from train.errors import UserError, as_user_errors
 
@@ -82,17 +83,36 @@ def read_classifier_outline(name: str, num_labels: int) -> Outline:
     return _outline(name, head="classification", num_labels=num_labels)
 
 
+def read_shapes(name: str) -> Outline:
+    """A decoder's configuration and abstract parameters: of a config.json alone, no weights.
+
+    Args:
+      name: a config.json, a folder with one, a GGUF file, or a hub name.
+
+    Raises UserError where it cannot be read, or where the model does not continue texts.
+    """
+    with _model_errors(name):
+        path = resolve_config(name)
+        config = open_source(path).config if path.suffix == ".gguf" else read_config_file(path)
+    if isinstance(config, EncoderConfig):
+        raise UserError(f"--model {name}: a {config.model_type} model does not continue texts")
+    return Outline(name, None, config, _abstract(config))
+
+
 def _outline(name: str, **options: Any) -> Outline:
     with _model_errors(name):
         config = open_source(resolve(name).path, **options).config
         tokenizer = load_tokenizer(name)
     if not tokenizer.is_fast:
         raise UserError(f"--model {name}: its tokenizer has no fast version (tokenizer.json)")
-    params = nested(
+    return Outline(name, tokenizer, config, _abstract(config))
+
+
+def _abstract(config: Any) -> dict[str, Any]:
+    return nested(
         (row.path, jax.ShapeDtypeStruct(row.stacked_shape, jnp.float32))
         for row in key_table(config)
     )
-    return Outline(name, tokenizer, config, params)
 
 
 def read_model(

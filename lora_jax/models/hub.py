@@ -42,9 +42,7 @@ def resolve(name_or_path: str | Path) -> Found:
     path = Path(name_or_path).expanduser()
     if path.exists():
         return Found(path)
-    name = str(name_or_path)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
-        raise ModelNotFound(f"{name} is neither a file or folder here nor a hub name (owner/model)")
+    name = _hub_name(name_or_path)
     if (cached := _complete(_download(name, local_only=True))) is not None:
         return Found(cached)
     bundle = BUNDLES.get(name)
@@ -76,6 +74,40 @@ def resolve(name_or_path: str | Path) -> Found:
             "  - the Hugging Face cache of a machine that has the model, copied to this one"
         ) from None
     return Found(bundle.path, bundle.note)
+
+
+def resolve_config(name_or_path: str | Path) -> Path:
+    """Finds what holds a model's configuration, without its weights.
+
+    Args:
+      name_or_path: a config.json, a folder with one, a GGUF file, or a hub name.
+
+    Returns:
+      A config.json, or a GGUF file.
+
+    Raises:
+      ModelNotFound: where neither the hub nor its cache has it, nor a package.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return path / "config.json" if path.is_dir() else path
+    name = _hub_name(name_or_path)
+    cached = _download(name, local_only=True, patterns=["config.json"])
+    if isinstance(cached, Path) and (cached / "config.json").exists():
+        return cached / "config.json"
+    if name in BUNDLES:
+        found = resolve(name).path
+        return found / "config.json" if found.is_dir() else found
+    return snapshot(name, ["config.json"]) / "config.json"
+
+
+def _hub_name(name_or_path: str | Path) -> str:
+    """A name of the form owner/model; ModelNotFound otherwise."""
+    name = str(name_or_path)
+    is_path = name.startswith((".", "/", "~")) or name.endswith((".gguf", ".json"))
+    if name.count("/") != 1 or is_path:
+        raise ModelNotFound(f"{name} is neither a file or folder here nor a hub name (owner/model)")
+    return name
 
 
 def snapshot(name: str, patterns: list[str]) -> Path:

@@ -20,7 +20,7 @@ from lora_jax.models.hub import resolve
 from lora_jax.models.keys import Row, WeightsError, absent_parts, check, nested
 from lora_jax.models.sources import FLOATS, Renamed, SafetensorsFolder, Source
 
-Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
+ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 
 def from_pretrained(
@@ -29,7 +29,7 @@ def from_pretrained(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     remat: bool | str = False,
-    sharding: Placement | None = None,
+    sharding: ShardingOf | None = None,
     head: str | None = None,
     num_labels: int | None = None,
     pooling: str | None = None,
@@ -99,7 +99,7 @@ def open_source(path: Path, **options: Any) -> Source:
 def load_params(
     source: Source,
     param_dtype: Any = jnp.float32,
-    sharding: Placement | None = None,
+    sharding: ShardingOf | None = None,
     key: jax.Array | None = None,
 ) -> dict[str, Any]:
     """The parameter tree of a source; see ``from_pretrained``."""

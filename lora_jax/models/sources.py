@@ -65,7 +65,7 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path, **options: Any):
         self.where = str(folder)
-        self.config = _read_config(folder / "config.json", options)
+        self.config = read_config_file(folder / "config.json", **options)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._paths: dict[str, Path] = {}
@@ -123,7 +123,12 @@ class SafetensorsFolder:
             raise WeightsError(f"{path}: cannot read {name}: {error}") from None
 
 
-def _read_config(path: Path, options: dict[str, Any]) -> Any:
+def read_config_file(path: Path, **options: Any) -> Any:
+    """The configuration that a config.json describes; see ``families.read_config``.
+
+    Raises:
+      ConfigError: names the file, and what is wrong with it.
+    """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -22,9 +22,9 @@ from tests.train.tiny import CHATML, write_jsonl, write_model
 from train import sft
 from train.checkpoints import Checkpoints
 from train.errors import UserError
-from train.fit import placed_state
 from train.log import read_metrics
 from train.mesh import Layout, make_mesh, parse_mesh
+from train.setup import Setup
 
 ROOT = Path(__file__).parents[2]
 DENSE = {
@@ -190,8 +190,10 @@ def test_a_checkpoint_loads_bitwise_under_another_mesh(tmp_path):
 
     def state_on(mesh, seed):
         layout = Layout(make_mesh(mesh, 4), table)
-        adapter, _ = lj.split(layout.placed(params))
-        state, _ = placed_state(layout, adapter, optax.adam(1e-3), jax.random.key(seed))
+        placed = layout.placed(params)
+        adapter, _ = lj.split(placed)
+        setup = Setup.of(layout, placed, optax.adam(1e-3), optax.constant_schedule(1e-3))
+        state = setup.state(adapter, jax.random.key(seed))
         return state
 
     first = state_on("fsdp=2,tensor=2", 3)

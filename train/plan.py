@@ -1,0 +1,199 @@
+"""Will it fit, and what will it cost? `python -m train.plan` asks the compiler.
+
+    python -m train.plan --model config.json --topology v5e:4x4 --mesh fsdp=16 --batch-size 16
+
+It compiles the very step of `train.sft` for a machine that need not be there, from a config.json
+alone: for TPUs with their own compiler (the extra `tpu`), otherwise for virtual CPU devices.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import tyro
+from rich.console import Console
+
+from train.errors import UserError, reported
+from train.log import duration
+from train.machines import Machine, find_machine
+from train.mesh import Layout, make_mesh
+from train.methods import rules
+from train.options import AdapterConfig, OptimConfig, Remat, at_least
+from train.plan_report import print_plans
+from train.planned import Job, Plan, Way, plan
+from train.pretrained import read_shapes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """The model, the machine, and the amount of data."""
+
+    model: str
+    """A config.json, a folder that has one, a GGUF file, or a name on the hub; no weights."""
+    topology: str = "cpu:1"
+    """A TPU slice, such as v5e:4x4, v5p:2x2x2, v6e:8x8 or tpu7x:2x2x1, or cpu:8 for eight virtual
+    devices of this CPU."""
+    mesh: str | None = None
+    """As in train.sft: fsdp=4,tensor=4. By default as many devices are on fsdp as can share the
+    batch, the others on tensor."""
+    batch_size: int = 8
+    """Sequences that are in memory at once, on all devices together."""
+    grad_accum: int = 1
+    """Batches a step."""
+    seq_len: int = 1024
+    """Tokens of a sequence. The loss is taken to count all of them."""
+    loss_chunk: int = 256
+    """Predictions, of each part of the batch, whose logits exist at once; 0 for all."""
+    dtype: str = "bfloat16"
+    """Of the base and its activations (float32 or bfloat16). Adapters are always float32, and so
+    are the weights in full fine-tuning."""
+    remat: Remat = "full"
+    """What is recomputed in the backward pass; see train.sft."""
+    tokens: float | None = None
+    """How many tokens to train on, for the chip-hours."""
+    utilisation: float = 0.4
+    """The share of a chip's peak that a step is taken to reach, for its time."""
+    price: float | None = None
+    """Of a chip for an hour, in any currency, for the cost."""
+    capacity_gib: float | None = None
+    """The memory of a device, where it is not the topology's."""
+    peak_tflops: float | None = None
+    """The peak of a device, where it is not the topology's."""
+    alone: bool = False
+    """Compile what is asked for alone, without other ways to train beside it."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Plan a run of train.sft: memory, FLOPs, time and cost, for LoRA and full fine-tuning."""
+
+    plan: PlanConfig
+    adapter: AdapterConfig
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line; bad input ends it with the exit code 2."""
+    flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[Options]]
+    options = tyro.cli(flat, args=args, prog="python -m train.plan")
+    with reported():
+        run(options)
+
+
+def run(options: Options) -> None:
+    """Checks what is asked, compiles each way to train, and prints what they need."""
+    asked = options.plan
+    jax.config.update("jax_platforms", "cpu")  # no accelerator is asked for anything
+    check(options)
+    optim = OptimConfig(lr=1e-4, beta2=0.999, batch_size=asked.batch_size)
+    outline = read_shapes(asked.model)
+    outline.check_length(asked.seq_len, f"--seq-len {asked.seq_len}")
+    machine = find_machine(asked.topology, asked.capacity_gib, asked.peak_tflops)
+    mesh = make_mesh(asked.mesh, asked.batch_size, machine.devices)
+    layout = Layout.of(mesh, outline.config)
+    layout.check_batch(asked.batch_size)
+    job = Job(
+        outline=outline,
+        layout=layout,
+        machine=machine,
+        batch_size=asked.batch_size,
+        grad_accum=asked.grad_accum,
+        seq_len=asked.seq_len,
+        loss_chunk=asked.loss_chunk * layout.batch_parts,
+        dtype=asked.dtype,
+    )
+    plans = []
+    progress = Console(stderr=True)
+    for way in ways(options):
+        with progress.status(f"compiling {way.name}"):
+            plans.append(plan(job, way, optim))
+        took = duration(plans[-1].compile_seconds)
+        progress.print(f"compiled {way.name}: {took}", highlight=False)
+    facts = described(asked, machine, dict(mesh.shape))
+    if asked.json:
+        first, *others = (as_json(made, asked, machine) for made in plans)
+        print(json.dumps({**facts, **first, "others": others}, indent=2))
+    else:
+        estimates = [estimate(made, asked, machine) for made in plans]
+        wide = None if sys.stdout.isatty() else 120
+        print_plans(Console(width=wide), facts, plans, estimates)
+
+
+def check(options: Options) -> None:
+    """What is wrong whatever the model and the machine are; or UserError."""
+    asked, adapter = options.plan, options.adapter
+    at_least(1, asked, "batch_size", "grad_accum", "seq_len")
+    at_least(0, asked, "loss_chunk")
+    if asked.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {asked.dtype}: float32 or bfloat16")
+    if not 0 < asked.utilisation <= 1:
+        raise UserError(f"--utilisation {asked.utilisation}: a share of the peak, above 0, up to 1")
+    for name in ("tokens", "price", "capacity_gib", "peak_tflops"):
+        value = getattr(asked, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UserError(f"--{name.replace('_', '-')} {value}: a positive number")
+    if adapter.init_adapter:
+        raise UserError("--init-adapter: an adapter's shapes come from options here, not from one")
+    if adapter.full and adapter.peft_config:
+        raise UserError("--full trains without an adapter, and --peft-config describes one")
+    rules(adapter)
+
+
+def ways(options: Options) -> list[Way]:
+    """What is asked for and, unless it is to stand alone, what it may be weighed against."""
+    lora = dataclasses.replace(options.adapter, full=False)
+    full = AdapterConfig(full=True)
+    asked = Way(full if options.adapter.full else lora, options.plan.remat)
+    others = [
+        Way(lora, "full"),
+        Way(lora, "dots_with_no_batch_dims_saveable"),
+        Way(lora, "none"),
+        Way(full, "full"),
+    ]
+    return [asked] if options.plan.alone else [asked, *(way for way in others if way != asked)]
+
+
+def described(asked: PlanConfig, machine: Machine, mesh: dict[str, int]) -> dict[str, Any]:
+    """What the figures are for."""
+    return {
+        "model": asked.model,
+        "topology": machine.name,
+        "devices": len(machine.devices),
+        "chips": machine.n_chips,
+        "compiler": "tpu" if machine.is_tpu else "cpu",
+        "mesh": {axis: size for axis, size in mesh.items() if size > 1},
+        "batch_size": asked.batch_size,
+        "grad_accum": asked.grad_accum,
+        "seq_len": asked.seq_len,
+        "dtype": asked.dtype,
+        "peak_flops_per_device": machine.flops,
+        "utilisation": asked.utilisation,
+        "tokens": asked.tokens,
+        "price": asked.price,
+    }
+
+
+def as_json(made: Plan, asked: PlanConfig, machine: Machine) -> dict[str, Any]:
+    """A plan with its estimates."""
+    return {**dataclasses.asdict(made), **estimate(made, asked, machine)}
+
+
+def estimate(made: Plan, asked: PlanConfig, machine: Machine) -> dict[str, float | None]:
+    """Seconds of a step, and chip-hours and cost of all tokens, as far as they can be told."""
+    seconds = hours = cost = None
+    if made.flops_per_chip is not None and machine.flops is not None:
+        seconds = made.flops_per_chip / (machine.flops * asked.utilisation)
+        if asked.tokens is not None:
+            tokens_a_step = asked.batch_size * asked.grad_accum * asked.seq_len
+            hours = asked.tokens / tokens_a_step * seconds * machine.n_chips / 3600
+            cost = None if asked.price is None else hours * asked.price
+    return {"step_seconds": seconds, "chip_hours": hours, "cost": cost}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,100 @@
+"""Plans as a table: a row for each way to train, what was asked for first."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from train.planned import Plan
+
+_PARTS = ("base", "adapter", "optimizer", "temporaries", "other", "total")
+_UNKNOWN = "–"
+
+
+def print_plans(
+    console: Console,
+    facts: Mapping[str, Any],
+    plans: Sequence[Plan],
+    estimates: Sequence[Mapping[str, float | None]],
+) -> None:
+    """Memory of each way to train, then its work; and what the compiler said where it refused."""
+    mesh = ", ".join(f"{axis} {size}" for axis, size in facts["mesh"].items()) or "one device"
+    console.print(
+        f"{facts['model']} on {facts['topology']} ({facts['devices']} devices: {mesh}), "
+        f"{facts['batch_size'] * facts['grad_accum']} × {facts['seq_len']} tokens a step, "
+        f"{facts['dtype']}; asked of the {facts['compiler'].upper()} compiler",
+        highlight=False,
+        soft_wrap=True,
+    )
+    capacity = _gib(plans[0].per_chip_bytes["capacity"])
+    memory = Table(title=f"Memory of a device, in GiB (there are {capacity})")
+    memory.add_column("")
+    memory.add_column("fits")
+    for part in _PARTS:
+        memory.add_column(part, justify="right")
+    for made in plans:
+        sizes = [_gib(made.per_chip_bytes[part]) for part in _PARTS]
+        memory.add_row(made.name, "yes" if made.fits else "no", *sizes)
+    console.print(memory)
+
+    work = Table(title="Work and time")
+    work.add_column("")
+    for name in ("TFLOP", "by hand", "GB sent", "step", "chip-hours"):
+        work.add_column(name, justify="right")
+    with_cost = facts["price"] is not None
+    names = ("cost",) if with_cost else ()
+    for name in (*names, "adapter", "checkpoint"):
+        work.add_column(name, justify="right")
+    for made, guess in zip(plans, estimates, strict=True):
+        sent = None if made.collective_bytes is None else sum(made.collective_bytes.values())
+        work.add_row(
+            made.name,
+            _in(made.flops_per_step, 1e12),
+            _in(made.flops_closed_form, 1e12),
+            _in(sent, 1e9),
+            _number(guess["step_seconds"], " s"),
+            _number(guess["chip_hours"]),
+            *([_number(guess["cost"])] if with_cost else []),
+            _mb(made.adapter_bytes),
+            _mb(made.checkpoint_bytes),
+        )
+    console.print(work)
+    for made in plans:
+        if made.refused:
+            console.print(f"{made.name}: {made.refused}", highlight=False, soft_wrap=True)
+    console.print(_notes(facts), highlight=False, soft_wrap=True)
+
+
+def _notes(facts: Mapping[str, Any]) -> str:
+    notes = (
+        "base: what is frozen; adapter: what trains; other: the batch, padding, the program. TFLOP: "
+        "of a step on all devices, read from the optimised HLO, and counted by hand. GB sent: by a "
+        "device in a step."
+    )
+    if facts["peak_flops_per_device"] is not None:
+        peak = facts["peak_flops_per_device"] / 1e12
+        notes += (
+            f" A step's time assumes that {100 * facts['utilisation']:g} % of the published peak, "
+            f"{peak:,.0f} TFLOP/s, are reached (--utilisation)"
+        )
+        notes += "." if facts["tokens"] else "; --tokens gives chip-hours."
+    else:
+        notes += " A step's time needs --peak-tflops."
+    return notes
+
+
+def _gib(size: int | None) -> str:
+    return _UNKNOWN if size is None else f"{size / 2**30:,.2f}"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _in(value: int | None, unit: float) -> str:
+    return _UNKNOWN if value is None else f"{value / unit:,.2f}"
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    return _UNKNOWN if value is None else f"{value:,.2f}{unit}"

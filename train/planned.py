@@ -1,0 +1,238 @@
+"""One way to train, compiled for a machine: what it needs, or why the compiler refuses it."""
+
+import dataclasses
+import functools
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import lora_jax as lj
+from lora_jax.models.families import family_of
+from lora_jax.sharding import shardings
+from train.errors import UserError, as_user_errors
+from train.flops import n_bytes, step_flops
+from train.hlo import work_of
+from train.losses import summed_loss
+from train.machines import Machine
+from train.mesh import Layout
+from train.methods import make_optimizer, rules
+from train.options import AdapterConfig, OptimConfig, learning_rate
+from train.pretrained import Outline
+from train.setup import Setup
+
+_REMAT = {"none": "no remat", "full": "remat", "dots_saveable": "remat but products"}
+_REMAT |= {"dots_with_no_batch_dims_saveable": "remat but dense"}
+_STEPS = 1000  # of the schedule; none is taken
+_SIZE = re.compile(r"\(?\b(\d+(?:\.\d+)?)([KMGT]?)\b\)?")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be trained, and on what; the way to do it aside.
+
+    Attributes:
+      batch_size: sequences that are in memory at once, on all devices.
+      seq_len: tokens of a sequence; the loss counts them all.
+      loss_chunk: predictions whose logits exist at once; 0 for all.
+      dtype: of the base and its activations. What trains is fp32.
+    """
+
+    outline: Outline
+    layout: Layout
+    machine: Machine
+    batch_size: int
+    grad_accum: int
+    seq_len: int
+    loss_chunk: int
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way to train: what trains, and what is recomputed."""
+
+    adapter: AdapterConfig
+    remat: str
+
+    @property
+    def name(self) -> str:
+        what = "full fine-tuning" if self.adapter.full else f"LoRA r={self.adapter.rank}"
+        return f"{what}, {_REMAT.get(self.remat, self.remat)}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a way to train needs. Bytes and FLOPs are integers; None is what is not known.
+
+    Attributes:
+      fits: whether the compiler accepts it within a device's memory.
+      refused: what the compiler said, if it refused.
+      per_chip_bytes: of a device: base (what is frozen), adapter (what trains), optimizer,
+        temporaries, other (the batch, padding, the program), total, capacity.
+      flops_per_step, flops_per_chip: of products, read from the optimised HLO.
+      flops_closed_form: of a step, as counted by hand; see `train.flops`.
+      collective_bytes: what a device sends or receives in a step, by kind.
+      adapter_bytes, checkpoint_bytes: on disk.
+    """
+
+    name: str
+    fits: bool
+    refused: str | None
+    per_chip_bytes: dict[str, int | None]
+    flops_per_step: int | None
+    flops_per_chip: int | None
+    flops_closed_form: int
+    collective_bytes: dict[str, int] | None
+    adapter_bytes: int
+    checkpoint_bytes: int
+    compile_seconds: float
+
+
+def plan(job: Job, way: Way, optim: OptimConfig) -> Plan:
+    """Compiles the step of `train.sft` for abstract weights.
+
+    Raises UserError where the rules do not fit the model.
+    """
+    params = abstract_params(job, way)
+    adapter, base = lj.split(params)
+    schedule = learning_rate(optim, _STEPS)
+    setup = Setup.of(job.layout, params, make_optimizer(optim, schedule, params), schedule)
+    state = setup.abstract_state(adapter)
+    config = job.outline.config
+    model = family_of(config.model_type).module(
+        config,
+        jnp.dtype(job.dtype),
+        jnp.dtype(job.dtype),
+        remat=dataclasses.replace(optim, remat=way.remat).remat_policy,
+    )
+    forward = lj.adapt(job.layout.constrained(model, dropout=setup.dropout).apply)
+    loss = functools.partial(summed_loss, chunk=job.loss_chunk)
+    lowered = setup.lower(forward, loss, state, base, _abstract_batch(job))
+    held = {
+        "base": _per_device(base),
+        "adapter": _per_device(state.adapter),
+        "optimizer": _per_device(state.opt_state),
+    }
+    known: dict[str, Any] = {
+        "name": way.name,
+        "flops_closed_form": job.grad_accum * round(_closed_form(job, way, params)),
+        "adapter_bytes": n_bytes(adapter),
+        "checkpoint_bytes": n_bytes(adapter) + n_bytes(state.opt_state),
+    }
+    began = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return Plan(
+            fits=False,
+            refused=_reason(error),
+            per_chip_bytes=_of_refusal(str(error), held, job.machine.capacity),
+            flops_per_step=None,
+            flops_per_chip=None,
+            collective_bytes=None,
+            compile_seconds=time.perf_counter() - began,
+            **known,
+        )
+    seconds = time.perf_counter() - began
+    memory = _of_compiled(compiled.memory_analysis(), held, job.machine.capacity)
+    work = work_of(compiled.as_text() or "")
+    return Plan(
+        fits=memory["total"] <= memory["capacity"],
+        refused=None,
+        per_chip_bytes=dict(memory),
+        flops_per_step=work.flops * len(job.machine.devices),
+        flops_per_chip=work.flops,
+        collective_bytes=work.sent,
+        compile_seconds=seconds,
+        **known,
+    )
+
+
+def abstract_params(job: Job, way: Way) -> Any:
+    """The adapted tree, as shapes with shardings. What trains in full is fp32, as in train.sft."""
+    dtype = jnp.float32 if way.adapter.full else jnp.dtype(job.dtype)
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), job.outline.params)
+    with as_user_errors(ValueError):
+        params = lj.lorafy(plain, rules(way.adapter, job.outline))
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        params,
+        shardings(params, job.layout.table, job.layout.mesh),
+    )
+
+
+def _abstract_batch(job: Job) -> dict[str, Any]:
+    shape = (job.grad_accum, job.batch_size, job.seq_len)
+    where = job.layout.of_batch(shape, parts=True)
+    names = ("ids", "segment_ids", "positions", "predict_at", "targets", "weights")
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where) for name in names}
+
+
+def _closed_form(job: Job, way: Way, params: Any) -> float:
+    return step_flops(
+        job.outline.config,
+        params,
+        batch=job.batch_size,
+        seq=job.seq_len,
+        remat=way.remat == "full",
+        chunked=job.loss_chunk > 0,
+    )
+
+
+def _per_device(tree: Any) -> int:
+    """The bytes of a tree of placed shapes on one device."""
+    return sum(
+        n_bytes(jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype))
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _of_compiled(memory: Any, held: dict[str, int], capacity: int) -> dict[str, int]:
+    if memory is None:
+        raise UserError("this compiler does not tell how much memory a program needs")
+    given = memory.argument_size_in_bytes
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    code = memory.generated_code_size_in_bytes
+    total = given + fresh + code + memory.temp_size_in_bytes
+    other = total - sum(held.values()) - memory.temp_size_in_bytes
+    return {
+        **held,
+        "temporaries": memory.temp_size_in_bytes,
+        "other": other,
+        "total": total,
+        "capacity": capacity,
+    }
+
+
+def _of_refusal(message: str, held: dict[str, int], capacity: int) -> dict[str, int | None]:
+    """As far as the compiler's own figures go: what it says that it needed."""
+    temporaries = total = None
+    if found := re.search(r"HLO temporaries \((\d[\d.]*[KMGT]?)\)", message):
+        temporaries = _bytes(found[1])
+        total = temporaries + sum(held.values())
+    elif found := re.search(r"[Uu]sed (\d[\d.]*[KMGT]?) of \d[\d.]*[KMGT]? hbm", message):
+        total = _bytes(found[1])
+        temporaries = total - sum(held.values())
+    return {
+        **held,
+        "temporaries": temporaries,
+        "other": None,
+        "total": total,
+        "capacity": capacity,
+    }
+
+
+def _bytes(text: str) -> int:
+    """ "48.3G" as a number of bytes."""
+    number = text.rstrip("KMGT")
+    return round(float(number) * _UNITS[text[len(number) :]])
+
+
+def _reason(error: Exception) -> str:
+    """What the compiler said, without its references."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines[:2] if line and not line.startswith("See "))[:500]

@@ -1,0 +1,114 @@
+"""The step of a run on its mesh: where its state lies, and its compilation.
+
+`train.fit` works with arrays, `train.plan` with their shapes: the step is the same.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+import lora_jax as lj
+from train.losses import Loss
+from train.mesh import Layout
+from train.methods import has_dropout
+from train.step import State, init_state, make_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a step is made of, beside the model.
+
+    Attributes:
+      where: the sharding of each array of the state; Adam's moments lie as the adapter does.
+      at_work: the shardings of the adapter that a step works with.
+      dropout: whether an adapter's input is dropped.
+    """
+
+    layout: Layout
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    where: State
+    at_work: Any
+    dropout: bool
+
+    @classmethod
+    def of(
+        cls,
+        layout: Layout,
+        params: Any,
+        optimizer: optax.GradientTransformation,
+        schedule: optax.Schedule,
+    ) -> "Setup":
+        """The setup for an adapted tree, of arrays on the mesh or of shapes with shardings."""
+        adapter, _ = lj.split(params)
+        return cls(
+            layout=layout,
+            optimizer=optimizer,
+            schedule=schedule,
+            where=places(layout, adapter, optimizer),
+            at_work=layout.at_work(params),
+            dropout=has_dropout(params),
+        )
+
+    def state(self, adapter: Any, key: jax.Array) -> State:
+        """The state before the first step, on the mesh."""
+
+        def make(adapter: Any) -> State:
+            return init_state(adapter, self.optimizer, key)
+
+        return jax.jit(make, out_shardings=self.where)(adapter)
+
+    def abstract_state(self, adapter: Any) -> State:
+        """The shapes of that state, with their shardings."""
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            _shapes(adapter, self.optimizer),
+            self.where,
+        )
+
+    def lower(
+        self,
+        forward: Callable[..., Any],
+        loss: Loss,
+        state: State,
+        base: Any,
+        batch: Mapping[str, Any],
+    ) -> jax.stages.Lowered:
+        """The step for arrays such as these, to be compiled; it takes the state's memory over.
+
+        Args:
+          forward: the adapted function that the loss calls.
+          state, base, batch: arrays, or shapes with shardings.
+        """
+        step = make_step(
+            forward,
+            self.optimizer,
+            self.schedule,
+            dropout=self.dropout,
+            loss=loss,
+            gathered=lambda adapter: jax.lax.with_sharding_constraint(adapter, self.at_work),
+        )
+        out = (self.where, self.layout.whole)
+        with jax.set_mesh(self.layout.mesh):
+            return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, base, batch)
+
+
+def places(layout: Layout, adapter: Any, optimizer: optax.GradientTransformation) -> Any:
+    """The sharding of each array of a state."""
+    of_adapter = jax.tree.map(lambda array: array.sharding, adapter)
+    of_moments = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        _shapes(adapter, optimizer).opt_state,
+        of_adapter,
+        transform_non_params=lambda _: layout.whole,
+    )
+    whole: Any = layout.whole
+    return State(of_adapter, of_moments, whole, whole)
+
+
+def _shapes(adapter: Any, optimizer: optax.GradientTransformation) -> State:
+    return jax.eval_shape(lambda a: init_state(a, optimizer, jax.random.key(0)), adapter)
