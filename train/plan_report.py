@@ -68,9 +68,9 @@ def print_plans(
 
 def _notes(facts: Mapping[str, Any]) -> str:
     notes = (
-        "base: what is frozen; adapter: what trains; other: the batch, padding, the program. TFLOP: "
-        "of a step on all devices, read from the optimised HLO, and counted by hand. GB sent: by a "
-        "device in a step."
+        "base: what is frozen; adapter: what trains; other: the batch, padding, the program. "
+        "TFLOP: of a step on all devices, read from the optimised HLO, and counted by hand. "
+        "GB sent: by a device in a step."
     )
     if facts["peak_flops_per_device"] is not None:
         peak = facts["peak_flops_per_device"] / 1e12
