@@ -118,11 +118,21 @@ def _of_tpu(topology: str, kind: Kind) -> Machine:
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # whatever it is, it is about libtpu or about the topology
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "libtpu" in str(error).lower() and "topology" not in reason.lower():
-            raise UserError(
-                f"--topology {topology} needs the TPU's compiler, which is not here ({reason}): "
-                "pip install libtpu, or the project's extra: pip install -e '.[tpu]'"
-            ) from None
-        raise UserError(f"--topology {topology}: the TPU's compiler refuses it: {reason}") from None
+        raise UserError(f"--topology {topology}: {_why(error)}") from None
     return Machine(topology, devices, kind.capacity, kind.flops, kind.devices_a_chip)
+
+
+def _why(error: Exception) -> str:
+    """Why a topology could not be had, and what to do."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "lockfile" in reason:
+        return (
+            "another process is using the TPU's compiler, and only one at a time can: wait for it. "
+            f"({reason})"
+        )
+    if "not installed" in reason or "libtpu" in reason:
+        return (
+            f"the TPU's compiler is not here ({reason}). It needs no TPU: "
+            "pip install -e '.[tpu]', or pip install libtpu"
+        )
+    return f"the TPU's compiler knows no such slice ({reason})"

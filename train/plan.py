@@ -79,10 +79,14 @@ class Options:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line; bad input ends it with the exit code 2."""
-    flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[Options]]
-    options = tyro.cli(flat, args=args, prog="python -m train.plan")
     with reported():
-        run(options)
+        run(parse(args))
+
+
+def parse(args: Sequence[str] | None = None) -> Options:
+    """The options of a command line, by default this process's."""
+    flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[Options]]
+    return tyro.cli(flat, args=args, prog="python -m train.plan")
 
 
 def run(options: Options) -> None:
@@ -90,7 +94,26 @@ def run(options: Options) -> None:
     asked = options.plan
     jax.config.update("jax_platforms", "cpu")  # no accelerator is asked for anything
     check(options)
-    optim = OptimConfig(lr=1e-4, beta2=0.999, batch_size=asked.batch_size)
+    job, optim = settled(asked)
+    plans = []
+    progress = Console(stderr=True)
+    for way in ways(options):
+        with progress.status(f"compiling {way.name}"):
+            plans.append(plan(job, way, optim))
+        took = duration(plans[-1].compile_seconds)
+        progress.print(f"compiled {way.name}: {took}", highlight=False)
+    facts = described(asked, job)
+    if asked.json:
+        first, *others = (as_json(made, asked, job.machine) for made in plans)
+        print(json.dumps({**facts, **first, "others": others}, indent=2))
+    else:
+        estimates = [estimate(made, asked, job.machine) for made in plans]
+        wide = None if sys.stdout.isatty() else 120
+        print_plans(Console(width=wide), facts, plans, estimates)
+
+
+def settled(asked: PlanConfig) -> tuple[Job, OptimConfig]:
+    """The job, and an optimiser's options; UserError where model, machine and mesh do not fit."""
     outline = read_shapes(asked.model)
     outline.check_length(asked.seq_len, f"--seq-len {asked.seq_len}")
     machine = find_machine(asked.topology, asked.capacity_gib, asked.peak_tflops)
@@ -107,21 +130,7 @@ def run(options: Options) -> None:
         loss_chunk=asked.loss_chunk * layout.batch_parts,
         dtype=asked.dtype,
     )
-    plans = []
-    progress = Console(stderr=True)
-    for way in ways(options):
-        with progress.status(f"compiling {way.name}"):
-            plans.append(plan(job, way, optim))
-        took = duration(plans[-1].compile_seconds)
-        progress.print(f"compiled {way.name}: {took}", highlight=False)
-    facts = described(asked, machine, dict(mesh.shape))
-    if asked.json:
-        first, *others = (as_json(made, asked, machine) for made in plans)
-        print(json.dumps({**facts, **first, "others": others}, indent=2))
-    else:
-        estimates = [estimate(made, asked, machine) for made in plans]
-        wide = None if sys.stdout.isatty() else 120
-        print_plans(Console(width=wide), facts, plans, estimates)
+    return job, OptimConfig(lr=1e-4, beta2=0.999, batch_size=asked.batch_size)
 
 
 def check(options: Options) -> None:
@@ -158,8 +167,9 @@ def ways(options: Options) -> list[Way]:
     return [asked] if options.plan.alone else [asked, *(way for way in others if way != asked)]
 
 
-def described(asked: PlanConfig, machine: Machine, mesh: dict[str, int]) -> dict[str, Any]:
+def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
     """What the figures are for."""
+    machine, mesh = job.machine, job.layout.mesh.shape
     return {
         "model": asked.model,
         "topology": machine.name,

@@ -22,6 +22,7 @@ from train.methods import make_optimizer, rules
 from train.options import AdapterConfig, OptimConfig, learning_rate
 from train.pretrained import Outline
 from train.setup import Setup
+from train.step import State
 
 _REMAT = {"none": "no remat", "full": "remat", "dots_saveable": "remat but products"}
 _REMAT |= {"dots_with_no_batch_dims_saveable": "remat but dense"}
@@ -92,8 +93,19 @@ class Plan:
     compile_seconds: float
 
 
-def plan(job: Job, way: Way, optim: OptimConfig) -> Plan:
-    """Compiles the step of `train.sft` for abstract weights.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A step that is ready to be compiled, and the shapes that it takes."""
+
+    lowered: jax.stages.Lowered
+    params: Any
+    state: State
+    base: Any
+    batch: dict[str, Any]
+
+
+def prepare(job: Job, way: Way, optim: OptimConfig) -> Prepared:
+    """The step of `train.sft` for abstract weights.
 
     Raises UserError where the rules do not fit the model.
     """
@@ -101,7 +113,7 @@ def plan(job: Job, way: Way, optim: OptimConfig) -> Plan:
     adapter, base = lj.split(params)
     schedule = learning_rate(optim, _STEPS)
     setup = Setup.of(job.layout, params, make_optimizer(optim, schedule, params), schedule)
-    state = setup.abstract_state(adapter)
+    state, batch = setup.abstract_state(adapter), _abstract_batch(job)
     config = job.outline.config
     model = family_of(config.model_type).module(
         config,
@@ -111,26 +123,35 @@ def plan(job: Job, way: Way, optim: OptimConfig) -> Plan:
     )
     forward = lj.adapt(job.layout.constrained(model, dropout=setup.dropout).apply)
     loss = functools.partial(summed_loss, chunk=job.loss_chunk)
-    lowered = setup.lower(forward, loss, state, base, _abstract_batch(job))
+    lowered = setup.lower(forward, loss, state, base, batch)
+    return Prepared(lowered=lowered, params=params, state=state, base=base, batch=batch)
+
+
+def plan(job: Job, way: Way, optim: OptimConfig) -> Plan:
+    """Compiles the step for the job's machine.
+
+    Raises UserError where the rules do not fit the model.
+    """
+    step = prepare(job, way, optim)
     held = {
-        "base": _per_device(base),
-        "adapter": _per_device(state.adapter),
-        "optimizer": _per_device(state.opt_state),
+        "base": _per_device(step.base),
+        "adapter": _per_device(step.state.adapter),
+        "optimizer": _per_device(step.state.opt_state),
     }
     known: dict[str, Any] = {
         "name": way.name,
-        "flops_closed_form": job.grad_accum * round(_closed_form(job, way, params)),
-        "adapter_bytes": n_bytes(adapter),
-        "checkpoint_bytes": n_bytes(adapter) + n_bytes(state.opt_state),
+        "flops_closed_form": job.grad_accum * round(_closed_form(job, way, step.params)),
+        "adapter_bytes": n_bytes(step.state.adapter),
+        "checkpoint_bytes": n_bytes(step.state.adapter) + n_bytes(step.state.opt_state),
     }
     began = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = step.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         return Plan(
             fits=False,
             refused=_reason(error),
-            per_chip_bytes=_of_refusal(str(error), held, job.machine.capacity),
+            per_chip_bytes=of_refusal(str(error), held, job.machine.capacity),
             flops_per_step=None,
             flops_per_chip=None,
             collective_bytes=None,
@@ -178,7 +199,7 @@ def _closed_form(job: Job, way: Way, params: Any) -> float:
         params,
         batch=job.batch_size,
         seq=job.seq_len,
-        remat=way.remat == "full",
+        remat=way.remat,
         chunked=job.loss_chunk > 0,
     )
 
@@ -208,7 +229,7 @@ def _of_compiled(memory: Any, held: dict[str, int], capacity: int) -> dict[str, 
     }
 
 
-def _of_refusal(message: str, held: dict[str, int], capacity: int) -> dict[str, int | None]:
+def of_refusal(message: str, held: dict[str, int], capacity: int) -> dict[str, int | None]:
     """As far as the compiler's own figures go: what it says that it needed."""
     temporaries = total = None
     if found := re.search(r"HLO temporaries \((\d[\d.]*[KMGT]?)\)", message):
