@@ -1,10 +1,11 @@
 """A mixture of experts in the place of an MLP: Mixtral's and Qwen3-MoE's.
 
-Each token goes through k experts only. The (token, expert) pairs are sorted by expert, so that the
-tokens of each expert lie together, and ``jax.lax.ragged_dot`` multiplies each group by its own
-kernel: k products a token, however many experts there are. (That holds where the compiler knows
-products of groups. On CPU, and by the TPU compiler of late 2026 for v5e, it becomes a masked
-product of all tokens with every expert's kernel: right, but with the cost of them all.)
+Each token goes through k experts only. The (token, expert) pairs are laid out in blocks of equal
+size, each of one expert, filled up with zeros; a scan takes the blocks one by one through their
+expert's kernels. So a token costs k products, however many experts there are, and at most a block
+more for each expert. (``jax.lax.ragged_dot`` would be the instruction for it; late in 2026 it
+becomes a masked product of all tokens with every expert's kernel, on CPU and, by the TPU compiler,
+for v5e: for Mixtral-8x7B on a v5e slice, eight times the FLOPs.)
 
 The experts' kernels are stacked, [experts, in, out], and the router is a kernel like any other
 ([d_model, experts]). So "all-linear" adapts both, each expert with an A and a B of its own: in
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,17 +82,56 @@ def _mixed(
 ) -> jax.Array:
     """Gated MLPs, each applied to its own tokens; see ``placement.Mixture`` for the shapes."""
     width, k = x.shape[-1], weights.shape[-1]
-    chosen = chosen.reshape(-1)  # [tokens * k]
-    order = jnp.argsort(chosen)
-    sizes = jnp.bincount(chosen, length=gate.shape[0]).astype(jnp.int32)
-    # Repeated and then permuted: both have derivatives that add in a fixed order.
-    rows = jnp.repeat(x.reshape(-1, width), k, axis=0).at[order].get(unique_indices=True)
-    rows = rows.astype(gate.dtype)
-    hidden = act(lax.ragged_dot(rows, gate, sizes)) * lax.ragged_dot(rows, up, sizes)
-    out = lax.ragged_dot(hidden, down, sizes)
-    out = out.at[jnp.argsort(order)].get(unique_indices=True)  # in the order of tokens again
+    blocks = _blocks(chosen.reshape(-1), gate.shape[0])
+    rows = jnp.repeat(x.reshape(-1, width), k, axis=0).astype(gate.dtype)  # [tokens * k, d_model]
+
+    def through(_: None, block: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        rows, expert = block
+        of_gate, of_up, of_down = (
+            lax.dynamic_index_in_dim(kernel, expert, keepdims=False) for kernel in (gate, up, down)
+        )
+        return None, (act(rows @ of_gate) * (rows @ of_up)) @ of_down
+
+    # No slot is written or read twice: both have derivatives that add in a fixed order.
+    filled = jnp.zeros((blocks.experts.size * blocks.rows, width), rows.dtype)
+    filled = filled.at[blocks.slots].set(rows, unique_indices=True)
+    filled = filled.reshape(-1, blocks.rows, width)
+    _, out = lax.scan(through, None, (filled, blocks.experts))
+    out = out.reshape(-1, out.shape[-1]).at[blocks.slots].get(unique_indices=True)
     out = out.reshape(*x.shape[:2], k, -1).astype(weights.dtype) * weights[..., None]
     return out.sum(axis=2).astype(x.dtype)
+
+
+class _Blocks(NamedTuple):
+    """Where each (token, expert) pair stands.
+
+    Attributes:
+      rows: of a block.
+      experts: [blocks] int32, the expert of each.
+      slots: [pairs] int32, the row of each pair, counted over all blocks.
+    """
+
+    rows: int
+    experts: jax.Array
+    slots: jax.Array
+
+
+def _blocks(chosen: jax.Array, n_experts: int) -> _Blocks:
+    """The blocks for pairs with these experts, [pairs] int32.
+
+    About two for each expert's share, and no more rows than keep a matrix unit busy.
+    """
+    n = chosen.size
+    rows = min(256, max(8, n // (2 * n_experts) // 8 * 8))
+    n_blocks = n // rows + min(n_experts, n)  # as many as any choice needs: the shape is fixed
+    sizes = jnp.bincount(chosen, length=n_experts)
+    blocks_until = jnp.cumsum(-(-sizes // rows))  # of this expert and those before it
+    places = jnp.argsort(jnp.argsort(chosen))  # of each pair, in the order of experts
+    within = places - (jnp.cumsum(sizes) - sizes)[chosen]  # its expert's pairs
+    before = (blocks_until - -(-sizes // rows))[chosen]
+    experts = jnp.searchsorted(blocks_until, jnp.arange(n_blocks), side="right")
+    experts = jnp.minimum(experts, n_experts - 1)  # of blocks that are left over
+    return _Blocks(rows, experts.astype(jnp.int32), (before * rows + within).astype(jnp.int32))
 
 
 class _Experts(nn.Module):

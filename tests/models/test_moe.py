@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lora_jax.models import Decoder, DecoderConfig
+from lora_jax.models import DecoderConfig
 from lora_jax.models.activations import ACTIVATION
-from lora_jax.models.moe import SparseMLP, route
+from lora_jax.models.moe import SparseMLP, _blocks, route
 from tests.models import tiny
+from train.hlo import work_of
 
 
 def layer(case: str, **kwargs: Any) -> tuple[SparseMLP, dict[str, Any], jax.Array]:
@@ -63,29 +64,30 @@ def _values_and_gradients(
     return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
 
 
-def test_only_the_chosen_experts_are_multiplied() -> None:
-    """Each kernel is multiplied once, by k rows a token, wherever the experts are in the tree."""
-    model = Decoder(tiny.config("mixtral with a window"))
-    ids = tiny.tokens(0, 2, 5)
-    params = jax.eval_shape(model.init, jax.random.key(0), ids)
-    program = jax.make_jaxpr(model.apply)(params, ids)
-    sizes = [
-        [tuple(v.aval.shape) for v in eqn.invars]
-        for eqn in _equations(program.jaxpr)
-        if eqn.primitive.name == "ragged_dot_general"
-    ]
-    rows = 2 * 5 * 3
-    up, down = [(rows, 24), (7, 24, 37), (7,)], [(rows, 37), (7, 37, 24), (7,)]
-    assert sizes == [up, up, down]
+@pytest.mark.parametrize("n_experts", [8, 32])
+def test_only_the_chosen_experts_are_multiplied(n_experts: int) -> None:
+    """FLOPs: k products a token, and at most as much again for blocks that are not full."""
+    fields = tiny.fields("mixtral") | {"num_local_experts": n_experts, "num_experts_per_tok": 2}
+    config = DecoderConfig.from_hf(fields)
+    module = SparseMLP(config, jnp.float32, jnp.float32)
+    x = jax.ShapeDtypeStruct((4, 128, config.hidden_size), jnp.float32)
+    params = jax.eval_shape(module.init, jax.random.key(0), x)
+    flops = work_of(jax.jit(module.apply).lower(params, x).compile().as_text()).flops
+    pair = 3 * 2 * config.hidden_size * config.moe_intermediate_size
+    router = 2 * 512 * config.hidden_size * n_experts
+    needed = 512 * 2 * pair
+    assert needed <= flops - router <= 2 * needed
+    assert 512 * n_experts * pair > 2 * needed, "all experts would be seen"
 
 
-def _equations(jaxpr: Any) -> Any:
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from _equations(inner)
+def test_any_choice_has_its_blocks() -> None:
+    """All tokens for one expert, one pair in all, and what is between: no pair is lost."""
+    rng = np.random.default_rng(0)
+    choices = [np.full(50, 4), np.array([3]), np.arange(7), *rng.integers(0, 7, (40, 61))]
+    for chosen in choices:
+        blocks = _blocks(jnp.asarray(chosen), 7)
+        assert len(set(blocks.slots.tolist())) == len(chosen)
+        np.testing.assert_array_equal(blocks.experts[blocks.slots // blocks.rows], chosen)
 
 
 def test_route() -> None:
