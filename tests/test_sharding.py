@@ -14,9 +14,9 @@ import lora_jax as lj
 from lora_jax import init, models
 from lora_jax.models.placement import Placement
 from lora_jax.sharding import place, shardings
-from tests.collectives import collective_bytes
 from tests.models import tiny, tiny_encoders
 from tests.support import assert_close, draw, with_random_factors
+from train.hlo import work_of
 from train.mesh import Layout, make_mesh
 
 TABLE = [
@@ -127,6 +127,11 @@ def test_each_family_says_where_all_its_kernels_lie(config):
 
 # --- what is sent
 
+
+def sent_bytes(compiled):
+    return work_of(compiled.as_text()).sent_bytes
+
+
 CONFIG = {
     **tiny.fields("llama3"),
     "vocab_size": 96,
@@ -172,7 +177,7 @@ def test_a_step_sends_what_the_base_needs_and_its_adapter_twice(text):
         kept = jax.tree.map(lambda x: x.sharding, args[0])
         with jax.set_mesh(layout.mesh):
             gradient = jax.jit(jax.grad(of_what), out_shardings=kept)
-            return collective_bytes(gradient.lower(*args).compile())
+            return sent_bytes(gradient.lower(*args).compile())
 
     plain = there(shapes["params"])
     probe = jax.ShapeDtypeStruct((32,), jnp.float32, sharding=layout.whole)
@@ -235,7 +240,7 @@ def test_no_kernel_moves_over_the_tensor_axis():
         ids = jax.ShapeDtypeStruct((BATCH, seq), jnp.int32, sharding=where)
         probe = jax.ShapeDtypeStruct((32,), jnp.float32, sharding=layout.whole)
         with jax.set_mesh(layout.mesh):
-            return collective_bytes(jax.jit(jax.grad(loss)).lower(probe, params, ids).compile())
+            return sent_bytes(jax.jit(jax.grad(loss)).lower(probe, params, ids).compile())
 
     def growth(text, *kinds):
         return sent(text, 160, kinds) - sent(text, 80, kinds)

@@ -96,7 +96,10 @@ def _mixed(
     filled = jnp.zeros((blocks.experts.size * blocks.rows, width), rows.dtype)
     filled = filled.at[blocks.slots].set(rows, unique_indices=True)
     filled = filled.reshape(-1, blocks.rows, width)
-    _, out = lax.scan(through, None, (filled, blocks.experts))
+    # The kernels of each block are taken again in the backward pass, not kept for all blocks.
+    kept = jax.checkpoint_policies.dots_saveable
+    body = jax.checkpoint(through, policy=kept, prevent_cse=False)
+    _, out = lax.scan(body, None, (filled, blocks.experts))
     out = out.reshape(-1, out.shape[-1]).at[blocks.slots].get(unique_indices=True)
     out = out.reshape(*x.shape[:2], k, -1).astype(weights.dtype) * weights[..., None]
     return out.sum(axis=2).astype(x.dtype)

@@ -80,6 +80,24 @@ def test_only_the_chosen_experts_are_multiplied(n_experts: int) -> None:
     assert 512 * n_experts * pair > 2 * needed, "all experts would be seen"
 
 
+def test_the_kernels_of_blocks_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block has its expert's kernels; all of them at once would be more than the experts'."""
+    module, params, _ = layer("mixtral")
+    x = jax.ShapeDtypeStruct((2, 20, 24), jnp.float32)
+    n_blocks = 2 * 20 * 3 // 8 + 5
+
+    def gradient() -> str:
+        def loss(x: jax.Array, params: Any) -> jax.Array:
+            return jnp.sum(module.apply({"params": params}, x) ** 2)
+
+        return jax.jit(jax.grad(loss)).lower(x, params).compile().as_text()
+
+    of_blocks = f"f32[{n_blocks},24,37]"
+    assert of_blocks not in gradient()
+    monkeypatch.setattr(jax, "checkpoint", lambda fn, **_: fn)
+    assert of_blocks in gradient(), "the control"
+
+
 def test_any_choice_has_its_blocks() -> None:
     """All tokens for one expert, one pair in all, and what is between: no pair is lost."""
     rng = np.random.default_rng(0)
