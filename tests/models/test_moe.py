@@ -84,7 +84,7 @@ def test_the_kernels_of_blocks_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> 
     """Each block has its expert's kernels; all of them at once would be more than the experts'."""
     module, params, _ = layer("mixtral")
     x = jax.ShapeDtypeStruct((2, 20, 24), jnp.float32)
-    n_blocks = 2 * 20 * 3 // 8 + 5
+    n_blocks = 2 * 20 * 2 // 8 + 5
 
     def gradient() -> str:
         def loss(x: jax.Array, params: Any) -> jax.Array:
