@@ -39,7 +39,7 @@ def summed_loss(
     where = {name: batch[name] for name in ("positions", "segment_ids")}
     where |= {"logits_at": batch["predict_at"], **_dropout(dropout_key)}
     targets, weights = batch["targets"], batch["weights"].astype(jnp.float32)
-    n_chunks = _number_of_chunks(targets.shape, chunk)
+    n_chunks = number_of_chunks(targets.shape, chunk)
     if n_chunks == 1:
         return _cross_entropy(forward(variables, batch["ids"], **where), targets, weights)
     hidden = forward(variables, batch["ids"], return_hidden=True, **where)  # [batch, m, d_model]
@@ -66,7 +66,8 @@ def _cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) ->
     return jnp.sum(losses * weights)
 
 
-def _number_of_chunks(shape: tuple[int, ...], chunk: int) -> int:
+def number_of_chunks(shape: tuple[int, ...], chunk: int) -> int:
+    """How many chunks a batch's predictions, [batch, m], are taken in; see `summed_loss`."""
     batch, m = shape
     if not chunk:
         return 1

@@ -15,7 +15,7 @@ from lora_jax.sharding import shardings
 from train.errors import UserError, as_user_errors
 from train.flops import n_bytes, step_flops
 from train.hlo import work_of
-from train.losses import summed_loss
+from train.losses import number_of_chunks, summed_loss
 from train.machines import Machine
 from train.mesh import Layout
 from train.methods import make_optimizer, rules
@@ -200,7 +200,7 @@ def _closed_form(job: Job, way: Way, params: Any) -> float:
         batch=job.batch_size,
         seq=job.seq_len,
         remat=way.remat,
-        chunked=job.loss_chunk > 0,
+        chunked=number_of_chunks((job.batch_size, job.seq_len), job.loss_chunk) > 1,
     )
 
 
