@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax import models
 from tests.models import tiny_encoders
 from tests.train.tiny import CONFIG
 from train import plan, planned
@@ -230,35 +229,3 @@ def test_every_option_of_the_plan_is_told(capsys):
     told = capsys.readouterr().out
     for field in dataclasses.fields(PlanConfig):
         assert f"--{field.name.replace('_', '-')}" in told
-
-
-# --- the real thing
-
-
-@pytest.mark.slow
-def test_lora_needs_two_thirds_of_the_flops(tmp_path):
-    """Of Llama-2-7B, without rematerialisation."""
-    model = write(tmp_path, LLAMA_7B)
-    options = ["--remat", "none", "--batch-size", 1, "--seq-len", 2048, "--dtype", "bfloat16"]
-    lora, full = (planned_for(model, *options, *more)[2] for more in (["--rank", 8], ["--full"]))
-    print(f"LoRA {lora.flops_per_step:.4e}, full {full.flops_per_step:.4e}")
-    assert lora.flops_per_step <= 0.70 * full.flops_per_step
-    for made in (lora, full):
-        np.testing.assert_allclose(made.flops_per_step, made.flops_closed_form, rtol=0.01)
-
-
-LLAMA_7B = {
-    "model_type": "llama",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-}
-
-
-def test_abstract_models_read_back():
-    assert models.read_config(LLAMA_7B).hidden_size == 4096
