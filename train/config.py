@@ -61,8 +61,8 @@ class SftOptimConfig(OptimConfig):
     seed: int = 0
     """Of the adapter's start, the order of the data, dropout, and the SQL task's questions."""
     loss_chunk: int = 256
-    """Predictions, of each part that --mesh shares the batch out into, whose logits are in memory at
-    once; fewer take less of it. The head then runs once more in the backward pass. 0 for all."""
+    """Predictions, of each part that --mesh shares the batch out into, whose logits are in memory
+    at once; fewer take less of it. The head then runs once more in the backward pass. 0 for all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

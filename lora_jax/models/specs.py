@@ -4,7 +4,7 @@ The axes of a mesh, all of them optional in effect (an axis of size one changes 
 
 - data: the batch; parameters are replicated over it.
 - fsdp: the batch too; parameters are sharded over it, and gathered layer by layer.
-- expert: the batch too; each device keeps some of the experts, and gathers a layer's for its tokens.
+- expert: the batch too; each device keeps some of the experts, gathered layer by layer.
 - sequence: the tokens of a sequence.
 - tensor: heads and inner features. Where a product's out axis lies on it, the next product
   contracts it again: one sum over the axis for attention, one for the MLP.
