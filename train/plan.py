@@ -95,13 +95,21 @@ def run(options: Options) -> None:
     jax.config.update("jax_platforms", "cpu")  # no accelerator is asked for anything
     check(options)
     job, optim = settled(asked)
-    plans = []
+    plans: list[Plan] = []
     progress = Console(stderr=True)
-    for way in ways(options):
-        with progress.status(f"compiling {way.name}"):
-            plans.append(plan(job, way, optim))
-        took = duration(plans[-1].compile_seconds)
-        progress.print(f"compiled {way.name}: {took}", highlight=False)
+    try:
+        for way in ways(options):
+            with progress.status(f"compiling {way.name}"):
+                plans.append(plan(job, way, optim))
+            took = duration(plans[-1].compile_seconds)
+            progress.print(f"compiled {way.name}: {took}", highlight=False)
+    finally:  # after Ctrl-C, what there is
+        if plans:
+            show(asked, job, plans)
+
+
+def show(asked: PlanConfig, job: Job, plans: list[Plan]) -> None:
+    """Prints the plans, as JSON or as a table; the first is what was asked for."""
     facts = described(asked, job)
     if asked.json:
         first, *others = (as_json(made, asked, job.machine) for made in plans)

@@ -217,6 +217,22 @@ def test_other_words_of_the_compiler():
     assert unknown["total"] is None and unknown["base"] == 3
 
 
+def test_ctrl_c_leaves_what_was_compiled(model, monkeypatch, capsys):
+    real = planned.plan
+
+    def plan_one(job, way, optim):
+        if way.remat != "full":
+            raise KeyboardInterrupt
+        return real(job, way, optim)
+
+    monkeypatch.setattr(plan, "plan", plan_one)
+    with pytest.raises(SystemExit) as exit_:
+        plan.main(["--model", model, "--batch-size", "2", "--seq-len", "8", "--json"])
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 130 and "interrupted" in err
+    assert json.loads(out)["fits"] is True and json.loads(out)["others"] == []
+
+
 def test_ways_stand_beside_what_is_asked_for(model):
     names = [way.name for way in plan.ways(asked(model, "--full", "--remat", "none"))]
     assert names[0] == "full fine-tuning, no remat" and "LoRA r=3, remat" in names
