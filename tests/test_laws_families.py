@@ -109,6 +109,7 @@ def test_no_product_has_a_kernels_shape(family, float64):
     assert kernel_products("merged"), "the judge must see naive merging"
 
 
+@pytest.mark.slow
 def test_adapted_experts_generate_what_the_merged_do():
     """Through the cache and the decoding loop, where experts often have no token."""
     model, params = tiny.decoder("qwen3 moe")

@@ -24,7 +24,7 @@ def test_random_programs_keep_the_laws(program, way):
 
 
 @pytest.mark.slow
-@settings(max_examples=60, **COMMON)
+@settings(max_examples=40, **COMMON)
 @given(programs(), ways)
 def test_many_random_programs_keep_the_laws(program, way):
     with jax.enable_x64(True):

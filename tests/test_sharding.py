@@ -144,7 +144,9 @@ CONFIG = {
 BATCH, SEQ, RANK = 8, 8, 2
 
 
-MESHES = ["data=4", "fsdp=4", "tensor=4", "fsdp=2,tensor=2", "data=2,tensor=2", "data=2,sequence=2"]
+QUICK = ["data=4", "tensor=4", "fsdp=2,tensor=2"]
+SLOW = ["fsdp=4", "data=2,tensor=2", "data=2,sequence=2"]
+MESHES = [*QUICK, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in SLOW)]
 
 
 @pytest.mark.parametrize("text", MESHES)
@@ -208,6 +210,7 @@ def test_a_step_sends_what_the_base_needs_and_its_adapter_twice(text):
         assert whole > needed + 2 * size, "a gradient of the base must be seen"
 
 
+@pytest.mark.slow
 def test_no_kernel_moves_over_the_tensor_axis():
     """Two devices on tensor halve what fsdp gathers of a wider MLP.
 
@@ -251,6 +254,7 @@ def test_no_kernel_moves_over_the_tensor_axis():
     assert growth("tensor=2,fsdp=2", "residual") > of_fsdp, "the control"
 
 
+@pytest.mark.slow
 def test_experts_sort_their_own_tokens(mesh):
     """As on one device, values and the adapter's gradients; and no activation is gathered."""
     config = models.read_config({**tiny.fields("mixtral"), "intermediate_size": 38})

@@ -158,6 +158,7 @@ def test_the_adapter_answers_and_goes_on_training(inputs, whole, tmp_path, capsy
     assert read_metrics(first)[0]["loss"] < read_metrics(whole)[0]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
