@@ -31,8 +31,8 @@ from train.options import OptimConfig, Options, learning_rate
 from train.output import ADAPTER, CHECKPOINTS, START, begin, folder_bytes
 from train.pretrained import Outline
 from train.report import compiled_bytes, megabytes, peak_bytes, versions
-from train.setup import Setup
 from train.step import State, make_evaluation
+from train.step_setup import Setup
 from train.stop import Stop
 
 _SHOWN = 32  # as many rows of a batch are named

@@ -12,6 +12,8 @@ from rich.console import Console
 from train.errors import UserError
 from train.options import RunConfig
 
+_ROUND = 2**24  # bytes of each process that are sent at once
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -81,11 +83,16 @@ def shared_out(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Re
 
 
 def _exchanged(own: Any) -> list[Any]:
-    """What each process gave, in their order."""
+    """What each process gave, in their order; sent by way of the devices, a little at a time."""
     sent = np.frombuffer(pickle.dumps(own), np.uint8)
-    sizes: Any = multihost_utils.process_allgather(np.int32(sent.size))
-    filled = np.pad(sent, (0, sizes.max() - sent.size))
-    received: Any = multihost_utils.process_allgather(filled)
+    counted: Any = multihost_utils.process_allgather(np.array(divmod(sent.size, _ROUND), np.int32))
+    sizes = [int(rounds) * _ROUND + int(rest) for rounds, rest in counted]
+    filled = np.pad(sent, (0, max(sizes) - sent.size))
+    starts = range(0, max(sizes), _ROUND)
+    rounds: Any = [
+        multihost_utils.process_allgather(filled[start : start + _ROUND]) for start in starts
+    ]
+    received = np.concatenate(rounds, axis=1)
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(received, sizes, strict=True)]
 
 

@@ -21,8 +21,8 @@ from train.mesh import Layout
 from train.methods import make_optimizer, rules
 from train.options import AdapterConfig, OptimConfig, learning_rate
 from train.pretrained import Outline
-from train.setup import Setup
 from train.step import State
+from train.step_setup import Setup
 
 _REMAT = {"none": "no remat", "full": "remat", "dots_saveable": "remat but products"}
 _REMAT |= {"dots_with_no_batch_dims_saveable": "remat but dense"}
@@ -160,14 +160,17 @@ def plan(job: Job, way: Way, optim: OptimConfig) -> Plan:
         )
     seconds = time.perf_counter() - began
     memory = _of_compiled(compiled.memory_analysis(), held, job.machine.capacity)
-    work = work_of(compiled.as_text() or "")
+    try:
+        work = work_of(compiled.as_text() or "")
+    except ValueError:  # memory is told even where the HLO is not understood
+        work = None
     return Plan(
         fits=memory["total"] <= memory["capacity"],
         refused=None,
         per_chip_bytes=dict(memory),
-        flops_per_step=work.flops * len(job.machine.devices),
-        flops_per_chip=work.flops,
-        collective_bytes=work.sent,
+        flops_per_step=None if work is None else work.flops * len(job.machine.devices),
+        flops_per_chip=None if work is None else work.flops,
+        collective_bytes=None if work is None else work.sent,
         compile_seconds=seconds,
         **known,
     )

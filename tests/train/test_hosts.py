@@ -61,17 +61,23 @@ def test_all_processes_raise_the_error_of_the_first_item(n, processes):
     assert got == ["row 2 is bad"] * n
 
 
-def test_what_is_exchanged_comes_back(monkeypatch):
-    """With the others' parts longer or shorter than one's own."""
-    mine, other = {"ids": np.arange(5)}, [None] * 40
+@pytest.mark.parametrize("at_once", [7, 100, 2**20])
+def test_what_is_exchanged_comes_back(at_once, monkeypatch):
+    """With the other's part longer than one's own, in one round or in many."""
+    monkeypatch.setattr(hosts, "_ROUND", at_once)
+    mine, other = {"ids": np.arange(5)}, list(range(400))
     of_other = np.frombuffer(pickle.dumps(other), np.uint8)
+    sent = []
 
     def allgather(array):
-        if array.ndim == 0:
-            return np.stack([array, np.int32(of_other.size)])
-        return np.stack([array, np.pad(of_other, (0, array.size - of_other.size))])
+        if array.dtype == np.int32:
+            return np.stack([array, np.int32(divmod(of_other.size, at_once))])
+        sent.append(array)
+        start = (len(sent) - 1) * at_once
+        return np.stack([array, of_other[start : start + at_once]])
 
     monkeypatch.setattr(hosts.multihost_utils, "process_allgather", allgather)
     first, second = hosts._exchanged(mine)
     np.testing.assert_array_equal(first["ids"], mine["ids"])
     assert second == other
+    assert len(sent) == -(-of_other.size // at_once)

@@ -24,7 +24,7 @@ from train.checkpoints import Checkpoints
 from train.errors import UserError
 from train.log import read_metrics
 from train.mesh import Layout, make_mesh, parse_mesh
-from train.setup import Setup
+from train.step_setup import Setup
 
 ROOT = Path(__file__).parents[2]
 DENSE = {
