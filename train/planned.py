@@ -18,7 +18,7 @@ from train.hlo import work_of
 from train.losses import number_of_chunks, summed_loss
 from train.machines import Machine
 from train.mesh import Layout
-from train.methods import make_optimizer, rules
+from train.methods import NO_ADAPTER, make_optimizer, rules
 from train.options import AdapterConfig, OptimConfig, learning_rate
 from train.pretrained import Outline
 from train.step import State
@@ -27,7 +27,6 @@ from train.step_setup import Setup
 _REMAT = {"none": "no remat", "full": "remat", "dots_saveable": "remat but products"}
 _REMAT |= {"dots_with_no_batch_dims_saveable": "remat but dense"}
 _STEPS = 1000  # of the schedule; none is taken
-_SIZE = re.compile(r"\(?\b(\d+(?:\.\d+)?)([KMGT]?)\b\)?")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -61,7 +60,15 @@ class Way:
 
     @property
     def name(self) -> str:
-        what = "full fine-tuning" if self.adapter.full else f"LoRA r={self.adapter.rank}"
+        """In words, for tables."""
+        if self.adapter.full:
+            what = "full fine-tuning"
+        elif self.adapter.peft_config:
+            what = "the PEFT configuration"
+        elif self.adapter.targets == NO_ADAPTER:
+            what = "no adapter, parts in full"
+        else:
+            what = f"LoRA r={self.adapter.rank}"
         return f"{what}, {_REMAT.get(self.remat, self.remat)}"
 
 
