@@ -79,45 +79,48 @@ def run(config: Config, stop: Stop) -> None:
 
     # What can be wrong is found first: options and output folder, then rows, then texts and
     # targets against the model's configuration. Only then are weights read.
-    mesh = make_mesh(config.run.mesh, config.optim.batch_size)
-    config = with_head(config)
-    rules(config.adapter)
-    folder = check_output(config)
-    data, optim = config.data, config.optim
-    rows, test_rows = read_labelled(data)
-    names = label_names(data, rows)
-    outline = read_classifier_outline(data.model, len(names))
-    outline.check_length(data.seq_len, f"--seq-len {data.seq_len}")
-    examples = encode(data, rows, names, outline.tokenizer, data.dataset)
-    test = encode(data, test_rows, names, outline.tokenizer, data.test or "the held-out rows")
-    order = Order(optim.seed, len(examples), optim.batch_size, optim.grad_accum)
-    check_rules(config, outline)
-    layout = Layout.of(mesh, outline.config)
-    layout.check_batch(optim.batch_size)
-    of_run = Run(
-        script="train.classify",
-        config=config,
-        folder=folder,
-        console=console,
-        stop=stop,
-        examples=examples,
-        order=order,
-        steps=number_of_steps(optim, order),
-        layout=layout,
-        name=lambda row: repr(rows[row][data.text]),
-    )
+    with hosts.together():
+        mesh = make_mesh(config.run.mesh, config.optim.batch_size)
+        config = with_head(config)
+        rules(config.adapter)
+        folder = check_output(config)
+        data, optim = config.data, config.optim
+        rows, test_rows = read_labelled(data)
+        names = label_names(data, rows)
+        outline = read_classifier_outline(data.model, len(names))
+        outline.check_length(data.seq_len, f"--seq-len {data.seq_len}")
+        hosts.check_alike(config, rows=rows, held_out=test_rows, model=outline.config)
+        examples = encode(data, rows, names, outline.tokenizer, data.dataset)
+        test = encode(data, test_rows, names, outline.tokenizer, data.test or "the held-out rows")
+        order = Order(optim.seed, len(examples), optim.batch_size, optim.grad_accum)
+        check_rules(config, outline)
+        layout = Layout.of(mesh, outline.config)
+        layout.check_batch(optim.batch_size)
+        of_run = Run(
+            script="train.classify",
+            config=config,
+            folder=folder,
+            console=console,
+            stop=stop,
+            examples=examples,
+            order=order,
+            steps=number_of_steps(optim, order),
+            layout=layout,
+            name=lambda row: repr(rows[row][data.text]),
+        )
     print_data(console, rows, test_rows, data.label)
 
     # The model, its head and its adapter.
     param_dtype = "float32" if config.adapter.full else optim.dtype
-    model, plain = read_classifier(
-        data.model,
-        len(names),
-        dtype=optim.dtype,
-        param_dtype=param_dtype,
-        remat=optim.remat_policy,
-        sharding=layout.of_parameter,
-    )
+    with hosts.together():
+        model, plain = read_classifier(
+            data.model,
+            len(names),
+            dtype=optim.dtype,
+            param_dtype=param_dtype,
+            remat=optim.remat_policy,
+            sharding=layout.of_parameter,
+        )
     base_bytes = tree_bytes(plain)
     key = jax.random.key(optim.seed)
     params = adapted(config, outline, plain, folder, jax.random.fold_in(key, 0))

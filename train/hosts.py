@@ -1,7 +1,9 @@
 """Many processes, each with its own devices, as one run: `jax.distributed`, and who does what."""
 
+import hashlib
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import jax
@@ -10,12 +12,17 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from train.errors import UserError
-from train.options import RunConfig
+from train.options import Options, RunConfig, as_json, flag
 
 _ROUND = 2**24  # bytes of each process that are sent at once
+_OF_ONE_PROCESS = ("coordinator", "process_id")  # whose options may differ from the others'
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class _OfAll(UserError):
+    """One that all processes raise at once."""
 
 
 def join_hosts(run: RunConfig) -> None:
@@ -59,6 +66,49 @@ def any_of_all(flag: bool) -> bool:
     return bool(flags.any())
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """What one process cannot do, all leave: its UserError within is raised in each of them.
+
+    Within, processes may meet in `shared_out` and `check_alike` alone: one that fails goes to the
+    next meeting, wherever that is for the others, to say so.
+    """
+    try:
+        yield
+    except _OfAll:
+        raise
+    except UserError as error:
+        if jax.process_count() > 1:
+            _met(error)
+        raise
+    _met(None)
+
+
+def check_alike(options: Options, **read: Any) -> None:
+    """Raises UserError, in all processes, where one was started otherwise than the first.
+
+    Args:
+      read: what each has read, by name: rows, or whatever else shows all of itself as a text.
+    """
+    if jax.process_count() == 1:
+        return
+    given = as_json(options).items()
+    facts = {flag(name): value for name, value in given if name not in _OF_ONE_PROCESS}
+    facts |= {name: _digest(content) for name, content in read.items()}
+    first, *others = _met(facts)
+    differing = [
+        f"process {number} has {name} {value}, not {first[name]}"
+        for number, theirs in enumerate(others, start=1)
+        for name, value in theirs.items()
+        if value != first[name]
+    ]
+    if differing:
+        raise _OfAll(
+            f"the processes of this run were not started alike: {'; '.join(differing)}. All need "
+            "the same options, and the same files"
+        )
+
+
 def shared_out(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """``[work(item) for item in items]``: each process works on its part, and all have the results.
 
@@ -72,14 +122,37 @@ def shared_out(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Re
         except UserError as error:
             own.append(error)
             break
-    parts = _exchanged(own) if n > 1 else [own]
+    parts = _met(own)
     results = []
     for place in range(len(items)):
         result = parts[place % n][place // n]
         if isinstance(result, UserError):
-            raise result
+            raise _OfAll(str(result))
         results.append(result)
     return results
+
+
+def _met(own: Any) -> list[Any]:
+    """What each process gave, in their order.
+
+    Raises UserError, in all processes, where one gave that.
+    """
+    n = jax.process_count()
+    parts = _exchanged(own) if n > 1 else [own]
+    failed = {number: part for number, part in enumerate(parts) if isinstance(part, UserError)}
+    if failed:
+        number, error = next(iter(failed.items()))
+        alike = len({str(error) for error in failed.values()}) == 1 and len(failed) == n
+        raise _OfAll(str(error) if alike else f"process {number} of {n}: {error}")
+    return parts
+
+
+def _digest(content: Any) -> str:
+    """Of a list's items, one by one, or of anything else."""
+    made = hashlib.sha256()
+    for item in content if isinstance(content, list) else [content]:
+        made.update(repr(item).encode())
+    return made.hexdigest()[:12]
 
 
 def _exchanged(own: Any) -> list[Any]:

@@ -73,51 +73,54 @@ def run(config: Config, stop: Stop) -> None:
 
     # What can be wrong is found first: options and output folder, then rows, then lengths and
     # targets against the model's configuration. Only then are weights read.
-    mesh = make_mesh(config.run.mesh, config.optim.batch_size)
-    rules(config.adapter)
-    folder = check_output(config)
-    rows = training_rows(config)
-    questions = draw_questions(config.run.eval_questions) if asks_questions(config) else None
-    outline = read_outline(config.data.model)
-    outline.check_length(config.data.seq_len, f"--seq-len {config.data.seq_len}")
-    if questions:
-        outline.check_length(longest_prompt(outline, questions), "--eval-questions")
-        held_out_rows = chats(next(iter(questions.values())))
-    else:
-        rows, held_out_rows = hold_out(config, rows)
-    packs = packed(config, rows, outline.tokenizer, config.data.dataset)
-    held_out = None
-    if held_out_rows:
-        held_out = packed(config, held_out_rows, outline.tokenizer, "the held-out rows")
-    optim: OptimConfig = config.optim
-    order = Order(optim.seed, len(packs), optim.batch_size, optim.grad_accum)
-    steps = number_of_steps(optim, order, SQL_STEPS if config.is_sql else None)
-    optim = with_learning_rate(config, outline, steps)
-    check_rules(config, outline)
-    layout = Layout.of(mesh, outline.config)
-    layout.check_batch(optim.batch_size)
-    of_run = Run(
-        script="train.sft",
-        config=config,
-        folder=folder,
-        console=console,
-        stop=stop,
-        examples=packs,
-        order=order,
-        steps=steps,
-        layout=layout,
-        name=lambda row: ", ".join(f"row {number}" for number in packs.sources[row]),
-    )
+    with hosts.together():
+        mesh = make_mesh(config.run.mesh, config.optim.batch_size)
+        rules(config.adapter)
+        folder = check_output(config)
+        rows = training_rows(config)
+        questions = draw_questions(config.run.eval_questions) if asks_questions(config) else None
+        outline = read_outline(config.data.model)
+        outline.check_length(config.data.seq_len, f"--seq-len {config.data.seq_len}")
+        hosts.check_alike(config, rows=rows, model=outline.config)
+        if questions:
+            outline.check_length(longest_prompt(outline, questions), "--eval-questions")
+            held_out_rows = chats(next(iter(questions.values())))
+        else:
+            rows, held_out_rows = hold_out(config, rows)
+        packs = packed(config, rows, outline.tokenizer, config.data.dataset)
+        held_out = None
+        if held_out_rows:
+            held_out = packed(config, held_out_rows, outline.tokenizer, "the held-out rows")
+        optim: OptimConfig = config.optim
+        order = Order(optim.seed, len(packs), optim.batch_size, optim.grad_accum)
+        steps = number_of_steps(optim, order, SQL_STEPS if config.is_sql else None)
+        optim = with_learning_rate(config, outline, steps)
+        check_rules(config, outline)
+        layout = Layout.of(mesh, outline.config)
+        layout.check_batch(optim.batch_size)
+        of_run = Run(
+            script="train.sft",
+            config=config,
+            folder=folder,
+            console=console,
+            stop=stop,
+            examples=packs,
+            order=order,
+            steps=steps,
+            layout=layout,
+            name=lambda row: ", ".join(f"row {number}" for number in packs.sources[row]),
+        )
 
     # The model and its adapter. Full fine-tuning keeps its weights in fp32, whatever computes.
     param_dtype = "float32" if config.adapter.full else optim.dtype
-    model, plain = read_model(
-        config.data.model,
-        dtype=optim.dtype,
-        param_dtype=param_dtype,
-        remat=optim.remat_policy,
-        sharding=layout.of_parameter,
-    )
+    with hosts.together():
+        model, plain = read_model(
+            config.data.model,
+            dtype=optim.dtype,
+            param_dtype=param_dtype,
+            remat=optim.remat_policy,
+            sharding=layout.of_parameter,
+        )
     base_bytes = tree_bytes(plain)
     key = jax.random.key(optim.seed)
     params = adapted(config, outline, plain, folder, jax.random.fold_in(key, 0))

@@ -1,53 +1,61 @@
 """Work that processes share, and its errors: every process has all results, or the same error."""
 
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 import pytest
 
 from train import hosts
+from train.config import Config, SftOptimConfig, SftRunConfig
 from train.errors import UserError
-from train.hosts import shared_out
+from train.hosts import check_alike, shared_out, together
 
 
 @pytest.fixture
 def processes(monkeypatch):
-    """Runs a function as each of n processes: (what each returned or raised, their own parts)."""
+    """Runs a function as each of n processes, here threads: what each returned or raised."""
+    here = threading.local()
+    monkeypatch.setattr(jax, "process_index", lambda: here.index)
 
     def run(n, function):
         monkeypatch.setattr(jax, "process_count", lambda: n)
-        parts = []
+        parts, turn = [b""] * n, threading.Barrier(n, timeout=10)
 
-        def as_process(i, exchanged):
-            monkeypatch.setattr(jax, "process_index", lambda: i)
-            monkeypatch.setattr(hosts, "_exchanged", exchanged)
+        def exchanged(own):
+            parts[here.index] = pickle.dumps(own)
+            turn.wait()
+            received = [pickle.loads(part) for part in parts]
+            turn.wait()
+            return received
+
+        def as_process(i):
+            here.index = i
             try:
                 return function()
             except UserError as error:
                 return str(error)
 
-        def give(own):
-            parts.append(pickle.loads(pickle.dumps(own)))
-            return [parts[-1]] * n  # not yet those of the others
-
-        for i in range(n):
-            try:
-                as_process(i, give)
-            except IndexError:
-                pass
-        return [as_process(i, lambda own: parts) for i in range(n)], parts
+        monkeypatch.setattr(hosts, "_exchanged", exchanged)
+        with ThreadPoolExecutor(n) as pool:
+            return list(pool.map(as_process, range(n)))
 
     return run
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7])
 def test_each_process_does_its_part_and_has_all(n, processes):
-    items = list(range(5))
-    got, parts = processes(n, lambda: shared_out(lambda i: i * i, items))
+    done = []
+
+    def work(item):
+        done.append(item)
+        return item * item
+
+    got = processes(n, lambda: shared_out(work, range(5)))
     assert got == [[0, 1, 4, 9, 16]] * n
-    if n > 1:
-        assert max(map(len, parts)) == -(-5 // n)
+    assert sorted(done) == [0, 1, 2, 3, 4], "each item is worked on once"
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -57,8 +65,68 @@ def test_all_processes_raise_the_error_of_the_first_item(n, processes):
             raise UserError(f"row {item} is bad")
         return item
 
-    got, _ = processes(n, lambda: shared_out(work, range(6)))
-    assert got == ["row 2 is bad"] * n
+    assert processes(n, lambda: shared_out(work, range(6))) == ["row 2 is bad"] * n
+
+
+def prepared(*, fails=None, before=True, n_rows=4):
+    """A run's preparation, in which one process may fail, before or after the rows are shared."""
+
+    def check():
+        if jax.process_index() == fails:
+            raise UserError("there is no such file")
+
+    def prepare():
+        with together():
+            if before:
+                check()
+            rows = shared_out(str, range(n_rows))
+            if not before:
+                check()
+        return rows
+
+    return prepare
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_what_one_process_cannot_do_all_leave(before, processes):
+    assert processes(3, prepared(before=before)) == [["0", "1", "2", "3"]] * 3
+    said = processes(3, prepared(fails=2, before=before))
+    assert said == ["process 2 of 3: there is no such file"] * 3
+    assert processes(1, prepared(fails=0)) == ["there is no such file"]
+
+
+def test_an_error_of_all_is_told_once(processes):
+    def prepare():
+        with together():
+            raise UserError("--steps 0")
+
+    assert processes(2, prepare) == ["--steps 0"] * 2
+
+
+def test_processes_that_were_not_started_alike(processes):
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+
+    def started(**odd):
+        """The third process has something odd."""
+
+        def prepare():
+            own = odd if jax.process_index() == 2 else {}
+            run = SftRunConfig(process_id=jax.process_index(), output=own.get("output", "runs/sql"))
+            config = Config(optim=SftOptimConfig(seed=own.get("seed", 0)), run=run)
+            with together():
+                check_alike(config, rows=own.get("rows", rows), model="llama")
+
+        return prepare
+
+    assert processes(3, started()) == [None] * 3
+    for odd, expected in (
+        ({"seed": 1}, "alike: process 2 has --seed 1, not 0. All need"),
+        ({"output": "here"}, "alike: process 2 has --output here, not runs/sql. All need"),
+        ({"rows": rows[::-1]}, "alike: process 2 has rows "),
+        ({"seed": 1, "rows": rows[:1]}, "process 2 has --seed 1, not 0; process 2 has rows "),
+    ):
+        said = processes(3, started(**odd))
+        assert said == [said[0]] * 3 and expected in said[0]
 
 
 @pytest.mark.parametrize("at_once", [7, 100, 2**20])

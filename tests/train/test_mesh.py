@@ -108,8 +108,11 @@ def inputs(folder, kind):
     return [str(option) for option in options]
 
 
-def run(shared, each, *, devices, processes=1, script="sft", code=0):
-    """Trains with each list of options in turn, in as many processes as asked for."""
+def run(shared, each, *, devices, processes=1, script="sft", code=0, last=()):
+    """Trains with each list of options in turn, in as many processes as asked for.
+
+    `last` are options that the last process alone has.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -119,7 +122,8 @@ def run(shared, each, *, devices, processes=1, script="sft", code=0):
     command = [sys.executable, str(ROOT / "tests/train/mesh_runs.py"), str(devices)]
     started = [
         subprocess.Popen(
-            [*command, f"{process}/{processes}", str(port), script, *words],
+            [*command, f"{process}/{processes}", str(port), script, *words]
+            + [str(word) for word in last if process == processes - 1],
             cwd=ROOT,
             env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
@@ -257,6 +261,20 @@ def test_a_row_that_one_process_cannot_use_ends_both(tmp_path):
     shared = ["--model", model, "--dataset", data, "--lr", 1e-3, "--steps", 2]
     said = run(shared, [["--output", tmp_path / "out"]], devices=2, processes=2, code=2)
     assert all("row 4: the model's chat template refuses it: no" in err for _, err in said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [
+        (["--dataset", "none.jsonl"], "process 1 of 2: --dataset none.jsonl: there is no such"),
+        (["--seed", 1], "not started alike: process 1 has --seed 1, not 0. All need the same"),
+    ],
+)
+def test_processes_that_were_not_started_alike_end_at_once(last, expected, tmp_path):
+    shared = inputs(tmp_path, "dense")
+    said = run(shared, [["--output", tmp_path / "out"]], devices=2, processes=2, code=2, last=last)
+    assert all(expected in err for _, err in said)
 
 
 @pytest.mark.slow
