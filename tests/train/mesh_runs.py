@@ -24,7 +24,9 @@ for word in rest:
         runs[-1].append(word)
 shared, *each = runs
 if processes > 1:
-    jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
+    jax.distributed.initialize(
+        f"127.0.0.1:{port}", processes, process, heartbeat_timeout_seconds=10
+    )
 for options in each:
     {"sft": sft, "classify": classify}[script].main([*shared, *options])
     hosts.wait_for_all("the next run")

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -108,8 +109,8 @@ def inputs(folder, kind):
     return [str(option) for option in options]
 
 
-def run(shared, each, *, devices, processes=1, script="sft", code=0, last=()):
-    """Trains with each list of options in turn, in as many processes as asked for.
+def start(shared, each, *, devices, processes=1, script="sft", last=()):
+    """Processes that train with each list of options in turn.
 
     `last` are options that the last process alone has.
     """
@@ -120,7 +121,7 @@ def run(shared, each, *, devices, processes=1, script="sft", code=0, last=()):
     for options in each:
         words += ["--", *map(str, options)]
     command = [sys.executable, str(ROOT / "tests/train/mesh_runs.py"), str(devices)]
-    started = [
+    return [
         subprocess.Popen(
             [*command, f"{process}/{processes}", str(port), script, *words]
             + [str(word) for word in last if process == processes - 1],
@@ -132,6 +133,11 @@ def run(shared, each, *, devices, processes=1, script="sft", code=0, last=()):
         )
         for process in range(processes)
     ]
+
+
+def run(shared, each, *, code=0, **options):
+    """Trains with each list of options in turn, to the end: what each process said."""
+    started = start(shared, each, **options)
     said = [process.communicate(timeout=600) for process in started]
     for process, (out, err) in zip(started, said, strict=True):
         assert process.returncode == code, f"{out[-2000:]}\n{err[-4000:]}"
@@ -248,6 +254,33 @@ def test_two_processes_train_as_one_device_does(kind, tmp_path):
         trained(shared, tmp_path / "two"), trained(shared, tmp_path / "one"), strict=True
     ):
         assert_close(ours, theirs, 1e-5)
+
+
+@pytest.mark.slow
+def test_where_one_of_two_processes_is_killed_both_end_and_go_on_bitwise(tmp_path):
+    shared = [*inputs(tmp_path, "dense"), "--save-every", "3"]
+    whole, folder = (tmp_path / name for name in ("whole", "killed"))
+    two = {"devices": 1, "processes": 2}
+    run(shared, [["--output", whole]], **two)
+
+    def done():
+        return max([line["step"] for line in read_metrics(folder)], default=0)
+
+    for killed, step, resume in ((0, 5, []), (1, 11, ["--resume"])):
+        processes = start(shared, [["--output", folder, *resume]], **two)
+        while done() < step:
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.05)
+        processes[killed].kill()
+        for process in processes:
+            process.communicate(timeout=60)
+            assert process.returncode < 0, "no process goes on, or ends as if all were well"
+        assert done() < STEPS
+    said = run(shared, [["--output", folder, "--resume"]], devices=2)  # now in one process
+    assert "going on after step" in said[0][0]
+    (losses, adapter), theirs = trained(shared, folder), trained(shared, whole)
+    assert losses == theirs[0]
+    jax.tree.map(np.testing.assert_array_equal, adapter, theirs[1])
 
 
 @pytest.mark.slow
