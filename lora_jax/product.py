@@ -147,6 +147,7 @@ def dot(
     x: jax.Array,
     weight: Factored,
     *,
+    for_factors: jax.Array | None = None,
     contract: tuple[tuple[int, ...], tuple[int, ...]],
     batch: tuple[tuple[int, ...], tuple[int, ...]],
     weight_first: bool = False,
@@ -158,6 +159,7 @@ def dot(
       x: any array.
       weight: contracted over all its in axes (the product xW), or over all its out axes (the
         mirror image: a tied head, a transposed use). Its batch axes may be batched or free.
+      for_factors: x again, as A is to read it; x itself by default.
       contract, batch: axes of x and of the weight, as in `lax.dot_general`.
       weight_first: whether the weight is the left operand, so that its axes lead the result.
       params: `precision`, `preferred_element_type` and `out_sharding` of `lax.dot_general`.
@@ -166,31 +168,35 @@ def dot(
     """
     forward = set(contract[1]) == set(weight.axes("in"))
     if weight.gain is not None and not forward:
-        x = x * _of_contracted(weight, x, contract, batch)
+        x = for_factors = x * _of_contracted(weight, x, contract, batch)
         weight = dataclasses.replace(weight, gain=None)
 
-    def taken(x: jax.Array, weight: Factored, seen: jax.Array | None = None) -> jax.Array:
+    again = x if for_factors is None else for_factors
+
+    def taken(
+        x: jax.Array, again: jax.Array, weight: Factored, seen: jax.Array | None = None
+    ) -> jax.Array:
         """x(W + s·AB); xW is taken from `seen` where that is given."""
         if seen is None:
             seen = _base_product(x, weight, contract, batch, weight_first, params)
-        delta = _delta(x, weight, contract, batch, weight_first, seen.dtype, params)
+        delta = _delta(again, weight, contract, batch, weight_first, seen.dtype, params)
         return seen + lax.reshape(delta, seen.shape)
 
     place = functools.partial(_of_result, weight, batch[1], x.ndim, contract, weight_first)
 
-    def columns_rescaled(x: jax.Array, weight: Factored) -> jax.Array:
-        return rescaled(taken(x, weight), place(weight.gain))
+    def columns_rescaled(x: jax.Array, again: jax.Array, weight: Factored) -> jax.Array:
+        return rescaled(taken(x, again, weight), place(weight.gain))
 
     if weight.gain is None:
-        result = taken(x, weight)
+        result = taken(x, again, weight)
     elif is_dropped(weight):  # PEFT's: what is dropped is the change that the adapter makes
         product = _base_product(x, weight, contract, batch, weight_first, params)
         seen = _base_product(dropped(x, weight), weight, contract, batch, weight_first, params)
-        result = product - seen + rescaled(taken(x, weight, seen), place(weight.gain))
+        result = product - seen + rescaled(taken(x, again, weight, seen), place(weight.gain))
     elif _is_narrow(weight):
-        result = jax.checkpoint(columns_rescaled)(x, weight)
+        result = jax.checkpoint(columns_rescaled)(x, again, weight)
     else:
-        result = columns_rescaled(x, weight)
+        result = columns_rescaled(x, again, weight)
     if not forward or weight.shift is None:
         return result
     return result + place(weight.shift).astype(result.dtype)
@@ -293,7 +299,7 @@ def _delta(
         scale.astype(z.dtype), [*range(len(w_batch), len(w_batch) + len(x_free)), z.ndim - 1]
     )
     z = (z * scale).astype(x.dtype)
-    if len(x_free) > 1 and not sharded and not _on_mesh():
+    if len(x_free) > 1 and not sharded and not is_on_mesh():
         flat = math.prod(x.shape[axis] for axis in x_free)
         lead = len(w_batch)
         z = lax.reshape(z, (*z.shape[:lead], flat, *z.shape[lead + len(x_free) :]))
@@ -340,7 +346,7 @@ def is_sharded(x: jax.Array) -> bool:
     return any(part is not None for part in jax.typeof(x).sharding.spec)
 
 
-def _on_mesh() -> bool:
+def is_on_mesh() -> bool:
     """Whether several devices are set (`jax.set_mesh`), so that axes of x may be apart on them."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1

@@ -17,6 +17,7 @@ from lora_jax.sharding import place, shardings
 from tests.models import tiny, tiny_encoders
 from tests.support import assert_close, draw, with_random_factors
 from train.hlo import work_of
+from train.machines import find_machine
 from train.mesh import Layout, make_mesh
 
 TABLE = [
@@ -144,20 +145,26 @@ CONFIG = {
 BATCH, SEQ, RANK = 8, 8, 2
 
 
-QUICK = ["data=4", "tensor=4", "fsdp=2,tensor=2"]
-SLOW = ["fsdp=4", "data=2,tensor=2", "data=2,sequence=2"]
-MESHES = [*QUICK, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in SLOW)]
+QUICK = [("cpu", mesh) for mesh in ("data=4", "tensor=4", "fsdp=2,tensor=2")]
+SLOW = [("cpu", mesh) for mesh in ("fsdp=4", "data=2,tensor=2", "data=2,sequence=2")]
+SLOW += [("v5e:2x2", mesh) for mesh in ("fsdp=4", "data=2,tensor=2", "fsdp=2,sequence=2")]
+SLOW += [("v5e:2x2", "sequence=2,tensor=2")]
+CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
 
-@pytest.mark.parametrize("text", MESHES)
-def test_a_step_sends_what_the_base_needs_and_its_adapter_twice(text):
+@pytest.mark.parametrize(("machine", "text"), CASES)
+def test_a_step_sends_what_the_base_needs_and_its_adapter_twice(machine, text):
     """The bound: the plain model forward and back to its input, and the adapter's bytes twice.
 
     (Once when it is gathered, once when its gradient is summed. Over the tensor axis neither is
     needed, but xA or its gradient is summed there: r numbers a token.)
     """
+    devices = None
+    if machine != "cpu":
+        pytest.importorskip("libtpu")
+        devices = find_machine(machine).devices
     config = models.read_config(CONFIG)
-    layout = Layout.of(make_mesh(text, BATCH), config)
+    layout = Layout.of(make_mesh(text, BATCH, devices), config)
     model = layout.constrained(models.Decoder(config, remat=True))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((BATCH, SEQ), jnp.int32))
     ids = jax.ShapeDtypeStruct(
@@ -204,7 +211,7 @@ def test_a_step_sends_what_the_base_needs_and_its_adapter_twice(text):
 
     ours = sent(of_adapter, adapter, base, ids)
     whole = sent(lambda params, ids: loss_of(model.apply, params, ids), plain, ids)
-    print(f"{text}: needed {needed}, adapter {size}, ours {ours}, full {whole}")
+    print(f"{machine}, {text}: needed {needed}, adapter {size}, ours {ours}, full {whole}")
     assert ours <= needed + 2 * size
     if text != "tensor=4":  # where each device has the whole gradient of its part of the base
         assert whole > needed + 2 * size, "a gradient of the base must be seen"

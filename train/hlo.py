@@ -27,6 +27,9 @@ _CALLED = re.compile(
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+# The TPU compiler spreads a collective over fusions that do other work beside it, from an
+# async-collective-start on, where it counts. (Channels do not tell: several may have one.)
+_LATER_PARTS = ("async_collective_fusion", "async-collective-done")
 
 Shape = tuple[int, ...]
 
@@ -82,13 +85,12 @@ class _Counting:
         for is_entry, name, instructions in _computations(text):
             self.computations[name] = instructions
             self.entry = name if is_entry else self.entry
-        self.channels: set[str] = set()
 
     def work(self) -> Work:
         flops, sent = self.of(self.entry)
         return Work(flops, {kind: sent[kind] for kind in COLLECTIVES if sent[kind]})
 
-    def of(self, name: str) -> tuple[int, Counter[str]]:
+    def of(self, name: str, *, caller: str = "") -> tuple[int, Counter[str]]:
         flops, sent = 0, Counter[str]()
         instructions = self.computations[name]
         for one in instructions.values():
@@ -96,11 +98,13 @@ class _Counting:
                 flops += _product_flops(one, instructions)
             kind = one.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
+                if name.startswith(_LATER_PARTS) or caller.startswith(_LATER_PARTS):
+                    continue
                 if "all-reduce-scatter" in name:  # so the TPU compiler calls the two in one
                     kind = "reduce-scatter"
                 sent[kind] += self._bytes(one, instructions)
                 continue
-            inner = [self.of(called) for called in _called(one)]
+            inner = [self.of(called, caller=one.name) for called in _called(one)]
             if one.opcode == "conditional":
                 inner = [max(inner, key=lambda side: (side[0], side[1].total()))]
             times = self._turns(one) if one.opcode == "while" and inner else 1
@@ -110,15 +114,7 @@ class _Counting:
         return flops, sent
 
     def _bytes(self, one: Instruction, instructions: Mapping[str, Instruction]) -> int:
-        """Those of a collective; 0 for another part of one that was counted.
-
-        (The TPU compiler spreads a collective over the fusions that it runs beside.)
-        """
-        channel = re.search(r"channel_id=(\d+)", one.text)
-        if channel and channel[1] in self.channels:
-            return 0
-        if channel:
-            self.channels.add(channel[1])
+        """Those of a collective."""
         given = _size([s for name in one.operands for s in instructions[name].shapes])
         result = _size(one.shapes)
         if one.opcode.endswith("-start") and len(one.shapes) > len(one.operands):

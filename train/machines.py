@@ -110,7 +110,8 @@ def _of_cpu(topology: str, size: str) -> Machine:
 def _of_tpu(topology: str, kind: Kind) -> Machine:
     from jax.experimental import topologies
 
-    # There is no TPU here to be asked for its surroundings.
+    # There is no TPU here to be asked for its surroundings, nor to be kept from other processes.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

@@ -12,10 +12,11 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn
 
 from lora_jax.adapt import eqns
-from lora_jax.product import Factored
+from lora_jax.product import Factored, is_on_mesh
 
 Live = tuple[bool, ...]
 
@@ -27,6 +28,7 @@ class Use:
     eqn: JaxprEqn
     values: list[Any]  # arrays, at least one `Factored` among them
     live: Live
+    twins: dict[int, tuple[Any, Any]]  # by id: an array, and that array for factors
 
     @property
     def params(self) -> dict[str, Any]:
@@ -36,6 +38,19 @@ class Use:
     def bind(self, values: Sequence[Any]) -> list[Any]:
         """The equation, applied to plain arrays."""
         return eqns.bind(self.eqn, values)
+
+    def for_factors(self, x: Any) -> Any:
+        """x as factors are to read it: on a mesh, in traced functions, under a name of its own.
+
+        x's cotangents from products with W are sums over devices where W's out axes lie apart. They
+        are added up among themselves then, and those from A join them at the end: XLA sends the sum
+        of several such sums once, but only where they are added directly.
+        """
+        if not is_on_mesh() or not isinstance(x, jax.core.Tracer):
+            return x
+        if id(x) not in self.twins:
+            self.twins[id(x)] = (x, jnp.copy(x))
+        return self.twins[id(x)][1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +118,12 @@ class Interpreter:
         def read(atom: Any) -> Any:
             return atom.val if eqns.is_literal(atom) else environment[atom]
 
+        twins: dict[int, tuple[Any, Any]] = {}
         site = 0  # counts uses of adapted weights: what else is computed changes no dropout
         for eqn, wanted, last_uses in _live_equations(inner, live):
             values = [read(atom) for atom in eqn.invars]
             with eqns.user_context(eqn):
-                outputs = self._apply(site, eqn, values, wanted)
+                outputs = self._apply(site, eqn, values, wanted, twins)
             site += any(isinstance(value, Factored) for value in values)
             environment |= dict(zip(eqn.outvars, outputs, strict=True))
             for atom in last_uses:
@@ -177,11 +193,18 @@ class Interpreter:
         )
         return weight.merged()
 
-    def _apply(self, site: int, eqn: JaxprEqn, values: list[Any], live: Live) -> list[Any]:
+    def _apply(
+        self,
+        site: int,
+        eqn: JaxprEqn,
+        values: list[Any],
+        live: Live,
+        twins: dict[int, tuple[Any, Any]],
+    ) -> list[Any]:
         if not any(isinstance(value, Factored) for value in values):
             return eqns.bind(eqn, values)
         name = eqn.primitive.name
-        use = Use(eqn, [at_site(value, site) for value in values], live)
+        use = Use(eqn, [at_site(value, site) for value in values], live, twins)
         for called, rule in self.own:
             if called in (name, eqns.function_name(eqn)):
                 self._note(use, f"by the rule given for {called!r}")

@@ -42,7 +42,8 @@ def _dot_general(_: Interpreter, use: Use) -> list[Any] | None:
     params = {
         name: use.params[name] for name in ("precision", "preferred_element_type", "out_sharding")
     }
-    return [dot(x, weight, contract=contract, batch=batch, weight_first=weight_first, **params)]
+    params |= {"for_factors": use.for_factors(x), "weight_first": weight_first}
+    return [dot(x, weight, contract=contract, batch=batch, **params)]
 
 
 def _can_be_mirrored(weight: Factored, batch: Sequence[int]) -> bool:

@@ -127,19 +127,32 @@ def test_loops_whose_turns_only_their_condition_tells():
 
 
 def test_a_collective_that_is_spread_over_fusions_counts_once():
-    part = """
-%part.N (p.N: f32[2]) -> f32[8] {
-  %p.N = f32[2]{0} parameter(0)
-  ROOT %gathered.N = f32[8]{0} all-gather(%p.N), channel_id=3, dimensions={0}
-}"""
+    """As in the TPU compiler's output; another one with the same channel counts as well."""
+
+    def part(name, does=""):
+        return f"""
+%{name} (p.{name}: f32[2]) -> f32[8] {{
+  %p.{name} = f32[2]{{0}} parameter(0)
+  {does}
+  ROOT %gathered.{name} = f32[8]{{0}} all-gather(%p.{name}), channel_id=3, dimensions={{0}}
+}}"""
+
+    beside = "%d = f32[] dot(%p.async_collective_fusion.7, %p.async_collective_fusion.7), "
+    beside += "lhs_contracting_dims={0}, rhs_contracting_dims={0}"
     text = module(
         """  %x = f32[2]{0} parameter(0)
-  %one = f32[8]{0} fusion(%x), kind=kCustom, calls=%part.1
-  ROOT %two = f32[8]{0} fusion(%x), kind=kCustom, calls=%part.2""",
-        part.replace("N", "1"),
-        part.replace("N", "2"),
+  %async-collective-start.1 = f32[8]{0} fusion(%x), kind=kCustom, calls=%first.1
+  %fusion.7 = f32[8]{0} fusion(%x), kind=kCustom, calls=%async_collective_fusion.7
+  %async-collective-done.1 = f32[8]{0} fusion(%x), kind=kCustom, calls=%last.1
+  ROOT %other = f32[8]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.2""",
+        part("first.1"),
+        part("async_collective_fusion.7", beside),
+        part("last.1"),
+        part("all-reduce-scatter.2").replace("all-gather(", "all-reduce("),
     )
-    assert work_of(text).sent == {"all-gather": 32}
+    work = work_of(text)
+    assert work.sent == {"all-gather": 32, "reduce-scatter": 32}
+    assert work.flops == 2 * 2, "what is done beside a collective"
 
 
 def test_starts_hold_their_operands_as_well():
