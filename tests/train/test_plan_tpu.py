@@ -56,7 +56,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
-    """Plans with rows of 2048 tokens, in processes of their own: one at a time may compile."""
+    """Plans with rows of 2048 tokens, in processes of their own."""
     pytest.importorskip("libtpu")
     folder = tmp_path_factory.mktemp("models")
 
