@@ -4,8 +4,6 @@ import math
 import re
 from typing import Any
 
-import jax
-
 from lora_jax.paths import flatten_with_paths
 from lora_jax.weight import LoraWeight, Trained, is_node
 
@@ -54,8 +52,3 @@ def step_flops(
     heads = config.num_attention_heads * config.head_dim
     scores = 4 * batch * seq**2 * heads * config.num_hidden_layers
     return total + scores * (3 + scores_again)
-
-
-def n_bytes(tree: Any) -> int:
-    """The size of all arrays of a tree, wherever they lie; shapes will do."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train.planned import Plan
+from train.report import megabytes
 
 _PARTS = ("base", "adapter", "optimizer", "temporaries", "other", "total")
 _UNKNOWN = "–"
@@ -56,8 +57,8 @@ def print_plans(
             _number(guess["step_seconds"], " s"),
             _number(guess["chip_hours"]),
             *([_number(guess["cost"])] if with_cost else []),
-            _mb(made.adapter_bytes),
-            _mb(made.checkpoint_bytes),
+            megabytes(made.adapter_bytes),
+            megabytes(made.checkpoint_bytes),
         )
     console.print(work)
     for made in plans:
@@ -86,10 +87,6 @@ def _notes(facts: Mapping[str, Any]) -> str:
 
 def _gib(size: int | None) -> str:
     return _UNKNOWN if size is None else f"{size / 2**30:,.2f}"
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
 
 
 def _in(value: int | None, unit: float) -> str:

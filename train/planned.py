@@ -13,7 +13,7 @@ import lora_jax as lj
 from lora_jax.models.families import family_of
 from lora_jax.sharding import shardings
 from train.errors import UserError, as_user_errors
-from train.flops import n_bytes, step_flops
+from train.flops import step_flops
 from train.hlo import work_of
 from train.losses import number_of_chunks, summed_loss
 from train.machines import Machine
@@ -21,6 +21,7 @@ from train.mesh import Layout
 from train.methods import NO_ADAPTER, make_optimizer, rules
 from train.options import AdapterConfig, OptimConfig, learning_rate
 from train.pretrained import Outline
+from train.report import compiled_bytes, tree_bytes
 from train.step import State
 from train.step_setup import Setup
 
@@ -148,8 +149,8 @@ def plan(job: Job, way: Way, optim: OptimConfig) -> Plan:
     known: dict[str, Any] = {
         "name": way.name,
         "flops_closed_form": job.grad_accum * round(_closed_form(job, way, step.params)),
-        "adapter_bytes": n_bytes(step.state.adapter),
-        "checkpoint_bytes": n_bytes(step.state.adapter) + n_bytes(step.state.opt_state),
+        "adapter_bytes": tree_bytes(step.state.adapter),
+        "checkpoint_bytes": tree_bytes(step.state.adapter) + tree_bytes(step.state.opt_state),
     }
     began = time.perf_counter()
     try:
@@ -166,7 +167,7 @@ def plan(job: Job, way: Way, optim: OptimConfig) -> Plan:
             **known,
         )
     seconds = time.perf_counter() - began
-    memory = _of_compiled(compiled.memory_analysis(), held, job.machine.capacity)
+    memory = _of_compiled(compiled_bytes(compiled), held, job.machine.capacity)
     try:
         work = work_of(compiled.as_text() or "")
     except ValueError:  # memory is told even where the HLO is not understood
@@ -217,23 +218,19 @@ def _closed_form(job: Job, way: Way, params: Any) -> float:
 def _per_device(tree: Any) -> int:
     """The bytes of a tree of placed shapes on one device."""
     return sum(
-        n_bytes(jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype))
+        tree_bytes(jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype))
         for leaf in jax.tree.leaves(tree)
     )
 
 
-def _of_compiled(memory: Any, held: dict[str, int], capacity: int) -> dict[str, int]:
-    if memory is None:
+def _of_compiled(sizes: dict[str, int], held: dict[str, int], capacity: int) -> dict[str, int]:
+    if not sizes:
         raise UserError("this compiler does not tell how much memory a program needs")
-    given = memory.argument_size_in_bytes
-    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    code = memory.generated_code_size_in_bytes
-    total = given + fresh + code + memory.temp_size_in_bytes
-    other = total - sum(held.values()) - memory.temp_size_in_bytes
+    total = sum(sizes.values()) - 2 * sizes["aliased"]  # outputs that take an argument's place
     return {
         **held,
-        "temporaries": memory.temp_size_in_bytes,
-        "other": other,
+        "temporaries": sizes["temporaries"],
+        "other": total - sum(held.values()) - sizes["temporaries"],
         "total": total,
         "capacity": capacity,
     }

@@ -34,6 +34,7 @@ def compiled_bytes(compiled: Any) -> dict[str, int]:
         "outputs": memory.output_size_in_bytes,
         "aliased": memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
     }
 
 
@@ -44,8 +45,8 @@ def peak_bytes() -> int:
 
 
 def tree_bytes(tree: Any) -> int:
-    """The size of all arrays of a tree."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    """The size of all arrays of a tree, wherever they lie; shapes will do."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def megabytes(size: float) -> str:
