@@ -77,7 +77,7 @@ def resolve(name_or_path: str | Path) -> Found:
 
 
 def resolve_config(name_or_path: str | Path) -> Path:
-    """Finds what holds a model's configuration, without its weights.
+    """Finds what holds a model's configuration; of a hub name's files, fetches that one alone.
 
     Args:
       name_or_path: a config.json, a folder with one, a GGUF file, or a hub name.
@@ -92,13 +92,9 @@ def resolve_config(name_or_path: str | Path) -> Path:
     if path.exists():
         return path / "config.json" if path.is_dir() else path
     name = _hub_name(name_or_path)
-    cached = _download(name, local_only=True, patterns=["config.json"])
-    if isinstance(cached, Path) and (cached / "config.json").exists():
-        return cached / "config.json"
-    if name in BUNDLES:
-        found = resolve(name).path
-        return found / "config.json" if found.is_dir() else found
-    return snapshot(name, ["config.json"]) / "config.json"
+    if name in BUNDLES:  # small, and to be had without a hub
+        return resolve_config(resolve(name).path)
+    return snapshot(name, ["config.json"], needed="config.json") / "config.json"
 
 
 def _hub_name(name_or_path: str | Path) -> str:
@@ -110,13 +106,15 @@ def _hub_name(name_or_path: str | Path) -> str:
     return name
 
 
-def snapshot(name: str, patterns: list[str]) -> Path:
+def snapshot(name: str, patterns: list[str], needed: str = "*.safetensors") -> Path:
     """The files of a hub name that match the patterns, from the local cache or from the hub.
+
+    The cache is enough where a file that is `needed`, a pattern too, is in it.
 
     Raises ModelNotFound where they can be had from neither.
     """
     cached = _download(name, local_only=True, patterns=patterns)
-    if isinstance(cached, Path) and any(cached.rglob("*.safetensors")):
+    if isinstance(cached, Path) and any(cached.rglob(needed)):
         return cached
     problem = probe(name)
     if problem is None:

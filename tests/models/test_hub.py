@@ -100,6 +100,29 @@ def test_a_complete_cache_is_used_without_asking(
     assert hub.resolve(NAME) == (folder, None)
 
 
+def test_a_configuration_is_had_without_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder, asked = tmp_path / "snapshot", []
+
+    def download(name: str, *, local_only: bool, patterns: list[str]) -> Path | str:
+        asked.append((local_only, patterns))
+        if not local_only:
+            folder.mkdir()
+            (folder / "config.json").touch()
+        return folder if folder.exists() else "not cached"
+
+    monkeypatch.setattr(hub, "probe", lambda name: None)
+    monkeypatch.setattr(hub, "_download", download)
+    assert hub.resolve_config("owner/model") == folder / "config.json"
+    assert asked == [(True, ["config.json"]), (False, ["config.json"])]
+    monkeypatch.setattr(hub, "probe", lambda name: pytest.fail("the hub was asked"))
+    assert hub.resolve_config("owner/model") == folder / "config.json"
+    assert hub.resolve_config(folder) == folder / "config.json"
+    with pytest.raises(ModelNotFound, match="neither a file or folder here nor a hub name"):
+        hub.resolve_config("none/config.json")
+
+
 @pytest.mark.parametrize("lost", ["config.json", "model.safetensors", "shard"])
 def test_half_a_cache_is_not_used(lost: str, tmp_path: Path) -> None:
     folder = snapshot(tmp_path / "snapshot")
