@@ -95,7 +95,6 @@ def run(config: Config, stop: Stop) -> None:
         order = Order(optim.seed, len(examples), optim.batch_size, optim.grad_accum)
         check_rules(config, outline)
         layout = Layout.of(mesh, outline.config)
-        layout.check_batch(optim.batch_size)
         of_run = Run(
             script="train.classify",
             config=config,

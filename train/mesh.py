@@ -55,7 +55,7 @@ def make_mesh(text: str | None, batch_size: int, devices: Sequence[Any] | None =
 
     By default as many are on fsdp as the batch can be shared out over, and the others on tensor.
 
-    Raises UserError where the sizes are not those of the devices.
+    Raises UserError where the sizes are not those of the devices, or cannot share out the batch.
     """
     here = ""
     if devices is None:
@@ -70,6 +70,13 @@ def make_mesh(text: str | None, batch_size: int, devices: Sequence[Any] | None =
     elif rest or given != len(devices):
         raise UserError(f"--mesh {text} is of {given} devices, and there are {len(devices)}{here}")
     shape = tuple(sizes.get(name, 1) for name in AXES)
+    parts = math.prod(sizes.get(name, 1) for name in BATCH)
+    if batch_size % parts:
+        shown = " × ".join(f"{name} {sizes.get(name, 1)}" for name in BATCH)
+        raise UserError(
+            f"--batch-size {batch_size} cannot be shared out evenly over {parts} parts of the "
+            f"mesh ({shown}): give a multiple of {parts}, or another --mesh"
+        )
     types = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(shape, AXES, axis_types=types, devices=tuple(devices))
 
@@ -97,16 +104,6 @@ class Layout(Placement):
     def batch_parts(self) -> int:
         """How many parts a batch is shared out into."""
         return math.prod(self.mesh.shape[name] for name in BATCH)
-
-    def check_batch(self, batch_size: int) -> None:
-        """Raises UserError where the batch cannot be shared out."""
-        parts = self.batch_parts
-        if batch_size % parts:
-            shown = " × ".join(f"{name} {self.mesh.shape[name]}" for name in BATCH)
-            raise UserError(
-                f"--batch-size {batch_size} cannot be shared out evenly over {parts} parts of the "
-                f"mesh ({shown}): give a multiple of {parts}, or another --mesh"
-            )
 
     def of_parameter(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         """Where to load a parameter to; see `lora_jax.models.from_pretrained`."""

@@ -127,7 +127,6 @@ def settled(asked: PlanConfig) -> tuple[Job, OptimConfig]:
     machine = find_machine(asked.topology, asked.capacity_gib, asked.peak_tflops)
     mesh = make_mesh(asked.mesh, asked.batch_size, machine.devices)
     layout = Layout.of(mesh, outline.config)
-    layout.check_batch(asked.batch_size)
     job = Job(
         outline=outline,
         layout=layout,

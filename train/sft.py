@@ -97,7 +97,6 @@ def run(config: Config, stop: Stop) -> None:
         optim = with_learning_rate(config, outline, steps)
         check_rules(config, outline)
         layout = Layout.of(mesh, outline.config)
-        layout.check_batch(optim.batch_size)
         of_run = Run(
             script="train.sft",
             config=config,

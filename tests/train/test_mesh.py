@@ -85,6 +85,14 @@ def test_meshes_that_cannot_be(text, message):
         make_mesh(text, 8)
 
 
+def test_a_batch_that_the_mesh_cannot_share_out():
+    with pytest.raises(
+        UserError, match=r"--batch-size 6 .*4 parts.*\(data 2 × fsdp 2 × expert 1\)"
+    ):
+        make_mesh("data=2,fsdp=2", 6)
+    assert make_mesh("fsdp=2,tensor=2", 6).size == 4
+
+
 def test_all_devices_are_used():
     def more_than_one(text, batch_size):
         return {axis: n for axis, n in make_mesh(text, batch_size).shape.items() if n > 1}
