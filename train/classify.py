@@ -131,7 +131,7 @@ def run(config: Config, stop: Stop) -> None:
     trained, report = fit(
         of_run,
         begun,
-        lj.adapt(layout.constrained(model, dropout=begun.setup.dropout).apply),
+        begun.setup.forward(model),
         classification_loss,
         held_out=test,
         tokens=lambda batch: int(batch["attention_mask"].sum()),

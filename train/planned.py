@@ -129,9 +129,8 @@ def prepare(job: Job, way: Way, optim: OptimConfig) -> Prepared:
         jnp.dtype(job.dtype),
         remat=dataclasses.replace(optim, remat=way.remat).remat_policy,
     )
-    forward = lj.adapt(job.layout.constrained(model, dropout=setup.dropout).apply)
     loss = functools.partial(summed_loss, chunk=job.loss_chunk)
-    lowered = setup.lower(forward, loss, state, base, batch)
+    lowered = setup.lower(setup.forward(model), loss, state, base, batch)
     return Prepared(lowered=lowered, params=params, state=state, base=base, batch=batch)
 
 

@@ -140,7 +140,7 @@ def run(config: Config, stop: Stop) -> None:
     trained, report = fit(
         of_run,
         begun,
-        lj.adapt(layout.constrained(model, dropout=begun.setup.dropout).apply),
+        begun.setup.forward(model),
         functools.partial(summed_loss, chunk=config.optim.loss_chunk * layout.batch_parts),
         held_out=held_out,
         tokens=lambda batch: int((batch["segment_ids"] > 0).sum()),

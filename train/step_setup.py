@@ -53,6 +53,10 @@ class Setup:
             dropout=has_dropout(params),
         )
 
+    def forward(self, model: Any) -> Callable[..., Any]:
+        """A model as the function that the loss calls: adapted, its activations on the mesh."""
+        return lj.adapt(self.layout.constrained(model, dropout=self.dropout).apply)
+
     def state(self, adapter: Any, key: jax.Array) -> State:
         """The state before the first step, on the mesh."""
 

@@ -5,7 +5,7 @@ size, each of one expert, filled up with zeros; a scan takes the blocks one by o
 expert's kernels. So a token costs k products, however many experts there are, and at most a block
 more for each expert. (``jax.lax.ragged_dot`` would be the instruction for it; late in 2026 it
 becomes a masked product of all tokens with every expert's kernel, on CPU and, by the TPU compiler,
-for v5e: for Mixtral-8x7B on a v5e slice, eight times the FLOPs.)
+for v5e.)
 
 The experts' kernels are stacked, [experts, in, out], and the router is a kernel like any other
 ([d_model, experts]). So "all-linear" adapts both, each expert with an A and a B of its own: in
@@ -57,12 +57,12 @@ def route(logits: jax.Array, k: int, normalise: bool) -> tuple[jax.Array, jax.Ar
     """Each token's k most likely experts, and their weights.
 
     Args:
-      logits: [tokens, experts], fp32.
+      logits: […, experts], fp32.
       k: how many experts a token has.
       normalise: make each token's weights add up to 1.
 
     Returns:
-      The weights, [tokens, k] fp32, and the experts, [tokens, k] int32.
+      The weights, […, k] fp32, and the experts, […, k] int32.
     """
     probs = jax.nn.softmax(logits, axis=-1)
     weights, chosen = lax.top_k(probs, k)
