@@ -8,7 +8,7 @@ of each array, and the fingerprint of the base.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,16 @@ from lora_jax.axes import AxisRoles
 from lora_jax.fingerprint import base_fingerprint, checksum, differing
 from lora_jax.folders import partial_of, put_in_place
 from lora_jax.lorafy import Tree, swap
-from lora_jax.paths import flatten_with_paths, nearest
-from lora_jax.product import canonical, stored
-from lora_jax.weight import LoraWeight, Node, Trained, TrainedRows, is_node
+from lora_jax.parts import AXES, Part, padded, rank_axis, unpadded
+from lora_jax.paths import nearest
+from lora_jax.variants import PARTS
+from lora_jax.weight import LoraWeight, Node, Trained, TrainedRows, is_node, leaves_of
 
 FORMAT = 2
-_READABLE = (1, FORMAT)  # format 1 had neither variants nor rows
+_LONG_AXIS_FIRST = ("a", "start_a")  # filed as [batch…, in…, r]
+
+
+_FIELDS = {"format", "weights", "trained", "rows", "arrays", "base"}
 
 
 class AdapterError(ValueError):
@@ -48,8 +52,7 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, overwrite: boo
         raise AdapterError(
             f"{folder} exists; name another folder, or give overwrite=True to replace it"
         )
-    leaves, _ = flatten_with_paths(params, is_leaf=is_node)
-    nodes = {path: leaf for path, leaf in leaves if is_node(leaf)}
+    nodes = {path: leaf for path, leaf in leaves_of(params)[0] if is_node(leaf)}
     if not nodes:
         raise AdapterError("save_adapter needs an adapted tree, and this one is plain")
     arrays = {path: _arrays(path, node) for path, node in nodes.items()}
@@ -78,9 +81,13 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, overwrite: boo
 
 
 def load_adapter(
-    folder: str | os.PathLike[str], params: Tree, *, allow_base_mismatch: bool = False
+    folder: str | os.PathLike[str],
+    params: Tree,
+    *,
+    allow_base_mismatch: bool = False,
+    extras: Sequence[Part] = (),
 ) -> Tree:
-    """`params` with the adapter that `save_adapter` wrote to `folder`.
+    """Returns `params` with the adapter that `save_adapter` wrote to `folder`.
 
     A plain tree is adapted as the file says. An adapted tree gets the file's adapter in the place
     of its own (`lora_jax.swap`), and a function compiled for it runs on without recompiling.
@@ -89,14 +96,17 @@ def load_adapter(
       folder: an adapter folder.
       params: the base the adapter was trained on, plain or adapted.
       allow_base_mismatch: accept another base of the same shapes.
+      extras: the parts of your own that the adapter was trained with; see `lora_jax.LoraRule`.
 
     Raises AdapterError where the folder is missing, damaged or of a later format; where the tree
     lacks a weight or has it in another shape; or where the base has another fingerprint.
     """
     folder = Path(folder).absolute()
     metadata = _read_metadata(folder)
-    leaves, treedef = flatten_with_paths(params, is_leaf=is_node)
+    leaves, treedef = leaves_of(params)
     _check_shapes(folder, metadata, leaves)
+    known = PARTS | {part.name: part for part in extras}
+    _check_parts(folder, metadata, known)
     if not allow_base_mismatch:
         _check_base(folder, metadata, params)
     arrays = _read_arrays(folder, metadata)
@@ -111,7 +121,7 @@ def load_adapter(
             return TrainedRows(_plain(leaf), value, rows=rows, is_table=is_table)
         if path not in metadata["weights"]:
             return _plain(leaf)
-        return _weight(_plain(leaf), arrays[path], metadata["weights"][path])
+        return _weight(_plain(leaf), arrays[path], metadata["weights"][path], known)
 
     loaded = treedef.unflatten(adapted(path, leaf) for path, leaf in leaves)
     return swap(params, loaded) if any(is_node(leaf) for _, leaf in leaves) else loaded
@@ -139,78 +149,47 @@ def _settings(weight: LoraWeight) -> dict[str, Any]:
 
 
 def _arrays(path: str, node: Node) -> dict[str, Any]:
-    """The arrays of a node as they are filed."""
+    """Returns the arrays of a node as they are filed."""
     if not node.is_on:
         raise AdapterError(
             f"{path!r} has no adapter in this half of the tree: join(adapter, base) first"
         )
     if not isinstance(node, LoraWeight):
         return node.parts()
-    a, b = _filed_factors(node.a, node.b, node)
-    arrays = {"a": a, "b": b, "magnitude": node.magnitude, "bias": node.bias}
-    if node.start is not None:
-        a0, b0 = node.start
-        arrays["start_a"], arrays["start_b"] = _filed_factors(a0, b0, node)
-    return {name: array for name, array in arrays.items() if array is not None}
+    filed = {}
+    for name, array in node.arrays.items():
+        axis = rank_axis(node.axes_of(name), node.labels)
+        if axis is not None and len(set(node.ranks)) > 1:
+            array, axis = unpadded(array, node.ranks, axis), axis - 1
+        if name in _LONG_AXIS_FIRST:
+            array = jnp.moveaxis(array, axis, -1)
+        filed[name] = array
+    del filed["scale"]  # among the settings
+    return filed
 
 
-def _filed_factors(a: Any, b: Any, node: LoraWeight) -> tuple[Any, Any]:
-    a, b = canonical(a, b, node.n_batch)
-    return _without_padding(a, b, node) if len(set(node.ranks)) > 1 else (a, b)
-
-
-def _without_padding(a: Any, b: Any, node: LoraWeight) -> tuple[Any, Any]:
-    """The factors of a stack whose layers differ in rank: one after the other along the rank."""
-    n = node.n_batch - 1  # the stack's own axis goes
-    layers = list(enumerate(node.ranks))
-    a = jnp.concatenate([a[layer][..., :rank] for layer, rank in layers], axis=-1)
-    parts = [
-        jax.lax.slice_in_dim(b[layer], 0, rank, axis=n) if rank else b[layer][..., :0, :]
-        for layer, rank in layers
-    ]
-    return a, jnp.concatenate(parts, axis=n)
-
-
-def _weight(base: Any, arrays: Mapping[str, Any], settings: Mapping[str, Any]) -> LoraWeight:
-    """The inverse of `_settings` and `_arrays`."""
+def _weight(
+    base: Any, filed: Mapping[str, Any], settings: Mapping[str, Any], known: Mapping[str, Part]
+) -> LoraWeight:
+    """Returns the inverse of `_settings` and `_arrays`."""
     weight = LoraWeight(
         base,
-        None,
-        None,
-        jnp.asarray(settings["scale"], jnp.float32),
-        *(jnp.asarray(arrays[name]) if name in arrays else None for name in ("magnitude", "bias")),
+        {"scale": jnp.asarray(settings["scale"], jnp.float32)},
         roles=AxisRoles(tuple(settings["in_axes"]), tuple(settings["out_axes"])),
         ranks=tuple(settings["ranks"]),
         dropout=settings["dropout"],
-        frozen=tuple(settings.get("frozen", ())),
-        uses=settings.get("uses", "all"),
+        extras=tuple(part for name, part in known.items() if name in filed),
+        frozen=tuple(settings["frozen"]),
+        uses=settings["uses"],
     )
-    a, b = _stored_factors(arrays["a"], arrays["b"], weight)
-    start = None
-    if "start_a" in arrays:
-        start = _stored_factors(arrays["start_a"], arrays["start_b"], weight)
-    return weight.replace(a=a, b=b, start=start)
-
-
-def _stored_factors(a: Any, b: Any, weight: LoraWeight) -> tuple[Any, Any]:
-    a, b = jnp.asarray(a), jnp.asarray(b)
-    if len(set(weight.ranks)) > 1:
-        a, b = _with_padding(a, b, weight)
-    return stored(a, b, weight.n_batch)
-
-
-def _with_padding(a: Any, b: Any, weight: LoraWeight) -> tuple[Any, Any]:
-    n, start = weight.n_batch - 1, 0
-    layers_a, layers_b = [], []
-    for rank in weight.ranks:
-        missing = weight.rank - rank
-        part_a = a[..., start : start + rank]
-        part_b = jax.lax.slice_in_dim(b, start, start + rank, axis=n)
-        layers_a.append(jnp.pad(part_a, [(0, 0)] * (a.ndim - 1) + [(0, missing)]))
-        widths = [(0, missing) if axis == n else (0, 0) for axis in range(b.ndim)]
-        layers_b.append(jnp.pad(part_b, widths))
-        start += rank
-    return jnp.stack(layers_a), jnp.stack(layers_b)
+    arrays = {}
+    for name, array in filed.items():
+        array, axis = jnp.asarray(array), rank_axis(weight.axes_of(name), weight.labels)
+        several = axis is not None and len(set(weight.ranks)) > 1
+        if name in _LONG_AXIS_FIRST:
+            array = jnp.moveaxis(array, -1, axis - several)
+        arrays[name] = padded(array, weight.ranks, axis) if several else array
+    return weight.replace(**arrays)
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:
@@ -225,16 +204,23 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
         ) from None
     except (ValueError, OSError) as error:
         raise AdapterError(f"{file} is damaged: {error}") from None
-    if not isinstance(metadata, dict) or not {"format", "weights", "trained", "arrays"} <= set(
-        metadata
-    ):
+    if not isinstance(metadata, dict) or not _FIELDS <= set(metadata):
         raise AdapterError(f"{file} is damaged: it lacks what describes the adapter")
-    if metadata["format"] not in _READABLE:
+    if metadata["format"] != FORMAT:
         raise AdapterError(
-            f"{folder} has the format {metadata['format']}, and this version reads up to {FORMAT}: "
+            f"{folder} has the format {metadata['format']}, and this version reads {FORMAT}: "
             "update lora_jax"
         )
-    return {"rows": {}, **metadata}
+    return metadata
+
+
+def _check_parts(folder: Path, metadata: Mapping[str, Any], known: Mapping[str, Part]) -> None:
+    names = {name for path in metadata["weights"] for name in metadata["arrays"][path]}
+    if unknown := sorted(names - {*AXES, *known}):
+        raise AdapterError(
+            f"the adapter {folder} has the part {unknown[0]!r}, which is none of {sorted(known)}: "
+            "give the part that it was trained with, load_adapter(…, extras=[part])"
+        )
 
 
 def _check_shapes(folder: Path, metadata: Mapping[str, Any], leaves: list[tuple[str, Any]]) -> None:

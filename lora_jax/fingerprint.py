@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.paths import flatten_with_paths
-from lora_jax.weight import Trained, is_node
+from lora_jax.base import as_array
+from lora_jax.weight import Trained, is_node, leaves_of
 
 _MULTIPLIERS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3A2646D)
 
@@ -55,12 +55,12 @@ def base_fingerprint(params: Any) -> dict[str, str]:
     Floating-point values are rounded to bfloat16 first, so that a base has one fingerprint whether
     it was loaded in fp32 or bf16. Leaves that train in full belong to the adapter and are left out.
     """
-    leaves, _ = flatten_with_paths(params, is_leaf=is_node)
     fingerprint = {}
-    for path, leaf in leaves:
-        array = leaf.base if is_node(leaf) else leaf
-        if isinstance(leaf, Trained) or not hasattr(array, "dtype"):
+    for path, leaf in leaves_of(params)[0]:
+        base = leaf.base if is_node(leaf) else leaf
+        if isinstance(leaf, Trained) or not hasattr(base, "dtype"):
             continue
+        array = as_array(base)
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
             continue
         if jnp.issubdtype(array.dtype, jnp.floating):

@@ -5,16 +5,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from lora_jax.adapt.roles import roles_by_looking
+from lora_jax.adapt.roles import infer_roles
 from lora_jax.axes import AxisRoles
 from lora_jax.build import node_of
 from lora_jax.magnitude import wide
-from lora_jax.paths import flatten_with_paths, nearest
+from lora_jax.paths import nearest
 from lora_jax.resolve import beside, resolve
 from lora_jax.rules import Rule
-from lora_jax.weight import LoraWeight, Node, Trained, is_node
+from lora_jax.weight import LoraWeight, Node, Trained, is_leaf, is_node, leaves_of
 
 Tree = Any
 Adapter = dict[str, dict[str, Any]]
@@ -45,7 +44,7 @@ def lorafy(
     Raises ValueError where a rule selects nothing, where a kernel's axis roles are unknown, or
     where the tree is adapted already.
     """
-    leaves, treedef = flatten_with_paths(params, is_leaf=is_node)
+    leaves, treedef = leaves_of(params)
     if adapted := [path for path, leaf in leaves if is_node(leaf)]:
         raise ValueError(
             f"the tree is adapted already (at {adapted[0]!r}): give lorafy the tree before, "
@@ -66,7 +65,7 @@ def _looked(
     if trace is None:
         return None
     fn, *args = trace
-    return roles_by_looking(fn, args, {id(leaf): path for path, leaf in leaves})
+    return infer_roles(fn, args, {id(leaf): path for path, leaf in leaves})
 
 
 def _map_nodes(visit: Any, tree: Tree) -> Tree:
@@ -76,7 +75,7 @@ def _map_nodes(visit: Any, tree: Tree) -> Tree:
 
 def _nodes(tree: Tree, what: str) -> dict[str, Node]:
     """The nodes of an adapted tree by path; ValueError where there are none."""
-    leaves, _ = flatten_with_paths(tree, is_leaf=is_node)
+    leaves, _ = leaves_of(tree)
     nodes = {path: leaf for path, leaf in leaves if is_node(leaf)}
     if not nodes:
         raise ValueError(f"{what} needs an adapted tree, and this one is plain: call lorafy first")
@@ -101,7 +100,7 @@ def join(adapter: Mapping[str, Mapping[str, Any]], base: Tree) -> Tree:
     """
     if not adapter:
         return base
-    leaves, treedef = flatten_with_paths(base, is_leaf=is_node)
+    leaves, treedef = leaves_of(base)
     _check_same_paths(adapter, {path for path, leaf in leaves if is_node(leaf)}, "join")
 
     def filled(path: str, leaf: Any) -> Any:
@@ -131,7 +130,7 @@ def merge(params: Tree) -> Tree:
     Each sum is taken in fp32 (or wider) and rounded once to W's dtype. A bias on B is added to the
     bias that stands beside the kernel; ValueError where there is none, or of another shape.
     """
-    leaves, treedef = flatten_with_paths(params, is_leaf=is_node)
+    leaves, treedef = leaves_of(params)
     for path, leaf in leaves:
         if isinstance(leaf, LoraWeight) and leaf.is_on and leaf.uses != "all":
             raise ValueError(
@@ -150,8 +149,7 @@ def merge(params: Tree) -> Tree:
                     + ": it cannot be merged. Run the adapted tree through lora_jax.adapt"
                 )
             bias = merged[there]
-            shift = jnp.squeeze(leaf.factored().shift, leaf.n_batch)
-            total = bias.astype(wide(bias.dtype)) + shift.astype(wide(bias.dtype))
+            total = bias.astype(wide(bias.dtype)) + leaf.factored().shift.astype(wide(bias.dtype))
             merged[there] = total.astype(bias.dtype)
     return treedef.unflatten(merged[path] for path, _ in leaves)
 
@@ -170,7 +168,7 @@ def swap(params: Tree, other: Tree) -> Tree:
     weights in the same way.
     """
     theirs = _nodes(other, "swap")
-    leaves, treedef = flatten_with_paths(params, is_leaf=is_node)
+    leaves, treedef = leaves_of(params)
     mine = {path: leaf for path, leaf in leaves if is_node(leaf)}
     _check_same_paths(theirs, set(mine), "swap")
     for path, node in mine.items():
@@ -216,12 +214,7 @@ def trainable_mask(params: Tree) -> Tree:
     """
 
     def mask(node: Node) -> Node:
-        trains = node.part_names()
-        flags = {
-            name: jax.tree.map(lambda _, name=name: name in trains, getattr(node, name))
-            for name in node.children()
-        }
-        return node.replace(**flags)
+        return jax.tree.map(lambda _: False, node).with_parts(dict.fromkeys(node.parts(), True))
 
     return jax.tree.map(lambda x: mask(x) if is_node(x) else False, params, is_leaf=is_node)
 
@@ -229,7 +222,7 @@ def trainable_mask(params: Tree) -> Tree:
 def count_params(params: Tree) -> tuple[int, int]:
     """(trained, all) parameters of a tree; padding of ranks and scales not counted."""
     trained = total = 0
-    for leaf in jax.tree.leaves(params, is_leaf=is_node):
+    for leaf in jax.tree.leaves(params, is_leaf=is_leaf):
         if not is_node(leaf):
             total += math.prod(leaf.shape) if hasattr(leaf, "shape") else 0
             continue

@@ -16,8 +16,8 @@ import optax
 
 from lora_jax.axes import EMBEDDING_NAMES
 from lora_jax.lorafy import trainable_mask
-from lora_jax.paths import flatten_with_paths, leaf_name
-from lora_jax.weight import LoraWeight, is_node
+from lora_jax.paths import leaf_name
+from lora_jax.weight import LoraWeight, is_node, leaves_of
 
 
 def freeze_base(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -92,10 +92,9 @@ def project_b(params: Any, *, damping: float = 1e-8) -> optax.GradientTransforma
       params: the adapted tree: A and s are read from it once.
       damping: δ.
     """
-    leaves, _ = flatten_with_paths(params, is_leaf=is_node)
     inverse = {
         path: _inverse_gram(node, damping)
-        for path, node in leaves
+        for path, node in leaves_of(params)[0]
         if isinstance(node, LoraWeight) and "a" in node.frozen
     }
     if not inverse:
@@ -185,7 +184,7 @@ def _map_parts(visit: Callable[[str, str, jax.Array], jax.Array], tree: Any) -> 
             path: {name: visit(path, name, array) for name, array in parts.items()}
             for path, parts in tree.items()
         }
-    leaves, treedef = flatten_with_paths(tree, is_leaf=is_node)
+    leaves, treedef = leaves_of(tree)
 
     def mapped(path: str, leaf: Any) -> Any:
         if not is_node(leaf):
@@ -195,10 +194,8 @@ def _map_parts(visit: Callable[[str, str, jax.Array], jax.Array], tree: Any) -> 
     return treedef.unflatten(mapped(path, leaf) for path, leaf in leaves)
 
 
-_PARTS = frozenset({"a", "b", "magnitude", "bias", "value"})
-
-
 def _is_parts(parts: Any) -> bool:
-    if not isinstance(parts, Mapping) or not parts or not set(parts) <= _PARTS:
+    """Returns whether a value is the parts of one weight: a dictionary of arrays."""
+    if not isinstance(parts, Mapping) or not parts:
         return False
-    return not any(is_node(part) for part in parts.values())
+    return not any(isinstance(part, Mapping) or is_node(part) for part in parts.values())

@@ -1,15 +1,16 @@
 """The product of an activation with an adapted weight: xW + s·(xA)B, and its mirror image.
 
-This file knows how factors are stored, and why. For a weight with batch, in and out axes:
+This file knows how factors are stored (`lora_jax.parts.AXES`), and why. For a weight with batch, in
+and out axes:
 
     a      [batch…, r, in…]     A, transposed: xA and its gradient then read the long axis in order
     b      [batch…, r, out…]    B
     scale  [batch…]             s, fp32
 
-and where a variant asks for them, vectors over the columns, laid out as a B of rank one:
+and where a variant asks for them, vectors over the columns:
 
-    gain   [batch…, 1, out…]    g: each column of W + s·AB is multiplied by it (DoRA)
-    shift  [batch…, 1, out…]    added to the product xW (a bias on B)
+    gain   [batch…, out…]       g: each column of W + s·AB is multiplied by it (DoRA)
+    shift  [batch…, out…]       added to the product xW (a bias on B)
 
 Measured on the layers of SmolLM2-135M (tests/benchmarks/product_layouts.py, two CPU cores, forward
 and backward to A and B): this order is the fastest of the four, and the order of the operands
@@ -21,126 +22,20 @@ axes may lie apart.) Everything is plain `dot_general`, so
 forward mode, reverse mode and their compositions work as JAX derives them.
 """
 
-import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.axes import AxisRoles, Label
+from lora_jax.base import product
+from lora_jax.factored import Factored
 from lora_jax.magnitude import rescaled, wide
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _ForMessages:
-    """A path, equal to every other: layers that share a jitted function share its compilation."""
-
-    path: str
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ForMessages)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-@jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass(frozen=True)
-class Factored:
-    """(W + s·AB)·diag(g), unformed. The axes of `base` come in any order, in the roles of `labels`.
-
-    `a` holds the batch axes in the base's order, then r, then the in axes; `b` the batch axes, r,
-    the out axes; `scale` the batch axes. `key`, [batch…] typed PRNG keys, turns dropout on.
-    """
-
-    base: Any
-    a: Any
-    b: Any
-    scale: Any
-    key: Any
-    labels: tuple[Label, ...]
-    dropout: float
-    path: str
-    gain: Any = None
-    shift: Any = None
-    uses: str = "all"  # or "lookup", "product": where a tied table is adapted; see `LoraRule`
-
-    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        children = (self.base, self.a, self.b, self.scale, self.key, self.gain, self.shift)
-        return children, (self.labels, self.dropout, _ForMessages(self.path), self.uses)
-
-    @classmethod
-    def tree_unflatten(cls, static: tuple[Any, ...], children: tuple[Any, ...]) -> "Factored":
-        labels, dropout, name, uses = static
-        base, a, b, scale, key, gain, shift = children
-        return cls(base, a, b, scale, key, labels, dropout, name.path, gain, shift, uses)
-
-    def columns(self) -> dict[str, Any]:
-        """What is laid out as B is, by name: B itself, and the gain and the shift if there are."""
-        found = {name: getattr(self, name) for name in ("b", "gain", "shift")}
-        return {name: array for name, array in found.items() if array is not None}
-
-    def axes(self, label: Label) -> tuple[int, ...]:
-        """The base's axes with this role, in order."""
-        return tuple(axis for axis, role in enumerate(self.labels) if role == label)
-
-    def sizes(self, label: Label) -> tuple[int, ...]:
-        """The sizes of the base's axes with this role."""
-        return tuple(self.base.shape[axis] for axis in self.axes(label))
-
-    def merged(self) -> jax.Array:
-        """(W + s·AB)·diag(g) as one array: in fp32 (or wider), rounded once to W's dtype."""
-        dtype = wide(self.base.dtype)
-        total = self.base.astype(dtype) + self.delta(dtype)
-        if self.gain is not None:
-            total *= self.of_columns(self.gain).astype(dtype)
-        return total.astype(self.base.dtype)
-
-    def of_columns(self, vector: jax.Array) -> jax.Array:
-        """A gain or a shift in the base's layout, with axes of size one where the in axes are."""
-        n = len(self.axes("batch"))
-        order = self.axes("batch") + self.axes("out")
-        vector = lax.squeeze(vector, (n,))
-        vector = lax.transpose(vector, [order.index(axis) for axis in sorted(order)])
-        return lax.expand_dims(vector, self.axes("in"))
-
-    def delta(self, dtype: Any) -> jax.Array:
-        """s·AB in the base's layout."""
-        n = len(self.axes("batch"))
-        batch = tuple(range(n))
-        scale = lax.expand_dims(self.scale.astype(dtype), range(n, self.a.ndim))
-        a = self.a.astype(dtype) * scale
-        ab = lax.dot_general(
-            a,
-            self.b.astype(dtype),
-            (((n,), (n,)), (batch, batch)),
-            precision=lax.Precision.HIGHEST,
-        )  # [batch…, in…, out…]
-        order = self.axes("batch") + self.axes("in") + self.axes("out")
-        return lax.transpose(ab, tuple(order.index(axis) for axis in range(len(order))))
-
-
-def canonical(a: Any, b: Any, n_batch: int) -> tuple[Any, Any]:
-    """Stored factors in the order of the algebra: A [batch…, in…, r], B [batch…, r, out…]."""
-    return jnp.moveaxis(a, n_batch, -1), b
-
-
-def stored(a: Any, b: Any, n_batch: int) -> tuple[Any, Any]:
-    """The inverse of `canonical`."""
-    return jnp.moveaxis(a, -1, n_batch), b
-
-
-def factor_shapes(
-    shape: tuple[int, ...], roles: AxisRoles, rank: int
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """The stored shapes of a, b and scale for a weight of this shape."""
-    batch = roles.sizes(shape, "batch")
-    a = (*batch, rank, *roles.sizes(shape, "in"))
-    b = (*batch, rank, *roles.sizes(shape, "out"))
-    return a, b, batch
+Dims = tuple[tuple[int, ...], tuple[int, ...]]  # axes of x, axes of the weight
 
 
 def dot(
@@ -148,12 +43,12 @@ def dot(
     weight: Factored,
     *,
     for_factors: jax.Array | None = None,
-    contract: tuple[tuple[int, ...], tuple[int, ...]],
-    batch: tuple[tuple[int, ...], tuple[int, ...]],
+    contract: Dims,
+    batch: Dims,
     weight_first: bool = False,
     **params: Any,
 ) -> jax.Array:
-    """`lax.dot_general` of x with an adapted weight, in either order, in factored form.
+    """Returns `lax.dot_general` of x with an adapted weight, in either order, in factored form.
 
     Args:
       x: any array.
@@ -166,73 +61,82 @@ def dot(
 
     xA accumulates in fp32 and is scaled there; A and B are cast to x's dtype.
     """
-    forward = set(contract[1]) == set(weight.axes("in"))
-    if weight.gain is not None and not forward:
-        x = for_factors = x * _of_contracted(weight, x, contract, batch)
-        weight = dataclasses.replace(weight, gain=None)
 
+    def with_base(x: jax.Array) -> jax.Array:
+        """xW, or Wᵀx where the weight comes first."""
+
+        def product_with(w: jax.Array, x: jax.Array) -> jax.Array:
+            if weight_first:
+                return lax.dot_general(w, x, (contract[::-1], batch[::-1]), **params)
+            return lax.dot_general(x, w, (contract, batch), **params)
+
+        return product(product_with, weight.base, x)
+
+    def with_factors(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
+        delta = _delta(x, weight, contract, batch, weight_first, seen.dtype, params)
+        return lax.reshape(delta, seen.shape)
+
+    if not weight.parts:
+        return with_base(x)
+    if set(contract[1]) != set(weight.axes("in")):
+        if weight.gain is not None:
+            x = for_factors = x * _of_contracted(weight, x, contract, batch)
+        weight = weight.replace(gain=None, shift=None)
+    placed = functools.partial(_of_result, weight, batch[1], x.ndim, contract, weight_first)
+    return combined(x, weight, with_base, with_factors, placed, for_factors=for_factors)
+
+
+def combined(
+    x: Any,
+    weight: Factored,
+    with_base: Callable[[Any], jax.Array],
+    with_factors: Callable[[Any, Factored, jax.Array], jax.Array],
+    placed: Callable[[jax.Array], jax.Array],
+    *,
+    for_factors: Any = None,
+) -> jax.Array:
+    """Returns the product of x with all of a weight: the ending that every product has.
+
+    Args:
+      x: what is multiplied.
+      weight: seen by its in axes, so that gain and shift stand over what comes out.
+      with_base: x ↦ xW.
+      with_factors: (x, the weight, xW) ↦ s·(xA)B in the shape and dtype of xW.
+      placed: puts a vector over the columns into the layout of xW.
+      for_factors: x again, as A is to read it; x itself by default.
+    """
     again = x if for_factors is None else for_factors
 
-    def taken(
-        x: jax.Array, again: jax.Array, weight: Factored, seen: jax.Array | None = None
-    ) -> jax.Array:
-        """x(W + s·AB); xW is taken from `seen` where that is given."""
-        if seen is None:
-            seen = _base_product(x, weight, contract, batch, weight_first, params)
-        delta = _delta(again, weight, contract, batch, weight_first, seen.dtype, params)
-        return seen + lax.reshape(delta, seen.shape)
+    def taken(again: Any, weight: Factored, seen: jax.Array) -> jax.Array:
+        return seen + with_factors(dropped(again, weight), weight, seen)
 
-    place = functools.partial(_of_result, weight, batch[1], x.ndim, contract, weight_first)
-
-    def columns_rescaled(x: jax.Array, again: jax.Array, weight: Factored) -> jax.Array:
-        return rescaled(taken(x, again, weight), place(weight.gain))
+    def columns_rescaled(x: Any, again: Any, weight: Factored) -> jax.Array:
+        return rescaled(taken(again, weight, with_base(x)), placed(weight.gain))
 
     if weight.gain is None:
-        result = taken(x, again, weight)
+        result = taken(again, weight, with_base(x))
     elif is_dropped(weight):  # PEFT's: what is dropped is the change that the adapter makes
-        product = _base_product(x, weight, contract, batch, weight_first, params)
-        seen = _base_product(dropped(x, weight), weight, contract, batch, weight_first, params)
-        result = product - seen + rescaled(taken(x, again, weight, seen), place(weight.gain))
+        whole, seen = with_base(x), with_base(dropped(x, weight))
+        result = whole - seen + rescaled(taken(again, weight, seen), placed(weight.gain))
     elif _is_narrow(weight):
         result = jax.checkpoint(columns_rescaled)(x, again, weight)
     else:
         result = columns_rescaled(x, again, weight)
-    if not forward or weight.shift is None:
+    if weight.shift is None:
         return result
-    return result + place(weight.shift).astype(result.dtype)
+    return result + placed(weight.shift).astype(result.dtype)
 
 
 def _is_narrow(weight: Factored) -> bool:
-    """Whether a product costs less to take again than its result to keep, for the gain's gradient.
+    """Returns whether a product costs less to take again than its result to keep, for the gain.
 
     So it is with keys and values of grouped queries, a third as wide as what they are made from.
     """
-    n_in, n_out = (math.prod(weight.base.shape[a] for a in weight.axes(r)) for r in ("in", "out"))
-    return 3 * n_out <= n_in
+    return 3 * math.prod(weight.sizes("out")) <= math.prod(weight.sizes("in"))
 
 
-def _base_product(
-    x: jax.Array,
-    weight: Factored,
-    contract: tuple[tuple[int, ...], tuple[int, ...]],
-    batch: tuple[tuple[int, ...], tuple[int, ...]],
-    weight_first: bool,
-    params: dict[str, Any],
-) -> jax.Array:
-    """xW, or Wᵀx where the weight comes first."""
-    if weight_first:
-        dims = (contract[::-1], batch[::-1])
-        return lax.dot_general(weight.base, x, dims, **params)
-    return lax.dot_general(x, weight.base, (contract, batch), **params)
-
-
-def _of_contracted(
-    weight: Factored,
-    x: jax.Array,
-    contract: tuple[tuple[int, ...], tuple[int, ...]],
-    batch: tuple[tuple[int, ...], tuple[int, ...]],
-) -> jax.Array:
-    """The gain in x's layout and dtype, where its axes are contracted (the mirror image)."""
+def _of_contracted(weight: Factored, x: jax.Array, contract: Dims, batch: Dims) -> jax.Array:
+    """Returns the gain in x's layout and dtype, where the out axes are contracted."""
     gain = weight.of_columns(weight.gain)
     place = dict(zip(contract[1] + batch[1], contract[0] + batch[0], strict=True))
     axes = [axis for axis in range(gain.ndim) if axis in place]
@@ -246,11 +150,11 @@ def _of_result(
     weight: Factored,
     w_batch: tuple[int, ...],
     x_ndim: int,
-    contract: tuple[tuple[int, ...], tuple[int, ...]],
+    contract: Dims,
     weight_first: bool,
     vector: jax.Array,
 ) -> jax.Array:
-    """A gain or a shift in the layout of the product xW."""
+    """Returns a gain or a shift in the layout of the product xW."""
     vector = lax.squeeze(weight.of_columns(vector), contract[1])
     left = [axis for axis in range(len(weight.labels)) if axis not in contract[1]]
     free = [axis for axis in left if axis not in w_batch]
@@ -263,19 +167,17 @@ def _of_result(
 def _delta(
     x: jax.Array,
     weight: Factored,
-    contract: tuple[tuple[int, ...], tuple[int, ...]],
-    batch: tuple[tuple[int, ...], tuple[int, ...]],
+    contract: Dims,
+    batch: Dims,
     weight_first: bool,
     dtype: Any,
     params: dict[str, Any],
 ) -> jax.Array:
-    """s·(xA)B, but for the shape: the axes of x that are free may be flattened to one."""
+    """Returns s·(xA)B, but for the shape: the axes of x that are free may be flattened to one."""
     (x_contract, w_contract), (x_batch, w_batch) = contract, batch
-    forward = set(w_contract) == set(weight.axes("in"))
-    near, far = (weight.a, weight.b) if forward else (weight.b, weight.a)
-    near_axes, far_axes = weight.axes("in"), weight.axes("out")
-    if not forward:
-        near_axes, far_axes = far_axes, near_axes
+    near, far, near_axes, far_axes = weight.a, weight.b, weight.axes("in"), weight.axes("out")
+    if set(w_contract) != set(near_axes):
+        near, far, near_axes, far_axes = far, near, far_axes, near_axes
     stack = weight.axes("batch")
     free_stack = tuple(axis for axis in stack if axis not in w_batch)
     x_free = [axis for axis in range(x.ndim) if axis not in (*x_contract, *x_batch)]
@@ -284,7 +186,7 @@ def _delta(
 
     # z = s·xA   [w_batch…, x_free…, free_stack…, r]
     z = lax.dot_general(
-        dropped(x, weight),
+        x,
         near.astype(x.dtype),
         (
             (x_contract, tuple(rank_axis + 1 + near_axes.index(axis) for axis in w_contract)),
@@ -327,7 +229,7 @@ def _delta(
 
 
 def dropped(x: jax.Array, weight: Factored) -> jax.Array:
-    """x with dropout as A's input, where the weight carries a key."""
+    """Returns x with dropout as A's input, where the weight carries a key."""
     if not is_dropped(weight):
         return x
     key = weight.key.reshape(-1)[0]  # the layers of a stack that x meets at once share one mask
@@ -337,17 +239,17 @@ def dropped(x: jax.Array, weight: Factored) -> jax.Array:
 
 
 def is_dropped(weight: Factored) -> bool:
-    """Whether dropout is on."""
+    """Returns whether dropout is on."""
     return weight.key is not None and weight.dropout > 0
 
 
 def is_sharded(x: jax.Array) -> bool:
-    """Whether x's type says how it is sharded (a mesh with explicit axes)."""
+    """Returns whether x's type says how it is sharded (a mesh with explicit axes)."""
     return any(part is not None for part in jax.typeof(x).sharding.spec)
 
 
 def is_on_mesh() -> bool:
-    """Whether several devices are set (`jax.set_mesh`), so that axes of x may be apart on them."""
+    """Returns whether several devices are set (`jax.set_mesh`): axes of x may be apart on them."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
 
@@ -355,7 +257,7 @@ def is_on_mesh() -> bool:
 def _rank_sharding(
     x: jax.Array, x_batch: tuple[int, ...], x_free: list[int], n_stack: int
 ) -> jax.sharding.NamedSharding:
-    """How z is sharded: as x is, and not at all over the weight's free axes and the rank."""
+    """Returns the sharding of z: x's, and none over the weight's free axes and the rank."""
     sharding = jax.typeof(x).sharding
     parts = [sharding.spec[axis] for axis in (*x_batch, *x_free)]
     spec = jax.sharding.PartitionSpec(*parts, *[None] * (n_stack + 1))

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from lora_jax import init as initialisers
+from lora_jax.parts import AXES, Part
+from lora_jax.variants import BIAS, MAGNITUDE
 
 Targets = str | Sequence[str]
 ALL_LINEAR = "all-linear"
@@ -51,6 +53,7 @@ class LoraRule(_Shown):
       dora: rescale each column of W + s·AB to a trained magnitude (DoRA, arXiv 2402.09353).
       freeze_a: A stays as it was drawn, and x is not kept for its gradient (LoRA-FA,
         arXiv 2308.03303).
+      extras: further parts of your own that train beside A and B; see `lora_jax.variants`.
       bias_on_b: train a bias on B as well: xW + s·((xA)B + c) (PEFT's ``lora_bias``).
       train_bias: train in full the bias that stands beside each selected kernel (PEFT's
         ``bias="lora_only"``).
@@ -74,6 +77,7 @@ class LoraRule(_Shown):
     dora: bool = False
     freeze_a: bool = False
     bias_on_b: bool = False
+    extras: Sequence[Part] = ()
     train_bias: bool = False
     uses: Literal["all", "lookup", "product"] = "all"
     dtype: Any = jnp.float32
@@ -81,7 +85,7 @@ class LoraRule(_Shown):
     out_axes: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        _freeze_sequences(self, "targets", "exclude", "layers", "in_axes", "out_axes")
+        _freeze_sequences(self, "targets", "exclude", "layers", "in_axes", "out_axes", "extras")
         _check_targets(self.targets)
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"rank={self.rank!r}: a rank is an integer of at least 1")
@@ -99,6 +103,15 @@ class LoraRule(_Shown):
             raise ValueError("give both in_axes and out_axes, or neither")
         if self.dora and self.bias_on_b:
             raise ValueError("dora and bias_on_b do not go together: DoRA has no bias on B")
+        names = [part.name for part in self.parts]
+        if taken := [n for n in names if n in AXES or n == "value" or names.count(n) > 1]:
+            raise ValueError(f"extras: a part is called {taken[0]!r}, which is taken: rename it")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What trains beside A and B."""
+        chosen = ((MAGNITUDE, self.dora), (BIAS, self.bias_on_b))
+        return (*(part for part, is_on in chosen if is_on), *self.extras)
 
     @property
     def scale(self) -> float:

@@ -26,9 +26,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lora_jax.base import along
 from lora_jax.lorafy import Tree
-from lora_jax.paths import flatten_with_paths
-from lora_jax.weight import LoraWeight, Node, Trained, is_node
+from lora_jax.parts import RANK
+from lora_jax.weight import LoraWeight, Node, Trained, is_node, leaves_of
 
 Table = Sequence[tuple[str, PartitionSpec]]
 _Axes = tuple[Any, ...]  # an entry for each axis of an array: None, a name, or several
@@ -46,12 +47,14 @@ def shardings(params: Tree, table: Table, mesh: Mesh) -> Tree:
 
     Raises ValueError for a spec with an axis that the mesh lacks, or with more axes than a leaf.
     """
-    leaves, treedef = flatten_with_paths(params, is_leaf=is_node)
+    leaves, treedef = leaves_of(params)
 
     def of(path: str, leaf: Any) -> Any:
         if is_node(leaf):
             return _of_node(path, leaf, table, mesh)
-        return sharding_of(path, leaf.shape, table, mesh) if hasattr(leaf, "shape") else leaf
+        if not hasattr(leaf, "shape"):
+            return leaf
+        return _of_base(leaf, _axes_of(path, leaf.shape, table), mesh)
 
     return treedef.unflatten(of(path, leaf) for path, leaf in leaves)
 
@@ -102,28 +105,25 @@ def fitted(axes: _Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
 
 
 def _of_node(path: str, node: Node, table: Table, mesh: Mesh) -> Node:
-    """A node with shardings in the place of its arrays."""
+    """Returns a node with shardings in the place of its arrays."""
     axes = _axes_of(path, node.shape, table)
     if isinstance(node, Trained):
         return Trained(fitted(axes, node.shape, mesh))
-    if not isinstance(node, LoraWeight):
-        whole = fitted((None, *axes[1:]), node.shape, mesh)  # some of the rows: each has them all
-        value = None if node.value is None else whole
-        base = fitted(axes, node.shape, mesh)
-        return type(node)(base, value, rows=node.rows, is_table=node.is_table)
-    labels = node.roles.labels(node.ndim)
+    base = _of_base(node.base, axes, mesh)
+    if isinstance(node, LoraWeight):
+        arrays = {
+            name: fitted(_picked(axes, node.layout(name)), array.shape, mesh)
+            for name, array in node.arrays.items()
+        }
+        return node.replace(base=base, arrays=arrays)
+    whole = fitted((None, *axes[1:]), node.shape, mesh)  # some of the rows: each has them all
+    return node.replace(base=base, value=None if node.value is None else whole)
 
-    def those(label: str) -> _Axes:
-        return tuple(axis for axis, role in zip(axes, labels, strict=True) if role == label)
 
-    batch, near, far = those("batch"), those("in"), those("out")
-    of_part = {"base": axes, "a": (*batch, None, *near), "b": (*batch, None, *far)}
-    of_part |= {"scale": batch, "magnitude": (*batch, *far), "bias": (*batch, *far)}
+def _of_base(base: Any, axes: _Axes, mesh: Mesh) -> Any:
+    return along(base, lambda array, places: fitted(_picked(axes, places), array.shape, mesh))
 
-    def named(name: str, array: Any) -> Any:
-        return None if array is None else fitted(of_part[name], array.shape, mesh)
 
-    parts = {name: named(name, getattr(node, name)) for name in of_part}
-    if node.start is not None:
-        parts["start"] = tuple(named(n, x) for n, x in zip("ab", node.start, strict=True))
-    return node.replace(**parts)
+def _picked(axes: _Axes, places: Sequence[int]) -> _Axes:
+    """Returns the entries at the places of a weight's axes; None for the rank."""
+    return tuple(None if place == RANK else axes[place] for place in places)

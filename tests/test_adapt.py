@@ -10,7 +10,8 @@ import pytest
 from jax import lax
 
 import lora_jax as lj
-from lora_jax.adapt.layout import reshaped_labels
+from lora_jax.adapt.axis_maps import regrouped
+from lora_jax.adapt.layout import labels_after
 from tests.support import PROGRAMS, assert_close, assert_identical, draw, with_random_factors
 
 RULE = lj.LoraRule(targets=["a"], rank=2, alpha=3.0)
@@ -351,7 +352,7 @@ class TestDropout:
 )
 def test_reshapes_that_keep_roles_apart(shape, labels, new, expected):
     names = {"i": "in", "o": "out", "b": "batch"}
-    result = reshaped_labels(shape, [names[c] for c in labels], new)
+    result = labels_after([names[c] for c in labels], shape, regrouped(shape, new), new)
     assert result == (None if expected is None else [names[c] for c in expected])
 
 

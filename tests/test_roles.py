@@ -8,7 +8,7 @@ from jax import lax
 
 import lora_jax as lj
 from lora_jax.adapt.explain import uses
-from lora_jax.adapt.roles import roles_by_looking
+from lora_jax.adapt.roles import infer_roles
 from lora_jax.paths import flatten_with_paths
 from tests.support import PROGRAMS, LinenModel, assert_close, draw, with_random_factors
 
@@ -17,7 +17,7 @@ X = draw(9, (13, 5))
 
 def looked(fn, shape, *args):
     weight = jax.ShapeDtypeStruct(shape, jnp.float32)
-    roles = roles_by_looking(fn, (weight, *args), {id(weight): "w"})["w"]
+    roles = infer_roles(fn, (weight, *args), {id(weight): "w"})["w"]
     return roles if isinstance(roles, str) else (roles.in_axes, roles.out_axes)
 
 
@@ -83,7 +83,7 @@ def looked(fn, shape, *args):
         ),
     ],
 )
-def test_roles_by_looking(fn, shape, expected):
+def test_infer_roles(fn, shape, expected):
     assert looked(fn, shape, X) == expected
 
 

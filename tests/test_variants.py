@@ -195,7 +195,7 @@ def test_stacks_with_several_ranks():
         lj.LoraRule(targets=["layers"], layers=[2], rank=1, alpha=3.0, init=init.pissa, dora=True),
     ]
     node = lj.lorafy(params, rules)["layers"]["kernel"]
-    taken = node.replace(a=jnp.zeros_like(node.a), magnitude=None, has=()).merged()
+    taken = node.replace(a=jnp.zeros_like(node.a), magnitude=None).merged()
     for layer, rank in enumerate([3, 0, 1]):
         values = jnp.linalg.svd(params["layers"]["kernel"][layer], compute_uv=False)
         left = jnp.linalg.svd(taken[layer], compute_uv=False)
@@ -217,7 +217,7 @@ def test_bias_on_b(program, float64):
         return
     _, tree, x = program.inputs(jnp.float64)
     without = jax.tree.map(
-        lambda n: n.replace(bias=None, has=()) if is_node(n) else n, tree, is_leaf=is_node
+        lambda n: n.replace(bias=None) if is_node(n) else n, tree, is_leaf=is_node
     )
     forward = jax.jit(adapted(program.run))
     ours, theirs = forward(tree, x), forward(without, x)

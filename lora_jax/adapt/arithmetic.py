@@ -14,7 +14,9 @@ from jax import lax
 
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.axes import Label
-from lora_jax.product import Factored
+from lora_jax.base import as_array
+from lora_jax.factored import Factored
+from lora_jax.parts import AXES, NEUTRAL, RANK, Axes, sizes
 
 
 def _mul(_: Interpreter, use: Use) -> list[Any] | None:
@@ -34,9 +36,21 @@ def _div(_: Interpreter, use: Use) -> list[Any] | None:
 
 def _neg(_: Interpreter, use: Use) -> list[Any] | None:
     (weight,) = use.values
-    (base,) = use.bind([weight.base])
-    shift = None if weight.shift is None else -weight.shift
-    return [dataclasses.replace(weight, base=base, scale=-weight.scale, shift=shift)]
+    turned = {name: -weight.parts[name] for name in ("scale", "shift") if name in weight.parts}
+    return [weight.replace(base=_bases(use)[0], **turned)]
+
+
+def _bases(use: Use) -> list[Any]:
+    """Returns the equation's outputs for W alone."""
+    return use.bind([as_array(v.base) if isinstance(v, Factored) else v for v in use.values])
+
+
+# What takes a factor that varies along axes of a role; "batch" for one that varies along no other.
+_SCALED: dict[Label, tuple[str, ...]] = {
+    "in": ("a",),
+    "out": ("b", "shift"),
+    "batch": ("scale", "shift"),
+}
 
 
 def _scaled(use: Use, weight: Factored, factor: Any) -> list[Any] | None:
@@ -50,28 +64,22 @@ def _scaled(use: Use, weight: Factored, factor: Any) -> list[Any] | None:
     long = {label for n, label in zip(shape, weight.labels, strict=True) if n != 1}
     if {"in", "out"} <= long:
         return None
-    (base,) = use.bind([v.base if isinstance(v, Factored) else v for v in use.values])
+    role: Label = next((label for label in ("in", "out") if label in long), "batch")  # type: ignore[misc]
     factor = factor.reshape(shape)
+    changed = {
+        name: weight.parts[name] * _laid_out(factor, weight.layout(name), weight.parts[name].dtype)
+        for name in _SCALED[role]
+        if name in weight.parts
+    }
+    return [weight.replace(base=_bases(use)[0], **changed)]
 
-    def along(array: Any, label: str | None) -> Any:
-        """The factor in the layout of A, B or the scale, times it."""
-        stack = [shape[axis] for axis in weight.axes("batch")]
-        rest = [] if label is None else [1, *(shape[axis] for axis in weight.axes(label))]  # type: ignore[arg-type]
-        roles = ("batch",) if label is None else ("batch", label)
-        axes = [axis for role in roles for axis in weight.axes(role)]  # type: ignore[arg-type]
-        others = [axis for axis in range(len(shape)) if axis not in axes]
-        moved = lax.transpose(factor, [*axes, *others])
-        return array * moved.reshape(*stack, *rest).astype(array.dtype)
 
-    if "in" in long:
-        return [dataclasses.replace(weight, base=base, a=along(weight.a, "in"))]
-    if "out" in long:
-        changed = {name: along(v, "out") for name, v in weight.columns().items() if name != "gain"}
-        return [dataclasses.replace(weight, base=base, **changed)]
-    changed = {"scale": along(weight.scale, None)}
-    if weight.shift is not None:
-        changed["shift"] = along(weight.shift, "out")
-    return [dataclasses.replace(weight, base=base, **changed)]
+def _laid_out(array: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
+    """Returns an array with the weight's axes, those not in `axes` of size one, in that layout."""
+    kept = [axis for axis in axes if axis != RANK]
+    others = [axis for axis in range(array.ndim) if axis not in kept]
+    moved = lax.transpose(array, [*kept, *others])
+    return moved.reshape([1 if axis == RANK else array.shape[axis] for axis in axes]).astype(dtype)
 
 
 def _add(_: Interpreter, use: Use) -> list[Any] | None:
@@ -85,38 +93,26 @@ def _sub(_: Interpreter, use: Use) -> list[Any] | None:
 def _sum(use: Use, sign: int) -> list[Any] | None:
     """W + s·AB + C has the factors of W; of two weights, ranks lie side by side."""
     values = use.values
-    bases = [v.base if isinstance(v, Factored) else v for v in values]
-    (base,) = use.bind(bases)
-    if any(isinstance(v, Factored) and v.base.shape != base.shape for v in values):
-        return None  # the weight itself is stretched
+    shape = use.eqn.outvars[0].aval.shape  # type: ignore[attr-defined]
     weights = [v for v in values if isinstance(v, Factored)]
-    if any(map(_has_more, weights)):
-        return None  # (W + s·AB)·diag(g) + C has no such form
+    if any(w.base.shape != shape or _has_more(w) for w in weights):
+        return None  # the weight itself is stretched, or it is (W + s·AB)·diag(g)
     if sign < 0 and isinstance(values[1], Factored):
-        weights[-1] = dataclasses.replace(weights[-1], scale=-weights[-1].scale)
+        weights[-1] = weights[-1].replace(scale=-weights[-1].scale)
+    (base,) = _bases(use)
     if len(weights) == 1:
-        return [dataclasses.replace(weights[0], base=base)]
-    joined = _side_by_side(weights)
-    return None if joined is None else [dataclasses.replace(joined, base=base)]
-
-
-def _side_by_side(weights: Sequence[Factored]) -> Factored | None:
-    """The sum of weights of one shape, but for the base: [A₁ A₂] and [B₁; B₂], s in A."""
+        return [weights[0].replace(base=base)]
     aligned = _aligned(weights)
     if aligned is None:
         return None
-    weights, first = aligned, aligned[0]
-    rank_axis = len(first.axes("batch"))
-    return dataclasses.replace(
-        first,
-        a=jnp.concatenate([_with_scale(w) for w in weights], axis=rank_axis),
-        b=jnp.concatenate([w.b for w in weights], axis=rank_axis),
-        scale=jnp.ones_like(first.scale),
-    )
+    folded = [_scale_in_a(w) for w in aligned]
+    rank_axis = len(folded[0].axes("batch"))
+    both = {n: jnp.concatenate([w.parts[n] for w in folded], axis=rank_axis) for n in ("a", "b")}
+    return [folded[0].replace(base=base, **both)]
 
 
 def _aligned(values: Sequence[Any]) -> list[Any] | None:
-    """The values with all weights' axes in the same roles; None where they cannot be.
+    """Returns the values with all weights' axes in the same roles; None where they cannot be.
 
     A weight that comes transposed to the others (a tied table) is read as (BᵀAᵀ)ᵀ: the names of
     its factors change, and of their axes.
@@ -135,164 +131,127 @@ def _aligned(values: Sequence[Any]) -> list[Any] | None:
 
 
 def _has_more(weight: Factored) -> bool:
-    """Whether the weight has a gain or a shift beside its factors."""
+    """Returns whether the weight has a gain or a shift beside its factors."""
     return weight.gain is not None or weight.shift is not None
 
 
 def _mirrored(weight: Factored) -> Factored:
     other: dict[Label, Label] = {"in": "out", "out": "in", "batch": "batch"}
-    labels = tuple(other[label] for label in weight.labels)
-    return dataclasses.replace(weight, a=weight.b, b=weight.a, labels=labels)
+    return weight.replace(a=weight.b, b=weight.a, labels=[other[label] for label in weight.labels])
 
 
-def _with_scale(weight: Factored) -> jax.Array:
-    """s·A."""
+def _scale_in_a(weight: Factored) -> Factored:
+    """Returns the weight with s·A for A, and s = 1."""
     n = weight.scale.ndim
     scale = lax.expand_dims(weight.scale, range(n, weight.a.ndim)).astype(weight.a.dtype)
-    return weight.a * scale
+    return weight.replace(a=weight.a * scale, scale=jnp.ones_like(weight.scale))
 
 
 def _concatenate(_: Interpreter, use: Use) -> list[Any] | None:
     """Kernels joined end to end: along an in or out axis, each keeps its own columns of rank."""
-    values = _aligned(use.values)
-    if values is None:
-        return None
-    first = next(v for v in values if isinstance(v, Factored))
-    dimension = use.params["dimension"]
-    weights = [v for v in values if isinstance(v, Factored)]
-    if first.labels[dimension] == "in" and any(map(_has_more, weights)):
-        return None  # each part has a gain of its own for the same columns
-    (base,) = use.bind([v.base if isinstance(v, Factored) else v for v in values])
-    return [_joined(values, first, base, dimension)]
+    return _joined(use, use.values, use.params["dimension"])
 
 
-def _joined(values: Sequence[Any], first: Factored, base: Any, dimension: int) -> Factored:
-    joined = _joined_factors(values, first, base, dimension)
-    role = first.labels[dimension]
-    axis = first.axes(role).index(dimension)
-    axis += 0 if role == "batch" else len(first.axes("batch")) + 1
-    more: dict[str, Any] = {}
-    for name, neutral in (("gain", 1.0), ("shift", 0.0)):
-        given = [getattr(v, name) if isinstance(v, Factored) else None for v in values]
-        like = next((array for array in given if array is not None), None)
-        if like is not None:
-            parts = [
-                _neutral(v, first, neutral, like.dtype) if array is None else array
-                for v, array in zip(values, given, strict=True)
-            ]
-            more[name] = jnp.concatenate(parts, axis=axis)
-    return dataclasses.replace(joined, **more)
-
-
-def _neutral(value: Any, first: Factored, number: float, dtype: Any) -> jax.Array:
-    """A gain or a shift that changes nothing, for one of the parts that are joined."""
-    shape = (value.base if isinstance(value, Factored) else value).shape
-    stack, columns = ([shape[axis] for axis in first.axes(role)] for role in _STACK_AND_COLUMNS)
-    return jnp.full((*stack, 1, *columns), number, dtype)
-
-
-_STACK_AND_COLUMNS: tuple[Label, Label] = ("batch", "out")
-
-
-def _joined_factors(values: Sequence[Any], first: Factored, base: Any, dimension: int) -> Factored:
-    role = first.labels[dimension]
-    place = first.axes(role).index(dimension)
-    rank_axis = len(first.axes("batch"))
-    weights = [v for v in values if isinstance(v, Factored)]
-    if role == "batch":
-        rank = max(w.a.shape[rank_axis] for w in weights)
-        parts = [_stacked(v, first, dimension, rank) for v in values]
-        a, b, scale = (jnp.concatenate(arrays, axis=place) for arrays in zip(*parts, strict=True))
-        key = first.key
-        if key is not None:
-            keys = [_keys(v, first) for v in values]
-            key = jnp.concatenate(keys, axis=place)
-        return dataclasses.replace(first, base=base, a=a, b=b, scale=scale, key=key)
-    # Along the joined axis each weight's long factor stands at its own place, with zeros around;
-    # the other factor, and the ranks, lie side by side.
-    axis = rank_axis + 1 + place
-    long, ends = [], 0
-    for value in values:
-        size = (value.base if isinstance(value, Factored) else value).shape[dimension]
-        if isinstance(value, Factored):
-            factor = _with_scale(value) if role == "in" else value.b
-            widths = [(0, 0)] * factor.ndim
-            widths[axis] = (ends, base.shape[dimension] - ends - size)
-            long.append(jnp.pad(factor, widths))
-        ends += size
-    short = [w.b if role == "in" else _with_scale(w) for w in weights]
-    long_factor = jnp.concatenate(long, axis=rank_axis)
-    short_factor = jnp.concatenate(short, axis=rank_axis)
-    a, b = (long_factor, short_factor) if role == "in" else (short_factor, long_factor)
-    return dataclasses.replace(first, base=base, a=a, b=b, scale=jnp.ones_like(first.scale))
-
-
-def _stacked(value: Any, first: Factored, dimension: int, rank: int) -> tuple[Any, Any, Any]:
-    """(a, b, scale) of one part of a stack, its rank padded; zeros for a plain array."""
-    rank_axis = len(first.axes("batch"))
-    if isinstance(value, Factored):
-
-        def padded(factor: jax.Array) -> jax.Array:
-            widths = [(0, 0)] * factor.ndim
-            widths[rank_axis] = (0, rank - factor.shape[rank_axis])
-            return jnp.pad(factor, widths)
-
-        return padded(value.a), padded(value.b), value.scale
-    stack = [value.shape[axis] for axis in first.axes("batch")]
-    a, b = (
-        jnp.zeros((*stack, rank, *factor.shape[rank_axis + 1 :]), factor.dtype)
-        for factor in (first.a, first.b)
-    )
-    return a, b, jnp.zeros(stack, first.scale.dtype)
-
-
-def _keys(value: Any, first: Factored) -> Any:
-    """The dropout keys of one part of a stack; any keys at all, where it has no adapter."""
-    if isinstance(value, Factored):
-        return value.key
-    stack = [value.shape[axis] for axis in first.axes("batch")]
-    return jnp.broadcast_to(first.key.reshape(-1)[0], stack)
-
-
-def _stack(interpreter: Interpreter, use: Use) -> list[Any] | None:
+def _stack(_: Interpreter, use: Use) -> list[Any] | None:
     """Kernels under a new axis, which is a batch axis."""
     axis = use.params["axis"]
-    aligned = _aligned(use.values)
+
+    def under(value: Any) -> Any:
+        if not isinstance(value, Factored):
+            return jnp.expand_dims(value, axis)
+        labels = (*value.labels[:axis], "batch", *value.labels[axis:])
+        return value.relabelled(jnp.expand_dims(as_array(value.base), axis), labels)
+
+    return _joined(use, [under(value) for value in use.values], axis)
+
+
+def _joined(use: Use, values: Sequence[Any], dimension: int) -> list[Any] | None:
+    """Weights, and plain arrays among them, one after the other along an axis."""
+    aligned = _aligned(values)
     if aligned is None:
         return None
     first = next(v for v in aligned if isinstance(v, Factored))
-    (base,) = use.bind([v.base if isinstance(v, Factored) else v for v in aligned])
-    labels = (*first.labels[:axis], "batch", *first.labels[axis:])
-    n_before = sum(label == "batch" for label in labels[:axis])
-
-    def under(array: Any) -> Any:
-        return None if array is None else jnp.expand_dims(array, n_before)
-
-    values = [
-        dataclasses.replace(
-            v,
-            base=jnp.expand_dims(v.base, axis),
-            a=under(v.a),
-            **{name: under(array) for name, array in v.columns().items()},
-            scale=under(v.scale),
-            key=under(v.key),
-            labels=labels,
-        )
-        if isinstance(v, Factored)
-        else jnp.expand_dims(v, axis)
-        for v in aligned
-    ]
-    first = next(v for v in values if isinstance(v, Factored))
-    return [_joined(values, first, base, axis)]
+    role = first.labels[dimension]
+    weights = [v for v in aligned if isinstance(v, Factored)]
+    if role == "in" and any(map(_has_more, weights)):
+        return None  # each part has a gain of its own for the same columns
+    (base,) = use.bind([as_array(v.base) if isinstance(v, Factored) else v for v in use.values])
+    names = {name for w in weights for name in w.parts}
+    if role == "batch":
+        joined = {name: _end_to_end(name, aligned, first, dimension) for name in names}
+    else:
+        aligned = [_scale_in_a(v) if isinstance(v, Factored) else v for v in aligned]
+        joined = {name: _side_by_side(name, aligned, first, dimension) for name in names}
+    return [dataclasses.replace(first, base=base, parts=joined)]
 
 
-ARITHMETIC_RULES: dict[str, Rule] = {
-    "mul": _mul,
-    "div": _div,
-    "neg": _neg,
-    "add": _add,
-    "add_any": _add,
-    "sub": _sub,
-    "concatenate": _concatenate,
-    "stack": _stack,
-}
+def _end_to_end(name: str, values: Sequence[Any], first: Factored, dimension: int) -> Any:
+    """Returns a part of all values, joined along the axis; ranks are filled up to the largest."""
+    axes = first.layout(name)
+    rank = max(v.rank for v in values if isinstance(v, Factored))
+
+    def part(value: Any) -> Any:
+        if not isinstance(value, Factored) or name not in value.parts:
+            return _neutral(name, value, values, first, rank)
+        array = value.parts[name]
+        if RANK not in axes or value.rank == rank:
+            return array
+        missing = [(0, rank - value.rank) if axis == RANK else (0, 0) for axis in axes]
+        return jnp.pad(array, missing)
+
+    return jnp.concatenate([part(value) for value in values], axis=axes.index(dimension))
+
+
+def _neutral(name: str, value: Any, values: Sequence[Any], first: Factored, rank: int) -> Any:
+    """Returns a part that changes nothing, for a value that lacks it."""
+    like = next(v.parts[name] for v in values if isinstance(v, Factored) and name in v.parts)
+    shape = (value.base if isinstance(value, Factored) else value).shape
+    shape = sizes(AXES[name], shape, first.labels, rank)
+    if name == "key":  # any will do
+        return jnp.broadcast_to(like.reshape(-1)[0], shape)
+    return jnp.full(shape, NEUTRAL.get(name, 0), like.dtype)
+
+
+def _side_by_side(name: str, values: Sequence[Any], first: Factored, dimension: int) -> Any:
+    """Returns a part of values that are joined along an in or an out axis; s is in A.
+
+    Along that axis each weight's long factor stands at its own place, with zeros around; the other
+    factor, and the ranks, lie side by side.
+    """
+    axes = first.layout(name)
+    if dimension not in axes and RANK not in axes:
+        return first.parts[name] if name == "key" else jnp.ones_like(first.parts[name])
+    if RANK not in axes:
+        return _end_to_end(name, values, first, dimension)
+    total = sum(_size(v, dimension) for v in values)
+    arrays, start = [], 0
+    for value in values:
+        size = _size(value, dimension)
+        if isinstance(value, Factored):
+            array = value.parts[name]
+            if dimension in axes:
+                around = (start, total - start - size)
+                array = jnp.pad(array, [around if axis == dimension else (0, 0) for axis in axes])
+            arrays.append(array)
+        start += size
+    return jnp.concatenate(arrays, axis=axes.index(RANK))
+
+
+def _size(value: Any, axis: int) -> int:
+    return (value.base if isinstance(value, Factored) else value).shape[axis]
+
+
+def _of_factors(rule: Rule) -> Rule:
+    """A rule for weights with factors; W alone, where it is no array, is formed."""
+
+    def apply(interpreter: Interpreter, use: Use) -> list[Any] | None:
+        if all(value.parts for value in use.values if isinstance(value, Factored)):
+            return rule(interpreter, use)
+        return None
+
+    return apply
+
+
+_RULES = {"mul": _mul, "div": _div, "neg": _neg, "add": _add, "add_any": _add, "sub": _sub}
+_RULES |= {"concatenate": _concatenate, "stack": _stack}
+ARITHMETIC_RULES: dict[str, Rule] = {name: _of_factors(rule) for name, rule in _RULES.items()}

@@ -1,7 +1,6 @@
 """Rules for control flow: it is entered, with the weights' factors as further operands."""
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +10,10 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use, at_site
-from lora_jax.adapt.layout import relabelled
-from lora_jax.product import Factored
+from lora_jax.adapt.layout import moved
+from lora_jax.base import is_base, movable
+from lora_jax.factored import Factored
+from lora_jax.parts import RANK, Axes
 
 
 def _jit(interpreter: Interpreter, use: Use) -> list[Any]:
@@ -41,14 +42,11 @@ def _jit(interpreter: Interpreter, use: Use) -> list[Any]:
 def _constrained(value: Any, sharding: Any) -> Any:
     if sharding is None or value is None:
         return value
-    if isinstance(value, Factored):
-        base = lax.with_sharding_constraint(value.base, sharding)
-        return _with_base(value, base)
-    return lax.with_sharding_constraint(value, sharding)
-
-
-def _with_base(weight: Factored, base: Any) -> Factored:
-    return relabelled(weight, base, weight.labels)
+    if not isinstance(value, Factored):
+        return lax.with_sharding_constraint(value, sharding)
+    if is_base(value.base):
+        return value
+    return value.replace(base=lax.with_sharding_constraint(value.base, sharding))
 
 
 def _remat(interpreter: Interpreter, use: Use) -> list[Any]:
@@ -106,29 +104,26 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Any]:
     return [*(final[place] for place in range(scan.n_consts, n_fixed)), *ys]
 
 
-def _sliced(value: Any) -> tuple[Any, Any]:
+def _sliced(value: Any) -> tuple[Callable[[Any], Any], Any]:
     """The parts of an operand that a scan slices along axis 0, and how a slice is made of them.
 
-    Of a weight: the base, and each factor that has the axis; the others stay whole.
+    Of a weight: its base, and each part that has the axis; the others stay whole.
     """
     if not isinstance(value, Factored):
         return (lambda part: part), value
-    label, labels = value.labels[0], value.labels[1:]
-    n_batch = len(value.axes("batch"))
-    stacked = {"base": value.base}
-    if label != "out":
-        stacked["a"] = jnp.moveaxis(value.a, n_batch + 1, 0) if label == "in" else value.a
-    if label != "in":
-        for name, array in value.columns().items():
-            stacked[name] = jnp.moveaxis(array, n_batch + 1, 0) if label == "out" else array
-    if label == "batch":
-        stacked["scale"] = value.scale
-        if value.key is not None:
-            stacked["key"] = value.key
-    whole = {"a": value.a, "scale": value.scale, "key": value.key, **value.columns()}
+    stacked: list[Any] = []
 
-    def rebuild(part: dict[str, Any]) -> Factored:
-        return dataclasses.replace(value, **(whole | part), labels=labels)
+    def collect(array: Any, axes: Axes) -> Any:
+        if 0 in axes:
+            stacked.append(jnp.moveaxis(array, axes.index(0), 0))
+        return array
+
+    moved(value, collect, [0])
+
+    def rebuild(slices: list[Any]) -> Factored:
+        left = iter(slices)
+        put = lambda array, axes: next(left) if 0 in axes else array  # noqa: E731
+        return moved(value, put, [0]).replace(labels=value.labels[1:])
 
     return rebuild, stacked
 
@@ -202,6 +197,9 @@ def _shard_map(interpreter: Interpreter, use: Use) -> list[Any]:
     """A's in axes are laid out as the weight's are, B's out axes too, and the rank not at all."""
     there = eqns.shard_map_of(use.eqn)
     body = interpreter.function(there.body)
+    operands = [
+        v.replace(base=movable(v.base)) if isinstance(v, Factored) else v for v in use.values
+    ]
 
     def run(*values: Any) -> list[Any]:
         return [
@@ -211,28 +209,22 @@ def _shard_map(interpreter: Interpreter, use: Use) -> list[Any]:
     return jax.shard_map(
         run,
         mesh=there.mesh,
-        in_specs=tuple(_specs(v, s) for v, s in zip(use.values, there.in_specs, strict=True)),
+        in_specs=tuple(_specs(v, s) for v, s in zip(operands, there.in_specs, strict=True)),
         out_specs=list(there.out_specs),
         axis_names=there.manual_axes,
         check_vma=there.check_vma,
-    )(*use.values)
+    )(*operands)
 
 
 def _specs(value: Any, spec: PartitionSpec) -> Any:
     if not isinstance(value, Factored):
         return spec
-    parts = [*spec, *[None] * (len(value.labels) - len(spec))]
-    stack, rows, columns = (
-        [parts[axis] for axis in value.axes(label)] for label in ("batch", "in", "out")
-    )
-    specs: dict[str, Any] = {
-        "base": spec,
-        "a": PartitionSpec(*stack, None, *rows),
-        "scale": PartitionSpec(*stack),
-        "key": None if value.key is None else PartitionSpec(*stack),
-    }
-    specs |= {name: PartitionSpec(*stack, None, *columns) for name in value.columns()}
-    return dataclasses.replace(value, **specs)
+    names = [*spec, *[None] * (len(value.labels) - len(spec))]
+
+    def of(_: Any, axes: Axes) -> PartitionSpec:
+        return PartitionSpec(*(None if axis == RANK else names[axis] for axis in axes))
+
+    return moved(value, of)
 
 
 CONTROL_RULES: dict[str, Rule] = {

@@ -9,8 +9,7 @@ import jax
 from lora_jax.adapt.interpreter import Interpreter, Record
 from lora_jax.adapt.primitives import RULES
 from lora_jax.adapt.transform import run
-from lora_jax.paths import flatten_with_paths
-from lora_jax.weight import LoraWeight, is_node
+from lora_jax.weight import LoraWeight, leaves_of
 
 
 def uses(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Record]:
@@ -34,8 +33,7 @@ def uses(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Record]:
 
     jax.eval_shape(traced, [leaves[place] for place in arrays])
     for argument in (*args, *kwargs.values()):
-        nodes, _ = flatten_with_paths(argument, is_leaf=is_node)
-        adapted = [path for path, leaf in nodes if isinstance(leaf, LoraWeight)]
+        adapted = [path for path, leaf in leaves_of(argument)[0] if isinstance(leaf, LoraWeight)]
         met = {record.path for record in found}
         found += [
             Record(path, "", "", "unused", "no output depends on it; its adapter will not train")

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn
 
 from lora_jax.adapt import eqns
-from lora_jax.product import Factored, is_on_mesh
+from lora_jax.base import rearranged
+from lora_jax.factored import Factored
+from lora_jax.product import is_on_mesh
 
 Live = tuple[bool, ...]
 
@@ -38,6 +40,11 @@ class Use:
     def bind(self, values: Sequence[Any]) -> list[Any]:
         """The equation, applied to plain arrays."""
         return eqns.bind(self.eqn, values)
+
+    def rearranged(self, weight: Factored) -> Any:
+        """Returns W after the equation, whose one operand is the weight."""
+        out = self.eqn.outvars[0].aval
+        return rearranged(weight.base, self.eqn.primitive, self.params, out)
 
     def for_factors(self, x: Any) -> Any:
         """x as factors are to read it: on a mesh, in traced functions, under a name of its own.
@@ -159,7 +166,7 @@ class Interpreter:
         file, line = eqns.user_line(eqn) if eqn is not None else ("the function's output", 0)
         if self.record is not None:
             why = _WHY.get(primitive, "has no factored form")
-            self.record(Record(weight.path, primitive, f"{file}:{line}", "merged", why))
+            self.record(Record(str(weight.path), primitive, f"{file}:{line}", "merged", why))
             return weight.merged()
         what = f"the weight {weight.path!r} meets {primitive!r} at {file}:{line}"
         if weight.key is not None and weight.dropout:
@@ -181,10 +188,11 @@ class Interpreter:
                 f"{what}, which has no factored form, and a merged weight has no place for a bias "
                 f"on B. {advice}, or set bias_on_b=False in its rule"
             )
+        formed = "W + s·AB" if weight.parts else "W"
         if self.strict:
             raise MergeError(f"{what}, which has no factored form. {advice}")
         warnings.warn_explicit(
-            f"{what}, which has no factored form: W + s·AB is formed there, at the cost of W's "
+            f"{what}, which has no factored form: {formed} is formed there, at the cost of W's "
             f"memory. The result is right. {advice}.",
             MergeWarning,
             file,
@@ -212,7 +220,8 @@ class Interpreter:
                 return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
         if name in _HIDES and any(_is_hidden(v, name) for v in use.values):
             self._note(use, "W alone: the adapter is for other uses of it")
-            return eqns.bind(eqn, [v.base if isinstance(v, Factored) else v for v in values])
+            values = [v.alone() if _is_hidden(v, name) else v for v in values]
+            return self._apply(site, eqn, values, live, twins)
         if name in self.rules:
             outputs = self.rules[name](self, use)
             if outputs is not None and not _cuts_shifted(use.values, outputs):
@@ -229,7 +238,7 @@ class Interpreter:
         for value in use.values:
             if isinstance(value, Factored):
                 name = use.eqn.primitive.name
-                self.record(Record(value.path, name, f"{file}:{line}", "factored", why))
+                self.record(Record(str(value.path), name, f"{file}:{line}", "factored", why))
 
 
 def _cuts_shifted(values: Sequence[Any], outputs: Sequence[Any]) -> bool:
@@ -258,7 +267,7 @@ _HIDES = {
 
 def _is_hidden(value: Any, primitive: str) -> bool:
     """Whether a weight's adapter is not for this kind of use."""
-    return isinstance(value, Factored) and value.uses == _HIDES[primitive]
+    return isinstance(value, Factored) and bool(value.parts) and value.uses == _HIDES[primitive]
 
 
 _WHY = {
@@ -275,7 +284,7 @@ def at_site(value: Any, index: int | jax.Array) -> Any:
     fold = jax.random.fold_in
     for _ in range(value.key.ndim):
         fold = jax.vmap(fold, (0, None))
-    return dataclasses.replace(value, key=fold(value.key, index))
+    return value.replace(key=fold(value.key, index))
 
 
 def _live_equations(jaxpr: Jaxpr, live: Live) -> list[tuple[JaxprEqn, Live, list[Any]]]:

@@ -1,9 +1,8 @@
 """Rules for primitives that multiply by a weight: xW + s·(xA)B in the place of xW."""
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,10 +11,28 @@ from jax import lax
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, RoleError, Rule, Use
-from lora_jax.adapt.layout import relabelled
 from lora_jax.axes import Label
-from lora_jax.magnitude import rescaled, wide
-from lora_jax.product import Factored, dot, dropped, is_dropped
+from lora_jax.base import along, as_array, product
+from lora_jax.factored import Factored
+from lora_jax.magnitude import wide
+from lora_jax.parts import Axes
+from lora_jax.product import combined, dot
+
+
+def _with_base(use: Use, place: int) -> Any:
+    """Returns x ↦ the equation with W alone at a place and x at the first other one."""
+
+    def apply(x: Any) -> jax.Array:
+        others = [v for i, v in enumerate(use.values) if i != place]
+        others[0] = x
+
+        def bind(w: jax.Array, *others: Any) -> jax.Array:
+            (out,) = use.bind([*others[:place], w, *others[place:]])
+            return out
+
+        return product(bind, use.values[place].base, *others)
+
+    return apply
 
 
 def _dot_general(_: Interpreter, use: Use) -> list[Any] | None:
@@ -27,6 +44,8 @@ def _dot_general(_: Interpreter, use: Use) -> list[Any] | None:
     x, weight = (right, left) if weight_first else (left, right)
     if weight_first:
         contract, batch = contract[::-1], batch[::-1]
+    if not weight.parts:
+        return [_with_base(use, 1 - weight_first)(x)]
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return None
     contract = (tuple(contract[0]), tuple(contract[1]))
@@ -74,7 +93,7 @@ def _with_unit_roles(
             labels[axis] = role
         elif size == 1 and (axis in batch or labels[axis] == role):
             labels[axis] = "batch"
-    return weight if tuple(labels) == weight.labels else relabelled(weight, weight.base, labels)
+    return weight if tuple(labels) == weight.labels else weight.relabelled(weight.base, labels)
 
 
 def _check_roles(weight: Factored, contract: Sequence[int], batch: Sequence[int], use: Use) -> None:
@@ -109,52 +128,41 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
     params = use.params
     if isinstance(x, Factored) or params["batch_group_count"] != 1:
         return None
+    if not weight.parts:
+        return [_with_base(use, 1)(x)]
     out_axis, *in_axes = params["dimension_numbers"].rhs_spec
     _check_roles(weight, in_axes, (), use)
     weight = _with_unit_roles(weight, "in", in_axes, ())
     if weight.labels[out_axis] != "out":
         return None  # all axes but one are contracted, and that one is an in axis: a mirror image
-    (product,) = use.bind([x, weight.base])
     groups = params["feature_group_count"]
     kernel = jnp.moveaxis(weight.a, 0, out_axis).astype(x.dtype)  # W's layout, r output features
     kernel = jnp.concatenate([kernel] * groups, axis=out_axis) if groups > 1 else kernel
     how = {name: params[name] for name in _CONVOLUTION if name in params}
-    z = lax.conv_general_dilated(
-        dropped(x, weight),
-        kernel,
-        **how,
-        feature_group_count=groups,
-        preferred_element_type=wide(x.dtype),
-    )
     features = params["dimension_numbers"].out_spec[1]
-    z = (jnp.moveaxis(z, features, -1) * weight.scale.astype(z.dtype)).astype(x.dtype)
-    lead = z.shape[:-1]
-    rank, n_out = weight.b.shape
-    z = z.reshape(math.prod(lead), groups, rank)
-    b = weight.b.astype(x.dtype).reshape(rank, groups, n_out // groups)
-    delta = lax.dot_general(
-        z,
-        b,
-        (((2,), (0,)), ((1,), (1,))),
-        precision=params["precision"],
-        preferred_element_type=product.dtype,
-    )  # [groups, places, out / groups]
-    delta = jnp.moveaxis(jnp.moveaxis(delta, 0, 1).reshape(*lead, n_out), -1, features)
+
+    def with_factors(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
+        z = lax.conv_general_dilated(
+            x, kernel, **how, feature_group_count=groups, preferred_element_type=wide(x.dtype)
+        )
+        z = (jnp.moveaxis(z, features, -1) * weight.scale.astype(z.dtype)).astype(x.dtype)
+        lead, (rank, n_out) = z.shape[:-1], weight.b.shape
+        z = z.reshape(math.prod(lead), groups, rank)
+        b = weight.b.astype(x.dtype).reshape(rank, groups, n_out // groups)
+        delta = lax.dot_general(
+            z,
+            b,
+            (((2,), (0,)), ((1,), (1,))),
+            precision=params["precision"],
+            preferred_element_type=seen.dtype,
+        )  # [groups, places, out / groups]
+        return jnp.moveaxis(jnp.moveaxis(delta, 0, 1).reshape(*lead, n_out), -1, features)
 
     def along_features(vector: jax.Array) -> jax.Array:
-        others = [axis for axis in range(product.ndim) if axis != features]
-        return lax.expand_dims(vector.reshape(n_out), others)
+        out = use.eqn.outvars[0].aval.ndim  # type: ignore[attr-defined]
+        return lax.expand_dims(vector, [axis for axis in range(out) if axis != features])
 
-    if weight.gain is None:
-        result = product + delta
-    elif not is_dropped(weight):
-        result = rescaled(product + delta, along_features(weight.gain))
-    else:
-        (seen,) = use.bind([dropped(x, weight), weight.base])
-        result = product - seen + rescaled(seen + delta, along_features(weight.gain))
-    if weight.shift is not None:
-        result += along_features(weight.shift).astype(result.dtype)
-    return [result]
+    return [combined(x, weight, _with_base(use, 1), with_factors, along_features)]
 
 
 _CONVOLUTION = (
@@ -172,53 +180,48 @@ def _ragged_dot_general(_: Interpreter, use: Use) -> list[Any] | None:
     x, weight, sizes = use.values
     numbers = use.params["ragged_dot_dimension_numbers"]
     ((x_contract, w_contract), batch) = numbers.dot_dimension_numbers
+    if isinstance(x, Factored) or isinstance(sizes, Factored):
+        return None
+    if not weight.parts:
+        return [_with_base(use, 1)(x)]
     if (
-        isinstance(x, Factored)
-        or isinstance(sizes, Factored)
-        or use.params["group_offset"] is not None
+        use.params["group_offset"] is not None
         or any(batch)
         or tuple(numbers.lhs_ragged_dimensions) != (0,)
-        or (x.ndim, weight.base.ndim, tuple(x_contract)) != (2, 3, (1,))
+        or (x.ndim, len(weight.labels), tuple(x_contract)) != (2, 3, (1,))
         or weight.labels[numbers.rhs_group_dimensions[0]] != "batch"
     ):
         return None
     _check_roles(weight, w_contract, (), use)
-    forward = weight.labels[w_contract[0]] == "in"
-    if weight.shift is not None and not forward:
-        return None
+    near, far = weight.a, weight.b  # [groups, r, …] each
 
     def of_each_row(vector: jax.Array) -> jax.Array:
-        """A gain or a shift, [groups, 1, out], for the group that each row belongs to."""
+        """Returns a gain or a shift, [groups, out], for the group that each row belongs to."""
         ends = jnp.cumsum(sizes)
         group = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=ends.dtype), side="right")
-        return jnp.take(lax.squeeze(vector, (1,)), group, axis=0, mode="clip")
+        return jnp.take(vector, group, axis=0, mode="clip")
 
-    if weight.gain is not None and not forward:
-        x = x * of_each_row(weight.gain).astype(x.dtype)
-    (product,) = use.bind([x, weight.base, sizes])
-    near, far = (weight.a, weight.b) if forward else (weight.b, weight.a)  # [groups, r, …] each
-    scaled = (near * weight.scale[:, None, None].astype(near.dtype)).astype(x.dtype)
+    if weight.labels[w_contract[0]] != "in":
+        if weight.shift is not None:
+            return None
+        if weight.gain is not None:
+            x = x * of_each_row(weight.gain).astype(x.dtype)
+        near, far, weight = far, near, weight.replace(gain=None)
     how = {"precision": use.params["precision"]}
-    z = lax.ragged_dot(
-        dropped(x, weight),
-        jnp.swapaxes(scaled, 1, 2),
-        sizes,
-        preferred_element_type=wide(x.dtype),
-        **how,
-    ).astype(x.dtype)
-    delta = lax.ragged_dot(
-        z, far.astype(x.dtype), sizes, preferred_element_type=product.dtype, **how
-    )
-    if not forward or weight.gain is None:
-        result = product + delta
-    elif not is_dropped(weight):
-        result = rescaled(product + delta, of_each_row(weight.gain))
-    else:
-        (seen,) = use.bind([dropped(x, weight), weight.base, sizes])
-        result = product - seen + rescaled(seen + delta, of_each_row(weight.gain))
-    if weight.shift is not None:
-        result += of_each_row(weight.shift).astype(result.dtype)
-    return [result]
+
+    def with_factors(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
+        scaled = (near * weight.scale[:, None, None].astype(near.dtype)).astype(x.dtype)
+        a = jnp.swapaxes(scaled, 1, 2)
+        z = lax.ragged_dot(x, a, sizes, preferred_element_type=wide(x.dtype), **how)
+        return lax.ragged_dot(
+            z.astype(x.dtype),
+            far.astype(x.dtype),
+            sizes,
+            preferred_element_type=seen.dtype,
+            **how,
+        )
+
+    return [combined(x, weight, _with_base(use, 1), with_factors, of_each_row)]
 
 
 def _gather(_: Interpreter, use: Use) -> list[Any] | None:
@@ -253,31 +256,31 @@ def _gather(_: Interpreter, use: Use) -> list[Any] | None:
         stack = _of_stack(weight, axis, indices, offsets, look_up)
         if unit is None:
             return [stack]
-        labels = list(stack.labels)
+        base, labels = jnp.expand_dims(as_array(stack.base), unit), list(stack.labels)
         labels.insert(unit, "batch")
-        return [relabelled(stack, jnp.expand_dims(stack.base, unit), labels)]
+        return [stack.relabelled(base, labels)]
     if weight.labels[axis] != "in" or len(weight.axes("in")) != 1 or weight.axes("batch"):
         return None
-    rows = look_up(weight.base, axis, offsets=offsets)
-    z = look_up(weight.a, 1, fill_value=0)  # [r, …]
-    z = (z * weight.scale.astype(z.dtype)).astype(rows.dtype)
-    delta = lax.dot_general(
-        z,
-        weight.b.astype(rows.dtype),
-        (((0,), (0,)), ((), ())),
-        preferred_element_type=rows.dtype,
-    )  # [places…, out…]
-    places = [axis for axis in range(rows.ndim) if axis not in offsets]
+    places = [a for a in range(len(offsets) + indices.ndim - 1) if a not in offsets]
     order = places + offsets
 
-    def placed(array: jax.Array) -> jax.Array:
-        return lax.transpose(array, [order.index(axis) for axis in range(rows.ndim)])
+    def rows_of_base(_: Any) -> jax.Array:
+        read = lambda array, axes: look_up(array, axes.index(axis), offsets=offsets)  # noqa: E731
+        return as_array(along(weight.base, read, [axis]))
 
-    rows += placed(delta)
-    if weight.gain is not None:
-        rows = rescaled(rows, placed(lax.expand_dims(weight.gain[0], range(len(places)))))
-    if weight.shift is not None:
-        rows += placed(lax.expand_dims(weight.shift[0], range(len(places)))).astype(rows.dtype)
+    def rows_of_factors(_: Any, weight: Factored, rows: jax.Array) -> jax.Array:
+        z = look_up(weight.a, 1, fill_value=0)  # [r, …]
+        z = (z * weight.scale.astype(z.dtype)).astype(rows.dtype)
+        b = weight.b.astype(rows.dtype)
+        how = {"preferred_element_type": rows.dtype}
+        return placed(lax.dot_general(z, b, (((0,), (0,)), ((), ())), **how))  # [places…, out…]
+
+    def placed(array: jax.Array) -> jax.Array:
+        """Of columns alone, or of places and columns."""
+        array = lax.expand_dims(array, range(len(order) - array.ndim))
+        return lax.transpose(array, [order.index(axis) for axis in range(array.ndim)])
+
+    rows = combined(None, weight.replace(key=None), rows_of_base, rows_of_factors, placed)
     return [rows if unit is None else jnp.expand_dims(rows, unit)]
 
 
@@ -312,52 +315,30 @@ def _take(
 
 
 def _of_stack(
-    weight: Factored,
-    axis: int,
-    indices: jax.Array,
-    offsets: Sequence[int],
-    look_up: Callable[..., jax.Array],
+    weight: Factored, axis: int, indices: jax.Array, offsets: Sequence[int], look_up: Any
 ) -> Factored:
     """The weights of some indices of a stack; the places are batch axes."""
-    base = look_up(weight.base, axis, offsets=offsets)
+    base = along(weight.base, lambda w, axes: look_up(w, axes.index(axis), offsets=offsets), [axis])
     others = [a for a in range(len(weight.labels)) if a != axis]
-    source = dict(zip(offsets, others, strict=True))  # the axis of the base for each that is whole
-    labels = tuple(
-        weight.labels[source[place]] if place in source else "batch" for place in range(base.ndim)
-    )
-    stack = weight.axes("batch")
-    place = stack.index(axis)
+    source: dict[int, Any] = dict(zip(offsets, others, strict=True))  # for each that is whole
     n_places = indices.ndim - 1
-    # The factors' stacks: the places first taken where the axis stood, then put in base's order.
-    have = [*stack[:place], *[("place", i) for i in range(n_places)], *stack[place + 1 :]]
-    places = iter(range(n_places))
-    want = [
-        source[a] if a in source else ("place", next(places))
-        for a in range(base.ndim)
-        if labels[a] == "batch"
-    ]
-    order = [have.index(entry) for entry in want]
+    free = [a for a in range(len(offsets) + n_places) if a not in source]
+    source |= {a: ("place", i) for i, a in enumerate(free)}
+    labels = [weight.labels[source[a]] if a in offsets else "batch" for a in sorted(source)]
+    stack = weight.axes("batch")
+    # The stacks of parts: the places first taken where the axis stood, then put in base's order.
+    at = stack.index(axis)
+    have = [*stack[:at], *[("place", i) for i in range(n_places)], *stack[at + 1 :]]
+    order = [have.index(source[a]) for a in sorted(source) if labels[a] == "batch"]
 
-    def taken(array: Any) -> Any:
-        array = look_up(array, place, fill_value=0)
+    def taken(array: Any, axes: Axes) -> Any:
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            array = jnp.take(array, indices[..., 0], axis=at, mode="clip")
+        else:
+            array = look_up(array, axes.index(axis), fill_value=0)
         return lax.transpose(array, [*order, *range(len(order), array.ndim)])
 
-    key = None if weight.key is None else _taken_keys(weight.key, place, indices, order)
-    return dataclasses.replace(
-        weight,
-        base=base,
-        a=taken(weight.a),
-        **{name: taken(array) for name, array in weight.columns().items()},
-        scale=taken(weight.scale),
-        key=key,
-        labels=labels,
-    )
-
-
-def _taken_keys(keys: jax.Array, axis: int, indices: jax.Array, order: Sequence[int]) -> jax.Array:
-    """Dropout keys of some indices of a stack."""
-    taken = jnp.take(keys, indices[..., 0], axis=axis, mode="clip")
-    return lax.transpose(taken, tuple(order))
+    return weight.along(base, taken).replace(labels=labels)
 
 
 PRODUCT_RULES: dict[str, Rule] = {

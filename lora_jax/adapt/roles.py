@@ -13,7 +13,9 @@ import jax
 from jax.extend.core import JaxprEqn
 
 from lora_jax.adapt import eqns
+from lora_jax.adapt.axis_maps import axis_map
 from lora_jax.axes import AxisRoles
+from lora_jax.base import is_abstract, is_base, stand_in
 
 Axes = frozenset[int]
 NONE: Axes = frozenset()
@@ -45,7 +47,7 @@ class Contraction:
         return f"{self.primitive} {verb} {sorted(self.contracted)} at {self.place}"
 
 
-def roles_by_looking(
+def infer_roles(
     fn: Callable[..., Any], args: Sequence[Any], paths: Mapping[int, str]
 ) -> dict[str, AxisRoles | str]:
     """The roles of the leaves of `args` whose identities are the keys of `paths`.
@@ -60,8 +62,8 @@ def roles_by_looking(
       are none.
     """
     treedef: Any
-    leaves, treedef = jax.tree.flatten(tuple(args))
-    arrays = [place for place, leaf in enumerate(leaves) if id(leaf) in paths]
+    leaves, treedef = jax.tree.flatten(tuple(args), is_leaf=is_base)
+    arrays = [i for i, leaf in enumerate(leaves) if id(leaf) in paths or is_abstract(leaf)]
 
     def traced(*values: Any) -> list[Any]:
         given = dict(zip(arrays, values, strict=True))
@@ -69,9 +71,7 @@ def roles_by_looking(
         out = jax.tree.leaves(fn(*treedef.unflatten(every)))
         return [leaf for leaf in out if isinstance(leaf, jax.core.Tracer)]
 
-    other = [place for place, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)]
-    arrays = sorted({*arrays, *other})
-    jaxpr = jax.make_jaxpr(traced)(*(leaves[place] for place in arrays))
+    jaxpr = jax.make_jaxpr(traced)(*(stand_in(leaves[place]) for place in arrays))
     seen: list[Seen] = []
     for place in arrays:
         path = paths.get(id(leaves[place]))
@@ -236,18 +236,9 @@ def _same_rank(_: JaxprEqn, axes: tuple[Axes, ...], shape: Shape, out: Shape) ->
     return axes if len(shape) == len(out) else None
 
 
-def _transpose(eqn: JaxprEqn, axes: tuple[Axes, ...], *_: Shape) -> tuple[Axes, ...]:
-    return tuple(axes[axis] for axis in eqn.params["permutation"])
-
-
-def _squeeze(eqn: JaxprEqn, axes: tuple[Axes, ...], *_: Shape) -> tuple[Axes, ...]:
-    gone = {axis % len(axes) for axis in eqn.params["dimensions"]}
-    return tuple(held for axis, held in enumerate(axes) if axis not in gone)
-
-
-def _broadcast(eqn: JaxprEqn, axes: tuple[Axes, ...], _: Shape, out: Shape) -> tuple[Axes, ...]:
-    source = {target: axis for axis, target in enumerate(eqn.params["broadcast_dimensions"])}
-    return tuple(axes[source[axis]] if axis in source else NONE for axis in range(len(out)))
+def _rearranged(eqn: JaxprEqn, axes: tuple[Axes, ...], *_: Shape) -> tuple[Axes, ...] | None:
+    places = axis_map(eqn)
+    return None if places is None else tuple(_union(axes, held) for held in places)
 
 
 def _stack(eqn: JaxprEqn, axes: tuple[Axes, ...], *_: Shape) -> tuple[Axes, ...]:
@@ -281,39 +272,10 @@ def _indexed(eqn: JaxprEqn) -> list[int]:
     ]
 
 
-def _reshape(
-    eqn: JaxprEqn, axes: tuple[Axes, ...], shape: Shape, out: Shape
-) -> tuple[Axes, ...] | None:
-    """Axes that are merged hold what each held; of one that is split, each part holds it."""
-    if eqn.params.get("dimensions") is not None or 0 in shape:
-        return None
-    old = [(n, held) for n, held in zip(shape, axes, strict=True) if n != 1]
-    targets = [axis for axis, size in enumerate(out) if size != 1]
-    result = [NONE] * len(out)
-    while old:
-        (covered, held), *old = old
-        axis, *targets = targets
-        filled, group = out[axis], [axis]
-        while covered != filled:
-            if covered < filled:
-                (size, more), *old = old
-                covered, held = covered * size, held | more
-            else:
-                axis, *targets = targets
-                filled *= out[axis]
-                group.append(axis)
-        for axis in group:
-            result[axis] = held
-    return tuple(result)
-
-
 _MOVES: dict[str, Move] = {
-    "transpose": _transpose,
-    "squeeze": _squeeze,
-    "broadcast_in_dim": _broadcast,
-    "reshape": _reshape,
     "stack": _stack,
     "gather": _gathered,
+    **dict.fromkeys(("transpose", "squeeze", "broadcast_in_dim", "reshape"), _rearranged),
     **dict.fromkeys(
         ("slice", "dynamic_slice", "split", "concatenate", "pad", "rev", "all_gather"), _same_rank
     ),

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter
 from lora_jax.adapt.primitives import RULES
+from lora_jax.base import is_base, stand_in
+from lora_jax.factored import Factored
 from lora_jax.paths import fold_in_path, path_string
-from lora_jax.product import Factored
-from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_node
+from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_leaf, is_node
 
 
 def adapt(
@@ -40,7 +41,7 @@ def adapt(
         `jax.custom_vjp` or `jax.custom_jvp` (a Pallas kernel with its derivative, say), which are
         merged at their boundary otherwise. A rule is called as ``rule(*operands, **params)``
         with the equation's operands and parameters, an adapted weight as a
-        `lora_jax.product.Factored`, and returns the output or the list of outputs.
+        `lora_jax.factored.Factored`, and returns the output or the list of outputs.
 
     Returns:
       ``forward(*args, dropout_key=None, **kwargs)``. A PRNG key as `dropout_key` turns on the
@@ -70,15 +71,15 @@ def run(
 ) -> Any:
     """``fn(*args, **kwargs)``, with the adapted weights among the arguments in factored form."""
     treedef: Any
-    keyed, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_node)
-    if not any(is_node(leaf) for _, leaf in keyed):
+    keyed, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_leaf)
+    if not any(is_leaf(leaf) for _, leaf in keyed):
         raise TypeError(
             f"adapt({getattr(fn, '__name__', fn)}): no argument holds an adapted tree, so "
             "there is no adapter to run. Pass the tree that lorafy, join or load_adapter "
             "returned as an argument; one that the function closes over is not seen"
         )
     leaves: list[Any] = []
-    nodes: dict[int, LoraWeight | TrainedRows] = {}
+    nodes: dict[int, Any] = {}
     weights: list[Factored] = []
     for place, (key_path, leaf) in enumerate(keyed):
         path = path_string(key_path[2:])  # without ([args or kwargs], [which of them])
@@ -86,6 +87,10 @@ def run(
         if _is_factored(leaf):
             nodes[place] = leaf
             weights.append(leaf.factored(path, _weight_key(leaf, path, dropout_key)))
+        elif is_base(leaves[-1]):
+            nodes[place] = leaf
+            labels = ("batch",) * len(leaf.shape)
+            weights.append(Factored(leaves[-1], {}, labels, path=path))
     if not weights:
         args, kwargs = treedef.unflatten(leaves)
         return fn(*args, **kwargs)
@@ -97,7 +102,7 @@ def run(
         args, kwargs = treedef.unflatten(values)
         return outputs.take(fn(*args, **kwargs))
 
-    jaxpr = jax.make_jaxpr(traced)(*(weight.base for weight in weights))
+    jaxpr = jax.make_jaxpr(traced)(*(stand_in(weight.base) for weight in weights))
     values = interpreter.evaluate(jaxpr, weights)
     inner, _ = eqns.opened(jaxpr)
     untouched: dict[Any, Any] = dict(zip(inner.invars, nodes.values(), strict=True))

@@ -1,0 +1,67 @@
+"""Where the axes of an array go in operations that only re-arrange it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jax.extend.core import JaxprEqn
+
+Shape = Sequence[int]
+# For each axis of the result, the axes of the operand that it holds: several where they are merged,
+# none where the axis is new. An axis that is split is held by each of its parts.
+AxisMap = tuple[tuple[int, ...], ...]
+
+
+def axis_map(eqn: JaxprEqn) -> AxisMap | None:
+    """Returns where the axes of an equation's first operand go; None where that is not told."""
+    if eqn.primitive.name not in _MAPS:
+        return None
+    shape, out = (atom.aval.shape for atom in (eqn.invars[0], eqn.outvars[0]))  # type: ignore[attr-defined]
+    return _MAPS[eqn.primitive.name](eqn.params, shape, out)
+
+
+def _transpose(params: dict[str, Any], *_: Shape) -> AxisMap:
+    return tuple((axis,) for axis in params["permutation"])
+
+
+def _squeeze(params: dict[str, Any], shape: Shape, _: Shape) -> AxisMap:
+    gone = {axis % len(shape) for axis in params["dimensions"]}
+    return tuple((axis,) for axis in range(len(shape)) if axis not in gone)
+
+
+def _broadcast_in_dim(params: dict[str, Any], _: Shape, out: Shape) -> AxisMap:
+    source = {target: (axis,) for axis, target in enumerate(params["broadcast_dimensions"])}
+    return tuple(source.get(axis, ()) for axis in range(len(out)))
+
+
+def _reshape(params: dict[str, Any], shape: Shape, out: Shape) -> AxisMap | None:
+    return None if params.get("dimensions") is not None else regrouped(shape, out)
+
+
+def regrouped(shape: Shape, out: Shape) -> AxisMap | None:
+    """Returns the map of a reshape. Axes of size one hold nothing; None for an empty array."""
+    if 0 in shape:
+        return None
+    old = [axis for axis, size in enumerate(shape) if size != 1]
+    targets = [axis for axis, size in enumerate(out) if size != 1]
+    result: list[tuple[int, ...]] = [()] * len(out)
+    while old:
+        held, group = [old.pop(0)], [targets.pop(0)]
+        covered, filled = shape[held[0]], out[group[0]]
+        while covered != filled:  # take from the side that is behind
+            if covered < filled:
+                held.append(old.pop(0))
+                covered *= shape[held[-1]]
+            else:
+                group.append(targets.pop(0))
+                filled *= out[group[-1]]
+        for axis in group:
+            result[axis] = tuple(held)
+    return tuple(result)
+
+
+_MAPS: dict[str, Callable[[dict[str, Any], Shape, Shape], AxisMap | None]] = {
+    "transpose": _transpose,
+    "squeeze": _squeeze,
+    "broadcast_in_dim": _broadcast_in_dim,
+    "reshape": _reshape,
+}

@@ -1,0 +1,162 @@
+"""What stands for W in an adapted weight: an array, or a `Base`, which stores W otherwise.
+
+This file alone asks which of the two it has. All others see a base through its shape and dtype and
+through the functions below. A base that is no array (codes and scales, say) is one leaf of a tree:
+`lorafy` puts factors beside it as beside an array, `adapt` runs functions on it, and what it stands
+for is formed where it is used, never kept for the backward pass.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol
+
+import jax
+
+from lora_jax.parts import Axes
+
+# move(array, axes) returns the array after a move; axes: the weight's axis for each of its axes.
+Move = Callable[[Any, Axes], Any]
+
+
+class Base(Protocol):
+    """A weight that is stored otherwise than as an array.
+
+    An implementation is a pytree (`jax.tree_util.register_dataclass`), whose leaves are its arrays.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of W."""
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of W."""
+
+    def as_array(self) -> jax.Array:
+        """Returns W."""
+
+    def along(self, move: Move, touched: frozenset[int]) -> "Base | None":
+        """Returns the base with ``move(array, axes)`` in place of each of its arrays.
+
+        A move cuts, indexes or places axes one by one, alike in all arrays.
+
+        Args:
+          move: called with an array and, for each of its axes, the axis of W that it holds, or -1
+            where it holds that in another size (one scale for all, one for a block).
+          touched: the axes of W that the move changes, which every array must hold in full. An
+            array that is the same all along such an axis is stretched for it.
+
+        Returns None where an array cannot be moved so: W is then formed as an array.
+        """
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["source"],
+    meta_fields=["moves", "dtype", "rearranged"],
+)
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """A base after operations that re-arranged or cast it: they are repeated on what it forms.
+
+    Attributes:
+      source: the base before them.
+      moves: each a primitive with its parameters.
+      dtype: of the result.
+      rearranged: the shape of the result; None where all moves go element by element.
+    """
+
+    source: Any
+    moves: tuple[tuple[Any, tuple[tuple[str, Hashable], ...]], ...]
+    dtype: Any
+    rearranged: tuple[int, ...] | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape if self.rearranged is None else self.rearranged
+
+    def as_array(self) -> jax.Array:
+        array = as_array(self.source)
+        for primitive, params in self.moves:
+            array = _bound(primitive, dict(params), array)
+        return array
+
+    def along(self, move: Move, touched: frozenset[int]) -> Any:
+        if self.rearranged is not None:
+            return None
+        source = self.source.along(move, touched)
+        return None if source is None else dataclasses.replace(self, source=source)
+
+
+def is_base(value: Any) -> bool:
+    """Returns whether a value stands for a weight and is no array."""
+    kind = type(value)
+    return hasattr(kind, "as_array") and hasattr(kind, "along")
+
+
+def as_array(base: Any) -> Any:
+    """Returns W as an array, of its own dtype."""
+    return base.as_array() if is_base(base) else base
+
+
+def stand_in(base: Any) -> Any:
+    """Returns what a function is traced with in the place of W."""
+    return jax.eval_shape(as_array, base) if is_base(base) else base
+
+
+def is_abstract(base: Any) -> bool:
+    """Returns whether a base has shapes only (`jax.ShapeDtypeStruct`)."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(base))
+
+
+def product(fn: Callable[..., Any], base: Any, *operands: Any) -> Any:
+    """Returns ``fn(W, *operands)``: a product with W, in either orientation.
+
+    Of a base that is no array, the backward pass forms W again rather than keep it.
+    """
+    if not is_base(base):
+        return fn(base, *operands)
+    return jax.checkpoint(lambda base, *operands: fn(as_array(base), *operands))(base, *operands)
+
+
+def rearranged(base: Any, primitive: Any, params: dict[str, Any], out: Any) -> Any:
+    """Returns the base after an equation whose one operand it is.
+
+    Args:
+      primitive, params: the equation's.
+      out: its output's type.
+    """
+    if not is_base(base):
+        return _bound(primitive, params, base)
+    view = base if isinstance(base, _View) else _View(base, (), base.dtype, None)
+    move = (primitive, tuple(sorted(params.items())))
+    try:
+        hash(move)
+    except TypeError:
+        return _bound(primitive, params, as_array(base))
+    cast = view.rearranged is None and primitive.name == "convert_element_type"
+    shape = None if cast else tuple(out.shape)
+    return _View(view.source, (*view.moves, move), out.dtype, shape)
+
+
+def along(base: Any, move: Move, touched: Sequence[int] = ()) -> Any:
+    """Returns the base after a move of each of the axes `touched` on its own; see `Base.along`."""
+    if is_base(base):
+        moved = base.along(move, frozenset(touched))
+        if moved is not None:
+            return moved
+        base = as_array(base)
+    return move(base, tuple(range(len(base.shape))))
+
+
+def movable(base: Any) -> Any:
+    """Returns a base whose arrays `along` can place, formed as an array where need be."""
+    if is_base(base) and base.along(lambda array, _: array, frozenset()) is None:
+        return as_array(base)
+    return base
+
+
+def _bound(primitive: Any, params: dict[str, Any], array: Any) -> Any:
+    out = primitive.bind(array, **primitive.get_bind_params(params))
+    return out[0] if primitive.multiple_results else out

@@ -1,0 +1,163 @@
+"""A weight with its factors, unformed: what `adapt` carries through a function."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.axes import AxisRoles, Label
+from lora_jax.base import as_array, is_base
+from lora_jax.magnitude import wide
+from lora_jax.parts import AXES, Axes, layout, sizes
+
+
+class _ForMessages(str):
+    """A path, equal to every other: layers that share a jitted function share its compilation."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ForMessages)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["base", "parts"],
+    meta_fields=["labels", "dropout", "path", "uses"],
+)
+@dataclasses.dataclass(frozen=True)
+class Factored:
+    """(W + s·AB)·diag(g), unformed. The axes of `base` come in any order, in the roles of `labels`.
+
+    Attributes:
+      base: W; see `lora_jax.base`.
+      parts: the arrays beside it by name, laid out as `lora_jax.parts.AXES` says: a, b, scale, and
+        where there are, key (typed PRNG keys, which turn dropout on), gain and shift. Without any,
+        the weight is W alone.
+      labels: the role of each axis of `base`.
+      dropout: probability of zeroing an element of A's input.
+      path: of the weight, for messages.
+      uses: "all", or "lookup" or "product": where a tied table is adapted; see `LoraRule`.
+    """
+
+    base: Any
+    parts: dict[str, Any]
+    labels: tuple[Label, ...]
+    dropout: float = 0.0
+    path: str = ""
+    uses: str = "all"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", _ForMessages(self.path))
+
+    a = property(lambda self: self.parts["a"])
+    b = property(lambda self: self.parts["b"])
+    scale = property(lambda self: self.parts["scale"])
+    key = property(lambda self: self.parts.get("key"))
+    gain = property(lambda self: self.parts.get("gain"))
+    shift = property(lambda self: self.parts.get("shift"))
+
+    def replace(self, base: Any = None, labels: Any = None, **parts: Any) -> "Factored":
+        """Returns the weight with another base, other labels or parts; None takes a part away."""
+        both = {name: array for name, array in {**self.parts, **parts}.items() if array is not None}
+        return dataclasses.replace(
+            self,
+            base=self.base if base is None else base,
+            labels=self.labels if labels is None else tuple(labels),
+            parts=both,
+        )
+
+    def alone(self) -> Any:
+        """Returns W without the adapter: an array, or a weight without parts."""
+        return dataclasses.replace(self, parts={}) if is_base(self.base) else self.base
+
+    def axes(self, label: Label) -> Axes:
+        """Returns the base's axes with this role, in order."""
+        return layout((label,), self.labels)
+
+    def sizes(self, label: Label) -> tuple[int, ...]:
+        """Returns the sizes of the base's axes with this role."""
+        return tuple(self.base.shape[axis] for axis in self.axes(label))
+
+    @property
+    def rank(self) -> int:
+        """r, as the factors are stored."""
+        return self.a.shape[len(self.axes("batch"))]
+
+    def layout(self, name: str) -> Axes:
+        """Returns the base's axis for each axis of a part; see `lora_jax.parts.layout`."""
+        return layout(AXES[name], self.labels)
+
+    def shape_of(self, name: str, shape: Any, labels: Any) -> tuple[int, ...]:
+        """Returns the shape of a part for a base of another shape, with other labels."""
+        return sizes(AXES[name], shape, labels, self.rank)
+
+    def along(self, base: Any, move: Callable[[Any, Axes], Any]) -> "Factored":
+        """Returns the weight on another base, with ``move(array, layout)`` for each part."""
+        parts = {name: move(array, self.layout(name)) for name, array in self.parts.items()}
+        return dataclasses.replace(self, base=base, parts=parts)
+
+    def relabelled(self, base: Any, labels: Any, narrow: Any = None) -> "Factored":
+        """Returns the weight on a base of another shape whose axes keep the order in each role.
+
+        Args:
+          base: the new base.
+          labels: of its axes.
+          narrow: its shape before axes of size one were stretched.
+        """
+        if not self.parts:
+            return dataclasses.replace(self, base=base, labels=tuple(labels))
+        before = base.shape if narrow is None else narrow
+
+        def moved(name: str, array: Any) -> Any:
+            array = array.reshape(self.shape_of(name, before, labels))
+            return jnp.broadcast_to(array, self.shape_of(name, base.shape, labels))
+
+        parts = {name: moved(name, array) for name, array in self.parts.items()}
+        return dataclasses.replace(self, base=base, parts=parts, labels=tuple(labels))
+
+    def merged(self) -> jax.Array:
+        """Returns (W + s·AB)·diag(g): in fp32 (or wider), rounded once to W's dtype."""
+        base = as_array(self.base)
+        if not self.parts:
+            return base
+        dtype = wide(base.dtype)
+        total = base.astype(dtype) + self.delta(dtype)
+        if self.gain is not None:
+            total *= self.of_columns(self.gain).astype(dtype)
+        return total.astype(base.dtype)
+
+    def of_columns(self, vector: jax.Array) -> jax.Array:
+        """Returns a gain or a shift in the base's layout, of size one where the in axes are."""
+        order = self.layout("gain")
+        vector = lax.transpose(vector, [order.index(axis) for axis in sorted(order)])
+        return lax.expand_dims(vector, self.axes("in"))
+
+    def delta(self, dtype: Any) -> jax.Array:
+        """Returns s·AB in the base's layout."""
+        n = len(self.axes("batch"))
+        batch = tuple(range(n))
+        scale = lax.expand_dims(self.scale.astype(dtype), range(n, self.a.ndim))
+        a = self.a.astype(dtype) * scale
+        ab = lax.dot_general(
+            a,
+            self.b.astype(dtype),
+            (((n,), (n,)), (batch, batch)),
+            precision=lax.Precision.HIGHEST,
+        )  # [batch…, in…, out…]
+        order = self.axes("batch") + self.axes("in") + self.axes("out")
+        return lax.transpose(ab, tuple(order.index(axis) for axis in range(len(order))))
+
+
+def factor_shapes(shape: tuple[int, ...], roles: AxisRoles, rank: int) -> tuple[Axes, Axes, Axes]:
+    """Returns the stored shapes of a, b and scale for a weight of this shape."""
+    labels = roles.labels(len(shape))
+    a, b, scale = (sizes(AXES[name], shape, labels, rank) for name in ("a", "b", "scale"))
+    return a, b, scale

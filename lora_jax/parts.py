@@ -1,0 +1,102 @@
+"""The arrays of an adapted weight, and the roles of their axes: the one table of their layout.
+
+Everything that moves, slices, shards, joins or saves the arrays of a weight reads their axes here.
+A variant of LoRA adds a `Part`: the axes of one more array, its first value, and what it does.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax.numpy as jnp
+
+from lora_jax.axes import Label
+
+if TYPE_CHECKING:
+    from lora_jax.product import Factored
+    from lora_jax.weight import LoraWeight
+
+Role = Label | Literal["rank"]
+Axes = tuple[int, ...]
+RANK = -1  # in the place of a weight's axis: the axis of an array that the weight lacks
+
+# Batch axes come first, in the order that the weight has them in, then the rank, then the in axes
+# or the out axes. A is stored transposed: see `lora_jax.product`.
+AXES: dict[str, tuple[Role, ...]] = {
+    "a": ("batch", "rank", "in"),
+    "b": ("batch", "rank", "out"),
+    "start_a": ("batch", "rank", "in"),
+    "start_b": ("batch", "rank", "out"),
+    "scale": ("batch",),
+    "key": ("batch",),  # of dropout
+    "gain": ("batch", "out"),
+    "shift": ("batch", "out"),
+}
+# What an array holds for a weight that lacks it, where weights are joined; of others, zeros.
+NEUTRAL = {"gain": 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One more trained array of an adapted weight: what a variant of LoRA adds to A and B.
+
+    Attributes:
+      name: how the adapter's dictionary and its file call the array.
+      axes: the roles of its axes: "batch", then "rank", then "in" or "out".
+      init: returns its first value, of the weight's shape for those axes, of the weight without it.
+      apply: returns the weight as products see it, given that weight without the part, the node
+        that holds the part, and its array.
+    """
+
+    name: str
+    axes: tuple[Role, ...]
+    init: Callable[["LoraWeight"], Any]
+    apply: Callable[["Factored", "LoraWeight", Any], "Factored"]
+
+
+def layout(axes: Sequence[Role], labels: Sequence[Label]) -> Axes:
+    """Returns the weight's axis for each axis of an array, RANK for the rank.
+
+    Args:
+      axes: the roles of the array's axes, as in `AXES`.
+      labels: the role of each axis of the weight.
+    """
+    places: dict[Role, Axes] = {"rank": (RANK,)}
+    for role in ("batch", "in", "out"):
+        places[role] = tuple(axis for axis, label in enumerate(labels) if label == role)
+    return tuple(axis for role in axes for axis in places[role])
+
+
+def sizes(axes: Sequence[Role], shape: Sequence[int], labels: Sequence[Label], rank: int) -> Axes:
+    """Returns the shape of an array of a weight of this shape and rank; see `layout`."""
+    return tuple(rank if axis == RANK else shape[axis] for axis in layout(axes, labels))
+
+
+def rank_axis(axes: Sequence[Role], labels: Sequence[Label]) -> int | None:
+    """Returns the axis of an array that holds the rank; None where it has none."""
+    return layout(axes, labels).index(RANK) if "rank" in axes else None
+
+
+def unpadded(array: Any, ranks: Sequence[int], axis: int) -> Any:
+    """Returns the layers of a stack one after the other along the rank, without padding.
+
+    Args:
+      array: [layers, …, rank, …].
+      ranks: of each layer.
+      axis: of the rank.
+    """
+    at = (slice(None),) * (axis - 1)
+    return jnp.concatenate([array[i][(*at, slice(r))] for i, r in enumerate(ranks)], axis - 1)
+
+
+def padded(array: Any, ranks: Sequence[int], axis: int) -> Any:
+    """Returns the inverse of `unpadded`: each layer's rank is filled up with zeros."""
+    layers, start = [], 0
+    for rank in ranks:
+        at = (slice(None),) * (axis - 1)
+        layer = array[(*at, slice(start, start + rank))]
+        widths = [(0, 0)] * layer.ndim
+        widths[axis - 1] = (0, max(ranks) - rank)
+        layers.append(jnp.pad(layer, widths))
+        start += rank
+    return jnp.stack(layers)

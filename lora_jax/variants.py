@@ -1,0 +1,51 @@
+"""Variants of LoRA that add a part to A and B: DoRA's magnitude, a bias on B.
+
+To add one, write a `lora_jax.parts.Part` and give it to a rule, ``LoraRule(extras=[part], …)``.
+This one trains a factor for each column of rank, s·A·diag(d)·B:
+
+    def with_core(weight, node, d):                       # d [batch…, r]
+        return weight.replace(a=weight.a * jnp.expand_dims(d, range(d.ndim, weight.a.ndim)))
+
+    CORE = Part("core", ("batch", "rank"), lambda node: jnp.ones(node.shape_of("core")), with_core)
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.base import as_array
+from lora_jax.factored import Factored
+from lora_jax.magnitude import column_norms
+from lora_jax.parts import Part
+from lora_jax.weight import LoraWeight
+
+
+def _norms(node: LoraWeight, a: Any, b: Any) -> jax.Array:
+    """‖W + s·AB‖ of each column, [batch…, out…]."""
+    return column_norms(as_array(node.base), a, b, node.scale, node.labels)
+
+
+def _first_magnitude(node: LoraWeight) -> jax.Array:
+    """‖W‖, or ‖W + s·AB‖ where the factors start elsewhere than at 0 and are not taken out of W."""
+    a = node.a if node.start is None else jnp.zeros_like(node.a)
+    return _norms(node, a, node.b)
+
+
+def _rescaled(weight: Factored, node: LoraWeight, magnitude: Any) -> Factored:
+    norms = jax.lax.stop_gradient(_norms(node, weight.a, weight.b))
+    return weight.replace(gain=node.where_adapted(magnitude / norms, 1))
+
+
+def _shifted(weight: Factored, node: LoraWeight, bias: Any) -> Factored:
+    scale = jnp.expand_dims(weight.scale, range(node.n_batch, bias.ndim)).astype(bias.dtype)
+    return weight.replace(shift=scale * bias)
+
+
+# DoRA (Liu et al., arXiv 2402.09353): (W + s·AB)·diag(m / ‖W + s·AB‖), the norms held constant.
+MAGNITUDE = Part("magnitude", ("batch", "out"), _first_magnitude, _rescaled)
+# A bias on B (PEFT's ``lora_bias``): xW + s·((xA)B + c).
+BIAS = Part(
+    "bias", ("batch", "out"), lambda node: jnp.zeros(node.shape_of("bias"), node.b.dtype), _shifted
+)
+PARTS = {part.name: part for part in (MAGNITUDE, BIAS)}
