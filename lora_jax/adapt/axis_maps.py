@@ -33,6 +33,11 @@ def _broadcast_in_dim(params: dict[str, Any], _: Shape, out: Shape) -> AxisMap:
     return tuple(source.get(axis, ()) for axis in range(len(out)))
 
 
+def _stack(params: dict[str, Any], shape: Shape, _: Shape) -> AxisMap:
+    at, kept = params["axis"], [(axis,) for axis in range(len(shape))]
+    return (*kept[:at], (), *kept[at:])
+
+
 def _reshape(params: dict[str, Any], shape: Shape, out: Shape) -> AxisMap | None:
     return None if params.get("dimensions") is not None else regrouped(shape, out)
 
@@ -64,4 +69,5 @@ _MAPS: dict[str, Callable[[dict[str, Any], Shape, Shape], AxisMap | None]] = {
     "squeeze": _squeeze,
     "broadcast_in_dim": _broadcast_in_dim,
     "reshape": _reshape,
+    "stack": _stack,
 }

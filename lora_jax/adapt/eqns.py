@@ -1,10 +1,11 @@
 """What is read of JAX's equations: every parameter that differs between releases, in one place."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import jax
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.sharding import Sharding
@@ -21,6 +22,22 @@ def opened(jaxpr: AnyJaxpr) -> tuple[Jaxpr, Sequence[Any]]:
 def is_literal(atom: Any) -> bool:
     """Whether an operand is a constant written into the jaxpr."""
     return isinstance(atom, Literal)
+
+
+def trace_with(
+    fn: Callable[..., Any], leaves: Sequence[Any], treedef: Any, places: Sequence[int]
+) -> Callable[..., list[Any]]:
+    """Returns a function of the leaves at `places` alone, the others being closed over.
+
+    It calls ``fn(*args)`` with all leaves as `treedef` has them, and returns the traced outputs.
+    """
+
+    def traced(*values: Any) -> list[Any]:
+        given = dict(zip(places, values, strict=True))
+        args = treedef.unflatten(given.get(place, leaf) for place, leaf in enumerate(leaves))
+        return [out for out in jax.tree.leaves(fn(*args)) if isinstance(out, jax.core.Tracer)]
+
+    return traced
 
 
 def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:

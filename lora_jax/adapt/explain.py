@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Record
 from lora_jax.adapt.primitives import RULES
 from lora_jax.adapt.transform import run
@@ -20,18 +21,11 @@ def uses(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Record]:
     """
     found: list[Record] = []
     interpreter = Interpreter(RULES, strict=False, record=found.append)
-    treedef: Any
     leaves, treedef = jax.tree.flatten((args, kwargs))
-    arrays = [place for place, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
-
-    def traced(values: list[Any]) -> Any:
-        given = dict(zip(arrays, values, strict=True))
-        every = [given.get(place, leaf) for place, leaf in enumerate(leaves)]
-        inner_args, inner_kwargs = treedef.unflatten(every)
-        out = run(fn, interpreter, inner_args, inner_kwargs, None)
-        return [leaf for leaf in jax.tree.leaves(out) if isinstance(leaf, jax.core.Tracer)]
-
-    jax.eval_shape(traced, [leaves[place] for place in arrays])
+    places = [place for place, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
+    called = lambda args, kwargs: run(fn, interpreter, args, kwargs, None)  # noqa: E731
+    traced = eqns.trace_with(called, leaves, treedef, places)
+    jax.eval_shape(traced, *(leaves[place] for place in places))
     for argument in (*args, *kwargs.values()):
         adapted = [path for path, leaf in leaves_of(argument)[0] if isinstance(leaf, LoraWeight)]
         met = {record.path for record in found}

@@ -106,6 +106,8 @@ class Interpreter:
     own: tuple[tuple[str, Callable[..., Any]], ...] = ()
     # Called with each use of a weight. Every call is then walked through anew, nothing is cached.
     record: Callable[[Record], None] | None = None
+    # The rule for primitives that have none; without it, weights are merged there.
+    default: Rule | None = dataclasses.field(default=None, hash=False, compare=False)
 
     def evaluate(
         self,
@@ -222,8 +224,9 @@ class Interpreter:
             self._note(use, "W alone: the adapter is for other uses of it")
             values = [v.alone() if _is_hidden(v, name) else v for v in values]
             return self._apply(site, eqn, values, live, twins)
-        if name in self.rules:
-            outputs = self.rules[name](self, use)
+        rule = self.rules.get(name, self.default)
+        if rule is not None:
+            outputs = rule(self, use)
             if outputs is not None and not _cuts_shifted(use.values, outputs):
                 if name in _PRODUCTS and not any(isinstance(o, Factored) for o in outputs):
                     self._note(use, "xW + s·(xA)B")

@@ -1,8 +1,9 @@
-"""Axis roles by looking: what a function does with each axis of each weight.
+"""Infers axis roles from what a function does with each axis of each weight.
 
-The function is traced to a jaxpr; every weight is followed through what re-arranges it to the
-products that use it. Axes that are contracted with the activation are in axes, axes that come out
-are out axes; what is indexed, sliced off, scanned over or batched is a batch axis.
+The function is run abstractly by the interpreter that `adapt` runs it by, with other rules: a weight
+without factors is followed to the products that use it, each of its axes labelled by the axes of
+the leaf that it holds. Axes that are contracted with the activation are in axes, axes that come
+out are out axes; what is indexed, sliced off, scanned over or batched is a batch axis.
 """
 
 import dataclasses
@@ -10,37 +11,29 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import JaxprEqn
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.axis_maps import axis_map
+from lora_jax.adapt.control import CONTROL_RULES
+from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.axes import AxisRoles
-from lora_jax.base import is_abstract, is_base, stand_in
+from lora_jax.base import as_array, is_abstract, is_base, stand_in
+from lora_jax.factored import Factored
 
-Axes = frozenset[int]
-NONE: Axes = frozenset()
-
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """An array that comes from one leaf: for each of its axes, the leaf's axes that it holds."""
-
-    path: str
-    axes: tuple[Axes, ...]
-
-
-Seen = tuple[Weight, ...]  # an array may hold several weights, joined or added
+# What an axis holds: (path of a leaf, axis of it); an array may hold several, joined or added.
+Held = frozenset[tuple[str, int]]
+NOTHING: Held = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """One product with a weight: what it contracts, what comes out, and where."""
+    """One product with a weight: the axes that it contracts, those that come out, and where."""
 
-    contracted: Axes
-    free: Axes
+    contracted: frozenset[int]
+    free: frozenset[int]
     primitive: str
     place: str
-    is_lookup: bool = False
+    is_lookup: bool
 
     def __str__(self) -> str:
         verb = "looks up along" if self.is_lookup else "contracts"
@@ -50,7 +43,7 @@ class Contraction:
 def infer_roles(
     fn: Callable[..., Any], args: Sequence[Any], paths: Mapping[int, str]
 ) -> dict[str, AxisRoles | str]:
-    """The roles of the leaves of `args` whose identities are the keys of `paths`.
+    """Returns the roles of the leaves of `args` whose identities are the keys of `paths`.
 
     Args:
       fn: called with `args`; traced, not run.
@@ -61,30 +54,29 @@ def infer_roles(
       By path, the roles of each leaf that `fn` multiplies by, or a sentence that says why there
       are none.
     """
-    treedef: Any
+    found: dict[str, list[Contraction]] = {}
+    rules, default = _rules(found)
+    interpreter = Interpreter(rules, record=lambda _: None, default=default)
     leaves, treedef = jax.tree.flatten(tuple(args), is_leaf=is_base)
-    arrays = [i for i, leaf in enumerate(leaves) if id(leaf) in paths or is_abstract(leaf)]
+    places = [i for i, leaf in enumerate(leaves) if id(leaf) in paths or is_abstract(leaf)]
 
-    def traced(*values: Any) -> list[Any]:
-        given = dict(zip(arrays, values, strict=True))
-        every = [given.get(place, leaf) for place, leaf in enumerate(leaves)]
-        out = jax.tree.leaves(fn(*treedef.unflatten(every)))
-        return [leaf for leaf in out if isinstance(leaf, jax.core.Tracer)]
-
-    jaxpr = jax.make_jaxpr(traced)(*(stand_in(leaves[place]) for place in arrays))
-    seen: list[Seen] = []
-    for place in arrays:
+    def followed(place: int, array: jax.Array) -> Any:
         path = paths.get(id(leaves[place]))
-        own = tuple(frozenset({axis}) for axis in range(len(leaves[place].shape)))
-        seen.append(() if path is None else (Weight(path, own),))
-    look = _Look({})
-    look.walk(jaxpr, seen)
+        labels: Any = [frozenset({(path, axis)}) for axis in range(array.ndim)]
+        return array if path is None else Factored(array, {}, tuple(labels))
+
+    def walk(arrays: list[Any]) -> None:
+        traced = eqns.trace_with(lambda *args: fn(*args), leaves, treedef, places)
+        jaxpr = jax.make_jaxpr(traced)(*arrays)
+        interpreter.evaluate(jaxpr, list(map(followed, places, arrays)))
+
+    jax.eval_shape(walk, [stand_in(leaves[place]) for place in places])
     ranks = {paths[id(leaf)]: len(leaf.shape) for leaf in leaves if id(leaf) in paths}
-    return {path: _agreed(look.found.get(path, []), ndim) for path, ndim in ranks.items()}
+    return {path: _agreed(found.get(path, []), ndim) for path, ndim in ranks.items()}
 
 
 def _agreed(uses: list[Contraction], ndim: int) -> AxisRoles | str:
-    """The roles that all uses agree on: each contracts the in axes, or all the out axes."""
+    """Returns the roles that all uses agree on: each contracts the in axes, or all the out axes."""
     if not uses:
         return "the function never multiplies by it"
     first = next((use for use in uses if use.is_lookup), uses[0])
@@ -97,186 +89,115 @@ def _agreed(uses: list[Contraction], ndim: int) -> AxisRoles | str:
     return AxisRoles.of(sorted(first.contracted), sorted(first.free), ndim)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Look:
-    found: dict[str, list[Contraction]]
-
-    def walk(self, jaxpr: eqns.AnyJaxpr, args: Sequence[Seen]) -> list[Seen]:
-        """Follows weights through a jaxpr; which of them its outputs hold."""
-        inner, _ = eqns.opened(jaxpr)
-        seen: dict[Any, Seen] = dict(zip(inner.invars, args, strict=True))
-
-        def read(atom: Any) -> Seen:
-            return () if eqns.is_literal(atom) else seen.get(atom, ())
-
-        for eqn in inner.eqns:
-            operands = [read(atom) for atom in eqn.invars]
-            if any(operands):
-                seen |= zip(eqn.outvars, self.equation(eqn, operands), strict=True)
-        return [read(atom) for atom in inner.outvars]
-
-    def equation(self, eqn: JaxprEqn, operands: list[Seen]) -> list[Seen]:
-        name = eqn.primitive.name
-        if name in _PRODUCTS:
-            for side, weights in enumerate(operands[:2]):
-                for weight in weights:
-                    for use in _PRODUCTS[name](eqn, side, weight):
-                        self.found.setdefault(weight.path, []).append(use)
-            if name != "gather":
-                return [()] * len(eqn.outvars)
-        if name == "scan":
-            return self.scan(eqn, operands)
-        if name == "while":
-            return self.loop(eqn, operands)
-        if name == "cond":
-            for branch in eqn.params["branches"]:
-                self.walk(branch, operands[1:])
-            return [()] * len(eqn.outvars)
-        body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-        if body is not None and len(eqns.opened(body)[0].invars) == len(operands):
-            return self.walk(body, operands)
-        move = _MOVES.get(name, _same_shape)
-        shapes = [atom.aval.shape for atom in eqn.invars]  # type: ignore[attr-defined]
-        results: list[Seen] = []
-        for place, out in enumerate(eqn.outvars):
-            moved = [
-                Weight(weight.path, axes)
-                for operand, (weights, shape) in enumerate(zip(operands, shapes, strict=True))
-                for weight in weights
-                if len(eqn.outvars) == 1 or name == "split" or operand == place
-                if (axes := move(eqn, weight.axes, shape, out.aval.shape)) is not None  # type: ignore[attr-defined]
-            ]
-            results.append(tuple(moved))
-        return results
-
-    def scan(self, eqn: JaxprEqn, operands: list[Seen]) -> list[Seen]:
-        scan = eqns.scan_of(eqn)
-        n_fixed = scan.n_consts + scan.n_carry
-        slices = [
-            tuple(Weight(weight.path, weight.axes[1:]) for weight in weights)
-            for weights in operands[n_fixed:]
-        ]
-        outputs = self.walk(scan.body, [*operands[:n_fixed], *slices])
-        return outputs[: scan.n_carry] + [()] * (len(outputs) - scan.n_carry)
-
-    def loop(self, eqn: JaxprEqn, operands: list[Seen]) -> list[Seen]:
-        loop = eqns.while_of(eqn)
-        n_condition, n_body = loop.n_condition_consts, loop.n_body_consts
-        carried = operands[n_condition + n_body :]
-        self.walk(loop.condition, [*operands[:n_condition], *carried])
-        return self.walk(loop.body, [*operands[n_condition : n_condition + n_body], *carried])
-
-
-def _union(axes: Sequence[Axes], places: Sequence[int]) -> Axes:
-    return NONE.union(*(axes[place] for place in places))
-
-
-def _place(eqn: JaxprEqn) -> str:
-    file, line = eqns.user_line(eqn)
-    return f"{file}:{line}"
-
-
-def _dot_general(eqn: JaxprEqn, side: int, weight: Weight) -> list[Contraction]:
-    contract, batch = eqn.params["dimension_numbers"]
-    free = [a for a in range(len(weight.axes)) if a not in (*contract[side], *batch[side])]
-    contracted = _union(weight.axes, contract[side])
-    return [Contraction(contracted, _union(weight.axes, free), "dot_general", _place(eqn))]
-
-
-def _ragged_dot(eqn: JaxprEqn, side: int, weight: Weight) -> list[Contraction]:
+def _contracts(
+    use: Use, side: int, labels: Sequence[Held]
+) -> tuple[Sequence[int], set[int]] | None:
+    """Returns the axes that a product contracts of one operand, and those that do not come out."""
+    name, params = use.eqn.primitive.name, use.params
+    if name == "dot_general":
+        contract, batch = params["dimension_numbers"]
+        return contract[side], {*contract[side], *batch[side]}
+    if name == "gather":  # where a row comes out; where a matrix does, an index into a stack
+        indexed = _indexed(use, len(labels))
+        rest = [axis for axis in range(len(labels)) if axis not in indexed and labels[axis]]
+        row = side == 0 and len(indexed) == len(rest) == 1
+        return (indexed, set(indexed)) if row else None
     if side == 0:
-        return []
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    contract, batch = numbers.dot_dimension_numbers
-    gone = (*contract[1], *batch[1], *numbers.rhs_group_dimensions)
-    free = [a for a in range(len(weight.axes)) if a not in gone]
-    contracted = _union(weight.axes, contract[1])
-    return [Contraction(contracted, _union(weight.axes, free), "ragged_dot", _place(eqn))]
-
-
-def _conv(eqn: JaxprEqn, side: int, weight: Weight) -> list[Contraction]:
-    if side == 0:
-        return []
-    out, *rest = eqn.params["dimension_numbers"].rhs_spec
-    contracted = _union(weight.axes, rest)
-    return [Contraction(contracted, weight.axes[out], "conv_general_dilated", _place(eqn))]
-
-
-def _gather(eqn: JaxprEqn, side: int, weight: Weight) -> list[Contraction]:
-    """A look-up where a row comes out; where a matrix does, an index into a stack."""
-    indexed = _indexed(eqn)
-    rest = [axis for axis in range(len(weight.axes)) if axis not in indexed]
-    if side == 1 or len(indexed) != 1 or len([a for a in rest if weight.axes[a]]) != 1:
-        return []
-    contracted, free = _union(weight.axes, indexed), _union(weight.axes, rest)
-    return [Contraction(contracted, free, "gather", _place(eqn), is_lookup=True)]
-
-
-_PRODUCTS: dict[str, Callable[[JaxprEqn, int, Weight], list[Contraction]]] = {
-    "dot_general": _dot_general,
-    "ragged_dot_general": _ragged_dot,
-    "conv_general_dilated": _conv,
-    "gather": _gather,
-}
-
-Shape = tuple[int, ...]
-Move = Callable[[JaxprEqn, tuple[Axes, ...], Shape, Shape], tuple[Axes, ...] | None]
-
-
-def _same_shape(_: JaxprEqn, axes: tuple[Axes, ...], shape: Shape, out: Shape) -> Any:
-    """An operation element by element keeps axes where they are; of others nothing is known."""
-    return (
-        axes
-        if len(shape) == len(out) and all(n in (1, m) for n, m in zip(shape, out, strict=True))
-        else None
-    )
-
-
-def _same_rank(_: JaxprEqn, axes: tuple[Axes, ...], shape: Shape, out: Shape) -> Any:
-    return axes if len(shape) == len(out) else None
-
-
-def _rearranged(eqn: JaxprEqn, axes: tuple[Axes, ...], *_: Shape) -> tuple[Axes, ...] | None:
-    places = axis_map(eqn)
-    return None if places is None else tuple(_union(axes, held) for held in places)
-
-
-def _stack(eqn: JaxprEqn, axes: tuple[Axes, ...], *_: Shape) -> tuple[Axes, ...]:
-    at = eqn.params["axis"]
-    return (*axes[:at], NONE, *axes[at:])
-
-
-def _gathered(eqn: JaxprEqn, axes: tuple[Axes, ...], _: Shape, out: Shape) -> Any:
-    """The rest of a weight whose stack is indexed; nothing of a row that is looked up."""
-    numbers, indexed = eqn.params["dimension_numbers"], _indexed(eqn)
-    rest = [held for axis, held in enumerate(axes) if axis not in indexed]
-    kept = [
-        NONE if axis in indexed else held
-        for axis, held in enumerate(axes)
-        if axis not in numbers.collapsed_slice_dims
-    ]
-    if len([held for held in rest if held]) < 2 or len(kept) != len(numbers.offset_dims):
         return None
+    if name == "ragged_dot_general":
+        numbers = params["ragged_dot_dimension_numbers"]
+        (_, contract), (_, batch) = numbers.dot_dimension_numbers
+        return contract, {*contract, *batch, *numbers.rhs_group_dimensions}
+    _, *contract = params["dimension_numbers"].rhs_spec  # a convolution
+    return contract, set(contract)
+
+
+def _rules(found: dict[str, list[Contraction]]) -> tuple[dict[str, Rule], Rule]:
+    """Returns the rules that follow weights and note their products in `found`, and the default."""
+
+    def product(interpreter: Interpreter, use: Use) -> list[Any]:
+        name, (file, line) = use.eqn.primitive.name, eqns.user_line(use.eqn)
+        for side, weight in enumerate(use.values[:2]):
+            labels: Any = weight.labels if isinstance(weight, Factored) else ()
+            axes = _contracts(use, side, labels) if labels else None
+            if axes is None:
+                continue
+            contracted = _union(labels[axis] for axis in axes[0])
+            free = _union(held for axis, held in enumerate(labels) if axis not in axes[1])
+            for path in sorted({path for path, _ in contracted | free}):
+                ours = (frozenset(a for p, a in held if p == path) for held in (contracted, free))
+                one = Contraction(*ours, name, f"{file}:{line}", name == "gather")
+                found.setdefault(path, []).append(one)
+        return _gathered(use) if name == "gather" else use.bind(_plain(use))
+
+    products = ("dot_general", "ragged_dot_general", "conv_general_dilated", "gather")
+    moves = ("transpose", "squeeze", "broadcast_in_dim", "reshape", "stack")
+    rules: dict[str, Rule] = {**CONTROL_RULES, **dict.fromkeys(products, product)}
+    return rules | dict.fromkeys(moves, _moved), _other
+
+
+def _union(held: Any) -> Held:
+    return NOTHING.union(*held)
+
+
+def _plain(use: Use) -> list[Any]:
+    return [as_array(v.base) if isinstance(v, Factored) else v for v in use.values]
+
+
+def _moved(_: Interpreter, use: Use) -> list[Any]:
+    """Axes go where the axis map says."""
+    (out,), weights = use.bind(_plain(use)), [v for v in use.values if isinstance(v, Factored)]
+    places = axis_map(use.eqn)
+    if places is None:
+        return [out]
+    labels: Any = [_union(w.labels[axis] for w in weights for axis in held) for held in places]
+    return [Factored(out, {}, tuple(labels))]
+
+
+def _indexed(use: Use, ndim: int) -> list[int]:
+    """Returns the axes that a gather indexes, whether they go or stay with one element."""
+    gone, sizes = use.params["dimension_numbers"].collapsed_slice_dims, use.params["slice_sizes"]
+    shape = use.eqn.invars[0].aval.shape  # type: ignore[attr-defined]
+    return [axis for axis in range(ndim) if axis in gone or sizes[axis] == 1 < shape[axis]]
+
+
+def _gathered(use: Use) -> list[Any]:
+    """The rest of a weight whose stack is indexed; nothing of a row that is looked up."""
+    weight, numbers = use.values[0], use.params["dimension_numbers"]
+    (out,) = use.bind(_plain(use))
+    if not isinstance(weight, Factored):
+        return [out]
+    indexed = _indexed(use, len(weight.labels))
+    held = [NOTHING if a in indexed else label for a, label in enumerate(weight.labels)]
+    kept = [label for a, label in enumerate(held) if a not in numbers.collapsed_slice_dims]
+    if sum(map(bool, held)) < 2 or len(kept) != len(numbers.offset_dims):
+        return [out]
     whole = dict(zip(numbers.offset_dims, kept, strict=True))
-    return tuple(whole.get(axis, NONE) for axis in range(len(out)))
+    labels: Any = [whole.get(axis, NOTHING) for axis in range(out.ndim)]
+    return [Factored(out, {}, tuple(labels))]
 
 
-def _indexed(eqn: JaxprEqn) -> list[int]:
-    """The operand's axes that a gather indexes, whether they go or stay with one element."""
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    shape = eqn.invars[0].aval.shape  # type: ignore[attr-defined]
-    return [
-        axis
-        for axis, (size, n) in enumerate(zip(sizes, shape, strict=True))
-        if axis in numbers.collapsed_slice_dims or size == 1 < n
-    ]
+_SAME_RANK = ("slice", "dynamic_slice", "split", "concatenate", "pad", "rev", "all_gather")
 
 
-_MOVES: dict[str, Move] = {
-    "stack": _stack,
-    "gather": _gathered,
-    **dict.fromkeys(("transpose", "squeeze", "broadcast_in_dim", "reshape"), _rearranged),
-    **dict.fromkeys(
-        ("slice", "dynamic_slice", "split", "concatenate", "pad", "rev", "all_gather"), _same_rank
-    ),
-}
+def _other(interpreter: Interpreter, use: Use) -> list[Any]:
+    """Functions are entered; element by element, axes stay where they are; else nothing is known."""
+    body = use.params.get("jaxpr", use.params.get("call_jaxpr"))
+    if body is not None and len(eqns.opened(body)[0].invars) == len(use.values):
+        return interpreter.function(body, use.live)(*use.values)
+    name, outputs = use.eqn.primitive.name, use.bind(_plain(use))
+
+    def stays(place: int, value: Any, out: Any) -> bool:
+        if not isinstance(value, Factored) or len(value.labels) != out.ndim:
+            return False
+        if len(outputs) > 1 and name != "split" and place:
+            return False
+        same = all(n in (1, m) for n, m in zip(value.base.shape, out.shape, strict=True))
+        return name in _SAME_RANK or same
+
+    followed = []
+    for place, out in enumerate(outputs):
+        kept = [v for i, v in enumerate(use.values) if stays(i - place, v, out)]
+        labels: Any = [_union(each) for each in zip(*(v.labels for v in kept), strict=True)]
+        followed.append(Factored(out, {}, tuple(labels)) if kept else out)
+    return followed
