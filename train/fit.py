@@ -191,7 +191,7 @@ def fit(
         compile_seconds = time.perf_counter() - began
     evaluation = jax.jit(make_evaluation(forward, loss), out_shardings=run.layout.whole)
     hooks = Hooks(
-        batch=run.batch,
+        batch=lambda number, state: run.batch(number),
         placed=lambda batch: run.layout.batch(batch, parts=True),
         tokens=tokens,
         save=lambda state: checkpoints.save(

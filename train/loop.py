@@ -22,7 +22,9 @@ class Hooks:
     """Connects the loop with its data, its folder and its user.
 
     Attributes:
-      batch: makes the batch of the step that has so many steps before it.
+      batch: makes the batch of the step that has so many steps before it, from the state that this
+        step begins with: rollouts are sampled from it, data ignore it. The batch must not hold the
+        state's own arrays, whose memory the step takes over.
       placed: puts a batch on the devices.
       tokens: counts the tokens of a batch, without padding.
       save: writes a checkpoint.
@@ -32,7 +34,7 @@ class Hooks:
       reduction: the loss's, which says what the loss of several steps is.
     """
 
-    batch: Callable[[int], dict[str, Any]]
+    batch: Callable[[int, State], dict[str, Any]]
     placed: Callable[[dict[str, Any]], dict[str, Any]]
     tokens: Callable[[dict[str, Any]], int]
     save: Callable[[State], None]
@@ -81,7 +83,7 @@ def train(
     in_a_row = 0  # the skipped steps up to the last that was read
     with stop.deferred():
         for number in range(int(state.step), steps):
-            batch = hooks.batch(number)
+            batch = hooks.batch(number, state)
             n_tokens += hooks.tokens(batch)
             state, metrics = step(state, base, hooks.placed(batch))
             done = number + 1

@@ -148,7 +148,7 @@ def run(folder, halves, step, poisoned, **options):
     folder.mkdir(exist_ok=True)
     checkpoints = Checkpoints(folder / "checkpoints", keep=STEPS)
     hooks = Hooks(
-        batch=lambda number: batch(number, np.nan if number + 1 in poisoned else 0.0),
+        batch=lambda number, _: batch(number, np.nan if number + 1 in poisoned else 0.0),
         placed=lambda batch: batch,
         tokens=lambda batch: batch["ids"].size,
         save=lambda state: checkpoints.save(state, {}),

@@ -233,7 +233,7 @@ def looped(folder, reduction, log_every):
         return state._replace(step=state.step + 1), metrics
 
     hooks = Hooks(
-        batch=lambda number: {"number": number},
+        batch=lambda number, state: {"number": number},
         placed=lambda batch: batch,
         tokens=lambda batch: 1,
         save=lambda state: None,
