@@ -16,7 +16,12 @@ _MULTIPLE = 8  # lengths are rounded up to it: odd ones are slower on every devi
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Arrays of one length, from which batches are taken. `weights`, 0 or 1, says what counts."""
+    """Holds arrays of one length, from which batches are taken.
+
+    Attributes:
+      weights: [n] or [n, m], what each unit of the loss is multiplied by; 0 for one that does not
+        count. Negative ones are welcome.
+    """
 
     weights: np.ndarray
 
@@ -24,11 +29,11 @@ class Examples:
         return len(self.weights)
 
     def take(self, rows: np.ndarray) -> Batch:
-        """The rows at the indices `rows`, of any shape: arrays [*rows.shape, …]."""
+        """Returns the rows at the indices `rows`, of any shape: arrays [*rows.shape, …]."""
         return {name: array[rows] for name, array in self._arrays().items()}
 
     def parts(self, batch_size: int) -> Iterator[Batch]:
-        """All rows in order, in batches of one shape; the last is filled up, with weights of 0."""
+        """Yields all rows in order, in batches of one shape; weights of 0 fill up the last."""
         for first in range(0, len(self), batch_size):
             rows = np.arange(first, first + batch_size)
             part = self.take(rows % len(self))

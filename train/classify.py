@@ -47,6 +47,7 @@ from train.labelled import (
     read_labelled,
 )
 from train.log import duration
+from train.losses import Loss
 from train.mesh import Layout, make_mesh
 from train.methods import peft_fields, rules
 from train.output import CONFUSION, REPORT, SCORES, check_output, write_json
@@ -132,10 +133,9 @@ def run(config: Config, stop: Stop) -> None:
         of_run,
         begun,
         begun.setup.forward(model),
-        classification_loss,
+        Loss(classification_loss, unit="text"),
         held_out=test,
         tokens=lambda batch: int(batch["attention_mask"].sum()),
-        unit="text",
     )
     report["base_bytes"] = base_bytes
     write_json(folder / REPORT, report)

@@ -5,6 +5,8 @@ In between, a script may still look at the base as it was.
 """
 
 import dataclasses
+import functools
+import operator
 import shlex
 import sys
 import time
@@ -24,14 +26,14 @@ from train.errors import UserError, as_user_errors
 from train.hosts import is_first, wait_for_all
 from train.log import draw_curve, duration, open_log, read_metrics
 from train.loop import Hooks, train
-from train.losses import Loss
+from train.losses import Loss, Sums
 from train.mesh import Layout
 from train.methods import make_optimizer, rules, takes_from_base
 from train.options import OptimConfig, Options, learning_rate
 from train.output import ADAPTER, CHECKPOINTS, START, begin, folder_bytes
 from train.pretrained import Outline
 from train.report import compiled_bytes, megabytes, peak_bytes, versions
-from train.step import State, make_evaluation
+from train.step import Evaluation, State, make_evaluation
 from train.step_setup import Setup
 from train.stop import Stop
 
@@ -162,15 +164,23 @@ def fit(
     *,
     held_out: Examples | None,
     tokens: Callable[[Batch], int],
-    unit: str,
 ) -> tuple[Any, dict[str, Any]]:
-    """Trains to the end: (the adapted tree, the report of what it cost). The adapter is saved.
+    """Trains to the end and saves the adapter.
 
     Args:
+      run: its options, data and folder.
+      start: the state to train from.
       forward: the adapted function that the loss calls.
-      held_out: what the loss is measured on every --eval-every steps.
-      tokens: how many tokens a batch holds, without padding.
-      unit: what the loss is the mean over, for the curve.
+      loss: the function to minimise, and who divides it.
+      held_out: examples that the loss is measured on every --eval-every steps.
+      tokens: counts the tokens of a batch, without padding.
+
+    Returns:
+      The adapted tree, and a report of what training cost.
+
+    Raises:
+      Interrupted: after a signal, once the step is finished and saved.
+      UserError: too many steps in a row were skipped.
     """
     state, base, checkpoints = start.state, start.base, start.checkpoints
     with doing(run.console, "compiling the step"):
@@ -181,15 +191,18 @@ def fit(
         compile_seconds = time.perf_counter() - began
     evaluation = jax.jit(make_evaluation(forward, loss), out_shardings=run.layout.whole)
     hooks = Hooks(
-        batch=run.batch,
+        batch=lambda number, state: run.batch(number),
         placed=lambda batch: run.layout.batch(batch, parts=True),
         tokens=tokens,
         save=lambda state: checkpoints.save(
             state, {**start.facts, "cursor": run.order.cursor(int(state.step))}
         ),
-        evaluate=lambda state: _mean_loss(run, evaluation, state.adapter, base, held_out),
+        evaluate=lambda state: _means(
+            loss, _evaluated(run, evaluation, state.adapter, base, held_out)
+        ),
         rows=run.names,
         resume_hint=f"Go on with: {_resume_command(run.script)}",
+        reduction=loss.reduction,
     )
     run.stop.message = f"interrupted. {hooks.resume_hint}"
     with open_log(run.folder, run.console, first=int(state.step), last=run.steps) as log:
@@ -202,7 +215,7 @@ def fit(
     lj.save_adapter(run.folder / ADAPTER, trained, overwrite=True)
     metrics = read_metrics(run.folder)
     if is_first():
-        draw_curve(run.folder, metrics, unit)
+        draw_curve(run.folder, metrics, loss.label)
     report = {
         "summary": start.summary,
         "steps": run.steps,
@@ -237,23 +250,26 @@ def doing(console: Console, what: str) -> Iterator[None]:
     console.print(f"{what}: {duration(time.monotonic() - began)}", highlight=False)
 
 
-def _mean_loss(
-    run: Run,
-    evaluation: Callable[..., dict[str, jax.Array]],
-    adapter: Any,
-    base: Any,
-    examples: Examples | None,
-) -> float:
-    """The mean loss over the predictions that count; `evaluation` is of `make_evaluation`."""
+def _evaluated(
+    run: Run, evaluation: Evaluation, adapter: Any, base: Any, examples: Examples | None
+) -> Sums:
+    """Returns the sums over all examples, as floats."""
     assert examples is not None, "--eval-every without rows to hold out"
-    loss = count = 0.0
-    for part in examples.parts(run.config.optim.batch_size):
+
+    def of_part(part: Batch) -> Sums:
         batch = run.layout.batch(part, parts=False)
         with jax.set_mesh(run.layout.mesh):
-            sums = evaluation(adapter, base, batch)
-        loss += float(sums["loss"])
-        count += float(sums["count"])
-    return loss / count
+            return jax.tree.map(float, evaluation(adapter, base, batch))
+
+    parts = map(of_part, examples.parts(run.config.optim.batch_size))
+    return functools.reduce(lambda *sums: jax.tree.map(operator.add, *sums), parts)
+
+
+def _means(loss: Loss, sums: Sums) -> dict[str, float]:
+    """Returns the loss, in the sense of its reduction, and its logs divided by the count."""
+    count: Any = sums.count or 1.0
+    total: Any = sums.total / count if loss.reduction == "mean" else sums.total
+    return {"loss": total, **{name: value / count for name, value in sums.logs.items()}}
 
 
 def _resumed(run: Run, checkpoints: Checkpoints, state: State, facts: dict[str, Any]) -> State:

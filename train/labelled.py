@@ -15,6 +15,7 @@ from train.batches import Examples, round_up
 from train.data import FILE_KINDS, Row, read_rows
 from train.errors import UserError
 from train.hosts import shared_out
+from train.losses import Sums, number_of_units
 from train.sentiment import read_words
 
 VADER = "vader"  # the name of the default task, made in train/sentiment.py
@@ -198,13 +199,28 @@ def classification_loss(
     params: Any,
     batch: dict[str, Any],
     dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """The cross entropy of a batch's classes, summed over the texts that count. fp32 []."""
+) -> Sums:
+    """Sums the cross entropy of a batch's classes, in nats, over the texts that count.
+
+    Each text's is multiplied by its weight, which may be negative. Texts whose weight is not zero
+    are counted.
+
+    Args:
+      forward: a classifier's ``apply``, adapted or not; see `logits_of`.
+      params: a parameter tree, adapted or plain.
+      batch: arrays [batch, …]; see `Labelled`.
+      dropout_key: turns dropout on.
+
+    Returns:
+      The sums. `logs` has "accuracy", the number of counted texts whose label has the largest
+      logit.
+    """
     dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits_of(forward, params, batch, **dropout), batch["labels"]
-    )
-    return jnp.sum(losses * batch["weights"].astype(jnp.float32))
+    logits, labels = logits_of(forward, params, batch, **dropout), batch["labels"]
+    weights = batch["weights"].astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    right = number_of_units(jnp.where(jnp.argmax(logits, axis=-1) == labels, weights, 0))
+    return Sums(jnp.sum(losses * weights), number_of_units(weights), {"accuracy": right})
 
 
 def predict(model: Any, params: Any, examples: Labelled, batch_size: int) -> np.ndarray:

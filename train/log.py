@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 
 from train.hosts import is_first
+from train.losses import HELD_OUT, OWN_METRICS
 
 Line = dict[str, Any]
 METRICS = "metrics.jsonl"
@@ -75,8 +76,8 @@ class Log:
         """Records that a step was skipped, and shows why."""
         self._record({"step": step, "skipped": 1.0})
         self._print(
-            f"step {step} skipped: its loss is {metrics['loss']}, its gradient's norm "
-            f"{metrics['grad_norm']}"
+            f"step {step} skipped: its loss is {metrics['loss']}, its count {metrics['count']}, "
+            f"its gradient's norm {metrics['grad_norm']}"
         )
 
     def add(self, line: Line) -> None:
@@ -85,7 +86,8 @@ class Log:
         if "loss" in line:
             self._show(line)
         else:
-            self._print(f"step {line['step']}: held-out loss {line['eval_loss']:.4f}")
+            held_out = {k.removeprefix(HELD_OUT): v for k, v in line.items()}
+            self._print(f"step {line['step']}: held-out {_losses(held_out)}")
 
     def _record(self, line: Line) -> Line:
         line = {**line, "time": round(time.time(), 3)}
@@ -100,8 +102,7 @@ class Log:
                 self._events.add_scalar(name, value, line["step"], walltime=line["time"])
 
     def _show(self, line: Line) -> None:
-        text = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  "
-        text += f"{line['tokens_per_s']:,.0f} tokens/s"
+        text = f"{_losses(line)}  lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tokens/s"
         if self._progress:
             self._progress.update(self._task, completed=line["step"], description=text)
             return
@@ -113,8 +114,14 @@ class Log:
         self._console.print(text, highlight=False, soft_wrap=True)
 
 
+def _losses(line: Line) -> str:
+    """Returns the loss of a line and its logs, as "loss 0.3333  accuracy 0.875"."""
+    logs = (f"  {name} {value:.4g}" for name, value in line.items() if name not in OWN_METRICS)
+    return f"loss {line['loss']:.4f}{''.join(logs)}"
+
+
 class Unheard:
-    """The log of the other processes of a run: the first one's is that of all."""
+    """Stands for the log in all processes but the first, which keeps it for all."""
 
     def __enter__(self) -> "Unheard":
         return self
@@ -154,15 +161,21 @@ def read_metrics(folder: Path) -> list[Line]:
     return lines
 
 
-def draw_curve(folder: Path, lines: Sequence[Line], unit: str = "token") -> None:
-    """The loss over the steps, as a PNG; `unit` is what it is the mean over."""
+def draw_curve(folder: Path, lines: Sequence[Line], label: str = "loss") -> None:
+    """Draws the loss over the steps, as a PNG.
+
+    Args:
+      folder: where to write it.
+      lines: the run's metrics; see `read_metrics`.
+      label: of the axis of the loss.
+    """
     figure = Figure(figsize=(7, 4))  # without pyplot: no window, no global state
     axes = figure.subplots()
     for name, label in (("loss", "training"), ("eval_loss", "held out")):
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="." * (name != "loss"))
-    axes.set(xlabel="step", ylabel=f"cross entropy a {unit} (nats)")
+    axes.set(xlabel="step", ylabel=label)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()

@@ -11,6 +11,7 @@ import jax
 from train.errors import Interrupted, UserError
 from train.hosts import any_of_all
 from train.log import Log, Unheard
+from train.losses import HELD_OUT, OWN_METRICS, Reduction
 from train.options import RunConfig
 from train.step import State, Step
 from train.stop import Stop
@@ -18,15 +19,29 @@ from train.stop import Stop
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """What the loop calls on its way."""
+    """Connects the loop with its data, its folder and its user.
 
-    batch: Callable[[int], dict[str, Any]]  # of the step with so many before it
-    placed: Callable[[dict[str, Any]], dict[str, Any]]  # the batch on the devices
-    tokens: Callable[[dict[str, Any]], int]  # how many a batch holds, without padding
+    Attributes:
+      batch: makes the batch of the step that has so many steps before it, from the state that this
+        step begins with: rollouts are sampled from it, data ignore it. The batch must not hold the
+        state's own arrays, whose memory the step takes over.
+      placed: puts a batch on the devices.
+      tokens: counts the tokens of a batch, without padding.
+      save: writes a checkpoint.
+      evaluate: returns the loss on held-out data and its logs, by name.
+      rows: names the rows of the batch with that number, as a user knows them.
+      resume_hint: tells an interrupted user how to go on.
+      reduction: the loss's, which says what the loss of several steps is.
+    """
+
+    batch: Callable[[int, State], dict[str, Any]]
+    placed: Callable[[dict[str, Any]], dict[str, Any]]
+    tokens: Callable[[dict[str, Any]], int]
     save: Callable[[State], None]
-    evaluate: Callable[[State], float]  # the loss on held-out data
-    rows: Callable[[int], str]  # of that step's batch, as a user knows them
-    resume_hint: str  # what an interrupted user reads
+    evaluate: Callable[[State], dict[str, float]]
+    rows: Callable[[int], str]
+    resume_hint: str
+    reduction: Reduction = "mean"
 
 
 def train(
@@ -39,14 +54,28 @@ def train(
     log: Log | Unheard,
     stop: Stop,
 ) -> tuple[State, float | None]:
-    """Trains from where `state` is to `steps`: (the last state, the median seconds of a step).
+    """Trains from where `state` is to `steps`.
 
-    Steps that skip themselves (see `train.step.make_step`) are logged. After one, nothing is saved
-    before a step is good again: what was learned before it may be at fault, and the last checkpoint
-    is then what can be gone back to.
+    Steps that skip themselves (see `train.step.make_step`) are logged. After a skipped step, no
+    checkpoint is written until a step succeeds: what was learned before it may be at fault, and
+    the last checkpoint is then what can be gone back to.
 
-    Raises Interrupted after a signal, once the step is finished and saved; UserError where
-    `run.max_skipped` steps in a row were skipped.
+    Args:
+      step: the compiled step; it takes the state's memory over.
+      state: the state to begin with.
+      base: the frozen half of the parameters.
+      steps: the number of the last step.
+      run: says how often to log, evaluate and save.
+      hooks: makes batches, evaluates and saves.
+      log: gets a line a window of steps.
+      stop: tells of a signal.
+
+    Returns:
+      The last state and the median seconds of a step (None where none was taken).
+
+    Raises:
+      Interrupted: after a signal, once the step is finished and saved.
+      UserError: `run.max_skipped` steps in a row were skipped.
     """
     seconds: list[float] = []
     window: list[tuple[int, dict[str, jax.Array]]] = []  # steps whose metrics were not read yet
@@ -54,7 +83,7 @@ def train(
     in_a_row = 0  # the skipped steps up to the last that was read
     with stop.deferred():
         for number in range(int(state.step), steps):
-            batch = hooks.batch(number)
+            batch = hooks.batch(number, state)
             n_tokens += hooks.tokens(batch)
             state, metrics = step(state, base, hooks.placed(batch))
             done = number + 1
@@ -74,10 +103,11 @@ def train(
                     if in_a_row == run.max_skipped:
                         raise _diverged(at, v, run.max_skipped, hooks.rows(at - 1))
                 if taken := [v for _, v in values if not v["skipped"]]:
-                    log.add(_line(done, taken, n_tokens / elapsed))
+                    log.add(_line(done, taken, n_tokens / elapsed, hooks.reduction))
                 window, n_tokens = [], 0
             if run.eval_every and (done % run.eval_every == 0 or done == steps):
-                log.add({"step": done, "eval_loss": hooks.evaluate(state)})
+                held_out = hooks.evaluate(state)
+                log.add({"step": done, **{HELD_OUT + k: v for k, v in held_out.items()}})
             if (last or done % run.save_every == 0) and not in_a_row:
                 hooks.save(state)
             if stopping and done < steps:
@@ -87,23 +117,35 @@ def train(
     return state, statistics.median(seconds) if seconds else None
 
 
-def _line(step: int, taken: list[dict[str, float]], tokens_per_s: float) -> dict[str, Any]:
-    """One line for a window that ends with `step`: its loss is the mean over its predictions.
+def _line(
+    step: int, taken: list[dict[str, float]], tokens_per_s: float, reduction: Reduction
+) -> dict[str, Any]:
+    """Returns one line of metrics for a window of steps that ends with `step`.
 
-    taken: the metrics of the window's steps, without those that were skipped.
+    Its loss is the mean over the window's units or, of a loss that is a sum, over its steps. Logs
+    are means over the units.
+
+    Args:
+      taken: the metrics of the window's steps, without those that were skipped.
     """
     count = sum(v["count"] for v in taken)
-    loss = sum(v["loss"] * v["count"] for v in taken) / max(count, 1)
+
+    def a_unit(name: str) -> float:
+        return sum(v[name] * v["count"] for v in taken) / (count or 1)
+
     newest = {name: value for name, value in taken[-1].items() if name != "skipped"}
-    line = {"step": step, **newest, "loss": loss, "count": int(count)}
+    logs = {name: a_unit(name) for name in newest if name not in OWN_METRICS}
+    loss = a_unit("loss") if reduction == "mean" else sum(v["loss"] for v in taken) / len(taken)
+    line = {"step": step, **newest, **logs, "loss": loss, "count": int(count)}
     return {**line, "tokens_per_s": round(tokens_per_s, 1)}
 
 
 def _diverged(step: int, metrics: dict[str, float], n: int, rows: str) -> UserError:
     return UserError(
-        f"--max-skipped {n}: so many steps in a row were skipped, because their loss or gradient "
-        f"was not finite. The last is step {step}: its loss is {metrics['loss']}, its gradient's "
-        f"norm {metrics['grad_norm']}, its batch {rows}. If something is wrong with these rows, "
+        f"--max-skipped {n}: so many steps in a row were skipped, because their loss, its count "
+        f"or its gradient was not finite. The last is step {step}: its loss is {metrics['loss']}, "
+        f"its count {metrics['count']}, its gradient's norm {metrics['grad_norm']}, "
+        f"its batch {rows}. If something is wrong with these rows, "
         "put it right and begin again; otherwise training diverged: begin again with a lower --lr "
         "or a longer --warmup. The checkpoints from before are still there: --resume goes on from "
         "the last one, with a higher --max-skipped past these steps"

@@ -15,7 +15,7 @@ from lora_jax.sharding import shardings
 from train.errors import UserError, as_user_errors
 from train.flops import step_flops
 from train.hlo import work_of
-from train.losses import number_of_chunks, summed_loss
+from train.losses import Loss, number_of_chunks, summed_loss
 from train.machines import Machine
 from train.mesh import Layout
 from train.methods import NO_ADAPTER, make_optimizer, rules
@@ -129,7 +129,7 @@ def prepare(job: Job, way: Way, optim: OptimConfig) -> Prepared:
         jnp.dtype(job.dtype),
         remat=dataclasses.replace(optim, remat=way.remat).remat_policy,
     )
-    loss = functools.partial(summed_loss, chunk=job.loss_chunk)
+    loss = Loss(functools.partial(summed_loss, chunk=job.loss_chunk))
     lowered = setup.lower(setup.forward(model), loss, state, base, batch)
     return Prepared(lowered=lowered, params=params, state=state, base=base, batch=batch)
 

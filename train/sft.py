@@ -39,7 +39,7 @@ from train.fit import (
     with_learning_rate,
 )
 from train.log import duration
-from train.losses import summed_loss
+from train.losses import Loss, summed_loss
 from train.mesh import Layout, make_mesh
 from train.methods import rules
 from train.options import OptimConfig
@@ -141,10 +141,9 @@ def run(config: Config, stop: Stop) -> None:
         of_run,
         begun,
         begun.setup.forward(model),
-        functools.partial(summed_loss, chunk=config.optim.loss_chunk * layout.batch_parts),
+        Loss(functools.partial(summed_loss, chunk=config.optim.loss_chunk * layout.batch_parts)),
         held_out=held_out,
         tokens=lambda batch: int((batch["segment_ids"] > 0).sum()),
-        unit="token",
     )
     report["base_bytes"] = base_bytes
     write_json(folder / REPORT, report)

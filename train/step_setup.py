@@ -81,11 +81,15 @@ class Setup:
         base: Any,
         batch: Mapping[str, Any],
     ) -> jax.stages.Lowered:
-        """The step for arrays such as these, to be compiled; it takes the state's memory over.
+        """Lowers the step for arrays such as these; it takes the state's memory over.
 
         Args:
           forward: the adapted function that the loss calls.
+          loss: the function to minimise, and who divides it.
           state, base, batch: arrays, or shapes with shardings.
+
+        Returns:
+          The lowered step, to be compiled.
         """
         step = make_step(
             forward,

@@ -1,5 +1,6 @@
 """The whole script on a tiny encoder: what it leaves, what trains, resuming, and bad input."""
 
+import functools
 import json
 
 import jax
@@ -20,8 +21,16 @@ from train.classes import scores_of
 from train.classify import main, parse
 from train.classify_config import check
 from train.errors import UserError
-from train.labelled import Labelled, classification_loss, encode, label_names, read_labelled
+from train.labelled import (
+    Labelled,
+    classification_loss,
+    encode,
+    label_names,
+    predict,
+    read_labelled,
+)
 from train.log import read_metrics
+from train.losses import Loss
 from train.step import make_evaluation
 
 # Orbax leaves coroutines behind where a file cannot be read.
@@ -117,6 +126,28 @@ def test_a_run_leaves_all_that_it_should(inputs, whole):
     assert any(np.any(parts["b"]) for parts in trained.values() if "b" in parts)
     lines = read_metrics(whole)
     assert [line["step"] for line in lines if "eval_loss" in line] == [60, 120]
+    assert lines[-1]["eval_accuracy"] == pytest.approx(tuned["accuracy"])
+    assert all(0 <= line["accuracy"] <= 1 for line in lines if "loss" in line)
+
+
+def test_a_loss_that_is_a_sum_is_logged_as_one(inputs, tmp_path, monkeypatch):
+    options = ["--steps", 1, "--eval-every", 1]
+    mean = run(inputs, tmp_path / "mean", *options)
+    monkeypatch.setattr("train.classify.Loss", functools.partial(Loss, reduction="sum"))
+    folder = run(inputs, tmp_path / "sum", *options)
+    of_sum, of_mean = (read_metrics(path)[0] for path in (folder, mean))
+    assert of_sum["loss"] == pytest.approx(8 * of_mean["loss"], rel=1e-5)
+    assert of_sum["grad_norm"] == pytest.approx(8 * of_mean["grad_norm"], rel=1e-5)
+    assert of_sum["accuracy"] == of_mean["accuracy"]
+    data = parse(inputs).data
+    names, (_, test) = ("low", "middle", "top"), read_labelled(data)
+    examples = encode(data, test, names, tokenizer(None), "rows")
+    model, plain = base_of(inputs)
+    params = lj.merge(lj.load_adapter(folder / "adapter", plain))
+    mine = predict(model, params, examples, 4)[np.arange(12), examples.labels]
+    held_out = read_metrics(folder)[-1]
+    assert held_out["eval_loss"] == pytest.approx(-np.log(mine).sum(), rel=1e-4)
+    assert 0 <= held_out["eval_accuracy"] <= 1
 
 
 def test_the_scores_are_those_of_the_saved_adapter(inputs, whole):
@@ -186,14 +217,14 @@ def test_padding_and_filled_up_batches_change_no_loss(inputs):
     data, rows = parse(inputs).data, words(5)
     one = encode(data, rows, ("low", "middle", "top"), tokenizer(None), "rows")
     assert isinstance(one, Labelled) and one.ids.shape == (5, 8)
-    evaluate = jax.jit(make_evaluation(lj.adapt(model.apply), classification_loss))
+    evaluate = jax.jit(make_evaluation(lj.adapt(model.apply), Loss(classification_loss)))
     tree = lj.lorafy(params, [lj.TrainRule(targets=["classifier"])])
 
     def mean(examples, batch_size):
         adapter, base = lj.split(tree)
         sums = [evaluate(adapter, base, part) for part in examples.parts(batch_size)]
-        assert sum(int(s["count"]) for s in sums) == 5
-        return sum(float(s["loss"]) for s in sums) / 5
+        assert sum(int(s.count) for s in sums) == 5
+        return sum(float(s.total) for s in sums) / 5
 
     by_hand = 0.0
     for row in rows:

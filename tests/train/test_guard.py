@@ -21,7 +21,7 @@ from train.errors import UserError
 from train.log import Log, read_metrics
 from train.loop import Hooks
 from train.loop import train as loop
-from train.losses import summed_loss
+from train.losses import CROSS_ENTROPY, Loss, summed_loss
 from train.methods import make_optimizer
 from train.options import OptimConfig, RunConfig, learning_rate
 from train.step import init_state, make_step
@@ -41,12 +41,22 @@ def batch(number, poison=0.0):
     return {**taken, "weights": weights}
 
 
-def flat_at_zero(forward, params, batch, dropout_key=None):
+@Loss
+def flat_at_zero(forward, params, batch, dropout_key):
     """The loss, whose gradient alone is NaN where a weight is 5 or more."""
     poisoned = jnp.max(batch["weights"]) >= 5
     b = params["model"]["layers"]["self_attn"]["q_proj"]["kernel"].b
     x = jnp.where(poisoned, 0.0, 1.0) + 0 * jnp.sum(b)
-    return summed_loss(forward, params, batch, dropout_key) + jnp.sqrt(x) - jax.lax.stop_gradient(x)
+    sums = summed_loss(forward, params, batch, dropout_key)
+    return sums._replace(total=sums.total + jnp.sqrt(x) - jax.lax.stop_gradient(x))
+
+
+@Loss
+def uncounted(forward, params, batch, dropout_key):
+    """The loss, whose count alone is infinite where a weight is 5 or more."""
+    sums = summed_loss(forward, params, batch, dropout_key)
+    count = jnp.where(jnp.max(batch["weights"]) >= 5, jnp.inf, sums.count)
+    return sums._replace(count=count)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +77,7 @@ def steps():
     forward = lj.adapt(decoder()[0].apply)
     return {
         loss: jax.jit(make_step(forward, *optimiser(), dropout=False, loss=loss))
-        for loss in (summed_loss, flat_at_zero)
+        for loss in (CROSS_ENTROPY, flat_at_zero, uncounted)
     }
 
 
@@ -80,7 +90,7 @@ def unguarded(state, base, batch):
     forward, (optimizer, _) = lj.adapt(decoder()[0].apply), optimiser()
 
     def loss(adapter, part):
-        return summed_loss(forward, lj.join(adapter, base), part)
+        return summed_loss(forward, lj.join(adapter, base), part).total
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, jax.grad(loss)(state.adapter, part)), None
@@ -98,7 +108,7 @@ def test_the_guard_changes_no_bit_of_a_sound_run(halves, steps):
     guarded = expected = begin(adapter)
     reference = jax.jit(unguarded)
     for number in range(STEPS):
-        guarded, metrics = steps[summed_loss](guarded, base, batch(number))
+        guarded, metrics = steps[CROSS_ENTROPY](guarded, base, batch(number))
         expected = reference(expected, base, batch(number))
         assert float(metrics["skipped"]) == 0
     assert_identical(guarded._replace(key=0), expected._replace(key=0))
@@ -108,9 +118,10 @@ def test_the_guard_changes_no_bit_of_a_sound_run(halves, steps):
 @pytest.mark.parametrize(
     ("loss", "poison", "finite"),
     [
-        (summed_loss, np.nan, []),
-        (summed_loss, np.inf, []),
+        (CROSS_ENTROPY, np.nan, []),
+        (CROSS_ENTROPY, np.inf, []),
         (flat_at_zero, 4.0, ["loss"]),
+        (uncounted, 4.0, ["loss", "grad_norm"]),
     ],
 )
 def test_a_step_that_is_not_finite_changes_nothing_but_the_step(
@@ -124,7 +135,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step(
     assert (int(before.step), int(after.step)) == (1, 2)
     assert_identical(after._replace(step=0, key=0), before._replace(step=0, key=0))
     # The control: without a guard the adapter is lost.
-    if loss is summed_loss:
+    if loss is CROSS_ENTROPY:
         lost = jax.jit(unguarded)(before, base, batch(1, poison))
         assert not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(lost.adapter))
     _, then = steps[loss](after, base, batch(2))
@@ -137,11 +148,11 @@ def run(folder, halves, step, poisoned, **options):
     folder.mkdir(exist_ok=True)
     checkpoints = Checkpoints(folder / "checkpoints", keep=STEPS)
     hooks = Hooks(
-        batch=lambda number: batch(number, np.nan if number + 1 in poisoned else 0.0),
+        batch=lambda number, _: batch(number, np.nan if number + 1 in poisoned else 0.0),
         placed=lambda batch: batch,
         tokens=lambda batch: batch["ids"].size,
         save=lambda state: checkpoints.save(state, {}),
-        evaluate=lambda state: 0.0,
+        evaluate=lambda state: {},
         rows=lambda number: f"rows {ORDER.rows(number).ravel().tolist()}",
         resume_hint="",
     )
@@ -160,7 +171,7 @@ def run(folder, halves, step, poisoned, **options):
 
 @pytest.mark.parametrize("log_every", [1, 4, 100])
 def test_a_poisoned_batch_is_skipped_and_the_run_goes_on(halves, steps, tmp_path, log_every):
-    step = steps[summed_loss]
+    step = steps[CROSS_ENTROPY]
     options = {"log_every": log_every, "save_every": 2}
     state, error, shown, saved = run(tmp_path, halves, step, {4, 6, 7}, **options)
     assert error is None
@@ -181,7 +192,7 @@ def test_a_poisoned_batch_is_skipped_and_the_run_goes_on(halves, steps, tmp_path
 
 
 def test_three_in_a_row_end_the_run(halves, steps, tmp_path):
-    step, options = steps[summed_loss], {"save_every": 2}
+    step, options = steps[CROSS_ENTROPY], {"save_every": 2}
     _, error, shown, saved = run(tmp_path, halves, step, {3, 5, 6, 7}, **options)
     for words in (
         *("--max-skipped 3", "step 7", "loss is nan", "--lr", "--warmup", "--resume"),
@@ -204,8 +215,9 @@ def test_three_in_a_row_end_the_run(halves, steps, tmp_path):
 @pytest.mark.parametrize("packing", [[], ["--packing", "--seq-len", "128"]])
 def test_the_script_names_the_rows_of_the_data(tmp_path, capsys, monkeypatch, packing):
     def poisoned(forward, params, batch, dropout_key=None, *, chunk):
-        loss = summed_loss(forward, params, batch, dropout_key, chunk=chunk)
-        return loss * jnp.where(jnp.any(batch["ids"] == marked), jnp.inf, 1.0)
+        sums = summed_loss(forward, params, batch, dropout_key, chunk=chunk)
+        factor = jnp.where(jnp.any(batch["ids"] == marked), jnp.inf, 1.0)
+        return sums._replace(total=sums.total * factor)
 
     (marked,) = tokenizer()("~")["input_ids"]
     rows = write_rows(tmp_path / "rows.jsonl", 6)

@@ -16,7 +16,7 @@ from lora_jax.models import Decoder, DecoderConfig
 from tests.models import tiny, tiny_encoders
 from tests.support import assert_close, with_random_factors
 from train.config import SftOptimConfig
-from train.losses import summed_loss
+from train.losses import Loss, summed_loss
 from train.methods import make_optimizer
 from train.options import OptimConfig, learning_rate
 from train.step import init_state, make_step
@@ -45,6 +45,10 @@ def biased():
     model = Biased()
     inputs = (jnp.zeros((1, 1), jnp.int32),) * 4
     return model, model.init(jax.random.key(2), *inputs)["params"]
+
+
+def total(*args, **options):
+    return summed_loss(*args, **options).total
 
 
 def lora(*targets, **options):
@@ -119,7 +123,7 @@ def test_chunks_change_neither_loss_nor_gradient(case, chunk):
         return jax.jit(jax.value_and_grad(of_adapter))(adapter)
 
     whole, chunked = (
-        both(functools.partial(summed_loss, forward, batch=data, chunk=n)) for n in (0, chunk)
+        both(functools.partial(total, forward, batch=data, chunk=n)) for n in (0, chunk)
     )
     assert_close(chunked, whole, 1e-5)
     judge = both(lambda params: on_merged(model, params, data))
@@ -146,7 +150,7 @@ def test_each_chunk_has_a_dropout_mask_of_its_own():
     params = with_random_factors(lj.lorafy(plain, rules))
     data = batch(m=4)
     data |= {name: np.full_like(data[name], 3) for name in ("predict_at", "targets")}
-    loss = functools.partial(summed_loss, lj.adapt(model.apply), params, chunk=BATCH)
+    loss = functools.partial(total, lj.adapt(model.apply), params, chunk=BATCH)
 
     @jax.jit
     def at_each_place(key):  # where hidden states and targets are the same
@@ -169,7 +173,7 @@ def test_chunks_stay_spread_over_devices():
     data = {name: jax.device_put(np.tile(x[:2], (4, 1)), rows) for name, x in batch().items()}
 
     def loss(adapter, data, chunk):
-        return summed_loss(forward, lj.join(adapter, base), data, chunk=chunk)
+        return total(forward, lj.join(adapter, base), data, chunk=chunk)
 
     gradient = jax.jit(jax.grad(loss), static_argnums=2)
     sizes = [8 * 2 * VOCAB, 2 * 2 * VOCAB, 2 * M * VOCAB]  # of a chunk, and of a device's part
@@ -187,7 +191,7 @@ def steps_of(model, params, chunk, accumulate, n):
     optim = OptimConfig(lr=3e-3, beta2=0.99, schedule="constant", warmup=0)
     schedule = learning_rate(optim, n)
     optimizer = make_optimizer(optim, schedule)
-    loss = functools.partial(summed_loss, chunk=chunk)
+    loss = Loss(functools.partial(summed_loss, chunk=chunk))
     step = jax.jit(make_step(lj.adapt(model.apply), optimizer, schedule, dropout=False, loss=loss))
     state, losses = init_state(adapter, optimizer, jax.random.key(0)), []
     for number in range(n):
@@ -235,7 +239,7 @@ def compiled_step(remat, chunk, shape=(4, 128)):
     key = jax.random.key(0)
     state = jax.eval_shape(lambda adapter: init_state(adapter, optimizer, key), adapter)
     ints = jax.ShapeDtypeStruct((1, *shape), jnp.int32)
-    loss = functools.partial(summed_loss, chunk=chunk)
+    loss = Loss(functools.partial(summed_loss, chunk=chunk))
     schedule = optax.constant_schedule(1e-3)
     step = make_step(lj.adapt(model.apply), optimizer, schedule, dropout=False, loss=loss)
     lowered = jax.jit(step, donate_argnums=0).lower(state, base, dict.fromkeys(batch(), ints))

@@ -33,7 +33,7 @@ def halves(model):
     return jax.tree.map(lambda x: jnp.asarray(0.1 * draw(rng, "embed", x.shape)), adapter), base
 
 
-loss_of = jax.jit(summed_loss, static_argnums=0)
+sums_of = jax.jit(summed_loss, static_argnums=0)
 
 
 def packs(*, packing=False, seq_len=64):
@@ -53,7 +53,7 @@ def test_the_loss_is_the_cross_entropy_of_the_tokens_that_count(model):
     log_probs = jax.nn.log_softmax(jax.jit(module.apply)({"params": params}, tokens.ids[None]))[0]
     by_hand = -sum(float(log_probs[at - 1, tokens.ids[at]]) for at in np.flatnonzero(tokens.counts))
     batch = pack([tokens], 32, packing=False).take(np.array([0]))
-    assert float(loss_of(module.apply, params, batch)) == pytest.approx(by_hand, rel=1e-5)
+    assert float(sums_of(module.apply, params, batch).total) == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_packing_changes_no_loss(model, halves):
@@ -63,7 +63,7 @@ def test_packing_changes_no_loss(model, halves):
     for packing in (False, True):
         rows = packs(packing=packing)
         batch = rows.take(np.arange(len(rows)))
-        losses.append(float(loss_of(forward, params, batch)))
+        losses.append(float(sums_of(forward, params, batch).total))
     assert len(packs(packing=True)) < len(ROWS)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
