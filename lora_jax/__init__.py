@@ -1,6 +1,6 @@
 """LoRA for JAX and Flax, as a pure transform of a parameter tree."""
 
-from lora_jax import init, optim, sharding
+from lora_jax import base, init, optim, sharding
 from lora_jax.adapt import MergeError, MergeWarning, RoleError, adapt, explain
 from lora_jax.checkpoint import AdapterError, load_adapter, save_adapter
 from lora_jax.lorafy import (

@@ -70,7 +70,7 @@ def _looked(
 
 def _map_nodes(visit: Any, tree: Tree) -> Tree:
     """`tree` with `visit(node)` in place of each node."""
-    return jax.tree.map(lambda x: visit(x) if is_node(x) else x, tree, is_leaf=is_node)
+    return jax.tree.map(lambda x: visit(x) if is_node(x) else x, tree, is_leaf=is_leaf)
 
 
 def _nodes(tree: Tree, what: str) -> dict[str, Node]:

@@ -252,6 +252,11 @@ def _gather(_: Interpreter, use: Use) -> list[Any] | None:
     look_up = functools.partial(
         _take, indices=indices, mode=use.params["mode"], fill_value=use.params["fill_value"]
     )
+    if not weight.parts and len(shape) == 2:  # rows of a table
+        rows = as_array(
+            along(weight.base, functools.partial(_read, axis, offsets, look_up), [axis])
+        )
+        return [rows if unit is None else jnp.expand_dims(rows, unit)]
     if weight.labels[axis] == "batch":
         stack = _of_stack(weight, axis, indices, offsets, look_up)
         if unit is None:
@@ -265,8 +270,9 @@ def _gather(_: Interpreter, use: Use) -> list[Any] | None:
     order = places + offsets
 
     def rows_of_base(_: Any) -> jax.Array:
-        read = lambda array, axes: look_up(array, axes.index(axis), offsets=offsets)  # noqa: E731
-        return as_array(along(weight.base, read, [axis]))
+        return as_array(
+            along(weight.base, functools.partial(_read, axis, offsets, look_up), [axis])
+        )
 
     def rows_of_factors(_: Any, weight: Factored, rows: jax.Array) -> jax.Array:
         z = look_up(weight.a, 1, fill_value=0)  # [r, …]
@@ -282,6 +288,12 @@ def _gather(_: Interpreter, use: Use) -> list[Any] | None:
 
     rows = combined(None, weight.replace(key=None), rows_of_base, rows_of_factors, placed)
     return [rows if unit is None else jnp.expand_dims(rows, unit)]
+
+
+def _read(axis: int, offsets: Sequence[int], look_up: Any, array: jax.Array, axes: Axes) -> Any:
+    """The look-up in one of a base's arrays. What lies outside is NaN in those that can hold it."""
+    fill = {} if jnp.issubdtype(array.dtype, jnp.inexact) else {"fill_value": None}
+    return look_up(array, axes.index(axis), offsets=offsets, **fill)
 
 
 def _take(
@@ -318,7 +330,7 @@ def _of_stack(
     weight: Factored, axis: int, indices: jax.Array, offsets: Sequence[int], look_up: Any
 ) -> Factored:
     """The weights of some indices of a stack; the places are batch axes."""
-    base = along(weight.base, lambda w, axes: look_up(w, axes.index(axis), offsets=offsets), [axis])
+    base = along(weight.base, functools.partial(_read, axis, offsets, look_up), [axis])
     others = [a for a in range(len(weight.labels)) if a != axis]
     source: dict[int, Any] = dict(zip(offsets, others, strict=True))  # for each that is whole
     n_places = indices.ndim - 1

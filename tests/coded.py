@@ -1,0 +1,91 @@
+"""A base that is no array, codes with scales, to hold `lora_jax.base` to its word."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lora_jax as lj
+from lora_jax.paths import flatten_with_paths
+from lora_jax.resolve import Adapted, resolve
+
+STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Coded:
+    """W = codes · scales.
+
+    Attributes:
+      codes: int8, of W's shape.
+      scales: with W's number of axes, of size one along the last axis but one: one scale for all.
+      dtype: of W.
+      movable: whether `along` works; otherwise W is formed wherever an axis is cut.
+    """
+
+    codes: Any
+    scales: Any
+    dtype: Any = dataclasses.field(metadata=STATIC)
+    movable: bool = dataclasses.field(default=True, metadata=STATIC)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
+    def as_array(self) -> jax.Array:
+        return self.codes.astype(self.dtype) * self.scales
+
+    def along(self, move: Any, touched: frozenset[int]) -> "Coded | None":
+        if not self.movable and touched:
+            return None
+        codes, scales = self.codes, self.scales
+        axes = tuple(range(codes.ndim))
+        if touched:
+            sizes = [(codes if axis in touched else scales).shape[axis] for axis in axes]
+            scales = jnp.broadcast_to(scales, sizes)
+        places = tuple(a if codes.shape[a] == scales.shape[a] else -1 for a in axes)
+        return dataclasses.replace(self, codes=move(codes, axes), scales=move(scales, places))
+
+
+def coded(array: jax.Array, *, movable: bool = True) -> Coded:
+    """Returns an array rounded to codes."""
+    scales = jnp.max(jnp.abs(array), axis=-2, keepdims=True) / 127
+    codes = jnp.round(array / scales).astype(jnp.int8)
+    return Coded(codes, scales, np.dtype(array.dtype), movable)
+
+
+def with_coded_kernels(params: Any, rules: Any, *, movable: bool = True) -> Any:
+    """Returns a tree in which each leaf that the rules adapt is coded."""
+    leaves, treedef = flatten_with_paths(params)
+    chosen = resolve(leaves, rules)
+    return treedef.unflatten(
+        coded(leaf, movable=movable) if isinstance(chosen.get(path), Adapted) else leaf
+        for path, leaf in leaves
+    )
+
+
+def decoded(tree: Any) -> Any:
+    """Returns a tree with arrays in place of coded leaves, those of adapted weights included."""
+    is_leaf = lambda x: isinstance(x, Coded)  # noqa: E731
+    return jax.tree.map(lambda x: x.as_array() if is_leaf(x) else x, tree, is_leaf=is_leaf)
+
+
+def coded_program(program: Any, *, movable: bool = True) -> Any:
+    """Returns a program with coded kernels; called by itself, it forms them first."""
+
+    def params(dtype: Any) -> Any:
+        return with_coded_kernels(program.params(dtype), program.rules, movable=movable)
+
+    def run(params: Any, x: jax.Array) -> jax.Array:
+        return program.run(decoded(params), x)
+
+    return dataclasses.replace(program, params=params, run=run)
+
+
+def is_on(tree: Any) -> bool:
+    """Returns whether a tree has an adapted weight whose base is coded."""
+    nodes = jax.tree.leaves(tree, is_leaf=lj.is_node)
+    return any(lj.is_node(n) and isinstance(n.base, Coded) for n in nodes)
