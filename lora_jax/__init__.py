@@ -28,6 +28,7 @@ __all__ = [
     "Trained",
     "TrainedRows",
     "adapt",
+    "base",
     "count_params",
     "explain",
     "init",

@@ -7,13 +7,13 @@ for is formed where it is used, never kept for the backward pass.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import field
 from typing import Any, Protocol
 
 import jax
 
-from lora_jax.parts import Axes
+from lora_jax.parts import STATIC, Axes
 
 # move(array, axes) returns the array after a move; axes: the weight's axis for each of its axes.
 Move = Callable[[Any, Axes], Any]
@@ -51,11 +51,7 @@ class Base(Protocol):
         """
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["source"],
-    meta_fields=["moves", "dtype", "rearranged"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _View:
     """A base after operations that re-arranged or cast it: they are repeated on what it forms.
@@ -68,9 +64,9 @@ class _View:
     """
 
     source: Any
-    moves: tuple[tuple[Any, tuple[tuple[str, Hashable], ...]], ...]
-    dtype: Any
-    rearranged: tuple[int, ...] | None
+    moves: tuple[tuple[Any, tuple[tuple[str, Any], ...]], ...] = field(metadata=STATIC)
+    dtype: Any = field(metadata=STATIC)
+    rearranged: tuple[int, ...] | None = field(metadata=STATIC)
 
     @property
     def shape(self) -> tuple[int, ...]:

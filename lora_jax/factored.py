@@ -1,8 +1,8 @@
 """A weight with its factors, unformed: what `adapt` carries through a function."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
+from dataclasses import field
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax import lax
 from lora_jax.axes import AxisRoles, Label
 from lora_jax.base import as_array, is_base
 from lora_jax.magnitude import wide
-from lora_jax.parts import AXES, Axes, layout, sizes
+from lora_jax.parts import AXES, STATIC, Axes, layout, sizes
 
 
 class _ForMessages(str):
@@ -27,11 +27,7 @@ class _ForMessages(str):
         return 0
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["base", "parts"],
-    meta_fields=["labels", "dropout", "path", "uses"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factored:
     """(W + s·AB)·diag(g), unformed. The axes of `base` come in any order, in the roles of `labels`.
@@ -49,10 +45,10 @@ class Factored:
 
     base: Any
     parts: dict[str, Any]
-    labels: tuple[Label, ...]
-    dropout: float = 0.0
-    path: str = ""
-    uses: str = "all"
+    labels: tuple[Label, ...] = field(metadata=STATIC)
+    dropout: float = field(default=0.0, metadata=STATIC)
+    path: str = field(default="", metadata=STATIC)
+    uses: str = field(default="all", metadata=STATIC)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", _ForMessages(self.path))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Role = Label | Literal["rank"]
 Axes = tuple[int, ...]
+STATIC = {"static": True}  # metadata of a dataclass's field that is no child of the pytree
 RANK = -1  # in the place of a weight's axis: the axis of an array that the weight lacks
 
 # Batch axes come first, in the order that the weight has them in, then the rank, then the in axes

@@ -6,9 +6,9 @@ which some rows train. All of them give and take their trained arrays by name (`
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
+from dataclasses import field
 from typing import Any, NoReturn, Self
 
 import jax
@@ -18,7 +18,7 @@ from lora_jax.axes import AxisRoles, Label
 from lora_jax.base import along, as_array, is_base
 from lora_jax.factored import Factored
 from lora_jax.magnitude import wide
-from lora_jax.parts import AXES, Axes, Part, Role, layout, sizes
+from lora_jax.parts import AXES, STATIC, Axes, Part, Role, layout, sizes
 from lora_jax.paths import flatten_with_paths
 
 _HOW_TO_USE = (
@@ -79,11 +79,7 @@ class _Node:
     __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __pow__ = __neg__ = _refuse
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["base", "arrays"],
-    meta_fields=["roles", "ranks", "dropout", "extras", "frozen", "uses"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(eq=False, repr=False)
 class LoraWeight(_Node):
     """A kernel W with its factors: it stands for W + s·AB, or what a variant makes of it.
@@ -112,12 +108,12 @@ class LoraWeight(_Node):
 
     base: Any
     arrays: dict[str, Any]
-    roles: AxisRoles
-    ranks: tuple[int, ...]
-    dropout: float = 0.0
-    extras: tuple[Part, ...] = ()
-    frozen: tuple[str, ...] = ()
-    uses: str = "all"
+    roles: AxisRoles = field(metadata=STATIC)
+    ranks: tuple[int, ...] = field(metadata=STATIC)
+    dropout: float = field(default=0.0, metadata=STATIC)
+    extras: tuple[Part, ...] = field(default=(), metadata=STATIC)
+    frozen: tuple[str, ...] = field(default=(), metadata=STATIC)
+    uses: str = field(default="all", metadata=STATIC)
 
     def __getattr__(self, name: str) -> Any:
         """Returns an array by its name."""
@@ -127,18 +123,19 @@ class LoraWeight(_Node):
 
     def replace(self, **changes: Any) -> Self:
         """Returns a copy with other attributes or arrays; None takes an array away."""
-        fields = {field.name for field in dataclasses.fields(self)}
-        given = {name: value for name, value in changes.items() if name not in fields}
-        arrays = {**changes.get("arrays", self.arrays), **given}
-        arrays = {name: array for name, array in arrays.items() if array is not None}
-        own = {name: value for name, value in changes.items() if name in fields}
-        return dataclasses.replace(self, **{**own, "arrays": arrays})
+        fields = {one.name for one in dataclasses.fields(self)} & changes.keys()
+        arrays = changes.get("arrays", self.arrays) | {
+            n: changes[n] for n in changes.keys() - fields
+        }
+        own: dict[str, Any] = {name: changes[name] for name in fields}
+        own["arrays"] = {name: array for name, array in arrays.items() if array is not None}
+        return dataclasses.replace(self, **own)
 
     @property
     def start(self) -> tuple[Any, Any] | None:
         """(A₀, B₀), or None."""
-        found = self.arrays.get("start_a"), self.arrays.get("start_b")
-        return None if found[0] is None else found
+        arrays = self.arrays
+        return (arrays["start_a"], arrays["start_b"]) if "start_a" in arrays else None
 
     @property
     def has(self) -> tuple[str, ...]:
@@ -177,11 +174,10 @@ class LoraWeight(_Node):
 
     def _count(self, name: str) -> int:
         """Returns the number of parameters of an array, padding not counted."""
-        shape = self.shape_of(name)
-        adapted, layers = sum(r > 0 for r in self.ranks), len(self.ranks)
-        if "rank" in self.axes_of(name):
-            return math.prod(shape) // (self.rank * layers) * sum(self.ranks)
-        return math.prod(shape) // layers * adapted
+        has_rank = "rank" in self.axes_of(name)
+        used = [r if has_rank else 1 for r in self.ranks if r]
+        whole = len(self.ranks) * (self.rank if has_rank else 1)
+        return math.prod(self.shape_of(name)) // whole * sum(used)
 
     @property
     def n_trainable(self) -> int:
@@ -232,7 +228,7 @@ class LoraWeight(_Node):
         return f"LoraWeight(shape={shape}, ranks={ranks}, {self.roles})"
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(eq=False, repr=False)
 class Trained(_Node):
     """A leaf that trains in full. `value` is None in the base half of a tree."""
@@ -257,11 +253,7 @@ class Trained(_Node):
         return f"Trained(shape={getattr(self.value, 'shape', None)})"
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["base", "value"],
-    meta_fields=["rows", "is_table"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(eq=False, repr=False)
 class TrainedRows(_Node):
     """A leaf of which some rows along the first axis train: tokens of a table, layers of a stack.
@@ -276,8 +268,8 @@ class TrainedRows(_Node):
 
     base: Any
     value: Any
-    rows: tuple[int, ...]
-    is_table: bool
+    rows: tuple[int, ...] = field(metadata=STATIC)
+    is_table: bool = field(metadata=STATIC)
 
     @property
     def n_trainable(self) -> int:

@@ -18,24 +18,19 @@ from lora_jax.parts import RANK, Axes
 
 def _jit(interpreter: Interpreter, use: Use) -> list[Any]:
     jit = eqns.jit_of(use.eqn)
-    body = interpreter.function(jit.jaxpr, use.live)
+    body = called = interpreter.function(jit.jaxpr, use.live)
     values = [_constrained(v, s) for v, s in zip(use.values, jit.in_shardings, strict=True)]
-    if jit.inline or interpreter.record is not None:
-        outputs = body(*values)
-    else:
+    if not jit.inline and interpreter.record is None:
 
         def make() -> Any:
             def call(*args: Any) -> list[Any]:
                 return body(*args)
 
             call.__name__ = call.__qualname__ = jit.name
-            return jax.jit(
-                call,
-                keep_unused=jit.keep_unused,
-                compiler_options=jit.compiler_options or None,
-            )
+            return jax.jit(call, **jit.options)
 
-        outputs = interpreter.memoised(jit.jaxpr, ("jit", use.live, jit.name), make)(*values)
+        called = interpreter.memoised(jit.jaxpr, ("jit", use.live, jit.name), make)
+    outputs = called(*values)
     return [_constrained(v, s) for v, s in zip(outputs, jit.out_shardings, strict=True)]
 
 
@@ -51,57 +46,58 @@ def _constrained(value: Any, sharding: Any) -> Any:
 
 def _remat(interpreter: Interpreter, use: Use) -> list[Any]:
     body = interpreter.function(use.params["jaxpr"], use.live)
-    if interpreter.record is not None:
-        return body(*use.values)
-    rematerialised = jax.checkpoint(
-        body, prevent_cse=use.params["prevent_cse"], policy=use.params["policy"]
-    )
-    return rematerialised(*use.values)
+    if interpreter.record is None:
+        how = {name: use.params[name] for name in ("prevent_cse", "policy")}
+        body = jax.checkpoint(body, **how)
+    return body(*use.values)
+
+
+def _constants(
+    interpreter: Interpreter, use: Use, body: eqns.AnyJaxpr, carries: dict[int, Any], first: int
+) -> dict[int, Any]:
+    """Takes the weights that a loop carries unchanged out of `carries`; others are merged there.
+
+    Args:
+      body: of the loop.
+      carries: by place, from 0; changed.
+      first: the place of the first carry among the body's arguments.
+    """
+    inner, _ = eqns.opened(body)
+    weights = {place: v for place, v in carries.items() if isinstance(v, Factored)}
+    same = [p for p in weights if inner.outvars[p] is inner.invars[first + p]]
+    for place in weights.keys() - same:
+        name = f"{use.eqn.primitive.name} (as a carry)"
+        carries[place] = interpreter.merged(weights[place], name, use.eqn)
+    return {place: carries.pop(place) for place in same}
 
 
 def _scan(interpreter: Interpreter, use: Use) -> list[Any]:
     """Stacks are sliced with their factors; a weight carried unchanged is a constant."""
     scan = eqns.scan_of(use.eqn)
-    inner, _ = eqns.opened(scan.body)
     n_fixed = scan.n_consts + scan.n_carry
-    fixed, stacks = use.values[:n_fixed], use.values[n_fixed:]
-    constant = dict(enumerate(fixed[: scan.n_consts]))
-    for place in range(scan.n_consts, n_fixed):
-        if isinstance(fixed[place], Factored):
-            if inner.outvars[place - scan.n_consts] is inner.invars[place]:
-                constant[place] = fixed[place]
-            else:
-                fixed[place] = interpreter.merged(fixed[place], "scan (as a carry)", use.eqn)
-    carried = [place for place in range(n_fixed) if place not in constant]
+    consts, stacks = use.values[: scan.n_consts], use.values[n_fixed:]
+    carries = dict(enumerate(use.values[scan.n_consts : n_fixed]))
+    constant = _constants(interpreter, use, scan.body, carries, scan.n_consts)
     rebuilders, sliced = zip(*map(_sliced, stacks), strict=True) if stacks else ((), ())
     body = interpreter.function(scan.body)
     steps = jnp.arange(scan.length) if _has_keys(use.values) else None
 
-    def step(carry: list[Any], xs: Any) -> tuple[list[Any], list[Any]]:
+    def step(carry: dict[int, Any], xs: Any) -> tuple[dict[int, Any], list[Any]]:
         parts, index = xs
-        values = {place: at_site(value, index) for place, value in constant.items()}
-        values |= dict(zip(carried, carry, strict=True))
+        known = {place: at_site(value, index) for place, value in constant.items()} | carry
         slices = [rebuild(part) for rebuild, part in zip(rebuilders, parts, strict=True)]
-        outputs = body(*(values[place] for place in range(n_fixed)), *slices)
+        ordered = [known[place] for place in range(scan.n_carry)]
+        outputs = body(*(at_site(value, index) for value in consts), *ordered, *slices)
         outputs = [
-            output
-            if place < scan.n_carry and scan.n_consts + place in constant
-            else _plain(interpreter, output, use, "scan (as an output)")
+            output if place in constant else _plain(interpreter, output, use, "as an output")
             for place, output in enumerate(outputs)
         ]
-        carry = [outputs[place - scan.n_consts] for place in carried]
-        return carry, outputs[scan.n_carry :]
+        return {place: outputs[place] for place in carry}, outputs[scan.n_carry :]
 
-    carry, ys = lax.scan(
-        step,
-        [fixed[place] for place in carried],
-        (sliced, steps),
-        length=scan.length,
-        reverse=scan.reverse,
-        unroll=scan.unroll,
-    )
-    final = constant | dict(zip(carried, carry, strict=True))
-    return [*(final[place] for place in range(scan.n_consts, n_fixed)), *ys]
+    how = {"length": scan.length, "reverse": scan.reverse, "unroll": scan.unroll}
+    carry, ys = lax.scan(step, carries, (sliced, steps), **how)
+    final = constant | carry
+    return [*(final[place] for place in range(scan.n_carry)), *ys]
 
 
 def _sliced(value: Any) -> tuple[Callable[[Any], Any], Any]:
@@ -131,42 +127,32 @@ def _sliced(value: Any) -> tuple[Callable[[Any], Any], Any]:
 def _while(interpreter: Interpreter, use: Use) -> list[Any]:
     """Constants keep their factors; so does a weight that is carried unchanged."""
     loop = eqns.while_of(use.eqn)
-    inner, _ = eqns.opened(loop.body)
     n_condition, n_body = loop.n_condition_consts, loop.n_body_consts
     of_condition = use.values[:n_condition]
     of_body = use.values[n_condition : n_condition + n_body]
-    init = use.values[n_condition + n_body :]
-    constant = {}
-    for place, value in enumerate(init):
-        if isinstance(value, Factored):
-            if inner.outvars[place] is inner.invars[n_body + place]:
-                constant[place] = value
-            else:
-                init[place] = interpreter.merged(value, "while (as a carry)", use.eqn)
-    carried = [place for place in range(len(init)) if place not in constant]
+    init = dict(enumerate(use.values[n_condition + n_body :]))
+    n_carry = len(init)
+    constant = _constants(interpreter, use, loop.body, init, n_body)
     condition, body = map(interpreter.function, (loop.condition, loop.body))
 
-    def whole(carry: list[Any], index: Any) -> list[Any]:
-        values = {place: at_site(value, index) for place, value in constant.items()}
-        values |= dict(zip(carried, carry, strict=True))
-        return [values[place] for place in range(len(init))]
-
-    def go_on(state: tuple[Any, list[Any]]) -> jax.Array:
+    def arguments(consts: list[Any], state: tuple[Any, dict[int, Any]]) -> list[Any]:
         index, carry = state
-        consts = [at_site(value, index) for value in of_condition]
-        return condition(*consts, *whole(carry, index))[0]
+        known = {place: at_site(value, index) for place, value in constant.items()} | carry
+        ordered = [known[place] for place in range(n_carry)]
+        return [*(at_site(value, index) for value in consts), *ordered]
 
-    def step(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
-        index, carry = state
-        consts = [at_site(value, index) for value in of_body]
-        outputs = body(*consts, *whole(carry, index))
-        kept = [_plain(interpreter, outputs[place], use, "while (as a carry)") for place in carried]
+    def go_on(state: tuple[Any, dict[int, Any]]) -> jax.Array:
+        return condition(*arguments(of_condition, state))[0]
+
+    def step(state: tuple[Any, dict[int, Any]]) -> tuple[Any, dict[int, Any]]:
+        outputs, index = body(*arguments(of_body, state)), state[0]
+        kept = {p: _plain(interpreter, outputs[p], use, "as a carry") for p in state[1]}
         return (None if index is None else index + 1), kept
 
     start = jnp.int32(0) if _has_keys(use.values) else None
-    _, carry = lax.while_loop(go_on, step, (start, [init[place] for place in carried]))
-    final = constant | dict(zip(carried, carry, strict=True))
-    return [final[place] for place in range(len(init))]
+    _, carry = lax.while_loop(go_on, step, (start, init))
+    final = constant | carry
+    return [final[place] for place in range(n_carry)]
 
 
 def _cond(interpreter: Interpreter, use: Use) -> list[Any] | None:
@@ -176,17 +162,16 @@ def _cond(interpreter: Interpreter, use: Use) -> list[Any] | None:
 
     def branch(jaxpr: eqns.AnyJaxpr) -> Any:
         body = interpreter.function(jaxpr, use.live)
-        return lambda *args: [
-            _plain(interpreter, output, use, "cond (as an output)") for output in body(*args)
-        ]
+        return lambda *args: [_plain(interpreter, v, use, "as an output") for v in body(*args)]
 
-    branches = [branch(jaxpr) for jaxpr in use.params["branches"]]
-    return lax.switch(index, branches, *operands)
+    return lax.switch(index, [branch(jaxpr) for jaxpr in use.params["branches"]], *operands)
 
 
-def _plain(interpreter: Interpreter, value: Any, use: Use, place: str) -> Any:
+def _plain(interpreter: Interpreter, value: Any, use: Use, how: str) -> Any:
     """A value as an array: a weight that would leave a loop or a branch is merged."""
-    return interpreter.merged(value, place, use.eqn) if isinstance(value, Factored) else value
+    if not isinstance(value, Factored):
+        return value
+    return interpreter.merged(value, f"{use.eqn.primitive.name} ({how})", use.eqn)
 
 
 def _has_keys(values: Sequence[Any]) -> bool:
@@ -197,14 +182,11 @@ def _shard_map(interpreter: Interpreter, use: Use) -> list[Any]:
     """A's in axes are laid out as the weight's are, B's out axes too, and the rank not at all."""
     there = eqns.shard_map_of(use.eqn)
     body = interpreter.function(there.body)
-    operands = [
-        v.replace(base=movable(v.base)) if isinstance(v, Factored) else v for v in use.values
-    ]
+    given = use.values
+    operands = [v.replace(base=movable(v.base)) if isinstance(v, Factored) else v for v in given]
 
     def run(*values: Any) -> list[Any]:
-        return [
-            _plain(interpreter, output, use, "shard_map (as an output)") for output in body(*values)
-        ]
+        return [_plain(interpreter, output, use, "as an output") for output in body(*values)]
 
     return jax.shard_map(
         run,

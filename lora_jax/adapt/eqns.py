@@ -74,8 +74,7 @@ def scan_of(eqn: JaxprEqn) -> Scan:
         for operand, of_body in zip(eqn.invars, inner.invars, strict=True)
     )
     n_consts = len(eqn.invars) - n_carry - n_xs
-    params = eqn.params
-    return Scan(body, n_consts, n_carry, params["length"], params["reverse"], params["unroll"])
+    return Scan(body, n_consts, n_carry, *_params(eqn, "length", "reverse", "unroll"))
 
 
 class While(NamedTuple):
@@ -88,39 +87,31 @@ class While(NamedTuple):
 
 
 def while_of(eqn: JaxprEqn) -> While:
-    params = eqn.params
-    return While(
-        params["cond_jaxpr"], params["body_jaxpr"], params["cond_nconsts"], params["body_nconsts"]
-    )
+    """Reads a `while`."""
+    return While(*_params(eqn, "cond_jaxpr", "body_jaxpr", "cond_nconsts", "body_nconsts"))
 
 
 class Jit(NamedTuple):
-    """A `jit` equation."""
+    """A `jit` equation; a sharding that is not specified is None."""
 
     jaxpr: AnyJaxpr
     name: str
     inline: bool
-    keep_unused: bool
-    compiler_options: dict[str, Any]
-    in_shardings: tuple[Sharding | None, ...]
-    out_shardings: tuple[Sharding | None, ...]
+    options: dict[str, Any]  # of `jax.jit`
+    in_shardings: list[Sharding | None]
+    out_shardings: list[Sharding | None]
 
 
 def jit_of(eqn: JaxprEqn) -> Jit:
-    params = eqn.params
-
-    def specified(shardings: Sequence[Any]) -> tuple[Sharding | None, ...]:
-        return tuple(s if isinstance(s, Sharding) else None for s in shardings)
-
-    return Jit(
-        params["jaxpr"],
-        params["name"],
-        params["inline"] is True or getattr(params["inline"], "name", "") == "ALWAYS",
-        params["keep_unused"],
-        dict(params["compiler_options_kvs"]),
-        specified(params["in_shardings"]),
-        specified(params["out_shardings"]),
+    """Reads a `jit`."""
+    body, name, inline = _params(eqn, "jaxpr", "name", "inline")
+    keep_unused, compiler, *shardings = _params(
+        eqn, "keep_unused", "compiler_options_kvs", "in_shardings", "out_shardings"
     )
+    options = {"keep_unused": keep_unused, "compiler_options": dict(compiler) or None}
+    known = [[s if isinstance(s, Sharding) else None for s in side] for side in shardings]
+    is_inline = inline is True or getattr(inline, "name", "") == "ALWAYS"
+    return Jit(body, name, is_inline, options, *known)
 
 
 class ShardMap(NamedTuple):
@@ -135,15 +126,13 @@ class ShardMap(NamedTuple):
 
 
 def shard_map_of(eqn: JaxprEqn) -> ShardMap:
-    params = eqn.params
-    return ShardMap(
-        params["jaxpr"],
-        params["mesh"],
-        params["in_specs"],
-        params["out_specs"],
-        params["newly_manual_axes"],
-        params["check_vma"],
-    )
+    """Reads a `shard_map`."""
+    names = ("jaxpr", "mesh", "in_specs", "out_specs", "newly_manual_axes", "check_vma")
+    return ShardMap(*_params(eqn, *names))
+
+
+def _params(eqn: JaxprEqn, *names: str) -> list[Any]:
+    return [eqn.params[name] for name in names]
 
 
 def function_name(eqn: JaxprEqn) -> str | None:

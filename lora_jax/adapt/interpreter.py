@@ -170,37 +170,34 @@ class Interpreter:
             why = _WHY.get(primitive, "has no factored form")
             self.record(Record(str(weight.path), primitive, f"{file}:{line}", "merged", why))
             return weight.merged()
-        what = f"the weight {weight.path!r} meets {primitive!r} at {file}:{line}"
-        if weight.key is not None and weight.dropout:
-            raise MergeError(
-                f"{what}, which has no factored form, and a merged weight has no dropout. Leave "
-                "out dropout_key, or set dropout=0 in the rule of this weight"
-            )
+        what = f"the weight {weight.path!r} meets {primitive!r} at {file}:{line}, "
+        what += "which has no factored form"
         advice = (
             "To avoid it, multiply by the weight with a dot product (x @ w, einsum), or leave "
             "the weight out of the rules"
         )
+        if weight.key is not None and weight.dropout:
+            raise MergeError(
+                f"{what}, and a merged weight has no dropout. Leave out dropout_key, or set "
+                "dropout=0 in the rule of this weight"
+            )
         if weight.uses != "all":
             raise MergeError(
-                f"{what}, which has no factored form, and the adapter is for one use of the weight "
-                f"only (uses={weight.uses!r}), so it cannot be merged. {advice}"
+                f"{what}, and the adapter is for one use of the weight only (uses="
+                f"{weight.uses!r}), so it cannot be merged. {advice}"
             )
         if weight.shift is not None:
             raise MergeError(
-                f"{what}, which has no factored form, and a merged weight has no place for a bias "
-                f"on B. {advice}, or set bias_on_b=False in its rule"
+                f"{what}, and a merged weight has no place for a bias on B. {advice}, or set "
+                "bias_on_b=False in its rule"
             )
-        formed = "W + s·AB" if weight.parts else "W"
         if self.strict:
-            raise MergeError(f"{what}, which has no factored form. {advice}")
-        warnings.warn_explicit(
-            f"{what}, which has no factored form: {formed} is formed there, at the cost of W's "
-            f"memory. The result is right. {advice}.",
-            MergeWarning,
-            file,
-            line,
-            registry=_WARNED,
+            raise MergeError(f"{what}. {advice}")
+        formed = "W + s·AB" if weight.parts else "W"
+        message = (
+            f"{what}: {formed} is formed there, at the cost of W's memory. The result is right"
         )
+        warnings.warn_explicit(f"{message}. {advice}.", MergeWarning, file, line, registry=_WARNED)
         return weight.merged()
 
     def _apply(

@@ -1,6 +1,6 @@
 """Infers axis roles from what a function does with each axis of each weight.
 
-The function is run abstractly by the interpreter that `adapt` runs it by, with other rules: a weight
+The function is run abstractly by the interpreter that `adapt` uses, with other rules: a weight
 without factors is followed to the products that use it, each of its axes labelled by the axes of
 the leaf that it holds. Axes that are contracted with the activation are in axes, axes that come
 out are out axes; what is indexed, sliced off, scanned over or batched is a batch axis.
@@ -181,7 +181,7 @@ _SAME_RANK = ("slice", "dynamic_slice", "split", "concatenate", "pad", "rev", "a
 
 
 def _other(interpreter: Interpreter, use: Use) -> list[Any]:
-    """Functions are entered; element by element, axes stay where they are; else nothing is known."""
+    """Functions are entered; element by element, axes stay in place; else nothing is known."""
     body = use.params.get("jaxpr", use.params.get("call_jaxpr"))
     if body is not None and len(eqns.opened(body)[0].invars) == len(use.values):
         return interpreter.function(body, use.live)(*use.values)
