@@ -1,11 +1,13 @@
 """Checkpoints of a run: adapter, optimiser, rng, step and data cursor, never the base.
 
-Orbax writes each to a folder beside its place and renames it there, so that a checkpoint is there
-whole or not at all. The checksums of its arrays are in it, and those of its files beside it, so
-that a damaged one is found and named.
+Orbax writes each to a folder beside its place and renames it there. Then the SHA-256 of its files
+is recorded in one file beside the checkpoints, so that a damaged one is found and named. Only with
+that record is a checkpoint complete: a kill before it leaves one that does not count, and that the
+next save removes. Older ones are removed after it, so that there is a complete one at any time.
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,14 +16,14 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from lora_jax.fingerprint import checksum
-from lora_jax.paths import flatten_with_paths
 from train.errors import UserError
-from train.hosts import is_first
-from train.output import CHECKPOINT_FILES, read_json, write_json
+from train.hosts import is_first, wait_for_all
+from train.output import CHECKPOINT_FILES, write_json
 from train.step import State
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file on "absl"
+
+Digests = dict[str, str]  # a file's path in the checkpoint's folder -> its SHA-256
 
 
 class DamagedCheckpoint(UserError):
@@ -33,7 +35,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder.absolute()
-        self._sums = self.folder.with_name(CHECKPOINT_FILES)
+        self._record = self.folder.with_name(CHECKPOINT_FILES)
         self._keep = keep
         self._manager: ocp.CheckpointManager | None = None
 
@@ -42,38 +44,60 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=self._keep, create=True, enable_async_checkpointing=False
+                    max_to_keep=None, create=True, enable_async_checkpointing=False
                 ),
             )
         return self._manager
 
     def steps(self) -> list[int]:
-        """The steps of which there is a checkpoint, in order."""
-        return sorted(self._open().all_steps()) if self.folder.is_dir() else []
+        """Returns the steps of the complete checkpoints, in order.
+
+        Raises:
+          DamagedCheckpoint: there are checkpoints, and the record of their files is lost.
+        """
+        if not self.folder.is_dir():
+            return []
+        recorded = self._recorded()
+        return sorted(step for step in self._open().all_steps() if str(step) in recorded)
 
     def save(self, state: State, run: Mapping[str, Any]) -> None:
-        """Saves the state, with `run` (JSON: the data cursor, what the data and base were)."""
+        """Saves the state; all processes have to call this.
+
+        Does nothing where there is a complete checkpoint of the step.
+
+        Args:
+          state: what to save; its step names the checkpoint.
+          run: as JSON, the data cursor, and what the data and base were.
+
+        Raises:
+          DamagedCheckpoint: there are checkpoints, and the record of their files is lost.
+        """
         step = int(state.step)
-        if step in self.steps():
+        before = self.steps()
+        if step in before:
             return
-        arrays = _as_arrays(state)
-        facts = {**run, "checksums": _checksums(arrays)}
+        if is_first() and not self._record.exists():
+            write_json(self._record, {})  # from here on, one that is missing was lost
+        self._remove_all_but(before)
         self._open().save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave(facts)
+                state=ocp.args.StandardSave(_as_arrays(state)), run=ocp.args.JsonSave(dict(run))
             ),
             force=True,
         )
-        if is_first():
-            there = {str(at) for at in self.steps()}
-            kept = {at: files for at, files in read_json(self._sums).items() if at in there}
-            write_json(self._sums, kept | {str(step): _files(self.folder / str(step))})
+        kept = [*before, step][-self._keep :]
+        self._record_files(step, kept)
+        self._remove_all_but(kept)
 
     def restore(self, like: State) -> tuple[State, dict[str, Any]]:
-        """The newest checkpoint, and the `run` that it was saved with.
+        """Returns the state of the newest checkpoint, and the `run` that it was saved with.
 
-        Raises DamagedCheckpoint that names the folder and the newest one that is whole.
+        Args:
+          like: a state with the shapes, dtypes and shardings to restore.
+
+        Raises:
+          DamagedCheckpoint: it is damaged; names its folder and the newest one that is whole.
         """
         *earlier, newest = self.steps()
         try:
@@ -94,13 +118,11 @@ class Checkpoints:
         )
 
     def _read(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
-        files = read_json(self._sums).get(str(step), {})  # a kill may have come before they were
-        found = _files(self.folder / str(step)) if files else {}
-        if wrong := [name for name, digest in files.items() if found.get(name) != digest]:
+        recorded, found = self._recorded()[str(step)], _digests(self.folder / str(step))
+        if wrong := [name for name, digest in recorded.items() if found.get(name) != digest]:
             how = "is not what was saved" if wrong[0] in found else "is missing"
             raise DamagedCheckpoint(f"its file {wrong[0]} {how}")
-        arrays = _as_arrays(like)
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, arrays)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_arrays(like))
         try:
             restored = self._open().restore(
                 step,
@@ -109,13 +131,35 @@ class Checkpoints:
                 ),
             )
             state, run = restored["state"], restored["run"]
-            saved = run.pop("checksums")
         except Exception as error:  # whatever the storage layers raise for a damaged file
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise DamagedCheckpoint(reason[:200]) from error
-        if wrong := [path for path, digest in _checksums(state).items() if saved[path] != digest]:
-            raise DamagedCheckpoint(f"{wrong[0]} is not what was saved")
         return State(**{**state, "key": jax.random.wrap_key_data(state["key"])}), run
+
+    def _recorded(self) -> dict[str, Digests]:
+        """Returns the digests of each complete checkpoint, by step."""
+        try:
+            return json.loads(self._record.read_text())
+        except (OSError, ValueError) as error:
+            if isinstance(error, FileNotFoundError) and not self._open().all_steps():
+                return {}
+            raise DamagedCheckpoint(
+                f"{self._record} is missing or cannot be read, and it alone tells which of the "
+                f"checkpoints in {self.folder} are whole: put it back, or begin again with "
+                "--overwrite in place of --resume"
+            ) from error
+
+    def _record_files(self, step: int, kept: list[int]) -> None:
+        """Records a checkpoint's digests beside those of the others that are kept."""
+        if is_first():
+            digests = {**self._recorded(), str(step): _digests(self.folder / str(step))}
+            write_json(self._record, {str(one): digests[str(one)] for one in kept})
+        wait_for_all("the checkpoint's files are recorded")
+
+    def _remove_all_but(self, kept: list[int]) -> None:
+        """Removes checkpoints that are too old, or that a kill left incomplete."""
+        for step in sorted(set(self._open().all_steps()) - set(kept)):
+            self._open().delete(step)
 
     def close(self) -> None:
         """Releases the folder."""
@@ -124,8 +168,8 @@ class Checkpoints:
             self._manager = None
 
 
-def _files(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file in a folder."""
+def _digests(folder: Path) -> Digests:
+    """Returns the SHA-256 of each file in a folder."""
     digests = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -138,8 +182,3 @@ def _files(folder: Path) -> dict[str, str]:
 
 def _as_arrays(state: State) -> dict[str, Any]:
     return {**state._asdict(), "key": jax.random.key_data(state.key)}
-
-
-def _checksums(arrays: dict[str, Any]) -> dict[str, str]:
-    leaves, _ = flatten_with_paths(arrays)
-    return {path: checksum(array) for path, array in leaves}

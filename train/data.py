@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from train.errors import UserError
-from train.hosts import shared_out
+from train.hosts import map_over_processes
 
 Message = Mapping[str, str]
 Row = Mapping[str, Any]
@@ -149,14 +149,21 @@ def _checked_turns(messages: Any, name: str) -> list[dict[str, str]]:
 
 
 def tokenize(rows: Sequence[Row], tokenizer: Any, source: str) -> list[Tokens]:
-    """Each row as one sequence (several, where the template renders a turn otherwise later on).
+    """Returns each row as one sequence, or several.
 
-    Of many processes, each does its part of the rows.
+    Several where the template renders a turn otherwise once others follow. Of many processes, each
+    does its part of the rows.
 
-    Raises UserError that names the first row that is not usable.
+    Args:
+      rows: chats, or pairs of prompt and completion.
+      tokenizer: the model's.
+      source: the name of the rows in errors.
+
+    Raises:
+      UserError: a row is not usable; names the first one.
     """
 
-    def of_row(numbered: tuple[int, Row]) -> list[Tokens]:
+    def of_row(numbered: tuple[int, Row]) -> list[dict[str, list[int]]]:
         number, row = numbered
         name = f"{source}, row {number}"
         turns = conversation(row, name)
@@ -164,10 +171,13 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, source: str) -> list[Tokens]:
             sequences = [_plain_tokens(turns, tokenizer, name)]
         else:
             sequences = _chat_tokens(turns, tokenizer, name)
-        return [dataclasses.replace(tokens, row=number) for tokens in sequences]
+        return [{"ids": t.ids.tolist(), "counts": t.counts.astype(int).tolist()} for t in sequences]
 
+    parts = map_over_processes(of_row, list(enumerate(rows, start=1)))
     return [
-        tokens for part in shared_out(of_row, list(enumerate(rows, start=1))) for tokens in part
+        Tokens(np.array(part["ids"], np.int32), np.array(part["counts"], bool), row)
+        for row, sequences in enumerate(parts, start=1)
+        for part in sequences
     ]
 
 

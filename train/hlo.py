@@ -1,4 +1,4 @@
-"""What a compiled step does, read from its optimised HLO: FLOPs of products, bytes that are sent.
+"""The work of a compiled step, read from its optimised HLO: FLOPs of products, bytes sent.
 
 XLA's own analysis counts the body of a loop once; here a loop counts as often as it runs. All
 figures are of one device.
@@ -30,8 +30,14 @@ _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 # The TPU compiler spreads a collective over fusions that do other work beside it, from an
 # async-collective-start on, where it counts. (Channels do not tell: several may have one.)
 _LATER_PARTS = ("async_collective_fusion", "async-collective-done")
+# What reading text of another form raises: a name that is not there, a number that is none, …
+_SURPRISES = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 Shape = tuple[int, ...]
+
+
+class NotUnderstood(ValueError):
+    """HLO that says less than its work, or says it in another way than is known here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,21 +52,21 @@ class Instruction:
     root: bool
 
     def attribute(self, name: str) -> list[int]:
-        """The numbers of an attribute such as ``lhs_contracting_dims={1}``; [] without it."""
+        """Returns the numbers of an attribute such as ``lhs_contracting_dims={1}``; [] without."""
         found = re.search(rf"\b{name}=\{{([\d,]*)\}}", self.text)
         return [int(n) for n in found[1].split(",") if n] if found else []
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one device does in one call of a compiled function."""
+    """The work of one device in one call of a compiled function."""
 
     flops: int  # of matrix products and convolutions
     sent: dict[str, int]  # kind of collective -> bytes, in the order of `COLLECTIVES`
 
     @property
     def sent_bytes(self) -> int:
-        """Those of all kinds together."""
+        """The bytes of all kinds together."""
         return sum(self.sent.values())
 
 
@@ -73,9 +79,18 @@ def work_of(text: str) -> Work:
     Args:
       text: the optimised HLO, as ``compiled.as_text()`` gives it.
 
-    Raises ValueError for a loop whose number of turns cannot be read.
+    Returns:
+      The work of one device.
+
+    Raises:
+      NotUnderstood: the text is no HLO of the known kind, or a loop's turns cannot be read.
     """
-    return _Counting(text).work()
+    try:
+        return _Counting(text).work()
+    except NotUnderstood:
+        raise
+    except _SURPRISES as error:
+        raise NotUnderstood(f"the HLO is not written as expected: {error!r}") from error
 
 
 class _Counting:
@@ -87,6 +102,8 @@ class _Counting:
             self.entry = name if is_entry else self.entry
 
     def work(self) -> Work:
+        if not self.entry:
+            raise NotUnderstood("the HLO has no entry")
         flops, sent = self.of(self.entry)
         return Work(flops, {kind: sent[kind] for kind in COLLECTIVES if sent[kind]})
 
@@ -114,7 +131,7 @@ class _Counting:
         return flops, sent
 
     def _bytes(self, one: Instruction, instructions: Mapping[str, Instruction]) -> int:
-        """Those of a collective."""
+        """Returns the bytes that a collective sends or receives."""
         given = _size([s for name in one.operands for s in instructions[name].shapes])
         result = _size(one.shapes)
         if one.opcode.endswith("-start") and len(one.shapes) > len(one.operands):
@@ -122,7 +139,10 @@ class _Counting:
         return max(given, result)
 
     def _turns(self, loop: Instruction) -> int:
-        """n / k, where a loop counts i from 0 in steps of k while i < n; or what XLA says."""
+        """Returns how often a loop runs.
+
+        XLA says so, or the loop counts i from 0 in steps of k while i < n: n / k times.
+        """
         if known := _TRIPS.search(loop.text):
             return int(known[1])
         condition, body = (
@@ -144,10 +164,10 @@ class _Counting:
             step = self._constant(counted, body) if counted.opcode == "add" else None
             if limit and step:
                 return -(-limit // step)
-        raise ValueError(f"the HLO does not say how often the loop {loop.name} runs")
+        raise NotUnderstood(f"the HLO does not say how often the loop {loop.name} runs")
 
     def _constant(self, one: Instruction, instructions: Mapping[str, Instruction]) -> int | None:
-        """The one constant among the operands."""
+        """Returns the constant among the operands, if there is just one."""
         given = [_behind(instructions[name], instructions) for name in one.operands]
         numbers = [found[1] for o in given if o.opcode == "constant" and (found := _INT(o.text))]
         return int(numbers[0]) if len(numbers) == 1 else None
@@ -158,16 +178,22 @@ _INT = re.compile(r"\((\d+)\)").match
 
 def _found(pattern: str, text: str) -> str:
     found = re.search(pattern, text)
-    assert found is not None, f"no {pattern} in {text[:200]}"
+    if found is None:
+        raise NotUnderstood(f"no {pattern} in {text[:200]}")
     return found[1]
 
 
 def _root(instructions: Mapping[str, Instruction]) -> Instruction:
-    return next(one for one in instructions.values() if one.root)
+    roots = [one for one in instructions.values() if one.root]
+    if len(roots) != 1:
+        raise NotUnderstood(
+            f"a computation has {len(roots)} roots: {', '.join(instructions)[:200]}"
+        )
+    return roots[0]
 
 
 def _behind(one: Instruction, instructions: Mapping[str, Instruction]) -> Instruction:
-    """What an instruction is a copy of."""
+    """Returns the instruction that this one is a copy of, or itself."""
     while one.opcode in ("copy", "bitcast", "convert"):
         one = instructions[one.operands[0]]
     return one
@@ -202,7 +228,7 @@ def _closing(text: str, start: int) -> int:
         depth += {"(": 1, ")": -1}.get(text[place], 0)
         if depth == 0:
             return place
-    raise ValueError(f"a bracket is not closed: {text[:100]}")
+    raise NotUnderstood(f"a bracket is not closed: {text[:100]}")
 
 
 def _arrays(text: str) -> tuple[tuple[str, Shape], ...]:
@@ -231,13 +257,14 @@ def _product_flops(one: Instruction, instructions: Mapping[str, Instruction]) ->
 
 
 def _convolution_flops(one: Instruction, left: Shape, right: Shape) -> int:
-    """Two for each pair of a kernel's element and an input's that it meets.
+    """Counts two FLOPs for each pair of a kernel's element and an input's that it meets.
 
     The TPU compiler writes products as convolutions, and batch axes as spatial ones, dilated such
     that each output meets one input; padding and holes are no work.
     """
     labels = _LABELS.search(one.text)
-    assert labels is not None, f"a convolution without dim_labels: {one.text[:200]}"
+    if labels is None:
+        raise NotUnderstood(f"a convolution without dim_labels: {one.text[:200]}")
     of_left, of_right, of_result = labels.groups()
     result = one.shapes[0][1]
     window = _WINDOW.search(one.text)
@@ -245,21 +272,36 @@ def _convolution_flops(one: Instruction, left: Shape, right: Shape) -> int:
     total = result[of_result.index("b")] * result[of_result.index("f")]
     total *= right[of_right.index("i")]
     for axis, label in enumerate(sorted(c for c in of_left if c.isdigit())):
-        total *= _met(
+        along = {
+            name: value.split("x")[axis] if "x" in value else value
+            for name, value in fields.items()
+        }
+        total *= pairs_along(
             left[of_left.index(label)],
             right[of_right.index(label)],
             result[of_result.index(label)],
-            {name: value.split("x")[axis] for name, value in fields.items() if "x" in value}
-            | {name: value for name, value in fields.items() if "x" not in value},
+            stride=int(along.get("stride", 1)),
+            hole=int(along.get("lhs_dilate", 1)),
+            spread=int(along.get("rhs_dilate", 1)),
+            before=int(along.get("pad", "0_0").split("_")[0]),
         )
     return 2 * total
 
 
-def _met(n_in: int, n_kernel: int, n_out: int, window: Mapping[str, str]) -> int:
-    """How many pairs (output, element of the kernel) meet an input along a spatial axis."""
-    stride, hole, spread = (
-        int(window.get(name, 1)) for name in ("stride", "lhs_dilate", "rhs_dilate")
-    )
-    before = int(window.get("pad", "0_0").split("_")[0])
+def pairs_along(
+    n_in: int, n_kernel: int, n_out: int, *, stride: int, hole: int, spread: int, before: int
+) -> int:
+    """Counts the pairs (output, element of the kernel) that meet an input along a spatial axis.
+
+    Args:
+      n_in, n_kernel, n_out: the sizes of the axis.
+      stride: between two outputs.
+      hole: from one input to the next, 1 without holes between them.
+      spread: the same of the kernel's elements.
+      before: the padding before the first input.
+
+    Returns:
+      Their number; padding and holes are no input.
+    """
     place = np.arange(n_out)[:, None] * stride + np.arange(n_kernel) * spread - before
     return int(np.sum((place >= 0) & (place % hole == 0) & (place < n_in * hole)))

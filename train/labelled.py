@@ -14,7 +14,7 @@ from lora_jax.models.bundled import MINILM
 from train.batches import Examples, round_up
 from train.data import FILE_KINDS, Row, read_rows
 from train.errors import UserError
-from train.hosts import shared_out
+from train.hosts import map_over_processes
 from train.losses import Sums, number_of_units
 from train.sentiment import read_words
 
@@ -148,7 +148,7 @@ def encode(
             tokenizer(texts[block], second, return_token_type_ids=True, verbose=False, **limit)
         )
 
-    blocks = shared_out(encoded_block, range(0, len(rows), _BLOCK))
+    blocks = map_over_processes(encoded_block, range(0, len(rows), _BLOCK))
     ids, types = (
         [one for block in blocks for one in block[name]] for name in ("input_ids", "token_type_ids")
     )

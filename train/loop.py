@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from train.errors import Interrupted, UserError
-from train.hosts import any_of_all
+from train.hosts import any_process
 from train.log import Log, Unheard
 from train.losses import HELD_OUT, OWN_METRICS, Reduction
 from train.options import RunConfig
@@ -89,7 +89,7 @@ def train(
             done = number + 1
             window.append((done, metrics))
             # Asked once a step: what is raised has been saved.
-            stopping = any_of_all(stop.signal is not None)
+            stopping = any_process(stop.signal is not None)
             last = done == steps or stopping
             if last or done % run.log_every == 0 or done % run.save_every == 0:
                 # Reading the metrics waits for the device, so it is done once a window.

@@ -6,11 +6,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from train.plan_flops import JAXPR
 from train.planned import Plan
 from train.report import megabytes
 
 _PARTS = ("base", "adapter", "optimizer", "temporaries", "other", "total")
 _UNKNOWN = "–"
+_TRACED = "≈ "
 
 
 def print_plans(
@@ -19,7 +21,14 @@ def print_plans(
     plans: Sequence[Plan],
     estimates: Sequence[Mapping[str, float | None]],
 ) -> None:
-    """Memory of each way to train, then its work; and what the compiler said where it refused."""
+    """Prints the memory of each way to train, then its work, then what there is to say of them.
+
+    Args:
+      console: where to print.
+      facts: what all plans are for; see `train.plan.described`.
+      plans: one for each way; what was asked for is the first.
+      estimates: of each plan, the seconds of a step, the chip-hours and the cost.
+    """
     mesh = ", ".join(f"{axis} {size}" for axis, size in facts["mesh"].items()) or "one device"
     console.print(
         f"{facts['model']} on {facts['topology']} ({facts['devices']} devices: {mesh}), "
@@ -51,7 +60,7 @@ def print_plans(
         sent = None if made.collective_bytes is None else sum(made.collective_bytes.values())
         work.add_row(
             made.name,
-            _in(made.flops_per_step, 1e12),
+            _mark(made) + _in(made.flops_per_step, 1e12),
             _in(made.flops_closed_form, 1e12),
             _in(sent, 1e9),
             _number(guess["step_seconds"], " s"),
@@ -64,7 +73,14 @@ def print_plans(
     for made in plans:
         if made.refused:
             console.print(f"{made.name}: {made.refused}", highlight=False, soft_wrap=True)
+        for note in made.notes:
+            console.print(f"{_mark(made)}{made.name}: {note}", highlight=False, soft_wrap=True)
     console.print(_notes(facts), highlight=False, soft_wrap=True)
+
+
+def _mark(made: Plan) -> str:
+    """Returns a sign for FLOPs that are not those of the compiled step."""
+    return _TRACED if made.flops_source == JAXPR else ""
 
 
 def _notes(facts: Mapping[str, Any]) -> str:

@@ -14,12 +14,12 @@ from lora_jax.models.families import family_of
 from lora_jax.sharding import shardings
 from train.errors import UserError, as_user_errors
 from train.flops import step_flops
-from train.hlo import work_of
 from train.losses import Loss, number_of_chunks, summed_loss
 from train.machines import Machine
 from train.mesh import Layout
 from train.methods import NO_ADAPTER, make_optimizer, rules
 from train.options import AdapterConfig, OptimConfig, learning_rate
+from train.plan_flops import count_traced, step_work
 from train.pretrained import Outline
 from train.report import compiled_bytes, tree_bytes
 from train.step import State
@@ -75,17 +75,21 @@ class Way:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a way to train needs. Bytes and FLOPs are integers; None is what is not known.
+    """The needs of one way to train. Bytes and FLOPs are integers; None is what is not known.
 
     Attributes:
       fits: whether the compiler accepts it within a device's memory.
       refused: what the compiler said, if it refused.
       per_chip_bytes: of a device: base (what is frozen), adapter (what trains), optimizer,
         temporaries, other (the batch, padding, the program), total, capacity.
-      flops_per_step, flops_per_chip: of products, read from the optimised HLO.
+      flops_per_step, flops_per_chip: of products, on all devices and on one.
+      flops_source: where these are read: "hlo" (the optimised one) or "jaxpr" (the step as traced,
+        where the HLO is not understood); see `train.plan_flops`.
+      flops_traced: of a step, as counted in its jaxpr, on all devices.
       flops_closed_form: of a step, as counted by hand; see `train.flops`.
       collective_bytes: what a device sends or receives in a step, by kind.
       adapter_bytes, checkpoint_bytes: on disk.
+      notes: what there is to know of the FLOPs, in sentences.
     """
 
     name: str
@@ -94,17 +98,21 @@ class Plan:
     per_chip_bytes: dict[str, int | None]
     flops_per_step: int | None
     flops_per_chip: int | None
+    flops_source: str | None
+    flops_traced: int | None
     flops_closed_form: int
     collective_bytes: dict[str, int] | None
     adapter_bytes: int
     checkpoint_bytes: int
     compile_seconds: float
+    notes: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
     """A step that is ready to be compiled, and the shapes that it takes."""
 
+    traced: jax.stages.Traced
     lowered: jax.stages.Lowered
     params: Any
     state: State
@@ -113,9 +121,18 @@ class Prepared:
 
 
 def prepare(job: Job, way: Way, optim: OptimConfig) -> Prepared:
-    """The step of `train.sft` for abstract weights.
+    """Lowers the step of `train.sft` for abstract weights.
 
-    Raises UserError where the rules do not fit the model.
+    Args:
+      job: the model, the machine, and the batch.
+      way: what trains, and what is recomputed.
+      optim: the optimiser's options; `way` has its own remat.
+
+    Returns:
+      The step, and the shapes that it takes.
+
+    Raises:
+      UserError: the rules do not fit the model.
     """
     params = abstract_params(job, way)
     adapter, base = lj.split(params)
@@ -130,14 +147,27 @@ def prepare(job: Job, way: Way, optim: OptimConfig) -> Prepared:
         remat=dataclasses.replace(optim, remat=way.remat).remat_policy,
     )
     loss = Loss(functools.partial(summed_loss, chunk=job.loss_chunk))
-    lowered = setup.lower(setup.forward(model), loss, state, base, batch)
-    return Prepared(lowered=lowered, params=params, state=state, base=base, batch=batch)
+    with jax.set_mesh(job.layout.mesh):
+        traced = setup.trace(setup.forward(model), loss, state, base, batch)
+        lowered = traced.lower()
+    return Prepared(
+        traced=traced, lowered=lowered, params=params, state=state, base=base, batch=batch
+    )
 
 
 def plan(job: Job, way: Way, optim: OptimConfig) -> Plan:
     """Compiles the step for the job's machine.
 
-    Raises UserError where the rules do not fit the model.
+    Args:
+      job: the model, the machine, and the batch.
+      way: what trains, and what is recomputed.
+      optim: the optimiser's options; `way` has its own remat.
+
+    Returns:
+      What the step needs, or the compiler's refusal.
+
+    Raises:
+      UserError: the rules do not fit the model, or the compiler tells no memory.
     """
     step = prepare(job, way, optim)
     held = {
@@ -151,6 +181,7 @@ def plan(job: Job, way: Way, optim: OptimConfig) -> Plan:
         "adapter_bytes": tree_bytes(step.state.adapter),
         "checkpoint_bytes": tree_bytes(step.state.adapter) + tree_bytes(step.state.opt_state),
     }
+    counted = count_traced(step.traced.jaxpr)
     began = time.perf_counter()
     try:
         compiled = step.lowered.compile()
@@ -161,30 +192,33 @@ def plan(job: Job, way: Way, optim: OptimConfig) -> Plan:
             per_chip_bytes=of_refusal(str(error), held, job.machine.capacity),
             flops_per_step=None,
             flops_per_chip=None,
+            flops_source=None,
+            flops_traced=counted and counted.flops,
             collective_bytes=None,
             compile_seconds=time.perf_counter() - began,
+            notes=(),
             **known,
         )
     seconds = time.perf_counter() - began
     memory = _of_compiled(compiled_bytes(compiled), held, job.machine.capacity)
-    try:
-        work = work_of(compiled.as_text() or "")
-    except ValueError:  # memory is told even where the HLO is not understood
-        work = None
+    work = step_work(compiled.as_text(), counted, len(job.machine.devices))
     return Plan(
         fits=memory["total"] <= memory["capacity"],
         refused=None,
         per_chip_bytes=dict(memory),
-        flops_per_step=None if work is None else work.flops * len(job.machine.devices),
-        flops_per_chip=None if work is None else work.flops,
-        collective_bytes=None if work is None else work.sent,
+        flops_per_step=work.per_step,
+        flops_per_chip=work.per_chip,
+        flops_source=work.source,
+        flops_traced=work.traced,
+        collective_bytes=work.sent,
         compile_seconds=seconds,
+        notes=work.notes,
         **known,
     )
 
 
 def abstract_params(job: Job, way: Way) -> Any:
-    """The adapted tree, as shapes with shardings. What trains in full is fp32, as in train.sft."""
+    """Returns the adapted tree, as shapes with shardings; what trains in full is fp32."""
     dtype = jnp.float32 if way.adapter.full else jnp.dtype(job.dtype)
     plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), job.outline.params)
     with as_user_errors(ValueError):

@@ -81,7 +81,19 @@ class Setup:
         base: Any,
         batch: Mapping[str, Any],
     ) -> jax.stages.Lowered:
-        """Lowers the step for arrays such as these; it takes the state's memory over.
+        """Lowers the step for arrays such as these, to be compiled; see `trace`."""
+        with jax.set_mesh(self.layout.mesh):
+            return self.trace(forward, loss, state, base, batch).lower()
+
+    def trace(
+        self,
+        forward: Callable[..., Any],
+        loss: Loss,
+        state: State,
+        base: Any,
+        batch: Mapping[str, Any],
+    ) -> jax.stages.Traced:
+        """Traces the step for arrays such as these; it takes the state's memory over.
 
         Args:
           forward: the adapted function that the loss calls.
@@ -89,7 +101,7 @@ class Setup:
           state, base, batch: arrays, or shapes with shardings.
 
         Returns:
-          The lowered step, to be compiled.
+          The traced step, which has its jaxpr.
         """
         step = make_step(
             forward,
@@ -101,7 +113,7 @@ class Setup:
         )
         out = (self.where, self.layout.whole)
         with jax.set_mesh(self.layout.mesh):
-            return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, base, batch)
+            return jax.jit(step, donate_argnums=0, out_shardings=out).trace(state, base, batch)
 
 
 def places(layout: Layout, adapter: Any, optimizer: optax.GradientTransformation) -> Any:

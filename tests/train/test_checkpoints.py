@@ -1,6 +1,7 @@
 """Checkpoints come back bitwise, and a damaged one is found and named."""
 
 import gc
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -102,12 +103,85 @@ def test_every_file_counts(saved, damage, tmp_path):
     assert_same(saved.restore(state_at(0))[0], state_at(3))
 
 
-def test_a_kill_before_the_files_were_counted_loses_nothing(saved):
-    saved.folder.with_name("checkpoints.json").unlink()
-    assert_same(saved.restore(state_at(0))[0], state_at(3))
-    flip(largest_file(saved.folder / "3"))  # the arrays' own checksums are still there
-    with pytest.raises(DamagedCheckpoint, match="of step 2, is whole"):
-        saved.restore(state_at(0))
+class Killed(BaseException):
+    """The end of a process, at a place that a test chooses."""
+
+
+def save_and_die(folder, step, place, keep):
+    """Saves a state that is later lost, in a process that ends before the `place` is done."""
+
+    def die(*_):
+        raise Killed
+
+    checkpoints = Checkpoints(folder, keep)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"train.checkpoints.{place}", die)
+        with pytest.raises(Killed):
+            checkpoints.save(state_at(step)._replace(key=jax.random.key(99)), {})
+    checkpoints.close()
+    assert (folder / str(step)).is_dir(), "what Orbax wrote is there"
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize(("before", "place"), [(0, "_digests"), (3, "_digests"), (3, "write_json")])
+def test_one_whose_files_are_not_recorded_does_not_count(tmp_path, before, keep, place):
+    """A kill between Orbax's rename and the record: the one before is there, and saving goes on."""
+    folder = tmp_path / "checkpoints"
+    first = Checkpoints(folder, keep)
+    for step in range(1, before + 1):
+        first.save(state_at(step), {"cursor": step})
+    first.close()
+    save_and_die(folder, before + 1, place, keep)
+    for _ in range(2):  # and once more after another kill at that very step
+        resumed = Checkpoints(folder, keep)
+        assert resumed.steps() == [1, 2, 3][:before][-keep:]
+        if before:
+            state, run = resumed.restore(state_at(0))
+            assert_same(state, state_at(before))
+            assert run == {"cursor": before}
+        resumed.close()
+        save_and_die(folder, before + 1, "_digests", keep)
+    again = Checkpoints(folder, keep)
+    again.save(state_at(before + 1), {"cursor": before + 1})
+    assert again.steps() == [1, 2, 3, 4][: before + 1][-keep:]
+    assert_same(again.restore(state_at(0))[0], state_at(before + 1))
+    assert sorted(path.name for path in folder.iterdir()) == [str(step) for step in again.steps()]
+
+
+def test_an_incomplete_one_of_a_later_step_goes_as_well(saved):
+    saved.close()
+    save_and_die(saved.folder, 7, "_digests", 2)
+    saved.save(state_at(5), {})
+    assert saved.steps() == [3, 5] and not (saved.folder / "7").exists()
+    assert_same(saved.restore(state_at(0))[0], state_at(5))
+
+
+def test_a_kill_before_the_oldest_goes_leaves_the_newest(saved, monkeypatch):
+    real = Checkpoints._remove_all_but
+
+    def die(self, kept):
+        if 4 in kept:
+            raise Killed
+        real(self, kept)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_remove_all_but", die)
+        with pytest.raises(Killed):
+            saved.save(state_at(4), {})
+    saved.close()
+    assert (saved.folder / "2").is_dir() and saved.steps() == [3, 4]
+    saved.save(state_at(5), {})
+    assert saved.steps() == [4, 5]
+    assert sorted(path.name for path in saved.folder.iterdir()) == ["4", "5"]
+
+
+@pytest.mark.parametrize("damage", [truncate, lambda path: path.unlink()])
+def test_without_the_record_nothing_is_taken_or_removed(saved, damage):
+    damage(saved.folder.with_name("checkpoints.json"))
+    for use in (lambda: saved.restore(state_at(0)), lambda: saved.save(state_at(4), {})):
+        with pytest.raises(DamagedCheckpoint, match="json is missing or cannot be read.*put it ba"):
+            use()
+    assert sorted(path.name for path in saved.folder.iterdir()) == ["2", "3"]
 
 
 def test_where_all_are_damaged_only_a_new_run_helps(saved):
@@ -118,6 +192,10 @@ def test_where_all_are_damaged_only_a_new_run_helps(saved):
 
 
 def test_bytes_that_decode_but_differ_are_found(saved, monkeypatch):
-    monkeypatch.setattr("train.checkpoints.checksum", lambda array: "another")
-    with pytest.raises(DamagedCheckpoint, match="layers/q/kernel.* is not what was saved"):
+    shutil.rmtree(saved.folder / "3" / "state")
+    shutil.copytree(saved.folder / "2" / "state", saved.folder / "3" / "state")
+    with pytest.raises(DamagedCheckpoint, match="its file state/.* is (not|missing)"):
         saved.restore(state_at(0))
+    # The control: without the digests, the other's arrays are taken for this one's.
+    monkeypatch.setattr(Checkpoints, "_recorded", lambda _: {"2": {}, "3": {}})
+    assert_same(saved.restore(state_at(0))[0], state_at(2))

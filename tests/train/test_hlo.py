@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from train.hlo import work_of
+from train.hlo import NotUnderstood, work_of
 
 
 def compiled(fn, *shapes, **kwargs):
@@ -189,3 +189,33 @@ def test_what_is_sent(name, send, size):
     work = work_of(compiled(apart, (5, 6, 32)).as_text())
     assert work.sent == {name: 5 * size}
     np.testing.assert_equal(work.sent_bytes, 5 * size)
+
+
+LAYERS = """  %x = f32[5,7]{1,0} parameter(0)
+  %w = f32[7,3]{1,0} parameter(1)
+  ROOT %y = f32[5,3]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no HLO at all",
+        module(LAYERS).replace("ENTRY", "BEGIN"),
+        module(LAYERS.replace("dot(%x, %w)", "dot(%x, %z)")),
+        module(LAYERS.replace("dot(%x, %w)", "dot()")),
+        module(LAYERS.replace("dims={1}", "dims={5}")),
+        module(LAYERS.replace("f32[5,7]{1,0}", "new[5,7]")),
+        module(LAYERS.replace("dot(%x, %w)", "dot(%x, %w")),
+        module(LAYERS.replace("dot(", "convolution(")),
+        module(LAYERS.replace("dot(", "fusion(") + ", calls=%nothing"),
+        module(ENTRY, LOOP.replace("LIMIT", "8").replace("ROOT %lt", "%lt")),
+        module(ENTRY, LOOP.replace("LIMIT", "8").replace("LT", "NE")),
+        module(ENTRY.replace("condition=", "until="), LOOP.replace("LIMIT", "8")),
+        module("  ROOT %x = f32[5] call(), to_apply=%main"),
+    ],
+)
+def test_what_is_not_understood_is_one_error(text):
+    assert work_of(module(LAYERS)).flops == 2 * 5 * 7 * 3
+    with pytest.raises(NotUnderstood):
+        work_of(text)

@@ -1,6 +1,6 @@
 """Work that processes share, and its errors: every process has all results, or the same error."""
 
-import pickle
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,10 +8,19 @@ import jax
 import numpy as np
 import pytest
 
+from tests.train.tiny import FORGETFUL, tokenizer
 from train import hosts
 from train.config import Config, SftOptimConfig, SftRunConfig
+from train.data import tokenize
 from train.errors import UserError
-from train.hosts import check_alike, shared_out, together
+from train.hosts import check_alike, map_over_processes, together
+
+TURNS = [
+    {"role": "user", "content": "1?"},
+    {"role": "assistant", "content": "so|2"},
+    {"role": "user", "content": "3?"},
+    {"role": "assistant", "content": "then|4"},
+]
 
 
 @pytest.fixture
@@ -25,9 +34,9 @@ def processes(monkeypatch):
         parts, turn = [b""] * n, threading.Barrier(n, timeout=10)
 
         def exchanged(own):
-            parts[here.index] = pickle.dumps(own)
+            parts[here.index] = hosts._encoded(own)
             turn.wait()
-            received = [pickle.loads(part) for part in parts]
+            received = [json.loads(part) for part in parts]
             turn.wait()
             return received
 
@@ -53,7 +62,7 @@ def test_each_process_does_its_part_and_has_all(n, processes):
         done.append(item)
         return item * item
 
-    got = processes(n, lambda: shared_out(work, range(5)))
+    got = processes(n, lambda: map_over_processes(work, range(5)))
     assert got == [[0, 1, 4, 9, 16]] * n
     assert sorted(done) == [0, 1, 2, 3, 4], "each item is worked on once"
 
@@ -65,7 +74,7 @@ def test_all_processes_raise_the_error_of_the_first_item(n, processes):
             raise UserError(f"row {item} is bad")
         return item
 
-    assert processes(n, lambda: shared_out(work, range(6))) == ["row 2 is bad"] * n
+    assert processes(n, lambda: map_over_processes(work, range(6))) == ["row 2 is bad"] * n
 
 
 def prepared(*, fails=None, before=True, n_rows=4):
@@ -79,7 +88,7 @@ def prepared(*, fails=None, before=True, n_rows=4):
         with together():
             if before:
                 check()
-            rows = shared_out(str, range(n_rows))
+            rows = map_over_processes(str, range(n_rows))
             if not before:
                 check()
         return rows
@@ -133,8 +142,8 @@ def test_processes_that_were_not_started_alike(processes):
 def test_what_is_exchanged_comes_back(at_once, monkeypatch):
     """With the other's part longer than one's own, in one round or in many."""
     monkeypatch.setattr(hosts, "_ROUND", at_once)
-    mine, other = {"ids": np.arange(5)}, list(range(400))
-    of_other = np.frombuffer(pickle.dumps(other), np.uint8)
+    mine, other = {"ids": list(range(5)), "said": "ü\ud800"}, list(range(400))
+    of_other = np.frombuffer(json.dumps(other).encode(), np.uint8)
     sent = []
 
     def allgather(array):
@@ -146,6 +155,36 @@ def test_what_is_exchanged_comes_back(at_once, monkeypatch):
 
     monkeypatch.setattr(hosts.multihost_utils, "process_allgather", allgather)
     first, second = hosts._exchanged(mine)
-    np.testing.assert_array_equal(first["ids"], mine["ids"])
-    assert second == other
+    assert first == mine and second == other
     assert len(sent) == -(-of_other.size // at_once)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (np.arange(3), "ndarray is not JSON serializable"),
+        (np.int32(3), "int32 is not JSON serializable"),
+        ({"ids": {1, 2}}, "set is not JSON serializable"),
+        (UserError("no"), "UserError is not JSON serializable"),
+        ((1, 2), r"JSON changes .*\(1, 2\)"),
+        ({1: "one"}, "JSON changes .*{1: 'one'}"),
+        (float("nan"), "JSON changes .*nan"),
+    ],
+)
+def test_what_json_does_not_hold_is_refused(result, message, processes):
+    with pytest.raises(TypeError, match=f"processes exchange dicts .*{message}"):
+        processes(2, lambda: map_over_processes(lambda _: result, range(2)))
+
+
+def test_rows_are_the_same_tokens_however_many_processes_read_them(processes):
+    rows = [{"prompt": f"{i} ä?", "completion": "yes" * (i + 1)} for i in range(5)]
+    rows.append({"messages": TURNS})
+    spoken = tokenizer(FORGETFUL)
+    for made in processes(3, lambda: tokenize(rows, spoken, "rows")):
+        alone = processes(1, lambda: tokenize(rows, spoken, "rows"))[0]
+        assert [t.row for t in made] == [t.row for t in alone] == [1, 2, 3, 4, 5, 6, 6]
+        for one, other in zip(made, alone, strict=True):
+            assert (one.ids.dtype, one.counts.dtype) == (np.int32, bool)
+            np.testing.assert_array_equal(one.ids, other.ids)
+            np.testing.assert_array_equal(one.counts, other.counts)
+            assert one.counts.any() and not one.counts.all()

@@ -1,7 +1,9 @@
 """Plans against what they are plans of: the step's own shapes, FLOPs and files, and bad input."""
 
 import dataclasses
+import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,12 @@ from tests.models import tiny_encoders
 from tests.train.tiny import CONFIG
 from train import plan, planned
 from train.errors import UserError
+from train.hlo import Work
+from train.jaxpr_flops import Count
 from train.machines import find_machine
 from train.output import folder_bytes
 from train.plan import PlanConfig
+from train.plan_flops import step_work
 from train.step import State
 
 FIELDS = CONFIG | {"num_hidden_layers": 3, "hidden_size": 32, "head_dim": 16, "rms_norm_eps": 1e-5}
@@ -61,6 +66,8 @@ def test_flops_are_those_counted_by_hand(model, full, remat):
     _, _, made = planned_for(model, "--remat", remat, *(["--full"] if full else []))
     assert made.flops_per_step == made.flops_per_chip
     np.testing.assert_allclose(made.flops_per_step, made.flops_closed_form, rtol=0.01)
+    np.testing.assert_allclose(made.flops_per_step, made.flops_traced, rtol=0.01)
+    assert made.flops_source == "hlo" and made.notes == ()
 
 
 def test_flops_of_many_devices_are_those_of_one(model):
@@ -71,6 +78,7 @@ def test_flops_of_many_devices_are_those_of_one(model):
     assert made.flops_per_step == 4 * made.flops_per_chip
     # Each device on tensor has the products with its inputs' A's, as small as the rank.
     assert one.flops_per_step <= made.flops_per_step < 1.15 * one.flops_per_step
+    assert made.flops_traced == one.flops_traced and made.notes == ()
     assert one.collective_bytes == {} and set(made.collective_bytes) >= {"all-gather"}
     assert made.per_chip_bytes["base"] < 0.5 * one.per_chip_bytes["base"]
     assert job.layout.mesh.shape["tensor"] == 2
@@ -80,6 +88,102 @@ def test_a_mixture_costs_its_active_experts(tmp_path):
     """And blocks of its own tokens that are not full: at most half as much again here."""
     _, _, made = planned_for(write(tmp_path, FIELDS | MIXTURE), "--batch-size", 16, "--seq-len", 64)
     assert made.flops_closed_form < made.flops_per_step < 1.5 * made.flops_closed_form
+    np.testing.assert_allclose(made.flops_per_step, made.flops_traced, rtol=0.01)
+
+
+def test_a_counter_that_forgets_the_layers_is_noticed(model, monkeypatch):
+    monkeypatch.setattr("train.jaxpr_flops._times", lambda n, part: part)
+    _, _, made = planned_for(model)
+    assert made.flops_per_step > 1.5 * made.flops_traced
+    (note,) = made.notes
+    assert "times the FLOPs of the step as traced: the partitioner has devices do" in note
+
+
+UNREADABLE = {
+    "nothing": lambda text: None,
+    "another language": lambda text: "func.func public @main()",
+    "a loop that does not say its turns": lambda text: text.replace(
+        "known_trip_count", "known_count"
+    ).replace("direction=LT", "direction=NE"),
+    "other words": lambda text: (
+        text.replace("lhs_contracting_dims", "contracting")
+        .replace("body=", "do=")
+        .replace("calls=%", "calls=%another_")
+    ),
+}
+
+
+ON_FOUR = ("--topology", "cpu:4", "--mesh", "fsdp=2,tensor=2")
+
+
+@pytest.fixture(scope="module")
+def sound(model):
+    """Plans whose HLO is understood, by options."""
+    return functools.cache(lambda *options: planned_for(model, *options)[2])
+
+
+def rewritten(monkeypatch, rewrite):
+    """Changes the HLO that the compiler gives."""
+    real = jax.stages.Compiled.as_text
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", lambda self: rewrite(real(self)))
+
+
+@pytest.mark.parametrize(
+    ("written", "options"),
+    [*((written, ()) for written in UNREADABLE), (list(UNREADABLE)[-1], ON_FOUR)],
+)
+def test_memory_is_told_where_the_hlo_is_not_understood(
+    model, sound, written, options, monkeypatch
+):
+    expected = sound(*options)
+    rewritten(monkeypatch, UNREADABLE[written])
+    job, _, made = planned_for(model, *options)
+    assert made.per_chip_bytes == expected.per_chip_bytes and made.fits == expected.fits
+    assert made.flops_source == "jaxpr" and made.collective_bytes is None
+    assert made.flops_per_step == made.flops_traced == expected.flops_traced
+    assert made.flops_per_chip == round(made.flops_per_step / len(job.machine.devices))
+    np.testing.assert_allclose(made.flops_per_step, made.flops_closed_form, rtol=0.01)
+    (note,) = made.notes
+    assert "the HLO was not understood (" in note and "those of the step as traced" in note
+
+
+def test_memory_is_told_where_neither_is_understood(model, sound, monkeypatch):
+    rewritten(monkeypatch, UNREADABLE["another language"])
+    monkeypatch.setattr("train.jaxpr_flops._PRODUCTS", {"dot_general": lambda eqn: eqn.nothing})
+    _, _, made = planned_for(model)
+    assert made.per_chip_bytes == sound().per_chip_bytes and made.flops_source is None
+    assert made.flops_per_step is made.flops_per_chip is made.flops_traced is None
+    assert "the jaxpr was not understood either" in made.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("flops", "counted", "note"),
+    [
+        (50, Count(100), None),
+        (74, Count(100), None),
+        (76, Count(100), "has 1.52 times the FLOPs of the step as traced: the partitioner"),
+        (46, Count(100), None),
+        (44, Count(100), "has 0.88 times .* may not have been recognised"),
+        (0, Count(100), "has 0.00 times"),
+        (44, Count(100, exact=False), None),
+        (44, Count(0), None),
+        (44, None, None),
+    ],
+)
+def test_counts_that_are_far_apart_are_noted(flops, counted, note, monkeypatch):
+    monkeypatch.setattr("train.plan_flops.work_of", lambda text: Work(flops, {"all-gather": 8}))
+    work = step_work("HLO", counted, 2)
+    assert (work.source, work.per_step, work.per_chip) == ("hlo", 2 * flops, flops)
+    assert work.sent == {"all-gather": 8}
+    assert len(work.notes) == (note is not None)
+    if note:
+        assert re.search(note, work.notes[0])
+
+
+def test_what_the_trace_does_not_know_is_said():
+    work = step_work("", Count(101, exact=False), 4)
+    assert (work.source, work.per_step, work.per_chip) == ("jaxpr", 101, 25)
+    assert "loops whose turns are not known counted once" in work.notes[0]
 
 
 def test_parts_add_up_and_sizes_are_those_of_the_files(model, tmp_path):
@@ -127,6 +231,7 @@ def test_json_and_a_table(model, capsys, monkeypatch):
         *("LoRA r=16, remat", "full fine-tuning, remat")
     ]
     assert out["others"][0]["adapter_bytes"] > out["adapter_bytes"]
+    assert out["flops_source"] == "hlo" and out["notes"] == []
     sizes = {"base", "adapter", "optimizer", "temporaries", "total", "capacity"}
     assert sizes <= set(out["per_chip_bytes"])
     seconds = out["flops_per_chip"] / (1e6 * out["utilisation"])
@@ -137,7 +242,25 @@ def test_json_and_a_table(model, capsys, monkeypatch):
     plan.main([*args, "--full", "--alone", "--capacity-gib", "0.0001"])
     table = capsys.readouterr().out
     assert "full fine-tuning" in table and "LoRA r" not in table and " no " in table
-    assert "40 % of the published peak" in table
+    assert "40 % of the published peak" in table and "≈" not in table
+
+
+def test_flops_that_are_not_of_the_hlo_are_marked(model, sound, capsys):
+    work = step_work("", Count(3 * 10**12), 1)
+    told = dict(flops_per_step=work.per_step, flops_per_chip=work.per_chip)
+    told |= dict(flops_source=work.source, collective_bytes=work.sent, notes=work.notes)
+    made = dataclasses.replace(sound(), **told)
+    options = [asked(model, "--peak-tflops", 1, *more).plan for more in ([], ["--json"])]
+    job, _ = plan.settled(options[0])
+    plan.show(options[0], job, [made, sound()])
+    table = capsys.readouterr().out
+    assert re.search("│ LoRA r=3, remat │ +≈ 3.00 │ +0.00 │ +– │ +7.50 s │", table)
+    assert re.search("│ LoRA r=3, remat │ +0.00 │ +0.00 │ +0.00 │", table)
+    assert "≈ LoRA r=3, remat: the HLO was not understood (the HLO has no entry)" in table
+    plan.show(options[1], job, [made])
+    out = json.loads(capsys.readouterr().out)
+    assert out["flops_source"] == "jaxpr" and "not understood" in out["notes"][0]
+    assert out["collective_bytes"] is None and out["step_seconds"] == 7.5
 
 
 BAD = [

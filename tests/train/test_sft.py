@@ -18,6 +18,7 @@ import lora_jax as lj
 from lora_jax import models
 from tests.train.tiny import write_jsonl, write_model, write_rows
 from train import generate
+from train.checkpoints import Checkpoints
 from train.log import read_metrics
 from train.sft import main
 
@@ -96,6 +97,40 @@ def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, whole, tmp_pa
     run(inputs, tmp_path, "--steps", 3, *options)
     run(inputs, tmp_path, "--steps", 6, *options, "--resume")
     assert "going on after step 3" in capsys.readouterr().out
+    assert_same(adapter_of(inputs, whole), adapter_of(inputs, tmp_path))
+    lines, expected = read_metrics(tmp_path), read_metrics(whole)
+    assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
+
+
+def test_a_run_killed_between_a_checkpoint_and_its_record_ends_bitwise(
+    inputs, whole, tmp_path, capsys, monkeypatch
+):
+    """The record is written by a later process: as a kill in between would leave it."""
+    options = ["--steps", 6, "--lr", 3e-3, "--schedule", "constant", "--warmup", 1]
+    options += ["--dropout", 0.1, "--save-every", 2, "--keep", 1]
+
+    class Killed(BaseException):
+        pass
+
+    def stop_at(step):
+        real = Checkpoints._record_files
+
+        def recorded(self, at, kept):
+            if at == step:
+                raise Killed
+            real(self, at, kept)
+
+        return recorded
+
+    for step, resume in ((2, []), (4, ["--resume"]), (4, ["--resume"])):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Checkpoints, "_record_files", stop_at(step))
+            run(inputs, tmp_path, *options, *resume)
+        assert (tmp_path / "checkpoints" / str(step)).is_dir()
+    run(inputs, tmp_path, *options, "--resume")
+    shown = capsys.readouterr().out
+    assert shown.count("no checkpoint yet: beginning at step 0") == 1
+    assert shown.count("going on after step 2") == 2 and "after step 4" not in shown
     assert_same(adapter_of(inputs, whole), adapter_of(inputs, tmp_path))
     lines, expected = read_metrics(tmp_path), read_metrics(whole)
     assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
