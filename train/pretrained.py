@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.hf.hub import resolve, resolve_config
+from lora_jax.hf.keys import nested
 from lora_jax.models import (
     ConfigError,
     DecoderConfig,
@@ -17,8 +19,6 @@ from lora_jax.models import (
     WeightsError,
     key_table,
 )
-from lora_jax.models.hub import resolve, resolve_config
-from lora_jax.models.keys import nested
 from lora_jax.models.load import from_pretrained, open_source
 from lora_jax.models.sources import read_config_file
 from lora_jax.models.tokenizer import load_tokenizer

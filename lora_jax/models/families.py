@@ -9,19 +9,20 @@ from typing import Any, Protocol
 
 from flax import linen as nn
 
-from lora_jax.models import encoder_config, specs
-from lora_jax.models.config import DecoderConfig
-from lora_jax.models.decoder import Decoder
-from lora_jax.models.decoder_fields import FAMILIES as DECODERS
-from lora_jax.models.decoder_keys import decoder_parts, decoder_table
-from lora_jax.models.encoder import Encoder
-from lora_jax.models.encoder_config import EncoderConfig
-from lora_jax.models.encoder_keys import OTHER_HEADS, encoder_name, encoder_table
-from lora_jax.models.fields import ConfigError
-from lora_jax.models.gpt2 import GPT2
-from lora_jax.models.gpt2_config import GPT2Config
-from lora_jax.models.gpt2_keys import gpt2_name, gpt2_table
-from lora_jax.models.keys import Part, Row
+from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.keys import Part, Row
+from lora_jax.models import specs
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.fields import FAMILIES as DECODERS
+from lora_jax.models.decoder.keys import decoder_parts, decoder_table
+from lora_jax.models.decoder.model import Decoder
+from lora_jax.models.encoder import config as encoder_config
+from lora_jax.models.encoder.config import EncoderConfig
+from lora_jax.models.encoder.keys import OTHER_HEADS, encoder_name, encoder_table
+from lora_jax.models.encoder.model import Encoder
+from lora_jax.models.gpt2.config import GPT2Config
+from lora_jax.models.gpt2.keys import gpt2_name, gpt2_table
+from lora_jax.models.gpt2.model import GPT2
 from lora_jax.models.specs import Specs
 
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.models.cache import Cache, init_cache
-from lora_jax.models.decoder import Decoder
-from lora_jax.models.gpt2 import GPT2
+from lora_jax.models.decoder.model import Decoder
+from lora_jax.models.gpt2.model import GPT2
+from lora_jax.models.layers.cache import Cache, init_cache
 
 
 def generate(

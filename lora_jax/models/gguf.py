@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.models.config import DecoderConfig
-from lora_jax.models.fields import ConfigError
-from lora_jax.models.keys import WeightsError, convert
-from lora_jax.models.rope_fields import RopeScaling
+from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.keys import WeightsError, convert
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.rope_fields import RopeScaling
 
 _FAMILY = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.hub import resolve
+from lora_jax.hf.keys import Row, WeightsError, absent_parts, check, nested
 from lora_jax.models.families import family_of, key_table
-from lora_jax.models.fields import ConfigError
 from lora_jax.models.gguf import GGUFFile
-from lora_jax.models.hub import resolve
-from lora_jax.models.keys import Row, WeightsError, absent_parts, check, nested
 from lora_jax.models.sources import FLOATS, Renamed, SafetensorsFolder, Source
 
 ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]

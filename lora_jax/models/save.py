@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lora_jax.folders import partial_of, put_in_place
+from lora_jax.hf.hub import resolve
+from lora_jax.hf.keys import Row, WeightsError, checked_leaves, convert, hf_tensors
 from lora_jax.models.families import key_table
-from lora_jax.models.hub import resolve
-from lora_jax.models.keys import Row, WeightsError, checked_leaves, convert, hf_tensors
 from lora_jax.models.tokenizer import load_tokenizer
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16")

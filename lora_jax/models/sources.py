@@ -12,9 +12,9 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.keys import Part, WeightsError, convert
 from lora_jax.models.families import parts, read_config
-from lora_jax.models.fields import ConfigError
-from lora_jax.models.keys import Part, WeightsError, convert
 
 # The dtypes of weights, by safetensors' names.
 FLOATS = ("F64", "F32", "F16", "BF16")

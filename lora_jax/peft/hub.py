@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from lora_jax.models.hub import ModelNotFound, snapshot
+from lora_jax.hf.hub import ModelNotFound, snapshot
 from lora_jax.peft.config import FILE
 from lora_jax.peft.errors import PeftError
 

@@ -14,9 +14,9 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from lora_jax.hf.keys import Row
 from lora_jax.lorafy import Tree, lorafy
 from lora_jax.magnitude import wide
-from lora_jax.models.keys import Row
 from lora_jax.paths import flatten_with_paths
 from lora_jax.peft import config as configuration
 from lora_jax.peft.errors import PeftError

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lora_jax.hf.keys import Row
 from lora_jax.models.families import key_table
-from lora_jax.models.keys import Row
 from lora_jax.peft.config import DEFAULT_TARGETS
 from lora_jax.peft.errors import PeftError
 

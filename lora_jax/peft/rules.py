@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 from lora_jax import init
-from lora_jax.models.keys import Row
+from lora_jax.hf.keys import Row
 from lora_jax.peft.config import DECOMPOSING_INITS, read_config
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import targeted_experts

@@ -12,9 +12,10 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 
-from lora_jax.models import ModelNotFound, hub, packaged
-from lora_jax.models.bundled import BUNDLES, MINILM, SMOLLM2, Bundle
-from lora_jax.models.packaged import FetchError, Package
+from lora_jax.hf import hub, packaged
+from lora_jax.hf.bundled import BUNDLES, MINILM, SMOLLM2, Bundle
+from lora_jax.hf.packaged import FetchError, Package
+from lora_jax.models import ModelNotFound
 
 CONTENT = b"a small stand-in for the real file" * 100
 OTHER = b"another"

@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
+from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.models import from_pretrained, save_pretrained
-from lora_jax.models.bundled import SMOLLM2
 
 pytestmark = pytest.mark.slow
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from lora_jax.models.attention import attend
-from lora_jax.models.config import DecoderConfig
-from lora_jax.models.decoder_blocks import MLP, dense, norm
-from lora_jax.models.moe import SparseMLP
-from lora_jax.models.placement import UNPLACED, Placement
-from lora_jax.models.rope import Rotation, rotate
+from lora_jax.models.decoder.blocks import MLP, dense, norm
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.moe import SparseMLP
+from lora_jax.models.decoder.rope import Rotation, rotate
+from lora_jax.models.layers.attention import attend
+from lora_jax.models.layers.placement import UNPLACED, Placement
 
 
 class Step(NamedTuple):

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.models.attention import wide
-from lora_jax.models.config import DecoderConfig
-from lora_jax.models.rope_fields import RopeScaling
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.rope_fields import RopeScaling
+from lora_jax.models.layers.attention import wide
 
 
 class Rotation(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from lora_jax.models.packaged import Package
+from lora_jax.hf.packaged import Package
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lora_jax.models.activations import ACTIVATION
-from lora_jax.models.attention import attend, dot_wide, wide
-from lora_jax.models.blocks import dense, embed, layer_norm
-from lora_jax.models.encoder_config import EncoderConfig
-from lora_jax.models.placement import UNPLACED, Placement
-from lora_jax.models.trunk import rematerialised
+from lora_jax.models.encoder.config import EncoderConfig
+from lora_jax.models.layers.activations import ACTIVATION
+from lora_jax.models.layers.attention import attend, dot_wide, wide
+from lora_jax.models.layers.blocks import dense, embed, layer_norm
+from lora_jax.models.layers.placement import UNPLACED, Placement
+from lora_jax.models.layers.trunk import rematerialised
 
 
 class EncoderOutput(NamedTuple):

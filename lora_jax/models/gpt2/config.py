@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models.activations import ACTIVATION
-from lora_jax.models.fields import ConfigError, refuse_unknown
+from lora_jax.hf.fields import ConfigError, refuse_unknown
+from lora_jax.models.layers.activations import ACTIVATION
 
 # Our field -> GPT-2's own name for it, and transformers' default.
 _FIELDS: dict[str, tuple[str, Any]] = {

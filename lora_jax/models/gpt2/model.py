@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from lora_jax.models.activations import ACTIVATION
-from lora_jax.models.attention import attend, dot_wide
-from lora_jax.models.blocks import dense, embed, layer_norm
-from lora_jax.models.cache import Cache
-from lora_jax.models.gpt2_config import GPT2Config
-from lora_jax.models.placement import UNPLACED, Placement
-from lora_jax.models.trunk import causal_mask, extend, place, rematerialised
+from lora_jax.models.gpt2.config import GPT2Config
+from lora_jax.models.layers.activations import ACTIVATION
+from lora_jax.models.layers.attention import attend, dot_wide
+from lora_jax.models.layers.blocks import dense, embed, layer_norm
+from lora_jax.models.layers.cache import Cache
+from lora_jax.models.layers.placement import UNPLACED, Placement
+from lora_jax.models.layers.trunk import causal_mask, extend, place, rematerialised
 
 
 class GPT2(nn.Module):

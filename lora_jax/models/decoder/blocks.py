@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from lora_jax.models.activations import ACTIVATION
-from lora_jax.models.attention import wide
-from lora_jax.models.config import DecoderConfig
-from lora_jax.models.placement import UNPLACED, Placement
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.layers.activations import ACTIVATION
+from lora_jax.models.layers.attention import wide
+from lora_jax.models.layers.placement import UNPLACED, Placement
 
 
 class RMSNorm(nn.Module):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lora_jax.models.fields import ConfigError, refuse_unknown
-from lora_jax.models.rope_fields import read_rope, write_rope
+from lora_jax.hf.fields import ConfigError, refuse_unknown
+from lora_jax.models.decoder.rope_fields import read_rope, write_rope
 
 _REQUIRED = (
     "vocab_size",

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from lora_jax.models.attention import wide
+from lora_jax.models.layers.attention import wide
 
 
 def dense(module: Any, features: int, *, dtype: Any = None, **kwargs: Any) -> nn.Dense:

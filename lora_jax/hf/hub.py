@@ -7,8 +7,8 @@ import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_jax.models.bundled import BUNDLES
-from lora_jax.models.packaged import FetchError
+from lora_jax.hf.bundled import BUNDLES
+from lora_jax.hf.packaged import FetchError
 
 _FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab.*"]
 _PROBE_SECONDS = 10.0

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lora_jax.models.attention import dot_wide, soft_cap
-from lora_jax.models.cache import Cache
-from lora_jax.models.config import DecoderConfig
-from lora_jax.models.decoder_blocks import norm
-from lora_jax.models.layers import DecoderLayer, PerLayer, Step
-from lora_jax.models.placement import UNPLACED, Placement
-from lora_jax.models.rope import rotations
-from lora_jax.models.trunk import Placed, causal_mask, extend, place, rematerialised
+from lora_jax.models.decoder.blocks import norm
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.layer import DecoderLayer, PerLayer, Step
+from lora_jax.models.decoder.rope import rotations
+from lora_jax.models.layers.attention import dot_wide, soft_cap
+from lora_jax.models.layers.cache import Cache
+from lora_jax.models.layers.placement import UNPLACED, Placement
+from lora_jax.models.layers.trunk import Placed, causal_mask, extend, place, rematerialised
 
 
 class Decoder(nn.Module):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from lora_jax.models.encoder_config import EncoderConfig
-from lora_jax.models.keys import Row
+from lora_jax.hf.keys import Row
+from lora_jax.models.encoder.config import EncoderConfig
 
 _ENCODER = re.compile(r"(?:(?:bert|roberta)\.)?((?:embeddings|encoder|pooler)\..+)")
 _LM_HEAD = "masked language model head"

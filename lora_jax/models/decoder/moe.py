@@ -24,11 +24,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from lora_jax.models.activations import ACTIVATION
-from lora_jax.models.attention import dot_wide
-from lora_jax.models.config import DecoderConfig
-from lora_jax.models.decoder_blocks import dense
-from lora_jax.models.placement import UNPLACED, Placement
+from lora_jax.models.decoder.blocks import dense
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.layers.activations import ACTIVATION
+from lora_jax.models.layers.attention import dot_wide
+from lora_jax.models.layers.placement import UNPLACED, Placement
 
 
 class SparseMLP(nn.Module):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from lora_jax.models.gpt2_config import GPT2Config
-from lora_jax.models.keys import Row
+from lora_jax.hf.keys import Row
+from lora_jax.models.gpt2.config import GPT2Config
 
 # A bare GPT2Model's tensors, such as OpenAI's, come without the prefix.
 _BARE = re.compile(r"(wte|wpe|h\.\d+|ln_f)\..+")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from lora_jax.models.cache import Cache
+from lora_jax.models.layers.cache import Cache
 
 # Those of jax.checkpoint_policies that take no arguments: the others make policies.
 REMAT_POLICIES = (

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models.decoder_fields import FAMILIES, read_fields, write_fields
-from lora_jax.models.fields import ConfigError
-from lora_jax.models.rope_fields import RopeScaling
+from lora_jax.hf.fields import ConfigError
+from lora_jax.models.decoder.fields import FAMILIES, read_fields, write_fields
+from lora_jax.models.decoder.rope_fields import RopeScaling
 
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
 

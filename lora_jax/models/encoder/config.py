@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models.activations import ACTIVATION
-from lora_jax.models.fields import ConfigError, refuse_unknown
+from lora_jax.hf.fields import ConfigError, refuse_unknown
+from lora_jax.models.layers.activations import ACTIVATION
 
 FAMILIES = ("bert", "roberta", "xlm-roberta")
 HEADS = ("none", "masked_lm", "classification", "embedding")

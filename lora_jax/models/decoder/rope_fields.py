@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models.fields import ConfigError
+from lora_jax.hf.fields import ConfigError
 
 # For each kind: the fields that it needs, and those that it may have.
 _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

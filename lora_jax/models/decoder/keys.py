@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from lora_jax.models.config import DecoderConfig
-from lora_jax.models.keys import Part, Row
+from lora_jax.hf.keys import Part, Row
+from lora_jax.models.decoder.config import DecoderConfig
 
 
 def decoder_table(config: DecoderConfig) -> list[Row]:
