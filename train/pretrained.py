@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax.hf.hub import resolve, resolve_config
 from lora_jax.hf.keys import nested
+from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.models import (
     ConfigError,
     DecoderConfig,
@@ -19,9 +20,7 @@ from lora_jax.models import (
     WeightsError,
     key_table,
 )
-from lora_jax.models.load import from_pretrained, open_source
-from lora_jax.models.sources import read_config_file
-from lora_jax.models.tokenizer import load_tokenizer
+from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
 from train.errors import UserError, as_user_errors
 
 

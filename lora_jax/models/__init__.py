@@ -3,6 +3,7 @@
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.hub import ModelNotFound
 from lora_jax.hf.keys import Row, WeightsError, hf_tensors
+from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.model import Decoder
 from lora_jax.models.decoder.rope_fields import RopeScaling
@@ -13,9 +14,7 @@ from lora_jax.models.generate import generate
 from lora_jax.models.gpt2.config import GPT2Config
 from lora_jax.models.gpt2.model import GPT2
 from lora_jax.models.layers.cache import Cache, init_cache
-from lora_jax.models.load import from_pretrained
-from lora_jax.models.save import save_pretrained
-from lora_jax.models.tokenizer import load_tokenizer
+from lora_jax.models.pretrained import from_pretrained, save_pretrained
 
 __all__ = [
     "Cache",

@@ -12,8 +12,8 @@ import numpy as np
 
 from lora_jax.folders import partial_of, put_in_place
 from lora_jax.hf.keys import Row
+from lora_jax.hf.save import write_tensors
 from lora_jax.lorafy import Tree
-from lora_jax.models.save import write_tensors
 from lora_jax.paths import flatten_with_paths
 from lora_jax.peft import config as configuration
 from lora_jax.peft.errors import PeftError

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from tokenizers import pre_tokenizers
 
+from lora_jax.hf.tokenizer import tokenizer_from_gguf
 from lora_jax.models import ConfigError, load_tokenizer
-from lora_jax.models.tokenizer import tokenizer_from_gguf
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax.models import ConfigError, WeightsError, from_pretrained, save_pretrained
-from lora_jax.models.sources import SafetensorsFolder
+from lora_jax.models.pretrained import open_source
 from tests.models import tiny
 
 CASE = "qwen3"  # tied, with norms of its own
@@ -270,7 +270,7 @@ def test_a_config_of_another_model(
 def test_a_file_that_is_cut_under_the_reader(tmp_path: Path) -> None:
     """An error, where a map of the file would kill the process."""
     out = saved(tmp_path, sharded=False)
-    source = SafetensorsFolder(out)
+    source = open_source(out)
     with (out / WHOLE).open("r+b") as file:
         file.truncate(6000)
     with pytest.raises(WeightsError, match=f"{WHOLE}: cannot read model.norm.weight"):

@@ -13,14 +13,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import safe_open
 
 import lora_jax as lj
+from lora_jax.hf import load, save
 from lora_jax.models import (
     WeightsError,
     from_pretrained,
     hf_tensors,
     key_table,
-    load,
     load_tokenizer,
-    save,
     save_pretrained,
 )
 from tests.models import tiny

@@ -13,8 +13,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.format import Format, Formats
 from lora_jax.hf.keys import Part, WeightsError, convert
-from lora_jax.models.families import parts, read_config
 
 # The dtypes of weights, by safetensors' names.
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -27,12 +27,14 @@ class Source(Protocol):
 
     Attributes:
       where: the folder or file, for messages.
+      format: that of the model's family.
       config: the family's configuration.
       shapes: name -> shape, of every tensor.
       dtypes: name -> dtype as it is stored, by safetensors' names ("F32").
     """
 
     where: str
+    format: Format
     config: Any
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
@@ -54,8 +56,12 @@ class SafetensorsFolder:
     """A folder with config.json and model.safetensors, or shards and their index.
 
     Only headers are read here. Tensors are read by file access, not through a map of the file:
-    mapped pages would count as this process's memory. The options are those of
-    ``families.read_config``.
+    mapped pages would count as this process's memory.
+
+    Args:
+      folder: the folder.
+      formats: those of all families.
+      **options: see ``Formats.read_config``.
 
     Raises:
       ConfigError: if config.json is missing or describes another model.
@@ -63,9 +69,10 @@ class SafetensorsFolder:
         disagree; it names the file and the tensor.
     """
 
-    def __init__(self, folder: Path, **options: Any):
+    def __init__(self, folder: Path, formats: Formats, **options: Any):
         self.where = str(folder)
-        self.config = read_config_file(folder / "config.json", **options)
+        self.config = read_config_file(folder / "config.json", formats, **options)
+        self.format = formats.of(self.config.model_type)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._paths: dict[str, Path] = {}
@@ -76,7 +83,7 @@ class SafetensorsFolder:
         for name, shard in listed.items():
             if name and self._paths.get(name) != folder / shard:
                 raise WeightsError(f"{folder / _INDEX} puts {name} in {shard}, which lacks it")
-        self._parts = parts(self.config, self.shapes)
+        self._parts = self.format.parts(self.config, self.shapes)
         whole = dict(self.shapes)
         for part in self._parts.values():
             self.shapes.pop(part.name, None)
@@ -123,8 +130,8 @@ class SafetensorsFolder:
             raise WeightsError(f"{path}: cannot read {name}: {error}") from None
 
 
-def read_config_file(path: Path, **options: Any) -> Any:
-    """The configuration that a config.json describes; see ``families.read_config``.
+def read_config_file(path: Path, formats: Formats, **options: Any) -> Any:
+    """The configuration that a config.json describes; see ``Formats.read_config``.
 
     Raises:
       ConfigError: names the file, and what is wrong with it.
@@ -138,7 +145,7 @@ def read_config_file(path: Path, **options: Any) -> Any:
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} holds a {type(fields).__name__}, not the fields of a model")
     try:
-        return read_config(fields, **options)
+        return formats.read_config(fields, **options)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except (TypeError, ValueError, ArithmeticError) as error:  # "24" in the place of 24, 0 heads
@@ -188,7 +195,7 @@ class Renamed:
     """
 
     def __init__(self, source: Source, names: Mapping[str, str]):
-        self.where, self.config = source.where, source.config
+        self.where, self.format, self.config = source.where, source.format, source.config
         self.names = names
         self.shapes = {name: source.shapes[held] for name, held in names.items()}
         self.dtypes = {n: source.dtypes[held] for n, held in names.items() if held in source.dtypes}

@@ -1,4 +1,4 @@
-"""Pretrained weights into a plain parameter tree."""
+"""Weights from a file or a folder into a plain parameter tree."""
 
 from __future__ import annotations
 
@@ -14,86 +14,24 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from lora_jax.hf.fields import ConfigError
-from lora_jax.hf.hub import resolve
+from lora_jax.hf.format import Formats
+from lora_jax.hf.gguf import GGUFFile
 from lora_jax.hf.keys import Row, WeightsError, absent_parts, check, nested
-from lora_jax.models.families import family_of, key_table
-from lora_jax.models.gguf import GGUFFile
-from lora_jax.models.sources import FLOATS, Renamed, SafetensorsFolder, Source
+from lora_jax.hf.sources import FLOATS, Renamed, SafetensorsFolder, Source
 
 ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 
-def from_pretrained(
-    name_or_path: str | Path,
-    *,
-    dtype: Any = jnp.float32,
-    param_dtype: Any = None,
-    remat: bool | str = False,
-    sharding: ShardingOf | None = None,
-    head: str | None = None,
-    num_labels: int | None = None,
-    pooling: str | None = None,
-    normalize: bool | None = None,
-    key: jax.Array | None = None,
-) -> tuple[Any, dict[str, Any]]:
-    """A pretrained model, and its parameters as a plain nested dict.
-
-    Reads a folder (config.json with model.safetensors, or shards and their index), a GGUF file, or
-    a name on the Hugging Face hub. Parameters are read one at a time, and of a sharded one each
-    device's part alone, so that the host never holds more than the largest of these parts beside
-    what is on the devices.
-
-    Where the hub does not answer, ``HuggingFaceTB/SmolLM2-135M-Instruct`` (as 4-bit weights) and
-    ``sentence-transformers/all-MiniLM-L6-v2`` come from Python packages instead, and a line on
-    stderr says so.
-
-    An encoder's head is the one that the file was saved with, or the one asked for here:
-    ``from_pretrained(name, head="classification", num_labels=3)``. A head that the file does not
-    hold is freshly initialised, and a line on stderr says so. Heads that the file holds beyond the
-    one in use are left alone.
-
-    Args:
-      name_or_path: folder, GGUF file or hub name.
-      dtype: of the computation.
-      param_dtype: of the parameters; ``dtype`` by default.
-      remat: see ``Decoder``.
-      sharding: (path, shape) -> where to put that parameter; None for the default device.
-      head, num_labels, pooling, normalize: of an encoder, instead of what its config.json says;
-        see ``EncoderConfig``.
-      key: for a freshly initialised head; ``jax.random.key(0)`` by default. Each parameter's
-        values depend on the key and its path alone.
-
-    Returns:
-      (model, params), for ``model.apply({"params": params}, input_ids)``.
-
-    Raises:
-      ConfigError: for a model or an option that is not supported, by name.
-      WeightsError: for weights that cannot be read or do not fit; one error lists all of them.
-      ModelNotFound: if there is no such path, or the hub cannot be had; says what to put where.
-    """
-    found = resolve(name_or_path)
-    if found.note:
-        print(found.note, file=sys.stderr)
-    asked = {"head": head, "num_labels": num_labels, "pooling": pooling, "normalize": normalize}
-    options = {name: value for name, value in asked.items() if value is not None}
-    source = open_source(found.path, **options)
-    param_dtype = dtype if param_dtype is None else param_dtype
-    model = family_of(source.config.model_type).module(
-        source.config, dtype, param_dtype, remat=remat
-    )
-    return model, load_params(source, param_dtype, sharding, key)
-
-
-def open_source(path: Path, **options: Any) -> Source:
+def open_source(path: Path, formats: Formats, **options: Any) -> Source:
     """The folder's or the GGUF file's configuration and tensors. Reads headers only.
 
-    The options are those of ``families.read_config``.
+    The options are those of ``Formats.read_config``.
     """
     if path.is_dir():
-        return SafetensorsFolder(path, **options)
+        return SafetensorsFolder(path, formats, **options)
     if options:
         raise ConfigError(f"{path}: a model in a GGUF file has no option {', '.join(options)}")
-    return GGUFFile(path)
+    return GGUFFile(path, formats)
 
 
 def load_params(
@@ -102,12 +40,12 @@ def load_params(
     sharding: ShardingOf | None = None,
     key: jax.Array | None = None,
 ) -> dict[str, Any]:
-    """The parameter tree of a source; see ``from_pretrained``."""
-    table = key_table(source.config)
+    """The parameter tree of a source; see ``models.from_pretrained``."""
+    table = source.format.table(source.config)
     view = Renamed(source, _file_names(source, table))
     absent = absent_parts(view.shapes, table)
     held = [row for row in table if row.part not in absent]
-    check(view.shapes, held, view.where, family_of(view.config.model_type).ignored)
+    check(view.shapes, held, view.where, view.format.ignored)
     _check_dtypes(view, held)
     _check_aliases(view, held)
     if absent:
@@ -126,7 +64,7 @@ def load_params(
 
 def _file_names(source: Source, table: list[Row]) -> dict[str, str]:
     """The table's name of each tensor in the file -> the file's own name of it."""
-    rename = family_of(source.config.model_type).name
+    rename = source.format.name
     names: dict[str, str] = {}
     for held in source.shapes:
         name = rename(held, source.config)

@@ -1,4 +1,4 @@
-"""A parameter tree into a folder that transformers and ``from_pretrained`` read."""
+"""A parameter tree into a folder that transformers reads, and we too."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lora_jax.folders import partial_of, put_in_place
+from lora_jax.hf.format import Config
 from lora_jax.hf.hub import resolve
 from lora_jax.hf.keys import Row, WeightsError, checked_leaves, convert, hf_tensors
-from lora_jax.models.families import key_table
-from lora_jax.models.tokenizer import load_tokenizer
+from lora_jax.hf.tokenizer import load_tokenizer
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -36,9 +36,10 @@ _TOKENIZER_FILES = (
 )
 
 
-def save_pretrained(
+def save_model(
     folder: str | os.PathLike[str],
-    model: Any,
+    config: Config,
+    table: Sequence[Row],
     params: Mapping[str, Any],
     *,
     tokenizer: Any = None,
@@ -46,35 +47,22 @@ def save_pretrained(
     dtype: Any = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a model as Hugging Face's libraries write one; the folder appears whole or not at all.
-
-    The folder holds config.json, the weights (model.safetensors, or shards
-    model-00001-of-0000N.safetensors and model.safetensors.index.json) and the tokenizer's files::
-
-        save_pretrained("out", model, params, tokenizer="HuggingFaceTB/SmolLM2-135M-Instruct")
-        save_pretrained("out", model, lora_jax.merge(params))      # an adapted tree
-
-    Beside the parameters, the host holds one shard at a time. Where several processes run, one of
-    them saves, and the parameters have to lie on its devices.
+    """Writes a model's folder, whole or not at all; see ``models.save_pretrained``.
 
     Args:
       folder: created; its parents too.
-      model: what ``from_pretrained`` returned beside the parameters: its configuration is written.
-      params: the parameter tree: plain arrays, sharded or not. ``lora_jax.merge`` sums W + s·AB in
-        fp32 and rounds once to W's dtype, so leave ``dtype`` at None or at W's dtype after it.
-      tokenizer: a transformers tokenizer; or a folder, GGUF file or hub name to take it from.
-      max_shard_size: bytes of weights per file. A single tensor may exceed it.
-      dtype: of the weights in the file: fp64, fp32, bf16 or fp16; None keeps each parameter's.
-      overwrite: replace a model's folder that is there. Without it, an existing folder is an error.
+      config: the model's, written as config.json.
+      table: the model's key table.
+      params: the parameter tree.
+      tokenizer, max_shard_size, dtype, overwrite: see ``models.save_pretrained``.
 
     Raises:
       FileExistsError: if the folder exists; with ``overwrite``, if it is no model's folder.
-      WeightsError: if the tree does not fit the model (one error lists all), is not merged, or has
+      WeightsError: if the tree does not fit the table (one error lists all), is not merged, or has
         values that fp16 cannot hold.
     """
     folder = Path(folder).absolute()
     _check_target(folder, overwrite)
-    table = key_table(model.config)
     dtypes = _file_dtypes(checked_leaves(params, table), dtype)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(folder)
@@ -83,7 +71,7 @@ def save_pretrained(
         partial.mkdir()
         _write_weights(partial, params, table, dtypes, max_shard_size)
         main_dtype = _main_dtype(table, dtypes)
-        _write_json(partial / "config.json", {**model.config.to_hf(), "dtype": main_dtype})
+        _write_json(partial / "config.json", {**config.to_hf(), "dtype": main_dtype})
         if tokenizer is not None:
             _write_tokenizer(partial, tokenizer)
         put_in_place(partial, folder)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.gguf import open_gguf
 from lora_jax.hf.hub import resolve
-from lora_jax.models.gguf import open_gguf
 
 # GGUF's token types (llama.cpp's llama_token_type).
 _CONTROL, _USER_DEFINED = 3, 4
