@@ -1,4 +1,4 @@
-"""Small pretrained models without a hub: Python packages carry them."""
+"""Small pretrained models without a hub: Python packages carry them, for ``fetch``."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ MINILM = Bundle(
         folder="all-MiniLM-L6-v2",
     ),
     entry="",
-    what="the copy that a Python package carries",
+    what="a Python package's copy",
 )
 
 BUNDLES = {bundle.name: bundle for bundle in (SMOLLM2, MINILM)}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.hf.bundled import BUNDLES
-from lora_jax.hf.packaged import FetchError
 
 _FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab.*"]
 _PROBE_SECONDS = 10.0
@@ -26,18 +25,43 @@ class Found(NamedTuple):
 
 
 def resolve(name_or_path: str | Path) -> Found:
-    """Finds a model's files, and fetches them if need be.
+    """Finds a model's files, and downloads them from the hub if need be.
 
     A hub name that is complete in the local Hugging Face cache is used as it is. Otherwise the hub
     is asked, unless HF_HUB_OFFLINE is set; a hub that does not answer within ten seconds counts as
-    absent. The models of ``bundled.BUNDLES`` then come from packages, and stay with them as long as
-    those copies lie in the cache, so that runs agree.
+    absent. Of the models in ``bundled.BUNDLES``, a package's copy in the cache comes before the
+    hub, so that runs agree. No package is downloaded here: ``fetch.fetch`` does that.
 
     Args:
       name_or_path: a folder, a GGUF file, or a hub name such as "owner/model".
 
+    Returns:
+      The folder or the GGUF file.
+
     Raises:
-      ModelNotFound: says what was tried, and what to put where.
+      ModelNotFound: says what was tried, and what to do.
+    """
+    found = look_up(name_or_path)
+    if isinstance(found, Found):
+        return found
+    name = str(name_or_path)
+    if bundle := BUNDLES.get(name):
+        raise ModelNotFound(
+            f"{name} cannot be downloaded from the hub ({found}). Fetch {bundle.what}, once, from "
+            f"the package {bundle.package.requirement} ({bundle.package.size}):\n"
+            f'  - in Python: lora_jax.models.fetch("{name}")\n'
+            f"  - in a shell: python -m lora_jax.hf.fetch {name}\n"
+            "or give the path of a folder that holds config.json, the tokenizer's files and "
+            "model.safetensors"
+        )
+    raise not_on_hub(name, found)
+
+
+def look_up(name_or_path: str | Path) -> Found | str:
+    """Finds a model's files as ``resolve`` does; where there are none, returns why, in one line.
+
+    Raises:
+      ModelNotFound: for what is neither a path here nor a hub name.
     """
     path = Path(name_or_path).expanduser()
     if path.exists():
@@ -48,32 +72,19 @@ def resolve(name_or_path: str | Path) -> Found:
     bundle = BUNDLES.get(name)
     if bundle and bundle.package.cached():
         return Found(bundle.path, bundle.note)
-    problem = probe(name)
-    if problem is None:
-        got = _download(name, local_only=False)
-        if isinstance(got, Path):
-            return Found(got)
-        problem = got
-    if bundle is None:
-        raise ModelNotFound(
-            f"{name} cannot be fetched from the hub ({problem}). Without it, give the path of a "
-            "folder that holds config.json, the tokenizer's files and model.safetensors (or its "
-            "shards and their index), or of a GGUF file."
-        )
-    try:
-        bundle.package.fetch()
-    except FetchError as error:
-        kept = ", ".join(bundle.package.files)
-        raise ModelNotFound(
-            f"{name} can be had neither from the hub ({problem}) nor as a package ({error}). "
-            "Any one of these helps:\n"
-            "  - a folder with config.json, the tokenizer's files and model.safetensors: give its "
-            "path instead of the name\n"
-            f"  - of the package {bundle.package.requirement}, {kept}, put into "
-            f"{bundle.package.path}\n"
-            "  - the Hugging Face cache of a machine that has the model, copied to this one"
-        ) from None
-    return Found(bundle.path, bundle.note)
+    if problem := probe(name):
+        return problem
+    got = _download(name, local_only=False)
+    return got if isinstance(got, str) else Found(got)
+
+
+def not_on_hub(name: str, problem: str) -> ModelNotFound:
+    """Returns the error for a name that only the hub could have, with what to do instead."""
+    return ModelNotFound(
+        f"{name} cannot be fetched from the hub ({problem}). Without it, give the path of a "
+        "folder that holds config.json, the tokenizer's files and model.safetensors (or its "
+        "shards and their index), or of a GGUF file."
+    )
 
 
 def resolve_config(name_or_path: str | Path) -> Path:
@@ -92,7 +103,7 @@ def resolve_config(name_or_path: str | Path) -> Path:
     if path.exists():
         return path / "config.json" if path.is_dir() else path
     name = _hub_name(name_or_path)
-    if name in BUNDLES:  # small, and to be had without a hub
+    if name in BUNDLES:  # small, and perhaps a package's copy
         return resolve_config(resolve(name).path)
     return snapshot(name, ["config.json"], needed="config.json") / "config.json"
 

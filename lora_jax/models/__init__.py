@@ -1,5 +1,6 @@
 """Plain Flax models with pretrained weights. They know nothing of LoRA."""
 
+from lora_jax.hf.fetch import fetch
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.hub import ModelNotFound
 from lora_jax.hf.keys import Row, WeightsError, hf_tensors
@@ -30,6 +31,7 @@ __all__ = [
     "RopeScaling",
     "Row",
     "WeightsError",
+    "fetch",
     "from_pretrained",
     "generate",
     "hf_tensors",

