@@ -11,10 +11,25 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+
+# "pooler" is the dense layer behind BERT's, "transform" that inside a masked language model's head;
+# "head" turns hidden states into logits of tokens, "classifier" into logits of classes.
+Role = Literal[
+    "embedding",
+    "attention",
+    "mlp",
+    "experts",
+    "router",
+    "norm",
+    "pooler",
+    "transform",
+    "head",
+    "classifier",
+]
 
 
 class WeightsError(ValueError):
@@ -35,6 +50,8 @@ class Row:
       aliases: other names under which a file may hold this very tensor (a tied head).
       part: the name of the optional part that the parameter belongs to, such as "classifier": one
         that a file lacks as a whole is freshly initialised.
+      role: the part of the model that the parameter is of, kernels and biases alike; None in a
+        table that does not say.
     """
 
     path: str
@@ -44,6 +61,7 @@ class Row:
     transpose: bool = False
     aliases: tuple[str, ...] = ()
     part: str | None = None
+    role: Role | None = None
 
     @property
     def members(self) -> list[tuple[int, ...]]:

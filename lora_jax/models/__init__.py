@@ -15,6 +15,7 @@ from lora_jax.models.generate import generate
 from lora_jax.models.gpt2.config import GPT2Config
 from lora_jax.models.gpt2.model import GPT2
 from lora_jax.models.layers.cache import Cache, init_cache
+from lora_jax.models.presets import presets, roles
 from lora_jax.models.pretrained import from_pretrained, save_pretrained
 
 __all__ = [
@@ -39,6 +40,8 @@ __all__ = [
     "key_table",
     "load_tokenizer",
     "partition_specs",
+    "presets",
     "read_config",
+    "roles",
     "save_pretrained",
 ]

@@ -5,16 +5,18 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_jax.hf.keys import Row
+from lora_jax.hf.keys import Role, Row
 from lora_jax.models.families import key_table
 from lora_jax.peft.config import DEFAULT_TARGETS
 from lora_jax.peft.errors import PeftError
 
-# Modules that "all-linear" leaves out: output embeddings and, for classifiers, the head.
-_OUTPUTS = re.compile(r"lm_head|cls\.predictions\.decoder|lm_head\.decoder|embed_out")
-_CLASSIFIERS = re.compile(r"(score|classifier)(\..*)?")
-# What transformers runs as one module of many experts; its parts are no modules for PEFT.
-_EXPERTS = re.compile(r"(.*\.)(mlp|block_sparse_moe)\.(experts\.\d+\..*|gate)")
+# The roles of modules, by transformers' names, in a table that does not say them.
+_ROLES: dict[Role, re.Pattern[str]] = {
+    "head": re.compile(r"lm_head|cls\.predictions\.decoder|lm_head\.decoder|embed_out"),
+    "classifier": re.compile(r"(score|classifier)(\..*)?"),
+    "experts": re.compile(r"(.*\.)(mlp|block_sparse_moe)\.experts\.\d+\..*"),
+    "router": re.compile(r"(.*\.)(mlp|block_sparse_moe)\.gate"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +27,20 @@ class Module:
       name: dotted, with the layer's number.
       path: of our kernel or table.
       index: in the stack at `path`; () where there is none.
-      is_embedding: whether it is looked up in.
+      role: the part of the model that it is; see `Row`.
       uses: "all", or the one use of a tied table that the module stands for.
     """
 
     name: str
     path: str
     index: tuple[int, ...]
-    is_embedding: bool
+    role: Role | None
     uses: str = "all"
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether it is looked up in."""
+        return self.role == "embedding"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,22 +84,39 @@ def modules(table: Sequence[Row], *, experts: bool = False, tied: bool = False) 
     """
     found = []
     for row in table:
-        leaf = row.path.rsplit("/", 1)[-1]
-        if leaf not in ("kernel", "embedding", "w") or not row.hf.endswith(".weight"):
+        role = role_of(row)
+        if not _has_module(row) or (role in ("experts", "router") and not experts):
             continue
         heads = [alias for alias in row.aliases if alias.endswith(".weight")]
-        is_embedding = leaf == "embedding"
-        uses = "lookup" if heads and is_embedding and not tied else "all"
+        is_split = role == "embedding" and not tied
+        uses = "lookup" if heads and is_split else "all"
         for index, name in zip(row.members, row.hf_names, strict=True):
-            module = name.removesuffix(".weight")
-            if experts or not _EXPERTS.fullmatch(module):
-                found.append(Module(module, row.path, index, is_embedding, uses))
-        if is_embedding and not tied:
+            found.append(Module(name.removesuffix(".weight"), row.path, index, role, uses))
+        if is_split:
             found += [
-                Module(head.removesuffix(".weight"), row.path, (), False, "product")
+                Module(head.removesuffix(".weight"), row.path, (), "head", "product")
                 for head in heads
             ]
     return found
+
+
+def role_of(row: Row) -> Role | None:
+    """Returns the role that a row says, or the one that its names suggest where it says none."""
+    if row.role is not None:
+        return row.role
+    if row.path.rsplit("/", 1)[-1] == "embedding":
+        return "embedding"
+    module = row.hf.replace("{}", "0").removesuffix(".weight")
+    return next((role for role, named in _ROLES.items() if named.fullmatch(module)), None)
+
+
+def _has_module(row: Row) -> bool:
+    """Whether a row is the weight of a linear layer or an embedding."""
+    if not row.hf.endswith(".weight"):
+        return False
+    if row.role is not None:
+        return len(row.shape) == 2
+    return row.path.rsplit("/", 1)[-1] in ("kernel", "embedding", "w")
 
 
 def targeted(
@@ -124,10 +148,9 @@ def _is_targeted(module: Module, targets: str | list[str], config: Mapping[str, 
         return False
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
-            is_head = _OUTPUTS.fullmatch(name) or (
-                config["task_type"] == "SEQ_CLS" and _CLASSIFIERS.fullmatch(name)
-            )
-            return not module.is_embedding and not is_head
+            left_out = ["embedding", "head"]
+            left_out += ["classifier"] if config["task_type"] == "SEQ_CLS" else []
+            return module.role not in left_out
         return re.fullmatch(targets, name) is not None
     if name in targets:
         return True

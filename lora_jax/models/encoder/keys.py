@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lora_jax.hf.keys import Row
+from lora_jax.hf.keys import Role, Row
 from lora_jax.models.encoder.config import EncoderConfig
 
 _ENCODER = re.compile(r"(?:(?:bert|roberta)\.)?((?:embeddings|encoder|pooler)\..+)")
@@ -53,6 +53,7 @@ def encoder_table(config: EncoderConfig) -> list[Row]:
         path: str,
         leaf: str,
         shape: tuple[int, ...],
+        role: Role,
         part: str | None = None,
         aliases: tuple[str, ...] = (),
     ) -> None:
@@ -69,49 +70,52 @@ def encoder_table(config: EncoderConfig) -> list[Row]:
                 transpose=leaf == "kernel",
                 aliases=aliases,
                 part=part,
+                role=role,
             )
         )
 
-    def linear(path: str, d_in: int, d_out: int, part: str | None = None) -> None:
-        add(path, "kernel", (d_in, d_out), part)
-        add(path, "bias", (d_out,), part)
+    def linear(role: Role, path: str, d_in: int, d_out: int, part: str | None = None) -> None:
+        add(path, "kernel", (d_in, d_out), role, part)
+        add(path, "bias", (d_out,), role, part)
 
     def layer_norm(path: str, part: str | None = None) -> None:
-        add(path, "scale", (width,), part)
-        add(path, "bias", (width,), part)
+        add(path, "scale", (width,), "norm", part)
+        add(path, "bias", (width,), "norm", part)
+
+    def table(name: str, rows: int, aliases: tuple[str, ...] = ()) -> None:
+        path = f"{trunk}/embeddings/{name}_embeddings"
+        add(path, "embedding", (rows, width), "embedding", aliases=aliases)
 
     width, inner = config.hidden_size, config.intermediate_size
     lm = "cls/predictions" if trunk == "bert" else "lm_head"
     decoder = lm.replace("/", ".") + ".decoder"
-    words = (config.vocab_size, width)
     tied = (f"{decoder}.weight",) if config.head == "masked_lm" else ()
-    add(f"{trunk}/embeddings/word_embeddings", "embedding", words, aliases=tied)
-    positions = (config.max_position_embeddings, width)
-    add(f"{trunk}/embeddings/position_embeddings", "embedding", positions)
-    add(f"{trunk}/embeddings/token_type_embeddings", "embedding", (config.type_vocab_size, width))
+    table("word", config.vocab_size, tied)
+    table("position", config.max_position_embeddings)
+    table("token_type", config.type_vocab_size)
     layer_norm(f"{trunk}/embeddings/LayerNorm")
     layer = f"{trunk}/encoder/layer"
     for name in ("query", "key", "value"):
-        linear(f"{layer}/attention/self/{name}", width, width)
-    linear(f"{layer}/attention/output/dense", width, width)
+        linear("attention", f"{layer}/attention/self/{name}", width, width)
+    linear("attention", f"{layer}/attention/output/dense", width, width)
     layer_norm(f"{layer}/attention/output/LayerNorm")
-    linear(f"{layer}/intermediate/dense", width, inner)
-    linear(f"{layer}/output/dense", inner, width)
+    linear("mlp", f"{layer}/intermediate/dense", width, inner)
+    linear("mlp", f"{layer}/output/dense", inner, width)
     layer_norm(f"{layer}/output/LayerNorm")
     if config.has_pooler:
-        linear(f"{trunk}/pooler/dense", width, width, "pooler")
+        linear("pooler", f"{trunk}/pooler/dense", width, width, "pooler")
     if config.head == "masked_lm":
         if trunk == "bert":
-            linear(f"{lm}/transform/dense", width, width, _LM_HEAD)
+            linear("transform", f"{lm}/transform/dense", width, width, _LM_HEAD)
             layer_norm(f"{lm}/transform/LayerNorm", _LM_HEAD)
         else:
-            linear(f"{lm}/dense", width, width, _LM_HEAD)
+            linear("transform", f"{lm}/dense", width, width, _LM_HEAD)
             layer_norm(f"{lm}/layer_norm", _LM_HEAD)
-        add(lm, "bias", (config.vocab_size,), _LM_HEAD, (f"{decoder}.bias",))
+        add(lm, "bias", (config.vocab_size,), "head", _LM_HEAD, (f"{decoder}.bias",))
     if config.head == "classification":
         if trunk == "bert":
-            linear("classifier", width, config.num_labels, "classifier")
+            linear("classifier", "classifier", width, config.num_labels, "classifier")
         else:
-            linear("classifier/dense", width, width, "classifier")
-            linear("classifier/out_proj", width, config.num_labels, "classifier")
+            linear("classifier", "classifier/dense", width, width, "classifier")
+            linear("classifier", "classifier/out_proj", width, config.num_labels, "classifier")
     return rows

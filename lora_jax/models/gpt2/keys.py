@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lora_jax.hf.keys import Row
+from lora_jax.hf.keys import Role, Row
 from lora_jax.models.gpt2.config import GPT2Config
 
 # A bare GPT2Model's tensors, such as OpenAI's, come without the prefix.
@@ -23,7 +23,9 @@ def gpt2_table(config: GPT2Config) -> list[Row]:
     """
     rows: list[Row] = []
 
-    def add(path: str, leaf: str, shape: tuple[int, ...], aliases: tuple[str, ...] = ()) -> None:
+    def add(
+        path: str, leaf: str, shape: tuple[int, ...], role: Role, aliases: tuple[str, ...] = ()
+    ) -> None:
         stacked = path.startswith("transformer/h/")
         hf = f"{path}/{'bias' if leaf == 'bias' else 'weight'}".replace("/", ".")
         rows.append(
@@ -34,28 +36,30 @@ def gpt2_table(config: GPT2Config) -> list[Row]:
                 stack=(config.num_hidden_layers,) if stacked else (),
                 transpose=path == "lm_head",
                 aliases=aliases,
+                role=role,
             )
         )
 
     def layer_norm(path: str) -> None:
-        add(path, "scale", (width,))
-        add(path, "bias", (width,))
+        add(path, "scale", (width,), "norm")
+        add(path, "bias", (width,), "norm")
 
-    def linear(path: str, d_in: int, d_out: int) -> None:
-        add(path, "kernel", (d_in, d_out))
-        add(path, "bias", (d_out,))
+    def linear(role: Role, path: str, d_in: int, d_out: int) -> None:
+        add(path, "kernel", (d_in, d_out), role)
+        add(path, "bias", (d_out,), role)
 
     width, inner = config.hidden_size, config.intermediate_size
     tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
-    add("transformer/wte", "embedding", (config.vocab_size, width), tied)
-    add("transformer/wpe", "embedding", (config.max_position_embeddings, width))
+    add("transformer/wte", "embedding", (config.vocab_size, width), "embedding", tied)
+    positions = (config.max_position_embeddings, width)
+    add("transformer/wpe", "embedding", positions, "embedding")
     layer_norm("transformer/h/ln_1")
-    linear("transformer/h/attn/c_attn", width, 3 * width)
-    linear("transformer/h/attn/c_proj", width, width)
+    linear("attention", "transformer/h/attn/c_attn", width, 3 * width)
+    linear("attention", "transformer/h/attn/c_proj", width, width)
     layer_norm("transformer/h/ln_2")
-    linear("transformer/h/mlp/c_fc", width, inner)
-    linear("transformer/h/mlp/c_proj", inner, width)
+    linear("mlp", "transformer/h/mlp/c_fc", width, inner)
+    linear("mlp", "transformer/h/mlp/c_proj", inner, width)
     layer_norm("transformer/ln_f")
     if not config.tie_word_embeddings:
-        add("lm_head", "kernel", (width, config.vocab_size))
+        add("lm_head", "kernel", (width, config.vocab_size), "head")
     return rows
