@@ -15,8 +15,8 @@ class Bundle:
     Attributes:
       name: the model's on the hub.
       package: the one that carries its files.
-      entry: what is loaded, in the package's folder: "" for the folder, or a GGUF file's name.
-      what: which weights these are, beside the hub's.
+      entry: the part of the package's folder to load: "" for the folder, or a GGUF file's name.
+      what: a phrase for the weights, beside the hub's.
     """
 
     name: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from typing import Any
 
-# Known fields without any effect on the logits.
+# Known fields without an effect on the logits.
 HARMLESS = frozenset(
     """
     _attn_implementation _name_or_path architectures auto_map bad_words_ids begin_suppress_tokens
@@ -31,7 +31,7 @@ class ConfigError(ValueError):
 def refuse_unknown(
     config: Mapping[str, Any], family: str, known: Set[str], unsupported: Mapping[str, Any]
 ) -> None:
-    """Raises ConfigError that names each field whose effect nobody would honour.
+    """Refuses fields that nobody reads, and values that are not supported.
 
     Args:
       config: the parsed config.json.
@@ -39,6 +39,9 @@ def refuse_unknown(
       known: the fields that the family's configuration reads.
       unsupported: known fields that would change the forward pass, each with the only value that
         is supported (None is allowed as well).
+
+    Raises:
+      ConfigError: names each of them.
     """
     problems = []
     for name, value in config.items():

@@ -1,4 +1,4 @@
-"""How files hold the models of a family: what a reader is given for each ``model_type``."""
+"""A family's file format: its configuration's reader and its tensors' names, by ``model_type``."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ class Config(Protocol):
         ...
 
     def to_hf(self) -> dict[str, Any]:
-        """The config.json that reads back as this configuration."""
+        """Returns the config.json that reads back as this configuration."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """What reads a family's configuration, and names its tensors.
+    """A family's reader of configurations, and its names of tensors.
 
     Attributes:
-      read: from the parsed config.json, and options by keyword, to the configuration.
-      table: every parameter of a configuration; see ``keys.Row``.
-      parts: the table's tensors that a file, of such names and shapes, holds within others.
-      options: what ``read`` takes by keyword.
-      name: (a file's name for a tensor, configuration) -> the table's name for it.
+      read: (parsed config.json, options by keyword) -> the configuration.
+      table: configuration -> its key table, every parameter once; see ``keys.Row``.
+      parts: (configuration, a file's shapes by name) -> the table's tensors that the file holds
+        within others.
+      options: the keywords that ``read`` takes.
+      name: (a file's name of a tensor, configuration) -> the table's name of it.
       ignored: tensors of other heads than the configuration's, which a file may hold.
     """
 
@@ -60,7 +61,11 @@ class Formats:
     from_gguf: Callable[[Mapping[str, Any], Shapes], Any]
 
     def of(self, model_type: Any) -> Format:
-        """The format of a model_type; ConfigError where there is none."""
+        """Returns the format of a model_type.
+
+        Raises:
+          ConfigError: for an unknown model_type; lists the known ones.
+        """
         if model_type not in self.by_type:
             raise ConfigError(
                 f"model_type {model_type!r} is not supported; supported are "
@@ -69,11 +74,14 @@ class Formats:
         return self.by_type[model_type]
 
     def read_config(self, fields: Mapping[str, Any], **options: Any) -> Any:
-        """The configuration that a parsed config.json describes.
+        """Reads a configuration from a parsed config.json.
 
         Args:
           fields: the parsed config.json.
-          **options: what to read it as, such as ``head="classification"``.
+          **options: the reader's keywords, such as ``head="classification"``.
+
+        Returns:
+          The family's configuration.
 
         Raises:
           ConfigError: names what is missing, unsupported or unknown, in the file or the options.

@@ -35,6 +35,10 @@ _TOP = {
 class GGUFFile:
     """A GGUF file of architecture llama, qwen2 or qwen3; ``read`` dequantises to fp32.
 
+    Args:
+      path: the file.
+      formats: the formats of all families.
+
     Attributes:
       metadata: the file's key-value pairs.
 
@@ -80,7 +84,13 @@ class GGUFFile:
 
 
 def open_gguf(path: Path) -> tuple[Any, Any]:
-    """The gguf package and a reader of the file.
+    """Opens a GGUF file.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The module gguf, and its reader of the file.
 
     Raises:
       ImportError: if the gguf package is not installed.
@@ -99,7 +109,7 @@ def open_gguf(path: Path) -> tuple[Any, Any]:
 
 
 def _hf_name(name: str) -> str:
-    """Hugging Face's name; a name that the table does not know stays, and is refused later."""
+    """Returns Hugging Face's name; an unknown name stays as it is, and is refused later."""
     if name in _TOP:
         return _TOP[name]
     parts = name.split(".")
@@ -109,7 +119,7 @@ def _hf_name(name: str) -> str:
 
 
 def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q and k in Hugging Face's order.
+    """Returns the rows of q or k in Hugging Face's order.
 
     GGUF's llama rotates neighbouring rows (0, 1), Hugging Face row i with i + head_dim/2.
     """

@@ -14,7 +14,7 @@ _PROBE_SECONDS = 10.0
 
 
 class ModelNotFound(OSError):
-    """There is no such model on this machine, and it cannot be fetched."""
+    """A model that is not on this machine, and that the hub does not give."""
 
 
 class Found(NamedTuple):
@@ -58,10 +58,16 @@ def resolve(name_or_path: str | Path) -> Found:
 
 
 def look_up(name_or_path: str | Path) -> Found | str:
-    """Finds a model's files as ``resolve`` does; where there are none, returns why, in one line.
+    """Finds a model's files as ``resolve`` does, and returns the reason where there are none.
+
+    Args:
+      name_or_path: a folder, a GGUF file, or a hub name.
+
+    Returns:
+      The folder or the GGUF file; else one line that says why the hub cannot give it.
 
     Raises:
-      ModelNotFound: for what is neither a path here nor a hub name.
+      ModelNotFound: if the name is neither a path here nor a hub name.
     """
     path = Path(name_or_path).expanduser()
     if path.exists():
@@ -79,7 +85,7 @@ def look_up(name_or_path: str | Path) -> Found | str:
 
 
 def not_on_hub(name: str, problem: str) -> ModelNotFound:
-    """Returns the error for a name that only the hub could have, with what to do instead."""
+    """Returns the error for a name that only the hub could have; it says what to do instead."""
     return ModelNotFound(
         f"{name} cannot be fetched from the hub ({problem}). Without it, give the path of a "
         "folder that holds config.json, the tokenizer's files and model.safetensors (or its "
@@ -88,7 +94,7 @@ def not_on_hub(name: str, problem: str) -> ModelNotFound:
 
 
 def resolve_config(name_or_path: str | Path) -> Path:
-    """Finds what holds a model's configuration; of a hub name's files, fetches that one alone.
+    """Finds a model's configuration; from the hub, downloads that file alone.
 
     Args:
       name_or_path: a config.json, a folder with one, a GGUF file, or a hub name.
@@ -97,7 +103,7 @@ def resolve_config(name_or_path: str | Path) -> Path:
       A config.json, or a GGUF file.
 
     Raises:
-      ModelNotFound: where neither the hub nor its cache has it, nor a package.
+      ModelNotFound: if neither the hub nor its cache has it, nor a package's copy.
     """
     path = Path(name_or_path).expanduser()
     if path.exists():
@@ -109,7 +115,7 @@ def resolve_config(name_or_path: str | Path) -> Path:
 
 
 def _hub_name(name_or_path: str | Path) -> str:
-    """A name of the form owner/model; ModelNotFound otherwise."""
+    """Returns a name of the form owner/model; raises ModelNotFound for any other."""
     name = str(name_or_path)
     is_path = name.startswith((".", "/", "~")) or name.endswith((".gguf", ".json"))
     if name.count("/") != 1 or is_path:
@@ -118,11 +124,18 @@ def _hub_name(name_or_path: str | Path) -> str:
 
 
 def snapshot(name: str, patterns: list[str], needed: str = "*.safetensors") -> Path:
-    """The files of a hub name that match the patterns, from the local cache or from the hub.
+    """Finds the files of a hub name that match patterns: in the local cache, or on the hub.
 
-    The cache is enough where a file that is `needed`, a pattern too, is in it.
+    Args:
+      name: a hub name.
+      patterns: glob patterns of the files to download.
+      needed: the pattern of a file without which the cache does not count.
 
-    Raises ModelNotFound where they can be had from neither.
+    Returns:
+      The snapshot's folder.
+
+    Raises:
+      ModelNotFound: if neither has them.
     """
     cached = _download(name, local_only=True, patterns=patterns)
     if isinstance(cached, Path) and any(cached.rglob(needed)):
@@ -137,13 +150,17 @@ def snapshot(name: str, patterns: list[str], needed: str = "*.safetensors") -> P
 
 
 def probe(name: str, seconds: float = _PROBE_SECONDS) -> str | None:
-    """Whether the hub answers for this model in time.
+    """Asks the hub for a model.
 
-    The question is asked in a thread of its own, since a name look-up may hang for longer than
-    any timeout that HTTP knows.
+    A thread of its own asks, since a look-up of the host's name may hang for longer than any
+    timeout of HTTP.
+
+    Args:
+      name: a hub name.
+      seconds: the time limit.
 
     Returns:
-      None if it does; else why not, in one line.
+      None if the hub answers in time; else the reason, in one line.
     """
     hub = _huggingface_hub()
     if hub.constants.HF_HUB_OFFLINE:
@@ -164,7 +181,7 @@ def probe(name: str, seconds: float = _PROBE_SECONDS) -> str | None:
 
 
 def _download(name: str, *, local_only: bool, patterns: list[str] | None = None) -> Path | str:
-    """The snapshot's folder, or why there is none."""
+    """Returns the snapshot's folder, or the reason why there is none."""
     hub = _huggingface_hub()
     try:
         return Path(
@@ -177,7 +194,7 @@ def _download(name: str, *, local_only: bool, patterns: list[str] | None = None)
 
 
 def _complete(folder: Path | str) -> Path | None:
-    """The folder, if it has a configuration and all weights: a cache may hold half a model."""
+    """Returns the folder if it has a configuration and all weights: a cache may hold a part."""
     if isinstance(folder, str) or not (folder / "config.json").exists():
         return None
     index = folder / "model.safetensors.index.json"

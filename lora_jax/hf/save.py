@@ -1,4 +1,4 @@
-"""A parameter tree into a folder that transformers reads, and we too."""
+"""A parameter tree as a folder that transformers and ``from_pretrained`` read."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _check_target(folder: Path, overwrite: bool) -> None:
 
 
 def _file_dtypes(leaves: Mapping[str, Any], dtype: Any) -> dict[str, np.dtype]:
-    """Path -> dtype in the file."""
+    """Returns path -> dtype in the file."""
     asked = {
         path: jnp.dtype(leaf.dtype if dtype is None else dtype) for path, leaf in leaves.items()
     }
@@ -108,7 +108,7 @@ def _file_dtypes(leaves: Mapping[str, Any], dtype: Any) -> dict[str, np.dtype]:
 
 
 def _main_dtype(table: Sequence[Row], dtypes: Mapping[str, np.dtype]) -> str:
-    """The dtype that most of the parameters have."""
+    """Returns the dtype that most of the parameters have."""
     sizes: Counter[str] = Counter()
     for row in table:
         sizes[dtypes[row.path].name] += math.prod(row.stacked_shape)
@@ -145,7 +145,15 @@ def _write_weights(
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes a safetensors file, as PyTorch's libraries mark theirs; OSError where it cannot."""
+    """Writes a safetensors file, marked as PyTorch's libraries mark theirs.
+
+    Args:
+      path: the file.
+      tensors: name -> array.
+
+    Raises:
+      OSError: if the file cannot be written.
+    """
     path.touch()
     mode = path.stat().st_mode  # by the umask; safetensors leaves files to their owner alone
     try:
@@ -156,7 +164,7 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in their order, cut where a file would grow beyond the limit."""
+    """Splits names, in their order, where a file would grow beyond the limit."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
@@ -192,7 +200,7 @@ def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a tokenizer that a model's folder holds."""
+    """Returns the tokenizer's files in a model's folder."""
     return sorted({p for name in _TOKENIZER_FILES for p in folder.glob(name) if p.is_file()})
 
 

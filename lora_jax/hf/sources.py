@@ -1,4 +1,4 @@
-"""Where weights are read from: a folder of safetensors, or a GGUF file, one tensor at a time."""
+"""Sources of weights: a folder of safetensors or a GGUF file, read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Source(Protocol):
 
     Attributes:
       where: the folder or file, for messages.
-      format: that of the model's family.
+      format: the family's.
       config: the family's configuration.
       shapes: name -> shape, of every tensor.
       dtypes: name -> dtype as it is stored, by safetensors' names ("F32").
@@ -40,7 +40,7 @@ class Source(Protocol):
     dtypes: dict[str, str]
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, as it is stored or in fp32."""
+        """Reads a tensor, as it is stored or in fp32."""
         ...
 
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
@@ -48,7 +48,7 @@ class Source(Protocol):
         ...
 
     def locate(self, name: str) -> str:
-        """The file that holds the tensor."""
+        """Returns the file that holds a tensor."""
         ...
 
 
@@ -60,7 +60,7 @@ class SafetensorsFolder:
 
     Args:
       folder: the folder.
-      formats: those of all families.
+      formats: the formats of all families.
       **options: see ``Formats.read_config``.
 
     Raises:
@@ -131,7 +131,7 @@ class SafetensorsFolder:
 
 
 def read_config_file(path: Path, formats: Formats, **options: Any) -> Any:
-    """The configuration that a config.json describes; see ``Formats.read_config``.
+    """Reads the configuration in a config.json; see ``Formats.read_config``.
 
     Raises:
       ConfigError: names the file, and what is wrong with it.
@@ -156,7 +156,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor -> file, of the index; without one, the single file under no name."""
+    """Returns the index, tensor -> file; without one, the single file under the name ""."""
     index = folder / _INDEX
     if not index.exists():
         if not (folder / _SINGLE).exists():

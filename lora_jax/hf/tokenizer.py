@@ -14,7 +14,7 @@ _CONTROL, _USER_DEFINED = 3, 4
 
 
 def load_tokenizer(name_or_path: str | Path) -> Any:
-    """The tokenizer that goes with ``from_pretrained(name_or_path)``.
+    """Loads the tokenizer that goes with ``from_pretrained(name_or_path)``.
 
     Args:
       name_or_path: folder, GGUF file or hub name.
@@ -38,7 +38,7 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
 
 
 def tokenizer_from_gguf(metadata: dict[str, Any]) -> Any:
-    """A byte-level BPE tokenizer from ``tokenizer.*`` metadata; see ``load_tokenizer``."""
+    """Builds a byte-level BPE tokenizer from ``tokenizer.*`` metadata; see ``load_tokenizer``."""
     kind = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind != ("gpt2", "smollm"):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What there is for each ``model_type``: its module, its files, its place on a mesh."""
+"""The families of models, by ``model_type``: module, file format, place on a mesh."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from lora_jax.models.specs import Specs
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What runs, places and reads the models of a family.
+    """A family of models.
 
     Attributes:
       module: called as ``module(config, dtype, param_dtype, remat=…)``.
-      specs: how its parameters lie on a mesh; see ``specs``.
-      format: how files hold its configuration and its parameters.
+      specs: the parameters' place on a mesh; see ``specs``.
+      format: the files' form of its configuration and parameters.
     """
 
     module: type[nn.Module]
@@ -69,17 +69,24 @@ FORMATS = Formats({name: family.format for name, family in FAMILIES.items()}, co
 
 
 def family_of(model_type: Any) -> Family:
-    """The family of a model_type; ConfigError where there is none."""
+    """Returns the family of a model_type.
+
+    Raises:
+      ConfigError: for an unknown model_type; lists the known ones.
+    """
     FORMATS.of(model_type)  # raises
     return FAMILIES[model_type]
 
 
 def read_config(fields: Mapping[str, Any], **options: Any) -> Any:
-    """The configuration that a parsed config.json describes.
+    """Reads a configuration from a parsed config.json.
 
     Args:
       fields: the parsed config.json.
-      **options: what to read it as, such as ``head="classification"``; see ``EncoderConfig``.
+      **options: the reader's keywords, such as ``head="classification"``; see ``EncoderConfig``.
+
+    Returns:
+      The family's configuration.
 
     Raises:
       ConfigError: names what is missing, unsupported or unknown, in the file or the options.
@@ -88,13 +95,13 @@ def read_config(fields: Mapping[str, Any], **options: Any) -> Any:
 
 
 def key_table(config: Config) -> list[Row]:
-    """Every parameter of the model, once, in the order of the forward pass."""
+    """Returns every parameter of the model, once, in the order of the forward pass."""
     return family_of(config.model_type).format.table(config)
 
 
 def partition_specs(config: Config) -> Specs:
-    """How the model's parameters lie on a mesh: a table for ``lora_jax.sharding``.
+    """Returns the parameters' places on a mesh: a table for ``lora_jax.sharding``.
 
-    Of each line, the regular expression is for the whole path, and the spec for the last axes.
+    Each line has a regular expression for the whole path, and the spec of the last axes.
     """
     return family_of(config.model_type).specs

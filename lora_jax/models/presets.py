@@ -1,4 +1,4 @@
-"""Which parameters of a model are of its attention, its MLPs, its experts: said by its key table.
+"""Presets of targets: a model's attention, MLPs, experts or linear layers, by its key table.
 
 >>> from lora_jax import LoraRule, models
 >>> config = models.read_config({"model_type": "gpt2", "n_embd": 8, "n_head": 2})
@@ -28,7 +28,10 @@ def roles(config: Config) -> dict[str, Role]:
     """Returns the role of each parameter, by path, in the order of the forward pass.
 
     Args:
-      config: of a model of ``lora_jax.models``.
+      config: the configuration of a model of ``lora_jax.models``.
+
+    Returns:
+      Path -> role, such as "attention"; biases have the role of their kernel.
     """
     return {row.path: row.role for row in key_table(config) if row.role is not None}
 
@@ -43,7 +46,7 @@ def presets(config: Config) -> dict[str, list[str]]:
       language model's head: every kernel but the head's or the classifier's, as PEFT's.
 
     Args:
-      config: of a model of ``lora_jax.models``.
+      config: the configuration of a model of ``lora_jax.models``.
 
     Returns:
       Preset -> paths in the order of the forward pass; [] where the model has no such kernel.

@@ -1,4 +1,4 @@
-"""Pretrained models: a name, a folder or a file to a module and its parameters, and back."""
+"""Pretrained models: from a name, a folder or a file to a module and its parameters, and back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def from_pretrained(
     normalize: bool | None = None,
     key: jax.Array | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """A pretrained model, and its parameters as a plain nested dict.
+    """Loads a pretrained model, and its parameters as a plain nested dict.
 
     Reads a folder (config.json with model.safetensors, or shards and their index), a GGUF file, or
     a name on the Hugging Face hub. Parameters are read one at a time, and of a sharded one each
@@ -51,14 +51,14 @@ def from_pretrained(
 
     Args:
       name_or_path: folder, GGUF file or hub name.
-      dtype: of the computation.
-      param_dtype: of the parameters; ``dtype`` by default.
+      dtype: dtype of the computation.
+      param_dtype: dtype of the parameters; ``dtype`` by default.
       remat: see ``Decoder``.
-      sharding: (path, shape) -> where to put that parameter; None for the default device.
-      head, num_labels, pooling, normalize: of an encoder, instead of what its config.json says;
-        see ``EncoderConfig``.
-      key: for a freshly initialised head; ``jax.random.key(0)`` by default. Each parameter's
-        values depend on the key and its path alone.
+      sharding: (path, shape) -> the sharding of that parameter; None for the default device.
+      head, num_labels, pooling, normalize: an encoder's options, in the place of its
+        config.json's; see ``EncoderConfig``.
+      key: random key for a freshly initialised head; ``jax.random.key(0)`` by default. Each
+        parameter's values depend on the key and its path alone.
 
     Returns:
       (model, params), for ``model.apply({"params": params}, input_ids)``.
@@ -104,12 +104,13 @@ def save_pretrained(
 
     Args:
       folder: created; its parents too.
-      model: what ``from_pretrained`` returned beside the parameters: its configuration is written.
+      model: the module that ``from_pretrained`` returned: its configuration is written.
       params: the parameter tree: plain arrays, sharded or not. ``lora_jax.merge`` sums W + s·AB in
         fp32 and rounds once to W's dtype, so leave ``dtype`` at None or at W's dtype after it.
       tokenizer: a transformers tokenizer; or a folder, GGUF file or hub name to take it from.
       max_shard_size: bytes of weights per file. A single tensor may exceed it.
-      dtype: of the weights in the file: fp64, fp32, bf16 or fp16; None keeps each parameter's.
+      dtype: dtype of the weights in the file: fp64, fp32, bf16 or fp16; None keeps each
+        parameter's.
       overwrite: replace a model's folder that is there. Without it, an existing folder is an error.
 
     Raises:
@@ -130,15 +131,17 @@ def save_pretrained(
 
 
 def open_source(path: Path, **options: Any) -> Source:
-    """The folder's or the GGUF file's configuration and tensors. Reads headers only.
+    """Opens a folder or a GGUF file; see ``hf.load.open_source``.
 
-    The options are those of ``read_config``.
+    Args:
+      path: a folder with config.json and safetensors, or a GGUF file.
+      **options: see ``read_config``.
     """
     return load.open_source(path, FORMATS, **options)
 
 
 def read_config_file(path: Path, **options: Any) -> Any:
-    """The configuration that a config.json describes; see ``read_config``.
+    """Reads the configuration in a config.json; see ``read_config``.
 
     Raises:
       ConfigError: names the file, and what is wrong with it.

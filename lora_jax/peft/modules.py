@@ -1,4 +1,4 @@
-"""The modules of a PyTorch model, as a key table tells them, and which of them PEFT would adapt."""
+"""The modules of a PyTorch model, by its key table, and PEFT's choice among them."""
 
 import dataclasses
 import re
@@ -21,12 +21,12 @@ _ROLES: dict[Role, re.Pattern[str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A linear layer or an embedding, as PyTorch names it, and where its weight is in our tree.
+    """A linear layer or an embedding by PyTorch's name, and its weight's place in our tree.
 
     Attributes:
       name: dotted, with the layer's number.
-      path: of our kernel or table.
-      index: in the stack at `path`; () where there is none.
+      path: the path of our kernel or table.
+      index: its index in the stack at `path`; () without a stack.
       role: the part of the model that it is; see `Row`.
       uses: "all", or the one use of a tied table that the module stands for.
     """
@@ -39,13 +39,13 @@ class Module:
 
     @property
     def is_embedding(self) -> bool:
-        """Whether it is looked up in."""
+        """True for a table that is looked up in."""
         return self.role == "embedding"
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where one of PyTorch's tensors is in our tree."""
+    """The place of one of PyTorch's tensors in our tree."""
 
     path: str
     index: tuple[int, ...]
@@ -53,7 +53,11 @@ class Place:
 
 
 def table_of(model: Any) -> Sequence[Row]:
-    """The key table of one of our models, or a table given in its place."""
+    """Returns the key table of one of our models, or a table given in its place.
+
+    Raises:
+      PeftError: for anything else.
+    """
     if isinstance(model, Sequence) and all(isinstance(row, Row) for row in model):
         return model
     config = getattr(model, "config", None)
@@ -66,7 +70,7 @@ def table_of(model: Any) -> Sequence[Row]:
 
 
 def places(table: Sequence[Row]) -> dict[str, Place]:
-    """Where each of PyTorch's tensors is in our tree."""
+    """Returns the place of each of PyTorch's tensors in our tree."""
     return {
         name: Place(row.path, index, row.transpose)
         for row in table
@@ -75,12 +79,13 @@ def places(table: Sequence[Row]) -> dict[str, Place]:
 
 
 def modules(table: Sequence[Row], *, experts: bool = False, tied: bool = False) -> list[Module]:
-    """The modules that PEFT could adapt, in the order of the table.
+    """Lists the modules that PEFT could adapt, in the order of the table.
 
     Args:
-      experts: whether experts and routers are modules of their own, as they were up to
+      table: the model's key table.
+      experts: True if experts and routers are modules of their own, as they were up to
         transformers 4.
-      tied: whether the two uses of a tied table share their adapter (PEFT's ensure_weight_tying).
+      tied: True if the two uses of a tied table share their adapter (PEFT's ensure_weight_tying).
     """
     found = []
     for row in table:
@@ -101,7 +106,7 @@ def modules(table: Sequence[Row], *, experts: bool = False, tied: bool = False) 
 
 
 def role_of(row: Row) -> Role | None:
-    """Returns the role that a row says, or the one that its names suggest where it says none."""
+    """Returns the role that a row says; if it says none, the role that its names suggest."""
     if row.role is not None:
         return row.role
     if row.path.rsplit("/", 1)[-1] == "embedding":
@@ -111,7 +116,7 @@ def role_of(row: Row) -> Role | None:
 
 
 def _has_module(row: Row) -> bool:
-    """Whether a row is the weight of a linear layer or an embedding."""
+    """Returns True if a row is the weight of a linear layer or an embedding."""
     if not row.hf.endswith(".weight"):
         return False
     if row.role is not None:
@@ -122,9 +127,17 @@ def _has_module(row: Row) -> bool:
 def targeted(
     config: Mapping[str, Any], available: Sequence[Module], model_type: str | None
 ) -> list[Module]:
-    """The modules that PEFT would adapt, in their order; PeftError where there is none.
+    """Lists the modules that PEFT would adapt, in their order.
 
-    (PEFT's ``check_target_module_exists``.)
+    Args:
+      config: the fields of a PEFT configuration.
+      available: the modules to choose from.
+      model_type: Hugging Face's name of the family, for PEFT's default targets.
+
+    Raises:
+      PeftError: if none is selected.
+
+    Source: PEFT's ``check_target_module_exists``.
     """
     targets = config["target_modules"]
     if targets is None and config["target_parameters"]:
@@ -182,12 +195,12 @@ def _is_chosen_layer(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def ends_with(name: str, ends: Iterable[str]) -> bool:
-    """Whether a dotted name ends with one of some dotted names."""
+    """Returns True if a dotted name ends with one of some dotted names."""
     return any(name.endswith(f".{end}") for end in ends)
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's rank_pattern and alpha_pattern: the first key that matches the name's end."""
+    """Looks a name up in rank_pattern or alpha_pattern; takes the first key that matches."""
     for key, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({key})$", name):
             return value

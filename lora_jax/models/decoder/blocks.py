@@ -1,4 +1,4 @@
-"""What a decoder layer is built of: dense layers, norms, gated MLPs."""
+"""The parts of a decoder layer: dense layers, norms, gated MLPs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class MLP(nn.Module):
 
 
 def dense(module: Any, name: str, features: int, use_bias: bool, **kwargs: Any) -> nn.Dense:
-    """A dense layer with the dtypes and the initialiser of the module that holds it."""
+    """Makes a dense layer with the dtypes and the initialiser of the module that holds it."""
     return nn.Dense(
         features,
         use_bias=use_bias,
@@ -72,6 +72,6 @@ def dense(module: Any, name: str, features: int, use_bias: bool, **kwargs: Any) 
 
 
 def norm(module: Any, name: str | None = None) -> RMSNorm:
-    """A norm with the dtypes and the options of the module that holds it."""
+    """Makes a norm with the dtypes and the options of the module that holds it."""
     cfg: DecoderConfig = module.config
     return RMSNorm(cfg.rms_norm_eps, module.dtype, module.param_dtype, cfg.norm_adds_one, name=name)

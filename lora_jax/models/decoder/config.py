@@ -1,4 +1,4 @@
-"""What a decoder is: the options of its forward pass."""
+"""A decoder's configuration: the options of its forward pass."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ class DecoderConfig:
     Attributes:
       rope_local_theta: RoPE's base in layers with a sliding window, where it differs (Gemma 3).
       partial_rotary_factor: the part of each head's dimensions that RoPE rotates.
-      qkv_bias, o_bias, mlp_bias: which projections have a bias.
+      qkv_bias, o_bias, mlp_bias: True if these projections have a bias.
       qk_norm: normalise each head's query and key.
       fused_projections: q, k, v are one kernel, and so are gate and up (Phi-3).
       norm_adds_one: norms scale by 1 + scale (Gemma).
       post_norms: attention and MLP are normalised after, too, before they are added (Gemma).
       scale_embeddings: embeddings are multiplied by sqrt(hidden_size) (Gemma).
-      sliding_window: how many tokens, itself included, a token sees in ``windowed_layers``.
-      query_pre_attn_scalar: scores are divided by its root; by that of head_dim where it is None.
+      sliding_window: the number of tokens, itself included, that a token sees in
+        ``windowed_layers``.
+      query_pre_attn_scalar: scores are divided by its root; if None, by the root of head_dim.
       attn_logit_softcapping, final_logit_softcapping: c in c tanh(x / c), for scores and logits.
       num_experts: 0 for a dense MLP; else each token is sent to ``num_experts_per_tok`` of them,
         of inner size ``moe_intermediate_size``. ``norm_topk_prob``: their weights add up to 1.
@@ -130,7 +131,7 @@ class DecoderConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """How many of a head's dimensions RoPE rotates; an odd number is rounded up there."""
+        """The number of a head's dimensions that RoPE rotates; it rounds an odd number up."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
@@ -164,7 +165,7 @@ class DecoderConfig:
         return cls(**read_fields(config))
 
     def to_hf(self) -> dict[str, Any]:
-        """The config.json that ``from_hf`` reads back as this configuration.
+        """Returns the config.json that ``from_hf`` reads back as this configuration.
 
         Returns:
           A dict of plain JSON values, as both transformers 4 and 5 read it.

@@ -76,7 +76,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 FAMILIES = tuple(_DEFAULTS)
 
-# What a family always does, by the configuration's fields.
+# The traits of a family, by the configuration's fields.
 _GEMMA_TRAITS = {"norm_adds_one": True, "post_norms": True, "scale_embeddings": True}
 _TRAITS: dict[str, dict[str, bool]] = {
     "qwen2": {"qkv_bias": True},
@@ -157,7 +157,7 @@ _UNSUPPORTED: dict[str, Any] = {
     "quantization_config": None,
 }
 
-# The same, in files of one family.
+# Further ones, in files of one family.
 _UNSUPPORTED_IN: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"use_qk_norm": True, "shared_expert_intermediate_size": 0},
     "phi3": {"full_attn_mod": 1, "interpolate_factor": 1},
@@ -167,7 +167,13 @@ _Get = Callable[..., Any]
 
 
 def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of ``DecoderConfig`` that a parsed config.json describes.
+    """Reads the fields of ``DecoderConfig`` from a parsed config.json.
+
+    Args:
+      config: the parsed config.json.
+
+    Returns:
+      Field -> value.
 
     Raises:
       ConfigError: names the fields that are missing, unsupported or unknown.
@@ -218,7 +224,14 @@ def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of ``DecoderConfig``'s fields, as both transformers 4 and 5 read it."""
+    """Writes the fields of ``DecoderConfig`` as a config.json for transformers 4 and 5.
+
+    Args:
+      fields: field -> value.
+
+    Returns:
+      A dict of plain JSON values.
+    """
     family = fields["model_type"]
     own = _OWN[family]
     same = """
@@ -259,7 +272,7 @@ _ARCHITECTURES = {"qwen3_moe": "Qwen3MoeForCausalLM", "gemma3_text": "Gemma3ForC
 
 
 def _read_activation(family: str, get: _Get) -> str:
-    """Gemma's files name it twice, and hidden_activation is the one that counts."""
+    """Reads the activation. Gemma's files name it twice, and hidden_activation counts."""
     plain = get("hidden_act")
     if not family.startswith("gemma"):
         return plain or "silu"
@@ -296,7 +309,7 @@ _ALL_SPARSE = "layers are scanned, so that all of them have experts or none"
 
 
 def _read_window(family: str, layers: int, get: _Get) -> tuple[int | None, tuple[int, ...]]:
-    """The sliding window and the layers that use it."""
+    """Reads the sliding window and the layers that use it."""
     if family == "llama":
         return None, ()
     window = get("sliding_window")
@@ -318,7 +331,7 @@ def _read_window(family: str, layers: int, get: _Get) -> tuple[int | None, tuple
 
 
 def _default_windowed(family: str, layers: int, get: _Get) -> tuple[int, ...]:
-    """The layers with a window where layer_types does not say."""
+    """Returns the layers with a window in a file without layer_types."""
     if not family.startswith("gemma"):
         return tuple(range(get("max_window_layers", 28), layers))
     pattern = 2 if family == "gemma2" else get("sliding_window_pattern", 6)

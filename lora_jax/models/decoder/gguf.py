@@ -18,12 +18,15 @@ _FAMILY = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 def config_from_gguf(
     metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> DecoderConfig:
-    """A configuration from GGUF metadata.
+    """Reads a configuration from GGUF metadata.
 
     Args:
       metadata: the file's key-value pairs.
-      shapes: Hugging Face's name -> shape, for what the metadata does not say: biases, the vocab
-        and whether the head is tied.
+      shapes: Hugging Face's name -> shape. They tell about biases, the vocabulary and a tied
+        head, on which the metadata is silent.
+
+    Returns:
+      The configuration.
 
     Raises:
       ConfigError: names what is missing or not supported.

@@ -10,7 +10,7 @@ from lora_jax.models.decoder.config import DecoderConfig
 
 
 def decoder_table(config: DecoderConfig) -> list[Row]:
-    """Every parameter of the decoder, once, in the order of the forward pass."""
+    """Returns every parameter of the decoder, once, in the order of the forward pass."""
     rows: list[Row] = []
     layers = (config.num_hidden_layers,)
 
@@ -89,7 +89,7 @@ _FUSED = re.compile(
 
 
 def decoder_parts(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Part]:
-    """The table's tensors, in a file that holds a layer's experts in two.
+    """Finds the table's tensors in a file that holds a layer's experts in two.
 
     transformers 5 runs experts as gate_up_proj, [experts, 2 * inner, d_model], and down_proj,
     [experts, d_model, inner], under the name ``mlp`` in all families. It saves them as the table
@@ -100,7 +100,7 @@ def decoder_parts(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) 
       shapes: the names and shapes in the file.
 
     Returns:
-      The table's name of each tensor -> where it lies.
+      The table's name of each tensor -> its place in the file; {} for a file of another layout.
     """
     parts: dict[str, Part] = {}
     if not any(name.endswith(".mlp.experts.gate_up_proj") for name in shapes):

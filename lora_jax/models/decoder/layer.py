@@ -18,14 +18,14 @@ from lora_jax.models.layers.placement import UNPLACED, Placement
 
 
 class Step(NamedTuple):
-    """What all layers share in one call.
+    """The input that all layers share in one call.
 
     Attributes:
       rope: RoPE's rotations of this call's tokens.
-      window_rope: those in layers with a sliding window; None where all layers use ``rope``.
+      window_rope: rotations in layers with a sliding window; None if all layers use ``rope``.
       mask: [batch, 1, seq, keys] bool, True where a query may look.
-      window_mask: the same within the sliding window; None where all layers use ``mask``.
-      filled: [] int32, how many of the cache's slots are in use; None without a cache.
+      window_mask: mask in layers with a sliding window; None if all layers use ``mask``.
+      filled: [] int32, the number of the cache's slots in use; None without a cache.
     """
 
     rope: Rotation
@@ -36,10 +36,10 @@ class Step(NamedTuple):
 
 
 class PerLayer(NamedTuple):
-    """What differs from layer to layer; stacked on axis 0 for the scan.
+    """The input of one layer; stacked on axis 0 for the scan.
 
     Attributes:
-      windowed: [] bool, whether this layer uses the sliding window.
+      windowed: [] bool, True if this layer uses the sliding window.
       key, value: [batch, max_len, kv_heads, head_dim], the layer's cache; None without one.
     """
 
@@ -60,12 +60,12 @@ class Attention(nn.Module):
     def __call__(
         self, x: jax.Array, step: Step, layer: PerLayer
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Attends.
+        """Mixes each token with those that it sees.
 
         Args:
           x: [batch, seq, d_model].
-          step: what all layers share.
-          layer: what is this layer's own.
+          step: the input that all layers share.
+          layer: this layer's own input.
 
         Returns:
           [batch, seq, d_model], and this call's keys and values, for the cache:
@@ -93,7 +93,7 @@ class Attention(nn.Module):
         return dense(self, "o_proj", cfg.hidden_size, cfg.o_bias)(out), (k, v)
 
     def _project(self, x: jax.Array) -> list[jax.Array]:
-        """Queries, keys and values: [batch, seq, heads, head_dim] each."""
+        """Returns queries, keys and values: [batch, seq, heads, head_dim] each."""
         cfg = self.config
         heads = {"q": cfg.num_attention_heads} | dict.fromkeys("kv", cfg.num_key_value_heads)
         sizes = [n * cfg.head_dim for n in heads.values()]
@@ -123,7 +123,7 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x: jax.Array, step: Step, layer: PerLayer
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """A scan's body: x is the carry, [batch, seq, d_model]; see ``Attention`` for the rest."""
+        """Runs a scan's body: x is the carry, [batch, seq, d_model]; see ``Attention``."""
         cfg = self.config
         args = (cfg, self.dtype, self.param_dtype, self.placement)
         mlp = (SparseMLP if cfg.num_experts else MLP)(*args, name=cfg.mlp_name)
@@ -146,7 +146,7 @@ class DecoderLayer(nn.Module):
 
 
 def _chosen(windowed: jax.Array, inside: Any, outside: Any) -> Any:
-    """What a layer uses, with or without a sliding window; None inside: no difference."""
+    """Chooses a layer's input, with a sliding window or without; None inside: no difference."""
     if inside is None:
         return outside
     return jax.tree.map(lambda a, b: jnp.where(windowed, a, b), inside, outside)

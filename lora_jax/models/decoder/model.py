@@ -27,13 +27,13 @@ class Decoder(nn.Module):
 
     Attributes:
       config: the options of the forward pass.
-      dtype: of the computation. Norms' statistics, RoPE, routers, softmax and logits are fp32 (or
-        float64, where dtype is).
-      param_dtype: of the parameters that ``init`` makes.
+      dtype: dtype of the computation. Norms' statistics, RoPE, routers, softmax and logits are
+        fp32 (or float64, where dtype is).
+      param_dtype: dtype of the parameters that ``init`` makes.
       remat: recompute each layer in the backward pass. True keeps nothing but the layer's input;
         a policy of ``jax.checkpoint_policies`` by name, such as "dots_saveable", keeps what it
         says.
-      placement: where activations lie on a mesh; see ``Placement``.
+      placement: the activations' place on a mesh; see ``Placement``.
     """
 
     config: DecoderConfig
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
         return out if new_cache is None else (out, new_cache)
 
     def head(self, hidden: jax.Array) -> jax.Array:
-        """Logits of final hidden states.
+        """Returns the logits of final hidden states.
 
         For a loss that never holds all logits at once:
         ``model.apply({"params": params}, hidden_chunk, method="head")``.
@@ -179,11 +179,11 @@ class _Trunk(nn.Module):
 def _masks(
     config: DecoderConfig, placed: Placed, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Where queries may look: in all layers, and in those with a sliding window.
+    """Returns the masks of attention, without and with a sliding window.
 
     Args:
       config: the decoder's.
-      placed: where queries and keys stand.
+      placed: the positions of queries and keys.
       segment_ids: [batch, seq] or None.
 
     Returns:

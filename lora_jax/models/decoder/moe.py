@@ -44,7 +44,7 @@ class SparseMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[batch, seq, d_model] -> the same."""
+        """Sends tokens, [batch, seq, d_model], through their experts; returns the same shape."""
         cfg = self.config
         router = dense(self, "gate", cfg.num_experts, False, dot_general=dot_wide)
         weights, chosen = route(router(x), cfg.num_experts_per_tok, cfg.norm_topk_prob)
@@ -54,11 +54,11 @@ class SparseMLP(nn.Module):
 
 
 def route(logits: jax.Array, k: int, normalise: bool) -> tuple[jax.Array, jax.Array]:
-    """Each token's k most likely experts, and their weights.
+    """Chooses each token's k most likely experts, and weighs them.
 
     Args:
       logits: […, experts], fp32.
-      k: how many experts a token has.
+      k: the number of experts for a token.
       normalise: make each token's weights add up to 1.
 
     Returns:
@@ -80,7 +80,7 @@ def _mixed(
     up: jax.Array,
     down: jax.Array,
 ) -> jax.Array:
-    """Gated MLPs, each applied to its own tokens; see ``placement.Mixture`` for the shapes."""
+    """Applies gated MLPs, each to its own tokens; see ``placement.Mixture`` for the shapes."""
     width, k = x.shape[-1], weights.shape[-1]
     blocks = _blocks(chosen.reshape(-1), gate.shape[0])
     rows = jnp.repeat(x.reshape(-1, width), k, axis=0).astype(gate.dtype)  # [tokens * k, d_model]
@@ -106,11 +106,11 @@ def _mixed(
 
 
 class _Blocks(NamedTuple):
-    """Where each (token, expert) pair stands.
+    """The places of the (token, expert) pairs.
 
     Attributes:
-      rows: of a block.
-      experts: [blocks] int32, the expert of each.
+      rows: the number of rows of a block.
+      experts: [blocks] int32, each block's expert.
       slots: [pairs] int32, the row of each pair, counted over all blocks.
     """
 
@@ -120,7 +120,7 @@ class _Blocks(NamedTuple):
 
 
 def _blocks(chosen: jax.Array, n_experts: int) -> _Blocks:
-    """The blocks for pairs with these experts, [pairs] int32.
+    """Lays out blocks for pairs with these experts, [pairs] int32.
 
     About two for each expert's share, and no more rows than keep a matrix unit busy.
     """

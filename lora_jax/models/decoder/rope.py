@@ -24,15 +24,18 @@ class Rotation(NamedTuple):
 def rotations(
     positions: jax.Array, config: DecoderConfig, length: jax.Array | int, *, local: bool = False
 ) -> Rotation:
-    """The rotation of every position.
+    """Returns the rotation of every position.
 
     Args:
       positions: [batch, seq], int.
       config: the decoder's.
-      length: [] int, the number of tokens that "longrope" chooses by: without a cache, those of
-        the batch's longest row, as in transformers; with one, those that the cache can hold, since
-        what is cached cannot change over to other frequencies.
-      local: in layers with a sliding window, where they have frequencies of their own.
+      length: [] int, the number of tokens by which "longrope" chooses. Without a cache it is the
+        length of the batch's longest row, as in transformers; with one, the cache's size, since
+        cached keys cannot change over to other frequencies.
+      local: use the frequencies of layers with a sliding window.
+
+    Returns:
+      cos and sin, [batch, seq, 1, rotated / 2] each, fp32.
     """
     if local:
         freqs = jnp.asarray(_plain(config, config.rope_local_theta))
@@ -47,7 +50,7 @@ def rotations(
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     """Rotates heads, [batch, seq, heads, head_dim], pairing dimension i with i + rotated/2.
 
-    What lies beyond the rotated dimensions stays. Runs in fp32 at least and returns x's dtype.
+    Dimensions beyond the rotated ones stay. Runs in fp32 at least and returns x's dtype.
     """
     half = rotation.cos.shape[-1]
     y = x.astype(wide(x.dtype))
@@ -58,7 +61,7 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
 
 
 def frequencies(config: DecoderConfig, length: jax.Array | int) -> jax.Array:
-    """The rotation per position of each pair of a head's dimensions: [rotated / 2], fp32.
+    """Returns the angle per position of each pair of a head's dimensions: [rotated / 2], fp32.
 
     f_i = theta^(-2i / rotated) (Su et al. 2021, RoFormer, section 3.4.2), then scaled. With L the
     original context and s the factor:
@@ -95,7 +98,7 @@ def _plain(config: DecoderConfig, theta: float | None) -> np.ndarray:
 
 
 def _kept(config: DecoderConfig, scaling: RopeScaling, plain: np.ndarray) -> np.ndarray:
-    """How much of each frequency is kept, from 0 to 1; the rest is divided by the factor."""
+    """Returns the part of each frequency that is kept, 0 to 1; the factor divides the rest."""
     if scaling.kind == "linear":
         return np.zeros_like(plain)
     context = scaling.original_max_position_embeddings

@@ -41,8 +41,8 @@ _PHI3_KINDS = ("longrope",)  # as in transformers; older files call it "su" or "
 class RopeScaling:
     """A scaling of RoPE's frequencies for contexts longer than those trained on.
 
-    ``kind`` is "linear", "llama3", "yarn" or "longrope"; what each does with the other fields is
-    said in ``rope.frequencies``. ``original_max_position_embeddings`` is the context trained on;
+    ``kind`` is "linear", "llama3", "yarn" or "longrope"; ``rope.frequencies`` gives the formula of
+    each. ``original_max_position_embeddings`` is the context trained on;
     ``attention_factor`` multiplies queries and keys; ``short_factor`` and ``long_factor`` have one
     number for each rotated pair.
     """
@@ -63,7 +63,7 @@ class RopeScaling:
 def read_rope(
     family: str, config: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The configuration's fields on RoPE, from transformers 4's or transformers 5's.
+    """Reads the configuration's fields on RoPE, from transformers 4's or transformers 5's.
 
     Args:
       family: the model_type.
@@ -124,7 +124,7 @@ def read_rope(
 def _read_scaling(
     kind: str, fields: Mapping[str, Any], context: int, original: int | None
 ) -> RopeScaling:
-    """The scaling of a kind; `original` outweighs the field original_max_position_embeddings."""
+    """Reads a scaling; `original` outweighs the field original_max_position_embeddings."""
     fields = {name: value for name, value in fields.items() if value is not None}
     needed, optional = _KINDS[kind]
     if missing := sorted(set(needed) - set(fields)):
@@ -150,7 +150,7 @@ def _read_scaling(
 
 
 def _attention_factor(kind: str, fields: Mapping[str, Any], context: int) -> float:
-    """By how much queries and keys grow: as given, or as YaRN's and LongRoPE's papers say."""
+    """Returns the factor of queries and keys: as given, or by YaRN's and LongRoPE's papers."""
     if "attention_factor" in fields:
         return float(fields["attention_factor"])
     original = fields["original_max_position_embeddings"]
@@ -166,7 +166,7 @@ def _attention_factor(kind: str, fields: Mapping[str, Any], context: int) -> flo
 
 
 def write_rope(family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json's fields on RoPE, as both transformers 4 and 5 read them; see ``read_rope``."""
+    """Writes config.json's fields on RoPE for transformers 4 and 5; see ``read_rope``."""
     out: dict[str, Any] = {"rope_theta": fields["rope_theta"]}
     if fields["rope_local_theta"] is not None:
         out["rope_local_base_freq"] = fields["rope_local_theta"]

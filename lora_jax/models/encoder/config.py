@@ -1,4 +1,4 @@
-"""What an encoder is: the options of its forward pass, read from Hugging Face's config.json."""
+"""An encoder's configuration: the options of its forward pass, and its config.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPTIONS = frozenset({"head", "num_labels", "pooling", "normalize"})
 
 _CLASS = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
 
-# What transformers calls a model with the head; the first is the one that is written.
+# transformers' class names for a model with the head; the first is the one that is written.
 _ARCHITECTURES = {
     "none": ("Model",),
     "masked_lm": ("ForMaskedLM", "ForPreTraining"),
@@ -38,8 +38,8 @@ _DEFAULTS: dict[str, Any] = {
     "initializer_range": 0.02,
 }
 
-# Without an effect on the output: dropout is for training, and the rest is what TensorFlow's BERT,
-# older versions of transformers and sentence-transformers write.
+# Without an effect on the output: dropout is for training; TensorFlow's BERT, older versions of
+# transformers and sentence-transformers write the rest.
 _NO_EFFECT = frozenset(
     """
     hidden_dropout_prob attention_probs_dropout_prob classifier_dropout bos_token_id eos_token_id
@@ -130,7 +130,7 @@ class EncoderConfig:
 
     @property
     def has_pooler(self) -> bool:
-        """Whether the head reads the pooler's output."""
+        """True if the head reads the pooler's output."""
         return self.head == "none" or (self.head == "classification" and self.prefix == "bert")
 
     @property
@@ -146,7 +146,7 @@ class EncoderConfig:
 
         Args:
           config: the parsed config.json. Its ``architectures`` tells the head.
-          **options: head, num_labels, pooling and normalize, instead of what the file says.
+          **options: head, num_labels, pooling and normalize, in the place of the file's.
 
         Returns:
           The configuration.
@@ -191,7 +191,7 @@ class EncoderConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The config.json that ``from_hf`` reads back as this configuration.
+        """Returns the config.json that ``from_hf`` reads back as this configuration.
 
         transformers has no name for the head "embedding": it reads such a file as a bare encoder.
         """
@@ -208,19 +208,19 @@ class EncoderConfig:
 
 
 def _names(id2label: Mapping[Any, Any]) -> tuple[str, ...]:
-    """The names of the classes in their order; () where they are not numbered from 0."""
+    """Returns the names of the classes in their order; () if they are not numbered from 0."""
     names = {str(i): str(name) for i, name in id2label.items()}
     numbers = [str(i) for i in range(len(names))]
     return tuple(names[i] for i in numbers) if set(names) == set(numbers) else ()
 
 
 def _numbered(n: int) -> tuple[str, ...]:
-    """transformers' names where there are none."""
+    """Returns transformers' names of n classes without names."""
     return tuple(f"LABEL_{i}" for i in range(n))
 
 
 def _head_of(config: Mapping[str, Any]) -> str:
-    """The head that a config.json names."""
+    """Returns the head that a config.json names."""
     if config.get("sentence_pooling") is not None:
         return "embedding"
     names = config.get("architectures") or []

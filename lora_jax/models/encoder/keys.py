@@ -11,8 +11,8 @@ _ENCODER = re.compile(r"(?:(?:bert|roberta)\.)?((?:embeddings|encoder|pooler)\..
 _LM_HEAD = "masked language model head"
 _TENSORFLOW = {"gamma": "weight", "beta": "bias"}
 
-# What a file may hold for a head that is not in use: pooler, masked language model, next sentence,
-# classifiers of texts and of tokens, and spans.
+# Tensors of heads that are not in use, which a file may hold: pooler, masked language model, next
+# sentence, classifiers of texts and of tokens, and spans.
 OTHER_HEADS = re.compile(
     r"((bert|roberta)\.)?pooler\.dense\.(weight|bias)"
     r"|cls\.predictions\.(bias|(decoder|transform\.dense|transform\.LayerNorm)\.(weight|bias))"
@@ -24,7 +24,7 @@ OTHER_HEADS = re.compile(
 
 
 def encoder_name(name: str, config: EncoderConfig) -> str:
-    """The table's name of a file's tensor.
+    """Returns the table's name of a file's tensor.
 
     A file of a bare encoder has no prefix, one of a model with a head has it, and either may serve
     for the other. Norms that came from TensorFlow are called gamma and beta.
@@ -37,12 +37,12 @@ def encoder_name(name: str, config: EncoderConfig) -> str:
 
 
 def _prefix(config: EncoderConfig) -> str:
-    """transformers writes bare encoders without the encoder's name."""
+    """Returns the encoder's name in files: none for bare encoders, as transformers writes them."""
     return "" if config.head in ("none", "embedding") else f"{config.prefix}."
 
 
 def encoder_table(config: EncoderConfig) -> list[Row]:
-    """Every parameter of the encoder and its head, once, in the order of the forward pass.
+    """Returns every parameter of the encoder and its head, in the order of the forward pass.
 
     The pooler and each head are optional parts: a file without them still loads.
     """

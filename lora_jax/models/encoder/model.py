@@ -17,7 +17,7 @@ from lora_jax.models.layers.trunk import rematerialised
 
 
 class EncoderOutput(NamedTuple):
-    """What an encoder without a head gives.
+    """The output of an encoder without a head.
 
     Attributes:
       hidden: [batch, seq, d_model], the final hidden states.
@@ -36,9 +36,9 @@ class Encoder(nn.Module):
 
     Attributes:
       config: the options of the forward pass, and the head.
-      dtype: of the computation. LayerNorm's statistics, softmax, logits and pooled embeddings are
-        fp32 always.
-      param_dtype: of the parameters that ``init`` makes.
+      dtype: dtype of the computation. LayerNorm's statistics, softmax, logits and pooled
+        embeddings are fp32 always.
+      param_dtype: dtype of the parameters that ``init`` makes.
       remat: see ``Decoder``.
       placement: see ``Decoder``.
     """
@@ -85,7 +85,7 @@ class Encoder(nn.Module):
             head's output.
 
         Returns:
-          What the head gives: an ``EncoderOutput``; logits of tokens, [batch, seq, vocab] or
+          The head's output: an ``EncoderOutput``; logits of tokens, [batch, seq, vocab] or
           [batch, n, vocab]; of classes, [batch, num_labels]; or embeddings, [batch, d_model].
 
         Raises:
@@ -104,11 +104,14 @@ class Encoder(nn.Module):
         return hidden if return_hidden else self.head(hidden, attention_mask)
 
     def head(self, hidden: jax.Array, attention_mask: jax.Array | None = None) -> Any:
-        """The head's output for final hidden states.
+        """Computes the head's output for final hidden states.
 
         Args:
           hidden: [batch, seq, d_model].
-          attention_mask: [batch, seq]: what a mean embedding is taken over.
+          attention_mask: [batch, seq]: the tokens that a mean embedding is taken over.
+
+        Returns:
+          See ``__call__``.
         """
         cfg = self.config
         if cfg.head == "none":
@@ -161,7 +164,7 @@ class _Trunk(nn.Module):
         return self.encoder(x, mask[:, None, None, :])
 
     def pool(self, hidden: jax.Array) -> jax.Array:
-        """[batch, d_model]: the first token's, through a layer and tanh."""
+        """Returns [batch, d_model]: the first token's state, through a layer and tanh."""
         return jnp.tanh(self.pooler(hidden[:, 0]))
 
 
@@ -344,12 +347,12 @@ class _RobertaClassifier(nn.Module):
 
 
 def _classes(module: Any, **kwargs: Any) -> nn.Dense:
-    """Logits of the classes, at least fp32."""
+    """Makes the layer of the classes' logits, at least fp32."""
     return dense(module, module.config.num_labels, dtype=wide(module.dtype), **kwargs)
 
 
 def _tied_logits(module: Any, x: jax.Array, table: jax.Array) -> jax.Array:
-    """x Eᵀ + bias, at least fp32; E is the table of words, [vocab, d_model]."""
+    """Returns x Eᵀ + bias, at least fp32; E is the table of words, [vocab, d_model]."""
     shape = (module.config.vocab_size,)
     bias = module.param("bias", nn.initializers.zeros, shape, module.param_dtype)
     logits = dot_wide(x, table.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
@@ -357,7 +360,7 @@ def _tied_logits(module: Any, x: jax.Array, table: jax.Array) -> jax.Array:
 
 
 def _positions(input_ids: jax.Array, config: EncoderConfig) -> jax.Array:
-    """[batch, seq] int32: rows of the table of positions; see ``Encoder.__call__``."""
+    """Returns the rows of the table of positions, [batch, seq] int32; see ``Encoder.__call__``."""
     if config.prefix == "bert" or config.pad_token_id is None:
         count = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
         return jnp.broadcast_to(count, input_ids.shape)
@@ -368,7 +371,7 @@ def _positions(input_ids: jax.Array, config: EncoderConfig) -> jax.Array:
 def _embedding(
     hidden: jax.Array, attention_mask: jax.Array | None, config: EncoderConfig
 ) -> jax.Array:
-    """[batch, d_model], at least fp32: as sentence-transformers makes it."""
+    """Pools hidden states as sentence-transformers does: [batch, d_model], at least fp32."""
     hidden = hidden.astype(wide(hidden.dtype))
     if config.pooling == "cls":
         out = hidden[:, 0]

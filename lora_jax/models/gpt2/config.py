@@ -1,4 +1,4 @@
-"""What a GPT-2 is: the options of its forward pass, read from Hugging Face's config.json."""
+"""GPT-2's configuration: the options of its forward pass, and its config.json."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class GPT2Config:
     """A GPT-2 (Radford et al. 2019). Hashable; sizes are in elements.
 
     ``scale_attn_weights`` divides attention's scores by the root of head_dim, and
-    ``scale_attn_by_inverse_layer_idx`` those of the i-th layer by i (counted from 1).
+    ``scale_attn_by_inverse_layer_idx`` divides the i-th layer's scores by i (counted from 1).
     ``eos_token_ids`` are the tokens that end a text.
 
     Raises:
@@ -95,12 +95,18 @@ class GPT2Config:
 
     @property
     def num_key_value_heads(self) -> int:
-        """Every head has keys and values of its own."""
+        """The number of heads: each has keys and values of its own."""
         return self.num_attention_heads
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> GPT2Config:
         """Reads the dict of a config.json; an absent field has transformers' default.
+
+        Args:
+          config: the parsed config.json.
+
+        Returns:
+          The configuration.
 
         Raises:
           ConfigError: names the fields that are unsupported or unknown.
@@ -119,7 +125,7 @@ class GPT2Config:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The config.json that ``from_hf`` reads back as this configuration."""
+        """Returns the config.json that ``from_hf`` reads back as this configuration."""
         out = {name: getattr(self, ours) for ours, (name, _) in _FIELDS.items()}
         eos = self.eos_token_ids
         out["eos_token_id"] = list(eos) if len(eos) > 1 else eos[0] if eos else None

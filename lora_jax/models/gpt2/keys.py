@@ -12,12 +12,12 @@ _BARE = re.compile(r"(wte|wpe|h\.\d+|ln_f)\..+")
 
 
 def gpt2_name(name: str, config: GPT2Config) -> str:
-    """The table's name of a file's tensor: with the prefix ``transformer.``."""
+    """Returns the table's name of a file's tensor: with the prefix ``transformer.``."""
     return f"transformer.{name}" if _BARE.fullmatch(name) else name
 
 
 def gpt2_table(config: GPT2Config) -> list[Row]:
-    """Every parameter of GPT-2, once, in the order of the forward pass.
+    """Returns every parameter of GPT-2, once, in the order of the forward pass.
 
     Hugging Face stores its kernels as [in, out] (``Conv1D``), as Flax does.
     """

@@ -26,8 +26,8 @@ class GPT2(nn.Module):
 
     Attributes:
       config: the options of the forward pass.
-      dtype: of the computation. LayerNorm's statistics, softmax and logits are fp32 always.
-      param_dtype: of the parameters that ``init`` makes.
+      dtype: dtype of the computation. LayerNorm's statistics, softmax and logits are fp32 always.
+      param_dtype: dtype of the parameters that ``init`` makes.
       remat: see ``Decoder``.
       placement: see ``Decoder``.
     """
@@ -80,7 +80,7 @@ class GPT2(nn.Module):
         return out if new_cache is None else (out, new_cache)
 
     def head(self, hidden: jax.Array) -> jax.Array:
-        """Logits, [..., vocab] fp32, of final hidden states, [..., d_model]."""
+        """Returns logits, [..., vocab] fp32, of final hidden states, [..., d_model]."""
         if not self.config.tie_word_embeddings:
             return self.lm_head(hidden)
         embedding = self.transformer.wte.embedding.astype(self.dtype)
@@ -89,14 +89,14 @@ class GPT2(nn.Module):
 
 
 class _Step(NamedTuple):
-    """What all layers share: [batch, 1, seq, keys] bool, and the cache's slots in use, or None."""
+    """All layers' input: mask [batch, 1, seq, keys], and the cache's slots in use, or None."""
 
     mask: jax.Array
     filled: jax.Array | None
 
 
 class _PerLayer(NamedTuple):
-    """What differs by layer: [] the factor of the scores, and the layer's cache or None."""
+    """One layer's input: the factor of its scores, [], and its cache or None."""
 
     scale: jax.Array
     key: jax.Array | None
@@ -220,7 +220,7 @@ class _Trunk(nn.Module):
 
 
 def _score_scales(config: GPT2Config) -> jax.Array:
-    """[layers] fp32: what each layer multiplies its scores by."""
+    """Returns the factor of each layer's scores: [layers] fp32."""
     root = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
     by_layer = config.scale_attn_by_inverse_layer_idx
     numbers = range(1, config.num_hidden_layers + 1)

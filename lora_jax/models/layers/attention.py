@@ -10,12 +10,12 @@ from jax import lax
 
 
 def wide(dtype: Any) -> Any:
-    """fp32, or the dtype itself if it is wider."""
+    """Returns fp32, or the dtype itself if it is wider."""
     return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
 
 
 def dot_wide(x: jax.Array, y: jax.Array, contract: Any, precision: Any = None) -> jax.Array:
-    """``lax.dot_general`` whose result is at least fp32: for logits."""
+    """Computes ``lax.dot_general`` with a result of at least fp32: for logits."""
     return lax.dot_general(
         x, y, contract, precision=precision, preferred_element_type=wide(x.dtype)
     )
@@ -29,7 +29,7 @@ def attend(
     scale: float | jax.Array | None = None,
     cap: float | None = None,
 ) -> jax.Array:
-    """softmax(soft_cap(scale * q k^T)) v, scores and softmax in fp32.
+    """Computes softmax(soft_cap(scale * q k^T)) v, scores and softmax in fp32.
 
     Args:
       q: [batch, seq, heads, head_dim].
@@ -56,5 +56,5 @@ def attend(
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """cap tanh(x / cap): x where it is small, never beyond ±cap (Gemma 2)."""
+    """Returns cap tanh(x / cap): x where it is small, never beyond ±cap (Gemma 2)."""
     return x if cap is None else cap * jnp.tanh(x / cap)

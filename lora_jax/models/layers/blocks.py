@@ -1,4 +1,4 @@
-"""The layers that BERT, RoBERTa and GPT-2 are made of.
+"""The layers of BERT, RoBERTa and GPT-2.
 
 Each function makes a layer for ``module``, with its dtypes and its configuration's options.
 """
@@ -16,7 +16,7 @@ from lora_jax.models.layers.attention import wide
 
 
 def dense(module: Any, features: int, *, dtype: Any = None, **kwargs: Any) -> nn.Dense:
-    """xW + b, drawn with the configuration's initializer_range."""
+    """Makes xW + b, W drawn with the configuration's initializer_range."""
     return nn.Dense(
         features,
         dtype=module.dtype if dtype is None else dtype,
@@ -46,12 +46,12 @@ class LayerNorm(nn.Module):
 
 
 def layer_norm(module: Any, **kwargs: Any) -> LayerNorm:
-    """LayerNorm with the configuration's epsilon."""
+    """Makes a LayerNorm with the configuration's epsilon."""
     return LayerNorm(module.config.layer_norm_eps, module.dtype, module.param_dtype, **kwargs)
 
 
 def embed(module: Any, rows: int, **kwargs: Any) -> nn.Embed:
-    """A table of ``rows`` vectors as wide as the model."""
+    """Makes a table of ``rows`` vectors as wide as the model."""
     return nn.Embed(
         rows,
         module.config.hidden_size,

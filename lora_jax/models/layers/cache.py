@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 class Cached(Protocol):
-    """What a configuration says of the keys and values of its model."""
+    """A configuration that tells the sizes of its model's keys and values."""
 
     @property
     def num_hidden_layers(self) -> int: ...
@@ -20,14 +20,14 @@ class Cached(Protocol):
 
 
 class Cache(NamedTuple):
-    """What attention needs of the tokens so far. Slot i holds the i-th token fed to the model.
+    """Keys and values of the tokens so far. Slot i holds the i-th token fed to the model.
 
     Attributes:
       key: [layers, batch, max_len, kv_heads, head_dim], rotated where the model rotates.
       value: as key.
       positions: [batch, max_len] int32, each slot's position; -1 in empty and padded slots.
-      filled: [] int32, how many slots are in use, padding included; the same for every row.
-      length: [batch] int32, the next token's position: how many tokens the row has, less padding.
+      filled: [] int32, the number of slots in use, padding included; the same for every row.
+      length: [batch] int32, the next token's position: the row's number of tokens, less padding.
     """
 
     key: jax.Array
@@ -38,15 +38,18 @@ class Cache(NamedTuple):
 
 
 def init_cache(config: Cached, batch: int, max_len: int, dtype: Any = jnp.float32) -> Cache:
-    """An empty cache.
+    """Makes an empty cache.
 
     Args:
       config: the model's.
-      batch: how many rows.
-      max_len: how many tokens, padding included, the cache can hold. Writing beyond it overwrites
-        the last slots: under jit nothing can raise. RoPE of the kind "longrope" chooses its
-        frequencies by this number.
-      dtype: of keys and values; the model's compute dtype.
+      batch: the number of rows.
+      max_len: the number of tokens, padding included, that the cache can hold. Writing beyond it
+        overwrites the last slots: under jit nothing can raise. RoPE of the kind "longrope"
+        chooses its frequencies by this number.
+      dtype: dtype of keys and values; the model's compute dtype.
+
+    Returns:
+      The cache, for ``model.apply(…, cache=cache)``.
     """
     shape = (config.num_hidden_layers, batch, max_len, config.num_key_value_heads, config.head_dim)
     return Cache(

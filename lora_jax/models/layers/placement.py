@@ -1,4 +1,4 @@
-"""Where a model's activations lie on a mesh: what a model asks, and the answer without a mesh."""
+"""Placement of a model's activations on a mesh: the interface, and the answer without a mesh."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ Mixture = Callable[..., jax.Array]
 
 
 class Placement:
-    """What a model asks on its way; this one leaves everything as it is.
+    """A model's questions on placement; this one leaves everything as it is.
 
     A subclass answers for a mesh. It has to be hashable.
     """
 
     def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
-        """An activation itself, with ``jax.lax.with_sharding_constraint`` or without.
+        """Returns an activation, with ``jax.lax.with_sharding_constraint`` or as it is.
 
         There are four kinds:
 
-        - residual, [batch, seq, d_model]: the stream between layers, what rematerialisation keeps;
-        - inputs, [batch, seq, d_model]: what the first products of a block are about to read;
+        - residual, [batch, seq, d_model]: the stream between layers, kept by rematerialisation;
+        - inputs, [batch, seq, d_model]: the input of a block's first products;
         - heads, [batch, seq, heads, head_dim]: queries, keys and values;
-        - features, [batch, seq, features]: what the last product of a block is about to read.
+        - features, [batch, seq, features]: the input of a block's last product.
         """
         return x
 
     def mixture(self, mixed: Mixture) -> Mixture:
-        """How to call what sends tokens through experts; it sorts them, so each device its own."""
+        """Returns the function to call for a mixture, which sorts tokens: each device its own."""
         return mixed
 
 

@@ -1,4 +1,4 @@
-"""What models do around their stack of layers: positions, causal masks, rematerialisation."""
+"""The surroundings of a stack of layers: positions, causal masks, rematerialisation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax import lax
 
 from lora_jax.models.layers.cache import Cache
 
-# Those of jax.checkpoint_policies that take no arguments: the others make policies.
+# The policies in jax.checkpoint_policies: its other functions make policies.
 REMAT_POLICIES = (
     "nothing_saveable",
     "everything_saveable",
@@ -23,11 +23,11 @@ REMAT_POLICIES = (
 
 
 class Placed(NamedTuple):
-    """Where the tokens of one call stand.
+    """The positions of the tokens of one call.
 
     Attributes:
       positions: [batch, seq] int32.
-      slots: [batch, keys] int32, the keys' positions; -1 where there is nothing to see.
+      slots: [batch, keys] int32, the keys' positions; -1 in slots with nothing to see.
       first: [] int32, the slot of the first query.
     """
 
@@ -43,7 +43,7 @@ def place(
     cache: Cache | None,
     segment_ids: jax.Array | None,
 ) -> Placed:
-    """Positions of the queries and the keys; see ``Decoder.__call__`` for the arguments.
+    """Finds the positions of queries and keys; see ``Decoder.__call__`` for the arguments.
 
     Raises:
       ValueError: for segment_ids together with a cache, or more tokens than a cache can hold.
@@ -70,7 +70,7 @@ def place(
 
 
 def causal_mask(placed: Placed, segment_ids: jax.Array | None) -> jax.Array:
-    """[batch, 1, seq, keys] bool: the real tokens of the same segment, up to the query."""
+    """Returns [batch, 1, seq, keys] bool: the real tokens of the same segment, up to the query."""
     queries = placed.first + jnp.arange(placed.positions.shape[1], dtype=jnp.int32)
     keys = jnp.arange(placed.slots.shape[1], dtype=jnp.int32)
     mask = (keys[None, :] <= queries[:, None])[None] & (placed.slots >= 0)[:, None, :]
@@ -80,7 +80,13 @@ def causal_mask(placed: Placed, segment_ids: jax.Array | None) -> jax.Array:
 
 
 def extend(cache: Cache, placed: Placed, new: tuple[jax.Array, jax.Array]) -> Cache:
-    """The cache with this call's keys and values, [layers, batch, seq, kv_heads, head_dim] each."""
+    """Returns the cache with this call's keys and values added.
+
+    Args:
+      cache: the cache before the call.
+      placed: the positions of the call's tokens.
+      new: keys and values, [layers, batch, seq, kv_heads, head_dim] each.
+    """
     start = (0, 0, placed.first, 0, 0)
     return Cache(
         key=lax.dynamic_update_slice(cache.key, new[0].astype(cache.key.dtype), start),
@@ -92,7 +98,7 @@ def extend(cache: Cache, placed: Placed, new: tuple[jax.Array, jax.Array]) -> Ca
 
 
 def rematerialised(layer: type[nn.Module], remat: bool | str) -> Any:
-    """The layer, recomputed in the backward pass as ``remat`` says; see ``Decoder``.
+    """Returns the layer, recomputed in the backward pass as ``remat`` says; see ``Decoder``.
 
     Raises:
       ValueError: for a policy that is none of ``REMAT_POLICIES``.
@@ -111,7 +117,7 @@ def rematerialised(layer: type[nn.Module], remat: bool | str) -> Any:
 def _count_positions(
     present: jax.Array, segment_ids: jax.Array | None, cache: Cache | None
 ) -> jax.Array:
-    """[batch, seq] int32: the number of real tokens before each one, in its row or segment."""
+    """Counts the real tokens before each one, in its row or segment: [batch, seq] int32."""
     count = jnp.cumsum(present, axis=1, dtype=jnp.int32) - 1
     if segment_ids is not None:
         changed = segment_ids[:, 1:] != segment_ids[:, :-1]
