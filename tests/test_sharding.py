@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax import init, models
-from lora_jax.models.placement import Placement
+from lora_jax.models.layers.placement import Placement
 from lora_jax.sharding import place, shardings
 from tests.models import tiny, tiny_encoders
 from tests.support import assert_close, draw, with_random_factors

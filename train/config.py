@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from lora_jax.models.bundled import SMOLLM2
+from lora_jax.hf.bundled import SMOLLM2
 from train.errors import UserError
 from train.options import AdapterConfig, OptimConfig, Options, RunConfig, at_least, check_shared
 

@@ -19,10 +19,10 @@ from rich.table import Table
 
 import lora_jax as lj
 import lora_jax.peft as lp
+from lora_jax.hf.hub import resolve
+from lora_jax.hf.save import tokenizer_files
 from lora_jax.models import EncoderConfig, save_pretrained
-from lora_jax.models.hub import resolve
-from lora_jax.models.load import open_source
-from lora_jax.models.save import tokenizer_files
+from lora_jax.models.pretrained import open_source
 from lora_jax.peft.config import FILE as PEFT_CONFIG
 from lora_jax.peft.config import fields_of
 from lora_jax.peft.save import contents

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from sklearn.model_selection import train_test_split
 
-from lora_jax.models.bundled import MINILM
+from lora_jax.hf.bundled import MINILM
 from train.batches import Examples, round_up
 from train.data import FILE_KINDS, Row, read_rows
 from train.errors import UserError

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax.lorafy import split
 from lora_jax.models import partition_specs
-from lora_jax.models.placement import Activation, Mixture, Placement
+from lora_jax.models.layers.placement import Activation, Mixture, Placement
 from lora_jax.models.specs import AXES, BATCH
 from lora_jax.sharding import Table, fitted, place, sharding_of, shardings
 from train.batches import Batch
@@ -150,7 +150,7 @@ class Layout(Placement):
         return model.clone(placement=dataclasses.replace(self, sorts_apart=not dropout))
 
     def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
-        """An activation of a model; see `lora_jax.models.placement.Placement`.
+        """An activation of a model; see `lora_jax.models.layers.placement.Placement`.
 
         The residual stream is what rematerialisation keeps of each layer, so it is shared out over
         the tensor axis as well: by tokens, since norms are taken of each token by itself. For the

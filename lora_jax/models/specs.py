@@ -1,4 +1,4 @@
-"""How each family's parameters lie on a mesh: a table a family, for ``lora_jax.sharding``.
+"""The parameters' places on a mesh: a table a family, for ``lora_jax.sharding``.
 
 The axes of a mesh, all of them optional in effect (an axis of size one changes nothing):
 

@@ -2,8 +2,8 @@
 
 params = lora_jax.peft.load("path/or/hub-name", model, params)   # PEFT's logits
 lora_jax.peft.save("folder", model, params)                      # for PEFT, or a serving engine
-rules = lora_jax.peft.rules("adapter_config.json", model)        # train what a config says
-lora_jax.peft.serving_problems("folder")                         # what an engine would refuse
+rules = lora_jax.peft.rules("adapter_config.json", model)        # train by PEFT's configuration
+lora_jax.peft.serving_problems("folder")                         # lists an engine's refusals
 """
 
 from lora_jax.peft.errors import PeftError

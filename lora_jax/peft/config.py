@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json: which fields are honoured, and which are refused by name."""
+"""PEFT's adapter_config.json: fields that are honoured, and fields that are refused by name."""
 
 import json
 from collections.abc import Mapping
@@ -32,14 +32,14 @@ _HONOURED: dict[str, Any] = {
     "target_parameters": None,
     "ensure_weight_tying": False,
 }
-# Those without any effect on what is loaded.
+# Fields without an effect on the loaded adapter.
 _HARMLESS = frozenset(
     """
     auto_mapping base_model_name_or_path corda_config eva_config inference_mode loftq_config
     lora_ga_config megatron_core peft_type peft_version qalora_group_size revision runtime_config
     """.split()
 )
-# Those that are not supported, with the values that mean that they are not in use.
+# Fields that are not supported, with the values of a field that is not in use.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
@@ -51,7 +51,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
     "velora_config": (None,),
 }
-# How A and B were drawn matters to what is loaded only where PEFT draws again from the base.
+# The draw of A and B matters on loading only if PEFT draws again from the base.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica", "lora_ga")
 DECOMPOSING_INITS = ("pissa", "olora")
 
@@ -67,12 +67,16 @@ DEFAULT_TARGETS: dict[str, list[str]] = {
 
 
 def read_config(source: Any) -> dict[str, Any]:
-    """The fields of a PEFT configuration, defaults filled in, checked.
+    """Reads the fields of a PEFT configuration, fills in defaults, and checks values.
 
     Args:
       source: a dict, a file or folder, or a `peft.LoraConfig`.
 
-    Raises PeftError where it is no LoRA, or where a field that is not supported is in use.
+    Returns:
+      Field -> value, for each field that is honoured.
+
+    Raises:
+      PeftError: if it is no LoRA, or if a field that is not supported is in use.
     """
     fields, where = fields_of(source)
     kind = getattr(fields.get("peft_type"), "value", fields.get("peft_type", "LORA"))
@@ -97,7 +101,17 @@ def read_config(source: Any) -> dict[str, Any]:
 
 
 def fields_of(source: Any) -> tuple[dict[str, Any], str]:
-    """(the fields as they are written, what to call their source in messages)."""
+    """Reads the fields as they are written.
+
+    Args:
+      source: a dict, a file or folder, or a `peft.LoraConfig`.
+
+    Returns:
+      The fields, and a name of their source for messages.
+
+    Raises:
+      PeftError: if the file is missing or cannot be read.
+    """
     if isinstance(source, Mapping):
         return dict(source), "the PEFT configuration"
     if hasattr(source, "to_dict"):
@@ -116,7 +130,7 @@ def fields_of(source: Any) -> tuple[dict[str, Any], str]:
 
 
 def _check_values(config: Mapping[str, Any], where: str) -> None:
-    """Values of the wrong kind, each by its field's name."""
+    """Raises a PeftError that names each field with a value of the wrong kind."""
 
     def number(value: Any, least: float) -> bool:
         fits = isinstance(value, int | float) and not isinstance(value, bool)

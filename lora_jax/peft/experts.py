@@ -1,4 +1,4 @@
-"""Experts, which transformers holds as two parameters of one module, and PEFT adapts as such.
+"""Experts: two parameters of one module in transformers, and PEFT adapts them as such.
 
 `experts.gate_up_proj` is [experts, 2·inner, d_model] and `experts.down_proj` [experts, d_model,
 inner]; here gate, up and down are kernels of their own. PEFT (``target_parameters``) packs the
@@ -30,8 +30,8 @@ class Expert(Module):
 
     Attributes:
       parameter: "gate_up_proj" or "down_proj".
-      half: which half of gate_up_proj's outputs: 0 or 1; None for down_proj.
-      n: how many experts.
+      half: the half of gate_up_proj's outputs: 0 or 1; None for down_proj.
+      n: the number of experts.
     """
 
     parameter: str
@@ -40,7 +40,7 @@ class Expert(Module):
 
 
 def experts_of(model: Any) -> list[Expert]:
-    """Every kernel of experts of a model, layer by layer; none where the model has no experts."""
+    """Lists every kernel of a model's experts, layer by layer; [] for a model without experts."""
     config = getattr(model, "config", None)
     n = getattr(config, "num_experts", None)
     if config is None or not n:
@@ -52,7 +52,7 @@ def experts_of(model: Any) -> list[Expert]:
             name=f"model.layers.{layer}.mlp.experts.{parameter}",
             path=f"model/layers/{config.mlp_name}/experts/{kernel}/kernel",
             index=(layer,),
-            is_embedding=False,
+            role="experts",
             parameter=parameter,
             half=half,
             n=n,
@@ -63,7 +63,15 @@ def experts_of(model: Any) -> list[Expert]:
 
 
 def targeted_experts(config: Mapping[str, Any], model: Any) -> list[Expert]:
-    """The experts that target_parameters selects; PeftError where it is not about experts."""
+    """Lists the experts that target_parameters selects.
+
+    Args:
+      config: the fields of a PEFT configuration.
+      model: the model.
+
+    Raises:
+      PeftError: for a name of another parameter, and for fields that do not go with experts.
+    """
     wanted = config["target_parameters"] or []
     if not wanted:
         return []
@@ -82,7 +90,7 @@ def targeted_experts(config: Mapping[str, Any], model: Any) -> list[Expert]:
 
 
 def keys_of_expert(expert: Expert, chosen: Sequence[Module]) -> tuple[str, str]:
-    """The keys of A and B: gate_up_proj's wrapper is inside down_proj's, where both are adapted."""
+    """Returns the keys of A and B; if both are adapted, gate_up_proj's lie inside down_proj's."""
     layer = expert.name.removesuffix(f".{expert.parameter}")
     both = expert.parameter == GATE_UP and any(m.name == f"{layer}.{DOWN}" for m in chosen)
     stem = f"{PREFIX}{layer}{'.base_layer' if both else ''}"
@@ -90,18 +98,18 @@ def keys_of_expert(expert: Expert, chosen: Sequence[Module]) -> tuple[str, str]:
 
 
 def unpack_a(a: np.ndarray, n: int) -> np.ndarray:
-    """[experts·r, in] as [experts, r, in]."""
+    """Returns A, [experts·r, in], as [experts, r, in]."""
     return a.reshape(n, -1, a.shape[-1])
 
 
 def unpack_b(b: np.ndarray, n: int, half: int | None) -> np.ndarray:
-    """[out, r·experts] as [experts, r, out], or a half of the outputs."""
+    """Returns B, [out, r·experts], as [experts, r, out], or a half of its outputs."""
     unpacked = b.reshape(b.shape[0], -1, n).transpose(2, 1, 0)
     return unpacked if half is None else np.split(unpacked, 2, axis=-1)[half]
 
 
 def pack(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[experts, r, in] and [experts, r, out] as PEFT's A and B."""
+    """Returns [experts, r, in] and [experts, r, out] as PEFT's A and B."""
     n, rank, fan_out = b.shape
     return a.reshape(n * rank, -1), b.transpose(2, 1, 0).reshape(fan_out, rank * n)
 
@@ -110,7 +118,7 @@ def side_by_side(
     gate: tuple[np.ndarray, np.ndarray, float] | None,
     up: tuple[np.ndarray, np.ndarray, float] | None,
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """(A, B, s) of gate_up_proj from those of its halves; None where one is not adapted."""
+    """Joins (A, B, s) of gate_up_proj's halves; None stands for a half without an adapter."""
     if gate is None or up is None:
         a, b, s = gate or up  # type: ignore[misc]
         nothing = np.zeros_like(b)

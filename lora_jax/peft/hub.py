@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from lora_jax.models.hub import ModelNotFound, snapshot
+from lora_jax.hf.hub import ModelNotFound, snapshot
 from lora_jax.peft.config import FILE
 from lora_jax.peft.errors import PeftError
 
@@ -11,9 +11,16 @@ _PATTERNS = ["*adapter_config.json", "*adapter_model.safetensors"]
 
 
 def adapter_folder(folder: str | os.PathLike[str], adapter: str | None) -> Path:
-    """The folder that holds adapter_config.json.
+    """Finds the folder that holds adapter_config.json.
 
     PEFT puts an adapter that is not called "default" into a subfolder of its name.
+
+    Args:
+      folder: a local folder, or a hub name.
+      adapter: the adapter's name, if the folder holds several.
+
+    Raises:
+      PeftError: if there is no adapter, or one of several has to be chosen.
     """
     path = Path(folder).expanduser()
     if not path.exists():

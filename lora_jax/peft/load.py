@@ -14,9 +14,9 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from lora_jax.hf.keys import Row
 from lora_jax.lorafy import Tree, lorafy
 from lora_jax.magnitude import wide
-from lora_jax.models.keys import Row
 from lora_jax.paths import flatten_with_paths
 from lora_jax.peft import config as configuration
 from lora_jax.peft.errors import PeftError
@@ -39,22 +39,24 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 def load(
     folder: str | os.PathLike[str], model: Any, params: Tree, *, adapter: str | None = None
 ) -> Tree:
-    """`params` with the adapter that PEFT wrote: the same logits as PEFT's.
+    """Loads an adapter that PEFT wrote: the adapted tree gives PEFT's logits.
+
+    A table that was adapted is saved by PEFT with its base; if that differs from `params`, the
+    file's is taken, as PEFT does.
 
     Args:
       folder: a local folder (adapter_config.json, adapter_model.safetensors), or a hub name.
       model: the model of `lora_jax.models` that `params` belong to; for another tree its key
         table, a list of `lora_jax.models.Row`.
       params: the plain tree of the base.
-      adapter: of several adapters in one folder, the one in the subfolder of this name.
+      adapter: the subfolder of one adapter, if the folder holds several.
 
-    Returns the adapted tree: for `lora_jax.adapt`, `split`, `merge`, `save_adapter` and so on.
+    Returns:
+      The adapted tree: for `lora_jax.adapt`, `split`, `merge`, `save_adapter` and so on.
 
-    A table that was adapted is saved by PEFT with its base; where that differs from `params`, the
-    file's is taken, as PEFT does.
-
-    Raises PeftError that names the file and the key: for what is missing, left over, misshaped or
-    of another dtype; for a configuration that is not supported; where nothing matches.
+    Raises:
+      PeftError: names the file and the key, for a tensor that is missing, left over, misshaped or
+        of another dtype; for a configuration that is not supported; if nothing matches.
     """
     found = adapter_folder(folder, adapter)
     config = configuration.read_config(found / configuration.FILE)
@@ -101,7 +103,17 @@ def _check_tree(params: Tree, table: Sequence[Row]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of an adapter_model.safetensors; PeftError where it cannot be read."""
+    """Reads the tensors of an adapter_model.safetensors.
+
+    Args:
+      path: the file.
+
+    Returns:
+      Key -> array.
+
+    Raises:
+      PeftError: if the file is missing, damaged or cut short, or holds other dtypes than floats.
+    """
     if not path.is_file():
         others = sorted(file.name for file in path.parent.glob("adapter_model*"))
         hint = f"; there is {others[0]}, and only safetensors are read" if others else ""
@@ -131,11 +143,11 @@ class _Reader:
         self._problems: list[str] = []
 
     def has(self, key: str) -> bool:
-        """Whether the file has it."""
+        """Returns True if the file has the key."""
         return key in self._tensors
 
     def take(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The tensor; something of its size where there is none, which `finish` reports."""
+        """Returns a tensor; a stand-in of its shape if there is none, which `finish` reports."""
         self._taken.add(key)
         if key not in self._tensors:
             self._problems.append(f"missing {key} {list(shape)}")
@@ -148,11 +160,11 @@ class _Reader:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all that was taken was there."""
+        """True if every tensor that was taken was there."""
         return not self._problems
 
     def finish(self) -> None:
-        """One PeftError on all that is missing, misshaped or left over."""
+        """Raises one PeftError on all tensors that are missing, misshaped or left over."""
         left = [key for key in self._tensors if key not in self._taken]
         problems = self._problems + [f"unexpected {key}" for key in left]
         if problems:
@@ -163,7 +175,7 @@ class _Reader:
 
 
 def _with_file_bases(params: Tree, chosen: Sequence[Module], reader: _Reader) -> Tree:
-    """The tree with those base weights that the file brings along (tables that are adapted)."""
+    """Returns the tree with the base weights that the file brings along (adapted tables)."""
     leaves, treedef = flatten_with_paths(params)
     changed = dict(leaves)
     for module in chosen:
@@ -182,7 +194,7 @@ def _with_file_bases(params: Tree, chosen: Sequence[Module], reader: _Reader) ->
 
 @dataclasses.dataclass(frozen=True)
 class _Files:
-    """Fills the nodes of a tree from the file's tensors."""
+    """The nodes of a tree, filled from the file's tensors."""
 
     reader: _Reader
     table: Sequence[Row]
@@ -191,7 +203,7 @@ class _Files:
     available: Sequence[Module]
 
     def node(self, path: str, leaf: Any, base: Any) -> Any:
-        """The leaf at a path: a node with what the file holds for it, or the base."""
+        """Returns the leaf at a path: a node filled from the file, or the base."""
         if isinstance(leaf, LoraWeight):
             return self._adapted(path, leaf.replace(base=base))
         if isinstance(leaf, TrainedRows):
@@ -227,7 +239,7 @@ class _Files:
     def _arrays(
         self, module: Module, node: LoraWeight, fan_in: int, fan_out: int
     ) -> dict[str, np.ndarray]:
-        """A [r, in], B [r, out] and the vectors of one member of the stack."""
+        """Reads A [r, in], B [r, out] and the vectors of one member of the stack."""
         layer = module.index[0] if module.index and len(node.ranks) > 1 else 0
         rank, keys = node.ranks[layer], keys_of(module)
         if isinstance(module, Expert):
@@ -250,7 +262,7 @@ class _Files:
         return arrays | {name: self.reader.take(vectors[name], (fan_out,)) for name in node.has}
 
     def _scale(self, path: str, batch: tuple[int, ...]) -> jax.Array:
-        """s of each layer, as PEFT computes it."""
+        """Computes s of each layer, as PEFT does."""
         scale = np.zeros(batch, np.float32)
         for module in self.chosen:
             if module.path == path:
@@ -283,7 +295,7 @@ class _Files:
         return [row.hf.format(layer) for layer in layers]
 
     def _tensor(self, name: str) -> np.ndarray:
-        """A tensor that trained in full, in our layout: a saved module's, or a bias."""
+        """Reads a tensor that trained in full, in our layout: a saved module's, or a bias."""
         row, place = _row_of(self.table, name), places(self.table)[name]
         saved = saved_modules(self.config, [name])
         adapted = [module.name for module in self.chosen]

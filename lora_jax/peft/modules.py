@@ -1,44 +1,51 @@
-"""The modules of a PyTorch model, as a key table tells them, and which of them PEFT would adapt."""
+"""The modules of a PyTorch model, by its key table, and PEFT's choice among them."""
 
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lora_jax.hf.keys import Role, Row
 from lora_jax.models.families import key_table
-from lora_jax.models.keys import Row
 from lora_jax.peft.config import DEFAULT_TARGETS
 from lora_jax.peft.errors import PeftError
 
-# Modules that "all-linear" leaves out: output embeddings and, for classifiers, the head.
-_OUTPUTS = re.compile(r"lm_head|cls\.predictions\.decoder|lm_head\.decoder|embed_out")
-_CLASSIFIERS = re.compile(r"(score|classifier)(\..*)?")
-# What transformers runs as one module of many experts; its parts are no modules for PEFT.
-_EXPERTS = re.compile(r"(.*\.)(mlp|block_sparse_moe)\.(experts\.\d+\..*|gate)")
+# The roles of modules, by transformers' names, in a table that does not say them.
+_ROLES: dict[Role, re.Pattern[str]] = {
+    "head": re.compile(r"lm_head|cls\.predictions\.decoder|lm_head\.decoder|embed_out"),
+    "classifier": re.compile(r"(score|classifier)(\..*)?"),
+    "experts": re.compile(r"(.*\.)(mlp|block_sparse_moe)\.experts\.\d+\..*"),
+    "router": re.compile(r"(.*\.)(mlp|block_sparse_moe)\.gate"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A linear layer or an embedding, as PyTorch names it, and where its weight is in our tree.
+    """A linear layer or an embedding by PyTorch's name, and its weight's place in our tree.
 
     Attributes:
       name: dotted, with the layer's number.
-      path: of our kernel or table.
-      index: in the stack at `path`; () where there is none.
-      is_embedding: whether it is looked up in.
+      path: the path of our kernel or table.
+      index: its index in the stack at `path`; () without a stack.
+      role: the part of the model that it is; see `Row`.
       uses: "all", or the one use of a tied table that the module stands for.
     """
 
     name: str
     path: str
     index: tuple[int, ...]
-    is_embedding: bool
+    role: Role | None
     uses: str = "all"
+
+    @property
+    def is_embedding(self) -> bool:
+        """True for a table that is looked up in."""
+        return self.role == "embedding"
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where one of PyTorch's tensors is in our tree."""
+    """The place of one of PyTorch's tensors in our tree."""
 
     path: str
     index: tuple[int, ...]
@@ -46,7 +53,11 @@ class Place:
 
 
 def table_of(model: Any) -> Sequence[Row]:
-    """The key table of one of our models, or a table given in its place."""
+    """Returns the key table of one of our models, or a table given in its place.
+
+    Raises:
+      PeftError: for anything else.
+    """
     if isinstance(model, Sequence) and all(isinstance(row, Row) for row in model):
         return model
     config = getattr(model, "config", None)
@@ -59,7 +70,7 @@ def table_of(model: Any) -> Sequence[Row]:
 
 
 def places(table: Sequence[Row]) -> dict[str, Place]:
-    """Where each of PyTorch's tensors is in our tree."""
+    """Returns the place of each of PyTorch's tensors in our tree."""
     return {
         name: Place(row.path, index, row.transpose)
         for row in table
@@ -68,39 +79,65 @@ def places(table: Sequence[Row]) -> dict[str, Place]:
 
 
 def modules(table: Sequence[Row], *, experts: bool = False, tied: bool = False) -> list[Module]:
-    """The modules that PEFT could adapt, in the order of the table.
+    """Lists the modules that PEFT could adapt, in the order of the table.
 
     Args:
-      experts: whether experts and routers are modules of their own, as they were up to
+      table: the model's key table.
+      experts: True if experts and routers are modules of their own, as they were up to
         transformers 4.
-      tied: whether the two uses of a tied table share their adapter (PEFT's ensure_weight_tying).
+      tied: True if the two uses of a tied table share their adapter (PEFT's ensure_weight_tying).
     """
     found = []
     for row in table:
-        leaf = row.path.rsplit("/", 1)[-1]
-        if leaf not in ("kernel", "embedding", "w") or not row.hf.endswith(".weight"):
+        role = role_of(row)
+        if not _has_module(row) or (role in ("experts", "router") and not experts):
             continue
         heads = [alias for alias in row.aliases if alias.endswith(".weight")]
-        is_embedding = leaf == "embedding"
-        uses = "lookup" if heads and is_embedding and not tied else "all"
+        is_split = role == "embedding" and not tied
+        uses = "lookup" if heads and is_split else "all"
         for index, name in zip(row.members, row.hf_names, strict=True):
-            module = name.removesuffix(".weight")
-            if experts or not _EXPERTS.fullmatch(module):
-                found.append(Module(module, row.path, index, is_embedding, uses))
-        if is_embedding and not tied:
+            found.append(Module(name.removesuffix(".weight"), row.path, index, role, uses))
+        if is_split:
             found += [
-                Module(head.removesuffix(".weight"), row.path, (), False, "product")
+                Module(head.removesuffix(".weight"), row.path, (), "head", "product")
                 for head in heads
             ]
     return found
 
 
+def role_of(row: Row) -> Role | None:
+    """Returns the role that a row says; if it says none, the role that its names suggest."""
+    if row.role is not None:
+        return row.role
+    if row.path.rsplit("/", 1)[-1] == "embedding":
+        return "embedding"
+    module = row.hf.replace("{}", "0").removesuffix(".weight")
+    return next((role for role, named in _ROLES.items() if named.fullmatch(module)), None)
+
+
+def _has_module(row: Row) -> bool:
+    """Returns True if a row is the weight of a linear layer or an embedding."""
+    if not row.hf.endswith(".weight"):
+        return False
+    if row.role is not None:
+        return len(row.shape) == 2
+    return row.path.rsplit("/", 1)[-1] in ("kernel", "embedding", "w")
+
+
 def targeted(
     config: Mapping[str, Any], available: Sequence[Module], model_type: str | None
 ) -> list[Module]:
-    """The modules that PEFT would adapt, in their order; PeftError where there is none.
+    """Lists the modules that PEFT would adapt, in their order.
 
-    (PEFT's ``check_target_module_exists``.)
+    Args:
+      config: the fields of a PEFT configuration.
+      available: the modules to choose from.
+      model_type: Hugging Face's name of the family, for PEFT's default targets.
+
+    Raises:
+      PeftError: if none is selected.
+
+    Source: PEFT's ``check_target_module_exists``.
     """
     targets = config["target_modules"]
     if targets is None and config["target_parameters"]:
@@ -124,10 +161,9 @@ def _is_targeted(module: Module, targets: str | list[str], config: Mapping[str, 
         return False
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
-            is_head = _OUTPUTS.fullmatch(name) or (
-                config["task_type"] == "SEQ_CLS" and _CLASSIFIERS.fullmatch(name)
-            )
-            return not module.is_embedding and not is_head
+            left_out = ["embedding", "head"]
+            left_out += ["classifier"] if config["task_type"] == "SEQ_CLS" else []
+            return module.role not in left_out
         return re.fullmatch(targets, name) is not None
     if name in targets:
         return True
@@ -159,12 +195,12 @@ def _is_chosen_layer(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def ends_with(name: str, ends: Iterable[str]) -> bool:
-    """Whether a dotted name ends with one of some dotted names."""
+    """Returns True if a dotted name ends with one of some dotted names."""
     return any(name.endswith(f".{end}") for end in ends)
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's rank_pattern and alpha_pattern: the first key that matches the name's end."""
+    """Looks a name up in rank_pattern or alpha_pattern; takes the first key that matches."""
     for key, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({key})$", name):
             return value

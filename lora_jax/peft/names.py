@@ -26,7 +26,7 @@ class Keys:
 
 
 def keys_of(module: Module) -> Keys:
-    """The keys of a module that is adapted."""
+    """Returns the keys of an adapted module."""
     stem = f"{PREFIX}{module.name}"
     looked_up = module.is_embedding
     return Keys(
@@ -40,11 +40,11 @@ def keys_of(module: Module) -> Keys:
 
 
 def token_key(name: str) -> str:
-    """The key of an embedding's trained rows: the rows themselves, not their change."""
+    """Returns the key of an embedding's trained rows: the rows themselves, not their change."""
     return f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"
 
 
 def bias_key(name: str, adapted: Sequence[str]) -> str:
-    """The key of a bias that trains: it is inside the wrapper of a module that is adapted."""
+    """Returns the key of a trained bias: it lies inside the wrapper of an adapted module."""
     module = name.removesuffix(".bias")
     return f"{PREFIX}{module}.base_layer.bias" if module in adapted else f"{PREFIX}{name}"

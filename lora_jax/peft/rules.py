@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 from lora_jax import init
-from lora_jax.models.keys import Row
+from lora_jax.hf.keys import Row
 from lora_jax.peft.config import DECOMPOSING_INITS, read_config
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import targeted_experts
@@ -22,7 +22,7 @@ from lora_jax.rules import LoraRule, Rule, TrainRule
 
 
 def rules(config: Any, model: Any = None) -> list[Rule]:
-    """The rules that a PEFT configuration stands for.
+    """Translates a PEFT configuration into rules.
 
     Args:
       config: a dict, a file or folder, or a `peft.LoraConfig`.
@@ -30,7 +30,11 @@ def rules(config: Any, model: Any = None) -> list[Rule]:
         the modules that PEFT would, whatever the configuration. Without it, a configuration that
         speaks of names only (a list of targets, or "all-linear") is translated as it stands.
 
-    Raises PeftError for a field that is not supported, and where nothing matches.
+    Returns:
+      Rules for `lora_jax.lorafy`.
+
+    Raises:
+      PeftError: for a field that is not supported, and if nothing matches.
     """
     fields = read_config(config)
     if model is None:
@@ -39,13 +43,13 @@ def rules(config: Any, model: Any = None) -> list[Rule]:
 
 
 def model_type_of(model: Any) -> str | None:
-    """Hugging Face's name of the model's family, if it says one."""
+    """Returns Hugging Face's name of the model's family, if it says one."""
     return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def _translated(config: Mapping[str, Any]) -> list[Rule]:
     targets = config["target_modules"]
-    # What only the model's own names can settle.
+    # Only the model's own names can settle these.
     settled_by_model = {
         "target_modules": targets is None or (isinstance(targets, str) and targets != "all-linear"),
         "exclude_modules": isinstance(config["exclude_modules"], str),
@@ -82,7 +86,14 @@ def rules_for(
     *,
     experts: bool = False,
 ) -> list[Rule]:
-    """Rules that select what PEFT would, path by path and layer by layer."""
+    """Makes rules that select PEFT's choice, path by path and layer by layer.
+
+    Args:
+      config: the fields of a PEFT configuration.
+      table: the model's key table.
+      model: the model; it tells the family and the experts.
+      experts: see `modules`.
+    """
     available = modules(table, experts=experts, tied=config["ensure_weight_tying"])
     chosen = [
         *targeted(config, available, model_type_of(model)),
@@ -163,7 +174,7 @@ def _refuse_two_uses(chosen: Sequence[Module]) -> None:
 
 
 def saved_modules(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """The tensors of PyTorch's that belong to modules_to_save, of all tensors `names`."""
+    """Lists the tensors among `names` that belong to modules_to_save."""
     wanted = config["modules_to_save"] or ()
 
     def is_saved(name: str) -> bool:
@@ -177,7 +188,7 @@ def saved_modules(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 def _saved(
     config: Mapping[str, Any], table: Sequence[Row], chosen: Sequence[Module]
 ) -> list[TrainRule]:
-    """Modules that are saved whole train in full, layer by layer where they are of a stack."""
+    """Makes rules for modules that are saved whole: they train in full, layer by layer."""
     if not config["modules_to_save"]:
         return []
     where = places(table)
@@ -208,7 +219,7 @@ def _saved(
 
 
 def token_rows(config: Mapping[str, Any], available: Sequence[Module]) -> dict[str, list[int]]:
-    """trainable_token_indices by the name of the embedding."""
+    """Returns trainable_token_indices by the name of the embedding."""
     tokens = config["trainable_token_indices"]
     if tokens is None:
         return {}
@@ -240,5 +251,5 @@ def _tokens(
 
 
 def takes_from_base(config: Mapping[str, Any]) -> bool:
-    """Whether PEFT takes the factors that it draws out of the base, again at each load."""
+    """Returns True if PEFT takes the drawn factors out of the base, again at each load."""
     return config["init_lora_weights"] in DECOMPOSING_INITS

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from lora_jax.folders import partial_of, put_in_place
+from lora_jax.hf.keys import Row
+from lora_jax.hf.save import write_tensors
 from lora_jax.lorafy import Tree
-from lora_jax.models.keys import Row
-from lora_jax.models.save import write_tensors
 from lora_jax.paths import flatten_with_paths
 from lora_jax.peft import config as configuration
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import Expert, experts_of, keys_of_expert, pack, side_by_side
-from lora_jax.peft.modules import Module, ends_with, modules, table_of
+from lora_jax.peft.modules import Module, ends_with, modules, role_of, table_of
 from lora_jax.peft.names import FILE, PREFIX, bias_key, keys_of, token_key
 from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_node
 
@@ -34,7 +34,7 @@ def save(
     task_type: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes what PEFT would: adapter_config.json and adapter_model.safetensors.
+    """Writes an adapter as PEFT does: adapter_config.json and adapter_model.safetensors.
 
     Args:
       folder: created whole or not at all.
@@ -45,7 +45,9 @@ def save(
       task_type: PEFT's, such as "CAUSAL_LM" or "SEQ_CLS".
       overwrite: replace an adapter that is there.
 
-    Raises PeftError for what PEFT cannot hold, naming it, and FileExistsError.
+    Raises:
+      PeftError: names the part of the adapter that PEFT cannot hold.
+      FileExistsError: if the folder exists; with `overwrite`, if it is no adapter's folder.
     """
     folder = Path(folder).absolute()
     _check_free(folder, overwrite)
@@ -74,7 +76,15 @@ def _check_free(folder: Path, overwrite: bool) -> None:
 
 
 def contents(model: Any, params: Tree) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(the fields of adapter_config.json, the tensors) of an adapted tree."""
+    """Returns the fields of adapter_config.json and the tensors of an adapted tree.
+
+    Args:
+      model: the model, or a key table; see `save`.
+      params: an adapted tree.
+
+    Raises:
+      PeftError: names the part of the adapter that PEFT cannot hold.
+    """
     table = table_of(model)
     leaves, _ = flatten_with_paths(params, is_leaf=is_node)
     nodes = {path: leaf for path, leaf in leaves if is_node(leaf)}
@@ -89,7 +99,7 @@ def contents(model: Any, params: Tree) -> tuple[dict[str, Any], dict[str, np.nda
 
 
 class _Contents:
-    """What is to be written, put together node by node."""
+    """The fields and tensors to write, put together node by node."""
 
     def __init__(
         self,
@@ -115,7 +125,7 @@ class _Contents:
         self._tensors: dict[str, np.ndarray] = {}
 
     def _rank(self, module: Module) -> int:
-        """r of a module, 0 where it is not adapted."""
+        """Returns r of a module, 0 if it is not adapted."""
         node = self._lora.get(module.path)
         if node is None or node.uses != module.uses:
             return 0
@@ -134,7 +144,7 @@ class _Contents:
         return config, self._tensors
 
     def _settings(self) -> dict[str, Any]:
-        """What holds for all adapted modules alike, in PEFT."""
+        """Returns the fields that PEFT has once for all adapted modules."""
         nodes = list(self._lora.values())
         alike: dict[str, set[Any]] = {
             "use_dora": {node.magnitude is not None for node in nodes},
@@ -159,7 +169,7 @@ class _Contents:
         }
 
     def _write(self, module: Module) -> tuple[int, float]:
-        """The tensors of one adapted module; its rank and alpha."""
+        """Writes the tensors of one adapted module; returns its rank and alpha."""
         node, at, keys = self._lora[module.path], module.index, keys_of(module)
         rank = self._rank(module)
         a, b = self._factors(node.a, node.b, node, at, rank)
@@ -187,12 +197,12 @@ class _Contents:
     def _factors(
         a: Any, b: Any, node: LoraWeight, at: tuple[int, ...], rank: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A [r, in] and B [r, out] of one member of a stack, without padding."""
+        """Returns A [r, in] and B [r, out] of one member of a stack, without padding."""
         a, b = (np.asarray(v[at] if at else v) for v in (a, b))
         return a.reshape(node.rank, -1)[:rank], b.reshape(node.rank, -1)[:rank]
 
     def _write_experts(self, ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
-        """The tensors of experts, as PEFT packs them; adds their ranks and alphas."""
+        """Writes the tensors of experts, as PEFT packs them; adds their ranks and alphas."""
         if not self._experts:
             return {"target_parameters": None}
         by_name: dict[str, dict[int | None, Expert]] = {}
@@ -221,7 +231,7 @@ class _Contents:
         return {"target_parameters": ends if every_layer else sorted(by_name)}
 
     def _of_experts(self, expert: Expert) -> tuple[np.ndarray, np.ndarray, float]:
-        """A [experts, r, in], B [experts, r, out] and s of one layer's experts."""
+        """Returns A [experts, r, in], B [experts, r, out] and s of one layer's experts."""
         node, rank = self._lora[expert.path], self._rank(expert)
         (layer,) = expert.index
         scales = np.unique(np.asarray(node.scale[layer]))
@@ -236,7 +246,7 @@ class _Contents:
         self._tensors[key] = np.ascontiguousarray(array)
 
     def _patterns(self, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
-        """Targets, and what the modules' ranks and alphas are."""
+        """Returns the fields on targets, ranks and alphas."""
         if not ranks:
             # PEFT has no adapter without a target; one that matches nothing is an error there.
             raise PeftError("nothing is adapted: PEFT needs one module with a LoRA at least")
@@ -252,14 +262,14 @@ class _Contents:
         }
 
     def _targets(self, names: list[str]) -> list[str]:
-        """Their last parts, if these select no other module; else the whole names."""
+        """Shortens names to their last parts, if these select no other module."""
         ends = sorted({name.rsplit(".", 1)[-1] for name in names})
         others = {module.name for module in self._all} - set(names)
         clash = [n for n in others if n in ends or ends_with(n, ends)]
         return sorted(names) if clash else ends
 
     def _write_trained(self) -> dict[str, Any]:
-        """What trains beside factors: biases, tokens, modules that are saved whole."""
+        """Writes trained biases, tokens and whole modules; returns their fields."""
         biases: list[str] = []
         whole: list[str] = []
         tokens: dict[str, list[int]] = {}
@@ -311,19 +321,20 @@ class _Contents:
         return "all" if set(names) == every else None
 
     def _with_whole_head(self, saved: Sequence[str]) -> list[str]:
-        """Its layers as one module, as PEFT trains a classifier, and as engines accept one."""
-        names = {n.rsplit(".", 1)[0] for row in self._rows.values() for n in row.hf_names}
-        head = {name for name in names if name.startswith("classifier.")}
-        if not head or not head <= set(saved):
+        """Names a classifier's layers as one module, as PEFT trains it and engines accept it."""
+        rows = (row for row in self._rows.values() if role_of(row) == "classifier")
+        head = {name.rsplit(".", 1)[0] for row in rows for name in row.hf_names}
+        whole = {name.partition(".")[0] for name in head}
+        if not head or whole == head or not head <= set(saved):
             return list(saved)
-        return sorted({*saved, "classifier"} - head)
+        return sorted({*saved, *whole} - head)
 
     def _tensors_of(self, saved: Sequence[str]) -> list[str]:
         names = [name for row in self._rows.values() for name in row.hf_names]
         return [name for name in names if name.rsplit(".", 1)[0] in saved]
 
     def _tensor(self, name: str) -> np.ndarray:
-        """One of PyTorch's tensors, as it has been trained."""
+        """Returns one of PyTorch's tensors, as it has been trained."""
         row = next(row for row in self._rows.values() if name in row.hf_names)
         leaf = self._leaves[row.path]
         array = np.asarray(leaf.merged() if isinstance(leaf, Trained | TrainedRows) else leaf)
@@ -333,11 +344,11 @@ class _Contents:
 
 
 def _exactly(name: str) -> str:
-    """A key of rank_pattern that matches this module alone."""
+    """Returns a key of rank_pattern that matches this module alone."""
     return "^" + name.replace(".", r"\.")
 
 
 def _number(value: float) -> float | int:
-    """Alpha as PEFT writes it: an integer where it is one (fp32's rounding aside)."""
+    """Returns alpha as PEFT writes it: an integer if it is one (fp32's rounding aside)."""
     nearest = round(value)
     return nearest if abs(value - nearest) <= 1e-5 * max(1.0, abs(value)) else value

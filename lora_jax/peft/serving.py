@@ -1,9 +1,9 @@
-"""What a serving engine would refuse of an adapter, or run without a word as something else.
+"""A serving engine's problems with an adapter: refused, or run without a word as another.
 
 The engine in mind is vLLM, whose loader reads adapter_config.json (``PEFTHelper``) and the names of
 the tensors. It knows few of PEFT's fields and ignores all others, so a field that it does not know
-is a problem just like one that it refuses. Whether it has adapters at all for a model's
-architecture, or for mixtures of experts, depends on its version and is not looked into.
+is a problem just like one that it refuses. Its support of a model's architecture, or of mixtures of
+experts, depends on its version and is not looked into.
 """
 
 import os
@@ -27,14 +27,18 @@ _BY_PEFT = "merge it into the base by PEFT (merge_and_unload)"
 def serving_problems(
     folder: str | os.PathLike[str], *, adapter: str | None = None, max_rank: int = MAX_RANK
 ) -> list[str]:
-    """What a serving engine would refuse or mistake of a PEFT adapter: a line each, with a remedy.
+    """Lists a serving engine's problems with a PEFT adapter: a line each, with a remedy.
 
     Args:
       folder: a local folder, or a hub name; see `load`.
-      adapter: of several adapters in one folder, the one in the subfolder of this name.
+      adapter: the subfolder of one adapter, if the folder holds several.
       max_rank: the engine's limit, vLLM's ``--max-lora-rank``.
 
-    Returns [] where there is nothing. Raises PeftError where the folder cannot be read.
+    Returns:
+      The lines; [] for an adapter without a problem.
+
+    Raises:
+      PeftError: if the folder cannot be read.
     """
     found = adapter_folder(folder, adapter)
     fields, _ = fields_of(found / CONFIG_FILE)
@@ -46,7 +50,13 @@ def serving_problems(
 def problems_of(
     fields: Mapping[str, Any], tensors: Mapping[str, Any], *, max_rank: int = MAX_RANK
 ) -> list[str]:
-    """The same of adapter_config.json's fields and the tensors by name, of which shapes count."""
+    """Lists the problems as `serving_problems` does, from parsed fields and tensors by name.
+
+    Args:
+      fields: parsed from adapter_config.json.
+      tensors: key -> tensor; only shapes count.
+      max_rank: the engine's limit.
+    """
     ranks = _ranks(tensors)
     found = [
         *_of_kind(fields),
@@ -59,7 +69,7 @@ def problems_of(
 
 
 def _ranks(tensors: Mapping[str, Any]) -> dict[str, int]:
-    """r by the name of the module."""
+    """Returns r by the name of the module."""
     ranks = {}
     for key, tensor in tensors.items():
         for end in (".lora_A.weight", ".lora_embedding_A"):
@@ -69,7 +79,7 @@ def _ranks(tensors: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _of_kind(fields: Mapping[str, Any]) -> list[str]:
-    """What computes something else than W + s·BA."""
+    """Lists fields that make something else of the adapter than W + s·BA."""
     found = []
     if fields.get("use_dora"):
         found.append(f"use_dora: DoRA is refused; {_MERGE}")
@@ -88,7 +98,7 @@ def _of_kind(fields: Mapping[str, Any]) -> list[str]:
 
 
 def _of_start(fields: Mapping[str, Any]) -> list[str]:
-    """Adapters for a base from which PEFT takes something out at each load."""
+    """Lists initialisers for which PEFT changes the base at each load."""
     init = str(fields.get("init_lora_weights")).lower()
     why = f"init_lora_weights={init}: PEFT changes the base at each load, and engines do not"
     if init.startswith(("pissa", "olora")):
@@ -114,7 +124,7 @@ def _of_what_else_trains(fields: Mapping[str, Any], tensors: Mapping[str, Any]) 
 
 
 def _of_tables(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
-    """Adapted embeddings: vLLM has them for embed_tokens (and a head called lm_head).
+    """Lists adapted embeddings: vLLM has them for embed_tokens (and a head called lm_head).
 
     (PEFT saves these tables' own weights beside, a file that older versions of vLLM refuse.)
     """

@@ -88,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peft", action="store_true", help="time PEFT on torch as well")
     arguments = parser.parse_args()
+    models.fetch(MODEL)
     model, params = models.from_pretrained(MODEL)
     tokens = np.random.default_rng(0).integers(0, 49152, (BATCH, SEQ))
     ids = jnp.asarray(tokens, jnp.int32)

@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="these variants")
     arguments = parser.parse_args()
+    models.fetch(MODEL)
     model, params = models.from_pretrained(MODEL)
     tokens = np.random.default_rng(0).integers(0, 49152, (BATCH, SEQ))
     ids = jnp.asarray(tokens, jnp.int32)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora_jax.models import Decoder, RopeScaling, init_cache, key_table
-from lora_jax.models.placement import Placement
+from lora_jax.models.layers.placement import Placement
 from tests.models import tiny
 
 WINDOWED = "qwen2 with some windows"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora_jax.models import GPT2, ConfigError, Encoder, EncoderConfig, key_table, read_config
-from lora_jax.models.placement import Placement
+from lora_jax.models.layers.placement import Placement
 from tests.models import tiny, tiny_encoders
 
 CASES = [(case, head) for case in tiny_encoders.ENCODERS for head in tiny_encoders.HEADS]

@@ -1,14 +1,24 @@
-"""What importing the models costs, and what they may know."""
+"""What importing the models costs, and what they and the files' readers may know."""
 
 import ast
 import subprocess
 import sys
 from pathlib import Path
 
-from lora_jax import models
+import pytest
 
-FILES = sorted(Path(models.__file__).parent.glob("*.py"))
+from lora_jax import hf, models
+
 OPTIONAL = {"transformers", "tokenizers", "datasets", "torch", "huggingface_hub", "gguf"}
+# What the files of a folder may import, of this package: the folders below it, and itself.
+BELOW = {
+    "hf": ("hf", "folders"),
+    "models/layers": ("models.layers",),
+    "models/decoder": ("hf", "models.layers", "models.decoder"),
+    "models/encoder": ("hf", "models.layers", "models.encoder"),
+    "models/gpt2": ("hf", "models.layers", "models.gpt2"),
+    "models": ("hf", "models"),
+}
 
 
 def test_optional_packages_are_imported_when_needed() -> None:
@@ -19,15 +29,20 @@ def test_optional_packages_are_imported_when_needed() -> None:
     assert result.stdout.split() == []
 
 
-def test_models_know_nothing_of_lora() -> None:
+@pytest.mark.parametrize("folder", BELOW)
+def test_imports_go_downward_and_models_know_nothing_of_lora(folder: str) -> None:
     imported = set()
-    for path in FILES:
+    files = sorted((Path(models.__file__).parents[1] / folder).glob("*.py"))
+    assert len(files) >= 4 and Path(hf.__file__).parents[1] == Path(models.__file__).parents[1]
+    for path in files:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module:
                 imported.add(node.module)
             elif isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}
     ours = {name for name in imported if name.split(".")[0] == "lora_jax"}
-    assert len(ours) > 5
-    below = {"lora_jax.folders"}
-    assert all(name.startswith("lora_jax.models") for name in ours - below)
+    allowed = tuple(f"lora_jax.{name}" for name in BELOW[folder])
+    beyond = {
+        n for n in ours if n not in allowed and not n.startswith(tuple(f"{a}." for a in allowed))
+    }
+    assert ours and not beyond

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lora_jax.hf.bundled import MINILM
 from lora_jax.models import from_pretrained, load_tokenizer
-from lora_jax.models.bundled import MINILM
 from tests.models import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.parity]

@@ -10,8 +10,8 @@ import pytest
 from jax import lax
 
 from lora_jax.models import DecoderConfig
-from lora_jax.models.activations import ACTIVATION
-from lora_jax.models.moe import SparseMLP, _blocks, route
+from lora_jax.models.decoder.moe import SparseMLP, _blocks, route
+from lora_jax.models.layers.activations import ACTIVATION
 from tests.models import tiny
 from train.hlo import work_of
 

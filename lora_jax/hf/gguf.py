@@ -1,0 +1,127 @@
+"""GGUF files: quantised tensors to fp32, under Hugging Face's names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.format import Formats
+from lora_jax.hf.keys import WeightsError, convert
+
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+class GGUFFile:
+    """A GGUF file of architecture llama, qwen2 or qwen3; ``read`` dequantises to fp32.
+
+    Args:
+      path: the file.
+      formats: the formats of all families.
+
+    Attributes:
+      metadata: the file's key-value pairs.
+
+    Raises:
+      ConfigError: for another architecture or an option that is not supported, by name.
+      WeightsError: if the file is damaged or cut short.
+    """
+
+    def __init__(self, path: Path, formats: Formats):
+        self.where = str(path)
+        self._gguf, reader = open_gguf(path)
+        self.metadata = {name: field.contents() for name, field in reader.fields.items()}
+        self._tensors = {_hf_name(t.name): t for t in reader.tensors}
+        self.shapes = {
+            name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()
+        }
+        self.dtypes = dict.fromkeys(self.shapes, "F32")  # as they are read
+        try:
+            self.config = formats.from_gguf(self.metadata, self.shapes)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        self.format = formats.of(self.config.model_type)
+
+    def read(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name]
+        try:
+            array = self._gguf.dequantize(tensor.data, tensor.tensor_type)
+        except (ValueError, NotImplementedError) as error:
+            raise WeightsError(f"{self.where}: cannot read {tensor.name}: {error}") from None
+        array = np.asarray(array, np.float32).reshape(self.shapes[name])
+        if self.config.model_type == "llama":
+            if ".q_proj." in name:
+                return _unpermute(array, self.config.num_attention_heads)
+            if ".k_proj." in name:
+                return _unpermute(array, self.config.num_key_value_heads)
+        return array
+
+    def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
+        convert(self.read(name)[index], out, f"{self.where}: {name}")
+
+    def locate(self, name: str) -> str:
+        return self.where
+
+
+def open_gguf(path: Path) -> tuple[Any, Any]:
+    """Opens a GGUF file.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The module gguf, and its reader of the file.
+
+    Raises:
+      ImportError: if the gguf package is not installed.
+      WeightsError: if the file is damaged or cut short.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise ImportError("reading a GGUF file needs the package gguf: pip install gguf") from None
+    try:
+        return gguf, gguf.GGUFReader(path)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the reader raises whatever its cursor runs into
+        raise WeightsError(f"{path} is damaged or cut short: {error}") from None
+
+
+def _hf_name(name: str) -> str:
+    """Returns Hugging Face's name; an unknown name stays as it is, and is refused later."""
+    if name in _TOP:
+        return _TOP[name]
+    parts = name.split(".")
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _BLOCK:
+        return f"model.layers.{parts[1]}.{_BLOCK[parts[2]]}.{parts[3]}"
+    return name
+
+
+def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
+    """Returns the rows of q or k in Hugging Face's order.
+
+    GGUF's llama rotates neighbouring rows (0, 1), Hugging Face row i with i + head_dim/2.
+    """
+    pairs = array.reshape(heads, -1, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)

@@ -1,0 +1,220 @@
+"""From a name or a path to local files: the hub, its cache, or a model that a package carries."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_jax.hf.bundled import BUNDLES
+
+_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab.*"]
+_PROBE_SECONDS = 10.0
+
+
+class ModelNotFound(OSError):
+    """A model that is not on this machine, and that the hub does not give."""
+
+
+class Found(NamedTuple):
+    """A local folder or GGUF file, and a line for the user where it is not what was asked for."""
+
+    path: Path
+    note: str | None = None
+
+
+def resolve(name_or_path: str | Path) -> Found:
+    """Finds a model's files, and downloads them from the hub if need be.
+
+    A hub name that is complete in the local Hugging Face cache is used as it is. Otherwise the hub
+    is asked, unless HF_HUB_OFFLINE is set; a hub that does not answer within ten seconds counts as
+    absent. Of the models in ``bundled.BUNDLES``, a package's copy in the cache comes before the
+    hub, so that runs agree. No package is downloaded here: ``fetch.fetch`` does that.
+
+    Args:
+      name_or_path: a folder, a GGUF file, or a hub name such as "owner/model".
+
+    Returns:
+      The folder or the GGUF file.
+
+    Raises:
+      ModelNotFound: says what was tried, and what to do.
+    """
+    found = look_up(name_or_path)
+    if isinstance(found, Found):
+        return found
+    name = str(name_or_path)
+    if bundle := BUNDLES.get(name):
+        raise ModelNotFound(
+            f"{name} cannot be downloaded from the hub ({found}). Fetch {bundle.what}, once, from "
+            f"the package {bundle.package.requirement} ({bundle.package.size}):\n"
+            f'  - in Python: lora_jax.models.fetch("{name}")\n'
+            f"  - in a shell: python -m lora_jax.hf.fetch {name}\n"
+            "or give the path of a folder that holds config.json, the tokenizer's files and "
+            "model.safetensors"
+        )
+    raise not_on_hub(name, found)
+
+
+def look_up(name_or_path: str | Path) -> Found | str:
+    """Finds a model's files as ``resolve`` does, and returns the reason where there are none.
+
+    Args:
+      name_or_path: a folder, a GGUF file, or a hub name.
+
+    Returns:
+      The folder or the GGUF file; else one line that says why the hub cannot give it.
+
+    Raises:
+      ModelNotFound: if the name is neither a path here nor a hub name.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return Found(path)
+    name = _hub_name(name_or_path)
+    if (cached := _complete(_download(name, local_only=True))) is not None:
+        return Found(cached)
+    bundle = BUNDLES.get(name)
+    if bundle and bundle.package.cached():
+        return Found(bundle.path, bundle.note)
+    if problem := probe(name):
+        return problem
+    got = _download(name, local_only=False)
+    return got if isinstance(got, str) else Found(got)
+
+
+def not_on_hub(name: str, problem: str) -> ModelNotFound:
+    """Returns the error for a name that only the hub could have; it says what to do instead."""
+    return ModelNotFound(
+        f"{name} cannot be fetched from the hub ({problem}). Without it, give the path of a "
+        "folder that holds config.json, the tokenizer's files and model.safetensors (or its "
+        "shards and their index), or of a GGUF file."
+    )
+
+
+def resolve_config(name_or_path: str | Path) -> Path:
+    """Finds a model's configuration; from the hub, downloads that file alone.
+
+    Args:
+      name_or_path: a config.json, a folder with one, a GGUF file, or a hub name.
+
+    Returns:
+      A config.json, or a GGUF file.
+
+    Raises:
+      ModelNotFound: if neither the hub nor its cache has it, nor a package's copy.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return path / "config.json" if path.is_dir() else path
+    name = _hub_name(name_or_path)
+    if name in BUNDLES:  # small, and perhaps a package's copy
+        return resolve_config(resolve(name).path)
+    return snapshot(name, ["config.json"], needed="config.json") / "config.json"
+
+
+def _hub_name(name_or_path: str | Path) -> str:
+    """Returns a name of the form owner/model; raises ModelNotFound for any other."""
+    name = str(name_or_path)
+    is_path = name.startswith((".", "/", "~")) or name.endswith((".gguf", ".json"))
+    if name.count("/") != 1 or is_path:
+        raise ModelNotFound(f"{name} is neither a file or folder here nor a hub name (owner/model)")
+    return name
+
+
+def snapshot(name: str, patterns: list[str], needed: str = "*.safetensors") -> Path:
+    """Finds the files of a hub name that match patterns: in the local cache, or on the hub.
+
+    Args:
+      name: a hub name.
+      patterns: glob patterns of the files to download.
+      needed: the pattern of a file without which the cache does not count.
+
+    Returns:
+      The snapshot's folder.
+
+    Raises:
+      ModelNotFound: if neither has them.
+    """
+    cached = _download(name, local_only=True, patterns=patterns)
+    if isinstance(cached, Path) and any(cached.rglob(needed)):
+        return cached
+    problem = probe(name)
+    if problem is None:
+        got = _download(name, local_only=False, patterns=patterns)
+        if isinstance(got, Path):
+            return got
+        problem = got
+    raise ModelNotFound(f"{name} cannot be fetched from the hub ({problem}); give a folder instead")
+
+
+def probe(name: str, seconds: float = _PROBE_SECONDS) -> str | None:
+    """Asks the hub for a model.
+
+    A thread of its own asks, since a look-up of the host's name may hang for longer than any
+    timeout of HTTP.
+
+    Args:
+      name: a hub name.
+      seconds: the time limit.
+
+    Returns:
+      None if the hub answers in time; else the reason, in one line.
+    """
+    hub = _huggingface_hub()
+    if hub.constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    answers: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            hub.HfApi().model_info(name, timeout=seconds)
+            answers.append(None)
+        except Exception as error:
+            answers.append(_first_line(error))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else f"no answer within {seconds:g} seconds"
+
+
+def _download(name: str, *, local_only: bool, patterns: list[str] | None = None) -> Path | str:
+    """Returns the snapshot's folder, or the reason why there is none."""
+    hub = _huggingface_hub()
+    try:
+        return Path(
+            hub.snapshot_download(
+                name, allow_patterns=patterns or _FILES, local_files_only=local_only
+            )
+        )
+    except Exception as error:
+        return _first_line(error)
+
+
+def _complete(folder: Path | str) -> Path | None:
+    """Returns the folder if it has a configuration and all weights: a cache may hold a part."""
+    if isinstance(folder, str) or not (folder / "config.json").exists():
+        return None
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return folder if (folder / "model.safetensors").exists() else None
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return folder if all((folder / shard).exists() for shard in shards) else None
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _huggingface_hub() -> Any:
+    try:
+        import huggingface_hub
+        import huggingface_hub.constants
+    except ImportError:
+        raise ImportError(
+            "a hub name needs the package huggingface_hub: pip install huggingface_hub"
+        ) from None
+    return huggingface_hub

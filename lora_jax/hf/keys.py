@@ -1,0 +1,279 @@
+"""Two-way key tables: Hugging Face's tensor names and layouts, and ours.
+
+A table is a list of rows, one for each parameter, made from a configuration alone (see
+``families.key_table``). Reading and writing both follow it, and ``check`` holds a file against it:
+nothing may be missing, left over, or of another shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+# "pooler" is the dense layer behind BERT's, "transform" that inside a masked language model's head;
+# "head" turns hidden states into logits of tokens, "classifier" into logits of classes.
+Role = Literal[
+    "embedding",
+    "attention",
+    "mlp",
+    "experts",
+    "router",
+    "norm",
+    "pooler",
+    "transform",
+    "head",
+    "classifier",
+]
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be read, or do not fit the model."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One parameter, as both sides store it.
+
+    Attributes:
+      path: ours, "/"-joined: ``model/layers/mlp/up_proj/kernel``.
+      hf: Hugging Face's name, with a ``{}`` for each axis of the stack: the layer's number and
+        the expert's.
+      shape: ours, of one member of the stack: [in, out] for a kernel.
+      stack: the sizes of the axes in front: (layers,), (layers, experts), or ().
+      transpose: True if Hugging Face stores [out, in].
+      aliases: other names under which a file may hold this very tensor (a tied head).
+      part: the name of the optional part that the parameter belongs to, such as "classifier": one
+        that a file lacks as a whole is freshly initialised.
+      role: the part of the model, the same for a kernel and its bias; None in a table that does
+        not say it.
+    """
+
+    path: str
+    hf: str
+    shape: tuple[int, ...]
+    stack: tuple[int, ...] = ()
+    transpose: bool = False
+    aliases: tuple[str, ...] = ()
+    part: str | None = None
+    role: Role | None = None
+
+    @property
+    def members(self) -> list[tuple[int, ...]]:
+        """The index of each tensor in the stack; the empty index where there is no stack."""
+        return list(itertools.product(*map(range, self.stack)))
+
+    @property
+    def hf_names(self) -> list[str]:
+        """Hugging Face's names, in the order of ``members``."""
+        return [self.hf.format(*index) for index in self.members]
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """The shape of each of Hugging Face's tensors."""
+        return self.shape[::-1] if self.transpose else self.shape
+
+    @property
+    def stacked_shape(self) -> tuple[int, ...]:
+        """Our shape, with the axes of the stack in front."""
+        return (*self.stack, *self.shape)
+
+    def hf_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Returns an index of our shape, without the stack, as one of Hugging Face's shape."""
+        return index[::-1] if self.transpose else index
+
+
+class Part(NamedTuple):
+    """A tensor that a file holds within another one."""
+
+    name: str  # in the file
+    at: tuple[int | slice, ...]
+
+    def shape_of(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the part's shape, given the shape of the tensor that holds it."""
+        cut = zip(self.at, whole, strict=False)
+        sliced = [len(range(*i.indices(size))) for i, size in cut if isinstance(i, slice)]
+        return (*sliced, *whole[len(self.at) :])
+
+    def inside(self, index: tuple[slice, ...]) -> tuple[int | slice, ...]:
+        """Returns a slice of the part as a slice of the tensor that holds it."""
+        asked = iter(index)
+        there: list[int | slice] = []
+        for cut in self.at:
+            if isinstance(cut, slice):
+                wanted = next(asked)
+                first = (cut.start or 0) + (wanted.start or 0)
+                stop = cut.stop if wanted.stop is None else (cut.start or 0) + wanted.stop
+                there.append(slice(first, stop))
+            else:
+                there.append(cut)
+        return (*there, *asked)
+
+
+# Buffers that follow from the configuration: files may hold them, and no table does.
+_DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias)")
+
+
+def absent_parts(shapes: Mapping[str, Any], table: Sequence[Row]) -> list[str]:
+    """Returns the optional parts of which a file holds nothing at all, in the table's order."""
+    held = {row.part for row in table if any(name in shapes for name in row.hf_names)}
+    return list(dict.fromkeys(row.part for row in table if row.part and row.part not in held))
+
+
+def check(
+    shapes: Mapping[str, tuple[int, ...]],
+    table: Sequence[Row],
+    where: str,
+    ignored: re.Pattern[str] | None = None,
+) -> None:
+    """Compares a file's tensors with the table.
+
+    Args:
+      shapes: Hugging Face's name -> shape, for all tensors in the file or folder.
+      table: the model's, without the parts that the file need not hold.
+      where: the file or folder, for the message.
+      ignored: tensors of other heads than the table's, which a file may hold.
+
+    Raises:
+      WeightsError: one error that lists every missing, unexpected and misshaped tensor.
+    """
+    expected = {name: row.hf_shape for row in table for name in row.hf_names}
+    allowed = {alias for row in table for alias in row.aliases}
+    missing = [f"missing {name} {list(expected[name])}" for name in expected if name not in shapes]
+    unexpected = [
+        f"unexpected {name} {list(shapes[name])}"
+        for name in shapes
+        if name not in expected
+        and name not in allowed
+        and not _DERIVED.fullmatch(name)
+        and not (ignored and ignored.fullmatch(name))
+    ]
+    misshaped = [
+        f"{name} is {list(shapes[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in shapes and tuple(shapes[name]) != shape
+    ]
+    if problems := missing + unexpected + misshaped:
+        raise WeightsError(
+            f"{where} does not fit the model's configuration: {len(missing)} missing, "
+            f"{len(unexpected)} unexpected, {len(misshaped)} misshaped\n  " + "\n  ".join(problems)
+        )
+
+
+def convert(values: np.ndarray, out: np.ndarray, where: str) -> None:
+    """Writes values into ``out``, in its dtype.
+
+    Raises:
+      WeightsError: for a value beyond the range of fp16, which would become an infinity.
+    """
+    with np.errstate(over="ignore"):
+        out[...] = values
+    if out.dtype == np.float16 != values.dtype:
+        if np.count_nonzero(np.isinf(out)) != np.count_nonzero(np.isinf(values)):
+            raise WeightsError(
+                f"{where} has values beyond the range of float16 (65504); choose bfloat16"
+            )
+
+
+def nested(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns "/"-joined paths and their values as a nested dict."""
+    tree: dict[str, Any] = {}
+    for path, value in leaves:
+        *parents, leaf = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def checked_leaves(params: Mapping[str, Any], table: Sequence[Row]) -> dict[str, Any]:
+    """Returns the arrays of a parameter tree, by path.
+
+    Raises:
+      WeightsError: one error that lists every parameter that is missing, unexpected, misshaped, or
+        no array that this process holds.
+    """
+    leaves = dict(_leaves(params))
+    expected = {row.path: row.stacked_shape for row in table}
+    problems = [f"missing {path}" for path in expected if path not in leaves]
+    problems += [f"unexpected {path}" for path in leaves if path not in expected]
+    problems += [
+        f"{path} {problem}"
+        for path, shape in expected.items()
+        if path in leaves and (problem := _problem(leaves[path], shape))
+    ]
+    if problems:
+        raise WeightsError(
+            "the parameter tree does not fit its configuration\n  " + "\n  ".join(problems)
+        )
+    return leaves
+
+
+def _problem(leaf: Any, shape: tuple[int, ...]) -> str | None:
+    if not isinstance(leaf, np.ndarray | jax.Array):
+        return (
+            f"is a {type(leaf).__name__}, not an array (an adapted tree has to be merged first: "
+            "lora_jax.merge(params))"
+        )
+    if np.shape(leaf) != shape:
+        return f"is {list(np.shape(leaf))}, expected {list(shape)}"
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return (
+            "lies partly on devices of other processes; gather it first "
+            "(jax.experimental.multihost_utils.process_allgather)"
+        )
+    return None
+
+
+def hf_tensors(params: Mapping[str, Any], table: Sequence[Row]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields Hugging Face's tensors of a parameter tree, one at a time.
+
+    Args:
+      params: the tree, with every parameter of the table and nothing else, sharded or not.
+      table: the model's.
+
+    Yields:
+      (name, array): contiguous, in Hugging Face's layout and the parameter's dtype.
+
+    Raises:
+      WeightsError: see ``checked_leaves``.
+    """
+    leaves = checked_leaves(params, table)
+    for row in table:
+        leaf = leaves[row.path]
+        for index, name in zip(row.members, row.hf_names, strict=True):
+            array = _member(leaf, index)
+            yield name, np.ascontiguousarray(array.T if row.transpose else array)
+
+
+def _member(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
+    """Returns leaf[index] on the host, and copies nothing else of the leaf.
+
+    Shard by shard: indexing the array itself is refused where its mesh has explicit axes, and
+    turning the whole into numpy's would keep that copy as long as the array lives.
+    """
+    if isinstance(leaf, np.ndarray):
+        return leaf[index] if index else leaf
+    n = len(index)
+    out = np.empty(leaf.shape[n:], leaf.dtype)
+    for shard in leaf.addressable_shards:
+        ranges = [s.indices(size) for s, size in zip(shard.index, leaf.shape, strict=True)]
+        inside = all(low <= i < high for i, (low, high, _) in zip(index, ranges, strict=False))
+        if inside and shard.replica_id == 0:
+            local = tuple(i - low for i, (low, _, _) in zip(index, ranges, strict=False))
+            out[shard.index[n:]] = np.asarray(shard.data[local] if n else shard.data)
+    return out
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,174 @@
+"""Weights from a file or a folder into a plain parameter tree."""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.format import Formats
+from lora_jax.hf.gguf import GGUFFile
+from lora_jax.hf.keys import Row, WeightsError, absent_parts, check, nested
+from lora_jax.hf.sources import FLOATS, Renamed, SafetensorsFolder, Source
+
+ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
+
+
+def open_source(path: Path, formats: Formats, **options: Any) -> Source:
+    """Opens a folder or a GGUF file. Reads its configuration and headers only.
+
+    Args:
+      path: a folder with config.json and safetensors, or a GGUF file.
+      formats: the formats of all families.
+      **options: see ``Formats.read_config``.
+
+    Returns:
+      The source of the model's configuration and tensors.
+
+    Raises:
+      ConfigError: for a model or an option that is not supported, by name.
+      WeightsError: for a file that is missing, damaged or cut short.
+    """
+    if path.is_dir():
+        return SafetensorsFolder(path, formats, **options)
+    if options:
+        raise ConfigError(f"{path}: a model in a GGUF file has no option {', '.join(options)}")
+    return GGUFFile(path, formats)
+
+
+def load_params(
+    source: Source,
+    param_dtype: Any = jnp.float32,
+    sharding: ShardingOf | None = None,
+    key: jax.Array | None = None,
+) -> dict[str, Any]:
+    """Reads the parameter tree of a source, one parameter at a time.
+
+    Args:
+      source: an open folder or file.
+      param_dtype: the dtype of the parameters.
+      sharding: (path, shape) -> the sharding of that parameter; None for the default device.
+      key: random key for freshly initialised heads; see ``models.from_pretrained``.
+
+    Returns:
+      A plain nested dict.
+
+    Raises:
+      WeightsError: for tensors that cannot be read or do not fit; one error lists all of them.
+    """
+    table = source.format.table(source.config)
+    view = Renamed(source, _file_names(source, table))
+    absent = absent_parts(view.shapes, table)
+    held = [row for row in table if row.part not in absent]
+    check(view.shapes, held, view.where, view.format.ignored)
+    _check_dtypes(view, held)
+    _check_aliases(view, held)
+    if absent:
+        print(f"{view.where} holds no {', '.join(absent)}: freshly initialised", file=sys.stderr)
+    key = jax.random.key(0) if key is None else key
+
+    def read(row: Row) -> jax.Array:
+        place = None if sharding is None else sharding(row.path, row.stacked_shape)
+        if row.part in absent:
+            fresh = _fresh(row, view.config.initializer_range, key)
+            return jax.device_put(fresh.astype(param_dtype), place)
+        return _placed(view, row, np.dtype(param_dtype), place)
+
+    return nested((row.path, read(row)) for row in table)
+
+
+def _file_names(source: Source, table: list[Row]) -> dict[str, str]:
+    """Returns the table's name of each tensor in the file -> the file's own name of it."""
+    rename = source.format.name
+    names: dict[str, str] = {}
+    for held in source.shapes:
+        name = rename(held, source.config)
+        if name in names:
+            raise WeightsError(f"{source.where} holds both {names[name]} and {held}")
+        names[name] = held
+    for row in table:
+        for alias in row.aliases:
+            if row.hf not in names and alias in names:
+                names[row.hf] = names[alias]
+    return names
+
+
+def _fresh(row: Row, std: float, key: jax.Array) -> jax.Array:
+    """Draws a parameter as transformers does: kernels from N(0, std²), biases 0, scales 1."""
+    leaf = row.path.rsplit("/", 1)[-1]
+    if leaf == "kernel":
+        own = jax.random.fold_in(key, zlib.crc32(row.path.encode()))
+        return std * jax.random.normal(own, row.stacked_shape, jnp.float32)
+    return jnp.full(row.stacked_shape, 1.0 if leaf == "scale" else 0.0, jnp.float32)
+
+
+def _placed(
+    source: Source, row: Row, dtype: np.dtype, place: jax.sharding.Sharding | None
+) -> jax.Array:
+    """Reads a parameter onto its devices. Each part is read once, and freed before the next."""
+    shape = row.stacked_shape
+    if place is None:
+        whole = tuple(range(size) for size in shape)
+        return jax.block_until_ready(jax.device_put(_part(source, row, whole, dtype)))
+    try:
+        indices = place.addressable_devices_indices_map(shape)
+    except ValueError as error:
+        raise ValueError(f"{row.path} {list(shape)} cannot be placed: {error}") from None
+    devices: dict[tuple[range, ...], list[jax.Device]] = {}
+    for device, slices in indices.items():
+        box = tuple(range(size)[part] for part, size in zip(slices or (), shape, strict=True))
+        devices.setdefault(box, []).append(device)
+    arrays: list[jax.Array] = []
+    for box, holders in devices.items():
+        part = _part(source, row, box, dtype)
+        targets = [SingleDeviceSharding(d, memory_kind=place.memory_kind) for d in holders]
+        arrays += jax.block_until_ready([jax.device_put(part, target) for target in targets])
+    return jax.make_array_from_single_device_arrays(shape, place, arrays, dtype=dtype)
+
+
+def _part(source: Source, row: Row, box: tuple[range, ...], dtype: np.dtype) -> np.ndarray:
+    """Reads a box of the parameter: one range for each axis."""
+    n = len(row.stack)
+    out = np.empty([len(axis) for axis in box], dtype)
+    within = tuple(slice(axis.start, axis.stop) for axis in box[n:])
+    for member, name in zip(row.members, row.hf_names, strict=True):
+        if all(i in axis for i, axis in zip(member, box, strict=False)):
+            local = (i - axis.start for i, axis in zip(member, box, strict=False))
+            at: tuple[Any, ...] = (*local, ...)
+            view = out[at]
+            source.read_into(view.T if row.transpose else view, name, row.hf_index(within))
+    return out
+
+
+def _check_dtypes(source: Source, table: list[Row]) -> None:
+    names = [name for row in table for name in (*row.hf_names, *row.aliases)]
+    problems = [
+        f"{name} is {source.dtypes[name]} ({source.locate(name)})"
+        for name in names
+        if source.dtypes.get(name, "F32") not in FLOATS
+    ]
+    if problems:
+        raise WeightsError(
+            f"{source.where}: weights have to be {', '.join(FLOATS)}\n  " + "\n  ".join(problems)
+        )
+
+
+def _check_aliases(source: Renamed, table: list[Row]) -> None:
+    """Raises if a file holds another tensor in the place of a repeated one (a tied head)."""
+    for row in table:
+        for alias in row.aliases:
+            if source.names.get(alias) in (None, source.names[row.hf]):
+                continue
+            if not np.array_equal(source.read(alias), source.read(row.hf), equal_nan=True):
+                raise WeightsError(
+                    f"{source.where}: {alias} differs from {row.hf}, but the configuration ties "
+                    "them (tie_word_embeddings)"
+                )

@@ -1,0 +1,208 @@
+"""A parameter tree as a folder that transformers and ``from_pretrained`` read."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from lora_jax.folders import partial_of, put_in_place
+from lora_jax.hf.format import Config
+from lora_jax.hf.hub import resolve
+from lora_jax.hf.keys import Row, WeightsError, checked_leaves, convert, hf_tensors
+from lora_jax.hf.tokenizer import load_tokenizer
+
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "merges.txt",
+    "vocab.*",
+    "*.model",
+)
+
+
+def save_model(
+    folder: str | os.PathLike[str],
+    config: Config,
+    table: Sequence[Row],
+    params: Mapping[str, Any],
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int = 5_000_000_000,
+    dtype: Any = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model's folder, whole or not at all; see ``models.save_pretrained``.
+
+    Args:
+      folder: created; its parents too.
+      config: the model's, written as config.json.
+      table: the model's key table.
+      params: the parameter tree.
+      tokenizer, max_shard_size, dtype, overwrite: see ``models.save_pretrained``.
+
+    Raises:
+      FileExistsError: if the folder exists; with ``overwrite``, if it is no model's folder.
+      WeightsError: if the tree does not fit the table (one error lists all), is not merged, or has
+        values that fp16 cannot hold.
+    """
+    folder = Path(folder).absolute()
+    _check_target(folder, overwrite)
+    dtypes = _file_dtypes(checked_leaves(params, table), dtype)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_of(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        _write_weights(partial, params, table, dtypes, max_shard_size)
+        main_dtype = _main_dtype(table, dtypes)
+        _write_json(partial / "config.json", {**config.to_hf(), "dtype": main_dtype})
+        if tokenizer is not None:
+            _write_tokenizer(partial, tokenizer)
+        put_in_place(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{folder} exists; name another folder, or give overwrite=True to replace it"
+        )
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists()):
+        raise FileExistsError(
+            f"{folder} holds no config.json, so it is no model's folder, and overwrite=True would "
+            "delete what is there; name another folder"
+        )
+
+
+def _file_dtypes(leaves: Mapping[str, Any], dtype: Any) -> dict[str, np.dtype]:
+    """Returns path -> dtype in the file."""
+    asked = {
+        path: jnp.dtype(leaf.dtype if dtype is None else dtype) for path, leaf in leaves.items()
+    }
+    wrong = [f"{path}: {got.name}" for path, got in asked.items() if got.name not in _DTYPES]
+    if wrong:
+        raise WeightsError(
+            f"weights are saved as {', '.join(_DTYPES)}, and not as\n  " + "\n  ".join(wrong)
+        )
+    return asked
+
+
+def _main_dtype(table: Sequence[Row], dtypes: Mapping[str, np.dtype]) -> str:
+    """Returns the dtype that most of the parameters have."""
+    sizes: Counter[str] = Counter()
+    for row in table:
+        sizes[dtypes[row.path].name] += math.prod(row.stacked_shape)
+    return sizes.most_common(1)[0][0]
+
+
+def _write_weights(
+    folder: Path,
+    params: Mapping[str, Any],
+    table: Sequence[Row],
+    dtypes: Mapping[str, np.dtype],
+    max_shard_size: int,
+) -> None:
+    out = {name: dtypes[row.path] for row in table for name in row.hf_names}
+    sizes = {
+        name: math.prod(row.shape) * out[name].itemsize for row in table for name in row.hf_names
+    }
+    shards = _shards(sizes, max_shard_size)
+    tensors = hf_tensors(params, table)
+    weight_map = {}
+    for i, names in enumerate(shards, 1):
+        many = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        path = folder / ("model.safetensors" if len(shards) == 1 else many)
+        shard = {}
+        for name, array in itertools.islice(tensors, len(names)):
+            shard[name] = _converted(array, out[name], name)
+        write_tensors(path, shard)
+        weight_map.update(dict.fromkeys(names, path.name))
+    if len(shards) > 1:
+        total = sum(math.prod(row.stacked_shape) for row in table)
+        metadata = {"total_parameters": total, "total_size": sum(sizes.values())}
+        index = {"metadata": metadata, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file, marked as PyTorch's libraries mark theirs.
+
+    Args:
+      path: the file.
+      tensors: name -> array.
+
+    Raises:
+      OSError: if the file cannot be written.
+    """
+    path.touch()
+    mode = path.stat().st_mode  # by the umask; safetensors leaves files to their owner alone
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
+    path.chmod(mode)
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Splits names, in their order, where a file would grow beyond the limit."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
+
+
+def _converted(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    if array.dtype == dtype:
+        return array
+    out = np.empty(array.shape, dtype)
+    convert(array, out, name)
+    return out
+
+
+def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    if not isinstance(tokenizer, str | os.PathLike):
+        tokenizer.save_pretrained(folder)
+        return
+    source = resolve(Path(tokenizer)).path
+    if not source.is_dir():
+        load_tokenizer(source).save_pretrained(folder)
+        return
+    files = tokenizer_files(source)
+    if not files:
+        raise FileNotFoundError(f"{source} holds no tokenizer's files")
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Returns the tokenizer's files in a model's folder."""
+    return sorted({p for name in _TOKENIZER_FILES for p in folder.glob(name) if p.is_file()})
+
+
+def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

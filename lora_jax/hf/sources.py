@@ -1,0 +1,211 @@
+"""Sources of weights: a folder of safetensors or a GGUF file, read one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors asks for
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.format import Format, Formats
+from lora_jax.hf.keys import Part, WeightsError, convert
+
+# The dtypes of weights, by safetensors' names.
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+_BLOCK_BYTES = 16_000_000
+
+
+class Source(Protocol):
+    """A model's configuration and its tensors, under Hugging Face's names and in its layout.
+
+    Attributes:
+      where: the folder or file, for messages.
+      format: the family's.
+      config: the family's configuration.
+      shapes: name -> shape, of every tensor.
+      dtypes: name -> dtype as it is stored, by safetensors' names ("F32").
+    """
+
+    where: str
+    format: Format
+    config: Any
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads a tensor, as it is stored or in fp32."""
+        ...
+
+    def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
+        """Writes ``tensor[index]`` into ``out``, in its dtype."""
+        ...
+
+    def locate(self, name: str) -> str:
+        """Returns the file that holds a tensor."""
+        ...
+
+
+class SafetensorsFolder:
+    """A folder with config.json and model.safetensors, or shards and their index.
+
+    Only headers are read here. Tensors are read by file access, not through a map of the file:
+    mapped pages would count as this process's memory.
+
+    Args:
+      folder: the folder.
+      formats: the formats of all families.
+      **options: see ``Formats.read_config``.
+
+    Raises:
+      ConfigError: if config.json is missing or describes another model.
+      WeightsError: if a file is missing, truncated or damaged, or if the index and its shards
+        disagree; it names the file and the tensor.
+    """
+
+    def __init__(self, folder: Path, formats: Formats, **options: Any):
+        self.where = str(folder)
+        self.config = read_config_file(folder / "config.json", formats, **options)
+        self.format = formats.of(self.config.model_type)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self._paths: dict[str, Path] = {}
+        self._files: dict[Path, Any] = {}
+        listed = _weight_map(folder)
+        for path in sorted({folder / shard for shard in listed.values()}):
+            self._open(path)
+        for name, shard in listed.items():
+            if name and self._paths.get(name) != folder / shard:
+                raise WeightsError(f"{folder / _INDEX} puts {name} in {shard}, which lacks it")
+        self._parts = self.format.parts(self.config, self.shapes)
+        whole = dict(self.shapes)
+        for part in self._parts.values():
+            self.shapes.pop(part.name, None)
+        for name, part in self._parts.items():
+            self.shapes[name] = part.shape_of(whole[part.name])
+            self.dtypes[name], self._paths[name] = self.dtypes[part.name], self._paths[part.name]
+
+    def _open(self, path: Path) -> None:
+        try:
+            file = self._files[path] = safe_open(path, framework="np", backend="pread")
+            for name in file.keys():
+                if name in self._paths:
+                    raise WeightsError(f"{path} and {self._paths[name].name} both hold {name}")
+                self._paths[name] = path
+                self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                self.dtypes[name] = file.get_slice(name).get_dtype()
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{path} is damaged or cut short: {error}") from None
+
+    def read(self, name: str) -> np.ndarray:
+        return self._slice(name, tuple(slice(None) for _ in self.shapes[name]))
+
+    def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
+        # Block by block, so that there is never a second copy of a large tensor.
+        if not index:
+            return convert(self._slice(name, index), out, f"{self.locate(name)}: {name}")
+        row_bytes = out.itemsize * math.prod(out.shape[1:])
+        rows = max(1, _BLOCK_BYTES // max(1, row_bytes))
+        first, *rest = index
+        for at in range(0, out.shape[0], rows):
+            stop = min(at + rows, out.shape[0])
+            block = slice(first.start + at, first.start + stop)
+            values = self._slice(name, (block, *rest))
+            convert(values, out[at:stop], f"{self.locate(name)}: {name}")
+
+    def locate(self, name: str) -> str:
+        return str(self._paths[name])
+
+    def _slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        path, part = self._paths[name], self._parts.get(name, Part(name, ()))
+        try:
+            return self._files[path].get_slice(part.name)[part.inside(index)]
+        except (SafetensorError, OSError, TypeError, AttributeError) as error:
+            raise WeightsError(f"{path}: cannot read {name}: {error}") from None
+
+
+def read_config_file(path: Path, formats: Formats, **options: Any) -> Any:
+    """Reads the configuration in a config.json; see ``Formats.read_config``.
+
+    Raises:
+      ConfigError: names the file, and what is wrong with it.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing: a model folder holds config.json") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} holds a {type(fields).__name__}, not the fields of a model")
+    try:
+        return formats.read_config(fields, **options)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (TypeError, ValueError, ArithmeticError) as error:  # "24" in the place of 24, 0 heads
+        raise ConfigError(f"{path} has a field of the wrong kind: {error}") from error
+
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Returns the index, tensor -> file; without one, the single file under the name ""."""
+    index = folder / _INDEX
+    if not index.exists():
+        if not (folder / _SINGLE).exists():
+            raise WeightsError(f"{folder} holds neither {_SINGLE} nor {_INDEX}")
+        return {"": _SINGLE}
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = sorted(name for name in fields if names.count(name) > 1)
+            raise WeightsError(f"{index} lists more than once: {', '.join(twice)}")
+        return fields
+
+    try:
+        text = index.read_text(encoding="utf-8")
+        listed = json.loads(text, object_pairs_hook=unique)["weight_map"]
+        strange = [n for n, shard in listed.items() if Path(shard).name != shard or not shard]
+    except WeightsError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{index} cannot be read: {error!r}") from None
+    if strange:
+        raise WeightsError(f"{index} names no file of its folder for {', '.join(strange)}")
+    shards = sorted(set(listed.values()))
+    if missing := [shard for shard in shards if not (folder / shard).exists()]:
+        raise WeightsError(f"{folder} lacks shards that {_INDEX} lists: {', '.join(missing)}")
+    return listed
+
+
+class Renamed:
+    """A source's tensors under other names.
+
+    Attributes:
+      names: name here -> name in the source; a tensor may have several names.
+    """
+
+    def __init__(self, source: Source, names: Mapping[str, str]):
+        self.where, self.format, self.config = source.where, source.format, source.config
+        self.names = names
+        self.shapes = {name: source.shapes[held] for name, held in names.items()}
+        self.dtypes = {n: source.dtypes[held] for n, held in names.items() if held in source.dtypes}
+        self._source = source
+
+    def read(self, name: str) -> np.ndarray:
+        return self._source.read(self.names[name])
+
+    def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
+        self._source.read_into(out, self.names[name], index)
+
+    def locate(self, name: str) -> str:
+        return self._source.locate(self.names[name])

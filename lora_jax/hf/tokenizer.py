@@ -1,0 +1,85 @@
+"""Tokenizers, as transformers' fast ones: from a folder's files, or from a GGUF file's metadata."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.gguf import open_gguf
+from lora_jax.hf.hub import resolve
+
+# GGUF's token types (llama.cpp's llama_token_type).
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+def load_tokenizer(name_or_path: str | Path) -> Any:
+    """Loads the tokenizer that goes with ``from_pretrained(name_or_path)``.
+
+    Args:
+      name_or_path: folder, GGUF file or hub name.
+
+    Returns:
+      A transformers fast tokenizer, with the model's chat template if it has one.
+
+    Raises:
+      ModelNotFound: if there is no such path, or the hub cannot be had; says what to do.
+      ConfigError: for a GGUF file whose tokenizer is not SmolLM2's kind of byte-level BPE.
+    """
+    path = resolve(name_or_path).path
+    if path.is_dir():
+        return _transformers().AutoTokenizer.from_pretrained(path)
+    _, reader = open_gguf(path)
+    names = [name for name in reader.fields if name.startswith("tokenizer.")]
+    try:
+        return tokenizer_from_gguf({name: reader.fields[name].contents() for name in names})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def tokenizer_from_gguf(metadata: dict[str, Any]) -> Any:
+    """Builds a byte-level BPE tokenizer from ``tokenizer.*`` metadata; see ``load_tokenizer``."""
+    kind = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if kind != ("gpt2", "smollm"):
+        raise ConfigError(
+            f"the tokenizer {kind[0]!r} with pre-tokenizer {kind[1]!r} is not supported, only "
+            "'gpt2' with 'smollm' is; load the tokenizer from a folder with tokenizer.json"
+        )
+    transformers = _transformers()
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    types = metadata["tokenizer.ggml.token_type"]
+    for token, token_type in zip(tokens, types, strict=True):
+        if token_type == _CONTROL:
+            core.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        elif token_type == _USER_DEFINED:
+            core.add_tokens([AddedToken(token, normalized=False)])
+
+    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {role: metadata.get(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
+    special = {f"{role}_token": tokens[i] for role, i in ids.items() if i is not None}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    tokenizer.chat_template = metadata.get("tokenizer.chat_template")
+    return tokenizer
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError(
+            "a tokenizer needs the packages transformers and tokenizers: "
+            "pip install transformers tokenizers"
+        ) from None
+    return transformers

@@ -1,0 +1,77 @@
+"""The parts of a decoder layer: dense layers, norms, gated MLPs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.layers.activations import ACTIVATION
+from lora_jax.models.layers.attention import wide
+from lora_jax.models.layers.placement import UNPLACED, Placement
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, normalised in fp32 (Zhang and Sennrich 2019).
+
+    With ``adds_one`` x is multiplied by 1 + scale, in fp32 too, as in Gemma.
+    """
+
+    eps: float
+    dtype: Any
+    param_dtype: Any
+    adds_one: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.zeros if self.adds_one else nn.initializers.ones
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        y = x.astype(wide(x.dtype))
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        if self.adds_one:
+            return (y * (1.0 + scale.astype(y.dtype))).astype(self.dtype)
+        return y.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    config: DecoderConfig
+    dtype: Any
+    param_dtype: Any
+    placement: Placement = UNPLACED
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        cfg = self.config
+        size, bias = cfg.intermediate_size, cfg.mlp_bias
+        if cfg.fused_projections:
+            gate, up = jnp.split(dense(self, "gate_up_proj", 2 * size, bias)(x), 2, axis=-1)
+        else:
+            gate = dense(self, "gate_proj", size, bias)(x)
+            up = dense(self, "up_proj", size, bias)(x)
+        hidden = self.placement.constrain(ACTIVATION[cfg.hidden_act](gate) * up, "features")
+        return dense(self, "down_proj", cfg.hidden_size, bias)(hidden)
+
+
+def dense(module: Any, name: str, features: int, use_bias: bool, **kwargs: Any) -> nn.Dense:
+    """Makes a dense layer with the dtypes and the initialiser of the module that holds it."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=module.dtype,
+        param_dtype=module.param_dtype,
+        kernel_init=nn.initializers.normal(module.config.initializer_range),
+        name=name,
+        **kwargs,
+    )
+
+
+def norm(module: Any, name: str | None = None) -> RMSNorm:
+    """Makes a norm with the dtypes and the options of the module that holds it."""
+    cfg: DecoderConfig = module.config
+    return RMSNorm(cfg.rms_norm_eps, module.dtype, module.param_dtype, cfg.norm_adds_one, name=name)

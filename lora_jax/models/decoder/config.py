@@ -1,0 +1,173 @@
+"""A decoder's configuration: the options of its forward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.hf.fields import ConfigError
+from lora_jax.models.decoder.fields import FAMILIES, read_fields, write_fields
+from lora_jax.models.decoder.rope_fields import RopeScaling
+
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """A decoder: Llama, SmolLM2, Mistral, Mixtral, Qwen2 and 3 (MoE), Gemma 2 and 3, Phi-3.
+
+    Hashable. Sizes are in elements.
+
+    Attributes:
+      rope_local_theta: RoPE's base in layers with a sliding window, where it differs (Gemma 3).
+      partial_rotary_factor: the part of each head's dimensions that RoPE rotates.
+      qkv_bias, o_bias, mlp_bias: True if these projections have a bias.
+      qk_norm: normalise each head's query and key.
+      fused_projections: q, k, v are one kernel, and so are gate and up (Phi-3).
+      norm_adds_one: norms scale by 1 + scale (Gemma).
+      post_norms: attention and MLP are normalised after, too, before they are added (Gemma).
+      scale_embeddings: embeddings are multiplied by sqrt(hidden_size) (Gemma).
+      sliding_window: the number of tokens, itself included, that a token sees in
+        ``windowed_layers``.
+      query_pre_attn_scalar: scores are divided by its root; if None, by the root of head_dim.
+      attn_logit_softcapping, final_logit_softcapping: c in c tanh(x / c), for scores and logits.
+      num_experts: 0 for a dense MLP; else each token is sent to ``num_experts_per_tok`` of them,
+        of inner size ``moe_intermediate_size``. ``norm_topk_prob``: their weights add up to 1.
+      eos_token_ids: the tokens that end a text.
+
+    Raises:
+      ConfigError: if the fields contradict each other.
+    """
+
+    model_type: str = "llama"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rope_local_theta: float | None = None
+    partial_rotary_factor: float = 1.0
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    fused_projections: bool = False
+    norm_adds_one: bool = False
+    post_norms: bool = False
+    scale_embeddings: bool = False
+    sliding_window: int | None = None
+    windowed_layers: tuple[int, ...] = ()
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("model_type", self.model_type, FAMILIES),
+            ("hidden_act", self.hidden_act, ACTIVATIONS),
+        ):
+            if value not in known:
+                raise ConfigError(
+                    f"{name} {value!r} is not supported; supported are {', '.join(known)}"
+                )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        self._check_rope()
+        if bool(self.windowed_layers) != (self.sliding_window is not None):
+            raise ConfigError(
+                f"sliding_window ({self.sliding_window}) and windowed_layers "
+                f"({self.windowed_layers}) go together"
+            )
+        if not all(0 <= i < self.num_hidden_layers for i in self.windowed_layers):
+            raise ConfigError(
+                f"windowed_layers {self.windowed_layers} names layers beyond the "
+                f"{self.num_hidden_layers} there are"
+            )
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ConfigError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) is not between 1 and "
+                f"num_experts ({self.num_experts})"
+            )
+        if self.num_experts and self.moe_intermediate_size < 1:
+            raise ConfigError("num_experts needs a moe_intermediate_size")
+
+    def _check_rope(self) -> None:
+        if self.head_dim % 2:
+            raise ConfigError(f"RoPE needs an even head_dim, not {self.head_dim}")
+        pairs = (self.rotary_dim + 1) // 2
+        if not 1 <= pairs <= self.head_dim // 2:
+            raise ConfigError(
+                f"partial_rotary_factor={self.partial_rotary_factor} of a head_dim of "
+                f"{self.head_dim} leaves {self.rotary_dim} dimensions to rotate"
+            )
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind != "longrope":
+            return
+        for name in ("short_factor", "long_factor"):
+            if len(getattr(scaling, name)) != pairs:
+                raise ConfigError(
+                    f"{name} has {len(getattr(scaling, name))} numbers for {pairs} rotated pairs"
+                )
+
+    @property
+    def rotary_dim(self) -> int:
+        """The number of a head's dimensions that RoPE rotates; it rounds an odd number up."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def mlp_name(self) -> str:
+        """Hugging Face's name of a layer's MLP."""
+        return "block_sparse_moe" if self.model_type == "mixtral" else "mlp"
+
+    @property
+    def expert_names(self) -> tuple[str, str, str]:
+        """Hugging Face's names of an expert's gate, up and down projections."""
+        if self.model_type == "mixtral":
+            return "w1", "w3", "w2"
+        return "gate_proj", "up_proj", "down_proj"
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:
+        """Reads the dict of a config.json, as transformers 4 and 5 write it.
+
+        Every field that changes the forward pass is honoured, or refused by name. A field that is
+        not known is refused too (unless it is None or False), since nobody can tell what it does.
+
+        Args:
+          config: the parsed config.json.
+
+        Returns:
+          The configuration.
+
+        Raises:
+          ConfigError: names the fields that are missing, unsupported or unknown.
+        """
+        return cls(**read_fields(config))
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns the config.json that ``from_hf`` reads back as this configuration.
+
+        Returns:
+          A dict of plain JSON values, as both transformers 4 and 5 read it.
+        """
+        return write_fields({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})

@@ -1,0 +1,152 @@
+"""One decoder layer: norms, grouped-query attention, and an MLP or experts."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from lora_jax.models.decoder.blocks import MLP, dense, norm
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.moe import SparseMLP
+from lora_jax.models.decoder.rope import Rotation, rotate
+from lora_jax.models.layers.attention import attend
+from lora_jax.models.layers.placement import UNPLACED, Placement
+
+
+class Step(NamedTuple):
+    """The input that all layers share in one call.
+
+    Attributes:
+      rope: RoPE's rotations of this call's tokens.
+      window_rope: rotations in layers with a sliding window; None if all layers use ``rope``.
+      mask: [batch, 1, seq, keys] bool, True where a query may look.
+      window_mask: mask in layers with a sliding window; None if all layers use ``mask``.
+      filled: [] int32, the number of the cache's slots in use; None without a cache.
+    """
+
+    rope: Rotation
+    window_rope: Rotation | None
+    mask: jax.Array
+    window_mask: jax.Array | None
+    filled: jax.Array | None
+
+
+class PerLayer(NamedTuple):
+    """The input of one layer; stacked on axis 0 for the scan.
+
+    Attributes:
+      windowed: [] bool, True if this layer uses the sliding window.
+      key, value: [batch, max_len, kv_heads, head_dim], the layer's cache; None without one.
+    """
+
+    windowed: jax.Array
+    key: jax.Array | None
+    value: jax.Array | None
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads (Ainslie et al. 2023) and RoPE."""
+
+    config: DecoderConfig
+    dtype: Any
+    param_dtype: Any
+    placement: Placement = UNPLACED
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, step: Step, layer: PerLayer
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Mixes each token with those that it sees.
+
+        Args:
+          x: [batch, seq, d_model].
+          step: the input that all layers share.
+          layer: this layer's own input.
+
+        Returns:
+          [batch, seq, d_model], and this call's keys and values, for the cache:
+          each [batch, seq, kv_heads, head_dim].
+        """
+        cfg = self.config
+        q, k, v = self._project(x)
+        if cfg.qk_norm:
+            q = norm(self, "q_norm")(q)
+            k = norm(self, "k_norm")(k)
+        rope = _chosen(layer.windowed, step.window_rope, step.rope)
+        q, k = rotate(q, rope), rotate(k, rope)
+
+        keys, values = k, v
+        if layer.key is not None and layer.value is not None and step.filled is not None:
+            start = (0, step.filled, 0, 0)
+            keys = lax.dynamic_update_slice(layer.key, k.astype(layer.key.dtype), start)
+            values = lax.dynamic_update_slice(layer.value, v.astype(layer.value.dtype), start)
+        mask = _chosen(layer.windowed, step.window_mask, step.mask)
+        scale = (cfg.query_pre_attn_scalar or cfg.head_dim) ** -0.5
+        keys, values = keys.astype(q.dtype), values.astype(q.dtype)
+        out = attend(q, keys, values, mask, scale, cfg.attn_logit_softcapping)
+        out = out.reshape(*x.shape[:2], cfg.num_attention_heads * cfg.head_dim)
+        out = self.placement.constrain(out, "features")
+        return dense(self, "o_proj", cfg.hidden_size, cfg.o_bias)(out), (k, v)
+
+    def _project(self, x: jax.Array) -> list[jax.Array]:
+        """Returns queries, keys and values: [batch, seq, heads, head_dim] each."""
+        cfg = self.config
+        heads = {"q": cfg.num_attention_heads} | dict.fromkeys("kv", cfg.num_key_value_heads)
+        sizes = [n * cfg.head_dim for n in heads.values()]
+        if cfg.fused_projections:
+            fused = dense(self, "qkv_proj", sum(sizes), cfg.qkv_bias)(x)
+            flat = jnp.split(fused, [sizes[0], sizes[0] + sizes[1]], axis=-1)
+        else:
+            flat = [
+                dense(self, f"{name}_proj", size, cfg.qkv_bias)(x)
+                for name, size in zip(heads, sizes, strict=True)
+            ]
+        return [
+            self.placement.constrain(part.reshape(*x.shape[:2], n, cfg.head_dim), "heads")
+            for part, n in zip(flat, heads.values(), strict=True)
+        ]
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each after a norm (and before one, in Gemma), added to the stream."""
+
+    config: DecoderConfig
+    dtype: Any
+    param_dtype: Any
+    placement: Placement = UNPLACED
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, step: Step, layer: PerLayer
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Runs a scan's body: x is the carry, [batch, seq, d_model]; see ``Attention``."""
+        cfg = self.config
+        args = (cfg, self.dtype, self.param_dtype, self.placement)
+        mlp = (SparseMLP if cfg.num_experts else MLP)(*args, name=cfg.mlp_name)
+
+        def inputs(norm_name: str, x: jax.Array) -> jax.Array:
+            return self.placement.constrain(norm(self, norm_name)(x), "inputs")
+
+        hidden, cached = Attention(*args, name="self_attn")(
+            inputs("input_layernorm", x), step, layer
+        )
+        if cfg.post_norms:
+            x = x + norm(self, "post_attention_layernorm")(hidden)
+            hidden = mlp(inputs("pre_feedforward_layernorm", x))
+            x = x + norm(self, "post_feedforward_layernorm")(hidden)
+        else:
+            x = x + hidden
+            x = x + mlp(inputs("post_attention_layernorm", x))
+        x = self.placement.constrain(x, "residual")
+        return x, None if layer.key is None else cached
+
+
+def _chosen(windowed: jax.Array, inside: Any, outside: Any) -> Any:
+    """Chooses a layer's input, with a sliding window or without; None inside: no difference."""
+    if inside is None:
+        return outside
+    return jax.tree.map(lambda a, b: jnp.where(windowed, a, b), inside, outside)

@@ -1,0 +1,119 @@
+"""Rotary position embedding, with the scalings of long-context models."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.rope_fields import RopeScaling
+from lora_jax.models.layers.attention import wide
+
+
+class Rotation(NamedTuple):
+    """cos and sin of every position's angles: [batch, seq, 1, rotated / 2] each, fp32."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotations(
+    positions: jax.Array, config: DecoderConfig, length: jax.Array | int, *, local: bool = False
+) -> Rotation:
+    """Returns the rotation of every position.
+
+    Args:
+      positions: [batch, seq], int.
+      config: the decoder's.
+      length: [] int, the number of tokens by which "longrope" chooses. Without a cache it is the
+        length of the batch's longest row, as in transformers; with one, the cache's size, since
+        cached keys cannot change over to other frequencies.
+      local: use the frequencies of layers with a sliding window.
+
+    Returns:
+      cos and sin, [batch, seq, 1, rotated / 2] each, fp32.
+    """
+    if local:
+        freqs = jnp.asarray(_plain(config, config.rope_local_theta))
+        factor = 1.0
+    else:
+        freqs = frequencies(config, length)
+        factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
+    angles = positions[..., None, None].astype(jnp.float32) * freqs
+    return Rotation(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
+
+
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Rotates heads, [batch, seq, heads, head_dim], pairing dimension i with i + rotated/2.
+
+    Dimensions beyond the rotated ones stay. Runs in fp32 at least and returns x's dtype.
+    """
+    half = rotation.cos.shape[-1]
+    y = x.astype(wide(x.dtype))
+    first, second, rest = jnp.split(y, [half, 2 * half], axis=-1)
+    cos, sin = rotation.cos.astype(y.dtype), rotation.sin.astype(y.dtype)
+    parts = [first * cos - second * sin, second * cos + first * sin, rest]
+    return jnp.concatenate(parts, axis=-1).astype(x.dtype)
+
+
+def frequencies(config: DecoderConfig, length: jax.Array | int) -> jax.Array:
+    """Returns the angle per position of each pair of a head's dimensions: [rotated / 2], fp32.
+
+    f_i = theta^(-2i / rotated) (Su et al. 2021, RoFormer, section 3.4.2), then scaled. With L the
+    original context and s the factor:
+
+    - "linear": f / s (Chen et al. 2023).
+    - "llama3": with wavelength w = 2 pi / f, f is kept for w < L/high, divided by s for w > L/low,
+      and blended linearly in L/w between (Llama 3.1).
+    - "yarn": f is kept where it turns more than beta_fast times in L, divided by s where it turns
+      less than beta_slow times, and blended linearly in i between (Peng et al. 2023).
+    - "longrope": f / short_factor, or f / long_factor once the text exceeds L (Ding et al. 2024).
+
+    Frequencies that grow with every token ("dynamic") are refused: keys in a cache, and all that
+    was computed from them, would be those of other frequencies.
+    """
+    plain = _plain(config, config.rope_theta)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return jnp.asarray(plain)
+    if scaling.kind == "longrope":
+        short, long = (
+            jnp.asarray((plain / np.asarray(factors, np.float32)).astype(np.float32))
+            for factors in (scaling.short_factor, scaling.long_factor)
+        )
+        return jnp.where(length > scaling.original_max_position_embeddings, long, short)
+    keep = _kept(config, scaling, plain)
+    blended = (1.0 - keep) * plain / scaling.factor + keep * plain
+    return jnp.asarray(blended.astype(np.float32))
+
+
+def _plain(config: DecoderConfig, theta: float | None) -> np.ndarray:
+    dim = config.rotary_dim
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    return np.float32(1.0) / np.float32(theta) ** exponents
+
+
+def _kept(config: DecoderConfig, scaling: RopeScaling, plain: np.ndarray) -> np.ndarray:
+    """Returns the part of each frequency that is kept, 0 to 1; the factor divides the rest."""
+    if scaling.kind == "linear":
+        return np.zeros_like(plain)
+    context = scaling.original_max_position_embeddings
+    if scaling.kind == "llama3":
+        turns = context * plain / (2 * np.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        return np.clip((turns - low) / (high - low), 0.0, 1.0)
+    dim = config.rotary_dim
+
+    def pair_that_turns(times: float) -> float:
+        return dim * math.log(context / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    first, last = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    last = last if last != first else last + 0.001
+    return 1.0 - np.clip((np.arange(dim // 2, dtype=np.float32) - first) / (last - first), 0.0, 1.0)

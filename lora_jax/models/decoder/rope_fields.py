@@ -1,0 +1,186 @@
+"""RoPE's fields in Hugging Face's config.json: its base, and the scalings for long contexts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.hf.fields import ConfigError
+
+# For each kind: the fields that it needs, and those that it may have.
+_KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "llama3": (
+        ("factor", "low_freq_factor", "high_freq_factor"),
+        ("original_max_position_embeddings",),
+    ),
+    "yarn": (
+        ("factor",),
+        (
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ),
+    ),
+    "longrope": (
+        ("short_factor", "long_factor"),
+        ("original_max_position_embeddings", "attention_factor", "factor"),
+    ),
+}
+
+_PHI3_KINDS = ("longrope",)  # as in transformers; older files call it "su" or "yarn"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """A scaling of RoPE's frequencies for contexts longer than those trained on.
+
+    ``kind`` is "linear", "llama3", "yarn" or "longrope"; ``rope.frequencies`` gives the formula of
+    each. ``original_max_position_embeddings`` is the context trained on;
+    ``attention_factor`` multiplies queries and keys; ``short_factor`` and ``long_factor`` have one
+    number for each rotated pair.
+    """
+
+    kind: str
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+def read_rope(
+    family: str, config: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Reads the configuration's fields on RoPE, from transformers 4's or transformers 5's.
+
+    Args:
+      family: the model_type.
+      config: the parsed config.json.
+      defaults: the family's, for fields that config.json lacks.
+
+    Returns:
+      rope_theta, rope_scaling, rope_local_theta and partial_rotary_factor.
+
+    Raises:
+      ConfigError: names what is missing or not supported.
+    """
+
+    def get(name: str, default: Any) -> Any:
+        return config.get(name, defaults.get(name, default))
+
+    fields = dict(config.get("rope_parameters") or {})
+    local_theta = None
+    if family == "gemma3_text":
+        local = dict(fields.pop("sliding_attention", None) or {})
+        fields |= fields.pop("full_attention", None) or {}
+        fields |= config.get("rope_scaling") or {}
+        local_theta = float(local.pop("rope_theta", None) or get("rope_local_base_freq", 10000.0))
+        if (kind := local.pop("rope_type", "default")) != "default" or any(local.values()):
+            raise ConfigError(f"RoPE type {kind!r} of sliding_attention ({local}) is not supported")
+    else:
+        fields = fields or dict(config.get("rope_scaling") or {})
+    nested = [name for name, value in fields.items() if isinstance(value, Mapping)]
+    if nested:
+        raise ConfigError(f"RoPE parameters per layer type ({', '.join(nested)}) are not supported")
+    legacy = fields.pop("type", "default")
+    kind = fields.pop("rope_type", legacy) or "default"
+    theta = float(fields.pop("rope_theta", None) or get("rope_theta", 10000.0))
+    partial = fields.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor")
+    if family != "phi3" and (partial or 1.0) != 1.0:
+        raise ConfigError(f"partial_rotary_factor={partial} is not supported for {family}, only 1")
+    if family == "phi3":
+        kind = "longrope" if kind in ("su", "yarn") else kind
+    kinds = _PHI3_KINDS if family == "phi3" else tuple(_KINDS)
+    if kind == "default":
+        scaling = None
+    elif kind in kinds:
+        context = get("max_position_embeddings", 2048)
+        outside = get("original_max_position_embeddings", None) if family == "phi3" else None
+        scaling = _read_scaling(kind, fields, context, outside)
+    else:
+        raise ConfigError(
+            f"RoPE type {kind!r} is not supported for {family}; {', '.join(kinds)} and default are"
+        )
+    return {
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "rope_local_theta": local_theta,
+        "partial_rotary_factor": float(partial or 1.0),
+    }
+
+
+def _read_scaling(
+    kind: str, fields: Mapping[str, Any], context: int, original: int | None
+) -> RopeScaling:
+    """Reads a scaling; `original` outweighs the field original_max_position_embeddings."""
+    fields = {name: value for name, value in fields.items() if value is not None}
+    needed, optional = _KINDS[kind]
+    if missing := sorted(set(needed) - set(fields)):
+        raise ConfigError(f"RoPE type {kind!r} lacks {', '.join(missing)}")
+    known = {*needed, *optional}
+    unknown = sorted(n for n, v in fields.items() if n not in known and v is not False)
+    if unknown:
+        raise ConfigError(f"RoPE type {kind!r} with {', '.join(unknown)} is not supported")
+    kept = {name: value for name, value in fields.items() if name in known}
+    if kind == "linear":
+        return RopeScaling(kind=kind, **kept)
+    original = original or kept.get("original_max_position_embeddings", context)
+    kept["original_max_position_embeddings"] = original
+    if kind in ("yarn", "longrope"):
+        kept["attention_factor"] = _attention_factor(kind, kept, context)
+        kept.pop("mscale", None)
+        kept.pop("mscale_all_dim", None)
+    if kind == "longrope":
+        kept.pop("factor", None)
+        kept["short_factor"] = tuple(float(x) for x in kept["short_factor"])
+        kept["long_factor"] = tuple(float(x) for x in kept["long_factor"])
+    return RopeScaling(kind=kind, **kept)
+
+
+def _attention_factor(kind: str, fields: Mapping[str, Any], context: int) -> float:
+    """Returns the factor of queries and keys: as given, or by YaRN's and LongRoPE's papers."""
+    if "attention_factor" in fields:
+        return float(fields["attention_factor"])
+    original = fields["original_max_position_embeddings"]
+    factor = fields.get("factor") or context / original
+    if factor <= 1:
+        return 1.0
+    if kind == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(original))
+    above, below = fields.get("mscale"), fields.get("mscale_all_dim")
+    if not (above and below):
+        above, below = 1.0, 0.0
+    return (0.1 * above * math.log(factor) + 1) / (0.1 * below * math.log(factor) + 1)
+
+
+def write_rope(family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes config.json's fields on RoPE for transformers 4 and 5; see ``read_rope``."""
+    out: dict[str, Any] = {"rope_theta": fields["rope_theta"]}
+    if fields["rope_local_theta"] is not None:
+        out["rope_local_base_freq"] = fields["rope_local_theta"]
+    if family == "phi3":
+        out["partial_rotary_factor"] = fields["partial_rotary_factor"]
+    scaling = fields["rope_scaling"]
+    if scaling is None:
+        return out
+    needed, optional = _KINDS[scaling.kind]
+    values = dataclasses.asdict(scaling)
+    kept = {name: values[name] for name in (*needed, *optional) if name in values}
+    if scaling.kind == "longrope":  # factor is in attention_factor
+        del kept["factor"]
+        kept |= {name: list(kept[name]) for name in needed}
+    if family == "phi3":
+        out["original_max_position_embeddings"] = scaling.original_max_position_embeddings
+    return {**out, "rope_scaling": {"rope_type": scaling.kind, **kept}}

@@ -1,0 +1,237 @@
+"""An encoder's configuration: the options of its forward pass, and its config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.hf.fields import ConfigError, refuse_unknown
+from lora_jax.models.layers.activations import ACTIVATION
+
+FAMILIES = ("bert", "roberta", "xlm-roberta")
+HEADS = ("none", "masked_lm", "classification", "embedding")
+POOLINGS = ("mean", "cls")
+OPTIONS = frozenset({"head", "num_labels", "pooling", "normalize"})
+
+_CLASS = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
+
+# transformers' class names for a model with the head; the first is the one that is written.
+_ARCHITECTURES = {
+    "none": ("Model",),
+    "masked_lm": ("ForMaskedLM", "ForPreTraining"),
+    "classification": ("ForSequenceClassification",),
+}
+
+# Our field -> transformers' default; both have the same name. Padding's differs by family.
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": None,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "initializer_range": 0.02,
+}
+
+# Without an effect on the output: dropout is for training; TensorFlow's BERT, older versions of
+# transformers and sentence-transformers write the rest.
+_NO_EFFECT = frozenset(
+    """
+    hidden_dropout_prob attention_probs_dropout_prob classifier_dropout bos_token_id eos_token_id
+    gradient_checkpointing directionality pooler_fc_size pooler_num_attention_heads
+    pooler_num_fc_layers pooler_size_per_head pooler_type output_past sentence_transformers
+    sbert_ce_default_activation_function
+    """.split()
+)
+
+# Known options that would change the forward pass, and the only value that is supported.
+_UNSUPPORTED: dict[str, Any] = {
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "tie_word_embeddings": True,
+    "quantization_config": None,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """An encoder of the BERT, RoBERTa and XLM-RoBERTa kind, with its head. Hashable.
+
+    Sizes are in elements. ``head`` is one of
+
+    - "none": final hidden states, and the pooler's output;
+    - "masked_lm": logits of each token, by the tied embedding;
+    - "classification": logits of ``num_labels`` classes for the whole text;
+    - "embedding": one vector for the whole text: by ``pooling``, the mean over its real tokens or
+      the first token's ("mean", "cls"), divided by its norm if ``normalize``.
+
+    Raises:
+      ConfigError: if the fields contradict each other.
+    """
+
+    model_type: str = "bert"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    pad_token_id: int | None = None
+    head: str = "none"
+    num_labels: int = 2
+    label_names: tuple[str, ...] = ()
+    pooling: str = "mean"
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("model_type", FAMILIES),
+            ("head", HEADS),
+            ("pooling", POOLINGS),
+            ("hidden_act", tuple(ACTIVATION)),
+        ):
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"{name} {getattr(self, name)!r} is not supported; supported are "
+                    f"{', '.join(known)}"
+                )
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
+                f"({self.num_attention_heads})"
+            )
+        if self.model_type != "bert" and self.pad_token_id is None:
+            raise ConfigError(f"{self.model_type} counts positions from pad_token_id: it needs one")
+        if self.num_labels < 1 or self.type_vocab_size < 1:
+            raise ConfigError(
+                f"num_labels ({self.num_labels}) and type_vocab_size ({self.type_vocab_size}) are "
+                "at least 1"
+            )
+        if self.label_names and len(self.label_names) != self.num_labels:
+            raise ConfigError(
+                f"label_names has {len(self.label_names)} names for {self.num_labels} labels"
+            )
+
+    @property
+    def prefix(self) -> str:
+        """The name of the encoder inside a model with a head: "bert" or "roberta"."""
+        return "bert" if self.model_type == "bert" else "roberta"
+
+    @property
+    def has_pooler(self) -> bool:
+        """True if the head reads the pooler's output."""
+        return self.head == "none" or (self.head == "classification" and self.prefix == "bert")
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest text: RoBERTa leaves the first positions unused."""
+        if self.prefix == "bert" or self.pad_token_id is None:
+            return self.max_position_embeddings
+        return self.max_position_embeddings - self.pad_token_id - 1
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], **options: Any) -> EncoderConfig:
+        """Reads the dict of a config.json, as transformers 4 and 5 write it.
+
+        Args:
+          config: the parsed config.json. Its ``architectures`` tells the head.
+          **options: head, num_labels, pooling and normalize, in the place of the file's.
+
+        Returns:
+          The configuration.
+
+        Raises:
+          ConfigError: names the fields that are missing, unsupported or unknown, and options that
+            do not go with the head.
+        """
+        family = config.get("model_type")
+        if family not in FAMILIES:
+            raise ConfigError(
+                f"model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}"
+            )
+        own = {"model_type", "pad_token_id", "num_labels", "_num_labels"}
+        own |= {"sentence_pooling", "sentence_normalize"}
+        refuse_unknown(config, family, set(_DEFAULTS) | own | _NO_EFFECT, _UNSUPPORTED)
+        if config.get("vocab_size") is None:
+            raise ConfigError("the configuration lacks vocab_size")
+        head = options.get("head") or _head_of(config)
+        for name, owner in (
+            ("num_labels", "classification"),
+            ("pooling", "embedding"),
+            ("normalize", "embedding"),
+        ):
+            if name in options and head != owner:
+                raise ConfigError(f"{name} goes with head={owner!r}, and the head is {head!r}")
+        names = _names(config.get("id2label") or {})
+        num_labels = options.get("num_labels") or config.get("num_labels") or len(names) or 2
+        if names == _numbered(len(names)) or len(names) != num_labels:
+            names = ()  # none, or of another head
+        read = {
+            "num_labels": num_labels,
+            "label_names": names,
+            "pooling": config.get("sentence_pooling") or "mean",
+            "normalize": bool(config.get("sentence_normalize", False)),
+        }
+        return cls(
+            model_type=family,
+            pad_token_id=config.get("pad_token_id", 0 if family == "bert" else 1),
+            **{name: config.get(name, default) for name, default in _DEFAULTS.items()},
+            **{**read, **options, "head": head},
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns the config.json that ``from_hf`` reads back as this configuration.
+
+        transformers has no name for the head "embedding": it reads such a file as a bare encoder.
+        """
+        out = {name: getattr(self, name) for name in ("model_type", *_DEFAULTS, "pad_token_id")}
+        written = "none" if self.head == "embedding" else self.head
+        out["architectures"] = [_CLASS[self.model_type] + _ARCHITECTURES[written][0]]
+        names = self.label_names or _numbered(self.num_labels)
+        out["id2label"] = {str(i): name for i, name in enumerate(names)}
+        out["label2id"] = {name: i for i, name in enumerate(names)}
+        if self.head == "embedding":
+            out["sentence_pooling"] = self.pooling
+            out["sentence_normalize"] = self.normalize
+        return out
+
+
+def _names(id2label: Mapping[Any, Any]) -> tuple[str, ...]:
+    """Returns the names of the classes in their order; () if they are not numbered from 0."""
+    names = {str(i): str(name) for i, name in id2label.items()}
+    numbers = [str(i) for i in range(len(names))]
+    return tuple(names[i] for i in numbers) if set(names) == set(numbers) else ()
+
+
+def _numbered(n: int) -> tuple[str, ...]:
+    """Returns transformers' names of n classes without names."""
+    return tuple(f"LABEL_{i}" for i in range(n))
+
+
+def _head_of(config: Mapping[str, Any]) -> str:
+    """Returns the head that a config.json names."""
+    if config.get("sentence_pooling") is not None:
+        return "embedding"
+    names = config.get("architectures") or []
+    for name in names:
+        found = re.fullmatch(rf"({'|'.join(_CLASS.values())})(\w+)", name)
+        for head, endings in _ARCHITECTURES.items():
+            if found and found[2] in endings:
+                return head
+    if names:
+        raise ConfigError(
+            f"architectures={list(names)!r} has a head that is not supported; say which one to "
+            f"load with head=…, one of {', '.join(HEADS)}"
+        )
+    return "none"

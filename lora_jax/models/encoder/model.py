@@ -1,0 +1,386 @@
+"""Encoders in Flax Linen: BERT (Devlin et al. 2018), RoBERTa (Liu et al. 2019), XLM-RoBERTa."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lora_jax.models.encoder.config import EncoderConfig
+from lora_jax.models.layers.activations import ACTIVATION
+from lora_jax.models.layers.attention import attend, dot_wide, wide
+from lora_jax.models.layers.blocks import dense, embed, layer_norm
+from lora_jax.models.layers.placement import UNPLACED, Placement
+from lora_jax.models.layers.trunk import rematerialised
+
+
+class EncoderOutput(NamedTuple):
+    """The output of an encoder without a head.
+
+    Attributes:
+      hidden: [batch, seq, d_model], the final hidden states.
+      pooled: [batch, d_model], the pooler's output: a layer and tanh over the first token.
+    """
+
+    hidden: jax.Array
+    pooled: jax.Array
+
+
+class Encoder(nn.Module):
+    """A bidirectional encoder with its head. Layers are scanned.
+
+    Parameters are a plain nested dict under Hugging Face's module names, less the layer number:
+    ``bert/encoder/layer/attention/self/query/kernel`` is [layers, d_model, d_model].
+
+    Attributes:
+      config: the options of the forward pass, and the head.
+      dtype: dtype of the computation. LayerNorm's statistics, softmax, logits and pooled
+        embeddings are fp32 always.
+      param_dtype: dtype of the parameters that ``init`` makes.
+      remat: see ``Decoder``.
+      placement: see ``Decoder``.
+    """
+
+    config: EncoderConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: bool | str = False
+    placement: Placement = UNPLACED
+
+    def setup(self) -> None:
+        cfg, args = self.config, (self.config, self.dtype, self.param_dtype)
+        # Its name is the family's, as in Hugging Face's files.
+        setattr(self, cfg.prefix, _Trunk(*args, self.remat, self.placement))
+        if cfg.head == "masked_lm" and cfg.prefix == "bert":
+            self.cls = _BertHead(*args)
+        elif cfg.head == "masked_lm":
+            self.lm_head = _RobertaHead(*args)
+        elif cfg.head == "classification":
+            bert = cfg.prefix == "bert"
+            self.classifier = _classes(self) if bert else _RobertaClassifier(*args)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        token_type_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        logits_at: jax.Array | None = None,
+        return_hidden: bool = False,
+    ) -> Any:
+        """Encodes each row.
+
+        Args:
+          input_ids: [batch, seq], int. An id outside the vocabulary gives NaN.
+          attention_mask: [batch, seq], 0 or False at padding; None for no padding.
+          token_type_ids: [batch, seq], int: which sentence of a pair; 0 by default.
+          positions: [batch, seq], int: rows of the table of positions. By default BERT counts
+            slots from 0, and RoBERTa the tokens other than ``pad_token_id``, from the row after
+            its own.
+          logits_at: [batch, n], int: of a masked language model, compute logits at these indices
+            of seq only.
+          return_hidden: return the final hidden states, [batch, seq, d_model], instead of the
+            head's output.
+
+        Returns:
+          The head's output: an ``EncoderOutput``; logits of tokens, [batch, seq, vocab] or
+          [batch, n, vocab]; of classes, [batch, num_labels]; or embeddings, [batch, d_model].
+
+        Raises:
+          ValueError: for more tokens than there are positions, or logits_at with another head.
+        """
+        cfg = self.config
+        if logits_at is not None and cfg.head != "masked_lm":
+            raise ValueError(f"logits_at is for the head 'masked_lm', not {cfg.head!r}")
+        if positions is None and input_ids.shape[1] > cfg.max_tokens:
+            raise ValueError(
+                f"{input_ids.shape[1]} tokens are more than the model's {cfg.max_tokens}"
+            )
+        hidden = self._trunk(input_ids, attention_mask, token_type_ids, positions)
+        if logits_at is not None:
+            hidden = jnp.take_along_axis(hidden, logits_at[..., None], axis=1)
+        return hidden if return_hidden else self.head(hidden, attention_mask)
+
+    def head(self, hidden: jax.Array, attention_mask: jax.Array | None = None) -> Any:
+        """Computes the head's output for final hidden states.
+
+        Args:
+          hidden: [batch, seq, d_model].
+          attention_mask: [batch, seq]: the tokens that a mean embedding is taken over.
+
+        Returns:
+          See ``__call__``.
+        """
+        cfg = self.config
+        if cfg.head == "none":
+            return EncoderOutput(hidden, self._trunk.pool(hidden))
+        if cfg.head == "embedding":
+            return _embedding(hidden, attention_mask, cfg)
+        if cfg.head == "classification":
+            bert = cfg.prefix == "bert"
+            return self.classifier(self._trunk.pool(hidden) if bert else hidden[:, 0])
+        table = self._trunk.embeddings.word_embeddings.embedding
+        return (self.cls if cfg.prefix == "bert" else self.lm_head)(hidden, table)
+
+    @property
+    def _trunk(self) -> _Trunk:
+        return getattr(self, self.config.prefix)
+
+
+class _Trunk(nn.Module):
+    """Embeddings, scanned layers and, for the heads that read it, the pooler."""
+
+    config: EncoderConfig
+    dtype: Any
+    param_dtype: Any
+    remat: bool | str
+    placement: Placement
+
+    def setup(self) -> None:
+        args = (self.config, self.dtype, self.param_dtype)
+        self.embeddings = _Embeddings(*args)
+        self.encoder = _Layers(*args, self.remat, self.placement)
+        if self.config.has_pooler:
+            self.pooler = _Dense(*args)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None,
+        token_type_ids: jax.Array | None,
+        positions: jax.Array | None,
+    ) -> jax.Array:
+        cfg = self.config
+        if positions is None:
+            positions = _positions(input_ids, cfg)
+        if token_type_ids is None:
+            token_type_ids = jnp.zeros_like(input_ids)
+        mask = jnp.ones(input_ids.shape, bool)
+        if attention_mask is not None:
+            mask = attention_mask.astype(bool)
+        x = self.embeddings(input_ids, token_type_ids, positions)
+        return self.encoder(x, mask[:, None, None, :])
+
+    def pool(self, hidden: jax.Array) -> jax.Array:
+        """Returns [batch, d_model]: the first token's state, through a layer and tanh."""
+        return jnp.tanh(self.pooler(hidden[:, 0]))
+
+
+class _Embeddings(nn.Module):
+    """LayerNorm(word + token type + position)."""
+
+    config: EncoderConfig
+    dtype: Any
+    param_dtype: Any
+
+    def setup(self) -> None:
+        self.word_embeddings = embed(self, self.config.vocab_size)
+        self.token_type_embeddings = embed(self, self.config.type_vocab_size)
+        self.position_embeddings = embed(self, self.config.max_position_embeddings)
+        self.LayerNorm = layer_norm(self)
+
+    def __call__(
+        self, input_ids: jax.Array, token_type_ids: jax.Array, positions: jax.Array
+    ) -> jax.Array:
+        x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
+        return self.LayerNorm(x + self.position_embeddings(positions))
+
+
+class _Layers(nn.Module):
+    config: EncoderConfig
+    dtype: Any
+    param_dtype: Any
+    remat: bool | str
+    placement: Placement
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        x = self.placement.constrain(x, "residual")
+        scanned = nn.scan(
+            rematerialised(_Layer, self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.config.num_hidden_layers,
+        )
+        args = (self.config, self.dtype, self.param_dtype, self.placement)
+        return scanned(*args, name="layer")(x, mask)[0]
+
+
+class _Layer(nn.Module):
+    """Attention and MLP, each added to its input and then normalised: a scan's body."""
+
+    config: EncoderConfig
+    dtype: Any
+    param_dtype: Any
+    placement: Placement
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+        cfg, args = self.config, (self.config, self.dtype, self.param_dtype)
+        x = _Attention(*args, self.placement, name="attention")(x, mask)
+        intermediate = _Dense(*args, cfg.intermediate_size, name="intermediate")
+        inner = ACTIVATION[cfg.hidden_act](intermediate(self.placement.constrain(x, "inputs")))
+        x = _AddNorm(*args, name="output")(self.placement.constrain(inner, "features"), x)
+        return self.placement.constrain(x, "residual"), None
+
+
+class _Attention(nn.Module):
+    config: EncoderConfig
+    dtype: Any
+    param_dtype: Any
+    placement: Placement
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        args = (self.config, self.dtype, self.param_dtype)
+        attention = _SelfAttention(*args, self.placement, name="self")
+        seen = attention(self.placement.constrain(x, "inputs"), mask)
+        return _AddNorm(*args, name="output")(seen, x)
+
+
+class _SelfAttention(nn.Module):
+    config: EncoderConfig
+    dtype: Any
+    param_dtype: Any
+    placement: Placement
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        heads = (*x.shape[:2], self.config.num_attention_heads, -1)
+        q, k, v = (
+            self.placement.constrain(
+                dense(self, self.config.hidden_size, name=name)(x).reshape(heads), "heads"
+            )
+            for name in ("query", "key", "value")
+        )
+        return self.placement.constrain(attend(q, k, v, mask).reshape(x.shape), "features")
+
+
+class _AddNorm(nn.Module):
+    """LayerNorm(dense(x) + residual)."""
+
+    config: EncoderConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, residual: jax.Array) -> jax.Array:
+        x = dense(self, self.config.hidden_size, name="dense")(x)
+        return layer_norm(self, name="LayerNorm")(x + residual)
+
+
+class _Dense(nn.Module):
+    """A layer that Hugging Face wraps in a module of its own; d_model wide by default."""
+
+    config: EncoderConfig
+    dtype: Any
+    param_dtype: Any
+    features: int | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return dense(self, self.features or self.config.hidden_size, name="dense")(x)
+
+
+class _BertHead(nn.Module):
+    """A masked language model's head: ``cls/predictions``."""
+
+    config: EncoderConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, table: jax.Array) -> jax.Array:
+        args = (self.config, self.dtype, self.param_dtype)
+        return _BertPredictions(*args, name="predictions")(hidden, table)
+
+
+class _BertPredictions(nn.Module):
+    config: EncoderConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, table: jax.Array) -> jax.Array:
+        args = (self.config, self.dtype, self.param_dtype)
+        return _tied_logits(self, _BertTransform(*args, name="transform")(hidden), table)
+
+
+class _BertTransform(nn.Module):
+    config: EncoderConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        x = dense(self, self.config.hidden_size, name="dense")(hidden)
+        return layer_norm(self, name="LayerNorm")(ACTIVATION[self.config.hidden_act](x))
+
+
+class _RobertaHead(nn.Module):
+    """A masked language model's head. Its activation is GELU, whatever the configuration says."""
+
+    config: EncoderConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, table: jax.Array) -> jax.Array:
+        x = dense(self, self.config.hidden_size, name="dense")(hidden)
+        return _tied_logits(self, layer_norm(self, name="layer_norm")(ACTIVATION["gelu"](x)), table)
+
+
+class _RobertaClassifier(nn.Module):
+    """A layer and tanh, then the classes."""
+
+    config: EncoderConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, first: jax.Array) -> jax.Array:
+        x = jnp.tanh(dense(self, self.config.hidden_size, name="dense")(first))
+        return _classes(self, name="out_proj")(x)
+
+
+def _classes(module: Any, **kwargs: Any) -> nn.Dense:
+    """Makes the layer of the classes' logits, at least fp32."""
+    return dense(module, module.config.num_labels, dtype=wide(module.dtype), **kwargs)
+
+
+def _tied_logits(module: Any, x: jax.Array, table: jax.Array) -> jax.Array:
+    """Returns x Eᵀ + bias, at least fp32; E is the table of words, [vocab, d_model]."""
+    shape = (module.config.vocab_size,)
+    bias = module.param("bias", nn.initializers.zeros, shape, module.param_dtype)
+    logits = dot_wide(x, table.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+    return logits + bias.astype(logits.dtype)
+
+
+def _positions(input_ids: jax.Array, config: EncoderConfig) -> jax.Array:
+    """Returns the rows of the table of positions, [batch, seq] int32; see ``Encoder.__call__``."""
+    if config.prefix == "bert" or config.pad_token_id is None:
+        count = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
+        return jnp.broadcast_to(count, input_ids.shape)
+    real = (input_ids != config.pad_token_id).astype(jnp.int32)
+    return jnp.cumsum(real, axis=1, dtype=jnp.int32) * real + config.pad_token_id
+
+
+def _embedding(
+    hidden: jax.Array, attention_mask: jax.Array | None, config: EncoderConfig
+) -> jax.Array:
+    """Pools hidden states as sentence-transformers does: [batch, d_model], at least fp32."""
+    hidden = hidden.astype(wide(hidden.dtype))
+    if config.pooling == "cls":
+        out = hidden[:, 0]
+    elif attention_mask is None:
+        out = jnp.mean(hidden, axis=1)
+    else:
+        weights = attention_mask.astype(bool).astype(hidden.dtype)[..., None]
+        out = jnp.sum(hidden * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1e-9)
+    if config.normalize:
+        squares = jnp.sum(out * out, axis=-1, keepdims=True)
+        out = out * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
+    return out

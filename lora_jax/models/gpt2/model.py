@@ -1,0 +1,227 @@
+"""GPT-2 in Flax Linen (Radford et al. 2019)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from lora_jax.models.gpt2.config import GPT2Config
+from lora_jax.models.layers.activations import ACTIVATION
+from lora_jax.models.layers.attention import attend, dot_wide
+from lora_jax.models.layers.blocks import dense, embed, layer_norm
+from lora_jax.models.layers.cache import Cache
+from lora_jax.models.layers.placement import UNPLACED, Placement
+from lora_jax.models.layers.trunk import causal_mask, extend, place, rematerialised
+
+
+class GPT2(nn.Module):
+    """GPT-2, called as ``Decoder`` is; its layers are scanned as well.
+
+    Parameters are a plain nested dict under Hugging Face's module names, less the layer number:
+    ``transformer/h/attn/c_attn/kernel`` is [layers, d_model, 3 * d_model], for q, k and v.
+
+    Attributes:
+      config: the options of the forward pass.
+      dtype: dtype of the computation. LayerNorm's statistics, softmax and logits are fp32 always.
+      param_dtype: dtype of the parameters that ``init`` makes.
+      remat: see ``Decoder``.
+      placement: see ``Decoder``.
+    """
+
+    config: GPT2Config
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: bool | str = False
+    placement: Placement = UNPLACED
+
+    def setup(self) -> None:
+        self.transformer = _Trunk(
+            self.config, self.dtype, self.param_dtype, self.remat, self.placement
+        )
+        if not self.config.tie_word_embeddings:
+            self.lm_head = dense(self, self.config.vocab_size, use_bias=False, dot_general=dot_wide)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+        segment_ids: jax.Array | None = None,
+        logits_at: jax.Array | None = None,
+        return_hidden: bool = False,
+    ) -> Any:
+        """Predicts each next token.
+
+        Args:
+          input_ids: [batch, seq], int. An id outside the vocabulary, or a position beyond
+            ``max_position_embeddings``, gives NaN.
+          attention_mask, positions, cache, segment_ids, logits_at, return_hidden: see
+            ``Decoder.__call__``.
+
+        Returns:
+          Logits, [batch, seq, vocab] or [batch, n, vocab], fp32; with a cache, a pair of that and
+          the new cache.
+
+        Raises:
+          ValueError: for segment_ids together with a cache, more tokens than a cache can hold, or
+            a sequence or cache longer than ``max_position_embeddings``.
+        """
+        hidden, new_cache = self.transformer(
+            input_ids, attention_mask, positions, cache, segment_ids
+        )
+        if logits_at is not None:
+            hidden = jnp.take_along_axis(hidden, logits_at[..., None], axis=1)
+        out = hidden if return_hidden else self.head(hidden)
+        return out if new_cache is None else (out, new_cache)
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Returns logits, [..., vocab] fp32, of final hidden states, [..., d_model]."""
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(hidden)
+        embedding = self.transformer.wte.embedding.astype(self.dtype)
+        contract = (((hidden.ndim - 1,), (1,)), ((), ()))
+        return dot_wide(hidden.astype(self.dtype), embedding, contract)
+
+
+class _Step(NamedTuple):
+    """All layers' input: mask [batch, 1, seq, keys], and the cache's slots in use, or None."""
+
+    mask: jax.Array
+    filled: jax.Array | None
+
+
+class _PerLayer(NamedTuple):
+    """One layer's input: the factor of its scores, [], and its cache or None."""
+
+    scale: jax.Array
+    key: jax.Array | None
+    value: jax.Array | None
+
+
+class _Attention(nn.Module):
+    config: GPT2Config
+    dtype: Any
+    param_dtype: Any
+    placement: Placement
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, step: _Step, layer: _PerLayer
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        cfg = self.config
+        fused = dense(self, 3 * cfg.hidden_size, name="c_attn")(x)
+        heads = (*x.shape[:2], cfg.num_attention_heads, cfg.head_dim)
+        parts = jnp.split(fused, 3, axis=-1)
+        q, k, v = (self.placement.constrain(part.reshape(heads), "heads") for part in parts)
+        keys, values = k, v
+        if layer.key is not None and layer.value is not None and step.filled is not None:
+            start = (0, step.filled, 0, 0)
+            keys = lax.dynamic_update_slice(layer.key, k.astype(layer.key.dtype), start)
+            values = lax.dynamic_update_slice(layer.value, v.astype(layer.value.dtype), start)
+        out = attend(q, keys.astype(q.dtype), values.astype(q.dtype), step.mask, layer.scale)
+        out = self.placement.constrain(out.reshape(x.shape), "features")
+        return dense(self, cfg.hidden_size, name="c_proj")(out), (k, v)
+
+
+class _MLP(nn.Module):
+    config: GPT2Config
+    dtype: Any
+    param_dtype: Any
+    placement: Placement
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = dense(self, self.config.intermediate_size, name="c_fc")(x)
+        hidden = self.placement.constrain(ACTIVATION[self.config.hidden_act](x), "features")
+        return dense(self, self.config.hidden_size, name="c_proj")(hidden)
+
+
+class _Block(nn.Module):
+    """Attention and MLP, each after a norm and added to the residual stream: a scan's body."""
+
+    config: GPT2Config
+    dtype: Any
+    param_dtype: Any
+    placement: Placement
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, step: _Step, layer: _PerLayer
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        args = (self.config, self.dtype, self.param_dtype, self.placement)
+
+        def inputs(norm_name: str, x: jax.Array) -> jax.Array:
+            return self.placement.constrain(layer_norm(self, name=norm_name)(x), "inputs")
+
+        hidden, cached = _Attention(*args, name="attn")(inputs("ln_1", x), step, layer)
+        x = x + hidden
+        x = x + _MLP(*args, name="mlp")(inputs("ln_2", x))
+        x = self.placement.constrain(x, "residual")
+        return x, None if layer.key is None else cached
+
+
+class _Trunk(nn.Module):
+    """Embeddings, scanned layers and the final norm: everything but the head."""
+
+    config: GPT2Config
+    dtype: Any
+    param_dtype: Any
+    remat: bool | str
+    placement: Placement
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.wte = embed(self, cfg.vocab_size)
+        self.wpe = embed(self, cfg.max_position_embeddings)
+        scanned = nn.scan(
+            rematerialised(_Block, self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0),
+            length=cfg.num_hidden_layers,
+        )
+        self.h = scanned(cfg, self.dtype, self.param_dtype, self.placement)
+        self.ln_f = layer_norm(self)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None,
+        positions: jax.Array | None,
+        cache: Cache | None,
+        segment_ids: jax.Array | None,
+    ) -> tuple[jax.Array, Cache | None]:
+        cfg = self.config
+        # Packed segments count from 0 again, and positions of one's own may do so too.
+        counted = segment_ids is None and positions is None
+        length = input_ids.shape[1] if cache is None else cache.positions.shape[1]
+        if counted and length > cfg.max_position_embeddings:
+            what = "tokens are" if cache is None else "slots of a cache are"
+            raise ValueError(
+                f"{length} {what} more than the model's {cfg.max_position_embeddings} positions"
+            )
+        placed = place(input_ids, attention_mask, positions, cache, segment_ids)
+        step = _Step(causal_mask(placed, segment_ids), None if cache is None else placed.first)
+        x = self.wte(input_ids) + self.wpe(placed.positions)
+        x = self.placement.constrain(x, "residual")
+        per_layer = _PerLayer(
+            _score_scales(cfg),
+            None if cache is None else cache.key,
+            None if cache is None else cache.value,
+        )
+        x, new = self.h(x, step, per_layer)
+        x = self.placement.constrain(self.ln_f(x), "inputs")
+        return x, None if cache is None else extend(cache, placed, new)
+
+
+def _score_scales(config: GPT2Config) -> jax.Array:
+    """Returns the factor of each layer's scores: [layers] fp32."""
+    root = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
+    by_layer = config.scale_attn_by_inverse_layer_idx
+    numbers = range(1, config.num_hidden_layers + 1)
+    return jnp.asarray([root / number if by_layer else root for number in numbers], jnp.float32)

@@ -1,0 +1,1 @@
+"""The layers and the bookkeeping that several models share."""

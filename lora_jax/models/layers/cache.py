@@ -1,0 +1,61 @@
+"""The keys and values of tokens already seen: an explicit pytree, for decoding step by step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+
+class Cached(Protocol):
+    """A configuration that tells the sizes of its model's keys and values."""
+
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far. Slot i holds the i-th token fed to the model.
+
+    Attributes:
+      key: [layers, batch, max_len, kv_heads, head_dim], rotated where the model rotates.
+      value: as key.
+      positions: [batch, max_len] int32, each slot's position; -1 in empty and padded slots.
+      filled: [] int32, the number of slots in use, padding included; the same for every row.
+      length: [batch] int32, the next token's position: the row's number of tokens, less padding.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    positions: jax.Array
+    filled: jax.Array
+    length: jax.Array
+
+
+def init_cache(config: Cached, batch: int, max_len: int, dtype: Any = jnp.float32) -> Cache:
+    """Makes an empty cache.
+
+    Args:
+      config: the model's.
+      batch: the number of rows.
+      max_len: the number of tokens, padding included, that the cache can hold. Writing beyond it
+        overwrites the last slots: under jit nothing can raise. RoPE of the kind "longrope"
+        chooses its frequencies by this number.
+      dtype: dtype of keys and values; the model's compute dtype.
+
+    Returns:
+      The cache, for ``model.apply(…, cache=cache)``.
+    """
+    shape = (config.num_hidden_layers, batch, max_len, config.num_key_value_heads, config.head_dim)
+    return Cache(
+        key=jnp.zeros(shape, dtype),
+        value=jnp.zeros(shape, dtype),
+        positions=jnp.full((batch, max_len), -1, jnp.int32),
+        filled=jnp.zeros((), jnp.int32),
+        length=jnp.zeros((batch,), jnp.int32),
+    )

@@ -1,0 +1,39 @@
+"""Placement of a model's activations on a mesh: the interface, and the answer without a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+
+Activation = Literal["residual", "inputs", "heads", "features"]
+# (x [batch, seq, d_model], weights [batch, seq, k], experts [batch, seq, k], the kernels of the
+# gates, of the up and of the down projections [experts, …]) -> [batch, seq, d_model]
+Mixture = Callable[..., jax.Array]
+
+
+class Placement:
+    """A model's questions on placement; this one leaves everything as it is.
+
+    A subclass answers for a mesh. It has to be hashable.
+    """
+
+    def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
+        """Returns an activation, with ``jax.lax.with_sharding_constraint`` or as it is.
+
+        There are four kinds:
+
+        - residual, [batch, seq, d_model]: the stream between layers, kept by rematerialisation;
+        - inputs, [batch, seq, d_model]: the input of a block's first products;
+        - heads, [batch, seq, heads, head_dim]: queries, keys and values;
+        - features, [batch, seq, features]: the input of a block's last product.
+        """
+        return x
+
+    def mixture(self, mixed: Mixture) -> Mixture:
+        """Returns the function to call for a mixture, which sorts tokens: each device its own."""
+        return mixed
+
+
+UNPLACED = Placement()

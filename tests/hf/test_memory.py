@@ -1,0 +1,88 @@
+"""How much memory loading and saving SmolLM2-135M take, in a process of their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from lora_jax.hf.bundled import SMOLLM2
+from lora_jax.models import from_pretrained, save_pretrained
+
+pytestmark = pytest.mark.slow
+
+# What a process needs besides: Python, JAX and this library alone come to about 250 MB.
+ALLOWANCE = 300e6
+
+# The peak is asked of the kernel for this very program: getrusage would count the memory of the
+# process that started it.
+PROGRAM = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from lora_jax import models
+
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+folder, dtype, sharded, out, shard_size = json.loads(sys.argv[1])
+jax.config.update("jax_num_cpu_devices", 4)
+mesh = Mesh(np.array(jax.devices()), ("fsdp",))
+
+def place(path, shape):
+    return NamedSharding(mesh, PartitionSpec(*[None] * (len(shape) - 1), "fsdp"))
+
+model, params = models.from_pretrained(
+    folder, dtype=jnp.dtype(dtype), sharding=place if sharded else None
+)
+sizes = [x.nbytes for x in jax.tree.leaves(params)]
+report = {"model": sum(sizes), "largest": max(sizes), "loaded": peak()}
+if out:
+    models.save_pretrained(out, model, params, max_shard_size=shard_size)
+print(json.dumps({**report, "saved": peak()}))
+"""
+
+
+def measure(*arguments: Any) -> dict[str, int]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(arguments)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    print({name: f"{value / 1e6:.0f} MB" for name, value in report.items()})
+    return report
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """SmolLM2's weights, stored in one dtype or the other."""
+    out = tmp_path_factory.mktemp("smollm2") / "model"
+    model, params = from_pretrained(SMOLLM2.package.local() / SMOLLM2.entry)
+    save_pretrained(out, model, params, dtype=jnp.dtype(request.param))
+    return str(out)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading(folder: str, dtype: str, sharded: bool) -> None:
+    got = measure(folder, dtype, sharded, None, 0)
+    assert got["model"] == 134_515_008 * jnp.dtype(dtype).itemsize
+    assert got["loaded"] <= got["model"] + got["largest"] + ALLOWANCE
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_saving(folder: str, tmp_path: Path) -> None:
+    """No more than the largest shard beyond the parameters."""
+    out = tmp_path / "out"
+    got = measure(folder, "float32", False, str(out), 50_000_000)
+    largest = max(p.stat().st_size for p in out.glob("*.safetensors"))
+    assert largest < 120e6  # the embedding, alone in its shard
+    assert got["saved"] <= got["model"] + largest + ALLOWANCE
