@@ -159,7 +159,7 @@ def _arrays(path: str, node: Node) -> dict[str, Any]:
     filed = {}
     for name, array in node.arrays.items():
         axis = rank_axis(node.axes_of(name), node.labels)
-        if axis is not None and len(set(node.ranks)) > 1:
+        if axis >= 0 and len(set(node.ranks)) > 1:
             array, axis = unpadded(array, node.ranks, axis), axis - 1
         if name in _LONG_AXIS_FIRST:
             array = jnp.moveaxis(array, axis, -1)
@@ -185,7 +185,7 @@ def _weight(
     arrays = {}
     for name, array in filed.items():
         array, axis = jnp.asarray(array), rank_axis(weight.axes_of(name), weight.labels)
-        several = axis is not None and len(set(weight.ranks)) > 1
+        several = axis >= 0 and len(set(weight.ranks)) > 1
         if name in _LONG_AXIS_FIRST:
             array = jnp.moveaxis(array, -1, axis - several)
         arrays[name] = padded(array, weight.ranks, axis) if several else array

@@ -73,9 +73,10 @@ def sizes(axes: Sequence[Role], shape: Sequence[int], labels: Sequence[Label], r
     return tuple(rank if axis == RANK else shape[axis] for axis in layout(axes, labels))
 
 
-def rank_axis(axes: Sequence[Role], labels: Sequence[Label]) -> int | None:
-    """Returns the axis of an array that holds the rank; None where it has none."""
-    return layout(axes, labels).index(RANK) if "rank" in axes else None
+def rank_axis(axes: Sequence[Role], labels: Sequence[Label]) -> int:
+    """Returns the axis of an array that holds the rank, -1 where it has none."""
+    places = layout(axes, labels)
+    return places.index(RANK) if RANK in places else -1
 
 
 def unpadded(array: Any, ranks: Sequence[int], axis: int) -> Any:

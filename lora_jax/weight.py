@@ -236,7 +236,7 @@ class Trained(_Node):
     value: Any
 
     @property
-    def base(self) -> Any:  # type: ignore[override]
+    def base(self) -> Any:
         """The value: no copy of the earlier one is kept."""
         return self.value
 

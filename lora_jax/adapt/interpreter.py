@@ -221,9 +221,9 @@ class Interpreter:
             self._note(use, "W alone: the adapter is for other uses of it")
             values = [v.alone() if _is_hidden(v, name) else v for v in values]
             return self._apply(site, eqn, values, live, twins)
-        rule = self.rules.get(name, self.default)
-        if rule is not None:
-            outputs = rule(self, use)
+        known = self.rules.get(name) or self.default
+        if known is not None:
+            outputs = known(self, use)
             if outputs is not None and not _cuts_shifted(use.values, outputs):
                 if name in _PRODUCTS and not any(isinstance(o, Factored) for o in outputs):
                     self._note(use, "xW + s·(xA)B")

@@ -89,7 +89,7 @@ def run(
             weights.append(leaf.factored(path, _weight_key(leaf, path, dropout_key)))
         elif is_base(leaves[-1]):
             nodes[place] = leaf
-            labels = ("batch",) * len(leaf.shape)
+            labels: Any = ("batch",) * len(leaf.shape)
             weights.append(Factored(leaves[-1], {}, labels, path=path))
     if not weights:
         args, kwargs = treedef.unflatten(leaves)
