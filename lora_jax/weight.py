@@ -71,6 +71,14 @@ class _Node:
         """The dtype of W."""
         return self.base.dtype
 
+    @property
+    def n_trainable(self) -> int:
+        """The number of trained parameters, padding not counted."""
+        return sum(math.prod(part.shape) for part in self.parts().values())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={getattr(self.base, 'shape', None)})"
+
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(f"a {type(self).__name__} {_HOW_TO_USE}.")
 
@@ -181,7 +189,6 @@ class LoraWeight(_Node):
 
     @property
     def n_trainable(self) -> int:
-        """The number of trained parameters, padding not counted."""
         return sum(map(self._count, self.part_names()))
 
     @property
@@ -240,17 +247,9 @@ class Trained(_Node):
         """The value: no copy of the earlier one is kept."""
         return self.value
 
-    @property
-    def n_trainable(self) -> int:
-        """The number of trained parameters."""
-        return math.prod(self.shape)
-
     def merged(self) -> Any:
         """Returns the value."""
         return self.value
-
-    def __repr__(self) -> str:
-        return f"Trained(shape={getattr(self.value, 'shape', None)})"
 
 
 @jax.tree_util.register_dataclass
@@ -270,11 +269,6 @@ class TrainedRows(_Node):
     value: Any
     rows: tuple[int, ...] = field(metadata=STATIC)
     is_table: bool = field(metadata=STATIC)
-
-    @property
-    def n_trainable(self) -> int:
-        """The number of trained parameters."""
-        return len(self.rows) * math.prod(self.shape[1:])
 
     def merged(self) -> jax.Array:
         """Returns the leaf with its trained rows, in its own dtype."""
@@ -297,9 +291,6 @@ class TrainedRows(_Node):
         b = self.value.astype(dtype) - before.astype(dtype)
         parts = {"a": a, "b": b, "scale": jnp.ones((), jnp.float32)}
         return Factored(self.base, parts, ("in", "out"), path=path)
-
-    def __repr__(self) -> str:
-        return f"TrainedRows(shape={getattr(self.base, 'shape', None)}, rows={self.rows})"
 
 
 Node = LoraWeight | Trained | TrainedRows

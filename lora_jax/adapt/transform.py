@@ -96,12 +96,8 @@ def run(
         return fn(*args, **kwargs)
     outputs = _Outputs()
 
-    def traced(*bases: Any) -> list[Any]:
-        replaced = dict(zip(nodes, bases, strict=True))
-        values = [replaced.get(place, leaf) for place, leaf in enumerate(leaves)]
-        args, kwargs = treedef.unflatten(values)
-        return outputs.take(fn(*args, **kwargs))
-
+    called = lambda args, kwargs: outputs.take(fn(*args, **kwargs))  # noqa: E731
+    traced = eqns.trace_with(called, leaves, treedef, list(nodes))
     jaxpr = jax.make_jaxpr(traced)(*(stand_in(weight.base) for weight in weights))
     values = interpreter.evaluate(jaxpr, weights)
     inner, _ = eqns.opened(jaxpr)
