@@ -63,7 +63,7 @@ def dot(
     """
 
     def with_base(x: jax.Array) -> jax.Array:
-        """xW, or Wᵀx where the weight comes first."""
+        """Returns xW, or Wᵀx where the weight comes first."""
 
         def product_with(w: jax.Array, x: jax.Array) -> jax.Array:
             if weight_first:

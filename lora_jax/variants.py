@@ -22,12 +22,12 @@ from lora_jax.weight import LoraWeight
 
 
 def _norms(node: LoraWeight, a: Any, b: Any) -> jax.Array:
-    """‖W + s·AB‖ of each column, [batch…, out…]."""
+    """Returns ‖W + s·AB‖ of each column, [batch…, out…]."""
     return column_norms(as_array(node.base), a, b, node.scale, node.labels)
 
 
 def _first_magnitude(node: LoraWeight) -> jax.Array:
-    """‖W‖, or ‖W + s·AB‖ where the factors start elsewhere than at 0 and are not taken out of W."""
+    """Returns ‖W‖, or ‖W + s·AB‖ where AB starts elsewhere than at 0 and is not taken out of W."""
     a = node.a if node.start is None else jnp.zeros_like(node.a)
     return _norms(node, a, node.b)
 

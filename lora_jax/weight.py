@@ -53,7 +53,7 @@ class _Node:
 
     @property
     def is_on(self) -> bool:
-        """Whether what trains is here: False in the base half, which stands for W alone."""
+        """True where what trains is here; False in the base half, which stands for W alone."""
         return all(getattr(self, name) is not None for name in self.part_names())
 
     @property

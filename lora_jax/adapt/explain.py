@@ -14,7 +14,7 @@ from lora_jax.weight import LoraWeight, leaves_of
 
 
 def uses(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Record]:
-    """Every use of an adapted weight by ``fn(*args, **kwargs)``, in the order of the program.
+    """Returns every use of an adapted weight by ``fn(*args, **kwargs)``, in program order.
 
     `fn` is traced, not run; arrays may be `jax.ShapeDtypeStruct`\\ s. A weight that the function
     never uses has one entry, which says so.

@@ -38,7 +38,7 @@ def _rearrange(_: Interpreter, use: Use) -> list[Any] | None:
     first = {axis: i for i, held in reversed(list(enumerate(places))) for axis in held}
 
     def permuted(array: Any, axes: Axes) -> Any:
-        """The array with the axes of each role in the order in which they come first."""
+        """Orders the axes of each role as they come first."""
         roles = ["rank" if axis == RANK else weight.labels[axis] for axis in axes]
         key = lambda i: (_BLOCKS[roles[i]], first.get(axes[i], -1))  # noqa: E731
         return lax.transpose(array, sorted(range(len(axes)), key=key))
@@ -129,7 +129,7 @@ def _cut_axes(use: Use, weight: Factored) -> list[int]:
 
 
 def _row_or_part(weight: Factored, part: Factored) -> Any:
-    """A part of a weight; where that is one row, it is a look-up: W's row + s·(A's row)B."""
+    """Returns a part of a weight; one row of it as a look-up: W's row + s·(A's row)B."""
     before, after = (math.prod(w.sizes("in")) for w in (weight, part))
     if not after == 1 < before:
         return part
@@ -196,7 +196,7 @@ def _rev(_: Interpreter, use: Use) -> list[Any] | None:
 
 
 def _pad(_: Interpreter, use: Use) -> list[Any] | None:
-    """Where W is padded, with whatever value, its factors are padded with zeros."""
+    """Factors are padded with zeros, whatever W is padded with."""
     weight = _only_weight(use)
     if weight is None or weight.key is not None or weight.gain is not None:
         return None

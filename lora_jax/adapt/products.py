@@ -249,7 +249,7 @@ def _gather(_: Interpreter, use: Use) -> list[Any] | None:
         return placed(jnp.tensordot(z, b, ((0,), (0,)), preferred_element_type=rows.dtype))
 
     def placed(array: jax.Array) -> jax.Array:
-        """Of columns alone, or of places and columns."""
+        """Puts columns, or places and columns, in the order of the rows."""
         array = lax.expand_dims(array, range(len(order) - array.ndim))
         return lax.transpose(array, [order.index(axis) for axis in range(array.ndim)])
 

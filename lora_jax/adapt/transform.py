@@ -23,7 +23,7 @@ def adapt(
     strict: bool = False,
     primitives: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
-    """`fn`, running on an adapted tree: each product with an adapted W is xW + s·(xA)B.
+    """Returns `fn` for adapted trees: each product with an adapted W is xW + s·(xA)B.
 
     W + s·AB is never formed, nor a gradient of W where the derivative is taken with respect to
     the adapter half alone (see `lora_jax.split`). `fn` is any JAX function of a tree of arrays: a
@@ -69,7 +69,7 @@ def run(
     kwargs: dict[str, Any],
     dropout_key: jax.Array | None,
 ) -> Any:
-    """``fn(*args, **kwargs)``, with the adapted weights among the arguments in factored form."""
+    """Returns ``fn(*args, **kwargs)``, with the adapted weights among the arguments in factored form."""
     treedef: Any
     keyed, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_leaf)
     if not any(is_leaf(leaf) for _, leaf in keyed):
@@ -129,14 +129,14 @@ class _Outputs:
 
 
 def _is_factored(leaf: Any) -> bool:
-    """Whether a leaf is a weight that the function is run on in factored form."""
+    """Returns whether the function is run on a leaf in factored form."""
     if isinstance(leaf, TrainedRows):
         return leaf.is_on and leaf.is_table
     return isinstance(leaf, LoraWeight) and leaf.is_on
 
 
 def _plain(leaf: Any, path: str) -> Any:
-    """A leaf as the function is traced with it."""
+    """Returns a leaf as the function is traced with it."""
     if not is_node(leaf):
         return leaf
     if isinstance(leaf, Trained) and not leaf.is_on:
@@ -151,7 +151,7 @@ def _plain(leaf: Any, path: str) -> Any:
 def _weight_key(
     weight: LoraWeight | TrainedRows, path: str, key: jax.Array | None
 ) -> jax.Array | None:
-    """The weight's dropout keys, one for each index of its batch axes."""
+    """Returns a weight's dropout keys, one for each index of its batch axes."""
     if key is None or isinstance(weight, TrainedRows) or not weight.dropout:
         return None
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
