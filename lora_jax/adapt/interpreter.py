@@ -115,7 +115,7 @@ class Interpreter:
         args: Sequence[Any],
         live: Live | None = None,
     ) -> list[Any]:
-        """Returns the outputs of `jaxpr`, `Factored` where a weight leaves as it came or re-arranged.
+        """Returns the outputs of `jaxpr`, `Factored` where a weight leaves as it came or moved.
 
         live: which outputs are wanted; the others are None, and what only they need is not run.
         """

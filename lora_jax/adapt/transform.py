@@ -69,7 +69,7 @@ def run(
     kwargs: dict[str, Any],
     dropout_key: jax.Array | None,
 ) -> Any:
-    """Returns ``fn(*args, **kwargs)``, with the adapted weights among the arguments in factored form."""
+    """Returns ``fn(*args, **kwargs)``, with adapted weights among the arguments factored."""
     treedef: Any
     keyed, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_leaf)
     if not any(is_leaf(leaf) for _, leaf in keyed):
