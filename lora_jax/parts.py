@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lora_jax.axes import Label
 
 if TYPE_CHECKING:
-    from lora_jax.product import Factored
+    from lora_jax.factored import Factored
     from lora_jax.weight import LoraWeight
 
 Role = Label | Literal["rank"]
