@@ -5,10 +5,11 @@ A variant of LoRA adds a `Part`: the axes of one more array, its first value, an
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax.numpy as jnp
+from jax import lax
 
 from lora_jax.axes import Label
 
@@ -71,6 +72,21 @@ def layout(axes: Sequence[Role], labels: Sequence[Label]) -> Axes:
 def sizes(axes: Sequence[Role], shape: Sequence[int], labels: Sequence[Label], rank: int) -> Axes:
     """Returns the shape of an array of a weight of this shape and rank; see `layout`."""
     return tuple(rank if axis == RANK else shape[axis] for axis in layout(axes, labels))
+
+
+def spread(array: Any, axes: Axes, where: Mapping[int, int], ndim: int) -> Any:
+    """Returns an array in the layout of another one, of size one along axes that it lacks.
+
+    Args:
+      array: with an axis for each of `axes`.
+      axes: the weight's axis that each of them holds; those not in `where` are of size one.
+      where: by the weight's axis, an axis of the result.
+      ndim: the number of axes of the result.
+    """
+    array = lax.squeeze(array, [i for i, axis in enumerate(axes) if axis not in where])
+    kept = [where[axis] for axis in axes if axis in where]
+    array = lax.transpose(array, sorted(range(len(kept)), key=kept.__getitem__))
+    return lax.expand_dims(array, [axis for axis in range(ndim) if axis not in kept])
 
 
 def rank_axis(axes: Sequence[Role], labels: Sequence[Label]) -> int:

@@ -33,6 +33,7 @@ class _Node:
 
     base: Any
     n_frozen = 0  # the adapter's parameters that do not train; W is not among them
+    is_factored = False  # whether functions run on it as W with factors, rather than on one array
 
     def replace(self, **changes: Any) -> Self:
         """Returns a copy with other values in some of the attributes."""
@@ -199,6 +200,8 @@ class LoraWeight(_Node):
     def is_on(self) -> bool:
         return self.a is not None and self.b is not None
 
+    is_factored = is_on
+
     def factored(self, path: str = "", key: Any = None) -> Factored:
         """Returns the weight as what the products work on; see `lora_jax.product`."""
         parts = {"a": self.a, "b": self.b, "scale": self.scale}
@@ -269,6 +272,10 @@ class TrainedRows(_Node):
     value: Any
     rows: tuple[int, ...] = field(metadata=STATIC)
     is_table: bool = field(metadata=STATIC)
+
+    @property
+    def is_factored(self) -> bool:  # type: ignore[override]
+        return self.is_on and self.is_table
 
     def merged(self) -> jax.Array:
         """Returns the leaf with its trained rows, in its own dtype."""

@@ -1,5 +1,6 @@
 """Rules for primitives that only re-arrange a weight: its factors follow, nothing is formed."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -105,21 +106,22 @@ def moved(
     return weight.along(along(weight.base, move, touched), move)
 
 
-def _slice(_: Interpreter, use: Use) -> list[Any] | None:
-    weight = _only_weight(use)
-    if weight is None:
-        return None
-    start, limit = use.params["start_indices"], use.params["limit_indices"]
-    strides = use.params["strides"] or (1,) * len(start)
+def _part(weight: Factored, slices: dict[int, tuple[int, int, int]]) -> Factored:
+    """Returns a part of a weight, by (start, limit, stride) of the axes that are cut."""
 
     def cut(array: Any, axes: Axes) -> Any:
-        three = [
-            (0, n, 1) if a == RANK else (start[a], limit[a], strides[a])
-            for n, a in zip(array.shape, axes, strict=True)
-        ]
+        three = [slices.get(axis, (0, n, 1)) for axis, n in zip(axes, array.shape, strict=True)]
         return lax.slice(array, *zip(*three, strict=True)) if three else array
 
-    return [_row_or_part(weight, moved(weight, cut, _cut_axes(use, weight)))]
+    return moved(weight, cut, list(slices))
+
+
+def _slice(_: Interpreter, use: Use) -> list[Any] | None:
+    weight, start = use.values[0], use.params["start_indices"]
+    strides = use.params["strides"] or (1,) * len(start)
+    three = list(zip(start, use.params["limit_indices"], strides, strict=True))
+    part = _part(weight, {axis: three[axis] for axis in _cut_axes(use, weight)})
+    return [_row_or_part(weight, part)]
 
 
 def _cut_axes(use: Use, weight: Factored) -> list[int]:
@@ -154,19 +156,8 @@ def _dynamic_slice(_: Interpreter, use: Use) -> list[Any] | None:
 
 
 def _split(_: Interpreter, use: Use) -> list[Any] | None:
-    (weight,) = use.values
-    dimension, parts, start = use.params["axis"], [], 0
-    for out in use.eqn.outvars:
-        size = out.aval.shape[dimension]  # type: ignore[attr-defined]
-
-        def cut(array: Any, axes: Axes, start: int = start, size: int = size) -> Any:
-            if dimension not in axes:
-                return array
-            return lax.slice_in_dim(array, start, start + size, axis=axes.index(dimension))
-
-        parts.append(moved(weight, cut, [dimension]))
-        start += size
-    return parts
+    axis, ends = use.params["axis"], [0, *itertools.accumulate(use.params["sizes"])]
+    return [_part(use.values[0], {axis: (*pair, 1)}) for pair in itertools.pairwise(ends)]
 
 
 def _gathered_over_devices(_: Interpreter, use: Use) -> list[Any] | None:

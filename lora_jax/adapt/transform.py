@@ -84,7 +84,7 @@ def run(
     for place, (key_path, leaf) in enumerate(keyed):
         path = path_string(key_path[2:])  # without ([args or kwargs], [which of them])
         leaves.append(_plain(leaf, path))
-        if _is_factored(leaf):
+        if is_node(leaf) and leaf.is_factored:
             nodes[place] = leaf
             weights.append(leaf.factored(path, _weight_key(leaf, path, dropout_key)))
         elif is_base(leaves[-1]):
@@ -128,13 +128,6 @@ class _Outputs:
         )
 
 
-def _is_factored(leaf: Any) -> bool:
-    """Returns whether the function is run on a leaf in factored form."""
-    if isinstance(leaf, TrainedRows):
-        return leaf.is_on and leaf.is_table
-    return isinstance(leaf, LoraWeight) and leaf.is_on
-
-
 def _plain(leaf: Any, path: str) -> Any:
     """Returns a leaf as the function is traced with it."""
     if not is_node(leaf):
@@ -144,8 +137,7 @@ def _plain(leaf: Any, path: str) -> Any:
             f"{path!r} trains in full, and this half of the tree has no value for it: call "
             "lora_jax.join(adapter, base) first"
         )
-    whole = isinstance(leaf, Trained) or (isinstance(leaf, TrainedRows) and not leaf.is_table)
-    return leaf.merged() if whole and leaf.is_on else leaf.base
+    return leaf.base if leaf.is_factored or not leaf.is_on else leaf.merged()
 
 
 def _weight_key(
