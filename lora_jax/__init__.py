@@ -21,10 +21,10 @@ from lora_jax.lorafy import strip as strip
 from lora_jax.lorafy import summary as summary
 from lora_jax.lorafy import swap as swap
 from lora_jax.lorafy import trainable_mask as trainable_mask
-from lora_jax.parts import Part as Part
 from lora_jax.rules import LoraRule as LoraRule
 from lora_jax.rules import TrainRule as TrainRule
 from lora_jax.weight import LoraWeight as LoraWeight
+from lora_jax.weight import Part as Part
 from lora_jax.weight import Trained as Trained
 from lora_jax.weight import TrainedRows as TrainedRows
 from lora_jax.weight import is_node as is_node

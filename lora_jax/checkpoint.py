@@ -21,10 +21,10 @@ from lora_jax.axes import AxisRoles
 from lora_jax.fingerprint import base_fingerprint, checksum, differing
 from lora_jax.folders import partial_of, put_in_place
 from lora_jax.lorafy import Tree, nodes_of, strip, swap
-from lora_jax.parts import AXES, Part, padded, rank_axis, unpadded
+from lora_jax.parts import AXES, padded, rank_axis, unpadded
 from lora_jax.paths import nearest
 from lora_jax.variants import PARTS
-from lora_jax.weight import LoraWeight, Node, Trained, TrainedRows, leaves_of
+from lora_jax.weight import LoraWeight, Node, Part, Trained, TrainedRows, leaves_of
 
 FORMAT = 2
 _LONG_AXIS_FIRST = ("a", "start_a")  # filed as [batch…, in…, r]

@@ -1,21 +1,15 @@
 """The arrays of an adapted weight, and the roles of their axes: the one table of their layout.
 
 Everything that moves, slices, shards, joins or saves the arrays of a weight reads their axes here.
-A variant of LoRA adds a `Part`: the axes of one more array, its first value, and what it does.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.axes import Label
-
-if TYPE_CHECKING:
-    from lora_jax.factored import Factored
-    from lora_jax.weight import LoraWeight
 
 Role = Label | Literal["rank"]
 Axes = tuple[int, ...]
@@ -36,24 +30,6 @@ AXES: dict[str, tuple[Role, ...]] = {
 }
 # What an array holds for a weight that lacks it, where weights are joined; of others, zeros.
 NEUTRAL = {"gain": 1.0}
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One more trained array of an adapted weight: what a variant of LoRA adds to A and B.
-
-    Attributes:
-      name: how the adapter's dictionary and its file call the array.
-      axes: the roles of its axes: "batch", then "rank", then "in" or "out".
-      init: returns its first value, of the weight's shape for those axes, of the weight without it.
-      apply: returns the weight as products see it, given that weight without the part, the node
-        that holds the part, and its array.
-    """
-
-    name: str
-    axes: tuple[Role, ...]
-    init: Callable[["LoraWeight"], Any]
-    apply: Callable[["Factored", "LoraWeight", Any], "Factored"]
 
 
 def layout(axes: Sequence[Role], labels: Sequence[Label]) -> Axes:

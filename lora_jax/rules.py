@@ -9,8 +9,9 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from lora_jax import init as initialisers
-from lora_jax.parts import AXES, Part
+from lora_jax.parts import AXES
 from lora_jax.variants import BIAS, MAGNITUDE
+from lora_jax.weight import Part
 
 Targets = str | Sequence[str]
 ALL_LINEAR = "all-linear"

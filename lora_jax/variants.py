@@ -1,6 +1,6 @@
 """Variants of LoRA that add a part to A and B: DoRA's magnitude, a bias on B.
 
-To add one, write a `lora_jax.parts.Part` and give it to a rule, ``LoraRule(extras=[part], …)``.
+To add one, write a `lora_jax.Part` and give it to a rule, ``LoraRule(extras=[part], …)``.
 This one trains a factor for each column of rank, s·A·diag(d)·B:
 
     def with_core(weight, node, d):                       # d [batch…, r]
@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from lora_jax.base import as_array
 from lora_jax.factored import Factored
 from lora_jax.magnitude import column_norms
-from lora_jax.parts import Part
-from lora_jax.weight import LoraWeight
+from lora_jax.weight import LoraWeight, Part
 
 
 def _norms(node: LoraWeight, a: Any, b: Any) -> jax.Array:

@@ -7,7 +7,7 @@ which some rows train. All of them give and take their trained arrays by name (`
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any, NoReturn, Self
 
@@ -18,7 +18,7 @@ from lora_jax.axes import AxisRoles, Label
 from lora_jax.base import along, as_array, is_base
 from lora_jax.factored import Factored
 from lora_jax.magnitude import wide
-from lora_jax.parts import AXES, STATIC, Axes, Part, Role, layout, sizes
+from lora_jax.parts import AXES, STATIC, Axes, Role, layout, sizes
 from lora_jax.paths import flatten_with_paths
 
 _HOW_TO_USE = (
@@ -86,6 +86,24 @@ class _Node:
     __jax_array__ = __array__ = __getitem__ = __iter__ = __len__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
     __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __pow__ = __neg__ = _refuse
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One more trained array of an adapted weight: what a variant of LoRA adds to A and B.
+
+    Attributes:
+      name: how the adapter's dictionary and its file call the array.
+      axes: the roles of its axes: "batch", then "rank", then "in" or "out".
+      init: returns its first value, of the weight's shape for those axes, of the weight without it.
+      apply: returns the weight as products see it, given that weight without the part, the node
+        that holds the part, and its array.
+    """
+
+    name: str
+    axes: tuple[Role, ...]
+    init: Callable[["LoraWeight"], Any]
+    apply: Callable[[Factored, "LoraWeight", Any], Factored]
 
 
 @jax.tree_util.register_dataclass
