@@ -10,7 +10,7 @@ from lora_jax.adapt.roles import infer_roles
 from lora_jax.build import node_of
 from lora_jax.magnitude import wide
 from lora_jax.paths import nearest, path_string
-from lora_jax.resolve import beside, resolve
+from lora_jax.resolve import Known, beside, resolve
 from lora_jax.rules import Rule
 from lora_jax.weight import LoraWeight, Node, Trained, is_leaf, is_node, leaves_of
 
@@ -24,6 +24,7 @@ def lorafy(
     *,
     key: jax.Array | None = None,
     trace: Sequence[Any] | None = None,
+    kinds: Mapping[str, str] | None = None,
 ) -> Tree:
     """Returns `params` with each selected kernel as a `LoraWeight`, each trained leaf as `Trained`.
 
@@ -39,6 +40,8 @@ def lorafy(
       trace: ``(fn, *args)``, as `fn` is called, `params` among the arguments (arrays may be
         `jax.ShapeDtypeStruct`\\ s): the axis roles of each kernel are read from what `fn` does
         with it, in the place of Flax's convention. A rule's own in_axes and out_axes come first.
+      kinds: by path, the part of the model that a leaf belongs to ("attention", "mlp", "experts",
+        "head", …), which presets of targets select by: ``lora_jax.models.kinds(model.config)``.
 
     Raises:
       ValueError: a rule selects nothing, a kernel's axis roles are unknown, or the tree is adapted
@@ -51,10 +54,10 @@ def lorafy(
             "lora_jax.strip(params), or lora_jax.merge(params) to build on what was learned"
         )
     arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
-    looked = None
+    roles = None
     if trace is not None:
-        looked = infer_roles(trace[0], trace[1:], {id(leaf): path for path, leaf in arrays})
-    chosen = resolve(arrays, rules, looked)
+        roles = infer_roles(trace[0], trace[1:], {id(leaf): path for path, leaf in arrays})
+    chosen = resolve(arrays, rules, Known(roles, kinds))
     key = jax.random.key(0) if key is None else key
     return treedef.unflatten(
         node_of(leaf, path, chosen[path], key) if path in chosen else leaf for path, leaf in leaves

@@ -9,22 +9,34 @@ import jax.numpy as jnp
 
 from lora_jax.axes import EMBEDDING_NAMES, AxisRoles, default_roles
 from lora_jax.paths import has_run, leaf_name, nearest, numbered_layer
-from lora_jax.rules import ALL_LINEAR, LoraRule, Rule, Targets, TrainRule
+from lora_jax.rules import ALL_LINEAR, PRESETS, LoraRule, Rule, Targets, TrainRule
 
-# Modules that "all-linear" leaves alone: embeddings (also by the name of the leaf) and the heads
-# that turn the last hidden state into the model's output.
+# Without kinds, "all-linear" leaves these modules alone: embeddings (also by the name of the leaf)
+# and the heads that turn the last hidden state into the model's output. In masked language models
+# the output layer lies in a module that holds other layers, too.
 _NOT_LINEAR = re.compile(
-    r"embed\w*|\w*embeddings?|wte|wpe|\w*lm_head|head|unembed\w*|classifier|score|logits"
+    r"(?!(.*/)?lm_head/dense/\w+$)(.*/)?(cls/predictions/decoder/\w+|(embed\w*|\w*embeddings?|wte|"
+    r"wpe|\w*lm_head|head|unembed\w*|classifier|score|logits)(/.*)?)"
 )
-# In masked language models, the output layer lies in a module that holds other layers, too.
-_INNER_OUTPUT = re.compile(r"(.*/)?cls/predictions/decoder/\w+")
-_INNER_LINEAR = re.compile(r"(.*/)?lm_head/dense/\w+")
 # Leaves with two or more axes that a module owns beside its kernel, once layers are stacked.
 _SIDE_LEAVES = frozenset({"bias", "b", "scale", "offset", "mean", "var", "gamma", "beta"})
 
 Leaves = Sequence[tuple[str, Any]]  # path and array, or anything with a shape and a dtype
-# By path, the axis roles that a function was seen to give a leaf, or why there are none.
-Looked = Mapping[str, AxisRoles | str] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """Facts about the leaves, by path.
+
+    Attributes:
+      roles: the axis roles that a function was seen to give a leaf, or why there are none; None:
+        the names of leaves tell them.
+      kinds: the part of the model that a leaf belongs to, which presets select by; None: presets
+        but "all-linear", which goes by names then, cannot be used.
+    """
+
+    roles: Mapping[str, AxisRoles | str] | None = None
+    kinds: Mapping[str, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +84,17 @@ class Adapted:
 Choice = Adapted | InFull
 
 
-def resolve(leaves: Leaves, rules: Sequence[Rule], looked: Looked = None) -> dict[str, Choice]:
+def resolve(
+    leaves: Leaves,
+    rules: Sequence[Rule],
+    known: Known = Known(),  # noqa: B008
+) -> dict[str, Choice]:
     """Returns the decision for each leaf that a rule selects, by path; the first rule wins.
 
     Args:
       leaves: of the tree, with their paths.
       rules: in the order in which they apply.
-      looked: the axis roles that a function was seen to give the leaves, in the place of the
-        convention for their names.
+      known: what is known of the leaves beside their names.
 
     Raises:
       ValueError: a rule selects nothing (the message names it and the nearest paths), the roles of
@@ -91,10 +106,15 @@ def resolve(leaves: Leaves, rules: Sequence[Rule], looked: Looked = None) -> dic
     for rule in rules:
         if not isinstance(rule, Rule):
             raise TypeError(f"a rule is a LoraRule or a TrainRule, not {rule!r}")
+        if known.kinds is None and rule.targets in PRESETS and rule.targets != ALL_LINEAR:
+            raise ValueError(
+                f"{rule}: a preset needs to be told what each leaf is: lorafy(params, rules, "
+                "kinds=lora_jax.models.kinds(model.config)), or kinds={path: kind} of your own"
+            )
     used: set[int] = set()
     resolved: dict[str, Choice] = {}
     for path, leaf in leaves:
-        matching = {i: rule for i, rule in enumerate(rules) if _selects(rule, path, leaf, looked)}
+        matching = {i: rule for i, rule in enumerate(rules) if _selects(rule, path, leaf, known)}
         if not matching:
             continue
         index, first = next(iter(matching.items()))
@@ -103,14 +123,14 @@ def resolve(leaves: Leaves, rules: Sequence[Rule], looked: Looked = None) -> dic
             choice, taking_part = _train(first, path, leaf), {index}
         else:
             lora = {i: rule for i, rule in matching.items() if isinstance(rule, LoraRule)}
-            choice, taking_part = _adapt(lora, path, leaf, looked)
+            choice, taking_part = _adapt(lora, path, leaf, known)
         if choice is not None:
             resolved[path] = choice
             used |= taking_part
     resolved |= _biases(dict(leaves), resolved)
     for index, rule in enumerate(rules):
         if index not in used:
-            why = _why_nothing(rule, leaves, resolved if index else {}, looked)
+            why = _why_nothing(rule, leaves, resolved if index else {}, known)
             raise ValueError(f"{rule} selects nothing: {why}")
     return resolved
 
@@ -156,16 +176,16 @@ def beside(path: str, paths: Container[str]) -> str | None:
 
 
 def _adapt(
-    rules: Mapping[int, LoraRule], path: str, leaf: Any, looked: Looked
+    rules: Mapping[int, LoraRule], path: str, leaf: Any, known: Known
 ) -> tuple[Adapted | None, set[int]]:
     """Returns the decision for a kernel and the indices of the rules that take part in it.
 
     Args:
       rules: those that select the kernel, by their index.
       path, leaf: the kernel.
-      looked: see `resolve`.
+      known: see `resolve`.
     """
-    roles = _roles(next(iter(rules.values())), path, len(leaf.shape), looked)
+    roles = _roles(next(iter(rules.values())), path, len(leaf.shape), known)
     batch = roles.sizes(leaf.shape, "batch")
     number = numbered_layer(path, stacked=bool(batch))
     stacked = number is None and bool(batch)
@@ -197,32 +217,29 @@ def _adapt(
 _MAY_DIFFER: dict[str, Any] = dict(targets=".*", exclude=(), layers=None, rank=2, alpha=None)
 
 
-def _selects(rule: Rule, path: str, leaf: Any, looked: Looked) -> bool:
+def _selects(rule: Rule, path: str, leaf: Any, known: Known) -> bool:
     """Returns whether a rule names a leaf that it can adapt (a LoraRule) or train."""
-    if _matches(rule.exclude, path) or not _is_named(rule, path, leaf, looked):
+    if _matches(rule.exclude, path) or not _is_named(rule, path, leaf, known):
         return False
     if isinstance(rule, TrainRule):
         return jnp.issubdtype(leaf.dtype, jnp.inexact)
     return _is_kernel(path, leaf)
 
 
-def _is_named(rule: Rule, path: str, leaf: Any, looked: Looked) -> bool:
-    if rule.targets != ALL_LINEAR:
+def _is_named(rule: Rule, path: str, leaf: Any, known: Known) -> bool:
+    if isinstance(rule.targets, str) and rule.targets not in PRESETS:
         return _matches(rule.targets, path)
-    if isinstance(rule, TrainRule) or leaf_name(path) in EMBEDDING_NAMES:
-        return False
-    by_name = default_roles(leaf_name(path), len(leaf.shape))
-    roles = by_name if looked is None else looked.get(path)
-    return isinstance(roles, AxisRoles) and _is_inner(path)
-
-
-def _is_inner(path: str) -> bool:
-    """Returns whether a kernel's module is neither an embedding nor the output head."""
-    if _INNER_LINEAR.fullmatch(path):
-        return True
-    if _INNER_OUTPUT.fullmatch(path):
-        return False
-    return not any(_NOT_LINEAR.fullmatch(segment) for segment in path.split("/"))
+    names = [rule.targets] if isinstance(rule.targets, str) else rule.targets
+    presets = [name for name in names if name in PRESETS]
+    if known.kinds is not None:
+        if any(known.kinds.get(path) in PRESETS[preset] for preset in presets):
+            return True
+    elif ALL_LINEAR in presets and isinstance(rule, LoraRule) and not _NOT_LINEAR.fullmatch(path):
+        by_name = default_roles(leaf_name(path), len(leaf.shape))
+        roles = by_name if known.roles is None else known.roles.get(path)
+        if isinstance(roles, AxisRoles) and leaf_name(path) not in EMBEDDING_NAMES:
+            return True
+    return names is rule.targets and _matches(names, path)
 
 
 def _matches(targets: Targets, path: str) -> bool:
@@ -237,14 +254,14 @@ def _is_kernel(path: str, leaf: Any) -> bool:
     return is_matrix and leaf_name(path) not in _SIDE_LEAVES
 
 
-def _roles(rule: LoraRule, path: str, ndim: int, looked: Looked) -> AxisRoles:
+def _roles(rule: LoraRule, path: str, ndim: int, known: Known) -> AxisRoles:
     if rule.in_axes is not None and rule.out_axes is not None:
         try:
             return AxisRoles.of(rule.in_axes, rule.out_axes, ndim)
         except ValueError as error:
             raise ValueError(f"{rule}: {path!r}: {error}") from None
-    if looked is not None:
-        seen = looked.get(path, "it is not among the arguments (leaves are matched by identity)")
+    if known.roles is not None:
+        seen = known.roles.get(path, "it is no argument (leaves are matched by identity)")
         if isinstance(seen, str):
             raise ValueError(
                 f"{rule} selects {path!r}, and trace tells no axis roles for it: {seen}. Leave it "
@@ -262,15 +279,15 @@ def _roles(rule: LoraRule, path: str, ndim: int, looked: Looked) -> AxisRoles:
     return roles
 
 
-def _why_nothing(rule: Rule, leaves: Leaves, taken: Mapping[str, Choice], looked: Looked) -> str:
+def _why_nothing(rule: Rule, leaves: Leaves, taken: Mapping[str, Choice], known: Known) -> str:
     """Returns the reason why a rule selects nothing.
 
     Args:
       rule: the rule.
-      leaves, looked: see `resolve`.
+      leaves, known: see `resolve`.
       taken: the decisions for the leaves that other rules select; none where the rule is the first.
     """
-    named = {path: leaf for path, leaf in leaves if _is_named(rule, path, leaf, looked)}
+    named = {path: leaf for path, leaf in leaves if _is_named(rule, path, leaf, known)}
     if gone := [path for path in named if path in taken]:
         return f"an earlier rule takes {gone[0]!r} (the first rule wins)"
     if excluded := [path for path in named if _matches(rule.exclude, path)]:

@@ -14,7 +14,11 @@ from lora_jax.variants import BIAS, MAGNITUDE
 from lora_jax.weight import Part
 
 Targets = str | Sequence[str]
+_LAYERS = ("attention", "mlp", "experts")
 ALL_LINEAR = "all-linear"
+# Targets by what a leaf is, as `lora_jax.models.kinds` says; tables, heads and norms are in none.
+PRESETS: dict[str, frozenset[str]] = {kind: frozenset({kind}) for kind in _LAYERS}
+PRESETS[ALL_LINEAR] = frozenset({*_LAYERS, "router", "pooler", "transform"})
 
 
 def _as_written(rule: Any) -> str:
@@ -37,8 +41,10 @@ class LoraRule:
     Args:
       targets: a list of names, each equal to a run of whole path segments (``["q_proj"]`` selects
         ``model/layers/q_proj/kernel``, and never a bias or a norm); or a string, which
-        `re.fullmatch`\\ es the whole ``/``-joined path of the leaf; or ``"all-linear"``: every
-        kernel but embeddings and the output head (experts and their routers are kernels, too).
+        `re.fullmatch`\\ es the whole ``/``-joined path of the leaf; or a preset, alone or among the
+        names: ``"all-linear"``, every kernel but embeddings and the output head (experts and their
+        routers are kernels, too), ``"attention"``, ``"mlp"`` or ``"experts"``. Presets but the
+        first need `lorafy`'s `kinds`.
       exclude: paths that are left alone, in either of the first two forms.
       layers: indices of the layers to adapt; the first batch axis of a stacked kernel, or the
         first numbered segment of the path. None: all.

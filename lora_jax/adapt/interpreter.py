@@ -243,26 +243,19 @@ class Interpreter:
 
 def _cuts_shifted(values: Sequence[Any], outputs: Sequence[Any]) -> bool:
     """Returns whether a weight with a bias on B lost part of its in axes: it would add it twice."""
-    sizes = {
-        math.prod(v.sizes("in")) for v in values if isinstance(v, Factored) and v.shift is not None
-    }
-    return any(
-        isinstance(v, Factored) and v.shift is not None and math.prod(v.sizes("in")) not in sizes
-        for v in outputs
-    )
+
+    def sizes(among: Sequence[Any]) -> set[int]:
+        shifted = (v for v in among if isinstance(v, Factored) and v.shift is not None)
+        return {math.prod(v.sizes("in")) for v in shifted}
+
+    return not sizes(outputs) <= sizes(values)
 
 
-# Those that multiply by a weight, or read rows of it.
-_PRODUCTS = frozenset(
-    ("dot_general", "conv_general_dilated", "ragged_dot_general", "gather", "slice")
-    + ("dynamic_slice",)
-)
-_HIDES = {
-    "dot_general": "lookup",
-    "conv_general_dilated": "lookup",
-    "ragged_dot_general": "lookup",
-    "gather": "product",
-}
+# By primitive, the uses that hide a weight's adapter from it.
+_HIDES = {"gather": "product"}
+_HIDES |= dict.fromkeys(("dot_general", "conv_general_dilated", "ragged_dot_general"), "lookup")
+# Primitives that multiply by a weight, or read rows of it.
+_PRODUCTS = frozenset({*_HIDES, "slice", "dynamic_slice"})
 
 
 def _is_hidden(value: Any, primitive: str) -> bool:
