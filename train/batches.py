@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from train.data import Tokens
+from train.data.chats import Tokens
 
 Batch = dict[str, np.ndarray]
 

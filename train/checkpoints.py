@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from train.errors import UserError
-from train.hosts import is_first, wait_for_all
-from train.output import CHECKPOINT_FILES, write_json
+from train.run.errors import UserError
+from train.run.hosts import is_first, wait_for_all
+from train.run.output import CHECKPOINT_FILES, write_json
 from train.step import State
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file on "absl"

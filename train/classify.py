@@ -16,19 +16,22 @@ import tyro
 from rich.console import Console
 
 import lora_jax as lj
-from train import hosts
 from train.batches import Order
-from train.classes import (
-    draw_confusion,
-    print_classes,
-    print_mistakes,
-    print_scores,
-    scores_of,
+from train.data.chats import Row
+from train.data.labelled import (
+    Labelled,
+    classification_loss,
+    encode,
+    label_names,
+    predict,
+    read_labelled,
 )
-from train.classify_config import HEAD, Config, check, settled
-from train.data import Row
-from train.errors import reported
-from train.fit import (
+from train.losses import Loss
+from train.run import hosts
+from train.run.adapter import peft_fields, rules
+from train.run.classify_options import HEAD, Config, check, settled
+from train.run.errors import reported
+from train.run.fit import (
     Run,
     adapted,
     check_rules,
@@ -38,23 +41,20 @@ from train.fit import (
     print_adapter,
     start,
 )
-from train.labelled import (
-    Labelled,
-    classification_loss,
-    encode,
-    label_names,
-    predict,
-    read_labelled,
-)
-from train.log import duration
-from train.losses import Loss
-from train.mesh import Layout, make_mesh
-from train.methods import peft_fields, rules
-from train.output import CONFUSION, REPORT, SCORES, check_output, write_json
-from train.pretrained import read_classifier, read_classifier_outline
-from train.report import print_costs, tree_bytes
-from train.sentiment import PREFIX, look_up_prefixes
+from train.run.log import duration
+from train.run.mesh import Layout, make_mesh
+from train.run.output import CONFUSION, REPORT, SCORES, check_output, write_json
+from train.run.pretrained import read_classifier, read_classifier_outline
+from train.run.report import print_costs, tree_bytes
 from train.stop import Stop
+from train.tasks.classes import (
+    draw_confusion,
+    print_classes,
+    print_mistakes,
+    print_scores,
+    scores_of,
+)
+from train.tasks.vader import PREFIX, look_up_prefixes
 
 
 def parse(args: Sequence[str] | None = None) -> Config:

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 
-from train.errors import Interrupted, UserError
-from train.hosts import any_process
-from train.log import Log, Unheard
 from train.losses import HELD_OUT, OWN_METRICS, Reduction
-from train.options import RunConfig
+from train.run.errors import Interrupted, UserError
+from train.run.hosts import any_process
+from train.run.log import Log, Unheard
+from train.run.options import RunConfig
 from train.step import State, Step
 from train.stop import Stop
 

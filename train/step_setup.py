@@ -1,6 +1,6 @@
 """The step of a run on its mesh: where its state lies, and its compilation.
 
-`train.fit` works with arrays, `train.plan` with their shapes: the step is the same.
+`train.run.fit` works with arrays, `train.plan` with their shapes: the step is the same.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ import optax
 
 import lora_jax as lj
 from train.losses import Loss
-from train.mesh import Layout
-from train.methods import has_dropout
+from train.run.adapter import has_dropout
+from train.run.mesh import Layout
 from train.step import State, init_state, make_step
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from train.batches import Order, order, pack
-from train.data import Tokens
+from train.data.chats import Tokens
 
 
 def sequence(ids, counts):

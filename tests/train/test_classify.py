@@ -17,11 +17,8 @@ from tests.models.tiny import draw
 from tests.train.test_sft import assert_same
 from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train import export
-from train.classes import scores_of
 from train.classify import main, parse
-from train.classify_config import check
-from train.errors import UserError
-from train.labelled import (
+from train.data.labelled import (
     Labelled,
     classification_loss,
     encode,
@@ -29,9 +26,12 @@ from train.labelled import (
     predict,
     read_labelled,
 )
-from train.log import read_metrics
 from train.losses import Loss
+from train.run.classify_options import check
+from train.run.errors import UserError
+from train.run.log import read_metrics
 from train.step import make_evaluation
+from train.tasks.classes import scores_of
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

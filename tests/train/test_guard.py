@@ -16,14 +16,14 @@ from tests.support import assert_identical, with_random_factors
 from tests.train.tiny import decoder, tokenizer, write_model, write_rows
 from train.batches import Order, pack
 from train.checkpoints import Checkpoints
-from train.data import tokenize
-from train.errors import UserError
-from train.log import Log, read_metrics
+from train.data.chats import tokenize
 from train.loop import Hooks
 from train.loop import train as loop
 from train.losses import CROSS_ENTROPY, Loss, summed_loss
-from train.methods import make_optimizer
-from train.options import OptimConfig, RunConfig, learning_rate
+from train.run.adapter import make_optimizer
+from train.run.errors import UserError
+from train.run.log import Log, read_metrics
+from train.run.options import OptimConfig, RunConfig, learning_rate
 from train.step import init_state, make_step
 from train.stop import Stop
 

@@ -15,10 +15,10 @@ import lora_jax as lj
 from lora_jax.models import Decoder, DecoderConfig
 from tests.models import tiny, tiny_encoders
 from tests.support import assert_close, with_random_factors
-from train.config import SftOptimConfig
 from train.losses import Loss, summed_loss
-from train.methods import make_optimizer
-from train.options import OptimConfig, learning_rate
+from train.run.adapter import make_optimizer
+from train.run.options import OptimConfig, learning_rate
+from train.run.sft_options import SftOptimConfig
 from train.step import init_state, make_step
 
 VOCAB = tiny.SIZES["vocab_size"]

@@ -22,9 +22,9 @@ from tests.train.test_classify import words, write_encoder
 from tests.train.tiny import CHATML, write_jsonl, write_model
 from train import sft
 from train.checkpoints import Checkpoints
-from train.errors import UserError
-from train.log import read_metrics
-from train.mesh import Layout, make_mesh, parse_mesh
+from train.run.errors import UserError
+from train.run.log import read_metrics
+from train.run.mesh import Layout, make_mesh, parse_mesh
 from train.step_setup import Setup
 
 ROOT = Path(__file__).parents[2]

@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 
 import lora_jax as lj
-from train.log import Log, read_metrics
 from train.loop import Hooks
 from train.loop import train as loop
 from train.losses import Loss, Sums
-from train.options import RunConfig
+from train.run.log import Log, read_metrics
+from train.run.options import RunConfig
 from train.step import init_state, make_step
 from train.stop import Stop
 

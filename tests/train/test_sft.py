@@ -19,7 +19,7 @@ from lora_jax import models
 from tests.train.tiny import write_jsonl, write_model, write_rows
 from train import generate
 from train.checkpoints import Checkpoints
-from train.log import read_metrics
+from train.run.log import read_metrics
 from train.sft import main
 
 # Orbax leaves coroutines behind where a file cannot be read.

@@ -10,10 +10,10 @@ import lora_jax as lj
 from tests.models.tiny import draw
 from tests.train.tiny import decoder, tokenizer
 from train.batches import pack
-from train.data import tokenize
+from train.data.chats import tokenize
 from train.losses import summed_loss
-from train.methods import decays, make_optimizer
-from train.options import OptimConfig, learning_rate
+from train.run.adapter import decays, make_optimizer
+from train.run.options import OptimConfig, learning_rate
 from train.step import State, init_state, make_step
 
 ROWS = [{"prompt": "p" * n, "completion": "abc" * n} for n in range(1, 9)]

@@ -15,15 +15,15 @@ from rich.console import Console
 import lora_jax as lj
 from tests.models import tiny
 from tests.support import assert_close, with_random_factors
-from tests.train.test_log import events
+from tests.train.run.test_log import events
 from tests.train.test_losses import BATCH, LAYERS, M, batch, on_merged
-from train.labelled import classification_loss
-from train.log import Log, read_metrics
+from train.data.labelled import classification_loss
 from train.loop import Hooks
 from train.loop import train as loop
 from train.losses import CROSS_ENTROPY, Loss, Sums, summed_loss
-from train.mesh import Layout, make_mesh
-from train.options import RunConfig
+from train.run.log import Log, read_metrics
+from train.run.mesh import Layout, make_mesh
+from train.run.options import RunConfig
 from train.step import State, init_state, make_evaluation, make_step
 from train.step_setup import Setup
 from train.stop import Stop
