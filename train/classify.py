@@ -16,17 +16,18 @@ import tyro
 from rich.console import Console
 
 import lora_jax as lj
-from train.batches import Order
-from train.data.chats import Row
+from lora_jax.training.batches import Order
+from lora_jax.training.data.chats import Row
+from lora_jax.training.data.labelled import Labelled, classification_loss, predict
+from lora_jax.training.layout import Layout
+from lora_jax.training.losses import Loss
+from lora_jax.training.processes import is_first, write_json
+from lora_jax.training.stop import Stop
 from train.data.labelled import (
-    Labelled,
-    classification_loss,
     encode,
     label_names,
-    predict,
     read_labelled,
 )
-from train.losses import Loss
 from train.run import hosts
 from train.run.adapter import peft_fields, rules
 from train.run.classify_options import HEAD, Config, check, settled
@@ -42,11 +43,10 @@ from train.run.fit import (
     start,
 )
 from train.run.log import duration
-from train.run.mesh import Layout, make_mesh
-from train.run.output import CONFUSION, REPORT, SCORES, check_output, write_json
+from train.run.mesh import make_mesh
+from train.run.output import CONFUSION, REPORT, SCORES, check_output
 from train.run.pretrained import read_classifier, read_classifier_outline
 from train.run.report import print_costs, tree_bytes
-from train.stop import Stop
 from train.tasks.classes import (
     draw_confusion,
     print_classes,
@@ -148,7 +148,7 @@ def run(config: Config, stop: Stop) -> None:
     scores = scores_of(test.labels, probabilities.argmax(-1), names)
     ways["fine-tuned"] = scores
     write_json(folder / SCORES, ways)
-    if hosts.is_first():
+    if is_first():
         draw_confusion(folder / CONFUSION, scores["confusion"], names)
     texts = [row[data.text] for row in test_rows]
     print_mistakes(console, texts, test.labels, probabilities, names)

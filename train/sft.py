@@ -13,9 +13,14 @@ import jax
 import tyro
 
 import lora_jax as lj
-from train.batches import Order, Packs, pack
-from train.data.chats import Row, check_lengths, conversation, read_rows, tokenize
-from train.losses import Loss, summed_loss
+from lora_jax.training.batches import Order, Packs, pack
+from lora_jax.training.data.chats import Row, check_lengths, conversation
+from lora_jax.training.layout import Layout
+from lora_jax.training.losses import Loss, summed_loss
+from lora_jax.training.processes import write_json
+from lora_jax.training.stop import Stop
+from train.data.chats import tokenize
+from train.data.files import read_rows
 from train.run import hosts
 from train.run.adapter import rules
 from train.run.errors import UserError, reported
@@ -31,13 +36,12 @@ from train.run.fit import (
     with_learning_rate,
 )
 from train.run.log import duration
-from train.run.mesh import Layout, make_mesh
+from train.run.mesh import make_mesh
 from train.run.options import OptimConfig
-from train.run.output import REPORT, SCORES, check_output, read_json, write_json
+from train.run.output import REPORT, SCORES, check_output, read_json
 from train.run.pretrained import read_model, read_outline
 from train.run.report import print_costs, print_examples, print_scores, tree_bytes
 from train.run.sft_options import SQL_STEPS, Config, check, settled
-from train.stop import Stop
 from train.tasks.sql.evaluate import (
     ADAPTED,
     FEW_SHOT,

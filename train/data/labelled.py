@@ -1,19 +1,17 @@
-"""Texts with labels: rows of a dataset as arrays, the loss, and what a model makes of them."""
+"""Texts with labels: rows of a dataset as arrays."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from sklearn.model_selection import train_test_split
 
 from lora_jax.hf.bundled import MINILM
-from train.batches import Examples, round_up
-from train.data.chats import FILE_KINDS, Row, read_rows
-from train.losses import Sums, number_of_units
+from lora_jax.training.batches import round_up
+from lora_jax.training.data.chats import Row
+from lora_jax.training.data.labelled import Labelled
+from train.data.files import FILE_KINDS, read_rows
 from train.run.errors import UserError
 from train.run.hosts import map_over_processes
 from train.tasks.vader import read_words
@@ -53,24 +51,6 @@ class DataConfig:
     """The most tokens of a text."""
     truncate: bool = False
     """Cut texts off that are longer than --seq-len, which are an error otherwise."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Labelled(Examples):
-    """Texts ready to be batched, int32.
-
-    Attributes:
-      ids: [n, seq], tokens.
-      attention_mask: [n, seq], 0 for padding.
-      token_type_ids: [n, seq], 1 in the second text of a pair, for models that tell them apart.
-      labels: [n], indices of classes.
-      weights: [n].
-    """
-
-    ids: np.ndarray
-    attention_mask: np.ndarray
-    token_type_ids: np.ndarray
-    labels: np.ndarray
 
 
 def read_labelled(data: DataConfig) -> tuple[list[Row], list[Row]]:
@@ -179,56 +159,3 @@ def encode(
         labels=np.array([index[_name(row[data.label])] for row in rows], np.int32),
         weights=np.ones(len(rows), np.int32),
     )
-
-
-def logits_of(
-    forward: Callable[..., jax.Array], params: Any, batch: dict[str, Any], **options: Any
-) -> jax.Array:
-    """The logits of a batch's classes: [batch, classes], fp32."""
-    return forward(
-        {"params": params},
-        batch["ids"],
-        attention_mask=batch["attention_mask"],
-        token_type_ids=batch["token_type_ids"],
-        **options,
-    ).astype(jnp.float32)
-
-
-def classification_loss(
-    forward: Callable[..., jax.Array],
-    params: Any,
-    batch: dict[str, Any],
-    dropout_key: jax.Array | None = None,
-) -> Sums:
-    """Sums the cross entropy of a batch's classes, in nats, over the texts that count.
-
-    Each text's is multiplied by its weight, which may be negative. Texts whose weight is not zero
-    are counted.
-
-    Args:
-      forward: a classifier's ``apply``, adapted or not; see `logits_of`.
-      params: a parameter tree, adapted or plain.
-      batch: arrays [batch, …]; see `Labelled`.
-      dropout_key: turns dropout on.
-
-    Returns:
-      The sums. `logs` has "accuracy", the number of counted texts whose label has the largest
-      logit.
-    """
-    dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
-    logits, labels = logits_of(forward, params, batch, **dropout), batch["labels"]
-    weights = batch["weights"].astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    right = number_of_units(jnp.where(jnp.argmax(logits, axis=-1) == labels, weights, 0))
-    return Sums(jnp.sum(losses * weights), number_of_units(weights), {"accuracy": right})
-
-
-def predict(model: Any, params: Any, examples: Labelled, batch_size: int) -> np.ndarray:
-    """The probability of each class for each text, by `params` (plain): [n, classes]."""
-
-    def probabilities(params: Any, batch: dict[str, Any]) -> jax.Array:
-        return jax.nn.softmax(logits_of(model.apply, params, batch))
-
-    run = jax.jit(probabilities)
-    parts = [np.asarray(run(params, part)) for part in examples.parts(batch_size)]
-    return np.concatenate(parts)[: len(examples)]

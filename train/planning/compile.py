@@ -12,18 +12,18 @@ import jax.numpy as jnp
 import lora_jax as lj
 from lora_jax.models.families import family_of
 from lora_jax.sharding import shardings
-from train.losses import Loss, number_of_chunks, summed_loss
+from lora_jax.training.layout import Layout
+from lora_jax.training.losses import Loss, number_of_chunks, summed_loss
+from lora_jax.training.setup import Setup
+from lora_jax.training.step import State
 from train.planning.flops import step_flops
 from train.planning.machines import Machine
 from train.planning.plan_flops import count_traced, step_work
 from train.run.adapter import NO_ADAPTER, make_optimizer, rules
 from train.run.errors import UserError, as_user_errors
-from train.run.mesh import Layout
 from train.run.options import AdapterConfig, OptimConfig, learning_rate
 from train.run.pretrained import Outline
 from train.run.report import compiled_bytes, tree_bytes
-from train.step import State
-from train.step_setup import Setup
 
 _REMAT = {"none": "no remat", "full": "remat", "dots_saveable": "remat but products"}
 _REMAT |= {"dots_with_no_batch_dims_saveable": "remat but dense"}

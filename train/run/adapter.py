@@ -1,6 +1,5 @@
 """What the options on the adapter stand for: rules for the tree, an optimiser for what trains."""
 
-import re
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -9,9 +8,8 @@ import optax
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import init
-from lora_jax.paths import flatten_with_paths
 from lora_jax.peft.config import read_config
-from lora_jax.weight import LoraWeight, is_node
+from lora_jax.training.optimizer import adamw
 from train.run.errors import UserError, as_user_errors
 from train.run.options import AdapterConfig, OptimConfig
 from train.run.pretrained import Outline
@@ -104,48 +102,16 @@ def _is_name(target: str) -> bool:
     return target.replace("/", "").replace("_", "").isalnum()
 
 
-def takes_from_base(params: Any) -> bool:
-    """Whether an adapter started from what the base holds, which takes a decomposition."""
-    return any(weight.start is not None for weight in _adapted(params))
-
-
-def has_dropout(params: Any) -> bool:
-    """Whether an adapter's input is dropped in training."""
-    return any(weight.dropout > 0 for weight in _adapted(params))
-
-
-def _adapted(params: Any) -> list[LoraWeight]:
-    leaves, _ = flatten_with_paths(params, is_leaf=is_node)
-    return [leaf for _, leaf in leaves if isinstance(leaf, LoraWeight)]
-
-
 def make_optimizer(
     optim: OptimConfig, schedule: optax.Schedule, params: Any = None
 ) -> optax.GradientTransformation:
-    """AdamW with the gradient clipped to a norm; norms and biases do not decay.
-
-    Args:
-      schedule: the learning rate at each step.
-      params: the adapted tree; needed where A is frozen, for B's gradient to be projected.
-    """
+    """Returns the optimiser of the options; see `lora_jax.training.optimizer.adamw`."""
     assert optim.beta2 is not None, "the options are not settled"
-    parts = [optax.clip_by_global_norm(optim.grad_clip)] if optim.grad_clip else []
-    if any("a" in weight.frozen for weight in _adapted(params)):
-        parts.append(lj.optim.project_b(params))
-    parts.append(
-        optax.adamw(schedule, b2=optim.beta2, weight_decay=optim.weight_decay, mask=decays)
+    return adamw(
+        schedule,
+        params,
+        b2=optim.beta2,
+        weight_decay=optim.weight_decay,
+        grad_clip=optim.grad_clip,
+        lora_plus=optim.lora_plus,
     )
-    if optim.lora_plus is not None:
-        parts.append(lj.optim.lora_plus(optim.lora_plus))
-    return optax.chain(*parts)
-
-
-def decays(adapter: dict[str, dict[str, Any]]) -> dict[str, dict[str, bool]]:
-    """Which arrays of an adapter weight decay applies to: A and B, kernels and embeddings."""
-
-    def is_matrix(path: str, name: str) -> bool:
-        if name == "value":
-            return re.search(r"(^|/)(kernel|embedding|w)$", path) is not None
-        return name in ("a", "b")
-
-    return {path: {name: is_matrix(path, name) for name in p} for path, p in adapter.items()}

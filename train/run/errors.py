@@ -5,19 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from lora_jax.training.errors import Interrupted, TrainingError
+
 BAD_INPUT = 2  # the exit code that argument parsers use as well
 
 
-class UserError(Exception):
+class UserError(TrainingError):
     """Something that the user asked for cannot be done; the message says what to do instead."""
-
-
-class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM, once there is nothing left to save. `code` is the exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @contextmanager
@@ -31,10 +25,10 @@ def as_user_errors(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """The boundary of a script: a `UserError` or an interruption ends it with its exit code."""
+    """The boundary of a script: a `TrainingError` or an interruption ends it with its exit code."""
     try:
         yield
-    except UserError as error:
+    except TrainingError as error:
         _leave(f"error: {error}", BAD_INPUT)
     except Interrupted as error:
         _leave(str(error), error.code)

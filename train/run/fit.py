@@ -20,22 +20,23 @@ from rich.console import Console
 
 import lora_jax as lj
 from lora_jax.fingerprint import base_fingerprint, differing
-from train.batches import Batch, Examples, Order
-from train.checkpoints import Checkpoints
-from train.loop import Hooks, train
-from train.losses import Loss, Sums
-from train.run.adapter import make_optimizer, rules, takes_from_base
+from lora_jax.training.batches import Batch, Examples, Order
+from lora_jax.training.checkpoints import Checkpoints
+from lora_jax.training.layout import Layout
+from lora_jax.training.loop import Hooks, train
+from lora_jax.training.losses import Loss, Sums
+from lora_jax.training.optimizer import takes_from_base
+from lora_jax.training.processes import is_first, wait_for_all
+from lora_jax.training.setup import Setup
+from lora_jax.training.step import Evaluation, State, make_evaluation
+from lora_jax.training.stop import Stop
+from train.run.adapter import make_optimizer, rules
 from train.run.errors import UserError, as_user_errors
-from train.run.hosts import is_first, wait_for_all
 from train.run.log import draw_curve, duration, open_log, read_metrics
-from train.run.mesh import Layout
 from train.run.options import OptimConfig, Options, learning_rate
 from train.run.output import ADAPTER, CHECKPOINTS, START, begin, folder_bytes
 from train.run.pretrained import Outline
 from train.run.report import compiled_bytes, megabytes, peak_bytes, versions
-from train.step import Evaluation, State, make_evaluation
-from train.step_setup import Setup
-from train.stop import Stop
 
 _SHOWN = 32  # as many rows of a batch are named
 

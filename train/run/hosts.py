@@ -15,6 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
+from lora_jax.training.errors import TrainingError
+from lora_jax.training.processes import is_first
 from train.run.errors import UserError
 from train.run.options import Options, RunConfig, as_json, flag
 
@@ -53,32 +55,9 @@ def join_hosts(run: RunConfig) -> None:
         ) from error
 
 
-def is_first() -> bool:
-    """Returns whether this process is the one that writes files and talks."""
-    return jax.process_index() == 0
-
-
 def console() -> Console:
     """Returns the console to talk to; it is quiet in all processes but the first."""
     return Console(quiet=not is_first())
-
-
-def wait_for_all(what: str) -> None:
-    """Waits until all processes have come here.
-
-    Args:
-      what: a name of the place, the same in all of them.
-    """
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
-
-
-def any_process(flag: bool) -> bool:
-    """Returns whether the flag is set in one of the processes; all have to call this."""
-    if jax.process_count() == 1:
-        return flag
-    flags: Any = multihost_utils.process_allgather(flag)
-    return bool(flags.any())
 
 
 @contextmanager
@@ -92,7 +71,7 @@ def together() -> Iterator[None]:
         yield
     except _OfAll:
         raise
-    except UserError as error:
+    except TrainingError as error:
         if jax.process_count() > 1:
             _gathered(_failure(error))
         raise
@@ -145,7 +124,7 @@ def map_over_processes(work: Callable[[Item], Result], items: Sequence[Item]) ->
     for item in items[jax.process_index() :: n]:
         try:
             own.append(_success(work(item)))
-        except UserError as error:
+        except TrainingError as error:
             own.append(_failure(error))
             break
     parts = _gathered(_success(own))
@@ -162,7 +141,7 @@ def _success(value: Any) -> _Message:
     return {"value": value}
 
 
-def _failure(error: UserError) -> _Message:
+def _failure(error: TrainingError) -> _Message:
     return {"error": str(error)}
 
 

@@ -11,17 +11,16 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from train.losses import HELD_OUT, OWN_METRICS
-from train.run.hosts import is_first
+from lora_jax.training.log import Line, NullLog
+from lora_jax.training.losses import HELD_OUT, OWN_METRICS
+from lora_jax.training.processes import is_first
 
-Line = dict[str, Any]
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
 CURVE = "loss.png"
@@ -120,25 +119,9 @@ def _losses(line: Line) -> str:
     return f"loss {line['loss']:.4f}{''.join(logs)}"
 
 
-class Unheard:
-    """Stands for the log in all processes but the first, which keeps it for all."""
-
-    def __enter__(self) -> "Unheard":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def add(self, line: Line) -> None:
-        """Keeps nothing."""
-
-    def skipped(self, step: int, metrics: Line) -> None:
-        """Keeps nothing."""
-
-
-def open_log(folder: Path, console: Console, *, first: int, last: int) -> Log | Unheard:
+def open_log(folder: Path, console: Console, *, first: int, last: int) -> Log | NullLog:
     """The log of this process; see `Log`."""
-    return Log(folder, console, first=first, last=last) if is_first() else Unheard()
+    return Log(folder, console, first=first, last=last) if is_first() else NullLog()
 
 
 def duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import optax
 import tyro
 
+from lora_jax.training.optimizer import warmed_up
 from train.run.errors import UserError
 
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
@@ -244,22 +245,9 @@ def at_least(least: int, part: Any, *names: str) -> None:
 
 
 def learning_rate(optim: OptimConfig, steps: int) -> optax.Schedule:
-    """Linear from 0 over the warmup, then constant, or down to 0 at `steps`.
-
-    The warmup's first step already has lr / warmup, so that no step is lost.
-    """
+    """Returns the schedule of the options; see `lora_jax.training.optimizer.warmed_up`."""
     assert optim.lr is not None, "the options are not settled"
-    warmup = min(optim.warmup, steps - 1)
-    left = steps - warmup
-    after = {
-        "constant": optax.constant_schedule(optim.lr),
-        "linear": optax.linear_schedule(optim.lr, 0.0, left),
-        "cosine": optax.cosine_decay_schedule(optim.lr, left),
-    }[optim.schedule]
-    if not warmup:
-        return after
-    rise = optax.linear_schedule(optim.lr / warmup, optim.lr, max(warmup - 1, 1))
-    return optax.join_schedules([rise, after], [warmup])
+    return warmed_up(optim.lr, steps, kind=optim.schedule, warmup=optim.warmup)
 
 
 def as_json(options: Options) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """The folder of a run: what is in it, whether a new run may use it, and how it is cleared."""
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from lora_jax.training.checkpoints import RECORD
+from lora_jax.training.processes import write_json
 from train.run.errors import UserError
-from train.run.hosts import is_first
 from train.run.log import CURVE, EVENTS, METRICS
 from train.run.options import Options, as_json, check_same_run
 
@@ -19,9 +19,8 @@ REPORT = "report.json"
 ADAPTER = "adapter"
 START = "start"
 CHECKPOINTS = "checkpoints"
-CHECKPOINT_FILES = "checkpoints.json"  # the checksums of their files
 _RESULTS = (CONFIG, SCORES, REPORT, ADAPTER, METRICS, EVENTS, CURVE, CONFUSION)
-_OURS = (*_RESULTS, START, CHECKPOINTS, CHECKPOINT_FILES)
+_OURS = (*_RESULTS, START, CHECKPOINTS, RECORD)
 
 
 def check_output(config: Options) -> Path:
@@ -76,15 +75,6 @@ def begin(folder: Path, config: Options, facts: dict[str, Any]) -> None:
             else:
                 path.unlink(missing_ok=True)
     write_json(folder / CONFIG, {"options": as_json(config), **facts})
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON; the file is there whole or not at all. Of many processes, the first one does."""
-    if not is_first():
-        return
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

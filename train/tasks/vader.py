@@ -12,7 +12,7 @@ import snowballstemmer
 from sklearn.model_selection import GroupShuffleSplit
 
 from lora_jax.hf.packaged import FetchError, Package
-from train.data.chats import Row
+from lora_jax.training.data.chats import Row
 from train.run.errors import UserError
 
 LEXICON = Package(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
+from lora_jax.training.step import State
 from tests.models import tiny_encoders
 from tests.train.tiny import CONFIG
 from train import plan
@@ -22,7 +23,6 @@ from train.planning.machines import find_machine
 from train.planning.plan_flops import step_work
 from train.run.errors import UserError
 from train.run.output import folder_bytes
-from train.step import State
 
 FIELDS = CONFIG | {"num_hidden_layers": 3, "hidden_size": 32, "head_dim": 16, "rms_norm_eps": 1e-5}
 FIELDS |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 56}

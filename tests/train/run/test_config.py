@@ -9,12 +9,13 @@ import pytest
 from lora_jax import TrainRule
 from lora_jax.models import DecoderConfig
 from lora_jax.models.layers.trunk import REMAT_POLICIES
+from lora_jax.training.processes import write_json
 from tests.train.tiny import CONFIG
 from train import classify
 from train.run.adapter import rules
 from train.run.errors import UserError
 from train.run.options import as_json, check_same_run
-from train.run.output import begin, check_output, read_json, write_json
+from train.run.output import begin, check_output, read_json
 from train.run.pretrained import Outline
 from train.run.sft_options import check
 from train.sft import parse

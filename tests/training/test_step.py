@@ -7,14 +7,15 @@ import optax
 import pytest
 
 import lora_jax as lj
+from lora_jax.training.batches import pack
+from lora_jax.training.losses import summed_loss
+from lora_jax.training.optimizer import decays
+from lora_jax.training.step import State, init_state, make_step
 from tests.models.tiny import draw
 from tests.train.tiny import decoder, tokenizer
-from train.batches import pack
 from train.data.chats import tokenize
-from train.losses import summed_loss
-from train.run.adapter import decays, make_optimizer
+from train.run.adapter import make_optimizer
 from train.run.options import OptimConfig, learning_rate
-from train.step import State, init_state, make_step
 
 ROWS = [{"prompt": "p" * n, "completion": "abc" * n} for n in range(1, 9)]
 

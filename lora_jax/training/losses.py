@@ -107,7 +107,7 @@ def summed_loss(
         positions=…, segment_ids=…, logits_at=…)`` it gives logits [batch, m, vocab]. For chunks,
         ``return_hidden=True`` gives [batch, m, d_model], and ``method="head"`` logits of those.
       params: a parameter tree, adapted or plain.
-      batch: arrays [batch, seq] and [batch, m]; see `train.batches.Packs`.
+      batch: arrays [batch, seq] and [batch, m]; see `lora_jax.training.batches.Packs`.
       dropout_key: turns dropout on.
       chunk: predictions a chunk; 0, or as many as there are: all at once.
 

@@ -1,19 +1,18 @@
-"""Rows, chat templates, and which tokens the loss counts."""
+"""Chats, their templates, and which tokens the loss counts."""
 
-import csv
-import json
 import re
 
-import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
 
-from tests.train.tiny import FORGETFUL, tokenizer, write_jsonl
-from train.data.chats import check_lengths, conversation, read_rows, tokenize
-from train.run.errors import UserError
+from lora_jax.training.data.chats import check_lengths, conversation, tokenize
+from lora_jax.training.errors import TrainingError
+from tests.train.tiny import FORGETFUL, tokenizer
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+
+
+def refused(match):
+    return pytest.raises(TrainingError, match=match)
 
 
 def counted(row, template=None):
@@ -66,16 +65,22 @@ def test_without_a_template_a_pair_is_prompt_completion_end():
     (tokens,) = tokenize([{"prompt": "ab", "completion": "cd"}], made, "data")
     assert made.decode(tokens.ids) == "abcd<|im_end|>"
     assert tokens.counts.tolist() == [False, False, True, True, True]
-    with pytest.raises(UserError, match="data, row 1 is a chat, and the model has no chat templ"):
+    with pytest.raises(
+        TrainingError, match="data, row 1 is a chat, and the model has no chat templ"
+    ):
         tokenize([{"messages": [USER, ASSISTANT, USER, ASSISTANT]}], made, "data")
 
 
 def test_a_template_that_refuses_a_row_is_named_with_it():
     made = tokenizer("{{ raise_exception('only users') }}")
-    with pytest.raises(UserError, match="data, row 1: the model's chat template refuses it: only"):
+    with pytest.raises(
+        TrainingError, match="data, row 1: the model's chat template refuses it: only"
+    ):
         tokenize([{"messages": [USER, ASSISTANT]}], made, "data")
     made = tokenizer("{{ messages | length }}{{ add_generation_prompt }}")
-    with pytest.raises(UserError, match="row 1: the model's chat template renders an answer other"):
+    with pytest.raises(
+        TrainingError, match="row 1: the model's chat template renders an answer other"
+    ):
         tokenize([{"messages": [USER, ASSISTANT]}], made, "data")
 
 
@@ -98,43 +103,8 @@ def test_a_template_that_refuses_a_row_is_named_with_it():
     ],
 )
 def test_a_row_that_cannot_be_used_is_named_with_what_it_has(row, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(TrainingError, match=message):
         conversation(row, "row 7")
-
-
-ROWS = [{"prompt": "a, b", "completion": "c"}, {"prompt": "ü\n", "completion": '"d"'}]
-
-
-def test_files_of_each_kind_give_the_same_rows(tmp_path):
-    write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
-    with (tmp_path / "rows.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ROWS[0])
-        writer.writeheader()
-        writer.writerows(ROWS)
-    for kind in ("jsonl", "parquet", "csv"):
-        assert read_rows(str(tmp_path / f"rows.{kind}")) == ROWS
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("missing.jsonl", None, "there is no such file"),
-        ("rows.txt", b"a", "a file of one of the kinds .jsonl"),
-        ("empty.jsonl", b"\n", "has no rows"),
-        ("broken.jsonl", b'{"prompt": "a"}\n{"prompt"\n', 'line 2 is no JSON .*\'{"prompt"'),
-        ("list.jsonl", b"[1]\n", "line 1 is no JSON object: '\\[1\\]"),
-        ("binary.csv", b"\xff\xfe\x00", "is no UTF-8 text"),
-        ("text.parquet", b"no parquet", "cannot be read as Parquet"),
-    ],
-)
-def test_a_file_that_cannot_be_read_says_why(tmp_path, name, content, message):
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
-        read_rows(str(path))
-    assert name in str(caught.value)
 
 
 def test_rows_that_are_too_long_are_refused_or_cut():
@@ -142,26 +112,11 @@ def test_rows_that_are_too_long_are_refused_or_cut():
     rows = [{"prompt": "a" * n, "completion": "b" * n} for n in (2, 4, 9)]
     sequences = tokenize(rows, made, "data")
     expected = "2 of 3 sequences are longer than --seq-len 8, the longest has 19 tokens"
-    with pytest.raises(UserError, match=re.escape(expected)):
+    with pytest.raises(TrainingError, match=re.escape(expected)):
         check_lengths(sequences, 8, truncate=False)
     cut = check_lengths(sequences, 8, truncate=True)
     assert [len(tokens) for tokens in cut] == [5, 8]  # the third has no completion left
-    with pytest.raises(UserError, match="within --seq-len 2 no row has a token of a completion"):
+    with pytest.raises(
+        TrainingError, match="within --seq-len 2 no row has a token of a completion"
+    ):
         check_lengths(sequences, 2, truncate=True)
-
-
-def test_json_rows_survive_unicode(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"prompt": "\u2028x", "completion": "y"}, ensure_ascii=False))
-    assert read_rows(str(path)) == [{"prompt": "\u2028x", "completion": "y"}]
-
-
-def test_classes_of_a_hub_dataset_have_their_names(monkeypatch):
-    kinds = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
-    )
-    made = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, kinds)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, split: made)
-    rows = read_rows("owner/data")
-    assert [row["label"] for row in rows] == ["yes", "no", -1]
-    assert [row["text"] for row in rows] == ["a", "b", "c"]

@@ -4,17 +4,36 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
-from train.losses import HELD_OUT, OWN_METRICS, Reduction
-from train.run.errors import Interrupted, UserError
-from train.run.hosts import any_process
-from train.run.log import Log, Unheard
-from train.run.options import RunConfig
-from train.step import State, Step
-from train.stop import Stop
+from lora_jax.training.errors import Diverged, Interrupted
+from lora_jax.training.log import Log
+from lora_jax.training.losses import HELD_OUT, OWN_METRICS, Reduction
+from lora_jax.training.processes import any_process
+from lora_jax.training.step import State, Step
+from lora_jax.training.stop import Stop
+
+
+class Pace(Protocol):
+    """Says how often the loop logs, evaluates and saves.
+
+    Attributes:
+      log_every: steps between lines of metrics.
+      save_every: steps between checkpoints; the last step always has one.
+      eval_every: steps between measurements on held-out data; 0 for none.
+      max_skipped: as many skipped steps in a row end the run.
+    """
+
+    @property
+    def log_every(self) -> int: ...
+    @property
+    def save_every(self) -> int: ...
+    @property
+    def eval_every(self) -> int: ...
+    @property
+    def max_skipped(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,16 +68,16 @@ def train(
     state: State,
     base: Any,
     steps: int,
-    run: RunConfig,
+    run: Pace,
     hooks: Hooks,
-    log: Log | Unheard,
+    log: Log,
     stop: Stop,
 ) -> tuple[State, float | None]:
     """Trains from where `state` is to `steps`.
 
-    Steps that skip themselves (see `train.step.make_step`) are logged. After a skipped step, no
-    checkpoint is written until a step succeeds: what was learned before it may be at fault, and
-    the last checkpoint is then what can be gone back to.
+    Steps that skip themselves (see `make_step`) are logged. After a skipped step, no checkpoint is
+    written until a step succeeds: what was learned before it may be at fault, and the last
+    checkpoint is then what can be gone back to.
 
     Args:
       step: the compiled step; it takes the state's memory over.
@@ -75,7 +94,7 @@ def train(
 
     Raises:
       Interrupted: after a signal, once the step is finished and saved.
-      UserError: `run.max_skipped` steps in a row were skipped.
+      Diverged: `run.max_skipped` steps in a row were skipped.
     """
     seconds: list[float] = []
     window: list[tuple[int, dict[str, jax.Array]]] = []  # steps whose metrics were not read yet
@@ -140,8 +159,8 @@ def _line(
     return {**line, "tokens_per_s": round(tokens_per_s, 1)}
 
 
-def _diverged(step: int, metrics: dict[str, float], n: int, rows: str) -> UserError:
-    return UserError(
+def _diverged(step: int, metrics: dict[str, float], n: int, rows: str) -> Diverged:
+    return Diverged(
         f"--max-skipped {n}: so many steps in a row were skipped, because their loss, its count "
         f"or its gradient was not finite. The last is step {step}: its loss is {metrics['loss']}, "
         f"its count {metrics['count']}, its gradient's norm {metrics['grad_norm']}, "

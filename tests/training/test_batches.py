@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from train.batches import Order, order, pack
-from train.data.chats import Tokens
+from lora_jax.training.batches import Order, Tokens, order, pack
 
 
 def sequence(ids, counts):

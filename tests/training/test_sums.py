@@ -13,20 +13,21 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 import lora_jax as lj
+from lora_jax.training.data.labelled import classification_loss
+from lora_jax.training.layout import Layout
+from lora_jax.training.loop import Hooks
+from lora_jax.training.loop import train as loop
+from lora_jax.training.losses import CROSS_ENTROPY, Loss, Sums, summed_loss
+from lora_jax.training.setup import Setup
+from lora_jax.training.step import State, init_state, make_evaluation, make_step
+from lora_jax.training.stop import Stop
 from tests.models import tiny
 from tests.support import assert_close, with_random_factors
 from tests.train.run.test_log import events
-from tests.train.test_losses import BATCH, LAYERS, M, batch, on_merged
-from train.data.labelled import classification_loss
-from train.loop import Hooks
-from train.loop import train as loop
-from train.losses import CROSS_ENTROPY, Loss, Sums, summed_loss
+from tests.training.test_losses import BATCH, LAYERS, M, batch, on_merged
 from train.run.log import Log, read_metrics
-from train.run.mesh import Layout, make_mesh
+from train.run.mesh import make_mesh
 from train.run.options import RunConfig
-from train.step import State, init_state, make_evaluation, make_step
-from train.step_setup import Setup
-from train.stop import Stop
 
 # What is small and whole is summed in fp32 without rounding, in whatever order.
 RNG = np.random.default_rng(0)

@@ -10,13 +10,13 @@ import pytest
 from rich.console import Console
 
 import lora_jax as lj
-from train.loop import Hooks
-from train.loop import train as loop
-from train.losses import Loss, Sums
+from lora_jax.training.loop import Hooks
+from lora_jax.training.loop import train as loop
+from lora_jax.training.losses import Loss, Sums
+from lora_jax.training.step import init_state, make_step
+from lora_jax.training.stop import Stop
 from train.run.log import Log, read_metrics
 from train.run.options import RunConfig
-from train.step import init_state, make_step
-from train.stop import Stop
 
 CONTEXTS, ACTIONS = 3, 4  # the good action in a context is the one of its number
 PARTS, SIZE = 2, 32

@@ -1,6 +1,6 @@
 """The step of a run on its mesh: where its state lies, and its compilation.
 
-`train.run.fit` works with arrays, `train.plan` with their shapes: the step is the same.
+A run works with arrays, a plan of it with their shapes: the step is the same.
 """
 
 import dataclasses
@@ -11,10 +11,10 @@ import jax
 import optax
 
 import lora_jax as lj
-from train.losses import Loss
-from train.run.adapter import has_dropout
-from train.run.mesh import Layout
-from train.step import State, init_state, make_step
+from lora_jax.training.layout import Layout
+from lora_jax.training.losses import Loss
+from lora_jax.training.optimizer import has_dropout
+from lora_jax.training.step import State, init_state, make_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

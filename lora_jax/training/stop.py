@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from train.run.errors import Interrupted
+from lora_jax.training.errors import Interrupted
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import lora_jax as lj
-from train.losses import CROSS_ENTROPY, Logits, Loss, Sums
+from lora_jax.training.losses import CROSS_ENTROPY, Logits, Loss, Sums
 
 Adapter = dict[str, dict[str, Any]]
 Metrics = dict[str, jax.Array]
@@ -45,7 +45,7 @@ def make_step(
 
     Each array of a batch has a first axis more, the parts that are accumulated. The sums of the
     loss and the gradient are added up over the parts; they are divided by the count once, or never:
-    see `train.losses.Loss`.
+    see `lora_jax.training.losses.Loss`.
 
     Where the loss, its count or the gradient's norm is not finite, the step is skipped: adapter and
     optimiser state stay as they were, bit by bit, and `step` alone advances, so that other data

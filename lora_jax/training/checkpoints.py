@@ -16,18 +16,14 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from train.run.errors import UserError
-from train.run.hosts import is_first, wait_for_all
-from train.run.output import CHECKPOINT_FILES, write_json
-from train.step import State
+from lora_jax.training.errors import DamagedCheckpoint
+from lora_jax.training.processes import is_first, wait_for_all, write_json
+from lora_jax.training.step import State
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file on "absl"
 
+RECORD = "checkpoints.json"  # the checksums of their files, beside their folder
 Digests = dict[str, str]  # a file's path in the checkpoint's folder -> its SHA-256
-
-
-class DamagedCheckpoint(UserError):
-    """A checkpoint that is not what was saved."""
 
 
 class Checkpoints:
@@ -35,7 +31,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder.absolute()
-        self._record = self.folder.with_name(CHECKPOINT_FILES)
+        self._record = self.folder.with_name(RECORD)
         self._keep = keep
         self._manager: ocp.CheckpointManager | None = None
 

@@ -1,7 +1,6 @@
 """Steps without a finite loss or gradient: skipped, counted, and too many in a row end the run."""
 
 import io
-import json
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +10,20 @@ import pytest
 from rich.console import Console
 
 import lora_jax as lj
-import train.sft
+from lora_jax.training.batches import Order, pack
+from lora_jax.training.checkpoints import Checkpoints
+from lora_jax.training.errors import Diverged
+from lora_jax.training.loop import Hooks
+from lora_jax.training.loop import train as loop
+from lora_jax.training.losses import CROSS_ENTROPY, Loss, summed_loss
+from lora_jax.training.step import init_state, make_step
+from lora_jax.training.stop import Stop
 from tests.support import assert_identical, with_random_factors
-from tests.train.tiny import decoder, tokenizer, write_model, write_rows
-from train.batches import Order, pack
-from train.checkpoints import Checkpoints
+from tests.train.tiny import decoder, tokenizer
 from train.data.chats import tokenize
-from train.loop import Hooks
-from train.loop import train as loop
-from train.losses import CROSS_ENTROPY, Loss, summed_loss
 from train.run.adapter import make_optimizer
-from train.run.errors import UserError
 from train.run.log import Log, read_metrics
 from train.run.options import OptimConfig, RunConfig, learning_rate
-from train.step import init_state, make_step
-from train.stop import Stop
 
 STEPS = 9
 ROWS = [{"prompt": "p" * n, "completion": "abc" * n} for n in range(1, 9)]
@@ -162,7 +160,7 @@ def run(folder, halves, step, poisoned, **options):
     try:
         with Log(folder, console, first=0, last=STEPS) as log:
             state, _ = loop(step, begin(adapter), base, STEPS, settings, hooks, log, Stop())
-    except UserError as raised:
+    except Diverged as raised:
         error = str(raised)
     saved = checkpoints.steps()
     checkpoints.close()
@@ -210,29 +208,3 @@ def test_three_in_a_row_end_the_run(halves, steps, tmp_path):
     assert more[1] is None and int(more[0].step) == STEPS
     first = run(tmp_path / "first", halves, step, {3, 5}, max_skipped=1)
     assert "The last is step 3:" in first[1]
-
-
-@pytest.mark.parametrize("packing", [[], ["--packing", "--seq-len", "128"]])
-def test_the_script_names_the_rows_of_the_data(tmp_path, capsys, monkeypatch, packing):
-    def poisoned(forward, params, batch, dropout_key=None, *, chunk):
-        sums = summed_loss(forward, params, batch, dropout_key, chunk=chunk)
-        factor = jnp.where(jnp.any(batch["ids"] == marked), jnp.inf, 1.0)
-        return sums._replace(total=sums.total * factor)
-
-    (marked,) = tokenizer()("~")["input_ids"]
-    rows = write_rows(tmp_path / "rows.jsonl", 6)
-    changed = [json.loads(text) for text in rows.read_text().splitlines()]
-    changed[3]["prompt"] += "~"
-    rows.write_text("".join(f"{json.dumps(row)}\n" for row in changed))
-    monkeypatch.setattr(train.sft, "summed_loss", poisoned)
-    args = ["--model", str(write_model(tmp_path / "model")), "--dataset", str(rows), *packing]
-    args += ["--batch-size", "1", "--epochs", "1", "--rank", "2", "--output"]
-    train.sft.main([*args, str(tmp_path / "run")])
-    (skipped,) = json.loads((tmp_path / "run" / "report.json").read_text())["skipped_steps"]
-    assert f"step {skipped} skipped: its loss is inf" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        train.sft.main([*args, str(tmp_path / "other"), "--max-skipped", "1"])
-    message = capsys.readouterr().err
-    named = message.split("its batch ")[1].split(f" of {rows}")[0].split(", ")
-    assert "row 4" in named and (len(named) > 1) == bool(packing)
-    assert f"step {skipped}" in message and "Traceback" not in message

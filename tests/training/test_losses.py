@@ -13,13 +13,13 @@ from flax import linen as nn
 
 import lora_jax as lj
 from lora_jax.models import Decoder, DecoderConfig
+from lora_jax.training.losses import Loss, summed_loss
+from lora_jax.training.step import init_state, make_step
 from tests.models import tiny, tiny_encoders
 from tests.support import assert_close, with_random_factors
-from train.losses import Loss, summed_loss
 from train.run.adapter import make_optimizer
 from train.run.options import OptimConfig, learning_rate
 from train.run.sft_options import SftOptimConfig
-from train.step import init_state, make_step
 
 VOCAB = tiny.SIZES["vocab_size"]
 BATCH, SEQ, M = 3, 17, 10

@@ -6,10 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from train.data.chats import Tokens
-
 Batch = dict[str, np.ndarray]
-
 
 _MULTIPLE = 8  # lengths are rounded up to it: odd ones are slower on every device
 
@@ -51,6 +48,18 @@ class Examples:
     def _arrays(self) -> dict[str, np.ndarray]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """One training sequence: `ids` [n] int32, and `counts` [n] bool, True where the loss counts."""
+
+    ids: np.ndarray
+    counts: np.ndarray
+    row: int = 0  # of the data, counted from 1
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 @dataclasses.dataclass(frozen=True)
