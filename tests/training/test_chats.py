@@ -65,22 +65,16 @@ def test_without_a_template_a_pair_is_prompt_completion_end():
     (tokens,) = tokenize([{"prompt": "ab", "completion": "cd"}], made, "data")
     assert made.decode(tokens.ids) == "abcd<|im_end|>"
     assert tokens.counts.tolist() == [False, False, True, True, True]
-    with pytest.raises(
-        TrainingError, match="data, row 1 is a chat, and the model has no chat templ"
-    ):
+    with refused("data, row 1 is a chat, and the model has no chat templ"):
         tokenize([{"messages": [USER, ASSISTANT, USER, ASSISTANT]}], made, "data")
 
 
 def test_a_template_that_refuses_a_row_is_named_with_it():
     made = tokenizer("{{ raise_exception('only users') }}")
-    with pytest.raises(
-        TrainingError, match="data, row 1: the model's chat template refuses it: only"
-    ):
+    with refused("data, row 1: the model's chat template refuses it: only"):
         tokenize([{"messages": [USER, ASSISTANT]}], made, "data")
     made = tokenizer("{{ messages | length }}{{ add_generation_prompt }}")
-    with pytest.raises(
-        TrainingError, match="row 1: the model's chat template renders an answer other"
-    ):
+    with refused("row 1: the model's chat template renders an answer other"):
         tokenize([{"messages": [USER, ASSISTANT]}], made, "data")
 
 
@@ -103,7 +97,7 @@ def test_a_template_that_refuses_a_row_is_named_with_it():
     ],
 )
 def test_a_row_that_cannot_be_used_is_named_with_what_it_has(row, message):
-    with pytest.raises(TrainingError, match=message):
+    with refused(message):
         conversation(row, "row 7")
 
 
@@ -112,11 +106,9 @@ def test_rows_that_are_too_long_are_refused_or_cut():
     rows = [{"prompt": "a" * n, "completion": "b" * n} for n in (2, 4, 9)]
     sequences = tokenize(rows, made, "data")
     expected = "2 of 3 sequences are longer than --seq-len 8, the longest has 19 tokens"
-    with pytest.raises(TrainingError, match=re.escape(expected)):
+    with refused(re.escape(expected)):
         check_lengths(sequences, 8, truncate=False)
     cut = check_lengths(sequences, 8, truncate=True)
     assert [len(tokens) for tokens in cut] == [5, 8]  # the third has no completion left
-    with pytest.raises(
-        TrainingError, match="within --seq-len 2 no row has a token of a completion"
-    ):
+    with refused("within --seq-len 2 no row has a token of a completion"):
         check_lengths(sequences, 2, truncate=True)
