@@ -14,11 +14,23 @@ SOURCES = sorted([*(ROOT / "lora_jax").rglob("*.py"), *(ROOT / "train").rglob("*
 def test_importing_it_brings_no_heavy_library():
     code = (
         "import sys, lora_jax, lora_jax.models;"
+        "import lora_jax.training.loop, lora_jax.training.data.chats;"
         "heavy = {'transformers', 'datasets', 'torch', 'tokenizers', 'gguf'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_the_library_knows_nothing_of_the_scripts():
+    found = [
+        path
+        for path in (ROOT / "lora_jax").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "train")
+        or (isinstance(node, ast.Import) and any(a.name.startswith("train") for a in node.names))
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -14,11 +14,12 @@ import lora_jax as lj
 from lora_jax import init, models
 from lora_jax.models.layers.placement import Placement
 from lora_jax.sharding import place, shardings
+from lora_jax.training.layout import Layout
 from tests.models import tiny, tiny_encoders
 from tests.support import assert_close, draw, with_random_factors
-from train.hlo import work_of
-from train.machines import find_machine
-from train.mesh import Layout, make_mesh
+from train.planning.hlo import work_of
+from train.planning.machines import find_machine
+from train.run.mesh import make_mesh
 
 TABLE = [
     (r".*/up/kernel", P("fsdp", "tensor")),

@@ -16,19 +16,23 @@ import tyro
 from rich.console import Console
 
 import lora_jax as lj
-from train import hosts
-from train.batches import Order
-from train.classes import (
-    draw_confusion,
-    print_classes,
-    print_mistakes,
-    print_scores,
-    scores_of,
+from lora_jax.training.batches import Order
+from lora_jax.training.data.chats import Row
+from lora_jax.training.data.labelled import Labelled, classification_loss, predict
+from lora_jax.training.layout import Layout
+from lora_jax.training.losses import Loss
+from lora_jax.training.processes import is_first, write_json
+from lora_jax.training.stop import Stop
+from train.data.labelled import (
+    encode,
+    label_names,
+    read_labelled,
 )
-from train.classify_config import HEAD, Config, check, settled
-from train.data import Row
-from train.errors import reported
-from train.fit import (
+from train.run import hosts
+from train.run.adapter import peft_fields, rules
+from train.run.classify_options import HEAD, Config, check, settled
+from train.run.errors import reported
+from train.run.fit import (
     Run,
     adapted,
     check_rules,
@@ -38,23 +42,19 @@ from train.fit import (
     print_adapter,
     start,
 )
-from train.labelled import (
-    Labelled,
-    classification_loss,
-    encode,
-    label_names,
-    predict,
-    read_labelled,
+from train.run.log import duration
+from train.run.mesh import make_mesh
+from train.run.output import CONFUSION, REPORT, SCORES, check_output
+from train.run.pretrained import read_classifier, read_classifier_outline
+from train.run.report import print_costs, tree_bytes
+from train.tasks.classes import (
+    draw_confusion,
+    print_classes,
+    print_mistakes,
+    print_scores,
+    scores_of,
 )
-from train.log import duration
-from train.losses import Loss
-from train.mesh import Layout, make_mesh
-from train.methods import peft_fields, rules
-from train.output import CONFUSION, REPORT, SCORES, check_output, write_json
-from train.pretrained import read_classifier, read_classifier_outline
-from train.report import print_costs, tree_bytes
-from train.sentiment import PREFIX, look_up_prefixes
-from train.stop import Stop
+from train.tasks.vader import PREFIX, look_up_prefixes
 
 
 def parse(args: Sequence[str] | None = None) -> Config:
@@ -148,7 +148,7 @@ def run(config: Config, stop: Stop) -> None:
     scores = scores_of(test.labels, probabilities.argmax(-1), names)
     ways["fine-tuned"] = scores
     write_json(folder / SCORES, ways)
-    if hosts.is_first():
+    if is_first():
         draw_confusion(folder / CONFUSION, scores["confusion"], names)
     texts = [row[data.text] for row in test_rows]
     print_mistakes(console, texts, test.labels, probabilities, names)

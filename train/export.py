@@ -27,10 +27,10 @@ from lora_jax.peft.config import FILE as PEFT_CONFIG
 from lora_jax.peft.config import fields_of
 from lora_jax.peft.save import contents
 from lora_jax.peft.serving import MAX_RANK, problems_of, serving_problems
-from train.errors import UserError, as_user_errors, reported
-from train.output import ADAPTER, CONFIG, folder_bytes, read_json
-from train.pretrained import read_model
-from train.report import megabytes
+from train.run.errors import UserError, as_user_errors, reported
+from train.run.output import ADAPTER, CONFIG, folder_bytes, read_json
+from train.run.pretrained import read_model
+from train.run.report import megabytes
 
 MODEL_CONFIG = "config.json"
 PROBLEMS = 1  # the exit code where --check-serving finds some

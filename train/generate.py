@@ -16,11 +16,11 @@ import tyro
 
 import lora_jax as lj
 from lora_jax.models import generate
-from train.complete import left_padded, tokenized
-from train.config import DEFAULT_MODEL
-from train.errors import UserError, as_user_errors, reported
-from train.output import CONFIG, read_json
-from train.pretrained import Outline, end_tokens, read_model, read_outline
+from train.run.complete import left_padded, tokenized
+from train.run.errors import UserError, as_user_errors, reported
+from train.run.output import CONFIG, read_json
+from train.run.pretrained import Outline, end_tokens, read_model, read_outline
+from train.run.sft_options import DEFAULT_MODEL
 
 _MULTIPLE = 64  # prompts are padded to a multiple of it: one function serves many
 

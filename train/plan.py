@@ -17,15 +17,16 @@ import jax
 import tyro
 from rich.console import Console
 
-from train.errors import UserError, reported
-from train.log import duration
-from train.machines import Machine, find_machine
-from train.mesh import Layout, make_mesh
-from train.methods import rules
-from train.options import AdapterConfig, OptimConfig, Remat, at_least
-from train.plan_report import print_plans
-from train.planned import Job, Plan, Way, plan
-from train.pretrained import read_shapes
+from lora_jax.training.layout import Layout
+from train.planning.compile import Job, Plan, Way, plan
+from train.planning.machines import Machine, find_machine
+from train.planning.table import print_plans
+from train.run.adapter import rules
+from train.run.errors import UserError, reported
+from train.run.log import duration
+from train.run.mesh import make_mesh
+from train.run.options import AdapterConfig, OptimConfig, Remat, at_least
+from train.run.pretrained import read_shapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,21 +13,18 @@ import jax
 import tyro
 
 import lora_jax as lj
-from train import hosts
-from train.batches import Order, Packs, pack
-from train.config import SQL_STEPS, Config, check, settled
-from train.data import Row, check_lengths, conversation, read_rows, tokenize
-from train.errors import UserError, reported
-from train.evaluate import (
-    ADAPTED,
-    FEW_SHOT,
-    ZERO_SHOT,
-    Scores,
-    answer,
-    draw_questions,
-    longest_prompt,
-)
-from train.fit import (
+from lora_jax.training.batches import Order, Packs, pack
+from lora_jax.training.data.chats import Row, check_lengths, conversation
+from lora_jax.training.layout import Layout
+from lora_jax.training.losses import Loss, summed_loss
+from lora_jax.training.processes import write_json
+from lora_jax.training.stop import Stop
+from train.data.chats import tokenize
+from train.data.files import read_rows
+from train.run import hosts
+from train.run.adapter import rules
+from train.run.errors import UserError, reported
+from train.run.fit import (
     Run,
     adapted,
     check_rules,
@@ -38,16 +35,23 @@ from train.fit import (
     start,
     with_learning_rate,
 )
-from train.log import duration
-from train.losses import Loss, summed_loss
-from train.mesh import Layout, make_mesh
-from train.methods import rules
-from train.options import OptimConfig
-from train.output import REPORT, SCORES, check_output, read_json, write_json
-from train.pretrained import read_model, read_outline
-from train.report import print_costs, print_examples, print_scores, tree_bytes
-from train.sql import training_examples
-from train.stop import Stop
+from train.run.log import duration
+from train.run.mesh import make_mesh
+from train.run.options import OptimConfig
+from train.run.output import REPORT, SCORES, check_output, read_json
+from train.run.pretrained import read_model, read_outline
+from train.run.report import print_costs, print_examples, print_scores, tree_bytes
+from train.run.sft_options import SQL_STEPS, Config, check, settled
+from train.tasks.sql.evaluate import (
+    ADAPTED,
+    FEW_SHOT,
+    ZERO_SHOT,
+    Scores,
+    answer,
+    draw_questions,
+    longest_prompt,
+)
+from train.tasks.sql.examples import training_examples
 
 
 def parse(args: Sequence[str] | None = None) -> Config:

@@ -13,7 +13,7 @@ from lora_jax.models import DecoderConfig
 from lora_jax.models.decoder.moe import SparseMLP, _blocks, route
 from lora_jax.models.layers.activations import ACTIVATION
 from tests.models import tiny
-from train.hlo import work_of
+from train.planning.hlo import work_of
 
 
 def layer(case: str, **kwargs: Any) -> tuple[SparseMLP, dict[str, Any], jax.Array]:

@@ -15,5 +15,5 @@ def strict_promotion():
 def few_devices():
     """Scripts see one device: what compiles for several takes longer, and has tests of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.mesh.all_devices", lambda: jax.devices()[:1])
+        patch.setattr("train.run.mesh.all_devices", lambda: jax.devices()[:1])
         yield

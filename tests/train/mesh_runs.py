@@ -14,7 +14,8 @@ import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", int(devices))
 
-from train import classify, hosts, sft  # noqa: E402
+from train import classify, sft  # noqa: E402
+from train.run import hosts  # noqa: E402
 
 runs: list[list[str]] = [[]]
 for word in rest:

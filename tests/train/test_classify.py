@@ -13,25 +13,19 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.models import hf_tensors, key_table, read_config
 from lora_jax.models.families import family_of
+from lora_jax.training.data.labelled import Labelled, classification_loss, predict
+from lora_jax.training.losses import Loss
+from lora_jax.training.step import make_evaluation
 from tests.models.tiny import draw
 from tests.train.test_sft import assert_same
 from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train import export
-from train.classes import scores_of
 from train.classify import main, parse
-from train.classify_config import check
-from train.errors import UserError
-from train.labelled import (
-    Labelled,
-    classification_loss,
-    encode,
-    label_names,
-    predict,
-    read_labelled,
-)
-from train.log import read_metrics
-from train.losses import Loss
-from train.step import make_evaluation
+from train.data.labelled import encode, label_names, read_labelled
+from train.run.classify_options import check
+from train.run.errors import UserError
+from train.run.log import read_metrics
+from train.tasks.classes import scores_of
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

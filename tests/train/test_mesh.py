@@ -17,15 +17,16 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax import models
+from lora_jax.training.checkpoints import Checkpoints
+from lora_jax.training.layout import Layout
+from lora_jax.training.setup import Setup
 from tests.support import assert_close, with_random_factors
 from tests.train.test_classify import words, write_encoder
 from tests.train.tiny import CHATML, write_jsonl, write_model
 from train import sft
-from train.checkpoints import Checkpoints
-from train.errors import UserError
-from train.log import read_metrics
-from train.mesh import Layout, make_mesh, parse_mesh
-from train.step_setup import Setup
+from train.run.errors import UserError
+from train.run.log import read_metrics
+from train.run.mesh import make_mesh, parse_mesh
 
 ROOT = Path(__file__).parents[2]
 DENSE = {

@@ -11,15 +11,17 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lora_jax as lj
 from lora_jax import models
-from tests.train.tiny import write_jsonl, write_model, write_rows
+from lora_jax.training.checkpoints import Checkpoints
+from lora_jax.training.losses import summed_loss
+from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
 from train import generate
-from train.checkpoints import Checkpoints
-from train.log import read_metrics
+from train.run.log import read_metrics
 from train.sft import main
 
 # Orbax leaves coroutines behind where a file cannot be read.
@@ -260,6 +262,32 @@ def test_a_row_without_the_fields_is_named(inputs, tmp_path, capsys):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}, {"text": "c"}])
     message = fails(capsys, *inputs, "--dataset", rows, "--output", tmp_path / "run")
     assert f"{rows}, row 2 has `text`; a row needs `messages`" in message
+
+
+@pytest.mark.parametrize("packing", [[], ["--packing", "--seq-len", "128"]])
+def test_the_script_names_the_rows_of_the_data(tmp_path, capsys, monkeypatch, packing):
+    def poisoned(forward, params, batch, dropout_key=None, *, chunk):
+        sums = summed_loss(forward, params, batch, dropout_key, chunk=chunk)
+        factor = jnp.where(jnp.any(batch["ids"] == marked), jnp.inf, 1.0)
+        return sums._replace(total=sums.total * factor)
+
+    (marked,) = tokenizer()("~")["input_ids"]
+    rows = write_rows(tmp_path / "rows.jsonl", 6)
+    changed = [json.loads(text) for text in rows.read_text().splitlines()]
+    changed[3]["prompt"] += "~"
+    rows.write_text("".join(f"{json.dumps(row)}\n" for row in changed))
+    monkeypatch.setattr("train.sft.summed_loss", poisoned)
+    args = ["--model", str(write_model(tmp_path / "model")), "--dataset", str(rows), *packing]
+    args += ["--batch-size", "1", "--epochs", "1", "--rank", "2", "--output"]
+    main([*args, str(tmp_path / "run")])
+    (skipped,) = json.loads((tmp_path / "run" / "report.json").read_text())["skipped_steps"]
+    assert f"step {skipped} skipped: its loss is inf" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*args, str(tmp_path / "other"), "--max-skipped", "1"])
+    message = capsys.readouterr().err
+    named = message.split("its batch ")[1].split(f" of {rows}")[0].split(", ")
+    assert "row 4" in named and (len(named) > 1) == bool(packing)
+    assert f"step {skipped}" in message and "Traceback" not in message
 
 
 def test_a_folder_with_another_run_is_left_alone(inputs, whole, capsys):

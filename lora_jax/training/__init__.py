@@ -1,0 +1,1 @@
+"""Training: losses, the step, batches, checkpoints, and the loop."""

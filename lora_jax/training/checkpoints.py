@@ -1,0 +1,180 @@
+"""Checkpoints of a run: adapter, optimiser, rng, step and data cursor, never the base.
+
+Orbax writes each to a folder beside its place and renames it there. Then the SHA-256 of its files
+is recorded in one file beside the checkpoints, so that a damaged one is found and named. Only with
+that record is a checkpoint complete: a kill before it leaves one that does not count, and that the
+next save removes. Older ones are removed after it, so that there is a complete one at any time.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from lora_jax.training.errors import DamagedCheckpoint
+from lora_jax.training.processes import is_first, wait_for_all, write_json
+from lora_jax.training.step import State
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file on "absl"
+
+RECORD = "checkpoints.json"  # the checksums of their files, beside their folder
+Digests = dict[str, str]  # a file's path in the checkpoint's folder -> its SHA-256
+
+
+class Checkpoints:
+    """The checkpoints in one folder, the newest `keep` of them, each named by its step."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder.absolute()
+        self._record = self.folder.with_name(RECORD)
+        self._keep = keep
+        self._manager: ocp.CheckpointManager | None = None
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=None, create=True, enable_async_checkpointing=False
+                ),
+            )
+        return self._manager
+
+    def steps(self) -> list[int]:
+        """Returns the steps of the complete checkpoints, in order.
+
+        Raises:
+          DamagedCheckpoint: there are checkpoints, and the record of their files is lost.
+        """
+        if not self.folder.is_dir():
+            return []
+        recorded = self._recorded()
+        return sorted(step for step in self._open().all_steps() if str(step) in recorded)
+
+    def save(self, state: State, run: Mapping[str, Any]) -> None:
+        """Saves the state; all processes have to call this.
+
+        Does nothing where there is a complete checkpoint of the step.
+
+        Args:
+          state: what to save; its step names the checkpoint.
+          run: as JSON, the data cursor, and what the data and base were.
+
+        Raises:
+          DamagedCheckpoint: there are checkpoints, and the record of their files is lost.
+        """
+        step = int(state.step)
+        before = self.steps()
+        if step in before:
+            return
+        if is_first() and not self._record.exists():
+            write_json(self._record, {})  # from here on, one that is missing was lost
+        self._remove_all_but(before)
+        self._open().save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_as_arrays(state)), run=ocp.args.JsonSave(dict(run))
+            ),
+            force=True,
+        )
+        kept = [*before, step][-self._keep :]
+        self._record_files(step, kept)
+        self._remove_all_but(kept)
+
+    def restore(self, like: State) -> tuple[State, dict[str, Any]]:
+        """Returns the state of the newest checkpoint, and the `run` that it was saved with.
+
+        Args:
+          like: a state with the shapes, dtypes and shardings to restore.
+
+        Raises:
+          DamagedCheckpoint: it is damaged; names its folder and the newest one that is whole.
+        """
+        *earlier, newest = self.steps()
+        try:
+            return self._read(newest, like)
+        except DamagedCheckpoint as error:
+            message = f"the checkpoint {self.folder / str(newest)} is damaged ({error}). "
+        for step in reversed(earlier):
+            try:
+                self._read(step, like)
+            except DamagedCheckpoint:
+                continue
+            raise DamagedCheckpoint(
+                f"{message}The one before it, of step {step}, is whole: delete the folder "
+                f"{self.folder / str(newest)} and --resume again to go on from there"
+            )
+        raise DamagedCheckpoint(
+            f"{message}No earlier one is whole: begin again with --overwrite in place of --resume"
+        )
+
+    def _read(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
+        recorded, found = self._recorded()[str(step)], _digests(self.folder / str(step))
+        if wrong := [name for name, digest in recorded.items() if found.get(name) != digest]:
+            how = "is not what was saved" if wrong[0] in found else "is missing"
+            raise DamagedCheckpoint(f"its file {wrong[0]} {how}")
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_arrays(like))
+        try:
+            restored = self._open().restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract), run=ocp.args.JsonRestore()
+                ),
+            )
+            state, run = restored["state"], restored["run"]
+        except Exception as error:  # whatever the storage layers raise for a damaged file
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise DamagedCheckpoint(reason[:200]) from error
+        return State(**{**state, "key": jax.random.wrap_key_data(state["key"])}), run
+
+    def _recorded(self) -> dict[str, Digests]:
+        """Returns the digests of each complete checkpoint, by step."""
+        try:
+            return json.loads(self._record.read_text())
+        except (OSError, ValueError) as error:
+            if isinstance(error, FileNotFoundError) and not self._open().all_steps():
+                return {}
+            raise DamagedCheckpoint(
+                f"{self._record} is missing or cannot be read, and it alone tells which of the "
+                f"checkpoints in {self.folder} are whole: put it back, or begin again with "
+                "--overwrite in place of --resume"
+            ) from error
+
+    def _record_files(self, step: int, kept: list[int]) -> None:
+        """Records a checkpoint's digests beside those of the others that are kept."""
+        if is_first():
+            digests = {**self._recorded(), str(step): _digests(self.folder / str(step))}
+            write_json(self._record, {str(one): digests[str(one)] for one in kept})
+        wait_for_all("the checkpoint's files are recorded")
+
+    def _remove_all_but(self, kept: list[int]) -> None:
+        """Removes checkpoints that are too old, or that a kill left incomplete."""
+        for step in sorted(set(self._open().all_steps()) - set(kept)):
+            self._open().delete(step)
+
+    def close(self) -> None:
+        """Releases the folder."""
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+
+def _digests(folder: Path) -> Digests:
+    """Returns the SHA-256 of each file in a folder."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                digests[str(path.relative_to(folder))] = hashlib.file_digest(
+                    file, "sha256"
+                ).hexdigest()
+    return digests
+
+
+def _as_arrays(state: State) -> dict[str, Any]:
+    return {**state._asdict(), "key": jax.random.key_data(state.key)}

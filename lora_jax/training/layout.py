@@ -1,0 +1,147 @@
+"""The places on a mesh of what a step works on."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lora_jax.lorafy import split
+from lora_jax.models import partition_specs
+from lora_jax.models.layers.placement import Activation, Mixture, Placement
+from lora_jax.models.specs import BATCH
+from lora_jax.sharding import Table, fitted, place, sharding_of, shardings
+from lora_jax.training.batches import Batch
+
+_ACTIVATIONS: dict[str, tuple[Any, ...]] = {
+    "residual": (BATCH, ("sequence", "tensor"), None),
+    "inputs": (BATCH, "sequence", None),
+    "heads": (BATCH, "sequence", "tensor", None),
+    "features": (BATCH, "sequence", "tensor"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout(Placement):
+    """Where weights, adapters, batches and activations lie on the mesh.
+
+    Attributes:
+      mesh: with the axes `lora_jax.models.specs.AXES`.
+      table: of the parameters; see `lora_jax.sharding`.
+      sorts_apart: whether, before experts, each device sorts its own tokens.
+    """
+
+    mesh: Mesh
+    table: Table
+    sorts_apart: bool = True
+
+    @classmethod
+    def of(cls, mesh: Mesh, config: Any) -> "Layout":
+        """The layout of a model with this configuration."""
+        return cls(mesh, partition_specs(config))
+
+    @property
+    def batch_parts(self) -> int:
+        """How many parts a batch is shared out into."""
+        return math.prod(self.mesh.shape[name] for name in BATCH)
+
+    def of_parameter(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
+        """Where to load a parameter to; see `lora_jax.models.from_pretrained`."""
+        return sharding_of(path, shape, self.table, self.mesh)
+
+    def placed(self, params: Any) -> Any:
+        """An adapted tree on the mesh, the adapter as its base lies."""
+        return place(params, self.table, self.mesh)
+
+    def at_work(self, params: Any) -> Any:
+        """Where a step works with an adapter: its factors are gathered over the fsdp axis.
+
+        So that happens once a step; layer by layer, it would be three times: forward, recomputed,
+        and backward. They are small. What trains in full is not: it stays where it lies, and so
+        does the state of the optimiser. Over tensor and expert nothing is gathered: a device has
+        the factors of its own features and experts.
+        """
+
+        def gathered(entry: Any) -> Any:
+            names = (entry,) if isinstance(entry, str) else entry or ()
+            return tuple(name for name in names if name != "fsdp")
+
+        table = [(path, P(*map(gathered, spec))) for path, spec in self.table]
+        lies = split(shardings(params, self.table, self.mesh))[0]
+        works = split(shardings(params, table, self.mesh))[0]
+        return {
+            path: {name: (lies if name == "value" else works)[path][name] for name in parts}
+            for path, parts in lies.items()
+        }
+
+    @property
+    def whole(self) -> NamedSharding:
+        """That of an array that each device has."""
+        return NamedSharding(self.mesh, P())
+
+    def constrained(self, model: Any, *, dropout: bool = False) -> Any:
+        """The model with its activations on the mesh; on one device as it is.
+
+        Dropout on experts depends on the order of the tokens that are sorted for them. To be what
+        it is on one device, it has them sorted all at once, which takes more memory.
+        """
+        if self.mesh.size == 1:
+            return model
+        return model.clone(placement=dataclasses.replace(self, sorts_apart=not dropout))
+
+    def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
+        """An activation of a model; see `lora_jax.models.layers.placement.Placement`.
+
+        The residual stream is what rematerialisation keeps of each layer, so it is shared out over
+        the tensor axis as well: by tokens, since norms are taken of each token by itself. For the
+        products of a block it is gathered over that axis; each device has its heads or features
+        of all tokens there, so that no kernel moves over the tensor axis.
+        """
+        return jax.lax.with_sharding_constraint(x, self._fitting(x.shape, _ACTIVATIONS[kind]))
+
+    def mixture(self, mixed: Mixture) -> Mixture:
+        """Experts, each device its own tokens, and its own features of all experts.
+
+        So no token moves; kernels are gathered over the other axes, a layer at a time.
+        """
+        tokens, inner, outer = P(BATCH, "sequence"), P(None, None, "tensor"), P(None, "tensor")
+        specs = (tokens, tokens, tokens, inner, inner, outer)
+
+        def apart(*args: jax.Array) -> jax.Array:
+            return jax.lax.psum(mixed(*args), "tensor")
+
+        def called(*args: jax.Array) -> jax.Array:
+            fit = all(
+                NamedSharding(self.mesh, spec).is_equivalent_to(
+                    self._fitting(arg.shape, tuple(spec)), arg.ndim
+                )
+                for arg, spec in zip(args, specs, strict=True)
+            )
+            if not self.sorts_apart or not fit:
+                return mixed(*args)
+            return jax.shard_map(apart, mesh=self.mesh, in_specs=specs, out_specs=tokens)(*args)
+
+        return called
+
+    def batch(self, batch: Batch, *, parts: bool) -> dict[str, jax.Array]:
+        """A batch on the mesh: all processes know it, and each gives what its devices need.
+
+        Args:
+          batch: arrays [batch, …], or [accumulate, batch, …] with `parts`.
+        """
+        return {
+            name: jax.make_array_from_callback(
+                array.shape, self.of_batch(array.shape, parts=parts), array.__getitem__
+            )
+            for name, array in batch.items()
+        }
+
+    def of_batch(self, shape: tuple[int, ...], *, parts: bool) -> NamedSharding:
+        """The sharding of one of a batch's arrays."""
+        return self._fitting(shape, (None, BATCH) if parts else (BATCH,))
+
+    def _fitting(self, shape: tuple[int, ...], axes: tuple[Any, ...]) -> NamedSharding:
+        axes = axes + (None,) * (len(shape) - len(axes))
+        return fitted(axes, shape, self.mesh)

@@ -1,0 +1,134 @@
+"""The step of a run on its mesh: where its state lies, and its compilation.
+
+A run works with arrays, a plan of it with their shapes: the step is the same.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+import lora_jax as lj
+from lora_jax.training.layout import Layout
+from lora_jax.training.losses import Loss
+from lora_jax.training.optimizer import has_dropout
+from lora_jax.training.step import State, init_state, make_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a step is made of, beside the model.
+
+    Attributes:
+      where: the sharding of each array of the state; Adam's moments lie as the adapter does.
+      at_work: the shardings of the adapter that a step works with.
+      dropout: whether an adapter's input is dropped.
+    """
+
+    layout: Layout
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    where: State
+    at_work: Any
+    dropout: bool
+
+    @classmethod
+    def of(
+        cls,
+        layout: Layout,
+        params: Any,
+        optimizer: optax.GradientTransformation,
+        schedule: optax.Schedule,
+    ) -> "Setup":
+        """The setup for an adapted tree, of arrays on the mesh or of shapes with shardings."""
+        adapter, _ = lj.split(params)
+        return cls(
+            layout=layout,
+            optimizer=optimizer,
+            schedule=schedule,
+            where=places(layout, adapter, optimizer),
+            at_work=layout.at_work(params),
+            dropout=has_dropout(params),
+        )
+
+    def forward(self, model: Any) -> Callable[..., Any]:
+        """A model as the function that the loss calls: adapted, its activations on the mesh."""
+        return lj.adapt(self.layout.constrained(model, dropout=self.dropout).apply)
+
+    def state(self, adapter: Any, key: jax.Array) -> State:
+        """The state before the first step, on the mesh."""
+
+        def make(adapter: Any) -> State:
+            return init_state(adapter, self.optimizer, key)
+
+        return jax.jit(make, out_shardings=self.where)(adapter)
+
+    def abstract_state(self, adapter: Any) -> State:
+        """The shapes of that state, with their shardings."""
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            _shapes(adapter, self.optimizer),
+            self.where,
+        )
+
+    def lower(
+        self,
+        forward: Callable[..., Any],
+        loss: Loss,
+        state: State,
+        base: Any,
+        batch: Mapping[str, Any],
+    ) -> jax.stages.Lowered:
+        """Lowers the step for arrays such as these, to be compiled; see `trace`."""
+        with jax.set_mesh(self.layout.mesh):
+            return self.trace(forward, loss, state, base, batch).lower()
+
+    def trace(
+        self,
+        forward: Callable[..., Any],
+        loss: Loss,
+        state: State,
+        base: Any,
+        batch: Mapping[str, Any],
+    ) -> jax.stages.Traced:
+        """Traces the step for arrays such as these; it takes the state's memory over.
+
+        Args:
+          forward: the adapted function that the loss calls.
+          loss: the function to minimise, and who divides it.
+          state, base, batch: arrays, or shapes with shardings.
+
+        Returns:
+          The traced step, which has its jaxpr.
+        """
+        step = make_step(
+            forward,
+            self.optimizer,
+            self.schedule,
+            dropout=self.dropout,
+            loss=loss,
+            gathered=lambda adapter: jax.lax.with_sharding_constraint(adapter, self.at_work),
+        )
+        out = (self.where, self.layout.whole)
+        with jax.set_mesh(self.layout.mesh):
+            return jax.jit(step, donate_argnums=0, out_shardings=out).trace(state, base, batch)
+
+
+def places(layout: Layout, adapter: Any, optimizer: optax.GradientTransformation) -> Any:
+    """The sharding of each array of a state."""
+    of_adapter = jax.tree.map(lambda array: array.sharding, adapter)
+    of_moments = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        _shapes(adapter, optimizer).opt_state,
+        of_adapter,
+        transform_non_params=lambda _: layout.whole,
+    )
+    whole: Any = layout.whole
+    return State(of_adapter, of_moments, whole, whole)
+
+
+def _shapes(adapter: Any, optimizer: optax.GradientTransformation) -> State:
+    return jax.eval_shape(lambda a: init_state(a, optimizer, jax.random.key(0)), adapter)

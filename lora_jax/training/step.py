@@ -1,0 +1,148 @@
+"""One optimiser step, as one pure function: ``(state, base, batch) -> (state, metrics)``."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import lora_jax as lj
+from lora_jax.training.losses import CROSS_ENTROPY, Logits, Loss, Sums
+
+Adapter = dict[str, dict[str, Any]]
+Metrics = dict[str, jax.Array]
+
+
+class State(NamedTuple):
+    """Holds all that a step changes."""
+
+    adapter: Adapter  # what trains: the first half of `lora_jax.split`
+    opt_state: optax.OptState
+    step: jax.Array  # int32 []: the steps done
+    key: jax.Array  # a PRNG key that never changes; dropout folds the step into it
+
+
+Step = Callable[[State, Any, dict[str, Any]], tuple[State, Metrics]]
+Evaluation = Callable[[Adapter, Any, dict[str, Any]], Sums]
+
+
+def init_state(adapter: Adapter, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
+    """Returns the state before the first step."""
+    return State(adapter, optimizer.init(adapter), jnp.int32(0), key)
+
+
+def make_step(
+    forward: Logits,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    dropout: bool,
+    loss: Loss = CROSS_ENTROPY,
+    gathered: Callable[[Adapter], Adapter] = lambda adapter: adapter,
+) -> Step:
+    """Returns the step: pure, to be jitted with its state donated.
+
+    Each array of a batch has a first axis more, the parts that are accumulated. The sums of the
+    loss and the gradient are added up over the parts; they are divided by the count once, or never:
+    see `lora_jax.training.losses.Loss`.
+
+    Where the loss, its count or the gradient's norm is not finite, the step is skipped: adapter and
+    optimiser state stay as they were, bit by bit, and `step` alone advances, so that other data
+    follow.
+
+    Args:
+      forward: the adapted function that the loss calls.
+      optimizer: of the adapter.
+      schedule: the learning rate that `optimizer` has at each update, to be logged.
+      dropout: whether the loss gets a key, another one for each step and part.
+      loss: the function to minimise, and who divides it.
+      gathered: moves the adapter to where on a mesh it is worked with, which may be another place
+        than where it is kept.
+
+    Returns:
+      ``(state, base, batch) -> (state, metrics)``. The metrics, fp32 []: `loss` (divided as its
+      gradient is), `count`, each of the loss's logs divided by the count, `grad_norm` (before
+      clipping), `lr`, `skipped` (1 or 0). What would be divided by a count of zero stays as it is.
+    """
+
+    def of_adapter(
+        adapter: Adapter, base: Any, batch: Any, key: jax.Array | None
+    ) -> tuple[jax.Array, Sums]:
+        sums = loss(forward, lj.join(adapter, base), batch, key)
+        return sums.total, sums
+
+    # Of the adapter: no gradient of the base exists.
+    value_and_grad = jax.value_and_grad(of_adapter, has_aux=True)
+
+    def step(state: State, base: Any, batch: dict[str, Any]) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        at_work = gathered(state.adapter)
+
+        def of_part(part: dict[str, Any], index: Any) -> tuple[Sums, Adapter]:
+            part_key = jax.random.fold_in(key, index) if dropout else None
+            (_, sums), grads = value_and_grad(at_work, base, part, part_key)
+            return sums, grads
+
+        sums, grads = _accumulated(of_part, batch)
+        a_unit = 1 / jnp.where(sums.count == 0, 1, sums.count)
+        scale = a_unit if loss.reduction == "mean" else jnp.float32(1)
+        grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(sums.total) & jnp.isfinite(sums.count) & jnp.isfinite(norm)
+
+        def update() -> tuple[Adapter, optax.OptState]:
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.adapter)
+            return optax.apply_updates(state.adapter, updates), opt_state
+
+        def skip() -> tuple[Adapter, optax.OptState]:
+            return state.adapter, state.opt_state
+
+        # Not jnp.where, which would hold the old state and the new one at once.
+        adapter, opt_state = jax.lax.cond(finite, update, skip)
+        metrics = {
+            "loss": sums.total * scale,
+            "count": sums.count,
+            **{name: value * a_unit for name, value in sums.logs.items()},
+            "grad_norm": norm,
+            "lr": jnp.asarray(schedule(_updates(state)), jnp.float32),
+            "skipped": 1 - finite.astype(jnp.float32),
+        }
+        return State(adapter, opt_state, state.step + 1, state.key), metrics
+
+    return step
+
+
+def _accumulated(of_part: Callable[..., Any], batch: dict[str, Any]) -> Any:
+    """Returns the sum of ``of_part(part, index)``, a tree of arrays, over the parts of a batch."""
+    first = jax.tree.map(lambda array: array[0], batch)
+    n_parts = jax.tree.leaves(batch)[0].shape[0]
+    if n_parts == 1:
+        return of_part(first, 0)
+
+    def add(total: Any, xs: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of_part(*xs)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, first, 0))
+    total, _ = jax.lax.scan(add, zeros, (batch, jnp.arange(n_parts)))
+    return total
+
+
+def _updates(state: State) -> jax.Array:
+    """Returns the updates so far, by the optimiser's own count: skipped steps are none of them."""
+    counts = optax.tree.get_all_with_path(state.opt_state, "count")
+    return counts[0][1] if counts else state.step
+
+
+def make_evaluation(forward: Logits, loss: Loss = CROSS_ENTROPY) -> Evaluation:
+    """Returns ``(adapter, base, batch) -> sums``: the loss without dropout or gradient.
+
+    Args:
+      forward: the adapted function that the loss calls.
+      loss: its sums are returned undivided, so that those of several batches can be added up.
+    """
+
+    def evaluate(adapter: Adapter, base: Any, batch: dict[str, Any]) -> Sums:
+        return loss(forward, lj.join(adapter, base), batch)
+
+    return evaluate

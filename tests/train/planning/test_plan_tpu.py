@@ -1,0 +1,127 @@
+"""What the TPU's compiler says of models and slices that are not here (extra `tpu`)."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.slow
+GIB = 2**30
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA_3 = LLAMA | {"vocab_size": 128256, "num_key_value_heads": 8}
+MODELS = {
+    "7b": LLAMA,
+    "70b": LLAMA_3
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
+    "405b": LLAMA_3
+    | {
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_hidden_layers": 126,
+        "num_attention_heads": 128,
+    },
+    "8x7b": LLAMA
+    | {
+        "model_type": "mixtral",
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    """Plans with rows of 2048 tokens, in processes of their own."""
+    pytest.importorskip("libtpu")
+    folder = tmp_path_factory.mktemp("models")
+
+    @functools.cache
+    def plan(model, *options):
+        path = folder / f"{model}.json"
+        path.write_text(json.dumps(MODELS[model]))
+        words = ["--model", path, "--seq-len", 2048, "--alone", "--json", *options]
+        done = subprocess.run(
+            [sys.executable, "-m", "train.plan", *map(str, words)],
+            cwd=ROOT,
+            env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr
+        made = json.loads(done.stdout)
+        sizes = {
+            name: size and round(size / GIB, 2) for name, size in made["per_chip_bytes"].items()
+        }
+        print(model, options, sizes, made["compile_seconds"])
+        assert made["compile_seconds"] < 300
+        return made
+
+    return plan
+
+
+OF_7B = ("--topology", "v5e:4x4", "--mesh", "fsdp=16", "--batch-size", 16)
+
+
+def test_llama_2_7b(plan):
+    made = plan("7b", *OF_7B, "--rank", 8)
+    assert made["fits"] and made["per_chip_bytes"]["total"] <= 4.0 * GIB
+    assert made["per_chip_bytes"]["capacity"] == 15.75 * GIB
+    np.testing.assert_allclose(made["flops_per_step"], made["flops_closed_form"], rtol=0.02)
+
+
+def test_llama_2_7b_in_full(plan):
+    made, lora = plan("7b", *OF_7B, "--full"), plan("7b", *OF_7B, "--rank", 8)
+    assert made["fits"]
+    assert made["per_chip_bytes"]["total"] > 2.5 * lora["per_chip_bytes"]["total"]
+    np.testing.assert_allclose(made["flops_per_step"], made["flops_closed_form"], rtol=0.02)
+
+
+def test_what_does_not_fit_is_told(plan):
+    made = plan("7b", *OF_7B, "--remat", "none")
+    assert not made["fits"] and "exceeds available HBM (15.75G)" in made["refused"]
+    assert made["per_chip_bytes"]["total"] > 30 * GIB
+
+
+def test_llama_3_70b(plan):
+    options = ("--topology", "v5e:8x8", "--mesh", "fsdp=16,tensor=4", "--batch-size", 64)
+    made = plan("70b", *options, "--rank", 8)
+    assert made["fits"] and made["per_chip_bytes"]["total"] <= 9 * GIB
+
+
+def test_llama_3_405b(plan):
+    options = ("--topology", "v5e:16x16", "--mesh", "fsdp=16,tensor=16", "--batch-size", 64)
+    made = plan("405b", *options, "--rank", 16)
+    assert made["fits"] and made["per_chip_bytes"]["total"] <= 15.75 * GIB
+
+
+def test_mixtral_8x7b(plan):
+    """A token costs its two experts, not all eight, but for blocks that are not full."""
+    made = plan("8x7b", "--topology", "v5e:4x8", "--batch-size", 32, "--rank", 8)
+    assert made["fits"]
+    assert made["flops_per_step"] <= 1.6 * made["flops_closed_form"]

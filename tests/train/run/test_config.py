@@ -1,0 +1,266 @@
+"""Options that make no sense, runs that do not match, and folders that are taken."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from lora_jax import TrainRule
+from lora_jax.models import DecoderConfig
+from lora_jax.models.layers.trunk import REMAT_POLICIES
+from lora_jax.training.processes import write_json
+from tests.train.tiny import CONFIG
+from train import classify
+from train.run.adapter import rules
+from train.run.errors import UserError
+from train.run.options import as_json, check_same_run
+from train.run.output import begin, check_output, read_json
+from train.run.pretrained import Outline
+from train.run.sft_options import check
+from train.sft import parse
+
+
+def outline(**config):
+    """What the rules may ask of a model."""
+    return Outline("a model", None, SimpleNamespace(**config), {})
+
+
+def decoder_outline():
+    return Outline(
+        "a model", None, DecoderConfig.from_hf(CONFIG | {"tie_word_embeddings": False}), {}
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--batch-size 0", "--batch-size 0: at least 1 is needed"),
+        ("--grad-accum 0", "--grad-accum 0: at least 1"),
+        ("--steps 0", "--steps 0: at least 1"),
+        ("--rows 0", "--rows 0: at least 1"),
+        ("--seq-len 1", "--seq-len 1 leaves no token to predict"),
+        ("--keep 0", "--keep 0: at least 1"),
+        ("--warmup -1", "--warmup -1: at least 0"),
+        ("--eval-questions -1", "--eval-questions -1: at least 0"),
+        ("--seed -1", "--seed -1: at least 0"),
+        ("--lr 0", "--lr 0.0: a learning rate is a positive number"),
+        ("--lr nan", "--lr nan: a learning rate"),
+        ("--grad-clip nan", "--grad-clip nan: at least 0"),
+        ("--loss-chunk -1", "--loss-chunk -1: at least 0"),
+        ("--steps 3 --epochs 1", "--steps and --epochs both say how long"),
+        ("--epochs 0", "--epochs 0.0: a positive number"),
+        ("--full --init-adapter x", "--full trains without an adapter"),
+        ("--shuffle-schemas --dataset a.jsonl", "--shuffle-schemas is a control"),
+        ("--resume --overwrite", "give one of them"),
+        ("--rank 0", "rank=0: a rank is an integer of at least 1"),
+        ("--alpha 0", "alpha=0.0: alpha is a positive number"),
+        ("--dropout 1", r"dropout=1.0: a probability in \[0, 1\)"),
+        ("--targets (", r"targets='\(' is no regular expression"),
+        ("--targets", "targets is empty"),
+        ("--lr 1e-3 --lr-rule llama", "give one of them"),
+        ("--lora-plus 0", "--lora-plus 0.0: a positive number"),
+        ("--lora-plus 16 --freeze-a", "--freeze-a trains B alone"),
+        ("--full --dora", "--full trains without an adapter, and --dora is about one"),
+        ("--full --train-tokens 3", "and --train-tokens is about one"),
+        ("--full --lora-plus 16", "and --lora-plus is about one"),
+        ("--targets none", "nothing would train"),
+        ("--peft-config x --rank 4", "--peft-config says all of the adapter, --rank too"),
+        ("--peft-config x --alpha 4", "--peft-config says all of the adapter, --alpha too"),
+        ("--peft-config x --full", "--peft-config describes one"),
+        ("--peft-config x --init-adapter y", "--init-adapter brings its own rules"),
+        ("--dora --bias-on-b", "dora and bias_on_b do not go together"),
+    ],
+)
+def test_options_that_make_no_sense(args, message):
+    with pytest.raises(UserError, match=message):
+        check(parse(args.split()))
+        rules(parse(args.split()).adapter)
+
+
+@pytest.mark.parametrize(
+    ("args", "targets"),
+    [
+        ("", "all-linear"),
+        ("--targets q_proj v_proj", ("q_proj", "v_proj")),
+        ("--targets self_attn/q_proj", ("self_attn/q_proj",)),
+        ("--targets .*(q|k)_proj/kernel", ".*(q|k)_proj/kernel"),
+        ("--full", ".*"),
+    ],
+)
+def test_targets_are_names_or_one_expression(args, targets):
+    check(parse(args.split()))
+    (rule,) = rules(parse(args.split()).adapter)
+    assert rule.targets == targets
+
+
+def test_the_default_is_the_sql_task_with_every_linear_layer():
+    config = parse([])
+    check(config)
+    (rule,) = rules(config.adapter)
+    assert config.is_sql and (rule.targets, rule.rank) == ("all-linear", 16)
+
+
+def test_what_else_trains_comes_first():
+    args = "--train norm lm_head --train-tokens 3 5 --bias all --dora --init pissa --rank 8"
+    config = parse([*args.split(), "--divide-rank"])
+    *others, experts, every = rules(config.adapter, outline(num_experts_per_tok=2))
+    saved, tokens, biases = others
+    assert (saved.targets, biases.targets) == (("norm", "lm_head"), ("bias",))
+    assert tokens.rows == (3, 5)
+    for path in ("embed_tokens", "transformer/wte", "bert/embeddings/word_embeddings"):
+        assert re.fullmatch(tokens.targets, f"{path}/embedding")
+    assert not re.fullmatch(tokens.targets, "transformer/wpe/embedding")  # of positions
+    assert (experts.targets, experts.rank, experts.scale) == (("experts",), 4, 10.0)
+    assert (every.rank, every.scale, every.dora) == (8, 10.0, True)
+    with pytest.raises(UserError, match="--divide-rank: the model is no mixture of experts"):
+        rules(config.adapter, outline())
+
+
+def test_without_an_adapter_what_else_trains_trains_alone():
+    config = parse("--targets none --bias all --train norm".split())
+    check(config)
+    assert [rule.targets for rule in rules(config.adapter)] == [("norm",), ("bias",)]
+
+
+def test_a_peft_configuration_takes_the_place_of_the_options(tmp_path):
+    path = tmp_path / "adapter_config.json"
+    fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 10, "lora_dropout": 0.1}
+    fields |= {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"0.*q_proj": 2}}
+    path.write_text(json.dumps({**fields, "modules_to_save": ["lm_head"]}))
+    for given in (path, tmp_path):
+        config = parse(["--peft-config", str(given)])
+        check(config)
+        assert rules(config.adapter) == []  # which modules those are, the model knows
+        head, *adapted = rules(config.adapter, decoder_outline())
+        assert isinstance(head, TrainRule)
+        assert {(rule.rank, rule.alpha, rule.dropout) for rule in adapted} == {
+            (4, 10, 0.1),
+            (2, 10, 0.1),
+        }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "--peft-config .*adapter_config.json"),
+        ("{", "--peft-config .*adapter_config.json"),
+        ('{"peft_type": "IA3"}', "peft_type is 'IA3'; only LORA is supported"),
+        ('{"r": 0}', "--peft-config .*r"),
+        ('{"r": 4, "unheard_of": 1}', "unheard_of=1 is not known"),
+    ],
+)
+def test_a_peft_configuration_that_cannot_be_used(content, message, tmp_path):
+    path = tmp_path / "adapter_config.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        rules(parse(["--peft-config", str(path)]).adapter)
+
+
+@pytest.mark.parametrize(
+    ("args", "name", "policy"),
+    [
+        ("", "none", False),
+        ("--remat none", "none", False),
+        ("--remat", "full", True),
+        ("--remat --rank 4", "full", True),
+        ("--remat full", "full", True),
+        ("--remat dots_saveable", "dots_saveable", "dots_saveable"),
+        ("--remat dots_with_no_batch_dims_saveable", *["dots_with_no_batch_dims_saveable"] * 2),
+    ],
+)
+@pytest.mark.parametrize("parsed", [parse, classify.parse])
+def test_what_is_recomputed_by_its_name(parsed, args, name, policy):
+    optim = parsed(args.split()).optim
+    assert (optim.remat, optim.remat_policy) == (name, policy)
+    if isinstance(policy, str):
+        assert policy in REMAT_POLICIES
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("--remat dots", ["dots", "--remat", "none", "full", "dots_saveable"]),
+        ("--remat full none", ["--remat", "one policy is wanted, not full none"]),
+    ],
+)
+def test_another_policy_is_refused_by_those_that_are(args, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(args.split())
+    message = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert caught.value.code == 2 and all(word in message for word in words), message
+
+
+def test_a_resumed_run_keeps_its_options_but_for_length_and_reports(tmp_path):
+    saved = as_json(parse(["--rank", "4", "--layers", "1", "2"]))
+    same = "--rank 4 --layers 1 2 --steps 9 --keep 3 --log-every 2 --resume --eval-questions 0"
+    check_same_run(parse(same.split()), saved, tmp_path)
+    with pytest.raises(UserError) as caught:
+        check_same_run(parse("--rank 8 --lr 1e-4 --resume".split()), saved, tmp_path)
+    message = str(caught.value)
+    assert "--rank was 4 and is now 8" in message
+    assert "--lr was 0.001 and is now 0.0001" in message
+    assert "--layers was 1 2 and is now none" in message
+    assert "steps" not in message
+
+
+def options(folder, *args):
+    return parse(["--output", str(folder), *args])
+
+
+def test_a_folder_that_holds_a_run_is_not_used_again(tmp_path):
+    folder = tmp_path / "run"
+    assert check_output(options(folder)) == folder
+    begin(folder, options(folder), {"resolved": {}})
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="run holds another run: go on with it by --resume"):
+        check_output(options(folder))
+    check_output(options(folder, "--resume"))
+    with pytest.raises(UserError, match="--seed was 0 and is now 1"):
+        check_output(options(folder, "--resume", "--seed", "1"))
+    (folder / "adapter").mkdir()
+    check_output(options(folder, "--overwrite"))
+    assert (folder / "adapter").exists()  # nothing goes before all checks have passed
+    begin(folder, options(folder, "--overwrite"), {})
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "notes.txt"]
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
+    with pytest.raises(UserError, match="there is no run in .*config.json is missing"):
+        check_output(options(tmp_path / "nothing", "--resume"))
+    (tmp_path / "config.json").write_text('{"options"')
+    with pytest.raises(UserError, match="config.json is damaged"):
+        check_output(options(tmp_path, "--resume"))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/run cannot be written: Not a directory"):
+        check_output(options(tmp_path / "file" / "run"))
+
+
+def test_json_is_replaced_whole(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": "ü"})
+    assert json.loads(path.read_text()) == {"a": "ü"} == read_json(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+    path.write_text("{")
+    assert read_json(path) == {} == read_json(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(
+    ("args", "alpha", "lr", "beta2"),
+    [
+        ("", 160, 1e-3, 0.99),
+        ("--rank 4", 40, 1e-3, 0.99),
+        ("--full", 160, 1e-4, 0.99),
+        ("--dataset rows.jsonl", 32, 2e-4, 0.999),
+        ("--dataset rows.jsonl --full", 32, 2e-5, 0.999),
+        ("--alpha 3 --lr 0.5 --beta2 0.9", 3, 0.5, 0.9),
+    ],
+)
+def test_defaults_that_depend_on_the_task(args, alpha, lr, beta2):
+    config = parse(args.split())
+    assert config.adapter.alpha == alpha
+    assert (config.optim.lr, config.optim.beta2) == (pytest.approx(lr), beta2)

@@ -1,0 +1,190 @@
+"""Work that processes share, and its errors: every process has all results, or the same error."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+
+from tests.train.tiny import FORGETFUL, tokenizer
+from train.data.chats import tokenize
+from train.run import hosts
+from train.run.errors import UserError
+from train.run.hosts import check_alike, map_over_processes, together
+from train.run.sft_options import Config, SftOptimConfig, SftRunConfig
+
+TURNS = [
+    {"role": "user", "content": "1?"},
+    {"role": "assistant", "content": "so|2"},
+    {"role": "user", "content": "3?"},
+    {"role": "assistant", "content": "then|4"},
+]
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Runs a function as each of n processes, here threads: what each returned or raised."""
+    here = threading.local()
+    monkeypatch.setattr(jax, "process_index", lambda: here.index)
+
+    def run(n, function):
+        monkeypatch.setattr(jax, "process_count", lambda: n)
+        parts, turn = [b""] * n, threading.Barrier(n, timeout=10)
+
+        def exchanged(own):
+            parts[here.index] = hosts._encoded(own)
+            turn.wait()
+            received = [json.loads(part) for part in parts]
+            turn.wait()
+            return received
+
+        def as_process(i):
+            here.index = i
+            try:
+                return function()
+            except UserError as error:
+                return str(error)
+
+        monkeypatch.setattr(hosts, "_exchanged", exchanged)
+        with ThreadPoolExecutor(n) as pool:
+            return list(pool.map(as_process, range(n)))
+
+    return run
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_each_process_does_its_part_and_has_all(n, processes):
+    done = []
+
+    def work(item):
+        done.append(item)
+        return item * item
+
+    got = processes(n, lambda: map_over_processes(work, range(5)))
+    assert got == [[0, 1, 4, 9, 16]] * n
+    assert sorted(done) == [0, 1, 2, 3, 4], "each item is worked on once"
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_all_processes_raise_the_error_of_the_first_item(n, processes):
+    def work(item):
+        if item in (2, 3):
+            raise UserError(f"row {item} is bad")
+        return item
+
+    assert processes(n, lambda: map_over_processes(work, range(6))) == ["row 2 is bad"] * n
+
+
+def prepared(*, fails=None, before=True, n_rows=4):
+    """A run's preparation, in which one process may fail, before or after the rows are shared."""
+
+    def check():
+        if jax.process_index() == fails:
+            raise UserError("there is no such file")
+
+    def prepare():
+        with together():
+            if before:
+                check()
+            rows = map_over_processes(str, range(n_rows))
+            if not before:
+                check()
+        return rows
+
+    return prepare
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_what_one_process_cannot_do_all_leave(before, processes):
+    assert processes(3, prepared(before=before)) == [["0", "1", "2", "3"]] * 3
+    said = processes(3, prepared(fails=2, before=before))
+    assert said == ["process 2 of 3: there is no such file"] * 3
+    assert processes(1, prepared(fails=0)) == ["there is no such file"]
+
+
+def test_an_error_of_all_is_told_once(processes):
+    def prepare():
+        with together():
+            raise UserError("--steps 0")
+
+    assert processes(2, prepare) == ["--steps 0"] * 2
+
+
+def test_processes_that_were_not_started_alike(processes):
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+
+    def started(**odd):
+        """The third process has something odd."""
+
+        def prepare():
+            own = odd if jax.process_index() == 2 else {}
+            run = SftRunConfig(process_id=jax.process_index(), output=own.get("output", "runs/sql"))
+            config = Config(optim=SftOptimConfig(seed=own.get("seed", 0)), run=run)
+            with together():
+                check_alike(config, rows=own.get("rows", rows), model="llama")
+
+        return prepare
+
+    assert processes(3, started()) == [None] * 3
+    for odd, expected in (
+        ({"seed": 1}, "alike: process 2 has --seed 1, not 0. All need"),
+        ({"output": "here"}, "alike: process 2 has --output here, not runs/sql. All need"),
+        ({"rows": rows[::-1]}, "alike: process 2 has rows "),
+        ({"seed": 1, "rows": rows[:1]}, "process 2 has --seed 1, not 0; process 2 has rows "),
+    ):
+        said = processes(3, started(**odd))
+        assert said == [said[0]] * 3 and expected in said[0]
+
+
+@pytest.mark.parametrize("at_once", [7, 100, 2**20])
+def test_what_is_exchanged_comes_back(at_once, monkeypatch):
+    """With the other's part longer than one's own, in one round or in many."""
+    monkeypatch.setattr(hosts, "_ROUND", at_once)
+    mine, other = {"ids": list(range(5)), "said": "ü\ud800"}, list(range(400))
+    of_other = np.frombuffer(json.dumps(other).encode(), np.uint8)
+    sent = []
+
+    def allgather(array):
+        if array.dtype == np.int32:
+            return np.stack([array, np.int32(divmod(of_other.size, at_once))])
+        sent.append(array)
+        start = (len(sent) - 1) * at_once
+        return np.stack([array, of_other[start : start + at_once]])
+
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", allgather)
+    first, second = hosts._exchanged(mine)
+    assert first == mine and second == other
+    assert len(sent) == -(-of_other.size // at_once)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (np.arange(3), "ndarray is not JSON serializable"),
+        (np.int32(3), "int32 is not JSON serializable"),
+        ({"ids": {1, 2}}, "set is not JSON serializable"),
+        (UserError("no"), "UserError is not JSON serializable"),
+        ((1, 2), r"JSON changes .*\(1, 2\)"),
+        ({1: "one"}, "JSON changes .*{1: 'one'}"),
+        (float("nan"), "JSON changes .*nan"),
+    ],
+)
+def test_what_json_does_not_hold_is_refused(result, message, processes):
+    with pytest.raises(TypeError, match=f"processes exchange dicts .*{message}"):
+        processes(2, lambda: map_over_processes(lambda _: result, range(2)))
+
+
+def test_rows_are_the_same_tokens_however_many_processes_read_them(processes):
+    rows = [{"prompt": f"{i} ä?", "completion": "yes" * (i + 1)} for i in range(5)]
+    rows.append({"messages": TURNS})
+    spoken = tokenizer(FORGETFUL)
+    for made in processes(3, lambda: tokenize(rows, spoken, "rows")):
+        alone = processes(1, lambda: tokenize(rows, spoken, "rows"))[0]
+        assert [t.row for t in made] == [t.row for t in alone] == [1, 2, 3, 4, 5, 6, 6]
+        for one, other in zip(made, alone, strict=True):
+            assert (one.ids.dtype, one.counts.dtype) == (np.int32, bool)
+            np.testing.assert_array_equal(one.ids, other.ids)
+            np.testing.assert_array_equal(one.counts, other.counts)
+            assert one.counts.any() and not one.counts.all()

@@ -1,0 +1,71 @@
+"""The record of a run, its copies, and what a resumed run does with them."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event
+
+from train.run.log import Log, draw_curve, duration, read_metrics
+
+
+def line(step):
+    return {"step": step, "loss": 1 / step, "lr": 0.1, "count": 5, "tokens_per_s": 7.0}
+
+
+def events(folder):
+    """(tag, step) of each scalar in the event files."""
+    found = []
+    for path in (folder / "tensorboard").iterdir():
+        content = path.read_bytes()
+        while content:  # length, its checksum, the record, its checksum
+            length = int.from_bytes(content[:8], "little")
+            event = Event.FromString(content[12 : 12 + length])
+            found += [(value.tag, event.step) for value in event.summary.value]
+            content = content[16 + length :]
+    return sorted(found)
+
+
+def write(folder, steps, first):
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with Log(folder, console, first=first, last=6) as log:
+        for step in steps:
+            log.add(line(step))
+    return console.file.getvalue()
+
+
+def test_lines_and_events_are_the_same_steps(tmp_path):
+    text = write(tmp_path, [1, 2, 3], first=0)
+    assert "step 3/6  loss 0.3333  lr 1.00e-01  7 tokens/s" in text
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2, 3]
+    assert [step for tag, step in events(tmp_path) if tag == "loss"] == [1, 2, 3]
+
+
+def test_a_resumed_run_has_no_step_twice(tmp_path):
+    write(tmp_path, [1, 2, 3, 4], first=0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # a kill cut it short
+    write(tmp_path, [3, 4, 5, 6], first=2)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(text)["step"] for text in lines] == [1, 2, 3, 4, 5, 6]
+    assert [step for tag, step in events(tmp_path) if tag == "loss"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_terminal_gets_a_progress_bar(tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with Log(tmp_path, console, first=0, last=2) as log:
+        log.add(line(1))
+        log.add({"step": 1, "eval_loss": 0.5})
+        log.add(line(2))
+    assert "2/2" in console.file.getvalue() and "loss 0.5000" in console.file.getvalue()
+
+
+def test_the_curve_is_a_picture(tmp_path):
+    draw_curve(tmp_path, [line(1), {"step": 1, "eval_loss": 2.0}, line(2)])
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.2, "0 s"), (59, "59 s"), (200, "3 min 20 s")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text

@@ -1,0 +1,87 @@
+"""Answers in batches equal answers one by one, and scores outlive an interruption."""
+
+import numpy as np
+import pytest
+
+from lora_jax import models
+from tests.train.tiny import decoder, tokenizer
+from train.run.complete import complete, left_padded, tokenized
+from train.run.pretrained import Outline
+from train.tasks.sql.evaluate import (
+    ADAPTED,
+    FEW_SHOT,
+    UNSEEN_BOTH,
+    UNSEEN_SCHEMAS,
+    ZERO_SHOT,
+    Scores,
+    draw_questions,
+)
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.fixture(scope="module")
+def outline():
+    model, params = decoder()
+    return Outline("tiny", tokenizer(), model.config, params)
+
+
+def alone(outline, chat, new_tokens):
+    """The answer to one chat, without padding, batching or a shared beginning."""
+    model, params = decoder()
+    ids = np.array(tokenized(outline, [chat]))
+    new = models.generate(model, params, ids, max_new_tokens=new_tokens)
+    return outline.tokenizer.decode(np.asarray(new)[0].tolist(), skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("system", [[SYSTEM], []])
+def test_a_batch_with_a_shared_beginning_answers_as_each_chat_alone(outline, system):
+    model, params = decoder()
+    questions = ["one", "another, longer one", "one"]
+    chats = [[*system, {"role": "user", "content": text}] for text in questions]
+    texts = complete(model, params, outline, chats, new_tokens=6)
+    assert texts == [alone(outline, chat, 6) for chat in chats]
+    assert texts[0] != texts[1]
+
+
+def test_more_chats_than_a_batch_keep_their_order(outline, monkeypatch):
+    monkeypatch.setattr("train.run.complete._BATCH", 2)
+    model, params = decoder()
+    chats = [[{"role": "user", "content": text}] for text in ("b", "cc", "d", "ee", "f")]
+    texts = complete(model, params, outline, chats, new_tokens=4)
+    assert len(texts) == 5
+    assert texts == complete(model, params, outline, chats[::-1], new_tokens=4)[::-1]
+
+
+def test_prompts_are_padded_at_the_left():
+    ids, mask = left_padded([[1, 2], [3]], 3, pad=9)
+    assert ids.tolist() == [[9, 1, 2], [9, 9, 3]]
+    assert mask.tolist() == [[0, 1, 1], [0, 0, 1]]
+
+
+@pytest.fixture
+def scores():
+    """Two questions of each kind; the base knows nothing, the fine-tuned model all but one."""
+    scores = Scores(draw_questions(2))
+    gold = {kind: [e.sql for e in examples] for kind, examples in scores.questions.items()}
+    scores.add(ZERO_SHOT, {kind: ["no", "idea"] for kind in gold})
+    scores.add(FEW_SHOT, {kind: ["SELECT 1", "[x]"] for kind in gold})
+    scores.add(ADAPTED, {**gold, UNSEEN_BOTH: [gold[UNSEEN_BOTH][0], ""]})
+    return scores
+
+
+def test_accuracy_is_by_kind_of_question_and_way_to_answer(scores):
+    assert scores.accuracies() == {
+        UNSEEN_SCHEMAS: {ZERO_SHOT: 0, FEW_SHOT: 0, ADAPTED: 1},
+        UNSEEN_BOTH: {ZERO_SHOT: 0, FEW_SHOT: 0, ADAPTED: 0.5},
+    }
+    marks = [(row["before"][0], row["after"][0]) for row in scores.examples(4)]
+    assert marks == [("✗", "✓"), ("✗", "✓"), ("✗", "✓"), ("✗", "✗")]
+
+
+def test_the_base_is_asked_once(scores):
+    again = Scores(scores.questions)
+    assert again.recall(scores.as_json())
+    assert again.answers == {way: scores.answers[way] for way in (ZERO_SHOT, FEW_SHOT)}
+    assert not Scores(draw_questions(1)).recall(scores.as_json())
+    assert not Scores(scores.questions).recall({})

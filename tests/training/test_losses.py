@@ -1,0 +1,270 @@
+"""The chunked cross entropy: the plain one's values and gradients, in a fraction of the memory."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import lora_jax as lj
+from lora_jax.models import Decoder, DecoderConfig
+from lora_jax.training.losses import Loss, summed_loss
+from lora_jax.training.step import init_state, make_step
+from tests.models import tiny, tiny_encoders
+from tests.support import assert_close, with_random_factors
+from train.run.adapter import make_optimizer
+from train.run.options import OptimConfig, learning_rate
+from train.run.sft_options import SftOptimConfig
+
+VOCAB = tiny.SIZES["vocab_size"]
+BATCH, SEQ, M = 3, 17, 10
+
+
+class Biased(nn.Module):
+    """A bag of words whose head has a bias."""
+
+    def setup(self):
+        self.embed_tokens = nn.Embed(VOCAB, 13)
+        self.lm_head = nn.Dense(VOCAB, bias_init=nn.initializers.normal(1.0))
+
+    def __call__(self, ids, positions, segment_ids, logits_at, return_hidden=False):
+        hidden = jnp.tanh(jnp.cumsum(self.embed_tokens(ids), axis=1))
+        hidden = jnp.take_along_axis(hidden, logits_at[..., None], axis=1)
+        return hidden if return_hidden else self.head(hidden)
+
+    def head(self, hidden):
+        return self.lm_head(hidden)
+
+
+def biased():
+    model = Biased()
+    inputs = (jnp.zeros((1, 1), jnp.int32),) * 4
+    return model, model.init(jax.random.key(2), *inputs)["params"]
+
+
+def total(*args, **options):
+    return summed_loss(*args, **options).total
+
+
+def lora(*targets, **options):
+    return lj.LoraRule(targets=targets, rank=3, alpha=5, **options)
+
+
+LAYERS = lj.LoraRule(targets="all-linear", rank=3, alpha=5)
+CASES = {
+    "tied, adapted table": (lambda: tiny.decoder("smollm2"), [lora("embed_tokens", "q_proj")]),
+    "tied, table in full": (
+        lambda: tiny.decoder("qwen3"),
+        [lj.TrainRule(targets=["embed_tokens"]), LAYERS],
+    ),
+    "tied, rows of the table": (
+        lambda: tiny.decoder("qwen3"),
+        [lj.TrainRule(targets=["embed_tokens"], rows=[5, 7, 11]), LAYERS],
+    ),
+    "adapted head": (lambda: tiny.decoder("llama2"), [lora("lm_head", "down_proj")]),
+    "head by DoRA": (lambda: tiny.decoder("llama2"), [lora("lm_head", dora=True)]),
+    "head in full": (lambda: tiny.decoder("llama2"), [lj.TrainRule(targets=["lm_head"]), LAYERS]),
+    "soft caps": (lambda: tiny.decoder("gemma2"), [lora("lm_head", "v_proj")]),
+    "gpt2": (lambda: tiny_encoders.model("gpt2"), [lora("wte", "c_attn")]),
+    "bias in the head": (biased, [lora("lm_head", train_bias=True)]),
+}
+
+
+def batch(seed=0, m=M):
+    """Two sequences a row; predictions at random places, of which some do not count."""
+    rng = np.random.default_rng(seed)
+    segments = np.repeat([1, 2], [7, SEQ - 7])
+    places = np.concatenate([np.arange(7), np.arange(SEQ - 7)])
+    return {
+        "ids": rng.integers(0, VOCAB, (BATCH, SEQ), np.int32),
+        "segment_ids": np.broadcast_to(segments, (BATCH, SEQ)).astype(np.int32),
+        "positions": np.broadcast_to(places, (BATCH, SEQ)).astype(np.int32),
+        "predict_at": np.sort(rng.integers(0, SEQ - 1, (BATCH, m), np.int32), axis=1),
+        "targets": rng.integers(0, VOCAB, (BATCH, m), np.int32),
+        "weights": (rng.random((BATCH, m)) < 0.7).astype(np.int32),
+    }
+
+
+def on_merged(model, params, data):
+    """The judge: all logits of the merged model, and the definition of cross entropy."""
+    where = {"positions": data["positions"], "segment_ids": data["segment_ids"]}
+    logits = model.apply(
+        {"params": lj.merge(params)}, data["ids"], logits_at=data["predict_at"], **where
+    )
+    log_probs = logits - jnp.log(jnp.sum(jnp.exp(logits), axis=-1, keepdims=True))
+    mine = jnp.take_along_axis(log_probs, data["targets"][..., None], axis=-1)[..., 0]
+    return -jnp.sum(mine * data["weights"].astype(jnp.float32))
+
+
+# Chunks of one place a row (fewer than there are rows), of 2, of 3 (it does not divide 10), of 9.
+SIZES = [("bias in the head", chunk) for chunk in (1, 7, 9, 29)]
+QUICK = [("tied, adapted table", 9)]
+OTHERS = [(case, 9) for case in CASES if (case, 9) not in SIZES + QUICK]
+
+
+@pytest.mark.parametrize(
+    ("case", "chunk"),
+    [*SIZES, *QUICK, *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS)],
+)
+def test_chunks_change_neither_loss_nor_gradient(case, chunk):
+    make, rules = CASES[case]
+    model, plain = make()
+    params = with_random_factors(lj.lorafy(plain, rules))
+    adapter, base = lj.split(params)
+    data, forward = batch(), lj.adapt(model.apply, strict=True)
+
+    def both(loss):
+        of_adapter = lambda adapter: loss(lj.join(adapter, base))  # noqa: E731
+        return jax.jit(jax.value_and_grad(of_adapter))(adapter)
+
+    whole, chunked = (
+        both(functools.partial(total, forward, batch=data, chunk=n)) for n in (0, chunk)
+    )
+    assert_close(chunked, whole, 1e-5)
+    judge = both(lambda params: on_merged(model, params, data))
+    assert_close(chunked, judge, 1e-4)
+    without = on_merged(model, lj.lorafy(plain, rules), data)
+    assert abs(judge[0] - without) > 1e-2 * abs(without), "the factors must be seen"
+
+
+def test_what_exceeds_the_batch_is_one_piece():
+    model, plain = tiny.decoder("smollm2")
+    params = lj.lorafy(plain, [LAYERS])
+    forward = lj.adapt(model.apply)
+
+    def program(chunk):
+        loss = functools.partial(summed_loss, forward, chunk=chunk)
+        return str(jax.make_jaxpr(lambda data: loss(params, data))(batch()))
+
+    assert program(0) == program(BATCH * M) == program(1000) != program(BATCH * M - 1)
+
+
+def test_each_chunk_has_a_dropout_mask_of_its_own():
+    model, plain = tiny.decoder("llama2")
+    rules = [lora("lm_head", dropout=0.5)]
+    params = with_random_factors(lj.lorafy(plain, rules))
+    data = batch(m=4)
+    data |= {name: np.full_like(data[name], 3) for name in ("predict_at", "targets")}
+    loss = functools.partial(total, lj.adapt(model.apply), params, chunk=BATCH)
+
+    @jax.jit
+    def at_each_place(key):  # where hidden states and targets are the same
+        weights = np.eye(4, dtype=np.int32)[:, None].repeat(BATCH, 1)
+        return jnp.stack([loss({**data, "weights": w}, key) for w in weights])
+
+    kept, dropped = at_each_place(None), at_each_place(jax.random.key(1))
+    np.testing.assert_allclose(kept, kept[0], rtol=1e-6)
+    assert len(set(dropped.tolist())) == 4
+    np.testing.assert_array_equal(dropped, at_each_place(jax.random.key(1)))
+
+
+def test_chunks_stay_spread_over_devices():
+    model, plain = biased()
+    rules = [lora("lm_head")]
+    adapter, base = lj.split(lj.lorafy(plain, rules))
+    forward = lj.adapt(model.apply)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    data = {name: jax.device_put(np.tile(x[:2], (4, 1)), rows) for name, x in batch().items()}
+
+    def loss(adapter, data, chunk):
+        return total(forward, lj.join(adapter, base), data, chunk=chunk)
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=2)
+    sizes = [8 * 2 * VOCAB, 2 * 2 * VOCAB, 2 * M * VOCAB]  # of a chunk, and of a device's part
+    found = {}
+    for chunk in (16, 0):
+        hlo = gradient.lower(adapter, data, chunk).compile().as_text()
+        found[chunk] = [bool(arrays_of_size(hlo, size)) for size in sizes]
+    assert found == {16: [False, True, False], 0: [False, False, True]}
+    assert_close(gradient(adapter, data, 16), gradient(adapter, data, 0), 1e-5)
+
+
+def steps_of(model, params, chunk, accumulate, n):
+    """The losses and the last adapter of `n` steps."""
+    adapter, base = lj.split(params)
+    optim = OptimConfig(lr=3e-3, beta2=0.99, schedule="constant", warmup=0)
+    schedule = learning_rate(optim, n)
+    optimizer = make_optimizer(optim, schedule)
+    loss = Loss(functools.partial(summed_loss, chunk=chunk))
+    step = jax.jit(make_step(lj.adapt(model.apply), optimizer, schedule, dropout=False, loss=loss))
+    state, losses = init_state(adapter, optimizer, jax.random.key(0)), []
+    for number in range(n):
+        parts = [batch(number * accumulate + part) for part in range(accumulate)]
+        data = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+        state, metrics = step(state, base, data)
+        losses.append(float(metrics["loss"]))
+    return losses, state.adapter
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_twenty_lean_steps_have_the_plain_ones_losses(accumulate):
+    model, plain = tiny.decoder("smollm2")
+    params = lj.lorafy(plain, [LAYERS])
+    kept, _ = steps_of(model, params, 0, accumulate, 20)
+    lean, _ = steps_of(model.clone(remat=True), params, 7, accumulate, 20)
+    np.testing.assert_allclose(lean, kept, rtol=1e-5)
+    other, _ = steps_of(model, with_random_factors(params), 0, accumulate, 20)
+    assert not np.allclose(other, kept, rtol=1e-3)
+
+
+# SmolLM2-135M's.
+SMOLLM2 = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+
+
+def compiled_step(remat, chunk, shape=(4, 128)):
+    """The step on abstract parameters, all places of the batch counted."""
+    model = Decoder(DecoderConfig.from_hf(SMOLLM2), remat=remat)
+    plain = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = lj.lorafy(plain, [lj.LoraRule(targets="all-linear", rank=16, alpha=32)])
+    adapter, base = lj.split(params)
+    optimizer = optax.adam(1e-3)
+    key = jax.random.key(0)
+    state = jax.eval_shape(lambda adapter: init_state(adapter, optimizer, key), adapter)
+    ints = jax.ShapeDtypeStruct((1, *shape), jnp.int32)
+    loss = Loss(functools.partial(summed_loss, chunk=chunk))
+    schedule = optax.constant_schedule(1e-3)
+    step = make_step(lj.adapt(model.apply), optimizer, schedule, dropout=False, loss=loss)
+    lowered = jax.jit(step, donate_argnums=0).lower(state, base, dict.fromkeys(batch(), ints))
+    return lowered.compile()
+
+
+def arrays_of_size(hlo, size):
+    """The fp32 arrays of so many elements in optimised HLO, by their shapes."""
+    shapes = set(re.findall(r"\bf32\[([\d,]+)\]", hlo))
+    return {shape for shape in shapes if math.prod(map(int, shape.split(","))) == size}
+
+
+@pytest.mark.slow
+def test_a_lean_step_takes_a_fraction_of_the_memory():
+    def is_lean(step, reference, share):
+        used, most = (s.memory_analysis().temp_size_in_bytes for s in (step, reference))
+        all_logits = arrays_of_size(step.as_text(), 4 * 128 * SMOLLM2["vocab_size"])
+        print(f"{used / 1e6:.1f} of {most / 1e6:.1f} MB: {used / most:.3f}; {all_logits}")
+        return used <= share * most and not all_logits
+
+    chunk = SftOptimConfig().loss_chunk
+    plain, remade = compiled_step(False, 0), compiled_step(True, 0)
+    lean = compiled_step(True, chunk)
+    assert is_lean(lean, plain, 0.5)
+    assert not is_lean(plain, plain, 0.5)
+    # Each does its part: rematerialisation alone still holds all logits.
+    assert is_lean(lean, remade, 0.7) and not is_lean(remade, plain, 0.5)
+    assert is_lean(compiled_step(False, chunk), plain, 0.95)

@@ -1,0 +1,164 @@
+"""The step: its loss, accumulation, packing, dropout, decay and schedule."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lora_jax as lj
+from lora_jax.training.batches import pack
+from lora_jax.training.losses import summed_loss
+from lora_jax.training.optimizer import decays
+from lora_jax.training.step import State, init_state, make_step
+from tests.models.tiny import draw
+from tests.train.tiny import decoder, tokenizer
+from train.data.chats import tokenize
+from train.run.adapter import make_optimizer
+from train.run.options import OptimConfig, learning_rate
+
+ROWS = [{"prompt": "p" * n, "completion": "abc" * n} for n in range(1, 9)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return decoder()
+
+
+@pytest.fixture(scope="module")
+def halves(model):
+    """An adapter with a random B, and its base."""
+    params = lj.lorafy(model[1], [lj.LoraRule(targets="all-linear", rank=3, alpha=5, dropout=0.3)])
+    adapter, base = lj.split(params)
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: jnp.asarray(0.1 * draw(rng, "embed", x.shape)), adapter), base
+
+
+sums_of = jax.jit(summed_loss, static_argnums=0)
+
+
+def packs(*, packing=False, seq_len=64):
+    return pack(tokenize(ROWS, tokenizer(None), "rows"), seq_len, packing=packing)
+
+
+def step_of(model, **options):
+    optim = OptimConfig(lr=0.1, beta2=0.99, schedule="constant", warmup=0, **options)
+    schedule = learning_rate(optim, 10)
+    optimizer = make_optimizer(optim, schedule)
+    return optimizer, make_step(lj.adapt(model[0].apply), optimizer, schedule, dropout=False)
+
+
+def test_the_loss_is_the_cross_entropy_of_the_tokens_that_count(model):
+    (tokens,) = tokenize(ROWS[3:4], tokenizer(None), "rows")
+    module, params = model
+    log_probs = jax.nn.log_softmax(jax.jit(module.apply)({"params": params}, tokens.ids[None]))[0]
+    by_hand = -sum(float(log_probs[at - 1, tokens.ids[at]]) for at in np.flatnonzero(tokens.counts))
+    batch = pack([tokens], 32, packing=False).take(np.array([0]))
+    assert float(sums_of(module.apply, params, batch).total) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_packing_changes_no_loss(model, halves):
+    forward = lj.adapt(model[0].apply)
+    params = lj.join(*halves)
+    losses = []
+    for packing in (False, True):
+        rows = packs(packing=packing)
+        batch = rows.take(np.arange(len(rows)))
+        losses.append(float(sums_of(forward, params, batch).total))
+    assert len(packs(packing=True)) < len(ROWS)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_accumulation_equals_the_large_batch_whatever_the_lengths(model, halves):
+    adapter, base = halves
+    rows = packs()
+    results = []
+    for shape in ((1, 8), (4, 2)):
+        optimizer, step = step_of(model)
+        batch = rows.take(np.arange(8).reshape(shape))
+        assert len(set(batch["weights"].sum(axis=(1, 2)).tolist())) == shape[0]  # uneven parts
+        state = init_state(adapter, optimizer, jax.random.key(0))
+        state, metrics = jax.jit(step)(state, base, batch)
+        results.append((metrics, state.opt_state[1][0].mu))  # Adam's first moment: the gradient
+    (large, gradient), (parts, accumulated) = results
+    assert float(large["count"]) == float(parts["count"]) == rows.weights.sum()
+    for name in large:
+        assert float(large[name]) == pytest.approx(float(parts[name]), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(accumulated), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_a_step_changes_the_adapter_and_counts(model, halves):
+    adapter, base = halves
+    optimizer, step = step_of(model)
+    state = init_state(adapter, optimizer, jax.random.key(0))
+    after, metrics = jax.jit(step)(state, base, packs().take(np.arange(4).reshape(1, 4)))
+    assert isinstance(after, State) and int(after.step) == 1
+    assert float(metrics["lr"]) == pytest.approx(0.1)
+    for path, parts in after.adapter.items():
+        for name, value in parts.items():
+            assert not np.array_equal(value, adapter[path][name])
+
+
+def test_dropout_depends_on_the_step_and_the_part(model, halves):
+    adapter, base = halves
+    optimizer, _ = step_of(model)
+    step = jax.jit(
+        make_step(lj.adapt(model[0].apply), optimizer, optax.constant_schedule(0.0), dropout=True)
+    )
+    state = init_state(adapter, optimizer, jax.random.key(0))
+    batch = packs().take(np.arange(4).reshape(1, 4))
+    losses = [
+        float(step(state._replace(step=jnp.int32(number)), base, batch)[1]["loss"])
+        for number in (0, 0, 1)
+    ]
+    assert losses[0] == losses[1] != losses[2]
+    twice = packs().take(np.array([[0, 1], [0, 1]]))
+    once = packs().take(np.array([[0, 1]]))
+    assert float(step(state, base, twice)[1]["loss"]) != float(step(state, base, once)[1]["loss"])
+
+
+def test_weight_decay_spares_norms_and_biases():
+    adapter = {
+        "layers/q_proj/kernel": {"a": 0, "b": 0},
+        "embed/embedding": {"value": 0},
+        "layers/k_proj/kernel": {"value": 0},
+        "layers/k_proj/bias": {"value": 0},
+        "norm/scale": {"value": 0},
+    }
+    decaying = {path: set(parts.values()) for path, parts in decays(adapter).items()}
+    assert [path for path, value in decaying.items() if value == {False}] == [
+        "layers/k_proj/bias",
+        "norm/scale",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0, [8, 8, 8, 8, 8, 8]),
+        ("constant", 2, [4, 8, 8, 8, 8, 8]),
+        ("linear", 2, [4, 8, 8, 6, 4, 2]),
+        ("linear", 1, [8, 8, 6.4, 4.8, 3.2, 1.6]),
+        ("cosine", 2, [4, 8, 8, 4 + 4 * 2**-0.5, 4, 4 - 4 * 2**-0.5]),
+        ("linear", 99, [1.6, 3.2, 4.8, 6.4, 8, 8]),  # a warmup leaves at least one step
+    ],
+)
+def test_the_learning_rate_over_six_steps(schedule, warmup, expected):
+    rate = learning_rate(OptimConfig(lr=8.0, schedule=schedule, warmup=warmup), 6)
+    np.testing.assert_allclose([rate(step) for step in range(6)], expected, rtol=1e-6)
+
+
+def test_the_gradient_is_clipped_to_a_norm(model, halves):
+    adapter, _ = halves
+    gradient = jax.tree.map(jnp.ones_like, adapter)
+    for clip, expected in ((0.5, 0.5), (0.0, float(optax.tree.norm(gradient)))):
+        optim = OptimConfig(beta2=0.99, grad_clip=clip)
+        optimizer = make_optimizer(optim, optax.constant_schedule(1.0))
+        _, state = optimizer.update(gradient, optimizer.init(adapter), adapter)
+        mu = next(s.mu for s in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(s))
+        assert float(optax.tree.norm(mu)) / 0.1 == pytest.approx(expected, rel=1e-5)
+
+
+def is_adam(state):
+    return isinstance(state, optax.ScaleByAdamState)

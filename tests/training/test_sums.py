@@ -1,0 +1,278 @@
+"""The contract of a loss: its sums, who divides them, and what a step and a run make of them."""
+
+import functools
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+
+import lora_jax as lj
+from lora_jax.training.data.labelled import classification_loss
+from lora_jax.training.layout import Layout
+from lora_jax.training.loop import Hooks
+from lora_jax.training.loop import train as loop
+from lora_jax.training.losses import CROSS_ENTROPY, Loss, Sums, summed_loss
+from lora_jax.training.setup import Setup
+from lora_jax.training.step import State, init_state, make_evaluation, make_step
+from lora_jax.training.stop import Stop
+from tests.models import tiny
+from tests.support import assert_close, with_random_factors
+from tests.train.run.test_log import events
+from tests.training.test_losses import BATCH, LAYERS, M, batch, on_merged
+from train.run.log import Log, read_metrics
+from train.run.mesh import make_mesh
+from train.run.options import RunConfig
+
+# What is small and whole is summed in fp32 without rounding, in whatever order.
+RNG = np.random.default_rng(0)
+KERNEL = RNG.integers(-3, 4, (5, 4)).astype(np.float32)
+X = RNG.integers(-2, 3, (8, 5)).astype(np.float32)
+FACTORS = np.array([1, 0, 0, 0, -2, 3, 1, -1], np.float32)  # of each row's loss: 5 rows count
+LARGE = 500
+
+
+def linear(variables, x):
+    return x @ variables["params"]["up"]["kernel"]
+
+
+def squares(forward, params, batch, dropout_key):
+    """A user's loss: it knows no weights, and counts by itself."""
+    each = jnp.sum(forward({"params": params}, batch["x"]) ** 2, axis=-1)
+    large = jnp.where(batch["factors"] != 0, each > LARGE, False)
+    total = jnp.sum(each * batch["factors"])
+    return Sums(total, jnp.sum(batch["factors"] != 0), {"large": jnp.sum(large)})
+
+
+def adapted():
+    """The tree with whole numbers in its factors, and s = 2."""
+    rules = [lj.LoraRule(targets=["up"], rank=2, alpha=4)]
+    adapter, base = lj.split(lj.lorafy({"up": {"kernel": jnp.asarray(KERNEL)}}, rules))
+    rng = np.random.default_rng(1)
+    draw = lambda x: jnp.asarray(rng.integers(-2, 3, x.shape), jnp.float32)  # noqa: E731
+    return jax.tree.map(draw, adapter), base
+
+
+def rows(shape, factors=FACTORS):
+    return {"x": X.reshape(*shape, 5), "factors": np.asarray(factors, np.float32).reshape(shape)}
+
+
+def stepped(loss, data, forward=None, halves=None):
+    """(metrics, the gradient that the optimiser saw, the state) of one step."""
+    adapter, base = halves or adapted()
+    optimizer, schedule = optax.sgd(1.0), optax.constant_schedule(1.0)
+    forward = forward or lj.adapt(linear)
+    step = make_step(forward, optimizer, schedule, dropout=False, loss=loss)
+    state = init_state(adapter, optimizer, jax.random.key(0))
+    after, metrics = jax.jit(step)(state, base, data)
+    return metrics, jax.tree.map(jnp.subtract, adapter, after.adapter), after
+
+
+def by_hand():
+    """(the total, its gradient) of all rows, from W + s·AB."""
+    adapter, base = adapted()
+
+    def total(adapter):
+        y = X @ lj.merge(lj.join(adapter, base))["up"]["kernel"]
+        return jnp.sum(jnp.sum(y**2, axis=-1) * FACTORS)
+
+    return jax.value_and_grad(total)(adapter)
+
+
+@pytest.mark.parametrize(("reduction", "divisor"), [("mean", 5), ("sum", 1)])
+def test_accumulation_is_the_large_batch_exactly(reduction, divisor):
+    total, gradient = by_hand()
+    assert abs(total) > 100 and abs(gradient["up/kernel"]["b"]).max() > 100
+    loss = Loss(squares, reduction=reduction, unit="row")
+    found = [stepped(loss, rows(shape)) for shape in ((1, 8), (2, 4), (4, 2), (8, 1))]
+    for metrics, seen, _ in found:
+        assert float(metrics["loss"]) == pytest.approx(float(total) / divisor, rel=1e-6)
+        assert float(metrics["count"]) == 5 and float(metrics["skipped"]) == 0
+        assert_close(seen, jax.tree.map(lambda g: g / divisor, gradient), 1e-5)
+        # The same bits: one division, of sums that are exact.
+        jax.tree.map(np.testing.assert_array_equal, (metrics, seen), found[0][:2])
+    y = X @ np.asarray(lj.merge(lj.join(*adapted()))["up"]["kernel"])
+    n_large = np.sum(((y**2).sum(-1) > LARGE) & (FACTORS != 0))
+    assert 0 < n_large < 5
+    assert float(found[0][0]["large"]) == pytest.approx(n_large / 5)
+
+
+def test_nothing_that_counts_is_a_step_without_a_change():
+    for shape in ((1, 8), (2, 4)):
+        metrics, gradient, state = stepped(Loss(squares), rows(shape, np.zeros(8)))
+        assert all(np.isfinite(value) for value in metrics.values())
+        assert [float(metrics[n]) for n in ("loss", "count", "large", "skipped")] == [0, 0, 0, 0]
+        assert not np.any(gradient["up/kernel"]["b"]) and int(state.step) == 1
+
+
+def test_an_evaluation_gives_sums_that_add_up():
+    evaluate = jax.jit(make_evaluation(lj.adapt(linear), Loss(squares)))
+    data = rows((2, 4))
+    parts = [evaluate(*adapted(), {k: v[i] for k, v in data.items()}) for i in range(2)]
+    whole = evaluate(*adapted(), {k: v.reshape(8, *v.shape[2:]) for k, v in data.items()})
+    assert isinstance(whole, Sums) and float(whole.total) == float(by_hand()[0])
+    assert whole.count.dtype == whole.logs["large"].dtype == jnp.float32
+    jax.tree.map(np.testing.assert_array_equal, whole, jax.tree.map(jnp.add, *parts))
+
+
+def test_a_mesh_has_the_sums_of_one_device():
+    mesh = make_mesh("data=2,fsdp=2", 4, devices=jax.devices())
+    layout = Layout(mesh, [("up/kernel", P("fsdp", None))])
+    params = layout.placed(lj.join(*adapted()))
+    adapter, base = lj.split(params)
+    before = jax.tree.map(np.asarray, adapter)
+    setup = Setup.of(layout, params, optax.sgd(1.0), optax.constant_schedule(1.0))
+    for reduction in ("mean", "sum"):
+        loss = Loss(squares, reduction=reduction)
+        state = setup.state(adapter, jax.random.key(0))
+        data = layout.batch(rows((2, 4)), parts=True)
+        assert {shard.data.shape for shard in data["x"].addressable_shards} == {(2, 1, 5)}
+        step = setup.lower(lj.adapt(linear), loss, state, base, data).compile()
+        after, metrics = step(state, base, data)
+        seen = jax.tree.map(lambda a, b: a - np.asarray(b), before, after.adapter)
+        expected = stepped(loss, rows((1, 8)))
+        assert_close((metrics, seen), tuple(expected[:2]), 1e-6)
+
+
+def signed(seed):
+    """Weights of both signs that sum to zero, a third of them zero."""
+    weights = np.resize(np.array([1.5, -0.5, 0, -1.0, 0, 0.75, -0.75, 0.25, -0.25, 0]), (BATCH, M))
+    return np.random.default_rng(seed).permuted(weights, axis=1).astype(np.float32)
+
+
+@pytest.mark.parametrize("chunk", [0, 9])
+def test_weights_of_both_signs(chunk):
+    model, plain = tiny.decoder("smollm2")
+    params = with_random_factors(lj.lorafy(plain, [LAYERS]))
+    adapter, base = lj.split(params)
+    data = {**batch(), "weights": signed(0)}
+    assert data["weights"].sum() == 0 and (data["weights"] < 0).any()
+    judge = jax.jit(
+        jax.value_and_grad(lambda adapter: on_merged(model, lj.join(adapter, base), data))
+    )
+    total, gradient = judge(adapter)
+    assert abs(total) > 0.1
+    loss, n = Loss(functools.partial(summed_loss, chunk=chunk)), BATCH * 7
+    assert np.count_nonzero(data["weights"]) == n
+    batches = {name: array[None] for name, array in data.items()}
+    forward = lj.adapt(model.apply)
+    metrics, seen, _ = stepped(loss, batches, forward, (adapter, base))
+    assert float(metrics["count"]) == n
+    assert float(metrics["loss"]) == pytest.approx(float(total) / n, rel=1e-4)
+    assert_close(jax.tree.map(lambda g: n * g, seen), gradient, 1e-4)
+    turned = {**batches, "weights": -batches["weights"]}
+    _, opposite, _ = stepped(loss, turned, forward, (adapter, base))
+    assert_close(jax.tree.map(jnp.negative, opposite), seen, 1e-5)
+
+
+def classifier(variables, ids, attention_mask, token_type_ids):
+    return jnp.asarray(X)[ids] @ variables["params"]["up"]["kernel"]
+
+
+def test_texts_of_both_signs_and_their_accuracy():
+    labels = np.array([0, 1, 2, 3, 0, 1, 2, 3])
+    params = {"up": {"kernel": jnp.asarray(KERNEL)}}
+    data = dict.fromkeys(("attention_mask", "token_type_ids"), np.zeros(8))
+    data |= {"ids": np.arange(8), "labels": labels, "weights": FACTORS}
+
+    def both(params):
+        sums = classification_loss(classifier, params, data)
+        return sums.total, sums
+
+    (_, sums), gradient = jax.value_and_grad(both, has_aux=True)(params)
+    logits = X @ KERNEL
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    losses = -np.log(probabilities[np.arange(8), labels])
+    assert float(sums.total) == pytest.approx(np.sum(losses * FACTORS), rel=1e-5)
+    d_logits = (probabilities - np.eye(4)[labels]) * FACTORS[:, None]
+    np.testing.assert_allclose(gradient["up"]["kernel"], X.T @ d_logits, rtol=1e-4, atol=1e-5)
+    assert float(sums.count) == 5
+    right = (logits.argmax(-1) == labels) & (FACTORS != 0)
+    assert 0 < right.sum() < 5 and right.sum() < (logits.argmax(-1) == labels).sum()
+    assert float(sums.logs["accuracy"]) == right.sum()
+
+
+def test_the_loss_of_tokens_has_no_logs():
+    model, plain = tiny.decoder("smollm2")
+    sums = CROSS_ENTROPY(model.apply, plain, batch())
+    assert sums.logs == {} and float(sums.count) == np.sum(batch()["weights"])
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (lambda one: one, TypeError, r"returns Sums\(total, count, logs\), not"),
+        (lambda one: Sums(one, one, {"lr": one}), ValueError, "'lr' has the name of another"),
+        (lambda one: Sums(one, one, {"eval_hits": one}), ValueError, "'eval_hits' has the name"),
+        (lambda one: Sums(one, one, {"hits": one[None]}), ValueError, r"'hits' has the shape \(1,"),
+        (lambda one: Sums(one[None], one, {}), ValueError, "'total' has the shape"),
+        (lambda one: Sums(one, one[None], {}), ValueError, "'count' has the shape"),
+    ],
+)
+def test_losses_that_are_none(returned, error, message):
+    with pytest.raises(error, match=message):
+        stepped(Loss(lambda *_: returned(jnp.float32(1))), rows((1, 8)))
+
+
+def test_a_reduction_that_is_none():
+    with pytest.raises(ValueError, match='"mean" or "sum", not \'max\''):
+        Loss(squares, reduction="max")
+
+
+def looped(folder, reduction, log_every):
+    """What the loop records of four steps with known metrics, and what it prints."""
+
+    def step(state, base, data):
+        n = data["number"]
+        metrics = {"loss": 2.0 + n, "count": 10.0 * (n + 1), "hits": 0.25 * n, "lr": 0.1}
+        metrics |= {"grad_norm": 1.0, "skipped": float(n == 2)}
+        return state._replace(step=state.step + 1), metrics
+
+    hooks = Hooks(
+        batch=lambda number, state: {"number": number},
+        placed=lambda batch: batch,
+        tokens=lambda batch: 1,
+        save=lambda state: None,
+        evaluate=lambda state: {"loss": 7.0, "hits": 0.5},
+        rows=str,
+        resume_hint="",
+        reduction=reduction,
+    )
+    folder.mkdir()
+    console = Console(file=io.StringIO(), force_terminal=False, width=1000)
+    settings = RunConfig(output=str(folder), log_every=log_every, eval_every=4)
+    with Log(folder, console, first=0, last=4) as log:
+        loop(step, State({}, (), 0, None), {}, 4, settings, hooks, log, Stop())
+    return read_metrics(folder), console.file.getvalue()
+
+
+def test_windows_have_the_means_over_their_units(tmp_path):
+    lines, text = looped(tmp_path / "mean", "mean", 4)
+    (line,) = (line for line in lines if "loss" in line)
+    assert line["count"] == 70  # of the steps 1, 2 and 4: the third was skipped
+    assert line["loss"] == pytest.approx((10 * 2 + 20 * 3 + 40 * 5) / 70)
+    assert line["hits"] == pytest.approx((20 * 0.25 + 40 * 0.75) / 70)
+    assert "step 4/4  loss 4.0000  hits 0.5  lr" in text
+    assert "step 4: held-out loss 7.0000  hits 0.5\n" in text
+    assert (lines[-1]["eval_loss"], lines[-1]["eval_hits"]) == (7.0, 0.5)
+    tags = {tag for tag, _ in events(tmp_path / "mean")}
+    assert {"loss", "hits", "eval_loss", "eval_hits"} <= tags
+    # A loss that is a sum: the mean over steps, so that windows of any length compare.
+    lines, _ = looped(tmp_path / "sum", "sum", 4)
+    (line,) = (line for line in lines if "loss" in line)
+    assert line["loss"] == pytest.approx((2 + 3 + 5) / 3)
+    assert line["hits"] == pytest.approx((20 * 0.25 + 40 * 0.75) / 70)
+
+
+def test_the_record_of_one_step_is_its_metrics(tmp_path):
+    for reduction in ("mean", "sum"):
+        lines, _ = looped(tmp_path / reduction, reduction, 1)
+        found = [(line["loss"], line["count"], line["hits"]) for line in lines if "loss" in line]
+        assert found == [(2.0, 10, 0.0), (3.0, 20, 0.25), (5.0, 40, 0.75)]
+        text = (tmp_path / reduction / "metrics.jsonl").read_text()
+        assert all("time" in json.loads(line) for line in text.splitlines())

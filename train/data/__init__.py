@@ -1,0 +1,1 @@
+"""Reads rows as people have them, and makes examples of them."""

@@ -1,0 +1,13 @@
+"""Chats as token sequences, each process doing its part of the rows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lora_jax.training.batches import Tokens
+from lora_jax.training.data import chats
+from train.run.hosts import map_over_processes
+
+
+def tokenize(rows: Sequence[chats.Row], tokenizer: Any, source: str) -> list[Tokens]:
+    """Returns the rows as sequences; see `lora_jax.training.data.chats.tokenize`."""
+    return chats.tokenize(rows, tokenizer, source, mapped=map_over_processes)

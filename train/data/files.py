@@ -1,0 +1,90 @@
+"""Reads the rows of a dataset: of a file, or of the hub."""
+
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_jax.training.data.chats import Row
+from train.run.errors import UserError
+
+FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv")
+
+
+def read_rows(dataset: str, *, split: str = "train", subset: str | None = None) -> list[Row]:
+    """The rows of a JSONL, Parquet or CSV file, or of a dataset of the hub.
+
+    Raises UserError where there is no such file or dataset, or where it cannot be read.
+    """
+    path = Path(dataset).expanduser()
+    if path.suffix in FILE_KINDS:
+        if not path.is_file():
+            raise UserError(f"--dataset {dataset}: there is no such file")
+        rows = _read_file(path)
+    elif path.exists():
+        kinds = ", ".join(FILE_KINDS)
+        raise UserError(f"--dataset {dataset}: a file of one of the kinds {kinds} is needed")
+    else:
+        rows = _read_hub(dataset, split, subset)
+    if not rows:
+        raise UserError(f"--dataset {dataset} has no rows")
+    return rows
+
+
+def _read_file(path: Path) -> list[Row]:
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            return pyarrow.parquet.read_table(path).to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path} cannot be read as Parquet: {error}") from error
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file)) if path.suffix == ".csv" else _json_lines(path, file)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text: {error}") from error
+
+
+def _json_lines(path: Path, lines: Iterable[str]) -> list[Row]:
+    rows: list[Row] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number} is no JSON ({error}): {_shown(line)}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number} is no JSON object: {_shown(line)}")
+        rows.append(row)
+    return rows
+
+
+def _read_hub(name: str, split: str, subset: str | None) -> list[Row]:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, subset, split=split)
+        kinds = dataset.features or {}
+        classes = {n: kind for n, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
+        return [{**row, **_named(row, classes)} for row in dataset]
+    except Exception as error:  # whatever the hub's many layers raise, it is about the name given
+        raise UserError(
+            f"--dataset {name} is neither a file here nor a dataset that the hub gives "
+            f"(--split {split}, --subset {subset}): {error}"
+        ) from error
+
+
+def _named(row: Row, classes: Mapping[str, Any]) -> dict[str, Any]:
+    """The row's numbers of classes as the names that the dataset gives them; -1 is none."""
+    numbers = {name: row[name] for name in classes}
+    known = {name: n for name, n in numbers.items() if n is not None and n >= 0}
+    return {name: classes[name].int2str(n) for name, n in known.items()}
+
+
+def _shown(text: str) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -1,0 +1,1 @@
+"""Plans a run: the compiled step, its memory, FLOPs and traffic."""

@@ -1,0 +1,136 @@
+"""The FLOPs of a function's products, counted in its jaxpr, to hold those of its HLO against.
+
+A jaxpr is the function as it was traced, before a compiler saw it: its shapes are those of the
+whole mesh, and no work is in it that a partitioner adds.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+from lora_jax.adapt.eqns import AnyJaxpr, opened, scan_of, shard_map_of
+from train.planning.hlo import pairs_along
+
+_RUN_ONCE = {"jit", "closed_call", "core_call", "remat2", "checkpoint"}
+_RUN_ONCE |= {"custom_jvp_call", "custom_vjp_call"}
+
+
+class Count(NamedTuple):
+    """The work of one call.
+
+    Attributes:
+      flops: of matrix products and convolutions, on all devices together.
+      exact: False where the jaxpr does not say how often a part runs (a `while`, the kernel of a
+        `pallas_call`); such a part counts once.
+    """
+
+    flops: int
+    exact: bool = True
+
+
+def count_flops(jaxpr: AnyJaxpr) -> Count:
+    """Counts two FLOPs for each multiplication of a product or a convolution.
+
+    A scan counts as often as it runs, a branch as its costliest side, the body of a `shard_map`
+    once for each device of its manual axes. The rows of a ragged product count once, each with its
+    own group.
+
+    Args:
+      jaxpr: as ``jax.make_jaxpr(f)(*args)`` or ``jax.jit(f).trace(*args).jaxpr`` gives it.
+
+    Returns:
+      The count of the whole mesh.
+    """
+    inner, _ = opened(jaxpr)
+    return _sum(_of_equation(eqn) for eqn in inner.eqns)
+
+
+def _of_equation(eqn: JaxprEqn) -> Count:
+    name = eqn.primitive.name
+    if name in _PRODUCTS:
+        return Count(_PRODUCTS[name](eqn))
+    if name == "scan":
+        scan = scan_of(eqn)
+        return _times(scan.length, count_flops(scan.body))
+    if name == "shard_map":
+        shard = shard_map_of(eqn)
+        devices = math.prod(shard.mesh.shape[axis] for axis in shard.manual_axes)
+        return _times(devices, count_flops(shard.body))
+    parts = [count_flops(inner) for inner in _jaxprs(eqn)]
+    if name == "cond":
+        return Count(max(part.flops for part in parts), all(part.exact for part in parts))
+    total = _sum(parts)
+    return Count(total.flops, total.exact and (name in _RUN_ONCE or total.flops == 0))
+
+
+def _jaxprs(eqn: JaxprEqn) -> Iterator[AnyJaxpr]:
+    """Yields the jaxprs among an equation's parameters, whatever their names."""
+    for value in eqn.params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(one, ClosedJaxpr | Jaxpr):
+                yield one
+
+
+def _sum(parts: Sequence[Count] | Iterator[Count]) -> Count:
+    flops, exact = 0, True
+    for part in parts:
+        flops, exact = flops + part.flops, exact and part.exact
+    return Count(flops, exact)
+
+
+def _times(n: int, part: Count) -> Count:
+    return Count(n * part.flops, part.exact)
+
+
+def _dot(eqn: JaxprEqn) -> int:
+    (_, contracted), (_, batch) = eqn.params["dimension_numbers"]
+    return _product(eqn, (*contracted, *batch))
+
+
+def _ragged_dot(eqn: JaxprEqn) -> int:
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+    return _product(eqn, (*contracted, *batch, *numbers.rhs_group_dimensions))
+
+
+def _product(eqn: JaxprEqn, shared: Sequence[int]) -> int:
+    """Counts the left operand's elements, each with the right one's axes that are not shared."""
+    left, right = (_shape(operand) for operand in eqn.invars[:2])
+    return 2 * math.prod(left) * math.prod(n for i, n in enumerate(right) if i not in shared)
+
+
+def _convolution(eqn: JaxprEqn) -> int:
+    """Counts each pair of an element of the kernel and of the input that it meets."""
+    of_left, of_right, of_result = eqn.params["dimension_numbers"]
+    left, right = (_shape(operand) for operand in eqn.invars)
+    result = _shape(eqn.outvars[0])
+    total = result[of_result[0]] * result[of_result[1]] * right[of_right[1]]
+    windows = zip(
+        *(eqn.params[name] for name in ("window_strides", "lhs_dilation", "rhs_dilation")),
+        (before for before, _ in eqn.params["padding"]),
+        strict=True,
+    )
+    for axis, (stride, hole, spread, before) in enumerate(windows, start=2):
+        total *= pairs_along(
+            left[of_left[axis]],
+            right[of_right[axis]],
+            result[of_result[axis]],
+            stride=stride,
+            hole=hole,
+            spread=spread,
+            before=before,
+        )
+    return 2 * total
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return atom.aval.shape
+
+
+_PRODUCTS: dict[str, Callable[[JaxprEqn], int]] = {
+    "dot_general": _dot,
+    "ragged_dot_general": _ragged_dot,
+    "conv_general_dilated": _convolution,
+}

@@ -1,0 +1,1 @@
+"""Runs a script: its options, devices, folder, log and report."""

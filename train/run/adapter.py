@@ -1,0 +1,117 @@
+"""What the options on the adapter stand for: rules for the tree, an optimiser for what trains."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import optax
+
+import lora_jax as lj
+import lora_jax.peft as lp
+from lora_jax import init
+from lora_jax.peft.config import read_config
+from lora_jax.training.optimizer import adamw
+from train.run.errors import UserError, as_user_errors
+from train.run.options import AdapterConfig, OptimConfig
+from train.run.pretrained import Outline
+
+Rule = lj.LoraRule | lj.TrainRule
+NO_ADAPTER = ("none",)
+
+_TOKENS = r"(.*/)?(embed_tokens|wte|word_embeddings)/embedding"  # not those of positions
+
+_INITIALISERS = {
+    "kaiming": init.kaiming,
+    "gaussian": init.gaussian,
+    "orthogonal": init.orthogonal,
+    "pissa": init.pissa,
+    "fast-pissa": init.fast_pissa(),
+    "olora": init.olora,
+}
+
+
+def rules(adapter: AdapterConfig, outline: Outline | None = None) -> list[Rule]:
+    """The rules that the options stand for; raises UserError where they make no sense.
+
+    Args:
+      outline: the model that they are for. Without it, the options are checked as far as that can
+        be, and what depends on the model is left out.
+    """
+    if adapter.full:
+        return [lj.TrainRule(targets=".*")]
+    if adapter.peft_config is not None:
+        others: list[Rule] = [lj.TrainRule(targets=adapter.train)] if adapter.train else []
+        fields = peft_fields(adapter.peft_config)
+        with _of_peft(adapter.peft_config):
+            return [] if outline is None else [*others, *lp.rules(fields, outline)]
+    with as_user_errors(ValueError, prefix="options on the adapter: "):
+        chosen: list[Rule] = []
+        if adapter.train:
+            chosen.append(lj.TrainRule(targets=adapter.train))
+        if adapter.train_tokens:
+            rows = lj.TrainRule(targets=_TOKENS, rows=adapter.train_tokens)
+            chosen.append(rows)
+        if adapter.bias == "all":
+            chosen.append(lj.TrainRule(targets=["bias"]))
+        if adapter.divide_rank and outline is not None:
+            if outline.active_experts is None:
+                raise UserError("--divide-rank: the model is no mixture of experts")
+            rank = lj.optim.expert_rank(adapter.rank, active=outline.active_experts)
+            chosen.append(_lora_rule(adapter, ("experts",), rank))
+        targets: str | tuple[str, ...] = adapter.targets
+        if len(targets) == 1 and (targets[0] == "all-linear" or not _is_name(targets[0])):
+            targets = targets[0]
+        if targets != NO_ADAPTER:
+            chosen.append(_lora_rule(adapter, targets, adapter.rank))
+    if not chosen:
+        raise UserError("--targets none: nothing would train; say what by --train or --bias")
+    return chosen
+
+
+def peft_fields(path: str) -> dict[str, Any]:
+    """The checked fields of --peft-config; raises UserError where it cannot be used."""
+    with _of_peft(path):
+        return read_config(path)
+
+
+def _of_peft(path: str) -> AbstractContextManager[None]:
+    return as_user_errors(ValueError, OSError, prefix=f"--peft-config {path}: ")
+
+
+def _lora_rule(adapter: AdapterConfig, targets: str | tuple[str, ...], rank: int) -> lj.LoraRule:
+    """A rule of the given rank, with the s that the options' alpha and rank come to."""
+    alpha = adapter.alpha
+    if alpha is not None and rank != adapter.rank:
+        alpha *= rank / adapter.rank
+    return lj.LoraRule(
+        targets=targets,
+        layers=adapter.layers or None,
+        rank=rank,
+        alpha=alpha,
+        scaling=adapter.scaling,
+        dropout=adapter.dropout,
+        init=_INITIALISERS[adapter.init],
+        dora=adapter.dora,
+        freeze_a=adapter.freeze_a,
+        bias_on_b=adapter.bias_on_b,
+        train_bias=adapter.bias == "adapted",
+    )
+
+
+def _is_name(target: str) -> bool:
+    """Whether a target is a module's name (or several with slashes), not a regular expression."""
+    return target.replace("/", "").replace("_", "").isalnum()
+
+
+def make_optimizer(
+    optim: OptimConfig, schedule: optax.Schedule, params: Any = None
+) -> optax.GradientTransformation:
+    """Returns the optimiser of the options; see `lora_jax.training.optimizer.adamw`."""
+    assert optim.beta2 is not None, "the options are not settled"
+    return adamw(
+        schedule,
+        params,
+        b2=optim.beta2,
+        weight_decay=optim.weight_decay,
+        grad_clip=optim.grad_clip,
+        lora_plus=optim.lora_plus,
+    )

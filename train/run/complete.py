@@ -1,0 +1,131 @@
+"""Greedy answers to many chats: batches of one shape, and what all chats begin with read once."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.models import Cache, generate, init_cache
+from train.run.pretrained import Outline, end_tokens
+
+_BATCH = 32
+_MULTIPLE = 16  # prompts are padded to a multiple of it, so that few functions are compiled
+
+Chat = Sequence[Mapping[str, str]]
+
+
+def tokenized(outline: Outline, chats: Sequence[Chat]) -> list[list[int]]:
+    """The tokens of each chat, up to where the assistant begins to speak."""
+    texts = [
+        outline.tokenizer.apply_chat_template(
+            list(chat), tokenize=False, add_generation_prompt=True
+        )
+        for chat in chats
+    ]
+    return outline.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def complete(
+    model: Any, params: Any, outline: Outline, chats: Sequence[Chat], *, new_tokens: int
+) -> list[str]:
+    """What the assistant says next in each chat, in at most `new_tokens` tokens.
+
+    A system prompt or solved examples that all chats begin with go through the model once: their
+    keys and values start every row's cache.
+    """
+    prompts = tokenized(outline, chats)
+    n_shared = _n_shared(prompts)
+    shared = _prefill(model, params, jnp.asarray([prompts[0][:n_shared]], jnp.int32))
+    rests = [prompt[n_shared:] for prompt in prompts]
+    length = -(-max(map(len, rests)) // _MULTIPLE) * _MULTIPLE
+    ends = end_tokens(outline)
+    texts = []
+    for batch, n_real in _batches(rests):
+        ids, mask = left_padded(batch, length, ends[0] if ends else 0)
+        new = generate(
+            model,
+            (params, shared),
+            ids,
+            mask,
+            max_new_tokens=new_tokens,
+            eos_token_id=ends or None,
+            apply=_after_shared(model),
+        )
+        answers = np.asarray(new)[:n_real].tolist()
+        texts += outline.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def left_padded(
+    prompts: Sequence[Sequence[int]], length: int, pad: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as (ids, mask), both [prompts, length] int32, padded at the left."""
+    ids = np.full((len(prompts), length), pad, np.int32)
+    mask = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = 1
+    return ids, mask
+
+
+def _batches(prompts: Sequence[list[int]]) -> Iterator[tuple[Sequence[list[int]], int]]:
+    """Batches of one size, and how many of each are real: the last is filled up."""
+    size = min(_BATCH, len(prompts))
+    for first in range(0, len(prompts), size):
+        batch = prompts[first : first + size]
+        yield [*batch, *[prompts[0]] * (size - len(batch))], len(batch)
+
+
+def _n_shared(prompts: Sequence[list[int]]) -> int:
+    """How many tokens all prompts begin with, two of each left over at least."""
+    first, last = min(prompts), max(prompts)  # what these two share, all share
+    places = range(min(map(len, prompts)) - 2)
+    return next((i for i in places if first[i] != last[i]), max(0, len(places)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefill(model: Any, params: Any, ids: jax.Array) -> Cache:
+    """The cache after one row of tokens, [1, seq]; seq may be 0."""
+    cache = init_cache(model.config, 1, ids.shape[1], model.dtype)
+    if not ids.shape[1]:
+        return cache
+    _, cache = model.apply(
+        {"params": params}, ids, cache=cache, logits_at=jnp.zeros((1, 1), jnp.int32)
+    )
+    return cache
+
+
+@functools.cache
+def _after_shared(model: Any) -> Callable[..., Any]:
+    """``model.apply`` for `generate`, whose parameters are (params, shared cache).
+
+    The same object for the same model: `generate` compiles once for each.
+    """
+
+    def apply(variables: Any, ids: jax.Array, *, cache: Cache, **options: Any) -> Any:
+        params, shared = variables["params"]
+        if ids.shape[1] > 1:  # the prompt: the empty cache that it comes with goes behind
+            cache = _joined(shared, cache)
+        return model.apply({"params": params}, ids, cache=cache, **options)
+
+    return apply
+
+
+def _joined(shared: Cache, empty: Cache) -> Cache:
+    """A cache with the slots of `shared` in every row, and the free ones of `empty` behind them."""
+    batch = empty.length.shape[0]
+
+    def behind(filled: jax.Array, free: jax.Array, rows: int, slots: int) -> jax.Array:
+        filled = jnp.repeat(filled, batch, axis=rows)
+        return jnp.concatenate([filled, free], axis=slots)
+
+    return Cache(
+        key=behind(shared.key, empty.key, 1, 2),
+        value=behind(shared.value, empty.value, 1, 2),
+        positions=behind(shared.positions, empty.positions, 0, 1),
+        filled=shared.filled,
+        length=jnp.repeat(shared.length, batch),
+    )

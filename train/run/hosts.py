@@ -1,0 +1,208 @@
+"""Many processes, each with its own devices, as one run: `jax.distributed`, and who does what.
+
+What processes tell each other is JSON text: a value as ``{"value": …}``, a failure as
+``{"error": message}``.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from rich.console import Console
+
+from lora_jax.training.errors import TrainingError
+from lora_jax.training.processes import is_first
+from train.run.errors import UserError
+from train.run.options import Options, RunConfig, as_json, flag
+
+_ROUND = 2**24  # bytes of each process that are sent at once
+_OF_ONE_PROCESS = ("coordinator", "process_id")  # whose options may differ from the others'
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_Message = dict[str, Any]
+
+
+class _OfAll(UserError):
+    """An error that all processes raise at once."""
+
+
+def join_hosts(run: RunConfig) -> None:
+    """Makes this process one of many, if the options say so.
+
+    Call it before JAX looks for its devices.
+
+    Args:
+      run: the options that name the coordinator and this process.
+
+    Raises:
+      UserError: the processes do not find each other.
+    """
+    if run.coordinator is None and not run.distributed:
+        return
+    try:
+        jax.distributed.initialize(run.coordinator, run.num_processes, run.process_id)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the processes of this run do not find each other ({_first_line(error)}). Start "
+            "the same command on every host: with --distributed where SLURM, a TPU pod, GKE or "
+            "Open MPI says who is who, else with --coordinator, --num-processes, --process-id"
+        ) from error
+
+
+def console() -> Console:
+    """Returns the console to talk to; it is quiet in all processes but the first."""
+    return Console(quiet=not is_first())
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Raises a UserError of one process, within this context, in every process.
+
+    Within, processes may meet in `map_over_processes` and `check_alike` alone: one that fails goes
+    to the next meeting, wherever that is for the others, to say so.
+    """
+    try:
+        yield
+    except _OfAll:
+        raise
+    except TrainingError as error:
+        if jax.process_count() > 1:
+            _gathered(_failure(error))
+        raise
+    _gathered(_success(None))
+
+
+def check_alike(options: Options, **read: Any) -> None:
+    """Checks that all processes have the same options, and have read the same.
+
+    Args:
+      options: this process's; those that name the process may differ.
+      read: what this process has read, by name: rows, or another object whose `repr` is complete.
+
+    Raises:
+      UserError: a process was started otherwise than the first; raised in all of them.
+    """
+    if jax.process_count() == 1:
+        return
+    given = as_json(options).items()
+    facts = {flag(name): value for name, value in given if name not in _OF_ONE_PROCESS}
+    facts |= {name: _digest(content) for name, content in read.items()}
+    first, *others = _gathered(_success(facts))
+    differing = [
+        f"process {number} has {name} {value}, not {first[name]}"
+        for number, theirs in enumerate(others, start=1)
+        for name, value in theirs.items()
+        if value != first[name]
+    ]
+    if differing:
+        raise _OfAll(
+            f"the processes of this run were not started alike: {'; '.join(differing)}. All need "
+            "the same options, and the same files"
+        )
+
+
+def map_over_processes(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Returns ``[work(item) for item in items]``, each process doing a part of the work.
+
+    Args:
+      work: what to do with an item. Its result is sent as JSON, so it is made of dicts with
+        strings as keys, lists, strings, numbers, booleans and None.
+      items: the same in all processes.
+
+    Raises:
+      UserError: that of the first item that has one; raised in all processes.
+      TypeError: there are many processes, and JSON does not hold a result.
+    """
+    n = jax.process_count()
+    own: list[_Message] = []
+    for item in items[jax.process_index() :: n]:
+        try:
+            own.append(_success(work(item)))
+        except TrainingError as error:
+            own.append(_failure(error))
+            break
+    parts = _gathered(_success(own))
+    results = []
+    for place in range(len(items)):
+        message = parts[place % n][place // n]
+        if "error" in message:
+            raise _OfAll(message["error"])
+        results.append(message["value"])
+    return results
+
+
+def _success(value: Any) -> _Message:
+    return {"value": value}
+
+
+def _failure(error: TrainingError) -> _Message:
+    return {"error": str(error)}
+
+
+def _gathered(own: _Message) -> list[Any]:
+    """Returns the value of each process's message, in their order.
+
+    Raises:
+      UserError: a process sent an error; raised in all processes.
+    """
+    n = jax.process_count()
+    messages = _exchanged(own) if n > 1 else [own]
+    failed = {number: m["error"] for number, m in enumerate(messages) if "error" in m}
+    if failed:
+        number, error = next(iter(failed.items()))
+        alike = len({*failed.values()}) == 1 and len(failed) == n
+        raise _OfAll(error if alike else f"process {number} of {n}: {error}")
+    return [message["value"] for message in messages]
+
+
+def _digest(content: Any) -> str:
+    """Returns a hash of an object's `repr`; a list's items are hashed one by one."""
+    made = hashlib.sha256()
+    for item in content if isinstance(content, list) else [content]:
+        made.update(repr(item).encode())
+    return made.hexdigest()[:12]
+
+
+def _encoded(own: Any) -> bytes:
+    """Returns a value as JSON text.
+
+    Raises:
+      TypeError: JSON does not hold it, or would give it back as something else (a tuple as a list).
+    """
+    needed = (
+        "processes exchange dicts with strings as keys, lists, strings, numbers, booleans, None"
+    )
+    try:
+        text = json.dumps(own, separators=(",", ":"))
+    except TypeError as error:
+        raise TypeError(f"{needed}: {error}") from error
+    if json.loads(text) != own:
+        raise TypeError(f"{needed}: JSON changes {repr(own)[:200]}")
+    return text.encode()
+
+
+def _exchanged(own: Any) -> list[Any]:
+    """Returns the value that each process gave, in their order.
+
+    They are sent by way of the devices, `_ROUND` bytes of each at a time.
+    """
+    sent = np.frombuffer(_encoded(own), np.uint8)
+    counted: Any = multihost_utils.process_allgather(np.array(divmod(sent.size, _ROUND), np.int32))
+    sizes = [int(rounds) * _ROUND + int(rest) for rounds, rest in counted]
+    filled = np.pad(sent, (0, max(sizes) - sent.size))
+    starts = range(0, max(sizes), _ROUND)
+    rounds: Any = [
+        multihost_utils.process_allgather(filled[start : start + _ROUND]) for start in starts
+    ]
+    received = np.concatenate(rounds, axis=1)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(received, sizes, strict=True)]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,67 @@
+"""The devices of a run as a mesh, from the option --mesh."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from lora_jax.models.specs import AXES, BATCH
+from train.run.errors import UserError
+
+
+def parse_mesh(text: str | None) -> dict[str, int]:
+    """The sizes that --mesh gives, such as ``data=2,fsdp=4``; {} for none. -1 means all the rest.
+
+    Raises UserError where it is not of this form.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(",") if text else ():
+        found = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d*)\s*", part)
+        if found is None or found[1] not in AXES or found[1] in sizes:
+            raise UserError(
+                f"--mesh {text}: sizes such as data=2,fsdp=4 are needed, each of {', '.join(AXES)} "
+                "at most once (-1 for all the devices that are left)"
+            )
+        sizes[found[1]] = int(found[2])
+    if list(sizes.values()).count(-1) > 1:
+        raise UserError(f"--mesh {text}: only one axis can take all the devices that are left")
+    return sizes
+
+
+def all_devices() -> list[jax.Device]:
+    """Those of all processes."""
+    return jax.devices()
+
+
+def make_mesh(text: str | None, batch_size: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """All devices of all processes, or those that are given, as a mesh of all axes.
+
+    By default as many are on fsdp as the batch can be shared out over, and the others on tensor.
+
+    Raises UserError where the sizes are not those of the devices, or cannot share out the batch.
+    """
+    here = ""
+    if devices is None:
+        devices = all_devices()
+        here = f" ({jax.process_count()} processes with {jax.local_device_count()} each)"
+    rows = math.gcd(batch_size, len(devices))
+    sizes = parse_mesh(text) or {"fsdp": rows, "tensor": len(devices) // rows}
+    given = math.prod(size for size in sizes.values() if size > 0)
+    rest = [name for name, size in sizes.items() if size == -1]
+    if rest and len(devices) % given == 0:
+        sizes[rest[0]] = len(devices) // given
+    elif rest or given != len(devices):
+        raise UserError(f"--mesh {text} is of {given} devices, and there are {len(devices)}{here}")
+    shape = tuple(sizes.get(name, 1) for name in AXES)
+    parts = math.prod(sizes.get(name, 1) for name in BATCH)
+    if batch_size % parts:
+        shown = " × ".join(f"{name} {sizes.get(name, 1)}" for name in BATCH)
+        raise UserError(
+            f"--batch-size {batch_size} cannot be shared out evenly over {parts} parts of the "
+            f"mesh ({shown}): give a multiple of {parts}, or another --mesh"
+        )
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=tuple(devices))

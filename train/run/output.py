@@ -1,0 +1,90 @@
+"""The folder of a run: what is in it, whether a new run may use it, and how it is cleared."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lora_jax.training.checkpoints import RECORD
+from lora_jax.training.processes import write_json
+from train.run.errors import UserError
+from train.run.log import CURVE, EVENTS, METRICS
+from train.run.options import Options, as_json, check_same_run
+
+CONFIG = "config.json"
+SCORES = "scores.json"
+CONFUSION = "confusion.png"
+REPORT = "report.json"
+ADAPTER = "adapter"
+START = "start"
+CHECKPOINTS = "checkpoints"
+_RESULTS = (CONFIG, SCORES, REPORT, ADAPTER, METRICS, EVENTS, CURVE, CONFUSION)
+_OURS = (*_RESULTS, START, CHECKPOINTS, RECORD)
+
+
+def check_output(config: Options) -> Path:
+    """The output folder, made if need be; changes nothing that is in it.
+
+    Raises UserError where it cannot be written, where it holds another run (without --resume or
+    --overwrite), or where there is no run to resume, or one with other options.
+    """
+    folder = Path(config.run.output).expanduser()
+    holds_run = any((folder / name).exists() for name in _OURS)
+    if config.run.resume:
+        saved = _saved_config(folder)
+        check_same_run(config, saved, folder)
+    elif holds_run and not config.run.overwrite:
+        raise UserError(
+            f"the output folder {folder} holds another run: go on with it by --resume, delete it "
+            "by --overwrite, or name another by --output"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the output folder {folder} cannot be written: {error.strerror or error}"
+        ) from error
+    return folder
+
+
+def _saved_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        return json.loads(path.read_text())["options"]
+    except FileNotFoundError:
+        raise UserError(
+            f"--resume: there is no run in {folder} ({CONFIG} is missing); begin one without "
+            "--resume"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--resume: {path} is damaged ({error!r}); begin again with --overwrite"
+        ) from None
+
+
+def begin(folder: Path, config: Options, facts: dict[str, Any]) -> None:
+    """Deletes the run that was there, unless it is resumed, and writes the configuration."""
+    if config.run.overwrite:
+        for name in _OURS:
+            path = folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    write_json(folder / CONFIG, {"options": as_json(config), **facts})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; {} where there is none that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def folder_bytes(folder: Path) -> int:
+    """The size of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

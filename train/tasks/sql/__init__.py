@@ -1,0 +1,1 @@
+"""The default task of train.sft: questions to SQL."""

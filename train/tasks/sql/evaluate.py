@@ -1,0 +1,126 @@
+"""The default task's evaluation: SQL that the model writes, run on databases it never saw."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from train.run.complete import Chat, complete, tokenized
+from train.run.pretrained import Outline
+from train.tasks.sql.examples import (
+    SqlExample,
+    evaluation_examples,
+    few_shot_messages,
+    score,
+    training_examples,
+)
+
+ZERO_SHOT, FEW_SHOT, ADAPTED = "base, zero-shot", "base, 4 examples", "fine-tuned"
+UNSEEN_SCHEMAS, UNSEEN_BOTH = "unseen schemas", "unseen schemas, unseen phrasings"
+N_SHOTS = 4
+NEW_TOKENS = 80  # the longest gold query has about fifty
+Questions = dict[str, list[SqlExample]]
+Answers = dict[str, list[str]]  # by kind of question, in the order of the questions
+
+
+def draw_questions(n: int) -> Questions:
+    """`n` questions of each kind: the same ones for every run, so that runs compare."""
+    return {
+        UNSEEN_SCHEMAS: evaluation_examples(n),
+        UNSEEN_BOTH: evaluation_examples(n, unseen_phrasings=True),
+    }
+
+
+def longest_prompt(outline: Outline, questions: Questions) -> int:
+    """The most tokens that answering takes, few-shot prompts and answers included."""
+    return max(map(len, tokenized(outline, _chats(questions, few_shot=True)))) + NEW_TOKENS
+
+
+def answer(
+    model: Any, params: Any, outline: Outline, questions: Questions, *, few_shot: bool = False
+) -> Answers:
+    """What the model with `params` (plain, not adapted) answers, greedily."""
+    chats = _chats(questions, few_shot)
+    texts = iter(complete(model, params, outline, chats, new_tokens=NEW_TOKENS))
+    return {kind: [next(texts) for _ in examples] for kind, examples in questions.items()}
+
+
+def _chats(questions: Questions, few_shot: bool) -> list[Chat]:
+    shots = training_examples(N_SHOTS) if few_shot else []
+    return [few_shot_messages(e, shots) for examples in questions.values() for e in examples]
+
+
+@dataclasses.dataclass
+class Scores:
+    """The answers of each way to ask, and how many of them are right."""
+
+    questions: Questions
+    answers: dict[str, Answers] = dataclasses.field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        """The number of questions of each kind."""
+        return len(self.questions[UNSEEN_SCHEMAS])
+
+    def add(self, way: str, answers: Answers) -> None:
+        """Keeps the answers of one way to ask."""
+        self.answers[way] = answers
+
+    def accuracies(self) -> dict[str, dict[str, float]]:
+        """Execution accuracy by kind of question, then by way."""
+        return {
+            kind: {
+                way: sum(map(score, examples, answers[kind])) / len(examples)
+                for way, answers in self.answers.items()
+            }
+            for kind, examples in self.questions.items()
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Accuracies, and each question with its gold query and all answers."""
+        return {
+            "questions_of_each_kind": self.n,
+            "accuracy": self.accuracies(),
+            "answers": {
+                kind: [
+                    {
+                        "schema": example.schema,
+                        "form": example.form,
+                        "question": example.question,
+                        "gold": example.sql,
+                        **{way: answers[kind][i] for way, answers in self.answers.items()},
+                    }
+                    for i, example in enumerate(examples)
+                ]
+                for kind, examples in self.questions.items()
+            },
+        }
+
+    def recall(self, saved: Mapping[str, Any]) -> bool:
+        """Takes the base's answers from an interrupted run; whether it had asked the same."""
+        try:
+            rows = {kind: saved["answers"][kind] for kind in self.questions}
+            for kind, examples in self.questions.items():
+                if [row["question"] for row in rows[kind]] != [e.question for e in examples]:
+                    return False
+            for way in (ZERO_SHOT, FEW_SHOT):
+                self.answers[way] = {kind: [row[way] for row in rows[kind]] for kind in rows}
+        except KeyError:
+            self.answers.clear()
+            return False
+        return True
+
+    def examples(self, n: int = 6) -> list[dict[str, str]]:
+        """Some questions, with the answers before and after marked as right or wrong."""
+        shown = []
+        for kind, examples in self.questions.items():
+            for i, example in list(enumerate(examples))[: n // 2]:
+                row = {"question": example.question, "gold": example.sql}
+                for name, way in (("before", ZERO_SHOT), ("after", ADAPTED)):
+                    text = self.answers[way][kind][i]
+                    row[name] = f"{'✓' if score(example, text) else '✗'} {_short(text)}"
+                shown.append(row)
+        return shown
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 160 else f"{text[:159]}…"

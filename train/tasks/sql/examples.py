@@ -1,0 +1,219 @@
+"""The default fine-tuning task: questions to SQL, on databases that were not trained on.
+
+An example is a chat: the system prompt, a user turn with the tables of a database, how they join
+and a question, and the SQL that answers it. Everything is made here from a seed, nothing is
+downloaded. Evaluation always uses schemas that share no table with the training schemas and, if
+asked to, phrasings that never occur in training. An answer is right if it gives the gold query's
+result on three databases:
+
+    examples = training_examples(280)
+    held_out = evaluation_examples(200, unseen_phrasings=True)
+    accuracy = sum(score(e, generate(e.messages[:-1])) for e in held_out) / len(held_out)
+
+Why the gold queries can be trusted: each gives a result on all three databases, leaves no ties to
+chance, and differs in its result from every query one mistake away (`trust.py`).
+"""
+
+import sqlite3
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+
+from train.tasks.sql.answer import find_query
+from train.tasks.sql.draw import Draw
+from train.tasks.sql.execute import Row, open_databases, run, same_rows
+from train.tasks.sql.fill import filled_tables
+from train.tasks.sql.forms import FORMS
+from train.tasks.sql.phrasings import PHRASINGS, ask
+from train.tasks.sql.query import write
+from train.tasks.sql.scene import DoesNotFit, Scene
+from train.tasks.sql.schemas import SCHEMAS, TEST_SCHEMAS, TRAINING_SCHEMAS
+from train.tasks.sql.tables import Schema
+from train.tasks.sql.trust import can_be_trusted
+
+SYSTEM_PROMPT = "Answer in SQL."
+
+Message = dict[str, str]
+_TRIES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class SqlExample:
+    """A question about a schema, and the SQL that answers it.
+
+    `messages` are the turns of a chat (system, user, assistant), `form` names the query form, and
+    `phrasing` counts the form's phrasings, those held out from training last.
+    """
+
+    messages: tuple[Message, ...]
+    schema: str
+    question: str
+    sql: str
+    form: str
+    phrasing: int
+
+
+def training_examples(n: int, *, seed: int = 0, shuffle_schemas: bool = False) -> list[SqlExample]:
+    """`n` examples on the training schemas, balanced over forms, schemas and phrasings.
+
+    Fewer examples of the same seed are a prefix of more. With `shuffle_schemas`, a control, the
+    prompt of each example shows another training schema than the one that its question and SQL
+    are about.
+    """
+    with closing(_stream("training", TRAINING_SCHEMAS, seed, held_out=False)) as stream:
+        examples = list(islice(stream, n))
+    if not shuffle_schemas:
+        return examples
+    draw = Draw("control", seed)
+    shown = []
+    for example in examples:
+        others = [schema for schema in TRAINING_SCHEMAS if schema.name != example.schema]
+        shown.append(_example(draw.pick(others), example))
+    return shown
+
+
+def evaluation_examples(
+    n: int, *, seed: int = 0, unseen_phrasings: bool = False
+) -> list[SqlExample]:
+    """`n` examples on the test schemas, balanced like the training examples.
+
+    The questions are phrased as in training or, with `unseen_phrasings`, as never in training.
+    """
+    with closing(_stream("test", TEST_SCHEMAS, seed, held_out=unseen_phrasings)) as stream:
+        return list(islice(stream, n))
+
+
+def few_shot_messages(example: SqlExample, shots: Sequence[SqlExample]) -> list[Message]:
+    """The chat that asks for an answer to `example` after solved examples as earlier turns.
+
+    One system turn, a user and an assistant turn for each of `shots`, and the user's question.
+    """
+    system, question = example.messages[:2]
+    turns = [message for shot in shots for message in shot.messages[1:]]
+    return [system, *turns, question]
+
+
+def score(example: SqlExample, text: str) -> bool:
+    """Whether the SQL in a generated text gives the gold query's result on all three databases.
+
+    Rows are compared as a list if the gold query orders them, else as a multiset. SQL that is
+    broken, forbidden or takes too long is wrong, as are two statements in a row; it neither raises
+    nor changes anything.
+    """
+    query = find_query(text)
+    if query is None:
+        return False
+    schema = SCHEMAS[example.schema]
+    ordered = _is_ordered(example.sql)
+    with open_databases(schema) as databases:
+        for database, gold in zip(databases, _gold_results(schema, example.sql), strict=True):
+            rows = run(database, query)
+            if rows is None or not same_rows(gold, rows, ordered=ordered):
+                return False
+    return True
+
+
+def statistics() -> dict[str, int]:
+    """How many schemas, forms and phrasings there are (phrasings: the fewest of any form)."""
+    return {
+        "training_schemas": len(TRAINING_SCHEMAS),
+        "test_schemas": len(TEST_SCHEMAS),
+        "forms": len(FORMS),
+        "training_phrasings": min(len(p.training) for p in PHRASINGS.values()),
+        "held_out_phrasings": min(len(p.held_out) for p in PHRASINGS.values()),
+    }
+
+
+def _is_ordered(sql: str) -> bool:
+    return " ORDER BY " in sql
+
+
+@cache
+def _gold_results(schema: Schema, sql: str) -> tuple[list[Row], ...]:
+    with open_databases(schema) as databases:
+        results = tuple(run(database, sql) for database in databases)
+    if None in results:
+        raise ValueError(f"the gold query does not run on schema {schema.name}: {sql}")
+    return tuple(rows for rows in results if rows is not None)
+
+
+def _example(shown: Schema, of: SqlExample) -> SqlExample:
+    """The example with the schema `shown` in its prompt."""
+    messages = (
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": f"{shown.describe()}\n{of.question}"},
+        {"role": "assistant", "content": of.sql},
+    )
+    return SqlExample(
+        messages=messages,
+        schema=of.schema,
+        question=of.question,
+        sql=of.sql,
+        form=of.form,
+        phrasing=of.phrasing,
+    )
+
+
+def _stream(
+    split: str, schemas: Sequence[Schema], seed: int, *, held_out: bool
+) -> Generator[SqlExample, None, None]:
+    """Examples without end: every form, then every form again, and so for schemas."""
+    draw = Draw("examples", split, seed, held_out)
+    seen: set[tuple[str, str]] = set()
+    waiting: list[Schema] = []
+    phrasings: dict[str, list[int]] = {form: [] for form in FORMS}
+    with ExitStack() as stack:
+        opened = {s: stack.enter_context(open_databases(s)) for s in schemas}
+        while True:
+            made = len(seen)
+            for form in draw.shuffled(list(FORMS)):
+                if not phrasings[form]:
+                    training = len(PHRASINGS[form].training)
+                    both = range(training), range(training, len(PHRASINGS[form].all))
+                    phrasings[form] = draw.shuffled(both[held_out])
+                if len(waiting) < len(schemas):
+                    waiting += draw.shuffled(schemas)
+                phrasing = phrasings[form].pop()
+                for schema in waiting:
+                    example = _draw_example(form, phrasing, schema, opened[schema], seen, draw)
+                    if example:
+                        waiting.remove(schema)
+                        seen.add((schema.name, example.question))
+                        yield example
+                        break
+            if len(seen) == made:  # all that can be asked has been: begin again
+                seen.clear()
+
+
+def _draw_example(
+    form: str,
+    phrasing: int,
+    schema: Schema,
+    databases: Sequence[sqlite3.Connection],
+    seen: set[tuple[str, str]],
+    draw: Draw,
+) -> SqlExample | None:
+    """An example not seen before whose query can be trusted; None if a few tries find none."""
+    scene = Scene(schema=schema, rows=filled_tables(schema, 0), draw=draw)
+    for _ in range(_TRIES):
+        try:
+            query, words = FORMS[form](scene)
+        except DoesNotFit:
+            return None  # another column may fit, but another schema surely is as good
+        question = ask(form, phrasing, words)
+        if (schema.name, question) in seen or not can_be_trusted(query, schema, databases):
+            continue
+        return _example(
+            schema,
+            SqlExample(
+                messages=(),
+                schema=schema.name,
+                question=question,
+                sql=write(query),
+                form=form,
+                phrasing=phrasing,
+            ),
+        )
+    return None

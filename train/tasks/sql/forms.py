@@ -1,0 +1,224 @@
+"""The query forms: each makes a query on a schema, and the words to ask for it.
+
+A form draws its table, columns and values from a `Scene`. It need not check that the query says
+something on every database: that is tested by running it (see `sql.py`).
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from train.tasks.sql.query import Condition, Query, Term, literal
+from train.tasks.sql.scene import (
+    DoesNotFit,
+    Scene,
+    Words,
+    category_words,
+    number_words,
+    owned_words,
+    table_words,
+)
+from train.tasks.sql.tables import Column, Table
+
+Form = Callable[[Scene], tuple[Query, Words]]
+
+
+def _titles(table: Table, *where: Condition) -> Query:
+    """The column that names the rows, of those rows."""
+    return Query(table=table.name, select=(Term(path=table.title.path),), where=where)
+
+
+def _joined(scene: Scene, *select: Term, where: tuple[Condition, ...] = ()) -> Query:
+    """Columns of both tables."""
+    schema = scene.schema
+    return Query(table=schema.child.name, select=select, join=schema.join, where=where)
+
+
+def _is(column: Column, value: object, operator: str = "=") -> Condition:
+    return Condition(path=column.path, operator=operator, value=literal(value))
+
+
+def _filter(scene: Scene, table: Table, prefix: str = "") -> tuple[Condition, Words]:
+    """A condition that several rows meet, and its words."""
+    category = scene.column(table, "text")
+    [value] = scene.values(category)
+    return _is(category, value), category_words(category, prefix) | {"value": str(value)}
+
+
+def _two_columns(scene: Scene) -> tuple[Query, Words]:
+    table = scene.table()
+    other = scene.column(table, "text", "number", "year")
+    select = (Term(path=table.title.path), Term(path=other.path))
+    return replace(_titles(table), select=select), table_words(table) | {"other": other.wording}
+
+
+def _lookup(scene: Scene) -> tuple[Query, Words]:
+    table = scene.table()
+    other = scene.column(table, "text", "number", "year")
+    [value] = scene.values(table.title)
+    query = replace(_titles(table, _is(table.title, value)), select=(Term(path=other.path),))
+    return query, table_words(table) | {"other": other.wording, "value": str(value)}
+
+
+def _equals(scene: Scene) -> tuple[Query, Words]:
+    table = scene.table("text")
+    condition, words = _filter(scene, table)
+    return _titles(table, condition), table_words(table) | words
+
+
+def _compared(operator: str) -> Form:
+    def form(scene: Scene) -> tuple[Query, Words]:
+        table = scene.table()
+        number = scene.number(table)
+        [value] = scene.values(number)
+        words = table_words(table) | number_words(number) | {"value": str(value)}
+        return _titles(table, _is(number, value, operator)), words
+
+    return form
+
+
+def _between(scene: Scene) -> tuple[Query, Words]:
+    table = scene.table()
+    number = scene.number(table)
+    low, high = sorted(scene.values(number, 2), key=float)
+    condition = Condition(path=number.path, operator="BETWEEN", value=f"{low} AND {high}")
+    words = table_words(table) | number_words(number) | {"low": str(low), "high": str(high)}
+    return _titles(table, condition), words
+
+
+def _contains(scene: Scene) -> tuple[Query, Words]:
+    table = scene.table()
+    [value] = scene.values(table.title)
+    words = str(value).split()
+    if len(words) < 2:
+        raise DoesNotFit(f"{table.title.path} holds single words")
+    word = scene.draw.pick(words)
+    query = _titles(table, _is(table.title, f"%{word}%", "LIKE"))
+    return query, table_words(table) | {"value": word}
+
+
+def _one_of(scene: Scene) -> tuple[Query, Words]:
+    table = scene.table("text")
+    category = scene.column(table, "text")
+    one, two = scene.values(category, 2)
+    texts = f"({literal(one)}, {literal(two)})"
+    query = _titles(table, Condition(path=category.path, operator="IN", value=texts))
+    words = table_words(table) | category_words(category)
+    return query, words | {"value": str(one), "value2": str(two)}
+
+
+def _both_filters(scene: Scene) -> tuple[Query, Words]:
+    table = scene.table("text")
+    condition, words = _filter(scene, table)
+    number = scene.number(table)
+    [bound] = scene.values(number)
+    words |= table_words(table) | number_words(number) | {"bound": str(bound)}
+    return _titles(table, condition, _is(number, bound, ">")), words
+
+
+def _count(scene: Scene) -> tuple[Query, Words]:
+    query, words = _equals(scene)
+    return replace(query, select=(Term(path="*", function="COUNT"),)), words
+
+
+def _count_distinct(scene: Scene) -> tuple[Query, Words]:
+    table = scene.table("text")
+    category = scene.column(table, "text")
+    term = Term(path=category.path, function="COUNT", distinct=True)
+    return replace(_titles(table), select=(term,)), table_words(table) | category_words(category)
+
+
+def _aggregate(function: str) -> Form:
+    def form(scene: Scene) -> tuple[Query, Words]:
+        table = scene.table("text", "number")
+        condition, words = _filter(scene, table)
+        number = scene.column(table, "number", summable=function == "SUM")
+        term = Term(path=number.path, function=function)
+        words |= table_words(table) | number_words(number)
+        return replace(_titles(table, condition), select=(term,)), words
+
+    return form
+
+
+def _ordered(scene: Scene) -> tuple[Query, Words]:
+    table = scene.table()
+    number = scene.number(table)
+    descending = scene.draw.pick((False, True))
+    query = replace(_titles(table), order=Term(path=number.path), descending=descending)
+    return query, table_words(table) | number_words(number, descending=descending)
+
+
+def _top(scene: Scene) -> tuple[Query, Words]:
+    query, words = _ordered(scene)
+    count = scene.draw.integer(2, 5)
+    return replace(query, limit=count), words | {"count": str(count)}
+
+
+def _group_count(scene: Scene) -> tuple[Query, Words]:
+    table = scene.table("text")
+    category = scene.column(table, "text")
+    select = (Term(path=category.path), Term(path="*", function="COUNT"))
+    query = replace(_titles(table), select=select, group=category.path)
+    return query, table_words(table) | category_words(category)
+
+
+def _group_having(scene: Scene) -> tuple[Query, Words]:
+    query, words = _group_count(scene)
+    count = scene.draw.integer(2, 7)
+    query = replace(query, select=query.select[:1], having=f"COUNT(*) > {count}")
+    return query, words | {"count": str(count)}
+
+
+def _join_columns(scene: Scene) -> tuple[Query, Words]:
+    child, parent = scene.schema.child, scene.schema.parent
+    query = _joined(scene, Term(path=child.title.path), Term(path=parent.title.path))
+    return query, owned_words(scene.schema)
+
+
+def _join_filter(scene: Scene) -> tuple[Query, Words]:
+    child = scene.schema.child
+    condition, words = _filter(scene, scene.schema.parent, "owner_")
+    query = _joined(scene, Term(path=child.title.path), where=(condition,))
+    return query, owned_words(scene.schema) | words
+
+
+def _above_average(scene: Scene) -> tuple[Query, Words]:
+    table = scene.table("number")
+    number = scene.column(table, "number")
+    average = Query(table=table.name, select=(Term(path=number.path, function="AVG"),))
+    condition = Condition(path=number.path, operator=">", value=average)
+    return _titles(table, condition), table_words(table) | number_words(number)
+
+
+def _at_extreme(scene: Scene) -> tuple[Query, Words]:
+    table = scene.table()
+    number = scene.number(table)
+    function = scene.draw.pick(("MIN", "MAX"))
+    extreme = Query(table=table.name, select=(Term(path=number.path, function=function),))
+    condition = Condition(path=number.path, operator="=", value=extreme)
+    words = table_words(table) | number_words(number, descending=function == "MAX")
+    return _titles(table, condition), words
+
+
+FORMS: dict[str, Form] = {
+    "two_columns": _two_columns,
+    "lookup": _lookup,
+    "equals": _equals,
+    "above": _compared(">"),
+    "below": _compared("<"),
+    "between": _between,
+    "contains": _contains,
+    "one_of": _one_of,
+    "both_filters": _both_filters,
+    "count": _count,
+    "count_distinct": _count_distinct,
+    "average": _aggregate("AVG"),
+    "total": _aggregate("SUM"),
+    "ordered": _ordered,
+    "top": _top,
+    "group_count": _group_count,
+    "group_having": _group_having,
+    "join_columns": _join_columns,
+    "join_filter": _join_filter,
+    "above_average": _above_average,
+    "at_extreme": _at_extreme,
+}

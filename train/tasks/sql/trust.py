@@ -1,0 +1,49 @@
+"""Whether a gold query can be trusted to tell right answers from wrong ones."""
+
+import sqlite3
+from collections.abc import Sequence
+
+from train.tasks.sql.execute import is_empty, run, same_rows
+from train.tasks.sql.query import Query, mutations, order_keys, write
+from train.tasks.sql.tables import Schema
+
+
+def can_be_trusted(query: Query, schema: Schema, databases: Sequence[sqlite3.Connection]) -> bool:
+    """Whether the query says something, leaves nothing to chance, and its mutations differ.
+
+    It has a result on every database, no two rows tie in its order or for its extreme, and each
+    query one mistake away gives another result on one database at least.
+    """
+    results = [run(database, write(query)) for database in databases]
+    golds = [rows for rows in results if rows is not None and not is_empty(rows)]
+    if len(golds) < len(databases):
+        return False
+    keys = order_keys(query)
+    for database, gold in zip(databases, golds, strict=True):
+        if keys:
+            held = run(database, write(keys)) or []
+            if len(set(held)) < len(held):
+                return False
+        if _asks_for_extreme(query) and len(gold) > 1:
+            return False
+    for _, mutation in mutations(query, schema):
+        sql = write(mutation)
+        if not any(
+            differs(gold, database, sql, ordered=query.order is not None)
+            for database, gold in zip(databases, golds, strict=True)
+        ):
+            return False
+    return True
+
+
+def differs(
+    gold: Sequence[tuple[object, ...]], database: sqlite3.Connection, sql: str, *, ordered: bool
+) -> bool:
+    """Whether a query's result is another than the gold one; SQL that fails differs."""
+    rows = run(database, sql)
+    return rows is None or not same_rows(gold, rows, ordered=ordered)
+
+
+def _asks_for_extreme(query: Query) -> bool:
+    """Whether the rows are those that equal a MIN or MAX: one row, if there is no tie."""
+    return any(c.operator == "=" and isinstance(c.value, Query) for c in query.where)

@@ -1,0 +1,71 @@
+"""The default task of `train.classify`: is a word positive or negative?
+
+Words and ratings are those of the VADER lexicon (Hutto and Gilbert 2014), each word rated by ten
+people; a Python package carries it. Words of one stem are all on one side of the split: otherwise
+most of the held-out words would only be other forms of words that were seen.
+"""
+
+import re
+from collections import Counter, defaultdict
+
+import snowballstemmer
+from sklearn.model_selection import GroupShuffleSplit
+
+from lora_jax.hf.packaged import FetchError, Package
+from lora_jax.training.data.chats import Row
+from train.run.errors import UserError
+
+LEXICON = Package(
+    requirement="vaderSentiment==3.3.2",
+    wheel_bytes=125_950,
+    inside="vaderSentiment",
+    files={"vader_lexicon.txt": "1ec9c6e9ee19aade328f8beb393a6afa71a5bb3acf7d3cc22d4ef568df374bf5"},
+    folder="vaderSentiment",
+)
+LABELS = ("negative", "positive")
+PREFIX = 5  # letters that the look-up knows a word by
+_TEST_SHARE = 0.2
+
+
+def read_words() -> tuple[list[Row], list[Row]]:
+    """(rows to train on, rows to test on), each with `text` and `label`; always the same.
+
+    Raises UserError where the lexicon cannot be had.
+    """
+    try:
+        folder = LEXICON.local()
+    except FetchError as error:
+        files = ", ".join(LEXICON.files)
+        raise UserError(
+            f"the words of --dataset vader cannot be fetched ({error}). Put {files} of the package "
+            f"{LEXICON.requirement} into {LEXICON.path}, or name another --dataset"
+        ) from None
+    return split_words((folder / "vader_lexicon.txt").read_text(encoding="utf-8"))
+
+
+def split_words(lexicon: str) -> tuple[list[Row], list[Row]]:
+    """The words of a lexicon's text, of which each line has a word and its mean rating first."""
+    rows: list[Row] = []
+    for line in lexicon.splitlines():
+        word, rating, *_ = line.split("\t")
+        if re.fullmatch("[a-z]+", word):  # no emoticons, no abbreviations with digits
+            rows.append({"text": word, "label": LABELS[float(rating) > 0]})
+    stems = snowballstemmer.stemmer("english").stemWords([row["text"] for row in rows])
+    splitter = GroupShuffleSplit(n_splits=1, test_size=_TEST_SHARE, random_state=0)
+    train, test = next(splitter.split(rows, groups=stems))
+    return [rows[i] for i in train], [rows[i] for i in test]
+
+
+def look_up_prefixes(train: list[Row], words: list[str]) -> tuple[list[str], float]:
+    """(a label for each word, the share of words that were found): the baseline.
+
+    A word has the label that most training words with its first five letters have, or, where there
+    is none, the label that most words have.
+    """
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for row in train:
+        counts[row["text"][:PREFIX]][row["label"]] += 1
+    usual = Counter(row["label"] for row in train).most_common(1)[0][0]
+    found = [counts.get(word[:PREFIX]) for word in words]
+    labels = [count.most_common(1)[0][0] if count else usual for count in found]
+    return labels, sum(count is not None for count in found) / len(words)
