@@ -10,6 +10,7 @@ from lora_jax.adapt import RoleError as RoleError
 from lora_jax.adapt import adapt as adapt
 from lora_jax.adapt import explain as explain
 from lora_jax.checkpoint import AdapterError as AdapterError
+from lora_jax.checkpoint import adapter_info as adapter_info
 from lora_jax.checkpoint import load_adapter as load_adapter
 from lora_jax.checkpoint import save_adapter as save_adapter
 from lora_jax.lorafy import count_params as count_params

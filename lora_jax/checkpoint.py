@@ -28,19 +28,27 @@ from lora_jax.weight import LoraWeight, Node, Part, Trained, TrainedRows, leaves
 
 FORMAT = 2
 _LONG_AXIS_FIRST = ("a", "start_a")  # filed as [batch…, in…, r]
-_FIELDS = {"format", "weights", "trained", "rows", "arrays", "base"}
+_FIELDS = {"format", "weights", "trained", "rows", "arrays", "base", "about"}
 
 
 class AdapterError(ValueError):
     """An adapter folder that can't be written or read, or does not belong to the tree."""
 
 
-def save_adapter(folder: str | os.PathLike[str], params: Tree, *, overwrite: bool = False) -> None:
+def save_adapter(
+    folder: str | os.PathLike[str],
+    params: Tree,
+    *,
+    about: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
     """Writes the adapter of an adapted tree to `folder`, which appears whole or not at all.
 
     Args:
       folder: created; its parents too.
       params: an adapted tree; of its base only a fingerprint is written.
+      about: facts to keep beside the adapter, of JSON's types, such as {"model": name, "revision":
+        commit}; `adapter_info` reads them.
       overwrite: replace an adapter that is there. Without it, an existing folder is an error.
 
     Raises:
@@ -62,6 +70,7 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, overwrite: boo
         "rows": {path: _rows(n) for path, n in nodes.items() if isinstance(n, TrainedRows)},
         "arrays": jax.tree.map(checksum, arrays),
         "base": base_fingerprint(params),
+        "about": dict(about or {}),
     }
     partial, args = partial_of(folder), ocp.args
     items = args.Composite(adapter=args.StandardSave(arrays), lora=args.JsonSave(metadata))
@@ -69,6 +78,15 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, overwrite: boo
         checkpointer.save(partial, items, force=True)
     if jax.process_index() == 0:
         put_in_place(partial, folder)
+
+
+def adapter_info(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the facts that `save_adapter` was told `about` the adapter in a folder.
+
+    Raises:
+      AdapterError: the folder is missing, damaged, or of another format.
+    """
+    return _read_metadata(Path(folder).absolute())["about"]
 
 
 def load_adapter(

@@ -1,7 +1,6 @@
 """`explain`: where a function uses each adapted weight, factored or merged, and why."""
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,11 +42,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     One line for each place: the primitive, the line of your code, whether the product is factored
     or the weight is merged there, and why. `fn` is traced, not run.
     """
-    columns = [field.name for field in dataclasses.fields(Record)]
-    rows = [columns] + [
-        [str(getattr(record, column)) for column in columns] for record in uses(fn, *args, **kwargs)
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    rows: list[Sequence[str]] = [Record._fields, *uses(fn, *args, **kwargs)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())

@@ -9,7 +9,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +60,7 @@ class Use:
         return self.twins[id(x)][1]
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One use of an adapted weight; see `lora_jax.explain`."""
 
     path: str
