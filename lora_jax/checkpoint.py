@@ -53,6 +53,15 @@ def save_adapter(
 
     Raises:
       AdapterError: the folder exists, or the tree is not adapted.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lj.save_adapter(f"{folder}/adapter", tree, about={"model": "owner/name"})
+    ...     loaded = lj.load_adapter(f"{folder}/adapter", params)
+    ...     lj.adapter_info(f"{folder}/adapter")
+    {'model': 'owner/name'}
     """
     folder = Path(folder).absolute()
     if folder.exists() and not overwrite:
@@ -85,6 +94,8 @@ def adapter_info(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
       AdapterError: the folder is missing, damaged, or of another format.
+
+    See the example of `save_adapter`.
     """
     return _read_metadata(Path(folder).absolute())["about"]
 
@@ -110,6 +121,15 @@ def load_adapter(
     Raises:
       AdapterError: the folder is missing, damaged or of a later format; the tree lacks a weight or
         has it in another shape; or the base has another fingerprint.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lj.save_adapter(f"{folder}/adapter", tree)
+    ...     loaded = lj.load_adapter(f"{folder}/adapter", params)
+    >>> bool((loaded["dense"]["kernel"].a == tree["dense"]["kernel"].a).all())
+    True
     """
     folder = Path(folder).absolute()
     metadata = _read_metadata(folder)

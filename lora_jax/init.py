@@ -59,13 +59,26 @@ class Initialiser(Protocol):
 
 
 def from_base(init: Callable[..., Factors]) -> Any:
-    """Marks an initialiser that makes the factors of W, and so takes s·AB out of W."""
+    """Marks an initialiser that makes the factors of W, and so takes s·AB out of W.
+
+    >>> @lj.init.from_base
+    ... def first_rows(key, shape, dtype, *, kernel, scale):
+    ...     eye = jnp.eye(shape.fan_in, shape.rank)
+    ...     return eye, kernel[: shape.rank] / scale
+    >>> rule = lj.LoraRule(targets="kernel", rank=2, init=first_rows)
+    >>> lj.lorafy({"kernel": jnp.ones((4, 3))}, [rule])["kernel"].start[0].shape
+    (2, 4)
+    """
     init.takes_from_base = True  # type: ignore[attr-defined]
     return init
 
 
 def takes_from_base(init: Initialiser) -> bool:
-    """Returns whether the initialiser is marked with `from_base`."""
+    """Returns whether the initialiser is marked with `from_base`.
+
+    >>> lj.init.takes_from_base(lj.init.pissa), lj.init.takes_from_base(lj.init.kaiming)
+    (True, False)
+    """
     return getattr(init, "takes_from_base", False)
 
 
@@ -73,6 +86,11 @@ def kaiming(key: jax.Array, shape: FactorShape, dtype: Any) -> Factors:
     """Draws A ~ U(±1/√d_in), B = 0: the default of PEFT and of *LoRA Without Regret*.
 
     (`flax.linen.initializers.he_uniform` is √6 times wider.)
+
+    >>> params = {"kernel": jax.random.normal(jax.random.key(1), (4, 3))}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets="kernel", rank=2, init=lj.init.kaiming)])
+    >>> tree["kernel"].a.shape
+    (2, 4)
     """
     bound = 1 / math.sqrt(shape.fan_in)
     a = jax.random.uniform(key, shape.a, dtype, -bound, bound)
@@ -80,7 +98,13 @@ def kaiming(key: jax.Array, shape: FactorShape, dtype: Any) -> Factors:
 
 
 def gaussian(key: jax.Array, shape: FactorShape, dtype: Any) -> Factors:
-    """Draws A ~ N(0, 1/r²), B = 0: PEFT's ``init_lora_weights="gaussian"``."""
+    """Draws A ~ N(0, 1/r²), B = 0: PEFT's ``init_lora_weights="gaussian"``.
+
+    >>> params = {"kernel": jax.random.normal(jax.random.key(1), (4, 3))}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets="kernel", rank=2, init=lj.init.gaussian)])
+    >>> tree["kernel"].a.shape
+    (2, 4)
+    """
     return jax.random.normal(key, shape.a, dtype) / shape.rank, jnp.zeros(shape.b, dtype)
 
 
@@ -91,6 +115,11 @@ def orthogonal(key: jax.Array, shape: FactorShape, dtype: Any) -> Factors:
 
     Raises:
       ValueError: the rank is odd.
+
+    >>> params = {"kernel": jax.random.normal(jax.random.key(1), (4, 3))}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets="kernel", rank=2, init=lj.init.orthogonal)])
+    >>> tree["kernel"].a.shape
+    (2, 4)
     """
     if shape.rank % 2:
         raise ValueError(f"orthogonal initialisation needs an even rank, not {shape.rank}")
@@ -111,6 +140,11 @@ def pissa(
 
     PiSSA (Meng et al., arXiv 2404.02948), PEFT's ``init_lora_weights="pissa"``. A full
     decomposition of each kernel: see `fast_pissa` for large ones.
+
+    >>> params = {"kernel": jax.random.normal(jax.random.key(1), (4, 3))}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets="kernel", rank=2, init=lj.init.pissa)])
+    >>> tree["kernel"].a.shape
+    (2, 4)
     """
     del key
     u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
@@ -125,6 +159,11 @@ def fast_pissa(iterations: int = 4, oversampling: int = 8) -> Any:
     Args:
       iterations: of the power method; more of them separate close singular values better.
       oversampling: vectors beyond the rank.
+
+    >>> params = {"kernel": jax.random.normal(jax.random.key(1), (4, 3))}
+    >>> rule = lj.LoraRule(targets="kernel", rank=2, init=lj.init.fast_pissa(iterations=2))
+    >>> lj.lorafy(params, [rule])["kernel"].a.shape
+    (2, 4)
     """
 
     @from_base
@@ -155,6 +194,11 @@ def olora(
     """Returns A = (the first r rows of R)ᵀ, B = (the first r columns of Q)ᵀ of Wᵀ = QR.
 
     OLoRA (Büyükakyüz, arXiv 2406.01775), PEFT's ``init_lora_weights="olora"``: B is orthonormal.
+
+    >>> params = {"kernel": jax.random.normal(jax.random.key(1), (4, 3))}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets="kernel", rank=2, init=lj.init.olora)])
+    >>> tree["kernel"].a.shape
+    (2, 4)
     """
     del key, scale
     q, r = jnp.linalg.qr(kernel.mT)

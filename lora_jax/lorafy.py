@@ -46,6 +46,11 @@ def lorafy(
     Raises:
       ValueError: a rule selects nothing, a kernel's axis roles are unknown, or the tree is adapted
         already.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> tree["dense"]["kernel"]
+    LoraWeight(shape=(4, 3), ranks=2, in axes (-2,), out axes (-1,), the rest batch)
     """
     leaves, treedef = leaves_of(params)
     if adapted := [path for path, leaf in leaves if is_node(leaf)]:
@@ -94,6 +99,12 @@ def split(params: Tree) -> tuple[Adapter, Tree]:
 
     Raises:
       ValueError: the tree is plain.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> adapter, base = lj.split(tree)
+    >>> jax.tree.map(jnp.shape, adapter)
+    {'dense/kernel': {'a': (2, 4), 'b': (2, 3)}}
     """
     adapter = {path: node.parts() for path, node in _nodes_for("split", params).items()}
     return adapter, map_nodes(lambda _, node: node.with_parts({}), params)
@@ -108,6 +119,13 @@ def join(adapter: Mapping[str, Mapping[str, Any]], base: Tree) -> Tree:
 
     Raises:
       ValueError: the adapter and the base do not belong together.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> adapter, base = lj.split(tree)
+    >>> trained = lj.join(jax.tree.map(lambda array: array + 1, adapter), base)
+    >>> float(trained["dense"]["kernel"].b[0, 0])
+    1.0
     """
     if not adapter:
         return base
@@ -128,6 +146,11 @@ def strip(params: Tree) -> Tree:
     """Returns the tree before `lorafy`: its very leaves.
 
     (For a leaf that trains in full, its value now: no copy of the earlier one is kept.)
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> lj.strip(tree)["dense"]["kernel"] is params["dense"]["kernel"]
+    True
     """
     return map_nodes(lambda _, node: node.base, params)
 
@@ -141,6 +164,11 @@ def merge(params: Tree) -> Tree:
     Raises:
       ValueError: a weight is adapted for one of its uses only, or has a bias on B and beside it no
         bias of that shape.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> lj.merge(tree)["dense"]["kernel"].shape
+    (4, 3)
     """
     leaves, treedef = leaves_of(params)
     on = {path: leaf for path, leaf in leaves if isinstance(leaf, LoraWeight) and leaf.is_on}
@@ -185,6 +213,12 @@ def swap(params: Tree, other: Tree) -> Tree:
 
     Raises:
       ValueError: the trees do not adapt the same weights in the same way.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> other = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2, alpha=16)])
+    >>> float(lj.swap(tree, other)["dense"]["kernel"].scale)
+    8.0
     """
     mine, theirs = nodes_of(params), _nodes_for("swap", other)
     _check_same_paths("swap", theirs, mine)
@@ -225,6 +259,12 @@ def trainable_mask(params: Tree) -> Tree:
     """Returns `params` with True for each array that trains (a, b, value), False for all others.
 
     For an optimiser of the whole tree; see `lora_jax.optim.freeze_base`.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> mask = lj.trainable_mask(tree)
+    >>> mask["dense"]["bias"], mask["dense"]["kernel"].a, mask["dense"]["kernel"].base
+    (False, True, False)
     """
 
     def mask(node: Node) -> Node:
@@ -234,7 +274,13 @@ def trainable_mask(params: Tree) -> Tree:
 
 
 def count_params(params: Tree) -> tuple[int, int]:
-    """Returns the numbers (trained, all) of a tree's parameters, without padding and scales."""
+    """Returns the numbers (trained, all) of a tree's parameters, without padding and scales.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> lj.count_params(tree)
+    (14, 29)
+    """
     leaves = jax.tree.leaves(params, is_leaf=is_leaf)
     nodes = [leaf for leaf in leaves if is_node(leaf)]
     bases = [leaf for leaf in leaves if hasattr(leaf, "shape") and not isinstance(leaf, Trained)]
@@ -247,6 +293,11 @@ def summary(params: Tree) -> str:
     """Returns the line that PEFT's ``print_trainable_parameters`` prints, for an adapted tree.
 
     ``trainable params: 4,194,304 || all params: 6,742,609,920 || trainable%: 0.0622``
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> print(lj.summary(tree))
+    trainable params: 14 || all params: 29 || trainable%: 48.2759
     """
     trained, total = count_params(params)
     share = 100 * trained / total if total else 0.0

@@ -31,6 +31,14 @@ def freeze_base(optimizer: optax.GradientTransformation) -> optax.GradientTransf
 
     Args:
       optimizer: of the arrays that train.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> optimizer = lj.optim.freeze_base(optax.adam(1e-3))
+    >>> state = optimizer.init(tree)
+    >>> updates, state = optimizer.update(jax.tree.map(jnp.ones_like, tree), state, tree)
+    >>> float(updates["dense"]["bias"][0])
+    0.0
     """
 
     def labels(params: Any) -> Any:
@@ -50,6 +58,14 @@ def scale_factors(
     Args:
       a, b: the factors.
       embedding: the factor for both A and B of embeddings; None: as for other weights.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> adapter, base = lj.split(tree)
+    >>> scaled = lj.optim.scale_factors(b=4.0)
+    >>> updates, _ = scaled.update(jax.tree.map(jnp.ones_like, adapter), scaled.init(adapter))
+    >>> float(updates["dense/kernel"]["a"][0, 0]), float(updates["dense/kernel"]["b"][0, 0])
+    (1.0, 4.0)
     """
 
     def scaled(path: str, name: str, update: jax.Array) -> jax.Array:
@@ -72,6 +88,8 @@ def lora_plus(ratio: float = 16.0, *, embedding: float | None = None) -> Any:
 
     Raises:
       ValueError: `ratio` is not a positive number.
+
+    >>> optimizer = optax.chain(optax.adamw(2e-4), lj.optim.lora_plus(16.0))
     """
     if not (math.isfinite(ratio) and ratio > 0):
         raise ValueError(f"ratio={ratio!r}: B's learning rate over A's, a positive number")
@@ -101,6 +119,11 @@ def project_b(params: Any, *, damping: float = 1e-8) -> optax.GradientTransforma
 
     Raises:
       ValueError: A trains in every weight.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> rule = lj.LoraRule(targets=["dense"], rank=2, freeze_a=True)
+    >>> tree = lj.lorafy(params, [rule])
+    >>> optimizer = optax.chain(lj.optim.project_b(tree), optax.adam(1e-3))
     """
     inverse = {
         path: _inverse_gram(node, damping)
@@ -157,6 +180,9 @@ def learning_rate(
 
     Raises:
       ValueError: another family, or a size or a number of steps below 1.
+
+    >>> round(lj.optim.learning_rate(2048, family="llama"), 6)
+    0.000491
     """
     exponents = {"llama": 0.781, "qwen": 0.0775}
     if family not in exponents:
@@ -179,6 +205,9 @@ def expert_rank(rank: int, active: int) -> int:
 
     Raises:
       ValueError: a number below 1.
+
+    >>> lj.optim.expert_rank(16, active=8)
+    2
     """
     if rank < 1 or active < 1:
         raise ValueError(f"rank={rank}, active={active}: numbers of at least 1")

@@ -69,6 +69,10 @@ class LoraRule:
 
     Raises:
       ValueError: on construction, where a field makes no sense.
+
+    >>> rule = lj.LoraRule(targets=["q_proj", "v_proj"], rank=8, alpha=16)
+    >>> rule.scale
+    2.0
     """
 
     targets: Targets
@@ -143,6 +147,9 @@ class TrainRule:
 
     Raises:
       ValueError: on construction, where a field makes no sense.
+
+    >>> lj.TrainRule(targets=["bias"])
+    TrainRule(targets=['bias'])
     """
 
     targets: Targets

@@ -47,6 +47,15 @@ def shardings(params: Tree, table: Table, mesh: Mesh) -> Tree:
 
     Raises:
       ValueError: a spec has an axis that the mesh lacks, or more axes than a leaf.
+
+    >>> from jax.sharding import PartitionSpec as P
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> mesh = jax.make_mesh((1,), ("tensor",))
+    >>> table = [(".*/kernel", P(None, "tensor"))]
+    >>> where = lj.sharding.shardings(tree, table, mesh)
+    >>> tuple(where["dense"]["kernel"].b.spec)
+    (None, 'tensor')
     """
     leaves, treedef = leaves_of(params)
 
@@ -61,7 +70,17 @@ def shardings(params: Tree, table: Table, mesh: Mesh) -> Tree:
 
 
 def place(params: Tree, table: Table, mesh: Mesh) -> Tree:
-    """Returns the tree on the mesh, each array laid out as `shardings` says."""
+    """Returns the tree on the mesh, each array laid out as `shardings` says.
+
+    >>> from jax.sharding import PartitionSpec as P
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> mesh = jax.make_mesh((1,), ("tensor",))
+    >>> table = [(".*/kernel", P(None, "tensor"))]
+    >>> placed = lj.sharding.place(tree, table, mesh)
+    >>> tuple(placed["dense"]["kernel"].a.sharding.spec)
+    (None, None)
+    """
     where = shardings(params, table, mesh)
     return jax.tree.map(
         lambda x, s: jax.device_put(x, s) if isinstance(s, NamedSharding) else x, params, where
@@ -69,7 +88,14 @@ def place(params: Tree, table: Table, mesh: Mesh) -> Tree:
 
 
 def sharding_of(path: str, shape: Sequence[int], table: Table, mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of one leaf; see `shardings`."""
+    """Returns the sharding of one leaf; see `shardings`.
+
+    >>> from jax.sharding import PartitionSpec as P
+    >>> mesh = jax.make_mesh((1,), ("tensor",))
+    >>> table = [(".*/kernel", P(None, "tensor"))]
+    >>> tuple(lj.sharding.sharding_of("dense/kernel", (2, 4, 3), table, mesh).spec)
+    (None, None, 'tensor')
+    """
     return fitted(_axes_of(path, shape, table), shape, mesh)
 
 
@@ -91,6 +117,11 @@ def fitted(axes: _Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
 
     Raises:
       ValueError: the mesh lacks an axis.
+
+    >>> from jax.sharding import PartitionSpec as P
+    >>> mesh = jax.make_mesh((1,), ("tensor",))
+    >>> tuple(lj.sharding.fitted((None, "tensor"), (4, 3), mesh).spec)
+    (None, 'tensor')
     """
 
     def fitting(size: int, entry: Any) -> Any:

@@ -98,6 +98,8 @@ class Part:
       init: returns its first value, of the weight's shape for those axes, of the weight without it.
       apply: returns the weight as products see it, given that weight without the part, the node
         that holds the part, and its array.
+
+    See `lora_jax.variants` for an example.
     """
 
     name: str
@@ -322,7 +324,13 @@ Node = LoraWeight | Trained | TrainedRows
 
 
 def is_node(leaf: Any) -> bool:
-    """Returns whether `leaf` is a node of an adapted tree."""
+    """Returns whether `leaf` is a node of an adapted tree.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> lj.is_node(tree["dense"]["kernel"]), lj.is_node(tree["dense"]["bias"])
+    (True, False)
+    """
     return isinstance(leaf, Node)
 
 

@@ -41,6 +41,12 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 
     One line for each place: the primitive, the line of your code, whether the product is factored
     or the weight is merged there, and why. `fn` is traced, not run.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> lj.explain(lambda params, x: x @ params["dense"]["kernel"], tree, jnp.ones((1, 4)))
+    path          primitive    place  how       why
+    dense/kernel  dot_general  ...    factored  xW + s·(xA)B
     """
     rows: list[Sequence[str]] = [Record._fields, *uses(fn, *args, **kwargs)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -51,6 +51,12 @@ def adapt(
     `RoleError` where a use contradicts the axis roles that are recorded for a weight.
 
     Source: Hu et al., *LoRA*, arXiv 2106.09685, equation 3 (it is ΔW·x that α/r scales).
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3))}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> forward = lj.adapt(lambda params, x: x @ params["dense"]["kernel"])
+    >>> forward(tree, jnp.ones((1, 4)))
+    Array([[4., 4., 4.]], dtype=float32)
     """
     own = tuple((primitives or {}).items())
     interpreter = Interpreter(RULES, strict, own)
