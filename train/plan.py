@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from lora_jax.training.layout import Layout
-from train.planning.compile import Job, Plan, Way, plan
+from train.planning.compile import Job, Plan, Variant, plan
 from train.planning.machines import Machine, find_machine
 from train.planning.table import print_plans
 from train.run.adapter import rules
@@ -91,19 +91,19 @@ def parse(args: Sequence[str] | None = None) -> Options:
 
 
 def run(options: Options) -> None:
-    """Checks what is asked, compiles each way to train, and prints what they need."""
+    """Checks what is asked, compiles each variant, and prints what they need."""
     asked = options.plan
     jax.config.update("jax_platforms", "cpu")  # no accelerator is asked for anything
     check(options)
-    job, optim = settled(asked)
+    job, optim = make_job(asked)
     plans: list[Plan] = []
     progress = Console(stderr=True)
     try:
-        for way in ways(options):
-            with progress.status(f"compiling {way.name}"):
-                plans.append(plan(job, way, optim))
+        for variant in variants(options):
+            with progress.status(f"compiling {variant.name}"):
+                plans.append(plan(job, variant, optim))
             took = duration(plans[-1].compile_seconds)
-            progress.print(f"compiled {way.name}: {took}", highlight=False)
+            progress.print(f"compiled {variant.name}: {took}", highlight=False)
     finally:  # after Ctrl-C, what there is
         if plans:
             show(asked, job, plans)
@@ -121,7 +121,7 @@ def show(asked: PlanConfig, job: Job, plans: list[Plan]) -> None:
         print_plans(Console(width=wide), facts, plans, estimates)
 
 
-def settled(asked: PlanConfig) -> tuple[Job, OptimConfig]:
+def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
     """The job, and an optimiser's options; UserError where model, machine and mesh do not fit."""
     outline = read_shapes(asked.model)
     outline.check_length(asked.seq_len, f"--seq-len {asked.seq_len}")
@@ -138,7 +138,7 @@ def settled(asked: PlanConfig) -> tuple[Job, OptimConfig]:
         loss_chunk=asked.loss_chunk * layout.batch_parts,
         dtype=asked.dtype,
     )
-    return job, OptimConfig(lr=1e-4, beta2=0.999, batch_size=asked.batch_size)
+    return job, OptimConfig(beta2=0.999, batch_size=asked.batch_size)
 
 
 def check(options: Options) -> None:
@@ -161,18 +161,18 @@ def check(options: Options) -> None:
     rules(adapter)
 
 
-def ways(options: Options) -> list[Way]:
+def variants(options: Options) -> list[Variant]:
     """What is asked for and, unless it is to stand alone, what it may be weighed against."""
     lora = dataclasses.replace(options.adapter, full=False)
     full = AdapterConfig(full=True)
-    asked = Way(full if options.adapter.full else lora, options.plan.remat)
+    asked = Variant(full if options.adapter.full else lora, options.plan.remat)
     others = [
-        Way(lora, "full"),
-        Way(lora, "dots_with_no_batch_dims_saveable"),
-        Way(lora, "none"),
-        Way(full, "full"),
+        Variant(lora, "full"),
+        Variant(lora, "dots_with_no_batch_dims_saveable"),
+        Variant(lora, "none"),
+        Variant(full, "full"),
     ]
-    return [asked] if options.plan.alone else [asked, *(way for way in others if way != asked)]
+    return [asked] if options.plan.alone else [asked, *(one for one in others if one != asked)]
 
 
 def described(asked: PlanConfig, job: Job) -> dict[str, Any]:

@@ -38,6 +38,10 @@ class Examples:
             part["weights"] = part["weights"] * real.reshape(-1, *[1] * (self.weights.ndim - 1))
             yield part
 
+    def tokens(self, batch: Batch) -> int:
+        """Returns the number of tokens in a batch, without padding; here, of units that count."""
+        return int(np.count_nonzero(batch["weights"]))
+
     def digest(self) -> str:
         """A fingerprint of all rows: a resumed run must go on with the same."""
         sha = hashlib.sha256()
@@ -84,6 +88,10 @@ class Packs(Examples):
     targets: np.ndarray
     sources: tuple[tuple[int, ...], ...] = ()
 
+    def tokens(self, batch: Batch) -> int:
+        """Returns the number of tokens in a batch, without padding."""
+        return int((batch["segment_ids"] > 0).sum())
+
 
 def pack(sequences: Sequence[Tokens], seq_len: int, *, packing: bool) -> Packs:
     """One sequence a row or, with `packing`, as many as fit (first fit, the longest first).
@@ -111,18 +119,18 @@ def pack(sequences: Sequence[Tokens], seq_len: int, *, packing: bool) -> Packs:
         sources=tuple(tuple(tokens.row for tokens in members) for members in rows),
     )
     for row, members in enumerate(rows):
-        start = first = 0
+        offset = first = 0
         for segment, tokens in enumerate(members, start=1):
-            here = np.s_[row, start : start + len(tokens)]
+            here = np.s_[row, offset : offset + len(tokens)]
             packs.ids[here] = tokens.ids
             packs.segment_ids[here] = segment
             packs.positions[here] = np.arange(len(tokens))
             (before,) = np.nonzero(tokens.counts[1:])
             there = np.s_[row, first : first + len(before)]
-            packs.predict_at[there] = start + before
+            packs.predict_at[there] = offset + before
             packs.targets[there] = tokens.ids[before + 1]
             packs.weights[there] = 1
-            start += len(tokens)
+            offset += len(tokens)
             first += len(before)
     return packs
 
@@ -153,8 +161,8 @@ class Order:
 
     def rows(self, step: int) -> np.ndarray:
         """The rows of the step that has `step` steps before it: [accumulate, batch_size]."""
-        places = step * self.rows_a_step + np.arange(self.rows_a_step)
-        epochs, within = np.divmod(places, self.n_rows)
+        taken = step * self.rows_a_step + np.arange(self.rows_a_step)
+        epochs, within = np.divmod(taken, self.n_rows)
         orders = {epoch: order(self.seed, epoch, self.n_rows) for epoch in set(epochs.tolist())}
         rows = [orders[epoch][i] for epoch, i in zip(epochs.tolist(), within, strict=True)]
         return np.array(rows).reshape(self.accumulate, self.batch_size)

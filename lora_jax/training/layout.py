@@ -55,7 +55,7 @@ class Layout(Placement):
         """An adapted tree on the mesh, the adapter as its base lies."""
         return place(params, self.table, self.mesh)
 
-    def at_work(self, params: Any) -> Any:
+    def step_shardings(self, params: Any) -> Any:
         """Where a step works with an adapter: its factors are gathered over the fsdp axis.
 
         So that happens once a step; layer by layer, it would be three times: forward, recomputed,

@@ -18,7 +18,7 @@ def wait_for_all(what: str) -> None:
     """Waits until all processes have come here.
 
     Args:
-      what: a name of the place, the same in all of them.
+      what: a name of the point, the same in all of them.
     """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)

@@ -23,7 +23,7 @@ class Setup:
 
     Attributes:
       where: the sharding of each array of the state; Adam's moments lie as the adapter does.
-      at_work: the shardings of the adapter that a step works with.
+      step_shardings: of the adapter that a step works with.
       dropout: whether an adapter's input is dropped.
     """
 
@@ -31,7 +31,7 @@ class Setup:
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     where: State
-    at_work: Any
+    step_shardings: Any
     dropout: bool
 
     @classmethod
@@ -48,8 +48,8 @@ class Setup:
             layout=layout,
             optimizer=optimizer,
             schedule=schedule,
-            where=places(layout, adapter, optimizer),
-            at_work=layout.at_work(params),
+            where=state_shardings(layout, adapter, optimizer),
+            step_shardings=layout.step_shardings(params),
             dropout=has_dropout(params),
         )
 
@@ -109,14 +109,14 @@ class Setup:
             self.schedule,
             dropout=self.dropout,
             loss=loss,
-            gathered=lambda adapter: jax.lax.with_sharding_constraint(adapter, self.at_work),
+            gathered=lambda adapter: jax.lax.with_sharding_constraint(adapter, self.step_shardings),
         )
         out = (self.where, self.layout.whole)
         with jax.set_mesh(self.layout.mesh):
             return jax.jit(step, donate_argnums=0, out_shardings=out).trace(state, base, batch)
 
 
-def places(layout: Layout, adapter: Any, optimizer: optax.GradientTransformation) -> Any:
+def state_shardings(layout: Layout, adapter: Any, optimizer: optax.GradientTransformation) -> Any:
     """The sharding of each array of a state."""
     of_adapter = jax.tree.map(lambda array: array.sharding, adapter)
     of_moments = optax.tree.map_params(

@@ -77,11 +77,11 @@ def make_step(
 
     def step(state: State, base: Any, batch: dict[str, Any]) -> tuple[State, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        at_work = gathered(state.adapter)
+        working = gathered(state.adapter)
 
         def of_part(part: dict[str, Any], index: Any) -> tuple[Sums, Adapter]:
             part_key = jax.random.fold_in(key, index) if dropout else None
-            (_, sums), grads = value_and_grad(at_work, base, part, part_key)
+            (_, sums), grads = value_and_grad(working, base, part, part_key)
             return sums, grads
 
         sums, grads = _accumulated(of_part, batch)

@@ -20,9 +20,8 @@ from tests.models.tiny import draw
 from tests.train.test_sft import assert_same
 from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train import export
-from train.classify import main, parse
+from train.classify import check, main, parse
 from train.data.labelled import encode, label_names, read_labelled
-from train.run.classify_options import check
 from train.run.errors import UserError
 from train.run.log import read_metrics
 from train.tasks.classes import scores_of
@@ -127,7 +126,7 @@ def test_a_run_leaves_all_that_it_should(inputs, whole):
 def test_a_loss_that_is_a_sum_is_logged_as_one(inputs, tmp_path, monkeypatch):
     options = ["--steps", 1, "--eval-every", 1]
     mean = run(inputs, tmp_path / "mean", *options)
-    monkeypatch.setattr("train.classify.Loss", functools.partial(Loss, reduction="sum"))
+    monkeypatch.setattr("train.tasks.labelled.Loss", functools.partial(Loss, reduction="sum"))
     folder = run(inputs, tmp_path / "sum", *options)
     of_sum, of_mean = (read_metrics(path)[0] for path in (folder, mean))
     assert of_sum["loss"] == pytest.approx(8 * of_mean["loss"], rel=1e-5)

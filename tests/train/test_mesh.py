@@ -165,12 +165,12 @@ def test_factors_are_gathered_for_work_and_what_trains_in_full_is_not():
     params = {"up": {"kernel": jnp.ones((8, 12))}, "head": {"kernel": jnp.ones((12, 4))}}
     rules = [lj.TrainRule(targets=["head"]), lj.LoraRule(targets=["up"], rank=3)]
     layout = Layout(make_mesh("fsdp=2,tensor=2", 4), [(".*/kernel", P("fsdp", "tensor"))])
-    at_work = layout.at_work(lj.lorafy(params, rules))
-    assert {name: tuple(s.spec) for name, s in at_work["up/kernel"].items()} == {
+    shardings = layout.step_shardings(lj.lorafy(params, rules))
+    assert {name: tuple(s.spec) for name, s in shardings["up/kernel"].items()} == {
         "a": (None, None),
         "b": (None, "tensor"),
     }
-    assert tuple(at_work["head/kernel"]["value"].spec) == ("fsdp", "tensor")
+    assert tuple(shardings["head/kernel"]["value"].spec) == ("fsdp", "tensor")
 
 
 @pytest.mark.slow

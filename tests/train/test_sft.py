@@ -276,7 +276,7 @@ def test_the_script_names_the_rows_of_the_data(tmp_path, capsys, monkeypatch, pa
     changed = [json.loads(text) for text in rows.read_text().splitlines()]
     changed[3]["prompt"] += "~"
     rows.write_text("".join(f"{json.dumps(row)}\n" for row in changed))
-    monkeypatch.setattr("train.sft.summed_loss", poisoned)
+    monkeypatch.setattr("train.tasks.chats.summed_loss", poisoned)
     args = ["--model", str(write_model(tmp_path / "model")), "--dataset", str(rows), *packing]
     args += ["--batch-size", "1", "--epochs", "1", "--rank", "2", "--output"]
     main([*args, str(tmp_path / "run")])

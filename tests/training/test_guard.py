@@ -12,18 +12,18 @@ from rich.console import Console
 import lora_jax as lj
 from lora_jax.training.batches import Order, pack
 from lora_jax.training.checkpoints import Checkpoints
+from lora_jax.training.data.chats import tokenize
 from lora_jax.training.errors import Diverged
 from lora_jax.training.loop import Hooks
 from lora_jax.training.loop import train as loop
 from lora_jax.training.losses import CROSS_ENTROPY, Loss, summed_loss
+from lora_jax.training.optimizer import adamw, warmed_up
 from lora_jax.training.step import init_state, make_step
 from lora_jax.training.stop import Stop
 from tests.support import assert_identical, with_random_factors
 from tests.train.tiny import decoder, tokenizer
-from train.data.chats import tokenize
-from train.run.adapter import make_optimizer
 from train.run.log import Log, read_metrics
-from train.run.options import OptimConfig, RunConfig, learning_rate
+from train.run.options import RunConfig
 
 STEPS = 9
 ROWS = [{"prompt": "p" * n, "completion": "abc" * n} for n in range(1, 9)]
@@ -64,9 +64,8 @@ def halves():
 
 
 def optimiser():
-    optim = OptimConfig(lr=0.01, beta2=0.99, schedule="linear", warmup=2, weight_decay=0.1)
-    schedule = learning_rate(optim, STEPS)
-    return make_optimizer(optim, schedule), schedule
+    schedule = warmed_up(0.01, STEPS, kind="linear", warmup=2)
+    return adamw(schedule, b2=0.99, weight_decay=0.1), schedule
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,10 @@ from flax import linen as nn
 import lora_jax as lj
 from lora_jax.models import Decoder, DecoderConfig
 from lora_jax.training.losses import Loss, summed_loss
+from lora_jax.training.optimizer import adamw, warmed_up
 from lora_jax.training.step import init_state, make_step
 from tests.models import tiny, tiny_encoders
 from tests.support import assert_close, with_random_factors
-from train.run.adapter import make_optimizer
-from train.run.options import OptimConfig, learning_rate
 from train.run.sft_options import SftOptimConfig
 
 VOCAB = tiny.SIZES["vocab_size"]
@@ -188,9 +187,8 @@ def test_chunks_stay_spread_over_devices():
 def steps_of(model, params, chunk, accumulate, n):
     """The losses and the last adapter of `n` steps."""
     adapter, base = lj.split(params)
-    optim = OptimConfig(lr=3e-3, beta2=0.99, schedule="constant", warmup=0)
-    schedule = learning_rate(optim, n)
-    optimizer = make_optimizer(optim, schedule)
+    schedule = warmed_up(3e-3, n, kind="constant", warmup=0)
+    optimizer = adamw(schedule, b2=0.99)
     loss = Loss(functools.partial(summed_loss, chunk=chunk))
     step = jax.jit(make_step(lj.adapt(model.apply), optimizer, schedule, dropout=False, loss=loss))
     state, losses = init_state(adapter, optimizer, jax.random.key(0)), []

@@ -8,14 +8,12 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.training.batches import pack
+from lora_jax.training.data.chats import tokenize
 from lora_jax.training.losses import summed_loss
-from lora_jax.training.optimizer import decays
+from lora_jax.training.optimizer import adamw, decays, warmed_up
 from lora_jax.training.step import State, init_state, make_step
 from tests.models.tiny import draw
 from tests.train.tiny import decoder, tokenizer
-from train.data.chats import tokenize
-from train.run.adapter import make_optimizer
-from train.run.options import OptimConfig, learning_rate
 
 ROWS = [{"prompt": "p" * n, "completion": "abc" * n} for n in range(1, 9)]
 
@@ -42,9 +40,8 @@ def packs(*, packing=False, seq_len=64):
 
 
 def step_of(model, **options):
-    optim = OptimConfig(lr=0.1, beta2=0.99, schedule="constant", warmup=0, **options)
-    schedule = learning_rate(optim, 10)
-    optimizer = make_optimizer(optim, schedule)
+    schedule = warmed_up(0.1, 10, kind="constant", warmup=0)
+    optimizer = adamw(schedule, b2=0.99, **options)
     return optimizer, make_step(lj.adapt(model[0].apply), optimizer, schedule, dropout=False)
 
 
@@ -145,7 +142,7 @@ def test_weight_decay_spares_norms_and_biases():
     ],
 )
 def test_the_learning_rate_over_six_steps(schedule, warmup, expected):
-    rate = learning_rate(OptimConfig(lr=8.0, schedule=schedule, warmup=warmup), 6)
+    rate = warmed_up(8.0, 6, kind=schedule, warmup=warmup)
     np.testing.assert_allclose([rate(step) for step in range(6)], expected, rtol=1e-6)
 
 
@@ -153,8 +150,7 @@ def test_the_gradient_is_clipped_to_a_norm(model, halves):
     adapter, _ = halves
     gradient = jax.tree.map(jnp.ones_like, adapter)
     for clip, expected in ((0.5, 0.5), (0.0, float(optax.tree.norm(gradient)))):
-        optim = OptimConfig(beta2=0.99, grad_clip=clip)
-        optimizer = make_optimizer(optim, optax.constant_schedule(1.0))
+        optimizer = adamw(optax.constant_schedule(1.0), b2=0.99, grad_clip=clip)
         _, state = optimizer.update(gradient, optimizer.init(adapter), adapter)
         mu = next(s.mu for s in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(s))
         assert float(optax.tree.norm(mu)) / 0.1 == pytest.approx(expected, rel=1e-5)

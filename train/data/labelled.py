@@ -1,63 +1,25 @@
 """Texts with labels: rows of a dataset as arrays."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from sklearn.model_selection import train_test_split
 
-from lora_jax.hf.bundled import MINILM
 from lora_jax.training.batches import round_up
 from lora_jax.training.data.chats import Row
 from lora_jax.training.data.labelled import Labelled
 from train.data.files import FILE_KINDS, read_rows
+from train.run.classify_options import DataConfig
 from train.run.errors import UserError
 from train.run.hosts import map_over_processes
-from train.tasks.vader import read_words
 
-VADER = "vader"  # the name of the default task, made in train/tasks/vader.py
 _BLOCK = 256  # texts that are encoded at once
 _SEED = 0  # of the rows held out: the same for every run, so that runs compare
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Model and data."""
-
-    model: str = MINILM.name
-    """A BERT, RoBERTa or XLM-RoBERTa: a name on the hub, or a folder."""
-    dataset: str = VADER
-    """"vader" (the default task: words, rated by people), a JSONL, Parquet or CSV file, or a
-    dataset of the hub."""
-    split: str = "train"
-    """Which split of a dataset of the hub."""
-    subset: str | None = None
-    """Which subset of a dataset of the hub."""
-    text: str = "text"
-    """The field that holds the text."""
-    text_pair: str | None = None
-    """The field that holds a second text, for pairs (a premise and a hypothesis)."""
-    label: str = "label"
-    """The field that holds the label: a name or a number."""
-    test: str | None = None
-    """What to test on: a file, or another split of the hub's dataset. By default --test-share of
-    the rows is held out."""
-    test_share: float = 0.2
-    """The share of the rows to hold out; of each label alike."""
-    rows: int | None = None
-    """Use the first rows only."""
-    seq_len: int = 128
-    """The most tokens of a text."""
-    truncate: bool = False
-    """Cut texts off that are longer than --seq-len, which are an error otherwise."""
-
-
 def read_labelled(data: DataConfig) -> tuple[list[Row], list[Row]]:
     """(rows to train on, rows to test on), all with text and label; UserError otherwise."""
-    if data.dataset == VADER:
-        train, test = read_words()
-        return train[: data.rows], test
     rows = read_rows(data.dataset, split=data.split, subset=data.subset)[: data.rows]
     _check_fields(data, rows, data.dataset)
     if data.test is None:

@@ -1,4 +1,4 @@
-"""One way to train, compiled for a machine: what it needs, or why the compiler refuses it."""
+"""One variant of training, compiled for a machine: its needs, or why the compiler refuses it."""
 
 import dataclasses
 import functools
@@ -14,6 +14,7 @@ from lora_jax.models.families import family_of
 from lora_jax.sharding import shardings
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, number_of_chunks, summed_loss
+from lora_jax.training.optimizer import warmed_up
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State
 from train.planning.flops import step_flops
@@ -21,19 +22,19 @@ from train.planning.machines import Machine
 from train.planning.plan_flops import count_traced, step_work
 from train.run.adapter import NO_ADAPTER, make_optimizer, rules
 from train.run.errors import UserError, as_user_errors
-from train.run.options import AdapterConfig, OptimConfig, learning_rate
+from train.run.options import AdapterConfig, OptimConfig
 from train.run.pretrained import Outline
 from train.run.report import compiled_bytes, tree_bytes
 
 _REMAT = {"none": "no remat", "full": "remat", "dots_saveable": "remat but products"}
 _REMAT |= {"dots_with_no_batch_dims_saveable": "remat but dense"}
-_STEPS = 1000  # of the schedule; none is taken
+_STEPS, _RATE = 1000, 1e-4  # of the schedule; no step is taken
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be trained, and on what; the way to do it aside.
+    """What is to be trained, and on what; the variant aside.
 
     Attributes:
       batch_size: sequences that are in memory at once, on all devices.
@@ -53,8 +54,8 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
-    """A way to train: what trains, and what is recomputed."""
+class Variant:
+    """A variant of training: what trains, and what is recomputed."""
 
     adapter: AdapterConfig
     remat: str
@@ -75,7 +76,7 @@ class Way:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The needs of one way to train. Bytes and FLOPs are integers; None is what is not known.
+    """The needs of one variant. Bytes and FLOPs are integers; None is what is not known.
 
     Attributes:
       fits: whether the compiler accepts it within a device's memory.
@@ -120,13 +121,13 @@ class Prepared:
     batch: dict[str, Any]
 
 
-def prepare(job: Job, way: Way, optim: OptimConfig) -> Prepared:
+def prepare(job: Job, variant: Variant, optim: OptimConfig) -> Prepared:
     """Lowers the step of `train.sft` for abstract weights.
 
     Args:
       job: the model, the machine, and the batch.
-      way: what trains, and what is recomputed.
-      optim: the optimiser's options; `way` has its own remat.
+      variant: what trains, and what is recomputed.
+      optim: the optimiser's options; `variant` has its own remat.
 
     Returns:
       The step, and the shapes that it takes.
@@ -134,9 +135,9 @@ def prepare(job: Job, way: Way, optim: OptimConfig) -> Prepared:
     Raises:
       UserError: the rules do not fit the model.
     """
-    params = abstract_params(job, way)
+    params = abstract_params(job, variant)
     adapter, base = lj.split(params)
-    schedule = learning_rate(optim, _STEPS)
+    schedule = warmed_up(_RATE, _STEPS, kind=optim.schedule, warmup=optim.warmup)
     setup = Setup.of(job.layout, params, make_optimizer(optim, schedule, params), schedule)
     state, batch = setup.abstract_state(adapter), _abstract_batch(job)
     config = job.outline.config
@@ -144,7 +145,7 @@ def prepare(job: Job, way: Way, optim: OptimConfig) -> Prepared:
         config,
         jnp.dtype(job.dtype),
         jnp.dtype(job.dtype),
-        remat=dataclasses.replace(optim, remat=way.remat).remat_policy,
+        remat=dataclasses.replace(optim, remat=variant.remat).remat_policy,
     )
     loss = Loss(functools.partial(summed_loss, chunk=job.loss_chunk))
     with jax.set_mesh(job.layout.mesh):
@@ -155,13 +156,13 @@ def prepare(job: Job, way: Way, optim: OptimConfig) -> Prepared:
     )
 
 
-def plan(job: Job, way: Way, optim: OptimConfig) -> Plan:
+def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
     """Compiles the step for the job's machine.
 
     Args:
       job: the model, the machine, and the batch.
-      way: what trains, and what is recomputed.
-      optim: the optimiser's options; `way` has its own remat.
+      variant: what trains, and what is recomputed.
+      optim: the optimiser's options; `variant` has its own remat.
 
     Returns:
       What the step needs, or the compiler's refusal.
@@ -169,15 +170,15 @@ def plan(job: Job, way: Way, optim: OptimConfig) -> Plan:
     Raises:
       UserError: the rules do not fit the model, or the compiler tells no memory.
     """
-    step = prepare(job, way, optim)
+    step = prepare(job, variant, optim)
     held = {
         "base": _per_device(step.base),
         "adapter": _per_device(step.state.adapter),
         "optimizer": _per_device(step.state.opt_state),
     }
     known: dict[str, Any] = {
-        "name": way.name,
-        "flops_closed_form": job.grad_accum * round(_closed_form(job, way, step.params)),
+        "name": variant.name,
+        "flops_closed_form": job.grad_accum * round(_closed_form(job, variant, step.params)),
         "adapter_bytes": tree_bytes(step.state.adapter),
         "checkpoint_bytes": tree_bytes(step.state.adapter) + tree_bytes(step.state.opt_state),
     }
@@ -217,12 +218,12 @@ def plan(job: Job, way: Way, optim: OptimConfig) -> Plan:
     )
 
 
-def abstract_params(job: Job, way: Way) -> Any:
+def abstract_params(job: Job, variant: Variant) -> Any:
     """Returns the adapted tree, as shapes with shardings; what trains in full is fp32."""
-    dtype = jnp.float32 if way.adapter.full else jnp.dtype(job.dtype)
+    dtype = jnp.float32 if variant.adapter.full else jnp.dtype(job.dtype)
     plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), job.outline.params)
     with as_user_errors(ValueError):
-        params = lj.lorafy(plain, rules(way.adapter, job.outline))
+        params = lj.lorafy(plain, rules(variant.adapter, job.outline))
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         params,
@@ -237,13 +238,13 @@ def _abstract_batch(job: Job) -> dict[str, Any]:
     return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where) for name in names}
 
 
-def _closed_form(job: Job, way: Way, params: Any) -> float:
+def _closed_form(job: Job, variant: Variant, params: Any) -> float:
     return step_flops(
         job.outline.config,
         params,
         batch=job.batch_size,
         seq=job.seq_len,
-        remat=way.remat,
+        remat=variant.remat,
         chunked=number_of_chunks((job.batch_size, job.seq_len), job.loss_chunk) > 1,
     )
 

@@ -1,4 +1,4 @@
-"""Plans as a table: a row for each way to train, what was asked for first."""
+"""Plans as a table: a row for each variant, what was asked for first."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,12 +21,12 @@ def print_plans(
     plans: Sequence[Plan],
     estimates: Sequence[Mapping[str, float | None]],
 ) -> None:
-    """Prints the memory of each way to train, then its work, then what there is to say of them.
+    """Prints the memory of each variant, then its work, then what there is to say of them.
 
     Args:
       console: where to print.
       facts: what all plans are for; see `train.plan.described`.
-      plans: one for each way; what was asked for is the first.
+      plans: one for each variant; what was asked for is the first.
       estimates: of each plan, the seconds of a step, the chip-hours and the cost.
     """
     mesh = ", ".join(f"{axis} {size}" for axis, size in facts["mesh"].items()) or "one device"

@@ -106,7 +106,7 @@ def make_optimizer(
     optim: OptimConfig, schedule: optax.Schedule, params: Any = None
 ) -> optax.GradientTransformation:
     """Returns the optimiser of the options; see `lora_jax.training.optimizer.adamw`."""
-    assert optim.beta2 is not None, "the options are not settled"
+    assert optim.beta2 is not None, "the options have no defaults yet"
     return adamw(
         schedule,
         params,

@@ -2,11 +2,13 @@
 
 import dataclasses
 
-from train.data.labelled import VADER, DataConfig
+from lora_jax.hf.bundled import MINILM
+from train.run import options
 from train.run.adapter import NO_ADAPTER
 from train.run.errors import UserError
 from train.run.options import (
     AdapterConfig,
+    Defaults,
     OptimConfig,
     Options,
     RunConfig,
@@ -15,9 +17,41 @@ from train.run.options import (
     flag,
 )
 
+VADER = "vader"  # the name of the default task, made in train/tasks/vader.py
 HEAD = "classifier"
-EPOCHS = 3.0
-RATE, FULL_RATE, HEAD_RATE = 1e-3, 3e-5, 3e-2
+HEAD_RATE = 3e-2  # the default of --head-only
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Model and data."""
+
+    model: str = MINILM.name
+    """A BERT, RoBERTa or XLM-RoBERTa: a name on the hub, or a folder."""
+    dataset: str = VADER
+    """"vader" (the default task: words, rated by people), a JSONL, Parquet or CSV file, or a
+    dataset of the hub."""
+    split: str = "train"
+    """Which split of a dataset of the hub."""
+    subset: str | None = None
+    """Which subset of a dataset of the hub."""
+    text: str = "text"
+    """The field that holds the text."""
+    text_pair: str | None = None
+    """The field that holds a second text, for pairs (a premise and a hypothesis)."""
+    label: str = "label"
+    """The field that holds the label: a name or a number."""
+    test: str | None = None
+    """What to test on: a file, or another split of the hub's dataset. By default --test-share of
+    the rows is held out."""
+    test_share: float = 0.2
+    """The share of the rows to hold out; of each label alike."""
+    rows: int | None = None
+    """Use the first rows only."""
+    seq_len: int = 128
+    """The most tokens of a text."""
+    truncate: bool = False
+    """Cut texts off that are longer than --seq-len, which are an error otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,39 +102,25 @@ class Config(Options):
     optim: OptimConfig = ClassifyOptimConfig()
     run: ClassifyRunConfig = ClassifyRunConfig()
 
-    @property
-    def is_vader(self) -> bool:
-        """Whether the run trains on the default task."""
-        return self.data.dataset == VADER
 
-
-def settled(config: Config) -> Config:
-    """The options with those filled in whose defaults depend on what trains."""
-    adapter, optim = config.adapter, config.optim
+def with_defaults(config: Config, defaults: Defaults) -> Config:
+    """Returns the options with those filled in whose defaults depend on what trains."""
+    adapter = config.adapter
     if adapter.head_only and not adapter.full:
         adapter = dataclasses.replace(adapter, targets=NO_ADAPTER)
-    if adapter.alpha is None and adapter.peft_config is None:
-        adapter = dataclasses.replace(adapter, alpha=2.0 * adapter.rank)
-    if optim.lr is None:
-        rate = FULL_RATE if adapter.full else HEAD_RATE if adapter.head_only else RATE
-        optim = dataclasses.replace(optim, lr=rate)
-    if optim.epochs is None and optim.steps is None:
-        optim = dataclasses.replace(optim, epochs=EPOCHS)
-    if optim.beta2 is None:
-        optim = dataclasses.replace(optim, beta2=0.999)
-    return dataclasses.replace(config, adapter=adapter, optim=optim)
+        config = dataclasses.replace(config, adapter=adapter)
+        defaults = dataclasses.replace(defaults, lr=HEAD_RATE)
+    return options.with_defaults(config, defaults)
 
 
 def check(config: Config) -> None:
-    """Everything that can be checked of settled options without data or model; or UserError."""
+    """Raises UserError where options with their defaults make no sense, whatever the task is."""
     data = config.data
     if not 0 < data.test_share < 1:
         raise UserError(f"--test-share {data.test_share}: a number between 0 and 1")
     for name in ("full", "peft_config", "init_adapter"):
         if config.adapter.head_only and getattr(config.adapter, name):
             raise UserError(f"--head-only trains the head alone: leave {flag(name)} out")
-    if config.is_vader and data.test is not None:
-        raise UserError("--test: the words of --dataset vader have a split of their own, by stem")
     if config.optim.lr_rule is not None:
         raise UserError("--lr-rule was fitted to language models: give --lr")
     check_shared(config)

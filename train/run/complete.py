@@ -82,8 +82,8 @@ def _batches(prompts: Sequence[list[int]]) -> Iterator[tuple[Sequence[list[int]]
 def _n_shared(prompts: Sequence[list[int]]) -> int:
     """How many tokens all prompts begin with, two of each left over at least."""
     first, last = min(prompts), max(prompts)  # what these two share, all share
-    places = range(min(map(len, prompts)) - 2)
-    return next((i for i in places if first[i] != last[i]), max(0, len(places)))
+    indices = range(min(map(len, prompts)) - 2)
+    return next((i for i in indices if first[i] != last[i]), max(0, len(indices)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

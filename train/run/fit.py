@@ -1,7 +1,7 @@
 """From an adapted tree to a trained one: the part that all training scripts share.
 
-`start` makes the state, or takes it from where an earlier run stopped; `fit` trains it to its end.
-In between, a script may still look at the base as it was.
+`make_ready` makes the state, or takes it from where an earlier run stopped; `fit` trains it to its
+end. In between, a script may still look at the base as it was.
 """
 
 import dataclasses
@@ -10,8 +10,7 @@ import operator
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,15 @@ from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import Hooks, train
 from lora_jax.training.losses import Loss, Sums
-from lora_jax.training.optimizer import takes_from_base
+from lora_jax.training.optimizer import takes_from_base, warmed_up
 from lora_jax.training.processes import is_first, wait_for_all
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import Evaluation, State, make_evaluation
 from lora_jax.training.stop import Stop
 from train.run.adapter import make_optimizer, rules
 from train.run.errors import UserError, as_user_errors
-from train.run.log import draw_curve, duration, open_log, read_metrics
-from train.run.options import OptimConfig, Options, learning_rate
+from train.run.log import doing, draw_curve, open_log, read_metrics
+from train.run.options import OptimConfig, Options
 from train.run.output import ADAPTER, CHECKPOINTS, START, begin, folder_bytes
 from train.run.pretrained import Outline
 from train.run.report import compiled_bytes, megabytes, peak_bytes, versions
@@ -43,7 +42,7 @@ _SHOWN = 32  # as many rows of a batch are named
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run whose options, folder and data are settled."""
+    """Holds the options, folder and data of a run."""
 
     script: str  # "train.sft"
     config: Options
@@ -51,10 +50,11 @@ class Run:
     console: Console
     stop: Stop
     examples: Examples
+    name: Callable[[int], str]  # of one of the examples, for messages
     order: Order
     steps: int
+    rate: float  # the highest learning rate
     layout: Layout
-    name: Callable[[int], str]  # what messages call one of the examples
 
     def batch(self, number: int) -> Batch:
         """The batch of the step that has `number` steps before it, in this process's memory."""
@@ -68,8 +68,8 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Start:
-    """What training begins with."""
+class Ready:
+    """Holds what training begins with."""
 
     setup: Setup
     state: State
@@ -88,15 +88,15 @@ def number_of_steps(optim: OptimConfig, order: Order, default: int | None = None
     return order.steps(optim.epochs or 1)
 
 
-def with_learning_rate(config: Options, outline: Outline, steps: int) -> OptimConfig:
-    """The optimisation's options with the learning rate that --lr-rule gives for this run."""
+def learning_rate(config: Options, outline: Outline, steps: int) -> float:
+    """Returns the highest learning rate: --lr, or the one that --lr-rule gives for this run."""
     optim = config.optim
     if optim.lr_rule is None:
-        return optim
-    rate = lj.optim.learning_rate(
+        assert optim.lr is not None, "the options have no defaults yet"
+        return optim.lr
+    return lj.optim.learning_rate(
         outline.config.hidden_size, family=optim.lr_rule, steps=steps, full=config.adapter.full
     )
-    return dataclasses.replace(optim, lr=rate)
 
 
 def check_rules(config: Options, outline: Outline) -> None:
@@ -118,28 +118,28 @@ def adapted(config: Options, outline: Outline, plain: Any, folder: Path, key: ja
         return lj.load_adapter(start, plain, allow_base_mismatch=mismatch)
 
 
-def start(
-    run: Run, optim: OptimConfig, params: Any, key: jax.Array, facts: dict[str, Any]
-) -> Start:
-    """The state to train from, new or resumed; the run's folder is begun.
+def make_ready(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> Ready:
+    """Returns the state to train from, new or resumed; the run's folder is begun.
 
     Args:
-      optim: the run's, with its learning rate.
+      run: its options, data and folder.
       params: the adapted tree.
+      key: of dropout.
       facts: what config.json says beside the options.
     """
+    optim = run.config.optim
     summary = lj.summary(params)
     run.console.print(summary, highlight=False, soft_wrap=True)
     params = run.layout.placed(params)
     adapter, base = lj.split(params)
-    schedule = learning_rate(optim, run.steps)
+    schedule = warmed_up(run.rate, run.steps, kind=optim.schedule, warmup=optim.warmup)
     setup = Setup.of(run.layout, params, make_optimizer(optim, schedule, params), schedule)
     state = setup.state(adapter, key)
     checkpoints = Checkpoints(run.folder / CHECKPOINTS, run.config.run.keep)
     saved = {"data": run.examples.digest(), "base": base_fingerprint(base)}
     if run.config.run.resume:
         state = _resumed(run, checkpoints, state, saved)
-    resolved = {"steps": run.steps, "examples": len(run.examples), "lr": optim.lr}
+    resolved = {"steps": run.steps, "examples": len(run.examples), "lr": run.rate}
     facts = {"resolved": resolved, **facts, "summary": summary, "versions": versions()}
     wait_for_all("the options of all processes are checked")
     if is_first():
@@ -147,7 +147,7 @@ def start(
     wait_for_all("the run has begun")
     if takes_from_base(params) and not (run.folder / START).exists():
         lj.save_adapter(run.folder / START, params)  # so that --resume decomposes nothing again
-    return Start(
+    return Ready(
         setup=setup,
         state=state,
         base=base,
@@ -159,22 +159,19 @@ def start(
 
 def fit(
     run: Run,
-    start: Start,
+    ready: Ready,
     forward: Callable[..., Any],
     loss: Loss,
-    *,
     held_out: Examples | None,
-    tokens: Callable[[Batch], int],
 ) -> tuple[Any, dict[str, Any]]:
     """Trains to the end and saves the adapter.
 
     Args:
       run: its options, data and folder.
-      start: the state to train from.
+      ready: the state to train from.
       forward: the adapted function that the loss calls.
       loss: the function to minimise, and who divides it.
       held_out: examples that the loss is measured on every --eval-every steps.
-      tokens: counts the tokens of a batch, without padding.
 
     Returns:
       The adapted tree, and a report of what training cost.
@@ -183,20 +180,20 @@ def fit(
       Interrupted: after a signal, once the step is finished and saved.
       UserError: too many steps in a row were skipped.
     """
-    state, base, checkpoints = start.state, start.base, start.checkpoints
+    state, base, checkpoints = ready.state, ready.base, ready.checkpoints
     with doing(run.console, "compiling the step"):
         began = time.perf_counter()
         first = run.layout.batch(run.batch(0), parts=True)
-        compiled = start.setup.lower(forward, loss, state, base, first).compile()
+        compiled = ready.setup.lower(forward, loss, state, base, first).compile()
         del first
         compile_seconds = time.perf_counter() - began
     evaluation = jax.jit(make_evaluation(forward, loss), out_shardings=run.layout.whole)
     hooks = Hooks(
         batch=lambda number, state: run.batch(number),
         placed=lambda batch: run.layout.batch(batch, parts=True),
-        tokens=tokens,
+        tokens=run.examples.tokens,
         save=lambda state: checkpoints.save(
-            state, {**start.facts, "cursor": run.order.cursor(int(state.step))}
+            state, {**ready.facts, "cursor": run.order.cursor(int(state.step))}
         ),
         evaluate=lambda state: _means(
             loss, _evaluated(run, evaluation, state.adapter, base, held_out)
@@ -218,7 +215,7 @@ def fit(
     if is_first():
         draw_curve(run.folder, metrics, loss.label)
     report = {
-        "summary": start.summary,
+        "summary": ready.summary,
         "steps": run.steps,
         "compile_seconds": compile_seconds,
         "skipped_steps": [line["step"] for line in metrics if "skipped" in line],
@@ -240,15 +237,6 @@ def print_adapter(run: Run, report: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-@contextmanager
-def doing(console: Console, what: str) -> Iterator[None]:
-    """Says what takes a while and, afterwards, how long it took."""
-    began = time.monotonic()
-    with console.status(what):
-        yield
-    console.print(f"{what}: {duration(time.monotonic() - began)}", highlight=False)
 
 
 def _evaluated(

@@ -129,8 +129,8 @@ def map_over_processes(work: Callable[[Item], Result], items: Sequence[Item]) ->
             break
     parts = _gathered(_success(own))
     results = []
-    for place in range(len(items)):
-        message = parts[place % n][place // n]
+    for index in range(len(items)):
+        message = parts[index % n][index // n]
         if "error" in message:
             raise _OfAll(message["error"])
         results.append(message["value"])
@@ -190,15 +190,15 @@ def _encoded(own: Any) -> bytes:
 def _exchanged(own: Any) -> list[Any]:
     """Returns the value that each process gave, in their order.
 
-    They are sent by way of the devices, `_ROUND` bytes of each at a time.
+    They are sent through the devices, `_ROUND` bytes of each at a time.
     """
     sent = np.frombuffer(_encoded(own), np.uint8)
     counted: Any = multihost_utils.process_allgather(np.array(divmod(sent.size, _ROUND), np.int32))
     sizes = [int(rounds) * _ROUND + int(rest) for rounds, rest in counted]
     filled = np.pad(sent, (0, max(sizes) - sent.size))
-    starts = range(0, max(sizes), _ROUND)
+    offsets = range(0, max(sizes), _ROUND)
     rounds: Any = [
-        multihost_utils.process_allgather(filled[start : start + _ROUND]) for start in starts
+        multihost_utils.process_allgather(filled[offset : offset + _ROUND]) for offset in offsets
     ]
     received = np.concatenate(rounds, axis=1)
     return [json.loads(row[:size].tobytes()) for row, size in zip(received, sizes, strict=True)]

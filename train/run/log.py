@@ -8,7 +8,8 @@ twice.
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -128,6 +129,15 @@ def duration(seconds: float) -> str:
     """ "3 min 20 s"."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+@contextmanager
+def doing(console: Console, what: str) -> Iterator[None]:
+    """Says what takes a while and, afterwards, how long it took."""
+    began = time.monotonic()
+    with console.status(what):
+        yield
+    console.print(f"{what}: {duration(time.monotonic() - began)}", highlight=False)
 
 
 def read_metrics(folder: Path) -> list[Line]:

@@ -6,10 +6,8 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import optax
 import tyro
 
-from lora_jax.training.optimizer import warmed_up
 from train.run.errors import UserError
 
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
@@ -168,6 +166,40 @@ class Options:
     run: RunConfig
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """Holds a task's defaults of options that were not given.
+
+    Attributes:
+      alpha: times the rank.
+      lr, full_lr: the highest learning rate with an adapter, and of full fine-tuning.
+      beta2: Adam's memory of squared gradients.
+      steps, epochs: the length of a run; one epoch where both are None.
+    """
+
+    alpha: float
+    lr: float
+    full_lr: float
+    beta2: float = 0.999
+    steps: int | None = None
+    epochs: float | None = None
+
+
+def with_defaults(options: Any, defaults: Defaults) -> Any:
+    """Returns the options with the task's defaults for those that were not given."""
+    adapter, optim = options.adapter, options.optim
+    if adapter.alpha is None and adapter.peft_config is None:
+        adapter = dataclasses.replace(adapter, alpha=defaults.alpha * adapter.rank)
+    if optim.lr is None and optim.lr_rule is None:
+        rate = defaults.full_lr if adapter.full else defaults.lr
+        optim = dataclasses.replace(optim, lr=rate)
+    if optim.epochs is None and optim.steps is None:
+        optim = dataclasses.replace(optim, epochs=defaults.epochs)
+    if optim.beta2 is None:
+        optim = dataclasses.replace(optim, beta2=defaults.beta2)
+    return dataclasses.replace(options, adapter=adapter, optim=optim)
+
+
 # What a resumed run may change: how long, how it reports, and what it keeps. Nothing else, or it
 # would not be the run that it claims to be.
 CHANGEABLE = frozenset(
@@ -178,7 +210,7 @@ CHANGEABLE = frozenset(
 
 
 def check_shared(options: Options) -> None:
-    """What can be checked of settled options whatever the data are; or UserError."""
+    """Raises UserError where options with their defaults make no sense, whatever the data are."""
     adapter, optim, run = options.adapter, options.optim, options.run
     at_least(1, optim, "batch_size", "grad_accum", "steps")
     at_least(1, run, "log_every", "save_every", "keep", "max_skipped")
@@ -242,12 +274,6 @@ def at_least(least: int, part: Any, *names: str) -> None:
         value = getattr(part, name)
         if value is not None and not value >= least:
             raise UserError(f"{flag(name)} {value}: at least {least} is needed")
-
-
-def learning_rate(optim: OptimConfig, steps: int) -> optax.Schedule:
-    """Returns the schedule of the options; see `lora_jax.training.optimizer.warmed_up`."""
-    assert optim.lr is not None, "the options are not settled"
-    return warmed_up(optim.lr, steps, kind=optim.schedule, warmup=optim.warmup)
 
 
 def as_json(options: Options) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Outline:
     tokenizer: Any
     config: DecoderConfig | GPT2Config | EncoderConfig
     params: dict[str, Any]  # jax.ShapeDtypeStruct leaves
+    head: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `from_pretrained`
 
     @property
     def active_experts(self) -> int | None:
@@ -104,13 +105,13 @@ def read_shapes(name: str) -> Outline:
     return Outline(name, None, config, _abstract(config))
 
 
-def _outline(name: str, **options: Any) -> Outline:
+def _outline(name: str, **head: Any) -> Outline:
     with _model_errors(name):
-        config = open_source(fetch(name), **options).config
+        config = open_source(fetch(name), **head).config
         tokenizer = load_tokenizer(name)
     if not tokenizer.is_fast:
         raise UserError(f"--model {name}: its tokenizer has no fast version (tokenizer.json)")
-    return Outline(name, tokenizer, config, _abstract(config))
+    return Outline(name, tokenizer, config, _abstract(config), head)
 
 
 def _abstract(config: Any) -> dict[str, Any]:
@@ -138,11 +139,6 @@ def read_model(
             remat=remat,
             **options,
         )
-
-
-def read_classifier(name: str, num_labels: int, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """As `read_model`, of an encoder with a head for so many classes."""
-    return read_model(name, head="classification", num_labels=num_labels, **options)
 
 
 def end_tokens(outline: Outline) -> tuple[int, ...]:

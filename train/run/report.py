@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -71,35 +71,3 @@ def print_costs(console: Console, report: Mapping[str, Any]) -> None:
     for line in lines:
         table.add_row(*line)
     console.print(table)
-
-
-def print_scores(console: Console, scores: Mapping[str, Mapping[str, float | None]]) -> None:
-    """Execution accuracy: a row for each kind of question, a column for each way to answer."""
-    table = Table(title="Execution accuracy: answers that give the right rows, in %")
-    table.add_column("questions")
-    ways = list(next(iter(scores.values())))
-    for way in ways:
-        table.add_column(way, justify="right")
-    for kind, row in scores.items():
-        table.add_row(kind, *(_percent(row[way]) for way in ways))
-    console.print(table)
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}"
-
-
-def print_examples(console: Console, examples: Sequence[Mapping[str, str]]) -> None:
-    """A table with a column for each key of the examples; all have the same keys."""
-    if not examples:
-        return
-    table = Table(title="Examples", show_lines=True)
-    for name in examples[0]:
-        table.add_column(name, overflow="fold", ratio=1)
-    for example in examples:
-        table.add_row(*(_escaped(text) for text in example.values()))
-    console.print(table)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")

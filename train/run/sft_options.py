@@ -8,7 +8,6 @@ from train.run.options import AdapterConfig, OptimConfig, Options, RunConfig, at
 
 DEFAULT_MODEL = SMOLLM2.name
 SQL = "sql"  # the name of the default task, made in train/tasks/sql
-SQL_STEPS = 35
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,34 +84,12 @@ class Config(Options):
     optim: SftOptimConfig = SftOptimConfig()
     run: SftRunConfig = SftRunConfig()
 
-    @property
-    def is_sql(self) -> bool:
-        """Whether the run trains on the default task."""
-        return self.data.dataset == SQL
-
-
-def settled(config: Config) -> Config:
-    """The options with those filled in whose defaults depend on the task and on what trains."""
-    few_steps = config.is_sql
-    adapter, optim = config.adapter, config.optim
-    if adapter.alpha is None and adapter.peft_config is None:
-        alpha = (10.0 if few_steps else 2.0) * adapter.rank
-        adapter = dataclasses.replace(adapter, alpha=alpha)
-    if optim.lr is None and optim.lr_rule is None:
-        rate = 1e-3 if few_steps else 2e-4
-        optim = dataclasses.replace(optim, lr=rate / 10 if adapter.full else rate)
-    if optim.beta2 is None:
-        optim = dataclasses.replace(optim, beta2=0.99 if few_steps else 0.999)
-    return dataclasses.replace(config, adapter=adapter, optim=optim)
-
 
 def check(config: Config) -> None:
-    """Everything that can be checked of settled options without data or model; or UserError."""
+    """Raises UserError where options with their defaults make no sense, whatever the task is."""
     check_shared(config)
     at_least(1, config.data, "seq_len", "rows")
     at_least(0, config.run, "eval_questions")
     at_least(0, config.optim, "loss_chunk")
     if config.data.seq_len < 2:
         raise UserError("--seq-len 1 leaves no token to predict")
-    if config.data.shuffle_schemas and not config.is_sql:
-        raise UserError("--shuffle-schemas is a control for --dataset sql alone")

@@ -5,15 +5,21 @@ people; a Python package carries it. Words of one stem are all on one side of th
 most of the held-out words would only be other forms of words that were seen.
 """
 
+import dataclasses
+import functools
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 import snowballstemmer
 from sklearn.model_selection import GroupShuffleSplit
 
 from lora_jax.hf.packaged import FetchError, Package
 from lora_jax.training.data.chats import Row
+from train.run.classify_options import Config
 from train.run.errors import UserError
+from train.tasks import labelled
+from train.tasks.task import Rows
 
 LEXICON = Package(
     requirement="vaderSentiment==3.3.2",
@@ -69,3 +75,29 @@ def look_up_prefixes(train: list[Row], words: list[str]) -> tuple[list[str], flo
     found = [counts.get(word[:PREFIX]) for word in words]
     labels = [count.most_common(1)[0][0] if count else usual for count in found]
     return labels, sum(count is not None for count in found) / len(words)
+
+
+def check(config: Config) -> None:
+    """Raises UserError for another test than the words'."""
+    if config.data.test is not None:
+        raise UserError("--test: the words of --dataset vader have a split of their own, by stem")
+
+
+def read(config: Config) -> Rows:
+    """Returns the words, as many to train on as are asked for."""
+    train, test = read_words()
+    return Rows(train[: config.data.rows], test)
+
+
+def prefixes(rows: Sequence[Row], texts: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Labels words as `look_up_prefixes` does."""
+    labels, found = look_up_prefixes(list(rows), list(texts))
+    return f"look-up of {PREFIX}-letter prefixes ({100 * found:.0f}% found)", labels
+
+
+TASK = dataclasses.replace(
+    labelled.TASK,
+    check=check,
+    rows=read,
+    evaluation=functools.partial(labelled.Telling, baselines=(prefixes,)),
+)

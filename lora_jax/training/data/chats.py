@@ -49,13 +49,13 @@ def conversation(row: Row, name: str) -> list[dict[str, str]]:
 def _checked_turns(messages: Any, name: str) -> list[dict[str, str]]:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise TrainingError(f"{name}: `messages` is {_shown(messages)}; {_NEEDED}")
-    for place, turn in enumerate(messages):
+    for index, turn in enumerate(messages):
         if not isinstance(turn, Mapping):
-            raise TrainingError(f"{name}: turn {place} is {_shown(turn)}; {_NEEDED}")
+            raise TrainingError(f"{name}: turn {index} is {_shown(turn)}; {_NEEDED}")
         for field in ("role", "content"):
             if not isinstance(turn.get(field), str):
                 raise TrainingError(
-                    f"{name}: `{field}` of turn {place} is {_shown(turn.get(field))}; {_NEEDED}"
+                    f"{name}: `{field}` of turn {index} is {_shown(turn.get(field))}; {_NEEDED}"
                 )
     roles = [turn["role"] for turn in messages]
     if "assistant" not in roles:
@@ -124,8 +124,8 @@ def _chat_tokens(turns: Sequence[Message], tokenizer: Any, name: str) -> list[To
 
     try:
         whole = render(turns, False)
-        places = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-        spans = [_span(turns[: place + 1], render) for place in places]
+        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        spans = [_span(turns[: answer + 1], render) for answer in answers]
     except TrainingError as error:
         raise TrainingError(f"{name}: {error}") from None
     except Exception as error:  # a template refuses a conversation in its own words
@@ -156,10 +156,10 @@ def _marked(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any) -> Toke
     """The tokens of `text`; those that begin within a span count. Ends with the last span."""
     text = text[: spans[-1][1]]
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    starts = np.array([start for start, _ in encoded["offset_mapping"]], np.int64)
-    counts = np.zeros(len(starts), bool)
+    offsets = np.array([first for first, _ in encoded["offset_mapping"]], np.int64)
+    counts = np.zeros(len(offsets), bool)
     for begin, end in spans:
-        counts |= (starts >= begin) & (starts < end)
+        counts |= (offsets >= begin) & (offsets < end)
     return Tokens(np.array(encoded["input_ids"], np.int32), counts)
 
 

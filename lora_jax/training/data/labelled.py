@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lora_jax.training.batches import Examples
+from lora_jax.training.batches import Batch, Examples
 from lora_jax.training.losses import Sums, number_of_units
 
 
@@ -29,6 +29,10 @@ class Labelled(Examples):
     attention_mask: np.ndarray
     token_type_ids: np.ndarray
     labels: np.ndarray
+
+    def tokens(self, batch: Batch) -> int:
+        """Returns the number of tokens in a batch, without padding."""
+        return int(batch["attention_mask"].sum())
 
 
 def logits_of(

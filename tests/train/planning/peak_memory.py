@@ -39,13 +39,13 @@ def filled(shape: jax.ShapeDtypeStruct) -> jax.Array:
 
 options = plan.parse(args)
 plan.check(options)
-job, optim = plan.settled(options.plan)
-(way,) = plan.ways(options)
+job, optim = plan.make_job(options.plan)
+(variant,) = plan.variants(options)
 if mode == "compile":
-    print(json.dumps(planned.plan(job, way, optim).per_chip_bytes))
+    print(json.dumps(planned.plan(job, variant, optim).per_chip_bytes))
 else:
     before = resident_peak()
-    step = planned.prepare(job, way, optim)
+    step = planned.prepare(job, variant, optim)
     compiled = step.lowered.compile()  # from the cache
     state, base, batch = jax.tree.map(filled, (step.state, step.base, step.batch))
     for _ in range(2):

@@ -53,12 +53,12 @@ def asked(model, *options):
 
 
 def planned_for(model, *options):
-    """(the job, the first way, its plan)"""
+    """(the job, the first variant, its plan)"""
     options = asked(model, *options)
     plan.check(options)
-    job, optim = plan.settled(options.plan)
-    way = plan.ways(options)[0]
-    return job, way, planned.plan(job, way, optim)
+    job, optim = plan.make_job(options.plan)
+    variant = plan.variants(options)[0]
+    return job, variant, planned.plan(job, variant, optim)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -192,11 +192,11 @@ def test_what_the_trace_does_not_know_is_said():
 
 
 def test_parts_add_up_and_sizes_are_those_of_the_files(model, tmp_path):
-    job, way, made = planned_for(model)
+    job, variant, made = planned_for(model)
     sizes = dict(made.per_chip_bytes)
     capacity, total = sizes.pop("capacity"), sizes.pop("total")
     assert sum(sizes.values()) == total <= capacity and made.fits and made.refused is None
-    params = planned.abstract_params(job, way)
+    params = planned.abstract_params(job, variant)
     key = jax.random.key(0)  # what is all alike would be compressed
     filled = jax.tree.map(lambda x: jax.random.normal(key, x.shape, x.dtype), params)
     lj.save_adapter(tmp_path / "adapter", filled)
@@ -210,8 +210,8 @@ def test_parts_add_up_and_sizes_are_those_of_the_files(model, tmp_path):
 
 def test_it_is_the_very_step_that_runs(model):
     """What is compiled for shapes is what is compiled for arrays."""
-    job, way, _ = planned_for(model)
-    step = planned.prepare(job, way, plan.settled(asked(model).plan)[1])
+    job, variant, _ = planned_for(model)
+    step = planned.prepare(job, variant, plan.make_job(asked(model).plan)[1])
 
     def filled(x):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -225,7 +225,7 @@ def test_it_is_the_very_step_that_runs(model):
 
 
 def test_json_and_a_table(model, capsys, monkeypatch):
-    both = [planned.Way(plan.AdapterConfig(full=full), "full") for full in (False, True)]
+    both = [planned.Variant(plan.AdapterConfig(full=full), "full") for full in (False, True)]
     monkeypatch.setattr(plan, "ways", lambda options: both[1:] if options.plan.alone else both)
     args = ["--model", model, "--topology", "cpu:2", "--batch-size", "2", "--seq-len", "8"]
     args += ["--tokens", "1600", "--peak-tflops", "1e-6", "--price", "3"]
@@ -256,7 +256,7 @@ def test_flops_that_are_not_of_the_hlo_are_marked(model, sound, capsys):
     told |= dict(flops_source=work.source, collective_bytes=work.sent, notes=work.notes)
     made = dataclasses.replace(sound(), **told)
     options = [asked(model, "--peak-tflops", 1, *more).plan for more in ([], ["--json"])]
-    job, _ = plan.settled(options[0])
+    job, _ = plan.make_job(options[0])
     plan.show(options[0], job, [made, sound()])
     table = capsys.readouterr().out
     assert re.search("│ LoRA r=3, remat │ +≈ 3.00 │ +0.00 │ +– │ +7.50 s │", table)
@@ -348,10 +348,10 @@ def test_other_words_of_the_compiler():
 def test_ctrl_c_leaves_what_was_compiled(model, monkeypatch, capsys):
     real = planned.plan
 
-    def plan_one(job, way, optim):
-        if way.remat != "full":
+    def plan_one(job, variant, optim):
+        if variant.remat != "full":
             raise KeyboardInterrupt
-        return real(job, way, optim)
+        return real(job, variant, optim)
 
     monkeypatch.setattr(plan, "plan", plan_one)
     with pytest.raises(SystemExit) as exit_:
@@ -362,13 +362,13 @@ def test_ctrl_c_leaves_what_was_compiled(model, monkeypatch, capsys):
 
 
 def test_ways_stand_beside_what_is_asked_for(model):
-    assert [way.name for way in plan.ways(asked(model))] == [
+    assert [variant.name for variant in plan.variants(asked(model))] == [
         *("LoRA r=3, remat", "LoRA r=3, remat but dense", "LoRA r=3, no remat"),
         "full fine-tuning, remat",
     ]
-    names = [way.name for way in plan.ways(asked(model, "--full", "--remat", "none"))]
+    names = [variant.name for variant in plan.variants(asked(model, "--full", "--remat", "none"))]
     assert names[0] == "full fine-tuning, no remat" and "LoRA r=3, remat" in names
-    assert len(plan.ways(asked(model, "--alone"))) == 1
+    assert len(plan.variants(asked(model, "--alone"))) == 1
 
 
 def test_every_option_of_the_plan_is_told(capsys):

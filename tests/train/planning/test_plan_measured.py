@@ -35,8 +35,8 @@ def test_lora_needs_two_thirds_of_the_flops(tmp_path):
     made = []
     for more in (["--rank", 8], ["--full"]):
         options = plan.parse([str(word) for word in (*words, *more)])
-        job, optim = plan.settled(options.plan)
-        made.append(planned.plan(job, plan.ways(options)[0], optim))
+        job, optim = plan.make_job(options.plan)
+        made.append(planned.plan(job, plan.variants(options)[0], optim))
         hand = made[-1].flops_closed_form
         np.testing.assert_allclose(made[-1].flops_per_step, hand, rtol=0.01)
     lora, full = (one.flops_per_step for one in made)

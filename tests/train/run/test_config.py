@@ -17,8 +17,8 @@ from train.run.errors import UserError
 from train.run.options import as_json, check_same_run
 from train.run.output import begin, check_output, read_json
 from train.run.pretrained import Outline
-from train.run.sft_options import check
-from train.sft import parse
+from train.sft import check, parse, task_of
+from train.tasks.sql.task import TASK as SQL
 
 
 def outline(**config):
@@ -98,7 +98,7 @@ def test_the_default_is_the_sql_task_with_every_linear_layer():
     config = parse([])
     check(config)
     (rule,) = rules(config.adapter)
-    assert config.is_sql and (rule.targets, rule.rank) == ("all-linear", 16)
+    assert task_of(config) is SQL and (rule.targets, rule.rank) == ("all-linear", 16)
 
 
 def test_what_else_trains_comes_first():

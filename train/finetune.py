@@ -1,0 +1,124 @@
+"""One run of fine-tuning, from a task and options to a report: `train.sft` and `train.classify`.
+
+It reads from top to bottom: check, load, adapt, train, save, measure.
+"""
+
+import time
+from typing import Any
+
+import jax
+
+import lora_jax as lj
+from lora_jax.training.batches import Order
+from lora_jax.training.layout import Layout
+from lora_jax.training.processes import write_json
+from lora_jax.training.stop import Stop
+from train.run import hosts
+from train.run.adapter import rules
+from train.run.fit import (
+    Run,
+    adapted,
+    check_rules,
+    fit,
+    learning_rate,
+    make_ready,
+    number_of_steps,
+    print_adapter,
+)
+from train.run.log import duration
+from train.run.mesh import make_mesh
+from train.run.output import REPORT, check_output
+from train.run.pretrained import read_model
+from train.run.report import print_costs, tree_bytes
+from train.tasks.task import Job, Task
+
+
+def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
+    """Fine-tunes a model.
+
+    Args:
+      script: the command, for the hint how to go on: "train.sft".
+      config: its options, checked, with the task's defaults.
+      task: says what to train on, and how to measure it.
+      stop: tells of a signal.
+
+    Raises:
+      TrainingError: something that was asked for cannot be done.
+      Interrupted: after a signal, once what there is has been saved.
+    """
+    began = time.monotonic()
+    hosts.join_hosts(config.run)
+    console = hosts.console()
+
+    # What can be wrong is found first: options and output folder, then rows, then examples and
+    # targets against the model's configuration. Only then are weights read.
+    with hosts.together():
+        mesh = make_mesh(config.run.mesh, config.optim.batch_size)
+        config = task.completed(config)
+        optim = config.optim
+        rules(config.adapter)
+        folder = check_output(config)
+        rows = task.rows(config)
+        outline = task.outline(config, rows)
+        hosts.check_alike(config, rows=rows.train, held_out=rows.held_out, model=outline.config)
+        data = task.examples(config, rows, outline)
+        order = Order(optim.seed, len(data.train), optim.batch_size, optim.grad_accum)
+        steps = number_of_steps(optim, order, task.defaults.steps)
+        rate = learning_rate(config, outline, steps)
+        check_rules(config, outline)
+        layout = Layout.of(mesh, outline.config)
+    for line in data.lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    run = Run(
+        script=script,
+        config=config,
+        folder=folder,
+        console=console,
+        stop=stop,
+        examples=data.train,
+        name=data.name,
+        order=order,
+        steps=steps,
+        rate=rate,
+        layout=layout,
+    )
+
+    # The model and its adapter. Full fine-tuning keeps its weights in fp32, whatever computes.
+    with hosts.together():
+        model, plain = read_model(
+            outline.name,
+            dtype=optim.dtype,
+            param_dtype="float32" if config.adapter.full else optim.dtype,
+            remat=optim.remat_policy,
+            sharding=layout.of_parameter,
+            **outline.head,
+        )
+    base_bytes = tree_bytes(plain)
+    key = jax.random.key(optim.seed)
+    params = adapted(config, outline, plain, folder, jax.random.fold_in(key, 0))
+    ready = make_ready(run, params, jax.random.fold_in(key, 1), data.facts)
+    del params
+
+    # The base, for comparison.
+    evaluation = task.evaluation(
+        Job(config=config, folder=folder, console=console, rows=rows, data=data, outline=outline)
+    )
+    if evaluation:
+        evaluation.before(model, plain)
+    del plain
+
+    # Training, and what is left of it: the adapter on its own, the curve, and what it cost.
+    forward, loss = ready.setup.forward(model), task.loss(config, layout.batch_parts)
+    trained, report = fit(run, ready, forward, loss, data.held_out)
+    report["base_bytes"] = base_bytes
+    write_json(folder / REPORT, report)
+    print_adapter(run, report)
+
+    # The trained model.
+    if evaluation:
+        merged = lj.merge(trained)
+        del trained, ready
+        evaluation.after(model, merged)
+    print_costs(console, report)
+    console.print(report["summary"], highlight=False, soft_wrap=True)
+    console.print(f"all of it took {duration(time.monotonic() - began)}; see {folder}")

@@ -1,0 +1,96 @@
+"""The task of fine-tuning on chats, or on pairs of prompt and completion, that a user has."""
+
+import functools
+from typing import Any
+
+from lora_jax.training.batches import Packs, pack
+from lora_jax.training.data.chats import Row, check_lengths, conversation
+from lora_jax.training.losses import Loss, summed_loss
+from train.data.chats import tokenize
+from train.data.files import read_rows
+from train.run.errors import UserError
+from train.run.options import Defaults
+from train.run.pretrained import Outline, read_outline
+from train.run.sft_options import Config
+from train.tasks.task import Data, Rows, Task
+
+
+def check(config: Config) -> None:
+    """Raises UserError for options that are another task's."""
+    if config.data.shuffle_schemas:
+        raise UserError("--shuffle-schemas is a control for --dataset sql alone")
+
+
+def read(config: Config) -> Rows:
+    """Returns the rows of the dataset, those to measure the loss on held out if need be."""
+    data = config.data
+    rows = read_rows(data.dataset, split=data.split, subset=data.subset)[: data.rows]
+    for number, row in enumerate(rows, start=1):
+        conversation(row, f"{data.dataset}, row {number}")
+    return hold_out(config, rows)
+
+
+def hold_out(config: Config, rows: list[Row]) -> Rows:
+    """Returns the last rows, at most a tenth, apart, where the loss on them is to be measured."""
+    if not config.run.eval_every:
+        return Rows(rows, [])
+    n = min(config.run.eval_questions, len(rows) // 10)
+    if n == 0:
+        raise UserError(
+            f"--eval-every {config.run.eval_every} needs rows to hold out: --eval-questions is "
+            f"{config.run.eval_questions} and a tenth of the {len(rows)} rows may be taken"
+        )
+    return Rows(rows[:-n], rows[-n:])
+
+
+def outline(config: Config, rows: Rows) -> Outline:
+    """Returns the model, which has to allow sequences of the length that is asked for."""
+    outline = read_outline(config.data.model)
+    outline.check_length(config.data.seq_len, f"--seq-len {config.data.seq_len}")
+    return outline
+
+
+def examples(config: Config, rows: Rows, outline: Outline) -> Data:
+    """Returns the rows as sequences of one length."""
+    packs = packed(config, rows.train, outline.tokenizer, config.data.dataset)
+    held_out = None
+    if rows.held_out:
+        held_out = packed(config, rows.held_out, outline.tokenizer, "the held-out rows")
+    return Data(
+        train=packs,
+        held_out=held_out,
+        name=lambda row: ", ".join(f"row {number}" for number in packs.sources[row]),
+        facts={"sequence_length": packs.ids.shape[1]},
+    )
+
+
+def packed(config: Config, rows: list[Row], tokenizer: Any, source: str) -> Packs:
+    """Returns rows as sequences of one length.
+
+    Args:
+      config: the options.
+      rows: chats, or pairs of prompt and completion.
+      tokenizer: the model's.
+      source: the name of the rows in messages.
+    """
+    data = config.data
+    sequences = tokenize(rows, tokenizer, source)
+    kept = check_lengths(sequences, data.seq_len, truncate=data.truncate)
+    if left_out := len(sequences) - len(kept):
+        print(f"{source}: left out {left_out} rows, cut off before their completion began")
+    return pack(kept, data.seq_len, packing=data.packing)
+
+
+def loss(config: Config, batch_parts: int) -> Loss:
+    """Returns the cross entropy of the tokens that an assistant says."""
+    return Loss(functools.partial(summed_loss, chunk=config.optim.loss_chunk * batch_parts))
+
+
+TASK = Task(
+    defaults=Defaults(alpha=2.0, lr=2e-4, full_lr=2e-5),
+    check=check,
+    rows=read,
+    outline=outline,
+    examples=examples,
+    loss=loss,
+)

@@ -1,0 +1,150 @@
+"""The task of telling a user's texts apart: a head on an encoder trains in full."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_jax.training.data.chats import Row
+from lora_jax.training.data.labelled import Labelled, classification_loss, predict
+from lora_jax.training.losses import Loss
+from lora_jax.training.processes import is_first, write_json
+from train.data.labelled import encode, label_names, read_labelled
+from train.run.adapter import peft_fields
+from train.run.classify_options import HEAD, Config
+from train.run.log import doing
+from train.run.options import Defaults
+from train.run.output import CONFUSION, SCORES
+from train.run.pretrained import Outline, read_classifier_outline
+from train.tasks.classes import (
+    draw_confusion,
+    print_classes,
+    print_mistakes,
+    print_scores,
+    scores_of,
+)
+from train.tasks.task import Data, Job, Rows, Task
+
+# (what needs no model, a label for each text): from the rows to train on, and the texts.
+Baseline = Callable[[Sequence[Row], Sequence[str]], tuple[str, Sequence[str]]]
+
+
+def check(config: Config) -> None:
+    """Accepts all options."""
+
+
+def completed(config: Config) -> Config:
+    """Returns the options with the head among what trains in full."""
+    adapter = config.adapter
+    if adapter.full or adapter.init_adapter or HEAD in adapter.train:
+        return config
+    if adapter.peft_config and HEAD in (peft_fields(adapter.peft_config)["modules_to_save"] or ()):
+        return config
+    adapter = dataclasses.replace(adapter, train=(HEAD, *adapter.train))
+    return dataclasses.replace(config, adapter=adapter)
+
+
+def read(config: Config) -> Rows:
+    """Returns the rows of the dataset, those to test on apart."""
+    return Rows(*read_labelled(config.data))
+
+
+def outline(config: Config, rows: Rows) -> Outline:
+    """Returns the encoder with a head for the classes of the rows."""
+    data = config.data
+    outline = read_classifier_outline(data.model, len(label_names(data, rows.train)))
+    outline.check_length(data.seq_len, f"--seq-len {data.seq_len}")
+    return outline
+
+
+def examples(config: Config, rows: Rows, outline: Outline) -> Data:
+    """Returns the texts as arrays, with the indices of their classes."""
+    data, names = config.data, label_names(config.data, rows.train)
+    train = encode(data, rows.train, names, outline.tokenizer, data.dataset)
+    test = encode(data, rows.held_out, names, outline.tokenizer, data.test or "the held-out rows")
+    return Data(
+        train=train,
+        held_out=test,
+        name=lambda row: repr(rows.train[row][data.text]),
+        facts={"labels": names, "sequence_length": train.ids.shape[1]},
+        lines=tuple(
+            f"{len(part)} texts {what}: {_shares(part, data.label)}"
+            for what, part in (("to train on", rows.train), ("to test on", rows.held_out))
+        ),
+    )
+
+
+def _shares(rows: Sequence[Row], label: str) -> str:
+    """Returns how many texts there are of each label, in words."""
+    counts = Counter(str(row[label]) for row in rows)
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+
+
+def loss(config: Config, batch_parts: int) -> Loss:
+    """Returns the cross entropy of the classes, a text at a time."""
+    return Loss(classification_loss, unit="text")
+
+
+def commonest(rows: Sequence[Row], texts: Sequence[str], label: str) -> tuple[str, list[str]]:
+    """Labels each text with the label that most rows have."""
+    usual = Counter(str(row[label]) for row in rows).most_common(1)[0][0]
+    return "always the commonest label", [usual] * len(texts)
+
+
+@dataclasses.dataclass
+class Telling:
+    """Tells the held-out texts apart after training, by the model and by what needs none.
+
+    Attributes:
+      baselines: further ones, beside the commonest label.
+    """
+
+    job: Job
+    baselines: Sequence[Baseline] = ()
+
+    def before(self, model: Any, params: Any) -> None:
+        """Does nothing: a head that is not trained tells nothing."""
+
+    def after(self, model: Any, params: Any) -> None:
+        """Classifies the texts, and shows scores and mistakes."""
+        job, data = self.job, self.job.config.data
+        test: Any = job.data.held_out
+        names = job.data.facts["labels"]
+        with doing(job.console, f"classifying {len(test)} texts"):
+            probabilities = predict(model, params, test, 4 * job.config.optim.batch_size)
+        texts = [row[data.text] for row in job.rows.held_out]
+        ways = self._without_model(test, texts, names)
+        scores = scores_of(test.labels, probabilities.argmax(-1), names)
+        ways["fine-tuned"] = scores
+        write_json(job.folder / SCORES, ways)
+        if is_first():
+            draw_confusion(job.folder / CONFUSION, scores["confusion"], names)
+        print_mistakes(job.console, texts, test.labels, probabilities, names)
+        print_classes(job.console, scores)
+        print_scores(job.console, ways, len(test))
+
+    def _without_model(
+        self, test: Labelled, texts: Sequence[str], names: Sequence[str]
+    ) -> dict[str, Any]:
+        """Returns the scores of the baselines, by name."""
+        rows, label = self.job.rows.train, self.job.config.data.label
+        index = {name: i for i, name in enumerate(names)}
+        made = [commonest(rows, texts, label), *(make(rows, texts) for make in self.baselines)]
+        return {
+            way: scores_of(test.labels, np.array([index[name] for name in labels]), names)
+            for way, labels in made
+        }
+
+
+TASK = Task(
+    defaults=Defaults(alpha=2.0, lr=1e-3, full_lr=3e-5, epochs=3.0),
+    check=check,
+    completed=completed,
+    rows=read,
+    outline=outline,
+    examples=examples,
+    loss=loss,
+    evaluation=Telling,
+)

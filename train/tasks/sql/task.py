@@ -1,0 +1,113 @@
+"""The default task of `train.sft`: questions to SQL, on databases that were not trained on."""
+
+import dataclasses
+import functools
+from typing import Any
+
+from lora_jax.training.data.chats import Row
+from lora_jax.training.processes import write_json
+from train.run.log import doing
+from train.run.options import Defaults
+from train.run.output import SCORES, read_json
+from train.run.pretrained import Outline
+from train.run.sft_options import Config
+from train.tasks import chats
+from train.tasks.sql.evaluate import (
+    ADAPTED,
+    FEW_SHOT,
+    ZERO_SHOT,
+    Questions,
+    Scores,
+    answer,
+    draw_questions,
+    longest_prompt,
+    print_examples,
+    print_scores,
+)
+from train.tasks.sql.examples import training_examples
+from train.tasks.task import Data, Job, Rows
+
+STEPS = 35
+
+
+def check(config: Config) -> None:
+    """Accepts all options."""
+
+
+def read(config: Config) -> Rows:
+    """Returns the training examples, and the questions of the evaluation as held-out rows."""
+    data, optim = config.data, config.optim
+    rows = _as_rows(
+        training_examples(
+            data.rows or STEPS * optim.batch_size * optim.grad_accum,
+            seed=optim.seed,
+            shuffle_schemas=data.shuffle_schemas,
+        )
+    )
+    if questions := _questions(config):
+        return Rows(rows, _as_rows(next(iter(questions.values()))))
+    return chats.hold_out(config, rows)
+
+
+def examples(config: Config, rows: Rows, outline: Outline) -> Data:
+    """Returns the rows as sequences; answers, few-shot prompts included, have to fit as well."""
+    if questions := _questions(config):
+        outline.check_length(longest_prompt(outline, questions), "--eval-questions")
+    return chats.examples(config, rows, outline)
+
+
+@dataclasses.dataclass
+class Answering:
+    """Asks a model questions before and after training."""
+
+    job: Job
+    scores: Scores
+
+    def before(self, model: Any, params: Any) -> None:
+        """Asks the base, without and with solved examples, unless an interrupted run has."""
+        path, scores = self.job.folder / SCORES, self.scores
+        if scores.recall(read_json(path)):
+            return
+        for way, few_shot in ((ZERO_SHOT, False), (FEW_SHOT, True)):
+            self._ask(way, model, params, few_shot)
+        write_json(path, scores.as_json())
+
+    def after(self, model: Any, params: Any) -> None:
+        """Asks the trained model, and shows what changed."""
+        self._ask(ADAPTED, model, params, few_shot=False)
+        write_json(self.job.folder / SCORES, self.scores.as_json())
+        print_examples(self.job.console, self.scores.examples())
+        print_scores(self.job.console, self.scores.accuracies())
+
+    def _ask(self, way: str, model: Any, params: Any, few_shot: bool) -> None:
+        questions, outline = self.scores.questions, self.job.outline
+        with doing(self.job.console, f"{way}: answering {2 * self.scores.n} questions"):
+            answers = answer(model, params, outline, questions, few_shot=few_shot)
+            self.scores.add(way, answers)
+
+
+def evaluation(job: Job) -> Answering | None:
+    """Returns the evaluation by questions, if any are to be asked."""
+    questions = _questions(job.config)
+    return Answering(job, Scores(questions)) if questions else None
+
+
+def _questions(config: Config) -> Questions | None:
+    return _drawn(config.run.eval_questions) if config.run.eval_questions else None
+
+
+_drawn = functools.cache(draw_questions)
+
+
+def _as_rows(made: Any) -> list[Row]:
+    return [{"messages": example.messages} for example in made]
+
+
+TASK = dataclasses.replace(
+    chats.TASK,
+    defaults=Defaults(alpha=10.0, lr=1e-3, full_lr=1e-4, beta2=0.99, steps=STEPS),
+    check=check,
+    rows=read,
+    examples=examples,
+    evaluation=evaluation,
+)

@@ -1,0 +1,102 @@
+"""The contract of a task: its rows, examples, loss, evaluation and unit, as one object.
+
+A task is a `Task` called TASK in a file of its own, and a line in `train/tasks/registry.py`. A
+task that differs from another in some of its functions is made by ``dataclasses.replace``.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from rich.console import Console
+
+from lora_jax.training.batches import Examples
+from lora_jax.training.data.chats import Row
+from lora_jax.training.losses import Loss
+from train.run.options import Defaults
+from train.run.pretrained import Outline
+
+
+class Rows(NamedTuple):
+    """Holds rows as people have them."""
+
+    train: list[Row]
+    held_out: list[Row]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Holds rows as examples.
+
+    Attributes:
+      train: the examples to train on.
+      held_out: the examples to measure the loss on; None for none.
+      name: names one of `train` in messages.
+      facts: what config.json says of them.
+      lines: what there is to say of them before training.
+    """
+
+    train: Examples
+    held_out: Examples | None
+    name: Callable[[int], str]
+    facts: dict[str, Any]
+    lines: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """Holds a run's options, folder, console, rows and model, for an evaluation."""
+
+    config: Any
+    folder: Path
+    console: Console
+    rows: Rows
+    data: Data
+    outline: Outline
+
+
+class Evaluation(Protocol):
+    """Measures a model before and after training; both take parameters without an adapter."""
+
+    def before(self, model: Any, params: Any) -> None:
+        """Measures the base."""
+
+    def after(self, model: Any, params: Any) -> None:
+        """Measures the trained model, writes the scores and shows them."""
+
+
+def _unchanged(config: Any) -> Any:
+    return config
+
+
+def _no_evaluation(job: Job) -> Evaluation | None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """Says what a run trains on, and how well it did.
+
+    The functions are called in this order; all but `loss` and `evaluation` may raise a UserError.
+
+    Attributes:
+      defaults: for options that were not given.
+      check: raises UserError for options that make no sense for this task.
+      completed: fills in options that depend on files, such as a PEFT configuration.
+      rows: reads the rows.
+      outline: reads the model, without its weights.
+      examples: makes examples of the rows for that model.
+      loss: the function to minimise, with its unit; from the options and the number of parts that
+        a mesh shares a batch out into.
+      evaluation: the evaluation of a run; None for none.
+    """
+
+    defaults: Defaults
+    check: Callable[[Any], None]
+    completed: Callable[[Any], Any] = _unchanged
+    rows: Callable[[Any], Rows]
+    outline: Callable[[Any, Rows], Outline]
+    examples: Callable[[Any, Rows, Outline], Data]
+    loss: Callable[[Any, int], Loss]
+    evaluation: Callable[[Job], Evaluation | None] = _no_evaluation
