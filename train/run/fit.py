@@ -103,7 +103,7 @@ def check_rules(config: Options, outline: Outline) -> None:
     """Raises UserError where the rules do not fit the model; reads no weights."""
     if config.adapter.init_adapter is None:
         with as_user_errors(ValueError):
-            lj.lorafy(outline.params, rules(config.adapter, outline))
+            lj.lorafy(outline.params, rules(config.adapter, outline), kinds=outline.kinds)
 
 
 def adapted(config: Options, outline: Outline, plain: Any, folder: Path, key: jax.Array) -> Any:
@@ -113,7 +113,8 @@ def adapted(config: Options, outline: Outline, plain: Any, folder: Path, key: ja
         start = str(folder / START)
     with as_user_errors(ValueError):
         if start is None:
-            return lj.lorafy(plain, rules(config.adapter, outline), key=key)
+            chosen = rules(config.adapter, outline)
+            return lj.lorafy(plain, chosen, key=key, kinds=outline.kinds)
         mismatch = config.adapter.allow_base_mismatch
         return lj.load_adapter(start, plain, allow_base_mismatch=mismatch)
 

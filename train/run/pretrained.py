@@ -21,6 +21,7 @@ from lora_jax.models import (
     WeightsError,
     fetch,
     key_table,
+    kinds,
 )
 from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
 from train.run.errors import UserError, as_user_errors
@@ -37,9 +38,18 @@ class Outline:
     head: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `from_pretrained`
 
     @property
+    def kinds(self) -> dict[str, Any]:
+        """The kind of each parameter, by path; see `lora_jax.models.kinds`."""
+        return dict(kinds(self.config))
+
+    def paths(self, kind: str) -> list[str]:
+        """Returns the paths of the parameters of a kind."""
+        return [path for path, found in self.kinds.items() if found == kind]
+
+    @property
     def active_experts(self) -> int | None:
         """How many experts are active for a token; None where the model is no mixture of them."""
-        return getattr(self.config, "num_experts_per_tok", None)
+        return getattr(self.config, "num_experts_per_tok", None) or None
 
     def check_length(self, length: int, what: str) -> None:
         """Raises UserError where `length` tokens are more than the model allows."""
