@@ -129,7 +129,7 @@ def test_what_else_trains_comes_first():
     ids=["gpt2", "bert"],
 )
 def test_tokens_train_in_their_own_table_not_in_those_of_positions(model, table):
-    config, model = parse("--targets none --train-tokens 3 5".split()), tiny_encoders.config(model)
+    config = parse("--targets none --train-tokens 3 5".split())
     (rule,) = rules(config.adapter, Outline("a model", None, model, {}))
     found = [path for path in models.kinds(model) if re.fullmatch(rule.targets, path)]
     assert found == [table]
