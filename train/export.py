@@ -126,7 +126,7 @@ def write_merged(
 
 
 def write_adapter(options: Options, console: Console, model: Any, params: Any, name: str) -> None:
-    """What PEFT would write, if it can be served or need not be."""
+    """Writes what PEFT would write, if it can be served or need not be."""
     no_peft = "as a PEFT adapter (--merged writes a whole model instead): "
     with as_user_errors(ValueError, prefix=no_peft):
         fields, tensors = contents(model, params)
@@ -229,7 +229,7 @@ def base_of(adapter: Path, from_peft: bool) -> str:
 
 
 def run_facts(adapter: Path) -> dict[str, Any]:
-    """What the run whose adapter this is has written down; {} where none is beside it."""
+    """Returns the configuration of the run whose adapter this is; {} where none is beside it."""
     return read_json(adapter.absolute().parent / CONFIG)
 
 
@@ -257,7 +257,7 @@ def dtype_of_files(name: str) -> str:
 
 
 def tokenizer_of(name: str) -> str | None:
-    """Where to take the tokenizer's files from; None where the base's folder has none."""
+    """Returns the source of the tokenizer's files; None where the base's folder has none."""
     path = resolve(name).path
     if path.is_dir() and not tokenizer_files(path):
         print(f"{path} holds no tokenizer: the model is written without", file=sys.stderr)

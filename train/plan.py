@@ -18,12 +18,12 @@ import tyro
 from rich.console import Console
 
 from lora_jax.training.layout import Layout
+from lora_jax.training.log import duration
 from train.planning.compile import Job, Plan, Variant, plan
 from train.planning.machines import Machine, find_machine
 from train.planning.table import print_plans
 from train.run.adapter import rules
 from train.run.errors import UserError, reported
-from train.run.log import duration
 from train.run.mesh import make_mesh
 from train.run.options import AdapterConfig, OptimConfig, Remat, at_least
 from train.run.pretrained import read_shapes
@@ -142,7 +142,7 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
 
 
 def check(options: Options) -> None:
-    """What is wrong whatever the model and the machine are; or UserError."""
+    """Raises UserError for what is wrong whatever the model and the machine are."""
     asked, adapter = options.plan, options.adapter
     at_least(1, asked, "batch_size", "grad_accum", "seq_len")
     at_least(0, asked, "loss_chunk")
@@ -162,7 +162,7 @@ def check(options: Options) -> None:
 
 
 def variants(options: Options) -> list[Variant]:
-    """What is asked for and, unless it is to stand alone, what it may be weighed against."""
+    """Returns what is asked for and, unless it is to stand alone, what to weigh it against."""
     lora = dataclasses.replace(options.adapter, full=False)
     full = AdapterConfig(full=True)
     asked = Variant(full if options.adapter.full else lora, options.plan.remat)
@@ -176,7 +176,7 @@ def variants(options: Options) -> list[Variant]:
 
 
 def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
-    """What the figures are for."""
+    """Returns what the figures are for."""
     machine, mesh = job.machine, job.layout.mesh.shape
     return {
         "model": asked.model,

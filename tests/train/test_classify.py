@@ -13,7 +13,12 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.models import hf_tensors, key_table, read_config
 from lora_jax.models.families import family_of
-from lora_jax.training.data.labelled import Labelled, classification_loss, predict
+from lora_jax.training.data.labelled import (
+    Labelled,
+    classification_loss,
+    label_names,
+    predict,
+)
 from lora_jax.training.losses import Loss
 from lora_jax.training.step import make_evaluation
 from tests.models.tiny import draw
@@ -21,7 +26,7 @@ from tests.train.test_sft import assert_same
 from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train import export
 from train.classify import check, main, parse
-from train.data.labelled import encode, label_names, read_labelled
+from train.data.labelled import encode, read_labelled
 from train.run.errors import UserError
 from train.run.log import read_metrics
 from train.tasks.classes import scores_of
@@ -239,9 +244,9 @@ def test_scores_of_a_small_case_by_hand():
 
 
 def test_numbers_are_ordered_as_numbers():
-    data = parse(["--label", "n"]).data
-    assert label_names(data, [{"n": 10}, {"n": 2}, {"n": "-1"}]) == ("-1", "2", "10")
-    assert label_names(data, [{"n": "b"}, {"n": "10"}, {"n": "a"}]) == ("10", "a", "b")
+    label = parse(["--label", "n"]).data.label
+    assert label_names([{"n": 10}, {"n": 2}, {"n": "-1"}], label) == ("-1", "2", "10")
+    assert label_names([{"n": "b"}, {"n": "10"}, {"n": "a"}], label) == ("10", "a", "b")
 
 
 def fails(capsys, *args):

@@ -34,7 +34,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be trained, and on what; the variant aside.
+    """Holds what is to be trained, and on what; the variant aside.
 
     Attributes:
       batch_size: sequences that are in memory at once, on all devices.
@@ -296,6 +296,6 @@ def _bytes(text: str) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """What the compiler said, without its references."""
+    """Returns the compiler's words, without its references."""
     lines = [line.strip() for line in str(error).splitlines()]
     return " ".join(line for line in lines[:2] if line and not line.startswith("See "))[:500]

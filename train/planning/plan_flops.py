@@ -1,4 +1,4 @@
-"""Where a plan's FLOPs come from: its HLO, checked by the step's jaxpr, or the jaxpr alone.
+"""The source of a plan's FLOPs: its HLO, checked by the step's jaxpr, or the jaxpr alone.
 
 The HLO says what the devices do, the partitioner's work among it, and what they send. Its text is
 the compiler's own and may change; so the jaxpr, which is the step as traced, tells whether it was

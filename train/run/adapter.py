@@ -1,4 +1,4 @@
-"""What the options on the adapter stand for: rules for the tree, an optimiser for what trains."""
+"""The options on the adapter as rules for the tree, and as an optimiser."""
 
 import re
 from contextlib import AbstractContextManager
@@ -98,7 +98,7 @@ def _lora_rule(adapter: AdapterConfig, targets: str | tuple[str, ...], rank: int
 
 
 def _is_name(target: str) -> bool:
-    """Whether a target is a module's name (or several with slashes), not a regular expression."""
+    """Returns whether a target is a module's name (or several with slashes), no expression."""
     return target.replace("/", "").replace("_", "").isalnum()
 
 

@@ -31,7 +31,7 @@ def tokenized(outline: Outline, chats: Sequence[Chat]) -> list[list[int]]:
 def complete(
     model: Any, params: Any, outline: Outline, chats: Sequence[Chat], *, new_tokens: int
 ) -> list[str]:
-    """What the assistant says next in each chat, in at most `new_tokens` tokens.
+    """Returns what the assistant says next in each chat, in at most `new_tokens` tokens.
 
     A system prompt or solved examples that all chats begin with go through the model once: their
     keys and values start every row's cache.

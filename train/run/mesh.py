@@ -32,7 +32,7 @@ def parse_mesh(text: str | None) -> dict[str, int]:
 
 
 def all_devices() -> list[jax.Device]:
-    """Those of all processes."""
+    """Returns the devices of all processes."""
     return jax.devices()
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from train.run.errors import UserError
+from train.run.errors import UserError, flag
 
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
 _REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")}
@@ -261,11 +261,6 @@ def _of_adapters(adapter: AdapterConfig, *besides: str) -> str | None:
         if name not in other and getattr(adapter, name) != getattr(default, name):
             return flag(name)
     return None
-
-
-def flag(name: str) -> str:
-    """An option's name on the command line."""
-    return f"--{name.replace('_', '-')}"
 
 
 def at_least(least: int, part: Any, *names: str) -> None:

@@ -1,4 +1,4 @@
-"""What a run shows at its end: scores, examples, and what it cost."""
+"""The end of a run: what it cost."""
 
 import resource
 import sys

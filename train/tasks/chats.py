@@ -59,7 +59,7 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
     return Data(
         train=packs,
         held_out=held_out,
-        name=lambda row: ", ".join(f"row {number}" for number in packs.sources[row]),
+        name=packs.name,
         facts={"sequence_length": packs.ids.shape[1]},
     )
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from lora_jax.training.data.chats import Row
-from lora_jax.training.data.labelled import Labelled, classification_loss, predict
+from lora_jax.training.data.labelled import Labelled, classification_loss, label_names, predict
 from lora_jax.training.losses import Loss
 from lora_jax.training.processes import is_first, write_json
-from train.data.labelled import encode, label_names, read_labelled
+from train.data.labelled import encode, read_labelled
 from train.run.adapter import peft_fields
 from train.run.classify_options import HEAD, Config
 from train.run.log import doing
@@ -54,14 +54,14 @@ def read(config: Config) -> Rows:
 def outline(config: Config, rows: Rows) -> Outline:
     """Returns the encoder with a head for the classes of the rows."""
     data = config.data
-    outline = read_classifier_outline(data.model, len(label_names(data, rows.train)))
+    outline = read_classifier_outline(data.model, len(label_names(rows.train, data.label)))
     outline.check_length(data.seq_len, f"--seq-len {data.seq_len}")
     return outline
 
 
 def examples(config: Config, rows: Rows, outline: Outline) -> Data:
     """Returns the texts as arrays, with the indices of their classes."""
-    data, names = config.data, label_names(config.data, rows.train)
+    data, names = config.data, label_names(rows.train, config.data.label)
     train = encode(data, rows.train, names, outline.tokenizer, data.dataset)
     test = encode(data, rows.held_out, names, outline.tokenizer, data.test or "the held-out rows")
     return Data(

@@ -41,7 +41,7 @@ def longest_prompt(outline: Outline, questions: Questions) -> int:
 def answer(
     model: Any, params: Any, outline: Outline, questions: Questions, *, few_shot: bool = False
 ) -> Answers:
-    """What the model with `params` (plain, not adapted) answers, greedily."""
+    """Returns the greedy answers of the model with `params` (plain, not adapted)."""
     chats = _chats(questions, few_shot)
     texts = iter(complete(model, params, outline, chats, new_tokens=NEW_TOKENS))
     return {kind: [next(texts) for _ in examples] for kind, examples in questions.items()}

@@ -96,7 +96,7 @@ def few_shot_messages(example: SqlExample, shots: Sequence[SqlExample]) -> list[
 
 
 def score(example: SqlExample, text: str) -> bool:
-    """Whether the SQL in a generated text gives the gold query's result on all three databases.
+    """Returns whether SQL in a generated text has the gold query's result on all databases.
 
     Rows are compared as a list if the gold query orders them, else as a multiset. SQL that is
     broken, forbidden or takes too long is wrong, as are two statements in a row; it neither raises

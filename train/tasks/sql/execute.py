@@ -83,7 +83,7 @@ def run(connection: sqlite3.Connection, sql: str) -> list[Row] | None:
 
 
 def is_empty(rows: Sequence[Row]) -> bool:
-    """Whether a result says nothing: no rows, or one row of NULLs and zeros."""
+    """Returns whether a result says nothing: no rows, or one row of NULLs and zeros."""
     return not rows or (len(rows) == 1 and not any(rows[0]))
 
 
@@ -101,7 +101,7 @@ def _same_value(a: object, b: object) -> bool:
 
 
 def same_rows(gold: Sequence[Row], other: Sequence[Row], *, ordered: bool) -> bool:
-    """Whether two results are equal: as lists if `ordered`, else as multisets of rows.
+    """Returns whether two results are equal: as lists if `ordered`, else as multisets of rows.
 
     Numbers are equal within 1e-6, so that a sum may be taken in another order; texts exactly.
     Columns count in their order, whatever their names.

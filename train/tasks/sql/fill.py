@@ -1,4 +1,4 @@
-"""What the databases of a schema hold: seeded rows, different in each of them."""
+"""The content of a schema's databases: seeded rows, different in each of them."""
 
 from collections.abc import Sequence
 from functools import cache

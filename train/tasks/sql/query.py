@@ -70,7 +70,7 @@ def write(query: Query) -> str:
 
 
 def order_keys(query: Query) -> Query | None:
-    """What the rows are ordered by, for all rows: a tie would leave the result to chance."""
+    """Returns what all rows are ordered by: a tie would leave the result to chance."""
     if query.order is None:
         return None
     return replace(query, select=(query.order,), order=None, descending=False, limit=0)

@@ -1,4 +1,4 @@
-"""What a query form draws from, and the words that questions use for what it drew."""
+"""The scene that a query form draws from, and the words that questions use for what it drew."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class DoesNotFit(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a form draws from: a schema, the rows of one of its databases, and chance."""
+    """Holds what a form draws from: a schema, the rows of one of its databases, and chance."""
 
     schema: Schema
     rows: dict[str, list[FilledRow]]

@@ -1,4 +1,4 @@
-"""What a schema is: two linked tables, their columns, and what each column may hold.
+"""A schema: two linked tables, their columns, and what each column may hold.
 
 A schema is written as text, the foreign key being the column `<other table>_id`:
 
