@@ -18,7 +18,6 @@ import lora_jax as lj
 from lora_jax.models import generate
 from train.run.complete import left_padded, tokenized
 from train.run.errors import UserError, as_user_errors, reported
-from train.run.output import CONFIG, read_json
 from train.run.pretrained import Outline, end_tokens, read_model, read_outline
 from train.run.sft_options import DEFAULT_MODEL
 
@@ -32,7 +31,7 @@ class Options:
     adapter: str | None = None
     """The folder of an adapter; the base answers alone without it."""
     model: str | None = None
-    """The base: a hub name, folder or GGUF file. By default the one that the adapter's run used."""
+    """The base: a hub name, folder or GGUF file. By default the one that the adapter names."""
     prompt: str | None = None
     """What to answer. Without it, each line of standard input is a prompt."""
     system: str | None = None
@@ -90,11 +89,14 @@ def check(options: Options) -> None:
 
 
 def trained_model(adapter: str | None) -> str:
-    """The base that the run beside an adapter folder was trained on, or the default one."""
+    """Returns the base that an adapter names, or the default one where there is no adapter."""
     if adapter is None:
         return DEFAULT_MODEL
-    saved = read_json(Path(adapter).absolute().parent / CONFIG)
-    return saved.get("options", {}).get("model", DEFAULT_MODEL)
+    with as_user_errors(ValueError):
+        name = lj.adapter_info(adapter).get("model")
+    if not name:
+        raise UserError(f"--adapter {adapter} does not say what its base is: name it by --model")
+    return name
 
 
 def lines() -> Any:

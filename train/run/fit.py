@@ -46,6 +46,7 @@ class Run:
     steps: int
     rate: float  # the highest learning rate
     layout: Layout
+    about: dict[str, Any]  # what the saved adapter says of its base
 
 
 def number_of_steps(optim: OptimConfig, order: Order, default: int | None = None) -> int:
@@ -126,7 +127,8 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
         begin(run.folder, run.config, facts)
     wait_for_all("the run has begun")
     if takes_from_base(params) and not (run.folder / START).exists():
-        lj.save_adapter(run.folder / START, params)  # so that --resume decomposes nothing again
+        # So that --resume decomposes nothing again.
+        lj.save_adapter(run.folder / START, params, about=run.about)
     return ready
 
 
@@ -172,7 +174,7 @@ def fit(
         resume_hint=resume_hint,
     )
 
-    lj.save_adapter(run.folder / ADAPTER, trained, overwrite=True)
+    lj.save_adapter(run.folder / ADAPTER, trained, about=run.about, overwrite=True)
     metrics = read_metrics(run.folder)
     if is_first():
         draw_curve(run.folder, metrics, loss.label)

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from train.run.errors import UserError, flag
+import lora_jax as lj
+from train.run.errors import UserError, as_user_errors, flag
 
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
 _REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")}
@@ -171,12 +172,14 @@ class Defaults:
     """Holds a task's defaults of options that were not given.
 
     Attributes:
+      model: the base.
       alpha: times the rank.
       lr, full_lr: the highest learning rate with an adapter, and of full fine-tuning.
       beta2: Adam's memory of squared gradients.
       steps, epochs: the length of a run; one epoch where both are None.
     """
 
+    model: str
     alpha: float
     lr: float
     full_lr: float
@@ -197,7 +200,18 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
         optim = dataclasses.replace(optim, epochs=defaults.epochs)
     if optim.beta2 is None:
         optim = dataclasses.replace(optim, beta2=defaults.beta2)
-    return dataclasses.replace(options, adapter=adapter, optim=optim)
+    data = options.data
+    if data.model is None:
+        data = dataclasses.replace(data, model=_base_of(adapter.init_adapter) or defaults.model)
+    return dataclasses.replace(options, adapter=adapter, optim=optim, data=data)
+
+
+def _base_of(adapter: str | None) -> str | None:
+    """Returns the base that an adapter's folder names; None where there is none to ask."""
+    if adapter is None or not Path(adapter).is_dir():
+        return None  # a missing folder is refused once the options are checked
+    with as_user_errors(ValueError, prefix="--init-adapter: "):
+        return lj.adapter_info(adapter).get("model")
 
 
 # What a resumed run may change: how long, how it reports, and what it keeps. Nothing else, or it

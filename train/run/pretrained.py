@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.hf.bundled import BUNDLES
-from lora_jax.hf.hub import resolve_config
+from lora_jax.hf.hub import resolve, resolve_config, revision_of
 from lora_jax.hf.keys import nested
 from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.models import (
@@ -45,6 +45,11 @@ class Outline:
     def paths(self, kind: str) -> list[str]:
         """Returns the paths of the parameters of a kind."""
         return [path for path, found in self.kinds.items() if found == kind]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What an adapter of this model says of its base: the name, and the hub's revision."""
+        return {"model": self.name, "revision": revision_of(resolve(self.name).path)}
 
     @property
     def active_experts(self) -> int | None:

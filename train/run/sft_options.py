@@ -14,8 +14,9 @@ SQL = "sql"  # the name of the default task, made in train/tasks/sql
 class DataConfig:
     """Model and data."""
 
-    model: str = DEFAULT_MODEL
-    """A name on the hub, a folder, or a GGUF file."""
+    model: str | None = None
+    """A name on the hub, a folder, or a GGUF file. By default the base of --init-adapter, or
+    SmolLM2-135M-Instruct."""
     dataset: str = SQL
     """"sql" (the default task), a JSONL, Parquet or CSV file, or a dataset of the hub. Rows have
     `messages`, or `prompt` and `completion`."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.hf.bundled import MINILM
 from lora_jax.training.data.chats import Row
 from lora_jax.training.data.labelled import Labelled, classification_loss, label_names, predict
 from lora_jax.training.losses import Loss
@@ -54,6 +55,7 @@ def read(config: Config) -> Rows:
 def outline(config: Config, rows: Rows) -> Outline:
     """Returns the encoder with a head for the classes of the rows."""
     data = config.data
+    assert data.model is not None, "the options have no defaults yet"
     outline = read_classifier_outline(data.model, len(label_names(rows.train, data.label)))
     outline.check_length(data.seq_len, f"--seq-len {data.seq_len}")
     return outline
@@ -139,7 +141,7 @@ class Telling:
 
 
 TASK = Task(
-    defaults=Defaults(alpha=2.0, lr=1e-3, full_lr=3e-5, epochs=3.0),
+    defaults=Defaults(model=MINILM.name, alpha=2.0, lr=1e-3, full_lr=3e-5, epochs=3.0),
     check=check,
     completed=completed,
     rows=read,
