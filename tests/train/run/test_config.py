@@ -4,9 +4,10 @@ import json
 import re
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import pytest
 
-from lora_jax import TrainRule, models
+from lora_jax import LoraRule, TrainRule, lorafy, models, save_adapter
 from lora_jax.models import DecoderConfig
 from lora_jax.models.layers.trunk import REMAT_POLICIES
 from lora_jax.training.processes import write_json
@@ -282,3 +283,15 @@ def test_defaults_that_depend_on_the_task(args, alpha, lr, beta2):
     config = parse(args.split())
     assert config.adapter.alpha == alpha
     assert (config.optim.lr, config.optim.beta2) == (pytest.approx(lr), beta2)
+
+
+def test_the_model_is_the_base_of_the_adapter_to_go_on_from(tmp_path):
+    params = {"w": jnp.ones((5, 7))}
+    tree = lorafy(params, [LoraRule(targets=["w"], rank=2)])
+    save_adapter(tmp_path / "adapter", tree, about={"model": "owner/name"})
+    args = ["--init-adapter", str(tmp_path / "adapter")]
+    assert parse(args).data.model == "owner/name"
+    assert parse([*args, "--model", "other/name"]).data.model == "other/name"
+    assert parse([]).data.model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    save_adapter(tmp_path / "unnamed", tree)
+    assert parse(["--init-adapter", str(tmp_path / "unnamed")]).data.model == parse([]).data.model
