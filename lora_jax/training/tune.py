@@ -193,7 +193,7 @@ def finetune(
     pace = _Pace(
         log_every=log_every or a_tenth,
         eval_every=0 if measured is None else eval_every or a_tenth,
-        save_every=save_every or a_tenth,
+        save_every=steps if path is None else save_every or a_tenth,
         max_skipped=max_skipped,
     )
     recorder, stop = Recorder(log), Stop()
