@@ -93,7 +93,7 @@ def finetune(
     log: Callable[[Line], object] | None = show,
     log_every: int | None = None,
     eval_every: int | None = None,
-    save_every: int = 10,
+    save_every: int | None = None,
     keep: int = 2,
     max_skipped: int = 3,
     seed: int = 0,
@@ -126,7 +126,7 @@ def finetune(
       overwrite: deletes the run that the folder holds.
       log: gets each line of metrics, a dict; None keeps quiet.
       log_every, eval_every, save_every: steps between lines, measurements on held-out examples,
-        and checkpoints. Lines and measurements by default: ten a run.
+        and checkpoints; by default ten a run of each.
       keep: the number of checkpoints that are kept.
       max_skipped: a step whose loss or gradient is not finite is skipped; after so many in a row
         the run ends.
@@ -193,7 +193,7 @@ def finetune(
     pace = _Pace(
         log_every=log_every or a_tenth,
         eval_every=0 if measured is None else eval_every or a_tenth,
-        save_every=save_every,
+        save_every=steps if path is None else save_every or a_tenth,
         max_skipped=max_skipped,
     )
     recorder, stop = Recorder(log), Stop()
