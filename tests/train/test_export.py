@@ -188,7 +188,7 @@ def test_check_serving(saved, trained, tmp_path, capsys):
     ("args", "words"),
     [
         ([], ["nothing to do: give --output, --check-serving, or both"]),
-        (["--merged"], ["--merged writes a model: name its folder by --output"]),
+        (["--merged"], ["--merged writes a model: name its folder with --output"]),
         (["--merged", "--check-serving", "--output", "out"], ["is about adapters"]),
         (["--dtype", "bfloat16", "--output", "out"], ["--dtype", "(--merged)"]),
         (["--max-shard-size", "5", "--output", "out"], ["--max-shard-size 5: a size such as"]),
@@ -249,7 +249,7 @@ def test_a_folder_without_an_adapter(trained, tmp_path, capsys):
 def test_an_adapter_that_names_no_base(trained, tmp_path, capsys):
     shutil.copytree(trained / "adapter", tmp_path / "moved")
     message = fails(capsys, "--adapter", tmp_path / "moved", "--output", tmp_path / "out")
-    assert message.endswith("does not say what its base is: name it by --model")
+    assert message.endswith("does not say what its base is: name it with --model")
 
 
 def test_what_is_there_is_not_overwritten(base, trained, tmp_path, capsys):
@@ -257,22 +257,22 @@ def test_what_is_there_is_not_overwritten(base, trained, tmp_path, capsys):
     args = ["--adapter", trained / "adapter", "--output", output]
     export(*args)
     before = (output / "adapter_config.json").stat().st_mtime_ns
-    assert "replace it by --overwrite" in fails(capsys, *args)
+    assert "replace it with --overwrite" in fails(capsys, *args)
     assert (output / "adapter_config.json").stat().st_mtime_ns == before
     message = fails(capsys, *args, "--merged", "--overwrite")
-    assert "holds something else than a model" in message
+    assert "holds something other than a model" in message
     export(*args, "--overwrite")
     assert (output / "adapter_config.json").stat().st_mtime_ns > before
 
     # A run's folder has a config.json as well, and is no model's.
     args = ["--adapter", trained / "adapter", "--overwrite", "--merged", "--output"]
-    assert "holds something else than a model" in fails(capsys, *args, trained)
-    assert "which is to be read" in fails(capsys, *args, base)
+    assert "holds something other than a model" in fails(capsys, *args, trained)
+    assert "which is an input" in fails(capsys, *args, base)
     again = ["--adapter", output, "--output", output, "--overwrite"]
-    assert "which is to be read" in fails(capsys, *again)
+    assert "which is an input" in fails(capsys, *again)
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
-    assert "holds something else than a model" in fails(capsys, *args, copy)
+    assert "holds something other than a model" in fails(capsys, *args, copy)
     assert (copy / "adapter").is_dir()
 
 

@@ -61,7 +61,7 @@ class Run:
         return self.examples.take(self.order.rows(number))
 
     def names(self, number: int) -> str:
-        """What that batch is made of, in words."""
+        """Names the rows of that batch, for messages."""
         rows = self.order.rows(number).ravel().tolist()
         left_out = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
         return f"{', '.join(map(self.name, rows[:_SHOWN]))}{left_out} of {self.config.data.dataset}"
@@ -230,7 +230,7 @@ def fit(
 
 
 def print_adapter(run: Run, report: dict[str, Any]) -> None:
-    """Where the adapter is, its size beside the base's."""
+    """Prints the adapter's folder and size, and the base's size."""
     run.console.print(
         f"adapter saved in {run.folder / ADAPTER}: {megabytes(report['adapter_bytes'])} beside "
         f"the base's {megabytes(report['base_bytes'])}",
