@@ -1,4 +1,4 @@
-"""Texts with labels: rows of a dataset as arrays."""
+"""Reads texts with labels, and encodes them as arrays."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,12 +14,16 @@ from train.run.classify_options import DataConfig
 from train.run.errors import UserError
 from train.run.hosts import map_over_processes
 
-_BLOCK = 256  # texts that are encoded at once
-_SEED = 0  # of the rows held out: the same for every run, so that runs compare
+_BLOCK = 256  # texts encoded at once
+_SEED = 0  # of the held-out rows: the same for every run, so that runs are comparable
 
 
 def read_labelled(data: DataConfig) -> tuple[list[Row], list[Row]]:
-    """(rows to train on, rows to test on), all with text and label; UserError otherwise."""
+    """Returns (rows to train on, rows to test on), each with a text and a label.
+
+    Raises:
+      UserError: the rows cannot be read, lack a field, or are too few to hold out a share of them.
+    """
     rows = read_rows(data.dataset, split=data.split, subset=data.subset)[: data.rows]
     _check_fields(data, rows, data.dataset)
     if data.test is None:
@@ -31,7 +35,7 @@ def read_labelled(data: DataConfig) -> tuple[list[Row], list[Row]]:
         except ValueError as error:
             raise UserError(
                 f"--test-share {data.test_share:g} of the {len(rows)} rows cannot be held out: "
-                f"{error} Name other rows by --test"
+                f"{error} Name other rows with --test"
             ) from None
         return split[0], split[1]
     if data.test.endswith(FILE_KINDS):
@@ -58,7 +62,7 @@ def _no_field(row: Row, where: str, option: str, field: str, what: str) -> str:
     if field in row:
         return f"{where}: `{field}` is {row[field]!r}; {what} is needed"
     found = ", ".join(f"`{name}`" for name in row) or "nothing"
-    return f"{where} has {found}, and no `{field}`: name the field by {option}"
+    return f"{where} has {found}, and no `{field}`: name the field with {option}"
 
 
 def _name(label: Any) -> str:
@@ -66,7 +70,11 @@ def _name(label: Any) -> str:
 
 
 def label_names(data: DataConfig, rows: Sequence[Row]) -> tuple[str, ...]:
-    """The classes in the order of their indices: numbers in their own, names in the alphabet's."""
+    """Returns the classes in the order of their indices: by number, or else alphabetically.
+
+    Raises:
+      UserError: all rows have the same label.
+    """
     names = {_name(row[data.label]) for row in rows}
     if len(names) < 2:
         raise UserError(f"all rows have the label {names.pop()}: there is nothing to tell apart")
@@ -77,8 +85,18 @@ def label_names(data: DataConfig, rows: Sequence[Row]) -> tuple[str, ...]:
 def encode(
     data: DataConfig, rows: Sequence[Row], names: Sequence[str], tokenizer: Any, source: str
 ) -> Labelled:
-    """Rows as arrays, as long as the longest text. Raises UserError for one that is too long, or
-    for a label that is not among `names`."""
+    """Returns rows as arrays, padded to the longest text.
+
+    Args:
+      data: the options; they name the fields.
+      rows: texts with labels.
+      names: the classes; a label's index is its class.
+      tokenizer: the model's tokenizer.
+      source: the name of the rows in messages.
+
+    Raises:
+      UserError: a text is too long, or a label is not among `names`.
+    """
     texts = [row[data.text] for row in rows]
     pairs = [row[data.text_pair] for row in rows] if data.text_pair else None
     limit = {"truncation": True, "max_length": data.seq_len} if data.truncate else {}
@@ -105,8 +123,8 @@ def encode(
     for number, row in enumerate(rows, start=1):
         if _name(row[data.label]) not in index:
             raise UserError(
-                f"{source}, row {number}: the label {row[data.label]!r} is none of those to train "
-                f"on: {', '.join(names)}"
+                f"{source}, row {number}: the label {row[data.label]!r} is not among those to "
+                f"train on: {', '.join(names)}"
             )
     length = round_up(max(lengths), data.seq_len)
     padding = tokenizer.pad_token_id or 0

@@ -109,10 +109,10 @@ class OptimConfig:
     seed: int = 0
     """Seed of the adapter's initialisation, data order, and dropout."""
     remat: Remat = "none"
-    """Activations to recompute in the backward pass. full, or --remat without a name, recomputes all
-    of each layer: much less memory for some more time. dots_saveable and
-    dots_with_no_batch_dims_saveable are JAX's policies: they keep the results of all matrix
-    products, or of those with weights."""
+    """Activations to recompute in the backward pass. full, or --remat without a name: all those of
+    each layer, for much less memory and some more time. dots_saveable and
+    dots_with_no_batch_dims_saveable, policies of JAX, keep the results of all matrix products, or
+    of those with weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of the base and its activations. Adapters are always float32."""
 
