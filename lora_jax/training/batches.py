@@ -147,7 +147,7 @@ def order(seed: int, epoch: int, n: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Which of `n_rows` a step takes. Epochs follow one another without a gap or a rest."""
+    """The rows, out of `n_rows`, of each step. Epochs follow one another without a gap."""
 
     seed: int
     n_rows: int
@@ -156,7 +156,7 @@ class Order:
 
     @property
     def rows_a_step(self) -> int:
-        """How many rows one optimiser step sees."""
+        """The number of rows per optimiser step."""
         return self.batch_size * self.accumulate
 
     def rows(self, step: int) -> np.ndarray:
@@ -168,7 +168,7 @@ class Order:
         return np.array(rows).reshape(self.accumulate, self.batch_size)
 
     def cursor(self, step: int) -> dict[str, int]:
-        """Where the data stand after `step` steps."""
+        """Returns the position in the data after `step` steps, as epoch and row."""
         epoch, row = divmod(step * self.rows_a_step, self.n_rows)
         return {"epoch": epoch, "row": row}
 

@@ -25,7 +25,7 @@ _ACTIVATIONS: dict[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout(Placement):
-    """Where weights, adapters, batches and activations lie on the mesh.
+    """The placement of weights, adapters, batches and activations on the mesh.
 
     Attributes:
       mesh: with the axes `lora_jax.models.specs.AXES`.
@@ -44,11 +44,11 @@ class Layout(Placement):
 
     @property
     def batch_parts(self) -> int:
-        """How many parts a batch is shared out into."""
+        """The number of parts that a batch is sharded into."""
         return math.prod(self.mesh.shape[name] for name in BATCH)
 
     def of_parameter(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
-        """Where to load a parameter to; see `lora_jax.models.from_pretrained`."""
+        """Returns the sharding to load a parameter with; see `lora_jax.models.from_pretrained`."""
         return sharding_of(path, shape, self.table, self.mesh)
 
     def placed(self, params: Any) -> Any:
@@ -56,7 +56,7 @@ class Layout(Placement):
         return place(params, self.table, self.mesh)
 
     def step_shardings(self, params: Any) -> Any:
-        """Where a step works with an adapter: its factors are gathered over the fsdp axis.
+        """Returns the shardings of the adapter in a step: its factors are gathered over fsdp.
 
         So that happens once a step; layer by layer, it would be three times: forward, recomputed,
         and backward. They are small. What trains in full is not: it stays where it lies, and so
@@ -78,7 +78,7 @@ class Layout(Placement):
 
     @property
     def whole(self) -> NamedSharding:
-        """That of an array that each device has."""
+        """The sharding of a replicated array."""
         return NamedSharding(self.mesh, P())
 
     def constrained(self, model: Any, *, dropout: bool = False) -> Any:

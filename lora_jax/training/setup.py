@@ -19,7 +19,7 @@ from lora_jax.training.step import State, init_state, make_step
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a step is made of, beside the model.
+    """The parts of a step, besides the model and the loss.
 
     Attributes:
       where: the sharding of each array of the state; Adam's moments lie as the adapter does.

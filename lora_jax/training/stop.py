@@ -11,7 +11,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """Whether the run was asked to stop; `message` is what an interruption at once says."""
+    """A request to stop the run; `message` is printed if it is interrupted at once."""
 
     def __init__(self) -> None:
         self.message = "interrupted before training began; there is nothing to save"

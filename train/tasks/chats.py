@@ -31,7 +31,7 @@ def read(config: Config) -> Rows:
 
 
 def hold_out(config: Config, rows: list[Row]) -> Rows:
-    """Splits off the last rows, at most a tenth, to evaluate the loss on, if --eval-every asks to."""
+    """Holds out the last rows, at most a tenth, if --eval-every is given."""
     if not config.run.eval_every:
         return Rows(rows, [])
     n = min(config.run.eval_questions, len(rows) // 10)
