@@ -190,7 +190,7 @@ def test_check_serving(saved, trained, tmp_path, capsys):
         ([], ["nothing to do: give --output, --check-serving, or both"]),
         (["--merged"], ["--merged writes a model: name its folder with --output"]),
         (["--merged", "--check-serving", "--output", "out"], ["is about adapters"]),
-        (["--dtype", "bfloat16", "--output", "out"], ["--dtype", "(--merged)"]),
+        (["--dtype", "bfloat16", "--output", "out"], ["--dtype needs --merged"]),
         (["--max-shard-size", "5", "--output", "out"], ["--max-shard-size 5: a size such as"]),
         (["--max-shard-size", "0GB", "--output", "out"], ["--max-shard-size 0GB: a size"]),
         (["--max-rank", "0", "--check-serving"], ["--max-rank 0: at least 1"]),
