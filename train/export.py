@@ -19,7 +19,7 @@ from rich.table import Table
 
 import lora_jax as lj
 import lora_jax.peft as lp
-from lora_jax.hf.hub import resolve
+from lora_jax.hf.hub import name_for_others, resolve
 from lora_jax.hf.save import tokenizer_files
 from lora_jax.models import EncoderConfig, save_pretrained
 from lora_jax.models.pretrained import open_source
@@ -28,7 +28,7 @@ from lora_jax.peft.config import fields_of
 from lora_jax.peft.save import contents
 from lora_jax.peft.serving import MAX_RANK, problems_of, serving_problems
 from train.run.errors import UserError, as_user_errors, reported
-from train.run.output import ADAPTER, CONFIG, folder_bytes, read_json
+from train.run.output import ADAPTER, folder_bytes, read_json
 from train.run.pretrained import read_model
 from train.run.report import megabytes
 
@@ -48,6 +48,9 @@ class Options:
     """The folder to write. Only --check-serving works without it."""
     model: str | None = None
     """The base: a hub name, a folder or a GGUF file. By default the base that the adapter names."""
+    base_name: str | None = None
+    """The base's name on the hub, for adapter_config.json. By default the base's own name, unless
+    it is a local folder."""
     merged: bool = False
     """Write a whole model with the adapter merged into it, instead of the adapter."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -139,11 +142,18 @@ def write_adapter(options: Options, console: Console, model: Any, params: Any, n
             output,
             model,
             params,
-            base_model=name,
+            base_model=options.base_name or name_for_others(name),
             task_type=task_type(model, fields),
             overwrite=options.overwrite,
         )
     print_files(console, output, f"{options.adapter} as a PEFT adapter of {name}")
+    if not options.base_name and name_for_others(name) is None:
+        console.print(
+            "adapter_config.json names no base, because the base is a local folder: give its name on "
+            "the hub with --base-name",
+            highlight=False,
+            soft_wrap=True,
+        )
     base = f'{auto_class(model)}.from_pretrained("{name}")'
     hint(console, f'PeftModel.from_pretrained({base}, "{output}")')
 
@@ -180,6 +190,10 @@ def check(options: Options) -> int:
         raise UserError(
             "--check-serving is about adapters, and --merged writes none: a merged "
             "model is served like any other model"
+        )
+    if options.base_name and options.merged:
+        raise UserError(
+            "--base-name is for adapter_config.json, and a merged model (--merged) has none"
         )
     if options.dtype and not options.merged:
         raise UserError(
@@ -234,20 +248,21 @@ def base_of(adapter: Path, from_peft: bool) -> str:
         with as_user_errors(ValueError):
             name = fields_of(adapter)[0].get("base_model_name_or_path")
     else:
-        name = run_facts(adapter).get("options", {}).get("model")
+        name = about(adapter).get("model")
     if not name:
         raise UserError(f"--adapter {adapter} does not say what its base is: name it with --model")
     return name
 
 
-def run_facts(adapter: Path) -> dict[str, Any]:
-    """Returns the config.json of the adapter's run; {} if there is none beside the adapter."""
-    return read_json(adapter.absolute().parent / CONFIG)
+def about(adapter: Path) -> dict[str, Any]:
+    """Returns the facts that an adapter's folder states: its base, its labels."""
+    with as_user_errors(ValueError):
+        return lj.adapter_info(adapter)
 
 
 def load(options: Options, adapter: Path, from_peft: bool, name: str) -> tuple[Any, Any]:
     """Returns the model, and its parameters with the adapter, all in float32."""
-    names = () if from_peft else run_facts(adapter).get("labels", ())
+    names = () if from_peft else about(adapter).get("labels", ())
     num_labels = options.num_labels or len(names)
     head: dict[str, Any] = {}
     if num_labels:

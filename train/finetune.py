@@ -9,8 +9,9 @@ from typing import Any
 import jax
 
 import lora_jax as lj
-from lora_jax.training.batches import Order
+from lora_jax.training.batches import Feed, Order
 from lora_jax.training.layout import Layout
+from lora_jax.training.log import duration
 from lora_jax.training.processes import write_json
 from lora_jax.training.stop import Stop
 from train.run import hosts
@@ -18,14 +19,13 @@ from train.run.adapter import rules
 from train.run.fit import (
     Run,
     adapted,
+    begin_run,
     check_rules,
     fit,
     learning_rate,
-    make_ready,
     number_of_steps,
     print_adapter,
 )
-from train.run.log import duration
 from train.run.mesh import make_mesh
 from train.run.output import REPORT, check_output
 from train.run.pretrained import read_model
@@ -75,12 +75,11 @@ def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
         folder=folder,
         console=console,
         stop=stop,
-        examples=data.train,
-        name=data.name,
-        order=order,
+        feed=Feed(data.train, order, data.name, config.data.dataset),
         steps=steps,
         rate=rate,
         layout=layout,
+        about=outline.about | {k: v for k, v in data.facts.items() if k == "labels"},
     )
 
     # The model and its adapter. Full fine-tuning keeps its weights in fp32, whatever computes.
@@ -96,7 +95,7 @@ def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
     base_bytes = tree_bytes(plain)
     key = jax.random.key(optim.seed)
     params = adapted(config, outline, plain, folder, jax.random.fold_in(key, 0))
-    ready = make_ready(run, params, jax.random.fold_in(key, 1), data.facts)
+    ready = begin_run(run, params, jax.random.fold_in(key, 1), data.facts)
     del params
 
     # The base, for comparison.

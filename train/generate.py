@@ -18,7 +18,6 @@ import lora_jax as lj
 from lora_jax.models import generate
 from train.run.complete import left_padded, tokenized
 from train.run.errors import UserError, as_user_errors, reported
-from train.run.output import CONFIG, read_json
 from train.run.pretrained import Outline, end_tokens, read_model, read_outline
 from train.run.sft_options import DEFAULT_MODEL
 
@@ -32,7 +31,7 @@ class Options:
     adapter: str | None = None
     """The folder of an adapter. Without it, the base answers alone."""
     model: str | None = None
-    """The base: a hub name, a folder or a GGUF file. By default the base of the adapter's run."""
+    """The base: a hub name, a folder or a GGUF file. By default the base that the adapter names."""
     prompt: str | None = None
     """The prompt to answer. Without it, each line of standard input is a prompt."""
     system: str | None = None
@@ -90,11 +89,14 @@ def check(options: Options) -> None:
 
 
 def trained_model(adapter: str | None) -> str:
-    """Returns the base that config.json beside the adapter names, or the default model."""
+    """Returns the base that an adapter names; without an adapter, the default model."""
     if adapter is None:
         return DEFAULT_MODEL
-    saved = read_json(Path(adapter).absolute().parent / CONFIG)
-    return saved.get("options", {}).get("model", DEFAULT_MODEL)
+    with as_user_errors(ValueError):
+        name = lj.adapter_info(adapter).get("model")
+    if not name:
+        raise UserError(f"--adapter {adapter} does not say what its base is: name it with --model")
+    return name
 
 
 def lines() -> Any:

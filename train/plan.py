@@ -18,12 +18,12 @@ import tyro
 from rich.console import Console
 
 from lora_jax.training.layout import Layout
+from lora_jax.training.log import duration
 from train.planning.compile import Job, Plan, Variant, plan
 from train.planning.machines import Machine, find_machine
 from train.planning.table import print_plans
 from train.run.adapter import rules
 from train.run.errors import UserError, reported
-from train.run.log import duration
 from train.run.mesh import make_mesh
 from train.run.options import AdapterConfig, OptimConfig, Remat, at_least
 from train.run.pretrained import read_shapes

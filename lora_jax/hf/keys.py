@@ -16,10 +16,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-# "pooler" is the dense layer behind BERT's, "transform" that inside a masked language model's head;
-# "head" turns hidden states into logits of tokens, "classifier" into logits of classes.
+# "embedding" is the table of tokens, "positions" those of positions and of token types; "pooler" is
+# the dense layer behind BERT's, "transform" that inside a masked language model's head; "head"
+# turns hidden states into logits of tokens, "classifier" into logits of classes.
 Kind = Literal[
     "embedding",
+    "positions",
     "attention",
     "mlp",
     "experts",

@@ -40,7 +40,7 @@ class Module:
     @property
     def is_embedding(self) -> bool:
         """True for a table that is looked up in."""
-        return self.kind == "embedding"
+        return self.kind in ("embedding", "positions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _is_targeted(module: Module, targets: str | list[str], config: Mapping[str, 
         return False
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
-            left_out = ["embedding", "head"]
+            left_out = ["embedding", "positions", "head"]
             left_out += ["classifier"] if config["task_type"] == "SEQ_CLS" else []
             return module.kind not in left_out
         return re.fullmatch(targets, name) is not None

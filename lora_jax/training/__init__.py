@@ -1,1 +1,51 @@
-"""Training: losses, the step, batches, checkpoints, and the loop."""
+"""Training: `finetune` in one call, or its parts, to be composed otherwise.
+
+    examples = training.chats(rows, tokenizer, seq_len=128)
+    rules = [lora_jax.LoraRule(targets="all-linear", rank=8, alpha=16)]
+    params, report = training.finetune(model, params, examples, rules, lr=1e-3, folder="runs/mine")
+
+The parts, from below: `losses` (the contract of a loss), `step` (one optimiser step, pure), `setup`
+and `layout` (the step on a mesh), `batches`, `checkpoints`, `loop`, and `fit`, which joins them.
+"""
+
+from lora_jax.training.batches import Arrays, Examples, Feed, Order, Packs
+from lora_jax.training.data.chats import chats
+from lora_jax.training.data.labelled import Fields, Labelled, label_names, predict, texts
+from lora_jax.training.errors import DamagedCheckpoint, Diverged, Interrupted, TrainingError
+from lora_jax.training.layout import Layout
+from lora_jax.training.log import show
+from lora_jax.training.losses import Loss, Sums, number_of_units
+from lora_jax.training.optimizer import adamw, warmed_up
+from lora_jax.training.step import State, init_state, make_evaluation, make_step
+from lora_jax.training.tune import Report, finetune
+
+__all__ = [
+    "Arrays",
+    "DamagedCheckpoint",
+    "Diverged",
+    "Examples",
+    "Feed",
+    "Fields",
+    "Interrupted",
+    "Labelled",
+    "Layout",
+    "Loss",
+    "Order",
+    "Packs",
+    "Report",
+    "State",
+    "Sums",
+    "TrainingError",
+    "adamw",
+    "chats",
+    "finetune",
+    "init_state",
+    "label_names",
+    "make_evaluation",
+    "make_step",
+    "number_of_units",
+    "predict",
+    "show",
+    "texts",
+    "warmed_up",
+]

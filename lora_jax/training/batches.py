@@ -2,18 +2,76 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 Batch = dict[str, np.ndarray]
 
 _MULTIPLE = 8  # lengths are rounded up to it: odd ones are slower on every device
+_SHOWN = 32  # as many rows of a batch are named
+
+
+class Examples:
+    """Holds arrays of one length, from which batches are taken."""
+
+    unit = "token"  # what `tokens` counts
+
+    def by_name(self) -> Batch:
+        """Returns the arrays, [n, …], by name."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(next(iter(self.by_name().values())))
+
+    def take(self, rows: np.ndarray) -> Batch:
+        """Returns the rows at the indices `rows`, of any shape: arrays [*rows.shape, …]."""
+        return {name: array[rows] for name, array in self.by_name().items()}
+
+    def parts(self, batch_size: int) -> Iterator[Batch]:
+        """Yields all rows in order, in batches; the last one may be shorter."""
+        for first in range(0, len(self), batch_size):
+            yield self.take(np.arange(first, min(first + batch_size, len(self))))
+
+    def tokens(self, batch: Batch) -> int:
+        """Returns how much is in a batch, without padding; see `unit`."""
+        raise NotImplementedError
+
+    def name(self, row: int) -> str:
+        """Returns a name of one of the rows, for messages."""
+        return f"example {row}"
+
+    def digest(self) -> str:
+        """Returns a fingerprint of all rows: a resumed run must go on with the same."""
+        sha = hashlib.sha256()
+        for name, array in self.by_name().items():
+            sha.update(f"{name}{array.shape}".encode() + array.tobytes())
+        return sha.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
-class Examples:
-    """Holds arrays of one length, from which batches are taken.
+class Arrays(Examples):
+    """Holds a user's own arrays.
+
+    Attributes:
+      arrays: [n, …], by the names that the loss knows them by.
+    """
+
+    arrays: Batch
+    unit = "example"
+
+    def by_name(self) -> Batch:
+        """Returns the arrays."""
+        return self.arrays
+
+    def tokens(self, batch: Batch) -> int:
+        """Returns the number of examples in a batch, [accumulate, batch, …]."""
+        return int(np.prod(next(iter(batch.values())).shape[:2]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted(Examples):
+    """Holds arrays with weights as its fields.
 
     Attributes:
       weights: [n] or [n, m], what each unit of the loss is multiplied by; 0 for one that does not
@@ -22,12 +80,10 @@ class Examples:
 
     weights: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    def take(self, rows: np.ndarray) -> Batch:
-        """Returns the rows at the indices `rows`, of any shape: arrays [*rows.shape, …]."""
-        return {name: array[rows] for name, array in self._arrays().items()}
+    def by_name(self) -> Batch:
+        """Returns the fields that are arrays."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
 
     def parts(self, batch_size: int) -> Iterator[Batch]:
         """Yields all rows in order, in batches of one shape; weights of 0 fill up the last."""
@@ -38,25 +94,10 @@ class Examples:
             part["weights"] = part["weights"] * real.reshape(-1, *[1] * (self.weights.ndim - 1))
             yield part
 
-    def tokens(self, batch: Batch) -> int:
-        """Returns the number of tokens in a batch, without padding; here, of units that count."""
-        return int(np.count_nonzero(batch["weights"]))
-
-    def digest(self) -> str:
-        """A fingerprint of all rows: a resumed run must go on with the same."""
-        sha = hashlib.sha256()
-        for name, array in self._arrays().items():
-            sha.update(f"{name}{array.shape}".encode() + array.tobytes())
-        return sha.hexdigest()
-
-    def _arrays(self) -> dict[str, np.ndarray]:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
-
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """One training sequence: `ids` [n] int32, and `counts` [n] bool, True where the loss counts."""
+    """Holds one sequence: `ids` [n] int32, and `counts` [n] bool, True where the loss counts."""
 
     ids: np.ndarray
     counts: np.ndarray
@@ -67,8 +108,8 @@ class Tokens:
 
 
 @dataclasses.dataclass(frozen=True)
-class Packs(Examples):
-    """Sequences ready to be batched: int32, [n, seq] and, of the predictions that count, [n, m].
+class Packs(Weighted):
+    """Holds sequences ready to be batched: int32, [n, seq] and, of what is predicted, [n, m].
 
     Attributes:
       ids: [n, seq], tokens.
@@ -92,9 +133,13 @@ class Packs(Examples):
         """Returns the number of tokens in a batch, without padding."""
         return int((batch["segment_ids"] > 0).sum())
 
+    def name(self, row: int) -> str:
+        """Returns the rows of the data that are in a sequence: "row 3, row 7"."""
+        return ", ".join(f"row {number}" for number in self.sources[row])
+
 
 def pack(sequences: Sequence[Tokens], seq_len: int, *, packing: bool) -> Packs:
-    """One sequence a row or, with `packing`, as many as fit (first fit, the longest first).
+    """Returns one sequence a row or, with `packing`, as many as fit (first fit, longest first).
 
     Rows are as long as the longest needs, and no longer than `seq_len`.
     """
@@ -136,18 +181,18 @@ def pack(sequences: Sequence[Tokens], seq_len: int, *, packing: bool) -> Packs:
 
 
 def round_up(length: int, most: int) -> int:
-    """A length that suits devices: a multiple of eight, and no more than `most`."""
+    """Returns a length that suits devices: a multiple of eight, and no more than `most`."""
     return min(most, -(-int(length) // _MULTIPLE) * _MULTIPLE)
 
 
 def order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order of `n` rows in an epoch: [n], a permutation."""
+    """Returns the order of `n` rows in an epoch: [n], a permutation."""
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """The rows, out of `n_rows`, of each step. Epochs follow one another without a gap."""
+    """Says which of `n_rows` a step takes. Epochs follow one another without a gap or a rest."""
 
     seed: int
     n_rows: int
@@ -156,11 +201,11 @@ class Order:
 
     @property
     def rows_a_step(self) -> int:
-        """The number of rows per optimiser step."""
+        """Returns how many rows one optimiser step sees."""
         return self.batch_size * self.accumulate
 
     def rows(self, step: int) -> np.ndarray:
-        """The rows of the step that has `step` steps before it: [accumulate, batch_size]."""
+        """Returns the rows of the step after `step` steps: [accumulate, batch_size]."""
         taken = step * self.rows_a_step + np.arange(self.rows_a_step)
         epochs, within = np.divmod(taken, self.n_rows)
         orders = {epoch: order(self.seed, epoch, self.n_rows) for epoch in set(epochs.tolist())}
@@ -168,10 +213,37 @@ class Order:
         return np.array(rows).reshape(self.accumulate, self.batch_size)
 
     def cursor(self, step: int) -> dict[str, int]:
-        """Returns the position in the data after `step` steps, as epoch and row."""
+        """Returns where the data stand after `step` steps."""
         epoch, row = divmod(step * self.rows_a_step, self.n_rows)
         return {"epoch": epoch, "row": row}
 
     def steps(self, epochs: float) -> int:
-        """The number of steps that see every row `epochs` times."""
+        """Returns the number of steps that see every row `epochs` times."""
         return max(1, -(-int(np.ceil(epochs * self.n_rows)) // self.rows_a_step))
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """Says which examples each step takes.
+
+    Attributes:
+      examples: the examples to train on.
+      order: their order.
+      name: names one of them in messages.
+      source: the name of all of them.
+    """
+
+    examples: Examples
+    order: Order
+    name: Callable[[int], str]
+    source: str = "the examples"
+
+    def batch(self, number: int) -> Batch:
+        """Returns the batch of the step that has `number` steps before it, in this process."""
+        return self.examples.take(self.order.rows(number))
+
+    def named(self, number: int) -> str:
+        """Returns the names of what is in that batch."""
+        rows = self.order.rows(number).ravel().tolist()
+        left_out = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+        return f"{', '.join(map(self.name, rows[:_SHOWN]))}{left_out} of {self.source}"

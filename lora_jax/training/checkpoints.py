@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from lora_jax.training.errors import DamagedCheckpoint
+from lora_jax.training.errors import DamagedCheckpoint, Written
 from lora_jax.training.processes import is_first, wait_for_all, write_json
 from lora_jax.training.step import State
 
@@ -96,22 +96,29 @@ class Checkpoints:
           DamagedCheckpoint: it is damaged; names its folder and the newest one that is whole.
         """
         *earlier, newest = self.steps()
+        folder = self.folder / str(newest)
         try:
             return self._read(newest, like)
         except DamagedCheckpoint as error:
-            message = f"the checkpoint {self.folder / str(newest)} is damaged ({error}). "
-        for step in reversed(earlier):
-            try:
-                self._read(step, like)
-            except DamagedCheckpoint:
-                continue
+            message = f"the checkpoint {folder} is damaged ({error}). "
+        whole = next((step for step in reversed(earlier) if self._is_whole(step, like)), None)
+        if whole is None:
             raise DamagedCheckpoint(
-                f"{message}The one before it, of step {step}, is whole: delete the folder "
-                f"{self.folder / str(newest)} and --resume again to go on from there"
+                lambda option: f"{message}No earlier one is whole: {_begin_again(option)}"
             )
         raise DamagedCheckpoint(
-            f"{message}No earlier one is whole: begin again with --overwrite in place of --resume"
+            lambda option: (
+                f"{message}The one before it, of step {whole}, is whole: delete the folder "
+                f"{folder} and {option('resume', True)} again to go on from there"
+            )
         )
+
+    def _is_whole(self, step: int, like: State) -> bool:
+        try:
+            self._read(step, like)
+        except DamagedCheckpoint:
+            return False
+        return True
 
     def _read(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
         recorded, found = self._recorded()[str(step)], _digests(self.folder / str(step))
@@ -140,9 +147,11 @@ class Checkpoints:
             if isinstance(error, FileNotFoundError) and not self._open().all_steps():
                 return {}
             raise DamagedCheckpoint(
-                f"{self._record} is missing or cannot be read, and it alone tells which of the "
-                f"checkpoints in {self.folder} are whole: put it back, or begin again with "
-                "--overwrite in place of --resume"
+                lambda option: (
+                    f"{self._record} is missing or cannot be read, and it alone tells which of "
+                    f"the checkpoints in {self.folder} are whole: put it back, or "
+                    f"{_begin_again(option)}"
+                )
             ) from error
 
     def _record_files(self, step: int, kept: list[int]) -> None:
@@ -162,6 +171,10 @@ class Checkpoints:
         if self._manager is not None:
             self._manager.close()
             self._manager = None
+
+
+def _begin_again(option: Written) -> str:
+    return f"begin again with {option('overwrite', True)} in place of {option('resume', True)}"
 
 
 def _digests(folder: Path) -> Digests:

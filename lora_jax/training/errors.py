@@ -1,8 +1,28 @@
 """Errors of training that its user can put right."""
 
+from collections.abc import Callable
+from typing import Any
+
+# Writes an option as its reader does, from its name and, if it is told, its value.
+Written = Callable[..., str]
+
+
+def as_argument(name: str, *value: Any) -> str:
+    """Returns an option as Python writes it: "steps", or "steps=3"."""
+    return "=".join([name, *map(repr, value)])
+
 
 class TrainingError(Exception):
-    """Training cannot begin or go on as asked; the message says what to do instead."""
+    """Training cannot begin or go on as asked; the message says what to do instead.
+
+    Attributes:
+      said: returns the message for readers who write options otherwise than Python does. A script
+        gives its options the names of the library's arguments.
+    """
+
+    def __init__(self, message: str | Callable[[Written], str]) -> None:
+        self.said = message if callable(message) else lambda written: message
+        super().__init__(self.said(as_argument))
 
 
 class Diverged(TrainingError):

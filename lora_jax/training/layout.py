@@ -5,13 +5,13 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.lorafy import split
 from lora_jax.models import partition_specs
 from lora_jax.models.layers.placement import Activation, Mixture, Placement
-from lora_jax.models.specs import BATCH
+from lora_jax.models.specs import AXES, BATCH
 from lora_jax.sharding import Table, fitted, place, sharding_of, shardings
 from lora_jax.training.batches import Batch
 
@@ -23,9 +23,16 @@ _ACTIVATIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
+def one_device() -> "Layout":
+    """Returns the layout of anything on the first device."""
+    axis_types = (AxisType.Auto,) * len(AXES)
+    mesh = jax.make_mesh((1,) * len(AXES), AXES, axis_types=axis_types, devices=jax.devices()[:1])
+    return Layout(mesh, ())
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout(Placement):
-    """The placement of weights, adapters, batches and activations on the mesh.
+    """Places weights, adapters, batches and activations on a mesh.
 
     Attributes:
       mesh: with the axes `lora_jax.models.specs.AXES`.
@@ -39,24 +46,24 @@ class Layout(Placement):
 
     @classmethod
     def of(cls, mesh: Mesh, config: Any) -> "Layout":
-        """The layout of a model with this configuration."""
+        """Returns the layout of a model with this configuration."""
         return cls(mesh, partition_specs(config))
 
     @property
     def batch_parts(self) -> int:
-        """The number of parts that a batch is sharded into."""
+        """Returns the number of parts that a batch is shared out into."""
         return math.prod(self.mesh.shape[name] for name in BATCH)
 
     def of_parameter(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
-        """Returns the sharding to load a parameter with; see `lora_jax.models.from_pretrained`."""
+        """Returns where to load a parameter to; see `lora_jax.models.from_pretrained`."""
         return sharding_of(path, shape, self.table, self.mesh)
 
     def placed(self, params: Any) -> Any:
-        """An adapted tree on the mesh, the adapter as its base lies."""
+        """Returns an adapted tree on the mesh, the adapter as its base lies."""
         return place(params, self.table, self.mesh)
 
     def step_shardings(self, params: Any) -> Any:
-        """Returns the shardings of the adapter in a step: its factors are gathered over fsdp.
+        """Returns the shardings that a step works with: factors are gathered over the fsdp axis.
 
         So that happens once a step; layer by layer, it would be three times: forward, recomputed,
         and backward. They are small. What trains in full is not: it stays where it lies, and so
@@ -78,11 +85,11 @@ class Layout(Placement):
 
     @property
     def whole(self) -> NamedSharding:
-        """The sharding of a replicated array."""
+        """Returns the sharding of a replicated array."""
         return NamedSharding(self.mesh, P())
 
     def constrained(self, model: Any, *, dropout: bool = False) -> Any:
-        """The model with its activations on the mesh; on one device as it is.
+        """Returns the model with its activations on the mesh; on one device as it is.
 
         Dropout on experts depends on the order of the tokens that are sorted for them. To be what
         it is on one device, it has them sorted all at once, which takes more memory.
@@ -92,7 +99,7 @@ class Layout(Placement):
         return model.clone(placement=dataclasses.replace(self, sorts_apart=not dropout))
 
     def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
-        """An activation of a model; see `lora_jax.models.layers.placement.Placement`.
+        """Returns an activation on the mesh; see `lora_jax.models.layers.placement.Placement`.
 
         The residual stream is what rematerialisation keeps of each layer, so it is shared out over
         the tensor axis as well: by tokens, since norms are taken of each token by itself. For the
@@ -102,7 +109,7 @@ class Layout(Placement):
         return jax.lax.with_sharding_constraint(x, self._fitting(x.shape, _ACTIVATIONS[kind]))
 
     def mixture(self, mixed: Mixture) -> Mixture:
-        """Experts, each device its own tokens, and its own features of all experts.
+        """Returns experts of which each device has its tokens, and its features of all experts.
 
         So no token moves; kernels are gathered over the other axes, a layer at a time.
         """
@@ -126,7 +133,7 @@ class Layout(Placement):
         return called
 
     def batch(self, batch: Batch, *, parts: bool) -> dict[str, jax.Array]:
-        """A batch on the mesh: all processes know it, and each gives what its devices need.
+        """Returns a batch on the mesh: all processes know it, each gives what its devices need.
 
         Args:
           batch: arrays [batch, …], or [accumulate, batch, …] with `parts`.
@@ -139,7 +146,7 @@ class Layout(Placement):
         }
 
     def of_batch(self, shape: tuple[int, ...], *, parts: bool) -> NamedSharding:
-        """The sharding of one of a batch's arrays."""
+        """Returns the sharding of one of a batch's arrays."""
         return self._fitting(shape, (None, BATCH) if parts else (BATCH,))
 
     def _fitting(self, shape: tuple[int, ...], axes: tuple[Any, ...]) -> NamedSharding:

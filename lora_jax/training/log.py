@@ -1,7 +1,10 @@
 """The log of a run, as the loop knows it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
+
+from lora_jax.training.losses import HELD_OUT, OWN_METRICS
+from lora_jax.training.processes import is_first
 
 Line = dict[str, Any]
 
@@ -34,3 +37,55 @@ class NullLog:
 
     def skipped(self, step: int, metrics: Mapping[str, float]) -> None:
         """Keeps nothing."""
+
+
+def losses_of(line: Line) -> str:
+    """Returns the loss of a line and its logs, as "loss 0.3333  accuracy 0.875"."""
+    logs = (f"  {name} {value:.4g}" for name, value in line.items() if name not in OWN_METRICS)
+    return f"loss {line['loss']:.4f}{''.join(logs)}"
+
+
+def duration(seconds: float) -> str:
+    """Returns seconds in words: "3 min 20 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def show(line: Line) -> None:
+    """Prints a line of metrics: a window of steps, a measurement on held-out data, or a skip."""
+    step = f"step {line['step']}"
+    if "skipped" in line:
+        print(f"{step} skipped: its loss or its gradient is not finite", flush=True)
+    elif "loss" not in line:
+        held_out = {name.removeprefix(HELD_OUT): value for name, value in line.items()}
+        print(f"{step}: held-out {losses_of(held_out)}", flush=True)
+    else:
+        print(f"{step}  {losses_of(line)}  lr {line['lr']:.2e}", flush=True)
+
+
+class Recorder:
+    """Keeps all lines, and hands each on.
+
+    Attributes:
+      lines: the lines so far; of a step that was skipped, with `skipped` alone.
+    """
+
+    def __init__(self, heard: Callable[[Line], object] | None) -> None:
+        self.lines: list[Line] = []
+        self._heard = heard
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def add(self, line: Line) -> None:
+        """Keeps a line, and hands it on in the first process."""
+        self.lines.append(line)
+        if self._heard is not None and is_first():
+            self._heard(line)
+
+    def skipped(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Keeps that a step was skipped."""
+        self.add({"step": step, "skipped": 1.0})

@@ -161,11 +161,14 @@ def _line(
 
 def _diverged(step: int, metrics: dict[str, float], n: int, rows: str) -> Diverged:
     return Diverged(
-        f"--max-skipped {n}: so many steps in a row were skipped, because their loss, its count "
-        f"or its gradient was not finite. The last is step {step}: its loss is {metrics['loss']}, "
-        f"its count {metrics['count']}, its gradient's norm {metrics['grad_norm']}, "
-        f"its batch {rows}. If something is wrong with these rows, "
-        "put it right and begin again; otherwise training diverged: begin again with a lower --lr "
-        "or a longer --warmup. The checkpoints from before are still there: --resume goes on from "
-        "the last one, with a higher --max-skipped past these steps"
+        lambda option: (
+            f"{option('max_skipped', n)}: so many steps in a row were skipped, because their loss, "
+            f"its count or its gradient was not finite. The last is step {step}: its loss is "
+            f"{metrics['loss']}, its count {metrics['count']}, its gradient's norm "
+            f"{metrics['grad_norm']}, its batch {rows}. If something is wrong with these rows, "
+            "put it right and begin again; otherwise training diverged: begin again with a lower "
+            f"{option('lr')} or a longer {option('warmup')}. The checkpoints from before are still "
+            f"there: {option('resume', True)} goes on from the last one, with a higher "
+            f"{option('max_skipped')} past these steps"
+        )
     )

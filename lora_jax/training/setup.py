@@ -19,7 +19,7 @@ from lora_jax.training.step import State, init_state, make_step
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """The parts of a step, besides the model and the loss.
+    """Holds what a step is made of, beside the model.
 
     Attributes:
       where: the sharding of each array of the state; Adam's moments lie as the adapter does.
@@ -42,7 +42,7 @@ class Setup:
         optimizer: optax.GradientTransformation,
         schedule: optax.Schedule,
     ) -> "Setup":
-        """The setup for an adapted tree, of arrays on the mesh or of shapes with shardings."""
+        """Returns the setup for an adapted tree, of arrays on the mesh or of placed shapes."""
         adapter, _ = lj.split(params)
         return cls(
             layout=layout,
@@ -54,11 +54,11 @@ class Setup:
         )
 
     def forward(self, model: Any) -> Callable[..., Any]:
-        """A model as the function that the loss calls: adapted, its activations on the mesh."""
+        """Returns a model as the function that the loss calls, its activations on the mesh."""
         return lj.adapt(self.layout.constrained(model, dropout=self.dropout).apply)
 
     def state(self, adapter: Any, key: jax.Array) -> State:
-        """The state before the first step, on the mesh."""
+        """Returns the state before the first step, on the mesh."""
 
         def make(adapter: Any) -> State:
             return init_state(adapter, self.optimizer, key)
@@ -66,7 +66,7 @@ class Setup:
         return jax.jit(make, out_shardings=self.where)(adapter)
 
     def abstract_state(self, adapter: Any) -> State:
-        """The shapes of that state, with their shardings."""
+        """Returns the shapes of that state, with their shardings."""
         return jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
             _shapes(adapter, self.optimizer),
@@ -117,7 +117,7 @@ class Setup:
 
 
 def state_shardings(layout: Layout, adapter: Any, optimizer: optax.GradientTransformation) -> Any:
-    """The sharding of each array of a state."""
+    """Returns the sharding of each array of a state."""
     of_adapter = jax.tree.map(lambda array: array.sharding, adapter)
     of_moments = optax.tree.map_params(
         optimizer,

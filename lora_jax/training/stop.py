@@ -11,7 +11,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """A request to stop the run; `message` is printed if it is interrupted at once."""
+    """Knows whether the run was asked to stop; an interruption at once says `message`."""
 
     def __init__(self) -> None:
         self.message = "interrupted before training began; there is nothing to save"
@@ -30,7 +30,7 @@ class Stop:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within, the first signal only sets `signal`; the second one raises."""
+        """Defers the first signal within, which only sets `signal`; the second one raises."""
         self._deferred = True
         try:
             yield
@@ -44,7 +44,7 @@ class Stop:
 
     @property
     def code(self) -> int:
-        """The exit code that shells give for the signal."""
+        """Returns the exit code that shells give for the signal."""
         return 128 + (self.signal or signal.SIGINT)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -68,9 +68,12 @@ def test_presets_are_the_linear_layers(case: str) -> None:
 @pytest.mark.parametrize("case", CONFIGS)
 def test_heads_and_tables_are_known(case: str) -> None:
     kinds = models.kinds(CONFIGS[case])
-    named = {path for path, kind in kinds.items() if kind in ("embedding", "head", "classifier")}
-    assert {p for p in kinds if p.startswith(("lm_head/kernel", "classifier/"))} <= named
-    assert {p for p in kinds if p.endswith("/embedding")} <= named
+    of = {kind: {p for p, k in kinds.items() if k == kind} for kind in kinds.values()}
+    outputs = of.get("head", set()) | of.get("classifier", set())
+    assert {p for p in kinds if p.startswith(("lm_head/kernel", "classifier/"))} <= outputs
+    tables = {p for p in kinds if p.endswith("/embedding")}
+    assert tables == of["embedding"] | of.get("positions", set())
+    assert [p for p in tables if "word" in p or "tokens" in p or "wte" in p] == [*of["embedding"]]
 
 
 def test_presets_of_a_mixture() -> None:

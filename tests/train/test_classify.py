@@ -13,7 +13,12 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.models import hf_tensors, key_table, read_config
 from lora_jax.models.families import family_of
-from lora_jax.training.data.labelled import Labelled, classification_loss, predict
+from lora_jax.training.data.labelled import (
+    Labelled,
+    classification_loss,
+    label_names,
+    predict,
+)
 from lora_jax.training.losses import Loss
 from lora_jax.training.step import make_evaluation
 from tests.models.tiny import draw
@@ -21,7 +26,7 @@ from tests.train.test_sft import assert_same
 from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train import export
 from train.classify import check, main, parse
-from train.data.labelled import encode, label_names, read_labelled
+from train.data.labelled import encode, read_labelled
 from train.run.errors import UserError
 from train.run.log import read_metrics
 from train.tasks.classes import scores_of
@@ -239,9 +244,9 @@ def test_scores_of_a_small_case_by_hand():
 
 
 def test_numbers_are_ordered_as_numbers():
-    data = parse(["--label", "n"]).data
-    assert label_names(data, [{"n": 10}, {"n": 2}, {"n": "-1"}]) == ("-1", "2", "10")
-    assert label_names(data, [{"n": "b"}, {"n": "10"}, {"n": "a"}]) == ("10", "a", "b")
+    label = parse(["--label", "n"]).data.label
+    assert label_names([{"n": 10}, {"n": 2}, {"n": "-1"}], label) == ("-1", "2", "10")
+    assert label_names([{"n": "b"}, {"n": "10"}, {"n": "a"}], label) == ("10", "a", "b")
 
 
 def fails(capsys, *args):
@@ -263,7 +268,7 @@ def test_rows_that_cannot_be_used(inputs, tmp_path, capsys):
         return fails(capsys, *model, *output, "--seq-len", 16, *args)
 
     good = [{"text": "abc", "label": i % 2} for i in range(10)]
-    assert "row 11 has `label`, and no `text`: name the field with --text" in message(
+    assert "row 11 has `label`, and no `text`: name the field by --text" in message(
         [*good, {"label": 1}]
     )
     assert "row 11: `text` is None; a text is needed" in message(
@@ -272,7 +277,7 @@ def test_rows_that_cannot_be_used(inputs, tmp_path, capsys):
     assert "row 11: `label` is 0.5; a name or a whole number" in message(
         [*good, {"text": "a", "label": 0.5}]
     )
-    assert "no `hypothesis`: name the field with --text-pair" in message(
+    assert "no `hypothesis`: name the field by --text-pair" in message(
         good, "--text-pair", "hypothesis"
     )
     assert "all rows have the label 1" in message([{"text": "a", "label": 1}] * 9)
@@ -281,9 +286,7 @@ def test_rows_that_cannot_be_used(inputs, tmp_path, capsys):
     assert "longer than --seq-len 16, the longest has 4" in said and "--truncate" in said
     assert "cannot be held out" in message([*good, {"text": "abc", "label": 7}])
     other = write_jsonl(tmp_path / "test.jsonl", [{"text": "abc", "label": 3}])
-    assert "row 1: the label 3 is not among those to train on: 0, 1" in message(
-        good, "--test", other
-    )
+    assert "row 1: the label 3 is none of those to train on: 0, 1" in message(good, "--test", other)
     assert "there is no such file" in message(good, "--test", tmp_path / "none.csv")
 
 

@@ -1,12 +1,11 @@
 """Chats, their templates, and which tokens the loss counts."""
 
-import re
-
 import pytest
 
 from lora_jax.training.data.chats import check_lengths, conversation, tokenize
 from lora_jax.training.errors import TrainingError
 from tests.train.tiny import FORGETFUL, tokenizer
+from train.run.errors import flag
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
 
@@ -106,9 +105,12 @@ def test_rows_that_are_too_long_are_refused_or_cut():
     rows = [{"prompt": "a" * n, "completion": "b" * n} for n in (2, 4, 9)]
     sequences = tokenize(rows, made, "data")
     expected = "2 of 3 sequences are longer than --seq-len 8, the longest has 19 tokens"
-    with refused(re.escape(expected)):
+    with refused("sequences are longer than seq_len=8, .*cut them off .* truncate=True") as caught:
         check_lengths(sequences, 8, truncate=False)
+    assert caught.value.said(flag).startswith(expected)
+    assert caught.value.said(flag).endswith("cut them off at the end with --truncate")
     cut = check_lengths(sequences, 8, truncate=True)
     assert [len(tokens) for tokens in cut] == [5, 8]  # the third has no completion left
-    with refused("within --seq-len 2 no row has a token of a completion"):
+    with refused("within seq_len=2 no row has a token of a completion") as caught:
         check_lengths(sequences, 2, truncate=True)
+    assert "within --seq-len 2 no row has a token of a completion" in caught.value.said(flag)

@@ -22,6 +22,7 @@ from lora_jax.training.step import init_state, make_step
 from lora_jax.training.stop import Stop
 from tests.support import assert_identical, with_random_factors
 from tests.train.tiny import decoder, tokenizer
+from train.run.errors import flag
 from train.run.log import Log, read_metrics
 from train.run.options import RunConfig
 
@@ -160,7 +161,7 @@ def run(folder, halves, step, poisoned, **options):
         with Log(folder, console, first=0, last=STEPS) as log:
             state, _ = loop(step, begin(adapter), base, STEPS, settings, hooks, log, Stop())
     except Diverged as raised:
-        error = str(raised)
+        error = raised.said(flag)
     saved = checkpoints.steps()
     checkpoints.close()
     return state, error, console.file.getvalue(), saved

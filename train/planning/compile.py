@@ -229,7 +229,8 @@ def abstract_params(job: Job, variant: Variant) -> Any:
     dtype = jnp.float32 if variant.adapter.full else jnp.dtype(job.dtype)
     plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), job.outline.params)
     with as_user_errors(ValueError):
-        params = lj.lorafy(plain, rules(variant.adapter, job.outline))
+        chosen = rules(variant.adapter, job.outline)
+        params = lj.lorafy(plain, chosen, kinds=job.outline.kinds)
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         params,

@@ -4,8 +4,8 @@ import math
 import re
 from typing import Any
 
-from lora_jax.paths import flatten_with_paths
-from lora_jax.weight import LoraWeight, Trained, is_node
+from lora_jax.models import kinds
+from lora_jax.weight import LoraWeight, Trained, leaves_of
 
 _KEEPS_ONLY_DENSE = "dots_with_no_batch_dims_saveable"  # attention scores are not kept
 
@@ -27,19 +27,17 @@ def step_flops(
       chunked: whether the head runs over chunks of predictions, and so is recomputed.
     """
     tokens = batch * seq
-    leaves, _ = flatten_with_paths(params, is_leaf=is_node)
-    tied = config.tie_word_embeddings
-    total = 0.0
+    kind_of, total = kinds(config), 0.0
+    heads_of = ("head", "embedding") if config.tie_word_embeddings else ("head",)
     layers_again, scores_again = remat == "full", remat in ("full", _KEEPS_ONLY_DENSE)
-    for path, leaf in leaves:
-        is_head = path.endswith(("lm_head/kernel", "embed_tokens/embedding", "wte/embedding"))
-        if is_head and not tied and path.endswith("embedding"):
-            continue  # looked up, not multiplied
-        if not (is_head or path.endswith("kernel")):
+    for path, leaf in leaves_of(params)[0]:
+        kind = kind_of[path]
+        is_head = kind in heads_of
+        if not is_head and not path.endswith("kernel"):  # a norm, a bias; a table is looked up
             continue
         shape = leaf.shape
         size = math.prod(shape)
-        if "/experts/" in path:
+        if kind == "experts":
             size *= config.num_experts_per_tok / config.num_experts
         last = re.search(r"(down_proj|mlp/c_proj|w2)/kernel$", path) is not None
         again = chunked if is_head else layers_again and not last

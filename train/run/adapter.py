@@ -1,5 +1,6 @@
 """Adapter and optimiser options as rules for the tree and an optax optimiser."""
 
+import re
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,8 +17,6 @@ from train.run.pretrained import Outline
 
 Rule = lj.LoraRule | lj.TrainRule
 NO_ADAPTER = ("none",)
-
-_TOKENS = r"(.*/)?(embed_tokens|wte|word_embeddings)/embedding"  # not position embeddings
 
 _INITIALISERS = {
     "kaiming": init.kaiming,
@@ -52,8 +51,9 @@ def rules(adapter: AdapterConfig, outline: Outline | None = None) -> list[Rule]:
         if adapter.train:
             chosen.append(lj.TrainRule(targets=adapter.train))
         if adapter.train_tokens:
-            rows = lj.TrainRule(targets=_TOKENS, rows=adapter.train_tokens)
-            chosen.append(rows)
+            tables = [".*"] if outline is None else outline.paths("embedding")
+            rows = adapter.train_tokens
+            chosen += [lj.TrainRule(targets=re.escape(table), rows=rows) for table in tables]
         if adapter.bias == "all":
             chosen.append(lj.TrainRule(targets=["bias"]))
         if adapter.divide_rank and outline is not None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from lora_jax.hf.bundled import MINILM
 from train.run import options
 from train.run.adapter import NO_ADAPTER
 from train.run.errors import UserError
@@ -26,8 +25,9 @@ HEAD_RATE = 3e-2  # the default learning rate with --head-only
 class DataConfig:
     """Model and data."""
 
-    model: str = MINILM.name
-    """A BERT, RoBERTa or XLM-RoBERTa model: a name on the hub, or a folder."""
+    model: str | None = None
+    """A BERT, RoBERTa or XLM-RoBERTa model: a name on the hub, or a folder. By default the base of
+    --init-adapter, or else all-MiniLM-L6-v2."""
     dataset: str = VADER
     """"vader" (the default task: words rated by people), a JSONL, Parquet or CSV file, or a dataset
     on the hub."""

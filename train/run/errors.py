@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lora_jax.training.errors import Interrupted, TrainingError
 
@@ -29,11 +29,17 @@ def reported() -> Iterator[None]:
     try:
         yield
     except TrainingError as error:
-        _leave(f"error: {error}", BAD_INPUT)
+        _leave(f"error: {error.said(flag)}", BAD_INPUT)
     except Interrupted as error:
         _leave(str(error), error.code)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
+
+
+def flag(name: str, *value: Any) -> str:
+    """Returns an option as a command line has it: "--steps", "--steps 3", or "--resume" if set."""
+    values = [str(one) for one in value if one is not True]
+    return " ".join([f"--{name.replace('_', '-')}", *values])
 
 
 def _leave(message: str, code: int) -> NoReturn:

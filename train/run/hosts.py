@@ -16,8 +16,8 @@ from rich.console import Console
 
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.processes import is_first
-from train.run.errors import UserError
-from train.run.options import Options, RunConfig, as_json, flag
+from train.run.errors import UserError, flag
+from train.run.options import Options, RunConfig, as_json
 
 _ROUND = 2**24  # bytes that each process sends at once
 _OF_ONE_PROCESS = ("coordinator", "process_id")  # options that may differ between processes
@@ -141,7 +141,7 @@ def _success(value: Any) -> _Message:
 
 
 def _failure(error: TrainingError) -> _Message:
-    return {"error": str(error)}
+    return {"error": error.said(flag)}
 
 
 def _gathered(own: _Message) -> list[Any]:

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from lora_jax.training.log import Line, NullLog
-from lora_jax.training.losses import HELD_OUT, OWN_METRICS
+from lora_jax.training.log import Line, NullLog, duration, losses_of
+from lora_jax.training.losses import HELD_OUT
 from lora_jax.training.processes import is_first
 
 METRICS = "metrics.jsonl"
@@ -87,7 +87,7 @@ class Log:
             self._show(line)
         else:
             held_out = {k.removeprefix(HELD_OUT): v for k, v in line.items()}
-            self._print(f"step {line['step']}: held-out {_losses(held_out)}")
+            self._print(f"step {line['step']}: held-out {losses_of(held_out)}")
 
     def _record(self, line: Line) -> Line:
         line = {**line, "time": round(time.time(), 3)}
@@ -102,7 +102,7 @@ class Log:
                 self._events.add_scalar(name, value, line["step"], walltime=line["time"])
 
     def _show(self, line: Line) -> None:
-        text = f"{_losses(line)}  lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tokens/s"
+        text = f"{losses_of(line)}  lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tokens/s"
         if self._progress:
             self._progress.update(self._task, completed=line["step"], description=text)
             return
@@ -114,21 +114,9 @@ class Log:
         self._console.print(text, highlight=False, soft_wrap=True)
 
 
-def _losses(line: Line) -> str:
-    """Returns the loss of a line and its logs, as "loss 0.3333  accuracy 0.875"."""
-    logs = (f"  {name} {value:.4g}" for name, value in line.items() if name not in OWN_METRICS)
-    return f"loss {line['loss']:.4f}{''.join(logs)}"
-
-
 def open_log(folder: Path, console: Console, *, first: int, last: int) -> Log | NullLog:
     """Returns the log of this process; only the first one writes. See `Log`."""
     return Log(folder, console, first=first, last=last) if is_first() else NullLog()
-
-
-def duration(seconds: float) -> str:
-    """Formats a duration: "3 min 20 s"."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 @contextmanager
@@ -164,10 +152,10 @@ def draw_curve(folder: Path, lines: Sequence[Line], label: str = "loss") -> None
     """
     figure = Figure(figsize=(7, 4))  # without pyplot: no window, no global state
     axes = figure.subplots()
-    for name, label in (("loss", "training"), ("eval_loss", "held out")):
+    for name, curve in (("loss", "training"), ("eval_loss", "held out")):
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="." * (name != "loss"))
+            axes.plot(*zip(*points, strict=True), label=curve, marker="." * (name != "loss"))
     axes.set(xlabel="step", ylabel=label)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from train.run.errors import UserError
+import lora_jax as lj
+from train.run.errors import UserError, as_user_errors, flag
 
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
 _REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")}
@@ -173,12 +174,14 @@ class Defaults:
     """A task's defaults for options that were not given.
 
     Attributes:
+      model: the base.
       alpha: a multiple of the rank.
       lr, full_lr: the peak learning rate with an adapter, and of full fine-tuning.
       beta2: Adam's decay rate of the squared gradients.
       steps, epochs: the length of a run; one epoch if both are None.
     """
 
+    model: str
     alpha: float
     lr: float
     full_lr: float
@@ -199,7 +202,18 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
         optim = dataclasses.replace(optim, epochs=defaults.epochs)
     if optim.beta2 is None:
         optim = dataclasses.replace(optim, beta2=defaults.beta2)
-    return dataclasses.replace(options, adapter=adapter, optim=optim)
+    data = options.data
+    if data.model is None:
+        data = dataclasses.replace(data, model=_base_of(adapter.init_adapter) or defaults.model)
+    return dataclasses.replace(options, adapter=adapter, optim=optim, data=data)
+
+
+def _base_of(adapter: str | None) -> str | None:
+    """Returns the base that an adapter's folder names; None if there is no such folder."""
+    if adapter is None or not Path(adapter).is_dir():
+        return None  # a missing folder is an error later, when it is read
+    with as_user_errors(ValueError, prefix="--init-adapter: "):
+        return lj.adapter_info(adapter).get("model")
 
 
 # Options that a resumed run may change: its length, devices, reports, and checkpoints. Any other
@@ -267,11 +281,6 @@ def _of_adapters(adapter: AdapterConfig, *besides: str) -> str | None:
         if name not in other and getattr(adapter, name) != getattr(default, name):
             return flag(name)
     return None
-
-
-def flag(name: str) -> str:
-    """Returns an option's name on the command line."""
-    return f"--{name.replace('_', '-')}"
 
 
 def at_least(least: int, part: Any, *names: str) -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.hf.bundled import BUNDLES
-from lora_jax.hf.hub import resolve_config
+from lora_jax.hf.hub import resolve, resolve_config, revision_of
 from lora_jax.hf.keys import nested
 from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.models import (
@@ -21,6 +21,7 @@ from lora_jax.models import (
     WeightsError,
     fetch,
     key_table,
+    kinds,
 )
 from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
 from train.run.errors import UserError, as_user_errors
@@ -37,9 +38,23 @@ class Outline:
     head: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `from_pretrained`
 
     @property
+    def kinds(self) -> dict[str, Any]:
+        """The kind of each parameter, by path; see `lora_jax.models.kinds`."""
+        return dict(kinds(self.config))
+
+    def paths(self, kind: str) -> list[str]:
+        """Returns the paths of the parameters of a kind."""
+        return [path for path, found in self.kinds.items() if found == kind]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The facts about the base that an adapter stores: its name, and its revision on the hub."""
+        return {"model": self.name, "revision": revision_of(resolve(self.name).path)}
+
+    @property
     def active_experts(self) -> int | None:
         """The number of experts active for a token; None if the model is no mixture of experts."""
-        return getattr(self.config, "num_experts_per_tok", None)
+        return getattr(self.config, "num_experts_per_tok", None) or None
 
     def check_length(self, length: int, what: str) -> None:
         """Raises a UserError if the model does not allow `length` tokens; `what` names them."""

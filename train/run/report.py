@@ -1,4 +1,4 @@
-"""The report at the end of a run: versions, memory, and cost."""
+"""The report at the end of a run: its memory, time, and size on disk."""
 
 import resource
 import sys

@@ -14,8 +14,9 @@ SQL = "sql"  # the name of the default task, defined in train/tasks/sql
 class DataConfig:
     """Model and data."""
 
-    model: str = DEFAULT_MODEL
-    """The language model: a name on the hub, a folder, or a GGUF file."""
+    model: str | None = None
+    """The language model: a name on the hub, a folder, or a GGUF file. By default the base of
+    --init-adapter, or else SmolLM2-135M-Instruct."""
     dataset: str = SQL
     """"sql" (the default task), a JSONL, Parquet or CSV file, or a dataset on the hub. Each row has
     `messages`, or `prompt` and `completion`."""

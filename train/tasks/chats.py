@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.batches import Packs, pack
 from lora_jax.training.data.chats import Row, check_lengths, conversation
 from lora_jax.training.losses import Loss, summed_loss
@@ -45,6 +46,7 @@ def hold_out(config: Config, rows: list[Row]) -> Rows:
 
 def outline(config: Config, rows: Rows) -> Outline:
     """Reads the model's outline; checks that the model allows sequences of --seq-len."""
+    assert config.data.model is not None, "the options have no defaults yet"
     outline = read_outline(config.data.model)
     outline.check_length(config.data.seq_len, f"--seq-len {config.data.seq_len}")
     return outline
@@ -59,7 +61,7 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
     return Data(
         train=packs,
         held_out=held_out,
-        name=lambda row: ", ".join(f"row {number}" for number in packs.sources[row]),
+        name=packs.name,
         facts={"sequence_length": packs.ids.shape[1]},
     )
 
@@ -87,7 +89,7 @@ def loss(config: Config, batch_parts: int) -> Loss:
 
 
 TASK = Task(
-    defaults=Defaults(alpha=2.0, lr=2e-4, full_lr=2e-5),
+    defaults=Defaults(model=SMOLLM2.name, alpha=2.0, lr=2e-4, full_lr=2e-5),
     check=check,
     rows=read,
     outline=outline,

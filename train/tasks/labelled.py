@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.hf.bundled import MINILM
 from lora_jax.training.data.chats import Row
-from lora_jax.training.data.labelled import Labelled, classification_loss, predict
+from lora_jax.training.data.labelled import Labelled, classification_loss, label_names, predict
 from lora_jax.training.losses import Loss
 from lora_jax.training.processes import is_first, write_json
-from train.data.labelled import encode, label_names, read_labelled
+from train.data.labelled import encode, read_labelled
 from train.run.adapter import peft_fields
 from train.run.classify_options import HEAD, Config
 from train.run.log import doing
@@ -54,14 +55,15 @@ def read(config: Config) -> Rows:
 def outline(config: Config, rows: Rows) -> Outline:
     """Reads the outline of the encoder, with a head for the classes of the rows."""
     data = config.data
-    outline = read_classifier_outline(data.model, len(label_names(data, rows.train)))
+    assert data.model is not None, "the options have no defaults yet"
+    outline = read_classifier_outline(data.model, len(label_names(rows.train, data.label)))
     outline.check_length(data.seq_len, f"--seq-len {data.seq_len}")
     return outline
 
 
 def examples(config: Config, rows: Rows, outline: Outline) -> Data:
     """Returns the texts as arrays, with their class indices."""
-    data, names = config.data, label_names(config.data, rows.train)
+    data, names = config.data, label_names(rows.train, config.data.label)
     train = encode(data, rows.train, names, outline.tokenizer, data.dataset)
     test = encode(data, rows.held_out, names, outline.tokenizer, data.test or "the held-out rows")
     return Data(
@@ -140,7 +142,7 @@ class Telling:
 
 
 TASK = Task(
-    defaults=Defaults(alpha=2.0, lr=1e-3, full_lr=3e-5, epochs=3.0),
+    defaults=Defaults(model=MINILM.name, alpha=2.0, lr=1e-3, full_lr=3e-5, epochs=3.0),
     check=check,
     completed=completed,
     rows=read,

@@ -84,7 +84,8 @@ def encoder_table(config: EncoderConfig) -> list[Row]:
 
     def table(name: str, rows: int, aliases: tuple[str, ...] = ()) -> None:
         path = f"{trunk}/embeddings/{name}_embeddings"
-        add(path, "embedding", (rows, width), "embedding", aliases=aliases)
+        kind: Kind = "embedding" if name == "word" else "positions"
+        add(path, "embedding", (rows, width), kind, aliases=aliases)
 
     width, inner = config.hidden_size, config.intermediate_size
     lm = "cls/predictions" if trunk == "bert" else "lm_head"

@@ -52,7 +52,7 @@ def gpt2_table(config: GPT2Config) -> list[Row]:
     tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
     add("transformer/wte", "embedding", (config.vocab_size, width), "embedding", tied)
     positions = (config.max_position_embeddings, width)
-    add("transformer/wpe", "embedding", positions, "embedding")
+    add("transformer/wpe", "embedding", positions, "positions")
     layer_norm("transformer/h/ln_1")
     linear("attention", "transformer/h/attn/c_attn", width, 3 * width)
     linear("attention", "transformer/h/attn/c_proj", width, width)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.training.batches import Tokens
+from lora_jax.training.batches import Packs, Tokens, pack
 from lora_jax.training.errors import TrainingError
 
 Message = Mapping[str, str]
@@ -19,6 +19,35 @@ Mapped = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
 
 _NEEDED = "a row needs `messages` (a list of turns with `role` and `content`), or `prompt` and "
 _NEEDED += "`completion` (two strings)"
+
+
+def chats(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    packing: bool = False,
+    truncate: bool = False,
+    source: str = "the rows",
+) -> Packs:
+    """Returns chats as examples for a language model, which learns what the assistant says.
+
+    Args:
+      rows: dicts with `messages` (turns with `role` and `content`), or `prompt` and `completion`.
+      tokenizer: the model's; its chat template renders the turns.
+      seq_len: tokens a sequence, at most.
+      packing: puts several rows into one sequence; none sees another.
+      truncate: cuts rows off that are longer, which are an error otherwise; one that has no token
+        of a completion left is left out.
+      source: the name of the rows in errors.
+
+    Raises:
+      TrainingError: a row cannot be used; names it.
+    """
+    if not rows:
+        raise TrainingError(f"{source} is empty")
+    sequences = check_lengths(tokenize(rows, tokenizer, source), seq_len, truncate=truncate)
+    return pack(sequences, seq_len, packing=packing)
 
 
 def one_by_one(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
@@ -103,7 +132,7 @@ def tokenize(
 
 
 def _plain_tokens(turns: Sequence[Message], tokenizer: Any, name: str) -> Tokens:
-    """A prompt and its completion, one after the other, for a model without a chat template."""
+    """Returns a prompt and its completion in a row, for a model without a chat template."""
     if [turn["role"] for turn in turns] != ["user", "assistant"]:
         raise TrainingError(
             f"{name} is a chat, and the model has no chat template: give rows with `prompt` and "
@@ -140,7 +169,7 @@ def _chat_tokens(turns: Sequence[Message], tokenizer: Any, name: str) -> list[To
 def _span(
     turns: Sequence[Message], render: Callable[[Sequence[Message], bool], str]
 ) -> tuple[str, tuple[int, int]]:
-    """The text up to an assistant turn's end, and where in it that turn stands."""
+    """Returns the text up to an assistant turn's end, and that turn's span in it."""
     asked = render(turns[:-1], True)
     answered = render(turns, False).rstrip()
     if not answered.startswith(asked):
@@ -153,7 +182,7 @@ def _span(
 
 
 def _marked(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any) -> Tokens:
-    """The tokens of `text`; those that begin within a span count. Ends with the last span."""
+    """Returns the tokens of `text` up to the last span; those that begin within one count."""
     text = text[: spans[-1][1]]
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     offsets = np.array([first for first, _ in encoded["offset_mapping"]], np.int64)
@@ -164,7 +193,7 @@ def _marked(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any) -> Toke
 
 
 def check_lengths(sequences: Sequence[Tokens], seq_len: int, *, truncate: bool) -> list[Tokens]:
-    """The sequences, none longer than `seq_len`, each with a token that the loss counts.
+    """Returns the sequences, none longer than `seq_len`, each with a token that the loss counts.
 
     Raises:
       TrainingError: one is longer and `truncate` is off, or none is left.
@@ -173,14 +202,19 @@ def check_lengths(sequences: Sequence[Tokens], seq_len: int, *, truncate: bool) 
     if longer and not truncate:
         longest = max(len(tokens) for tokens in sequences)
         raise TrainingError(
-            f"{longer} of {len(sequences)} sequences are longer than --seq-len {seq_len}, the "
-            f"longest has {longest} tokens. Raise --seq-len to {longest}, take those rows out, or "
-            "cut them off at the end with --truncate"
+            lambda option: (
+                f"{longer} of {len(sequences)} sequences are longer than "
+                f"{option('seq_len', seq_len)}, the longest has {longest} tokens. Raise "
+                f"{option('seq_len')} to {longest}, take those rows out, or cut them off at the "
+                f"end with {option('truncate', True)}"
+            )
         )
     cut = [Tokens(t.ids[:seq_len], t.counts[:seq_len], t.row) for t in sequences]
     kept = [tokens for tokens in cut if tokens.counts[1:].any()]
     if not kept:
-        raise TrainingError(f"within --seq-len {seq_len} no row has a token of a completion")
+        raise TrainingError(
+            lambda option: f"within {option('seq_len', seq_len)} no row has a token of a completion"
+        )
     return kept
 
 

@@ -1,7 +1,7 @@
 """Labelled texts as arrays, the loss, and what a model makes of them."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,13 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lora_jax.training.batches import Batch, Examples
+from lora_jax.training.batches import Batch, Weighted, round_up
+from lora_jax.training.data.chats import Mapped, Row, one_by_one
+from lora_jax.training.errors import TrainingError
 from lora_jax.training.losses import Sums, number_of_units
+
+_BLOCK = 256  # texts that are encoded at once
 
 
 @dataclasses.dataclass(frozen=True)
-class Labelled(Examples):
-    """Texts ready to be batched, int32.
+class Labelled(Weighted):
+    """Holds texts ready to be batched, int32.
 
     Attributes:
       ids: [n, seq], tokens.
@@ -35,10 +39,152 @@ class Labelled(Examples):
         return int(batch["attention_mask"].sum())
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fields:
+    """Names the fields of a row that hold its text, a second text (None for none), its label."""
+
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+
+
+def texts(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    names: Sequence[str] | None = None,
+    fields: Fields = Fields(),
+    seq_len: int = 128,
+    truncate: bool = False,
+    source: str = "the rows",
+) -> Labelled:
+    """Returns rows with texts and labels as examples for a classifier.
+
+    Args:
+      rows: dicts, each with a text and a label.
+      tokenizer: the model's.
+      names: the classes in the order of their indices; by default `label_names` of these rows.
+      fields: the names of the fields.
+      seq_len: the most tokens of a text.
+      truncate: cuts texts off that are longer, which are an error otherwise.
+      source: the name of the rows in errors.
+
+    Raises:
+      TrainingError: a row lacks a field, is too long, or has a label that is not among `names`.
+    """
+    check_rows(rows, source, fields)
+    names = names or label_names(rows, fields.label)
+    return encode(
+        rows, names, tokenizer, fields=fields, seq_len=seq_len, truncate=truncate, source=source
+    )
+
+
+def check_rows(rows: Sequence[Row], source: str, fields: Fields) -> None:
+    """Raises TrainingError where a row lacks a text or a label; names the row and the field."""
+    of_texts = {"text": fields.text} | ({"text_pair": fields.text_pair} if fields.text_pair else {})
+    for number, row in enumerate(rows, start=1):
+        for option, field in of_texts.items():
+            if not isinstance(row.get(field), str) or not row[field].strip():
+                raise _no_field(row, f"{source}, row {number}", option, field, "a text")
+        label = row.get(fields.label)
+        if not isinstance(label, str | int) or label == "":
+            needed = "a name or a whole number"
+            raise _no_field(row, f"{source}, row {number}", "label", fields.label, needed)
+
+
+def _no_field(row: Row, where: str, option: str, field: str, needed: str) -> TrainingError:
+    if field in row:
+        return TrainingError(f"{where}: `{field}` is {row[field]!r}; {needed} is needed")
+    found = ", ".join(f"`{name}`" for name in row) or "nothing"
+    return TrainingError(
+        lambda written: (
+            f"{where} has {found}, and no `{field}`: name the field by {written(option)}"
+        )
+    )
+
+
+def label_names(rows: Sequence[Row], label: str = "label") -> tuple[str, ...]:
+    """Returns the classes in the order of their indices: numbers in their own, names by letter.
+
+    Raises:
+      TrainingError: there is only one.
+    """
+    names = {str(row[label]) for row in rows}
+    if len(names) < 2:
+        raise TrainingError(
+            f"all rows have the label {names.pop()}: there is nothing to tell apart"
+        )
+    numbers = all(name.lstrip("-").isdigit() for name in names)
+    return tuple(sorted(names, key=int) if numbers else sorted(names))
+
+
+def encode(
+    rows: Sequence[Row],
+    names: Sequence[str],
+    tokenizer: Any,
+    *,
+    fields: Fields,
+    seq_len: int,
+    truncate: bool,
+    source: str,
+    mapped: Mapped = one_by_one,
+) -> Labelled:
+    """Returns checked rows as arrays, as long as the longest text; see `texts`.
+
+    Args:
+      mapped: applies a function to each of a list of items, in any way; results are JSON.
+    """
+    firsts = [row[fields.text] for row in rows]
+    seconds = [row[fields.text_pair] for row in rows] if fields.text_pair else None
+    limit = {"truncation": True, "max_length": seq_len} if truncate else {}
+
+    def encoded_block(first: int) -> dict[str, list[list[int]]]:
+        block = slice(first, first + _BLOCK)
+        second = seconds[block] if seconds else None
+        return dict(
+            tokenizer(firsts[block], second, return_token_type_ids=True, verbose=False, **limit)
+        )
+
+    blocks = mapped(encoded_block, range(0, len(rows), _BLOCK))
+    ids, types = (
+        [one for block in blocks for one in block[name]] for name in ("input_ids", "token_type_ids")
+    )
+    lengths = [len(one) for one in ids]
+    if longer := sum(length > seq_len for length in lengths):
+        raise TrainingError(
+            lambda option: (
+                f"{source}: {longer} of {len(rows)} texts are longer than "
+                f"{option('seq_len', seq_len)}, the longest has {max(lengths)} tokens. Raise "
+                f"{option('seq_len')}, take those rows out, or cut them off at the end with "
+                f"{option('truncate', True)}"
+            )
+        )
+    index = {name: i for i, name in enumerate(names)}
+    for number, row in enumerate(rows, start=1):
+        if str(row[fields.label]) not in index:
+            raise TrainingError(
+                f"{source}, row {number}: the label {row[fields.label]!r} is none of those to "
+                f"train on: {', '.join(names)}"
+            )
+    length = round_up(max(lengths), seq_len)
+    padding = tokenizer.pad_token_id or 0
+
+    def padded(lists: Sequence[Sequence[int]], fill: int) -> np.ndarray:
+        return np.array([[*ids, *[fill] * (length - len(ids))] for ids in lists], np.int32)
+
+    return Labelled(
+        ids=padded(ids, padding),
+        attention_mask=padded([[1] * n for n in lengths], 0),
+        token_type_ids=padded(types, 0),
+        labels=np.array([index[str(row[fields.label])] for row in rows], np.int32),
+        weights=np.ones(len(rows), np.int32),
+    )
+
+
 def logits_of(
     forward: Callable[..., jax.Array], params: Any, batch: dict[str, Any], **options: Any
 ) -> jax.Array:
-    """The logits of a batch's classes: [batch, classes], fp32."""
+    """Returns the logits of a batch's classes: [batch, classes], fp32."""
     return forward(
         {"params": params},
         batch["ids"],
@@ -78,7 +224,7 @@ def classification_loss(
 
 
 def predict(model: Any, params: Any, examples: Labelled, batch_size: int) -> np.ndarray:
-    """The probability of each class for each text, by `params` (plain): [n, classes]."""
+    """Returns the probability of each class for each text, by `params` (plain): [n, classes]."""
 
     def probabilities(params: Any, batch: dict[str, Any]) -> jax.Array:
         return jax.nn.softmax(logits_of(model.apply, params, batch))

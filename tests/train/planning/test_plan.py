@@ -226,7 +226,7 @@ def test_it_is_the_very_step_that_runs(model):
 
 def test_json_and_a_table(model, capsys, monkeypatch):
     both = [planned.Variant(plan.AdapterConfig(full=full), "full") for full in (False, True)]
-    monkeypatch.setattr(plan, "ways", lambda options: both[1:] if options.plan.alone else both)
+    monkeypatch.setattr(plan, "variants", lambda options: both[1:] if options.plan.alone else both)
     args = ["--model", model, "--topology", "cpu:2", "--batch-size", "2", "--seq-len", "8"]
     args += ["--tokens", "1600", "--peak-tflops", "1e-6", "--price", "3"]
     plan.main([*args, "--json"])

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from lora_jax import TrainRule
+from lora_jax import TrainRule, models
 from lora_jax.models import DecoderConfig
 from lora_jax.models.layers.trunk import REMAT_POLICIES
 from lora_jax.training.processes import write_json
+from tests.models import tiny, tiny_encoders
 from tests.train.tiny import CONFIG
 from train import classify
 from train.run.adapter import rules
@@ -107,17 +108,34 @@ def test_the_default_is_the_sql_task_with_every_linear_layer():
 def test_what_else_trains_comes_first():
     args = "--train norm lm_head --train-tokens 3 5 --bias all --dora --init pissa --rank 8"
     config = parse([*args.split(), "--divide-rank"])
-    *others, experts, every = rules(config.adapter, outline(num_experts_per_tok=2))
+    mixture = tiny.config(next(case for case in tiny.CASES if case.startswith("mixtral")))
+    *others, experts, every = rules(config.adapter, Outline("a model", None, mixture, {}))
     saved, tokens, biases = others
     assert (saved.targets, biases.targets) == (("norm", "lm_head"), ("bias",))
     assert tokens.rows == (3, 5)
-    for path in ("embed_tokens", "transformer/wte", "bert/embeddings/word_embeddings"):
-        assert re.fullmatch(tokens.targets, f"{path}/embedding")
-    assert not re.fullmatch(tokens.targets, "transformer/wpe/embedding")  # of positions
+    assert re.fullmatch(tokens.targets, "model/embed_tokens/embedding")
     assert (experts.targets, experts.rank, experts.scale) == (("experts",), 4, 10.0)
     assert (every.rank, every.scale, every.dora) == (8, 10.0, True)
     with pytest.raises(UserError, match="--divide-rank: the model is not a mixture of experts"):
-        rules(config.adapter, outline())
+        rules(config.adapter, decoder_outline())
+
+
+@pytest.mark.parametrize(
+    ("model", "table"),
+    [
+        (tiny_encoders.config(next(iter(tiny_encoders.GPT2S))), "transformer/wte/embedding"),
+        (
+            tiny_encoders.config(next(iter(tiny_encoders.ENCODERS))),
+            "bert/embeddings/word_embeddings/embedding",
+        ),
+    ],
+    ids=["gpt2", "bert"],
+)
+def test_tokens_train_in_their_own_table_not_in_those_of_positions(model, table):
+    config = parse("--targets none --train-tokens 3 5".split())
+    (rule,) = rules(config.adapter, Outline("a model", None, model, {}))
+    found = [path for path in models.kinds(model) if re.fullmatch(rule.targets, path)]
+    assert found == [table]
 
 
 def test_without_an_adapter_what_else_trains_trains_alone():

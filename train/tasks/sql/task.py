@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.data.chats import Row
 from lora_jax.training.processes import write_json
 from train.run.log import doing
@@ -105,7 +106,9 @@ def _as_rows(made: Any) -> list[Row]:
 
 TASK = dataclasses.replace(
     chats.TASK,
-    defaults=Defaults(alpha=10.0, lr=1e-3, full_lr=1e-4, beta2=0.99, steps=STEPS),
+    defaults=Defaults(
+        model=SMOLLM2.name, alpha=10.0, lr=1e-3, full_lr=1e-4, beta2=0.99, steps=STEPS
+    ),
     check=check,
     rows=read,
     examples=examples,

@@ -1,0 +1,210 @@
+"""A run of training, from an adapted tree to a trained one: what scripts and `finetune` share."""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+import lora_jax as lj
+from lora_jax.fingerprint import base_fingerprint, differing
+from lora_jax.training.batches import Batch, Examples, Feed
+from lora_jax.training.checkpoints import Checkpoints
+from lora_jax.training.errors import TrainingError
+from lora_jax.training.layout import Layout
+from lora_jax.training.log import Log
+from lora_jax.training.loop import Hooks, Pace, train
+from lora_jax.training.losses import Loss, Sums
+from lora_jax.training.setup import Setup
+from lora_jax.training.step import State, Step, make_evaluation
+from lora_jax.training.stop import Stop
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ready:
+    """Holds what training begins with.
+
+    Attributes:
+      feed: the batches.
+      setup: what a step is made of, beside the model.
+      state: the state to go on from.
+      base: the frozen half of the parameters.
+      checkpoints: the checkpoints to resume from and to write; None for none.
+      facts: what each checkpoint says of data, base and options, as JSON.
+    """
+
+    feed: Feed
+    setup: Setup
+    state: State
+    base: Any
+    checkpoints: Checkpoints | None
+    facts: dict[str, Any]
+
+
+def make_ready(
+    params: Any,
+    feed: Feed,
+    *,
+    layout: Layout,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    key: jax.Array,
+    checkpoints: Checkpoints | None = None,
+) -> Ready:
+    """Returns the state before the first step.
+
+    Args:
+      params: the adapted tree, on the layout's mesh. Its trained arrays may be taken over.
+      feed: the batches.
+      layout: where everything lies on the mesh.
+      optimizer: of the adapter.
+      schedule: the learning rate that the optimiser has, to be logged.
+      key: of dropout.
+      checkpoints: those of the run's folder.
+    """
+    adapter, base = lj.split(params)
+    setup = Setup.of(layout, params, optimizer, schedule)
+    return Ready(
+        feed=feed,
+        setup=setup,
+        state=setup.state(adapter, key),
+        base=base,
+        checkpoints=checkpoints,
+        facts={"data": feed.examples.digest(), "base": base_fingerprint(base)},
+    )
+
+
+def resumed(ready: Ready, steps: int) -> Ready:
+    """Returns the state of the newest checkpoint; where there is none, the first.
+
+    Raises:
+      TrainingError: the checkpoint is damaged, of other data, another base or other settings, or
+        later than `steps`.
+    """
+    if ready.checkpoints is None or not ready.checkpoints.steps():
+        return ready
+    state, saved = ready.checkpoints.restore(ready.state)
+    done = int(state.step)
+    if saved["data"] != ready.facts["data"] or saved["cursor"] != ready.feed.order.cursor(done):
+        raise TrainingError(
+            lambda option: (
+                f"{option('resume', True)}: the training data are not those that the run began with"
+            )
+        )
+    if wrong := differing(saved["base"], ready.facts["base"]):
+        raise TrainingError(
+            lambda option: (
+                f"{option('resume', True)}: the base is not the one that the run began with; "
+                f"{len(wrong)} of its weights differ, {wrong[0]} among them"
+            )
+        )
+    was, now = saved.get("settings", {}), ready.facts.get("settings", {})
+    if changed := [name for name in now if was.get(name) != now[name]]:
+        differing_settings = "; ".join(f"{n} was {was.get(n)} and is now {now[n]}" for n in changed)
+        raise TrainingError(
+            lambda option: (
+                f"{option('resume', True)}: the run began with other settings: {differing_settings}"
+            )
+        )
+    if done > steps:
+        raise TrainingError(
+            lambda option: (
+                f"{option('resume', True)}: {done} steps are done, more than the {steps} asked for"
+            )
+        )
+    return dataclasses.replace(ready, state=state)
+
+
+def compile_step(ready: Ready, forward: Callable[..., Any], loss: Loss) -> jax.stages.Compiled:
+    """Returns the compiled step.
+
+    Args:
+      ready: the state to train from.
+      forward: the adapted function that the loss calls.
+      loss: the function to minimise, and who divides it.
+    """
+    first = ready.setup.layout.batch(ready.feed.batch(0), parts=True)
+    return ready.setup.lower(forward, loss, ready.state, ready.base, first).compile()
+
+
+def fit(
+    ready: Ready,
+    step: Step,
+    forward: Callable[..., Any],
+    loss: Loss,
+    *,
+    steps: int,
+    pace: Pace,
+    held_out: Examples | None,
+    log: Log,
+    stop: Stop,
+    resume_hint: str = "",
+) -> tuple[Any, float | None]:
+    """Trains to the end.
+
+    Args:
+      ready: the state to train from; its memory is taken over.
+      step: the compiled step.
+      forward: the adapted function that the loss calls.
+      loss: the function to minimise, and who divides it.
+      steps: the number of the last step.
+      pace: says how often to log, evaluate and save.
+      held_out: examples that the loss is measured on.
+      log: gets a line a window of steps.
+      stop: tells of a signal.
+      resume_hint: tells an interrupted user how to go on.
+
+    Returns:
+      The adapted tree, and the median seconds of a step (None where none was taken).
+
+    Raises:
+      Interrupted: after a signal, once the step is finished and saved.
+      Diverged: too many steps in a row were skipped.
+    """
+    feed, layout, checkpoints = ready.feed, ready.setup.layout, ready.checkpoints
+    evaluation = jax.jit(make_evaluation(forward, loss), out_shardings=layout.whole)
+
+    def sums_of(state: State, part: Batch) -> Sums:
+        batch = layout.batch(part, parts=False)
+        with jax.set_mesh(layout.mesh):
+            return jax.tree.map(float, evaluation(state.adapter, ready.base, batch))
+
+    def evaluate(state: State) -> dict[str, float]:
+        assert held_out is not None, "there is nothing to evaluate on"
+        parts = (sums_of(state, part) for part in held_out.parts(feed.order.batch_size))
+        return means(loss, functools.reduce(_added, parts))
+
+    def save(state: State) -> None:
+        if checkpoints is not None:
+            cursor = feed.order.cursor(int(state.step))
+            checkpoints.save(state, {**ready.facts, "cursor": cursor})
+
+    hooks = Hooks(
+        batch=lambda number, state: feed.batch(number),
+        placed=lambda batch: layout.batch(batch, parts=True),
+        tokens=feed.examples.tokens,
+        save=save,
+        evaluate=evaluate,
+        rows=feed.named,
+        resume_hint=resume_hint,
+        reduction=loss.reduction,
+    )
+    with log:
+        state, seconds = train(step, ready.state, ready.base, steps, pace, hooks, log, stop)
+    if checkpoints is not None:
+        checkpoints.close()
+    return lj.join(state.adapter, ready.base), seconds
+
+
+def _added(one: Sums, other: Sums) -> Sums:
+    return jax.tree.map(operator.add, one, other)
+
+
+def means(loss: Loss, sums: Sums) -> dict[str, float]:
+    """Returns the loss, in the sense of its reduction, and its logs divided by the count."""
+    count: Any = sums.count or 1.0
+    total: Any = sums.total / count if loss.reduction == "mean" else sums.total
+    return {"loss": total, **{name: value / count for name, value in sums.logs.items()}}

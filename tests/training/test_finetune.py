@@ -1,0 +1,324 @@
+"""Training from Python: the steps composed by hand, resuming, evaluation, and bad input."""
+
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import lora_jax as lj
+from lora_jax import training
+from lora_jax.training.layout import Layout
+from lora_jax.training.losses import CROSS_ENTROPY
+from tests.train.tiny import decoder, tokenizer
+from train.run.mesh import make_mesh
+
+# Orbax leaves coroutines behind where a file cannot be read.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+ROWS = [{"prompt": f"{i}?", "completion": "yes" * i} for i in range(1, 11)]
+RULES = [lj.LoraRule(targets="all-linear", rank=2, alpha=8, dropout=0.1)]
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(22, 5)).astype(np.float32)
+Y = (X[:, 0] > 0).astype(np.int32)
+
+
+class Mlp(nn.Module):
+    """Two layers."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, name="out")(nn.tanh(nn.Dense(7, name="up")(x)))
+
+
+def of_mlp(forward, params, batch, dropout_key):
+    """The cross entropy of two classes, and how many are right."""
+    return summed(forward({"params": params}, batch["x"]), batch["y"])
+
+
+def summed(logits, labels):
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    right = jnp.sum(jnp.argmax(logits, -1) == labels)
+    return training.Sums(jnp.sum(each), jnp.float32(each.size), {"accuracy": right})
+
+
+def plain_function(params, x):
+    return jnp.tanh(x @ params["up"]["kernel"]) @ params["out"]["kernel"]
+
+
+def of_function(forward, params, batch, dropout_key):
+    return summed(forward(params, batch["x"]), batch["y"])
+
+
+def mlp():
+    model = Mlp()
+    return model, model.init(jax.random.key(1), X[:1])["params"]
+
+
+def function():
+    draw = np.random.default_rng(2).normal
+    params = {"up": {"kernel": draw(size=(5, 7))}, "out": {"kernel": draw(size=(7, 2))}}
+    return plain_function, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+
+
+UP = [lj.TrainRule(targets=["out"]), lj.LoraRule(targets=["up"], rank=2, alpha=6)]
+OWN = {"module": (mlp, of_mlp), "function": (function, of_function)}
+
+
+def packs(rows=ROWS):
+    return training.chats(rows, tokenizer(), seq_len=96)
+
+
+def by_hand(forward, params, examples, rules, loss, *, steps, lr, dropout, batch_size, parts=1):
+    """The same run, from its parts."""
+    key = jax.random.key(0)
+    adapter, base = lj.split(lj.lorafy(params, rules, key=jax.random.fold_in(key, 0)))
+    schedule = training.warmed_up(lr, steps)
+    optimizer = training.adamw(schedule)
+    step = training.make_step(lj.adapt(forward), optimizer, schedule, dropout=dropout, loss=loss)
+    step = jax.jit(step, donate_argnums=0)
+    state = training.init_state(adapter, optimizer, jax.random.fold_in(key, 1))
+    order = training.Order(0, len(examples), batch_size, parts)
+    losses = []
+    for number in range(steps):
+        state, metrics = step(state, base, examples.take(order.rows(number)))
+        losses.append(float(metrics["loss"]))
+    return lj.join(state.adapter, base), losses
+
+
+def assert_same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def losses_of(report):
+    return [line["loss"] for line in report.metrics if "loss" in line]
+
+
+def test_a_run_on_chats_is_its_parts_composed_by_hand():
+    model, params = decoder()
+    trained, report = training.finetune(
+        model, params, packs(), RULES, lr=3e-3, steps=5, batch_size=2, grad_accum=2, log=None
+    )
+    expected, losses = by_hand(
+        model.apply,
+        params,
+        packs(),
+        RULES,
+        CROSS_ENTROPY,
+        steps=5,
+        lr=3e-3,
+        dropout=True,
+        batch_size=2,
+        parts=2,
+    )
+    assert_same(trained, expected)
+    assert losses_of(report) == losses and losses[-1] < losses[0]
+    assert report.summary == lj.summary(trained) and report.adapter is None
+    assert report.steps == 5 and report.held_out == {} and report.step_seconds > 0
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_model_of_ones_own_is_its_parts_composed_by_hand(kind):
+    make, loss = OWN[kind]
+    model, params = make()
+    forward = getattr(model, "apply", model)
+    arrays = {"x": X[:16], "y": Y[:16]}
+    options = {"lr": 0.02, "steps": 30, "batch_size": 4}
+    trained, report = training.finetune(
+        model,
+        params,
+        arrays,
+        UP,
+        loss=loss,
+        held_out={"x": X[16:], "y": Y[16:]},
+        log=None,
+        log_every=1,
+        **options,
+    )
+    expected, losses = by_hand(
+        forward, params, training.Arrays(arrays), UP, training.Loss(loss), dropout=False, **options
+    )
+    assert_same(trained, expected)
+    assert losses_of(report) == losses
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    # Six held-out examples are a batch of four and one of two; none counts twice.
+    sums = loss(forward, lj.merge(trained), {"x": X[16:], "y": Y[16:]}, None)
+    assert report.held_out["loss"] == pytest.approx(float(sums.total) / 6, rel=1e-5)
+    assert report.held_out["accuracy"] == pytest.approx(float(sums.logs["accuracy"]) / 6)
+    measured = [line["step"] for line in report.metrics if "eval_loss" in line]
+    assert measured == list(range(3, 31, 3))
+
+
+def test_the_base_of_the_caller_is_spared_and_so_is_an_adapted_tree():
+    model, params = mlp()
+    adapted = lj.lorafy(params, UP)
+    before = jax.tree.map(np.array, (params, adapted))
+    arrays = {"x": X, "y": Y}
+    options = {"loss": of_mlp, "lr": 0.1, "steps": 2, "log": None}
+    training.finetune(model, params, arrays, UP, **options)
+    trained, _ = training.finetune(model, adapted, arrays, **options)
+    assert_same(jax.tree.map(np.array, (params, adapted)), before)
+    assert not np.array_equal(trained["up"]["kernel"].b, adapted["up"]["kernel"].b)
+
+
+def tuned(folder, steps, **options):
+    """A run on chats with a constant rate, so that its length changes no step."""
+    model, params = decoder()
+    options = {
+        "lr": 3e-3,
+        "batch_size": 2,
+        "schedule": "constant",
+        "warmup": 1,
+        "log": None,
+        **options,
+    }
+    rules = options.pop("rules", RULES)
+    examples = options.pop("examples", None) or packs()
+    return training.finetune(model, params, examples, rules, steps=steps, folder=folder, **options)
+
+
+def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(tmp_path):
+    whole, _ = tuned(None, 6)
+    tuned(tmp_path, 3)
+    resumed, report = tuned(tmp_path, 6, resume=True)
+    assert_same(resumed, whole)
+    assert [line["step"] for line in report.metrics] == [4, 5, 6]
+    _, params = decoder()
+    assert report.adapter == tmp_path / "adapter"
+    assert_same(lj.split(lj.load_adapter(report.adapter, params))[0], lj.split(whole)[0])
+
+
+def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_bitwise(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(line):
+        if line["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(training.Interrupted, match="stopped after step 3. Go on with resume=True"):
+        tuned(tmp_path, 6, log=interrupt, log_every=1)
+    assert signal.getsignal(signal.SIGINT) is before
+    resumed, report = tuned(tmp_path, 6, resume=True)
+    assert report.metrics[0]["step"] == 4
+    assert_same(resumed, tuned(None, 6)[0])
+
+
+def test_an_adapter_out_of_the_base_is_decomposed_once(tmp_path, monkeypatch):
+    rules = [lj.LoraRule(targets=["q_proj"], rank=2, alpha=4, init=lj.init.pissa)]
+    whole, _ = tuned(None, 4, rules=rules)
+    tuned(tmp_path, 2, rules=rules)
+    monkeypatch.setattr(lj, "lorafy", None)
+    resumed, _ = tuned(tmp_path, 4, rules=rules, resume=True)
+    assert_same(resumed, whole)
+
+
+def test_a_folder_with_a_run_is_not_used_again(tmp_path):
+    first, _ = tuned(tmp_path, 1)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(training.TrainingError, match="holds another run: go on .*by resume=True"):
+        tuned(tmp_path, 1)
+    for changed, message in (
+        ({"lr": 1e-3}, r"other settings: lr was 0.003 and is now 0.001$"),
+        ({"seed": 1}, "the training data are not those|other settings: seed was 0"),
+        ({"examples": packs(ROWS[1:])}, "resume=True: the training data are not those"),
+        ({"rules": [lj.LoraRule(targets="all-linear", rank=2, alpha=9)]}, "settings: rules was"),
+    ):
+        with pytest.raises(training.TrainingError, match=message):
+            tuned(tmp_path, 2, resume=True, **changed)
+    with pytest.raises(training.TrainingError, match="resume=True: "):
+        tuned(tmp_path, 1, resume=True, lr=9.0)
+    again, report = tuned(tmp_path, 1, overwrite=True)
+    assert_same(again, first)
+    assert (tmp_path / "notes.txt").exists() and report.metrics[0]["step"] == 1
+
+
+def test_progress_is_printed_now_and_then_or_not_at_all(capsys):
+    model, params = mlp()
+    options = {"loss": of_mlp, "lr": 0.1, "steps": 20, "batch_size": 4}
+    arrays = {"x": X, "y": Y}
+    training.finetune(model, params, arrays, UP, held_out=arrays, **options)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 20 and lines[0].startswith("step 2  loss ") and "accuracy" in lines[0]
+    assert lines[-1].startswith("step 20: held-out loss ")
+    heard = []
+    training.finetune(model, params, arrays, UP, log=heard.append, log_every=5, **options)
+    assert [line["step"] for line in heard] == [5, 10, 15, 20]
+    training.finetune(model, params, arrays, UP, log=None, **options)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_that_diverges_says_so_in_the_words_of_python():
+    model, params = mlp()
+    arrays = {"x": np.full_like(X, np.nan), "y": Y}
+    with pytest.raises(training.Diverged) as caught:
+        training.finetune(model, params, arrays, UP, loss=of_mlp, lr=0.1, steps=9, log=None)
+    message = str(caught.value)
+    assert message.startswith("max_skipped=3: so many steps") and "a lower lr or" in message
+    assert "its batch example " in message and "--" not in message
+
+
+def test_devices_of_a_mesh_train_as_one_does():
+    model, params = decoder()
+    options = {"lr": 3e-3, "steps": 3, "batch_size": 4, "log": None}
+    one, _ = training.finetune(model, params, packs(), RULES, **options)
+    mesh = make_mesh("fsdp=2,tensor=2", 4, devices=jax.devices())
+    layout = Layout.of(mesh, model.config)
+    four, _ = training.finetune(model, params, packs(), RULES, layout=layout, **options)
+    for a, b in zip(*(jax.tree.leaves(lj.split(t)[0]) for t in (one, four)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        assert len(b.sharding.device_set) == 4
+
+
+ARRAYS = {"x": X, "y": Y}
+BAD = {
+    "no arrays": ({"examples": {}}, "examples has nothing: arrays of one length"),
+    "lengths": ({"examples": {"x": X, "y": Y[1:]}}, r"x \(22, 5\), y \(21,\): arrays of one"),
+    "a number": ({"examples": {"x": X, "y": 3}}, r"y \(\): arrays of one length"),
+    "empty": ({"examples": {"x": X[:0]}}, "examples is empty"),
+    "rows": ({"examples": ROWS}, r"examples is a list: give training.chats\(rows, tokenizer"),
+    "other names": ({"held_out": {"x": X}}, "held_out has the arrays x; examples has x, y"),
+    "no loss": ({"loss": None}, "loss is missing: of your own arrays"),
+    "no rules": ({"rules": None}, "rules is missing, and params is a plain tree"),
+    "lr": ({"lr": 0.0}, "lr=0.0: a learning rate is a positive number"),
+    "steps": ({"steps": 0}, "steps=0: at least 1"),
+    "both": ({"steps": 2, "epochs": 1.0}, "steps and epochs both say"),
+    "epochs": ({"epochs": -1.0}, "epochs=-1.0: a positive number"),
+    "batch": ({"batch_size": 0}, "batch_size=0: at least 1"),
+    "resume": ({"resume": True}, "resume=True is about a run's folder: name it by folder"),
+    "resume, overwrite": ({"resume": True, "overwrite": True}, "give one of them"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_an_error_before_any_work(case, monkeypatch):
+    given, message = BAD[case]
+    monkeypatch.setattr("lora_jax.training.tune.make_ready", None)
+    model, params = mlp()
+    options = {"examples": ARRAYS, "rules": UP, "loss": of_mlp, "lr": 0.1, **given}
+    with pytest.raises(training.TrainingError, match=message):
+        training.finetune(model, params, options.pop("examples"), options.pop("rules"), **options)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(training.TrainingError, match="file/run cannot be written: Not a directory"):
+        tuned(tmp_path / "file" / "run", 1)
+
+
+def test_texts_have_their_classes_and_errors_in_the_words_of_python():
+    rows = [{"text": "ab", "label": "x"}, {"text": "cde", "label": "y"}]
+    made = training.texts(rows, tokenizer(None), seq_len=8)
+    assert made.labels.tolist() == [0, 1] and made.attention_mask.sum(1).tolist() == [2, 3]
+    swapped = training.texts(rows, tokenizer(None), names=["y", "x"], seq_len=8)
+    assert swapped.labels.tolist() == [1, 0]
+    with pytest.raises(training.TrainingError, match="row 1 has `text`.*name the field by label$"):
+        training.texts([{"text": "a"}], tokenizer(None))
+    with pytest.raises(training.TrainingError, match="than seq_len=2, the longest has 3 "):
+        training.texts(rows, tokenizer(None), seq_len=2)
+    with pytest.raises(training.TrainingError, match="the rows is empty"):
+        training.chats([], tokenizer(), seq_len=8)
