@@ -149,8 +149,8 @@ def write_adapter(options: Options, console: Console, model: Any, params: Any, n
     print_files(console, output, f"{options.adapter} as a PEFT adapter of {name}")
     if not options.base_name and name_for_others(name) is None:
         console.print(
-            "adapter_config.json names no base, because the base is a local folder: give its name on "
-            "the hub with --base-name",
+            "adapter_config.json names no base, because the base is a local folder: give its name "
+            "on the hub with --base-name",
             highlight=False,
             soft_wrap=True,
         )

@@ -48,7 +48,7 @@ class Outline:
 
     @property
     def about(self) -> dict[str, Any]:
-        """The facts about the base that an adapter stores: its name, and its revision on the hub."""
+        """The facts that an adapter stores about its base: the name and the revision on the hub."""
         return {"model": self.name, "revision": revision_of(resolve(self.name).path)}
 
     @property
