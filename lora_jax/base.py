@@ -47,7 +47,8 @@ class Base(Protocol):
           touched: the axes of W that the move changes, which every array must hold in full. An
             array that is the same all along such an axis is stretched for it.
 
-        Returns None where an array cannot be moved so: W is then formed as an array.
+        Returns:
+          The base; None if an array cannot be moved so, and W has to be formed.
         """
 
 

@@ -195,9 +195,9 @@ def test_check_serving(saved, trained, tmp_path, capsys):
     ("args", "words"),
     [
         ([], ["nothing to do: give --output, --check-serving, or both"]),
-        (["--merged"], ["--merged writes a model: name its folder by --output"]),
+        (["--merged"], ["--merged writes a model: name its folder with --output"]),
         (["--merged", "--check-serving", "--output", "out"], ["is about adapters"]),
-        (["--dtype", "bfloat16", "--output", "out"], ["--dtype", "(--merged)"]),
+        (["--dtype", "bfloat16", "--output", "out"], ["--dtype needs --merged"]),
         (["--max-shard-size", "5", "--output", "out"], ["--max-shard-size 5: a size such as"]),
         (["--max-shard-size", "0GB", "--output", "out"], ["--max-shard-size 0GB: a size"]),
         (["--max-rank", "0", "--check-serving"], ["--max-rank 0: at least 1"]),
@@ -275,10 +275,10 @@ def test_what_is_there_is_not_overwritten(base, trained, tmp_path, capsys):
     args = ["--adapter", trained / "adapter", "--output", output]
     export(*args)
     before = (output / "adapter_config.json").stat().st_mtime_ns
-    assert "replace it by --overwrite" in fails(capsys, *args)
+    assert "replace it with --overwrite" in fails(capsys, *args)
     assert (output / "adapter_config.json").stat().st_mtime_ns == before
     message = fails(capsys, *args, "--merged", "--overwrite")
-    assert "holds something else than a model" in message
+    assert "holds something other than a model" in message
     export(*args, "--overwrite")
     assert (output / "adapter_config.json").stat().st_mtime_ns > before
 
@@ -290,7 +290,7 @@ def test_what_is_there_is_not_overwritten(base, trained, tmp_path, capsys):
     assert "which is to be read" in fails(capsys, *again)
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
-    assert "holds something else than a model" in fails(capsys, *args, copy)
+    assert "holds something other than a model" in fails(capsys, *args, copy)
     assert (copy / "adapter").is_dir()
 
 

@@ -1,4 +1,4 @@
-"""The FLOPs of a training step in closed form, to hold those of its HLO against."""
+"""The FLOPs of a training step in closed form, to compare with those of its HLO."""
 
 import math
 import re
@@ -7,24 +7,24 @@ from typing import Any
 from lora_jax.models import kinds
 from lora_jax.weight import LoraWeight, Trained, leaves_of
 
-_KEEPS_ONLY_DENSE = "dots_with_no_batch_dims_saveable"  # not the scores of attention
+_KEEPS_ONLY_DENSE = "dots_with_no_batch_dims_saveable"  # attention scores are not kept
 
 
 def step_flops(
     config: Any, params: Any, *, batch: int, seq: int, remat: str, chunked: bool
 ) -> float:
-    """The products of a step of a decoder: forward, back to the input, and to what trains.
+    """Returns the FLOPs of the matrix products of one step of a decoder.
 
-    Each product costs one pass forward and one back to its input, and one more where its kernel
-    trains; with rematerialisation the layers run forward once more, but for their last product.
-    Norms, softmax and the like are left out, and causal masks spare nothing.
+    Each product costs one pass forward and one for the gradient of its input, and one more if its
+    kernel trains. With rematerialisation the layers run forward once more, except for their last
+    product. Norms, softmax and the like are not counted, and causal masks save nothing.
 
     Args:
-      config: a decoder's, or GPT-2's.
-      params: the adapted tree; shapes will do.
-      batch, seq: of the step; all tokens are predicted.
-      remat: what is recomputed of each layer: "full" for all, or the policy's name.
-      chunked: whether the head is, a chunk of predictions at a time.
+      config: the configuration of a decoder or of GPT-2.
+      params: the adapted tree; the leaves may be abstract.
+      batch, seq: the shape of the step's batch; all tokens are predicted.
+      remat: the activations recomputed in each layer: "full" for all, or the name of a policy.
+      chunked: whether the head runs over chunks of predictions, and so is recomputed.
     """
     tokens = batch * seq
     kind_of, total = kinds(config), 0.0

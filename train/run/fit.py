@@ -194,7 +194,7 @@ def fit(
 
 
 def print_adapter(run: Run, report: dict[str, Any]) -> None:
-    """Prints where the adapter is, and its size beside the base's."""
+    """Prints the adapter's folder and size, and the base's size."""
     run.console.print(
         f"adapter saved in {run.folder / ADAPTER}: {megabytes(report['adapter_bytes'])} beside "
         f"the base's {megabytes(report['base_bytes'])}",

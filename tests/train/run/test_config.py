@@ -67,8 +67,11 @@ def decoder_outline():
         ("--full --train-tokens 3", "and --train-tokens is about one"),
         ("--full --lora-plus 16", "and --lora-plus is about one"),
         ("--targets none", "nothing would train"),
-        ("--peft-config x --rank 4", "--peft-config says all of the adapter, --rank too"),
-        ("--peft-config x --alpha 4", "--peft-config says all of the adapter, --alpha too"),
+        ("--peft-config x --rank 4", "--peft-config describes the whole adapter: leave out --rank"),
+        (
+            "--peft-config x --alpha 4",
+            "--peft-config describes the whole adapter: leave out --alpha",
+        ),
         ("--peft-config x --full", "--peft-config describes one"),
         ("--peft-config x --init-adapter y", "--init-adapter brings its own rules"),
         ("--dora --bias-on-b", "dora and bias_on_b do not go together"),
@@ -114,7 +117,7 @@ def test_what_else_trains_comes_first():
     assert re.fullmatch(tokens.targets, "model/embed_tokens/embedding")
     assert (experts.targets, experts.rank, experts.scale) == (("experts",), 4, 10.0)
     assert (every.rank, every.scale, every.dora) == (8, 10.0, True)
-    with pytest.raises(UserError, match="--divide-rank: the model is no mixture of experts"):
+    with pytest.raises(UserError, match="--divide-rank: the model is not a mixture of experts"):
         rules(config.adapter, decoder_outline())
 
 
@@ -201,7 +204,7 @@ def test_what_is_recomputed_by_its_name(parsed, args, name, policy):
     ("args", "words"),
     [
         ("--remat dots", ["dots", "--remat", "none", "full", "dots_saveable"]),
-        ("--remat full none", ["--remat", "one policy is wanted, not full none"]),
+        ("--remat full none", ["--remat", "one policy is needed, not full none"]),
     ],
 )
 def test_another_policy_is_refused_by_those_that_are(args, words, capsys):
@@ -233,7 +236,7 @@ def test_a_folder_that_holds_a_run_is_not_used_again(tmp_path):
     assert check_output(options(folder)) == folder
     begin(folder, options(folder), {"resolved": {}})
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="run holds another run: go on with it by --resume"):
+    with pytest.raises(UserError, match="run holds another run: continue it with --resume"):
         check_output(options(folder))
     check_output(options(folder, "--resume"))
     with pytest.raises(UserError, match="--seed was 0 and is now 1"):
