@@ -80,7 +80,7 @@ def test_a_run_as_a_peft_adapter(base, trained, tmp_path, capsys):
     export("--adapter", trained / "adapter", "--output", output)
     shown = capsys.readouterr().out
     assert "adapter_model.safetensors" in shown and "adapter_config.json" in shown
-    assert "names no base, since it is a folder of this machine: --base-name" in shown
+    assert "names no base, because the base is a local folder" in shown
     assert f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"' in shown
     assert {path.name for path in tmp_path.iterdir()} == {"peft"}
     config = json.loads((output / "adapter_config.json").read_text())
@@ -267,7 +267,7 @@ def test_an_adapter_that_names_no_base(base, tmp_path, capsys):
     tree = lj.lorafy(params, [lj.LoraRule(targets=["q_proj"], rank=2)])
     lj.save_adapter(tmp_path / "unnamed", tree)
     message = fails(capsys, "--adapter", tmp_path / "unnamed", "--output", tmp_path / "out")
-    assert message.endswith("does not say what its base is: name it by --model")
+    assert message.endswith("does not say what its base is: name it with --model")
 
 
 def test_what_is_there_is_not_overwritten(base, trained, tmp_path, capsys):
@@ -284,10 +284,10 @@ def test_what_is_there_is_not_overwritten(base, trained, tmp_path, capsys):
 
     # A run's folder has a config.json as well, and is no model's.
     args = ["--adapter", trained / "adapter", "--overwrite", "--merged", "--output"]
-    assert "holds something else than a model" in fails(capsys, *args, trained)
-    assert "which is to be read" in fails(capsys, *args, base)
+    assert "holds something other than a model" in fails(capsys, *args, trained)
+    assert "which is an input" in fails(capsys, *args, base)
     again = ["--adapter", output, "--output", output, "--overwrite", "--model", base]
-    assert "which is to be read" in fails(capsys, *again)
+    assert "which is an input" in fails(capsys, *again)
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     assert "holds something other than a model" in fails(capsys, *args, copy)
