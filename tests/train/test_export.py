@@ -96,7 +96,9 @@ def test_a_run_as_a_peft_adapter(base, trained, tmp_path, capsys):
     export(*args, "--base-name", "owner/name")
     config = json.loads((output / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "owner/name"
-    assert "a merged model (--merged) has none" in fails(capsys, *args, "--base-name", "owner/name", "--merged")
+    assert "a merged model (--merged) has none" in fails(
+        capsys, *args, "--base-name", "owner/name", "--merged"
+    )
 
 
 def test_a_run_as_a_merged_model(base, trained, tmp_path, capsys):
