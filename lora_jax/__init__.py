@@ -1,48 +1,31 @@
 """LoRA for JAX and Flax, as a pure transform of a parameter tree."""
 
-from lora_jax import base, init, optim, sharding
-from lora_jax.adapt import MergeError, MergeWarning, RoleError, adapt, explain
-from lora_jax.checkpoint import AdapterError, load_adapter, save_adapter
-from lora_jax.lorafy import (
-    count_params,
-    join,
-    lorafy,
-    merge,
-    split,
-    strip,
-    summary,
-    swap,
-    trainable_mask,
-)
-from lora_jax.rules import LoraRule, TrainRule
-from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_node
-
-__all__ = [
-    "AdapterError",
-    "LoraRule",
-    "LoraWeight",
-    "MergeError",
-    "MergeWarning",
-    "RoleError",
-    "TrainRule",
-    "Trained",
-    "TrainedRows",
-    "adapt",
-    "base",
-    "count_params",
-    "explain",
-    "init",
-    "is_node",
-    "join",
-    "load_adapter",
-    "lorafy",
-    "merge",
-    "optim",
-    "save_adapter",
-    "sharding",
-    "split",
-    "strip",
-    "summary",
-    "swap",
-    "trainable_mask",
-]
+from lora_jax import base as base
+from lora_jax import init as init
+from lora_jax import optim as optim
+from lora_jax import sharding as sharding
+from lora_jax.adapt import MergeError as MergeError
+from lora_jax.adapt import MergeWarning as MergeWarning
+from lora_jax.adapt import RoleError as RoleError
+from lora_jax.adapt import adapt as adapt
+from lora_jax.adapt import explain as explain
+from lora_jax.checkpoint import AdapterError as AdapterError
+from lora_jax.checkpoint import adapter_info as adapter_info
+from lora_jax.checkpoint import load_adapter as load_adapter
+from lora_jax.checkpoint import save_adapter as save_adapter
+from lora_jax.lorafy import count_params as count_params
+from lora_jax.lorafy import join as join
+from lora_jax.lorafy import lorafy as lorafy
+from lora_jax.lorafy import merge as merge
+from lora_jax.lorafy import split as split
+from lora_jax.lorafy import strip as strip
+from lora_jax.lorafy import summary as summary
+from lora_jax.lorafy import swap as swap
+from lora_jax.lorafy import trainable_mask as trainable_mask
+from lora_jax.rules import LoraRule as LoraRule
+from lora_jax.rules import TrainRule as TrainRule
+from lora_jax.weight import LoraWeight as LoraWeight
+from lora_jax.weight import Part as Part
+from lora_jax.weight import Trained as Trained
+from lora_jax.weight import TrainedRows as TrainedRows
+from lora_jax.weight import is_node as is_node

@@ -1,4 +1,4 @@
-"""Axis roles: which axes of a weight are contracted with the activation, which come out of it.
+"""Axis roles: the axes of a weight that an activation contracts, and those that come out.
 
 Roles are recorded, never guessed from sizes. Axes are counted from the end, so that a slice of
 a stack (one layer inside `jax.lax.scan`) has the roles of the stack.
@@ -25,29 +25,28 @@ class AxisRoles:
 
     @classmethod
     def of(cls, in_axes: Sequence[int], out_axes: Sequence[int], ndim: int) -> "AxisRoles":
-        """Roles from axes counted from either end of a weight with `ndim` axes.
+        """Returns the roles for axes counted from either end of a weight with `ndim` axes.
 
-        Raises ValueError where an axis is out of range, named twice, or a role is empty.
+        Args:
+          in_axes: the axes that are contracted with the activation.
+          out_axes: the axes that come out of the product.
+          ndim: the number of axes of the weight.
+
+        Raises:
+          ValueError: an axis is out of range or named twice, or a role has none.
         """
-        both = [*in_axes, *out_axes]
+        given = f"in_axes={tuple(in_axes)} and out_axes={tuple(out_axes)}"
         if not in_axes or not out_axes:
-            raise ValueError(
-                f"in_axes={tuple(in_axes)} and out_axes={tuple(out_axes)}: "
-                "a weight needs at least one axis of each role"
-            )
-        if wrong := [axis for axis in both if not -ndim <= axis < ndim]:
+            raise ValueError(f"{given}: a weight needs at least one axis of each role")
+        if wrong := [axis for axis in (*in_axes, *out_axes) if not -ndim <= axis < ndim]:
             raise ValueError(f"axis {wrong[0]} does not exist in a weight of {ndim} axes")
-        negative = [axis if axis < 0 else axis - ndim for axis in both]
-        if len(set(negative)) != len(negative):
-            raise ValueError(
-                f"in_axes={tuple(in_axes)} and out_axes={tuple(out_axes)} of a weight of {ndim} "
-                "axes name an axis twice"
-            )
-        split = len(in_axes)
-        return cls(tuple(sorted(negative[:split])), tuple(sorted(negative[split:])))
+        ins, outs = (sorted(axis % ndim - ndim for axis in axes) for axes in (in_axes, out_axes))
+        if len({*ins, *outs}) < len(ins) + len(outs):
+            raise ValueError(f"{given} of a weight of {ndim} axes name an axis twice")
+        return cls(tuple(ins), tuple(outs))
 
     def labels(self, ndim: int) -> tuple[Label, ...]:
-        """The role of each axis of a weight with `ndim` axes."""
+        """Returns the role of each axis of a weight with `ndim` axes."""
 
         def label(axis: int) -> Label:
             return "in" if axis in self.in_axes else "out" if axis in self.out_axes else "batch"
@@ -55,7 +54,7 @@ class AxisRoles:
         return tuple(label(axis) for axis in range(-ndim, 0))
 
     def sizes(self, shape: Sequence[int], label: Label) -> tuple[int, ...]:
-        """The sizes of those axes of `shape` that have the role `label`, in their order."""
+        """Returns the sizes of the axes of `shape` that have the role `label`, in their order."""
         labels = self.labels(len(shape))
         return tuple(size for size, role in zip(shape, labels, strict=True) if role == label)
 
@@ -64,7 +63,6 @@ class AxisRoles:
 
 
 def default_roles(name: str, ndim: int) -> AxisRoles | None:
-    """Flax's convention for a leaf called `name`, or None where there is no convention for it."""
-    if name in KERNEL_NAMES | EMBEDDING_NAMES and ndim >= 2:
-        return AxisRoles((-2,), (-1,))
-    return None
+    """Returns Flax's convention for a leaf called `name`; None where it has none."""
+    has_convention = name in KERNEL_NAMES | EMBEDDING_NAMES and ndim >= 2
+    return AxisRoles((-2,), (-1,)) if has_convention else None

@@ -1,4 +1,4 @@
-"""What stands for W in an adapted weight: an array, or a `Base`, which stores W otherwise.
+"""Bases: an adapted weight has W as an array, or as a `Base`, which stores it otherwise.
 
 This file alone asks which of the two it has. All others see a base through its shape and dtype and
 through the functions below. A base that is no array (codes and scales, say) is one leaf of a tree:
@@ -47,7 +47,8 @@ class Base(Protocol):
           touched: the axes of W that the move changes, which every array must hold in full. An
             array that is the same all along such an axis is stretched for it.
 
-        Returns None where an array cannot be moved so: W is then formed as an array.
+        Returns:
+          The base; None if an array cannot be moved so, and W has to be formed.
         """
 
 

@@ -1,4 +1,4 @@
-"""Adapters on disk: the adapter subtree alone, with what is needed to put it on its base again.
+"""Adapters on disk: the adapter subtree alone, with the settings to put it on its base again.
 
 A folder written by Orbax with two items: ``adapter``, the arrays, in the order of the algebra
 (A [batch…, in…, r], B [batch…, r, out…], padding left out), and ``lora``, JSON: the format's
@@ -20,39 +20,55 @@ import orbax.checkpoint as ocp
 from lora_jax.axes import AxisRoles
 from lora_jax.fingerprint import base_fingerprint, checksum, differing
 from lora_jax.folders import partial_of, put_in_place
-from lora_jax.lorafy import Tree, swap
-from lora_jax.parts import AXES, Part, padded, rank_axis, unpadded
+from lora_jax.lorafy import Tree, nodes_of, strip, swap
+from lora_jax.parts import AXES, padded, rank_axis, unpadded
 from lora_jax.paths import nearest
 from lora_jax.variants import PARTS
-from lora_jax.weight import LoraWeight, Node, Trained, TrainedRows, is_node, leaves_of
+from lora_jax.weight import LoraWeight, Node, Part, Trained, TrainedRows, leaves_of
 
 FORMAT = 2
 _LONG_AXIS_FIRST = ("a", "start_a")  # filed as [batch…, in…, r]
-
-
-_FIELDS = {"format", "weights", "trained", "rows", "arrays", "base"}
+_FIELDS = {"format", "weights", "trained", "rows", "arrays", "base", "about"}
 
 
 class AdapterError(ValueError):
     """An adapter folder that can't be written or read, or does not belong to the tree."""
 
 
-def save_adapter(folder: str | os.PathLike[str], params: Tree, *, overwrite: bool = False) -> None:
+def save_adapter(
+    folder: str | os.PathLike[str],
+    params: Tree,
+    *,
+    about: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
     """Writes the adapter of an adapted tree to `folder`, which appears whole or not at all.
 
     Args:
       folder: created; its parents too.
       params: an adapted tree; of its base only a fingerprint is written.
+      about: facts to keep beside the adapter, of JSON's types, such as {"model": name, "revision":
+        commit}; `adapter_info` reads them.
       overwrite: replace an adapter that is there. Without it, an existing folder is an error.
 
-    Raises AdapterError where the folder exists, or the tree is not adapted.
+    Raises:
+      AdapterError: the folder exists, or the tree is not adapted.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lj.save_adapter(f"{folder}/adapter", tree, about={"model": "owner/name"})
+    ...     loaded = lj.load_adapter(f"{folder}/adapter", params)
+    ...     lj.adapter_info(f"{folder}/adapter")
+    {'model': 'owner/name'}
     """
     folder = Path(folder).absolute()
     if folder.exists() and not overwrite:
         raise AdapterError(
             f"{folder} exists; name another folder, or give overwrite=True to replace it"
         )
-    nodes = {path: leaf for path, leaf in leaves_of(params)[0] if is_node(leaf)}
+    nodes = nodes_of(params)
     if not nodes:
         raise AdapterError("save_adapter needs an adapted tree, and this one is plain")
     arrays = {path: _arrays(path, node) for path, node in nodes.items()}
@@ -61,23 +77,27 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, overwrite: boo
         "weights": {path: _settings(n) for path, n in nodes.items() if isinstance(n, LoraWeight)},
         "trained": sorted(path for path, n in nodes.items() if isinstance(n, Trained)),
         "rows": {path: _rows(n) for path, n in nodes.items() if isinstance(n, TrainedRows)},
-        "arrays": {
-            path: {name: checksum(array) for name, array in parts.items()}
-            for path, parts in arrays.items()
-        },
+        "arrays": jax.tree.map(checksum, arrays),
         "base": base_fingerprint(params),
+        "about": dict(about or {}),
     }
-    partial = partial_of(folder)
+    partial, args = partial_of(folder), ocp.args
+    items = args.Composite(adapter=args.StandardSave(arrays), lora=args.JsonSave(metadata))
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(
-            partial,
-            ocp.args.Composite(
-                adapter=ocp.args.StandardSave(arrays), lora=ocp.args.JsonSave(metadata)
-            ),
-            force=True,
-        )
+        checkpointer.save(partial, items, force=True)
     if jax.process_index() == 0:
         put_in_place(partial, folder)
+
+
+def adapter_info(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the facts that `save_adapter` was told `about` the adapter in a folder.
+
+    Raises:
+      AdapterError: the folder is missing, damaged, or of another format.
+
+    See the example of `save_adapter`.
+    """
+    return _read_metadata(Path(folder).absolute())["about"]
 
 
 def load_adapter(
@@ -98,37 +118,40 @@ def load_adapter(
       allow_base_mismatch: accept another base of the same shapes.
       extras: the parts of your own that the adapter was trained with; see `lora_jax.LoraRule`.
 
-    Raises AdapterError where the folder is missing, damaged or of a later format; where the tree
-    lacks a weight or has it in another shape; or where the base has another fingerprint.
+    Raises:
+      AdapterError: the folder is missing, damaged or of a later format; the tree lacks a weight or
+        has it in another shape; or the base has another fingerprint.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lj.save_adapter(f"{folder}/adapter", tree)
+    ...     loaded = lj.load_adapter(f"{folder}/adapter", params)
+    >>> bool((loaded["dense"]["kernel"].a == tree["dense"]["kernel"].a).all())
+    True
     """
     folder = Path(folder).absolute()
     metadata = _read_metadata(folder)
-    leaves, treedef = leaves_of(params)
+    leaves, treedef = leaves_of(strip(params))
     _check_shapes(folder, metadata, leaves)
     known = PARTS | {part.name: part for part in extras}
     _check_parts(folder, metadata, known)
     if not allow_base_mismatch:
         _check_base(folder, metadata, params)
-    arrays = _read_arrays(folder, metadata)
+    arrays, weights, rows = _read_arrays(folder, metadata), metadata["weights"], metadata["rows"]
 
-    def adapted(path: str, leaf: Any) -> Any:
-        if path in metadata["trained"]:
-            return Trained(jnp.asarray(arrays[path]["value"]))
-        if path in metadata["rows"]:
-            settings = metadata["rows"][path]
-            value = jnp.asarray(arrays[path]["value"])
-            rows, is_table = tuple(settings["rows"]), settings["is_table"]
-            return TrainedRows(_plain(leaf), value, rows=rows, is_table=is_table)
-        if path not in metadata["weights"]:
-            return _plain(leaf)
-        return _weight(_plain(leaf), arrays[path], metadata["weights"][path], known)
+    def adapted(path: str, base: Any) -> Any:
+        if path in weights:
+            return _weight(base, arrays[path], weights[path], known)
+        if path in rows:
+            value, table = jnp.asarray(arrays[path]["value"]), rows[path]
+            return TrainedRows(base, value, tuple(table["rows"]), table["is_table"])
+        in_full = path in metadata["trained"]
+        return Trained(jnp.asarray(arrays[path]["value"])) if in_full else base
 
     loaded = treedef.unflatten(adapted(path, leaf) for path, leaf in leaves)
-    return swap(params, loaded) if any(is_node(leaf) for _, leaf in leaves) else loaded
-
-
-def _plain(leaf: Any) -> Any:
-    return leaf.base if is_node(leaf) else leaf
+    return swap(params, loaded) if nodes_of(params) else loaded
 
 
 def _rows(node: TrainedRows) -> dict[str, Any]:
@@ -156,15 +179,15 @@ def _arrays(path: str, node: Node) -> dict[str, Any]:
         )
     if not isinstance(node, LoraWeight):
         return node.parts()
-    filed = {}
-    for name, array in node.arrays.items():
+    filed = {name: array for name, array in node.arrays.items() if name != "scale"}  # a setting
+    ragged = len(set(node.ranks)) > 1
+    for name, array in filed.items():
         axis = rank_axis(node.axes_of(name), node.labels)
-        if axis is not None and len(set(node.ranks)) > 1:
+        if axis >= 0 and ragged:
             array, axis = unpadded(array, node.ranks, axis), axis - 1
         if name in _LONG_AXIS_FIRST:
             array = jnp.moveaxis(array, axis, -1)
         filed[name] = array
-    del filed["scale"]  # among the settings
     return filed
 
 
@@ -182,26 +205,25 @@ def _weight(
         frozen=tuple(settings["frozen"]),
         uses=settings["uses"],
     )
-    arrays = {}
-    for name, array in filed.items():
-        array, axis = jnp.asarray(array), rank_axis(weight.axes_of(name), weight.labels)
-        several = axis is not None and len(set(weight.ranks)) > 1
+    arrays, ragged = jax.tree.map(jnp.asarray, dict(filed)), len(set(weight.ranks)) > 1
+    for name, array in arrays.items():
+        axis = rank_axis(weight.axes_of(name), weight.labels)
         if name in _LONG_AXIS_FIRST:
-            array = jnp.moveaxis(array, -1, axis - several)
-        arrays[name] = padded(array, weight.ranks, axis) if several else array
+            array = jnp.moveaxis(array, -1, axis - ragged)
+        if axis >= 0 and ragged:
+            array = padded(array, weight.ranks, axis)
+        arrays[name] = array
     return weight.replace(**arrays)
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:
+    file = folder / "lora" / "metadata"
     if not folder.is_dir():
         raise AdapterError(f"there is no adapter folder {folder}")
-    file = folder / "lora" / "metadata"
+    if not file.exists():
+        raise AdapterError(f"{folder} is no adapter folder: it lacks {file.relative_to(folder)}")
     try:
         metadata = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise AdapterError(
-            f"{folder} is no adapter folder: it lacks {file.relative_to(folder)}"
-        ) from None
     except (ValueError, OSError) as error:
         raise AdapterError(f"{file} is damaged: {error}") from None
     if not isinstance(metadata, dict) or not _FIELDS <= set(metadata):
@@ -225,70 +247,58 @@ def _check_parts(folder: Path, metadata: Mapping[str, Any], known: Mapping[str, 
 
 def _check_shapes(folder: Path, metadata: Mapping[str, Any], leaves: list[tuple[str, Any]]) -> None:
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
-    wanted = {path: tuple(s["shape"]) for path, s in metadata["weights"].items()}
-    wanted |= {path: tuple(s["shape"]) for path, s in metadata["rows"].items()}
-    wanted |= {path: _shape(metadata["arrays"][path]["value"]) for path in metadata["trained"]}
-    wrong = [
-        f"{path}: {list(shape)} in the adapter, "
-        + (f"{list(shapes[path])} in the tree" if path in shapes else "missing in the tree")
-        for path, shape in wanted.items()
-        if shapes.get(path) != shape
-    ]
+    settings = {**metadata["weights"], **metadata["rows"]}
+    wanted = {path: tuple(each["shape"]) for path, each in settings.items()}
+    wanted |= {path: _type(metadata["arrays"][path]["value"])[0] for path in metadata["trained"]}
+    wrong = [path for path, shape in wanted.items() if shapes.get(path) != shape]
     if wrong:
-        near = nearest(wrong[0].split(":")[0], shapes, n=3)
+        here = {path: f"{list(shape)} in the tree" for path, shape in shapes.items()}
+        shown = [
+            f"{path}: {list(wanted[path])} in the adapter, {here.get(path, 'missing in the tree')}"
+            for path in wrong[:5]
+        ]
         raise AdapterError(
             f"the adapter {folder} does not fit this tree; {len(wrong)} of {len(wanted)} weights "
-            f"differ: {'; '.join(wrong[:5])}. The nearest paths in the tree are {near}"
+            f"differ: {'; '.join(shown)}. The nearest paths in the tree are "
+            f"{nearest(wrong[0], shapes, n=3)}"
         )
 
 
-def _shape(described: str) -> tuple[int, ...]:
-    """The shape that a checksum begins with ("float32[3x5]:…")."""
-    sizes = described[described.index("[") + 1 : described.index("]")]
-    return tuple(int(size) for size in sizes.split("x")) if sizes else ()
-
-
-def _dtype(described: str) -> Any:
-    return jnp.dtype(described[: described.index("[")])
+def _type(described: str) -> tuple[tuple[int, ...], str]:
+    """Returns the shape and the dtype that a checksum begins with ("float32[3x5]:…")."""
+    dtype, _, sizes = described.partition("]")[0].partition("[")
+    return tuple(int(size) for size in sizes.split("x") if size), dtype
 
 
 def _check_base(folder: Path, metadata: Mapping[str, Any], params: Tree) -> None:
-    saved = metadata["base"]
-    found = base_fingerprint(params)
-    trained = set(metadata["trained"])
-    wrong = [path for path in differing(saved, found) if path not in trained]
-    if wrong:
+    saved, trained = metadata["base"], set(metadata["trained"])
+    if wrong := [p for p in differing(saved, base_fingerprint(params)) if p not in trained]:
         raise AdapterError(
             f"the adapter {folder} was trained on another base: {len(wrong)} of {len(saved)} "
             f"frozen leaves differ, {', '.join(wrong[:3])} among them. Load the base that it was "
-            "trained on, or accept this one with allow_base_mismatch=True "
-            "(--allow-base-mismatch)"
+            "trained on, or accept this one with allow_base_mismatch=True (--allow-base-mismatch)"
         )
 
 
 def _read_arrays(folder: Path, metadata: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = {
-        path: {
-            name: jax.ShapeDtypeStruct(_shape(described), _dtype(described), sharding=device)
-            for name, described in parts.items()
-        }
-        for path, parts in metadata["arrays"].items()
-    }
+    abstract = jax.tree.map(
+        lambda described: jax.ShapeDtypeStruct(*_type(described), sharding=device),
+        metadata["arrays"],
+    )
+    items = ocp.args.Composite(adapter=ocp.args.StandardRestore(abstract))
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(
-                folder, ocp.args.Composite(adapter=ocp.args.StandardRestore(abstract))
-            )
+            restored = checkpointer.restore(folder, items)["adapter"]
     except Exception as error:  # whatever the storage layers raise for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise AdapterError(f"the adapter {folder} is damaged: {reason[:300]}") from None
     for path, parts in metadata["arrays"].items():
         for name, described in parts.items():
-            if checksum(restored["adapter"][path][name]) != described:
+            if checksum(restored[path][name]) != described:
                 raise AdapterError(
                     f"the adapter {folder} is damaged: {path}/{name} is not what was saved"
                 )
     # Through the host: Orbax commits arrays to a device, and a function compiled for arrays that
     # are not committed would compile again.
-    return jax.tree.map(np.asarray, restored["adapter"])
+    return jax.tree.map(np.asarray, restored)

@@ -12,7 +12,7 @@ from jax import lax
 from lora_jax.axes import AxisRoles, Label
 from lora_jax.base import as_array, is_base
 from lora_jax.magnitude import wide
-from lora_jax.parts import AXES, STATIC, Axes, layout, sizes
+from lora_jax.parts import AXES, STATIC, Axes, layout, sizes, spread
 
 
 class _ForMessages(str):
@@ -132,9 +132,8 @@ class Factored:
 
     def of_columns(self, vector: jax.Array) -> jax.Array:
         """Returns a gain or a shift in the base's layout, of size one where the in axes are."""
-        order = self.layout("gain")
-        vector = lax.transpose(vector, [order.index(axis) for axis in sorted(order)])
-        return lax.expand_dims(vector, self.axes("in"))
+        ndim = len(self.labels)
+        return spread(vector, self.layout("gain"), dict(enumerate(range(ndim))), ndim)
 
     def delta(self, dtype: Any) -> jax.Array:
         """Returns s·AB in the base's layout."""

@@ -1,4 +1,4 @@
-"""Fingerprints of arrays and trees: what an adapter remembers of the base it was trained on.
+"""Fingerprints of arrays and trees: an adapter remembers those of the base it was trained on.
 
 Computed where the arrays are, in integers modulo 2³² only, so that the result is exact and does
 not depend on the mesh.
@@ -19,7 +19,7 @@ _MULTIPLIERS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3
 
 
 def _mixed(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 that spreads every bit."""
+    """Returns each element after a bijection of uint32 that spreads every bit."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)
@@ -27,13 +27,11 @@ def _mixed(x: jax.Array) -> jax.Array:
 
 @jax.jit
 def _sums(x: jax.Array) -> jax.Array:
-    """Two sums over all elements, each element mixed with its position. uint32 [2]."""
-    if jnp.issubdtype(x.dtype, jnp.bool_):
-        bits = x.astype(jnp.uint32)
-    else:
-        width = np.dtype(x.dtype).itemsize
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[width]
-        bits = lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)  # 8 bytes: a last axis of 2
+    """Returns two sums over all elements, each mixed with its position: uint32 [2]."""
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
+    bits = lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)  # 8 bytes: a last axis of 2
     position = jnp.zeros(bits.shape, jnp.uint32)
     for axis in range(bits.ndim):
         step = jnp.uint32(_MULTIPLIERS[axis % len(_MULTIPLIERS)])
@@ -43,14 +41,17 @@ def _sums(x: jax.Array) -> jax.Array:
 
 
 def checksum(array: Any) -> str:
-    """16 hexadecimal digits that change with any bit, shape or dtype of the array."""
+    """Returns an array's dtype and shape, and 16 hexadecimal digits that change with any bit of it.
+
+    For example ``float32[3x5]:0123456789abcdef``.
+    """
     low, high = (int(part) for part in np.asarray(_sums(jnp.asarray(array))))
     shape = "x".join(map(str, array.shape))
     return f"{np.dtype(array.dtype).name}[{shape}]:{high:08x}{low:08x}"
 
 
 def base_fingerprint(params: Any) -> dict[str, str]:
-    """The checksum of each frozen leaf of a tree, adapted or plain, by path.
+    """Returns the checksum of each frozen leaf of a tree, adapted or plain, by path.
 
     Floating-point values are rounded to bfloat16 first, so that a base has one fingerprint whether
     it was loaded in fp32 or bf16. Leaves that train in full belong to the adapter and are left out.
@@ -58,11 +59,10 @@ def base_fingerprint(params: Any) -> dict[str, str]:
     fingerprint = {}
     for path, leaf in leaves_of(params)[0]:
         base = leaf.base if is_node(leaf) else leaf
-        if isinstance(leaf, Trained) or not hasattr(base, "dtype"):
+        is_frozen = hasattr(base, "dtype") and not isinstance(leaf, Trained)
+        if not is_frozen or jnp.issubdtype(base.dtype, jax.dtypes.prng_key):
             continue
         array = as_array(base)
-        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-            continue
         if jnp.issubdtype(array.dtype, jnp.floating):
             array = jnp.asarray(array).astype(jnp.bfloat16)
         fingerprint[path] = checksum(array)
@@ -70,5 +70,5 @@ def base_fingerprint(params: Any) -> dict[str, str]:
 
 
 def differing(saved: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """The paths whose checksums differ, or that only one of the two has."""
+    """Returns the paths whose checksums differ, or that only one of the two has, sorted."""
     return sorted(path for path in {*saved, *found} if saved.get(path) != found.get(path))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def partial_of(folder: Path) -> Path:
-    """Where the folder is written before it stands: hidden, beside it."""
+    """Returns the path that a folder is written to before it stands: hidden, beside it."""
     return folder.with_name(f".{folder.name}.partial")
 
 

@@ -20,11 +20,18 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class FactorShape:
-    """The sizes of a weight's factors, with its in axes flattened to one, and its out axes too."""
+    """The sizes of a weight's factors, its in axes flattened to one, and its out axes too.
+
+    Attributes:
+      batch: the batch axes (layers, experts).
+      fan_in: the product of the in axes.
+      fan_out: the product of the out axes.
+      rank: r.
+    """
 
     batch: tuple[int, ...]
-    fan_in: int  # the product of the in axes
-    fan_out: int  # the product of the out axes
+    fan_in: int
+    fan_out: int
     rank: int
 
     @property
@@ -52,20 +59,38 @@ class Initialiser(Protocol):
 
 
 def from_base(init: Callable[..., Factors]) -> Any:
-    """Marks an initialiser that makes the factors of W, and so takes s·AB out of W."""
+    """Marks an initialiser that makes the factors of W, and so takes s·AB out of W.
+
+    >>> @lj.init.from_base
+    ... def first_rows(key, shape, dtype, *, kernel, scale):
+    ...     eye = jnp.eye(shape.fan_in, shape.rank)
+    ...     return eye, kernel[: shape.rank] / scale
+    >>> rule = lj.LoraRule(targets="kernel", rank=2, init=first_rows)
+    >>> lj.lorafy({"kernel": jnp.ones((4, 3))}, [rule])["kernel"].start[0].shape
+    (2, 4)
+    """
     init.takes_from_base = True  # type: ignore[attr-defined]
     return init
 
 
 def takes_from_base(init: Initialiser) -> bool:
-    """Whether the initialiser is marked with `from_base`."""
+    """Returns whether the initialiser is marked with `from_base`.
+
+    >>> lj.init.takes_from_base(lj.init.pissa), lj.init.takes_from_base(lj.init.kaiming)
+    (True, False)
+    """
     return getattr(init, "takes_from_base", False)
 
 
 def kaiming(key: jax.Array, shape: FactorShape, dtype: Any) -> Factors:
-    """A ~ U(±1/√d_in), B = 0: PEFT's default and that of *LoRA Without Regret*.
+    """Draws A ~ U(±1/√d_in), B = 0: the default of PEFT and of *LoRA Without Regret*.
 
     (`flax.linen.initializers.he_uniform` is √6 times wider.)
+
+    >>> params = {"kernel": jax.random.normal(jax.random.key(1), (4, 3))}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets="kernel", rank=2, init=lj.init.kaiming)])
+    >>> tree["kernel"].a.shape
+    (2, 4)
     """
     bound = 1 / math.sqrt(shape.fan_in)
     a = jax.random.uniform(key, shape.a, dtype, -bound, bound)
@@ -73,15 +98,28 @@ def kaiming(key: jax.Array, shape: FactorShape, dtype: Any) -> Factors:
 
 
 def gaussian(key: jax.Array, shape: FactorShape, dtype: Any) -> Factors:
-    """A ~ N(0, 1/r²), B = 0: PEFT's ``init_lora_weights="gaussian"``."""
+    """Draws A ~ N(0, 1/r²), B = 0: PEFT's ``init_lora_weights="gaussian"``.
+
+    >>> params = {"kernel": jax.random.normal(jax.random.key(1), (4, 3))}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets="kernel", rank=2, init=lj.init.gaussian)])
+    >>> tree["kernel"].a.shape
+    (2, 4)
+    """
     return jax.random.normal(key, shape.a, dtype) / shape.rank, jnp.zeros(shape.b, dtype)
 
 
 def orthogonal(key: jax.Array, shape: FactorShape, dtype: Any) -> Factors:
-    """A and B from the odd and the even rows of one random orthogonal matrix, so that AB = 0.
+    """Draws A and B from alternate rows of one random orthogonal matrix, so that AB = 0.
 
-    PEFT's ``init_lora_weights="orthogonal"``: neither factor starts at zero. Raises ValueError
-    for an odd rank.
+    PEFT's ``init_lora_weights="orthogonal"``: neither factor starts at zero.
+
+    Raises:
+      ValueError: the rank is odd.
+
+    >>> params = {"kernel": jax.random.normal(jax.random.key(1), (4, 3))}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets="kernel", rank=2, init=lj.init.orthogonal)])
+    >>> tree["kernel"].a.shape
+    (2, 4)
     """
     if shape.rank % 2:
         raise ValueError(f"orthogonal initialisation needs an even rank, not {shape.rank}")
@@ -91,31 +129,41 @@ def orthogonal(key: jax.Array, shape: FactorShape, dtype: Any) -> Factors:
     q, _ = jnp.linalg.qr(square)
     a = jax.random.normal(key_a, (*shape.batch, shape.fan_in, half), dtype)
     b = jax.random.normal(key_b, (*shape.batch, shape.fan_out, half), dtype)
-    a = a @ q[..., 0::2, :] / 10
-    b = b @ q[..., 1::2, :] / 10
-    return a, jnp.swapaxes(b, -1, -2)
+    return a @ q[..., 0::2, :] / 10, (b @ q[..., 1::2, :] / 10).mT
 
 
 @from_base
 def pissa(
     key: jax.Array, shape: FactorShape, dtype: Any, *, kernel: jax.Array, scale: jax.Array
 ) -> Factors:
-    """A = U√(S/s), B = √(S/s)Vᵀ of the r largest singular values of W = USVᵀ.
+    """Returns A = U√(S/s), B = √(S/s)Vᵀ of the r largest singular values of W = USVᵀ.
 
     PiSSA (Meng et al., arXiv 2404.02948), PEFT's ``init_lora_weights="pissa"``. A full
     decomposition of each kernel: see `fast_pissa` for large ones.
+
+    >>> params = {"kernel": jax.random.normal(jax.random.key(1), (4, 3))}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets="kernel", rank=2, init=lj.init.pissa)])
+    >>> tree["kernel"].a.shape
+    (2, 4)
     """
     del key
     u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
-    return _singular(u[..., : shape.rank], s[..., : shape.rank], vt[..., : shape.rank, :], scale)
+    return _singular(u, s, vt, shape.rank, scale)
 
 
 def fast_pissa(iterations: int = 4, oversampling: int = 8) -> Any:
-    """`pissa` by subspace iteration (Halko et al., arXiv 0909.4061): PEFT's ``"pissa_niter_4"``.
+    """Returns `pissa` by subspace iteration (Halko et al., arXiv 0909.4061).
+
+    PEFT's ``"pissa_niter_4"``.
 
     Args:
       iterations: of the power method; more of them separate close singular values better.
       oversampling: vectors beyond the rank.
+
+    >>> params = {"kernel": jax.random.normal(jax.random.key(1), (4, 3))}
+    >>> rule = lj.LoraRule(targets="kernel", rank=2, init=lj.init.fast_pissa(iterations=2))
+    >>> lj.lorafy(params, [rule])["kernel"].a.shape
+    (2, 4)
     """
 
     @from_base
@@ -126,30 +174,32 @@ def fast_pissa(iterations: int = 4, oversampling: int = 8) -> Any:
         probe = jax.random.normal(key, (*shape.batch, shape.fan_out, width), kernel.dtype)
         q, _ = jnp.linalg.qr(kernel @ probe)
         for _ in range(iterations):
-            back, _ = jnp.linalg.qr(jnp.swapaxes(kernel, -1, -2) @ q)
+            back, _ = jnp.linalg.qr(kernel.mT @ q)
             q, _ = jnp.linalg.qr(kernel @ back)
-        u, s, vt = jnp.linalg.svd(jnp.swapaxes(q, -1, -2) @ kernel, full_matrices=False)
-        rank = shape.rank
-        return _singular(q @ u[..., :rank], s[..., :rank], vt[..., :rank, :], scale)
+        u, s, vt = jnp.linalg.svd(q.mT @ kernel, full_matrices=False)
+        return _singular(q @ u[..., : shape.rank], s, vt, shape.rank, scale)
 
     return init
 
 
-def _singular(u: jax.Array, s: jax.Array, vt: jax.Array, scale: jax.Array) -> Factors:
-    root = jnp.sqrt(s / jnp.asarray(scale, s.dtype)[..., None])
-    return u * root[..., None, :], root[..., :, None] * vt
+def _singular(u: jax.Array, s: jax.Array, vt: jax.Array, rank: int, scale: jax.Array) -> Factors:
+    root = jnp.sqrt(s[..., :rank] / jnp.asarray(scale, s.dtype)[..., None])
+    return u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :]
 
 
 @from_base
 def olora(
     key: jax.Array, shape: FactorShape, dtype: Any, *, kernel: jax.Array, scale: jax.Array
 ) -> Factors:
-    """A = (the first r rows of R)ᵀ, B = (the first r columns of Q)ᵀ of Wᵀ = QR.
+    """Returns A = (the first r rows of R)ᵀ, B = (the first r columns of Q)ᵀ of Wᵀ = QR.
 
     OLoRA (Büyükakyüz, arXiv 2406.01775), PEFT's ``init_lora_weights="olora"``: B is orthonormal.
+
+    >>> params = {"kernel": jax.random.normal(jax.random.key(1), (4, 3))}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets="kernel", rank=2, init=lj.init.olora)])
+    >>> tree["kernel"].a.shape
+    (2, 4)
     """
     del key, scale
-    q, r = jnp.linalg.qr(jnp.swapaxes(kernel, -1, -2))
-    return jnp.swapaxes(r[..., : shape.rank, :], -1, -2), jnp.swapaxes(
-        q[..., :, : shape.rank], -1, -2
-    )
+    q, r = jnp.linalg.qr(kernel.mT)
+    return r[..., : shape.rank, :].mT, q[..., : shape.rank].mT

@@ -1,17 +1,16 @@
 """The transform of a parameter tree, its halves, and its inverses."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from lora_jax.adapt.roles import infer_roles
-from lora_jax.axes import AxisRoles
 from lora_jax.build import node_of
 from lora_jax.magnitude import wide
-from lora_jax.paths import nearest
-from lora_jax.resolve import beside, resolve
+from lora_jax.paths import nearest, path_string
+from lora_jax.resolve import Known, beside, resolve
 from lora_jax.rules import Rule
 from lora_jax.weight import LoraWeight, Node, Trained, is_leaf, is_node, leaves_of
 
@@ -25,8 +24,9 @@ def lorafy(
     *,
     key: jax.Array | None = None,
     trace: Sequence[Any] | None = None,
+    kinds: Mapping[str, str] | None = None,
 ) -> Tree:
-    """`params` with each selected kernel as a `LoraWeight`, each leaf that trains as a `Trained`.
+    """Returns `params` with each selected kernel as a `LoraWeight`, each trained leaf as `Trained`.
 
     Pure: containers stay what they are, and every other leaf is the same object. A `LoraWeight`
     holds the kernel itself; a `Trained` (or of some rows, a `TrainedRows`) holds a copy of what
@@ -40,9 +40,17 @@ def lorafy(
       trace: ``(fn, *args)``, as `fn` is called, `params` among the arguments (arrays may be
         `jax.ShapeDtypeStruct`\\ s): the axis roles of each kernel are read from what `fn` does
         with it, in the place of Flax's convention. A rule's own in_axes and out_axes come first.
+      kinds: by path, the part of the model that a leaf belongs to ("attention", "mlp", "experts",
+        "head", …), which presets of targets select by: ``lora_jax.models.kinds(model.config)``.
 
-    Raises ValueError where a rule selects nothing, where a kernel's axis roles are unknown, or
-    where the tree is adapted already.
+    Raises:
+      ValueError: a rule selects nothing, a kernel's axis roles are unknown, or the tree is adapted
+        already.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> tree["dense"]["kernel"]
+    LoraWeight(shape=(4, 3), ranks=2, in axes (-2,), out axes (-1,), the rest batch)
     """
     leaves, treedef = leaves_of(params)
     if adapted := [path for path, leaf in leaves if is_node(leaf)]:
@@ -51,106 +59,139 @@ def lorafy(
             "lora_jax.strip(params), or lora_jax.merge(params) to build on what was learned"
         )
     arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
-    chosen = resolve(arrays, rules, _looked(trace, arrays))
+    roles = None
+    if trace is not None:
+        roles = infer_roles(trace[0], trace[1:], {id(leaf): path for path, leaf in arrays})
+    chosen = resolve(arrays, rules, Known(roles, kinds))
     key = jax.random.key(0) if key is None else key
     return treedef.unflatten(
         node_of(leaf, path, chosen[path], key) if path in chosen else leaf for path, leaf in leaves
     )
 
 
-def _looked(
-    trace: Sequence[Any] | None, leaves: list[tuple[str, Any]]
-) -> dict[str, AxisRoles | str] | None:
-    """The roles that `trace` shows, by path."""
-    if trace is None:
-        return None
-    fn, *args = trace
-    return infer_roles(fn, args, {id(leaf): path for path, leaf in leaves})
+def nodes_of(tree: Tree) -> dict[str, Node]:
+    """Returns the nodes of a tree by path; none where it is plain."""
+    return {path: leaf for path, leaf in leaves_of(tree)[0] if is_node(leaf)}
 
 
-def _map_nodes(visit: Any, tree: Tree) -> Tree:
-    """`tree` with `visit(node)` in place of each node."""
-    return jax.tree.map(lambda x: visit(x) if is_node(x) else x, tree, is_leaf=is_leaf)
+def _nodes_for(what: str, params: Tree) -> dict[str, Node]:
+    if nodes := nodes_of(params):
+        return nodes
+    raise ValueError(f"{what} needs an adapted tree, and this one is plain: call lorafy first")
 
 
-def _nodes(tree: Tree, what: str) -> dict[str, Node]:
-    """The nodes of an adapted tree by path; ValueError where there are none."""
-    leaves, _ = leaves_of(tree)
-    nodes = {path: leaf for path, leaf in leaves if is_node(leaf)}
-    if not nodes:
-        raise ValueError(f"{what} needs an adapted tree, and this one is plain: call lorafy first")
-    return nodes
+def map_nodes(visit: Callable[[str, Any], Any], tree: Tree) -> Tree:
+    """Returns a tree with ``visit(path, node)`` in place of each node."""
+
+    def visited(keys: tuple[Any, ...], leaf: Any) -> Any:
+        return visit(path_string(keys), leaf) if is_node(leaf) else leaf
+
+    return jax.tree.map_with_path(visited, tree, is_leaf=is_leaf)
 
 
 def split(params: Tree) -> tuple[Adapter, Tree]:
-    """An adapted tree as its two halves, (adapter, base); `join` is the exact inverse.
+    """Returns the two halves of an adapted tree, (adapter, base); `join` is the exact inverse.
 
-    adapter: a flat dict ``{path: {"a": …, "b": …}}`` (or ``{"value": …}``; with DoRA "magnitude",
-    with a bias on B "bias" as well) of plain arrays, which trains. base: the tree with the rest,
-    frozen; where the adapter's arrays were, there is None.
+    Returns:
+      adapter: a flat dict ``{path: {"a": …, "b": …}}`` (or ``{"value": …}``; with DoRA "magnitude",
+        with a bias on B "bias" as well) of plain arrays, which trains.
+      base: the tree with the rest, frozen; where the adapter's arrays were, there is None.
+
+    Raises:
+      ValueError: the tree is plain.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> adapter, base = lj.split(tree)
+    >>> jax.tree.map(jnp.shape, adapter)
+    {'dense/kernel': {'a': (2, 4), 'b': (2, 3)}}
     """
-    adapter = {path: node.parts() for path, node in _nodes(params, "split").items()}
-    return adapter, _map_nodes(lambda node: node.with_parts({}), params)
+    adapter = {path: node.parts() for path, node in _nodes_for("split", params).items()}
+    return adapter, map_nodes(lambda _, node: node.with_parts({}), params)
 
 
 def join(adapter: Mapping[str, Mapping[str, Any]], base: Tree) -> Tree:
-    """The inverse of `split`. ``join({}, base)`` is the base alone.
+    """Returns the inverse of `split`. ``join({}, base)`` is the base alone.
 
-    Raises ValueError where the adapter and the base do not belong together.
+    Args:
+      adapter: the arrays that train, by path and name.
+      base: the frozen half of the tree, or an adapted tree, whose adapter is replaced.
+
+    Raises:
+      ValueError: the adapter and the base do not belong together.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> adapter, base = lj.split(tree)
+    >>> trained = lj.join(jax.tree.map(lambda array: array + 1, adapter), base)
+    >>> float(trained["dense"]["kernel"].b[0, 0])
+    1.0
     """
     if not adapter:
         return base
-    leaves, treedef = leaves_of(base)
-    _check_same_paths(adapter, {path for path, leaf in leaves if is_node(leaf)}, "join")
+    _check_same_paths("join", adapter, nodes_of(base))
 
-    def filled(path: str, leaf: Any) -> Any:
-        if not is_node(leaf):
-            return leaf
-        if set(adapter[path]) != set(leaf.part_names()):
+    def filled(path: str, node: Any) -> Node:
+        given, wanted = sorted(adapter[path]), sorted(node.part_names())
+        if given != wanted:
             raise ValueError(
-                f"join: the adapter has {sorted(adapter[path])} for {path!r}, where the tree "
-                f"trains {sorted(leaf.part_names())}"
+                f"join: the adapter has {given} for {path!r}, where the tree trains {wanted}"
             )
-        return leaf.with_parts(adapter[path])
+        return node.with_parts(adapter[path])
 
-    return treedef.unflatten(filled(path, leaf) for path, leaf in leaves)
+    return map_nodes(filled, base)
 
 
 def strip(params: Tree) -> Tree:
-    """The tree before `lorafy`: its very leaves.
+    """Returns the tree before `lorafy`: its very leaves.
 
-    (Of a leaf that trains in full, its value now: no copy of the earlier one is kept.)
+    (For a leaf that trains in full, its value now: no copy of the earlier one is kept.)
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> lj.strip(tree)["dense"]["kernel"] is params["dense"]["kernel"]
+    True
     """
-    return _map_nodes(lambda node: node.base, params)
+    return map_nodes(lambda _, node: node.base, params)
 
 
 def merge(params: Tree) -> Tree:
-    """The tree with W + s·AB in place of each adapted weight: no cost at inference.
+    """Returns the tree with W + s·AB in place of each adapted weight: no cost at inference.
 
     Each sum is taken in fp32 (or wider) and rounded once to W's dtype. A bias on B is added to the
-    bias that stands beside the kernel; ValueError where there is none, or of another shape.
+    bias that stands beside the kernel.
+
+    Raises:
+      ValueError: a weight is adapted for one of its uses only, or has a bias on B and beside it no
+        bias of that shape.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> lj.merge(tree)["dense"]["kernel"].shape
+    (4, 3)
     """
     leaves, treedef = leaves_of(params)
-    for path, leaf in leaves:
-        if isinstance(leaf, LoraWeight) and leaf.is_on and leaf.uses != "all":
+    on = {path: leaf for path, leaf in leaves if isinstance(leaf, LoraWeight) and leaf.is_on}
+    for path, weight in on.items():
+        if weight.uses != "all":
             raise ValueError(
-                f"merge: the adapter of {path!r} is for one use of it only (uses={leaf.uses!r}); "
+                f"merge: the adapter of {path!r} is for one use of it only (uses={weight.uses!r}); "
                 "merged, both would see it. Run the adapted tree through lora_jax.adapt"
             )
     merged = {path: _merged(leaf) for path, leaf in leaves}
-    for path, leaf in leaves:
-        if isinstance(leaf, LoraWeight) and leaf.is_on and leaf.bias is not None:
+    for path, weight in on.items():
+        if weight.bias is not None:
             there = beside(path, merged)
             shape = None if there is None else merged[there].shape
-            if there is None or shape != leaf.bias.shape:
+            if there is None or shape != weight.bias.shape:
+                found = f"{there!r} has the shape {shape}" if there else "no bias stands beside it"
                 raise ValueError(
-                    f"merge: {path!r} has a bias on B of shape {leaf.bias.shape}, and "
-                    + (f"{there!r} has the shape {shape}" if there else "no bias stands beside it")
-                    + ": it cannot be merged. Run the adapted tree through lora_jax.adapt"
+                    f"merge: {path!r} has a bias on B of shape {weight.bias.shape}, and {found}: "
+                    "it cannot be merged. Run the adapted tree through lora_jax.adapt"
                 )
-            bias = merged[there]
-            total = bias.astype(wide(bias.dtype)) + leaf.factored().shift.astype(wide(bias.dtype))
-            merged[there] = total.astype(bias.dtype)
+            dtype = merged[there].dtype
+            total = merged[there].astype(wide(dtype)) + weight.factored().shift.astype(wide(dtype))
+            merged[there] = total.astype(dtype)
     return treedef.unflatten(merged[path] for path, _ in leaves)
 
 
@@ -161,31 +202,38 @@ def _merged(leaf: Any) -> Any:
 
 
 def swap(params: Tree, other: Tree) -> Tree:
-    """`params` with the adapter of another adapted tree: its factors, scale and trained values.
+    """Returns `params` with the adapter of another adapted tree: factors, scale, trained values.
 
     Where the two have the same ranks, a function compiled for `params` runs on the result without
-    compiling again, whatever the alphas. Raises ValueError where they do not adapt the same
-    weights in the same way.
+    compiling again, whatever the alphas.
+
+    Args:
+      params: an adapted tree; its frozen leaves are kept.
+      other: an adapted tree of the same structure; its frozen leaves are not looked at.
+
+    Raises:
+      ValueError: the trees do not adapt the same weights in the same way.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> other = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2, alpha=16)])
+    >>> float(lj.swap(tree, other)["dense"]["kernel"].scale)
+    8.0
     """
-    theirs = _nodes(other, "swap")
-    leaves, treedef = leaves_of(params)
-    mine = {path: leaf for path, leaf in leaves if is_node(leaf)}
-    _check_same_paths(theirs, set(mine), "swap")
+    mine, theirs = nodes_of(params), _nodes_for("swap", other)
+    _check_same_paths("swap", theirs, mine)
     for path, node in mine.items():
         a, b = _kind(node), _kind(theirs[path])
         if a != b:
             raise ValueError(f"swap: {path!r} is {a} in one tree and {b} in the other")
 
-    def swapped(path: str, leaf: Any) -> Any:
-        if not is_node(leaf):
-            return leaf
-        other = theirs[path]
-        if isinstance(leaf, Trained):
-            return other
-        kept = {"dropout": leaf.dropout} if isinstance(leaf, LoraWeight) else {}
-        return other.replace(base=leaf.base, **kept)
+    def swapped(path: str, node: Any) -> Any:
+        if isinstance(node, Trained):
+            return theirs[path]
+        kept = {"dropout": node.dropout} if isinstance(node, LoraWeight) else {}
+        return theirs[path].replace(base=node.base, **kept)
 
-    return treedef.unflatten(swapped(path, leaf) for path, leaf in leaves)
+    return map_nodes(swapped, params)
 
 
 def _kind(node: Node) -> str:
@@ -194,23 +242,29 @@ def _kind(node: Node) -> str:
     return "trained in full" if isinstance(node, Trained) else "trained in some rows"
 
 
-def _check_same_paths(adapter: Mapping[str, Any], paths: set[str], what: str) -> None:
-    if unknown := [path for path in adapter if path not in paths]:
-        near = nearest(unknown[0], paths, n=3)
+def _check_same_paths(what: str, adapter: Mapping[str, Any], nodes: Mapping[str, Node]) -> None:
+    if unknown := [path for path in adapter if path not in nodes]:
+        near = nearest(unknown[0], nodes, n=3)
         raise ValueError(
             f"{what}: the adapter has {unknown[0]!r} (and {len(unknown) - 1} more) that the tree "
             f"does not adapt; the nearest paths there are {near}"
         )
-    if missing := sorted(paths - set(adapter)):
+    if missing := sorted(set(nodes) - set(adapter)):
         raise ValueError(
             f"{what}: the adapter has nothing for {missing[0]!r} (and {len(missing) - 1} more)"
         )
 
 
 def trainable_mask(params: Tree) -> Tree:
-    """`params` with True for each array that trains (a, b, value) and False for all others.
+    """Returns `params` with True for each array that trains (a, b, value), False for all others.
 
     For an optimiser of the whole tree; see `lora_jax.optim.freeze_base`.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> mask = lj.trainable_mask(tree)
+    >>> mask["dense"]["bias"], mask["dense"]["kernel"].a, mask["dense"]["kernel"].base
+    (False, True, False)
     """
 
     def mask(node: Node) -> Node:
@@ -220,24 +274,30 @@ def trainable_mask(params: Tree) -> Tree:
 
 
 def count_params(params: Tree) -> tuple[int, int]:
-    """(trained, all) parameters of a tree; padding of ranks and scales not counted."""
-    trained = total = 0
-    for leaf in jax.tree.leaves(params, is_leaf=is_leaf):
-        if not is_node(leaf):
-            total += math.prod(leaf.shape) if hasattr(leaf, "shape") else 0
-            continue
-        own = leaf.n_trainable if leaf.is_on else 0
-        trained += own
-        total += own
-        if not isinstance(leaf, Trained):
-            total += math.prod(leaf.shape) + leaf.n_frozen
-    return trained, total
+    """Returns the numbers (trained, all) of a tree's parameters, without padding and scales.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> lj.count_params(tree)
+    (14, 29)
+    """
+    leaves = jax.tree.leaves(params, is_leaf=is_leaf)
+    nodes = [leaf for leaf in leaves if is_node(leaf)]
+    bases = [leaf for leaf in leaves if hasattr(leaf, "shape") and not isinstance(leaf, Trained)]
+    trained = sum(node.n_trainable for node in nodes if node.is_on)
+    frozen = sum(node.n_frozen for node in nodes) + sum(math.prod(base.shape) for base in bases)
+    return trained, trained + frozen
 
 
 def summary(params: Tree) -> str:
-    """The line that PEFT's ``print_trainable_parameters`` prints, for an adapted tree.
+    """Returns the line that PEFT's ``print_trainable_parameters`` prints, for an adapted tree.
 
     ``trainable params: 4,194,304 || all params: 6,742,609,920 || trainable%: 0.0622``
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> print(lj.summary(tree))
+    trainable params: 14 || all params: 29 || trainable%: 48.2759
     """
     trained, total = count_params(params)
     share = 100 * trained / total if total else 0.0

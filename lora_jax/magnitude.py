@@ -8,6 +8,7 @@ so that nothing of W's shape is formed, and they count as constants of the deriv
 4.3, and PEFT's ``use_dora``).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,17 +17,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.axes import Label
+from lora_jax.parts import layout
 
 
 def wide(dtype: Any) -> Any:
-    """The dtype to accumulate in: fp32, or fp64 where the operands are."""
+    """Returns the dtype to accumulate in: fp32, or fp64 where the operands are."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def column_norms(
     base: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, labels: Sequence[Label]
 ) -> jax.Array:
-    """‖W + s·AB‖ over the in axes, fp32 (or wider), [batch…, out…].
+    """Returns ‖W + s·AB‖ over the in axes, fp32 (or wider), [batch…, out…].
 
     Args:
       base: W, its axes in any order; `labels` are their roles.
@@ -34,42 +36,28 @@ def column_norms(
       b: [batch…, r, out…].
       scale: [batch…].
     """
-    stack, rows, columns = (
-        tuple(axis for axis, label in enumerate(labels) if label == role)
-        for role in ("batch", "in", "out")
-    )
-    dtype = wide(base.dtype)
-    n = len(stack)
-    kept = [axis for axis in range(base.ndim) if axis not in rows]
+    stack, rows, columns = (layout((role,), labels) for role in ("batch", "in", "out"))
+    dtype, n = wide(base.dtype), len(stack)
+    kept = sorted((*stack, *columns))
     order = [kept.index(axis) for axis in (*stack, *columns)]
     squares = lax.transpose(jnp.sum(jnp.square(base.astype(dtype)), axis=rows), order)
 
+    dot = functools.partial(lax.dot_general, precision=lax.Precision.HIGHEST)
     a, b = a.astype(dtype), b.astype(dtype)
-    in_of_a = tuple(range(n + 1, a.ndim))
-    batch = tuple(range(n))
+    in_of_a, batch = tuple(range(n + 1, a.ndim)), tuple(range(n))
     cross = sum(
-        lax.dot_general(
-            part,
-            base,
-            ((in_of_a, rows), (batch, stack)),
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=dtype,
-        )
+        dot(part, base, ((in_of_a, rows), (batch, stack)), preferred_element_type=dtype)
         for part in _in_parts(a, base.dtype)
     )  # AᵀW, [batch…, r, out…]
-    gram = lax.dot_general(
-        a, a, ((in_of_a, in_of_a), (batch, batch)), precision=lax.Precision.HIGHEST
-    )  # AᵀA, [batch…, r, r]
-    gram_b = lax.dot_general(
-        gram, b, (((n + 1,), (n,)), (batch, batch)), precision=lax.Precision.HIGHEST
-    )
+    gram = dot(a, a, ((in_of_a, in_of_a), (batch, batch)))  # AᵀA, [batch…, r, r]
+    gram_b = dot(gram, b, (((n + 1,), (n,)), (batch, batch)))
     s = lax.expand_dims(scale.astype(dtype), range(n, b.ndim))
     change = jnp.sum((2 * cross + s * gram_b) * s * b, axis=n)
     return jnp.sqrt(jnp.maximum(squares + change, jnp.finfo(dtype).tiny))
 
 
 def _in_parts(a: jax.Array, dtype: Any) -> list[jax.Array]:
-    """A as a sum of arrays of W's dtype: a half-precision W is then multiplied as it is."""
+    """Returns A as a sum of arrays of W's dtype: a half-precision W is multiplied as it is."""
     if jnp.dtype(dtype).itemsize >= a.dtype.itemsize:
         return [a]
     high = a.astype(dtype)
@@ -78,7 +66,7 @@ def _in_parts(a: jax.Array, dtype: Any) -> list[jax.Array]:
 
 @jax.custom_jvp
 def rescaled(u: jax.Array, gain: jax.Array) -> jax.Array:
-    """u·gain, multiplied in the gain's dtype and rounded to u's; the two broadcast.
+    """Returns u·gain, multiplied in the gain's dtype and rounded to u's; the two broadcast.
 
     Its derivative with respect to the gain is written with the result in the place of u: the
     result is what the next operation keeps, so that often nothing more is kept for the gain.

@@ -1,4 +1,4 @@
-"""Optax parts for adapted trees: what freezes, rates for A and B, and rules of thumb.
+"""Optax parts for adapted trees: freezing the base, rates for A and B, and rules of thumb.
 
 All take either an adapter (`lora_jax.split`'s first half) or a whole adapted tree, and chain with
 any optimiser:
@@ -13,20 +13,32 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from lora_jax.axes import EMBEDDING_NAMES
-from lora_jax.lorafy import trainable_mask
+from lora_jax.lorafy import map_nodes, nodes_of, trainable_mask
 from lora_jax.paths import leaf_name
-from lora_jax.weight import LoraWeight, is_node, leaves_of
+from lora_jax.weight import LoraWeight, is_node
 
 
 def freeze_base(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`optimizer` for a whole adapted tree: it sees a, b and trained leaves; all else stands still.
+    """Returns `optimizer` for a whole adapted tree: it moves a, b and trained leaves, nothing else.
 
     The frozen arrays get updates of zero (weight decay included) and no optimiser state. For
     those who differentiate the whole tree; to differentiate the adapter alone
     (`lora_jax.split`) costs less, since no gradient of the base is asked for.
     (`optax.masked` alone would pass the base's gradients through as updates.)
+
+    Args:
+      optimizer: of the arrays that train.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> optimizer = lj.optim.freeze_base(optax.adam(1e-3))
+    >>> state = optimizer.init(tree)
+    >>> updates, state = optimizer.update(jax.tree.map(jnp.ones_like, tree), state, tree)
+    >>> float(updates["dense"]["bias"][0])
+    0.0
     """
 
     def labels(params: Any) -> Any:
@@ -38,7 +50,7 @@ def freeze_base(optimizer: optax.GradientTransformation) -> optax.GradientTransf
 def scale_factors(
     *, a: float = 1.0, b: float = 1.0, embedding: float | None = None
 ) -> optax.GradientTransformation:
-    """Multiplies the updates of A by `a` and those of B by `b`: learning rates of their own.
+    """Multiplies the updates of A by `a` and the updates of B by `b`: learning rates of their own.
 
     Chained after an optimiser, weight decay included: ``lr·a`` for A, ``lr·b`` for B, `lr` for all
     else that trains.
@@ -46,29 +58,38 @@ def scale_factors(
     Args:
       a, b: the factors.
       embedding: the factor for both A and B of embeddings; None: as for other weights.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> adapter, base = lj.split(tree)
+    >>> scaled = lj.optim.scale_factors(b=4.0)
+    >>> updates, _ = scaled.update(jax.tree.map(jnp.ones_like, adapter), scaled.init(adapter))
+    >>> float(updates["dense/kernel"]["a"][0, 0]), float(updates["dense/kernel"]["b"][0, 0])
+    (1.0, 4.0)
     """
 
-    def factor(path: str, name: str) -> float:
+    def scaled(path: str, name: str, update: jax.Array) -> jax.Array:
         if name not in ("a", "b"):
-            return 1.0
-        if embedding is not None and leaf_name(path) in EMBEDDING_NAMES:
-            return embedding
-        return a if name == "a" else b
+            return update
+        of_table = embedding if leaf_name(path) in EMBEDDING_NAMES else None
+        factor = {"a": a, "b": b}[name] if of_table is None else of_table
+        return update * jnp.asarray(factor, update.dtype)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        return _map_parts(lambda p, n, u: u * jnp.asarray(factor(p, n), u.dtype), updates), state
-
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.stateless(lambda updates, _: _map_parts(scaled, updates))
 
 
 def lora_plus(ratio: float = 16.0, *, embedding: float | None = None) -> Any:
-    """B learns `ratio` times as fast as A: LoRA+ (Hayou et al., arXiv 2402.12354).
+    """Makes B learn `ratio` times as fast as A: LoRA+ (Hayou et al., arXiv 2402.12354).
 
     Args:
       ratio: λ, of B's learning rate to A's, which is the optimiser's; 16 in the paper.
       embedding: the factor for the factors of embeddings. (PEFT sets their learning rate to 1e-6:
         give 1e-6 / lr for that.)
+
+    Raises:
+      ValueError: `ratio` is not a positive number.
+
+    >>> optimizer = optax.chain(optax.adamw(2e-4), lj.optim.lora_plus(16.0))
     """
     if not (math.isfinite(ratio) and ratio > 0):
         raise ValueError(f"ratio={ratio!r}: B's learning rate over A's, a positive number")
@@ -76,33 +97,43 @@ def lora_plus(ratio: float = 16.0, *, embedding: float | None = None) -> Any:
 
 
 class ProjectionState(NamedTuple):
-    """For each weight, by path, (AᵀA + δI)⁺ / s², [batch…, r, r]: A is frozen, so it stays."""
+    """The state of `project_b`.
+
+    Attributes:
+      inverse: by path of each weight (AᵀA + δI)⁺ / s², [batch…, r, r]: A is frozen, so it stays.
+    """
 
     inverse: dict[str, jax.Array]
 
 
 def project_b(params: Any, *, damping: float = 1e-8) -> optax.GradientTransformation:
-    """LoRA-FA's gradient of B: g ← (AᵀA + δI)⁺ g / s², before the optimiser that it is chained to.
+    """Projects the gradient of B as LoRA-FA does: g ← (AᵀA + δI)⁺ g / s².
 
-    The B whose step changes W most nearly as full fine-tuning's would, A being fixed (Zhang et al.,
-    arXiv 2308.03303; PEFT's ``create_lorafa_optimizer``). For weights with ``freeze_a=True``; those
-    whose A trains are left alone.
+    Chained before an optimiser. B's step then changes W as nearly as it can as full fine-tuning
+    would, A being fixed (Zhang et al., arXiv 2308.03303; PEFT's ``create_lorafa_optimizer``). For
+    weights with ``freeze_a=True``; a weight whose A trains is left alone.
 
     Args:
       params: the adapted tree: A and s are read from it once.
       damping: δ.
+
+    Raises:
+      ValueError: A trains in every weight.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> rule = lj.LoraRule(targets=["dense"], rank=2, freeze_a=True)
+    >>> tree = lj.lorafy(params, [rule])
+    >>> optimizer = optax.chain(lj.optim.project_b(tree), optax.adam(1e-3))
     """
     inverse = {
         path: _inverse_gram(node, damping)
-        for path, node in leaves_of(params)[0]
+        for path, node in nodes_of(params).items()
         if isinstance(node, LoraWeight) and "a" in node.frozen
     }
     if not inverse:
         raise ValueError("project_b needs weights whose A is frozen: LoraRule(freeze_a=True, …)")
 
-    def update(
-        updates: Any, state: ProjectionState, params: Any = None
-    ) -> tuple[Any, ProjectionState]:
+    def update(updates: Any, state: ProjectionState, params: Any = None) -> tuple[Any, Any]:
         del params
 
         def projected(path: str, name: str, gradient: jax.Array) -> jax.Array:
@@ -110,13 +141,8 @@ def project_b(params: Any, *, damping: float = 1e-8) -> optax.GradientTransforma
                 return gradient
             matrix = state.inverse[path].astype(gradient.dtype)
             n = matrix.ndim - 2
-            batch = tuple(range(n))
-            return jax.lax.dot_general(
-                matrix,
-                gradient,
-                (((n + 1,), (n,)), (batch, batch)),
-                precision=jax.lax.Precision.HIGHEST,
-            )
+            axes = (((n + 1,), (n,)), (tuple(range(n)), tuple(range(n))))
+            return lax.dot_general(matrix, gradient, axes, precision=lax.Precision.HIGHEST)
 
         return _map_parts(projected, updates), state
 
@@ -124,14 +150,12 @@ def project_b(params: Any, *, damping: float = 1e-8) -> optax.GradientTransforma
 
 
 def _inverse_gram(node: LoraWeight, damping: float) -> jax.Array:
-    n = node.n_batch
-    a = node.a.reshape(*node.a.shape[: n + 1], -1)  # [batch…, r, in]
-    gram = jnp.matmul(a, jnp.swapaxes(a, -1, -2), precision=jax.lax.Precision.HIGHEST)
-    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    a = node.a.reshape(*node.a.shape[: node.n_batch + 1], -1)  # [batch…, r, in]
+    gram = jnp.matmul(a, a.mT, precision=lax.Precision.HIGHEST)
+    damped = gram + jnp.asarray(damping, gram.dtype) * jnp.eye(node.rank, dtype=gram.dtype)
     scale = node.scale[..., None, None].astype(gram.dtype)
     # A layer that is not adapted has s = 0, and no gradient either.
-    squared = jnp.where(scale == 0, 1, scale * scale).astype(gram.dtype)
-    damped = gram + jnp.asarray(damping, gram.dtype) * eye
+    squared = jnp.where(scale == 0, 1, scale * scale)
     return jnp.linalg.pinv(damped, hermitian=True) / squared
 
 
@@ -142,7 +166,7 @@ def learning_rate(
     steps: int | None = None,
     full: bool = False,
 ) -> float:
-    """A learning rate to begin with: lr = 5e-5 · 10 · (2000 / hidden_size)^p.
+    """Returns a learning rate to begin with: lr = 5e-5 · 10 · (2000 / hidden_size)^p.
 
     Fitted over 14 models by *LoRA Without Regret* (Schulman et al., Thinking Machines, 2025), with
     alpha = 32 and a constant schedule; nearly independent of the rank. For short runs, under 100
@@ -150,9 +174,15 @@ def learning_rate(
 
     Args:
       hidden_size: the model's width, d_model.
-      family: whose exponent p: 0.781 for Llama, 0.0775 for Qwen.
-      steps: how long the run is, in optimiser steps; None: 100 or more.
+      family: sets the exponent p: 0.781 for Llama, 0.0775 for Qwen.
+      steps: length of the run, in optimiser steps; None: 100 or more.
       full: full fine-tuning's rate, without the factor.
+
+    Raises:
+      ValueError: another family, or a size or a number of steps below 1.
+
+    >>> round(lj.optim.learning_rate(2048, family="llama"), 6)
+    0.000491
     """
     exponents = {"llama": 0.781, "qwen": 0.0775}
     if family not in exponents:
@@ -164,10 +194,20 @@ def learning_rate(
 
 
 def expert_rank(rank: int, active: int) -> int:
-    """The rank of each expert's adapter, so that a token meets as many columns as in a dense layer.
+    """Returns the rank of an expert's adapter, so that a token meets as many columns as if dense.
 
     `rank` divided by the number of experts that are active for a token, at least 1 (*LoRA Without
     Regret*): ``LoraRule(targets=["experts"], rank=expert_rank(16, active=8))``.
+
+    Args:
+      rank: of a dense layer's adapter.
+      active: the number of experts that a token is sent to.
+
+    Raises:
+      ValueError: a number below 1.
+
+    >>> lj.optim.expert_rank(16, active=8)
+    2
     """
     if rank < 1 or active < 1:
         raise ValueError(f"rank={rank}, active={active}: numbers of at least 1")
@@ -175,23 +215,17 @@ def expert_rank(rank: int, active: int) -> int:
 
 
 def _map_parts(visit: Callable[[str, str, jax.Array], jax.Array], tree: Any) -> Any:
-    """The tree with ``visit(path, name, array)`` in place of each part of a node.
+    """Returns the tree with ``visit(path, name, array)`` in place of each part of a node.
 
     `tree` is an adapter, or a whole adapted tree, of which only the nodes' parts are visited.
     """
+
+    def visited(path: str, parts: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: visit(path, name, array) for name, array in parts.items()}
+
     if isinstance(tree, Mapping) and all(_is_parts(parts) for parts in tree.values()):
-        return {
-            path: {name: visit(path, name, array) for name, array in parts.items()}
-            for path, parts in tree.items()
-        }
-    leaves, treedef = leaves_of(tree)
-
-    def mapped(path: str, leaf: Any) -> Any:
-        if not is_node(leaf):
-            return leaf
-        return leaf.with_parts({n: visit(path, n, array) for n, array in leaf.parts().items()})
-
-    return treedef.unflatten(mapped(path, leaf) for path, leaf in leaves)
+        return {path: visited(path, parts) for path, parts in tree.items()}
+    return map_nodes(lambda path, node: node.with_parts(visited(path, node.parts())), tree)
 
 
 def _is_parts(parts: Any) -> bool:

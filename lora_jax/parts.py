@@ -1,20 +1,15 @@
 """The arrays of an adapted weight, and the roles of their axes: the one table of their layout.
 
 Everything that moves, slices, shards, joins or saves the arrays of a weight reads their axes here.
-A variant of LoRA adds a `Part`: the axes of one more array, its first value, and what it does.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax.numpy as jnp
+from jax import lax
 
 from lora_jax.axes import Label
-
-if TYPE_CHECKING:
-    from lora_jax.product import Factored
-    from lora_jax.weight import LoraWeight
 
 Role = Label | Literal["rank"]
 Axes = tuple[int, ...]
@@ -37,24 +32,6 @@ AXES: dict[str, tuple[Role, ...]] = {
 NEUTRAL = {"gain": 1.0}
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One more trained array of an adapted weight: what a variant of LoRA adds to A and B.
-
-    Attributes:
-      name: how the adapter's dictionary and its file call the array.
-      axes: the roles of its axes: "batch", then "rank", then "in" or "out".
-      init: returns its first value, of the weight's shape for those axes, of the weight without it.
-      apply: returns the weight as products see it, given that weight without the part, the node
-        that holds the part, and its array.
-    """
-
-    name: str
-    axes: tuple[Role, ...]
-    init: Callable[["LoraWeight"], Any]
-    apply: Callable[["Factored", "LoraWeight", Any], "Factored"]
-
-
 def layout(axes: Sequence[Role], labels: Sequence[Label]) -> Axes:
     """Returns the weight's axis for each axis of an array, RANK for the rank.
 
@@ -73,9 +50,25 @@ def sizes(axes: Sequence[Role], shape: Sequence[int], labels: Sequence[Label], r
     return tuple(rank if axis == RANK else shape[axis] for axis in layout(axes, labels))
 
 
-def rank_axis(axes: Sequence[Role], labels: Sequence[Label]) -> int | None:
-    """Returns the axis of an array that holds the rank; None where it has none."""
-    return layout(axes, labels).index(RANK) if "rank" in axes else None
+def spread(array: Any, axes: Axes, where: Mapping[int, int], ndim: int) -> Any:
+    """Returns an array in the layout of another one, of size one along axes that it lacks.
+
+    Args:
+      array: with an axis for each of `axes`.
+      axes: the weight's axis that each of them holds; those not in `where` are of size one.
+      where: by the weight's axis, an axis of the result.
+      ndim: the number of axes of the result.
+    """
+    array = lax.squeeze(array, [i for i, axis in enumerate(axes) if axis not in where])
+    kept = [where[axis] for axis in axes if axis in where]
+    array = lax.transpose(array, sorted(range(len(kept)), key=kept.__getitem__))
+    return lax.expand_dims(array, [axis for axis in range(ndim) if axis not in kept])
+
+
+def rank_axis(axes: Sequence[Role], labels: Sequence[Label]) -> int:
+    """Returns the axis of an array that holds the rank, -1 where it has none."""
+    places = layout(axes, labels)
+    return places.index(RANK) if RANK in places else -1
 
 
 def unpadded(array: Any, ranks: Sequence[int], axis: int) -> Any:

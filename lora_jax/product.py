@@ -34,6 +34,7 @@ from jax import lax
 from lora_jax.base import product
 from lora_jax.factored import Factored
 from lora_jax.magnitude import rescaled, wide
+from lora_jax.parts import spread
 
 Dims = tuple[tuple[int, ...], tuple[int, ...]]  # axes of x, axes of the weight
 
@@ -63,7 +64,7 @@ def dot(
     """
 
     def with_base(x: jax.Array) -> jax.Array:
-        """xW, or Wᵀx where the weight comes first."""
+        """Returns xW, or Wᵀx where the weight comes first."""
 
         def product_with(w: jax.Array, x: jax.Array) -> jax.Array:
             if weight_first:
@@ -137,13 +138,8 @@ def _is_narrow(weight: Factored) -> bool:
 
 def _of_contracted(weight: Factored, x: jax.Array, contract: Dims, batch: Dims) -> jax.Array:
     """Returns the gain in x's layout and dtype, where the out axes are contracted."""
-    gain = weight.of_columns(weight.gain)
-    place = dict(zip(contract[1] + batch[1], contract[0] + batch[0], strict=True))
-    axes = [axis for axis in range(gain.ndim) if axis in place]
-    gain = lax.squeeze(gain, [axis for axis in range(gain.ndim) if axis not in place])
-    gain = lax.transpose(gain, [axes.index(axis) for axis in sorted(axes, key=place.__getitem__)])
-    taken = {place[axis] for axis in axes}
-    return lax.expand_dims(gain, [a for a in range(x.ndim) if a not in taken]).astype(x.dtype)
+    where = dict(zip(contract[1] + batch[1], contract[0] + batch[0], strict=True))
+    return spread(weight.gain, weight.layout("gain"), where, x.ndim).astype(x.dtype)
 
 
 def _of_result(
@@ -155,13 +151,12 @@ def _of_result(
     vector: jax.Array,
 ) -> jax.Array:
     """Returns a gain or a shift in the layout of the product xW."""
-    vector = lax.squeeze(weight.of_columns(vector), contract[1])
-    left = [axis for axis in range(len(weight.labels)) if axis not in contract[1]]
-    free = [axis for axis in left if axis not in w_batch]
-    vector = lax.transpose(vector, [left.index(axis) for axis in (*w_batch, *free)])
     n_free_x = x_ndim - len(w_batch) - len(contract[0])
-    start = len(w_batch) + (len(free) if weight_first else 0)
-    return lax.expand_dims(vector, range(start, start + n_free_x))
+    free = [a for a in range(len(weight.labels)) if a not in (*contract[1], *w_batch)]
+    first = len(w_batch) + (0 if weight_first else n_free_x)
+    where = {axis: i for i, axis in enumerate(w_batch)}
+    where |= {axis: first + i for i, axis in enumerate(free)}
+    return spread(vector, weight.layout("gain"), where, len(where) + n_free_x)
 
 
 def _delta(

@@ -1,4 +1,4 @@
-"""Which leaves of a tree the rules select, and what becomes of each."""
+"""Resolves rules: finds the leaves of a tree that they select, and decides on each."""
 
 import dataclasses
 import re
@@ -9,38 +9,61 @@ import jax.numpy as jnp
 
 from lora_jax.axes import EMBEDDING_NAMES, AxisRoles, default_roles
 from lora_jax.paths import has_run, leaf_name, nearest, numbered_layer
-from lora_jax.rules import ALL_LINEAR, LoraRule, Rule, Targets, TrainRule
+from lora_jax.rules import ALL_LINEAR, PRESETS, LoraRule, Rule, Targets, TrainRule
 
-# Modules that "all-linear" leaves alone: embeddings (also by the name of the leaf) and the heads
-# that turn the last hidden state into the model's output.
+# Without kinds, "all-linear" leaves these modules alone: embeddings (also by the name of the leaf)
+# and the heads that turn the last hidden state into the model's output. In masked language models
+# the output layer lies in a module that holds other layers, too.
 _NOT_LINEAR = re.compile(
-    r"embed\w*|\w*embeddings?|wte|wpe|\w*lm_head|head|unembed\w*|classifier|score|logits"
+    r"(?!(.*/)?lm_head/dense/\w+$)(.*/)?(cls/predictions/decoder/\w+|(embed\w*|\w*embeddings?|wte|"
+    r"wpe|\w*lm_head|head|unembed\w*|classifier|score|logits)(/.*)?)"
 )
-# Those of masked language models: the output layer lies in a module that holds other layers, too.
-_INNER_OUTPUT = re.compile(r"(.*/)?cls/predictions/decoder/\w+")
-_INNER_LINEAR = re.compile(r"(.*/)?lm_head/dense/\w+")
 # Leaves with two or more axes that a module owns beside its kernel, once layers are stacked.
 _SIDE_LEAVES = frozenset({"bias", "b", "scale", "offset", "mean", "var", "gamma", "beta"})
 
+Leaves = Sequence[tuple[str, Any]]  # path and array, or anything with a shape and a dtype
 
-# By path, the axis roles that a function was seen to give a leaf, or why there are none.
-Looked = Mapping[str, AxisRoles | str] | None
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """Facts about the leaves, by path.
+
+    Attributes:
+      roles: the axis roles that a function was seen to give a leaf, or why there are none; None:
+        the names of leaves tell them.
+      kinds: the part of the model that a leaf belongs to, which presets select by; None: presets
+        but "all-linear", which goes by names then, cannot be used.
+    """
+
+    roles: Mapping[str, AxisRoles | str] | None = None
+    kinds: Mapping[str, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class InFull:
-    """What the rules decided for a leaf that trains: all of it, or some rows of its first axis."""
+    """The rules' decision for a leaf that trains: all of it, or some rows of its first axis.
+
+    Attributes:
+      rows: indices of the rows; None: all.
+      is_table: whether these are rows of a table, or layers of a stack.
+    """
 
     rows: tuple[int, ...] | None = None
-    is_table: bool = False  # whether the rows are those of a table, or the layers of a stack
+    is_table: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """What the rules decided for one kernel: its roles, and a rule for each layer of its stack."""
+    """The rules' decision for one kernel.
+
+    Attributes:
+      roles: of its axes.
+      rules: one for each layer of batch axis 0, None where the layer isn't adapted; a single one
+        where all layers have the same, or there is no stack.
+    """
 
     roles: AxisRoles
-    rules: tuple[LoraRule | None, ...]  # one a layer of batch axis 0; a single one where no stack
+    rules: tuple[LoraRule | None, ...]
 
     @property
     def rule(self) -> LoraRule:
@@ -62,160 +85,161 @@ Choice = Adapted | InFull
 
 
 def resolve(
-    leaves: Sequence[tuple[str, Any]],
+    leaves: Leaves,
     rules: Sequence[Rule],
-    looked: Looked = None,
+    known: Known = Known(),  # noqa: B008
 ) -> dict[str, Choice]:
-    """Which of `leaves` (path and array, or anything with a shape) gets which rule; first wins.
+    """Returns the decision for each leaf that a rule selects, by path; the first rule wins.
 
-    Raises ValueError where a rule selects nothing (naming it and the nearest paths), where the
-    roles of a selected kernel's axes are unknown, or where layers of one stack disagree.
+    Args:
+      leaves: of the tree, with their paths.
+      rules: in the order in which they apply.
+      known: what is known of the leaves beside their names.
+
+    Raises:
+      ValueError: a rule selects nothing (the message names it and the nearest paths), the roles of
+        a selected kernel's axes are unknown, or layers of one stack disagree.
+      TypeError: one of `rules` is no rule.
     """
     if not rules:
         raise ValueError("no rules: give at least one LoraRule or TrainRule")
     for rule in rules:
         if not isinstance(rule, Rule):
             raise TypeError(f"a rule is a LoraRule or a TrainRule, not {rule!r}")
+        if known.kinds is None and rule.targets in PRESETS and rule.targets != ALL_LINEAR:
+            raise ValueError(
+                f"{rule}: a preset needs to be told what each leaf is: lorafy(params, rules, "
+                "kinds=lora_jax.models.kinds(model.config)), or kinds={path: kind} of your own"
+            )
     used: set[int] = set()
     resolved: dict[str, Choice] = {}
     for path, leaf in leaves:
-        matching = [index for index, rule in enumerate(rules) if _selects(rule, path, leaf, looked)]
+        matching = {i: rule for i, rule in enumerate(rules) if _selects(rule, path, leaf, known)}
         if not matching:
             continue
-        first = rules[matching[0]]
+        index, first = next(iter(matching.items()))
+        choice: Choice | None
         if isinstance(first, TrainRule):
-            trained = _train(first, path, leaf)
-            if trained is not None:
-                resolved[path] = trained
-                used.add(matching[0])
-        elif (adapted := _adapt_layers(path, leaf, rules, matching, used, looked)) is not None:
-            resolved[path] = adapted
-    resolved |= _biases(leaves, resolved)
+            choice, taking_part = _train(first, path, leaf), {index}
+        else:
+            lora = {i: rule for i, rule in matching.items() if isinstance(rule, LoraRule)}
+            choice, taking_part = _adapt(lora, path, leaf, known)
+        if choice is not None:
+            resolved[path] = choice
+            used |= taking_part
+    resolved |= _biases(dict(leaves), resolved)
     for index, rule in enumerate(rules):
         if index not in used:
-            raise ValueError(_no_match(rule, rules[:index], leaves, resolved, looked))
+            why = _why_nothing(rule, leaves, resolved if index else {}, known)
+            raise ValueError(f"{rule} selects nothing: {why}")
     return resolved
 
 
 def _train(rule: TrainRule, path: str, leaf: Any) -> InFull | None:
-    """What a TrainRule makes of a leaf that it selects; None where it has none of the layers."""
-    indices = rule.layers if rule.rows is None else rule.rows
+    """Returns the decision for a leaf that a rule selects; None where it has none of the layers."""
+    is_table = rule.rows is not None
+    indices = rule.rows if is_table else rule.layers
     if indices is None:
         return InFull()
-    if rule.rows is not None and len(leaf.shape) != 2:
+    if is_table and len(leaf.shape) != 2:
         raise ValueError(
             f"{rule}: {path!r} has the shape {tuple(leaf.shape)}; rows are those of a table [n, d]"
         )
-    if rule.layers is not None and (number := numbered_layer(path, stacked=False)) is not None:
-        return InFull() if number in rule.layers else None
+    if not is_table and (number := numbered_layer(path, stacked=False)) is not None:
+        return InFull() if number in indices else None
     n = leaf.shape[0] if leaf.shape else 0
+    _check_indices(rule, "row" if is_table else "layer", indices, path, n)
+    return InFull(tuple(indices), is_table)
+
+
+def _check_indices(rule: Rule, what: str, indices: Sequence[int], path: str, n: int) -> None:
     if wrong := [index for index in indices if index >= n]:
-        what = "row" if rule.rows is not None else "layer"
         raise ValueError(f"{rule}: {what} {wrong[0]} of {path!r}, which has {n}")
-    return InFull(tuple(indices), is_table=rule.rows is not None)
 
 
-def _biases(leaves: Sequence[tuple[str, Any]], resolved: Mapping[str, Choice]) -> dict[str, Choice]:
-    """The biases beside kernels whose rule trains them."""
-    shapes = {path: tuple(leaf.shape) for path, leaf in leaves}
+def _biases(paths: Container[str], resolved: Mapping[str, Choice]) -> dict[str, Choice]:
+    """Returns the decision for each bias that stands beside a kernel whose rule trains it."""
     found: dict[str, Choice] = {}
     for path, choice in resolved.items():
         if isinstance(choice, Adapted) and choice.rule.train_bias:
-            bias = beside(path, shapes)
-            if bias is None or bias in resolved:
-                continue
-            on = tuple(layer for layer, rank in enumerate(choice.ranks) if rank)
-            whole = len(on) == len(choice.ranks)
-            found[bias] = InFull() if whole else InFull(on)
+            bias = beside(path, paths)
+            if bias is not None and bias not in resolved:
+                on = tuple(layer for layer, rank in enumerate(choice.ranks) if rank)
+                found[bias] = InFull(None if len(on) == len(choice.ranks) else on)
     return found
 
 
 def beside(path: str, paths: Container[str]) -> str | None:
-    """The path of the bias that stands beside a kernel, if there is one."""
-    parent, _, _ = path.rpartition("/")
-    for name in ("bias", "b"):
-        if (bias := f"{parent}/{name}" if parent else name) in paths:
-            return bias
-    return None
+    """Returns the path of the bias that stands beside a kernel, if there is one."""
+    parent = path.removesuffix(leaf_name(path))
+    return next((parent + name for name in ("bias", "b") if parent + name in paths), None)
 
 
-def _adapt_layers(
-    path: str,
-    leaf: Any,
-    rules: Sequence[Rule],
-    matching: list[int],
-    used: set[int],
-    looked: Looked,
-) -> Adapted | None:
-    """The rule of each layer of the kernel at `path`; marks those as `used` that take part."""
-    candidates = {index: rule for index in matching if isinstance(rule := rules[index], LoraRule)}
-    roles = _roles(candidates[matching[0]], path, len(leaf.shape), looked)
+def _adapt(
+    rules: Mapping[int, LoraRule], path: str, leaf: Any, known: Known
+) -> tuple[Adapted | None, set[int]]:
+    """Returns the decision for a kernel and the indices of the rules that take part in it.
+
+    Args:
+      rules: those that select the kernel, by their index.
+      path, leaf: the kernel.
+      known: see `resolve`.
+    """
+    roles = _roles(next(iter(rules.values())), path, len(leaf.shape), known)
     batch = roles.sizes(leaf.shape, "batch")
     number = numbered_layer(path, stacked=bool(batch))
     stacked = number is None and bool(batch)
-    layers = range(batch[0]) if stacked else [0 if number is None else number]
-    chosen: list[LoraRule | None] = []
-    for layer in layers:
-        index = next((i for i, rule in candidates.items() if _has_layer(rule, layer)), None)
-        chosen.append(None if index is None else candidates[index])
-        if index is not None:
-            used.add(index)
-    if not any(chosen):
-        return None
+
+    def first(layer: int) -> int | None:
+        on = (i for i, rule in rules.items() if rule.layers is None or layer in rule.layers)
+        return next(on, None)
+
+    chosen = [first(layer) for layer in (range(batch[0]) if stacked else [number or 0])]
+    used = {index for index in chosen if index is not None}
+    if not used:
+        return None, used
     if stacked:
-        for rule in candidates.values():
-            if wrong := [layer for layer in rule.layers or () if layer >= batch[0]]:
-                raise ValueError(f"{rule}: layer {wrong[0]} of {path!r}, which has {batch[0]}")
-    distinct = {
-        dataclasses.replace(r, **_MAY_DIFFER, targets=".*", exclude=(), dtype=jnp.dtype(r.dtype))
-        for r in chosen
-        if r is not None
-    }
-    if len(distinct) > 1:
+        for rule in rules.values():
+            _check_indices(rule, "layer", rule.layers or (), path, batch[0])
+    shared = [
+        dataclasses.replace(rules[i], **_MAY_DIFFER, dtype=jnp.dtype(rules[i].dtype)) for i in used
+    ]
+    if len(set(shared)) > 1:
         raise ValueError(
             f"the layers of the stack {path!r} get rules that differ in more than rank and alpha; "
             "make all other fields of these rules the same"
         )
-    if len(set(chosen)) == 1:
-        chosen = chosen[:1]
-    return Adapted(roles, tuple(chosen))
+    layers = chosen[:1] if len(set(chosen)) == 1 else chosen
+    return Adapted(roles, tuple(None if i is None else rules[i] for i in layers)), used
 
 
-# What the layers of one stack may have each of its own.
-_MAY_DIFFER: dict[str, Any] = {"layers": None, "rank": 2, "alpha": None}
+# Fields that may differ between the layers of one stack, with a value in the place of theirs.
+_MAY_DIFFER: dict[str, Any] = dict(targets=".*", exclude=(), layers=None, rank=2, alpha=None)
 
 
-def _has_layer(rule: LoraRule, layer: int) -> bool:
-    return rule.layers is None or layer in rule.layers
-
-
-def _selects(rule: Rule, path: str, leaf: Any, looked: Looked) -> bool:
-    """Whether `rule` names the leaf and (a LoraRule) the leaf can be adapted."""
-    if _matches(rule.exclude, path) or not _is_named(rule, path, leaf, looked):
+def _selects(rule: Rule, path: str, leaf: Any, known: Known) -> bool:
+    """Returns whether a rule names a leaf that it can adapt (a LoraRule) or train."""
+    if _matches(rule.exclude, path) or not _is_named(rule, path, leaf, known):
         return False
     if isinstance(rule, TrainRule):
         return jnp.issubdtype(leaf.dtype, jnp.inexact)
     return _is_kernel(path, leaf)
 
 
-def _is_named(rule: Rule, path: str, leaf: Any, looked: Looked) -> bool:
-    if rule.targets != ALL_LINEAR:
+def _is_named(rule: Rule, path: str, leaf: Any, known: Known) -> bool:
+    if isinstance(rule.targets, str) and rule.targets not in PRESETS:
         return _matches(rule.targets, path)
-    if isinstance(rule, TrainRule) or leaf_name(path) in EMBEDDING_NAMES:
-        return False
-    known = default_roles(leaf_name(path), len(leaf.shape)) is not None
-    if looked is not None:
-        known = isinstance(looked.get(path), AxisRoles)
-    return known and _is_inner(path)
-
-
-def _is_inner(path: str) -> bool:
-    """Whether the module is neither an embedding nor the output head."""
-    if _INNER_LINEAR.fullmatch(path):
-        return True
-    if _INNER_OUTPUT.fullmatch(path):
-        return False
-    return not any(_NOT_LINEAR.fullmatch(segment) for segment in path.split("/"))
+    names = [rule.targets] if isinstance(rule.targets, str) else rule.targets
+    presets = [name for name in names if name in PRESETS]
+    if known.kinds is not None:
+        if any(known.kinds.get(path) in PRESETS[preset] for preset in presets):
+            return True
+    elif ALL_LINEAR in presets and isinstance(rule, LoraRule) and not _NOT_LINEAR.fullmatch(path):
+        by_name = default_roles(leaf_name(path), len(leaf.shape))
+        roles = by_name if known.roles is None else known.roles.get(path)
+        if isinstance(roles, AxisRoles) and leaf_name(path) not in EMBEDDING_NAMES:
+            return True
+    return names is rule.targets and _matches(names, path)
 
 
 def _matches(targets: Targets, path: str) -> bool:
@@ -225,20 +249,19 @@ def _matches(targets: Targets, path: str) -> bool:
 
 
 def _is_kernel(path: str, leaf: Any) -> bool:
-    """A kernel has two axes or more and isn't what a module keeps beside its kernel."""
-    if len(leaf.shape) < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return False
-    return leaf_name(path) not in _SIDE_LEAVES
+    """Returns whether a leaf has two axes or more and isn't kept by a module beside its kernel."""
+    is_matrix = len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return is_matrix and leaf_name(path) not in _SIDE_LEAVES
 
 
-def _roles(rule: LoraRule, path: str, ndim: int, looked: Looked) -> AxisRoles:
+def _roles(rule: LoraRule, path: str, ndim: int, known: Known) -> AxisRoles:
     if rule.in_axes is not None and rule.out_axes is not None:
         try:
             return AxisRoles.of(rule.in_axes, rule.out_axes, ndim)
         except ValueError as error:
             raise ValueError(f"{rule}: {path!r}: {error}") from None
-    if looked is not None:
-        seen = looked.get(path, "it is not among the arguments (leaves are matched by identity)")
+    if known.roles is not None:
+        seen = known.roles.get(path, "it is no argument (leaves are matched by identity)")
         if isinstance(seen, str):
             raise ValueError(
                 f"{rule} selects {path!r}, and trace tells no axis roles for it: {seen}. Leave it "
@@ -256,31 +279,30 @@ def _roles(rule: LoraRule, path: str, ndim: int, looked: Looked) -> AxisRoles:
     return roles
 
 
-def _no_match(
-    rule: Rule,
-    earlier: Sequence[Rule],
-    leaves: Sequence[tuple[str, Any]],
-    resolved: dict[str, Choice],
-    looked: Looked,
-) -> str:
-    """Why `rule` selected nothing: taken already, not a kernel, or no such name."""
-    named = [(path, leaf) for path, leaf in leaves if _is_named(rule, path, leaf, looked)]
-    if taken := [path for path, _ in named if path in resolved and earlier]:
-        return f"{rule} selects nothing: an earlier rule takes {taken[0]!r} (the first rule wins)"
-    if excluded := [path for path, _ in named if _matches(rule.exclude, path)]:
-        return f"{rule} selects nothing: its exclude takes out {excluded[0]!r}"
-    if isinstance(rule, LoraRule) and rule.layers is not None:
-        if kernels := [path for path, leaf in named if _is_kernel(path, leaf)]:
-            return f"{rule} selects nothing: {kernels[0]!r} has none of the layers {rule.layers}"
+def _why_nothing(rule: Rule, leaves: Leaves, taken: Mapping[str, Choice], known: Known) -> str:
+    """Returns the reason why a rule selects nothing.
+
+    Args:
+      rule: the rule.
+      leaves, known: see `resolve`.
+      taken: the decisions for the leaves that other rules select; none where the rule is the first.
+    """
+    named = {path: leaf for path, leaf in leaves if _is_named(rule, path, leaf, known)}
+    if gone := [path for path in named if path in taken]:
+        return f"an earlier rule takes {gone[0]!r} (the first rule wins)"
+    if excluded := [path for path in named if _matches(rule.exclude, path)]:
+        return f"its exclude takes out {excluded[0]!r}"
+    kernels = [path for path, leaf in named.items() if _is_kernel(path, leaf)]
+    if kernels and isinstance(rule, LoraRule) and rule.layers is not None:
+        return f"{kernels[0]!r} has none of the layers {rule.layers}"
     if named:
-        path, leaf = named[0]
+        path, leaf = next(iter(named.items()))
         return (
-            f"{rule} selects nothing: {path!r} has the shape {tuple(leaf.shape)} and the dtype "
-            f"{leaf.dtype}, which is no kernel; a TrainRule trains such a leaf in full"
+            f"{path!r} has the shape {tuple(leaf.shape)} and the dtype {leaf.dtype}, which is no "
+            "kernel; a TrainRule trains such a leaf in full"
         )
     if not leaves:
-        return f"{rule} selects nothing: the tree has no leaves"
-    paths = [path for path, _ in leaves]
+        return "the tree has no leaves"
     names = [rule.targets] if isinstance(rule.targets, str) else rule.targets
-    near = "\n  ".join(dict.fromkeys(path for name in names for path in nearest(name, paths)))
-    return f"{rule} selects nothing. The nearest paths are:\n  {near}"
+    near = dict.fromkeys(path for name in names for path in nearest(name, dict(leaves)))
+    return "\n  ".join(["the nearest paths are:", *near])

@@ -1,4 +1,4 @@
-"""Rules say which leaves of a parameter tree are adapted, how, and which train in full."""
+"""Rules select the leaves of a parameter tree that are adapted or train in full, and say how."""
 
 import dataclasses
 import math
@@ -9,21 +9,23 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from lora_jax import init as initialisers
-from lora_jax.parts import AXES, Part
+from lora_jax.parts import AXES
 from lora_jax.variants import BIAS, MAGNITUDE
+from lora_jax.weight import Part
 
 Targets = str | Sequence[str]
+_LAYERS = ("attention", "mlp", "experts")
 ALL_LINEAR = "all-linear"
+# Targets by what a leaf is, as `lora_jax.models.kinds` says; tables, heads and norms are in none.
+PRESETS: dict[str, frozenset[str]] = {kind: frozenset({kind}) for kind in _LAYERS}
+PRESETS[ALL_LINEAR] = frozenset({*_LAYERS, "router", "pooler", "transform"})
 
 
-class _Shown:
-    """Shows a rule as it was written: only the fields that are not the default."""
-
-    def __repr__(self) -> str:
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        shown = [f for f in fields if getattr(self, f.name) != f.default]
-        inside = ", ".join(f"{f.name}={_shown(getattr(self, f.name))}" for f in shown)
-        return f"{type(self).__name__}({inside})"
+def _as_written(rule: Any) -> str:
+    """Returns a rule as it was written: only the fields that are not the default."""
+    given = [f.name for f in dataclasses.fields(rule) if getattr(rule, f.name) != f.default]
+    inside = ", ".join(f"{name}={_shown(getattr(rule, name))}" for name in given)
+    return f"{type(rule).__name__}({inside})"
 
 
 def _shown(value: Any) -> str:
@@ -33,14 +35,16 @@ def _shown(value: Any) -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class LoraRule(_Shown):
+class LoraRule:
     """Adapts each kernel that `targets` selects: W becomes W + s·AB, A and B trained.
 
     Args:
       targets: a list of names, each equal to a run of whole path segments (``["q_proj"]`` selects
         ``model/layers/q_proj/kernel``, and never a bias or a norm); or a string, which
-        `re.fullmatch`\\ es the whole ``/``-joined path of the leaf; or ``"all-linear"``: every
-        kernel but embeddings and the output head (experts and their routers are kernels, too).
+        `re.fullmatch`\\ es the whole ``/``-joined path of the leaf; or a preset, alone or among the
+        names: ``"all-linear"``, every kernel but embeddings and the output head (experts and their
+        routers are kernels, too), ``"attention"``, ``"mlp"`` or ``"experts"``. Presets but the
+        first need `lorafy`'s `kinds`.
       exclude: paths that are left alone, in either of the first two forms.
       layers: indices of the layers to adapt; the first batch axis of a stacked kernel, or the
         first numbered segment of the path. None: all.
@@ -63,7 +67,12 @@ class LoraRule(_Shown):
       in_axes, out_axes: the kernel's axis roles, where they are not Flax's (last axis out, the one
         before it in, the rest batch). Both or neither.
 
-    Raises ValueError on construction where a field makes no sense.
+    Raises:
+      ValueError: on construction, where a field makes no sense.
+
+    >>> rule = lj.LoraRule(targets=["q_proj", "v_proj"], rank=8, alpha=16)
+    >>> rule.scale
+    2.0
     """
 
     targets: Targets
@@ -83,6 +92,8 @@ class LoraRule(_Shown):
     dtype: Any = jnp.float32
     in_axes: Sequence[int] | None = None
     out_axes: Sequence[int] | None = None
+
+    __repr__ = _as_written
 
     def __post_init__(self) -> None:
         _freeze_sequences(self, "targets", "exclude", "layers", "in_axes", "out_axes", "extras")
@@ -109,7 +120,7 @@ class LoraRule(_Shown):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """What trains beside A and B."""
+        """The parts that train beside A and B."""
         chosen = ((MAGNITUDE, self.dora), (BIAS, self.bias_on_b))
         return (*(part for part, is_on in chosen if is_on), *self.extras)
 
@@ -121,7 +132,7 @@ class LoraRule(_Shown):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class TrainRule(_Shown):
+class TrainRule:
     """Trains the leaves that `targets` selects in full: a head, norms, biases; ``".*"`` is all.
 
     Args:
@@ -133,12 +144,20 @@ class TrainRule(_Shown):
         differentiated (PEFT's ``trainable_token_indices``).
       layers: train these layers only: indices along the first axis of a stacked leaf, or the first
         numbered segment of the path.
+
+    Raises:
+      ValueError: on construction, where a field makes no sense.
+
+    >>> lj.TrainRule(targets=["bias"])
+    TrainRule(targets=['bias'])
     """
 
     targets: Targets
     exclude: Targets = ()
     rows: Sequence[int] | None = None
     layers: Sequence[int] | None = None
+
+    __repr__ = _as_written
 
     def __post_init__(self) -> None:
         _freeze_sequences(self, "targets", "exclude", "rows", "layers")
@@ -157,7 +176,7 @@ Rule = LoraRule | TrainRule
 
 
 def _freeze_sequences(rule: Rule, *names: str) -> None:
-    """Lists become tuples, so that rules can be hashed and compared."""
+    """Makes tuples of lists, so that rules can be hashed and compared."""
     for name in names:
         value = getattr(rule, name)
         if value is not None and not isinstance(value, str):

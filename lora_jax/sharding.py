@@ -1,4 +1,4 @@
-"""Where an adapted tree lies on a mesh: the base by a table, the adapter as its base lies.
+"""Shardings of an adapted tree on a mesh: the base by a table, the adapter as its base lies.
 
 A table has a line for each kind of leaf: a regular expression for its whole path, and a
 PartitionSpec for its *last* axes, so that one line serves a layer and a stack of layers:
@@ -20,7 +20,7 @@ nothing moves for them.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ _Axes = tuple[Any, ...]  # an entry for each axis of an array: None, a name, or 
 
 
 def shardings(params: Tree, table: Table, mesh: Mesh) -> Tree:
-    """The sharding of each array of a tree, in a tree of the same structure.
+    """Returns the sharding of each array of a tree, in a tree of the same structure.
 
     An axis of the mesh whose size does not divide an axis of an array is left out there.
 
@@ -45,7 +45,17 @@ def shardings(params: Tree, table: Table, mesh: Mesh) -> Tree:
       table: (regular expression for the whole path, spec of the last axes), the first match counts.
       mesh: its axes are those that the specs name.
 
-    Raises ValueError for a spec with an axis that the mesh lacks, or with more axes than a leaf.
+    Raises:
+      ValueError: a spec has an axis that the mesh lacks, or more axes than a leaf.
+
+    >>> from jax.sharding import PartitionSpec as P
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> mesh = jax.make_mesh((1,), ("tensor",))
+    >>> table = [(".*/kernel", P(None, "tensor"))]
+    >>> where = lj.sharding.shardings(tree, table, mesh)
+    >>> tuple(where["dense"]["kernel"].b.spec)
+    (None, 'tensor')
     """
     leaves, treedef = leaves_of(params)
 
@@ -54,13 +64,23 @@ def shardings(params: Tree, table: Table, mesh: Mesh) -> Tree:
             return _of_node(path, leaf, table, mesh)
         if not hasattr(leaf, "shape"):
             return leaf
-        return _of_base(leaf, _axes_of(path, leaf.shape, table), mesh)
+        return along(leaf, _fitting(_axes_of(path, leaf.shape, table), mesh))
 
     return treedef.unflatten(of(path, leaf) for path, leaf in leaves)
 
 
 def place(params: Tree, table: Table, mesh: Mesh) -> Tree:
-    """The tree on the mesh, each array where `shardings` says."""
+    """Returns the tree on the mesh, each array laid out as `shardings` says.
+
+    >>> from jax.sharding import PartitionSpec as P
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> mesh = jax.make_mesh((1,), ("tensor",))
+    >>> table = [(".*/kernel", P(None, "tensor"))]
+    >>> placed = lj.sharding.place(tree, table, mesh)
+    >>> tuple(placed["dense"]["kernel"].a.sharding.spec)
+    (None, None)
+    """
     where = shardings(params, table, mesh)
     return jax.tree.map(
         lambda x, s: jax.device_put(x, s) if isinstance(s, NamedSharding) else x, params, where
@@ -68,35 +88,48 @@ def place(params: Tree, table: Table, mesh: Mesh) -> Tree:
 
 
 def sharding_of(path: str, shape: Sequence[int], table: Table, mesh: Mesh) -> NamedSharding:
-    """The sharding of one leaf; see `shardings`."""
+    """Returns the sharding of one leaf; see `shardings`.
+
+    >>> from jax.sharding import PartitionSpec as P
+    >>> mesh = jax.make_mesh((1,), ("tensor",))
+    >>> table = [(".*/kernel", P(None, "tensor"))]
+    >>> tuple(lj.sharding.sharding_of("dense/kernel", (2, 4, 3), table, mesh).spec)
+    (None, None, 'tensor')
+    """
     return fitted(_axes_of(path, shape, table), shape, mesh)
 
 
 def _axes_of(path: str, shape: Sequence[int], table: Table) -> _Axes:
-    """What the table says of each axis; the leading ones, a stack's, are whole."""
-    for pattern, spec in table:
-        if re.fullmatch(pattern, path):
-            if len(spec) > len(shape):
-                raise ValueError(f"{path} {list(shape)} has fewer axes than {spec} ({pattern!r})")
-            return (None,) * (len(shape) - len(spec)) + tuple(spec)
-    return (None,) * len(shape)
+    """Returns the table's entry for each axis; the leading axes, a stack's, are whole."""
+    pattern, spec = next((line for line in table if re.fullmatch(line[0], path)), ("", ()))
+    if len(spec) > len(shape):
+        raise ValueError(f"{path} {list(shape)} has fewer axes than {spec} ({pattern!r})")
+    return (None,) * (len(shape) - len(spec)) + tuple(spec)
 
 
 def fitted(axes: _Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """The sharding of an array of this shape, less the axes of the mesh that do not divide its own.
+    """Returns the sharding of an array, less the axes of the mesh that do not divide its own.
 
     Args:
       axes: for each axis of the array None, the name of an axis of the mesh, or several names.
+      shape: of the array.
+      mesh: its axes are those that `axes` names.
+
+    Raises:
+      ValueError: the mesh lacks an axis.
+
+    >>> from jax.sharding import PartitionSpec as P
+    >>> mesh = jax.make_mesh((1,), ("tensor",))
+    >>> tuple(lj.sharding.fitted((None, "tensor"), (4, 3), mesh).spec)
+    (None, 'tensor')
     """
 
     def fitting(size: int, entry: Any) -> Any:
         kept: list[str] = []
         for name in (entry,) if isinstance(entry, str) else entry or ():
             if name not in mesh.shape:
-                raise ValueError(
-                    f"the mesh has no axis {name!r}, only {', '.join(mesh.axis_names)}"
-                )
-            if size % (math.prod(mesh.shape[k] for k in kept) * mesh.shape[name]) == 0:
+                raise ValueError(f"the mesh has no axis {name!r}, only {', '.join(mesh.shape)}")
+            if size % math.prod(mesh.shape[k] for k in (*kept, name)) == 0:
                 kept.append(name)
         return tuple(kept) if len(kept) > 1 else kept[0] if kept else None
 
@@ -109,21 +142,24 @@ def _of_node(path: str, node: Node, table: Table, mesh: Mesh) -> Node:
     axes = _axes_of(path, node.shape, table)
     if isinstance(node, Trained):
         return Trained(fitted(axes, node.shape, mesh))
-    base = _of_base(node.base, axes, mesh)
+    fitting = _fitting(axes, mesh)
+    base = along(node.base, fitting)
     if isinstance(node, LoraWeight):
-        arrays = {
-            name: fitted(_picked(axes, node.layout(name)), array.shape, mesh)
-            for name, array in node.arrays.items()
-        }
+        arrays = {name: fitting(array, node.layout(name)) for name, array in node.arrays.items()}
         return node.replace(base=base, arrays=arrays)
     whole = fitted((None, *axes[1:]), node.shape, mesh)  # some of the rows: each has them all
     return node.replace(base=base, value=None if node.value is None else whole)
 
 
-def _of_base(base: Any, axes: _Axes, mesh: Mesh) -> Any:
-    return along(base, lambda array, places: fitted(_picked(axes, places), array.shape, mesh))
+def _fitting(axes: _Axes, mesh: Mesh) -> Callable[[Any, Sequence[int]], NamedSharding]:
+    """Returns a function of an array and, for each of its axes, the weight's axis or RANK.
 
+    It returns the array's sharding: the entry in `axes` of each of the weight's axes, none for the
+    rank.
+    """
 
-def _picked(axes: _Axes, places: Sequence[int]) -> _Axes:
-    """Returns the entries at the places of a weight's axes; None for the rank."""
-    return tuple(None if place == RANK else axes[place] for place in places)
+    def fitting(array: Any, places: Sequence[int]) -> NamedSharding:
+        picked = tuple(None if place == RANK else axes[place] for place in places)
+        return fitted(picked, array.shape, mesh)
+
+    return fitting

@@ -1,6 +1,6 @@
 """Variants of LoRA that add a part to A and B: DoRA's magnitude, a bias on B.
 
-To add one, write a `lora_jax.parts.Part` and give it to a rule, ``LoraRule(extras=[part], …)``.
+To add one, write a `lora_jax.Part` and give it to a rule, ``LoraRule(extras=[part], …)``.
 This one trains a factor for each column of rank, s·A·diag(d)·B:
 
     def with_core(weight, node, d):                       # d [batch…, r]
@@ -17,17 +17,16 @@ import jax.numpy as jnp
 from lora_jax.base import as_array
 from lora_jax.factored import Factored
 from lora_jax.magnitude import column_norms
-from lora_jax.parts import Part
-from lora_jax.weight import LoraWeight
+from lora_jax.weight import LoraWeight, Part
 
 
 def _norms(node: LoraWeight, a: Any, b: Any) -> jax.Array:
-    """‖W + s·AB‖ of each column, [batch…, out…]."""
+    """Returns ‖W + s·AB‖ of each column, [batch…, out…]."""
     return column_norms(as_array(node.base), a, b, node.scale, node.labels)
 
 
 def _first_magnitude(node: LoraWeight) -> jax.Array:
-    """‖W‖, or ‖W + s·AB‖ where the factors start elsewhere than at 0 and are not taken out of W."""
+    """Returns ‖W‖, or ‖W + s·AB‖ where AB starts elsewhere than at 0 and is not taken out of W."""
     a = node.a if node.start is None else jnp.zeros_like(node.a)
     return _norms(node, a, node.b)
 

@@ -7,7 +7,7 @@ which some rows train. All of them give and take their trained arrays by name (`
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any, NoReturn, Self
 
@@ -18,7 +18,7 @@ from lora_jax.axes import AxisRoles, Label
 from lora_jax.base import along, as_array, is_base
 from lora_jax.factored import Factored
 from lora_jax.magnitude import wide
-from lora_jax.parts import AXES, STATIC, Axes, Part, Role, layout, sizes
+from lora_jax.parts import AXES, STATIC, Axes, Role, layout, sizes
 from lora_jax.paths import flatten_with_paths
 
 _HOW_TO_USE = (
@@ -33,6 +33,7 @@ class _Node:
 
     base: Any
     n_frozen = 0  # the adapter's parameters that do not train; W is not among them
+    is_factored = False  # whether functions run on it as W with factors, rather than on one array
 
     def replace(self, **changes: Any) -> Self:
         """Returns a copy with other values in some of the attributes."""
@@ -53,7 +54,7 @@ class _Node:
 
     @property
     def is_on(self) -> bool:
-        """Whether what trains is here: False in the base half, which stands for W alone."""
+        """True where what trains is here; False in the base half, which stands for W alone."""
         return all(getattr(self, name) is not None for name in self.part_names())
 
     @property
@@ -71,12 +72,40 @@ class _Node:
         """The dtype of W."""
         return self.base.dtype
 
+    @property
+    def n_trainable(self) -> int:
+        """The number of trained parameters, padding not counted."""
+        return sum(math.prod(part.shape) for part in self.parts().values())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={getattr(self.base, 'shape', None)})"
+
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(f"a {type(self).__name__} {_HOW_TO_USE}.")
 
     __jax_array__ = __array__ = __getitem__ = __iter__ = __len__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
     __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __pow__ = __neg__ = _refuse
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One more trained array of an adapted weight: what a variant of LoRA adds to A and B.
+
+    Attributes:
+      name: how the adapter's dictionary and its file call the array.
+      axes: the roles of its axes: "batch", then "rank", then "in" or "out".
+      init: returns its first value, of the weight's shape for those axes, of the weight without it.
+      apply: returns the weight as products see it, given that weight without the part, the node
+        that holds the part, and its array.
+
+    See `lora_jax.variants` for an example.
+    """
+
+    name: str
+    axes: tuple[Role, ...]
+    init: Callable[["LoraWeight"], Any]
+    apply: Callable[[Factored, "LoraWeight", Any], Factored]
 
 
 @jax.tree_util.register_dataclass
@@ -181,7 +210,6 @@ class LoraWeight(_Node):
 
     @property
     def n_trainable(self) -> int:
-        """The number of trained parameters, padding not counted."""
         return sum(map(self._count, self.part_names()))
 
     @property
@@ -191,6 +219,8 @@ class LoraWeight(_Node):
     @property
     def is_on(self) -> bool:
         return self.a is not None and self.b is not None
+
+    is_factored = is_on
 
     def factored(self, path: str = "", key: Any = None) -> Factored:
         """Returns the weight as what the products work on; see `lora_jax.product`."""
@@ -236,21 +266,13 @@ class Trained(_Node):
     value: Any
 
     @property
-    def base(self) -> Any:  # type: ignore[override]
+    def base(self) -> Any:
         """The value: no copy of the earlier one is kept."""
         return self.value
-
-    @property
-    def n_trainable(self) -> int:
-        """The number of trained parameters."""
-        return math.prod(self.shape)
 
     def merged(self) -> Any:
         """Returns the value."""
         return self.value
-
-    def __repr__(self) -> str:
-        return f"Trained(shape={getattr(self.value, 'shape', None)})"
 
 
 @jax.tree_util.register_dataclass
@@ -272,9 +294,8 @@ class TrainedRows(_Node):
     is_table: bool = field(metadata=STATIC)
 
     @property
-    def n_trainable(self) -> int:
-        """The number of trained parameters."""
-        return len(self.rows) * math.prod(self.shape[1:])
+    def is_factored(self) -> bool:  # type: ignore[override]
+        return self.is_on and self.is_table
 
     def merged(self) -> jax.Array:
         """Returns the leaf with its trained rows, in its own dtype."""
@@ -298,15 +319,18 @@ class TrainedRows(_Node):
         parts = {"a": a, "b": b, "scale": jnp.ones((), jnp.float32)}
         return Factored(self.base, parts, ("in", "out"), path=path)
 
-    def __repr__(self) -> str:
-        return f"TrainedRows(shape={getattr(self.base, 'shape', None)}, rows={self.rows})"
-
 
 Node = LoraWeight | Trained | TrainedRows
 
 
 def is_node(leaf: Any) -> bool:
-    """Returns whether `leaf` is a node of an adapted tree."""
+    """Returns whether `leaf` is a node of an adapted tree.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> lj.is_node(tree["dense"]["kernel"]), lj.is_node(tree["dense"]["bias"])
+    (True, False)
+    """
     return isinstance(leaf, Node)
 
 

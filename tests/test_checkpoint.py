@@ -195,3 +195,14 @@ def test_the_folder_is_small(saved):
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     arrays = sum(np.asarray(v).nbytes for v in jax.tree.leaves(lj.split(tree)[0]))
     assert size < 20_000 + 3 * arrays
+
+
+def test_facts_about_an_adapter_are_kept_beside_it(tmp_path):
+    _, tree, _ = PROGRAMS[0].inputs()
+    about = {"model": "owner/name", "revision": "0123abc", "labels": ["a", "b"]}
+    lj.save_adapter(tmp_path / "adapter", tree, about=about)
+    assert lj.adapter_info(tmp_path / "adapter") == about
+    lj.save_adapter(tmp_path / "plain", tree)
+    assert lj.adapter_info(tmp_path / "plain") == {}
+    with pytest.raises(lj.AdapterError, match="there is no adapter folder"):
+        lj.adapter_info(tmp_path / "missing")

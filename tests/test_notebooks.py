@@ -1,6 +1,10 @@
 """The notebooks run from top to bottom in a fresh kernel, and are kept without outputs."""
 
+import importlib.util
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbclient
@@ -16,8 +20,48 @@ def test_notebooks_are_kept_without_outputs():
     for name in NAMES:
         cells = json.loads((FOLDER / f"{name}.ipynb").read_text())["cells"]
         assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
-        install = "".join(cells[1]["source"])
-        assert install.startswith("try:\n    import lora_jax") and "%pip install" in install
+
+
+def first_cell(name):
+    cells = json.loads((FOLDER / f"{name}.ipynb").read_text())["cells"]
+    return "".join(cells[1]["source"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("None", r"{folder}\[\w+\]"),
+        ("'{folder}'", r"{folder}\[\w+\]"),
+        ("'{folder}/lora_jax-0.1.0-py3-none-any.whl'", r"{folder}/lora_jax-0.1.0.*\.whl\[\w+\]"),
+        ("'git+https://example.org/owner/copy'", r"lora_jax\[\w+\] @ git\+https://example\.org/.*"),
+    ],
+)
+def test_the_first_cell_installs_from_where_it_is_told(name, source, asked, tmp_path, monkeypatch):
+    """From a checkout, a wheel or an address, and never by a name from an index."""
+    for folder in ("lora_jax", "train"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "train" / "sft.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    code = first_cell(name)
+    assert code.count("SOURCE = None") == 1
+    code = code.replace("SOURCE = None", "SOURCE = " + source.format(folder=tmp_path))
+    exec(compile(code, name, "exec"), {})
+    (command,) = commands
+    assert command[:5] == [sys.executable, "-m", "pip", "install", "-q"]
+    assert re.fullmatch(asked.format(folder=re.escape(str(tmp_path.resolve()))), command[5])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_cell_says_what_to_do_where_there_is_nothing(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="neither installed nor around this notebook: set SOURCE"):
+        exec(compile(first_cell(name), name, "exec"), {})
 
 
 @pytest.mark.slow

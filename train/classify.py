@@ -1,7 +1,7 @@
 """Text classification: `python -m train.classify` teaches MiniLM which words are positive.
 
-`python -m train.classify --help` lists the options. A head on an encoder trains in full, the
-encoder through LoRA, or in full as well, or not at all. `train.finetune` reads from top to bottom.
+The head of the encoder trains in full; the encoder trains with LoRA, in full, or not at all.
+`python -m train.classify --help` lists the options. The run itself is in `train.finetune`.
 """
 
 from collections.abc import Sequence
@@ -18,25 +18,25 @@ from train.tasks.task import Task
 
 
 def parse(args: Sequence[str] | None = None) -> Config:
-    """Returns the options of a command line, by default this process's, with their defaults."""
+    """Parses a command line, by default this process's, and fills in the task's defaults."""
     flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[Config]]
     config = tyro.cli(flat, args=args, prog="python -m train.classify")
     return with_defaults(config, task_of(config).defaults)
 
 
 def task_of(config: Config) -> Task:
-    """Returns the task that --dataset names, or the one on its rows."""
+    """Returns the task named by --dataset, or the task for a user's own rows."""
     return find_task(config.data.dataset, TEXTS)
 
 
 def check(config: Config) -> None:
-    """Raises UserError where options make no sense, as far as can be told without data or model."""
+    """Raises a UserError for options that make no sense; reads neither data nor model."""
     classify_options.check(config)
     task_of(config).check(config)
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command line; bad input ends it with the exit code 2, a signal with its own."""
+    """Runs the command line. Bad input exits with code 2, a signal with the signal's code."""
     config = parse(args)
     stop = Stop()
     with reported(), stop.listening():

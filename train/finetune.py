@@ -79,6 +79,7 @@ def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
         steps=steps,
         rate=rate,
         layout=layout,
+        about=outline.about | {k: v for k, v in data.facts.items() if k == "labels"},
     )
 
     # The model and its adapter. Full fine-tuning keeps its weights in fp32, whatever computes.

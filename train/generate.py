@@ -1,6 +1,6 @@
 """Ask a fine-tuned model: `python -m train.generate --adapter runs/sql/adapter --prompt "…"`.
 
-Without --prompt it reads one from each line that is typed.
+Without --prompt, each line of standard input is a prompt.
 """
 
 import dataclasses
@@ -18,11 +18,10 @@ import lora_jax as lj
 from lora_jax.models import generate
 from train.run.complete import left_padded, tokenized
 from train.run.errors import UserError, as_user_errors, reported
-from train.run.output import CONFIG, read_json
 from train.run.pretrained import Outline, end_tokens, read_model, read_outline
 from train.run.sft_options import DEFAULT_MODEL
 
-_MULTIPLE = 64  # prompts are padded to a multiple of it: one function serves many
+_MULTIPLE = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,27 +29,27 @@ class Options:
     """Generate text with a base model and an adapter."""
 
     adapter: str | None = None
-    """The folder of an adapter; the base answers alone without it."""
+    """The folder of an adapter. Without it, the base answers alone."""
     model: str | None = None
-    """The base: a hub name, folder or GGUF file. By default the one that the adapter's run used."""
+    """The base: a hub name, a folder or a GGUF file. By default the base that the adapter names."""
     prompt: str | None = None
-    """What to answer. Without it, each line of standard input is a prompt."""
+    """The prompt to answer. Without it, each line of standard input is a prompt."""
     system: str | None = None
-    """A system prompt."""
+    """A system prompt, for models with a chat template."""
     max_new_tokens: int = 128
-    """The most tokens to generate."""
+    """The maximum number of tokens to generate."""
     temperature: float = 0.0
-    """0 always takes the likeliest token."""
+    """The temperature of the sampler. 0 always takes the most likely token."""
     top_p: float = 1.0
-    """Sample from the likeliest tokens that have this probability together."""
+    """Sample from the most likely tokens whose probabilities add up to this (nucleus sampling)."""
     seed: int = 0
-    """Of the sampling."""
+    """Seed of the sampler."""
     allow_base_mismatch: bool = False
     """Accept an adapter that was trained on another base."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command line."""
     options = tyro.cli(
         tyro.conf.FlagCreatePairsOff[Options], args=args, prog="python -m train.generate"
     )
@@ -59,7 +58,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def run(options: Options) -> None:
-    """Loads the model and its adapter, and answers."""
+    """Loads the model and its adapter, and prints an answer to each prompt."""
     check(options)
     name = options.model or trained_model(options.adapter)
     outline = read_outline(name)
@@ -78,36 +77,43 @@ def run(options: Options) -> None:
 
 
 def check(options: Options) -> None:
-    """Raises UserError where an option makes no sense."""
+    """Raises a UserError for options that make no sense."""
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {options.max_new_tokens}: at least 1 is needed")
     if not options.temperature >= 0:
         raise UserError(f"--temperature {options.temperature}: at least 0 is needed")
     if not 0 < options.top_p <= 1:
-        raise UserError(f"--top-p {options.top_p}: a probability above 0, at most 1")
+        raise UserError(f"--top-p {options.top_p}: a probability above 0 and at most 1")
     if options.adapter and not Path(options.adapter).is_dir():
         raise UserError(f"--adapter {options.adapter}: there is no such folder")
 
 
 def trained_model(adapter: str | None) -> str:
-    """The base that the run beside an adapter folder was trained on, or the default one."""
+    """Returns the base that an adapter names; without an adapter, the default model."""
     if adapter is None:
         return DEFAULT_MODEL
-    saved = read_json(Path(adapter).absolute().parent / CONFIG)
-    return saved.get("options", {}).get("model", DEFAULT_MODEL)
+    with as_user_errors(ValueError):
+        name = lj.adapter_info(adapter).get("model")
+    if not name:
+        raise UserError(f"--adapter {adapter} does not say what its base is: name it with --model")
+    return name
 
 
 def lines() -> Any:
-    """Prompts as they are typed, or piped in, one a line."""
+    """Yields the prompts of standard input, one per line."""
     if sys.stdin.isatty():
-        print("One prompt a line; end with Ctrl-D.", file=sys.stderr)
+        print("One prompt per line; end with Ctrl-D.", file=sys.stderr)
     return (line.strip() for line in sys.stdin if line.strip())
 
 
 def reply(
     model: Any, params: Any, outline: Outline, options: Options, prompt: str, key: jax.Array
 ) -> str:
-    """The answer to one prompt; UserError where it is longer than the model allows."""
+    """Returns the answer to one prompt.
+
+    Raises:
+      UserError: prompt and answer together are longer than the model allows.
+    """
     if outline.tokenizer.chat_template is None:
         tokens = outline.tokenizer(prompt)["input_ids"]
     else:

@@ -2,8 +2,8 @@
 
     python -m train.plan --model config.json --topology v5e:4x4 --mesh fsdp=16 --batch-size 16
 
-It compiles the very step of `train.sft` for a machine that need not be there, from a config.json
-alone: for TPUs with their own compiler (the extra `tpu`), otherwise for virtual CPU devices.
+Compiles the very step of `train.sft` from a config.json alone, for a machine that need not be
+there: a TPU slice, with its own compiler (the extra `tpu`), or virtual CPU devices.
 """
 
 import dataclasses
@@ -34,38 +34,38 @@ class PlanConfig:
     """The model, the machine, and the amount of data."""
 
     model: str
-    """A config.json, a folder that has one, a GGUF file, or a name on the hub; no weights."""
+    """A config.json, a folder with one, a GGUF file, or a name on the hub. No weights are read."""
     topology: str = "cpu:1"
     """A TPU slice, such as v5e:4x4, v5p:2x2x2, v6e:8x8 or tpu7x:2x2x1, or cpu:8 for eight virtual
     devices of this CPU."""
     mesh: str | None = None
-    """As in train.sft: fsdp=4,tensor=4. By default as many devices are on fsdp as can share the
-    batch, the others on tensor."""
+    """The mesh, as in train.sft: fsdp=4,tensor=4. By default fsdp gets as many devices as can share
+    the batch, and tensor gets the rest."""
     batch_size: int = 8
-    """Sequences that are in memory at once, on all devices together."""
+    """Sequences in memory at once, on all devices together."""
     grad_accum: int = 1
-    """Batches a step."""
+    """Batches per step."""
     seq_len: int = 1024
-    """Tokens of a sequence. The loss is taken to count all of them."""
+    """Tokens per sequence. The plan assumes that the loss counts all of them."""
     loss_chunk: int = 256
-    """Predictions, of each part of the batch, whose logits exist at once; 0 for all."""
+    """Predictions per part of the batch whose logits are in memory at once; 0 for all of them."""
     dtype: str = "bfloat16"
-    """Of the base and its activations (float32 or bfloat16). Adapters are always float32, and so
-    are the weights in full fine-tuning."""
+    """The dtype of the base and its activations (float32 or bfloat16). Adapters are always float32,
+    and so are the weights in full fine-tuning."""
     remat: Remat = "full"
-    """What is recomputed in the backward pass; see train.sft."""
+    """Activations to recompute in the backward pass; see train.sft."""
     tokens: float | None = None
-    """How many tokens to train on, for the chip-hours."""
+    """Tokens to train on in total, to compute the chip-hours."""
     utilisation: float = 0.4
-    """The share of a chip's peak that a step is taken to reach, for its time."""
+    """The share of the peak FLOP/s that a step is assumed to reach, to compute its time."""
     price: float | None = None
-    """Of a chip for an hour, in any currency, for the cost."""
+    """The price of one chip-hour, in any currency, to compute the cost."""
     capacity_gib: float | None = None
-    """The memory of a device, where it is not the topology's."""
+    """The memory of a device in GiB, to override the topology's."""
     peak_tflops: float | None = None
-    """The peak of a device, where it is not the topology's."""
+    """The peak TFLOP/s of a device, to override the topology's."""
     alone: bool = False
-    """Compile what is asked for alone, without other ways to train beside it."""
+    """Compile only the options given, without other variants of training for comparison."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -79,21 +79,21 @@ class Options:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The command line; bad input ends it with the exit code 2."""
+    """Runs the command line. Bad input exits with code 2."""
     with reported():
         run(parse(args))
 
 
 def parse(args: Sequence[str] | None = None) -> Options:
-    """The options of a command line, by default this process's."""
+    """Parses a command line, by default this process's."""
     flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[Options]]
     return tyro.cli(flat, args=args, prog="python -m train.plan")
 
 
 def run(options: Options) -> None:
-    """Checks what is asked, compiles each variant, and prints what they need."""
+    """Checks the options, compiles each variant, and prints the plans."""
     asked = options.plan
-    jax.config.update("jax_platforms", "cpu")  # no accelerator is asked for anything
+    jax.config.update("jax_platforms", "cpu")  # leave accelerators to other processes
     check(options)
     job, optim = make_job(asked)
     plans: list[Plan] = []
@@ -104,13 +104,13 @@ def run(options: Options) -> None:
                 plans.append(plan(job, variant, optim))
             took = duration(plans[-1].compile_seconds)
             progress.print(f"compiled {variant.name}: {took}", highlight=False)
-    finally:  # after Ctrl-C, what there is
+    finally:  # after Ctrl-C, the plans so far
         if plans:
             show(asked, job, plans)
 
 
 def show(asked: PlanConfig, job: Job, plans: list[Plan]) -> None:
-    """Prints the plans, as JSON or as a table; the first is what was asked for."""
+    """Prints the plans, as JSON or as a table; the first plan is the requested one."""
     facts = described(asked, job)
     if asked.json:
         first, *others = (as_json(made, asked, job.machine) for made in plans)
@@ -122,7 +122,11 @@ def show(asked: PlanConfig, job: Job, plans: list[Plan]) -> None:
 
 
 def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
-    """The job, and an optimiser's options; UserError where model, machine and mesh do not fit."""
+    """Returns the job and the options of an optimiser.
+
+    Raises:
+      UserError: model, machine and mesh do not fit together.
+    """
     outline = read_shapes(asked.model)
     outline.check_length(asked.seq_len, f"--seq-len {asked.seq_len}")
     machine = find_machine(asked.topology, asked.capacity_gib, asked.peak_tflops)
@@ -142,27 +146,31 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
 
 
 def check(options: Options) -> None:
-    """Raises UserError for what is wrong whatever the model and the machine are."""
+    """Raises a UserError for options that are wrong for any model and machine."""
     asked, adapter = options.plan, options.adapter
     at_least(1, asked, "batch_size", "grad_accum", "seq_len")
     at_least(0, asked, "loss_chunk")
     if asked.dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {asked.dtype}: float32 or bfloat16")
     if not 0 < asked.utilisation <= 1:
-        raise UserError(f"--utilisation {asked.utilisation}: a share of the peak, above 0, up to 1")
+        raise UserError(
+            f"--utilisation {asked.utilisation}: a share of the peak, above 0 and at most 1"
+        )
     for name in ("tokens", "price", "capacity_gib", "peak_tflops"):
         value = getattr(asked, name)
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise UserError(f"--{name.replace('_', '-')} {value}: a positive number")
+            raise UserError(f"--{name.replace('_', '-')} {value}: a positive number is needed")
     if adapter.init_adapter:
-        raise UserError("--init-adapter: an adapter's shapes come from options here, not from one")
+        raise UserError(
+            "--init-adapter: an adapter's shapes come from options here, not from a folder"
+        )
     if adapter.full and adapter.peft_config:
         raise UserError("--full trains without an adapter, and --peft-config describes one")
     rules(adapter)
 
 
 def variants(options: Options) -> list[Variant]:
-    """Returns what is asked for and, unless it is to stand alone, what to weigh it against."""
+    """Returns the requested variant and, without --alone, others to compare it with."""
     lora = dataclasses.replace(options.adapter, full=False)
     full = AdapterConfig(full=True)
     asked = Variant(full if options.adapter.full else lora, options.plan.remat)
@@ -176,7 +184,7 @@ def variants(options: Options) -> list[Variant]:
 
 
 def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
-    """Returns what the figures are for."""
+    """Returns the facts that all plans share: model, machine, mesh, and batch."""
     machine, mesh = job.machine, job.layout.mesh.shape
     return {
         "model": asked.model,
@@ -197,12 +205,12 @@ def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
 
 
 def as_json(made: Plan, asked: PlanConfig, machine: Machine) -> dict[str, Any]:
-    """A plan with its estimates."""
+    """Returns a plan and its estimates as JSON."""
     return {**dataclasses.asdict(made), **estimate(made, asked, machine)}
 
 
 def estimate(made: Plan, asked: PlanConfig, machine: Machine) -> dict[str, float | None]:
-    """Seconds of a step, and chip-hours and cost of all tokens, as far as they can be told."""
+    """Returns the seconds of a step, the chip-hours and the cost; None for what is not known."""
     seconds = hours = cost = None
     if made.flops_per_chip is not None and machine.flops is not None:
         seconds = made.flops_per_chip / (machine.flops * asked.utilisation)

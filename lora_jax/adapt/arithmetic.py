@@ -5,6 +5,7 @@ other arrays and other weights; kernels joined end to end.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,18 +21,13 @@ from lora_jax.parts import AXES, NEUTRAL, RANK, Axes, sizes
 
 
 def _mul(_: Interpreter, use: Use) -> list[Any] | None:
-    left, right = use.values
-    if isinstance(left, Factored) == isinstance(right, Factored):
-        return None
-    weight, factor = (left, right) if isinstance(left, Factored) else (right, left)
-    return _scaled(use, weight, factor)
+    weight, factor = sorted(use.values, key=lambda value: not isinstance(value, Factored))
+    return None if isinstance(factor, Factored) else _scaled(use, weight, factor)
 
 
 def _div(_: Interpreter, use: Use) -> list[Any] | None:
     weight, divisor = use.values
-    if not isinstance(weight, Factored) or isinstance(divisor, Factored):
-        return None
-    return _scaled(use, weight, 1 / divisor)
+    return None if isinstance(divisor, Factored) else _scaled(use, weight, 1 / divisor)
 
 
 def _neg(_: Interpreter, use: Use) -> list[Any] | None:
@@ -64,7 +60,7 @@ def _scaled(use: Use, weight: Factored, factor: Any) -> list[Any] | None:
     long = {label for n, label in zip(shape, weight.labels, strict=True) if n != 1}
     if {"in", "out"} <= long:
         return None
-    role: Label = next((label for label in ("in", "out") if label in long), "batch")  # type: ignore[misc]
+    role: Label = "in" if "in" in long else "out" if "out" in long else "batch"
     factor = factor.reshape(shape)
     changed = {
         name: weight.parts[name] * _laid_out(factor, weight.layout(name), weight.parts[name].dtype)
@@ -82,15 +78,7 @@ def _laid_out(array: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
     return moved.reshape([1 if axis == RANK else array.shape[axis] for axis in axes]).astype(dtype)
 
 
-def _add(_: Interpreter, use: Use) -> list[Any] | None:
-    return _sum(use, 1)
-
-
-def _sub(_: Interpreter, use: Use) -> list[Any] | None:
-    return _sum(use, -1)
-
-
-def _sum(use: Use, sign: int) -> list[Any] | None:
+def _sum(_: Interpreter, use: Use, sign: int = 1) -> list[Any] | None:
     """W + s·AB + C has the factors of W; of two weights, ranks lie side by side."""
     values = use.values
     shape = use.eqn.outvars[0].aval.shape  # type: ignore[attr-defined]
@@ -252,6 +240,6 @@ def _of_factors(rule: Rule) -> Rule:
     return apply
 
 
-_RULES = {"mul": _mul, "div": _div, "neg": _neg, "add": _add, "add_any": _add, "sub": _sub}
-_RULES |= {"concatenate": _concatenate, "stack": _stack}
+_RULES: dict[str, Rule] = {"mul": _mul, "div": _div, "neg": _neg, "add": _sum, "add_any": _sum}
+_RULES |= {"sub": functools.partial(_sum, sign=-1), "concatenate": _concatenate, "stack": _stack}
 ARITHMETIC_RULES: dict[str, Rule] = {name: _of_factors(rule) for name, rule in _RULES.items()}

@@ -1,4 +1,4 @@
-"""Where the axes of an array go in operations that only re-arrange it."""
+"""Maps of axes: the operations that only re-arrange an array, and where each axis goes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -101,7 +101,7 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Any]:
 
 
 def _sliced(value: Any) -> tuple[Callable[[Any], Any], Any]:
-    """The parts of an operand that a scan slices along axis 0, and how a slice is made of them.
+    """Returns how a slice of an operand is made, and the parts that a scan slices for it.
 
     Of a weight: its base, and each part that has the axis; the others stay whole.
     """
@@ -168,7 +168,7 @@ def _cond(interpreter: Interpreter, use: Use) -> list[Any] | None:
 
 
 def _plain(interpreter: Interpreter, value: Any, use: Use, how: str) -> Any:
-    """A value as an array: a weight that would leave a loop or a branch is merged."""
+    """Returns a value as an array: a weight that would leave a loop or a branch is merged."""
     if not isinstance(value, Factored):
         return value
     return interpreter.merged(value, f"{use.eqn.primitive.name} ({how})", use.eqn)

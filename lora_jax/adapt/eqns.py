@@ -1,4 +1,4 @@
-"""What is read of JAX's equations: every parameter that differs between releases, in one place."""
+"""Reads JAX's equations: every parameter that differs between releases, in one place."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +14,13 @@ AnyJaxpr = ClosedJaxpr | Jaxpr
 
 
 def opened(jaxpr: AnyJaxpr) -> tuple[Jaxpr, Sequence[Any]]:
-    """A jaxpr and its constants (from 0.12 on, every jaxpr is closed)."""
+    """Returns a jaxpr and its constants (from 0.12 on, every jaxpr is closed)."""
     inner: Any = getattr(jaxpr, "jaxpr", jaxpr)
     return inner, getattr(jaxpr, "consts", ())
 
 
 def is_literal(atom: Any) -> bool:
-    """Whether an operand is a constant written into the jaxpr."""
+    """Returns whether an operand is a constant written into the jaxpr."""
     return isinstance(atom, Literal)
 
 
@@ -136,7 +136,7 @@ def _params(eqn: JaxprEqn, *names: str) -> list[Any]:
 
 
 def function_name(eqn: JaxprEqn) -> str | None:
-    """The name of the function that a jit, custom_vjp or custom_jvp equation calls."""
+    """Returns the name of the function that a jit, custom_vjp or custom_jvp equation calls."""
     if "name" in eqn.params and "jaxpr" in eqn.params:
         return eqn.params["name"]
     if "call_jaxpr" in eqn.params:
@@ -146,7 +146,7 @@ def function_name(eqn: JaxprEqn) -> str | None:
 
 
 def user_line(eqn: JaxprEqn) -> tuple[str, int]:
-    """The file and line of the user's code that made the equation."""
+    """Returns the file and line of the user's code that made the equation."""
     summary = source_info_util.summarize(eqn.source_info)
     match = re.match(r"(.*?):(\d+)(?::\d+)?(?: \(|$)", summary)
     return (match[1], int(match[2])) if match else (summary, 1)
@@ -154,7 +154,7 @@ def user_line(eqn: JaxprEqn) -> tuple[str, int]:
 
 @contextmanager
 def user_context(eqn: JaxprEqn) -> Iterator[None]:
-    """What is traced inside bears the equation's names and source line, as before."""
+    """Gives the equation's names and source line to all that is traced inside."""
     info = eqn.source_info
     name_stack = source_info_util.current_name_stack() + info.name_stack
     with source_info_util.user_context(info.traceback, name_stack=name_stack):

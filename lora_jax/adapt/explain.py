@@ -1,7 +1,6 @@
 """`explain`: where a function uses each adapted weight, factored or merged, and why."""
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from lora_jax.weight import LoraWeight, leaves_of
 
 
 def uses(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Record]:
-    """Every use of an adapted weight by ``fn(*args, **kwargs)``, in the order of the program.
+    """Returns every use of an adapted weight by ``fn(*args, **kwargs)``, in program order.
 
     `fn` is traced, not run; arrays may be `jax.ShapeDtypeStruct`\\ s. A weight that the function
     never uses has one entry, which says so.
@@ -42,12 +41,15 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 
     One line for each place: the primitive, the line of your code, whether the product is factored
     or the weight is merged there, and why. `fn` is traced, not run.
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> lj.explain(lambda params, x: x @ params["dense"]["kernel"], tree, jnp.ones((1, 4)))
+    path          primitive    place  how       why
+    dense/kernel  dot_general  ...    factored  xW + s·(xA)B
     """
-    columns = [field.name for field in dataclasses.fields(Record)]
-    rows = [columns] + [
-        [str(getattr(record, column)) for column in columns] for record in uses(fn, *args, **kwargs)
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    rows: list[Sequence[str]] = [Record._fields, *uses(fn, *args, **kwargs)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())

@@ -9,7 +9,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ class Use:
         return self.eqn.params
 
     def bind(self, values: Sequence[Any]) -> list[Any]:
-        """The equation, applied to plain arrays."""
+        """Applies the equation to plain arrays."""
         return eqns.bind(self.eqn, values)
 
     def rearranged(self, weight: Factored) -> Any:
@@ -47,7 +47,7 @@ class Use:
         return rearranged(weight.base, self.eqn.primitive, self.params, out)
 
     def for_factors(self, x: Any) -> Any:
-        """x as factors are to read it: on a mesh, in traced functions, under a name of its own.
+        """Returns x as factors are to read it: on a mesh, in traced functions, a copy.
 
         x's cotangents from products with W are sums over devices where W's out axes lie apart. They
         are added up among themselves then, and those from A join them at the end: XLA sends the sum
@@ -60,8 +60,7 @@ class Use:
         return self.twins[id(x)][1]
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One use of an adapted weight; see `lora_jax.explain`."""
 
     path: str
@@ -115,7 +114,7 @@ class Interpreter:
         args: Sequence[Any],
         live: Live | None = None,
     ) -> list[Any]:
-        """The outputs of `jaxpr`, `Factored` where a weight leaves as it came or re-arranged.
+        """Returns the outputs of `jaxpr`, `Factored` where a weight leaves as it came or moved.
 
         live: which outputs are wanted; the others are None, and what only they need is not run.
         """
@@ -141,7 +140,7 @@ class Interpreter:
         return [read(atom) if wanted else None for atom, wanted in wanted_atoms]
 
     def function(self, jaxpr: eqns.AnyJaxpr, live: Live | None = None) -> Callable[..., list[Any]]:
-        """`evaluate` of an inner jaxpr as a function of its arguments; always the same object."""
+        """Returns `evaluate` of an inner jaxpr as a function, always the same object."""
         reference = weakref.ref(jaxpr)  # the cache must not keep its own key alive
 
         def make() -> Callable[..., list[Any]]:
@@ -157,14 +156,14 @@ class Interpreter:
     def memoised(
         self, jaxpr: eqns.AnyJaxpr, key: Hashable, make: Callable[[], Callable[..., Any]]
     ) -> Callable[..., Any]:
-        """What `make` returned the first time for this jaxpr and key."""
+        """Returns what `make` returned the first time for this jaxpr and key."""
         functions = _FUNCTIONS.setdefault(jaxpr, {})
         if (self, key) not in functions:
             functions[self, key] = make()
         return functions[self, key]
 
     def merged(self, weight: Factored, primitive: str, eqn: JaxprEqn | None) -> jax.Array:
-        """W + s·AB, formed here; says so, or raises."""
+        """Returns W + s·AB, formed here; warns, or raises MergeError."""
         file, line = eqns.user_line(eqn) if eqn is not None else ("the function's output", 0)
         if self.record is not None:
             why = _WHY.get(primitive, "has no factored form")
@@ -221,9 +220,9 @@ class Interpreter:
             self._note(use, "W alone: the adapter is for other uses of it")
             values = [v.alone() if _is_hidden(v, name) else v for v in values]
             return self._apply(site, eqn, values, live, twins)
-        rule = self.rules.get(name, self.default)
-        if rule is not None:
-            outputs = rule(self, use)
+        known = self.rules.get(name) or self.default
+        if known is not None:
+            outputs = known(self, use)
             if outputs is not None and not _cuts_shifted(use.values, outputs):
                 if name in _PRODUCTS and not any(isinstance(o, Factored) for o in outputs):
                     self._note(use, "xW + s·(xA)B")
@@ -242,31 +241,24 @@ class Interpreter:
 
 
 def _cuts_shifted(values: Sequence[Any], outputs: Sequence[Any]) -> bool:
-    """Whether a weight with a bias on B has lost part of its in axes, and would add it twice."""
-    sizes = {
-        math.prod(v.sizes("in")) for v in values if isinstance(v, Factored) and v.shift is not None
-    }
-    return any(
-        isinstance(v, Factored) and v.shift is not None and math.prod(v.sizes("in")) not in sizes
-        for v in outputs
-    )
+    """Returns whether a weight with a bias on B lost part of its in axes: it would add it twice."""
+
+    def sizes(among: Sequence[Any]) -> set[int]:
+        shifted = (v for v in among if isinstance(v, Factored) and v.shift is not None)
+        return {math.prod(v.sizes("in")) for v in shifted}
+
+    return not sizes(outputs) <= sizes(values)
 
 
-# Those that multiply by a weight, or read rows of it.
-_PRODUCTS = frozenset(
-    ("dot_general", "conv_general_dilated", "ragged_dot_general", "gather", "slice")
-    + ("dynamic_slice",)
-)
-_HIDES = {
-    "dot_general": "lookup",
-    "conv_general_dilated": "lookup",
-    "ragged_dot_general": "lookup",
-    "gather": "product",
-}
+# By primitive, the uses that hide a weight's adapter from it.
+_HIDES = {"gather": "product"}
+_HIDES |= dict.fromkeys(("dot_general", "conv_general_dilated", "ragged_dot_general"), "lookup")
+# Primitives that multiply by a weight, or read rows of it.
+_PRODUCTS = frozenset({*_HIDES, "slice", "dynamic_slice"})
 
 
 def _is_hidden(value: Any, primitive: str) -> bool:
-    """Whether a weight's adapter is not for this kind of use."""
+    """Returns whether a weight's adapter is for other kinds of use."""
     return isinstance(value, Factored) and bool(value.parts) and value.uses == _HIDES[primitive]
 
 
@@ -278,7 +270,7 @@ _WHY = {
 
 
 def at_site(value: Any, index: int | jax.Array) -> Any:
-    """The value with a dropout key of its own for one equation or one iteration."""
+    """Returns the value with a dropout key of its own for one equation or one iteration."""
     if not isinstance(value, Factored) or value.key is None:
         return value
     fold = jax.random.fold_in
@@ -288,7 +280,7 @@ def at_site(value: Any, index: int | jax.Array) -> Any:
 
 
 def _live_equations(jaxpr: Jaxpr, live: Live) -> list[tuple[JaxprEqn, Live, list[Any]]]:
-    """The equations that the wanted outputs or an effect need, in order.
+    """Returns the equations that the wanted outputs or an effect need, in order.
 
     Each with which of its outputs are wanted, and the variables that nothing after it reads:
     dropping them frees memory where the function runs eagerly.

@@ -1,5 +1,6 @@
 """Rules for primitives that only re-arrange a weight: its factors follow, nothing is formed."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,7 +39,7 @@ def _rearrange(_: Interpreter, use: Use) -> list[Any] | None:
     first = {axis: i for i, held in reversed(list(enumerate(places))) for axis in held}
 
     def permuted(array: Any, axes: Axes) -> Any:
-        """The array with the axes of each role in the order in which they come first."""
+        """Orders the axes of each role as they come first."""
         roles = ["rank" if axis == RANK else weight.labels[axis] for axis in axes]
         key = lambda i: (_BLOCKS[roles[i]], first.get(axes[i], -1))  # noqa: E731
         return lax.transpose(array, sorted(range(len(axes)), key=key))
@@ -105,21 +106,22 @@ def moved(
     return weight.along(along(weight.base, move, touched), move)
 
 
-def _slice(_: Interpreter, use: Use) -> list[Any] | None:
-    weight = _only_weight(use)
-    if weight is None:
-        return None
-    start, limit = use.params["start_indices"], use.params["limit_indices"]
-    strides = use.params["strides"] or (1,) * len(start)
+def _part(weight: Factored, slices: dict[int, tuple[int, int, int]]) -> Factored:
+    """Returns a part of a weight, by (start, limit, stride) of the axes that are cut."""
 
     def cut(array: Any, axes: Axes) -> Any:
-        three = [
-            (0, n, 1) if a == RANK else (start[a], limit[a], strides[a])
-            for n, a in zip(array.shape, axes, strict=True)
-        ]
+        three = [slices.get(axis, (0, n, 1)) for axis, n in zip(axes, array.shape, strict=True)]
         return lax.slice(array, *zip(*three, strict=True)) if three else array
 
-    return [_row_or_part(weight, moved(weight, cut, _cut_axes(use, weight)))]
+    return moved(weight, cut, list(slices))
+
+
+def _slice(_: Interpreter, use: Use) -> list[Any] | None:
+    weight, start = use.values[0], use.params["start_indices"]
+    strides = use.params["strides"] or (1,) * len(start)
+    three = list(zip(start, use.params["limit_indices"], strides, strict=True))
+    part = _part(weight, {axis: three[axis] for axis in _cut_axes(use, weight)})
+    return [_row_or_part(weight, part)]
 
 
 def _cut_axes(use: Use, weight: Factored) -> list[int]:
@@ -129,7 +131,7 @@ def _cut_axes(use: Use, weight: Factored) -> list[int]:
 
 
 def _row_or_part(weight: Factored, part: Factored) -> Any:
-    """A part of a weight; where that is one row, it is a look-up: W's row + s·(A's row)B."""
+    """Returns a part of a weight; one row of it as a look-up: W's row + s·(A's row)B."""
     before, after = (math.prod(w.sizes("in")) for w in (weight, part))
     if not after == 1 < before:
         return part
@@ -154,19 +156,8 @@ def _dynamic_slice(_: Interpreter, use: Use) -> list[Any] | None:
 
 
 def _split(_: Interpreter, use: Use) -> list[Any] | None:
-    (weight,) = use.values
-    dimension, parts, start = use.params["axis"], [], 0
-    for out in use.eqn.outvars:
-        size = out.aval.shape[dimension]  # type: ignore[attr-defined]
-
-        def cut(array: Any, axes: Axes, start: int = start, size: int = size) -> Any:
-            if dimension not in axes:
-                return array
-            return lax.slice_in_dim(array, start, start + size, axis=axes.index(dimension))
-
-        parts.append(moved(weight, cut, [dimension]))
-        start += size
-    return parts
+    axis, ends = use.params["axis"], [0, *itertools.accumulate(use.params["sizes"])]
+    return [_part(use.values[0], {axis: (*pair, 1)}) for pair in itertools.pairwise(ends)]
 
 
 def _gathered_over_devices(_: Interpreter, use: Use) -> list[Any] | None:
@@ -196,7 +187,7 @@ def _rev(_: Interpreter, use: Use) -> list[Any] | None:
 
 
 def _pad(_: Interpreter, use: Use) -> list[Any] | None:
-    """Where W is padded, with whatever value, its factors are padded with zeros."""
+    """Factors are padded with zeros, whatever W is padded with."""
     weight = _only_weight(use)
     if weight is None or weight.key is not None or weight.gain is not None:
         return None

@@ -36,57 +36,44 @@ def _with_base(use: Use, place: int) -> Any:
 
 
 def _dot_general(_: Interpreter, use: Use) -> list[Any] | None:
-    left, right = use.values
-    (contract, batch) = use.params["dimension_numbers"]
-    if isinstance(left, Factored) and isinstance(right, Factored):
+    weight_first = isinstance(use.values[0], Factored)
+    x, weight = use.values[::-1] if weight_first else use.values
+    if isinstance(x, Factored):
         return None
-    weight_first = isinstance(left, Factored)
-    x, weight = (right, left) if weight_first else (left, right)
-    if weight_first:
-        contract, batch = contract[::-1], batch[::-1]
+    dims = use.params["dimension_numbers"]
+    pairs: Any = (tuple(map(tuple, pair[::-1] if weight_first else pair)) for pair in dims)
+    contract, batch = pairs
     if not weight.parts:
         return [_with_base(use, 1 - weight_first)(x)]
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return None
-    contract = (tuple(contract[0]), tuple(contract[1]))
-    batch = (tuple(batch[0]), tuple(batch[1]))
     role = _contracted_role(weight, contract[1])
     if role is None:
         return None
     _check_roles(weight, contract[1], batch[1], use)
     weight = _with_unit_roles(weight, role, contract[1], batch[1])
-    mirrored = set(contract[1]) != set(weight.axes("in"))
-    if mirrored and not _can_be_mirrored(weight, batch[1]):
-        return None
-    params = {
-        name: use.params[name] for name in ("precision", "preferred_element_type", "out_sharding")
-    }
-    params |= {"for_factors": use.for_factors(x), "weight_first": weight_first}
-    return [dot(x, weight, contract=contract, batch=batch, **params)]
-
-
-def _can_be_mirrored(weight: Factored, batch: Sequence[int]) -> bool:
-    """Whether columns can be contracted: not beside a bias on B, nor under several gains."""
-    if weight.shift is not None:
-        return False
-    return weight.gain is None or set(batch) == set(weight.axes("batch"))
+    if set(contract[1]) != set(weight.axes("in")):  # the mirror image
+        several_gains = weight.gain is not None and set(batch[1]) != set(weight.axes("batch"))
+        if weight.shift is not None or several_gains:
+            return None
+    how = {n: use.params[n] for n in ("precision", "preferred_element_type", "out_sharding")}
+    how |= {"for_factors": use.for_factors(x), "weight_first": weight_first}
+    return [dot(x, weight, contract=contract, batch=batch, **how)]
 
 
 def _contracted_role(weight: Factored, contract: Sequence[int]) -> Label | None:
-    """The one role of the axes that a product contracts; None where it mixes two."""
+    """Returns the one role of the axes that a product contracts; None where it mixes two."""
     roles = {weight.labels[axis] for axis in contract if weight.base.shape[axis] != 1}
-    if not roles:  # axes of one element alone: a layer of one input, or of one output
-        return next((role for role in _ROLES if math.prod(weight.sizes(role)) == 1), None)
-    return roles.pop() if len(roles) == 1 else None
-
-
-_ROLES: tuple[Label, Label] = ("in", "out")
+    if roles:
+        return roles.pop() if len(roles) == 1 else None
+    sides: tuple[Label, Label] = ("in", "out")  # a layer of one input, or of one output
+    return next((side for side in sides if math.prod(weight.sizes(side)) == 1), None)
 
 
 def _with_unit_roles(
     weight: Factored, role: Label, contract: Sequence[int], batch: Sequence[int]
 ) -> Factored:
-    """The weight with the axes of size one in the roles that a product uses them in."""
+    """Returns the weight with its axes of size one in the roles that a product uses them in."""
     labels = list(weight.labels)
     for axis, size in enumerate(weight.base.shape):
         if size == 1 and axis in contract:
@@ -97,7 +84,7 @@ def _with_unit_roles(
 
 
 def _check_roles(weight: Factored, contract: Sequence[int], batch: Sequence[int], use: Use) -> None:
-    """A product contracts all in axes, or all out axes, and batches batch axes only."""
+    """Raises RoleError unless all in axes are contracted, or all out axes, and no other batched."""
     shape = weight.base.shape
 
     def long(axes: Sequence[int]) -> set[int]:
@@ -138,7 +125,8 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
     groups = params["feature_group_count"]
     kernel = jnp.moveaxis(weight.a, 0, out_axis).astype(x.dtype)  # W's layout, r output features
     kernel = jnp.concatenate([kernel] * groups, axis=out_axis) if groups > 1 else kernel
-    how = {name: params[name] for name in _CONVOLUTION if name in params}
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
+    how = {name: params[name] for name in (*names, "dimension_numbers", "precision")}
     features = params["dimension_numbers"].out_spec[1]
 
     def with_factors(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
@@ -149,13 +137,8 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
         lead, (rank, n_out) = z.shape[:-1], weight.b.shape
         z = z.reshape(math.prod(lead), groups, rank)
         b = weight.b.astype(x.dtype).reshape(rank, groups, n_out // groups)
-        delta = lax.dot_general(
-            z,
-            b,
-            (((2,), (0,)), ((1,), (1,))),
-            precision=params["precision"],
-            preferred_element_type=seen.dtype,
-        )  # [groups, places, out / groups]
+        dims = (((2,), (0,)), ((1,), (1,)))  # [groups, places, out / groups]
+        delta = lax.dot_general(z, b, dims, params["precision"], seen.dtype)
         return jnp.moveaxis(jnp.moveaxis(delta, 0, 1).reshape(*lead, n_out), -1, features)
 
     def along_features(vector: jax.Array) -> jax.Array:
@@ -163,16 +146,6 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
         return lax.expand_dims(vector, [axis for axis in range(out) if axis != features])
 
     return [combined(x, weight, _with_base(use, 1), with_factors, along_features)]
-
-
-_CONVOLUTION = (
-    "window_strides",
-    "padding",
-    "lhs_dilation",
-    "rhs_dilation",
-    "dimension_numbers",
-    "precision",
-)
 
 
 def _ragged_dot_general(_: Interpreter, use: Use) -> list[Any] | None:
@@ -207,19 +180,14 @@ def _ragged_dot_general(_: Interpreter, use: Use) -> list[Any] | None:
         if weight.gain is not None:
             x = x * of_each_row(weight.gain).astype(x.dtype)
         near, far, weight = far, near, weight.replace(gain=None)
-    how = {"precision": use.params["precision"]}
+
+    def ragged(x: jax.Array, factor: jax.Array, dtype: Any) -> jax.Array:
+        return lax.ragged_dot(x, factor.astype(x.dtype), sizes, use.params["precision"], dtype)
 
     def with_factors(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
-        scaled = (near * weight.scale[:, None, None].astype(near.dtype)).astype(x.dtype)
-        a = jnp.swapaxes(scaled, 1, 2)
-        z = lax.ragged_dot(x, a, sizes, preferred_element_type=wide(x.dtype), **how)
-        return lax.ragged_dot(
-            z.astype(x.dtype),
-            far.astype(x.dtype),
-            sizes,
-            preferred_element_type=seen.dtype,
-            **how,
-        )
+        scaled = near * weight.scale[:, None, None].astype(near.dtype)
+        z = ragged(x, jnp.swapaxes(scaled, 1, 2), wide(x.dtype))
+        return ragged(z.astype(x.dtype), far, seen.dtype)
 
     return [combined(x, weight, _with_base(use, 1), with_factors, of_each_row)]
 
@@ -249,16 +217,21 @@ def _gather(_: Interpreter, use: Use) -> list[Any] | None:
     unit = None if numbers.collapsed_slice_dims else offsets.pop(axis)
     if unit is not None:
         offsets = [place - (place > unit) for place in offsets]
-    look_up = functools.partial(
-        _take, indices=indices, mode=use.params["mode"], fill_value=use.params["fill_value"]
-    )
+    look_up = functools.partial(_take, indices=indices, mode=use.params["mode"])
+
+    fill = use.params["fill_value"]
+    as_nan = fill is None or fill != fill  # scales hold what makes W so where codes cannot
+
+    def read(array: jax.Array, axes: Axes) -> jax.Array:
+        given = fill if jnp.issubdtype(array.dtype, jnp.inexact) else None
+        return look_up(array, axes.index(axis), offsets=offsets, fill_value=given)
+
+    base = along(weight.base if as_nan else as_array(weight.base), read, [axis])
     if not weight.parts and len(shape) == 2:  # rows of a table
-        rows = as_array(
-            along(weight.base, functools.partial(_read, axis, offsets, look_up), [axis])
-        )
+        rows = as_array(base)
         return [rows if unit is None else jnp.expand_dims(rows, unit)]
     if weight.labels[axis] == "batch":
-        stack = _of_stack(weight, axis, indices, offsets, look_up)
+        stack = _of_stack(weight, base, axis, indices, offsets, look_up)
         if unit is None:
             return [stack]
         base, labels = jnp.expand_dims(as_array(stack.base), unit), list(stack.labels)
@@ -269,31 +242,21 @@ def _gather(_: Interpreter, use: Use) -> list[Any] | None:
     places = [a for a in range(len(offsets) + indices.ndim - 1) if a not in offsets]
     order = places + offsets
 
-    def rows_of_base(_: Any) -> jax.Array:
-        return as_array(
-            along(weight.base, functools.partial(_read, axis, offsets, look_up), [axis])
-        )
-
     def rows_of_factors(_: Any, weight: Factored, rows: jax.Array) -> jax.Array:
         z = look_up(weight.a, 1, fill_value=0)  # [r, …]
         z = (z * weight.scale.astype(z.dtype)).astype(rows.dtype)
         b = weight.b.astype(rows.dtype)
-        how = {"preferred_element_type": rows.dtype}
-        return placed(lax.dot_general(z, b, (((0,), (0,)), ((), ())), **how))  # [places…, out…]
+        return placed(jnp.tensordot(z, b, ((0,), (0,)), preferred_element_type=rows.dtype))
 
     def placed(array: jax.Array) -> jax.Array:
-        """Of columns alone, or of places and columns."""
+        """Puts columns, or places and columns, in the order of the rows."""
         array = lax.expand_dims(array, range(len(order) - array.ndim))
         return lax.transpose(array, [order.index(axis) for axis in range(array.ndim)])
 
-    rows = combined(None, weight.replace(key=None), rows_of_base, rows_of_factors, placed)
+    rows = combined(
+        None, weight.replace(key=None), lambda _: as_array(base), rows_of_factors, placed
+    )
     return [rows if unit is None else jnp.expand_dims(rows, unit)]
-
-
-def _read(axis: int, offsets: Sequence[int], look_up: Any, array: jax.Array, axes: Axes) -> Any:
-    """The look-up in one of a base's arrays. What lies outside is NaN in those that can hold it."""
-    fill = {} if jnp.issubdtype(array.dtype, jnp.inexact) else {"fill_value": None}
-    return look_up(array, axes.index(axis), offsets=offsets, **fill)
 
 
 def _take(
@@ -305,32 +268,25 @@ def _take(
     offsets: Sequence[int] | None = None,
     fill_value: Any = None,
 ) -> jax.Array:
-    """The look-up along an axis; the other axes stand at `offsets`.
+    """Returns the look-up along an axis; the other axes stand at `offsets`.
 
     By default, the places stand where the axis stood. In factors, what lies outside is filled with
     zeros: there the base alone says what the function sees.
     """
-    n_places = indices.ndim - 1
     others = [a for a in range(array.ndim) if a != axis]
     if offsets is None:
-        offsets = [a if a < axis else a - 1 + n_places for a in others]
-    return lax.gather(
-        array,
-        indices,
-        lax.GatherDimensionNumbers(
-            offset_dims=tuple(offsets), collapsed_slice_dims=(axis,), start_index_map=(axis,)
-        ),
-        tuple(1 if a == axis else n for a, n in enumerate(array.shape)),
-        mode=mode,
-        fill_value=fill_value,
+        offsets = [a if a < axis else a + indices.ndim - 2 for a in others]
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=tuple(offsets), collapsed_slice_dims=(axis,), start_index_map=(axis,)
     )
+    sizes = tuple(1 if a == axis else n for a, n in enumerate(array.shape))
+    return lax.gather(array, indices, numbers, sizes, mode=mode, fill_value=fill_value)
 
 
 def _of_stack(
-    weight: Factored, axis: int, indices: jax.Array, offsets: Sequence[int], look_up: Any
+    weight: Factored, base: Any, axis: int, indices: jax.Array, offsets: Sequence[int], look_up: Any
 ) -> Factored:
-    """The weights of some indices of a stack; the places are batch axes."""
-    base = along(weight.base, functools.partial(_read, axis, offsets, look_up), [axis])
+    """Returns the weights of some indices of a stack; the places are batch axes."""
     others = [a for a in range(len(weight.labels)) if a != axis]
     source: dict[int, Any] = dict(zip(offsets, others, strict=True))  # for each that is whole
     n_places = indices.ndim - 1

@@ -125,8 +125,8 @@ def _rules(found: dict[str, list[Contraction]]) -> tuple[dict[str, Rule], Rule]:
             contracted = _union(labels[axis] for axis in axes[0])
             free = _union(held for axis, held in enumerate(labels) if axis not in axes[1])
             for path in sorted({path for path, _ in contracted | free}):
-                ours = (frozenset(a for p, a in held if p == path) for held in (contracted, free))
-                one = Contraction(*ours, name, f"{file}:{line}", name == "gather")
+                a, b = (frozenset(a for p, a in held if p == path) for held in (contracted, free))
+                one = Contraction(a, b, name, f"{file}:{line}", name == "gather")
                 found.setdefault(path, []).append(one)
         return _gathered(use) if name == "gather" else use.bind(_plain(use))
 

@@ -23,7 +23,7 @@ def adapt(
     strict: bool = False,
     primitives: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
-    """`fn`, running on an adapted tree: each product with an adapted W is xW + s·(xA)B.
+    """Returns `fn` for adapted trees: each product with an adapted W is xW + s·(xA)B.
 
     W + s·AB is never formed, nor a gradient of W where the derivative is taken with respect to
     the adapter half alone (see `lora_jax.split`). `fn` is any JAX function of a tree of arrays: a
@@ -51,6 +51,12 @@ def adapt(
     `RoleError` where a use contradicts the axis roles that are recorded for a weight.
 
     Source: Hu et al., *LoRA*, arXiv 2106.09685, equation 3 (it is ΔW·x that α/r scales).
+
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3))}}
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> forward = lj.adapt(lambda params, x: x @ params["dense"]["kernel"])
+    >>> forward(tree, jnp.ones((1, 4)))
+    Array([[4., 4., 4.]], dtype=float32)
     """
     own = tuple((primitives or {}).items())
     interpreter = Interpreter(RULES, strict, own)
@@ -69,7 +75,7 @@ def run(
     kwargs: dict[str, Any],
     dropout_key: jax.Array | None,
 ) -> Any:
-    """``fn(*args, **kwargs)``, with the adapted weights among the arguments in factored form."""
+    """Returns ``fn(*args, **kwargs)``, with adapted weights among the arguments factored."""
     treedef: Any
     keyed, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_leaf)
     if not any(is_leaf(leaf) for _, leaf in keyed):
@@ -84,24 +90,20 @@ def run(
     for place, (key_path, leaf) in enumerate(keyed):
         path = path_string(key_path[2:])  # without ([args or kwargs], [which of them])
         leaves.append(_plain(leaf, path))
-        if _is_factored(leaf):
+        if is_node(leaf) and leaf.is_factored:
             nodes[place] = leaf
             weights.append(leaf.factored(path, _weight_key(leaf, path, dropout_key)))
         elif is_base(leaves[-1]):
             nodes[place] = leaf
-            labels = ("batch",) * len(leaf.shape)
+            labels: Any = ("batch",) * len(leaf.shape)
             weights.append(Factored(leaves[-1], {}, labels, path=path))
     if not weights:
         args, kwargs = treedef.unflatten(leaves)
         return fn(*args, **kwargs)
     outputs = _Outputs()
 
-    def traced(*bases: Any) -> list[Any]:
-        replaced = dict(zip(nodes, bases, strict=True))
-        values = [replaced.get(place, leaf) for place, leaf in enumerate(leaves)]
-        args, kwargs = treedef.unflatten(values)
-        return outputs.take(fn(*args, **kwargs))
-
+    called = lambda args, kwargs: outputs.take(fn(*args, **kwargs))  # noqa: E731
+    traced = eqns.trace_with(called, leaves, treedef, list(nodes))
     jaxpr = jax.make_jaxpr(traced)(*(stand_in(weight.base) for weight in weights))
     values = interpreter.evaluate(jaxpr, weights)
     inner, _ = eqns.opened(jaxpr)
@@ -132,15 +134,8 @@ class _Outputs:
         )
 
 
-def _is_factored(leaf: Any) -> bool:
-    """Whether a leaf is a weight that the function is run on in factored form."""
-    if isinstance(leaf, TrainedRows):
-        return leaf.is_on and leaf.is_table
-    return isinstance(leaf, LoraWeight) and leaf.is_on
-
-
 def _plain(leaf: Any, path: str) -> Any:
-    """A leaf as the function is traced with it."""
+    """Returns a leaf as the function is traced with it."""
     if not is_node(leaf):
         return leaf
     if isinstance(leaf, Trained) and not leaf.is_on:
@@ -148,14 +143,13 @@ def _plain(leaf: Any, path: str) -> Any:
             f"{path!r} trains in full, and this half of the tree has no value for it: call "
             "lora_jax.join(adapter, base) first"
         )
-    whole = isinstance(leaf, Trained) or (isinstance(leaf, TrainedRows) and not leaf.is_table)
-    return leaf.merged() if whole and leaf.is_on else leaf.base
+    return leaf.base if leaf.is_factored or not leaf.is_on else leaf.merged()
 
 
 def _weight_key(
     weight: LoraWeight | TrainedRows, path: str, key: jax.Array | None
 ) -> jax.Array | None:
-    """The weight's dropout keys, one for each index of its batch axes."""
+    """Returns a weight's dropout keys, one for each index of its batch axes."""
     if key is None or isinstance(weight, TrainedRows) or not weight.dropout:
         return None
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):

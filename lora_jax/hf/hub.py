@@ -57,6 +57,24 @@ def resolve(name_or_path: str | Path) -> Found:
     raise not_on_hub(name, found)
 
 
+def revision_of(path: Path) -> str | None:
+    """Returns the commit of a snapshot in the Hugging Face cache; None for other paths."""
+    return path.name if path.parent.name == "snapshots" else None
+
+
+def name_for_others(name_or_path: str | Path) -> str | None:
+    """Returns a name for a model that says the same on other machines; None for a local path.
+
+    Args:
+      name_or_path: a hub name, a snapshot in the Hugging Face cache, or another path.
+    """
+    path = Path(name_or_path).expanduser()
+    if not path.exists():
+        return str(name_or_path)
+    owner, _, name = path.parent.parent.name.removeprefix("models--").partition("--")
+    return f"{owner}/{name}" if revision_of(path) and name else None
+
+
 def look_up(name_or_path: str | Path) -> Found | str:
     """Finds a model's files as ``resolve`` does, and returns the reason where there are none.
 

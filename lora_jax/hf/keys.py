@@ -16,10 +16,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-# "pooler" is the dense layer behind BERT's, "transform" that inside a masked language model's head;
-# "head" turns hidden states into logits of tokens, "classifier" into logits of classes.
-Role = Literal[
+# "embedding" is the table of tokens, "positions" those of positions and of token types; "pooler" is
+# the dense layer behind BERT's, "transform" that inside a masked language model's head; "head"
+# turns hidden states into logits of tokens, "classifier" into logits of classes.
+Kind = Literal[
     "embedding",
+    "positions",
     "attention",
     "mlp",
     "experts",
@@ -50,7 +52,7 @@ class Row:
       aliases: other names under which a file may hold this very tensor (a tied head).
       part: the name of the optional part that the parameter belongs to, such as "classifier": one
         that a file lacks as a whole is freshly initialised.
-      role: the part of the model, the same for a kernel and its bias; None in a table that does
+      kind: the part of the model, the same for a kernel and its bias; None in a table that does
         not say it.
     """
 
@@ -61,7 +63,7 @@ class Row:
     transpose: bool = False
     aliases: tuple[str, ...] = ()
     part: str | None = None
-    role: Role | None = None
+    kind: Kind | None = None
 
     @property
     def members(self) -> list[tuple[int, ...]]:

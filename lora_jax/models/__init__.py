@@ -14,8 +14,8 @@ from lora_jax.models.families import key_table, partition_specs, read_config
 from lora_jax.models.generate import generate
 from lora_jax.models.gpt2.config import GPT2Config
 from lora_jax.models.gpt2.model import GPT2
+from lora_jax.models.kinds import kinds
 from lora_jax.models.layers.cache import Cache, init_cache
-from lora_jax.models.presets import presets, roles
 from lora_jax.models.pretrained import from_pretrained, save_pretrained
 
 __all__ = [
@@ -38,10 +38,9 @@ __all__ = [
     "hf_tensors",
     "init_cache",
     "key_table",
+    "kinds",
     "load_tokenizer",
     "partition_specs",
-    "presets",
     "read_config",
-    "roles",
     "save_pretrained",
 ]

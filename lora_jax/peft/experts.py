@@ -52,7 +52,7 @@ def experts_of(model: Any) -> list[Expert]:
             name=f"model.layers.{layer}.mlp.experts.{parameter}",
             path=f"model/layers/{config.mlp_name}/experts/{kernel}/kernel",
             index=(layer,),
-            role="experts",
+            kind="experts",
             parameter=parameter,
             half=half,
             n=n,

@@ -5,13 +5,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_jax.hf.keys import Role, Row
+from lora_jax.hf.keys import Kind, Row
 from lora_jax.models.families import key_table
 from lora_jax.peft.config import DEFAULT_TARGETS
 from lora_jax.peft.errors import PeftError
 
-# The roles of modules, by transformers' names, in a table that does not say them.
-_ROLES: dict[Role, re.Pattern[str]] = {
+# The kinds of modules, by transformers' names, in a table that does not say them.
+_KINDS: dict[Kind, re.Pattern[str]] = {
     "head": re.compile(r"lm_head|cls\.predictions\.decoder|lm_head\.decoder|embed_out"),
     "classifier": re.compile(r"(score|classifier)(\..*)?"),
     "experts": re.compile(r"(.*\.)(mlp|block_sparse_moe)\.experts\.\d+\..*"),
@@ -27,20 +27,20 @@ class Module:
       name: dotted, with the layer's number.
       path: the path of our kernel or table.
       index: its index in the stack at `path`; () without a stack.
-      role: the part of the model that it is; see `Row`.
+      kind: the part of the model that it is; see `Row`.
       uses: "all", or the one use of a tied table that the module stands for.
     """
 
     name: str
     path: str
     index: tuple[int, ...]
-    role: Role | None
+    kind: Kind | None
     uses: str = "all"
 
     @property
     def is_embedding(self) -> bool:
         """True for a table that is looked up in."""
-        return self.role == "embedding"
+        return self.kind in ("embedding", "positions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +89,14 @@ def modules(table: Sequence[Row], *, experts: bool = False, tied: bool = False) 
     """
     found = []
     for row in table:
-        role = role_of(row)
-        if not _has_module(row) or (role in ("experts", "router") and not experts):
+        kind = kind_of(row)
+        if not _has_module(row) or (kind in ("experts", "router") and not experts):
             continue
         heads = [alias for alias in row.aliases if alias.endswith(".weight")]
-        is_split = role == "embedding" and not tied
+        is_split = kind == "embedding" and not tied
         uses = "lookup" if heads and is_split else "all"
         for index, name in zip(row.members, row.hf_names, strict=True):
-            found.append(Module(name.removesuffix(".weight"), row.path, index, role, uses))
+            found.append(Module(name.removesuffix(".weight"), row.path, index, kind, uses))
         if is_split:
             found += [
                 Module(head.removesuffix(".weight"), row.path, (), "head", "product")
@@ -105,21 +105,21 @@ def modules(table: Sequence[Row], *, experts: bool = False, tied: bool = False) 
     return found
 
 
-def role_of(row: Row) -> Role | None:
-    """Returns the role that a row says; if it says none, the role that its names suggest."""
-    if row.role is not None:
-        return row.role
+def kind_of(row: Row) -> Kind | None:
+    """Returns the kind that a row says; if it says none, the kind that its names suggest."""
+    if row.kind is not None:
+        return row.kind
     if row.path.rsplit("/", 1)[-1] == "embedding":
         return "embedding"
     module = row.hf.replace("{}", "0").removesuffix(".weight")
-    return next((role for role, named in _ROLES.items() if named.fullmatch(module)), None)
+    return next((kind for kind, named in _KINDS.items() if named.fullmatch(module)), None)
 
 
 def _has_module(row: Row) -> bool:
     """Returns True if a row is the weight of a linear layer or an embedding."""
     if not row.hf.endswith(".weight"):
         return False
-    if row.role is not None:
+    if row.kind is not None:
         return len(row.shape) == 2
     return row.path.rsplit("/", 1)[-1] in ("kernel", "embedding", "w")
 
@@ -161,9 +161,9 @@ def _is_targeted(module: Module, targets: str | list[str], config: Mapping[str, 
         return False
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
-            left_out = ["embedding", "head"]
+            left_out = ["embedding", "positions", "head"]
             left_out += ["classifier"] if config["task_type"] == "SEQ_CLS" else []
-            return module.role not in left_out
+            return module.kind not in left_out
         return re.fullmatch(targets, name) is not None
     if name in targets:
         return True

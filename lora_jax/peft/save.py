@@ -18,7 +18,7 @@ from lora_jax.paths import flatten_with_paths
 from lora_jax.peft import config as configuration
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import Expert, experts_of, keys_of_expert, pack, side_by_side
-from lora_jax.peft.modules import Module, ends_with, modules, role_of, table_of
+from lora_jax.peft.modules import Module, ends_with, kind_of, modules, table_of
 from lora_jax.peft.names import FILE, PREFIX, bias_key, keys_of, token_key
 from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_node
 
@@ -322,7 +322,7 @@ class _Contents:
 
     def _with_whole_head(self, saved: Sequence[str]) -> list[str]:
         """Names a classifier's layers as one module, as PEFT trains it and engines accept it."""
-        rows = (row for row in self._rows.values() if role_of(row) == "classifier")
+        rows = (row for row in self._rows.values() if kind_of(row) == "classifier")
         head = {name.rsplit(".", 1)[0] for row in rows for name in row.hf_names}
         whole = {name.partition(".")[0] for name in head}
         if not head or whole == head or not head <= set(saved):

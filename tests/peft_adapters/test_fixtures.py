@@ -115,8 +115,8 @@ def test_a_key_table_says_what_is_no_linear_layer(said, task, selected):
     """A head is left out by its role, whatever its name."""
     role = None if said is None else "mlp"
     rows = [
-        models.Row(path="block/kernel", hf="block.weight", shape=(5, 7), role=role),
-        models.Row(path="out/kernel", hf="out.weight", shape=(7, 4), role=said),
+        models.Row(path="block/kernel", hf="block.weight", shape=(5, 7), kind=role),
+        models.Row(path="out/kernel", hf="out.weight", shape=(7, 4), kind=said),
     ]
     params = {"block": {"kernel": jnp.ones((5, 7))}, "out": {"kernel": jnp.ones((7, 4))}}
     rules = lp.rules({"target_modules": "all-linear", "task_type": task}, rows)

@@ -304,8 +304,8 @@ def test_models_that_cannot_classify(inputs, tmp_path, capsys):
     ("args", "message"),
     [
         ("--test-share 1", "--test-share 1.0: a number between 0 and 1"),
-        ("--head-only --full", "--head-only trains the head alone: leave --full out"),
-        ("--head-only --peft-config x", "leave --peft-config out"),
+        ("--head-only --full", "--head-only trains only the head: leave out --full"),
+        ("--head-only --peft-config x", "leave out --peft-config"),
         ("--head-only --rank 0 --seq-len 2", "--seq-len 2: at least 3"),
         ("--test x.csv", "have a split of their own, by stem"),
         ("--lr-rule llama", "--lr-rule was fitted to language models"),

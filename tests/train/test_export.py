@@ -42,13 +42,12 @@ def trained(base, tmp_path_factory):
 
 @pytest.fixture
 def saved(base, tmp_path):
-    """Writes an adapter of the rules, far from zero, beside its run's configuration."""
+    """Writes an adapter of the rules, far from zero, that names its base."""
 
     def save(*rules):
         _, params = models.from_pretrained(base)
         tree = with_random_factors(lj.lorafy(params, rules))
-        lj.save_adapter(tmp_path / "run" / "adapter", tree)
-        (tmp_path / "run" / "config.json").write_text(json.dumps({"options": {"model": str(base)}}))
+        lj.save_adapter(tmp_path / "run" / "adapter", tree, about={"model": str(base)})
         return tmp_path / "run" / "adapter", tree
 
     return save
@@ -81,15 +80,23 @@ def test_a_run_as_a_peft_adapter(base, trained, tmp_path, capsys):
     export("--adapter", trained / "adapter", "--output", output)
     shown = capsys.readouterr().out
     assert "adapter_model.safetensors" in shown and "adapter_config.json" in shown
+    assert "names no base, since it is a folder of this machine: --base-name" in shown
     assert f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"' in shown
     assert {path.name for path in tmp_path.iterdir()} == {"peft"}
     config = json.loads((output / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(base)
+    assert config["base_model_name_or_path"] is None  # no path of this machine
     assert config["task_type"] == "CAUSAL_LM" and config["r"] == 2
     model, params = models.from_pretrained(base)
     tree = lj.load_adapter(trained / "adapter", params)
     assert_identical(lp.load(output, model, params), tree)
     assert np.abs(logits(model, tree) - model.apply({"params": params}, IDS)).max() > 1e-3
+    for file in output.iterdir():
+        assert str(base).encode() not in file.read_bytes()
+    args = ["--adapter", trained / "adapter", "--output", output, "--overwrite"]
+    export(*args, "--base-name", "owner/name")
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "owner/name"
+    assert "which no merged model" in fails(capsys, *args, "--base-name", "owner/name", "--merged")
 
 
 def test_a_run_as_a_merged_model(base, trained, tmp_path, capsys):
@@ -188,9 +195,9 @@ def test_check_serving(saved, trained, tmp_path, capsys):
     ("args", "words"),
     [
         ([], ["nothing to do: give --output, --check-serving, or both"]),
-        (["--merged"], ["--merged writes a model: name its folder by --output"]),
+        (["--merged"], ["--merged writes a model: name its folder with --output"]),
         (["--merged", "--check-serving", "--output", "out"], ["is about adapters"]),
-        (["--dtype", "bfloat16", "--output", "out"], ["--dtype", "(--merged)"]),
+        (["--dtype", "bfloat16", "--output", "out"], ["--dtype needs --merged"]),
         (["--max-shard-size", "5", "--output", "out"], ["--max-shard-size 5: a size such as"]),
         (["--max-shard-size", "0GB", "--output", "out"], ["--max-shard-size 0GB: a size"]),
         (["--max-rank", "0", "--check-serving"], ["--max-rank 0: at least 1"]),
@@ -246,9 +253,20 @@ def test_a_folder_without_an_adapter(trained, tmp_path, capsys):
     assert "is no adapter" in fails(capsys, "--adapter", tmp_path, "--check-serving")
 
 
-def test_an_adapter_that_names_no_base(trained, tmp_path, capsys):
+def test_an_adapter_stands_alone(trained, tmp_path):
+    """Its folder, moved away from its run, says all that is needed."""
     shutil.copytree(trained / "adapter", tmp_path / "moved")
-    message = fails(capsys, "--adapter", tmp_path / "moved", "--output", tmp_path / "out")
+    export("--adapter", tmp_path / "moved", "--output", tmp_path / "out")
+    export("--adapter", trained / "adapter", "--output", tmp_path / "beside")
+    files = [(tmp_path / name / "adapter_model.safetensors") for name in ("out", "beside")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_an_adapter_that_names_no_base(base, tmp_path, capsys):
+    _, params = models.from_pretrained(base)
+    tree = lj.lorafy(params, [lj.LoraRule(targets=["q_proj"], rank=2)])
+    lj.save_adapter(tmp_path / "unnamed", tree)
+    message = fails(capsys, "--adapter", tmp_path / "unnamed", "--output", tmp_path / "out")
     assert message.endswith("does not say what its base is: name it by --model")
 
 
@@ -257,10 +275,10 @@ def test_what_is_there_is_not_overwritten(base, trained, tmp_path, capsys):
     args = ["--adapter", trained / "adapter", "--output", output]
     export(*args)
     before = (output / "adapter_config.json").stat().st_mtime_ns
-    assert "replace it by --overwrite" in fails(capsys, *args)
+    assert "replace it with --overwrite" in fails(capsys, *args)
     assert (output / "adapter_config.json").stat().st_mtime_ns == before
     message = fails(capsys, *args, "--merged", "--overwrite")
-    assert "holds something else than a model" in message
+    assert "holds something other than a model" in message
     export(*args, "--overwrite")
     assert (output / "adapter_config.json").stat().st_mtime_ns > before
 
@@ -268,11 +286,11 @@ def test_what_is_there_is_not_overwritten(base, trained, tmp_path, capsys):
     args = ["--adapter", trained / "adapter", "--overwrite", "--merged", "--output"]
     assert "holds something else than a model" in fails(capsys, *args, trained)
     assert "which is to be read" in fails(capsys, *args, base)
-    again = ["--adapter", output, "--output", output, "--overwrite"]
+    again = ["--adapter", output, "--output", output, "--overwrite", "--model", base]
     assert "which is to be read" in fails(capsys, *again)
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
-    assert "holds something else than a model" in fails(capsys, *args, copy)
+    assert "holds something other than a model" in fails(capsys, *args, copy)
     assert (copy / "adapter").is_dir()
 
 

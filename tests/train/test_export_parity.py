@@ -56,12 +56,12 @@ def auto_class(family, package, prefix):
     return getattr(package, f"{prefix}For{kind}")
 
 
-def test_peft_runs_the_adapter(family, exported):
+def test_peft_runs_the_adapter(family, exported, tmp_path):
     import peft
     import transformers
     from safetensors.numpy import load_file
 
-    output, expected = exported()
+    output, expected = exported("--base-name", tmp_path / family)
     auto = auto_class(family, peft, "AutoPeftModel").from_pretrained(
         output, **({} if family == "llama" else {"num_labels": 3})
     )
@@ -99,7 +99,8 @@ def test_a_classifier_of_peft_on_a_base_without_its_head(tmp_path):
     main([str(arg) for arg in [*args, "--output", tmp_path / "merged", "--merged"]])
     auto = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert_close(logits_of(auto.eval()), expected, 1e-4)
-    main([str(arg) for arg in [*args, "--output", tmp_path / "again"]])
+    named = ["--base-name", tmp_path / "base", "--output", tmp_path / "again"]
+    main([str(arg) for arg in [*args, *named]])
     assert lp.serving_problems(tmp_path / "again") == []
     again = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "again", num_labels=3)
     assert_close(logits_of(again.eval()), expected, 1e-4)

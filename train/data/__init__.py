@@ -1,1 +1,1 @@
-"""Reads rows as people have them, and makes examples of them."""
+"""Reads rows from files or the hub, and makes examples of them."""

@@ -1,4 +1,4 @@
-"""Chats as token sequences, each process doing its part of the rows."""
+"""Tokenises chats; each process does its part of the rows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,5 +9,5 @@ from train.run.hosts import map_over_processes
 
 
 def tokenize(rows: Sequence[chats.Row], tokenizer: Any, source: str) -> list[Tokens]:
-    """Returns the rows as sequences; see `lora_jax.training.data.chats.tokenize`."""
+    """Returns the rows as token sequences; see `lora_jax.training.data.chats.tokenize`."""
     return chats.tokenize(rows, tokenizer, source, mapped=map_over_processes)

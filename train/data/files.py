@@ -1,4 +1,4 @@
-"""Reads the rows of a dataset: of a file, or of the hub."""
+"""Reads the rows of a dataset, from a file or from the hub."""
 
 import csv
 import json
@@ -13,9 +13,15 @@ FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv")
 
 
 def read_rows(dataset: str, *, split: str = "train", subset: str | None = None) -> list[Row]:
-    """The rows of a JSONL, Parquet or CSV file, or of a dataset of the hub.
+    """Reads the rows of a JSONL, Parquet or CSV file, or of a dataset on the hub.
 
-    Raises UserError where there is no such file or dataset, or where it cannot be read.
+    Args:
+      dataset: a path with one of the endings `FILE_KINDS`, or a name on the hub.
+      split: the split of a dataset on the hub.
+      subset: its subset (configuration).
+
+    Raises:
+      UserError: there is no such file or dataset, it cannot be read, or it has no rows.
     """
     path = Path(dataset).expanduser()
     if path.suffix in FILE_KINDS:
@@ -45,7 +51,7 @@ def _read_file(path: Path) -> list[Row]:
         with path.open(encoding="utf-8", newline="") as file:
             return list(csv.DictReader(file)) if path.suffix == ".csv" else _json_lines(path, file)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text: {error}") from error
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _json_lines(path: Path, lines: Iterable[str]) -> list[Row]:
@@ -56,9 +62,11 @@ def _json_lines(path: Path, lines: Iterable[str]) -> list[Row]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is no JSON ({error}): {_shown(line)}") from None
+            raise UserError(
+                f"{path}, line {number} is not JSON ({error}): {_shown(line)}"
+            ) from None
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number} is no JSON object: {_shown(line)}")
+            raise UserError(f"{path}, line {number} is not a JSON object: {_shown(line)}")
         rows.append(row)
     return rows
 
@@ -71,15 +79,15 @@ def _read_hub(name: str, split: str, subset: str | None) -> list[Row]:
         kinds = dataset.features or {}
         classes = {n: kind for n, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
         return [{**row, **_named(row, classes)} for row in dataset]
-    except Exception as error:  # whatever the hub's many layers raise, it is about the name given
+    except Exception as error:  # any error of the hub's layers is about the given name
         raise UserError(
-            f"--dataset {name} is neither a file here nor a dataset that the hub gives "
+            f"--dataset {name} is neither a file nor a dataset that can be loaded from the hub "
             f"(--split {split}, --subset {subset}): {error}"
         ) from error
 
 
 def _named(row: Row, classes: Mapping[str, Any]) -> dict[str, Any]:
-    """The row's numbers of classes as the names that the dataset gives them; -1 is none."""
+    """Returns the row's class numbers as the dataset's class names; leaves out -1 (no class)."""
     numbers = {name: row[name] for name in classes}
     known = {name: n for name, n in numbers.items() if n is not None and n >= 0}
     return {name: classes[name].int2str(n) for name, n in known.items()}

@@ -1,4 +1,4 @@
-"""Texts with labels: rows of a dataset as arrays."""
+"""Reads texts with labels, and encodes them as arrays."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,14 +13,14 @@ from train.run.classify_options import DataConfig
 from train.run.errors import UserError
 from train.run.hosts import map_over_processes
 
-_SEED = 0  # of the rows held out: the same for every run, so that runs compare
+_SEED = 0  # of the held-out rows: the same for every run, so that runs are comparable
 
 
 def read_labelled(data: DataConfig) -> tuple[list[Row], list[Row]]:
-    """Returns (rows to train on, rows to test on), all with text and label.
+    """Returns (rows to train on, rows to test on), each with a text and a label.
 
     Raises:
-      TrainingError: there are no such rows, or one lacks a field.
+      TrainingError: the rows cannot be read, lack a field, or are too few to hold out a share.
     """
     rows = read_rows(data.dataset, split=data.split, subset=data.subset)[: data.rows]
     labelled.check_rows(rows, data.dataset, fields_of(data))
@@ -33,7 +33,7 @@ def read_labelled(data: DataConfig) -> tuple[list[Row], list[Row]]:
         except ValueError as error:
             raise UserError(
                 f"--test-share {data.test_share:g} of the {len(rows)} rows cannot be held out: "
-                f"{error} Name other rows by --test"
+                f"{error} Name other rows with --test"
             ) from None
         return split[0], split[1]
     if data.test.endswith(FILE_KINDS):
@@ -45,14 +45,14 @@ def read_labelled(data: DataConfig) -> tuple[list[Row], list[Row]]:
 
 
 def fields_of(data: DataConfig) -> Fields:
-    """Returns the names of the fields that the options give."""
+    """Returns the names of the fields, from the options."""
     return Fields(text=data.text, text_pair=data.text_pair, label=data.label)
 
 
 def encode(
     data: DataConfig, rows: Sequence[Row], names: Sequence[str], tokenizer: Any, source: str
 ) -> Labelled:
-    """Returns rows as arrays, each process encoding its part; see `lora_jax.training.texts`."""
+    """Returns rows as arrays; each process encodes its part. See `lora_jax.training.texts`."""
     return labelled.encode(
         rows,
         names,

@@ -1,4 +1,4 @@
-"""One variant of training, compiled for a machine: its needs, or why the compiler refuses it."""
+"""Compiles one variant of training for a machine, and reads what it needs."""
 
 import dataclasses
 import functools
@@ -28,19 +28,23 @@ from train.run.report import compiled_bytes, tree_bytes
 
 _REMAT = {"none": "no remat", "full": "remat", "dots_saveable": "remat but products"}
 _REMAT |= {"dots_with_no_batch_dims_saveable": "remat but dense"}
-_STEPS, _RATE = 1000, 1e-4  # of the schedule; no step is taken
+_STEPS, _RATE = 1000, 1e-4  # of the schedule; a plan takes no step
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """Holds what is to be trained, and on what; the variant aside.
+    """The model, machine and batch of a plan; the same for all variants.
 
     Attributes:
-      batch_size: sequences that are in memory at once, on all devices.
-      seq_len: tokens of a sequence; the loss counts them all.
-      loss_chunk: predictions whose logits exist at once; 0 for all.
-      dtype: of the base and its activations. What trains is fp32.
+      outline: the model, without its weights.
+      layout: the placement of weights and activations on the mesh.
+      machine: the devices to compile for.
+      batch_size: sequences in memory at once, on all devices.
+      grad_accum: batches per step.
+      seq_len: tokens per sequence; the loss counts them all.
+      loss_chunk: predictions whose logits are in memory at once; 0 for all.
+      dtype: the dtype of the base and its activations; trained parameters are fp32.
     """
 
     outline: Outline
@@ -55,14 +59,14 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A variant of training: what trains, and what is recomputed."""
+    """A variant of training: the parameters that train, and the activations to recompute."""
 
     adapter: AdapterConfig
     remat: str
 
     @property
     def name(self) -> str:
-        """In words, for tables."""
+        """The variant in words, for tables."""
         if self.adapter.full:
             what = "full fine-tuning"
         elif self.adapter.peft_config:
@@ -76,21 +80,23 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The needs of one variant. Bytes and FLOPs are integers; None is what is not known.
+    """The resources that one variant needs; None for what is not known.
 
     Attributes:
-      fits: whether the compiler accepts it within a device's memory.
-      refused: what the compiler said, if it refused.
-      per_chip_bytes: of a device: base (what is frozen), adapter (what trains), optimizer,
+      name: the variant in words.
+      fits: whether the step compiles within the memory of a device.
+      refused: the compiler's message if it refused the step.
+      per_chip_bytes: memory of one device: base (frozen), adapter (trained), optimizer,
         temporaries, other (the batch, padding, the program), total, capacity.
-      flops_per_step, flops_per_chip: of products, on all devices and on one.
-      flops_source: where these are read: "hlo" (the optimised one) or "jaxpr" (the step as traced,
-        where the HLO is not understood); see `train.planning.plan_flops`.
-      flops_traced: of a step, as counted in its jaxpr, on all devices.
-      flops_closed_form: of a step, as counted by hand; see `train.planning.flops`.
-      collective_bytes: what a device sends or receives in a step, by kind.
-      adapter_bytes, checkpoint_bytes: on disk.
-      notes: what there is to know of the FLOPs, in sentences.
+      flops_per_step, flops_per_chip: FLOPs of matrix products, on all devices and on one.
+      flops_source: their source: "hlo" (the optimised HLO) or "jaxpr" (the step as traced, if the
+        HLO is not understood); see `train.planning.plan_flops`.
+      flops_traced: FLOPs of a step counted in its jaxpr, on all devices.
+      flops_closed_form: FLOPs of a step in closed form; see `train.planning.flops`.
+      collective_bytes: bytes that a device sends or receives in a step, by kind of collective.
+      adapter_bytes, checkpoint_bytes: size on disk.
+      compile_seconds: time of the compilation.
+      notes: remarks on the FLOPs, in sentences.
     """
 
     name: str
@@ -111,7 +117,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A step that is ready to be compiled, and the shapes that it takes."""
+    """A lowered step, and the shapes of its arguments."""
 
     traced: jax.stages.Traced
     lowered: jax.stages.Lowered
@@ -126,11 +132,11 @@ def prepare(job: Job, variant: Variant, optim: OptimConfig) -> Prepared:
 
     Args:
       job: the model, the machine, and the batch.
-      variant: what trains, and what is recomputed.
-      optim: the optimiser's options; `variant` has its own remat.
+      variant: the parameters that train, and the activations to recompute.
+      optim: the optimiser's options; its remat is replaced by the variant's.
 
     Returns:
-      The step, and the shapes that it takes.
+      The lowered step, and the shapes of its arguments.
 
     Raises:
       UserError: the rules do not fit the model.
@@ -161,14 +167,14 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
 
     Args:
       job: the model, the machine, and the batch.
-      variant: what trains, and what is recomputed.
-      optim: the optimiser's options; `variant` has its own remat.
+      variant: the parameters that train, and the activations to recompute.
+      optim: the optimiser's options; its remat is replaced by the variant's.
 
     Returns:
-      What the step needs, or the compiler's refusal.
+      The resources that the step needs, or the compiler's refusal.
 
     Raises:
-      UserError: the rules do not fit the model, or the compiler tells no memory.
+      UserError: the rules do not fit the model, or the compiler reports no memory use.
     """
     step = prepare(job, variant, optim)
     held = {
@@ -219,11 +225,12 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
 
 
 def abstract_params(job: Job, variant: Variant) -> Any:
-    """Returns the adapted tree, as shapes with shardings; what trains in full is fp32."""
+    """Returns the adapted tree as shapes with shardings; fp32 in full fine-tuning."""
     dtype = jnp.float32 if variant.adapter.full else jnp.dtype(job.dtype)
     plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), job.outline.params)
     with as_user_errors(ValueError):
-        params = lj.lorafy(plain, rules(variant.adapter, job.outline))
+        chosen = rules(variant.adapter, job.outline)
+        params = lj.lorafy(plain, chosen, kinds=job.outline.kinds)
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         params,
@@ -250,7 +257,7 @@ def _closed_form(job: Job, variant: Variant, params: Any) -> float:
 
 
 def _per_device(tree: Any) -> int:
-    """The bytes of a tree of placed shapes on one device."""
+    """Returns the bytes on one device of a tree of shapes with shardings."""
     return sum(
         tree_bytes(jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype))
         for leaf in jax.tree.leaves(tree)
@@ -259,8 +266,8 @@ def _per_device(tree: Any) -> int:
 
 def _of_compiled(sizes: dict[str, int], held: dict[str, int], capacity: int) -> dict[str, int]:
     if not sizes:
-        raise UserError("this compiler does not tell how much memory a program needs")
-    total = sum(sizes.values()) - 2 * sizes["aliased"]  # outputs that take an argument's place
+        raise UserError("this compiler does not report how much memory a program needs")
+    total = sum(sizes.values()) - 2 * sizes["aliased"]  # donated arguments become outputs
     return {
         **held,
         "temporaries": sizes["temporaries"],
@@ -271,7 +278,7 @@ def _of_compiled(sizes: dict[str, int], held: dict[str, int], capacity: int) -> 
 
 
 def of_refusal(message: str, held: dict[str, int], capacity: int) -> dict[str, int | None]:
-    """As far as the compiler's own figures go: what it says that it needed."""
+    """Returns the memory that the compiler's refusal names, with the bytes `held` by arguments."""
     temporaries = total = None
     if found := re.search(r"HLO temporaries \((\d[\d.]*[KMGT]?)\)", message):
         temporaries = _bytes(found[1])
@@ -289,12 +296,12 @@ def of_refusal(message: str, held: dict[str, int], capacity: int) -> dict[str, i
 
 
 def _bytes(text: str) -> int:
-    """ "48.3G" as a number of bytes."""
+    """Parses a size such as "48.3G" into bytes."""
     number = text.rstrip("KMGT")
     return round(float(number) * _UNITS[text[len(number) :]])
 
 
 def _reason(error: Exception) -> str:
-    """Returns the compiler's words, without its references."""
+    """Returns the compiler's message, without its links."""
     lines = [line.strip() for line in str(error).splitlines()]
     return " ".join(line for line in lines[:2] if line and not line.startswith("See "))[:500]

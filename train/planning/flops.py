@@ -1,45 +1,43 @@
-"""The FLOPs of a training step in closed form, to hold those of its HLO against."""
+"""The FLOPs of a training step in closed form, to compare with those of its HLO."""
 
 import math
 import re
 from typing import Any
 
-from lora_jax.paths import flatten_with_paths
-from lora_jax.weight import LoraWeight, Trained, is_node
+from lora_jax.models import kinds
+from lora_jax.weight import LoraWeight, Trained, leaves_of
 
-_KEEPS_ONLY_DENSE = "dots_with_no_batch_dims_saveable"  # not the scores of attention
+_KEEPS_ONLY_DENSE = "dots_with_no_batch_dims_saveable"  # attention scores are not kept
 
 
 def step_flops(
     config: Any, params: Any, *, batch: int, seq: int, remat: str, chunked: bool
 ) -> float:
-    """The products of a step of a decoder: forward, back to the input, and to what trains.
+    """Returns the FLOPs of the matrix products of one step of a decoder.
 
-    Each product costs one pass forward and one back to its input, and one more where its kernel
-    trains; with rematerialisation the layers run forward once more, but for their last product.
-    Norms, softmax and the like are left out, and causal masks spare nothing.
+    Each product costs one pass forward and one for the gradient of its input, and one more if its
+    kernel trains. With rematerialisation the layers run forward once more, except for their last
+    product. Norms, softmax and the like are not counted, and causal masks save nothing.
 
     Args:
-      config: a decoder's, or GPT-2's.
-      params: the adapted tree; shapes will do.
-      batch, seq: of the step; all tokens are predicted.
-      remat: what is recomputed of each layer: "full" for all, or the policy's name.
-      chunked: whether the head is, a chunk of predictions at a time.
+      config: the configuration of a decoder or of GPT-2.
+      params: the adapted tree; the leaves may be abstract.
+      batch, seq: the shape of the step's batch; all tokens are predicted.
+      remat: the activations recomputed in each layer: "full" for all, or the name of a policy.
+      chunked: whether the head runs over chunks of predictions, and so is recomputed.
     """
     tokens = batch * seq
-    leaves, _ = flatten_with_paths(params, is_leaf=is_node)
-    tied = config.tie_word_embeddings
-    total = 0.0
+    kind_of, total = kinds(config), 0.0
+    heads_of = ("head", "embedding") if config.tie_word_embeddings else ("head",)
     layers_again, scores_again = remat == "full", remat in ("full", _KEEPS_ONLY_DENSE)
-    for path, leaf in leaves:
-        is_head = path.endswith(("lm_head/kernel", "embed_tokens/embedding", "wte/embedding"))
-        if is_head and not tied and path.endswith("embedding"):
-            continue  # looked up, not multiplied
-        if not (is_head or path.endswith("kernel")):
+    for path, leaf in leaves_of(params)[0]:
+        kind = kind_of[path]
+        is_head = kind in heads_of
+        if not is_head and not path.endswith("kernel"):  # a norm, a bias; a table is looked up
             continue
         shape = leaf.shape
         size = math.prod(shape)
-        if "/experts/" in path:
+        if kind == "experts":
             size *= config.num_experts_per_tok / config.num_experts
         last = re.search(r"(down_proj|mlp/c_proj|w2)/kernel$", path) is not None
         again = chunked if is_head else layers_again and not last

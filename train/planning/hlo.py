@@ -1,7 +1,7 @@
 """The work of a compiled step, read from its optimised HLO: FLOPs of products, bytes sent.
 
-XLA's own analysis counts the body of a loop once; here a loop counts as often as it runs. All
-figures are of one device.
+XLA's own analysis counts the body of a loop once; here it counts once per iteration. All figures
+are for one device.
 """
 
 import dataclasses
@@ -27,32 +27,32 @@ _CALLED = re.compile(
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
-# The TPU compiler spreads a collective over fusions that do other work beside it, from an
-# async-collective-start on, where it counts. (Channels do not tell: several may have one.)
+# The TPU compiler spreads a collective over fusions that overlap it with other work, beginning with
+# an async-collective-start, which is counted. (Channels do not identify it: several may share one.)
 _LATER_PARTS = ("async_collective_fusion", "async-collective-done")
-# What reading text of another form raises: a name that is not there, a number that is none, …
+# Errors of parsing text in an unexpected form: a missing name, a number that is none, …
 _SURPRISES = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 Shape = tuple[int, ...]
 
 
 class NotUnderstood(ValueError):
-    """HLO that says less than its work, or says it in another way than is known here."""
+    """The HLO does not state its work in a form known to this module."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation; `shapes` are those of its result, `operands` names."""
+    """One line of a computation; `shapes` are the shapes of its result, `operands` are names."""
 
     name: str
     opcode: str
     shapes: tuple[tuple[str, Shape], ...]
     operands: tuple[str, ...]
-    text: str  # all that stands behind the opcode
+    text: str  # everything after the opcode
     root: bool
 
     def attribute(self, name: str) -> list[int]:
-        """Returns the numbers of an attribute such as ``lhs_contracting_dims={1}``; [] without."""
+        """Returns the numbers of an attribute such as ``lhs_contracting_dims={1}``, or []."""
         found = re.search(rf"\b{name}=\{{([\d,]*)\}}", self.text)
         return [int(n) for n in found[1].split(",") if n] if found else []
 
@@ -71,19 +71,19 @@ class Work:
 
 
 def work_of(text: str) -> Work:
-    """Counts a module's work.
+    """Counts the work of a module.
 
-    Of a collective, its result or its operand counts, whichever is larger. A branch counts as its
-    costliest side.
+    A collective counts with its result or its operand, whichever is larger; a conditional with its
+    costliest branch.
 
     Args:
-      text: the optimised HLO, as ``compiled.as_text()`` gives it.
+      text: the optimised HLO, as returned by ``compiled.as_text()``.
 
     Returns:
       The work of one device.
 
     Raises:
-      NotUnderstood: the text is no HLO of the known kind, or a loop's turns cannot be read.
+      NotUnderstood: the HLO has an unknown form, or does not say how often a loop runs.
     """
     try:
         return _Counting(text).work()
@@ -117,7 +117,7 @@ class _Counting:
             if kind in COLLECTIVES:
                 if name.startswith(_LATER_PARTS) or caller.startswith(_LATER_PARTS):
                     continue
-                if "all-reduce-scatter" in name:  # so the TPU compiler calls the two in one
+                if "all-reduce-scatter" in name:  # the TPU compiler's name for the two fused
                     kind = "reduce-scatter"
                 sent[kind] += self._bytes(one, instructions)
                 continue
@@ -135,13 +135,14 @@ class _Counting:
         given = _size([s for name in one.operands for s in instructions[name].shapes])
         result = _size(one.shapes)
         if one.opcode.endswith("-start") and len(one.shapes) > len(one.operands):
-            result -= given  # it holds the operands as well
+            result -= given  # the result holds the operands as well
         return max(given, result)
 
     def _turns(self, loop: Instruction) -> int:
-        """Returns how often a loop runs.
+        """Returns the number of iterations of a loop.
 
-        XLA says so, or the loop counts i from 0 in steps of k while i < n: n / k times.
+        Taken from XLA's trip count or, for a loop that counts i from 0 in steps of k while i < n,
+        computed as n / k.
         """
         if known := _TRIPS.search(loop.text):
             return int(known[1])
@@ -167,7 +168,7 @@ class _Counting:
         raise NotUnderstood(f"the HLO does not say how often the loop {loop.name} runs")
 
     def _constant(self, one: Instruction, instructions: Mapping[str, Instruction]) -> int | None:
-        """Returns the constant among the operands, if there is just one."""
+        """Returns the only constant among the operands; None if there is none, or several."""
         given = [_behind(instructions[name], instructions) for name in one.operands]
         numbers = [found[1] for o in given if o.opcode == "constant" and (found := _INT(o.text))]
         return int(numbers[0]) if len(numbers) == 1 else None
@@ -257,10 +258,10 @@ def _product_flops(one: Instruction, instructions: Mapping[str, Instruction]) ->
 
 
 def _convolution_flops(one: Instruction, left: Shape, right: Shape) -> int:
-    """Counts two FLOPs for each pair of a kernel's element and an input's that it meets.
+    """Counts two FLOPs for each pair of a kernel element and an input element that it multiplies.
 
-    The TPU compiler writes products as convolutions, and batch axes as spatial ones, dilated such
-    that each output meets one input; padding and holes are no work.
+    The TPU compiler writes matrix products as convolutions, and batch axes as spatial axes dilated
+    so that each output meets one input. Padding and dilation holes are no work.
     """
     labels = _LABELS.search(one.text)
     if labels is None:
@@ -291,17 +292,17 @@ def _convolution_flops(one: Instruction, left: Shape, right: Shape) -> int:
 def pairs_along(
     n_in: int, n_kernel: int, n_out: int, *, stride: int, hole: int, spread: int, before: int
 ) -> int:
-    """Counts the pairs (output, element of the kernel) that meet an input along a spatial axis.
+    """Counts the pairs (output, kernel element) that meet an input along a spatial axis.
 
     Args:
       n_in, n_kernel, n_out: the sizes of the axis.
-      stride: between two outputs.
-      hole: from one input to the next, 1 without holes between them.
-      spread: the same of the kernel's elements.
+      stride: the window stride.
+      hole: the dilation of the input; 1 for none.
+      spread: the dilation of the kernel; 1 for none.
       before: the padding before the first input.
 
     Returns:
-      Their number; padding and holes are no input.
+      The number of pairs; padding and dilation holes are not inputs.
     """
     place = np.arange(n_out)[:, None] * stride + np.arange(n_kernel) * spread - before
     return int(np.sum((place >= 0) & (place % hole == 0) & (place < n_in * hole)))

@@ -1,7 +1,7 @@
-"""The FLOPs of a function's products, counted in its jaxpr, to hold those of its HLO against.
+"""The FLOPs of a function's products, counted in its jaxpr, to compare with those of its HLO.
 
-A jaxpr is the function as it was traced, before a compiler saw it: its shapes are those of the
-whole mesh, and no work is in it that a partitioner adds.
+A jaxpr is the function as traced, before compilation: its shapes are global, and it has no work
+added by the partitioner.
 """
 
 import math
@@ -21,8 +21,8 @@ class Count(NamedTuple):
     """The work of one call.
 
     Attributes:
-      flops: of matrix products and convolutions, on all devices together.
-      exact: False where the jaxpr does not say how often a part runs (a `while`, the kernel of a
+      flops: FLOPs of matrix products and convolutions, on all devices together.
+      exact: False if the jaxpr does not say how often a part runs (a `while`, the kernel of a
         `pallas_call`); such a part counts once.
     """
 
@@ -33,15 +33,15 @@ class Count(NamedTuple):
 def count_flops(jaxpr: AnyJaxpr) -> Count:
     """Counts two FLOPs for each multiplication of a product or a convolution.
 
-    A scan counts as often as it runs, a branch as its costliest side, the body of a `shard_map`
-    once for each device of its manual axes. The rows of a ragged product count once, each with its
-    own group.
+    The body of a scan counts once per iteration, a conditional as its costliest branch, and the
+    body of a `shard_map` once per device of its manual axes. Each row of a ragged product counts
+    once, with its own group.
 
     Args:
-      jaxpr: as ``jax.make_jaxpr(f)(*args)`` or ``jax.jit(f).trace(*args).jaxpr`` gives it.
+      jaxpr: the result of ``jax.make_jaxpr(f)(*args)`` or ``jax.jit(f).trace(*args).jaxpr``.
 
     Returns:
-      The count of the whole mesh.
+      The count over the whole mesh.
     """
     inner, _ = opened(jaxpr)
     return _sum(_of_equation(eqn) for eqn in inner.eqns)
@@ -96,13 +96,13 @@ def _ragged_dot(eqn: JaxprEqn) -> int:
 
 
 def _product(eqn: JaxprEqn, shared: Sequence[int]) -> int:
-    """Counts the left operand's elements, each with the right one's axes that are not shared."""
+    """Counts a product's FLOPs: the left operand's size times the right one's unshared axes."""
     left, right = (_shape(operand) for operand in eqn.invars[:2])
     return 2 * math.prod(left) * math.prod(n for i, n in enumerate(right) if i not in shared)
 
 
 def _convolution(eqn: JaxprEqn) -> int:
-    """Counts each pair of an element of the kernel and of the input that it meets."""
+    """Counts two FLOPs for each pair of a kernel element and an input that it multiplies."""
     of_left, of_right, of_result = eqn.params["dimension_numbers"]
     left, right = (_shape(operand) for operand in eqn.invars)
     result = _shape(eqn.outvars[0])

@@ -1,4 +1,4 @@
-"""Machines to plan for: TPU slices, known to their compiler, or virtual devices of this CPU."""
+"""Machines to plan for: TPU slices that their compiler knows, or virtual devices of this CPU."""
 
 import dataclasses
 import os
@@ -15,12 +15,12 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of TPU, as JAX sees one of its devices.
+    """A kind of TPU device, as JAX sees it.
 
     Attributes:
-      capacity: bytes of memory that the compiler lets a program have on a device.
-      flops: a device's published peak for bf16, per second.
-      devices_a_chip: 2 where JAX sees each of a chip's cores.
+      capacity: bytes of device memory that the compiler allows a program.
+      flops: published peak FLOP/s of a device in bf16.
+      devices_a_chip: JAX devices per chip; 2 if each core is a device.
     """
 
     capacity: int
@@ -28,7 +28,7 @@ class Kind:
     devices_a_chip: int = 1
 
 
-# Peaks: Google's pages on each version. Capacities: what the compiler names when it refuses.
+# Peaks: Google's page on each version. Capacities: from the compiler's messages when it refuses.
 KINDS = {
     "v5e": Kind(int(15.75 * _GIB), 197e12),
     "v5p": Kind(int(95.73 * _GIB), 459e12),
@@ -43,9 +43,11 @@ class Machine:
     """Devices to compile for.
 
     Attributes:
-      name: as the topology was given.
+      name: the topology, as given.
+      devices: the JAX devices, which may be descriptions.
       capacity: bytes of memory of a device.
-      flops: its peak per second; None where it is not known.
+      flops: peak FLOP/s of a device; None if it is not known.
+      devices_a_chip: JAX devices per chip.
     """
 
     name: str
@@ -56,24 +58,27 @@ class Machine:
 
     @property
     def n_chips(self) -> int:
+        """The number of chips."""
         return len(self.devices) // self.devices_a_chip
 
     @property
     def is_tpu(self) -> bool:
-        """Whether the TPU's own compiler is asked."""
+        """True if the plan uses the TPU compiler."""
         return self.devices[0].platform == "tpu"
 
 
 def find_machine(
     topology: str, capacity_gib: float | None = None, peak_tflops: float | None = None
 ) -> Machine:
-    """The machine that a topology names.
+    """Returns the machine that a topology names.
 
     Args:
-      topology: "v5e:4x4" and the like, or "cpu:8" for so many virtual devices.
-      capacity_gib, peak_tflops: of a device, in place of what is known of it.
+      topology: a TPU slice such as "v5e:4x4", or "cpu:8" for eight virtual devices.
+      capacity_gib: memory of a device in GiB, to override the known one.
+      peak_tflops: peak TFLOP/s of a device, to override the known one.
 
-    Raises UserError for a topology that does not exist, or without the TPU's compiler.
+    Raises:
+      UserError: the topology does not exist, or the TPU's compiler is not installed.
     """
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology.strip())
     if found is None or found[1] not in (*KINDS, "cpu"):
@@ -100,8 +105,8 @@ def _of_cpu(topology: str, size: str) -> Machine:
     devices = jax.devices("cpu")
     if len(devices) < n:
         raise UserError(
-            f"--topology {topology}: this process began with {len(devices)} CPU devices; plan in a "
-            "new one"
+            f"--topology {topology}: this process started with {len(devices)} CPU devices; plan in "
+            "a new process"
         )
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Machine(topology, devices[:n], memory // n, None)
@@ -110,7 +115,7 @@ def _of_cpu(topology: str, size: str) -> Machine:
 def _of_tpu(topology: str, kind: Kind) -> Machine:
     from jax.experimental import topologies
 
-    # There is no TPU here to be asked for its surroundings, nor to be kept from other processes.
+    # There is no TPU here: libtpu must neither query its metadata nor lock it.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
@@ -118,22 +123,22 @@ def _of_tpu(topology: str, kind: Kind) -> Machine:
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "4")
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # whatever it is, it is about libtpu or about the topology
+    except Exception as error:  # any error here is about libtpu or about the topology
         raise UserError(f"--topology {topology}: {_why(error)}") from None
     return Machine(topology, devices, kind.capacity, kind.flops, kind.devices_a_chip)
 
 
 def _why(error: Exception) -> str:
-    """Why a topology could not be had, and what to do."""
+    """Returns the reason of a topology's failure, and the remedy."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "lockfile" in reason:
         return (
-            "another process is using the TPU's compiler, and only one at a time can: wait for it. "
+            "another process is using the TPU's compiler, and only one at a time can: wait for it "
             f"({reason})"
         )
     if "not installed" in reason or "libtpu" in reason:
         return (
-            f"the TPU's compiler is not here ({reason}). It needs no TPU: "
+            f"the TPU's compiler is not installed ({reason}). It needs no TPU: "
             "pip install -e '.[tpu]', or pip install libtpu"
         )
     return f"the TPU's compiler knows no such slice ({reason})"

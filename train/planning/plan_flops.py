@@ -1,8 +1,8 @@
-"""The source of a plan's FLOPs: its HLO, checked by the step's jaxpr, or the jaxpr alone.
+"""The FLOPs of a plan: from its HLO, checked against the step's jaxpr, or from the jaxpr alone.
 
-The HLO says what the devices do, the partitioner's work among it, and what they send. Its text is
-the compiler's own and may change; so the jaxpr, which is the step as traced, tells whether it was
-read well, and stands in where it was not. Neither ends a plan.
+The HLO states the work and the traffic of the devices, including what the partitioner adds. Its
+text is internal to the compiler and may change. The jaxpr, which is the step as traced, is the
+check of what was read, and the fallback. A failure of either does not end a plan.
 """
 
 import dataclasses
@@ -12,20 +12,20 @@ from train.planning.hlo import NotUnderstood, Work, work_of
 from train.planning.jaxpr_flops import Count, count_flops
 
 HLO, JAXPR = "hlo", "jaxpr"
-_DUPLICATED = 1.5  # times the jaxpr's: from there on the devices do the same work several times
-_MISSED = 0.9  # times the jaxpr's: below, products were taken for something else
+_DUPLICATED = 1.5  # times the jaxpr's FLOPs: above, devices repeat each other's work
+_MISSED = 0.9  # times the jaxpr's FLOPs: below, some products were not recognised
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepWork:
-    """The work of a compiled step, as far as it is known; None is what is not.
+    """The work of a compiled step; None for what is not known.
 
     Attributes:
-      source: "hlo" or "jaxpr"; None where neither was understood.
+      source: "hlo" or "jaxpr"; None if neither was understood.
       per_step, per_chip: FLOPs on all devices, and on one.
       traced: FLOPs of the jaxpr.
       sent: kind of collective -> bytes that a device sends or receives.
-      notes: what there is to know of the figures, in sentences.
+      notes: remarks on the figures, in sentences.
     """
 
     source: str | None
@@ -37,12 +37,12 @@ class StepWork:
 
 
 def step_work(text: str | None, counted: Count | None, n_devices: int) -> StepWork:
-    """Returns the work of a step, from its HLO if that is understood.
+    """Returns the work of a step, from its HLO if it is understood.
 
     Args:
-      text: the optimised HLO; None where the compiler gives none.
-      counted: the count of the step's jaxpr; None where there is none.
-      n_devices: how many devices share the step.
+      text: the optimised HLO; None if the compiler gives none.
+      counted: the count of the step's jaxpr; None if it was not understood.
+      n_devices: the number of devices that share the step.
     """
     try:
         work = work_of(text or "")
@@ -59,21 +59,21 @@ def step_work(text: str | None, counted: Count | None, n_devices: int) -> StepWo
 
 
 def count_traced(jaxpr: Any) -> Count | None:
-    """Counts the FLOPs of a jaxpr; None where it has equations of another form than is known."""
+    """Counts the FLOPs of a jaxpr; returns None if it has equations of an unknown form."""
     try:
         return count_flops(jaxpr)
-    except Exception:  # a check, and a later JAX may name anything otherwise: no plan ends by it
+    except Exception:  # a check only; a newer JAX may rename anything
         return None
 
 
 def _from_jaxpr(counted: Count | None, n_devices: int, why: str) -> StepWork:
-    note = f"the HLO was not understood ({why}), so that what devices send is not known"
+    note = f"the HLO was not understood ({why}), so the traffic between devices is not known"
     if counted is None:
-        note += ", nor are FLOPs: the jaxpr was not understood either"
+        note += ", nor are the FLOPs: the jaxpr was not understood either"
     else:
-        note += "; FLOPs are those of the step as traced, without what the partitioner adds"
+        note += "; the FLOPs are those of the step as traced, without work added by the partitioner"
         if not counted.exact:
-            note += ", and with loops whose turns are not known counted once"
+            note += ", and loops of unknown length are counted once"
     return StepWork(
         source=counted and JAXPR,
         per_step=counted and counted.flops,
@@ -85,12 +85,12 @@ def _from_jaxpr(counted: Count | None, n_devices: int, why: str) -> StepWork:
 
 
 def _compared(work: Work, counted: Count | None, n_devices: int) -> tuple[str, ...]:
-    """Returns a note where the two counts are too far apart."""
+    """Returns a note if the two counts are too far apart."""
     if counted is None or not counted.exact or not counted.flops:
         return ()
     ratio = work.flops * n_devices / counted.flops
     if ratio > _DUPLICATED:
-        why = "the partitioner has devices do the same work"
+        why = "the partitioner makes devices repeat each other's work"
     elif ratio < _MISSED:
         why = "some of its products may not have been recognised"
     else:

@@ -1,4 +1,4 @@
-"""Plans as a table: a row for each variant, what was asked for first."""
+"""Plans as tables: one row per variant, the requested one first."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,24 +21,25 @@ def print_plans(
     plans: Sequence[Plan],
     estimates: Sequence[Mapping[str, float | None]],
 ) -> None:
-    """Prints the memory of each variant, then its work, then what there is to say of them.
+    """Prints a table of memory, a table of work and time, and notes.
 
     Args:
-      console: where to print.
-      facts: what all plans are for; see `train.plan.described`.
-      plans: one for each variant; what was asked for is the first.
-      estimates: of each plan, the seconds of a step, the chip-hours and the cost.
+      console: the console to print to.
+      facts: the facts that all plans share; see `train.plan.described`.
+      plans: one per variant, the requested one first.
+      estimates: for each plan, the seconds of a step, the chip-hours and the cost; see
+        `train.plan.estimate`.
     """
     mesh = ", ".join(f"{axis} {size}" for axis, size in facts["mesh"].items()) or "one device"
     console.print(
         f"{facts['model']} on {facts['topology']} ({facts['devices']} devices: {mesh}), "
-        f"{facts['batch_size'] * facts['grad_accum']} × {facts['seq_len']} tokens a step, "
-        f"{facts['dtype']}; asked of the {facts['compiler'].upper()} compiler",
+        f"{facts['batch_size'] * facts['grad_accum']} × {facts['seq_len']} tokens per step, "
+        f"{facts['dtype']}; compiled by the {facts['compiler'].upper()} compiler",
         highlight=False,
         soft_wrap=True,
     )
     capacity = _gib(plans[0].per_chip_bytes["capacity"])
-    memory = Table(title=f"Memory of a device, in GiB (there are {capacity})")
+    memory = Table(title=f"Memory per device, in GiB (of {capacity})")
     memory.add_column("")
     memory.add_column("fits")
     for part in _PARTS:
@@ -79,25 +80,25 @@ def print_plans(
 
 
 def _mark(made: Plan) -> str:
-    """Returns a sign for FLOPs that are not those of the compiled step."""
+    """Returns a mark for FLOPs that do not come from the compiled step."""
     return _TRACED if made.flops_source == JAXPR else ""
 
 
 def _notes(facts: Mapping[str, Any]) -> str:
     notes = (
-        "base: what is frozen; adapter: what trains; other: the batch, padding, the program. "
-        "TFLOP: of a step on all devices, read from the optimised HLO, and counted by hand. "
-        "GB sent: by a device in a step."
+        "base: frozen parameters; adapter: trained parameters; other: the batch, padding, the "
+        "program. TFLOP: per step on all devices, from the optimised HLO; by hand: in closed form. "
+        "GB sent: per device and step."
     )
     if facts["peak_flops_per_device"] is not None:
         peak = facts["peak_flops_per_device"] / 1e12
         notes += (
-            f" A step's time assumes that {100 * facts['utilisation']:g} % of the published peak, "
-            f"{peak:,.0f} TFLOP/s, are reached (--utilisation)"
+            f" The time of a step assumes {100 * facts['utilisation']:g} % of the published peak, "
+            f"{peak:,.0f} TFLOP/s (--utilisation)"
         )
         notes += "." if facts["tokens"] else "; --tokens gives chip-hours."
     else:
-        notes += " A step's time needs --peak-tflops."
+        notes += " For the time of a step, give --peak-tflops."
     return notes
 
 

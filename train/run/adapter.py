@@ -1,5 +1,6 @@
-"""The options on the adapter as rules for the tree, and as an optimiser."""
+"""Adapter and optimiser options as rules for the tree and an optax optimiser."""
 
+import re
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,8 +18,6 @@ from train.run.pretrained import Outline
 Rule = lj.LoraRule | lj.TrainRule
 NO_ADAPTER = ("none",)
 
-_TOKENS = r"(.*/)?(embed_tokens|wte|word_embeddings)/embedding"  # not those of positions
-
 _INITIALISERS = {
     "kaiming": init.kaiming,
     "gaussian": init.gaussian,
@@ -30,11 +29,15 @@ _INITIALISERS = {
 
 
 def rules(adapter: AdapterConfig, outline: Outline | None = None) -> list[Rule]:
-    """The rules that the options stand for; raises UserError where they make no sense.
+    """Returns the rules that the options describe.
 
     Args:
-      outline: the model that they are for. Without it, the options are checked as far as that can
-        be, and what depends on the model is left out.
+      adapter: the options.
+      outline: the model to adapt. Without it, the options are checked as far as possible, and
+        rules that depend on the model are left out.
+
+    Raises:
+      UserError: the options make no sense, or do not fit the model.
     """
     if adapter.full:
         return [lj.TrainRule(targets=".*")]
@@ -48,13 +51,14 @@ def rules(adapter: AdapterConfig, outline: Outline | None = None) -> list[Rule]:
         if adapter.train:
             chosen.append(lj.TrainRule(targets=adapter.train))
         if adapter.train_tokens:
-            rows = lj.TrainRule(targets=_TOKENS, rows=adapter.train_tokens)
-            chosen.append(rows)
+            tables = [".*"] if outline is None else outline.paths("embedding")
+            rows = adapter.train_tokens
+            chosen += [lj.TrainRule(targets=re.escape(table), rows=rows) for table in tables]
         if adapter.bias == "all":
             chosen.append(lj.TrainRule(targets=["bias"]))
         if adapter.divide_rank and outline is not None:
             if outline.active_experts is None:
-                raise UserError("--divide-rank: the model is no mixture of experts")
+                raise UserError("--divide-rank: the model is not a mixture of experts")
             rank = lj.optim.expert_rank(adapter.rank, active=outline.active_experts)
             chosen.append(_lora_rule(adapter, ("experts",), rank))
         targets: str | tuple[str, ...] = adapter.targets
@@ -63,12 +67,18 @@ def rules(adapter: AdapterConfig, outline: Outline | None = None) -> list[Rule]:
         if targets != NO_ADAPTER:
             chosen.append(_lora_rule(adapter, targets, adapter.rank))
     if not chosen:
-        raise UserError("--targets none: nothing would train; say what by --train or --bias")
+        raise UserError(
+            "--targets none: nothing would train; select parameters with --train or --bias"
+        )
     return chosen
 
 
 def peft_fields(path: str) -> dict[str, Any]:
-    """The checked fields of --peft-config; raises UserError where it cannot be used."""
+    """Returns the checked fields of --peft-config.
+
+    Raises:
+      UserError: the file is missing, or is no configuration that can be used.
+    """
     with _of_peft(path):
         return read_config(path)
 
@@ -78,7 +88,7 @@ def _of_peft(path: str) -> AbstractContextManager[None]:
 
 
 def _lora_rule(adapter: AdapterConfig, targets: str | tuple[str, ...], rank: int) -> lj.LoraRule:
-    """A rule of the given rank, with the s that the options' alpha and rank come to."""
+    """Returns a rule of the given rank, with the scale s of the options' alpha and rank."""
     alpha = adapter.alpha
     if alpha is not None and rank != adapter.rank:
         alpha *= rank / adapter.rank
@@ -98,14 +108,14 @@ def _lora_rule(adapter: AdapterConfig, targets: str | tuple[str, ...], rank: int
 
 
 def _is_name(target: str) -> bool:
-    """Returns whether a target is a module's name (or several with slashes), no expression."""
+    """Returns whether a target is a module name or path, rather than a regular expression."""
     return target.replace("/", "").replace("_", "").isalnum()
 
 
 def make_optimizer(
     optim: OptimConfig, schedule: optax.Schedule, params: Any = None
 ) -> optax.GradientTransformation:
-    """Returns the optimiser of the options; see `lora_jax.training.optimizer.adamw`."""
+    """Returns the optimiser that the options describe; see `lora_jax.training.optimizer.adamw`."""
     assert optim.beta2 is not None, "the options have no defaults yet"
     return adamw(
         schedule,

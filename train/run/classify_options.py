@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from lora_jax.hf.bundled import MINILM
 from train.run import options
 from train.run.adapter import NO_ADAPTER
 from train.run.errors import UserError
@@ -17,24 +16,25 @@ from train.run.options import (
     flag,
 )
 
-VADER = "vader"  # the name of the default task, made in train/tasks/vader.py
+VADER = "vader"  # the name of the default task, defined in train/tasks/vader.py
 HEAD = "classifier"
-HEAD_RATE = 3e-2  # the default of --head-only
+HEAD_RATE = 3e-2  # the default learning rate with --head-only
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Model and data."""
 
-    model: str = MINILM.name
-    """A BERT, RoBERTa or XLM-RoBERTa: a name on the hub, or a folder."""
+    model: str | None = None
+    """A BERT, RoBERTa or XLM-RoBERTa model: a name on the hub, or a folder. By default the base of
+    --init-adapter, or else all-MiniLM-L6-v2."""
     dataset: str = VADER
-    """"vader" (the default task: words, rated by people), a JSONL, Parquet or CSV file, or a
-    dataset of the hub."""
+    """"vader" (the default task: words rated by people), a JSONL, Parquet or CSV file, or a dataset
+    on the hub."""
     split: str = "train"
-    """Which split of a dataset of the hub."""
+    """The split to train on, for a dataset on the hub."""
     subset: str | None = None
-    """Which subset of a dataset of the hub."""
+    """The subset (configuration) to load, for a dataset on the hub."""
     text: str = "text"
     """The field that holds the text."""
     text_pair: str | None = None
@@ -42,26 +42,26 @@ class DataConfig:
     label: str = "label"
     """The field that holds the label: a name or a number."""
     test: str | None = None
-    """What to test on: a file, or another split of the hub's dataset. By default --test-share of
-    the rows is held out."""
+    """The test rows: a file, or another split of the dataset on the hub. By default --test-share
+    of the rows is held out."""
     test_share: float = 0.2
-    """The share of the rows to hold out; of each label alike."""
+    """The share of the rows to hold out for the test, stratified by label."""
     rows: int | None = None
-    """Use the first rows only."""
+    """Use only this many rows, from the beginning."""
     seq_len: int = 128
-    """The most tokens of a text."""
+    """The maximum number of tokens of a text."""
     truncate: bool = False
-    """Cut texts off that are longer than --seq-len, which are an error otherwise."""
+    """Truncate texts longer than --seq-len; without this option, they are an error."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifyAdapterConfig(AdapterConfig):
-    """What trains."""
+    """Parameters that train."""
 
     head_only: bool = False
-    """Train the head alone, on the model as it is."""
+    """Train only the head, on the frozen encoder."""
     train: tuple[str, ...] = ()
-    """Names of modules that train in full beside the adapter and the head."""
+    """Modules that train in full, besides the adapter and the head."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,14 +69,13 @@ class ClassifyOptimConfig(OptimConfig):
     """Optimisation."""
 
     epochs: float | None = None
-    """Passes over the data. By default three, if --steps is not given."""
+    """Passes over the data. By default 3, if --steps is not given."""
     batch_size: int = 32
-    """Texts that are in memory at once."""
+    """Texts in memory at once."""
     lr: float | None = None
-    """The highest learning rate (AdamW). By default 1e-3; 3e-5 for --full, 3e-2 for
-    --head-only."""
+    """The peak learning rate (AdamW). By default 1e-3; with --full 3e-5, with --head-only 3e-2."""
     warmup: int = 20
-    """Steps over which the learning rate rises."""
+    """Steps of linear warmup of the learning rate."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,13 +83,13 @@ class ClassifyRunConfig(RunConfig):
     """Evaluation and output."""
 
     output: str = "runs/classify"
-    """The folder of this run."""
+    """The output folder of the run."""
     log_every: int = 20
     """Steps between lines of metrics."""
     save_every: int = 100
     """Steps between checkpoints; the last step always has one."""
     eval_every: int = 0
-    """Steps between measurements of the loss on the test rows; 0 for none."""
+    """Steps between evaluations of the loss on the test rows; 0 for none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +103,7 @@ class Config(Options):
 
 
 def with_defaults(config: Config, defaults: Defaults) -> Config:
-    """Returns the options with those filled in whose defaults depend on what trains."""
+    """Fills in the options whose defaults depend on the parameters that train."""
     adapter = config.adapter
     if adapter.head_only and not adapter.full:
         adapter = dataclasses.replace(adapter, targets=NO_ADAPTER)
@@ -114,15 +113,15 @@ def with_defaults(config: Config, defaults: Defaults) -> Config:
 
 
 def check(config: Config) -> None:
-    """Raises UserError where options with their defaults make no sense, whatever the task is."""
+    """Raises a UserError if options, with their defaults, make no sense for any task."""
     data = config.data
     if not 0 < data.test_share < 1:
-        raise UserError(f"--test-share {data.test_share}: a number between 0 and 1")
+        raise UserError(f"--test-share {data.test_share}: a number between 0 and 1 is needed")
     for name in ("full", "peft_config", "init_adapter"):
         if config.adapter.head_only and getattr(config.adapter, name):
-            raise UserError(f"--head-only trains the head alone: leave {flag(name)} out")
+            raise UserError(f"--head-only trains only the head: leave out {flag(name)}")
     if config.optim.lr_rule is not None:
-        raise UserError("--lr-rule was fitted to language models: give --lr")
+        raise UserError("--lr-rule was fitted to language models: give --lr instead")
     check_shared(config)
     at_least(1, data, "rows")
     at_least(3, data, "seq_len")

@@ -1,4 +1,4 @@
-"""Greedy answers to many chats: batches of one shape, and what all chats begin with read once."""
+"""Greedy answers to many chats, in batches of one shape; a common prefix is prefilled once."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,13 +12,13 @@ from lora_jax.models import Cache, generate, init_cache
 from train.run.pretrained import Outline, end_tokens
 
 _BATCH = 32
-_MULTIPLE = 16  # prompts are padded to a multiple of it, so that few functions are compiled
+_MULTIPLE = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
 
 Chat = Sequence[Mapping[str, str]]
 
 
 def tokenized(outline: Outline, chats: Sequence[Chat]) -> list[list[int]]:
-    """The tokens of each chat, up to where the assistant begins to speak."""
+    """Returns the tokens of each chat, up to the start of the assistant's answer."""
     texts = [
         outline.tokenizer.apply_chat_template(
             list(chat), tokenize=False, add_generation_prompt=True
@@ -31,10 +31,17 @@ def tokenized(outline: Outline, chats: Sequence[Chat]) -> list[list[int]]:
 def complete(
     model: Any, params: Any, outline: Outline, chats: Sequence[Chat], *, new_tokens: int
 ) -> list[str]:
-    """Returns what the assistant says next in each chat, in at most `new_tokens` tokens.
+    """Returns the assistant's next turn in each chat, decoded greedily.
 
-    A system prompt or solved examples that all chats begin with go through the model once: their
+    A prefix shared by all chats (a system prompt, solved examples) runs through the model once: its
     keys and values start every row's cache.
+
+    Args:
+      model: a decoder.
+      params: its parameters, without an adapter.
+      outline: the model's outline, with its tokenizer.
+      chats: the turns so far; the last one is the user's.
+      new_tokens: the maximum number of tokens of an answer.
     """
     prompts = tokenized(outline, chats)
     n_shared = _n_shared(prompts)
@@ -62,7 +69,7 @@ def complete(
 def left_padded(
     prompts: Sequence[Sequence[int]], length: int, pad: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as (ids, mask), both [prompts, length] int32, padded at the left."""
+    """Returns prompts as (ids, mask), each [prompts, length] int32, padded at the left."""
     ids = np.full((len(prompts), length), pad, np.int32)
     mask = np.zeros((len(prompts), length), np.int32)
     for row, prompt in enumerate(prompts):
@@ -72,7 +79,7 @@ def left_padded(
 
 
 def _batches(prompts: Sequence[list[int]]) -> Iterator[tuple[Sequence[list[int]], int]]:
-    """Batches of one size, and how many of each are real: the last is filled up."""
+    """Yields batches of one size and the number of real rows; the last batch is filled up."""
     size = min(_BATCH, len(prompts))
     for first in range(0, len(prompts), size):
         batch = prompts[first : first + size]
@@ -80,15 +87,15 @@ def _batches(prompts: Sequence[list[int]]) -> Iterator[tuple[Sequence[list[int]]
 
 
 def _n_shared(prompts: Sequence[list[int]]) -> int:
-    """How many tokens all prompts begin with, two of each left over at least."""
-    first, last = min(prompts), max(prompts)  # what these two share, all share
+    """Returns the length of the prompts' common prefix; leaves at least two tokens of each."""
+    first, last = min(prompts), max(prompts)  # a prefix of both is a prefix of all
     indices = range(min(map(len, prompts)) - 2)
     return next((i for i in indices if first[i] != last[i]), max(0, len(indices)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _prefill(model: Any, params: Any, ids: jax.Array) -> Cache:
-    """The cache after one row of tokens, [1, seq]; seq may be 0."""
+    """Returns the cache after one row of tokens, [1, seq]; seq may be 0."""
     cache = init_cache(model.config, 1, ids.shape[1], model.dtype)
     if not ids.shape[1]:
         return cache
@@ -100,14 +107,14 @@ def _prefill(model: Any, params: Any, ids: jax.Array) -> Cache:
 
 @functools.cache
 def _after_shared(model: Any) -> Callable[..., Any]:
-    """``model.apply`` for `generate`, whose parameters are (params, shared cache).
+    """Returns ``model.apply`` for `generate`, with (params, shared cache) as its parameters.
 
-    The same object for the same model: `generate` compiles once for each.
+    Cached, because `generate` compiles once for each function.
     """
 
     def apply(variables: Any, ids: jax.Array, *, cache: Cache, **options: Any) -> Any:
         params, shared = variables["params"]
-        if ids.shape[1] > 1:  # the prompt: the empty cache that it comes with goes behind
+        if ids.shape[1] > 1:  # the prompt: put its empty cache behind the shared one
             cache = _joined(shared, cache)
         return model.apply({"params": params}, ids, cache=cache, **options)
 
@@ -115,7 +122,7 @@ def _after_shared(model: Any) -> Callable[..., Any]:
 
 
 def _joined(shared: Cache, empty: Cache) -> Cache:
-    """A cache with the slots of `shared` in every row, and the free ones of `empty` behind them."""
+    """Returns a cache with the slots of `shared` in every row, then the free slots of `empty`."""
     batch = empty.length.shape[0]
 
     def behind(filled: jax.Array, free: jax.Array, rows: int, slots: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Errors that the user can put right, shown as one paragraph without a traceback."""
+"""Errors that a user can fix, shown as one paragraph without a traceback."""
 
 import sys
 from collections.abc import Iterator
@@ -7,16 +7,16 @@ from typing import Any, NoReturn
 
 from lora_jax.training.errors import Interrupted, TrainingError
 
-BAD_INPUT = 2  # the exit code that argument parsers use as well
+BAD_INPUT = 2  # the exit code of argument parsers, too
 
 
 class UserError(TrainingError):
-    """Something that the user asked for cannot be done; the message says what to do instead."""
+    """A request that cannot be met; the message says what to do instead."""
 
 
 @contextmanager
 def as_user_errors(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
-    """Errors of these kinds within are the user's to put right."""
+    """Turns errors of these kinds into a UserError, with a prefix to the message."""
     try:
         yield
     except kinds as error:
@@ -25,7 +25,7 @@ def as_user_errors(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """The boundary of a script: a `TrainingError` or an interruption ends it with its exit code."""
+    """Turns a `TrainingError` or an interruption into a message and the script's exit code."""
     try:
         yield
     except TrainingError as error:

@@ -46,6 +46,7 @@ class Run:
     steps: int
     rate: float  # the highest learning rate
     layout: Layout
+    about: dict[str, Any]  # what the saved adapter says of its base
 
 
 def number_of_steps(optim: OptimConfig, order: Order, default: int | None = None) -> int:
@@ -72,7 +73,7 @@ def check_rules(config: Options, outline: Outline) -> None:
     """Raises UserError where the rules do not fit the model; reads no weights."""
     if config.adapter.init_adapter is None:
         with as_user_errors(ValueError):
-            lj.lorafy(outline.params, rules(config.adapter, outline))
+            lj.lorafy(outline.params, rules(config.adapter, outline), kinds=outline.kinds)
 
 
 def adapted(config: Options, outline: Outline, plain: Any, folder: Path, key: jax.Array) -> Any:
@@ -82,7 +83,8 @@ def adapted(config: Options, outline: Outline, plain: Any, folder: Path, key: ja
         start = str(folder / START)
     with as_user_errors(ValueError):
         if start is None:
-            return lj.lorafy(plain, rules(config.adapter, outline), key=key)
+            chosen = rules(config.adapter, outline)
+            return lj.lorafy(plain, chosen, key=key, kinds=outline.kinds)
         mismatch = config.adapter.allow_base_mismatch
         return lj.load_adapter(start, plain, allow_base_mismatch=mismatch)
 
@@ -125,7 +127,8 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
         begin(run.folder, run.config, facts)
     wait_for_all("the run has begun")
     if takes_from_base(params) and not (run.folder / START).exists():
-        lj.save_adapter(run.folder / START, params)  # so that --resume decomposes nothing again
+        # So that --resume decomposes nothing again.
+        lj.save_adapter(run.folder / START, params, about=run.about)
     return ready
 
 
@@ -171,7 +174,7 @@ def fit(
         resume_hint=resume_hint,
     )
 
-    lj.save_adapter(run.folder / ADAPTER, trained, overwrite=True)
+    lj.save_adapter(run.folder / ADAPTER, trained, about=run.about, overwrite=True)
     metrics = read_metrics(run.folder)
     if is_first():
         draw_curve(run.folder, metrics, loss.label)
@@ -191,7 +194,7 @@ def fit(
 
 
 def print_adapter(run: Run, report: dict[str, Any]) -> None:
-    """Prints where the adapter is, and its size beside the base's."""
+    """Prints the adapter's folder and size, and the base's size."""
     run.console.print(
         f"adapter saved in {run.folder / ADAPTER}: {megabytes(report['adapter_bytes'])} beside "
         f"the base's {megabytes(report['base_bytes'])}",

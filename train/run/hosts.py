@@ -1,7 +1,6 @@
-"""Many processes, each with its own devices, as one run: `jax.distributed`, and who does what.
+"""One run over many processes, each with its own devices (`jax.distributed`).
 
-What processes tell each other is JSON text: a value as ``{"value": …}``, a failure as
-``{"error": message}``.
+Processes exchange JSON text: a value as ``{"value": …}``, a failure as ``{"error": message}``.
 """
 
 import hashlib
@@ -20,8 +19,8 @@ from lora_jax.training.processes import is_first
 from train.run.errors import UserError, flag
 from train.run.options import Options, RunConfig, as_json
 
-_ROUND = 2**24  # bytes of each process that are sent at once
-_OF_ONE_PROCESS = ("coordinator", "process_id")  # whose options may differ from the others'
+_ROUND = 2**24  # bytes that each process sends at once
+_OF_ONE_PROCESS = ("coordinator", "process_id")  # options that may differ between processes
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,11 +28,11 @@ _Message = dict[str, Any]
 
 
 class _OfAll(UserError):
-    """An error that all processes raise at once."""
+    """An error raised in all processes at once."""
 
 
 def join_hosts(run: RunConfig) -> None:
-    """Makes this process one of many, if the options say so.
+    """Joins this process to the others of a run, if the options ask for it.
 
     Call it before JAX looks for its devices.
 
@@ -51,12 +50,12 @@ def join_hosts(run: RunConfig) -> None:
         raise UserError(
             f"the processes of this run do not find each other ({_first_line(error)}). Start "
             "the same command on every host: with --distributed where SLURM, a TPU pod, GKE or "
-            "Open MPI says who is who, else with --coordinator, --num-processes, --process-id"
+            "Open MPI numbers the processes, else with --coordinator, --num-processes, --process-id"
         ) from error
 
 
 def console() -> Console:
-    """Returns the console to talk to; it is quiet in all processes but the first."""
+    """Returns the console to print to; it is quiet in all processes but the first."""
     return Console(quiet=not is_first())
 
 
@@ -64,8 +63,8 @@ def console() -> Console:
 def together() -> Iterator[None]:
     """Raises a UserError of one process, within this context, in every process.
 
-    Within, processes may meet in `map_over_processes` and `check_alike` alone: one that fails goes
-    to the next meeting, wherever that is for the others, to say so.
+    Within, processes may communicate only through `map_over_processes` and `check_alike`: a process
+    that fails sends its error to the next such exchange of the others.
     """
     try:
         yield
@@ -79,14 +78,14 @@ def together() -> Iterator[None]:
 
 
 def check_alike(options: Options, **read: Any) -> None:
-    """Checks that all processes have the same options, and have read the same.
+    """Checks that all processes have the same options and have read the same data.
 
     Args:
-      options: this process's; those that name the process may differ.
-      read: what this process has read, by name: rows, or another object whose `repr` is complete.
+      options: this process's options; --coordinator and --process-id may differ.
+      read: the data of this process, by name: rows, or an object with a complete `repr`.
 
     Raises:
-      UserError: a process was started otherwise than the first; raised in all of them.
+      UserError: a process differs from the first; raised in all processes.
     """
     if jax.process_count() == 1:
         return
@@ -108,16 +107,16 @@ def check_alike(options: Options, **read: Any) -> None:
 
 
 def map_over_processes(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """Returns ``[work(item) for item in items]``, each process doing a part of the work.
+    """Returns ``[work(item) for item in items]``; each process does a part of the work.
 
     Args:
-      work: what to do with an item. Its result is sent as JSON, so it is made of dicts with
-        strings as keys, lists, strings, numbers, booleans and None.
+      work: the function to apply. Its results are sent as JSON: dicts with strings as keys, lists,
+        strings, numbers, booleans and None.
       items: the same in all processes.
 
     Raises:
-      UserError: that of the first item that has one; raised in all processes.
-      TypeError: there are many processes, and JSON does not hold a result.
+      UserError: `work` failed; the error of the first such item, raised in all processes.
+      TypeError: there are many processes, and JSON cannot represent a result.
     """
     n = jax.process_count()
     own: list[_Message] = []
@@ -146,7 +145,7 @@ def _failure(error: TrainingError) -> _Message:
 
 
 def _gathered(own: _Message) -> list[Any]:
-    """Returns the value of each process's message, in their order.
+    """Returns the value of each process's message, in the order of the processes.
 
     Raises:
       UserError: a process sent an error; raised in all processes.
@@ -173,7 +172,7 @@ def _encoded(own: Any) -> bytes:
     """Returns a value as JSON text.
 
     Raises:
-      TypeError: JSON does not hold it, or would give it back as something else (a tuple as a list).
+      TypeError: JSON cannot represent it, or changes it (a tuple becomes a list).
     """
     needed = (
         "processes exchange dicts with strings as keys, lists, strings, numbers, booleans, None"
@@ -188,9 +187,9 @@ def _encoded(own: Any) -> bytes:
 
 
 def _exchanged(own: Any) -> list[Any]:
-    """Returns the value that each process gave, in their order.
+    """Returns the values of all processes, in the order of the processes.
 
-    They are sent through the devices, `_ROUND` bytes of each at a time.
+    The values are sent through the devices, `_ROUND` bytes of each at a time.
     """
     sent = np.frombuffer(_encoded(own), np.uint8)
     counted: Any = multihost_utils.process_allgather(np.array(divmod(sent.size, _ROUND), np.int32))

@@ -1,7 +1,7 @@
 """The log of a run: a progress bar or plain lines, and its metrics on disk.
 
 `metrics.jsonl` is the record; TensorBoard's events and the loss curve are made from it. A resumed
-run drops what is later than its checkpoint and makes the events anew, so that no step is there
+run drops the lines after its checkpoint and writes the events again, so that no step appears
 twice.
 """
 
@@ -28,7 +28,7 @@ CURVE = "loss.png"
 
 
 class Log:
-    """The log of one run, from `first` (steps done before) to `last`; use it in a `with`."""
+    """The log of one run, from step `first` (already done) to `last`; a context manager."""
 
     def __init__(self, folder: Path, console: Console, *, first: int, last: int) -> None:
         self._path = folder / METRICS
@@ -73,7 +73,7 @@ class Log:
         self._events.close()
 
     def skipped(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records that a step was skipped, and shows why."""
+        """Records that a step was skipped, and prints why."""
         self._record({"step": step, "skipped": 1.0})
         self._print(
             f"step {step} skipped: its loss is {metrics['loss']}, its count {metrics['count']}, "
@@ -81,7 +81,7 @@ class Log:
         )
 
     def add(self, line: Line) -> None:
-        """Records a line of metrics, which has a `step`, and shows it."""
+        """Records a line of metrics, which has a `step`, and prints it."""
         line = self._record(line)
         if "loss" in line:
             self._show(line)
@@ -92,7 +92,7 @@ class Log:
     def _record(self, line: Line) -> Line:
         line = {**line, "time": round(time.time(), 3)}
         self._file.write(f"{json.dumps(line)}\n")
-        self._file.flush()  # a killed run's record reaches to its last step
+        self._file.flush()  # so that a killed run has a record of its last step
         self._add_events(line)
         return line
 
@@ -115,13 +115,13 @@ class Log:
 
 
 def open_log(folder: Path, console: Console, *, first: int, last: int) -> Log | NullLog:
-    """The log of this process; see `Log`."""
+    """Returns the log of this process; only the first one writes. See `Log`."""
     return Log(folder, console, first=first, last=last) if is_first() else NullLog()
 
 
 @contextmanager
 def doing(console: Console, what: str) -> Iterator[None]:
-    """Says what takes a while and, afterwards, how long it took."""
+    """Prints a status during a slow operation and, afterwards, its duration."""
     began = time.monotonic()
     with console.status(what):
         yield
@@ -129,7 +129,7 @@ def doing(console: Console, what: str) -> Iterator[None]:
 
 
 def read_metrics(folder: Path) -> list[Line]:
-    """The lines of a run's record. A last line that a kill cut short is left out."""
+    """Reads the metrics of a run; leaves out a last line that a kill cut short."""
     path = folder / METRICS
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
@@ -146,9 +146,9 @@ def draw_curve(folder: Path, lines: Sequence[Line], label: str = "loss") -> None
     """Draws the loss over the steps, as a PNG.
 
     Args:
-      folder: where to write it.
+      folder: the folder to write it to.
       lines: the run's metrics; see `read_metrics`.
-      label: of the axis of the loss.
+      label: the label of the loss axis.
     """
     figure = Figure(figsize=(7, 4))  # without pyplot: no window, no global state
     axes = figure.subplots()

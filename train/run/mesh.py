@@ -1,4 +1,4 @@
-"""The devices of a run as a mesh, from the option --mesh."""
+"""The device mesh of a run, from the option --mesh."""
 
 import math
 import re
@@ -13,9 +13,13 @@ from train.run.errors import UserError
 
 
 def parse_mesh(text: str | None) -> dict[str, int]:
-    """The sizes that --mesh gives, such as ``data=2,fsdp=4``; {} for none. -1 means all the rest.
+    """Parses the axis sizes of --mesh, such as ``data=2,fsdp=4``.
 
-    Raises UserError where it is not of this form.
+    Returns:
+      The sizes by axis name, {} for none. -1 stands for the remaining devices.
+
+    Raises:
+      UserError: the text is not of this form.
     """
     sizes: dict[str, int] = {}
     for part in text.split(",") if text else ():
@@ -23,11 +27,11 @@ def parse_mesh(text: str | None) -> dict[str, int]:
         if found is None or found[1] not in AXES or found[1] in sizes:
             raise UserError(
                 f"--mesh {text}: sizes such as data=2,fsdp=4 are needed, each of {', '.join(AXES)} "
-                "at most once (-1 for all the devices that are left)"
+                "at most once (-1 for the remaining devices)"
             )
         sizes[found[1]] = int(found[2])
     if list(sizes.values()).count(-1) > 1:
-        raise UserError(f"--mesh {text}: only one axis can take all the devices that are left")
+        raise UserError(f"--mesh {text}: only one axis can take the remaining devices")
     return sizes
 
 
@@ -37,11 +41,17 @@ def all_devices() -> list[jax.Device]:
 
 
 def make_mesh(text: str | None, batch_size: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """All devices of all processes, or those that are given, as a mesh of all axes.
+    """Returns a mesh of all axes over the devices.
 
-    By default as many are on fsdp as the batch can be shared out over, and the others on tensor.
+    Args:
+      text: the option --mesh. By default fsdp gets as many devices as can share the batch, and
+        tensor gets the rest.
+      batch_size: sequences on all devices together.
+      devices: by default those of all processes.
 
-    Raises UserError where the sizes are not those of the devices, or cannot share out the batch.
+    Raises:
+      UserError: the sizes do not multiply to the number of devices, or the batch cannot be sharded
+        evenly.
     """
     here = ""
     if devices is None:
@@ -54,13 +64,13 @@ def make_mesh(text: str | None, batch_size: int, devices: Sequence[Any] | None =
     if rest and len(devices) % given == 0:
         sizes[rest[0]] = len(devices) // given
     elif rest or given != len(devices):
-        raise UserError(f"--mesh {text} is of {given} devices, and there are {len(devices)}{here}")
+        raise UserError(f"--mesh {text} has {given} devices, and there are {len(devices)}{here}")
     shape = tuple(sizes.get(name, 1) for name in AXES)
     parts = math.prod(sizes.get(name, 1) for name in BATCH)
     if batch_size % parts:
         shown = " × ".join(f"{name} {sizes.get(name, 1)}" for name in BATCH)
         raise UserError(
-            f"--batch-size {batch_size} cannot be shared out evenly over {parts} parts of the "
+            f"--batch-size {batch_size} cannot be sharded evenly over {parts} parts of the "
             f"mesh ({shown}): give a multiple of {parts}, or another --mesh"
         )
     types = (AxisType.Auto,) * len(AXES)

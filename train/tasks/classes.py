@@ -1,4 +1,4 @@
-"""How well texts are told apart: scores, their tables, and the confusion matrix as a picture."""
+"""Scores of a classifier: their computation, their tables, and the confusion matrix as a PNG."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,10 +21,11 @@ _MISTAKES = 8
 
 
 def scores_of(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, macro F1 (the mean over classes), each class's figures, and the confusion matrix.
+    """Computes accuracy, macro F1 (mean over classes), per-class scores, and the confusion matrix.
 
     Args:
       labels, predicted: [n], indices of `names`.
+      names: the classes.
     """
     classes = range(len(names))
     precision, recall, f1, support = precision_recall_fscore_support(
@@ -50,7 +51,7 @@ def scores_of(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -
 
 
 def draw_confusion(path: Path, confusion: Sequence[Sequence[int]], names: Sequence[str]) -> None:
-    """The confusion matrix as a PNG: a row for each label, a column for each prediction."""
+    """Draws the confusion matrix as a PNG; rows are labels, columns are predictions."""
     matrix = np.array(confusion)
     size = 3.2 + 0.6 * len(names)
     figure = Figure(figsize=(size + 0.8, size))  # without pyplot: no window, no global state
@@ -64,7 +65,7 @@ def draw_confusion(path: Path, confusion: Sequence[Sequence[int]], names: Sequen
 
 
 def print_scores(console: Console, ways: Mapping[str, Mapping[str, Any]], n: int) -> None:
-    """A row for each way to classify: its accuracy and macro F1 in %."""
+    """Prints a table of accuracy and macro F1 in %, with a row per classifier."""
     table = Table(title=f"{n} held-out texts, in %")
     table.add_column("by")
     table.add_column("accuracy", justify="right")
@@ -75,7 +76,7 @@ def print_scores(console: Console, ways: Mapping[str, Mapping[str, Any]], n: int
 
 
 def print_classes(console: Console, scores: Mapping[str, Any]) -> None:
-    """A row for each class, then the mean."""
+    """Prints a table of precision, recall and F1 in %, with a row per class."""
     columns = ("precision", "recall", "f1")
     table = Table("class", title="The fine-tuned model, in %")
     for column in ("precision", "recall", "F1", "texts"):
@@ -93,14 +94,14 @@ def print_mistakes(
     probabilities: np.ndarray,
     names: Sequence[str],
 ) -> None:
-    """The mistakes that the model is surest of."""
+    """Prints a table of the mistakes with the highest predicted probability."""
     predicted = probabilities.argmax(-1)
     sure = probabilities.max(-1)
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[np.argsort(-sure[wrong], kind="stable")][:_MISTAKES]
     if not len(wrong):
         return
-    table = Table(title="The mistakes that it is surest of")
+    table = Table(title="The most confident mistakes")
     table.add_column("text", overflow="fold", max_width=60)
     table.add_column("label")
     table.add_column("predicted")

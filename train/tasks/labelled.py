@@ -1,4 +1,4 @@
-"""The task of telling a user's texts apart: a head on an encoder trains in full."""
+"""The task of classifying a user's texts: a head on an encoder, which trains in full."""
 
 import dataclasses
 from collections import Counter
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.hf.bundled import MINILM
 from lora_jax.training.data.chats import Row
 from lora_jax.training.data.labelled import Labelled, classification_loss, label_names, predict
 from lora_jax.training.losses import Loss
@@ -27,7 +28,7 @@ from train.tasks.classes import (
 )
 from train.tasks.task import Context, Data, Rows, Task
 
-# (what needs no model, a label for each text): from the rows to train on, and the texts.
+# Maps (rows to train on, texts) to (the baseline's name, a label for each text).
 Baseline = Callable[[Sequence[Row], Sequence[str]], tuple[str, Sequence[str]]]
 
 
@@ -36,7 +37,7 @@ def check(config: Config) -> None:
 
 
 def completed(config: Config) -> Config:
-    """Returns the options with the head among what trains in full."""
+    """Adds the head to the modules that train in full."""
     adapter = config.adapter
     if adapter.full or adapter.init_adapter or HEAD in adapter.train:
         return config
@@ -47,20 +48,21 @@ def completed(config: Config) -> Config:
 
 
 def read(config: Config) -> Rows:
-    """Returns the rows of the dataset, those to test on apart."""
+    """Reads the rows to train on and the rows to test on."""
     return Rows(*read_labelled(config.data))
 
 
 def outline(config: Config, rows: Rows) -> Outline:
-    """Returns the encoder with a head for the classes of the rows."""
+    """Reads the outline of the encoder, with a head for the classes of the rows."""
     data = config.data
+    assert data.model is not None, "the options have no defaults yet"
     outline = read_classifier_outline(data.model, len(label_names(rows.train, data.label)))
     outline.check_length(data.seq_len, f"--seq-len {data.seq_len}")
     return outline
 
 
 def examples(config: Config, rows: Rows, outline: Outline) -> Data:
-    """Returns the texts as arrays, with the indices of their classes."""
+    """Returns the texts as arrays, with their class indices."""
     data, names = config.data, label_names(rows.train, config.data.label)
     train = encode(data, rows.train, names, outline.tokenizer, data.dataset)
     test = encode(data, rows.held_out, names, outline.tokenizer, data.test or "the held-out rows")
@@ -77,38 +79,39 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
 
 
 def _shares(rows: Sequence[Row], label: str) -> str:
-    """Returns how many texts there are of each label, in words."""
+    """Describes the number of texts per label: "3 negative, 5 positive"."""
     counts = Counter(str(row[label]) for row in rows)
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
 
 
 def loss(config: Config, batch_parts: int) -> Loss:
-    """Returns the cross entropy of the classes, a text at a time."""
+    """Returns the cross entropy of the classes, in units of texts."""
     return Loss(classification_loss, unit="text")
 
 
 def commonest(rows: Sequence[Row], texts: Sequence[str], label: str) -> tuple[str, list[str]]:
-    """Labels each text with the label that most rows have."""
+    """Labels each text with the commonest label of the rows."""
     usual = Counter(str(row[label]) for row in rows).most_common(1)[0][0]
     return "always the commonest label", [usual] * len(texts)
 
 
 @dataclasses.dataclass
 class Telling:
-    """Tells the held-out texts apart after training, by the model and by what needs none.
+    """Evaluation on the held-out texts after training, by the model and by baselines without one.
 
     Attributes:
-      baselines: further ones, beside the commonest label.
+      context: the run.
+      baselines: baselines besides the commonest label.
     """
 
     context: Context
     baselines: Sequence[Baseline] = ()
 
     def before(self, model: Any, params: Any) -> None:
-        """Does nothing: a head that is not trained tells nothing."""
+        """Does nothing: the head is not trained yet."""
 
     def after(self, model: Any, params: Any) -> None:
-        """Classifies the texts, and shows scores and mistakes."""
+        """Classifies the texts; writes and prints scores and mistakes."""
         context, data = self.context, self.context.config.data
         test: Any = context.data.held_out
         names = context.data.facts["labels"]
@@ -139,7 +142,7 @@ class Telling:
 
 
 TASK = Task(
-    defaults=Defaults(alpha=2.0, lr=1e-3, full_lr=3e-5, epochs=3.0),
+    defaults=Defaults(model=MINILM.name, alpha=2.0, lr=1e-3, full_lr=3e-5, epochs=3.0),
     check=check,
     completed=completed,
     rows=read,

@@ -1,11 +1,11 @@
-"""Tasks by the name of their dataset. A task is imported only where it is asked for."""
+"""Tasks by the name of their dataset. A task is imported only when it is requested."""
 
 import importlib
 
 from train.tasks.task import Task
 
 CHATS = "train.tasks.chats"  # fine-tunes on a user's chats
-TEXTS = "train.tasks.labelled"  # tells a user's texts apart
+TEXTS = "train.tasks.labelled"  # classifies a user's texts
 _NAMED = {
     CHATS: {"sql": "train.tasks.sql.task"},
     TEXTS: {"vader": "train.tasks.vader"},
@@ -13,7 +13,7 @@ _NAMED = {
 
 
 def find_task(dataset: str, kind: str) -> Task:
-    """Returns the task of that name; the one on a user's rows where none has it.
+    """Returns the task of that name, or the task on a user's own rows if there is none.
 
     Args:
       dataset: the option --dataset.

@@ -19,7 +19,7 @@ from train.run.pretrained import Outline
 
 
 class Rows(NamedTuple):
-    """Holds rows as people have them."""
+    """Rows as they were read, before tokenisation."""
 
     train: list[Row]
     held_out: list[Row]
@@ -27,14 +27,14 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """Holds rows as examples.
+    """Rows as examples for a model.
 
     Attributes:
       train: the examples to train on.
-      held_out: the examples to measure the loss on; None for none.
-      name: names one of `train` in messages.
-      facts: what config.json says of them.
-      lines: what there is to say of them before training.
+      held_out: the examples to evaluate the loss on; None for none.
+      name: returns the name of one of `train` in messages.
+      facts: facts about the examples for config.json.
+      lines: lines to print before training.
     """
 
     train: Examples
@@ -46,7 +46,7 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """Holds a run's options, folder, console, rows and model, for an evaluation."""
+    """The options, folder, console, rows and model of a run, for an evaluation."""
 
     config: Any
     folder: Path
@@ -57,13 +57,13 @@ class Context:
 
 
 class Evaluation(Protocol):
-    """Measures a model before and after training; both take parameters without an adapter."""
+    """An evaluation before and after training; both take parameters without an adapter."""
 
     def before(self, model: Any, params: Any) -> None:
-        """Measures the base."""
+        """Evaluates the base."""
 
     def after(self, model: Any, params: Any) -> None:
-        """Measures the trained model, writes the scores and shows them."""
+        """Evaluates the trained model; writes and prints the scores."""
 
 
 def _unchanged(config: Any) -> Any:
@@ -76,20 +76,20 @@ def _no_evaluation(context: Context) -> Evaluation | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """Says what a run trains on, and how well it did.
+    """The rows, examples, loss and evaluation of a run.
 
-    The functions are called in this order; all but `loss` and `evaluation` may raise a UserError.
+    The functions are called in this order; each but `loss` and `evaluation` may raise a UserError.
 
     Attributes:
-      defaults: for options that were not given.
-      check: raises UserError for options that make no sense for this task.
+      defaults: the defaults of options that were not given.
+      check: raises a UserError for options that make no sense for this task.
       completed: fills in options that depend on files, such as a PEFT configuration.
       rows: reads the rows.
       outline: reads the model, without its weights.
-      examples: makes examples of the rows for that model.
-      loss: the function to minimise, with its unit; from the options and the number of parts that
-        a mesh shares a batch out into.
-      evaluation: the evaluation of a run; None for none.
+      examples: encodes the rows as examples for that model.
+      loss: returns the function to minimise, from the options and the number of parts that the
+        mesh shards a batch into.
+      evaluation: returns the evaluation of a run; None for none.
     """
 
     defaults: Defaults

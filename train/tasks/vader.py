@@ -1,8 +1,8 @@
 """The default task of `train.classify`: is a word positive or negative?
 
-Words and ratings are those of the VADER lexicon (Hutto and Gilbert 2014), each word rated by ten
-people; a Python package carries it. Words of one stem are all on one side of the split: otherwise
-most of the held-out words would only be other forms of words that were seen.
+The words and ratings are those of the VADER lexicon (Hutto and Gilbert 2014), in which ten people
+rated each word; a Python package ships it. All words of one stem are on the same side of the split:
+otherwise most held-out words would be other forms of training words.
 """
 
 import dataclasses
@@ -29,14 +29,15 @@ LEXICON = Package(
     folder="vaderSentiment",
 )
 LABELS = ("negative", "positive")
-PREFIX = 5  # letters that the look-up knows a word by
+PREFIX = 5  # letters by which the look-up baseline knows a word
 _TEST_SHARE = 0.2
 
 
 def read_words() -> tuple[list[Row], list[Row]]:
-    """(rows to train on, rows to test on), each with `text` and `label`; always the same.
+    """Returns (rows to train on, rows to test on), each with `text` and `label`; always the same.
 
-    Raises UserError where the lexicon cannot be had.
+    Raises:
+      UserError: the lexicon cannot be fetched.
     """
     try:
         folder = LEXICON.local()
@@ -50,7 +51,7 @@ def read_words() -> tuple[list[Row], list[Row]]:
 
 
 def split_words(lexicon: str) -> tuple[list[Row], list[Row]]:
-    """The words of a lexicon's text, of which each line has a word and its mean rating first."""
+    """Splits the words of a lexicon's text; its lines begin with a word and the mean rating."""
     rows: list[Row] = []
     for line in lexicon.splitlines():
         word, rating, *_ = line.split("\t")
@@ -63,10 +64,13 @@ def split_words(lexicon: str) -> tuple[list[Row], list[Row]]:
 
 
 def look_up_prefixes(train: list[Row], words: list[str]) -> tuple[list[str], float]:
-    """(a label for each word, the share of words that were found): the baseline.
+    """Labels words by their prefixes, as a baseline.
 
-    A word has the label that most training words with its first five letters have, or, where there
-    is none, the label that most words have.
+    A word gets the commonest label of the training words with its first five letters or, if there
+    are none, of all training words.
+
+    Returns:
+      A label for each word, and the share of words whose prefix was found.
     """
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for row in train:
@@ -78,13 +82,13 @@ def look_up_prefixes(train: list[Row], words: list[str]) -> tuple[list[str], flo
 
 
 def check(config: Config) -> None:
-    """Raises UserError for another test than the words'."""
+    """Raises a UserError for --test: the words have their own split."""
     if config.data.test is not None:
         raise UserError("--test: the words of --dataset vader have a split of their own, by stem")
 
 
 def read(config: Config) -> Rows:
-    """Returns the words, as many to train on as are asked for."""
+    """Returns the words; --rows limits those to train on."""
     train, test = read_words()
     return Rows(train[: config.data.rows], test)
 

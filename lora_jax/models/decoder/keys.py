@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from lora_jax.hf.keys import Part, Role, Row
+from lora_jax.hf.keys import Kind, Part, Row
 from lora_jax.models.decoder.config import DecoderConfig
 
 
@@ -18,7 +18,7 @@ def decoder_table(config: DecoderConfig) -> list[Row]:
         path: str,
         leaf: str,
         shape: tuple[int, ...],
-        role: Role,
+        kind: Kind,
         stack: tuple[int, ...] = layers,
     ) -> None:
         hf_leaf = "bias" if leaf == "bias" else "weight"
@@ -32,14 +32,14 @@ def decoder_table(config: DecoderConfig) -> list[Row]:
                 stack=stack,
                 transpose=leaf == "kernel",
                 aliases=("lm_head.weight",) if tied else (),
-                role=role,
+                kind=kind,
             )
         )
 
-    def linear(role: Role, path: str, d_in: int, d_out: int, bias: bool = False) -> None:
-        add(f"model/layers/{path}", "kernel", (d_in, d_out), role)
+    def linear(kind: Kind, path: str, d_in: int, d_out: int, bias: bool = False) -> None:
+        add(f"model/layers/{path}", "kernel", (d_in, d_out), kind)
         if bias:
-            add(f"model/layers/{path}", "bias", (d_out,), role)
+            add(f"model/layers/{path}", "bias", (d_out,), kind)
 
     def norm(path: str, size: int) -> None:
         add(f"model/layers/{path}", "scale", (size,), "norm")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lora_jax.hf.keys import Role, Row
+from lora_jax.hf.keys import Kind, Row
 from lora_jax.models.encoder.config import EncoderConfig
 
 _ENCODER = re.compile(r"(?:(?:bert|roberta)\.)?((?:embeddings|encoder|pooler)\..+)")
@@ -53,7 +53,7 @@ def encoder_table(config: EncoderConfig) -> list[Row]:
         path: str,
         leaf: str,
         shape: tuple[int, ...],
-        role: Role,
+        kind: Kind,
         part: str | None = None,
         aliases: tuple[str, ...] = (),
     ) -> None:
@@ -70,13 +70,13 @@ def encoder_table(config: EncoderConfig) -> list[Row]:
                 transpose=leaf == "kernel",
                 aliases=aliases,
                 part=part,
-                role=role,
+                kind=kind,
             )
         )
 
-    def linear(role: Role, path: str, d_in: int, d_out: int, part: str | None = None) -> None:
-        add(path, "kernel", (d_in, d_out), role, part)
-        add(path, "bias", (d_out,), role, part)
+    def linear(kind: Kind, path: str, d_in: int, d_out: int, part: str | None = None) -> None:
+        add(path, "kernel", (d_in, d_out), kind, part)
+        add(path, "bias", (d_out,), kind, part)
 
     def layer_norm(path: str, part: str | None = None) -> None:
         add(path, "scale", (width,), "norm", part)
@@ -84,7 +84,8 @@ def encoder_table(config: EncoderConfig) -> list[Row]:
 
     def table(name: str, rows: int, aliases: tuple[str, ...] = ()) -> None:
         path = f"{trunk}/embeddings/{name}_embeddings"
-        add(path, "embedding", (rows, width), "embedding", aliases=aliases)
+        kind: Kind = "embedding" if name == "word" else "positions"
+        add(path, "embedding", (rows, width), kind, aliases=aliases)
 
     width, inner = config.hidden_size, config.intermediate_size
     lm = "cls/predictions" if trunk == "bert" else "lm_head"

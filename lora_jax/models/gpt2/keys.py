@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lora_jax.hf.keys import Role, Row
+from lora_jax.hf.keys import Kind, Row
 from lora_jax.models.gpt2.config import GPT2Config
 
 # A bare GPT2Model's tensors, such as OpenAI's, come without the prefix.
@@ -24,7 +24,7 @@ def gpt2_table(config: GPT2Config) -> list[Row]:
     rows: list[Row] = []
 
     def add(
-        path: str, leaf: str, shape: tuple[int, ...], role: Role, aliases: tuple[str, ...] = ()
+        path: str, leaf: str, shape: tuple[int, ...], kind: Kind, aliases: tuple[str, ...] = ()
     ) -> None:
         stacked = path.startswith("transformer/h/")
         hf = f"{path}/{'bias' if leaf == 'bias' else 'weight'}".replace("/", ".")
@@ -36,7 +36,7 @@ def gpt2_table(config: GPT2Config) -> list[Row]:
                 stack=(config.num_hidden_layers,) if stacked else (),
                 transpose=path == "lm_head",
                 aliases=aliases,
-                role=role,
+                kind=kind,
             )
         )
 
@@ -44,15 +44,15 @@ def gpt2_table(config: GPT2Config) -> list[Row]:
         add(path, "scale", (width,), "norm")
         add(path, "bias", (width,), "norm")
 
-    def linear(role: Role, path: str, d_in: int, d_out: int) -> None:
-        add(path, "kernel", (d_in, d_out), role)
-        add(path, "bias", (d_out,), role)
+    def linear(kind: Kind, path: str, d_in: int, d_out: int) -> None:
+        add(path, "kernel", (d_in, d_out), kind)
+        add(path, "bias", (d_out,), kind)
 
     width, inner = config.hidden_size, config.intermediate_size
     tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
     add("transformer/wte", "embedding", (config.vocab_size, width), "embedding", tied)
     positions = (config.max_position_embeddings, width)
-    add("transformer/wpe", "embedding", positions, "embedding")
+    add("transformer/wpe", "embedding", positions, "positions")
     layer_norm("transformer/h/ln_1")
     linear("attention", "transformer/h/attn/c_attn", width, 3 * width)
     linear("attention", "transformer/h/attn/c_proj", width, width)

@@ -195,7 +195,8 @@ def _marked(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any) -> Toke
 def check_lengths(sequences: Sequence[Tokens], seq_len: int, *, truncate: bool) -> list[Tokens]:
     """Returns the sequences, none longer than `seq_len`, each with a token that the loss counts.
 
-    Raises TrainingError where one is longer and `truncate` is off, or where none is left.
+    Raises:
+      TrainingError: one is longer and `truncate` is off, or none is left.
     """
     longer = sum(len(tokens) > seq_len for tokens in sequences)
     if longer and not truncate:

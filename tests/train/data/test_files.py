@@ -32,9 +32,9 @@ def test_files_of_each_kind_give_the_same_rows(tmp_path):
         ("missing.jsonl", None, "there is no such file"),
         ("rows.txt", b"a", "a file of one of the kinds .jsonl"),
         ("empty.jsonl", b"\n", "has no rows"),
-        ("broken.jsonl", b'{"prompt": "a"}\n{"prompt"\n', 'line 2 is no JSON .*\'{"prompt"'),
-        ("list.jsonl", b"[1]\n", "line 1 is no JSON object: '\\[1\\]"),
-        ("binary.csv", b"\xff\xfe\x00", "is no UTF-8 text"),
+        ("broken.jsonl", b'{"prompt": "a"}\n{"prompt"\n', 'line 2 is not JSON .*\'{"prompt"'),
+        ("list.jsonl", b"[1]\n", "line 1 is not a JSON object: '\\[1\\]"),
+        ("binary.csv", b"\xff\xfe\x00", "is not UTF-8 text"),
         ("text.parquet", b"no parquet", "cannot be read as Parquet"),
     ],
 )

@@ -97,7 +97,7 @@ def test_a_counter_that_forgets_the_layers_is_noticed(model, monkeypatch):
     _, _, made = planned_for(model)
     assert made.flops_per_step > 1.5 * made.flops_traced
     (note,) = made.notes
-    assert "times the FLOPs of the step as traced: the partitioner has devices do" in note
+    assert "times the FLOPs of the step as traced: the partitioner makes devices repeat" in note
 
 
 UNREADABLE = {
@@ -188,7 +188,7 @@ def test_counts_that_are_far_apart_are_noted(flops, counted, note, monkeypatch):
 def test_what_the_trace_does_not_know_is_said():
     work = step_work("", Count(101, exact=False), 4)
     assert (work.source, work.per_step, work.per_chip) == ("jaxpr", 101, 25)
-    assert "loops whose turns are not known counted once" in work.notes[0]
+    assert "loops of unknown length are counted once" in work.notes[0]
 
 
 def test_parts_add_up_and_sizes_are_those_of_the_files(model, tmp_path):
@@ -271,7 +271,7 @@ def test_flops_that_are_not_of_the_hlo_are_marked(model, sound, capsys):
 BAD = [
     (["--topology", "v9:4x4"], "there is no such machine; give one of v5e:"),
     (["--topology", "cpu:2x2"], "a number of devices is needed"),
-    (["--topology", "cpu:4", "--mesh", "fsdp=3"], "is of 3 devices, and there are 4"),
+    (["--topology", "cpu:4", "--mesh", "fsdp=3"], "has 3 devices, and there are 4"),
     (["--topology", "cpu:4", "--batch-size", "6", "--mesh", "fsdp=4"], "give a multiple of 4"),
     (["--seq-len", "5000"], "allows 4096 tokens at most"),
     (["--dtype", "int8"], "float32 or bfloat16"),
@@ -307,7 +307,7 @@ def test_without_the_tpu_compiler(monkeypatch):
         monkeypatch.setattr(topologies, "get_topology_desc", get)
 
     fails("JAX TPU support not installed; cannot generate TPU topology.\nSee elsewhere")
-    with pytest.raises(UserError, match=r"is not here \(JAX TPU.*pip install -e '\.\[tpu\]'"):
+    with pytest.raises(UserError, match=r"is not installed \(JAX TPU.*pip install -e '\.\[tpu\]'"):
         find_machine("v5e:4x4")
     fails("ABORTED: Internal error when accessing libtpu multi-process lockfile.")
     with pytest.raises(UserError, match="only one at a time"):

@@ -4,12 +4,14 @@ import json
 import re
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import pytest
 
-from lora_jax import TrainRule
+from lora_jax import LoraRule, TrainRule, lorafy, models, save_adapter
 from lora_jax.models import DecoderConfig
 from lora_jax.models.layers.trunk import REMAT_POLICIES
 from lora_jax.training.processes import write_json
+from tests.models import tiny, tiny_encoders
 from tests.train.tiny import CONFIG
 from train import classify
 from train.run.adapter import rules
@@ -65,8 +67,11 @@ def decoder_outline():
         ("--full --train-tokens 3", "and --train-tokens is about one"),
         ("--full --lora-plus 16", "and --lora-plus is about one"),
         ("--targets none", "nothing would train"),
-        ("--peft-config x --rank 4", "--peft-config says all of the adapter, --rank too"),
-        ("--peft-config x --alpha 4", "--peft-config says all of the adapter, --alpha too"),
+        ("--peft-config x --rank 4", "--peft-config describes the whole adapter: leave out --rank"),
+        (
+            "--peft-config x --alpha 4",
+            "--peft-config describes the whole adapter: leave out --alpha",
+        ),
         ("--peft-config x --full", "--peft-config describes one"),
         ("--peft-config x --init-adapter y", "--init-adapter brings its own rules"),
         ("--dora --bias-on-b", "dora and bias_on_b do not go together"),
@@ -104,17 +109,34 @@ def test_the_default_is_the_sql_task_with_every_linear_layer():
 def test_what_else_trains_comes_first():
     args = "--train norm lm_head --train-tokens 3 5 --bias all --dora --init pissa --rank 8"
     config = parse([*args.split(), "--divide-rank"])
-    *others, experts, every = rules(config.adapter, outline(num_experts_per_tok=2))
+    mixture = tiny.config(next(case for case in tiny.CASES if case.startswith("mixtral")))
+    *others, experts, every = rules(config.adapter, Outline("a model", None, mixture, {}))
     saved, tokens, biases = others
     assert (saved.targets, biases.targets) == (("norm", "lm_head"), ("bias",))
     assert tokens.rows == (3, 5)
-    for path in ("embed_tokens", "transformer/wte", "bert/embeddings/word_embeddings"):
-        assert re.fullmatch(tokens.targets, f"{path}/embedding")
-    assert not re.fullmatch(tokens.targets, "transformer/wpe/embedding")  # of positions
+    assert re.fullmatch(tokens.targets, "model/embed_tokens/embedding")
     assert (experts.targets, experts.rank, experts.scale) == (("experts",), 4, 10.0)
     assert (every.rank, every.scale, every.dora) == (8, 10.0, True)
-    with pytest.raises(UserError, match="--divide-rank: the model is no mixture of experts"):
-        rules(config.adapter, outline())
+    with pytest.raises(UserError, match="--divide-rank: the model is not a mixture of experts"):
+        rules(config.adapter, decoder_outline())
+
+
+@pytest.mark.parametrize(
+    ("model", "table"),
+    [
+        (tiny_encoders.config(next(iter(tiny_encoders.GPT2S))), "transformer/wte/embedding"),
+        (
+            tiny_encoders.config(next(iter(tiny_encoders.ENCODERS))),
+            "bert/embeddings/word_embeddings/embedding",
+        ),
+    ],
+    ids=["gpt2", "bert"],
+)
+def test_tokens_train_in_their_own_table_not_in_those_of_positions(model, table):
+    config = parse("--targets none --train-tokens 3 5".split())
+    (rule,) = rules(config.adapter, Outline("a model", None, model, {}))
+    found = [path for path in models.kinds(model) if re.fullmatch(rule.targets, path)]
+    assert found == [table]
 
 
 def test_without_an_adapter_what_else_trains_trains_alone():
@@ -182,7 +204,7 @@ def test_what_is_recomputed_by_its_name(parsed, args, name, policy):
     ("args", "words"),
     [
         ("--remat dots", ["dots", "--remat", "none", "full", "dots_saveable"]),
-        ("--remat full none", ["--remat", "one policy is wanted, not full none"]),
+        ("--remat full none", ["--remat", "one policy is needed, not full none"]),
     ],
 )
 def test_another_policy_is_refused_by_those_that_are(args, words, capsys):
@@ -214,7 +236,7 @@ def test_a_folder_that_holds_a_run_is_not_used_again(tmp_path):
     assert check_output(options(folder)) == folder
     begin(folder, options(folder), {"resolved": {}})
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="run holds another run: go on with it by --resume"):
+    with pytest.raises(UserError, match="run holds another run: continue it with --resume"):
         check_output(options(folder))
     check_output(options(folder, "--resume"))
     with pytest.raises(UserError, match="--seed was 0 and is now 1"):
@@ -264,3 +286,15 @@ def test_defaults_that_depend_on_the_task(args, alpha, lr, beta2):
     config = parse(args.split())
     assert config.adapter.alpha == alpha
     assert (config.optim.lr, config.optim.beta2) == (pytest.approx(lr), beta2)
+
+
+def test_the_model_is_the_base_of_the_adapter_to_go_on_from(tmp_path):
+    params = {"w": jnp.ones((5, 7))}
+    tree = lorafy(params, [LoraRule(targets=["w"], rank=2)])
+    save_adapter(tmp_path / "adapter", tree, about={"model": "owner/name"})
+    args = ["--init-adapter", str(tmp_path / "adapter")]
+    assert parse(args).data.model == "owner/name"
+    assert parse([*args, "--model", "other/name"]).data.model == "other/name"
+    assert parse([]).data.model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    save_adapter(tmp_path / "unnamed", tree)
+    assert parse(["--init-adapter", str(tmp_path / "unnamed")]).data.model == parse([]).data.model

@@ -1,1 +1,1 @@
-"""The default task of train.sft: questions to SQL."""
+"""The default task of `train.sft`: translating questions to SQL."""

@@ -1,4 +1,4 @@
-"""The SQL statement in a text that a language model wrote."""
+"""Finds the SQL statement in the answer of a language model."""
 
 import re
 
@@ -19,18 +19,21 @@ _OTHER = re.compile(
 
 
 def _blank_quotes(text: str) -> str:
-    """The text with quoted strings and comments blanked, every position kept."""
+    """Blanks quoted strings and comments; keeps all positions."""
     return _QUOTED.sub(lambda match: " " * len(match[0]), text)
 
 
 def find_query(text: str) -> str | None:
-    """The one SELECT (or WITH) statement in a model's answer, without the words around it.
+    """Returns the SELECT (or WITH) statement in a model's answer, without the text around it.
 
-    Markdown fences, text before the statement, its semicolon and what follows on other lines do
-    not count: small models often go on with other queries. None if there is no such statement, if
-    a second one follows on its line, or if a statement of another kind stands anywhere.
+    Ignores Markdown fences, text before the statement, its semicolon, and further lines: small
+    models often go on with other queries.
+
+    Returns:
+      The statement; None if there is none, if a second one follows on the same line, or if the
+      answer has a statement of another kind anywhere.
     """
-    text = text.partition("<|")[0]  # what follows a chat template's token is no answer
+    text = text.partition("<|")[0]  # text after a chat template's token is no answer
     if _OTHER.search(text):
         return None
     fenced = _FENCE.search(text)
@@ -45,7 +48,7 @@ def find_query(text: str) -> str | None:
     query = text[start:]
     if text[:start].endswith("`"):
         query = query.partition("`")[0]
-    # What is in quotes neither ends a statement nor begins one.
+    # Quoted text neither ends nor begins a statement.
     bare, _, after = _blank_quotes(query).partition(";")
     blank_line = _BLANK_LINE.search(bare)
     if blank_line and not fenced and found[1][:1] in "Ss":  # a WITH may go on after one

@@ -1,4 +1,4 @@
-"""Random draws that are the same in every process and every Python version."""
+"""Random draws, reproducible in every process and Python version."""
 
 import random
 from collections.abc import Sequence
@@ -8,25 +8,25 @@ T = TypeVar("T")
 
 
 class Draw:
-    """Draws from a stream named by its seeds.
+    """A random stream, named by its seeds.
 
-    Python promises to keep the sequence of `random()`, but not that of `sample` or `shuffle`, so
-    everything here is made of `random()` alone.
+    Python guarantees the sequence of `random()` across versions, but not those of `sample` and
+    `shuffle`, so all draws here use `random()` alone.
     """
 
     def __init__(self, *seeds: str | int) -> None:
         self._random = random.Random("/".join(str(seed) for seed in seeds)).random
 
     def integer(self, low: int, high: int) -> int:
-        """An integer between `low` and `high`, both included."""
+        """Draws an integer between `low` and `high`, both included."""
         return low + int(self._random() * (high - low + 1))
 
     def pick(self, items: Sequence[T]) -> T:
-        """One of `items`."""
+        """Draws one of `items`."""
         return items[self.integer(0, len(items) - 1)]
 
     def sample(self, items: Sequence[T], count: int) -> list[T]:
-        """`count` different positions of `items`, in random order."""
+        """Draws `count` of `items` without replacement, in random order."""
         pool = list(items)
         if count > len(pool):
             raise ValueError(f"cannot sample {count} of {len(pool)} items")
@@ -36,5 +36,5 @@ class Draw:
         return pool[:count]
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
-        """`items` in random order."""
+        """Returns `items` in random order."""
         return self.sample(items, len(items))

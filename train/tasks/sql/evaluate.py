@@ -1,4 +1,4 @@
-"""The default task's evaluation: SQL that the model writes, run on databases it never saw."""
+"""The evaluation of the SQL task: runs the model's queries on databases it never saw."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ Answers = dict[str, list[str]]  # by kind of question, in the order of the quest
 
 
 def draw_questions(n: int) -> Questions:
-    """`n` questions of each kind: the same ones for every run, so that runs compare."""
+    """Returns `n` questions of each kind; the same for every run, so that runs are comparable."""
     return {
         UNSEEN_SCHEMAS: evaluation_examples(n),
         UNSEEN_BOTH: evaluation_examples(n, unseen_phrasings=True),
@@ -34,14 +34,22 @@ def draw_questions(n: int) -> Questions:
 
 
 def longest_prompt(outline: Outline, questions: Questions) -> int:
-    """The most tokens that answering takes, few-shot prompts and answers included."""
+    """Returns the maximum number of tokens of a few-shot prompt and its answer."""
     return max(map(len, tokenized(outline, _chats(questions, few_shot=True)))) + NEW_TOKENS
 
 
 def answer(
     model: Any, params: Any, outline: Outline, questions: Questions, *, few_shot: bool = False
 ) -> Answers:
-    """Returns the greedy answers of the model with `params` (plain, not adapted)."""
+    """Returns the model's answers, decoded greedily.
+
+    Args:
+      model: a decoder.
+      params: its parameters, without an adapter.
+      outline: the model's outline, with its tokenizer.
+      questions: the questions, by kind.
+      few_shot: whether solved examples come first.
+    """
     chats = _chats(questions, few_shot)
     texts = iter(complete(model, params, outline, chats, new_tokens=NEW_TOKENS))
     return {kind: [next(texts) for _ in examples] for kind, examples in questions.items()}
@@ -54,7 +62,7 @@ def _chats(questions: Questions, few_shot: bool) -> list[Chat]:
 
 @dataclasses.dataclass
 class Scores:
-    """The answers of each way to ask, and how many of them are right."""
+    """The answers of each prompting method, and their accuracies."""
 
     questions: Questions
     answers: dict[str, Answers] = dataclasses.field(default_factory=dict)
@@ -65,11 +73,11 @@ class Scores:
         return len(self.questions[UNSEEN_SCHEMAS])
 
     def add(self, way: str, answers: Answers) -> None:
-        """Keeps the answers of one way to ask."""
+        """Adds the answers of one prompting method."""
         self.answers[way] = answers
 
     def accuracies(self) -> dict[str, dict[str, float]]:
-        """Execution accuracy by kind of question, then by way."""
+        """Computes the execution accuracy, by kind of question and prompting method."""
         return {
             kind: {
                 way: sum(map(score, examples, answers[kind])) / len(examples)
@@ -79,7 +87,7 @@ class Scores:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """Accuracies, and each question with its gold query and all answers."""
+        """Returns the accuracies, and each question with its gold query and all answers."""
         return {
             "questions_of_each_kind": self.n,
             "accuracy": self.accuracies(),
@@ -99,7 +107,11 @@ class Scores:
         }
 
     def recall(self, saved: Mapping[str, Any]) -> bool:
-        """Takes the base's answers from an interrupted run; whether it had asked the same."""
+        """Takes the base's answers from an interrupted run.
+
+        Returns:
+          False if that run had no answers, or other questions; then nothing is taken.
+        """
         try:
             rows = {kind: saved["answers"][kind] for kind in self.questions}
             for kind, examples in self.questions.items():
@@ -113,7 +125,7 @@ class Scores:
         return True
 
     def examples(self, n: int = 6) -> list[dict[str, str]]:
-        """Some questions, with the answers before and after marked as right or wrong."""
+        """Returns some questions, with the answers before and after marked as right or wrong."""
         shown = []
         for kind, examples in self.questions.items():
             for i, example in list(enumerate(examples))[: n // 2]:
@@ -130,8 +142,8 @@ def _short(text: str) -> str:
 
 
 def print_scores(console: Console, scores: Mapping[str, Mapping[str, float | None]]) -> None:
-    """Execution accuracy: a row for each kind of question, a column for each way to answer."""
-    table = Table(title="Execution accuracy: answers that give the right rows, in %")
+    """Prints a table of accuracies: a row per kind of question, a column per prompting method."""
+    table = Table(title="Execution accuracy: answers that return the right rows, in %")
     table.add_column("questions")
     ways = list(next(iter(scores.values())))
     for way in ways:
@@ -146,7 +158,7 @@ def _percent(share: float | None) -> str:
 
 
 def print_examples(console: Console, examples: Sequence[Mapping[str, str]]) -> None:
-    """A table with a column for each key of the examples; all have the same keys."""
+    """Prints a table with a column per key of the examples; all have the same keys."""
     if not examples:
         return
     table = Table(title="Examples", show_lines=True)

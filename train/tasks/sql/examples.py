@@ -1,16 +1,16 @@
-"""The default fine-tuning task: questions to SQL, on databases that were not trained on.
+"""The examples of the SQL task: questions, gold queries, and the score of an answer.
 
-An example is a chat: the system prompt, a user turn with the tables of a database, how they join
-and a question, and the SQL that answers it. Everything is made here from a seed, nothing is
-downloaded. Evaluation always uses schemas that share no table with the training schemas and, if
-asked to, phrasings that never occur in training. An answer is right if it gives the gold query's
-result on three databases:
+An example is a chat: the system prompt, a user turn with the tables of a database, their join and
+a question, and the SQL that answers it. Everything is generated from a seed; nothing is downloaded.
+Evaluation always uses schemas that share no table with the training schemas and, on request,
+phrasings that never occur in training. An answer is right if it returns the gold query's result on
+three databases:
 
     examples = training_examples(280)
     held_out = evaluation_examples(200, unseen_phrasings=True)
     accuracy = sum(score(e, generate(e.messages[:-1])) for e in held_out) / len(held_out)
 
-Why the gold queries can be trusted: each gives a result on all three databases, leaves no ties to
+The gold queries can be trusted: each returns a result on all three databases, leaves no ties to
 chance, and differs in its result from every query one mistake away (`trust.py`).
 """
 
@@ -43,8 +43,13 @@ _TRIES = 8
 class SqlExample:
     """A question about a schema, and the SQL that answers it.
 
-    `messages` are the turns of a chat (system, user, assistant), `form` names the query form, and
-    `phrasing` counts the form's phrasings, those held out from training last.
+    Attributes:
+      messages: the turns of a chat: system, user, assistant.
+      schema: the name of the schema.
+      question: the question, without the schema.
+      sql: the gold query.
+      form: the name of the query form.
+      phrasing: the index of the form's phrasing; the held-out phrasings come last.
     """
 
     messages: tuple[Message, ...]
@@ -56,11 +61,13 @@ class SqlExample:
 
 
 def training_examples(n: int, *, seed: int = 0, shuffle_schemas: bool = False) -> list[SqlExample]:
-    """`n` examples on the training schemas, balanced over forms, schemas and phrasings.
+    """Returns `n` examples on the training schemas, balanced over forms, schemas and phrasings.
 
-    Fewer examples of the same seed are a prefix of more. With `shuffle_schemas`, a control, the
-    prompt of each example shows another training schema than the one that its question and SQL
-    are about.
+    Args:
+      n: the number of examples; fewer examples of the same seed are a prefix of more.
+      seed: the seed of the draws.
+      shuffle_schemas: a control: each prompt shows another training schema than that of its
+        question and SQL.
     """
     with closing(_stream("training", TRAINING_SCHEMAS, seed, held_out=False)) as stream:
         examples = list(islice(stream, n))
@@ -77,18 +84,22 @@ def training_examples(n: int, *, seed: int = 0, shuffle_schemas: bool = False) -
 def evaluation_examples(
     n: int, *, seed: int = 0, unseen_phrasings: bool = False
 ) -> list[SqlExample]:
-    """`n` examples on the test schemas, balanced like the training examples.
+    """Returns `n` examples on the test schemas, balanced like the training examples.
 
-    The questions are phrased as in training or, with `unseen_phrasings`, as never in training.
+    Args:
+      n: the number of examples.
+      seed: the seed of the draws.
+      unseen_phrasings: use the held-out phrasings, which never occur in training.
     """
     with closing(_stream("test", TEST_SCHEMAS, seed, held_out=unseen_phrasings)) as stream:
         return list(islice(stream, n))
 
 
 def few_shot_messages(example: SqlExample, shots: Sequence[SqlExample]) -> list[Message]:
-    """The chat that asks for an answer to `example` after solved examples as earlier turns.
+    """Returns the chat that asks the question of `example` after solved examples.
 
-    One system turn, a user and an assistant turn for each of `shots`, and the user's question.
+    The turns are the system prompt, a user and an assistant turn for each of `shots`, and the
+    question.
     """
     system, question = example.messages[:2]
     turns = [message for shot in shots for message in shot.messages[1:]]
@@ -96,11 +107,11 @@ def few_shot_messages(example: SqlExample, shots: Sequence[SqlExample]) -> list[
 
 
 def score(example: SqlExample, text: str) -> bool:
-    """Returns whether SQL in a generated text has the gold query's result on all databases.
+    """Returns whether the SQL in a generated text has the gold query's result on all databases.
 
     Rows are compared as a list if the gold query orders them, else as a multiset. SQL that is
-    broken, forbidden or takes too long is wrong, as are two statements in a row; it neither raises
-    nor changes anything.
+    broken, forbidden or takes too long is wrong, and so are two statements in a row; none of them
+    raises or changes anything.
     """
     query = find_query(text)
     if query is None:
@@ -116,7 +127,7 @@ def score(example: SqlExample, text: str) -> bool:
 
 
 def statistics() -> dict[str, int]:
-    """How many schemas, forms and phrasings there are (phrasings: the fewest of any form)."""
+    """Counts the schemas, forms and phrasings (the fewest phrasings of any form)."""
     return {
         "training_schemas": len(TRAINING_SCHEMAS),
         "test_schemas": len(TEST_SCHEMAS),
@@ -140,7 +151,7 @@ def _gold_results(schema: Schema, sql: str) -> tuple[list[Row], ...]:
 
 
 def _example(shown: Schema, of: SqlExample) -> SqlExample:
-    """The example with the schema `shown` in its prompt."""
+    """Returns the example with the schema `shown` in its prompt."""
     messages = (
         {"role": "system", "content": SYSTEM_PROMPT},
         {"role": "user", "content": f"{shown.describe()}\n{of.question}"},
@@ -159,7 +170,7 @@ def _example(shown: Schema, of: SqlExample) -> SqlExample:
 def _stream(
     split: str, schemas: Sequence[Schema], seed: int, *, held_out: bool
 ) -> Generator[SqlExample, None, None]:
-    """Examples without end: every form, then every form again, and so for schemas."""
+    """Yields examples without end; uses all forms, and all schemas, before repeating one."""
     draw = Draw("examples", split, seed, held_out)
     seen: set[tuple[str, str]] = set()
     waiting: list[Schema] = []
@@ -183,7 +194,7 @@ def _stream(
                         seen.add((schema.name, example.question))
                         yield example
                         break
-            if len(seen) == made:  # all that can be asked has been: begin again
+            if len(seen) == made:  # every question was asked: start again
                 seen.clear()
 
 
@@ -195,13 +206,13 @@ def _draw_example(
     seen: set[tuple[str, str]],
     draw: Draw,
 ) -> SqlExample | None:
-    """An example not seen before whose query can be trusted; None if a few tries find none."""
+    """Draws a new example with a query that can be trusted; None if a few tries find none."""
     scene = Scene(schema=schema, rows=filled_tables(schema, 0), draw=draw)
     for _ in range(_TRIES):
         try:
             query, words = FORMS[form](scene)
         except DoesNotFit:
-            return None  # another column may fit, but another schema surely is as good
+            return None  # try another schema, rather than another column
         question = ask(form, phrasing, words)
         if (schema.name, question) in seen or not can_be_trusted(query, schema, databases):
             continue

@@ -1,8 +1,8 @@
-"""Queries run under guard on databases in memory.
+"""Runs untrusted queries on databases in memory.
 
-Nothing here trusts the SQL that it runs: it comes from a language model. The connection is to a
-database in memory that lasts for one use, an authorizer permits reading alone and an allow-list of
-functions, and the work, the time, the length of every value and the number of rows are limited.
+The SQL comes from a language model, so it is not trusted. Each connection is to a new database in
+memory; an authorizer permits only reading and an allow-list of functions; and work, time, the
+length of values and the number of rows are limited.
 """
 
 import math
@@ -16,7 +16,7 @@ from train.tasks.sql.tables import Schema
 
 Row = tuple[object, ...]
 
-_STEPS = 1_000  # virtual machine instructions between two looks at the limits
+_STEPS = 1_000  # virtual machine instructions between two checks of the limits
 _MAX_LOOKS = 300  # 300,000 instructions; a right answer needs a few thousand
 _MAX_SECONDS = 2.0
 _MAX_ROWS = 2_000
@@ -32,7 +32,7 @@ _FUNCTIONS = frozenset(
 
 
 def _authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
-    """Permit what a SELECT over the tables needs, and nothing else."""
+    """Permits what a SELECT over the tables needs, and nothing else."""
     if action == sqlite3.SQLITE_FUNCTION:
         allowed = second is not None and second.lower() in _FUNCTIONS
     elif action == sqlite3.SQLITE_READ:
@@ -57,13 +57,13 @@ def _open(schema: Schema, database: int) -> sqlite3.Connection:
 
 @contextmanager
 def open_databases(schema: Schema) -> Iterator[list[sqlite3.Connection]]:
-    """The schema's databases, each new, in memory and for reading only."""
+    """Opens the schema's databases: new, in memory, and read-only."""
     with ExitStack() as stack:
         yield [stack.enter_context(closing(_open(schema, i))) for i in range(DATABASES)]
 
 
 def run(connection: sqlite3.Connection, sql: str) -> list[Row] | None:
-    """The rows of a query; None if it fails, is not permitted, or asks for too much."""
+    """Returns the rows of a query; None if it fails, is not permitted, or exceeds a limit."""
     looks = 0
     end = time.monotonic() + _MAX_SECONDS
 
@@ -83,7 +83,7 @@ def run(connection: sqlite3.Connection, sql: str) -> list[Row] | None:
 
 
 def is_empty(rows: Sequence[Row]) -> bool:
-    """Returns whether a result says nothing: no rows, or one row of NULLs and zeros."""
+    """Returns whether a result is trivial: no rows, or one row of NULLs and zeros."""
     return not rows or (len(rows) == 1 and not any(rows[0]))
 
 
@@ -103,8 +103,8 @@ def _same_value(a: object, b: object) -> bool:
 def same_rows(gold: Sequence[Row], other: Sequence[Row], *, ordered: bool) -> bool:
     """Returns whether two results are equal: as lists if `ordered`, else as multisets of rows.
 
-    Numbers are equal within 1e-6, so that a sum may be taken in another order; texts exactly.
-    Columns count in their order, whatever their names.
+    Numbers are equal within 1e-6, because sums may be taken in another order; texts are equal
+    exactly. Columns are compared in order, regardless of their names.
     """
     if len(gold) != len(other):
         return False

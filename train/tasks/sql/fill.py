@@ -1,4 +1,4 @@
-"""The content of a schema's databases: seeded rows, different in each of them."""
+"""The contents of a schema's databases: seeded rows, different in each database."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -11,18 +11,18 @@ Value = str | int | float
 FilledRow = tuple[Value, ...]
 
 DATABASES = 3  # differently filled databases for each schema
-_CHILDREN = (20, 24)  # rows, from and to
+_CHILDREN = (20, 24)  # the number of rows, from and to
 _PARENTS = (7, 8)
 
 
 def _column_values(column: Column, rows: int, schema: Schema, draw: Draw) -> list[Value]:
-    """Values for the rows of a column: distinct where the range allows, so that few rows tie."""
+    """Draws the values of a column, distinct if the range allows, so that few rows tie."""
     if column.kind == "name":
-        # Few more names than rows, the same for all databases: a name in one is in the others too.
+        # A pool hardly larger than the table, shared by all databases, so that names recur in them.
         pool = Draw("names", schema.name, column.path).shuffled(column.values)
         return list(draw.sample(pool[: rows + 3], rows))
     if column.kind == "text":
-        # All texts occur where they are few, some more often than others.
+        # Each of at most five texts occurs; some occur more often than others.
         pool = Draw("texts", schema.name, column.path).shuffled(column.values)[:5]
         favourites = draw.sample(pool, 2)
         some = [draw.pick(draw.pick((pool, favourites))) for _ in range(rows - len(pool))]
@@ -43,7 +43,7 @@ def _table_rows(
         if column.kind == "key":
             columns.append(range(1, rows + 1))
         elif column.kind == "link":
-            # Two parents have no child at all, and two have many.
+            # Two parents have no children, and two have many.
             used = draw.sample(range(1, parents + 1), parents - 2)
             columns.append([draw.pick(draw.pick((used, used[:2]))) for _ in range(rows)])
         else:
@@ -53,7 +53,7 @@ def _table_rows(
 
 @cache
 def filled_tables(schema: Schema, database: int) -> dict[str, list[FilledRow]]:
-    """The rows of each table of one of the schema's databases; the same on every call."""
+    """Returns the rows of each table of one of the schema's databases; the same on every call."""
     draw = Draw("rows", schema.name, database)
     parents = draw.integer(*_PARENTS)
     counts = {schema.parent.name: parents, schema.child.name: draw.integer(*_CHILDREN)}
@@ -65,7 +65,7 @@ def filled_tables(schema: Schema, database: int) -> dict[str, list[FilledRow]]:
 
 @cache
 def fill_script(schema: Schema, database: int) -> str:
-    """The SQL that makes and fills one of the schema's databases."""
+    """Returns the SQL that creates and fills one of the schema's databases."""
     lines = []
     for table in schema.tables:
         names = ", ".join(

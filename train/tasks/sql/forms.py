@@ -1,7 +1,7 @@
-"""The query forms: each makes a query on a schema, and the words to ask for it.
+"""The query forms: each draws a query on a schema, and the words of its question.
 
-A form draws its table, columns and values from a `Scene`. It need not check that the query says
-something on every database: that is tested by running it (see `sql.py`).
+A form draws its table, columns and values from a `Scene`. It need not check that the query has a
+result on every database: `trust.py` runs it.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ Form = Callable[[Scene], tuple[Query, Words]]
 
 
 def _titles(table: Table, *where: Condition) -> Query:
-    """The column that names the rows, of those rows."""
+    """Selects the naming column of the rows that meet the conditions."""
     return Query(table=table.name, select=(Term(path=table.title.path),), where=where)
 
 
 def _joined(scene: Scene, *select: Term, where: tuple[Condition, ...] = ()) -> Query:
-    """Columns of both tables."""
+    """Selects columns of both tables, joined."""
     schema = scene.schema
     return Query(table=schema.child.name, select=select, join=schema.join, where=where)
 
@@ -38,7 +38,7 @@ def _is(column: Column, value: object, operator: str = "=") -> Condition:
 
 
 def _filter(scene: Scene, table: Table, prefix: str = "") -> tuple[Condition, Words]:
-    """A condition that several rows meet, and its words."""
+    """Draws a condition that several rows meet, and its words."""
     category = scene.column(table, "text")
     [value] = scene.values(category)
     return _is(category, value), category_words(category, prefix) | {"value": str(value)}

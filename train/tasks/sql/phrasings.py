@@ -1,8 +1,8 @@
-"""How people ask: for each query form, the phrasings to train on and those held out.
+"""The phrasings of questions: for each query form, those to train on and those held out.
 
-`{things}` and `{thing}` are a table's rows, `{owner}` and `{owners}` those of the table it points
-to, `{name}` is the column that names a row, and the other words in braces come from the form (see
-`scene.py`). Words such as `{above}` fit the column: "above" a price, "after" a year.
+`{things}` and `{thing}` are the rows of a table, `{owner}` and `{owners}` the rows of its parent
+table, and `{name}` is the column that names a row; the other words in braces come from the form
+(see `scene.py`). Words such as `{above}` fit the column: "above" a price, "after" a year.
 """
 
 import re
@@ -18,7 +18,7 @@ class Phrasings:
 
     @property
     def all(self) -> tuple[str, ...]:
-        """Training phrasings first: an example's `phrasing` is an index into this."""
+        """All phrasings, training phrasings first; `SqlExample.phrasing` is an index into them."""
         return self.training + self.held_out
 
 
@@ -286,7 +286,7 @@ PHRASINGS: dict[str, Phrasings] = {
 
 
 def ask(form: str, phrasing: int, words: dict[str, str]) -> str:
-    """The question that a phrasing makes of these words."""
+    """Returns the question of a phrasing, with the words filled in."""
     question = PHRASINGS[form].all[phrasing].format_map(words)
     question = re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", question)
     return question[0].upper() + question[1:]

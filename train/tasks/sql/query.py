@@ -1,4 +1,4 @@
-"""Queries as data: how they are written, and the nearby queries that mean something else."""
+"""Queries as data, their SQL, and their mutations: queries that are one mistake away."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -40,12 +40,12 @@ class Query:
 
 
 def literal(value: object) -> str:
-    """A text or a number as a literal in SQL."""
+    """Writes a text or a number as a SQL literal."""
     return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value)
 
 
 def write(query: Query) -> str:
-    """The query as one line of SQL; columns carry their table's name only where tables join."""
+    """Writes a query as one line of SQL; qualifies columns only if tables are joined."""
 
     def column(path: str) -> str:
         return path if query.join else path.rpartition(".")[2]
@@ -70,7 +70,7 @@ def write(query: Query) -> str:
 
 
 def order_keys(query: Query) -> Query | None:
-    """Returns what all rows are ordered by: a tie would leave the result to chance."""
+    """Returns the query for the ORDER BY values of all rows, to find ties; None if unordered."""
     if query.order is None:
         return None
     return replace(query, select=(query.order,), order=None, descending=False, limit=0)
@@ -88,7 +88,7 @@ _OTHER_OPERATOR = {
 
 
 def _other_columns(schema: Schema, path: str, *, alike: bool) -> list[str]:
-    """The table's other columns that could stand there: no keys, and numbers for numbers."""
+    """Returns other columns of the table, without keys; if `alike`, only numbers for numbers."""
     if path == "*":
         return []
     column = schema.column(path)
@@ -123,10 +123,11 @@ def _mutated_where(query: Query, schema: Schema) -> Iterator[tuple[str, Query]]:
 
 
 def mutations(query: Query, schema: Schema) -> Iterator[tuple[str, Query]]:
-    """Queries one mistake away, each with its kind.
+    """Yields queries that are one mistake away, each with its kind.
 
-    The kinds: "filter" (a condition dropped), "column" (another column of the same table), "order"
-    (another direction, none, or another length), "function" (another aggregate) and "operator".
+    The kinds are "filter" (a condition dropped), "column" (another column of the same table),
+    "order" (another direction, none, or another length), "function" (another aggregate) and
+    "operator".
     """
     yield from _mutated_where(query, schema)
     if query.having:

@@ -1,4 +1,4 @@
-"""The scene that a query form draws from, and the words that questions use for what it drew."""
+"""Draws of tables, columns and values for a query form, and the words for them in questions."""
 
 from dataclasses import dataclass
 
@@ -15,14 +15,14 @@ class DoesNotFit(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Holds what a form draws from: a schema, the rows of one of its databases, and chance."""
+    """A schema, the rows of one of its databases, and a random stream to draw from them."""
 
     schema: Schema
     rows: dict[str, list[FilledRow]]
     draw: Draw
 
     def table(self, *kinds: str) -> Table:
-        """A table with columns of these kinds; mostly the child, which has more rows."""
+        """Draws a table with columns of these kinds; mostly the child, which has more rows."""
         tables = [self.schema.child, self.schema.child, self.schema.parent]
         fit = [table for table in tables if all(table.of_kind(kind) for kind in kinds)]
         if not fit:
@@ -30,18 +30,18 @@ class Scene:
         return self.draw.pick(fit)
 
     def column(self, table: Table, *kinds: str, summable: bool = False) -> Column:
-        """A column of one of these kinds; if `summable`, one whose sum makes sense."""
+        """Draws a column of one of these kinds; if `summable`, one whose sum makes sense."""
         fit = [c for c in table.of_kind(*kinds) if c.summable or not summable]
         if not fit:
             raise DoesNotFit(f"{table.name}: {kinds}")
         return self.draw.pick(fit)
 
     def number(self, table: Table) -> Column:
-        """A column of numbers, years among them."""
+        """Draws a column of numbers or years."""
         return self.column(table, "number", "year")
 
     def values(self, column: Column, count: int = 1) -> list[Value]:
-        """Different values that the column holds."""
+        """Draws distinct values of the column."""
         table = next(table for table in self.schema.tables if table.name == column.table)
         index = table.columns.index(column)
         held = list(dict.fromkeys(row[index] for row in self.rows[table.name]))
@@ -56,22 +56,22 @@ def _title_words(table: Table, prefix: str = "") -> Words:
 
 
 def table_words(table: Table) -> Words:
-    """Words for the table's rows and for the column that names them."""
+    """Returns words for the table's rows and for the column that names them."""
     return {"thing": table.singular, "things": table.plural} | _title_words(table)
 
 
 def owned_words(schema: Schema) -> Words:
-    """Words for the rows of both tables."""
+    """Returns words for the rows of both tables."""
     owner = {"owner": schema.parent.singular, "owners": schema.parent.plural}
     return table_words(schema.child) | owner | _title_words(schema.parent, "owner_")
 
 
 def category_words(column: Column, prefix: str = "") -> Words:
-    """Words for a column of texts that several rows share."""
+    """Returns words for a column of texts that several rows share."""
     return {f"{prefix}category": column.wording, f"{prefix}categories": plural(column.wording)}
 
 
-_COMPARATIVES = {  # for numbers, for years
+_COMPARATIVES = {  # (for numbers, for years)
     "above": ("above", "after"),
     "over": ("more than", "later than"),
     "below": ("below", "before"),
@@ -84,7 +84,7 @@ _COMPARATIVES = {  # for numbers, for years
 
 
 def number_words(column: Column, *, descending: bool = False) -> Words:
-    """Words for a column of numbers, comparatives among them; `first` is the order's first end."""
+    """Returns words for a column of numbers; `first` and `last` depend on the sorting order."""
     words = {key: pair[column.kind == "year"] for key, pair in _COMPARATIVES.items()}
     first, last = ("highest", "lowest") if descending else ("lowest", "highest")
     return words | {

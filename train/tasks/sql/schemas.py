@@ -1,6 +1,6 @@
-"""The schemas of the SQL task: some to train on, others, with no table in common, to test on.
+"""The schemas of the SQL task, for training and for testing; no table is in both.
 
-The notation is explained in `tables.py`.
+See `tables.py` for the notation.
 """
 
 from collections.abc import Sequence
@@ -249,7 +249,7 @@ _TEST = {
         temple(id, name=@place, country=@country, population=4..150+)""",
 }
 
-# How databases name their tables (see `tables.py`); the test's conventions are not trained on.
+# Suffixes of table names (see `tables.py`); those of the test schemas never occur in training.
 _TRAINING_SUFFIXES = """
     Data List Table Log Set File Line Store View Map Base Entry Slot Main Item Block Sheet Pool
     Cache Group Index Stack Page Unit
@@ -258,7 +258,7 @@ _TEST_SUFFIXES = "Info Tab Record Book Core Array Card Master Node Report Bank L
 
 
 def _schemas(texts: dict[str, str], suffixes: Sequence[str]) -> tuple[Schema, ...]:
-    """The schemas, every suffix about equally often."""
+    """Parses schemas; uses each suffix about equally often."""
     waiting: list[str] = []
     schemas = []
     draw = Draw("suffixes")

@@ -1,18 +1,17 @@
-"""A schema: two linked tables, their columns, and what each column may hold.
+"""A schema: two linked tables, their columns, and the values of each column.
 
-A schema is written as text, the foreign key being the column `<other table>_id`:
+A schema is written as text; the foreign key is the column `<other table>_id`:
 
     book(id, title=@title, author_id, genre=novel|poetry|drama, year=1950..2020, length=90..900+)
     author(id, name=@person, country=@country, birth_year=1900..1990)
 
-All names are nouns, by which questions call the rows and columns (with spaces for underscores). In
-SQL a table's name has a suffix that both tables of a database share: `bookData`, `authorData`, with
-the key `author_id`. It is the database's own convention, which no question tells, so that no query
-can be written without reading the schema.
+All names are nouns; questions use them for rows and columns (with spaces for underscores). In SQL,
+the tables of a database share a suffix: `bookData`, `authorData`, with the key `author_id`. No
+question mentions the suffix, so that no query can be written without reading the schema.
 
-A column is `name=values`, and values are `low..high` (whole numbers, or tenths if written so; `+`
-marks quantities that may be summed), `a|b|c` (texts), `a|b*c|d` (texts of two words) or `@pool`.
-The first column that is no key names the row, uniquely.
+A column is `name=values`. Values are `low..high` (integers, or tenths if written so; `+` marks
+quantities that may be summed), `a|b|c` (texts), `a|b*c|d` (texts of two words) or `@pool`. The
+first column that is no key names the row, uniquely.
 """
 
 import re
@@ -35,7 +34,7 @@ _WORDS = {
 
 
 def _combinations(text: str, separator: str) -> tuple[str, ...]:
-    """`a|b*c|d` as "a c", "a d", "b c", "b d"; codes are written without the space."""
+    """Expands `a|b*c|d` to "a c", "a d", "b c", "b d"."""
     first, *rest = (part.strip().split(separator) for part in text.split("*"))
     return tuple(f"{a} {b}" for a in first for b in rest[0]) if rest else tuple(first)
 
@@ -45,7 +44,7 @@ POOLS["code"] = tuple(code.replace(" ", "") for code in POOLS["code"])
 
 
 def plural(noun: str) -> str:
-    """The plural of an English noun: regular, or the same as the singular."""
+    """Returns the plural of an English noun: regular, or the same as the singular."""
     if noun in ("species", "goods"):
         return noun
     if noun.endswith("y") and noun[-2] not in "aeiou":
@@ -64,7 +63,7 @@ class Column:
     values: tuple[str, ...] = ()
     low: int = 0
     high: int = 0
-    scale: int = 1  # what is stored is a whole number of 1/scale
+    scale: int = 1  # values are multiples of 1/scale
     summable: bool = False
 
     @property
@@ -74,7 +73,7 @@ class Column:
 
     @property
     def is_number(self) -> bool:
-        """Whether the column can be compared as a number (keys aside)."""
+        """True for numbers and years; False for keys."""
         return self.kind in ("number", "year")
 
 
@@ -88,7 +87,7 @@ class Table:
     columns: tuple[Column, ...]
 
     def of_kind(self, *kinds: str) -> list[Column]:
-        """The columns of these kinds, in order."""
+        """Returns the columns of these kinds, in order."""
         return [column for column in self.columns if column.kind in kinds]
 
     @property
@@ -126,11 +125,11 @@ class Schema:
         return f"JOIN {parent} ON {self.link.path} = {parent}.id"
 
     def column(self, path: str) -> Column:
-        """The column at `table.column`."""
+        """Returns the column at `table.column`."""
         return next(c for table in self.tables for c in table.columns if c.path == path)
 
     def describe(self) -> str:
-        """The schema as a prompt shows it, in three lines: the tables, and how they are linked.
+        """Describes the schema for a prompt, in three lines: the tables, and their join.
 
         `bookData(id, title, author_id)`, `authorData(id, name)`, and
         `JOIN authorData ON bookData.author_id = authorData.id`.
@@ -174,7 +173,11 @@ def _table(text: str, suffix: str) -> Table:
 
 
 def parse_schema(name: str, text: str, suffix: str) -> Schema:
-    """Read a schema written as this module's docstring says, its tables to be named by `suffix`."""
+    """Parses a schema in the notation of this module; `suffix` ends the names of its tables.
+
+    Raises:
+      ValueError: the foreign key does not name the other table.
+    """
     first, second = (_table(part, suffix) for part in text.strip().split(")\n"))
     schema = Schema(name=name, tables=(first, second))
     if schema.link.name.removesuffix("_id") + suffix != schema.parent.name:

@@ -1,9 +1,10 @@
-"""The default task of `train.sft`: questions to SQL, on databases that were not trained on."""
+"""The default task of `train.sft`: translating questions to SQL on unseen databases."""
 
 import dataclasses
 import functools
 from typing import Any
 
+from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.data.chats import Row
 from lora_jax.training.processes import write_json
 from train.run.log import doing
@@ -50,7 +51,7 @@ def read(config: Config) -> Rows:
 
 
 def examples(config: Config, rows: Rows, outline: Outline) -> Data:
-    """Returns the rows as sequences; answers, few-shot prompts included, have to fit as well."""
+    """Returns the rows as sequences; checks that few-shot prompts and answers fit the model."""
     if questions := _questions(config):
         outline.check_length(longest_prompt(outline, questions), "--eval-questions")
     return chats.examples(config, rows, outline)
@@ -58,13 +59,13 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
 
 @dataclasses.dataclass
 class Answering:
-    """Asks a model questions before and after training."""
+    """Evaluation by questions before and after training."""
 
     context: Context
     scores: Scores
 
     def before(self, model: Any, params: Any) -> None:
-        """Asks the base, without and with solved examples, unless an interrupted run has."""
+        """Asks the base, without and with solved examples, unless an interrupted run did."""
         path, scores = self.context.folder / SCORES, self.scores
         if scores.recall(read_json(path)):
             return
@@ -73,7 +74,7 @@ class Answering:
         write_json(path, scores.as_json())
 
     def after(self, model: Any, params: Any) -> None:
-        """Asks the trained model, and shows what changed."""
+        """Asks the trained model; writes the answers and prints examples and accuracies."""
         self._ask(ADAPTED, model, params, few_shot=False)
         write_json(self.context.folder / SCORES, self.scores.as_json())
         print_examples(self.context.console, self.scores.examples())
@@ -87,7 +88,7 @@ class Answering:
 
 
 def evaluation(context: Context) -> Answering | None:
-    """Returns the evaluation by questions, if any are to be asked."""
+    """Returns the evaluation by questions; None if --eval-questions is 0."""
     questions = _questions(context.config)
     return Answering(context, Scores(questions)) if questions else None
 
@@ -105,7 +106,9 @@ def _as_rows(made: Any) -> list[Row]:
 
 TASK = dataclasses.replace(
     chats.TASK,
-    defaults=Defaults(alpha=10.0, lr=1e-3, full_lr=1e-4, beta2=0.99, steps=STEPS),
+    defaults=Defaults(
+        model=SMOLLM2.name, alpha=10.0, lr=1e-3, full_lr=1e-4, beta2=0.99, steps=STEPS
+    ),
     check=check,
     rows=read,
     examples=examples,

@@ -1,4 +1,4 @@
-"""The trust in a gold query to tell right answers from wrong ones."""
+"""Checks that a gold query tells right answers from wrong ones."""
 
 import sqlite3
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from train.tasks.sql.tables import Schema
 
 
 def can_be_trusted(query: Query, schema: Schema, databases: Sequence[sqlite3.Connection]) -> bool:
-    """Returns whether the query says something, leaves nothing to chance, and its mutations differ.
+    """Returns whether a query has results without ties, and its mutations have others.
 
-    It has a result on every database, no two rows tie in its order or for its extreme, and each
-    query one mistake away gives another result on one database at least.
+    It must have a non-trivial result on every database, no two rows may tie in its order or for its
+    extreme, and each query one mistake away must differ in its result on at least one database.
     """
     results = [run(database, write(query)) for database in databases]
     golds = [rows for rows in results if rows is not None and not is_empty(rows)]
@@ -39,11 +39,11 @@ def can_be_trusted(query: Query, schema: Schema, databases: Sequence[sqlite3.Con
 def differs(
     gold: Sequence[tuple[object, ...]], database: sqlite3.Connection, sql: str, *, ordered: bool
 ) -> bool:
-    """Returns whether a query's result is another than the gold one; SQL that fails differs."""
+    """Returns whether the result of `sql` differs from the gold rows; SQL that fails differs."""
     rows = run(database, sql)
     return rows is None or not same_rows(gold, rows, ordered=ordered)
 
 
 def _asks_for_extreme(query: Query) -> bool:
-    """Returns whether the rows are those that equal a MIN or MAX: one row, if there is no tie."""
+    """Returns whether the query selects the rows equal to a MIN or MAX: one row, without ties."""
     return any(c.operator == "=" and isinstance(c.value, Query) for c in query.where)

@@ -1,0 +1,143 @@
+"""A variant of one's own is one part: everything that knows the layout of a weight follows."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import lora_jax as lj
+from lora_jax import optim, sharding
+from lora_jax.weight import Part
+from tests import test_laws as laws
+from tests.support import PROGRAMS, assert_close, assert_identical, draw, with_random_factors
+
+NAMED = {program.name: program for program in PROGRAMS}
+
+
+def with_core(weight, node, core):
+    """s·A·diag(d)·B: a trained factor for each column of rank."""
+    return weight.replace(a=weight.a * jnp.expand_dims(core, range(core.ndim, weight.a.ndim)))
+
+
+CORE = Part("core", ("batch", "rank"), lambda node: jnp.ones(node.shape_of("core")), with_core)
+
+
+def with_rows(weight, node, rows):
+    """A trained factor for each row of W + s·AB; seen by products as a larger A is."""
+    ones = jnp.expand_dims(rows, node.n_batch)
+    return weight.replace(a=weight.a * ones.astype(weight.a.dtype))
+
+
+ROWS = Part("rows", ("batch", "in"), lambda node: jnp.ones(node.shape_of("rows")), with_rows)
+programs = pytest.mark.parametrize(
+    "program",
+    [
+        dataclasses.replace(
+            NAMED[name],
+            rules=tuple(dataclasses.replace(r, extras=[CORE, ROWS]) for r in NAMED[name].rules),
+        )
+        for name in ("mlp", "scanned and rematerialised", "einsum with heads")
+    ],
+    ids=lambda p: p.name,
+)
+
+
+def by_hand(tree):
+    """The tree with the parts multiplied into A, as plain LoRA."""
+
+    def dense(node):
+        if not lj.is_node(node):
+            return node
+        n = node.n_batch
+        a = node.a * node.core.reshape(*node.core.shape, *[1] * (node.a.ndim - n - 1))
+        a = a * jnp.expand_dims(node.rows, n)
+        return node.replace(a=a, core=None, rows=None)
+
+    return jax.tree.map(dense, tree, is_leaf=lj.is_node)
+
+
+@programs
+def test_the_laws(program, float64):
+    laws.test_factored_equals_merged(program, None)
+    laws.test_commutes_with_jit_and_vmap(program, None)
+    laws.test_inverses(program)
+    laws.test_locality(program)
+    laws.test_no_frozen_gradient(program)
+
+
+@programs
+def test_it_is_the_algebra(program, float64):
+    _, tree, x = program.inputs(jnp.float64)
+    ours = laws.adapted(program)(tree, x)
+    assert_close(ours, program.run(lj.merge(by_hand(tree)), x), 1e-9)
+    plain = jax.tree.map(
+        lambda n: n.replace(core=None, rows=None) if lj.is_node(n) else n, tree, is_leaf=lj.is_node
+    )
+    assert np.abs(ours - laws.adapted(program)(plain, x)).max() > 1e-2
+
+
+def test_it_trains_is_counted_saved_and_sharded(tmp_path):
+    program = programs.args[1][1]
+    params, tree, x = program.inputs()
+    adapter, base = lj.split(tree)
+    up = adapter["layers/up/kernel"]
+    assert {name: part.shape for name, part in up.items()} == {
+        "a": (3, 2, 5),
+        "b": (3, 2, 11),
+        "core": (3, 2),
+        "rows": (3, 5),
+    }
+    gradient = jax.grad(
+        lambda adapter: jnp.sum(jnp.sin(lj.adapt(program.run)(lj.join(adapter, base), x)))
+    )(adapter)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradient))
+    # "down" is adapted in two of its three layers only.
+    assert lj.count_params(tree)[0] == 3 * (2 * (5 + 11) + 2 + 5) + 2 * (2 * (11 + 5) + 2 + 11)
+
+    updates, _ = optim.lora_plus(16.0).update(adapter, optax.EmptyState())
+    assert_close(updates["layers/up/kernel"]["core"], up["core"], 0)
+    assert_close(updates["layers/up/kernel"]["b"], 16 * up["b"], 0)
+
+    lj.save_adapter(tmp_path / "adapter", tree)
+    loaded = lj.load_adapter(tmp_path / "adapter", params, extras=[CORE, ROWS])
+    assert_identical(loaded["layers"]["up"], tree["layers"]["up"])
+    forward = lj.adapt(program.run)
+    assert_identical(forward(loaded, x), forward(tree, x))
+    with pytest.raises(lj.AdapterError, match=r"has the part 'core'.*extras=\[part\]"):
+        lj.load_adapter(tmp_path / "adapter", params)
+
+    mesh = jax.make_mesh((1,), ("tensor",), axis_types=(AxisType.Auto,))
+    where = sharding.shardings(tree, [(r".*kernel", P("tensor", None))], mesh)
+    node = where["layers"]["up"]["kernel"]
+    assert tuple(node.rows.spec) == (None, "tensor")
+    assert tuple(node.core.spec) == (None, None)
+
+
+def test_ranks_that_differ_are_padded_and_filed_without_padding(tmp_path):
+    params = {"layers": {"kernel": draw(1, (3, 5, 7))}}
+    rules = [
+        lj.LoraRule(targets=["layers"], layers=[0], rank=3, alpha=4.0, extras=[CORE]),
+        lj.LoraRule(targets=["layers"], layers=[2], rank=1, alpha=3.0, extras=[CORE]),
+    ]
+    tree = with_random_factors(lj.lorafy(params, rules))
+    assert tree["layers"]["kernel"].core.shape == (3, 3)
+    lj.save_adapter(tmp_path / "adapter", tree)
+    loaded = lj.load_adapter(tmp_path / "adapter", params, extras=[CORE])
+    node, again = (t["layers"]["kernel"] for t in (tree, loaded))
+    assert_identical((again.a, again.b), (node.a, node.b))
+    used = jnp.arange(3) < jnp.asarray([3, 0, 1])[:, None]
+    assert_identical(again.core, jnp.where(used, node.core, 0.0))
+
+
+@pytest.mark.parametrize("name", ["a", "scale", "gain", "value"])
+def test_names_that_are_taken_are_refused(name):
+    part = dataclasses.replace(CORE, name=name)
+    with pytest.raises(ValueError, match=f"a part is called '{name}', which is taken"):
+        lj.LoraRule(targets=["up"], extras=[part])
+    with pytest.raises(ValueError, match="'core', which is taken"):
+        lj.LoraRule(targets=["up"], extras=[CORE, CORE])
