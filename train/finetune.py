@@ -30,7 +30,7 @@ from train.run.mesh import make_mesh
 from train.run.output import REPORT, check_output
 from train.run.pretrained import read_model
 from train.run.report import print_costs, tree_bytes
-from train.tasks.task import Job, Task
+from train.tasks.task import Context, Task
 
 
 def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
@@ -99,9 +99,10 @@ def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
     del params
 
     # The base, for comparison.
-    evaluation = task.evaluation(
-        Job(config=config, folder=folder, console=console, rows=rows, data=data, outline=outline)
+    context = Context(
+        config=config, folder=folder, console=console, rows=rows, data=data, outline=outline
     )
+    evaluation = task.evaluation(context)
     if evaluation:
         evaluation.before(model, plain)
     del plain

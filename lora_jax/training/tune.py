@@ -10,6 +10,7 @@ import functools
 import math
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -199,7 +200,8 @@ def finetune(
     recorder, stop = Recorder(log), Stop()
     hint = f"Go on with {as_argument('resume', True)}"
     stop.message = f"interrupted. {hint}"
-    with contextlib.nullcontext() if path is None else stop.listening():
+    in_main = threading.current_thread() is threading.main_thread()  # signals come to no other
+    with stop.listening() if path is not None and in_main else contextlib.nullcontext():
         trained, step_seconds = fit(
             ready,
             step,
@@ -214,6 +216,8 @@ def finetune(
         )
     if path is not None:
         lj.save_adapter(path / ADAPTER, trained, overwrite=True)
+        stop.message = f"interrupted; the adapter is in {path / ADAPTER}"
+        stop.check()  # a signal in the last step
     found: Line = next((m for m in reversed(recorder.lines) if f"{HELD_OUT}loss" in m), {})
     return trained, Report(
         summary=summary,

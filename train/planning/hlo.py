@@ -225,10 +225,10 @@ def _instruction(name: str, text: str, root: bool) -> Instruction:
 
 def _closing(text: str, start: int) -> int:
     depth = 0
-    for place in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[place], 0)
+    for at in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[at], 0)
         if depth == 0:
-            return place
+            return at
     raise NotUnderstood(f"a bracket is not closed: {text[:100]}")
 
 

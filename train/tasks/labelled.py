@@ -26,7 +26,7 @@ from train.tasks.classes import (
     print_scores,
     scores_of,
 )
-from train.tasks.task import Data, Job, Rows, Task
+from train.tasks.task import Context, Data, Rows, Task
 
 # Maps (rows to train on, texts) to (the baseline's name, a label for each text).
 Baseline = Callable[[Sequence[Row], Sequence[str]], tuple[str, Sequence[str]]]
@@ -100,11 +100,11 @@ class Telling:
     """Evaluation on the held-out texts after training, by the model and by baselines without one.
 
     Attributes:
-      job: the run.
+      context: the run.
       baselines: baselines besides the commonest label.
     """
 
-    job: Job
+    context: Context
     baselines: Sequence[Baseline] = ()
 
     def before(self, model: Any, params: Any) -> None:
@@ -112,27 +112,27 @@ class Telling:
 
     def after(self, model: Any, params: Any) -> None:
         """Classifies the texts; writes and prints scores and mistakes."""
-        job, data = self.job, self.job.config.data
-        test: Any = job.data.held_out
-        names = job.data.facts["labels"]
-        with doing(job.console, f"classifying {len(test)} texts"):
-            probabilities = predict(model, params, test, 4 * job.config.optim.batch_size)
-        texts = [row[data.text] for row in job.rows.held_out]
+        context, data = self.context, self.context.config.data
+        test: Any = context.data.held_out
+        names = context.data.facts["labels"]
+        with doing(context.console, f"classifying {len(test)} texts"):
+            probabilities = predict(model, params, test, 4 * context.config.optim.batch_size)
+        texts = [row[data.text] for row in context.rows.held_out]
         ways = self._without_model(test, texts, names)
         scores = scores_of(test.labels, probabilities.argmax(-1), names)
         ways["fine-tuned"] = scores
-        write_json(job.folder / SCORES, ways)
+        write_json(context.folder / SCORES, ways)
         if is_first():
-            draw_confusion(job.folder / CONFUSION, scores["confusion"], names)
-        print_mistakes(job.console, texts, test.labels, probabilities, names)
-        print_classes(job.console, scores)
-        print_scores(job.console, ways, len(test))
+            draw_confusion(context.folder / CONFUSION, scores["confusion"], names)
+        print_mistakes(context.console, texts, test.labels, probabilities, names)
+        print_classes(context.console, scores)
+        print_scores(context.console, ways, len(test))
 
     def _without_model(
         self, test: Labelled, texts: Sequence[str], names: Sequence[str]
     ) -> dict[str, Any]:
         """Returns the scores of the baselines, by name."""
-        rows, label = self.job.rows.train, self.job.config.data.label
+        rows, label = self.context.rows.train, self.context.config.data.label
         index = {name: i for i, name in enumerate(names)}
         made = [commonest(rows, texts, label), *(make(rows, texts) for make in self.baselines)]
         return {

@@ -45,7 +45,7 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
+class Context:
     """The options, folder, console, rows and model of a run, for an evaluation."""
 
     config: Any
@@ -70,7 +70,7 @@ def _unchanged(config: Any) -> Any:
     return config
 
 
-def _no_evaluation(job: Job) -> Evaluation | None:
+def _no_evaluation(context: Context) -> Evaluation | None:
     return None
 
 
@@ -99,4 +99,4 @@ class Task:
     outline: Callable[[Any, Rows], Outline]
     examples: Callable[[Any, Rows, Outline], Data]
     loss: Callable[[Any, int], Loss]
-    evaluation: Callable[[Job], Evaluation | None] = _no_evaluation
+    evaluation: Callable[[Context], Evaluation | None] = _no_evaluation

@@ -26,7 +26,7 @@ from train.tasks.sql.evaluate import (
     print_scores,
 )
 from train.tasks.sql.examples import training_examples
-from train.tasks.task import Data, Job, Rows
+from train.tasks.task import Context, Data, Rows
 
 STEPS = 35
 
@@ -61,12 +61,12 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
 class Answering:
     """Evaluation by questions before and after training."""
 
-    job: Job
+    context: Context
     scores: Scores
 
     def before(self, model: Any, params: Any) -> None:
         """Asks the base, without and with solved examples, unless an interrupted run did."""
-        path, scores = self.job.folder / SCORES, self.scores
+        path, scores = self.context.folder / SCORES, self.scores
         if scores.recall(read_json(path)):
             return
         for way, few_shot in ((ZERO_SHOT, False), (FEW_SHOT, True)):
@@ -76,21 +76,21 @@ class Answering:
     def after(self, model: Any, params: Any) -> None:
         """Asks the trained model; writes the answers and prints examples and accuracies."""
         self._ask(ADAPTED, model, params, few_shot=False)
-        write_json(self.job.folder / SCORES, self.scores.as_json())
-        print_examples(self.job.console, self.scores.examples())
-        print_scores(self.job.console, self.scores.accuracies())
+        write_json(self.context.folder / SCORES, self.scores.as_json())
+        print_examples(self.context.console, self.scores.examples())
+        print_scores(self.context.console, self.scores.accuracies())
 
     def _ask(self, way: str, model: Any, params: Any, few_shot: bool) -> None:
-        questions, outline = self.scores.questions, self.job.outline
-        with doing(self.job.console, f"{way}: answering {2 * self.scores.n} questions"):
+        questions, outline = self.scores.questions, self.context.outline
+        with doing(self.context.console, f"{way}: answering {2 * self.scores.n} questions"):
             answers = answer(model, params, outline, questions, few_shot=few_shot)
             self.scores.add(way, answers)
 
 
-def evaluation(job: Job) -> Answering | None:
+def evaluation(context: Context) -> Answering | None:
     """Returns the evaluation by questions; None if --eval-questions is 0."""
-    questions = _questions(job.config)
-    return Answering(job, Scores(questions)) if questions else None
+    questions = _questions(context.config)
+    return Answering(context, Scores(questions)) if questions else None
 
 
 def _questions(config: Config) -> Questions | None:
