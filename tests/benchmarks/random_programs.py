@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.random_programs import Program, histogram, programs
+from tests.adapt.random_programs import Program, histogram, programs
 
 
 def main(n: int) -> None:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax import optim, sharding
 from lora_jax.weight import Part
-from tests import test_laws as laws
+from tests.laws import test_laws as laws
 from tests.support import PROGRAMS, assert_close, assert_identical, draw, with_random_factors
 
 NAMED = {program.name: program for program in PROGRAMS}

@@ -8,8 +8,8 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import init, models
+from tests.core.test_parity_peft import ALL_LINEAR, batches, tiny_llama  # noqa: F401
 from tests.support import assert_close, with_random_factors
-from tests.test_parity_peft import ALL_LINEAR, batches, tiny_llama  # noqa: F401
 
 pytestmark = [
     pytest.mark.parity,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.foreign import ALL_LINEAR, judge, rule
+from tests.adapt.foreign import ALL_LINEAR, judge, rule
 from tests.support import draw
 
 pytestmark = [pytest.mark.slow, pytest.mark.foreign]

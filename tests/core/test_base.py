@@ -17,9 +17,10 @@ import lora_jax as lj
 from lora_jax import sharding
 from lora_jax.adapt.explain import uses
 from lora_jax.adapt.roles import infer_roles
-from tests import test_laws as laws
-from tests.coded import Coded, coded, coded_program, decoded, is_on, with_coded_kernels
-from tests.random_programs import check, programs
+from tests.adapt.random_programs import check, programs
+from tests.adapt.test_random_programs import COMMON, ways
+from tests.core.coded import Coded, coded, coded_program, decoded, is_on, with_coded_kernels
+from tests.laws import test_laws as laws
 from tests.support import (
     MORE_PROGRAMS,
     PROGRAMS,
@@ -28,7 +29,6 @@ from tests.support import (
     draw,
     with_random_factors,
 )
-from tests.test_random_programs import COMMON, ways
 
 CODED = [coded_program(program) for program in PROGRAMS + MORE_PROGRAMS]
 FORMED = [coded_program(program, movable=False) for program in PROGRAMS + MORE_PROGRAMS]

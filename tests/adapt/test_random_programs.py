@@ -1,11 +1,11 @@
-"""The laws on random programs. See tests/random_programs.py for what they are made of."""
+"""The laws on random programs. See tests/adapt/random_programs.py for what they are made of."""
 
 import jax
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.random_programs import WAYS, check, programs
+from tests.adapt.random_programs import WAYS, check, programs
 
 COMMON = {
     "deadline": None,

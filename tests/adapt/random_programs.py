@@ -480,7 +480,7 @@ def check(program: Program, way: str) -> None:
         way = "jvp"
     params, fresh, x = program.inputs()
     forward = lj.adapt(program.run, strict=True)
-    # (Bitwise but for what XLA fuses; tests/test_laws.py holds programs to every bit.)
+    # (Bitwise but for what XLA fuses; tests/laws/test_laws.py holds programs to every bit.)
     assert_close(jax.jit(forward)(fresh, x), jax.jit(program.run)(params, x), 1e-13)
     tree = with_random_factors(fresh)
     adapter, base = lj.split(tree)

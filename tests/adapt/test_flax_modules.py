@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from tests.foreign import ALL_LINEAR, judge, rule
+from tests.adapt.foreign import ALL_LINEAR, judge, rule
 from tests.support import draw
 
 X = draw(9, (2, 13, 6))
