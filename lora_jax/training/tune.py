@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 import lora_jax as lj
+from lora_jax import models
 from lora_jax.paths import flatten_with_paths
 from lora_jax.training.batches import Arrays, Examples, Feed, Order, Packs
 from lora_jax.training.checkpoints import RECORD, Checkpoints
@@ -38,6 +39,7 @@ from lora_jax.weight import is_node
 
 ADAPTER, START, CHECKPOINTS = "adapter", "start", "checkpoints"
 _OURS = (ADAPTER, START, CHECKPOINTS, RECORD)
+_OUR_MODELS = (models.Decoder, models.GPT2, models.Encoder)
 _CHUNK = 256  # predictions whose logits exist at once, for each part of a batch on a mesh
 
 
@@ -162,7 +164,8 @@ def finetune(
     rate = lr if callable(lr) else warmed_up(lr, steps, kind=schedule, warmup=warmup)
     key = jax.random.key(seed)
     first = path / START if path is not None and resume and (path / START).exists() else None
-    params = layout.placed(_adapted(params, rules, jax.random.fold_in(key, 0), first))
+    kinds = models.kinds(model.config) if isinstance(model, _OUR_MODELS) else None
+    params = layout.placed(_adapted(params, rules, kinds, jax.random.fold_in(key, 0), first))
     ready = make_ready(
         params,
         Feed(examples, order, examples.name),
@@ -323,19 +326,20 @@ def _clear(path: Path) -> None:
     wait_for_all("the folder is cleared")
 
 
-def _adapted(params: Any, rules: Any, key: jax.Array, start: Path | None) -> Any:
+def _adapted(params: Any, rules: Any, kinds: Any, key: jax.Array, start: Path | None) -> Any:
     """Returns the adapted tree, whose trained arrays are this run's own.
 
     Args:
       params: plain, or adapted where `rules` is None.
       rules: say what trains.
+      kinds: of the parameters, for presets of targets; None for a model of the user's own.
       key: of the adapter's start.
       start: the adapter that the run began with, where it took factors out of the base.
     """
     if rules is not None:
         if start is not None:
             return lj.load_adapter(start, params)
-        return lj.lorafy(params, rules, key=key)
+        return lj.lorafy(params, rules, key=key, kinds=kinds)
     leaves, _ = flatten_with_paths(params, is_leaf=is_node)
     if not any(is_node(leaf) for _, leaf in leaves):
         raise TrainingError(
