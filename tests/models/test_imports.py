@@ -1,4 +1,4 @@
-"""What importing the models costs, and what they and the files' readers may know."""
+"""Importing the models costs little, and each folder knows only those below it."""
 
 import ast
 import subprocess

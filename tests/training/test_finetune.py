@@ -73,7 +73,7 @@ def packs(rows=ROWS):
 
 
 def by_hand(forward, params, examples, rules, loss, *, steps, lr, dropout, batch_size, parts=1):
-    """The same run, from its parts."""
+    """Trains the same run, from its parts."""
     key = jax.random.key(0)
     adapter, base = lj.split(lj.lorafy(params, rules, key=jax.random.fold_in(key, 0)))
     schedule = training.warmed_up(lr, steps)

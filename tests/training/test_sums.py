@@ -225,7 +225,7 @@ def test_a_reduction_that_is_none():
 
 
 def looped(folder, reduction, log_every):
-    """What the loop records of four steps with known metrics, and what it prints."""
+    """Returns the record of four steps with known metrics, and the printed lines."""
 
     def step(state, base, data):
         n = data["number"]

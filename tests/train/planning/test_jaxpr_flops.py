@@ -1,4 +1,4 @@
-"""What is counted in jaxprs, against products counted by hand and against the compiled HLO."""
+"""Counts of jaxprs, against products counted by hand and against the compiled HLO."""
 
 import functools
 import math
