@@ -23,6 +23,7 @@ class Base(Protocol):
     """A weight that is stored otherwise than as an array.
 
     An implementation is a pytree (`jax.tree_util.register_dataclass`), whose leaves are its arrays.
+    Each has as many axes as W, in W's order; its shape follows from them, since moves change it.
     """
 
     @property
