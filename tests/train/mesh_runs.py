@@ -14,8 +14,8 @@ import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", int(devices))
 
+from lora_jax.training.processes import wait_for_all  # noqa: E402
 from train import classify, sft  # noqa: E402
-from train.run import hosts  # noqa: E402
 
 runs: list[list[str]] = [[]]
 for word in rest:
@@ -30,4 +30,4 @@ if processes > 1:
     )
 for options in each:
     {"sft": sft, "classify": classify}[script].main([*shared, *options])
-    hosts.wait_for_all("the next run")
+    wait_for_all("the next run")
