@@ -207,7 +207,7 @@ def test_a_step_sends_what_the_base_needs_and_its_adapter_twice(machine, text):
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(adapter))
 
     def of_adapter(adapter, base, ids):
-        adapter = jax.lax.with_sharding_constraint(adapter, layout.at_work(tree))
+        adapter = jax.lax.with_sharding_constraint(adapter, layout.step_shardings(tree))
         return loss_of(lj.adapt(model.apply, strict=True), lj.join(adapter, base), ids)
 
     ours = sent(of_adapter, adapter, base, ids)
