@@ -34,16 +34,20 @@ def with_rows(weight, node, rows):
 
 
 ROWS = Part("rows", ("batch", "in"), lambda node: jnp.ones(node.shape_of("rows")), with_rows)
+PROGRAMS_WITH_PARTS = {
+    name: dataclasses.replace(
+        NAMED[name],
+        rules=tuple(dataclasses.replace(r, extras=[CORE, ROWS]) for r in NAMED[name].rules),
+    )
+    for name in ("mlp", "scanned and rematerialised", "einsum with heads")
+}
+STACK = PROGRAMS_WITH_PARTS["scanned and rematerialised"]
 programs = pytest.mark.parametrize(
     "program",
     [
-        dataclasses.replace(
-            NAMED[name],
-            rules=tuple(dataclasses.replace(r, extras=[CORE, ROWS]) for r in NAMED[name].rules),
-        )
-        for name in ("mlp", "scanned and rematerialised", "einsum with heads")
+        pytest.param(program, id=name, marks=() if program is STACK else pytest.mark.slow)
+        for name, program in PROGRAMS_WITH_PARTS.items()
     ],
-    ids=lambda p: p.name,
 )
 
 
@@ -82,7 +86,7 @@ def test_it_is_the_algebra(program, float64):
 
 
 def test_it_trains_is_counted_saved_and_sharded(tmp_path):
-    program = programs.args[1][1]
+    program = STACK
     params, tree, x = program.inputs()
     adapter, base = lj.split(tree)
     up = adapter["layers/up/kernel"]
