@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import lora_jax as lj
-from lora_jax import init, optim, sharding
+from lora_jax import init, models, optim, peft, sharding, training
 
 MODULES = sorted(
     module.name
@@ -37,15 +37,26 @@ def test_examples_run(name):
     assert runner.summarize(verbose=False).failed == 0
 
 
-@pytest.mark.parametrize("module", [lj, init, optim, sharding], ids=lambda m: m.__name__)
+def public(module):
+    """The public functions of a module, and of the package itself its classes."""
+    names = getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]
+    for name in names:
+        value = getattr(module, name)
+        own = hasattr(module, "__all__") or module is lj or value_is_of(value, module)
+        kinds = (inspect.isfunction, inspect.isclass) if module is lj else (inspect.isfunction,)
+        if own and any(is_kind(value) for is_kind in kinds):
+            yield name, value
+
+
+def value_is_of(value, module):
+    return getattr(value, "__module__", None) == module.__name__
+
+
+@pytest.mark.parametrize(
+    "module", [lj, init, models, optim, peft, sharding, training], ids=lambda m: m.__name__
+)
 def test_public_functions_have_examples(module):
-    without = [
-        name
-        for name, value in vars(module).items()
-        if not name.startswith("_")
-        and (inspect.isfunction(value) or inspect.isclass(value))
-        and value.__module__.startswith(module.__name__)
-        and name not in NO_EXAMPLE
-        and not any(mark in (value.__doc__ or "") for mark in (">>>", "example"))
-    ]
-    assert without == []
+    found = dict(public(module))
+    assert len(found) > 3
+    shown = {n: any(m in (v.__doc__ or "") for m in (">>>", "example")) for n, v in found.items()}
+    assert [name for name, has in shown.items() if not has and name not in NO_EXAMPLE] == []

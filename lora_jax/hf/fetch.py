@@ -31,6 +31,9 @@ def fetch(name_or_path: str | Path) -> Path:
 
     Raises:
       ModelNotFound: says what was tried, and what to put where.
+
+    >>> from lora_jax import models
+    >>> path = models.fetch("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
     """
     found = look_up(name_or_path)
     if isinstance(found, Found):

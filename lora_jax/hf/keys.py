@@ -245,6 +245,15 @@ def hf_tensors(params: Mapping[str, Any], table: Sequence[Row]) -> Iterator[tupl
 
     Raises:
       WeightsError: see ``checked_leaves``.
+
+    >>> from lora_jax import models
+    >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
+    >>> config = models.read_config(fields | {"n_positions": 16})
+    >>> model = models.GPT2(config)
+    >>> ids = jnp.array([[1, 2, 3]])
+    >>> params = model.init(jax.random.key(0), ids)["params"]
+    >>> dict(models.hf_tensors(params, models.key_table(config)))["transformer.wpe.weight"].shape
+    (16, 8)
     """
     leaves = checked_leaves(params, table)
     for row in table:

@@ -25,6 +25,9 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
     Raises:
       ModelNotFound: if there is no such path, or the hub cannot be had; says what to do.
       ConfigError: for a GGUF file whose tokenizer is not SmolLM2's kind of byte-level BPE.
+
+    >>> from lora_jax import models
+    >>> tokenizer = models.load_tokenizer("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
     """
     path = resolve(name_or_path).path
     if path.is_dir():

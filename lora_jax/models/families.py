@@ -90,12 +90,25 @@ def read_config(fields: Mapping[str, Any], **options: Any) -> Any:
 
     Raises:
       ConfigError: names what is missing, unsupported or unknown, in the file or the options.
+
+    >>> from lora_jax import models
+    >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
+    >>> config = models.read_config(fields | {"n_positions": 16})
+    >>> config.hidden_size
+    8
     """
     return FORMATS.read_config(fields, **options)
 
 
 def key_table(config: Config) -> list[Row]:
-    """Returns every parameter of the model, once, in the order of the forward pass."""
+    """Returns every parameter of the model, once, in the order of the forward pass.
+
+    >>> from lora_jax import models
+    >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
+    >>> config = models.read_config(fields | {"n_positions": 16})
+    >>> models.key_table(config)[0].hf
+    'transformer.wte.weight'
+    """
     return family_of(config.model_type).format.table(config)
 
 
@@ -103,5 +116,11 @@ def partition_specs(config: Config) -> Specs:
     """Returns the parameters' places on a mesh: a table for ``lora_jax.sharding``.
 
     Each line has a regular expression for the whole path, and the spec of the last axes.
+
+    >>> from lora_jax import models
+    >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
+    >>> config = models.read_config(fields | {"n_positions": 16})
+    >>> len(models.partition_specs(config)) > 0
+    True
     """
     return family_of(config.model_type).specs

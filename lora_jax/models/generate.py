@@ -57,6 +57,16 @@ def generate(
 
     Raises:
       ValueError: for max_new_tokens < 1, or a temperature above 0 without a key.
+
+    >>> from lora_jax import models
+    >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
+    >>> config = models.read_config(fields | {"n_positions": 16})
+    >>> model = models.GPT2(config)
+    >>> ids = jnp.array([[1, 2, 3]])
+    >>> params = model.init(jax.random.key(0), ids)["params"]
+    >>> new = models.generate(model, params, ids, jnp.ones_like(ids), max_new_tokens=4)
+    >>> new.shape
+    (1, 4)
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")

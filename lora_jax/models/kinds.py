@@ -24,5 +24,7 @@ def kinds(config: Config) -> dict[str, Kind]:
 
     Returns:
       Path -> kind, such as "attention"; biases have the kind of their kernel.
+
+    See the example of this module.
     """
     return {row.path: row.kind for row in key_table(config) if row.kind is not None}

@@ -67,6 +67,19 @@ def from_pretrained(
       ConfigError: for a model or an option that is not supported, by name.
       WeightsError: for weights that cannot be read or do not fit; one error lists all of them.
       ModelNotFound: if there is no such path, or the hub cannot be had; says what to do.
+
+    >>> from lora_jax import models
+    >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
+    >>> config = models.read_config(fields | {"n_positions": 16})
+    >>> model = models.GPT2(config)
+    >>> ids = jnp.array([[1, 2, 3]])
+    >>> params = model.init(jax.random.key(0), ids)["params"]
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     models.save_pretrained(f"{folder}/model", model, params)
+    ...     model, loaded = models.from_pretrained(f"{folder}/model")
+    >>> loaded["transformer"]["wte"]["embedding"].shape
+    (16, 8)
     """
     found = resolve(name_or_path)
     if found.note:
@@ -117,6 +130,8 @@ def save_pretrained(
       FileExistsError: if the folder exists; with ``overwrite``, if it is no model's folder.
       WeightsError: if the tree does not fit the model (one error lists all), is not merged, or has
         values that fp16 cannot hold.
+
+    See the example of `from_pretrained`.
     """
     save_model(
         folder,

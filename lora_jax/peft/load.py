@@ -57,6 +57,8 @@ def load(
     Raises:
       PeftError: names the file and the key, for a tensor that is missing, left over, misshaped or
         of another dtype; for a configuration that is not supported; if nothing matches.
+
+    See the example of `lora_jax.peft.save`.
     """
     found = adapter_folder(folder, adapter)
     config = configuration.read_config(found / configuration.FILE)

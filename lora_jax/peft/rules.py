@@ -35,6 +35,17 @@ def rules(config: Any, model: Any = None) -> list[Rule]:
 
     Raises:
       PeftError: for a field that is not supported, and if nothing matches.
+
+    >>> from lora_jax import models
+    >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
+    >>> config = models.read_config(fields | {"n_positions": 16})
+    >>> model = models.GPT2(config)
+    >>> ids = jnp.array([[1, 2, 3]])
+    >>> params = model.init(jax.random.key(0), ids)["params"]
+    >>> from lora_jax import peft
+    >>> config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["c_attn"]}
+    >>> peft.rules(config, model)
+    [LoraRule(targets=..., rank=4, alpha=8...)]
     """
     fields = read_config(config)
     if model is None:

@@ -48,6 +48,21 @@ def save(
     Raises:
       PeftError: names the part of the adapter that PEFT cannot hold.
       FileExistsError: if the folder exists; with `overwrite`, if it is no adapter's folder.
+
+    >>> from lora_jax import models
+    >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
+    >>> config = models.read_config(fields | {"n_positions": 16})
+    >>> model = models.GPT2(config)
+    >>> ids = jnp.array([[1, 2, 3]])
+    >>> params = model.init(jax.random.key(0), ids)["params"]
+    >>> from lora_jax import peft
+    >>> import tempfile
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["c_attn"], rank=2)])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     peft.save(f"{folder}/peft", model, tree, task_type="CAUSAL_LM")
+    ...     loaded = peft.load(f"{folder}/peft", model, params)
+    ...     peft.serving_problems(f"{folder}/peft")
+    []
     """
     folder = Path(folder).absolute()
     _check_free(folder, overwrite)

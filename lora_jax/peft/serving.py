@@ -39,6 +39,8 @@ def serving_problems(
 
     Raises:
       PeftError: if the folder cannot be read.
+
+    See the example of `lora_jax.peft.save`.
     """
     found = adapter_folder(folder, adapter)
     fields, _ = fields_of(found / CONFIG_FILE)

@@ -52,7 +52,12 @@ def duration(seconds: float) -> str:
 
 
 def show(line: Line) -> None:
-    """Prints a line of metrics: a window of steps, a measurement on held-out data, or a skip."""
+    """Prints a line of metrics: a window of steps, a measurement on held-out data, or a skip.
+
+    >>> from lora_jax import training
+    >>> training.show({"step": 10, "loss": 0.5, "lr": 1e-3})
+    step 10 ...
+    """
     step = f"step {line['step']}"
     if "skipped" in line:
         print(f"{step} skipped: its loss or its gradient is not finite", flush=True)

@@ -151,7 +151,12 @@ CROSS_ENTROPY = Loss(summed_loss)
 
 
 def number_of_units(weights: jax.Array) -> jax.Array:
-    """Returns how many weights are not zero, fp32 []."""
+    """Returns how many weights are not zero, fp32 [].
+
+    >>> from lora_jax import training
+    >>> float(training.number_of_units(jnp.array([1.0, 0.0, -0.5])))
+    2.0
+    """
     return jnp.sum(weights != 0).astype(jnp.float32)
 
 

@@ -24,6 +24,11 @@ def warmed_up(
       steps: of the whole run.
       kind: the way the rate falls after the warmup.
       warmup: steps over which the rate rises; one at least is left after it.
+
+    >>> from lora_jax import training
+    >>> schedule = training.warmed_up(1e-3, 100, kind="linear", warmup=10)
+    >>> round(float(schedule(10)), 6)
+    0.001
     """
     warmup = min(warmup, steps - 1)
     left = steps - warmup
@@ -56,6 +61,10 @@ def adamw(
       weight_decay: of A, B and kernels.
       grad_clip: the largest norm of the gradient; 0 for no limit.
       lora_plus: B learns so many times as fast as A (LoRA+).
+
+    >>> from lora_jax import training
+    >>> tree = lj.lorafy({"kernel": jnp.ones((4, 3))}, [lj.LoraRule(targets=["kernel"], rank=2)])
+    >>> optimizer = training.adamw(optax.constant_schedule(1e-3), tree)
     """
     parts = [optax.clip_by_global_norm(grad_clip)] if grad_clip else []
     if any("a" in weight.frozen for weight in _adapted(params)):

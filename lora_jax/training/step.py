@@ -28,7 +28,10 @@ Evaluation = Callable[[Adapter, Any, dict[str, Any]], Sums]
 
 
 def init_state(adapter: Adapter, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
-    """Returns the state before the first step."""
+    """Returns the state before the first step.
+
+    See the example of `make_step`.
+    """
     return State(adapter, optimizer.init(adapter), jnp.int32(0), key)
 
 
@@ -64,6 +67,26 @@ def make_step(
       ``(state, base, batch) -> (state, metrics)``. The metrics, fp32 []: `loss` (divided as its
       gradient is), `count`, each of the loss's logs divided by the count, `grad_norm` (before
       clipping), `lr`, `skipped` (1 or 0). What would be divided by a count of zero stays as it is.
+
+    >>> from lora_jax import training
+    >>> def squares(forward, params, batch, dropout_key):
+    ...     error = jnp.sum((forward(params, batch["x"]) - batch["y"]) ** 2)
+    ...     return training.Sums(error, jnp.float32(len(batch["x"])), {})
+    >>> tree = lj.lorafy({"kernel": jnp.zeros((4, 3))}, [lj.LoraRule(targets=["kernel"], rank=2)])
+    >>> adapter, base = lj.split(tree)
+    >>> forward = lj.adapt(lambda params, x: x @ params["kernel"])
+    >>> rate = optax.constant_schedule(1e-2)
+    >>> step = training.make_step(
+    ...     forward, optax.adam(rate), rate, dropout=False, loss=training.Loss(squares)
+    ... )
+    >>> state = training.init_state(adapter, optax.adam(rate), jax.random.key(0))
+    >>> batch = {"x": jnp.ones((1, 8, 4)), "y": jnp.ones((1, 8, 3))}  # one part, eight rows
+    >>> state, metrics = step(state, base, batch)
+    >>> float(metrics["loss"])
+    3.0
+    >>> evaluate = training.make_evaluation(forward, training.Loss(squares))
+    >>> float(evaluate(state.adapter, base, {"x": jnp.ones((8, 4)), "y": jnp.ones((8, 3))}).count)
+    8.0
     """
 
     def of_adapter(
@@ -140,6 +163,8 @@ def make_evaluation(forward: Logits, loss: Loss = CROSS_ENTROPY) -> Evaluation:
     Args:
       forward: the adapted function that the loss calls.
       loss: its sums are returned undivided, so that those of several batches can be added up.
+
+    See the example of `make_step`.
     """
 
     def evaluate(adapter: Adapter, base: Any, batch: dict[str, Any]) -> Sums:

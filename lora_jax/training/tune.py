@@ -144,6 +144,22 @@ def finetune(
       Diverged: too many steps in a row were skipped.
       Interrupted: after a signal, once the step is finished and saved.
       ValueError: the rules do not fit the tree.
+
+    >>> from lora_jax import training
+    >>> def squares(forward, params, batch, dropout_key):
+    ...     error = jnp.sum((forward(params, batch["x"]) - batch["y"]) ** 2)
+    ...     return training.Sums(error, jnp.float32(len(batch["x"])), {})
+    >>> def model(params, x):
+    ...     return x @ params["kernel"]
+    >>> x = jax.random.normal(jax.random.key(0), (16, 4))
+    >>> params = {"kernel": jnp.zeros((4, 3))}
+    >>> rules = [lj.LoraRule(targets=["kernel"], rank=2)]
+    >>> examples = {"x": x, "y": x[:, :3]}
+    >>> tuned, report = training.finetune(
+    ...     model, params, examples, rules, loss=squares, lr=1e-2, steps=2, log=None
+    ... )
+    >>> report.summary
+    'trainable params: 14 || all params: 26 || trainable%: 53.8462'
     """
     # What can be wrong is found first.
     examples = _as_examples(examples, "examples")

@@ -50,6 +50,12 @@ def init_cache(config: Cached, batch: int, max_len: int, dtype: Any = jnp.float3
 
     Returns:
       The cache, for ``model.apply(…, cache=cache)``.
+
+    >>> from lora_jax import models
+    >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
+    >>> config = models.read_config(fields | {"n_positions": 16})
+    >>> models.init_cache(config, batch=2, max_len=16).key.shape
+    (1, 2, 16, 2, 4)
     """
     shape = (config.num_hidden_layers, batch, max_len, config.num_key_value_heads, config.head_dim)
     return Cache(

@@ -43,6 +43,11 @@ def chats(
 
     Raises:
       TrainingError: a row cannot be used; names it.
+
+    >>> from lora_jax import models, training
+    >>> rows = [{"prompt": "What is one plus one?", "completion": "Two."}]
+    >>> tokenizer = models.load_tokenizer("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
+    >>> examples = training.chats(rows, tokenizer, seq_len=64)  # doctest: +SKIP
     """
     if not rows:
         raise TrainingError(f"{source} is empty")

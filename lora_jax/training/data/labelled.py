@@ -71,6 +71,13 @@ def texts(
 
     Raises:
       TrainingError: a row lacks a field, is too long, or has a label that is not among `names`.
+
+    >>> from lora_jax import models, training
+    >>> rows = [{"text": "a delight", "label": "good"}, {"text": "a bore", "label": "bad"}]
+    >>> name = "sentence-transformers/all-MiniLM-L6-v2"
+    >>> tokenizer = models.load_tokenizer(name)  # doctest: +SKIP
+    >>> examples = training.texts(rows, tokenizer)  # doctest: +SKIP
+    >>> probabilities = training.predict(model, params, examples, 8)  # doctest: +SKIP
     """
     check_rows(rows, source, fields)
     names = names or label_names(rows, fields.label)
@@ -108,6 +115,10 @@ def label_names(rows: Sequence[Row], label: str = "label") -> tuple[str, ...]:
 
     Raises:
       TrainingError: there is only one.
+
+    >>> from lora_jax import training
+    >>> training.label_names([{"label": "good"}, {"label": "bad"}])
+    ('bad', 'good')
     """
     names = {str(row[label]) for row in rows}
     if len(names) < 2:
@@ -224,7 +235,10 @@ def classification_loss(
 
 
 def predict(model: Any, params: Any, examples: Labelled, batch_size: int) -> np.ndarray:
-    """Returns the probability of each class for each text, by `params` (plain): [n, classes]."""
+    """Returns the probability of each class for each text, by `params` (plain): [n, classes].
+
+    See the example of `texts`.
+    """
 
     def probabilities(params: Any, batch: dict[str, Any]) -> jax.Array:
         return jax.nn.softmax(logits_of(model.apply, params, batch))
