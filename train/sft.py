@@ -37,9 +37,9 @@ def check(config: Config) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line. Bad input exits with code 2, a signal with the signal's code."""
-    config = parse(args)
     stop = Stop()
     with reported(), stop.listening():
+        config = parse(args)
         check(config)
         finetune("train.sft", config, task_of(config), stop)
 

@@ -13,7 +13,7 @@ from lora_jax.models.layers.trunk import REMAT_POLICIES
 from lora_jax.training.processes import write_json
 from tests.models import tiny, tiny_encoders
 from tests.train.tiny import CONFIG
-from train import classify
+from train import classify, sft
 from train.run.adapter import rules
 from train.run.errors import UserError
 from train.run.options import as_json, check_same_run
@@ -298,3 +298,12 @@ def test_the_model_is_the_base_of_the_adapter_to_go_on_from(tmp_path):
     assert parse([]).data.model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     save_adapter(tmp_path / "unnamed", tree)
     assert parse(["--init-adapter", str(tmp_path / "unnamed")]).data.model == parse([]).data.model
+
+
+@pytest.mark.parametrize("script", [sft, classify], ids=lambda module: module.__name__)
+def test_a_folder_that_is_no_adapter_to_go_on_from_is_named(script, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        script.main(["--init-adapter", str(tmp_path)])
+    assert caught.value.code == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error: --init-adapter: ") and "is no adapter folder" in message
