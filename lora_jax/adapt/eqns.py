@@ -1,7 +1,7 @@
 """Reads JAX's equations: every parameter that differs between releases, in one place."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -43,8 +43,23 @@ def trace_with(
 def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """Applies the equation as it stands to plain arrays."""
     params = eqn.primitive.get_bind_params(eqn.params)
-    outputs = eqn.primitive.bind(*values, **params)
+    with user_context(eqn):
+        outputs = eqn.primitive.bind(*values, **params)
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def identity(eqn: JaxprEqn) -> tuple[Hashable, ...]:
+    """Returns what two equations have in common if they do the same to operands of the same types.
+
+    The equation itself, where its parameters can't be compared.
+    """
+    avals = tuple(atom.aval for atom in (*eqn.invars, *eqn.outvars))
+    same = (eqn.primitive, tuple(sorted(eqn.params.items())), avals)
+    try:
+        hash(same)
+    except TypeError:
+        return (id(eqn),)
+    return same
 
 
 class Scan(NamedTuple):

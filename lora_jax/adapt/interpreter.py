@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn
 
 from lora_jax.adapt import eqns
+from lora_jax.adapt.steps import Steps
 from lora_jax.base import rearranged
 from lora_jax.factored import Factored
 from lora_jax.product import is_on_mesh
@@ -113,10 +114,16 @@ class Interpreter:
         jaxpr: eqns.AnyJaxpr,
         args: Sequence[Any],
         live: Live | None = None,
+        steps: Steps | None = None,
     ) -> list[Any]:
         """Returns the outputs of `jaxpr`, `Factored` where a weight leaves as it came or moved.
 
-        live: which outputs are wanted; the others are None, and what only they need is not run.
+        Args:
+          jaxpr: what is evaluated.
+          args: its inputs.
+          live: which outputs are wanted; the others are None, and what only they need is not run.
+          steps: in an eager call, the rules that are compiled for equations of this jaxpr; added
+            to. None: rules are applied as they are, to be traced with what surrounds them.
         """
         inner, consts = eqns.opened(jaxpr)
         live = (True,) * len(inner.outvars) if live is None else live
@@ -128,11 +135,15 @@ class Interpreter:
 
         twins: dict[int, tuple[Any, Any]] = {}
         site = 0  # counts uses of adapted weights: what else is computed changes no dropout
-        for eqn, wanted, last_uses in _live_equations(inner, live):
+        for eqn, wanted, last_uses in _needed_equations(inner, live):
             values = [read(atom) for atom in eqn.invars]
-            with eqns.user_context(eqn):
-                outputs = self._apply(site, eqn, values, wanted, twins)
-            site += any(isinstance(value, Factored) for value in values)
+            if any(isinstance(value, Factored) for value in values):
+                outputs = self._apply(site, eqn, values, wanted, twins, steps)
+                site += 1
+            elif steps is None:
+                outputs = eqns.bind(eqn, values)
+            else:
+                outputs = steps.bind(eqn, values)
             environment |= dict(zip(eqn.outvars, outputs, strict=True))
             for atom in last_uses:
                 del environment[atom]
@@ -206,29 +217,42 @@ class Interpreter:
         values: list[Any],
         live: Live,
         twins: dict[int, tuple[Any, Any]],
+        steps: Steps | None,
     ) -> list[Any]:
-        if not any(isinstance(value, Factored) for value in values):
-            return eqns.bind(eqn, values)
         name = eqn.primitive.name
         use = Use(eqn, [at_site(value, site) for value in values], live, twins)
         for called, rule in self.own:
             if called in (name, eqns.function_name(eqn)):
                 self._note(use, f"by the rule given for {called!r}")
-                outputs = rule(*use.values, **eqn.params)
+                with eqns.user_context(eqn):
+                    outputs = rule(*use.values, **eqn.params)
                 return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
         if name in _HIDES and any(_is_hidden(v, name) for v in use.values):
             self._note(use, "W alone: the adapter is for other uses of it")
             values = [v.alone() if _is_hidden(v, name) else v for v in values]
-            return self._apply(site, eqn, values, live, twins)
+            return self._apply(site, eqn, values, live, twins, steps)
         known = self.rules.get(name) or self.default
         if known is not None:
-            outputs = known(self, use)
+            outputs = self._by_rule(known, use, steps)
             if outputs is not None and not _cuts_shifted(use.values, outputs):
                 if name in _PRODUCTS and not any(isinstance(o, Factored) for o in outputs):
                     self._note(use, "xW + s·(xA)B")
                 return outputs
         plain = [self.merged(v, name, eqn) if isinstance(v, Factored) else v for v in values]
         return eqns.bind(eqn, plain)
+
+    def _by_rule(self, rule: Rule, use: Use, steps: Steps | None) -> list[Any] | None:
+        """Returns what a rule makes of an equation, compiled where the call is eager."""
+        eqn, live = use.eqn, use.live
+        if steps is None or eqn.primitive.name in ("jit", "pjit"):  # compiled by itself
+            with eqns.user_context(eqn):
+                return rule(self, use)
+
+        def call(values: list[Any]) -> list[Any] | None:
+            with eqns.user_context(eqn):
+                return rule(self, Use(eqn, values, live, {}))
+
+        return steps.compiled(eqn, live, call)(use.values)
 
     def _note(self, use: Use, why: str) -> None:
         if self.record is None:
@@ -279,12 +303,23 @@ def at_site(value: Any, index: int | jax.Array) -> Any:
     return value.replace(key=fold(value.key, index))
 
 
-def _live_equations(jaxpr: Jaxpr, live: Live) -> list[tuple[JaxprEqn, Live, list[Any]]]:
+Needed = list[tuple[JaxprEqn, Live, list[Any]]]
+_NEEDED: weakref.WeakKeyDictionary[Any, dict[Live, Needed]] = weakref.WeakKeyDictionary()
+
+
+def _needed_equations(jaxpr: Jaxpr, live: Live) -> Needed:
     """Returns the equations that the wanted outputs or an effect need, in order.
 
     Each with which of its outputs are wanted, and the variables that nothing after it reads:
     dropping them frees memory where the function runs eagerly.
     """
+    known = _NEEDED.setdefault(jaxpr, {})
+    if live not in known:
+        known[live] = _find_needed(jaxpr, live)
+    return known[live]
+
+
+def _find_needed(jaxpr: Jaxpr, live: Live) -> Needed:
     needed = {
         atom
         for atom, wanted in zip(jaxpr.outvars, live, strict=True)

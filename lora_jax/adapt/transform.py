@@ -7,10 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter
+from lora_jax.adapt.nnx_writes import refuse_adapted, write
 from lora_jax.adapt.primitives import RULES
+from lora_jax.adapt.traces import Call, EagerTraces, trace
 from lora_jax.base import is_base, stand_in
 from lora_jax.factored import Factored
 from lora_jax.paths import fold_in_path, path_string
@@ -59,11 +62,11 @@ def adapt(
     Array([[4., 4., 4.]], dtype=float32)
     """
     own = tuple((primitives or {}).items())
-    interpreter = Interpreter(RULES, strict, own)
+    interpreter, eager = Interpreter(RULES, strict, own), EagerTraces()
 
     @functools.wraps(fn)
     def forward(*args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> Any:
-        return run(fn, interpreter, args, kwargs, dropout_key)
+        return run(fn, interpreter, args, kwargs, dropout_key, eager)
 
     return forward
 
@@ -74,8 +77,46 @@ def run(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     dropout_key: jax.Array | None,
+    eager: EagerTraces | None = None,
 ) -> Any:
     """Returns ``fn(*args, **kwargs)``, with adapted weights among the arguments factored."""
+    call, weights, nodes = _flattened(fn, args, kwargs, dropout_key)
+    if not weights:
+        args, kwargs = call.treedef.unflatten(call.leaves)
+        return fn(*args, **kwargs)
+    found = None if eager is None or _is_traced() else eager.find(call)
+    steps = None if found is None else found.steps
+    traced = trace(call) if found is None else found
+    refuse_adapted((args, kwargs), traced.outputs.writes, is_node)
+    inputs = [weights.get(place, call.leaves[place]) for place in traced.places]
+    values = interpreter.evaluate(traced.jaxpr, inputs, steps=steps)
+    inner, _ = eqns.opened(traced.jaxpr)
+    given: dict[Any, Any] = {
+        var: nodes.get(p) for var, p in zip(inner.invars, traced.places, strict=True)
+    }
+    results = []
+    for atom, value in zip(inner.outvars, values, strict=True):
+        if isinstance(value, Factored):
+            same = None if eqns.is_literal(atom) else given.get(atom)
+            value = same if same is not None else interpreter.merged(value, "output", None)
+        results.append(value)
+    result, writes = traced.outputs.filled(results)
+    write((args, kwargs), writes)
+    return result
+
+
+def _is_traced() -> bool:
+    """Returns whether the caller is being traced itself, under `jax.jit` or in a `shard_map`."""
+    return isinstance(lax.full((), 0), jax.core.Tracer)
+
+
+def _flattened(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dropout_key: jax.Array | None,
+) -> tuple[Call, dict[int, Factored], dict[int, Any]]:
+    """Returns a call as its function is traced, and its weights and nodes by place."""
     treedef: Any
     keyed, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_leaf)
     if not any(is_leaf(leaf) for _, leaf in keyed):
@@ -84,54 +125,23 @@ def run(
             "there is no adapter to run. Pass the tree that lorafy, join or load_adapter "
             "returned as an argument; one that the function closes over is not seen"
         )
-    leaves: list[Any] = []
+    leaves = [leaf for _, leaf in keyed]
     nodes: dict[int, Any] = {}
-    weights: list[Factored] = []
+    weights: dict[int, Factored] = {}
     for place, (key_path, leaf) in enumerate(keyed):
+        if not is_leaf(leaf):
+            continue
         path = path_string(key_path[2:])  # without ([args or kwargs], [which of them])
-        leaves.append(_plain(leaf, path))
+        leaves[place] = _plain(leaf, path)
         if is_node(leaf) and leaf.is_factored:
             nodes[place] = leaf
-            weights.append(leaf.factored(path, _weight_key(leaf, path, dropout_key)))
-        elif is_base(leaves[-1]):
+            weights[place] = leaf.factored(path, _weight_key(leaf, path, dropout_key))
+        elif is_base(leaves[place]):
             nodes[place] = leaf
             labels: Any = ("batch",) * len(leaf.shape)
-            weights.append(Factored(leaves[-1], {}, labels, path=path))
-    if not weights:
-        args, kwargs = treedef.unflatten(leaves)
-        return fn(*args, **kwargs)
-    outputs = _Outputs()
-
-    called = lambda args, kwargs: outputs.take(fn(*args, **kwargs))  # noqa: E731
-    traced = eqns.trace_with(called, leaves, treedef, list(nodes))
-    jaxpr = jax.make_jaxpr(traced)(*(stand_in(weight.base) for weight in weights))
-    values = interpreter.evaluate(jaxpr, weights)
-    inner, _ = eqns.opened(jaxpr)
-    untouched: dict[Any, Any] = dict(zip(inner.invars, nodes.values(), strict=True))
-    results = []
-    for atom, value in zip(inner.outvars, values, strict=True):
-        if isinstance(value, Factored):
-            same = None if eqns.is_literal(atom) else untouched.get(atom)
-            value = same if same is not None else interpreter.merged(value, "output", None)
-        results.append(value)
-    return outputs.give(results)
-
-
-class _Outputs:
-    """The function's outputs: traced arrays go through the jaxpr, all else around it."""
-
-    def take(self, out: Any) -> list[jax.Array]:
-        self.treedef: Any
-        self.leaves, self.treedef = jax.tree.flatten(out)
-        self.traced = [isinstance(leaf, jax.core.Tracer) for leaf in self.leaves]
-        return [leaf for leaf, traced in zip(self.leaves, self.traced, strict=True) if traced]
-
-    def give(self, arrays: list[Any]) -> Any:
-        remaining = iter(arrays)
-        return self.treedef.unflatten(
-            next(remaining) if traced else leaf
-            for leaf, traced in zip(self.leaves, self.traced, strict=True)
-        )
+            weights[place] = Factored(leaves[place], {}, labels, path=path)
+    stand_ins = {place: stand_in(weight.base) for place, weight in weights.items()}
+    return Call(fn, leaves, treedef, stand_ins), weights, nodes
 
 
 def _plain(leaf: Any, path: str) -> Any:

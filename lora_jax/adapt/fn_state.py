@@ -1,0 +1,198 @@
+"""The state of a function: what it reads beside its arguments, so far as that can be seen.
+
+Two calls of a function with the same arguments differ where a variable that it closes over, a
+global, or an attribute of an object has changed in between. A trace is used again only where all of
+these are the same as before. Code in packages (the standard library, JAX, Flax) counts as constant;
+values that it closes over do not.
+"""
+
+import enum
+import functools
+import sys
+import sysconfig
+import types
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+_MOST = 2_000  # values that are looked at
+_MOST_BYTES = 1 << 16  # of a NumPy array, whose elements may change
+
+_PACKAGES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")})
+_PACKAGES += (str(Path(__file__).parent.parent),)
+
+_SIMPLE: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), type(...))
+_SIMPLE += (range, enum.Enum, np.dtype, np.generic)
+# What is the same as long as it is the same object: arrays, code, functions that are compiled.
+_CONSTANT: tuple[type, ...] = (jax.Array, types.ModuleType, types.CodeType, np.ufunc)
+_CONSTANT += (type(jax.jit(lambda: 0)),)
+_CONSTANT += (types.WrapperDescriptorType, types.MethodDescriptorType)
+_CONSTANT += (types.GetSetDescriptorType, types.MemberDescriptorType)
+# Modules whose functions give something else each time, and where such a one lies in a package.
+_CHANGING = frozenset({"datetime", "os", "random", "secrets", "time", "uuid"})
+_CHANGING_INSIDE = {"numpy": "random"}
+
+
+class UnknownStateError(Exception):
+    """A function reads something that may change unseen."""
+
+
+class State:
+    """The state of some values: equal to a later one if nothing that they read has changed."""
+
+    def __init__(self, *values: Any) -> None:
+        """Looks at the values, and at all that they refer to.
+
+        Raises:
+          UnknownStateError: one of them may change unseen (a generator, a random source), or they
+            refer to too much.
+        """
+        self._seen: dict[int, Any] = {}  # by identity; held, so that no identity is given twice
+        self._key = tuple(part for value in values for part in self._of(value))
+        self._hash = hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, State) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def _of(self, value: Any) -> Iterator[Hashable]:
+        yield id(type(value))
+        if isinstance(value, _SIMPLE):
+            yield value
+        elif isinstance(value, jax.core.Tracer):
+            raise UnknownStateError("a traced array is closed over")
+        elif id(value) in self._seen or isinstance(value, _CONSTANT):
+            self._seen[id(value)] = value
+            yield id(value)
+        elif len(self._seen) > _MOST:
+            raise UnknownStateError("there is too much to look at")
+        else:
+            self._seen[id(value)] = value
+            yield from self._inside(value)
+
+    def _inside(self, value: Any) -> Iterator[Hashable]:
+        """Returns the state of an object that is met for the first time."""
+        match value:
+            case np.ndarray():
+                if value.nbytes > _MOST_BYTES or value.dtype.hasobject:
+                    raise UnknownStateError("the elements of a large NumPy array may change")
+                yield from (value.shape, value.dtype, value.tobytes())
+            case types.FunctionType():
+                yield from self._function(value)
+            case types.BuiltinFunctionType():
+                yield value.__name__
+                yield from self._of(value.__self__)
+            case types.MethodType():
+                yield from self._all((value.__func__, value.__self__))
+            case functools.partial():
+                yield from self._all((value.func, value.args, value.keywords))
+            case property():
+                yield from self._of(value.fget)
+            case staticmethod() | classmethod():
+                yield from self._of(value.__func__)
+            case type():
+                yield from self._class(value)
+            case list() | tuple() | set() | frozenset():
+                yield len(value)
+                yield from self._all(value)
+            case dict() | types.MappingProxyType():
+                yield len(value)
+                yield from self._all(value.keys())
+                yield from self._all(value.values())
+            case _:
+                yield from self._object(value)
+
+    def _all(self, values: Any) -> Iterator[Hashable]:
+        for value in values:
+            yield from self._of(value)
+
+    def _object(self, value: Any) -> Iterator[Hashable]:
+        kind = type(value)
+        yield from self._class(kind)
+        if kind.__hash__ not in (None, object.__hash__) and _is_hashable(value):
+            yield _ByEquality(value)
+            return
+        slots = [name for base in kind.__mro__ for name in vars(base).get("__slots__", ())]
+        is_open = hasattr(value, "__dict__") or slots
+        if not is_open or any(base.__module__ in _CHANGING for base in kind.__mro__):
+            raise UnknownStateError(f"a {kind.__name__} may change unseen")
+        yield from self._of(getattr(value, "__dict__", None))
+        yield from self._all(getattr(value, name, None) for name in slots)
+
+    def _class(self, kind: type) -> Iterator[Hashable]:
+        yield id(kind)
+        for base in kind.__mro__:
+            if not _is_packaged(base.__module__):
+                yield from self._of(dict(vars(base)))
+
+    def _function(self, fn: types.FunctionType) -> Iterator[Hashable]:
+        code, module = fn.__code__, fn.__module__
+        yield from self._all((code, fn.__defaults__, fn.__kwdefaults__))
+        yield from self._all(map(_contents, fn.__closure__ or ()))
+        if module is None or not _is_packaged(module):
+            yield from self._globals(fn.__globals__, _names_in(code))
+
+    def _globals(self, known: dict[str, Any], names: frozenset[str]) -> Iterator[Hashable]:
+        """Returns the state of the globals of these names, and of attributes of modules."""
+        for name in sorted(names & known.keys()):
+            value = known[name]
+            yield from self._of(value)
+            if not isinstance(value, types.ModuleType):
+                continue
+            if value.__name__ in _CHANGING or _CHANGING_INSIDE.get(value.__name__) in names:
+                raise UnknownStateError(f"what {value.__name__} gives may change")
+            if not _is_packaged(value.__name__):
+                there = vars(value)
+                yield from self._all(there[name] for name in sorted(names & there.keys()))
+
+
+class _ByEquality:
+    """A value that is compared as its author says."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByEquality) and bool(self._value == other._value)
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _contents(cell: types.CellType) -> Any:
+    """Returns what a variable holds that a function closes over."""
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing yet
+        return None
+
+
+@functools.cache
+def _names_in(code: types.CodeType) -> frozenset[str]:
+    """Returns the names of globals and attributes in a function, and in functions inside it."""
+    inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
+    return frozenset(code.co_names).union(*map(_names_in, inner))
+
+
+@functools.cache
+def _is_packaged(module: str) -> bool:
+    """Returns whether a module is built in or lies where packages are installed."""
+    if module == "__main__":
+        return False
+    if module in sys.builtin_module_names:
+        return True
+    path = getattr(sys.modules.get(module), "__file__", None)
+    return path is not None and path.startswith(_PACKAGES)

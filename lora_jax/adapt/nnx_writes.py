@@ -1,0 +1,106 @@
+"""What a function changes in NNX objects among its arguments, written back to the caller's.
+
+A function under `adapt` is traced with copies of its arguments. NNX modules have reference
+semantics: batch statistics, counters of random streams, caches and plain attributes that it
+changes must change in the objects that were passed.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, KeyPath, SequenceKey
+
+from lora_jax.paths import path_string
+
+_VALUE = "value of the Variable"  # in the place of an attribute's name
+_DELETED = "deleted"
+# The path of each object, and its attributes' new values: a pytree.
+Writes = list[tuple[KeyPath, dict[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """The NNX objects in a tree of arguments, each with its path and its attributes."""
+
+    objects: list[tuple[KeyPath, Any, dict[str, Any]]]
+
+    @classmethod
+    def of(cls, tree: Any) -> "Snapshot":
+        """Returns the snapshot of a tree, before a function changes the objects in it."""
+        return cls([(path, each, _attributes(each)) for path, each in _objects(tree)])
+
+    def writes(self) -> Writes:
+        """Returns what has been changed since."""
+        found: Writes = []
+        for path, each, before in self.objects:
+            after = _attributes(each)
+            changed = {n: v for n, v in after.items() if n not in before or before[n] is not v}
+            changed |= dict.fromkeys(before.keys() - after.keys(), _DELETED)
+            if changed:
+                found.append((path, changed))
+        return found
+
+
+def refuse_adapted(tree: Any, writes: Writes, is_node: Callable[[Any], bool]) -> None:
+    """Raises ValueError if one of the changes is that of an adapted weight.
+
+    Args:
+      tree: the arguments, as the caller passed them.
+      writes: what the function changed in its copies of them.
+      is_node: whether a value is a node of an adapted tree.
+    """
+    for path, attributes in writes:
+        if _VALUE in attributes and is_node(_at(tree, path).get_raw_value()):
+            raise ValueError(
+                f"the function assigns to {path_string(path[2:])!r}, which is adapted: what it "
+                "assigns would take the place of W and its factors. Leave the weight out of the "
+                "rules, or run the function on lora_jax.merge(params)"
+            )
+
+
+def write(tree: Any, writes: Writes) -> None:
+    """Makes the changes in the objects of a tree of arguments; see `refuse_adapted`."""
+    for path, attributes in writes:
+        each = _at(tree, path)
+        for name, value in attributes.items():
+            if value is _DELETED:
+                delattr(each, name)
+            elif name is not _VALUE:
+                setattr(each, name, value)
+            else:
+                each.set_raw_value(value)
+
+
+def _objects(tree: Any) -> Iterator[tuple[KeyPath, Any]]:
+    """Returns each module, stream and Variable in a tree, with its path."""
+    is_object = lambda value: isinstance(value, (nnx.Pytree, nnx.Variable))  # noqa: E731
+    for path, value in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_object):
+        if not is_object(value):
+            continue
+        yield path, value
+        if isinstance(value, nnx.Pytree):
+            one_level = lambda child, parent=value: child is not parent  # noqa: E731
+            for key, child in jax.tree_util.tree_leaves_with_path(value, is_leaf=one_level):
+                for below, each in _objects(child):
+                    yield (*path, *key, *below), each
+
+
+def _attributes(each: Any) -> dict[str, Any]:
+    if isinstance(each, nnx.Variable):
+        return {_VALUE: each.get_raw_value()}
+    return {name: value for name, value in vars(each).items() if not name.startswith("_pytree__")}
+
+
+def _at(tree: Any, path: KeyPath) -> Any:
+    for key in path:
+        match key:
+            case GetAttrKey(name):
+                tree = getattr(tree, name)
+            case SequenceKey(index):
+                tree = tree[index]
+            case DictKey(name) | FlattenedIndexKey(name):
+                tree = tree[name]
+    return tree

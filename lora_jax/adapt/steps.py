@@ -1,0 +1,40 @@
+"""The equations of a jaxpr, compiled one by one: how an eager call runs them again and again.
+
+Each is a program of its own, as in JAX's own eager mode, so that results are the same to the bit; a
+product with a weight and its factors is one program.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+from jax.extend.core import JaxprEqn
+
+from lora_jax.adapt import eqns
+
+_MOVED = ("device_put",)  # where an array lies is no part of a program
+
+
+class Steps:
+    """Compiled equations of one jaxpr. Equations that do the same share a program."""
+
+    def __init__(self) -> None:
+        self._of_equation: dict[tuple[int, Any], Callable[..., Any]] = {}
+        self._shared: dict[Hashable, Callable[..., Any]] = {}
+
+    def bind(self, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+        """Applies an equation to plain arrays."""
+        is_traced = any(isinstance(value, jax.core.Tracer) for value in values)
+        if is_traced or eqn.effects or eqn.primitive.name in _MOVED:
+            return eqns.bind(eqn, values)
+        return self.compiled(eqn, None, lambda values: eqns.bind(eqn, values))(values)
+
+    def compiled(
+        self, eqn: JaxprEqn, how: Hashable, call: Callable[[list[Any]], Any]
+    ) -> Callable[[list[Any]], Any]:
+        """Returns `call`, compiled, which applies the equation in one of several ways."""
+        known = self._of_equation.get((id(eqn), how))
+        if known is None:
+            known = self._shared.setdefault((*eqns.identity(eqn), how), jax.jit(call))
+            self._of_equation[id(eqn), how] = known
+        return known

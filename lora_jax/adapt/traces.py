@@ -1,0 +1,168 @@
+"""Traces of a function: its jaxpr, with what it returns and changes beside traced arrays.
+
+In an eager call, other arrays than weights become inputs of the jaxpr too, and it is used again for
+later calls that differ in nothing but arrays.
+"""
+
+import collections
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapt import eqns
+from lora_jax.adapt.fn_state import State, UnknownStateError
+from lora_jax.adapt.nnx_writes import Snapshot, Writes
+from lora_jax.adapt.steps import Steps
+
+_MOST_TRACES = 4  # of one function; each holds the arrays that it closes over
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A function with its arguments, flattened.
+
+    Attributes:
+      fn: the function.
+      leaves, treedef: of (args, kwargs).
+      weights: by place among the leaves, the array that stands for an adapted weight.
+    """
+
+    fn: Callable[..., Any]
+    leaves: Sequence[Any]
+    treedef: Any
+    weights: Mapping[int, Any]
+
+
+@dataclasses.dataclass
+class Outputs:
+    """What a function returns and writes: traced arrays leave the jaxpr, all else is kept here."""
+
+    leaves: list[Any]  # None for each that is traced
+    is_traced: list[bool]
+    treedef: Any
+
+    @functools.cached_property
+    def writes(self) -> Writes:
+        """Returns what the function writes, traced arrays left out."""
+        return self.treedef.unflatten(self.leaves)[1]
+
+    def filled(self, arrays: Sequence[Any]) -> tuple[Any, Writes]:
+        """Returns the function's result and its writes, for the outputs of the jaxpr."""
+        remaining = iter(arrays)
+        return self.treedef.unflatten(
+            next(remaining) if traced else leaf
+            for leaf, traced in zip(self.leaves, self.is_traced, strict=True)
+        )
+
+
+@dataclasses.dataclass
+class Trace:
+    """A jaxpr whose inputs are the leaves at `places`.
+
+    Attributes:
+      steps: its equations, compiled for eager calls.
+    """
+
+    jaxpr: eqns.AnyJaxpr
+    places: tuple[int, ...]
+    outputs: Outputs
+    steps: Steps = field(default_factory=Steps)
+
+
+def trace(call: Call) -> Trace:
+    """Returns the trace of a call with its weights as inputs, all else being closed over."""
+    traced, made = _to_trace(call, tuple(call.weights))
+    jaxpr = jax.make_jaxpr(traced)(*call.weights.values())
+    return Trace(jaxpr, tuple(call.weights), made.pop())
+
+
+def _to_trace(call: Call, places: Sequence[int]) -> tuple[Callable[..., Any], list[Outputs]]:
+    """Returns a function of the leaves at `places`, and a list that its tracing adds to."""
+    made: list[Outputs] = []
+    leaves = [None if place in places else leaf for place, leaf in enumerate(call.leaves)]
+    fn, treedef = call.fn, call.treedef
+
+    def traced(*values: Any) -> list[Any]:
+        given = dict(zip(places, values, strict=True))
+        filled = (given.get(place, leaf) for place, leaf in enumerate(leaves))
+        args, kwargs = treedef.unflatten(filled)
+        before = Snapshot.of((args, kwargs))
+        result = fn(*args, **kwargs)
+        results, out = jax.tree.flatten((result, before.writes()))
+        is_traced = [isinstance(leaf, jax.core.Tracer) for leaf in results]
+        pairs = list(zip(results, is_traced, strict=True))
+        made.append(Outputs([None if t else leaf for leaf, t in pairs], is_traced, out))
+        return [leaf for leaf, t in pairs if t]
+
+    return traced, made
+
+
+class EagerTraces:
+    """The traces of one function that eager calls can use again."""
+
+    def __init__(self) -> None:
+        self._known: collections.OrderedDict[Hashable, _Known | None] = collections.OrderedDict()
+        self._is_off = False
+
+    def find(self, call: Call) -> Trace | None:
+        """Returns the trace of a call, all of its arrays being inputs; None if that cannot be.
+
+        So it is where the function's state may change unseen, and where it needs to know the
+        elements of an array while it is traced.
+        """
+        if self._is_off:
+            return None
+        arrays = [p for p, leaf in enumerate(call.leaves) if _is_array(leaf)]
+        places = (*call.weights, *(place for place in arrays if place not in call.weights))
+        others = set(range(len(call.leaves))).difference(places)
+        try:
+            state = State(call.fn, [call.leaves[place] for place in sorted(others)])
+            key = (call.treedef, places, state)
+            hash(key)
+        except (UnknownStateError, TypeError):
+            self._is_off = True
+            return None
+        if key not in self._known:
+            self._known[key] = _Known(call, places)
+            if len(self._known) > _MOST_TRACES:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        known = self._known[key]
+        found = known.find(call) if known is not None else None
+        if found is None:
+            self._known[key] = None
+        return found
+
+
+class _Known:
+    """The traces of one function with the same arguments, but for arrays."""
+
+    def __init__(self, call: Call, places: Sequence[int]) -> None:
+        self._places = tuple(places)
+        traced, self._made = _to_trace(call, places)
+        self._traced = jax.jit(traced)  # it knows when another trace is needed
+        self._traces: weakref.WeakKeyDictionary[Any, Trace] = weakref.WeakKeyDictionary()
+
+    def find(self, call: Call) -> Trace | None:
+        leaves = call.leaves
+        values = [call.weights.get(place, leaves[place]) for place in self._places]
+        try:
+            jaxpr = self._traced.trace(*values).jaxpr
+        except Exception:  # traced with the elements known, it works, or says why it does not
+            return None
+        if self._made:
+            self._traces[jaxpr] = Trace(jaxpr, self._places, self._made.pop())
+        return self._traces.get(jaxpr)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) or (
+        isinstance(leaf, np.ndarray) and jnp.issubdtype(leaf.dtype, np.number)
+    )
