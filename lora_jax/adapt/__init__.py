@@ -1,7 +1,8 @@
 """`adapt`, and what it says where it merges or refuses; `explain` shows what it does."""
 
 from lora_jax.adapt.explain import explain
-from lora_jax.adapt.interpreter import MergeError, MergeWarning, RoleError
+from lora_jax.adapt.interpreter import RoleError
+from lora_jax.adapt.merging import MergeError, MergeWarning
 from lora_jax.adapt.transform import adapt
 
 __all__ = ["MergeError", "MergeWarning", "RoleError", "adapt", "explain"]

@@ -1,14 +1,13 @@
 """Reads JAX's equations: every parameter that differs between releases, in one place."""
 
-import re
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.sharding import Sharding
+
+from lora_jax.adapt.user_code import user_context
 
 AnyJaxpr = ClosedJaxpr | Jaxpr
 
@@ -158,19 +157,3 @@ def function_name(eqn: JaxprEqn) -> str | None:
         inner, _ = opened(eqn.params["call_jaxpr"])
         return inner.debug_info.func_name
     return None
-
-
-def user_line(eqn: JaxprEqn) -> tuple[str, int]:
-    """Returns the file and line of the user's code that made the equation."""
-    summary = source_info_util.summarize(eqn.source_info)
-    match = re.match(r"(.*?):(\d+)(?::\d+)?(?: \(|$)", summary)
-    return (match[1], int(match[2])) if match else (summary, 1)
-
-
-@contextmanager
-def user_context(eqn: JaxprEqn) -> Iterator[None]:
-    """Gives the equation's names and source line to all that is traced inside."""
-    info = eqn.source_info
-    name_stack = source_info_util.current_name_stack() + info.name_stack
-    with source_info_util.user_context(info.traceback, name_stack=name_stack):
-        yield

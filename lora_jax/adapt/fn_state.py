@@ -8,21 +8,17 @@ values that it closes over do not.
 
 import enum
 import functools
-import sys
-import sysconfig
 import types
 from collections.abc import Hashable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from lora_jax.adapt.user_code import is_packaged
+
 _MOST = 2_000  # values that are looked at
 _MOST_BYTES = 1 << 16  # of a NumPy array, whose elements may change
-
-_PACKAGES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")})
-_PACKAGES += (str(Path(__file__).parent.parent),)
 
 _SIMPLE: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), type(...))
 _SIMPLE += (range, enum.Enum, np.dtype, np.generic)
@@ -127,14 +123,14 @@ class State:
     def _class(self, kind: type) -> Iterator[Hashable]:
         yield id(kind)
         for base in kind.__mro__:
-            if not _is_packaged(base.__module__):
+            if not is_packaged(base.__module__):
                 yield from self._of(dict(vars(base)))
 
     def _function(self, fn: types.FunctionType) -> Iterator[Hashable]:
         code, module = fn.__code__, fn.__module__
         yield from self._all((code, fn.__defaults__, fn.__kwdefaults__))
         yield from self._all(map(_contents, fn.__closure__ or ()))
-        if module is None or not _is_packaged(module):
+        if module is None or not is_packaged(module):
             yield from self._globals(fn.__globals__, _names_in(code))
 
     def _globals(self, known: dict[str, Any], names: frozenset[str]) -> Iterator[Hashable]:
@@ -146,7 +142,7 @@ class State:
                 continue
             if value.__name__ in _CHANGING or _CHANGING_INSIDE.get(value.__name__) in names:
                 raise UnknownStateError(f"what {value.__name__} gives may change")
-            if not _is_packaged(value.__name__):
+            if not is_packaged(value.__name__):
                 there = vars(value)
                 yield from self._all(there[name] for name in sorted(names & there.keys()))
 
@@ -185,14 +181,3 @@ def _names_in(code: types.CodeType) -> frozenset[str]:
     """Returns the names of globals and attributes in a function, and in functions inside it."""
     inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
     return frozenset(code.co_names).union(*map(_names_in, inner))
-
-
-@functools.cache
-def _is_packaged(module: str) -> bool:
-    """Returns whether a module is built in or lies where packages are installed."""
-    if module == "__main__":
-        return False
-    if module in sys.builtin_module_names:
-        return True
-    path = getattr(sys.modules.get(module), "__file__", None)
-    return path is not None and path.startswith(_PACKAGES)

@@ -6,7 +6,6 @@ its primitive; where there is none, or the rule declines, the weight is merged a
 
 import dataclasses
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn
 
-from lora_jax.adapt import eqns
+from lora_jax.adapt import eqns, merging
 from lora_jax.adapt.steps import Steps
+from lora_jax.adapt.user_code import Place, place_of, user_context
 from lora_jax.base import rearranged
 from lora_jax.factored import Factored
 from lora_jax.product import is_on_mesh
@@ -66,21 +66,13 @@ class Record(NamedTuple):
 
     path: str
     primitive: str
-    place: str  # file:line
+    place: str  # file:line of the user's code
     how: str  # "factored", "merged" or "unused"
     why: str
 
 
 # A rule returns the equation's outputs, or None to have its operands merged.
 Rule = Callable[["Interpreter", Use], list[Any] | None]
-
-
-class MergeWarning(UserWarning):
-    """A weight is used in a way that has no factored form, so W + s·AB is formed at that place."""
-
-
-class MergeError(ValueError):
-    """Says what `MergeWarning` says: under ``strict=True``, or with dropout on."""
 
 
 class RoleError(ValueError):
@@ -92,8 +84,6 @@ class RoleError(ValueError):
 _FUNCTIONS: weakref.WeakKeyDictionary[Any, dict[Hashable, Callable[..., Any]]] = (
     weakref.WeakKeyDictionary()
 )
-# What `warnings` needs to say a thing once for each weight and place.
-_WARNED: dict[Any, Any] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,41 +163,17 @@ class Interpreter:
             functions[self, key] = make()
         return functions[self, key]
 
-    def merged(self, weight: Factored, primitive: str, eqn: JaxprEqn | None) -> jax.Array:
-        """Returns W + s·AB, formed here; warns, or raises MergeError."""
-        file, line = eqns.user_line(eqn) if eqn is not None else ("the function's output", 0)
+    def merged(self, weight: Factored, primitive: str, where: JaxprEqn | Place) -> jax.Array:
+        """Returns W + s·AB, formed at an equation or a place; warns, or raises MergeError."""
+        if isinstance(where, Place):
+            place, function = where, None
+        else:
+            place, function = place_of(where), eqns.function_name(where)
         if self.record is not None:
-            why = _WHY.get(primitive, "has no factored form")
-            self.record(Record(str(weight.path), primitive, f"{file}:{line}", "merged", why))
-            return weight.merged()
-        what = f"the weight {weight.path!r} meets {primitive!r} at {file}:{line}, "
-        what += "which has no factored form"
-        advice = (
-            "To avoid it, multiply by the weight with a dot product (x @ w, einsum), or leave "
-            "the weight out of the rules"
-        )
-        if weight.key is not None and weight.dropout:
-            raise MergeError(
-                f"{what}, and a merged weight has no dropout. Leave out dropout_key, or set "
-                "dropout=0 in the rule of this weight"
-            )
-        if weight.uses != "all":
-            raise MergeError(
-                f"{what}, and the adapter is for one use of the weight only (uses="
-                f"{weight.uses!r}), so it cannot be merged. {advice}"
-            )
-        if weight.shift is not None:
-            raise MergeError(
-                f"{what}, and a merged weight has no place for a bias on B. {advice}, or set "
-                "bias_on_b=False in its rule"
-            )
-        if self.strict:
-            raise MergeError(f"{what}. {advice}")
-        formed = "W + s·AB" if weight.parts else "W"
-        message = (
-            f"{what}: {formed} is formed there, at the cost of W's memory. The result is right"
-        )
-        warnings.warn_explicit(f"{message}. {advice}.", MergeWarning, file, line, registry=_WARNED)
+            why = merging.why(primitive)
+            self.record(Record(str(weight.path), primitive, str(place), "merged", why))
+        else:
+            merging.say(weight, primitive, function, place, strict=self.strict)
         return weight.merged()
 
     def _apply(
@@ -224,7 +190,7 @@ class Interpreter:
         for called, rule in self.own:
             if called in (name, eqns.function_name(eqn)):
                 self._note(use, f"by the rule given for {called!r}")
-                with eqns.user_context(eqn):
+                with user_context(eqn):
                     outputs = rule(*use.values, **eqn.params)
                 return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
         if name in _HIDES and any(_is_hidden(v, name) for v in use.values):
@@ -245,11 +211,11 @@ class Interpreter:
         """Returns what a rule makes of an equation, compiled where the call is eager."""
         eqn, live = use.eqn, use.live
         if steps is None or eqn.primitive.name in ("jit", "pjit"):  # compiled by itself
-            with eqns.user_context(eqn):
+            with user_context(eqn):
                 return rule(self, use)
 
         def call(values: list[Any]) -> list[Any] | None:
-            with eqns.user_context(eqn):
+            with user_context(eqn):
                 return rule(self, Use(eqn, values, live, {}))
 
         return steps.compiled(eqn, live, call)(use.values)
@@ -257,11 +223,11 @@ class Interpreter:
     def _note(self, use: Use, why: str) -> None:
         if self.record is None:
             return
-        file, line = eqns.user_line(use.eqn)
+        place = str(place_of(use.eqn))
         for value in use.values:
             if isinstance(value, Factored):
                 name = use.eqn.primitive.name
-                self.record(Record(str(value.path), name, f"{file}:{line}", "factored", why))
+                self.record(Record(str(value.path), name, place, "factored", why))
 
 
 def _cuts_shifted(values: Sequence[Any], outputs: Sequence[Any]) -> bool:
@@ -284,13 +250,6 @@ _PRODUCTS = frozenset({*_HIDES, "slice", "dynamic_slice"})
 def _is_hidden(value: Any, primitive: str) -> bool:
     """Returns whether a weight's adapter is for other kinds of use."""
     return isinstance(value, Factored) and bool(value.parts) and value.uses == _HIDES[primitive]
-
-
-_WHY = {
-    "custom_vjp_call": "has a derivative of its own, which must be kept",
-    "custom_jvp_call": "has a derivative of its own, which must be kept",
-    "output": "the weight itself, changed, is an output",
-}
 
 
 def at_site(value: Any, index: int | jax.Array) -> Any:

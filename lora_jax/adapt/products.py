@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, RoleError, Rule, Use
+from lora_jax.adapt.user_code import place_of
 from lora_jax.axes import Label
 from lora_jax.base import along, as_array, product
 from lora_jax.factored import Factored
@@ -94,7 +94,6 @@ def _check_roles(weight: Factored, contract: Sequence[int], batch: Sequence[int]
     whole = contracted in (long(weight.axes("in")), long(weight.axes("out")))
     if whole and batched <= set(weight.axes("batch")):
         return
-    file, line = eqns.user_line(use.eqn)
     roles = ", ".join(f"{n}: {label}" for n, label in zip(shape, weight.labels, strict=True))
     sizes = " and ".join(
         f"{verb} {[shape[axis] for axis in sorted(axes)]}"
@@ -103,8 +102,8 @@ def _check_roles(weight: Factored, contract: Sequence[int], batch: Sequence[int]
     )
     raise RoleError(
         f"the weight {weight.path!r} is recorded with the axes ({roles}), but the function "
-        f"{sizes} at {file}:{line}. LoRA needs all in axes contracted, or all out axes, and batch "
-        "axes left alone. Record what the function does: by hand with LoraRule(in_axes=…, "
+        f"{sizes} at {place_of(use.eqn)}. LoRA needs all in axes contracted, or all out axes, and "
+        "batch axes left alone. Record what the function does: by hand with LoraRule(in_axes=…, "
         "out_axes=…), or by looking with lorafy(params, rules, trace=(fn, params, x))"
     )
 

@@ -16,6 +16,7 @@ from lora_jax.adapt import eqns
 from lora_jax.adapt.axis_maps import axis_map
 from lora_jax.adapt.control import CONTROL_RULES
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
+from lora_jax.adapt.user_code import place_of
 from lora_jax.axes import AxisRoles
 from lora_jax.base import as_array, is_abstract, is_base, stand_in
 from lora_jax.factored import Factored
@@ -116,7 +117,7 @@ def _rules(found: dict[str, list[Contraction]]) -> tuple[dict[str, Rule], Rule]:
     """Returns the rules that follow weights and note their products in `found`, and the default."""
 
     def product(interpreter: Interpreter, use: Use) -> list[Any]:
-        name, (file, line) = use.eqn.primitive.name, eqns.user_line(use.eqn)
+        name, place = use.eqn.primitive.name, str(place_of(use.eqn))
         for side, weight in enumerate(use.values[:2]):
             labels: Any = weight.labels if isinstance(weight, Factored) else ()
             axes = _contracts(use, side, labels) if labels else None
@@ -126,7 +127,7 @@ def _rules(found: dict[str, list[Contraction]]) -> tuple[dict[str, Rule], Rule]:
             free = _union(held for axis, held in enumerate(labels) if axis not in axes[1])
             for path in sorted({path for path, _ in contracted | free}):
                 a, b = (frozenset(a for p, a in held if p == path) for held in (contracted, free))
-                one = Contraction(a, b, name, f"{file}:{line}", name == "gather")
+                one = Contraction(a, b, name, place, name == "gather")
                 found.setdefault(path, []).append(one)
         return _gathered(use) if name == "gather" else use.bind(_plain(use))
 

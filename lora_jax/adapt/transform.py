@@ -14,6 +14,7 @@ from lora_jax.adapt.interpreter import Interpreter
 from lora_jax.adapt.nnx_writes import refuse_adapted, write
 from lora_jax.adapt.primitives import RULES
 from lora_jax.adapt.traces import Call, EagerTraces, trace
+from lora_jax.adapt.user_code import place_of_call
 from lora_jax.base import is_base, stand_in
 from lora_jax.factored import Factored
 from lora_jax.paths import fold_in_path, path_string
@@ -98,7 +99,9 @@ def run(
     for atom, value in zip(inner.outvars, values, strict=True):
         if isinstance(value, Factored):
             same = None if eqns.is_literal(atom) else given.get(atom)
-            value = same if same is not None else interpreter.merged(value, "output", None)
+            if same is None:
+                same = interpreter.merged(value, "output", place_of_call())
+            value = same
         results.append(value)
     result, writes = traced.outputs.filled(results)
     write((args, kwargs), writes)

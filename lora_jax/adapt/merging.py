@@ -1,0 +1,95 @@
+"""What is said where a use of a weight has no factored form, so that W + s·AB is formed."""
+
+import warnings
+from typing import Any
+
+from lora_jax.adapt.user_code import Place
+from lora_jax.factored import Factored
+
+
+class MergeWarning(UserWarning):
+    """A weight is used in a way that has no factored form, so W + s·AB is formed at that place."""
+
+
+class MergeError(ValueError):
+    """Says what `MergeWarning` says: under ``strict=True``, or with dropout on."""
+
+
+_ADVICE = (
+    "To avoid it, multiply by the weight with a dot product (x @ w, einsum), or leave the weight "
+    "out of the rules"
+)
+_OWN_DERIVATIVES = ("custom_vjp_call", "custom_jvp_call")
+# What `warnings` needs to say a thing once for each weight and place.
+_WARNED: dict[Any, Any] = {}
+
+
+def why(primitive: str) -> str:
+    """Returns the reason why a weight has no factored form at a primitive."""
+    if primitive in _OWN_DERIVATIVES:
+        return "has a derivative of its own, which must be kept"
+    if primitive == "output":
+        return "the weight itself, changed, is an output"
+    return "has no factored form"
+
+
+def advice(primitive: str, function: str | None) -> str:
+    """Returns what to do about a merge.
+
+    Args:
+      primitive: that the weight meets.
+      function: the name of the function that it calls, if it calls one.
+    """
+    if primitive not in _OWN_DERIVATIVES:
+        return _ADVICE
+    name = function or primitive
+    return (
+        f"To avoid it where {name!r} calls a function of yours (a vector field, the body of a "
+        "loop): adapt that function, field = lora_jax.adapt(field), and pass the adapted tree to "
+        "it through the arguments that are there for it (args), not by closing over it. Where it "
+        "is a kernel, give a rule for it: "
+        f"adapt(fn, primitives={{{name!r}: rule}})"
+    )
+
+
+def say(
+    weight: Factored, primitive: str, function: str | None, place: Place, *, strict: bool
+) -> None:
+    """Warns that a weight is merged.
+
+    Args:
+      weight: the weight.
+      primitive, function: see `advice`.
+      place: the user's line.
+      strict: raise instead.
+
+    Raises:
+      MergeError: `strict`, or a merged weight would not do what the weight does.
+    """
+    what = f"the weight {weight.path!r} meets {primitive!r} at {place}, which {why(primitive)}"
+    if primitive == "output":
+        what = f"the weight {weight.path!r}, changed, is an output of the function at {place}"
+    remedy = advice(primitive, function)
+    if weight.key is not None and weight.dropout:
+        raise MergeError(
+            f"{what}, and a merged weight has no dropout. Leave out dropout_key, or set dropout=0 "
+            "in the rule of this weight"
+        )
+    if weight.uses != "all":
+        raise MergeError(
+            f"{what}, and the adapter is for one use of the weight only (uses={weight.uses!r}), so "
+            f"it cannot be merged. {remedy}"
+        )
+    if weight.shift is not None:
+        raise MergeError(
+            f"{what}, and a merged weight has no place for a bias on B. {remedy}, or set "
+            "bias_on_b=False in its rule"
+        )
+    if strict:
+        raise MergeError(f"{what}. {remedy}")
+    formed = "W + s·AB" if weight.parts else "W"
+    message = (
+        f"{what}: {formed} is formed there, at the cost of W's memory. The result is right. "
+        f"{remedy}."
+    )
+    warnings.warn_explicit(message, MergeWarning, place.file, place.line, registry=_WARNED)

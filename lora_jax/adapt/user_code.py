@@ -1,0 +1,98 @@
+"""Tells the user's code from that of packages, and names the user's line that made an equation."""
+
+import contextlib
+import contextvars
+import functools
+import sys
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import source_info_util
+from jax.extend.core import JaxprEqn
+
+_PACKAGES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")})
+_OURS = str(Path(__file__).parent.parent)
+_WALK = str(Path(__file__).parent)  # this folder: its lines are nobody's
+_JAX = tuple(str(Path(module.__file__ or "").parent) for module in (jax, sys.modules["jaxlib"]))
+
+# The equations that are being evaluated, one inside the other.
+_INSIDE: contextvars.ContextVar[tuple[JaxprEqn, ...]] = contextvars.ContextVar("inside", default=())
+
+
+@functools.cache
+def is_packaged(module: str) -> bool:
+    """Returns whether a module is built in, or lies where packages are installed."""
+    if module in sys.builtin_module_names:
+        return module != "__main__"
+    path = getattr(sys.modules.get(module), "__file__", None)
+    return path is not None and _is_package_file(path)
+
+
+def _is_package_file(path: str) -> bool:
+    return path.startswith((*_PACKAGES, _OURS)) or path.startswith("<frozen")
+
+
+class Place(NamedTuple):
+    """A line of code.
+
+    Attributes:
+      file, line: of the user.
+      inside: "package/file.py:line" if the user's line calls a package that made the equation.
+    """
+
+    file: str
+    line: int
+    inside: str
+
+    def __str__(self) -> str:
+        called = f" (in {self.inside})" if self.inside else ""
+        return f"{self.file}:{self.line}{called}"
+
+
+def place_of(eqn: JaxprEqn) -> Place:
+    """Returns the nearest line of the user's code to an equation that is evaluated.
+
+    An equation inside of a function that JAX traced by itself knows no line of the user; the
+    equation that calls the function does, or else the Python stack, of which JAX keeps a part.
+    """
+    inside = ""
+    for each in (eqn, *reversed(_INSIDE.get())):
+        stack: Any = each.source_info.traceback
+        frames = () if stack is None else stack.frames
+        for frame in frames:
+            if not _is_package_file(frame.file_name):
+                return Place(frame.file_name, frame.line_num, inside)
+            if not inside and not frame.file_name.startswith((*_JAX, _WALK)):
+                inside = f"{_short(frame.file_name)}:{frame.line_num}"
+    return place_of_call()._replace(inside=inside)
+
+
+def place_of_call() -> Place:
+    """Returns the nearest line of the user's code that is being run."""
+    for frame, line in traceback.walk_stack(None):
+        if not _is_package_file(frame.f_code.co_filename):
+            return Place(frame.f_code.co_filename, line, "")
+    return Place("a package", 1, "")
+
+
+def _short(path: str) -> str:
+    """Returns a path from the package on."""
+    roots = [root for root in (*_PACKAGES, str(Path(_OURS).parent)) if path.startswith(root)]
+    return path.removeprefix(max(roots, key=len)).lstrip("/\\") if roots else path
+
+
+@contextlib.contextmanager
+def user_context(eqn: JaxprEqn) -> Iterator[None]:
+    """Gives the equation's names and source line to all that is traced inside."""
+    info = eqn.source_info
+    name_stack = source_info_util.current_name_stack() + info.name_stack
+    token = _INSIDE.set((*_INSIDE.get(), eqn))
+    try:
+        with source_info_util.user_context(info.traceback, name_stack=name_stack):
+            yield
+    finally:
+        _INSIDE.reset(token)

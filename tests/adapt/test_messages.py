@@ -1,0 +1,97 @@
+"""Warnings and errors of `adapt` name a line of the user's own file, and what to do."""
+
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.ode import odeint
+
+import lora_jax as lj
+from lora_jax.adapt.explain import uses
+from tests.support import assert_close, draw, with_random_factors
+
+RULE = lj.LoraRule(targets=["a"], rank=2, alpha=3.0)
+X = draw(9, (3, 5))
+
+
+def tree_of(*shape):
+    return with_random_factors(lj.lorafy({"a": {"kernel": draw(1, shape)}}, [RULE]))
+
+
+def by_norm(p, x):
+    return x @ p["a"]["kernel"] / jnp.linalg.norm(p["a"]["kernel"])  # a merge inside of jnp
+
+
+def by_softmax(p, x):
+    w = p["a"]["kernel"]
+    return x @ nn.softmax(w)
+
+
+def by_flax(p, x):
+    return nn.Dense(
+        p["a"]["kernel"].shape[1], promote_dtype=lambda *v, **_: [*v[:1], jnp.sin(v[1]), *v[2:]]
+    ).apply({"params": {"kernel": p["a"]["kernel"], "bias": p["a"]["kernel"][0] * 0}}, x)
+
+
+def by_output(p, x):
+    return x @ p["a"]["kernel"], p["a"]["kernel"].T
+
+
+@pytest.mark.parametrize(
+    ("fn", "offset"), [(by_norm, 1), (by_softmax, 2), (by_flax, 2)], ids=lambda v: str(v)[:20]
+)
+@pytest.mark.parametrize("wrap", [lambda fn: fn, jax.jit], ids=["eagerly", "jit"])
+def test_a_merge_names_the_users_line(fn, offset, wrap):
+    n_out = 7 if wrap is jax.jit else 11  # it is said while JAX traces: once for each shape
+    tree, line = tree_of(5, n_out), fn.__code__.co_firstlineno + offset
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        y = wrap(lj.adapt(fn))(tree, X)
+    assert_close(y, fn(lj.merge(tree), X), 1e-5)
+    assert {(w.filename, w.lineno) for w in caught} == {(__file__, line)}
+    merged = [record for record in uses(fn, tree, X) if record.how == "merged"]
+    assert merged and all(f"{__file__}:{line}" in record.place for record in merged)
+
+
+def test_lines_inside_of_packages_are_told_too():
+    module = nn.Dense(7)
+    tree = with_random_factors(
+        lj.lorafy(module.init(jax.random.key(0), X), [lj.LoraRule(targets=".*kernel", rank=2)])
+    )
+    (record,) = uses(module.apply, tree, X)
+    assert __file__ in record.place and "(in flax/linen/linear.py:" in record.place
+
+
+def test_an_output_names_the_call():
+    with pytest.raises(lj.MergeError, match=rf"is an output of the function at {__file__}:\d+"):
+        lj.adapt(lambda p, x: jnp.sin(x.sum()) * p["a"]["kernel"].T, strict=True)(tree_of(5, 7), X)
+
+
+def field(y, t, p):
+    return jnp.tanh(y @ p["a"]["kernel"]) - t
+
+
+TIMES = jnp.linspace(0.0, 1.0, 3)
+
+
+def test_an_ode_says_how_it_stays_factored():
+    """All merges at odeint's own derivative; with the field adapted and the tree in args, not."""
+    tree = tree_of(5, 5)
+    solve = lambda p, x: odeint(field, x, TIMES, p)  # noqa: E731
+    with pytest.raises(lj.MergeError) as caught:
+        lj.adapt(solve, strict=True)(tree, X)
+    assert __file__ in str(caught.value)
+    for part in ("derivative of its own", "lora_jax.adapt(field)", "args", "primitives="):
+        assert part in str(caught.value)
+
+    run = lj.adapt(lambda y, t, p: field(y, t, p), strict=True)
+    adapter, base = lj.split(tree)
+
+    def loss(solve, adapter, x):
+        return jnp.sum(jnp.sin(solve(lj.join(adapter, base), x)))
+
+    ours = jax.grad(lambda *v: loss(lambda p, x: odeint(run, x, TIMES, p), *v), (0, 1))(adapter, X)
+    theirs = jax.grad(lambda *v: loss(lambda p, x: solve(lj.merge(p), x), *v), (0, 1))(adapter, X)
+    assert_close(ours, theirs, 1e-4)
