@@ -7,6 +7,7 @@ from lora_jax import sharding as sharding
 from lora_jax.adapt import MergeError as MergeError
 from lora_jax.adapt import MergeWarning as MergeWarning
 from lora_jax.adapt import RoleError as RoleError
+from lora_jax.adapt import RoleWarning as RoleWarning
 from lora_jax.adapt import adapt as adapt
 from lora_jax.adapt import explain as explain
 from lora_jax.checkpoint import AdapterError as AdapterError

@@ -3,6 +3,7 @@
 from lora_jax.adapt.explain import explain
 from lora_jax.adapt.interpreter import RoleError
 from lora_jax.adapt.merging import MergeError, MergeWarning
+from lora_jax.adapt.sides import RoleWarning
 from lora_jax.adapt.transform import adapt
 
-__all__ = ["MergeError", "MergeWarning", "RoleError", "adapt", "explain"]
+__all__ = ["MergeError", "MergeWarning", "RoleError", "RoleWarning", "adapt", "explain"]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.adapt import sides
 from lora_jax.adapt.interpreter import Interpreter, RoleError, Rule, Use
 from lora_jax.adapt.user_code import place_of
 from lora_jax.axes import Label
@@ -52,6 +53,7 @@ def _dot_general(_: Interpreter, use: Use) -> list[Any] | None:
         return None
     _check_roles(weight, contract[1], batch[1], use)
     weight = _with_unit_roles(weight, role, contract[1], batch[1])
+    _note_side(weight, role, use)
     if set(contract[1]) != set(weight.axes("in")):  # the mirror image
         several_gains = weight.gain is not None and set(batch[1]) != set(weight.axes("batch"))
         if weight.shift is not None or several_gains:
@@ -59,6 +61,11 @@ def _dot_general(_: Interpreter, use: Use) -> list[Any] | None:
     how = {n: use.params[n] for n in ("precision", "preferred_element_type", "out_sharding")}
     how |= {"for_factors": use.for_factors(x), "weight_first": weight_first}
     return [dot(x, weight, contract=contract, batch=batch, **how)]
+
+
+def _note_side(weight: Factored, role: Label, use: Use) -> None:
+    if role != "batch":
+        sides.note(weight, role, lambda: place_of(use.eqn))
 
 
 def _contracted_role(weight: Factored, contract: Sequence[int]) -> Label | None:
@@ -124,6 +131,7 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
     groups = params["feature_group_count"]
     kernel = jnp.moveaxis(weight.a, 0, out_axis).astype(x.dtype)  # W's layout, r output features
     kernel = jnp.concatenate([kernel] * groups, axis=out_axis) if groups > 1 else kernel
+    _note_side(weight, "in", use)
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
     how = {name: params[name] for name in (*names, "dimension_numbers", "precision")}
     features = params["dimension_numbers"].out_spec[1]
@@ -173,6 +181,7 @@ def _ragged_dot_general(_: Interpreter, use: Use) -> list[Any] | None:
         group = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=ends.dtype), side="right")
         return jnp.take(vector, group, axis=0, mode="clip")
 
+    _note_side(weight, weight.labels[w_contract[0]], use)
     if weight.labels[w_contract[0]] != "in":
         if weight.shift is not None:
             return None
@@ -238,6 +247,7 @@ def _gather(_: Interpreter, use: Use) -> list[Any] | None:
         return [stack.relabelled(base, labels)]
     if weight.labels[axis] != "in" or len(weight.axes("in")) != 1 or weight.axes("batch"):
         return None
+    _note_side(weight, "in", use)
     places = [a for a in range(len(offsets) + indices.ndim - 1) if a not in offsets]
     order = places + offsets
 

@@ -13,6 +13,7 @@ from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter
 from lora_jax.adapt.nnx_writes import refuse_adapted, write
 from lora_jax.adapt.primitives import RULES
+from lora_jax.adapt.sides import noted, warn_of_swapped
 from lora_jax.adapt.traces import Call, EagerTraces, trace
 from lora_jax.adapt.user_code import place_of_call
 from lora_jax.base import is_base, stand_in
@@ -90,7 +91,9 @@ def run(
     traced = trace(call) if found is None else found
     refuse_adapted((args, kwargs), traced.outputs.writes, is_node)
     inputs = [weights.get(place, call.leaves[place]) for place in traced.places]
-    values = interpreter.evaluate(traced.jaxpr, inputs, steps=steps)
+    with noted() as seen:
+        values = interpreter.evaluate(traced.jaxpr, inputs, steps=steps)
+    warn_of_swapped(seen, traced.jaxpr, inputs)
     inner, _ = eqns.opened(traced.jaxpr)
     given: dict[Any, Any] = {
         var: nodes.get(p) for var, p in zip(inner.invars, traced.places, strict=True)

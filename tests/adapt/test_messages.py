@@ -95,3 +95,38 @@ def test_an_ode_says_how_it_stays_factored():
     ours = jax.grad(lambda *v: loss(lambda p, x: odeint(run, x, TIMES, p), *v), (0, 1))(adapter, X)
     theirs = jax.grad(lambda *v: loss(lambda p, x: solve(lj.merge(p), x), *v), (0, 1))(adapter, X)
     assert_close(ours, theirs, 1e-4)
+
+
+def transposed(p, x):
+    return x @ p["a"]["kernel"].T
+
+
+@pytest.mark.parametrize("wrap", [lambda fn: fn, jax.jit], ids=["eagerly", "jit"])
+def test_a_kernel_that_is_only_used_transposed_under_default_roles(wrap):
+    tree, line = tree_of(7, 5), transposed.__code__.co_firstlineno + 1
+    with pytest.warns(lj.RoleWarning, match="'a/kernel'.*other way round.*trace=") as caught:
+        y = wrap(lj.adapt(transposed, strict=True))(tree, X)
+    assert {(w.filename, w.lineno) for w in caught} == {(__file__, line)}
+    assert_close(y, transposed(lj.merge(tree), X), 1e-5)
+
+
+def test_roles_that_fit_and_tied_tables_say_nothing():
+    kernel = {"a": {"kernel": draw(1, (7, 5))}}
+    looked = with_random_factors(lj.lorafy(kernel, [RULE], trace=(transposed, kernel, X)))
+    lj.adapt(transposed, strict=True)(looked, X)
+    there_and_back = lambda p, x: jnp.tanh(x @ p["a"]["kernel"]) @ p["a"]["kernel"].T  # noqa: E731
+    lj.adapt(there_and_back, strict=True)(tree_of(5, 7), X)
+    table = {"embedding": draw(1, (11, 5))}
+    tied = with_random_factors(lj.lorafy(table, [lj.LoraRule(targets=["embedding"], rank=2)]))
+    lj.adapt(lambda p, x: x @ p["embedding"].T, strict=True)(tied, X)
+
+
+def test_a_use_inside_of_a_function_that_is_known_counts():
+    inner = jax.jit(lambda w, x: jnp.tanh(x @ w))
+    tree = tree_of(5, 7)
+    lj.adapt(lambda p, x: inner(p["a"]["kernel"], x))(tree, X)
+
+    def both(p, x):
+        return inner(p["a"]["kernel"], x) @ p["a"]["kernel"].T
+
+    lj.adapt(both)(tree, X)

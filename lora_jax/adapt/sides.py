@@ -1,0 +1,97 @@
+"""Notices weights that a function only uses the other way round than their axis roles say.
+
+Such a weight computes the right thing, as xW and xWᵀ are both products. But A and B have changed
+places: A, random at first, stands on the side where B = 0 should, and what tells them apart (DoRA's
+magnitude, LoRA+, LoRA-FA, PiSSA, OLoRA) acts on the wrong side.
+"""
+
+import contextlib
+import contextvars
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+from jax.extend.core import jaxpr_as_fun
+
+from lora_jax.adapt import eqns
+from lora_jax.adapt.roles import infer_roles
+from lora_jax.adapt.user_code import Place
+from lora_jax.axes import EMBEDDING_NAMES, AxisRoles
+from lora_jax.factored import Factored
+from lora_jax.paths import leaf_name
+
+Side = Literal["in", "out"]  # the axes that a product contracts
+# By the path of a weight, and the side: the place of the first such use.
+Seen = dict[str, dict[Side, Place]]
+_SEEN: contextvars.ContextVar[Seen | None] = contextvars.ContextVar("seen", default=None)
+
+
+class RoleWarning(UserWarning):
+    """A function only uses a weight the other way round than its recorded axis roles say."""
+
+
+def note(weight: Factored, side: Side, place: Callable[[], Place]) -> None:
+    """Notes a product with a weight, or a look-up in it."""
+    seen = _SEEN.get()
+    if seen is not None and weight.parts and weight.uses == "all":
+        sides = seen.setdefault(str(weight.path), {})
+        if side not in sides:
+            sides[side] = place()
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[Seen]:
+    """Collects the uses that are noted inside."""
+    seen: Seen = {}
+    token = _SEEN.set(seen)
+    try:
+        yield seen
+    finally:
+        _SEEN.reset(token)
+
+
+def warn_of_swapped(seen: Seen, jaxpr: eqns.AnyJaxpr, inputs: Sequence[Any]) -> None:
+    """Warns of weights whose out axes are contracted, and never their in axes.
+
+    Args:
+      seen: what was noted while `jaxpr` was evaluated. An inner function that was evaluated before
+        and is known notes nothing, so the jaxpr is asked as well.
+      jaxpr: of the function.
+      inputs: of the jaxpr, weights among them.
+    """
+    only_out = {path for path, sides in seen.items() if "in" not in sides}
+    weights = {
+        place: weight
+        for place, weight in enumerate(inputs)
+        if isinstance(weight, Factored)
+        and str(weight.path) in only_out
+        and leaf_name(str(weight.path)) not in EMBEDDING_NAMES
+    }
+    if not weights:
+        return
+    shapes = [_shape(v.base if isinstance(v, Factored) else v) for v in inputs]
+    paths = {id(shapes[place]): str(weight.path) for place, weight in weights.items()}
+    found = infer_roles(jaxpr_as_fun(jaxpr), shapes, paths)
+    for weight in weights.values():
+        path, ndim = str(weight.path), len(weight.labels)
+        ins, outs = (tuple(a - ndim for a in weight.axes(side)) for side in ("in", "out"))
+        if found[path] == AxisRoles(outs, ins):
+            _warn(path, AxisRoles(ins, outs), seen[path]["out"])
+
+
+def _shape(array: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def _warn(path: str, roles: AxisRoles, place: Place) -> None:
+    warnings.warn_explicit(
+        f"the weight {path!r} is recorded with {roles}, but the function only uses it the other "
+        f"way round, as at {place}. The result is right, but A and B have changed places: DoRA's "
+        "magnitude, LoRA+, LoRA-FA, PiSSA and OLoRA act on the wrong side. Record what the "
+        "function does: by looking, lorafy(params, rules, trace=(fn, params, x)), or by hand with "
+        "LoraRule(in_axes=…, out_axes=…).",
+        RoleWarning,
+        place.file,
+        place.line,
+    )
