@@ -7,7 +7,6 @@ later calls that differ in nothing but arrays.
 import collections
 import dataclasses
 import functools
-import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import field
 from typing import Any
@@ -21,7 +20,7 @@ from lora_jax.adapt.fn_state import State, UnknownStateError
 from lora_jax.adapt.nnx_writes import Snapshot, Writes
 from lora_jax.adapt.steps import Steps
 
-_MOST_TRACES = 4  # of one function; each holds the arrays that it closes over
+_MOST_TRACES = 8  # of one function; each holds the arrays that it closes over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +76,20 @@ class Trace:
 
 
 def trace(call: Call) -> Trace:
-    """Returns the trace of a call with its weights as inputs, all else being closed over."""
+    """Returns the trace of a call with its weights as inputs, all else being closed over.
+
+    Raises whatever the function raises while it is traced.
+    """
     traced, made = _to_trace(call, tuple(call.weights))
-    jaxpr = jax.make_jaxpr(traced)(*call.weights.values())
+    try:
+        jaxpr = jax.make_jaxpr(traced)(*call.weights.values())
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        error.add_note(
+            "lora_jax.adapt traces the function, as jax.jit does: Python code in it cannot depend "
+            "on the elements of arrays that it computes. Use jax.lax.cond or jnp.where, compute "
+            "them before and pass them in, or run the function on lora_jax.merge(params)."
+        )
+        raise
     return Trace(jaxpr, tuple(call.weights), made.pop())
 
 
@@ -108,7 +118,8 @@ class EagerTraces:
     """The traces of one function that eager calls can use again."""
 
     def __init__(self) -> None:
-        self._known: collections.OrderedDict[Hashable, _Known | None] = collections.OrderedDict()
+        # By all that a trace depends on; None where it depends on the elements of an array.
+        self._known: collections.OrderedDict[Hashable, Trace | None] = collections.OrderedDict()
         self._is_off = False
 
     def find(self, call: Call) -> Trace | None:
@@ -119,47 +130,46 @@ class EagerTraces:
         """
         if self._is_off:
             return None
-        arrays = [p for p, leaf in enumerate(call.leaves) if _is_array(leaf)]
+        leaves = call.leaves
+        arrays = [place for place, leaf in enumerate(leaves) if _is_array(leaf)]
         places = (*call.weights, *(place for place in arrays if place not in call.weights))
-        others = set(range(len(call.leaves))).difference(places)
+        values = [call.weights.get(place, leaves[place]) for place in places]
+        others = set(range(len(leaves))).difference(places)
         try:
-            state = State(call.fn, [call.leaves[place] for place in sorted(others)])
-            key = (call.treedef, places, state)
+            state = State(call.fn, [leaves[place] for place in sorted(others)])
+            key = (call.treedef, places, state, tuple(map(_type_of, values)), _settings())
             hash(key)
         except (UnknownStateError, TypeError):
             self._is_off = True
             return None
         if key not in self._known:
-            self._known[key] = _Known(call, places)
+            self._known[key] = self._trace(call, places, values)
             if len(self._known) > _MOST_TRACES:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
-        known = self._known[key]
-        found = known.find(call) if known is not None else None
-        if found is None:
-            self._known[key] = None
-        return found
+        return self._known[key]
 
-
-class _Known:
-    """The traces of one function with the same arguments, but for arrays."""
-
-    def __init__(self, call: Call, places: Sequence[int]) -> None:
-        self._places = tuple(places)
-        traced, self._made = _to_trace(call, places)
-        self._traced = jax.jit(traced)  # it knows when another trace is needed
-        self._traces: weakref.WeakKeyDictionary[Any, Trace] = weakref.WeakKeyDictionary()
-
-    def find(self, call: Call) -> Trace | None:
-        leaves = call.leaves
-        values = [call.weights.get(place, leaves[place]) for place in self._places]
+    def _trace(self, call: Call, places: Sequence[int], values: Sequence[Any]) -> Trace | None:
+        traced, made = _to_trace(call, places)
         try:
-            jaxpr = self._traced.trace(*values).jaxpr
-        except Exception:  # traced with the elements known, it works, or says why it does not
+            jaxpr = jax.make_jaxpr(traced)(*values)
+        except Exception:  # with the elements known it works, or says why it does not
             return None
-        if self._made:
-            self._traces[jaxpr] = Trace(jaxpr, self._places, self._made.pop())
-        return self._traces.get(jaxpr)
+        return Trace(jaxpr, tuple(places), made.pop())
+
+
+@jax.jit
+def _nothing() -> None:
+    """Returns nothing. JAX traces it once for each combination of its settings."""
+
+
+def _settings() -> Hashable:
+    """Returns what stands for JAX's settings: promotion, precision, a mesh, and all others."""
+    return _nothing.trace().jaxpr
+
+
+def _type_of(value: Any) -> Hashable:
+    return value if isinstance(value, jax.ShapeDtypeStruct) else jax.typeof(value)
 
 
 def _is_array(leaf: Any) -> bool:

@@ -31,10 +31,18 @@ def adapt(
     """Returns `fn` for adapted trees: each product with an adapted W is xW + s·(xA)B.
 
     W + s·AB is never formed, nor a gradient of W where the derivative is taken with respect to
-    the adapter half alone (see `lora_jax.split`). `fn` is any JAX function of a tree of arrays: a
-    Flax Linen ``apply``, a function that calls ``nnx.merge(graphdef, state)(x)``, a plain
-    function. Arguments that are no arrays reach it as they are. The result commutes with `jit`,
-    `grad`, `jvp`, `vmap`, `scan` and `remat`.
+    the adapter half alone (see `lora_jax.split`). `fn` is any function that JAX can trace, of a
+    tree of arrays: a Flax Linen ``apply``, a function that calls an NNX module or
+    ``nnx.merge(graphdef, state)(x)``, a plain function. Arguments that are no arrays reach it as
+    they are. The result commutes with `jit`, `grad`, `jvp`, `vmap`, `scan` and `remat`.
+
+    What `fn` changes in an NNX module among its arguments (batch statistics, counters of random
+    streams, caches) is changed in the module that was passed.
+
+    An eager call traces `fn` and compiles its operations one by one; later calls that differ in
+    nothing but the elements of arrays run these, without calling `fn` again. Other arguments are
+    compared, and so is what `fn` closes over, globals that it names and attributes of objects that
+    it reaches; a `fn` that needs the elements of an array is traced in each call.
 
     A use that has no factored form merges that weight at that place, with a `MergeWarning` that
     names the weight, the primitive and the line of your code.

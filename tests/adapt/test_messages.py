@@ -121,6 +121,16 @@ def test_roles_that_fit_and_tied_tables_say_nothing():
     lj.adapt(lambda p, x: x @ p["embedding"].T, strict=True)(tied, X)
 
 
+def test_python_code_that_needs_elements_is_told_what_tracing_means():
+    def fn(p, x):
+        y = x @ p["a"]["kernel"]
+        return y if y.sum() > 0 else -y
+
+    with pytest.raises(jax.errors.TracerBoolConversionError) as caught:
+        lj.adapt(fn)(tree_of(5, 7), X)
+    assert any("lora_jax.adapt traces the function" in note for note in caught.value.__notes__)
+
+
 def test_a_use_inside_of_a_function_that_is_known_counts():
     inner = jax.jit(lambda w, x: jnp.tanh(x @ w))
     tree = tree_of(5, 7)
