@@ -64,7 +64,7 @@ class AxisRoles:
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What a function was seen to do with a leaf.
+    """The roles of the axes of a leaf, as a function was seen to use it.
 
     Attributes:
       roles: the roles of its axes.
