@@ -62,6 +62,20 @@ class AxisRoles:
         return f"in axes {self.in_axes}, out axes {self.out_axes}, the rest batch"
 
 
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """The roles of the axes of a leaf, as a function was seen to use it.
+
+    Attributes:
+      roles: the roles of its axes.
+      unlike: why it is no kernel (a table that is looked up, a gain, what is added to an
+        activation); empty where it is one.
+    """
+
+    roles: AxisRoles
+    unlike: str = ""
+
+
 def default_roles(name: str, ndim: int) -> AxisRoles | None:
     """Returns Flax's convention for a leaf called `name`; None where it has none."""
     has_convention = name in KERNEL_NAMES | EMBEDDING_NAMES and ndim >= 2

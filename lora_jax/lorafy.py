@@ -39,13 +39,18 @@ def lorafy(
         weight's path only, so that adapting one more weight changes no other.
       trace: ``(fn, *args)``, as `fn` is called, `params` among the arguments (arrays may be
         `jax.ShapeDtypeStruct`\\ s): the axis roles of each kernel are read from what `fn` does
-        with it, in the place of Flax's convention. A rule's own in_axes and out_axes come first.
+        with it, in the place of Flax's convention, and "all-linear" takes each array that it
+        multiplies by, but for embeddings and heads by their names: no table that is looked up, no
+        gain, nothing that is added to an activation, no array of one input or one output. A rule's
+        own in_axes and out_axes come first. Give keyword arguments by a lambda or
+        `functools.partial`.
       kinds: by path, the part of the model that a leaf belongs to ("attention", "mlp", "experts",
         "head", …), which presets of targets select by: ``lora_jax.models.kinds(model.config)``.
 
     Raises:
       ValueError: a rule selects nothing, a kernel's axis roles are unknown, or the tree is adapted
         already.
+      TypeError: a rule is no rule, or `trace` no function with its arguments.
 
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
     >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
@@ -61,6 +66,8 @@ def lorafy(
     arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
     roles = None
     if trace is not None:
+        if not isinstance(trace, Sequence) or not trace or not callable(trace[0]):
+            raise TypeError(f"trace is a tuple of a function and its arguments, not {trace!r}")
         roles = infer_roles(trace[0], trace[1:], {id(leaf): path for path, leaf in arrays})
     chosen = resolve(arrays, rules, Known(roles, kinds))
     key = jax.random.key(0) if key is None else key

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax.axes import EMBEDDING_NAMES, AxisRoles, default_roles
+from lora_jax.axes import EMBEDDING_NAMES, AxisRoles, Seen, default_roles
 from lora_jax.paths import has_run, leaf_name, nearest, numbered_layer
 from lora_jax.rules import ALL_LINEAR, PRESETS, LoraRule, Rule, Targets, TrainRule
 
@@ -19,7 +19,10 @@ _NOT_LINEAR = re.compile(
     r"wpe|\w*lm_head|head|unembed\w*|classifier|score|logits)(/.*)?)"
 )
 # Leaves with two or more axes that a module owns beside its kernel, once layers are stacked.
-_SIDE_LEAVES = frozenset({"bias", "b", "scale", "offset", "mean", "var", "gamma", "beta"})
+_BIASES = ("bias", "b")
+_SIDE_LEAVES = frozenset({*_BIASES, "scale", "offset", "mean", "var", "gamma", "beta"})
+
+_NO_ARGUMENT = "it is no argument (leaves are matched by identity)"
 
 Leaves = Sequence[tuple[str, Any]]  # path and array, or anything with a shape and a dtype
 
@@ -29,13 +32,13 @@ class Known:
     """Facts about the leaves, by path.
 
     Attributes:
-      roles: the axis roles that a function was seen to give a leaf, or why there are none; None:
-        the names of leaves tell them.
+      roles: what a function was seen to do with a leaf, or why that tells no axis roles; None: the
+        names of leaves tell them.
       kinds: the part of the model that a leaf belongs to, which presets select by; None: presets
         but "all-linear", which goes by names then, cannot be used.
     """
 
-    roles: Mapping[str, AxisRoles | str] | None = None
+    roles: Mapping[str, Seen | str] | None = None
     kinds: Mapping[str, str] | None = None
 
 
@@ -113,8 +116,9 @@ def resolve(
             )
     used: set[int] = set()
     resolved: dict[str, Choice] = {}
+    tree = dict(leaves)
     for path, leaf in leaves:
-        matching = {i: rule for i, rule in enumerate(rules) if _selects(rule, path, leaf, known)}
+        matching = {i: rule for i, rule in enumerate(rules) if _selects(rule, path, tree, known)}
         if not matching:
             continue
         index, first = next(iter(matching.items()))
@@ -127,10 +131,10 @@ def resolve(
         if choice is not None:
             resolved[path] = choice
             used |= taking_part
-    resolved |= _biases(dict(leaves), resolved)
+    resolved |= _biases(tree, resolved)
     for index, rule in enumerate(rules):
         if index not in used:
-            why = _why_nothing(rule, leaves, resolved if index else {}, known)
+            why = _why_nothing(rule, tree, resolved if index else {}, known)
             raise ValueError(f"{rule} selects nothing: {why}")
     return resolved
 
@@ -172,7 +176,7 @@ def _biases(paths: Container[str], resolved: Mapping[str, Choice]) -> dict[str, 
 def beside(path: str, paths: Container[str]) -> str | None:
     """Returns the path of the bias that stands beside a kernel, if there is one."""
     parent = path.removesuffix(leaf_name(path))
-    return next((parent + name for name in ("bias", "b") if parent + name in paths), None)
+    return next((parent + name for name in _BIASES if parent + name in paths), None)
 
 
 def _adapt(
@@ -217,13 +221,14 @@ def _adapt(
 _MAY_DIFFER: dict[str, Any] = dict(targets=".*", exclude=(), layers=None, rank=2, alpha=None)
 
 
-def _selects(rule: Rule, path: str, leaf: Any, known: Known) -> bool:
+def _selects(rule: Rule, path: str, tree: Mapping[str, Any], known: Known) -> bool:
     """Returns whether a rule names a leaf that it can adapt (a LoraRule) or train."""
+    leaf = tree[path]
     if _matches(rule.exclude, path) or not _is_named(rule, path, leaf, known):
         return False
     if isinstance(rule, TrainRule):
         return jnp.issubdtype(leaf.dtype, jnp.inexact)
-    return _is_kernel(path, leaf)
+    return _is_matrix(leaf) and not _is_side_leaf(rule, path, tree, known)
 
 
 def _is_named(rule: Rule, path: str, leaf: Any, known: Known) -> bool:
@@ -235,11 +240,17 @@ def _is_named(rule: Rule, path: str, leaf: Any, known: Known) -> bool:
         if any(known.kinds.get(path) in PRESETS[preset] for preset in presets):
             return True
     elif ALL_LINEAR in presets and isinstance(rule, LoraRule) and not _NOT_LINEAR.fullmatch(path):
-        by_name = default_roles(leaf_name(path), len(leaf.shape))
-        roles = by_name if known.roles is None else known.roles.get(path)
-        if isinstance(roles, AxisRoles) and leaf_name(path) not in EMBEDDING_NAMES:
+        if leaf_name(path) not in EMBEDDING_NAMES and _is_linear(path, leaf, known):
             return True
     return names is rule.targets and _matches(names, path)
+
+
+def _is_linear(path: str, leaf: Any, known: Known) -> bool:
+    """Returns whether a leaf is known as a kernel: by what was seen of it, or else by its name."""
+    if known.roles is None:
+        return default_roles(leaf_name(path), len(leaf.shape)) is not None
+    seen = known.roles.get(path)
+    return isinstance(seen, Seen) and not seen.unlike
 
 
 def _matches(targets: Targets, path: str) -> bool:
@@ -248,10 +259,30 @@ def _matches(targets: Targets, path: str) -> bool:
     return any(has_run(path, name) for name in targets)
 
 
-def _is_kernel(path: str, leaf: Any) -> bool:
-    """Returns whether a leaf has two axes or more and isn't kept by a module beside its kernel."""
-    is_matrix = len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
-    return is_matrix and leaf_name(path) not in _SIDE_LEAVES
+def _is_matrix(leaf: Any) -> bool:
+    return len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _is_side_leaf(rule: LoraRule, path: str, tree: Mapping[str, Any], known: Known) -> bool:
+    """Returns whether a leaf goes for one that a module owns beside its kernel, by its name.
+
+    It does not where it was seen to be a kernel, nor where the rule says the roles of its axes and
+    calls it by its name, or nothing about it looks like a bias: no axis is a batch axis, none has
+    size one, and no leaf of its module has more axes.
+    """
+    parent, name = path.removesuffix(leaf_name(path)), leaf_name(path)
+    if name not in _SIDE_LEAVES:
+        return False
+    leaf = tree[path]
+    if known.roles is not None and _is_linear(path, leaf, known):
+        return False
+    if rule.in_axes is None or rule.out_axes is None:
+        return True
+    if not isinstance(rule.targets, str) and name in map(leaf_name, rule.targets):
+        return False
+    beside = [len(t.shape) for p, t in tree.items() if p.removesuffix(leaf_name(p)) == parent]
+    is_whole = len(rule.in_axes) + len(rule.out_axes) == len(leaf.shape) and 1 not in leaf.shape
+    return name not in _BIASES or not is_whole or max(beside) > len(leaf.shape)
 
 
 def _roles(rule: LoraRule, path: str, ndim: int, known: Known) -> AxisRoles:
@@ -261,13 +292,13 @@ def _roles(rule: LoraRule, path: str, ndim: int, known: Known) -> AxisRoles:
         except ValueError as error:
             raise ValueError(f"{rule}: {path!r}: {error}") from None
     if known.roles is not None:
-        seen = known.roles.get(path, "it is no argument (leaves are matched by identity)")
+        seen = known.roles.get(path, _NO_ARGUMENT)
         if isinstance(seen, str):
             raise ValueError(
                 f"{rule} selects {path!r}, and trace tells no axis roles for it: {seen}. Leave it "
                 "out with exclude=…, or say them in a rule for it with in_axes=… and out_axes=…"
             )
-        return seen
+        return seen.roles
     roles = default_roles(leaf_name(path), ndim)
     if roles is None:
         raise ValueError(
@@ -279,30 +310,75 @@ def _roles(rule: LoraRule, path: str, ndim: int, known: Known) -> AxisRoles:
     return roles
 
 
-def _why_nothing(rule: Rule, leaves: Leaves, taken: Mapping[str, Choice], known: Known) -> str:
+def _why_nothing(
+    rule: Rule, tree: Mapping[str, Any], taken: Mapping[str, Choice], known: Known
+) -> str:
     """Returns the reason why a rule selects nothing.
 
     Args:
       rule: the rule.
-      leaves, known: see `resolve`.
+      tree: the leaves by path.
       taken: the decisions for the leaves that other rules select; none where the rule is the first.
+      known: see `resolve`.
     """
-    named = {path: leaf for path, leaf in leaves if _is_named(rule, path, leaf, known)}
+    named = {path: leaf for path, leaf in tree.items() if _is_named(rule, path, leaf, known)}
     if gone := [path for path in named if path in taken]:
         return f"an earlier rule takes {gone[0]!r} (the first rule wins)"
     if excluded := [path for path in named if _matches(rule.exclude, path)]:
         return f"its exclude takes out {excluded[0]!r}"
-    kernels = [path for path, leaf in named.items() if _is_kernel(path, leaf)]
-    if kernels and isinstance(rule, LoraRule) and rule.layers is not None:
-        return f"{kernels[0]!r} has none of the layers {rule.layers}"
+    if isinstance(rule, LoraRule):
+        matrices = [path for path, leaf in named.items() if _is_matrix(leaf)]
+        side = [path for path in matrices if _is_side_leaf(rule, path, tree, known)]
+        if rule.layers is not None and (kernels := [path for path in matrices if path not in side]):
+            return f"{kernels[0]!r} has none of the layers {rule.layers}"
+        if side:
+            return _why_side_leaf(side[0], known)
     if named:
         path, leaf = next(iter(named.items()))
         return (
             f"{path!r} has the shape {tuple(leaf.shape)} and the dtype {leaf.dtype}, which is no "
             "kernel; a TrainRule trains such a leaf in full"
         )
-    if not leaves:
+    if not tree:
         return "the tree has no leaves"
     names = [rule.targets] if isinstance(rule.targets, str) else rule.targets
-    near = dict.fromkeys(path for name in names for path in nearest(name, dict(leaves)))
+    if ALL_LINEAR in names and isinstance(rule, LoraRule) and known.kinds is None:
+        return _why_not_linear({p: leaf for p, leaf in tree.items() if _is_matrix(leaf)}, known)
+    near = dict.fromkeys(path for name in names for path in nearest(name, tree))
     return "\n  ".join(["the nearest paths are:", *near])
+
+
+def _why_side_leaf(path: str, known: Known) -> str:
+    """Returns why a rule leaves a leaf alone that has the name of a bias, and what to do."""
+    look = "or let lorafy look at what your function does: lorafy(params, rules, trace=(fn, …))"
+    if known.roles is not None:
+        seen = known.roles.get(path, _NO_ARGUMENT)
+        look = f"since trace shows none: {seen if isinstance(seen, str) else seen.unlike}"
+    return (
+        f"{path!r} goes for a bias or a part of a norm by its name, so for no kernel; a TrainRule "
+        "trains such a leaf in full. If it is a kernel, say its axes in a rule that names it, "
+        f"LoraRule(targets=[{leaf_name(path)!r}], in_axes=…, out_axes=…), {look}"
+    )
+
+
+def _why_not_linear(matrices: Mapping[str, Any], known: Known) -> str:
+    """Returns why "all-linear" takes none of the leaves with two axes or more, and what to do."""
+    if not matrices:
+        return "no leaf is an array of floats with two axes or more"
+    some = list(matrices)[:5]
+    if known.roles is not None:
+        reasons = []
+        for path in some:
+            seen = known.roles.get(path, _NO_ARGUMENT)
+            reason = seen if isinstance(seen, str) else seen.unlike
+            reasons.append(f"{path!r}: {reason or 'an embedding or a head, by its name'}")
+        return "\n  ".join(["trace shows no kernel:", *reasons])
+    if kernels := [p for p, leaf in matrices.items() if _is_linear(p, leaf, known)]:
+        what = "all kernels are embeddings or heads, by their names. Name those to adapt:"
+        return "\n  ".join([what, *kernels[:5]])
+    what = (
+        "it goes by names, and no leaf is called kernel or w. Let lorafy look at what your "
+        "function does with each: lorafy(params, rules, trace=(fn, params, x)). Or name the "
+        "kernels, and say their axes with in_axes=… and out_axes=…; arrays of two axes or more are:"
+    )
+    return "\n  ".join([what, *map(repr, some)])

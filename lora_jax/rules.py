@@ -43,8 +43,8 @@ class LoraRule:
         ``model/layers/q_proj/kernel``, and never a bias or a norm); or a string, which
         `re.fullmatch`\\ es the whole ``/``-joined path of the leaf; or a preset, alone or among the
         names: ``"all-linear"``, every kernel but embeddings and the output head (experts and their
-        routers are kernels, too), ``"attention"``, ``"mlp"`` or ``"experts"``. Presets but the
-        first need `lorafy`'s `kinds`.
+        routers are kernels, too; `lorafy`'s `trace` finds kernels of any name), ``"attention"``,
+        ``"mlp"`` or ``"experts"``. Presets but the first need `lorafy`'s `kinds`.
       exclude: paths that are left alone, in either of the first two forms.
       layers: indices of the layers to adapt; the first batch axis of a stacked kernel, or the
         first numbered segment of the path. None: all.
@@ -65,7 +65,9 @@ class LoraRule:
         only, as PEFT does. Such a weight cannot be merged.
       dtype: of A and B. They are cast to the activation's dtype where they are used.
       in_axes, out_axes: the kernel's axis roles, where they are not Flax's (last axis out, the one
-        before it in, the rest batch). Both or neither.
+        before it in, the rest batch). Both or neither. A leaf with the name of a bias or a norm's
+        (``b``, ``scale``, …) is left alone but where a rule of its name gives them, or `lorafy`'s
+        `trace` shows a kernel.
 
     Raises:
       ValueError: on construction, where a field makes no sense.

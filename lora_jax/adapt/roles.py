@@ -4,46 +4,44 @@ The function is run abstractly by the interpreter that `adapt` uses, with other 
 without factors is followed to the products that use it, each of its axes labelled by the axes of
 the leaf that it holds. Axes that are contracted with the activation are in axes, axes that come
 out are out axes; what is indexed, sliced off, scanned over or batched is a batch axis.
+
+An array that is computed from leaves alone (their norms, say) is followed too, without labels: what
+is added to a leaf is an activation only where it is computed from something else.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.axis_maps import axis_map
+from lora_jax.adapt.contractions import (
+    NOTHING,
+    Axis,
+    Contraction,
+    Held,
+    composed,
+    contractions,
+    contracts,
+    indexed,
+    labelled,
+    paths_of,
+    union,
+)
 from lora_jax.adapt.control import CONTROL_RULES
-from lora_jax.adapt.interpreter import Interpreter, Rule, Use
+from lora_jax.adapt.interpreter import Interpreter, Record, Rule, Use
 from lora_jax.adapt.user_code import place_of
-from lora_jax.axes import AxisRoles
+from lora_jax.axes import AxisRoles, Seen
 from lora_jax.base import as_array, is_abstract, is_base, stand_in
 from lora_jax.factored import Factored
-
-# What an axis holds: (path of a leaf, axis of it); an array may hold several, joined or added.
-Held = frozenset[tuple[str, int]]
-NOTHING: Held = frozenset()
-
-
-@dataclasses.dataclass(frozen=True)
-class Contraction:
-    """One product with a weight: the axes that it contracts, those that come out, and where."""
-
-    contracted: frozenset[int]
-    free: frozenset[int]
-    primitive: str
-    place: str
-    is_lookup: bool
-
-    def __str__(self) -> str:
-        verb = "looks up along" if self.is_lookup else "contracts"
-        return f"{self.primitive} {verb} {sorted(self.contracted)} at {self.place}"
 
 
 def infer_roles(
     fn: Callable[..., Any], args: Sequence[Any], paths: Mapping[int, str]
-) -> dict[str, AxisRoles | str]:
+) -> dict[str, Seen | str]:
     """Returns the roles of the leaves of `args` whose identities are the keys of `paths`.
 
     Args:
@@ -52,19 +50,19 @@ def infer_roles(
       paths: ``{id(leaf): path}``.
 
     Returns:
-      By path, the roles of each leaf that `fn` multiplies by, or a sentence that says why there
-      are none.
+      By path, the roles of each leaf that `fn` multiplies by or reads rows of, or a sentence that
+      says why there are none.
     """
-    found: dict[str, list[Contraction]] = {}
-    rules, default = _rules(found)
-    interpreter = Interpreter(rules, record=lambda _: None, default=default)
+    log = _Log()
+    interpreter = Interpreter(log.rules(), record=log.merged, default=log.other)
     leaves, treedef = jax.tree.flatten(tuple(args), is_leaf=is_base)
     places = [i for i, leaf in enumerate(leaves) if id(leaf) in paths or is_abstract(leaf)]
 
     def followed(place: int, array: jax.Array) -> Any:
         path = paths.get(id(leaves[place]))
-        labels: Any = [frozenset({(path, axis)}) for axis in range(array.ndim)]
-        return array if path is None else Factored(array, {}, tuple(labels))
+        if path is None:
+            return array
+        return labelled(array, [frozenset({Axis(path, axis)}) for axis in range(array.ndim)])
 
     def walk(arrays: list[Any]) -> None:
         traced = eqns.trace_with(lambda *args: fn(*args), leaves, treedef, places)
@@ -72,94 +70,186 @@ def infer_roles(
         interpreter.evaluate(jaxpr, list(map(followed, places, arrays)))
 
     jax.eval_shape(walk, [stand_in(leaves[place]) for place in places])
-    ranks = {paths[id(leaf)]: len(leaf.shape) for leaf in leaves if id(leaf) in paths}
-    return {path: _agreed(found.get(path, []), ndim) for path, ndim in ranks.items()}
+    shapes = {paths[id(leaf)]: leaf.shape for leaf in leaves if id(leaf) in paths}
+    return {
+        path: _agreed(log.found.get(path, []), log.lost.get(path), shape)
+        for path, shape in shapes.items()
+    }
 
 
-def _agreed(uses: list[Contraction], ndim: int) -> AxisRoles | str:
-    """Returns the roles that all uses agree on: each contracts the in axes, or all the out axes."""
+def _agreed(uses: list[Contraction], lost: str | None, shape: Sequence[int]) -> Seen | str:
+    """Returns the roles that all uses agree on: each contracts the in axes, or all the out axes.
+
+    Args:
+      uses: of one leaf.
+      lost: where its axes could no longer be followed, if anywhere.
+      shape: its shape.
+    """
     if not uses:
-        return "the function never multiplies by it"
-    first = next((use for use in uses if use.is_lookup), uses[0])
-    pair = (first.contracted, first.free)
+        unseen = "the function never multiplies by it"
+        return unseen if lost is None else f"{unseen}, as far as it can be followed: {lost}"
+    uses = [use for use in uses if not use.added] or uses
+    first = min(uses, key=_rank)
     for use in uses:
-        if (use.contracted, use.free) not in (pair, pair[::-1]):
+        if both := use.contracted & use.free:
+            return (
+                f"its axes {sorted(both)} are one axis, or parts of one, where {use}. Keep them "
+                "apart: a reshape to one axis (ravel, ravel_pytree) loses them"
+            )
+        if {use.contracted, use.free} != {first.contracted, first.free}:
             return f"the function uses it in ways that contradict each other: {first}, but {use}"
-    if not first.free or not first.contracted:
+    if not first.contracted:
+        return f"no axis of it is contracted in the product: {first}"
+    if not first.free:
         return f"no axis of it comes out of the product: {first}"
-    return AxisRoles.of(sorted(first.contracted), sorted(first.free), ndim)
+    roles = AxisRoles.of(sorted(first.contracted), sorted(first.free), len(shape))
+    is_table = first.is_lookup or all(use.unlike for use in uses)
+    return Seen(roles, first.unlike if is_table else "")
 
 
-def _contracts(
-    use: Use, side: int, labels: Sequence[Held]
-) -> tuple[Sequence[int], set[int]] | None:
-    """Returns the axes that a product contracts of one operand, and those that do not come out."""
-    name, params = use.eqn.primitive.name, use.params
-    if name == "dot_general":
-        contract, batch = params["dimension_numbers"]
-        return contract[side], {*contract[side], *batch[side]}
-    if name == "gather":  # where a row comes out; where a matrix does, an index into a stack
-        indexed = _indexed(use, len(labels))
-        rest = [axis for axis in range(len(labels)) if axis not in indexed and labels[axis]]
-        row = side == 0 and len(indexed) == len(rest) == 1
-        return (indexed, set(indexed)) if row else None
-    if side == 0:
-        return None
-    if name == "ragged_dot_general":
-        numbers = params["ragged_dot_dimension_numbers"]
-        (_, contract), (_, batch) = numbers.dot_dimension_numbers
-        return contract, {*contract, *batch, *numbers.rhs_group_dimensions}
-    _, *contract = params["dimension_numbers"].rhs_spec  # a convolution
-    return contract, set(contract)
+def _rank(use: Contraction) -> tuple[bool, ...]:
+    """Returns how little a use tells of which axes are in axes: a norm uses vectors and leaves."""
+    return not use.is_lookup, use.with_leaf, bool(use.unlike), use.with_vector
 
 
-def _rules(found: dict[str, list[Contraction]]) -> tuple[dict[str, Rule], Rule]:
-    """Returns the rules that follow weights and note their products in `found`, and the default."""
+class _Log:
+    """The rules that follow leaves, and what they note of them.
 
-    def product(interpreter: Interpreter, use: Use) -> list[Any]:
-        name, place = use.eqn.primitive.name, str(place_of(use.eqn))
-        for side, weight in enumerate(use.values[:2]):
+    Attributes:
+      found: the products with each leaf, by path.
+      lost: for a leaf whose axes could no longer be followed somewhere, the first such place.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[Contraction]] = {}
+        self.lost: dict[str, str] = {}
+
+    def rules(self) -> dict[str, Rule]:
+        """Returns the rule for each primitive but those that `other` is for."""
+        products = ("dot_general", "ragged_dot_general", "conv_general_dilated", "gather")
+        moves = ("transpose", "squeeze", "broadcast_in_dim", "reshape", "stack")
+        rules: dict[str, Rule] = {**CONTROL_RULES, **dict.fromkeys(products, self._product)}
+        return rules | dict.fromkeys(moves, self._moved)
+
+    def merged(self, record: Record) -> None:
+        """Notes that leaves leave a loop or a branch as plain arrays."""
+        self._lose(record.path.splitlines(), record.primitive, record.place)
+
+    def _lose(self, paths: Iterable[str], primitive: str, place: str) -> None:
+        for path in paths:
+            self.lost.setdefault(path, f"{primitive!r} at {place} loses its axes")
+
+    def _kept(self, use: Use, outputs: list[Any]) -> list[Any]:
+        """Returns the outputs; notes the leaves among the operands that none of them holds."""
+        there = {
+            path for v in use.values if isinstance(v, Factored) for path in v.path.splitlines()
+        }
+        here = (
+            paths_of(v.labels, "", "scaled", "added") for v in outputs if isinstance(v, Factored)
+        )
+        if lost := there.difference(*here):
+            self._lose(lost, use.eqn.primitive.name, str(place_of(use.eqn)))
+        return outputs
+
+    def _product(self, _: Interpreter, use: Use) -> list[Any]:
+        name, pair = use.eqn.primitive.name, use.values[:2]
+        is_leaf = [isinstance(v, Factored) and bool(paths_of(v.labels, "")) for v in pair]
+        seen = []
+        for side, weight in enumerate(pair):
             labels: Any = weight.labels if isinstance(weight, Factored) else ()
-            axes = _contracts(use, side, labels) if labels else None
-            if axes is None:
-                continue
-            contracted = _union(labels[axis] for axis in axes[0])
-            free = _union(held for axis, held in enumerate(labels) if axis not in axes[1])
-            for path in sorted({path for path, _ in contracted | free}):
-                a, b = (frozenset(a for p, a in held if p == path) for held in (contracted, free))
-                one = Contraction(a, b, name, place, name == "gather")
-                found.setdefault(path, []).append(one)
-        return _gathered(use) if name == "gather" else use.bind(_plain(use))
+            axes = contracts(use, side, labels) if labels else None
+            if axes is not None:
+                uses = contractions(use, side, axes, with_leaf=is_leaf[1 - side])
+                for path, one in uses.items():
+                    self.found.setdefault(path, []).append(one)
+                seen.append(uses)
+        if name == "gather":
+            outputs = _gathered(use)
+            return outputs if isinstance(outputs[0], Factored) else self._kept(use, outputs)
+        (out,) = use.bind(_plain(use))
+        if _mixing(use):
+            return [out]
+        is_whole = not any(one.stretched for uses in seen for one in uses.values())
+        are_others = all(is_leaf) and not set.intersection(*map(set, seen))
+        if name == "dot_general" and are_others and is_whole:
+            return [labelled(out, composed(use))]
+        return [labelled(out, [NOTHING] * out.ndim)]
 
-    products = ("dot_general", "ragged_dot_general", "conv_general_dilated", "gather")
-    moves = ("transpose", "squeeze", "broadcast_in_dim", "reshape", "stack")
-    rules: dict[str, Rule] = {**CONTROL_RULES, **dict.fromkeys(products, product)}
-    return rules | dict.fromkeys(moves, _moved), _other
+    def _moved(self, _: Interpreter, use: Use) -> list[Any]:
+        """Axes go where the axis map says; one that is stretched is lost."""
+        (out,), weights = use.bind(_plain(use)), [v for v in use.values if isinstance(v, Factored)]
+        places = axis_map(use.eqn)
+        if places is None:
+            return self._kept(use, [out])
+        if use.eqn.primitive.name == "broadcast_in_dim":
+            (shape,) = (w.base.shape for w in weights)
+            pairs = zip(places, out.shape, strict=True)
+            places = tuple(tuple(a for a in axes if shape[a] == n) for axes, n in pairs)
+        of_each: list[Any] = [weight.labels for weight in weights]
+        moved = [[union(held[a] for a in axes) for axes in places] for held in of_each]
+        return [labelled(out, _joined(moved, _mixing(use)))]
 
+    def other(self, interpreter: Interpreter, use: Use) -> list[Any]:
+        """Functions are entered; element by element, axes stay in place; else nothing is known."""
+        body = use.params.get("jaxpr", use.params.get("call_jaxpr"))
+        if body is not None and len(eqns.opened(body)[0].invars) == len(use.values):
+            return interpreter.function(body, use.live)(*use.values)
+        name, outputs = use.eqn.primitive.name, use.bind(_plain(use))
+        mixed = _mixing(use)
 
-def _union(held: Any) -> Held:
-    return NOTHING.union(*held)
+        def stayed(place: int, value: Any, out: Any) -> list[Held] | None:
+            if not isinstance(value, Factored) or len(value.labels) != out.ndim:
+                return None
+            if len(outputs) > 1 and name != "split" and place:
+                return None
+            labels: Any = value.labels
+            if name in _SAME_RANK:
+                return list(labels)
+            sizes = tuple(zip(value.base.shape, out.shape, strict=True))
+            if any(n not in (1, m) for n, m in sizes):
+                return None
+            stretched = [n != m for n, m in sizes]
+            return [NOTHING if lost else held for held, lost in zip(labels, stretched, strict=True)]
+
+        followed = []
+        for place, out in enumerate(outputs):
+            each = (stayed(i - place, v, out) for i, v in enumerate(use.values))
+            kept = [labels for labels in each if labels is not None]
+            if not kept and not mixed and out.ndim and jnp.issubdtype(out.dtype, jnp.floating):
+                kept = [[NOTHING] * out.ndim]  # computed from leaves alone
+            followed.append(labelled(out, _joined(kept, mixed)) if kept else out)
+        return self._kept(use, followed)
 
 
 def _plain(use: Use) -> list[Any]:
     return [as_array(v.base) if isinstance(v, Factored) else v for v in use.values]
 
 
-def _moved(_: Interpreter, use: Use) -> list[Any]:
-    """Axes go where the axis map says."""
-    (out,), weights = use.bind(_plain(use)), [v for v in use.values if isinstance(v, Factored)]
-    places = axis_map(use.eqn)
-    if places is None:
-        return [out]
-    labels: Any = [_union(w.labels[axis] for w in weights for axis in held) for held in places]
-    return [Factored(out, {}, tuple(labels))]
+_ADDS = ("add", "sub", "add_any", "concatenate", "stack")
 
 
-def _indexed(use: Use, ndim: int) -> list[int]:
-    """Returns the axes that a gather indexes, whether they go or stay with one element."""
-    gone, sizes = use.params["dimension_numbers"].collapsed_slice_dims, use.params["slice_sizes"]
-    shape = use.eqn.invars[0].aval.shape  # type: ignore[attr-defined]
-    return [axis for axis in range(ndim) if axis in gone or sizes[axis] == 1 < shape[axis]]
+def _mixing(use: Use) -> str:
+    """Returns how an equation mixes leaves with arrays that are computed from other things."""
+
+    def is_pure(value: Any) -> bool:
+        if not isinstance(value, Factored):
+            return math.prod(jnp.shape(value)) == 1
+        return not paths_of(value.labels, "scaled", "added")
+
+    if all(map(is_pure, use.values)):
+        return ""
+    return "added" if use.eqn.primitive.name in _ADDS else "scaled"
+
+
+def _joined(labels: Sequence[Sequence[Held]], mixed: str) -> list[Held]:
+    """Returns what each axis holds of several arrays, marked as mixed; "added" stays."""
+    joined = [union(each) for each in zip(*labels, strict=True)]
+    if not mixed:
+        return joined
+    return [
+        frozenset(a if a.mixed == "added" else a._replace(mixed=mixed) for a in held)
+        for held in joined
+    ]
 
 
 def _gathered(use: Use) -> list[Any]:
@@ -168,37 +258,13 @@ def _gathered(use: Use) -> list[Any]:
     (out,) = use.bind(_plain(use))
     if not isinstance(weight, Factored):
         return [out]
-    indexed = _indexed(use, len(weight.labels))
-    held = [NOTHING if a in indexed else label for a, label in enumerate(weight.labels)]
+    cut, labels = indexed(use, len(weight.labels)), list[Any](weight.labels)
+    held = [NOTHING if a in cut else label for a, label in enumerate(labels)]
     kept = [label for a, label in enumerate(held) if a not in numbers.collapsed_slice_dims]
     if sum(map(bool, held)) < 2 or len(kept) != len(numbers.offset_dims):
         return [out]
     whole = dict(zip(numbers.offset_dims, kept, strict=True))
-    labels: Any = [whole.get(axis, NOTHING) for axis in range(out.ndim)]
-    return [Factored(out, {}, tuple(labels))]
+    return [labelled(out, [whole.get(axis, NOTHING) for axis in range(out.ndim)])]
 
 
 _SAME_RANK = ("slice", "dynamic_slice", "split", "concatenate", "pad", "rev", "all_gather")
-
-
-def _other(interpreter: Interpreter, use: Use) -> list[Any]:
-    """Functions are entered; element by element, axes stay in place; else nothing is known."""
-    body = use.params.get("jaxpr", use.params.get("call_jaxpr"))
-    if body is not None and len(eqns.opened(body)[0].invars) == len(use.values):
-        return interpreter.function(body, use.live)(*use.values)
-    name, outputs = use.eqn.primitive.name, use.bind(_plain(use))
-
-    def stays(place: int, value: Any, out: Any) -> bool:
-        if not isinstance(value, Factored) or len(value.labels) != out.ndim:
-            return False
-        if len(outputs) > 1 and name != "split" and place:
-            return False
-        same = all(n in (1, m) for n, m in zip(value.base.shape, out.shape, strict=True))
-        return name in _SAME_RANK or same
-
-    followed = []
-    for place, out in enumerate(outputs):
-        kept = [v for i, v in enumerate(use.values) if stays(i - place, v, out)]
-        labels: Any = [_union(each) for each in zip(*(v.labels for v in kept), strict=True)]
-        followed.append(Factored(out, {}, tuple(labels)) if kept else out)
-    return followed

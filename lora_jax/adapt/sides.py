@@ -17,14 +17,14 @@ from jax.extend.core import jaxpr_as_fun
 from lora_jax.adapt import eqns
 from lora_jax.adapt.roles import infer_roles
 from lora_jax.adapt.user_code import Place
-from lora_jax.axes import EMBEDDING_NAMES, AxisRoles
+from lora_jax.axes import EMBEDDING_NAMES, AxisRoles, Seen
 from lora_jax.factored import Factored
 from lora_jax.paths import leaf_name
 
 Side = Literal["in", "out"]  # the axes that a product contracts
 # By the path of a weight, and the side: the place of the first such use.
-Seen = dict[str, dict[Side, Place]]
-_SEEN: contextvars.ContextVar[Seen | None] = contextvars.ContextVar("seen", default=None)
+Noted = dict[str, dict[Side, Place]]
+_SEEN: contextvars.ContextVar[Noted | None] = contextvars.ContextVar("seen", default=None)
 
 
 class RoleWarning(UserWarning):
@@ -41,9 +41,9 @@ def note(weight: Factored, side: Side, place: Callable[[], Place]) -> None:
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[Seen]:
+def noted() -> Iterator[Noted]:
     """Collects the uses that are noted inside."""
-    seen: Seen = {}
+    seen: Noted = {}
     token = _SEEN.set(seen)
     try:
         yield seen
@@ -51,7 +51,7 @@ def noted() -> Iterator[Seen]:
         _SEEN.reset(token)
 
 
-def warn_of_swapped(seen: Seen, jaxpr: eqns.AnyJaxpr, inputs: Sequence[Any]) -> None:
+def warn_of_swapped(seen: Noted, jaxpr: eqns.AnyJaxpr, inputs: Sequence[Any]) -> None:
     """Warns of weights whose out axes are contracted, and never their in axes.
 
     Args:
@@ -76,7 +76,8 @@ def warn_of_swapped(seen: Seen, jaxpr: eqns.AnyJaxpr, inputs: Sequence[Any]) -> 
     for weight in weights.values():
         path, ndim = str(weight.path), len(weight.labels)
         ins, outs = (tuple(a - ndim for a in weight.axes(side)) for side in ("in", "out"))
-        if found[path] == AxisRoles(outs, ins):
+        there = found[path]
+        if isinstance(there, Seen) and there.roles == AxisRoles(outs, ins):
             _warn(path, AxisRoles(ins, outs), seen[path]["out"])
 
 

@@ -210,10 +210,10 @@ def test_what_is_only_moved_stays_coded(movable):
 def test_roles_are_inferred_from_its_use():
     kernel = coded(draw(1, (7, 5)))
     looked = infer_roles(lambda w, x: x @ w.T, (kernel, draw(9, (13, 5))), {id(kernel): "w"})
-    assert (looked["w"].in_axes, looked["w"].out_axes) == ((-1,), (-2,))
+    assert (looked["w"].roles.in_axes, looked["w"].roles.out_axes) == ((-1,), (-2,))
     abstract = jax.eval_shape(lambda: coded(draw(1, (7, 5))))
     looked = infer_roles(lambda w, x: x @ w.T, (abstract, draw(9, (13, 5))), {id(abstract): "w"})
-    assert (looked["w"].in_axes, looked["w"].out_axes) == ((-1,), (-2,))
+    assert (looked["w"].roles.in_axes, looked["w"].roles.out_axes) == ((-1,), (-2,))
 
 
 def test_saved_and_loaded_over_its_base(tmp_path):

@@ -159,6 +159,48 @@ def test_errors_say_what_was_found(rules, tree, message):
         lj.lorafy(tree, rules)
 
 
+BARE = [shaped(5, 7), shaped(7, 3)]
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (BARE, r"no leaf is called kernel or w.*trace=\(fn, params, x\).*'0'\n +'1'"),
+        (tuple(BARE), r"trace=\(fn, params, x\).*'0'"),
+        (BARE[0], r"trace=\(fn, params, x\)"),
+        ({"fc": {"weight": shaped(7, 5), "bias": shaped(7)}}, r"trace=\(fn, .*'fc/weight'"),
+        ({"lm_head": {"kernel": shaped(5, 7)}}, "embeddings or heads, by their names.*lm_head"),
+        ({"norm": {"scale": shaped(7)}}, "no leaf is an array of floats with two axes or more"),
+    ],
+)
+def test_all_linear_tells_of_trace_where_names_tell_nothing(tree, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        lj.lorafy(tree, [lj.LoraRule(targets="all-linear")])
+
+
+SIDE = {
+    "lin": {"a": shaped(5, 3), "b": shaped(3, 7)},
+    "stack": {"w": shaped(2, 5, 7), "b": shaped(2, 7), "scale": shaped(2, 7)},
+    "wide": {"v": shaped(5, 7), "b": shaped(1, 7)},
+    "other": {"scale": shaped(5, 7)},
+}
+
+
+def test_a_kernel_that_has_the_name_of_a_bias_is_taken_where_its_axes_are_said():
+    axes = {"in_axes": [-2], "out_axes": [-1], "rank": 2}
+    assert selected([lj.LoraRule(targets=".*", **axes)], SIDE) == {
+        "lin/a",
+        "lin/b",
+        "stack/w",
+        "wide/v",
+    }
+    assert selected([lj.LoraRule(targets=["other/scale"], **axes)], SIDE) == {"other/scale"}
+    with pytest.raises(
+        ValueError, match=r"(?s)'lin/b' goes for a bias.*targets=\['b'\], in_axes=…"
+    ):
+        selected([lj.LoraRule(targets=r"lin/b", rank=2)], SIDE)
+
+
 @pytest.mark.parametrize(
     ("field", "message"),
     [
