@@ -140,7 +140,7 @@ def targeted(
     Source: PEFT's ``check_target_module_exists``.
     """
     targets = config["target_modules"]
-    if targets is None and config["target_parameters"]:
+    if not targets and config["target_parameters"]:  # PEFT writes null or [], both for none
         return []
     if targets is None:
         if model_type not in DEFAULT_TARGETS:

@@ -17,7 +17,7 @@ from lora_jax.lorafy import Tree
 from lora_jax.paths import flatten_with_paths
 from lora_jax.peft import config as configuration
 from lora_jax.peft.errors import PeftError
-from lora_jax.peft.experts import Expert, experts_of, keys_of_expert, pack, side_by_side
+from lora_jax.peft.experts import Expert, end_of, experts_of, keys_of_expert, pack, side_by_side
 from lora_jax.peft.modules import Module, ends_with, kind_of, modules, table_of
 from lora_jax.peft.names import FILE, PREFIX, bias_key, keys_of, token_key
 from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_node
@@ -224,11 +224,10 @@ class _Contents:
         for expert in self._experts:
             by_name.setdefault(expert.name, {})[expert.half] = expert
             node = self._lora[expert.path]
-            for what in ("magnitude", "bias"):
-                if getattr(node, what) is not None:
-                    raise PeftError(f"PEFT has no {what} for experts, and {expert.path!r} has one")
-            if node.dropout:
-                raise PeftError(f"PEFT has no dropout for experts, and {expert.path!r} has it")
+            used = {what: getattr(node, what) is not None for what in ("magnitude", "bias")}
+            used["dropout"] = bool(node.dropout)
+            for what in (what for what, is_used in used.items() if is_used):
+                raise PeftError(f"PEFT has no {what} for experts and routers: {expert.path!r}")
         for name, halves in by_name.items():
             found = {half: self._of_experts(expert) for half, expert in halves.items()}
             if None in found:
@@ -240,20 +239,25 @@ class _Contents:
             packed_a, packed_b = pack(a, b)
             self._put(key_a, packed_a)
             self._put(key_b, packed_b)
-        ends = sorted({f"experts.{e.parameter}" for e in self._experts})
+        ends = sorted({end_of(name) for name in by_name})
         depth = self._rows[self._experts[0].path].stack[0]
         every_layer = len(by_name) == depth * len(ends)
         return {"target_parameters": ends if every_layer else sorted(by_name)}
 
     def _of_experts(self, expert: Expert) -> tuple[np.ndarray, np.ndarray, float]:
-        """Returns A [experts, r, in], B [experts, r, out] and s of one layer's experts."""
+        """Returns A [experts, r, in], B [experts, r, out] and s of a layer's experts or router."""
         node, rank = self._lora[expert.path], self._rank(expert)
         (layer,) = expert.index
         scales = np.unique(np.asarray(node.scale[layer]))
         if len(scales) > 1:
             raise PeftError(f"PEFT has one alpha for all experts; those of {expert.path!r} differ")
         parts = [(node.a, node.b)] + ([node.start] if node.start is not None else [])
-        a, b = zip(*((np.asarray(v[layer])[:, :rank] for v in pair) for pair in parts), strict=True)
+        whole = (expert.n, node.rank, -1)  # a router has no axis of experts
+
+        def of_layer(factor: Any) -> np.ndarray:
+            return np.asarray(factor[layer]).reshape(whole)[:, :rank]
+
+        a, b = zip(*(map(of_layer, pair) for pair in parts), strict=True)
         signed = [b[0], *(-factor for factor in b[1:])]
         return np.concatenate(a, axis=1), np.concatenate(signed, axis=1), float(scales[0])
 

@@ -35,6 +35,13 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "MixtralForCausalLM",
         DECODER | {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 20},
     ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        DECODER
+        | {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "head_dim": 6}
+        | {"norm_topk_prob": True, "mlp_only_layers": [], "tie_word_embeddings": False},
+    ),
     "gpt2": (
         "GPT2Config",
         "GPT2LMHeadModel",
@@ -143,6 +150,25 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "lora_dropout": 0.0,
         },
     ),
+    "experts and nothing else": (
+        "mixtral",
+        {"target_parameters": ["experts.gate_up_proj", "down_proj"], "lora_dropout": 0.0},
+    ),
+    "experts and router": (
+        "qwen3_moe",
+        {
+            "target_modules": [],
+            "target_parameters": ["mlp.gate.weight", "mlp.experts.down_proj"],
+            "alpha_pattern": {"gate.weight": 4},
+            "lora_dropout": 0.0,
+        },
+    ),
+    "router of one layer": (
+        "mixtral",
+        {"target_parameters": ["model.layers.1.mlp.gate.weight"], "lora_dropout": 0.0},
+    ),
+    "mixtral all linear": ("mixtral", {"target_modules": "all-linear", "lora_dropout": 0.0}),
+    "qwen3_moe all linear": ("qwen3_moe", {"target_modules": "all-linear", "lora_dropout": 0.0}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
     "gpt2 all linear, DoRA": (
         "gpt2",

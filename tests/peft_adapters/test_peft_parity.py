@@ -12,6 +12,7 @@ import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
 from lora_jax.peft.config import read_config
+from lora_jax.peft.experts import targeted_experts
 from lora_jax.peft.modules import modules, table_of, targeted
 from tests.peft_adapters.models import CONFIGS, FAMILIES, IDS, logits_of, with_adapter, write_model
 from tests.support import assert_close, assert_identical, with_random_factors
@@ -63,6 +64,8 @@ def test_both_ways(name, folders, tmp_path):
     config = read_config(tmp_path / "theirs")
     chosen = targeted(config, modules(table_of(model)), model.config.model_type)
     assert {module.name for module in chosen} == set(theirs.base_model.targeted_module_names)
+    parameters = targeted_experts(config, model)
+    assert {p.name for p in parameters} == set(theirs.base_model.targeted_parameter_names)
 
     # Ours in theirs: nothing missing, nothing left over, our logits.
     lp.save(tmp_path / "ours", model, tree)
