@@ -10,17 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.base import as_array
 from lora_jax.folders import partial_of, put_in_place
 from lora_jax.hf.keys import Row
 from lora_jax.hf.save import write_tensors
 from lora_jax.lorafy import Tree
-from lora_jax.paths import flatten_with_paths
 from lora_jax.peft import config as configuration
+from lora_jax.peft.copies import tied_heads, with_head_names, with_heads
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import Expert, end_of, experts_of, keys_of_expert, pack, side_by_side
-from lora_jax.peft.modules import Module, ends_with, kind_of, modules, table_of
+from lora_jax.peft.modules import EMBEDDING_NAMES, Module, ends_with, kind_of, modules, table_of
 from lora_jax.peft.names import FILE, PREFIX, bias_key, keys_of, token_key
-from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_node
+from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_node, leaves_of
 
 PEFT_VERSION = "0.21.2"  # whose format is written
 
@@ -101,7 +102,7 @@ def contents(model: Any, params: Tree) -> tuple[dict[str, Any], dict[str, np.nda
       PeftError: names the part of the adapter that PEFT cannot hold.
     """
     table = table_of(model)
-    leaves, _ = flatten_with_paths(params, is_leaf=is_node)
+    leaves, _ = leaves_of(params)
     nodes = {path: leaf for path, leaf in leaves if is_node(leaf)}
     if not nodes:
         raise PeftError("peft.save needs an adapted tree, and this one is plain")
@@ -132,6 +133,7 @@ class _Contents:
         uses |= {"all" for p in self._trained if p in tied}
         self._tied = "all" in uses
         self._all = modules(table, tied=self._tied)
+        self._heads = tied_heads(nodes, [row for row in table if row.aliases]) if self._tied else {}
         self._adapted = [m for m in self._all if self._rank(m)]
         self._experts = [e for e in experts if self._rank(e)]
         written = {m.path for m in [*self._adapted, *self._experts]}
@@ -154,9 +156,14 @@ class _Contents:
         for module in self._adapted:
             ranks[module.name], alphas[module.name] = self._write(module)
         config |= self._write_experts(ranks, alphas)
+        for table, heads in self._heads.items():
+            for head in heads if table in ranks else []:
+                ranks[head], alphas[head] = ranks[table], alphas[table]
         config |= self._patterns(ranks, alphas)
         config |= self._write_trained()
-        return config, self._tensors
+        for field in ("target_modules", "modules_to_save"):
+            config[field] = with_head_names(config[field], self._heads)
+        return config, with_heads(self._tensors, self._heads)
 
     def _settings(self) -> dict[str, Any]:
         """Returns the fields that PEFT has once for all adapted modules."""
@@ -201,8 +208,8 @@ class _Contents:
         if any(other.bias is not None for other in self._lora.values()):
             bias = np.zeros(b.shape[1:]) if node.bias is None else np.asarray(node.bias[at])
             self._put(keys.bias_on_b, bias.reshape(-1))
-        if module.name.split(".")[-1] in ("embed_tokens", "lm_head"):
-            base = np.asarray(node.base[at])
+        if module.name.split(".")[-1] in EMBEDDING_NAMES:
+            base = np.asarray(as_array(node.base)[at])
             as_rows = module.is_embedding or module.uses == "product"
             self._put(keys.base_weight, base if as_rows else base.T)
         scale = float(node.scale[at] if at else node.scale)
@@ -308,12 +315,12 @@ class _Contents:
         if wrong := [name for name in saved if name in adapted]:
             raise PeftError(f"{wrong[0]} is adapted and trains in full; PEFT has one or the other")
         loose = [name for name in biases if name.rsplit(".", 1)[0] not in saved]
-        kind = self._bias_kind(loose, adapted)
+        kind = self._bias_kind(loose, adapted, saved)
         if kind is None:  # biases of modules of their own (norms): save these whole
             others = {n.rsplit(".", 1)[0] for n in loose if n.rsplit(".", 1)[0] not in adapted}
             saved = sorted({*saved, *others})
             loose = [name for name in loose if name.rsplit(".", 1)[0] not in others]
-            kind = self._bias_kind(loose, adapted)
+            kind = self._bias_kind(loose, adapted, saved)
         if kind is None:
             raise PeftError(
                 "PEFT trains the biases of all modules, or of all adapted ones; here others train, "
@@ -330,8 +337,12 @@ class _Contents:
             "trainable_token_indices": tokens or None,
         }
 
-    def _bias_kind(self, names: Sequence[str], adapted: Sequence[str]) -> str | None:
+    def _bias_kind(
+        self, names: Sequence[str], adapted: Sequence[str], saved: Sequence[str]
+    ) -> str | None:
+        """Returns PEFT's `bias` for trained biases, of which saved modules have their own."""
         every = {n for row in self._rows.values() for n in row.hf_names if n.endswith(".bias")}
+        every = {name for name in every if name.removesuffix(".bias") not in saved}
         of_adapted = {n for n in every if n.removesuffix(".bias") in adapted}
         if not names:
             return "none"

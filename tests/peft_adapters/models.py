@@ -120,6 +120,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "layers.1.input_layernorm"]},
     ),
+    "norms saved by the end of their names": (
+        "llama",
+        {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    ),
     "tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 3]}),
     "embedding and head": ("llama", {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
     "embedding with DoRA": ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
@@ -129,6 +133,33 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 all linear": ("qwen2", {"target_modules": "all-linear", "bias": "lora_only"}),
     "tied embedding": ("qwen2", {"target_modules": ["embed_tokens", "v_proj"]}),
     "tied head": ("qwen2", {"target_modules": ["lm_head", "v_proj"]}),
+    "tied embedding, ensured": (
+        "qwen2",
+        {"target_modules": ["embed_tokens", "v_proj"], "ensure_weight_tying": True},
+    ),
+    "tied head, ensured": (
+        "qwen2",
+        {"target_modules": ["lm_head", "v_proj"], "ensure_weight_tying": True},
+    ),
+    "tied by an expression, ensured": (
+        "qwen2",
+        {"target_modules": r"(.*\.)?(embed_tokens|v_proj)", "ensure_weight_tying": True},
+    ),
+    "tied embedding saved": (
+        "qwen2",
+        {
+            "target_modules": ["v_proj"],
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+    ),
+    "tied tokens of both": (
+        "qwen2",
+        {
+            "target_modules": ["q_proj"],
+            "trainable_token_indices": {"embed_tokens": [7, 2], "lm_head": [7, 2]},
+        },
+    ),
     "tied tokens": (
         "qwen2",
         {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [7, 2]}},
@@ -174,6 +205,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt2",
         {"target_modules": "all-linear", "fan_in_fan_out": True, "use_dora": True},
     ),
+    "gpt2, a name that PEFT does not tie": (
+        "gpt2",
+        {"target_modules": ["wte"], "ensure_weight_tying": True},
+    ),
     "gpt2, biases": (
         "gpt2",
         {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "bias": "all"},
@@ -181,6 +216,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert classifier": (
         "bert",
         {"target_modules": ["query", "value"], "task_type": "SEQ_CLS", "bias": "lora_only"},
+    ),
+    "bert, all biases": (
+        "bert",
+        {"target_modules": ["query"], "task_type": "SEQ_CLS", "bias": "all"},
     ),
     "bert all linear": ("bert", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
     "roberta classifier": (
