@@ -259,12 +259,13 @@ class _Files:
         out = {name: np.zeros((*batch, node.rank, n), dtype) for name, n in sizes.items()}
         # A magnitude of a layer that is not adapted is never looked at.
         vectors = {name: np.ones((*batch, sizes["b"]), dtype) for name in node.has}
-        for at, arrays in found:
+        for (at, arrays), module in zip(found, members, strict=True):
+            start = node.rank // 2 if node.uses == "each" and module.uses == "product" else 0
             for name, array in arrays.items():
                 if name in vectors:
                     vectors[name][at] = array
                 else:
-                    out[name][at][..., : array.shape[-2], :] = array
+                    out[name][at][..., start : start + array.shape[-2], :] = array
         changes = {name: v.reshape(*batch, *columns) for name, v in vectors.items()}
         changes["a"] = out["a"].reshape(*batch, node.rank, *rows)
         changes["b"] = out["b"].reshape(*batch, node.rank, *columns)
@@ -278,7 +279,7 @@ class _Files:
     ) -> dict[str, np.ndarray]:
         """Reads A [r, in], B [r, out] and the vectors of one member of the stack."""
         layer = module.index[0] if module.index and len(node.ranks) > 1 else 0
-        rank, keys = node.ranks[layer], keys_of(module)
+        rank, keys = node.ranks[layer] // (2 if node.uses == "each" else 1), keys_of(module)
         if isinstance(module, Expert):
             key_a, key_b = keys_of_expert(module, self.chosen)
             wide_out = fan_out * (1 if module.half is None else 2)

@@ -111,7 +111,7 @@ def rules_for(
         *targeted(config, available, model_type_of(model)),
         *targeted_experts(config, model),
     ]
-    _refuse_two_uses(chosen)
+    _check_two_uses(config, chosen)
     if is_tied(config):
         _check_tied_alphas(config, table, chosen)
     found: list[Rule] = []
@@ -133,7 +133,8 @@ def rules_for(
         depth = next(row.stack[0] if row.stack else 0 for row in table if row.path == path)
         for (rank, alpha), at in layers.items():
             whole = not at or len(at) == depth
-            key = (rank, alpha, members[0].uses, None if whole else tuple(sorted(at)))
+            uses = members[0].uses if len({m.uses for m in members}) == 1 else "each"
+            key = (rank, alpha, uses, None if whole else tuple(sorted(at)))
             settings.setdefault(key, []).append(path)
     for (rank, alpha, uses, layer), paths in settings.items():
         found.append(_lora_rule(config, _either(paths), rank, alpha, layer, uses=uses))
@@ -162,7 +163,7 @@ def _lora_rule(
         dora=config["use_dora"],
         bias_on_b=config["lora_bias"],
         train_bias=config["bias"] == "lora_only",
-        uses=cast(Literal["all", "lookup", "product"], uses),
+        uses=cast(Literal["all", "lookup", "product", "each"], uses),
     )
 
 
@@ -177,14 +178,19 @@ def _by_path(chosen: Sequence[Module]) -> dict[str, list[Module]]:
     return paths
 
 
-def _refuse_two_uses(chosen: Sequence[Module]) -> None:
+def _check_two_uses(config: Mapping[str, Any], chosen: Sequence[Module]) -> None:
+    """Raises a PeftError where the two uses of a table are adapted in different ways."""
     for path, members in _by_path(chosen).items():
-        if len({module.uses for module in members}) > 1:
-            names = " and ".join(module.name for module in members)
-            raise PeftError(
-                f"{names} are tied to one table, {path}, and each would get an adapter of its own, "
-                "which is not supported: target one of them, or set ensure_weight_tying"
-            )
+        if len({module.uses for module in members}) == 1:
+            continue
+        for field, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+            values = [by_pattern(config[field], m.name, config[default]) for m in members]
+            if len(set(values)) > 1:
+                names = " and ".join(module.name for module in members)
+                raise PeftError(
+                    f"{names} are tied to one table, {path}, and {field} gives them {values}: give "
+                    "both the same, or target one of them"
+                )
 
 
 def _check_tied_alphas(

@@ -144,10 +144,12 @@ class _Contents:
     def _rank(self, module: Module) -> int:
         """Returns r of a module, 0 if it is not adapted."""
         node = self._lora.get(module.path)
-        if node is None or node.uses != module.uses:
+        if node is None:
             return 0
+        if node.uses == "each" and module.uses in ("lookup", "product"):
+            return node.rank // 2
         layer = module.index[0] if module.index and len(node.ranks) > 1 else 0
-        return node.ranks[layer]
+        return node.ranks[layer] if node.uses == module.uses else 0
 
     def collect(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         config = self._settings()
@@ -194,7 +196,9 @@ class _Contents:
         """Writes the tensors of one adapted module; returns its rank and alpha."""
         node, at, keys = self._lora[module.path], module.index, keys_of(module)
         rank = self._rank(module)
-        a, b = self._factors(node.a, node.b, node, at, rank)
+        is_second = node.uses == "each" and module.uses == "product"
+        a, b = self._factors(node.a, node.b, node, at, 2 * rank if is_second else rank)
+        a, b = a[-rank:], b[-rank:]
         if node.start is not None:
             start_a, start_b = node.start
             a0, b0 = self._factors(start_a, start_b, node, at, rank)
@@ -208,7 +212,8 @@ class _Contents:
         if any(other.bias is not None for other in self._lora.values()):
             bias = np.zeros(b.shape[1:]) if node.bias is None else np.asarray(node.bias[at])
             self._put(keys.bias_on_b, bias.reshape(-1))
-        if module.name.split(".")[-1] in EMBEDDING_NAMES:
+        ends = {adapted.name.split(".")[-1] for adapted in self._adapted}
+        if module.kind in ("embedding", "head") and ends & {*EMBEDDING_NAMES}:
             base = np.asarray(as_array(node.base)[at])
             as_rows = module.is_embedding or module.uses == "product"
             self._put(keys.base_weight, base if as_rows else base.T)

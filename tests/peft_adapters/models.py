@@ -153,6 +153,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "ensure_weight_tying": True,
         },
     ),
+    "tied embedding and head": (
+        "qwen2",
+        {"target_modules": ["embed_tokens", "lm_head", "v_proj"], "lora_dropout": 0.1},
+    ),
+    "gpt2, tied embedding and head": (
+        "gpt2",
+        {"target_modules": ["wte", "lm_head"], "use_rslora": True},
+    ),
     "tied tokens of both": (
         "qwen2",
         {
