@@ -1,6 +1,7 @@
 """LoRA for JAX and Flax, as a pure transform of a parameter tree."""
 
 from lora_jax import base as base
+from lora_jax import exported as exported
 from lora_jax import init as init
 from lora_jax import optim as optim
 from lora_jax import sharding as sharding

@@ -84,16 +84,24 @@ def _draw(leaf: Any, path: str, choice: Adapted, scale: jax.Array, key: jax.Arra
         kernel = jnp.transpose(as_array(leaf), order).reshape(*batch, fan_in, fan_out)
         kernel = kernel.astype(wide(leaf.dtype))
 
-    def initialise(rank: int, *layer: int) -> Factors:
+    def drawn(key: jax.Array, rank: int, *layer: int) -> Factors:
         size = FactorShape(batch[len(layer) :], fan_in, fan_out, rank)
         more = {} if kernel is None else {"kernel": kernel[layer], "scale": scale[layer]}
-        a, b = rule.init(jax.random.fold_in(key, *layer) if layer else key, size, dtype, **more)
+        a, b = rule.init(key, size, dtype, **more)
         if a.shape != size.a or b.shape != size.b:
             raise ValueError(
                 f"the initialiser {rule.init!r} returned A of shape {a.shape} and B of shape "
                 f"{b.shape}; expected {size.a} and {size.b}"
             )
         return a.astype(dtype), b.astype(dtype)
+
+    def initialise(rank: int, *layer: int) -> Factors:
+        own = jax.random.fold_in(key, *layer) if layer else key
+        if rule.uses != "each":
+            return drawn(own, rank, *layer)
+        halves = [drawn(jax.random.fold_in(own, n), rank // 2, *layer) for n in (0, 1)]
+        a, b = zip(*halves, strict=True)
+        return jnp.concatenate(a, axis=-1), jnp.concatenate(b, axis=-2)
 
     if len(set(ranks)) == 1:
         return initialise(ranks[0])

@@ -40,7 +40,8 @@ class Factored:
       labels: the role of each axis of `base`.
       dropout: probability of zeroing an element of A's input.
       path: of the weight, for messages.
-      uses: "all", or "lookup" or "product": where a tied table is adapted; see `LoraRule`.
+      uses: "all", or where a tied table is adapted: "lookup", "product", or "each", which has the
+        factors of look-ups in the first half of the rank, and those of products in the second.
     """
 
     base: Any
@@ -73,6 +74,17 @@ class Factored:
     def alone(self) -> Any:
         """Returns W without the adapter: an array, or a weight without parts."""
         return dataclasses.replace(self, parts={}) if is_base(self.base) else self.base
+
+    def seen_by(self, use: str) -> Any:
+        """Returns the weight as a "lookup" or a "product" of it sees it; see `alone`."""
+        if not self.parts or self.uses in ("all", use):
+            return self
+        if self.uses != "each":
+            return self.alone()
+        rank, half, axis = self.rank, self.rank // 2, len(self.axes("batch"))
+        ends = (0, half) if use == "lookup" else (half, rank)
+        mine = {name: lax.slice_in_dim(self.parts[name], *ends, axis=axis) for name in ("a", "b")}
+        return dataclasses.replace(self.replace(**mine), uses=use)
 
     def axes(self, label: Label) -> Axes:
         """Returns the base's axes with this role, in order."""

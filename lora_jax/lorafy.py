@@ -181,9 +181,10 @@ def merge(params: Tree) -> Tree:
     on = {path: leaf for path, leaf in leaves if isinstance(leaf, LoraWeight) and leaf.is_on}
     for path, weight in on.items():
         if weight.uses != "all":
+            how = "for each of its uses" if weight.uses == "each" else "for one use of it only"
             raise ValueError(
-                f"merge: the adapter of {path!r} is for one use of it only (uses={weight.uses!r}); "
-                "merged, both would see it. Run the adapted tree through lora_jax.adapt"
+                f"merge: {path!r} has an adapter {how} (uses={weight.uses!r}); merged, all uses "
+                "would see it. Run the adapted tree through lora_jax.adapt"
             )
     merged = {path: _merged(leaf) for path, leaf in leaves}
     for path, weight in on.items():

@@ -76,7 +76,7 @@ class Adapted:
     @property
     def ranks(self) -> tuple[int, ...]:
         """r of each layer: 0 where the layer isn't adapted."""
-        return tuple(rule.rank if rule else 0 for rule in self.rules)
+        return tuple(rule.stored_rank if rule else 0 for rule in self.rules)
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -214,6 +214,8 @@ def _adapt(
             "make all other fields of these rules the same"
         )
     layers = chosen[:1] if len(set(chosen)) == 1 else chosen
+    if len(layers) > 1 and shared[0].uses == "each":
+        raise ValueError(f"uses='each' is for all layers alike, and those of {path!r} differ")
     return Adapted(roles, tuple(None if i is None else rules[i] for i in layers)), used
 
 

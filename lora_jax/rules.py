@@ -62,7 +62,8 @@ class LoraRule:
       train_bias: train in full the bias that stands beside each selected kernel (PEFT's
         ``bias="lora_only"``).
       uses: of a table that is both looked up and, tied, multiplied by: adapt one of the two uses
-        only, as PEFT does. Such a weight cannot be merged.
+        only ("lookup" or "product"), or each of them by an adapter of its own of this rank
+        ("each"), as PEFT does. Such a weight cannot be merged.
       dtype: of A and B. They are cast to the activation's dtype where they are used.
       in_axes, out_axes: the kernel's axis roles, where they are not Flax's (last axis out, the one
         before it in, the rest batch). Both or neither. A leaf with the name of a bias or a norm's
@@ -90,7 +91,7 @@ class LoraRule:
     bias_on_b: bool = False
     extras: Sequence[Part] = ()
     train_bias: bool = False
-    uses: Literal["all", "lookup", "product"] = "all"
+    uses: Literal["all", "lookup", "product", "each"] = "all"
     dtype: Any = jnp.float32
     in_axes: Sequence[int] | None = None
     out_axes: Sequence[int] | None = None
@@ -106,8 +107,14 @@ class LoraRule:
             raise ValueError(f"alpha={self.alpha!r}: alpha is a positive number")
         if self.scaling not in ("alpha/rank", "alpha/sqrt(rank)"):
             raise ValueError(f"scaling={self.scaling!r}: choose 'alpha/rank' or 'alpha/sqrt(rank)'")
-        if self.uses not in ("all", "lookup", "product"):
-            raise ValueError(f"uses={self.uses!r}: choose 'all', 'lookup' or 'product'")
+        if self.uses not in ("all", "lookup", "product", "each"):
+            raise ValueError(f"uses={self.uses!r}: choose 'all', 'lookup', 'product' or 'each'")
+        is_more = self.parts or self.freeze_a or initialisers.takes_from_base(self.init)
+        if self.uses == "each" and is_more:
+            raise ValueError(
+                "uses='each' is for plain A and B: leave out dora, bias_on_b, extras, freeze_a and "
+                "an init that takes factors out of the base, or choose one use"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r}: a probability in [0, 1)")
         if not jnp.issubdtype(self.dtype, jnp.floating):
@@ -125,6 +132,11 @@ class LoraRule:
         """The parts that train beside A and B."""
         chosen = ((MAGNITUDE, self.dora), (BIAS, self.bias_on_b))
         return (*(part for part, is_on in chosen if is_on), *self.extras)
+
+    @property
+    def stored_rank(self) -> int:
+        """The rank that A and B are stored with: of uses="each", both adapters side by side."""
+        return 2 * self.rank if self.uses == "each" else self.rank
 
     @property
     def scale(self) -> float:

@@ -112,6 +112,8 @@ def _aligned(values: Sequence[Any]) -> list[Any] | None:
     weights = [v for v in aligned if isinstance(v, Factored)]
     if any(w.labels != first.labels or w.dropout != first.dropout for w in weights):
         return None
+    if len(weights) > 1 and any(w.uses != "all" for w in weights):
+        return None  # one use may see one of them only
     mirrored = any(a is not v for a, v in zip(aligned, values, strict=True))
     if mirrored and any(map(_has_more, weights)):
         return None  # the gain of columns that have become rows

@@ -193,10 +193,13 @@ class Interpreter:
                 with user_context(eqn):
                     outputs = rule(*use.values, **eqn.params)
                 return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
-        if name in _HIDES and any(_is_hidden(v, name) for v in use.values):
-            self._note(use, "W alone: the adapter is for other uses of it")
-            values = [v.alone() if _is_hidden(v, name) else v for v in values]
-            return self._apply(site, eqn, values, live, twins, steps)
+        seen = [_seen(value, name) for value in values]
+        if any(a is not b for a, b in zip(seen, values, strict=True)):
+            if not any(isinstance(value, Factored) and value.parts for value in seen):
+                self._note(use, "W alone: the adapter is for other uses of it")
+            if not any(isinstance(value, Factored) for value in seen):
+                return eqns.bind(eqn, seen)
+            return self._apply(site, eqn, seen, live, twins, steps)
         known = self.rules.get(name) or self.default
         if known is not None:
             outputs = self._by_rule(known, use, steps)
@@ -240,16 +243,18 @@ def _cuts_shifted(values: Sequence[Any], outputs: Sequence[Any]) -> bool:
     return not sizes(outputs) <= sizes(values)
 
 
-# By primitive, the uses that hide a weight's adapter from it.
-_HIDES = {"gather": "product"}
-_HIDES |= dict.fromkeys(("dot_general", "conv_general_dilated", "ragged_dot_general"), "lookup")
+# By primitive, how it uses a weight, which may be adapted for one kind of use only.
+_USES = {"gather": "lookup"}
+_USES |= dict.fromkeys(("dot_general", "conv_general_dilated", "ragged_dot_general"), "product")
 # Primitives that multiply by a weight, or read rows of it.
-_PRODUCTS = frozenset({*_HIDES, "slice", "dynamic_slice"})
+_PRODUCTS = frozenset({*_USES, "slice", "dynamic_slice"})
 
 
-def _is_hidden(value: Any, primitive: str) -> bool:
-    """Returns whether a weight's adapter is for other kinds of use."""
-    return isinstance(value, Factored) and bool(value.parts) and value.uses == _HIDES[primitive]
+def _seen(value: Any, primitive: str) -> Any:
+    """Returns a weight with the adapter that is for this kind of use, or without any."""
+    if primitive not in _USES or not isinstance(value, Factored):
+        return value
+    return value.seen_by(_USES[primitive])
 
 
 def at_site(value: Any, index: int | jax.Array) -> Any:

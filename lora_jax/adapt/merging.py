@@ -77,8 +77,8 @@ def say(
         )
     if weight.uses != "all":
         raise MergeError(
-            f"{what}, and the adapter is for one use of the weight only (uses={weight.uses!r}), so "
-            f"it cannot be merged. {remedy}"
+            f"{what}, and its uses are adapted one by one (uses={weight.uses!r}), so it cannot be "
+            f"merged. {remedy}"
         )
     if weight.shift is not None:
         raise MergeError(

@@ -54,6 +54,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 # The draw of A and B matters on loading only if PEFT draws again from the base.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica", "lora_ga")
 DECOMPOSING_INITS = ("pissa", "olora")
+_REDRAWN_INITS = ("pissa_niter", "corda")
 
 # PEFT's default targets, by model_type.
 DEFAULT_TARGETS: dict[str, list[str]] = {
@@ -150,6 +151,12 @@ def _check_values(config: Mapping[str, Any], where: str) -> None:
     layers = config["layers_to_transform"]
     tokens = config["trainable_token_indices"]
     init = config["init_lora_weights"]
+    if str(init).startswith(_REDRAWN_INITS):
+        raise PeftError(
+            f"{where}: init_lora_weights={init!r}: PEFT changes the base again at each load, by a "
+            "draw or by data that the folder lacks; save it in PEFT as plain LoRA, "
+            "save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+        )
     right = {
         "r": type(config["r"]) is int and number(config["r"], 1),
         "lora_alpha": number(config["lora_alpha"], 0) and config["lora_alpha"] > 0,

@@ -8,7 +8,8 @@ factors of all experts e, of rank r, into two matrices:
     B [out, r·experts]   column k·experts + e is the k-th of expert e
 
 gate and up share the A of gate_up_proj. Where theirs have become two, the pair is written with both
-side by side, which is the same function at the sum of their ranks.
+side by side, which is the same function at the sum of their ranks. The router beside them, which
+is no linear layer in transformers either, is a parameter, ``gate.weight``, packed as one expert.
 """
 
 import dataclasses
@@ -21,17 +22,17 @@ from lora_jax.peft.errors import PeftError
 from lora_jax.peft.modules import Module, ends_with
 from lora_jax.peft.names import PREFIX
 
-GATE_UP, DOWN = "gate_up_proj", "down_proj"
+GATE_UP, DOWN, ROUTER = "gate_up_proj", "down_proj", "weight"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Expert(Module):
-    """A kernel of one layer's experts, as a part of one of PEFT's parameters.
+    """A kernel of one layer's experts or its router, as a part of one of PEFT's parameters.
 
     Attributes:
-      parameter: "gate_up_proj" or "down_proj".
-      half: the half of gate_up_proj's outputs: 0 or 1; None for down_proj.
-      n: the number of experts.
+      parameter: "gate_up_proj", "down_proj", or a router's "weight".
+      half: the half of gate_up_proj's outputs: 0 or 1; None for the others.
+      n: the number of experts in the parameter; 1 for a router.
     """
 
     parameter: str
@@ -40,30 +41,40 @@ class Expert(Module):
 
 
 def experts_of(model: Any) -> list[Expert]:
-    """Lists every kernel of a model's experts, layer by layer; [] for a model without experts."""
+    """Lists every kernel of a model's experts and routers, layer by layer; [] without experts."""
     config = getattr(model, "config", None)
     n = getattr(config, "num_experts", None)
     if config is None or not n:
         return []
     gate, up, down = config.expert_names
-    parts = ((gate, GATE_UP, 0), (up, GATE_UP, 1), (down, DOWN, None))
+    parts = (
+        ("gate", "gate", ROUTER, None, 1),
+        (f"experts/{gate}", "experts", GATE_UP, 0, n),
+        (f"experts/{up}", "experts", GATE_UP, 1, n),
+        (f"experts/{down}", "experts", DOWN, None, n),
+    )
     return [
         Expert(
-            name=f"model.layers.{layer}.mlp.experts.{parameter}",
-            path=f"model/layers/{config.mlp_name}/experts/{kernel}/kernel",
+            name=f"model.layers.{layer}.mlp.{module}.{parameter}",
+            path=f"model/layers/{config.mlp_name}/{kernel}/kernel",
             index=(layer,),
-            kind="experts",
+            kind="router" if parameter == ROUTER else "experts",
             parameter=parameter,
             half=half,
-            n=n,
+            n=packed,
         )
         for layer in range(config.num_hidden_layers)
-        for kernel, parameter, half in parts
+        for kernel, module, parameter, half, packed in parts
     ]
 
 
+def end_of(name: str) -> str:
+    """Returns the end of a parameter's name that is the same in all layers."""
+    return ".".join(name.split(".")[-2:])
+
+
 def targeted_experts(config: Mapping[str, Any], model: Any) -> list[Expert]:
-    """Lists the experts that target_parameters selects.
+    """Lists the kernels of experts and routers that target_parameters selects.
 
     Args:
       config: the fields of a PEFT configuration.
@@ -76,12 +87,13 @@ def targeted_experts(config: Mapping[str, Any], model: Any) -> list[Expert]:
     if not wanted:
         return []
     available = experts_of(model)
-    names = {expert.name for expert in available}
+    names = dict.fromkeys(expert.name for expert in available)
     for target in wanted:
         if target not in names and not any(ends_with(name, [target]) for name in names):
+            known = ", ".join(dict.fromkeys(map(end_of, names)))
             raise PeftError(
-                f"target_parameters names {target!r}; the parameters here that PEFT can adapt are "
-                + (f"{available[0].name} and the like" if available else "none: no experts")
+                f"target_parameters names {target!r}; what can be adapted as a parameter here is "
+                + (known or "nothing, for the model has no experts: use target_modules")
             )
     for name in ("use_dora", "lora_bias", "lora_dropout"):
         if config[name]:

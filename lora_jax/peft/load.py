@@ -14,15 +14,25 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from lora_jax.base import as_array
 from lora_jax.hf.keys import Row
 from lora_jax.lorafy import Tree, lorafy
 from lora_jax.magnitude import wide
-from lora_jax.paths import flatten_with_paths
 from lora_jax.peft import config as configuration
+from lora_jax.peft.copies import without_copies
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import Expert, keys_of_expert, targeted_experts, unpack_a, unpack_b
 from lora_jax.peft.hub import adapter_folder
-from lora_jax.peft.modules import Module, by_pattern, modules, places, table_of, targeted
+from lora_jax.peft.modules import (
+    Module,
+    by_pattern,
+    is_tied,
+    kind_of,
+    modules,
+    places,
+    table_of,
+    targeted,
+)
 from lora_jax.peft.names import FILE, PREFIX, bias_key, keys_of, token_key
 from lora_jax.peft.rules import (
     model_type_of,
@@ -31,7 +41,7 @@ from lora_jax.peft.rules import (
     takes_from_base,
     token_rows,
 )
-from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_node
+from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_node, leaves_of
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -67,21 +77,22 @@ def load(
     table = table_of(model)
     _check_tree(params, table)
     experts = any(re.search(r"\.experts\.\d+\.", name) for name in tensors)
-    available = modules(table, experts=experts, tied=config["ensure_weight_tying"])
-    reader = _Reader(where, tensors)
+    tied = [row for row in table if row.aliases] if is_tied(config) else []
+    available = modules(table, experts=experts, tied=bool(tied))
+    reader = _Reader(where, without_copies(tensors, tied, where))
     try:
         chosen = targeted(config, available, model_type_of(model))
         chosen += targeted_experts(config, model)
         rules = rules_for(config, table, model, experts=experts)
-        params = _with_file_bases(params, chosen, reader)
+        params = _with_file_bases(params, chosen, table, config, reader)
         tree = lorafy(_abstract(params), rules)
         if takes_from_base(config):
             tree = lorafy(params, rules)
     except ValueError as error:
         raise PeftError(f"{found / configuration.FILE}: {error}") from None
     files = _Files(reader, table, config, chosen, available)
-    leaves, treedef = flatten_with_paths(tree, is_leaf=is_node)
-    bases = dict(flatten_with_paths(params)[0])
+    leaves, treedef = leaves_of(tree)
+    bases = dict(leaves_of(params)[0])
     loaded = [files.node(path, leaf, bases[path]) for path, leaf in leaves]
     reader.finish()
     return treedef.unflatten(loaded)
@@ -92,7 +103,7 @@ def _abstract(params: Tree) -> Tree:
 
 
 def _check_tree(params: Tree, table: Sequence[Row]) -> None:
-    leaves, _ = flatten_with_paths(params, is_leaf=is_node)
+    leaves, _ = leaves_of(params)
     if any(is_node(leaf) for _, leaf in leaves):
         raise PeftError("the tree is adapted already: give the plain one, lora_jax.strip(params)")
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves}
@@ -176,22 +187,46 @@ class _Reader:
             )
 
 
-def _with_file_bases(params: Tree, chosen: Sequence[Module], reader: _Reader) -> Tree:
-    """Returns the tree with the base weights that the file brings along (adapted tables)."""
-    leaves, treedef = flatten_with_paths(params)
+def _with_file_bases(
+    params: Tree,
+    chosen: Sequence[Module],
+    table: Sequence[Row],
+    config: Mapping[str, Any],
+    reader: _Reader,
+) -> Tree:
+    """Returns the tree with the base weights that the file brings along.
+
+    These are of adapted tables, and of embeddings and heads where PEFT was told to save them, or
+    found the vocabulary resized.
+    """
+    leaves, treedef = leaves_of(params)
     changed = dict(leaves)
-    for module in chosen:
-        key = keys_of(module).base_weight
-        if isinstance(module, Expert) or not reader.has(key):
+    found = [
+        (keys_of(module).base_weight, module.path, module.index, not _is_table(module))
+        for module in chosen
+        if not isinstance(module, Expert)
+    ]
+    found += [
+        (f"{PREFIX}{name}", row.path, (), row.transpose)
+        for row in table
+        if kind_of(row) in ("embedding", "head") and not row.stack
+        for name in (row.hf, *row.aliases)
+        if name.endswith(".weight") and not saved_modules(config, [name])
+    ]
+    for key, path, index, transpose in found:
+        if not reader.has(key):
             continue
-        leaf = changed[module.path]
-        transpose = not module.is_embedding and module.uses == "all"
-        here = leaf[module.index] if module.index else leaf
+        leaf = as_array(changed[path])
+        here = leaf[index] if index else leaf
         tensor = reader.take(key, tuple(here.shape[::-1] if transpose else here.shape))
         value = jnp.asarray(tensor.T if transpose else tensor).astype(leaf.dtype)
         if not np.array_equal(value, here, equal_nan=True):
-            changed[module.path] = leaf.at[module.index].set(value) if module.index else value
+            changed[path] = leaf.at[index].set(value) if index else value
     return treedef.unflatten(changed[path] for path, _ in leaves)
+
+
+def _is_table(module: Module) -> bool:
+    return module.is_embedding or module.uses == "product"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,12 +259,13 @@ class _Files:
         out = {name: np.zeros((*batch, node.rank, n), dtype) for name, n in sizes.items()}
         # A magnitude of a layer that is not adapted is never looked at.
         vectors = {name: np.ones((*batch, sizes["b"]), dtype) for name in node.has}
-        for at, arrays in found:
+        for (at, arrays), module in zip(found, members, strict=True):
+            start = node.rank // 2 if node.uses == "each" and module.uses == "product" else 0
             for name, array in arrays.items():
                 if name in vectors:
                     vectors[name][at] = array
                 else:
-                    out[name][at][..., : array.shape[-2], :] = array
+                    out[name][at][..., start : start + array.shape[-2], :] = array
         changes = {name: v.reshape(*batch, *columns) for name, v in vectors.items()}
         changes["a"] = out["a"].reshape(*batch, node.rank, *rows)
         changes["b"] = out["b"].reshape(*batch, node.rank, *columns)
@@ -243,7 +279,7 @@ class _Files:
     ) -> dict[str, np.ndarray]:
         """Reads A [r, in], B [r, out] and the vectors of one member of the stack."""
         layer = module.index[0] if module.index and len(node.ranks) > 1 else 0
-        rank, keys = node.ranks[layer], keys_of(module)
+        rank, keys = node.ranks[layer] // (2 if node.uses == "each" else 1), keys_of(module)
         if isinstance(module, Expert):
             key_a, key_b = keys_of_expert(module, self.chosen)
             wide_out = fan_out * (1 if module.half is None else 2)

@@ -19,6 +19,10 @@ _KINDS: dict[Kind, re.Pattern[str]] = {
 }
 
 
+# PEFT ties adapters, and saves the weights beside them, of layers with these names alone.
+EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+
+
 @dataclasses.dataclass(frozen=True)
 class Module:
     """A linear layer or an embedding by PyTorch's name, and its weight's place in our tree.
@@ -105,6 +109,21 @@ def modules(table: Sequence[Row], *, experts: bool = False, tied: bool = False) 
     return found
 
 
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Returns True if PEFT gives both uses of a tied table one adapter, or one saved copy.
+
+    Source: PEFT's ``_check_tied_modules``, which goes by names.
+    """
+    targets = config["target_modules"] or ()
+    if not config["ensure_weight_tying"]:
+        return False
+    if any(name.split(".")[-1] in EMBEDDING_NAMES for name in config["modules_to_save"] or ()):
+        return True
+    if isinstance(targets, str):
+        return any(re.fullmatch(targets, name) for name in EMBEDDING_NAMES)
+    return any(name.split(".")[-1] in EMBEDDING_NAMES for name in targets)
+
+
 def kind_of(row: Row) -> Kind | None:
     """Returns the kind that a row says; if it says none, the kind that its names suggest."""
     if row.kind is not None:
@@ -140,7 +159,7 @@ def targeted(
     Source: PEFT's ``check_target_module_exists``.
     """
     targets = config["target_modules"]
-    if targets is None and config["target_parameters"]:
+    if not targets and config["target_parameters"]:  # PEFT writes null or [], both for none
         return []
     if targets is None:
         if model_type not in DEFAULT_TARGETS:

@@ -13,6 +13,7 @@ from lora_jax.peft.modules import (
     Module,
     by_pattern,
     ends_with,
+    is_tied,
     modules,
     places,
     table_of,
@@ -105,12 +106,14 @@ def rules_for(
       model: the model; it tells the family and the experts.
       experts: see `modules`.
     """
-    available = modules(table, experts=experts, tied=config["ensure_weight_tying"])
+    available = modules(table, experts=experts, tied=is_tied(config))
     chosen = [
         *targeted(config, available, model_type_of(model)),
         *targeted_experts(config, model),
     ]
-    _refuse_two_uses(chosen)
+    _check_two_uses(config, chosen)
+    if is_tied(config):
+        _check_tied_alphas(config, table, chosen)
     found: list[Rule] = []
     found += _saved(config, table, chosen)
     found += _tokens(config, table, available)
@@ -130,7 +133,8 @@ def rules_for(
         depth = next(row.stack[0] if row.stack else 0 for row in table if row.path == path)
         for (rank, alpha), at in layers.items():
             whole = not at or len(at) == depth
-            key = (rank, alpha, members[0].uses, None if whole else tuple(sorted(at)))
+            uses = members[0].uses if len({m.uses for m in members}) == 1 else "each"
+            key = (rank, alpha, uses, None if whole else tuple(sorted(at)))
             settings.setdefault(key, []).append(path)
     for (rank, alpha, uses, layer), paths in settings.items():
         found.append(_lora_rule(config, _either(paths), rank, alpha, layer, uses=uses))
@@ -159,7 +163,7 @@ def _lora_rule(
         dora=config["use_dora"],
         bias_on_b=config["lora_bias"],
         train_bias=config["bias"] == "lora_only",
-        uses=cast(Literal["all", "lookup", "product"], uses),
+        uses=cast(Literal["all", "lookup", "product", "each"], uses),
     )
 
 
@@ -174,24 +178,50 @@ def _by_path(chosen: Sequence[Module]) -> dict[str, list[Module]]:
     return paths
 
 
-def _refuse_two_uses(chosen: Sequence[Module]) -> None:
+def _check_two_uses(config: Mapping[str, Any], chosen: Sequence[Module]) -> None:
+    """Raises a PeftError where the two uses of a table are adapted in different ways."""
     for path, members in _by_path(chosen).items():
-        if len({module.uses for module in members}) > 1:
-            names = " and ".join(module.name for module in members)
-            raise PeftError(
-                f"{names} are tied to one table, {path}, and each would get an adapter of its own, "
-                "which is not supported: target one of them, or set ensure_weight_tying"
-            )
+        if len({module.uses for module in members}) == 1:
+            continue
+        for field, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+            values = [by_pattern(config[field], m.name, config[default]) for m in members]
+            if len(set(values)) > 1:
+                names = " and ".join(module.name for module in members)
+                raise PeftError(
+                    f"{names} are tied to one table, {path}, and {field} gives them {values}: give "
+                    "both the same, or target one of them"
+                )
+
+
+def _check_tied_alphas(
+    config: Mapping[str, Any], table: Sequence[Row], chosen: Sequence[Module]
+) -> None:
+    """Raises a PeftError where a head that shares its table's A and B has another alpha."""
+    adapted = {module.path: module.name for module in chosen}
+    for row in table:
+        heads = [alias.removesuffix(".weight") for alias in row.aliases]
+        for head in heads if row.path in adapted else []:
+            names = (adapted[row.path], head)
+            alphas = [by_pattern(config["alpha_pattern"], n, config["lora_alpha"]) for n in names]
+            if alphas[0] != alphas[1]:
+                raise PeftError(
+                    f"alpha_pattern gives {names[0]} {alphas[0]} and {head} {alphas[1]}, and the "
+                    "two share an adapter: give both the same"
+                )
 
 
 def saved_modules(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Lists the tensors among `names` that belong to modules_to_save."""
+    """Lists the tensors among `names` that belong to modules_to_save.
+
+    As in PEFT, an entry is the end of a module's name, be it in the middle of a word: "norm" is
+    every layer's input_layernorm, too.
+    """
     wanted = config["modules_to_save"] or ()
 
     def is_saved(name: str) -> bool:
         parts = name.split(".")
         stems = (".".join(parts[:end]) for end in range(1, len(parts)))
-        return any(stem in wanted or ends_with(stem, wanted) for stem in stems)
+        return any(stem.endswith(tuple(wanted)) for stem in stems)
 
     return [name for name in names if is_saved(name)]
 
@@ -207,11 +237,11 @@ def _saved(
     heads = {alias: row for row in table for alias in row.aliases}
     tied = [name for name in saved_modules(config, list(heads))]
     tied += [name for name in tensors if any(where[name].path == r.path for r in heads.values())]
-    if tied and not config["ensure_weight_tying"]:
+    if tied and not is_tied(config):
         raise PeftError(
             f"modules_to_save holds {tied[0].removesuffix('.weight')}, which is tied: PEFT saves a "
-            "copy that only one of its two uses sees, which is not supported; set "
-            "ensure_weight_tying"
+            "copy that only one of its two uses sees, which is not supported; train it in PEFT "
+            "with ensure_weight_tying=True"
         )
     if not tensors:
         raise PeftError(
@@ -242,6 +272,8 @@ def token_rows(config: Mapping[str, Any], available: Sequence[Module]) -> dict[s
     found = {}
     for key, rows in tokens.items():
         named = [name for name in embeddings if name == key or name.endswith(f".{key}")]
+        if not named and _repeats_table(key, tokens, available):
+            continue
         if not named:
             raise PeftError(
                 f"trainable_token_indices names {key!r}; the model's embeddings are "
@@ -249,6 +281,23 @@ def token_rows(config: Mapping[str, Any], available: Sequence[Module]) -> dict[s
             )
         found[named[0]] = rows
     return found
+
+
+def _repeats_table(key: str, tokens: Mapping[str, list[int]], available: Sequence[Module]) -> bool:
+    """Returns True for a tied head with the very tokens of its table: PEFT has them once."""
+
+    def is_named(module: Module, key: str) -> bool:
+        return module.name == key or ends_with(module.name, [key])
+
+    paths = [m.path for m in available if m.uses == "product" and is_named(m, key)]
+    tables = [m for m in available if m.path in paths and m.is_embedding]
+    of_table = [rows for name, rows in tokens.items() for m in tables if is_named(m, name)]
+    if of_table and sorted(of_table[0]) != sorted(tokens[key]):
+        raise PeftError(
+            f"trainable_token_indices has other tokens for {key!r} than for {tables[0].name}, and "
+            "the two are tied: train the same tokens of both"
+        )
+    return bool(of_table)
 
 
 def _tokens(

@@ -10,17 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.base import as_array
 from lora_jax.folders import partial_of, put_in_place
 from lora_jax.hf.keys import Row
 from lora_jax.hf.save import write_tensors
 from lora_jax.lorafy import Tree
-from lora_jax.paths import flatten_with_paths
 from lora_jax.peft import config as configuration
+from lora_jax.peft.copies import tied_heads, with_head_names, with_heads
 from lora_jax.peft.errors import PeftError
-from lora_jax.peft.experts import Expert, experts_of, keys_of_expert, pack, side_by_side
-from lora_jax.peft.modules import Module, ends_with, kind_of, modules, table_of
+from lora_jax.peft.experts import Expert, end_of, experts_of, keys_of_expert, pack, side_by_side
+from lora_jax.peft.modules import EMBEDDING_NAMES, Module, ends_with, kind_of, modules, table_of
 from lora_jax.peft.names import FILE, PREFIX, bias_key, keys_of, token_key
-from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_node
+from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_node, leaves_of
 
 PEFT_VERSION = "0.21.2"  # whose format is written
 
@@ -101,7 +102,7 @@ def contents(model: Any, params: Tree) -> tuple[dict[str, Any], dict[str, np.nda
       PeftError: names the part of the adapter that PEFT cannot hold.
     """
     table = table_of(model)
-    leaves, _ = flatten_with_paths(params, is_leaf=is_node)
+    leaves, _ = leaves_of(params)
     nodes = {path: leaf for path, leaf in leaves if is_node(leaf)}
     if not nodes:
         raise PeftError("peft.save needs an adapted tree, and this one is plain")
@@ -132,6 +133,7 @@ class _Contents:
         uses |= {"all" for p in self._trained if p in tied}
         self._tied = "all" in uses
         self._all = modules(table, tied=self._tied)
+        self._heads = tied_heads(nodes, [row for row in table if row.aliases]) if self._tied else {}
         self._adapted = [m for m in self._all if self._rank(m)]
         self._experts = [e for e in experts if self._rank(e)]
         written = {m.path for m in [*self._adapted, *self._experts]}
@@ -142,10 +144,12 @@ class _Contents:
     def _rank(self, module: Module) -> int:
         """Returns r of a module, 0 if it is not adapted."""
         node = self._lora.get(module.path)
-        if node is None or node.uses != module.uses:
+        if node is None:
             return 0
+        if node.uses == "each" and module.uses in ("lookup", "product"):
+            return node.rank // 2
         layer = module.index[0] if module.index and len(node.ranks) > 1 else 0
-        return node.ranks[layer]
+        return node.ranks[layer] if node.uses == module.uses else 0
 
     def collect(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         config = self._settings()
@@ -154,9 +158,14 @@ class _Contents:
         for module in self._adapted:
             ranks[module.name], alphas[module.name] = self._write(module)
         config |= self._write_experts(ranks, alphas)
+        for table, heads in self._heads.items():
+            for head in heads if table in ranks else []:
+                ranks[head], alphas[head] = ranks[table], alphas[table]
         config |= self._patterns(ranks, alphas)
         config |= self._write_trained()
-        return config, self._tensors
+        for field in ("target_modules", "modules_to_save"):
+            config[field] = with_head_names(config[field], self._heads)
+        return config, with_heads(self._tensors, self._heads)
 
     def _settings(self) -> dict[str, Any]:
         """Returns the fields that PEFT has once for all adapted modules."""
@@ -187,7 +196,9 @@ class _Contents:
         """Writes the tensors of one adapted module; returns its rank and alpha."""
         node, at, keys = self._lora[module.path], module.index, keys_of(module)
         rank = self._rank(module)
-        a, b = self._factors(node.a, node.b, node, at, rank)
+        is_second = node.uses == "each" and module.uses == "product"
+        a, b = self._factors(node.a, node.b, node, at, 2 * rank if is_second else rank)
+        a, b = a[-rank:], b[-rank:]
         if node.start is not None:
             start_a, start_b = node.start
             a0, b0 = self._factors(start_a, start_b, node, at, rank)
@@ -201,8 +212,9 @@ class _Contents:
         if any(other.bias is not None for other in self._lora.values()):
             bias = np.zeros(b.shape[1:]) if node.bias is None else np.asarray(node.bias[at])
             self._put(keys.bias_on_b, bias.reshape(-1))
-        if module.name.split(".")[-1] in ("embed_tokens", "lm_head"):
-            base = np.asarray(node.base[at])
+        ends = {adapted.name.split(".")[-1] for adapted in self._adapted}
+        if module.kind in ("embedding", "head") and ends & {*EMBEDDING_NAMES}:
+            base = np.asarray(as_array(node.base)[at])
             as_rows = module.is_embedding or module.uses == "product"
             self._put(keys.base_weight, base if as_rows else base.T)
         scale = float(node.scale[at] if at else node.scale)
@@ -224,11 +236,10 @@ class _Contents:
         for expert in self._experts:
             by_name.setdefault(expert.name, {})[expert.half] = expert
             node = self._lora[expert.path]
-            for what in ("magnitude", "bias"):
-                if getattr(node, what) is not None:
-                    raise PeftError(f"PEFT has no {what} for experts, and {expert.path!r} has one")
-            if node.dropout:
-                raise PeftError(f"PEFT has no dropout for experts, and {expert.path!r} has it")
+            used = {what: getattr(node, what) is not None for what in ("magnitude", "bias")}
+            used["dropout"] = bool(node.dropout)
+            for what in (what for what, is_used in used.items() if is_used):
+                raise PeftError(f"PEFT has no {what} for experts and routers: {expert.path!r}")
         for name, halves in by_name.items():
             found = {half: self._of_experts(expert) for half, expert in halves.items()}
             if None in found:
@@ -240,20 +251,25 @@ class _Contents:
             packed_a, packed_b = pack(a, b)
             self._put(key_a, packed_a)
             self._put(key_b, packed_b)
-        ends = sorted({f"experts.{e.parameter}" for e in self._experts})
+        ends = sorted({end_of(name) for name in by_name})
         depth = self._rows[self._experts[0].path].stack[0]
         every_layer = len(by_name) == depth * len(ends)
         return {"target_parameters": ends if every_layer else sorted(by_name)}
 
     def _of_experts(self, expert: Expert) -> tuple[np.ndarray, np.ndarray, float]:
-        """Returns A [experts, r, in], B [experts, r, out] and s of one layer's experts."""
+        """Returns A [experts, r, in], B [experts, r, out] and s of a layer's experts or router."""
         node, rank = self._lora[expert.path], self._rank(expert)
         (layer,) = expert.index
         scales = np.unique(np.asarray(node.scale[layer]))
         if len(scales) > 1:
             raise PeftError(f"PEFT has one alpha for all experts; those of {expert.path!r} differ")
         parts = [(node.a, node.b)] + ([node.start] if node.start is not None else [])
-        a, b = zip(*((np.asarray(v[layer])[:, :rank] for v in pair) for pair in parts), strict=True)
+        whole = (expert.n, node.rank, -1)  # a router has no axis of experts
+
+        def of_layer(factor: Any) -> np.ndarray:
+            return np.asarray(factor[layer]).reshape(whole)[:, :rank]
+
+        a, b = zip(*(map(of_layer, pair) for pair in parts), strict=True)
         signed = [b[0], *(-factor for factor in b[1:])]
         return np.concatenate(a, axis=1), np.concatenate(signed, axis=1), float(scales[0])
 
@@ -304,12 +320,12 @@ class _Contents:
         if wrong := [name for name in saved if name in adapted]:
             raise PeftError(f"{wrong[0]} is adapted and trains in full; PEFT has one or the other")
         loose = [name for name in biases if name.rsplit(".", 1)[0] not in saved]
-        kind = self._bias_kind(loose, adapted)
+        kind = self._bias_kind(loose, adapted, saved)
         if kind is None:  # biases of modules of their own (norms): save these whole
             others = {n.rsplit(".", 1)[0] for n in loose if n.rsplit(".", 1)[0] not in adapted}
             saved = sorted({*saved, *others})
             loose = [name for name in loose if name.rsplit(".", 1)[0] not in others]
-            kind = self._bias_kind(loose, adapted)
+            kind = self._bias_kind(loose, adapted, saved)
         if kind is None:
             raise PeftError(
                 "PEFT trains the biases of all modules, or of all adapted ones; here others train, "
@@ -326,8 +342,12 @@ class _Contents:
             "trainable_token_indices": tokens or None,
         }
 
-    def _bias_kind(self, names: Sequence[str], adapted: Sequence[str]) -> str | None:
+    def _bias_kind(
+        self, names: Sequence[str], adapted: Sequence[str], saved: Sequence[str]
+    ) -> str | None:
+        """Returns PEFT's `bias` for trained biases, of which saved modules have their own."""
         every = {n for row in self._rows.values() for n in row.hf_names if n.endswith(".bias")}
+        every = {name for name in every if name.removesuffix(".bias") not in saved}
         of_adapted = {n for n in every if n.removesuffix(".bias") in adapted}
         if not names:
             return "none"

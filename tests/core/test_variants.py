@@ -329,19 +329,65 @@ def test_magnitudes_need_no_array_of_the_kernels_shape():
     assert bytes_of(lambda node: jnp.linalg.norm(node.merged(), axis=1)) >= whole
 
 
-@pytest.mark.parametrize("uses", ["lookup", "product"])
-def test_a_tied_table_adapted_in_one_use(uses, float64):
-    """As if the table were two, one of them adapted: PEFT's, where a tied layer is targeted."""
+def twice(params, x):
+    table = params["embed"]["embedding"]
+    return x @ (2 * table + table).T
+
+
+@pytest.mark.parametrize("uses", ["lookup", "product", "each"])
+def test_a_tied_table_adapted_use_by_use(uses, float64, tmp_path):
+    """As if the table were two, one or both of them adapted: PEFT's, where tied layers are."""
     program = NAMED["embedding looked up and tied"]
     rule = dataclasses.replace(program.rules[0], uses=uses)
     params, tree, x = dataclasses.replace(program, rules=(rule,)).inputs(jnp.float64)
     ids = jnp.asarray([[0, 3, 10, 3], [7, 1, 2, 9]])
-    changed = formed(tree)["embed"]["embedding"]
-    plain = params["embed"]["embedding"]
-    looked_up, head = (changed, plain) if uses == "lookup" else (plain, changed)
-    expected = jnp.tanh(looked_up[ids] + x) @ head.T
-    assert_close(lj.adapt(program.run, strict=True)(tree, x), expected, 1e-12)
-    with pytest.raises(ValueError, match=f"one use of it only .uses='{uses}'"):
+    node, plain = tree["embed"]["embedding"], params["embed"]["embedding"]
+    assert node.ranks == ((4,) if uses == "each" else (2,)) and float(node.scale) == 1.5
+
+    def by_hand(node, x):
+        def changed(first, last):
+            return plain + 1.5 * node.a[first:last].T @ node.b[first:last]
+
+        looked_up = plain if uses == "product" else changed(0, 2)
+        head = plain if uses == "lookup" else changed(*((2, 4) if uses == "each" else (0, 2)))
+        return jnp.tanh(looked_up[ids] + x) @ head.T
+
+    run = lj.adapt(program.run, strict=True)
+    assert_close(run(tree, x), by_hand(node, x), 1e-12)
+    assert_close(jax.jit(run)(tree, x), by_hand(node, x), 1e-12)
+    adapter, base = lj.split(tree)
+
+    def loss(forward, adapter):
+        return jnp.sum(forward(lj.join(adapter, base), x) ** 2)
+
+    expected = jax.grad(lambda a: loss(lambda t, x: by_hand(t["embed"]["embedding"], x), a))
+    assert_close(jax.grad(lambda a: loss(run, a))(adapter), expected(adapter), 1e-9)
+    lj.save_adapter(tmp_path / "a", tree)
+    assert_identical(lj.load_adapter(tmp_path / "a", params), tree)
+    with pytest.raises(ValueError, match=f"use.* .uses='{uses}'"):
         lj.merge(tree)
     with pytest.raises(lj.MergeError, match="cannot be merged"):
         lj.adapt(lambda p, x: jnp.sin(p["embed"]["embedding"]))(tree, x)
+    with pytest.raises(lj.MergeError, match="one by one"):
+        lj.adapt(lambda p, x: x @ (2 * p["embed"]["embedding"] + p["embed"]["embedding"]).T)(
+            tree, x
+        )
+
+
+@pytest.mark.parametrize("init", [lj.init.kaiming, lj.init.orthogonal])
+def test_each_of_two_adapters_starts_at_the_base(init):
+    program = NAMED["embedding looked up and tied"]
+    params, x = program.params(jnp.float32), draw(3, program.x)
+    rule = dataclasses.replace(program.rules[0], uses="each", init=init)
+    tree = lj.lorafy(params, [rule])
+    assert_close(lj.adapt(program.run)(tree, x), program.run(params, x), 1e-6)
+    a = tree["embed"]["embedding"].a
+    assert np.abs(a[:2] - a[2:]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "more", [{"dora": True}, {"bias_on_b": True}, {"freeze_a": True}, {"init": lj.init.pissa}]
+)
+def test_an_adapter_for_each_use_is_plain(more):
+    with pytest.raises(ValueError, match="uses='each' is for plain A and B"):
+        lj.LoraRule(targets=["embed"], uses="each", **more)

@@ -35,6 +35,13 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "MixtralForCausalLM",
         DECODER | {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 20},
     ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        DECODER
+        | {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "head_dim": 6}
+        | {"norm_topk_prob": True, "mlp_only_layers": [], "tie_word_embeddings": False},
+    ),
     "gpt2": (
         "GPT2Config",
         "GPT2LMHeadModel",
@@ -113,6 +120,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "layers.1.input_layernorm"]},
     ),
+    "norms saved by the end of their names": (
+        "llama",
+        {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    ),
     "tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 3]}),
     "embedding and head": ("llama", {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
     "embedding with DoRA": ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
@@ -122,6 +133,41 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 all linear": ("qwen2", {"target_modules": "all-linear", "bias": "lora_only"}),
     "tied embedding": ("qwen2", {"target_modules": ["embed_tokens", "v_proj"]}),
     "tied head": ("qwen2", {"target_modules": ["lm_head", "v_proj"]}),
+    "tied embedding, ensured": (
+        "qwen2",
+        {"target_modules": ["embed_tokens", "v_proj"], "ensure_weight_tying": True},
+    ),
+    "tied head, ensured": (
+        "qwen2",
+        {"target_modules": ["lm_head", "v_proj"], "ensure_weight_tying": True},
+    ),
+    "tied by an expression, ensured": (
+        "qwen2",
+        {"target_modules": r"(.*\.)?(embed_tokens|v_proj)", "ensure_weight_tying": True},
+    ),
+    "tied embedding saved": (
+        "qwen2",
+        {
+            "target_modules": ["v_proj"],
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+    ),
+    "tied embedding and head": (
+        "qwen2",
+        {"target_modules": ["embed_tokens", "lm_head", "v_proj"], "lora_dropout": 0.1},
+    ),
+    "gpt2, tied embedding and head": (
+        "gpt2",
+        {"target_modules": ["wte", "lm_head"], "use_rslora": True},
+    ),
+    "tied tokens of both": (
+        "qwen2",
+        {
+            "target_modules": ["q_proj"],
+            "trainable_token_indices": {"embed_tokens": [7, 2], "lm_head": [7, 2]},
+        },
+    ),
     "tied tokens": (
         "qwen2",
         {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [7, 2]}},
@@ -143,10 +189,33 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "lora_dropout": 0.0,
         },
     ),
+    "experts and nothing else": (
+        "mixtral",
+        {"target_parameters": ["experts.gate_up_proj", "down_proj"], "lora_dropout": 0.0},
+    ),
+    "experts and router": (
+        "qwen3_moe",
+        {
+            "target_modules": [],
+            "target_parameters": ["mlp.gate.weight", "mlp.experts.down_proj"],
+            "alpha_pattern": {"gate.weight": 4},
+            "lora_dropout": 0.0,
+        },
+    ),
+    "router of one layer": (
+        "mixtral",
+        {"target_parameters": ["model.layers.1.mlp.gate.weight"], "lora_dropout": 0.0},
+    ),
+    "mixtral all linear": ("mixtral", {"target_modules": "all-linear", "lora_dropout": 0.0}),
+    "qwen3_moe all linear": ("qwen3_moe", {"target_modules": "all-linear", "lora_dropout": 0.0}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
     "gpt2 all linear, DoRA": (
         "gpt2",
         {"target_modules": "all-linear", "fan_in_fan_out": True, "use_dora": True},
+    ),
+    "gpt2, a name that PEFT does not tie": (
+        "gpt2",
+        {"target_modules": ["wte"], "ensure_weight_tying": True},
     ),
     "gpt2, biases": (
         "gpt2",
@@ -155,6 +224,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert classifier": (
         "bert",
         {"target_modules": ["query", "value"], "task_type": "SEQ_CLS", "bias": "lora_only"},
+    ),
+    "bert, all biases": (
+        "bert",
+        {"target_modules": ["query"], "task_type": "SEQ_CLS", "bias": "all"},
     ),
     "bert all linear": ("bert", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
     "roberta classifier": (

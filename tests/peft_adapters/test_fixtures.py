@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
+from tests.core.coded import decoded, is_on, with_coded_kernels
 from tests.peft_adapters.make_fixtures import ADAPTERS, FIXTURES, IDS
-from tests.support import assert_close, assert_identical
+from tests.support import assert_close, assert_identical, with_random_factors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -149,6 +150,63 @@ def test_what_peft_cannot_hold(tmp_path):
     with pytest.raises(lp.PeftError, match="this one is plain"):
         lp.save(tmp_path / "a", model, params)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_base_that_is_no_array(tmp_path):
+    """Codes with scales are one leaf: an adapter is written and read beside them."""
+    model, params = base("embedding-head")
+    rules = [lj.LoraRule(targets=["embed_tokens", "lm_head", "q_proj"], rank=2, alpha=3.0)]
+    params = with_coded_kernels(params, rules)
+    tree = with_random_factors(lj.lorafy(params, rules))
+    assert is_on(tree)
+    lp.save(tmp_path / "a", model, tree)
+    assert_identical(lp.load(tmp_path / "a", model, params), tree)
+    # Beside arrays, the tables that PEFT saves are what the codes stand for.
+    loaded = lp.load(tmp_path / "a", model, decoded(params))
+    assert_close(logits("embedding-head", loaded), logits("embedding-head", tree), 1e-5)
+
+
+def test_tables_that_are_saved_without_being_adapted(tmp_path):
+    """PEFT's save_embedding_layers: the file's table takes the place of the base's."""
+    model, params = base("tied-head")
+    shutil.copytree(FIXTURES / "tied-head", tmp_path / "a")
+    changed_config(target_modules=["v_proj"])(tmp_path / "a")
+    table = np.asarray(params["model"]["embed_tokens"]["embedding"]) + np.float32(0.5)
+
+    def change(t):
+        for key in [key for key in t if "lm_head" in key]:
+            del t[key]
+        t["base_model.model.model.embed_tokens.weight"] = table
+
+    changed_tensors(change)(tmp_path / "a")
+    tree = lp.load(tmp_path / "a", model, params)
+    np.testing.assert_array_equal(tree["model"]["embed_tokens"]["embedding"], table)
+
+
+@pytest.mark.parametrize(
+    ("hf", "alias", "dora", "message"),
+    [
+        ("words.weight", "decoder.weight", False, "words and decoder are tied.*uses='lookup'"),
+        ("embed_tokens.weight", "lm_head.weight", True, "a magnitude for each.*uses='lookup'"),
+    ],
+)
+def test_tied_tables_that_peft_cannot_hold(hf, alias, dora, message, tmp_path):
+    row = models.Row(path="table/embedding", hf=hf, shape=(5, 7), aliases=(alias,))
+    params = {"table": {"embedding": jnp.ones((5, 7))}}
+    rule = lj.LoraRule(targets=["table"], rank=2, dora=dora)
+    with pytest.raises(lp.PeftError, match=message):
+        lp.save(tmp_path / "a", [row], lj.lorafy(params, [rule]))
+    one_use = lj.LoraRule(targets=["table"], rank=2, uses="lookup")
+    lp.save(tmp_path / "a", [row], lj.lorafy(params, [one_use]))
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda"])
+def test_starts_that_peft_draws_again_are_refused_with_a_remedy(init, tmp_path):
+    model, params = base("dora")
+    shutil.copytree(FIXTURES / "dora", tmp_path / "a")
+    changed_config(init_lora_weights=init)(tmp_path / "a")
+    with pytest.raises(lp.PeftError, match="path_initial_model_for_weight_conversion"):
+        lp.load(tmp_path / "a", model, params)
 
 
 # ---- damaged folders ------------------------------------------------------------------------

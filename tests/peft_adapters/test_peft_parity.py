@@ -12,7 +12,8 @@ import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
 from lora_jax.peft.config import read_config
-from lora_jax.peft.modules import modules, table_of, targeted
+from lora_jax.peft.experts import targeted_experts
+from lora_jax.peft.modules import is_tied, modules, table_of, targeted
 from tests.peft_adapters.models import CONFIGS, FAMILIES, IDS, logits_of, with_adapter, write_model
 from tests.support import assert_close, assert_identical, with_random_factors
 
@@ -61,8 +62,13 @@ def test_both_ways(name, folders, tmp_path):
     tree = lp.load(tmp_path / "theirs", model, params)
     assert_close(our_logits(model, tree), expected, 1e-5)
     config = read_config(tmp_path / "theirs")
-    chosen = targeted(config, modules(table_of(model)), model.config.model_type)
-    assert {module.name for module in chosen} == set(theirs.base_model.targeted_module_names)
+    available = modules(table_of(model), tied=is_tied(config))
+    chosen = targeted(config, available, model.config.model_type)
+    tied = set(getattr(theirs.peft_config["default"], "target_modules_to_tie", None) or ())
+    names = set(theirs.base_model.targeted_module_names)
+    assert {module.name for module in chosen} == names - tied
+    parameters = targeted_experts(config, model)
+    assert {p.name for p in parameters} == set(theirs.base_model.targeted_parameter_names)
 
     # Ours in theirs: nothing missing, nothing left over, our logits.
     lp.save(tmp_path / "ours", model, tree)
@@ -74,7 +80,12 @@ def test_both_ways(name, folders, tmp_path):
         assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["modules_to_save"]
     back = PeftModel.from_pretrained(torch_model(folders, family), tmp_path / "ours").eval()
     tensors = load_file(tmp_path / "ours/adapter_model.safetensors")
-    assert set(get_peft_model_state_dict(back)) == set(tensors), "missing or unexpected"
+    # PEFT writes the biases of a saved module under the wrapper's own names as well.
+    wrapped = (".modules_to_save.", ".original_module.")
+    theirs_of_ours = {
+        k for k in get_peft_model_state_dict(back) if not any(w in k for w in wrapped)
+    }
+    assert theirs_of_ours == set(tensors), "missing or unexpected"
     assert_close(logits_of(back), expected, 1e-5)
 
 
@@ -96,9 +107,59 @@ def test_experts_trained_here(kernels, folders, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("family", "rule"),
+    [
+        ("qwen2", lj.LoraRule(targets=["embed_tokens"], rank=2, alpha=5)),
+        ("gpt2", lj.LoraRule(targets=["wte"], rank=2, alpha=5)),
+        ("gpt2", lj.LoraRule(targets=["wte"], rank=2, alpha=5, uses="product")),
+        ("qwen2", lj.TrainRule(targets=["embed_tokens"])),
+        ("gpt2", lj.TrainRule(targets=["wte"])),
+        ("gpt2", lj.TrainRule(targets=["wte"], rows=[3, 9])),
+    ],
+)
+def test_a_tied_table_trained_here(family, rule, folders, tmp_path):
+    """Whatever the table's name: PEFT ties by names, and knows embed_tokens and lm_head alone."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    model, params = models.from_pretrained(folders / family)
+    rules = [rule, lj.LoraRule(targets=["v_proj" if family == "qwen2" else "c_attn"], rank=2)]
+    tree = with_random_factors(lj.lorafy(params, rules))
+    lp.save(tmp_path / "ours", model, tree)
+    theirs = PeftModel.from_pretrained(torch_model(folders, family), tmp_path / "ours").eval()
+    assert_close(logits_of(theirs), our_logits(model, tree), 1e-5)
+    tensors = load_file(tmp_path / "ours/adapter_model.safetensors")
+    assert set(get_peft_model_state_dict(theirs)) == set(tensors), "missing or unexpected"
+    again = lp.load(tmp_path / "ours", model, params)
+    assert_identical(again, tree)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_modules": ["embed_tokens", "lm_head"]}, "target one of them"),
+        (
+            {"target_modules": ["embed_tokens", "lm_head"], "rank_pattern": {"lm_head": 2}},
+            r"rank_pattern gives them \[3, 2\].*target one of them",
+        ),
+        ({"target_modules": ["embed_tokens", "lm_head"], "use_dora": True}, "leave out dora"),
+        (
+            {"target_modules": ["embed_tokens"], "ensure_weight_tying": True, "use_dora": True},
+            "lm_head.lora_magnitude_vector.*without use_dora",
+        ),
+        (
+            {
+                "target_modules": ["embed_tokens"],
+                "ensure_weight_tying": True,
+                "alpha_pattern": {"embed_tokens": 9},
+            },
+            "alpha_pattern gives model.embed_tokens 9 and lm_head 7",
+        ),
+        (
+            {
+                "target_modules": ["q_proj"],
+                "trainable_token_indices": {"embed_tokens": [3], "lm_head": [4]},
+            },
+            "train the same tokens of both",
+        ),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "which is tied"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "which is tied"),
     ],

@@ -14,6 +14,8 @@ import lora_jax as lj
 from lora_jax import training
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import CROSS_ENTROPY
+from tests.core.coded import Coded, decoded, with_coded_kernels
+from tests.support import assert_close
 from tests.train.tiny import decoder, tokenizer
 from train.run.mesh import make_mesh
 
@@ -152,6 +154,29 @@ def test_a_model_of_ones_own_is_its_parts_composed_by_hand(kind):
     assert report.held_out["accuracy"] == pytest.approx(float(sums.logs["accuracy"]) / 6)
     measured = [line["step"] for line in report.metrics if "eval_loss" in line]
     assert measured == list(range(3, 31, 3))
+
+
+@pytest.mark.parametrize("in_full", [False, True])
+def test_a_base_that_is_no_array_trains_as_its_array_does(in_full, tmp_path):
+    """Codes with scales: the same adapter as on the array they stand for, kept and resumed."""
+    rules = UP if in_full else UP[1:]
+    _, arrays = function()
+    params = with_coded_kernels(arrays, UP)
+    assert isinstance(params["up"]["kernel"], Coded)
+    how = dict(
+        lr=0.1, loss=of_function, batch_size=4, log=None, steps=6, schedule="constant", warmup=1
+    )
+    data = {"x": X, "y": Y}
+    expected, _ = training.finetune(plain_function, decoded(params), data, rules, **how)
+    folder = tmp_path / "run"
+    training.finetune(plain_function, params, data, rules, folder=folder, **how | {"steps": 3})
+    tree, _ = training.finetune(
+        plain_function, params, data, rules, folder=folder, resume=True, **how
+    )
+    assert isinstance(tree["up"]["kernel"].base, Coded)
+    assert_close(lj.split(tree)[0], lj.split(expected)[0], 1e-5)
+    loaded = lj.load_adapter(folder / "adapter", params)
+    assert_close(lj.split(loaded)[0], lj.split(expected)[0], 1e-5)
 
 
 def test_the_base_of_the_caller_is_spared_and_so_is_an_adapted_tree():

@@ -1,0 +1,136 @@
+"""Tensors that PEFT writes twice: a tied head's beside its table's, a saved module's biases."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_jax.hf.keys import Row
+from lora_jax.peft.errors import PeftError
+from lora_jax.peft.modules import EMBEDDING_NAMES, ends_with
+from lora_jax.peft.names import PREFIX
+from lora_jax.weight import LoraWeight, TrainedRows
+
+# The end of a head's key, that of the table's key, and whether one is the other transposed.
+_PAIRS = (
+    ("lora_A.weight", "lora_embedding_B", True),
+    ("lora_B.weight", "lora_embedding_A", True),
+    ("base_layer.weight", "base_layer.weight", False),
+    ("weight", "weight", False),
+)
+
+
+def tied_heads(nodes: Mapping[str, Any], tied: Sequence[Row]) -> dict[str, list[str]]:
+    """Returns the heads that share a table's adapter or its trained value, by the table's name.
+
+    Args:
+      nodes: of an adapted tree, by path.
+      tied: the rows of tied tables.
+
+    Raises:
+      PeftError: for a table that PEFT does not tie, and for DoRA on one.
+    """
+    heads: dict[str, list[str]] = {}
+    for row in tied:
+        node, remedy = nodes.get(row.path), "adapt one use of it, LoraRule(uses='lookup')"
+        if node is None or isinstance(node, TrainedRows):  # PEFT ties trained tokens by itself
+            continue
+        names = [name.removesuffix(".weight") for name in (row.hf, *row.aliases)]
+        if not any(name.split(".")[-1] in EMBEDDING_NAMES for name in names):
+            raise PeftError(
+                f"{' and '.join(names)} are tied, and PEFT ties what it trains of layers called "
+                f"{' or '.join(EMBEDDING_NAMES)} only: {remedy}"
+            )
+        if isinstance(node, LoraWeight) and node.magnitude is not None:
+            raise PeftError(
+                f"{row.path!r} is tied, and PEFT's DoRA has a magnitude for each of its uses: "
+                f"{remedy}"
+            )
+        heads[names[0]] = names[1:]
+    return heads
+
+
+def with_head_names(
+    names: list[str] | None, heads: Mapping[str, Sequence[str]]
+) -> list[str] | None:
+    """Returns target_modules or modules_to_save, with heads by whose names PEFT ties a table.
+
+    Args:
+      names: the field.
+      heads: see `tied_heads`.
+    """
+    for table, others in heads.items():
+        is_named = names and (table in names or ends_with(table, names))
+        if is_named and table.split(".")[-1] not in EMBEDDING_NAMES:
+            names = sorted({*(names or ()), *others})
+    return names
+
+
+def with_heads(
+    tensors: Mapping[str, np.ndarray], heads: Mapping[str, Sequence[str]]
+) -> dict[str, np.ndarray]:
+    """Returns the tensors with copies of a tied table's for its heads, as PEFT writes them.
+
+    Args:
+      tensors: by key.
+      heads: see `tied_heads`.
+    """
+    found = dict(tensors)
+    for table, others in heads.items():
+        for head in others:
+            for of_head, of_table, is_transposed in _PAIRS:
+                if (tensor := tensors.get(f"{PREFIX}{table}.{of_table}")) is not None:
+                    copy = tensor.T if is_transposed else tensor
+                    found[f"{PREFIX}{head}.{of_head}"] = np.ascontiguousarray(copy)
+    return found
+
+
+def without_copies(
+    tensors: Mapping[str, np.ndarray], tied: Sequence[Row], where: str
+) -> dict[str, np.ndarray]:
+    """Returns the tensors without those that only repeat another.
+
+    A head that is tied, adapter and all, repeats its table's tensors. Under bias="all" the biases
+    of a saved module are written by their names inside PEFT's wrapper as well.
+
+    Args:
+      tensors: by key.
+      tied: the rows of tables whose heads are tied, adapter and all.
+      where: the file, for messages.
+
+    Raises:
+      PeftError: if the head of a tied table has a magnitude of its own.
+    """
+    found = {key: t for key, t in tensors.items() if not _is_wrapped(key, tensors)}
+    for row in tied:
+        for head in map(_stem, row.aliases):
+            if (magnitude := f"{head}.lora_magnitude_vector") in found:
+                raise PeftError(
+                    f"{where}: {magnitude}: PEFT has a magnitude for each use of a tied table, "
+                    "which is not supported; train it in PEFT without use_dora"
+                )
+            for of_head, of_table, is_transposed in _PAIRS:
+                copy, of = f"{head}.{of_head}", f"{_stem(row.hf)}.{of_table}"
+                if (
+                    copy in found
+                    and of in found
+                    and _is_copy(found[copy], found[of], is_transposed)
+                ):
+                    del found[copy]
+    return found
+
+
+def _stem(hf: str) -> str:
+    return PREFIX + hf.removesuffix(".weight")
+
+
+def _is_wrapped(key: str, tensors: Mapping[str, np.ndarray]) -> bool:
+    """Returns True for the key of a bias inside a wrapper that has a key outside of it, too."""
+    plain = tensors.get(key.replace(".modules_to_save.", "."))
+    if ".modules_to_save." in key and plain is not None:
+        return np.array_equal(tensors[key], plain)
+    return ".original_module." in key  # the base's, which is not used
+
+
+def _is_copy(copy: np.ndarray, of: np.ndarray, is_transposed: bool) -> bool:
+    return np.array_equal(copy, of.T if is_transposed else of)
