@@ -31,6 +31,7 @@ class Use:
     values: list[Any]  # arrays, at least one `Factored` among them
     live: Live
     twins: dict[int, tuple[Any, Any]]  # by id: an array, and that array for factors
+    jaxpr: Jaxpr  # that the equation is part of
 
     @property
     def params(self) -> dict[str, Any]:
@@ -45,6 +46,21 @@ class Use:
         """Returns W after the equation, whose one operand is the weight."""
         out = self.eqn.outvars[0].aval
         return rearranged(weight.base, self.eqn.primitive, self.params, out)
+
+    def varying_axes(self, place: int) -> list[int]:
+        """Returns the axes along which an operand may vary: not those that it is stretched along.
+
+        Args:
+          place: of the operand.
+        """
+        atom = self.eqn.invars[place]
+        made_by = (eqn for eqn in self.jaxpr.eqns if atom in eqn.outvars)
+        source = None if eqns.is_literal(atom) else next(made_by, None)
+        if source is None or source.primitive.name != "broadcast_in_dim":
+            return [axis for axis, n in enumerate(atom.aval.shape) if n != 1]  # type: ignore[attr-defined]
+        before = source.invars[0].aval.shape  # type: ignore[attr-defined]
+        held = zip(source.params["broadcast_dimensions"], before, strict=True)
+        return [axis for axis, n in held if n != 1]
 
     def for_factors(self, x: Any) -> Any:
         """Returns x as factors are to read it: on a mesh, in traced functions, a copy.
@@ -131,7 +147,7 @@ class Interpreter:
         for eqn, wanted, last_uses in _live_equations(inner, live):
             values = [read(atom) for atom in eqn.invars]
             with eqns.user_context(eqn):
-                outputs = self._apply(site, eqn, values, wanted, twins)
+                outputs = self._apply(site, eqn, values, wanted, twins, inner)
             site += any(isinstance(value, Factored) for value in values)
             environment |= dict(zip(eqn.outvars, outputs, strict=True))
             for atom in last_uses:
@@ -206,11 +222,12 @@ class Interpreter:
         values: list[Any],
         live: Live,
         twins: dict[int, tuple[Any, Any]],
+        jaxpr: Jaxpr,
     ) -> list[Any]:
         if not any(isinstance(value, Factored) for value in values):
             return eqns.bind(eqn, values)
         name = eqn.primitive.name
-        use = Use(eqn, [at_site(value, site) for value in values], live, twins)
+        use = Use(eqn, [at_site(value, site) for value in values], live, twins, jaxpr)
         for called, rule in self.own:
             if called in (name, eqns.function_name(eqn)):
                 self._note(use, f"by the rule given for {called!r}")
@@ -219,12 +236,14 @@ class Interpreter:
         if name in _HIDES and any(_is_hidden(v, name) for v in use.values):
             self._note(use, "W alone: the adapter is for other uses of it")
             values = [v.alone() if _is_hidden(v, name) else v for v in values]
-            return self._apply(site, eqn, values, live, twins)
+            return self._apply(site, eqn, values, live, twins, jaxpr)
         known = self.rules.get(name) or self.default
         if known is not None:
             outputs = known(self, use)
             if outputs is not None and not _cuts_shifted(use.values, outputs):
-                if name in _PRODUCTS and not any(isinstance(o, Factored) for o in outputs):
+                if name in _JOINS and sum(isinstance(v, Factored) for v in use.values) > 1:
+                    self._note(use, "joined with another weight, unformed")
+                elif name in _PRODUCTS and not any(isinstance(o, Factored) for o in outputs):
                     self._note(use, "xW + s·(xA)B")
                 return outputs
         plain = [self.merged(v, name, eqn) if isinstance(v, Factored) else v for v in values]
@@ -254,7 +273,9 @@ def _cuts_shifted(values: Sequence[Any], outputs: Sequence[Any]) -> bool:
 _HIDES = {"gather": "product"}
 _HIDES |= dict.fromkeys(("dot_general", "conv_general_dilated", "ragged_dot_general"), "lookup")
 # Primitives that multiply by a weight, or read rows of it.
-_PRODUCTS = frozenset({*_HIDES, "slice", "dynamic_slice"})
+_PRODUCTS = frozenset({*_HIDES, "slice", "dynamic_slice", "reduce_sum"})
+# Primitives that make one weight of several.
+_JOINS = frozenset({"add", "add_any", "sub", "concatenate", "stack", "select_n", "dot_general"})
 
 
 def _is_hidden(value: Any, primitive: str) -> bool:
