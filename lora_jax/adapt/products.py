@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.adapt import eqns
-from lora_jax.adapt.interpreter import Interpreter, RoleError, Rule, Use
+from lora_jax.adapt.interpreter import Interpreter, MergeError, RoleError, Rule, Use
 from lora_jax.axes import Label
 from lora_jax.base import along, as_array, product
 from lora_jax.factored import Factored
@@ -35,7 +35,7 @@ def _with_base(use: Use, place: int) -> Any:
     return apply
 
 
-def dot_general(_: Interpreter, use: Use) -> list[Any] | None:
+def dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
     """Returns the product of x with a weight, in either order; None if it has no factored form."""
     weight_first = isinstance(use.values[0], Factored)
     x, weight = use.values[::-1] if weight_first else use.values
@@ -57,6 +57,7 @@ def dot_general(_: Interpreter, use: Use) -> list[Any] | None:
     weight = with_unit_roles(weight, role, contract[1], batch[1])
     if set(contract[1]) != set(weight.axes("in")):  # the mirror image
         several_gains = weight.gain is not None and set(batch[1]) != set(weight.axes("batch"))
+        _check_bias(interpreter, weight, use)
         if weight.shift is not None or (several_gains and is_sharded(x)):
             return None
     how = {n: use.params[n] for n in ("precision", "preferred_element_type", "out_sharding")}
@@ -114,6 +115,20 @@ def _check_roles(weight: Factored, contract: Sequence[int], batch: Sequence[int]
     )
 
 
+def _check_bias(interpreter: Interpreter, weight: Factored, use: Use) -> None:
+    """Raises MergeError where a weight with a bias on B is met from its out axes."""
+    if weight.shift is None or interpreter.record is not None:
+        return
+    file, line = eqns.user_line(use.eqn)
+    raise MergeError(
+        f"the weight {weight.path!r} has a bias on B, which is added to what comes out of its out "
+        f"axes, but {use.eqn.primitive.name!r} at {file}:{line} contracts them (a tied head, a "
+        "transposed use): that product has no place for the bias, in PEFT either. Set "
+        "bias_on_b=False in the rule of this weight; or, for a table that is looked up too, "
+        "uses='lookup', which leaves the tied head as it was"
+    )
+
+
 def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
     """A convolution with A, then B at each place. In axes: space and input features."""
     x, weight = use.values
@@ -153,7 +168,7 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
     return [combined(x, weight, _with_base(use, 1), with_factors, along_features)]
 
 
-def _ragged_dot_general(_: Interpreter, use: Use) -> list[Any] | None:
+def _ragged_dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
     """Tokens sorted by expert: each group has its own A, B and s."""
     x, weight, sizes = use.values
     numbers = use.params["ragged_dot_dimension_numbers"]
@@ -180,6 +195,7 @@ def _ragged_dot_general(_: Interpreter, use: Use) -> list[Any] | None:
         return jnp.take(vector, group, axis=0, mode="clip")
 
     if weight.labels[w_contract[0]] != "in":
+        _check_bias(interpreter, weight, use)
         if weight.shift is not None:
             return None
         if weight.gain is not None:
