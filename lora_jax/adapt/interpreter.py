@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn
 
-from lora_jax.adapt import eqns
+from lora_jax.adapt import eqns, folds
 from lora_jax.base import rearranged
 from lora_jax.factored import Factored
 from lora_jax.product import is_on_mesh
@@ -142,6 +142,9 @@ class Interpreter:
         def read(atom: Any) -> Any:
             return atom.val if eqns.is_literal(atom) else environment[atom]
 
+        def result(atom: Any) -> Any:
+            return self._unfolded(read(atom), "output", None)
+
         twins: dict[int, tuple[Any, Any]] = {}
         site = 0  # counts uses of adapted weights: what else is computed changes no dropout
         for eqn, wanted, last_uses in _live_equations(inner, live):
@@ -153,7 +156,7 @@ class Interpreter:
             for atom in last_uses:
                 del environment[atom]
         wanted_atoms = zip(inner.outvars, live, strict=True)
-        return [read(atom) if wanted else None for atom, wanted in wanted_atoms]
+        return [result(atom) if wanted else None for atom, wanted in wanted_atoms]
 
     def function(self, jaxpr: eqns.AnyJaxpr, live: Live | None = None) -> Callable[..., list[Any]]:
         """Returns `evaluate` of an inner jaxpr as a function, always the same object."""
@@ -224,9 +227,14 @@ class Interpreter:
         twins: dict[int, tuple[Any, Any]],
         jaxpr: Jaxpr,
     ) -> list[Any]:
+        name = eqn.primitive.name
+        if any(isinstance(value, folds.Folded) for value in values):
+            outputs = folds.moved(name, eqn.params, values)
+            if outputs is not None:
+                return outputs
+            values = [self._unfolded(value, name, eqn) for value in values]
         if not any(isinstance(value, Factored) for value in values):
             return eqns.bind(eqn, values)
-        name = eqn.primitive.name
         use = Use(eqn, [at_site(value, site) for value in values], live, twins, jaxpr)
         for called, rule in self.own:
             if called in (name, eqns.function_name(eqn)):
@@ -248,6 +256,12 @@ class Interpreter:
                 return outputs
         plain = [self.merged(v, name, eqn) if isinstance(v, Factored) else v for v in values]
         return eqns.bind(eqn, plain)
+
+    def _unfolded(self, value: Any, primitive: str, eqn: JaxprEqn | None) -> Any:
+        """Returns the value as an array, where it is a vector of weights laid end to end."""
+        if not isinstance(value, folds.Folded):
+            return value
+        return value.formed(lambda weight: self.merged(weight, primitive, eqn))
 
     def _note(self, use: Use, why: str) -> None:
         if self.record is None:

@@ -11,6 +11,7 @@ from jax import lax
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.axis_maps import AxisMap, axis_map
+from lora_jax.adapt.folds import Folded
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.axes import Label
 from lora_jax.base import along, as_array, is_base
@@ -29,14 +30,17 @@ def _only_weight(use: Use) -> Factored | None:
 
 
 def _rearrange(_: Interpreter, use: Use) -> list[Any] | None:
-    """Axes are permuted, merged, split, dropped or added; declines where roles would mix."""
+    """Axes are permuted, merged, split, dropped or added; declines where roles would mix.
+
+    Laid out as a vector, all of a weight's roles mix: it may be taken apart again.
+    """
     weight, places = _only_weight(use), axis_map(use.eqn)
     if weight is None or places is None or len(use.values) > 1:
         return None
     base = use.rearranged(weight)
     labels = labels_after(weight.labels, weight.base.shape, places, base.shape)
     if labels is None:
-        return None
+        return [Folded((weight,))] if len(base.shape) == 1 and weight.parts else None
     first = {axis: i for i, held in reversed(list(enumerate(places))) for axis in held}
 
     def permuted(array: Any, axes: Axes) -> Any:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
@@ -247,7 +248,27 @@ CHOICES = [
         (13, 5),
     ),
 ]
+
+
+def raveled(a, b, x):
+    """Laid out as a vector with other arrays, and taken apart again."""
+    vector, unravel = ravel_pytree({"a": a, "plain": x[0], "b": b})
+    tree = unravel(vector)
+    return jnp.sin(x @ tree["a"]) @ tree["b"] + tree["plain"][:3]
+
+
+def sliced_out(a, b, x):
+    vector = jnp.concatenate([a.ravel(), jnp.ones(2, x.dtype), b.ravel()])
+    return jnp.sin(x @ vector[:35].reshape(5, 7)) @ vector[37:].reshape(7, 3)
+
+
+FOLDS = [
+    two("ravel_pytree and back", (5, 7), (7, 3), raveled, (13, 5)),
+    two("slices of a vector", (5, 7), (7, 3), sliced_out, (13, 5)),
+    one("flattened and back", (5, 7), lambda w, x: x @ w.reshape(-1).reshape(5, 7), (13, 5)),
+]
 CASES = [
+    *FOLDS,
     *CHOICES,
     *CHAINS,
     *BY_BROADCAST,
@@ -314,3 +335,20 @@ def test_a_product_of_weights_with_dropout_merges_the_other_one():
     assert found == [["a"]]
     assert jnp.abs(one - other).max() > 1e-3
     assert_close(lj.adapt(case.run, strict=True)(tree, x), merged(case)(tree, x), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda a, b, x: jnp.concatenate([a.ravel(), b.ravel()])[30:50] * x[0, 0],
+        lambda a, b, x: x @ (2.0 * jnp.concatenate([a.ravel(), b.ravel()]))[:35].reshape(5, 7),
+        lambda a, b, x: jax.jit(jnp.ravel)(a) @ a.ravel() + b.reshape(7, 3).reshape(-1) * x[0, 0],
+        lambda a, b, x: x @ a.ravel().reshape(7, 5).T,
+    ],
+)
+def test_a_vector_that_is_used_as_such_is_formed(use):
+    case = two("a vector", (5, 7), (7, 3), use, (13, 5))
+    _, tree, x = case.inputs()
+    outputs, found = warned(case, tree, x)
+    assert found
+    assert_close(outputs, merged(case)(tree, x), 1e-5)
