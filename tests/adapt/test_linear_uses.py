@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
+from lora_jax.adapt.explain import uses
 from tests.adapt.test_primitives import halves, merged, mesh_of_four, one, rule, total, two
 from tests.support import assert_close
 
@@ -352,3 +353,11 @@ def test_a_vector_that_is_used_as_such_is_formed(use):
     outputs, found = warned(case, tree, x)
     assert found
     assert_close(outputs, merged(case)(tree, x), 1e-5)
+
+
+def test_explain_names_every_weight_that_is_joined_with_another():
+    case = two("joined", (5, 7), (7, 5), lambda a, b, x: x @ (a @ b) @ (a + b.T), (13, 5))
+    _, tree, x = case.inputs()
+    found = [(record.path, record.how) for record in uses(case.run, tree, x)]
+    assert {("a/kernel", "factored"), ("b/kernel", "factored")} <= set(found)
+    assert {how for _, how in found} == {"factored"}
