@@ -11,7 +11,7 @@ from jax import lax
 from lora_jax.adapt.arithmetic import has_more, mirrored
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.axes import Label
-from lora_jax.base import is_base
+from lora_jax.base import as_array
 from lora_jax.factored import Factored
 from lora_jax.parts import AXES, NEUTRAL, rank_axis, sizes
 
@@ -36,7 +36,6 @@ def common_form(weights: Sequence[Factored]) -> Form | None:
         turned = weight.labels != first.labels
         return (
             bool(weight.parts)
-            and not is_base(weight.base)
             and (mirrored(weight).labels if turned else weight.labels) == first.labels
             and not (turned and (has_more(weight) or has_more(first)))
             and (weight.dropout, weight.uses) == (first.dropout, first.uses)
@@ -58,7 +57,10 @@ def _wider(a: Any, b: Any) -> Any:
 
 
 def in_form(weight: Factored, form: Form) -> Factored:
-    """Returns the weight in a form: ranks are filled up with zeros, parts that it lacks too."""
+    """Returns the weight in a form: ranks are filled up with zeros, parts that it lacks too.
+
+    Its base is an array then, since bases of several weights need not be stored alike.
+    """
     if weight.labels != form.labels:
         weight = mirrored(weight)
 
@@ -76,7 +78,7 @@ def in_form(weight: Factored, form: Form) -> Factored:
         return jnp.pad(array, widths)
 
     parts = {name: part(name, dtype) for name, dtype in form.dtypes.items()}
-    return dataclasses.replace(weight, parts=parts)
+    return dataclasses.replace(weight, base=as_array(weight.base), parts=parts)
 
 
 def _select_n(_: Interpreter, use: Use) -> list[Any] | None:

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax.adapt.explain import uses
 from tests.adapt.test_primitives import halves, merged, mesh_of_four, one, rule, total, two
+from tests.core.coded import coded_program
 from tests.support import assert_close
 
 
@@ -361,3 +362,11 @@ def test_explain_names_every_weight_that_is_joined_with_another():
     found = [(record.path, record.how) for record in uses(case.run, tree, x)]
     assert {("a/kernel", "factored"), ("b/kernel", "factored")} <= set(found)
     assert {how for _, how in found} == {"factored"}
+
+
+@pytest.mark.parametrize("name", ["of two", "where, by row", "a branch that returns a weight"])
+def test_a_base_that_is_no_array_keeps_its_factors(name):
+    case = coded_program(next(case for case in CASES if case.name == name))
+    _, tree, x = case.inputs()
+    run = next(case for case in CASES if case.name == name).run
+    assert_close(jax.jit(lj.adapt(run, strict=True))(tree, x), run(lj.merge(tree), x), 1e-5)
