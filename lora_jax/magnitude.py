@@ -21,7 +21,9 @@ from lora_jax.parts import layout
 
 
 def wide(dtype: Any) -> Any:
-    """Returns the dtype to accumulate in: fp32, or fp64 where the operands are."""
+    """Returns the dtype to accumulate in: fp32, or the operands' own where they are wider."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return dtype
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
@@ -66,12 +68,13 @@ def _in_parts(a: jax.Array, dtype: Any) -> list[jax.Array]:
 
 @jax.custom_jvp
 def rescaled(u: jax.Array, gain: jax.Array) -> jax.Array:
-    """Returns u·gain, multiplied in the gain's dtype and rounded to u's; the two broadcast.
+    """Returns u·gain, multiplied in the wider of their dtypes and rounded to u's; they broadcast.
 
     Its derivative with respect to the gain is written with the result in the place of u: the
     result is what the next operation keeps, so that often nothing more is kept for the gain.
     """
-    return (u.astype(gain.dtype) * gain).astype(u.dtype)
+    dtype = jnp.promote_types(u.dtype, gain.dtype)
+    return (u.astype(dtype) * gain.astype(dtype)).astype(u.dtype)
 
 
 @rescaled.defjvp
@@ -82,4 +85,5 @@ def _rescaled_jvp(
     y = rescaled(u, gain)
     inverse = jnp.where(gain == 0, 0, 1 / gain).astype(gain.dtype)
     of_gain = y * (gain_dot * inverse).astype(y.dtype)
-    return y, (u_dot.astype(gain.dtype) * gain).astype(y.dtype) + of_gain
+    dtype = jnp.promote_types(u.dtype, gain.dtype)
+    return y, (u_dot.astype(dtype) * gain.astype(dtype)).astype(y.dtype) + of_gain

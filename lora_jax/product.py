@@ -80,11 +80,40 @@ def dot(
     if not weight.parts:
         return with_base(x)
     if set(contract[1]) != set(weight.axes("in")):
+        if weight.gain is not None and set(batch[1]) != set(weight.axes("batch")):
+            return _with_a_gain_each(x, weight, contract, batch, weight_first, params)
         if weight.gain is not None:
             x = for_factors = x * _of_contracted(weight, x, contract, batch)
         weight = weight.replace(gain=None, shift=None)
     placed = functools.partial(_of_result, weight, batch[1], x.ndim, contract, weight_first)
     return combined(x, weight, with_base, with_factors, placed, for_factors=for_factors)
+
+
+def _with_a_gain_each(
+    x: jax.Array,
+    weight: Factored,
+    contract: Dims,
+    batch: Dims,
+    weight_first: bool,
+    params: dict[str, Any],
+) -> jax.Array:
+    """Returns the mirror image of a stack that comes out: each of its weights has its own gain.
+
+    x is copied for each, times that gain, and the stack is batched; then its axes are put back.
+    """
+    free = tuple(axis for axis in weight.axes("batch") if axis not in batch[1])
+    xs = lax.expand_dims(x, range(x.ndim, x.ndim + len(free)))
+    every = (batch[0] + tuple(range(x.ndim, xs.ndim)), batch[1] + free)
+    xs = xs * _of_contracted(weight, xs, contract, every)
+    how = {"contract": contract, "batch": every, "weight_first": weight_first, **params}
+    result = dot(xs, weight.replace(gain=None, shift=None), **how)
+
+    rows = [-1 - axis for axis in range(x.ndim - len(batch[0]) - len(contract[0]))]
+    near = weight.axes("in")
+    have = [*every[1], *near, *rows] if weight_first else [*every[1], *rows, *near]
+    ours = sorted((*free, *near))
+    want = [*batch[1], *ours, *rows] if weight_first else [*batch[1], *rows, *ours]
+    return lax.transpose(result, [have.index(axis) for axis in want])
 
 
 def combined(

@@ -145,6 +145,13 @@ def shard_map_of(eqn: JaxprEqn) -> ShardMap:
     return ShardMap(*_params(eqn, *names))
 
 
+def varies_over(array: Any) -> frozenset[str]:
+    """Returns the axes of the mesh over which an array differs, as its type says in shard_map."""
+    kind = jax.typeof(array)
+    manual = getattr(kind, "manual_axis_type", None)
+    return frozenset(getattr(kind, "vma", ()) if manual is None else manual.varying)
+
+
 def _params(eqn: JaxprEqn, *names: str) -> list[Any]:
     return [eqn.params[name] for name in names]
 

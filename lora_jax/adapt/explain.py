@@ -7,7 +7,7 @@ import jax
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Record
-from lora_jax.adapt.primitives import RULES
+from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.transform import run
 from lora_jax.weight import LoraWeight, leaves_of
 

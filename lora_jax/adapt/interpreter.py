@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn
 
-from lora_jax.adapt import eqns, merging
+from lora_jax.adapt import eqns, folds, merging
 from lora_jax.adapt.steps import Steps
-from lora_jax.adapt.user_code import Place, place_of, user_context
+from lora_jax.adapt.user_code import Place, place_of, place_of_call, user_context
 from lora_jax.base import rearranged
 from lora_jax.factored import Factored
 from lora_jax.product import is_on_mesh
@@ -32,6 +32,7 @@ class Use:
     values: list[Any]  # arrays, at least one `Factored` among them
     live: Live
     twins: dict[int, tuple[Any, Any]]  # by id: an array, and that array for factors
+    jaxpr: Jaxpr  # that the equation is part of
 
     @property
     def params(self) -> dict[str, Any]:
@@ -46,6 +47,21 @@ class Use:
         """Returns W after the equation, whose one operand is the weight."""
         out = self.eqn.outvars[0].aval
         return rearranged(weight.base, self.eqn.primitive, self.params, out)
+
+    def varying_axes(self, place: int) -> list[int]:
+        """Returns the axes along which an operand may vary: not those that it is stretched along.
+
+        Args:
+          place: of the operand.
+        """
+        atom = self.eqn.invars[place]
+        made_by = (eqn for eqn in self.jaxpr.eqns if atom in eqn.outvars)
+        source = None if eqns.is_literal(atom) else next(made_by, None)
+        if source is None or source.primitive.name != "broadcast_in_dim":
+            return [axis for axis, n in enumerate(atom.aval.shape) if n != 1]  # type: ignore[attr-defined]
+        before = source.invars[0].aval.shape  # type: ignore[attr-defined]
+        held = zip(source.params["broadcast_dimensions"], before, strict=True)
+        return [axis for axis, n in held if n != 1]
 
     def for_factors(self, x: Any) -> Any:
         """Returns x as factors are to read it: on a mesh, in traced functions, a copy.
@@ -123,13 +139,19 @@ class Interpreter:
         def read(atom: Any) -> Any:
             return atom.val if eqns.is_literal(atom) else environment[atom]
 
+        def result(atom: Any) -> Any:
+            value = read(atom)
+            if isinstance(value, folds.Folded):
+                return self._unfolded(value, "output", place_of_call())
+            return value
+
         twins: dict[int, tuple[Any, Any]] = {}
         site = 0  # counts uses of adapted weights: what else is computed changes no dropout
         for eqn, wanted, last_uses in _needed_equations(inner, live):
             values = [read(atom) for atom in eqn.invars]
-            if any(isinstance(value, Factored) for value in values):
-                outputs = self._apply(site, eqn, values, wanted, twins, steps)
-                site += 1
+            if any(isinstance(value, (Factored, folds.Folded)) for value in values):
+                outputs = self._apply(site, eqn, values, wanted, twins, inner, steps)
+                site += any(isinstance(value, Factored) for value in values)
             elif steps is None:
                 outputs = eqns.bind(eqn, values)
             else:
@@ -138,7 +160,7 @@ class Interpreter:
             for atom in last_uses:
                 del environment[atom]
         wanted_atoms = zip(inner.outvars, live, strict=True)
-        return [read(atom) if wanted else None for atom, wanted in wanted_atoms]
+        return [result(atom) if wanted else None for atom, wanted in wanted_atoms]
 
     def function(self, jaxpr: eqns.AnyJaxpr, live: Live | None = None) -> Callable[..., list[Any]]:
         """Returns `evaluate` of an inner jaxpr as a function, always the same object."""
@@ -183,10 +205,18 @@ class Interpreter:
         values: list[Any],
         live: Live,
         twins: dict[int, tuple[Any, Any]],
+        jaxpr: Jaxpr,
         steps: Steps | None,
     ) -> list[Any]:
         name = eqn.primitive.name
-        use = Use(eqn, [at_site(value, site) for value in values], live, twins)
+        if any(isinstance(value, folds.Folded) for value in values):
+            outputs = folds.moved(name, eqn.params, values)
+            if outputs is not None:
+                return outputs
+            values = [self._unfolded(value, name, eqn) for value in values]
+        if not any(isinstance(value, Factored) for value in values):
+            return eqns.bind(eqn, values)
+        use = Use(eqn, [at_site(value, site) for value in values], live, twins, jaxpr)
         for called, rule in self.own:
             if called in (name, eqns.function_name(eqn)):
                 self._note(use, f"by the rule given for {called!r}")
@@ -197,14 +227,14 @@ class Interpreter:
         if any(a is not b for a, b in zip(seen, values, strict=True)):
             if not any(isinstance(value, Factored) and value.parts for value in seen):
                 self._note(use, "W alone: the adapter is for other uses of it")
-            if not any(isinstance(value, Factored) for value in seen):
-                return eqns.bind(eqn, seen)
-            return self._apply(site, eqn, seen, live, twins, steps)
+            return self._apply(site, eqn, seen, live, twins, jaxpr, steps)
         known = self.rules.get(name) or self.default
         if known is not None:
             outputs = self._by_rule(known, use, steps)
             if outputs is not None and not _cuts_shifted(use.values, outputs):
-                if name in _PRODUCTS and not any(isinstance(o, Factored) for o in outputs):
+                if name in _JOINS and sum(isinstance(v, Factored) for v in use.values) > 1:
+                    self._note(use, "joined with another weight, unformed")
+                elif name in _PRODUCTS and not any(isinstance(o, Factored) for o in outputs):
                     self._note(use, "xW + s·(xA)B")
                 return outputs
         plain = [self.merged(v, name, eqn) if isinstance(v, Factored) else v for v in values]
@@ -212,16 +242,23 @@ class Interpreter:
 
     def _by_rule(self, rule: Rule, use: Use, steps: Steps | None) -> list[Any] | None:
         """Returns what a rule makes of an equation, compiled where the call is eager."""
-        eqn, live = use.eqn, use.live
-        if steps is None or eqn.primitive.name in ("jit", "pjit"):  # compiled by itself
+        eqn, name = use.eqn, use.eqn.primitive.name
+        if steps is None or name in ("jit", "pjit"):  # compiled by itself
             with user_context(eqn):
                 return rule(self, use)
 
         def call(values: list[Any]) -> list[Any] | None:
             with user_context(eqn):
-                return rule(self, Use(eqn, values, live, {}))
+                return rule(self, dataclasses.replace(use, values=values, twins={}))
 
-        return steps.compiled(eqn, live, call)(use.values)
+        how = (use.live, id(eqn) if name in _READ_AROUND else 0)
+        return steps.compiled(eqn, how, call)(use.values)
+
+    def _unfolded(self, value: Any, primitive: str, where: JaxprEqn | Place) -> Any:
+        """Returns the value as an array, where it is a vector of weights laid end to end."""
+        if not isinstance(value, folds.Folded):
+            return value
+        return value.formed(lambda weight: self.merged(weight, primitive, where))
 
     def _note(self, use: Use, why: str) -> None:
         if self.record is None:
@@ -247,7 +284,11 @@ def _cuts_shifted(values: Sequence[Any], outputs: Sequence[Any]) -> bool:
 _USES = {"gather": "lookup"}
 _USES |= dict.fromkeys(("dot_general", "conv_general_dilated", "ragged_dot_general"), "product")
 # Primitives that multiply by a weight, or read rows of it.
-_PRODUCTS = frozenset({*_USES, "slice", "dynamic_slice"})
+_PRODUCTS = frozenset({*_USES, "slice", "dynamic_slice", "reduce_sum"})
+# Primitives that make one weight of several.
+_JOINS = frozenset({"add", "add_any", "sub", "concatenate", "stack", "select_n", "dot_general"})
+# Primitives whose rule looks at the equations around theirs.
+_READ_AROUND = ("select_n",)
 
 
 def _seen(value: Any, primitive: str) -> Any:

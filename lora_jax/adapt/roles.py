@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapt import eqns
-from lora_jax.adapt.axis_maps import axis_map
 from lora_jax.adapt.contractions import (
     NOTHING,
     Axis,
@@ -31,8 +30,9 @@ from lora_jax.adapt.contractions import (
     paths_of,
     union,
 )
-from lora_jax.adapt.control import CONTROL_RULES
 from lora_jax.adapt.interpreter import Interpreter, Record, Rule, Use
+from lora_jax.adapt.rules.axis_maps import axis_map
+from lora_jax.adapt.rules.control import CONTROL_RULES
 from lora_jax.adapt.user_code import place_of
 from lora_jax.axes import AxisRoles, Seen
 from lora_jax.base import as_array, is_abstract, is_base, stand_in

@@ -60,21 +60,18 @@ def warn_of_swapped(seen: Noted, jaxpr: eqns.AnyJaxpr, inputs: Sequence[Any]) ->
       jaxpr: of the function.
       inputs: of the jaxpr, weights among them.
     """
-    only_out = {path for path, sides in seen.items() if "in" not in sides}
-    weights = {
-        place: weight
-        for place, weight in enumerate(inputs)
-        if isinstance(weight, Factored)
-        and str(weight.path) in only_out
-        and leaf_name(str(weight.path)) not in EMBEDDING_NAMES
-    }
-    if not weights:
+    swapped = {path for path, sides in seen.items() if "in" not in sides}
+    swapped = {path for path in swapped if leaf_name(path) not in EMBEDDING_NAMES}
+    if not swapped:
         return
+    weights = {place: w for place, w in enumerate(inputs) if isinstance(w, Factored)}
     shapes = [_shape(v.base if isinstance(v, Factored) else v) for v in inputs]
     paths = {id(shapes[place]): str(weight.path) for place, weight in weights.items()}
     found = infer_roles(jaxpr_as_fun(jaxpr), shapes, paths)
     for weight in weights.values():
         path, ndim = str(weight.path), len(weight.labels)
+        if path not in swapped:
+            continue
         ins, outs = (tuple(a - ndim for a in weight.axes(side)) for side in ("in", "out"))
         there = found[path]
         if isinstance(there, Seen) and there.roles == AxisRoles(outs, ins):

@@ -12,7 +12,7 @@ from jax import lax
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter
 from lora_jax.adapt.nnx_writes import refuse_adapted, write
-from lora_jax.adapt.primitives import RULES
+from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.sides import noted, warn_of_swapped
 from lora_jax.adapt.traces import Call, EagerTraces, trace
 from lora_jax.adapt.user_code import place_of_call

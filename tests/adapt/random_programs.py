@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import lora_jax as lj
 from lora_jax.adapt.interpreter import Interpreter, Use
-from lora_jax.adapt.primitives import RULES
+from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.transform import run
 from tests.support import assert_close, assert_identical, draw, with_random_factors
 
@@ -144,6 +144,8 @@ class _Builder:
                 "cut": self.cut,
                 "joined": self.joined,
                 "summed": self.summed,
+                "multiplied": self.multiplied,
+                "chosen": self.chosen,
                 "passed on": self.passed_on,
             }
         )(i, o, depth - 1)
@@ -234,6 +236,28 @@ class _Builder:
             return lambda p: a(p) - b(p), f"({text_a} - {text_b})"
         return lambda p: b(p) + a(p), f"({text_b} + {text_a})"
 
+    def multiplied(self, i: int, o: int, depth: int) -> tuple[Matrix, str]:
+        between = self.size()
+        (a, text_a), (b, text_b) = self.matrix(i, between, depth), self.matrix(between, o, depth)
+        return lambda p: a(p) @ b(p), f"({text_a} @ {text_b})"
+
+    def chosen(self, i: int, o: int, depth: int) -> tuple[Matrix, str]:
+        (a, text_a), (b, text_b) = self.matrix(i, o, depth), self.matrix(i, o, depth)
+        which = self.chance(50)
+
+        def by_row(p: Params) -> jax.Array:
+            rows = jnp.array([which, True])
+            return jax.vmap(lambda w: lax.cond(w, lambda: a(p), lambda: b(p)))(rows)[0]
+
+        ways: dict[str, Matrix] = {
+            "by cond": lambda p: lax.cond(which, lambda: a(p), lambda: b(p)),
+            "by cond of operands": lambda p: lax.cond(which, jnp.negative, jnp.copy, a(p)) + b(p),
+            "by where": lambda p: jnp.where(which, a(p), b(p)),
+            "by row": by_row,
+        }
+        way = self.pick(st.sampled_from(list(ways)))
+        return ways[way], f"({text_a} or {text_b}, {way})"
+
     def other(self, shape: tuple[int, int], depth: int) -> tuple[Matrix, str]:
         """A second matrix: also of weights, or plain."""
         if self.chance(70):
@@ -306,6 +330,7 @@ class _Builder:
             "column by column": lambda p, x: jax.vmap(lambda w: x @ w, 1, 1)(m(p)),
             "column after column": lambda p, x: lax.scan(lambda c, w: (c, x @ w), 0, m(p).T)[1].T,
             "w[None]": lambda p, x: (x[None] @ m(p)[None])[0],
+            "(x[..., None] * w).sum(1)": lambda p, x: (x[..., None] * m(p)).sum(1),
         }
         way = self.pick(st.sampled_from(list(ways)))
         return ways[way], o, f"{way} with w = {text}"

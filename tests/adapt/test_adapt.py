@@ -10,8 +10,8 @@ import pytest
 from jax import lax
 
 import lora_jax as lj
-from lora_jax.adapt.axis_maps import regrouped
-from lora_jax.adapt.layout import labels_after
+from lora_jax.adapt.rules.axis_maps import regrouped
+from lora_jax.adapt.rules.layout import labels_after
 from tests.support import PROGRAMS, assert_close, assert_identical, draw, with_random_factors
 
 RULE = lj.LoraRule(targets=["a"], rank=2, alpha=3.0)

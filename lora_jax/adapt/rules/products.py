@@ -11,13 +11,14 @@ from jax import lax
 
 from lora_jax.adapt import sides
 from lora_jax.adapt.interpreter import Interpreter, RoleError, Rule, Use
+from lora_jax.adapt.merging import MergeError
 from lora_jax.adapt.user_code import place_of
 from lora_jax.axes import Label
 from lora_jax.base import along, as_array, product
 from lora_jax.factored import Factored
 from lora_jax.magnitude import wide
 from lora_jax.parts import Axes
-from lora_jax.product import combined, dot
+from lora_jax.product import combined, dot, is_sharded
 
 
 def _with_base(use: Use, place: int) -> Any:
@@ -36,7 +37,8 @@ def _with_base(use: Use, place: int) -> Any:
     return apply
 
 
-def _dot_general(_: Interpreter, use: Use) -> list[Any] | None:
+def dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
+    """Returns the product of x with a weight, in either order; None if it has no factored form."""
     weight_first = isinstance(use.values[0], Factored)
     x, weight = use.values[::-1] if weight_first else use.values
     if isinstance(x, Factored):
@@ -46,20 +48,25 @@ def _dot_general(_: Interpreter, use: Use) -> list[Any] | None:
     contract, batch = pairs
     if not weight.parts:
         return [_with_base(use, 1 - weight_first)(x)]
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    dtype = use.eqn.outvars[0].aval.dtype  # type: ignore[attr-defined]
+    has_fractions = jnp.issubdtype(x.dtype, jnp.inexact)
+    if not jnp.issubdtype(dtype, jnp.inexact) or (weight.gain is not None and not has_fractions):
         return None
-    role = _contracted_role(weight, contract[1])
+    role = contracted_role(weight, contract[1])
     if role is None:
         return None
     _check_roles(weight, contract[1], batch[1], use)
-    weight = _with_unit_roles(weight, role, contract[1], batch[1])
+    weight = with_unit_roles(weight, role, contract[1], batch[1])
     _note_side(weight, role, use)
     if set(contract[1]) != set(weight.axes("in")):  # the mirror image
         several_gains = weight.gain is not None and set(batch[1]) != set(weight.axes("batch"))
-        if weight.shift is not None or several_gains:
+        _check_bias(interpreter, weight, use)
+        if weight.shift is not None or (several_gains and is_sharded(x)):
             return None
     how = {n: use.params[n] for n in ("precision", "preferred_element_type", "out_sharding")}
-    how |= {"for_factors": use.for_factors(x), "weight_first": weight_first}
+    are_real = all(jnp.issubdtype(v.dtype, jnp.floating) for v in (x, weight.base))
+    again = use.for_factors(x) if are_real else x.astype(dtype)  # A and B are cast to its dtype
+    how |= {"for_factors": again, "weight_first": weight_first}
     return [dot(x, weight, contract=contract, batch=batch, **how)]
 
 
@@ -68,7 +75,7 @@ def _note_side(weight: Factored, role: Label, use: Use) -> None:
         sides.note(weight, role, lambda: place_of(use.eqn))
 
 
-def _contracted_role(weight: Factored, contract: Sequence[int]) -> Label | None:
+def contracted_role(weight: Factored, contract: Sequence[int]) -> Label | None:
     """Returns the one role of the axes that a product contracts; None where it mixes two."""
     roles = {weight.labels[axis] for axis in contract if weight.base.shape[axis] != 1}
     if roles:
@@ -77,7 +84,7 @@ def _contracted_role(weight: Factored, contract: Sequence[int]) -> Label | None:
     return next((side for side in sides if math.prod(weight.sizes(side)) == 1), None)
 
 
-def _with_unit_roles(
+def with_unit_roles(
     weight: Factored, role: Label, contract: Sequence[int], batch: Sequence[int]
 ) -> Factored:
     """Returns the weight with its axes of size one in the roles that a product uses them in."""
@@ -115,6 +122,19 @@ def _check_roles(weight: Factored, contract: Sequence[int], batch: Sequence[int]
     )
 
 
+def _check_bias(interpreter: Interpreter, weight: Factored, use: Use) -> None:
+    """Raises MergeError where a weight with a bias on B is met from its out axes."""
+    if weight.shift is None or interpreter.record is not None:
+        return
+    raise MergeError(
+        f"the weight {weight.path!r} has a bias on B, which is added to what comes out of its out "
+        f"axes, but {use.eqn.primitive.name!r} at {place_of(use.eqn)} contracts them (a tied head, "
+        "a transposed use): that product has no place for the bias, in PEFT either. Set "
+        "bias_on_b=False in the rule of this weight; or, for a table that is looked up too, "
+        "uses='lookup', which leaves the tied head as it was"
+    )
+
+
 def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
     """A convolution with A, then B at each place. In axes: space and input features."""
     x, weight = use.values
@@ -125,7 +145,7 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
         return [_with_base(use, 1)(x)]
     out_axis, *in_axes = params["dimension_numbers"].rhs_spec
     _check_roles(weight, in_axes, (), use)
-    weight = _with_unit_roles(weight, "in", in_axes, ())
+    weight = with_unit_roles(weight, "in", in_axes, ())
     if weight.labels[out_axis] != "out":
         return None  # all axes but one are contracted, and that one is an in axis: a mirror image
     groups = params["feature_group_count"]
@@ -155,7 +175,7 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
     return [combined(x, weight, _with_base(use, 1), with_factors, along_features)]
 
 
-def _ragged_dot_general(_: Interpreter, use: Use) -> list[Any] | None:
+def _ragged_dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
     """Tokens sorted by expert: each group has its own A, B and s."""
     x, weight, sizes = use.values
     numbers = use.params["ragged_dot_dimension_numbers"]
@@ -183,6 +203,7 @@ def _ragged_dot_general(_: Interpreter, use: Use) -> list[Any] | None:
 
     _note_side(weight, weight.labels[w_contract[0]], use)
     if weight.labels[w_contract[0]] != "in":
+        _check_bias(interpreter, weight, use)
         if weight.shift is not None:
             return None
         if weight.gain is not None:
@@ -319,7 +340,7 @@ def _of_stack(
 
 
 PRODUCT_RULES: dict[str, Rule] = {
-    "dot_general": _dot_general,
+    "dot_general": dot_general,
     "conv_general_dilated": _conv_general_dilated,
     "ragged_dot_general": _ragged_dot_general,
     "gather": _gather,

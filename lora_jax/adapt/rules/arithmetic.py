@@ -1,12 +1,13 @@
 """Rules for what is linear in a weight: its factors follow, nothing is formed.
 
-Scaling by a number, or by a vector along batch and out axes (or batch and in axes); sums with
-other arrays and other weights; kernels joined end to end.
+Scaling by a number, or by a vector along batch and out axes (or batch and in axes), of one weight
+or of a copy for each row of the vector; sums with other arrays and other weights; kernels joined
+end to end.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -55,8 +56,12 @@ def _scaled(use: Use, weight: Factored, factor: Any) -> list[Any] | None:
     if not jnp.issubdtype(factor.dtype, jnp.floating):
         return None
     shape = factor.shape or (1,) * len(weight.labels)
-    if any(n not in (1, m) for n, m in zip(shape, weight.base.shape, strict=True)):
-        return None  # the weight itself is stretched
+    (base,) = _bases(use)
+    if base.shape != weight.base.shape:
+        kept = (label == "batch" or n == m for label, n, m in _each(weight, base.shape))
+        if not all(kept):
+            return None  # the weight itself is stretched along in or out axes
+        weight = weight.relabelled(base, weight.labels, weight.base.shape)
     long = {label for n, label in zip(shape, weight.labels, strict=True) if n != 1}
     if {"in", "out"} <= long:
         return None
@@ -67,7 +72,12 @@ def _scaled(use: Use, weight: Factored, factor: Any) -> list[Any] | None:
         for name in _SCALED[role]
         if name in weight.parts
     }
-    return [weight.replace(base=_bases(use)[0], **changed)]
+    return [weight.replace(base=base, **changed)]
+
+
+def _each(weight: Factored, shape: Sequence[int]) -> Iterable[tuple[Label, int, int]]:
+    """Returns the role of each axis of a weight, its size, and its size in another shape."""
+    return zip(weight.labels, weight.base.shape, shape, strict=True)
 
 
 def _laid_out(array: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
@@ -83,7 +93,7 @@ def _sum(_: Interpreter, use: Use, sign: int = 1) -> list[Any] | None:
     values = use.values
     shape = use.eqn.outvars[0].aval.shape  # type: ignore[attr-defined]
     weights = [v for v in values if isinstance(v, Factored)]
-    if any(w.base.shape != shape or _has_more(w) for w in weights):
+    if any(w.base.shape != shape or has_more(w) for w in weights):
         return None  # the weight itself is stretched, or it is (W + s·AB)·diag(g)
     if sign < 0 and isinstance(values[1], Factored):
         weights[-1] = weights[-1].replace(scale=-weights[-1].scale)
@@ -93,7 +103,7 @@ def _sum(_: Interpreter, use: Use, sign: int = 1) -> list[Any] | None:
     aligned = _aligned(weights)
     if aligned is None:
         return None
-    folded = [_scale_in_a(w) for w in aligned]
+    folded = [scale_in_a(w) for w in aligned]
     rank_axis = len(folded[0].axes("batch"))
     both = {n: jnp.concatenate([w.parts[n] for w in folded], axis=rank_axis) for n in ("a", "b")}
     return [folded[0].replace(base=base, **both)]
@@ -107,30 +117,31 @@ def _aligned(values: Sequence[Any]) -> list[Any] | None:
     """
     first = next(v for v in values if isinstance(v, Factored))
     aligned = [
-        _mirrored(v) if isinstance(v, Factored) and v.labels != first.labels else v for v in values
+        mirrored(v) if isinstance(v, Factored) and v.labels != first.labels else v for v in values
     ]
     weights = [v for v in aligned if isinstance(v, Factored)]
     if any(w.labels != first.labels or w.dropout != first.dropout for w in weights):
         return None
     if len(weights) > 1 and any(w.uses != "all" for w in weights):
         return None  # one use may see one of them only
-    mirrored = any(a is not v for a, v in zip(aligned, values, strict=True))
-    if mirrored and any(map(_has_more, weights)):
+    turned = any(a is not v for a, v in zip(aligned, values, strict=True))
+    if turned and any(map(has_more, weights)):
         return None  # the gain of columns that have become rows
     return aligned
 
 
-def _has_more(weight: Factored) -> bool:
+def has_more(weight: Factored) -> bool:
     """Returns whether the weight has a gain or a shift beside its factors."""
     return weight.gain is not None or weight.shift is not None
 
 
-def _mirrored(weight: Factored) -> Factored:
+def mirrored(weight: Factored) -> Factored:
+    """Returns the weight with in axes for out axes: W + s·AB read as (Wᵀ + s·BᵀAᵀ)ᵀ."""
     other: dict[Label, Label] = {"in": "out", "out": "in", "batch": "batch"}
     return weight.replace(a=weight.b, b=weight.a, labels=[other[label] for label in weight.labels])
 
 
-def _scale_in_a(weight: Factored) -> Factored:
+def scale_in_a(weight: Factored) -> Factored:
     """Returns the weight with s·A for A, and s = 1."""
     n = weight.scale.ndim
     scale = lax.expand_dims(weight.scale, range(n, weight.a.ndim)).astype(weight.a.dtype)
@@ -163,14 +174,14 @@ def _joined(use: Use, values: Sequence[Any], dimension: int) -> list[Any] | None
     first = next(v for v in aligned if isinstance(v, Factored))
     role = first.labels[dimension]
     weights = [v for v in aligned if isinstance(v, Factored)]
-    if role == "in" and any(map(_has_more, weights)):
+    if role == "in" and any(map(has_more, weights)):
         return None  # each part has a gain of its own for the same columns
     (base,) = use.bind([as_array(v.base) if isinstance(v, Factored) else v for v in use.values])
     names = {name for w in weights for name in w.parts}
     if role == "batch":
         joined = {name: _end_to_end(name, aligned, first, dimension) for name in names}
     else:
-        aligned = [_scale_in_a(v) if isinstance(v, Factored) else v for v in aligned]
+        aligned = [scale_in_a(v) if isinstance(v, Factored) else v for v in aligned]
         joined = {name: _side_by_side(name, aligned, first, dimension) for name in names}
     return [dataclasses.replace(first, base=base, parts=joined)]
 

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.adapt.axis_maps import AxisMap, axis_map
+from lora_jax.adapt import eqns
+from lora_jax.adapt.folds import Folded
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
+from lora_jax.adapt.rules.axis_maps import AxisMap, axis_map
 from lora_jax.axes import Label
 from lora_jax.base import along, as_array, is_base
 from lora_jax.factored import Factored
@@ -28,14 +30,17 @@ def _only_weight(use: Use) -> Factored | None:
 
 
 def _rearrange(_: Interpreter, use: Use) -> list[Any] | None:
-    """Axes are permuted, merged, split, dropped or added; declines where roles would mix."""
+    """Axes are permuted, merged, split, dropped or added; declines where roles would mix.
+
+    Laid out as a vector, all of a weight's roles mix: it may be taken apart again.
+    """
     weight, places = _only_weight(use), axis_map(use.eqn)
     if weight is None or places is None or len(use.values) > 1:
         return None
     base = use.rearranged(weight)
     labels = labels_after(weight.labels, weight.base.shape, places, base.shape)
     if labels is None:
-        return None
+        return [Folded((weight,))] if len(base.shape) == 1 and weight.parts else None
     first = {axis: i for i, held in reversed(list(enumerate(places))) for axis in held}
 
     def permuted(array: Any, axes: Axes) -> Any:
@@ -68,9 +73,11 @@ def labels_after(
 
 
 def _convert(_: Interpreter, use: Use) -> list[Any] | None:
-    """The base alone changes dtype: the factors are cast where they are used."""
-    weight = _only_weight(use)
-    if weight is None or not jnp.issubdtype(use.params["new_dtype"], jnp.floating):
+    """The base alone changes dtype: the factors, which are real, are cast where they are used."""
+    weight, out = _only_weight(use), use.eqn.outvars[0].aval
+    if weight is None or not jnp.issubdtype(out.dtype, jnp.inexact):  # type: ignore[attr-defined]
+        return None
+    if any(jnp.issubdtype(part.dtype, jnp.complexfloating) for part in weight.parts.values()):
         return None
     return [weight.replace(base=use.rearranged(weight))]
 
@@ -93,10 +100,27 @@ def _stop_gradient(_: Interpreter, use: Use) -> list[Any] | None:
 
 
 def _everywhere(_: Interpreter, use: Use) -> list[Any] | None:
-    """Inside shard_map: the type says that the value varies over devices; the factors' too."""
+    """Inside shard_map: what goes for the weight goes for each of its arrays.
+
+    It varies over devices from here on, or it is sent from some to others.
+    """
     if not all(isinstance(value, Factored) for value in use.values):
         return None
-    return [jax.tree.map(lambda array: use.bind([array])[0], value) for value in use.values]
+
+    def each(weight: Factored) -> Factored:
+        return jax.tree.map(lambda array: use.bind([_varying(array, weight)])[0], weight)
+
+    return [each(weight) for weight in use.values]
+
+
+def _varying(array: Any, weight: Factored) -> Any:
+    """Returns an array of a weight, inside shard_map: typed to vary over the devices that W does.
+
+    A collective takes nothing that is the same on all devices, as B is where W's in axes lie apart.
+    """
+    of_weight = frozenset[str]().union(*map(eqns.varies_over, jax.tree.leaves(weight.base)))
+    missing = tuple(sorted(of_weight - eqns.varies_over(array)))
+    return lax.pcast(array, missing, to="varying") if missing else array
 
 
 def moved(
@@ -161,20 +185,26 @@ def _split(_: Interpreter, use: Use) -> list[Any] | None:
 
 
 def _gathered_over_devices(_: Interpreter, use: Use) -> list[Any] | None:
-    """Inside shard_map: the parts of an axis put together again."""
+    """Inside shard_map: the parts of an axis put together again, or stacked under a new axis."""
     (weight,) = use.values
     dimension, params = use.params["all_gather_dimension"], use.params
-    if not params["tiled"]:
-        return None
-    names, groups = params["axis_name"], params["axis_index_groups"]
 
-    def gather(array: Any, axes: Axes) -> Any:
-        if dimension not in axes:
-            return array
-        at = axes.index(dimension)
-        return lax.all_gather(array, names, axis=at, tiled=True, axis_index_groups=groups)
+    def gather(array: Any, axis: int) -> Any:
+        names, groups = params["axis_name"], params["axis_index_groups"]
+        how = {"axis_index_groups": groups, "tiled": params["tiled"]}
+        return lax.all_gather(array, names, axis=axis, **how)
 
-    return [moved(weight, gather, [dimension])]
+    def together(array: Any, axes: Axes) -> Any:
+        return gather(array, axis=axes.index(dimension)) if dimension in axes else array
+
+    if params["tiled"]:
+        return [moved(weight, together, [dimension])]
+    labels: list[Label] = [*weight.labels]
+    labels.insert(dimension, "batch")
+    at = labels[:dimension].count("batch")
+    base = gather(as_array(weight.base), axis=dimension)
+    stacked = weight.along(base, lambda array, _: gather(_varying(array, weight), axis=at))
+    return [stacked.replace(labels=labels)]
 
 
 def _rev(_: Interpreter, use: Use) -> list[Any] | None:
@@ -203,7 +233,7 @@ def _pad(_: Interpreter, use: Use) -> list[Any] | None:
 
 LAYOUT_RULES: dict[str, Rule] = {
     **dict.fromkeys(("transpose", "squeeze", "broadcast_in_dim", "reshape"), _rearrange),
-    "convert_element_type": _convert,
+    **dict.fromkeys(("convert_element_type", "real"), _convert),
     "stop_gradient": _stop_gradient,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
@@ -213,6 +243,7 @@ LAYOUT_RULES: dict[str, Rule] = {
     "all_gather": _gathered_over_devices,
     "pvary": _everywhere,
     "pcast": _everywhere,
+    "ppermute": _everywhere,
     **dict.fromkeys(("copy", "copy_p", "name", "optimization_barrier", "reduce_precision"), _same),
     **dict.fromkeys(("device_put", "sharding_constraint", "reshard"), _same),
 }

@@ -10,7 +10,9 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use, at_site
-from lora_jax.adapt.layout import moved
+from lora_jax.adapt.rules.choices import Form, common_form, in_form
+from lora_jax.adapt.rules.flow import agreed_sources, may_be_weights, sources
+from lora_jax.adapt.rules.layout import moved
 from lora_jax.base import is_base, movable
 from lora_jax.factored import Factored
 from lora_jax.parts import RANK, Axes
@@ -62,9 +64,9 @@ def _constants(
       carries: by place, from 0; changed.
       first: the place of the first carry among the body's arguments.
     """
-    inner, _ = eqns.opened(body)
     weights = {place: v for place, v in carries.items() if isinstance(v, Factored)}
-    same = [p for p in weights if inner.outvars[p] is inner.invars[first + p]]
+    origins = sources(body) if weights else ()
+    same = [place for place in weights if origins[place] == first + place]
     for place in weights.keys() - same:
         name = f"{use.eqn.primitive.name} (as a carry)"
         carries[place] = interpreter.merged(weights[place], name, use.eqn)
@@ -156,15 +158,50 @@ def _while(interpreter: Interpreter, use: Use) -> list[Any]:
 
 
 def _cond(interpreter: Interpreter, use: Use) -> list[Any] | None:
+    """Branches are entered; where each returns a weight of one form, so does the whole."""
     index, *operands = use.values
     if isinstance(index, Factored):
         return None
+    unchanged = {
+        place: operands[origin]
+        for place, origin in enumerate(agreed_sources(use.params["branches"]))
+        if origin is not None and isinstance(operands[origin], Factored)
+    }
+    live = tuple(wanted and place not in unchanged for place, wanted in enumerate(use.live))
+    bodies = [interpreter.function(jaxpr, live) for jaxpr in use.params["branches"]]
+    forms = _forms(use, bodies, operands, live)
 
-    def branch(jaxpr: eqns.AnyJaxpr) -> Any:
-        body = interpreter.function(jaxpr, use.live)
-        return lambda *args: [_plain(interpreter, v, use, "as an output") for v in body(*args)]
+    def branch(body: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        def leave(place: int, value: Any) -> Any:
+            if place in forms:
+                return in_form(value, forms[place])
+            return _plain(interpreter, value, use, "as an output")
 
-    return lax.switch(index, [branch(jaxpr) for jaxpr in use.params["branches"]], *operands)
+        return lambda *args: list(map(leave, range(len(live)), body(*args)))
+
+    outputs = lax.switch(index, list(map(branch, bodies)), *operands)
+    return [unchanged.get(place, output) for place, output in enumerate(outputs)]
+
+
+def _forms(
+    use: Use,
+    bodies: Sequence[Callable[..., list[Any]]],
+    operands: Sequence[Any],
+    live: Sequence[bool],
+) -> dict[int, Form]:
+    """Returns, by the place of an output, the form of the weights that the branches return."""
+    given = [isinstance(value, Factored) and bool(value.parts) for value in operands]
+    each = [may_be_weights(jaxpr, given) for jaxpr in use.params["branches"]]
+    may_be = [all(branches) for branches in zip(*each, strict=True)]
+    if not any(wanted and may for wanted, may in zip(live, may_be, strict=True)):
+        return {}
+    forms: dict[int, Form] = {}
+    outputs = zip(*(jax.eval_shape(body, *operands) for body in bodies), strict=True)
+    for place, values in enumerate(outputs):
+        if all(isinstance(value, Factored) for value in values):
+            form = common_form(values)
+            forms |= {} if form is None else {place: form}
+    return forms
 
 
 def _plain(interpreter: Interpreter, value: Any, use: Use, how: str) -> Any:

@@ -1,0 +1,1 @@
+"""The rules for primitives that meet an adapted weight, by what they do; `table` has them all."""
