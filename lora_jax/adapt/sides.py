@@ -22,8 +22,8 @@ from lora_jax.factored import Factored
 from lora_jax.paths import leaf_name
 
 Side = Literal["in", "out"]  # the axes that a product contracts
-# By the path of a weight, and the side: the place of the first such use.
-Noted = dict[str, dict[Side, Place]]
+# By the path of a weight, and the side: the place of the first such use, where it is to be told.
+Noted = dict[str, dict[Side, Place | None]]
 _SEEN: contextvars.ContextVar[Noted | None] = contextvars.ContextVar("seen", default=None)
 
 
@@ -37,7 +37,7 @@ def note(weight: Factored, side: Side, place: Callable[[], Place]) -> None:
     if seen is not None and weight.parts and weight.uses == "all":
         sides = seen.setdefault(str(weight.path), {})
         if side not in sides:
-            sides[side] = place()
+            sides[side] = place() if side == "out" else None
 
 
 @contextlib.contextmanager
@@ -75,7 +75,9 @@ def warn_of_swapped(seen: Noted, jaxpr: eqns.AnyJaxpr, inputs: Sequence[Any]) ->
         ins, outs = (tuple(a - ndim for a in weight.axes(side)) for side in ("in", "out"))
         there = found[path]
         if isinstance(there, Seen) and there.roles == AxisRoles(outs, ins):
-            _warn(path, AxisRoles(ins, outs), seen[path]["out"])
+            place = seen[path]["out"]
+            assert place is not None
+            _warn(path, AxisRoles(ins, outs), place)
 
 
 def _shape(array: Any) -> jax.ShapeDtypeStruct:
