@@ -1,6 +1,6 @@
 """Flax's own modules, whole: Linen by `apply`, NNX by ``merge(graphdef, …)``.
 
-(Its layers one by one are in tests/adapt/test_flax_modules.py.)
+(Its layers one by one are in tests/adapt/test_flax_modules.py, which the tests run.)
 """
 
 import flax.linen as nn
@@ -64,6 +64,7 @@ CASES = (
         "apply",
         3,
         lambda: _linen(LinenModel(), draw(9, (3, 5))),
+        by_hand=True,
     ),
     Case(
         "flax",
@@ -71,6 +72,7 @@ CASES = (
         "apply",
         8,
         lambda: _linen(nn.RNN(nn.OptimizedLSTMCell(7)), X),
+        by_hand=True,
     ),
     Case(
         "flax",
@@ -79,6 +81,6 @@ CASES = (
         2,
         lambda: _nnx(_Convolutional(nnx.Rngs(1)), IMAGES),
     ),
-    Case("flax", "NNX: MultiHeadAttention", "merge", 4, _attention),
+    Case("flax", "NNX: MultiHeadAttention", "merge", 4, _attention, by_hand=True),
     Case("flax", "NNX: Embed, looked up and tied", "merge", 1, _tied),
 )

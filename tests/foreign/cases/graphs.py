@@ -78,6 +78,6 @@ def _convolution(hk: Any) -> Any:
 
 CASES = (
     Case("jraph", "GraphNetwork: edges, nodes, globals", "apply", 3, lambda: _made(_graph_network)),
-    Case("jraph", "GAT", "apply", 3, lambda: _made(_attention)),
+    Case("jraph", "GAT", "apply", 3, lambda: _made(_attention), by_hand=True),
     Case("jraph", "GraphConvolution", "apply", 1, lambda: _made(_convolution)),
 )
