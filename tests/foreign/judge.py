@@ -79,11 +79,11 @@ def measured(made: Made) -> Verdict:
             errors[f"{how} outputs"] = _largest(outputs, expected)
             errors[f"{how} gradients"] = _largest(gradients, of_merged)
         plain = _arrays(jax.jit(lambda *a: _arrays(fn(*a)))(params, *args))
-    merges = sorted(warned)
-    if adapted is None:
-        found = [record for record in uses(fn, tree, *args) if record.how == "merged"]
-        merges = [f"{record.path} at {record.primitive}" for record in found]
-        assert len(warned) == len(merges), (warned, merges)
+        merges = sorted(warned)
+        if adapted is None:
+            found = [record for record in uses(fn, tree, *args) if record.how == "merged"]
+            merges = [f"{record.path} at {record.primitive}" for record in found]
+            assert len(warned) == len(merges), (warned, merges)
     assert _largest(outputs, plain) > 1e-2, "the adapter must be seen in the output"
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients[0])), "each factor trains"
     return Verdict(set(adapter), merges, errors)
