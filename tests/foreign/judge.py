@@ -37,14 +37,14 @@ def judge(
     tolerance: float = 1e-5,
     merges: int = 0,
 ) -> set[str]:
-    """Returns the paths that are adapted, where `adapt` is as good as it should be.
+    """Returns the paths that are adapted, where `adapt` is as good as it should be under jit.
 
     Raises:
       AssertionError: it is not: it differs from `fn` of the merged tree by more than `tolerance`,
         the adapter is not seen in the outputs, a factor does not train, or weights merge more or
         less often than in `merges` places.
     """
-    verdict = measured(Made(fn, params, args, rules))
+    verdict = measured(Made(fn, params, args, rules), eagerly=False)
     assert len(verdict.merges) == merges, verdict.merges
     assert max(verdict.errors.values()) <= tolerance, verdict.errors
     return verdict.paths
@@ -61,8 +61,11 @@ def judged(case: Case) -> Verdict:
     return verdict
 
 
-def measured(made: Made) -> Verdict:
-    """Returns how `adapt` does; checks what makes the comparison one: adapters that are seen."""
+def measured(made: Made, eagerly: bool = True) -> Verdict:
+    """Returns how `adapt` does under jit, and eagerly too.
+
+    Checks what makes the comparison one: the adapter is seen, and each factor trains.
+    """
     fn, params, args, rules, adapted = made
     with jax.numpy_dtype_promotion("standard"):
         tree = with_random_factors(lj.lorafy(params, rules, trace=(fn, params, *args)))
@@ -70,7 +73,8 @@ def measured(made: Made) -> Verdict:
         warned: set[str] = set()
         errors = {}
         ours, theirs = adapted or lj.adapt(fn), lambda tree, *args: fn(lj.merge(tree), *args)
-        for how, compiled in (("jit", jax.jit), ("eager", lambda run: run)):
+        ways = {"jit": jax.jit, "eager": lambda run: run}
+        for how, compiled in list(ways.items())[: 2 if eagerly else 1]:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", lj.MergeWarning)
                 outputs, gradients = _values(compiled, ours, adapter, base, args)
