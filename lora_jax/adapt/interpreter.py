@@ -219,10 +219,11 @@ class Interpreter:
         use = Use(eqn, [at_site(value, site) for value in values], live, twins, jaxpr)
         for called, rule in self.own:
             if called in (name, eqns.function_name(eqn)):
-                self._note(use, f"by the rule given for {called!r}")
                 with user_context(eqn):
                     outputs = rule(*use.values, **eqn.params)
-                return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+                if outputs is not None:
+                    self._note(use, f"by the rule given for {called!r}")
+                    return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
         seen = [_seen(value, name) for value in values]
         if any(a is not b for a, b in zip(seen, values, strict=True)):
             if not any(isinstance(value, Factored) and value.parts for value in seen):

@@ -54,7 +54,8 @@ def adapt(
         `jax.custom_vjp` or `jax.custom_jvp` (a Pallas kernel with its derivative, say), which are
         merged at their boundary otherwise. A rule is called as ``rule(*operands, **params)``
         with the equation's operands and parameters, an adapted weight as a
-        `lora_jax.factored.Factored`, and returns the output or the list of outputs.
+        `lora_jax.factored.Factored`, and returns the output or the list of outputs; None, where it
+        does not know what to do, leaves the operation to what `adapt` does otherwise.
 
     Returns:
       ``forward(*args, dropout_key=None, **kwargs)``. A PRNG key as `dropout_key` turns on the

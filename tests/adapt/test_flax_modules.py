@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from tests.adapt.foreign import ALL_LINEAR, judge, rule
+from tests.foreign.case import ALL_LINEAR, rule
+from tests.foreign.judge import judge
 from tests.support import draw
 
 X = draw(9, (2, 13, 6))

@@ -7,6 +7,9 @@ from hypothesis import strategies as st
 
 from tests.adapt.random_programs import WAYS, check, programs
 
+# Some use a kernel only mirrored, on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore::lora_jax.RoleWarning")
+
 COMMON = {
     "deadline": None,
     "derandomize": True,

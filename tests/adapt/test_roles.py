@@ -253,6 +253,9 @@ def test_rules_of_ones_own(float64):
     assert_close(run(tree, x), fn(lj.merge(tree), x), 1e-9)
     with pytest.raises(lj.MergeError, match="custom_vjp"):
         lj.adapt(fn, strict=True)(tree, x)
+    declined = lj.adapt(fn, strict=True, primitives={"matmul": lambda x, weight, **_: None})
+    with pytest.raises(lj.MergeError, match="custom_vjp"):
+        declined(tree, x)
     by_name = lambda x, w, **params: [x @ w.merged()]  # noqa: E731
     run = lj.adapt(lambda p, x: x @ p["w"], primitives={"dot_general": by_name})
     assert np.allclose(run(tree, x), x @ lj.merge(tree)["w"])

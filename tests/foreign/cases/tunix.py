@@ -1,0 +1,73 @@
+"""tunix, Google's (NNX): its Llama 3, Qwen 3 and Gemma 3 with random weights."""
+
+import importlib
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from tests.foreign.case import Case, Made, rule
+
+IDS = jnp.array([[3, 0, 9, 3, 10], [1, 5, 2, 2, 7]])
+SIZES = {
+    "num_layers": 2,
+    "embed_dim": 14,
+    "hidden_dim": 22,
+    "num_heads": 2,
+    "head_dim": 8,
+    "num_kv_heads": 1,
+}
+
+
+def _made(module: str, name: str, **sizes: Any) -> Made:
+    models = importlib.import_module(f"tunix.models.{module}.model")
+    model = getattr(models, name)(models.ModelConfig(**SIZES, **sizes), rngs=nnx.Rngs(params=1))
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+    positions = jnp.broadcast_to(jnp.arange(5), IDS.shape)
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((5, 5), bool)), (2, 5, 5))
+
+    def fn(params: Any, rest: Any, ids: Any, positions: Any, mask: Any) -> Any:
+        return nnx.merge(graphdef, params, rest)(ids, positions, None, mask)[0]
+
+    return Made(fn, params, (rest, IDS, positions, mask), rule(r".*(kernel|/w|embedding|_proj)"))
+
+
+ROUNDING = (
+    "gradients through RMS norms of small features round more; in double precision both agree "
+    "to 2e-14"
+)
+
+
+def _case(
+    model: str, weights: int, module: str, name: str, tolerance: float = 1e-5, **sizes: Any
+) -> Case:
+    make = lambda: _made(module, name, **sizes)  # noqa: E731
+    why = ROUNDING if tolerance > 1e-5 else ""
+    return Case("google-tunix", model, "merge", weights, make, why=why, tolerance=tolerance)
+
+
+QWEN = {"vocab_size": 37, "rope_theta": 10_000, "norm_eps": 1e-6}
+CASES = (
+    _case("Llama 3, two layers", 16, "llama3", "Llama3", **QWEN),
+    _case("Qwen 3, two layers", 16, "qwen3", "Qwen3", 1e-4, **QWEN),
+    _case(
+        "Qwen 3, two layers of three experts, tied",
+        17,
+        "qwen3",
+        "Qwen3",
+        **QWEN,
+        num_experts=3,
+        num_experts_per_tok=2,
+        use_tied_embedding=True,
+    ),
+    _case(
+        "Gemma 3, two layers, tied",
+        13,
+        "gemma3",
+        "Gemma3",
+        num_embed=37,
+        sliding_window_size=3,
+        param_dtype=jnp.float32,
+    ),
+)
