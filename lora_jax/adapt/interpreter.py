@@ -248,9 +248,11 @@ class Interpreter:
             with user_context(eqn):
                 return rule(self, use)
 
+        bare = dataclasses.replace(use, values=[], twins={})  # a step outlives the call's arrays
+
         def call(values: list[Any]) -> list[Any] | None:
             with user_context(eqn):
-                return rule(self, dataclasses.replace(use, values=values, twins={}))
+                return rule(self, dataclasses.replace(bare, values=values))
 
         how = (use.live, id(eqn) if name in _READ_AROUND else 0)
         return steps.compiled(eqn, how, call)(use.values)

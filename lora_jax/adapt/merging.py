@@ -45,9 +45,9 @@ def advice(primitive: str, function: str | None) -> str:
     name = function or primitive
     return (
         f"To avoid it where {name!r} calls a function of yours (a vector field, the body of a "
-        "loop): adapt that function, field = lora_jax.adapt(field), and pass the adapted tree to "
-        "it through the arguments that are there for it (args), not by closing over it. Where it "
-        "is a kernel, give a rule for it: "
+        "loop): adapt that function, field = lora_jax.adapt(field), and not the one around it; the "
+        "adapted tree reaches it through the arguments that are there for it (args). Where it is a "
+        "kernel, give a rule for it: "
         f"adapt(fn, primitives={{{name!r}: rule}})"
     )
 

@@ -1,8 +1,10 @@
 """Eager calls: the trace of one call serves later ones, where nothing but arrays has changed."""
 
+import gc
 import random
 import sys
 import types
+import weakref
 
 import flax.linen as nn
 import jax
@@ -224,3 +226,13 @@ def test_outputs_that_are_no_arrays_come_back_each_time():
         out = run(TREE, x, "text")
         assert out["name"] == "text" and out["x"] is x
         assert out["tree"]["a"]["kernel"] is TREE["a"]["kernel"]
+
+
+def test_what_is_kept_for_later_calls_holds_no_array_of_this_one():
+    run = lj.adapt(lambda p, x: jnp.tanh(x @ p["a"]["kernel"] @ p["a"]["kernel"].T) * x)
+    x = X + 1
+    gone = weakref.ref(x)
+    run(TREE, x)
+    del x
+    gc.collect()
+    assert gone() is None
