@@ -124,7 +124,8 @@ class State:
         yield id(kind)
         for base in kind.__mro__:
             if not is_packaged(base.__module__):
-                yield from self._of(dict(vars(base)))
+                named = {n: v for n, v in vars(base).items() if not _is_of_python(n, v)}
+                yield from self._of(named)
 
     def _function(self, fn: types.FunctionType) -> Iterator[Hashable]:
         code, module = fn.__code__, fn.__module__
@@ -158,6 +159,12 @@ class _ByEquality:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _ByEquality) and bool(self._value == other._value)
+
+
+def _is_of_python(name: str, value: Any) -> bool:
+    """Returns whether Python itself keeps an attribute of a class, beside what its author wrote."""
+    is_written = isinstance(value, (types.FunctionType, staticmethod, classmethod, property))
+    return name == "_abc_impl" or (name[:2] == name[-2:] == "__" and not is_written)
 
 
 def _is_hashable(value: Any) -> bool:

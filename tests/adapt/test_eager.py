@@ -1,5 +1,6 @@
 """Eager calls: the trace of one call serves later ones, where nothing but arrays has changed."""
 
+import abc
 import gc
 import random
 import sys
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import lora_jax as lj
 from lora_jax.adapt.fn_state import State, UnknownStateError
@@ -155,11 +157,29 @@ def test_randomness_is_drawn_anew():
         assert len({float(run(TREE, X)[0, 0]) for _ in range(3)}) == 3
 
 
+class Linen(nn.Module):
+    n: int = 3
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.n)(x)
+
+
+class OfNnx(nnx.Module):
+    def __init__(self):
+        self.linear = nnx.Linear(3, 5, rngs=nnx.Rngs(0))
+
+
+class Abstract(abc.ABC):
+    def __init__(self, factor):
+        self.factor = factor
+
+
 def test_states():
     def make(value):
         return lambda: value
 
-    one = jnp.ones(3)
+    one, module = jnp.ones(3), OfNnx()
     for a, b, same in (
         (make(1), make(1), True),
         (make(1), make(1.0), False),
@@ -171,6 +191,12 @@ def test_states():
         (make(nn.Dense(3)), make(nn.Dense(3)), True),
         (make(nn.Dense(3)), make(nn.Dense(4)), False),
         (make(jnp.tanh), make(jnp.sin), False),
+        (Linen().apply, Linen().apply, True),
+        (Linen().apply, Linen(4).apply, False),
+        (make(module), make(module), True),
+        (make(module), make(OfNnx()), False),
+        (make(Abstract(1)), make(Abstract(1)), True),
+        (make(Abstract(1)), make(Abstract(2)), False),
     ):
         assert (State(a) == State(b)) == same
     itself = []
