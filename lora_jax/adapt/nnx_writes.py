@@ -1,4 +1,4 @@
-"""What a function changes in NNX objects among its arguments, written back to the caller's.
+"""Writes back to a caller's NNX objects what a function changes in its copies of them.
 
 A function under `adapt` is traced with copies of its arguments. NNX modules have reference
 semantics: batch statistics, counters of random streams, caches and plain attributes that it
