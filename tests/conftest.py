@@ -4,6 +4,8 @@ import os
 
 # Machine code that nobody runs for long need not be fast. (The optimisation of HLO is untouched.)
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Tests leave no programs in the user's cache folder, and take none from there.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 import jax
 import pytest

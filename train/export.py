@@ -27,6 +27,7 @@ from lora_jax.peft.config import FILE as PEFT_CONFIG
 from lora_jax.peft.config import fields_of
 from lora_jax.peft.save import contents
 from lora_jax.peft.serving import MAX_RANK, problems_of, serving_problems
+from train.run.cache import keep_compiled
 from train.run.errors import UserError, as_user_errors, reported
 from train.run.output import ADAPTER, folder_bytes, read_json
 from train.run.pretrained import read_model
@@ -70,6 +71,9 @@ class Options:
     """Accept an adapter that was trained on another base."""
     overwrite: bool = False
     """Replace an earlier export in the output folder."""
+    compilation_cache: str | None = None
+    """The folder where JAX keeps compiled programs for later runs, or off. By default
+    lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -95,6 +99,8 @@ def run(options: Options) -> None:
 
     name = options.model or base_of(adapter, from_peft)
     check_apart(options.output, adapter, name)
+    if said := keep_compiled(options.compilation_cache):
+        console.print(said, highlight=False, soft_wrap=True)
     with console.status(f"loading {name} and {adapter}"):
         model, params = load(options, adapter, from_peft, name)
     if options.merged:

@@ -16,6 +16,7 @@ from lora_jax.training.processes import write_json
 from lora_jax.training.stop import Stop
 from train.run import hosts
 from train.run.adapter import rules
+from train.run.cache import keep_compiled
 from train.run.fit import (
     Run,
     adapted,
@@ -53,6 +54,7 @@ def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
     # What can be wrong is found first: options and output folder, then rows, then examples and
     # targets against the model's configuration. Only then are weights read.
     with hosts.together():
+        cached = keep_compiled(config.run.compilation_cache)
         mesh = make_mesh(config.run.mesh, config.optim.batch_size)
         config = task.completed(config)
         optim = config.optim
@@ -67,7 +69,7 @@ def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
         rate = learning_rate(config, outline, steps)
         check_rules(config, outline)
         layout = Layout.of(mesh, outline.config)
-    for line in data.lines:
+    for line in [*([cached] if cached else []), *data.lines]:
         console.print(line, highlight=False, soft_wrap=True)
     run = Run(
         script=script,

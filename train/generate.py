@@ -16,6 +16,7 @@ import tyro
 
 import lora_jax as lj
 from lora_jax.models import generate
+from train.run.cache import keep_compiled
 from train.run.complete import left_padded, tokenized
 from train.run.errors import UserError, as_user_errors, reported
 from train.run.pretrained import Outline, end_tokens, read_model, read_outline
@@ -46,6 +47,9 @@ class Options:
     """Seed of the sampler."""
     allow_base_mismatch: bool = False
     """Accept an adapter that was trained on another base."""
+    compilation_cache: str | None = None
+    """The folder where JAX keeps compiled programs for later runs, or off. By default
+    lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -60,6 +64,8 @@ def main(args: Sequence[str] | None = None) -> None:
 def run(options: Options) -> None:
     """Loads the model and its adapter, and prints an answer to each prompt."""
     check(options)
+    if said := keep_compiled(options.compilation_cache):
+        print(said, file=sys.stderr)
     name = options.model or trained_model(options.adapter)
     outline = read_outline(name)
     model, params = read_model(name, dtype="float32")

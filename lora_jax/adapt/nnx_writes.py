@@ -1,4 +1,4 @@
-"""What a function changes in NNX objects among its arguments, written back to the caller's.
+"""Writes back to a caller's NNX objects what a function changes in its copies of them.
 
 A function under `adapt` is traced with copies of its arguments. NNX modules have reference
 semantics: batch statistics, counters of random streams, caches and plain attributes that it
@@ -6,11 +6,11 @@ changes must change in the objects that were passed.
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, KeyPath, SequenceKey
 
 from lora_jax.paths import path_string
@@ -76,6 +76,9 @@ def write(tree: Any, writes: Writes) -> None:
 
 def _objects(tree: Any) -> Iterator[tuple[KeyPath, Any]]:
     """Returns each module, stream and Variable in a tree, with its path."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:  # nobody has made one; importing NNX takes half as long as importing JAX
+        return
     is_object = lambda value: isinstance(value, (nnx.Pytree, nnx.Variable))  # noqa: E731
     for path, value in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_object):
         if not is_object(value):
@@ -89,7 +92,7 @@ def _objects(tree: Any) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def _attributes(each: Any) -> dict[str, Any]:
-    if isinstance(each, nnx.Variable):
+    if isinstance(each, sys.modules["flax.nnx"].Variable):
         return {_VALUE: each.get_raw_value()}
     return {name: value for name, value in vars(each).items() if not name.startswith("_pytree__")}
 

@@ -1,6 +1,8 @@
 """Runs train.sft several times in one process: a line of options each, after what all share.
 
 python tests/train/mesh_runs.py DEVICES PROCESS/PROCESSES PORT SHARED… -- OPTIONS… -- OPTIONS…
+
+OPTIONS may begin with order=3,0,2,1: the devices, by number, in the order that the mesh takes them.
 """
 
 import os
@@ -16,6 +18,7 @@ jax.config.update("jax_num_cpu_devices", int(devices))
 
 from lora_jax.training.processes import wait_for_all  # noqa: E402
 from train import classify, sft  # noqa: E402
+from train.run import mesh  # noqa: E402
 
 runs: list[list[str]] = [[]]
 for word in rest:
@@ -29,5 +32,8 @@ if processes > 1:
         f"127.0.0.1:{port}", processes, process, heartbeat_timeout_seconds=10
     )
 for options in each:
+    if options[0].startswith("order="):
+        order = [int(number) for number in options.pop(0).removeprefix("order=").split(",")]
+        mesh.all_devices = lambda order=order: [jax.devices()[number] for number in order]
     {"sft": sft, "classify": classify}[script].main([*shared, *options])
     wait_for_all("the next run")

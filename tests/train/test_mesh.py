@@ -104,6 +104,11 @@ def test_all_devices_are_used():
     assert more_than_one("tensor=2,data=-1", 8) == {"tensor": 2, "data": 2}
 
 
+def test_a_mesh_takes_devices_in_the_order_given():
+    backwards = jax.devices()[::-1]
+    assert [*make_mesh("data=2,tensor=2", 8, backwards).devices.flat] == backwards
+
+
 def inputs(folder, kind):
     """The options that all runs on a tiny model share."""
     model = write_model(folder / kind, **MODELS[kind])
@@ -248,6 +253,29 @@ def test_every_mesh_trains_as_one_device_does(kind, tmp_path):
         ours, theirs = trained(shared, tmp_path / f"mesh{i}"), (losses, adapter)
         np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5, err_msg=mesh)
         assert_close(ours[1], theirs[1], 1e-5)
+
+
+@pytest.mark.slow
+def test_the_devices_may_stand_in_any_order(tmp_path):
+    shared = [*inputs(tmp_path, "dense"), "--mesh", "data=2,fsdp=2,tensor=2", "--lr", "1e-2"]
+    draw = np.random.default_rng(0)
+    orders = [range(8), range(7, -1, -1), *(draw.permutation(8) for _ in range(20))]
+    assert len({tuple(order) for order in orders}) == 22
+    runs = [
+        [f"order={','.join(map(str, order))}", "--output", tmp_path / f"run{i}"]
+        for i, order in enumerate(orders)
+    ]
+    run(shared, runs, devices=8)
+    losses, adapter = trained(shared, tmp_path / "run0")
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5, "B begins at zero, and learns"
+    assert all(np.abs(parts["b"]).max() > 1e-2 for parts in adapter.values())
+    differences = []
+    for i, order in enumerate(orders[1:], start=1):
+        ours = trained(shared, tmp_path / f"run{i}")
+        np.testing.assert_allclose(ours[0], losses, rtol=1e-5, err_msg=str(order))
+        assert_close(ours[1], adapter, 1e-5)
+        differences.append(np.max(np.abs(np.subtract(ours[0], losses)) / losses))
+    print(f"losses {losses[0]:.4f} to {losses[-1]:.4f}; largest difference {max(differences):.1e}")
 
 
 @pytest.mark.slow

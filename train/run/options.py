@@ -154,6 +154,10 @@ class RunConfig:
     """Number of checkpoints to keep."""
     eval_every: int = 0
     """Steps between evaluations of the loss on held-out data; 0 for none."""
+    compilation_cache: str | None = None
+    """The folder where JAX keeps compiled programs for later runs, or off. By default
+    lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR; none for many
+    processes, which need one that all of them reach."""
     max_skipped: int = 3
     """Stop the run after this many skipped steps in a row. A step is skipped if its loss or its
     gradient is not finite."""
@@ -221,7 +225,7 @@ def _base_of(adapter: str | None) -> str | None:
 CHANGEABLE = frozenset(
     {"steps", "epochs", "output", "resume", "overwrite", "allow_base_mismatch", "log_every"}
     | {"save_every", "keep", "eval_every", "eval_questions", "max_skipped"}
-    | {"mesh", "distributed", "coordinator", "num_processes", "process_id"}
+    | {"mesh", "distributed", "coordinator", "num_processes", "process_id", "compilation_cache"}
 )
 
 

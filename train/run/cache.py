@@ -1,0 +1,82 @@
+"""Compiled programs, kept for later runs in a folder of the user's (JAX's persistent cache)."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lora_jax.hf.packaged import cache_folder
+from train.run.errors import UserError
+
+OFF = "off"
+# Of the default folder, which is ours alone: the programs unused for longest make room. JAX then
+# locks the folder while it reads or writes, so processes that share it see whole files.
+_MOST_BYTES = 4 * 2**30
+
+
+def keep_compiled(asked: str | None) -> str | None:
+    """Sets the folder where JAX keeps compiled programs, and finds those of earlier runs.
+
+    JAX keeps those that took it longer than a second (JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS).
+
+    Args:
+      asked: the option --compilation-cache: a folder, "off", or None for the user's cache folder.
+        A folder that JAX was told of before (JAX_COMPILATION_CACHE_DIR) takes the default's place.
+        Many processes have no default: where only some of them find a program, others would compile
+        it alone, and compilers for GPUs may wait for each other.
+
+    Returns:
+      A line for the log; None where the user wants no programs kept.
+
+    Raises:
+      UserError: the option contradicts JAX's own settings.
+    """
+    already = _setting("compilation_cache_dir")
+    if not _setting("enable_compilation_cache"):
+        if asked in (None, OFF):
+            return None
+        raise UserError(
+            f"--compilation-cache {asked} keeps compiled programs, and JAX is told not to "
+            "(JAX_ENABLE_COMPILATION_CACHE): leave out one of them"
+        )
+    if already and asked is not None:
+        raise UserError(
+            f"--compilation-cache {asked} is not JAX's own setting (JAX_COMPILATION_CACHE_DIR), "
+            f"{already}: give one of them"
+        )
+    if asked == OFF:
+        return None
+    if not already and asked is None and jax.process_count() > 1:
+        return (
+            "compiled programs are not kept: name a folder that all processes reach with "
+            "--compilation-cache"
+        )
+    folder = str(already or asked or cache_folder() / "jax")
+    if not already:
+        if "://" not in folder:  # else a bucket, which JAX opens itself
+            folder = str(Path(folder).expanduser().absolute())
+            if reason := _why_not(Path(folder)):
+                return (
+                    f"warning: compiled programs are not kept: {folder} cannot be written "
+                    f"({reason}); name another folder with --compilation-cache, or {OFF}"
+                )
+        if asked is None and _setting("compilation_cache_max_size") == -1:
+            jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
+        jax.config.update("jax_compilation_cache_dir", folder)
+    return f"compiled programs are kept in {folder}"
+
+
+def _setting(name: str) -> Any:
+    """Returns a setting of JAX, from its environment variable or from `jax.config.update`."""
+    return getattr(jax.config, f"jax_{name}")
+
+
+def _why_not(folder: Path) -> str | None:
+    """Returns why a folder cannot be written to, after making it; None if it can be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
