@@ -1,4 +1,4 @@
-"""What is said where a use of a weight has no factored form, so that W + s·AB is formed."""
+"""Warns of, or refuses, uses of a weight that have no factored form: W + s·AB is formed there."""
 
 import warnings
 from typing import Any

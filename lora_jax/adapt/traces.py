@@ -1,4 +1,4 @@
-"""Traces of a function: its jaxpr, with what it returns and changes beside traced arrays.
+"""Traces of a function: its jaxpr, with its result and its writes beside traced arrays.
 
 In an eager call, other arrays than weights become inputs of the jaxpr too, and it is used again for
 later calls that differ in nothing but arrays.
@@ -41,7 +41,7 @@ class Call:
 
 @dataclasses.dataclass
 class Outputs:
-    """What a function returns and writes: traced arrays leave the jaxpr, all else is kept here."""
+    """The result of a function, and its writes, but for the traced arrays that leave the jaxpr."""
 
     leaves: list[Any]  # None for each that is traced
     is_traced: list[bool]
