@@ -59,7 +59,7 @@ def test_state_is_written_back(wrap):
     before = state_of(tree)
     ours, theirs = wrap(lj.adapt(call, strict=True)), wrap(call)
     for n in range(1, 4):
-        assert_close(ours(tree, X + n), theirs(merged, X + n), 1e-5)
+        assert_close(ours(tree, X + n), theirs(merged, X + n), 5e-5)  # the norm magnifies rounding
         assert_close(state_of(tree), state_of(merged), 1e-5)
         assert tree.calls == merged.calls == n
     assert jnp.abs(before["norm"]["mean"] - state_of(tree)["norm"]["mean"]).max() > 1e-3
