@@ -56,7 +56,7 @@ class Layout(Placement):
 
     @property
     def splits_sequences(self) -> bool:
-        """Whether the tokens of one sequence lie on several devices."""
+        """Returns whether the tokens of one sequence lie on several devices."""
         return self.mesh.shape["sequence"] > 1
 
     def of_parameter(self, path: str, shape: tuple[int, ...]) -> NamedSharding:

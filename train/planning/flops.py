@@ -10,6 +10,9 @@ from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.weight import LoraWeight, Trained, leaves_of
 
 _KEEPS_ONLY_DENSE = "dots_with_no_batch_dims_saveable"  # attention scores are not kept
+# How often both products of a block, or their like in its gradients, are computed. A block runs
+# forward again, and once more where its layer does; a policy that keeps products keeps a block's.
+_OF_BLOCKS = {"none": 4, "dots_saveable": 3, _KEEPS_ONLY_DENSE: 5, "full": 5}
 
 
 def step_flops(
@@ -27,7 +30,7 @@ def step_flops(
     Each product costs one pass forward and one for the gradient of its input, and one more if its
     kernel trains. With rematerialisation the layers run forward once more, except for their last
     product. Norms, softmax and the like are not counted. Causal masks save nothing in dense
-    attention; blocks skip the keys behind their span, and compute their scores once more.
+    attention; blocks skip the keys behind their span, and run forward once more.
 
     Args:
       config: the configuration of a decoder or of GPT-2.
@@ -61,5 +64,5 @@ def step_flops(
     heads = config.num_attention_heads * config.head_dim
     pair = 4 * batch * heads * config.num_hidden_layers  # of a query and a key, forward
     if isinstance(attention, Blockwise):
-        return total + pair * attention.pairs(seq) * (3.5 + (remat != "none"))
+        return total + pair * attention.pairs(seq) * _OF_BLOCKS[remat]
     return total + pair * seq**2 * (3 + (remat in ("full", _KEEPS_ONLY_DENSE)))

@@ -1,8 +1,8 @@
 """Attention a block of queries at a time, in plain JAX: memory is linear in the length.
 
 Unlike FlashAttention (Dao et al. 2022), a block meets its keys in one product, so its softmax is
-exact as it stands, and forward mode works. What is like it: scores are computed again in the
-backward pass, and products with keys that a causal mask hides are left out.
+exact as it stands, and forward mode works. Like there, a block's scores are computed again in the
+backward pass, and most products with keys that a causal mask hides are left out.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class Placement:
 
     @property
     def splits_sequences(self) -> bool:
-        """Whether the tokens of one sequence lie on several devices."""
+        """Returns whether the tokens of one sequence lie on several devices."""
         return False
 
     def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
