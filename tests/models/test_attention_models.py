@@ -81,7 +81,7 @@ def test_encoders(case: str, side: str) -> None:
 @pytest.mark.parametrize("case", [*DECODERS[:1], DECODERS[2], "gpt2"])
 @pytest.mark.parametrize("remat", [False, True, "dots_saveable"])
 def test_gradients_of_an_adapted_model(case: str, remat: bool | str) -> None:
-    """By the factored products, too, and the block's scores are in the program."""
+    """By the factored products, too."""
     dense, blocks, params = decoder(case)
     ids = tiny.tokens(0, 2, 11)
     rules = [lj.LoraRule(targets="all-linear", rank=3, alpha=7)]

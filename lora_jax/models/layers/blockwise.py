@@ -28,7 +28,8 @@ class Blockwise:
     program does not grow with the length.
 
     Attributes:
-      block: queries per block. Scores are [batch, heads, block, keys] at a time, in fp32.
+      block: queries per block. Scores are [batch, heads, block, keys] at a time, in fp32 (in the
+        backward pass, too, unless a policy of rematerialisation keeps the results of all products).
       spans: spans of a causal sequence. More of them save products, and take memory and time to
         compile.
 

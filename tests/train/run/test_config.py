@@ -20,7 +20,7 @@ from train.run.adapter import rules
 from train.run.errors import UserError
 from train.run.options import Attention, as_json, check_same_run
 from train.run.output import begin, check_output, read_json
-from train.run.pretrained import Outline
+from train.run.pretrained import Outline, read_model
 from train.sft import check, parse, task_of
 from train.tasks.sql.task import TASK as SQL
 
@@ -208,6 +208,16 @@ def test_attention_by_its_name(parsed):
     assert parsed([]).optim.attention == "auto"
     for name in ATTENTION:
         assert parsed(["--attention", name]).optim.attention == name
+
+
+def test_attention_reaches_the_model(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        "train.run.pretrained.from_pretrained", lambda *args, **options: given.append(options)
+    )
+    monkeypatch.setattr("train.run.pretrained.fetch", lambda name: None)
+    read_model("a model", dtype="float32", attention="blockwise")
+    assert given[0]["attention"] == "blockwise"
 
 
 @pytest.mark.parametrize(
