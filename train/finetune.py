@@ -91,6 +91,7 @@ def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
             dtype=optim.dtype,
             param_dtype="float32" if config.adapter.full else optim.dtype,
             remat=optim.remat_policy,
+            attention=optim.attention,
             sharding=layout.of_parameter,
             **outline.head,
         )

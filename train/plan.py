@@ -25,7 +25,7 @@ from train.planning.table import print_plans
 from train.run.adapter import rules
 from train.run.errors import UserError, reported
 from train.run.mesh import make_mesh
-from train.run.options import AdapterConfig, OptimConfig, Remat, at_least
+from train.run.options import AdapterConfig, Attention, OptimConfig, Remat, at_least
 from train.run.pretrained import read_shapes
 
 
@@ -54,6 +54,8 @@ class PlanConfig:
     and so are the weights in full fine-tuning."""
     remat: Remat = "full"
     """Activations to recompute in the backward pass; see train.sft."""
+    attention: Attention = "auto"
+    """Computation of attention; see train.sft."""
     tokens: float | None = None
     """Tokens to train on in total, to compute the chip-hours."""
     utilisation: float = 0.4
@@ -141,6 +143,7 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
         seq_len=asked.seq_len,
         loss_chunk=asked.loss_chunk * layout.batch_parts,
         dtype=asked.dtype,
+        attention=asked.attention,
     )
     return job, OptimConfig(beta2=0.999, batch_size=asked.batch_size)
 
@@ -197,6 +200,7 @@ def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
         "grad_accum": asked.grad_accum,
         "seq_len": asked.seq_len,
         "dtype": asked.dtype,
+        "attention": asked.attention,
         "peak_flops_per_device": machine.flops,
         "utilisation": asked.utilisation,
         "tokens": asked.tokens,

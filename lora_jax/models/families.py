@@ -31,7 +31,7 @@ class Family:
     """A family of models.
 
     Attributes:
-      module: called as ``module(config, dtype, param_dtype, remat=…)``.
+      module: called as ``module(config, dtype, param_dtype, remat=…, attention=…)``.
       specs: the parameters' place on a mesh; see ``specs``.
       format: the files' form of its configuration and parameters.
     """

@@ -17,6 +17,7 @@ from lora_jax.hf.load import ShardingOf, load_params
 from lora_jax.hf.save import save_model
 from lora_jax.hf.sources import Source
 from lora_jax.models.families import FORMATS, family_of, key_table
+from lora_jax.models.layers.attend import Attend
 
 
 def from_pretrained(
@@ -25,6 +26,7 @@ def from_pretrained(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     remat: bool | str = False,
+    attention: str | Attend = "auto",
     sharding: ShardingOf | None = None,
     head: str | None = None,
     num_labels: int | None = None,
@@ -53,7 +55,7 @@ def from_pretrained(
       name_or_path: folder, GGUF file or hub name.
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters; ``dtype`` by default.
-      remat: see ``Decoder``.
+      remat, attention: see ``Decoder``.
       sharding: (path, shape) -> the sharding of that parameter; None for the default device.
       head, num_labels, pooling, normalize: an encoder's options, in the place of its
         config.json's; see ``EncoderConfig``.
@@ -89,7 +91,7 @@ def from_pretrained(
     source = open_source(found.path, **options)
     param_dtype = dtype if param_dtype is None else param_dtype
     model = family_of(source.config.model_type).module(
-        source.config, dtype, param_dtype, remat=remat
+        source.config, dtype, param_dtype, remat=remat, attention=attention
     )
     return model, load_params(source, param_dtype, sharding, key)
 

@@ -54,6 +54,11 @@ class Layout(Placement):
         """Returns the number of parts that a batch is shared out into."""
         return math.prod(self.mesh.shape[name] for name in BATCH)
 
+    @property
+    def splits_sequences(self) -> bool:
+        """Returns whether the tokens of one sequence lie on several devices."""
+        return self.mesh.shape["sequence"] > 1
+
     def of_parameter(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         """Returns where to load a parameter to; see `lora_jax.models.from_pretrained`."""
         return sharding_of(path, shape, self.table, self.mesh)

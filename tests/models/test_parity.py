@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lora_jax.models import Decoder, DecoderConfig, from_pretrained, generate, init_cache
+from lora_jax.models.layers.blockwise import Blockwise
 from tests.models import tiny
 
 pytestmark = pytest.mark.parity
@@ -71,12 +72,13 @@ def padded(side: str) -> tuple[np.ndarray, np.ndarray]:
     return ids, mask.astype(np.int32)
 
 
+@pytest.mark.parametrize("attention", ["dense", Blockwise(block=4, spans=2)], ids=str)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_logits(pair: Any, side: str) -> None:
+def test_logits(pair: Any, side: str, attention: Any) -> None:
     reference, model, params = pair
     ids, mask = padded(side)
     want = reference_logits(reference, ids, mask)
-    got = tiny.run(model, params, ids, mask)
+    got = tiny.run(model.clone(attention=attention), params, ids, mask)
     assert np.abs(want).max() > 1
     tiny.assert_close(got[mask == 1], want[mask == 1])
 
@@ -95,7 +97,8 @@ def test_cached_decoding(pair: Any, side: str) -> None:
     ids, mask = padded(side)
     mask[:, 7:] = 1
     cache = init_cache(model.config, 3, 11)
-    logits, cache = tiny.run(model, params, ids[:, :7], mask[:, :7], cache=cache)
+    first = model.clone(attention=Blockwise(block=4)) if side == "left" else model
+    logits, cache = tiny.run(first, params, ids[:, :7], mask[:, :7], cache=cache)
     parts = [logits]
     for i in range(7, 11):
         logits, cache = tiny.run(model, params, ids[:, i : i + 1], mask[:, i : i + 1], cache=cache)

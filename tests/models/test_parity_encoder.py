@@ -10,6 +10,7 @@ import pytest
 
 from lora_jax.models import from_pretrained, hf_tensors, key_table
 from lora_jax.models.layers.activations import ACTIVATION
+from lora_jax.models.layers.blockwise import Blockwise
 from tests.models import tiny, tiny_encoders
 
 pytestmark = pytest.mark.parity
@@ -63,12 +64,13 @@ def case(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
+@pytest.mark.parametrize("attention", ["dense", Blockwise(block=4)], ids=str)
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_bare(case: str, side: str, tmp_path: Path) -> None:
+def test_bare(case: str, side: str, attention: Any, tmp_path: Path) -> None:
     """Hidden states, the pooler's output and both embeddings."""
     reference = make_reference(case, "none")
     reference.save_pretrained(tmp_path)
-    model, params = from_pretrained(tmp_path)
+    model, params = from_pretrained(tmp_path, attention=attention)
     assert model.config.head == "none"
     ids, mask, types = inputs(model.config, side)
     want = run_reference(reference, ids, mask, types)

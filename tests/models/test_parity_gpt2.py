@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lora_jax.models import from_pretrained, generate, hf_tensors, init_cache, key_table
+from lora_jax.models.layers.blockwise import Blockwise
 from tests.models import tiny, tiny_encoders
 from tests.models.test_parity import padded, reference_logits
 
@@ -32,12 +33,14 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return reference, *from_pretrained(folder)
 
 
+@pytest.mark.parametrize("attention", ["dense", Blockwise(block=4, spans=2)], ids=str)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_logits(pair: Any, side: str) -> None:
+def test_logits(pair: Any, side: str, attention: Any) -> None:
     reference, model, params = pair
     ids, mask = padded(side)
     want = reference_logits(reference, ids, mask)[mask == 1]
-    got = np.asarray(tiny.run(model, params, ids, mask))[mask == 1]
+    run = model.clone(attention=attention)
+    got = np.asarray(tiny.run(run, params, ids, mask))[mask == 1]
     assert np.abs(want).max() > 1
     print(f"{side}: max |difference| {np.abs(got - want).max():.1e} of {np.abs(want).max():.1f}")
     tiny.assert_close(got, want)

@@ -22,6 +22,7 @@ from lora_jax.training.losses import summed_loss
 from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
 from train import generate
 from train.run.log import read_metrics
+from train.run.pretrained import read_model
 from train.sft import main
 
 # Orbax leaves coroutines behind where a file cannot be read.
@@ -225,11 +226,19 @@ def only_shapes_of(decompose):
     return checked
 
 
-def test_full_fine_tuning_is_the_same_script(inputs, tmp_path):
+def test_full_fine_tuning_is_the_same_script(inputs, tmp_path, monkeypatch):
+    read = []
+
+    def reading(*args, **options):
+        read.append(read_model(*args, **options))
+        return read[-1]
+
+    monkeypatch.setattr("train.finetune.read_model", reading)
     run(
         *(inputs, tmp_path, "--full", "--steps", 2, "--lr", 1e-3, "--grad-accum", 2),
-        *("--eval-every", 1, "--dtype", "bfloat16", "--remat"),
+        *("--eval-every", 1, "--dtype", "bfloat16", "--remat", "--attention", "blockwise"),
     )
+    assert [(model.remat, model.attention) for model, _ in read] == [(True, "blockwise")]
     _, params = models.from_pretrained(inputs[1])
     adapter = lj.split(lj.load_adapter(tmp_path / "adapter", params))[0]
     assert all(set(parts) == {"value"} for parts in adapter.values())

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 import lora_jax as lj
 from lora_jax.models.families import family_of
+from lora_jax.models.layers.attend import implementation
 from lora_jax.sharding import shardings
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, number_of_chunks, summed_loss
@@ -45,6 +46,7 @@ class Job:
       seq_len: tokens per sequence; the loss counts them all.
       loss_chunk: predictions whose logits are in memory at once; 0 for all.
       dtype: the dtype of the base and its activations; trained parameters are fp32.
+      attention: the implementation of attention, by name.
     """
 
     outline: Outline
@@ -55,6 +57,7 @@ class Job:
     seq_len: int
     loss_chunk: int
     dtype: str
+    attention: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +155,7 @@ def prepare(job: Job, variant: Variant, optim: OptimConfig) -> Prepared:
         jnp.dtype(job.dtype),
         jnp.dtype(job.dtype),
         remat=dataclasses.replace(optim, remat=variant.remat).remat_policy,
+        attention=job.attention,
     )
     loss = Loss(functools.partial(summed_loss, chunk=job.loss_chunk))
     with jax.set_mesh(job.layout.mesh):
@@ -252,6 +256,7 @@ def _closed_form(job: Job, variant: Variant, params: Any) -> float:
         batch=job.batch_size,
         seq=job.seq_len,
         remat=variant.remat,
+        attention=implementation(job.attention, job.seq_len, job.layout),
         chunked=number_of_chunks((job.batch_size, job.seq_len), job.loss_chunk) > 1,
     )
 

@@ -5,31 +5,45 @@ import re
 from typing import Any
 
 from lora_jax.models import kinds
+from lora_jax.models.layers.attend import Attend
+from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.weight import LoraWeight, Trained, leaves_of
 
 _KEEPS_ONLY_DENSE = "dots_with_no_batch_dims_saveable"  # attention scores are not kept
+# How often both products of a block, or their like in its gradients, are computed. A block runs
+# forward again, and once more where its layer does; a policy that keeps products keeps a block's.
+_OF_BLOCKS = {"none": 4, "dots_saveable": 3, _KEEPS_ONLY_DENSE: 5, "full": 5}
 
 
 def step_flops(
-    config: Any, params: Any, *, batch: int, seq: int, remat: str, chunked: bool
+    config: Any,
+    params: Any,
+    *,
+    batch: int,
+    seq: int,
+    remat: str,
+    attention: Attend,
+    chunked: bool,
 ) -> float:
     """Returns the FLOPs of the matrix products of one step of a decoder.
 
     Each product costs one pass forward and one for the gradient of its input, and one more if its
     kernel trains. With rematerialisation the layers run forward once more, except for their last
-    product. Norms, softmax and the like are not counted, and causal masks save nothing.
+    product. Norms, softmax and the like are not counted. Causal masks save nothing in dense
+    attention; blocks skip the keys behind their span, and run forward once more.
 
     Args:
       config: the configuration of a decoder or of GPT-2.
       params: the adapted tree; the leaves may be abstract.
       batch, seq: the shape of the step's batch; all tokens are predicted.
       remat: the activations recomputed in each layer: "full" for all, or the name of a policy.
+      attention: the implementation of attention.
       chunked: whether the head runs over chunks of predictions, and so is recomputed.
     """
     tokens = batch * seq
     kind_of, total = kinds(config), 0.0
     heads_of = ("head", "embedding") if config.tie_word_embeddings else ("head",)
-    layers_again, scores_again = remat == "full", remat in ("full", _KEEPS_ONLY_DENSE)
+    layers_again = remat == "full"
     for path, leaf in leaves_of(params)[0]:
         kind = kind_of[path]
         is_head = kind in heads_of
@@ -48,5 +62,7 @@ def step_flops(
             factors = leaf.a.size + leaf.b.size
             total += 2 * tokens * share * factors * (3 + (chunked if is_head else layers_again))
     heads = config.num_attention_heads * config.head_dim
-    scores = 4 * batch * seq**2 * heads * config.num_hidden_layers
-    return total + scores * (3 + scores_again)
+    pair = 4 * batch * heads * config.num_hidden_layers  # of a query and a key, forward
+    if isinstance(attention, Blockwise):
+        return total + pair * attention.pairs(seq) * _OF_BLOCKS[remat]
+    return total + pair * seq**2 * (3 + (remat in ("full", _KEEPS_ONLY_DENSE)))

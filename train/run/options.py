@@ -34,6 +34,8 @@ Remat = Annotated[
     ),
 ]
 
+Attention = Literal["auto", "dense", "blockwise"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
@@ -114,6 +116,10 @@ class OptimConfig:
     each layer, for much less memory and some more time. dots_saveable and
     dots_with_no_batch_dims_saveable, policies of JAX, keep the results of all matrix products, or
     of those with weights."""
+    attention: Attention = "auto"
+    """Computation of attention. dense: all scores of a layer at once, the square of the length.
+    blockwise: a block of queries at a time, in memory linear in the length. auto: blockwise from
+    512 tokens on, except where the mesh has a sequence axis."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of the base and its activations. Adapters are always float32."""
 

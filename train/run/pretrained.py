@@ -145,6 +145,7 @@ def read_model(
     dtype: str,
     param_dtype: str | None = None,
     remat: bool | str = False,
+    attention: str = "auto",
     **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Reads a model with its weights; fetches files if need be. See `models.from_pretrained`."""
@@ -155,6 +156,7 @@ def read_model(
             dtype=jnp.dtype(dtype),
             param_dtype=None if param_dtype is None else jnp.dtype(param_dtype),
             remat=remat,
+            attention=attention,
             **options,
         )
 

@@ -13,7 +13,8 @@ from lora_jax.models.decoder.blocks import MLP, dense, norm
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.moe import SparseMLP
 from lora_jax.models.decoder.rope import Rotation, rotate
-from lora_jax.models.layers.attention import attend
+from lora_jax.models.layers.attend import Attend, attend
+from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.placement import UNPLACED, Placement
 
 
@@ -23,15 +24,13 @@ class Step(NamedTuple):
     Attributes:
       rope: RoPE's rotations of this call's tokens.
       window_rope: rotations in layers with a sliding window; None if all layers use ``rope``.
-      mask: [batch, 1, seq, keys] bool, True where a query may look.
-      window_mask: mask in layers with a sliding window; None if all layers use ``mask``.
+      mask: the keys that each token may see in layers without a sliding window.
       filled: [] int32, the number of the cache's slots in use; None without a cache.
     """
 
     rope: Rotation
     window_rope: Rotation | None
-    mask: jax.Array
-    window_mask: jax.Array | None
+    mask: Mask
     filled: jax.Array | None
 
 
@@ -55,6 +54,7 @@ class Attention(nn.Module):
     dtype: Any
     param_dtype: Any
     placement: Placement = UNPLACED
+    attention: str | Attend = "auto"
 
     @nn.compact
     def __call__(
@@ -84,10 +84,14 @@ class Attention(nn.Module):
             start = (0, step.filled, 0, 0)
             keys = lax.dynamic_update_slice(layer.key, k.astype(layer.key.dtype), start)
             values = lax.dynamic_update_slice(layer.value, v.astype(layer.value.dtype), start)
-        mask = _chosen(layer.windowed, step.window_mask, step.mask)
+        mask = step.mask.within(_window(cfg, layer))
         scale = (cfg.query_pre_attn_scalar or cfg.head_dim) ** -0.5
         keys, values = keys.astype(q.dtype), values.astype(q.dtype)
-        out = attend(q, keys, values, mask, scale, cfg.attn_logit_softcapping)
+        out = attend(
+            *(q, keys, values, mask, scale, cfg.attn_logit_softcapping),
+            attention=self.attention,
+            placement=self.placement,
+        )
         out = out.reshape(*x.shape[:2], cfg.num_attention_heads * cfg.head_dim)
         out = self.placement.constrain(out, "features")
         return dense(self, "o_proj", cfg.hidden_size, cfg.o_bias)(out), (k, v)
@@ -118,6 +122,7 @@ class DecoderLayer(nn.Module):
     dtype: Any
     param_dtype: Any
     placement: Placement = UNPLACED
+    attention: str | Attend = "auto"
 
     @nn.compact
     def __call__(
@@ -131,9 +136,8 @@ class DecoderLayer(nn.Module):
         def inputs(norm_name: str, x: jax.Array) -> jax.Array:
             return self.placement.constrain(norm(self, norm_name)(x), "inputs")
 
-        hidden, cached = Attention(*args, name="self_attn")(
-            inputs("input_layernorm", x), step, layer
-        )
+        attention = Attention(*args, self.attention, name="self_attn")
+        hidden, cached = attention(inputs("input_layernorm", x), step, layer)
         if cfg.post_norms:
             x = x + norm(self, "post_attention_layernorm")(hidden)
             hidden = mlp(inputs("pre_feedforward_layernorm", x))
@@ -143,6 +147,14 @@ class DecoderLayer(nn.Module):
             x = x + mlp(inputs("post_attention_layernorm", x))
         x = self.placement.constrain(x, "residual")
         return x, None if layer.key is None else cached
+
+
+def _window(config: DecoderConfig, layer: PerLayer) -> jax.Array | int | None:
+    """Returns the sliding window of a layer; all positions where only others have one."""
+    window = config.sliding_window
+    if window is None or len(config.windowed_layers) == config.num_hidden_layers:
+        return window
+    return jnp.where(layer.windowed, jnp.int32(window), jnp.iinfo(jnp.int32).max)
 
 
 def _chosen(windowed: jax.Array, inside: Any, outside: Any) -> Any:

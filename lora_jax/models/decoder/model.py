@@ -13,10 +13,11 @@ from lora_jax.models.decoder.blocks import norm
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.layer import DecoderLayer, PerLayer, Step
 from lora_jax.models.decoder.rope import rotations
+from lora_jax.models.layers.attend import Attend
 from lora_jax.models.layers.attention import dot_wide, soft_cap
 from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.placement import UNPLACED, Placement
-from lora_jax.models.layers.trunk import Placed, causal_mask, extend, place, rematerialised
+from lora_jax.models.layers.trunk import causal_mask, extend, place, rematerialised
 
 
 class Decoder(nn.Module):
@@ -34,6 +35,8 @@ class Decoder(nn.Module):
         a policy of ``jax.checkpoint_policies`` by name, such as "dots_saveable", keeps what it
         says.
       placement: the activations' place on a mesh; see ``Placement``.
+      attention: the implementation of attention: "auto", "dense", "blockwise", or a function; see
+        ``lora_jax.models.layers.attend.implementation``.
     """
 
     config: DecoderConfig
@@ -41,9 +44,11 @@ class Decoder(nn.Module):
     param_dtype: Any = jnp.float32
     remat: bool | str = False
     placement: Placement = UNPLACED
+    attention: str | Attend = "auto"
 
     def setup(self) -> None:
-        self.model = _Trunk(self.config, self.dtype, self.param_dtype, self.remat, self.placement)
+        args = (self.config, self.dtype, self.param_dtype, self.remat, self.placement)
+        self.model = _Trunk(*args, self.attention)
         if not self.config.tie_word_embeddings:
             self.lm_head = nn.Dense(
                 self.config.vocab_size,
@@ -121,6 +126,7 @@ class _Trunk(nn.Module):
     param_dtype: Any
     remat: bool | str
     placement: Placement
+    attention: str | Attend
 
     def setup(self) -> None:
         cfg = self.config
@@ -138,7 +144,7 @@ class _Trunk(nn.Module):
             in_axes=(nn.broadcast, 0),
             length=cfg.num_hidden_layers,
         )
-        self.layers = scanned(cfg, self.dtype, self.param_dtype, self.placement)
+        self.layers = scanned(cfg, self.dtype, self.param_dtype, self.placement, self.attention)
         self.norm = norm(self)
 
     def __call__(
@@ -150,7 +156,7 @@ class _Trunk(nn.Module):
         segment_ids: jax.Array | None,
     ) -> tuple[jax.Array, Cache | None]:
         placed = place(input_ids, attention_mask, positions, cache, segment_ids)
-        mask, window_mask = _masks(self.config, placed, segment_ids)
+        mask = causal_mask(placed, segment_ids, cache)
         positions = placed.positions
         length = jnp.max(positions) + 1 if cache is None else cache.positions.shape[1]
         rope = rotations(positions, self.config, length)
@@ -158,7 +164,7 @@ class _Trunk(nn.Module):
         if self.config.rope_local_theta is not None:
             window_rope = rotations(positions, self.config, length, local=True)
         filled = None if cache is None else placed.first
-        step = Step(rope, window_rope, mask, window_mask, filled)
+        step = Step(rope, window_rope, mask, filled)
 
         x = self.embed_tokens(input_ids)
         if self.config.scale_embeddings:
@@ -174,27 +180,3 @@ class _Trunk(nn.Module):
         x, new = self.layers(x, step, per_layer)
         x = self.placement.constrain(self.norm(x), "inputs")
         return x, None if cache is None else extend(cache, placed, new)
-
-
-def _masks(
-    config: DecoderConfig, placed: Placed, segment_ids: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the masks of attention, without and with a sliding window.
-
-    Args:
-      config: the decoder's.
-      placed: the positions of queries and keys.
-      segment_ids: [batch, seq] or None.
-
-    Returns:
-      Two masks, [batch, 1, seq, keys] bool; the second is None where all layers
-      use the first.
-    """
-    mask = causal_mask(placed, segment_ids)
-    if config.sliding_window is None:
-        return mask, None
-    near = placed.positions[:, :, None] - placed.slots[:, None, :] < config.sliding_window
-    window_mask = mask & near[:, None]
-    if len(config.windowed_layers) == config.num_hidden_layers:
-        return window_mask, None
-    return mask, window_mask

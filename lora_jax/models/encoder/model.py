@@ -10,8 +10,10 @@ from flax import linen as nn
 
 from lora_jax.models.encoder.config import EncoderConfig
 from lora_jax.models.layers.activations import ACTIVATION
-from lora_jax.models.layers.attention import attend, dot_wide, wide
+from lora_jax.models.layers.attend import Attend, attend
+from lora_jax.models.layers.attention import dot_wide, wide
 from lora_jax.models.layers.blocks import dense, embed, layer_norm
+from lora_jax.models.layers.masks import Mask, bidirectional
 from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.models.layers.trunk import rematerialised
 
@@ -41,6 +43,7 @@ class Encoder(nn.Module):
       param_dtype: dtype of the parameters that ``init`` makes.
       remat: see ``Decoder``.
       placement: see ``Decoder``.
+      attention: see ``Decoder``.
     """
 
     config: EncoderConfig
@@ -48,11 +51,12 @@ class Encoder(nn.Module):
     param_dtype: Any = jnp.float32
     remat: bool | str = False
     placement: Placement = UNPLACED
+    attention: str | Attend = "auto"
 
     def setup(self) -> None:
         cfg, args = self.config, (self.config, self.dtype, self.param_dtype)
         # Its name is the family's, as in Hugging Face's files.
-        setattr(self, cfg.prefix, _Trunk(*args, self.remat, self.placement))
+        setattr(self, cfg.prefix, _Trunk(*args, self.remat, self.placement, self.attention))
         if cfg.head == "masked_lm" and cfg.prefix == "bert":
             self.cls = _BertHead(*args)
         elif cfg.head == "masked_lm":
@@ -137,11 +141,12 @@ class _Trunk(nn.Module):
     param_dtype: Any
     remat: bool | str
     placement: Placement
+    attention: str | Attend
 
     def setup(self) -> None:
         args = (self.config, self.dtype, self.param_dtype)
         self.embeddings = _Embeddings(*args)
-        self.encoder = _Layers(*args, self.remat, self.placement)
+        self.encoder = _Layers(*args, self.remat, self.placement, self.attention)
         if self.config.has_pooler:
             self.pooler = _Dense(*args)
 
@@ -157,11 +162,11 @@ class _Trunk(nn.Module):
             positions = _positions(input_ids, cfg)
         if token_type_ids is None:
             token_type_ids = jnp.zeros_like(input_ids)
-        mask = jnp.ones(input_ids.shape, bool)
+        present = jnp.ones(input_ids.shape, bool)
         if attention_mask is not None:
-            mask = attention_mask.astype(bool)
+            present = attention_mask.astype(bool)
         x = self.embeddings(input_ids, token_type_ids, positions)
-        return self.encoder(x, mask[:, None, None, :])
+        return self.encoder(x, bidirectional(present))
 
     def pool(self, hidden: jax.Array) -> jax.Array:
         """Returns [batch, d_model]: the first token's state, through a layer and tanh."""
@@ -194,9 +199,10 @@ class _Layers(nn.Module):
     param_dtype: Any
     remat: bool | str
     placement: Placement
+    attention: str | Attend
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
         x = self.placement.constrain(x, "residual")
         scanned = nn.scan(
             rematerialised(_Layer, self.remat),
@@ -205,7 +211,7 @@ class _Layers(nn.Module):
             in_axes=nn.broadcast,
             length=self.config.num_hidden_layers,
         )
-        args = (self.config, self.dtype, self.param_dtype, self.placement)
+        args = (self.config, self.dtype, self.param_dtype, self.placement, self.attention)
         return scanned(*args, name="layer")(x, mask)[0]
 
 
@@ -216,11 +222,12 @@ class _Layer(nn.Module):
     dtype: Any
     param_dtype: Any
     placement: Placement
+    attention: str | Attend
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, mask: Mask) -> tuple[jax.Array, None]:
         cfg, args = self.config, (self.config, self.dtype, self.param_dtype)
-        x = _Attention(*args, self.placement, name="attention")(x, mask)
+        x = _Attention(*args, self.placement, self.attention, name="attention")(x, mask)
         intermediate = _Dense(*args, cfg.intermediate_size, name="intermediate")
         inner = ACTIVATION[cfg.hidden_act](intermediate(self.placement.constrain(x, "inputs")))
         x = _AddNorm(*args, name="output")(self.placement.constrain(inner, "features"), x)
@@ -232,11 +239,12 @@ class _Attention(nn.Module):
     dtype: Any
     param_dtype: Any
     placement: Placement
+    attention: str | Attend
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
         args = (self.config, self.dtype, self.param_dtype)
-        attention = _SelfAttention(*args, self.placement, name="self")
+        attention = _SelfAttention(*args, self.placement, self.attention, name="self")
         seen = attention(self.placement.constrain(x, "inputs"), mask)
         return _AddNorm(*args, name="output")(seen, x)
 
@@ -246,9 +254,10 @@ class _SelfAttention(nn.Module):
     dtype: Any
     param_dtype: Any
     placement: Placement
+    attention: str | Attend
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
         heads = (*x.shape[:2], self.config.num_attention_heads, -1)
         q, k, v = (
             self.placement.constrain(
@@ -256,7 +265,8 @@ class _SelfAttention(nn.Module):
             )
             for name in ("query", "key", "value")
         )
-        return self.placement.constrain(attend(q, k, v, mask).reshape(x.shape), "features")
+        out = attend(q, k, v, mask, attention=self.attention, placement=self.placement)
+        return self.placement.constrain(out.reshape(x.shape), "features")
 
 
 class _AddNorm(nn.Module):

@@ -11,9 +11,11 @@ from jax import lax
 
 from lora_jax.models.gpt2.config import GPT2Config
 from lora_jax.models.layers.activations import ACTIVATION
-from lora_jax.models.layers.attention import attend, dot_wide
+from lora_jax.models.layers.attend import Attend, attend
+from lora_jax.models.layers.attention import dot_wide
 from lora_jax.models.layers.blocks import dense, embed, layer_norm
 from lora_jax.models.layers.cache import Cache
+from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.models.layers.trunk import causal_mask, extend, place, rematerialised
 
@@ -30,6 +32,7 @@ class GPT2(nn.Module):
       param_dtype: dtype of the parameters that ``init`` makes.
       remat: see ``Decoder``.
       placement: see ``Decoder``.
+      attention: see ``Decoder``.
     """
 
     config: GPT2Config
@@ -37,11 +40,11 @@ class GPT2(nn.Module):
     param_dtype: Any = jnp.float32
     remat: bool | str = False
     placement: Placement = UNPLACED
+    attention: str | Attend = "auto"
 
     def setup(self) -> None:
-        self.transformer = _Trunk(
-            self.config, self.dtype, self.param_dtype, self.remat, self.placement
-        )
+        args = (self.config, self.dtype, self.param_dtype, self.remat, self.placement)
+        self.transformer = _Trunk(*args, self.attention)
         if not self.config.tie_word_embeddings:
             self.lm_head = dense(self, self.config.vocab_size, use_bias=False, dot_general=dot_wide)
 
@@ -89,9 +92,9 @@ class GPT2(nn.Module):
 
 
 class _Step(NamedTuple):
-    """All layers' input: mask [batch, 1, seq, keys], and the cache's slots in use, or None."""
+    """All layers' input: the mask, and the number of the cache's slots in use, or None."""
 
-    mask: jax.Array
+    mask: Mask
     filled: jax.Array | None
 
 
@@ -108,6 +111,7 @@ class _Attention(nn.Module):
     dtype: Any
     param_dtype: Any
     placement: Placement
+    attention: str | Attend
 
     @nn.compact
     def __call__(
@@ -123,7 +127,12 @@ class _Attention(nn.Module):
             start = (0, step.filled, 0, 0)
             keys = lax.dynamic_update_slice(layer.key, k.astype(layer.key.dtype), start)
             values = lax.dynamic_update_slice(layer.value, v.astype(layer.value.dtype), start)
-        out = attend(q, keys.astype(q.dtype), values.astype(q.dtype), step.mask, layer.scale)
+        keys, values = keys.astype(q.dtype), values.astype(q.dtype)
+        out = attend(
+            *(q, keys, values, step.mask, layer.scale),
+            attention=self.attention,
+            placement=self.placement,
+        )
         out = self.placement.constrain(out.reshape(x.shape), "features")
         return dense(self, cfg.hidden_size, name="c_proj")(out), (k, v)
 
@@ -148,6 +157,7 @@ class _Block(nn.Module):
     dtype: Any
     param_dtype: Any
     placement: Placement
+    attention: str | Attend
 
     @nn.compact
     def __call__(
@@ -158,7 +168,8 @@ class _Block(nn.Module):
         def inputs(norm_name: str, x: jax.Array) -> jax.Array:
             return self.placement.constrain(layer_norm(self, name=norm_name)(x), "inputs")
 
-        hidden, cached = _Attention(*args, name="attn")(inputs("ln_1", x), step, layer)
+        attention = _Attention(*args, self.attention, name="attn")
+        hidden, cached = attention(inputs("ln_1", x), step, layer)
         x = x + hidden
         x = x + _MLP(*args, name="mlp")(inputs("ln_2", x))
         x = self.placement.constrain(x, "residual")
@@ -173,6 +184,7 @@ class _Trunk(nn.Module):
     param_dtype: Any
     remat: bool | str
     placement: Placement
+    attention: str | Attend
 
     def setup(self) -> None:
         cfg = self.config
@@ -185,7 +197,7 @@ class _Trunk(nn.Module):
             in_axes=(nn.broadcast, 0),
             length=cfg.num_hidden_layers,
         )
-        self.h = scanned(cfg, self.dtype, self.param_dtype, self.placement)
+        self.h = scanned(cfg, self.dtype, self.param_dtype, self.placement, self.attention)
         self.ln_f = layer_norm(self)
 
     def __call__(
@@ -206,7 +218,8 @@ class _Trunk(nn.Module):
                 f"{length} {what} more than the model's {cfg.max_position_embeddings} positions"
             )
         placed = place(input_ids, attention_mask, positions, cache, segment_ids)
-        step = _Step(causal_mask(placed, segment_ids), None if cache is None else placed.first)
+        mask = causal_mask(placed, segment_ids, cache)
+        step = _Step(mask, None if cache is None else placed.first)
         x = self.wte(input_ids) + self.wpe(placed.positions)
         x = self.placement.constrain(x, "residual")
         per_layer = _PerLayer(

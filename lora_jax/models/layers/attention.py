@@ -1,4 +1,4 @@
-"""Softmax attention, and products that are never narrower than fp32."""
+"""Softmax attention with all its scores at once, and products that are never narrower than fp32."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from lora_jax.models.layers.masks import Mask
 
 
 def wide(dtype: Any) -> Any:
@@ -21,38 +23,28 @@ def dot_wide(x: jax.Array, y: jax.Array, contract: Any, precision: Any = None) -
     )
 
 
-def attend(
+def dense(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: jax.Array,
+    mask: Mask,
     scale: float | jax.Array | None = None,
     cap: float | None = None,
 ) -> jax.Array:
-    """Computes softmax(soft_cap(scale * q k^T)) v, scores and softmax in fp32.
-
-    Args:
-      q: [batch, seq, heads, head_dim].
-      k: [batch, keys, kv_heads, head_dim]. Queries are grouped by key/value head, so that keys and
-        values are never repeated in memory.
-      v: as k.
-      mask: [batch, 1, seq or 1, keys] bool. A query that may look nowhere (padding) averages all
-        values.
-      scale: a number or []; 1 / sqrt(head_dim) by default.
-      cap: see ``soft_cap``.
-
-    Returns:
-      [batch, seq, heads, head_dim].
-    """
+    """Computes attention with all scores at once, [batch, heads, seq, keys]; see ``attend``."""
     batch, seq, heads, head_dim = q.shape
     dtype = wide(q.dtype)
-    scale = jnp.asarray(head_dim**-0.5 if scale is None else scale, dtype)
     grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim)
     scores = jnp.einsum("bsngd,btnd->bngst", grouped, k, preferred_element_type=dtype)
-    scores = soft_cap(scores * scale, cap)
-    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(dtype).min)
+    scores = soft_cap(scores * score_scale(q, scale), cap)
+    scores = jnp.where(mask.visible()[:, None, None], scores, jnp.finfo(dtype).min)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bngst,btnd->bsngd", probs, v).reshape(q.shape)
+
+
+def score_scale(q: jax.Array, scale: float | jax.Array | None) -> jax.Array:
+    """Returns the factor of the scores, [] in their dtype: 1 / sqrt(head_dim) by default."""
+    return jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, wide(q.dtype))
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:

@@ -19,6 +19,11 @@ class Placement:
     A subclass answers for a mesh. It has to be hashable.
     """
 
+    @property
+    def splits_sequences(self) -> bool:
+        """Returns whether the tokens of one sequence lie on several devices."""
+        return False
+
     def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
         """Returns an activation, with ``jax.lax.with_sharding_constraint`` or as it is.
 

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax import lax
 
 from lora_jax.models.layers.cache import Cache
+from lora_jax.models.layers.masks import Mask, Tokens
 
 # The policies in jax.checkpoint_policies: its other functions make policies.
 REMAT_POLICIES = (
@@ -69,14 +70,16 @@ def place(
     return Placed(positions, slots, first)
 
 
-def causal_mask(placed: Placed, segment_ids: jax.Array | None) -> jax.Array:
-    """Returns [batch, 1, seq, keys] bool: the real tokens of the same segment, up to the query."""
+def causal_mask(placed: Placed, segment_ids: jax.Array | None, cache: Cache | None) -> Mask:
+    """Returns the mask of real tokens of the same segment, up to the query."""
     queries = placed.first + jnp.arange(placed.positions.shape[1], dtype=jnp.int32)
     keys = jnp.arange(placed.slots.shape[1], dtype=jnp.int32)
-    mask = (keys[None, :] <= queries[:, None])[None] & (placed.slots >= 0)[:, None, :]
-    if segment_ids is not None:
-        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return mask[:, None]
+    return Mask(
+        queries=Tokens(queries, placed.positions, segment_ids),
+        keys=Tokens(keys, placed.slots, segment_ids),
+        causal=True,
+        aligned=cache is None,
+    )
 
 
 def extend(cache: Cache, placed: Placed, new: tuple[jax.Array, jax.Array]) -> Cache:

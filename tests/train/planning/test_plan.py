@@ -71,6 +71,34 @@ def test_flops_are_those_counted_by_hand(model, full, remat):
     assert made.flops_source == "hlo" and made.notes == ()
 
 
+@pytest.mark.parametrize(
+    "remat", ["none", "dots_saveable", "dots_with_no_batch_dims_saveable", "full"]
+)
+def test_flops_of_attention_by_blocks(model, remat):
+    """Blocks run forward once more, but skip the keys behind their span."""
+    options = ("--remat", remat, "--seq-len", 1024)  # two blocks in each span
+    made, dense = (
+        planned_for(model, *options, "--attention", how)[2] for how in ("blockwise", "dense")
+    )
+    assert abs(made.flops_closed_form / dense.flops_closed_form - 1) > 0.01
+    for one in (made, dense):
+        np.testing.assert_allclose(one.flops_per_step, one.flops_closed_form, rtol=0.01)
+        np.testing.assert_allclose(one.flops_per_step, one.flops_traced, rtol=0.01)
+
+
+def test_attention_is_planned_as_asked(model):
+    def temporaries(*options):
+        return planned_for(model, "--seq-len", 512, *options)[2].per_chip_bytes["temporaries"]
+
+    auto, dense = temporaries(), temporaries("--attention", "dense")
+    assert auto == temporaries("--attention", "blockwise") < 0.7 * dense
+    mesh = ("--topology", "cpu:2", "--mesh", "sequence=2")
+    split = temporaries(*mesh, "--attention", "dense")
+    assert temporaries(*mesh) == split != temporaries(*mesh, "--attention", "blockwise")
+    options = asked(model, "--attention", "dense")
+    assert plan.described(options.plan, plan.make_job(options.plan)[0])["attention"] == "dense"
+
+
 def test_flops_of_many_devices_are_those_of_one(model):
     _, _, one = planned_for(model, "--grad-accum", 2)
     job, _, made = planned_for(

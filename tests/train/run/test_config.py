@@ -3,12 +3,14 @@
 import json
 import re
 from types import SimpleNamespace
+from typing import get_args
 
 import jax.numpy as jnp
 import pytest
 
 from lora_jax import LoraRule, TrainRule, lorafy, models, save_adapter
 from lora_jax.models import DecoderConfig
+from lora_jax.models.layers.attend import ATTENTION
 from lora_jax.models.layers.trunk import REMAT_POLICIES
 from lora_jax.training.processes import write_json
 from tests.models import tiny, tiny_encoders
@@ -16,9 +18,9 @@ from tests.train.tiny import CONFIG
 from train import classify, sft
 from train.run.adapter import rules
 from train.run.errors import UserError
-from train.run.options import as_json, check_same_run
+from train.run.options import Attention, as_json, check_same_run
 from train.run.output import begin, check_output, read_json
-from train.run.pretrained import Outline
+from train.run.pretrained import Outline, read_model
 from train.sft import check, parse, task_of
 from train.tasks.sql.task import TASK as SQL
 
@@ -200,14 +202,33 @@ def test_what_is_recomputed_by_its_name(parsed, args, name, policy):
         assert policy in REMAT_POLICIES
 
 
+@pytest.mark.parametrize("parsed", [parse, classify.parse])
+def test_attention_by_its_name(parsed):
+    assert get_args(Attention) == ATTENTION
+    assert parsed([]).optim.attention == "auto"
+    for name in ATTENTION:
+        assert parsed(["--attention", name]).optim.attention == name
+
+
+def test_attention_reaches_the_model(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        "train.run.pretrained.from_pretrained", lambda *args, **options: given.append(options)
+    )
+    monkeypatch.setattr("train.run.pretrained.fetch", lambda name: None)
+    read_model("a model", dtype="float32", attention="blockwise")
+    assert given[0]["attention"] == "blockwise"
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        ("--attention flash", ["flash", "--attention", *ATTENTION]),
         ("--remat dots", ["dots", "--remat", "none", "full", "dots_saveable"]),
         ("--remat full none", ["--remat", "one policy is needed, not full none"]),
     ],
 )
-def test_another_policy_is_refused_by_those_that_are(args, words, capsys):
+def test_another_name_is_refused_by_those_that_are(args, words, capsys):
     with pytest.raises(SystemExit) as caught:
         parse(args.split())
     message = " ".join(capsys.readouterr().err.replace("│", "").split())

@@ -1,0 +1,93 @@
+"""Masks of attention, described token by token: any part of one is computed where it is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Tokens(NamedTuple):
+    """Queries or keys, as a mask sees them.
+
+    Attributes:
+      slots: [n] int32, the index among all keys, padding included.
+      positions: [batch, n] int32, the position in the row or segment; of a key -1 where there is
+        nothing to see. None for queries of a mask without a window.
+      segments: [batch, n] int32, the segment; None where each row is one sequence.
+    """
+
+    slots: jax.Array
+    positions: jax.Array | None
+    segments: jax.Array | None = None
+
+    def take(self, start: jax.Array | int, size: int) -> Tokens:
+        """Returns ``size`` tokens from ``start`` on."""
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, -1), self)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("queries", "keys", "window"),
+    meta_fields=("causal", "aligned"),
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mask:
+    """The keys that each query may see, without an array of [seq, keys].
+
+    Attributes:
+      queries: the tokens that look.
+      keys: the tokens that are looked at.
+      window: [] int or None: a query sees keys whose positions lie less than this before its own.
+      causal: a query sees no key in a later slot than its own.
+      aligned: query i has slot i and key j slot j, as without a cache, so that keys behind a block
+        of causal queries need not be looked at.
+    """
+
+    queries: Tokens
+    keys: Tokens
+    window: jax.Array | int | None = None
+    causal: bool
+    aligned: bool
+
+    def within(self, window: jax.Array | int | None) -> Mask:
+        """Returns the mask with a sliding window, or without one for None."""
+        return dataclasses.replace(self, window=window)
+
+    def visible(self, queries: Tokens | None = None, keys: Tokens | None = None) -> jax.Array:
+        """Returns [batch, queries, keys] bool: True where a query may look.
+
+        Args:
+          queries, keys: some of the mask's tokens; all of them by default.
+        """
+        queries = self.queries if queries is None else queries
+        keys = self.keys if keys is None else keys
+        if keys.positions is None:
+            raise ValueError("the keys of a mask need positions: -1 where there is nothing to see")
+        seen = (keys.positions >= 0)[:, None, :]
+        if self.causal:
+            seen = seen & (keys.slots[None, :] <= queries.slots[:, None])[None]
+        if queries.segments is not None and keys.segments is not None:
+            seen = seen & (queries.segments[:, :, None] == keys.segments[:, None, :])
+        if self.window is not None:
+            if queries.positions is None:
+                raise ValueError("the queries of a mask with a window need positions")
+            distance = queries.positions[:, :, None] - keys.positions[:, None, :]
+            seen = seen & (distance < self.window)
+        whole = (seen.shape[0], queries.slots.shape[0], keys.slots.shape[0])
+        return jnp.broadcast_to(seen, whole)
+
+
+def bidirectional(present: jax.Array) -> Mask:
+    """Returns a mask under which every token sees all tokens that are not padding.
+
+    Args:
+      present: [batch, seq] bool, False at padding.
+    """
+    slots = jnp.arange(present.shape[1], dtype=jnp.int32)
+    keys = Tokens(slots, jnp.where(present, slots, -1))
+    return Mask(queries=Tokens(slots, None), keys=keys, causal=False, aligned=True)

@@ -1,0 +1,282 @@
+"""Attention's implementations against each other: values, derivatives, memory, and the choice."""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.models.layers.attend import ATTENTION, IMPLEMENTATIONS, LONG, attend, implementation
+from lora_jax.models.layers.attention import dense
+from lora_jax.models.layers.blockwise import Blockwise
+from lora_jax.models.layers.cache import Cache
+from lora_jax.models.layers.masks import Mask, Tokens, bidirectional
+from lora_jax.models.layers.placement import Placement
+from lora_jax.models.layers.trunk import causal_mask, place
+from tests.support import assert_close, draw
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A mask and the sizes that it is tried with; no two sizes are equal."""
+
+    seq: int
+    batch: int = 2
+    kv_heads: int = 2
+    group: int = 3
+    head_dim: int = 7
+    causal: bool = True
+    padding: str | None = None
+    packed: bool = False
+    window: int | None = None
+    cap: float | None = None
+    scale: float | None = None
+    slots: int | None = None  # of a cache, three of them in use
+    blocks: Blockwise = Blockwise(block=5, spans=2)
+
+    @property
+    def present(self) -> np.ndarray:
+        """[batch, seq] bool: the first row is whole, the second padded."""
+        at, size = np.arange(self.seq), self.seq // 3
+        gap = {"left": at < size, "right": at >= self.seq - size}.get(str(self.padding), at < 0)
+        return np.stack([at >= 0, ~gap])
+
+    def mask(self) -> Mask:
+        present = jnp.asarray(self.present)
+        if not self.causal:
+            return bidirectional(present)
+        ids, cache, segments = jnp.zeros(present.shape, jnp.int32), None, None
+        if self.packed:
+            ends = [[4, 11, 13, self.seq], [1, 9, self.seq, self.seq]]
+            at = np.arange(self.seq)
+            segments = jnp.asarray([np.searchsorted(row, at, "right") for row in ends], jnp.int32)
+        if self.slots:
+            held = np.full((self.batch, self.slots), -1, np.int32)
+            held[:, :3] = [[0, 1, 2], [-1, 0, 1]]
+            nothing = jnp.zeros(())
+            length = jnp.asarray([3, 2], jnp.int32)
+            cache = Cache(nothing, nothing, jnp.asarray(held), jnp.int32(3), length)
+        placed = place(ids, present, None, cache, segments)
+        return causal_mask(placed, segments, cache).within(self.window)
+
+    def arrays(self) -> tuple[jax.Array, ...]:
+        heads = self.kv_heads * self.group
+        keys = (self.batch, self.slots or self.seq, self.kv_heads, self.head_dim)
+        q = draw(1, (self.batch, self.seq, heads, self.head_dim))
+        return 2 * q, draw(2, keys), draw(3, keys)
+
+
+CASES = {
+    "causal": Case(23),
+    "causal, whole blocks": Case(20),
+    "shorter than a block": Case(4),
+    "one query": Case(1),
+    "many spans": Case(23, blocks=Blockwise(block=2, spans=9)),
+    "one span": Case(23, blocks=Blockwise(block=4, spans=1)),
+    "bidirectional": Case(23, causal=False),
+    "bidirectional, padded right": Case(23, causal=False, padding="right"),
+    "bidirectional, padded left": Case(16, causal=False, padding="left"),
+    "padded right": Case(23, padding="right"),
+    "padded left": Case(23, padding="left"),
+    "a window": Case(23, window=4),
+    "a window, padded left": Case(23, window=4, padding="left"),
+    "a window wider than the text": Case(23, window=2**31 - 1),
+    "packed": Case(23, packed=True),
+    "packed, a window and padding": Case(23, packed=True, window=3, padding="right"),
+    "capped": Case(23, cap=1.5, scale=0.9),
+    "one head of keys": Case(17, kv_heads=1, group=4),
+    "no groups": Case(17, kv_heads=3, group=1),
+    "into a cache": Case(23, slots=31),
+    "into a cache, a window and padding": Case(23, slots=31, window=4, padding="left", cap=2.0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_mask_is_its_definition(name: str) -> None:
+    """Pair by pair."""
+    case = CASES[name]
+    mask = case.mask()
+    got = np.asarray(mask.visible())
+    keys = case.slots or case.seq
+    assert got.shape == (case.batch, case.seq, keys)
+    positions, looked_at = (np.asarray(side.positions) for side in (mask.queries, mask.keys))
+    first = 3 if case.slots else 0
+    for b, i, j in np.ndindex(*got.shape):
+        sees = looked_at[b, j] >= 0
+        if case.slots is None:
+            assert sees == case.present[b, j]
+        if case.causal:
+            sees &= j <= first + i
+        if case.packed:
+            segments = np.asarray(mask.keys.segments)
+            sees &= segments[b, i] == segments[b, j]
+        if case.window:
+            sees &= int(positions[b, i]) - int(looked_at[b, j]) < case.window
+        assert got[b, i, j] == sees, (b, i, j)
+    part = mask.visible(mask.queries.take(0, 1), mask.keys.take(keys - 1, 1))
+    np.testing.assert_array_equal(part, got[:, :1, -1:])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_compute_what_dense_attention_does(name: str) -> None:
+    """Values, and gradients of what the queries that see anything give."""
+    case = CASES[name]
+    mask, arrays = case.mask(), case.arrays()
+    looks = np.asarray(mask.visible()).any(-1)[..., None, None]
+    cotangent = jnp.where(looks, draw(4, arrays[0].shape), 0.0)
+
+    def gradient(how: Any) -> Any:
+        def run(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+            out = attend(*arrays, mask, case.scale, case.cap, attention=how)
+            return jnp.sum(out * cotangent), out
+
+        return jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(*arrays)
+
+    ((_, out), got), ((_, expected), want) = gradient(case.blocks), gradient("dense")
+    assert np.isfinite(out).all()
+    assert_close(jnp.where(looks, out, 0.0), jnp.where(looks, expected, 0.0), 1e-5)
+    assert_close(got, want, 1e-5)
+    assert all(np.abs(x).max() > 1e-2 for x in want[2:])
+
+
+def test_dense_attention_is_softmax_written_out(float64: None) -> None:
+    case = CASES["packed, a window and padding"]
+    mask = case.mask()
+    q, k, v = (np.asarray(x, np.float64) for x in case.arrays())
+    visible = np.asarray(mask.visible())
+    got = np.asarray(dense(*map(jnp.asarray, (q, k, v)), mask, 0.6, 1.5))
+    for b, i, h in np.ndindex(case.batch, case.seq, q.shape[2]):
+        seen = visible[b, i]
+        if seen.any():
+            scores = 1.5 * np.tanh(0.6 * k[b, seen, h // case.group] @ q[b, i, h] / 1.5)
+            weights = np.exp(scores) / np.exp(scores).sum()
+            want = weights @ v[b, seen, h // case.group]
+            np.testing.assert_allclose(got[b, i, h], want, rtol=1e-9, atol=1e-12)
+
+
+def test_blocks_in_double_precision(float64: None) -> None:
+    case = CASES["packed, a window and padding"]
+    mask = case.mask()
+    arrays = tuple(x.astype(jnp.float64) for x in case.arrays())
+    looks = np.asarray(mask.visible()).any(-1)[..., None, None]
+    got, want = (np.where(looks, run(*arrays, mask), 0) for run in (case.blocks, dense))
+    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["causal", "packed, a window and padding", "bidirectional"])
+def test_forward_mode(name: str) -> None:
+    case = CASES[name]
+    mask, arrays = case.mask(), case.arrays()
+    along = tuple(draw(9 + i, x.shape) for i, x in enumerate(arrays))
+    got, want = (
+        jax.jvp(lambda *x, run=run: run(*x, mask, None, 2.0), arrays, along)[1]
+        for run in (case.blocks, dense)
+    )
+    assert np.abs(want).max() > 0.1
+    assert_close(got, want, 1e-5)
+
+
+def test_half_precision() -> None:
+    """As near to fp32 as dense attention is: scores and softmax are fp32 in both."""
+    case = CASES["causal"]
+    mask, arrays = case.mask(), case.arrays()
+    half = tuple(x.astype(jnp.bfloat16) for x in arrays)
+    exact = dense(*(x.astype(jnp.float32) for x in half), mask)
+    ours, theirs = (run(*half, mask) for run in (case.blocks, dense))
+    assert ours.dtype == jnp.bfloat16
+    errors = [np.abs(x.astype(jnp.float32) - exact).mean() for x in (ours, theirs)]
+    assert 0 < errors[0] <= 1.1 * errors[1]
+
+
+def test_a_window_may_be_traced() -> None:
+    case = CASES["a window"]
+    arrays = case.arrays()
+
+    @jax.jit
+    def run(window: jax.Array) -> jax.Array:
+        return case.blocks(*arrays, case.mask().within(window))
+
+    for window in (2, 4, 2**31 - 1):
+        assert_close(run(jnp.int32(window)), dense(*arrays, case.mask().within(window)), 1e-5)
+
+
+# Sizes of a layer; attention alone, on abstract shapes.
+HEADS, KV_HEADS, HEAD_DIM = 3, 1, 8
+
+
+def compiled(how: Any, seq: int, *, causal: bool = True) -> jax.stages.Compiled:
+    """The gradient of attention over so many tokens."""
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        slots = jnp.arange(seq, dtype=jnp.int32)
+        tokens = Tokens(slots, slots[None], segments)
+        mask = Mask(queries=tokens, keys=tokens, window=900, causal=causal, aligned=True)
+        return jnp.sum(attend(q, k, v, mask, attention=how) ** 2)
+
+    shapes = [(1, seq, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    segments = jax.ShapeDtypeStruct((1, seq), jnp.int32)
+    return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays, segments).compile()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_no_array_has_a_score_for_each_pair(causal: bool) -> None:
+    seq = 1021
+
+    def largest(how: str) -> int:
+        shapes = re.findall(
+            r"\b(?:f32|pred|s32)\[([\d,]+)\]", compiled(how, seq, causal=causal).as_text()
+        )
+        return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+    assert largest("blockwise") < 0.5 * seq**2
+    assert largest("dense") >= HEADS * seq**2, "the control"
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_memory_grows_with_the_length_and_not_its_square(causal: bool) -> None:
+    def growth(how: str) -> float:
+        few, many = (
+            compiled(how, seq, causal=causal).memory_analysis().temp_size_in_bytes
+            for seq in (1024, 8192)
+        )
+        print(f"{how}: {few / 1e6:.1f} MB, {many / 1e6:.1f} MB")
+        return many / few
+
+    assert growth("blockwise") < 9
+    assert growth("dense") > 50, "the control"
+
+
+class Split(Placement):
+    @property
+    def splits_sequences(self) -> bool:
+        return True
+
+
+def test_the_choice() -> None:
+    assert ATTENTION == ("auto", "dense", "blockwise")
+    short, long = LONG - 1, LONG
+    assert implementation("auto", 1) is implementation("auto", short) is IMPLEMENTATIONS["dense"]
+    assert implementation("auto", long) is IMPLEMENTATIONS["blockwise"]
+    assert implementation("auto", long, Split()) is IMPLEMENTATIONS["dense"]
+    for name in ("dense", "blockwise"):
+        for seq in (1, long):
+            assert implementation(name, seq, Split()) is IMPLEMENTATIONS[name]
+    own = Blockwise(block=3)
+    assert implementation(own, 1) is own
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="'flash' is not one of auto, dense, blockwise"):
+        implementation("flash", 1)
+    with pytest.raises(ValueError, match=r"block=0, spans=4.*at least 1"):
+        Blockwise(block=0)
+    mask = bidirectional(jnp.ones((2, 3), bool))
+    with pytest.raises(ValueError, match="queries of a mask with a window need positions"):
+        mask.within(4).visible()
+    with pytest.raises(ValueError, match="keys of a mask need positions"):
+        dataclasses.replace(mask, keys=mask.queries).visible()
