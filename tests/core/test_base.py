@@ -123,6 +123,7 @@ def test_variants_and_dropout(program, changes, float64):
     assert_close(values(tree), values(decoded(tree)), 1e-9)
 
 
+@pytest.mark.filterwarnings("ignore::lora_jax.RoleWarning")  # some use a kernel only mirrored
 @settings(max_examples=3, **COMMON)
 @given(programs(), ways)
 def test_random_programs(program, way):
@@ -130,6 +131,7 @@ def test_random_programs(program, way):
         check(with_coded_weights(program), way)
 
 
+@pytest.mark.filterwarnings("ignore::lora_jax.RoleWarning")  # some use a kernel only mirrored
 @pytest.mark.slow
 @settings(max_examples=30, **COMMON)
 @given(programs(), ways)
