@@ -103,7 +103,7 @@ def test_llama_2_7b_in_full(plan):
 
 
 def test_what_does_not_fit_is_told(plan):
-    made = plan("7b", *OF_7B, "--remat", "none")
+    made = plan("7b", *OF_7B, "--remat", "none", "--attention", "dense")
     assert not made["fits"] and "exceeds available HBM (15.75G)" in made["refused"]
     assert made["per_chip_bytes"]["total"] > 30 * GIB
 
