@@ -21,7 +21,7 @@ MODULES = sorted(
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 NO_EXAMPLE = {  # types and errors, which functions above return, take or raise
     "AdapterError", "FactorShape", "Initialiser", "LoraWeight", "MergeError", "MergeWarning",
-    "ProjectionState", "RoleError", "Trained", "TrainedRows",
+    "ProjectionState", "RoleError", "RoleWarning", "Trained", "TrainedRows",
 }  # fmt: skip
 
 

@@ -33,6 +33,7 @@ class Blockwise:
       spans: spans of a causal sequence. More of them save products, and take memory and time to
         compile.
 
+    >>> from lora_jax.models.layers.blockwise import Blockwise
     >>> Blockwise(block=64)
     Blockwise(block=64, spans=4)
     """
