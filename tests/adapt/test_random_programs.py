@@ -19,7 +19,7 @@ COMMON = {
 ways = st.sampled_from(list(WAYS))
 
 
-@settings(max_examples=8, **COMMON)
+@settings(max_examples=5, **COMMON)
 @given(programs(), ways)
 def test_random_programs_keep_the_laws(program, way):
     with jax.enable_x64(True):
@@ -27,7 +27,7 @@ def test_random_programs_keep_the_laws(program, way):
 
 
 @pytest.mark.slow
-@settings(max_examples=40, **COMMON)
+@settings(max_examples=25, **COMMON)
 @given(programs(), ways)
 def test_many_random_programs_keep_the_laws(program, way):
     with jax.enable_x64(True):

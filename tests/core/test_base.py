@@ -124,7 +124,7 @@ def test_variants_and_dropout(program, changes, float64):
 
 
 @pytest.mark.filterwarnings("ignore::lora_jax.RoleWarning")  # some use a kernel only mirrored
-@settings(max_examples=3, **COMMON)
+@settings(max_examples=2, **COMMON)
 @given(programs(), ways)
 def test_random_programs(program, way):
     with jax.enable_x64(True):
@@ -133,7 +133,7 @@ def test_random_programs(program, way):
 
 @pytest.mark.filterwarnings("ignore::lora_jax.RoleWarning")  # some use a kernel only mirrored
 @pytest.mark.slow
-@settings(max_examples=30, **COMMON)
+@settings(max_examples=15, **COMMON)
 @given(programs(), ways)
 def test_many_random_programs(program, way):
     with jax.enable_x64(True):
