@@ -41,9 +41,8 @@ def lorafy(
         `jax.ShapeDtypeStruct`\\ s): the axis roles of each kernel are read from what `fn` does
         with it, in the place of Flax's convention, and "all-linear" takes each array that it
         multiplies by, but for embeddings and heads by their names: no table that is looked up, no
-        gain, nothing that is added to an activation, no array of one input or one output. A rule's
-        own in_axes and out_axes come first. Give keyword arguments by a lambda or
-        `functools.partial`.
+        gain, nothing that is added to an activation. A rule's own in_axes and out_axes come first.
+        Give keyword arguments by a lambda or `functools.partial`.
       kinds: by path, the part of the model that a leaf belongs to ("attention", "mlp", "experts",
         "head", …), which presets of targets select by: ``lora_jax.models.kinds(model.config)``.
 

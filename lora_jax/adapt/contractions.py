@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Use
 from lora_jax.adapt.user_code import place_of
 from lora_jax.factored import Factored
@@ -120,7 +121,7 @@ def contractions(
     free = union(held for axis, held in enumerate(weight.labels) if axis not in axes[1])
     batch = axes[1].difference(axes[0])
     long = {axis for axis, n in enumerate(weight.base.shape) if n > 1 and axis not in batch}
-    other = math.prod(use.eqn.invars[1 - side].aval.shape)  # type: ignore[attr-defined]
+    other = math.prod(eqns.type_of(use.eqn.invars[1 - side]).shape)
     one_vector = other == math.prod(weight.base.shape[axis] for axis in axes[0])
     uses = {}
     for path in sorted({axis.path for axis in contracted | free}):
@@ -177,5 +178,5 @@ def composed(use: Use) -> list[Held]:
 def indexed(use: Use, ndim: int) -> list[int]:
     """Returns the axes that a gather indexes, whether they go or stay with one element."""
     gone, sizes = use.params["dimension_numbers"].collapsed_slice_dims, use.params["slice_sizes"]
-    shape = use.eqn.invars[0].aval.shape  # type: ignore[attr-defined]
+    shape = eqns.type_of(use.eqn.invars[0]).shape
     return [axis for axis in range(ndim) if axis in gone or sizes[axis] == 1 < shape[axis]]

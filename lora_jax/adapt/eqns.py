@@ -23,6 +23,11 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, Literal)
 
 
+def type_of(atom: Any) -> Any:
+    """Returns the type of an equation's operand or output: shape, dtype, sharding."""
+    return atom.aval
+
+
 def trace_with(
     fn: Callable[..., Any], leaves: Sequence[Any], treedef: Any, places: Sequence[int]
 ) -> Callable[..., list[Any]]:
@@ -80,11 +85,11 @@ def scan_of(eqn: JaxprEqn) -> Scan:
     body = eqn.params["jaxpr"]
     inner, _ = opened(body)
     n_carry = sum(
-        out.aval.ndim == of_body.aval.ndim  # type: ignore[attr-defined]
+        type_of(out).ndim == type_of(of_body).ndim
         for out, of_body in zip(eqn.outvars, inner.outvars, strict=True)
     )
     n_xs = sum(
-        operand.aval.ndim != of_body.aval.ndim  # type: ignore[attr-defined]
+        type_of(operand).ndim != type_of(of_body).ndim
         for operand, of_body in zip(eqn.invars, inner.invars, strict=True)
     )
     n_consts = len(eqn.invars) - n_carry - n_xs

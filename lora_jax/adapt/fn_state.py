@@ -158,7 +158,10 @@ class _ByEquality:
         return hash(self._value)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ByEquality) and bool(self._value == other._value)
+        try:
+            return isinstance(other, _ByEquality) and bool(self._value == other._value)
+        except Exception:  # as of arrays, which compare element by element
+            return False
 
 
 def _is_of_python(name: str, value: Any) -> bool:

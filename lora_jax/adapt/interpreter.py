@@ -58,8 +58,8 @@ class Use:
         made_by = (eqn for eqn in self.jaxpr.eqns if atom in eqn.outvars)
         source = None if eqns.is_literal(atom) else next(made_by, None)
         if source is None or source.primitive.name != "broadcast_in_dim":
-            return [axis for axis, n in enumerate(atom.aval.shape) if n != 1]  # type: ignore[attr-defined]
-        before = source.invars[0].aval.shape  # type: ignore[attr-defined]
+            return [axis for axis, n in enumerate(eqns.type_of(atom).shape) if n != 1]
+        before = eqns.type_of(source.invars[0]).shape
         held = zip(source.params["broadcast_dimensions"], before, strict=True)
         return [axis for axis, n in held if n != 1]
 

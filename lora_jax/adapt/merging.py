@@ -1,9 +1,6 @@
 """Warns of, or refuses, uses of a weight that have no factored form: W + s·AB is formed there."""
 
-import warnings
-from typing import Any
-
-from lora_jax.adapt.user_code import Place
+from lora_jax.adapt.user_code import Place, warn
 from lora_jax.factored import Factored
 
 
@@ -20,8 +17,6 @@ _ADVICE = (
     "out of the rules"
 )
 _OWN_DERIVATIVES = ("custom_vjp_call", "custom_jvp_call")
-# What `warnings` needs to say a thing once for each weight and place.
-_WARNED: dict[Any, Any] = {}
 
 
 def why(primitive: str) -> str:
@@ -92,4 +87,4 @@ def say(
         f"{what}: {formed} is formed there, at the cost of W's memory. The result is right. "
         f"{remedy}."
     )
-    warnings.warn_explicit(message, MergeWarning, place.file, place.line, registry=_WARNED)
+    warn(message, MergeWarning, place)

@@ -16,7 +16,7 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, KeyPath, Seque
 from lora_jax.paths import path_string
 
 _VALUE = "value of the Variable"  # in the place of an attribute's name
-_DELETED = "deleted"
+_DELETED = object()  # in the place of a value
 # The path of each object, and its attributes' new values: a pytree.
 Writes = list[tuple[KeyPath, dict[str, Any]]]
 
@@ -77,7 +77,7 @@ def write(tree: Any, writes: Writes) -> None:
 def _objects(tree: Any) -> Iterator[tuple[KeyPath, Any]]:
     """Returns each module, stream and Variable in a tree, with its path."""
     nnx = sys.modules.get("flax.nnx")
-    if nnx is None:  # nobody has made one; importing NNX takes half as long as importing JAX
+    if nnx is None:  # nobody has made one, and NNX is dear to import
         return
     is_object = lambda value: isinstance(value, (nnx.Pytree, nnx.Variable))  # noqa: E731
     for path, value in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_object):

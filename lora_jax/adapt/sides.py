@@ -7,7 +7,6 @@ magnitude, LoRA+, LoRA-FA, PiSSA, OLoRA) acts on the wrong side.
 
 import contextlib
 import contextvars
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.roles import infer_roles
-from lora_jax.adapt.user_code import Place
+from lora_jax.adapt.user_code import Place, warn
 from lora_jax.axes import EMBEDDING_NAMES, AxisRoles, Seen
 from lora_jax.factored import Factored
 from lora_jax.paths import leaf_name
@@ -85,13 +84,12 @@ def _shape(array: Any) -> jax.ShapeDtypeStruct:
 
 
 def _warn(path: str, roles: AxisRoles, place: Place) -> None:
-    warnings.warn_explicit(
+    warn(
         f"the weight {path!r} is recorded with {roles}, but the function only uses it the other "
         f"way round, as at {place}. The result is right, but A and B have changed places: DoRA's "
         "magnitude, LoRA+, LoRA-FA, PiSSA and OLoRA act on the wrong side. Record what the "
         "function does: by looking, lorafy(params, rules, trace=(fn, params, x)), or by hand with "
         "LoraRule(in_axes=…, out_axes=…).",
         RoleWarning,
-        place.file,
-        place.line,
+        place,
     )

@@ -80,9 +80,8 @@ def trace(call: Call) -> Trace:
 
     Raises whatever the function raises while it is traced.
     """
-    traced, made = _to_trace(call, tuple(call.weights))
     try:
-        jaxpr = jax.make_jaxpr(traced)(*call.weights.values())
+        return _traced(call, call.weights)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
         error.add_note(
             "lora_jax.adapt traces the function, as jax.jit does: Python code in it cannot depend "
@@ -90,28 +89,29 @@ def trace(call: Call) -> Trace:
             "them before and pass them in, or run the function on lora_jax.merge(params)."
         )
         raise
-    return Trace(jaxpr, tuple(call.weights), made.pop())
 
 
-def _to_trace(call: Call, places: Sequence[int]) -> tuple[Callable[..., Any], list[Outputs]]:
-    """Returns a function of the leaves at `places`, and a list that its tracing adds to."""
+def _traced(call: Call, inputs: Mapping[int, Any]) -> Trace:
+    """Returns the trace of a call.
+
+    Args:
+      call: the call.
+      inputs: by place among its leaves, the arrays that are inputs of the jaxpr.
+    """
     made: list[Outputs] = []
-    leaves = [None if place in places else leaf for place, leaf in enumerate(call.leaves)]
-    fn, treedef = call.fn, call.treedef
 
-    def traced(*values: Any) -> list[Any]:
-        given = dict(zip(places, values, strict=True))
-        filled = (given.get(place, leaf) for place, leaf in enumerate(leaves))
-        args, kwargs = treedef.unflatten(filled)
+    def called(args: Any, kwargs: Any) -> list[Any]:
         before = Snapshot.of((args, kwargs))
-        result = fn(*args, **kwargs)
-        results, out = jax.tree.flatten((result, before.writes()))
-        is_traced = [isinstance(leaf, jax.core.Tracer) for leaf in results]
-        pairs = list(zip(results, is_traced, strict=True))
-        made.append(Outputs([None if t else leaf for leaf, t in pairs], is_traced, out))
-        return [leaf for leaf, t in pairs if t]
+        result = call.fn(*args, **kwargs)
+        leaves, treedef = jax.tree.flatten((result, before.writes()))
+        is_traced = [isinstance(leaf, jax.core.Tracer) for leaf in leaves]
+        pairs = list(zip(leaves, is_traced, strict=True))
+        made.append(Outputs([None if t else leaf for leaf, t in pairs], is_traced, treedef))
+        return leaves
 
-    return traced, made
+    fn = eqns.trace_with(called, call.leaves, call.treedef, list(inputs))
+    jaxpr = jax.make_jaxpr(fn)(*inputs.values())
+    return Trace(jaxpr, tuple(inputs), made.pop())
 
 
 class EagerTraces:
@@ -130,32 +130,26 @@ class EagerTraces:
         """
         if self._is_off:
             return None
-        leaves = call.leaves
-        arrays = [place for place, leaf in enumerate(leaves) if _is_array(leaf)]
-        places = (*call.weights, *(place for place in arrays if place not in call.weights))
-        values = [call.weights.get(place, leaves[place]) for place in places]
-        others = set(range(len(leaves))).difference(places)
+        arrays = {place: leaf for place, leaf in enumerate(call.leaves) if _is_array(leaf)}
+        inputs = {**arrays, **call.weights}
+        others = [leaf for place, leaf in enumerate(call.leaves) if place not in inputs]
+        types = tuple((place, _type_of(value)) for place, value in inputs.items())
         try:
-            state = State(call.fn, [leaves[place] for place in sorted(others)])
-            key = (call.treedef, places, state, tuple(map(_type_of, values)), _settings())
-            hash(key)
-        except (UnknownStateError, TypeError):
+            key = (call.treedef, types, State(call.fn, others), _settings())
+            is_known = key in self._known
+        except (UnknownStateError, TypeError, ValueError):
+            # The tree's static data may have no hash (TypeError), or compare by element.
             self._is_off = True
             return None
-        if key not in self._known:
-            self._known[key] = self._trace(call, places, values)
+        if not is_known:
+            try:
+                self._known[key] = _traced(call, inputs)
+            except Exception:  # with the elements known it works, or says why it does not
+                self._known[key] = None
             if len(self._known) > _MOST_TRACES:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
         return self._known[key]
-
-    def _trace(self, call: Call, places: Sequence[int], values: Sequence[Any]) -> Trace | None:
-        traced, made = _to_trace(call, places)
-        try:
-            jaxpr = jax.make_jaxpr(traced)(*values)
-        except Exception:  # with the elements known it works, or says why it does not
-            return None
-        return Trace(jaxpr, tuple(places), made.pop())
 
 
 @jax.jit

@@ -3,9 +3,11 @@
 import contextlib
 import contextvars
 import functools
+import os
 import sys
 import sysconfig
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +16,20 @@ import jax
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn
 
-_PACKAGES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")})
-_OURS = str(Path(__file__).parent.parent)
-_WALK = str(Path(__file__).parent)  # this folder: its lines are nobody's
-_JAX = tuple(str(Path(module.__file__ or "").parent) for module in (jax, sys.modules["jaxlib"]))
+
+def _inside(folder: str | Path) -> str:
+    """Returns what the paths of files in a folder begin with."""
+    return f"{folder}{os.sep}"
+
+
+_PACKAGES = tuple(
+    {_inside(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib", "platlib")}
+)
+_OURS = _inside(Path(__file__).parent.parent)
+_WALK = _inside(Path(__file__).parent)  # this folder: its lines are nobody's
+_JAX = tuple(_inside(Path(module.__file__ or "").parent) for module in (jax, sys.modules["jaxlib"]))
+
+_WARNED: dict[Any, Any] = {}  # what `warnings` needs to say a thing once
 
 # The equations that are being evaluated, one inside the other.
 _INSIDE: contextvars.ContextVar[tuple[JaxprEqn, ...]] = contextvars.ContextVar("inside", default=())
@@ -27,7 +39,7 @@ _INSIDE: contextvars.ContextVar[tuple[JaxprEqn, ...]] = contextvars.ContextVar("
 def is_packaged(module: str) -> bool:
     """Returns whether a module is built in, or lies where packages are installed."""
     if module in sys.builtin_module_names:
-        return module != "__main__"
+        return True
     path = getattr(sys.modules.get(module), "__file__", None)
     return path is not None and _is_package_file(path)
 
@@ -79,10 +91,16 @@ def place_of_call() -> Place:
     return Place("a package", 1, "")
 
 
+def warn(message: str, category: type[Warning], place: Place) -> None:
+    """Warns at a line of the user's code; once for each message, unless a filter says otherwise."""
+    warnings.warn_explicit(message, category, place.file, place.line, registry=_WARNED)
+
+
 def _short(path: str) -> str:
     """Returns a path from the package on."""
-    roots = [root for root in (*_PACKAGES, str(Path(_OURS).parent)) if path.startswith(root)]
-    return path.removeprefix(max(roots, key=len)).lstrip("/\\") if roots else path
+    roots = (*_PACKAGES, _inside(Path(_OURS).parent))
+    found = [root for root in roots if path.startswith(root)]
+    return path.removeprefix(max(found, key=len)) if found else path
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What an eager call of `adapt` costs, beside the plain function: forward, and the gradient.
+"""Measures eager calls of `adapt` beside the plain function: forward, and the gradient.
 
     python -m tests.benchmarks.eager_calls
 

@@ -1,4 +1,4 @@
-"""What `import lora_jax` costs in a fresh process, beside `import jax`, which it stands on.
+"""Measures `import lora_jax` in fresh processes, beside `import jax`, which it stands on.
 
     python tests/benchmarks/import_time.py
 

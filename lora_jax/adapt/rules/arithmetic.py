@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.axes import Label
 from lora_jax.base import as_array
@@ -91,7 +92,7 @@ def _laid_out(array: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
 def _sum(_: Interpreter, use: Use, sign: int = 1) -> list[Any] | None:
     """W + s·AB + C has the factors of W; of two weights, ranks lie side by side."""
     values = use.values
-    shape = use.eqn.outvars[0].aval.shape  # type: ignore[attr-defined]
+    shape = eqns.type_of(use.eqn.outvars[0]).shape
     weights = [v for v in values if isinstance(v, Factored)]
     if any(w.base.shape != shape or has_more(w) for w in weights):
         return None  # the weight itself is stretched, or it is (W + s·AB)·diag(g)

@@ -5,6 +5,8 @@ from typing import Any
 
 from jax.extend.core import JaxprEqn
 
+from lora_jax.adapt import eqns
+
 Shape = Sequence[int]
 # For each axis of the result, the axes of the operand that it holds: several where they are merged,
 # none where the axis is new. An axis that is split is held by each of its parts.
@@ -15,7 +17,7 @@ def axis_map(eqn: JaxprEqn) -> AxisMap | None:
     """Returns where the axes of an equation's first operand go; None where that is not told."""
     if eqn.primitive.name not in _MAPS:
         return None
-    shape, out = (atom.aval.shape for atom in (eqn.invars[0], eqn.outvars[0]))  # type: ignore[attr-defined]
+    shape, out = (eqns.type_of(atom).shape for atom in (eqn.invars[0], eqn.outvars[0]))
     return _MAPS[eqn.primitive.name](eqn.params, shape, out)
 
 

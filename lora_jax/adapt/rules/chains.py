@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.arithmetic import has_more, mirrored, scale_in_a
 from lora_jax.adapt.rules.products import contracted_role, dot_general, with_unit_roles
@@ -54,7 +55,7 @@ def _may_merge(weight: Factored) -> bool:
 
 def _has_form(use: Use, left: Factored, right: Factored) -> bool:
     """Returns whether the product of two weights has factors."""
-    both, dtype = (left, right), use.eqn.outvars[0].aval.dtype  # type: ignore[attr-defined]
+    both, dtype = (left, right), eqns.type_of(use.eqn.outvars[0]).dtype
     bases = [as_array(weight.base) for weight in both]
     return (
         not any(has_more(weight) or is_dropped(weight) for weight in both)

@@ -74,8 +74,8 @@ def labels_after(
 
 def _convert(_: Interpreter, use: Use) -> list[Any] | None:
     """The base alone changes dtype: the factors, which are real, are cast where they are used."""
-    weight, out = _only_weight(use), use.eqn.outvars[0].aval
-    if weight is None or not jnp.issubdtype(out.dtype, jnp.inexact):  # type: ignore[attr-defined]
+    weight, out = _only_weight(use), eqns.type_of(use.eqn.outvars[0])
+    if weight is None or not jnp.issubdtype(out.dtype, jnp.inexact):
         return None
     if any(jnp.issubdtype(part.dtype, jnp.complexfloating) for part in weight.parts.values()):
         return None
@@ -150,7 +150,7 @@ def _slice(_: Interpreter, use: Use) -> list[Any] | None:
 
 def _cut_axes(use: Use, weight: Factored) -> list[int]:
     """Returns the axes that the equation makes shorter."""
-    out = use.eqn.outvars[0].aval.shape  # type: ignore[attr-defined]
+    out = eqns.type_of(use.eqn.outvars[0]).shape
     return [axis for axis, n in enumerate(weight.base.shape) if out[axis] != n]
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.adapt import sides
+from lora_jax.adapt import eqns, sides
 from lora_jax.adapt.interpreter import Interpreter, RoleError, Rule, Use
 from lora_jax.adapt.merging import MergeError
 from lora_jax.adapt.user_code import place_of
@@ -48,7 +48,7 @@ def dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
     contract, batch = pairs
     if not weight.parts:
         return [_with_base(use, 1 - weight_first)(x)]
-    dtype = use.eqn.outvars[0].aval.dtype  # type: ignore[attr-defined]
+    dtype = eqns.type_of(use.eqn.outvars[0]).dtype
     has_fractions = jnp.issubdtype(x.dtype, jnp.inexact)
     if not jnp.issubdtype(dtype, jnp.inexact) or (weight.gain is not None and not has_fractions):
         return None
@@ -169,7 +169,7 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
         return jnp.moveaxis(jnp.moveaxis(delta, 0, 1).reshape(*lead, n_out), -1, features)
 
     def along_features(vector: jax.Array) -> jax.Array:
-        out = use.eqn.outvars[0].aval.ndim  # type: ignore[attr-defined]
+        out = eqns.type_of(use.eqn.outvars[0]).ndim
         return lax.expand_dims(vector, [axis for axis in range(out) if axis != features])
 
     return [combined(x, weight, _with_base(use, 1), with_factors, along_features)]

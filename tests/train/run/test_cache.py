@@ -1,4 +1,4 @@
-"""Where compiled programs are kept for later runs: options, settings of JAX, and later hits."""
+"""The scripts keep compiled programs for later runs: options, settings of JAX, later hits."""
 
 import json
 import os
