@@ -1,10 +1,11 @@
 """A training step on SmolLM2-135M: LoRA here, LoRA in PEFT, and full fine-tuning.
 
     python tests/benchmarks/train_step.py [--peft]
+    python tests/benchmarks/train_step.py --batch 1 --seq 2048 --rounds 0 [--attention dense]
 
-Batch 4 × 128, r = 8 on all linear layers, fp32, AdamW. The variants take turns, so that the
-ratios of one run compare (its seconds do not); compiled temporaries and arguments beside them.
-``--peft`` needs the extra "parity".
+Batch 4 × 128 by default, r = 8 on all linear layers, fp32, AdamW. The variants take turns, so that
+the ratios of one run compare (its seconds do not); compiled temporaries and arguments beside them.
+``--rounds 0`` prints compiled memory alone. ``--peft`` needs the extra "parity".
 """
 
 import argparse
@@ -22,7 +23,6 @@ import lora_jax as lj
 from lora_jax import models
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-BATCH, SEQ, ROUNDS = 4, 128, 7
 RULES = [lj.LoraRule(targets="all-linear", rank=8, alpha=16)]
 
 
@@ -87,10 +87,14 @@ def peft(params: Any, ids: np.ndarray) -> tuple[Callable[[], None], str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peft", action="store_true", help="time PEFT on torch as well")
+    parser.add_argument("--batch", type=int, default=4, help="rows")
+    parser.add_argument("--seq", type=int, default=128, help="tokens a row")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each; 0 for none")
+    parser.add_argument("--attention", default="auto", help="auto, dense or blockwise")
     arguments = parser.parse_args()
     models.fetch(MODEL)
-    model, params = models.from_pretrained(MODEL)
-    tokens = np.random.default_rng(0).integers(0, 49152, (BATCH, SEQ))
+    model, params = models.from_pretrained(MODEL, attention=arguments.attention)
+    tokens = np.random.default_rng(0).integers(0, 49152, (arguments.batch, arguments.seq))
     ids = jnp.asarray(tokens, jnp.int32)
     variants = {
         "full fine-tuning": ours(model, params, [lj.TrainRule(targets=".*")], ids),
@@ -101,15 +105,18 @@ def main() -> None:
     if arguments.peft:
         variants["PEFT, LoRA"] = peft(params, tokens)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(ROUNDS):
+    for _ in range(arguments.rounds):
         for name, (run, _) in variants.items():
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items() if times[1:]}
     for name, (_, memory) in variants.items():
-        ratio = medians[name] / medians["full fine-tuning"]
-        print(f"{name:22s} {ratio:.2f}x full ({medians[name]:.2f} s)  {memory}")
+        took = ""
+        if medians:
+            ratio = medians[name] / medians["full fine-tuning"]
+            took = f"{ratio:.2f}x full ({medians[name]:.2f} s)  "
+        print(f"{name:22s} {took}{memory}")
 
 
 if __name__ == "__main__":
