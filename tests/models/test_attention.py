@@ -15,7 +15,6 @@ from lora_jax.models.layers.attention import dense
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.masks import Mask, Tokens, bidirectional
-from lora_jax.models.layers.placement import Placement
 from lora_jax.models.layers.trunk import causal_mask, place
 from tests.support import assert_close, draw
 
@@ -253,21 +252,14 @@ def test_memory_grows_with_the_length_and_not_its_square(causal: bool) -> None:
     assert growth("dense") > 50, "the control"
 
 
-class Split(Placement):
-    @property
-    def splits_sequences(self) -> bool:
-        return True
-
-
 def test_the_choice() -> None:
     assert ATTENTION == ("auto", "dense", "blockwise")
     short, long = LONG - 1, LONG
     assert implementation("auto", 1) is implementation("auto", short) is IMPLEMENTATIONS["dense"]
     assert implementation("auto", long) is IMPLEMENTATIONS["blockwise"]
-    assert implementation("auto", long, Split()) is IMPLEMENTATIONS["dense"]
     for name in ("dense", "blockwise"):
         for seq in (1, long):
-            assert implementation(name, seq, Split()) is IMPLEMENTATIONS[name]
+            assert implementation(name, seq) is IMPLEMENTATIONS[name]
     own = Blockwise(block=3)
     assert implementation(own, 1) is own
 

@@ -260,7 +260,8 @@ def _closed_form(job: Job, variant: Variant, params: Any) -> float:
         batch=job.batch_size,
         seq=job.seq_len,
         remat=variant.remat,
-        attention=implementation(job.attention, job.seq_len, job.layout),
+        attention=implementation(job.attention, job.seq_len),
+        split=job.layout.split(job.seq_len),
         chunked=number_of_chunks((job.batch_size, job.seq_len), job.loss_chunk) > 1,
     )
 
