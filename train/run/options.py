@@ -34,7 +34,7 @@ Remat = Annotated[
     ),
 ]
 
-Attention = Literal["auto", "dense", "blockwise", "splash", "cudnn", "triton"]
+Attention = Literal["auto", "dense", "blockwise", "splash", "cudnn"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,8 +119,8 @@ class OptimConfig:
     attention: Attention = "auto"
     """Computation of attention. dense: all scores of a layer at once, the square of the length.
     blockwise: a block of queries at a time, in memory linear in the length. splash: a kernel for
-    TPUs. cudnn, triton: kernels for GPUs. auto: the device's kernel or blockwise from 512 tokens
-    on, except where the mesh has a sequence axis."""
+    TPUs. cudnn: a kernel for GPUs, in half precision. auto: the device's kernel, or blockwise where
+    there is none, from 512 tokens on."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of the base and its activations. Adapters are always float32."""
 

@@ -9,7 +9,7 @@ import jax
 from lora_jax.models.layers.attention import dense
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.call import Call
-from lora_jax.models.layers.gpu import Cudnn, Triton
+from lora_jax.models.layers.cudnn import Cudnn
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.models.layers.splash import Splash
@@ -37,17 +37,16 @@ class Attend(Protocol):
     ) -> jax.Array: ...
 
 
-Kernel = Splash | Cudnn | Triton  # each knows what it refuses, and what computes that
+Kernel = Splash | Cudnn  # each knows what it refuses, and what computes that
 
 IMPLEMENTATIONS: dict[str, Attend] = {
     "dense": dense,
     "blockwise": Blockwise(),
     "splash": Splash(),
     "cudnn": Cudnn(),
-    "triton": Triton(),
 }
 ATTENTION = ("auto", *IMPLEMENTATIONS)
-_RUNS_ON = {"splash": "tpu", "cudnn": "gpu", "triton": "gpu"}
+_RUNS_ON = {"splash": "tpu", "cudnn": "gpu"}
 _BEST_ON = {"tpu": "splash", "gpu": "cudnn"}
 
 
@@ -89,7 +88,7 @@ def implementation(attention: str | Attend, seq: int, platform: str) -> Attend:
     - "dense" holds all scores, [batch, heads, seq, keys] in fp32.
     - "blockwise" holds those of a block of queries; see ``Blockwise``.
     - "splash" is a kernel for TPUs that holds none; see ``Splash``.
-    - "cudnn" and "triton" are kernels for GPUs; see ``Cudnn`` and ``Triton``.
+    - "cudnn" is cuDNN's kernel for GPUs; see ``Cudnn``.
     - "auto" is "dense" for fewer than 512 queries. From 512 on it is "splash" on a TPU, "cudnn" on
       a GPU, and "blockwise" elsewhere.
 

@@ -1,4 +1,4 @@
-"""Attention by kernels for NVIDIA's GPUs: cuDNN's, and one in Triton that JAX has."""
+"""Attention by cuDNN, on NVIDIA's GPUs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu import attention as triton
 
 from lora_jax.models.layers.attention import scaled
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.call import Call
-from lora_jax.models.layers.masks import Mask, padded
+from lora_jax.models.layers.masks import Mask
 
 # Tokens of a row up to which cuDNN is given its mask as an array: 32 MiB a row, for all heads.
 _LONGEST = 4096
@@ -74,54 +73,3 @@ class Cudnn:
             scale=1.0,
             implementation=implementation,
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Triton:
-    """Computes attention by JAX's kernel in Triton; see ``attend`` for the arguments.
-
-    Memory is linear in the length, but for keys and values, which are repeated for each head of
-    queries. A row whose length is no multiple of 128 is padded. What the kernel does not do, blocks
-    in plain JAX do; ``refusal`` tells. There is no forward mode.
-
-    Attributes:
-      interpret: run the kernel in Python on any device, for tests.
-      otherwise: computes what the kernel refuses.
-    """
-
-    interpret: bool = False
-    otherwise: Blockwise = Blockwise()
-
-    def refusal(self, call: Call) -> str | None:
-        """Returns why the kernel cannot serve a call; None if it can."""
-        if call.cached:
-            return "keys lie in a cache"
-        if call.split:
-            return "the queries of a row lie on several devices"
-        if call.dtype not in (*_HALF, jnp.float32):
-            return f"the kernel has no {jnp.dtype(call.dtype)}"
-        if call.window is not None:
-            return "the kernel has no windows"
-        if call.capped:
-            return "the kernel does not cap scores"
-        return None
-
-    def __call__(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        mask: Mask,
-        scale: float | jax.Array | None = None,
-        cap: float | None = None,
-    ) -> jax.Array:
-        if self.refusal(Call.of(q, mask, cap)):
-            return self.otherwise(q, k, v, mask, scale, cap)
-        batch, seq, heads, _ = q.shape
-        sizes = triton.BlockSizes.get_default()
-        q = scaled(q, scale)
-        k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
-        segments = jnp.broadcast_to(mask.segments()[0], (batch, seq))
-        arrays = (padded(x, sizes.block_q) for x in (q, k, v, segments))
-        out = triton.mha(*arrays, sm_scale=1.0, causal=mask.causal, interpret=self.interpret)
-        return out[:, :seq]
