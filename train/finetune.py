@@ -69,6 +69,7 @@ def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
         rate = learning_rate(config, outline, steps)
         check_rules(config, outline)
         layout = Layout.of(mesh, outline.config)
+        layout.check_length(data.facts["sequence_length"])
     for line in [*([cached] if cached else []), *data.lines]:
         console.print(line, highlight=False, soft_wrap=True)
     run = Run(
@@ -111,7 +112,7 @@ def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
     del plain
 
     # Training, and what is left of it: the adapter on its own, the curve, and what it cost.
-    forward, loss = ready.setup.forward(model), task.loss(config, layout.batch_parts)
+    forward, loss = ready.setup.forward(model), task.loss(config, layout)
     trained, report = fit(run, ready, forward, loss, data.held_out)
     report["base_bytes"] = base_bytes
     write_json(folder / REPORT, report)

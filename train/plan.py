@@ -134,6 +134,7 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
     machine = find_machine(asked.topology, asked.capacity_gib, asked.peak_tflops)
     mesh = make_mesh(asked.mesh, asked.batch_size, machine.devices)
     layout = Layout.of(mesh, outline.config)
+    layout.check_length(asked.seq_len)
     job = Job(
         outline=outline,
         layout=layout,
@@ -141,7 +142,7 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
         batch_size=asked.batch_size,
         grad_accum=asked.grad_accum,
         seq_len=asked.seq_len,
-        loss_chunk=asked.loss_chunk * layout.batch_parts,
+        loss_chunk=asked.loss_chunk * layout.token_parts,
         dtype=asked.dtype,
         attention=asked.attention,
     )

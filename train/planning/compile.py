@@ -157,7 +157,9 @@ def prepare(job: Job, variant: Variant, optim: OptimConfig) -> Prepared:
         remat=dataclasses.replace(optim, remat=variant.remat).remat_policy,
         attention=job.attention,
     )
-    loss = Loss(functools.partial(summed_loss, chunk=job.loss_chunk))
+    loss = Loss(
+        functools.partial(summed_loss, chunk=job.loss_chunk, parts=job.layout.sequence_parts)
+    )
     with jax.set_mesh(job.layout.mesh):
         traced = setup.trace(setup.forward(model), loss, state, base, batch)
         lowered = traced.lower()
@@ -258,8 +260,13 @@ def _closed_form(job: Job, variant: Variant, params: Any) -> float:
         remat=variant.remat,
         attention=implementation(job.attention, job.seq_len),
         split=job.layout.split(job.seq_len),
-        chunked=number_of_chunks((job.batch_size, job.seq_len), job.loss_chunk) > 1,
+        chunked=_chunks(job) > 1,
     )
+
+
+def _chunks(job: Job) -> int:
+    shape, parts = (job.batch_size, job.seq_len), job.layout.sequence_parts
+    return number_of_chunks(shape, job.loss_chunk, parts)
 
 
 def _per_device(tree: Any) -> int:

@@ -119,7 +119,7 @@ class OptimConfig:
     attention: Attention = "auto"
     """Computation of attention. dense: all scores of a layer at once, the square of the length.
     blockwise: a block of queries at a time, in memory linear in the length. auto: blockwise from
-    512 tokens on, except where the mesh has a sequence axis."""
+    512 tokens on."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of the base and its activations. Adapters are always float32."""
 
@@ -137,9 +137,9 @@ class RunConfig:
     """The output folder of the run."""
     mesh: str | None = None
     """The device mesh, such as data=2,fsdp=4,tensor=2 (also expert= and sequence=; -1 takes the
-    remaining devices). The batch is sharded over data, fsdp and expert, the base over all axes but
-    data and sequence. By default fsdp gets as many devices as can share the batch, and tensor gets
-    the rest."""
+    remaining devices). The batch is sharded over data, fsdp and expert, each row's tokens over
+    sequence, and the base over all axes but data. By default fsdp gets as many devices as can share
+    the batch, and tensor gets the rest."""
     distributed: bool = False
     """Run as one of many processes that SLURM, a TPU pod, GKE or Open MPI numbers."""
     coordinator: str | None = None
