@@ -65,17 +65,12 @@ def shared_out(local: Attention, mesh: Mesh) -> Attention:
         heads = "tensor" if k.shape[2] % mesh.shape["tensor"] == 0 else None
         axes = (BATCH, AXIS if split else None, heads, None)
         of_arrays = fitted(axes, q.shape, mesh).spec
-        window = mask.window
-        # Numbers stay numbers, for kernels that need them.
-        if not isinstance(window, jax.Array):
-            mask = mask.within(None)
+        # A number stays a number, for kernels that need one.
         given = scale if isinstance(scale, jax.Array) else None
 
         def apart(
             q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, given: jax.Array | None
         ) -> jax.Array:
-            if mask.window is None:
-                mask = mask.within(window)
             factor = scale if given is None else given
             if split is None:
                 return local(q, k, v, mask, factor, cap)

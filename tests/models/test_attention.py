@@ -191,16 +191,18 @@ def test_half_precision() -> None:
     assert 0 < errors[0] <= 1.1 * errors[1]
 
 
-def test_a_window_may_be_traced() -> None:
+def test_a_window_of_some_layers() -> None:
+    """One program for the layers that have it, and for those that have none."""
     case = CASES["a window"]
     arrays = case.arrays()
 
     @jax.jit
-    def run(window: jax.Array) -> jax.Array:
-        return case.blocks(*arrays, case.mask().within(window))
+    def run(windowed: jax.Array) -> jax.Array:
+        return case.blocks(*arrays, case.mask().within(4, windowed))
 
-    for window in (2, 4, 2**31 - 1):
-        assert_close(run(jnp.int32(window)), dense(*arrays, case.mask().within(window)), 1e-5)
+    for windowed, window in ((True, 4), (False, None)):
+        want = dense(*arrays, case.mask().within(window))
+        assert_close(run(jnp.bool_(windowed)), want, 1e-5)
 
 
 # Sizes of a layer; attention alone, on abstract shapes.
