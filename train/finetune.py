@@ -20,6 +20,7 @@ from train.run.cache import keep_compiled
 from train.run.fit import (
     Run,
     adapted,
+    attention_line,
     begin_run,
     check_rules,
     fit,
@@ -69,7 +70,9 @@ def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
         rate = learning_rate(config, outline, steps)
         check_rules(config, outline)
         layout = Layout.of(mesh, outline.config)
-    for line in [*([cached] if cached else []), *data.lines]:
+        layout.check_length(data.facts["sequence_length"])
+        attention = attention_line(config, outline, layout, data.facts["sequence_length"])
+    for line in [*([cached] if cached else []), *data.lines, attention]:
         console.print(line, highlight=False, soft_wrap=True)
     run = Run(
         script=script,
@@ -111,7 +114,7 @@ def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
     del plain
 
     # Training, and what is left of it: the adapter on its own, the curve, and what it cost.
-    forward, loss = ready.setup.forward(model), task.loss(config, layout.batch_parts)
+    forward, loss = ready.setup.forward(model), task.loss(config, layout)
     trained, report = fit(run, ready, forward, loss, data.held_out)
     report["base_bytes"] = base_bytes
     write_json(folder / REPORT, report)

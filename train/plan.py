@@ -98,6 +98,7 @@ def run(options: Options) -> None:
     jax.config.update("jax_platforms", "cpu")  # leave accelerators to other processes
     check(options)
     job, optim = make_job(asked)
+    facts = described(asked, job)
     plans: list[Plan] = []
     progress = Console(stderr=True)
     try:
@@ -108,12 +109,11 @@ def run(options: Options) -> None:
             progress.print(f"compiled {variant.name}: {took}", highlight=False)
     finally:  # after Ctrl-C, the plans so far
         if plans:
-            show(asked, job, plans)
+            show(asked, job, facts, plans)
 
 
-def show(asked: PlanConfig, job: Job, plans: list[Plan]) -> None:
+def show(asked: PlanConfig, job: Job, facts: dict[str, Any], plans: list[Plan]) -> None:
     """Prints the plans, as JSON or as a table; the first plan is the requested one."""
-    facts = described(asked, job)
     if asked.json:
         first, *others = (as_json(made, asked, job.machine) for made in plans)
         print(json.dumps({**facts, **first, "others": others}, indent=2))
@@ -134,6 +134,7 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
     machine = find_machine(asked.topology, asked.capacity_gib, asked.peak_tflops)
     mesh = make_mesh(asked.mesh, asked.batch_size, machine.devices)
     layout = Layout.of(mesh, outline.config)
+    layout.check_length(asked.seq_len)
     job = Job(
         outline=outline,
         layout=layout,
@@ -141,7 +142,7 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
         batch_size=asked.batch_size,
         grad_accum=asked.grad_accum,
         seq_len=asked.seq_len,
-        loss_chunk=asked.loss_chunk * layout.batch_parts,
+        loss_chunk=asked.loss_chunk * layout.token_parts,
         dtype=asked.dtype,
         attention=asked.attention,
     )
@@ -200,7 +201,7 @@ def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
         "grad_accum": asked.grad_accum,
         "seq_len": asked.seq_len,
         "dtype": asked.dtype,
-        "attention": asked.attention,
+        "attention": str(job.chosen),
         "peak_flops_per_device": machine.flops,
         "utilisation": asked.utilisation,
         "tokens": asked.tokens,

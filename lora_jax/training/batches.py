@@ -9,6 +9,7 @@ import numpy as np
 Batch = dict[str, np.ndarray]
 
 _MULTIPLE = 8  # lengths are rounded up to it: odd ones are slower on every device
+_LONG, _MULTIPLE_OF_LONG = 1024, 128  # long rows are cut into blocks, and over devices
 _SHOWN = 32  # as many rows of a batch are named
 
 
@@ -181,8 +182,9 @@ def pack(sequences: Sequence[Tokens], seq_len: int, *, packing: bool) -> Packs:
 
 
 def round_up(length: int, most: int) -> int:
-    """Returns a length that suits devices: a multiple of eight, and no more than `most`."""
-    return min(most, -(-int(length) // _MULTIPLE) * _MULTIPLE)
+    """Returns a length that suits devices, no more than `most`: a multiple of 8, or 128 if long."""
+    multiple = _MULTIPLE if length < _LONG else _MULTIPLE_OF_LONG
+    return min(most, -(-int(length) // multiple) * multiple)
 
 
 def order(seed: int, epoch: int, n: int) -> np.ndarray:

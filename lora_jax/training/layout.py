@@ -18,10 +18,11 @@ from lora_jax.models.layers.placement import (
     OnePlatform,
     Placement,
 )
-from lora_jax.models.specs import AXES, BATCH
+from lora_jax.models.specs import AXES, BATCH, SHARDS
 from lora_jax.sharding import Table, fitted, place, sharding_of, shardings
 from lora_jax.training import context
 from lora_jax.training.batches import Batch
+from lora_jax.training.errors import TrainingError
 
 _ACTIVATIONS: dict[str, tuple[Any, ...]] = {
     "residual": (BATCH, ("sequence", "tensor"), None),
@@ -67,9 +68,27 @@ class Layout(Placement):
         """Returns the kind of the mesh's devices, which may be descriptions."""
         return self.mesh.devices.flat[0].platform
 
+    @property
+    def sequence_parts(self) -> int:
+        """Returns the number of parts that a long row is shared out into."""
+        return self.mesh.shape["sequence"]
+
+    @property
+    def token_parts(self) -> int:
+        """Returns the number of parts that a batch's tokens are shared out into."""
+        return self.batch_parts * self.sequence_parts
+
+    def check_length(self, seq: int) -> None:
+        """Raises a TrainingError for rows that cannot be shared out over the sequence axis."""
+        if seq % self.sequence_parts:
+            raise TrainingError(
+                f"the mesh has sequence={self.sequence_parts}, and rows have {seq} tokens: give a "
+                f"length that is a multiple of {2 * self.sequence_parts}, or another mesh"
+            )
+
     def split(self, seq: int) -> Split | None:
         """Returns how causal queries are split over devices; None where each has them all."""
-        return context.split_of(seq, self.mesh.shape["sequence"], causal=True)
+        return context.split_of(seq, self.sequence_parts, causal=True)
 
     def of_parameter(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         """Returns where to load a parameter to; see `lora_jax.models.from_pretrained`."""
@@ -80,17 +99,17 @@ class Layout(Placement):
         return place(params, self.table, self.mesh)
 
     def step_shardings(self, params: Any) -> Any:
-        """Returns the shardings that a step works with: factors are gathered over the fsdp axis.
+        """Returns the shardings that a step works with: factors are gathered as kernels are.
 
-        So that happens once a step; layer by layer, it would be three times: forward, recomputed,
-        and backward. They are small. What trains in full is not: it stays where it lies, and so
-        does the state of the optimiser. Over tensor and expert nothing is gathered: a device has
-        the factors of its own features and experts.
+        Over fsdp and sequence, that is. It happens once a step; layer by layer, it would be three
+        times: forward, recomputed, and backward. They are small. What trains in full is not: it
+        stays where it lies, and so does the state of the optimiser. Over tensor and expert nothing
+        is gathered: a device has the factors of its own features and experts.
         """
 
         def gathered(entry: Any) -> Any:
             names = (entry,) if isinstance(entry, str) else entry or ()
-            return tuple(name for name in names if name != "fsdp")
+            return tuple(name for name in names if name not in SHARDS)
 
         table = [(path, P(*map(gathered, spec))) for path, spec in self.table]
         lies = split(shardings(params, self.table, self.mesh))[0]

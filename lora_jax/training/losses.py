@@ -92,6 +92,7 @@ def summed_loss(
     dropout_key: jax.Array | None = None,
     *,
     chunk: int = 0,
+    parts: int = 1,
 ) -> Sums:
     """Sums the cross entropy of a batch, in nats, over the tokens that count.
 
@@ -102,6 +103,9 @@ def summed_loss(
     [batch, m, vocab]: the head runs once more for each chunk in the backward pass. A chunk takes
     the same places of all rows (at least one), so that a batch stays spread over devices.
 
+    Where a row lies on several devices, hidden states stay where they are: instead of those that
+    predict something, the head gets all of them, and a chunk takes the same places of each part.
+
     Args:
       forward: a model's ``apply``, adapted or not: called as ``forward({"params": params}, ids,
         positions=…, segment_ids=…, logits_at=…)`` it gives logits [batch, m, vocab]. For chunks,
@@ -110,16 +114,20 @@ def summed_loss(
       batch: arrays [batch, seq] and [batch, m]; see `lora_jax.training.batches.Packs`.
       dropout_key: turns dropout on.
       chunk: predictions a chunk; 0, or as many as there are: all at once.
+      parts: the parts that a row is split into, each on a device.
 
     Returns:
       The sums, without logs: an accuracy would take another pass over the vocabulary.
     """
     variables = {"params": params}
-    where = {name: batch[name] for name in ("positions", "segment_ids")}
-    where |= {"logits_at": batch["predict_at"], **_dropout(dropout_key)}
+    where = {name: batch[name] for name in ("positions", "segment_ids")} | _dropout(dropout_key)
     targets, weights = batch["targets"], batch["weights"].astype(jnp.float32)
     count = number_of_units(weights)
-    n_chunks = number_of_chunks(targets.shape, chunk)
+    if parts == 1:
+        where["logits_at"] = batch["predict_at"]
+    else:
+        targets, weights = _spread(targets, weights, batch["predict_at"], batch["ids"].shape[1])
+    n_chunks = number_of_chunks(targets.shape, chunk, parts)
     if n_chunks == 1:
         logits = forward(variables, batch["ids"], **where)  # [batch, m, vocab]
         return Sums(_cross_entropy(logits, targets, weights), count, {})
@@ -131,7 +139,7 @@ def summed_loss(
         logits = forward(variables, hidden, method="head", **_dropout(key))  # [batch, c, vocab]
         return total + _cross_entropy(logits, targets, weights), None
 
-    chunks = (_in_chunks(array, n_chunks) for array in (hidden, targets, weights))
+    chunks = (_in_chunks(array, n_chunks, parts) for array in (hidden, targets, weights))
     # Inside a scan, nothing can be merged with the forward pass: the barrier would only cost.
     body = jax.checkpoint(add, prevent_cse=False)
     total, _ = jax.lax.scan(body, jnp.float32(0), (jnp.arange(n_chunks), *chunks))
@@ -160,17 +168,32 @@ def number_of_units(weights: jax.Array) -> jax.Array:
     return jnp.sum(weights != 0).astype(jnp.float32)
 
 
-def number_of_chunks(shape: tuple[int, ...], chunk: int) -> int:
+def number_of_chunks(shape: tuple[int, ...], chunk: int, parts: int = 1) -> int:
     """Returns how many chunks predictions of `shape`, [batch, m], make; see `summed_loss`."""
     batch, m = shape
     if not chunk:
         return 1
-    return -(-m // max(1, chunk // batch))
+    return -(-m // (parts * max(1, chunk // (batch * parts))))
 
 
-def _in_chunks(array: jax.Array, n: int) -> jax.Array:
-    """Reshapes [batch, m, …] to [n, batch, ceil(m / n), …], filled up with zeros."""
+def _spread(
+    targets: jax.Array, weights: jax.Array, places: jax.Array, seq: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns targets and weights at the places, [batch, m], that predict them: [batch, seq]."""
+
+    def at_places(x: jax.Array) -> jax.Array:
+        rows = jnp.arange(x.shape[0])[:, None]
+        return jnp.zeros((x.shape[0], seq), x.dtype).at[rows, places].add(x)
+
+    # What fills up a row weighs nothing; it is all at place 0.
+    return at_places(jnp.where(weights == 0, 0, targets)), at_places(weights)
+
+
+def _in_chunks(array: jax.Array, n: int, parts: int) -> jax.Array:
+    """Reshapes [batch, m, …] to [n, batch, parts * ceil(m / (n * parts)), …], filled with zeros."""
     batch, m = array.shape[:2]
-    size = -(-m // n)
-    filled = jnp.pad(array, [(0, 0), (0, n * size - m), *[(0, 0)] * (array.ndim - 2)])
-    return jnp.moveaxis(filled.reshape(batch, n, size, *array.shape[2:]), 1, 0)
+    size = -(-m // (n * parts))
+    missing = n * parts * size - m
+    filled = jnp.pad(array, [(0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)])
+    chunks = jnp.moveaxis(filled.reshape(batch, parts, n, size, *array.shape[2:]), 2, 0)
+    return chunks.reshape(n, batch, parts * size, *array.shape[2:])

@@ -298,7 +298,9 @@ def _loss_of(given: Any, examples: Examples, layout: Layout) -> Loss:
     if given is not None:
         return Loss(given, unit=examples.unit)
     if isinstance(examples, Packs):
-        return Loss(functools.partial(summed_loss, chunk=_CHUNK * layout.batch_parts))
+        layout.check_length(examples.ids.shape[1])
+        chunk = _CHUNK * layout.token_parts
+        return Loss(functools.partial(summed_loss, chunk=chunk, parts=layout.sequence_parts))
     if isinstance(examples, Labelled):
         return Loss(classification_loss, unit="text")
     raise TrainingError(

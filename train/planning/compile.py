@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 import lora_jax as lj
+from lora_jax.models.attention import chosen_attention
 from lora_jax.models.families import family_of
-from lora_jax.models.layers.attend import implementation
+from lora_jax.models.layers.attend import Chosen
 from lora_jax.sharding import shardings
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, number_of_chunks, summed_loss
@@ -58,6 +59,23 @@ class Job:
     loss_chunk: int
     dtype: str
     attention: str = "auto"
+
+    @property
+    def chosen(self) -> Chosen:
+        """Returns the implementation of attention that will run, and why.
+
+        Raises:
+          UserError: the one that was asked for does not run on this machine.
+        """
+        with as_user_errors(ValueError):
+            return chosen_attention(
+                self.outline.config,
+                self.seq_len,
+                dtype=self.dtype,
+                attention=self.attention,
+                platform=self.layout.platform,
+                split=self.layout.split(self.seq_len),
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +177,9 @@ def prepare(job: Job, variant: Variant, optim: OptimConfig) -> Prepared:
         remat=dataclasses.replace(optim, remat=variant.remat).remat_policy,
         attention=job.attention,
     )
-    loss = Loss(functools.partial(summed_loss, chunk=job.loss_chunk))
+    loss = Loss(
+        functools.partial(summed_loss, chunk=job.loss_chunk, parts=job.layout.sequence_parts)
+    )
     with jax.set_mesh(job.layout.mesh):
         traced = setup.trace(setup.forward(model), loss, state, base, batch)
         lowered = traced.lower()
@@ -260,10 +280,15 @@ def _closed_form(job: Job, variant: Variant, params: Any) -> float:
         batch=job.batch_size,
         seq=job.seq_len,
         remat=variant.remat,
-        attention=implementation(job.attention, job.seq_len),
+        attention=job.chosen.attend,
         split=job.layout.split(job.seq_len),
-        chunked=number_of_chunks((job.batch_size, job.seq_len), job.loss_chunk) > 1,
+        chunked=_chunks(job) > 1,
     )
+
+
+def _chunks(job: Job) -> int:
+    shape, parts = (job.batch_size, job.seq_len), job.layout.sequence_parts
+    return number_of_chunks(shape, job.loss_chunk, parts)
 
 
 def _per_device(tree: Any) -> int:

@@ -138,9 +138,9 @@ class RunConfig:
     """The output folder of the run."""
     mesh: str | None = None
     """The device mesh, such as data=2,fsdp=4,tensor=2 (also expert= and sequence=; -1 takes the
-    remaining devices). The batch is sharded over data, fsdp and expert, the base over all axes but
-    data and sequence. By default fsdp gets as many devices as can share the batch, and tensor gets
-    the rest."""
+    remaining devices). The batch is sharded over data, fsdp and expert, each row's tokens over
+    sequence, and the base over all axes but data. By default fsdp gets as many devices as can share
+    the batch, and tensor gets the rest."""
     distributed: bool = False
     """Run as one of many processes that SLURM, a TPU pod, GKE or Open MPI numbers."""
     coordinator: str | None = None

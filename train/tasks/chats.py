@@ -6,6 +6,7 @@ from typing import Any
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.batches import Packs, pack
 from lora_jax.training.data.chats import Row, check_lengths, conversation
+from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, summed_loss
 from train.data.chats import tokenize
 from train.data.files import read_rows
@@ -83,9 +84,10 @@ def packed(config: Config, rows: list[Row], tokenizer: Any, source: str) -> Pack
     return pack(kept, data.seq_len, packing=data.packing)
 
 
-def loss(config: Config, batch_parts: int) -> Loss:
+def loss(config: Config, layout: Layout) -> Loss:
     """Returns the cross entropy of the assistant's tokens."""
-    return Loss(functools.partial(summed_loss, chunk=config.optim.loss_chunk * batch_parts))
+    chunk = config.optim.loss_chunk * layout.token_parts
+    return Loss(functools.partial(summed_loss, chunk=chunk, parts=layout.sequence_parts))
 
 
 TASK = Task(

@@ -10,6 +10,7 @@ import numpy as np
 from lora_jax.hf.bundled import MINILM
 from lora_jax.training.data.chats import Row
 from lora_jax.training.data.labelled import Labelled, classification_loss, label_names, predict
+from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
 from lora_jax.training.processes import is_first, write_json
 from train.data.labelled import encode, read_labelled
@@ -84,7 +85,7 @@ def _shares(rows: Sequence[Row], label: str) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
 
 
-def loss(config: Config, batch_parts: int) -> Loss:
+def loss(config: Config, layout: Layout) -> Loss:
     """Returns the cross entropy of the classes, in units of texts."""
     return Loss(classification_loss, unit="text")
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lora_jax.training.batches import Examples
 from lora_jax.training.data.chats import Row
+from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
 from train.run.options import Defaults
 from train.run.pretrained import Outline
@@ -87,8 +88,7 @@ class Task:
       rows: reads the rows.
       outline: reads the model, without its weights.
       examples: encodes the rows as examples for that model.
-      loss: returns the function to minimise, from the options and the number of parts that the
-        mesh shards a batch into.
+      loss: returns the function to minimise, from the options and the layout on the mesh.
       evaluation: returns the evaluation of a run; None for none.
     """
 
@@ -98,5 +98,5 @@ class Task:
     rows: Callable[[Any], Rows]
     outline: Callable[[Any, Rows], Outline]
     examples: Callable[[Any, Rows, Outline], Data]
-    loss: Callable[[Any, int], Loss]
+    loss: Callable[[Any, Layout], Loss]
     evaluation: Callable[[Context], Evaluation | None] = _no_evaluation

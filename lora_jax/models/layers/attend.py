@@ -135,12 +135,12 @@ class Chosen(NamedTuple):
 
 
 def chosen(attention: str | Attend, call: Call, seq: int, platform: str) -> Chosen:
-    """Returns the implementation that will serve a call, and why.
+    """Returns the implementation that will serve a call, and why it is not what was asked for.
 
     >>> import jax.numpy as jnp
     >>> from lora_jax.models.layers.attend import chosen
     >>> from lora_jax.models.layers.call import Call
-    >>> call = Call(queries=2048, head_dim=64, dtype=jnp.float16, causal=True)
+    >>> call = Call(queries=2048, head_dim=64, dtype=jnp.float16)
     >>> print(chosen("auto", call, 2048, "tpu"))
     blockwise (splash: the kernel has no float16)
 

@@ -19,10 +19,6 @@ class Call:
       queries: queries on this device.
       head_dim: the size of a head.
       dtype: the dtype of queries, keys and values.
-      causal: whether a query sees no later key.
-      window: a window's width; None without one.
-      some_windowed: whether only some layers have the window, which is known at run time.
-      packed: whether rows hold several segments.
       capped: whether scores are capped.
       cached: whether keys come from a cache: then their number is not that of the queries.
       split: how the queries of a row are split over devices; None where they are not.
@@ -31,10 +27,6 @@ class Call:
     queries: int
     head_dim: int
     dtype: Any
-    causal: bool
-    window: int | None = None
-    some_windowed: bool = False
-    packed: bool = True
     capped: bool = False
     cached: bool = False
     split: Split | None = None
@@ -46,10 +38,6 @@ class Call:
             queries=q.shape[1],
             head_dim=q.shape[-1],
             dtype=jnp.dtype(q.dtype),
-            causal=mask.causal,
-            window=mask.window,
-            some_windowed=mask.windowed is not None,
-            packed=mask.queries.segments is not None,
             capped=cap is not None,
             cached=not mask.aligned and mask.split is None,
             split=mask.split,
