@@ -72,8 +72,9 @@ def step_flops(
     if isinstance(attention, Blockwise):
         return total + pair * attention.pairs(seq, split) * _OF_BLOCKS[remat]
     if isinstance(attention, Splash):
-        windowed = len(getattr(config, "windowed_layers", ()))
-        every = windowed == config.num_hidden_layers
-        pairs = attention.pairs(seq, split, window=config.sliding_window if every else None)
+        pairs = float(attention.pairs(seq, split))
+        if windowed := len(getattr(config, "windowed_layers", ())):
+            near = attention.pairs(seq, split, window=config.sliding_window)
+            pairs += (near - pairs) * windowed / config.num_hidden_layers
         return total + pair * pairs * _OF_SPLASH[remat]
     return total + pair * seq**2 * (3 + (remat in ("full", _KEEPS_ONLY_DENSE)))

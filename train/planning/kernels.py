@@ -81,24 +81,35 @@ def unlisted(calls: Iterable[Call]) -> tuple[str, ...]:
 
 # Attention
 
-_VISITED = re.compile(r"blocks_(\d+)_of_(\d+)")
+_VISITED = re.compile(r"blocks_(\d+)(?:_or_(\d+))?_of_(\d+)")
+_WINDOWED = re.compile(r"windowed_(\d+)_of_(\d+)")
 
 
 def _attention(products: int) -> Callable[[Call], int]:
     """Returns the count of a kernel that does so many products of each block of scores.
 
     Its first two floating operands are queries and keys, [..., heads, n, head_dim]. The scope says
-    how many of all blocks the mask leaves (see `lora_jax.models.layers.splash`).
+    how many of all blocks the mask leaves (see `lora_jax.models.layers.splash`). Where that depends
+    on the layer, a call counts as the mean of all layers.
     """
 
     def flops(call: Call) -> int:
         queries, keys, *_ = _floating(call.operands)
-        visited, blocks = 1, 1
-        if found := _VISITED.search(call.scope):
-            visited, blocks = int(found[1]), int(found[2])
-        return 2 * products * math.prod(queries) * keys[-2] * visited // blocks
+        return round(2 * products * math.prod(queries) * keys[-2] * _share(call.scope))
 
     return flops
+
+
+def _share(scope: str) -> float:
+    """Returns the share of blocks that a mask leaves; 1 if the scope does not say."""
+    found = _VISITED.search(scope)
+    if found is None:
+        return 1.0
+    visited, blocks = int(found[1]), int(found[3])
+    if found[2] and (layers := _WINDOWED.search(scope)):
+        windowed, count = int(layers[1]), int(layers[2])
+        return (visited * (count - windowed) + int(found[2]) * windowed) / (count * blocks)
+    return visited / blocks
 
 
 def _floating(operands: Sequence[Array]) -> list[tuple[int, ...]]:

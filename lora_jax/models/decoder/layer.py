@@ -84,15 +84,18 @@ class Attention(nn.Module):
             start = (0, step.filled, 0, 0)
             keys = lax.dynamic_update_slice(layer.key, k.astype(layer.key.dtype), start)
             values = lax.dynamic_update_slice(layer.value, v.astype(layer.value.dtype), start)
-        some = 0 < len(cfg.windowed_layers) < cfg.num_hidden_layers
+        windowed, layers = len(cfg.windowed_layers), cfg.num_hidden_layers
+        some = 0 < windowed < layers
         mask = step.mask.within(cfg.sliding_window, layer.windowed if some else None)
         scale = (cfg.query_pre_attn_scalar or cfg.head_dim) ** -0.5
         keys, values = keys.astype(q.dtype), values.astype(q.dtype)
-        out = attend(
-            *(q, keys, values, mask, scale, cfg.attn_logit_softcapping),
-            attention=self.attention,
-            placement=self.placement,
-        )
+        # All layers are one program, and plans want to know for how many the window holds.
+        with jax.named_scope(f"windowed_{windowed}_of_{layers}" if some else "attention"):
+            out = attend(
+                *(q, keys, values, mask, scale, cfg.attn_logit_softcapping),
+                attention=self.attention,
+                placement=self.placement,
+            )
         out = out.reshape(*x.shape[:2], cfg.num_attention_heads * cfg.head_dim)
         out = self.placement.constrain(out, "features")
         return dense(self, "o_proj", cfg.hidden_size, cfg.o_bias)(out), (k, v)

@@ -104,25 +104,33 @@ class Splash:
             q, k, v = (padded(x, LANES) for x in (q, k, v))
             segments = [padded(x, LANES) for x in segments]
         kernel, visits = self._kernel(heads, q.shape[1], k.shape[1], mask, cap)
-        with jax.named_scope("blocks_{}_of_{}".format(*visits)):  # plans count by this name
+        with jax.named_scope(visits):
             arrays = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
             out = jax.vmap(kernel)(*arrays, kernels.SegmentIds(*segments))
         return out.transpose(0, 2, 1, 3)[:, :seq]
 
     def _kernel(
         self, heads: int, queries: int, keys: int, mask: Mask, cap: float | None
-    ) -> tuple[Any, tuple[int, int]]:
-        """Returns the kernel of a device's queries, [heads, queries, head_dim], and its visits."""
-        split = mask.split
+    ) -> tuple[Any, str]:
+        """Returns the kernel of a device's queries, [heads, queries, head_dim].
+
+        And how many blocks it visits, for plans: "blocks_3_of_4"; "blocks_3_or_2_of_4" where a
+        layer may have a window.
+        """
+        split, choice = mask.split, mask.windowed
+        window = mask.window if mask.window is not None and mask.window < keys else None
+        if not mask.causal and window is None:  # all is seen, whichever queries these are
+            split = None
         parts = split.parts if split else 1
-        band = _Band(parts * queries, keys, mask.causal, mask.window, split)
+        band = _Band(parts * queries, keys, mask.causal, window, split)
         size, key_size = self._blocks(band)
 
         def made(band: _Band) -> Any:
             sizes: dict[str, Any] = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), size)
             sizes |= dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dq"), key_size)
+            hides = band.causal or band.window is not None
             kernel = kernels.make_splash_mha(
-                kernels.MultiHeadMask([band] * heads),
+                kernels.MultiHeadMask([band if hides else kernels.FullMask(band.shape)] * heads),
                 block_sizes=kernels.BlockSizes(**sizes),
                 attn_logits_soft_cap=cap,
                 head_shards=1,
@@ -131,14 +139,15 @@ class Splash:
             )
             return jax.tree.map(lambda table: _part(table, split), kernel)
 
-        choice = mask.windowed
-        if choice is None:
-            return made(band), band.visits(size, key_size)
+        visited, blocks = band.visits(size, key_size)
+        if choice is None or window is None:
+            return made(band), f"blocks_{visited}_of_{blocks}"
         without, within = (dataclasses.replace(band, some=marked) for marked in (False, True))
         kernel = jax.tree.map(
             lambda one, other: _either(choice, one, other), made(within), made(without)
         )
-        return kernel, without.visits(size, key_size)
+        every, _ = without.visits(size, key_size)
+        return kernel, f"blocks_{every}_or_{visited}_of_{blocks}"
 
     def _blocks(self, band: _Band) -> tuple[int, int]:
         """Returns the numbers of queries and of keys per block."""

@@ -48,3 +48,10 @@ def test_a_kernel_that_is_not_listed_is_named() -> None:
     work = work_of(TEXT.replace("NAME", "their_kernel"))
     assert named(work.kernels) == ("splash attention (dq)", "their_kernel")
     assert unlisted(work.kernels) == ("their_kernel",)
+
+
+def test_a_window_of_some_layers_counts_as_their_mean() -> None:
+    here = "windowed_4_of_5/blocks_3_or_1_of_8"
+    of_all = 2 * (2 * 6 * 256) * 7 * 512
+    text = TEXT.replace("NAME", "other").replace("blocks_3_of_8", here)
+    assert abs(work_of(text).flops - 3 * of_all * (3 + 4 * 1) / 8) <= 5  # five turns of a loop
