@@ -130,7 +130,9 @@ class Splash:
             sizes |= dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dq"), key_size)
             hides = band.causal or band.window is not None
             kernel = kernels.make_splash_mha(
-                kernels.MultiHeadMask([band if hides else kernels.FullMask(band.shape)] * heads),
+                kernels.MultiHeadMask(
+                    [band if hides else kernels.FullMask((band.queries, band.keys))] * heads
+                ),
                 block_sizes=kernels.BlockSizes(**sizes),
                 attn_logits_soft_cap=cap,
                 head_shards=1,
