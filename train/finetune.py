@@ -20,6 +20,7 @@ from train.run.cache import keep_compiled
 from train.run.fit import (
     Run,
     adapted,
+    attention_line,
     begin_run,
     check_rules,
     fit,
@@ -70,7 +71,8 @@ def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
         check_rules(config, outline)
         layout = Layout.of(mesh, outline.config)
         layout.check_length(data.facts["sequence_length"])
-    for line in [*([cached] if cached else []), *data.lines]:
+        attention = attention_line(config, outline, layout, data.facts["sequence_length"])
+    for line in [*([cached] if cached else []), *data.lines, attention]:
         console.print(line, highlight=False, soft_wrap=True)
     run = Run(
         script=script,

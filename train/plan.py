@@ -98,6 +98,7 @@ def run(options: Options) -> None:
     jax.config.update("jax_platforms", "cpu")  # leave accelerators to other processes
     check(options)
     job, optim = make_job(asked)
+    facts = described(asked, job)
     plans: list[Plan] = []
     progress = Console(stderr=True)
     try:
@@ -108,12 +109,11 @@ def run(options: Options) -> None:
             progress.print(f"compiled {variant.name}: {took}", highlight=False)
     finally:  # after Ctrl-C, the plans so far
         if plans:
-            show(asked, job, plans)
+            show(asked, job, facts, plans)
 
 
-def show(asked: PlanConfig, job: Job, plans: list[Plan]) -> None:
+def show(asked: PlanConfig, job: Job, facts: dict[str, Any], plans: list[Plan]) -> None:
     """Prints the plans, as JSON or as a table; the first plan is the requested one."""
-    facts = described(asked, job)
     if asked.json:
         first, *others = (as_json(made, asked, job.machine) for made in plans)
         print(json.dumps({**facts, **first, "others": others}, indent=2))
@@ -201,7 +201,7 @@ def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
         "grad_accum": asked.grad_accum,
         "seq_len": asked.seq_len,
         "dtype": asked.dtype,
-        "attention": asked.attention,
+        "attention": str(job.chosen),
         "peak_flops_per_device": machine.flops,
         "utilisation": asked.utilisation,
         "tokens": asked.tokens,

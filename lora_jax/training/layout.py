@@ -11,7 +11,13 @@ from jax.sharding import PartitionSpec as P
 from lora_jax.lorafy import split
 from lora_jax.models import partition_specs
 from lora_jax.models.layers.masks import Split
-from lora_jax.models.layers.placement import Activation, Attention, Mixture, Placement
+from lora_jax.models.layers.placement import (
+    Activation,
+    Attention,
+    Mixture,
+    OnePlatform,
+    Placement,
+)
 from lora_jax.models.specs import AXES, BATCH, SHARDS
 from lora_jax.sharding import Table, fitted, place, sharding_of, shardings
 from lora_jax.training import context
@@ -56,6 +62,11 @@ class Layout(Placement):
     def batch_parts(self) -> int:
         """Returns the number of parts that a batch is shared out into."""
         return math.prod(self.mesh.shape[name] for name in BATCH)
+
+    @property
+    def platform(self) -> str:
+        """Returns the kind of the mesh's devices, which may be descriptions."""
+        return self.mesh.devices.flat[0].platform
 
     @property
     def sequence_parts(self) -> int:
@@ -114,13 +125,15 @@ class Layout(Placement):
         return NamedSharding(self.mesh, P())
 
     def constrained(self, model: Any, *, dropout: bool = False) -> Any:
-        """Returns the model with its activations on the mesh; on one device as it is.
+        """Returns the model with its activations on the mesh; on one device that is here as it is.
 
         Dropout on experts depends on the order of the tokens that are sorted for them. To be what
         it is on one device, it has them sorted all at once, which takes more memory.
         """
-        if self.mesh.size == 1:
+        if self.mesh.size == 1 and self.platform == jax.default_backend():
             return model
+        if self.mesh.size == 1:
+            return model.clone(placement=OnePlatform(self.platform))
         return model.clone(placement=dataclasses.replace(self, sorts_apart=not dropout))
 
     def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:

@@ -10,11 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.models.layers.attend import ATTENTION, IMPLEMENTATIONS, LONG, attend, implementation
+from lora_jax.models.layers.attend import (
+    ATTENTION,
+    IMPLEMENTATIONS,
+    LONG,
+    attend,
+    chosen,
+    implementation,
+)
 from lora_jax.models.layers.attention import dense
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.cache import Cache
-from lora_jax.models.layers.masks import Mask, Tokens, bidirectional
+from lora_jax.models.layers.call import Call
+from lora_jax.models.layers.masks import Mask, Split, Tokens, bidirectional
+from lora_jax.models.layers.splash import Splash
 from lora_jax.models.layers.trunk import causal_mask, place
 from tests.support import assert_close, draw
 
@@ -253,20 +262,48 @@ def test_memory_grows_with_the_length_and_not_its_square(causal: bool) -> None:
 
 
 def test_the_choice() -> None:
-    assert ATTENTION == ("auto", "dense", "blockwise")
-    short, long = LONG - 1, LONG
-    assert implementation("auto", 1) is implementation("auto", short) is IMPLEMENTATIONS["dense"]
-    assert implementation("auto", long) is IMPLEMENTATIONS["blockwise"]
-    for name in ("dense", "blockwise"):
-        for seq in (1, long):
-            assert implementation(name, seq) is IMPLEMENTATIONS[name]
+    """By length and platform; what a kernel does not serve goes to blocks, by name."""
+    assert ATTENTION == ("auto", "dense", "blockwise", "splash", "cudnn")
+    for platform, best in {"cpu": "blockwise", "tpu": "splash", "gpu": "cudnn"}.items():
+        for seq, name in {1: "dense", LONG - 1: "dense", LONG: best}.items():
+            assert implementation("auto", seq, platform) is IMPLEMENTATIONS[name]
+            for asked in ("dense", "blockwise", best):
+                assert implementation(asked, seq, platform) is IMPLEMENTATIONS[asked]
     own = Blockwise(block=3)
-    assert implementation(own, 1) is own
+    assert implementation(own, 1, "cpu") is own
+
+    def served(attention: Any, platform: str, **facts: Any) -> str:
+        call = Call(**{"queries": 512, "head_dim": 64, "dtype": jnp.bfloat16} | facts)
+        return str(chosen(attention, call, 512, platform))
+
+    assert served("auto", "cpu", cached=True) == "blockwise"
+    assert served("auto", "tpu") == served(Splash(128), "tpu", capped=True, head_dim=80) == "splash"
+    assert served("splash", "tpu", cached=True) == "blockwise (splash: keys lie in a cache)"
+    assert "(splash: the kernel has no float64)" in served("auto", "tpu", dtype=jnp.float64)
+    for queries, paired, fits in ((256, True, True), (128, True, False), (128, False, True)):
+        told = served("auto", "tpu", queries=queries, split=Split("sequence", 4, paired))
+        assert told == "splash" if fits else "64 tokens of a row at a time, no multiple" in told
+    assert served("auto", "gpu") == served("auto", "gpu", dtype=jnp.float16) == "cudnn"
+    for facts, why in (
+        ({"dtype": jnp.float32}, "cuDNN has no float32"),
+        ({"head_dim": 256}, "multiples of 8 up to 128, not 256"),
+        ({"head_dim": 60}, "multiples of 8 up to 128, not 60"),
+        ({"capped": True}, "does not cap"),
+        ({"queries": 511}, "even number"),
+        ({"queries": 8192}, "more than 4,096 tokens"),
+        ({"split": Split("sequence", 2, True)}, "lie on several devices"),
+    ):
+        assert served("auto", "gpu", **facts).startswith("blockwise (cudnn: ")
+        assert why in served("auto", "gpu", **facts)
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="'flash' is not one of auto, dense, blockwise"):
-        implementation("flash", 1)
+    with pytest.raises(ValueError, match="'flash' is not one of auto, dense, blockwise, splash"):
+        implementation("flash", 1, "cpu")
+    with pytest.raises(ValueError, match="'splash' runs on a tpu, and this is for a cpu: 'auto'"):
+        implementation("splash", 2048, "cpu")
+    with pytest.raises(ValueError, match="block=100.*multiple of 128"):
+        Splash(block=100)
     with pytest.raises(ValueError, match=r"block=0, spans=4.*at least 1"):
         Blockwise(block=0)
     mask = bidirectional(jnp.ones((2, 3), bool))

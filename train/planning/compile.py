@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 import lora_jax as lj
+from lora_jax.models.attention import chosen_attention
 from lora_jax.models.families import family_of
-from lora_jax.models.layers.attend import implementation
+from lora_jax.models.layers.attend import Chosen
 from lora_jax.sharding import shardings
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, number_of_chunks, summed_loss
@@ -58,6 +59,23 @@ class Job:
     loss_chunk: int
     dtype: str
     attention: str = "auto"
+
+    @property
+    def chosen(self) -> Chosen:
+        """Returns the implementation of attention that will run, and why.
+
+        Raises:
+          UserError: the one that was asked for does not run on this machine.
+        """
+        with as_user_errors(ValueError):
+            return chosen_attention(
+                self.outline.config,
+                self.seq_len,
+                dtype=self.dtype,
+                attention=self.attention,
+                platform=self.layout.platform,
+                split=self.layout.split(self.seq_len),
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +280,7 @@ def _closed_form(job: Job, variant: Variant, params: Any) -> float:
         batch=job.batch_size,
         seq=job.seq_len,
         remat=variant.remat,
-        attention=implementation(job.attention, job.seq_len),
+        attention=job.chosen.attend,
         split=job.layout.split(job.seq_len),
         chunked=_chunks(job) > 1,
     )

@@ -8,12 +8,15 @@ from lora_jax.models import kinds
 from lora_jax.models.layers.attend import Attend
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.masks import Split
+from lora_jax.models.layers.splash import Splash
 from lora_jax.weight import LoraWeight, Trained, leaves_of
 
 _KEEPS_ONLY_DENSE = "dots_with_no_batch_dims_saveable"  # attention scores are not kept
 # How often both products of a block, or their like in its gradients, are computed. A block runs
 # forward again, and once more where its layer does; a policy that keeps products keeps a block's.
 _OF_BLOCKS = {"none": 4, "dots_saveable": 3, _KEEPS_ONLY_DENSE: 5, "full": 5}
+# Of the kernel's products: two forward, once more with rematerialisation, and seven backward.
+_OF_SPLASH = {"none": 4.5, "dots_saveable": 5.5, _KEEPS_ONLY_DENSE: 5.5, "full": 5.5}
 
 
 def step_flops(
@@ -68,4 +71,9 @@ def step_flops(
     pair = 4 * batch * heads * config.num_hidden_layers  # of a query and a key, forward
     if isinstance(attention, Blockwise):
         return total + pair * attention.pairs(seq, split) * _OF_BLOCKS[remat]
+    if isinstance(attention, Splash):
+        windowed = len(getattr(config, "windowed_layers", ()))
+        every = windowed == config.num_hidden_layers
+        pairs = attention.pairs(seq, split, window=config.sliding_window if every else None)
+        return total + pair * pairs * _OF_SPLASH[remat]
     return total + pair * seq**2 * (3 + (remat in ("full", _KEEPS_ONLY_DENSE)))

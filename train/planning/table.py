@@ -34,7 +34,8 @@ def print_plans(
     console.print(
         f"{facts['model']} on {facts['topology']} ({facts['devices']} devices: {mesh}), "
         f"{facts['batch_size'] * facts['grad_accum']} × {facts['seq_len']} tokens per step, "
-        f"{facts['dtype']}; compiled by the {facts['compiler'].upper()} compiler",
+        f"{facts['dtype']}, attention: {facts['attention']}; "
+        f"compiled by the {facts['compiler'].upper()} compiler",
         highlight=False,
         soft_wrap=True,
     )

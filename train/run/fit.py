@@ -16,6 +16,7 @@ import jax
 from rich.console import Console
 
 import lora_jax as lj
+from lora_jax.models.attention import chosen_attention
 from lora_jax.training import fit as training
 from lora_jax.training.batches import Examples, Feed, Order
 from lora_jax.training.checkpoints import Checkpoints
@@ -74,6 +75,24 @@ def check_rules(config: Options, outline: Outline) -> None:
     if config.adapter.init_adapter is None:
         with as_user_errors(ValueError):
             lj.lorafy(outline.params, rules(config.adapter, outline), kinds=outline.kinds)
+
+
+def attention_line(config: Options, outline: Outline, layout: Layout, seq: int) -> str:
+    """Returns a line that tells how attention is computed: "attention: blockwise".
+
+    Raises:
+      UserError: what was asked for does not run on these devices.
+    """
+    with as_user_errors(ValueError):
+        chosen = chosen_attention(
+            outline.config,
+            seq,
+            dtype=config.optim.dtype,
+            attention=config.optim.attention,
+            platform=layout.platform,
+            split=layout.split(seq),
+        )
+    return f"attention: {chosen}"
 
 
 def adapted(config: Options, outline: Outline, plain: Any, folder: Path, key: jax.Array) -> Any:

@@ -34,7 +34,7 @@ Remat = Annotated[
     ),
 ]
 
-Attention = Literal["auto", "dense", "blockwise"]
+Attention = Literal["auto", "dense", "blockwise", "splash", "cudnn"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,8 +118,9 @@ class OptimConfig:
     of those with weights."""
     attention: Attention = "auto"
     """Computation of attention. dense: all scores of a layer at once, the square of the length.
-    blockwise: a block of queries at a time, in memory linear in the length. auto: blockwise from
-    512 tokens on."""
+    blockwise: a block of queries at a time, in memory linear in the length. splash: a kernel for
+    TPUs. cudnn: a kernel for GPUs, in half precision. auto: the device's kernel, or blockwise where
+    there is none, from 512 tokens on."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of the base and its activations. Adapters are always float32."""
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 
 from lora_jax.models.layers.attention import dense
 from lora_jax.models.layers.blockwise import Blockwise
+from lora_jax.models.layers.call import Call
+from lora_jax.models.layers.cudnn import Cudnn
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.placement import UNPLACED, Placement
+from lora_jax.models.layers.splash import Splash
 
-# Queries from which on "auto" goes block by block: see tests/benchmarks/attention.py.
+# Queries from which on "auto" holds no scores: see tests/benchmarks/attention.py.
 LONG = 512
 
 
@@ -34,8 +37,17 @@ class Attend(Protocol):
     ) -> jax.Array: ...
 
 
-IMPLEMENTATIONS: dict[str, Attend] = {"dense": dense, "blockwise": Blockwise()}
+Kernel = Splash | Cudnn  # each knows what it refuses, and what computes that
+
+IMPLEMENTATIONS: dict[str, Attend] = {
+    "dense": dense,
+    "blockwise": Blockwise(),
+    "splash": Splash(),
+    "cudnn": Cudnn(),
+}
 ATTENTION = ("auto", *IMPLEMENTATIONS)
+_RUNS_ON = {"splash": "tpu", "cudnn": "gpu"}
+_BEST_ON = {"tpu": "splash", "gpu": "cudnn"}
 
 
 def attend(
@@ -56,8 +68,8 @@ def attend(
       k: [batch, keys, kv_heads, head_dim]. Queries are grouped by key/value head, so that keys and
         values are never repeated in memory.
       v: as k.
-      mask: the keys that each query may see. The result of a query that sees none (padding) is
-        finite: an average of values, of which ones depends on the implementation.
+      mask: the keys that each query may see. The result of a query that sees none, or that is
+        padding, is finite: an average of values, of which ones depends on the implementation.
       scale: a number or []; 1 / sqrt(head_dim) by default.
       cap: see ``soft_cap``.
       attention: the implementation; see ``implementation``.
@@ -66,28 +78,88 @@ def attend(
     Returns:
       [batch, seq, heads, head_dim].
     """
-    local = implementation(attention, q.shape[1])
+    local = implementation(attention, q.shape[1], placement.platform)
     return placement.attention(local)(q, k, v, mask, scale, cap)
 
 
-def implementation(attention: str | Attend, seq: int) -> Attend:
+def implementation(attention: str | Attend, seq: int, platform: str) -> Attend:
     """Returns the implementation of a name; a function is its own.
 
     - "dense" holds all scores, [batch, heads, seq, keys] in fp32.
     - "blockwise" holds those of a block of queries; see ``Blockwise``.
-    - "auto" is "blockwise" from 512 queries on, and "dense" for fewer.
+    - "splash" is a kernel for TPUs that holds none; see ``Splash``.
+    - "cudnn" is cuDNN's kernel for GPUs; see ``Cudnn``.
+    - "auto" is "dense" for fewer than 512 queries. From 512 on it is "splash" on a TPU, "cudnn" on
+      a GPU, and "blockwise" elsewhere.
+
+    A kernel that does not serve a call (keys in a cache, say) has "blockwise" do it; ``chosen``
+    tells.
 
     Args:
       attention: a name, or a function with the arguments of ``Attend``.
       seq: the number of queries, on all devices together.
+      platform: the kind of device, "cpu", "gpu" or "tpu"; see ``Placement.platform``.
 
     Raises:
-      ValueError: for another name; lists those that there are.
+      ValueError: for another name, or a kernel that does not run on the platform.
     """
     if not isinstance(attention, str):
         return attention
     if attention == "auto":
-        attention = "blockwise" if seq >= LONG else "dense"
+        attention = _BEST_ON.get(platform, "blockwise") if seq >= LONG else "dense"
     if attention not in IMPLEMENTATIONS:
         raise ValueError(f"attention {attention!r} is not one of {', '.join(ATTENTION)}")
+    if (needed := _RUNS_ON.get(attention, platform)) != platform:
+        raise ValueError(
+            f"attention {attention!r} runs on a {needed}, and this is for a {platform}: "
+            "'auto' takes what runs there"
+        )
     return IMPLEMENTATIONS[attention]
+
+
+class Chosen(NamedTuple):
+    """The implementation that will serve a call.
+
+    Attributes:
+      attend: the implementation.
+      name: its name, or the text of a function.
+      why: why it is not the one that was asked for; None if it is.
+    """
+
+    attend: Attend
+    name: str
+    why: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.why is None else f"{self.name} ({self.why})"
+
+
+def chosen(attention: str | Attend, call: Call, seq: int, platform: str) -> Chosen:
+    """Returns the implementation that will serve a call, and why it is not what was asked for.
+
+    >>> import jax.numpy as jnp
+    >>> from lora_jax.models.layers.attend import chosen
+    >>> from lora_jax.models.layers.call import Call
+    >>> call = Call(queries=2048, head_dim=64, dtype=jnp.float16)
+    >>> print(chosen("auto", call, 2048, "tpu"))
+    blockwise (splash: the kernel has no float16)
+
+    Args:
+      attention, seq, platform: see ``implementation``.
+      call: the call on one device.
+
+    Raises:
+      ValueError: see ``implementation``.
+    """
+    first = implementation(attention, seq, platform)
+    if isinstance(first, Kernel) and (why := first.refusal(call)):
+        return Chosen(first.otherwise, _name(first.otherwise), f"{_name(first)}: {why}")
+    return Chosen(first, _name(first))
+
+
+def _name(attend: Attend) -> str:
+    """Returns the name of an implementation, whatever its options are."""
+    for name, one in IMPLEMENTATIONS.items():
+        if attend == one or (isinstance(attend, type(one)) and isinstance(one, Blockwise | Kernel)):
+            return name
+    return str(attend)

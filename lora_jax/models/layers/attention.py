@@ -47,6 +47,12 @@ def score_scale(q: jax.Array, scale: float | jax.Array | None) -> jax.Array:
     return jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, wide(q.dtype))
 
 
+def scaled(q: jax.Array, scale: float | jax.Array | None) -> jax.Array:
+    """Returns queries with the factor of their scores, for kernels that take no traced factor."""
+    factor = score_scale(q, scale)
+    return (q.astype(factor.dtype) * factor).astype(q.dtype)
+
+
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
     """Returns cap tanh(x / cap): x where it is small, never beyond ±cap (Gemma 2)."""
     return x if cap is None else cap * jnp.tanh(x / cap)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+_PADDING = jnp.iinfo(jnp.int32).min  # the segment of padding, where it needs one
+
 
 class Tokens(NamedTuple):
     """Queries or keys, as a mask sees them.
@@ -131,6 +133,18 @@ class Mask:
         whole = (seen.shape[0], queries.slots.shape[0], keys.slots.shape[0])
         return jnp.broadcast_to(seen, whole)
 
+    def segments(self) -> tuple[jax.Array, jax.Array]:
+        """Returns segments of queries and of keys, [batch, n] int32: padding is one of its own.
+
+        For kernels that tell tokens apart by segments alone: a real token sees the real ones of its
+        segment. There has to be no cache.
+        """
+        if self.keys.positions is None:
+            raise ValueError("the keys of a mask need positions: -1 where there is nothing to see")
+        segments = jnp.int32(0) if self.keys.segments is None else self.keys.segments
+        keys = jnp.where(self.keys.positions >= 0, segments, _PADDING)
+        return keys if self.aligned else jnp.take(keys, self.queries.slots, axis=1), keys
+
 
 def bidirectional(present: jax.Array) -> Mask:
     """Returns a mask under which every token sees all tokens that are not padding.
@@ -141,3 +155,15 @@ def bidirectional(present: jax.Array) -> Mask:
     slots = jnp.arange(present.shape[1], dtype=jnp.int32)
     keys = Tokens(slots, jnp.where(present, slots, -1))
     return Mask(queries=Tokens(slots, None), keys=keys, causal=False, aligned=True)
+
+
+def padded(x: jax.Array, multiple: int) -> jax.Array:
+    """Returns an array whose axis 1 is filled up to a multiple of a size.
+
+    Args:
+      x: [batch, n, …], of floats, which get zeros; or of a mask's segments, which get padding's.
+      multiple: the size.
+    """
+    pads = [(0, 0), (0, -x.shape[1] % multiple), *[(0, 0)] * (x.ndim - 2)]
+    segments = jnp.issubdtype(x.dtype, jnp.integer)
+    return jnp.pad(x, pads, constant_values=_PADDING if segments else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
@@ -20,6 +21,11 @@ class Placement:
 
     A subclass answers for a mesh. It has to be hashable.
     """
+
+    @property
+    def platform(self) -> str:
+        """Returns the kind of device that the model is compiled for: "cpu", "gpu" or "tpu"."""
+        return jax.default_backend()
 
     def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
         """Returns an activation, with ``jax.lax.with_sharding_constraint`` or as it is.
@@ -45,6 +51,18 @@ class Placement:
             mask's ``split`` says which.
         """
         return local
+
+
+@dataclasses.dataclass(frozen=True)
+class OnePlatform(Placement):
+    """The answers for one device, which need not be here: a plan may compile for another."""
+
+    kind: str
+
+    @property
+    def platform(self) -> str:
+        """Returns the kind of the device."""
+        return self.kind
 
 
 UNPLACED = Placement()

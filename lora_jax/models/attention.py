@@ -1,0 +1,51 @@
+"""The implementation of attention that a model's rows will run on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from lora_jax.models.layers.attend import Attend, Chosen, chosen
+from lora_jax.models.layers.call import Call
+from lora_jax.models.layers.masks import Split
+
+
+def chosen_attention(
+    config: Any,
+    seq: int,
+    *,
+    dtype: Any,
+    attention: str | Attend = "auto",
+    platform: str = "cpu",
+    split: Split | None = None,
+) -> Chosen:
+    """Returns the implementation that rows of a length will run on, without a cache, and why.
+
+    >>> from lora_jax import models
+    >>> from lora_jax.models.attention import chosen_attention
+    >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_positions": 4096}
+    >>> config = models.read_config(fields)
+    >>> print(chosen_attention(config, 2048, dtype="float16", platform="tpu"))
+    blockwise (splash: the kernel has no float16)
+
+    Args:
+      config: the configuration of a model of ``lora_jax.models``.
+      seq: tokens per row.
+      dtype: dtype of the computation.
+      attention: the name that was asked for; see ``Decoder``.
+      platform: "cpu", "gpu" or "tpu"; see ``Placement.platform``.
+      split: how the queries of a row are split over devices; None where they are not.
+
+    Raises:
+      ValueError: for a name that there is not, or that does not run on the platform.
+    """
+    head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    call = Call(
+        queries=seq // (split.parts if split else 1),
+        head_dim=head_dim,
+        dtype=jnp.dtype(dtype),
+        capped=getattr(config, "attn_logit_softcapping", None) is not None,
+        split=split,
+    )
+    return chosen(attention, call, seq, platform)

@@ -1,0 +1,44 @@
+"""What a kernel has to know of a call of attention, to say whether it can serve."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.models.layers.masks import Mask, Split
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """The static facts of one call.
+
+    Attributes:
+      queries: queries on this device.
+      head_dim: the size of a head.
+      dtype: the dtype of queries, keys and values.
+      capped: whether scores are capped.
+      cached: whether keys come from a cache: then their number is not that of the queries.
+      split: how the queries of a row are split over devices; None where they are not.
+    """
+
+    queries: int
+    head_dim: int
+    dtype: Any
+    capped: bool = False
+    cached: bool = False
+    split: Split | None = None
+
+    @classmethod
+    def of(cls, q: jax.Array, mask: Mask, cap: float | None) -> Call:
+        """Returns the facts of an implementation's arguments."""
+        return cls(
+            queries=q.shape[1],
+            head_dim=q.shape[-1],
+            dtype=jnp.dtype(q.dtype),
+            capped=cap is not None,
+            cached=not mask.aligned and mask.split is None,
+            split=mask.split,
+        )

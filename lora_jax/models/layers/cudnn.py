@@ -1,0 +1,75 @@
+"""Attention by cuDNN, on NVIDIA's GPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.models.layers.attention import scaled
+from lora_jax.models.layers.blockwise import Blockwise
+from lora_jax.models.layers.call import Call
+from lora_jax.models.layers.masks import Mask
+
+# Tokens of a row up to which cuDNN is given its mask as an array: 32 MiB a row, for all heads.
+_LONGEST = 4096
+_HALF = (jnp.bfloat16, jnp.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cudnn:
+    """Computes attention by cuDNN, from Ampere on; see ``attend`` for the arguments.
+
+    The mask is an array of [batch, 1, queries, keys], in the dtype of the queries: the square of
+    the length, but for no head. So rows longer than 4,096 tokens go block by block in plain JAX,
+    and so does what else cuDNN does not do: see ``refusal``.
+
+    Attributes:
+      backend: "cudnn", or "xla" to compute the same call on any device, for tests.
+      otherwise: computes what cuDNN refuses.
+    """
+
+    backend: str = "cudnn"
+    otherwise: Blockwise = Blockwise()
+
+    def refusal(self, call: Call) -> str | None:
+        """Returns why cuDNN cannot serve a call; None if it can."""
+        if call.cached:
+            return "keys lie in a cache"
+        if call.split:
+            return "the queries of a row lie on several devices"
+        if call.dtype not in _HALF:
+            return f"cuDNN has no {jnp.dtype(call.dtype)}"
+        if call.head_dim > 128 or call.head_dim % 8:
+            return f"cuDNN's heads are multiples of 8 up to 128, not {call.head_dim}"
+        if call.capped:
+            return "cuDNN does not cap scores"
+        if call.queries % 2:
+            return "cuDNN needs an even number of tokens"
+        if call.queries > _LONGEST:
+            return f"the mask of more than {_LONGEST:,} tokens takes too much memory"
+        return None
+
+    def __call__(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: Mask,
+        scale: float | jax.Array | None = None,
+        cap: float | None = None,
+    ) -> jax.Array:
+        if self.refusal(Call.of(q, mask, cap)):
+            return self.otherwise(q, k, v, mask, scale, cap)
+        # Padding sees itself, so that no row of the mask is empty.
+        visible = mask.visible() | (mask.queries.slots[:, None] == mask.keys.slots)
+        implementation: Any = self.backend
+        return jax.nn.dot_product_attention(
+            *(scaled(q, scale), k, v),
+            mask=visible[:, None],
+            is_causal=mask.causal,
+            scale=1.0,
+            implementation=implementation,
+        )

@@ -1,0 +1,270 @@
+"""Attention by JAX's kernel for TPUs, splash attention: no scores in memory, forward or backward.
+
+The kernel visits blocks of queries and keys, and leaves out those that a mask hides whole. Which
+those are it reads from tables, made for causal masks and windows; within a block it computes the
+mask from slots and segments. Padding is a segment of its own, so that real tokens see real tokens
+only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+from lora_jax.models.layers.attention import scaled
+from lora_jax.models.layers.blockwise import Blockwise
+from lora_jax.models.layers.call import Call
+from lora_jax.models.layers.masks import Mask, Split, padded
+
+LANES = 128  # of a TPU: the kernel's blocks are multiples of it
+_WINDOWED = 1 << 30  # a bit of a query's slot: its layer has the window
+
+
+@dataclasses.dataclass(frozen=True)
+class Splash:
+    """Computes attention by the kernel; see ``attend`` for the arguments.
+
+    A row whose length is no multiple of 128 is padded. What the kernel does not do, blocks in plain
+    JAX do; ``refusal`` tells. Scores and softmax are fp32; queries in half precision are rounded
+    once more when they are scaled. There is no forward mode.
+
+    Where only some layers have a window, one program serves all: tables are chosen at run time, and
+    a bit in the slots of the queries tells the kernel.
+
+    Attributes:
+      block: queries and keys per block at most, a multiple of 128.
+      interpret: run the kernel in Python on any device, for tests.
+      otherwise: computes what the kernel refuses.
+
+    >>> from lora_jax.models.layers.splash import Splash
+    >>> Splash(block=256).pairs(512) / 512**2  # causal: three of four blocks
+    0.75
+    """
+
+    block: int = 512
+    interpret: bool = False
+    otherwise: Blockwise = Blockwise()
+
+    def __post_init__(self) -> None:
+        if self.block < LANES or self.block % LANES:
+            raise ValueError(f"{self}: block must be a multiple of {LANES}")
+
+    def refusal(self, call: Call) -> str | None:
+        """Returns why the kernel cannot serve a call; None if it can."""
+        if call.cached:
+            return "keys lie in a cache"
+        if call.dtype not in (jnp.bfloat16, jnp.float32):
+            return f"the kernel has no {jnp.dtype(call.dtype)}"
+        if call.split and (chunk := _chunk(call.queries, call.split)) % LANES:
+            return f"a device has {chunk} tokens of a row at a time, no multiple of {LANES}"
+        return None
+
+    def pairs(
+        self,
+        seq: int,
+        split: Split | None = None,
+        *,
+        causal: bool = True,
+        window: int | None = None,
+    ) -> int:
+        """Returns the number of scores that a head computes for a row.
+
+        Args:
+          seq: the number of tokens.
+          split: how they lie on devices; the number is that of all devices together.
+          causal, window: the mask's.
+        """
+        seq += -seq % LANES
+        band = _Band(seq, seq, causal, window, split)
+        visited, blocks = band.visits(*self._blocks(band))
+        return seq**2 * visited // blocks
+
+    def __call__(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: Mask,
+        scale: float | jax.Array | None = None,
+        cap: float | None = None,
+    ) -> jax.Array:
+        if self.refusal(Call.of(q, mask, cap)):
+            return self.otherwise(q, k, v, mask, scale, cap)
+        batch, seq, heads, _ = q.shape
+        q = scaled(q, scale)
+        segments = [jnp.broadcast_to(x, (batch, x.shape[1])) for x in mask.segments()]
+        if mask.split is None:
+            q, k, v = (padded(x, LANES) for x in (q, k, v))
+            segments = [padded(x, LANES) for x in segments]
+        kernel, visits = self._kernel(heads, q.shape[1], k.shape[1], mask, cap)
+        with jax.named_scope("blocks_{}_of_{}".format(*visits)):  # plans count by this name
+            arrays = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+            out = jax.vmap(kernel)(*arrays, kernels.SegmentIds(*segments))
+        return out.transpose(0, 2, 1, 3)[:, :seq]
+
+    def _kernel(
+        self, heads: int, queries: int, keys: int, mask: Mask, cap: float | None
+    ) -> tuple[Any, tuple[int, int]]:
+        """Returns the kernel of a device's queries, [heads, queries, head_dim], and its visits."""
+        split = mask.split
+        parts = split.parts if split else 1
+        band = _Band(parts * queries, keys, mask.causal, mask.window, split)
+        size, key_size = self._blocks(band)
+
+        def made(band: _Band) -> Any:
+            sizes = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), size)
+            sizes |= dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dq"), key_size)
+            kernel = kernels.make_splash_mha(
+                kernels.MultiHeadMask([band] * heads),
+                block_sizes=kernels.BlockSizes(**sizes),
+                attn_logits_soft_cap=cap,
+                head_shards=1,
+                q_seq_shards=parts,
+                interpret=self.interpret,
+            )
+            return jax.tree.map(lambda table: _part(table, split), kernel)
+
+        if mask.windowed is None:
+            return made(band), band.visits(size, key_size)
+        without, within = (dataclasses.replace(band, some=marked) for marked in (False, True))
+        kernel = jax.tree.map(
+            lambda one, other: _either(mask.windowed, one, other), made(within), made(without)
+        )
+        return kernel, without.visits(size, key_size)
+
+    def _blocks(self, band: _Band) -> tuple[int, int]:
+        """Returns the numbers of queries and of keys per block."""
+        chunk = _chunk(band.queries // band.split.parts, band.split) if band.split else band.queries
+        sizes = range(LANES, self.block + 1, LANES)
+        size, key_size = (max(n for n in sizes if of % n == 0) for of in (chunk, band.keys))
+        return size, key_size
+
+
+def _chunk(queries: int, split: Split) -> int:
+    """Returns how many of a device's queries lie side by side in their row."""
+    return queries // 2 if split.paired else queries
+
+
+def _part(table: jax.Array, split: Split | None) -> jax.Array:
+    """Returns this device's part of a kernel's table, [1, blocks, …] or [queries]."""
+    if split is None:
+        return table
+    axis = 1 if table.ndim == 3 else 0
+    size = table.shape[axis] // split.parts
+    return lax.dynamic_slice_in_dim(table, lax.axis_index(split.axis) * size, size, axis)
+
+
+def _either(choice: jax.Array, one: jax.Array, other: jax.Array) -> jax.Array:
+    """Chooses a table; the smaller is filled up with zeros, which are no visits."""
+    shape = np.maximum(one.shape, other.shape)
+    dtype = np.promote_types(one.dtype, other.dtype)
+    one, other = (
+        jnp.pad(x, [(0, more) for more in shape - x.shape]).astype(dtype) for x in (one, other)
+    )
+    return jnp.where(choice, one, other)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Band(kernels.Mask):
+    """A mask by the distance of a query's slot from a key's, as the kernel takes one.
+
+    Attributes:
+      queries, keys: the numbers of slots, on all devices together.
+      causal, window, split: see ``lora_jax.models.layers.masks.Mask``.
+      some: whether this layer has the window, where only some have; None where all do.
+    """
+
+    queries: int
+    keys: int
+    causal: bool
+    window: int | None
+    split: Split | None
+    some: bool | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.queries, self.keys
+
+    @functools.cached_property
+    def slots(self) -> np.ndarray:
+        """The slots of all queries, device by device: [queries] int32."""
+        if self.split is None:
+            return np.arange(self.queries, dtype=np.int32)
+        return self.split.slots(self.queries).reshape(-1)
+
+    @property
+    def q_sequence(self) -> np.ndarray:
+        """What the kernel knows of each query: its slot, and the bit."""
+        return self.slots | np.int32(_WINDOWED) if self.some else self.slots
+
+    @property
+    def mask_function(self) -> _Sees:
+        return _Sees(self.causal, self.window, self.some is not None)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Returns a block of the mask; one that is all True or all False costs nothing."""
+        rows, columns = (
+            np.arange(size, dtype=np.int32)[at] for at, size in zip(index, self.shape, strict=True)
+        )
+        slots = self.slots[rows]
+        empty, full = self._extremes(slots.min(), slots.max(), columns[0], columns[-1])
+        if empty or full:
+            return _uniform(bool(full), (len(rows), len(columns)))
+        return self.mask_function(self.q_sequence[rows][:, None], columns[None])
+
+    def visits(self, size: int, key_size: int) -> tuple[int, int]:
+        """Returns how many blocks the kernel visits, and how many there are."""
+        slots = self.slots.reshape(-1, size)
+        first = np.arange(0, self.keys, key_size)
+        empty, _ = self._extremes(
+            slots.min(1)[:, None], slots.max(1)[:, None], first, first + key_size - 1
+        )
+        shape = (slots.shape[0], first.size)
+        return int(np.sum(~np.broadcast_to(empty, shape))), shape[0] * shape[1]
+
+    def _extremes(self, low: Any, high: Any, first: Any, last: Any) -> tuple[Any, Any]:
+        """Returns whether no query of slots low to high sees a key first to last; whether all do.
+
+        Distances in a block are a range, and so are those that are seen.
+        """
+        nearest, farthest = low - last, high - first
+        empty, full = farthest < farthest, farthest == farthest
+        if self.causal:
+            empty, full = empty | (farthest < 0), full & (nearest >= 0)
+        if self.window is not None and self.some is not False:
+            empty, full = empty | (nearest >= self.window), full & (farthest < self.window)
+        return empty, full
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sees:
+    """Tells which queries see which keys: of NumPy's arrays, and in the kernel.
+
+    Attributes:
+      causal, window: see ``Mask``.
+      marked: whether the window holds for slots with the bit alone.
+    """
+
+    causal: bool
+    window: int | None
+    marked: bool
+
+    def __call__(self, slots: Any, keys: Any) -> Any:
+        queries = slots & (_WINDOWED - 1) if self.marked else slots
+        seen = queries >= keys if self.causal else queries == queries
+        if self.window is not None:
+            near = queries - keys < self.window
+            seen = seen & (near | (slots < _WINDOWED) if self.marked else near)
+        return seen
+
+
+@functools.lru_cache(maxsize=16)
+def _uniform(value: bool, shape: tuple[int, int]) -> np.ndarray:
+    return np.full(shape, value)
