@@ -119,7 +119,7 @@ class Splash:
         size, key_size = self._blocks(band)
 
         def made(band: _Band) -> Any:
-            sizes = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), size)
+            sizes: dict[str, Any] = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), size)
             sizes |= dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dq"), key_size)
             kernel = kernels.make_splash_mha(
                 kernels.MultiHeadMask([band] * heads),
@@ -131,11 +131,12 @@ class Splash:
             )
             return jax.tree.map(lambda table: _part(table, split), kernel)
 
-        if mask.windowed is None:
+        choice = mask.windowed
+        if choice is None:
             return made(band), band.visits(size, key_size)
         without, within = (dataclasses.replace(band, some=marked) for marked in (False, True))
         kernel = jax.tree.map(
-            lambda one, other: _either(mask.windowed, one, other), made(within), made(without)
+            lambda one, other: _either(choice, one, other), made(within), made(without)
         )
         return kernel, without.visits(size, key_size)
 

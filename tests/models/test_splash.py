@@ -1,0 +1,178 @@
+"""Splash attention, interpreted, against dense attention; and what it visits, against its mask."""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.models.layers.attend import attend
+from lora_jax.models.layers.attention import dense
+from lora_jax.models.layers.cudnn import Cudnn
+from lora_jax.models.layers.masks import Mask, Split
+from lora_jax.models.layers.splash import Splash, _Band
+from lora_jax.training.layout import Layout
+from tests.models.test_attention import Case
+from tests.support import assert_close, draw
+from train.planning.jaxpr_flops import count_flops
+from train.run.mesh import make_mesh
+
+SPLASH = Splash(block=128, interpret=True)
+
+
+def differentiated(case: Case, how: Any, some: bool | None = None, **options: Any) -> Any:
+    """Values and gradients of what real tokens give; the scale and the window's use are traced."""
+    mask, arrays = case.mask(), case.arrays()
+    real = case.present[..., None, None]
+    cotangent = jnp.where(real, draw(4, arrays[0].shape), 0.0)
+    if some is not None:
+        mask = mask.within(case.window, jnp.bool_(some))
+
+    def run(arrays: Any, mask: Mask, scale: jax.Array) -> Any:
+        out = attend(*arrays, mask, scale, case.cap, attention=how, **options)
+        return jnp.sum(out * cotangent), jnp.where(real, out, 0.0)
+
+    scale = jnp.float32(case.scale or 0.3)
+    (_, out), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(arrays, mask, scale)
+    assert np.isfinite(out).all()
+    return out, *gradient
+
+
+MASKS = {
+    "causal": (Case(128, batch=2, kv_heads=2, group=1), None),
+    "padded, packed, a window, capped": (
+        Case(200, packed=True, padding="right", window=70, cap=1.5, kv_heads=1, group=3),
+        None,
+    ),
+    "bidirectional": (Case(150, causal=False, padding="left", kv_heads=2, group=2), None),
+    "a layer with a window": (Case(256, window=100, padding="left", kv_heads=1, group=2), True),
+    "a layer without": (Case(256, window=100, padding="left", kv_heads=1, group=2), False),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_the_kernel_computes_what_dense_attention_does(name: str) -> None:
+    case, some = MASKS[name]
+    want = differentiated(case, "dense", some)
+    assert_close(differentiated(case, SPLASH, some), want, 1e-5)
+    assert all(np.abs(x).max() > 1e-2 for x in want)
+
+
+SPLITS = [
+    ("sequence=2,tensor=2", Case(512, kv_heads=2, group=1, packed=True), None),
+    ("sequence=2", Case(512, kv_heads=1, group=2, window=150, cap=2.0), True),
+    ("data=2,sequence=2", Case(256, kv_heads=1, group=1, causal=False, padding="left"), None),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("text", "case", "some"), SPLITS)
+def test_devices_compute_what_one_does(text: str, case: Case, some: bool | None) -> None:
+    size = math.prod(int(part.split("=")[1]) for part in text.split(","))
+    layout = Layout(make_mesh(text, 4, jax.devices()[:size]), ())
+    case = dataclasses.replace(case, head_dim=5)
+    want = differentiated(case, "dense", some)
+    with jax.set_mesh(layout.mesh):
+        got = differentiated(case, SPLASH, some, placement=layout)
+    assert_close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["a cache", "half precision", "parts of 64 tokens"])
+def test_what_the_kernel_lacks_goes_to_blocks(name: str) -> None:
+    """With the right mask: here to a function that tells that it was called."""
+    calls = []
+
+    def told(*args: Any) -> jax.Array:
+        calls.append(args)
+        return dense(*args)
+
+    how = dataclasses.replace(SPLASH, otherwise=told)
+    case = Case(130, slots=140 if name == "a cache" else None)
+    mask, arrays = case.mask(), case.arrays()
+    if name == "half precision":
+        arrays = tuple(x.astype(jnp.float16) for x in arrays)
+    if name.startswith("parts"):
+        mask = dataclasses.replace(mask, aligned=False, split=Split("sequence", 2, paired=True))
+    np.testing.assert_array_equal(how(*arrays, mask), dense(*arrays, mask))
+    assert len(calls) == 1
+
+
+def test_half_precision() -> None:
+    """Nearly as near to fp32 as dense attention is: the scaled queries round once more."""
+    case = Case(128, kv_heads=1, head_dim=24)
+    mask, half = case.mask(), tuple(x.astype(jnp.bfloat16) for x in case.arrays())
+    exact = dense(*(x.astype(jnp.float32) for x in half), mask)
+    outs = jax.jit(lambda *x: (SPLASH(*x, mask), dense(*x, mask)))(*half)
+    assert all(out.dtype == jnp.bfloat16 for out in outs)
+    errors = [np.abs(x.astype(jnp.float32) - exact).mean() for x in outs]
+    assert 0 < errors[0] <= 1.2 * errors[1]
+
+
+BANDS = list(
+    itertools.product((None, 1, 37, 300), (None, (2, True), (4, False)), (None, False, True))
+)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocks_are_left_out_only_where_nothing_is_seen(causal: bool) -> None:
+    for window, parts, some in BANDS:
+        check_band(causal, window, parts, some)
+
+
+def check_band(causal: bool, window: int | None, parts: Any, some: bool | None) -> None:
+    """Checks a band block by block, against distances written out."""
+    split = Split("sequence", *parts) if parts else None
+    band = _Band(192, 192, causal, window, split, some)
+    slots = np.arange(192) if split is None else split.slots(192).reshape(-1)
+    distance = slots[:, None] - np.arange(192)
+    want = distance >= 0 if causal else np.ones_like(distance, bool)
+    if window and some is not False:
+        want &= distance < window
+    visited = 0
+    for i, j in np.ndindex(8, 6):
+        at = np.s_[24 * i : 24 * i + 24, 32 * j : 32 * j + 32]
+        np.testing.assert_array_equal(band[at], want[at])
+        visited += want[at].any()
+    assert band.visits(24, 32) == (visited, 48)
+
+
+def test_plans_count_what_the_kernel_visits() -> None:
+    """The jaxpr of a gradient: two products forward, seven backward, of the blocks visited."""
+    case = Case(640, batch=2, kv_heads=2, group=2, window=200)
+    how = Splash(block=128)
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.sum(how(q, k, v, case.mask()) ** 2)
+
+    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*case.arrays())
+    pairs = how.pairs(640, window=200)
+    assert pairs == (5 + 4 + 3) * 128**2  # a window of 200 reaches into the second block before
+    count = count_flops(traced.jaxpr)
+    of_sums = 2 * (2 * 4) * 640 * 7  # of results times their gradients
+    assert count.exact and count.flops == 9 * 2 * (2 * 4) * 7 * pairs + of_sums
+
+
+CUDNN = {
+    "packed, a window and padding": Case(24, packed=True, window=3, padding="right"),
+    "bidirectional, padded left": Case(16, causal=False, padding="left"),
+    "padded left": Case(24, padding="left"),
+}
+
+
+@pytest.mark.parametrize("name", CUDNN)
+def test_the_call_of_cudnn(name: str) -> None:
+    """Computed by XLA: cuDNN takes the same arguments, but is not here."""
+    case = dataclasses.replace(CUDNN[name], head_dim=8)
+    mask, real = case.mask(), case.present[..., None, None]
+    half = tuple(x.astype(jnp.bfloat16) for x in case.arrays())
+    with jax.numpy_dtype_promotion("standard"):
+        got, want = (
+            np.where(real, run(*half, mask, 0.6).astype(jnp.float32), 0)
+            for run in (Cudnn(backend="xla"), dense)
+        )
+    assert np.abs(want).max() > 0.5
+    assert_close(got, want, 3e-2)
