@@ -114,7 +114,8 @@ def summed_loss(
       batch: arrays [batch, seq] and [batch, m]; see `lora_jax.training.batches.Packs`.
       dropout_key: turns dropout on.
       chunk: predictions a chunk; 0, or as many as there are: all at once.
-      parts: the parts that a row is split into, each on a device.
+      parts: the parts that a row is split into, each on a device. With several, a place may
+        predict one token only; what weighs nothing does not matter.
 
     Returns:
       The sums, without logs: an accuracy would take another pass over the vocabulary.

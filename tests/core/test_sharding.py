@@ -157,8 +157,9 @@ CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)
 def test_a_step_sends_what_the_base_needs_and_its_adapter_twice(machine, text):
     """The bound: the plain model forward and back to its input, and the adapter's bytes twice.
 
-    (Once when it is gathered, once when its gradient is summed. Over the tensor axis neither is
-    needed, but xA or its gradient is summed there: r numbers a token.)
+    (Once when it is gathered, once when its gradient is summed, over one axis after the other.
+    Over the tensor axis neither is needed, but xA or its gradient is summed there: r numbers a
+    token.)
     """
     devices = None
     if machine != "cpu":
@@ -197,6 +198,9 @@ def test_a_step_sends_what_the_base_needs_and_its_adapter_twice(machine, text):
             def constrain(self, x, kind):
                 return layout.constrain(x + probe if kind == "residual" else x, kind)
 
+            def attention(self, local):
+                return layout.attention(local)
+
         nudged = model.clone(placement=Nudged())
         return loss_of(nudged.apply, params, ids)
 
@@ -213,9 +217,11 @@ def test_a_step_sends_what_the_base_needs_and_its_adapter_twice(machine, text):
     ours = sent(of_adapter, adapter, base, ids)
     whole = sent(lambda params, ids: loss_of(model.apply, params, ids), plain, ids)
     print(f"{machine}, {text}: needed {needed}, adapter {size}, ours {ours}, full {whole}")
-    assert ours <= needed + 2 * size
+    sums = sum(n > 1 for axis, n in layout.mesh.shape.items() if axis != "tensor")
+    bound = needed + (1 + max(1, sums)) * size
+    assert ours <= bound
     if text != "tensor=4":  # where each device has the whole gradient of its part of the base
-        assert whole > needed + 2 * size, "a gradient of the base must be seen"
+        assert whole > bound, "a gradient of the base must be seen"
 
 
 @pytest.mark.slow
@@ -236,6 +242,9 @@ def test_no_kernel_moves_over_the_tensor_axis():
                 def constrain(self, x, kind):
                     x = x + probe if kind == "residual" else x
                     return layout.constrain(x, kind) if kind in kinds else x
+
+                def attention(self, local):
+                    return layout.attention(local)
 
             model = models.Decoder(config, remat=True, placement=Nudged())
             return jnp.sum(model.apply({"params": params}, ids, return_hidden=True) ** 2)

@@ -275,8 +275,8 @@ def test_a_row_without_the_fields_is_named(inputs, tmp_path, capsys):
 
 @pytest.mark.parametrize("packing", [[], ["--packing", "--seq-len", "128"]])
 def test_the_script_names_the_rows_of_the_data(tmp_path, capsys, monkeypatch, packing):
-    def poisoned(forward, params, batch, dropout_key=None, *, chunk):
-        sums = summed_loss(forward, params, batch, dropout_key, chunk=chunk)
+    def poisoned(forward, params, batch, dropout_key=None, **options):
+        sums = summed_loss(forward, params, batch, dropout_key, **options)
         factor = jnp.where(jnp.any(batch["ids"] == marked), jnp.inf, 1.0)
         return sums._replace(total=sums.total * factor)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_jax.training.batches import Order, Tokens, order, pack
+from lora_jax.training.batches import Order, Tokens, order, pack, round_up
 
 
 def sequence(ids, counts):
@@ -50,6 +50,7 @@ def test_rows_are_as_long_as_needed_and_no_longer_than_allowed():
     long = sequence(range(17), [0] + [1] * 16)
     assert pack([long], 64, packing=False).ids.shape == (1, 24)
     assert pack([long], 20, packing=False).ids.shape == (1, 20)
+    assert [round_up(n, 4096) for n in (1017, 1024, 1025)] == [1024, 1024, 1152]
 
 
 def test_an_epoch_has_every_row_once_and_the_next_another_order():

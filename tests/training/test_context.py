@@ -16,6 +16,7 @@ from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.masks import Mask, Split, Tokens
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout
+from tests.models import tiny
 from tests.models.test_attention import Case
 from tests.support import assert_close, draw
 from train.planning.hlo import work_of
@@ -41,24 +42,28 @@ def differentiated(case: Case, layout: Layout, how: Any, **options: Any) -> Any:
         out = attend(*arrays, mask, case.scale, case.cap, attention=how, **options)
         return jnp.sum(out * cotangent), jnp.where(looks, out, 0.0)
 
+    gradient = jax.value_and_grad(run, has_aux=True)
     with jax.set_mesh(layout.mesh):
-        (_, out), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(arrays, mask)
-    return out, *gradient
+        (_, out), got = jax.jit(gradient, compiler_options=tiny.FAST_COMPILE)(arrays, mask)
+    return out, *got
 
 
-SHARED_OUT = [
-    ("sequence=2", Case(24), BLOCKS),
-    ("sequence=4", Case(24), "dense"),
+QUICK = [
     ("sequence=4", Case(32, **ALL), BLOCKS),
+    ("data=2,sequence=2", Case(24, causal=False, padding="left"), BLOCKS),
+    ("sequence=2,tensor=2", Case(24, kv_heads=1, group=4), BLOCKS),  # keys are repeated
+]
+SLOW = [
+    ("sequence=2", Case(24), BLOCKS),
+    ("sequence=4", Case(24, window=5), "dense"),
     ("sequence=4", Case(20, window=4), BLOCKS),  # no multiple of 8: nothing is exchanged
     ("sequence=4", Case(18), BLOCKS),  # no multiple of 4: each device has the row
-    ("data=2,sequence=2", Case(24, causal=False, padding="left"), BLOCKS),
     ("fsdp=2,sequence=2", Case(20, packed=True), BLOCKS),
     ("sequence=2,tensor=2", Case(24, padding="left"), BLOCKS),
-    ("sequence=2,tensor=2", Case(24, kv_heads=1, group=4), BLOCKS),  # keys are repeated
     ("tensor=4", Case(10, kv_heads=3, group=1, **ALL), BLOCKS),  # heads stay whole
     ("fsdp=2,tensor=2", Case(10, slots=31, padding="left"), BLOCKS),
 ]
+SHARED_OUT = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
 
 @pytest.mark.parametrize(("text", "case", "how"), SHARED_OUT)

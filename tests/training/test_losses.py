@@ -107,22 +107,30 @@ OTHERS = [(case, 9) for case in CASES if (case, 9) not in SIZES + QUICK]
 
 
 @pytest.mark.parametrize(
-    ("case", "chunk"),
-    [*SIZES, *QUICK, *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS)],
+    ("case", "chunk", "parts"),
+    [
+        *((*quick, 1) for quick in [*SIZES, *QUICK]),
+        ("tied, adapted table", 9, 3),
+        *(pytest.param(*other, 1, marks=pytest.mark.slow) for other in OTHERS),
+    ],
 )
-def test_chunks_change_neither_loss_nor_gradient(case, chunk):
+def test_chunks_change_neither_loss_nor_gradient(case, chunk, parts):
+    """Nor do the parts that rows are split into."""
     make, rules = CASES[case]
     model, plain = make()
     params = with_random_factors(lj.lorafy(plain, rules))
     adapter, base = lj.split(params)
     data, forward = batch(), lj.adapt(model.apply, strict=True)
+    if parts > 1:  # a place then predicts one token only
+        data["predict_at"] = np.arange(3, 3 + M, dtype=np.int32)[None].repeat(BATCH, axis=0)
 
     def both(loss):
         of_adapter = lambda adapter: loss(lj.join(adapter, base))  # noqa: E731
         return jax.jit(jax.value_and_grad(of_adapter))(adapter)
 
     whole, chunked = (
-        both(functools.partial(total, forward, batch=data, chunk=n)) for n in (0, chunk)
+        both(functools.partial(total, forward, batch=data, **options))
+        for options in ({}, {"chunk": chunk, "parts": parts})
     )
     assert_close(chunked, whole, 1e-5)
     judge = both(lambda params: on_merged(model, params, data))

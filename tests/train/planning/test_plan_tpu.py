@@ -28,6 +28,7 @@ LLAMA = {
 LLAMA_3 = LLAMA | {"vocab_size": 128256, "num_key_value_heads": 8}
 MODELS = {
     "7b": LLAMA,
+    "8b": LLAMA_3 | {"intermediate_size": 14336, "max_position_embeddings": 131072},
     "70b": LLAMA_3
     | {
         "hidden_size": 8192,
@@ -64,7 +65,8 @@ def plan(tmp_path_factory):
     def plan(model, *options):
         path = folder / f"{model}.json"
         path.write_text(json.dumps(MODELS[model]))
-        words = ["--model", path, "--seq-len", 2048, "--alone", "--json", *options]
+        words = ["--model", path, "--alone", "--json", *options]
+        words += [] if "--seq-len" in options else ["--seq-len", 2048]
         done = subprocess.run(
             [sys.executable, "-m", "train.plan", *map(str, words)],
             cwd=ROOT,
@@ -99,6 +101,15 @@ def test_llama_2_7b_in_full(plan):
     made, lora = plan("7b", *OF_7B, "--full"), plan("7b", *OF_7B, "--rank", 8)
     assert made["fits"]
     assert made["per_chip_bytes"]["total"] > 2.5 * lora["per_chip_bytes"]["total"]
+    np.testing.assert_allclose(made["flops_per_step"], made["flops_closed_form"], rtol=0.02)
+
+
+def test_a_long_row_over_all_chips(plan):
+    """Neither the scores nor the base are in the way: a chip has a sixteenth of both."""
+    options = ("--topology", "v5e:4x4", "--mesh", "sequence=16", "--batch-size", 1)
+    made = plan("8b", *options, "--seq-len", 131072, "--rank", 16)
+    assert made["fits"] and made["per_chip_bytes"]["total"] <= 7 * GIB
+    assert made["per_chip_bytes"]["base"] <= 1.0 * GIB
     np.testing.assert_allclose(made["flops_per_step"], made["flops_closed_form"], rtol=0.02)
 
 
