@@ -35,7 +35,7 @@ class Decoder(nn.Module):
         a policy of ``jax.checkpoint_policies`` by name, such as "dots_saveable", keeps what it
         says.
       placement: the activations' place on a mesh; see ``Placement``.
-      attention: the implementation of attention: "auto", "dense", "blockwise", or a function; see
+      attention: the implementation of attention: "auto", another name, or a function; see
         ``lora_jax.models.layers.attend.implementation``.
     """
 
