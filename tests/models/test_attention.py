@@ -23,6 +23,7 @@ from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.call import Call
 from lora_jax.models.layers.masks import Mask, Split, Tokens, bidirectional
+from lora_jax.models.layers.placement import UNPLACED
 from lora_jax.models.layers.splash import Splash
 from lora_jax.models.layers.trunk import causal_mask, place
 from tests.support import assert_close, draw
@@ -271,6 +272,8 @@ def test_the_choice() -> None:
                 assert implementation(asked, seq, platform) is IMPLEMENTATIONS[asked]
     own = Blockwise(block=3)
     assert implementation(own, 1, "cpu") is own
+    assert not UNPLACED.kernels, "here are four devices"
+    assert implementation("auto", LONG, "tpu", kernels=False) is IMPLEMENTATIONS["blockwise"]
 
     def served(attention: Any, platform: str, **facts: Any) -> str:
         call = Call(**{"queries": 512, "head_dim": 64, "dtype": jnp.bfloat16} | facts)
