@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.lorafy import split
-from lora_jax.models import partition_specs
+from lora_jax.models import compiler_options, partition_specs
 from lora_jax.models.layers.placement import Activation, Mixture, Placement
 from lora_jax.models.specs import AXES, BATCH
 from lora_jax.sharding import Table, fitted, place, sharding_of, shardings
@@ -55,6 +55,16 @@ class Layout(Placement):
         return math.prod(self.mesh.shape[name] for name in BATCH)
 
     @property
+    def platform(self) -> str:
+        """Returns the platform of the devices: the one that a step is compiled for."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
+    def compiler_options(self) -> dict[str, str]:
+        """Returns the options to compile with; see `lora_jax.models.compiler_options`."""
+        return compiler_options(self.platform)
+
+    @property
     def splits_sequences(self) -> bool:
         """Returns whether the tokens of one sequence lie on several devices."""
         return self.mesh.shape["sequence"] > 1
@@ -94,14 +104,13 @@ class Layout(Placement):
         return NamedSharding(self.mesh, P())
 
     def constrained(self, model: Any, *, dropout: bool = False) -> Any:
-        """Returns the model with its activations on the mesh; on one device as it is.
+        """Returns the model with its activations on the mesh.
 
         Dropout on experts depends on the order of the tokens that are sorted for them. To be what
         it is on one device, it has them sorted all at once, which takes more memory.
         """
-        if self.mesh.size == 1:
-            return model
-        return model.clone(placement=dataclasses.replace(self, sorts_apart=not dropout))
+        sorts_apart = self.mesh.size == 1 or not dropout
+        return model.clone(placement=dataclasses.replace(self, sorts_apart=sorts_apart))
 
     def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
         """Returns an activation on the mesh; see `lora_jax.models.layers.placement.Placement`.
@@ -111,6 +120,8 @@ class Layout(Placement):
         products of a block it is gathered over that axis; each device has its heads or features
         of all tokens there, so that no kernel moves over the tensor axis.
         """
+        if self.mesh.size == 1:
+            return x
         return jax.lax.with_sharding_constraint(x, self._fitting(x.shape, _ACTIVATIONS[kind]))
 
     def mixture(self, mixed: Mixture) -> Mixture:
@@ -118,6 +129,8 @@ class Layout(Placement):
 
         So no token moves; kernels are gathered over the other axes, a layer at a time.
         """
+        if self.mesh.size == 1:
+            return mixed
         tokens, inner, outer = P(BATCH, "sequence"), P(None, None, "tensor"), P(None, "tensor")
         specs = (tokens, tokens, tokens, inner, inner, outer)
 

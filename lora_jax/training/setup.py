@@ -101,7 +101,7 @@ class Setup:
           state, base, batch: arrays, or shapes with shardings.
 
         Returns:
-          The traced step, which has its jaxpr.
+          The traced step, which has its jaxpr. It compiles with the layout's compiler options.
         """
         step = make_step(
             forward,
@@ -113,7 +113,13 @@ class Setup:
         )
         out = (self.where, self.layout.whole)
         with jax.set_mesh(self.layout.mesh):
-            return jax.jit(step, donate_argnums=0, out_shardings=out).trace(state, base, batch)
+            jitted = jax.jit(
+                step,
+                donate_argnums=0,
+                out_shardings=out,
+                compiler_options=self.layout.compiler_options,
+            )
+            return jitted.trace(state, base, batch)
 
 
 def state_shardings(layout: Layout, adapter: Any, optimizer: optax.GradientTransformation) -> Any:

@@ -35,6 +35,7 @@ Remat = Annotated[
 ]
 
 Attention = Literal["auto", "dense", "blockwise"]
+Experts = Literal["auto", "blocks", "ragged"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +121,10 @@ class OptimConfig:
     """Computation of attention. dense: all scores of a layer at once, the square of the length.
     blockwise: a block of queries at a time, in memory linear in the length. auto: blockwise from
     512 tokens on, except where the mesh has a sequence axis."""
+    experts: Experts = "auto"
+    """Computation of a mixture of experts. blocks: blocks of tokens of one expert, in a loop.
+    ragged: all of a device's tokens, sorted, by the compiler's own kernel; only a TPU's has one.
+    auto: ragged on a TPU (with --dropout, on one chip), and blocks elsewhere."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of the base and its activations. Adapters are always float32."""
 

@@ -17,7 +17,20 @@ class Placement:
     """A model's questions on placement; this one leaves everything as it is.
 
     A subclass answers for a mesh. It has to be hashable.
+
+    Attributes:
+      sorts_apart: whether, before experts, each device sorts its own tokens; see ``mixture``.
     """
+
+    sorts_apart: bool = True
+
+    @property
+    def platform(self) -> str | None:
+        """Returns the platform of the devices ("tpu", "gpu", "cpu"); None if nobody says.
+
+        Who says "tpu" compiles with ``lora_jax.models.compiler_options("tpu")``.
+        """
+        return None
 
     @property
     def splits_sequences(self) -> bool:
