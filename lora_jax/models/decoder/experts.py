@@ -127,7 +127,8 @@ def ragged(
     """Applies experts to sorted rows; see ``Experts`` for the arguments."""
     n = chosen.size
     order = jnp.argsort(chosen)  # stable
-    sizes = jnp.sum(chosen == jnp.arange(gate.shape[0])[:, None], axis=1, dtype=jnp.int32)
+    groups = jnp.arange(gate.shape[0], dtype=chosen.dtype)
+    sizes = jnp.sum(chosen == groups[:, None], axis=1, dtype=jnp.int32)
     # No row is written or read twice: both have derivatives that add in a fixed order.
     grouped = rows.at[order].get(unique_indices=True)
     if spare := -n % _SUBLANES:  # rows of zeros, for the last expert
