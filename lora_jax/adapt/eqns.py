@@ -150,6 +150,24 @@ def shard_map_of(eqn: JaxprEqn) -> ShardMap:
     return ShardMap(*_params(eqn, *names))
 
 
+class Kernel(NamedTuple):
+    """A `pallas_call` equation: a kernel written for an accelerator."""
+
+    name: str
+
+
+def kernel_of(eqn: JaxprEqn) -> Kernel | None:
+    """Reads a `pallas_call`; returns None for any other equation."""
+    if eqn.primitive.name != "pallas_call":
+        return None
+    return Kernel(eqn.params.get("name") or "")
+
+
+def scope_of(eqn: JaxprEqn) -> str:
+    """Returns the names of the scopes that an equation stands in, within its jaxpr."""
+    return str(eqn.source_info.name_stack)
+
+
 def varies_over(array: Any) -> frozenset[str]:
     """Returns the axes of the mesh over which an array differs, as its type says in shard_map."""
     kind = jax.typeof(array)

@@ -10,9 +10,11 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax.lorafy import split
 from lora_jax.models import compiler_options, partition_specs
-from lora_jax.models.layers.placement import Activation, Mixture, Placement
+from lora_jax.models.layers.masks import Split
+from lora_jax.models.layers.placement import Activation, Attention, Mixture, Placement
 from lora_jax.models.specs import AXES, BATCH
 from lora_jax.sharding import Table, fitted, place, sharding_of, shardings
+from lora_jax.training import context
 from lora_jax.training.batches import Batch
 
 _ACTIVATIONS: dict[str, tuple[Any, ...]] = {
@@ -64,10 +66,9 @@ class Layout(Placement):
         """Returns the options to compile with; see `lora_jax.models.compiler_options`."""
         return compiler_options(self.platform)
 
-    @property
-    def splits_sequences(self) -> bool:
-        """Returns whether the tokens of one sequence lie on several devices."""
-        return self.mesh.shape["sequence"] > 1
+    def split(self, seq: int) -> Split | None:
+        """Returns how causal queries are split over devices; None where each has them all."""
+        return context.split_of(seq, self.mesh.shape["sequence"], causal=True)
 
     def of_parameter(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         """Returns where to load a parameter to; see `lora_jax.models.from_pretrained`."""
@@ -149,6 +150,10 @@ class Layout(Placement):
             return jax.shard_map(apart, mesh=self.mesh, in_specs=specs, out_specs=tokens)(*args)
 
         return called
+
+    def attention(self, local: Attention) -> Attention:
+        """Returns attention of which each device has its batch, heads and queries."""
+        return local if self.mesh.size == 1 else context.shared_out(local, self.mesh)
 
     def batch(self, batch: Batch, *, parts: bool) -> dict[str, jax.Array]:
         """Returns a batch on the mesh: all processes know it, each gives what its devices need.

@@ -15,7 +15,6 @@ from lora_jax.models.layers.attention import dense
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.masks import Mask, Tokens, bidirectional
-from lora_jax.models.layers.placement import Placement
 from lora_jax.models.layers.trunk import causal_mask, place
 from tests.support import assert_close, draw
 
@@ -192,16 +191,18 @@ def test_half_precision() -> None:
     assert 0 < errors[0] <= 1.1 * errors[1]
 
 
-def test_a_window_may_be_traced() -> None:
+def test_a_window_of_some_layers() -> None:
+    """One program for the layers that have it, and for those that have none."""
     case = CASES["a window"]
     arrays = case.arrays()
 
     @jax.jit
-    def run(window: jax.Array) -> jax.Array:
-        return case.blocks(*arrays, case.mask().within(window))
+    def run(windowed: jax.Array) -> jax.Array:
+        return case.blocks(*arrays, case.mask().within(4, windowed))
 
-    for window in (2, 4, 2**31 - 1):
-        assert_close(run(jnp.int32(window)), dense(*arrays, case.mask().within(window)), 1e-5)
+    for windowed, window in ((True, 4), (False, None)):
+        want = dense(*arrays, case.mask().within(window))
+        assert_close(run(jnp.bool_(windowed)), want, 1e-5)
 
 
 # Sizes of a layer; attention alone, on abstract shapes.
@@ -251,21 +252,14 @@ def test_memory_grows_with_the_length_and_not_its_square(causal: bool) -> None:
     assert growth("dense") > 50, "the control"
 
 
-class Split(Placement):
-    @property
-    def splits_sequences(self) -> bool:
-        return True
-
-
 def test_the_choice() -> None:
     assert ATTENTION == ("auto", "dense", "blockwise")
     short, long = LONG - 1, LONG
     assert implementation("auto", 1) is implementation("auto", short) is IMPLEMENTATIONS["dense"]
     assert implementation("auto", long) is IMPLEMENTATIONS["blockwise"]
-    assert implementation("auto", long, Split()) is IMPLEMENTATIONS["dense"]
     for name in ("dense", "blockwise"):
         for seq in (1, long):
-            assert implementation(name, seq, Split()) is IMPLEMENTATIONS[name]
+            assert implementation(name, seq) is IMPLEMENTATIONS[name]
     own = Blockwise(block=3)
     assert implementation(own, 1) is own
 

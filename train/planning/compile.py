@@ -98,6 +98,7 @@ class Plan:
       flops_traced: FLOPs of a step counted in its jaxpr, on all devices.
       flops_closed_form: FLOPs of a step in closed form; see `train.planning.flops`.
       collective_bytes: bytes that a device sends or receives in a step, by kind of collective.
+      kernels: the kernels in the compiled step, in words; see `train.planning.kernels`.
       adapter_bytes, checkpoint_bytes: size on disk.
       compile_seconds: time of the compilation.
       notes: remarks on the FLOPs, in sentences.
@@ -113,6 +114,7 @@ class Plan:
     flops_traced: int | None
     flops_closed_form: int
     collective_bytes: dict[str, int] | None
+    kernels: tuple[str, ...] | None
     adapter_bytes: int
     checkpoint_bytes: int
     compile_seconds: float
@@ -208,6 +210,7 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
             flops_source=None,
             flops_traced=counted and counted.flops,
             collective_bytes=None,
+            kernels=None,
             compile_seconds=time.perf_counter() - began,
             notes=(),
             **known,
@@ -224,6 +227,7 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
         flops_source=work.source,
         flops_traced=work.traced,
         collective_bytes=work.sent,
+        kernels=work.kernels,
         compile_seconds=seconds,
         notes=work.notes,
         **known,
@@ -258,7 +262,8 @@ def _closed_form(job: Job, variant: Variant, params: Any) -> float:
         batch=job.batch_size,
         seq=job.seq_len,
         remat=variant.remat,
-        attention=implementation(job.attention, job.seq_len, job.layout),
+        attention=implementation(job.attention, job.seq_len),
+        split=job.layout.split(job.seq_len),
         chunked=number_of_chunks((job.batch_size, job.seq_len), job.loss_chunk) > 1,
     )
 

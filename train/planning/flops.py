@@ -7,6 +7,7 @@ from typing import Any
 from lora_jax.models import kinds
 from lora_jax.models.layers.attend import Attend
 from lora_jax.models.layers.blockwise import Blockwise
+from lora_jax.models.layers.masks import Split
 from lora_jax.weight import LoraWeight, Trained, leaves_of
 
 _KEEPS_ONLY_DENSE = "dots_with_no_batch_dims_saveable"  # attention scores are not kept
@@ -23,6 +24,7 @@ def step_flops(
     seq: int,
     remat: str,
     attention: Attend,
+    split: Split | None,
     chunked: bool,
 ) -> float:
     """Returns the FLOPs of the matrix products of one step of a decoder.
@@ -38,6 +40,7 @@ def step_flops(
       batch, seq: the shape of the step's batch; all tokens are predicted.
       remat: the activations recomputed in each layer: "full" for all, or the name of a policy.
       attention: the implementation of attention.
+      split: how sequences are split over devices.
       chunked: whether the head runs over chunks of predictions, and so is recomputed.
     """
     tokens = batch * seq
@@ -64,5 +67,5 @@ def step_flops(
     heads = config.num_attention_heads * config.head_dim
     pair = 4 * batch * heads * config.num_hidden_layers  # of a query and a key, forward
     if isinstance(attention, Blockwise):
-        return total + pair * attention.pairs(seq) * _OF_BLOCKS[remat]
+        return total + pair * attention.pairs(seq, split) * _OF_BLOCKS[remat]
     return total + pair * seq**2 * (3 + (remat in ("full", _KEEPS_ONLY_DENSE)))

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from train.planning.kernels import TARGETS, Call, kernel_flops
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2}
@@ -26,6 +28,8 @@ _CALLED = re.compile(
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_OP_NAME = re.compile(r'\bop_name="([^"]*)"')
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 # The TPU compiler spreads a collective over fusions that overlap it with other work, beginning with
 # an async-collective-start, which is counted. (Channels do not identify it: several may share one.)
@@ -63,6 +67,7 @@ class Work:
 
     flops: int  # of matrix products and convolutions
     sent: dict[str, int]  # kind of collective -> bytes, in the order of `COLLECTIVES`
+    kernels: tuple[Call, ...] = ()  # the calls of kernels, each once
 
     @property
     def sent_bytes(self) -> int:
@@ -105,7 +110,16 @@ class _Counting:
         if not self.entry:
             raise NotUnderstood("the HLO has no entry")
         flops, sent = self.of(self.entry)
-        return Work(flops, {kind: sent[kind] for kind in COLLECTIVES if sent[kind]})
+        calls = (
+            _kernel_call(one, instructions)
+            for instructions in self.computations.values()
+            for one in instructions.values()
+        )
+        return Work(
+            flops,
+            {kind: sent[kind] for kind in COLLECTIVES if sent[kind]},
+            tuple(call for call in calls if call),
+        )
 
     def of(self, name: str, *, caller: str = "") -> tuple[int, Counter[str]]:
         flops, sent = 0, Counter[str]()
@@ -113,6 +127,8 @@ class _Counting:
         for one in instructions.values():
             if one.opcode in ("dot", "convolution"):
                 flops += _product_flops(one, instructions)
+            if call := _kernel_call(one, instructions):
+                flops += kernel_flops(call)
             kind = one.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 if name.startswith(_LATER_PARTS) or caller.startswith(_LATER_PARTS):
@@ -202,14 +218,18 @@ def _behind(one: Instruction, instructions: Mapping[str, Instruction]) -> Instru
 
 def _computations(text: str) -> Iterator[tuple[bool, str, dict[str, Instruction]]]:
     name, is_entry, instructions = "", False, dict[str, Instruction]()
+    last: Instruction | None = None
     for line in text.splitlines():
         if header := _HEADER.match(line):
             name, is_entry, instructions = header[2], header[1] is not None, {}
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":
             yield is_entry, name, instructions
         elif found := _INSTRUCTION.match(line):
             one = _instruction(found[2], found[3], found[1] is not None)
-            instructions[one.name] = one
+            instructions[one.name] = last = one
+        elif last and last.name in instructions:  # a kernel's attributes have lines of their own
+            last = dataclasses.replace(last, text=last.text + line)
+            instructions[last.name] = last
 
 
 def _instruction(name: str, text: str, root: bool) -> Instruction:
@@ -247,6 +267,16 @@ def _called(one: Instruction) -> list[str]:
     for many, single in _CALLED.findall(one.text):
         names += [name.strip().lstrip("%") for name in (many or single).split(",")]
     return [name for name in names if name]
+
+
+def _kernel_call(one: Instruction, instructions: Mapping[str, Instruction]) -> Call | None:
+    """Returns the kernel that an instruction calls; None if it calls none."""
+    target = _TARGET.search(one.text) if one.opcode == "custom-call" else None
+    if target is None or target[1] not in TARGETS:
+        return None
+    scope = _OP_NAME.search(one.text)
+    operands = tuple(shape for name in one.operands for shape in instructions[name].shapes)
+    return Call(one.name, scope[1] if scope else "", operands)
 
 
 def _product_flops(one: Instruction, instructions: Mapping[str, Instruction]) -> int:

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from lora_jax.adapt.eqns import AnyJaxpr, opened, scan_of, shard_map_of
+from lora_jax.adapt.eqns import AnyJaxpr, kernel_of, opened, scan_of, scope_of, shard_map_of
 from train.planning.hlo import pairs_along
+from train.planning.kernels import Call, kernel_flops
+from train.planning.kernels import kernel_of as listed
 
 _RUN_ONCE = {"jit", "closed_call", "core_call", "remat2", "checkpoint"}
 _RUN_ONCE |= {"custom_jvp_call", "custom_vjp_call"}
@@ -22,15 +24,15 @@ class Count(NamedTuple):
 
     Attributes:
       flops: FLOPs of matrix products and convolutions, on all devices together.
-      exact: False if the jaxpr does not say how often a part runs (a `while`, the kernel of a
-        `pallas_call`); such a part counts once.
+      exact: False if the jaxpr does not say how often a part runs (a `while`, a kernel that
+        `train.planning.kernels` does not list); such a part counts once.
     """
 
     flops: int
     exact: bool = True
 
 
-def count_flops(jaxpr: AnyJaxpr) -> Count:
+def count_flops(jaxpr: AnyJaxpr, scope: str = "") -> Count:
     """Counts two FLOPs for each multiplication of a product or a convolution.
 
     The body of a scan counts once per iteration, a conditional as its costliest branch, and the
@@ -39,30 +41,47 @@ def count_flops(jaxpr: AnyJaxpr) -> Count:
 
     Args:
       jaxpr: the result of ``jax.make_jaxpr(f)(*args)`` or ``jax.jit(f).trace(*args).jaxpr``.
+      scope: the names of the scopes that the jaxpr stands in.
 
     Returns:
       The count over the whole mesh.
     """
     inner, _ = opened(jaxpr)
-    return _sum(_of_equation(eqn) for eqn in inner.eqns)
+    return _sum(_of_equation(eqn, scope) for eqn in inner.eqns)
 
 
-def _of_equation(eqn: JaxprEqn) -> Count:
+def _of_equation(eqn: JaxprEqn, scope: str) -> Count:
     name = eqn.primitive.name
+    scope = f"{scope}/{scope_of(eqn)}"
     if name in _PRODUCTS:
         return Count(_PRODUCTS[name](eqn))
     if name == "scan":
         scan = scan_of(eqn)
-        return _times(scan.length, count_flops(scan.body))
+        return _times(scan.length, count_flops(scan.body, scope))
     if name == "shard_map":
         shard = shard_map_of(eqn)
         devices = math.prod(shard.mesh.shape[axis] for axis in shard.manual_axes)
-        return _times(devices, count_flops(shard.body))
-    parts = [count_flops(inner) for inner in _jaxprs(eqn)]
+        return _times(devices, count_flops(shard.body, scope))
+    if (kernel := kernel_of(eqn)) and listed(call := _call(kernel.name, scope, eqn)):
+        return Count(kernel_flops(call))
+    parts = [count_flops(inner, scope) for inner in _jaxprs(eqn)]
     if name == "cond":
         return Count(max(part.flops for part in parts), all(part.exact for part in parts))
     total = _sum(parts)
     return Count(total.flops, total.exact and (name in _RUN_ONCE or total.flops == 0))
+
+
+def _call(name: str, scope: str, eqn: JaxprEqn) -> Call:
+    """Returns a kernel's call as its table takes it."""
+    arrays = [atom.aval for atom in eqn.invars]
+    return Call(name, scope, tuple((_in_hlo(x.dtype.name), x.shape) for x in arrays))
+
+
+def _in_hlo(dtype: str) -> str:
+    """Returns a dtype's name as HLO has it: "bf16", "f32", "s8"."""
+    for long, short in (("bool", "pred"), ("float", "f"), ("uint", "u"), ("int", "s")):
+        dtype = dtype.replace(long, short)
+    return dtype
 
 
 def _jaxprs(eqn: JaxprEqn) -> Iterator[AnyJaxpr]:

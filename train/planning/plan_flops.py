@@ -10,6 +10,7 @@ from typing import Any
 
 from train.planning.hlo import NotUnderstood, Work, work_of
 from train.planning.jaxpr_flops import Count, count_flops
+from train.planning.kernels import named, unlisted
 
 HLO, JAXPR = "hlo", "jaxpr"
 _DUPLICATED = 1.5  # times the jaxpr's FLOPs: above, devices repeat each other's work
@@ -25,6 +26,7 @@ class StepWork:
       per_step, per_chip: FLOPs on all devices, and on one.
       traced: FLOPs of the jaxpr.
       sent: kind of collective -> bytes that a device sends or receives.
+      kernels: the kernels in the compiled step, in words.
       notes: remarks on the figures, in sentences.
     """
 
@@ -33,6 +35,7 @@ class StepWork:
     per_chip: int | None
     traced: int | None
     sent: dict[str, int] | None
+    kernels: tuple[str, ...] | None
     notes: tuple[str, ...]
 
 
@@ -54,6 +57,7 @@ def step_work(text: str | None, counted: Count | None, n_devices: int) -> StepWo
         per_chip=work.flops,
         traced=counted and counted.flops,
         sent=work.sent,
+        kernels=named(work.kernels),
         notes=_compared(work, counted, n_devices),
     )
 
@@ -80,12 +84,15 @@ def _from_jaxpr(counted: Count | None, n_devices: int, why: str) -> StepWork:
         per_chip=counted and round(counted.flops / n_devices),
         traced=counted and counted.flops,
         sent=None,
+        kernels=None,
         notes=(note,),
     )
 
 
 def _compared(work: Work, counted: Count | None, n_devices: int) -> tuple[str, ...]:
-    """Returns a note if the two counts are too far apart."""
+    """Returns notes on kernels that are not counted, and on counts that are too far apart."""
+    if unknown := unlisted(work.kernels):
+        return (f"the FLOPs leave out kernels that the plan does not know: {', '.join(unknown)}",)
     if counted is None or not counted.exact or not counted.flops:
         return ()
     ratio = work.flops * n_devices / counted.flops

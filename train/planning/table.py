@@ -74,6 +74,9 @@ def print_plans(
     for made in plans:
         if made.refused:
             console.print(f"{made.name}: {made.refused}", highlight=False, soft_wrap=True)
+        if made.kernels:
+            kernels = ", ".join(made.kernels)
+            console.print(f"{made.name}: kernels: {kernels}", highlight=False, soft_wrap=True)
         for note in made.notes:
             console.print(f"{_mark(made)}{made.name}: {note}", highlight=False, soft_wrap=True)
     console.print(_notes(facts), highlight=False, soft_wrap=True)

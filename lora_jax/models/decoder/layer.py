@@ -85,7 +85,8 @@ class Attention(nn.Module):
             start = (0, step.filled, 0, 0)
             keys = lax.dynamic_update_slice(layer.key, k.astype(layer.key.dtype), start)
             values = lax.dynamic_update_slice(layer.value, v.astype(layer.value.dtype), start)
-        mask = step.mask.within(_window(cfg, layer))
+        some = 0 < len(cfg.windowed_layers) < cfg.num_hidden_layers
+        mask = step.mask.within(cfg.sliding_window, layer.windowed if some else None)
         scale = (cfg.query_pre_attn_scalar or cfg.head_dim) ** -0.5
         keys, values = keys.astype(q.dtype), values.astype(q.dtype)
         out = attend(
@@ -152,14 +153,6 @@ class DecoderLayer(nn.Module):
             x = x + mlp(inputs("post_attention_layernorm", x))
         x = self.placement.constrain(x, "residual")
         return x, None if layer.key is None else cached
-
-
-def _window(config: DecoderConfig, layer: PerLayer) -> jax.Array | int | None:
-    """Returns the sliding window of a layer; all positions where only others have one."""
-    window = config.sliding_window
-    if window is None or len(config.windowed_layers) == config.num_hidden_layers:
-        return window
-    return jnp.where(layer.windowed, jnp.int32(window), jnp.iinfo(jnp.int32).max)
 
 
 def _chosen(windowed: jax.Array, inside: Any, outside: Any) -> Any:

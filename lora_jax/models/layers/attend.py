@@ -16,7 +16,11 @@ LONG = 512
 
 
 class Attend(Protocol):
-    """An implementation of attention; see ``attend`` for the arguments. It has to be hashable."""
+    """An implementation of attention; see ``attend`` for the arguments. It has to be hashable.
+
+    On a mesh it is called in ``jax.shard_map``, with a device's batch, heads and queries, and with
+    all keys of those: see ``Split`` for the queries of a long row.
+    """
 
     def __call__(
         self,
@@ -57,26 +61,25 @@ def attend(
       scale: a number or []; 1 / sqrt(head_dim) by default.
       cap: see ``soft_cap``.
       attention: the implementation; see ``implementation``.
-      placement: tells whether sequences are split.
+      placement: shares the work out over a mesh; see ``Placement.attention``.
 
     Returns:
       [batch, seq, heads, head_dim].
     """
-    return implementation(attention, q.shape[1], placement)(q, k, v, mask, scale, cap)
+    local = implementation(attention, q.shape[1])
+    return placement.attention(local)(q, k, v, mask, scale, cap)
 
 
-def implementation(attention: str | Attend, seq: int, placement: Placement = UNPLACED) -> Attend:
+def implementation(attention: str | Attend, seq: int) -> Attend:
     """Returns the implementation of a name; a function is its own.
 
     - "dense" holds all scores, [batch, heads, seq, keys] in fp32.
     - "blockwise" holds those of a block of queries; see ``Blockwise``.
-    - "auto" is "blockwise" from 512 queries on, and "dense" for fewer. Where a mesh splits
-      sequences, it is "dense": blocks would be gathered one after the other.
+    - "auto" is "blockwise" from 512 queries on, and "dense" for fewer.
 
     Args:
       attention: a name, or a function with the arguments of ``Attend``.
-      seq: the number of queries.
-      placement: tells whether sequences are split.
+      seq: the number of queries, on all devices together.
 
     Raises:
       ValueError: for another name; lists those that there are.
@@ -84,7 +87,7 @@ def implementation(attention: str | Attend, seq: int, placement: Placement = UNP
     if not isinstance(attention, str):
         return attention
     if attention == "auto":
-        attention = "blockwise" if seq >= LONG and not placement.splits_sequences else "dense"
+        attention = "blockwise" if seq >= LONG else "dense"
     if attention not in IMPLEMENTATIONS:
         raise ValueError(f"attention {attention!r} is not one of {', '.join(ATTENTION)}")
     return IMPLEMENTATIONS[attention]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.models.layers.attention import score_scale, soft_cap
-from lora_jax.models.layers.masks import Mask, Tokens
+from lora_jax.models.layers.masks import Mask, Split, Tokens
+from lora_jax.models.layers.paired import pair_of_blocks, seen_by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +27,14 @@ class Blockwise:
 
     A causal sequence is cut into spans, and a block meets the keys up to the end of its span: with
     n spans, (n + 1) / 2n of all scores are computed. The blocks of a span are a loop, so the
-    program does not grow with the length.
+    program does not grow with the length. Where a mask has a split, each device loops over pairs of
+    blocks that see a row and a tile together; see ``lora_jax.models.layers.paired``.
 
     Attributes:
       block: queries per block. Scores are [batch, heads, block, keys] at a time, in fp32 (in the
         backward pass, too, unless a policy of rematerialisation keeps the results of all products).
       spans: spans of a causal sequence. More of them save products, and take memory and time to
-        compile.
+        compile. A sequence that is split over n devices has n at least.
 
     >>> from lora_jax.models.layers.blockwise import Blockwise
     >>> Blockwise(block=64)
@@ -58,6 +61,10 @@ class Blockwise:
         grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim)
         keys, values = (x.transpose(0, 2, 1, 3) for x in (k, v))
         run = functools.partial(_span, scale=score_scale(q, scale), cap=cap, block=self.block)
+        if mask.causal and mask.split is not None and mask.split.paired:
+            size = self._tile(seq // 2, mask.split)
+            out = _pairs(grouped, keys, values, mask, mask.split, size, **run.keywords)
+            return out.reshape(q.shape)
         skips = mask.causal and mask.aligned
         outs = []
         for start, stop in self._bounds(seq) if skips else [(0, seq)]:
@@ -70,15 +77,30 @@ class Blockwise:
             outs.append(run(grouped[:, start:stop], keys[:, :, :seen], values[:, :, :seen], part))
         return jnp.concatenate(outs, axis=1).reshape(q.shape)
 
-    def pairs(self, seq: int) -> int:
-        """Returns the number of scores that a head computes for a causal sequence."""
-        return sum((stop - start) * stop for start, stop in self._bounds(seq))
+    def pairs(self, seq: int, split: Split | None = None) -> int:
+        """Returns the number of scores that a head computes for a causal sequence.
+
+        Args:
+          seq: the number of tokens.
+          split: how they lie on devices; the number is that of all devices together.
+        """
+        if split is None:
+            return sum((stop - start) * stop for start, stop in self._bounds(seq))
+        if not split.paired:
+            return seq**2
+        size = self._tile(seq // (2 * split.parts), split)
+        return seq // 2 * (seq + size)
 
     def _bounds(self, seq: int) -> list[tuple[int, int]]:
         """Returns start and end of each span, of whole blocks but for the last."""
         blocks = -(-seq // self.block)
         size = -(-blocks // self.spans) * self.block
         return [(start, min(start + size, seq)) for start in range(0, seq, size)]
+
+    def _tile(self, chunk: int, split: Split) -> int:
+        """Returns the number of queries of a tile: an equal part of a chunk of so many."""
+        parts = max(1, self.spans // split.parts)
+        return chunk // max(n for n in range(1, parts + 1) if chunk % n == 0)
 
 
 def _span(
@@ -105,18 +127,77 @@ def _span(
       As q.
     """
 
-    @jax.checkpoint
     def one(q: jax.Array, queries: Tokens) -> jax.Array:
         return _block(q, keys, values, mask.visible(queries), scale, cap)
 
+    return _over_blocks(one, q, mask.queries, block)
+
+
+def _pairs(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: Mask,
+    split: Split,
+    tile: int,
+    *,
+    scale: jax.Array,
+    cap: float | None,
+    block: int,
+) -> jax.Array:
+    """Computes attention of a device's two chunks of queries, a tile of each at a time.
+
+    The first tile of the first chunk goes with the last of the last, and so on.
+
+    Args:
+      q: [batch, 2 chunk, kv_heads, group, head_dim].
+      keys, values: [batch, kv_heads, keys, head_dim], of the whole row.
+      mask: of these queries and keys.
+      split: the mask's.
+      tile: queries per tile, and keys.
+      scale, cap, block: see ``_span``.
+
+    Returns:
+      As q.
+    """
+
+    def tiles(tree: Any, axis: int) -> Any:
+        return jax.tree.map(lambda x: x.reshape(_cut(x.shape, axis, tile)), tree)
+
+    all_keys, all_values, tokens = tiles(keys, 2), tiles(values, 2), tiles(mask.keys, -1)
+    mine, looking = tiles(q, 1), tiles(mask.queries, -1)
+    count = mine.shape[1]
+    outs = []
+    for i in range(count // 2):
+        first = lax.axis_index(split.axis) * (count // 2) + i
+        seen = seen_by(first, all_keys, all_values, tokens)
+        pair = (i, count - 1 - i)
+
+        def one(q: jax.Array, queries: Tokens, seen: Any = seen) -> jax.Array:
+            return pair_of_blocks(q, queries, seen, mask, scale, cap)
+
+        both = jnp.stack([mine[:, at] for at in pair], axis=2)
+        queries = jax.tree.map(
+            lambda x, pair=pair: jnp.stack([x[..., at, :] for at in pair], axis=-2), looking
+        )
+        outs.append(_over_blocks(one, both, queries, block))
+    out = jnp.stack([x[:, :, 0] for x in outs] + [x[:, :, 1] for x in reversed(outs)], axis=1)
+    return out.reshape(q.shape)
+
+
+def _over_blocks(
+    one: Callable[[jax.Array, Tokens], jax.Array], q: jax.Array, queries: Tokens, block: int
+) -> jax.Array:
+    """Computes ``one``, again in the backward pass, for each block of q [batch, seq, …]."""
+    run = jax.checkpoint(one)
     seq, outs = q.shape[1], []
     looped = seq - seq % block
     if looped:
-        xs = _blocks(q[:, :looped], 1, block), _blocks(mask.queries.take(0, looped), -1, block)
-        out = jnp.moveaxis(lax.map(lambda x: one(*x), xs), 0, 1)
+        xs = _blocks(q[:, :looped], 1, block), _blocks(queries.take(0, looped), -1, block)
+        out = jnp.moveaxis(lax.map(lambda x: run(*x), xs), 0, 1)
         outs.append(out.reshape(q.shape[0], looped, *q.shape[2:]))
     if rest := seq - looped:
-        outs.append(one(q[:, looped:], mask.queries.take(looped, rest)))
+        outs.append(run(q[:, looped:], queries.take(looped, rest)))
     return jnp.concatenate(outs, axis=1)
 
 
@@ -149,8 +230,12 @@ def _blocks(tree: Any, axis: int, size: int) -> Any:
     """Cuts an axis of each leaf into blocks, and lets them lead."""
 
     def cut(x: jax.Array) -> jax.Array:
-        at = axis % x.ndim
-        shape = (*x.shape[:at], x.shape[at] // size, size, *x.shape[at + 1 :])
-        return jnp.moveaxis(x.reshape(shape), at, 0)
+        return jnp.moveaxis(x.reshape(_cut(x.shape, axis, size)), axis % x.ndim, 0)
 
     return jax.tree.map(cut, tree)
+
+
+def _cut(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
+    """Returns a shape, one axis of which is cut into parts of a size: [parts, size]."""
+    at = axis % len(shape)
+    return (*shape[:at], shape[at] // size, size, *shape[at + 1 :])

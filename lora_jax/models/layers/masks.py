@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -16,7 +17,7 @@ class Tokens(NamedTuple):
 
     Attributes:
       slots: [n] int32, the index among all keys, padding included.
-      positions: [batch, n] int32, the position in the row or segment; of a key -1 where there is
+      positions: [batch, n] int32, the place that a window counts by; of a key -1 where there is
         nothing to see. None for queries of a mask without a window.
       segments: [batch, n] int32, the segment; None where each row is one sequence.
     """
@@ -30,10 +31,53 @@ class Tokens(NamedTuple):
         return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, -1), self)
 
 
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The queries of a sequence that lie on one of several devices, where each has all keys.
+
+    A function that gets a mask with a split runs in ``jax.shard_map``: the device's number is
+    ``jax.lax.axis_index(split.axis)``.
+
+    Attributes:
+      axis: the axis of the mesh that the queries lie along.
+      parts: the number of devices along it, n.
+      paired: device i has chunks i and 2n - 1 - i of 2n, in this order, so that causal queries see
+        as many keys on every device; otherwise chunk i of n.
+
+    >>> from lora_jax.models.layers.masks import Split
+    >>> Split("sequence", 2, paired=True).slots(8).tolist()
+    [[0, 1, 6, 7], [2, 3, 4, 5]]
+    """
+
+    axis: str
+    parts: int
+    paired: bool
+
+    def slots(self, seq: int) -> np.ndarray:
+        """Returns the slots of each device's queries, [n, seq / n]; ``seq`` counts all queries."""
+        slots = np.arange(seq, dtype=np.int32)
+        if not self.paired:
+            return slots.reshape(self.parts, -1)
+        chunks = slots.reshape(2 * self.parts, -1)
+        return np.concatenate([chunks[: self.parts], chunks[: self.parts - 1 : -1]], axis=1)
+
+    def take(self, tokens: Tokens) -> Tokens:
+        """Returns this device's part of all tokens."""
+        index, count = lax.axis_index(self.axis), tokens.slots.shape[0]
+        if not self.paired:
+            size = count // self.parts
+            return tokens.take(index * size, size)
+        size = count // (2 * self.parts)
+        first, last = (
+            tokens.take(chunk * size, size) for chunk in (index, 2 * self.parts - 1 - index)
+        )
+        return jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), first, last)
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("queries", "keys", "window"),
-    meta_fields=("causal", "aligned"),
+    data_fields=("queries", "keys", "windowed"),
+    meta_fields=("causal", "aligned", "window", "split"),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mask:
@@ -42,21 +86,26 @@ class Mask:
     Attributes:
       queries: the tokens that look.
       keys: the tokens that are looked at.
-      window: [] int or None: a query sees keys whose positions lie less than this before its own.
+      window: a query sees keys whose positions lie less than this before its own; None for all.
+      windowed: [] bool: whether the window holds, where only some layers have it; None if it does.
       causal: a query sees no key in a later slot than its own.
       aligned: query i has slot i and key j slot j, as without a cache, so that keys behind a block
-        of causal queries need not be looked at.
+        of causal queries need not be looked at. Positions are slots, too.
+      split: the part of the queries that lies on this device; None where all do. Then query i has
+        the slot that ``split`` says, and key j slot j; ``aligned`` is False.
     """
 
     queries: Tokens
     keys: Tokens
-    window: jax.Array | int | None = None
+    window: int | None = None
+    windowed: jax.Array | None = None
     causal: bool
     aligned: bool
+    split: Split | None = None
 
-    def within(self, window: jax.Array | int | None) -> Mask:
-        """Returns the mask with a sliding window, or without one for None."""
-        return dataclasses.replace(self, window=window)
+    def within(self, window: int | None, windowed: jax.Array | None = None) -> Mask:
+        """Returns the mask with a sliding window, where ``windowed``; without one for None."""
+        return dataclasses.replace(self, window=window, windowed=windowed)
 
     def visible(self, queries: Tokens | None = None, keys: Tokens | None = None) -> jax.Array:
         """Returns [batch, queries, keys] bool: True where a query may look.
@@ -77,7 +126,8 @@ class Mask:
             if queries.positions is None:
                 raise ValueError("the queries of a mask with a window need positions")
             distance = queries.positions[:, :, None] - keys.positions[:, None, :]
-            seen = seen & (distance < self.window)
+            near = distance < self.window
+            seen = seen & (near if self.windowed is None else near | ~self.windowed)
         whole = (seen.shape[0], queries.slots.shape[0], keys.slots.shape[0])
         return jnp.broadcast_to(seen, whole)
 

@@ -11,6 +11,8 @@ Activation = Literal["residual", "inputs", "heads", "features"]
 # (x [batch, seq, d_model], weights [batch, seq, k], experts [batch, seq, k], the kernels of the
 # gates, of the up and of the down projections [experts, …]) -> [batch, seq, d_model]
 Mixture = Callable[..., jax.Array]
+# An implementation of attention; see ``lora_jax.models.layers.attend.Attend``.
+Attention = Callable[..., jax.Array]
 
 
 class Placement:
@@ -32,11 +34,6 @@ class Placement:
         """
         return None
 
-    @property
-    def splits_sequences(self) -> bool:
-        """Returns whether the tokens of one sequence lie on several devices."""
-        return False
-
     def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
         """Returns an activation, with ``jax.lax.with_sharding_constraint`` or as it is.
 
@@ -52,6 +49,15 @@ class Placement:
     def mixture(self, mixed: Mixture) -> Mixture:
         """Returns the function to call for a mixture, which sorts tokens: each device its own."""
         return mixed
+
+    def attention(self, local: Attention) -> Attention:
+        """Returns the attention to call: each device its own batch, heads and queries.
+
+        Args:
+          local: computes attention on a device. Where it has a part of the queries only, the
+            mask's ``split`` says which.
+        """
+        return local
 
 
 UNPLACED = Placement()

@@ -72,12 +72,20 @@ def place(
 
 
 def causal_mask(placed: Placed, segment_ids: jax.Array | None, cache: Cache | None) -> Mask:
-    """Returns the mask of real tokens of the same segment, up to the query."""
+    """Returns the mask of real tokens of the same segment, up to the query.
+
+    A window counts slots, as in transformers, whatever positions the caller gives. In a cache it
+    counts positions: there, padding may lie between the tokens of a row.
+    """
     queries = placed.first + jnp.arange(placed.positions.shape[1], dtype=jnp.int32)
     keys = jnp.arange(placed.slots.shape[1], dtype=jnp.int32)
+    positions, slots = placed.positions, placed.slots
+    if cache is None:
+        positions = jnp.broadcast_to(queries, positions.shape)
+        slots = jnp.where(slots >= 0, keys, -1)
     return Mask(
-        queries=Tokens(queries, placed.positions, segment_ids),
-        keys=Tokens(keys, placed.slots, segment_ids),
+        queries=Tokens(queries, positions, segment_ids),
+        keys=Tokens(keys, slots, segment_ids),
         causal=True,
         aligned=cache is None,
     )

@@ -1,0 +1,100 @@
+"""Causal attention on one of several devices, each with two chunks of a row, in plain JAX.
+
+The row is cut into T tiles. Tile f sees f + 1 tiles of keys, and tile T - 1 - f sees T - f of them:
+T + 1 together. So a loop over blocks of both has the same shape on every device, whatever its f is,
+and computes about half of all scores. As in ``Blockwise``, a block meets its keys in one product,
+and its softmax is exact as it stands.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.models.layers.attention import soft_cap
+from lora_jax.models.layers.masks import Mask, Tokens
+
+
+class Seen(NamedTuple):
+    """The tiles of keys that a pair of tiles sees: first those of the earlier tile.
+
+    Attributes:
+      keys, values: [batch, kv_heads, tiles, tile, head_dim].
+      tokens: of the keys; axes [tiles, tile] last.
+      early: [tiles] bool, True for those of the earlier tile.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    tokens: Tokens
+    early: jax.Array
+
+
+def seen_by(first: jax.Array, keys: jax.Array, values: jax.Array, tokens: Tokens) -> Seen:
+    """Returns what tiles ``first`` and T - 1 - ``first`` see, tile by tile.
+
+    Args:
+      first: [] int32.
+      keys, values: [batch, kv_heads, T, tile, head_dim], of the whole row.
+      tokens: of the keys; axes [T, tile] last.
+    """
+    turn = jnp.arange(keys.shape[2] + 1, dtype=jnp.int32)
+    order = jnp.where(turn <= first, turn, turn - first - 1)
+    return Seen(
+        jnp.take(keys, order, axis=2),
+        jnp.take(values, order, axis=2),
+        jax.tree.map(lambda x: jnp.take(x, order, axis=-2), tokens),
+        turn <= first,
+    )
+
+
+def pair_of_blocks(
+    q: jax.Array, queries: Tokens, seen: Seen, mask: Mask, scale: jax.Array, cap: float | None
+) -> jax.Array:
+    """Computes attention of a block of the earlier tile and one of the later.
+
+    Args:
+      q: [batch, block, 2, kv_heads, group, head_dim]: of the earlier tile, of the later.
+      queries: axes [2, block] last.
+      seen: the tiles that these see, T + 1.
+      mask: what it holds beside tokens counts.
+      scale: [], the factor of the scores.
+      cap: see ``soft_cap``.
+
+    Returns:
+      As q.
+    """
+    batch, size, _, kv_heads, group, head_dim = q.shape
+    dtype, early = scale.dtype, seen.early[:, None, None, None]
+
+    def mine(pair: jax.Array) -> jax.Array:
+        """Takes, of [2, batch, kv_heads, 1, …], what each tile of keys meets."""
+        return jnp.where(early, pair[0], pair[1])
+
+    def summed(x: jax.Array) -> jax.Array:
+        """Sums [batch, kv_heads, T + 1, group, block, n] over each one's tiles: [2, …, 1, …]."""
+        parts = (jnp.where(of, x, 0) for of in (early, ~early))
+        return jnp.stack([jnp.sum(part, axis=2, keepdims=True) for part in parts])
+
+    rows = mine(q.transpose(2, 0, 3, 4, 1, 5)[:, :, :, None])
+    flat = (batch, kv_heads, seen.early.size, group * size)
+    scores = jnp.einsum(
+        "bntqd,bntkd->bntqk", rows.reshape(*flat, head_dim), seen.keys, preferred_element_type=dtype
+    )
+    scores = soft_cap(scores.reshape(*rows.shape[:-1], -1) * scale, cap)
+    of_early = seen.early[:, None]
+    looking = jax.tree.map(lambda x: jnp.where(of_early, x[..., :1, :], x[..., 1:, :]), queries)
+    visible = jax.vmap(mask.visible, in_axes=-2, out_axes=1)(looking, seen.tokens)
+    lowest = jnp.finfo(dtype).min
+    scores = jnp.where(visible[:, None, :, None], scores, lowest)
+    top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    tops = (jnp.where(of, top, lowest) for of in (early, ~early))
+    weights = jnp.exp(scores - mine(jnp.stack([jnp.max(x, axis=2, keepdims=True) for x in tops])))
+    total = summed(jnp.sum(weights, axis=-1, keepdims=True))
+    weights = weights.reshape(*flat, -1).astype(seen.values.dtype)
+    out = jnp.einsum("bntqk,bntkd->bntqd", weights, seen.values, preferred_element_type=dtype)
+    out = summed(out.reshape(rows.shape)) / total  # [2, batch, kv_heads, 1, group, block, head_dim]
+    return out[:, :, :, 0].astype(q.dtype).transpose(1, 4, 0, 2, 3, 5)

@@ -1,0 +1,115 @@
+"""The FLOPs of kernels, by name: neither XLA nor a jaxpr states the work of a kernel.
+
+A kernel is a `pallas_call` in a jaxpr, and a custom call in HLO. `KERNELS` is the table; a kernel
+that it does not list counts nothing, and plans name it.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+Array = tuple[str, tuple[int, ...]]  # (dtype, shape), the dtype as HLO writes it: "bf16"
+
+# Targets of custom calls that are kernels; XLA's own helpers have others.
+TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton")
+
+
+class Call(NamedTuple):
+    """One call of a kernel on one device.
+
+    Attributes:
+      name: the kernel's name, which may end in a number.
+      scope: the names of the scopes that the call stands in, as HLO and name stacks have them.
+      operands: the arrays that it is given, in order.
+    """
+
+    name: str
+    scope: str
+    operands: tuple[Array, ...]
+
+
+class Kernel(NamedTuple):
+    """What is known of a kernel.
+
+    Attributes:
+      label: the computation that it is a part of, for tables.
+      part: which part.
+      flops: counts the FLOPs of a call.
+    """
+
+    label: str
+    part: str
+    flops: Callable[[Call], int]
+
+
+def kernel_of(call: Call) -> Kernel | None:
+    """Returns the entry of a call's kernel: the longest name that its own begins with."""
+    found = [name for name in KERNELS if call.name.startswith(name)]
+    return KERNELS[max(found, key=len)] if found else None
+
+
+def kernel_flops(call: Call) -> int:
+    """Counts the FLOPs of a call; 0 for a kernel that is not listed."""
+    kernel = kernel_of(call)
+    return 0 if kernel is None else kernel.flops(call)
+
+
+def named(calls: Iterable[Call]) -> tuple[str, ...]:
+    """Returns the kernels of a program in words: "splash (fwd, dq, dkv)".
+
+    A kernel that the table does not list has its own name.
+    """
+    parts: dict[str, set[str]] = {}
+    for call in calls:
+        kernel = kernel_of(call)
+        if kernel is None:
+            parts.setdefault(re.sub(r"[.\d]+$", "", call.name), set())
+        else:
+            parts.setdefault(kernel.label, set()).add(kernel.part)
+    order = [kernel.part for kernel in KERNELS.values()]
+    return tuple(
+        f"{label} ({', '.join(sorted(found, key=order.index))})" if found else label
+        for label, found in sorted(parts.items())
+    )
+
+
+def unlisted(calls: Iterable[Call]) -> tuple[str, ...]:
+    """Returns the names of kernels whose FLOPs are not known."""
+    return named(call for call in calls if kernel_of(call) is None)
+
+
+# Attention
+
+_VISITED = re.compile(r"blocks_(\d+)_of_(\d+)")
+
+
+def _attention(products: int) -> Callable[[Call], int]:
+    """Returns the count of a kernel that does so many products of each block of scores.
+
+    Its first two floating operands are queries and keys, [..., heads, n, head_dim]. The scope says
+    how many of all blocks the mask leaves (see `lora_jax.models.layers.splash`).
+    """
+
+    def flops(call: Call) -> int:
+        queries, keys, *_ = _floating(call.operands)
+        visited, blocks = 1, 1
+        if found := _VISITED.search(call.scope):
+            visited, blocks = int(found[1]), int(found[2])
+        return 2 * products * math.prod(queries) * keys[-2] * visited // blocks
+
+    return flops
+
+
+def _floating(operands: Sequence[Array]) -> list[tuple[int, ...]]:
+    """Returns the shapes of floating-point operands."""
+    return [shape for kind, shape in operands if kind.startswith(("f", "bf"))]
+
+
+# The beginning of a kernel's name -> what is known of it.
+KERNELS: dict[str, Kernel] = {
+    # q k^T, p v; q k^T, do v^T, ds k; q k^T, p^T do, do v^T, ds^T q.
+    "splash_mha_fwd": Kernel("splash attention", "fwd", _attention(2)),
+    "splash_mha_dq": Kernel("splash attention", "dq", _attention(3)),
+    "splash_mha_dkv": Kernel("splash attention", "dkv", _attention(4)),
+}
