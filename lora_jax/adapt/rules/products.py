@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from lora_jax.factored import Factored
 from lora_jax.magnitude import wide
 from lora_jax.parts import Axes
 from lora_jax.product import combined, dot, is_sharded
+
+_UNIT = 256  # columns that two passes of a TPU's matrix unit take, 128 each
 
 
 def _with_base(use: Use, place: int) -> Any:
@@ -175,6 +177,50 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
     return [combined(x, weight, _with_base(use, 1), with_factors, along_features)]
 
 
+class _RaggedFactors(NamedTuple):
+    """The rows of groups through factors: each row through its group's A and B.
+
+    Attributes:
+      sizes: [groups] int, the number of rows of each.
+      precision: of the products.
+    """
+
+    sizes: jax.Array
+    precision: Any
+
+    def product(self, x: jax.Array, near: jax.Array, far: jax.Array, dtype: Any) -> jax.Array:
+        """Returns (xA)B of each row.
+
+        Where a matrix unit takes the ranks of all groups at once, that is two plain products: with
+        all A's side by side, of which each row keeps its group's columns, and with all B's. They
+        cost such a unit no more than one group's, and compilers do well by them. (A TPU's makes
+        a kernel of a ragged product, but for the gradient of [14336, 8] it runs out of memory.)
+
+        Args:
+          x: [rows, in].
+          near, far: A, [groups, r, in], and B, [groups, r, out].
+          dtype: of the result.
+
+        Returns:
+          [rows, out].
+        """
+        near, far = near.astype(x.dtype), far.astype(x.dtype)
+        if near.shape[0] * near.shape[1] > _UNIT:
+            z = lax.ragged_dot(
+                x, jnp.swapaxes(near, 1, 2), self.sizes, self.precision, wide(x.dtype)
+            )
+            return lax.ragged_dot(z.astype(x.dtype), far, self.sizes, self.precision, dtype)
+        ends = jnp.cumsum(self.sizes)
+        row = jnp.arange(x.shape[0], dtype=ends.dtype)[:, None]
+        own = (ends - self.sizes <= row) & (row < ends)  # [rows, groups]
+        z = jnp.einsum(
+            "mi,gri->mgr", x, near, precision=self.precision, preferred_element_type=wide(x.dtype)
+        )
+        z = jnp.where(own[:, :, None], z, jnp.zeros_like(z)).astype(x.dtype)
+        flat = z.reshape(x.shape[0], -1), far.reshape(-1, far.shape[2])
+        return lax.dot(*flat, precision=self.precision, preferred_element_type=dtype)
+
+
 def _ragged_dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
     """Tokens sorted by expert: each group has its own A, B and s."""
     x, weight, sizes = use.values
@@ -210,13 +256,10 @@ def _ragged_dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
             x = x * of_each_row(weight.gain).astype(x.dtype)
         near, far, weight = far, near, weight.replace(gain=None)
 
-    def ragged(x: jax.Array, factor: jax.Array, dtype: Any) -> jax.Array:
-        return lax.ragged_dot(x, factor.astype(x.dtype), sizes, use.params["precision"], dtype)
-
     def with_factors(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
         scaled = near * weight.scale[:, None, None].astype(near.dtype)
-        z = ragged(x, jnp.swapaxes(scaled, 1, 2), wide(x.dtype))
-        return ragged(z.astype(x.dtype), far, seen.dtype)
+        groups = _RaggedFactors(sizes, use.params["precision"])
+        return groups.product(x, scaled, far, seen.dtype)
 
     return [combined(x, weight, _with_base(use, 1), with_factors, of_each_row)]
 
