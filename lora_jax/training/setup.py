@@ -54,7 +54,11 @@ class Setup:
         )
 
     def forward(self, model: Any) -> Callable[..., Any]:
-        """Returns a model as the function that the loss calls, its activations on the mesh."""
+        """Returns a model as the function that the loss calls, its activations on the mesh.
+
+        Compile what calls it with the layout's `compiler_options`, as `trace` does: on a TPU, the
+        experts of a mixture count on them.
+        """
         return lj.adapt(self.layout.constrained(model, dropout=self.dropout).apply)
 
     def state(self, adapter: Any, key: jax.Array) -> State:
