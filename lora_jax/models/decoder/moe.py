@@ -84,10 +84,13 @@ def _mixed(
 ) -> jax.Array:
     """Applies gated MLPs, each to its own tokens; see ``placement.Mixture`` for the shapes."""
     width, k = x.shape[-1], weights.shape[-1]
-    rows = jnp.repeat(x.reshape(-1, width), k, axis=0).astype(gate.dtype)  # [tokens * k, d_model]
+    # The pairs lie [k, tokens]: a TPU pads the last two axes, and k is short.
+    tokens = x.reshape(-1, width).astype(gate.dtype)
+    rows = jnp.broadcast_to(tokens, (k, *tokens.shape)).reshape(-1, width)
+    weights, chosen = (pairs.reshape(-1, k).T for pairs in (weights, chosen))
     out = experts(act, rows, chosen.reshape(-1), gate, up, down)
-    out = out.reshape(*x.shape[:2], k, -1).astype(weights.dtype) * weights[..., None]
-    return out.sum(axis=2).astype(x.dtype)
+    out = out.reshape(k, -1, out.shape[-1]).astype(weights.dtype) * weights[..., None]
+    return out.sum(axis=0).reshape(x.shape).astype(x.dtype)
 
 
 class _Experts(nn.Module):
