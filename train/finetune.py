@@ -63,6 +63,7 @@ def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
         folder = check_output(config)
         rows = task.rows(config)
         outline = task.outline(config, rows)
+        outline.check_experts(optim.experts)
         hosts.check_alike(config, rows=rows.train, held_out=rows.held_out, model=outline.config)
         data = task.examples(config, rows, outline)
         order = Order(optim.seed, len(data.train), optim.batch_size, optim.grad_accum)
@@ -95,6 +96,7 @@ def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
             param_dtype="float32" if config.adapter.full else optim.dtype,
             remat=optim.remat_policy,
             attention=optim.attention,
+            experts=optim.experts,
             sharding=layout.of_parameter,
             **outline.head,
         )

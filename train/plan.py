@@ -25,7 +25,7 @@ from train.planning.table import print_plans
 from train.run.adapter import rules
 from train.run.errors import UserError, reported
 from train.run.mesh import make_mesh
-from train.run.options import AdapterConfig, Attention, OptimConfig, Remat, at_least
+from train.run.options import AdapterConfig, Attention, Experts, OptimConfig, Remat, at_least
 from train.run.pretrained import read_shapes
 
 
@@ -56,6 +56,8 @@ class PlanConfig:
     """Activations to recompute in the backward pass; see train.sft."""
     attention: Attention = "auto"
     """Computation of attention; see train.sft."""
+    experts: Experts = "auto"
+    """Computation of a mixture of experts; see train.sft."""
     tokens: float | None = None
     """Tokens to train on in total, to compute the chip-hours."""
     utilisation: float = 0.4
@@ -131,6 +133,7 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
     """
     outline = read_shapes(asked.model)
     outline.check_length(asked.seq_len, f"--seq-len {asked.seq_len}")
+    outline.check_experts(asked.experts)
     machine = find_machine(asked.topology, asked.capacity_gib, asked.peak_tflops)
     mesh = make_mesh(asked.mesh, asked.batch_size, machine.devices)
     layout = Layout.of(mesh, outline.config)
@@ -145,6 +148,7 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
         loss_chunk=asked.loss_chunk * layout.token_parts,
         dtype=asked.dtype,
         attention=asked.attention,
+        experts=asked.experts,
     )
     return job, OptimConfig(beta2=0.999, batch_size=asked.batch_size)
 
@@ -202,6 +206,7 @@ def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
         "seq_len": asked.seq_len,
         "dtype": asked.dtype,
         "attention": str(job.chosen),
+        "experts": asked.experts,
         "peak_flops_per_device": machine.flops,
         "utilisation": asked.utilisation,
         "tokens": asked.tokens,

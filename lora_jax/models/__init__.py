@@ -6,6 +6,7 @@ from lora_jax.hf.hub import ModelNotFound
 from lora_jax.hf.keys import Row, WeightsError, hf_tensors
 from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.experts import compiler_options
 from lora_jax.models.decoder.model import Decoder
 from lora_jax.models.decoder.rope_fields import RopeScaling
 from lora_jax.models.encoder.config import EncoderConfig
@@ -32,6 +33,7 @@ __all__ = [
     "RopeScaling",
     "Row",
     "WeightsError",
+    "compiler_options",
     "fetch",
     "from_pretrained",
     "generate",

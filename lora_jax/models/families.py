@@ -12,6 +12,7 @@ from lora_jax.hf.format import Config, Format, Formats
 from lora_jax.hf.keys import Row
 from lora_jax.models import specs
 from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.experts import Experts, check_experts
 from lora_jax.models.decoder.fields import FAMILIES as DECODERS
 from lora_jax.models.decoder.gguf import config_from_gguf
 from lora_jax.models.decoder.keys import decoder_parts, decoder_table
@@ -23,6 +24,7 @@ from lora_jax.models.encoder.model import Encoder
 from lora_jax.models.gpt2.config import GPT2Config
 from lora_jax.models.gpt2.keys import gpt2_name, gpt2_table
 from lora_jax.models.gpt2.model import GPT2
+from lora_jax.models.layers.attend import Attend
 from lora_jax.models.specs import Specs
 
 
@@ -31,7 +33,7 @@ class Family:
     """A family of models.
 
     Attributes:
-      module: called as ``module(config, dtype, param_dtype, remat=…, attention=…)``.
+      module: see ``module_of``.
       specs: the parameters' place on a mesh; see ``specs``.
       format: the files' form of its configuration and parameters.
     """
@@ -76,6 +78,30 @@ def family_of(model_type: Any) -> Family:
     """
     FORMATS.of(model_type)  # raises
     return FAMILIES[model_type]
+
+
+def module_of(
+    config: Any,
+    dtype: Any,
+    param_dtype: Any,
+    *,
+    remat: bool | str = False,
+    attention: str | Attend = "auto",
+    experts: str | Experts = "auto",
+) -> Any:
+    """Makes a configuration's module.
+
+    Args:
+      config: of any family.
+      dtype, param_dtype, remat, attention, experts: see ``Decoder``.
+
+    Raises:
+      ConfigError: if ``experts`` are given for a model without experts.
+    """
+    check_experts(config, experts)
+    module = family_of(config.model_type).module
+    more = {"experts": experts} if module is Decoder else {}
+    return module(config, dtype, param_dtype, remat=remat, attention=attention, **more)
 
 
 def read_config(fields: Mapping[str, Any], **options: Any) -> Any:

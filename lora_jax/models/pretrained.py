@@ -16,7 +16,8 @@ from lora_jax.hf.hub import resolve
 from lora_jax.hf.load import ShardingOf, load_params
 from lora_jax.hf.save import save_model
 from lora_jax.hf.sources import Source
-from lora_jax.models.families import FORMATS, family_of, key_table
+from lora_jax.models.decoder.experts import Experts
+from lora_jax.models.families import FORMATS, key_table, module_of
 from lora_jax.models.layers.attend import Attend
 
 
@@ -27,6 +28,7 @@ def from_pretrained(
     param_dtype: Any = None,
     remat: bool | str = False,
     attention: str | Attend = "auto",
+    experts: str | Experts = "auto",
     sharding: ShardingOf | None = None,
     head: str | None = None,
     num_labels: int | None = None,
@@ -55,7 +57,7 @@ def from_pretrained(
       name_or_path: folder, GGUF file or hub name.
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters; ``dtype`` by default.
-      remat, attention: see ``Decoder``.
+      remat, attention, experts: see ``Decoder``.
       sharding: (path, shape) -> the sharding of that parameter; None for the default device.
       head, num_labels, pooling, normalize: an encoder's options, in the place of its
         config.json's; see ``EncoderConfig``.
@@ -90,9 +92,8 @@ def from_pretrained(
     options = {name: value for name, value in asked.items() if value is not None}
     source = open_source(found.path, **options)
     param_dtype = dtype if param_dtype is None else param_dtype
-    model = family_of(source.config.model_type).module(
-        source.config, dtype, param_dtype, remat=remat, attention=attention
-    )
+    how: dict[str, Any] = {"remat": remat, "attention": attention, "experts": experts}
+    model = module_of(source.config, dtype, param_dtype, **how)
     return model, load_params(source, param_dtype, sharding, key)
 
 

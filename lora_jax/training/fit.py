@@ -165,7 +165,11 @@ def fit(
       Diverged: too many steps in a row were skipped.
     """
     feed, layout, checkpoints = ready.feed, ready.setup.layout, ready.checkpoints
-    evaluation = jax.jit(make_evaluation(forward, loss), out_shardings=layout.whole)
+    evaluation = jax.jit(
+        make_evaluation(forward, loss),
+        out_shardings=layout.whole,
+        compiler_options=layout.compiler_options,
+    )
 
     def sums_of(state: State, part: Batch) -> Sums:
         batch = layout.batch(part, parts=False)

@@ -9,15 +9,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.lorafy import split
-from lora_jax.models import partition_specs
+from lora_jax.models import compiler_options, partition_specs
 from lora_jax.models.layers.masks import Split
-from lora_jax.models.layers.placement import (
-    Activation,
-    Attention,
-    Mixture,
-    OnePlatform,
-    Placement,
-)
+from lora_jax.models.layers.placement import Activation, Attention, Mixture, Placement
 from lora_jax.models.specs import AXES, BATCH, SHARDS
 from lora_jax.sharding import Table, fitted, place, sharding_of, shardings
 from lora_jax.training import context
@@ -65,13 +59,23 @@ class Layout(Placement):
 
     @property
     def platform(self) -> str:
-        """Returns the kind of the mesh's devices, which may be descriptions."""
+        """Returns the platform of the mesh's devices, which may be descriptions."""
         return self.mesh.devices.flat[0].platform
 
     @property
     def kernels(self) -> bool:
         """Returns True: `attention` gives each device its part."""
         return True
+
+    @property
+    def ragged(self) -> bool:
+        """Returns whether ragged products are kernels in a step of this layout."""
+        return self.platform == "tpu" and self.sorts_apart
+
+    @property
+    def compiler_options(self) -> dict[str, str]:
+        """Returns the options to compile with; see `lora_jax.models.compiler_options`."""
+        return compiler_options(self.platform)
 
     @property
     def sequence_parts(self) -> int:
@@ -135,9 +139,8 @@ class Layout(Placement):
         Dropout on experts depends on the order of the tokens that are sorted for them. To be what
         it is on one device, it has them sorted all at once, which takes more memory.
         """
-        if self.mesh.size == 1:
-            return model.clone(placement=OnePlatform(self.platform))
-        return model.clone(placement=dataclasses.replace(self, sorts_apart=not dropout))
+        sorts_apart = self.mesh.size == 1 or not dropout
+        return model.clone(placement=dataclasses.replace(self, sorts_apart=sorts_apart))
 
     def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
         """Returns an activation on the mesh; see `lora_jax.models.layers.placement.Placement`.
@@ -147,6 +150,8 @@ class Layout(Placement):
         products of a block it is gathered over that axis; each device has its heads or features
         of all tokens there, so that no kernel moves over the tensor axis.
         """
+        if self.mesh.size == 1:
+            return x
         return jax.lax.with_sharding_constraint(x, self._fitting(x.shape, _ACTIVATIONS[kind]))
 
     def mixture(self, mixed: Mixture) -> Mixture:
@@ -154,6 +159,8 @@ class Layout(Placement):
 
         So no token moves; kernels are gathered over the other axes, a layer at a time.
         """
+        if self.mesh.size == 1:
+            return mixed
         tokens, inner, outer = P(BATCH, "sequence"), P(None, None, "tensor"), P(None, "tensor")
         specs = (tokens, tokens, tokens, inner, inner, outer)
 
@@ -175,7 +182,7 @@ class Layout(Placement):
 
     def attention(self, local: Attention) -> Attention:
         """Returns attention of which each device has its batch, heads and queries."""
-        return context.shared_out(local, self.mesh)
+        return local if self.mesh.size == 1 else context.shared_out(local, self.mesh)
 
     def batch(self, batch: Batch, *, parts: bool) -> dict[str, jax.Array]:
         """Returns a batch on the mesh: all processes know it, each gives what its devices need.

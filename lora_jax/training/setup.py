@@ -54,7 +54,11 @@ class Setup:
         )
 
     def forward(self, model: Any) -> Callable[..., Any]:
-        """Returns a model as the function that the loss calls, its activations on the mesh."""
+        """Returns a model as the function that the loss calls, its activations on the mesh.
+
+        Compile what calls it with the layout's `compiler_options`, as `trace` does: on a TPU, the
+        experts of a mixture count on them.
+        """
         return lj.adapt(self.layout.constrained(model, dropout=self.dropout).apply)
 
     def state(self, adapter: Any, key: jax.Array) -> State:
@@ -101,7 +105,7 @@ class Setup:
           state, base, batch: arrays, or shapes with shardings.
 
         Returns:
-          The traced step, which has its jaxpr.
+          The traced step, which has its jaxpr. It compiles with the layout's compiler options.
         """
         step = make_step(
             forward,
@@ -113,7 +117,13 @@ class Setup:
         )
         out = (self.where, self.layout.whole)
         with jax.set_mesh(self.layout.mesh):
-            return jax.jit(step, donate_argnums=0, out_shardings=out).trace(state, base, batch)
+            jitted = jax.jit(
+                step,
+                donate_argnums=0,
+                out_shardings=out,
+                compiler_options=self.layout.compiler_options,
+            )
+            return jitted.trace(state, base, batch)
 
 
 def state_shardings(layout: Layout, adapter: Any, optimizer: optax.GradientTransformation) -> Any:

@@ -10,7 +10,8 @@ import pytest
 from jax import lax
 
 from lora_jax.models import DecoderConfig
-from lora_jax.models.decoder.moe import SparseMLP, _blocks, route
+from lora_jax.models.decoder.experts import blocks_of
+from lora_jax.models.decoder.moe import SparseMLP, route
 from lora_jax.models.layers.activations import ACTIVATION
 from tests.models import tiny
 from train.planning.hlo import work_of
@@ -103,7 +104,7 @@ def test_any_choice_has_its_blocks() -> None:
     rng = np.random.default_rng(0)
     choices = [np.full(50, 4), np.array([3]), np.arange(7), *rng.integers(0, 7, (40, 61))]
     for chosen in choices:
-        blocks = _blocks(jnp.asarray(chosen), 7)
+        blocks = blocks_of(jnp.asarray(chosen), 7)
         assert len(set(blocks.slots.tolist())) == len(chosen)
         np.testing.assert_array_equal(blocks.experts[blocks.slots // blocks.rows], chosen)
 

@@ -252,6 +252,7 @@ def test_full_fine_tuning_is_the_same_script(inputs, tmp_path, monkeypatch):
     [
         (["--targets", "q_porj"], ["selects nothing", "q_proj/kernel"]),
         (["--layers", "7"], ["has none of the layers (7,)"]),
+        (["--experts", "blocks"], ["--experts blocks: the model", "is no mixture of experts"]),
         (["--seq-len", "5000"], ["--seq-len 5000: the model", "allows 4096 tokens at most"]),
         (["--seq-len", "40"], ["of 24 sequences are longer than --seq-len 40", "--truncate"]),
         (["--model", "nowhere.gguf"], ["--model nowhere.gguf: nowhere.gguf is neither a file"]),

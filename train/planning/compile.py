@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 import lora_jax as lj
 from lora_jax.models.attention import chosen_attention
-from lora_jax.models.families import family_of
+from lora_jax.models.families import module_of
 from lora_jax.models.layers.attend import Chosen
 from lora_jax.sharding import shardings
 from lora_jax.training.layout import Layout
@@ -47,7 +47,7 @@ class Job:
       seq_len: tokens per sequence; the loss counts them all.
       loss_chunk: predictions whose logits are in memory at once; 0 for all.
       dtype: the dtype of the base and its activations; trained parameters are fp32.
-      attention: the implementation of attention, by name.
+      attention, experts: the implementations of attention and of experts, by name.
     """
 
     outline: Outline
@@ -59,6 +59,7 @@ class Job:
     loss_chunk: int
     dtype: str
     attention: str = "auto"
+    experts: str = "auto"
 
     @property
     def chosen(self) -> Chosen:
@@ -170,12 +171,13 @@ def prepare(job: Job, variant: Variant, optim: OptimConfig) -> Prepared:
     setup = Setup.of(job.layout, params, make_optimizer(optim, schedule, params), schedule)
     state, batch = setup.abstract_state(adapter), _abstract_batch(job)
     config = job.outline.config
-    model = family_of(config.model_type).module(
+    model = module_of(
         config,
         jnp.dtype(job.dtype),
         jnp.dtype(job.dtype),
         remat=dataclasses.replace(optim, remat=variant.remat).remat_policy,
         attention=job.attention,
+        experts=job.experts,
     )
     loss = Loss(
         functools.partial(summed_loss, chunk=job.loss_chunk, parts=job.layout.sequence_parts)

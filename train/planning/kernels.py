@@ -117,10 +117,25 @@ def _floating(operands: Sequence[Array]) -> list[tuple[int, ...]]:
     return [shape for kind, shape in operands if kind.startswith(("f", "bf"))]
 
 
+# Products of the rows of groups (`jax.lax.ragged_dot`)
+
+
+def _ragged_dot(call: Call) -> int:
+    """Counts each row once, with its own group; a tile that two groups share runs for both.
+
+    The last operands are rows, [m, k], and kernels, [groups, …], or, for their gradient, the rows
+    of a cotangent, [m, n].
+    """
+    (m, k), other = _floating(call.operands)[-2:]
+    return 2 * m * (math.prod(other[1:]) if len(other) == 3 else k * other[1])
+
+
 # The beginning of a kernel's name -> what is known of it.
 KERNELS: dict[str, Kernel] = {
     # q k^T, p v; q k^T, do v^T, ds k; q k^T, p^T do, do v^T, ds^T q.
     "splash_mha_fwd": Kernel("splash attention", "fwd", _attention(2)),
     "splash_mha_dq": Kernel("splash attention", "dq", _attention(3)),
     "splash_mha_dkv": Kernel("splash attention", "dkv", _attention(4)),
+    "ragged-dot": Kernel("ragged products", "rows", _ragged_dot),
+    "ragged-dot-metadata": Kernel("ragged products", "groups", lambda _: 0),
 }

@@ -35,6 +35,7 @@ Remat = Annotated[
 ]
 
 Attention = Literal["auto", "dense", "blockwise", "splash", "cudnn"]
+Experts = Literal["auto", "blocks", "ragged"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +122,10 @@ class OptimConfig:
     blockwise: a block of queries at a time, in memory linear in the length. splash: a kernel for
     TPUs. cudnn: a kernel for GPUs, in half precision. auto: the device's kernel, or blockwise where
     there is none, from 512 tokens on."""
+    experts: Experts = "auto"
+    """Computation of a mixture of experts. blocks: blocks of tokens of one expert, in a loop.
+    ragged: all of a device's tokens, sorted, by the compiler's own kernel; only a TPU's has one.
+    auto: ragged on a TPU (with --dropout, on one chip), and blocks elsewhere."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of the base and its activations. Adapters are always float32."""
 

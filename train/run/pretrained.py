@@ -56,6 +56,11 @@ class Outline:
         """The number of experts active for a token; None if the model is no mixture of experts."""
         return getattr(self.config, "num_experts_per_tok", None) or None
 
+    def check_experts(self, experts: str) -> None:
+        """Raises a UserError if the value of --experts has no effect on this model."""
+        if experts != "auto" and self.active_experts is None:
+            raise UserError(f"--experts {experts}: the model {self.name} is no mixture of experts")
+
     def check_length(self, length: int, what: str) -> None:
         """Raises a UserError if the model does not allow `length` tokens; `what` names them."""
         if isinstance(self.config, EncoderConfig):
@@ -146,6 +151,7 @@ def read_model(
     param_dtype: str | None = None,
     remat: bool | str = False,
     attention: str = "auto",
+    experts: str = "auto",
     **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Reads a model with its weights; fetches files if need be. See `models.from_pretrained`."""
@@ -157,6 +163,7 @@ def read_model(
             param_dtype=None if param_dtype is None else jnp.dtype(param_dtype),
             remat=remat,
             attention=attention,
+            experts=experts,
             **options,
         )
 

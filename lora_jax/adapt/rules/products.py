@@ -21,7 +21,7 @@ from lora_jax.parts import Axes
 from lora_jax.product import combined, dot, is_sharded
 
 
-def _with_base(use: Use, place: int) -> Any:
+def with_base(use: Use, place: int) -> Any:
     """Returns x ↦ the equation with W alone at a place and x at the first other one."""
 
     def apply(x: Any) -> jax.Array:
@@ -47,7 +47,7 @@ def dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
     pairs: Any = (tuple(map(tuple, pair[::-1] if weight_first else pair)) for pair in dims)
     contract, batch = pairs
     if not weight.parts:
-        return [_with_base(use, 1 - weight_first)(x)]
+        return [with_base(use, 1 - weight_first)(x)]
     dtype = eqns.type_of(use.eqn.outvars[0]).dtype
     has_fractions = jnp.issubdtype(x.dtype, jnp.inexact)
     if not jnp.issubdtype(dtype, jnp.inexact) or (weight.gain is not None and not has_fractions):
@@ -55,12 +55,12 @@ def dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
     role = contracted_role(weight, contract[1])
     if role is None:
         return None
-    _check_roles(weight, contract[1], batch[1], use)
+    check_roles(weight, contract[1], batch[1], use)
     weight = with_unit_roles(weight, role, contract[1], batch[1])
-    _note_side(weight, role, use)
+    note_side(weight, role, use)
     if set(contract[1]) != set(weight.axes("in")):  # the mirror image
         several_gains = weight.gain is not None and set(batch[1]) != set(weight.axes("batch"))
-        _check_bias(interpreter, weight, use)
+        check_bias(interpreter, weight, use)
         if weight.shift is not None or (several_gains and is_sharded(x)):
             return None
     how = {n: use.params[n] for n in ("precision", "preferred_element_type", "out_sharding")}
@@ -70,7 +70,7 @@ def dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
     return [dot(x, weight, contract=contract, batch=batch, **how)]
 
 
-def _note_side(weight: Factored, role: Label, use: Use) -> None:
+def note_side(weight: Factored, role: Label, use: Use) -> None:
     if role != "batch":
         sides.note(weight, role, lambda: place_of(use.eqn))
 
@@ -97,7 +97,7 @@ def with_unit_roles(
     return weight if tuple(labels) == weight.labels else weight.relabelled(weight.base, labels)
 
 
-def _check_roles(weight: Factored, contract: Sequence[int], batch: Sequence[int], use: Use) -> None:
+def check_roles(weight: Factored, contract: Sequence[int], batch: Sequence[int], use: Use) -> None:
     """Raises RoleError unless all in axes are contracted, or all out axes, and no other batched."""
     shape = weight.base.shape
 
@@ -122,7 +122,7 @@ def _check_roles(weight: Factored, contract: Sequence[int], batch: Sequence[int]
     )
 
 
-def _check_bias(interpreter: Interpreter, weight: Factored, use: Use) -> None:
+def check_bias(interpreter: Interpreter, weight: Factored, use: Use) -> None:
     """Raises MergeError where a weight with a bias on B is met from its out axes."""
     if weight.shift is None or interpreter.record is not None:
         return
@@ -142,16 +142,16 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
     if isinstance(x, Factored) or params["batch_group_count"] != 1:
         return None
     if not weight.parts:
-        return [_with_base(use, 1)(x)]
+        return [with_base(use, 1)(x)]
     out_axis, *in_axes = params["dimension_numbers"].rhs_spec
-    _check_roles(weight, in_axes, (), use)
+    check_roles(weight, in_axes, (), use)
     weight = with_unit_roles(weight, "in", in_axes, ())
     if weight.labels[out_axis] != "out":
         return None  # all axes but one are contracted, and that one is an in axis: a mirror image
     groups = params["feature_group_count"]
     kernel = jnp.moveaxis(weight.a, 0, out_axis).astype(x.dtype)  # W's layout, r output features
     kernel = jnp.concatenate([kernel] * groups, axis=out_axis) if groups > 1 else kernel
-    _note_side(weight, "in", use)
+    note_side(weight, "in", use)
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
     how = {name: params[name] for name in (*names, "dimension_numbers", "precision")}
     features = params["dimension_numbers"].out_spec[1]
@@ -172,53 +172,7 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
         out = eqns.type_of(use.eqn.outvars[0]).ndim
         return lax.expand_dims(vector, [axis for axis in range(out) if axis != features])
 
-    return [combined(x, weight, _with_base(use, 1), with_factors, along_features)]
-
-
-def _ragged_dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
-    """Tokens sorted by expert: each group has its own A, B and s."""
-    x, weight, sizes = use.values
-    numbers = use.params["ragged_dot_dimension_numbers"]
-    ((x_contract, w_contract), batch) = numbers.dot_dimension_numbers
-    if isinstance(x, Factored) or isinstance(sizes, Factored):
-        return None
-    if not weight.parts:
-        return [_with_base(use, 1)(x)]
-    if (
-        use.params["group_offset"] is not None
-        or any(batch)
-        or tuple(numbers.lhs_ragged_dimensions) != (0,)
-        or (x.ndim, len(weight.labels), tuple(x_contract)) != (2, 3, (1,))
-        or weight.labels[numbers.rhs_group_dimensions[0]] != "batch"
-    ):
-        return None
-    _check_roles(weight, w_contract, (), use)
-    near, far = weight.a, weight.b  # [groups, r, …] each
-
-    def of_each_row(vector: jax.Array) -> jax.Array:
-        """Returns a gain or a shift, [groups, out], for the group that each row belongs to."""
-        ends = jnp.cumsum(sizes)
-        group = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=ends.dtype), side="right")
-        return jnp.take(vector, group, axis=0, mode="clip")
-
-    _note_side(weight, weight.labels[w_contract[0]], use)
-    if weight.labels[w_contract[0]] != "in":
-        _check_bias(interpreter, weight, use)
-        if weight.shift is not None:
-            return None
-        if weight.gain is not None:
-            x = x * of_each_row(weight.gain).astype(x.dtype)
-        near, far, weight = far, near, weight.replace(gain=None)
-
-    def ragged(x: jax.Array, factor: jax.Array, dtype: Any) -> jax.Array:
-        return lax.ragged_dot(x, factor.astype(x.dtype), sizes, use.params["precision"], dtype)
-
-    def with_factors(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
-        scaled = near * weight.scale[:, None, None].astype(near.dtype)
-        z = ragged(x, jnp.swapaxes(scaled, 1, 2), wide(x.dtype))
-        return ragged(z.astype(x.dtype), far, seen.dtype)
-
-    return [combined(x, weight, _with_base(use, 1), with_factors, of_each_row)]
+    return [combined(x, weight, with_base(use, 1), with_factors, along_features)]
 
 
 def _gather(_: Interpreter, use: Use) -> list[Any] | None:
@@ -268,7 +222,7 @@ def _gather(_: Interpreter, use: Use) -> list[Any] | None:
         return [stack.relabelled(base, labels)]
     if weight.labels[axis] != "in" or len(weight.axes("in")) != 1 or weight.axes("batch"):
         return None
-    _note_side(weight, "in", use)
+    note_side(weight, "in", use)
     places = [a for a in range(len(offsets) + indices.ndim - 1) if a not in offsets]
     order = places + offsets
 
@@ -342,6 +296,5 @@ def _of_stack(
 PRODUCT_RULES: dict[str, Rule] = {
     "dot_general": dot_general,
     "conv_general_dilated": _conv_general_dilated,
-    "ragged_dot_general": _ragged_dot_general,
     "gather": _gather,
 }

@@ -11,10 +11,12 @@ from lora_jax.adapt.rules.choices import CHOICE_RULES
 from lora_jax.adapt.rules.control import CONTROL_RULES
 from lora_jax.adapt.rules.layout import LAYOUT_RULES
 from lora_jax.adapt.rules.products import PRODUCT_RULES
+from lora_jax.adapt.rules.ragged import RAGGED_RULES
 from lora_jax.adapt.rules.reductions import REDUCTION_RULES
 
 RULES: dict[str, Rule] = {
     **PRODUCT_RULES,
+    **RAGGED_RULES,
     **CHAIN_RULES,
     **LAYOUT_RULES,
     **ARITHMETIC_RULES,

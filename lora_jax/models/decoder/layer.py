@@ -11,6 +11,7 @@ from jax import lax
 
 from lora_jax.models.decoder.blocks import MLP, dense, norm
 from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.decoder.moe import SparseMLP
 from lora_jax.models.decoder.rope import Rotation, rotate
 from lora_jax.models.layers.attend import Attend, attend
@@ -127,6 +128,7 @@ class DecoderLayer(nn.Module):
     param_dtype: Any
     placement: Placement = UNPLACED
     attention: str | Attend = "auto"
+    experts: str | Experts = "auto"
 
     @nn.compact
     def __call__(
@@ -135,7 +137,10 @@ class DecoderLayer(nn.Module):
         """Runs a scan's body: x is the carry, [batch, seq, d_model]; see ``Attention``."""
         cfg = self.config
         args = (cfg, self.dtype, self.param_dtype, self.placement)
-        mlp = (SparseMLP if cfg.num_experts else MLP)(*args, name=cfg.mlp_name)
+        if cfg.num_experts:
+            mlp: nn.Module = SparseMLP(*args, self.experts, name=cfg.mlp_name)
+        else:
+            mlp = MLP(*args, name=cfg.mlp_name)
 
         def inputs(norm_name: str, x: jax.Array) -> jax.Array:
             return self.placement.constrain(norm(self, norm_name)(x), "inputs")

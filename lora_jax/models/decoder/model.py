@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from lora_jax.models.decoder.blocks import norm
 from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.experts import Experts, check_experts
 from lora_jax.models.decoder.layer import DecoderLayer, PerLayer, Step
 from lora_jax.models.decoder.rope import rotations
 from lora_jax.models.layers.attend import Attend
@@ -37,6 +38,9 @@ class Decoder(nn.Module):
       placement: the activations' place on a mesh; see ``Placement``.
       attention: the implementation of attention: "auto", another name, or a function; see
         ``lora_jax.models.layers.attend.implementation``.
+      experts: the implementation of a mixture's products: "auto", "blocks", "ragged", or a
+        function; see ``lora_jax.models.decoder.experts.implementation``. Anything but "auto" is an
+        error for a model without experts.
     """
 
     config: DecoderConfig
@@ -45,10 +49,12 @@ class Decoder(nn.Module):
     remat: bool | str = False
     placement: Placement = UNPLACED
     attention: str | Attend = "auto"
+    experts: str | Experts = "auto"
 
     def setup(self) -> None:
+        check_experts(self.config, self.experts)
         args = (self.config, self.dtype, self.param_dtype, self.remat, self.placement)
-        self.model = _Trunk(*args, self.attention)
+        self.model = _Trunk(*args, self.attention, self.experts)
         if not self.config.tie_word_embeddings:
             self.lm_head = nn.Dense(
                 self.config.vocab_size,
@@ -127,6 +133,7 @@ class _Trunk(nn.Module):
     remat: bool | str
     placement: Placement
     attention: str | Attend
+    experts: str | Experts
 
     def setup(self) -> None:
         cfg = self.config
@@ -144,7 +151,8 @@ class _Trunk(nn.Module):
             in_axes=(nn.broadcast, 0),
             length=cfg.num_hidden_layers,
         )
-        self.layers = scanned(cfg, self.dtype, self.param_dtype, self.placement, self.attention)
+        args = (cfg, self.dtype, self.param_dtype, self.placement)
+        self.layers = scanned(*args, self.attention, self.experts)
         self.norm = norm(self)
 
     def __call__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
@@ -35,6 +34,15 @@ class Placement:
         """
         return jax.device_count() == 1
 
+    @property
+    def ragged(self) -> bool:
+        """Returns whether ragged products are kernels.
+
+        That takes a step compiled with ``lora_jax.models.compiler_options("tpu")``, in which each
+        device sorts its own tokens; see ``mixture``.
+        """
+        return False
+
     def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
         """Returns an activation, with ``jax.lax.with_sharding_constraint`` or as it is.
 
@@ -59,23 +67,6 @@ class Placement:
             mask's ``split`` says which.
         """
         return local
-
-
-@dataclasses.dataclass(frozen=True)
-class OnePlatform(Placement):
-    """The answers for one device, which need not be here: a plan may compile for another."""
-
-    kind: str
-
-    @property
-    def platform(self) -> str:
-        """Returns the kind of the device."""
-        return self.kind
-
-    @property
-    def kernels(self) -> bool:
-        """Returns True: there is nothing to share out."""
-        return True
 
 
 UNPLACED = Placement()

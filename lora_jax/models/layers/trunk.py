@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -120,9 +121,22 @@ def rematerialised(layer: type[nn.Module], remat: bool | str) -> Any:
     if isinstance(remat, str):
         if remat not in REMAT_POLICIES:
             raise ValueError(f"remat policy {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
-        policy = getattr(jax.checkpoint_policies, remat)
+        policy = _of_name(remat)
     # Inside a scan, nothing can be merged with the forward pass: the barrier would only cost.
     return nn.remat(layer, policy=policy, prevent_cse=False)
+
+
+@functools.cache
+def _of_name(name: str) -> Any:
+    """Returns a policy of JAX; what keeps dots keeps ragged products as well, as JAX's do not."""
+    policy = getattr(jax.checkpoint_policies, name)
+    if "dots" not in name:
+        return policy
+
+    def keeps(primitive: Any, *args: Any, **params: Any) -> Any:
+        return primitive.name == "ragged_dot_general" or policy(primitive, *args, **params)
+
+    return keeps
 
 
 def _count_positions(

@@ -55,3 +55,31 @@ def test_a_window_of_some_layers_counts_as_their_mean() -> None:
     of_all = 2 * (2 * 6 * 256) * 7 * 512
     text = TEXT.replace("NAME", "other").replace("blocks_3_of_8", here)
     assert abs(work_of(text).flops - 3 * of_all * (3 + 4 * 1) / 8) <= 5  # five turns of a loop
+
+
+RAGGED = """HloModule jit_experts, is_scheduled=true
+
+ENTRY %main (sizes: s32[8], x: bf16[40,5], w: bf16[3,5,7], g: bf16[40,7]) -> f32[3,5,7] {
+  %sizes = s32[3]{0} parameter(0)
+  %x = bf16[40,5]{1,0:T(8,128)(2,1)} parameter(1)
+  %w = bf16[3,5,7]{2,1,0:T(8,128)(2,1)} parameter(2)
+  %g = f32[40,7]{1,0} parameter(3)
+  %ragged-dot-metadata.1 = (s32[4]{0:T(128)S(1)}, s32[9]{0}) custom-call(%sizes), \
+custom_call_target="tpu_custom_call", metadata={op_name="ragged-dot-metadata"}
+  %ends = s32[4]{0:T(128)S(1)} get-tuple-element(%ragged-dot-metadata.1), index=0
+  %ragged-dot-none.2 = bf16[40,7]{1,0} custom-call(%ends, %ends, %x, %w), \
+custom_call_target="tpu_custom_call", frontend_attributes={ragged_dot_tiling="128,5,7"}
+  %ragged-dot-none.1 = bf16[40,5]{1,0} custom-call(%ends, %ends, %ragged-dot-none.2, %w), \
+custom_call_target="tpu_custom_call", frontend_attributes={ragged_dot_tiling="128,7,5"}
+  ROOT %ragged-dot-none = f32[3,5,7]{2,1,0} custom-call(%ends, %ends, %x, %g), \
+custom_call_target="tpu_custom_call", frontend_attributes={ragged_dot_tiling="128,5,7"}
+}
+"""
+
+
+def test_ragged_products_count_each_row_with_its_group() -> None:
+    """Forward, the gradient of the rows, and that of the kernels."""
+    work = work_of(RAGGED)
+    assert work.flops == 3 * 2 * 40 * 5 * 7
+    assert named(work.kernels) == ("ragged products (rows, groups)",)
+    assert not unlisted(work.kernels)

@@ -114,10 +114,19 @@ def test_flops_of_many_devices_are_those_of_one(model):
 
 
 def test_a_mixture_costs_its_active_experts(tmp_path):
-    """And blocks of its own tokens that are not full: at most half as much again here."""
-    _, _, made = planned_for(write(tmp_path, FIELDS | MIXTURE), "--batch-size", 16, "--seq-len", 64)
+    """And blocks of its own tokens that are not full: at most half as much again here.
+
+    Ragged products are traced without these; a CPU's compiler multiplies by all experts.
+    """
+    model = write(tmp_path, FIELDS | MIXTURE)
+    options = ("--batch-size", 16, "--seq-len", 64)
+    made, ragged = (
+        planned_for(model, *options, *more)[2] for more in ([], ["--experts", "ragged"])
+    )
     assert made.flops_closed_form < made.flops_per_step < 1.5 * made.flops_closed_form
     np.testing.assert_allclose(made.flops_per_step, made.flops_traced, rtol=0.01)
+    assert ragged.flops_traced < 1.15 * ragged.flops_closed_form
+    assert ragged.flops_per_step > 1.5 * ragged.flops_closed_form
 
 
 def test_a_counter_that_forgets_the_layers_is_noticed(model, monkeypatch):
@@ -309,6 +318,7 @@ BAD = [
     (["--targets", "nothing_like_it"], "selects nothing"),
     (["--model", "missing.json"], "neither a file or folder here nor a hub name"),
     (["--model", "."], "config.json is missing"),
+    (["--experts", "ragged"], "--experts ragged: the model .* is no mixture of experts"),
     (["--init-adapter", "x"], "an adapter's shapes come from options here"),
 ]
 

@@ -26,6 +26,14 @@ LLAMA = {
     "rms_norm_eps": 1e-5,
 }
 LLAMA_3 = LLAMA | {"vocab_size": 128256, "num_key_value_heads": 8}
+MIXTRAL = LLAMA | {
+    "model_type": "mixtral",
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": None,
+}
 MODELS = {
     "7b": LLAMA,
     "8b": LLAMA_3 | {"intermediate_size": 14336, "max_position_embeddings": 131072},
@@ -43,14 +51,15 @@ MODELS = {
         "num_hidden_layers": 126,
         "num_attention_heads": 128,
     },
-    "8x7b": LLAMA
+    "8x7b": MIXTRAL,
+    "small 8x7b": MIXTRAL
     | {
-        "model_type": "mixtral",
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "sliding_window": None,
+        "vocab_size": 2048,
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
     },
 }
 
@@ -62,13 +71,13 @@ def plan(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
 
     @functools.cache
-    def plan(model, *options):
+    def plan(model, *options, program=("-m", "train.plan")):
         path = folder / f"{model}.json"
         path.write_text(json.dumps(MODELS[model]))
         words = ["--model", path, "--alone", "--json", *options]
         words += [] if "--seq-len" in options else ["--seq-len", 2048]
         done = subprocess.run(
-            [sys.executable, "-m", "train.plan", *map(str, words)],
+            [sys.executable, *program, *map(str, words)],
             cwd=ROOT,
             env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
             capture_output=True,
@@ -131,8 +140,30 @@ def test_llama_3_405b(plan):
     assert made["fits"] and made["per_chip_bytes"]["total"] <= 15.75 * GIB
 
 
+OF_8X7B = ("--topology", "v5e:4x8", "--batch-size", 32, "--rank", 8)
+
+
 def test_mixtral_8x7b(plan):
-    """A token costs its two experts, not all eight, but for blocks that are not full."""
-    made = plan("8x7b", "--topology", "v5e:4x8", "--batch-size", 32, "--rank", 8)
+    made = plan("8x7b", *OF_8X7B)
     assert made["fits"]
-    assert made["flops_per_step"] <= 1.6 * made["flops_closed_form"]
+    assert made["flops_per_step"] <= 1.2 * made["flops_closed_form"]
+
+
+WITHOUT_OPTIONS = """
+from lora_jax.training import layout
+from train import plan
+layout.compiler_options = lambda platform: {}
+plan.main()
+"""
+
+
+def test_a_token_costs_its_experts_and_no_more(plan):
+    """By ragged products, which are kernels, and are not without the compiler's option."""
+    options = ("--topology", "v5e:2x2", "--batch-size", 4, "--rank", 8)
+    made = plan("small 8x7b", *options)
+    assert made["kernels"] == ["ragged products (rows, groups)"]
+    assert made["flops_per_step"] <= 1.2 * made["flops_closed_form"]
+    np.testing.assert_allclose(made["flops_per_step"], made["flops_traced"], rtol=0.02)
+    masked = plan("small 8x7b", *options, program=("-c", WITHOUT_OPTIONS))
+    assert masked["kernels"] == []
+    assert masked["flops_per_step"] > 3 * made["flops_per_step"], "the control"

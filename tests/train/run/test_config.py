@@ -10,6 +10,7 @@ import pytest
 
 from lora_jax import LoraRule, TrainRule, lorafy, models, save_adapter
 from lora_jax.models import DecoderConfig
+from lora_jax.models.decoder.experts import EXPERTS
 from lora_jax.models.layers.attend import ATTENTION
 from lora_jax.models.layers.trunk import REMAT_POLICIES
 from lora_jax.training.processes import write_json
@@ -18,7 +19,7 @@ from tests.train.tiny import CONFIG
 from train import classify, sft
 from train.run.adapter import rules
 from train.run.errors import UserError
-from train.run.options import Attention, as_json, check_same_run
+from train.run.options import Attention, Experts, as_json, check_same_run
 from train.run.output import begin, check_output, read_json
 from train.run.pretrained import Outline, read_model
 from train.sft import check, parse, task_of
@@ -203,27 +204,33 @@ def test_what_is_recomputed_by_its_name(parsed, args, name, policy):
 
 
 @pytest.mark.parametrize("parsed", [parse, classify.parse])
-def test_attention_by_its_name(parsed):
-    assert get_args(Attention) == ATTENTION
-    assert parsed([]).optim.attention == "auto"
-    for name in ATTENTION:
-        assert parsed(["--attention", name]).optim.attention == name
+@pytest.mark.parametrize(
+    ("option", "kind", "names"),
+    [("attention", Attention, ATTENTION), ("experts", Experts, EXPERTS)],
+)
+def test_an_implementation_by_its_name(parsed, option, kind, names):
+    assert get_args(kind) == names
+    assert getattr(parsed([]).optim, option) == "auto"
+    for name in names:
+        assert getattr(parsed([f"--{option}", name]).optim, option) == name
 
 
-def test_attention_reaches_the_model(tmp_path, monkeypatch):
+def test_implementations_reach_the_model(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(
         "train.run.pretrained.from_pretrained", lambda *args, **options: given.append(options)
     )
     monkeypatch.setattr("train.run.pretrained.fetch", lambda name: None)
-    read_model("a model", dtype="float32", attention="blockwise")
-    assert given[0]["attention"] == "blockwise"
+    asked = {"attention": "blockwise", "experts": "ragged"}
+    read_model("a model", dtype="float32", **asked)
+    assert given[0].items() >= asked.items()
 
 
 @pytest.mark.parametrize(
     ("args", "words"),
     [
         ("--attention flash", ["flash", "--attention", *ATTENTION]),
+        ("--experts gmm", ["gmm", "--experts", *EXPERTS]),
         ("--remat dots", ["dots", "--remat", "none", "full", "dots_saveable"]),
         ("--remat full none", ["--remat", "one policy is needed, not full none"]),
     ],

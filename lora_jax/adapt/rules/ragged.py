@@ -1,0 +1,95 @@
+"""The rule for ragged products: rows sorted by group, each group with a weight of its own."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.adapt.interpreter import Interpreter, Rule, Use
+from lora_jax.adapt.rules.products import check_bias, check_roles, note_side, with_base
+from lora_jax.factored import Factored
+from lora_jax.magnitude import wide
+from lora_jax.product import combined
+
+_UNIT = 256  # columns that two passes of a TPU's matrix unit take, 128 each
+
+
+def _through_factors(
+    x: jax.Array, near: jax.Array, far: jax.Array, sizes: jax.Array, precision: Any, dtype: Any
+) -> jax.Array:
+    """Returns (xA)B of each row, with its group's A and B.
+
+    Where a matrix unit takes the ranks of all groups at once, that is two plain products: with all
+    A's side by side, of which each row keeps its group's columns, and with all B's. They cost such
+    a unit no more than one group's, and every compiler does well by them. (A TPU's makes a kernel
+    of a ragged product, but runs out of memory for the gradient of an A of [14336, 8]; others make
+    a masked copy of x for each group.)
+
+    Args:
+      x: [rows, in].
+      near, far: A, [groups, r, in], and B, [groups, r, out].
+      sizes: [groups] int, the rows of each group.
+      precision: of the products.
+      dtype: of the result.
+
+    Returns:
+      [rows, out].
+    """
+    near, far = near.astype(x.dtype), far.astype(x.dtype)
+    if near.shape[0] * near.shape[1] > _UNIT:
+        z = lax.ragged_dot(x, jnp.swapaxes(near, 1, 2), sizes, precision, wide(x.dtype))
+        return lax.ragged_dot(z.astype(x.dtype), far, sizes, precision, dtype)
+    ends = jnp.cumsum(sizes)
+    row = jnp.arange(x.shape[0], dtype=ends.dtype)[:, None]
+    own = (ends - sizes <= row) & (row < ends)  # [rows, groups]
+    how: dict[str, Any] = {"precision": precision, "preferred_element_type": wide(x.dtype)}
+    z = jnp.einsum("mi,gri->mgr", x, near, **how)
+    z = jnp.where(own[:, :, None], z, jnp.zeros_like(z)).astype(x.dtype)
+    z, far = z.reshape(x.shape[0], -1), far.reshape(-1, far.shape[2])
+    return lax.dot(z, far, precision=precision, preferred_element_type=dtype)
+
+
+def _ragged_dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
+    """Tokens sorted by expert: each group has its own A, B and s."""
+    x, weight, sizes = use.values
+    numbers = use.params["ragged_dot_dimension_numbers"]
+    ((x_contract, w_contract), batch) = numbers.dot_dimension_numbers
+    if isinstance(x, Factored) or isinstance(sizes, Factored):
+        return None
+    if not weight.parts:
+        return [with_base(use, 1)(x)]
+    if (
+        use.params["group_offset"] is not None
+        or any(batch)
+        or tuple(numbers.lhs_ragged_dimensions) != (0,)
+        or (x.ndim, len(weight.labels), tuple(x_contract)) != (2, 3, (1,))
+        or weight.labels[numbers.rhs_group_dimensions[0]] != "batch"
+    ):
+        return None
+    check_roles(weight, w_contract, (), use)
+    near, far = weight.a, weight.b  # [groups, r, …] each
+
+    def of_each_row(vector: jax.Array) -> jax.Array:
+        """Returns a gain or a shift, [groups, out], for the group that each row belongs to."""
+        ends = jnp.cumsum(sizes)
+        group = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=ends.dtype), side="right")
+        return jnp.take(vector, group, axis=0, mode="clip")
+
+    note_side(weight, weight.labels[w_contract[0]], use)
+    if weight.labels[w_contract[0]] != "in":
+        check_bias(interpreter, weight, use)
+        if weight.shift is not None:
+            return None
+        if weight.gain is not None:
+            x = x * of_each_row(weight.gain).astype(x.dtype)
+        near, far, weight = far, near, weight.replace(gain=None)
+
+    def with_factors(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
+        scaled = near * weight.scale[:, None, None].astype(near.dtype)
+        return _through_factors(x, scaled, far, sizes, use.params["precision"], seen.dtype)
+
+    return [combined(x, weight, with_base(use, 1), with_factors, of_each_row)]
+
+
+RAGGED_RULES: dict[str, Rule] = {"ragged_dot_general": _ragged_dot_general}

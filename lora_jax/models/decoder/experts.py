@@ -1,0 +1,213 @@
+"""The gated MLPs of experts, each for its own rows, by the implementation that is asked for.
+
+A token costs k products, however many experts there are. Two implementations reach that:
+
+- "blocks" lays the rows out in blocks of equal size, each of one expert, filled up with zeros; a
+  scan takes them one by one through their expert's kernels. It runs everywhere, at up to a block
+  more for each expert.
+- "ragged" sorts the rows by expert and multiplies them by ``jax.lax.ragged_dot``, at no product
+  more. That takes a compiler with a kernel for it: a TPU's, under ``compiler_options``. XLA's
+  other compilers (CPU, GPU), and a TPU's without the option, make a masked product of all rows
+  with every expert of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.hf.fields import ConfigError
+from lora_jax.models.layers.placement import UNPLACED, Placement
+
+_SUBLANES = (
+    8  # a TPU's kernel takes a multiple of so many rows; of others XLA makes masked products
+)
+
+
+class Experts(Protocol):
+    """An implementation of the MLPs of experts. It has to be hashable."""
+
+    def __call__(
+        self,
+        act: Callable[[jax.Array], jax.Array],
+        rows: jax.Array,
+        chosen: jax.Array,
+        gate: jax.Array,
+        up: jax.Array,
+        down: jax.Array,
+        /,
+    ) -> jax.Array:
+        """Returns (act(row @ gate) * (row @ up)) @ down of each row, with its expert's kernels.
+
+        Args:
+          act: the activation.
+          rows: [rows, d_model].
+          chosen: [rows] int32, each row's expert.
+          gate, up: [experts, d_model, d_ff].
+          down: [experts, d_ff, d_model].
+
+        Returns:
+          [rows, d_model].
+        """
+
+
+def by_blocks(
+    act: Callable[[jax.Array], jax.Array],
+    rows: jax.Array,
+    chosen: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+) -> jax.Array:
+    """Applies experts to blocks of rows; see ``Experts`` for the arguments."""
+    blocks = blocks_of(chosen, gate.shape[0])
+
+    def through(_: None, block: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        rows, expert = block
+        of_gate, of_up, of_down = (
+            lax.dynamic_index_in_dim(kernel, expert, keepdims=False) for kernel in (gate, up, down)
+        )
+        return None, (act(rows @ of_gate) * (rows @ of_up)) @ of_down
+
+    # No slot is written or read twice: both have derivatives that add in a fixed order.
+    filled = jnp.zeros((blocks.experts.size * blocks.rows, rows.shape[1]), rows.dtype)
+    filled = filled.at[blocks.slots].set(rows, unique_indices=True)
+    filled = filled.reshape(-1, blocks.rows, rows.shape[1])
+    # The kernels of each block are taken again in the backward pass, not kept for all blocks.
+    kept = jax.checkpoint_policies.dots_saveable
+    body = jax.checkpoint(through, policy=kept, prevent_cse=False)
+    _, out = lax.scan(body, None, (filled, blocks.experts))
+    return out.reshape(-1, out.shape[-1]).at[blocks.slots].get(unique_indices=True)
+
+
+class Blocks(NamedTuple):
+    """The places of rows in blocks.
+
+    Attributes:
+      rows: the number of rows of a block.
+      experts: [blocks] int32, each block's expert.
+      slots: [rows] int32, the place of each row, counted over all blocks.
+    """
+
+    rows: int
+    experts: jax.Array
+    slots: jax.Array
+
+
+def blocks_of(chosen: jax.Array, n_experts: int) -> Blocks:
+    """Lays out blocks for rows with these experts, [rows] int32.
+
+    About two for each expert's share, and no more rows than keep a matrix unit busy.
+    """
+    n = chosen.size
+    rows = min(256, max(8, n // (2 * n_experts) // 8 * 8))
+    n_blocks = n // rows + min(n_experts, n)  # as many as any choice needs: the shape is fixed
+    sizes = jnp.bincount(chosen, length=n_experts)
+    blocks_until = jnp.cumsum(-(-sizes // rows))  # of this expert and those before it
+    places = jnp.argsort(jnp.argsort(chosen))  # of each row, in the order of experts
+    within = places - (jnp.cumsum(sizes) - sizes)[chosen]  # its expert's rows
+    before = (blocks_until - -(-sizes // rows))[chosen]
+    experts = jnp.searchsorted(blocks_until, jnp.arange(n_blocks), side="right")
+    experts = jnp.minimum(experts, n_experts - 1)  # of blocks that are left over
+    return Blocks(rows, experts.astype(jnp.int32), (before * rows + within).astype(jnp.int32))
+
+
+def ragged(
+    act: Callable[[jax.Array], jax.Array],
+    rows: jax.Array,
+    chosen: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+) -> jax.Array:
+    """Applies experts to sorted rows; see ``Experts`` for the arguments."""
+    n = chosen.size
+    order = jnp.argsort(chosen)  # stable
+    groups = jnp.arange(gate.shape[0], dtype=chosen.dtype)
+    sizes = jnp.sum(chosen == groups[:, None], axis=1, dtype=jnp.int32)
+    # No row is written or read twice: both have derivatives that add in a fixed order.
+    grouped = rows.at[order].get(unique_indices=True)
+    if spare := -n % _SUBLANES:  # rows of zeros, for the last expert
+        grouped = jnp.pad(grouped, ((0, spare), (0, 0)))
+        sizes = sizes.at[-1].add(spare)
+
+    def through(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+        hidden = act(lax.ragged_dot(x, gate, sizes)) * lax.ragged_dot(x, up, sizes)
+        return lax.ragged_dot(hidden, down, sizes)
+
+    through = jax.checkpoint(through, policy=_keeps_products, prevent_cse=False)
+    out = through(grouped, gate, up, down)[:n]
+    return jnp.zeros_like(out).at[order].set(out, unique_indices=True)
+
+
+def _keeps_products(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps what ``dots_saveable`` would, were a ragged product a dot to it."""
+    return primitive.name in ("dot_general", "ragged_dot_general")
+
+
+IMPLEMENTATIONS: dict[str, Experts] = {"blocks": by_blocks, "ragged": ragged}
+EXPERTS = ("auto", *IMPLEMENTATIONS)
+
+
+def implementation(experts: str | Experts, placement: Placement = UNPLACED) -> Experts:
+    """Returns the implementation of a name; a function is its own.
+
+    - "blocks" and "ragged": see this module.
+    - "auto" is "ragged" where a placement says that ragged products are kernels, and "blocks"
+      elsewhere. ``lora_jax.training`` compiles its steps for TPUs with ``compiler_options``; where
+      you compile a model yourself, "auto" is "blocks".
+
+    Args:
+      experts: a name, or a function with the arguments of ``Experts``.
+      placement: tells whether ragged products are kernels.
+
+    Raises:
+      ValueError: for another name; lists those that there are.
+    """
+    if not isinstance(experts, str):
+        return experts
+    if experts == "auto":
+        experts = "ragged" if placement.ragged else "blocks"
+    if experts not in IMPLEMENTATIONS:
+        raise ValueError(f"experts {experts!r} is not one of {', '.join(EXPERTS)}")
+    return IMPLEMENTATIONS[experts]
+
+
+def check_experts(config: Any, experts: str | Experts) -> None:
+    """Raises a ConfigError if a model without experts is told how to compute them."""
+    if experts != "auto" and not getattr(config, "num_experts", 0):
+        raise ConfigError(
+            f"experts={experts!r} says how a mixture of experts is computed, and this "
+            f"{config.model_type} model is none: leave it out"
+        )
+
+
+def compiler_options(platform: str | None = None) -> dict[str, str]:
+    """Returns the compiler's options under which ragged products are kernels.
+
+    The steps of ``lora_jax.training`` and of the scripts are compiled with them. Your own code::
+
+        model, params = models.from_pretrained(name, experts="ragged")
+        step = jax.jit(step, compiler_options=models.compiler_options())
+
+    Without them, the TPU's compiler makes of ``jax.lax.ragged_dot`` a masked product of all rows
+    with every expert: as many times the FLOPs as there are experts.
+
+    Args:
+      platform: what is compiled for, such as "tpu"; by default JAX's default backend.
+
+    Returns:
+      The options; none for platforms other than "tpu", whose compilers refuse this one.
+
+    >>> from lora_jax import models
+    >>> models.compiler_options("tpu")
+    {'xla_tpu_enable_ragged_dot_kernel': 'true'}
+    >>> models.compiler_options("cpu")
+    {}
+    """
+    platform = jax.default_backend() if platform is None else platform
+    return {"xla_tpu_enable_ragged_dot_kernel": "true"} if platform == "tpu" else {}

@@ -1,0 +1,229 @@
+"""The implementations of experts, against a plain loop over the experts."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from lora_jax import models
+from lora_jax.models.decoder.experts import by_blocks, implementation, ragged
+from lora_jax.models.decoder.moe import SparseMLP
+from lora_jax.models.layers.placement import UNPLACED, Placement
+from lora_jax.sharding import place
+from lora_jax.training.layout import Layout, one_device
+from tests.models import tiny
+from tests.support import assert_close, draw, with_random_factors
+from train.planning.jaxpr_flops import count_flops
+from train.run.mesh import make_mesh
+
+WIDTH, INNER, N_EXPERTS = 5, 7, 6
+NAMES = ("gate", "up", "down")
+rng = np.random.default_rng(0)
+# As drawn, with experts that nobody chose, one for all, one row; a multiple of 8, and others.
+CHOICES = {
+    "21 rows": rng.integers(0, N_EXPERTS, 21),
+    "16 rows, three experts": 2 * rng.integers(0, 3, 16),
+    "one expert for all": np.full(13, 4),
+    "one row": np.array([2]),
+}
+
+
+def loop(act: Any, rows: Any, chosen: Any, gate: Any, up: Any, down: Any) -> jax.Array:
+    """Every expert on every row, of which each keeps its own's."""
+    total = jnp.zeros_like(rows)
+    for e in range(gate.shape[0]):
+        out = (act(rows @ gate[e]) * (rows @ up[e])) @ down[e]
+        total += jnp.where((chosen == e)[:, None], out, jnp.zeros_like(out))
+    return total
+
+
+def kernels(dtype: Any) -> dict[str, dict[str, jax.Array]]:
+    shapes = [(WIDTH, INNER), (WIDTH, INNER), (INNER, WIDTH)]
+    return {
+        name: {"kernel": draw(i, (N_EXPERTS, *shape), dtype)}
+        for i, (name, shape) in enumerate(zip(NAMES, shapes, strict=True))
+    }
+
+
+@pytest.mark.parametrize("how", [by_blocks, ragged])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_values_and_gradients(how: Any, choice: str, float64: None) -> None:
+    chosen = jnp.asarray(CHOICES[choice], jnp.int32)
+    rows, weights = (draw(key, (chosen.size, WIDTH), jnp.float64) for key in (8, 9))
+
+    def loss(fn: Any, rows: Any, params: Any) -> Any:
+        out = fn(jax.nn.silu, rows, chosen, *(params[name]["kernel"] for name in NAMES))
+        return jnp.sum(jnp.sin(out) * weights), out
+
+    run = jax.grad(loss, argnums=(1, 2), has_aux=True)
+    want, got = (
+        jax.jit(functools.partial(run, fn))(rows, kernels(rows.dtype)) for fn in (loop, how)
+    )
+    assert_close(got, want, 1e-9)
+    assert np.abs(want[1]).max() > 0.05
+
+
+# Of a low rank, ragged products are plain ones of all experts' factors, and of a high one ragged.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"rank": 2},
+    "DoRA": {"rank": 2, "dora": True},
+    "a high rank": {"rank": 44},
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "variant"),
+    [(by_blocks, "plain"), (ragged, "plain"), (ragged, "DoRA"), (ragged, "a high rank")],
+)
+def test_each_expert_has_its_factors(how: Any, variant: str, float64: None) -> None:
+    """Factored as merged, values and gradients, and no product of a kernel's shape in between."""
+    chosen = jnp.asarray(CHOICES["21 rows"], jnp.int32)
+    rows, weights = (draw(key, (chosen.size, WIDTH), jnp.float64) for key in (8, 9))
+    rule = lj.LoraRule(targets=[*NAMES], alpha=3, dtype=jnp.float64, **VARIANTS[variant])
+    adapter, base = lj.split(with_random_factors(lj.lorafy(kernels(jnp.float64), [rule])))
+
+    def apply(fn: Any, params: Any, rows: Any) -> jax.Array:
+        return fn(jax.nn.silu, rows, chosen, *(params[name]["kernel"] for name in NAMES))
+
+    factored = lj.adapt(functools.partial(apply, how), strict=True)
+
+    def gradients(fn: Any) -> Any:
+        def loss(adapter: Any, rows: Any) -> jax.Array:
+            return jnp.sum(jnp.sin(fn(lj.join(adapter, base), rows)) * weights)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(adapter, rows)
+
+    want = gradients(lambda tree, rows: apply(loop, lj.merge(tree), rows))
+    assert_close(gradients(factored), want, 1e-9)
+
+
+def test_a_row_is_dropped_on_its_own(float64: None) -> None:
+    """W = 0 and AB = 1: what comes out of an expert is what dropout leaves of its rows."""
+    chosen = jnp.asarray(np.arange(4000) % N_EXPERTS, jnp.int32)
+    width = 4
+    eye = jnp.broadcast_to(jnp.eye(width), (N_EXPERTS, width, width))
+    rule = lj.LoraRule(targets=["gate"], rank=width, alpha=width, dropout=0.25)
+    tree = lj.lorafy({"gate": {"kernel": jnp.zeros_like(eye)}}, [rule])
+    adapter, base = lj.split(tree)
+    adapter = {"gate/kernel": {name: eye for name in ("a", "b")}}
+
+    def apply(params: Any, rows: jax.Array) -> jax.Array:
+        ones = jnp.ones_like(eye) / width  # up is 1 on rows of ones; down passes on
+        return ragged(lambda x: x, rows, chosen, params["gate"]["kernel"], ones, eye)
+
+    rows = jnp.ones((chosen.size, width))
+    out = lj.adapt(apply, strict=True)(lj.join(adapter, base), rows, dropout_key=jax.random.key(0))
+    kept = np.asarray(out) > 0.5
+    np.testing.assert_allclose(out, np.where(kept, 1 / 0.75, 0.0), atol=1e-6)
+    for e in range(N_EXPERTS):
+        assert abs(kept[chosen == e].mean() - 0.75) < 0.03
+    assert kept.all(1).mean() < 0.4, "elements, not rows"
+
+
+@pytest.mark.parametrize("text", ["fsdp=2,tensor=2", "expert=2,sequence=2"])
+def test_meshes(text: str) -> None:
+    """On every mesh ragged products are one device's blocks, values and the adapter's gradients."""
+    config = models.read_config({**tiny.fields("mixtral"), "intermediate_size": 38})
+    _, params = tiny.decoder("mixtral")
+    layout = Layout.of(make_mesh(text, 4), config)
+    x = jax.random.normal(jax.random.key(0), (4, 6, config.hidden_size))
+    module = SparseMLP(config, jnp.float32, jnp.float32)
+    name = config.mlp_name
+    params = {name: module.init(jax.random.key(1), x)["params"]}
+    params = jax.tree.map(lambda p: draw(p.size, p.shape), params)
+    rules = [lj.LoraRule(targets=["experts", "gate"], rank=3, alpha=7)]
+    tree = with_random_factors(lj.lorafy(params, rules))
+
+    def gradients(module: SparseMLP, tree: Any, x: jax.Array) -> Any:
+        forward = lj.adapt(lambda params, x: module.apply({"params": params[name]}, x), strict=True)
+
+        def loss(adapter: Any, base: Any, x: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.sin(forward(lj.join(adapter, base), x)))
+
+        run = jax.jit(jax.value_and_grad(loss, (0, 2)), compiler_options=tiny.FAST_COMPILE)
+        return run(*lj.split(tree), x)
+
+    want = gradients(module.clone(products="blocks"), tree, x)
+    there = place(tree, layout.table, layout.mesh)
+    with jax.set_mesh(layout.mesh):
+        got = gradients(layout.constrained(module).clone(products="ragged"), there, x)
+    assert_close(got, want, 2e-5)
+    assert min(np.abs(g["b"]).max() for g in want[1][0].values()) > 1e-2
+
+
+class WithKernel(Placement):
+    ragged = True
+
+
+class LayoutOnTPU(Layout):
+    platform = "tpu"
+
+
+def test_the_choice() -> None:
+    """Ragged products where a placement says that there is a kernel for them."""
+    assert implementation("auto") is implementation("auto", one_device()) is by_blocks
+    assert implementation("auto", WithKernel()) is ragged
+    assert (
+        implementation("ragged") is ragged and implementation("blocks", WithKernel()) is by_blocks
+    )
+    assert implementation(loop, UNPLACED) is loop
+    mesh = one_device().mesh
+    assert LayoutOnTPU(mesh, ()).ragged and not LayoutOnTPU(mesh, (), sorts_apart=False).ragged
+    assert not one_device().ragged
+    with pytest.raises(ValueError, match="'gmm' is not one of auto, blocks, ragged"):
+        implementation("gmm")
+
+
+def test_the_choice_reaches_the_model(tmp_path: Any) -> None:
+    model, params = tiny.decoder("mixtral")
+    assert model.experts == "auto"
+    models.save_pretrained(tmp_path / "model", model, params)
+    model, params = models.from_pretrained(tmp_path / "model", experts="ragged")
+
+    def program(model: Any) -> str:
+        return str(jax.make_jaxpr(model.apply)({"params": params}, tiny.tokens(0, 2, 8)))
+
+    assert program(model).count("ragged_dot_general") == 3
+    assert "ragged_dot_general" not in program(model.clone(experts="auto"))
+    alone = one_device().constrained(model.clone(experts="auto"))
+    assert "ragged_dot_general" not in program(alone), "a CPU"
+    alone = model.clone(experts="auto", placement=OnTPU())
+    assert program(alone).count("ragged_dot_general") == 3
+
+
+def test_a_model_without_experts_refuses(tmp_path: Any) -> None:
+    model, params = tiny.decoder("llama2")
+    models.save_pretrained(tmp_path / "model", model, params)
+    message = "experts='ragged' says how .* and this llama model is none"
+    with pytest.raises(models.ConfigError, match=message):
+        models.from_pretrained(tmp_path / "model", experts="ragged")
+    with pytest.raises(models.ConfigError, match=message):
+        model.clone(experts="ragged").apply({"params": params}, tiny.tokens(0, 1, 3))
+
+
+def test_a_policy_that_keeps_products_keeps_ragged_ones() -> None:
+    model, params = tiny.decoder("mixtral", experts="ragged")
+
+    def flops(remat: bool | str) -> int:
+        def loss(params: Any) -> jax.Array:
+            ids = jnp.zeros((2, 20), jnp.int32)
+            return jnp.sum(model.clone(remat=remat).apply({"params": params}, ids))
+
+        return count_flops(jax.jit(jax.grad(loss)).trace(params).jaxpr).flops
+
+    assert flops("dots_saveable") == flops(False) < flops(True)
+
+
+def test_only_a_tpu_is_given_the_compiler_option() -> None:
+    def compiled(**options: Any) -> Any:
+        run = jax.jit(lambda x: x + 1, compiler_options=models.compiler_options(**options))
+        return run.lower(1.0).compile()
+
+    assert models.compiler_options() == one_device().compiler_options == {}
+    compiled()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_tpu_enable_ragged_dot_kernel"):
+        compiled(platform="tpu")
