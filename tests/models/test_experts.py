@@ -191,7 +191,7 @@ def test_the_choice_reaches_the_model(tmp_path: Any) -> None:
     assert "ragged_dot_general" not in program(model.clone(experts="auto"))
     alone = one_device().constrained(model.clone(experts="auto"))
     assert "ragged_dot_general" not in program(alone), "a CPU"
-    alone = model.clone(experts="auto", placement=OnTPU())
+    alone = model.clone(experts="auto", placement=WithKernel())
     assert program(alone).count("ragged_dot_general") == 3
 
 
