@@ -1,6 +1,7 @@
 """Results as text for a terminal, and as the README's Markdown."""
 
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,19 @@ def ratio(entry: dict[str, Any]) -> str:
     return f"{found['median']:.2f} ({found['min']:.2f}–{found['max']:.2f})"
 
 
+def in_order(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Returns (contender, entry), the reference first."""
+    found = result["contenders"]
+    return [(name, found[name]) for name in result["case"]["contenders"] if name in found]
+
+
 def flops_ratio(result: dict[str, Any], name: str) -> float | None:
-    """Returns the reference's FLOPs over a contender's; None if one of them is not counted."""
+    """Returns the reference's FLOPs over a contender's, of a step; None if one is not counted."""
+    if result["case"]["kind"] not in STEPS:
+        return None
     ours = result["contenders"].get(result["reference"], {}).get("flops")
-    theirs = result["contenders"].get(name, {}).get("flops")
+    counted = "full" if CONTENDERS[name].group == "full" else name  # torch does the same work
+    theirs = result["contenders"].get(counted, {}).get("flops")
     return ours / theirs if ours and theirs else None
 
 
@@ -35,15 +45,15 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
 
 
-def mean_seconds(entry: dict[str, Any]) -> float | None:
+def median_seconds(entry: dict[str, Any]) -> float | None:
     """Returns the median seconds of a run, of all turns; None if it was not timed."""
-    times = sorted(entry.get("seconds") or [])
-    return times[len(times) // 2] if times else None
+    times = entry.get("seconds")
+    return statistics.median(times) if times else None
 
 
 def speed(result: dict[str, Any], entry: dict[str, Any]) -> str:
     """Returns tokens/s, and the share of the device's peak (MFU) on a GPU."""
-    seconds, tokens = mean_seconds(entry), entry.get("tokens")
+    seconds, tokens = median_seconds(entry), entry.get("tokens")
     if not seconds or not tokens:
         return ""
     text = f"{tokens / seconds:,.0f} tokens/s"
@@ -63,7 +73,7 @@ def text(results: dict[str, Any]) -> str:
         reference = CONTENDERS[result["reference"]].title
         lines.append(f"\n{result['case']['title']}  [{result['case']['name']}]")
         lines.append(f"  {'':22s}{reference + ' takes':26s}{'time':>9s}  details")
-        for name, entry in result["contenders"].items():
+        for name, entry in in_order(result):
             lines.append(f"  {CONTENDERS[name].title:22s}{_line(result, name, entry)}")
     return "\n".join(lines)
 
@@ -74,7 +84,7 @@ def _line(result: dict[str, Any], name: str, entry: dict[str, Any]) -> str:
     found = "1" if name == result["reference"] else ""
     if "ratio" in entry:
         found = ratio(entry) + " of its time"
-    seconds = mean_seconds(entry)
+    seconds = median_seconds(entry)
     shown = duration(seconds) if seconds else ""
     return f"{found:26s}{shown:>9s}  {'; '.join(_details(result, name, entry))}"
 

@@ -64,7 +64,13 @@ def test_tokens_decoded_are_compared_too() -> None:
 
 
 def test_what_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--cases", "4x127"], ["--contenders", "pefd"], ["--rounds", "-1"]):
+    for arguments in (
+        ["--cases", "4x127"],
+        ["--contenders", "pefd"],
+        ["--contenders", "merged", "--cases", "4x128"],  # it would have no effect
+        ["--rounds", "-1"],
+        ["--readme", "--tiny"],
+    ):
         with pytest.raises(SystemExit):
             command.parse(arguments)
         assert arguments[1] in capsys.readouterr().err
