@@ -140,20 +140,18 @@ def markdown(results: dict[str, Any]) -> str:
 def provenance(results: dict[str, Any]) -> str:
     """Returns where, when and with which versions the figures were measured."""
     machine = results["machine"]
-    kinds = {
-        entry["device_kind"]
-        for result in results["cases"]
-        for entry in result["contenders"].values()
-        if entry.get("device") == "gpu"
-    }
+    entries = [entry for result in results["cases"] for entry in result["contenders"].values()]
+    kinds = {entry["device_kind"] for entry in entries if entry.get("device") == "gpu"}
     where = f"{machine['cpu']}, {machine['cores']} cores"
     if kinds:
         where += f", {' and '.join(sorted(kinds))}"
+    counts = {len(entry["ratios"]) for entry in entries if "ratio" in entry} or {0}
+    rounds = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
     versions = machine["versions"]
     named = [f"{n} {versions[n]}" for n in ("Python", *PACKAGES) if n in versions]
     busy = "; the machine was not idle" if results["warnings"] else ""
     return (
-        f"Medians of {results['rounds']} rounds taken in turns, least and largest in parentheses"
+        f"Medians of {rounds} rounds taken in turns, least and largest in parentheses"
         f"{busy}. {where}; {', '.join(named)}; {machine['date']}, commit {machine['commit']}."
     )
 
@@ -193,7 +191,7 @@ def _memory_cell(result: dict[str, Any], name: str) -> str:
     entry = result["contenders"].get(name, {})
     peak = entry.get("device_peak") or entry.get("process_peak")
     if not peak:
-        return entry.get("status", "")
+        return "" if "ratio" in entry else entry.get("status", "")
     compiled = entry.get("temporaries")
     return size(peak) + (f"; {size(compiled)}" if compiled else "")
 
