@@ -177,7 +177,7 @@ CPU_CASES = [
         name="start",
         title="SmolLM2-135M, 4 × 128: a fresh process to its first step",
         kind="start",
-        contenders=("lora_jax", "peft", "peft-compiled", "qwix", "quax", "naive", "full"),
+        contenders=("lora_jax", "peft", "qwix", "quax", "naive", "full"),
     ),
     Case(
         name="import",

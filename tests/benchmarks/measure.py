@@ -198,8 +198,6 @@ def _start_once(name: str, case: Case, options: Options) -> Entry:
         parts: Entry = {"ready_s": worker.ready()}
         loaded = worker.load(case, options.folders(name))
         parts |= {key: value for key, value in loaded.items() if key.endswith("_s")}
-        compiled = worker.age()
         parts |= worker.ask("check", steps=1)
         parts["seconds"] = worker.age()
-        parts["first_s"] = parts["seconds"] - compiled
         return parts
