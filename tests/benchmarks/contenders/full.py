@@ -1,0 +1,21 @@
+"""Full fine-tuning in JAX, from W + s·AB on, so that it starts where LoRA does."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tests.benchmarks.cases import Case
+from tests.benchmarks.contenders import naive
+from tests.benchmarks.contenders.on_jax import Method, Program, plain
+
+
+def method(case: Case, model: Any, params: Any, adapter: Path) -> Method:
+    """Returns the model; all of its parameters train."""
+    start = naive.method(case, model, params, adapter)
+    merged = jax.jit(start.params)(start.train, start.frozen)
+    return Method(merged, {}, lambda train, _: train, plain)
+
+
+def make(case: Case, base: Path, adapter: Path) -> Program:
+    return Program(case, base, adapter, method)
