@@ -120,8 +120,8 @@ class OptimConfig:
     attention: Attention = "auto"
     """Computation of attention. dense: all scores of a layer at once, the square of the length.
     blockwise: a block of queries at a time, in memory linear in the length. splash: a kernel for
-    TPUs. cudnn: a kernel for GPUs, in half precision. auto: the device's kernel, or blockwise where
-    there is none, from 512 tokens on."""
+    TPUs. cudnn: a kernel for GPUs from Hopper on, in half precision. auto: from 512 tokens on,
+    splash on a TPU and blockwise elsewhere."""
     experts: Experts = "auto"
     """Computation of a mixture of experts. blocks: blocks of tokens of one expert, in a loop.
     ragged: all of a device's tokens, sorted, by the compiler's own kernel; only a TPU's has one.

@@ -47,7 +47,7 @@ IMPLEMENTATIONS: dict[str, Attend] = {
 }
 ATTENTION = ("auto", *IMPLEMENTATIONS)
 _RUNS_ON = {"splash": "tpu", "cudnn": "gpu"}
-_BEST_ON = {"tpu": "splash", "gpu": "cudnn"}
+_BEST_ON = {"tpu": "splash"}  # cuDNN depends on a GPU's kind, which a trace does not know
 
 
 def attend(
@@ -91,8 +91,8 @@ def implementation(
     - "blockwise" holds those of a block of queries; see ``Blockwise``.
     - "splash" is a kernel for TPUs that holds none; see ``Splash``.
     - "cudnn" is cuDNN's kernel for GPUs; see ``Cudnn``.
-    - "auto" is "dense" for fewer than 512 queries. From 512 on it is "splash" on a TPU, "cudnn" on
-      a GPU, and "blockwise" elsewhere, or where several devices are here and no placement is given.
+    - "auto" is "dense" for fewer than 512 queries. From 512 on it is "splash" on a TPU, and
+      "blockwise" elsewhere, or where several devices are here and no placement is given.
 
     A kernel that does not serve a call (keys in a cache, say) has "blockwise" do it; ``chosen``
     tells.
