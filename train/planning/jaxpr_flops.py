@@ -73,7 +73,7 @@ def _of_equation(eqn: JaxprEqn, scope: str) -> Count:
 
 def _call(name: str, scope: str, eqn: JaxprEqn) -> Call:
     """Returns a kernel's call as its table takes it."""
-    arrays = [atom.aval for atom in eqn.invars]
+    arrays: list[Any] = [atom.aval for atom in eqn.invars]
     return Call(name, scope, tuple((_in_hlo(x.dtype.name), x.shape) for x in arrays))
 
 
