@@ -5,7 +5,8 @@ from typing import Any
 
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.batches import Packs, pack
-from lora_jax.training.data.chats import Row, check_lengths, conversation
+from lora_jax.training.data.chats import check_lengths
+from lora_jax.training.data.rows import Row, check_rows
 from lora_jax.training.losses import Loss, summed_loss
 from train.data.chats import tokenize
 from train.data.files import read_rows
@@ -26,8 +27,7 @@ def read(config: Config) -> Rows:
     """Reads the rows of the dataset; with --eval-every, some of them are held out."""
     data = config.data
     rows = read_rows(data.dataset, split=data.split, subset=data.subset)[: data.rows]
-    for number, row in enumerate(rows, start=1):
-        conversation(row, f"{data.dataset}, row {number}")
+    check_rows(rows, data.dataset)
     return hold_out(config, rows)
 
 
@@ -53,7 +53,7 @@ def outline(config: Config, rows: Rows) -> Outline:
 
 
 def examples(config: Config, rows: Rows, outline: Outline) -> Data:
-    """Returns the rows as sequences of one length."""
+    """Returns the rows as sequences, padded or packed."""
     packs = packed(config, rows.train, outline.tokenizer, config.data.dataset)
     held_out = None
     if rows.held_out:
@@ -62,12 +62,30 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
         train=packs,
         held_out=held_out,
         name=packs.name,
-        facts={"sequence_length": packs.ids.shape[1]},
+        facts={"sequence_length": packs.lengths[-1], "lengths": packs.lengths},
+        lines=(described(packs, packing=config.data.packing),),
+    )
+
+
+def described(packs: Packs, *, packing: bool) -> str:
+    """Returns how full the padded or packed sequences are, in words."""
+    filled, n = f"{100 * packs.filled:.1f}% filled", len(packs.lengths)
+    if packing:
+        return (
+            f"{len(packs.numbers):,} rows are packed into {len(packs):,} sequences of "
+            f"{packs.lengths[-1]} tokens, {filled}"
+        )
+    if n == 1:
+        return f"{len(packs):,} rows are padded to {packs.lengths[0]} tokens, {filled}"
+    lengths = ", ".join(map(str, packs.lengths))
+    return (
+        f"{len(packs):,} rows are batched by length: {n} lengths, {lengths}, {filled}; the step is "
+        "compiled for each when it comes"
     )
 
 
 def packed(config: Config, rows: list[Row], tokenizer: Any, source: str) -> Packs:
-    """Tokenises rows, and pads or packs them into sequences of one length.
+    """Tokenises rows, and packs them or has them batched by length.
 
     Args:
       config: the options.
