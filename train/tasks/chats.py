@@ -1,12 +1,13 @@
 """The task of fine-tuning on a user's chats, or pairs of prompt and completion."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.batches import Packs, pack
 from lora_jax.training.data.chats import check_lengths
-from lora_jax.training.data.rows import Row, check_rows
+from lora_jax.training.data.rows import FORMS, Row, check_rows, field_names, moved, name_of
 from lora_jax.training.losses import Loss, summed_loss
 from train.data.chats import tokenize
 from train.data.files import read_rows
@@ -27,8 +28,42 @@ def read(config: Config) -> Rows:
     """Reads the rows of the dataset; with --eval-every, some of them are held out."""
     data = config.data
     rows = read_rows(data.dataset, split=data.split, subset=data.subset)[: data.rows]
+    rows = renamed(rows, data.fields, data.dataset)
     check_rows(rows, data.dataset)
     return hold_out(config, rows)
+
+
+def renamed(rows: list[Row], fields: Sequence[str], source: str) -> list[Row]:
+    """Returns rows with the names of fields that --fields asks for (`prompt=question`)."""
+    pairs = [one for field in fields for one in field.split(",")]
+    names = dict(pair.partition("=")[::2] for pair in pairs)
+    known = {name for form in FORMS for name in form} | {"input", "tools"}
+    for name, own in names.items():
+        if name not in known or not own:
+            raise UserError(
+                f"--fields {' '.join(fields)}: give name=field for each of these names: "
+                f"{', '.join(sorted(known))}"
+            )
+    for number, row in enumerate(rows, start=1):
+        for own in names.values():
+            if own not in row:
+                where = name_of(row, source, number)
+                raise UserError(
+                    f"--fields: {where} has {field_names(row)}, and no `{own}`: name another field"
+                )
+    own_names = {*names.values()}
+    return (
+        [
+            moved(
+                row,
+                {k: v for k, v in row.items() if k not in own_names}
+                | {name: row[own] for name, own in names.items()},
+            )
+            for row in rows
+        ]
+        if names
+        else rows
+    )
 
 
 def hold_out(config: Config, rows: list[Row]) -> Rows:
@@ -94,7 +129,7 @@ def packed(config: Config, rows: list[Row], tokenizer: Any, source: str) -> Pack
       source: the name of the rows in messages.
     """
     data = config.data
-    sequences = tokenize(rows, tokenizer, source)
+    sequences = tokenize(rows, tokenizer, source, train_on=data.train_on, kept_in=data.token_cache)
     kept = check_lengths(sequences, data.seq_len, truncate=data.truncate)
     if left_out := len(sequences) - len(kept):
         print(f"{source}: left out {left_out} rows, truncated before their completion began")

@@ -28,7 +28,7 @@ from lora_jax.training.errors import TrainingError
 Mapped = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
 TrainOn = Literal["all", "assistant", "last"]
 
-_BLOCK = 1_000  # rows that are tokenised at once
+BLOCK = 1_000  # rows that are tokenised at once
 # The tag of Jinja by which a template marks what the assistant says.
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 
@@ -121,17 +121,12 @@ def tokenize(
 
     def of_block(first: int) -> dict[str, Any]:
         drafts: list[_Draft] = []
-        for number, row in enumerate(rows[first : first + _BLOCK], start=first + 1):
+        for number, row in enumerate(rows[first : first + BLOCK], start=first + 1):
             drafts += _drafts(row, number, tokenizer, name_of(row, source, number), train_on)
         return _as_json(_encoded(drafts, tokenizer))
 
-    blocks = mapped(of_block, range(0, len(rows), _BLOCK))
+    blocks = mapped(of_block, range(0, len(rows), BLOCK))
     return [tokens for block in blocks for tokens in _from_json(block)]
-
-
-def block_rows(first: int, n: int) -> int:
-    """Returns how many of `n` rows are in the block that begins with row `first`."""
-    return min(_BLOCK, n - first)
 
 
 def _drafts(row: Row, number: int, tokenizer: Any, name: str, train_on: TrainOn) -> list[_Draft]:

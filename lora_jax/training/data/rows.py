@@ -22,7 +22,7 @@ NEEDED = (
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _ROLES |= {"chatgpt": "assistant", "system": "system", "tool": "tool", "observation": "tool"}
 _ROLES |= {"function_response": "tool", "function_call": "function_call"}
-_FORMS: tuple[tuple[str, ...], ...] = (
+FORMS: tuple[tuple[str, ...], ...] = (
     ("messages",),
     ("prompt", "completion"),
     ("conversations",),
@@ -36,6 +36,15 @@ class PlacedRow(dict[str, Any]):
 
     __slots__ = ("place",)
     place: tuple[str, str]
+
+
+def moved(row: Row, values: Mapping[str, Any]) -> Row:
+    """Returns a row with other values, of the same place."""
+    made = PlacedRow(values)
+    if not isinstance(row, PlacedRow):
+        return dict(made)
+    made.place = row.place
+    return made
 
 
 class Conversation(NamedTuple):
@@ -85,7 +94,7 @@ def conversation(row: Row, name: str) -> Conversation:
     Raises:
       TrainingError: fields are missing or of the wrong type, or no assistant turn is there.
     """
-    form = next((f for f in _FORMS if all(row.get(field) is not None for field in f)), None)
+    form = next((f for f in FORMS if all(row.get(field) is not None for field in f)), None)
     if form is None:
         raise TrainingError(f"{name} has {field_names(row)}; {NEEDED}")
     if form == ("text",):

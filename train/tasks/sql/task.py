@@ -7,6 +7,7 @@ from typing import Any
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.data.chats import Row
 from lora_jax.training.processes import write_json
+from train.run.errors import UserError
 from train.run.log import doing
 from train.run.options import Defaults
 from train.run.output import SCORES, read_json
@@ -32,7 +33,9 @@ STEPS = 35
 
 
 def check(config: Config) -> None:
-    """Accepts all options."""
+    """Raises a UserError for options about a user's own rows."""
+    if config.data.fields:
+        raise UserError("--fields is about rows of your own: name them with --dataset")
 
 
 def read(config: Config) -> Rows:
