@@ -24,7 +24,7 @@ _FEW = 1_000  # rows that are tokenised as fast as they are found, unless a fold
 _MOST_BYTES = 4 * 2**30  # the files unused for longest make room
 
 
-def place(asked: str | None, rows: Sequence[Row], tokenizer: Any, **options: str) -> Path | None:
+def place(asked: str | None, rows: Sequence[Row], tokenizer: Any, **options: Any) -> Path | None:
     """Returns the file that keeps these rows' tokens; None where they are not to be kept.
 
     Its name is a hash of all that the tokens depend on: the rows, the tokenizer with its chat

@@ -22,6 +22,7 @@ def tokenize(
     rows: Sequence[Row],
     tokenizer: Any,
     source: str,
+    numbers: Sequence[int] | None = None,
     *,
     train_on: TrainOn = "assistant",
     kept_in: str | None = cache.OFF,
@@ -32,11 +33,12 @@ def tokenize(
       rows: chats, or pairs of prompt and completion.
       tokenizer: the model's.
       source: the name of the rows in messages.
+      numbers: the rows' numbers in the data; by default from 1 on.
       train_on: the turns that the loss counts.
       kept_in: the option --token-cache; see `train.data.cache`.
     """
     console = hosts.console()
-    path = cache.place(kept_in, rows, tokenizer, train_on=train_on)
+    path = cache.place(kept_in, rows, tokenizer, train_on=train_on, numbers=numbers)
     found = None if path is None else cache.read(path)
     # All processes tokenise together, or none does.
     everywhere = hosts.map_over_processes(lambda _: found is not None, range(jax.process_count()))
@@ -46,7 +48,9 @@ def tokenize(
     if path is not None and path.exists() and found is None:
         _say(console, f"warning: {path} is damaged; tokenising {source} anew")
     mapped = _with_progress(console, len(rows))
-    tokens = chats.tokenize(rows, tokenizer, source, mapped=mapped, train_on=train_on)
+    tokens = chats.tokenize(
+        rows, tokenizer, source, numbers=numbers, mapped=mapped, train_on=train_on
+    )
     if path is not None:
         try:
             cache.write(path, tokens)

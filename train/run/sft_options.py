@@ -29,6 +29,11 @@ class DataConfig:
     """The split to train on, for a folder or a dataset on the hub."""
     subset: str | None = None
     """The subset (configuration) to load, for a dataset on the hub."""
+    eval_dataset: str | None = None
+    """Data to measure the loss on every --eval-every steps, in the place of rows that are held out:
+    whatever --dataset takes."""
+    eval_split: str = "train"
+    """The split of --eval-dataset, for a folder or a dataset on the hub."""
     rows: int | None = None
     """Use only this many rows, from the beginning. The SQL task generates as many as requested, by
     default as many as 35 steps see, balanced over its query forms."""

@@ -1,15 +1,15 @@
 """The task of fine-tuning on a user's chats, or pairs of prompt and completion."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.batches import Packs, pack
 from lora_jax.training.data.chats import check_lengths
-from lora_jax.training.data.rows import FORMS, Row, check_rows, field_names, moved, name_of
+from lora_jax.training.data.rows import Row, check_rows
 from lora_jax.training.losses import Loss, summed_loss
 from train.data.chats import tokenize
+from train.data.fields import renamed
 from train.data.files import read_rows
 from train.run.errors import UserError
 from train.run.options import Defaults
@@ -22,48 +22,32 @@ def check(config: Config) -> None:
     """Raises a UserError for options of another task."""
     if config.data.shuffle_schemas:
         raise UserError("--shuffle-schemas is a control for --dataset sql only")
+    data = config.data
+    if data.eval_dataset and not config.run.eval_every:
+        raise UserError(
+            f"--eval-dataset {data.eval_dataset} is measured every --eval-every steps: give them"
+        )
+    if (data.eval_dataset, data.eval_split) == (data.dataset, data.split):
+        raise UserError(
+            f"--eval-dataset {data.eval_dataset} is what is trained on: name other data, or "
+            "another split by --eval-split"
+        )
 
 
 def read(config: Config) -> Rows:
     """Reads the rows of the dataset; with --eval-every, some of them are held out."""
     data = config.data
-    rows = read_rows(data.dataset, split=data.split, subset=data.subset)[: data.rows]
-    rows = renamed(rows, data.fields, data.dataset)
-    check_rows(rows, data.dataset)
-    return hold_out(config, rows)
+    rows = _checked(config, data.dataset, data.split)[: data.rows]
+    if data.eval_dataset is None:
+        return hold_out(config, rows)
+    return Rows(rows, _checked(config, data.eval_dataset, data.eval_split))
 
 
-def renamed(rows: list[Row], fields: Sequence[str], source: str) -> list[Row]:
-    """Returns rows with the names of fields that --fields asks for (`prompt=question`)."""
-    pairs = [one for field in fields for one in field.split(",")]
-    names = dict(pair.partition("=")[::2] for pair in pairs)
-    known = {name for form in FORMS for name in form} | {"input", "tools"}
-    for name, own in names.items():
-        if name not in known or not own:
-            raise UserError(
-                f"--fields {' '.join(fields)}: give name=field for each of these names: "
-                f"{', '.join(sorted(known))}"
-            )
-    for number, row in enumerate(rows, start=1):
-        for own in names.values():
-            if own not in row:
-                where = name_of(row, source, number)
-                raise UserError(
-                    f"--fields: {where} has {field_names(row)}, and no `{own}`: name another field"
-                )
-    own_names = {*names.values()}
-    return (
-        [
-            moved(
-                row,
-                {k: v for k, v in row.items() if k not in own_names}
-                | {name: row[own] for name, own in names.items()},
-            )
-            for row in rows
-        ]
-        if names
-        else rows
-    )
+def _checked(config: Config, dataset: str, split: str) -> list[Row]:
+    rows = read_rows(dataset, split=split, subset=config.data.subset)
+    rows = renamed(rows, config.data.fields, dataset)
+    check_rows(rows, dataset)
+    return rows
 
 
 def hold_out(config: Config, rows: list[Row]) -> Rows:
@@ -92,7 +76,8 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
     packs = packed(config, rows.train, outline.tokenizer, config.data.dataset)
     held_out = None
     if rows.held_out:
-        held_out = packed(config, rows.held_out, outline.tokenizer, "the held-out rows")
+        source = config.data.eval_dataset or "the held-out rows"
+        held_out = packed(config, rows.held_out, outline.tokenizer, source)
     return Data(
         train=packs,
         held_out=held_out,

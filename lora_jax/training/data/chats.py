@@ -99,6 +99,7 @@ def tokenize(
     tokenizer: Any,
     source: str,
     *,
+    numbers: Sequence[int] | None = None,
     mapped: Mapped = one_by_one,
     train_on: TrainOn = "assistant",
 ) -> list[Tokens]:
@@ -111,6 +112,7 @@ def tokenize(
       rows: see `chats`.
       tokenizer: the model's. It tokenises a block of rows at a time, on all cores.
       source: the name of the rows in errors.
+      numbers: the rows' numbers in the data, where these are not all; by default from 1 on.
       mapped: applies a function to each of a list of items (here the first row of each block), in
         any way; results are JSON.
       train_on: see `chats`.
@@ -119,9 +121,12 @@ def tokenize(
       TrainingError: a row is not usable; names the first one.
     """
 
+    numbered = range(1, len(rows) + 1) if numbers is None else numbers
+
     def of_block(first: int) -> dict[str, Any]:
         drafts: list[_Draft] = []
-        for number, row in enumerate(rows[first : first + BLOCK], start=first + 1):
+        block = slice(first, first + BLOCK)
+        for number, row in zip(numbered[block], rows[block], strict=True):
             drafts += _drafts(row, number, tokenizer, name_of(row, source, number), train_on)
         return _as_json(_encoded(drafts, tokenizer))
 

@@ -96,7 +96,7 @@ def test_the_files_unused_for_longest_make_room(tokenised, tmp_path, monkeypatch
     for n in (1, 2, 3):
         tokenised(ROWS[:n])
     for seconds, n in ((30, 1), (20, 2), (10, 3)):
-        path = cache.place(str(tmp_path), ROWS[:n], tokenizer(), train_on="assistant")
+        path = cache.place(str(tmp_path), ROWS[:n], tokenizer(), train_on="assistant", numbers=None)
         os.utime(path, (1e9 - seconds,) * 2)
     assert not tokenised(ROWS[:1])[1]  # used again
     size = max(path.stat().st_size for path in tmp_path.glob("*.tokens"))
