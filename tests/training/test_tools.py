@@ -241,6 +241,10 @@ def calling(**call):
         (calling(type="function"), "`tool_calls` of turn 1 has .*a call needs `function` with"),
         (calling(function={"name": "f", "arguments": "{'a': 1}"}), "`arguments` of f is \"{'a'"),
         ({"messages": [{**USER, "tool_calls": [{"name": "f"}]}]}, "are of the role 'user'; only"),
+        (
+            {"messages": [{**USER, "content": [{"type": "image"}]}]},
+            "`content` of turn 0 is .*image",
+        ),
         ({**CHAT, "tools": "none"}, "`tools` is 'none'; a list of objects"),
         ({"\ufeffprompt": "a", "completion": "b"}, r"has `\\ufeffprompt`, `completion`; a row"),
         ({"conversations": [{"from": "cat", "value": "x"}]}, "`from` of turn 0 is 'cat'; one of"),
@@ -263,6 +267,7 @@ PAIR = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         {"messages": [{**turn, "name": None, "tool_calls": None} for turn in PAIR]},
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
         {"instruction": "a", "input": "", "output": "b"},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, PAIR[1]]},
     ],
 )
 def test_each_form_is_the_same_chat(row):

@@ -171,11 +171,17 @@ def _turn(turn: Any, index: int, name: str) -> dict[str, Any]:
         raise TrainingError(f"{name}: `role` of turn {index} is {shown(role)}; {NEEDED}")
     if calls := _parsed(kept.pop("tool_calls", None)):
         kept["tool_calls"] = _calls(calls, role, f"{name}: `tool_calls` of turn {index}")
+    if isinstance(content, list) and content and all(map(_is_text, content)):
+        content = kept["content"] = "\n".join(part["text"] for part in content)  # as servers do
     if content is None and calls or role == "tool" and content is not None:
         return kept
     if not isinstance(content, str):
         raise TrainingError(f"{name}: `content` of turn {index} is {shown(content)}; {NEEDED}")
     return kept
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and "text" in part
 
 
 def _calls(calls: Any, role: str, what: str) -> list[dict[str, Any]]:
