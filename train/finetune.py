@@ -66,7 +66,7 @@ def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
         outline.check_experts(optim.experts)
         hosts.check_alike(config, rows=rows.train, held_out=rows.held_out, model=outline.config)
         data = task.examples(config, rows, outline)
-        order = Order(optim.seed, len(data.train), optim.batch_size, optim.grad_accum)
+        order = Order.of(data.train, optim.seed, optim.batch_size, optim.grad_accum)
         steps = number_of_steps(optim, order, task.defaults.steps)
         rate = learning_rate(config, outline, steps)
         check_rules(config, outline)

@@ -18,7 +18,7 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.log import Log
 from lora_jax.training.loop import Hooks, Pace, train
 from lora_jax.training.losses import Loss, Sums
-from lora_jax.training.setup import Setup
+from lora_jax.training.setup import CompiledStep, Setup
 from lora_jax.training.step import State, Step, make_evaluation
 from lora_jax.training.stop import Stop
 
@@ -118,16 +118,24 @@ def resumed(ready: Ready, steps: int) -> Ready:
     return dataclasses.replace(ready, state=state)
 
 
-def compile_step(ready: Ready, forward: Callable[..., Any], loss: Loss) -> jax.stages.Compiled:
-    """Returns the compiled step.
+def compile_step(ready: Ready, forward: Callable[..., Any], loss: Loss) -> CompiledStep:
+    """Returns the step, compiled for the first batch, which is of the largest shape.
+
+    Batches of another shape are compiled when they come: a run has few shapes.
 
     Args:
       ready: the state to train from.
       forward: the adapted function that the loss calls.
       loss: the function to minimise, and who divides it.
     """
+
+    def compiled(state: State, base: Any, batch: dict[str, Any]) -> jax.stages.Compiled:
+        return ready.setup.lower(forward, loss, state, base, batch).compile()
+
+    step = CompiledStep(compiled)
     first = ready.setup.layout.batch(ready.feed.batch(0), parts=True)
-    return ready.setup.lower(forward, loss, ready.state, ready.base, first).compile()
+    step.of(ready.state, ready.base, first)
+    return step
 
 
 def fit(

@@ -14,7 +14,7 @@ import lora_jax as lj
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
 from lora_jax.training.optimizer import has_dropout
-from lora_jax.training.step import State, init_state, make_step
+from lora_jax.training.step import Metrics, State, init_state, make_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,6 +124,33 @@ class Setup:
                 compiler_options=self.layout.compiler_options,
             )
             return jitted.trace(state, base, batch)
+
+
+class CompiledStep:
+    """Runs a step that is compiled once for each shape of a batch."""
+
+    def __init__(self, compiled: Callable[[State, Any, dict[str, Any]], Any]) -> None:
+        self._compiled = compiled
+        self._by_shape: dict[tuple[tuple[int, ...], ...], Any] = {}
+
+    def __len__(self) -> int:
+        """Returns the number of compiled shapes."""
+        return len(self._by_shape)
+
+    def __call__(self, state: State, base: Any, batch: dict[str, Any]) -> tuple[State, Metrics]:
+        """Takes the step; it takes the state's memory over."""
+        return self.of(state, base, batch)(state, base, batch)
+
+    def of(self, state: State, base: Any, batch: dict[str, Any]) -> Any:
+        """Returns the compiled step for such a batch; compiles it if it is the first."""
+        shape = tuple(array.shape for array in batch.values())
+        if shape not in self._by_shape:
+            self._by_shape[shape] = self._compiled(state, base, batch)
+        return self._by_shape[shape]
+
+    def memory_analysis(self) -> Any:
+        """Returns the memory of the shape that was compiled first, the largest."""
+        return next(iter(self._by_shape.values())).memory_analysis()
 
 
 def state_shardings(layout: Layout, adapter: Any, optimizer: optax.GradientTransformation) -> Any:

@@ -172,7 +172,7 @@ def finetune(
         raise TrainingError(f"lr={lr}: a learning rate is a positive number")
     layout = layout or one_device()
     loss = _loss_of(loss, examples, layout)
-    order = Order(seed, len(examples), batch_size, grad_accum)
+    order = Order.of(examples, seed, batch_size, grad_accum)
     steps = steps or order.steps(epochs or 1)
     path = _check_folder(folder, resume, overwrite)
 
@@ -272,8 +272,10 @@ def _as_examples(given: Examples | Mapping[str, Any], name: str) -> Examples:
 
 def _like(held_out: Examples, examples: Examples) -> Examples:
     """Returns the held-out examples; they have the arrays that the others have."""
-    if {*held_out.by_name()} != {*examples.by_name()}:
-        theirs, ours = (", ".join(sorted(one.by_name())) for one in (held_out, examples))
+    one = np.zeros(1, int)
+    names = {*held_out.take(one)}, {*examples.take(one)}
+    if names[0] != names[1]:
+        theirs, ours = (", ".join(sorted(of_one)) for of_one in names)
         raise TrainingError(f"held_out has the arrays {theirs}; examples has {ours}")
     return held_out
 
@@ -298,7 +300,8 @@ def _loss_of(given: Any, examples: Examples, layout: Layout) -> Loss:
     if given is not None:
         return Loss(given, unit=examples.unit)
     if isinstance(examples, Packs):
-        layout.check_length(examples.ids.shape[1])
+        for length in examples.lengths:
+            layout.check_length(length)
         chunk = _CHUNK * layout.token_parts
         return Loss(functools.partial(summed_loss, chunk=chunk, parts=layout.sequence_parts))
     if isinstance(examples, Labelled):

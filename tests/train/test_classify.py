@@ -268,13 +268,13 @@ def test_rows_that_cannot_be_used(inputs, tmp_path, capsys):
         return fails(capsys, *model, *output, "--seq-len", 16, *args)
 
     good = [{"text": "abc", "label": i % 2} for i in range(10)]
-    assert "row 11 has `label`, and no `text`: name the field by --text" in message(
+    assert "line 11 has `label`, and no `text`: name the field by --text" in message(
         [*good, {"label": 1}]
     )
-    assert "row 11: `text` is None; a text is needed" in message(
+    assert "line 11: `text` is None; a text is needed" in message(
         [*good, {"text": None, "label": 1}]
     )
-    assert "row 11: `label` is 0.5; a name or a whole number" in message(
+    assert "line 11: `label` is 0.5; a name or a whole number" in message(
         [*good, {"text": "a", "label": 0.5}]
     )
     assert "no `hypothesis`: name the field by --text-pair" in message(
@@ -286,7 +286,9 @@ def test_rows_that_cannot_be_used(inputs, tmp_path, capsys):
     assert "longer than --seq-len 16, the longest has 4" in said and "--truncate" in said
     assert "cannot be held out" in message([*good, {"text": "abc", "label": 7}])
     other = write_jsonl(tmp_path / "test.jsonl", [{"text": "abc", "label": 3}])
-    assert "row 1: the label 3 is none of those to train on: 0, 1" in message(good, "--test", other)
+    assert "line 1: the label 3 is none of those to train on: 0, 1" in message(
+        good, "--test", other
+    )
     assert "there is no such file" in message(good, "--test", tmp_path / "none.csv")
 
 

@@ -271,7 +271,7 @@ def test_bad_input_is_one_paragraph_before_training(inputs, tmp_path, capsys, ar
 def test_a_row_without_the_fields_is_named(inputs, tmp_path, capsys):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}, {"text": "c"}])
     message = fails(capsys, *inputs, "--dataset", rows, "--output", tmp_path / "run")
-    assert f"{rows}, row 2 has `text`; a row needs `messages`" in message
+    assert f"{rows}, line 2 has `text`; a row needs `messages`" in message
 
 
 @pytest.mark.parametrize("packing", [[], ["--packing", "--seq-len", "128"]])

@@ -1,13 +1,99 @@
-"""Tokenises chats; each process does its part of the rows."""
+"""Tokenises chats, or finds their tokens of an earlier run; each process does its part."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_jax.training.batches import Tokens
 from lora_jax.training.data import chats
-from train.run.hosts import map_over_processes
+from lora_jax.training.data.chats import TrainOn
+from lora_jax.training.data.rows import Row
+from train.data import cache
+from train.run import hosts
+
+_SECONDS_A_LINE = 10.0  # between lines on progress, where there is no terminal to draw a bar
 
 
-def tokenize(rows: Sequence[chats.Row], tokenizer: Any, source: str) -> list[Tokens]:
-    """Returns the rows as token sequences; see `lora_jax.training.data.chats.tokenize`."""
-    return chats.tokenize(rows, tokenizer, source, mapped=map_over_processes)
+def tokenize(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    source: str,
+    numbers: Sequence[int] | None = None,
+    *,
+    train_on: TrainOn = "assistant",
+    kept_in: str | None = cache.OFF,
+) -> list[Tokens]:
+    """Returns the rows as token sequences; see `lora_jax.training.data.chats.tokenize`.
+
+    Args:
+      rows: chats, or pairs of prompt and completion.
+      tokenizer: the model's.
+      source: the name of the rows in messages.
+      numbers: the rows' numbers in the data; by default from 1 on.
+      train_on: the turns that the loss counts.
+      kept_in: the option --token-cache; see `train.data.cache`.
+    """
+    console = hosts.console()
+    path = cache.place(kept_in, rows, tokenizer, train_on=train_on, numbers=numbers)
+    found = None if path is None else cache.read(path)
+    # All processes tokenise together, or none does.
+    everywhere = hosts.map_over_processes(lambda _: found is not None, range(jax.process_count()))
+    if found is not None and all(everywhere):
+        _say(console, f"the tokens of {source} are those of an earlier run, in {path}")
+        return found
+    if path is not None and path.exists() and found is None:
+        _say(console, f"warning: {path} is damaged; tokenising {source} anew")
+    mapped = _with_progress(console, len(rows))
+    tokens = chats.tokenize(
+        rows, tokenizer, source, numbers=numbers, mapped=mapped, train_on=train_on
+    )
+    if path is not None:
+        try:
+            cache.write(path, tokens)
+            _say(console, f"the tokens of {source} are kept in {path}")
+        except OSError as error:
+            _say(
+                console,
+                f"warning: the tokens of {source} are not kept: {path.parent} cannot be written "
+                f"({error.strerror or error}); name another folder with --token-cache, or off",
+            )
+    return tokens
+
+
+def _with_progress(console: Console, n: int) -> chats.Mapped:
+    """Returns `map_over_processes`, with a bar or lines on the progress over `n` rows."""
+
+    def mapped(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        columns = (TextColumn("tokenising"), MofNCompleteColumn(), BarColumn())
+        bar = Progress(
+            *columns,
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        task = bar.add_task("", total=n)
+        said = time.monotonic()
+
+        def counted(item: Any) -> Any:
+            nonlocal said
+            result = work(item)
+            done = min(n, item + chats.BLOCK)  # the other processes are about as far
+            bar.update(task, completed=done)
+            if not console.is_terminal and time.monotonic() - said > _SECONDS_A_LINE:
+                said = time.monotonic()
+                _say(console, f"tokenised {done:,} of {n:,} rows")
+            return result
+
+        with bar:
+            return hosts.map_over_processes(counted, items)
+
+    return mapped
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)

@@ -1,30 +1,45 @@
-"""Reads the rows of a dataset, from a file or from the hub."""
+"""Reads the rows of a dataset: from files, from a folder, or from the hub."""
 
-import csv
-import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_jax.training.data.chats import Row
+from lora_jax.training.data.rows import Row
+from train.data.text_files import placed, read_csv, read_json
 from train.run.errors import UserError
 
-FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv")
+_TEXTS: dict[str, Callable[[Path], list[Any]]] = {
+    ".jsonl": read_json,
+    ".json": read_json,
+    ".ndjson": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+}
+FILE_KINDS = (*_TEXTS, ".parquet", *(f"{kind}.gz" for kind in _TEXTS))
+# The splits that files are named after, by the word in their name.
+_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+_SPLITS |= {name: "validation" for name in ("validation", "valid", "val", "dev", "eval")}
+_OF_CHATS = ("messages", "conversations", "prompt", "completion", "tools")
 
 
 def read_rows(dataset: str, *, split: str = "train", subset: str | None = None) -> list[Row]:
-    """Reads the rows of a JSONL, Parquet or CSV file, or of a dataset on the hub.
+    """Reads the rows of a dataset.
 
     Args:
-      dataset: a path with one of the endings `FILE_KINDS`, or a name on the hub.
-      split: the split of a dataset on the hub.
-      subset: its subset (configuration).
+      dataset: a file with one of the endings `FILE_KINDS`, a folder of such files, a folder that
+        `datasets` saved (`save_to_disk`), or a name on the hub.
+      split: the split of a folder or of a dataset on the hub. A file in a folder is of the split
+        that its name tells (`test-00.jsonl`), or else to train on.
+      subset: its subset (configuration), on the hub.
 
     Raises:
       UserError: there is no such file or dataset, it cannot be read, or it has no rows.
     """
     path = Path(dataset).expanduser()
-    if path.suffix in FILE_KINDS:
+    if path.is_dir():
+        rows = _read_folder(path, split)
+    elif dataset.endswith(FILE_KINDS):
         if not path.is_file():
             raise UserError(f"--dataset {dataset}: there is no such file")
         rows = _read_file(path)
@@ -39,51 +54,80 @@ def read_rows(dataset: str, *, split: str = "train", subset: str | None = None) 
 
 
 def _read_file(path: Path) -> list[Row]:
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
+    kind = next(kind for kind in FILE_KINDS if path.name.endswith(kind))
+    if kind == ".parquet":
+        return _read_parquet(path)
+    return _TEXTS[kind.removesuffix(".gz")](path)
 
-        try:
-            return pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} cannot be read as Parquet: {error}") from error
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file)) if path.suffix == ".csv" else _json_lines(path, file)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from error
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {error}") from error
+    return [placed(_of_arrow(row), path, f"row {n}") for n, row in enumerate(rows, start=1)]
 
 
-def _json_lines(path: Path, lines: Iterable[str]) -> list[Row]:
-    rows: list[Row] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number} is not JSON ({error}): {_shown(line)}"
-            ) from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number} is not a JSON object: {_shown(line)}")
-        rows.append(row)
-    return rows
+def _read_folder(folder: Path, split: str) -> list[Row]:
+    """Reads the files of a folder, in the order of their names, or what `datasets` saved there."""
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return _read_saved(folder, split)
+    paths = sorted(path for path in folder.rglob("*") if path.name.endswith(FILE_KINDS))
+    paths = [p for p in paths if not any(x[0] in "._" for x in p.relative_to(folder).parts)]
+    if not paths:
+        raise UserError(
+            f"--dataset {folder}: the folder has no file of one of the kinds "
+            f"{', '.join(FILE_KINDS)}, and is none that `datasets` saved"
+        )
+    splits = {path: _split_of(path.relative_to(folder)) for path in paths}
+    chosen = [path for path in paths if splits[path] == split]
+    if not chosen:
+        found = ", ".join(sorted({*splits.values()}))
+        raise UserError(f"--split {split}: the files in {folder} are of the splits {found}")
+    return [row for path in chosen for row in _read_file(path)]
+
+
+def _split_of(path: Path) -> str:
+    parts = (path.name, *path.parent.parts[::-1])
+    words = [word for part in parts for word in re.split(r"[^a-z]+", part.lower())]
+    return next((_SPLITS[word] for word in words if word in _SPLITS), "train")
+
+
+def _read_saved(folder: Path, split: str) -> list[Row]:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:  # of a damaged folder, anything
+        raise UserError(f"--dataset {folder} cannot be read as a saved dataset: {error}") from error
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise UserError(f"--split {split}: {folder} has the splits {', '.join(saved)}")
+        saved = saved[split]
+    return _rows_of(saved)
 
 
 def _read_hub(name: str, split: str, subset: str | None) -> list[Row]:
     import datasets
 
     try:
-        dataset = datasets.load_dataset(name, subset, split=split)
-        kinds = dataset.features or {}
-        classes = {n: kind for n, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
-        return [{**row, **_named(row, classes)} for row in dataset]
+        return _rows_of(datasets.load_dataset(name, subset, split=split))
     except Exception as error:  # any error of the hub's layers is about the given name
         raise UserError(
             f"--dataset {name} is neither a file nor a dataset that can be loaded from the hub "
             f"(--split {split}, --subset {subset}): {error}"
         ) from error
+
+
+def _rows_of(dataset: Any) -> list[Row]:
+    import datasets
+
+    kinds = dataset.features or {}
+    classes = {n: kind for n, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
+    return [{**_of_arrow(row), **_named(row, classes)} for row in dataset]
 
 
 def _named(row: Row, classes: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,6 +137,15 @@ def _named(row: Row, classes: Mapping[str, Any]) -> dict[str, Any]:
     return {name: classes[name].int2str(n) for name, n in known.items()}
 
 
-def _shown(text: str) -> str:
-    shown = repr(text)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+def _of_arrow(row: Row) -> dict[str, Any]:
+    """Returns a row whose chats lack the fields that are null: Arrow's objects have all fields."""
+    return {
+        name: _without_nulls(value) if name in _OF_CHATS else value for name, value in row.items()
+    }
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = ((k, v) for k, v in value.items() if v is not None or k == "content")
+        return {name: _without_nulls(one) for name, one in kept}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value

@@ -238,6 +238,7 @@ CHANGEABLE = frozenset(
     {"steps", "epochs", "output", "resume", "overwrite", "allow_base_mismatch", "log_every"}
     | {"save_every", "keep", "eval_every", "eval_questions", "max_skipped"}
     | {"mesh", "distributed", "coordinator", "num_processes", "process_id", "compilation_cache"}
+    | {"token_cache", "eval_dataset", "eval_split"}
 )
 
 

@@ -1,6 +1,7 @@
 """The options of `python -m train.sft`: frozen dataclasses, checked before anything is read."""
 
 import dataclasses
+from typing import Literal
 
 from lora_jax.hf.bundled import SMOLLM2
 from train.run.errors import UserError
@@ -18,12 +19,21 @@ class DataConfig:
     """The language model: a name on the hub, a folder, or a GGUF file. By default the base of
     --init-adapter, or else SmolLM2-135M-Instruct."""
     dataset: str = SQL
-    """"sql" (the default task), a JSONL, Parquet or CSV file, or a dataset on the hub. Each row has
-    `messages`, or `prompt` and `completion`."""
+    """"sql" (the default task), a file (JSONL, JSON, CSV, TSV, also gzipped, or Parquet), a folder
+    of them, a folder that `datasets` saved, or a dataset on the hub. Each row has `messages` (and
+    `tools`), `prompt` and `completion`, `conversations` (ShareGPT), `instruction` and `output`
+    (Alpaca), or `text`."""
+    fields: tuple[str, ...] = ()
+    """Fields by other names: prompt=question completion=answer."""
     split: str = "train"
-    """The split to train on, for a dataset on the hub."""
+    """The split to train on, for a folder or a dataset on the hub."""
     subset: str | None = None
     """The subset (configuration) to load, for a dataset on the hub."""
+    eval_dataset: str | None = None
+    """Data to measure the loss on every --eval-every steps, in the place of rows that are held out:
+    whatever --dataset takes."""
+    eval_split: str = "train"
+    """The split of --eval-dataset, for a folder or a dataset on the hub."""
     rows: int | None = None
     """Use only this many rows, from the beginning. The SQL task generates as many as requested, by
     default as many as 35 steps see, balanced over its query forms."""
@@ -34,7 +44,13 @@ class DataConfig:
     truncate: bool = False
     """Truncate rows longer than --seq-len; without this option, they are an error."""
     packing: bool = False
-    """Pack several rows into one sequence; no row attends to another."""
+    """Pack several rows into one sequence; no row attends to another. Without this option, rows of
+    about one length share a batch."""
+    train_on: Literal["all", "assistant", "last"] = "assistant"
+    """The tokens that the loss counts: those of the assistant, of its last turn, or all."""
+    token_cache: str | None = None
+    """The folder where tokenised rows are kept for later runs, or off. By default lora_jax/tokens
+    in the user's cache folder, for a thousand rows and more."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

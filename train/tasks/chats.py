@@ -5,10 +5,12 @@ from typing import Any
 
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.batches import Packs, pack
-from lora_jax.training.data.chats import Row, check_lengths, conversation
+from lora_jax.training.data.chats import check_lengths
+from lora_jax.training.data.rows import Row, check_rows
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, summed_loss
 from train.data.chats import tokenize
+from train.data.fields import renamed
 from train.data.files import read_rows
 from train.run.errors import UserError
 from train.run.options import Defaults
@@ -21,15 +23,32 @@ def check(config: Config) -> None:
     """Raises a UserError for options of another task."""
     if config.data.shuffle_schemas:
         raise UserError("--shuffle-schemas is a control for --dataset sql only")
+    data = config.data
+    if data.eval_dataset and not config.run.eval_every:
+        raise UserError(
+            f"--eval-dataset {data.eval_dataset} is measured every --eval-every steps: give them"
+        )
+    if (data.eval_dataset, data.eval_split) == (data.dataset, data.split):
+        raise UserError(
+            f"--eval-dataset {data.eval_dataset} is what is trained on: name other data, or "
+            "another split by --eval-split"
+        )
 
 
 def read(config: Config) -> Rows:
     """Reads the rows of the dataset; with --eval-every, some of them are held out."""
     data = config.data
-    rows = read_rows(data.dataset, split=data.split, subset=data.subset)[: data.rows]
-    for number, row in enumerate(rows, start=1):
-        conversation(row, f"{data.dataset}, row {number}")
-    return hold_out(config, rows)
+    rows = _checked(config, data.dataset, data.split)[: data.rows]
+    if data.eval_dataset is None:
+        return hold_out(config, rows)
+    return Rows(rows, _checked(config, data.eval_dataset, data.eval_split))
+
+
+def _checked(config: Config, dataset: str, split: str) -> list[Row]:
+    rows = read_rows(dataset, split=split, subset=config.data.subset)
+    rows = renamed(rows, config.data.fields, dataset)
+    check_rows(rows, dataset)
+    return rows
 
 
 def hold_out(config: Config, rows: list[Row]) -> Rows:
@@ -54,21 +73,40 @@ def outline(config: Config, rows: Rows) -> Outline:
 
 
 def examples(config: Config, rows: Rows, outline: Outline) -> Data:
-    """Returns the rows as sequences of one length."""
+    """Returns the rows as sequences, padded or packed."""
     packs = packed(config, rows.train, outline.tokenizer, config.data.dataset)
     held_out = None
     if rows.held_out:
-        held_out = packed(config, rows.held_out, outline.tokenizer, "the held-out rows")
+        source = config.data.eval_dataset or "the held-out rows"
+        held_out = packed(config, rows.held_out, outline.tokenizer, source)
     return Data(
         train=packs,
         held_out=held_out,
         name=packs.name,
-        facts={"sequence_length": packs.ids.shape[1]},
+        facts={"sequence_length": packs.lengths[-1], "lengths": packs.lengths},
+        lines=(described(packs, packing=config.data.packing),),
+    )
+
+
+def described(packs: Packs, *, packing: bool) -> str:
+    """Returns how full the padded or packed sequences are, in words."""
+    filled, n = f"{100 * packs.filled:.1f}% filled", len(packs.lengths)
+    if packing:
+        return (
+            f"{len(packs.numbers):,} rows are packed into {len(packs):,} sequences of "
+            f"{packs.lengths[-1]} tokens, {filled}"
+        )
+    if n == 1:
+        return f"{len(packs):,} rows are padded to {packs.lengths[0]} tokens, {filled}"
+    lengths = ", ".join(map(str, packs.lengths))
+    return (
+        f"{len(packs):,} rows are batched by length: {n} lengths, {lengths}, {filled}; the step is "
+        "compiled for each when it comes"
     )
 
 
 def packed(config: Config, rows: list[Row], tokenizer: Any, source: str) -> Packs:
-    """Tokenises rows, and pads or packs them into sequences of one length.
+    """Tokenises rows, and packs them or has them batched by length.
 
     Args:
       config: the options.
@@ -77,7 +115,7 @@ def packed(config: Config, rows: list[Row], tokenizer: Any, source: str) -> Pack
       source: the name of the rows in messages.
     """
     data = config.data
-    sequences = tokenize(rows, tokenizer, source)
+    sequences = tokenize(rows, tokenizer, source, train_on=data.train_on, kept_in=data.token_cache)
     kept = check_lengths(sequences, data.seq_len, truncate=data.truncate)
     if left_out := len(sequences) - len(kept):
         print(f"{source}: left out {left_out} rows, truncated before their completion began")

@@ -1,24 +1,36 @@
 """Rows of a dataset as token sequences, with a mark on the tokens that the loss counts.
 
-A row is a chat (``messages``) or a pair (``prompt``, ``completion``). Chats are rendered by the
-model's own template; the loss counts what the assistant says, up to and including the end of its
-turn, and nothing else.
+Chats are rendered by the model's own template, with their tools. The loss counts what the assistant
+says, its calls of tools included, up to and including the end of its turn, and nothing else. A
+template that marks the assistant's words itself (``{% generation %}``) is taken at its word.
 """
 
+import base64
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from lora_jax.training.batches import Packs, Tokens, pack
+from lora_jax.training.data.rows import (
+    Conversation,
+    Message,
+    Row,
+    check_rows,
+    conversation,
+    name_of,
+    shown,
+)
 from lora_jax.training.errors import TrainingError
 
-Message = Mapping[str, str]
-Row = Mapping[str, Any]
 Mapped = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
+TrainOn = Literal["all", "assistant", "last"]
 
-_NEEDED = "a row needs `messages` (a list of turns with `role` and `content`), or `prompt` and "
-_NEEDED += "`completion` (two strings)"
+BLOCK = 1_000  # rows that are tokenised at once
+# The tag of Jinja by which a template marks what the assistant says.
+_GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
 def chats(
@@ -28,17 +40,21 @@ def chats(
     seq_len: int,
     packing: bool = False,
     truncate: bool = False,
+    train_on: TrainOn = "assistant",
     source: str = "the rows",
 ) -> Packs:
     """Returns chats as examples for a language model, which learns what the assistant says.
 
     Args:
-      rows: dicts with `messages` (turns with `role` and `content`), or `prompt` and `completion`.
+      rows: dicts with `messages` (turns with `role` and `content`, also `tool_calls`) and perhaps
+        `tools`; or another of the forms in `lora_jax.training.data.rows`.
       tokenizer: the model's; its chat template renders the turns.
       seq_len: tokens a sequence, at most.
-      packing: puts several rows into one sequence; none sees another.
+      packing: puts several rows into one sequence; none sees another. Without it, rows of about
+        one length share a batch.
       truncate: cuts rows off that are longer, which are an error otherwise; one that has no token
         of a completion left is left out.
+      train_on: what the loss counts: all that the assistant says, its last turn, or everything.
       source: the name of the rows in errors.
 
     Raises:
@@ -51,8 +67,9 @@ def chats(
     """
     if not rows:
         raise TrainingError(f"{source} is empty")
-    sequences = check_lengths(tokenize(rows, tokenizer, source), seq_len, truncate=truncate)
-    return pack(sequences, seq_len, packing=packing)
+    check_rows(rows, source)
+    tokens = tokenize(rows, tokenizer, source, train_on=train_on)
+    return pack(check_lengths(tokens, seq_len, truncate=truncate), seq_len, packing=packing)
 
 
 def one_by_one(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
@@ -60,141 +77,257 @@ def one_by_one(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     return [work(item) for item in items]
 
 
-def conversation(row: Row, name: str) -> list[dict[str, str]]:
-    """Returns the turns of a row that is called `name` in errors.
+class _Part(NamedTuple):
+    """A text to be tokenised; tokens that begin within one of `spans` count."""
 
-    Raises:
-      TrainingError: fields are missing or of the wrong type, or no assistant turn is there.
-    """
-    if row.get("messages") is not None:
-        return _checked_turns(row["messages"], name)
-    if row.get("prompt") is None or row.get("completion") is None:
-        found = ", ".join(f"`{field}`" for field in row) or "nothing"
-        raise TrainingError(f"{name} has {found}; {_NEEDED}")
-    for field in ("prompt", "completion"):
-        if not isinstance(row[field], str) or not row[field]:
-            raise TrainingError(f"{name}: `{field}` is {_shown(row[field])}; {_NEEDED}")
-    return [
-        {"role": "user", "content": row["prompt"]},
-        {"role": "assistant", "content": row["completion"]},
-    ]
+    text: str
+    spans: Sequence[tuple[int, int]]
+    special: bool = False  # whether the tokenizer adds its special tokens
 
 
-def _checked_turns(messages: Any, name: str) -> list[dict[str, str]]:
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise TrainingError(f"{name}: `messages` is {_shown(messages)}; {_NEEDED}")
-    for index, turn in enumerate(messages):
-        if not isinstance(turn, Mapping):
-            raise TrainingError(f"{name}: turn {index} is {_shown(turn)}; {_NEEDED}")
-        for field in ("role", "content"):
-            if not isinstance(turn.get(field), str):
-                raise TrainingError(
-                    f"{name}: `{field}` of turn {index} is {_shown(turn.get(field))}; {_NEEDED}"
-                )
-    roles = [turn["role"] for turn in messages]
-    if "assistant" not in roles:
-        raise TrainingError(f"{name} has no assistant turn to learn from, only {', '.join(roles)}")
-    if roles[0] == "assistant":
-        raise TrainingError(
-            f"{name} begins with an assistant turn; there is nothing that it answers"
-        )
-    return [{"role": turn["role"], "content": turn["content"]} for turn in messages]
+class _Draft(NamedTuple):
+    """A sequence before its texts are tokenised; or what the template's own marks gave."""
+
+    row: int
+    parts: Sequence[_Part]
+    end: bool = False  # whether the token of a text's end follows
+    marked: Tokens | None = None
 
 
 def tokenize(
-    rows: Sequence[Row], tokenizer: Any, source: str, *, mapped: Mapped = one_by_one
+    rows: Sequence[Row],
+    tokenizer: Any,
+    source: str,
+    *,
+    numbers: Sequence[int] | None = None,
+    mapped: Mapped = one_by_one,
+    train_on: TrainOn = "assistant",
 ) -> list[Tokens]:
     """Returns each row as one sequence, or several.
 
-    Several where the template renders a turn otherwise once others follow.
+    Several where the template renders a turn otherwise once others follow, and does not mark what
+    the assistant says.
 
     Args:
-      rows: chats, or pairs of prompt and completion.
-      tokenizer: the model's.
+      rows: see `chats`.
+      tokenizer: the model's. It tokenises a block of rows at a time, on all cores.
       source: the name of the rows in errors.
-      mapped: applies a function to each of a list of items, in any way; results are JSON.
+      numbers: the rows' numbers in the data, where these are not all; by default from 1 on.
+      mapped: applies a function to each of a list of items (here the first row of each block), in
+        any way; results are JSON.
+      train_on: see `chats`.
 
     Raises:
       TrainingError: a row is not usable; names the first one.
     """
 
-    def of_row(numbered: tuple[int, Row]) -> list[dict[str, list[int]]]:
-        number, row = numbered
-        name = f"{source}, row {number}"
-        turns = conversation(row, name)
-        if tokenizer.chat_template is None:
-            sequences = [_plain_tokens(turns, tokenizer, name)]
-        else:
-            sequences = _chat_tokens(turns, tokenizer, name)
-        return [{"ids": t.ids.tolist(), "counts": t.counts.astype(int).tolist()} for t in sequences]
+    numbered = range(1, len(rows) + 1) if numbers is None else numbers
 
-    parts = mapped(of_row, list(enumerate(rows, start=1)))
-    return [
-        Tokens(np.array(part["ids"], np.int32), np.array(part["counts"], bool), row)
-        for row, sequences in enumerate(parts, start=1)
-        for part in sequences
-    ]
+    def of_block(first: int) -> dict[str, Any]:
+        drafts: list[_Draft] = []
+        block = slice(first, first + BLOCK)
+        for number, row in zip(numbered[block], rows[block], strict=True):
+            drafts += _drafts(row, number, tokenizer, name_of(row, source, number), train_on)
+        return _as_json(_encoded(drafts, tokenizer))
+
+    blocks = mapped(of_block, range(0, len(rows), BLOCK))
+    return [tokens for block in blocks for tokens in _from_json(block)]
 
 
-def _plain_tokens(turns: Sequence[Message], tokenizer: Any, name: str) -> Tokens:
-    """Returns a prompt and its completion in a row, for a model without a chat template."""
-    if [turn["role"] for turn in turns] != ["user", "assistant"]:
-        raise TrainingError(
-            f"{name} is a chat, and the model has no chat template: give rows with `prompt` and "
-            "`completion`, or a model that was made for chats"
-        )
-    prompt = tokenizer(turns[0]["content"])["input_ids"]
-    completion = tokenizer(turns[1]["content"], add_special_tokens=False)["input_ids"]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    counts = [False] * len(prompt) + [True] * (len(completion) + len(end))
-    return Tokens(np.array(prompt + completion + end, np.int32), np.array(counts))
-
-
-def _chat_tokens(turns: Sequence[Message], tokenizer: Any, name: str) -> list[Tokens]:
-    def render(messages: Sequence[Message], ask: bool) -> str:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=ask
-        )
-
+def _drafts(row: Row, number: int, tokenizer: Any, name: str, train_on: TrainOn) -> list[_Draft]:
+    chat = conversation(row, name)
+    if chat.text is not None:
+        return [_Draft(number, [_Part(chat.text, [(0, len(chat.text))], special=True)], end=True)]
+    if tokenizer.chat_template is None:
+        return [_Draft(number, _plain(chat, name, train_on), end=True)]
     try:
-        whole = render(turns, False)
-        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-        spans = [_span(turns[: answer + 1], render) for answer in answers]
+        if _GENERATION.search(_template(tokenizer, chat)):
+            tokens = _marked_by_template(chat, tokenizer, number, train_on)
+            return [_Draft(number, [], marked=tokens)]
+        texts = _answers(chat, tokenizer)
     except TrainingError as error:
         raise TrainingError(f"{name}: {error}") from None
     except Exception as error:  # a template refuses a conversation in its own words
         raise TrainingError(f"{name}: the model's chat template refuses it: {error}") from error
-    if all(whole.startswith(text) for text, _ in spans):
-        return [_marked(whole, [span for _, span in spans], tokenizer)]
+    whole = texts[-1][0]
+    if train_on == "all":
+        return [_Draft(number, [_Part(whole, [(0, len(whole))])])]
+    if train_on == "last":
+        return [_Draft(number, [_Part(whole, [texts[-1][1]])])]
+    if all(whole.startswith(text) for text, _ in texts):
+        return [_Draft(number, [_Part(whole, [span for _, span in texts])])]
     # Some templates drop parts of a turn once others follow (a model's thoughts). What was said
     # then has to be learned as it was said, with what the model saw at that point.
-    return [_marked(text, [span], tokenizer) for text, span in spans]
+    return [_Draft(number, [_Part(text, [span])]) for text, span in texts]
 
 
-def _span(
-    turns: Sequence[Message], render: Callable[[Sequence[Message], bool], str]
-) -> tuple[str, tuple[int, int]]:
-    """Returns the text up to an assistant turn's end, and that turn's span in it."""
-    asked = render(turns[:-1], True)
-    answered = render(turns, False).rstrip()
-    if not answered.startswith(asked):
+def _plain(chat: Conversation, name: str, train_on: TrainOn) -> list[_Part]:
+    """Returns a prompt and its completion in a row, for a model without a chat template."""
+    turns = chat.messages
+    if [turn["role"] for turn in turns] != ["user", "assistant"] or "tool_calls" in turns[1]:
         raise TrainingError(
-            "the model's chat template renders an answer otherwise than its prompt announces, so "
-            f"that the answer cannot be found in it: {_shown(asked[-60:])} is no part of "
-            f"{_shown(answered[-120:])}"
+            f"{name} is a chat, and the model has no chat template: give rows with `prompt` and "
+            "`completion`, or a model that was made for chats"
         )
-    return answered, (len(asked), len(answered))
+    if chat.tools:
+        raise TrainingError(f"{name} has `tools`, and the model has no chat template to show them")
+    prompt, completion = (turn["content"] for turn in turns)
+    asked = [(0, len(prompt))] if train_on == "all" else []
+    return [_Part(prompt, asked, special=True), _Part(completion, [(0, len(completion))])]
 
 
-def _marked(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any) -> Tokens:
-    """Returns the tokens of `text` up to the last span; those that begin within one count."""
-    text = text[: spans[-1][1]]
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = np.array([first for first, _ in encoded["offset_mapping"]], np.int64)
-    counts = np.zeros(len(offsets), bool)
-    for begin, end in spans:
-        counts |= (offsets >= begin) & (offsets < end)
-    return Tokens(np.array(encoded["input_ids"], np.int32), counts)
+def _template(tokenizer: Any, chat: Conversation) -> str:
+    """Returns the chat template that renders a conversation; some models have one for tools."""
+    if isinstance(tokenizer.chat_template, str):
+        return tokenizer.chat_template
+    return tokenizer.get_chat_template(None, chat.tools)
+
+
+def _render(chat: Conversation, n: int, tokenizer: Any, *, ask: bool = False, **how: Any) -> Any:
+    """Returns the first `n` turns as the template renders them."""
+    return tokenizer.apply_chat_template(
+        chat.messages[:n],
+        tools=chat.tools,
+        add_generation_prompt=ask,
+        **{"tokenize": False, **chat.options, **how},
+    )
+
+
+def _answers(chat: Conversation, tokenizer: Any) -> list[tuple[str, tuple[int, int]]]:
+    """Returns for each assistant turn the text up to its end, and its span in that text."""
+    found = []
+    for index, turn in enumerate(chat.messages):
+        if turn["role"] != "assistant":
+            continue
+        asked = _render(chat, index, tokenizer, ask=True)
+        answered = _render(chat, index + 1, tokenizer).rstrip()
+        if not answered.startswith(asked):
+            raise TrainingError(
+                "the model's chat template renders an answer otherwise than its prompt announces, "
+                f"so that the answer cannot be found in it: {shown(asked[-60:])} is no part of "
+                f"{shown(answered[-120:])}"
+            )
+        _check_calls(turn, answered[len(asked) :])
+        found.append((answered, (len(asked), len(answered))))
+    _check_tools(chat, found[-1][0])
+    return found
+
+
+def _check_calls(turn: Message, text: str) -> None:
+    """Raises TrainingError if the rendered turn lacks one of its calls."""
+    for call in turn.get("tool_calls", ()):
+        name = (call.get("function") or call)["name"]
+        if name not in text:
+            raise TrainingError(
+                f"the model's chat template shows no tool calls: {name!r} is not in "
+                f"{shown(text)}. Give a model whose template knows tools, or rows without calls"
+            )
+
+
+def _check_tools(chat: Conversation, text: str) -> None:
+    """Raises TrainingError if the rendered chat lacks a tool, or what a tool returned."""
+    for tool in chat.tools or ():
+        name = (tool.get("function") or tool).get("name")
+        if isinstance(name, str) and name not in text:
+            raise TrainingError(
+                f"the model's chat template shows no tools: {name!r} is not in {shown(text)}. Give "
+                "a model whose template knows tools, or rows without `tools`"
+            )
+    last = max(i for i, turn in enumerate(chat.messages) if turn["role"] == "assistant")
+    for turn in chat.messages[:last]:
+        said = turn.get("content")
+        if turn["role"] == "tool" and isinstance(said, str):
+            escaped = (json.dumps(said, ensure_ascii=only)[1:-1] for only in (True, False))
+            if not any(form in text for form in (said.strip(), *escaped)):
+                raise TrainingError(
+                    f"the model's chat template shows no turns of the role 'tool': {shown(said)} "
+                    f"is not in {shown(text)}. Give a model whose template knows tools"
+                )
+
+
+def _marked_by_template(chat: Conversation, tokenizer: Any, row: int, train_on: TrainOn) -> Tokens:
+    """Returns a chat as tokens, of which those count that the template marks as generated."""
+    if chat.tools or any("tool_calls" in turn for turn in chat.messages):
+        text = _render(chat, len(chat.messages), tokenizer)
+        for turn in chat.messages:
+            _check_calls(turn, text)
+        _check_tools(chat, text)
+    made = _render(
+        chat,
+        len(chat.messages),
+        tokenizer,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    ids, counts = np.array(made["input_ids"], np.int32), np.array(made["assistant_masks"], bool)
+    (counted,) = np.nonzero(counts)
+    if not len(counted):
+        raise TrainingError("the model's chat template marks no token as generated")
+    if train_on == "all":
+        counts[:] = True
+    elif train_on == "last":
+        gaps = np.nonzero(np.diff(counted) > 1)[0]
+        counts[: counted[gaps[-1] + 1] if len(gaps) else 0] = False
+    end = int(counted[-1]) + 1
+    return Tokens(ids[:end], counts[:end], row)
+
+
+def _encoded(drafts: Sequence[_Draft], tokenizer: Any) -> list[Tokens]:
+    """Returns drafts as tokens; the tokenizer sees all texts at once."""
+    encoded: dict[bool, list[tuple[list[int], list[tuple[int, int]]]]] = {}
+    for special in (False, True):
+        texts = [part.text for draft in drafts for part in draft.parts if part.special == special]
+        if texts:
+            made = tokenizer(
+                texts,
+                add_special_tokens=special,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
+            pairs = zip(made["input_ids"], made["offset_mapping"], strict=True)
+            encoded[special] = list(pairs)[::-1]
+    found = []
+    for draft in drafts:
+        if draft.marked is not None:
+            found.append(draft.marked)
+            continue
+        ids: list[int] = []
+        counts = []
+        for part in draft.parts:
+            tokens, offsets = encoded[part.special].pop()
+            ids += tokens
+            at = np.array([begin for begin, _ in offsets], np.int64)
+            counts.append(np.zeros(len(at), bool))
+            for begin, end in part.spans:
+                counts[-1] |= (at >= begin) & (at < end)
+        if draft.end and tokenizer.eos_token_id not in (None, ids[-1]):
+            ids.append(tokenizer.eos_token_id)
+            counts.append(np.ones(1, bool))
+        found.append(Tokens(np.array(ids, np.int32), np.concatenate(counts), draft.row))
+    return found
+
+
+def _as_json(sequences: Sequence[Tokens]) -> dict[str, Any]:
+    """Returns sequences as JSON, their arrays as text: a number a token would be slow to send."""
+    ids = np.concatenate([np.empty(0, np.int32), *(tokens.ids for tokens in sequences)])
+    counts = np.concatenate([np.empty(0, bool), *(tokens.counts for tokens in sequences)])
+    return {
+        "lengths": [len(tokens) for tokens in sequences],
+        "rows": [tokens.row for tokens in sequences],
+        "ids": base64.b64encode(ids.astype("<i4").tobytes()).decode(),
+        "counts": base64.b64encode(counts.tobytes()).decode(),
+    }
+
+
+def _from_json(block: Mapping[str, Any]) -> list[Tokens]:
+    ids = np.frombuffer(base64.b64decode(block["ids"]), "<i4")
+    counts = np.frombuffer(base64.b64decode(block["counts"]), bool)
+    ends = np.cumsum(block["lengths"])
+    places = zip(ends - block["lengths"], ends, block["rows"], strict=True)
+    return [Tokens(ids[a:b], counts[a:b], row) for a, b, row in places]
 
 
 def check_lengths(sequences: Sequence[Tokens], seq_len: int, *, truncate: bool) -> list[Tokens]:
@@ -221,8 +354,3 @@ def check_lengths(sequences: Sequence[Tokens], seq_len: int, *, truncate: bool) 
             lambda option: f"within {option('seq_len', seq_len)} no row has a token of a completion"
         )
     return kept
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

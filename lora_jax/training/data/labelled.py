@@ -10,7 +10,8 @@ import numpy as np
 import optax
 
 from lora_jax.training.batches import Batch, Weighted, round_up
-from lora_jax.training.data.chats import Mapped, Row, one_by_one
+from lora_jax.training.data.chats import Mapped, one_by_one
+from lora_jax.training.data.rows import Row, field_names, name_of
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.losses import Sums, number_of_units
 
@@ -92,20 +93,19 @@ def check_rows(rows: Sequence[Row], source: str, fields: Fields) -> None:
     for number, row in enumerate(rows, start=1):
         for option, field in of_texts.items():
             if not isinstance(row.get(field), str) or not row[field].strip():
-                raise _no_field(row, f"{source}, row {number}", option, field, "a text")
+                raise _no_field(row, name_of(row, source, number), option, field, "a text")
         label = row.get(fields.label)
         if not isinstance(label, str | int) or label == "":
             needed = "a name or a whole number"
-            raise _no_field(row, f"{source}, row {number}", "label", fields.label, needed)
+            raise _no_field(row, name_of(row, source, number), "label", fields.label, needed)
 
 
 def _no_field(row: Row, where: str, option: str, field: str, needed: str) -> TrainingError:
     if field in row:
         return TrainingError(f"{where}: `{field}` is {row[field]!r}; {needed} is needed")
-    found = ", ".join(f"`{name}`" for name in row) or "nothing"
     return TrainingError(
         lambda written: (
-            f"{where} has {found}, and no `{field}`: name the field by {written(option)}"
+            f"{where} has {field_names(row)}, and no `{field}`: name the field by {written(option)}"
         )
     )
 
@@ -174,8 +174,8 @@ def encode(
     for number, row in enumerate(rows, start=1):
         if str(row[fields.label]) not in index:
             raise TrainingError(
-                f"{source}, row {number}: the label {row[fields.label]!r} is none of those to "
-                f"train on: {', '.join(names)}"
+                f"{name_of(row, source, number)}: the label {row[fields.label]!r} is none of "
+                f"those to train on: {', '.join(names)}"
             )
     length = round_up(max(lengths), seq_len)
     padding = tokenizer.pad_token_id or 0

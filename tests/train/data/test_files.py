@@ -1,6 +1,7 @@
 """Rows of files and of the hub."""
 
 import csv
+import gzip
 import json
 
 import datasets
@@ -36,6 +37,14 @@ def test_files_of_each_kind_give_the_same_rows(tmp_path):
         ("list.jsonl", b"[1]\n", "line 1 is not a JSON object: '\\[1\\]"),
         ("binary.csv", b"\xff\xfe\x00", "is not UTF-8 text"),
         ("text.parquet", b"no parquet", "cannot be read as Parquet"),
+        ("array.json", b'[{"a": 1},\n{"a": 2}\n{"a": 3}]', "line 3: a comma or the array's end"),
+        ("cut.json", b'[{"a": 1},\n{"a"', "is not a JSON array .*line 2"),
+        ("mixed.json", b'[{"a": 1},\n2]', "line 2 is not a JSON object: '2'"),
+        ("one.json", b'{\n"data": []}', "line 1 is not JSON .* one array of objects"),
+        ("wide.csv", b"a,b\n1,2\n3,4,5\n", "line 3 has 3 fields and the header 2 .*Quote fields"),
+        ("twice.csv", b"a,a\n1,2\n", "the header has the field 'a' twice"),
+        ("open.csv", b'a,b\n1,"2\n3,4\n', "line 2 is not CSV: unexpected end"),
+        ("broken.csv.gz", b"a,b", "cannot be unpacked"),
     ],
 )
 def test_a_file_that_cannot_be_read_says_why(tmp_path, name, content, message):
@@ -45,6 +54,66 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as caught:
         read_rows(str(path))
     assert name in str(caught.value)
+
+
+QUOTED = 'prompt{0}completion\r\n"a{0} b"{0}"c\nd"\r\n\r\nü{0}e\r\n'
+RECORDS = [("a{} b", "c\nd", "line 2"), ("ü", "e", "line 5")]
+AS_LINES = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "BOM"])
+@pytest.mark.parametrize("packed", [False, True], ids=["", "gzip"])
+def test_texts_are_read_as_people_have_them(tmp_path, mark, packed):
+    def read(name, text):
+        path = tmp_path / (f"{name}.gz" if packed else name)
+        data = mark + text.encode()
+        path.write_bytes(gzip.compress(data) if packed else data)
+        return read_rows(str(path))
+
+    for name, separator in (("a.csv", ","), ("b.csv", ";"), ("c.csv", "\t"), ("d.tsv", "\t")):
+        rows = read(name, QUOTED.format(separator))
+        expected = [(p.format(separator), c, line) for p, c, line in RECORDS]
+        assert [(row["prompt"], row["completion"], row.place[1]) for row in rows] == expected
+    for name in ("e.json", "f.jsonl"):
+        assert read(name, "\n".join(AS_LINES)) == ROWS
+        rows = read(name, " [\n  " + ",\n\n".join(AS_LINES) + "]\n")
+        assert rows == ROWS and [row.place[1] for row in rows] == ["line 2", "line 4"]
+    long = "x" * 200_000
+    assert read("g.csv", f"prompt,completion\n{long},b\n") == [{"prompt": long, "completion": "b"}]
+    assert csv.field_size_limit() == 131_072
+
+
+def test_a_folder_has_files_of_splits(tmp_path):
+    for name in ("part-1.jsonl", "part-0.jsonl.gz", "test/part-0.jsonl", ".hidden.jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        data = json.dumps({"prompt": name, "completion": "x"}).encode()
+        path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    (tmp_path / "README.md").write_text("no rows")
+    rows = read_rows(str(tmp_path))
+    assert [row["prompt"] for row in rows] == ["part-0.jsonl.gz", "part-1.jsonl"]
+    (row,) = read_rows(str(tmp_path), split="test")
+    assert row.place == (str(tmp_path / "test" / "part-0.jsonl"), "line 1")
+    with pytest.raises(UserError, match="--split dev: the files in .* of the splits test, train"):
+        read_rows(str(tmp_path), split="dev")
+    with pytest.raises(UserError, match="the folder has no file of one of the kinds"):
+        (tmp_path / "empty").mkdir()
+        read_rows(str(tmp_path / "empty"))
+
+
+def test_folders_that_datasets_saved(tmp_path):
+    calls = [{"function": {"name": "f", "arguments": {"a": 1}}}]
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": calls}]
+    made = datasets.Dataset.from_list([{"messages": turns}, {"messages": turns[:1]}])
+    made.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": made, "test": made}).save_to_disk(tmp_path / "two")
+    rows = read_rows(str(tmp_path / "one"))
+    asked, called = rows[0]["messages"]
+    assert asked == turns[0]  # Arrow gives every turn every field
+    assert called == {**turns[1], "content": None} and len(rows) == 2
+    assert read_rows(str(tmp_path / "two"), split="test") == rows
+    with pytest.raises(UserError, match="--split dev: .* has the splits train, test"):
+        read_rows(str(tmp_path / "two"), split="dev")
 
 
 def test_json_rows_survive_unicode(tmp_path):

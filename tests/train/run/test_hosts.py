@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from lora_jax.training.data import chats
 from tests.train.tiny import FORGETFUL, tokenizer
 from train.data.chats import tokenize
 from train.run import hosts
@@ -176,7 +177,8 @@ def test_what_json_does_not_hold_is_refused(result, message, processes):
         processes(2, lambda: map_over_processes(lambda _: result, range(2)))
 
 
-def test_rows_are_the_same_tokens_however_many_processes_read_them(processes):
+def test_rows_are_the_same_tokens_however_many_processes_read_them(processes, monkeypatch):
+    monkeypatch.setattr(chats, "BLOCK", 2)  # rows that one process tokenises at once
     rows = [{"prompt": f"{i} ä?", "completion": "yes" * (i + 1)} for i in range(5)]
     rows.append({"messages": TURNS})
     spoken = tokenizer(FORGETFUL)
@@ -188,3 +190,22 @@ def test_rows_are_the_same_tokens_however_many_processes_read_them(processes):
             np.testing.assert_array_equal(one.ids, other.ids)
             np.testing.assert_array_equal(one.counts, other.counts)
             assert one.counts.any() and not one.counts.all()
+
+
+def test_processes_take_the_tokens_of_an_earlier_run_together(processes, monkeypatch, tmp_path):
+    """Each has a folder of its own; where one lacks its file, all tokenise, and none waits."""
+    rows = [{"prompt": f"{i}?", "completion": "yes"} for i in range(5)]
+    rendered, original = [], chats.conversation
+    monkeypatch.setattr(chats, "conversation", lambda *a: rendered.append(a) or original(*a))
+
+    def read():
+        folder = tmp_path / str(jax.process_index())
+        return [t.ids.tolist() for t in tokenize(rows, tokenizer(), "rows", kept_in=str(folder))]
+
+    first = processes(2, read)
+    assert len(rendered) == 5 and first[0] == first[1]
+    assert processes(2, read) == first and len(rendered) == 5
+    (file,) = (tmp_path / "1").iterdir()
+    file.unlink()
+    assert processes(2, read) == first and len(rendered) == 10
+    assert file.is_file()

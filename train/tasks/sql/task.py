@@ -7,6 +7,7 @@ from typing import Any
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.data.chats import Row
 from lora_jax.training.processes import write_json
+from train.run.errors import UserError, flag
 from train.run.log import doing
 from train.run.options import Defaults
 from train.run.output import SCORES, read_json
@@ -32,7 +33,10 @@ STEPS = 35
 
 
 def check(config: Config) -> None:
-    """Accepts all options."""
+    """Raises a UserError for options about a user's own rows."""
+    for name in ("fields", "eval_dataset"):
+        if getattr(config.data, name):
+            raise UserError(f"{flag(name)} is about rows of your own: name them with --dataset")
 
 
 def read(config: Config) -> Rows:

@@ -1,0 +1,249 @@
+"""Rows of a dataset, in the forms that people have them in, as conversations.
+
+A row is a chat (``messages``, with ``tools`` where there are some), a pair (``prompt``,
+``completion``), ShareGPT's ``conversations``, Alpaca's ``instruction``, ``input`` and ``output``,
+or a plain ``text``.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lora_jax.training.errors import TrainingError
+
+Message = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+NEEDED = (
+    "a row needs `messages` (a list of turns with `role` and `content`), `prompt` and "
+    "`completion`, `conversations` (ShareGPT), `instruction` and `output` (Alpaca), or `text`"
+)
+# ShareGPT's names of the roles.
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_ROLES |= {"chatgpt": "assistant", "system": "system", "tool": "tool", "observation": "tool"}
+_ROLES |= {"function_response": "tool", "function_call": "function_call"}
+FORMS: tuple[tuple[str, ...], ...] = (
+    ("messages",),
+    ("prompt", "completion"),
+    ("conversations",),
+    ("instruction", "output"),
+    ("text",),
+)
+
+
+class PlacedRow(dict[str, Any]):
+    """A row that knows where it was read: `place` is a file and a line."""
+
+    __slots__ = ("place",)
+    place: tuple[str, str]
+
+
+def moved(row: Row, values: Mapping[str, Any]) -> Row:
+    """Returns a row with other values, of the same place."""
+    made = PlacedRow(values)
+    if not isinstance(row, PlacedRow):
+        return dict(made)
+    made.place = row.place
+    return made
+
+
+class Conversation(NamedTuple):
+    """The variables of a chat template.
+
+    Attributes:
+      messages: the turns, as the template gets them; [] for a plain text.
+      tools: the tools that the template gets; None for none.
+      options: further variables of the template (`chat_template_kwargs`).
+      text: a plain text, of which every token counts.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None = None
+    options: Mapping[str, Any] = {}
+    text: str | None = None
+
+
+def name_of(row: Row, source: str, number: int) -> str:
+    """Returns a row's name in messages: its file and line, or its number in `source`, from 1."""
+    if isinstance(row, PlacedRow):
+        return ", ".join(row.place)
+    return f"{source}, row {number}"
+
+
+def check_rows(rows: Iterable[Row], source: str) -> None:
+    """Checks that all rows can be used.
+
+    Raises:
+      TrainingError: a row cannot; names the first. Plain texts and chats are not mixed: one of
+        them has fields that its author did not mean.
+    """
+    texts = None
+    for number, row in enumerate(rows, start=1):
+        is_text = conversation(row, name_of(row, source, number)).text is not None
+        if is_text != (is_text if texts is None else texts):
+            raise TrainingError(
+                f"{name_of(row, source, number)} has {field_names(row)}; {NEEDED}, and "
+                f"the rows before it are {'plain texts' if texts else 'chats'}"
+            )
+        texts = is_text
+
+
+def conversation(row: Row, name: str) -> Conversation:
+    """Returns the turns of a row that is called `name` in errors.
+
+    Raises:
+      TrainingError: fields are missing or of the wrong type, or no assistant turn is there.
+    """
+    form = next((f for f in FORMS if all(row.get(field) is not None for field in f)), None)
+    if form is None:
+        raise TrainingError(f"{name} has {field_names(row)}; {NEEDED}")
+    if form == ("text",):
+        return Conversation([], text=_text(row, "text", name))
+    if form == ("messages",):
+        messages = _turns(row["messages"], "messages", name)
+    elif form == ("conversations",):
+        turns = enumerate(_listed(row["conversations"], "conversations", name))
+        messages = _turns(
+            [_of_sharegpt(turn, index, name) for index, turn in turns], "conversations", name
+        )
+    elif form == ("instruction", "output"):
+        asked = _text(row, "instruction", name)
+        if row.get("input"):
+            asked = f"{asked}\n\n{_text(row, 'input', name)}"
+        messages = _pair(asked, _text(row, "output", name))
+    elif isinstance(row["prompt"], str):
+        messages = _pair(_text(row, "prompt", name), _text(row, "completion", name))
+    else:  # both are lists of turns
+        both = (_listed(row[field], field, name) for field in form)
+        messages = _turns([turn for turns in both for turn in turns], "prompt", name)
+    options = row.get("chat_template_kwargs") or {}
+    if not isinstance(options, Mapping):
+        raise TrainingError(f"{name}: `chat_template_kwargs` is {shown(options)}, not an object")
+    return Conversation(messages, _tools(row.get("tools"), name), options)
+
+
+def _pair(prompt: str, completion: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+
+
+def _text(row: Row, field: str, name: str) -> str:
+    if not isinstance(row[field], str) or not row[field]:
+        raise TrainingError(f"{name}: `{field}` is {shown(row[field])}; {NEEDED}")
+    return row[field]
+
+
+def _parsed(value: Any) -> Any:
+    """Returns a list or an object that stands as JSON in a text; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value
+
+
+def _listed(value: Any, field: str, name: str) -> Sequence[Any]:
+    found = _parsed(value)
+    if not isinstance(found, Sequence) or isinstance(found, str) or not found:
+        raise TrainingError(f"{name}: `{field}` is {shown(value)}; {NEEDED}")
+    return found
+
+
+def _turns(messages: Any, field: str, name: str) -> list[dict[str, Any]]:
+    turns = [_turn(turn, i, name) for i, turn in enumerate(_listed(messages, field, name))]
+    roles = [turn["role"] for turn in turns]
+    if "assistant" not in roles:
+        raise TrainingError(f"{name} has no assistant turn to learn from, only {', '.join(roles)}")
+    if roles[0] == "assistant":
+        raise TrainingError(
+            f"{name} begins with an assistant turn; there is nothing that it answers"
+        )
+    return turns
+
+
+def _turn(turn: Any, index: int, name: str) -> dict[str, Any]:
+    """Returns a turn with all its fields, but for those that are None (Parquet has no others)."""
+    if not isinstance(turn, Mapping):
+        raise TrainingError(f"{name}: turn {index} is {shown(turn)}; {NEEDED}")
+    role, content = turn.get("role"), turn.get("content")
+    kept = {k: v for k, v in turn.items() if v is not None or k == "content"}
+    if not isinstance(role, str):
+        raise TrainingError(f"{name}: `role` of turn {index} is {shown(role)}; {NEEDED}")
+    if calls := _parsed(kept.pop("tool_calls", None)):
+        kept["tool_calls"] = _calls(calls, role, f"{name}: `tool_calls` of turn {index}")
+    if isinstance(content, list) and content and all(map(_is_text, content)):
+        content = kept["content"] = "\n".join(part["text"] for part in content)  # as servers do
+    if content is None and calls or role == "tool" and content is not None:
+        return kept
+    if not isinstance(content, str):
+        raise TrainingError(f"{name}: `content` of turn {index} is {shown(content)}; {NEEDED}")
+    return kept
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and "text" in part
+
+
+def _calls(calls: Any, role: str, what: str) -> list[dict[str, Any]]:
+    """Returns the calls of a turn; arguments that are JSON as text become objects.
+
+    Servers do the same before they render a chat, since most templates write arguments as JSON: a
+    text would be quoted twice.
+    """
+    if role != "assistant":
+        raise TrainingError(f"{what} are of the role {role!r}; only an assistant calls tools")
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise TrainingError(f"{what} is {shown(calls)}; a list of calls is needed")
+    found = []
+    for call in calls:
+        function = call.get("function") or call if isinstance(call, Mapping) else None
+        if function is None or not isinstance(function.get("name"), str):
+            raise TrainingError(
+                f"{what} has {shown(call)}; a call needs `function` with `name` and `arguments`"
+            )
+        arguments = _parsed(function.get("arguments", {}))
+        if not isinstance(arguments, Mapping):
+            raise TrainingError(
+                f"{what}: `arguments` of {function['name']} is {shown(function['arguments'])}; an "
+                "object is needed, or the JSON of one"
+            )
+        made = {**function, "arguments": arguments}
+        found.append({**call, "function": made} if call.get("function") else made)
+    return found
+
+
+def _tools(value: Any, name: str) -> list[Any] | None:
+    tools = _parsed(value)
+    if not tools:
+        return None
+    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise TrainingError(f"{name}: `tools` is {shown(value)}; a list of objects is needed")
+    return list(tools)
+
+
+def _of_sharegpt(turn: Any, index: int, name: str) -> Any:
+    """Returns a turn of ShareGPT's (`from`, `value`) as others write it; others as they are."""
+    if not isinstance(turn, Mapping) or "from" not in turn:
+        return turn
+    role, value = _ROLES.get(turn["from"]), turn.get("value")
+    if role is None:
+        raise TrainingError(
+            f"{name}: `from` of turn {index} is {shown(turn['from'])}; one of "
+            f"{', '.join(_ROLES)} is needed"
+        )
+    if role == "function_call":
+        calls = _parsed(value)
+        calls = calls if isinstance(calls, list) else [calls]
+        return {"role": "assistant", "content": None, "tool_calls": calls}
+    return {"role": role, "content": value}
+
+
+def field_names(row: Row) -> str:
+    """Returns the names of a row's fields, with what is invisible in them written out."""
+    return ", ".join(f"`{repr(str(field))[1:-1]}`" for field in row) or "nothing"
+
+
+def shown(value: Any) -> str:
+    """Returns the beginning of a value's `repr`."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
