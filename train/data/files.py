@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_jax.hf.hub import probe
 from lora_jax.training.data.chats import Row
 from train.run.errors import UserError
 
@@ -73,7 +74,12 @@ def _json_lines(path: Path, lines: Iterable[str]) -> list[Row]:
 
 def _read_hub(name: str, split: str, subset: str | None) -> list[Row]:
     import datasets
+    import huggingface_hub
 
+    # Without an answer, datasets would try again for half a minute before it looks into its cache.
+    problem = probe(name, kind="dataset")
+    constants: Any = huggingface_hub.constants
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, problem is not None
     try:
         dataset = datasets.load_dataset(name, subset, split=split)
         kinds = dataset.features or {}
@@ -82,8 +88,11 @@ def _read_hub(name: str, split: str, subset: str | None) -> list[Row]:
     except Exception as error:  # any error of the hub's layers is about the given name
         raise UserError(
             f"--dataset {name} is neither a file nor a dataset that can be loaded from the hub "
-            f"(--split {split}, --subset {subset}): {error}"
+            f"(--split {split}, --subset {subset}): {problem or error}. Give a file, a dataset "
+            "that is in the local cache, or a name on the hub that can be reached"
         ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _named(row: Row, classes: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,12 @@ def _checked_turns(messages: Any, name: str) -> list[dict[str, str]]:
 
 
 def tokenize(
-    rows: Sequence[Row], tokenizer: Any, source: str, *, mapped: Mapped = one_by_one
+    rows: Sequence[Row],
+    tokenizer: Any,
+    source: str,
+    *,
+    numbers: Sequence[int] | None = None,
+    mapped: Mapped = one_by_one,
 ) -> list[Tokens]:
     """Returns each row as one sequence, or several.
 
@@ -112,6 +117,7 @@ def tokenize(
       rows: chats, or pairs of prompt and completion.
       tokenizer: the model's.
       source: the name of the rows in errors.
+      numbers: the rows' numbers in the data, where these are not all; by default from 1 on.
       mapped: applies a function to each of a list of items, in any way; results are JSON.
 
     Raises:
@@ -128,10 +134,11 @@ def tokenize(
             sequences = _chat_tokens(turns, tokenizer, name)
         return [{"ids": t.ids.tolist(), "counts": t.counts.astype(int).tolist()} for t in sequences]
 
-    parts = mapped(of_row, list(enumerate(rows, start=1)))
+    numbers = range(1, len(rows) + 1) if numbers is None else numbers
+    parts = mapped(of_row, list(zip(numbers, rows, strict=True)))
     return [
         Tokens(np.array(part["ids"], np.int32), np.array(part["counts"], bool), row)
-        for row, sequences in enumerate(parts, start=1)
+        for row, sequences in zip(numbers, parts, strict=True)
         for part in sequences
     ]
 
