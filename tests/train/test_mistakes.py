@@ -1,7 +1,9 @@
 """What users run into: full disks, damaged bases, prompts too long, a hub that does not answer."""
 
 import io
+import os
 import resource
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 
+from lora_jax.training.lock import FolderLock
 from lora_jax.training.optimizer import warmed_up
 from tests.train.tiny import write_model, write_rows
 from train import generate
@@ -45,7 +48,9 @@ def test_held_out_rows_are_drawn_and_stay_when_a_run_goes_on(tmp_path):
     assert [row["prompt"] for row in drawn.held_out] == [f"{n - 1}?" for n in held_out]
     assert rows(*asked, "--seed", "1").held_out != drawn.held_out != ROWS[-3:]
     begin(tmp_path, parse(["--dataset", "x.jsonl", *asked]), {})
-    assert rows("--resume") == drawn == rows("--eval-every", "1", "--resume")
+    assert rows("--resume") == drawn == rows(*asked[2:], "--eval-every", "1", "--resume")
+    with pytest.raises(UserError, match="--eval-questions was 3 and is now 64"):
+        rows("--eval-every", "1", "--resume")
     begin(tmp_path, parse(["--dataset", "x.jsonl"]), {})
     assert rows("--resume").held_out == []
     with pytest.raises(UserError, match="--eval-every 5: the run has trained on all rows"):
@@ -123,6 +128,17 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
     with pytest.raises(UserError, match="owner/name .* no answer within 10 seconds"):
         files.read_rows("owner/name")
     assert offline == [True] and huggingface_hub.constants.HF_HUB_OFFLINE == before
+
+
+def test_a_second_run_in_a_folder_is_refused_before_weights_are_read(tmp_path, capsys):
+    args = ["--model", "nowhere.gguf", "--dataset", write_rows(tmp_path / "rows.jsonl")]
+    (tmp_path / "run").mkdir()
+    with FolderLock(tmp_path / "run"):
+        for more in ([], ["--overwrite"]):
+            said = fails(capsys, main, *args, "--output", tmp_path / "run", *more)
+            assert f"another run, process {os.getpid()} on {socket.gethostname()}, is" in said
+    assert "nowhere.gguf" in fails(capsys, main, *args, "--output", tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_relative_model_is_stored_absolute(tmp_path, monkeypatch):

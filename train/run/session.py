@@ -1,4 +1,4 @@
-"""How a script ends before its time: one paragraph, an exit code, and no process left behind.
+"""Ends a script before its time: with one paragraph, an exit code, and no process left behind.
 
 Python handles signals between its own instructions, so none during a compilation of minutes. A
 thread therefore listens for them, too, and ends the process where its main thread does not. Of

@@ -53,6 +53,11 @@ def hold_out(config: Config, rows: list[Row]) -> Rows:
     if not saved.get("eval_every", run.eval_every):
         return Rows(rows, [])
     questions = saved.get("eval_questions", run.eval_questions)
+    if run.eval_every and questions != run.eval_questions:
+        raise UserError(
+            f"--eval-questions was {questions} and is now {run.eval_questions}: the held-out rows "
+            "of a run stay the same. Give the same number, or start another run in another --output"
+        )
     n = min(questions, len(rows) // 10)
     if n == 0:
         raise UserError(
