@@ -53,12 +53,13 @@ class Session:
             with self._watched(), self.stop.listening():
                 yield
         except TrainingError as error:
-            self._end(f"error: {error.said(flag)}", BAD_INPUT, why=error.said(flag))
+            said = error.said(flag)
+            self._end(f"error: {said}", BAD_INPUT, why=f"ended with an error: {said}")
         except Interrupted as error:
             self._end(str(error), error.code, why=f"got {self.stop.name}")
         except Exception as error:
             if said := disk_full(error):
-                self._end(f"error: {said}. {self.stop.remedy}", BAD_INPUT, why=said)
+                self._end(f"error: {said}. {self.stop.remedy}", BAD_INPUT, why="cannot write a file")
             if self._peers is None:
                 raise
             # The death of another process may fail a collective here before it is told.
