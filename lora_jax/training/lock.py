@@ -79,7 +79,7 @@ class FolderLock:
 
     def _is_stale(self, holder: dict[str, Any]) -> bool:
         """Returns whether the holder is gone; may wait to see whether it touches the lock."""
-        if "pid" in holder and {**holder, **_here()} == holder:
+        if os.name == "posix" and "pid" in holder and {**holder, **_here()} == holder:
             return {**holder, **_process(holder["pid"])} != holder or not _process(holder["pid"])
         age = self._age()
         if age is None or age > _STALE:
@@ -148,6 +148,8 @@ def _temporary(path: Path, content: dict[str, Any]) -> Any:
 
 def _process(pid: int) -> dict[str, Any]:
     """Returns a process's number and when it started, where that is known; {} if there is none."""
+    if os.name != "posix":  # where a signal of 0 is none
+        return {"pid": pid, "started": None}
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -245,7 +245,7 @@ def test_scores_of_a_small_case_by_hand():
 
 
 def test_numbers_are_ordered_as_numbers():
-    label = parse(["--label", "n"]).data.label
+    label = parse(["--dataset", "a.csv", "--label", "n"]).data.label
     assert label_names([{"n": 10}, {"n": 2}, {"n": "-1"}], label) == ("-1", "2", "10")
     assert label_names([{"n": "b"}, {"n": "10"}, {"n": "a"}], label) == ("10", "a", "b")
 
@@ -304,7 +304,7 @@ def test_models_that_cannot_classify(inputs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("--test-share 1", "--test-share 1.0: a number between 0 and 1"),
+        ("--dataset a.csv --test-share 1", "--test-share 1.0: a number between 0 and 1"),
         ("--head-only --full", "--head-only trains only the head: leave out --full"),
         ("--head-only --peft-config x", "leave out --peft-config"),
         ("--head-only --rank 4", "without an adapter: leave out --rank"),

@@ -34,7 +34,7 @@ def fails(capsys, run, *args):
         run([str(arg) for arg in args])
     said = capsys.readouterr().err.strip()
     assert caught.value.code == 2 and "Traceback" not in said
-    return said.split("error: ")[-1]
+    return said.removeprefix("error: ")
 
 
 def test_held_out_rows_are_drawn_and_stay_when_a_run_goes_on(tmp_path):

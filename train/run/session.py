@@ -58,8 +58,9 @@ class Session:
         except Interrupted as error:
             self._end(str(error), error.code, why=f"got {self.stop.name}")
         except Exception as error:
-            if said := disk_full(error):
-                self._end(f"error: {said}. {self.stop.remedy}", BAD_INPUT, why="cannot write a file")
+            if full := disk_full(error):
+                why = "cannot write a file"
+                self._end(f"error: {full}. {self.stop.remedy}", BAD_INPUT, why=why)
             if self._peers is None:
                 raise
             # The death of another process may fail a collective here before it is told.
