@@ -4,23 +4,29 @@ The head of the encoder trains in full; the encoder trains with LoRA, in full, o
 `python -m train.classify --help` lists the options. The run itself is in `train.finetune`.
 """
 
+import sys
 from collections.abc import Sequence
 
 import tyro
 
-from lora_jax.training.stop import Stop
 from train.finetune import finetune
 from train.run import classify_options
 from train.run.classify_options import Config, with_defaults
-from train.run.errors import reported
+from train.run.ignored import check_effects, given_options
+from train.run.session import Session
 from train.tasks.registry import TEXTS, find_task
 from train.tasks.task import Task
 
 
 def parse(args: Sequence[str] | None = None) -> Config:
-    """Parses a command line, by default this process's, and fills in the task's defaults."""
+    """Parses a command line, by default this process's, and fills in the task's defaults.
+
+    Raises:
+      UserError: an option has no effect beside the others.
+    """
     flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[Config]]
     config = tyro.cli(flat, args=args, prog="python -m train.classify")
+    check_effects(config, given_options(sys.argv[1:] if args is None else args))
     return with_defaults(config, task_of(config).defaults)
 
 
@@ -37,11 +43,11 @@ def check(config: Config) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line. Bad input exits with code 2, a signal with the signal's code."""
-    stop = Stop()
-    with reported(), stop.listening():
+    session = Session()
+    with session.running():
         config = parse(args)
         check(config)
-        finetune("train.classify", config, task_of(config), stop)
+        finetune("train.classify", config, task_of(config), session)
 
 
 if __name__ == "__main__":

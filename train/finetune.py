@@ -13,7 +13,6 @@ from lora_jax.training.batches import Feed, Order
 from lora_jax.training.layout import Layout
 from lora_jax.training.log import duration
 from lora_jax.training.processes import write_json
-from lora_jax.training.stop import Stop
 from train.run import hosts
 from train.run.adapter import rules
 from train.run.cache import keep_compiled
@@ -28,21 +27,23 @@ from train.run.fit import (
     number_of_steps,
     print_adapter,
 )
+from train.run.log import doing
 from train.run.mesh import make_mesh
-from train.run.output import REPORT, check_output
-from train.run.pretrained import read_model
+from train.run.output import REPORT, locked_output
+from train.run.pretrained import check_weights, read_model
 from train.run.report import print_costs, tree_bytes
+from train.run.session import Session
 from train.tasks.task import Context, Task
 
 
-def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
+def finetune(script: str, config: Any, task: Task, session: Session) -> None:
     """Fine-tunes a model.
 
     Args:
       script: the command, for the hint how to go on: "train.sft".
       config: its options, checked, with the task's defaults.
       task: says what to train on, and how to measure it.
-      stop: tells of a signal.
+      session: tells of a signal, and ends all processes with the first.
 
     Raises:
       TrainingError: something that was asked for cannot be done.
@@ -51,6 +52,7 @@ def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
     began = time.monotonic()
     hosts.join_hosts(config.run)
     console = hosts.console()
+    session.join(console, config.run.coordinator)
 
     # What can be wrong is found first: options and output folder, then rows, then examples and
     # targets against the model's configuration. Only then are weights read.
@@ -60,7 +62,7 @@ def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
         config = task.completed(config)
         optim = config.optim
         rules(config.adapter)
-        folder = check_output(config)
+        folder = locked_output(config, session.release, console)
         rows = task.rows(config)
         outline = task.outline(config, rows)
         outline.check_experts(optim.experts)
@@ -80,7 +82,7 @@ def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
         config=config,
         folder=folder,
         console=console,
-        stop=stop,
+        stop=session.stop,
         feed=Feed(data.train, order, data.name, config.data.dataset),
         steps=steps,
         rate=rate,
@@ -89,7 +91,7 @@ def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
     )
 
     # The model and its adapter. Full fine-tuning keeps its weights in fp32, whatever computes.
-    with hosts.together():
+    with hosts.together(), doing(console, f"reading the weights of {outline.name}"):
         model, plain = read_model(
             outline.name,
             dtype=optim.dtype,
@@ -100,6 +102,7 @@ def finetune(script: str, config: Any, task: Task, stop: Stop) -> None:
             sharding=layout.of_parameter,
             **outline.head,
         )
+        check_weights(outline, plain)
     base_bytes = tree_bytes(plain)
     key = jax.random.key(optim.seed)
     params = adapted(config, outline, plain, folder, jax.random.fold_in(key, 0))

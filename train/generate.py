@@ -4,6 +4,7 @@ Without --prompt, each line of standard input is a prompt.
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,9 @@ import lora_jax as lj
 from lora_jax.models import generate
 from train.run.cache import keep_compiled
 from train.run.complete import left_padded, tokenized
-from train.run.errors import UserError, as_user_errors, reported
+from train.run.errors import UserError, as_user_errors, flag, reported
+from train.run.ignored import given_options
+from train.run.options import check_seed
 from train.run.pretrained import Outline, end_tokens, read_model, read_outline
 from train.run.sft_options import DEFAULT_MODEL
 
@@ -58,16 +61,26 @@ def main(args: Sequence[str] | None = None) -> None:
         tyro.conf.FlagCreatePairsOff[Options], args=args, prog="python -m train.generate"
     )
     with reported():
+        check(options, given_options(sys.argv[1:] if args is None else args))
         run(options)
 
 
 def run(options: Options) -> None:
-    """Loads the model and its adapter, and prints an answer to each prompt."""
-    check(options)
+    """Loads the model and its adapter, and prints an answer to each prompt.
+
+    Raises:
+      UserError: something that was asked for cannot be done; of several prompts that are too long,
+        once the others are answered.
+    """
     if said := keep_compiled(options.compilation_cache):
         print(said, file=sys.stderr)
     name = options.model or trained_model(options.adapter)
     outline = read_outline(name)
+    if options.system is not None and outline.tokenizer.chat_template is None:
+        raise UserError(
+            f"--system: {name} has no chat template to put a system prompt into: leave it out, or "
+            "write it into the prompt"
+        )
     model, params = read_model(name, dtype="float32")
     if options.adapter:
         with as_user_errors(ValueError):
@@ -78,16 +91,35 @@ def run(options: Options) -> None:
         del adapted
     key = jax.random.key(options.seed)
     prompts = [options.prompt] if options.prompt is not None else lines()
+    refused = 0
     for number, prompt in enumerate(prompts):
-        print(reply(model, params, outline, options, prompt, jax.random.fold_in(key, number)))
+        try:
+            answer = reply(model, params, outline, options, prompt, jax.random.fold_in(key, number))
+        except UserError as error:
+            if options.prompt is not None:
+                raise
+            refused += 1
+            print(f"prompt {number + 1} is left out: {error}", file=sys.stderr, flush=True)
+        else:
+            print(answer, flush=True)
+    if refused:
+        raise UserError(f"{refused} prompts got no answer; the reasons are above")
 
 
-def check(options: Options) -> None:
-    """Raises a UserError for options that make no sense."""
+def check(options: Options, given: frozenset[str] = frozenset()) -> None:
+    """Raises a UserError for options that make no sense, or that were given to no effect."""
+    check_seed(options.seed)
+    if options.temperature == 0 and (named := sorted({"top_p", "seed"} & given)):
+        raise UserError(
+            f"{flag(named[0])} is about sampling, and --temperature 0 (the default) always takes "
+            "the most likely token: give a temperature above 0, or leave it out"
+        )
+    if options.adapter is None and "allow_base_mismatch" in given:
+        raise UserError("--allow-base-mismatch is about an adapter: name one with --adapter")
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {options.max_new_tokens}: at least 1 is needed")
-    if not options.temperature >= 0:
-        raise UserError(f"--temperature {options.temperature}: at least 0 is needed")
+    if not 0 <= options.temperature < math.inf:
+        raise UserError(f"--temperature {options.temperature}: a number from 0 on is needed")
     if not 0 < options.top_p <= 1:
         raise UserError(f"--top-p {options.top_p}: a probability above 0 and at most 1")
     if options.adapter and not Path(options.adapter).is_dir():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lora_jax.hf.bundled import BUNDLES
 
@@ -167,8 +167,10 @@ def snapshot(name: str, patterns: list[str], needed: str = "*.safetensors") -> P
     raise ModelNotFound(f"{name} cannot be fetched from the hub ({problem}); give a folder instead")
 
 
-def probe(name: str, seconds: float = _PROBE_SECONDS) -> str | None:
-    """Asks the hub for a model.
+def probe(
+    name: str, seconds: float = _PROBE_SECONDS, kind: Literal["model", "dataset"] = "model"
+) -> str | None:
+    """Asks the hub for a model or a dataset.
 
     A thread of its own asks, since a look-up of the host's name may hang for longer than any
     timeout of HTTP.
@@ -176,6 +178,7 @@ def probe(name: str, seconds: float = _PROBE_SECONDS) -> str | None:
     Args:
       name: a hub name.
       seconds: the time limit.
+      kind: what the name is of.
 
     Returns:
       None if the hub answers in time; else the reason, in one line.
@@ -187,7 +190,7 @@ def probe(name: str, seconds: float = _PROBE_SECONDS) -> str | None:
 
     def ask() -> None:
         try:
-            hub.HfApi().model_info(name, timeout=seconds)
+            getattr(hub.HfApi(), f"{kind}_info")(name, timeout=seconds)
             answers.append(None)
         except Exception as error:
             answers.append(_first_line(error))

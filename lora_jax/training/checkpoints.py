@@ -6,9 +6,13 @@ that record is a checkpoint complete: a kill before it leaves one that does not 
 next save removes. Older ones are removed after it, so that there is a complete one at any time.
 """
 
+import errno
 import hashlib
 import json
 import logging
+import os
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +24,13 @@ from lora_jax.training.errors import DamagedCheckpoint, Written
 from lora_jax.training.processes import is_first, wait_for_all, write_json
 from lora_jax.training.step import State
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file on "absl"
+if sys.platform != "win32":
+    import resource
 
+# Orbax reports every file on "absl", and of an error that it raises the traceback.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+_ORBAX_FILE = 2**31  # bytes
 RECORD = "checkpoints.json"  # the checksums of their files, beside their folder
 Digests = dict[str, str]  # a file's path in the checkpoint's folder -> its SHA-256
 
@@ -67,6 +76,7 @@ class Checkpoints:
 
         Raises:
           DamagedCheckpoint: there are checkpoints, and the record of their files is lost.
+          OSError: there is no room for it.
         """
         step = int(state.step)
         before = self.steps()
@@ -75,6 +85,7 @@ class Checkpoints:
         if is_first() and not self._record.exists():
             write_json(self._record, {})  # from here on, one that is missing was lost
         self._remove_all_but(before)
+        _check_room(self.folder.parent, state)
         self._open().save(
             step,
             args=ocp.args.Composite(
@@ -171,6 +182,21 @@ class Checkpoints:
         if self._manager is not None:
             self._manager.close()
             self._manager = None
+
+
+def _check_room(folder: Path, state: State) -> None:
+    """Raises an OSError where this process's part of a state does not fit: Orbax says it at length.
+
+    The limit on the size of files counts for a file of Orbax's, which holds 2 GiB at most.
+    """
+    arrays = jax.tree.leaves(_as_arrays(state))
+    shards = [shard for array in arrays for shard in getattr(array, "addressable_shards", ())]
+    needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} for {needed} bytes", str(folder))
+    limit = -1 if sys.platform == "win32" else resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if 0 <= limit < min(needed, _ORBAX_FILE):
+        raise OSError(errno.EFBIG, f"{os.strerror(errno.EFBIG)}, for {needed} bytes", str(folder))
 
 
 def _begin_again(option: Written) -> str:

@@ -7,17 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import lora_jax as lj
+from lora_jax.base import as_array
 from lora_jax.fingerprint import base_fingerprint, differing
+from lora_jax.paths import flatten_with_paths
 from lora_jax.training.batches import Batch, Examples, Feed
 from lora_jax.training.checkpoints import Checkpoints
-from lora_jax.training.errors import TrainingError
+from lora_jax.training.errors import Diverged, TrainingError
 from lora_jax.training.layout import Layout
 from lora_jax.training.log import Log
 from lora_jax.training.loop import Hooks, Pace, train
 from lora_jax.training.losses import Loss, Sums
+from lora_jax.training.processes import Agreement
 from lora_jax.training.setup import CompiledStep, Setup
 from lora_jax.training.step import State, Step, make_evaluation
 from lora_jax.training.stop import Stop
@@ -118,6 +122,16 @@ def resumed(ready: Ready, steps: int) -> Ready:
     return dataclasses.replace(ready, state=state)
 
 
+def not_finite(params: Any) -> list[str]:
+    """Returns the paths of the arrays of a plain tree that hold a NaN or an infinity."""
+
+    def is_finite(leaf: Any) -> bool:
+        array = as_array(leaf)
+        return not jnp.issubdtype(array.dtype, jnp.floating) or bool(jnp.isfinite(array).all())
+
+    return [path for path, leaf in flatten_with_paths(params)[0] if not is_finite(leaf)]
+
+
 def compile_step(ready: Ready, forward: Callable[..., Any], loss: Loss) -> CompiledStep:
     """Returns the step, compiled for the first batch, which is of the largest shape.
 
@@ -184,9 +198,13 @@ def fit(
         with jax.set_mesh(layout.mesh):
             return jax.tree.map(float, evaluation(state.adapter, ready.base, batch))
 
-    def evaluate(state: State) -> dict[str, float]:
+    def evaluate(state: State) -> dict[str, float] | None:
         assert held_out is not None, "there is nothing to evaluate on"
-        parts = (sums_of(state, part) for part in held_out.parts(feed.order.batch_size))
+        parts, agreement = [], Agreement()
+        for part in held_out.parts(feed.order.batch_size):
+            parts.append(sums_of(state, part))
+            if stop.agreed(agreement):
+                return None
         return means(loss, functools.reduce(_added, parts))
 
     def save(state: State) -> None:
@@ -204,8 +222,16 @@ def fit(
         resume_hint=resume_hint,
         reduction=loss.reduction,
     )
-    with log:
-        state, seconds = train(step, ready.state, ready.base, steps, pace, hooks, log, stop)
+    try:
+        with log:
+            state, seconds = train(step, ready.state, ready.base, steps, pace, hooks, log, stop)
+    except Diverged as error:
+        if bad := not_finite(ready.base):
+            raise Diverged(
+                f"{len(bad)} weights of the base hold values that are not finite, {bad[0]} among "
+                "them: no training on it can succeed. Load the base again, or take another"
+            ) from error
+        raise
     if checkpoints is not None:
         checkpoints.close()
     return lj.join(state.adapter, ready.base), seconds

@@ -11,9 +11,11 @@ import jax
 from lora_jax.training.errors import Diverged, Interrupted
 from lora_jax.training.log import Log
 from lora_jax.training.losses import HELD_OUT, OWN_METRICS, Reduction
-from lora_jax.training.processes import any_process
+from lora_jax.training.processes import Agreement
 from lora_jax.training.step import State, Step
 from lora_jax.training.stop import Stop
+
+_SLOW = 0.5  # seconds of a step from which on running ahead of the device gains nothing
 
 
 class Pace(Protocol):
@@ -47,7 +49,7 @@ class Hooks:
       placed: puts a batch on the devices.
       tokens: counts the tokens of a batch, without padding.
       save: writes a checkpoint.
-      evaluate: returns the loss on held-out data and its logs, by name.
+      evaluate: returns the loss on held-out data and its logs, by name; None after a signal.
       rows: names the rows of the batch with that number, as a user knows them.
       resume_hint: tells an interrupted user how to go on.
       reduction: the loss's, which says what the loss of several steps is.
@@ -57,7 +59,7 @@ class Hooks:
     placed: Callable[[dict[str, Any]], dict[str, Any]]
     tokens: Callable[[dict[str, Any]], int]
     save: Callable[[State], None]
-    evaluate: Callable[[State], dict[str, float]]
+    evaluate: Callable[[State], dict[str, float] | None]
     rows: Callable[[int], str]
     resume_hint: str
     reduction: Reduction = "mean"
@@ -100,6 +102,7 @@ def train(
     window: list[tuple[int, dict[str, jax.Array]]] = []  # steps whose metrics were not read yet
     began, n_tokens = time.perf_counter(), 0
     in_a_row = 0  # the skipped steps up to the last that was read
+    agreement, turn, took = Agreement(), time.monotonic(), 0.0
     with stop.deferred():
         for number in range(int(state.step), steps):
             batch = hooks.batch(number, state)
@@ -107,8 +110,11 @@ def train(
             state, metrics = step(state, base, hooks.placed(batch))
             done = number + 1
             window.append((done, metrics))
-            # Asked once a step: what is raised has been saved.
-            stopping = any_process(stop.signal is not None)
+            # The host runs ahead of the device by one step, and of a slow one not at all: a signal
+            # then waits for the step in progress alone.
+            jax.block_until_ready(metrics if took > _SLOW else [m for _, m in window[-2:-1]])
+            took, turn = time.monotonic() - turn, time.monotonic()
+            stopping = stop.agreed(agreement, metrics)
             last = done == steps or stopping
             if last or done % run.log_every == 0 or done % run.save_every == 0:
                 # Reading the metrics waits for the device, so it is done once a window.
@@ -124,9 +130,12 @@ def train(
                 if taken := [v for _, v in values if not v["skipped"]]:
                     log.add(_line(done, taken, n_tokens / elapsed, hooks.reduction))
                 window, n_tokens = [], 0
-            if run.eval_every and (done % run.eval_every == 0 or done == steps):
-                held_out = hooks.evaluate(state)
-                log.add({"step": done, **{HELD_OUT + k: v for k, v in held_out.items()}})
+            due = run.eval_every and (done % run.eval_every == 0 or done == steps)
+            if due and not (stopping and done < steps):
+                if (held_out := hooks.evaluate(state)) is not None:
+                    log.add({"step": done, **{HELD_OUT + k: v for k, v in held_out.items()}})
+                elif not window:  # else the next step's metrics are read with this one's
+                    stopping = last = True
             if (last or done % run.save_every == 0) and not in_a_row:
                 hooks.save(state)
             if stopping and done < steps:

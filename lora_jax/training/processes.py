@@ -2,11 +2,16 @@
 
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
+
+_ASK_SECONDS, _MOST_TURNS = 1.0, 10
 
 
 def is_first() -> bool:
@@ -24,12 +29,36 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def any_process(flag: bool) -> bool:
-    """Returns whether the flag is set in one of the processes; all have to call this."""
-    if jax.process_count() == 1:
-        return flag
-    flags: Any = multihost_utils.process_allgather(flag)
-    return bool(flags.any())
+class Agreement:
+    """Tells all processes at the same turn of a number that one of them has, such as a signal's.
+
+    Asking the others takes about a millisecond. Where turns are short, several pass before they
+    are asked again: as many as take a second, and ten at most.
+    """
+
+    def __init__(self) -> None:
+        self._turns, self._every = 0, 1
+        self._asked = time.monotonic()
+
+    def largest(self, own: Callable[[], int | None], turn: Any = ()) -> int | None:
+        """Returns the largest number of all; all processes have to call this, each turn.
+
+        Args:
+          own: returns this process's number, from 1; it is called once the turn is over.
+          turn: arrays that are ready once the turn is over.
+        """
+        if jax.process_count() == 1:
+            return own()
+        self._turns += 1
+        if self._turns < self._every:
+            return None
+        jax.block_until_ready(turn)
+        seconds = time.monotonic() - self._asked
+        told: Any = multihost_utils.process_allgather(np.array([own() or 0, seconds], np.float32))
+        a_turn = max(float(told[:, 1].max()) / self._turns, 1e-3)
+        self._turns, self._every = 0, max(1, min(_MOST_TURNS, int(_ASK_SECONDS / a_turn)))
+        self._asked = time.monotonic()
+        return int(told[:, 0].max()) or None
 
 
 def write_json(path: Path, content: Any) -> None:

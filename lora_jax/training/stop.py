@@ -4,19 +4,27 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from lora_jax.training.errors import Interrupted
+from lora_jax.training.processes import Agreement
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """Knows whether the run was asked to stop; an interruption at once says `message`."""
+    """Knows whether the run was asked to stop.
+
+    Attributes:
+      remedy: tells an interrupted user how to go on, at this point of the run.
+      signal: the number of the signal that came; None for none.
+      deferring: whether a first signal waits for the end of the step.
+    """
 
     def __init__(self) -> None:
-        self.message = "interrupted before training began; there is nothing to save"
+        self.remedy = "Training had not begun, and nothing was lost: run the same command again"
         self.signal: int | None = None
-        self._deferred = False
+        self.deferring = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -31,23 +39,43 @@ class Stop:
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Defers the first signal within, which only sets `signal`; the second one raises."""
-        self._deferred = True
+        self.deferring = True
         try:
             yield
         finally:
-            self._deferred = False
+            self.deferring = False
+
+    def agreed(self, agreement: Agreement, turn: Any = ()) -> bool:
+        """Returns whether a signal came to one of the processes; all have to call this, each turn.
+
+        Args:
+          agreement: counts the turns.
+          turn: arrays that are ready once the turn is over.
+        """
+        number = agreement.largest(lambda: self.signal, turn)
+        self.signal = self.signal or number
+        return number is not None
 
     def check(self) -> None:
         """Raises `Interrupted` where a signal came while it was deferred."""
         if self.signal is not None:
-            raise Interrupted(self.message, self.code)
+            raise self.interrupted()
+
+    def interrupted(self) -> Interrupted:
+        """Returns the interruption at this point of the run."""
+        return Interrupted(f"interrupted by {self.name}. {self.remedy}", self.code)
 
     @property
     def code(self) -> int:
         """Returns the exit code that shells give for the signal."""
         return 128 + (self.signal or signal.SIGINT)
 
+    @property
+    def name(self) -> str:
+        """Returns the signal's name: "SIGTERM"."""
+        return signal.Signals(self.signal or signal.SIGINT).name
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         again, self.signal = self.signal is not None, number
-        if again or not self._deferred:
-            raise Interrupted(self.message, self.code)
+        if again or not self.deferring:
+            raise self.interrupted()

@@ -30,6 +30,7 @@ from lora_jax.training.data.labelled import Labelled, classification_loss
 from lora_jax.training.errors import TrainingError, as_argument
 from lora_jax.training.fit import Ready, compile_step, fit, make_ready, resumed
 from lora_jax.training.layout import Layout, one_device
+from lora_jax.training.lock import FolderLock
 from lora_jax.training.log import Line, Recorder, show
 from lora_jax.training.losses import HELD_OUT, Loss, summed_loss
 from lora_jax.training.optimizer import ScheduleKind, adamw, takes_from_base, warmed_up
@@ -170,83 +171,97 @@ def finetune(
     _check_counts(max_skipped=max_skipped)
     if not callable(lr) and not (math.isfinite(lr) and lr > 0):
         raise TrainingError(f"lr={lr}: a learning rate is a positive number")
+    if not 0 <= seed < 2**32:
+        raise TrainingError(f"seed={seed}: a number from 0 to {2**32 - 1} is needed")
     layout = layout or one_device()
     loss = _loss_of(loss, examples, layout)
     order = Order.of(examples, seed, batch_size, grad_accum)
     steps = steps or order.steps(epochs or 1)
     path = _check_folder(folder, resume, overwrite)
 
-    # The adapted tree and the state before the first step, or after the last checkpoint.
-    rate = lr if callable(lr) else warmed_up(lr, steps, kind=schedule, warmup=warmup)
-    key = jax.random.key(seed)
-    first = path / START if path is not None and resume and (path / START).exists() else None
-    kinds = models.kinds(model.config) if isinstance(model, _OUR_MODELS) else None
-    params = layout.placed(_adapted(params, rules, kinds, jax.random.fold_in(key, 0), first))
-    ready = make_ready(
-        params,
-        Feed(examples, order, examples.name),
-        layout=layout,
-        optimizer=optimizer or adamw(rate, params, weight_decay=weight_decay),
-        schedule=rate,
-        key=jax.random.fold_in(key, 1),
-        checkpoints=None if path is None else Checkpoints(path / CHECKPOINTS, keep),
-    )
-    settings = _settings(
-        lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay, rules=rules, seed=seed
-    )
-    ready = dataclasses.replace(ready, facts={**ready.facts, "settings": settings})
-    if resume:
-        ready = resumed(ready, steps)
-    elif overwrite and path is not None:
-        _clear(path)
-    if path is not None and rules is not None and takes_from_base(params) and first is None:
-        lj.save_adapter(path / START, params)  # so that a resumed run decomposes nothing again
-    summary = lj.summary(params)
-    del params
+    with contextlib.ExitStack() as held:
+        if path is not None and is_first():
+            held.enter_context(FolderLock(path))
+            _check_folder(path, resume, overwrite)  # another run may just have ended
 
-    # Training, and the adapter on its own.
-    began = time.perf_counter()
-    forward = _forward(model, ready)
-    step = compile_step(ready, forward, loss)
-    compile_seconds = time.perf_counter() - began
-    a_tenth = max(1, steps // 10)
-    pace = _Pace(
-        log_every=log_every or a_tenth,
-        eval_every=0 if measured is None else eval_every or a_tenth,
-        save_every=steps if path is None else save_every or a_tenth,
-        max_skipped=max_skipped,
-    )
-    recorder, stop = Recorder(log), Stop()
-    hint = f"Go on with {as_argument('resume', True)}"
-    stop.message = f"interrupted. {hint}"
-    in_main = threading.current_thread() is threading.main_thread()  # signals come to no other
-    with stop.listening() if path is not None and in_main else contextlib.nullcontext():
-        trained, step_seconds = fit(
-            ready,
-            step,
-            forward,
-            loss,
-            steps=steps,
-            pace=pace,
-            held_out=measured,
-            log=recorder,
-            stop=stop,
-            resume_hint=hint,
+        # The adapted tree and the state before the first step, or after the last checkpoint.
+        rate = lr if callable(lr) else warmed_up(lr, steps, kind=schedule, warmup=warmup)
+        key = jax.random.key(seed)
+        first = path / START if path is not None and resume and (path / START).exists() else None
+        kinds = models.kinds(model.config) if isinstance(model, _OUR_MODELS) else None
+        params = layout.placed(_adapted(params, rules, kinds, jax.random.fold_in(key, 0), first))
+        ready = make_ready(
+            params,
+            Feed(examples, order, examples.name),
+            layout=layout,
+            optimizer=optimizer or adamw(rate, params, weight_decay=weight_decay),
+            schedule=rate,
+            key=jax.random.fold_in(key, 1),
+            checkpoints=None if path is None else Checkpoints(path / CHECKPOINTS, keep),
         )
-    if path is not None:
-        lj.save_adapter(path / ADAPTER, trained, overwrite=True)
-        stop.message = f"interrupted; the adapter is in {path / ADAPTER}"
-        stop.check()  # a signal in the last step
-    found: Line = next((m for m in reversed(recorder.lines) if f"{HELD_OUT}loss" in m), {})
-    return trained, Report(
-        summary=summary,
-        steps=steps,
-        metrics=tuple(recorder.lines),
-        held_out={k.removeprefix(HELD_OUT): v for k, v in found.items() if k != "step"},
-        compile_seconds=compile_seconds,
-        step_seconds=step_seconds,
-        adapter=None if path is None else path / ADAPTER,
-    )
+        settings = _settings(
+            lr=lr,
+            schedule=schedule,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            rules=rules,
+            seed=seed,
+        )
+        ready = dataclasses.replace(ready, facts={**ready.facts, "settings": settings})
+        if resume:
+            ready = resumed(ready, steps)
+        elif overwrite and path is not None:
+            _clear(path)
+        keeps_start = path is not None and rules is not None and takes_from_base(params)
+        summary = lj.summary(params)
+        del params
+
+        # Training, and the adapter on its own.
+        began = time.perf_counter()
+        forward = _forward(model, ready)
+        step = compile_step(ready, forward, loss)
+        compile_seconds = time.perf_counter() - began
+        if path is not None and keeps_start and first is None:
+            # So that a resumed run decomposes nothing again.
+            lj.save_adapter(path / START, lj.join(ready.state.adapter, ready.base))
+        a_tenth = max(1, steps // 10)
+        pace = _Pace(
+            log_every=log_every or a_tenth,
+            eval_every=0 if measured is None else eval_every or a_tenth,
+            save_every=steps if path is None else save_every or a_tenth,
+            max_skipped=max_skipped,
+        )
+        recorder, stop = Recorder(log), Stop()
+        hint = f"Go on with {as_argument('resume', True)}"
+        stop.remedy = hint
+        in_main = threading.current_thread() is threading.main_thread()  # signals come to no other
+        with stop.listening() if path is not None and in_main else contextlib.nullcontext():
+            trained, step_seconds = fit(
+                ready,
+                step,
+                forward,
+                loss,
+                steps=steps,
+                pace=pace,
+                held_out=measured,
+                log=recorder,
+                stop=stop,
+                resume_hint=hint,
+            )
+        if path is not None:
+            lj.save_adapter(path / ADAPTER, trained, overwrite=True)
+            stop.remedy = f"The adapter is in {path / ADAPTER}"
+            stop.check()  # a signal in the last step
+        found: Line = next((m for m in reversed(recorder.lines) if f"{HELD_OUT}loss" in m), {})
+        return trained, Report(
+            summary=summary,
+            steps=steps,
+            metrics=tuple(recorder.lines),
+            held_out={k.removeprefix(HELD_OUT): v for k, v in found.items() if k != "step"},
+            compile_seconds=compile_seconds,
+            step_seconds=step_seconds,
+            adapter=None if path is None else path / ADAPTER,
+        )
 
 
 def _as_examples(given: Examples | Mapping[str, Any], name: str) -> Examples:

@@ -192,7 +192,9 @@ def test_the_adapter_answers_and_goes_on_training(inputs, whole, tmp_path, capsy
     answer = capsys.readouterr().out
     generate.main(["--model", inputs[1], *args[2:]])
     assert answer != capsys.readouterr().out
-    first = run(inputs, tmp_path, "--init-adapter", whole / "adapter", "--steps", 1, "--packing")
+    first = run(
+        inputs[:6], tmp_path, "--init-adapter", whole / "adapter", "--steps", 1, "--packing"
+    )
     assert read_metrics(first)[0]["loss"] < read_metrics(whole)[0]["loss"]
 
 
@@ -235,7 +237,7 @@ def test_full_fine_tuning_is_the_same_script(inputs, tmp_path, monkeypatch):
 
     monkeypatch.setattr("train.finetune.read_model", reading)
     run(
-        *(inputs, tmp_path, "--full", "--steps", 2, "--lr", 1e-3, "--grad-accum", 2),
+        *(inputs[:6], tmp_path, "--full", "--steps", 2, "--lr", 1e-3, "--grad-accum", 2),
         *("--eval-every", 1, "--dtype", "bfloat16", "--remat", "--attention", "blockwise"),
     )
     assert [(model.remat, model.attention) for model, _ in read] == [(True, "blockwise")]
@@ -251,13 +253,15 @@ def test_full_fine_tuning_is_the_same_script(inputs, tmp_path, monkeypatch):
     ("args", "words"),
     [
         (["--targets", "q_porj"], ["selects nothing", "q_proj/kernel"]),
+        (["--targets", "q_proj", "foo_proj"], ["'foo_proj'", "selects nothing", "o_proj/kernel"]),
+        (["--train", "norm", "lm_head"], ["'lm_head'", "selects nothing", "embed_tokens"]),
+        (["--targets", "q_proj", ".*v_proj.*"], ["'.*v_proj.*' is none", "one regular expression"]),
         (["--layers", "7"], ["has none of the layers (7,)"]),
         (["--experts", "blocks"], ["--experts blocks: the model", "is no mixture of experts"]),
         (["--seq-len", "5000"], ["--seq-len 5000: the model", "allows 4096 tokens at most"]),
         (["--seq-len", "40"], ["of 24 sequences are longer than --seq-len 40", "--truncate"]),
         (["--model", "nowhere.gguf"], ["--model nowhere.gguf: nowhere.gguf is neither a file"]),
         (["--dataset", "nowhere.jsonl"], ["--dataset nowhere.jsonl: there is no such file"]),
-        (["--init-adapter", "nowhere"], ["there is no adapter folder"]),
         (["--eval-every", "1", "--eval-questions", "0"], ["needs rows to hold out"]),
         (["--batch-size", "0"], ["--batch-size 0: at least 1 is needed"]),
     ],
@@ -326,7 +330,7 @@ def test_a_model_that_continues_no_text_is_refused(inputs, tmp_path, capsys):
 
 def test_an_adapter_is_refused_on_another_base(inputs, whole, tmp_path, capsys):
     other = write_model(tmp_path / "model", scale=1.5)
-    args = [*inputs, "--model", other, "--init-adapter", whole / "adapter", "--steps", 1]
+    args = [*inputs[:6], "--model", other, "--init-adapter", whole / "adapter", "--steps", 1]
     message = fails(capsys, *args, "--output", tmp_path / "run")
     assert "trained on another base" in message and "--allow-base-mismatch" in message
     main([str(arg) for arg in [*args, "--output", tmp_path / "run", "--allow-base-mismatch"]])

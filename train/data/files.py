@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_jax.hf.hub import probe
 from lora_jax.training.data.rows import Row
 from train.data.text_files import placed, read_csv, read_json
 from train.run.errors import UserError
@@ -112,14 +113,22 @@ def _read_saved(folder: Path, split: str) -> list[Row]:
 
 def _read_hub(name: str, split: str, subset: str | None) -> list[Row]:
     import datasets
+    import huggingface_hub
 
+    # Without an answer, datasets would try again for half a minute before it looks into its cache.
+    problem = probe(name, kind="dataset")
+    constants: Any = huggingface_hub.constants
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, problem is not None
     try:
         return _rows_of(datasets.load_dataset(name, subset, split=split))
     except Exception as error:  # any error of the hub's layers is about the given name
         raise UserError(
             f"--dataset {name} is neither a file nor a dataset that can be loaded from the hub "
-            f"(--split {split}, --subset {subset}): {error}"
+            f"(--split {split}, --subset {subset}): {problem or error}. Give a file, a dataset "
+            "that is in the local cache, or a name on the hub that can be reached"
         ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _rows_of(dataset: Any) -> list[Row]:

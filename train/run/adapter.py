@@ -1,6 +1,7 @@
 """Adapter and optimiser options as rules for the tree and an optax optimiser."""
 
 import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,6 +11,7 @@ import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import init
 from lora_jax.peft.config import read_config
+from lora_jax.rules import PRESETS
 from lora_jax.training.optimizer import adamw
 from train.run.errors import UserError, as_user_errors
 from train.run.options import AdapterConfig, OptimConfig
@@ -71,6 +73,26 @@ def rules(adapter: AdapterConfig, outline: Outline | None = None) -> list[Rule]:
             "--targets none: nothing would train; select parameters with --train or --bias"
         )
     return chosen
+
+
+def check_names(adapter: AdapterConfig, outline: Outline) -> None:
+    """Raises a UserError for a name of --targets or --train that selects nothing in the model."""
+    if adapter.full or adapter.peft_config or adapter.init_adapter:
+        return
+    asked: list[tuple[str, tuple[str, ...], Callable[..., Rule]]] = [
+        ("--targets", adapter.targets if len(adapter.targets) > 1 else (), lj.LoraRule),
+        ("--train", adapter.train, lj.TrainRule),
+    ]
+    for option, names, rule in asked:
+        for name in names:
+            if name in (*NO_ADAPTER, "") or not (_is_name(name) or name in PRESETS):
+                raise UserError(
+                    f"{option} {' '.join(names)}: several targets are names of modules, and "
+                    f"{name!r} is none. Give names alone, or one regular expression alone, such as "
+                    "'.*(q|v)_proj/kernel'"
+                )
+            with as_user_errors(ValueError, prefix=f"{option} {' '.join(names)}: "):
+                lj.lorafy(outline.params, [rule(targets=[name])], kinds=outline.kinds)
 
 
 def peft_fields(path: str) -> dict[str, Any]:

@@ -29,7 +29,13 @@ def tokenized(outline: Outline, chats: Sequence[Chat]) -> list[list[int]]:
 
 
 def complete(
-    model: Any, params: Any, outline: Outline, chats: Sequence[Chat], *, new_tokens: int
+    model: Any,
+    params: Any,
+    outline: Outline,
+    chats: Sequence[Chat],
+    *,
+    new_tokens: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
     """Returns the assistant's next turn in each chat, decoded greedily.
 
@@ -42,6 +48,7 @@ def complete(
       outline: the model's outline, with its tokenizer.
       chats: the turns so far; the last one is the user's.
       new_tokens: the maximum number of tokens of an answer.
+      progress: is called with the number of answers so far, and of all.
     """
     prompts = tokenized(outline, chats)
     n_shared = _n_shared(prompts)
@@ -63,6 +70,7 @@ def complete(
         )
         answers = np.asarray(new)[:n_real].tolist()
         texts += outline.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        progress(len(texts), len(chats))
     return [text.strip() for text in texts]
 
 

@@ -1,5 +1,6 @@
 """Errors that a user can fix, shown as one paragraph without a traceback."""
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,8 @@ from typing import Any, NoReturn
 from lora_jax.training.errors import Interrupted, TrainingError
 
 BAD_INPUT = 2  # the exit code of argument parsers, too
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
 class UserError(TrainingError):
@@ -34,6 +37,25 @@ def reported() -> Iterator[None]:
         _leave(str(error), error.code)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
+    except Exception as error:
+        if said := disk_full(error):
+            _leave(f"error: {said}", BAD_INPUT)
+        raise
+
+
+def disk_full(error: BaseException) -> str | None:
+    """Returns a message where an error comes of a full disk, or of a limit on files; else None."""
+    seen: BaseException | None = error
+    while seen is not None:
+        text = " ".join(str(seen).split())
+        is_full = isinstance(seen, OSError) and seen.errno in _FULL
+        if is_full or any(word in text for word in _FULL_WORDS):
+            return (
+                f"a file cannot be written ({text[-300:]}): make room on the disk, or raise the "
+                "limit on the size of files or the quota"
+            )
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def flag(name: str, *value: Any) -> str:

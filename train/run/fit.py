@@ -5,6 +5,7 @@ end. In between, a script may still look at the base as it was.
 """
 
 import dataclasses
+import math
 import shlex
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from rich.console import Console
 
 import lora_jax as lj
@@ -25,11 +27,19 @@ from lora_jax.training.losses import Loss
 from lora_jax.training.optimizer import takes_from_base, warmed_up
 from lora_jax.training.processes import is_first, wait_for_all
 from lora_jax.training.stop import Stop
-from train.run.adapter import make_optimizer, rules
-from train.run.errors import as_user_errors
+from train.run.adapter import check_names, make_optimizer, rules
+from train.run.errors import as_user_errors, flag
 from train.run.log import doing, draw_curve, open_log, read_metrics
 from train.run.options import OptimConfig, Options
-from train.run.output import ADAPTER, CHECKPOINTS, START, begin, folder_bytes
+from train.run.output import (
+    ADAPTER,
+    CHECKPOINTS,
+    CONFIG,
+    START,
+    begin,
+    folder_bytes,
+    read_json,
+)
 from train.run.pretrained import Outline
 from train.run.report import compiled_bytes, megabytes, peak_bytes, versions
 
@@ -73,6 +83,7 @@ def learning_rate(config: Options, outline: Outline, steps: int) -> float:
 def check_rules(config: Options, outline: Outline) -> None:
     """Raises UserError where the rules do not fit the model; reads no weights."""
     if config.adapter.init_adapter is None:
+        check_names(config.adapter, outline)
         with as_user_errors(ValueError):
             lj.lorafy(outline.params, rules(config.adapter, outline), kinds=outline.kinds)
 
@@ -139,6 +150,8 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
         done = int(ready.state.step)
         said = f"going on after step {done}" if done else "no checkpoint yet: beginning at step 0"
         run.console.print(said, highlight=False)
+        if warning := _moved(run, schedule, done):
+            run.console.print(warning, highlight=False, soft_wrap=True)
     resolved = {"steps": run.steps, "examples": len(run.feed.examples), "lr": run.rate}
     facts = {"resolved": resolved, **facts, "summary": summary, "versions": versions()}
     wait_for_all("the options of all processes are checked")
@@ -149,6 +162,24 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
         # So that --resume decomposes nothing again.
         lj.save_adapter(run.folder / START, params, about=run.about)
     return ready
+
+
+def _moved(run: Run, schedule: optax.Schedule, done: int) -> str | None:
+    """Returns a warning where the run's length changed, and with it the learning rate from here."""
+    began = read_json(run.folder / CONFIG).get("resolved", {})
+    optim = run.config.optim
+    if not done or not {"steps", "lr"} <= began.keys():
+        return None
+    was = warmed_up(began["lr"], began["steps"], kind=optim.schedule, warmup=optim.warmup)
+    here, there = float(was(done)), float(schedule(done))
+    if began["steps"] == run.steps or math.isclose(here, there, rel_tol=1e-6):
+        return None
+    return (
+        f"warning: the run began with {began['steps']} steps and now has {run.steps}, so its "
+        f"{optim.schedule} schedule is another one: the learning rate goes on at {there:.2e}, not "
+        f"at {here:.2e}. To go on without this jump, give {flag('steps', began['steps'])}; for a "
+        "length that may change, begin a run with --schedule constant"
+    )
 
 
 def fit(
@@ -179,7 +210,7 @@ def fit(
         step = training.compile_step(ready, forward, loss)
         compile_seconds = time.perf_counter() - began
     resume_hint = f"Go on with: {_resume_command(run.script)}"
-    run.stop.message = f"interrupted. {resume_hint}"
+    run.stop.remedy = resume_hint
     trained, step_seconds = training.fit(
         ready,
         step,
@@ -207,7 +238,7 @@ def fit(
         "peak_bytes": peak_bytes(),
         "adapter_bytes": folder_bytes(run.folder / ADAPTER),
     }
-    run.stop.message = f"interrupted; the adapter is in {run.folder / ADAPTER}"
+    run.stop.remedy = f"The adapter is in {run.folder / ADAPTER}"
     run.stop.check()
     return trained, report
 

@@ -44,6 +44,9 @@ def join_hosts(run: RunConfig) -> None:
     """
     if run.coordinator is None and not run.distributed:
         return
+    if hasattr(jax.config, "jax_enable_preemption_service"):
+        # JAX would handle SIGTERM in the place of the run, and only take note of it.
+        jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(run.coordinator, run.num_processes, run.process_id)
     except (RuntimeError, ValueError) as error:
@@ -158,6 +161,11 @@ def _gathered(own: _Message) -> list[Any]:
         alike = len({*failed.values()}) == 1 and len(failed) == n
         raise _OfAll(error if alike else f"process {number} of {n}: {error}")
     return [message["value"] for message in messages]
+
+
+def gathered(own: Any) -> list[Any]:
+    """Returns the value of each process, in their order; JSON can represent it."""
+    return _gathered(_success(own))
 
 
 def _digest(content: Any) -> str:

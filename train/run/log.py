@@ -8,7 +8,7 @@ twice.
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,7 @@ from lora_jax.training.processes import is_first
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
 CURVE = "loss.png"
+_LINE_SECONDS = 30.0  # between lines of progress in a log file
 
 
 class Log:
@@ -120,11 +121,27 @@ def open_log(folder: Path, console: Console, *, first: int, last: int) -> Log | 
 
 
 @contextmanager
-def doing(console: Console, what: str) -> Iterator[None]:
-    """Prints a status during a slow operation and, afterwards, its duration."""
-    began = time.monotonic()
-    with console.status(what):
-        yield
+def doing(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Says what a slow operation is before it begins, and how long it took in the end.
+
+    Yields:
+      A function (done, of how many) that shows the progress: in a terminal at once, in a log file
+      as a line every half a minute.
+    """
+    began = shown = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        if console.is_terminal:
+            status.update(f"{what}: {done} of {total}")
+        elif time.monotonic() - shown >= _LINE_SECONDS and done < total:
+            shown = time.monotonic()
+            console.print(f"{what}: {done} of {total}", highlight=False, soft_wrap=True)
+
+    if not console.is_terminal:
+        console.print(f"{what} …", highlight=False, soft_wrap=True)
+    with console.status(what) as status:
+        yield progress
     console.print(f"{what}: {duration(time.monotonic() - began)}", highlight=False)
 
 

@@ -14,6 +14,8 @@ from train.run.errors import UserError, as_user_errors, flag
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
 _REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")}
 
+_MOST_SEED = 2**32 - 1  # JAX takes a larger one by its last 32 bits
+
 
 def _remat(given: list[str]) -> str:
     if len(given) > 1:
@@ -221,6 +223,8 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
     data = options.data
     if data.model is None:
         data = dataclasses.replace(data, model=_base_of(adapter.init_adapter) or defaults.model)
+    if (path := Path(data.model).expanduser()).exists():  # found from any folder, later
+        data = dataclasses.replace(data, model=str(path.absolute()))
     return dataclasses.replace(options, adapter=adapter, optim=optim, data=data)
 
 
@@ -247,7 +251,13 @@ def check_shared(options: Options) -> None:
     adapter, optim, run = options.adapter, options.optim, options.run
     at_least(1, optim, "batch_size", "grad_accum", "steps")
     at_least(1, run, "log_every", "save_every", "keep", "max_skipped")
-    at_least(0, optim, "warmup", "weight_decay", "grad_clip", "seed")
+    at_least(0, optim, "warmup", "weight_decay", "grad_clip")
+    check_seed(optim.seed)
+    if math.isinf(optim.weight_decay) or math.isinf(optim.grad_clip):
+        raise UserError(
+            f"--weight-decay {optim.weight_decay}, --grad-clip {optim.grad_clip}: finite numbers "
+            "are needed (--grad-clip 0 does not clip)"
+        )
     at_least(0, run, "eval_every")
     if optim.lr is not None and not (math.isfinite(optim.lr) and optim.lr > 0):
         raise UserError(f"--lr {optim.lr}: a learning rate is a positive number")
@@ -269,16 +279,6 @@ def check_shared(options: Options) -> None:
         )
     if adapter.full and adapter.init_adapter:
         raise UserError("--full trains without an adapter, and --init-adapter starts from one")
-    if adapter.full and adapter.peft_config:
-        raise UserError("--full trains without an adapter, and --peft-config describes one")
-    if adapter.init_adapter and adapter.peft_config:
-        raise UserError("--init-adapter brings its own rules: leave out --peft-config")
-    if adapter.peft_config and (given := _of_adapters(adapter)):
-        raise UserError(f"--peft-config describes the whole adapter: leave out {given}")
-    if adapter.full and (given := _of_adapters(adapter, *_IGNORED_BY_FULL)):
-        raise UserError(f"--full trains without an adapter, and {given} is about one")
-    if adapter.full and optim.lora_plus is not None:
-        raise UserError("--full trains without an adapter, and --lora-plus is about one")
     of_coordinator = (run.coordinator, run.num_processes, run.process_id)
     if len({value is None for value in of_coordinator}) > 1:
         raise UserError("--coordinator, --num-processes and --process-id go together")
@@ -287,17 +287,10 @@ def check_shared(options: Options) -> None:
         raise UserError("--resume continues a run and --overwrite deletes it: give one of them")
 
 
-_IGNORED_BY_FULL = ("targets", "rank", "alpha", "dropout")
-
-
-def _of_adapters(adapter: AdapterConfig, *besides: str) -> str | None:
-    """Returns the first option that was given and describes the adapter, except `besides`."""
-    default = AdapterConfig()
-    other = {"peft_config", "full", "init_adapter", "allow_base_mismatch", *besides}
-    for name in (field.name for field in dataclasses.fields(AdapterConfig)):
-        if name not in other and getattr(adapter, name) != getattr(default, name):
-            return flag(name)
-    return None
+def check_seed(seed: int) -> None:
+    """Raises a UserError for a seed that JAX or NumPy does not take."""
+    if not 0 <= seed <= _MOST_SEED:
+        raise UserError(f"--seed {seed}: a number from 0 to {_MOST_SEED} is needed")
 
 
 def at_least(least: int, part: Any, *names: str) -> None:

@@ -3,13 +3,17 @@
 import json
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from lora_jax.training.checkpoints import RECORD
-from lora_jax.training.processes import write_json
+from lora_jax.training.lock import FolderLock
+from lora_jax.training.processes import is_first, write_json
 from train.run.errors import UserError
-from train.run.log import CURVE, EVENTS, METRICS
+from train.run.log import CURVE, EVENTS, METRICS, read_metrics
 from train.run.options import Options, as_json, check_same_run
 
 CONFIG = "config.json"
@@ -21,6 +25,30 @@ START = "start"
 CHECKPOINTS = "checkpoints"
 _RESULTS = (CONFIG, SCORES, REPORT, ADAPTER, METRICS, EVENTS, CURVE, CONFUSION)
 _OURS = (*_RESULTS, START, CHECKPOINTS, RECORD)
+_TRAINED = (ADAPTER, CHECKPOINTS, RECORD, REPORT)  # what a run leaves once a step is done
+
+
+def locked_output(config: Options, held: ExitStack, console: Console) -> Path:
+    """Returns the output folder, checked, and with its lock; see `check_output`.
+
+    Args:
+      config: the options.
+      held: releases the lock in the end. Of many processes, the first one has it.
+      console: to say that the run waits.
+
+    Raises:
+      UserError: as `check_output` does.
+      TrainingError: another run writes to the folder.
+    """
+    folder = Path(config.run.output).expanduser()
+    if not folder.is_dir():
+        check_output(config)
+    if is_first():
+        try:
+            held.enter_context(FolderLock(folder, notice=lambda line: console.print(line)))
+        except OSError as error:
+            raise _cannot_be_written(folder, error) from error
+    return check_output(config)
 
 
 def check_output(config: Options) -> Path:
@@ -31,7 +59,7 @@ def check_output(config: Options) -> Path:
         --overwrite); with --resume, it holds no run, or a run with other options.
     """
     folder = Path(config.run.output).expanduser()
-    holds_run = any((folder / name).exists() for name in _OURS)
+    holds_run = any((folder / name).exists() for name in _OURS) and not _is_untrained(folder)
     if config.run.resume:
         saved = _saved_config(folder)
         check_same_run(config, saved, folder)
@@ -45,10 +73,25 @@ def check_output(config: Options) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(
-            f"the output folder {folder} cannot be written: {error.strerror or error}"
-        ) from error
+        raise _cannot_be_written(folder, error) from error
     return folder
+
+
+def _is_untrained(folder: Path) -> bool:
+    """Returns whether a run was stopped here before its first step: nothing of it need be kept."""
+    trained = any((folder / name).exists() for name in _TRAINED) or read_metrics(folder)
+    return not trained and "options" in read_json(folder / CONFIG)
+
+
+def _cannot_be_written(folder: Path, error: OSError) -> UserError:
+    return UserError(f"the output folder {folder} cannot be written: {error.strerror or error}")
+
+
+def saved_options(config: Options) -> dict[str, Any]:
+    """Returns the options that a resumed run began with; {} for a run that begins."""
+    if not config.run.resume:
+        return {}
+    return _saved_config(Path(config.run.output).expanduser())
 
 
 def _saved_config(folder: Path) -> dict[str, Any]:
@@ -67,8 +110,8 @@ def _saved_config(folder: Path) -> dict[str, Any]:
 
 
 def begin(folder: Path, config: Options, facts: dict[str, Any]) -> None:
-    """Writes the configuration; with --overwrite, deletes the earlier run first."""
-    if config.run.overwrite:
+    """Writes the configuration; without --resume, deletes what an earlier run left first."""
+    if not config.run.resume:
         for name in _OURS:
             path = folder / name
             if path.is_dir() and not path.is_symlink():

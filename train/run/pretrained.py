@@ -24,6 +24,7 @@ from lora_jax.models import (
     kinds,
 )
 from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
+from lora_jax.training.fit import not_finite
 from train.run.errors import UserError, as_user_errors
 
 
@@ -165,6 +166,16 @@ def read_model(
             attention=attention,
             experts=experts,
             **options,
+        )
+
+
+def check_weights(outline: Outline, params: Any) -> None:
+    """Raises a UserError where weights are not finite: no training on them could succeed."""
+    if bad := not_finite(params):
+        raise UserError(
+            f"--model {outline.name}: {len(bad)} of its weights hold values that are not finite, "
+            f"{bad[0]} among them. Its files are damaged, or its training diverged: fetch it "
+            "again, or take another model"
         )
 
 

@@ -89,7 +89,7 @@ class SftRunConfig(RunConfig):
     """The output folder of the run."""
     eval_questions: int = 64
     """SQL task: questions of each kind to answer before and after training; 0 for none. Other data:
-    rows to hold out, at most a tenth of them, if --eval-every is given."""
+    rows to hold out, at most a tenth of them, if --eval-every is given; --seed draws them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

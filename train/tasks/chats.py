@@ -3,6 +3,8 @@
 import functools
 from typing import Any
 
+import numpy as np
+
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.batches import Packs, pack
 from lora_jax.training.data.chats import check_lengths
@@ -14,9 +16,12 @@ from train.data.fields import renamed
 from train.data.files import read_rows
 from train.run.errors import UserError
 from train.run.options import Defaults
+from train.run.output import saved_options
 from train.run.pretrained import Outline, read_outline
 from train.run.sft_options import Config
 from train.tasks.task import Data, Rows, Task
+
+_HELD_OUT_STREAM = 2**32 + 1  # no epoch's number: the draw is none of the data's orders
 
 
 def check(config: Config) -> None:
@@ -36,7 +41,7 @@ def check(config: Config) -> None:
 
 
 def read(config: Config) -> Rows:
-    """Reads the rows of the dataset; with --eval-every, some of them are held out."""
+    """Reads the rows of the dataset; with --eval-every, some are held out."""
     data = config.data
     rows = _checked(config, data.dataset, data.split)[: data.rows]
     if data.eval_dataset is None:
@@ -52,16 +57,41 @@ def _checked(config: Config, dataset: str, split: str) -> list[Row]:
 
 
 def hold_out(config: Config, rows: list[Row]) -> Rows:
-    """Holds out the last rows, at most a tenth, if --eval-every is given."""
-    if not config.run.eval_every:
+    """Holds out rows that --seed draws, at most a tenth, if --eval-every is given.
+
+    A resumed run holds out those that it began without.
+
+    Raises:
+      UserError: there are too few rows, or the run began with all of them.
+    """
+    run, saved = config.run, saved_options(config)
+    if run.eval_every and not saved.get("eval_every", True):
+        raise UserError(
+            f"--eval-every {run.eval_every}: the run has trained on all rows, and none can be held "
+            "out any more. Leave it out, or start another run in another --output"
+        )
+    if not saved.get("eval_every", run.eval_every):
         return Rows(rows, [])
-    n = min(config.run.eval_questions, len(rows) // 10)
+    questions = saved.get("eval_questions", run.eval_questions)
+    if run.eval_every and questions != run.eval_questions:
+        raise UserError(
+            f"--eval-questions was {questions} and is now {run.eval_questions}: the held-out rows "
+            "of a run stay the same. Give the same number, or start another run in another --output"
+        )
+    n = min(questions, len(rows) // 10)
     if n == 0:
         raise UserError(
-            f"--eval-every {config.run.eval_every} needs rows to hold out: --eval-questions is "
-            f"{config.run.eval_questions}, and at most a tenth of the {len(rows)} rows is held out"
+            f"--eval-every {run.eval_every} needs rows to hold out: --eval-questions is "
+            f"{questions}, and at most a tenth of the {len(rows)} rows is held out"
         )
-    return Rows(rows[:-n], rows[-n:])
+    seed = [config.optim.seed, _HELD_OUT_STREAM]
+    drawn = np.random.Generator(np.random.PCG64(seed)).permutation(len(rows))
+    train, held_out = (sorted(part.tolist()) for part in (drawn[n:], drawn[:n]))
+    return Rows(
+        [rows[i] for i in train],
+        [rows[i] for i in held_out],
+        ([i + 1 for i in train], [i + 1 for i in held_out]),
+    )
 
 
 def outline(config: Config, rows: Rows) -> Outline:
@@ -74,17 +104,22 @@ def outline(config: Config, rows: Rows) -> Outline:
 
 def examples(config: Config, rows: Rows, outline: Outline) -> Data:
     """Returns the rows as sequences, padded or packed."""
-    packs = packed(config, rows.train, outline.tokenizer, config.data.dataset)
+    numbers, source = rows.numbers or (None, None), config.data.dataset
+    packs = packed(config, rows.train, outline.tokenizer, source, numbers[0])
     held_out = None
     if rows.held_out:
-        source = config.data.eval_dataset or "the held-out rows"
-        held_out = packed(config, rows.held_out, outline.tokenizer, source)
+        held_out_source = config.data.eval_dataset or "the held-out rows"
+        held_out_source = source if rows.numbers else held_out_source
+        held_out = packed(config, rows.held_out, outline.tokenizer, held_out_source, numbers[1])
     return Data(
         train=packs,
         held_out=held_out,
         name=packs.name,
         facts={"sequence_length": packs.lengths[-1], "lengths": packs.lengths},
-        lines=(described(packs, packing=config.data.packing),),
+        lines=(
+            described(packs, packing=config.data.packing),
+            *((_drawn(config, rows),) if rows.numbers else ()),
+        ),
     )
 
 
@@ -105,7 +140,23 @@ def described(packs: Packs, *, packing: bool) -> str:
     )
 
 
-def packed(config: Config, rows: list[Row], tokenizer: Any, source: str) -> Packs:
+def _drawn(config: Config, rows: Rows) -> str:
+    assert rows.numbers is not None
+    held_out, n = rows.numbers[1], len(rows.train) + len(rows.held_out)
+    some = ", ".join(map(str, held_out[:5])) + ", …" * (len(held_out) > 5)
+    return (
+        f"{len(held_out)} of the {n} rows are held out, drawn by --seed {config.optim.seed}: "
+        f"row {some}"
+    )
+
+
+def packed(
+    config: Config,
+    rows: list[Row],
+    tokenizer: Any,
+    source: str,
+    numbers: list[int] | None = None,
+) -> Packs:
     """Tokenises rows, and packs them or has them batched by length.
 
     Args:
@@ -113,9 +164,12 @@ def packed(config: Config, rows: list[Row], tokenizer: Any, source: str) -> Pack
       rows: chats, or pairs of prompt and completion.
       tokenizer: the model's tokenizer.
       source: the name of the rows in messages.
+      numbers: the rows' numbers in the data; by default from 1 on.
     """
     data = config.data
-    sequences = tokenize(rows, tokenizer, source, train_on=data.train_on, kept_in=data.token_cache)
+    sequences = tokenize(
+        rows, tokenizer, source, numbers, train_on=data.train_on, kept_in=data.token_cache
+    )
     kept = check_lengths(sequences, data.seq_len, truncate=data.truncate)
     if left_out := len(sequences) - len(kept):
         print(f"{source}: left out {left_out} rows, truncated before their completion began")

@@ -20,10 +20,16 @@ from train.run.pretrained import Outline
 
 
 class Rows(NamedTuple):
-    """Rows as they were read, before tokenisation."""
+    """Rows as they were read, before tokenisation.
+
+    Attributes:
+      train, held_out: the rows.
+      numbers: the numbers of both in the data, counted from 1; None where each begins with 1.
+    """
 
     train: list[Row]
     held_out: list[Row]
+    numbers: tuple[list[int], list[int]] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,9 @@ def decoder_outline():
         ("--keep 0", "--keep 0: at least 1"),
         ("--warmup -1", "--warmup -1: at least 0"),
         ("--eval-questions -1", "--eval-questions -1: at least 0"),
-        ("--seed -1", "--seed -1: at least 0"),
+        ("--seed -1", "--seed -1: a number from 0 to 4294967295"),
+        ("--seed 4294967296", "--seed 4294967296: a number from 0 to 4294967295"),
+        ("--weight-decay inf", "--weight-decay inf, .* finite numbers are needed"),
         ("--lr 0", "--lr 0.0: a learning rate is a positive number"),
         ("--lr nan", "--lr nan: a learning rate"),
         ("--grad-clip nan", "--grad-clip nan: at least 0"),
@@ -66,17 +68,25 @@ def decoder_outline():
         ("--lr 1e-3 --lr-rule llama", "give one of them"),
         ("--lora-plus 0", "--lora-plus 0.0: a positive number"),
         ("--lora-plus 16 --freeze-a", "--freeze-a trains B alone"),
-        ("--full --dora", "--full trains without an adapter, and --dora is about one"),
-        ("--full --train-tokens 3", "and --train-tokens is about one"),
-        ("--full --lora-plus 16", "and --lora-plus is about one"),
+        ("--full --rank 16", "without an adapter: leave out --rank"),  # though it is the default
+        ("--full --train-tokens=3", "without an adapter: leave out --train-tokens"),
+        ("--full --lora-plus 16", "without an adapter: leave out --lora-plus"),
+        ("--init-adapter x --rank 4 --train norm", "leave out --rank and --train$"),
+        ("--targets none --train norm --dora", "--targets none makes no adapter: leave out --dora"),
+        ("--allow-base-mismatch", "without --init-adapter: leave out --allow-base-mismatch"),
+        ("--dataset a.jsonl --split test", "from a file, not from the hub: leave out --split"),
+        (
+            "--dataset a.jsonl --eval-questions 8",
+            "for --eval-every alone: leave out --eval-q",
+        ),
         ("--targets none", "nothing would train"),
         ("--peft-config x --rank 4", "--peft-config describes the whole adapter: leave out --rank"),
         (
             "--peft-config x --alpha 4",
             "--peft-config describes the whole adapter: leave out --alpha",
         ),
-        ("--peft-config x --full", "--peft-config describes one"),
-        ("--peft-config x --init-adapter y", "--init-adapter brings its own rules"),
+        ("--peft-config x --full", "without an adapter: leave out --peft-config"),
+        ("--peft-config x --init-adapter y", "its own targets, rank and alpha: leave out --peft-c"),
         ("--dora --bias-on-b", "dora and bias_on_b do not go together"),
     ],
 )
@@ -264,12 +274,13 @@ def test_a_folder_that_holds_a_run_is_not_used_again(tmp_path):
     assert check_output(options(folder)) == folder
     begin(folder, options(folder), {"resolved": {}})
     (folder / "notes.txt").write_text("mine")
+    check_output(options(folder))  # it was stopped before its first step
+    (folder / "adapter").mkdir()
     with pytest.raises(UserError, match="run holds another run: continue it with --resume"):
         check_output(options(folder))
     check_output(options(folder, "--resume"))
     with pytest.raises(UserError, match="--seed was 0 and is now 1"):
         check_output(options(folder, "--resume", "--seed", "1"))
-    (folder / "adapter").mkdir()
     check_output(options(folder, "--overwrite"))
     assert (folder / "adapter").exists()  # nothing goes before all checks have passed
     begin(folder, options(folder, "--overwrite"), {})
@@ -282,6 +293,9 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
     (tmp_path / "config.json").write_text('{"options"')
     with pytest.raises(UserError, match="config.json is damaged"):
         check_output(options(tmp_path, "--resume"))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # a model's folder
+    with pytest.raises(UserError, match="holds another run"):
+        check_output(options(tmp_path))
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

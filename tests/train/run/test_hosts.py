@@ -1,17 +1,21 @@
 """Work that processes share, and its errors: every process has all results, or the same error."""
 
 import json
+import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 import pytest
 
+from lora_jax.training import processes as in_training
 from lora_jax.training.data import chats
+from lora_jax.training.processes import Agreement
 from tests.train.tiny import FORGETFUL, tokenizer
 from train.data.chats import tokenize
-from train.run import hosts
+from train.run import hosts, peers
 from train.run.errors import UserError
 from train.run.hosts import check_alike, map_over_processes, together
 from train.run.sft_options import Config, SftOptimConfig, SftRunConfig
@@ -209,3 +213,73 @@ def test_processes_take_the_tokens_of_an_earlier_run_together(processes, monkeyp
     file.unlink()
     assert processes(2, read) == first and len(rendered) == 10
     assert file.is_file()
+
+
+def connected(processes, n):
+    """Three processes' lines, and what each was told: (process, why, code)."""
+    told = [[] for _ in range(n)]
+
+    def connect():
+        here = jax.process_index()
+        return peers.connect(f"localhost:{here}", lambda *what: told[here].append(what))
+
+    return processes(n, connect), told
+
+
+def eventually(holds):
+    until = time.monotonic() + 10
+    while not holds() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert holds()
+
+
+@pytest.mark.parametrize("who", [0, 2])
+def test_the_others_are_told_why_a_process_ends(who, processes):
+    lines, told = connected(processes, 3)
+    lines[who].tell("got SIGTERM", 143)
+    others = [told[i] for i in range(3) if i != who]
+    eventually(lambda: others == [[(who, "got SIGTERM", 143)]] * 2)
+    assert told[who] == []
+    for line in lines:
+        line.close()
+    eventually(lambda: all(line._done.is_set() for line in lines))
+
+
+@pytest.mark.parametrize("who", [0, 2])
+def test_the_others_are_told_of_a_process_that_was_killed(who, processes):
+    lines, told = connected(processes, 3)
+    lines[1 if who else 2].close()  # it has done all, and ends: the others stay
+    for connection in lines[who]._connections.values():
+        connection.shutdown(socket.SHUT_RDWR)
+    left = 0 if who else 1
+    eventually(lambda: told[left] == [(who, peers.LOST, 1)])
+    for line in lines:
+        line.close()
+    eventually(lambda: all(line._done.is_set() for line in lines))
+
+
+def test_processes_that_do_not_reach_each_other_say_where_they_tried(processes, monkeypatch):
+    monkeypatch.setattr(peers, "_reached", lambda offer: None)
+    lines, _ = connected(processes, 2)
+    assert lines[0] == lines[1] and lines[0].startswith("process 1 does not reach process 0 at loc")
+
+
+@pytest.mark.parametrize(("seconds", "asked"), [(2.0, 20), (0.25, 5), (0.01, 2)])
+def test_the_others_are_asked_once_a_second(seconds, asked, monkeypatch):
+    """Of twenty turns: each of two seconds, some of those of a quarter, every tenth short one."""
+    clock, rounds = [0.0], []
+
+    def allgather(own):
+        rounds.append(own)
+        return np.stack([own, np.float32([0, 0])])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(in_training.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(in_training.multihost_utils, "process_allgather", allgather)
+    agreement, signals = Agreement(), iter([None] * (asked - 1) + [15])
+    told = []
+    for _ in range(20):
+        clock[0] += seconds
+        told.append(agreement.largest(lambda: next(signals)))
+    assert len(rounds) == asked
+    assert [number for number in told if number] == [15]

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
+from train.run import log as run_log
 from train.run.log import Log, draw_curve, duration, read_metrics
 
 
@@ -69,3 +70,13 @@ def test_the_curve_is_a_picture(tmp_path):
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "0 s"), (59, "59 s"), (200, "3 min 20 s")])
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_log_file_says_what_is_done_before_it_is_done(monkeypatch):
+    said = io.StringIO()
+    monkeypatch.setattr(run_log, "_LINE_SECONDS", 0.0)
+    with run_log.doing(Console(file=said), "answering") as progress:
+        assert said.getvalue() == "answering …\n"
+        progress(1, 2)
+        progress(2, 2)
+    assert said.getvalue().splitlines()[1:] == ["answering: 1 of 2", "answering: 0 s"]

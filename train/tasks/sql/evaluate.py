@@ -1,7 +1,7 @@
 """The evaluation of the SQL task: runs the model's queries on databases it never saw."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -39,7 +39,13 @@ def longest_prompt(outline: Outline, questions: Questions) -> int:
 
 
 def answer(
-    model: Any, params: Any, outline: Outline, questions: Questions, *, few_shot: bool = False
+    model: Any,
+    params: Any,
+    outline: Outline,
+    questions: Questions,
+    *,
+    few_shot: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Answers:
     """Returns the model's answers, decoded greedily.
 
@@ -49,9 +55,10 @@ def answer(
       outline: the model's outline, with its tokenizer.
       questions: the questions, by kind.
       few_shot: whether solved examples come first.
+      progress: is called with the number of answers so far, and of all.
     """
     chats = _chats(questions, few_shot)
-    texts = iter(complete(model, params, outline, chats, new_tokens=NEW_TOKENS))
+    texts = iter(complete(model, params, outline, chats, new_tokens=NEW_TOKENS, progress=progress))
     return {kind: [next(texts) for _ in examples] for kind, examples in questions.items()}
 
 

@@ -86,8 +86,12 @@ class Answering:
 
     def _ask(self, way: str, model: Any, params: Any, few_shot: bool) -> None:
         questions, outline = self.scores.questions, self.context.outline
-        with doing(self.context.console, f"{way}: answering {2 * self.scores.n} questions"):
-            answers = answer(model, params, outline, questions, few_shot=few_shot)
+        with doing(
+            self.context.console, f"{way}: answering {2 * self.scores.n} questions"
+        ) as progress:
+            answers = answer(
+                model, params, outline, questions, few_shot=few_shot, progress=progress
+            )
             self.scores.add(way, answers)
 
 

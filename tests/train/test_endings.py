@@ -1,0 +1,121 @@
+"""How runs end before their time: signals, deaths, and two runs in one folder."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.train.tiny import write_model, write_rows
+from train.run.log import read_metrics
+
+ROOT = Path(__file__).parents[2]
+LATEST = 15.0  # seconds after a signal, beside one step and one save
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """The options that name the tiny model and 24 rows."""
+    folder = tmp_path_factory.mktemp("inputs")
+    model, rows = write_model(folder / "model"), write_rows(folder / "rows.jsonl")
+    options = ["--batch-size", "4", "--rank", "2", "--steps", "5000", "--save-every", "50"]
+    return ["--model", str(model), "--dataset", str(rows), *options]
+
+
+def start(inputs, folder, *args, n=1):
+    """The script as `n` processes, as a user starts them; each writes to a log of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for i in range(n):
+        many = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", n, "--process-id", i]
+        command = [sys.executable, "-m", "train.sft", *inputs, "--output", folder, *args]
+        command += many if n > 1 else []
+        with (folder.parent / f"{folder.name}.log{i}").open("a") as log:
+            process = subprocess.Popen(
+                [*map(str, command)],
+                cwd=ROOT,
+                env={**os.environ, "JAX_PLATFORMS": "cpu"},
+                stdout=log,
+                stderr=log,
+            )
+        started.append(process)
+    return started
+
+
+def log_of(folder, i=0):
+    return (folder.parent / f"{folder.name}.log{i}").read_text()
+
+
+def wait_for(folder, what, processes):
+    while not re.search(what, log_of(folder)):
+        assert all(process.poll() is None for process in processes), log_of(folder)
+        time.sleep(0.02)
+
+
+def codes(processes, seconds=LATEST):
+    """The exit codes of processes that end within so many seconds."""
+    try:
+        until = time.monotonic() + seconds
+        return [process.wait(max(0.1, until - time.monotonic())) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def last_lines(folder, i):
+    """What a process said after its last step, without empty lines."""
+    said = [line for line in log_of(folder, i).splitlines() if line.strip()]
+    return [line for line in said if not re.match(r"step \d+/|trainable|reading|compil", line)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_signal_to_one_of_two_saves_and_ends_both(inputs, tmp_path, which, number):
+    folder = tmp_path / "run"
+    processes = start(inputs, folder, n=2)
+    wait_for(folder, "step 9/", processes)
+    processes[which].send_signal(number)
+    assert codes(processes) == [128 + number] * 2, log_of(folder) + log_of(folder, 1)
+    done = read_metrics(folder)[-1]["step"]
+    assert (folder / "checkpoints" / str(done)).is_dir() and not (folder / "run.lock").exists()
+    for i in range(2):
+        assert last_lines(folder, i)[-1].startswith(f"stopped after step {done}. Go on with: ")
+        assert not re.search("Traceback|Fatal|Error", log_of(folder, i))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_signal_while_two_compile_ends_both_and_the_same_command_begins(inputs, tmp_path, which):
+    folder = tmp_path / "run"
+    processes = start(inputs, folder, n=2)
+    wait_for(folder, "compiling the step …", processes)
+    processes[which].terminate()
+    assert codes(processes) == [143] * 2, log_of(folder) + log_of(folder, 1)
+    assert "run the same command again" in last_lines(folder, which)[-1]
+    assert f"process {which} of 2 got SIGTERM" in last_lines(folder, 1 - which)[-1]
+    assert "Traceback" not in log_of(folder) + log_of(folder, 1)
+    again = start(inputs, folder)
+    wait_for(folder, "step 1/", again)
+    again[0].terminate()
+    assert codes(again) == [143]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_where_one_of_two_is_killed_the_other_says_so(inputs, tmp_path, which):
+    folder = tmp_path / "run"
+    processes = start(inputs, folder, n=2)
+    wait_for(folder, "step 9/", processes)
+    processes[which].kill()
+    assert codes(processes)[1 - which] == 1, log_of(folder, 1 - which)
+    said = last_lines(folder, 1 - which)[-1]
+    assert said.startswith(f"process {which} of 2 ended without a word") and "--resume" in said
+    assert not re.search("Traceback|Fatal|Error", log_of(folder, 1 - which))

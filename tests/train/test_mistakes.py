@@ -1,0 +1,148 @@
+"""What users run into: full disks, damaged bases, prompts too long, a hub that does not answer."""
+
+import io
+import os
+import resource
+import socket
+import sys
+from types import SimpleNamespace
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pytest
+
+from lora_jax.training.lock import FolderLock
+from lora_jax.training.optimizer import warmed_up
+from tests.train.tiny import write_model, write_rows
+from train import generate
+from train.data import files
+from train.run import fit
+from train.run.errors import UserError
+from train.run.output import begin
+from train.sft import main, parse
+from train.tasks.chats import hold_out
+
+# Orbax leaves coroutines behind where a file cannot be written.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+ROWS = [{"prompt": f"{i}?", "completion": str(i)} for i in range(40)]
+
+
+def fails(capsys, run, *args):
+    """What a script says before it ends with the code for bad input."""
+    with pytest.raises(SystemExit) as caught:
+        run([str(arg) for arg in args])
+    said = capsys.readouterr().err.strip()
+    assert caught.value.code == 2 and "Traceback" not in said
+    return said.removeprefix("error: ")
+
+
+def test_held_out_rows_are_drawn_and_stay_when_a_run_goes_on(tmp_path):
+    def rows(*args):
+        return hold_out(parse(["--dataset", "x.jsonl", "--output", str(tmp_path), *args]), ROWS)
+
+    asked = ["--eval-every", "5", "--eval-questions", "3"]
+    drawn = rows(*asked)
+    train, held_out = drawn.numbers
+    assert sorted(train + held_out) == list(range(1, 41)) and len(held_out) == 3
+    assert [row["prompt"] for row in drawn.held_out] == [f"{n - 1}?" for n in held_out]
+    assert rows(*asked, "--seed", "1").held_out != drawn.held_out != ROWS[-3:]
+    begin(tmp_path, parse(["--dataset", "x.jsonl", *asked]), {})
+    assert rows("--resume") == drawn == rows(*asked[2:], "--eval-every", "1", "--resume")
+    with pytest.raises(UserError, match="--eval-questions was 3 and is now 64"):
+        rows("--eval-every", "1", "--resume")
+    begin(tmp_path, parse(["--dataset", "x.jsonl"]), {})
+    assert rows("--resume").held_out == []
+    with pytest.raises(UserError, match="--eval-every 5: the run has trained on all rows"):
+        rows("--eval-every", "5", "--resume")
+
+
+def test_a_longer_run_is_told_that_its_learning_rate_jumps(tmp_path):
+    config = parse(["--dataset", "x.jsonl", "--schedule", "linear", "--warmup", "1"])
+    begin(tmp_path, config, {"resolved": {"steps": 11, "lr": 1.0}})
+
+    def said(steps):
+        run = SimpleNamespace(folder=tmp_path, config=config, steps=steps)
+        return fit._moved(run, warmed_up(1.0, steps, kind="linear", warmup=1), 6)
+
+    assert said(11) is None
+    assert "goes on at 7.50e-01, not at 5.00e-01" in said(21) and "give --steps 11;" in said(21)
+
+
+def test_a_base_that_is_not_finite_is_named_before_training(tmp_path, capsys):
+    model = write_model(tmp_path / "model", scale=np.nan)
+    args = ["--model", model, "--dataset", write_rows(tmp_path / "rows.jsonl"), "--output"]
+    said = fails(capsys, main, *args, tmp_path / "run")
+    assert "of its weights hold values that are not finite, model/" in said
+
+
+def test_a_limit_on_files_is_told_in_one_paragraph(tmp_path, capsys):
+    model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    try:
+        args = ["--model", model, "--dataset", rows, "--steps", 1, "--output", tmp_path / "run"]
+        said = fails(capsys, main, *args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert said.startswith("a file cannot be written (") and "Go on with: " in said
+    assert "raise the limit on the size of files" in said and len(said.splitlines()) == 1
+
+
+def test_a_prompt_that_is_too_long_is_left_out(tmp_path, capsys, monkeypatch):
+    model = write_model(tmp_path / "model", max_position_embeddings=64)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"1?\n{'long ' * 20}\n2?\n"))
+    with pytest.raises(SystemExit) as caught:
+        generate.main(["--model", str(model), "--max-new-tokens", "4"])
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and len(out.split("\n")) >= 3
+    assert "prompt 2 is left out: prompt and --max-new-tokens: the model" in err
+    assert "1 prompts got no answer" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--system", "Be brief."], "has no chat template to put a system prompt into"),
+        (["--seed", "3"], "--seed is about sampling, and --temperature 0"),
+        (["--allow-base-mismatch"], "name one with --adapter"),
+        (["--temperature", "1", "--seed", str(2**40)], "a number from 0 to 4294967295"),
+    ],
+)
+def test_generate_refuses_what_has_no_effect(args, message, tmp_path, capsys):
+    model = write_model(tmp_path / "model", template=None)
+    assert message in fails(capsys, generate.main, "--model", model, "--prompt", "1?", *args)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    """The local cache is then looked into, without the half minute of attempts."""
+    offline = []
+
+    def load(*_, **__):
+        offline.append(huggingface_hub.constants.HF_HUB_OFFLINE)
+        raise ConnectionError("no such data set in the cache")
+
+    monkeypatch.setattr(files, "probe", lambda name, kind: "no answer within 10 seconds")
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    with pytest.raises(UserError, match="owner/name .* no answer within 10 seconds"):
+        files.read_rows("owner/name")
+    assert offline == [True] and huggingface_hub.constants.HF_HUB_OFFLINE == before
+
+
+def test_a_second_run_in_a_folder_is_refused_before_weights_are_read(tmp_path, capsys):
+    args = ["--model", "nowhere.gguf", "--dataset", write_rows(tmp_path / "rows.jsonl")]
+    (tmp_path / "run").mkdir()
+    with FolderLock(tmp_path / "run"):
+        for more in ([], ["--overwrite"]):
+            said = fails(capsys, main, *args, "--output", tmp_path / "run", *more)
+            assert f"another run, process {os.getpid()} on {socket.gethostname()}, is" in said
+    assert "nowhere.gguf" in fails(capsys, main, *args, "--output", tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_relative_model_is_stored_absolute(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert parse(["--model", "model"]).data.model == str(tmp_path / "model")
+    assert parse(["--model", "owner/model"]).data.model == "owner/model"

@@ -1,0 +1,88 @@
+"""Options that have no effect beside others are refused: a run does all that it is asked for."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from train.data.files import FILE_KINDS
+from train.run.adapter import NO_ADAPTER
+from train.run.errors import UserError, flag
+
+_OF_FACTORS = (
+    *("layers", "rank", "alpha", "dropout", "scaling", "init", "dora", "freeze_a", "bias_on_b"),
+    "divide_rank",
+)
+_OF_RULES = ("targets", *_OF_FACTORS, "bias", "train", "train_tokens")
+_OF_HUB = ("split", "subset")
+
+
+class _Case(NamedTuple):
+    """Says which options have no effect, and why."""
+
+    holds: bool
+    why: str
+    without_effect: Sequence[str]
+
+
+def check_effects(options: Any, given: frozenset[str]) -> None:
+    """Raises a UserError for an option that was given and has no effect beside the others.
+
+    Args:
+      options: the options as they were given, without a task's defaults.
+      given: the names of the fields that the command line sets; see `given_options`.
+    """
+    for case in _cases(options):
+        if case.holds and (named := [name for name in case.without_effect if name in given]):
+            raise UserError(f"{case.why}: leave out {' and '.join(map(flag, named))}")
+
+
+def given_options(args: Sequence[str]) -> frozenset[str]:
+    """Returns the names of the fields that a command line sets."""
+    flags = (arg.partition("=")[0] for arg in args if arg.startswith("--"))
+    return frozenset(name.removeprefix("--").replace("-", "_") for name in flags)
+
+
+def _cases(options: Any) -> list[_Case]:
+    data, adapter, run = options.data, options.adapter, options.run
+    head_only = getattr(adapter, "head_only", False)
+    factors = (*_OF_FACTORS, "lora_plus")
+    is_file = data.dataset.endswith(FILE_KINDS)
+    test: str | None = getattr(data, "test", None)
+    from_hub = not is_file or (test is not None and not test.endswith(FILE_KINDS))
+    return [
+        _Case(
+            adapter.full,
+            "--full trains every parameter, without an adapter",
+            (*_OF_RULES, "lora_plus", "peft_config"),
+        ),
+        _Case(
+            adapter.init_adapter is not None,
+            "--init-adapter goes on with an adapter, and its own targets, rank and alpha",
+            (*_OF_RULES, "peft_config"),
+        ),
+        _Case(
+            adapter.init_adapter is None and not run.resume,
+            "no adapter is read without --init-adapter",
+            ("allow_base_mismatch",),
+        ),
+        _Case(
+            adapter.peft_config is not None, "--peft-config describes the whole adapter", _OF_RULES
+        ),
+        _Case(
+            head_only and not adapter.full,
+            "--head-only trains only the head, without an adapter",
+            ("targets", *factors),
+        ),
+        _Case(adapter.targets == NO_ADAPTER, "--targets none makes no adapter", factors),
+        _Case(is_file and not from_hub, "the rows come from a file, not from the hub", _OF_HUB),
+        _Case(
+            data.dataset in ("sql", "vader"),
+            f"--dataset {data.dataset} has rows and a test of its own",
+            (*_OF_HUB, "test_share", "text", "text_pair", "label"),
+        ),
+        _Case(test is not None, "--test names the rows to test on", ("test_share",)),
+        _Case(
+            data.dataset != "sql" and not run.eval_every,
+            "rows are held out for --eval-every alone",
+            ("eval_questions",),
+        ),
+    ]

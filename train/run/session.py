@@ -1,0 +1,167 @@
+"""Ends a script before its time: with one paragraph, an exit code, and no process left behind.
+
+Python handles signals between its own instructions, so none during a compilation of minutes. A
+thread therefore listens for them, too, and ends the process where its main thread does not. Of
+many processes, all end with the first, whatever they wait for.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import jax
+from rich.console import Console
+
+from lora_jax.training.errors import Interrupted, TrainingError
+from lora_jax.training.stop import Stop
+from train.run.errors import BAD_INPUT, disk_full, flag
+from train.run.peers import LOST, Peers, connect
+
+_PATIENCE = 5.0  # seconds for the main thread to end by itself
+_OTHERS = 8.0  # seconds that process 0 waits for the others to end
+_FAILED = 1
+
+
+class Session:
+    """Ends the script.
+
+    Attributes:
+      stop: tells of a signal.
+      release: is called before the process ends without Python's own ending.
+    """
+
+    def __init__(self) -> None:
+        self.stop = Stop()
+        self.release = contextlib.ExitStack()
+        self._peers: Peers | None = None
+        self._claim = threading.Lock()  # held by the thread that ends the process
+        self._verdict: tuple[str, int] | None = None  # what another process said, and the exit code
+        self._told = threading.Event()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within, errors of the user's and signals end the process, and with it all others."""
+        try:
+            with self._watched(), self.stop.listening():
+                yield
+        except TrainingError as error:
+            said = error.said(flag)
+            self._end(f"error: {said}", BAD_INPUT, why=f"ended with an error: {said}")
+        except Interrupted as error:
+            self._end(str(error), error.code, why=f"got {self.stop.name}")
+        except Exception as error:
+            if full := disk_full(error):
+                why = "cannot write a file"
+                self._end(f"error: {full}. {self.stop.remedy}", BAD_INPUT, why=why)
+            if self._peers is None:
+                raise
+            # The death of another process may fail a collective here before it is told.
+            self._told.wait(3.0)
+            if self._verdict is not None:
+                self._end(*self._verdict)
+            said = traceback.format_exc()
+            self._end(said, _FAILED, why=f"ended with {said.strip().splitlines()[-1]}")
+        finally:
+            self.release.close()
+            if self._peers is not None:
+                self._peers.close()
+
+    def join(self, console: Console, coordinator: str | None) -> None:
+        """Connects the processes of a run, so that all of them end with the first."""
+        if jax.process_count() == 1:
+            return
+        peers = connect(coordinator, self._hear)
+        if isinstance(peers, Peers):
+            self._peers = peers
+        else:
+            console.print(
+                f"warning: {peers}: where a process ends before its time, the others end by JAX's "
+                "heartbeat, 100 seconds later. Allow connections between the hosts on all ports",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def _hear(self, process: int, why: str, code: int) -> None:
+        """Ends this process with another one."""
+        self._verdict = (
+            f"process {process} of {jax.process_count()} {why}. {self.stop.remedy}",
+            code,
+        )
+        self._told.set()
+        if why != LOST:  # else JAX ends the process, too, with less to say
+            time.sleep(_PATIENCE)  # the main thread may end by itself
+        self._end_at_once(*self._verdict)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Hears of signals in a thread while the main thread may be busy outside Python."""
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            end.setblocking(end is ours)
+        before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(ours,), name="signals", daemon=True).start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            theirs.close()
+
+    def _watch(self, signals: socket.socket) -> None:
+        with signals:
+            came = False
+            while received := signals.recv(1):
+                number = received[0]
+                if number not in (signal.SIGINT, signal.SIGTERM):
+                    continue
+                again, came = came, True
+                if self.stop.deferring and not again:
+                    continue
+                name = signal.Signals(number).name
+                if self._peers is not None:
+                    self._peers.tell(f"got {name}", 128 + number)
+                time.sleep(_PATIENCE)
+                self._end_at_once(f"interrupted by {name}. {self.stop.remedy}", 128 + number)
+
+    def _end_at_once(self, message: str, code: int) -> None:
+        """Ends the process from another thread than the main one, unless it ends already."""
+        if self._claim.acquire(blocking=False):
+            self._say(message)
+            self._leave(code)
+
+    def _end(self, message: str, code: int, why: str | None = None) -> NoReturn:
+        """Ends the process from the main thread.
+
+        Args:
+          message: the paragraph for the user.
+          code: the exit code.
+          why: what the other processes are told; None where they know.
+        """
+        if not self._claim.acquire(blocking=False):
+            threading.Event().wait()  # another thread is ending the process
+        self._say(message)
+        if self._peers is None:
+            sys.exit(code)
+        if why is not None:
+            self._peers.tell(why, code)
+        self._leave(code)
+
+    def _say(self, message: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            print(f"\n{message.rstrip()}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+
+    def _leave(self, code: int) -> NoReturn:
+        """Ends the process without Python's own ending, in which JAX would wait for the others."""
+        with contextlib.suppress(Exception):
+            self.release.close()
+        if self._peers is not None:
+            self._peers.wait_for_the_others(_OTHERS)
+        os._exit(code)
