@@ -66,7 +66,9 @@ def measure(case: Case, names: Sequence[str], options: Options, found: dict[str,
             with Worker(name, options.device) as theirs:
                 try:
                     other = found[name] = _begin(theirs, name, case, options)
-                    other["reason"] = disagreement(case, reference, entry, name, other)
+                    peers = [reference, *_peers(name, found)]
+                    reasons = (disagreement(case, one, found[one], name, other) for one in peers)
+                    other["reason"] = next(filter(None, reasons), "")
                     if other["reason"]:
                         other["status"] = REFUSED
                     elif options.rounds:
@@ -140,6 +142,12 @@ def disagreement(case: Case, reference: str, ours: Entry, name: str, theirs: Ent
         return ""
     listed = [" ".join(f"{x:.5f}" for x in losses) for losses in (b, a)]
     return f"another computation: losses {listed[0]}, and {reference}'s are {listed[1]}"
+
+
+def _peers(name: str, found: Mapping[str, Entry]) -> list[str]:
+    """Returns those measured before a contender that train as it does."""
+    measured = [one for one in found if one != name and found[one]["status"] == MEASURED]
+    return [one for one in measured if _same_group(one, name)]
 
 
 def _same_group(a: str, b: str) -> bool:

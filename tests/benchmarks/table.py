@@ -151,7 +151,7 @@ def provenance(results: dict[str, Any]) -> str:
     named = [f"{n} {versions[n]}" for n in ("Python", *PACKAGES) if n in versions]
     busy = "; the machine was not idle" if results["warnings"] else ""
     return (
-        f"Medians of {rounds} rounds taken in turns, least and largest in parentheses"
+        f"Medians over rounds taken in turns ({rounds} of them), least and largest in parentheses"
         f"{busy}. {where}; {', '.join(named)}; {machine['date']}, commit {machine['commit']}."
     )
 

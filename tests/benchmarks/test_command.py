@@ -63,6 +63,19 @@ def test_tokens_decoded_are_compared_too() -> None:
     assert "88%" in measure.disagreement(case, "base", ours, "torch-base", wrong)
 
 
+def test_full_fine_tuning_is_held_to_full_fine_tuning() -> None:
+    found = {
+        "lora_jax": {"status": measure.MEASURED, "losses": [5.0, 4.9]},
+        "full": {"status": measure.MEASURED, "losses": [5.0, 4.0]},
+        "torch-full": {"status": measure.MEASURED, "losses": [5.0, 4.1]},
+    }
+    case, torch = CASES["4x128"], found["torch-full"]
+    ours = found["lora_jax"]
+    assert measure.disagreement(case, "lora_jax", ours, "torch-full", torch) == ""
+    assert measure._peers("torch-full", found) == ["full"]
+    assert measure.disagreement(case, "full", found["full"], "torch-full", torch)
+
+
 def test_what_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (
         ["--cases", "4x127"],
