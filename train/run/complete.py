@@ -138,8 +138,8 @@ def _joined(shared: Cache, empty: Cache) -> Cache:
         return jnp.concatenate([filled, free], axis=slots)
 
     return Cache(
-        key=behind(shared.key, empty.key, 1, 2),
-        value=behind(shared.value, empty.value, 1, 2),
+        key=behind(shared.key, empty.key, 1, 3),
+        value=behind(shared.value, empty.value, 1, 3),
         positions=behind(shared.positions, empty.positions, 0, 1),
         filled=shared.filled,
         length=jnp.repeat(shared.length, batch),

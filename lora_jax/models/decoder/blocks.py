@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import lax
 
 from lora_jax.models.decoder.config import DecoderConfig
-from lora_jax.models.layers.activations import ACTIVATION
+from lora_jax.models.layers.activations import activated
 from lora_jax.models.layers.attention import wide
 from lora_jax.models.layers.placement import UNPLACED, Placement
 
@@ -54,7 +54,7 @@ class MLP(nn.Module):
         else:
             gate = dense(self, "gate_proj", size, bias)(x)
             up = dense(self, "up_proj", size, bias)(x)
-        hidden = self.placement.constrain(ACTIVATION[cfg.hidden_act](gate) * up, "features")
+        hidden = self.placement.constrain(activated(cfg.hidden_act, gate, up), "features")
         return dense(self, "down_proj", cfg.hidden_size, bias)(hidden)
 
 

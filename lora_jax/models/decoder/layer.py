@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 
 from lora_jax.models.decoder.blocks import MLP, dense, norm
 from lora_jax.models.decoder.config import DecoderConfig
@@ -15,6 +14,7 @@ from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.decoder.moe import SparseMLP
 from lora_jax.models.decoder.rope import Rotation, rotate
 from lora_jax.models.layers.attend import Attend, attend
+from lora_jax.models.layers.cache import with_slots
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.placement import UNPLACED, Placement
 
@@ -40,7 +40,7 @@ class PerLayer(NamedTuple):
 
     Attributes:
       windowed: [] bool, True if this layer uses the sliding window.
-      key, value: [batch, max_len, kv_heads, head_dim], the layer's cache; None without one.
+      key, value: [batch, kv_heads, max_len, head_dim], the layer's cache; None without one.
     """
 
     windowed: jax.Array
@@ -82,14 +82,12 @@ class Attention(nn.Module):
 
         keys, values = k, v
         if layer.key is not None and layer.value is not None and step.filled is not None:
-            start = (0, step.filled, 0, 0)
-            keys = lax.dynamic_update_slice(layer.key, k.astype(layer.key.dtype), start)
-            values = lax.dynamic_update_slice(layer.value, v.astype(layer.value.dtype), start)
+            keys = with_slots(layer.key, k, step.filled)
+            values = with_slots(layer.value, v, step.filled)
         windowed, layers = len(cfg.windowed_layers), cfg.num_hidden_layers
         some = 0 < windowed < layers
         mask = step.mask.within(cfg.sliding_window, layer.windowed if some else None)
         scale = (cfg.query_pre_attn_scalar or cfg.head_dim) ** -0.5
-        keys, values = keys.astype(q.dtype), values.astype(q.dtype)
         # All layers are one program, and plans want to know for how many the window holds.
         with jax.named_scope(f"windowed_{windowed}_of_{layers}" if some else "attention"):
             out = attend(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lora_jax.models.encoder.config import EncoderConfig
-from lora_jax.models.layers.activations import ACTIVATION
+from lora_jax.models.layers.activations import ACTIVATION, activated
 from lora_jax.models.layers.attend import Attend, attend
 from lora_jax.models.layers.attention import dot_wide, wide
 from lora_jax.models.layers.blocks import dense, embed, layer_norm
@@ -229,7 +229,7 @@ class _Layer(nn.Module):
         cfg, args = self.config, (self.config, self.dtype, self.param_dtype)
         x = _Attention(*args, self.placement, self.attention, name="attention")(x, mask)
         intermediate = _Dense(*args, cfg.intermediate_size, name="intermediate")
-        inner = ACTIVATION[cfg.hidden_act](intermediate(self.placement.constrain(x, "inputs")))
+        inner = activated(cfg.hidden_act, intermediate(self.placement.constrain(x, "inputs")))
         x = _AddNorm(*args, name="output")(self.placement.constrain(inner, "features"), x)
         return self.placement.constrain(x, "residual"), None
 

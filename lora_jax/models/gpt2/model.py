@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 
 from lora_jax.models.gpt2.config import GPT2Config
-from lora_jax.models.layers.activations import ACTIVATION
+from lora_jax.models.layers.activations import activated
 from lora_jax.models.layers.attend import Attend, attend
 from lora_jax.models.layers.attention import dot_wide
 from lora_jax.models.layers.blocks import dense, embed, layer_norm
-from lora_jax.models.layers.cache import Cache
+from lora_jax.models.layers.cache import Cache, with_slots
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.models.layers.trunk import causal_mask, extend, place, rematerialised
@@ -124,10 +123,8 @@ class _Attention(nn.Module):
         q, k, v = (self.placement.constrain(part.reshape(heads), "heads") for part in parts)
         keys, values = k, v
         if layer.key is not None and layer.value is not None and step.filled is not None:
-            start = (0, step.filled, 0, 0)
-            keys = lax.dynamic_update_slice(layer.key, k.astype(layer.key.dtype), start)
-            values = lax.dynamic_update_slice(layer.value, v.astype(layer.value.dtype), start)
-        keys, values = keys.astype(q.dtype), values.astype(q.dtype)
+            keys = with_slots(layer.key, k, step.filled)
+            values = with_slots(layer.value, v, step.filled)
         out = attend(
             *(q, keys, values, step.mask, layer.scale),
             attention=self.attention,
@@ -146,7 +143,7 @@ class _MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = dense(self, self.config.intermediate_size, name="c_fc")(x)
-        hidden = self.placement.constrain(ACTIVATION[self.config.hidden_act](x), "features")
+        hidden = self.placement.constrain(activated(self.config.hidden_act, x), "features")
         return dense(self, self.config.hidden_size, name="c_proj")(hidden)
 
 

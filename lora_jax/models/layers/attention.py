@@ -31,15 +31,25 @@ def dense(
     scale: float | jax.Array | None = None,
     cap: float | None = None,
 ) -> jax.Array:
-    """Computes attention with all scores at once, [batch, heads, seq, keys]; see ``attend``."""
-    batch, seq, heads, head_dim = q.shape
+    """Computes attention with all scores at once, [batch, heads, seq, keys]; see ``attend``.
+
+    Heads lead in all operands, and the result is divided rather than the weights: otherwise XLA
+    copies scores into another layout on CPU, and keeps both them and the weights for the backward
+    pass.
+    """
+    batch, seq, _, head_dim = q.shape
     dtype = wide(q.dtype)
-    grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim)
-    scores = jnp.einsum("bsngd,btnd->bngst", grouped, k, preferred_element_type=dtype)
+    grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim).transpose(0, 2, 3, 1, 4)
+    keys, values = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    scores = jnp.einsum("bngsd,bntd->bngst", grouped, keys, preferred_element_type=dtype)
     scores = soft_cap(scores * score_scale(q, scale), cap)
     scores = jnp.where(mask.visible()[:, None, None], scores, jnp.finfo(dtype).min)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bngst,btnd->bsngd", probs, v).reshape(q.shape)
+    # The maximum changes no result, and so needs no derivative.
+    weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.astype(v.dtype)
+    out = jnp.einsum("bngst,bntd->bngsd", weights, values, preferred_element_type=dtype)
+    return (out / total).astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def score_scale(q: jax.Array, scale: float | jax.Array | None) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 class Cached(Protocol):
@@ -23,7 +24,8 @@ class Cache(NamedTuple):
     """Keys and values of the tokens so far. Slot i holds the i-th token fed to the model.
 
     Attributes:
-      key: [layers, batch, max_len, kv_heads, head_dim], rotated where the model rotates.
+      key: [layers, batch, kv_heads, max_len, head_dim], rotated where the model rotates. Heads
+        lead, so that attention reads a layer's slots in order and copies none of them.
       value: as key.
       positions: [batch, max_len] int32, each slot's position; -1 in empty and padded slots.
       filled: [] int32, the number of slots in use, padding included; the same for every row.
@@ -55,9 +57,9 @@ def init_cache(config: Cached, batch: int, max_len: int, dtype: Any = jnp.float3
     >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
     >>> config = models.read_config(fields | {"n_positions": 16})
     >>> models.init_cache(config, batch=2, max_len=16).key.shape
-    (1, 2, 16, 2, 4)
+    (1, 2, 2, 16, 4)
     """
-    shape = (config.num_hidden_layers, batch, max_len, config.num_key_value_heads, config.head_dim)
+    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_len, config.head_dim)
     return Cache(
         key=jnp.zeros(shape, dtype),
         value=jnp.zeros(shape, dtype),
@@ -65,3 +67,25 @@ def init_cache(config: Cached, batch: int, max_len: int, dtype: Any = jnp.float3
         filled=jnp.zeros((), jnp.int32),
         length=jnp.zeros((batch,), jnp.int32),
     )
+
+
+def with_slots(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
+    """Returns one layer's keys or values with those of new tokens, as attention takes them.
+
+    Args:
+      cached: [batch, kv_heads, max_len, head_dim].
+      new: [batch, seq, kv_heads, head_dim].
+      first: [] int32, the slot of the first new token.
+
+    Returns:
+      [batch, max_len, kv_heads, head_dim], in the dtype of `new`. The axes are swapped in name
+      only: attention swaps them back.
+    """
+    n_slots = cached.shape[2]
+    new_slots = new.swapaxes(1, 2).astype(cached.dtype)
+    if new_slots.shape[2] == 1:  # in one pass with what takes the layer out of the stack
+        is_new = jnp.arange(n_slots, dtype=jnp.int32) == jnp.minimum(first, n_slots - 1)
+        slots = jnp.where(is_new[:, None], new_slots, cached)
+    else:
+        slots = lax.dynamic_update_slice(cached, new_slots, (0, 0, first, 0))
+    return slots.swapaxes(1, 2).astype(new.dtype)

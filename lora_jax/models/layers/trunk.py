@@ -99,10 +99,14 @@ def extend(cache: Cache, placed: Placed, new: tuple[jax.Array, jax.Array]) -> Ca
       placed: the positions of the call's tokens.
       new: keys and values, [layers, batch, seq, kv_heads, head_dim] each.
     """
-    start = (0, 0, placed.first, 0, 0)
+    start = (0, 0, 0, placed.first, 0)
+
+    def extended(cached: jax.Array, new: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice(cached, new.swapaxes(2, 3).astype(cached.dtype), start)
+
     return Cache(
-        key=lax.dynamic_update_slice(cache.key, new[0].astype(cache.key.dtype), start),
-        value=lax.dynamic_update_slice(cache.value, new[1].astype(cache.value.dtype), start),
+        key=extended(cache.key, new[0]),
+        value=extended(cache.value, new[1]),
         positions=placed.slots,
         filled=placed.first + placed.positions.shape[1],
         length=jnp.maximum(cache.length, jnp.max(placed.slots, axis=1) + 1),

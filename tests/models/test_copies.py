@@ -1,0 +1,97 @@
+"""What a training step keeps for its backward pass, and what a decoding step copies."""
+
+import importlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from lora_jax.models.layers.attend import attend
+from lora_jax.models.layers.attention import score_scale
+from lora_jax.models.layers.cache import with_slots
+from lora_jax.models.layers.masks import Mask, Tokens
+from tests.models import tiny
+from tests.support import assert_close, draw
+
+ACTIVATIONS = importlib.import_module("lora_jax.models.layers.activations")
+
+
+def by_softmax(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: Any, _: Any) -> Any:
+    """Attention as it is written in textbooks: weights, then their product with the values."""
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+    scores = jnp.einsum("bsngd,btnd->bngst", grouped, k) * score_scale(q, scale)
+    scores = jnp.where(mask.visible()[:, None, None], scores, jnp.finfo(q.dtype).min)
+    return jnp.einsum("bngst,btnd->bsngd", jax.nn.softmax(scores), v).reshape(q.shape)
+
+
+def kept(shape: tuple[int, ...], attention: Any = "auto") -> int:
+    """The number of arrays of a shape that a step keeps for each layer."""
+    model, params = tiny.decoder("llama3", attention=attention)
+    ids = tiny.tokens(2, 5, 7)
+
+    def loss(params: Any) -> jax.Array:
+        return jnp.sum(model.apply({"params": params}, ids))
+
+    forward = next(
+        eqn for eqn in jax.make_jaxpr(jax.grad(loss))(params).eqns if eqn.primitive.name == "scan"
+    )
+    return sum(out.aval.shape == (3, *shape) for out in forward.outvars)
+
+
+def test_an_mlp_keeps_what_its_products_read_and_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = (5, 7, 37)
+    assert kept(hidden) == 3, "gate, up and the input of down"
+    monkeypatch.setattr(ACTIVATIONS.jax, "checkpoint", lambda fn, **_: fn)
+    assert kept(hidden) > 3, "the control"
+
+
+def test_attention_keeps_one_array_of_scores() -> None:
+    scores = (5, 2, 3, 7, 7)
+    assert kept(scores) == 1
+    assert kept(scores, by_softmax) == 2, "the control"
+
+
+LAYERS, BATCH, KV_HEADS, GROUP, HEAD_DIM, SLOTS = 3, 5, 2, 3, 10, 11
+
+
+@pytest.mark.parametrize("heads_lead", [True, False])
+def test_a_decoding_step_reads_slots_where_they_lie(heads_lead: bool) -> None:
+    """Layers take one token each; what holds all slots of a layer is neither moved nor copied."""
+    lead = (KV_HEADS, SLOTS) if heads_lead else (SLOTS, KV_HEADS)
+    stack = draw(0, (LAYERS, BATCH, *lead, HEAD_DIM))
+    q = draw(1, (BATCH, 1, KV_HEADS * GROUP, HEAD_DIM))
+    new = draw(2, (BATCH, 1, KV_HEADS, HEAD_DIM))
+    slots = jnp.arange(SLOTS, dtype=jnp.int32)
+    keys = Tokens(slots, jnp.broadcast_to(slots, (BATCH, SLOTS)))
+
+    def slots_lead(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice(cached, new, (0, first, 0, 0))
+
+    @jax.jit
+    def step(stacks: Any, q: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
+        mask = Mask(queries=Tokens(first[None], None), keys=keys, causal=True, aligned=False)
+
+        def layer(q: jax.Array, cached: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            write = with_slots if heads_lead else slots_lead
+            k, v = (write(part, new, first) for part in cached)
+            return attend(q, k, v, mask), None
+
+        return lax.scan(layer, q, stacks)[0]
+
+    args = ((stack, stack * 2), q, new, jnp.int32(4))
+    hlo = step.lower(*args).compile().as_text()
+    moves = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose|dynamic-update-slice)\(", hlo)
+    whole = sorted((1, BATCH, KV_HEADS, SLOTS, HEAD_DIM))
+    moved = [m for m in moves if sorted(map(int, m.split(","))) in (whole, whole[1:])]
+    assert bool(moved) != heads_lead, "the control has the slots before the heads"
+    if heads_lead:  # the same keys and values, whole, without a cache
+        want = q
+        for at in range(LAYERS):
+            k, v = (part[at].at[:, :, 4].set(new[:, 0]).swapaxes(1, 2)[:, :5] for part in args[0])
+            seen = Tokens(slots[:5], keys.positions[:, :5])
+            mask = Mask(queries=Tokens(slots[4:5], None), keys=seen, causal=True, aligned=False)
+            want = by_softmax(want, k, v, mask, None, None)
+        assert_close(step(*args), want, 1e-5)
