@@ -62,6 +62,11 @@ class Layout(Placement):
         return self.mesh.devices.flat[0].platform
 
     @property
+    def ragged_kernels(self) -> bool:
+        """Returns whether experts can count on kernels; see `compiler_options` and `mixture`."""
+        return self.platform == "tpu" and self.sorts_apart
+
+    @property
     def compiler_options(self) -> dict[str, str]:
         """Returns the options to compile with; see `lora_jax.models.compiler_options`."""
         return compiler_options(self.platform)

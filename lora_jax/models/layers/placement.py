@@ -19,20 +19,15 @@ class Placement:
     """A model's questions on placement; this one leaves everything as it is.
 
     A subclass answers for a mesh. It has to be hashable.
-
-    Attributes:
-      sorts_apart: whether, before experts, each device sorts its own tokens; see ``mixture``.
     """
 
-    sorts_apart: bool = True
-
     @property
-    def platform(self) -> str | None:
-        """Returns the platform of the devices ("tpu", "gpu", "cpu"); None if nobody says.
+    def ragged_kernels(self) -> bool:
+        """Returns whether ragged products are kernels, and each device sorts its own tokens.
 
-        Who says "tpu" compiles with ``lora_jax.models.compiler_options("tpu")``.
+        Who returns True compiles with ``lora_jax.models.compiler_options("tpu")``.
         """
-        return None
+        return False
 
     def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
         """Returns an activation, with ``jax.lax.with_sharding_constraint`` or as it is.
