@@ -68,8 +68,8 @@ class Layout(Placement):
         return True
 
     @property
-    def ragged(self) -> bool:
-        """Returns whether ragged products are kernels in a step of this layout."""
+    def ragged_kernels(self) -> bool:
+        """Returns whether experts can count on kernels; see `compiler_options` and `mixture`."""
         return self.platform == "tpu" and self.sorts_apart
 
     @property

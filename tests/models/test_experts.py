@@ -1,5 +1,6 @@
 """The implementations of experts, against a plain loop over the experts."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,7 +13,6 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.models.decoder.experts import by_blocks, implementation, ragged
 from lora_jax.models.decoder.moe import SparseMLP
-from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.sharding import place
 from lora_jax.training.layout import Layout, one_device
 from tests.models import tiny
@@ -155,25 +155,23 @@ def test_meshes(text: str) -> None:
     assert min(np.abs(g["b"]).max() for g in want[1][0].values()) > 1e-2
 
 
-class WithKernel(Placement):
-    ragged = True
+class OnTPU(Layout):
+    """A TPU's layout, by its word."""
 
-
-class LayoutOnTPU(Layout):
-    platform = "tpu"
+    @property
+    def platform(self) -> str:
+        return "tpu"
 
 
 def test_the_choice() -> None:
     """Ragged products where a placement says that there is a kernel for them."""
+    there = OnTPU(one_device().mesh, ())
     assert implementation("auto") is implementation("auto", one_device()) is by_blocks
-    assert implementation("auto", WithKernel()) is ragged
-    assert (
-        implementation("ragged") is ragged and implementation("blocks", WithKernel()) is by_blocks
-    )
-    assert implementation(loop, UNPLACED) is loop
-    mesh = one_device().mesh
-    assert LayoutOnTPU(mesh, ()).ragged and not LayoutOnTPU(mesh, (), sorts_apart=False).ragged
-    assert not one_device().ragged
+    assert implementation("auto", there) is ragged
+    assert implementation("auto", dataclasses.replace(there, sorts_apart=False)) is by_blocks
+    assert implementation("ragged") is ragged and implementation("blocks", there) is by_blocks
+    assert implementation(loop) is loop
+    assert there.compiler_options == models.compiler_options("tpu") != one_device().compiler_options
     with pytest.raises(ValueError, match="'gmm' is not one of auto, blocks, ragged"):
         implementation("gmm")
 
@@ -191,7 +189,7 @@ def test_the_choice_reaches_the_model(tmp_path: Any) -> None:
     assert "ragged_dot_general" not in program(model.clone(experts="auto"))
     alone = one_device().constrained(model.clone(experts="auto"))
     assert "ragged_dot_general" not in program(alone), "a CPU"
-    alone = model.clone(experts="auto", placement=WithKernel())
+    alone = OnTPU(one_device().mesh, ()).constrained(model.clone(experts="auto"), dropout=True)
     assert program(alone).count("ragged_dot_general") == 3
 
 

@@ -157,13 +157,13 @@ def implementation(experts: str | Experts, placement: Placement = UNPLACED) -> E
     """Returns the implementation of a name; a function is its own.
 
     - "blocks" and "ragged": see this module.
-    - "auto" is "ragged" where a placement says that ragged products are kernels, and "blocks"
-      elsewhere. ``lora_jax.training`` compiles its steps for TPUs with ``compiler_options``; where
-      you compile a model yourself, "auto" is "blocks".
+    - "auto" is "ragged" where a placement says that this is compiled to kernels (on a TPU, if each
+      device sorts its own tokens), and "blocks" elsewhere. ``lora_jax.training`` compiles its
+      steps with ``compiler_options``; where you compile a model yourself, "auto" is "blocks".
 
     Args:
       experts: a name, or a function with the arguments of ``Experts``.
-      placement: tells whether ragged products are kernels.
+      placement: tells whether ragged products are kernels; see ``Placement.ragged_kernels``.
 
     Raises:
       ValueError: for another name; lists those that there are.
@@ -171,7 +171,7 @@ def implementation(experts: str | Experts, placement: Placement = UNPLACED) -> E
     if not isinstance(experts, str):
         return experts
     if experts == "auto":
-        experts = "ragged" if placement.ragged else "blocks"
+        experts = "ragged" if placement.ragged_kernels else "blocks"
     if experts not in IMPLEMENTATIONS:
         raise ValueError(f"experts {experts!r} is not one of {', '.join(EXPERTS)}")
     return IMPLEMENTATIONS[experts]

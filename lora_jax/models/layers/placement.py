@@ -35,11 +35,11 @@ class Placement:
         return jax.device_count() == 1
 
     @property
-    def ragged(self) -> bool:
-        """Returns whether ragged products are kernels.
+    def ragged_kernels(self) -> bool:
+        """Returns whether ragged products are kernels, and each device sorts its own tokens.
 
-        That takes a step compiled with ``lora_jax.models.compiler_options("tpu")``, in which each
-        device sorts its own tokens; see ``mixture``.
+        A placement that returns True is for steps that are compiled with
+        ``lora_jax.models.compiler_options("tpu")``.
         """
         return False
 
