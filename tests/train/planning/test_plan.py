@@ -125,7 +125,7 @@ def test_a_mixture_costs_its_active_experts(tmp_path):
     )
     assert made.flops_closed_form < made.flops_per_step < 1.5 * made.flops_closed_form
     np.testing.assert_allclose(made.flops_per_step, made.flops_traced, rtol=0.01)
-    assert ragged.flops_traced < 0.95 * made.flops_traced
+    assert ragged.flops_traced < 1.3 * ragged.flops_closed_form
     assert ragged.flops_per_step > 1.5 * ragged.flops_traced
 
 
