@@ -154,7 +154,8 @@ def test_remat_changes_no_value(remat: bool | str) -> None:
     want, got = (_gradients(params, m, ids) for m in (model, again))
     jax.tree.map(lambda a, b: tiny.assert_close(b, a, 1e-6), want, got)
     programs = [str(_gradients.trace(params, m, ids).jaxpr) for m in (model, again)]
-    assert ["prevent_cse" in program for program in programs] == [False, True]
+    activation, layer = (program.count("prevent_cse") for program in programs)
+    assert 1 <= activation < layer
 
 
 @pytest.mark.parametrize("name", ["save_everything", "save_only_these_names"])

@@ -224,7 +224,8 @@ def test_rematerialisation_changes_no_gradient() -> None:
     want, got = (gradient(m)(params) for m in (model, again))
     jax.tree.map(lambda a, b: tiny.assert_close(a, b, 1e-5), got, want)
     programs = [str(gradient(m).trace(params).jaxpr) for m in (model, again)]
-    assert ["prevent_cse" in program for program in programs] == [False, True]
+    activation, layer = (program.count("prevent_cse") for program in programs)
+    assert 1 <= activation < layer
 
 
 @pytest.mark.parametrize(("case", "head"), [("bert", "classification"), ("roberta", "masked_lm")])

@@ -222,4 +222,5 @@ def test_layers_are_scanned_and_rematerialised() -> None:
         return str(jax.make_jaxpr(model.apply)(params, ids))
 
     assert len(program(2, False).splitlines()) == len(program(9, False).splitlines())
-    assert ["prevent_cse" in program(2, remat) for remat in (False, True)] == [False, True]
+    recomputed = [program(2, remat).count("prevent_cse") for remat in (False, True)]
+    assert recomputed == [1, 2], "the activation alone; the layer, too"
