@@ -11,7 +11,8 @@ import numpy as np
 from lora_jax.models import Cache, generate, init_cache
 from train.run.pretrained import Outline, end_tokens
 
-_BATCH = 32
+_CACHE_BYTES = 2**30  # of a batch: more rows share each pass over the weights
+_MOST_ROWS = 128
 _MULTIPLE = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
 
 Chat = Sequence[Mapping[str, str]]
@@ -57,7 +58,8 @@ def complete(
     length = -(-max(map(len, rests)) // _MULTIPLE) * _MULTIPLE
     ends = end_tokens(outline)
     texts = []
-    for batch, n_real in _batches(rests):
+    slots = n_shared + length + new_tokens
+    for batch, n_real in _batches(rests, _n_rows(model, slots)):
         ids, mask = left_padded(batch, length, ends[0] if ends else 0)
         new = generate(
             model,
@@ -86,9 +88,21 @@ def left_padded(
     return ids, mask
 
 
-def _batches(prompts: Sequence[list[int]]) -> Iterator[tuple[Sequence[list[int]], int]]:
-    """Yields batches of one size and the number of real rows; the last batch is filled up."""
-    size = min(_BATCH, len(prompts))
+def _n_rows(model: Any, slots: int) -> int:
+    """Returns the number of rows whose caches fit into the memory of a batch's."""
+    cache = jax.eval_shape(lambda: init_cache(model.config, 1, slots, model.dtype))
+    of_row = sum(leaf.size * leaf.dtype.itemsize for leaf in (cache.key, cache.value))
+    return max(1, min(_MOST_ROWS, _CACHE_BYTES // of_row))
+
+
+def _batches(prompts: Sequence[list[int]], most: int) -> Iterator[tuple[Sequence[list[int]], int]]:
+    """Yields batches of one size and the number of real rows; the last batch is filled up.
+
+    Args:
+      prompts: the rows.
+      most: the number of rows that a batch may have. Batches are as equal as they can be.
+    """
+    size = -(-len(prompts) // -(-len(prompts) // most))
     for first in range(0, len(prompts), size):
         batch = prompts[first : first + size]
         yield [*batch, *[prompts[0]] * (size - len(batch))], len(batch)

@@ -45,7 +45,7 @@ def test_a_batch_with_a_shared_beginning_answers_as_each_chat_alone(outline, sys
 
 
 def test_more_chats_than_a_batch_keep_their_order(outline, monkeypatch):
-    monkeypatch.setattr("train.run.complete._BATCH", 2)
+    monkeypatch.setattr("train.run.complete._MOST_ROWS", 2)
     model, params = decoder()
     chats = [[{"role": "user", "content": text}] for text in ("b", "cc", "d", "ee", "f")]
     texts = complete(model, params, outline, chats, new_tokens=4)
