@@ -69,6 +69,11 @@ class Layout(Placement):
         return self.mesh.devices.flat[0].platform
 
     @property
+    def kernels(self) -> bool:
+        """Returns True: `attention` gives each device its part."""
+        return True
+
+    @property
     def sequence_parts(self) -> int:
         """Returns the number of parts that a long row is shared out into."""
         return self.mesh.shape["sequence"]
@@ -125,13 +130,11 @@ class Layout(Placement):
         return NamedSharding(self.mesh, P())
 
     def constrained(self, model: Any, *, dropout: bool = False) -> Any:
-        """Returns the model with its activations on the mesh; on one device that is here as it is.
+        """Returns the model with its activations on the mesh.
 
         Dropout on experts depends on the order of the tokens that are sorted for them. To be what
         it is on one device, it has them sorted all at once, which takes more memory.
         """
-        if self.mesh.size == 1 and self.platform == jax.default_backend():
-            return model
         if self.mesh.size == 1:
             return model.clone(placement=OnePlatform(self.platform))
         return model.clone(placement=dataclasses.replace(self, sorts_apart=not dropout))

@@ -23,6 +23,7 @@ from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.call import Call
 from lora_jax.models.layers.masks import Mask, Split, Tokens, bidirectional
+from lora_jax.models.layers.placement import UNPLACED
 from lora_jax.models.layers.splash import Splash
 from lora_jax.models.layers.trunk import causal_mask, place
 from tests.support import assert_close, draw
@@ -264,13 +265,15 @@ def test_memory_grows_with_the_length_and_not_its_square(causal: bool) -> None:
 def test_the_choice() -> None:
     """By length and platform; what a kernel does not serve goes to blocks, by name."""
     assert ATTENTION == ("auto", "dense", "blockwise", "splash", "cudnn")
-    for platform, best in {"cpu": "blockwise", "tpu": "splash", "gpu": "cudnn"}.items():
+    for platform, best in {"cpu": "blockwise", "tpu": "splash", "gpu": "blockwise"}.items():
         for seq, name in {1: "dense", LONG - 1: "dense", LONG: best}.items():
             assert implementation("auto", seq, platform) is IMPLEMENTATIONS[name]
             for asked in ("dense", "blockwise", best):
                 assert implementation(asked, seq, platform) is IMPLEMENTATIONS[asked]
     own = Blockwise(block=3)
     assert implementation(own, 1, "cpu") is own
+    assert not UNPLACED.kernels, "here are four devices"
+    assert implementation("auto", LONG, "tpu", kernels=False) is IMPLEMENTATIONS["blockwise"]
 
     def served(attention: Any, platform: str, **facts: Any) -> str:
         call = Call(**{"queries": 512, "head_dim": 64, "dtype": jnp.bfloat16} | facts)
@@ -283,7 +286,7 @@ def test_the_choice() -> None:
     for queries, paired, fits in ((256, True, True), (128, True, False), (128, False, True)):
         told = served("auto", "tpu", queries=queries, split=Split("sequence", 4, paired))
         assert told == "splash" if fits else "64 tokens of a row at a time, no multiple" in told
-    assert served("auto", "gpu") == served("auto", "gpu", dtype=jnp.float16) == "cudnn"
+    assert served("cudnn", "gpu") == served("cudnn", "gpu", dtype=jnp.float16) == "cudnn"
     for facts, why in (
         ({"dtype": jnp.float32}, "cuDNN has no float32"),
         ({"head_dim": 256}, "multiples of 8 up to 128, not 256"),
@@ -293,8 +296,8 @@ def test_the_choice() -> None:
         ({"queries": 8192}, "more than 4,096 tokens"),
         ({"split": Split("sequence", 2, True)}, "lie on several devices"),
     ):
-        assert served("auto", "gpu", **facts).startswith("blockwise (cudnn: ")
-        assert why in served("auto", "gpu", **facts)
+        assert served("cudnn", "gpu", **facts).startswith("blockwise (cudnn: ")
+        assert why in served("cudnn", "gpu", **facts)
 
 
 def test_refusals() -> None:

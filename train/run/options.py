@@ -119,8 +119,8 @@ class OptimConfig:
     attention: Attention = "auto"
     """Computation of attention. dense: all scores of a layer at once, the square of the length.
     blockwise: a block of queries at a time, in memory linear in the length. splash: a kernel for
-    TPUs. cudnn: a kernel for GPUs, in half precision. auto: the device's kernel, or blockwise where
-    there is none, from 512 tokens on."""
+    TPUs. cudnn: a kernel for GPUs from Hopper on, in half precision. auto: from 512 tokens on,
+    splash on a TPU and blockwise elsewhere."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of the base and its activations. Adapters are always float32."""
 

@@ -47,7 +47,7 @@ IMPLEMENTATIONS: dict[str, Attend] = {
 }
 ATTENTION = ("auto", *IMPLEMENTATIONS)
 _RUNS_ON = {"splash": "tpu", "cudnn": "gpu"}
-_BEST_ON = {"tpu": "splash", "gpu": "cudnn"}
+_BEST_ON = {"tpu": "splash"}  # cuDNN depends on a GPU's kind, which a trace does not know
 
 
 def attend(
@@ -78,19 +78,21 @@ def attend(
     Returns:
       [batch, seq, heads, head_dim].
     """
-    local = implementation(attention, q.shape[1], placement.platform)
+    local = implementation(attention, q.shape[1], placement.platform, kernels=placement.kernels)
     return placement.attention(local)(q, k, v, mask, scale, cap)
 
 
-def implementation(attention: str | Attend, seq: int, platform: str) -> Attend:
+def implementation(
+    attention: str | Attend, seq: int, platform: str, *, kernels: bool = True
+) -> Attend:
     """Returns the implementation of a name; a function is its own.
 
     - "dense" holds all scores, [batch, heads, seq, keys] in fp32.
     - "blockwise" holds those of a block of queries; see ``Blockwise``.
     - "splash" is a kernel for TPUs that holds none; see ``Splash``.
     - "cudnn" is cuDNN's kernel for GPUs; see ``Cudnn``.
-    - "auto" is "dense" for fewer than 512 queries. From 512 on it is "splash" on a TPU, "cudnn" on
-      a GPU, and "blockwise" elsewhere.
+    - "auto" is "dense" for fewer than 512 queries. From 512 on it is "splash" on a TPU, and
+      "blockwise" elsewhere, or where several devices are here and no placement is given.
 
     A kernel that does not serve a call (keys in a cache, say) has "blockwise" do it; ``chosen``
     tells.
@@ -99,6 +101,7 @@ def implementation(attention: str | Attend, seq: int, platform: str) -> Attend:
       attention: a name, or a function with the arguments of ``Attend``.
       seq: the number of queries, on all devices together.
       platform: the kind of device, "cpu", "gpu" or "tpu"; see ``Placement.platform``.
+      kernels: whether "auto" may be a kernel; see ``Placement.kernels``.
 
     Raises:
       ValueError: for another name, or a kernel that does not run on the platform.
@@ -106,7 +109,8 @@ def implementation(attention: str | Attend, seq: int, platform: str) -> Attend:
     if not isinstance(attention, str):
         return attention
     if attention == "auto":
-        attention = _BEST_ON.get(platform, "blockwise") if seq >= LONG else "dense"
+        best = _BEST_ON.get(platform, "blockwise") if kernels else "blockwise"
+        attention = best if seq >= LONG else "dense"
     if attention not in IMPLEMENTATIONS:
         raise ValueError(f"attention {attention!r} is not one of {', '.join(ATTENTION)}")
     if (needed := _RUNS_ON.get(attention, platform)) != platform:

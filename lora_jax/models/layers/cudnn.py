@@ -20,11 +20,12 @@ _HALF = (jnp.bfloat16, jnp.float16)
 
 @dataclasses.dataclass(frozen=True)
 class Cudnn:
-    """Computes attention by cuDNN, from Ampere on; see ``attend`` for the arguments.
+    """Computes attention by cuDNN, on Hopper and later; see ``attend`` for the arguments.
 
     The mask is an array of [batch, 1, queries, keys], in the dtype of the queries: the square of
-    the length, but for no head. So rows longer than 4,096 tokens go block by block in plain JAX,
-    and so does what else cuDNN does not do: see ``refusal``.
+    the length, but not for each head. cuDNN computes its gradient as well, which earlier GPUs may
+    refuse. Rows longer than 4,096 tokens go block by block in plain JAX, and so does what else
+    cuDNN does not do: see ``refusal``.
 
     Attributes:
       backend: "cudnn", or "xla" to compute the same call on any device, for tests.

@@ -27,6 +27,14 @@ class Placement:
         """Returns the kind of device that the model is compiled for: "cpu", "gpu" or "tpu"."""
         return jax.default_backend()
 
+    @property
+    def kernels(self) -> bool:
+        """Returns whether a kernel can run, which XLA cannot share out over devices by itself.
+
+        Without a placement, nothing tells on which devices the arrays will lie.
+        """
+        return jax.device_count() == 1
+
     def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
         """Returns an activation, with ``jax.lax.with_sharding_constraint`` or as it is.
 
@@ -63,6 +71,11 @@ class OnePlatform(Placement):
     def platform(self) -> str:
         """Returns the kind of the device."""
         return self.kind
+
+    @property
+    def kernels(self) -> bool:
+        """Returns True: there is nothing to share out."""
+        return True
 
 
 UNPLACED = Placement()

@@ -222,14 +222,13 @@ class _Band(kernels.Mask):
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """Returns a block of the mask; one that is all True or all False costs nothing."""
-        rows, columns = (
-            np.arange(size, dtype=np.int32)[at] for at, size in zip(index, self.shape, strict=True)
-        )
-        slots = self.slots[rows]
-        empty, full = self._extremes(slots.min(), slots.max(), columns[0], columns[-1])
+        rows, columns = index
+        slots, (first, last, _) = self.slots[rows], columns.indices(self.keys)
+        empty, full = self._extremes(slots.min(), slots.max(), first, last - 1)
         if empty or full:
-            return _uniform(bool(full), (len(rows), len(columns)))
-        return self.mask_function(self.q_sequence[rows][:, None], columns[None])
+            return _uniform(bool(full), (len(slots), last - first))
+        keys = np.arange(first, last, dtype=np.int32)
+        return self.mask_function(self.q_sequence[rows][:, None], keys[None])
 
     def visits(self, size: int, key_size: int) -> tuple[int, int]:
         """Returns how many blocks the kernel visits, and how many there are."""
@@ -247,7 +246,7 @@ class _Band(kernels.Mask):
         Distances in a block are a range, and so are those that are seen.
         """
         nearest, farthest = low - last, high - first
-        empty, full = farthest < farthest, farthest == farthest
+        empty, full = nearest > farthest, nearest <= farthest  # of all slots: False, True
         if self.causal:
             empty, full = empty | (farthest < 0), full & (nearest >= 0)
         if self.window is not None and self.some is not False:
