@@ -104,10 +104,14 @@ class Splash:
             q, k, v = (padded(x, LANES) for x in (q, k, v))
             segments = [padded(x, LANES) for x in segments]
         kernel, visits = self._kernel(heads, q.shape[1], k.shape[1], mask, cap)
-        with jax.named_scope(visits):
-            arrays = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-            out = jax.vmap(kernel)(*arrays, kernels.SegmentIds(*segments))
-        return out.transpose(0, 2, 1, 3)[:, :seq]
+
+        def one(row: tuple[jax.Array, ...]) -> jax.Array:
+            q, k, v = (x.transpose(1, 0, 2) for x in row[:3])
+            with jax.named_scope(visits):
+                return kernel(q, k, v, kernels.SegmentIds(*row[3:])).transpose(1, 0, 2)
+
+        # Row by row: the kernel writes 128 fp32 copies of each query's logsumexp.
+        return lax.map(one, (q, k, v, *segments))[:, :seq]
 
     def _kernel(
         self, heads: int, queries: int, keys: int, mask: Mask, cap: float | None
