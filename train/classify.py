@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import tyro
 
 from train.finetune import finetune
-from train.run import classify_options
-from train.run.classify_options import Config, with_defaults
-from train.run.ignored import check_effects, given_options
+from train.run.options import classify as classify_options
+from train.run.options.classify import Config, with_defaults
+from train.run.options.ignored import check_effects, given_options
 from train.run.session import Session
 from train.tasks.registry import TEXTS, find_task
 from train.tasks.task import Task

@@ -20,10 +20,10 @@ from lora_jax.models import generate
 from train.run.cache import keep_compiled
 from train.run.complete import left_padded, tokenized
 from train.run.errors import UserError, as_user_errors, flag, reported
-from train.run.ignored import given_options
-from train.run.options import check_seed
+from train.run.options.common import check_seed
+from train.run.options.ignored import given_options
+from train.run.options.sft import DEFAULT_MODEL
 from train.run.pretrained import Outline, end_tokens, read_model, read_outline
-from train.run.sft_options import DEFAULT_MODEL
 
 _MULTIPLE = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
 

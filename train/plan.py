@@ -25,7 +25,7 @@ from train.planning.table import print_plans
 from train.run.adapter import rules
 from train.run.errors import UserError, reported
 from train.run.mesh import make_mesh
-from train.run.options import AdapterConfig, Attention, Experts, OptimConfig, Remat, at_least
+from train.run.options.common import AdapterConfig, Attention, Experts, OptimConfig, Remat, at_least
 from train.run.pretrained import read_shapes
 
 

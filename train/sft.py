@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import tyro
 
 from train.finetune import finetune
-from train.run import sft_options
-from train.run.ignored import check_effects, given_options
-from train.run.options import with_defaults
+from train.run.options import sft as sft_options
+from train.run.options.common import with_defaults
+from train.run.options.ignored import check_effects, given_options
+from train.run.options.sft import Config
 from train.run.session import Session
-from train.run.sft_options import Config
 from train.tasks.registry import CHATS, find_task
 from train.tasks.task import Task
 

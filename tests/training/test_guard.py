@@ -24,7 +24,7 @@ from tests.support import assert_identical, with_random_factors
 from tests.train.tiny import decoder, tokenizer
 from train.run.errors import flag
 from train.run.log import Log, read_metrics
-from train.run.options import RunConfig
+from train.run.options.common import RunConfig
 
 STEPS = 9
 ROWS = [{"prompt": "p" * n, "completion": "abc" * n} for n in range(1, 9)]

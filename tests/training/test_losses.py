@@ -18,7 +18,7 @@ from lora_jax.training.optimizer import adamw, warmed_up
 from lora_jax.training.step import init_state, make_step
 from tests.models import tiny, tiny_encoders
 from tests.support import assert_close, with_random_factors
-from train.run.sft_options import SftOptimConfig
+from train.run.options.sft import SftOptimConfig
 
 VOCAB = tiny.SIZES["vocab_size"]
 BATCH, SEQ, M = 3, 17, 10

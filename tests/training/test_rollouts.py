@@ -16,7 +16,7 @@ from lora_jax.training.losses import Loss, Sums
 from lora_jax.training.step import init_state, make_step
 from lora_jax.training.stop import Stop
 from train.run.log import Log, read_metrics
-from train.run.options import RunConfig
+from train.run.options.common import RunConfig
 
 CONTEXTS, ACTIONS = 3, 4  # the good action in a context is the one of its number
 PARTS, SIZE = 2, 32

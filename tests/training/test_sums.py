@@ -27,7 +27,7 @@ from tests.train.run.test_log import events
 from tests.training.test_losses import BATCH, LAYERS, M, batch, on_merged
 from train.run.log import Log, read_metrics
 from train.run.mesh import make_mesh
-from train.run.options import RunConfig
+from train.run.options.common import RunConfig
 
 # What is small and whole is summed in fp32 without rounding, in whatever order.
 RNG = np.random.default_rng(0)

@@ -24,7 +24,7 @@ from train.planning.machines import Machine
 from train.planning.plan_flops import count_traced, step_work
 from train.run.adapter import NO_ADAPTER, make_optimizer, rules
 from train.run.errors import UserError, as_user_errors
-from train.run.options import AdapterConfig, OptimConfig
+from train.run.options.common import AdapterConfig, OptimConfig
 from train.run.pretrained import Outline
 from train.run.report import compiled_bytes, tree_bytes
 

@@ -14,7 +14,7 @@ from lora_jax.peft.config import read_config
 from lora_jax.rules import PRESETS
 from lora_jax.training.optimizer import adamw
 from train.run.errors import UserError, as_user_errors
-from train.run.options import AdapterConfig, OptimConfig
+from train.run.options.common import AdapterConfig, OptimConfig
 from train.run.pretrained import Outline
 
 Rule = lj.LoraRule | lj.TrainRule

@@ -30,7 +30,7 @@ from lora_jax.training.stop import Stop
 from train.run.adapter import check_names, make_optimizer, rules
 from train.run.errors import as_user_errors, flag
 from train.run.log import doing, draw_curve, open_log, read_metrics
-from train.run.options import OptimConfig, Options
+from train.run.options.common import OptimConfig, Options
 from train.run.output import (
     ADAPTER,
     CHECKPOINTS,

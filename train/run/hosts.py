@@ -17,7 +17,7 @@ from rich.console import Console
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.processes import is_first
 from train.run.errors import UserError, flag
-from train.run.options import Options, RunConfig, as_json
+from train.run.options.common import Options, RunConfig, as_json
 
 _ROUND = 2**24  # bytes that each process sends at once
 _OF_ONE_PROCESS = ("coordinator", "process_id")  # options that may differ between processes

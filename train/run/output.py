@@ -14,7 +14,7 @@ from lora_jax.training.lock import FolderLock
 from lora_jax.training.processes import is_first, write_json
 from train.run.errors import UserError
 from train.run.log import CURVE, EVENTS, METRICS, read_metrics
-from train.run.options import Options, as_json, check_same_run
+from train.run.options.common import Options, as_json, check_same_run
 
 CONFIG = "config.json"
 SCORES = "scores.json"

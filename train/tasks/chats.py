@@ -15,10 +15,10 @@ from train.data.chats import tokenize
 from train.data.fields import renamed
 from train.data.files import read_rows
 from train.run.errors import UserError
-from train.run.options import Defaults
+from train.run.options.common import Defaults
+from train.run.options.sft import Config
 from train.run.output import saved_options
 from train.run.pretrained import Outline, read_outline
-from train.run.sft_options import Config
 from train.tasks.task import Data, Rows, Task
 
 _HELD_OUT_STREAM = 2**32 + 1  # no epoch's number: the draw is none of the data's orders

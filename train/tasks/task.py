@@ -15,7 +15,7 @@ from lora_jax.training.batches import Examples
 from lora_jax.training.data.chats import Row
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
-from train.run.options import Defaults
+from train.run.options.common import Defaults
 from train.run.pretrained import Outline
 
 

@@ -19,7 +19,7 @@ from tests.train.tiny import CONFIG
 from train import classify, sft
 from train.run.adapter import rules
 from train.run.errors import UserError
-from train.run.options import Attention, Experts, as_json, check_same_run
+from train.run.options.common import Attention, Experts, as_json, check_same_run
 from train.run.output import begin, check_output, read_json
 from train.run.pretrained import Outline, read_model
 from train.sft import check, parse, task_of

@@ -18,7 +18,7 @@ from train.data.chats import tokenize
 from train.run import hosts, peers
 from train.run.errors import UserError
 from train.run.hosts import check_alike, map_over_processes, together
-from train.run.sft_options import Config, SftOptimConfig, SftRunConfig
+from train.run.options.sft import Config, SftOptimConfig, SftRunConfig
 
 TURNS = [
     {"role": "user", "content": "1?"},

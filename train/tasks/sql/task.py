@@ -9,10 +9,10 @@ from lora_jax.training.data.chats import Row
 from lora_jax.training.processes import write_json
 from train.run.errors import UserError, flag
 from train.run.log import doing
-from train.run.options import Defaults
+from train.run.options.common import Defaults
+from train.run.options.sft import Config
 from train.run.output import SCORES, read_json
 from train.run.pretrained import Outline
-from train.run.sft_options import Config
 from train.tasks import chats
 from train.tasks.sql.evaluate import (
     ADAPTED,

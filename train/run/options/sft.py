@@ -5,7 +5,14 @@ from typing import Literal
 
 from lora_jax.hf.bundled import SMOLLM2
 from train.run.errors import UserError
-from train.run.options import AdapterConfig, OptimConfig, Options, RunConfig, at_least, check_shared
+from train.run.options.common import (
+    AdapterConfig,
+    OptimConfig,
+    Options,
+    RunConfig,
+    at_least,
+    check_shared,
+)
 
 DEFAULT_MODEL = SMOLLM2.name
 SQL = "sql"  # the name of the default task, defined in train/tasks/sql

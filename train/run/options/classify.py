@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from train.run import options
 from train.run.adapter import NO_ADAPTER
 from train.run.errors import UserError
-from train.run.options import (
+from train.run.options import common as options
+from train.run.options.common import (
     AdapterConfig,
     Defaults,
     OptimConfig,
