@@ -30,7 +30,7 @@ class Call(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """What is known of a kernel.
+    """An entry of the table of kernels.
 
     Attributes:
       label: the computation that it is a part of, for tables.

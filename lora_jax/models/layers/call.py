@@ -1,4 +1,4 @@
-"""What a kernel has to know of a call of attention, to say whether it can serve."""
+"""The facts of a call of attention by which a kernel says whether it can serve."""
 
 from __future__ import annotations
 

@@ -217,7 +217,7 @@ class _Band(kernels.Mask):
 
     @property
     def q_sequence(self) -> np.ndarray:
-        """What the kernel knows of each query: its slot, and the bit."""
+        """The slot of each query, with the bit."""
         return self.slots | np.int32(_WINDOWED) if self.some else self.slots
 
     @property

@@ -90,11 +90,9 @@ def test_attention_is_planned_as_asked(model):
     def temporaries(*options):
         return planned_for(model, "--seq-len", 512, *options)[2].per_chip_bytes["temporaries"]
 
-    auto, dense = temporaries(), temporaries("--attention", "dense")
-    assert auto == temporaries("--attention", "blockwise") < 0.7 * dense
-    mesh = ("--topology", "cpu:2", "--mesh", "sequence=2")
-    split = temporaries(*mesh, "--attention", "dense")
-    assert temporaries(*mesh) == split != temporaries(*mesh, "--attention", "blockwise")
+    for mesh in ((), ("--topology", "cpu:2", "--mesh", "sequence=2")):
+        auto, dense = temporaries(*mesh), temporaries(*mesh, "--attention", "dense")
+        assert auto == temporaries(*mesh, "--attention", "blockwise") < 0.7 * dense
     options = asked(model, "--attention", "dense")
     assert plan.described(options.plan, plan.make_job(options.plan)[0])["attention"] == "dense"
 
