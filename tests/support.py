@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,9 @@ from lora_jax.paths import flatten_with_paths
 from lora_jax.weight import is_node
 
 Params = Any
+
+# Proofs that repeat themselves do so more often where the environment has THOROUGH=1.
+THOROUGH = os.environ.get("THOROUGH") == "1"
 
 
 def draw(key: int, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:

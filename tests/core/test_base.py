@@ -35,6 +35,9 @@ FORMED = [coded_program(program, movable=False) for program in PROGRAMS + MORE_P
 NAMED = {program.name: program for program in CODED}
 STACK, TIED = NAMED["scanned and rematerialised"], NAMED["embedding looked up and tied"]
 FEW = {STACK.name, TIED.name}
+# The laws share what can go wrong: half of the programs for each do.
+HALF = [p for i, p in enumerate(CODED) if i % 2 == 0 or p.name in FEW]
+OTHERS = [p for i, p in enumerate(CODED) if i % 2 or p.name in FEW]
 
 
 def over(programs, often=FEW):
@@ -78,7 +81,7 @@ def test_factored_equals_merged_where_every_cut_forms_the_array(program, float64
     ],
     ids=lambda law: law.__name__,
 )
-@over([p for p in CODED if "sorted" not in p.name], often={STACK.name})  # no vmap of ragged_dot
+@over([p for p in HALF if "sorted" not in p.name], often={STACK.name})  # no vmap of ragged_dot
 def test_transforms(law, program, float64):
     law(program, None)
 
@@ -88,7 +91,7 @@ def test_transforms(law, program, float64):
     [laws.test_inverses, laws.test_locality, laws.test_no_frozen_gradient],
     ids=lambda law: law.__name__,
 )
-@over(CODED)
+@over(OTHERS)
 def test_the_other_laws(law, program):
     law(program)
 
@@ -102,7 +105,7 @@ def test_swap_compiles_nothing():
     [{"dora": True}, {"dora": True, "dropout": 0.5}, {"dropout": 0.5}, {"bias_on_b": True}],
     ids=str,
 )
-@over(CODED, often={STACK.name})
+@over(HALF, often={STACK.name})
 def test_variants_and_dropout(program, changes, float64):
     """As over the array that the codes stand for: values, and gradients of the adapter."""
     if "tied" in program.name and ("bias_on_b" in changes or changes.get("dropout")):

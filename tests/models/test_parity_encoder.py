@@ -64,8 +64,9 @@ def case(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-@pytest.mark.parametrize("attention", ["dense", Blockwise(block=4)], ids=str)
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    ("side", "attention"), [("right", "dense"), ("left", Blockwise(block=4))], ids=str
+)
 def test_bare(case: str, side: str, attention: Any, tmp_path: Path) -> None:
     """Hidden states, the pooler's output and both embeddings."""
     reference = make_reference(case, "none")

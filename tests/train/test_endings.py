@@ -77,8 +77,7 @@ def last_lines(folder, i):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(("which", "number"), [(0, signal.SIGINT), (1, signal.SIGTERM)])
 def test_a_signal_to_one_of_two_saves_and_ends_both(inputs, tmp_path, which, number):
     folder = tmp_path / "run"
     processes = start(inputs, folder, n=2)
@@ -93,15 +92,14 @@ def test_a_signal_to_one_of_two_saves_and_ends_both(inputs, tmp_path, which, num
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_signal_while_two_compile_ends_both_and_the_same_command_begins(inputs, tmp_path, which):
+def test_a_signal_while_two_compile_ends_both_and_the_same_command_begins(inputs, tmp_path):
     folder = tmp_path / "run"
     processes = start(inputs, folder, n=2)
     wait_for(folder, "compiling the step …", processes)
-    processes[which].terminate()
+    processes[1].terminate()
     assert codes(processes) == [143] * 2, log_of(folder) + log_of(folder, 1)
-    assert "run the same command again" in last_lines(folder, which)[-1]
-    assert f"process {which} of 2 got SIGTERM" in last_lines(folder, 1 - which)[-1]
+    assert "run the same command again" in last_lines(folder, 1)[-1]
+    assert "process 1 of 2 got SIGTERM" in last_lines(folder, 0)[-1]
     assert "Traceback" not in log_of(folder) + log_of(folder, 1)
     again = start(inputs, folder)
     wait_for(folder, "step 1/", again)

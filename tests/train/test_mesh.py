@@ -20,7 +20,7 @@ from lora_jax import models
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.layout import Layout
 from lora_jax.training.setup import Setup
-from tests.support import assert_close, with_random_factors
+from tests.support import THOROUGH, assert_close, with_random_factors
 from tests.train.test_classify import words, write_encoder
 from tests.train.tiny import CHATML, write_jsonl, write_model
 from train import sft
@@ -259,8 +259,9 @@ def test_every_mesh_trains_as_one_device_does(kind, tmp_path):
 def test_the_devices_may_stand_in_any_order(tmp_path):
     shared = [*inputs(tmp_path, "dense"), "--mesh", "data=2,fsdp=2,tensor=2", "--lr", "1e-2"]
     draw = np.random.default_rng(0)
-    orders = [range(8), range(7, -1, -1), *(draw.permutation(8) for _ in range(20))]
-    assert len({tuple(order) for order in orders}) == 22
+    drawn = 20 if THOROUGH else 4
+    orders = [range(8), range(7, -1, -1), *(draw.permutation(8) for _ in range(drawn))]
+    assert len({tuple(order) for order in orders}) == drawn + 2
     runs = [
         [f"order={','.join(map(str, order))}", "--output", tmp_path / f"run{i}"]
         for i, order in enumerate(orders)

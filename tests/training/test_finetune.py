@@ -218,6 +218,7 @@ def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(tmp_path):
     assert_same(lj.split(lj.load_adapter(report.adapter, params))[0], lj.split(whole)[0])
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_bitwise(tmp_path):
     before = signal.getsignal(signal.SIGINT)
 
@@ -287,6 +288,7 @@ def test_a_run_that_diverges_says_so_in_the_words_of_python():
     assert "its batch example " in message and "--" not in message
 
 
+@pytest.mark.slow
 def test_devices_of_a_mesh_train_as_one_does():
     model, params = decoder()
     options = {"lr": 3e-3, "steps": 3, "batch_size": 4, "log": None}

@@ -71,8 +71,17 @@ def test_flops_are_those_counted_by_hand(model, full, remat):
     assert made.flops_source == "hlo" and made.notes == ()
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    "remat", ["none", "dots_saveable", "dots_with_no_batch_dims_saveable", "full"]
+    "remat",
+    [
+        pytest.param("none", marks=SLOW),
+        "dots_saveable",
+        pytest.param("dots_with_no_batch_dims_saveable", marks=SLOW),
+        "full",
+    ],
 )
 def test_flops_of_attention_by_blocks(model, remat):
     """Blocks run forward once more, but skip the keys behind their span."""
@@ -292,12 +301,13 @@ def test_flops_that_are_not_of_the_hlo_are_marked(model, sound, capsys):
     made = dataclasses.replace(sound(), **told)
     options = [asked(model, "--peak-tflops", 1, *more).plan for more in ([], ["--json"])]
     job, _ = plan.make_job(options[0])
-    plan.show(options[0], job, [made, sound()])
+    facts = plan.described(options[0], job)
+    plan.show(options[0], job, facts, [made, sound()])
     table = capsys.readouterr().out
     assert re.search("│ LoRA r=3, remat │ +≈ 3.00 │ +0.00 │ +– │ +7.50 s │", table)
     assert re.search("│ LoRA r=3, remat │ +0.00 │ +0.00 │ +0.00 │", table)
     assert "≈ LoRA r=3, remat: the HLO was not understood (the HLO has no entry)" in table
-    plan.show(options[1], job, [made])
+    plan.show(options[1], job, facts, [made])
     out = json.loads(capsys.readouterr().out)
     assert out["flops_source"] == "jaxpr" and "not understood" in out["notes"][0]
     assert out["collective_bytes"] is None and out["step_seconds"] == 7.5
