@@ -37,13 +37,6 @@ MIXTRAL = LLAMA | {
 MODELS = {
     "7b": LLAMA,
     "8b": LLAMA_3 | {"intermediate_size": 14336, "max_position_embeddings": 131072},
-    "70b": LLAMA_3
-    | {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-    },
     "405b": LLAMA_3
     | {
         "hidden_size": 16384,
@@ -126,12 +119,6 @@ def test_what_does_not_fit_is_told(plan):
     made = plan("7b", *OF_7B, "--remat", "none", "--attention", "dense")
     assert not made["fits"] and "exceeds available HBM (15.75G)" in made["refused"]
     assert made["per_chip_bytes"]["total"] > 30 * GIB
-
-
-def test_llama_3_70b(plan):
-    options = ("--topology", "v5e:8x8", "--mesh", "fsdp=16,tensor=4", "--batch-size", 64)
-    made = plan("70b", *options, "--rank", 8)
-    assert made["fits"] and made["per_chip_bytes"]["total"] <= 9 * GIB
 
 
 def test_llama_3_405b(plan):
