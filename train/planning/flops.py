@@ -12,9 +12,10 @@ from lora_jax.models.layers.splash import Splash
 from lora_jax.weight import LoraWeight, Trained, leaves_of
 
 _KEEPS_ONLY_DENSE = "dots_with_no_batch_dims_saveable"  # attention scores are not kept
-# How often both products of a block, or their like in its gradients, are computed. A block runs
-# forward again, and once more where its layer does; a policy that keeps products keeps a block's.
-_OF_BLOCKS = {"none": 4, "dots_saveable": 3, _KEEPS_ONLY_DENSE: 5, "full": 5}
+# How often both products of a block, or their like in its gradients, are computed. A block's scores
+# are computed again, and all of it once more where its layer is; a policy that keeps products keeps
+# a block's.
+_OF_BLOCKS = {"none": 3.5, "dots_saveable": 3, _KEEPS_ONLY_DENSE: 4.5, "full": 4.5}
 # Of the kernel's products: two forward, once more with rematerialisation, and seven backward.
 _OF_SPLASH = {"none": 4.5, "dots_saveable": 5.5, _KEEPS_ONLY_DENSE: 5.5, "full": 5.5}
 

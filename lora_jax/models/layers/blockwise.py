@@ -18,7 +18,7 @@ from jax import lax
 
 from lora_jax.models.layers.attention import score_scale, soft_cap
 from lora_jax.models.layers.masks import Mask, Split, Tokens
-from lora_jax.models.layers.paired import pair_of_blocks, seen_by
+from lora_jax.models.layers.paired import KEEPS_SUMS, kept, pair_of_blocks, seen_by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _over_blocks(
     one: Callable[[jax.Array, Tokens], jax.Array], q: jax.Array, queries: Tokens, block: int
 ) -> jax.Array:
     """Computes ``one``, again in the backward pass, for each block of q [batch, seq, …]."""
-    run = jax.checkpoint(one)
+    run = jax.checkpoint(one, policy=KEEPS_SUMS)
     seq, outs = q.shape[1], []
     looped = seq - seq % block
     if looped:
@@ -222,7 +222,7 @@ def _block(
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights.reshape(batch, kv_heads, group * size, -1).astype(values.dtype)
     out = jnp.einsum("bnqk,bnkd->bnqd", weights, values, preferred_element_type=dtype)
-    out = (out.reshape(batch, kv_heads, group, size, head_dim) / total).astype(q.dtype)
+    out = (kept(out).reshape(batch, kv_heads, group, size, head_dim) / total).astype(q.dtype)
     return out.transpose(0, 3, 1, 2, 4)
 
 

@@ -13,9 +13,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.models.layers.attention import soft_cap
 from lora_jax.models.layers.masks import Mask, Tokens
+
+
+_SUMS = "sums of values"
+# Of a block, the backward pass computes scores and weights again, but not their sums of values: as
+# large as queries, and an eighth of a block's products.
+KEEPS_SUMS = jax.checkpoint_policies.save_only_these_names(_SUMS)
+
+
+def kept(sums: jax.Array) -> jax.Array:
+    """Returns the sums of values, by the name under which ``KEEPS_SUMS`` keeps them."""
+    return checkpoint_name(sums, _SUMS)
 
 
 class Seen(NamedTuple):
@@ -96,5 +108,5 @@ def pair_of_blocks(
     total = summed(jnp.sum(weights, axis=-1, keepdims=True))
     weights = weights.reshape(*flat, -1).astype(seen.values.dtype)
     out = jnp.einsum("bntqk,bntkd->bntqd", weights, seen.values, preferred_element_type=dtype)
-    out = summed(out.reshape(rows.shape)) / total  # [2, batch, kv_heads, 1, group, block, head_dim]
+    out = kept(summed(out.reshape(rows.shape))) / total  # [2, batch, kv_heads, 1, group, block, head_dim]
     return out[:, :, :, 0].astype(q.dtype).transpose(1, 4, 0, 2, 3, 5)
