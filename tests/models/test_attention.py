@@ -307,7 +307,7 @@ def test_refusals() -> None:
         implementation("splash", 2048, "cpu")
     with pytest.raises(ValueError, match="block=100.*multiple of 128"):
         Splash(block=100)
-    with pytest.raises(ValueError, match=r"block=0, spans=4.*at least 1"):
+    with pytest.raises(ValueError, match=r"block=0, spans=8.*at least 1"):
         Blockwise(block=0)
     mask = bidirectional(jnp.ones((2, 3), bool))
     with pytest.raises(ValueError, match="queries of a mask with a window need positions"):

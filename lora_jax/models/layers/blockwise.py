@@ -38,11 +38,11 @@ class Blockwise:
 
     >>> from lora_jax.models.layers.blockwise import Blockwise
     >>> Blockwise(block=64)
-    Blockwise(block=64, spans=4)
+    Blockwise(block=64, spans=8)
     """
 
     block: int = 128
-    spans: int = 4
+    spans: int = 8
 
     def __post_init__(self) -> None:
         if self.block < 1 or self.spans < 1:

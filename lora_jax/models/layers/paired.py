@@ -18,7 +18,6 @@ from jax.ad_checkpoint import checkpoint_name
 from lora_jax.models.layers.attention import soft_cap
 from lora_jax.models.layers.masks import Mask, Tokens
 
-
 _SUMS = "sums of values"
 # Of a block, the backward pass computes scores and weights again, but not their sums of values: as
 # large as queries, and an eighth of a block's products.
@@ -108,5 +107,5 @@ def pair_of_blocks(
     total = summed(jnp.sum(weights, axis=-1, keepdims=True))
     weights = weights.reshape(*flat, -1).astype(seen.values.dtype)
     out = jnp.einsum("bntqk,bntkd->bntqd", weights, seen.values, preferred_element_type=dtype)
-    out = kept(summed(out.reshape(rows.shape))) / total  # [2, batch, kv_heads, 1, group, block, head_dim]
+    out = kept(summed(out.reshape(rows.shape))) / total
     return out[:, :, :, 0].astype(q.dtype).transpose(1, 4, 0, 2, 3, 5)
