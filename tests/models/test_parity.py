@@ -148,7 +148,8 @@ def test_bfloat16(pair: Any) -> None:
     finally:
         reference.to(torch.float32)
     got = np.asarray(tiny.run(half, rounded, ids, mask))
-    theirs = np.abs(want.numpy() - exact)[mask == 1].mean()
-    ours = np.abs(got - exact)[mask == 1].mean()
+    # The median of tokens: rounding sends some to other experts, on either side.
+    theirs = np.median(np.abs(want.numpy() - exact)[mask == 1].mean(axis=-1))
+    ours = np.median(np.abs(got - exact)[mask == 1].mean(axis=-1))
     assert got.dtype == np.float32
-    assert ours <= 1.25 * theirs, f"mean error {ours}, the reference's {theirs}"
+    assert ours <= 1.25 * theirs, f"median error {ours}, the reference's {theirs}"
