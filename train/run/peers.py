@@ -35,6 +35,8 @@ class Peers:
         self._connections = connections
         self._told = told
         self._sending = threading.Lock()
+        self._closed = False  # this process has said its last
+        self._ended: set[int] = set()  # the processes that have
         self._done = threading.Event()  # all connections are closed
         self._thread = threading.Thread(target=self._listen, name="peers", daemon=True)
         self._thread.start()
@@ -46,9 +48,13 @@ class Peers:
     def close(self) -> None:
         """Tells the others that this process ends because all is done."""
         self._send({"process": self.index, "reason": None, "code": 0})
-        for connection in list(self._connections.values()):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_WR)
+        with self._sending:
+            self._closed = True
+            for process, connection in list(self._connections.items()):
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_WR)
+                if process in self._ended:
+                    self._connections.pop(process).close()
 
     def wait_for_the_others(self, seconds: float) -> None:
         """Waits until the others have ended. Process 0 does, as JAX ends what lost process 0."""
@@ -85,7 +91,10 @@ class Peers:
                     self._hear(message, process)
                 if not data:
                     waiting.unregister(key.fileobj)
-                    self._connections.pop(process).close()
+                    with self._sending:  # who has ended is still told that this process has, too
+                        self._ended.add(process)
+                        if self._closed:
+                            self._connections.pop(process).close()
                     if process not in ending:
                         self._hear({"process": process, "reason": LOST, "code": 1}, process)
         waiting.close()

@@ -258,6 +258,17 @@ def test_the_others_are_told_of_a_process_that_was_killed(who, processes):
     eventually(lambda: all(line._done.is_set() for line in lines))
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_who_has_done_all_first_hears_that_the_others_have_too(first, processes):
+    """And does not take them for lost, while it waits for them."""
+    lines, told = connected(processes, 2)
+    lines[first].close()
+    eventually(lambda: lines[1 - first]._ended == {first})
+    lines[1 - first].close()
+    eventually(lambda: all(line._done.is_set() for line in lines))
+    assert told == [[], []] and not any(line._connections for line in lines)
+
+
 def test_processes_that_do_not_reach_each_other_say_where_they_tried(processes, monkeypatch):
     monkeypatch.setattr(peers, "_reached", lambda offer: None)
     lines, _ = connected(processes, 2)
