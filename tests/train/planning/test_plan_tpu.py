@@ -148,9 +148,9 @@ def test_a_token_costs_its_experts_and_no_more(plan):
     """By ragged products, which are kernels, and are not without the compiler's option."""
     options = ("--topology", "v5e:2x2", "--batch-size", 4, "--rank", 8)
     made = plan("small 8x7b", *options)
-    assert made["kernels"] == ["ragged products (rows, groups)"]
+    assert "ragged products (rows, groups)" in made["kernels"]
     assert made["flops_per_step"] <= 1.2 * made["flops_closed_form"]
     np.testing.assert_allclose(made["flops_per_step"], made["flops_traced"], rtol=0.02)
     masked = plan("small 8x7b", *options, program=("-c", WITHOUT_OPTIONS))
-    assert masked["kernels"] == []
+    assert not any("ragged" in kernel for kernel in masked["kernels"])
     assert masked["flops_per_step"] > 3 * made["flops_per_step"], "the control"
