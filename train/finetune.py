@@ -73,7 +73,7 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
         rate = learning_rate(config, outline, steps)
         check_rules(config, outline)
         layout = Layout.of(mesh, outline.config)
-        layout.check_length(data.facts["sequence_length"])
+        layout.check_lengths(data.facts.get("lengths", [data.facts["sequence_length"]]))
         attention = attention_line(config, outline, layout, data.facts["sequence_length"])
     for line in [*([cached] if cached else []), *data.lines, attention]:
         console.print(line, highlight=False, soft_wrap=True)

@@ -137,7 +137,7 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
     machine = find_machine(asked.topology, asked.capacity_gib, asked.peak_tflops)
     mesh = make_mesh(asked.mesh, asked.batch_size, machine.devices)
     layout = Layout.of(mesh, outline.config)
-    layout.check_length(asked.seq_len)
+    layout.check_lengths([asked.seq_len])
     job = Job(
         outline=outline,
         layout=layout,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -87,13 +88,23 @@ class Layout(Placement):
         """Returns the number of parts that a batch's tokens are shared out into."""
         return self.batch_parts * self.sequence_parts
 
-    def check_length(self, seq: int) -> None:
-        """Raises a TrainingError for rows that cannot be shared out over the sequence axis."""
-        if seq % self.sequence_parts:
-            raise TrainingError(
-                f"the mesh has sequence={self.sequence_parts}, and rows have {seq} tokens: give a "
-                f"length that is a multiple of {2 * self.sequence_parts}, or another mesh"
+    def check_lengths(self, lengths: Sequence[int]) -> None:
+        """Raises a TrainingError for rows that cannot be shared out over the sequence axis.
+
+        Args:
+          lengths: the numbers of tokens that rows are padded to.
+        """
+        parts = self.sequence_parts
+        uneven = [str(length) for length in lengths if length % parts]
+        if not uneven:
+            return
+        raise TrainingError(
+            lambda option: (
+                f"the mesh has sequence={parts}, and rows have {', '.join(uneven)} tokens: give "
+                f"lengths that are multiples of {2 * parts}, or another mesh"
+                + (f"; {option('packing', True)} makes one length of all" * (len(lengths) > 1))
             )
+        )
 
     def split(self, seq: int) -> Split | None:
         """Returns how causal queries are split over devices; None where each has them all."""

@@ -315,8 +315,7 @@ def _loss_of(given: Any, examples: Examples, layout: Layout) -> Loss:
     if given is not None:
         return Loss(given, unit=examples.unit)
     if isinstance(examples, Packs):
-        for length in examples.lengths:
-            layout.check_length(length)
+        layout.check_lengths(examples.lengths)
         chunk = _CHUNK * layout.token_parts
         return Loss(functools.partial(summed_loss, chunk=chunk, parts=layout.sequence_parts))
     if isinstance(examples, Labelled):

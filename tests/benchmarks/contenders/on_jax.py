@@ -14,7 +14,13 @@ import optax
 
 from lora_jax import models
 from tests.benchmarks.cases import Case
-from tests.benchmarks.contenders.settings import BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY
+from tests.benchmarks.contenders.settings import (
+    BETAS,
+    EPS,
+    LEARNING_RATE,
+    WEIGHT_DECAY,
+    checked,
+)
 from tests.benchmarks.inputs import Pair, data_of, read_peft
 from train.planning.jaxpr_flops import count_flops
 
@@ -138,21 +144,8 @@ class Program:
         }
 
     def check(self, steps: int) -> dict[str, Any]:
-        """Runs the program for what has to agree: the losses of steps, or the tokens decoded.
-
-        Returns:
-          ``losses`` or ``decoded``, and the ``seconds`` of the last run; ``first_s`` of the first.
-        """
-        answer: dict[str, Any] = {"losses": []}
-        seconds = []
-        for _ in range(steps):
-            began = time.perf_counter()
-            if self.case.kind == "decode":
-                answer = {"decoded": np.asarray(self._run()).tolist()}
-            else:
-                answer["losses"].append(float(self._run()))
-            seconds.append(time.perf_counter() - began)
-        return answer | {"first_s": seconds[0], "seconds": seconds[-1]}
+        """Runs the program for what has to agree; see ``checked``."""
+        return checked(self.case.kind, self._run, steps)
 
     def time(self, runs: int) -> float:
         """Returns the seconds of that many runs."""

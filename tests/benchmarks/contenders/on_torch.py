@@ -9,7 +9,13 @@ import torch
 import transformers
 
 from tests.benchmarks.cases import Case
-from tests.benchmarks.contenders.settings import BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY
+from tests.benchmarks.contenders.settings import (
+    BETAS,
+    EPS,
+    LEARNING_RATE,
+    WEIGHT_DECAY,
+    checked,
+)
 from tests.benchmarks.inputs import data_of
 
 Wrap = Callable[[Any, Path], Any]  # (model, adapter's folder) -> the model that trains or decodes
@@ -62,21 +68,8 @@ class Program:
         }
 
     def check(self, steps: int) -> dict[str, Any]:
-        """Runs the program for what has to agree: the losses of steps, or the tokens decoded.
-
-        Returns:
-          ``losses`` or ``decoded``, and the ``seconds`` of the last run; ``first_s`` of the first.
-        """
-        answer: dict[str, Any] = {"losses": []}
-        seconds = []
-        for _ in range(steps):
-            began = time.perf_counter()
-            if self.case.kind == "decode":
-                answer = {"decoded": self._run().tolist()}
-            else:
-                answer["losses"].append(float(self._run()))
-            seconds.append(time.perf_counter() - began)
-        return answer | {"first_s": seconds[0], "seconds": seconds[-1]}
+        """Runs the program for what has to agree; see ``checked``."""
+        return checked(self.case.kind, self._run, steps)
 
     def time(self, runs: int) -> float:
         """Returns the seconds of that many runs."""
