@@ -1,4 +1,4 @@
-"""What a training step keeps for its backward pass, and what a decoding step copies."""
+"""Tests of what a training step keeps for its backward pass, and a decoding step copies."""
 
 import importlib
 import re

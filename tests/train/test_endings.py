@@ -71,7 +71,7 @@ def codes(processes, seconds=LATEST):
 
 
 def last_lines(folder, i):
-    """What a process said after its last step, without empty lines."""
+    """Returns what a process said after its last step, without empty lines."""
     said = [line for line in log_of(folder, i).splitlines() if line.strip()]
     return [line for line in said if not re.match(r"step \d+/|trainable|reading|compil", line)]
 

@@ -1,4 +1,4 @@
-"""What users run into: full disks, damaged bases, prompts too long, a hub that does not answer."""
+"""Tests of what users run into: full disks, damaged bases, long prompts, a hub that is silent."""
 
 import io
 import os
@@ -29,7 +29,7 @@ ROWS = [{"prompt": f"{i}?", "completion": str(i)} for i in range(40)]
 
 
 def fails(capsys, run, *args):
-    """What a script says before it ends with the code for bad input."""
+    """Returns what a script says before it ends with the code for bad input."""
     with pytest.raises(SystemExit) as caught:
         run([str(arg) for arg in args])
     said = capsys.readouterr().err.strip()

@@ -75,7 +75,7 @@ def test_temporaries_grow_with_the_length_and_not_its_square():
 
 
 def test_a_window_of_some_layers_and_a_cap():
-    """Whether the window holds is known at run time: a bit in the queries' slots."""
+    """Tells the kernel at run time whether the window holds, by a bit in the queries' slots."""
     work = work_of(compiled("splash", 1100, cap=50.0, some=True).as_text())
     assert named(work.kernels) == ALL_THREE
 

@@ -277,7 +277,7 @@ def test_processes_that_do_not_reach_each_other_say_where_they_tried(processes, 
 
 @pytest.mark.parametrize(("seconds", "asked"), [(2.0, 20), (0.25, 5), (0.01, 2)])
 def test_the_others_are_asked_once_a_second(seconds, asked, monkeypatch):
-    """Of twenty turns: each of two seconds, some of those of a quarter, every tenth short one."""
+    """Counts rounds in twenty turns: all long ones, some of a quarter, every tenth short one."""
     clock, rounds = [0.0], []
 
     def allgather(own):
