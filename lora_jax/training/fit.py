@@ -127,9 +127,15 @@ def not_finite(params: Any) -> list[str]:
 
     def is_finite(leaf: Any) -> bool:
         array = as_array(leaf)
-        return not jnp.issubdtype(array.dtype, jnp.floating) or bool(jnp.isfinite(array).all())
+        return not jnp.issubdtype(array.dtype, jnp.floating) or bool(_all_finite(array))
 
     return [path for path, leaf in flatten_with_paths(params)[0] if not is_finite(leaf)]
+
+
+@jax.jit
+def _all_finite(array: jax.Array) -> jax.Array:
+    """Returns [] bool; compiled as one, it needs no array of flags beside the weights."""
+    return jnp.isfinite(array).all()
 
 
 def compile_step(ready: Ready, forward: Callable[..., Any], loss: Loss) -> CompiledStep:
