@@ -37,11 +37,11 @@ class Blockwise:
         compile. A sequence that is split over n devices has n at least.
 
     >>> from lora_jax.models.layers.blockwise import Blockwise
-    >>> Blockwise(block=64)
-    Blockwise(block=64, spans=8)
+    >>> Blockwise(block=32)
+    Blockwise(block=32, spans=8)
     """
 
-    block: int = 128
+    block: int = 64
     spans: int = 8
 
     def __post_init__(self) -> None:
@@ -92,14 +92,20 @@ class Blockwise:
         return seq // 2 * (seq + size)
 
     def _bounds(self, seq: int) -> list[tuple[int, int]]:
-        """Returns start and end of each span, of whole blocks but for the last."""
+        """Returns start and end of each span, of whole blocks but for the last, two at least.
+
+        Of a loop over a single block nothing is left, and XLA would keep its scores after all.
+        """
         blocks = -(-seq // self.block)
-        size = -(-blocks // self.spans) * self.block
+        size = max(2, -(-blocks // self.spans)) * self.block
         return [(start, min(start + size, seq)) for start in range(0, seq, size)]
 
     def _tile(self, chunk: int, split: Split) -> int:
-        """Returns the number of queries of a tile: an equal part of a chunk of so many."""
-        parts = max(1, self.spans // split.parts)
+        """Returns the number of queries of a tile: an equal part of a chunk of so many.
+
+        It is a block at least: a tile's pair of blocks is as much as two blocks of a span.
+        """
+        parts = max(1, min(self.spans // split.parts, chunk // self.block))
         return chunk // max(n for n in range(1, parts + 1) if chunk % n == 0)
 
 
