@@ -88,7 +88,7 @@ class Case:
       new_tokens: tokens to decode.
       rank, alpha: of the adapter.
       targets: "all-linear" or "q,v".
-      remat: recompute each layer in the backward pass.
+      remat: recompute each layer in the backward pass, in JAX the logits as well.
       dtype: dtype of weights and computation.
       attention: attention of the JAX models.
       tolerance: relative difference of losses that counts as agreement.

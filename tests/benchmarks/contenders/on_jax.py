@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from lora_jax import models
+from lora_jax.training.losses import summed_loss
 from tests.benchmarks.cases import Case
 from tests.benchmarks.contenders.settings import (
     BETAS,
@@ -40,6 +41,9 @@ class Method(NamedTuple):
     params: Callable[[Any, Any], Any]
     apply_of: Callable[[Any], Callable[..., Any]]
 
+
+# With remat, logits are not all kept either; train.sft's default.
+CHUNK = 256
 
 _LAYER = re.compile(r"\.(layers?)\.(\d+)\.")
 
@@ -109,7 +113,8 @@ class Program:
             self.tokens_a_run = case.batch * case.new_tokens
         else:
             self.optimizer = optax.adamw(LEARNING_RATE, *BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
-            self.function = functools.partial(_step, self.optimizer)
+            chunk = CHUNK if case.remat else 0
+            self.function = functools.partial(_step, self.optimizer, chunk)
             self.carry = [self.method.train, self.optimizer.init(self.method.train)]
             self.tokens_a_run = case.batch * case.seq
         jax.block_until_ready((self.carry, self.arguments))
@@ -174,6 +179,7 @@ class Program:
 
 def _step(
     optimizer: Any,
+    chunk: int,
     model: Any,
     method: Method,
     train: Any,
@@ -188,6 +194,9 @@ def _step(
         if "labels" in data:
             logits = apply(variables, data["ids"], data["mask"])
             targets = data["labels"]
+        elif chunk:
+            sums = summed_loss(apply, variables["params"], _predicted(data["ids"]), chunk=chunk)
+            return sums.total / sums.count
         else:
             logits = apply(variables, data["ids"])[:, :-1]
             targets = data["ids"][:, 1:]
@@ -199,6 +208,13 @@ def _step(
     loss, grads = jax.value_and_grad(loss_of)(train)
     updates, state = optimizer.update(grads, state, train)
     return optax.apply_updates(train, updates), state, loss
+
+
+def _predicted(ids: jax.Array) -> dict[str, Any]:
+    """Returns the batch in which each token of a row predicts the next; see ``summed_loss``."""
+    places = jnp.broadcast_to(jnp.arange(ids.shape[1] - 1), ids[:, 1:].shape)
+    batch = {"ids": ids, "positions": None, "segment_ids": None}
+    return batch | {"predict_at": places, "targets": ids[:, 1:], "weights": jnp.ones(places.shape)}
 
 
 def _decode(
