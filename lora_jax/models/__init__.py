@@ -12,11 +12,11 @@ from lora_jax.models.decoder.rope_fields import RopeScaling
 from lora_jax.models.encoder.config import EncoderConfig
 from lora_jax.models.encoder.model import Encoder, EncoderOutput
 from lora_jax.models.families import key_table, partition_specs, read_config
-from lora_jax.models.generate import generate
+from lora_jax.models.generate import generate, share
 from lora_jax.models.gpt2.config import GPT2Config
 from lora_jax.models.gpt2.model import GPT2
 from lora_jax.models.kinds import kinds
-from lora_jax.models.layers.cache import Cache, init_cache
+from lora_jax.models.layers.cache import Cache, Shared, init_cache
 from lora_jax.models.pretrained import from_pretrained, save_pretrained
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "ModelNotFound",
     "RopeScaling",
     "Row",
+    "Shared",
     "WeightsError",
     "compiler_options",
     "fetch",
@@ -45,4 +46,5 @@ __all__ = [
     "partition_specs",
     "read_config",
     "save_pretrained",
+    "share",
 ]

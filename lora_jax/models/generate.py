@@ -12,7 +12,7 @@ from jax import lax
 
 from lora_jax.models.decoder.model import Decoder
 from lora_jax.models.gpt2.model import GPT2
-from lora_jax.models.layers.cache import Cache, init_cache
+from lora_jax.models.layers.cache import Cache, Shared, init_cache
 
 
 def generate(
@@ -29,6 +29,7 @@ def generate(
     top_k: int | None = None,
     key: jax.Array | None = None,
     apply: Callable[..., Any] | None = None,
+    shared: Shared | None = None,
 ) -> jax.Array:
     """Continues each prompt, greedily or by sampling.
 
@@ -51,6 +52,8 @@ def generate(
       key: needed where temperature is above 0.
       apply: a function with ``model.apply``'s signature to run in its place, such as
         ``lora_jax.adapt(model.apply)``. Keep one and pass it again: each new function compiles.
+      shared: tokens that come before each prompt, from ``share``: a system prompt, solved examples.
+        Their keys and values are held, and read, once for all rows.
 
     Returns:
       [batch, max_new_tokens], int32: the new tokens, EOS included, then padding.
@@ -97,10 +100,61 @@ def generate(
         jnp.asarray(pad_token_id, jnp.int32),
         sampling,
         jax.random.key(0) if key is None else key,
+        shared,
         model=model,
         apply=apply,
         max_new_tokens=max_new_tokens,
     )
+
+
+def share(
+    model: Decoder | GPT2,
+    params: Any,
+    ids: jax.typing.ArrayLike,
+    *,
+    more_tokens: int = 0,
+    apply: Callable[..., Any] | None = None,
+) -> Shared:
+    """Runs the tokens that many prompts begin with through the model, once.
+
+    Args:
+      model, params, apply: see ``generate``.
+      ids: [n], int: the tokens, one at least.
+      more_tokens: the tokens that will follow in a row, of the prompt and of the answer: RoPE of
+        the kind "longrope" chooses its frequencies by the number of all.
+
+    Returns:
+      Keys and values, for ``generate(…, shared=…)``.
+
+    Raises:
+      ValueError: ids is empty, or has another number of axes.
+
+    >>> from lora_jax import models
+    >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
+    >>> config = models.read_config(fields | {"n_positions": 16})
+    >>> model = models.GPT2(config)
+    >>> params = model.init(jax.random.key(0), jnp.array([[1]]))["params"]
+    >>> system = models.share(model, params, [5, 6, 7])
+    >>> prompts = jnp.array([[1, 2], [3, 4]])
+    >>> models.generate(model, params, prompts, max_new_tokens=4, shared=system).shape
+    (2, 4)
+    """
+    tokens = jnp.asarray(ids, jnp.int32)
+    if tokens.ndim != 1 or not tokens.size:
+        raise ValueError(f"ids has the shape {tokens.shape}: one axis of tokens is needed")
+    return _share(params, tokens, model=model, more_tokens=more_tokens, apply=apply)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "more_tokens", "apply"))
+def _share(
+    params: Any, ids: jax.Array, *, model: Any, more_tokens: int, apply: Callable[..., Any] | None
+) -> Shared:
+    run: Any = model.apply if apply is None else apply
+    n = ids.shape[0]
+    cache = init_cache(model.config, 1, n + more_tokens, model.dtype)
+    no_logits = jnp.zeros((1, 1), jnp.int32)
+    _, cache = run({"params": params}, ids[None], cache=cache, logits_at=no_logits)
+    return Shared(cache.key[:, 0, :, :n], cache.value[:, 0, :, :n])
 
 
 class _Sampling(NamedTuple):
@@ -139,6 +193,7 @@ def _generate(
     pad: jax.Array,
     sampling: _Sampling,
     key: jax.Array,
+    shared: Shared | None,
     *,
     model: Decoder | GPT2,
     apply: Callable[..., Any] | None,
@@ -169,7 +224,7 @@ def _generate(
         return write(state, *forward(state.last[:, None], fed[:, None], state.cache, here))
 
     # The last token is never fed.
-    cache = init_cache(model.config, batch, seq + max_new_tokens - 1, model.dtype)
+    cache = init_cache(model.config, batch, seq + max_new_tokens - 1, model.dtype, shared=shared)
     start = _Loop(
         step=jnp.zeros((), jnp.int32),
         tokens=jnp.broadcast_to(pad, (batch, max_new_tokens)),

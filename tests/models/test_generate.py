@@ -1,5 +1,6 @@
 """Generation against a plain loop, and how often it compiles."""
 
+import functools
 import importlib
 from typing import Any
 
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.models import Decoder, generate
-from tests.models import tiny
+from lora_jax.models import Decoder, generate, share
+from lora_jax.models.layers.blockwise import Blockwise
+from tests.models import tiny, tiny_encoders
 
 # The module's name is the function's, too.
 MODULE = importlib.import_module("lora_jax.models.generate")
@@ -108,6 +110,7 @@ def test_weights_are_arguments_not_constants(tiny_model: Any) -> None:
         jnp.zeros((), jnp.int32),
         MODULE._Sampling(jnp.zeros(()), jnp.ones(()), jnp.zeros((), jnp.int32)),
         jax.random.key(0),
+        None,
         model=model,
         apply=None,
         max_new_tokens=2,
@@ -193,3 +196,54 @@ def test_refusals(tiny_model: Any) -> None:
         generate(model, params, ids, max_new_tokens=2, temperature=1.0)
     with pytest.raises(ValueError, match="at least 1, not 0"):
         generate(model, params, ids, max_new_tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("case", "attention"),
+    [
+        ("gemma3 with every option", "dense"),
+        ("gemma3 with every option", Blockwise(block=3, spans=2)),
+        ("phi3 with a long context", "dense"),
+        ("gpt2", "dense"),
+    ],
+)
+def test_prompts_that_share_their_beginning(case: str, attention: Any) -> None:
+    """As if each had it: held once, beside prompts of several lengths."""
+    model, params = tiny_encoders.model("gpt2") if case == "gpt2" else tiny.decoder(case)
+    model = model.clone(attention=attention)
+    shared, rest, lengths = tiny.tokens(5, 1, 9)[0], tiny.tokens(6, 3, 4), np.array([4, 1, 3])
+    mask = (np.arange(4) >= 4 - lengths[:, None]).astype(np.int32)
+    whole = np.concatenate([np.broadcast_to(shared, (3, 9)), rest], axis=1)
+    whole_mask = np.concatenate([np.ones((3, 9), np.int32), mask], axis=1)
+    want = generate(model, params, whole, whole_mask, max_new_tokens=5)
+    before = share(model, params, shared, more_tokens=4 + 5 - 1)
+    got = generate(model, params, rest, mask, max_new_tokens=5, shared=before)
+    np.testing.assert_array_equal(got, want)
+    assert not np.array_equal(generate(model, params, rest, mask, max_new_tokens=5), want)
+
+
+def test_what_is_shared_is_held_once(tiny_model: Any) -> None:
+    """A shared token takes a row less than its keys and values; one of the row's own, those."""
+    model, params = tiny_model
+    config = model.config
+    of_a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+
+    def temporaries(rows: int, shared: int, own: int) -> int:
+        before = jax.eval_shape(lambda: share(model, params, np.zeros(shared, np.int32)))
+        ids = jax.ShapeDtypeStruct((rows, own), jnp.int32)
+        run = functools.partial(generate, model, max_new_tokens=3)
+        lowered = jax.jit(lambda p, ids, s: run(p, ids, shared=s)).lower(params, ids, before)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    def of_one(shared: int, own: int) -> float:
+        return (temporaries(24, shared, own) - temporaries(8, shared, own)) / 16 / max(shared, own)
+
+    print(of_one(512, 1), of_one(1, 512), of_a_token)
+    assert of_one(512, 1) < 0.5 * of_a_token
+    assert of_one(1, 512) > of_a_token, "the control"
+
+
+@pytest.mark.parametrize("ids", [[], [[1, 2]]])
+def test_nothing_to_share(tiny_model: Any, ids: list[Any]) -> None:
+    with pytest.raises(ValueError, match="one axis of tokens is needed"):
+        share(*tiny_model, np.asarray(ids, np.int32))

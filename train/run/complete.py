@@ -1,14 +1,12 @@
 """Greedy answers to many chats, in batches of one shape; a common prefix is prefilled once."""
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.models import Cache, generate, init_cache
+from lora_jax.models import generate, init_cache, share
 from train.run.pretrained import Outline, end_tokens
 
 _CACHE_BYTES = 2**30  # of a batch: more rows share each pass over the weights
@@ -40,8 +38,8 @@ def complete(
 ) -> list[str]:
     """Returns the assistant's next turn in each chat, decoded greedily.
 
-    A prefix shared by all chats (a system prompt, solved examples) runs through the model once: its
-    keys and values start every row's cache.
+    A prefix shared by all chats (a system prompt, solved examples) runs through the model once, and
+    is held once for all rows.
 
     Args:
       model: a decoder.
@@ -53,22 +51,24 @@ def complete(
     """
     prompts = tokenized(outline, chats)
     n_shared = _n_shared(prompts)
-    shared = _prefill(model, params, jnp.asarray([prompts[0][:n_shared]], jnp.int32))
     rests = [prompt[n_shared:] for prompt in prompts]
     length = -(-max(map(len, rests)) // _MULTIPLE) * _MULTIPLE
     ends = end_tokens(outline)
-    texts = []
-    slots = n_shared + length + new_tokens
-    for batch, n_real in _batches(rests, _n_rows(model, slots)):
+    shared = None
+    if n_shared:
+        more = length + new_tokens - 1
+        shared = share(model, params, np.asarray(prompts[0][:n_shared]), more_tokens=more)
+    texts: list[str] = []
+    for batch, n_real in _batches(rests, _n_rows(model, length + new_tokens)):
         ids, mask = left_padded(batch, length, ends[0] if ends else 0)
         new = generate(
             model,
-            (params, shared),
+            params,
             ids,
             mask,
             max_new_tokens=new_tokens,
             eos_token_id=ends or None,
-            apply=_after_shared(model),
+            shared=shared,
         )
         answers = np.asarray(new)[:n_real].tolist()
         texts += outline.tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -113,48 +113,3 @@ def _n_shared(prompts: Sequence[list[int]]) -> int:
     first, last = min(prompts), max(prompts)  # a prefix of both is a prefix of all
     indices = range(min(map(len, prompts)) - 2)
     return next((i for i in indices if first[i] != last[i]), max(0, len(indices)))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _prefill(model: Any, params: Any, ids: jax.Array) -> Cache:
-    """Returns the cache after one row of tokens, [1, seq]; seq may be 0."""
-    cache = init_cache(model.config, 1, ids.shape[1], model.dtype)
-    if not ids.shape[1]:
-        return cache
-    _, cache = model.apply(
-        {"params": params}, ids, cache=cache, logits_at=jnp.zeros((1, 1), jnp.int32)
-    )
-    return cache
-
-
-@functools.cache
-def _after_shared(model: Any) -> Callable[..., Any]:
-    """Returns ``model.apply`` for `generate`, with (params, shared cache) as its parameters.
-
-    Cached, because `generate` compiles once for each function.
-    """
-
-    def apply(variables: Any, ids: jax.Array, *, cache: Cache, **options: Any) -> Any:
-        params, shared = variables["params"]
-        if ids.shape[1] > 1:  # the prompt: put its empty cache behind the shared one
-            cache = _joined(shared, cache)
-        return model.apply({"params": params}, ids, cache=cache, **options)
-
-    return apply
-
-
-def _joined(shared: Cache, empty: Cache) -> Cache:
-    """Returns a cache with the slots of `shared` in every row, then the free slots of `empty`."""
-    batch = empty.length.shape[0]
-
-    def behind(filled: jax.Array, free: jax.Array, rows: int, slots: int) -> jax.Array:
-        filled = jnp.repeat(filled, batch, axis=rows)
-        return jnp.concatenate([filled, free], axis=slots)
-
-    return Cache(
-        key=behind(shared.key, empty.key, 1, 3),
-        value=behind(shared.value, empty.value, 1, 3),
-        positions=behind(shared.positions, empty.positions, 0, 1),
-        filled=shared.filled,
-        length=jnp.repeat(shared.length, batch),
-    )

@@ -14,7 +14,7 @@ from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.decoder.moe import SparseMLP
 from lora_jax.models.decoder.rope import Rotation, rotate
 from lora_jax.models.layers.attend import Attend, attend
-from lora_jax.models.layers.cache import with_slots
+from lora_jax.models.layers.cache import LayerCache, with_slots
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.placement import UNPLACED, Placement
 
@@ -40,12 +40,11 @@ class PerLayer(NamedTuple):
 
     Attributes:
       windowed: [] bool, True if this layer uses the sliding window.
-      key, value: [batch, kv_heads, max_len, head_dim], the layer's cache; None without one.
+      cache: this layer's keys and values so far; None without a cache.
     """
 
     windowed: jax.Array
-    key: jax.Array | None
-    value: jax.Array | None
+    cache: LayerCache | None
 
 
 class Attention(nn.Module):
@@ -81,9 +80,9 @@ class Attention(nn.Module):
         q, k = rotate(q, rope), rotate(k, rope)
 
         keys, values = k, v
-        if layer.key is not None and layer.value is not None and step.filled is not None:
-            keys = with_slots(layer.key, k, step.filled)
-            values = with_slots(layer.value, v, step.filled)
+        if layer.cache is not None and step.filled is not None:
+            keys = with_slots(layer.cache.key, k, step.filled)
+            values = with_slots(layer.cache.value, v, step.filled)
         windowed, layers = len(cfg.windowed_layers), cfg.num_hidden_layers
         some = 0 < windowed < layers
         mask = step.mask.within(cfg.sliding_window, layer.windowed if some else None)
@@ -94,6 +93,7 @@ class Attention(nn.Module):
                 *(q, keys, values, mask, scale, cfg.attn_logit_softcapping),
                 attention=self.attention,
                 placement=self.placement,
+                shared=layer.cache and layer.cache.shared,
             )
         out = out.reshape(*x.shape[:2], cfg.num_attention_heads * cfg.head_dim)
         out = self.placement.constrain(out, "features")
@@ -153,7 +153,7 @@ class DecoderLayer(nn.Module):
             x = x + hidden
             x = x + mlp(inputs("post_attention_layernorm", x))
         x = self.placement.constrain(x, "residual")
-        return x, None if layer.key is None else cached
+        return x, None if layer.cache is None else cached
 
 
 def _chosen(windowed: jax.Array, inside: Any, outside: Any) -> Any:

@@ -166,7 +166,7 @@ class _Trunk(nn.Module):
         placed = place(input_ids, attention_mask, positions, cache, segment_ids)
         mask = causal_mask(placed, segment_ids, cache)
         positions = placed.positions
-        length = jnp.max(positions) + 1 if cache is None else cache.positions.shape[1]
+        length = jnp.max(positions) + 1 if cache is None else cache.max_len
         rope = rotations(positions, self.config, length)
         window_rope = None
         if self.config.rope_local_theta is not None:
@@ -182,8 +182,7 @@ class _Trunk(nn.Module):
         windowed[list(self.config.windowed_layers)] = True
         per_layer = PerLayer(
             jnp.asarray(windowed),
-            None if cache is None else cache.key,
-            None if cache is None else cache.value,
+            None if cache is None else cache.layers,
         )
         x, new = self.layers(x, step, per_layer)
         x = self.placement.constrain(self.norm(x), "inputs")

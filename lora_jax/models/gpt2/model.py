@@ -13,7 +13,7 @@ from lora_jax.models.layers.activations import activated
 from lora_jax.models.layers.attend import Attend, attend
 from lora_jax.models.layers.attention import dot_wide
 from lora_jax.models.layers.blocks import dense, embed, layer_norm
-from lora_jax.models.layers.cache import Cache, with_slots
+from lora_jax.models.layers.cache import Cache, LayerCache, with_slots
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.models.layers.trunk import causal_mask, extend, place, rematerialised
@@ -101,8 +101,7 @@ class _PerLayer(NamedTuple):
     """One layer's input: the factor of its scores, [], and its cache or None."""
 
     scale: jax.Array
-    key: jax.Array | None
-    value: jax.Array | None
+    cache: LayerCache | None
 
 
 class _Attention(nn.Module):
@@ -122,13 +121,14 @@ class _Attention(nn.Module):
         parts = jnp.split(fused, 3, axis=-1)
         q, k, v = (self.placement.constrain(part.reshape(heads), "heads") for part in parts)
         keys, values = k, v
-        if layer.key is not None and layer.value is not None and step.filled is not None:
-            keys = with_slots(layer.key, k, step.filled)
-            values = with_slots(layer.value, v, step.filled)
+        if layer.cache is not None and step.filled is not None:
+            keys = with_slots(layer.cache.key, k, step.filled)
+            values = with_slots(layer.cache.value, v, step.filled)
         out = attend(
             *(q, keys, values, step.mask, layer.scale),
             attention=self.attention,
             placement=self.placement,
+            shared=layer.cache and layer.cache.shared,
         )
         out = self.placement.constrain(out.reshape(x.shape), "features")
         return dense(self, cfg.hidden_size, name="c_proj")(out), (k, v)
@@ -170,7 +170,7 @@ class _Block(nn.Module):
         x = x + hidden
         x = x + _MLP(*args, name="mlp")(inputs("ln_2", x))
         x = self.placement.constrain(x, "residual")
-        return x, None if layer.key is None else cached
+        return x, None if layer.cache is None else cached
 
 
 class _Trunk(nn.Module):
@@ -208,7 +208,7 @@ class _Trunk(nn.Module):
         cfg = self.config
         # Packed segments count from 0 again, and positions of one's own may do so too.
         counted = segment_ids is None and positions is None
-        length = input_ids.shape[1] if cache is None else cache.positions.shape[1]
+        length = input_ids.shape[1] if cache is None else cache.max_len
         if counted and length > cfg.max_position_embeddings:
             what = "tokens are" if cache is None else "slots of a cache are"
             raise ValueError(
@@ -221,8 +221,7 @@ class _Trunk(nn.Module):
         x = self.placement.constrain(x, "residual")
         per_layer = _PerLayer(
             _score_scales(cfg),
-            None if cache is None else cache.key,
-            None if cache is None else cache.value,
+            None if cache is None else cache.layers,
         )
         x, new = self.h(x, step, per_layer)
         x = self.placement.constrain(self.ln_f(x), "inputs")

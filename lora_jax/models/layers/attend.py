@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax.models.layers.attention import dense
 from lora_jax.models.layers.blockwise import Blockwise
+from lora_jax.models.layers.cache import Shared
 from lora_jax.models.layers.call import Call
 from lora_jax.models.layers.cudnn import Cudnn
 from lora_jax.models.layers.masks import Mask
@@ -60,6 +62,7 @@ def attend(
     *,
     attention: str | Attend = "auto",
     placement: Placement = UNPLACED,
+    shared: Shared | None = None,
 ) -> jax.Array:
     """Computes softmax(soft_cap(scale * q k^T)) v, scores and softmax in fp32.
 
@@ -74,11 +77,20 @@ def attend(
       cap: see ``soft_cap``.
       attention: the implementation; see ``implementation``.
       placement: shares the work out over a mesh; see ``Placement.attention``.
+      shared: keys and values, [kv_heads, n, head_dim], that come before those of every row; the
+        mask speaks of them first. "dense" outside of a mesh multiplies all rows with them at once,
+        others take a copy for each row.
 
     Returns:
       [batch, seq, heads, head_dim].
     """
     local = implementation(attention, q.shape[1], placement.platform, kernels=placement.kernels)
+    if shared is not None:
+        if local is dense and placement == UNPLACED:
+            return dense(q, k, v, mask, scale, cap, shared=shared)
+        before = shared.for_rows(q.shape[0])
+        k = jnp.concatenate([before.key.astype(k.dtype), k], axis=1)
+        v = jnp.concatenate([before.value.astype(v.dtype), v], axis=1)
     return placement.attention(local)(q, k, v, mask, scale, cap)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from lora_jax.models.layers.cache import Shared
 from lora_jax.models.layers.masks import Mask
 
 
@@ -23,6 +26,14 @@ def dot_wide(x: jax.Array, y: jax.Array, contract: Any, precision: Any = None) -
     )
 
 
+class Part(NamedTuple):
+    """Some of the keys and values, and the names of their axes: with a batch ("b") or without."""
+
+    axes: str
+    keys: jax.Array
+    values: jax.Array
+
+
 def dense(
     q: jax.Array,
     k: jax.Array,
@@ -30,25 +41,45 @@ def dense(
     mask: Mask,
     scale: float | jax.Array | None = None,
     cap: float | None = None,
+    *,
+    shared: Shared | None = None,
 ) -> jax.Array:
     """Computes attention with all scores at once, [batch, heads, seq, keys]; see ``attend``.
 
     Heads lead in all operands, and the result is divided rather than the weights: otherwise XLA
     copies scores into another layout on CPU, and keeps both them and the weights for the backward
-    pass.
+    pass. The scores of shared keys are one product for all rows; see ``attend``.
     """
     batch, seq, _, head_dim = q.shape
     dtype = wide(q.dtype)
     grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim).transpose(0, 2, 3, 1, 4)
-    keys, values = (x.transpose(0, 2, 1, 3) for x in (k, v))
-    scores = jnp.einsum("bngsd,bntd->bngst", grouped, keys, preferred_element_type=dtype)
-    scores = soft_cap(scores * score_scale(q, scale), cap)
-    scores = jnp.where(mask.visible()[:, None, None], scores, jnp.finfo(dtype).min)
+    own = Part("bntd", k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+    parts = [own]
+    if shared is not None:
+        parts = [Part("ntd", shared.key.astype(k.dtype), shared.value.astype(v.dtype)), own]
+    factor, lowest = score_scale(q, scale), jnp.finfo(dtype).min
+
+    def scores_of(part: Part, seen: jax.Array) -> jax.Array:
+        scores = jnp.einsum(
+            f"bngsd,{part.axes}->bngst", grouped, part.keys, preferred_element_type=dtype
+        )
+        return jnp.where(seen, soft_cap(scores * factor, cap), lowest)
+
+    ends = np.cumsum([part.keys.shape[-2] for part in parts])
+    seen = jnp.split(mask.visible()[:, None, None], ends[:-1], axis=-1)
+    scores = list(map(scores_of, parts, seen))
     # The maximum changes no result, and so needs no derivative.
-    weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights.astype(v.dtype)
-    out = jnp.einsum("bngst,bntd->bngsd", weights, values, preferred_element_type=dtype)
+    largest = functools.reduce(jnp.maximum, (jnp.max(s, axis=-1, keepdims=True) for s in scores))
+    weights = [jnp.exp(s - lax.stop_gradient(largest)) for s in scores]
+    total = functools.reduce(jnp.add, (jnp.sum(w, axis=-1, keepdims=True) for w in weights))
+
+    def sum_of(part: Part, weights: jax.Array) -> jax.Array:
+        weights = weights.astype(v.dtype)
+        return jnp.einsum(
+            f"bngst,{part.axes}->bngsd", weights, part.values, preferred_element_type=dtype
+        )
+
+    out = functools.reduce(jnp.add, map(sum_of, parts, weights))
     return (out / total).astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 

@@ -20,6 +20,50 @@ class Cached(Protocol):
     def head_dim(self) -> int: ...
 
 
+class Shared(NamedTuple):
+    """Keys and values of tokens that all rows begin with, held once; see ``lora_jax.models.share``.
+
+    Attributes:
+      key: [layers, kv_heads, n, head_dim], rotated where the model rotates. Without the first axis
+        for one layer.
+      value: as key.
+    """
+
+    key: jax.Array
+    value: jax.Array
+
+    @property
+    def n_tokens(self) -> int:
+        """The number of tokens."""
+        return self.key.shape[-2]
+
+    def for_rows(self, batch: int) -> Shared:
+        """Returns one layer's keys and values as attention takes them, a copy for each row.
+
+        Args:
+          batch: the number of rows.
+
+        Returns:
+          Keys and values, [batch, n, kv_heads, head_dim] each.
+        """
+        return Shared(
+            *(jnp.broadcast_to(x.swapaxes(0, 1), (batch, *x.swapaxes(0, 1).shape)) for x in self)
+        )
+
+
+class LayerCache(NamedTuple):
+    """The part of a cache that one layer sees; stacked on axis 0 for the scan.
+
+    Attributes:
+      key, value: [batch, kv_heads, max_len, head_dim].
+      shared: this layer's keys and values of what all rows begin with, or None.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    shared: Shared | None
+
+
 class Cache(NamedTuple):
     """Keys and values of the tokens so far. Slot i holds the i-th token fed to the model.
 
@@ -29,7 +73,9 @@ class Cache(NamedTuple):
       value: as key.
       positions: [batch, max_len] int32, each slot's position; -1 in empty and padded slots.
       filled: [] int32, the number of slots in use, padding included; the same for every row.
-      length: [batch] int32, the next token's position: the row's number of tokens, less padding.
+      length: [batch] int32, the next token's position: the row's number of tokens, less padding,
+        those that are shared included.
+      shared: the tokens before slot 0 of every row, or None.
     """
 
     key: jax.Array
@@ -37,9 +83,27 @@ class Cache(NamedTuple):
     positions: jax.Array
     filled: jax.Array
     length: jax.Array
+    shared: Shared | None = None
+
+    @property
+    def max_len(self) -> int:
+        """The number of tokens, padding included, that a row can have; shared ones count."""
+        return self.positions.shape[1] + (self.shared.n_tokens if self.shared else 0)
+
+    @property
+    def layers(self) -> LayerCache:
+        """Keys and values of all layers, stacked on axis 0."""
+        return LayerCache(self.key, self.value, self.shared)
 
 
-def init_cache(config: Cached, batch: int, max_len: int, dtype: Any = jnp.float32) -> Cache:
+def init_cache(
+    config: Cached,
+    batch: int,
+    max_len: int,
+    dtype: Any = jnp.float32,
+    *,
+    shared: Shared | None = None,
+) -> Cache:
     """Makes an empty cache.
 
     Args:
@@ -47,8 +111,9 @@ def init_cache(config: Cached, batch: int, max_len: int, dtype: Any = jnp.float3
       batch: the number of rows.
       max_len: the number of tokens, padding included, that the cache can hold. Writing beyond it
         overwrites the last slots: under jit nothing can raise. RoPE of the kind "longrope"
-        chooses its frequencies by this number.
+        chooses its frequencies by this number, and that of the shared tokens.
       dtype: dtype of keys and values; the model's compute dtype.
+      shared: what all rows begin with, before these tokens.
 
     Returns:
       The cache, for ``model.apply(…, cache=cache)``.
@@ -65,7 +130,8 @@ def init_cache(config: Cached, batch: int, max_len: int, dtype: Any = jnp.float3
         value=jnp.zeros(shape, dtype),
         positions=jnp.full((batch, max_len), -1, jnp.int32),
         filled=jnp.zeros((), jnp.int32),
-        length=jnp.zeros((batch,), jnp.int32),
+        length=jnp.full((batch,), shared.n_tokens if shared else 0, jnp.int32),
+        shared=shared,
     )
 
 

@@ -75,11 +75,17 @@ def causal_mask(placed: Placed, segment_ids: jax.Array | None, cache: Cache | No
     """Returns the mask of real tokens of the same segment, up to the query.
 
     A window counts slots, as in transformers, whatever positions the caller gives. In a cache it
-    counts positions: there, padding may lie between the tokens of a row.
+    counts positions: there, padding may lie between the tokens of a row. Shared tokens come
+    before a cache's slots.
     """
     queries = placed.first + jnp.arange(placed.positions.shape[1], dtype=jnp.int32)
     keys = jnp.arange(placed.slots.shape[1], dtype=jnp.int32)
     positions, slots = placed.positions, placed.slots
+    if cache is not None and cache.shared is not None:
+        before = jnp.arange(cache.shared.n_tokens, dtype=jnp.int32)
+        keys = jnp.concatenate([before - cache.shared.n_tokens, keys])
+        seen = jnp.broadcast_to(before, (slots.shape[0], before.shape[0]))
+        slots = jnp.concatenate([seen, slots], axis=1)
     if cache is None:
         positions = jnp.broadcast_to(queries, positions.shape)
         slots = jnp.where(slots >= 0, keys, -1)
@@ -110,6 +116,7 @@ def extend(cache: Cache, placed: Placed, new: tuple[jax.Array, jax.Array]) -> Ca
         positions=placed.slots,
         filled=placed.first + placed.positions.shape[1],
         length=jnp.maximum(cache.length, jnp.max(placed.slots, axis=1) + 1),
+        shared=cache.shared,
     )
 
 
