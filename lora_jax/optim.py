@@ -75,7 +75,7 @@ def scale_factors(
         factor = {"a": a, "b": b}[name] if of_table is None else of_table
         return update * jnp.asarray(factor, update.dtype)
 
-    return optax.stateless(lambda updates, _: _map_parts(scaled, updates))
+    return optax.stateless(lambda updates, _: map_parts(scaled, updates))
 
 
 def lora_plus(ratio: float = 16.0, *, embedding: float | None = None) -> Any:
@@ -144,7 +144,7 @@ def project_b(params: Any, *, damping: float = 1e-8) -> optax.GradientTransforma
             axes = (((n + 1,), (n,)), (tuple(range(n)), tuple(range(n))))
             return lax.dot_general(matrix, gradient, axes, precision=lax.Precision.HIGHEST)
 
-        return _map_parts(projected, updates), state
+        return map_parts(projected, updates), state
 
     return optax.GradientTransformation(lambda _: ProjectionState(inverse), update)
 
@@ -214,7 +214,7 @@ def expert_rank(rank: int, active: int) -> int:
     return max(1, rank // active)
 
 
-def _map_parts(visit: Callable[[str, str, jax.Array], jax.Array], tree: Any) -> Any:
+def map_parts(visit: Callable[[str, str, Any], Any], tree: Any) -> Any:
     """Returns the tree with ``visit(path, name, array)`` in place of each part of a node.
 
     `tree` is an adapter, or a whole adapted tree, of which only the nodes' parts are visited.

@@ -21,6 +21,7 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.log import Log
 from lora_jax.training.loop import Hooks, Pace, train
 from lora_jax.training.losses import Loss, Sums
+from lora_jax.training.optimizer import averaged
 from lora_jax.training.processes import Agreement
 from lora_jax.training.setup import CompiledStep, Setup
 from lora_jax.training.step import State, Step, make_evaluation
@@ -186,7 +187,8 @@ def fit(
       resume_hint: tells an interrupted user how to go on.
 
     Returns:
-      The adapted tree, and the median seconds of a step (None where none was taken).
+      The adapted tree, its adapter averaged where the optimiser averages, and the median seconds of
+      a step (None where none was taken).
 
     Raises:
       Interrupted: after a signal, once the step is finished and saved.
@@ -199,16 +201,16 @@ def fit(
         compiler_options=layout.compiler_options,
     )
 
-    def sums_of(state: State, part: Batch) -> Sums:
+    def sums_of(adapter: Any, part: Batch) -> Sums:
         batch = layout.batch(part, parts=False)
         with jax.set_mesh(layout.mesh):
-            return jax.tree.map(float, evaluation(state.adapter, ready.base, batch))
+            return jax.tree.map(float, evaluation(adapter, ready.base, batch))
 
     def evaluate(state: State) -> dict[str, float] | None:
         assert held_out is not None, "there is nothing to evaluate on"
-        parts, agreement = [], Agreement()
+        parts, agreement, adapter = [], Agreement(), averaged(state.opt_state, state.adapter)
         for part in held_out.parts(feed.order.batch_size):
-            parts.append(sums_of(state, part))
+            parts.append(sums_of(adapter, part))
             if stop.agreed(agreement):
                 return None
         return means(loss, functools.reduce(_added, parts))
@@ -240,7 +242,7 @@ def fit(
         raise
     if checkpoints is not None:
         checkpoints.close()
-    return lj.join(state.adapter, ready.base), seconds
+    return lj.join(averaged(state.opt_state, state.adapter), ready.base), seconds
 
 
 def _added(one: Sums, other: Sums) -> Sums:

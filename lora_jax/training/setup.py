@@ -14,6 +14,7 @@ import lora_jax as lj
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
 from lora_jax.training.optimizer import has_dropout
+from lora_jax.training.optimizers import shardings
 from lora_jax.training.step import Metrics, State, init_state, make_step
 
 
@@ -22,7 +23,7 @@ class Setup:
     """Holds what a step is made of, beside the model.
 
     Attributes:
-      where: the sharding of each array of the state; Adam's moments lie as the adapter does.
+      where: the sharding of each array of the state; an optimiser's arrays lie as the adapter does.
       step_shardings: of the adapter that a step works with.
       dropout: whether an adapter's input is dropped.
     """
@@ -156,15 +157,9 @@ class CompiledStep:
 def state_shardings(layout: Layout, adapter: Any, optimizer: optax.GradientTransformation) -> Any:
     """Returns the sharding of each array of a state."""
     of_adapter = jax.tree.map(lambda array: array.sharding, adapter)
-    of_moments = optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        _shapes(adapter, optimizer).opt_state,
-        of_adapter,
-        transform_non_params=lambda _: layout.whole,
-    )
+    opt_state = _shapes(adapter, optimizer).opt_state
     whole: Any = layout.whole
-    return State(of_adapter, of_moments, whole, whole)
+    return State(of_adapter, shardings.state_shardings(opt_state, adapter, whole), whole, whole)
 
 
 def _shapes(adapter: Any, optimizer: optax.GradientTransformation) -> State:

@@ -33,7 +33,8 @@ from lora_jax.training.layout import Layout, one_device
 from lora_jax.training.lock import FolderLock
 from lora_jax.training.log import Line, Recorder, show
 from lora_jax.training.losses import HELD_OUT, Loss, summed_loss
-from lora_jax.training.optimizer import ScheduleKind, adamw, takes_from_base, warmed_up
+from lora_jax.training.optimizer import adamw, takes_from_base
+from lora_jax.training.optimizers.schedules import ScheduleKind, warmed_up
 from lora_jax.training.processes import is_first, wait_for_all
 from lora_jax.training.stop import Stop
 from lora_jax.weight import is_node
