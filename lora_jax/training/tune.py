@@ -33,7 +33,7 @@ from lora_jax.training.layout import Layout, one_device
 from lora_jax.training.lock import FolderLock
 from lora_jax.training.log import Line, Recorder, show
 from lora_jax.training.losses import HELD_OUT, Loss, summed_loss
-from lora_jax.training.optimizer import adamw, takes_from_base
+from lora_jax.training.optimizer import make_optimizer, takes_from_base
 from lora_jax.training.optimizers.schedules import ScheduleKind, warmed_up
 from lora_jax.training.processes import is_first, wait_for_all
 from lora_jax.training.stop import Stop
@@ -90,7 +90,7 @@ def finetune(
     schedule: ScheduleKind = "cosine",
     warmup: int = 3,
     weight_decay: float = 0.0,
-    optimizer: optax.GradientTransformation | None = None,
+    optimizer: str | optax.GradientTransformation = "adamw",
     held_out: Examples | Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
@@ -121,10 +121,11 @@ def finetune(
       steps, epochs: the length of the run, in one of the two; by default one epoch.
       batch_size: examples in memory at once.
       grad_accum: batches a step.
-      schedule: how `lr` falls after the warmup; linear and cosine end at zero.
+      schedule: how `lr` falls after the warmup; see `warmed_up`.
       warmup: steps over which `lr` rises.
       weight_decay: of A, B and kernels.
-      optimizer: in the place of AdamW; `lr` is then its schedule, to be logged.
+      optimizer: a name that `make_optimizer` takes, or one of your own; `lr` is then its schedule,
+        to be logged.
       held_out: examples like `examples`, to measure the loss on.
       folder: where to keep adapter and checkpoints.
       resume: goes on from the last checkpoint in the folder; begins where there is none.
@@ -195,7 +196,9 @@ def finetune(
             params,
             Feed(examples, order, examples.name),
             layout=layout,
-            optimizer=optimizer or adamw(rate, params, weight_decay=weight_decay),
+            optimizer=make_optimizer(optimizer, rate, params, weight_decay=weight_decay)
+            if isinstance(optimizer, str)
+            else optimizer,
             schedule=rate,
             key=jax.random.fold_in(key, 1),
             checkpoints=None if path is None else Checkpoints(path / CHECKPOINTS, keep),
@@ -205,6 +208,7 @@ def finetune(
             schedule=schedule,
             warmup=warmup,
             weight_decay=weight_decay,
+            optimizer=optimizer if isinstance(optimizer, str) else "a function",
             rules=rules,
             seed=seed,
         )

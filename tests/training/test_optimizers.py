@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax.models.specs import AXES
-from lora_jax.training import make_optimizer
+from lora_jax.training import Loss, Sums, finetune, init_state, make_optimizer, make_step
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.layout import Layout
 from lora_jax.training.optimizer import averaged
@@ -256,3 +256,37 @@ def test_an_option_that_an_optimiser_does_not_read_is_an_error():
         make_optimizer("sgd", RATE, options={"beta2": 0.9})
     with pytest.raises(ValueError, match="there is no optimizer 'adam': adamw, lion"):
         make_optimizer("adam", RATE)
+
+
+def test_finetune_evaluates_and_keeps_the_average():
+    """Judged by the same run made by hand, whose last raw parameters have another loss."""
+    x = jax.random.normal(jax.random.key(1), (12, IN))
+    arrays = {"x": x, "y": x[:, :3] ** 2}
+
+    def squares(forward, params, batch, dropout_key):
+        error = jnp.sum((forward(params, batch["x"]) - batch["y"]) ** 2)
+        return Sums(error, jnp.float32(batch["x"].shape[0]), {})
+
+    def model(params, x):
+        return x @ params["kernel"]
+
+    params = lj.lorafy(
+        {"kernel": jnp.zeros((IN, 3))}, [lj.LoraRule(targets=["kernel"], rank=2, alpha=3)]
+    )
+    options = {"loss": squares, "steps": 5, "batch_size": 12, "held_out": arrays, "log": None}
+    kept, report = finetune(model, params, arrays, optimizer="schedule-free", lr=RATE, **options)
+    optimizer = make_optimizer("schedule-free", RATE, params)
+    step = make_step(lj.adapt(model), optimizer, RATE, dropout=False, loss=Loss(squares))
+    adapter, base = lj.split(params)
+    state = init_state(adapter, optimizer, jax.random.key(0))
+    for _ in range(5):
+        state, _ = jax.jit(step)(state, base, {k: v[None] for k, v in arrays.items()})
+    average = averaged(state.opt_state, state.adapter)
+    for part in ("a", "b"):
+        assert_close(lj.split(kept)[0]["kernel"][part], average["kernel"][part], 1e-5)
+    losses = [
+        float(squares(lj.adapt(model), lj.join(one, base), arrays, None).total) / 12
+        for one in (average, state.adapter)
+    ]
+    assert report.held_out["loss"] == pytest.approx(losses[0], rel=1e-4)
+    assert abs(losses[1] / losses[0] - 1) > 1e-3
