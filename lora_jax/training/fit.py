@@ -58,6 +58,7 @@ def make_ready(
     schedule: optax.Schedule,
     key: jax.Array,
     checkpoints: Checkpoints | None = None,
+    noise: float = 0.0,
 ) -> Ready:
     """Returns the state before the first step.
 
@@ -67,11 +68,12 @@ def make_ready(
       layout: where everything lies on the mesh.
       optimizer: of the adapter.
       schedule: the learning rate that the optimiser has, to be logged.
-      key: of dropout.
+      key: of dropout and noise.
       checkpoints: those of the run's folder.
+      noise: the size of the noise on embeddings; see `lora_jax.training.neftune`.
     """
     adapter, base = lj.split(params)
-    setup = Setup.of(layout, params, optimizer, schedule)
+    setup = Setup.of(layout, params, optimizer, schedule, noise=noise)
     return Ready(
         feed=feed,
         setup=setup,

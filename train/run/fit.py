@@ -146,6 +146,7 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
         schedule=schedule,
         key=key,
         checkpoints=Checkpoints(run.folder / CHECKPOINTS, run.config.run.keep),
+        noise=optim.neftune,
     )
     if run.config.run.resume:
         ready = training.resumed(ready, run.steps)

@@ -54,6 +54,7 @@ def test_rates_of_the_classifier_follow():
         ("--schedule wsd --decay 0", "--decay 0.0: a share of the steps"),
         ("--min-lr 1.5", "--min-lr 1.5: a share of the peak learning rate"),
         ("--beta1 1", "--beta1 1.0: a number from 0 to below 1"),
+        ("--neftune -1", "--neftune -1.0: a number from 0 on"),
         ("--eps 0", "--eps 0.0: a positive number"),
         ("--lr nan", "--lr nan: a learning rate is a positive number"),
     ],

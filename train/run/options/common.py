@@ -135,8 +135,11 @@ class OptimConfig:
     """Weight decay of A, B, kernels and embeddings. Norms and biases never decay."""
     grad_clip: float = 1.0
     """Maximum norm of the gradient; 0 for no clipping."""
+    neftune: float = 0.0
+    """Size of the noise on the embeddings of training tokens (NEFTune; the paper uses 5 to 15); 0
+    for none."""
     seed: int = 0
-    """Seed of the adapter's initialisation, data order, and dropout."""
+    """Seed of the adapter's initialisation, data order, dropout, and noise."""
     remat: Remat = "none"
     """Activations to recompute in the backward pass. full, or --remat without a name: all those of
     each layer, for much less memory and some more time. dots_saveable and

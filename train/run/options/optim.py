@@ -88,3 +88,5 @@ def check_optim(optim: Any) -> None:
         raise UserError(f"--min-lr {optim.min_lr}: a share of the peak learning rate, from 0 to 1")
     if not 0 < optim.decay <= 1:
         raise UserError(f"--decay {optim.decay}: a share of the steps, above 0 and at most 1")
+    if not 0 <= optim.neftune < math.inf:
+        raise UserError(f"--neftune {optim.neftune}: a number from 0 on is needed")
