@@ -28,6 +28,7 @@ from train.run.errors import UserError, reported
 from train.run.mesh import make_mesh
 from train.run.options.common import AdapterConfig, Attention, Experts, OptimConfig, Remat, at_least
 from train.run.options.optim import with_optimizer_defaults
+from train.run.options.rope import parse_rope_scaling
 from train.run.pretrained import read_shapes
 
 
@@ -37,6 +38,8 @@ class PlanConfig:
 
     model: str
     """A config.json, a folder with one, a GGUF file, or a name on the hub. No weights are read."""
+    rope_scaling: str | None = None
+    """Scale the model's RoPE; see train.sft."""
     topology: str = "cpu:1"
     """A TPU slice, such as v5e:4x4, v5p:2x2x2, v6e:8x8 or tpu7x:2x2x1, or cpu:8 for eight virtual
     devices of this CPU."""
@@ -135,7 +138,7 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
     Raises:
       UserError: model, machine and mesh do not fit together.
     """
-    outline = read_shapes(asked.model)
+    outline = read_shapes(asked.model).scaled(parse_rope_scaling(asked.rope_scaling))
     outline.check_length(asked.seq_len, f"--seq-len {asked.seq_len}")
     outline.check_experts(asked.experts)
     machine = find_machine(asked.topology, asked.capacity_gib, asked.peak_tflops)

@@ -18,6 +18,7 @@ from lora_jax.models.gpt2.model import GPT2
 from lora_jax.models.kinds import kinds
 from lora_jax.models.layers.cache import Cache, init_cache
 from lora_jax.models.pretrained import from_pretrained, save_pretrained
+from lora_jax.models.rope_scaling import with_rope_scaling
 
 __all__ = [
     "Cache",
@@ -45,4 +46,5 @@ __all__ = [
     "partition_specs",
     "read_config",
     "save_pretrained",
+    "with_rope_scaling",
 ]

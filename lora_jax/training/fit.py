@@ -3,18 +3,21 @@
 import dataclasses
 import functools
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import lora_jax as lj
 from lora_jax.base import as_array
 from lora_jax.fingerprint import base_fingerprint, differing
+from lora_jax.models import Decoder
 from lora_jax.paths import flatten_with_paths
-from lora_jax.training.batches import Batch, Examples, Feed
+from lora_jax.training.batches import Batch, Examples, Feed, Packs
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.errors import Diverged, TrainingError
 from lora_jax.training.layout import Layout
@@ -123,6 +126,27 @@ def resumed(ready: Ready, steps: int) -> Ready:
             )
         )
     return dataclasses.replace(ready, state=state)
+
+
+def check_positions(model: Any, examples: Examples) -> None:
+    """Raises a TrainingError for sequences that are longer than a decoder's positions."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if most is None or not isinstance(model, Decoder) or not isinstance(examples, Packs):
+        return
+    if (longest := int(np.diff(examples.starts).max())) > most:
+        raise TrainingError(
+            f"a sequence has {longest} tokens, and the model {most} positions: "
+            "give a smaller seq_len, or load it with from_pretrained(…, rope_scaling="
+            '{"rope_type": "yarn", "factor": 2.0})'
+        )
+
+
+def settings_of(**settings: Any) -> dict[str, str]:
+    """Returns what a resumed run may not change, in words that are the same in every process."""
+    return {
+        name: "a function" if callable(value) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+        for name, value in settings.items()
+    }
 
 
 def not_finite(params: Any) -> list[str]:

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import re
 import shutil
 import threading
 import time
@@ -28,7 +27,15 @@ from lora_jax.training.batches import Arrays, Examples, Feed, Order, Packs
 from lora_jax.training.checkpoints import RECORD, Checkpoints
 from lora_jax.training.data.labelled import Labelled, classification_loss
 from lora_jax.training.errors import TrainingError, as_argument
-from lora_jax.training.fit import Ready, compile_step, fit, make_ready, resumed
+from lora_jax.training.fit import (
+    Ready,
+    check_positions,
+    compile_step,
+    fit,
+    make_ready,
+    resumed,
+    settings_of,
+)
 from lora_jax.training.layout import Layout, one_device
 from lora_jax.training.lock import FolderLock
 from lora_jax.training.log import Line, Recorder, show
@@ -176,6 +183,8 @@ def finetune(
     if not 0 <= seed < 2**32:
         raise TrainingError(f"seed={seed}: a number from 0 to {2**32 - 1} is needed")
     layout = layout or one_device()
+    for rows in (examples, *([] if measured is None else [measured])):
+        check_positions(model, rows)
     loss = _loss_of(loss, examples, layout)
     order = Order.of(examples, seed, batch_size, grad_accum)
     steps = steps or order.steps(epochs or 1)
@@ -203,7 +212,7 @@ def finetune(
             key=jax.random.fold_in(key, 1),
             checkpoints=None if path is None else Checkpoints(path / CHECKPOINTS, keep),
         )
-        settings = _settings(
+        settings = settings_of(
             lr=lr,
             schedule=schedule,
             warmup=warmup,
@@ -395,11 +404,3 @@ def _forward(model: Any, ready: Ready) -> Callable[..., Any]:
     if hasattr(model, "placement"):
         return ready.setup.forward(model)
     return lj.adapt(getattr(model, "apply", model))
-
-
-def _settings(**settings: Any) -> dict[str, str]:
-    """Returns what a resumed run may not change, in words that are the same in every process."""
-    return {
-        name: "a function" if callable(value) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-        for name, value in settings.items()
-    }

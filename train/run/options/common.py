@@ -13,6 +13,7 @@ from lora_jax.training.optimizers.named import Name
 from lora_jax.training.optimizers.schedules import DECAY, ScheduleKind
 from train.run.errors import UserError, as_user_errors, flag
 from train.run.options.optim import check_optim, with_optimizer_defaults
+from train.run.options.rope import as_text
 
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
 _REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")}
@@ -245,18 +246,23 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
         optim = dataclasses.replace(optim, epochs=defaults.epochs)
     data = options.data
     if data.model is None:
-        data = dataclasses.replace(data, model=_base_of(adapter.init_adapter) or defaults.model)
+        data = dataclasses.replace(
+            data, model=_about(adapter.init_adapter).get("model") or defaults.model
+        )
+    scaling = _about(adapter.init_adapter).get("rope_scaling")
+    if scaling and getattr(data, "rope_scaling", "") is None:
+        data = dataclasses.replace(data, rope_scaling=as_text(scaling))
     if (path := Path(data.model).expanduser()).exists():  # found from any folder, later
         data = dataclasses.replace(data, model=str(path.absolute()))
     return dataclasses.replace(options, adapter=adapter, optim=optim, data=data)
 
 
-def _base_of(adapter: str | None) -> str | None:
-    """Returns the base that an adapter's folder names; None if there is no such folder."""
+def _about(adapter: str | None) -> dict[str, Any]:
+    """Returns the facts that an adapter's folder states; {} if there is no such folder."""
     if adapter is None or not Path(adapter).is_dir():
-        return None  # a missing folder is an error later, when it is read
+        return {}  # a missing folder is an error later, when it is read
     with as_user_errors(ValueError, prefix="--init-adapter: "):
-        return lj.adapter_info(adapter).get("model")
+        return lj.adapter_info(adapter)
 
 
 # Options that a resumed run may change: its length, devices, reports, and checkpoints. Any other

@@ -25,6 +25,11 @@ class DataConfig:
     model: str | None = None
     """The language model: a name on the hub, a folder, or a GGUF file. By default the base of
     --init-adapter, or else SmolLM2-135M-Instruct."""
+    rope_scaling: str | None = None
+    """Scale the model's RoPE, for rows longer than it allows: linear:2, yarn:4 or llama3:8, the
+    factor by which they may be longer, and further fields of config.json's rope_parameters
+    (yarn:4,beta_fast=16). The adapter's folder says it, so that train.generate and train.export do
+    the same. By default the scaling of --init-adapter."""
     dataset: str = SQL
     """"sql" (the default task), a file (JSONL, JSON, CSV, TSV, also gzipped, or Parquet), a folder
     of them, a folder that `datasets` saved, or a dataset on the hub. Each row has `messages` (and
