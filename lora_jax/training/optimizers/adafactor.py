@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax.lorafy import nodes_of
-from lora_jax.optim import map_parts
+from lora_jax.lorafy import map_parts, nodes_of
 from lora_jax.parts import RANK
 from lora_jax.weight import LoraWeight
 

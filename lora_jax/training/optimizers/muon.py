@@ -9,8 +9,7 @@ from optax import contrib
 from optax.contrib import MuonDimensionNumbers
 
 from lora_jax.axes import KERNEL_NAMES
-from lora_jax.lorafy import nodes_of
-from lora_jax.optim import map_parts
+from lora_jax.lorafy import map_parts, nodes_of
 from lora_jax.parts import RANK
 from lora_jax.paths import leaf_name
 from lora_jax.resolve import is_table_or_head
