@@ -5,6 +5,7 @@ adapters of this library and adapters that PEFT wrote.
 """
 
 import dataclasses
+import json
 import re
 import sys
 from collections import Counter
@@ -138,8 +139,11 @@ def write_adapter(options: Options, console: Console, model: Any, params: Any, n
     no_peft = "as a PEFT adapter (--merged writes a whole model instead): "
     with as_user_errors(ValueError, prefix=no_peft):
         fields, tensors = contents(model, params)
+    folder, from_peft = found_adapter(options.adapter)
+    scaled = {} if from_peft else scaled_fields(about(folder), model)
     if options.check_serving:
-        report_problems(problems_of(fields, tensors, max_rank=options.max_rank))
+        problems = problems_of(fields, tensors, max_rank=options.max_rank)
+        report_problems([*problems, *([rope_problem(scaled)] if scaled else [])])
     if options.output is None:
         return
     output = Path(options.output).expanduser()
@@ -160,8 +164,29 @@ def write_adapter(options: Options, console: Console, model: Any, params: Any, n
             highlight=False,
             soft_wrap=True,
         )
-    base = f'{auto_class(model)}.from_pretrained("{name}")'
+    how = "".join(f", {key}={value!r}" for key, value in scaled.items())
+    base = f'{auto_class(model)}.from_pretrained("{name}"{how})'
     hint(console, f'PeftModel.from_pretrained({base}, "{output}")')
+
+
+def scaled_fields(facts: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Returns the fields of config.json that the base's lacks: a RoPE that the run scaled."""
+    if "rope_scaling" not in facts:
+        return {}
+    written = model.config.to_hf()
+    theta = {"rope_theta": written["rope_theta"]}
+    return {
+        "rope_parameters": written["rope_scaling"] | theta,
+        "max_position_embeddings": written["max_position_embeddings"],
+    }
+
+
+def rope_problem(scaled: dict[str, Any]) -> str:
+    """Returns the line of --check-serving about a scaled RoPE."""
+    return (
+        "the adapter was trained with a scaled RoPE, and the base's config.json has another: "
+        f"serve it with --hf-overrides '{json.dumps(scaled)}', or write a whole model with --merged"
+    )
 
 
 def found_adapter(name: str) -> tuple[Path, bool]:
@@ -268,11 +293,12 @@ def about(adapter: Path) -> dict[str, Any]:
 
 def load(options: Options, adapter: Path, from_peft: bool, name: str) -> tuple[Any, Any]:
     """Returns the model, and its parameters with the adapter, all in float32."""
-    names = () if from_peft else about(adapter).get("labels", ())
+    facts = {} if from_peft else about(adapter)
+    names = facts.get("labels", ())
     num_labels = options.num_labels or len(names)
-    head: dict[str, Any] = {}
+    head: dict[str, Any] = {k: v for k, v in facts.items() if k == "rope_scaling"}
     if num_labels:
-        head = {"head": "classification", "num_labels": num_labels}
+        head |= {"head": "classification", "num_labels": num_labels}
     model, params = read_model(name, dtype="float32", **head)
     if num_labels and len(names) == num_labels:
         model = model.clone(config=dataclasses.replace(model.config, label_names=tuple(names)))

@@ -75,13 +75,14 @@ def run(options: Options) -> None:
     if said := keep_compiled(options.compilation_cache):
         print(said, file=sys.stderr)
     name = options.model or trained_model(options.adapter)
-    outline = read_outline(name)
+    scaling = about(options.adapter).get("rope_scaling")
+    outline = read_outline(name).scaled(scaling)
     if options.system is not None and outline.tokenizer.chat_template is None:
         raise UserError(
             f"--system: {name} has no chat template to put a system prompt into: leave it out, or "
             "write it into the prompt"
         )
-    model, params = read_model(name, dtype="float32")
+    model, params = read_model(name, dtype="float32", **outline.head)
     if options.adapter:
         with as_user_errors(ValueError):
             adapted = lj.load_adapter(
@@ -130,11 +131,18 @@ def trained_model(adapter: str | None) -> str:
     """Returns the base that an adapter names; without an adapter, the default model."""
     if adapter is None:
         return DEFAULT_MODEL
-    with as_user_errors(ValueError):
-        name = lj.adapter_info(adapter).get("model")
+    name = about(adapter).get("model")
     if not name:
         raise UserError(f"--adapter {adapter} does not say what its base is: name it with --model")
     return name
+
+
+def about(adapter: str | None) -> dict[str, Any]:
+    """Returns the facts that an adapter's folder states about its base; {} without one."""
+    if adapter is None:
+        return {}
+    with as_user_errors(ValueError):
+        return lj.adapter_info(adapter)
 
 
 def lines() -> Any:

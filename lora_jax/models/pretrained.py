@@ -19,6 +19,7 @@ from lora_jax.hf.sources import Source
 from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.families import FORMATS, key_table, module_of
 from lora_jax.models.layers.attend import Attend
+from lora_jax.models.rope_scaling import with_rope_scaling
 
 
 def from_pretrained(
@@ -34,6 +35,7 @@ def from_pretrained(
     num_labels: int | None = None,
     pooling: str | None = None,
     normalize: bool | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
     key: jax.Array | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Loads a pretrained model, and its parameters as a plain nested dict.
@@ -61,6 +63,7 @@ def from_pretrained(
       sharding: (path, shape) -> the sharding of that parameter; None for the default device.
       head, num_labels, pooling, normalize: an encoder's options, in the place of its
         config.json's; see ``EncoderConfig``.
+      rope_scaling: a decoder's, for rows longer than its positions; see ``with_rope_scaling``.
       key: random key for a freshly initialised head; ``jax.random.key(0)`` by default. Each
         parameter's values depend on the key and its path alone.
 
@@ -93,7 +96,10 @@ def from_pretrained(
     source = open_source(found.path, **options)
     param_dtype = dtype if param_dtype is None else param_dtype
     how: dict[str, Any] = {"remat": remat, "attention": attention, "experts": experts}
-    model = module_of(source.config, dtype, param_dtype, **how)
+    config = source.config
+    if rope_scaling is not None:
+        config = with_rope_scaling(config, rope_scaling)
+    model = module_of(config, dtype, param_dtype, **how)
     return model, load_params(source, param_dtype, sharding, key)
 
 

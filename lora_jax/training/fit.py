@@ -3,24 +3,28 @@
 import dataclasses
 import functools
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import lora_jax as lj
 from lora_jax.base import as_array
 from lora_jax.fingerprint import base_fingerprint, differing
+from lora_jax.models import Decoder
 from lora_jax.paths import flatten_with_paths
-from lora_jax.training.batches import Batch, Examples, Feed
+from lora_jax.training.batches import Batch, Examples, Feed, Packs
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.errors import Diverged, TrainingError
 from lora_jax.training.layout import Layout
 from lora_jax.training.log import Log
 from lora_jax.training.loop import Hooks, Pace, train
 from lora_jax.training.losses import Loss, Sums
+from lora_jax.training.optimizer import averaged
 from lora_jax.training.processes import Agreement
 from lora_jax.training.setup import CompiledStep, Setup
 from lora_jax.training.step import State, Step, make_evaluation
@@ -57,6 +61,7 @@ def make_ready(
     schedule: optax.Schedule,
     key: jax.Array,
     checkpoints: Checkpoints | None = None,
+    noise: float = 0.0,
 ) -> Ready:
     """Returns the state before the first step.
 
@@ -66,11 +71,12 @@ def make_ready(
       layout: where everything lies on the mesh.
       optimizer: of the adapter.
       schedule: the learning rate that the optimiser has, to be logged.
-      key: of dropout.
+      key: of dropout and noise.
       checkpoints: those of the run's folder.
+      noise: the size of the noise on embeddings; see `lora_jax.training.neftune`.
     """
     adapter, base = lj.split(params)
-    setup = Setup.of(layout, params, optimizer, schedule)
+    setup = Setup.of(layout, params, optimizer, schedule, noise=noise)
     return Ready(
         feed=feed,
         setup=setup,
@@ -120,6 +126,27 @@ def resumed(ready: Ready, steps: int) -> Ready:
             )
         )
     return dataclasses.replace(ready, state=state)
+
+
+def check_positions(model: Any, examples: Examples) -> None:
+    """Raises a TrainingError for sequences that are longer than a decoder's positions."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if most is None or not isinstance(model, Decoder) or not isinstance(examples, Packs):
+        return
+    if (longest := int(np.diff(examples.starts).max())) > most:
+        raise TrainingError(
+            f"a sequence has {longest} tokens, and the model {most} positions: "
+            "give a smaller seq_len, or load it with from_pretrained(…, rope_scaling="
+            '{"rope_type": "yarn", "factor": 2.0})'
+        )
+
+
+def settings_of(**settings: Any) -> dict[str, str]:
+    """Returns what a resumed run may not change, in words that are the same in every process."""
+    return {
+        name: "a function" if callable(value) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+        for name, value in settings.items()
+    }
 
 
 def not_finite(params: Any) -> list[str]:
@@ -186,7 +213,8 @@ def fit(
       resume_hint: tells an interrupted user how to go on.
 
     Returns:
-      The adapted tree, and the median seconds of a step (None where none was taken).
+      The adapted tree, its adapter averaged where the optimiser averages, and the median seconds of
+      a step (None where none was taken).
 
     Raises:
       Interrupted: after a signal, once the step is finished and saved.
@@ -199,16 +227,16 @@ def fit(
         compiler_options=layout.compiler_options,
     )
 
-    def sums_of(state: State, part: Batch) -> Sums:
+    def sums_of(adapter: Any, part: Batch) -> Sums:
         batch = layout.batch(part, parts=False)
         with jax.set_mesh(layout.mesh):
-            return jax.tree.map(float, evaluation(state.adapter, ready.base, batch))
+            return jax.tree.map(float, evaluation(adapter, ready.base, batch))
 
     def evaluate(state: State) -> dict[str, float] | None:
         assert held_out is not None, "there is nothing to evaluate on"
-        parts, agreement = [], Agreement()
+        parts, agreement, adapter = [], Agreement(), averaged(state.opt_state, state.adapter)
         for part in held_out.parts(feed.order.batch_size):
-            parts.append(sums_of(state, part))
+            parts.append(sums_of(adapter, part))
             if stop.agreed(agreement):
                 return None
         return means(loss, functools.reduce(_added, parts))
@@ -240,7 +268,7 @@ def fit(
         raise
     if checkpoints is not None:
         checkpoints.close()
-    return lj.join(state.adapter, ready.base), seconds
+    return lj.join(averaged(state.opt_state, state.adapter), ready.base), seconds
 
 
 def _added(one: Sums, other: Sums) -> Sums:

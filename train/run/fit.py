@@ -24,12 +24,13 @@ from lora_jax.training.batches import Examples, Feed, Order
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
-from lora_jax.training.optimizer import takes_from_base, warmed_up
+from lora_jax.training.optimizer import takes_from_base
 from lora_jax.training.processes import is_first, wait_for_all
 from lora_jax.training.stop import Stop
-from train.run.adapter import check_names, make_optimizer, rules
+from train.run.adapter import check_names, rules
 from train.run.errors import as_user_errors, flag
 from train.run.log import doing, draw_curve, open_log, read_metrics
+from train.run.optimizer import make_optimizer, make_schedule, optimizer_line
 from train.run.options.common import OptimConfig, Options
 from train.run.output import (
     ADAPTER,
@@ -135,7 +136,8 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
     summary = lj.summary(params)
     run.console.print(summary, highlight=False, soft_wrap=True)
     params = run.layout.placed(params)
-    schedule = warmed_up(run.rate, run.steps, kind=optim.schedule, warmup=optim.warmup)
+    run.console.print(optimizer_line(optim, params), highlight=False, soft_wrap=True)
+    schedule = make_schedule(optim, run.rate, run.steps)
     ready = training.make_ready(
         params,
         run.feed,
@@ -144,6 +146,7 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
         schedule=schedule,
         key=key,
         checkpoints=Checkpoints(run.folder / CHECKPOINTS, run.config.run.keep),
+        noise=optim.neftune,
     )
     if run.config.run.resume:
         ready = training.resumed(ready, run.steps)
@@ -170,7 +173,7 @@ def _moved(run: Run, schedule: optax.Schedule, done: int) -> str | None:
     optim = run.config.optim
     if not done or not {"steps", "lr"} <= began.keys():
         return None
-    was = warmed_up(began["lr"], began["steps"], kind=optim.schedule, warmup=optim.warmup)
+    was = make_schedule(optim, began["lr"], began["steps"])
     here, there = float(was(done)), float(schedule(done))
     if began["steps"] == run.steps or math.isclose(here, there, rel_tol=1e-6):
         return None
@@ -178,7 +181,7 @@ def _moved(run: Run, schedule: optax.Schedule, done: int) -> str | None:
         f"warning: the run began with {began['steps']} steps and now has {run.steps}, so its "
         f"{optim.schedule} schedule is another one: the learning rate goes on at {there:.2e}, not "
         f"at {here:.2e}. To go on without this jump, give {flag('steps', began['steps'])}; for a "
-        "length that may change, begin a run with --schedule constant"
+        "length that may change, begin a run with --schedule constant or wsd"
     )
 
 

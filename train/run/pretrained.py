@@ -1,7 +1,7 @@
 """The model of a script: first its outline, which is cheap, then its weights."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,10 +22,12 @@ from lora_jax.models import (
     fetch,
     key_table,
     kinds,
+    with_rope_scaling,
 )
 from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
 from lora_jax.training.fit import not_finite
 from train.run.errors import UserError, as_user_errors
+from train.run.options.rope import as_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Outline:
     tokenizer: Any
     config: DecoderConfig | GPT2Config | EncoderConfig
     params: dict[str, Any]  # jax.ShapeDtypeStruct leaves
-    head: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `from_pretrained`
+    # An encoder's head, or a decoder's scaled RoPE: keywords of `from_pretrained`.
+    head: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def kinds(self) -> dict[str, Any]:
@@ -49,8 +52,9 @@ class Outline:
 
     @property
     def about(self) -> dict[str, Any]:
-        """The facts that an adapter stores about its base: the name and the revision on the hub."""
-        return {"model": self.name, "revision": revision_of(resolve(self.name).path)}
+        """The facts that an adapter stores about its base: name, revision on the hub, RoPE."""
+        scaled = {name: self.head[name] for name in ("rope_scaling",) if name in self.head}
+        return {"model": self.name, "revision": revision_of(resolve(self.name).path), **scaled}
 
     @property
     def active_experts(self) -> int | None:
@@ -62,14 +66,27 @@ class Outline:
         if experts != "auto" and self.active_experts is None:
             raise UserError(f"--experts {experts}: the model {self.name} is no mixture of experts")
 
-    def check_length(self, length: int, what: str) -> None:
+    def check_length(self, length: int, what: str, remedy: str = "") -> None:
         """Raises a UserError if the model does not allow `length` tokens; `what` names them."""
         if isinstance(self.config, EncoderConfig):
             most = self.config.max_tokens
         else:
             most = self.config.max_position_embeddings
         if length > most:
-            raise UserError(f"{what}: the model {self.name} allows {most} tokens at most")
+            raise UserError(f"{what}: the model {self.name} allows {most} tokens at most{remedy}")
+
+    def scaled(self, scaling: Mapping[str, Any] | None) -> "Outline":
+        """Returns the outline with its RoPE scaled; see `lora_jax.models.with_rope_scaling`.
+
+        Raises:
+          UserError: the model does not go with this scaling.
+        """
+        if scaling is None:
+            return self
+        with as_user_errors(ConfigError, prefix=f"--rope-scaling {as_text(scaling)}: "):
+            config = with_rope_scaling(self.config, scaling)
+        head = {**self.head, "rope_scaling": dict(scaling)}
+        return dataclasses.replace(self, config=config, head=head)
 
 
 @contextmanager

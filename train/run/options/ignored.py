@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from train.data.files import FILE_KINDS
 from train.run.adapter import NO_ADAPTER
 from train.run.errors import UserError, flag
+from train.run.options.optim import without_effect
 
 _OF_FACTORS = (
     *("layers", "rank", "alpha", "dropout", "scaling", "init", "dora", "freeze_a", "bias_on_b"),
@@ -49,6 +50,7 @@ def _cases(options: Any) -> list[_Case]:
     test: str | None = getattr(data, "test", None)
     from_hub = not is_file or (test is not None and not test.endswith(FILE_KINDS))
     return [
+        *(_Case(True, why, names) for why, names in without_effect(options.optim)),
         _Case(
             adapter.full,
             "--full trains every parameter, without an adapter",
