@@ -24,13 +24,13 @@ from lora_jax.hf.save import tokenizer_files
 from lora_jax.models import EncoderConfig, save_pretrained
 from lora_jax.models.pretrained import open_source
 from lora_jax.peft.config import FILE as PEFT_CONFIG
-from lora_jax.peft.config import fields_of
 from lora_jax.peft.save import contents
 from lora_jax.peft.serving import MAX_RANK, problems_of, serving_problems
+from train.adapters.source import AdapterSource, find_adapter
 from train.run.cache import keep_compiled
 from train.run.errors import UserError, as_user_errors, reported
-from train.run.output import ADAPTER, folder_bytes, read_json
-from train.run.pretrained import read_model
+from train.run.output import folder_bytes, read_json
+from train.run.pretrained import read_model, read_untokenized
 from train.run.report import megabytes
 
 MODEL_CONFIG = "config.json"
@@ -44,7 +44,7 @@ class Options:
     """Write an adapter in PEFT's format or merged into its base; check whether it can be served."""
 
     adapter: str
-    """The folder of an adapter, written by a run or by PEFT."""
+    """The folder of an adapter: of a run, of this library, or of PEFT."""
     output: str | None = None
     """The folder to write. Only --check-serving works without it."""
     model: str | None = None
@@ -66,7 +66,7 @@ class Options:
     """The highest rank that the engine accepts (vLLM's --max-lora-rank)."""
     num_labels: int | None = None
     """The number of classes of the adapter's head, if the base has no head. By default the number
-    of the adapter's run."""
+    of the adapter's run, or of PEFT's saved head."""
     allow_base_mismatch: bool = False
     """Accept an adapter that was trained on another base."""
     overwrite: bool = False
@@ -88,21 +88,21 @@ def main(args: Sequence[str] | None = None) -> None:
 def run(options: Options) -> None:
     """Checks the options, loads the adapter, and writes it."""
     console = Console()
-    adapter, from_peft = found_adapter(options.adapter)
+    adapter = find_adapter(options.adapter)
     shard = check(options)
 
     # PEFT's folder is checked as it is, unless it is also to be written.
-    if from_peft and options.output is None:
+    if adapter.from_peft and options.output is None:
         with as_user_errors(ValueError):
-            report_problems(serving_problems(adapter, max_rank=options.max_rank))
+            report_problems(serving_problems(adapter.folder, max_rank=options.max_rank))
         return
 
-    name = options.model or base_of(adapter, from_peft)
-    check_apart(options.output, adapter, name)
+    name = options.model or adapter.base()
+    check_apart(options.output, adapter.folder, name)
     if said := keep_compiled(options.compilation_cache):
         console.print(said, highlight=False, soft_wrap=True)
-    with console.status(f"loading {name} and {adapter}"):
-        model, params = load(options, adapter, from_peft, name)
+    with console.status(f"loading {name} and {adapter.folder}"):
+        model, params = load(options, adapter, name)
     if options.merged:
         write_merged(options, console, model, params, name, shard)
     else:
@@ -162,21 +162,6 @@ def write_adapter(options: Options, console: Console, model: Any, params: Any, n
         )
     base = f'{auto_class(model)}.from_pretrained("{name}")'
     hint(console, f'PeftModel.from_pretrained({base}, "{output}")')
-
-
-def found_adapter(name: str) -> tuple[Path, bool]:
-    """Returns the adapter's folder, and whether PEFT wrote it."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"--adapter {name}: there is no such folder")
-    from_peft = (folder / PEFT_CONFIG).is_file()
-    if not from_peft and not (folder / "lora").is_dir():
-        of_run = folder / ADAPTER
-        raise UserError(
-            f"--adapter {name} is no adapter folder of this library or of PEFT ({PEFT_CONFIG})"
-            + (f": did you mean {of_run}?" if of_run.is_dir() else "")
-        )
-    return folder, from_peft
 
 
 def check(options: Options) -> int:
@@ -248,39 +233,19 @@ def check_apart(output: str | None, adapter: Path, base: str) -> None:
             )
 
 
-def base_of(adapter: Path, from_peft: bool) -> str:
-    """Returns the base that PEFT's configuration names, or the config.json of the adapter's run."""
-    if from_peft:
-        with as_user_errors(ValueError):
-            name = fields_of(adapter)[0].get("base_model_name_or_path")
-    else:
-        name = about(adapter).get("model")
-    if not name:
-        raise UserError(f"--adapter {adapter} does not say what its base is: name it with --model")
-    return name
-
-
-def about(adapter: Path) -> dict[str, Any]:
-    """Returns the facts that an adapter's folder states: its base, its labels."""
-    with as_user_errors(ValueError):
-        return lj.adapter_info(adapter)
-
-
-def load(options: Options, adapter: Path, from_peft: bool, name: str) -> tuple[Any, Any]:
+def load(options: Options, adapter: AdapterSource, name: str) -> tuple[Any, Any]:
     """Returns the model, and its parameters with the adapter, all in float32."""
-    names = () if from_peft else about(adapter).get("labels", ())
-    num_labels = options.num_labels or len(names)
+    names = adapter.about.get("labels", ())
+    num_labels = options.num_labels or adapter.num_labels
     head: dict[str, Any] = {}
     if num_labels:
         head = {"head": "classification", "num_labels": num_labels}
+    mismatch = options.allow_base_mismatch
+    adapter.check(read_untokenized(name, **head), allow_base_mismatch=mismatch)
     model, params = read_model(name, dtype="float32", **head)
     if num_labels and len(names) == num_labels:
         model = model.clone(config=dataclasses.replace(model.config, label_names=tuple(names)))
-    with as_user_errors(ValueError):
-        if from_peft:
-            return model, lp.load(adapter, model, params)
-        mismatch = options.allow_base_mismatch
-        return model, lj.load_adapter(adapter, params, allow_base_mismatch=mismatch)
+    return model, adapter.load(model, params, name, allow_base_mismatch=mismatch)
 
 
 def dtype_of_files(name: str) -> str:

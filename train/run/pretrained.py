@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lora_jax.hf.bundled import BUNDLES
 from lora_jax.hf.hub import resolve, resolve_config, revision_of
 from lora_jax.hf.keys import nested
+from lora_jax.hf.load import absent_rows
 from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.models import (
     ConfigError,
@@ -37,6 +38,7 @@ class Outline:
     config: DecoderConfig | GPT2Config | EncoderConfig
     params: dict[str, Any]  # jax.ShapeDtypeStruct leaves
     head: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `from_pretrained`
+    absent: tuple[str, ...] = ()  # paths of parameters that its files lack: of a new head
 
     @property
     def kinds(self) -> dict[str, Any]:
@@ -129,13 +131,29 @@ def read_shapes(name: str) -> Outline:
     return Outline(name, None, config, _abstract(config))
 
 
-def _outline(name: str, **head: Any) -> Outline:
+def read_untokenized(name: str, **head: Any) -> Outline:
+    """Reads the files of any model, without its weights and its tokenizer.
+
+    Args:
+      name: the model.
+      **head: of an encoder; see `from_pretrained`.
+
+    Raises:
+      UserError: the model cannot be read.
+    """
     with _model_errors(name):
-        config = open_source(fetch(name), **head).config
+        source = open_source(fetch(name), **head)
+        absent = tuple(row.path for row in absent_rows(source))
+    return Outline(name, None, source.config, _abstract(source.config), head, absent)
+
+
+def _outline(name: str, **head: Any) -> Outline:
+    outline = read_untokenized(name, **head)
+    with _model_errors(name):
         tokenizer = load_tokenizer(name)
     if not tokenizer.is_fast:
         raise UserError(f"--model {name}: its tokenizer has no fast version (tokenizer.json)")
-    return Outline(name, tokenizer, config, _abstract(config), head)
+    return dataclasses.replace(outline, tokenizer=tokenizer)
 
 
 def _abstract(config: Any) -> dict[str, Any]:

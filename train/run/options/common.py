@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-import lora_jax as lj
-from train.run.errors import UserError, as_user_errors, flag
+from train.adapters.source import find_adapter
+from train.run.errors import UserError, flag
 
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
 _REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")}
@@ -78,7 +78,8 @@ class AdapterConfig:
     full: bool = False
     """Train every parameter, without an adapter."""
     init_adapter: str | None = None
-    """Start from the adapter in this folder, with its own targets, rank and alpha."""
+    """Start from the adapter in this folder (of a run, of an adapter, or PEFT's), with its own
+    targets, rank and alpha."""
     allow_base_mismatch: bool = False
     """Accept an adapter that was trained on another base."""
 
@@ -222,18 +223,18 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
         optim = dataclasses.replace(optim, beta2=defaults.beta2)
     data = options.data
     if data.model is None:
-        data = dataclasses.replace(data, model=_base_of(adapter.init_adapter) or defaults.model)
+        data = dataclasses.replace(data, model=_base_of(adapter) or defaults.model)
     if (path := Path(data.model).expanduser()).exists():  # found from any folder, later
         data = dataclasses.replace(data, model=str(path.absolute()))
     return dataclasses.replace(options, adapter=adapter, optim=optim, data=data)
 
 
-def _base_of(adapter: str | None) -> str | None:
-    """Returns the base that an adapter's folder names; None if there is no such folder."""
-    if adapter is None or not Path(adapter).is_dir():
-        return None  # a missing folder is an error later, when it is read
-    with as_user_errors(ValueError, prefix="--init-adapter: "):
-        return lj.adapter_info(adapter).get("model")
+def _base_of(adapter: AdapterConfig) -> str | None:
+    """Returns the base that --init-adapter states; None without one."""
+    if adapter.init_adapter is None or adapter.full:
+        return None  # both together are an error later
+    source = find_adapter(adapter.init_adapter, "--init-adapter")
+    return source.base() if source.about.get("model") else None
 
 
 # Options that a resumed run may change: its length, devices, reports, and checkpoints. Any other
@@ -279,6 +280,8 @@ def check_shared(options: Options) -> None:
         )
     if adapter.full and adapter.init_adapter:
         raise UserError("--full trains without an adapter, and --init-adapter starts from one")
+    if adapter.init_adapter:
+        find_adapter(adapter.init_adapter, "--init-adapter").check_files()
     of_coordinator = (run.coordinator, run.num_processes, run.process_id)
     if len({value is None for value in of_coordinator}) > 1:
         raise UserError("--coordinator, --num-processes and --process-id go together")
