@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-import lora_jax as lj
 from lora_jax.models import generate
-from train.adapters.source import find_adapter
+from train.adapters.source import find_adapter, runnable
 from train.run.cache import keep_compiled
 from train.run.complete import left_padded, tokenized
 from train.run.errors import UserError, flag, reported
@@ -93,11 +92,9 @@ def run(options: Options) -> None:
     model, params = read_model(name, dtype="float32", attention=options.attention)
     apply = None
     if adapter:
-        params = adapter.load(model, params, name, allow_base_mismatch=mismatch)
-        try:
-            params = lj.merge(params)
-        except ValueError:  # a bias on B, or an adapter for one use of a tied table
-            apply = lj.adapt(model.apply)
+        adapted = adapter.load(model, params, name, allow_base_mismatch=mismatch)
+        apply, params = runnable(model, adapted)
+        del adapted
     key = jax.random.key(options.seed)
     prompts = [options.prompt] if options.prompt is not None else lines()
     refused = 0

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -221,3 +221,15 @@ def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:
         f"{given} is no adapter folder of this library or of PEFT ({PEFT_CONFIG}), nor the folder "
         f"of a run{where}"
     )
+
+
+def runnable(model: Any, tree: Any) -> tuple[Callable[..., Any], Any]:
+    """Returns a function with the arguments of ``model.apply``, and parameters for it.
+
+    Parameters are merged. Where an adapter cannot be (a bias on B, or one use of a tied table), the
+    function is the adapted one.
+    """
+    try:
+        return model.apply, lj.merge(tree)
+    except ValueError:
+        return lj.adapt(model.apply), tree

@@ -1,6 +1,7 @@
 """The model of a script: first its outline, which is cheap, then its weights."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,7 @@ from lora_jax.models import (
     key_table,
     kinds,
 )
+from lora_jax.models.encoder.config import FAMILIES as ENCODERS
 from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
 from lora_jax.training.fit import not_finite
 from train.run.errors import UserError, as_user_errors
@@ -64,14 +66,19 @@ class Outline:
         if experts != "auto" and self.active_experts is None:
             raise UserError(f"--experts {experts}: the model {self.name} is no mixture of experts")
 
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens of a row."""
+        if isinstance(self.config, EncoderConfig):
+            return self.config.max_tokens
+        return self.config.max_position_embeddings
+
     def check_length(self, length: int, what: str) -> None:
         """Raises a UserError if the model does not allow `length` tokens; `what` names them."""
-        if isinstance(self.config, EncoderConfig):
-            most = self.config.max_tokens
-        else:
-            most = self.config.max_position_embeddings
-        if length > most:
-            raise UserError(f"{what}: the model {self.name} allows {most} tokens at most")
+        if length > self.max_tokens:
+            raise UserError(
+                f"{what}: the model {self.name} allows {self.max_tokens} tokens at most"
+            )
 
 
 @contextmanager
@@ -96,20 +103,39 @@ def read_outline(name: str) -> Outline:
     return outline
 
 
-def read_classifier_outline(name: str, num_labels: int) -> Outline:
-    """Like `read_outline`, for an encoder with a head for `num_labels` classes.
+def read_fields(name: str) -> dict[str, Any]:
+    """Returns the fields of a model's config.json as they are written; {} for a GGUF file.
+
+    Raises:
+      UserError: the model cannot be found.
+    """
+    with _model_errors(name):
+        path = fetch(name)
+    try:
+        fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # who reads the configuration says what is wrong
+    return fields if isinstance(fields, dict) else {}
+
+
+def read_classifier_outline(name: str, num_labels: int | None) -> Outline:
+    """Like `read_outline`, for an encoder with a head for classes.
+
+    Args:
+      name: the model.
+      num_labels: the number of classes; None for that of the model's own head.
 
     Raises:
       UserError: the model cannot be read, or is not an encoder.
     """
-    with _model_errors(name):
-        config = open_source(fetch(name)).config
-    if not isinstance(config, EncoderConfig):
+    kind = read_fields(name).get("model_type", "GGUF")
+    if kind not in ENCODERS:
         raise UserError(
-            f"--model {name}: a {config.model_type} model has no head for classes here; a BERT, "
+            f"--model {name}: a {kind} model has no head for classes here; a BERT, "
             "RoBERTa or XLM-RoBERTa is needed"
         )
-    return _outline(name, head="classification", num_labels=num_labels)
+    number = {} if num_labels is None else {"num_labels": num_labels}
+    return _outline(name, head="classification", **number)
 
 
 def read_shapes(name: str) -> Outline:
