@@ -196,12 +196,13 @@ def test_check_serving(saved, trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], ["nothing to do: give --output, --check-serving, or both"]),
+        ([], ["nothing to do: give --output, --push-to-hub or --check-serving"]),
         (["--merged"], ["--merged writes a model: name its folder with --output"]),
         (["--merged", "--check-serving", "--output", "out"], ["is about adapters"]),
         (["--dtype", "bfloat16", "--output", "out"], ["--dtype needs --merged"]),
         (["--max-shard-size", "5", "--output", "out"], ["--max-shard-size 5: a size such as"]),
         (["--max-shard-size", "0GB", "--output", "out"], ["--max-shard-size 0GB: a size"]),
+        (["--private", "--output", "out"], ["--private is about a repository on the hub"]),
         (["--max-rank", "0", "--check-serving"], ["--max-rank 0: at least 1"]),
         (["--adapter", "nowhere", "--check-serving"], ["--adapter nowhere: there is no such"]),
         (["--model", "nowhere.gguf", "--output", "out"], ["nowhere.gguf is neither a file"]),
@@ -303,7 +304,7 @@ def test_a_base_without_a_tokenizer(base, trained, tmp_path, capsys):
     export(*args, "--output", tmp_path / "out")
     assert f"{bare} holds no tokenizer" in capsys.readouterr().err
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"config.json", "model.safetensors"}
+    assert names == {"README.md", "config.json", "model.safetensors"}
 
 
 @pytest.mark.parametrize("options", [[], ["--merged"]])
