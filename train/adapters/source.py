@@ -13,6 +13,7 @@ from lora_jax.hf.hub import name_for_others
 from lora_jax.lorafy import nodes_of
 from lora_jax.peft.config import FILE as PEFT_CONFIG
 from lora_jax.peft.config import fields_of, read_config
+from lora_jax.peft.hub import adapter_folder
 from lora_jax.peft.load import read_tensors
 from lora_jax.peft.names import FILE as PEFT_WEIGHTS
 from lora_jax.peft.names import PREFIX
@@ -22,6 +23,7 @@ ADAPTER = "adapter"  # its folder in that of a run
 _OURS = "lora"  # an item of `lora_jax.save_adapter`
 _OF_RUN = ("config.json", "checkpoints")  # what a run's folder holds before its adapter
 _CLASSES = re.compile(re.escape(PREFIX) + r"classifier(\.out_proj)?\.weight")
+_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 _SHOWN = 3  # problems of a file that a message names
 
 
@@ -188,7 +190,7 @@ def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:
     """Returns the adapter in a folder: that of a run, of an adapter, or of PEFT's files.
 
     Args:
-      name: the folder.
+      name: the folder, or the hub name of an adapter of PEFT's.
       option: the option that names it.
 
     Raises:
@@ -196,7 +198,10 @@ def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:
     """
     given, folder = f"{option} {name}", Path(name).expanduser()
     if not folder.exists():
-        raise UserError(f"{given}: there is no such folder")
+        if not _HUB_NAME.fullmatch(name):
+            raise UserError(f"{given}: there is no such folder")
+        with as_user_errors(ValueError, prefix=f"{given}: there is no such folder, and "):
+            return AdapterSource(given, adapter_folder(name, None), from_peft=True)
     if not folder.is_dir():
         raise UserError(f"{given} is a file: an adapter is a folder; name the one that holds it")
     for place in (folder, folder / ADAPTER):

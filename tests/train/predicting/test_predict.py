@@ -16,7 +16,7 @@ from lora_jax import models
 from tests.support import with_random_factors
 from tests.train.test_classify import CONFIG, words, write_encoder
 from tests.train.tiny import tokenizer, write_jsonl, write_model
-from train import export
+from train import classify, export
 from train.predict import main
 from train.predicting import batches
 from train.run import pretrained
@@ -69,12 +69,13 @@ def values(rows, names=LABELS):
     return np.array([[row["probabilities"][name] for name in names] for row in rows])
 
 
-def fails(capsys, *args):
+def fails(capsys, *args, script=main):
     """Returns the one paragraph before the end with the code for bad input."""
     with pytest.raises(SystemExit) as caught:
-        main([str(arg) for arg in args])
+        script([str(arg) for arg in args])
     out, said = capsys.readouterr()
-    assert caught.value.code == 2 and out == "" and "Traceback" not in said
+    assert caught.value.code == 2 and "Traceback" not in said
+    assert out == "" or script is not main
     return said.strip().splitlines()[-1].removeprefix("error: ")
 
 
@@ -258,3 +259,7 @@ def test_models_that_do_not_classify(made, tmp_path, capsys, monkeypatch):
     lp.save(tmp_path / "plain", model, tree, base_model=str(folder / "base"))
     said = fails(capsys, "ab", "--adapter", tmp_path / "plain")
     assert "is the adapter of no classifier: it has no head" in said
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "ab", "label": i % 3} for i in range(30)])
+    args = ["--init-adapter", tmp_path / "plain", "--dataset", rows, "--output", tmp_path / "run"]
+    said = fails(capsys, *args, "--seq-len", 16, script=classify.main)
+    assert said.startswith("--init-adapter") and "both together are no classifier" in said

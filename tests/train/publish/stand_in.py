@@ -8,7 +8,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-SHA = "0" * 40
 TOKENS = {"good": "write", "reader": "read"}
 
 
@@ -43,6 +42,11 @@ class Hub:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def _commit_of(files: dict[str, bytes]) -> str:
+    """A commit's name, which changes with the files."""
+    return hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -96,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
         what = parts[4] if parts[0] == "api" and len(parts) > 4 else ""
         if parts[2] == "resolve":
-            return self._file(repo["files"].get("/".join(parts[4:])))
+            return self._file(repo["files"].get("/".join(parts[4:])), _commit_of(repo["files"]))
         if what == "tree":
             files = [
                 {"type": "file", "path": p, "size": len(b), "oid": "0"}
@@ -108,7 +112,12 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "commit":
             return self._commit(name, repo["files"], body)
         siblings = [{"rfilename": path} for path in repo["files"]]
-        about = {"id": name, "private": repo["private"], "sha": SHA, "siblings": siblings}
+        about = {
+            "id": name,
+            "private": repo["private"],
+            "sha": _commit_of(repo["files"]),
+            "siblings": siblings,
+        }
         return self._send(200, about | {"tags": [], "downloads": 0, "likes": 0})
 
     def _create(self, asked: dict[str, Any]) -> None:
@@ -148,14 +157,15 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.state.blobs[value["oid"]]
             elif item["key"] == "deletedFile":
                 del files[value["path"]]
-        url = f"{self.state.url}/{name}/commit/{SHA}"
-        self._send(200, {"commitUrl": url, "commitOid": SHA, "success": True})
+        commit = _commit_of(files)
+        url = f"{self.state.url}/{name}/commit/{commit}"
+        self._send(200, {"commitUrl": url, "commitOid": commit, "success": True})
 
-    def _file(self, content: bytes | None) -> None:
+    def _file(self, content: bytes | None, commit: str) -> None:
         if content is None:
             return self._send(404, {"error": "no such file"}, {"X-Error-Code": "EntryNotFound"})
         etag = hashlib.sha1(content).hexdigest()
-        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": etag, "Content-Type": "text/plain"}
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Content-Type": "text/plain"}
         return self._bytes(200, content, headers)
 
     def _send(self, code: int, answer: Any, headers: dict[str, str] | None = None) -> None:

@@ -15,9 +15,11 @@ from lora_jax import models
 from tests.support import assert_identical, with_random_factors
 from tests.train.publish.stand_in import Hub
 from tests.train.tiny import write_model
+from train.adapters.source import find_adapter
 from train.export import main
 from train.publish import hub as publishing
 from train.run import pretrained
+from train.run.errors import UserError
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = [
@@ -82,7 +84,13 @@ def test_an_adapter_arrives_whole(hub, adapter, tmp_path, capsys):
     for path, content in repo["files"].items():
         (tmp_path / path).write_bytes(content)
     model, params = models.from_pretrained(adapter[1])
-    assert_identical(lp.load(tmp_path, model, params), lj.load_adapter(adapter[0], params))
+    tree = lj.load_adapter(adapter[0], params)
+    assert_identical(lp.load(tmp_path, model, params), tree)
+    found = find_adapter("me/name")  # on the hub
+    assert found.base() == "owner/base"
+    assert_identical(found.load(model, params, "owner/base"), tree)
+    with pytest.raises(UserError, match="--adapter me/nam: there is no such folder, and me/nam "):
+        find_adapter("me/nam")
 
 
 def test_a_merged_model_arrives_without_an_output(hub, adapter, tmp_path, monkeypatch):
