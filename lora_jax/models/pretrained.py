@@ -111,6 +111,7 @@ def save_pretrained(
     tokenizer: Any = None,
     max_shard_size: int = 5_000_000_000,
     dtype: Any = None,
+    readme: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a model as Hugging Face's libraries write one; the folder appears whole or not at all.
@@ -133,6 +134,7 @@ def save_pretrained(
       max_shard_size: bytes of weights per file. A single tensor may exceed it.
       dtype: dtype of the weights in the file: fp64, fp32, bf16 or fp16; None keeps each
         parameter's.
+      readme: the text of README.md, the hub's model card; None for none.
       overwrite: replace a model's folder that is there. Without it, an existing folder is an error.
 
     Raises:
@@ -150,6 +152,7 @@ def save_pretrained(
         tokenizer=tokenizer,
         max_shard_size=max_shard_size,
         dtype=dtype,
+        readme=readme,
         overwrite=overwrite,
     )
 

@@ -27,6 +27,7 @@ from lora_jax.training.losses import Loss
 from lora_jax.training.optimizer import takes_from_base
 from lora_jax.training.processes import is_first, wait_for_all
 from lora_jax.training.stop import Stop
+from train.adapters.source import find_adapter
 from train.run.adapter import check_names, rules
 from train.run.errors import as_user_errors, flag
 from train.run.log import doing, draw_curve, open_log, read_metrics
@@ -82,11 +83,14 @@ def learning_rate(config: Options, outline: Outline, steps: int) -> float:
 
 
 def check_rules(config: Options, outline: Outline) -> None:
-    """Raises UserError where the rules do not fit the model; reads no weights."""
-    if config.adapter.init_adapter is None:
-        check_names(config.adapter, outline)
-        with as_user_errors(ValueError):
-            lj.lorafy(outline.params, rules(config.adapter, outline), kinds=outline.kinds)
+    """Raises UserError where rules or adapter do not fit the model; reads no weights."""
+    adapter = config.adapter
+    if adapter.init_adapter is not None:
+        source = find_adapter(adapter.init_adapter, "--init-adapter")
+        return source.check(outline, allow_base_mismatch=adapter.allow_base_mismatch)
+    check_names(adapter, outline)
+    with as_user_errors(ValueError):
+        lj.lorafy(outline.params, rules(adapter, outline), kinds=outline.kinds)
 
 
 def attention_line(config: Options, outline: Outline, layout: Layout, seq: int) -> str:
@@ -109,15 +113,15 @@ def attention_line(config: Options, outline: Outline, layout: Layout, seq: int) 
 
 def adapted(config: Options, outline: Outline, plain: Any, folder: Path, key: jax.Array) -> Any:
     """Returns the parameters with a new adapter, the one to go on from, or this run's first."""
-    start = config.adapter.init_adapter
-    if start is None and config.run.resume and (folder / START).exists():
-        start = str(folder / START)
+    mismatch = config.adapter.allow_base_mismatch
+    if config.adapter.init_adapter is not None:
+        source = find_adapter(config.adapter.init_adapter, "--init-adapter")
+        return source.load(outline, plain, outline.name, allow_base_mismatch=mismatch)
     with as_user_errors(ValueError):
-        if start is None:
-            chosen = rules(config.adapter, outline)
-            return lj.lorafy(plain, chosen, key=key, kinds=outline.kinds)
-        mismatch = config.adapter.allow_base_mismatch
-        return lj.load_adapter(start, plain, allow_base_mismatch=mismatch)
+        if config.run.resume and (folder / START).exists():
+            return lj.load_adapter(folder / START, plain, allow_base_mismatch=mismatch)
+        chosen = rules(config.adapter, outline)
+        return lj.lorafy(plain, chosen, key=key, kinds=outline.kinds)
 
 
 def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> training.Ready:

@@ -12,6 +12,7 @@ from rich.console import Console
 from lora_jax.training.checkpoints import RECORD
 from lora_jax.training.lock import FolderLock
 from lora_jax.training.processes import is_first, write_json
+from train.adapters.source import ADAPTER
 from train.run.errors import UserError
 from train.run.log import CURVE, EVENTS, METRICS, read_metrics
 from train.run.options.common import Options, as_json, check_same_run
@@ -20,7 +21,6 @@ CONFIG = "config.json"
 SCORES = "scores.json"
 CONFUSION = "confusion.png"
 REPORT = "report.json"
-ADAPTER = "adapter"
 START = "start"
 CHECKPOINTS = "checkpoints"
 _RESULTS = (CONFIG, SCORES, REPORT, ADAPTER, METRICS, EVENTS, CURVE, CONFUSION)

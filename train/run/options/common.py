@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-import lora_jax as lj
 from lora_jax.training.optimizers.named import Name
 from lora_jax.training.optimizers.schedules import DECAY, ScheduleKind
-from train.run.errors import UserError, as_user_errors, flag
+from train.adapters.source import AdapterSource, find_adapter
+from train.run.errors import UserError, flag
 from train.run.options.optim import check_optim, with_optimizer_defaults
 from train.run.options.rope import as_text
 
@@ -82,7 +82,8 @@ class AdapterConfig:
     full: bool = False
     """Train every parameter, without an adapter."""
     init_adapter: str | None = None
-    """Start from the adapter in this folder, with its own targets, rank and alpha."""
+    """Start from the adapter in this folder (of a run, of an adapter, or PEFT's), with its own
+    targets, rank and alpha."""
     allow_base_mismatch: bool = False
     """Accept an adapter that was trained on another base."""
 
@@ -244,25 +245,26 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
     optim = with_optimizer_defaults(optim, lr=rate, beta2=defaults.beta2)
     if optim.epochs is None and optim.steps is None:
         optim = dataclasses.replace(optim, epochs=defaults.epochs)
-    data = options.data
+    data, source = options.data, _init_adapter(adapter)
     if data.model is None:
-        data = dataclasses.replace(
-            data, model=_about(adapter.init_adapter).get("model") or defaults.model
-        )
-    scaling = _about(adapter.init_adapter).get("rope_scaling")
-    if scaling and getattr(data, "rope_scaling", "") is None:
-        data = dataclasses.replace(data, rope_scaling=as_text(scaling))
+        data = dataclasses.replace(data, model=_stated_base(source) or defaults.model)
+    if source and source.rope_scaling and getattr(data, "rope_scaling", "") is None:
+        data = dataclasses.replace(data, rope_scaling=as_text(source.rope_scaling))
     if (path := Path(data.model).expanduser()).exists():  # found from any folder, later
         data = dataclasses.replace(data, model=str(path.absolute()))
     return dataclasses.replace(options, adapter=adapter, optim=optim, data=data)
 
 
-def _about(adapter: str | None) -> dict[str, Any]:
-    """Returns the facts that an adapter's folder states; {} if there is no such folder."""
-    if adapter is None or not Path(adapter).is_dir():
-        return {}  # a missing folder is an error later, when it is read
-    with as_user_errors(ValueError, prefix="--init-adapter: "):
-        return lj.adapter_info(adapter)
+def _init_adapter(adapter: AdapterConfig) -> AdapterSource | None:
+    """Returns the adapter that --init-adapter names; None without one."""
+    if adapter.init_adapter is None or adapter.full:
+        return None  # both together are an error later
+    return find_adapter(adapter.init_adapter, "--init-adapter")
+
+
+def _stated_base(source: AdapterSource | None) -> str | None:
+    """Returns the base that an adapter states, if it does."""
+    return source.base() if source and source.about.get("model") else None
 
 
 # Options that a resumed run may change: its length, devices, reports, and checkpoints. Any other
@@ -303,6 +305,8 @@ def check_shared(options: Options) -> None:
         )
     if adapter.full and adapter.init_adapter:
         raise UserError("--full trains without an adapter, and --init-adapter starts from one")
+    if adapter.init_adapter:
+        find_adapter(adapter.init_adapter, "--init-adapter").check_files()
     of_coordinator = (run.coordinator, run.num_processes, run.process_id)
     if len({value is None for value in of_coordinator}) > 1:
         raise UserError("--coordinator, --num-processes and --process-id go together")
