@@ -25,6 +25,7 @@ from lora_jax.training.log import Log
 from lora_jax.training.loop import Hooks, Pace, train
 from lora_jax.training.losses import Loss, Sums
 from lora_jax.training.optimizer import averaged
+from lora_jax.training.optimizers.named import OPTIMIZERS
 from lora_jax.training.processes import Agreement
 from lora_jax.training.setup import CompiledStep, Setup
 from lora_jax.training.step import State, Step, make_evaluation
@@ -138,6 +139,16 @@ def check_positions(model: Any, examples: Examples) -> None:
             f"a sequence has {longest} tokens, and the model {most} positions: "
             "give a smaller seq_len, or load it with from_pretrained(…, rope_scaling="
             '{"rope_type": "yarn", "factor": 2.0})'
+        )
+
+
+def check_optimizer(optimizer: Any, weight_decay: float) -> None:
+    """Raises a TrainingError for an optimiser that there is not, or decay that it does not get."""
+    if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
+        raise TrainingError(f"optimizer={optimizer!r}: give {', '.join(OPTIMIZERS)}, or your own")
+    if not isinstance(optimizer, str) and weight_decay:
+        raise TrainingError(
+            f"weight_decay={weight_decay} is for optimizers by name: give it to your own yourself"
         )
 
 
