@@ -322,13 +322,12 @@ def load(options: Options, adapter: AdapterSource, name: str) -> tuple[Any, Any]
     names = adapter.about.get("labels", ())
     num_labels = options.num_labels or adapter.num_labels
     head: dict[str, Any] = {}
-    if adapter.rope_scaling is not None:
-        head["rope_scaling"] = adapter.rope_scaling
     if num_labels:
-        head |= {"head": "classification", "num_labels": num_labels}
+        head = {"head": "classification", "num_labels": num_labels}
     mismatch = options.allow_base_mismatch
-    adapter.check(read_untokenized(name, **head), allow_base_mismatch=mismatch)
-    model, params = read_model(name, dtype="float32", **head)
+    outline = read_untokenized(name, **head).scaled(adapter.rope_scaling)
+    adapter.check(outline, allow_base_mismatch=mismatch)
+    model, params = read_model(name, dtype="float32", **outline.head)
     if num_labels and len(names) == num_labels:
         model = model.clone(config=dataclasses.replace(model.config, label_names=tuple(names)))
     return model, adapter.load(model, params, name, allow_base_mismatch=mismatch)
