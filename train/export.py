@@ -249,7 +249,7 @@ def check_apart(output: str | None, adapter: Path, base: str) -> None:
 
 
 def base_of(adapter: Path, from_peft: bool) -> str:
-    """Returns the base that PEFT's configuration names, or the config.json of the adapter's run."""
+    """Returns the base that PEFT's configuration or the adapter's own folder names."""
     if from_peft:
         with as_user_errors(ValueError):
             name = fields_of(adapter)[0].get("base_model_name_or_path")

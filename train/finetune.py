@@ -69,7 +69,7 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
         hosts.check_alike(config, rows=rows.train, held_out=rows.held_out, model=outline.config)
         data = task.examples(config, rows, outline)
         order = Order.of(data.train, optim.seed, optim.batch_size, optim.grad_accum)
-        steps = number_of_steps(optim, order, task.defaults.steps)
+        steps = number_of_steps(optim, order)
         rate = learning_rate(config, outline, steps)
         check_rules(config, outline)
         layout = Layout.of(mesh, outline.config)

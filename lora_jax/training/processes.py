@@ -63,8 +63,13 @@ class Agreement:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON; the file is there whole or not at all. Of many processes, the first one does."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Writes a text file as `write_json` does."""
     if not is_first():
         return
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    partial.write_text(content, encoding="utf-8")
     os.replace(partial, path)

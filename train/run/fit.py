@@ -34,7 +34,7 @@ from train.run.options.common import OptimConfig, Options
 from train.run.output import (
     ADAPTER,
     CHECKPOINTS,
-    CONFIG,
+    FACTS,
     START,
     begin,
     folder_bytes,
@@ -60,13 +60,12 @@ class Run:
     about: dict[str, Any]  # what the saved adapter says of its base
 
 
-def number_of_steps(optim: OptimConfig, order: Order, default: int | None = None) -> int:
-    """Returns --steps, or what --epochs comes to, or the default: one epoch, if none is given."""
+def number_of_steps(optim: OptimConfig, order: Order) -> int:
+    """Returns --steps, or what --epochs comes to."""
     if optim.steps is not None:
         return optim.steps
-    if optim.epochs is None and default is not None:
-        return default
-    return order.steps(optim.epochs or 1)
+    assert optim.epochs is not None, "the options have no defaults yet"
+    return order.steps(optim.epochs)
 
 
 def learning_rate(config: Options, outline: Outline, steps: int) -> float:
@@ -126,7 +125,7 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
       run: its options, data and folder.
       params: the adapted tree.
       key: of dropout.
-      facts: what config.json says beside the options.
+      facts: what facts.json says.
 
     Raises:
       TrainingError: there is a checkpoint, and it is not of this run.
@@ -156,7 +155,7 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
     facts = {"resolved": resolved, **facts, "summary": summary, "versions": versions()}
     wait_for_all("the options of all processes are checked")
     if is_first():
-        begin(run.folder, run.config, facts)
+        begin(run.folder, run.config, run.script, facts)
     wait_for_all("the run has begun")
     if takes_from_base(params) and not (run.folder / START).exists():
         # So that --resume decomposes nothing again.
@@ -166,7 +165,7 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
 
 def _moved(run: Run, schedule: optax.Schedule, done: int) -> str | None:
     """Returns a warning where the run's length changed, and with it the learning rate from here."""
-    began = read_json(run.folder / CONFIG).get("resolved", {})
+    began = read_json(run.folder / FACTS).get("resolved", {})
     optim = run.config.optim
     if not done or not {"steps", "lr"} <= began.keys():
         return None

@@ -40,7 +40,7 @@ class Data:
       train: the examples to train on.
       held_out: the examples to evaluate the loss on; None for none.
       name: returns the name of one of `train` in messages.
-      facts: facts about the examples for config.json.
+      facts: facts about the examples for facts.json.
       lines: lines to print before training.
     """
 

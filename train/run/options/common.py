@@ -141,6 +141,9 @@ class OptimConfig:
 class RunConfig:
     """Evaluation and output."""
 
+    config: str | None = None
+    """A YAML file of options, by their names here. Those of the command line override it. A run
+    writes such a file to its folder, config.yaml, which repeats it."""
     output: str
     """The output folder of the run."""
     mesh: str | None = None
@@ -217,7 +220,8 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
         rate = defaults.full_lr if adapter.full else defaults.lr
         optim = dataclasses.replace(optim, lr=rate)
     if optim.epochs is None and optim.steps is None:
-        optim = dataclasses.replace(optim, epochs=defaults.epochs)
+        epochs = defaults.epochs or (1.0 if defaults.steps is None else None)
+        optim = dataclasses.replace(optim, steps=defaults.steps, epochs=epochs)
     if optim.beta2 is None:
         optim = dataclasses.replace(optim, beta2=defaults.beta2)
     data = options.data
@@ -234,16 +238,6 @@ def _base_of(adapter: str | None) -> str | None:
         return None  # a missing folder is an error later, when it is read
     with as_user_errors(ValueError, prefix="--init-adapter: "):
         return lj.adapter_info(adapter).get("model")
-
-
-# Options that a resumed run may change: its length, devices, reports, and checkpoints. Any other
-# change would make it another run.
-CHANGEABLE = frozenset(
-    {"steps", "epochs", "output", "resume", "overwrite", "allow_base_mismatch", "log_every"}
-    | {"save_every", "keep", "eval_every", "eval_questions", "max_skipped"}
-    | {"mesh", "distributed", "coordinator", "num_processes", "process_id", "compilation_cache"}
-    | {"token_cache", "eval_dataset", "eval_split"}
-)
 
 
 def check_shared(options: Options) -> None:
@@ -306,22 +300,3 @@ def as_json(options: Options) -> dict[str, Any]:
     parts = dataclasses.asdict(options).values()
     flat = {name: value for part in parts for name, value in part.items()}
     return json.loads(json.dumps(flat))  # tuples become lists, as when read from a file
-
-
-def check_same_run(options: Options, saved: dict[str, Any], folder: Path) -> None:
-    """Raises a UserError if a resumed run's options differ from those it began with."""
-    now = as_json(options)
-    differing = [
-        f"{flag(name)} was {_option(saved.get(name))} and is now {_option(value)}"
-        for name, value in now.items()
-        if name not in CHANGEABLE and saved.get(name) != value
-    ]
-    if differing:
-        raise UserError(
-            f"--resume: the run in {folder} began with other options: {'; '.join(differing)}. "
-            "Give the same options, or start another run in another --output"
-        )
-
-
-def _option(value: Any) -> str:
-    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

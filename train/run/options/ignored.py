@@ -1,11 +1,11 @@
 """Options that have no effect beside others are refused: a run does all that it is asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from train.data.files import FILE_KINDS
 from train.run.adapter import NO_ADAPTER
-from train.run.errors import UserError, flag
+from train.run.errors import UserError
 
 _OF_FACTORS = (
     *("layers", "rank", "alpha", "dropout", "scaling", "init", "dora", "freeze_a", "bias_on_b"),
@@ -23,16 +23,21 @@ class _Case(NamedTuple):
     without_effect: Sequence[str]
 
 
-def check_effects(options: Any, given: frozenset[str]) -> None:
+def check_effects(options: Any, given: Mapping[str, str]) -> None:
     """Raises a UserError for an option that was given and has no effect beside the others.
 
     Args:
       options: the options as they were given, without a task's defaults.
-      given: the names of the fields that the command line sets; see `given_options`.
+      given: the options that were given, by the names of their fields, and how each is written.
     """
     for case in _cases(options):
         if case.holds and (named := [name for name in case.without_effect if name in given]):
-            raise UserError(f"{case.why}: leave out {' and '.join(map(flag, named))}")
+            raise UserError(f"{case.why}: leave out {' and '.join(given[name] for name in named)}")
+
+
+def without_effect(options: Any) -> frozenset[str]:
+    """Returns the names of all options that have no effect beside the others."""
+    return frozenset(name for case in _cases(options) if case.holds for name in case.without_effect)
 
 
 def given_options(args: Sequence[str]) -> frozenset[str]:
