@@ -24,7 +24,7 @@ def parse(args: Sequence[str] | None = None) -> Config:
         --config names.
     """
     given = sys.argv[1:] if args is None else args
-    config = read_command(Config, given, "python -m train.classify")
+    config = read_command(Config(), given, "python -m train.classify")
     return with_defaults(config, task_of(config).defaults)
 
 

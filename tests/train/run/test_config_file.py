@@ -118,8 +118,18 @@ def test_what_is_written_is_read_as_the_same_options(script, args, tmp_path):
 
 def test_a_run_is_repeated_bitwise_by_the_file_that_it_leaves(tmp_path, capsys):
     model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
-    args = ["--model", model, "--dataset", rows, "--epochs", 1, "--batch-size", 8, "--rank", 2]
-    args += ["--dropout", 0.1, "--seed", 3, "--eval-every", 2, "--output", tmp_path / "first"]
+    args = ["--model", model, "--dataset", rows, "--epochs", 1, "--batch-size", 2, "--rank", 2]
+    args += [
+        "--packing",
+        "--dropout",
+        0.1,
+        "--seed",
+        3,
+        "--eval-every",
+        2,
+        "--output",
+        tmp_path / "first",
+    ]
     sft.main([*map(str, args)])
     file = tmp_path / "first" / "config.yaml"
     sft.main(["--config", str(file), "--output", str(tmp_path / "second")])
@@ -127,7 +137,7 @@ def test_a_run_is_repeated_bitwise_by_the_file_that_it_leaves(tmp_path, capsys):
         [{k: v for k, v in line.items() if k not in ("time", "tokens_per_s")} for line in lines]
         for lines in (read_metrics(tmp_path / name) for name in ("first", "second"))
     ]
-    assert kept[0] == kept[1] and len(kept[0]) == 5
+    assert kept[0] == kept[1] and len(kept[0]) > 3
     facts = [
         json.loads((tmp_path / name / "facts.json").read_text()) for name in ("first", "second")
     ]
@@ -136,5 +146,5 @@ def test_a_run_is_repeated_bitwise_by_the_file_that_it_leaves(tmp_path, capsys):
     with pytest.raises(SystemExit):
         sft.main(["--config", str(file)])
     assert "holds another run" in capsys.readouterr().err
-    sft.main(["--config", str(file), "--resume", "--steps", "4"])
-    assert "epochs" not in file.read_text() and "steps: 4" in file.read_text()
+    sft.main(["--config", str(file), "--resume", "--steps", "9"])
+    assert "epochs" not in file.read_text() and "steps: 9" in file.read_text()

@@ -17,11 +17,11 @@ Config = TypeVar("Config", bound=Options)
 _EXCLUSIVE = (("steps", "epochs"), ("lr", "lr_rule"), ("resume", "overwrite"))
 
 
-def read_command(kind: type[Config], args: Sequence[str], prog: str) -> Config:
+def read_command(plain: Config, args: Sequence[str], prog: str) -> Config:
     """Returns the options of a command line, without a task's defaults.
 
     Args:
-      kind: the options of the script.
+      plain: the options of the script, none of them given.
       args: the command line.
       prog: how the script is called.
 
@@ -31,11 +31,10 @@ def read_command(kind: type[Config], args: Sequence[str], prog: str) -> Config:
     """
     path = _named_file(args)
     on_line = given_options(args)
-    config = kind()
+    config = plain
     in_file: dict[str, int] = {}
     if path is not None:
         config, in_file = read_options(path, config)
-        plain = kind()
         overridden = {
             one
             for pair in _EXCLUSIVE
@@ -46,7 +45,7 @@ def read_command(kind: type[Config], args: Sequence[str], prog: str) -> Config:
         # Where the file turns something on, --no-… turns it off.
         overridden |= {name.removeprefix("no_") for name in on_line if name not in in_file}
         in_file = {name: line for name, line in in_file.items() if name not in overridden}
-    flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[kind]]  # type: ignore[valid-type]
+    flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[type(plain)]]  # type: ignore[valid-type,misc]
     config = tyro.cli(flat, args=args, prog=prog, default=config)
     said = {name: f"{name} (line {line} of {path})" for name, line in in_file.items()}
     check_effects(config, said | {name: flag(name) for name in on_line})

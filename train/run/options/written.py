@@ -44,17 +44,17 @@ def as_file(options: Options, script: str) -> str:
     return as_yaml(options, effective(options), heading)
 
 
-def from_file(path: Path, like: Options) -> dict[str, Any]:
+def from_file(path: Path, plain: Options) -> dict[str, Any]:
     """Returns the effective options that `as_file` wrote.
 
     Args:
       path: the file.
-      like: options of the same script.
+      plain: the options of the script; those that the file leaves out are not looked at.
 
     Raises:
       UserError: the file cannot be read, or is damaged.
     """
-    kept, given = read_options(str(path), type(like)())
+    kept, given = read_options(str(path), plain)
     return {name: value for name, value in as_json(kept).items() if name in given}
 
 
