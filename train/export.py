@@ -29,7 +29,8 @@ from lora_jax.peft.save import contents
 from lora_jax.peft.serving import MAX_RANK, problems_of, serving_problems
 from train.run.cache import keep_compiled
 from train.run.errors import UserError, as_user_errors, reported
-from train.run.output import ADAPTER, folder_bytes, read_json
+from train.run.files import read_json
+from train.run.output import ADAPTER, folder_bytes
 from train.run.pretrained import read_model
 from train.run.report import megabytes
 

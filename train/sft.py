@@ -36,7 +36,7 @@ def task_of(config: Config) -> Task:
 def check(config: Config) -> None:
     """Raises a UserError for options that make no sense; reads neither data nor model."""
     sft_options.check(config)
-    task_of(config).check(config)
+    task_of(config).check_options(config)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -29,6 +29,16 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+def from_first(values: dict[str, float]) -> dict[str, float]:
+    """Returns the first process's values, which have the same names in all, in every process."""
+    if jax.process_count() == 1:
+        return values
+    # As bytes: JAX would round them to 32 bits.
+    own = np.array([*values.values()], np.float64).view(np.uint8)
+    told = np.asarray(multihost_utils.broadcast_one_to_all(own))
+    return dict(zip(values, told.view(np.float64).tolist(), strict=True))
+
+
 class Agreement:
     """Tells all processes at the same turn of a number that one of them has, such as a signal's.
 

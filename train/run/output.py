@@ -1,6 +1,5 @@
 """The output folder of a run: its files, the check before a run, and its clearing."""
 
-import json
 import shutil
 import tempfile
 from contextlib import ExitStack
@@ -9,13 +8,16 @@ from typing import Any
 
 from rich.console import Console
 
+from lora_jax.training.best import BEST
 from lora_jax.training.checkpoints import RECORD
 from lora_jax.training.lock import FolderLock
 from lora_jax.training.processes import is_first, write_json, write_text
 from train.run.errors import UserError
-from train.run.log import CURVE, EVENTS, METRICS, read_metrics
+from train.run.files import LEDGER, METRICS, SAMPLES
+from train.run.log import CURVE, read_metrics
 from train.run.options.common import Options
 from train.run.options.written import as_file, check_same_run, from_file
+from train.run.reporters import tensorboard, wandb
 
 CONFIG = "config.yaml"  # the options
 FACTS = "facts.json"  # what came of them: steps, sizes, versions
@@ -25,8 +27,9 @@ REPORT = "report.json"
 ADAPTER = "adapter"
 START = "start"
 CHECKPOINTS = "checkpoints"
-_RESULTS = (CONFIG, FACTS, SCORES, REPORT, ADAPTER, METRICS, EVENTS, CURVE, CONFUSION)
-_OURS = (*_RESULTS, START, CHECKPOINTS, RECORD)
+_RESULTS = (CONFIG, FACTS, SCORES, REPORT, ADAPTER, BEST, METRICS, SAMPLES, CURVE, CONFUSION)
+_REPORTS = (LEDGER, tensorboard.EVENTS, wandb.FILES)
+_OURS = (*_RESULTS, *_REPORTS, START, CHECKPOINTS, RECORD)
 _TRAINED = (ADAPTER, CHECKPOINTS, RECORD, REPORT)  # what a run leaves once a step is done
 
 
@@ -123,14 +126,6 @@ def begin(folder: Path, config: Options, script: str, facts: dict[str, Any]) -> 
                 path.unlink(missing_ok=True)
     write_json(folder / FACTS, facts)
     write_text(folder / CONFIG, as_file(config, script))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file; returns {} if it is missing or cannot be read."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def folder_bytes(folder: Path) -> int:

@@ -19,9 +19,10 @@ from tests.train.tiny import CONFIG
 from train import classify, sft
 from train.run.adapter import rules
 from train.run.errors import UserError
+from train.run.files import read_json
 from train.run.options.common import Attention, Experts
 from train.run.options.written import check_same_run, effective
-from train.run.output import begin, check_output, read_json
+from train.run.output import begin, check_output
 from train.run.pretrained import Outline, read_model
 from train.sft import check, parse, task_of
 from train.tasks.sql.task import TASK as SQL

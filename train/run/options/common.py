@@ -38,6 +38,7 @@ Remat = Annotated[
 
 Attention = Literal["auto", "dense", "blockwise", "splash", "cudnn"]
 Experts = Literal["auto", "blocks", "ragged"]
+ReportTo = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,6 +172,21 @@ class RunConfig:
     """Number of checkpoints to keep."""
     eval_every: int = 0
     """Steps between evaluations of the loss on held-out data; 0 for none."""
+    score_every: int = 0
+    """Steps between the task's own scores: execution accuracy on the questions of the SQL task,
+    accuracy on the test rows of a classifier; 0 for none. Takes the time of answering them."""
+    keep_best: Literal["loss", "score"] | None = None
+    """Keep the best adapter apart, by the least loss of --eval-every or the highest score of
+    --score-every. In the end the run's adapter is that one, not the last."""
+    patience: int | None = None
+    """End the run after so many measurements of --keep-best in a row without a better one."""
+    report_to: tuple[ReportTo, ...] = ("tensorboard",)
+    """Where metrics go beside metrics.jsonl: tensorboard (files in the output folder), wandb,
+    mlflow, trackio (extras of the same names), or none. A resumed run goes on with its runs
+    there."""
+    report_project: str | None = None
+    """The project of wandb and trackio, and experiment of mlflow, that the run belongs to. By
+    default what their own environment variables say, or lora_jax."""
     compilation_cache: str | None = None
     """The folder where JAX keeps compiled programs for later runs, or off. By default
     lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR; none for many
@@ -252,7 +268,13 @@ def check_shared(options: Options) -> None:
             f"--weight-decay {optim.weight_decay}, --grad-clip {optim.grad_clip}: finite numbers "
             "are needed (--grad-clip 0 does not clip)"
         )
-    at_least(0, run, "eval_every")
+    at_least(0, run, "eval_every", "score_every")
+    at_least(1, run, "patience")
+    _check_best(run)
+    if len(run.report_to) > 1 and "none" in run.report_to or not run.report_to:
+        raise UserError(
+            f"--report-to {' '.join(run.report_to)}: names of reporters are needed, or none alone"
+        )
     if optim.lr is not None and not (math.isfinite(optim.lr) and optim.lr > 0):
         raise UserError(f"--lr {optim.lr}: a learning rate is a positive number")
     if (optim.lr is None) == (optim.lr_rule is None):
@@ -279,6 +301,19 @@ def check_shared(options: Options) -> None:
     at_least(1, run, "num_processes")
     if run.resume and run.overwrite:
         raise UserError("--resume continues a run and --overwrite deletes it: give one of them")
+
+
+def _check_best(run: RunConfig) -> None:
+    if run.patience is not None and run.keep_best is None:
+        raise UserError(
+            f"--patience {run.patience} ends a run that no longer improves, and leaves its best "
+            "adapter: say by --keep-best which that is"
+        )
+    needed = {"loss": "eval_every", "score": "score_every"}.get(run.keep_best or "")
+    if needed and not getattr(run, needed):
+        raise UserError(
+            f"--keep-best {run.keep_best} goes by what {flag(needed)} measures: give it, too"
+        )
 
 
 def check_seed(seed: int) -> None:

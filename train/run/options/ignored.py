@@ -86,6 +86,16 @@ def _cases(options: Any) -> list[_Case]:
         ),
         _Case(test is not None, "--test names the rows to test on", ("test_share",)),
         _Case(
+            not {*run.report_to} - {"none", "tensorboard"},
+            "TensorBoard's files have no project",
+            ("report_project",),
+        ),
+        _Case(
+            not getattr(run, "sample_prompts", ()),
+            "nothing is sampled without --sample-prompts",
+            ("sample_tokens",),
+        ),
+        _Case(
             data.dataset != "sql" and not run.eval_every,
             "rows are held out for --eval-every alone",
             ("eval_questions",),

@@ -17,7 +17,8 @@ _OF_A_PROCESS = ("coordinator", "num_processes", "process_id")
 _CHANGEABLE = frozenset(
     {"steps", "epochs", "output", "log_every", "save_every", "keep", "eval_every"}
     | {"eval_questions", "max_skipped", "mesh", "compilation_cache", "token_cache"}
-    | {"eval_dataset", "eval_split", "allow_base_mismatch"}
+    | {"eval_dataset", "eval_split", "allow_base_mismatch", "score_every", "patience"}
+    | {"report_to", "report_project", "sample_prompts", "sample_every", "sample_tokens"}
 )
 
 

@@ -1,0 +1,1 @@
+"""What is measured while a run trains, beside its loss: the task's own score, sampled answers."""
