@@ -30,7 +30,7 @@ from lora_jax.peft.serving import MAX_RANK, problems_of, serving_problems
 from train.run.cache import keep_compiled
 from train.run.errors import UserError, as_user_errors, reported
 from train.run.files import read_json
-from train.run.output import ADAPTER, folder_bytes
+from train.run.output import ADAPTER, adapter_folder, folder_bytes
 from train.run.pretrained import read_model
 from train.run.report import megabytes
 
@@ -45,7 +45,8 @@ class Options:
     """Write an adapter in PEFT's format or merged into its base; check whether it can be served."""
 
     adapter: str
-    """The folder of an adapter, written by a run or by PEFT."""
+    """The folder of an adapter, written by a run or by PEFT: runs/mine/adapter or, while a run with
+    --keep-best is on its way, runs/mine/best."""
     output: str | None = None
     """The folder to write. Only --check-serving works without it."""
     model: str | None = None
@@ -167,7 +168,7 @@ def write_adapter(options: Options, console: Console, model: Any, params: Any, n
 
 def found_adapter(name: str) -> tuple[Path, bool]:
     """Returns the adapter's folder, and whether PEFT wrote it."""
-    folder = Path(name).expanduser()
+    folder = adapter_folder(name)
     if not folder.is_dir():
         raise UserError(f"--adapter {name}: there is no such folder")
     from_peft = (folder / PEFT_CONFIG).is_file()

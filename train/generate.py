@@ -23,6 +23,7 @@ from train.run.errors import UserError, as_user_errors, flag, reported
 from train.run.options.common import check_seed
 from train.run.options.ignored import given_options
 from train.run.options.sft import DEFAULT_MODEL
+from train.run.output import adapter_folder
 from train.run.pretrained import Outline, end_tokens, read_model, read_outline
 
 _MULTIPLE = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
@@ -33,7 +34,8 @@ class Options:
     """Generate text with a base model and an adapter."""
 
     adapter: str | None = None
-    """The folder of an adapter. Without it, the base answers alone."""
+    """The folder of an adapter: runs/mine/adapter or, while a run with --keep-best is on its way,
+    runs/mine/best. Without it, the base answers alone."""
     model: str | None = None
     """The base: a hub name, a folder or a GGUF file. By default the base that the adapter names."""
     prompt: str | None = None
@@ -74,6 +76,8 @@ def run(options: Options) -> None:
     """
     if said := keep_compiled(options.compilation_cache):
         print(said, file=sys.stderr)
+    if options.adapter is not None:
+        options = dataclasses.replace(options, adapter=str(adapter_folder(options.adapter)))
     name = options.model or trained_model(options.adapter)
     outline = read_outline(name)
     if options.system is not None and outline.tokenizer.chat_template is None:

@@ -1,4 +1,4 @@
-"""What `finetune` is given, checked before any work: examples, numbers, the loss, the folder."""
+"""Checks the arguments of `finetune` before any work: examples, numbers, the loss, the folder."""
 
 import functools
 import math

@@ -128,6 +128,15 @@ def begin(folder: Path, config: Options, script: str, facts: dict[str, Any]) -> 
     write_text(folder / CONFIG, as_file(config, script))
 
 
+def adapter_folder(name: str) -> Path:
+    """Returns the folder of an adapter; in a run's folder of its best ones, that of the newest."""
+    folder = Path(name).expanduser()
+    if folder.name != BEST or not folder.is_dir():
+        return folder
+    steps = [path for path in folder.iterdir() if path.name.isdecimal()]
+    return max(steps, key=lambda path: int(path.name), default=folder)
+
+
 def folder_bytes(folder: Path) -> int:
     """Returns the size of all files in a folder, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -6,7 +6,6 @@ from typing import TypeVar
 
 import tyro
 
-from train.run.errors import flag
 from train.run.options.common import Options
 from train.run.options.file import read_options, replaced
 from train.run.options.ignored import check_effects, given_options
@@ -47,8 +46,7 @@ def read_command(plain: Config, args: Sequence[str], prog: str) -> Config:
         in_file = {name: line for name, line in in_file.items() if name not in overridden}
     flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[type(plain)]]  # type: ignore[valid-type,misc]
     config = tyro.cli(flat, args=args, prog=prog, default=config)
-    said = {name: f"{name} (line {line} of {path})" for name, line in in_file.items()}
-    check_effects(config, said | {name: flag(name) for name in on_line})
+    check_effects(config, on_line, in_file)
     return config
 
 

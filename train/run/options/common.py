@@ -181,9 +181,9 @@ class RunConfig:
     patience: int | None = None
     """End the run after so many measurements of --keep-best in a row without a better one."""
     report_to: tuple[ReportTo, ...] = ("tensorboard",)
-    """Where metrics go beside metrics.jsonl: tensorboard (files in the output folder), wandb,
-    mlflow, trackio (extras of the same names), or none. A resumed run goes on with its runs
-    there."""
+    """Services that get the metrics, beside metrics.jsonl: tensorboard (files in the output
+    folder), wandb, mlflow, trackio (extras of the same names), or none. A resumed run goes on with
+    its runs there."""
     report_project: str | None = None
     """The project of wandb and trackio, and experiment of mlflow, that the run belongs to. By
     default what their own environment variables say, or lora_jax."""

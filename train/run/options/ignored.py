@@ -1,11 +1,11 @@
 """Options that have no effect beside others are refused: a run does all that it is asked for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from train.data.files import FILE_KINDS
 from train.run.adapter import NO_ADAPTER
-from train.run.errors import UserError
+from train.run.errors import UserError, flag
 
 _OF_FACTORS = (
     *("layers", "rank", "alpha", "dropout", "scaling", "init", "dora", "freeze_a", "bias_on_b"),
@@ -23,16 +23,25 @@ class _Case(NamedTuple):
     without_effect: Sequence[str]
 
 
-def check_effects(options: Any, given: Mapping[str, str]) -> None:
+def check_effects(
+    options: Any, given: Collection[str], lines: Mapping[str, int] | None = None
+) -> None:
     """Raises a UserError for an option that was given and has no effect beside the others.
 
     Args:
       options: the options as they were given, without a task's defaults.
-      given: the options that were given, by the names of their fields, and how each is written.
+      given: the options of the command line, by the names of their fields.
+      lines: those of the file of --config, with the line of each.
     """
+    lines = lines or {}
     for case in _cases(options):
-        if case.holds and (named := [name for name in case.without_effect if name in given]):
-            raise UserError(f"{case.why}: leave out {' and '.join(given[name] for name in named)}")
+        named = [name for name in case.without_effect if name in given or name in lines]
+        if case.holds and named:
+            parts = [flag(name) for name in named if name in given]
+            if of_file := [name for name in named if name not in given]:
+                where = f"line {min(lines[name] for name in of_file)} of {options.run.config}"
+                parts.append(f"{', '.join(of_file)} ({where}{' on' * (len(of_file) > 1)})")
+            raise UserError(f"{case.why}: leave out {' and '.join(parts)}")
 
 
 def without_effect(options: Any) -> frozenset[str]:

@@ -1,1 +1,1 @@
-"""What is measured while a run trains, beside its loss: the task's own score, sampled answers."""
+"""Measures of a run on its way, beside its loss: the task's own score, sampled answers."""

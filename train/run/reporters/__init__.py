@@ -1,1 +1,1 @@
-"""Where a run's metrics go beside its own files: TensorBoard, Weights & Biases, MLflow, trackio."""
+"""Reports a run's metrics beside its own files: TensorBoard, Weights & Biases, MLflow, trackio."""

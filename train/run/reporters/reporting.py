@@ -64,8 +64,7 @@ class Reporting:
                 config=config,
                 run_id=entry["run"],
             )
-            reported = entry["reported"] if entry["run"] else {}
-            self._channels.append(_Channel(name, make, start, reported, warn))
+            self._channels.append(_Channel(name, make, start, entry["reported"], warn))
         self._keep(is_open=True)
 
     def __enter__(self) -> "Reporting":
@@ -96,18 +95,17 @@ class Reporting:
             channel.put({"step": step, "time": at, _SAMPLES: list(samples)})
 
     def _keep(self, *, is_open: bool) -> None:
-        write_json(
-            self._path,
-            self._others
-            | {
-                channel.name: {
-                    "run": channel.run_id,
-                    "reported": dict(channel.reported),
-                    "open": is_open and not channel.failed,
-                }
-                for channel in self._channels
-            },
-        )
+        ledger = self._others | {
+            channel.name: {
+                "run": channel.run_id,
+                "reported": dict(channel.reported),
+                "open": is_open and not channel.failed,
+            }
+            for channel in self._channels
+            if channel.run_id is not None
+        }
+        if ledger:
+            write_json(self._path, ledger)
 
 
 class _Channel:
