@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import lora_jax as lj
@@ -244,7 +245,14 @@ def fit(
     if checkpoints is not None:
         checkpoints.close()
     trained = lj.join(state.adapter, ready.base)
-    return (trained if best is None else layout.placed(best.load(trained))), seconds
+    return (trained if best is None else _on_mesh(ready, best.load(trained))), seconds
+
+
+def _on_mesh(ready: Ready, loaded: Any) -> Any:
+    """Returns an adapted tree with its adapter, read from a folder, on the mesh."""
+    host = jax.tree.map(np.asarray, lj.split(loaded)[0])  # which many processes may hand to a jit
+    adapter = jax.jit(lambda adapter: adapter, out_shardings=ready.setup.where.adapter)(host)
+    return lj.join(adapter, ready.base)
 
 
 def held_out_loss(

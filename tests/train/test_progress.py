@@ -1,4 +1,4 @@
-"""What the scripts do while they train: score, sample, keep the best, end early; also broken off."""
+"""What scripts do on the way: score, sample, keep the best, end early; also when they break off."""
 
 import json
 import re
@@ -12,9 +12,10 @@ from tests.train.test_mesh import inputs as mesh_inputs
 from tests.train.test_mesh import run as run_processes
 from tests.train.test_sft import adapter_of, assert_same, fails
 from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
-from train import classify, generate, sft
+from train import classify, export, sft
 from train.run.errors import UserError
 from train.run.log import Log, read_metrics
+from train.run.output import adapter_folder
 from train.run.pretrained import read_outline
 from train.run.progress.samples import Prompts
 
@@ -55,7 +56,7 @@ def samples_of(folder):
     return without_times(map(json.loads, (folder / "samples.jsonl").read_text().splitlines()))
 
 
-def test_the_adapter_of_a_run_is_the_best_by_its_metrics(chats, whole, capsys):
+def test_the_adapter_of_a_run_is_the_best_by_its_metrics(chats, whole):
     losses = {
         line["step"]: line["eval_loss"] for line in read_metrics(whole) if "eval_loss" in line
     }
@@ -69,12 +70,8 @@ def test_the_adapter_of_a_run_is_the_best_by_its_metrics(chats, whole, capsys):
     _, params = models.from_pretrained(chats[1])
     kept = lj.load_adapter(whole / "best" / str(step), params)
     assert_same(lj.split(kept)[0], adapter_of(chats, whole))
-    capsys.readouterr()
-    for name in ("adapter", "best"):
-        args = ["--adapter", str(whole / name), "--prompt", "And?", "--max-new-tokens", "4"]
-        generate.main(args)
-    first, second = capsys.readouterr().out.strip().splitlines()
-    assert first == second
+    assert adapter_folder(str(whole / "best")) == whole / "best" / str(step)
+    assert export.found_adapter(str(whole / "best")) == (whole / "best" / str(step), False)
 
 
 def test_answers_are_sampled_at_fixed_steps(whole):
@@ -85,7 +82,8 @@ def test_answers_are_sampled_at_fixed_steps(whole):
     assert len({row["answer"] for row in samples}) > 1
 
 
-@pytest.mark.parametrize("at", [9, pytest.param(13, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [9, 13])
 def test_a_run_that_breaks_off_ends_as_a_whole_one_does(chats, whole, tmp_path, monkeypatch, at):
     add = Log.add
 
@@ -106,6 +104,7 @@ def test_a_run_that_breaks_off_ends_as_a_whole_one_does(chats, whole, tmp_path, 
     assert kept[0] == kept[1]
 
 
+@pytest.mark.slow
 def test_patience_ends_the_run_and_more_of_it_goes_on(chats, whole, tmp_path, capsys):
     losses = [line["eval_loss"] for line in read_metrics(whole) if "eval_loss" in line]
     end = 2 * (losses.index(min(losses)) + 2)  # measured every two steps
@@ -115,6 +114,7 @@ def test_patience_ends_the_run_and_more_of_it_goes_on(chats, whole, tmp_path, ca
     assert json.loads((tmp_path / "report.json").read_text())["ended_early"] is True
     sft.main([*chats, "--output", str(tmp_path), "--patience", "9", "--resume"])
     assert_same(adapter_of(chats, tmp_path), adapter_of(chats, whole))
+    capsys.readouterr()
     message = fails(
         capsys,
         *[word for word in chats if word not in ("--keep-best", "loss")],

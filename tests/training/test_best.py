@@ -12,7 +12,6 @@ import pytest
 import lora_jax as lj
 from lora_jax import training
 from lora_jax.training.best import Best, Standing
-from lora_jax.training.checkpoints import Checkpoints
 
 # Orbax leaves coroutines behind where a run is broken off.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -205,4 +204,6 @@ def test_rotation_keeps_what_each_checkpoint_needs(tmp_path):
     best.standing = Standing(1.0, 12)
     best.keep_for([5, 10])
     assert sorted(path.name for path in (tmp_path / "best").iterdir()) == ["12", "3", "8"]
-    assert Checkpoints(tmp_path / "none", keep=1).steps() == []
+    best.go_on_from(10, {"metric": "eval_loss", "value": 2.0, "step": 8, "waited": 1})
+    assert sorted(path.name for path in (tmp_path / "best").iterdir()) == ["3", "8"]
+    assert best.standing == Standing(2.0, 8, 1)

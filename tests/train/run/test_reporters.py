@@ -199,6 +199,7 @@ WARNINGS = ("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::Reso
 @pytest.mark.filterwarnings(*WARNINGS)
 def test_mlflow_has_every_step_once(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)  # where MLflow puts files
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "an experiment")
     run_id = two_processes(tmp_path / "run", "mlflow")
