@@ -401,7 +401,13 @@ def test_a_signal_saves_and_ends_cleanly(inputs, tmp_path, number, code):
 def test_the_default_task_on_a_tiny_model(inputs, tmp_path, capsys):
     args = ["--model", inputs[1], "--output", str(tmp_path), "--seq-len", "700", "--rows", "20"]
     args += ["--steps", "2", "--eval-questions", "2", "--eval-every", "2"]
+    args += ["--score-every", "1", "--keep-best", "score"]
     main(args)
+    scored = [line for line in read_metrics(tmp_path) if "score_accuracy" in line]
+    assert [line["step"] for line in scored] == [1, 2]
+    names = {name for name in scored[0] if name.startswith("score_")}
+    assert names == {"score_accuracy", "score_unseen_schemas", "score_unseen_phrasings"}
+    assert lj.adapter_info(tmp_path / "adapter")["step"] in (1, 2)
     shown = capsys.readouterr().out
     assert "Execution accuracy" in shown and "zero-shot" in shown and "Examples" in shown
     scores = json.loads((tmp_path / "scores.json").read_text())
