@@ -91,7 +91,12 @@ class Best:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Returns the step and the value of the best, as its adapter's folder states them."""
+        """Returns the step and the value of the best, as its adapter's folder states them.
+
+        Returns {} where nothing was measured.
+        """
+        if self.standing.value is None:
+            return {}
         return {"step": self.standing.step, self.metric: self.standing.value}
 
     def judge(self, state: State, base: Any, measured: Mapping[str, float]) -> bool:

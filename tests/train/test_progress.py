@@ -211,7 +211,7 @@ def test_a_classifier_keeps_the_most_accurate(tmp_path):
 def test_two_processes_decide_alike_and_as_one(tmp_path):
     shared = mesh_inputs(tmp_path, "dense")
     shared[shared.index("1e-3") if "1e-3" in shared else shared.index("0.001")] = "0.05"
-    shared += ["--eval-every", "2", "--keep-best", "loss", "--patience", "2", "--schedule"]
+    shared += ["--eval-every", "2", "--keep-best", "loss", "--patience", "1", "--schedule"]
     shared += ["constant", "--sample-prompts", "0 ab?", "--sample-every", "2", "--sample-tokens"]
     shared += ["4", "--save-every", "3"]
     run_processes(shared, [["--output", tmp_path / "one"]], devices=1)

@@ -155,12 +155,22 @@ def test_one_that_hangs_holds_up_neither_steps_nor_end(recorder, tmp_path, monke
         def report(self, step, values, at):
             event.wait(30)
 
+    class Closed(recorder):
+        def __init__(self, start):
+            event.wait(30)
+
     event, said = threading.Event(), []
-    monkeypatch.setattr("train.run.reporters.reporting._CLOSING", 0.1)
+    for name in ("_OPENING", "_CLOSING"):
+        monkeypatch.setattr(f"train.run.reporters.reporting.{name}", 0.1)
     began = time.monotonic()
-    run(tmp_path, [1, 2, 3], reporters={"fake": Hanging}, warn=said.append)
-    assert time.monotonic() - began < 10 and "still busy" in said[0]
+    run(tmp_path, [1, 2], reporters={"slow": Hanging, "shut": Closed}, warn=said.append)
+    assert time.monotonic() - began < 10
     event.set()
+    assert [text.split(":")[1:3] for text in said] == [
+        [" --report-to shut", " it has not begun after 0 s; the run goes on meanwhile"],
+        *[[f" --report-to {name}", said[1].split(":")[2]] for name in ("slow", "shut")],
+    ]
+    assert "it is still busy after 0 s" in said[1]
 
 
 def test_a_package_that_is_missing_or_broken_is_named_with_its_extra(monkeypatch):

@@ -7,6 +7,7 @@ reports no step twice; a reporter that joins later is told of all steps from the
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ from lora_jax.training.processes import write_json
 from train.run.files import LEDGER, read_json
 from train.run.reporters.contract import Ending, Reporter, Sample, Start
 
+_OPENING = 30.0  # seconds for the reporters to begin before the run goes on without waiting
 _CLOSING = 60.0  # seconds for what is still to be sent
 _SAMPLES = "samples"
 _NOT_METRICS = ("step", "time")
@@ -54,7 +56,9 @@ class Reporting:
         ledger = read_json(self._path)
         was = {name: _settled(entry, lines, samples) for name, entry in ledger.items()}
         self._others = {name: entry for name, entry in was.items() if name not in reporters}
-        self._channels = []
+        self._channels: list[_Channel] = []
+        self._is_open = True
+        self._writing = threading.Lock()
         for name, make in reporters.items():
             entry = was.get(name, {"run": None, "reported": {}})
             start = Start(
@@ -65,7 +69,11 @@ class Reporting:
                 run_id=entry["run"],
             )
             self._channels.append(_Channel(name, make, start, entry["reported"], warn))
-        self._keep(is_open=True)
+        for channel in self._channels:
+            channel.open(self._keep)
+        until = time.monotonic() + _OPENING
+        for channel in self._channels:
+            channel.wait_until_open(until - time.monotonic())
 
     def __enter__(self) -> "Reporting":
         return self
@@ -82,7 +90,8 @@ class Reporting:
             how = "stopped" if issubclass(kind, Interrupted | KeyboardInterrupt) else "failed"
         for channel in self._channels:
             channel.close(how)
-        self._keep(is_open=False)
+        self._is_open = False
+        self._keep()
 
     def line(self, line: Line) -> None:
         """Reports a line of metrics, as metrics.jsonl has it."""
@@ -94,18 +103,20 @@ class Reporting:
         for channel in self._channels:
             channel.put({"step": step, "time": at, _SAMPLES: list(samples)})
 
-    def _keep(self, *, is_open: bool) -> None:
-        ledger = self._others | {
-            channel.name: {
-                "run": channel.run_id,
-                "reported": dict(channel.reported),
-                "open": is_open and not channel.failed,
+    def _keep(self) -> None:
+        """Writes the ledger; a reporter's thread does so once its run there is known."""
+        with self._writing:
+            ledger = self._others | {
+                channel.name: {
+                    "run": channel.run_id,
+                    "reported": dict(channel.reported),
+                    "open": self._is_open and not channel.failed,
+                }
+                for channel in self._channels
+                if channel.run_id is not None
             }
-            for channel in self._channels
-            if channel.run_id is not None
-        }
-        if ledger:
-            write_json(self._path, ledger)
+            if ledger:
+                write_json(self._path, ledger)
 
 
 class _Channel:
@@ -123,16 +134,25 @@ class _Channel:
         self.run_id = start.run_id
         self.reported = dict(reported)
         self.failed = False
+        self._make, self._start = make, start
         self._warn = warn
         self._waiting: queue.SimpleQueue[Line | Ending] = queue.SimpleQueue()
-        try:
-            self._reporter = make(start)
-            self.run_id = self._reporter.run_id
-        except Exception as error:
-            self._fail(error)
-            return
-        self._thread = threading.Thread(target=self._work, name=f"report to {name}", daemon=True)
+        self._ready = threading.Event()
+
+    def open(self, opened: Callable[[], object]) -> None:
+        """Starts the thread; `opened` is called in it, once the run there is known."""
+        self._thread = threading.Thread(
+            target=self._work, args=(opened,), name=f"report to {self.name}", daemon=True
+        )
         self._thread.start()
+
+    def wait_until_open(self, seconds: float) -> None:
+        """Waits until the report has begun or failed, but not for long."""
+        if not self._ready.wait(max(0.0, seconds)):
+            self._warn(
+                f"warning: --report-to {self.name}: it has not begun after {_OPENING:.0f} s; the "
+                "run goes on meanwhile"
+            )
 
     def put(self, line: Line) -> None:
         """Reports a line, later."""
@@ -152,15 +172,21 @@ class _Channel:
                 "it has not sent is missing there"
             )
 
-    def _work(self) -> None:
+    def _work(self, opened: Callable[[], object]) -> None:
         try:
+            reporter = self._make(self._start)
+            self.run_id = reporter.run_id
+            opened()
+            self._ready.set()
             while isinstance(item := self._waiting.get(), dict):
-                self._report(item)
-            self._reporter.close(item)
+                self._report(reporter, item)
+            reporter.close(item)
         except BaseException as error:  # of code that is not ours: whatever it is, training goes on
             self._fail(error)
+        finally:
+            self._ready.set()
 
-    def _report(self, line: Line) -> None:
+    def _report(self, reporter: Reporter, line: Line) -> None:
         step, at = line["step"], line["time"]
         new = {
             name: value
@@ -170,9 +196,9 @@ class _Channel:
         if not new:
             return
         if _SAMPLES in new:
-            self._reporter.show(step, new[_SAMPLES], at)
+            reporter.show(step, new[_SAMPLES], at)
         else:
-            self._reporter.report(step, new, at)
+            reporter.report(step, new, at)
         self.reported.update({name: step for name in new})
 
     def _fail(self, error: BaseException) -> None:
