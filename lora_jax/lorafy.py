@@ -95,6 +95,27 @@ def map_nodes(visit: Callable[[str, Any], Any], tree: Tree) -> Tree:
     return jax.tree.map_with_path(visited, tree, is_leaf=is_leaf)
 
 
+def map_parts(visit: Callable[[str, str, Any], Any], tree: Any) -> Any:
+    """Returns the tree with ``visit(path, name, array)`` in place of each part of a node.
+
+    `tree` is an adapter, or a whole adapted tree, of which only the nodes' parts are visited.
+    """
+
+    def visited(path: str, parts: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: visit(path, name, array) for name, array in parts.items()}
+
+    if isinstance(tree, Mapping) and all(_is_parts(parts) for parts in tree.values()):
+        return {path: visited(path, parts) for path, parts in tree.items()}
+    return map_nodes(lambda path, node: node.with_parts(visited(path, node.parts())), tree)
+
+
+def _is_parts(parts: Any) -> bool:
+    """Returns whether a value is the parts of one weight: a dictionary of arrays."""
+    if not isinstance(parts, Mapping) or not parts:
+        return False
+    return not any(isinstance(part, Mapping) or is_node(part) for part in parts.values())
+
+
 def split(params: Tree) -> tuple[Adapter, Tree]:
     """Returns the two halves of an adapted tree, (adapter, base); `join` is the exact inverse.
 

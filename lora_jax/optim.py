@@ -7,7 +7,6 @@ any optimiser:
 """
 
 import math
-from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,9 +15,9 @@ import optax
 from jax import lax
 
 from lora_jax.axes import EMBEDDING_NAMES
-from lora_jax.lorafy import map_nodes, nodes_of, trainable_mask
+from lora_jax.lorafy import map_parts, nodes_of, trainable_mask
 from lora_jax.paths import leaf_name
-from lora_jax.weight import LoraWeight, is_node
+from lora_jax.weight import LoraWeight
 
 
 def freeze_base(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -75,7 +74,7 @@ def scale_factors(
         factor = {"a": a, "b": b}[name] if of_table is None else of_table
         return update * jnp.asarray(factor, update.dtype)
 
-    return optax.stateless(lambda updates, _: _map_parts(scaled, updates))
+    return optax.stateless(lambda updates, _: map_parts(scaled, updates))
 
 
 def lora_plus(ratio: float = 16.0, *, embedding: float | None = None) -> Any:
@@ -144,7 +143,7 @@ def project_b(params: Any, *, damping: float = 1e-8) -> optax.GradientTransforma
             axes = (((n + 1,), (n,)), (tuple(range(n)), tuple(range(n))))
             return lax.dot_general(matrix, gradient, axes, precision=lax.Precision.HIGHEST)
 
-        return _map_parts(projected, updates), state
+        return map_parts(projected, updates), state
 
     return optax.GradientTransformation(lambda _: ProjectionState(inverse), update)
 
@@ -212,24 +211,3 @@ def expert_rank(rank: int, active: int) -> int:
     if rank < 1 or active < 1:
         raise ValueError(f"rank={rank}, active={active}: numbers of at least 1")
     return max(1, rank // active)
-
-
-def _map_parts(visit: Callable[[str, str, jax.Array], jax.Array], tree: Any) -> Any:
-    """Returns the tree with ``visit(path, name, array)`` in place of each part of a node.
-
-    `tree` is an adapter, or a whole adapted tree, of which only the nodes' parts are visited.
-    """
-
-    def visited(path: str, parts: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: visit(path, name, array) for name, array in parts.items()}
-
-    if isinstance(tree, Mapping) and all(_is_parts(parts) for parts in tree.values()):
-        return {path: visited(path, parts) for path, parts in tree.items()}
-    return map_nodes(lambda path, node: node.with_parts(visited(path, node.parts())), tree)
-
-
-def _is_parts(parts: Any) -> bool:
-    """Returns whether a value is the parts of one weight: a dictionary of arrays."""
-    if not isinstance(parts, Mapping) or not parts:
-        return False
-    return not any(isinstance(part, Mapping) or is_node(part) for part in parts.values())

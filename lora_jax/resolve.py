@@ -241,10 +241,15 @@ def _is_named(rule: Rule, path: str, leaf: Any, known: Known) -> bool:
     if known.kinds is not None:
         if any(known.kinds.get(path) in PRESETS[preset] for preset in presets):
             return True
-    elif ALL_LINEAR in presets and isinstance(rule, LoraRule) and not _NOT_LINEAR.fullmatch(path):
-        if leaf_name(path) not in EMBEDDING_NAMES and _is_linear(path, leaf, known):
+    elif ALL_LINEAR in presets and isinstance(rule, LoraRule) and not is_table_or_head(path):
+        if _is_linear(path, leaf, known):
             return True
     return names is rule.targets and _matches(names, path)
+
+
+def is_table_or_head(path: str) -> bool:
+    """Returns whether a leaf is an embedding or an output head, by its name."""
+    return leaf_name(path) in EMBEDDING_NAMES or _NOT_LINEAR.fullmatch(path) is not None
 
 
 def _is_linear(path: str, leaf: Any, known: Known) -> bool:

@@ -5,10 +5,12 @@ adapters of this library and adapters that PEFT wrote.
 """
 
 import dataclasses
+import json
 import re
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,17 +23,21 @@ import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax.hf.hub import name_for_others, resolve
 from lora_jax.hf.save import tokenizer_files
-from lora_jax.models import EncoderConfig, save_pretrained
+from lora_jax.models import save_pretrained
 from lora_jax.models.pretrained import open_source
 from lora_jax.peft.config import FILE as PEFT_CONFIG
-from lora_jax.peft.config import fields_of
 from lora_jax.peft.save import contents
 from lora_jax.peft.serving import MAX_RANK, problems_of, serving_problems
+from train.adapters.source import AdapterSource, find_adapter
+from train.publish.card import Export, card
+from train.publish.hub import README, Repository, find_repository, push
+from train.publish.kinds import auto_class, task_type
+from train.publish.marked import is_generated
 from train.run.cache import keep_compiled
 from train.run.errors import UserError, as_user_errors, reported
 from train.run.files import read_json
-from train.run.output import ADAPTER, adapter_folder, folder_bytes
-from train.run.pretrained import read_model
+from train.run.output import folder_bytes
+from train.run.pretrained import read_model, read_untokenized
 from train.run.report import megabytes
 
 MODEL_CONFIG = "config.json"
@@ -45,10 +51,9 @@ class Options:
     """Write an adapter in PEFT's format or merged into its base; check whether it can be served."""
 
     adapter: str
-    """The folder of an adapter, written by a run or by PEFT: runs/mine/adapter or, while a run with
-    --keep-best is on its way, runs/mine/best."""
+    """The folder of an adapter: of a run, of this library, or of PEFT."""
     output: str | None = None
-    """The folder to write. Only --check-serving works without it."""
+    """The folder to write. Only --check-serving and --push-to-hub work without it."""
     model: str | None = None
     """The base: a hub name, a folder or a GGUF file. By default the base that the adapter names."""
     base_name: str | None = None
@@ -68,14 +73,35 @@ class Options:
     """The highest rank that the engine accepts (vLLM's --max-lora-rank)."""
     num_labels: int | None = None
     """The number of classes of the adapter's head, if the base has no head. By default the number
-    of the adapter's run."""
+    of the adapter's run, or of PEFT's saved head."""
     allow_base_mismatch: bool = False
     """Accept an adapter that was trained on another base."""
     overwrite: bool = False
-    """Replace an earlier export in the output folder."""
+    """Replace an earlier export in the output folder and on the hub."""
+    push_to_hub: str | None = None
+    """Upload the export to the Hugging Face hub under this name, such as owner/name."""
+    private: bool = False
+    """Make the repository on the hub private."""
     compilation_cache: str | None = None
     """The folder where JAX keeps compiled programs for later runs, or off. By default
     lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Says what to export: the options, the adapter, its base, and where it is uploaded to."""
+
+    options: Options
+    console: Console
+    adapter: AdapterSource
+    base: str
+    hub: Repository | None
+
+    @property
+    def output(self) -> Path:
+        """The folder to write."""
+        assert self.options.output is not None
+        return Path(self.options.output).expanduser()
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -88,97 +114,156 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def run(options: Options) -> None:
-    """Checks the options, loads the adapter, and writes it."""
+    """Checks the options, loads the adapter, writes it, and uploads it."""
     console = Console()
-    adapter, from_peft = found_adapter(options.adapter)
+    adapter = find_adapter(options.adapter)
     shard = check(options)
 
     # PEFT's folder is checked as it is, unless it is also to be written.
-    if from_peft and options.output is None:
+    is_written = options.output is not None or options.push_to_hub is not None
+    if adapter.from_peft and not is_written:
         with as_user_errors(ValueError):
-            report_problems(serving_problems(adapter, max_rank=options.max_rank))
+            report_problems(serving_problems(adapter.folder, max_rank=options.max_rank))
         return
 
-    name = options.model or base_of(adapter, from_peft)
-    check_apart(options.output, adapter, name)
+    name = options.model or adapter.base()
+    check_apart(options.output, adapter.folder, name)
+    repository = None
+    if options.push_to_hub is not None:
+        repository = repository_of(options, options.push_to_hub, name)
     if said := keep_compiled(options.compilation_cache):
         console.print(said, highlight=False, soft_wrap=True)
-    with console.status(f"loading {name} and {adapter}"):
-        model, params = load(options, adapter, from_peft, name)
-    if options.merged:
-        write_merged(options, console, model, params, name, shard)
-    else:
-        write_adapter(options, console, model, params, name)
+    with console.status(f"loading {name} and {adapter.folder}"):
+        model, params = load(options, adapter, name)
+    with tempfile.TemporaryDirectory() as folder:
+        if repository and options.output is None:
+            options = dataclasses.replace(options, output=str(Path(folder) / "export"))
+        work = Work(options, console, adapter, name, repository)
+        if options.merged:
+            write_merged(work, model, params, shard)
+        else:
+            write_adapter(work, model, params)
+        if repository:
+            upload(console, repository, work.output, Path(folder))
 
 
-def write_merged(
-    options: Options, console: Console, model: Any, params: Any, name: str, shard: int
-) -> None:
+def repository_of(options: Options, name: str, base: str) -> Repository:
+    """Returns the repository to upload to, once nothing speaks against it.
+
+    Raises:
+      UserError: the export would name no base, or the hub refuses the name.
+    """
+    if not options.merged and not options.base_name and name_for_others(base) is None:
+        raise UserError(
+            f"--push-to-hub {name}: nobody else could load the adapter, because it would name no "
+            f"base ({base} is a local folder): give the base's name on the hub with --base-name"
+        )
+    return find_repository(name, private=options.private, overwrite=options.overwrite)
+
+
+def upload(console: Console, repository: Repository, output: Path, temporary: Path) -> None:
+    """Uploads the export, and prints where it is."""
+    remedy = f"The export is in {output}: `hf upload {repository.name} {output}` sends it"
+    if output.is_relative_to(temporary):
+        remedy = "Run the same command again with --overwrite, and --output to keep the export"
+    if repository.has_own_card:
+        print(f"{repository.name} keeps its {README}, which was not generated", file=sys.stderr)
+    url = push(repository, output, remedy)
+    console.print(f"uploaded to {url}", highlight=False, soft_wrap=True, markup=False)
+
+
+def readme_of(work: Work, model: Any, fields: Mapping[str, Any] | None = None) -> str:
+    """Returns the model card: the one that somebody wrote in the output folder, or a new one."""
+    there = work.output / README
+    if there.is_file() and not is_generated(text := there.read_text(encoding="utf-8")):
+        print(f"{there} was not generated, and is kept", file=sys.stderr)
+        return text
+    return card(
+        Export(
+            name=work.hub.name if work.hub else f"path/to/{work.output.name}",
+            base=work.options.base_name or name_for_others(work.base),
+            config=model.config,
+            fields=fields,
+            auto_class=auto_class(model),
+            source=work.adapter,
+        )
+    )
+
+
+def write_merged(work: Work, model: Any, params: Any, shard: int) -> None:
     """Writes the whole model, with the adapter merged into it."""
-    assert options.output is not None
-    output = Path(options.output).expanduser()
-    dtype = options.dtype or dtype_of_files(name)
+    dtype = work.options.dtype or dtype_of_files(work.base)
     with (
         as_user_errors(ValueError, OSError, prefix="--merged: "),
-        console.status(f"merging and writing {output}"),
+        work.console.status(f"merging and writing {work.output}"),
     ):
         save_pretrained(
-            output,
+            work.output,
             model,
             lj.merge(params),
-            tokenizer=tokenizer_of(name),
+            tokenizer=tokenizer_of(work.base),
             max_shard_size=shard,
             dtype=jnp.dtype(dtype),
-            overwrite=options.overwrite,
+            readme=readme_of(work, model),
+            overwrite=work.options.overwrite,
         )
-    print_files(console, output, f"{options.adapter} merged into {name}, in {dtype}")
-    hint(console, f'{auto_class(model)}.from_pretrained("{output}")')
+    print_files(work, f"{work.options.adapter} merged into {work.base}, in {dtype}")
+    hint(work.console, f'{auto_class(model)}.from_pretrained("{work.output}")')
 
 
-def write_adapter(options: Options, console: Console, model: Any, params: Any, name: str) -> None:
+def write_adapter(work: Work, model: Any, params: Any) -> None:
     """Writes PEFT's files; with --check-serving, exits first if there are problems."""
+    options, base = work.options, work.base
     no_peft = "as a PEFT adapter (--merged writes a whole model instead): "
     with as_user_errors(ValueError, prefix=no_peft):
         fields, tensors = contents(model, params)
+    scaled = scaled_fields(work.adapter, model)
     if options.check_serving:
-        report_problems(problems_of(fields, tensors, max_rank=options.max_rank))
+        problems = problems_of(fields, tensors, max_rank=options.max_rank)
+        report_problems([*problems, *([rope_problem(scaled)] if scaled else [])])
     if options.output is None:
         return
-    output = Path(options.output).expanduser()
     with as_user_errors(ValueError, OSError):
         lp.save(
-            output,
+            work.output,
             model,
             params,
-            base_model=options.base_name or name_for_others(name),
+            base_model=options.base_name or name_for_others(base),
             task_type=task_type(model, fields),
+            readme=readme_of(work, model, fields),
             overwrite=options.overwrite,
         )
-    print_files(console, output, f"{options.adapter} as a PEFT adapter of {name}")
-    if not options.base_name and name_for_others(name) is None:
-        console.print(
+    print_files(work, f"{options.adapter} as a PEFT adapter of {base}")
+    if not options.base_name and name_for_others(base) is None:
+        work.console.print(
             "adapter_config.json names no base, because the base is a local folder: give its name "
             "on the hub with --base-name",
             highlight=False,
             soft_wrap=True,
         )
-    base = f'{auto_class(model)}.from_pretrained("{name}")'
-    hint(console, f'PeftModel.from_pretrained({base}, "{output}")')
+    how = "".join(f", {key}={value!r}" for key, value in scaled.items())
+    loaded = f'{auto_class(model)}.from_pretrained("{base}"{how})'
+    hint(work.console, f'PeftModel.from_pretrained({loaded}, "{work.output}")')
 
 
-def found_adapter(name: str) -> tuple[Path, bool]:
-    """Returns the adapter's folder, and whether PEFT wrote it."""
-    folder = adapter_folder(name)
-    if not folder.is_dir():
-        raise UserError(f"--adapter {name}: there is no such folder")
-    from_peft = (folder / PEFT_CONFIG).is_file()
-    if not from_peft and not (folder / "lora").is_dir():
-        of_run = folder / ADAPTER
-        raise UserError(
-            f"--adapter {name} is no adapter folder of this library or of PEFT ({PEFT_CONFIG})"
-            + (f": did you mean {of_run}?" if of_run.is_dir() else "")
-        )
-    return folder, from_peft
+def scaled_fields(adapter: AdapterSource, model: Any) -> dict[str, Any]:
+    """Returns the fields of config.json that the base's lacks: a RoPE that the run scaled."""
+    if adapter.rope_scaling is None:
+        return {}
+    written = model.config.to_hf()
+    theta = {"rope_theta": written["rope_theta"]}
+    return {
+        "rope_parameters": written["rope_scaling"] | theta,
+        "max_position_embeddings": written["max_position_embeddings"],
+    }
+
+
+def rope_problem(scaled: dict[str, Any]) -> str:
+    """Returns the line of --check-serving about a scaled RoPE."""
+    return (
+        "the adapter was trained with a scaled RoPE, and the base's config.json has another: "
+        f"serve it with --hf-overrides '{json.dumps(scaled)}', or write a whole model with --merged"
+    )
 
 
 def check(options: Options) -> int:
@@ -190,10 +275,12 @@ def check(options: Options) -> int:
     Raises:
       UserError: an option makes no sense, or the output folder is taken.
     """
-    if options.merged and options.output is None:
+    if options.merged and options.output is None and options.push_to_hub is None:
         raise UserError("--merged writes a model: name its folder with --output")
-    if options.output is None and not options.check_serving:
-        raise UserError("nothing to do: give --output, --check-serving, or both")
+    if options.output is None and not options.check_serving and options.push_to_hub is None:
+        raise UserError("nothing to do: give --output, --push-to-hub or --check-serving")
+    if options.private and options.push_to_hub is None:
+        raise UserError("--private is about a repository on the hub: name it with --push-to-hub")
     if options.merged and options.check_serving:
         raise UserError(
             "--check-serving is about adapters, and --merged writes none: a merged "
@@ -250,39 +337,21 @@ def check_apart(output: str | None, adapter: Path, base: str) -> None:
             )
 
 
-def base_of(adapter: Path, from_peft: bool) -> str:
-    """Returns the base that PEFT's configuration or the adapter's own folder names."""
-    if from_peft:
-        with as_user_errors(ValueError):
-            name = fields_of(adapter)[0].get("base_model_name_or_path")
-    else:
-        name = about(adapter).get("model")
-    if not name:
-        raise UserError(f"--adapter {adapter} does not say what its base is: name it with --model")
-    return name
-
-
-def about(adapter: Path) -> dict[str, Any]:
-    """Returns the facts that an adapter's folder states: its base, its labels."""
-    with as_user_errors(ValueError):
-        return lj.adapter_info(adapter)
-
-
-def load(options: Options, adapter: Path, from_peft: bool, name: str) -> tuple[Any, Any]:
+def load(options: Options, adapter: AdapterSource, name: str) -> tuple[Any, Any]:
     """Returns the model, and its parameters with the adapter, all in float32."""
-    names = () if from_peft else about(adapter).get("labels", ())
-    num_labels = options.num_labels or len(names)
+    names = adapter.about.get("labels", ())
+    num_labels = options.num_labels or adapter.num_labels
     head: dict[str, Any] = {}
+    if adapter.rope_scaling is not None:
+        head["rope_scaling"] = adapter.rope_scaling
     if num_labels:
-        head = {"head": "classification", "num_labels": num_labels}
+        head |= {"head": "classification", "num_labels": num_labels}
+    mismatch = options.allow_base_mismatch
+    adapter.check(read_untokenized(name, **head), allow_base_mismatch=mismatch)
     model, params = read_model(name, dtype="float32", **head)
     if num_labels and len(names) == num_labels:
         model = model.clone(config=dataclasses.replace(model.config, label_names=tuple(names)))
-    with as_user_errors(ValueError):
-        if from_peft:
-            return model, lp.load(adapter, model, params)
-        mismatch = options.allow_base_mismatch
-        return model, lj.load_adapter(adapter, params, allow_base_mismatch=mismatch)
+    return model, adapter.load(model, params, name, allow_base_mismatch=mismatch)
 
 
 def dtype_of_files(name: str) -> str:
@@ -300,31 +369,6 @@ def tokenizer_of(name: str) -> str | None:
     return name
 
 
-def task_type(model: Any, fields: dict[str, Any]) -> str | None:
-    """Returns PEFT's task type of the model; None if it has none.
-
-    A classifier that does not train has none: with SEQ_CLS, PEFT would look for a trained head in
-    the adapter's file.
-    """
-    config = model.config
-    if not isinstance(config, EncoderConfig):
-        return "CAUSAL_LM"
-    if config.head == "classification":
-        return "SEQ_CLS" if "classifier" in (fields["modules_to_save"] or ()) else None
-    return None if config.head == "masked_lm" else "FEATURE_EXTRACTION"
-
-
-def auto_class(model: Any) -> str:
-    """Returns the name of the transformers class that loads the model."""
-    if not isinstance(model.config, EncoderConfig):
-        return "AutoModelForCausalLM"
-    heads = {
-        "classification": "AutoModelForSequenceClassification",
-        "masked_lm": "AutoModelForMaskedLM",
-    }
-    return heads.get(model.config.head, "AutoModel")
-
-
 def report_problems(problems: Sequence[str]) -> None:
     """Prints one problem per line and exits with code 1, or prints that there are none."""
     for problem in problems:
@@ -334,16 +378,16 @@ def report_problems(problems: Sequence[str]) -> None:
     print("serving: nothing to refuse")
 
 
-def print_files(console: Console, folder: Path, what: str) -> None:
-    """Prints a table of the files in a folder."""
-    console.print(f"{what}: {folder}", highlight=False, soft_wrap=True, markup=False)
+def print_files(work: Work, what: str) -> None:
+    """Prints a table of the files in the output folder."""
+    work.console.print(f"{what}: {work.output}", highlight=False, soft_wrap=True, markup=False)
     table = Table("file", "size")
     table.columns[1].justify = "right"
-    for path in sorted(folder.iterdir()):
+    for path in sorted(work.output.iterdir()):
         table.add_row(path.name, size(path.stat().st_size))
     table.add_section()
-    table.add_row("total", size(folder_bytes(folder)))
-    console.print(table)
+    table.add_row("total", size(folder_bytes(work.output)))
+    work.console.print(table)
 
 
 def size(n: int) -> str:

@@ -3,6 +3,7 @@
 It reads from top to bottom: check, load, adapt, train, save, measure.
 """
 
+import functools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 
 import lora_jax as lj
 from lora_jax.training.batches import Feed, Order
+from lora_jax.training.fit import tree_of
 from lora_jax.training.layout import Layout
 from lora_jax.training.log import duration
 from lora_jax.training.loop import Measure
@@ -131,13 +133,14 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
     # Training, and what is left of it: the adapter on its own, the curve, and what it cost.
     forward, loss = ready.setup.forward(model), task.loss(config, layout)
     answering = lj.adapt(model.apply)  # as the model itself answers, not laid out for a step
+    tree_of_state = functools.partial(tree_of, ready)
 
     def more(log: Log | QuietLog) -> Iterator[Measure]:
         if config.run.score_every and evaluation:
-            every, base = config.run.score_every, ready.base
-            yield scoring(evaluation, model, base, answering, every=every, stop=session.stop)
+            every, stop = config.run.score_every, session.stop
+            yield scoring(evaluation, model, tree_of_state, answering, every=every, stop=stop)
         if prompts:
-            yield sampling(prompts, config.run, outline, model, ready.base, answering, log)
+            yield sampling(prompts, config.run, outline, model, tree_of_state, answering, log)
 
     trained, report = fit(run, ready, forward, loss, data.held_out, more)
     report["base_bytes"] = base_bytes
@@ -147,7 +150,7 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
     # The trained model.
     if evaluation:
         merged = lj.merge(trained)
-        del trained, ready
+        del trained, ready, more, tree_of_state
         evaluation.after(model, merged)
     print_costs(console, report)
     console.print(report["summary"], highlight=False, soft_wrap=True)

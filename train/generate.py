@@ -6,8 +6,7 @@ Without --prompt, each line of standard input is a prompt.
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,15 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-import lora_jax as lj
 from lora_jax.models import generate
+from train.adapters.source import find_adapter, runnable
 from train.run.cache import keep_compiled
 from train.run.complete import left_padded, tokenized
-from train.run.errors import UserError, as_user_errors, flag, reported
-from train.run.options.common import check_seed
+from train.run.errors import UserError, flag, reported
+from train.run.options.common import Attention, check_seed
 from train.run.options.ignored import given_options
 from train.run.options.sft import DEFAULT_MODEL
-from train.run.output import adapter_folder
 from train.run.pretrained import Outline, end_tokens, read_model, read_outline
 
 _MULTIPLE = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
@@ -34,8 +32,8 @@ class Options:
     """Generate text with a base model and an adapter."""
 
     adapter: str | None = None
-    """The folder of an adapter: runs/mine/adapter or, while a run with --keep-best is on its way,
-    runs/mine/best. Without it, the base answers alone."""
+    """The folder of an adapter: of a run, of this library, or of PEFT. Without it, the base answers
+    alone."""
     model: str | None = None
     """The base: a hub name, a folder or a GGUF file. By default the base that the adapter names."""
     prompt: str | None = None
@@ -50,6 +48,10 @@ class Options:
     """Sample from the most likely tokens whose probabilities add up to this (nucleus sampling)."""
     seed: int = 0
     """Seed of the sampler."""
+    attention: Attention = "auto"
+    """Computation of attention to the prompt. dense: all scores of a layer at once, the square of
+    the length. blockwise: a block of queries at a time, in memory linear in the length. auto:
+    blockwise from 512 tokens on. (The kernels splash and cudnn have no cache of keys.)"""
     allow_base_mismatch: bool = False
     """Accept an adapter that was trained on another base."""
     compilation_cache: str | None = None
@@ -76,29 +78,31 @@ def run(options: Options) -> None:
     """
     if said := keep_compiled(options.compilation_cache):
         print(said, file=sys.stderr)
-    if options.adapter is not None:
-        options = dataclasses.replace(options, adapter=str(adapter_folder(options.adapter)))
-    name = options.model or trained_model(options.adapter)
-    outline = read_outline(name)
+    adapter = find_adapter(options.adapter) if options.adapter else None
+    name = options.model or (adapter.base() if adapter else DEFAULT_MODEL)
+    outline = read_outline(name).scaled(adapter.rope_scaling if adapter else None)
     if options.system is not None and outline.tokenizer.chat_template is None:
         raise UserError(
             f"--system: {name} has no chat template to put a system prompt into: leave it out, or "
             "write it into the prompt"
         )
-    model, params = read_model(name, dtype="float32")
-    if options.adapter:
-        with as_user_errors(ValueError):
-            adapted = lj.load_adapter(
-                options.adapter, params, allow_base_mismatch=options.allow_base_mismatch
-            )
-        params = lj.merge(adapted)
+    mismatch = options.allow_base_mismatch
+    if adapter:
+        adapter.check(outline, allow_base_mismatch=mismatch)
+    how = {"attention": options.attention, **outline.head}
+    model, params = read_model(name, dtype="float32", **how)
+    apply = None
+    if adapter:
+        adapted = adapter.load(model, params, name, allow_base_mismatch=mismatch)
+        apply, params = runnable(model, adapted)
         del adapted
     key = jax.random.key(options.seed)
     prompts = [options.prompt] if options.prompt is not None else lines()
     refused = 0
     for number, prompt in enumerate(prompts):
         try:
-            answer = reply(model, params, outline, options, prompt, jax.random.fold_in(key, number))
+            at = jax.random.fold_in(key, number)
+            answer = reply(model, params, outline, options, prompt, at, apply=apply)
         except UserError as error:
             if options.prompt is not None:
                 raise
@@ -126,19 +130,11 @@ def check(options: Options, given: frozenset[str] = frozenset()) -> None:
         raise UserError(f"--temperature {options.temperature}: a number from 0 on is needed")
     if not 0 < options.top_p <= 1:
         raise UserError(f"--top-p {options.top_p}: a probability above 0 and at most 1")
-    if options.adapter and not Path(options.adapter).is_dir():
-        raise UserError(f"--adapter {options.adapter}: there is no such folder")
-
-
-def trained_model(adapter: str | None) -> str:
-    """Returns the base that an adapter names; without an adapter, the default model."""
-    if adapter is None:
-        return DEFAULT_MODEL
-    with as_user_errors(ValueError):
-        name = lj.adapter_info(adapter).get("model")
-    if not name:
-        raise UserError(f"--adapter {adapter} does not say what its base is: name it with --model")
-    return name
+    if options.attention in ("splash", "cudnn"):
+        raise UserError(
+            f"--attention {options.attention}: the kernel does not read keys from a cache, and "
+            "generation has one: give blockwise, dense or auto"
+        )
 
 
 def lines() -> Any:
@@ -149,9 +145,23 @@ def lines() -> Any:
 
 
 def reply(
-    model: Any, params: Any, outline: Outline, options: Options, prompt: str, key: jax.Array
+    model: Any,
+    params: Any,
+    outline: Outline,
+    options: Options,
+    prompt: str,
+    key: jax.Array,
+    *,
+    apply: Callable[..., Any] | None = None,
 ) -> str:
     """Returns the answer to one prompt.
+
+    Args:
+      model, params, outline: the model.
+      options: the options.
+      prompt: the prompt.
+      key: random key of the sampler.
+      apply: runs the model in the place of ``model.apply``.
 
     Raises:
       UserError: prompt and answer together are longer than the model allows.
@@ -173,6 +183,7 @@ def reply(
         temperature=options.temperature,
         top_p=options.top_p,
         key=key,
+        apply=apply,
     )
     return outline.tokenizer.decode(np.asarray(new)[0].tolist(), skip_special_tokens=True).strip()
 

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from lora_jax.training.layout import Layout
 from lora_jax.training.log import duration
+from lora_jax.training.optimizers.named import Name
 from train.planning.compile import Job, Plan, Variant, plan
 from train.planning.machines import Machine, find_machine
 from train.planning.table import print_plans
@@ -26,6 +27,8 @@ from train.run.adapter import rules
 from train.run.errors import UserError, reported
 from train.run.mesh import make_mesh
 from train.run.options.common import AdapterConfig, Attention, Experts, OptimConfig, Remat, at_least
+from train.run.options.optim import with_optimizer_defaults
+from train.run.options.rope import parse_rope_scaling
 from train.run.pretrained import read_shapes
 
 
@@ -35,6 +38,8 @@ class PlanConfig:
 
     model: str
     """A config.json, a folder with one, a GGUF file, or a name on the hub. No weights are read."""
+    rope_scaling: str | None = None
+    """Scale the model's RoPE; see train.sft."""
     topology: str = "cpu:1"
     """A TPU slice, such as v5e:4x4, v5p:2x2x2, v6e:8x8 or tpu7x:2x2x1, or cpu:8 for eight virtual
     devices of this CPU."""
@@ -58,6 +63,8 @@ class PlanConfig:
     """Computation of attention; see train.sft."""
     experts: Experts = "auto"
     """Computation of a mixture of experts; see train.sft."""
+    optimizer: Name = "adamw"
+    """The optimiser, whose state takes memory; see train.sft."""
     tokens: float | None = None
     """Tokens to train on in total, to compute the chip-hours."""
     utilisation: float = 0.4
@@ -131,7 +138,7 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
     Raises:
       UserError: model, machine and mesh do not fit together.
     """
-    outline = read_shapes(asked.model)
+    outline = read_shapes(asked.model).scaled(parse_rope_scaling(asked.rope_scaling))
     outline.check_length(asked.seq_len, f"--seq-len {asked.seq_len}")
     outline.check_experts(asked.experts)
     machine = find_machine(asked.topology, asked.capacity_gib, asked.peak_tflops)
@@ -150,7 +157,8 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
         attention=asked.attention,
         experts=asked.experts,
     )
-    return job, OptimConfig(beta2=0.999, batch_size=asked.batch_size)
+    optim = OptimConfig(optimizer=asked.optimizer, batch_size=asked.batch_size)
+    return job, with_optimizer_defaults(optim, lr=1e-4, beta2=0.999)
 
 
 def check(options: Options) -> None:
@@ -207,6 +215,7 @@ def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
         "dtype": asked.dtype,
         "attention": str(job.chosen),
         "experts": asked.experts,
+        "optimizer": asked.optimizer,
         "peak_flops_per_device": machine.flops,
         "utilisation": asked.utilisation,
         "tokens": asked.tokens,

@@ -85,6 +85,13 @@ def load_params(
     return nested((row.path, read(row)) for row in table)
 
 
+def absent_rows(source: Source) -> list[Row]:
+    """Returns the parameters of optional parts, such as heads, of which a source holds nothing."""
+    table = source.format.table(source.config)
+    absent = absent_parts(_file_names(source, table), table)
+    return [row for row in table if row.part in absent]
+
+
 def _file_names(source: Source, table: list[Row]) -> dict[str, str]:
     """Returns the table's name of each tensor in the file -> the file's own name of it."""
     rename = source.format.name

@@ -45,6 +45,7 @@ def save_model(
     tokenizer: Any = None,
     max_shard_size: int = 5_000_000_000,
     dtype: Any = None,
+    readme: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a model's folder, whole or not at all; see ``models.save_pretrained``.
@@ -54,7 +55,7 @@ def save_model(
       config: the model's, written as config.json.
       table: the model's key table.
       params: the parameter tree.
-      tokenizer, max_shard_size, dtype, overwrite: see ``models.save_pretrained``.
+      tokenizer, max_shard_size, dtype, readme, overwrite: see ``models.save_pretrained``.
 
     Raises:
       FileExistsError: if the folder exists; with ``overwrite``, if it is no model's folder.
@@ -74,6 +75,8 @@ def save_model(
         _write_json(partial / "config.json", {**config.to_hf(), "dtype": main_dtype})
         if tokenizer is not None:
             _write_tokenizer(partial, tokenizer)
+        if readme is not None:
+            (partial / "README.md").write_text(readme, encoding="utf-8")
         put_in_place(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

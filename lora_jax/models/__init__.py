@@ -18,6 +18,7 @@ from lora_jax.models.gpt2.model import GPT2
 from lora_jax.models.kinds import kinds
 from lora_jax.models.layers.cache import Cache, Shared, init_cache
 from lora_jax.models.pretrained import from_pretrained, save_pretrained
+from lora_jax.models.rope_scaling import with_rope_scaling
 
 __all__ = [
     "Cache",
@@ -47,4 +48,5 @@ __all__ = [
     "read_config",
     "save_pretrained",
     "share",
+    "with_rope_scaling",
 ]

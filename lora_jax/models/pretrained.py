@@ -19,6 +19,7 @@ from lora_jax.hf.sources import Source
 from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.families import FORMATS, key_table, module_of
 from lora_jax.models.layers.attend import Attend
+from lora_jax.models.rope_scaling import with_rope_scaling
 
 
 def from_pretrained(
@@ -34,6 +35,7 @@ def from_pretrained(
     num_labels: int | None = None,
     pooling: str | None = None,
     normalize: bool | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
     key: jax.Array | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Loads a pretrained model, and its parameters as a plain nested dict.
@@ -61,6 +63,7 @@ def from_pretrained(
       sharding: (path, shape) -> the sharding of that parameter; None for the default device.
       head, num_labels, pooling, normalize: an encoder's options, in the place of its
         config.json's; see ``EncoderConfig``.
+      rope_scaling: a decoder's, for rows longer than its positions; see ``with_rope_scaling``.
       key: random key for a freshly initialised head; ``jax.random.key(0)`` by default. Each
         parameter's values depend on the key and its path alone.
 
@@ -93,7 +96,10 @@ def from_pretrained(
     source = open_source(found.path, **options)
     param_dtype = dtype if param_dtype is None else param_dtype
     how: dict[str, Any] = {"remat": remat, "attention": attention, "experts": experts}
-    model = module_of(source.config, dtype, param_dtype, **how)
+    config = source.config
+    if rope_scaling is not None:
+        config = with_rope_scaling(config, rope_scaling)
+    model = module_of(config, dtype, param_dtype, **how)
     return model, load_params(source, param_dtype, sharding, key)
 
 
@@ -105,6 +111,7 @@ def save_pretrained(
     tokenizer: Any = None,
     max_shard_size: int = 5_000_000_000,
     dtype: Any = None,
+    readme: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a model as Hugging Face's libraries write one; the folder appears whole or not at all.
@@ -127,6 +134,7 @@ def save_pretrained(
       max_shard_size: bytes of weights per file. A single tensor may exceed it.
       dtype: dtype of the weights in the file: fp64, fp32, bf16 or fp16; None keeps each
         parameter's.
+      readme: the text of README.md, the hub's model card; None for none.
       overwrite: replace a model's folder that is there. Without it, an existing folder is an error.
 
     Raises:
@@ -144,6 +152,7 @@ def save_pretrained(
         tokenizer=tokenizer,
         max_shard_size=max_shard_size,
         dtype=dtype,
+        readme=readme,
         overwrite=overwrite,
     )
 

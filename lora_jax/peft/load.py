@@ -14,7 +14,7 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lora_jax.base import as_array
+from lora_jax.base import as_array, is_abstract
 from lora_jax.hf.keys import Row
 from lora_jax.lorafy import Tree, lorafy
 from lora_jax.magnitude import wide
@@ -58,7 +58,8 @@ def load(
       folder: a local folder (adapter_config.json, adapter_model.safetensors), or a hub name.
       model: the model of `lora_jax.models` that `params` belong to; for another tree its key
         table, a list of `lora_jax.models.Row`.
-      params: the plain tree of the base.
+      params: the plain tree of the base. One of `jax.ShapeDtypeStruct` leaves is enough to find
+        out whether the adapter fits, before weights are read.
       adapter: the subfolder of one adapter, if the folder holds several.
 
     Returns:
@@ -86,7 +87,7 @@ def load(
         rules = rules_for(config, table, model, experts=experts)
         params = _with_file_bases(params, chosen, table, config, reader)
         tree = lorafy(_abstract(params), rules)
-        if takes_from_base(config):
+        if takes_from_base(config) and not any(map(is_abstract, jax.tree.leaves(params))):
             tree = lorafy(params, rules)
     except ValueError as error:
         raise PeftError(f"{found / configuration.FILE}: {error}") from None
@@ -217,8 +218,11 @@ def _with_file_bases(
         if not reader.has(key):
             continue
         leaf = as_array(changed[path])
+        shape = leaf.shape[len(index) :]
+        tensor = reader.take(key, tuple(shape[::-1] if transpose else shape))
+        if is_abstract(leaf):
+            continue
         here = leaf[index] if index else leaf
-        tensor = reader.take(key, tuple(here.shape[::-1] if transpose else here.shape))
         value = jnp.asarray(tensor.T if transpose else tensor).astype(leaf.dtype)
         if not np.array_equal(value, here, equal_nan=True):
             changed[path] = leaf.at[index].set(value) if index else value

@@ -33,6 +33,7 @@ def save(
     *,
     base_model: str | None = None,
     task_type: str | None = None,
+    readme: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes an adapter as PEFT does: adapter_config.json and adapter_model.safetensors.
@@ -44,6 +45,7 @@ def save(
         written as plain LoRA of twice the rank on the original base.
       base_model: the base's hub name or folder, which PEFT's ``AutoPeftModel`` reads.
       task_type: PEFT's, such as "CAUSAL_LM" or "SEQ_CLS".
+      readme: the text of README.md, the hub's model card; None for none.
       overwrite: replace an adapter that is there.
 
     Raises:
@@ -76,6 +78,8 @@ def save(
         write_tensors(partial / FILE, tensors)
         text = json.dumps(dict(sorted(config.items())), indent=2)
         (partial / configuration.FILE).write_text(text + "\n", encoding="utf-8")
+        if readme is not None:
+            (partial / "README.md").write_text(readme, encoding="utf-8")
         put_in_place(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -15,7 +15,8 @@ from lora_jax.training.errors import DamagedCheckpoint, Diverged, Interrupted, T
 from lora_jax.training.layout import Layout
 from lora_jax.training.log import show
 from lora_jax.training.losses import Loss, Sums, number_of_units
-from lora_jax.training.optimizer import adamw, warmed_up
+from lora_jax.training.optimizer import adamw, averaged, make_optimizer
+from lora_jax.training.optimizers.schedules import warmed_up
 from lora_jax.training.step import State, init_state, make_evaluation, make_step
 from lora_jax.training.tune import Report, finetune
 
@@ -37,11 +38,13 @@ __all__ = [
     "Sums",
     "TrainingError",
     "adamw",
+    "averaged",
     "chats",
     "finetune",
     "init_state",
     "label_names",
     "make_evaluation",
+    "make_optimizer",
     "make_step",
     "number_of_units",
     "predict",

@@ -8,14 +8,13 @@ each checkpoint.
 
 import dataclasses
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import lora_jax as lj
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.processes import is_first, wait_for_all
-from lora_jax.training.step import State
 
 BEST = "best"  # the folder of the best adapters, beside that of the checkpoints
 
@@ -99,27 +98,22 @@ class Best:
             return {}
         return {"step": self.standing.step, self.metric: self.standing.value}
 
-    def judge(self, state: State, base: Any, measured: Mapping[str, float]) -> bool:
+    def judge(self, step: int, tree: Callable[[], Any], measured: Mapping[str, float]) -> bool:
         """Saves the adapter if it is the best so far; all processes have to call this.
 
         Args:
-          state: after the step that was measured.
-          base: the frozen half of the parameters.
+          step: the step that was measured.
+          tree: returns the adapted tree after it.
           measured: by name; the same in all processes.
 
         Returns:
           Whether training ends here.
         """
         if self.metric in measured:
-            step = int(state.step)
             self.standing = self.standing.after(step, measured[self.metric], goal=self._goal)
             if self.standing.step == step and self.standing.waited == 0:
-                lj.save_adapter(
-                    self.folder / str(step),
-                    lj.join(state.adapter, base),
-                    about=self._about | self.about,
-                    overwrite=True,
-                )
+                about = self._about | self.about
+                lj.save_adapter(self.folder / str(step), tree(), about=about, overwrite=True)
                 wait_for_all("the best adapter is saved")
         return self.is_over
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ import optax
 import lora_jax as lj
 from lora_jax.base import as_array
 from lora_jax.fingerprint import base_fingerprint, differing
+from lora_jax.models import Decoder
 from lora_jax.paths import flatten_with_paths
-from lora_jax.training.batches import Batch, Examples, Feed
+from lora_jax.training.batches import Batch, Examples, Feed, Packs
 from lora_jax.training.best import Best
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.errors import Diverged, TrainingError
@@ -23,6 +25,7 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.log import Log
 from lora_jax.training.loop import Hooks, Measure, Pace, train
 from lora_jax.training.losses import HELD_OUT, Loss, Sums
+from lora_jax.training.optimizer import averaged
 from lora_jax.training.processes import Agreement
 from lora_jax.training.setup import CompiledStep, Setup
 from lora_jax.training.step import State, Step, make_evaluation
@@ -64,6 +67,7 @@ def make_ready(
     key: jax.Array,
     checkpoints: Checkpoints | None = None,
     best: Best | None = None,
+    noise: float = 0.0,
 ) -> Ready:
     """Returns the state before the first step.
 
@@ -73,12 +77,13 @@ def make_ready(
       layout: where everything lies on the mesh.
       optimizer: of the adapter.
       schedule: the learning rate that the optimiser has, to be logged.
-      key: of dropout.
+      key: of dropout and noise.
       checkpoints: those of the run's folder.
       best: keeps the best adapter.
+      noise: the size of the noise on embeddings; see `lora_jax.training.neftune`.
     """
     adapter, base = lj.split(params)
-    setup = Setup.of(layout, params, optimizer, schedule)
+    setup = Setup.of(layout, params, optimizer, schedule, noise=noise)
     return Ready(
         feed=feed,
         setup=setup,
@@ -133,6 +138,27 @@ def resumed(ready: Ready, steps: int) -> Ready:
     if ready.best is not None:
         ready.best.go_on_from(done, saved.get("best"))
     return dataclasses.replace(ready, state=state, owed=tuple(saved.get("owed", ())))
+
+
+def check_positions(model: Any, examples: Examples) -> None:
+    """Raises a TrainingError for sequences that are longer than a decoder's positions."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if most is None or not isinstance(model, Decoder) or not isinstance(examples, Packs):
+        return
+    if (longest := int(np.diff(examples.starts).max())) > most:
+        raise TrainingError(
+            f"a sequence has {longest} tokens, and the model {most} positions: "
+            "give a smaller seq_len, or load it with from_pretrained(…, rope_scaling="
+            '{"rope_type": "yarn", "factor": 2.0})'
+        )
+
+
+def settings_of(**settings: Any) -> dict[str, str]:
+    """Returns what a resumed run may not change, in words that are the same in every process."""
+    return {
+        name: "a function" if callable(value) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+        for name, value in settings.items()
+    }
 
 
 def not_finite(params: Any) -> list[str]:
@@ -197,8 +223,8 @@ def fit(
       resume_hint: tells an interrupted user how to go on.
 
     Returns:
-      The adapted tree, as after the last step or as it was the best; and the median seconds of a
-      step (None where none was taken).
+      The adapted tree, as after the last step or as it was the best, its adapter averaged where the
+      optimiser averages; and the median seconds of a step (None where none was taken).
 
     Raises:
       Interrupted: after a signal, once the step is finished and saved.
@@ -218,7 +244,9 @@ def fit(
             best.keep_for(checkpoints.steps())
 
     def judge(state: State, measured: Mapping[str, float]) -> bool:
-        return best is not None and best.judge(state, ready.base, measured)
+        return best is not None and best.judge(
+            int(state.step), lambda: tree_of(ready, state), measured
+        )
 
     hooks = Hooks(
         batch=lambda number, state: feed.batch(number),
@@ -244,8 +272,13 @@ def fit(
         raise
     if checkpoints is not None:
         checkpoints.close()
-    trained = lj.join(state.adapter, ready.base)
+    trained = tree_of(ready, state)
     return (trained if best is None else _on_mesh(ready, best.load(trained))), seconds
+
+
+def tree_of(ready: Ready, state: State) -> Any:
+    """Returns the adapted tree of a state, its adapter averaged where the optimiser averages."""
+    return lj.join(averaged(state.opt_state, state.adapter), ready.base)
 
 
 def _on_mesh(ready: Ready, loaded: Any) -> Any:
@@ -281,15 +314,15 @@ def held_out_loss(
         compiler_options=layout.compiler_options,
     )
 
-    def sums_of(state: State, part: Batch) -> Sums:
+    def sums_of(adapter: Any, part: Batch) -> Sums:
         batch = layout.batch(part, parts=False)
         with jax.set_mesh(layout.mesh):
-            return jax.tree.map(float, evaluation(state.adapter, ready.base, batch))
+            return jax.tree.map(float, evaluation(adapter, ready.base, batch))
 
     def take(state: State) -> dict[str, float] | None:
-        parts, agreement = [], Agreement()
+        parts, agreement, adapter = [], Agreement(), averaged(state.opt_state, state.adapter)
         for part in examples.parts(ready.feed.order.batch_size):
-            parts.append(sums_of(state, part))
+            parts.append(sums_of(adapter, part))
             if stop.agreed(agreement):
                 return None
         return means(loss, functools.reduce(_added, parts))

@@ -1,46 +1,73 @@
-"""AdamW for an adapter, its schedule, and what an adapted tree says of its training."""
+"""The optimiser of an adapter, its weight decay, and what an adapted tree says of its training."""
 
 import re
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
+import jax
 import optax
+from optax import contrib
 
 import lora_jax as lj
 from lora_jax.paths import flatten_with_paths
+from lora_jax.training.optimizers.named import optimizer_named, settings
 from lora_jax.weight import LoraWeight, is_node
 
-ScheduleKind = Literal["constant", "linear", "cosine"]
 
+def make_optimizer(
+    name: str,
+    schedule: optax.Schedule,
+    params: Any = None,
+    *,
+    weight_decay: float = 0.0,
+    grad_clip: float = 1.0,
+    lora_plus: float | None = None,
+    options: Mapping[str, float | None] | None = None,
+) -> optax.GradientTransformation:
+    """Returns an optimiser by name, for an adapter or for full fine-tuning.
 
-def warmed_up(
-    rate: float, steps: int, *, kind: ScheduleKind = "cosine", warmup: int = 3
-) -> optax.Schedule:
-    """Returns a schedule: linear from 0 over the warmup, then constant, or down to 0 at `steps`.
+    Each is a direction, made from the gradient clipped to a norm. Weight decay is added to it, and
+    the learning rate multiplies the sum; so decay is decoupled from the gradient in all of them
+    (Loshchilov & Hutter, arXiv 1711.05101). Norms and biases do not decay.
 
-    The warmup's first step already has rate / warmup, so that no step is lost.
+    "schedule-free" takes gradients between its average and its newest parameters; what there is to
+    evaluate and to keep is the average, see `averaged`. Its schedule is a warmup, then constant.
 
     Args:
-      rate: the highest learning rate.
-      steps: of the whole run.
-      kind: the way the rate falls after the warmup.
-      warmup: steps over which the rate rises; one at least is left after it.
+      name: "adamw", "lion", "adafactor", "muon", "schedule-free" or "sgd".
+      schedule: the learning rate at each step.
+      params: the adapted tree. "muon" needs it for the roles of the axes, and all need it where A
+        is frozen, for B's gradient to be projected.
+      weight_decay: of A, B and kernels.
+      grad_clip: the largest norm of the gradient; 0 for no limit.
+      lora_plus: B learns so many times as fast as A (LoRA+).
+      options: beta1, beta2, eps and momentum, of which each optimiser reads its own; None for its
+        default. See `lora_jax.training.optimizers.named.OPTIMIZERS`.
+
+    Raises:
+      ValueError: there is no optimiser of this name, or it does not read one of the options.
 
     >>> from lora_jax import training
-    >>> schedule = training.warmed_up(1e-3, 100, kind="linear", warmup=10)
-    >>> round(float(schedule(10)), 6)
-    0.001
+    >>> tree = lj.lorafy({"kernel": jnp.ones((4, 3))}, [lj.LoraRule(targets=["kernel"], rank=2)])
+    >>> muon = training.make_optimizer("muon", optax.constant_schedule(1e-3), tree)
     """
-    warmup = min(warmup, steps - 1)
-    left = steps - warmup
-    after = {
-        "constant": optax.constant_schedule(rate),
-        "linear": optax.linear_schedule(rate, 0.0, left),
-        "cosine": optax.cosine_decay_schedule(rate, left),
-    }[kind]
-    if not warmup:
-        return after
-    rise = optax.linear_schedule(rate / warmup, rate, max(warmup - 1, 1))
-    return optax.join_schedules([rise, after], [warmup])
+    chosen, values = optimizer_named(name), settings(name, options or {})
+    if name == "muon" and params is None:
+        raise ValueError("muon needs the adapted tree, for the roles of the axes: give params")
+    step = [
+        chosen.direction(params, **values),
+        optax.add_decayed_weights(weight_decay, mask=decays),
+        optax.scale_by_learning_rate(schedule),
+    ]
+    if lora_plus is not None:
+        step.append(lj.optim.lora_plus(lora_plus))
+    parts = [optax.clip_by_global_norm(grad_clip)] if grad_clip else []
+    if any("a" in weight.frozen for weight in _adapted(params)):
+        parts.append(lj.optim.project_b(params))
+    whole: Any = optax.chain(*step)
+    if chosen.averages:
+        whole = contrib.schedule_free(whole, schedule, b1=values["beta1"])
+    return optax.chain(*parts, whole)
 
 
 def adamw(
@@ -66,13 +93,36 @@ def adamw(
     >>> tree = lj.lorafy({"kernel": jnp.ones((4, 3))}, [lj.LoraRule(targets=["kernel"], rank=2)])
     >>> optimizer = training.adamw(optax.constant_schedule(1e-3), tree)
     """
-    parts = [optax.clip_by_global_norm(grad_clip)] if grad_clip else []
-    if any("a" in weight.frozen for weight in _adapted(params)):
-        parts.append(lj.optim.project_b(params))
-    parts.append(optax.adamw(schedule, b2=b2, weight_decay=weight_decay, mask=decays))
-    if lora_plus is not None:
-        parts.append(lj.optim.lora_plus(lora_plus))
-    return optax.chain(*parts)
+    return make_optimizer(
+        "adamw",
+        schedule,
+        params,
+        weight_decay=weight_decay,
+        grad_clip=grad_clip,
+        lora_plus=lora_plus,
+        options={"beta2": b2},
+    )
+
+
+def averaged(opt_state: optax.OptState, adapter: Any) -> Any:
+    """Returns the adapter to evaluate and to keep: an average, or the adapter itself.
+
+    Args:
+      opt_state: the optimiser's state, which has the average's other end.
+      adapter: the parameters that gradients are taken at.
+
+    >>> from lora_jax.training.optimizer import averaged, make_optimizer
+    >>> adapter = {"kernel": {"value": jnp.ones(3)}}
+    >>> free = make_optimizer("schedule-free", optax.constant_schedule(1e-3))
+    >>> averaged(free.init(adapter), adapter)["kernel"]["value"]
+    Array([1., 1., 1.], dtype=float32)
+    """
+
+    def is_free(node: Any) -> bool:
+        return isinstance(node, contrib.ScheduleFreeState)
+
+    found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_free) if is_free(node)]
+    return contrib.schedule_free_eval_params(found[0], adapter) if found else adapter
 
 
 def decays(adapter: dict[str, dict[str, Any]]) -> dict[str, dict[str, bool]]:

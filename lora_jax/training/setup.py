@@ -13,7 +13,9 @@ import optax
 import lora_jax as lj
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
+from lora_jax.training.neftune import neftune
 from lora_jax.training.optimizer import has_dropout
+from lora_jax.training.optimizers import shardings
 from lora_jax.training.step import Metrics, State, init_state, make_step
 
 
@@ -22,9 +24,10 @@ class Setup:
     """Holds what a step is made of, beside the model.
 
     Attributes:
-      where: the sharding of each array of the state; Adam's moments lie as the adapter does.
+      where: the sharding of each array of the state; an optimiser's arrays lie as the adapter does.
       step_shardings: of the adapter that a step works with.
       dropout: whether an adapter's input is dropped.
+      noise: the size of the noise on embeddings; 0 for none. See `lora_jax.training.neftune`.
     """
 
     layout: Layout
@@ -33,6 +36,7 @@ class Setup:
     where: State
     step_shardings: Any
     dropout: bool
+    noise: float = 0.0
 
     @classmethod
     def of(
@@ -41,6 +45,8 @@ class Setup:
         params: Any,
         optimizer: optax.GradientTransformation,
         schedule: optax.Schedule,
+        *,
+        noise: float = 0.0,
     ) -> "Setup":
         """Returns the setup for an adapted tree, of arrays on the mesh or of placed shapes."""
         adapter, _ = lj.split(params)
@@ -51,6 +57,7 @@ class Setup:
             where=state_shardings(layout, adapter, optimizer),
             step_shardings=layout.step_shardings(params),
             dropout=has_dropout(params),
+            noise=noise,
         )
 
     def forward(self, model: Any) -> Callable[..., Any]:
@@ -59,7 +66,8 @@ class Setup:
         Compile what calls it with the layout's `compiler_options`, as `trace` does: on a TPU, the
         experts of a mixture count on them.
         """
-        return lj.adapt(self.layout.constrained(model, dropout=self.dropout).apply)
+        forward = lj.adapt(self.layout.constrained(model, dropout=self.dropout).apply)
+        return neftune(forward, self.noise) if self.noise else forward
 
     def state(self, adapter: Any, key: jax.Array) -> State:
         """Returns the state before the first step, on the mesh."""
@@ -111,7 +119,7 @@ class Setup:
             forward,
             self.optimizer,
             self.schedule,
-            dropout=self.dropout,
+            dropout=self.dropout or self.noise > 0,
             loss=loss,
             gathered=lambda adapter: jax.lax.with_sharding_constraint(adapter, self.step_shardings),
         )
@@ -156,15 +164,9 @@ class CompiledStep:
 def state_shardings(layout: Layout, adapter: Any, optimizer: optax.GradientTransformation) -> Any:
     """Returns the sharding of each array of a state."""
     of_adapter = jax.tree.map(lambda array: array.sharding, adapter)
-    of_moments = optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        _shapes(adapter, optimizer).opt_state,
-        of_adapter,
-        transform_non_params=lambda _: layout.whole,
-    )
+    opt_state = _shapes(adapter, optimizer).opt_state
     whole: Any = layout.whole
-    return State(of_adapter, of_moments, whole, whole)
+    return State(of_adapter, shardings.state_shardings(opt_state, adapter, whole), whole, whole)
 
 
 def _shapes(adapter: Any, optimizer: optax.GradientTransformation) -> State:

@@ -7,7 +7,6 @@ progress bar, TensorBoard) they add.
 import contextlib
 import dataclasses
 import math
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,12 +37,22 @@ from lora_jax.training.batches import Examples, Feed, Order
 from lora_jax.training.best import BEST, Best
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.errors import TrainingError, as_argument
-from lora_jax.training.fit import Ready, compile_step, fit, held_out_loss, make_ready, resumed
+from lora_jax.training.fit import (
+    Ready,
+    check_positions,
+    compile_step,
+    fit,
+    held_out_loss,
+    make_ready,
+    resumed,
+    settings_of,
+)
 from lora_jax.training.layout import Layout, one_device
 from lora_jax.training.lock import FolderLock
 from lora_jax.training.log import Line, Recorder, show
 from lora_jax.training.losses import HELD_OUT, Loss
-from lora_jax.training.optimizer import ScheduleKind, adamw, takes_from_base, warmed_up
+from lora_jax.training.optimizer import make_optimizer, takes_from_base
+from lora_jax.training.optimizers.schedules import ScheduleKind, warmed_up
 from lora_jax.training.processes import is_first
 from lora_jax.training.stop import Stop
 from lora_jax.weight import is_node
@@ -98,7 +107,7 @@ def finetune(
     schedule: ScheduleKind = "cosine",
     warmup: int = 3,
     weight_decay: float = 0.0,
-    optimizer: optax.GradientTransformation | None = None,
+    optimizer: str | optax.GradientTransformation = "adamw",
     held_out: Examples | Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
@@ -131,10 +140,11 @@ def finetune(
       steps, epochs: the length of the run, in one of the two; by default one epoch.
       batch_size: examples in memory at once.
       grad_accum: batches a step.
-      schedule: how `lr` falls after the warmup; linear and cosine end at zero.
+      schedule: how `lr` falls after the warmup; see `warmed_up`.
       warmup: steps over which `lr` rises.
       weight_decay: of A, B and kernels.
-      optimizer: in the place of AdamW; `lr` is then its schedule, to be logged.
+      optimizer: a name that `make_optimizer` takes, or one of your own; `lr` is then its schedule,
+        to be logged.
       held_out: examples like `examples`, to measure the loss on.
       folder: where to keep adapter and checkpoints.
       resume: goes on from the last checkpoint in the folder; begins where there is none.
@@ -189,6 +199,8 @@ def finetune(
     if not 0 <= seed < 2**32:
         raise TrainingError(f"seed={seed}: a number from 0 to {2**32 - 1} is needed")
     layout = layout or one_device()
+    for rows in (examples, *([] if measured is None else [measured])):
+        check_positions(model, rows)
     loss = loss_of(loss, examples, layout)
     order = Order.of(examples, seed, batch_size, grad_accum)
     steps = steps or order.steps(epochs or 1)
@@ -209,7 +221,9 @@ def finetune(
             params,
             Feed(examples, order, examples.name),
             layout=layout,
-            optimizer=optimizer or adamw(rate, params, weight_decay=weight_decay),
+            optimizer=make_optimizer(optimizer, rate, params, weight_decay=weight_decay)
+            if isinstance(optimizer, str)
+            else optimizer,
             schedule=rate,
             key=jax.random.fold_in(key, 1),
             checkpoints=None if path is None else Checkpoints(path / CHECKPOINTS, keep),
@@ -217,11 +231,12 @@ def finetune(
             if path is None or not keep_best
             else Best(path / BEST, f"{HELD_OUT}loss", patience=patience),
         )
-        settings = _settings(
+        settings = settings_of(
             lr=lr,
             schedule=schedule,
             warmup=warmup,
             weight_decay=weight_decay,
+            optimizer=optimizer if isinstance(optimizer, str) else "a function",
             rules=rules,
             seed=seed,
             keep_best=keep_best,
@@ -315,11 +330,3 @@ def _forward(model: Any, ready: Ready) -> Callable[..., Any]:
     if hasattr(model, "placement"):
         return ready.setup.forward(model)
     return lj.adapt(getattr(model, "apply", model))
-
-
-def _settings(**settings: Any) -> dict[str, str]:
-    """Returns what a resumed run may not change, in words that are the same in every process."""
-    return {
-        name: "a function" if callable(value) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-        for name, value in settings.items()
-    }

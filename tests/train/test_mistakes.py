@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lora_jax.training.lock import FolderLock
-from lora_jax.training.optimizer import warmed_up
+from lora_jax.training.optimizers.schedules import warmed_up
 from tests.train.tiny import write_model, write_rows
 from train import generate
 from train.data import files

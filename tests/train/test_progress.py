@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -12,10 +13,10 @@ from tests.train.test_mesh import inputs as mesh_inputs
 from tests.train.test_mesh import run as run_processes
 from tests.train.test_sft import adapter_of, assert_same, fails
 from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
-from train import classify, export, sft
+from train import classify, sft
+from train.adapters.source import find_adapter
 from train.run.errors import UserError
 from train.run.log import Log, read_metrics
-from train.run.output import adapter_folder
 from train.run.pretrained import read_outline
 from train.run.progress.samples import Prompts
 
@@ -56,7 +57,7 @@ def samples_of(folder):
     return without_times(map(json.loads, (folder / "samples.jsonl").read_text().splitlines()))
 
 
-def test_the_adapter_of_a_run_is_the_best_by_its_metrics(chats, whole):
+def test_the_adapter_of_a_run_is_the_best_by_its_metrics(chats, whole, tmp_path):
     losses = {
         line["step"]: line["eval_loss"] for line in read_metrics(whole) if "eval_loss" in line
     }
@@ -70,8 +71,10 @@ def test_the_adapter_of_a_run_is_the_best_by_its_metrics(chats, whole):
     _, params = models.from_pretrained(chats[1])
     kept = lj.load_adapter(whole / "best" / str(step), params)
     assert_same(lj.split(kept)[0], adapter_of(chats, whole))
-    assert adapter_folder(str(whole / "best")) == whole / "best" / str(step)
-    assert export.found_adapter(str(whole / "best")) == (whole / "best" / str(step), False)
+    shutil.copytree(whole / "best", tmp_path / "best")  # as on its way, before it has an adapter
+    for name in (whole / "best", tmp_path):
+        assert find_adapter(str(name)).folder.parts[-2:] == ("best", str(step))
+    assert find_adapter(str(whole)).folder == whole / "adapter"
 
 
 def test_answers_are_sampled_at_fixed_steps(whole):

@@ -349,3 +349,11 @@ def test_texts_have_their_classes_and_errors_in_the_words_of_python():
         training.texts(rows, tokenizer(None), seq_len=2)
     with pytest.raises(training.TrainingError, match="the rows is empty"):
         training.chats([], tokenizer(), seq_len=8)
+
+
+def test_sequences_longer_than_the_model_has_positions_are_refused():
+    model, params = decoder(max_position_embeddings=16)
+    rows = [{"prompt": "p" * 20, "completion": "c"}]
+    examples = training.chats(rows, tokenizer(None), seq_len=64)
+    with pytest.raises(training.TrainingError, match="has 2. tokens, and the model 16 positions"):
+        training.finetune(model, params, examples, RULES, lr=1e-3, steps=1)

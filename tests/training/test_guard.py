@@ -17,7 +17,8 @@ from lora_jax.training.errors import Diverged
 from lora_jax.training.loop import Hooks
 from lora_jax.training.loop import train as loop
 from lora_jax.training.losses import CROSS_ENTROPY, Loss, summed_loss
-from lora_jax.training.optimizer import adamw, warmed_up
+from lora_jax.training.optimizer import adamw
+from lora_jax.training.optimizers.schedules import warmed_up
 from lora_jax.training.step import init_state, make_step
 from lora_jax.training.stop import Stop
 from tests.support import assert_identical, with_random_factors

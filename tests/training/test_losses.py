@@ -14,7 +14,8 @@ from flax import linen as nn
 import lora_jax as lj
 from lora_jax.models import Decoder, DecoderConfig
 from lora_jax.training.losses import Loss, summed_loss
-from lora_jax.training.optimizer import adamw, warmed_up
+from lora_jax.training.optimizer import adamw
+from lora_jax.training.optimizers.schedules import warmed_up
 from lora_jax.training.step import init_state, make_step
 from tests.models import tiny, tiny_encoders
 from tests.support import assert_close, with_random_factors

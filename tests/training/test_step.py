@@ -10,7 +10,8 @@ import lora_jax as lj
 from lora_jax.training.batches import pack
 from lora_jax.training.data.chats import tokenize
 from lora_jax.training.losses import summed_loss
-from lora_jax.training.optimizer import adamw, decays, warmed_up
+from lora_jax.training.optimizer import adamw, decays
+from lora_jax.training.optimizers.schedules import warmed_up
 from lora_jax.training.step import State, init_state, make_step
 from tests.models.tiny import draw
 from tests.train.tiny import decoder, tokenizer

@@ -43,7 +43,7 @@ def read_rows(dataset: str, *, split: str = "train", subset: str | None = None) 
     elif dataset.endswith(FILE_KINDS):
         if not path.is_file():
             raise UserError(f"--dataset {dataset}: there is no such file")
-        rows = _read_file(path)
+        rows = read_file(path)
     elif path.exists():
         kinds = ", ".join(FILE_KINDS)
         raise UserError(f"--dataset {dataset}: a file of one of the kinds {kinds} is needed")
@@ -54,7 +54,12 @@ def read_rows(dataset: str, *, split: str = "train", subset: str | None = None) 
     return rows
 
 
-def _read_file(path: Path) -> list[Row]:
+def read_file(path: Path) -> list[Row]:
+    """Reads the rows of a file with one of the endings `FILE_KINDS`.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
     kind = next(kind for kind in FILE_KINDS if path.name.endswith(kind))
     if kind == ".parquet":
         return _read_parquet(path)
@@ -88,7 +93,7 @@ def _read_folder(folder: Path, split: str) -> list[Row]:
     if not chosen:
         found = ", ".join(sorted({*splits.values()}))
         raise UserError(f"--split {split}: the files in {folder} are of the splits {found}")
-    return [row for path in chosen for row in _read_file(path)]
+    return [row for path in chosen for row in read_file(path)]
 
 
 def _split_of(path: Path) -> str:

@@ -98,6 +98,16 @@ def placed(row: dict[str, Any], path: Path, where: str) -> PlacedRow:
     return made
 
 
+def read_lines(path: Path) -> list[str]:
+    """Reads the lines of a text.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    with _opened(path) as file:
+        return list(file)
+
+
 def read_csv(path: Path) -> list[PlacedRow]:
     """Reads a table with a header, whose separator is a comma, a semicolon or a tab.
 

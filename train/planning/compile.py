@@ -16,14 +16,14 @@ from lora_jax.models.layers.attend import Chosen
 from lora_jax.sharding import shardings
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, number_of_chunks, summed_loss
-from lora_jax.training.optimizer import warmed_up
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State
 from train.planning.flops import step_flops
 from train.planning.machines import Machine
 from train.planning.plan_flops import count_traced, step_work
-from train.run.adapter import NO_ADAPTER, make_optimizer, rules
+from train.run.adapter import NO_ADAPTER, rules
 from train.run.errors import UserError, as_user_errors
+from train.run.optimizer import make_optimizer, make_schedule
 from train.run.options.common import AdapterConfig, OptimConfig
 from train.run.pretrained import Outline
 from train.run.report import compiled_bytes, tree_bytes
@@ -167,7 +167,7 @@ def prepare(job: Job, variant: Variant, optim: OptimConfig) -> Prepared:
     """
     params = abstract_params(job, variant)
     adapter, base = lj.split(params)
-    schedule = warmed_up(_RATE, _STEPS, kind=optim.schedule, warmup=optim.warmup)
+    schedule = make_schedule(optim, _RATE, _STEPS)
     setup = Setup.of(job.layout, params, make_optimizer(optim, schedule, params), schedule)
     state, batch = setup.abstract_state(adapter), _abstract_batch(job)
     config = job.outline.config

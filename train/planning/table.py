@@ -34,7 +34,7 @@ def print_plans(
     console.print(
         f"{facts['model']} on {facts['topology']} ({facts['devices']} devices: {mesh}), "
         f"{facts['batch_size'] * facts['grad_accum']} × {facts['seq_len']} tokens per step, "
-        f"{facts['dtype']}, attention: {facts['attention']}; "
+        f"{facts['dtype']}, attention: {facts['attention']}, optimizer: {facts['optimizer']}; "
         f"compiled by the {facts['compiler'].upper()} compiler",
         highlight=False,
         soft_wrap=True,

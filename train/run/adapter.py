@@ -1,20 +1,17 @@
-"""Adapter and optimiser options as rules for the tree and an optax optimiser."""
+"""Adapter options as rules for the tree."""
 
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import optax
-
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import init
 from lora_jax.peft.config import read_config
 from lora_jax.rules import PRESETS
-from lora_jax.training.optimizer import adamw
 from train.run.errors import UserError, as_user_errors
-from train.run.options.common import AdapterConfig, OptimConfig
+from train.run.options.common import AdapterConfig
 from train.run.pretrained import Outline
 
 Rule = lj.LoraRule | lj.TrainRule
@@ -132,18 +129,3 @@ def _lora_rule(adapter: AdapterConfig, targets: str | tuple[str, ...], rank: int
 def _is_name(target: str) -> bool:
     """Returns whether a target is a module name or path, rather than a regular expression."""
     return target.replace("/", "").replace("_", "").isalnum()
-
-
-def make_optimizer(
-    optim: OptimConfig, schedule: optax.Schedule, params: Any = None
-) -> optax.GradientTransformation:
-    """Returns the optimiser that the options describe; see `lora_jax.training.optimizer.adamw`."""
-    assert optim.beta2 is not None, "the options have no defaults yet"
-    return adamw(
-        schedule,
-        params,
-        b2=optim.beta2,
-        weight_decay=optim.weight_decay,
-        grad_clip=optim.grad_clip,
-        lora_plus=optim.lora_plus,
-    )

@@ -18,12 +18,12 @@ class UserError(TrainingError):
 
 
 @contextmanager
-def as_user_errors(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
-    """Turns errors of these kinds into a UserError, with a prefix to the message."""
+def as_user_errors(*kinds: type[Exception], prefix: str = "", suffix: str = "") -> Iterator[None]:
+    """Turns errors of these kinds into a UserError, with a prefix and a suffix to the message."""
     try:
         yield
     except kinds as error:
-        raise UserError(f"{prefix}{error}") from error
+        raise UserError(f"{prefix}{error}{suffix}") from error
 
 
 @contextmanager

@@ -27,13 +27,15 @@ from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import Measure
 from lora_jax.training.losses import HELD_OUT, SCORE, Loss
-from lora_jax.training.optimizer import takes_from_base, warmed_up
+from lora_jax.training.optimizer import takes_from_base
 from lora_jax.training.processes import is_first, wait_for_all
 from lora_jax.training.stop import Stop
-from train.run.adapter import check_names, make_optimizer, rules
+from train.adapters.source import find_adapter
+from train.run.adapter import check_names, rules
 from train.run.errors import as_user_errors, flag
 from train.run.files import SAMPLES, read_json, read_lines
 from train.run.log import Log, QuietLog, doing, draw_curve, open_log, read_metrics
+from train.run.optimizer import make_optimizer, make_schedule, optimizer_line
 from train.run.options.common import OptimConfig, Options
 from train.run.options.written import effective
 from train.run.output import (
@@ -87,11 +89,14 @@ def learning_rate(config: Options, outline: Outline, steps: int) -> float:
 
 
 def check_rules(config: Options, outline: Outline) -> None:
-    """Raises UserError where the rules do not fit the model; reads no weights."""
-    if config.adapter.init_adapter is None:
-        check_names(config.adapter, outline)
-        with as_user_errors(ValueError):
-            lj.lorafy(outline.params, rules(config.adapter, outline), kinds=outline.kinds)
+    """Raises UserError where rules or adapter do not fit the model; reads no weights."""
+    adapter = config.adapter
+    if adapter.init_adapter is not None:
+        source = find_adapter(adapter.init_adapter, "--init-adapter")
+        return source.check(outline, allow_base_mismatch=adapter.allow_base_mismatch)
+    check_names(adapter, outline)
+    with as_user_errors(ValueError):
+        lj.lorafy(outline.params, rules(adapter, outline), kinds=outline.kinds)
 
 
 def attention_line(config: Options, outline: Outline, layout: Layout, seq: int) -> str:
@@ -114,15 +119,15 @@ def attention_line(config: Options, outline: Outline, layout: Layout, seq: int) 
 
 def adapted(config: Options, outline: Outline, plain: Any, folder: Path, key: jax.Array) -> Any:
     """Returns the parameters with a new adapter, the one to go on from, or this run's first."""
-    start = config.adapter.init_adapter
-    if start is None and config.run.resume and (folder / START).exists():
-        start = str(folder / START)
+    mismatch = config.adapter.allow_base_mismatch
+    if config.adapter.init_adapter is not None:
+        source = find_adapter(config.adapter.init_adapter, "--init-adapter")
+        return source.load(outline, plain, outline.name, allow_base_mismatch=mismatch)
     with as_user_errors(ValueError):
-        if start is None:
-            chosen = rules(config.adapter, outline)
-            return lj.lorafy(plain, chosen, key=key, kinds=outline.kinds)
-        mismatch = config.adapter.allow_base_mismatch
-        return lj.load_adapter(start, plain, allow_base_mismatch=mismatch)
+        if config.run.resume and (folder / START).exists():
+            return lj.load_adapter(folder / START, plain, allow_base_mismatch=mismatch)
+        chosen = rules(config.adapter, outline)
+        return lj.lorafy(plain, chosen, key=key, kinds=outline.kinds)
 
 
 def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> training.Ready:
@@ -141,7 +146,8 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
     summary = lj.summary(params)
     run.console.print(summary, highlight=False, soft_wrap=True)
     params = run.layout.placed(params)
-    schedule = warmed_up(run.rate, run.steps, kind=optim.schedule, warmup=optim.warmup)
+    run.console.print(optimizer_line(optim, params), highlight=False, soft_wrap=True)
+    schedule = make_schedule(optim, run.rate, run.steps)
     ready = training.make_ready(
         params,
         run.feed,
@@ -151,6 +157,7 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
         key=key,
         checkpoints=Checkpoints(run.folder / CHECKPOINTS, run.config.run.keep),
         best=_best(run),
+        noise=optim.neftune,
     )
     if run.config.run.resume:
         ready = training.resumed(ready, run.steps)
@@ -177,7 +184,7 @@ def _moved(run: Run, schedule: optax.Schedule, done: int) -> str | None:
     optim = run.config.optim
     if not done or not {"steps", "lr"} <= began.keys():
         return None
-    was = warmed_up(began["lr"], began["steps"], kind=optim.schedule, warmup=optim.warmup)
+    was = make_schedule(optim, began["lr"], began["steps"])
     here, there = float(was(done)), float(schedule(done))
     if began["steps"] == run.steps or math.isclose(here, there, rel_tol=1e-6):
         return None
@@ -185,7 +192,7 @@ def _moved(run: Run, schedule: optax.Schedule, done: int) -> str | None:
         f"warning: the run began with {began['steps']} steps and now has {run.steps}, so its "
         f"{optim.schedule} schedule is another one: the learning rate goes on at {there:.2e}, not "
         f"at {here:.2e}. To go on without this jump, give {flag('steps', began['steps'])}; for a "
-        "length that may change, begin a run with --schedule constant"
+        "length that may change, begin a run with --schedule constant or wsd"
     )
 
 

@@ -12,6 +12,7 @@ from lora_jax.training.best import BEST
 from lora_jax.training.checkpoints import RECORD
 from lora_jax.training.lock import FolderLock
 from lora_jax.training.processes import is_first, write_json, write_text
+from train.adapters.source import ADAPTER
 from train.run.errors import UserError
 from train.run.files import LEDGER, METRICS, SAMPLES
 from train.run.log import CURVE, read_metrics
@@ -24,7 +25,6 @@ FACTS = "facts.json"  # what came of them: steps, sizes, versions
 SCORES = "scores.json"
 CONFUSION = "confusion.png"
 REPORT = "report.json"
-ADAPTER = "adapter"
 START = "start"
 CHECKPOINTS = "checkpoints"
 _RESULTS = (CONFIG, FACTS, SCORES, REPORT, ADAPTER, BEST, METRICS, SAMPLES, CURVE, CONFUSION)
@@ -126,15 +126,6 @@ def begin(folder: Path, config: Options, script: str, facts: dict[str, Any]) -> 
                 path.unlink(missing_ok=True)
     write_json(folder / FACTS, facts)
     write_text(folder / CONFIG, as_file(config, script))
-
-
-def adapter_folder(name: str) -> Path:
-    """Returns the folder of an adapter; in a run's folder of its best ones, that of the newest."""
-    folder = Path(name).expanduser()
-    if folder.name != BEST or not folder.is_dir():
-        return folder
-    steps = [path for path in folder.iterdir() if path.name.isdecimal()]
-    return max(steps, key=lambda path: int(path.name), default=folder)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -1,7 +1,8 @@
 """The model of a script: first its outline, which is cheap, then its weights."""
 
 import dataclasses
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from lora_jax.hf.bundled import BUNDLES
 from lora_jax.hf.hub import resolve, resolve_config, revision_of
 from lora_jax.hf.keys import nested
+from lora_jax.hf.load import absent_rows
 from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.models import (
     ConfigError,
@@ -22,10 +24,13 @@ from lora_jax.models import (
     fetch,
     key_table,
     kinds,
+    with_rope_scaling,
 )
+from lora_jax.models.encoder.config import FAMILIES as ENCODERS
 from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
 from lora_jax.training.fit import not_finite
 from train.run.errors import UserError, as_user_errors
+from train.run.options.rope import as_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +41,9 @@ class Outline:
     tokenizer: Any
     config: DecoderConfig | GPT2Config | EncoderConfig
     params: dict[str, Any]  # jax.ShapeDtypeStruct leaves
-    head: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `from_pretrained`
+    # An encoder's head, or a decoder's scaled RoPE: keywords of `from_pretrained`.
+    head: dict[str, Any] = dataclasses.field(default_factory=dict)
+    absent: tuple[str, ...] = ()  # paths of parameters that its files lack: of a new head
 
     @property
     def kinds(self) -> dict[str, Any]:
@@ -49,8 +56,9 @@ class Outline:
 
     @property
     def about(self) -> dict[str, Any]:
-        """The facts that an adapter stores about its base: the name and the revision on the hub."""
-        return {"model": self.name, "revision": revision_of(resolve(self.name).path)}
+        """The facts that an adapter stores about its base: name, revision on the hub, RoPE."""
+        scaled = {name: self.head[name] for name in ("rope_scaling",) if name in self.head}
+        return {"model": self.name, "revision": revision_of(resolve(self.name).path), **scaled}
 
     @property
     def active_experts(self) -> int | None:
@@ -62,14 +70,32 @@ class Outline:
         if experts != "auto" and self.active_experts is None:
             raise UserError(f"--experts {experts}: the model {self.name} is no mixture of experts")
 
-    def check_length(self, length: int, what: str) -> None:
-        """Raises a UserError if the model does not allow `length` tokens; `what` names them."""
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens of a row."""
         if isinstance(self.config, EncoderConfig):
-            most = self.config.max_tokens
-        else:
-            most = self.config.max_position_embeddings
-        if length > most:
-            raise UserError(f"{what}: the model {self.name} allows {most} tokens at most")
+            return self.config.max_tokens
+        return self.config.max_position_embeddings
+
+    def check_length(self, length: int, what: str, remedy: str = "") -> None:
+        """Raises a UserError if the model does not allow `length` tokens; `what` names them."""
+        if length > self.max_tokens:
+            raise UserError(
+                f"{what}: the model {self.name} allows {self.max_tokens} tokens at most{remedy}"
+            )
+
+    def scaled(self, scaling: Mapping[str, Any] | None) -> "Outline":
+        """Returns the outline with its RoPE scaled; see `lora_jax.models.with_rope_scaling`.
+
+        Raises:
+          UserError: the model does not go with this scaling.
+        """
+        if scaling is None:
+            return self
+        with as_user_errors(ConfigError, prefix=f"--rope-scaling {as_text(scaling)}: "):
+            config = with_rope_scaling(self.config, scaling)
+        head = {**self.head, "rope_scaling": dict(scaling)}
+        return dataclasses.replace(self, config=config, head=head)
 
 
 @contextmanager
@@ -94,20 +120,39 @@ def read_outline(name: str) -> Outline:
     return outline
 
 
-def read_classifier_outline(name: str, num_labels: int) -> Outline:
-    """Like `read_outline`, for an encoder with a head for `num_labels` classes.
+def read_fields(name: str) -> dict[str, Any]:
+    """Returns the fields of a model's config.json as they are written; {} for a GGUF file.
+
+    Raises:
+      UserError: the model cannot be found.
+    """
+    with _model_errors(name):
+        path = fetch(name)
+    try:
+        fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # who reads the configuration says what is wrong
+    return fields if isinstance(fields, dict) else {}
+
+
+def read_classifier_outline(name: str, num_labels: int | None) -> Outline:
+    """Like `read_outline`, for an encoder with a head for classes.
+
+    Args:
+      name: the model.
+      num_labels: the number of classes; None for that of the model's own head.
 
     Raises:
       UserError: the model cannot be read, or is not an encoder.
     """
-    with _model_errors(name):
-        config = open_source(fetch(name)).config
-    if not isinstance(config, EncoderConfig):
+    kind = read_fields(name).get("model_type", "GGUF")
+    if kind not in ENCODERS:
         raise UserError(
-            f"--model {name}: a {config.model_type} model has no head for classes here; a BERT, "
+            f"--model {name}: a {kind} model has no head for classes here; a BERT, "
             "RoBERTa or XLM-RoBERTa is needed"
         )
-    return _outline(name, head="classification", num_labels=num_labels)
+    number = {} if num_labels is None else {"num_labels": num_labels}
+    return _outline(name, head="classification", **number)
 
 
 def read_shapes(name: str) -> Outline:
@@ -129,13 +174,29 @@ def read_shapes(name: str) -> Outline:
     return Outline(name, None, config, _abstract(config))
 
 
-def _outline(name: str, **head: Any) -> Outline:
+def read_untokenized(name: str, **head: Any) -> Outline:
+    """Reads the files of any model, without its weights and its tokenizer.
+
+    Args:
+      name: the model.
+      **head: of an encoder; see `from_pretrained`.
+
+    Raises:
+      UserError: the model cannot be read.
+    """
     with _model_errors(name):
-        config = open_source(fetch(name), **head).config
+        source = open_source(fetch(name), **head)
+        absent = tuple(row.path for row in absent_rows(source))
+    return Outline(name, None, source.config, _abstract(source.config), head, absent)
+
+
+def _outline(name: str, **head: Any) -> Outline:
+    outline = read_untokenized(name, **head)
+    with _model_errors(name):
         tokenizer = load_tokenizer(name)
     if not tokenizer.is_fast:
         raise UserError(f"--model {name}: its tokenizer has no fast version (tokenizer.json)")
-    return Outline(name, tokenizer, config, _abstract(config), head)
+    return dataclasses.replace(outline, tokenizer=tokenizer)
 
 
 def _abstract(config: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from train.data.fields import renamed
 from train.data.files import read_rows
 from train.run.errors import UserError
 from train.run.options.common import Defaults
+from train.run.options.rope import parse_rope_scaling
 from train.run.options.sft import Config
 from train.run.output import saved_options
 from train.run.pretrained import Outline, read_outline
@@ -96,9 +97,11 @@ def hold_out(config: Config, rows: list[Row]) -> Rows:
 
 def outline(config: Config, rows: Rows) -> Outline:
     """Reads the model's outline; checks that the model allows sequences of --seq-len."""
-    assert config.data.model is not None, "the options have no defaults yet"
-    outline = read_outline(config.data.model)
-    outline.check_length(config.data.seq_len, f"--seq-len {config.data.seq_len}")
+    data = config.data
+    assert data.model is not None, "the options have no defaults yet"
+    outline = read_outline(data.model).scaled(parse_rope_scaling(data.rope_scaling))
+    remedy = "" if data.rope_scaling else "; --rope-scaling makes it more, yarn:2 twice as many"
+    outline.check_length(data.seq_len, f"--seq-len {data.seq_len}", remedy)
     return outline
 
 

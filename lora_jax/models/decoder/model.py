@@ -17,6 +17,7 @@ from lora_jax.models.decoder.rope import rotations
 from lora_jax.models.layers.attend import Attend
 from lora_jax.models.layers.attention import dot_wide, soft_cap
 from lora_jax.models.layers.cache import Cache
+from lora_jax.models.layers.noise import EmbeddingNoise, with_noise
 from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.models.layers.trunk import causal_mask, extend, place, rematerialised
 
@@ -74,6 +75,7 @@ class Decoder(nn.Module):
         segment_ids: jax.Array | None = None,
         logits_at: jax.Array | None = None,
         return_hidden: bool = False,
+        embedding_noise: EmbeddingNoise | None = None,
     ) -> Any:
         """Predicts each next token.
 
@@ -89,6 +91,7 @@ class Decoder(nn.Module):
           logits_at: [batch, n], int: compute logits at these indices of seq only.
           return_hidden: return the final hidden states, [batch, seq, d_model], instead of logits;
             ``head`` turns them into logits.
+          embedding_noise: noise to add to the table's vectors, for training.
 
         Returns:
           Logits, [batch, seq, vocab] or [batch, n, vocab], fp32; with a cache, a pair of that and
@@ -97,7 +100,9 @@ class Decoder(nn.Module):
         Raises:
           ValueError: for segment_ids together with a cache, or more tokens than a cache can hold.
         """
-        hidden, new_cache = self.model(input_ids, attention_mask, positions, cache, segment_ids)
+        hidden, new_cache = self.model(
+            input_ids, attention_mask, positions, cache, segment_ids, embedding_noise
+        )
         if logits_at is not None:
             hidden = jnp.take_along_axis(hidden, logits_at[..., None], axis=1)
         out = hidden if return_hidden else self.head(hidden)
@@ -162,6 +167,7 @@ class _Trunk(nn.Module):
         positions: jax.Array | None,
         cache: Cache | None,
         segment_ids: jax.Array | None,
+        embedding_noise: EmbeddingNoise | None,
     ) -> tuple[jax.Array, Cache | None]:
         placed = place(input_ids, attention_mask, positions, cache, segment_ids)
         mask = causal_mask(placed, segment_ids, cache)
@@ -174,7 +180,7 @@ class _Trunk(nn.Module):
         filled = None if cache is None else placed.first
         step = Step(rope, window_rope, mask, filled)
 
-        x = self.embed_tokens(input_ids)
+        x = with_noise(self.embed_tokens(input_ids), embedding_noise)
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         x = self.placement.constrain(x, "residual")

@@ -14,6 +14,7 @@ from lora_jax.models.layers.attend import Attend, attend
 from lora_jax.models.layers.attention import dot_wide, wide
 from lora_jax.models.layers.blocks import dense, embed, layer_norm
 from lora_jax.models.layers.masks import Mask, bidirectional
+from lora_jax.models.layers.noise import EmbeddingNoise, with_noise
 from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.models.layers.trunk import rematerialised
 
@@ -73,6 +74,7 @@ class Encoder(nn.Module):
         positions: jax.Array | None = None,
         logits_at: jax.Array | None = None,
         return_hidden: bool = False,
+        embedding_noise: EmbeddingNoise | None = None,
     ) -> Any:
         """Encodes each row.
 
@@ -87,6 +89,7 @@ class Encoder(nn.Module):
             of seq only.
           return_hidden: return the final hidden states, [batch, seq, d_model], instead of the
             head's output.
+          embedding_noise: noise to add to the vectors of words, for training.
 
         Returns:
           The head's output: an ``EncoderOutput``; logits of tokens, [batch, seq, vocab] or
@@ -102,7 +105,7 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"{input_ids.shape[1]} tokens are more than the model's {cfg.max_tokens}"
             )
-        hidden = self._trunk(input_ids, attention_mask, token_type_ids, positions)
+        hidden = self._trunk(input_ids, attention_mask, token_type_ids, positions, embedding_noise)
         if logits_at is not None:
             hidden = jnp.take_along_axis(hidden, logits_at[..., None], axis=1)
         return hidden if return_hidden else self.head(hidden, attention_mask)
@@ -156,6 +159,7 @@ class _Trunk(nn.Module):
         attention_mask: jax.Array | None,
         token_type_ids: jax.Array | None,
         positions: jax.Array | None,
+        embedding_noise: EmbeddingNoise | None,
     ) -> jax.Array:
         cfg = self.config
         if positions is None:
@@ -165,7 +169,7 @@ class _Trunk(nn.Module):
         present = jnp.ones(input_ids.shape, bool)
         if attention_mask is not None:
             present = attention_mask.astype(bool)
-        x = self.embeddings(input_ids, token_type_ids, positions)
+        x = self.embeddings(input_ids, token_type_ids, positions, embedding_noise)
         return self.encoder(x, bidirectional(present))
 
     def pool(self, hidden: jax.Array) -> jax.Array:
@@ -187,9 +191,14 @@ class _Embeddings(nn.Module):
         self.LayerNorm = layer_norm(self)
 
     def __call__(
-        self, input_ids: jax.Array, token_type_ids: jax.Array, positions: jax.Array
+        self,
+        input_ids: jax.Array,
+        token_type_ids: jax.Array,
+        positions: jax.Array,
+        embedding_noise: EmbeddingNoise | None,
     ) -> jax.Array:
-        x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
+        x = with_noise(self.word_embeddings(input_ids), embedding_noise)
+        x = x + self.token_type_embeddings(token_type_ids)
         return self.LayerNorm(x + self.position_embeddings(positions))
 
 

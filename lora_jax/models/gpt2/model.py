@@ -15,6 +15,7 @@ from lora_jax.models.layers.attention import dot_wide
 from lora_jax.models.layers.blocks import dense, embed, layer_norm
 from lora_jax.models.layers.cache import Cache, LayerCache, with_slots
 from lora_jax.models.layers.masks import Mask
+from lora_jax.models.layers.noise import EmbeddingNoise, with_noise
 from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.models.layers.trunk import causal_mask, extend, place, rematerialised
 
@@ -56,14 +57,15 @@ class GPT2(nn.Module):
         segment_ids: jax.Array | None = None,
         logits_at: jax.Array | None = None,
         return_hidden: bool = False,
+        embedding_noise: EmbeddingNoise | None = None,
     ) -> Any:
         """Predicts each next token.
 
         Args:
           input_ids: [batch, seq], int. An id outside the vocabulary, or a position beyond
             ``max_position_embeddings``, gives NaN.
-          attention_mask, positions, cache, segment_ids, logits_at, return_hidden: see
-            ``Decoder.__call__``.
+          attention_mask, positions, cache, segment_ids, logits_at, return_hidden,
+            embedding_noise: see ``Decoder.__call__``.
 
         Returns:
           Logits, [batch, seq, vocab] or [batch, n, vocab], fp32; with a cache, a pair of that and
@@ -74,7 +76,7 @@ class GPT2(nn.Module):
             a sequence or cache longer than ``max_position_embeddings``.
         """
         hidden, new_cache = self.transformer(
-            input_ids, attention_mask, positions, cache, segment_ids
+            input_ids, attention_mask, positions, cache, segment_ids, embedding_noise
         )
         if logits_at is not None:
             hidden = jnp.take_along_axis(hidden, logits_at[..., None], axis=1)
@@ -204,6 +206,7 @@ class _Trunk(nn.Module):
         positions: jax.Array | None,
         cache: Cache | None,
         segment_ids: jax.Array | None,
+        embedding_noise: EmbeddingNoise | None,
     ) -> tuple[jax.Array, Cache | None]:
         cfg = self.config
         # Packed segments count from 0 again, and positions of one's own may do so too.
@@ -217,7 +220,7 @@ class _Trunk(nn.Module):
         placed = place(input_ids, attention_mask, positions, cache, segment_ids)
         mask = causal_mask(placed, segment_ids, cache)
         step = _Step(mask, None if cache is None else placed.first)
-        x = self.wte(input_ids) + self.wpe(placed.positions)
+        x = with_noise(self.wte(input_ids), embedding_noise) + self.wpe(placed.positions)
         x = self.placement.constrain(x, "residual")
         per_layer = _PerLayer(
             _score_scales(cfg),

@@ -94,7 +94,6 @@ BOTH = [
     "--dataset rows.jsonl --eval-every 5 --remat",
     "--full --steps 7 --output null",
     "--targets none --train norm 1e-3 --bias all",
-    "--init-adapter nowhere --allow-base-mismatch",
     "--peft-config nowhere --epochs 0.5",
     "--dataset owner/name --split yes --grad-clip 1e3 --resume",
 ]

@@ -13,7 +13,10 @@ from train.run.options.ignored import check_effects, given_options
 Config = TypeVar("Config", bound=Options)
 
 # Of two options that exclude each other, one on the command line overrides the other in the file.
-_EXCLUSIVE = (("steps", "epochs"), ("lr", "lr_rule"), ("resume", "overwrite"))
+_EXCLUSIVE = (
+    *(("steps", "epochs"), ("lr", "lr_rule"), ("warmup", "warmup_ratio")),
+    ("resume", "overwrite"),
+)
 
 
 def read_command(plain: Config, args: Sequence[str], prog: str) -> Config:

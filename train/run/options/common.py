@@ -8,8 +8,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-import lora_jax as lj
-from train.run.errors import UserError, as_user_errors, flag
+from lora_jax.training.optimizers.named import Name
+from lora_jax.training.optimizers.schedules import DECAY, ScheduleKind
+from train.adapters.source import AdapterSource, find_adapter
+from train.run.errors import UserError, flag
+from train.run.options.optim import check_optim, with_optimizer_defaults
+from train.run.options.rope import as_text
 
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
 _REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")}
@@ -79,7 +83,8 @@ class AdapterConfig:
     full: bool = False
     """Train every parameter, without an adapter."""
     init_adapter: str | None = None
-    """Start from the adapter in this folder, with its own targets, rank and alpha."""
+    """Start from the adapter in this folder (of a run, of an adapter, or PEFT's), with its own
+    targets, rank and alpha."""
     allow_base_mismatch: bool = False
     """Accept an adapter that was trained on another base."""
 
@@ -96,25 +101,48 @@ class OptimConfig:
     """Sequences in memory at once."""
     grad_accum: int = 1
     """Batches to accumulate per step. The gradient equals that of one large batch."""
+    optimizer: Name = "adamw"
+    """The optimiser. muon orthogonalises the updates of matrices, A and B among them; all else goes
+    to adamw. schedule-free is AdamW with averaging in the place of a schedule; the average is what
+    is evaluated and saved."""
     lr: float | None = None
-    """The peak learning rate (AdamW)."""
+    """The peak learning rate. Its default is AdamW's; a fifth of that for lion, and none for
+    sgd."""
     lr_rule: Literal["llama", "qwen"] | None = None
     """Compute the learning rate from the model's width and the number of steps, as fitted for this
     model family in *LoRA Without Regret*; an alternative to --lr."""
     lora_plus: float | None = None
     """Ratio of B's learning rate to A's (LoRA+; the paper uses 16)."""
+    beta1: float | None = None
+    """Decay rate of the mean gradient, of adamw and lion; the share of the average where
+    schedule-free takes gradients. By default 0.9."""
     beta2: float | None = None
-    """Adam's decay rate of the squared gradients. By default 0.999."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Schedule of the learning rate after the warmup; linear and cosine end at zero."""
+    """Decay rate of the squared gradients, of adamw and schedule-free: by default 0.999. Of lion's
+    mean gradient: by default 0.99."""
+    eps: float | None = None
+    """Added to the root of the squared gradients, of adamw and schedule-free. By default 1e-8."""
+    momentum: float | None = None
+    """Momentum of sgd, by default 0.9, and of muon, by default 0.95."""
+    schedule: ScheduleKind = "cosine"
+    """Schedule of the learning rate after the warmup. linear and cosine fall to --min-lr over all
+    steps, wsd over the last ones (see --decay); inverse-sqrt falls as 1 / sqrt(step)."""
     warmup: int = 3
     """Steps of linear warmup of the learning rate."""
+    warmup_ratio: float | None = None
+    """Steps of warmup as a share of all steps; an alternative to --warmup."""
+    min_lr: float = 0.0
+    """The last learning rate of a schedule that falls, as a share of the peak."""
+    decay: float = DECAY
+    """The share of the steps over which --schedule wsd falls."""
     weight_decay: float = 0.0
     """Weight decay of A, B, kernels and embeddings. Norms and biases never decay."""
     grad_clip: float = 1.0
     """Maximum norm of the gradient; 0 for no clipping."""
+    neftune: float = 0.0
+    """Size of the noise on the embeddings of training tokens (NEFTune; the paper uses 5 to 15); 0
+    for none."""
     seed: int = 0
-    """Seed of the adapter's initialisation, data order, and dropout."""
+    """Seed of the adapter's initialisation, data order, dropout, and noise."""
     remat: Remat = "none"
     """Activations to recompute in the backward pass. full, or --remat without a name: all those of
     each layer, for much less memory and some more time. dots_saveable and
@@ -213,7 +241,7 @@ class Defaults:
     Attributes:
       model: the base.
       alpha: a multiple of the rank.
-      lr, full_lr: the peak learning rate with an adapter, and of full fine-tuning.
+      lr, full_lr: AdamW's peak learning rate with an adapter, and of full fine-tuning.
       beta2: Adam's decay rate of the squared gradients.
       steps, epochs: the length of a run; one epoch if both are None.
     """
@@ -232,28 +260,31 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
     adapter, optim = options.adapter, options.optim
     if adapter.alpha is None and adapter.peft_config is None:
         adapter = dataclasses.replace(adapter, alpha=defaults.alpha * adapter.rank)
-    if optim.lr is None and optim.lr_rule is None:
-        rate = defaults.full_lr if adapter.full else defaults.lr
-        optim = dataclasses.replace(optim, lr=rate)
+    rate = defaults.full_lr if adapter.full else defaults.lr
+    optim = with_optimizer_defaults(optim, lr=rate, beta2=defaults.beta2)
     if optim.epochs is None and optim.steps is None:
         epochs = defaults.epochs or (1.0 if defaults.steps is None else None)
         optim = dataclasses.replace(optim, steps=defaults.steps, epochs=epochs)
-    if optim.beta2 is None:
-        optim = dataclasses.replace(optim, beta2=defaults.beta2)
-    data = options.data
+    data, source = options.data, _init_adapter(adapter)
     if data.model is None:
-        data = dataclasses.replace(data, model=_base_of(adapter.init_adapter) or defaults.model)
+        data = dataclasses.replace(data, model=_stated_base(source) or defaults.model)
+    if source and source.rope_scaling and getattr(data, "rope_scaling", "") is None:
+        data = dataclasses.replace(data, rope_scaling=as_text(source.rope_scaling))
     if (path := Path(data.model).expanduser()).exists():  # found from any folder, later
         data = dataclasses.replace(data, model=str(path.absolute()))
     return dataclasses.replace(options, adapter=adapter, optim=optim, data=data)
 
 
-def _base_of(adapter: str | None) -> str | None:
-    """Returns the base that an adapter's folder names; None if there is no such folder."""
-    if adapter is None or not Path(adapter).is_dir():
-        return None  # a missing folder is an error later, when it is read
-    with as_user_errors(ValueError, prefix="--init-adapter: "):
-        return lj.adapter_info(adapter).get("model")
+def _init_adapter(adapter: AdapterConfig) -> AdapterSource | None:
+    """Returns the adapter that --init-adapter names; None without one."""
+    if adapter.init_adapter is None or adapter.full:
+        return None  # both together are an error later
+    return find_adapter(adapter.init_adapter, "--init-adapter")
+
+
+def _stated_base(source: AdapterSource | None) -> str | None:
+    """Returns the base that an adapter states, if it does."""
+    return source.base() if source and source.about.get("model") else None
 
 
 def check_shared(options: Options) -> None:
@@ -275,18 +306,13 @@ def check_shared(options: Options) -> None:
         raise UserError(
             f"--report-to {' '.join(run.report_to)}: names of reporters are needed, or none alone"
         )
-    if optim.lr is not None and not (math.isfinite(optim.lr) and optim.lr > 0):
-        raise UserError(f"--lr {optim.lr}: a learning rate is a positive number")
-    if (optim.lr is None) == (optim.lr_rule is None):
-        raise UserError("--lr and --lr-rule both give a learning rate: give one of them")
+    check_optim(optim)
     if optim.lora_plus is not None and not (math.isfinite(optim.lora_plus) and optim.lora_plus > 0):
         raise UserError(f"--lora-plus {optim.lora_plus}: a positive number is needed")
     if optim.lora_plus is not None and adapter.freeze_a:
         raise UserError(
             "--lora-plus sets the rates of A and B, but --freeze-a trains B alone: give one"
         )
-    if optim.beta2 is None or not 0 <= optim.beta2 < 1:
-        raise UserError(f"--beta2 {optim.beta2}: a number from 0 to below 1 is needed")
     if optim.steps is not None and optim.epochs is not None:
         raise UserError("--steps and --epochs both say how long to train: give one of them")
     if optim.epochs is not None and not (math.isfinite(optim.epochs) and optim.epochs > 0):
@@ -295,6 +321,8 @@ def check_shared(options: Options) -> None:
         )
     if adapter.full and adapter.init_adapter:
         raise UserError("--full trains without an adapter, and --init-adapter starts from one")
+    if adapter.init_adapter:
+        find_adapter(adapter.init_adapter, "--init-adapter").check_files()
     of_coordinator = (run.coordinator, run.num_processes, run.process_id)
     if len({value is None for value in of_coordinator}) > 1:
         raise UserError("--coordinator, --num-processes and --process-id go together")

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from train.data.files import FILE_KINDS
 from train.run.adapter import NO_ADAPTER
 from train.run.errors import UserError, flag
+from train.run.options.optim import without_effect
 
 _OF_FACTORS = (
     *("layers", "rank", "alpha", "dropout", "scaling", "init", "dora", "freeze_a", "bias_on_b"),
@@ -44,7 +45,7 @@ def check_effects(
             raise UserError(f"{case.why}: leave out {' and '.join(parts)}")
 
 
-def without_effect(options: Any) -> frozenset[str]:
+def idle_options(options: Any) -> frozenset[str]:
     """Returns the names of all options that have no effect beside the others."""
     return frozenset(name for case in _cases(options) if case.holds for name in case.without_effect)
 
@@ -63,6 +64,7 @@ def _cases(options: Any) -> list[_Case]:
     test: str | None = getattr(data, "test", None)
     from_hub = not is_file or (test is not None and not test.endswith(FILE_KINDS))
     return [
+        *(_Case(True, why, names) for why, names in without_effect(options.optim)),
         _Case(
             adapter.full,
             "--full trains every parameter, without an adapter",

@@ -25,6 +25,11 @@ class DataConfig:
     model: str | None = None
     """The language model: a name on the hub, a folder, or a GGUF file. By default the base of
     --init-adapter, or else SmolLM2-135M-Instruct."""
+    rope_scaling: str | None = None
+    """Scale the model's RoPE, for rows longer than it allows: linear:2, yarn:4 or llama3:8, the
+    factor by which they may be longer, and further fields of config.json's rope_parameters
+    (yarn:4,beta_fast=16). The adapter's folder says it, so that train.generate and train.export do
+    the same. By default the scaling of --init-adapter."""
     dataset: str = SQL
     """"sql" (the default task), a file (JSONL, JSON, CSV, TSV, also gzipped, or Parquet), a folder
     of them, a folder that `datasets` saved, or a dataset on the hub. Each row has `messages` (and
@@ -76,11 +81,14 @@ class SftOptimConfig(OptimConfig):
     steps: int | None = None
     """Optimiser steps. By default 35 for the SQL task, and one epoch for other data."""
     lr: float | None = None
-    """The peak learning rate (AdamW). By default 2e-4, and 1e-3 for the few steps of the SQL task;
-    with --full, a tenth of that."""
+    """The peak learning rate. By default 2e-4, and 1e-3 for the few steps of the SQL task; with
+    --full, a tenth of that. With --optimizer lion a fifth (3 to 10 times lower than AdamW's is its
+    authors' advice); adafactor and muon make steps as large as AdamW's, and schedule-free takes as
+    much or up to ten times more. sgd has no default."""
     beta2: float | None = None
-    """Adam's decay rate of the squared gradients. By default 0.999; 0.99 for the few steps of the
-    SQL task, which would otherwise never forget its large first gradients."""
+    """Decay rate of the squared gradients, of adamw and schedule-free: by default 0.999; 0.99 for
+    the few steps of the SQL task, which would otherwise never forget its large first gradients. Of
+    lion's mean gradient: by default 0.99."""
     seed: int = 0
     """Seed of the adapter's initialisation, data order, dropout, and the SQL task's questions."""
     loss_chunk: int = 256

@@ -7,7 +7,7 @@ from typing import Any
 from train.run.errors import UserError, flag
 from train.run.options.common import Options, as_json
 from train.run.options.file import as_yaml, read_options
-from train.run.options.ignored import without_effect
+from train.run.options.ignored import idle_options
 
 # Options of one call of the script, or of one of its processes.
 _OF_A_CALL = ("config", "resume", "overwrite", "distributed")
@@ -28,7 +28,7 @@ def effective(options: Options) -> dict[str, Any]:
     Those that have no effect beside the others are left out, and so are those without a value.
     """
     as_begun = dataclasses.replace(options.run, resume=False, overwrite=False)
-    idle = without_effect(dataclasses.replace(options, run=as_begun))
+    idle = idle_options(dataclasses.replace(options, run=as_begun))
     return {
         name: value
         for name, value in as_json(options).items()

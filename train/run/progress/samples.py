@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import lora_jax as lj
 from lora_jax.training.loop import Measure
 from lora_jax.training.step import State
 from train.run.complete import Chat, answered, tokenized
@@ -55,7 +54,7 @@ def sampling(
     run: SftRunConfig,
     outline: Outline,
     model: Any,
-    base: Any,
+    tree_of: Callable[[State], Any],
     forward: Callable[..., Any],
     log: Log | QuietLog,
 ) -> Measure:
@@ -66,7 +65,7 @@ def sampling(
       run: says how often, and how long the answers are.
       outline: of the model.
       model: a decoder.
-      base: the frozen half of the parameters.
+      tree_of: returns the adapted tree of a state.
       forward: the model's ``apply`` on an adapted tree; see `complete.answered`.
       log: gets the answers.
     """
@@ -74,7 +73,7 @@ def sampling(
     def take(state: State) -> dict[str, float]:
         answers = answered(
             model,
-            lj.join(state.adapter, base),
+            tree_of(state),
             outline,
             prompts.tokens,
             new_tokens=run.sample_tokens,

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import lora_jax as lj
 from lora_jax.training.loop import Measure
 from lora_jax.training.losses import SCORE
 from lora_jax.training.processes import Agreement
@@ -19,7 +18,7 @@ class _Cut(Exception):
 def scoring(
     evaluation: Evaluation,
     model: Any,
-    base: Any,
+    tree_of: Callable[[State], Any],
     forward: Callable[..., Any],
     *,
     every: int,
@@ -30,7 +29,7 @@ def scoring(
     Args:
       evaluation: scores the model.
       model: the model.
-      base: the frozen half of the parameters.
+      tree_of: returns the adapted tree of a state.
       forward: the model's ``apply`` on an adapted tree.
       every: steps between two measurements.
       stop: tells of a signal, which cuts a measurement short.
@@ -44,7 +43,7 @@ def scoring(
                 raise _Cut
 
         try:
-            return evaluation.score(model, lj.join(state.adapter, base), forward, progress)
+            return evaluation.score(model, tree_of(state), forward, progress)
         except _Cut:
             return None
 

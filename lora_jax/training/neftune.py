@@ -1,0 +1,87 @@
+"""NEFTune: noise on the embeddings of a training batch (Jain et al., arXiv 2310.05914)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.models.layers.noise import EmbeddingNoise
+from lora_jax.paths import fold_in_path
+
+_KEY = "neftune"  # so that the noise is drawn with none of dropout's keys
+
+
+def neftune(forward: Callable[..., Any], alpha: float) -> Callable[..., Any]:
+    """Returns a model's adapted function that adds noise wherever it is called with a dropout key.
+
+    Each element of a token's embedding gets a number between ± alpha / sqrt(L d): L counts the
+    real tokens of its sequence, in a packed row those of its segment, and d is the model's width.
+    Padding gets none: tokens whose ``attention_mask`` or else ``segment_ids`` is 0. (The paper's
+    code counts L so, too; TRL's counts padding.) Evaluation has no dropout key, and so no noise.
+
+    Args:
+      forward: ``lora_jax.adapt(model.apply)`` of a model of ``lora_jax.models``.
+      alpha: the noise's size; 5, 10 and 15 in the paper.
+
+    Raises:
+      ValueError: `alpha` is not a positive number.
+
+    >>> from lora_jax import models
+    >>> from lora_jax.training.neftune import neftune
+    >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
+    >>> model = models.GPT2(models.read_config(fields | {"n_positions": 16}))
+    >>> ids = jnp.array([[1, 2, 3]])
+    >>> params = model.init(jax.random.key(0), ids)["params"]
+    >>> params = lj.lorafy(params, [lj.LoraRule(targets="all-linear", rank=2)])
+    >>> forward = neftune(lj.adapt(model.apply), alpha=5.0)
+    >>> calm = forward({"params": params}, ids)
+    >>> noisy = forward({"params": params}, ids, dropout_key=jax.random.key(1))
+    >>> bool((calm == noisy).any())
+    False
+    """
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha={alpha!r}: the size of the noise, a positive number")
+
+    def noisy(
+        variables: Any, ids: jax.Array, *args: Any, dropout_key: Any = None, **options: Any
+    ) -> Any:
+        # A call of another method has no tokens to embed.
+        if dropout_key is not None and options.get("method") is None:
+            mask = args[0] if args else options.get("attention_mask")
+            lengths = _lengths(ids, mask, options.get("segment_ids"))
+            bound = jnp.where(lengths > 0, alpha / jnp.sqrt(jnp.maximum(lengths, 1.0)), 0.0)
+            noise = EmbeddingNoise(fold_in_path(dropout_key, _KEY), bound)
+            options = {**options, "embedding_noise": noise}
+        return forward(variables, ids, *args, dropout_key=dropout_key, **options)
+
+    return noisy
+
+
+def _lengths(
+    ids: jax.Array, attention_mask: jax.Array | None, segment_ids: jax.Array | None
+) -> jax.Array:
+    """Returns the real tokens of the sequence that each token is of, 0 at padding.
+
+    Args:
+      ids: [batch, seq].
+      attention_mask: [batch, seq], 0 at padding.
+      segment_ids: [batch, seq], the sequence that a token is of, contiguous.
+
+    Returns:
+      [batch, seq] fp32.
+    """
+    real = jnp.ones(ids.shape, bool)
+    for given in (segment_ids, attention_mask):
+        real = real if given is None else real & (given != 0)
+    count = real.astype(jnp.float32)
+    if segment_ids is None:
+        return count * jnp.sum(count, axis=1, keepdims=True)
+    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = jnp.concatenate([jnp.zeros_like(changed[:, :1]), changed], axis=1)
+    runs = jnp.cumsum(starts, axis=1, dtype=jnp.int32)  # the number of each token's segment
+    sums = jax.vmap(lambda c, r: jax.ops.segment_sum(c, r, num_segments=ids.shape[1]))(count, runs)
+    return count * jnp.take_along_axis(sums, runs, axis=1)

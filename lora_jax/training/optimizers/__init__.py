@@ -1,0 +1,1 @@
+"""Optimisers by name, their schedules, and where their state lies on a mesh."""

@@ -1,0 +1,102 @@
+"""Muon's direction: the momentum of each matrix, orthogonalised; AdamW's for what is no matrix."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from optax import contrib
+from optax.contrib import MuonDimensionNumbers
+
+from lora_jax.axes import KERNEL_NAMES
+from lora_jax.lorafy import map_parts, nodes_of
+from lora_jax.parts import RANK
+from lora_jax.paths import leaf_name
+from lora_jax.resolve import is_table_or_head
+from lora_jax.weight import LoraWeight, Node, Trained
+
+_RMS = 0.2  # of AdamW's updates, as Liu et al. measured it
+
+
+def orthogonalised(params: Any, *, momentum: float) -> optax.GradientTransformation:
+    """Returns Muon's direction for matrices, and AdamW's for all else that trains.
+
+    A and B of each layer and expert are matrices of their own: [rank, in] and [rank, out]. Of what
+    trains in full, kernels are, each layer and expert by itself; tables, output heads, norms,
+    biases and magnitudes are not (Jordan et al., 2024). An orthogonalised matrix is multiplied by
+    0.2 sqrt(max(m, n)), so that its root mean square is that of AdamW's updates.
+
+    Args:
+      params: the adapted tree, which has the roles of the axes.
+      momentum: of the gradient, with Nesterov's look ahead.
+
+    Source: Jordan et al., *Muon*, 2024; Liu et al., arXiv 2502.16982, section 2.2.
+    """
+    numbers = dimension_numbers(params)
+
+    def label(path: str, name: str, _: Any) -> str:
+        return "adamw" if numbers[path, name] is None else "muon"
+
+    def of_matrix(path: str, name: str, array: Any) -> Any:
+        return array if isinstance(array, optax.MaskedNode) else numbers[path, name]
+
+    def sized(path: str, name: str, array: Any) -> Any:
+        found = numbers[path, name]
+        if found is None or isinstance(array, optax.MaskedNode):
+            return array
+        m, n = (math.prod(array.shape[axis] for axis in axes) for axes in found)
+        return array * jnp.asarray(_RMS * math.sqrt(max(m, n)), array.dtype)
+
+    muon = contrib.scale_by_muon(
+        beta=momentum,
+        nesterov=True,
+        weight_dimension_numbers=lambda updates: map_parts(of_matrix, updates),
+    )
+    scale = optax.stateless(lambda updates, _: map_parts(sized, updates))
+    return optax.partition(
+        {"muon": optax.chain(muon, scale), "adamw": optax.scale_by_adam()},
+        lambda adapter: map_parts(label, adapter),
+    )
+
+
+def dimension_numbers(params: Any) -> dict[tuple[str, str], MuonDimensionNumbers | None]:
+    """Returns the axes of each trained array that make its matrix; None where it is none.
+
+    Args:
+      params: the adapted tree.
+
+    Returns:
+      By (path, name of the array): the axes that are contracted, and those that come out.
+    """
+    return {
+        (path, name): _numbers(path, node, name, array)
+        for path, node in nodes_of(params).items()
+        for name, array in node.parts().items()
+    }
+
+
+def _numbers(path: str, node: Node, name: str, array: Any) -> MuonDimensionNumbers | None:
+    if isinstance(node, LoraWeight) and name in ("a", "b"):
+        places, labels = node.layout(name), node.labels
+        rank = [axis for axis, place in enumerate(places) if place == RANK]
+        side = [
+            axis for axis, place in enumerate(places) if place != RANK and labels[place] != "batch"
+        ]
+        return MuonDimensionNumbers(*(side, rank) if name == "a" else (rank, side))
+    is_kernel = isinstance(node, Trained) and leaf_name(path) in KERNEL_NAMES
+    if not is_kernel or array.ndim < 2 or is_table_or_head(path):
+        return None
+    return MuonDimensionNumbers(
+        (array.ndim - 2,), (array.ndim - 1,)
+    )  # Flax's convention; the rest batch
+
+
+def described(params: Any) -> str:
+    """Returns how many arrays are treated as matrices, and which go to AdamW, in words."""
+    numbers = dimension_numbers(params)
+    others = sorted({path for (path, _), found in numbers.items() if found is None})
+    n = sum(found is not None for found in numbers.values())
+    if not others:
+        return f"muon on all {n} arrays"
+    shown = ", ".join(others[:3]) + ", …" * (len(others) > 3)
+    return f"muon on {n} arrays, adamw on {len(numbers) - n} that are no matrices ({shown})"

@@ -1,0 +1,73 @@
+"""Schedules of the learning rate: a warmup, and the way down after it."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+import optax
+
+ScheduleKind = Literal["constant", "linear", "cosine", "wsd", "inverse-sqrt"]
+DECAY = 0.2  # of a run's steps, for "wsd"
+
+
+def warmed_up(
+    rate: float,
+    steps: int,
+    *,
+    kind: ScheduleKind = "cosine",
+    warmup: int = 3,
+    floor: float = 0.0,
+    decay: float = DECAY,
+) -> optax.Schedule:
+    """Returns a schedule: linear from 0 over the warmup, then down to the floor at `steps`.
+
+    The warmup's first step already has rate / warmup, so that no step is lost. After the warmup:
+
+    - "constant": `rate`.
+    - "linear", "cosine": down to ``floor * rate``, over all steps that are left.
+    - "wsd" (warmup, stable, decay): `rate`, and linearly down to ``floor * rate`` over the last
+      steps, a share `decay` of all (Hu et al., *MiniCPM*, arXiv 2404.06395, section 4).
+    - "inverse-sqrt": rate · sqrt(w / n) at step n, w being the warmup, 1 at least (Vaswani et al.,
+      arXiv 1706.03762, section 5.3).
+
+    Args:
+      rate: the highest learning rate.
+      steps: of the whole run.
+      kind: the way the rate falls after the warmup.
+      warmup: steps over which the rate rises; one at least is left after it.
+      floor: the last learning rate, as a share of `rate`.
+      decay: of "wsd", the share of the steps over which the rate falls.
+
+    >>> from lora_jax import training
+    >>> schedule = training.warmed_up(1e-3, 100, kind="linear", warmup=10)
+    >>> round(float(schedule(10)), 6)
+    0.001
+    """
+    warmup = min(warmup, steps - 1)
+    left = steps - warmup
+    last = floor * rate
+    if kind == "constant":
+        after = optax.constant_schedule(rate)
+    elif kind == "linear":
+        after = optax.linear_schedule(rate, last, left)
+    elif kind == "cosine":
+        after = optax.cosine_decay_schedule(rate, left, alpha=floor)
+    elif kind == "wsd":
+        falling = min(max(1, round(decay * steps)), left)
+        after = optax.linear_schedule(rate, last, falling, transition_begin=left - falling)
+    elif kind == "inverse-sqrt":
+        after = _inverse_sqrt(rate, max(warmup, 1))
+    else:
+        raise ValueError(f"there is no schedule {kind!r}")
+    if not warmup:
+        return after
+    rise = optax.linear_schedule(rate / warmup, rate, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def _inverse_sqrt(rate: float, warmup: int) -> optax.Schedule:
+    """Returns rate · sqrt(warmup / n), n being the steps since the warmup began."""
+
+    def schedule(count: optax.Params) -> optax.Params:
+        return rate / jnp.sqrt(1 + jnp.asarray(count, jnp.float32) / warmup)
+
+    return schedule

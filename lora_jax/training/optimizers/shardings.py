@@ -1,0 +1,43 @@
+"""The sharding of an optimiser's state: each array lies as the parameter that it is about."""
+
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def state_shardings(opt_state: Any, adapter: Any, whole: NamedSharding) -> Any:
+    """Returns the sharding of each array of an optimiser's state.
+
+    An optimiser keeps its arrays in trees like the adapter's, so the last two keys of an array's
+    path name the parameter. An array of the parameter's shape lies as the parameter does. One that
+    lacks an axis of it (a row or a column of Adafactor's) lies as the axes that are left do. All
+    others, and rows that may stand for either of two equal axes, are replicated.
+
+    Args:
+      opt_state: the state's shapes.
+      adapter: the parameters, or their shapes with shardings.
+      whole: the sharding of a replicated array.
+    """
+
+    def of(keys: Any, array: Any) -> NamedSharding:
+        path, name = (getattr(key, "key", None) for key in (None, None, *keys)[-2:])
+        parameter = adapter.get(path, {}).get(name) if isinstance(path, str) else None
+        return whole if parameter is None else _like(parameter, array.shape, whole)
+
+    return jax.tree_util.tree_map_with_path(of, opt_state)
+
+
+def _like(parameter: Any, shape: tuple[int, ...], whole: NamedSharding) -> NamedSharding:
+    where = parameter.sharding
+    if shape == parameter.shape:
+        return where
+    if not isinstance(where, NamedSharding):
+        return whole
+    axes = [*where.spec, *[None] * (parameter.ndim - len(where.spec))]
+    found = {
+        PartitionSpec(*axes[:axis], *axes[axis + 1 :])
+        for axis in range(parameter.ndim)
+        if parameter.shape[:axis] + parameter.shape[axis + 1 :] == shape
+    }
+    return NamedSharding(where.mesh, found.pop()) if len(found) == 1 else whole

@@ -1,0 +1,209 @@
+"""Adapters by their folders: a run's, ours and PEFT's do the same, and what is none is named."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lj
+import lora_jax.peft as lp
+from lora_jax import models
+from tests.support import with_random_factors
+from tests.train.tiny import write_model, write_rows
+from train import generate, sft
+from train.run import pretrained
+from train.run.log import read_metrics
+
+# Orbax leaves coroutines behind where a file cannot be read.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The folder of the tiny model."""
+    return write_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def adapters(base, tmp_path_factory):
+    """Folders of one adapter: of a run, ours, PEFT's, and PEFT's in a folder like a run's."""
+    folder = tmp_path_factory.mktemp("adapters")
+    model, params = models.from_pretrained(base)
+    rules = [lj.LoraRule(targets=["q_proj", "down_proj"], rank=3, alpha=7)]
+    tree = with_random_factors(lj.lorafy(params, rules))
+    lj.save_adapter(folder / "run" / "adapter", tree, about={"model": str(base)})
+    lp.save(folder / "peft", model, tree, base_model=str(base), task_type="CAUSAL_LM")
+    shutil.copytree(folder / "peft", folder / "like" / "adapter")
+    return {
+        "a run": folder / "run",
+        "ours": folder / "run" / "adapter",
+        "PEFT's": folder / "peft",
+        "PEFT's in another": folder / "like",
+    }
+
+
+@pytest.fixture
+def copied(adapters, tmp_path):
+    """A copy of PEFT's folder, to be damaged."""
+    return shutil.copytree(adapters["PEFT's"], tmp_path / "copied")
+
+
+def answer(capsys, *args):
+    generate.main([str(arg) for arg in ["--max-new-tokens", 8, "--prompt", "3 plus 4?", *args]])
+    return capsys.readouterr().out
+
+
+def fails(capsys, script, *args):
+    """Returns the one paragraph that a script says before it ends with the code for bad input."""
+    with pytest.raises(SystemExit) as caught:
+        script.main([str(arg) for arg in args])
+    said = capsys.readouterr().err.strip()
+    assert caught.value.code == 2 and said.startswith("error: ") and "\n" not in said, said
+    return said.removeprefix("error: ")
+
+
+def edit(folder, **fields):
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_every_folder_of_an_adapter_answers_the_same(base, adapters, capsys):
+    said = {name: answer(capsys, "--adapter", folder) for name, folder in adapters.items()}
+    assert len(set(said.values())) == 1 and said["ours"] != answer(capsys, "--model", base)
+
+
+def test_a_bias_on_b_is_not_merged_and_answers(base, tmp_path, capsys):
+    """q_proj has no bias that could take it."""
+    model, params = models.from_pretrained(base)
+    rule = lj.LoraRule(targets=["q_proj"], rank=3, alpha=700, bias_on_b=True)
+    tree = with_random_factors(lj.lorafy(params, [rule]))
+    lp.save(tmp_path / "peft", model, tree, base_model=str(base))
+    said = answer(capsys, "--adapter", tmp_path / "peft")
+    prompt = models.load_tokenizer(base).apply_chat_template(
+        [{"role": "user", "content": "3 plus 4?"}], add_generation_prompt=True, return_dict=False
+    )
+    new = models.generate(
+        *(model, tree, jnp.array([prompt])),
+        max_new_tokens=8,
+        apply=lj.adapt(model.apply),
+    )
+    text = models.load_tokenizer(base).decode(np.asarray(new)[0], skip_special_tokens=True)
+    assert said.strip() == text.strip() and said != answer(capsys, "--model", base)
+
+
+def test_attention_is_as_asked(adapters, capsys, monkeypatch):
+    asked = []
+    read = generate.read_model
+
+    def recorded(*args, **options):
+        asked.append(options["attention"])
+        return read(*args, **options)
+
+    monkeypatch.setattr(generate, "read_model", recorded)
+    args = ["--adapter", adapters["ours"]]
+    assert answer(capsys, *args, "--attention", "blockwise") == answer(capsys, *args)
+    assert asked == ["blockwise", "auto"]
+    said = fails(capsys, generate, *args, "--attention", "splash", "--prompt", "?")
+    assert said.startswith("--attention splash: the kernel does not read keys from a cache")
+
+
+def test_a_run_goes_on_with_pefts_adapter(base, adapters, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    losses = []
+    for name in ("a run", "PEFT's"):
+        args = ["--model", base, "--dataset", rows, "--init-adapter", adapters[name]]
+        args += ["--output", tmp_path / name, "--steps", 1, "--batch-size", 4, "--lr", 1e-4]
+        sft.main([str(arg) for arg in args])
+        losses.append(read_metrics(tmp_path / name)[0]["loss"])
+    assert losses[0] == losses[1]
+    _, params = models.from_pretrained(base)
+    before, after = (
+        lj.load_adapter(folder / "adapter", params)["model"]["layers"]["mlp"]["down_proj"]["kernel"]
+        for folder in (adapters["a run"], tmp_path / "PEFT's")
+    )
+    assert set(after.ranks) == {3} and np.allclose(after.scale, 7 / 3)
+    assert 0 < np.abs(after.b - before.b).max() < 2e-4 < np.abs(after.b).max()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"peft_type": "IA3"}, ["peft_type is 'IA3'; only LORA", "merge_and_unload"]),
+        ({"use_bdlora": True}, ["use_bdlora=True is not supported", "merge_and_unload"]),
+        ({"target_modules": ["qwery"]}, ["['qwery'] matches none", "another base with --model"]),
+        ({"target_modules": ["k_proj"]}, ["does not fit", "missing base_model", "and 9 more"]),
+        ({"r": 5}, ["down_proj.lora_A.weight is [3, 40], expected [5, 40]", "copy its"]),
+        ({"base_model_name_or_path": None}, ["does not say what its base is", "with --model"]),
+        ({"base_model_name_or_path": "/gone/away"}, ["was in /gone/away", "with --model"]),
+    ],
+)
+def test_pefts_adapter_that_does_not_fit(copied, tmp_path, capsys, monkeypatch, change, words):
+    monkeypatch.setattr(pretrained, "from_pretrained", None)  # no weights are read
+    edit(copied, **change)
+    for script, option in ((generate, "--adapter"), (sft, "--init-adapter")):
+        if script is sft and "base_model_name_or_path" in change:
+            continue
+        args = ["--dataset", write_rows(tmp_path / "rows.jsonl"), "--output", tmp_path / "run"]
+        said = fails(capsys, script, option, copied, *(args if script is sft else []))
+        assert said.startswith(f"{option} {copied}") and all(word in said for word in words), said
+
+
+def test_pefts_adapter_that_is_damaged(copied, capsys, monkeypatch):
+    monkeypatch.setattr(pretrained, "from_pretrained", None)
+    whole = (copied / WEIGHTS).read_bytes()
+    (copied / WEIGHTS).write_bytes(whole[:-9])
+    assert "is damaged or cut short" in fails(capsys, generate, "--adapter", copied)
+    (copied / WEIGHTS).rename(copied / "adapter_model.bin")
+    said = fails(capsys, generate, "--adapter", copied)
+    assert "only safetensors are read" in said and "safe_serialization=True" in said
+    (copied / WEIGHTS).write_bytes(whole)
+    (copied / CONFIG).write_text("{")
+    assert f"{CONFIG} cannot be read" in fails(capsys, generate, "--adapter", copied)
+    (copied / CONFIG).unlink()
+    assert f"{CONFIG} is missing, without which" in fails(capsys, generate, "--adapter", copied)
+
+
+def test_another_base_is_refused_by_name_or_by_shape(base, copied, adapters, tmp_path, capsys):
+    wide = write_model(tmp_path / "wide", intermediate_size=44)
+    for name in ("ours", "PEFT's"):
+        said = fails(capsys, generate, "--adapter", adapters[name], "--model", wide)
+        assert f"by its own word {base}, with --model" in said, said
+    edit(copied, base_model_name_or_path="owner/name")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.adapters.source.name_for_others", str)  # as if both were on the hub
+        patch.setattr(
+            "train.generate.read_outline", lambda name: pretrained.Outline(name, *[None] * 3)
+        )
+        said = fails(capsys, generate, "--adapter", copied, "--model", "other/name")
+        assert "was trained on owner/name, and --model is other/name" in said
+    args = ["--adapter", copied, "--model", base]
+    assert answer(capsys, *args) == answer(capsys, *args, "--allow-base-mismatch")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: None, "is no adapter folder of this library or of PEFT"),
+        (lambda folder: folder.rmdir(), "there is no such folder"),
+        (
+            lambda folder: (folder.rmdir(), folder.write_text("")),
+            "is a file: an adapter is a folder",
+        ),
+        (
+            lambda folder: [(folder / name).mkdir() for name in ("config.json", "checkpoints")],
+            "has no adapter yet: end the run, with --resume",
+        ),
+        (
+            lambda folder: ((folder / "one").mkdir(), (folder / "one" / CONFIG).touch()),
+            "did you mean {}/one?",
+        ),
+    ],
+)
+def test_a_folder_without_an_adapter(make, words, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    make(folder)
+    assert words.format(folder) in fails(capsys, generate, "--adapter", folder)

@@ -1,0 +1,131 @@
+"""Noise on embeddings: its bounds, whom it spares, and that nothing else changes."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+import lora_jax as lj
+from lora_jax import models
+from lora_jax.models.layers.noise import with_noise
+from lora_jax.models.specs import AXES
+from lora_jax.training.layout import Layout
+from lora_jax.training.losses import summed_loss
+from lora_jax.training.neftune import _lengths, neftune
+from lora_jax.training.setup import Setup
+from tests.models import tiny, tiny_encoders
+
+ALPHA = 7.0
+# Two packed rows: segments of 3, 5 and 2 tokens, then padding; one of 9, then padding.
+SEGMENTS = np.array([[1] * 3 + [2] * 5 + [3] * 2 + [0] * 2, [1] * 9 + [0] * 3])
+LENGTHS = np.array([[3] * 3 + [5] * 5 + [2] * 2 + [0] * 2, [9] * 9 + [0] * 3])
+IDS = tiny.tokens(0, *SEGMENTS.shape)
+
+
+def of_family(family):
+    """A model, and the sides of its call."""
+    if family == "encoder":
+        config = models.read_config(tiny_encoders.fields("bert"), head="masked_lm")
+        return models.Encoder(config), {"attention_mask": jnp.asarray(SEGMENTS > 0)}
+    if family == "gpt2":
+        fields = {"model_type": "gpt2", "n_embd": 24, "n_head": 3, "n_layer": 2}
+        config = models.read_config(fields | {"vocab_size": 61, "n_positions": 32})
+        return models.GPT2(config), {"segment_ids": jnp.asarray(SEGMENTS)}
+    return models.Decoder(tiny.config(family)), {"segment_ids": jnp.asarray(SEGMENTS)}
+
+
+def test_the_length_is_that_of_the_own_sequence():
+    got = _lengths(IDS, None, jnp.asarray(SEGMENTS))
+    np.testing.assert_array_equal(got, LENGTHS)
+    np.testing.assert_array_equal(
+        _lengths(IDS, jnp.asarray(SEGMENTS > 0), None)[0], [10] * 10 + [0] * 2
+    )
+    np.testing.assert_array_equal(_lengths(IDS, None, None), np.full(IDS.shape, 12))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "encoder"])
+def test_noise_is_there_in_training_alone_and_comes_from_the_key(family):
+    model, sides = of_family(family)
+    params = jax.jit(model.init)(jax.random.key(0), IDS)["params"]
+    rules = [lj.LoraRule(targets="all-linear", rank=2, alpha=3)]
+    params = lj.lorafy(params, rules, kinds=models.kinds(model.config))
+    forward = neftune(lj.adapt(model.apply), ALPHA)
+
+    def run(params, key):
+        return forward({"params": params}, IDS, dropout_key=key, **sides)
+
+    drawn = jax.jit(run, compiler_options=tiny.FAST_COMPILE)
+    one, again, other = (drawn(params, jax.random.key(seed)) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other)[SEGMENTS > 0].max() > 1e-3
+    draws = [
+        str(jax.make_jaxpr(run)(params, key)).count("random_bits")
+        for key in (None, jax.random.key(3))
+    ]
+    assert draws == [0, 1]  # in evaluation, and in training
+
+
+def test_noise_has_the_papers_bounds_and_spares_padding():
+    """What the paper's code draws: ± alpha / sqrt(L d), another number for each element."""
+    width, drawn = 64, []
+
+    def forward(variables, ids, *, dropout_key=None, embedding_noise=None, segment_ids=None):
+        return with_noise(jnp.zeros((*ids.shape, width)), embedding_noise)
+
+    noisy = neftune(forward, ALPHA)
+    for seed in range(20):
+        key = jax.random.key(seed)
+        drawn.append(noisy({}, IDS, dropout_key=key, segment_ids=jnp.asarray(SEGMENTS)))
+    noise = np.stack(drawn)  # [draws, batch, seq, width]
+    assert not noise[:, LENGTHS == 0].any()
+    for length in (2, 3, 5, 9):
+        bound = ALPHA / np.sqrt(length * width)
+        values = noise[:, LENGTHS == length].ravel() / bound
+        assert np.abs(values).max() <= 1.0 and np.abs(values).max() > 0.99
+        assert abs(values.mean()) < 0.05
+        assert values.std() == pytest.approx(3**-0.5, rel=0.03)  # a uniform distribution's
+    assert len(np.unique(noise[:, LENGTHS > 0])) > 0.9 * noise[:, LENGTHS > 0].size
+
+
+@pytest.mark.slow
+def test_packed_long_rows_on_a_mesh_get_the_noise_of_one_device():
+    """Rows split over devices, chunks of the loss, and rematerialisation beside it."""
+    model = models.Decoder(tiny.config("llama3"), remat=True)
+    params = jax.jit(model.init)(jax.random.key(0), IDS)["params"]
+    params = lj.lorafy(params, [lj.LoraRule(targets="all-linear", rank=2, alpha=3, dropout=0.2)])
+    batch = {
+        "ids": jnp.asarray(np.tile(IDS, (2, 1))),
+        "segment_ids": jnp.asarray(np.tile(SEGMENTS, (2, 1))),
+        "positions": jnp.tile(jnp.arange(12), (4, 1)),
+        "predict_at": jnp.tile(jnp.arange(12), (4, 1)),
+        "targets": jnp.asarray(np.tile(IDS[:, ::-1], (2, 1))),
+        "weights": jnp.asarray(np.tile(SEGMENTS > 0, (2, 1)), jnp.float32),
+    }
+    totals = []
+    for sizes, noise in (({}, 0.0), ({}, ALPHA), ({"sequence": 2, "fsdp": 2}, ALPHA)):
+        shape = [sizes.get(name, 1) for name in AXES]
+        devices = jax.devices()[: int(np.prod(shape))]
+        mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 5, devices=devices)
+        layout = Layout.of(mesh, model.config)
+        placed = layout.placed(params)
+        setup = Setup.of(layout, placed, optax.identity(), lambda _: 0.0, noise=noise)
+        loss = functools.partial(
+            summed_loss, setup.forward(model), chunk=8, parts=layout.sequence_parts
+        )
+        with jax.set_mesh(mesh):
+            total = jax.jit(lambda p, b, loss=loss: loss(p, b, jax.random.key(5)).total)
+            totals.append(float(total(placed, batch)))
+    calm, noisy, apart = totals
+    assert apart == pytest.approx(noisy, rel=1e-4)
+    assert abs(noisy / calm - 1) > 1e-3
+
+
+def test_a_size_that_is_none_is_refused():
+    for alpha in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="a positive number"):
+            neftune(types.SimpleNamespace, alpha)

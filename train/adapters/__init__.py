@@ -1,0 +1,1 @@
+"""Adapters as the scripts find them in folders."""

@@ -1,0 +1,257 @@
+"""The adapter that an option names: a run's, one that `lora_jax.save_adapter` wrote, or PEFT's."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lora_jax as lj
+import lora_jax.peft as lp
+from lora_jax.hf.hub import name_for_others
+from lora_jax.lorafy import nodes_of
+from lora_jax.peft.config import FILE as PEFT_CONFIG
+from lora_jax.peft.config import fields_of, read_config
+from lora_jax.peft.hub import adapter_folder
+from lora_jax.peft.load import read_tensors
+from lora_jax.peft.names import FILE as PEFT_WEIGHTS
+from lora_jax.peft.names import PREFIX
+from lora_jax.training.best import BEST
+from train.run.errors import UserError, as_user_errors
+
+ADAPTER = "adapter"  # its folder in that of a run
+_OURS = "lora"  # an item of `lora_jax.save_adapter`
+_OF_RUN = ("config.yaml", "checkpoints")  # what a run's folder holds before its adapter
+_CLASSES = re.compile(re.escape(PREFIX) + r"classifier(\.out_proj)?\.weight")
+_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
+_SHOWN = 3  # problems of a file that a message names
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterSource:
+    """An adapter's folder, of this library or of PEFT.
+
+    Attributes:
+      given: the option that names it, for messages: "--adapter runs/sql".
+      folder: the folder.
+      from_peft: whether PEFT's files are in it.
+    """
+
+    given: str
+    folder: Path
+    from_peft: bool
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The facts that the adapter states about its base: its "model", "labels" of a classifier.
+
+        Raises:
+          UserError: they cannot be read.
+        """
+        with as_user_errors(ValueError, prefix=f"{self.given}: "):
+            if not self.from_peft:
+                return lj.adapter_info(self.folder)
+            name = fields_of(self.folder)[0].get("base_model_name_or_path")
+        return {"model": name} if name else {}
+
+    @property
+    def rope_scaling(self) -> dict[str, Any] | None:
+        """The scaling of RoPE that the adapter was trained with; see --rope-scaling."""
+        return None if self.from_peft else self.about.get("rope_scaling")
+
+    @property
+    def num_labels(self) -> int | None:
+        """The number of a classifier's classes; None for other adapters.
+
+        Raises:
+          UserError: the files cannot be read.
+        """
+        if not self.from_peft:
+            return len(self.about.get("labels", ())) or None
+        with as_user_errors(ValueError, prefix=f"{self.given}: "):
+            tensors = read_tensors(self.folder / PEFT_WEIGHTS)
+        return next((len(t) for name, t in tensors.items() if _CLASSES.fullmatch(name)), None)
+
+    def base(self) -> str:
+        """Returns the name of the base that the adapter states.
+
+        Raises:
+          UserError: it states none, or a folder that is not on this machine.
+        """
+        name = self.about.get("model")
+        if not name:
+            raise UserError(f"{self.given} does not say what its base is: name it with --model")
+        if name.startswith(("/", ".", "~")) and not Path(name).expanduser().exists():
+            raise UserError(
+                f"{self.given}: its base was in {name}, and there is nothing now: name the base "
+                "with --model"
+            )
+        return name
+
+    def check_files(self) -> None:
+        """Raises a UserError where the files cannot be read, or hold what is not supported."""
+        if not self.from_peft:
+            _ = self.about
+            return
+        with as_user_errors(
+            ValueError,
+            prefix=f"{self.given}: ",
+            suffix=". PEFT itself can merge such an adapter into its base (merge_and_unload, then "
+            "save_pretrained): give that folder with --model",
+        ):
+            read_config(self.folder)
+        with as_user_errors(
+            ValueError,
+            prefix=f"{self.given}: ",
+            suffix=". Copy the folder anew, or save the adapter again, "
+            "save_pretrained(…, safe_serialization=True)",
+        ):
+            read_tensors(self.folder / PEFT_WEIGHTS)
+
+    def check(self, outline: Any, *, allow_base_mismatch: bool = False) -> None:
+        """Checks the adapter against a model without reading the model's weights.
+
+        Args:
+          outline: the model's outline; see `train.run.pretrained`.
+          allow_base_mismatch: accept a base of another name.
+
+        Raises:
+          UserError: the adapter is of another base, or of a model without the head in question.
+        """
+        self.check_files()
+        if not allow_base_mismatch:
+            self._check_name(outline.name)
+        with self._fits(outline.name):
+            if self.from_peft:
+                tree = lp.load(self.folder, outline, outline.params)
+            else:
+                tree = lj.load_adapter(self.folder, outline.params, allow_base_mismatch=True)
+        self._check_head(outline, set(nodes_of(tree)))
+
+    def load(self, model: Any, params: Any, name: str, *, allow_base_mismatch: bool = False) -> Any:
+        """Returns the plain tree of a model with the adapter.
+
+        Args:
+          model, params: the model and its parameters.
+          name: the model's name, for messages.
+          allow_base_mismatch: accept another base.
+
+        Raises:
+          UserError: the adapter is damaged, or of another base.
+        """
+        with self._fits(name):
+            if self.from_peft:
+                return lp.load(self.folder, model, params)
+            return lj.load_adapter(self.folder, params, allow_base_mismatch=allow_base_mismatch)
+
+    def _check_name(self, name: str) -> None:
+        """Compares names of PEFT's adapters, which have no fingerprint of their base."""
+        stated = self.about.get("model") if self.from_peft else None
+        here, there = name_for_others(name), name_for_others(stated) if stated else None
+        if here is None or there is None or there.count("/") != 1 or here == there:
+            return
+        raise UserError(
+            f"{self.given} was trained on {there}, and --model is {here}: leave out --model, or "
+            "accept this base with --allow-base-mismatch"
+        )
+
+    def _check_head(self, outline: Any, held: set[str]) -> None:
+        """Raises a UserError where neither base nor adapter has a part of the model, like a head.
+
+        A part that was drawn anew is part of the fingerprint that this library's adapters have of
+        their base, unless they train it.
+        """
+        kinds = outline.kinds
+        absent = [path for path in outline.absent if path not in held]
+        if lost := [path for path in absent if self.from_peft or kinds[path] == "classifier"]:
+            raise UserError(
+                f"{self.given} holds no {lost[0]}, and neither does --model {outline.name}: both "
+                "together are no classifier. An adapter of a classifier (in PEFT one of the task "
+                "type SEQ_CLS), or a base with a head, is needed"
+            )
+
+    @contextmanager
+    def _fits(self, name: str) -> Iterator[None]:
+        """Turns errors within into a UserError of one paragraph."""
+        try:
+            yield
+        except ValueError as error:
+            first, *rest = [line.strip() for line in str(error).splitlines()]
+            said = f"{first}: {'; '.join(rest[:_SHOWN])}" if rest else first
+            if len(rest) > _SHOWN:
+                said += f"; and {len(rest) - _SHOWN} more"
+            stated, remedy = self.about.get("model"), ""
+            if stated == name:
+                remedy = f". Its base is {name} by its own word: copy its folder anew, or name "
+                remedy += "another base with --model"
+            elif "--allow-base-mismatch" not in said:
+                of = f", by its own word {stated}" if stated else ""
+                remedy = f". The base here is {name}: name the one that it was trained on{of}, "
+                remedy += "with --model"
+            raise UserError(f"{self.given}: {said}{remedy}") from error
+
+
+def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:
+    """Returns the adapter in a folder: that of a run, of an adapter, or of PEFT's files.
+
+    A run that is on its way has no adapter yet, but may have a best one.
+
+    Args:
+      name: the folder, or the hub name of an adapter of PEFT's.
+      option: the option that names it.
+
+    Raises:
+      UserError: there is no adapter; says where one may be.
+    """
+    given, folder = f"{option} {name}", Path(name).expanduser()
+    if not folder.exists():
+        if not _HUB_NAME.fullmatch(name):
+            raise UserError(f"{given}: there is no such folder")
+        with as_user_errors(ValueError, prefix=f"{given}: there is no such folder, and "):
+            return AdapterSource(given, adapter_folder(name, None), from_peft=True)
+    if not folder.is_dir():
+        raise UserError(f"{given} is a file: an adapter is a folder; name the one that holds it")
+    for place in (folder, folder / ADAPTER, *_best_in(folder)):
+        if (place / PEFT_CONFIG).is_file():
+            return AdapterSource(given, place, from_peft=True)
+        if (place / _OURS).is_dir():
+            return AdapterSource(given, place, from_peft=False)
+    if all((folder / name).exists() for name in _OF_RUN):
+        raise UserError(
+            f"{given} is the folder of a run that has no adapter yet: end the run, with --resume "
+            "if it was stopped"
+        )
+    if (folder / PEFT_WEIGHTS).is_file():
+        raise UserError(
+            f"{given} has {PEFT_WEIGHTS}, and {PEFT_CONFIG} is missing, without which its rank "
+            "and scale are not known: copy that file, too"
+        )
+    inside = sorted({path.parent for path in folder.glob(f"*/{PEFT_CONFIG}")})
+    inside += sorted({path.parent for path in folder.glob(f"*/{ADAPTER}/{_OURS}")})
+    where = f": did you mean {inside[0]}?" if inside else ""
+    raise UserError(
+        f"{given} is no adapter folder of this library or of PEFT ({PEFT_CONFIG}), nor the folder "
+        f"of a run{where}"
+    )
+
+
+def _best_in(folder: Path) -> list[Path]:
+    """Returns the newest of the best adapters that a run keeps; see `lora_jax.training.best`."""
+    best = folder if folder.name == BEST else folder / BEST
+    if not best.is_dir():
+        return []
+    steps = [path for path in best.iterdir() if path.name.isdecimal()]
+    return sorted(steps, key=lambda path: int(path.name))[-1:]
+
+
+def runnable(model: Any, tree: Any) -> tuple[Callable[..., Any], Any]:
+    """Returns a function with the arguments of ``model.apply``, and parameters for it.
+
+    Parameters are merged. Where an adapter cannot be (a bias on B, or one use of a tied table), the
+    function is the adapted one.
+    """
+    try:
+        return model.apply, lj.merge(tree)
+    except ValueError:
+        return lj.adapt(model.apply), tree

@@ -1,0 +1,191 @@
+"""Classify texts: `python -m train.predict --adapter runs/classify "a delight" "a bore"`.
+
+Texts are arguments, the rows or lines of a file (--input), or the lines of standard input. The
+classifier is one that `train.classify` trained, an adapter of PEFT's, or a model with its own head.
+"""
+
+import contextlib
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lora_jax.training.log import duration
+from train.predicting.batches import probabilities
+from train.predicting.classifier import find_classifier
+from train.predicting.texts import (
+    Texts,
+    holds_rows,
+    of_arguments,
+    of_file,
+    of_standard_input,
+    tokenize,
+)
+from train.predicting.write import Format, format_of, opened, write
+from train.run.cache import keep_compiled
+from train.run.errors import UserError, flag, reported
+from train.run.options.ignored import given_options
+
+_SECONDS_A_LINE = 10.0  # between lines on progress, where there is no terminal to draw a bar
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Classify texts with a trained classifier."""
+
+    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Texts to classify. Without any, --input has them, or each line of standard input is one."""
+    adapter: str | None = None
+    """The folder of a classifier's adapter: of a run, of this library, or of PEFT."""
+    model: str | None = None
+    """The base, by default the one that the adapter names; or, without an adapter, a model with its
+    own head: a hub name or a folder, such as `train.export --merged` writes."""
+    input: str | None = None
+    """A file of texts: one a line; or rows with fields, by its ending (JSONL, JSON, CSV, TSV, also
+    gzipped, or Parquet)."""
+    field: str = "text"
+    """The field of --input that holds the text."""
+    field_pair: str | None = None
+    """The field of --input that holds a second text, for pairs (a premise and a hypothesis)."""
+    out: str | None = None
+    """The file to write, whole or not at all. By default standard output."""
+    format: Format | None = None
+    """The format of the output: JSON lines, or CSV. By default that of the ending of --out, or else
+    JSON lines."""
+    overwrite: bool = False
+    """Replace the file of --out."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in the order of their indices, where neither adapter nor model has
+    any."""
+    batch_size: int = 32
+    """Texts in memory at once."""
+    seq_len: int | None = None
+    """The maximum number of tokens of a text. By default the model's."""
+    truncate: bool = False
+    """Truncate longer texts; without this option, they are an error."""
+    allow_base_mismatch: bool = False
+    """Accept an adapter that was trained on another base."""
+    compilation_cache: str | None = None
+    """The folder where JAX keeps compiled programs for later runs, or off. By default
+    lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    options = tyro.cli(
+        tyro.conf.FlagCreatePairsOff[Options], args=args, prog="python -m train.predict"
+    )
+    with reported(), _closed_pipe():
+        check(options, given_options(sys.argv[1:] if args is None else args))
+        run(options)
+
+
+def run(options: Options) -> None:
+    """Classifies the texts and writes the predictions.
+
+    Raises:
+      UserError: something that was asked for cannot be done; before weights are read.
+    """
+    if said := keep_compiled(options.compilation_cache):
+        print(said, file=sys.stderr)
+    mismatch = options.allow_base_mismatch
+    classifier = find_classifier(
+        options.adapter, options.model, options.labels, allow_base_mismatch=mismatch
+    )
+    outline, texts = classifier.outline, read(options)
+    tokens = tokenize(texts, outline, options.seq_len, options.truncate)
+    with opened(options.out, options.overwrite) as file:
+        apply, params = classifier.load(allow_base_mismatch=mismatch)
+        with _progress(len(texts)) as progress:
+            found = probabilities(
+                apply,
+                params,
+                tokens,
+                batch_size=options.batch_size,
+                most=options.seq_len or outline.max_tokens,
+                pad=outline.tokenizer.pad_token_id or 0,
+                progress=progress,
+            )
+        write(file, format_of(options.format, options.out), texts, found, classifier.labels)
+
+
+def check(options: Options, given: frozenset[str] = frozenset()) -> None:
+    """Raises a UserError for options that make no sense, or that were given to no effect."""
+    if options.texts and options.input is not None:
+        raise UserError("texts come from the command line or from --input: give one of them")
+    of_rows = sorted({"field", "field_pair"} & given)
+    if of_rows and (options.input is None or not holds_rows(options.input)):
+        raise UserError(
+            f"{flag(of_rows[0])} names a field of --input's rows, and there are none: give a file "
+            "of rows, or leave it out"
+        )
+    if options.overwrite and options.out is None:
+        raise UserError("--overwrite replaces the file of --out: name one, or leave it out")
+    if options.allow_base_mismatch and options.adapter is None:
+        raise UserError("--allow-base-mismatch is about an adapter: name one with --adapter")
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size}: at least 1 is needed")
+    if options.seq_len is not None and options.seq_len < 3:
+        raise UserError(f"--seq-len {options.seq_len}: at least 3 is needed")
+    if options.out is not None and options.input is not None:
+        out, source = (Path(path).expanduser() for path in (options.out, options.input))
+        if out.exists() and source.exists() and out.samefile(source):
+            raise UserError(f"--out {options.out} is the file of --input: name another")
+
+
+def read(options: Options) -> Texts:
+    """Reads the texts from where the options say."""
+    if options.texts:
+        return of_arguments(options.texts)
+    if options.input is not None:
+        return of_file(options.input, options.field, options.field_pair)
+    return of_standard_input()
+
+
+@contextlib.contextmanager
+def _progress(n: int) -> Iterator[Callable[[int], None]]:
+    """Draws a bar on stderr; where that is no terminal, prints a line now and then."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("classifying"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task("", total=n)
+    began = said = time.monotonic()
+
+    def progress(done: int) -> None:
+        nonlocal said
+        bar.update(task, completed=done)
+        now = time.monotonic()
+        if not console.is_terminal and now - said > _SECONDS_A_LINE:
+            said = now
+            left = duration((now - began) * (n - done) / done)
+            print(f"classified {done:,} of {n:,} texts, {left} to go", file=sys.stderr, flush=True)
+
+    with bar:
+        yield progress
+
+
+@contextlib.contextmanager
+def _closed_pipe() -> Iterator[None]:
+    """Ends quietly where the reader of standard output, such as `head`, has enough."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The parts of `train.predict`: the classifier, its texts, their batches, and what is written."""

@@ -1,0 +1,134 @@
+"""The classifier that options name: a base with an adapter, or a model with its own head."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from train.adapters.source import AdapterSource, find_adapter, runnable
+from train.run.errors import UserError
+from train.run.pretrained import Outline, read_classifier_outline, read_fields, read_model
+
+_HEAD = "ForSequenceClassification"  # the end of transformers' names of such models
+_OTHER_PROBLEMS = ("multi_label_classification", "regression")
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A classifier without its weights.
+
+    Attributes:
+      outline: the model's.
+      adapter: the adapter; None for a model with its own head.
+      labels: the names of the classes, in the order of their indices.
+    """
+
+    outline: Outline
+    adapter: AdapterSource | None
+    labels: tuple[str, ...]
+
+    def load(self, *, allow_base_mismatch: bool = False) -> tuple[Callable[..., Any], Any]:
+        """Reads the weights.
+
+        Args:
+          allow_base_mismatch: accept an adapter of another base.
+
+        Returns:
+          A function with the arguments of `Encoder.apply`, and its parameters.
+
+        Raises:
+          UserError: the weights cannot be read.
+        """
+        name = self.outline.name
+        model, params = read_model(name, dtype="float32", **self.outline.head)
+        if self.adapter is None:
+            return model.apply, params
+        tree = self.adapter.load(model, params, name, allow_base_mismatch=allow_base_mismatch)
+        return runnable(model, tree)
+
+
+def find_classifier(
+    adapter: str | None,
+    model: str | None,
+    labels: Sequence[str] = (),
+    *,
+    allow_base_mismatch: bool = False,
+) -> Classifier:
+    """Returns the classifier that options name; reads no weights.
+
+    Args:
+      adapter: the option --adapter.
+      model: the option --model.
+      labels: the option --labels.
+      allow_base_mismatch: accept an adapter of another base.
+
+    Raises:
+      UserError: adapter and model are no classifier, or its classes have names already.
+    """
+    if adapter is None and model is None:
+        raise UserError(
+            "name a classifier: the folder of a run or of an adapter with --adapter, or a model "
+            "that has its own head with --model"
+        )
+    source = find_adapter(adapter) if adapter is not None else None
+    name = model if model is not None else (source.base() if source else "")
+    num_labels = source.num_labels if source else None
+    if num_labels is None:
+        _check_own_head(name, source)
+    if source is None or source.from_peft:
+        _check_problem(name)
+    outline = read_classifier_outline(name, num_labels)
+    config: Any = outline.config
+    if config.num_labels < 2:
+        raise UserError(
+            f"{source.given if source else f'--model {name}'} has one class: it measures, and does "
+            "not classify"
+        )
+    if source:
+        source.check(outline, allow_base_mismatch=allow_base_mismatch)
+    elif outline.absent:
+        raise UserError(
+            f"--model {name}: its files hold no {outline.absent[0]}, so its head is not trained: "
+            "give the adapter of a classifier with --adapter, or another model"
+        )
+    named = tuple(source.about.get("labels", ())) if source else ()
+    return Classifier(outline, source, _labels(named, config, labels))
+
+
+def _check_own_head(name: str, source: AdapterSource | None) -> None:
+    """Raises a UserError if a model has no head for classes, and the adapter brings none."""
+    found = read_fields(name).get("architectures") or ["no architecture"]
+    if any(one.endswith(_HEAD) for one in found):
+        return
+    what = f"--model {name} is no classifier: its config.json names {', '.join(found)}"
+    if source is None:
+        raise UserError(
+            f"{what}, and one whose name ends in {_HEAD} is needed. The classifier that a run "
+            "trained is given by --adapter"
+        )
+    raise UserError(
+        f"{source.given} is the adapter of no classifier: it has no head, and {what}. Give the "
+        "adapter of a classifier (a run of train.classify, or one of PEFT's task type SEQ_CLS)"
+    )
+
+
+def _check_problem(name: str) -> None:
+    """Raises a UserError if a model was trained for something else than one class a text."""
+    problem = read_fields(name).get("problem_type")
+    if problem in _OTHER_PROBLEMS:
+        raise UserError(
+            f"--model {name}: its config.json has the problem_type {problem}, and here a text has "
+            "one class of several (single_label_classification)"
+        )
+
+
+def _labels(named: Sequence[str], config: Any, asked: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of the classes: the adapter's, the model's, those asked for, or LABEL_0."""
+    known = tuple(named) or config.label_names
+    if known and asked:
+        raise UserError(f"--labels: the classes have names, {', '.join(known)}: leave it out")
+    if asked and (len(asked) != config.num_labels or len(set(asked)) < len(asked)):
+        raise UserError(
+            f"--labels {' '.join(asked)}: {config.num_labels} different names are needed, one a "
+            "class"
+        )
+    return known or tuple(asked) or tuple(f"LABEL_{i}" for i in range(config.num_labels))

@@ -1,0 +1,158 @@
+"""The texts to classify: from arguments, a file or standard input, and as tokens."""
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.training.data.rows import Row, field_names, name_of
+from train.data.files import FILE_KINDS, read_file
+from train.data.text_files import read_lines
+from train.run.errors import UserError
+from train.run.pretrained import Outline
+
+_BLOCK = 256  # texts that are tokenised at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Texts, or pairs of texts.
+
+    Attributes:
+      first: the texts.
+      second: the second text of each; None where there are no pairs.
+      names: a name of each for messages: "rows.csv, line 3".
+    """
+
+    first: list[str]
+    second: list[str] | None
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Tokenised texts: [n] arrays of [length] int32 each."""
+
+    ids: list[np.ndarray]
+    types: list[np.ndarray]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The number of tokens of each text, [n]."""
+        return np.array([len(one) for one in self.ids])
+
+
+def holds_rows(path: str) -> bool:
+    """Returns whether a file has rows with fields, by its ending; others have a text a line."""
+    return path.endswith(FILE_KINDS)
+
+
+def of_arguments(texts: Sequence[str]) -> Texts:
+    """Returns the texts of a command line.
+
+    Raises:
+      UserError: one of them is empty.
+    """
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise UserError(f"text {number} of the command line is empty: leave it out")
+    return Texts(list(texts), None, [f"text {n}" for n in range(1, len(texts) + 1)])
+
+
+def of_lines(lines: Iterable[str], source: str) -> Texts:
+    """Returns one text a line. Empty lines are left out, and a line on stderr says how many."""
+    found = [(n, line.strip()) for n, line in enumerate(lines, start=1)]
+    kept = [(n, text) for n, text in found if text]
+    if len(kept) < len(found):
+        print(f"{source}: {len(found) - len(kept)} empty lines are left out", file=sys.stderr)
+    if not kept:
+        raise UserError(f"{source} has no text: give one a line")
+    return Texts([text for _, text in kept], None, [f"{source}, line {n}" for n, _ in kept])
+
+
+def of_file(path: str, field: str, field_pair: str | None) -> Texts:
+    """Reads the texts of a file: the fields of its rows, or its lines.
+
+    Raises:
+      UserError: there is no such file, it cannot be read, or a row has no text.
+    """
+    place = Path(path).expanduser()
+    if not place.is_file():
+        raise UserError(f"--input {path}: there is no such file")
+    if not holds_rows(path):
+        return of_lines(read_lines(place), path)
+    rows = read_file(place)
+    if not rows:
+        raise UserError(f"--input {path} has no rows")
+    names = [name_of(row, path, n) for n, row in enumerate(rows, start=1)]
+    first = [_text(row, name, "--field", field) for row, name in zip(rows, names, strict=True)]
+    if field_pair is None:
+        return Texts(first, None, names)
+    second = [
+        _text(row, name, "--field-pair", field_pair) for row, name in zip(rows, names, strict=True)
+    ]
+    return Texts(first, second, names)
+
+
+def of_standard_input() -> Texts:
+    """Reads one text a line, up to the end."""
+    if sys.stdin.isatty():
+        print("One text per line; end with Ctrl-D.", file=sys.stderr)
+    try:
+        return of_lines(sys.stdin, "standard input")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text: {error}") from None
+
+
+def _text(row: Row, name: str, option: str, field: str) -> str:
+    value = row.get(field)
+    if isinstance(value, str) and value.strip():
+        return value
+    if field in row:
+        raise UserError(f"{name}: `{field}` is {value!r}; a text is needed")
+    raise UserError(f"{name} has {field_names(row)}, and no `{field}`: name the field by {option}")
+
+
+def tokenize(texts: Texts, outline: Outline, seq_len: int | None, truncate: bool) -> Tokens:
+    """Returns texts as tokens.
+
+    Args:
+      texts: the texts.
+      outline: the model's, with its tokenizer.
+      seq_len: the most tokens of a text; None for the model's.
+      truncate: cuts longer texts off, which are an error otherwise.
+
+    Raises:
+      UserError: a text is too long.
+    """
+    most = outline.max_tokens
+    if seq_len is not None:
+        outline.check_length(seq_len, f"--seq-len {seq_len}")
+        most = seq_len
+    limit: dict[str, Any] = {"truncation": True, "max_length": most} if truncate else {}
+    ids: list[np.ndarray] = []
+    types: list[np.ndarray] = []
+    for at in range(0, len(texts), _BLOCK):
+        block = slice(at, at + _BLOCK)
+        second = texts.second[block] if texts.second else None
+        made = outline.tokenizer(
+            texts.first[block], second, return_token_type_ids=True, verbose=False, **limit
+        )
+        ids += [np.array(one, np.int32) for one in made["input_ids"]]
+        types += [np.array(one, np.int32) for one in made["token_type_ids"]]
+    tokens = Tokens(ids, types)
+    longer = np.flatnonzero(tokens.lengths > most)
+    if len(longer):
+        whose = "--seq-len" if seq_len is not None else "the model"
+        raise UserError(
+            f"{len(longer)} of {len(texts)} texts have more tokens than the {most} that {whose} "
+            f"allows; the first is {texts.names[longer[0]]}, with {tokens.lengths[longer[0]]}. "
+            "Cut them off at the end with --truncate, or leave them out"
+        )
+    return tokens

@@ -1,0 +1,1 @@
+"""Exports for others: their model card, and the hub."""

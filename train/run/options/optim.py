@@ -1,0 +1,92 @@
+"""The optimiser's options: their defaults, those that it does not read, and what makes no sense."""
+
+import dataclasses
+import math
+from typing import Any
+
+from lora_jax.training.optimizers.named import OPTIMIZERS
+from train.run.errors import UserError, flag
+
+_OPTIONS = ("beta1", "beta2", "eps", "momentum")
+_FALLING = ("linear", "cosine", "wsd")  # the schedules that end at --min-lr
+
+
+def with_optimizer_defaults(optim: Any, *, lr: float, beta2: float) -> Any:
+    """Fills in what was not given: the optimiser's options, and its learning rate.
+
+    Args:
+      optim: the options.
+      lr: AdamW's learning rate.
+      beta2: Adam's decay rate of the squared gradients.
+    """
+    named = OPTIMIZERS[optim.optimizer]
+    defaults: dict[str, Any] = {**named.options}
+    if "eps" in defaults:  # Adam, with averages or without
+        defaults["beta2"] = beta2
+    if optim.lr_rule is None and named.rate is not None:
+        defaults["lr"] = named.rate * lr
+    changes = {name: value for name, value in defaults.items() if getattr(optim, name) is None}
+    if named.averages:
+        changes["schedule"] = "constant"
+    return dataclasses.replace(optim, **changes)
+
+
+def without_effect(optim: Any) -> list[tuple[str, tuple[str, ...]]]:
+    """Returns why some options have no effect beside the optimiser and schedule, and which."""
+    named = OPTIMIZERS[optim.optimizer]
+    unread = tuple(name for name in _OPTIONS if name not in named.options)
+    cases = [(f"--optimizer {optim.optimizer} does not read it", unread)]
+    if named.averages:
+        why = f"--optimizer {optim.optimizer} averages in the place of a schedule"
+        return [*cases, (why, ("schedule", "min_lr", "decay"))]
+    if optim.schedule not in _FALLING:
+        why = f"--schedule {optim.schedule} does not fall to a last learning rate"
+        cases.append((why, ("min_lr",)))
+    if optim.schedule != "wsd":
+        why = f"--schedule {optim.schedule} has no stable part before it falls (wsd has)"
+        cases.append((why, ("decay",)))
+    if optim.warmup_ratio is not None:
+        cases.append(("--warmup-ratio says how long the warmup is", ("warmup",)))
+    return cases
+
+
+def warmup_steps(optim: Any, steps: int) -> int:
+    """Returns the steps of the warmup; a share of the run's is rounded up, as transformers does."""
+    if optim.warmup_ratio is None:
+        return optim.warmup
+    return math.ceil(optim.warmup_ratio * steps)
+
+
+def check_optim(optim: Any) -> None:
+    """Raises a UserError if the options of optimiser and schedule make no sense."""
+    if optim.lr_rule is not None and optim.optimizer != "adamw":
+        raise UserError(
+            f"--lr-rule was fitted to Adam: give --lr for --optimizer {optim.optimizer} instead"
+        )
+    if optim.lr is None and optim.lr_rule is None:
+        raise UserError(
+            f"--optimizer {optim.optimizer} has no default learning rate, since its steps scale "
+            "with the gradient: give --lr"
+        )
+    if optim.lr is not None and not (math.isfinite(optim.lr) and optim.lr > 0):
+        raise UserError(f"--lr {optim.lr}: a learning rate is a positive number")
+    if optim.lr is not None and optim.lr_rule is not None:
+        raise UserError("--lr and --lr-rule both give a learning rate: give one of them")
+    for name in ("beta1", "beta2", "momentum"):
+        value = getattr(optim, name)
+        if value is not None and not 0 <= value < 1:
+            raise UserError(f"{flag(name)} {value}: a number from 0 to below 1 is needed")
+    if OPTIMIZERS[optim.optimizer].averages and not optim.beta1:
+        raise UserError(f"--beta1 0: --optimizer {optim.optimizer} needs a positive number")
+    if optim.eps is not None and not (math.isfinite(optim.eps) and optim.eps > 0):
+        raise UserError(f"--eps {optim.eps}: a positive number is needed")
+    if optim.warmup_ratio is not None and not 0 <= optim.warmup_ratio < 1:
+        raise UserError(
+            f"--warmup-ratio {optim.warmup_ratio}: a share of the steps, from 0 to below 1"
+        )
+    if not 0 <= optim.min_lr <= 1:
+        raise UserError(f"--min-lr {optim.min_lr}: a share of the peak learning rate, from 0 to 1")
+    if not 0 < optim.decay <= 1:
+        raise UserError(f"--decay {optim.decay}: a share of the steps, above 0 and at most 1")
+    if not 0 <= optim.neftune < math.inf:
+        raise UserError(f"--neftune {optim.neftune}: a number from 0 on is needed")

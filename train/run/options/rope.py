@@ -1,0 +1,50 @@
+"""The option --rope-scaling: ``kind:factor`` and further fields of the kind."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from train.run.errors import UserError
+
+
+def parse_rope_scaling(text: str | None) -> dict[str, Any] | None:
+    """Parses a scaling such as ``yarn:4`` or ``llama3:8,low_freq_factor=2``.
+
+    Returns:
+      The scaling, as `lora_jax.models.with_rope_scaling` takes it; None for none.
+
+    Raises:
+      UserError: the text is not of this form.
+    """
+    if text is None:
+        return None
+    head, *rest = (part.strip() for part in text.split(","))
+    kind, _, factor = head.partition(":")
+    try:
+        fields: dict[str, Any] = {"rope_type": kind}
+        if factor or kind != "dynamic":  # which is refused for what it is
+            fields["factor"] = float(factor)
+        for part in rest:
+            name, _, value = part.partition("=")
+            if re.fullmatch(r"\w+", name) is None or name in fields:
+                raise ValueError(name)
+            fields[name] = _number(value)
+    except ValueError:
+        raise UserError(
+            f"--rope-scaling {text}: a kind and a factor such as yarn:4 are needed (linear, "
+            "llama3 or yarn), and may be followed by fields of the kind: yarn:4,beta_fast=16"
+        ) from None
+    return fields
+
+
+def as_text(scaling: Mapping[str, Any]) -> str:
+    """Returns a scaling as the option has it."""
+    rest = {k: v for k, v in scaling.items() if k not in ("rope_type", "factor")}
+    factor = f":{scaling['factor']:g}" if "factor" in scaling else ""
+    return ",".join([f"{scaling['rope_type']}{factor}", *(f"{k}={v}" for k, v in rest.items())])
+
+
+def _number(text: str) -> bool | int | float:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return int(text) if re.fullmatch(r"\d+", text) else float(text)
