@@ -83,6 +83,16 @@ def test_the_best_is_the_least_of_the_record_and_its_adapter_measures_that(whole
     assert not np.array_equal(last["kernel"].b, tree["kernel"].b)
 
 
+def test_of_an_optimiser_that_averages_the_average_is_kept(tmp_path):
+    tree, report = tuned(tmp_path, optimizer="schedule-free", steps=8)
+    step, loss = report.best["step"], report.best["eval_loss"]
+    assert measured(report.metrics)[step] == loss
+    kept = lj.load_adapter(tmp_path / "best" / str(step), PARAMS)
+    assert_same(lj.split(kept)[0], lj.split(tree)[0])
+    error = model(lj.merge(tree), X[16:]) - Y[16:]
+    assert float(jnp.sum(error**2)) / 8 == pytest.approx(loss, rel=1e-5)
+
+
 def test_patience_ends_the_run_and_going_on_ends_it_again_or_later(whole, tmp_path):
     _, tree, report = whole
     step = report.best["step"]
