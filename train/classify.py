@@ -7,12 +7,10 @@ The head of the encoder trains in full; the encoder trains with LoRA, in full, o
 import sys
 from collections.abc import Sequence
 
-import tyro
-
 from train.finetune import finetune
 from train.run.options import classify as classify_options
 from train.run.options.classify import Config, with_defaults
-from train.run.options.ignored import check_effects, given_options
+from train.run.options.command import read_command
 from train.run.session import Session
 from train.tasks.registry import TEXTS, find_task
 from train.tasks.task import Task
@@ -22,11 +20,11 @@ def parse(args: Sequence[str] | None = None) -> Config:
     """Parses a command line, by default this process's, and fills in the task's defaults.
 
     Raises:
-      UserError: an option has no effect beside the others.
+      UserError: an option has no effect beside the others, or stands wrongly in the file that
+        --config names.
     """
-    flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[Config]]
-    config = tyro.cli(flat, args=args, prog="python -m train.classify")
-    check_effects(config, given_options(sys.argv[1:] if args is None else args))
+    given = sys.argv[1:] if args is None else args
+    config = read_command(Config(), given, "python -m train.classify")
     return with_defaults(config, task_of(config).defaults)
 
 
@@ -38,7 +36,7 @@ def task_of(config: Config) -> Task:
 def check(config: Config) -> None:
     """Raises a UserError for options that make no sense; reads neither data nor model."""
     classify_options.check(config)
-    task_of(config).check(config)
+    task_of(config).check_options(config)
 
 
 def main(args: Sequence[str] | None = None) -> None:

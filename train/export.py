@@ -35,7 +35,8 @@ from train.publish.marked import is_generated
 from train.publish.scaled import rope_problem, scaled_fields
 from train.run.cache import keep_compiled
 from train.run.errors import UserError, as_user_errors, reported
-from train.run.output import folder_bytes, read_json
+from train.run.files import read_json
+from train.run.output import folder_bytes
 from train.run.pretrained import read_model, read_untokenized
 from train.run.report import megabytes
 

@@ -3,16 +3,20 @@
 It reads from top to bottom: check, load, adapt, train, save, measure.
 """
 
+import functools
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 import lora_jax as lj
 from lora_jax.training.batches import Feed, Order
+from lora_jax.training.fit import tree_of
 from lora_jax.training.layout import Layout
 from lora_jax.training.log import duration
-from lora_jax.training.processes import write_json
+from lora_jax.training.loop import Measure
+from lora_jax.training.processes import is_first, write_json
 from train.run import hosts
 from train.run.adapter import rules
 from train.run.cache import keep_compiled
@@ -27,11 +31,14 @@ from train.run.fit import (
     number_of_steps,
     print_adapter,
 )
-from train.run.log import doing
+from train.run.log import Log, QuietLog, doing
 from train.run.mesh import make_mesh
 from train.run.output import REPORT, locked_output
 from train.run.pretrained import check_weights, read_model
+from train.run.progress.samples import Prompts, sampling
+from train.run.progress.score import scoring
 from train.run.report import print_costs, tree_bytes
+from train.run.reporters.registry import check_reporters
 from train.run.session import Session
 from train.tasks.task import Context, Task
 
@@ -57,6 +64,8 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
     # What can be wrong is found first: options and output folder, then rows, then examples and
     # targets against the model's configuration. Only then are weights read.
     with hosts.together():
+        if is_first():
+            check_reporters(config.run.report_to)
         cached = keep_compiled(config.run.compilation_cache)
         mesh = make_mesh(config.run.mesh, config.optim.batch_size)
         config = task.completed(config)
@@ -68,8 +77,10 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
         outline.check_experts(optim.experts)
         hosts.check_alike(config, rows=rows.train, held_out=rows.held_out, model=outline.config)
         data = task.examples(config, rows, outline)
+        asked = getattr(config.run, "sample_prompts", ())
+        prompts = Prompts(config.run, outline) if asked else None
         order = Order.of(data.train, optim.seed, optim.batch_size, optim.grad_accum)
-        steps = number_of_steps(optim, order, task.defaults.steps)
+        steps = number_of_steps(optim, order)
         rate = learning_rate(config, outline, steps)
         check_rules(config, outline)
         layout = Layout.of(mesh, outline.config)
@@ -88,6 +99,7 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
         rate=rate,
         layout=layout,
         about=outline.about | {k: v for k, v in data.facts.items() if k == "labels"},
+        score=task.score,
     )
 
     # The model and its adapter. Full fine-tuning keeps its weights in fp32, whatever computes.
@@ -120,7 +132,17 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
 
     # Training, and what is left of it: the adapter on its own, the curve, and what it cost.
     forward, loss = ready.setup.forward(model), task.loss(config, layout)
-    trained, report = fit(run, ready, forward, loss, data.held_out)
+    answering = lj.adapt(model.apply)  # as the model itself answers, not laid out for a step
+    tree_of_state = functools.partial(tree_of, ready)
+
+    def more(log: Log | QuietLog) -> Iterator[Measure]:
+        if config.run.score_every and evaluation:
+            every, stop = config.run.score_every, session.stop
+            yield scoring(evaluation, model, tree_of_state, answering, every=every, stop=stop)
+        if prompts:
+            yield sampling(prompts, config.run, outline, model, tree_of_state, answering, log)
+
+    trained, report = fit(run, ready, forward, loss, data.held_out, more)
     report["base_bytes"] = base_bytes
     write_json(folder / REPORT, report)
     print_adapter(run, report)
@@ -128,7 +150,7 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
     # The trained model.
     if evaluation:
         merged = lj.merge(trained)
-        del trained, ready
+        del trained, ready, more, tree_of_state
         evaluation.after(model, merged)
     print_costs(console, report)
     console.print(report["summary"], highlight=False, soft_wrap=True)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,12 +18,13 @@ from lora_jax.fingerprint import base_fingerprint, differing
 from lora_jax.models import Decoder
 from lora_jax.paths import flatten_with_paths
 from lora_jax.training.batches import Batch, Examples, Feed, Packs
+from lora_jax.training.best import Best
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.errors import Diverged, TrainingError
 from lora_jax.training.layout import Layout
 from lora_jax.training.log import Log
-from lora_jax.training.loop import Hooks, Pace, train
-from lora_jax.training.losses import Loss, Sums
+from lora_jax.training.loop import Hooks, Measure, Pace, train
+from lora_jax.training.losses import HELD_OUT, Loss, Sums
 from lora_jax.training.optimizer import averaged
 from lora_jax.training.optimizers.named import OPTIMIZERS
 from lora_jax.training.processes import Agreement
@@ -43,6 +44,8 @@ class Ready:
       base: the frozen half of the parameters.
       checkpoints: the checkpoints to resume from and to write; None for none.
       facts: what each checkpoint says of data, base and options, as JSON.
+      owed: the prefixes of the measures that an interrupted run has not taken after its last step.
+      best: keeps the best adapter; None for no such thing.
     """
 
     feed: Feed
@@ -51,6 +54,8 @@ class Ready:
     base: Any
     checkpoints: Checkpoints | None
     facts: dict[str, Any]
+    owed: tuple[str, ...] = ()
+    best: Best | None = None
 
 
 def make_ready(
@@ -62,6 +67,7 @@ def make_ready(
     schedule: optax.Schedule,
     key: jax.Array,
     checkpoints: Checkpoints | None = None,
+    best: Best | None = None,
     noise: float = 0.0,
 ) -> Ready:
     """Returns the state before the first step.
@@ -74,6 +80,7 @@ def make_ready(
       schedule: the learning rate that the optimiser has, to be logged.
       key: of dropout and noise.
       checkpoints: those of the run's folder.
+      best: keeps the best adapter.
       noise: the size of the noise on embeddings; see `lora_jax.training.neftune`.
     """
     adapter, base = lj.split(params)
@@ -85,6 +92,7 @@ def make_ready(
         base=base,
         checkpoints=checkpoints,
         facts={"data": feed.examples.digest(), "base": base_fingerprint(base)},
+        best=best,
     )
 
 
@@ -93,9 +101,11 @@ def resumed(ready: Ready, steps: int) -> Ready:
 
     Raises:
       TrainingError: the checkpoint is damaged, of other data, another base or other settings, or
-        later than `steps`.
+        later than `steps`; or what was the best before it is lost.
     """
     if ready.checkpoints is None or not ready.checkpoints.steps():
+        if ready.best is not None:
+            ready.best.go_on_from(0, None)
         return ready
     state, saved = ready.checkpoints.restore(ready.state)
     done = int(state.step)
@@ -126,7 +136,9 @@ def resumed(ready: Ready, steps: int) -> Ready:
                 f"{option('resume', True)}: {done} steps are done, more than the {steps} asked for"
             )
         )
-    return dataclasses.replace(ready, state=state)
+    if ready.best is not None:
+        ready.best.go_on_from(done, saved.get("best"))
+    return dataclasses.replace(ready, state=state, owed=tuple(saved.get("owed", ())))
 
 
 def check_positions(model: Any, examples: Examples) -> None:
@@ -199,73 +211,65 @@ def compile_step(ready: Ready, forward: Callable[..., Any], loss: Loss) -> Compi
 def fit(
     ready: Ready,
     step: Step,
-    forward: Callable[..., Any],
-    loss: Loss,
     *,
     steps: int,
     pace: Pace,
-    held_out: Examples | None,
+    loss: Loss,
+    measures: Sequence[Measure] = (),
     log: Log,
     stop: Stop,
     resume_hint: str = "",
 ) -> tuple[Any, float | None]:
-    """Trains to the end.
+    """Trains to the end, or until no better measurement comes (see `Best`).
 
     Args:
       ready: the state to train from; its memory is taken over.
       step: the compiled step.
-      forward: the adapted function that the loss calls.
-      loss: the function to minimise, and who divides it.
       steps: the number of the last step.
-      pace: says how often to log, evaluate and save.
-      held_out: examples that the loss is measured on.
+      pace: says how often to log and save.
+      loss: the function that the step minimises.
+      measures: what is measured on the way; see `held_out_loss`.
       log: gets a line a window of steps.
       stop: tells of a signal.
       resume_hint: tells an interrupted user how to go on.
 
     Returns:
-      The adapted tree, its adapter averaged where the optimiser averages, and the median seconds of
-      a step (None where none was taken).
+      The adapted tree, as after the last step or as it was the best, its adapter averaged where the
+      optimiser averages; and the median seconds of a step (None where none was taken).
 
     Raises:
       Interrupted: after a signal, once the step is finished and saved.
       Diverged: too many steps in a row were skipped.
     """
     feed, layout, checkpoints = ready.feed, ready.setup.layout, ready.checkpoints
-    evaluation = jax.jit(
-        make_evaluation(forward, loss),
-        out_shardings=layout.whole,
-        compiler_options=layout.compiler_options,
-    )
+    best = ready.best
 
-    def sums_of(adapter: Any, part: Batch) -> Sums:
-        batch = layout.batch(part, parts=False)
-        with jax.set_mesh(layout.mesh):
-            return jax.tree.map(float, evaluation(adapter, ready.base, batch))
+    def save(state: State, owed: Sequence[str]) -> None:
+        if checkpoints is None:
+            return
+        facts = {**ready.facts, "cursor": feed.order.cursor(int(state.step)), "owed": [*owed]}
+        if best is not None:
+            facts["best"] = best.as_json()
+        checkpoints.save(state, facts)
+        if best is not None:
+            best.keep_for(checkpoints.steps())
 
-    def evaluate(state: State) -> dict[str, float] | None:
-        assert held_out is not None, "there is nothing to evaluate on"
-        parts, agreement, adapter = [], Agreement(), averaged(state.opt_state, state.adapter)
-        for part in held_out.parts(feed.order.batch_size):
-            parts.append(sums_of(adapter, part))
-            if stop.agreed(agreement):
-                return None
-        return means(loss, functools.reduce(_added, parts))
-
-    def save(state: State) -> None:
-        if checkpoints is not None:
-            cursor = feed.order.cursor(int(state.step))
-            checkpoints.save(state, {**ready.facts, "cursor": cursor})
+    def judge(state: State, measured: Mapping[str, float]) -> bool:
+        return best is not None and best.judge(
+            int(state.step), lambda: tree_of(ready, state), measured
+        )
 
     hooks = Hooks(
         batch=lambda number, state: feed.batch(number),
         placed=lambda batch: layout.batch(batch, parts=True),
         tokens=feed.examples.tokens,
         save=save,
-        evaluate=evaluate,
         rows=feed.named,
         resume_hint=resume_hint,
         reduction=loss.reduction,
+        measures=measures,
+        owed=ready.owed,
+        judge=judge,
     )
     try:
         with log:
@@ -279,7 +283,62 @@ def fit(
         raise
     if checkpoints is not None:
         checkpoints.close()
-    return lj.join(averaged(state.opt_state, state.adapter), ready.base), seconds
+    trained = tree_of(ready, state)
+    return (trained if best is None else _on_mesh(ready, best.load(trained))), seconds
+
+
+def tree_of(ready: Ready, state: State) -> Any:
+    """Returns the adapted tree of a state, its adapter averaged where the optimiser averages."""
+    return lj.join(averaged(state.opt_state, state.adapter), ready.base)
+
+
+def _on_mesh(ready: Ready, loaded: Any) -> Any:
+    """Returns an adapted tree with its adapter, read from a folder, on the mesh."""
+    host = jax.tree.map(np.asarray, lj.split(loaded)[0])  # which many processes may hand to a jit
+    adapter = jax.jit(lambda adapter: adapter, out_shardings=ready.setup.where.adapter)(host)
+    return lj.join(adapter, ready.base)
+
+
+def held_out_loss(
+    ready: Ready,
+    forward: Callable[..., Any],
+    loss: Loss,
+    examples: Examples,
+    *,
+    every: int,
+    stop: Stop,
+) -> Measure:
+    """Returns the measure of a loss, and of its logs, on held-out examples.
+
+    Args:
+      ready: the run.
+      forward: the adapted function that the loss calls.
+      loss: the function to measure, and who divides it.
+      examples: are taken in batches of the run's size, none twice.
+      every: steps between two measurements.
+      stop: tells of a signal, which cuts a measurement short.
+    """
+    layout = ready.setup.layout
+    evaluation = jax.jit(
+        make_evaluation(forward, loss),
+        out_shardings=layout.whole,
+        compiler_options=layout.compiler_options,
+    )
+
+    def sums_of(adapter: Any, part: Batch) -> Sums:
+        batch = layout.batch(part, parts=False)
+        with jax.set_mesh(layout.mesh):
+            return jax.tree.map(float, evaluation(adapter, ready.base, batch))
+
+    def take(state: State) -> dict[str, float] | None:
+        parts, agreement, adapter = [], Agreement(), averaged(state.opt_state, state.adapter)
+        for part in examples.parts(ready.feed.order.batch_size):
+            parts.append(sums_of(adapter, part))
+            if stop.agreed(agreement):
+                return None
+        return means(loss, functools.reduce(_added, parts))
+
+    return Measure(every=every, prefix=HELD_OUT, take=take)
 
 
 def _added(one: Sums, other: Sums) -> Sums:

@@ -1,17 +1,17 @@
-"""The training loop: the compiled step over the batches, metrics and checkpoints on the way."""
+"""The training loop: the compiled step over the batches; metrics, measurements, checkpoints."""
 
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 
 from lora_jax.training.errors import Diverged, Interrupted
 from lora_jax.training.log import Log
-from lora_jax.training.losses import HELD_OUT, OWN_METRICS, Reduction
-from lora_jax.training.processes import Agreement
+from lora_jax.training.losses import OWN_METRICS, Reduction
+from lora_jax.training.processes import Agreement, from_first
 from lora_jax.training.step import State, Step
 from lora_jax.training.stop import Stop
 
@@ -19,12 +19,11 @@ _SLOW = 0.5  # seconds of a step from which on running ahead of the device gains
 
 
 class Pace(Protocol):
-    """Says how often the loop logs, evaluates and saves.
+    """Says how often the loop logs and saves.
 
     Attributes:
       log_every: steps between lines of metrics.
       save_every: steps between checkpoints; the last step always has one.
-      eval_every: steps between measurements on held-out data; 0 for none.
       max_skipped: as many skipped steps in a row end the run.
     """
 
@@ -33,9 +32,31 @@ class Pace(Protocol):
     @property
     def save_every(self) -> int: ...
     @property
-    def eval_every(self) -> int: ...
-    @property
     def max_skipped(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Measures what training has come to, every so many steps and at its end.
+
+    Attributes:
+      every: steps between two measurements; 0 for none.
+      prefix: before the names of what it measures, in the log: "eval_".
+      take: returns what it measures, by name; {} logs nothing. None after a signal, which all
+        processes agree on. All of them have to call it.
+    """
+
+    every: int
+    prefix: str
+    take: Callable[[State], dict[str, float] | None]
+
+    def is_due(self, done: int, steps: int) -> bool:
+        """Returns whether to measure after `done` of `steps` steps."""
+        return bool(self.every) and (done % self.every == 0 or done == steps)
+
+
+def _never(state: State, measured: dict[str, float]) -> bool:
+    return False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,21 +69,78 @@ class Hooks:
         state's own arrays, whose memory the step takes over.
       placed: puts a batch on the devices.
       tokens: counts the tokens of a batch, without padding.
-      save: writes a checkpoint.
-      evaluate: returns the loss on held-out data and its logs, by name; None after a signal.
+      save: writes a checkpoint; gets the prefixes of the measures that its step still lacks.
       rows: names the rows of the batch with that number, as a user knows them.
       resume_hint: tells an interrupted user how to go on.
       reduction: the loss's, which says what the loss of several steps is.
+      measures: are taken in this order.
+      owed: the prefixes of the measures that the step to begin with lacks.
+      judge: gets what was measured after a step, by prefixed name, before the step is saved; {}
+        before the first. Returns whether training ends here.
     """
 
     batch: Callable[[int, State], dict[str, Any]]
     placed: Callable[[dict[str, Any]], dict[str, Any]]
     tokens: Callable[[dict[str, Any]], int]
-    save: Callable[[State], None]
-    evaluate: Callable[[State], dict[str, float] | None]
+    save: Callable[[State, Sequence[str]], None]
     rows: Callable[[int], str]
     resume_hint: str
     reduction: Reduction = "mean"
+    measures: Sequence[Measure] = ()
+    owed: Sequence[str] = ()
+    judge: Callable[[State, dict[str, float]], bool] = _never
+
+
+class _Window:
+    """Holds the steps whose metrics were not read yet: reading them waits for the device.
+
+    Attributes:
+      seconds: of each step that was read.
+      skipped: the skipped steps in a row, up to the last that was read.
+    """
+
+    def __init__(self, run: Pace, hooks: Hooks, log: Log) -> None:
+        self.seconds: list[float] = []
+        self.skipped = 0
+        self._run, self._hooks, self._log = run, hooks, log
+        self._steps: list[tuple[int, dict[str, jax.Array]]] = []
+        self._began, self._tokens = time.perf_counter(), 0
+
+    def add(self, done: int, metrics: dict[str, jax.Array], tokens: int) -> None:
+        """Adds the step that is now the last of `done`."""
+        self._steps.append((done, metrics))
+        self._tokens += tokens
+
+    def before_last(self) -> list[dict[str, jax.Array]]:
+        """Returns the metrics of the step before the last, if they were not read yet."""
+        return [metrics for _, metrics in self._steps[-2:-1]]
+
+    def read(self) -> None:
+        """Logs the steps as one line, and those that were skipped one by one.
+
+        Raises:
+          Diverged: too many in a row were skipped.
+        """
+        if not self._steps:
+            return
+        values = [(at, {k: float(v) for k, v in m.items()}) for at, m in self._steps]
+        elapsed = time.perf_counter() - self._began
+        self.seconds += [elapsed / len(values)] * len(values)
+        for at, v in values:
+            self.skipped = self.skipped + 1 if v["skipped"] else 0
+            if v["skipped"]:
+                self._log.skipped(at, v)
+            if self.skipped == self._run.max_skipped:
+                raise _diverged(at, v, self._run.max_skipped, self._hooks.rows(at - 1))
+        if taken := [v for _, v in values if not v["skipped"]]:
+            speed = self._tokens / elapsed
+            self._log.add(_line(values[-1][0], taken, speed, self._hooks.reduction))
+        self._steps, self._tokens = [], 0
+
+    def begin(self) -> None:
+        """Starts the clock for the next step, unless steps before it are still to be read."""
+        if not self._steps:
+            self._began = time.perf_counter()
 
 
 def train(
@@ -75,19 +153,22 @@ def train(
     log: Log,
     stop: Stop,
 ) -> tuple[State, float | None]:
-    """Trains from where `state` is to `steps`.
+    """Trains from where `state` is to `steps`, or until `hooks.judge` ends it.
 
     Steps that skip themselves (see `make_step`) are logged. After a skipped step, no checkpoint is
     written until a step succeeds: what was learned before it may be at fault, and the last
     checkpoint is then what can be gone back to.
+
+    A run that was interrupted before a step was measured measures it once it goes on, so that it
+    comes to the same measurements as one without a break.
 
     Args:
       step: the compiled step; it takes the state's memory over.
       state: the state to begin with.
       base: the frozen half of the parameters.
       steps: the number of the last step.
-      run: says how often to log, evaluate and save.
-      hooks: makes batches, evaluates and saves.
+      run: says how often to log and save.
+      hooks: makes batches, measures and saves.
       log: gets a line a window of steps.
       stop: tells of a signal.
 
@@ -98,51 +179,68 @@ def train(
       Interrupted: after a signal, once the step is finished and saved.
       Diverged: `run.max_skipped` steps in a row were skipped.
     """
-    seconds: list[float] = []
-    window: list[tuple[int, dict[str, jax.Array]]] = []  # steps whose metrics were not read yet
-    began, n_tokens = time.perf_counter(), 0
-    in_a_row = 0  # the skipped steps up to the last that was read
+    window = _Window(run, hooks, log)
     agreement, turn, took = Agreement(), time.monotonic(), 0.0
     with stop.deferred():
-        for number in range(int(state.step), steps):
+        begun = int(state.step)
+        owed: Sequence[Measure] = [m for m in hooks.measures if m.prefix in hooks.owed]
+        measured, owed = _measured(owed, state, begun, log)
+        if owed and begun < steps:  # the checkpoint says so already
+            raise _stopped(begun, hooks, stop)
+        if hooks.judge(state, measured):
+            return state, None
+        window.begin()
+        for number in range(begun, steps):
             batch = hooks.batch(number, state)
-            n_tokens += hooks.tokens(batch)
+            n_tokens = hooks.tokens(batch)
             state, metrics = step(state, base, hooks.placed(batch))
             done = number + 1
-            window.append((done, metrics))
+            window.add(done, metrics, n_tokens)
             # The host runs ahead of the device by one step, and of a slow one not at all: a signal
             # then waits for the step in progress alone.
-            jax.block_until_ready(metrics if took > _SLOW else [m for _, m in window[-2:-1]])
+            jax.block_until_ready(metrics if took > _SLOW else window.before_last())
             took, turn = time.monotonic() - turn, time.monotonic()
             stopping = stop.agreed(agreement, metrics)
-            last = done == steps or stopping
-            if last or done % run.log_every == 0 or done % run.save_every == 0:
-                # Reading the metrics waits for the device, so it is done once a window.
-                values = [(at, {k: float(v) for k, v in m.items()}) for at, m in window]
-                elapsed = time.perf_counter() - began
-                seconds += [elapsed / len(window)] * len(window)
-                for at, v in values:
-                    in_a_row = in_a_row + 1 if v["skipped"] else 0
-                    if v["skipped"]:
-                        log.skipped(at, v)
-                    if in_a_row == run.max_skipped:
-                        raise _diverged(at, v, run.max_skipped, hooks.rows(at - 1))
-                if taken := [v for _, v in values if not v["skipped"]]:
-                    log.add(_line(done, taken, n_tokens / elapsed, hooks.reduction))
-                window, n_tokens = [], 0
-            due = run.eval_every and (done % run.eval_every == 0 or done == steps)
-            if due and not (stopping and done < steps):
-                if (held_out := hooks.evaluate(state)) is not None:
-                    log.add({"step": done, **{HELD_OUT + k: v for k, v in held_out.items()}})
-                elif not window:  # else the next step's metrics are read with this one's
-                    stopping = last = True
-            if (last or done % run.save_every == 0) and not in_a_row:
-                hooks.save(state)
+            if stopping or done == steps or done % run.log_every == 0 or done % run.save_every == 0:
+                window.read()
+            due = [measure for measure in hooks.measures if measure.is_due(done, steps)]
             if stopping and done < steps:
-                raise Interrupted(f"stopped after step {done}. {hooks.resume_hint}", stop.code)
-            if not window:
-                began = time.perf_counter()
-    return state, statistics.median(seconds) if seconds else None
+                measured, owed = {}, due
+            else:
+                measured, owed = _measured(due, state, done, log)
+            stopping = stopping or bool(owed)
+            ended = bool(measured) and hooks.judge(state, measured)
+            last = stopping or ended or done == steps
+            if last:
+                window.read()
+            if (last or done % run.save_every == 0) and not window.skipped:
+                hooks.save(state, [measure.prefix for measure in owed])
+            if stopping and done < steps:
+                raise _stopped(done, hooks, stop)
+            if ended:
+                break
+            window.begin()
+    return state, statistics.median(window.seconds) if window.seconds else None
+
+
+def _measured(
+    due: Sequence[Measure], state: State, done: int, log: Log
+) -> tuple[dict[str, float], Sequence[Measure]]:
+    """Returns what the measures say, by prefixed name, and those that a signal has kept back."""
+    measured: dict[str, float] = {}
+    for index, measure in enumerate(due):
+        found = measure.take(state)
+        if found is None:
+            return measured, due[index:]
+        if found:
+            named = {measure.prefix + name: value for name, value in from_first(found).items()}
+            log.add({"step": done, **named})
+            measured |= named
+    return measured, ()
+
+
+def _stopped(done: int, hooks: Hooks, stop: Stop) -> Interrupted:
+    return Interrupted(f"stopped after step {done}. {hooks.resume_hint}", stop.code)
 
 
 def _line(

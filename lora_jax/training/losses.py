@@ -14,6 +14,7 @@ Reduction = Literal["mean", "sum"]
 # What a line of metrics holds beside the logs of a loss.
 OWN_METRICS = ("step", "time", "loss", "count", "grad_norm", "lr", "skipped", "tokens_per_s")
 HELD_OUT = "eval_"  # before the names of metrics on held-out data
+SCORE = "score_"  # before the names of a task's own scores
 
 
 class Sums(NamedTuple):
@@ -70,7 +71,7 @@ class Loss:
         if not isinstance(sums, Sums):
             raise TypeError(f"a loss returns Sums(total, count, logs), not {type(sums).__name__}")
         if taken := [
-            name for name in sums.logs if name in OWN_METRICS or name.startswith(HELD_OUT)
+            name for name in sums.logs if name in OWN_METRICS or name.startswith((HELD_OUT, SCORE))
         ]:
             raise ValueError(f"the log {taken[0]!r} has the name of another metric: rename it")
         named = {"total": sums.total, "count": sums.count, **sums.logs}

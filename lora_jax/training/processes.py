@@ -29,6 +29,16 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+def from_first(values: dict[str, float]) -> dict[str, float]:
+    """Returns the first process's values, which have the same names in all, in every process."""
+    if jax.process_count() == 1:
+        return values
+    # As bytes: JAX would round them to 32 bits.
+    own = np.array([*values.values()], np.float64).view(np.uint8)
+    told = np.asarray(multihost_utils.broadcast_one_to_all(own))
+    return dict(zip(values, told.view(np.float64).tolist(), strict=True))
+
+
 class Agreement:
     """Tells all processes at the same turn of a number that one of them has, such as a signal's.
 
@@ -63,8 +73,13 @@ class Agreement:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON; the file is there whole or not at all. Of many processes, the first one does."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Writes a text file as `write_json` does."""
     if not is_first():
         return
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    partial.write_text(content, encoding="utf-8")
     os.replace(partial, path)

@@ -6,9 +6,7 @@ progress bar, TensorBoard) they add.
 
 import contextlib
 import dataclasses
-import functools
 import math
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,15 +15,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import lora_jax as lj
 from lora_jax import models
 from lora_jax.paths import flatten_with_paths
-from lora_jax.training.batches import Arrays, Examples, Feed, Order, Packs
-from lora_jax.training.checkpoints import RECORD, Checkpoints
-from lora_jax.training.data.labelled import Labelled, classification_loss
+from lora_jax.training.arguments import (
+    ADAPTER,
+    CHECKPOINTS,
+    START,
+    as_examples,
+    check_best,
+    check_counts,
+    check_folder,
+    check_length,
+    clear,
+    like,
+    loss_of,
+)
+from lora_jax.training.batches import Examples, Feed, Order
+from lora_jax.training.best import BEST, Best
+from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.errors import TrainingError, as_argument
 from lora_jax.training.fit import (
     Ready,
@@ -33,6 +43,7 @@ from lora_jax.training.fit import (
     check_positions,
     compile_step,
     fit,
+    held_out_loss,
     make_ready,
     resumed,
     settings_of,
@@ -40,17 +51,14 @@ from lora_jax.training.fit import (
 from lora_jax.training.layout import Layout, one_device
 from lora_jax.training.lock import FolderLock
 from lora_jax.training.log import Line, Recorder, show
-from lora_jax.training.losses import HELD_OUT, Loss, summed_loss
+from lora_jax.training.losses import HELD_OUT, Loss
 from lora_jax.training.optimizer import make_optimizer, takes_from_base
 from lora_jax.training.optimizers.schedules import ScheduleKind, warmed_up
-from lora_jax.training.processes import is_first, wait_for_all
+from lora_jax.training.processes import is_first
 from lora_jax.training.stop import Stop
 from lora_jax.weight import is_node
 
-ADAPTER, START, CHECKPOINTS = "adapter", "start", "checkpoints"
-_OURS = (ADAPTER, START, CHECKPOINTS, RECORD)
 _OUR_MODELS = (models.Decoder, models.GPT2, models.Encoder)
-_CHUNK = 256  # predictions whose logits exist at once, for each part of a batch on a mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,11 +67,13 @@ class Report:
 
     Attributes:
       summary: the trainable parameters, in words; see `lora_jax.summary`.
-      steps: the steps that the run has, those before it was resumed among them.
+      steps: the steps that the run has, those before it was resumed among them. It may have ended
+        earlier, by `patience`.
       metrics: the lines of metrics, as they were logged.
       held_out: the last measurement on held-out examples, by name; {} for none.
       compile_seconds, step_seconds: of the step; the median, None where none was taken.
       adapter: the saved adapter; None without a folder.
+      best: the step and the held-out loss of the best adapter; None where it was not asked for.
     """
 
     summary: str
@@ -73,13 +83,13 @@ class Report:
     compile_seconds: float
     step_seconds: float | None
     adapter: Path | None
+    best: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Pace:
     log_every: int
     save_every: int
-    eval_every: int
     max_skipped: int
 
 
@@ -108,6 +118,8 @@ def finetune(
     eval_every: int | None = None,
     save_every: int | None = None,
     keep: int = 2,
+    keep_best: bool = False,
+    patience: int | None = None,
     max_skipped: int = 3,
     seed: int = 0,
     layout: Layout | None = None,
@@ -142,6 +154,9 @@ def finetune(
       log_every, eval_every, save_every: steps between lines, measurements on held-out examples,
         and checkpoints; by default ten a run of each.
       keep: the number of checkpoints that are kept.
+      keep_best: returns and saves the adapter whose held-out loss was the least, not the last one;
+        on the way, it is kept in ``folder/best``.
+      patience: ends the run after so many measurements in a row without a better one.
       max_skipped: a step whose loss or gradient is not finite is skipped; after so many in a row
         the run ends.
       seed: of the adapter's start, the order of the examples, and dropout.
@@ -173,12 +188,13 @@ def finetune(
     'trainable params: 14 || all params: 26 || trainable%: 53.8462'
     """
     # What can be wrong is found first.
-    examples = _as_examples(examples, "examples")
-    measured = None if held_out is None else _like(_as_examples(held_out, "held_out"), examples)
-    _check_length(steps, epochs)
-    _check_counts(batch_size=batch_size, grad_accum=grad_accum, steps=steps, keep=keep)
-    _check_counts(log_every=log_every, eval_every=eval_every, save_every=save_every)
-    _check_counts(max_skipped=max_skipped)
+    examples = as_examples(examples, "examples")
+    measured = None if held_out is None else like(as_examples(held_out, "held_out"), examples)
+    check_length(steps, epochs)
+    check_counts(batch_size=batch_size, grad_accum=grad_accum, steps=steps, keep=keep)
+    check_counts(log_every=log_every, eval_every=eval_every, save_every=save_every)
+    check_counts(max_skipped=max_skipped, patience=patience)
+    check_best(keep_best, patience, held_out=held_out is not None, folder=folder is not None)
     if not callable(lr) and not (math.isfinite(lr) and lr > 0):
         raise TrainingError(f"lr={lr}: a learning rate is a positive number")
     if not 0 <= seed < 2**32:
@@ -187,15 +203,15 @@ def finetune(
     layout = layout or one_device()
     for rows in (examples, *([] if measured is None else [measured])):
         check_positions(model, rows)
-    loss = _loss_of(loss, examples, layout)
+    loss = loss_of(loss, examples, layout)
     order = Order.of(examples, seed, batch_size, grad_accum)
     steps = steps or order.steps(epochs or 1)
-    path = _check_folder(folder, resume, overwrite)
+    path = check_folder(folder, resume, overwrite)
 
     with contextlib.ExitStack() as held:
         if path is not None and is_first():
             held.enter_context(FolderLock(path))
-            _check_folder(path, resume, overwrite)  # another run may just have ended
+            check_folder(path, resume, overwrite)  # another run may just have ended
 
         # The adapted tree and the state before the first step, or after the last checkpoint.
         rate = lr if callable(lr) else warmed_up(lr, steps, kind=schedule, warmup=warmup)
@@ -213,6 +229,9 @@ def finetune(
             schedule=rate,
             key=jax.random.fold_in(key, 1),
             checkpoints=None if path is None else Checkpoints(path / CHECKPOINTS, keep),
+            best=None
+            if path is None or not keep_best
+            else Best(path / BEST, f"{HELD_OUT}loss", patience=patience),
         )
         settings = settings_of(
             lr=lr,
@@ -222,12 +241,13 @@ def finetune(
             optimizer=optimizer if isinstance(optimizer, str) else "a function",
             rules=rules,
             seed=seed,
+            keep_best=keep_best,
         )
         ready = dataclasses.replace(ready, facts={**ready.facts, "settings": settings})
         if resume:
             ready = resumed(ready, steps)
         elif overwrite and path is not None:
-            _clear(path)
+            clear(path)
         keeps_start = path is not None and rules is not None and takes_from_base(params)
         summary = lj.summary(params)
         del params
@@ -243,11 +263,14 @@ def finetune(
         a_tenth = max(1, steps // 10)
         pace = _Pace(
             log_every=log_every or a_tenth,
-            eval_every=0 if measured is None else eval_every or a_tenth,
             save_every=steps if path is None else save_every or a_tenth,
             max_skipped=max_skipped,
         )
         recorder, stop = Recorder(log), Stop()
+        measures = []
+        if measured is not None:
+            every = eval_every or a_tenth
+            measures = [held_out_loss(ready, forward, loss, measured, every=every, stop=stop)]
         hint = f"Go on with {as_argument('resume', True)}"
         stop.remedy = hint
         in_main = threading.current_thread() is threading.main_thread()  # signals come to no other
@@ -255,11 +278,10 @@ def finetune(
             trained, step_seconds = fit(
                 ready,
                 step,
-                forward,
-                loss,
                 steps=steps,
                 pace=pace,
-                held_out=measured,
+                loss=loss,
+                measures=measures,
                 log=recorder,
                 stop=stop,
                 resume_hint=hint,
@@ -277,104 +299,8 @@ def finetune(
             compile_seconds=compile_seconds,
             step_seconds=step_seconds,
             adapter=None if path is None else path / ADAPTER,
+            best=None if ready.best is None else ready.best.about,
         )
-
-
-def _as_examples(given: Examples | Mapping[str, Any], name: str) -> Examples:
-    """Returns examples; a user's own arrays are checked for one length."""
-    if isinstance(given, Mapping):
-        arrays = {key: np.asarray(array) for key, array in given.items()}
-        lengths = {key: array.shape[0] if array.ndim else None for key, array in arrays.items()}
-        if not lengths or None in lengths.values() or len({*lengths.values()}) > 1:
-            shapes = ", ".join(f"{key} {array.shape}" for key, array in arrays.items()) or "nothing"
-            raise TrainingError(
-                f"{name} has {shapes}: arrays of one length are needed, [n, …] each"
-            )
-        given = Arrays(arrays)
-    if not isinstance(given, Examples):
-        raise TrainingError(
-            f"{name} is a {type(given).__name__}: give training.chats(rows, tokenizer, …), "
-            "training.texts(rows, tokenizer, …), or a dict of arrays"
-        )
-    if not len(given):
-        raise TrainingError(f"{name} is empty")
-    return given
-
-
-def _like(held_out: Examples, examples: Examples) -> Examples:
-    """Returns the held-out examples; they have the arrays that the others have."""
-    one = np.zeros(1, int)
-    names = {*held_out.take(one)}, {*examples.take(one)}
-    if names[0] != names[1]:
-        theirs, ours = (", ".join(sorted(of_one)) for of_one in names)
-        raise TrainingError(f"held_out has the arrays {theirs}; examples has {ours}")
-    return held_out
-
-
-def _check_length(steps: int | None, epochs: float | None) -> None:
-    if steps is not None and epochs is not None:
-        raise TrainingError("steps and epochs both say how long to train: give one of them")
-    if epochs is not None and not (math.isfinite(epochs) and epochs > 0):
-        raise TrainingError(f"epochs={epochs}: a positive number of passes over the examples")
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, value in counts.items():
-        if value is not None and not value >= 1:
-            raise TrainingError(f"{name}={value}: at least 1 is needed")
-
-
-def _loss_of(given: Any, examples: Examples, layout: Layout) -> Loss:
-    """Returns the loss that is given, or the one that chats and texts have."""
-    if isinstance(given, Loss):
-        return given
-    if given is not None:
-        return Loss(given, unit=examples.unit)
-    if isinstance(examples, Packs):
-        layout.check_lengths(examples.lengths)
-        chunk = _CHUNK * layout.token_parts
-        return Loss(functools.partial(summed_loss, chunk=chunk, parts=layout.sequence_parts))
-    if isinstance(examples, Labelled):
-        return Loss(classification_loss, unit="text")
-    raise TrainingError(
-        "loss is missing: of your own arrays, give a function (forward, params, batch, "
-        "dropout_key) -> training.Sums(total, count, logs)"
-    )
-
-
-def _check_folder(folder: str | Path | None, resume: bool, overwrite: bool) -> Path | None:
-    """Returns the run's folder, made if need be; changes nothing that is in it."""
-    if resume and overwrite:
-        raise TrainingError("resume goes on with a run and overwrite deletes it: give one of them")
-    if folder is None:
-        if resume or overwrite:
-            name = "resume" if resume else "overwrite"
-            raise TrainingError(f"{name}=True is about a run's folder: name it by folder")
-        return None
-    path = Path(folder).expanduser()
-    if not (resume or overwrite) and any((path / name).exists() for name in _OURS):
-        raise TrainingError(
-            f"the folder {path} holds another run: go on with it by resume=True, delete it by "
-            "overwrite=True, or name another"
-        )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(
-            f"the folder {path} cannot be written: {error.strerror or error}"
-        ) from error
-    return path
-
-
-def _clear(path: Path) -> None:
-    """Deletes the run that the folder holds, and nothing else."""
-    if is_first():
-        for name in _OURS:
-            if (path / name).is_dir():
-                shutil.rmtree(path / name)
-            else:
-                (path / name).unlink(missing_ok=True)
-    wait_for_all("the folder is cleared")
 
 
 def _adapted(params: Any, rules: Any, kinds: Any, key: jax.Array, start: Path | None) -> Any:

@@ -107,11 +107,12 @@ def adapter_of(inputs, folder):
 
 def test_a_run_leaves_all_that_it_should(inputs, whole):
     assert {path.name for path in whole.iterdir()} == {
-        *("adapter", "checkpoints", "checkpoints.json", "config.json", "loss.png"),
+        *("adapter", "checkpoints", "checkpoints.json", "config.yaml", "facts.json"),
+        "loss.png",
         *("metrics.jsonl", "report.json"),
         *("tensorboard", "scores.json", "confusion.png"),
     }
-    assert json.loads((whole / "config.json").read_text())["labels"] == ["low", "middle", "top"]
+    assert json.loads((whole / "facts.json").read_text())["labels"] == ["low", "middle", "top"]
     scores = json.loads((whole / "scores.json").read_text())
     assert scores["always the commonest label"]["accuracy"] == pytest.approx(1 / 3)
     tuned = scores["fine-tuned"]

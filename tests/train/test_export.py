@@ -283,7 +283,7 @@ def test_what_is_there_is_not_overwritten(base, trained, tmp_path, capsys):
     export(*args, "--overwrite")
     assert (output / "adapter_config.json").stat().st_mtime_ns > before
 
-    # A run's folder has a config.json as well, and is no model's.
+    # A run's folder is no model's.
     args = ["--adapter", trained / "adapter", "--overwrite", "--merged", "--output"]
     assert "holds something other than a model" in fails(capsys, *args, trained)
     assert "which is an input" in fails(capsys, *args, base)

@@ -192,8 +192,7 @@ def test_a_run_goes_on_under_another_mesh(tmp_path):
 
     whole = go_on("whole", "data=4", 4)
     first = go_on("moved", "fsdp=2,tensor=2", 2)
-    config = json.loads((first / "config.json").read_text())["options"]
-    assert config["mesh"] == "fsdp=2,tensor=2"
+    assert "mesh: fsdp=2,tensor=2" in (first / "config.yaml").read_text()
     moved = go_on("moved", "data=2,sequence=2", 4, "--resume")
     losses = [[line["loss"] for line in read_metrics(folder)] for folder in (whole, moved)]
     np.testing.assert_allclose(*losses, rtol=1e-5)

@@ -47,11 +47,11 @@ def test_held_out_rows_are_drawn_and_stay_when_a_run_goes_on(tmp_path):
     assert sorted(train + held_out) == list(range(1, 41)) and len(held_out) == 3
     assert [row["prompt"] for row in drawn.held_out] == [f"{n - 1}?" for n in held_out]
     assert rows(*asked, "--seed", "1").held_out != drawn.held_out != ROWS[-3:]
-    begin(tmp_path, parse(["--dataset", "x.jsonl", *asked]), {})
+    begin(tmp_path, parse(["--dataset", "x.jsonl", *asked]), "train.sft", {})
     assert rows("--resume") == drawn == rows(*asked[2:], "--eval-every", "1", "--resume")
     with pytest.raises(UserError, match="--eval-questions was 3 and is now 64"):
         rows("--eval-every", "1", "--resume")
-    begin(tmp_path, parse(["--dataset", "x.jsonl"]), {})
+    begin(tmp_path, parse(["--dataset", "x.jsonl"]), "train.sft", {})
     assert rows("--resume").held_out == []
     with pytest.raises(UserError, match="--eval-every 5: the run has trained on all rows"):
         rows("--eval-every", "5", "--resume")
@@ -59,7 +59,7 @@ def test_held_out_rows_are_drawn_and_stay_when_a_run_goes_on(tmp_path):
 
 def test_a_longer_run_is_told_that_its_learning_rate_jumps(tmp_path):
     config = parse(["--dataset", "x.jsonl", "--schedule", "linear", "--warmup", "1"])
-    begin(tmp_path, config, {"resolved": {"steps": 11, "lr": 1.0}})
+    begin(tmp_path, config, "train.sft", {"resolved": {"steps": 11, "lr": 1.0}})
 
     def said(steps):
         run = SimpleNamespace(folder=tmp_path, config=config, steps=steps)

@@ -80,13 +80,13 @@ def assert_same(one, other):
 def test_a_run_leaves_all_that_it_should(inputs, whole):
     names = {path.name for path in whole.iterdir()}
     assert names == {
-        *("adapter", "checkpoints", "checkpoints.json", "config.json", "loss.png"),
-        *("metrics.jsonl", "report.json"),
+        *("adapter", "checkpoints", "checkpoints.json", "config.yaml", "loss.png"),
+        *("facts.json", "metrics.jsonl", "report.json"),
         "tensorboard",
     }
-    config = json.loads((whole / "config.json").read_text())
-    assert config["options"]["rank"] == 2 and config["resolved"]["steps"] == 6
-    assert config["summary"].startswith("trainable params: ") and "jax" in config["versions"]
+    facts = json.loads((whole / "facts.json").read_text())
+    assert facts["resolved"]["steps"] == 6 and facts["resolved"]["examples"] == 24
+    assert facts["summary"].startswith("trainable params: ") and "jax" in facts["versions"]
     report = json.loads((whole / "report.json").read_text())
     assert report["compiled_bytes"]["temporaries"] > 0 and report["median_step_seconds"] > 0
     assert 0 < report["adapter_bytes"] and 0 < report["base_bytes"]
@@ -165,7 +165,7 @@ def test_a_peft_configuration_says_what_trains(inputs, tmp_path):
     main([*map(str, model_and_data), str(tmp_path / "run"), "--peft-config", str(path)])
     adapter = adapter_of(inputs, tmp_path / "run")
     assert {where.split("/")[-2] for where in adapter} == {"q_proj", "v_proj"}
-    summary = json.loads((tmp_path / "run" / "config.json").read_text())["summary"]
+    summary = json.loads((tmp_path / "run" / "facts.json").read_text())["summary"]
     assert summary.startswith(f"trainable params: {3 * (24 + 24) + 3 * (24 + 8)} ")  # of one layer
     config["lora_dropout"] = 0.0
     path.write_text(json.dumps(config))
@@ -306,12 +306,12 @@ def test_the_script_names_the_rows_of_the_data(tmp_path, capsys, monkeypatch, pa
 
 
 def test_a_folder_with_another_run_is_left_alone(inputs, whole, capsys):
-    before = (whole / "config.json").read_text()
+    before = (whole / "config.yaml").read_text()
     message = fails(capsys, *inputs, "--output", whole)
     assert "holds another run" in message
     message = fails(capsys, *inputs, "--output", whole, "--resume", "--seed", 1)
     assert "--seed was 0 and is now 1" in message
-    assert (whole / "config.json").read_text() == before
+    assert (whole / "config.yaml").read_text() == before
 
 
 def test_truncated_weights_are_named(inputs, tmp_path, capsys):
@@ -401,7 +401,13 @@ def test_a_signal_saves_and_ends_cleanly(inputs, tmp_path, number, code):
 def test_the_default_task_on_a_tiny_model(inputs, tmp_path, capsys):
     args = ["--model", inputs[1], "--output", str(tmp_path), "--seq-len", "700", "--rows", "20"]
     args += ["--steps", "2", "--eval-questions", "2", "--eval-every", "2"]
+    args += ["--score-every", "1", "--keep-best", "score"]
     main(args)
+    scored = [line for line in read_metrics(tmp_path) if "score_accuracy" in line]
+    assert [line["step"] for line in scored] == [1, 2]
+    names = {name for name in scored[0] if name.startswith("score_")}
+    assert names == {"score_accuracy", "score_unseen_schemas", "score_unseen_phrasings"}
+    assert lj.adapter_info(tmp_path / "adapter")["step"] in (1, 2)
     shown = capsys.readouterr().out
     assert "Execution accuracy" in shown and "zero-shot" in shown and "Examples" in shown
     scores = json.loads((tmp_path / "scores.json").read_text())

@@ -150,8 +150,7 @@ def run(folder, halves, step, poisoned, **options):
         batch=lambda number, _: batch(number, np.nan if number + 1 in poisoned else 0.0),
         placed=lambda batch: batch,
         tokens=lambda batch: batch["ids"].size,
-        save=lambda state: checkpoints.save(state, {}),
-        evaluate=lambda state: {},
+        save=lambda state, owed: checkpoints.save(state, {}),
         rows=lambda number: f"rows {ORDER.rows(number).ravel().tolist()}",
         resume_hint="",
     )

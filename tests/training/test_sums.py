@@ -15,19 +15,20 @@ from rich.console import Console
 import lora_jax as lj
 from lora_jax.training.data.labelled import classification_loss
 from lora_jax.training.layout import Layout
-from lora_jax.training.loop import Hooks
+from lora_jax.training.loop import Hooks, Measure
 from lora_jax.training.loop import train as loop
-from lora_jax.training.losses import CROSS_ENTROPY, Loss, Sums, summed_loss
+from lora_jax.training.losses import CROSS_ENTROPY, HELD_OUT, Loss, Sums, summed_loss
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State, init_state, make_evaluation, make_step
 from lora_jax.training.stop import Stop
 from tests.models import tiny
 from tests.support import assert_close, with_random_factors
-from tests.train.run.test_log import events
+from tests.train.run.test_log import events, reporting
 from tests.training.test_losses import BATCH, LAYERS, M, batch, on_merged
 from train.run.log import Log, read_metrics
 from train.run.mesh import make_mesh
 from train.run.options.common import RunConfig
+from train.run.reporters.tensorboard import TensorBoard
 
 # What is small and whole is summed in fp32 without rounding, in whatever order.
 RNG = np.random.default_rng(0)
@@ -233,20 +234,25 @@ def looped(folder, reduction, log_every):
         metrics |= {"grad_norm": 1.0, "skipped": float(n == 2)}
         return state._replace(step=state.step + 1), metrics
 
+    measured = {"loss": 7.0, "hits": 0.5}
+    measure = Measure(every=4, prefix=HELD_OUT, take=lambda state: measured)
     hooks = Hooks(
         batch=lambda number, state: {"number": number},
         placed=lambda batch: batch,
         tokens=lambda batch: 1,
-        save=lambda state: None,
-        evaluate=lambda state: {"loss": 7.0, "hits": 0.5},
+        save=lambda state, owed: None,
+        measures=[measure],
         rows=str,
         resume_hint="",
         reduction=reduction,
     )
     folder.mkdir()
     console = Console(file=io.StringIO(), force_terminal=False, width=1000)
-    settings = RunConfig(output=str(folder), log_every=log_every, eval_every=4)
-    with Log(folder, console, first=0, last=4) as log:
+    settings = RunConfig(output=str(folder), log_every=log_every)
+    with (
+        reporting(folder, {"tensorboard": TensorBoard}) as reports,
+        Log(folder, console, first=0, last=4, reporting=reports) as log,
+    ):
         loop(step, State({}, (), 0, None), {}, 4, settings, hooks, log, Stop())
     return read_metrics(folder), console.file.getvalue()
 

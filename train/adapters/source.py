@@ -17,11 +17,12 @@ from lora_jax.peft.hub import adapter_folder
 from lora_jax.peft.load import read_tensors
 from lora_jax.peft.names import FILE as PEFT_WEIGHTS
 from lora_jax.peft.names import PREFIX
+from lora_jax.training.best import BEST
 from train.run.errors import UserError, as_user_errors
 
 ADAPTER = "adapter"  # its folder in that of a run
 _OURS = "lora"  # an item of `lora_jax.save_adapter`
-_OF_RUN = ("config.json", "checkpoints")  # what a run's folder holds before its adapter
+_OF_RUN = ("config.yaml", "checkpoints")  # what a run's folder holds before its adapter
 _CLASSES = re.compile(re.escape(PREFIX) + r"classifier(\.out_proj)?\.weight")
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 _SHOWN = 3  # problems of a file that a message names
@@ -194,6 +195,8 @@ class AdapterSource:
 def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:
     """Returns the adapter in a folder: that of a run, of an adapter, or of PEFT's files.
 
+    A run that is on its way has no adapter yet, but may have a best one.
+
     Args:
       name: the folder, or the hub name of an adapter of PEFT's.
       option: the option that names it.
@@ -209,7 +212,7 @@ def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:
             return AdapterSource(given, adapter_folder(name, None), from_peft=True)
     if not folder.is_dir():
         raise UserError(f"{given} is a file: an adapter is a folder; name the one that holds it")
-    for place in (folder, folder / ADAPTER):
+    for place in (folder, folder / ADAPTER, *_best_in(folder)):
         if (place / PEFT_CONFIG).is_file():
             return AdapterSource(given, place, from_peft=True)
         if (place / _OURS).is_dir():
@@ -231,6 +234,15 @@ def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:
         f"{given} is no adapter folder of this library or of PEFT ({PEFT_CONFIG}), nor the folder "
         f"of a run{where}"
     )
+
+
+def _best_in(folder: Path) -> list[Path]:
+    """Returns the newest of the best adapters that a run keeps; see `lora_jax.training.best`."""
+    best = folder if folder.name == BEST else folder / BEST
+    if not best.is_dir():
+        return []
+    steps = [path for path in best.iterdir() if path.name.isdecimal()]
+    return sorted(steps, key=lambda path: int(path.name))[-1:]
 
 
 def runnable(model: Any, tree: Any) -> tuple[Callable[..., Any], Any]:

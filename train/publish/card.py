@@ -6,14 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCardData
 
 from lora_jax.models import EncoderConfig
+from lora_jax.training.best import BEST
 from train.adapters.source import AdapterSource
 from train.data.files import FILE_KINDS
 from train.publish.marked import marked
+from train.run.files import read_json
 from train.run.log import read_metrics
-from train.run.output import CONFIG, REPORT, SCORES, read_json
+from train.run.output import CONFIG, FACTS, REPORT, SCORES
 from train.run.report import versions
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -183,7 +186,7 @@ def _training(export: Export, run: Mapping[str, Any], options: Mapping[str, Any]
 
 
 def _losses(source: AdapterSource) -> Iterator[tuple[str, str]]:
-    lines = read_metrics(source.folder.parent) if _is_of_run(source) else []
+    lines = read_metrics(_folder_of_run(source)) if _is_of_run(source) else []
     for name, what in (("loss", "training"), ("eval_loss", "held-out rows")):
         found = [line for line in lines if name in line]
         if found:
@@ -203,15 +206,25 @@ def _scores(scores: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _is_of_run(source: AdapterSource) -> bool:
-    return "options" in read_json(source.folder.parent / CONFIG)
+    return (_folder_of_run(source) / CONFIG).is_file()
+
+
+def _folder_of_run(source: AdapterSource) -> Path:
+    """Returns the folder that an adapter of a run lies in, or a best one of a run on its way."""
+    parent = source.folder.parent
+    return parent.parent if parent.name == BEST else parent
 
 
 def _run_of(source: AdapterSource) -> dict[str, Any]:
     """Returns the facts of the run whose folder holds the adapter; {} if none does."""
     if not _is_of_run(source):
         return {}
-    folder = source.folder.parent
-    run = read_json(folder / CONFIG)
+    folder = _folder_of_run(source)
+    try:
+        options = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        options = {}
+    run = read_json(folder / FACTS) | {"options": options if isinstance(options, dict) else {}}
     return run | {"report": read_json(folder / REPORT), "scores": read_json(folder / SCORES)}
 
 

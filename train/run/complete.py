@@ -34,30 +34,59 @@ def complete(
     chats: Sequence[Chat],
     *,
     new_tokens: int,
+    forward: Callable[..., Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """Returns the assistant's next turn in each chat, decoded greedily.
+    """Returns the assistant's next turn in each chat; see `answered`.
 
-    A prefix shared by all chats (a system prompt, solved examples) runs through the model once, and
-    is held once for all rows.
+    Args:
+      model, params, outline, new_tokens, forward, progress: see `answered`.
+      chats: the turns so far; the last one is the user's.
+    """
+    return answered(
+        model,
+        params,
+        outline,
+        tokenized(outline, chats),
+        new_tokens=new_tokens,
+        forward=forward,
+        progress=progress,
+    )
+
+
+def answered(
+    model: Any,
+    params: Any,
+    outline: Outline,
+    prompts: Sequence[list[int]],
+    *,
+    new_tokens: int,
+    forward: Callable[..., Any] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
+    """Returns the continuation of each prompt, decoded greedily.
+
+    A prefix shared by all prompts (a system prompt, solved examples) runs through the model once,
+    and is held once for all rows.
 
     Args:
       model: a decoder.
-      params: its parameters, without an adapter.
+      params: its parameters, as `forward` takes them.
       outline: the model's outline, with its tokenizer.
-      chats: the turns so far; the last one is the user's.
+      prompts: their tokens.
       new_tokens: the maximum number of tokens of an answer.
+      forward: the model's ``apply``, by default, or that on an adapted tree. Keep one and pass it
+        again: each new function compiles.
       progress: is called with the number of answers so far, and of all.
     """
-    prompts = tokenized(outline, chats)
     n_shared = _n_shared(prompts)
     rests = [prompt[n_shared:] for prompt in prompts]
     length = -(-max(map(len, rests)) // _MULTIPLE) * _MULTIPLE
     ends = end_tokens(outline)
     shared = None
     if n_shared:
-        more = length + new_tokens - 1
-        shared = share(model, params, np.asarray(prompts[0][:n_shared]), more_tokens=more)
+        first, more = np.asarray(prompts[0][:n_shared]), length + new_tokens - 1
+        shared = share(model, params, first, more_tokens=more, apply=forward)
     texts: list[str] = []
     for batch, n_real in _batches(rests, _n_rows(model, length + new_tokens)):
         ids, mask = left_padded(batch, length, ends[0] if ends else 0)
@@ -68,11 +97,12 @@ def complete(
             mask,
             max_new_tokens=new_tokens,
             eos_token_id=ends or None,
+            apply=forward,
             shared=shared,
         )
         answers = np.asarray(new)[:n_real].tolist()
         texts += outline.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        progress(len(texts), len(chats))
+        progress(len(texts), len(prompts))
     return [text.strip() for text in texts]
 
 

@@ -4,12 +4,13 @@
 end. In between, a script may still look at the base as it was.
 """
 
+import contextlib
 import dataclasses
 import math
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +22,34 @@ import lora_jax as lj
 from lora_jax.models.attention import chosen_attention
 from lora_jax.training import fit as training
 from lora_jax.training.batches import Examples, Feed, Order
+from lora_jax.training.best import BEST, Best
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.layout import Layout
-from lora_jax.training.losses import Loss
+from lora_jax.training.loop import Measure
+from lora_jax.training.losses import HELD_OUT, SCORE, Loss
 from lora_jax.training.optimizer import takes_from_base
 from lora_jax.training.processes import is_first, wait_for_all
 from lora_jax.training.stop import Stop
 from train.adapters.source import find_adapter
 from train.run.adapter import check_names, rules
 from train.run.errors import as_user_errors, flag
-from train.run.log import doing, draw_curve, open_log, read_metrics
+from train.run.files import SAMPLES, read_json, read_lines
+from train.run.log import Log, QuietLog, doing, draw_curve, open_log, read_metrics
 from train.run.optimizer import make_optimizer, make_schedule, optimizer_line
 from train.run.options.common import OptimConfig, Options
+from train.run.options.written import effective
 from train.run.output import (
     ADAPTER,
     CHECKPOINTS,
-    CONFIG,
+    FACTS,
     START,
     begin,
     folder_bytes,
-    read_json,
 )
 from train.run.pretrained import Outline
 from train.run.report import compiled_bytes, megabytes, peak_bytes, versions
+from train.run.reporters.registry import REPORTERS
+from train.run.reporters.reporting import Reporting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,15 +66,15 @@ class Run:
     rate: float  # the highest learning rate
     layout: Layout
     about: dict[str, Any]  # what the saved adapter says of its base
+    score: str | None = None  # the name of the task's score
 
 
-def number_of_steps(optim: OptimConfig, order: Order, default: int | None = None) -> int:
-    """Returns --steps, or what --epochs comes to, or the default: one epoch, if none is given."""
+def number_of_steps(optim: OptimConfig, order: Order) -> int:
+    """Returns --steps, or what --epochs comes to."""
     if optim.steps is not None:
         return optim.steps
-    if optim.epochs is None and default is not None:
-        return default
-    return order.steps(optim.epochs or 1)
+    assert optim.epochs is not None, "the options have no defaults yet"
+    return order.steps(optim.epochs)
 
 
 def learning_rate(config: Options, outline: Outline, steps: int) -> float:
@@ -131,7 +137,7 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
       run: its options, data and folder.
       params: the adapted tree.
       key: of dropout.
-      facts: what config.json says beside the options.
+      facts: what facts.json says.
 
     Raises:
       TrainingError: there is a checkpoint, and it is not of this run.
@@ -150,6 +156,7 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
         schedule=schedule,
         key=key,
         checkpoints=Checkpoints(run.folder / CHECKPOINTS, run.config.run.keep),
+        best=_best(run),
         noise=optim.neftune,
     )
     if run.config.run.resume:
@@ -163,7 +170,7 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
     facts = {"resolved": resolved, **facts, "summary": summary, "versions": versions()}
     wait_for_all("the options of all processes are checked")
     if is_first():
-        begin(run.folder, run.config, facts)
+        begin(run.folder, run.config, run.script, facts)
     wait_for_all("the run has begun")
     if takes_from_base(params) and not (run.folder / START).exists():
         # So that --resume decomposes nothing again.
@@ -173,7 +180,7 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
 
 def _moved(run: Run, schedule: optax.Schedule, done: int) -> str | None:
     """Returns a warning where the run's length changed, and with it the learning rate from here."""
-    began = read_json(run.folder / CONFIG).get("resolved", {})
+    began = read_json(run.folder / FACTS).get("resolved", {})
     optim = run.config.optim
     if not done or not {"steps", "lr"} <= began.keys():
         return None
@@ -189,12 +196,28 @@ def _moved(run: Run, schedule: optax.Schedule, done: int) -> str | None:
     )
 
 
+def _best(run: Run) -> Best | None:
+    """Returns what keeps the best adapter, if --keep-best asks for it."""
+    asked = run.config.run
+    if asked.keep_best is None:
+        return None
+    is_loss = asked.keep_best == "loss"
+    return Best(
+        run.folder / BEST,
+        f"{HELD_OUT}loss" if is_loss else f"{SCORE}{run.score}",
+        goal="min" if is_loss else "max",
+        patience=asked.patience,
+        about=run.about,
+    )
+
+
 def fit(
     run: Run,
     ready: training.Ready,
     forward: Callable[..., Any],
     loss: Loss,
     held_out: Examples | None,
+    more: Callable[[Log | QuietLog], Iterable[Measure]] = lambda log: (),
 ) -> tuple[Any, dict[str, Any]]:
     """Trains to the end and saves the adapter.
 
@@ -204,34 +227,52 @@ def fit(
       forward: the adapted function that the loss calls.
       loss: the function to minimise, and who divides it.
       held_out: examples that the loss is measured on every --eval-every steps.
+      more: returns what else is measured on the way, from the run's log.
 
     Returns:
-      The adapted tree, and a report of what training cost.
+      The adapted tree, as after the last step or as it was the best, and a report of what training
+      cost.
 
     Raises:
       Interrupted: after a signal, once the step is finished and saved.
       Diverged: too many steps in a row were skipped.
     """
-    with doing(run.console, "compiling the step"):
-        began = time.perf_counter()
-        step = training.compile_step(ready, forward, loss)
-        compile_seconds = time.perf_counter() - began
+    asked = run.config.run
     resume_hint = f"Go on with: {_resume_command(run.script)}"
-    run.stop.remedy = resume_hint
-    trained, step_seconds = training.fit(
-        ready,
-        step,
-        forward,
-        loss,
-        steps=run.steps,
-        pace=run.config.run,
-        held_out=held_out,
-        log=open_log(run.folder, run.console, first=int(ready.state.step), last=run.steps),
-        stop=run.stop,
-        resume_hint=resume_hint,
-    )
-
-    lj.save_adapter(run.folder / ADAPTER, trained, about=run.about, overwrite=True)
+    with contextlib.ExitStack() as held:
+        reporting = held.enter_context(_reporting(run)) if is_first() else None
+        with doing(run.console, "compiling the step"):
+            began = time.perf_counter()
+            step = training.compile_step(ready, forward, loss)
+            compile_seconds = time.perf_counter() - began
+        log = open_log(
+            run.folder,
+            run.console,
+            first=int(ready.state.step),
+            last=run.steps,
+            owed=ready.owed,
+            reporting=reporting,
+        )
+        measures = [*more(log)]
+        if asked.eval_every and held_out is not None:
+            every, stop = asked.eval_every, run.stop
+            of_loss = training.held_out_loss(ready, forward, loss, held_out, every=every, stop=stop)
+            measures.insert(0, of_loss)
+        run.stop.remedy = resume_hint
+        trained, step_seconds = training.fit(
+            ready,
+            step,
+            steps=run.steps,
+            pace=asked,
+            loss=loss,
+            measures=measures,
+            log=log,
+            stop=run.stop,
+            resume_hint=resume_hint,
+        )
+        best = {} if ready.best is None else ready.best.about
+        about = run.about | best
+        lj.save_adapter(run.folder / ADAPTER, trained, about=about, overwrite=True)
     metrics = read_metrics(run.folder)
     if is_first():
         draw_curve(run.folder, metrics, loss.label)
@@ -245,9 +286,42 @@ def fit(
         "peak_bytes": peak_bytes(),
         "adapter_bytes": folder_bytes(run.folder / ADAPTER),
     }
+    if ready.best is not None:
+        _print_best(run, ready.best)
+        report |= {"best": best, "ended_early": ready.best.is_over}
     run.stop.remedy = f"The adapter is in {run.folder / ADAPTER}"
     run.stop.check()
     return trained, report
+
+
+def _reporting(run: Run) -> Reporting:
+    """Opens the reporters of --report-to."""
+    facts = read_json(run.folder / FACTS)
+    return Reporting(
+        run.folder,
+        {name: REPORTERS[name] for name in run.config.run.report_to if name in REPORTERS},
+        config=effective(run.config) | {"summary": facts.get("summary")},
+        project=run.config.run.report_project,
+        lines=read_metrics(run.folder),
+        samples=read_lines(run.folder / SAMPLES),
+        warn=lambda text: run.console.print(text, highlight=False, soft_wrap=True, markup=False),
+    )
+
+
+def _print_best(run: Run, best: Best) -> None:
+    """Says which step was the best, and why the run ended."""
+    standing = best.standing
+    if standing.value is None:
+        said = f"{best.metric} was never measured: the adapter is that of the last step"
+    else:
+        said = f"the best {best.metric} is {standing.value:.4g}, of step {standing.step}"
+    if best.is_over:
+        patience = run.config.run.patience
+        said = (
+            f"ended early: no better {best.metric} for {standing.waited} measurements "
+            f"({flag('patience', patience)}); {said}"
+        )
+    run.console.print(said, highlight=False, soft_wrap=True)
 
 
 def print_adapter(run: Run, report: dict[str, Any]) -> None:

@@ -1,12 +1,11 @@
-"""The log of a run: a progress bar or plain lines, and its metrics on disk.
+"""The log of a run: a progress bar or plain lines, and its record on disk.
 
-`metrics.jsonl` is the record; TensorBoard's events and the loss curve are made from it. A resumed
-run drops the lines after its checkpoint and writes the events again, so that no step appears
-twice.
+`metrics.jsonl` is the record, and `samples.jsonl` that of sampled answers; what reporters get and
+the loss curve are made from them. A resumed run drops the lines after its checkpoint, so that no
+step appears twice.
 """
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,35 +15,62 @@ from types import TracebackType
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 from lora_jax.training.log import Line, NullLog, duration, losses_of
-from lora_jax.training.losses import HELD_OUT
+from lora_jax.training.losses import HELD_OUT, SCORE
 from lora_jax.training.processes import is_first
+from train.run.files import METRICS, SAMPLES, read_lines, write_lines
+from train.run.reporters.contract import Sample
+from train.run.reporters.reporting import Reporting
 
-METRICS = "metrics.jsonl"
-EVENTS = "tensorboard"
 CURVE = "loss.png"
+SAMPLED = "sample_"  # the measure of sampled answers, beside HELD_OUT and SCORE
+_LONGEST = 200  # characters of a sampled answer in the log
 _LINE_SECONDS = 30.0  # between lines of progress in a log file
 
 
 class Log:
     """The log of one run, from step `first` (already done) to `last`; a context manager."""
 
-    def __init__(self, folder: Path, console: Console, *, first: int, last: int) -> None:
-        self._path = folder / METRICS
+    def __init__(
+        self,
+        folder: Path,
+        console: Console,
+        *,
+        first: int,
+        last: int,
+        owed: Sequence[str] = (),
+        reporting: Reporting | None = None,
+    ) -> None:
+        """Opens the log.
+
+        Args:
+          folder: the run's folder.
+          console: to print to.
+          first, last: the steps.
+          owed: the prefixes of the measures that are taken after step `first` once more.
+          reporting: gets all lines, those of an earlier process first; None for none.
+        """
         self._console = console
         self._last = last
         self._began, self._first = time.monotonic(), first
-        kept = [line for line in read_metrics(folder) if line["step"] <= first]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
-        partial.replace(self._path)
-        shutil.rmtree(folder / EVENTS, ignore_errors=True)
-        self._events = SummaryWriter(str(folder / EVENTS))
-        for line in kept:
-            self._add_events(line)
-        self._file = self._path.open("a")
+        self._reporting = reporting
+
+        def is_kept(line: Line) -> bool:
+            again = any(name.startswith(tuple(owed)) for name in line)
+            return line["step"] < first or (line["step"] == first and not again)
+
+        kept = [line for line in read_metrics(folder) if is_kept(line)]
+        write_lines(folder / METRICS, kept)
+        answered = read_lines(folder / SAMPLES)
+        if answered:
+            last_kept = first - (SAMPLED in owed)
+            answered = [line for line in answered if line["step"] <= last_kept]
+            write_lines(folder / SAMPLES, answered)
+        if reporting is not None:
+            _replay(reporting, kept, answered)
+        self._file = (folder / METRICS).open("a")
+        self._samples = folder / SAMPLES
         self._progress = None
         if console.is_terminal:
             self._progress = Progress(
@@ -71,7 +97,6 @@ class Log:
         if self._progress:
             self._progress.stop()
         self._file.close()
-        self._events.close()
 
     def skipped(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records that a step was skipped, and prints why."""
@@ -86,21 +111,34 @@ class Log:
         line = self._record(line)
         if "loss" in line:
             self._show(line)
-        else:
+        elif f"{HELD_OUT}loss" in line:
             held_out = {k.removeprefix(HELD_OUT): v for k, v in line.items()}
             self._print(f"step {line['step']}: held-out {losses_of(held_out)}")
+        else:
+            found = {k: v for k, v in line.items() if k.startswith(SCORE)}
+            scores = (f"{k.removeprefix(SCORE)} {v:.4g}" for k, v in found.items())
+            self._print(f"step {line['step']}: score {'  '.join(scores)}")
+
+    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+        """Records what the model answered after a step, and prints it."""
+        at = round(time.time(), 3)
+        with self._samples.open("a") as file:
+            for sample in samples:
+                line = {"step": step, **sample._asdict(), "time": at}
+                file.write(f"{json.dumps(line, ensure_ascii=False)}\n")
+        if self._reporting is not None:
+            self._reporting.samples(step, samples, at)
+        self._print(f"step {step}: sampled answers")
+        for sample in samples:
+            self._print(f"  > {_in_one_line(sample.prompt)}\n    {_in_one_line(sample.answer)}")
 
     def _record(self, line: Line) -> Line:
         line = {**line, "time": round(time.time(), 3)}
         self._file.write(f"{json.dumps(line)}\n")
         self._file.flush()  # so that a killed run has a record of its last step
-        self._add_events(line)
+        if self._reporting is not None:
+            self._reporting.line(line)
         return line
-
-    def _add_events(self, line: Line) -> None:
-        for name, value in line.items():
-            if name not in ("step", "time"):
-                self._events.add_scalar(name, value, line["step"], walltime=line["time"])
 
     def _show(self, line: Line) -> None:
         text = f"{losses_of(line)}  lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tokens/s"
@@ -112,12 +150,46 @@ class Log:
         self._print(f"step {line['step']}/{self._last}  {text}  {duration(left)} left")
 
     def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def open_log(folder: Path, console: Console, *, first: int, last: int) -> Log | NullLog:
+class QuietLog(NullLog):
+    """Keeps nothing: in all processes but the first."""
+
+    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+        """Keeps nothing."""
+
+
+def open_log(
+    folder: Path,
+    console: Console,
+    *,
+    first: int,
+    last: int,
+    owed: Sequence[str] = (),
+    reporting: Reporting | None = None,
+) -> Log | QuietLog:
     """Returns the log of this process; only the first one writes. See `Log`."""
-    return Log(folder, console, first=first, last=last) if is_first() else NullLog()
+    if not is_first():
+        return QuietLog()
+    return Log(folder, console, first=first, last=last, owed=owed, reporting=reporting)
+
+
+def _replay(reporting: Reporting, lines: Sequence[Line], answered: Sequence[Line]) -> None:
+    """Reports what an earlier process has recorded; what was reported then is passed over."""
+    for step in sorted({line["step"] for line in (*lines, *answered)}):
+        for line in lines:
+            if line["step"] == step:
+                reporting.line(line)
+        if of_step := [line for line in answered if line["step"] == step]:
+            samples = [Sample(line["prompt"], line["answer"]) for line in of_step]
+            reporting.samples(step, samples, of_step[-1]["time"])
+
+
+def _in_one_line(text: str) -> str:
+    """Returns a text for the log: in one line, and not too long."""
+    joined = " ".join(text.split())
+    return joined if len(joined) <= _LONGEST else f"{joined[: _LONGEST - 1]}…"
 
 
 @contextmanager
@@ -147,16 +219,7 @@ def doing(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
 
 def read_metrics(folder: Path) -> list[Line]:
     """Reads the metrics of a run; leaves out a last line that a kill cut short."""
-    path = folder / METRICS
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and "step" in line:
-            lines.append(line)
-    return lines
+    return read_lines(folder / METRICS)
 
 
 def draw_curve(folder: Path, lines: Sequence[Line], label: str = "loss") -> None:

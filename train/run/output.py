@@ -1,6 +1,5 @@
 """The output folder of a run: its files, the check before a run, and its clearing."""
 
-import json
 import shutil
 import tempfile
 from contextlib import ExitStack
@@ -9,22 +8,28 @@ from typing import Any
 
 from rich.console import Console
 
+from lora_jax.training.best import BEST
 from lora_jax.training.checkpoints import RECORD
 from lora_jax.training.lock import FolderLock
-from lora_jax.training.processes import is_first, write_json
+from lora_jax.training.processes import is_first, write_json, write_text
 from train.adapters.source import ADAPTER
 from train.run.errors import UserError
-from train.run.log import CURVE, EVENTS, METRICS, read_metrics
-from train.run.options.common import Options, as_json, check_same_run
+from train.run.files import LEDGER, METRICS, SAMPLES
+from train.run.log import CURVE, read_metrics
+from train.run.options.common import Options
+from train.run.options.written import as_file, check_same_run, from_file
+from train.run.reporters import tensorboard, wandb
 
-CONFIG = "config.json"
+CONFIG = "config.yaml"  # the options
+FACTS = "facts.json"  # what came of them: steps, sizes, versions
 SCORES = "scores.json"
 CONFUSION = "confusion.png"
 REPORT = "report.json"
 START = "start"
 CHECKPOINTS = "checkpoints"
-_RESULTS = (CONFIG, SCORES, REPORT, ADAPTER, METRICS, EVENTS, CURVE, CONFUSION)
-_OURS = (*_RESULTS, START, CHECKPOINTS, RECORD)
+_RESULTS = (CONFIG, FACTS, SCORES, REPORT, ADAPTER, BEST, METRICS, SAMPLES, CURVE, CONFUSION)
+_REPORTS = (LEDGER, tensorboard.EVENTS, wandb.FILES)
+_OURS = (*_RESULTS, *_REPORTS, START, CHECKPOINTS, RECORD)
 _TRAINED = (ADAPTER, CHECKPOINTS, RECORD, REPORT)  # what a run leaves once a step is done
 
 
@@ -61,7 +66,7 @@ def check_output(config: Options) -> Path:
     folder = Path(config.run.output).expanduser()
     holds_run = any((folder / name).exists() for name in _OURS) and not _is_untrained(folder)
     if config.run.resume:
-        saved = _saved_config(folder)
+        saved = _saved_options(config, folder)
         check_same_run(config, saved, folder)
     elif holds_run and not config.run.overwrite:
         raise UserError(
@@ -80,7 +85,7 @@ def check_output(config: Options) -> Path:
 def _is_untrained(folder: Path) -> bool:
     """Returns whether a run was stopped here before its first step: nothing of it need be kept."""
     trained = any((folder / name).exists() for name in _TRAINED) or read_metrics(folder)
-    return not trained and "options" in read_json(folder / CONFIG)
+    return not trained and (folder / CONFIG).exists()
 
 
 def _cannot_be_written(folder: Path, error: OSError) -> UserError:
@@ -91,26 +96,27 @@ def saved_options(config: Options) -> dict[str, Any]:
     """Returns the options that a resumed run began with; {} for a run that begins."""
     if not config.run.resume:
         return {}
-    return _saved_config(Path(config.run.output).expanduser())
+    return _saved_options(config, Path(config.run.output).expanduser())
 
 
-def _saved_config(folder: Path) -> dict[str, Any]:
+def _saved_options(config: Options, folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
-    try:
-        return json.loads(path.read_text())["options"]
-    except FileNotFoundError:
+    if not path.exists():
         raise UserError(
             f"--resume: there is no run in {folder} ({CONFIG} is missing); start one without "
             "--resume"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        )
+    try:
+        return from_file(path, config)
+    except UserError as error:
         raise UserError(
-            f"--resume: {path} is damaged ({error!r}); begin again with --overwrite"
+            f"--resume: {path} is damaged, or of another script ({error}); put it right, or begin "
+            "again with --overwrite"
         ) from None
 
 
-def begin(folder: Path, config: Options, facts: dict[str, Any]) -> None:
-    """Writes the configuration; without --resume, deletes what an earlier run left first."""
+def begin(folder: Path, config: Options, script: str, facts: dict[str, Any]) -> None:
+    """Writes options and facts; without --resume, deletes what an earlier run left first."""
     if not config.run.resume:
         for name in _OURS:
             path = folder / name
@@ -118,15 +124,8 @@ def begin(folder: Path, config: Options, facts: dict[str, Any]) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    write_json(folder / CONFIG, {"options": as_json(config), **facts})
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file; returns {} if it is missing or cannot be read."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
+    write_json(folder / FACTS, facts)
+    write_text(folder / CONFIG, as_file(config, script))
 
 
 def folder_bytes(folder: Path) -> int:

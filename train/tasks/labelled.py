@@ -27,7 +27,7 @@ from train.tasks.classes import (
     print_scores,
     scores_of,
 )
-from train.tasks.task import Context, Data, Rows, Task
+from train.tasks.task import Context, Data, Progress, Rows, Task
 
 # Maps (rows to train on, texts) to (the baseline's name, a label for each text).
 Baseline = Callable[[Sequence[Row], Sequence[str]], tuple[str, Sequence[str]]]
@@ -111,6 +111,16 @@ class Telling:
     def before(self, model: Any, params: Any) -> None:
         """Does nothing: the head is not trained yet."""
 
+    def score(
+        self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
+    ) -> dict[str, float]:
+        """Classifies the texts; returns accuracy and macro F1."""
+        test: Any = self.context.data.held_out
+        rows = 4 * self.context.config.optim.batch_size
+        predicted = predict(forward, params, test, rows).argmax(-1)
+        scores = scores_of(test.labels, predicted, self.context.data.facts["labels"])
+        return {name: scores[name] for name in ("accuracy", "macro_f1")}
+
     def after(self, model: Any, params: Any) -> None:
         """Classifies the texts; writes and prints scores and mistakes."""
         context, data = self.context, self.context.config.data
@@ -151,4 +161,5 @@ TASK = Task(
     examples=examples,
     loss=loss,
     evaluation=Telling,
+    score="accuracy",
 )

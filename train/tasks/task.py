@@ -15,6 +15,7 @@ from lora_jax.training.batches import Examples
 from lora_jax.training.data.chats import Row
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
+from train.run.errors import UserError
 from train.run.options.common import Defaults
 from train.run.pretrained import Outline
 
@@ -40,7 +41,7 @@ class Data:
       train: the examples to train on.
       held_out: the examples to evaluate the loss on; None for none.
       name: returns the name of one of `train` in messages.
-      facts: facts about the examples for config.json.
+      facts: facts about the examples for facts.json.
       lines: lines to print before training.
     """
 
@@ -63,14 +64,29 @@ class Context:
     outline: Outline
 
 
+Progress = Callable[[int, int], None]  # is called with what is done so far, and of how much
+
+
 class Evaluation(Protocol):
-    """An evaluation before and after training; both take parameters without an adapter."""
+    """An evaluation before, while and after a model trains."""
 
     def before(self, model: Any, params: Any) -> None:
-        """Evaluates the base."""
+        """Evaluates the base; its parameters have no adapter."""
+
+    def score(
+        self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
+    ) -> dict[str, float]:
+        """Returns the scores of an adapted tree by name, the task's `score` among them.
+
+        Args:
+          model: the model.
+          params: the adapted tree.
+          forward: the model's ``apply``, for an adapted tree.
+          progress: may be called on the way, in all processes alike; ends the scoring by raising.
+        """
 
     def after(self, model: Any, params: Any) -> None:
-        """Evaluates the trained model; writes and prints the scores."""
+        """Evaluates the trained model, merged; writes and prints the scores."""
 
 
 def _unchanged(config: Any) -> Any:
@@ -96,6 +112,8 @@ class Task:
       examples: encodes the rows as examples for that model.
       loss: returns the function to minimise, from the options and the layout on the mesh.
       evaluation: returns the evaluation of a run; None for none.
+      score: the name of the score that tells how good the model is, the higher the better; None
+        where there is none but the loss.
     """
 
     defaults: Defaults
@@ -106,3 +124,13 @@ class Task:
     examples: Callable[[Any, Rows, Outline], Data]
     loss: Callable[[Any, Layout], Loss]
     evaluation: Callable[[Context], Evaluation | None] = _no_evaluation
+    score: str | None = None
+
+    def check_options(self, config: Any) -> None:
+        """Raises a UserError for options that make no sense for this task."""
+        if config.run.score_every and self.score is None:
+            raise UserError(
+                f"--score-every {config.run.score_every}: --dataset {config.data.dataset} has no "
+                "score but its loss: measure that, by --eval-every"
+            )
+        self.check(config)

@@ -1,6 +1,7 @@
 """Labelled texts as arrays, the loss, and what a model makes of them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -235,14 +236,24 @@ def classification_loss(
 
 
 def predict(model: Any, params: Any, examples: Labelled, batch_size: int) -> np.ndarray:
-    """Returns the probability of each class for each text, by `params` (plain): [n, classes].
+    """Returns the probability of each class for each text: [n, classes].
 
     See the example of `texts`.
+
+    Args:
+      model: a classifier, or its ``apply`` on an adapted tree, ``lora_jax.adapt(model.apply)``.
+        What is compiled for one function serves it again.
+      params: the parameters, plain or adapted as `model` is.
+      examples: the texts.
+      batch_size: texts in memory at once.
     """
-
-    def probabilities(params: Any, batch: dict[str, Any]) -> jax.Array:
-        return jax.nn.softmax(logits_of(model.apply, params, batch))
-
-    run = jax.jit(probabilities)
+    run = functools.partial(_probabilities, getattr(model, "apply", model))
     parts = [np.asarray(run(params, part)) for part in examples.parts(batch_size)]
     return np.concatenate(parts)[: len(examples)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _probabilities(
+    forward: Callable[..., jax.Array], params: Any, batch: dict[str, Any]
+) -> jax.Array:
+    return jax.nn.softmax(logits_of(forward, params, batch))

@@ -7,6 +7,7 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 import lora_jax as lj
@@ -35,8 +36,9 @@ def run(tmp_path):
         about = {"model": str(base)} | ({"labels": ("no", "a|b", "yes")} if head else {})
         lj.save_adapter(folder / "adapter", tree, about=about)
         resolved = {"steps": 7, "examples": 24, "lr": 0.01}
-        config = {"options": OPTIONS | options, "resolved": resolved, "versions": {"jax": "0.1"}}
-        (folder / "config.json").write_text(json.dumps(config | {"summary": "trainable: 5"}))
+        facts = {"resolved": resolved, "versions": {"jax": "0.1"}, "summary": "trainable: 5"}
+        (folder / "facts.json").write_text(json.dumps(facts))
+        (folder / "config.yaml").write_text(yaml.safe_dump(OPTIONS | options))
         (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(m)}\n" for m in LOSSES))
         scores = {"fine-tuned": {"accuracy": 0.875, "confusion": [[1]]}, "answers": [{"x": 1}]}
         (folder / "scores.json").write_text(json.dumps(scores))

@@ -19,8 +19,10 @@ from tests.train.tiny import CONFIG
 from train import classify, sft
 from train.run.adapter import rules
 from train.run.errors import UserError
-from train.run.options.common import Attention, Experts, as_json, check_same_run
-from train.run.output import begin, check_output, read_json
+from train.run.files import read_json
+from train.run.options.common import Attention, Experts
+from train.run.options.written import check_same_run, effective
+from train.run.output import begin, check_output
 from train.run.pretrained import Outline, read_model
 from train.sft import check, parse, task_of
 from train.tasks.sql.task import TASK as SQL
@@ -253,7 +255,7 @@ def test_another_name_is_refused_by_those_that_are(args, words, capsys):
 
 
 def test_a_resumed_run_keeps_its_options_but_for_length_and_reports(tmp_path):
-    saved = as_json(parse(["--rank", "4", "--layers", "1", "2"]))
+    saved = effective(parse(["--rank", "4", "--layers", "1", "2"]))
     same = "--rank 4 --layers 1 2 --steps 9 --keep 3 --log-every 2 --resume --eval-questions 0"
     check_same_run(parse(same.split()), saved, tmp_path)
     with pytest.raises(UserError) as caught:
@@ -272,7 +274,7 @@ def options(folder, *args):
 def test_a_folder_that_holds_a_run_is_not_used_again(tmp_path):
     folder = tmp_path / "run"
     assert check_output(options(folder)) == folder
-    begin(folder, options(folder), {"resolved": {}})
+    begin(folder, options(folder), "train.sft", {"resolved": {}})
     (folder / "notes.txt").write_text("mine")
     check_output(options(folder))  # it was stopped before its first step
     (folder / "adapter").mkdir()
@@ -283,19 +285,18 @@ def test_a_folder_that_holds_a_run_is_not_used_again(tmp_path):
         check_output(options(folder, "--resume", "--seed", "1"))
     check_output(options(folder, "--overwrite"))
     assert (folder / "adapter").exists()  # nothing goes before all checks have passed
-    begin(folder, options(folder, "--overwrite"), {})
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "notes.txt"]
+    begin(folder, options(folder, "--overwrite"), "train.sft", {})
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("config.yaml", "facts.json", "notes.txt")
+    ]
 
 
 def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
-    with pytest.raises(UserError, match="there is no run in .*config.json is missing"):
+    with pytest.raises(UserError, match="there is no run in .*config.yaml is missing"):
         check_output(options(tmp_path / "nothing", "--resume"))
-    (tmp_path / "config.json").write_text('{"options"')
-    with pytest.raises(UserError, match="config.json is damaged"):
+    (tmp_path / "config.yaml").write_text("rank: [")
+    with pytest.raises(UserError, match="config.yaml is damaged.*line 1: no YAML"):
         check_output(options(tmp_path, "--resume"))
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # a model's folder
-    with pytest.raises(UserError, match="holds another run"):
-        check_output(options(tmp_path))
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

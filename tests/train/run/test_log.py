@@ -8,11 +8,23 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from train.run import log as run_log
+from train.run.files import METRICS, SAMPLES, read_lines
 from train.run.log import Log, draw_curve, duration, read_metrics
+from train.run.reporters.reporting import Reporting
+from train.run.reporters.tensorboard import TensorBoard
 
 
 def line(step):
     return {"step": step, "loss": 1 / step, "lr": 0.1, "count": 5, "tokens_per_s": 7.0}
+
+
+def reporting(folder, reporters, warn=print):
+    """The reporters of a run, as a script opens them."""
+    lines, samples = (read_lines(folder / name) for name in (METRICS, SAMPLES))
+    config = {"rank": 4, "summary": "few parameters"}
+    return Reporting(
+        folder, reporters, config=config, project=None, lines=lines, samples=samples, warn=warn
+    )
 
 
 def events(folder):
@@ -30,7 +42,10 @@ def events(folder):
 
 def write(folder, steps, first):
     console = Console(file=io.StringIO(), force_terminal=False)
-    with Log(folder, console, first=first, last=6) as log:
+    with (
+        reporting(folder, {"tensorboard": TensorBoard}) as reports,
+        Log(folder, console, first=first, last=6, reporting=reports) as log,
+    ):
         for step in steps:
             log.add(line(step))
     return console.file.getvalue()

@@ -42,6 +42,7 @@ Remat = Annotated[
 
 Attention = Literal["auto", "dense", "blockwise", "splash", "cudnn"]
 Experts = Literal["auto", "blocks", "ragged"]
+ReportTo = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +170,9 @@ class OptimConfig:
 class RunConfig:
     """Evaluation and output."""
 
+    config: str | None = None
+    """A YAML file of options, by their names here. Those of the command line override it. A run
+    writes such a file to its folder, config.yaml, which repeats it."""
     output: str
     """The output folder of the run."""
     mesh: str | None = None
@@ -196,6 +200,21 @@ class RunConfig:
     """Number of checkpoints to keep."""
     eval_every: int = 0
     """Steps between evaluations of the loss on held-out data; 0 for none."""
+    score_every: int = 0
+    """Steps between the task's own scores: execution accuracy on the questions of the SQL task,
+    accuracy on the test rows of a classifier; 0 for none. Takes the time of answering them."""
+    keep_best: Literal["loss", "score"] | None = None
+    """Keep the best adapter apart, by the least loss of --eval-every or the highest score of
+    --score-every. In the end the run's adapter is that one, not the last."""
+    patience: int | None = None
+    """End the run after so many measurements of --keep-best in a row without a better one."""
+    report_to: tuple[ReportTo, ...] = ("tensorboard",)
+    """Services that get the metrics, beside metrics.jsonl: tensorboard (files in the output
+    folder), wandb, mlflow, trackio (extras of the same names), or none. A resumed run goes on with
+    its runs there."""
+    report_project: str | None = None
+    """The project of wandb and trackio, and experiment of mlflow, that the run belongs to. By
+    default what their own environment variables say, or lora_jax."""
     compilation_cache: str | None = None
     """The folder where JAX keeps compiled programs for later runs, or off. By default
     lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR; none for many
@@ -244,7 +263,8 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
     rate = defaults.full_lr if adapter.full else defaults.lr
     optim = with_optimizer_defaults(optim, lr=rate, beta2=defaults.beta2)
     if optim.epochs is None and optim.steps is None:
-        optim = dataclasses.replace(optim, epochs=defaults.epochs)
+        epochs = defaults.epochs or (1.0 if defaults.steps is None else None)
+        optim = dataclasses.replace(optim, steps=defaults.steps, epochs=epochs)
     data, source = options.data, _init_adapter(adapter)
     if data.model is None:
         data = dataclasses.replace(data, model=_stated_base(source) or defaults.model)
@@ -267,16 +287,6 @@ def _stated_base(source: AdapterSource | None) -> str | None:
     return source.base() if source and source.about.get("model") else None
 
 
-# Options that a resumed run may change: its length, devices, reports, and checkpoints. Any other
-# change would make it another run.
-CHANGEABLE = frozenset(
-    {"steps", "epochs", "output", "resume", "overwrite", "allow_base_mismatch", "log_every"}
-    | {"save_every", "keep", "eval_every", "eval_questions", "max_skipped"}
-    | {"mesh", "distributed", "coordinator", "num_processes", "process_id", "compilation_cache"}
-    | {"token_cache", "eval_dataset", "eval_split"}
-)
-
-
 def check_shared(options: Options) -> None:
     """Raises a UserError if options, with their defaults, make no sense for any data."""
     adapter, optim, run = options.adapter, options.optim, options.run
@@ -289,7 +299,13 @@ def check_shared(options: Options) -> None:
             f"--weight-decay {optim.weight_decay}, --grad-clip {optim.grad_clip}: finite numbers "
             "are needed (--grad-clip 0 does not clip)"
         )
-    at_least(0, run, "eval_every")
+    at_least(0, run, "eval_every", "score_every")
+    at_least(1, run, "patience")
+    _check_best(run)
+    if len(run.report_to) > 1 and "none" in run.report_to or not run.report_to:
+        raise UserError(
+            f"--report-to {' '.join(run.report_to)}: names of reporters are needed, or none alone"
+        )
     check_optim(optim)
     if optim.lora_plus is not None and not (math.isfinite(optim.lora_plus) and optim.lora_plus > 0):
         raise UserError(f"--lora-plus {optim.lora_plus}: a positive number is needed")
@@ -315,6 +331,19 @@ def check_shared(options: Options) -> None:
         raise UserError("--resume continues a run and --overwrite deletes it: give one of them")
 
 
+def _check_best(run: RunConfig) -> None:
+    if run.patience is not None and run.keep_best is None:
+        raise UserError(
+            f"--patience {run.patience} ends a run that no longer improves, and leaves its best "
+            "adapter: say by --keep-best which that is"
+        )
+    needed = {"loss": "eval_every", "score": "score_every"}.get(run.keep_best or "")
+    if needed and not getattr(run, needed):
+        raise UserError(
+            f"--keep-best {run.keep_best} goes by what {flag(needed)} measures: give it, too"
+        )
+
+
 def check_seed(seed: int) -> None:
     """Raises a UserError for a seed that JAX or NumPy does not take."""
     if not 0 <= seed <= _MOST_SEED:
@@ -334,22 +363,3 @@ def as_json(options: Options) -> dict[str, Any]:
     parts = dataclasses.asdict(options).values()
     flat = {name: value for part in parts for name, value in part.items()}
     return json.loads(json.dumps(flat))  # tuples become lists, as when read from a file
-
-
-def check_same_run(options: Options, saved: dict[str, Any], folder: Path) -> None:
-    """Raises a UserError if a resumed run's options differ from those it began with."""
-    now = as_json(options)
-    differing = [
-        f"{flag(name)} was {_option(saved.get(name))} and is now {_option(value)}"
-        for name, value in now.items()
-        if name not in CHANGEABLE and saved.get(name) != value
-    ]
-    if differing:
-        raise UserError(
-            f"--resume: the run in {folder} began with other options: {'; '.join(differing)}. "
-            "Give the same options, or start another run in another --output"
-        )
-
-
-def _option(value: Any) -> str:
-    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

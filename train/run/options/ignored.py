@@ -1,6 +1,6 @@
 """Options that have no effect beside others are refused: a run does all that it is asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from train.data.files import FILE_KINDS
@@ -24,16 +24,30 @@ class _Case(NamedTuple):
     without_effect: Sequence[str]
 
 
-def check_effects(options: Any, given: frozenset[str]) -> None:
+def check_effects(
+    options: Any, given: Collection[str], lines: Mapping[str, int] | None = None
+) -> None:
     """Raises a UserError for an option that was given and has no effect beside the others.
 
     Args:
       options: the options as they were given, without a task's defaults.
-      given: the names of the fields that the command line sets; see `given_options`.
+      given: the options of the command line, by the names of their fields.
+      lines: those of the file of --config, with the line of each.
     """
+    lines = lines or {}
     for case in _cases(options):
-        if case.holds and (named := [name for name in case.without_effect if name in given]):
-            raise UserError(f"{case.why}: leave out {' and '.join(map(flag, named))}")
+        named = [name for name in case.without_effect if name in given or name in lines]
+        if case.holds and named:
+            parts = [flag(name) for name in named if name in given]
+            if of_file := [name for name in named if name not in given]:
+                where = f"line {min(lines[name] for name in of_file)} of {options.run.config}"
+                parts.append(f"{', '.join(of_file)} ({where}{' on' * (len(of_file) > 1)})")
+            raise UserError(f"{case.why}: leave out {' and '.join(parts)}")
+
+
+def idle_options(options: Any) -> frozenset[str]:
+    """Returns the names of all options that have no effect beside the others."""
+    return frozenset(name for case in _cases(options) if case.holds for name in case.without_effect)
 
 
 def given_options(args: Sequence[str]) -> frozenset[str]:
@@ -82,6 +96,16 @@ def _cases(options: Any) -> list[_Case]:
             (*_OF_HUB, "test_share", "text", "text_pair", "label"),
         ),
         _Case(test is not None, "--test names the rows to test on", ("test_share",)),
+        _Case(
+            not {*run.report_to} - {"none", "tensorboard"},
+            "TensorBoard's files have no project",
+            ("report_project",),
+        ),
+        _Case(
+            not getattr(run, "sample_prompts", ()),
+            "nothing is sampled without --sample-prompts",
+            ("sample_tokens",),
+        ),
         _Case(
             data.dataset != "sql" and not run.eval_every,
             "rows are held out for --eval-every alone",

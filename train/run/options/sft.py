@@ -103,6 +103,13 @@ class SftRunConfig(RunConfig):
 
     output: str = "runs/sql"
     """The output folder of the run."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts that the model answers on the way, greedily, for the log and samples.jsonl: texts, or
+    one file, of lines (.txt) or of rows with a `prompt`, or `messages` up to a user's (.jsonl)."""
+    sample_every: int = 0
+    """Steps between those answers; 0 for none."""
+    sample_tokens: int = 64
+    """The maximum number of tokens of such an answer."""
     eval_questions: int = 64
     """SQL task: questions of each kind to answer before and after training; 0 for none. Other data:
     rows to hold out, at most a tenth of them, if --eval-every is given; --seed draws them."""
@@ -122,7 +129,12 @@ def check(config: Config) -> None:
     """Raises a UserError if options, with their defaults, make no sense for any task."""
     check_shared(config)
     at_least(1, config.data, "seq_len", "rows")
-    at_least(0, config.run, "eval_questions")
+    at_least(0, config.run, "eval_questions", "sample_every")
+    at_least(1, config.run, "sample_tokens")
+    if bool(config.run.sample_prompts) != bool(config.run.sample_every):
+        raise UserError(
+            "--sample-prompts says what to ask, and --sample-every how often: give both"
+        )
     at_least(0, config.optim, "loss_chunk")
     if config.data.seq_len < 2:
         raise UserError("--seq-len 1 leaves no token to predict")

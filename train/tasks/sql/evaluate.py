@@ -45,20 +45,31 @@ def answer(
     questions: Questions,
     *,
     few_shot: bool = False,
+    forward: Callable[..., Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Answers:
     """Returns the model's answers, decoded greedily.
 
     Args:
       model: a decoder.
-      params: its parameters, without an adapter.
+      params: its parameters, as `forward` takes them.
       outline: the model's outline, with its tokenizer.
       questions: the questions, by kind.
       few_shot: whether solved examples come first.
+      forward: the model's ``apply``, or that on an adapted tree.
       progress: is called with the number of answers so far, and of all.
     """
     chats = _chats(questions, few_shot)
-    texts = iter(complete(model, params, outline, chats, new_tokens=NEW_TOKENS, progress=progress))
+    made = complete(
+        model,
+        params,
+        outline,
+        chats,
+        new_tokens=NEW_TOKENS,
+        forward=forward,
+        progress=progress,
+    )
+    texts = iter(made)
     return {kind: [next(texts) for _ in examples] for kind, examples in questions.items()}
 
 

@@ -2,21 +2,25 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.data.chats import Row
 from lora_jax.training.processes import write_json
 from train.run.errors import UserError, flag
+from train.run.files import read_json
 from train.run.log import doing
 from train.run.options.common import Defaults
 from train.run.options.sft import Config
-from train.run.output import SCORES, read_json
+from train.run.output import SCORES
 from train.run.pretrained import Outline
 from train.tasks import chats
 from train.tasks.sql.evaluate import (
     ADAPTED,
     FEW_SHOT,
+    UNSEEN_BOTH,
+    UNSEEN_SCHEMAS,
     ZERO_SHOT,
     Questions,
     Scores,
@@ -27,7 +31,7 @@ from train.tasks.sql.evaluate import (
     print_scores,
 )
 from train.tasks.sql.examples import training_examples
-from train.tasks.task import Context, Data, Rows
+from train.tasks.task import Context, Data, Progress, Rows
 
 STEPS = 35
 
@@ -37,6 +41,8 @@ def check(config: Config) -> None:
     for name in ("fields", "eval_dataset"):
         if getattr(config.data, name):
             raise UserError(f"{flag(name)} is about rows of your own: name them with --dataset")
+    if config.run.score_every and not config.run.eval_questions:
+        raise UserError("--eval-questions 0 leaves --score-every no questions to ask: give more")
 
 
 def read(config: Config) -> Rows:
@@ -76,6 +82,22 @@ class Answering:
         for way, few_shot in ((ZERO_SHOT, False), (FEW_SHOT, True)):
             self._ask(way, model, params, few_shot)
         write_json(path, scores.as_json())
+
+    def score(
+        self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
+    ) -> dict[str, float]:
+        """Asks the adapted model; returns the execution accuracies."""
+        scores, outline = Scores(self.scores.questions), self.context.outline
+        answers = answer(
+            model, params, outline, scores.questions, forward=forward, progress=progress
+        )
+        scores.add(ADAPTED, answers)
+        of_kind = {kind: ways[ADAPTED] for kind, ways in scores.accuracies().items()}
+        return {
+            "accuracy": sum(of_kind.values()) / len(of_kind),
+            "unseen_schemas": of_kind[UNSEEN_SCHEMAS],
+            "unseen_phrasings": of_kind[UNSEEN_BOTH],
+        }
 
     def after(self, model: Any, params: Any) -> None:
         """Asks the trained model; writes the answers and prints examples and accuracies."""
@@ -121,4 +143,5 @@ TASK = dataclasses.replace(
     rows=read,
     examples=examples,
     evaluation=evaluation,
+    score="accuracy",
 )

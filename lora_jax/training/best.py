@@ -1,0 +1,186 @@
+"""The best adapter of a run, by one measurement, and the end of a run that no longer improves.
+
+Each adapter that was the best when it was measured is saved in a folder of its own, named by its
+step. A newer one takes the place of an older one only for good once a checkpoint knows it: a run
+that goes back to an earlier checkpoint finds what was the best there. What stands is saved with
+each checkpoint.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lora_jax as lj
+from lora_jax.training.errors import TrainingError
+from lora_jax.training.processes import is_first, wait_for_all
+
+BEST = "best"  # the folder of the best adapters, beside that of the checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """Says what the best measurement so far is.
+
+    Attributes:
+      value: the measurement; None before the first one that is a number.
+      step: the step that it was taken after.
+      waited: the measurements since then.
+    """
+
+    value: float | None = None
+    step: int = 0
+    waited: int = 0
+
+    def after(self, step: int, value: float, *, goal: Literal["min", "max"]) -> "Standing":
+        """Returns what stands after one more measurement; of equal ones, the first is the best.
+
+        >>> Standing(2.0, 10).after(20, 1.5, goal="min")
+        Standing(value=1.5, step=20, waited=0)
+        >>> Standing(2.0, 10).after(20, float("nan"), goal="min")
+        Standing(value=2.0, step=10, waited=1)
+        """
+        if self.value is None:
+            better = value == value
+        else:
+            better = value < self.value if goal == "min" else value > self.value
+        if better:
+            return Standing(value, step)
+        return dataclasses.replace(self, waited=self.waited + 1)
+
+
+class Best:
+    """Keeps the best adapter of a run.
+
+    Attributes:
+      metric: the measurement that decides: "eval_loss".
+      standing: what stands now.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        metric: str,
+        *,
+        goal: Literal["min", "max"] = "min",
+        patience: int | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Keeps the best in a folder.
+
+        Args:
+          folder: of the adapters, each in a folder of its step's number.
+          metric: the name of the measurement, with its prefix.
+          goal: whether the least or the largest is the best.
+          patience: after so many measurements in a row without a better one, training ends.
+          about: facts to keep beside each adapter; see `lora_jax.save_adapter`.
+        """
+        self.folder = folder.absolute()
+        self.metric = metric
+        self.standing = Standing()
+        self._goal = goal
+        self._patience = patience
+        self._about = dict(about or {})
+
+    @property
+    def is_over(self) -> bool:
+        """Returns whether training ends, as nothing better came for too long."""
+        return self._patience is not None and self.standing.waited >= self._patience
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Returns the step and the value of the best, as its adapter's folder states them.
+
+        Returns {} where nothing was measured.
+        """
+        if self.standing.value is None:
+            return {}
+        return {"step": self.standing.step, self.metric: self.standing.value}
+
+    def judge(self, step: int, tree: Callable[[], Any], measured: Mapping[str, float]) -> bool:
+        """Saves the adapter if it is the best so far; all processes have to call this.
+
+        Args:
+          step: the step that was measured.
+          tree: returns the adapted tree after it.
+          measured: by name; the same in all processes.
+
+        Returns:
+          Whether training ends here.
+        """
+        if self.metric in measured:
+            self.standing = self.standing.after(step, measured[self.metric], goal=self._goal)
+            if self.standing.step == step and self.standing.waited == 0:
+                about = self._about | self.about
+                lj.save_adapter(self.folder / str(step), tree(), about=about, overwrite=True)
+                wait_for_all("the best adapter is saved")
+        return self.is_over
+
+    def keep_for(self, checkpoints: Sequence[int]) -> None:
+        """Deletes the adapters that neither the run as it is needs nor one of its checkpoints.
+
+        Args:
+          checkpoints: their steps.
+        """
+        kept = {self.standing.step}
+        for step in checkpoints:
+            kept |= {max((s for s in self._steps() if s <= step), default=0)}
+        self._delete_all_but(kept)
+
+    def go_on_from(self, step: int, saved: Mapping[str, Any] | None) -> None:
+        """Goes back to what stood at a checkpoint.
+
+        Args:
+          step: the checkpoint's.
+          saved: what it says, of `as_json`; None for the beginning of a run.
+
+        Raises:
+          TrainingError: the checkpoint does not say what the best was, or its adapter is gone.
+        """
+        if step and saved is None:
+            raise TrainingError(
+                lambda option: (
+                    f"{option('keep_best')}: the run went on for {step} steps without it, and what "
+                    "was the best of them is not known: leave it out, or begin another run"
+                )
+            )
+        if saved is not None and saved["metric"] != self.metric:
+            raise TrainingError(
+                lambda option: (
+                    f"{option('keep_best')}: the run keeps the best by {saved['metric']}, not by "
+                    f"{self.metric}: ask for the same"
+                )
+            )
+        fields = {name: value for name, value in (saved or {}).items() if name != "metric"}
+        self.standing = Standing(**fields)
+        if self.standing.value is not None and self.standing.step not in self._steps():
+            raise TrainingError(
+                f"the best adapter {self.folder / str(self.standing.step)} is missing: put it "
+                "back, or begin another run"
+            )
+        self._delete_all_but({s for s in self._steps() if s <= step})
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns what stands, for a checkpoint to keep."""
+        return {"metric": self.metric, **dataclasses.asdict(self.standing)}
+
+    def load(self, params: Any) -> Any:
+        """Returns an adapted tree with the best adapter; as it is, if nothing was measured."""
+        if self.standing.value is None:
+            return params
+        # Its base is this one: there is nothing to check.
+        best = self.folder / str(self.standing.step)
+        return lj.load_adapter(best, params, allow_base_mismatch=True)
+
+    def _steps(self) -> list[int]:
+        if not self.folder.is_dir():
+            return []
+        return [int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()]
+
+    def _delete_all_but(self, kept: set[int]) -> None:
+        if is_first() and self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if not path.name.isdecimal() or int(path.name) not in kept:  # or a kill left it
+                    shutil.rmtree(path, ignore_errors=True)
+        wait_for_all("older adapters are deleted")

@@ -1,0 +1,37 @@
+"""The files of a run's folder that several modules read: JSON, whole or line by line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+LEDGER = "reporters.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file; returns {} if it is missing or cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads a file of JSON lines with a step each; leaves out a last one that a kill cut short."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
+    return lines
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Writes a file of JSON lines, which is there whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
+    partial.replace(path)

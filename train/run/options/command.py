@@ -1,0 +1,64 @@
+"""A command line, with the file that its `--config` names, as options."""
+
+import argparse
+from collections.abc import Sequence
+from typing import TypeVar
+
+import tyro
+
+from train.run.options.common import Options
+from train.run.options.file import read_options, replaced
+from train.run.options.ignored import check_effects, given_options
+
+Config = TypeVar("Config", bound=Options)
+
+# Of two options that exclude each other, one on the command line overrides the other in the file.
+_EXCLUSIVE = (
+    *(("steps", "epochs"), ("lr", "lr_rule"), ("warmup", "warmup_ratio")),
+    ("resume", "overwrite"),
+)
+
+
+def read_command(plain: Config, args: Sequence[str], prog: str) -> Config:
+    """Returns the options of a command line, without a task's defaults.
+
+    Args:
+      plain: the options of the script, none of them given.
+      args: the command line.
+      prog: how the script is called.
+
+    Raises:
+      UserError: an option has no effect beside the others; the file of --config cannot be read, or
+        has a key or a value that no option takes.
+    """
+    path = _named_file(args)
+    on_line = given_options(args)
+    config = plain
+    in_file: dict[str, int] = {}
+    if path is not None:
+        config, in_file = read_options(path, config)
+        overridden = {
+            one
+            for pair in _EXCLUSIVE
+            for one, other in (pair, pair[::-1])
+            if one in in_file and other in on_line and one not in on_line
+        }
+        config = replaced(config, {name: _value(plain, name) for name in overridden})
+        # Where the file turns something on, --no-… turns it off.
+        overridden |= {name.removeprefix("no_") for name in on_line if name not in in_file}
+        in_file = {name: line for name, line in in_file.items() if name not in overridden}
+    flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[type(plain)]]  # type: ignore[valid-type,misc]
+    config = tyro.cli(flat, args=args, prog=prog, default=config)
+    check_effects(config, on_line, in_file)
+    return config
+
+
+def _named_file(args: Sequence[str]) -> str | None:
+    """Returns the value of --config, which has to be read before the other options."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?")  # tyro tells of a value that is missing
+    return parser.parse_known_args(args)[0].config
+
+
+def _value(config: Options, name: str) -> object:
+    return next(getattr(part, name) for part in vars(config).values() if hasattr(part, name))

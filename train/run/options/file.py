@@ -1,0 +1,200 @@
+"""Options in a YAML file: those that `--config` names, and those that a run writes to its folder.
+
+A file is flat: its keys are the names of the options, with hyphens or underscores, whatever groups
+`--help` shows them in. A text stays as it is written (`token_cache: off` is no false), and `null`
+is an option that is not given.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+from lora_jax.paths import nearest
+from train.run.errors import UserError, flag
+from train.run.options.common import Options
+
+Config = TypeVar("Config", bound=Options)
+
+_TAG = "tag:yaml.org,2002:"
+_NEEDED = {
+    bool: "true or false is needed",
+    int: "a whole number is needed",
+    float: "a number is needed",
+    str: "a text is needed",
+}
+_NOT_IN_A_FILE = ("config",)
+
+
+class _Unfit(Exception):
+    """A value is none that its option takes; says what is needed."""
+
+
+def read_options(path: str, config: Config) -> tuple[Config, dict[str, int]]:
+    """Returns options with those of a file in their place, and the line of each that it sets.
+
+    Args:
+      path: the file.
+      config: the options to begin with.
+
+    Raises:
+      UserError: the file cannot be read, or has a key or a value that no option takes.
+    """
+    kinds = _kinds(config)
+    values: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    for key, value in _entries(path):
+        line = key.start_mark.line + 1
+        name = str(key.value).replace("-", "_")
+        where = f"--config {path}, line {line}"
+        if name not in kinds:
+            raise UserError(f"{where}: {_unknown(key.value, value, kinds, config)}")
+        if name in lines:
+            raise UserError(
+                f"{where}: {key.value} is given twice, in line {lines[name]}, too: leave out one"
+            )
+        lines[name] = line
+        try:
+            values[name] = _converted(value, kinds[name])
+        except _Unfit as error:
+            raise UserError(f"{where}: {key.value} is {_shown(value)}: {error}") from None
+    given = {name: line for name, line in lines.items() if values[name] is not None}
+    return replaced(config, values), given
+
+
+def replaced(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns options with some values in the place of others, by the names of their fields."""
+    changed = {}
+    for group in dataclasses.fields(config):
+        part = getattr(config, group.name)
+        own = {field.name for field in dataclasses.fields(part)}
+        changed[group.name] = dataclasses.replace(
+            part, **{name: value for name, value in values.items() if name in own}
+        )
+    return dataclasses.replace(config, **changed)
+
+
+def as_yaml(config: Options, values: Mapping[str, Any], heading: str) -> str:
+    """Returns options as a file that `read_options` reads, under the names of their groups.
+
+    Args:
+      config: says which group an option is of.
+      values: the options to write, as JSON has them.
+      heading: the comment at the beginning.
+    """
+    blocks = ["".join(f"# {line}\n" for line in heading.splitlines())]
+    for group in dataclasses.fields(config):
+        part = getattr(config, group.name)
+        names = [field.name for field in dataclasses.fields(part) if field.name in values]
+        title = (type(part).__doc__ or group.name).splitlines()[0]
+        written = yaml.safe_dump(
+            {name: values[name] for name in names},
+            sort_keys=False,
+            allow_unicode=True,
+            default_flow_style=False,
+        )
+        blocks.append(f"# {title}\n{written}" if names else "")
+    return "\n".join(block for block in blocks if block)
+
+
+def _entries(path: str) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
+    """Returns the keys and values of a file's mapping, with their places."""
+    try:
+        root = yaml.compose(Path(path).expanduser().read_text(encoding="utf-8"), yaml.SafeLoader)
+    except OSError as error:
+        raise UserError(
+            f"--config {path}: the file cannot be read: {error.strerror or error}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path}: the file is no text in UTF-8 ({error})") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"--config {path}, line {line}: no YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: no YAML: {error}") from error
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(
+            f"--config {path}: options by their names are needed, a line each, such as 'rank: 8'"
+        )
+    for key, _ in root.value:
+        if not isinstance(key, yaml.ScalarNode):
+            line = key.start_mark.line + 1
+            raise UserError(f"--config {path}, line {line}: the name of an option is needed")
+    return root.value
+
+
+def _kinds(config: Options) -> dict[str, Any]:
+    """Returns the type of each option that may stand in a file, by its name."""
+    kinds: dict[str, Any] = {}
+    for group in dataclasses.fields(config):
+        kinds |= typing.get_type_hints(type(getattr(config, group.name)), include_extras=True)
+    return {name: kind for name, kind in kinds.items() if name not in _NOT_IN_A_FILE}
+
+
+def _unknown(key: str, value: yaml.Node, kinds: Mapping[str, Any], config: Options) -> str:
+    groups = [group.name for group in dataclasses.fields(config)]
+    if key in groups and isinstance(value, yaml.MappingNode):
+        return f"{key} is no option: a file of options has no groups, write its keys one level up"
+    if key.replace("-", "_") in _NOT_IN_A_FILE:
+        return f"{flag(key)} names this file and cannot stand in it: leave it out"
+    (likely,) = nearest(key.replace("-", "_"), kinds, n=1)
+    return f"there is no option {key}; the nearest is {likely}"
+
+
+def _converted(node: yaml.Node, kind: Any) -> Any:
+    """Returns the value of a node, of the type that an option has."""
+    extras: tuple[Any, ...] = ()
+    if typing.get_origin(kind) is typing.Annotated:
+        kind, *rest = typing.get_args(kind)
+        extras = tuple(rest)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        if node.tag == f"{_TAG}null":
+            return None
+        (kind,) = (argument for argument in arguments if argument is not type(None))
+        return _converted(node, kind)
+    if origin is tuple:
+        # One value is a list of one, as on the command line.
+        nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        return tuple(_converted(one, arguments[0]) for one in nodes)
+    if origin is Literal:
+        return _one_of(node, arguments)
+    if choices := next((c for c in (getattr(x, "choices", None) for x in extras) if c), None):
+        return _one_of(node, choices)
+    return _plain(node, kind)
+
+
+def _one_of(node: yaml.Node, choices: tuple[str, ...]) -> str:
+    text = _plain(node, str)
+    if text not in choices:
+        raise _Unfit(f"one of {', '.join(choices)} is needed")
+    return text
+
+
+def _plain(node: yaml.Node, kind: type) -> Any:
+    if not isinstance(node, yaml.ScalarNode) or node.tag == f"{_TAG}null":
+        raise _Unfit(_NEEDED[kind])
+    if kind is str:
+        return node.value
+    is_plain = node.style is None  # a text in quotes is no number
+    if kind is float and is_plain:
+        try:
+            # YAML 1.1 takes 1e-3 for a text, and .inf for a number.
+            return float(node.value.replace(".inf", "inf").replace(".nan", "nan"))
+        except ValueError:
+            pass
+    if kind in (int, bool) and node.tag == f"{_TAG}{kind.__name__}":
+        return yaml.SafeLoader("").construct_object(node)
+    raise _Unfit(_NEEDED[kind])
+
+
+def _shown(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return repr(node.value) if node.style else node.value or "nothing"
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a group of keys"

@@ -1,0 +1,136 @@
+"""Answers to a few fixed prompts while a run trains."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_jax.training.loop import Measure
+from lora_jax.training.step import State
+from train.run.complete import Chat, answered, tokenized
+from train.run.errors import UserError
+from train.run.log import SAMPLED, Log, QuietLog
+from train.run.options.sft import SftRunConfig
+from train.run.pretrained import Outline
+from train.run.reporters.contract import Sample
+
+_SUFFIXES = (".txt", ".jsonl")
+
+
+class Prompts:
+    """Holds the prompts of --sample-prompts, and their tokens.
+
+    Attributes:
+      texts: the prompts as a person reads them.
+      tokens: as the model gets them, up to the start of its answer.
+    """
+
+    def __init__(self, run: SftRunConfig, outline: Outline) -> None:
+        """Reads and tokenises the prompts.
+
+        Raises:
+          UserError: the file cannot be read, a prompt is empty, or the model does not take one.
+        """
+        chats = _read(run.sample_prompts)
+        self.texts = [str(chat[-1]["content"]) for chat in chats]
+        if outline.tokenizer.chat_template is not None:
+            self.tokens = tokenized(outline, chats)
+        elif any(len(chat) > 1 for chat in chats):
+            raise UserError(
+                f"--sample-prompts: {outline.name} has no chat template, and a prompt has several "
+                "messages: give texts"
+            )
+        else:
+            self.tokens = outline.tokenizer(self.texts)["input_ids"]
+        if not all(self.tokens):
+            raise UserError("--sample-prompts: a prompt has no tokens")
+        outline.check_length(
+            max(map(len, self.tokens)) + run.sample_tokens, "--sample-prompts and --sample-tokens"
+        )
+
+
+def sampling(
+    prompts: Prompts,
+    run: SftRunConfig,
+    outline: Outline,
+    model: Any,
+    tree_of: Callable[[State], Any],
+    forward: Callable[..., Any],
+    log: Log | QuietLog,
+) -> Measure:
+    """Returns the measure that has the model answer, and measures nothing.
+
+    Args:
+      prompts: are answered greedily.
+      run: says how often, and how long the answers are.
+      outline: of the model.
+      model: a decoder.
+      tree_of: returns the adapted tree of a state.
+      forward: the model's ``apply`` on an adapted tree; see `complete.answered`.
+      log: gets the answers.
+    """
+
+    def take(state: State) -> dict[str, float]:
+        answers = answered(
+            model,
+            tree_of(state),
+            outline,
+            prompts.tokens,
+            new_tokens=run.sample_tokens,
+            forward=forward,
+        )
+        samples = [Sample(*pair) for pair in zip(prompts.texts, answers, strict=True)]
+        log.sampled(int(state.step), samples)
+        return {}
+
+    return Measure(every=run.sample_every, prefix=SAMPLED, take=take)
+
+
+def _read(given: Sequence[str]) -> list[Chat]:
+    """Returns the chats that texts, or the rows of one file, stand for."""
+    files = [text for text in given if text.endswith(_SUFFIXES)]
+    if files and len(given) > 1:
+        raise UserError(
+            f"--sample-prompts: {files[0]} is a file, and stands alone: leave the other prompts out"
+        )
+    if not files:
+        return [_chat(text, f"prompt {number}") for number, text in enumerate(given, start=1)]
+    path = Path(files[0]).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--sample-prompts: {path} cannot be read: {error}") from error
+    rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not rows:
+        raise UserError(f"--sample-prompts: {path} is empty")
+    is_json = path.suffix == ".jsonl"
+    return [
+        _chat_of_row(line, f"{path}, line {number}") if is_json else _chat(line, str(path))
+        for number, line in rows
+    ]
+
+
+def _chat(text: str, where: str) -> Chat:
+    if not text.strip():
+        raise UserError(f"--sample-prompts: {where} is empty")
+    return [{"role": "user", "content": text}]
+
+
+def _chat_of_row(line: str, where: str) -> Chat:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"--sample-prompts: {where} is no JSON: {error}") from error
+    row = row if isinstance(row, dict) else {}
+    if isinstance(row.get("prompt"), str):
+        return _chat(row["prompt"], where)
+    chat = row.get("messages")
+    is_chat = isinstance(chat, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn
+        for turn in chat
+    )
+    if not is_chat or not chat or chat[-1]["role"] != "user":
+        raise UserError(
+            f"--sample-prompts: {where}: a `prompt` is needed, or `messages` that end with a user's"
+        )
+    return chat

@@ -1,0 +1,57 @@
+"""MLflow; its own environment variables count (MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME)."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from train.run.reporters.contract import PROJECT, Ending, Sample, Start
+
+_A_BATCH = 100  # parameters that one call takes
+_LONGEST = 6000  # characters of one
+_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+
+
+def _package() -> Any:
+    import mlflow
+
+    return mlflow
+
+
+class MLflow:
+    """Logs to one run of MLflow, by a client: no run of the process is touched."""
+
+    def __init__(self, start: Start) -> None:
+        mlflow = _package()
+        self._client = mlflow.MlflowClient()
+        self._metric = mlflow.entities.Metric
+        if start.run_id is not None:
+            self._id = start.run_id
+            self._client.update_run(self._id, status="RUNNING")
+        else:
+            name = start.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
+            found = self._client.get_experiment_by_name(name)
+            experiment = found.experiment_id if found else self._client.create_experiment(name)
+            self._id = self._client.create_run(experiment, run_name=start.name).info.run_id
+            params = [
+                mlflow.entities.Param(key, str(value)[:_LONGEST])
+                for key, value in start.config.items()
+            ]
+            for first in range(0, len(params), _A_BATCH):
+                self._client.log_batch(self._id, params=params[first : first + _A_BATCH])
+        self.run_id: str | None = self._id
+
+    def report(self, step: int, values: Mapping[str, float], at: float) -> None:
+        """Logs the values."""
+        at_ms = round(1000 * at)
+        metrics = [self._metric(name, value, at_ms, step) for name, value in values.items()]
+        self._client.log_batch(self._id, metrics=metrics)
+
+    def show(self, step: int, samples: Sequence[Sample], at: float) -> None:
+        """Logs the samples as a file of JSON lines."""
+        text = "".join(f"{json.dumps(one._asdict(), ensure_ascii=False)}\n" for one in samples)
+        self._client.log_text(self._id, text, f"samples/step_{step:07}.jsonl")
+
+    def close(self, how: Ending) -> None:
+        """Ends the run there; a resumed one sets it running again."""
+        self._client.set_terminated(self._id, _STATUS[how])

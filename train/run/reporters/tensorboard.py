@@ -1,0 +1,34 @@
+"""TensorBoard's event files in the run's folder."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+
+from tensorboardX import SummaryWriter
+
+from train.run.reporters.contract import Ending, Sample, Start
+
+EVENTS = "tensorboard"
+
+
+class TensorBoard:
+    """Writes the events of all steps anew, so that a resumed run has none twice."""
+
+    run_id: str | None = None
+
+    def __init__(self, start: Start) -> None:
+        shutil.rmtree(start.folder / EVENTS, ignore_errors=True)
+        self._writer = SummaryWriter(str(start.folder / EVENTS))
+
+    def report(self, step: int, values: Mapping[str, float], at: float) -> None:
+        """Writes a scalar each."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step, walltime=at)
+
+    def show(self, step: int, samples: Sequence[Sample], at: float) -> None:
+        """Writes the samples as one text."""
+        text = "\n\n".join(f"**{sample.prompt}**\n\n{sample.answer}" for sample in samples)
+        self._writer.add_text("samples", text, step, walltime=at)
+
+    def close(self, how: Ending) -> None:
+        """Closes the files."""
+        self._writer.close()
