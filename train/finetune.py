@@ -9,10 +9,11 @@ from typing import Any
 import jax
 
 import lora_jax as lj
-from lora_jax.training.batches import Feed, Order
+from lora_jax.training.data.order import Feed, Order
 from lora_jax.training.layout import Layout
 from lora_jax.training.log import duration
 from lora_jax.training.processes import write_json
+from train.data.mixture import used
 from train.run import hosts
 from train.run.adapter import rules
 from train.run.cache import keep_compiled
@@ -69,13 +70,15 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
         hosts.check_alike(config, rows=rows.train, held_out=rows.held_out, model=outline.config)
         data = task.examples(config, rows, outline)
         order = Order.of(data.train, optim.seed, optim.batch_size, optim.grad_accum)
+        feed = Feed(data.train, order, data.name, data.source)
         steps = number_of_steps(optim, order, task.defaults.steps)
         rate = learning_rate(config, outline, steps)
         check_rules(config, outline)
         layout = Layout.of(mesh, outline.config)
         layout.check_lengths(data.facts.get("lengths", [data.facts["sequence_length"]]))
         attention = attention_line(config, outline, layout, data.facts["sequence_length"])
-    for line in [*([cached] if cached else []), *data.lines, attention]:
+    lines = (*data.lines, *used(data.train, order, steps), attention)
+    for line in [*([cached] if cached else []), *lines]:
         console.print(line, highlight=False, soft_wrap=True)
     run = Run(
         script=script,
@@ -83,7 +86,7 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
         folder=folder,
         console=console,
         stop=session.stop,
-        feed=Feed(data.train, order, data.name, config.data.dataset),
+        feed=feed,
         steps=steps,
         rate=rate,
         layout=layout,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import tyro
 
+from train.data.named import named
 from train.finetune import finetune
 from train.run.options import sft as sft_options
 from train.run.options.common import with_defaults
@@ -32,7 +33,7 @@ def parse(args: Sequence[str] | None = None) -> Config:
 
 def task_of(config: Config) -> Task:
     """Returns the task named by --dataset, or the task for a user's own rows."""
-    return find_task(config.data.dataset, CHATS)
+    return find_task([one.name for one in named(config.data.dataset)], CHATS)
 
 
 def check(config: Config) -> None:

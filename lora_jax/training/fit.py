@@ -17,8 +17,9 @@ from lora_jax.base import as_array
 from lora_jax.fingerprint import base_fingerprint, differing
 from lora_jax.models import Decoder
 from lora_jax.paths import flatten_with_paths
-from lora_jax.training.batches import Batch, Examples, Feed, Packs
+from lora_jax.training.batches import Batch, Examples, Packs
 from lora_jax.training.checkpoints import Checkpoints
+from lora_jax.training.data.order import Batches
 from lora_jax.training.errors import Diverged, TrainingError
 from lora_jax.training.layout import Layout
 from lora_jax.training.log import Log
@@ -44,7 +45,7 @@ class Ready:
       facts: what each checkpoint says of data, base and options, as JSON.
     """
 
-    feed: Feed
+    feed: Batches
     setup: Setup
     state: State
     base: Any
@@ -54,7 +55,7 @@ class Ready:
 
 def make_ready(
     params: Any,
-    feed: Feed,
+    feed: Batches,
     *,
     layout: Layout,
     optimizer: optax.GradientTransformation,
@@ -83,7 +84,7 @@ def make_ready(
         state=setup.state(adapter, key),
         base=base,
         checkpoints=checkpoints,
-        facts={"data": feed.examples.digest(), "base": base_fingerprint(base)},
+        facts={"data": feed.digest(), "base": base_fingerprint(base)},
     )
 
 
@@ -98,7 +99,7 @@ def resumed(ready: Ready, steps: int) -> Ready:
         return ready
     state, saved = ready.checkpoints.restore(ready.state)
     done = int(state.step)
-    if saved["data"] != ready.facts["data"] or saved["cursor"] != ready.feed.order.cursor(done):
+    if saved["data"] != ready.facts["data"] or not ready.feed.seek(saved["cursor"], done):
         raise TrainingError(
             lambda option: (
                 f"{option('resume', True)}: the training data are not those that the run began with"
@@ -180,7 +181,7 @@ def compile_step(ready: Ready, forward: Callable[..., Any], loss: Loss) -> Compi
         return ready.setup.lower(forward, loss, state, base, batch).compile()
 
     step = CompiledStep(compiled)
-    first = ready.setup.layout.batch(ready.feed.batch(0), parts=True)
+    first = ready.setup.layout.batch(ready.feed.first(), parts=True)
     step.of(ready.state, ready.base, first)
     return step
 
@@ -235,7 +236,7 @@ def fit(
     def evaluate(state: State) -> dict[str, float] | None:
         assert held_out is not None, "there is nothing to evaluate on"
         parts, agreement, adapter = [], Agreement(), averaged(state.opt_state, state.adapter)
-        for part in held_out.parts(feed.order.batch_size):
+        for part in held_out.parts(feed.batch_size):
             parts.append(sums_of(adapter, part))
             if stop.agreed(agreement):
                 return None
@@ -243,13 +244,13 @@ def fit(
 
     def save(state: State) -> None:
         if checkpoints is not None:
-            cursor = feed.order.cursor(int(state.step))
+            cursor = feed.cursor(int(state.step))
             checkpoints.save(state, {**ready.facts, "cursor": cursor})
 
     hooks = Hooks(
         batch=lambda number, state: feed.batch(number),
         placed=lambda batch: layout.batch(batch, parts=True),
-        tokens=feed.examples.tokens,
+        tokens=feed.tokens,
         save=save,
         evaluate=evaluate,
         rows=feed.named,

@@ -23,9 +23,10 @@ import optax
 import lora_jax as lj
 from lora_jax import models
 from lora_jax.paths import flatten_with_paths
-from lora_jax.training.batches import Arrays, Examples, Feed, Order, Packs
+from lora_jax.training.batches import Arrays, Examples, Packs
 from lora_jax.training.checkpoints import RECORD, Checkpoints
 from lora_jax.training.data.labelled import Labelled, classification_loss
+from lora_jax.training.data.order import Feed, Order
 from lora_jax.training.errors import TrainingError, as_argument
 from lora_jax.training.fit import (
     Ready,

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 from rich.console import Console
 
 from lora_jax.training.batches import Examples
-from lora_jax.training.data.chats import Row
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
 from train.run.options.common import Defaults
@@ -20,16 +19,14 @@ from train.run.pretrained import Outline
 
 
 class Rows(NamedTuple):
-    """Rows as they were read, before tokenisation.
+    """Rows before tokenisation.
 
     Attributes:
-      train, held_out: the rows.
-      numbers: the numbers of both in the data, counted from 1; None where each begins with 1.
+      train, held_out: the rows, or the data sets that have them.
     """
 
-    train: list[Row]
-    held_out: list[Row]
-    numbers: tuple[list[int], list[int]] | None = None
+    train: list[Any]
+    held_out: list[Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +37,7 @@ class Data:
       train: the examples to train on.
       held_out: the examples to evaluate the loss on; None for none.
       name: returns the name of one of `train` in messages.
+      source: the name of all of `train` in messages; "" where `name` says it.
       facts: facts about the examples for config.json.
       lines: lines to print before training.
     """
@@ -47,6 +45,7 @@ class Data:
     train: Examples
     held_out: Examples | None
     name: Callable[[int], str]
+    source: str
     facts: dict[str, Any]
     lines: tuple[str, ...] = ()
 

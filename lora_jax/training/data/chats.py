@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from lora_jax.training.batches import Packs, Tokens, pack
+from lora_jax.training.batches import Packs, pack
 from lora_jax.training.data.rows import (
     Conversation,
     Message,
@@ -23,6 +23,7 @@ from lora_jax.training.data.rows import (
     name_of,
     shown,
 )
+from lora_jax.training.data.sequences import Sequences, Tokens
 from lora_jax.training.errors import TrainingError
 
 Mapped = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
@@ -102,7 +103,7 @@ def tokenize(
     numbers: Sequence[int] | None = None,
     mapped: Mapped = one_by_one,
     train_on: TrainOn = "assistant",
-) -> list[Tokens]:
+) -> Sequences:
     """Returns each row as one sequence, or several.
 
     Several where the template renders a turn otherwise once others follow, and does not mark what
@@ -131,7 +132,7 @@ def tokenize(
         return _as_json(_encoded(drafts, tokenizer))
 
     blocks = mapped(of_block, range(0, len(rows), BLOCK))
-    return [tokens for block in blocks for tokens in _from_json(block)]
+    return Sequences.concatenated(map(_from_json, blocks))
 
 
 def _drafts(row: Row, number: int, tokenizer: Any, name: str, train_on: TrainOn) -> list[_Draft]:
@@ -322,23 +323,25 @@ def _as_json(sequences: Sequence[Tokens]) -> dict[str, Any]:
     }
 
 
-def _from_json(block: Mapping[str, Any]) -> list[Tokens]:
-    ids = np.frombuffer(base64.b64decode(block["ids"]), "<i4")
-    counts = np.frombuffer(base64.b64decode(block["counts"]), bool)
-    ends = np.cumsum(block["lengths"])
-    places = zip(ends - block["lengths"], ends, block["rows"], strict=True)
-    return [Tokens(ids[a:b], counts[a:b], row) for a, b, row in places]
+def _from_json(block: Mapping[str, Any]) -> Sequences:
+    return Sequences.of_arrays(
+        ids=np.frombuffer(base64.b64decode(block["ids"]), "<i4"),
+        counts=np.frombuffer(base64.b64decode(block["counts"]), bool),
+        lengths=block["lengths"],
+        rows=block["rows"],
+    )
 
 
-def check_lengths(sequences: Sequence[Tokens], seq_len: int, *, truncate: bool) -> list[Tokens]:
+def check_lengths(sequences: Sequence[Tokens], seq_len: int, *, truncate: bool) -> Sequences:
     """Returns the sequences, none longer than `seq_len`, each with a token that the loss counts.
 
     Raises:
       TrainingError: one is longer and `truncate` is off, or none is left.
     """
-    longer = sum(len(tokens) > seq_len for tokens in sequences)
+    table = Sequences.of(sequences)
+    longer = int((table.lengths > seq_len).sum())
     if longer and not truncate:
-        longest = max(len(tokens) for tokens in sequences)
+        longest = int(table.lengths.max())
         raise TrainingError(
             lambda option: (
                 f"{longer} of {len(sequences)} sequences are longer than "
@@ -347,9 +350,9 @@ def check_lengths(sequences: Sequence[Tokens], seq_len: int, *, truncate: bool) 
                 f"end with {option('truncate', True)}"
             )
         )
-    cut = [Tokens(t.ids[:seq_len], t.counts[:seq_len], t.row) for t in sequences]
-    kept = [tokens for tokens in cut if tokens.counts[1:].any()]
-    if not kept:
+    table = table.cut(seq_len)
+    kept = table.select(np.flatnonzero(table.predicted))
+    if not len(kept):
         raise TrainingError(
             lambda option: f"within {option('seq_len', seq_len)} no row has a token of a completion"
         )

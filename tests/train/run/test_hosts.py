@@ -15,6 +15,7 @@ from lora_jax.training.data import chats
 from lora_jax.training.processes import Agreement
 from tests.train.tiny import FORGETFUL, tokenizer
 from train.data.chats import tokenize
+from train.data.dataset import Dataset, of_rows
 from train.run import hosts, peers
 from train.run.errors import UserError
 from train.run.hosts import check_alike, map_over_processes, together
@@ -186,8 +187,8 @@ def test_rows_are_the_same_tokens_however_many_processes_read_them(processes, mo
     rows = [{"prompt": f"{i} ä?", "completion": "yes" * (i + 1)} for i in range(5)]
     rows.append({"messages": TURNS})
     spoken = tokenizer(FORGETFUL)
-    for made in processes(3, lambda: tokenize(rows, spoken, "rows")):
-        alone = processes(1, lambda: tokenize(rows, spoken, "rows"))[0]
+    for made in processes(3, lambda: tokenize(of_rows("rows", rows), spoken)):
+        alone = processes(1, lambda: tokenize(of_rows("rows", rows), spoken))[0]
         assert [t.row for t in made] == [t.row for t in alone] == [1, 2, 3, 4, 5, 6, 6]
         for one, other in zip(made, alone, strict=True):
             assert (one.ids.dtype, one.counts.dtype) == (np.int32, bool)
@@ -204,7 +205,8 @@ def test_processes_take_the_tokens_of_an_earlier_run_together(processes, monkeyp
 
     def read():
         folder = tmp_path / str(jax.process_index())
-        return [t.ids.tolist() for t in tokenize(rows, tokenizer(), "rows", kept_in=str(folder))]
+        data = Dataset("rows", lambda: rows, kept_in=str(folder))
+        return [t.ids.tolist() for t in tokenize(data, tokenizer())]
 
     first = processes(2, read)
     assert len(rendered) == 5 and first[0] == first[1]
