@@ -19,9 +19,10 @@ def order(seed: int, epoch: int, n: int) -> np.ndarray:
 class Shares:
     """Says how many rows of each data set an epoch draws.
 
-    Each data set is gone through in passes, each in an order of its own: an epoch goes on where the
-    last one ended, so that no row comes twice before all others of its data set came once. What is
-    drawn depends on the seed and the epoch alone.
+    Each data set is gone through in passes, each in an order of its own, and an epoch goes on where
+    the last one ended: after any number of epochs, one row of a data set came at most once more
+    often than another. Within an epoch all rows are shuffled. What is drawn depends on the seed and
+    the epoch alone.
 
     Attributes:
       ends: [parts], the end of each data set among the rows of all.
