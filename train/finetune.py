@@ -14,6 +14,7 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.log import duration
 from lora_jax.training.processes import write_json
 from train.data.mixture import used
+from train.dry_run import rehearse
 from train.run import hosts
 from train.run.adapter import rules
 from train.run.cache import keep_compiled
@@ -49,6 +50,8 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
     Raises:
       TrainingError: something that was asked for cannot be done.
       Interrupted: after a signal, once what there is has been saved.
+
+    With --dry-run, nothing is trained or written; see `train.dry_run`.
     """
     began = time.monotonic()
     hosts.join_hosts(config.run)
@@ -58,12 +61,13 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
     # What can be wrong is found first: options and output folder, then rows, then examples and
     # targets against the model's configuration. Only then are weights read.
     with hosts.together():
-        cached = keep_compiled(config.run.compilation_cache)
+        dry = config.run.dry_run
+        cached = None if dry else keep_compiled(config.run.compilation_cache)
         mesh = make_mesh(config.run.mesh, config.optim.batch_size)
         config = task.completed(config)
         optim = config.optim
         rules(config.adapter)
-        folder = locked_output(config, session.release, console)
+        folder = None if dry else locked_output(config, session.release, console)
         rows = task.rows(config)
         outline = task.outline(config, rows)
         outline.check_experts(optim.experts)
@@ -80,6 +84,10 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
     lines = (*data.lines, *used(data.train, order, steps), attention)
     for line in [*([cached] if cached else []), *lines]:
         console.print(line, highlight=False, soft_wrap=True)
+    if folder is None:
+        loss = task.loss(config, layout)
+        rehearse(config, outline, data, feed, order, layout, loss, steps, console)
+        return
     run = Run(
         script=script,
         config=config,

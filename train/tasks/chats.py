@@ -115,7 +115,8 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
 
 
 def _tokens(config: Config, dataset: Dataset, tokenizer: Any) -> Sequences:
-    return tokenize(dataset, tokenizer, train_on=config.data.train_on)
+    write = not config.run.dry_run
+    return tokenize(dataset, tokenizer, train_on=config.data.train_on, write=write)
 
 
 def hold_out(

@@ -184,6 +184,9 @@ class RunConfig:
     """Number of processes, with --coordinator."""
     process_id: int | None = None
     """Number of this process, from 0, with --coordinator."""
+    dry_run: bool = False
+    """Train nothing and write nothing: show the first rows as the model sees them, the lengths of
+    all, and the steps, memory and time of the run."""
     resume: bool = False
     """Resume from the last checkpoint in the output folder."""
     overwrite: bool = False
@@ -273,7 +276,7 @@ CHANGEABLE = frozenset(
     {"steps", "epochs", "output", "resume", "overwrite", "allow_base_mismatch", "log_every"}
     | {"save_every", "keep", "eval_every", "eval_questions", "max_skipped"}
     | {"mesh", "distributed", "coordinator", "num_processes", "process_id", "compilation_cache"}
-    | {"token_cache", "eval_dataset", "eval_split"}
+    | {"token_cache", "eval_dataset", "eval_split", "dry_run"}
 )
 
 

@@ -15,6 +15,10 @@ _OF_FACTORS = (
 )
 _OF_RULES = ("targets", *_OF_FACTORS, "bias", "train", "train_tokens")
 _OF_HUB = ("split", "subset")
+_OF_TRAINING = (
+    *("resume", "overwrite", "log_every", "save_every", "keep", "max_skipped"),
+    *("compilation_cache", "distributed", "coordinator", "num_processes", "process_id"),
+)
 
 
 class _Case(NamedTuple):
@@ -90,4 +94,5 @@ def _cases(options: Any) -> list[_Case]:
             "rows are held out for --eval-every alone",
             ("eval_questions",),
         ),
+        _Case(run.dry_run, "--dry-run trains nothing, in one process", _OF_TRAINING),
     ]
