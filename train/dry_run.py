@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lora_jax.training.batches import Batch
-from lora_jax.training.data.order import Batches, Order
+from lora_jax.training.data.order import Batches, Feed
 from lora_jax.training.layout import Layout
 from lora_jax.training.log import duration
 from lora_jax.training.losses import Loss
@@ -35,7 +35,6 @@ def rehearse(
     outline: Outline,
     data: Data,
     feed: Batches,
-    order: Order | None,
     layout: Layout,
     loss: Loss,
     steps: int,
@@ -48,7 +47,6 @@ def rehearse(
       outline: the model, without its weights.
       data: the examples.
       feed: their batches.
-      order: their order; None of a stream.
       layout: the devices, and where everything lies on them.
       loss: the function to minimise.
       steps: the number of steps.
@@ -58,18 +56,20 @@ def rehearse(
     say("")
     coloured = console.is_terminal and not console.no_color
     marked = "in green" if coloured else f"in {OPEN} {CLOSE}"
-    counts = "labels" not in data.facts
+    labels = data.facts.get("labels", ())
+    counts = not labels
     say(f"the first rows, as the model sees them{f'; the loss counts what is {marked}' * counts}:")
-    for one in shown(data.train, outline.tokenizer, _ROWS, data.facts.get("labels", ())):
+    for one in shown(data.train, outline.tokenizer, _ROWS, labels, data.row):
         say(f"--- {one.title}")
         console.print(as_text(one, coloured=coloured), soft_wrap=True)
     say("---")
     sizes = lengths(data.train)
     found = np.percentile(sizes, _PERCENTILES, method="higher").astype(int).tolist()
     shares = ", ".join(f"{n} ({p}%)" for p, n in zip(_PERCENTILES, found, strict=True))
-    say(f"tokens of a row, by percentiles: {shares}; {sizes.mean():,.1f} on average")
+    of = "a row" if data.feed is None else "a row of the sample"
+    say(f"tokens of {of}, by percentiles: {shares}; {sizes.mean():,.1f} on average")
     first = feed.first()
-    _print_steps(say, config, feed, order, steps, first)
+    _print_steps(say, config, feed, steps, first)
     with doing(console, "compiling the step"), as_user_errors(_REFUSAL, prefix=_REFUSED):
         needed = needs(config, outline, layout, loss, first)
     _print_memory(say, needed)
@@ -99,15 +99,15 @@ class _Say:
         self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _print_steps(
-    say: _Say, config: Options, feed: Batches, order: Order | None, steps: int, first: Batch
-) -> None:
+def _print_steps(say: _Say, config: Options, feed: Batches, steps: int, first: Batch) -> None:
     optim, run = config.optim, config.run
     of_step = f"{optim.batch_size * optim.grad_accum} sequences a step" + (
         f" ({optim.grad_accum} batches of {optim.batch_size})" if optim.grad_accum > 1 else ""
     )
     shape = " × ".join(map(str, first["ids"].shape[1:]))
-    epochs = "" if order is None else f", {steps * order.rows_a_step / order.n_rows:.2f} epochs"
+    epochs = ""
+    if isinstance(feed, Feed):
+        epochs = f", {steps * feed.order.rows_a_step / feed.order.n_rows:.2f} epochs"
     say(f"steps: {steps:,}{epochs}; {of_step}; the largest batch is {shape} tokens")
     some = [feed.tokens(feed.batch(number)) for number in range(min(steps, 16))]
     a_step = float(np.mean(some))

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 import lora_jax as lj
-from lora_jax.training.data.order import Feed, Order
+from lora_jax.training.data.order import Batches, Feed, Order
 from lora_jax.training.layout import Layout
 from lora_jax.training.log import duration
 from lora_jax.training.processes import write_json
@@ -74,8 +74,10 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
         hosts.check_alike(config, rows=rows.train, held_out=rows.held_out, model=outline.config)
         data = task.examples(config, rows, outline)
         order = Order.of(data.train, optim.seed, optim.batch_size, optim.grad_accum)
-        feed = Feed(data.train, order, data.name, data.source)
         steps = number_of_steps(optim, order, task.defaults.steps)
+        feed: Batches = Feed(data.train, order, data.name, data.source)
+        if data.feed is not None:
+            feed = data.feed(steps)
         rate = learning_rate(config, outline, steps)
         check_rules(config, outline)
         layout = Layout.of(mesh, outline.config)
@@ -86,7 +88,7 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     if folder is None:
         loss = task.loss(config, layout)
-        rehearse(config, outline, data, feed, order, layout, loss, steps, console)
+        rehearse(config, outline, data, feed, layout, loss, steps, console)
         return
     run = Run(
         script=script,

@@ -15,7 +15,7 @@ from train.run.options.common import with_defaults
 from train.run.options.ignored import check_effects, given_options
 from train.run.options.sft import Config
 from train.run.session import Session
-from train.tasks.registry import CHATS, find_task
+from train.tasks.registry import CHATS, STREAMED, find_task
 from train.tasks.task import Task
 
 
@@ -33,7 +33,8 @@ def parse(args: Sequence[str] | None = None) -> Config:
 
 def task_of(config: Config) -> Task:
     """Returns the task named by --dataset, or the task for a user's own rows."""
-    return find_task([one.name for one in named(config.data.dataset)], CHATS)
+    kind = STREAMED if config.data.stream else CHATS
+    return find_task([dataset.name for dataset in named(config.data.dataset)], kind)
 
 
 def check(config: Config) -> None:

@@ -165,16 +165,43 @@ class Packs(Examples):
         sizes = np.diff(self.starts[self.firsts])
         return float(often @ sizes / (often @ np.asarray(self.lengths)[self.groups]))
 
+    @functools.cached_property
+    def counted(self) -> np.ndarray:
+        """Returns the number of predicted tokens of each row that the loss counts: [n]."""
+        counts = self.counts_of_all.copy()
+        counts[self.starts[:-1][np.diff(self.starts) > 0]] = False  # a first one is not predicted
+        return np.diff(np.concatenate([[0], np.cumsum(counts)])[self.starts[self.firsts]])
+
     def take(self, rows: np.ndarray) -> Batch:
         """Returns the rows at the indices `rows`, of any shape: arrays [*rows.shape, …]."""
-        flat = rows.ravel()
-        group = int(self.groups[flat].max())
-        sizes = dict.fromkeys(("ids", "segment_ids", "positions"), self.lengths[group])
-        sizes |= dict.fromkeys(("predict_at", "targets", "weights"), self.predicted[group])
-        batch = {name: np.zeros((len(flat), size), np.int32) for name, size in sizes.items()}
-        for at, row in enumerate(flat.tolist()):
-            self._fill({name: array[at] for name, array in batch.items()}, row)
+        batch = self.taken([(self, rows.ravel())])
         return {name: array.reshape(*rows.shape, -1) for name, array in batch.items()}
+
+    @staticmethod
+    def taken(parts: Sequence[tuple["Packs", np.ndarray]]) -> Batch:
+        """Returns rows of several tables of the same lengths as one batch: arrays [rows, …].
+
+        Args:
+          parts: tables, and the indices of rows in each: [n].
+        """
+        group = max(int(packs.groups[rows].max()) for packs, rows in parts)
+        counted = max(int(packs.counted[rows].max()) for packs, rows in parts)
+        batch = parts[0][0].blank(sum(len(rows) for _, rows in parts), group, counted)
+        each = ((packs, row) for packs, rows in parts for row in rows.tolist())
+        for at, (packs, row) in enumerate(each):
+            packs._fill({name: array[at] for name, array in batch.items()}, row)
+        return batch
+
+    def blank(self, n: int, group: int = -1, counted: int = 0) -> Batch:
+        """Returns `n` rows of padding, of the largest length or of that of a group.
+
+        Where more tokens count than `predicted` says, arrays of them are as long as the row.
+        """
+        length, most = self.lengths[group], self.predicted[group]
+        sizes = dict.fromkeys(("ids", "segment_ids", "positions"), length)
+        of_predicted = most if counted <= most else length
+        sizes |= dict.fromkeys(("predict_at", "targets", "weights"), of_predicted)
+        return {name: np.zeros((n, size), np.int32) for name, size in sizes.items()}
 
     def _fill(self, arrays: Batch, row: int) -> None:
         begins = self.starts[self.firsts[row] : self.firsts[row + 1] + 1]
@@ -203,12 +230,15 @@ class Packs(Examples):
 
     def name(self, row: int) -> str:
         """Returns the rows of the data that are in a sequence: "row 3, row 7"."""
-        here = slice(self.firsts[row], self.firsts[row + 1])
-        pairs = zip(self.numbers[here].tolist(), self.origins[here].tolist(), strict=True)
         return ", ".join(
             f"row {number}" + (f" of {self.sources[origin]}" if self.sources else "")
-            for number, origin in pairs
+            for origin, number in self.origins_of(row)
         )
+
+    def origins_of(self, row: int) -> list[tuple[int, int]]:
+        """Returns the data set and the row there of each sequence in a row."""
+        here = slice(self.firsts[row], self.firsts[row + 1])
+        return list(zip(self.origins[here].tolist(), self.numbers[here].tolist(), strict=True))
 
     def digest(self) -> str:
         """Returns a fingerprint of all rows: a resumed run must go on with the same."""
@@ -232,14 +262,28 @@ class Packs(Examples):
     weights = property(lambda self: self.by_name()["weights"])
 
 
-def pack(sequences: Sequence[Tokens], seq_len: int, *, packing: bool) -> Packs:
+def pack(
+    sequences: Sequence[Tokens], seq_len: int, *, packing: bool, like: Packs | None = None
+) -> Packs:
     """Returns one sequence a row or, with `packing`, as many as fit; see `first_fit`.
 
     Rows are as long as the longest needs, and no longer than `seq_len`. Without packing, batches
-    have one of a few lengths; see `few_lengths`.
+    have one of a few lengths; see `few_lengths`. With `like`, they have its lengths.
     """
     table = Sequences.of(sequences)
-    return _packs(table, _rows_of(table, seq_len, packing), seq_len, packing=packing)
+    rows = _rows_of(table, seq_len, packing)
+    if like is None:
+        return _packs(table, rows, seq_len, packing=packing)
+    table = table.select(rows[0])
+    return dataclasses.replace(
+        like,
+        tokens_of_all=table.ids,
+        counts_of_all=table.counts,
+        starts=table.starts,
+        firsts=np.concatenate([[0], np.cumsum(rows[1])]),
+        numbers=table.rows,
+        origins=table.origins,
+    )
 
 
 def pack_mixture(

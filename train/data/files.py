@@ -40,7 +40,7 @@ def read_rows(dataset: str, *, split: str = "train", subset: str | None = None) 
     if (paths := files_of(dataset, split)) is not None:
         rows = [row for path in paths for row in read_file(path)]
     else:
-        rows = _rows_of(load(dataset, split=split, subset=subset))
+        rows = rows_of(load(dataset, split=split, subset=subset))
     if not rows:
         raise UserError(f"--dataset {dataset} has no rows")
     return rows
@@ -91,7 +91,7 @@ def _read_parquet(path: Path) -> list[Row]:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error
-    return [placed(_of_arrow(row), path, f"row {n}") for n, row in enumerate(rows, start=1)]
+    return [placed(rows_of_arrow(row), path, f"row {n}") for n, row in enumerate(rows, start=1)]
 
 
 def _is_saved(folder: Path) -> bool:
@@ -155,12 +155,13 @@ def _load_hub(name: str, split: str, subset: str | None) -> Any:
         constants.HF_HUB_OFFLINE = before
 
 
-def _rows_of(dataset: Any) -> list[Row]:
+def rows_of(dataset: Any) -> list[Row]:
+    """Returns the rows that `datasets` has, their classes by name."""
     import datasets
 
     kinds = dataset.features or {}
     classes = {n: kind for n, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
-    return [{**_of_arrow(row), **_named(row, classes)} for row in dataset]
+    return [{**rows_of_arrow(row), **_named(row, classes)} for row in dataset]
 
 
 def _named(row: Row, classes: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def _named(row: Row, classes: Mapping[str, Any]) -> dict[str, Any]:
     return {name: classes[name].int2str(n) for name, n in known.items()}
 
 
-def _of_arrow(row: Row) -> dict[str, Any]:
+def rows_of_arrow(row: Row) -> dict[str, Any]:
     """Returns a row whose chats lack the fields that are null: Arrow's objects have all fields."""
     return {
         name: _without_nulls(value) if name in _OF_CHATS else value for name, value in row.items()

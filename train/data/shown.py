@@ -1,5 +1,6 @@
 """Examples as the model sees them: decoded tokens, with a mark on what the loss counts."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,13 @@ class Shown(NamedTuple):
     spans: list[Span]
 
 
-def shown(examples: Examples, tokenizer: Any, n: int, labels: Any = ()) -> list[Shown]:
+def shown(
+    examples: Examples,
+    tokenizer: Any,
+    n: int,
+    labels: Any = (),
+    named: Callable[[int, int], str] | None = None,
+) -> list[Shown]:
     """Returns the first `n` sequences as the model sees them.
 
     Args:
@@ -32,9 +39,11 @@ def shown(examples: Examples, tokenizer: Any, n: int, labels: Any = ()) -> list[
       tokenizer: the model's.
       n: the number of sequences.
       labels: the names of the classes.
+      named: returns the name of a row, from its data set and its number there.
     """
     if isinstance(examples, Packs):
-        return [_of_pack(examples, tokenizer, at) for at in range(min(n, len(examples.numbers)))]
+        known = range(min(n, len(examples.numbers)))
+        return [_of_pack(examples, tokenizer, at, named) for at in known]
     if isinstance(examples, Labelled):
         return [_of_label(examples, tokenizer, at, labels) for at in range(min(n, len(examples)))]
     return []
@@ -49,14 +58,18 @@ def lengths(examples: Examples) -> np.ndarray:
     return np.empty(0, np.int64)
 
 
-def _of_pack(packs: Packs, tokenizer: Any, at: int) -> Shown:
+def _of_pack(
+    packs: Packs, tokenizer: Any, at: int, named: Callable[[int, int], str] | None
+) -> Shown:
     here = slice(packs.starts[at], packs.starts[at + 1])
     ids, counted = packs.tokens_of_all[here], packs.counts_of_all[here].copy()
     counted[:1] = False  # the first token of a sequence is never predicted
     unit = int(np.searchsorted(packs.firsts, at, side="right")) - 1
     of_unit = packs.firsts[unit + 1] - packs.firsts[unit]
-    source = f" of {packs.sources[packs.origins[at]]}" if packs.sources else ""
-    title = f"row {packs.numbers[at]}{source}: {len(ids)} tokens, {counted.sum()} of them count"
+    origin, number = int(packs.origins[at]), int(packs.numbers[at])
+    source = f" of {packs.sources[origin]}" if packs.sources else ""
+    name = f"row {number}{source}" if named is None else named(origin, number)
+    title = f"{name}: {len(ids)} tokens, {counted.sum()} of them count"
     if of_unit > 1:
         place = f"{at - packs.firsts[unit] + 1} of {of_unit}"
         title += f"; {place} in packed sequence {unit + 1}"

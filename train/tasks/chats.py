@@ -49,7 +49,7 @@ def read(config: Config) -> Rows:
     data = config.data
     names = [dataset.name for dataset in named(data.dataset)]
     used: set[str] | None = set() if data.fields and len(names) > 1 else None
-    train = [_found(config, name, data.split, data.rows, used) for name in names]
+    train = [found(config, name, data.split, data.rows, used) for name in names]
     for dataset in train:
         dataset.check(again=used is not None)
     if used is not None and (unused := [o for _, o in pairs_of(data.fields) if o not in used]):
@@ -58,14 +58,15 @@ def read(config: Config) -> Rows:
         )
     if data.eval_dataset is None:
         return Rows(train, [])
-    held_out = _found(config, data.eval_dataset, data.eval_split, None, used)
+    held_out = found(config, data.eval_dataset, data.eval_split, None, used)
     held_out.check()
     return Rows(train, [held_out])
 
 
-def _found(
+def found(
     config: Config, name: str, split: str, rows: int | None, used: set[str] | None
 ) -> Dataset:
+    """Returns a data set, read as the options say; see `find`."""
     data = config.data
     return find(
         name,
@@ -92,8 +93,8 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
     """Returns the rows as sequences, padded or packed; with --eval-every, some are held out."""
     data, lines = config.data, []
     weights = [dataset.weight for dataset in named(data.dataset)]
-    parts = {one.name: _tokens(config, one, outline.tokenizer) for one in rows.train}
-    held_out = [_tokens(config, dataset, outline.tokenizer) for dataset in rows.held_out]
+    parts = {one.name: tokens_of(config, one, outline.tokenizer) for one in rows.train}
+    held_out = [tokens_of(config, dataset, outline.tokenizer) for dataset in rows.held_out]
     source = ", ".join(dataset.name for dataset in rows.held_out)
     counts = {name: int(tokens.rows[-1]) for name, tokens in parts.items()}
     if not held_out and (drawn := hold_out(config, counts, weights)):
@@ -114,7 +115,8 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
     )
 
 
-def _tokens(config: Config, dataset: Dataset, tokenizer: Any) -> Sequences:
+def tokens_of(config: Config, dataset: Dataset, tokenizer: Any) -> Sequences:
+    """Returns a data set's rows as sequences."""
     write = not config.run.dry_run
     return tokenize(dataset, tokenizer, train_on=config.data.train_on, write=write)
 

@@ -7,6 +7,7 @@ from train.run.errors import UserError
 from train.tasks.task import Task
 
 CHATS = "train.tasks.chats"  # fine-tunes on a user's chats
+STREAMED = "train.tasks.streamed"  # the same, of data larger than memory
 TEXTS = "train.tasks.labelled"  # classifies a user's texts
 _NAMED = {
     CHATS: {"sql": "train.tasks.sql.task"},
@@ -19,12 +20,12 @@ def find_task(datasets: Sequence[str], kind: str) -> Task:
 
     Args:
       datasets: the names of the data sets.
-      kind: `CHATS` or `TEXTS`.
+      kind: `CHATS`, `STREAMED` or `TEXTS`.
 
     Raises:
       UserError: a task is named beside other data.
     """
-    tasks = _NAMED[kind]
+    tasks = _NAMED.get(kind, {})
     if len(datasets) > 1 and (alone := [name for name in datasets if name in tasks]):
         raise UserError(
             f"--dataset {alone[0]} is a task with rows and a test of its own: leave out "

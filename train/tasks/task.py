@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from rich.console import Console
 
 from lora_jax.training.batches import Examples
+from lora_jax.training.data.order import Batches
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
 from train.run.options.common import Defaults
@@ -40,6 +41,9 @@ class Data:
       source: the name of all of `train` in messages; "" where `name` says it.
       facts: facts about the examples for config.json.
       lines: lines to print before training.
+      feed: returns the batches of so many steps, where they are not taken from `train` as a whole;
+        `train` is then a sample of them.
+      row: returns the name of a row, from its data set and its number; None for "row 3".
     """
 
     train: Examples
@@ -48,6 +52,8 @@ class Data:
     source: str
     facts: dict[str, Any]
     lines: tuple[str, ...] = ()
+    feed: Callable[[int], Batches] | None = None
+    row: Callable[[int, int], str] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ template that marks the assistant's words itself (``{% generation %}``) is taken
 """
 
 import base64
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -129,10 +130,10 @@ def tokenize(
         block = slice(first, first + BLOCK)
         for number, row in zip(numbered[block], rows[block], strict=True):
             drafts += _drafts(row, number, tokenizer, name_of(row, source, number), train_on)
-        return _as_json(_encoded(drafts, tokenizer))
+        return as_json(_encoded(drafts, tokenizer))
 
     blocks = mapped(of_block, range(0, len(rows), BLOCK))
-    return Sequences.concatenated(map(_from_json, blocks))
+    return Sequences.concatenated(map(from_json, blocks))
 
 
 def _drafts(row: Row, number: int, tokenizer: Any, name: str, train_on: TrainOn) -> list[_Draft]:
@@ -311,25 +312,27 @@ def _encoded(drafts: Sequence[_Draft], tokenizer: Any) -> list[Tokens]:
     return found
 
 
-def _as_json(sequences: Sequence[Tokens]) -> dict[str, Any]:
+def as_json(sequences: Sequence[Tokens], origin: int = 0) -> dict[str, Any]:
     """Returns sequences as JSON, their arrays as text: a number a token would be slow to send."""
-    ids = np.concatenate([np.empty(0, np.int32), *(tokens.ids for tokens in sequences)])
-    counts = np.concatenate([np.empty(0, bool), *(tokens.counts for tokens in sequences)])
+    table = Sequences.of(sequences)
     return {
-        "lengths": [len(tokens) for tokens in sequences],
-        "rows": [tokens.row for tokens in sequences],
-        "ids": base64.b64encode(ids.astype("<i4").tobytes()).decode(),
-        "counts": base64.b64encode(counts.tobytes()).decode(),
+        "lengths": table.lengths.tolist(),
+        "rows": table.rows.tolist(),
+        "origin": origin,
+        "ids": base64.b64encode(table.ids.astype("<i4").tobytes()).decode(),
+        "counts": base64.b64encode(table.counts.tobytes()).decode(),
     }
 
 
-def _from_json(block: Mapping[str, Any]) -> Sequences:
-    return Sequences.of_arrays(
+def from_json(block: Mapping[str, Any]) -> Sequences:
+    """Returns the sequences that `as_json` wrote, all of one origin."""
+    table = Sequences.of_arrays(
         ids=np.frombuffer(base64.b64decode(block["ids"]), "<i4"),
         counts=np.frombuffer(base64.b64decode(block["counts"]), bool),
         lengths=block["lengths"],
         rows=block["rows"],
     )
+    return dataclasses.replace(table, origins=np.full_like(table.origins, block["origin"]))
 
 
 def check_lengths(sequences: Sequence[Tokens], seq_len: int, *, truncate: bool) -> Sequences:

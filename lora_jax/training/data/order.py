@@ -29,16 +29,39 @@ def order_by_group(
     """
     rows = order(seed, epoch, len(groups)) if rows is None else rows
     first = -epoch * len(rows) % rows_a_step  # the rows before it end the last epoch's last step
+    draw = np.random.Generator(np.random.PCG64([seed, epoch, 1]))
+    by_group(rows, groups, rows_a_step, first, draw.permutation, largest_first=epoch == 0)
+    return rows
+
+
+def by_group(
+    rows: np.ndarray,
+    groups: np.ndarray,
+    rows_a_step: int,
+    first: int,
+    permutation: Callable[[int], np.ndarray],
+    *,
+    largest_first: bool = False,
+) -> None:
+    """Sorts drawn rows into steps of one group each, in a drawn order; changes `rows`.
+
+    Args:
+      rows: [m], in a drawn order.
+      groups: [n], the group of each row.
+      rows_a_step: rows that a step sees.
+      first: the rows at the beginning that end an earlier step.
+      permutation: draws the order of so many steps.
+      largest_first: puts a step of the largest group first.
+    """
     n_steps = (len(rows) - first) // rows_a_step
     if n_steps < 2 or (groups == groups[0]).all():
-        return rows
+        return
     inner = rows[first : first + n_steps * rows_a_step]
     steps = inner[np.argsort(groups[inner], kind="stable")].reshape(n_steps, rows_a_step)
-    turns = np.random.Generator(np.random.PCG64([seed, epoch, 1])).permutation(n_steps)
-    if epoch == 0:
+    turns = permutation(n_steps)
+    if largest_first:
         turns = np.concatenate([[n_steps - 1], turns[turns != n_steps - 1]])
     inner[:] = steps[turns].ravel()  # a view of `rows`
-    return rows
 
 
 @dataclasses.dataclass(frozen=True)

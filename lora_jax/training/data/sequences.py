@@ -75,15 +75,17 @@ class Sequences(Sequence[Tokens]):
 
     @classmethod
     def concatenated(cls, parts: Iterable["Sequences"]) -> "Sequences":
-        """Returns the sequences of several parts of one data set, one after the other."""
+        """Returns the sequences of several tables, one after the other, with their origins."""
         parts = list(parts)
         lengths = np.concatenate([np.empty(0, np.int64), *(part.lengths for part in parts)])
-        return cls.of_arrays(
+        table = cls.of_arrays(
             ids=np.concatenate([np.empty(0, np.int32), *(part.ids for part in parts)]),
             counts=np.concatenate([np.empty(0, bool), *(part.counts for part in parts)]),
             lengths=lengths,
             rows=np.concatenate([np.empty(0, np.int64), *(part.rows for part in parts)]),
         )
+        origins = np.concatenate([np.empty(0, np.int32), *(part.origins for part in parts)])
+        return dataclasses.replace(table, origins=origins)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -49,6 +49,7 @@ def given_options(args: Sequence[str]) -> frozenset[str]:
 
 def _cases(options: Any) -> list[_Case]:
     data, adapter, run = options.data, options.adapter, options.run
+    evaluated = getattr(data, "eval_dataset", None) is not None
     head_only = getattr(adapter, "head_only", False)
     factors = (*_OF_FACTORS, "lora_plus")
     one = isinstance(data.dataset, str)
@@ -93,6 +94,11 @@ def _cases(options: Any) -> list[_Case]:
             datasets != ["sql"] and not run.eval_every,
             "rows are held out for --eval-every alone",
             ("eval_questions",),
+        ),
+        _Case(
+            getattr(data, "stream", False),
+            "--stream reads rows while training, neither counts nor keeps them",
+            ("epochs", "rows", "eval_questions", *(() if evaluated else ("token_cache",))),
         ),
         _Case(run.dry_run, "--dry-run trains nothing, in one process", _OF_TRAINING),
     ]

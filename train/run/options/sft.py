@@ -54,6 +54,10 @@ class DataConfig:
     as requested, by default as many as 35 steps see, balanced over its query forms."""
     shuffle_schemas: bool = False
     """Pair each question of the SQL task with the tables of another database, as a control."""
+    stream: bool = False
+    """Read the data while training, in memory that does not grow with them: lines of JSON, Parquet
+    (by row groups), or what `datasets` loads. Rows are shuffled within a buffer of drawn blocks.
+    Needs --steps and --truncate."""
     seq_len: int = 128
     """The maximum number of tokens of a sequence."""
     truncate: bool = False
