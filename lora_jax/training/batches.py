@@ -165,13 +165,6 @@ class Packs(Examples):
         sizes = np.diff(self.starts[self.firsts])
         return float(often @ sizes / (often @ np.asarray(self.lengths)[self.groups]))
 
-    @functools.cached_property
-    def counted(self) -> np.ndarray:
-        """Returns the number of predicted tokens of each row that the loss counts: [n]."""
-        counts = self.counts_of_all.copy()
-        counts[self.starts[:-1][np.diff(self.starts) > 0]] = False  # a first one is not predicted
-        return np.diff(np.concatenate([[0], np.cumsum(counts)])[self.starts[self.firsts]])
-
     def take(self, rows: np.ndarray) -> Batch:
         """Returns the rows at the indices `rows`, of any shape: arrays [*rows.shape, …]."""
         batch = self.taken([(self, rows.ravel())])
@@ -185,9 +178,9 @@ class Packs(Examples):
           parts: tables, and the indices of rows in each: [n].
         """
         group = max(int(packs.groups[rows].max()) for packs, rows in parts)
-        counted = max(int(packs.counted[rows].max()) for packs, rows in parts)
-        batch = parts[0][0].blank(sum(len(rows) for _, rows in parts), group, counted)
-        each = ((packs, row) for packs, rows in parts for row in rows.tolist())
+        each = [(packs, row) for packs, rows in parts for row in rows.tolist()]
+        counted = max(int(packs._counted(row)[1].sum()) for packs, row in each)
+        batch = parts[0][0].blank(len(each), group, counted)
         for at, (packs, row) in enumerate(each):
             packs._fill({name: array[at] for name, array in batch.items()}, row)
         return batch
@@ -203,11 +196,18 @@ class Packs(Examples):
         sizes |= dict.fromkeys(("predict_at", "targets", "weights"), of_predicted)
         return {name: np.zeros((n, size), np.int32) for name, size in sizes.items()}
 
+    def _counted(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns a row's tokens, and which of them are predicted and count in the loss: [m]."""
+        begins = self.starts[self.firsts[row] : self.firsts[row + 1] + 1]
+        here = slice(begins[0], begins[-1])
+        counts = self.counts_of_all[here].copy()
+        counts[begins[:-1] - begins[0]] = False  # the first token of a sequence is never predicted
+        return self.tokens_of_all[here], counts
+
     def _fill(self, arrays: Batch, row: int) -> None:
         begins = self.starts[self.firsts[row] : self.firsts[row + 1] + 1]
-        here, lengths, offsets = slice(begins[0], begins[-1]), np.diff(begins), begins - begins[0]
-        ids, counts = self.tokens_of_all[here], self.counts_of_all[here].copy()
-        counts[offsets[:-1]] = False  # the first token of a sequence is never predicted
+        lengths, offsets = np.diff(begins), begins - begins[0]
+        ids, counts = self._counted(row)
         (counted,) = np.nonzero(counts)
         arrays["ids"][: len(ids)] = ids
         arrays["segment_ids"][: len(ids)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)

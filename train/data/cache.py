@@ -1,7 +1,6 @@
 """Tokenised rows, kept for later runs in a folder of the user's."""
 
 import hashlib
-import io
 import json
 import os
 import tempfile
@@ -17,6 +16,7 @@ from lora_jax.training.data.sequences import Sequences
 
 OFF = "off"
 _FORMAT = b"lora_jax tokens 2\n"
+_KINDS = ("<i8", "<i8", "<i4", "?")  # of lengths, rows, tokens, and which ones count
 _DIGITS = 24  # of a hash in a file's name
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 _FEW = 1_000  # rows that are tokenised as fast as they are found, unless a folder is named
@@ -79,8 +79,12 @@ def read(path: Path) -> Sequences | None:
     body = memoryview(data)[start:]
     if data[:start] != _FORMAT + hashlib.sha256(body).digest():
         return None
-    file = io.BytesIO(body)
-    ids, counts, lengths, rows = (np.load(file, allow_pickle=False) for _ in range(4))
+    n, total = np.frombuffer(body, "<i8", 2).tolist()
+    arrays, at = [], 16
+    for kind, size in zip(_KINDS, (n, n, total, total), strict=True):  # views: nothing is copied
+        arrays.append(np.frombuffer(body, kind, size, at))
+        at += arrays[-1].nbytes
+    lengths, rows, ids, counts = arrays
     return Sequences.of_arrays(ids=ids, counts=counts, lengths=lengths, rows=rows)
 
 
@@ -90,15 +94,20 @@ def write(path: Path, sequences: Sequences) -> None:
     Raises:
       OSError: the folder cannot be written.
     """
-    file = io.BytesIO()
-    for array in (sequences.ids, sequences.counts, sequences.lengths, sequences.rows):
-        np.save(file, array, allow_pickle=False)
-    body = file.getbuffer()
+    arrays = (sequences.lengths, sequences.rows, sequences.ids, sequences.counts)
+    parts = [np.array([len(sequences), len(sequences.ids)], "<i8").data]
+    parts += [
+        array.astype(kind, copy=False).data for array, kind in zip(arrays, _KINDS, strict=True)
+    ]
+    made = hashlib.sha256()
+    for part in parts:
+        made.update(part)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as partial:
         try:
-            partial.write(_FORMAT + hashlib.sha256(body).digest())
-            partial.write(body)
+            partial.write(_FORMAT + made.digest())
+            for part in parts:
+                partial.write(part)
             partial.close()
             Path(partial.name).replace(path)
         except BaseException:

@@ -98,9 +98,13 @@ class Sequences(Sequence[Tokens]):
     @functools.cached_property
     def predicted(self) -> np.ndarray:
         """Returns the number of tokens of each that the loss counts; never its first: [n]."""
-        counted = self.counts.copy()
-        counted[self.starts[:-1][self.lengths > 0]] = False
-        return np.diff(np.concatenate([[0], np.cumsum(counted)])[self.starts])
+        filled = self.lengths > 0
+        starts = self.starts[:-1][filled]
+        found = np.zeros(len(self), np.int64)
+        if len(starts):  # no running total of all tokens: they may be many
+            sums = np.add.reduceat(self.counts, starts, dtype=np.int64)
+            found[filled] = sums - self.counts[starts]
+        return found
 
     @overload
     def __getitem__(self, index: int) -> Tokens: ...
