@@ -13,13 +13,16 @@ import pytest
 from lora_jax.training import processes as in_training
 from lora_jax.training.data import chats
 from lora_jax.training.processes import Agreement
-from tests.train.tiny import FORGETFUL, tokenizer
+from tests.train.tiny import FORGETFUL, tokenizer, write_jsonl
 from train.data.chats import tokenize
 from train.data.dataset import Dataset, of_rows
 from train.run import hosts, peers
 from train.run.errors import UserError
 from train.run.hosts import check_alike, map_over_processes, together
 from train.run.options.sft import Config, SftOptimConfig, SftRunConfig
+from train.run.pretrained import Outline
+from train.sft import parse
+from train.tasks import streamed
 
 TURNS = [
     {"role": "user", "content": "1?"},
@@ -195,6 +198,28 @@ def test_rows_are_the_same_tokens_however_many_processes_read_them(processes, mo
             np.testing.assert_array_equal(one.ids, other.ids)
             np.testing.assert_array_equal(one.counts, other.counts)
             assert one.counts.any() and not one.counts.all()
+
+
+def test_a_stream_is_the_same_however_many_processes_read_it(processes, monkeypatch, tmp_path):
+    monkeypatch.setattr("train.data.blocks.BLOCK", 200)
+    rows = [{"prompt": f"{i} ä?", "completion": "yes" * (i % 9 + 1)} for i in range(40)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = parse(["--dataset", str(data), "--stream", "--steps", "9", "--truncate"])
+    outline = Outline("a model", tokenizer(), None, {})
+    (blocks,) = processes(1, lambda: streamed.read(config))[0].train
+
+    def batches():
+        feed = streamed.examples(config, streamed.read(config), outline).feed(9)
+        feed._ahead = False  # a process is a thread here
+        feed.first()
+        return [feed.batch(step) for step in range(9)]
+
+    (alone,) = processes(1, batches)
+    assert len(blocks.sizes) > 5
+    for made in processes(3, batches):
+        for one, other in zip(made, alone, strict=True):
+            for name, array in one.items():
+                np.testing.assert_array_equal(array, other[name])
 
 
 def test_processes_take_the_tokens_of_an_earlier_run_together(processes, monkeypatch, tmp_path):
