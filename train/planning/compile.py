@@ -18,6 +18,7 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, number_of_chunks, summed_loss
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State
+from train.adapters.source import find_adapter
 from train.planning.flops import step_flops
 from train.planning.machines import Machine
 from train.planning.plan_flops import count_traced, step_work
@@ -271,7 +272,8 @@ def adapted_shapes(outline: Outline, adapter: AdapterConfig, dtype: Any, layout:
         if adapter.init_adapter is None:
             params = lj.lorafy(plain, rules(adapter, outline), kinds=outline.kinds)
         else:  # the base has no values to compare yet
-            params = lj.load_adapter(adapter.init_adapter, plain, allow_base_mismatch=True)
+            source = find_adapter(adapter.init_adapter, "--init-adapter")
+            params = source.load(outline, plain, outline.name, allow_base_mismatch=True)
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         params,

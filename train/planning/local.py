@@ -14,11 +14,10 @@ import lora_jax as lj
 from lora_jax.models.families import module_of
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
-from lora_jax.training.optimizer import warmed_up
 from lora_jax.training.setup import Setup
 from train.planning.compile import adapted_shapes, per_device
 from train.planning.plan_flops import count_traced, step_work
-from train.run.adapter import make_optimizer
+from train.run.optimizer import make_optimizer, make_schedule
 from train.run.options.common import Options
 from train.run.pretrained import Outline
 from train.run.report import compiled_bytes, tree_bytes
@@ -75,8 +74,9 @@ def needs(
     dtype = jnp.dtype("float32" if config.adapter.full else optim.dtype)
     params = adapted_shapes(outline, config.adapter, dtype, layout)
     adapter, base = lj.split(params)
-    schedule = warmed_up(1e-4, 1000, kind=optim.schedule, warmup=optim.warmup)
-    setup = Setup.of(layout, params, make_optimizer(optim, schedule, params), schedule)
+    schedule = make_schedule(optim, 1e-4, 1000)  # of a rate and a length that no memory depends on
+    optimizer = make_optimizer(optim, schedule, params)
+    setup = Setup.of(layout, params, optimizer, schedule, noise=optim.neftune)
     state = setup.abstract_state(adapter)
     model = module_of(
         outline.config,
