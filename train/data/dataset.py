@@ -21,12 +21,14 @@ class Dataset:
       read: reads and checks them.
       hashed: a hash of the rows; None to take one of what `read` returns.
       kept_in: the option --token-cache; see `train.data.cache`.
+      n_bytes: the size of its files; 0 where it has none.
     """
 
     name: str
     read: Callable[[], list[Row]]
     hashed: str | None = None
     kept_in: str | None = cache.OFF
+    n_bytes: int = 0
 
     def rows(self) -> list[Row]:
         """Returns the rows, read once more unless `check` just has."""
@@ -98,11 +100,12 @@ def find(
         check_rows(found, name)
         return found
 
-    hashed = None
+    hashed, n_bytes = None, 0
     if (paths := files_of(name, split)) is not None:
         made = hashlib.sha256(repr((pairs, rows, used is None)).encode())
         for path in paths:
+            n_bytes += path.stat().st_size
             with path.open("rb") as file:
                 made.update(path.suffix.encode() + hashlib.file_digest(file, "sha256").digest())
         hashed = made.hexdigest()
-    return Dataset(name, read, hashed, kept_in)
+    return Dataset(name, read, hashed, kept_in, n_bytes)

@@ -16,6 +16,7 @@ from train.data.chats import tokenize
 from train.data.dataset import Dataset, find
 from train.data.fields import pairs_of
 from train.data.named import named
+from train.run import hosts
 from train.run.errors import UserError, flag
 from train.run.options.common import Defaults
 from train.run.options.rope import parse_rope_scaling
@@ -24,6 +25,7 @@ from train.run.output import saved_options
 from train.run.pretrained import Outline, read_outline
 from train.tasks.task import Data, Rows, Task
 
+_LARGE = 2**30  # bytes of files that are better streamed
 _HELD_OUT_STREAM = 2**32 + 1  # no epoch's number: the draw is none of the data's orders
 
 
@@ -50,6 +52,13 @@ def read(config: Config) -> Rows:
     names = [dataset.name for dataset in named(data.dataset)]
     used: set[str] | None = set() if data.fields and len(names) > 1 else None
     train = [found(config, name, data.split, data.rows, used) for name in names]
+    if (n_bytes := sum(dataset.n_bytes for dataset in train)) > _LARGE:
+        hosts.console().print(
+            f"{n_bytes / 1e9:,.1f} GB are read into memory, where they take several times as much; "
+            "--stream reads them while training",
+            highlight=False,
+            soft_wrap=True,
+        )
     for dataset in train:
         dataset.check(again=used is not None)
     if used is not None and (unused := [o for _, o in pairs_of(data.fields) if o not in used]):
