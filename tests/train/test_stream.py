@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from lora_jax import load_adapter
+from lora_jax.training.errors import TrainingError
 from tests.train.test_sft import fails
-from tests.train.tiny import decoder, write_jsonl, write_model
+from tests.train.tiny import decoder, tokenizer, write_jsonl, write_model
 from train.data import blocks
-from train.sft import main
+from train.run.pretrained import Outline
+from train.sft import main, parse
 from train.tasks import streamed
 
 
@@ -59,14 +61,18 @@ def test_a_streamed_run_goes_on_bitwise_in_the_middle_of_the_data(model, small, 
     assert "the training data are not those that the run began with" in said
 
 
-def test_a_row_that_cannot_be_used_is_named_when_it_comes(model, small, tmp_path, capsys):
+def test_a_row_that_cannot_be_used_is_named_when_it_comes(small, tmp_path):
     found = rows(120)
-    found[70] = {"prompt": "?"}
+    found[100] = {"prompt": "?"}
     data = write_jsonl(tmp_path / "rows.jsonl", found)
-    at = len("".join(f"{json.dumps(row)}\n" for row in found[:70]))
-    args = ["--model", model, "--dataset", data, "--truncate", "--stream", "--steps", "90"]
-    said = fails(capsys, *args, "--output", tmp_path / "run")
-    assert f"rows.jsonl, byte {at:,} has `prompt`; a row needs" in said
+    at = len("".join(f"{json.dumps(row)}\n" for row in found[:100]))
+    config = parse(["--dataset", str(data), "--truncate", "--stream", "--steps", "90"])
+    outline = Outline("a model", tokenizer(), None, {})
+    feed = streamed.examples(config, streamed.read(config), outline).feed(90)
+    with pytest.raises(TrainingError, match=f"rows.jsonl, byte {at:,} has `prompt`; a row needs"):
+        for step in range(90):
+            feed.batch(step)
+    assert step > 1  # of the chunks before
 
 
 @pytest.mark.parametrize(
@@ -94,7 +100,7 @@ def test_what_a_stream_cannot_do_is_refused(args, message, capsys, tmp_path):
 
 MEASURED = """
 import resource, sys
-from train.sft import main
+from train.sft import main, parse
 from train.data import blocks
 main(sys.argv[1:])
 print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
