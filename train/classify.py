@@ -30,7 +30,7 @@ def parse(args: Sequence[str] | None = None) -> Config:
 
 def task_of(config: Config) -> Task:
     """Returns the task named by --dataset, or the task for a user's own rows."""
-    return find_task(config.data.dataset, TEXTS)
+    return find_task([config.data.dataset], TEXTS)
 
 
 def check(config: Config) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 import jax
 
 import lora_jax as lj
-from lora_jax.training.batches import Feed, Order
+from lora_jax.training.data.order import Batches, Feed, Order
 from lora_jax.training.fit import tree_of
 from lora_jax.training.layout import Layout
 from lora_jax.training.log import duration
 from lora_jax.training.loop import Measure
 from lora_jax.training.processes import is_first, write_json
+from train.data.mixture import used
+from train.dry_run import rehearse
 from train.run import hosts
 from train.run.adapter import rules
 from train.run.cache import keep_compiled
@@ -55,6 +57,8 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
     Raises:
       TrainingError: something that was asked for cannot be done.
       Interrupted: after a signal, once what there is has been saved.
+
+    With --dry-run, nothing is trained or written; see `train.dry_run`.
     """
     began = time.monotonic()
     hosts.join_hosts(config.run)
@@ -64,14 +68,15 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
     # What can be wrong is found first: options and output folder, then rows, then examples and
     # targets against the model's configuration. Only then are weights read.
     with hosts.together():
-        if is_first():
+        dry = config.run.dry_run
+        if is_first() and not dry:
             check_reporters(config.run.report_to)
-        cached = keep_compiled(config.run.compilation_cache)
+        cached = None if dry else keep_compiled(config.run.compilation_cache)
         mesh = make_mesh(config.run.mesh, config.optim.batch_size)
         config = task.completed(config)
         optim = config.optim
         rules(config.adapter)
-        folder = locked_output(config, session.release, console)
+        folder = None if dry else locked_output(config, session.release, console)
         rows = task.rows(config)
         outline = task.outline(config, rows)
         outline.check_experts(optim.experts)
@@ -81,20 +86,28 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
         prompts = Prompts(config.run, outline) if asked else None
         order = Order.of(data.train, optim.seed, optim.batch_size, optim.grad_accum)
         steps = number_of_steps(optim, order)
+        feed: Batches = Feed(data.train, order, data.name, data.source)
+        if data.feed is not None:
+            feed = data.feed(steps)
         rate = learning_rate(config, outline, steps)
         check_rules(config, outline)
         layout = Layout.of(mesh, outline.config)
         layout.check_lengths(data.facts.get("lengths", [data.facts["sequence_length"]]))
         attention = attention_line(config, outline, layout, data.facts["sequence_length"])
-    for line in [*([cached] if cached else []), *data.lines, attention]:
+    lines = (*data.lines, *used(data.train, order, steps), attention)
+    for line in [*([cached] if cached else []), *lines]:
         console.print(line, highlight=False, soft_wrap=True)
+    if folder is None:
+        loss = task.loss(config, layout)
+        rehearse(config, outline, data, feed, layout, loss, steps, console)
+        return
     run = Run(
         script=script,
         config=config,
         folder=folder,
         console=console,
         stop=session.stop,
-        feed=Feed(data.train, order, data.name, config.data.dataset),
+        feed=feed,
         steps=steps,
         rate=rate,
         layout=layout,

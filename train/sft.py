@@ -6,13 +6,14 @@
 import sys
 from collections.abc import Sequence
 
+from train.data.named import named
 from train.finetune import finetune
 from train.run.options import sft as sft_options
 from train.run.options.command import read_command
 from train.run.options.common import with_defaults
 from train.run.options.sft import Config
 from train.run.session import Session
-from train.tasks.registry import CHATS, find_task
+from train.tasks.registry import CHATS, STREAMED, find_task
 from train.tasks.task import Task
 
 
@@ -30,7 +31,8 @@ def parse(args: Sequence[str] | None = None) -> Config:
 
 def task_of(config: Config) -> Task:
     """Returns the task named by --dataset, or the task for a user's own rows."""
-    return find_task(config.data.dataset, CHATS)
+    kind = STREAMED if config.data.stream else CHATS
+    return find_task([dataset.name for dataset in named(config.data.dataset)], kind)
 
 
 def check(config: Config) -> None:

@@ -8,9 +8,10 @@ The parts, from below: `losses` (the contract of a loss), `step` (one optimiser 
 and `layout` (the step on a mesh), `batches`, `checkpoints`, `loop`, and `fit`, which joins them.
 """
 
-from lora_jax.training.batches import Arrays, Examples, Feed, Order, Packs
+from lora_jax.training.batches import Arrays, Examples, Packs
 from lora_jax.training.data.chats import chats
 from lora_jax.training.data.labelled import Fields, Labelled, label_names, predict, texts
+from lora_jax.training.data.order import Feed, Order
 from lora_jax.training.errors import DamagedCheckpoint, Diverged, Interrupted, TrainingError
 from lora_jax.training.layout import Layout
 from lora_jax.training.log import show

@@ -1,20 +1,21 @@
-"""Batches of fixed shape; which sequences a batch holds is a function of the seed and the step."""
+"""Examples, and the batches of fixed shape that are taken from them."""
 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from lora_jax.training.data.mixture import Shares, shares_of
 from lora_jax.training.data.packing import few_lengths, first_fit
+from lora_jax.training.data.sequences import Sequences, Tokens
 
 Batch = dict[str, np.ndarray]
 
 _MULTIPLE = 8  # lengths are rounded up to it: odd ones are slower on every device
 _LONG, _MULTIPLE_OF_LONG = 1024, 128  # long rows are cut into blocks, and over devices
-_SHOWN = 32  # as many rows of a batch are named
 
 
 class Examples:
@@ -32,6 +33,11 @@ class Examples:
     @property
     def groups(self) -> np.ndarray | None:
         """Returns the group of each row, [n]: those of one make the smallest batches; or None."""
+        return None
+
+    @property
+    def mixture(self) -> Shares | None:
+        """Returns what an epoch draws of each data set; None where it has each row once."""
         return None
 
     def take(self, rows: np.ndarray) -> Batch:
@@ -105,18 +111,6 @@ class Weighted(Examples):
             yield part
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Tokens:
-    """Holds one sequence: `ids` [n] int32, and `counts` [n] bool, True where the loss counts."""
-
-    ids: np.ndarray
-    counts: np.ndarray
-    row: int = 0  # of the data, counted from 1
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packs(Examples):
     """Holds sequences ready to be batched, without padding; a row is one or several of them.
@@ -138,8 +132,11 @@ class Packs(Examples):
       starts: [sequences + 1], where each sequence begins in those.
       firsts: [n + 1], the first sequence of each row.
       numbers: [sequences], the row of the data that each sequence comes from, counted from 1.
+      origins: [sequences], the data set that each sequence comes from.
       lengths: ascending, the lengths that batches are padded to.
       predicted: m, for each of the lengths.
+      sources: the names of the data sets, where there are several.
+      mixture: what an epoch draws of each data set; None where it has each row once.
     """
 
     tokens_of_all: np.ndarray
@@ -147,8 +144,11 @@ class Packs(Examples):
     starts: np.ndarray
     firsts: np.ndarray
     numbers: np.ndarray
+    origins: np.ndarray
     lengths: tuple[int, ...]
     predicted: tuple[int, ...]
+    sources: tuple[str, ...] = ()
+    mixture: Shares | None = None
 
     def __len__(self) -> int:
         return len(self.firsts) - 1
@@ -160,25 +160,54 @@ class Packs(Examples):
 
     @property
     def filled(self) -> float:
-        """Returns the share of tokens in the padded rows that are no padding."""
-        return len(self.tokens_of_all) / int(np.asarray(self.lengths)[self.groups].sum())
+        """Returns the share of tokens in the padded rows that are no padding, over an epoch."""
+        often = np.ones(len(self)) if self.mixture is None else self.mixture.often
+        sizes = np.diff(self.starts[self.firsts])
+        return float(often @ sizes / (often @ np.asarray(self.lengths)[self.groups]))
 
     def take(self, rows: np.ndarray) -> Batch:
         """Returns the rows at the indices `rows`, of any shape: arrays [*rows.shape, …]."""
-        flat = rows.ravel()
-        group = int(self.groups[flat].max())
-        sizes = dict.fromkeys(("ids", "segment_ids", "positions"), self.lengths[group])
-        sizes |= dict.fromkeys(("predict_at", "targets", "weights"), self.predicted[group])
-        batch = {name: np.zeros((len(flat), size), np.int32) for name, size in sizes.items()}
-        for at, row in enumerate(flat.tolist()):
-            self._fill({name: array[at] for name, array in batch.items()}, row)
+        batch = self.taken([(self, rows.ravel())])
         return {name: array.reshape(*rows.shape, -1) for name, array in batch.items()}
+
+    @staticmethod
+    def taken(parts: Sequence[tuple["Packs", np.ndarray]]) -> Batch:
+        """Returns rows of several tables of the same lengths as one batch: arrays [rows, …].
+
+        Args:
+          parts: tables, and the indices of rows in each: [n].
+        """
+        group = max(int(packs.groups[rows].max()) for packs, rows in parts)
+        each = [(packs, row) for packs, rows in parts for row in rows.tolist()]
+        counted = max(int(packs._counted(row)[1].sum()) for packs, row in each)
+        batch = parts[0][0].blank(len(each), group, counted)
+        for at, (packs, row) in enumerate(each):
+            packs._fill({name: array[at] for name, array in batch.items()}, row)
+        return batch
+
+    def blank(self, n: int, group: int = -1, counted: int = 0) -> Batch:
+        """Returns `n` rows of padding, of the largest length or of that of a group.
+
+        Where more tokens count than `predicted` says, arrays of them are as long as the row.
+        """
+        length, most = self.lengths[group], self.predicted[group]
+        sizes = dict.fromkeys(("ids", "segment_ids", "positions"), length)
+        of_predicted = most if counted <= most else length
+        sizes |= dict.fromkeys(("predict_at", "targets", "weights"), of_predicted)
+        return {name: np.zeros((n, size), np.int32) for name, size in sizes.items()}
+
+    def _counted(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns a row's tokens, and which of them are predicted and count in the loss: [m]."""
+        begins = self.starts[self.firsts[row] : self.firsts[row + 1] + 1]
+        here = slice(begins[0], begins[-1])
+        counts = self.counts_of_all[here].copy()
+        counts[begins[:-1] - begins[0]] = False  # the first token of a sequence is never predicted
+        return self.tokens_of_all[here], counts
 
     def _fill(self, arrays: Batch, row: int) -> None:
         begins = self.starts[self.firsts[row] : self.firsts[row + 1] + 1]
-        here, lengths, offsets = slice(begins[0], begins[-1]), np.diff(begins), begins - begins[0]
-        ids, counts = self.tokens_of_all[here], self.counts_of_all[here].copy()
-        counts[offsets[:-1]] = False  # the first token of a sequence is never predicted
+        lengths, offsets = np.diff(begins), begins - begins[0]
+        ids, counts = self._counted(row)
         (counted,) = np.nonzero(counts)
         arrays["ids"][: len(ids)] = ids
         arrays["segment_ids"][: len(ids)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
@@ -201,14 +230,23 @@ class Packs(Examples):
 
     def name(self, row: int) -> str:
         """Returns the rows of the data that are in a sequence: "row 3, row 7"."""
-        numbers = self.numbers[self.firsts[row] : self.firsts[row + 1]]
-        return ", ".join(f"row {number}" for number in numbers.tolist())
+        return ", ".join(
+            f"row {number}" + (f" of {self.sources[origin]}" if self.sources else "")
+            for origin, number in self.origins_of(row)
+        )
+
+    def origins_of(self, row: int) -> list[tuple[int, int]]:
+        """Returns the data set and the row there of each sequence in a row."""
+        here = slice(self.firsts[row], self.firsts[row + 1])
+        return list(zip(self.origins[here].tolist(), self.numbers[here].tolist(), strict=True))
 
     def digest(self) -> str:
         """Returns a fingerprint of all rows: a resumed run must go on with the same."""
         sha = hashlib.sha256(f"{self.lengths}{self.predicted}".encode())
         for array in (self.tokens_of_all, self.counts_of_all, self.starts, self.firsts):
             sha.update(f"{array.shape}".encode() + array.tobytes())
+        if self.mixture is not None:
+            sha.update(repr(self.mixture).encode())
         return sha.hexdigest()
 
     def by_name(self) -> Batch:
@@ -224,35 +262,98 @@ class Packs(Examples):
     weights = property(lambda self: self.by_name()["weights"])
 
 
-def pack(sequences: Sequence[Tokens], seq_len: int, *, packing: bool) -> Packs:
+def pack(
+    sequences: Sequence[Tokens], seq_len: int, *, packing: bool, like: Packs | None = None
+) -> Packs:
     """Returns one sequence a row or, with `packing`, as many as fit; see `first_fit`.
 
     Rows are as long as the longest needs, and no longer than `seq_len`. Without packing, batches
-    have one of a few lengths; see `few_lengths`.
+    have one of a few lengths; see `few_lengths`. With `like`, they have its lengths.
     """
-    sizes = [len(tokens) for tokens in sequences]
-    if packing:
-        rows = first_fit(sizes, seq_len)
-        sequences = [sequences[index] for members in rows for index in members]
-        sizes = [len(tokens) for tokens in sequences]
-        firsts = np.cumsum([0, *map(len, rows)])
-    else:
-        firsts = np.arange(len(sequences) + 1)
-    starts = np.cumsum([0, *sizes])
-    rounded = round_up(np.diff(starts[firsts]), seq_len)
+    table = Sequences.of(sequences)
+    rows = _rows_of(table, seq_len, packing)
+    if like is None:
+        return _packs(table, rows, seq_len, packing=packing)
+    table = table.select(rows[0])
+    return dataclasses.replace(
+        like,
+        tokens_of_all=table.ids,
+        counts_of_all=table.counts,
+        starts=table.starts,
+        firsts=np.concatenate([[0], np.cumsum(rows[1])]),
+        numbers=table.rows,
+        origins=table.origins,
+    )
+
+
+def pack_mixture(
+    parts: Mapping[str, Sequence[Tokens]],
+    weights: Sequence[float] | None,
+    seq_len: int,
+    *,
+    packing: bool,
+) -> Packs:
+    """Like `pack`, for several data sets.
+
+    With weights, an epoch draws its rows of each data set in proportion to them (see `Shares`), and
+    `packing` puts rows of one data set into a sequence. Without, it has each row of all once.
+
+    Args:
+      parts: the sequences of each data set, by its name.
+      weights: a positive number for each data set, or None.
+      seq_len: tokens of a row, at most.
+      packing: puts several sequences into one row.
+
+    Raises:
+      TrainingError: a weight is too small for a single row of an epoch.
+    """
+    tables = [Sequences.of(part) for part in parts.values()]
+    joined, names = Sequences.joined(tables), tuple(parts)
+    if weights is None:
+        packs = _packs(joined, _rows_of(joined, seq_len, packing), seq_len, packing=packing)
+        return dataclasses.replace(packs, sources=names)
+    rows = [_rows_of(table, seq_len, packing) for table in tables]
+    offsets = np.cumsum([0, *map(len, tables)])[:-1]
+    moved = [
+        (members + offset, counts) for (members, counts), offset in zip(rows, offsets, strict=True)
+    ]
+    members, counts = (np.concatenate(arrays) for arrays in zip(*moved, strict=True))
+    units = [len(counts) for _, counts in rows]
+    data_rows = [len(np.unique(table.rows)) for table in tables]
+    return dataclasses.replace(
+        _packs(joined, (members, counts), seq_len, packing=packing),
+        sources=names,
+        mixture=shares_of(names, weights, rows=data_rows, units=units),
+    )
+
+
+def _rows_of(table: Sequences, seq_len: int, packing: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the sequences in the order of their rows, [n], and how many each row has."""
+    if not packing:
+        return np.arange(len(table)), np.ones(len(table), np.int64)
+    rows = first_fit(table.lengths.tolist(), seq_len)
+    return np.concatenate([np.array(row) for row in rows]), np.array([len(row) for row in rows])
+
+
+def _packs(
+    table: Sequences, rows: tuple[np.ndarray, np.ndarray], seq_len: int, *, packing: bool
+) -> Packs:
+    members, counts = rows
+    table = table.select(members)
+    firsts = np.concatenate([[0], np.cumsum(counts)])
+    sizes = np.diff(table.starts[firsts])
+    rounded = round_up(sizes, seq_len)
     lengths = (int(rounded.max()),) if packing else few_lengths(rounded)
-    counts = np.concatenate([tokens.counts for tokens in sequences]).astype(bool)
-    predicted = counts.copy()
-    predicted[starts[:-1]] = False
-    of_rows = np.diff(np.concatenate([[0], np.cumsum(predicted)])[starts[firsts]])
-    groups = np.searchsorted(lengths, np.diff(starts[firsts]))
-    most = [int(of_rows[groups <= group].max(initial=1)) for group in range(len(lengths))]
+    predicted = np.diff(np.concatenate([[0], np.cumsum(table.predicted)])[firsts])
+    groups = np.searchsorted(lengths, sizes)
+    most = [int(predicted[groups <= group].max(initial=1)) for group in range(len(lengths))]
     return Packs(
-        tokens_of_all=np.concatenate([tokens.ids for tokens in sequences]).astype(np.int32),
-        counts_of_all=counts,
-        starts=starts,
+        tokens_of_all=table.ids,
+        counts_of_all=table.counts,
+        starts=table.starts,
         firsts=firsts,
-        numbers=np.array([tokens.row for tokens in sequences]),
+        numbers=table.rows,
+        origins=table.origins,
         lengths=lengths,
         predicted=tuple(int(round_up(m, length)) for m, length in zip(most, lengths, strict=True)),
     )
@@ -262,122 +363,3 @@ def round_up(lengths: Any, most: int) -> Any:
     """Returns lengths that suit devices, none above `most`: multiples of 8, or of 128 if long."""
     multiple = np.where(np.asarray(lengths) < _LONG, _MULTIPLE, _MULTIPLE_OF_LONG)
     return np.minimum(most, -(-lengths // multiple) * multiple)
-
-
-def order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """Returns the order of `n` rows in an epoch: [n], a permutation."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
-
-
-def order_by_group(seed: int, epoch: int, groups: np.ndarray, rows_a_step: int) -> np.ndarray:
-    """Returns an order in which most steps have rows of one group: [n], a permutation.
-
-    Rows are drawn, sorted by group, and cut into steps, whose order is drawn. As many steps as
-    there are groups, less one, lie across a border; the step that spans two epochs is drawn from
-    all rows. The very first step has the largest group: a batch that is too large fails at once.
-
-    Args:
-      seed, epoch: of the draw.
-      groups: [n], the group of each row.
-      rows_a_step: rows that a step sees.
-    """
-    rows = order(seed, epoch, len(groups))
-    first = -epoch * len(groups) % rows_a_step  # the rows before it end the last epoch's last step
-    n_steps = (len(groups) - first) // rows_a_step
-    if n_steps < 2 or (groups == groups[0]).all():
-        return rows
-    inner = rows[first : first + n_steps * rows_a_step]
-    steps = inner[np.argsort(groups[inner], kind="stable")].reshape(n_steps, rows_a_step)
-    turns = np.random.Generator(np.random.PCG64([seed, epoch, 1])).permutation(n_steps)
-    if epoch == 0:
-        turns = np.concatenate([[n_steps - 1], turns[turns != n_steps - 1]])
-    inner[:] = steps[turns].ravel()  # a view of `rows`
-    return rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Order:
-    """Says which of `n_rows` a step takes. Epochs follow one another without a gap or a rest.
-
-    Attributes:
-      seed: of the draw.
-      n_rows: the number of rows.
-      batch_size: rows in memory at once.
-      accumulate: batches of a step.
-      groups: [n_rows], which rows share a step where they can (see `order_by_group`); None for
-        any.
-    """
-
-    seed: int
-    n_rows: int
-    batch_size: int
-    accumulate: int = 1
-    groups: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
-    _orders: dict[int, np.ndarray] = dataclasses.field(
-        default_factory=dict, init=False, compare=False, repr=False
-    )
-
-    @classmethod
-    def of(cls, examples: Examples, seed: int, batch_size: int, accumulate: int = 1) -> "Order":
-        """Returns the order of examples, those of one length together."""
-        return cls(seed, len(examples), batch_size, accumulate, examples.groups)
-
-    @property
-    def rows_a_step(self) -> int:
-        """Returns how many rows one optimiser step sees."""
-        return self.batch_size * self.accumulate
-
-    def rows(self, step: int) -> np.ndarray:
-        """Returns the rows of the step after `step` steps: [accumulate, batch_size]."""
-        taken = step * self.rows_a_step + np.arange(self.rows_a_step)
-        epochs, within = np.divmod(taken, self.n_rows)
-        pairs = zip(epochs.tolist(), within.tolist(), strict=True)
-        rows = [self._order(epoch)[i] for epoch, i in pairs]
-        return np.array(rows).reshape(self.accumulate, self.batch_size)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            if len(self._orders) > 1:  # an epoch and its neighbour
-                self._orders.pop(next(iter(self._orders)))
-            self._orders[epoch] = (
-                order(self.seed, epoch, self.n_rows)
-                if self.groups is None
-                else order_by_group(self.seed, epoch, self.groups, self.rows_a_step)
-            )
-        return self._orders[epoch]
-
-    def cursor(self, step: int) -> dict[str, int]:
-        """Returns where the data stand after `step` steps."""
-        epoch, row = divmod(step * self.rows_a_step, self.n_rows)
-        return {"epoch": epoch, "row": row}
-
-    def steps(self, epochs: float) -> int:
-        """Returns the number of steps that see every row `epochs` times."""
-        return max(1, -(-int(np.ceil(epochs * self.n_rows)) // self.rows_a_step))
-
-
-@dataclasses.dataclass(frozen=True)
-class Feed:
-    """Says which examples each step takes.
-
-    Attributes:
-      examples: the examples to train on.
-      order: their order.
-      name: names one of them in messages.
-      source: the name of all of them.
-    """
-
-    examples: Examples
-    order: Order
-    name: Callable[[int], str]
-    source: str = "the examples"
-
-    def batch(self, number: int) -> Batch:
-        """Returns the batch of the step that has `number` steps before it, in this process."""
-        return self.examples.take(self.order.rows(number))
-
-    def named(self, number: int) -> str:
-        """Returns the names of what is in that batch."""
-        rows = self.order.rows(number).ravel().tolist()
-        left_out = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
-        return f"{', '.join(map(self.name, rows[:_SHOWN]))}{left_out} of {self.source}"

@@ -17,9 +17,10 @@ from lora_jax.base import as_array
 from lora_jax.fingerprint import base_fingerprint, differing
 from lora_jax.models import Decoder
 from lora_jax.paths import flatten_with_paths
-from lora_jax.training.batches import Batch, Examples, Feed, Packs
+from lora_jax.training.batches import Batch, Examples, Packs
 from lora_jax.training.best import Best
 from lora_jax.training.checkpoints import Checkpoints
+from lora_jax.training.data.order import Batches
 from lora_jax.training.errors import Diverged, TrainingError
 from lora_jax.training.layout import Layout
 from lora_jax.training.log import Log
@@ -48,7 +49,7 @@ class Ready:
       best: keeps the best adapter; None for no such thing.
     """
 
-    feed: Feed
+    feed: Batches
     setup: Setup
     state: State
     base: Any
@@ -60,7 +61,7 @@ class Ready:
 
 def make_ready(
     params: Any,
-    feed: Feed,
+    feed: Batches,
     *,
     layout: Layout,
     optimizer: optax.GradientTransformation,
@@ -91,7 +92,7 @@ def make_ready(
         state=setup.state(adapter, key),
         base=base,
         checkpoints=checkpoints,
-        facts={"data": feed.examples.digest(), "base": base_fingerprint(base)},
+        facts={"data": feed.digest(), "base": base_fingerprint(base)},
         best=best,
     )
 
@@ -109,7 +110,7 @@ def resumed(ready: Ready, steps: int) -> Ready:
         return ready
     state, saved = ready.checkpoints.restore(ready.state)
     done = int(state.step)
-    if saved["data"] != ready.facts["data"] or saved["cursor"] != ready.feed.order.cursor(done):
+    if saved["data"] != ready.facts["data"] or not ready.feed.seek(saved["cursor"], done):
         raise TrainingError(
             lambda option: (
                 f"{option('resume', True)}: the training data are not those that the run began with"
@@ -203,7 +204,7 @@ def compile_step(ready: Ready, forward: Callable[..., Any], loss: Loss) -> Compi
         return ready.setup.lower(forward, loss, state, base, batch).compile()
 
     step = CompiledStep(compiled)
-    first = ready.setup.layout.batch(ready.feed.batch(0), parts=True)
+    first = ready.setup.layout.batch(ready.feed.first(), parts=True)
     step.of(ready.state, ready.base, first)
     return step
 
@@ -247,7 +248,7 @@ def fit(
     def save(state: State, owed: Sequence[str]) -> None:
         if checkpoints is None:
             return
-        facts = {**ready.facts, "cursor": feed.order.cursor(int(state.step)), "owed": [*owed]}
+        facts = {**ready.facts, "cursor": feed.cursor(int(state.step)), "owed": [*owed]}
         if best is not None:
             facts["best"] = best.as_json()
         checkpoints.save(state, facts)
@@ -262,7 +263,7 @@ def fit(
     hooks = Hooks(
         batch=lambda number, state: feed.batch(number),
         placed=lambda batch: layout.batch(batch, parts=True),
-        tokens=feed.examples.tokens,
+        tokens=feed.tokens,
         save=save,
         rows=feed.named,
         resume_hint=resume_hint,
@@ -332,7 +333,7 @@ def held_out_loss(
 
     def take(state: State) -> dict[str, float] | None:
         parts, agreement, adapter = [], Agreement(), averaged(state.opt_state, state.adapter)
-        for part in examples.parts(ready.feed.order.batch_size):
+        for part in examples.parts(ready.feed.batch_size):
             parts.append(sums_of(adapter, part))
             if stop.agreed(agreement):
                 return None

@@ -33,9 +33,10 @@ from lora_jax.training.arguments import (
     like,
     loss_of,
 )
-from lora_jax.training.batches import Examples, Feed, Order
+from lora_jax.training.batches import Examples
 from lora_jax.training.best import BEST, Best
 from lora_jax.training.checkpoints import Checkpoints
+from lora_jax.training.data.order import Feed, Order
 from lora_jax.training.errors import TrainingError, as_argument
 from lora_jax.training.fit import (
     Ready,

@@ -43,7 +43,7 @@ def write_chats(path: Path, n: int) -> None:
 
 def measure(rows: Path, cache: Path, packing: bool) -> None:
     """Prints the cost of each part, in this process."""
-    from lora_jax.training.batches import Order
+    from lora_jax.training.data.order import Order
     from train.run.options.sft import Config, DataConfig
     from train.tasks import chats
 
@@ -58,7 +58,7 @@ def measure(rows: Path, cache: Path, packing: bool) -> None:
         clock, cpu = now, used
 
     data = DataConfig(
-        model=MODEL, dataset=str(rows), seq_len=512, packing=packing, token_cache=str(cache)
+        model=MODEL, dataset=(str(rows),), seq_len=512, packing=packing, token_cache=str(cache)
     )
     config = Config(data=data)
     read = chats.read(config)

@@ -25,7 +25,6 @@ from train.tasks.chats import hold_out
 
 # Orbax leaves coroutines behind where a file cannot be written.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-ROWS = [{"prompt": f"{i}?", "completion": str(i)} for i in range(40)]
 
 
 def fails(capsys, run, *args):
@@ -39,22 +38,35 @@ def fails(capsys, run, *args):
 
 def test_held_out_rows_are_drawn_and_stay_when_a_run_goes_on(tmp_path):
     def rows(*args):
-        return hold_out(parse(["--dataset", "x.jsonl", "--output", str(tmp_path), *args]), ROWS)
+        args = ["--dataset", "x.jsonl", "--output", str(tmp_path), *args]
+        drawn = hold_out(parse(args), {"x.jsonl": 40})
+        return drawn and drawn[0].tolist()
 
     asked = ["--eval-every", "5", "--eval-questions", "3"]
     drawn = rows(*asked)
-    train, held_out = drawn.numbers
-    assert sorted(train + held_out) == list(range(1, 41)) and len(held_out) == 3
-    assert [row["prompt"] for row in drawn.held_out] == [f"{n - 1}?" for n in held_out]
-    assert rows(*asked, "--seed", "1").held_out != drawn.held_out != ROWS[-3:]
+    assert len({*drawn}) == 3 and {*drawn} < {*range(1, 41)} and drawn == sorted(drawn)
+    assert rows(*asked, "--seed", "1") != drawn != [38, 39, 40]
     begin(tmp_path, parse(["--dataset", "x.jsonl", *asked]), "train.sft", {})
     assert rows("--resume") == drawn == rows(*asked[2:], "--eval-every", "1", "--resume")
     with pytest.raises(UserError, match="--eval-questions was 3 and is now 64"):
         rows("--eval-every", "1", "--resume")
     begin(tmp_path, parse(["--dataset", "x.jsonl"]), "train.sft", {})
-    assert rows("--resume").held_out == []
+    assert rows("--resume") is None
     with pytest.raises(UserError, match="--eval-every 5: the run has trained on all rows"):
         rows("--eval-every", "5", "--resume")
+
+
+def test_rows_are_held_out_of_each_data_set():
+    def drawn(questions, counts, weights=(None, None)):
+        args = ["--dataset", "x.jsonl", "--eval-every", "1", "--eval-questions", str(questions)]
+        return [len(rows) for rows in hold_out(parse(args), counts, weights)]
+
+    assert drawn(12, {"a": 400, "b": 200}) == [8, 4]
+    assert drawn(12, {"a": 400, "b": 200}, (1.0, 3.0)) == [3, 9]
+    assert drawn(1, {"a": 400, "b": 10}) == [1, 1]  # each has one
+    assert drawn(80, {"a": 400, "b": 20}) == [40, 2]  # a tenth
+    with pytest.raises(UserError, match="at most a tenth of the 9 rows of b is held out"):
+        drawn(12, {"a": 400, "b": 9})
 
 
 def test_a_longer_run_is_told_that_its_learning_rate_jumps(tmp_path):

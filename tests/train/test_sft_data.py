@@ -2,8 +2,11 @@
 
 import pytest
 
+from lora_jax.training.data.order import Order
 from tests.train.test_sft import fails
 from tests.train.tiny import write_jsonl, write_model
+from train.data.mixture import used
+from train.run.errors import UserError
 from train.sft import parse
 from train.tasks import chats
 
@@ -44,6 +47,43 @@ def test_a_table_from_a_spreadsheet(model, tmp_path, capsys, monkeypatch):
     assert len(data.train) < 20
     data, said = read("--train-on", "all")
     assert data.train.weights.sum() == data.train.tokens_of_all.size - 24
+
+
+def test_data_sets_in_proportions(model, tmp_path, capsys):
+    chats_of = {"a": [{"q": f"{n}?", "r": "yes"} for n in range(60)]}
+    chats_of["b"] = [{"prompt": f"{n}?", "completion": "no " * 9} for n in range(30)]
+    a, b = (str(write_jsonl(tmp_path / f"{k}.jsonl", rows)) for k, rows in chats_of.items())
+    args = ["--model", model, "--fields", "prompt=q", "completion=r"]
+
+    def read(*more):
+        config = parse([*args, *more])
+        chats.check(config)
+        made = chats.examples(config, (rows := chats.read(config)), chats.outline(config, rows))
+        return made, "\n".join(made.lines), rows
+
+    for packing in ([], ["--packing"]):
+        data, said, _ = read("--dataset", f"{a}:1", f"{b}:3", "--eval-every", "2", *packing)
+        assert f"6 of the 60 rows of {a} are held out, drawn by --seed 0: row " in said
+        assert f"3 of the 30 rows of {b} are held out" in said
+        order = Order.of(data.train, 0, 4)
+        lines = used(data.train, order, order.steps(1))
+        assert [line.split(": ")[0] for line in lines] == [a, b]
+        assert 20 < float(lines[0].split(" steps, ")[1].split("%")[0]) < 30
+        assert "each of its 54 comes 0." in lines[0]
+        assert "each of its 27 comes 2." in lines[1]
+        assert data.name(0) == data.name(0).removesuffix(f" of {a}") + f" of {a}"
+    data, _, rows = read("--dataset", a, b, "--rows", "20")
+    assert len(data.train) == 40 and data.train.mixture is None
+    line = used(data.train, Order.of(data.train, 0, 4), 10)[1]
+    assert line.startswith(f"{b}: 20 rows in 10 steps, 50.0% of all; each of its 20 comes 1.00 ")
+    with pytest.raises(UserError, match="--fields prompt=x: no first row of .* has `x`"):
+        again = write_jsonl(tmp_path / "c.jsonl", chats_of["b"])
+        read("--dataset", b, str(again), "--fields", "prompt=x")
+    with pytest.raises(UserError, match="--dataset sql is a task .*: leave out a.jsonl"):
+        parse(["--dataset", "a.jsonl", "sql"])
+    with pytest.raises(UserError, match="is what is trained on"):
+        read("--dataset", a, b, "--eval-dataset", b, "--eval-every", "1")
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize(

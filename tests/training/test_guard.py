@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 import lora_jax as lj
-from lora_jax.training.batches import Order, pack
+from lora_jax.training.batches import pack
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.data.chats import tokenize
+from lora_jax.training.data.order import Order
 from lora_jax.training.errors import Diverged
 from lora_jax.training.loop import Hooks
 from lora_jax.training.loop import train as loop

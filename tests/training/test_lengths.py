@@ -8,9 +8,11 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import training
-from lora_jax.training.batches import Order, Tokens, pack
+from lora_jax.training.batches import pack
 from lora_jax.training.data import packing
+from lora_jax.training.data.order import Order
 from lora_jax.training.data.packing import few_lengths, first_fit
+from lora_jax.training.data.sequences import Tokens
 
 RNG = np.random.default_rng(5)
 

@@ -1,11 +1,9 @@
 """Tokenised rows, kept for later runs in a folder of the user's."""
 
 import hashlib
-import io
 import json
 import os
 import tempfile
-from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -14,31 +12,31 @@ from typing import Any
 import numpy as np
 
 from lora_jax.hf.packaged import cache_folder
-from lora_jax.training.batches import Tokens
-from lora_jax.training.data.rows import Row
+from lora_jax.training.data.sequences import Sequences
 
 OFF = "off"
-_FORMAT = b"lora_jax tokens 1\n"
+_FORMAT = b"lora_jax tokens 2\n"
+_KINDS = ("<i8", "<i8", "<i4", "?")  # of lengths, rows, tokens, and which ones count
+_DIGITS = 24  # of a hash in a file's name
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 _FEW = 1_000  # rows that are tokenised as fast as they are found, unless a folder is named
 _MOST_BYTES = 4 * 2**30  # the files unused for longest make room
 
 
-def place(asked: str | None, rows: Sequence[Row], tokenizer: Any, **options: Any) -> Path | None:
-    """Returns the file that keeps these rows' tokens; None where they are not to be kept.
+def place(asked: str | None, key: str, tokenizer: Any, **options: Any) -> Path | None:
+    """Returns the file that keeps the tokens of some rows; None where they are not to be kept.
 
-    Its name is a hash of all that the tokens depend on: the rows, the tokenizer with its chat
-    template, the options, and the packages that render and tokenise.
+    Its name has two hashes: of the rows, and of what else the tokens depend on, which is the
+    tokenizer with its chat template, the options, and the packages that render and tokenise.
 
     Args:
       asked: the option --token-cache: a folder, "off", or None for the user's cache folder.
-      rows: the rows.
+      key: a hash of the rows.
       tokenizer: the model's.
       options: further options of the tokenisation.
     """
-    if asked == OFF or asked is None and len(rows) < _FEW:
+    if asked == OFF:
         return None
-    folder = cache_folder() / "tokens" if asked is None else Path(asked).expanduser().absolute()
     core = tokenizer.backend_tokenizer
     core.no_padding()  # as in every call for chats
     core.no_truncation()
@@ -49,12 +47,28 @@ def place(asked: str | None, rows: Sequence[Row], tokenizer: Any, **options: Any
     made = hashlib.sha256(_FORMAT)
     for part in (core.to_str(), template, today, special, packages, repr(sorted(options.items()))):
         made.update(hashlib.sha256(part.encode()).digest())
-    for row in rows:
-        made.update(json.dumps(row, default=repr).encode() + b"\n")
-    return folder / f"{made.hexdigest()[:32]}.tokens"
+    return _folder(asked) / f"{_short(key)}-{made.hexdigest()[:_DIGITS]}.tokens"
 
 
-def read(path: Path) -> list[Tokens] | None:
+def knows(asked: str | None, key: str) -> bool:
+    """Returns whether some earlier run has read these rows, could use them all, and kept tokens."""
+    return asked != OFF and any(_folder(asked).glob(f"{_short(key)}-*.tokens"))
+
+
+def _folder(asked: str | None) -> Path:
+    return cache_folder() / "tokens" if asked is None else Path(asked).expanduser().absolute()
+
+
+def _short(key: str) -> str:
+    return hashlib.sha256(_FORMAT + key.encode()).hexdigest()[:_DIGITS]
+
+
+def worth(asked: str | None, n_rows: int) -> bool:
+    """Returns whether the tokens of so many rows are to be kept."""
+    return asked is not None or n_rows >= _FEW
+
+
+def read(path: Path) -> Sequences | None:
     """Returns the tokens that a file keeps; None if there is none, or it is damaged."""
     try:
         data = path.read_bytes()
@@ -65,33 +79,35 @@ def read(path: Path) -> list[Tokens] | None:
     body = memoryview(data)[start:]
     if data[:start] != _FORMAT + hashlib.sha256(body).digest():
         return None
-    file = io.BytesIO(body)
-    ids, counts, lengths, rows = (np.load(file, allow_pickle=False) for _ in range(4))
-    ends = np.cumsum(lengths)
-    places = zip((ends - lengths).tolist(), ends.tolist(), rows.tolist(), strict=True)
-    return [Tokens(ids[a:b], counts[a:b], row) for a, b, row in places]
+    n, total = np.frombuffer(body, "<i8", 2).tolist()
+    arrays, at = [], 16
+    for kind, size in zip(_KINDS, (n, n, total, total), strict=True):  # views: nothing is copied
+        arrays.append(np.frombuffer(body, kind, size, at))
+        at += arrays[-1].nbytes
+    lengths, rows, ids, counts = arrays
+    return Sequences.of_arrays(ids=ids, counts=counts, lengths=lengths, rows=rows)
 
 
-def write(path: Path, sequences: Sequence[Tokens]) -> None:
+def write(path: Path, sequences: Sequences) -> None:
     """Writes tokens to a file, whole or not at all; removes old files where they grow too many.
 
     Raises:
       OSError: the folder cannot be written.
     """
-    file = io.BytesIO()
-    for array in (
-        np.concatenate([tokens.ids for tokens in sequences]),
-        np.concatenate([tokens.counts for tokens in sequences]),
-        np.array([len(tokens) for tokens in sequences]),
-        np.array([tokens.row for tokens in sequences]),
-    ):
-        np.save(file, array, allow_pickle=False)
-    body = file.getbuffer()
+    arrays = (sequences.lengths, sequences.rows, sequences.ids, sequences.counts)
+    parts = [np.array([len(sequences), len(sequences.ids)], "<i8").data]
+    parts += [
+        array.astype(kind, copy=False).data for array, kind in zip(arrays, _KINDS, strict=True)
+    ]
+    made = hashlib.sha256()
+    for part in parts:
+        made.update(part)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as partial:
         try:
-            partial.write(_FORMAT + hashlib.sha256(body).digest())
-            partial.write(body)
+            partial.write(_FORMAT + made.digest())
+            for part in parts:
+                partial.write(part)
             partial.close()
             Path(partial.name).replace(path)
         except BaseException:

@@ -8,37 +8,31 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lora_jax.training.batches import Tokens
 from lora_jax.training.data import chats
 from lora_jax.training.data.chats import TrainOn
-from lora_jax.training.data.rows import Row
+from lora_jax.training.data.sequences import Sequences
 from train.data import cache
+from train.data.dataset import Dataset
 from train.run import hosts
 
 _SECONDS_A_LINE = 10.0  # between lines on progress, where there is no terminal to draw a bar
 
 
 def tokenize(
-    rows: Sequence[Row],
-    tokenizer: Any,
-    source: str,
-    numbers: Sequence[int] | None = None,
-    *,
-    train_on: TrainOn = "assistant",
-    kept_in: str | None = cache.OFF,
-) -> list[Tokens]:
+    dataset: Dataset, tokenizer: Any, *, train_on: TrainOn = "assistant", write: bool = True
+) -> Sequences:
     """Returns the rows as token sequences; see `lora_jax.training.data.chats.tokenize`.
 
+    The rows are read only where no earlier run kept their tokens.
+
     Args:
-      rows: chats, or pairs of prompt and completion.
+      dataset: chats, or pairs of prompt and completion.
       tokenizer: the model's.
-      source: the name of the rows in messages.
-      numbers: the rows' numbers in the data; by default from 1 on.
       train_on: the turns that the loss counts.
-      kept_in: the option --token-cache; see `train.data.cache`.
+      write: whether tokens may be kept for later runs.
     """
-    console = hosts.console()
-    path = cache.place(kept_in, rows, tokenizer, train_on=train_on, numbers=numbers)
+    console, source = hosts.console(), dataset.name
+    path = cache.place(dataset.kept_in, dataset.key, tokenizer, train_on=train_on)
     found = None if path is None else cache.read(path)
     # All processes tokenise together, or none does.
     everywhere = hosts.map_over_processes(lambda _: found is not None, range(jax.process_count()))
@@ -47,11 +41,10 @@ def tokenize(
         return found
     if path is not None and path.exists() and found is None:
         _say(console, f"warning: {path} is damaged; tokenising {source} anew")
+    rows = dataset.rows()
     mapped = _with_progress(console, len(rows))
-    tokens = chats.tokenize(
-        rows, tokenizer, source, numbers=numbers, mapped=mapped, train_on=train_on
-    )
-    if path is not None:
+    tokens = chats.tokenize(rows, tokenizer, source, mapped=mapped, train_on=train_on)
+    if path is not None and write and cache.worth(dataset.kept_in, len(rows)):
         try:
             cache.write(path, tokens)
             _say(console, f"the tokens of {source} are kept in {path}")

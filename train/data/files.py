@@ -37,21 +37,38 @@ def read_rows(dataset: str, *, split: str = "train", subset: str | None = None) 
     Raises:
       UserError: there is no such file or dataset, it cannot be read, or it has no rows.
     """
-    path = Path(dataset).expanduser()
-    if path.is_dir():
-        rows = _read_folder(path, split)
-    elif dataset.endswith(FILE_KINDS):
-        if not path.is_file():
-            raise UserError(f"--dataset {dataset}: there is no such file")
-        rows = read_file(path)
-    elif path.exists():
-        kinds = ", ".join(FILE_KINDS)
-        raise UserError(f"--dataset {dataset}: a file of one of the kinds {kinds} is needed")
+    if (paths := files_of(dataset, split)) is not None:
+        rows = [row for path in paths for row in read_file(path)]
     else:
-        rows = _read_hub(dataset, split, subset)
+        rows = rows_of(load(dataset, split=split, subset=subset))
     if not rows:
         raise UserError(f"--dataset {dataset} has no rows")
     return rows
+
+
+def files_of(dataset: str, split: str = "train") -> list[Path] | None:
+    """Returns the files that a dataset is made of; None of one that `datasets` loads.
+
+    Raises:
+      UserError: there is no such file, or none of that split in the folder.
+    """
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        return None if _is_saved(path) else _files_in(path, split)
+    if dataset.endswith(FILE_KINDS):
+        if not path.is_file():
+            raise UserError(f"--dataset {dataset}: there is no such file")
+        return [path]
+    if path.exists():
+        kinds = ", ".join(FILE_KINDS)
+        raise UserError(f"--dataset {dataset}: a file of one of the kinds {kinds} is needed")
+    return None
+
+
+def load(dataset: str, *, split: str, subset: str | None) -> Any:
+    """Returns what `datasets` loads: a folder that it saved, or a dataset on the hub."""
+    path = Path(dataset).expanduser()
+    return _load_saved(path, split) if path.is_dir() else _load_hub(dataset, split, subset)
 
 
 def read_file(path: Path) -> list[Row]:
@@ -74,13 +91,15 @@ def _read_parquet(path: Path) -> list[Row]:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error
-    return [placed(_of_arrow(row), path, f"row {n}") for n, row in enumerate(rows, start=1)]
+    return [placed(rows_of_arrow(row), path, f"row {n}") for n, row in enumerate(rows, start=1)]
 
 
-def _read_folder(folder: Path, split: str) -> list[Row]:
-    """Reads the files of a folder, in the order of their names, or what `datasets` saved there."""
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return _read_saved(folder, split)
+def _is_saved(folder: Path) -> bool:
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _files_in(folder: Path, split: str) -> list[Path]:
+    """Returns the files of a folder that are of a split, in the order of their names."""
     paths = sorted(path for path in folder.rglob("*") if path.name.endswith(FILE_KINDS))
     paths = [p for p in paths if not any(x[0] in "._" for x in p.relative_to(folder).parts)]
     if not paths:
@@ -93,7 +112,7 @@ def _read_folder(folder: Path, split: str) -> list[Row]:
     if not chosen:
         found = ", ".join(sorted({*splits.values()}))
         raise UserError(f"--split {split}: the files in {folder} are of the splits {found}")
-    return [row for path in chosen for row in read_file(path)]
+    return chosen
 
 
 def _split_of(path: Path) -> str:
@@ -102,7 +121,7 @@ def _split_of(path: Path) -> str:
     return next((_SPLITS[word] for word in words if word in _SPLITS), "train")
 
 
-def _read_saved(folder: Path, split: str) -> list[Row]:
+def _load_saved(folder: Path, split: str) -> Any:
     import datasets
 
     try:
@@ -112,11 +131,11 @@ def _read_saved(folder: Path, split: str) -> list[Row]:
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise UserError(f"--split {split}: {folder} has the splits {', '.join(saved)}")
-        saved = saved[split]
-    return _rows_of(saved)
+        return saved[split]
+    return saved
 
 
-def _read_hub(name: str, split: str, subset: str | None) -> list[Row]:
+def _load_hub(name: str, split: str, subset: str | None) -> Any:
     import datasets
     import huggingface_hub
 
@@ -125,7 +144,7 @@ def _read_hub(name: str, split: str, subset: str | None) -> list[Row]:
     constants: Any = huggingface_hub.constants
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, problem is not None
     try:
-        return _rows_of(datasets.load_dataset(name, subset, split=split))
+        return datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # any error of the hub's layers is about the given name
         raise UserError(
             f"--dataset {name} is neither a file nor a dataset that can be loaded from the hub "
@@ -136,12 +155,13 @@ def _read_hub(name: str, split: str, subset: str | None) -> list[Row]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _rows_of(dataset: Any) -> list[Row]:
+def rows_of(dataset: Any) -> list[Row]:
+    """Returns the rows that `datasets` has, their classes by name."""
     import datasets
 
     kinds = dataset.features or {}
     classes = {n: kind for n, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
-    return [{**_of_arrow(row), **_named(row, classes)} for row in dataset]
+    return [{**rows_of_arrow(row), **_named(row, classes)} for row in dataset]
 
 
 def _named(row: Row, classes: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +171,7 @@ def _named(row: Row, classes: Mapping[str, Any]) -> dict[str, Any]:
     return {name: classes[name].int2str(n) for name, n in known.items()}
 
 
-def _of_arrow(row: Row) -> dict[str, Any]:
+def rows_of_arrow(row: Row) -> dict[str, Any]:
     """Returns a row whose chats lack the fields that are null: Arrow's objects have all fields."""
     return {
         name: _without_nulls(value) if name in _OF_CHATS else value for name, value in row.items()

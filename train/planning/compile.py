@@ -18,6 +18,7 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, number_of_chunks, summed_loss
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State
+from train.adapters.source import find_adapter
 from train.planning.flops import step_flops
 from train.planning.machines import Machine
 from train.planning.plan_flops import count_traced, step_work
@@ -206,9 +207,9 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
     """
     step = prepare(job, variant, optim)
     held = {
-        "base": _per_device(step.base),
-        "adapter": _per_device(step.state.adapter),
-        "optimizer": _per_device(step.state.opt_state),
+        "base": per_device(step.base),
+        "adapter": per_device(step.state.adapter),
+        "optimizer": per_device(step.state.opt_state),
     }
     known: dict[str, Any] = {
         "name": variant.name,
@@ -257,14 +258,26 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
 def abstract_params(job: Job, variant: Variant) -> Any:
     """Returns the adapted tree as shapes with shardings; fp32 in full fine-tuning."""
     dtype = jnp.float32 if variant.adapter.full else jnp.dtype(job.dtype)
-    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), job.outline.params)
+    return adapted_shapes(job.outline, variant.adapter, dtype, job.layout)
+
+
+def adapted_shapes(outline: Outline, adapter: AdapterConfig, dtype: Any, layout: Layout) -> Any:
+    """Returns a model's adapted tree as shapes with shardings; --init-adapter's has its own.
+
+    Raises:
+      UserError: the rules or the adapter do not fit the model.
+    """
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), outline.params)
     with as_user_errors(ValueError):
-        chosen = rules(variant.adapter, job.outline)
-        params = lj.lorafy(plain, chosen, kinds=job.outline.kinds)
+        if adapter.init_adapter is None:
+            params = lj.lorafy(plain, rules(adapter, outline), kinds=outline.kinds)
+        else:  # the base has no values to compare yet
+            source = find_adapter(adapter.init_adapter, "--init-adapter")
+            params = source.load(outline, plain, outline.name, allow_base_mismatch=True)
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         params,
-        shardings(params, job.layout.table, job.layout.mesh),
+        shardings(params, layout.table, layout.mesh),
     )
 
 
@@ -293,7 +306,7 @@ def _chunks(job: Job) -> int:
     return number_of_chunks(shape, job.loss_chunk, parts)
 
 
-def _per_device(tree: Any) -> int:
+def per_device(tree: Any) -> int:
     """Returns the bytes on one device of a tree of shapes with shardings."""
     return sum(
         tree_bytes(jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype))

@@ -13,6 +13,7 @@ from lora_jax.models import EncoderConfig
 from lora_jax.training.best import BEST
 from train.adapters.source import AdapterSource
 from train.data.files import FILE_KINDS
+from train.data.named import named
 from train.publish.marked import marked
 from train.run.files import read_json
 from train.run.log import read_metrics
@@ -94,8 +95,7 @@ def card(export: Export) -> str:
 
 def _front_matter(export: Export, options: Mapping[str, Any]) -> str:
     is_adapter = export.fields is not None
-    dataset = str(options.get("dataset", ""))
-    from_hub = _HUB_NAME.fullmatch(dataset) and not dataset.endswith(FILE_KINDS)
+    from_hub = [name for name in _datasets(options) if _is_of_hub(name)]
     task = "text-generation"
     if isinstance(export.config, EncoderConfig):
         tasks = {"classification": "text-classification", "masked_lm": "fill-mask"}
@@ -105,11 +105,28 @@ def _front_matter(export: Export, options: Mapping[str, Any]) -> str:
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=task,
         tags=["lora", "lora_jax", "jax"],
-        datasets=[dataset] if from_hub and not Path(dataset).expanduser().exists() else None,
+        datasets=from_hub or None,
     )
     if export.base:
         data["base_model_relation"] = "adapter" if is_adapter else "finetune"
     return data.to_yaml()
+
+
+def _datasets(options: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the data sets that a run was given, one or several."""
+    given = options.get("dataset") or []
+    return [given] if isinstance(given, str) else [dataset.name for dataset in named(given)]
+
+
+def _is_of_hub(name: str) -> bool:
+    is_name = _HUB_NAME.fullmatch(name) and not name.endswith(FILE_KINDS)
+    return bool(is_name) and not Path(name).expanduser().exists()
+
+
+def _shown(name: str) -> str:
+    """Returns the name of a data set without the folders of whoever trained."""
+    path = Path(name).expanduser()
+    return path.name if name.endswith(FILE_KINDS) or path.is_absolute() else name
 
 
 def _code(export: Export) -> Iterator[str]:
@@ -157,10 +174,9 @@ def _python(*lines: str) -> str:
 
 def _training(export: Export, run: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
     resolved = run.get("resolved", {})
-    if dataset := options.get("dataset"):
-        shown = Path(dataset).name if dataset.endswith(FILE_KINDS) else dataset
-        shown = Path(dataset).name if Path(dataset).expanduser().is_absolute() else shown
-        number = f", {resolved['examples']} examples" if "examples" in resolved else ""
+    if datasets := _datasets(options):
+        shown = ", ".join(map(_shown, datasets))
+        number = f", {resolved['examples']} examples" if resolved.get("examples") else ""
         yield f"Data: {_cell(shown)}{number}."
     if run.get("summary"):
         yield f"`{run['summary']}`"

@@ -21,9 +21,10 @@ from rich.console import Console
 import lora_jax as lj
 from lora_jax.models.attention import chosen_attention
 from lora_jax.training import fit as training
-from lora_jax.training.batches import Examples, Feed, Order
+from lora_jax.training.batches import Examples
 from lora_jax.training.best import BEST, Best
 from lora_jax.training.checkpoints import Checkpoints
+from lora_jax.training.data.order import Batches, Order
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import Measure
 from lora_jax.training.losses import HELD_OUT, SCORE, Loss
@@ -61,7 +62,7 @@ class Run:
     folder: Path
     console: Console
     stop: Stop
-    feed: Feed
+    feed: Batches
     steps: int
     rate: float  # the highest learning rate
     layout: Layout
@@ -166,7 +167,7 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
         run.console.print(said, highlight=False)
         if warning := _moved(run, schedule, done):
             run.console.print(warning, highlight=False, soft_wrap=True)
-    resolved = {"steps": run.steps, "examples": len(run.feed.examples), "lr": run.rate}
+    resolved = {"steps": run.steps, "examples": run.feed.n_examples, "lr": run.rate}
     facts = {"resolved": resolved, **facts, "summary": summary, "versions": versions()}
     wait_for_all("the options of all processes are checked")
     if is_first():

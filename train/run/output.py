@@ -82,6 +82,15 @@ def check_output(config: Options) -> Path:
     return folder
 
 
+def state_of(folder: Path) -> str:
+    """Returns what an output folder holds, in words; changes nothing."""
+    if not folder.exists():
+        return "this output folder is not there yet"
+    if not any((folder / name).exists() for name in _OURS) or _is_untrained(folder):
+        return "this output folder holds no run yet"
+    return "this output folder holds another run: --resume goes on with it, --overwrite deletes it"
+
+
 def _is_untrained(folder: Path) -> bool:
     """Returns whether a run was stopped here before its first step: nothing of it need be kept."""
     trained = any((folder / name).exists() for name in _TRAINED) or read_metrics(folder)

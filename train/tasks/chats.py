@@ -1,20 +1,23 @@
 """The task of fine-tuning on a user's chats, or pairs of prompt and completion."""
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lora_jax.hf.bundled import SMOLLM2
-from lora_jax.training.batches import Packs, pack
+from lora_jax.training.batches import Packs, pack, pack_mixture
 from lora_jax.training.data.chats import check_lengths
-from lora_jax.training.data.rows import Row, check_rows
+from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, summed_loss
 from train.data.chats import tokenize
-from train.data.fields import renamed
-from train.data.files import read_rows
-from train.run.errors import UserError
+from train.data.dataset import Dataset, find
+from train.data.fields import pairs_of
+from train.data.named import named
+from train.run import hosts
+from train.run.errors import UserError, flag
 from train.run.options.common import Defaults
 from train.run.options.rope import parse_rope_scaling
 from train.run.options.sft import Config
@@ -22,6 +25,7 @@ from train.run.output import saved_options
 from train.run.pretrained import Outline, read_outline
 from train.tasks.task import Data, Rows, Task
 
+_LARGE = 2**30  # bytes of files that are better streamed
 _HELD_OUT_STREAM = 2**32 + 1  # no epoch's number: the draw is none of the data's orders
 
 
@@ -34,7 +38,8 @@ def check(config: Config) -> None:
         raise UserError(
             f"--eval-dataset {data.eval_dataset} is measured every --eval-every steps: give them"
         )
-    if (data.eval_dataset, data.eval_split) == (data.dataset, data.split):
+    names = [dataset.name for dataset in named(data.dataset)]
+    if data.eval_dataset in names and data.eval_split == data.split:
         raise UserError(
             f"--eval-dataset {data.eval_dataset} is what is trained on: name other data, or "
             "another split by --eval-split"
@@ -42,56 +47,44 @@ def check(config: Config) -> None:
 
 
 def read(config: Config) -> Rows:
-    """Reads the rows of the dataset; with --eval-every, some are held out."""
+    """Finds the data sets; reads and checks the rows of which no earlier run kept the tokens."""
     data = config.data
-    rows = _checked(config, data.dataset, data.split)[: data.rows]
+    names = [dataset.name for dataset in named(data.dataset)]
+    used: set[str] | None = set() if data.fields and len(names) > 1 else None
+    train = [found(config, name, data.split, data.rows, used) for name in names]
+    if (n_bytes := sum(dataset.n_bytes for dataset in train)) > _LARGE:
+        hosts.console().print(
+            f"{n_bytes / 1e9:,.1f} GB are read into memory, where they take several times as much; "
+            "--stream reads them while training",
+            highlight=False,
+            soft_wrap=True,
+        )
+    for dataset in train:
+        dataset.check(again=used is not None)
+    if used is not None and (unused := [o for _, o in pairs_of(data.fields) if o not in used]):
+        raise UserError(
+            f"{flag('fields', *data.fields)}: no first row of {', '.join(names)} has `{unused[0]}`"
+        )
     if data.eval_dataset is None:
-        return hold_out(config, rows)
-    return Rows(rows, _checked(config, data.eval_dataset, data.eval_split))
+        return Rows(train, [])
+    held_out = found(config, data.eval_dataset, data.eval_split, None, used)
+    held_out.check()
+    return Rows(train, [held_out])
 
 
-def _checked(config: Config, dataset: str, split: str) -> list[Row]:
-    rows = read_rows(dataset, split=split, subset=config.data.subset)
-    rows = renamed(rows, config.data.fields, dataset)
-    check_rows(rows, dataset)
-    return rows
-
-
-def hold_out(config: Config, rows: list[Row]) -> Rows:
-    """Holds out rows that --seed draws, at most a tenth, if --eval-every is given.
-
-    A resumed run holds out those that it began without.
-
-    Raises:
-      UserError: there are too few rows, or the run began with all of them.
-    """
-    run, saved = config.run, saved_options(config)
-    if run.eval_every and not saved.get("eval_every", True):
-        raise UserError(
-            f"--eval-every {run.eval_every}: the run has trained on all rows, and none can be held "
-            "out any more. Leave it out, or start another run in another --output"
-        )
-    if not saved.get("eval_every", run.eval_every):
-        return Rows(rows, [])
-    questions = saved.get("eval_questions", run.eval_questions)
-    if run.eval_every and questions != run.eval_questions:
-        raise UserError(
-            f"--eval-questions was {questions} and is now {run.eval_questions}: the held-out rows "
-            "of a run stay the same. Give the same number, or start another run in another --output"
-        )
-    n = min(questions, len(rows) // 10)
-    if n == 0:
-        raise UserError(
-            f"--eval-every {run.eval_every} needs rows to hold out: --eval-questions is "
-            f"{questions}, and at most a tenth of the {len(rows)} rows is held out"
-        )
-    seed = [config.optim.seed, _HELD_OUT_STREAM]
-    drawn = np.random.Generator(np.random.PCG64(seed)).permutation(len(rows))
-    train, held_out = (sorted(part.tolist()) for part in (drawn[n:], drawn[:n]))
-    return Rows(
-        [rows[i] for i in train],
-        [rows[i] for i in held_out],
-        ([i + 1 for i in train], [i + 1 for i in held_out]),
+def found(
+    config: Config, name: str, split: str, rows: int | None, used: set[str] | None
+) -> Dataset:
+    """Returns a data set, read as the options say; see `find`."""
+    data = config.data
+    return find(
+        name,
+        split=split,
+        subset=data.subset,
+        fields=data.fields,
+        used=used,
+        rows=rows,
+        kept_in=data.token_cache,
     )
 
 
@@ -106,24 +99,83 @@ def outline(config: Config, rows: Rows) -> Outline:
 
 
 def examples(config: Config, rows: Rows, outline: Outline) -> Data:
-    """Returns the rows as sequences, padded or packed."""
-    numbers, source = rows.numbers or (None, None), config.data.dataset
-    packs = packed(config, rows.train, outline.tokenizer, source, numbers[0])
-    held_out = None
-    if rows.held_out:
-        held_out_source = config.data.eval_dataset or "the held-out rows"
-        held_out_source = source if rows.numbers else held_out_source
-        held_out = packed(config, rows.held_out, outline.tokenizer, held_out_source, numbers[1])
+    """Returns the rows as sequences, padded or packed; with --eval-every, some are held out."""
+    data, lines = config.data, []
+    weights = [dataset.weight for dataset in named(data.dataset)]
+    parts = {one.name: tokens_of(config, one, outline.tokenizer) for one in rows.train}
+    held_out = [tokens_of(config, dataset, outline.tokenizer) for dataset in rows.held_out]
+    source = ", ".join(dataset.name for dataset in rows.held_out)
+    counts = {name: int(tokens.rows[-1]) for name, tokens in parts.items()}
+    if not held_out and (drawn := hold_out(config, counts, weights)):
+        split = [tokens.split(taken) for tokens, taken in zip(parts.values(), drawn, strict=True)]
+        held_out = [measured for _, measured in split]
+        source = "the held-out rows"
+        parts = {name: rest for name, (rest, _) in zip(parts, split, strict=True)}
+        lines = [_drawn(config, n, rows) for n, rows in zip(counts.items(), drawn, strict=True)]
+    packs = packed(config, parts, [w for w in weights if w is not None])
+    measured = Sequences.joined(held_out) if held_out else None
     return Data(
         train=packs,
-        held_out=held_out,
+        held_out=None if measured is None else packed(config, {source: measured}),
         name=packs.name,
+        source="" if packs.sources else next(iter(parts)),
         facts={"sequence_length": packs.lengths[-1], "lengths": packs.lengths},
-        lines=(
-            described(packs, packing=config.data.packing),
-            *((_drawn(config, rows),) if rows.numbers else ()),
-        ),
+        lines=(described(packs, packing=data.packing), *lines),
     )
+
+
+def tokens_of(config: Config, dataset: Dataset, tokenizer: Any) -> Sequences:
+    """Returns a data set's rows as sequences."""
+    write = not config.run.dry_run
+    return tokenize(dataset, tokenizer, train_on=config.data.train_on, write=write)
+
+
+def hold_out(
+    config: Config, counts: Mapping[str, int], weights: Sequence[float | None] = (None,)
+) -> list[np.ndarray] | None:
+    """Draws the rows to hold out by --seed, if --eval-every is given: at most a tenth.
+
+    A resumed run holds out those that it began without.
+
+    Args:
+      config: the options.
+      counts: the number of rows of each data set, by its name.
+      weights: of the data sets; where there are none, the number of rows takes their place.
+
+    Returns:
+      For each data set, the numbers of its rows that are held out, counted from 1; None for none.
+
+    Raises:
+      UserError: there are too few rows, or the run began with all of them.
+    """
+    run, saved = config.run, saved_options(config)
+    if run.eval_every and not saved.get("eval_every", True):
+        raise UserError(
+            f"--eval-every {run.eval_every}: the run has trained on all rows, and none can be held "
+            "out any more. Leave it out, or start another run in another --output"
+        )
+    if not saved.get("eval_every", run.eval_every):
+        return None
+    questions = saved.get("eval_questions", run.eval_questions)
+    if run.eval_every and questions != run.eval_questions:
+        raise UserError(
+            f"--eval-questions was {questions} and is now {run.eval_questions}: the held-out rows "
+            "of a run stay the same. Give the same number, or start another run in another --output"
+        )
+    shares = np.array([weight or n for weight, n in zip(weights, counts.values(), strict=True)])
+    wanted = np.rint(questions * shares / shares.sum()).astype(int)
+    drawn = []
+    for part, ((name, n), asked) in enumerate(zip(counts.items(), wanted.tolist(), strict=True)):
+        taken = min(max(asked, len(counts) > 1 and questions > 0), n // 10)
+        if taken == 0:
+            raise UserError(
+                f"--eval-every {run.eval_every} needs rows to hold out: --eval-questions is "
+                f"{questions}, and at most a tenth of the {n} rows of {name} is held out"
+            )
+        seed = [config.optim.seed, _HELD_OUT_STREAM, *([part] if part else [])]
+        order = np.random.Generator(np.random.PCG64(seed)).permutation(n)
+        drawn.append(np.sort(order[:taken]) + 1)
+    return drawn
 
 
 def described(packs: Packs, *, packing: bool) -> str:
@@ -143,40 +195,32 @@ def described(packs: Packs, *, packing: bool) -> str:
     )
 
 
-def _drawn(config: Config, rows: Rows) -> str:
-    assert rows.numbers is not None
-    held_out, n = rows.numbers[1], len(rows.train) + len(rows.held_out)
-    some = ", ".join(map(str, held_out[:5])) + ", …" * (len(held_out) > 5)
+def _drawn(config: Config, of: tuple[str, int], held_out: np.ndarray) -> str:
+    name, n = of
+    some = ", ".join(map(str, held_out[:5].tolist())) + ", …" * (len(held_out) > 5)
     return (
-        f"{len(held_out)} of the {n} rows are held out, drawn by --seed {config.optim.seed}: "
-        f"row {some}"
+        f"{len(held_out)} of the {n} rows of {name} are held out, drawn by --seed "
+        f"{config.optim.seed}: row {some}"
     )
 
 
-def packed(
-    config: Config,
-    rows: list[Row],
-    tokenizer: Any,
-    source: str,
-    numbers: list[int] | None = None,
-) -> Packs:
-    """Tokenises rows, and packs them or has them batched by length.
+def packed(config: Config, parts: Mapping[str, Sequences], weights: Sequence[float] = ()) -> Packs:
+    """Packs sequences, or has them batched by length.
 
     Args:
       config: the options.
-      rows: chats, or pairs of prompt and completion.
-      tokenizer: the model's tokenizer.
-      source: the name of the rows in messages.
-      numbers: the rows' numbers in the data; by default from 1 on.
+      parts: the sequences of each data set, by its name in messages.
+      weights: of the data sets, if they are mixed by weight.
     """
     data = config.data
-    sequences = tokenize(
-        rows, tokenizer, source, numbers, train_on=data.train_on, kept_in=data.token_cache
-    )
-    kept = check_lengths(sequences, data.seq_len, truncate=data.truncate)
-    if left_out := len(sequences) - len(kept):
-        print(f"{source}: left out {left_out} rows, truncated before their completion began")
-    return pack(kept, data.seq_len, packing=data.packing)
+    kept = {}
+    for source, sequences in parts.items():
+        kept[source] = check_lengths(sequences, data.seq_len, truncate=data.truncate)
+        if left_out := len(sequences) - len(kept[source]):
+            print(f"{source}: left out {left_out} rows, truncated before their completion began")
+    if len(kept) == 1:
+        return pack(next(iter(kept.values())), data.seq_len, packing=data.packing)
+    return pack_mixture(kept, weights or None, data.seq_len, packing=data.packing)
 
 
 def loss(config: Config, layout: Layout) -> Loss:

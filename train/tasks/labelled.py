@@ -71,6 +71,7 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
         train=train,
         held_out=test,
         name=lambda row: repr(rows.train[row][data.text]),
+        source=data.dataset,
         facts={"labels": names, "sequence_length": train.ids.shape[1]},
         lines=tuple(
             f"{len(part)} texts {what}: {_shares(part, data.label)}"

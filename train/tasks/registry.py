@@ -1,10 +1,13 @@
 """Tasks by the name of their dataset. A task is imported only when it is requested."""
 
 import importlib
+from collections.abc import Sequence
 
+from train.run.errors import UserError
 from train.tasks.task import Task
 
 CHATS = "train.tasks.chats"  # fine-tunes on a user's chats
+STREAMED = "train.tasks.streamed"  # the same, of data larger than memory
 TEXTS = "train.tasks.labelled"  # classifies a user's texts
 _NAMED = {
     CHATS: {"sql": "train.tasks.sql.task"},
@@ -12,11 +15,20 @@ _NAMED = {
 }
 
 
-def find_task(dataset: str, kind: str) -> Task:
+def find_task(datasets: Sequence[str], kind: str) -> Task:
     """Returns the task of that name, or the task on a user's own rows if there is none.
 
     Args:
-      dataset: the option --dataset.
-      kind: `CHATS` or `TEXTS`.
+      datasets: the names of the data sets.
+      kind: `CHATS`, `STREAMED` or `TEXTS`.
+
+    Raises:
+      UserError: a task is named beside other data.
     """
-    return importlib.import_module(_NAMED[kind].get(dataset, kind)).TASK
+    tasks = _NAMED.get(kind, {})
+    if len(datasets) > 1 and (alone := [name for name in datasets if name in tasks]):
+        raise UserError(
+            f"--dataset {alone[0]} is a task with rows and a test of its own: leave out "
+            f"{' '.join(name for name in datasets if name != alone[0])}"
+        )
+    return importlib.import_module(tasks.get(datasets[0], kind)).TASK

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from rich.console import Console
 
 from lora_jax.training.batches import Examples
-from lora_jax.training.data.chats import Row
+from lora_jax.training.data.order import Batches
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
 from train.run.errors import UserError
@@ -21,16 +21,14 @@ from train.run.pretrained import Outline
 
 
 class Rows(NamedTuple):
-    """Rows as they were read, before tokenisation.
+    """Rows before tokenisation.
 
     Attributes:
-      train, held_out: the rows.
-      numbers: the numbers of both in the data, counted from 1; None where each begins with 1.
+      train, held_out: the rows, or the data sets that have them.
     """
 
-    train: list[Row]
-    held_out: list[Row]
-    numbers: tuple[list[int], list[int]] | None = None
+    train: list[Any]
+    held_out: list[Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,15 +39,22 @@ class Data:
       train: the examples to train on.
       held_out: the examples to evaluate the loss on; None for none.
       name: returns the name of one of `train` in messages.
+      source: the name of all of `train` in messages; "" where `name` says it.
       facts: facts about the examples for facts.json.
       lines: lines to print before training.
+      feed: returns the batches of so many steps, where they are not taken from `train` as a whole;
+        `train` is then a sample of them.
+      row: returns the name of a row, from its data set and its number; None for "row 3".
     """
 
     train: Examples
     held_out: Examples | None
     name: Callable[[int], str]
+    source: str
     facts: dict[str, Any]
     lines: tuple[str, ...] = ()
+    feed: Callable[[int], Batches] | None = None
+    row: Callable[[int, int], str] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ template that marks the assistant's words itself (``{% generation %}``) is taken
 """
 
 import base64
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from lora_jax.training.batches import Packs, Tokens, pack
+from lora_jax.training.batches import Packs, pack
 from lora_jax.training.data.rows import (
     Conversation,
     Message,
@@ -23,6 +24,7 @@ from lora_jax.training.data.rows import (
     name_of,
     shown,
 )
+from lora_jax.training.data.sequences import Sequences, Tokens
 from lora_jax.training.errors import TrainingError
 
 Mapped = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
@@ -102,7 +104,7 @@ def tokenize(
     numbers: Sequence[int] | None = None,
     mapped: Mapped = one_by_one,
     train_on: TrainOn = "assistant",
-) -> list[Tokens]:
+) -> Sequences:
     """Returns each row as one sequence, or several.
 
     Several where the template renders a turn otherwise once others follow, and does not mark what
@@ -128,10 +130,10 @@ def tokenize(
         block = slice(first, first + BLOCK)
         for number, row in zip(numbered[block], rows[block], strict=True):
             drafts += _drafts(row, number, tokenizer, name_of(row, source, number), train_on)
-        return _as_json(_encoded(drafts, tokenizer))
+        return as_json(_encoded(drafts, tokenizer))
 
     blocks = mapped(of_block, range(0, len(rows), BLOCK))
-    return [tokens for block in blocks for tokens in _from_json(block)]
+    return Sequences.concatenated(map(from_json, blocks))
 
 
 def _drafts(row: Row, number: int, tokenizer: Any, name: str, train_on: TrainOn) -> list[_Draft]:
@@ -310,35 +312,39 @@ def _encoded(drafts: Sequence[_Draft], tokenizer: Any) -> list[Tokens]:
     return found
 
 
-def _as_json(sequences: Sequence[Tokens]) -> dict[str, Any]:
+def as_json(sequences: Sequence[Tokens], origin: int = 0) -> dict[str, Any]:
     """Returns sequences as JSON, their arrays as text: a number a token would be slow to send."""
-    ids = np.concatenate([np.empty(0, np.int32), *(tokens.ids for tokens in sequences)])
-    counts = np.concatenate([np.empty(0, bool), *(tokens.counts for tokens in sequences)])
+    table = Sequences.of(sequences)
     return {
-        "lengths": [len(tokens) for tokens in sequences],
-        "rows": [tokens.row for tokens in sequences],
-        "ids": base64.b64encode(ids.astype("<i4").tobytes()).decode(),
-        "counts": base64.b64encode(counts.tobytes()).decode(),
+        "lengths": table.lengths.tolist(),
+        "rows": table.rows.tolist(),
+        "origin": origin,
+        "ids": base64.b64encode(table.ids.astype("<i4").tobytes()).decode(),
+        "counts": base64.b64encode(table.counts.tobytes()).decode(),
     }
 
 
-def _from_json(block: Mapping[str, Any]) -> list[Tokens]:
-    ids = np.frombuffer(base64.b64decode(block["ids"]), "<i4")
-    counts = np.frombuffer(base64.b64decode(block["counts"]), bool)
-    ends = np.cumsum(block["lengths"])
-    places = zip(ends - block["lengths"], ends, block["rows"], strict=True)
-    return [Tokens(ids[a:b], counts[a:b], row) for a, b, row in places]
+def from_json(block: Mapping[str, Any]) -> Sequences:
+    """Returns the sequences that `as_json` wrote, all of one origin."""
+    table = Sequences.of_arrays(
+        ids=np.frombuffer(base64.b64decode(block["ids"]), "<i4"),
+        counts=np.frombuffer(base64.b64decode(block["counts"]), bool),
+        lengths=block["lengths"],
+        rows=block["rows"],
+    )
+    return dataclasses.replace(table, origins=np.full_like(table.origins, block["origin"]))
 
 
-def check_lengths(sequences: Sequence[Tokens], seq_len: int, *, truncate: bool) -> list[Tokens]:
+def check_lengths(sequences: Sequence[Tokens], seq_len: int, *, truncate: bool) -> Sequences:
     """Returns the sequences, none longer than `seq_len`, each with a token that the loss counts.
 
     Raises:
       TrainingError: one is longer and `truncate` is off, or none is left.
     """
-    longer = sum(len(tokens) > seq_len for tokens in sequences)
+    table = Sequences.of(sequences)
+    longer = int((table.lengths > seq_len).sum())
     if longer and not truncate:
-        longest = max(len(tokens) for tokens in sequences)
+        longest = int(table.lengths.max())
         raise TrainingError(
             lambda option: (
                 f"{longer} of {len(sequences)} sequences are longer than "
@@ -347,9 +353,9 @@ def check_lengths(sequences: Sequence[Tokens], seq_len: int, *, truncate: bool) 
                 f"end with {option('truncate', True)}"
             )
         )
-    cut = [Tokens(t.ids[:seq_len], t.counts[:seq_len], t.row) for t in sequences]
-    kept = [tokens for tokens in cut if tokens.counts[1:].any()]
-    if not kept:
+    table = table.cut(seq_len)
+    kept = table.select(np.flatnonzero(table.predicted))
+    if not len(kept):
         raise TrainingError(
             lambda option: f"within {option('seq_len', seq_len)} no row has a token of a completion"
         )

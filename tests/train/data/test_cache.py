@@ -9,6 +9,7 @@ from lora_jax.training.data import chats
 from tests.train.tiny import CHATML, tokenizer
 from train.data import cache
 from train.data.chats import tokenize
+from train.data.dataset import Dataset
 
 ROWS = [{"prompt": f"{i} ä?", "completion": "yes" * (i + 1)} for i in range(5)]
 
@@ -28,7 +29,8 @@ def tokenised(monkeypatch, tmp_path, capsys):
 
     def run(rows=ROWS, made=None, kept_in=str(tmp_path), **options):
         rendered.clear()
-        tokens = tokenize(rows, made or tokenizer(), "the rows", kept_in=kept_in, **options)
+        data = Dataset("the rows", lambda: rows, kept_in=kept_in)
+        tokens = tokenize(data, made or tokenizer(), **options)
         return tokens, bool(rendered), capsys.readouterr().out
 
     return run
@@ -96,7 +98,8 @@ def test_the_files_unused_for_longest_make_room(tokenised, tmp_path, monkeypatch
     for n in (1, 2, 3):
         tokenised(ROWS[:n])
     for seconds, n in ((30, 1), (20, 2), (10, 3)):
-        path = cache.place(str(tmp_path), ROWS[:n], tokenizer(), train_on="assistant", numbers=None)
+        key = Dataset("", lambda n=n: ROWS[:n]).key
+        path = cache.place(str(tmp_path), key, tokenizer(), train_on="assistant")
         os.utime(path, (1e9 - seconds,) * 2)
     assert not tokenised(ROWS[:1])[1]  # used again
     size = max(path.stat().st_size for path in tmp_path.glob("*.tokens"))

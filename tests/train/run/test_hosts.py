@@ -13,12 +13,16 @@ import pytest
 from lora_jax.training import processes as in_training
 from lora_jax.training.data import chats
 from lora_jax.training.processes import Agreement
-from tests.train.tiny import FORGETFUL, tokenizer
+from tests.train.tiny import FORGETFUL, tokenizer, write_jsonl
 from train.data.chats import tokenize
+from train.data.dataset import Dataset, of_rows
 from train.run import hosts, peers
 from train.run.errors import UserError
 from train.run.hosts import check_alike, map_over_processes, together
 from train.run.options.sft import Config, SftOptimConfig, SftRunConfig
+from train.run.pretrained import Outline
+from train.sft import parse
+from train.tasks import streamed
 
 TURNS = [
     {"role": "user", "content": "1?"},
@@ -186,14 +190,36 @@ def test_rows_are_the_same_tokens_however_many_processes_read_them(processes, mo
     rows = [{"prompt": f"{i} ä?", "completion": "yes" * (i + 1)} for i in range(5)]
     rows.append({"messages": TURNS})
     spoken = tokenizer(FORGETFUL)
-    for made in processes(3, lambda: tokenize(rows, spoken, "rows")):
-        alone = processes(1, lambda: tokenize(rows, spoken, "rows"))[0]
+    for made in processes(3, lambda: tokenize(of_rows("rows", rows), spoken)):
+        alone = processes(1, lambda: tokenize(of_rows("rows", rows), spoken))[0]
         assert [t.row for t in made] == [t.row for t in alone] == [1, 2, 3, 4, 5, 6, 6]
         for one, other in zip(made, alone, strict=True):
             assert (one.ids.dtype, one.counts.dtype) == (np.int32, bool)
             np.testing.assert_array_equal(one.ids, other.ids)
             np.testing.assert_array_equal(one.counts, other.counts)
             assert one.counts.any() and not one.counts.all()
+
+
+def test_a_stream_is_the_same_however_many_processes_read_it(processes, monkeypatch, tmp_path):
+    monkeypatch.setattr("train.data.blocks.BLOCK", 200)
+    rows = [{"prompt": f"{i} ä?", "completion": "yes" * (i % 9 + 1)} for i in range(40)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = parse(["--dataset", str(data), "--stream", "--steps", "9", "--truncate"])
+    outline = Outline("a model", tokenizer(), None, {})
+    (blocks,) = processes(1, lambda: streamed.read(config))[0].train
+
+    def batches():
+        feed = streamed.examples(config, streamed.read(config), outline).feed(9)
+        feed._ahead = False  # a process is a thread here
+        feed.first()
+        return [feed.batch(step) for step in range(9)]
+
+    (alone,) = processes(1, batches)
+    assert len(blocks.sizes) > 5
+    for made in processes(3, batches):
+        for one, other in zip(made, alone, strict=True):
+            for name, array in one.items():
+                np.testing.assert_array_equal(array, other[name])
 
 
 def test_processes_take_the_tokens_of_an_earlier_run_together(processes, monkeypatch, tmp_path):
@@ -204,7 +230,8 @@ def test_processes_take_the_tokens_of_an_earlier_run_together(processes, monkeyp
 
     def read():
         folder = tmp_path / str(jax.process_index())
-        return [t.ids.tolist() for t in tokenize(rows, tokenizer(), "rows", kept_in=str(folder))]
+        data = Dataset("rows", lambda: rows, kept_in=str(folder))
+        return [t.ids.tolist() for t in tokenize(data, tokenizer())]
 
     first = processes(2, read)
     assert len(rendered) == 5 and first[0] == first[1]

@@ -188,6 +188,9 @@ class RunConfig:
     """Number of processes, with --coordinator."""
     process_id: int | None = None
     """Number of this process, from 0, with --coordinator."""
+    dry_run: bool = False
+    """Train nothing and write nothing: show the first rows as the model sees them, the lengths of
+    all, and the steps, memory and time of the run."""
     resume: bool = False
     """Resume from the last checkpoint in the output folder."""
     overwrite: bool = False

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from train.data.files import FILE_KINDS
+from train.data.named import named
 from train.run.adapter import NO_ADAPTER
 from train.run.errors import UserError, flag
 from train.run.options.optim import without_effect
@@ -14,6 +15,8 @@ _OF_FACTORS = (
 )
 _OF_RULES = ("targets", *_OF_FACTORS, "bias", "train", "train_tokens")
 _OF_HUB = ("split", "subset")
+# Others may stand beside --dry-run, so that it can be added to any command of one process.
+_OF_TRAINING = ("resume", "distributed", "coordinator", "num_processes", "process_id")
 
 
 class _Case(NamedTuple):
@@ -58,9 +61,12 @@ def given_options(args: Sequence[str]) -> frozenset[str]:
 
 def _cases(options: Any) -> list[_Case]:
     data, adapter, run = options.data, options.adapter, options.run
+    evaluated = getattr(data, "eval_dataset", None) is not None
     head_only = getattr(adapter, "head_only", False)
     factors = (*_OF_FACTORS, "lora_plus")
-    is_file = data.dataset.endswith(FILE_KINDS)
+    one = isinstance(data.dataset, str)
+    datasets = [data.dataset] if one else [dataset.name for dataset in named(data.dataset)]
+    is_file = all(name.endswith(FILE_KINDS) for name in datasets)
     test: str | None = getattr(data, "test", None)
     from_hub = not is_file or (test is not None and not test.endswith(FILE_KINDS))
     return [
@@ -91,8 +97,8 @@ def _cases(options: Any) -> list[_Case]:
         _Case(adapter.targets == NO_ADAPTER, "--targets none makes no adapter", factors),
         _Case(is_file and not from_hub, "the rows come from a file, not from the hub", _OF_HUB),
         _Case(
-            data.dataset in ("sql", "vader"),
-            f"--dataset {data.dataset} has rows and a test of its own",
+            datasets[0] in ("sql", "vader"),
+            f"--dataset {datasets[0]} has rows and a test of its own",
             (*_OF_HUB, "test_share", "text", "text_pair", "label"),
         ),
         _Case(test is not None, "--test names the rows to test on", ("test_share",)),
@@ -107,8 +113,14 @@ def _cases(options: Any) -> list[_Case]:
             ("sample_tokens",),
         ),
         _Case(
-            data.dataset != "sql" and not run.eval_every,
+            datasets != ["sql"] and not run.eval_every,
             "rows are held out for --eval-every alone",
             ("eval_questions",),
         ),
+        _Case(
+            getattr(data, "stream", False),
+            "--stream reads rows while training, neither counts nor keeps them",
+            ("epochs", "rows", "eval_questions", *(() if evaluated else ("token_cache",))),
+        ),
+        _Case(run.dry_run, "--dry-run trains nothing, in one process", _OF_TRAINING),
     ]

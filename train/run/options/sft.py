@@ -30,13 +30,16 @@ class DataConfig:
     factor by which they may be longer, and further fields of config.json's rope_parameters
     (yarn:4,beta_fast=16). The adapter's folder says it, so that train.generate and train.export do
     the same. By default the scaling of --init-adapter."""
-    dataset: str = SQL
+    dataset: tuple[str, ...] = (SQL,)
     """"sql" (the default task), a file (JSONL, JSON, CSV, TSV, also gzipped, or Parquet), a folder
     of them, a folder that `datasets` saved, or a dataset on the hub. Each row has `messages` (and
     `tools`), `prompt` and `completion`, `conversations` (ShareGPT), `instruction` and `output`
-    (Alpaca), or `text`."""
+    (Alpaca), or `text`. Of several, each row comes once an epoch; with weights, as in a.jsonl:3
+    b.jsonl:1, three of four rows are of the first, and an epoch has as many rows as there are: a
+    data set that is too small for its share begins again, in another order."""
     fields: tuple[str, ...] = ()
-    """Fields by other names: prompt=question completion=answer."""
+    """Fields by other names: prompt=question completion=answer. Each of several data sets takes
+    those that it has."""
     split: str = "train"
     """The split to train on, for a folder or a dataset on the hub."""
     subset: str | None = None
@@ -47,10 +50,14 @@ class DataConfig:
     eval_split: str = "train"
     """The split of --eval-dataset, for a folder or a dataset on the hub."""
     rows: int | None = None
-    """Use only this many rows, from the beginning. The SQL task generates as many as requested, by
-    default as many as 35 steps see, balanced over its query forms."""
+    """Use only this many rows of each data set, from the beginning. The SQL task generates as many
+    as requested, by default as many as 35 steps see, balanced over its query forms."""
     shuffle_schemas: bool = False
     """Pair each question of the SQL task with the tables of another database, as a control."""
+    stream: bool = False
+    """Read the data while training, in memory that does not grow with them: lines of JSON, Parquet
+    (by row groups), or what `datasets` loads. Rows are shuffled within a buffer of drawn blocks.
+    Needs --steps and --truncate."""
     seq_len: int = 128
     """The maximum number of tokens of a sequence."""
     truncate: bool = False
@@ -112,7 +119,8 @@ class SftRunConfig(RunConfig):
     """The maximum number of tokens of such an answer."""
     eval_questions: int = 64
     """SQL task: questions of each kind to answer before and after training; 0 for none. Other data:
-    rows to hold out, at most a tenth of them, if --eval-every is given; --seed draws them."""
+    rows to hold out, at most a tenth of them, if --eval-every is given; --seed draws them, of each
+    data set in its proportion."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,12 @@ from typing import Any
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.data.chats import Row
 from lora_jax.training.processes import write_json
+from train.data import dataset
 from train.run.errors import UserError, flag
 from train.run.files import read_json
 from train.run.log import doing
 from train.run.options.common import Defaults
-from train.run.options.sft import Config
+from train.run.options.sft import SQL, Config
 from train.run.output import SCORES
 from train.run.pretrained import Outline
 from train.tasks import chats
@@ -55,9 +56,10 @@ def read(config: Config) -> Rows:
             shuffle_schemas=data.shuffle_schemas,
         )
     )
-    if questions := _questions(config):
-        return Rows(rows, _as_rows(next(iter(questions.values()))))
-    return chats.hold_out(config, rows)
+    questions = _questions(config)
+    measured = [_as_rows(next(iter(questions.values())))] if questions else []
+    of_questions = [dataset.of_rows("the questions", rows) for rows in measured]
+    return Rows([dataset.of_rows(SQL, rows)], of_questions)
 
 
 def examples(config: Config, rows: Rows, outline: Outline) -> Data:

@@ -1,0 +1,92 @@
+"""Several data sets in proportions: what an epoch draws of each."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from lora_jax.training.errors import TrainingError
+
+_OF_PARTS = 2  # the stream of draws within a data set; others draw orders of an epoch
+
+
+def order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """Returns the order of `n` rows in an epoch: [n], a permutation."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """Says how many rows of each data set an epoch draws.
+
+    Each data set is gone through in passes, each in an order of its own, and an epoch goes on where
+    the last one ended: after any number of epochs, one row of a data set came at most once more
+    often than another. Within an epoch all rows are shuffled. What is drawn depends on the seed and
+    the epoch alone.
+
+    Attributes:
+      ends: [parts], the end of each data set among the rows of all.
+      drawn: [parts], the rows of each in an epoch.
+    """
+
+    ends: tuple[int, ...]
+    drawn: tuple[int, ...]
+
+    @property
+    def n_rows(self) -> int:
+        """Returns the number of rows of an epoch."""
+        return sum(self.drawn)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Returns the number of rows that each data set has: [parts]."""
+        return tuple(np.diff([0, *self.ends]).tolist())
+
+    @property
+    def often(self) -> np.ndarray:
+        """Returns how often an epoch has each row, on average: [rows of all]."""
+        return np.repeat(np.array(self.drawn) / np.array(self.sizes), self.sizes)
+
+    def rows(self, seed: int, epoch: int) -> np.ndarray:
+        """Returns the rows of an epoch, in a drawn order: [n_rows]."""
+        found = []
+        begins = (0, *self.ends[:-1])
+        parts = zip(begins, self.sizes, self.drawn, strict=True)
+        for part, (begin, size, drawn) in enumerate(parts):
+            first, last = epoch * drawn, (epoch + 1) * drawn
+            passes = range(first // size, -(-last // size))
+            orders = [self._of_pass(seed, part, number, size) for number in passes]
+            offset = passes.start * size
+            found.append(begin + np.concatenate(orders)[first - offset : last - offset])
+        return np.concatenate(found)[order(seed, epoch, self.n_rows)]
+
+    def _of_pass(self, seed: int, part: int, number: int, size: int) -> np.ndarray:
+        stream = [seed, number, _OF_PARTS, part]
+        return np.random.Generator(np.random.PCG64(stream)).permutation(size)
+
+
+def shares_of(
+    names: Sequence[str], weights: Sequence[float], *, rows: Sequence[int], units: Sequence[int]
+) -> Shares:
+    """Returns what an epoch draws: as many rows as there are in all, shared out by weight.
+
+    Args:
+      names: of the data sets, for messages.
+      weights: positive, in any unit.
+      rows: the rows that each data set has.
+      units: what is drawn: its packed sequences, or its rows again. A weight is about rows, however
+        many of them are packed into a sequence.
+
+    Raises:
+      TrainingError: the share of a data set is none at all.
+    """
+    asked = np.array(weights, np.float64)
+    of_rows = sum(rows) * asked / asked.sum()
+    drawn = np.rint(of_rows * np.array(units) / np.array(rows)).astype(int)
+    for name, weight, n in zip(names, weights, drawn.tolist(), strict=True):
+        if n < 1:
+            raise TrainingError(
+                f"{name}: its weight {weight:g} of {asked.sum():g} is less than one in the "
+                f"{sum(rows):,} rows of an epoch: give it a larger weight, or leave it out"
+            )
+    return Shares(tuple(np.cumsum(units).tolist()), tuple(drawn.tolist()))

@@ -1,0 +1,224 @@
+"""Which examples a step takes: a function of the seed and the step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+from lora_jax.training.batches import Batch, Examples
+from lora_jax.training.data.mixture import Shares, order
+
+_SHOWN = 32  # as many rows of a batch are named
+
+
+def order_by_group(
+    seed: int, epoch: int, groups: np.ndarray, rows_a_step: int, rows: np.ndarray | None = None
+) -> np.ndarray:
+    """Returns an order in which most steps have rows of one group: [m].
+
+    Rows are drawn, sorted by group, and cut into steps, whose order is drawn. As many steps as
+    there are groups, less one, lie across a border; the step that spans two epochs is drawn from
+    all rows. The very first step has the largest group: a batch that is too large fails at once.
+
+    Args:
+      seed, epoch: of the draw.
+      groups: [n], the group of each row.
+      rows_a_step: rows that a step sees.
+      rows: [m], the rows of the epoch, drawn; by default a permutation of all.
+    """
+    rows = order(seed, epoch, len(groups)) if rows is None else rows
+    first = -epoch * len(rows) % rows_a_step  # the rows before it end the last epoch's last step
+    draw = np.random.Generator(np.random.PCG64([seed, epoch, 1]))
+    by_group(rows, groups, rows_a_step, first, draw.permutation, largest_first=epoch == 0)
+    return rows
+
+
+def by_group(
+    rows: np.ndarray,
+    groups: np.ndarray,
+    rows_a_step: int,
+    first: int,
+    permutation: Callable[[int], np.ndarray],
+    *,
+    largest_first: bool = False,
+) -> None:
+    """Sorts drawn rows into steps of one group each, in a drawn order; changes `rows`.
+
+    Args:
+      rows: [m], in a drawn order.
+      groups: [n], the group of each row.
+      rows_a_step: rows that a step sees.
+      first: the rows at the beginning that end an earlier step.
+      permutation: draws the order of so many steps.
+      largest_first: puts a step of the largest group first.
+    """
+    n_steps = (len(rows) - first) // rows_a_step
+    if n_steps < 2 or (groups == groups[0]).all():
+        return
+    inner = rows[first : first + n_steps * rows_a_step]
+    steps = inner[np.argsort(groups[inner], kind="stable")].reshape(n_steps, rows_a_step)
+    turns = permutation(n_steps)
+    if largest_first:
+        turns = np.concatenate([[n_steps - 1], turns[turns != n_steps - 1]])
+    inner[:] = steps[turns].ravel()  # a view of `rows`
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Says which of `n_rows` a step takes. Epochs follow one another without a gap or a rest.
+
+    Attributes:
+      seed: of the draw.
+      n_rows: the number of rows of an epoch.
+      batch_size: rows in memory at once.
+      accumulate: batches of a step.
+      groups: of all rows, which ones share a step where they can (see `order_by_group`); None for
+        any.
+      mixture: what an epoch draws of each data set; None where it has each row once.
+    """
+
+    seed: int
+    n_rows: int
+    batch_size: int
+    accumulate: int = 1
+    groups: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+    mixture: Shares | None = None
+    _orders: dict[int, np.ndarray] = dataclasses.field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
+
+    @classmethod
+    def of(cls, examples: Examples, seed: int, batch_size: int, accumulate: int = 1) -> "Order":
+        """Returns the order of examples, those of one length together."""
+        mixture = examples.mixture
+        n = len(examples) if mixture is None else mixture.n_rows
+        return cls(seed, n, batch_size, accumulate, examples.groups, mixture)
+
+    @property
+    def rows_a_step(self) -> int:
+        """Returns how many rows one optimiser step sees."""
+        return self.batch_size * self.accumulate
+
+    def rows(self, step: int) -> np.ndarray:
+        """Returns the rows of the step after `step` steps: [accumulate, batch_size]."""
+        taken = step * self.rows_a_step + np.arange(self.rows_a_step)
+        epochs, within = np.divmod(taken, self.n_rows)
+        pairs = zip(epochs.tolist(), within.tolist(), strict=True)
+        rows = [self._order(epoch)[i] for epoch, i in pairs]
+        return np.array(rows).reshape(self.accumulate, self.batch_size)
+
+    def taken(self, steps: int) -> tuple[int, np.ndarray]:
+        """Returns the whole epochs that `steps` steps see, and the rows of the one begun: [m]."""
+        epochs, rest = divmod(steps * self.rows_a_step, self.n_rows)
+        return epochs, self._order(epochs)[:rest]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            if len(self._orders) > 1:  # an epoch and its neighbour
+                self._orders.pop(next(iter(self._orders)))
+            drawn = None if self.mixture is None else self.mixture.rows(self.seed, epoch)
+            if self.groups is not None:
+                drawn = order_by_group(self.seed, epoch, self.groups, self.rows_a_step, drawn)
+            self._orders[epoch] = order(self.seed, epoch, self.n_rows) if drawn is None else drawn
+        return self._orders[epoch]
+
+    def cursor(self, step: int) -> dict[str, int]:
+        """Returns where the data stand after `step` steps."""
+        epoch, row = divmod(step * self.rows_a_step, self.n_rows)
+        return {"epoch": epoch, "row": row}
+
+    def steps(self, epochs: float) -> int:
+        """Returns the number of steps that see every row `epochs` times."""
+        return max(1, -(-int(np.ceil(epochs * self.n_rows)) // self.rows_a_step))
+
+
+class Batches(Protocol):
+    """The batches of a run, each a function of the data, the seed, and the number of its step."""
+
+    @property
+    def batch_size(self) -> int:
+        """Returns the rows in memory at once."""
+
+    @property
+    def n_examples(self) -> int | None:
+        """Returns how many examples there are; None where that is not known."""
+
+    def batch(self, number: int) -> Batch:
+        """Returns the batch of the step that has `number` steps before it, in this process."""
+
+    def first(self) -> Batch:
+        """Returns a batch to compile the step for: one of the largest, where there are several."""
+
+    def named(self, number: int) -> str:
+        """Returns the names of what is in that batch."""
+
+    def tokens(self, batch: Batch) -> int:
+        """Returns how much is in a batch, without padding."""
+
+    def digest(self) -> str:
+        """Returns a fingerprint of the data: a resumed run must go on with the same."""
+
+    def cursor(self, step: int) -> dict[str, int]:
+        """Returns where the data stand after `step` steps, the last ones or those to come."""
+
+    def seek(self, cursor: dict[str, int], step: int) -> bool:
+        """Goes on after `step` steps, from their cursor; returns whether it is of these data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """Says which examples each step takes; see `Batches`.
+
+    Attributes:
+      examples: the examples to train on.
+      order: their order.
+      name: names one of them in messages.
+      source: the name of all of them; "" where `name` says it.
+    """
+
+    examples: Examples
+    order: Order
+    name: Callable[[int], str]
+    source: str = "the examples"
+
+    @property
+    def batch_size(self) -> int:
+        """Returns the rows in memory at once."""
+        return self.order.batch_size
+
+    @property
+    def n_examples(self) -> int:
+        """Returns how many examples there are."""
+        return len(self.examples)
+
+    def batch(self, number: int) -> Batch:
+        """Returns the batch of the step that has `number` steps before it, in this process."""
+        return self.examples.take(self.order.rows(number))
+
+    def first(self) -> Batch:
+        """Returns the first batch, whose rows are the longest."""
+        return self.batch(0)
+
+    def named(self, number: int) -> str:
+        """Returns the names of what is in that batch."""
+        rows = self.order.rows(number).ravel().tolist()
+        left_out = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+        of_source = f" of {self.source}" if self.source else ""
+        return f"{', '.join(map(self.name, rows[:_SHOWN]))}{left_out}{of_source}"
+
+    def tokens(self, batch: Batch) -> int:
+        """Returns how much is in a batch, without padding."""
+        return self.examples.tokens(batch)
+
+    def digest(self) -> str:
+        """Returns a fingerprint of the examples."""
+        return self.examples.digest()
+
+    def cursor(self, step: int) -> dict[str, int]:
+        """Returns where the data stand after `step` steps."""
+        return self.order.cursor(step)
+
+    def seek(self, cursor: dict[str, int], step: int) -> bool:
+        """Returns whether a cursor is that of `step` steps: any step's rows are found at once."""
+        return cursor == self.order.cursor(step)

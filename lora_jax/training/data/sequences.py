@@ -1,0 +1,150 @@
+"""Token sequences, one by one or as a table of arrays: a data set may have millions of them."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tokens:
+    """Holds one sequence: `ids` [n] int32, and `counts` [n] bool, True where the loss counts."""
+
+    ids: np.ndarray
+    counts: np.ndarray
+    row: int = 0  # of the data, counted from 1
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sequences(Sequence[Tokens]):
+    """Holds many sequences end to end, in a few arrays.
+
+    Attributes:
+      ids: [total] int32, the tokens of all.
+      counts: [total] bool, True where the loss counts.
+      starts: [n + 1], where each sequence begins in those.
+      rows: [n], the row of the data that each comes from, counted from 1.
+      origins: [n], the data set that each comes from, counted from 0.
+    """
+
+    ids: np.ndarray
+    counts: np.ndarray
+    starts: np.ndarray
+    rows: np.ndarray
+    origins: np.ndarray
+
+    @classmethod
+    def of(cls, sequences: Sequence[Tokens]) -> "Sequences":
+        """Returns a list of sequences as a table; a table as it is."""
+        if isinstance(sequences, cls):
+            return sequences
+        none = np.empty(0, np.int32)
+        return cls.of_arrays(
+            ids=np.concatenate([none, *(one.ids for one in sequences)]),
+            counts=np.concatenate([none, *(one.counts for one in sequences)]),
+            lengths=[len(one) for one in sequences],
+            rows=[one.row for one in sequences],
+        )
+
+    @classmethod
+    def of_arrays(cls, *, ids: Any, counts: Any, lengths: Any, rows: Any) -> "Sequences":
+        """Returns a table of sequences, from arrays as `Sequences` has them and their lengths."""
+        starts = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
+        numbers = np.asarray(rows, np.int64)
+        return cls(
+            ids=np.asarray(ids, np.int32),
+            counts=np.asarray(counts, bool),
+            starts=starts,
+            rows=numbers,
+            origins=np.zeros(len(numbers), np.int32),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence["Sequences"]) -> "Sequences":
+        """Returns the sequences of several data sets, one after the other, with their origins."""
+        numbered = enumerate(parts)
+        return dataclasses.replace(
+            cls.concatenated(parts),
+            origins=np.concatenate([np.full(len(part), i, np.int32) for i, part in numbered]),
+        )
+
+    @classmethod
+    def concatenated(cls, parts: Iterable["Sequences"]) -> "Sequences":
+        """Returns the sequences of several tables, one after the other, with their origins."""
+        parts = list(parts)
+        lengths = np.concatenate([np.empty(0, np.int64), *(part.lengths for part in parts)])
+        table = cls.of_arrays(
+            ids=np.concatenate([np.empty(0, np.int32), *(part.ids for part in parts)]),
+            counts=np.concatenate([np.empty(0, bool), *(part.counts for part in parts)]),
+            lengths=lengths,
+            rows=np.concatenate([np.empty(0, np.int64), *(part.rows for part in parts)]),
+        )
+        origins = np.concatenate([np.empty(0, np.int32), *(part.origins for part in parts)])
+        return dataclasses.replace(table, origins=origins)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """Returns the number of tokens of each sequence: [n]."""
+        return np.diff(self.starts)
+
+    @functools.cached_property
+    def predicted(self) -> np.ndarray:
+        """Returns the number of tokens of each that the loss counts; never its first: [n]."""
+        filled = self.lengths > 0
+        starts = self.starts[:-1][filled]
+        found = np.zeros(len(self), np.int64)
+        if len(starts):  # no running total of all tokens: they may be many
+            sums = np.add.reduceat(self.counts, starts, dtype=np.int64)
+            found[filled] = sums - self.counts[starts]
+        return found
+
+    @overload
+    def __getitem__(self, index: int) -> Tokens: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Sequences": ...
+    def __getitem__(self, index: int | slice) -> "Tokens | Sequences":
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        at = range(len(self))[index]  # raises IndexError; counts from the end, too
+        here = slice(self.starts[at], self.starts[at + 1])
+        return Tokens(self.ids[here], self.counts[here], int(self.rows[at]))
+
+    def __iter__(self) -> Iterator[Tokens]:
+        return (self[at] for at in range(len(self)))
+
+    def select(self, at: np.ndarray) -> "Sequences":
+        """Returns the sequences at the indices `at`, [m], in their order."""
+        if np.array_equal(at, np.arange(len(self))):
+            return self
+        return self._cut(at, self.lengths[at])
+
+    def split(self, rows: np.ndarray) -> tuple["Sequences", "Sequences"]:
+        """Returns the sequences of all rows but those numbered `rows`, and those of these."""
+        taken = np.isin(self.rows, rows)
+        return self.select(np.flatnonzero(~taken)), self.select(np.flatnonzero(taken))
+
+    def cut(self, most: int) -> "Sequences":
+        """Returns the sequences, each cut off after `most` tokens."""
+        if not len(self) or self.lengths.max() <= most:
+            return self
+        return self._cut(np.arange(len(self)), np.minimum(self.lengths, most))
+
+    def _cut(self, at: np.ndarray, lengths: np.ndarray) -> "Sequences":
+        """Returns the sequences at the indices `at`, of each its first `lengths` tokens."""
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        taken = np.arange(starts[-1]) + np.repeat(self.starts[at] - starts[:-1], lengths)
+        return Sequences(
+            ids=self.ids[taken],
+            counts=self.counts[taken],
+            starts=starts,
+            rows=self.rows[at],
+            origins=self.origins[at],
+        )

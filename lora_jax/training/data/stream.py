@@ -1,0 +1,257 @@
+"""Batches of data larger than memory: read a chunk at a time, from any place in the data.
+
+The data are cut into blocks that can be read on their own. An epoch draws their order; a chunk is
+as many of them as fit into a buffer, and its rows are shuffled, packed or grouped by length there.
+So what a step takes is a function of the seed and of where its chunk begins, and a resumed run
+reads one chunk again.
+"""
+
+import dataclasses
+import functools
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.training.batches import Batch, Packs, pack
+from lora_jax.training.data.mixture import order
+from lora_jax.training.data.order import by_group
+from lora_jax.training.data.sequences import Sequences
+from lora_jax.training.errors import TrainingError
+
+_OF_CHUNK = 3  # the stream of draws within a chunk
+_REMEMBERED = 512  # steps whose rows can be named
+_SHOWN = 32  # rows of a step that are named
+
+
+class Position(NamedTuple):
+    """Says where a chunk is: in which epoch, the how manieth there, and at which row it begins.
+
+    `first` counts the rows of batches that all chunks before it have, over all epochs.
+    """
+
+    epoch: int
+    chunk: int
+    first: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """Says which blocks each chunk has.
+
+    Attributes:
+      seed: of the draw.
+      sizes: [blocks], in any unit.
+      room: of a chunk, in that unit; a block that is larger is a chunk alone.
+    """
+
+    seed: int
+    sizes: np.ndarray
+    room: int
+
+    def of_epoch(self, epoch: int) -> list[np.ndarray]:
+        """Returns the blocks of each chunk, in a drawn order."""
+        blocks = order(self.seed, epoch, len(self.sizes))
+        begins = np.cumsum(self.sizes[blocks]) - self.sizes[blocks]
+        return np.split(blocks, np.flatnonzero(np.diff(begins // self.room)) + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+    """Holds a chunk in memory: its rows of batches, and the order in which steps take them."""
+
+    at: Position
+    packs: Packs
+    rows: np.ndarray
+
+    @property
+    def end(self) -> int:
+        return self.at.first + len(self.rows)
+
+
+class Stream:
+    """Batches of data that are read while training; see `Batches`.
+
+    Steps have to be asked for one after the other. The next chunk is read in the background.
+    """
+
+    n_examples = None
+
+    def __init__(
+        self,
+        load: Callable[[np.ndarray], Sequences],
+        chunks: Chunks,
+        like: Packs,
+        *,
+        packing: bool,
+        batch_size: int,
+        accumulate: int,
+        digest: str,
+        named: Callable[[int, int], str],
+        steps: int,
+        ahead: bool = True,
+    ) -> None:
+        """Begins at the first row of the first epoch.
+
+        Args:
+          load: reads blocks, [n], as sequences that are no longer than the longest of `like`.
+          chunks: says which blocks are read together.
+          like: examples whose lengths batches have.
+          packing: puts several sequences into one row.
+          batch_size: rows in memory at once.
+          accumulate: batches of a step.
+          digest: a fingerprint of the data.
+          named: returns the name of a row, from its origin and its number.
+          steps: the number of the last step: what follows it is not read.
+          ahead: reads the next chunk in a thread of its own.
+        """
+        self._load, self._chunks, self._like = load, chunks, like
+        self._packing, self._batch_size, self._accumulate = packing, batch_size, accumulate
+        self._digest, self._name, self._ahead = digest, named, ahead
+        self._until = steps * batch_size * accumulate
+        self._of_epoch = functools.lru_cache(maxsize=2)(chunks.of_epoch)
+        self._taken: deque[tuple[int, list[tuple[int, int]]]] = deque(maxlen=_REMEMBERED)
+        self.begin(Position(0, 0, 0))
+
+    def begin(self, at: Position) -> None:
+        """Goes on with the chunk at a position. Call it before any batch is asked for."""
+        self._positions = deque([at], maxlen=2)
+        self._loaded: list[_Loaded] = []
+        self._next = at
+        self._coming: Callable[[], Sequences] | None = None
+        self._empty = 0
+
+    @property
+    def batch_size(self) -> int:
+        """Returns the rows in memory at once."""
+        return self._batch_size
+
+    @property
+    def rows_a_step(self) -> int:
+        """Returns how many rows one optimiser step sees."""
+        return self._batch_size * self._accumulate
+
+    def digest(self) -> str:
+        """Returns a fingerprint of the data."""
+        return self._digest
+
+    def tokens(self, batch: Batch) -> int:
+        """Returns the number of tokens in a batch, without padding."""
+        return self._like.tokens(batch)
+
+    def first(self) -> Batch:
+        """Returns a batch of the largest shape, of padding alone; has the first rows read."""
+        if self._ahead and self._coming is None and not self._loaded:
+            self._coming = _in_background(self._reading(self._next))
+        batch = self._like.blank(self._batch_size * self._accumulate)
+        return {name: self._in_parts(array) for name, array in batch.items()}
+
+    def batch(self, number: int) -> Batch:
+        """Returns the batch of the step that has `number` steps before it, in this process.
+
+        Raises:
+          TrainingError: a row cannot be read or used, or there is no row in all the data.
+        """
+        first = number * self.rows_a_step
+        last = first + self.rows_a_step
+        while not self._loaded or self._loaded[-1].end < last:
+            self._take_next()
+        while self._loaded[0].end <= first:
+            self._loaded.pop(0)
+        parts, names = [], []
+        for chunk in self._loaded:
+            here = slice(max(first - chunk.at.first, 0), max(last - chunk.at.first, 0))
+            rows = chunk.rows[here]
+            parts.append((chunk.packs, rows))
+            names += [name for row in rows.tolist() for name in chunk.packs.origins_of(row)]
+        self._taken.append((number, names))
+        taken = [(packs, rows) for packs, rows in parts if len(rows)]
+        batch = Packs.taken(taken)
+        return {name: self._in_parts(array) for name, array in batch.items()}
+
+    def _in_parts(self, array: np.ndarray) -> np.ndarray:
+        return array.reshape(self._accumulate, self._batch_size, -1)
+
+    def _take_next(self) -> None:
+        """Puts the next chunk behind those in memory, and has the one after it read."""
+        at = self._next
+        read = self._reading(at) if self._coming is None else self._coming
+        self._coming = None
+        loaded = self._arranged(at, read())
+        if len(loaded.rows):
+            self._loaded.append(loaded)
+            self._positions.append(at)
+            self._empty = 0
+        else:
+            self._empty += 1
+            if self._empty > len(self._of_epoch(at.epoch)):
+                raise TrainingError("no row of the data has a token that the loss counts")
+        over = at.chunk + 1 == len(self._of_epoch(at.epoch))
+        epoch, chunk = (at.epoch + 1, 0) if over else (at.epoch, at.chunk + 1)
+        self._next = Position(epoch, chunk, loaded.end)
+        if self._ahead and loaded.end < self._until:
+            self._coming = _in_background(self._reading(self._next))
+
+    def _reading(self, at: Position) -> Callable[[], Sequences]:
+        return functools.partial(self._load, self._of_epoch(at.epoch)[at.chunk])
+
+    def _arranged(self, at: Position, sequences: Sequences) -> _Loaded:
+        """Returns a chunk with its rows in a drawn order; rows of one length share a step."""
+        if not len(sequences):
+            return _Loaded(at, self._like, np.empty(0, np.int64))
+        packs = pack(sequences, self._like.lengths[-1], packing=self._packing, like=self._like)
+        stream = [self._chunks.seed, at.epoch, _OF_CHUNK, at.chunk]
+        draw = np.random.Generator(np.random.PCG64(stream))
+        rows = draw.permutation(len(packs))
+        rest = -at.first % self.rows_a_step  # the rows that end the step of the chunk before
+        by_group(rows, packs.groups, self.rows_a_step, rest, draw.permutation)
+        return _Loaded(at, packs, rows)
+
+    def named(self, number: int) -> str:
+        """Returns the names of what is in a batch, unless it is long gone."""
+        names = next((names for step, names in self._taken if step == number), None)
+        if names is None:
+            return f"that of step {number + 1}, which is gone from memory"
+        left_out = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        return ", ".join(self._name(*one) for one in names[:_SHOWN]) + left_out
+
+    def cursor(self, step: int) -> dict[str, int]:
+        """Returns where the data stand after `step` steps: the chunk that goes on there."""
+        first = step * self.rows_a_step
+        at = next((at for at in reversed(self._positions) if at.first <= first), None)
+        assert at is not None, "this step is long gone"
+        return at._asdict()
+
+    def seek(self, cursor: dict[str, Any], step: int) -> bool:
+        """Goes on after `step` steps, from their cursor; returns whether it can be one."""
+        if cursor.keys() != set(Position._fields):
+            return False
+        at = Position(**cursor)
+        if at.first > step * self.rows_a_step or at.chunk >= len(self._of_epoch(at.epoch)):
+            return False
+        self.begin(at)
+        return True
+
+
+def _in_background(work: Callable[[], Sequences]) -> Callable[[], Sequences]:
+    """Begins work in a thread; returns a function that waits for its result, or its error."""
+    done: list[Any] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except BaseException as error:
+            done.append(error)
+
+    thread = threading.Thread(target=run, name="reading ahead")
+    thread.start()
+
+    def result() -> Sequences:
+        thread.join()
+        if isinstance(done[0], BaseException):
+            raise done[0]
+        return done[0]
+
+    return result

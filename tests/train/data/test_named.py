@@ -1,0 +1,42 @@
+"""Data sets as --dataset names them: weights, and colons that are none."""
+
+import pytest
+
+from train.data.named import named
+from train.run.errors import UserError
+
+
+def test_names_and_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b:2").mkdir()
+    for given, found in (
+        (["a.jsonl"], [("a.jsonl", None)]),
+        (["a.jsonl", "owner/data"], [("a.jsonl", None), ("owner/data", None)]),
+        (["a.jsonl:3", "owner/data:0.5"], [("a.jsonl", 3.0), ("owner/data", 0.5)]),
+        (["b:2"], [("b:2", None)]),  # a folder that is called so
+        (["b:2:1", "c:1e1"], [("b:2", 1.0), ("c", 10.0)]),
+        (["C:/data/a.jsonl"], [("C:/data/a.jsonl", None)]),
+        (["C:a.csv.gz", "x:y/z"], [("C:a.csv.gz", None), ("x:y/z", None)]),
+    ):
+        assert named(given) == found
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("", "names no data set"),
+        ("a.jsonl:3", "a weight has no effect on a single data set; name a.jsonl alone"),
+        ("a.jsonl:3 b.jsonl", "b.jsonl has no weight, and others have: give all"),
+        ("a.jsonl:1 a.jsonl:2", "names a.jsonl twice"),
+        ("a.jsonl:0 b:1", "a weight is a positive number, such as a.jsonl:3 b.jsonl:1, not 0"),
+        ("a.jsonl:nan b:1", "a positive number.*, not nan"),
+        ("a.jsonl:inf b:1", "a positive number.*, not inf"),
+        ("a.jsonl:-1 b:1", "a positive number.*, not -1"),
+        ("a.jsonl:x b:1", "'x' is no weight of a.jsonl"),
+        ("a.jsonl: b:1", "'' is no weight of a.jsonl"),
+        (":1 b:1", ":1 has a weight and no name"),
+    ],
+)
+def test_what_is_no_weight_is_refused(given, message):
+    with pytest.raises(UserError, match=f"--dataset.*{message}"):
+        named(given.split())

@@ -1,0 +1,126 @@
+"""--stream: the script on data that it reads while it trains."""
+
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from lora_jax import load_adapter
+from lora_jax.training.errors import TrainingError
+from tests.train.test_sft import fails
+from tests.train.tiny import decoder, tokenizer, write_jsonl, write_model
+from train.data import blocks
+from train.run.pretrained import Outline
+from train.sft import main, parse
+from train.tasks import streamed
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(write_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Blocks of some rows, and chunks of some blocks."""
+    monkeypatch.setattr(blocks, "BLOCK", 400)
+    monkeypatch.setattr(streamed, "ROOM", 2000)
+    monkeypatch.setattr(streamed, "_SAMPLE", 400)
+
+
+def rows(n, answer="so it is"):
+    return [{"prompt": f"{i} plus {i}?", "completion": answer * (1 + i % 3)} for i in range(n)]
+
+
+def trained(folder):
+    return jax.tree.leaves(load_adapter(folder / "adapter", decoder()[1]))
+
+
+def test_a_streamed_run_goes_on_bitwise_in_the_middle_of_the_data(model, small, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "rows.jsonl", rows(120))
+    args = ["--model", model, "--dataset", data, "--seq-len", "96", "--truncate", "--stream"]
+    args += ["--batch-size", "4", "--schedule", "constant", "--save-every", "3", "--packing"]
+    args = [str(arg) for arg in args]
+
+    def run(folder, *more):
+        main([*args, "--output", str(folder), *more])
+        return capsys.readouterr().out
+
+    said = run(tmp_path / "whole", "--steps", "16")
+    assert "chunks an epoch, whose rows are shuffled" in said
+    run(tmp_path / "parts", "--steps", "7")
+    assert "going on after step 7" in run(tmp_path / "parts", "--steps", "16", "--resume")
+    for one, other in zip(trained(tmp_path / "whole"), trained(tmp_path / "parts"), strict=True):
+        np.testing.assert_array_equal(one, other)
+    write_jsonl(data, rows(120, "so it was"))
+    said = fails(capsys, *args, "--output", tmp_path / "parts", "--steps", 20, "--resume")
+    assert "the training data are not those that the run began with" in said
+
+
+def test_a_row_that_cannot_be_used_is_named_when_it_comes(small, tmp_path):
+    found = rows(120)
+    found[100] = {"prompt": "?"}
+    data = write_jsonl(tmp_path / "rows.jsonl", found)
+    at = len("".join(f"{json.dumps(row)}\n" for row in found[:100]))
+    config = parse(["--dataset", str(data), "--truncate", "--stream", "--steps", "90"])
+    outline = Outline("a model", tokenizer(), None, {})
+    feed = streamed.examples(config, streamed.read(config), outline).feed(90)
+    with pytest.raises(TrainingError, match=f"rows.jsonl, byte {at:,} has `prompt`; a row needs"):
+        for step in range(90):
+            feed.batch(step)
+    assert step > 1  # of the chunks before
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("", "--stream counts no rows: say how long to train with --steps"),
+        ("--steps 9", "give --truncate, which cuts off what is longer than --seq-len 128"),
+        ("--epochs 2", "--stream reads rows while training, .*: leave out --epochs"),
+        ("--steps 9 --truncate --rows 3", "leave out --rows"),
+        ("--steps 9 --truncate --token-cache x", "leave out --token-cache"),
+        ("--steps 9 --truncate --eval-every 3", "holds no rows out: name some with --eval-dataset"),
+        ("--steps 9 --truncate --dataset sql", "--stream reads rows of your own, and sql makes"),
+        ("--steps 9 --truncate --dataset a:1 b:2", "leave out the weights of --dataset a:1 b:2"),
+        ("--steps 9 --truncate --dataset a b --fields text=t", "--fields of a single --dataset"),
+        ("--steps 9 --truncate --dataset a.csv", "a.csv: there is no such file"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused(args, message, capsys, tmp_path):
+    args = args.split()
+    if "--dataset" not in args:
+        args += ["--dataset", "a.jsonl"]
+    said = fails(capsys, "--stream", *args, "--output", tmp_path / "run")
+    assert re.search(message, said), said
+
+
+MEASURED = """
+import resource, sys
+from train.sft import main, parse
+from train.data import blocks
+main(sys.argv[1:])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_data(model, tmp_path):
+    """Over all of a file of 32 MB, as over one of 4 MB; without --stream, it grows."""
+
+    def peak(n, *more):
+        data = write_jsonl(tmp_path / f"{n}.jsonl", rows(n, "so it is " * 20))
+        args = ["--model", model, "--dataset", data, "--seq-len", "64", "--truncate", *more]
+        args += ["--batch-size", "256", "--steps", n // 256, "--log-every", "99", "--output"]
+        args = [str(arg) for arg in [*args, tmp_path / f"run{n}{len(more)}", "--save-every", "999"]]
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURED, *args], capture_output=True, text=True, check=True
+        )
+        return int(done.stdout.split("peak ")[1]) / 2**10
+
+    small, large = peak(12_000, "--stream"), peak(90_000, "--stream")
+    assert large < small + 40, (small, large)
+    assert peak(90_000, "--token-cache", "off") > large + 60

@@ -1,0 +1,25 @@
+"""Tells what a run sees of each of several data sets."""
+
+import numpy as np
+
+from lora_jax.training.batches import Examples, Packs
+from lora_jax.training.data.order import Order
+
+
+def used(examples: Examples, order: Order, steps: int) -> tuple[str, ...]:
+    """Returns lines on the rows of each data set that so many steps see; () of a single one."""
+    if not isinstance(examples, Packs) or not examples.sources:
+        return ()
+    n = len(examples.sources)
+    of_units = np.zeros((len(examples), n), np.int64)  # rows of each data set in each sequence
+    units = np.repeat(np.arange(len(examples)), np.diff(examples.firsts))
+    np.add.at(of_units, (units, examples.origins), 1)
+    often = np.ones(len(examples)) if order.mixture is None else order.mixture.often
+    epochs, rest = order.taken(steps)
+    seen = np.rint(epochs * (often @ of_units)).astype(int) + of_units[rest].sum(0)
+    have = of_units.sum(0)
+    return tuple(
+        f"{name}: {taken:,} rows in {steps:,} steps, {100 * taken / seen.sum():.1f}% of all; "
+        f"each of its {rows:,} comes {taken / rows:.2f} times on average"
+        for name, taken, rows in zip(examples.sources, seen.tolist(), have.tolist(), strict=True)
+    )

@@ -1,0 +1,102 @@
+"""Examples as the model sees them: decoded tokens, with a mark on what the loss counts."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.training.batches import Examples, Packs
+from lora_jax.training.data.labelled import Labelled
+
+_ENDS = 160  # tokens of a long sequence that are shown of its beginning, and of its end
+
+
+class Span(NamedTuple):
+    """A piece of text, and whether the loss counts its tokens."""
+
+    text: str
+    counted: bool
+
+
+class Shown(NamedTuple):
+    """One sequence in words: what it is, and its text."""
+
+    title: str
+    spans: list[Span]
+
+
+def shown(
+    examples: Examples,
+    tokenizer: Any,
+    n: int,
+    labels: Any = (),
+    named: Callable[[int, int], str] | None = None,
+) -> list[Shown]:
+    """Returns the first `n` sequences as the model sees them.
+
+    Args:
+      examples: chats or labelled texts.
+      tokenizer: the model's.
+      n: the number of sequences.
+      labels: the names of the classes.
+      named: returns the name of a row, from its data set and its number there.
+    """
+    if isinstance(examples, Packs):
+        known = range(min(n, len(examples.numbers)))
+        return [_of_pack(examples, tokenizer, at, named) for at in known]
+    if isinstance(examples, Labelled):
+        return [_of_label(examples, tokenizer, at, labels) for at in range(min(n, len(examples)))]
+    return []
+
+
+def lengths(examples: Examples) -> np.ndarray:
+    """Returns the number of tokens of each sequence: [n]."""
+    if isinstance(examples, Packs):
+        return np.diff(examples.starts)
+    if isinstance(examples, Labelled):
+        return examples.attention_mask.sum(axis=1)
+    return np.empty(0, np.int64)
+
+
+def _of_pack(
+    packs: Packs, tokenizer: Any, at: int, named: Callable[[int, int], str] | None
+) -> Shown:
+    here = slice(packs.starts[at], packs.starts[at + 1])
+    ids, counted = packs.tokens_of_all[here], packs.counts_of_all[here].copy()
+    counted[:1] = False  # the first token of a sequence is never predicted
+    unit = int(np.searchsorted(packs.firsts, at, side="right")) - 1
+    of_unit = packs.firsts[unit + 1] - packs.firsts[unit]
+    origin, number = int(packs.origins[at]), int(packs.numbers[at])
+    source = f" of {packs.sources[origin]}" if packs.sources else ""
+    name = f"row {number}{source}" if named is None else named(origin, number)
+    title = f"{name}: {len(ids)} tokens, {counted.sum()} of them count"
+    if of_unit > 1:
+        place = f"{at - packs.firsts[unit] + 1} of {of_unit}"
+        title += f"; {place} in packed sequence {unit + 1}"
+    return Shown(title, _spans(ids, counted, tokenizer))
+
+
+def _of_label(texts: Labelled, tokenizer: Any, at: int, labels: Any) -> Shown:
+    ids = texts.ids[at][texts.attention_mask[at] > 0]
+    name = labels[int(texts.labels[at])]
+    title = f"text {at + 1}: {len(ids)} tokens; the label to learn is {name!r}"
+    return Shown(title, _spans(ids, np.zeros(len(ids), bool), tokenizer))
+
+
+def _spans(ids: np.ndarray, counted: np.ndarray, tokenizer: Any) -> list[Span]:
+    """Returns runs of tokens that count, or do not; the middle of a long sequence is left out."""
+    if len(ids) <= 2 * _ENDS:
+        return _runs(ids, counted, tokenizer)
+    left_out = Span(f" … {len(ids) - 2 * _ENDS:,} tokens … ", False)
+    first = _runs(ids[:_ENDS], counted[:_ENDS], tokenizer)
+    return [*first, left_out, *_runs(ids[-_ENDS:], counted[-_ENDS:], tokenizer)]
+
+
+def _runs(ids: np.ndarray, counted: np.ndarray, tokenizer: Any) -> list[Span]:
+    at = np.flatnonzero(np.diff(counted.astype(np.int8))) + 1
+    parts = zip(np.split(ids, at), np.split(counted, at), strict=True)
+    return [Span(_decoded(part.tolist(), tokenizer), bool(c[0])) for part, c in parts]
+
+
+def _decoded(ids: list[int], tokenizer: Any) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

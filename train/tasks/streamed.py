@@ -1,0 +1,154 @@
+"""The task of fine-tuning on chats that are read while training: their size does not matter."""
+
+import dataclasses
+import functools
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.training.batches import Packs, pack
+from lora_jax.training.data import chats as tokenising
+from lora_jax.training.data.sequences import Sequences
+from lora_jax.training.data.stream import Chunks, Stream
+from train.data.blocks import Blocks, find_blocks
+from train.data.fields import pairs_of, renamed
+from train.data.named import named
+from train.run import hosts
+from train.run.errors import UserError
+from train.run.options.sft import SQL, Config
+from train.run.pretrained import Outline
+from train.tasks import chats
+from train.tasks.task import Data, Rows
+
+ROOM = 2**23  # bytes of the blocks that are in memory, and shuffled, together
+_SAMPLE = 2**20  # bytes of blocks that lengths are taken from
+
+
+def check(config: Config) -> None:
+    """Raises a UserError for options that a stream cannot follow."""
+    chats.check(config)
+    data, run = config.data, config.run
+    if config.optim.steps is None:
+        raise UserError("--stream counts no rows: say how long to train with --steps")
+    if not data.truncate:
+        raise UserError(
+            "--stream looks at no row before its turn: give --truncate, which cuts off what is "
+            f"longer than --seq-len {data.seq_len}"
+        )
+    datasets = named(data.dataset)
+    if SQL in data.dataset:
+        raise UserError(f"--stream reads rows of your own, and {SQL} makes its own: leave it out")
+    if datasets[0].weight is not None:
+        raise UserError(
+            f"--stream draws bytes of all data sets alike: leave out the weights of --dataset "
+            f"{' '.join(data.dataset)}, or --stream"
+        )
+    if data.fields and len(datasets) > 1:
+        raise UserError("--stream takes --fields of a single --dataset")
+    if run.eval_every and data.eval_dataset is None:
+        raise UserError("--stream holds no rows out: name some with --eval-dataset")
+
+
+def read(config: Config) -> Rows:
+    """Finds the blocks of the data; reads the rows of --eval-dataset."""
+    data = config.data
+    names = [dataset.name for dataset in named(data.dataset)]
+    blocks = find_blocks(names, split=data.split, subset=data.subset)
+    if data.eval_dataset is None:
+        return Rows([blocks], [])
+    held_out = chats.found(config, data.eval_dataset, data.eval_split, None, None)
+    held_out.check()
+    return Rows([blocks], [held_out])
+
+
+def examples(config: Config, rows: Rows, outline: Outline) -> Data:
+    """Returns a sample of the rows, whose lengths batches have, and the stream of all."""
+    data, (blocks,) = config.data, rows.train
+    chunks = Chunks(config.optim.seed, blocks.sizes, ROOM)
+    read = functools.partial(_sequences, config, blocks, outline.tokenizer)
+    sample = _sample(read, chunks, data.seq_len, packing=data.packing)
+    n_bytes, n_chunks = int(blocks.sizes.sum()), len(chunks.of_epoch(0))
+
+    def feed(steps: int) -> Stream:
+        return Stream(
+            read,
+            chunks,
+            sample,
+            packing=data.packing,
+            batch_size=config.optim.batch_size,
+            accumulate=config.optim.grad_accum,
+            digest=blocks.digest(),
+            named=blocks.named,
+            steps=steps,
+            ahead=jax.process_count() == 1,  # many processes exchange tokens between steps
+        )
+
+    held_out = [chats.tokens_of(config, dataset, outline.tokenizer) for dataset in rows.held_out]
+    source = ", ".join(dataset.name for dataset in rows.held_out)
+    return Data(
+        train=sample,
+        held_out=chats.packed(config, {source: held_out[0]}) if held_out else None,
+        name=sample.name,
+        source="",
+        feed=feed,
+        row=blocks.named,
+        facts={"sequence_length": sample.lengths[-1], "lengths": sample.lengths},
+        lines=(
+            f"{n_bytes / 1e6:,.1f} MB are read while training, {ROOM / 1e6:,.1f} MB at a time: "
+            f"{len(blocks.sizes):,} blocks in a drawn order, {n_chunks:,} chunks an epoch, whose "
+            "rows are shuffled",
+            f"of a sample, {chats.described(sample, packing=data.packing)}",
+        ),
+    )
+
+
+def _sample(read: Any, chunks: Chunks, seq_len: int, *, packing: bool) -> Packs:
+    """Returns the first rows of the first chunk, with all lengths that rows may have."""
+    blocks = chunks.of_epoch(0)[0]
+    for n in range(1, len(blocks) + 1):
+        if n == len(blocks) or chunks.sizes[blocks[:n]].sum() >= _SAMPLE:
+            if len(sequences := read(blocks[:n])):
+                break
+    else:
+        raise UserError(
+            f"within --seq-len {seq_len} no row of the first chunk has a token of a completion"
+        )
+    sample = pack(sequences, seq_len, packing=packing)
+    if sample.lengths[-1] == seq_len:
+        return sample
+    if packing:
+        return dataclasses.replace(sample, lengths=(seq_len,))
+    return dataclasses.replace(
+        sample, lengths=(*sample.lengths, seq_len), predicted=(*sample.predicted, seq_len)
+    )
+
+
+def _sequences(config: Config, blocks: Blocks, tokenizer: Any, chunk: np.ndarray) -> Sequences:
+    """Returns the rows of some blocks as sequences, cut off at --seq-len; each process does a part.
+
+    Raises:
+      UserError: a row cannot be used; names it.
+    """
+    data = config.data
+    pairs = pairs_of(data.fields)
+
+    def tokenized(block: int) -> dict[str, Any]:
+        if not threading.main_thread().is_alive():
+            raise UserError("the run has ended")  # nothing waits for these rows any more
+        part, numbered = blocks.read(block)
+        source = blocks.parts[part].name
+        rows = renamed([row for _, row in numbered], pairs, source)
+        numbers = [number for number, _ in numbered]
+        found = tokenising.tokenize(
+            rows, tokenizer, source, numbers=numbers, train_on=data.train_on
+        )
+        cut = found.cut(data.seq_len)
+        return tokenising.as_json(cut.select(np.flatnonzero(cut.predicted)), origin=part)
+
+    made = hosts.map_over_processes(tokenized, chunk.tolist())
+    return Sequences.concatenated(map(tokenising.from_json, made))
+
+
+TASK = dataclasses.replace(chats.TASK, check=check, rows=read, examples=examples)
