@@ -1,0 +1,128 @@
+"""The pages of the documentation: their code runs and prints what it says, their links lead somewhere.
+
+A block ``python`` begins a program, ``python continued`` goes on with it; ``python slow`` begins one
+that needs a pretrained model. (``tests/adapt/test_guide.py`` runs lora_jax/adapt/README.md.)
+"""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FENCES = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+BLOCKS = re.compile(r"^```python( \w+)?\n(.*?)^```", re.DOTALL | re.MULTILINE)
+WITH_CODE = ("README.md", "lora_jax/README.md", "lora_jax/models/README.md")
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for top in (".", "lora_jax", "train", "tests", "notebooks")
+    for path in (ROOT / top).glob("*.md" if top == "." else "**/*.md")
+)
+
+
+def programs(page):
+    """The programs of a page, each as (whether it is slow, its blocks)."""
+    found = []
+    for says, code in BLOCKS.findall((ROOT / page).read_text()):
+        if says == " continued":
+            found[-1][1].append(code)
+        else:
+            found.append((says == " slow", [code]))
+    return found
+
+
+PROGRAMS = [
+    pytest.param(blocks, id=f"{page}-{i}", marks=[pytest.mark.slow] if slow else [])
+    for page in WITH_CODE
+    for i, (slow, blocks) in enumerate(programs(page) if (ROOT / page).exists() else [])
+]
+
+
+def expected_lines(code):
+    return re.findall(r"print\(.*\)(?:  |\n)# (.*)", code)
+
+
+@pytest.mark.parametrize("blocks", PROGRAMS)
+def test_code_runs(blocks, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in blocks:
+        with jax.numpy_dtype_promotion("standard"):
+            exec(compile(code, "the page's program", "exec"), names)
+        printed = capsys.readouterr().out.splitlines()
+        assert [line for line in printed if line in expected_lines(code)] == expected_lines(code)
+
+
+def test_code_of_the_first_page_learns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ((_, (code,)),) = programs("README.md")
+    assert 20 <= sum(bool(line.strip()) for line in code.splitlines()) <= 26
+    names = {}
+    with jax.numpy_dtype_promotion("standard"):
+        exec(compile(code, "README.md", "exec"), names)
+    lj = names["lj"]
+    rules = [lj.LoraRule(targets="all-linear", rank=4)]
+    start = names["loss"](lj.split(lj.lorafy(lj.strip(names["params"]), rules))[0])
+    assert names["loss"](names["adapter"]) < 0.5 * start
+    assert (tmp_path / "adapter").is_dir()
+
+
+def test_the_first_page_is_short_and_has_two_commands():
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") <= 150
+    commands = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert [c.count("\n") for c in commands] == [1, 1]
+    assert all(c.startswith("python3 -m venv .venv && ") for c in commands)
+
+
+def prose(path):
+    """The text of a page or of a notebook's cells, without code."""
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    return FENCES.sub("", text)
+
+
+def anchors(path):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dead_links(path):
+    """The links of a page that lead to no file, or to no heading of one; not those elsewhere."""
+    found = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            found.append(link)
+    return found
+
+
+NOTEBOOKS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS])
+def test_links_lead_somewhere(page):
+    assert dead_links(ROOT / page) == []
+
+
+def test_the_judge_sees_dead_links(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# One, two\n[a](#one-two) [b](#two) [c](other.md) [d](page.md#one-two)")
+    assert dead_links(page) == ["#two", "other.md"]
+
+
+def test_each_page_is_two_steps_from_the_first():
+    def linked(page):
+        links = re.findall(r"\]\(([^)\s#:]+\.md)", prose(ROOT / page))
+        return {((ROOT / page).parent / link).resolve().relative_to(ROOT).as_posix() for link in links}
+
+    first = linked("README.md")
+    assert set(PAGES) - {"README.md"} <= first.union(*map(linked, first))
