@@ -5,7 +5,6 @@ adapters of this library and adapters that PEFT wrote.
 """
 
 import dataclasses
-import json
 import re
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from train.publish.card import Export, card
 from train.publish.hub import README, Repository, find_repository, push
 from train.publish.kinds import auto_class, task_type
 from train.publish.marked import is_generated
+from train.publish.scaled import rope_problem, scaled_fields
 from train.run.cache import keep_compiled
 from train.run.errors import UserError, as_user_errors, reported
 from train.run.files import read_json
@@ -186,6 +186,7 @@ def readme_of(work: Work, model: Any, fields: Mapping[str, Any] | None = None) -
             fields=fields,
             auto_class=auto_class(model),
             source=work.adapter,
+            scaled={} if fields is None else scaled_fields(work.adapter, model),
         )
     )
 
@@ -244,26 +245,6 @@ def write_adapter(work: Work, model: Any, params: Any) -> None:
     how = "".join(f", {key}={value!r}" for key, value in scaled.items())
     loaded = f'{auto_class(model)}.from_pretrained("{base}"{how})'
     hint(work.console, f'PeftModel.from_pretrained({loaded}, "{work.output}")')
-
-
-def scaled_fields(adapter: AdapterSource, model: Any) -> dict[str, Any]:
-    """Returns the fields of config.json that the base's lacks: a RoPE that the run scaled."""
-    if adapter.rope_scaling is None:
-        return {}
-    written = model.config.to_hf()
-    theta = {"rope_theta": written["rope_theta"]}
-    return {
-        "rope_parameters": written["rope_scaling"] | theta,
-        "max_position_embeddings": written["max_position_embeddings"],
-    }
-
-
-def rope_problem(scaled: dict[str, Any]) -> str:
-    """Returns the line of --check-serving about a scaled RoPE."""
-    return (
-        "the adapter was trained with a scaled RoPE, and the base's config.json has another: "
-        f"serve it with --hf-overrides '{json.dumps(scaled)}', or write a whole model with --merged"
-    )
 
 
 def check(options: Options) -> int:
@@ -342,13 +323,12 @@ def load(options: Options, adapter: AdapterSource, name: str) -> tuple[Any, Any]
     names = adapter.about.get("labels", ())
     num_labels = options.num_labels or adapter.num_labels
     head: dict[str, Any] = {}
-    if adapter.rope_scaling is not None:
-        head["rope_scaling"] = adapter.rope_scaling
     if num_labels:
-        head |= {"head": "classification", "num_labels": num_labels}
+        head = {"head": "classification", "num_labels": num_labels}
     mismatch = options.allow_base_mismatch
-    adapter.check(read_untokenized(name, **head), allow_base_mismatch=mismatch)
-    model, params = read_model(name, dtype="float32", **head)
+    outline = read_untokenized(name, **head).scaled(adapter.rope_scaling)
+    adapter.check(outline, allow_base_mismatch=mismatch)
+    model, params = read_model(name, dtype="float32", **outline.head)
     if num_labels and len(names) == num_labels:
         model = model.clone(config=dataclasses.replace(model.config, label_names=tuple(names)))
     return model, adapter.load(model, params, name, allow_base_mismatch=mismatch)

@@ -26,6 +26,7 @@ from lora_jax.training.log import Log
 from lora_jax.training.loop import Hooks, Measure, Pace, train
 from lora_jax.training.losses import HELD_OUT, Loss, Sums
 from lora_jax.training.optimizer import averaged
+from lora_jax.training.optimizers.named import OPTIMIZERS
 from lora_jax.training.processes import Agreement
 from lora_jax.training.setup import CompiledStep, Setup
 from lora_jax.training.step import State, Step, make_evaluation
@@ -150,6 +151,16 @@ def check_positions(model: Any, examples: Examples) -> None:
             f"a sequence has {longest} tokens, and the model {most} positions: "
             "give a smaller seq_len, or load it with from_pretrained(…, rope_scaling="
             '{"rope_type": "yarn", "factor": 2.0})'
+        )
+
+
+def check_optimizer(optimizer: Any, weight_decay: float) -> None:
+    """Raises a TrainingError for an optimiser that there is not, or decay that it does not get."""
+    if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
+        raise TrainingError(f"optimizer={optimizer!r}: give {', '.join(OPTIMIZERS)}, or your own")
+    if not isinstance(optimizer, str) and weight_decay:
+        raise TrainingError(
+            f"weight_decay={weight_decay} is for optimizers by name: give it to your own yourself"
         )
 
 

@@ -39,6 +39,7 @@ from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.errors import TrainingError, as_argument
 from lora_jax.training.fit import (
     Ready,
+    check_optimizer,
     check_positions,
     compile_step,
     fit,
@@ -198,6 +199,7 @@ def finetune(
         raise TrainingError(f"lr={lr}: a learning rate is a positive number")
     if not 0 <= seed < 2**32:
         raise TrainingError(f"seed={seed}: a number from 0 to {2**32 - 1} is needed")
+    check_optimizer(optimizer, weight_decay)
     layout = layout or one_device()
     for rows in (examples, *([] if measured is None else [measured])):
         check_positions(model, rows)

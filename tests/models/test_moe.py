@@ -39,7 +39,7 @@ def all_experts(params: dict[str, Any], x: jax.Array, config: DecoderConfig) -> 
     return jnp.einsum("bsef,efd,bse->bsd", hidden, kernels[2], weights)
 
 
-@pytest.mark.parametrize("case", ["mixtral", "mixtral with a window", "qwen3 moe"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen3 moe"])
 def test_values_and_gradients(case: str) -> None:
     module, params, x = layer(case)
 

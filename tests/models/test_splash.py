@@ -54,7 +54,10 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if "packed" in name else pytest.mark.slow) for name in MASKS],
+)
 def test_the_kernel_computes_what_dense_attention_does(name: str) -> None:
     case, some = MASKS[name]
     want = differentiated(case, "dense", some)
@@ -101,6 +104,7 @@ def test_what_the_kernel_lacks_goes_to_blocks(name: str) -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_half_precision() -> None:
     """Nearly as near to fp32 as dense attention is: the scaled queries round once more."""
     case = Case(128, kv_heads=1, head_dim=24)
@@ -159,7 +163,6 @@ def test_plans_count_what_the_kernel_visits() -> None:
 CUDNN = {
     "packed, a window and padding": Case(24, packed=True, window=3, padding="right"),
     "bidirectional, padded left": Case(16, causal=False, padding="left"),
-    "padded left": Case(24, padding="left"),
 }
 
 

@@ -102,6 +102,7 @@ def test_queries_of_all_devices_see_as_many_keys(parts: int) -> None:
     assert len({int(np.sum(row + 1)) for row in slots}) == 1
 
 
+@pytest.mark.slow
 def test_derivatives_of_other_kinds() -> None:
     """Forward mode, and the gradient of rematerialised layers in a scan."""
     case, layout = Case(16), layout_of("sequence=4")

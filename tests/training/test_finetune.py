@@ -312,6 +312,8 @@ BAD = {
     "no loss": ({"loss": None}, "loss is missing: of your own arrays"),
     "no rules": ({"rules": None}, "rules is missing, and params is a plain tree"),
     "lr": ({"lr": 0.0}, "lr=0.0: a learning rate is a positive number"),
+    "optimizer": ({"optimizer": "adam"}, "optimizer='adam': give adamw, lion, adafactor"),
+    "decay": ({"optimizer": optax.sgd(1.0), "weight_decay": 0.1}, "is for optimizers by name"),
     "steps": ({"steps": 0}, "steps=0: at least 1"),
     "both": ({"steps": 2, "epochs": 1.0}, "steps and epochs both say"),
     "epochs": ({"epochs": -1.0}, "epochs=-1.0: a positive number"),

@@ -146,7 +146,7 @@ def signed(seed):
     return np.random.default_rng(seed).permuted(weights, axis=1).astype(np.float32)
 
 
-@pytest.mark.parametrize("chunk", [0, 9])
+@pytest.mark.parametrize("chunk", [pytest.param(0, marks=pytest.mark.slow), 9])
 def test_weights_of_both_signs(chunk):
     model, plain = tiny.decoder("smollm2")
     params = with_random_factors(lj.lorafy(plain, [LAYERS]))

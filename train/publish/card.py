@@ -26,10 +26,21 @@ _OF_ADAPTER = (
     *("bias", "bias_on_b", "train", "train_tokens", "divide_rank"),
 )
 _OF_TRAINING = (
-    *("full", "head_only", "batch_size", "grad_accum", "lr_rule", "lora_plus", "beta2"),
-    *("schedule", "warmup", "weight_decay", "grad_clip", "seed", "dtype", "seq_len"),
-    *("packing", "truncate", "train_on", "max_skipped"),
+    *("full", "head_only", "rows", "shuffle_schemas", "batch_size", "grad_accum", "optimizer"),
+    *("lr_rule", "lora_plus", "beta1", "beta2", "eps", "momentum", "schedule", "warmup"),
+    *("warmup_ratio", "min_lr", "decay", "weight_decay", "grad_clip", "neftune", "seed", "dtype"),
+    *("seq_len", "rope_scaling", "packing", "truncate", "train_on", "max_skipped"),
 )
+# Options about the machine, the output and other files; steps and rate are shown as they came out.
+NOT_SHOWN = frozenset(
+    """
+    allow_base_mismatch attention compilation_cache coordinator dataset distributed epochs
+    eval_dataset eval_every eval_questions eval_split experts fields init_adapter keep label
+    log_every loss_chunk lr mesh model num_processes output overwrite peft_config process_id remat
+    resume save_every split steps subset test test_share text text_pair token_cache
+    """.split()
+)
+SHOWN = frozenset(_OF_ADAPTER + _OF_TRAINING)
 _OF_PEFT = (
     *("r", "lora_alpha", "target_modules", "target_parameters", "lora_dropout", "use_rslora"),
     *("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices"),
@@ -48,6 +59,7 @@ class Export:
       fields: of adapter_config.json; None for a merged model.
       auto_class: transformers' class for the model.
       source: the adapter.
+      scaled: fields of config.json that the base's lacks; see `scaled_fields`.
     """
 
     name: str
@@ -56,6 +68,7 @@ class Export:
     fields: Mapping[str, Any] | None
     auto_class: str
     source: AdapterSource
+    scaled: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def card(export: Export) -> str:
@@ -105,6 +118,9 @@ def _code(export: Export) -> Iterator[str]:
     is_classifier = getattr(export.config, "head", None) == "classification"
     number = f", num_labels={export.config.num_labels}" if is_classifier else ""
     head = f', head="classification"{number}' if is_classifier else ""
+    if export.scaled:
+        number += "".join(f", {key}={value!r}" for key, value in export.scaled.items())
+        head += f", rope_scaling={export.source.rope_scaling!r}"
     if export.fields is None:
         yield "With transformers:"
         yield _python(

@@ -145,7 +145,10 @@ def read_classifier_outline(name: str, num_labels: int | None) -> Outline:
     Raises:
       UserError: the model cannot be read, or is not an encoder.
     """
-    kind = read_fields(name).get("model_type", "GGUF")
+    kind = read_fields(name).get("model_type")
+    if kind is None:
+        with _model_errors(name):
+            kind = open_source(fetch(name)).config.model_type
     if kind not in ENCODERS:
         raise UserError(
             f"--model {name}: a {kind} model has no head for classes here; a BERT, "

@@ -53,7 +53,8 @@ def _without_momentum(
 _ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 
 # Sources of the learning rates:
-# - lion: 3 to 10 times lower than AdamW's (Chen et al., arXiv 2302.06675, section 5).
+# - lion: 3 to 10 times lower than AdamW's (Chen et al., arXiv 2302.06675, section 5); a third,
+#   since adapters train for few steps.
 # - adafactor: as transformers' Trainer uses it, with AdamW's own rate (scale_parameter=False).
 # - muon: updates have AdamW's root mean square, for its rate to be taken over (Liu et al.,
 #   arXiv 2502.16982, section 2.2).
@@ -61,7 +62,7 @@ _ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 # - sgd: its steps scale with the gradient, so that no rate suits two models.
 OPTIMIZERS: dict[str, Named] = {
     "adamw": Named(direction=_adam, options=_ADAM, rate=1.0),
-    "lion": Named(direction=_lion, options={"beta1": 0.9, "beta2": 0.99}, rate=0.2),
+    "lion": Named(direction=_lion, options={"beta1": 0.9, "beta2": 0.99}, rate=1 / 3),
     "adafactor": Named(direction=factored_rms, options={}, rate=1.0),
     "muon": Named(direction=orthogonalised, options={"momentum": 0.95}, rate=1.0),
     "schedule-free": Named(direction=_without_momentum, options=_ADAM, rate=1.0, averages=True),

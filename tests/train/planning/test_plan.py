@@ -78,7 +78,7 @@ SLOW = pytest.mark.slow
     "remat",
     [
         pytest.param("none", marks=SLOW),
-        "dots_saveable",
+        pytest.param("dots_saveable", marks=SLOW),
         pytest.param("dots_with_no_batch_dims_saveable", marks=SLOW),
         "full",
     ],
@@ -120,6 +120,7 @@ def test_flops_of_many_devices_are_those_of_one(model):
     assert job.layout.mesh.shape["tensor"] == 2
 
 
+@pytest.mark.slow
 def test_a_mixture_costs_its_active_experts(tmp_path):
     """And blocks of its own tokens that are not full: at most half as much again here.
 

@@ -14,50 +14,53 @@ import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
 from tests.support import with_random_factors
-from tests.train.test_classify import CONFIG, words, write_encoder
+from tests.train.test_classify import CONFIG, write_encoder
 from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train import classify, export
-from train.predict import main
+from train.predict import Options, main, read
 from train.predicting import batches
+from train.predicting.classifier import find_classifier
+from train.predicting.texts import Tokens
 from train.run import pretrained
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 LABELS = ("low", "middle", "top")
-TEXTS = [row["word"] for row in words(15)] + ["a" * 27, 'ü, "b"\tc']
+# Few lengths: each is compiled for the judge, which runs them one by one.
+TEXTS = ["abc", "onm", "a" * 27, "zzy", "cab", "mno", "xyz", 'ü, "b"\tc', "bca", "mmn"]
 HEAD = {"head": "classification", "num_labels": 3}
-
-
-def of_each(forward, tree):
-    """The logits of each text by hand: alone, without padding."""
-    ids = [tokenizer(None)(text)["input_ids"] for text in TEXTS]
-    forward = jax.jit(forward)
-    return jnp.stack([forward({"params": tree}, jnp.array([one]))[0] for one in ids])
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The folders of one classifier: a run, PEFT's, a merged model; and its function and tree."""
+    """The folders of one classifier: a run, PEFT's, a merged model; its function and its tree.
+
+    Also the probabilities of each text by hand: alone, without padding.
+    """
     folder = tmp_path_factory.mktemp("made")
     base = write_encoder(folder / "base")
     model, params = models.from_pretrained(base, **HEAD)
     rules = [lj.TrainRule(targets=["classifier"]), lj.LoraRule(targets=["query"], rank=2, alpha=9)]
     tree = with_random_factors(lj.lorafy(params, rules))
+    forward = lj.adapt(model.apply)
+    run = jax.jit(forward)
+    ids = [jnp.array([tokenizer(None)(text)["input_ids"]]) for text in TEXTS]
+    logits = jnp.stack([run({"params": tree}, one)[0] for one in ids])
     adapter, plain = lj.split(tree)  # each class is the likeliest of some texts
-    adapter["classifier/bias"]["value"] -= of_each(lj.adapt(model.apply), tree).mean(axis=0)
-    tree = lj.join(adapter, plain)
+    adapter["classifier/bias"]["value"] -= logits.mean(axis=0)
+    tree, expected = lj.join(adapter, plain), jax.nn.softmax(logits - logits.mean(axis=0))
     about = {"model": str(base), "labels": LABELS}
     lj.save_adapter(folder / "run" / "adapter", tree, about=about)
     lp.save(folder / "peft", model, tree, base_model=str(base), task_type="SEQ_CLS")
     merged = ["--adapter", folder / "run", "--output", folder / "merged", "--merged"]
     export.main([str(arg) for arg in merged])
-    return folder, lj.adapt(model.apply), tree
+    return folder, forward, tree, np.asarray(expected)
 
 
 @pytest.fixture(scope="module")
 def expected(made):
     """The probabilities of each text."""
-    return np.asarray(jax.nn.softmax(of_each(*made[1:])))
+    return made[3]
 
 
 def predict(capsys, *args):
@@ -79,7 +82,7 @@ def fails(capsys, *args, script=main):
     return said.strip().splitlines()[-1].removeprefix("error: ")
 
 
-def test_texts_from_everywhere(made, expected, tmp_path, capsys, monkeypatch):
+def test_predictions_as_lines_and_as_a_table(made, expected, tmp_path, capsys):
     run = ["--adapter", made[0] / "run"]
     rows = predict(capsys, *run, *TEXTS)
     assert [row["text"] for row in rows] == TEXTS
@@ -87,12 +90,6 @@ def test_texts_from_everywhere(made, expected, tmp_path, capsys, monkeypatch):
     assert [row["label"] for row in rows] == [LABELS[i] for i in expected.argmax(-1)]
     assert len({row["label"] for row in rows}) == 3
     assert all(row["probability"] == max(row["probabilities"].values()) for row in rows)
-    (tmp_path / "texts.txt").write_text("\n".join([*TEXTS[:3], "", *TEXTS[3:]]) + "\n")
-    assert predict(capsys, *run, "--input", tmp_path / "texts.txt") == rows
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(TEXTS)))
-    assert predict(capsys, *run) == rows
-    write_jsonl(tmp_path / "rows.jsonl", [{"body": text, "id": 3} for text in TEXTS])
-    assert predict(capsys, *run, "--input", tmp_path / "rows.jsonl", "--field", "body") == rows
     out = tmp_path / "new" / "out.csv"
     main([str(arg) for arg in [*run, *TEXTS, "--out", out]])
     with out.open(newline="") as file:
@@ -100,6 +97,20 @@ def test_texts_from_everywhere(made, expected, tmp_path, capsys, monkeypatch):
     assert [row["text"] for row in table] == TEXTS
     assert [float(row["p(top)"]) for row in table] == values(rows)[:, 2].tolist()
     assert [path.name for path in out.parent.iterdir()] == ["out.csv"]
+
+
+def test_texts_from_everywhere(tmp_path, monkeypatch, capsys):
+    (tmp_path / "texts.txt").write_text("\n".join([*TEXTS[:3], "", *TEXTS[3:]]) + "\n")
+    write_jsonl(tmp_path / "rows.jsonl", [{"body": text, "id": 3} for text in TEXTS])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(TEXTS)))
+    for options in (
+        Options(texts=tuple(TEXTS)),
+        Options(input=str(tmp_path / "texts.txt")),
+        Options(input=str(tmp_path / "rows.jsonl"), field="body"),
+        Options(),
+    ):
+        assert read(options).first == TEXTS
+    assert "texts.txt: 1 empty lines are left out" in capsys.readouterr().err
 
 
 def test_every_form_of_a_classifier(made, expected, tmp_path, capsys):
@@ -112,18 +123,19 @@ def test_every_form_of_a_classifier(made, expected, tmp_path, capsys):
     ):
         rows = predict(capsys, "--input", path, *args)
         assert np.abs(values(rows) - expected).max() < 1e-5
-    unnamed = predict(capsys, "ab", "--adapter", folder / "peft")
-    assert set(unnamed[0]["probabilities"]) == {"LABEL_0", "LABEL_1", "LABEL_2"}
+    unnamed = find_classifier(str(folder / "peft"), None)
+    assert unnamed.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
 
 
 def test_pairs(made, tmp_path, capsys):
-    folder, forward, tree = made
+    folder, forward, tree, _ = made
     path = write_jsonl(tmp_path / "pairs.jsonl", [{"text": "ab", "other": "xyz"}])
     args = ["--adapter", folder / "run", "--input", path, "--field-pair", "other"]
     (row,) = predict(capsys, *args)
     ids = [tokenizer(None)(text)["input_ids"] for text in ("ab", "xyz")]
     types = jnp.array([[0] * len(ids[0]) + [1] * len(ids[1])])
-    logits = forward({"params": tree}, jnp.array([ids[0] + ids[1]]), token_type_ids=types)
+    whole = jnp.array([ids[0] + ids[1]])
+    logits = jax.jit(forward)({"params": tree}, whole, token_type_ids=types)
     assert np.abs(values([row])[0] - jax.nn.softmax(logits[0])).max() < 1e-5
     assert row["text_pair"] == "xyz"
 
@@ -140,30 +152,35 @@ def test_batches_hold_each_text_once_in_few_shapes(n):
     assert n < 1000 or padded < 1.6 * lengths.sum(), "little is padding"
 
 
-def test_more_texts_compile_nothing_more(made, capsys, monkeypatch):
+def test_more_texts_compile_nothing_more(monkeypatch):
     """Each trace is a compilation. The control has more lengths."""
     traced = []
-    logits_of = batches.logits_of
 
-    def counted(apply, params, batch):
-        traced.append(batch["ids"].shape)
-        return logits_of(apply, params, batch)
+    def toy(variables, ids, *, attention_mask, token_type_ids):
+        traced.append(ids.shape)
+        weights = (attention_mask + token_type_ids)[..., None] * jnp.array([1.0, 0.1, 0.0])
+        return (ids[..., None] * weights).sum(axis=1)
 
-    monkeypatch.setattr(batches, "logits_of", counted)
-    args = ["--adapter", made[0] / "run", "--batch-size", 4]
-    counts = []
-    for n in (9, 90):
+    def run(n):
         traced.clear()
-        predict(capsys, *args, *("abc"[i % 3] * (1 + 5 * i % 28) for i in range(n)))
-        counts.append(len(traced))
-    assert counts == [2, 2] and set(traced) == {(4, 16), (4, 29)}
+        ids = [np.full(1 + 5 * i % 28, 1 + i % 3, np.int32) for i in range(n)]
+        tokens = Tokens(ids, [np.zeros_like(one) for one in ids])
+        found = batches.probabilities(toy, {}, tokens, batch_size=4, most=29, pad=7)
+        sums = np.array([one.sum() for one in ids])
+        want = jax.nn.softmax(sums[:, None] * np.array([1.0, 0.1, 0.0]))
+        assert np.abs(found - want).max() < 1e-6
+        return len(traced)
+
+    assert run(9) == run(90) == 2 and set(traced) == {(4, 16), (4, 29)}
     monkeypatch.setattr(batches, "lengths_up_to", lambda most: (6, 12, 18, 24, most))
-    traced.clear()
-    predict(capsys, *args, *("abc"[i % 3] * (1 + 5 * i % 28) for i in range(90)))
-    assert len(traced) == 5
+    assert run(90) == 5
 
 
 def test_a_file_is_whole_or_not_there(made, tmp_path, capsys, monkeypatch):
+    def thirds(apply, params, tokens, **_):
+        return np.full((len(tokens.ids), 3), 1 / 3, np.float32)
+
+    monkeypatch.setattr("train.predict.probabilities", thirds)
     out = tmp_path / "out.jsonl"
     args = ["--adapter", made[0] / "run", "ab", "--out", out]
     main([str(arg) for arg in args])

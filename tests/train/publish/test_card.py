@@ -1,5 +1,6 @@
 """Model cards: front matter, the facts of the run, code that runs, and cards that are kept."""
 
+import dataclasses
 import json
 import re
 
@@ -15,6 +16,8 @@ from tests.support import assert_close, with_random_factors
 from tests.train.test_classify import write_encoder
 from tests.train.tiny import write_model
 from train.export import main
+from train.publish.card import NOT_SHOWN, SHOWN
+from train.run.options import classify, sft
 
 IDS = np.array([[1, 5, 77, 200, 3]])
 LOSSES = [{"step": n, "loss": 3.0 / n} for n in (1, 2, 7)] + [{"step": 7, "eval_loss": 0.625}]
@@ -117,6 +120,13 @@ def test_a_card_that_somebody_wrote_stays(run, tmp_path, capsys):
     export(*args, "owner/three")
     assert (tmp_path / "out" / "README.md").read_text() == "Mine."
     assert "README.md was not generated, and is kept" in capsys.readouterr().err
+
+
+def test_each_option_of_a_run_is_shown_or_left_out_on_purpose():
+    configs = (sft.Config(), classify.Config())
+    parts = [getattr(one, part.name) for one in configs for part in dataclasses.fields(one)]
+    names = {field.name for part in parts for field in dataclasses.fields(part)}
+    assert names == SHOWN | NOT_SHOWN and not SHOWN & NOT_SHOWN
 
 
 @pytest.mark.parity

@@ -11,8 +11,8 @@ from train.sft import check, parse
     ("args", "expected"),
     [
         ("", {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "momentum": None}),
-        ("--optimizer lion", {"lr": 2e-4, "beta1": 0.9, "beta2": 0.99, "eps": None}),
-        ("--optimizer lion --full", {"lr": 2e-5}),
+        ("--optimizer lion", {"lr": 1e-3 / 3, "beta1": 0.9, "beta2": 0.99, "eps": None}),
+        ("--optimizer lion --full", {"lr": 1e-4 / 3}),
         ("--optimizer muon", {"lr": 1e-3, "momentum": 0.95, "beta1": None, "beta2": None}),
         ("--optimizer adafactor", {"lr": 1e-3, "beta2": None, "momentum": None}),
         ("--optimizer schedule-free", {"lr": 1e-3, "beta2": 0.99, "schedule": "constant"}),
@@ -29,7 +29,7 @@ def test_defaults_are_those_of_the_optimiser(args, expected):
 
 def test_rates_of_the_classifier_follow():
     config = parse_classify("--optimizer lion --head-only".split())
-    assert config.optim.lr == pytest.approx(3e-2 / 5)
+    assert config.optim.lr == pytest.approx(3e-2 / 3)
 
 
 @pytest.mark.parametrize(

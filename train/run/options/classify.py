@@ -74,7 +74,7 @@ class ClassifyOptimConfig(OptimConfig):
     """Texts in memory at once."""
     lr: float | None = None
     """The peak learning rate. By default 1e-3; with --full 3e-5, with --head-only 3e-2. With
-    --optimizer lion a fifth of that; sgd has no default."""
+    --optimizer lion a third of that; sgd has no default."""
     warmup: int = 20
     """Steps of linear warmup of the learning rate."""
 

@@ -106,7 +106,7 @@ class OptimConfig:
     to adamw. schedule-free is AdamW with averaging in the place of a schedule; the average is what
     is evaluated and saved."""
     lr: float | None = None
-    """The peak learning rate. Its default is AdamW's; a fifth of that for lion, and none for
+    """The peak learning rate. Its default is AdamW's; a third of that for lion, and none for
     sgd."""
     lr_rule: Literal["llama", "qwen"] | None = None
     """Compute the learning rate from the model's width and the number of steps, as fitted for this

@@ -82,9 +82,10 @@ class SftOptimConfig(OptimConfig):
     """Optimiser steps. By default 35 for the SQL task, and one epoch for other data."""
     lr: float | None = None
     """The peak learning rate. By default 2e-4, and 1e-3 for the few steps of the SQL task; with
-    --full, a tenth of that. With --optimizer lion a fifth (3 to 10 times lower than AdamW's is its
-    authors' advice); adafactor and muon make steps as large as AdamW's, and schedule-free takes as
-    much or up to ten times more. sgd has no default."""
+    --full, a tenth of that. With --optimizer lion a third (3 to 10 times lower than AdamW's is its
+    authors' advice); adafactor makes steps as large as AdamW's, and so does muon in long runs (in
+    short ones it may need more); schedule-free takes as much, or up to ten times more. sgd has no
+    default."""
     beta2: float | None = None
     """Decay rate of the squared gradients, of adamw and schedule-free: by default 0.999; 0.99 for
     the few steps of the SQL task, which would otherwise never forget its large first gradients. Of
