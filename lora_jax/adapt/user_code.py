@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import functools
+import linecache
 import os
 import sys
 import sysconfig
@@ -29,6 +30,7 @@ _OURS = _inside(Path(__file__).parent.parent)
 _WALK = _inside(Path(__file__).parent)  # this folder: its lines are nobody's
 _JAX = tuple(_inside(Path(module.__file__ or "").parent) for module in (jax, sys.modules["jaxlib"]))
 
+_SHOWN = 40  # characters of a cell's line
 _WARNED: dict[Any, Any] = {}  # what `warnings` needs to say a thing once
 
 # The equations that are being evaluated, one inside the other.
@@ -62,7 +64,16 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         called = f" (in {self.inside})" if self.inside else ""
-        return f"{self.file}:{self.line}{called}"
+        return f"{_named(self.file, self.line)}{called}"
+
+
+def _named(file: str, line: int) -> str:
+    """Returns "file:line"; of a notebook's cell, whose file exists nowhere, the line itself."""
+    text = "" if os.path.exists(file) else linecache.getline(file, line).strip()
+    if not text:
+        return f"{file}:{line}"
+    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    return f"line {line}, {shown!r}"
 
 
 def place_of(eqn: JaxprEqn) -> Place:

@@ -13,7 +13,7 @@ from lora_jax.training.data.chats import chats
 from lora_jax.training.data.labelled import Fields, Labelled, label_names, predict, texts
 from lora_jax.training.data.order import Feed, Order
 from lora_jax.training.errors import DamagedCheckpoint, Diverged, Interrupted, TrainingError
-from lora_jax.training.layout import Layout
+from lora_jax.training.layout import Layout, make_mesh
 from lora_jax.training.log import show
 from lora_jax.training.losses import Loss, Sums, number_of_units
 from lora_jax.training.optimizer import adamw, averaged, make_optimizer
@@ -45,6 +45,7 @@ __all__ = [
     "init_state",
     "label_names",
     "make_evaluation",
+    "make_mesh",
     "make_optimizer",
     "make_step",
     "number_of_units",

@@ -27,11 +27,38 @@ _ACTIVATIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
+def make_mesh(devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
+    """Returns a mesh with the axes of a `Layout`, over the devices.
+
+    Args:
+      devices: by default those of all processes.
+      **sizes: of `data`, `fsdp`, `expert`, `sequence` and `tensor`; 1 for an axis that is not
+        named. `lora_jax.models.specs` says what each is for.
+
+    Raises:
+      TrainingError: an axis that there is none of, or sizes that do not multiply to the number of
+        devices.
+
+    >>> from lora_jax import training
+    >>> training.make_mesh(jax.devices()[:1], fsdp=1).shape["tensor"]
+    1
+    """
+    devices = tuple(jax.devices() if devices is None else devices)
+    if unknown := [name for name in sizes if name not in AXES]:
+        raise TrainingError(f"a mesh has no axis {unknown[0]!r}, only {', '.join(AXES)}")
+    shape = tuple(sizes.get(name, 1) for name in AXES)
+    if math.prod(shape) != len(devices):
+        raise TrainingError(
+            f"the sizes {sizes} multiply to {math.prod(shape)}, and there are {len(devices)} "
+            "devices: give sizes that multiply to that, or devices=jax.devices()[:n]"
+        )
+    axis_types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
+
+
 def one_device() -> "Layout":
     """Returns the layout of anything on the first device."""
-    axis_types = (AxisType.Auto,) * len(AXES)
-    mesh = jax.make_mesh((1,) * len(AXES), AXES, axis_types=axis_types, devices=jax.devices()[:1])
-    return Layout(mesh, ())
+    return Layout(make_mesh(jax.devices()[:1]), ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +66,7 @@ class Layout(Placement):
     """Places weights, adapters, batches and activations on a mesh.
 
     Attributes:
-      mesh: with the axes `lora_jax.models.specs.AXES`.
+      mesh: with the axes `lora_jax.models.specs.AXES`; see `make_mesh`.
       table: of the parameters; see `lora_jax.sharding`.
       sorts_apart: whether, before experts, each device sorts its own tokens.
     """
@@ -47,6 +74,15 @@ class Layout(Placement):
     mesh: Mesh
     table: Table
     sorts_apart: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises a TrainingError for a mesh that lacks an axis."""
+        if lacking := [name for name in AXES if name not in self.mesh.shape]:
+            raise TrainingError(
+                f"the mesh has the axes {', '.join(self.mesh.shape)} and lacks "
+                f"{', '.join(lacking)}: make it by lora_jax.training.make_mesh, which gives those "
+                "that are not named a size of 1"
+            )
 
     @classmethod
     def of(cls, mesh: Mesh, config: Any) -> "Layout":

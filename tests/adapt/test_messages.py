@@ -1,5 +1,6 @@
 """Warnings and errors of `adapt` name a line of the user's own file, and what to do."""
 
+import linecache
 import warnings
 
 import flax.linen as nn
@@ -62,6 +63,15 @@ def test_lines_inside_of_packages_are_told_too():
     )
     (record,) = uses(module.apply, tree, X)
     assert __file__ in record.place and "(in flax/linen/linear.py:" in record.place
+
+
+def test_a_cell_of_a_notebook_is_told_by_its_line():
+    file, code = "/nowhere/ipykernel_1/2.py", "def cell(p, x):\n    return x @ p['a']['kernel']\n"
+    linecache.cache[file] = (len(code), None, code.splitlines(True), file)  # as IPython does
+    names = {}
+    exec(compile(code, file, "exec"), names)
+    (record,) = uses(names["cell"], tree_of(5, 7), X)
+    assert record.place == "line 2, \"return x @ p['a']['kernel']\""
 
 
 def test_an_output_names_the_call():

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
+from lora_jax import training
 from lora_jax.models.specs import AXES, BATCH
 from train.run.errors import UserError
 
@@ -65,7 +66,6 @@ def make_mesh(text: str | None, batch_size: int, devices: Sequence[Any] | None =
         sizes[rest[0]] = len(devices) // given
     elif rest or given != len(devices):
         raise UserError(f"--mesh {text} has {given} devices, and there are {len(devices)}{here}")
-    shape = tuple(sizes.get(name, 1) for name in AXES)
     parts = math.prod(sizes.get(name, 1) for name in BATCH)
     if batch_size % parts:
         shown = " × ".join(f"{name} {sizes.get(name, 1)}" for name in BATCH)
@@ -73,5 +73,4 @@ def make_mesh(text: str | None, batch_size: int, devices: Sequence[Any] | None =
             f"--batch-size {batch_size} cannot be sharded evenly over {parts} parts of the "
             f"mesh ({shown}): give a multiple of {parts}, or another --mesh"
         )
-    types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=tuple(devices))
+    return training.make_mesh(devices, **sizes)
