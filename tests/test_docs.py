@@ -1,7 +1,7 @@
-"""The pages of the documentation: their code runs and prints what it says, their links lead somewhere.
+"""Pages of the documentation: their code runs and prints what it says, their links lead somewhere.
 
-A block ``python`` begins a program, ``python continued`` goes on with it; ``python slow`` begins one
-that needs a pretrained model. (``tests/adapt/test_guide.py`` runs lora_jax/adapt/README.md.)
+A block ``python`` begins a program, ``python continued`` goes on with it; ``python slow`` begins
+one that needs a pretrained model. (``tests/adapt/test_guide.py`` runs lora_jax/adapt/README.md.)
 """
 
 import json
@@ -122,7 +122,9 @@ def test_the_judge_sees_dead_links(tmp_path):
 def test_each_page_is_two_steps_from_the_first():
     def linked(page):
         links = re.findall(r"\]\(([^)\s#:]+\.md)", prose(ROOT / page))
-        return {((ROOT / page).parent / link).resolve().relative_to(ROOT).as_posix() for link in links}
+        return {
+            ((ROOT / page).parent / link).resolve().relative_to(ROOT).as_posix() for link in links
+        }
 
     first = linked("README.md")
     assert set(PAGES) - {"README.md"} <= first.union(*map(linked, first))

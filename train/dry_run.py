@@ -1,4 +1,4 @@
-"""What a run would do, without doing it: `--dry-run` of `train.sft` and `train.classify`."""
+"""Shows a run without running it: `--dry-run` of `train.sft` and `train.classify`."""
 
 from pathlib import Path
 

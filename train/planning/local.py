@@ -1,4 +1,4 @@
-"""What a run's own step needs on the devices that are here, asked of the compiler: no weights."""
+"""Asks the compiler what a run's own step needs on the devices that are here; reads no weights."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Which examples a step takes: a function of the seed and the step."""
+"""The order of examples: which ones a step takes, as a function of the seed and the step."""
 
 import dataclasses
 from collections.abc import Callable
