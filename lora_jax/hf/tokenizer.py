@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,9 @@ def tokenizer_from_gguf(metadata: dict[str, Any]) -> Any:
 
 
 def _transformers() -> Any:
+    # It advises to install torch, which tokenizers do not need.
+    logger = logging.getLogger("transformers")
+    logger.addFilter(_is_no_advice_on_torch)
     try:
         import transformers
     except ImportError:
@@ -85,4 +89,10 @@ def _transformers() -> Any:
             "a tokenizer needs the packages transformers and tokenizers: "
             "pip install transformers tokenizers"
         ) from None
+    finally:
+        logger.removeFilter(_is_no_advice_on_torch)
     return transformers
+
+
+def _is_no_advice_on_torch(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("PyTorch was not found")
