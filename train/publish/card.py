@@ -31,14 +31,16 @@ _OF_TRAINING = (
     *("lr_rule", "lora_plus", "beta1", "beta2", "eps", "momentum", "schedule", "warmup"),
     *("warmup_ratio", "min_lr", "decay", "weight_decay", "grad_clip", "neftune", "seed", "dtype"),
     *("seq_len", "rope_scaling", "packing", "truncate", "train_on", "max_skipped"),
+    *("stream", "keep_best", "patience"),
 )
 # Options about the machine, the output and other files; steps and rate are shown as they came out.
 NOT_SHOWN = frozenset(
     """
-    allow_base_mismatch attention compilation_cache coordinator dataset distributed epochs
-    eval_dataset eval_every eval_questions eval_split experts fields init_adapter keep label
+    allow_base_mismatch attention compilation_cache config coordinator dataset distributed dry_run
+    epochs eval_dataset eval_every eval_questions eval_split experts fields init_adapter keep label
     log_every loss_chunk lr mesh model num_processes output overwrite peft_config process_id remat
-    resume save_every split steps subset test test_share text text_pair token_cache
+    report_project report_to resume sample_every sample_prompts sample_tokens save_every score_every
+    split steps subset test test_share text text_pair token_cache
     """.split()
 )
 SHOWN = frozenset(_OF_ADAPTER + _OF_TRAINING)
@@ -114,7 +116,9 @@ def _front_matter(export: Export, options: Mapping[str, Any]) -> str:
 
 def _datasets(options: Mapping[str, Any]) -> list[str]:
     """Returns the names of the data sets that a run was given, one or several."""
-    given = options.get("dataset") or []
+    given = options.get("dataset")
+    if not given:  # there was no run
+        return []
     return [given] if isinstance(given, str) else [dataset.name for dataset in named(given)]
 
 

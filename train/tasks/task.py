@@ -134,8 +134,10 @@ class Task:
     def check_options(self, config: Any) -> None:
         """Raises a UserError for options that make no sense for this task."""
         if config.run.score_every and self.score is None:
+            given = config.data.dataset
+            name = given if isinstance(given, str) else " ".join(given)
             raise UserError(
-                f"--score-every {config.run.score_every}: --dataset {config.data.dataset} has no "
+                f"--score-every {config.run.score_every}: --dataset {name} has no "
                 "score but its loss: measure that, by --eval-every"
             )
         self.check(config)

@@ -193,7 +193,7 @@ def test_another_base_is_refused_by_name_or_by_shape(base, copied, adapters, tmp
             "is a file: an adapter is a folder",
         ),
         (
-            lambda folder: [(folder / name).mkdir() for name in ("config.json", "checkpoints")],
+            lambda folder: [(folder / name).mkdir() for name in ("config.yaml", "checkpoints")],
             "has no adapter yet: end the run, with --resume",
         ),
         (
