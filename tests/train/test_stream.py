@@ -100,7 +100,8 @@ def test_what_a_stream_cannot_do_is_refused(args, message, capsys, tmp_path):
 
 # Prints the peak memory after each chunk of a stream, or with all rows in memory.
 MEASURED = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from lora_jax.training.data.stream import Stream
 from tests.train.tiny import tokenizer
 from train.data import blocks
@@ -108,8 +109,8 @@ from train.run.pretrained import Outline
 from train.sft import parse, task_of
 from train.tasks import streamed
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+def peak():  # ru_maxrss would begin with the memory of the process that started this one
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
 
 def counted(self):
     take(self)
@@ -142,5 +143,5 @@ def test_memory_does_not_grow_with_what_was_read(tmp_path):
         return [float(peak) for peak in done.stdout.split("\npeaks ")[1].split()]
 
     of_stream, (whole,) = peaks("--stream"), peaks("--token-cache", "off")
-    assert len(of_stream) > 15 and of_stream[-1] < of_stream[4] + 20, of_stream
+    assert len(of_stream) > 15 and of_stream[-1] < of_stream[4] + 45, of_stream
     assert whole > of_stream[-1] + 40, (whole, of_stream[-1])
