@@ -8,9 +8,9 @@ reads one chunk again.
 
 import dataclasses
 import functools
-import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,7 +109,9 @@ class Stream:
         """
         self._load, self._chunks, self._like = load, chunks, like
         self._packing, self._batch_size, self._accumulate = packing, batch_size, accumulate
-        self._digest, self._name, self._ahead = digest, named, ahead
+        self._digest, self._name = digest, named
+        # One thread for all chunks: each new one would get a part of the heap of its own.
+        self._reader = ThreadPoolExecutor(1, "reading ahead") if ahead else None
         self._until = steps * batch_size * accumulate
         self._of_epoch = functools.lru_cache(maxsize=2)(chunks.of_epoch)
         self._taken: deque[tuple[int, list[tuple[int, int]]]] = deque(maxlen=_REMEMBERED)
@@ -120,7 +122,7 @@ class Stream:
         self._positions = deque([at], maxlen=2)
         self._loaded: list[_Loaded] = []
         self._next = at
-        self._coming: Callable[[], Sequences] | None = None
+        self._coming: Future[Sequences] | None = None
         self._empty = 0
 
     @property
@@ -143,8 +145,8 @@ class Stream:
 
     def first(self) -> Batch:
         """Returns a batch of the largest shape, of padding alone; has the first rows read."""
-        if self._ahead and self._coming is None and not self._loaded:
-            self._coming = _in_background(self._reading(self._next))
+        if self._coming is None and not self._loaded:
+            self._read_ahead()
         batch = self._like.blank(self._batch_size * self._accumulate)
         return {name: self._in_parts(array) for name, array in batch.items()}
 
@@ -177,9 +179,8 @@ class Stream:
     def _take_next(self) -> None:
         """Puts the next chunk behind those in memory, and has the one after it read."""
         at = self._next
-        read = self._reading(at) if self._coming is None else self._coming
-        self._coming = None
-        loaded = self._arranged(at, read())
+        coming, self._coming = self._coming, None
+        loaded = self._arranged(at, self._read(at) if coming is None else coming.result())
         if len(loaded.rows):
             self._loaded.append(loaded)
             self._positions.append(at)
@@ -191,11 +192,15 @@ class Stream:
         over = at.chunk + 1 == len(self._of_epoch(at.epoch))
         epoch, chunk = (at.epoch + 1, 0) if over else (at.epoch, at.chunk + 1)
         self._next = Position(epoch, chunk, loaded.end)
-        if self._ahead and loaded.end < self._until:
-            self._coming = _in_background(self._reading(self._next))
+        if loaded.end < self._until:
+            self._read_ahead()
 
-    def _reading(self, at: Position) -> Callable[[], Sequences]:
-        return functools.partial(self._load, self._of_epoch(at.epoch)[at.chunk])
+    def _read_ahead(self) -> None:
+        if self._reader is not None:
+            self._coming = self._reader.submit(self._read, self._next)
+
+    def _read(self, at: Position) -> Sequences:
+        return self._load(self._of_epoch(at.epoch)[at.chunk])
 
     def _arranged(self, at: Position, sequences: Sequences) -> _Loaded:
         """Returns a chunk with its rows in a drawn order; rows of one length share a step."""
@@ -233,25 +238,3 @@ class Stream:
             return False
         self.begin(at)
         return True
-
-
-def _in_background(work: Callable[[], Sequences]) -> Callable[[], Sequences]:
-    """Begins work in a thread; returns a function that waits for its result, or its error."""
-    done: list[Any] = []
-
-    def run() -> None:
-        try:
-            done.append(work())
-        except BaseException as error:
-            done.append(error)
-
-    thread = threading.Thread(target=run, name="reading ahead")
-    thread.start()
-
-    def result() -> Sequences:
-        thread.join()
-        if isinstance(done[0], BaseException):
-            raise done[0]
-        return done[0]
-
-    return result
