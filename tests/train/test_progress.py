@@ -1,4 +1,4 @@
-"""What scripts do on the way: score, sample, keep the best, end early; also when they break off."""
+"""Scripts score, sample, keep the best and end early on their way, also when they break off."""
 
 import json
 import re

@@ -118,7 +118,7 @@ PATIENT = {"patience": 4, "log_every": 1}
 
 @pytest.fixture(scope="module")
 def patient(tmp_path_factory):
-    """The same run with patience: (folder, report)."""
+    """Runs the same with patience; returns (folder, report)."""
     folder = tmp_path_factory.mktemp("patient")
     return folder, tuned(folder, **PATIENT)[1]
 

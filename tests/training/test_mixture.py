@@ -11,7 +11,7 @@ from lora_jax.training.errors import TrainingError
 
 
 def sequences(lengths):
-    """Of each length one row, whose tokens are its number."""
+    """Makes a row of each length; its tokens are its number."""
     return [
         Tokens(np.full(n, row, np.int32), np.arange(n) > 0, row)
         for row, n in enumerate(lengths, start=1)

@@ -71,7 +71,7 @@ def test_noise_is_there_in_training_alone_and_comes_from_the_key(family):
 
 
 def test_noise_has_the_papers_bounds_and_spares_padding():
-    """What the paper's code draws: ± alpha / sqrt(L d), another number for each element."""
+    """Draws as the paper's code does: at most alpha / sqrt(L d), a number for each element."""
     width, drawn = 64, []
 
     def forward(variables, ids, *, dropout_key=None, embedding_noise=None, segment_ids=None):

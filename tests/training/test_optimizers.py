@@ -188,7 +188,7 @@ TABLE = ((r"(layers|more)/kernel", P("fsdp", "tensor")), (r"embed/embedding", P(
     [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("adafactor", "muon"))) for n in NAMES],
 )
 def test_a_mesh_takes_the_same_steps_and_shares_the_state_out(name):
-    """Of A and B, and of what trains in full, whose matrices are large enough to be factored."""
+    """Returns A, B and arrays that train in full, some of them large enough to be factored."""
     rules = [lj.LoraRule(targets=["layers"], rank=RANK, alpha=3), lj.TrainRule(targets=".*")]
     params = tree(rules, n_in=128, n_out=132)
     results = []

@@ -109,7 +109,7 @@ def test_the_learning_rate_that_is_logged_is_the_one_that_is_applied(name):
     state = init_state(adapter, optimizer, jax.random.key(0))
 
     def place(state):
-        """Where steps are taken from: of an average, its other end."""
+        """Returns the parameters that steps start from: of an average, its other end."""
         free = [s for s in jax.tree.leaves(state.opt_state, is_leaf=is_free) if is_free(s)]
         return (free[0].z if free else state.adapter)["kernel"]["value"]
 

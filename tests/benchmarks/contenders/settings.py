@@ -1,4 +1,4 @@
-"""What all contenders share, in JAX and on torch: the optimiser's settings and their check."""
+"""Settings that all contenders share, in JAX and on torch: the optimiser's, and their check."""
 
 import time
 from collections.abc import Callable

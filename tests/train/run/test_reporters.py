@@ -1,4 +1,4 @@
-"""What reporters are told, by a recorder that always runs, and by the packages where they are."""
+"""Reporters are told everything once: a recorder always, the packages where they are installed."""
 
 import importlib
 import io

@@ -2,10 +2,10 @@
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.run.reporters.contract import PROJECT, Ending, Sample, Start
+from train.run.reporters.contract import PROJECT, Ending, Start
+from train.run.reporters.tables import LogsTables
 
 
 def _package() -> Any:
@@ -14,29 +14,20 @@ def _package() -> Any:
     return trackio
 
 
-class Trackio:
+class Trackio(LogsTables):
     """Logs to one run of trackio, which knows runs by their names."""
 
     def __init__(self, start: Start) -> None:
         trackio = _package()
-        self._table = trackio.Table
-        self.run_id: str | None = start.run_id or f"{start.name}-{secrets.token_hex(3)}"
-        self._run = trackio.init(
+        self.run_id = start.run_id or f"{start.name}-{secrets.token_hex(3)}"
+        run = trackio.init(
             project=start.project or os.environ.get("TRACKIO_PROJECT") or PROJECT,
             name=self.run_id,
             config=dict(start.config),
             resume="allow",
             embed=False,
         )
-
-    def report(self, step: int, values: Mapping[str, float], at: float) -> None:
-        """Logs the values."""
-        self._run.log(dict(values), step=step)
-
-    def show(self, step: int, samples: Sequence[Sample], at: float) -> None:
-        """Logs the samples as a table."""
-        table = self._table(columns=list(Sample._fields), data=[list(sample) for sample in samples])
-        self._run.log({"samples": table}, step=step)
+        super().__init__(trackio, run)
 
     def close(self, how: Ending) -> None:
         """Sends what is left, and ends the run there."""
