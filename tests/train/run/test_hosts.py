@@ -210,7 +210,7 @@ def test_a_stream_is_the_same_however_many_processes_read_it(processes, monkeypa
 
     def batches():
         feed = streamed.examples(config, streamed.read(config), outline).feed(9)
-        feed._ahead = False  # a process is a thread here
+        feed._reader = None  # a process is a thread here, and reads in that thread
         feed.first()
         return [feed.batch(step) for step in range(9)]
 
