@@ -10,8 +10,8 @@ from rich.text import Text
 from lora_jax.training.batches import Batch
 from lora_jax.training.data.order import Batches, Feed
 from lora_jax.training.layout import Layout
-from lora_jax.training.log import duration
 from lora_jax.training.losses import Loss
+from lora_jax.training.run.log import duration
 from train.data.shown import Shown, lengths, shown
 from train.planning.local import Needs, measured_rate, needs
 from train.run.errors import as_user_errors

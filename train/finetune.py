@@ -14,9 +14,9 @@ import lora_jax as lj
 from lora_jax.training.data.order import Batches, Feed, Order
 from lora_jax.training.fit import tree_of
 from lora_jax.training.layout import Layout
-from lora_jax.training.log import duration
 from lora_jax.training.loop import Measure
 from lora_jax.training.processes import is_first, write_json
+from lora_jax.training.run.log import duration
 from train.data.mixture import used
 from train.dry_run import rehearse
 from train.run import hosts

@@ -18,8 +18,8 @@ import tyro
 from rich.console import Console
 
 from lora_jax.training.layout import Layout
-from lora_jax.training.log import duration
 from lora_jax.training.optimizers.named import Name
+from lora_jax.training.run.log import duration
 from train.planning.compile import Job, Plan, Variant, plan
 from train.planning.machines import Machine, find_machine
 from train.planning.table import print_plans

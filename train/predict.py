@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lora_jax.training.log import duration
+from lora_jax.training.run.log import duration
 from train.predicting.batches import probabilities
 from train.predicting.classifier import find_classifier
 from train.predicting.texts import (

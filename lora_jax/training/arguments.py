@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from lora_jax.training.batches import Arrays, Examples, Packs
-from lora_jax.training.best import BEST
-from lora_jax.training.checkpoints import RECORD
 from lora_jax.training.data.labelled import Labelled, classification_loss
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, summed_loss
 from lora_jax.training.processes import is_first, wait_for_all
+from lora_jax.training.run.best import BEST
+from lora_jax.training.run.checkpoints import RECORD
 
 ADAPTER, START, CHECKPOINTS = "adapter", "start", "checkpoints"
 _OURS = (ADAPTER, START, CHECKPOINTS, RECORD, BEST)

@@ -18,20 +18,20 @@ from lora_jax.fingerprint import base_fingerprint, differing
 from lora_jax.models import Decoder
 from lora_jax.paths import flatten_with_paths
 from lora_jax.training.batches import Batch, Examples, Packs
-from lora_jax.training.best import Best
-from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.data.order import Batches
 from lora_jax.training.errors import Diverged, TrainingError
 from lora_jax.training.layout import Layout
-from lora_jax.training.log import Log
 from lora_jax.training.loop import Hooks, Measure, Pace, train
 from lora_jax.training.losses import HELD_OUT, Loss, Sums
 from lora_jax.training.optimizer import averaged
 from lora_jax.training.optimizers.named import OPTIMIZERS
 from lora_jax.training.processes import Agreement
+from lora_jax.training.run.best import Best
+from lora_jax.training.run.checkpoints import Checkpoints
+from lora_jax.training.run.log import Log
+from lora_jax.training.run.stop import Stop
 from lora_jax.training.setup import CompiledStep, Setup
 from lora_jax.training.step import State, Step, make_evaluation
-from lora_jax.training.stop import Stop
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

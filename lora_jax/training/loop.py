@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import jax
 
 from lora_jax.training.errors import Diverged, Interrupted
-from lora_jax.training.log import Log
 from lora_jax.training.losses import OWN_METRICS, Reduction
 from lora_jax.training.processes import Agreement, from_first
+from lora_jax.training.run.log import Log
+from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State, Step
-from lora_jax.training.stop import Stop
 
 _SLOW = 0.5  # seconds of a step from which on running ahead of the device gains nothing
 

@@ -34,8 +34,6 @@ from lora_jax.training.arguments import (
     loss_of,
 )
 from lora_jax.training.batches import Examples
-from lora_jax.training.best import BEST, Best
-from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.data.order import Feed, Order
 from lora_jax.training.errors import TrainingError, as_argument
 from lora_jax.training.fit import (
@@ -50,13 +48,15 @@ from lora_jax.training.fit import (
     settings_of,
 )
 from lora_jax.training.layout import Layout, one_device
-from lora_jax.training.lock import FolderLock
-from lora_jax.training.log import Line, Recorder, show
 from lora_jax.training.losses import HELD_OUT, Loss
 from lora_jax.training.optimizer import make_optimizer, takes_from_base
 from lora_jax.training.optimizers.schedules import ScheduleKind, warmed_up
 from lora_jax.training.processes import is_first
-from lora_jax.training.stop import Stop
+from lora_jax.training.run.best import BEST, Best
+from lora_jax.training.run.checkpoints import Checkpoints
+from lora_jax.training.run.lock import FolderLock
+from lora_jax.training.run.log import Line, Recorder, show
+from lora_jax.training.run.stop import Stop
 from lora_jax.weight import is_node
 
 _OUR_MODELS = (models.Decoder, models.GPT2, models.Encoder)

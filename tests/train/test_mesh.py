@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.layout import Layout
+from lora_jax.training.run.checkpoints import Checkpoints
 from lora_jax.training.setup import Setup
 from tests.support import THOROUGH, assert_close, with_random_factors
 from tests.train.test_classify import words, write_encoder

@@ -12,8 +12,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 
-from lora_jax.training.lock import FolderLock
 from lora_jax.training.optimizers.schedules import warmed_up
+from lora_jax.training.run.lock import FolderLock
 from tests.train.tiny import write_model, write_rows
 from train import generate
 from train.data import files

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax.training.checkpoints import Checkpoints
+from lora_jax.training.run.checkpoints import Checkpoints
 from tests.train.test_sft import adapter_of, assert_same, inputs, run  # noqa: F401
 from train.run.log import read_metrics
 

@@ -17,8 +17,8 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.losses import summed_loss
+from lora_jax.training.run.checkpoints import Checkpoints
 from tests.support import THOROUGH
 from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
 from train import generate

@@ -11,7 +11,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import training
-from lora_jax.training.best import Best, Standing
+from lora_jax.training.run.best import Best, Standing
 
 # Orbax leaves coroutines behind where a run is broken off.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.errors import DamagedCheckpoint
+from lora_jax.training.run.checkpoints import Checkpoints
 from lora_jax.training.step import State
 
 # Orbax leaves coroutines behind where a file cannot be read; they are noticed when collected.
@@ -116,7 +116,7 @@ def save_and_die(folder, step, place, keep):
 
     checkpoints = Checkpoints(folder, keep)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"lora_jax.training.checkpoints.{place}", die)
+        patch.setattr(f"lora_jax.training.run.checkpoints.{place}", die)
         with pytest.raises(Killed):
             checkpoints.save(state_at(step)._replace(key=jax.random.key(99)), {})
     checkpoints.close()

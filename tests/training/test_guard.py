@@ -11,7 +11,6 @@ from rich.console import Console
 
 import lora_jax as lj
 from lora_jax.training.batches import pack
-from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.data.chats import tokenize
 from lora_jax.training.data.order import Order
 from lora_jax.training.errors import Diverged
@@ -20,8 +19,9 @@ from lora_jax.training.loop import train as loop
 from lora_jax.training.losses import CROSS_ENTROPY, Loss, summed_loss
 from lora_jax.training.optimizer import adamw
 from lora_jax.training.optimizers.schedules import warmed_up
+from lora_jax.training.run.checkpoints import Checkpoints
+from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import init_state, make_step
-from lora_jax.training.stop import Stop
 from tests.support import assert_identical, with_random_factors
 from tests.train.tiny import decoder, tokenizer
 from train.run.errors import flag

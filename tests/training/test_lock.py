@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from lora_jax.training import lock
 from lora_jax.training.errors import TrainingError
-from lora_jax.training.lock import LOCK, FolderLock
+from lora_jax.training.run import lock
+from lora_jax.training.run.lock import LOCK, FolderLock
 
 
 def write(folder, **changed):

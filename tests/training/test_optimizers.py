@@ -11,11 +11,11 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax.models.specs import AXES
 from lora_jax.training import Loss, Sums, finetune, init_state, make_optimizer, make_step
-from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.layout import Layout
 from lora_jax.training.optimizer import averaged
 from lora_jax.training.optimizers.muon import described
 from lora_jax.training.optimizers.named import OPTIMIZERS
+from lora_jax.training.run.checkpoints import Checkpoints
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State
 from tests.support import assert_close, with_random_factors

@@ -13,8 +13,8 @@ import lora_jax as lj
 from lora_jax.training.loop import Hooks
 from lora_jax.training.loop import train as loop
 from lora_jax.training.losses import Loss, Sums
+from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import init_state, make_step
-from lora_jax.training.stop import Stop
 from train.run.log import Log, read_metrics
 from train.run.options.common import RunConfig
 

@@ -18,9 +18,9 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.loop import Hooks, Measure
 from lora_jax.training.loop import train as loop
 from lora_jax.training.losses import CROSS_ENTROPY, HELD_OUT, Loss, Sums, summed_loss
+from lora_jax.training.run.stop import Stop
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State, init_state, make_evaluation, make_step
-from lora_jax.training.stop import Stop
 from tests.models import tiny
 from tests.support import assert_close, with_random_factors
 from tests.train.run.test_log import events, reporting

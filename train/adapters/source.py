@@ -17,7 +17,7 @@ from lora_jax.peft.hub import adapter_folder
 from lora_jax.peft.load import read_tensors
 from lora_jax.peft.names import FILE as PEFT_WEIGHTS
 from lora_jax.peft.names import PREFIX
-from lora_jax.training.best import BEST
+from lora_jax.training.run.best import BEST
 from train.run.errors import UserError, as_user_errors
 
 ADAPTER = "adapter"  # its folder in that of a run
@@ -237,7 +237,7 @@ def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:
 
 
 def _best_in(folder: Path) -> list[Path]:
-    """Returns the newest of the best adapters that a run keeps; see `lora_jax.training.best`."""
+    """Returns the newest of the best adapters that a run keeps; see `training.run.best`."""
     best = folder if folder.name == BEST else folder / BEST
     if not best.is_dir():
         return []

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from lora_jax.models import EncoderConfig
-from lora_jax.training.best import BEST
+from lora_jax.training.run.best import BEST
 from train.adapters.source import AdapterSource
 from train.data.files import FILE_KINDS
 from train.data.named import named

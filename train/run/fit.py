@@ -22,15 +22,15 @@ import lora_jax as lj
 from lora_jax.models.attention import chosen_attention
 from lora_jax.training import fit as training
 from lora_jax.training.batches import Examples
-from lora_jax.training.best import BEST, Best
-from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.data.order import Batches, Order
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import Measure
 from lora_jax.training.losses import HELD_OUT, SCORE, Loss
 from lora_jax.training.optimizer import takes_from_base
 from lora_jax.training.processes import is_first, wait_for_all
-from lora_jax.training.stop import Stop
+from lora_jax.training.run.best import BEST, Best
+from lora_jax.training.run.checkpoints import Checkpoints
+from lora_jax.training.run.stop import Stop
 from train.adapters.source import find_adapter
 from train.run.adapter import check_names, rules
 from train.run.errors import as_user_errors, flag

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lora_jax.training.log import Line, NullLog, duration, losses_of
 from lora_jax.training.losses import HELD_OUT, SCORE
 from lora_jax.training.processes import is_first
+from lora_jax.training.run.log import Line, NullLog, duration, losses_of
 from train.run.files import METRICS, SAMPLES, read_lines, write_lines
 from train.run.reporters.contract import Sample
 from train.run.reporters.reporting import Reporting

@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from lora_jax.training.best import BEST
-from lora_jax.training.checkpoints import RECORD
-from lora_jax.training.lock import FolderLock
 from lora_jax.training.processes import is_first, write_json, write_text
+from lora_jax.training.run.best import BEST
+from lora_jax.training.run.checkpoints import RECORD
+from lora_jax.training.run.lock import FolderLock
 from train.adapters.source import ADAPTER
 from train.run.errors import UserError
 from train.run.files import LEDGER, METRICS, SAMPLES

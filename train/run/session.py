@@ -21,7 +21,7 @@ import jax
 from rich.console import Console
 
 from lora_jax.training.errors import Interrupted, TrainingError
-from lora_jax.training.stop import Stop
+from lora_jax.training.run.stop import Stop
 from train.run.errors import BAD_INPUT, disk_full, flag
 from train.run.peers import LOST, Peers, connect
 

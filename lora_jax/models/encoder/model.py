@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lora_jax.models.encoder.config import EncoderConfig
+from lora_jax.models.encoder.embeddings import Embeddings, default_positions, pooled
 from lora_jax.models.layers.activations import ACTIVATION, activated
 from lora_jax.models.layers.attend import Attend, attend
 from lora_jax.models.layers.attention import dot_wide, wide
-from lora_jax.models.layers.blocks import dense, embed, layer_norm
+from lora_jax.models.layers.blocks import dense, layer_norm
 from lora_jax.models.layers.masks import Mask, bidirectional
-from lora_jax.models.layers.noise import EmbeddingNoise, with_noise
+from lora_jax.models.layers.noise import EmbeddingNoise
 from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.models.layers.trunk import rematerialised
 
@@ -124,7 +125,7 @@ class Encoder(nn.Module):
         if cfg.head == "none":
             return EncoderOutput(hidden, self._trunk.pool(hidden))
         if cfg.head == "embedding":
-            return _embedding(hidden, attention_mask, cfg)
+            return pooled(hidden, attention_mask, cfg)
         if cfg.head == "classification":
             bert = cfg.prefix == "bert"
             return self.classifier(self._trunk.pool(hidden) if bert else hidden[:, 0])
@@ -148,7 +149,7 @@ class _Trunk(nn.Module):
 
     def setup(self) -> None:
         args = (self.config, self.dtype, self.param_dtype)
-        self.embeddings = _Embeddings(*args)
+        self.embeddings = Embeddings(*args)
         self.encoder = _Layers(*args, self.remat, self.placement, self.attention)
         if self.config.has_pooler:
             self.pooler = _Dense(*args)
@@ -163,7 +164,7 @@ class _Trunk(nn.Module):
     ) -> jax.Array:
         cfg = self.config
         if positions is None:
-            positions = _positions(input_ids, cfg)
+            positions = default_positions(input_ids, cfg)
         if token_type_ids is None:
             token_type_ids = jnp.zeros_like(input_ids)
         present = jnp.ones(input_ids.shape, bool)
@@ -175,31 +176,6 @@ class _Trunk(nn.Module):
     def pool(self, hidden: jax.Array) -> jax.Array:
         """Returns [batch, d_model]: the first token's state, through a layer and tanh."""
         return jnp.tanh(self.pooler(hidden[:, 0]))
-
-
-class _Embeddings(nn.Module):
-    """LayerNorm(word + token type + position)."""
-
-    config: EncoderConfig
-    dtype: Any
-    param_dtype: Any
-
-    def setup(self) -> None:
-        self.word_embeddings = embed(self, self.config.vocab_size)
-        self.token_type_embeddings = embed(self, self.config.type_vocab_size)
-        self.position_embeddings = embed(self, self.config.max_position_embeddings)
-        self.LayerNorm = layer_norm(self)
-
-    def __call__(
-        self,
-        input_ids: jax.Array,
-        token_type_ids: jax.Array,
-        positions: jax.Array,
-        embedding_noise: EmbeddingNoise | None,
-    ) -> jax.Array:
-        x = with_noise(self.word_embeddings(input_ids), embedding_noise)
-        x = x + self.token_type_embeddings(token_type_ids)
-        return self.LayerNorm(x + self.position_embeddings(positions))
 
 
 class _Layers(nn.Module):
@@ -376,30 +352,3 @@ def _tied_logits(module: Any, x: jax.Array, table: jax.Array) -> jax.Array:
     bias = module.param("bias", nn.initializers.zeros, shape, module.param_dtype)
     logits = dot_wide(x, table.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
     return logits + bias.astype(logits.dtype)
-
-
-def _positions(input_ids: jax.Array, config: EncoderConfig) -> jax.Array:
-    """Returns the rows of the table of positions, [batch, seq] int32; see ``Encoder.__call__``."""
-    if config.prefix == "bert" or config.pad_token_id is None:
-        count = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
-        return jnp.broadcast_to(count, input_ids.shape)
-    real = (input_ids != config.pad_token_id).astype(jnp.int32)
-    return jnp.cumsum(real, axis=1, dtype=jnp.int32) * real + config.pad_token_id
-
-
-def _embedding(
-    hidden: jax.Array, attention_mask: jax.Array | None, config: EncoderConfig
-) -> jax.Array:
-    """Pools hidden states as sentence-transformers does: [batch, d_model], at least fp32."""
-    hidden = hidden.astype(wide(hidden.dtype))
-    if config.pooling == "cls":
-        out = hidden[:, 0]
-    elif attention_mask is None:
-        out = jnp.mean(hidden, axis=1)
-    else:
-        weights = attention_mask.astype(bool).astype(hidden.dtype)[..., None]
-        out = jnp.sum(hidden * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1e-9)
-    if config.normalize:
-        squares = jnp.sum(out * out, axis=-1, keepdims=True)
-        out = out * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
-    return out

@@ -6,8 +6,8 @@ from typing import Any
 from lora_jax.training.loop import Measure
 from lora_jax.training.losses import SCORE
 from lora_jax.training.processes import Agreement
+from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State
-from lora_jax.training.stop import Stop
 from train.tasks.task import Evaluation
 
 

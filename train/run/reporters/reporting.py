@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Any
 
 from lora_jax.training.errors import Interrupted
-from lora_jax.training.log import Line
 from lora_jax.training.processes import write_json
+from lora_jax.training.run.log import Line
 from train.run.files import LEDGER, read_json
 from train.run.reporters.contract import Ending, Reporter, Sample, Start
 

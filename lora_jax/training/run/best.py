@@ -36,7 +36,7 @@ class Standing:
     def after(self, step: int, value: float, *, goal: Literal["min", "max"]) -> "Standing":
         """Returns what stands after one more measurement; of equal ones, the first is the best.
 
-        >>> from lora_jax.training.best import Standing
+        >>> from lora_jax.training.run.best import Standing
         >>> Standing(2.0, 10).after(20, 1.5, goal="min")
         Standing(value=1.5, step=20, waited=0)
         >>> Standing(2.0, 10).after(20, float("nan"), goal="min")
