@@ -4,13 +4,14 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from jax import lax
 
@@ -22,6 +23,37 @@ Params = Any
 
 # Proofs that repeat themselves do so more often where the environment has THOROUGH=1.
 THOROUGH = os.environ.get("THOROUGH") == "1"
+
+
+def over(
+    arguments: str | tuple[str, ...],
+    cases: Iterable[Any],
+    often: Iterable[str],
+    called: Callable[[Any], str] = lambda case: getattr(case, "name", str(case)),
+) -> pytest.MarkDecorator:
+    """Parametrises a test over `cases`, all but a few of them marked slow.
+
+    Args:
+        arguments: As of ``pytest.mark.parametrize``; of a tuple, each case is a tuple too.
+        cases: All of them.
+        often: The names of those that the fast suite runs as well; together they should show
+            each way that the code under test can go.
+        called: Returns the name of a case.
+    """
+    cases, often = list(cases), set(often)
+    if unknown := often - {called(case) for case in cases}:
+        raise ValueError(f"often names no case: {sorted(unknown)}")
+    return pytest.mark.parametrize(
+        arguments,
+        [
+            pytest.param(
+                *([case] if isinstance(arguments, str) else case),
+                id=called(case),
+                marks=() if called(case) in often else pytest.mark.slow,
+            )
+            for case in cases
+        ],
+    )
 
 
 def draw(key: int, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:

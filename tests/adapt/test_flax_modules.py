@@ -8,7 +8,7 @@ from flax import nnx
 
 from tests.foreign.case import ALL_LINEAR, rule
 from tests.foreign.judge import judge
-from tests.support import draw
+from tests.support import draw, over
 
 X = draw(9, (2, 13, 6))
 IMAGE = draw(9, (2, 7, 5, 6))
@@ -39,46 +39,73 @@ ATTENTION = {f"{name}/kernel" for name in ("query", "key", "value", "out")}
 GATES = {f"{kind}{gate}/kernel" for kind in "ih" for gate in "ifgo"}
 
 
-@pytest.mark.parametrize(
-    ("module", "x", "rules", "expected"),
-    [
-        (nn.Dense(7), X, ALL_LINEAR, {"kernel"}),
-        (nn.DenseGeneral((3, 5), axis=(-2, -1)), X, ALL_LINEAR, {"kernel"}),
-        (nn.Einsum((6, 3, 5), "bsd,dhk->bshk"), X, ALL_LINEAR, {"kernel"}),
-        (nn.MultiHeadDotProductAttention(3, qkv_features=15), X, ALL_LINEAR, ATTENTION),
-        (
-            nn.MultiHeadDotProductAttention(3, qkv_features=15, normalize_qk=True, use_bias=False),
-            X,
-            ALL_LINEAR,
-            ATTENTION,
-        ),
-        (nn.Conv(10, (3, 2)), IMAGE, ALL_LINEAR, {"kernel"}),
-        (nn.Conv(10, (3, 3), strides=2, padding="VALID"), IMAGE, ALL_LINEAR, {"kernel"}),
-        (nn.Conv(10, (3, 2), feature_group_count=2), IMAGE, ALL_LINEAR, {"kernel"}),
-        (nn.Conv(12, (3, 2), feature_group_count=6), IMAGE, ALL_LINEAR, {"kernel"}),
-        (nn.Conv(10, 3, padding="CAUSAL", kernel_dilation=2), X, ALL_LINEAR, {"kernel"}),
-        (nn.ConvTranspose(10, (3, 2), strides=(2, 1)), IMAGE, ALL_LINEAR, {"kernel"}),
-        (nn.Embed(11, 5), IDS, rule(["embedding"]), {"embedding"}),
-        (Attend(), IDS, rule(["embedding"]), {"Embed_0/embedding"}),
-        (nn.RNN(nn.OptimizedLSTMCell(7)), X, ALL_LINEAR, {f"cell/{p}" for p in GATES}),
-        (nn.RNN(nn.LSTMCell(7)), X, ALL_LINEAR, {f"cell/{p}" for p in GATES}),
-        (ScannedLSTM(), X, ALL_LINEAR, {f"ScanLSTMCell_0/{p}" for p in GATES}),
-        (
-            nn.RNN(nn.GRUCell(7), reverse=True, keep_order=True),
-            X,
-            ALL_LINEAR,
-            {f"cell/{kind}{gate}/kernel" for kind in "ih" for gate in "rzn"},
-        ),
-        (
-            nn.RNN(nn.ConvLSTMCell(5, (3, 3))),
-            draw(9, (2, 3, 7, 5, 6)),
-            ALL_LINEAR,
-            {"cell/ih/kernel", "cell/hh/kernel"},
-        ),
+LINEN = {  # (module, input, rules, what they adapt)
+    "Dense": (nn.Dense(7), X, ALL_LINEAR, {"kernel"}),
+    "DenseGeneral": (nn.DenseGeneral((3, 5), axis=(-2, -1)), X, ALL_LINEAR, {"kernel"}),
+    "Einsum": (nn.Einsum((6, 3, 5), "bsd,dhk->bshk"), X, ALL_LINEAR, {"kernel"}),
+    "attention": (nn.MultiHeadDotProductAttention(3, qkv_features=15), X, ALL_LINEAR, ATTENTION),
+    "attention with norms": (
+        nn.MultiHeadDotProductAttention(3, qkv_features=15, normalize_qk=True, use_bias=False),
+        X,
+        ALL_LINEAR,
+        ATTENTION,
+    ),
+    "Conv": (nn.Conv(10, (3, 2)), IMAGE, ALL_LINEAR, {"kernel"}),
+    "Conv, strided": (
+        nn.Conv(10, (3, 3), strides=2, padding="VALID"),
+        IMAGE,
+        ALL_LINEAR,
+        {"kernel"},
+    ),
+    "Conv, grouped": (nn.Conv(10, (3, 2), feature_group_count=2), IMAGE, ALL_LINEAR, {"kernel"}),
+    "Conv, depthwise": (nn.Conv(12, (3, 2), feature_group_count=6), IMAGE, ALL_LINEAR, {"kernel"}),
+    "Conv, causal": (
+        nn.Conv(10, 3, padding="CAUSAL", kernel_dilation=2),
+        X,
+        ALL_LINEAR,
+        {"kernel"},
+    ),
+    "ConvTranspose": (nn.ConvTranspose(10, (3, 2), strides=(2, 1)), IMAGE, ALL_LINEAR, {"kernel"}),
+    "Embed": (nn.Embed(11, 5), IDS, rule(["embedding"]), {"embedding"}),
+    "Embed, attend": (Attend(), IDS, rule(["embedding"]), {"Embed_0/embedding"}),
+    "RNN of OptimizedLSTMCell": (
+        nn.RNN(nn.OptimizedLSTMCell(7)),
+        X,
+        ALL_LINEAR,
+        {f"cell/{p}" for p in GATES},
+    ),
+    "RNN of LSTMCell": (nn.RNN(nn.LSTMCell(7)), X, ALL_LINEAR, {f"cell/{p}" for p in GATES}),
+    "scanned LSTM": (ScannedLSTM(), X, ALL_LINEAR, {f"ScanLSTMCell_0/{p}" for p in GATES}),
+    "RNN of GRUCell": (
+        nn.RNN(nn.GRUCell(7), reverse=True, keep_order=True),
+        X,
+        ALL_LINEAR,
+        {f"cell/{kind}{gate}/kernel" for kind in "ih" for gate in "rzn"},
+    ),
+    "RNN of ConvLSTMCell": (
+        nn.RNN(nn.ConvLSTMCell(5, (3, 3))),
+        draw(9, (2, 3, 7, 5, 6)),
+        ALL_LINEAR,
+        {"cell/ih/kernel", "cell/hh/kernel"},
+    ),
+}
+
+
+@over(
+    "name",
+    LINEN,
+    often=[
+        "DenseGeneral",
+        "attention with norms",
+        "Conv, grouped",
+        "Conv, causal",
+        "ConvTranspose",
+        "Embed, attend",
+        "RNN of GRUCell",
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_linen(module, x, rules, expected):
+def test_linen(name):
+    module, x, rules, expected = LINEN[name]
     params = module.init(jax.random.key(1), x)["params"]
     paths = judge(lambda p, x: module.apply({"params": p}, x), params, x, rules=rules)
     assert paths == expected
@@ -153,12 +180,13 @@ def rngs():
             ALL_LINEAR,
             {path.replace("if/", "if_/") for path in GATES},
         ),
-        (
+        pytest.param(
             lambda: nnx.RNN(nnx.OptimizedLSTMCell(6, 7, rngs=rngs()), rngs=rngs()),
             with_carry,
             X,
             ALL_LINEAR,
             {"cell/dense_i/kernel", "cell/dense_h/kernel"},
+            marks=pytest.mark.slow,
         ),
     ],
     ids=[

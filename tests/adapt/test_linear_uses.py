@@ -15,7 +15,7 @@ import lora_jax as lj
 from lora_jax.adapt.explain import uses
 from tests.adapt.test_primitives import halves, merged, mesh_of_four, one, rule, total, two
 from tests.core.coded import coded_program
-from tests.support import assert_close
+from tests.support import assert_close, over
 
 
 def in_shards(body):
@@ -284,10 +284,31 @@ CASES = [
     one("carried through remat", (5, 5), carried(jax.checkpoint(jax.jit(layer))), (13, 5)),
     one("carried through loops and branches", (5, 5), carried(several_layers), (13, 5)),
 ]
-cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+OFTEN = [
+    "ravel_pytree and back",
+    "a branch that returns a weight",
+    "a branch for each row, ranks that differ",
+    "where, by row",
+    "select one of three",
+    "select by layer",
+    "of two, used both ways",
+    "of a power",
+    "of stacks, each their own",
+    "of single ones",
+    "mirrored",
+    "with DoRA",
+    "over one of two in axes",
+    "over a stack",
+    "mirrored stack, weight first",
+    "complex, mirrored",
+    "integers",
+    "all_gather that adds the last axis",
+    "ppermute to some",
+    "carried through loops and branches",
+]
 
 
-@cases
+@over("case", CASES, often=OFTEN)
 @pytest.mark.filterwarnings("ignore::lora_jax.RoleWarning")  # some are mirrored, on purpose
 def test_values_and_gradients(case, float64):
     _, adapter, base, x = halves(case, jnp.float64)

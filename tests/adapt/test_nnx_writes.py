@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import lora_jax as lj
-from tests.support import assert_close, assert_identical, draw, with_random_factors
+from tests.support import assert_close, assert_identical, draw, over, with_random_factors
 
 RULES = [lj.LoraRule(targets="all-linear", rank=2, alpha=3.0)]
 X = draw(9, (13, 5))
@@ -53,11 +53,14 @@ def plain(state):
     return jax.tree.map(data, nnx.to_pure_dict(state))
 
 
-@pytest.mark.parametrize("wrap", [lambda fn: fn, nnx.jit], ids=["eagerly", "nnx.jit"])
+WRAPS = {"eagerly": lambda fn: fn, "nnx.jit": nnx.jit}
+
+
+@over("wrap", WRAPS, often=["nnx.jit"])
 def test_state_is_written_back(wrap):
     tree, merged = adapted()
     before = state_of(tree)
-    ours, theirs = wrap(lj.adapt(call, strict=True)), wrap(call)
+    ours, theirs = (WRAPS[wrap](fn) for fn in (lj.adapt(call, strict=True), call))
     for n in range(1, 4):
         assert_close(ours(tree, X + n), theirs(merged, X + n), 5e-5)  # the norm magnifies rounding
         assert_close(state_of(tree), state_of(merged), 1e-5)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
-from tests.support import Program, assert_close, dots_of_size, draw
+from tests.support import Program, assert_close, dots_of_size, draw, over
 
 # Some use a kernel only mirrored, on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::lora_jax.RoleWarning")
@@ -359,7 +359,41 @@ WHILE = one(
     )[1],
     (13, 5),
 )
-cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+OFTEN = [
+    "dot, weight first",
+    "dot, batch free, in the middle",
+    "dot, batched",
+    "dot, two in axes apart",
+    "ragged dot",
+    "ragged dot, mirror image",
+    "conv, strided and dilated",
+    "conv, another layout",
+    "conv, grouped",
+    "look-up by take, and multiplied back",
+    "look-up of one row, and of one known row",
+    "experts by index under vmap, stack last",
+    "look-up, filled with a number outside",
+    "dynamic slice of a stack",
+    "slice along in",
+    "split along out",
+    "concatenate along batch",
+    "concatenate one with another transposed",
+    "sum with a transposed weight",
+    "a single input and output",
+    "padded",
+    "reversed",
+    "LSTM with joined kernels",
+    "scaled along batch and out",
+    "shifted",
+    "transposed and back",
+    "reshaped",
+    "vmap over a stack and the data",
+    "scan over chunks of out",
+    "scan that carries the weight",
+    "switch",
+    "remat",
+    "shard_map, gathered",
+]
 
 
 def halves(case, dtype):
@@ -376,7 +410,7 @@ def merged(case):
     return lambda tree, x: case.run(lj.merge(tree), x)
 
 
-@cases
+@over("case", CASES, often=OFTEN)
 def test_values_and_gradients(case, float64):
     params, adapter, base, x = halves(case, jnp.float64)
 
@@ -409,9 +443,29 @@ CUT = (
 )
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if not c.name.startswith(CUT)], ids=lambda c: c.name
-)
+WHOLE = [c for c in CASES if not c.name.startswith(CUT)]
+OFTEN_WHOLE = [  # a product, and each way of putting weights together or passing them on
+    "dot, weight first",
+    "dot, two in axes apart",
+    "ragged dot, mirror image",
+    "conv, strided and dilated",
+    "look-up by take, and multiplied back",
+    "dynamic slice of a stack",
+    "concatenate along in",
+    "stack",
+    "sum with a transposed weight",
+    "padded",
+    "LSTM with joined kernels",
+    "scaled along batch and out",
+    "shifted",
+    "vmap over a stack",
+    "scan over a stack",
+    "cond",
+    "remat",
+]
+
+
+@over("case", WHOLE, often=OFTEN_WHOLE)
 def test_no_product_has_a_kernels_shape(case):
     _, adapter, base, x = halves(case, jnp.float32)
     nodes = jax.tree.leaves(lj.join(adapter, base), is_leaf=lj.is_node)
@@ -438,12 +492,11 @@ def test_while_in_forward_mode(float64):
     assert_close(along(lj.adapt(WHILE.run, strict=True)), along(merged(WHILE)), 1e-9)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_dropout_of_joined_kernels_runs(remat):
+def test_dropout_of_joined_kernels_runs():
     lstm_case = next(c for c in CASES if c.name.startswith("LSTM"))
     case = dataclasses.replace(lstm_case, rules=(rule(["a", "b"], dropout=0.5),))
     _, tree, x = case.inputs()
-    run = jax.checkpoint(case.run) if remat else case.run
+    run = jax.checkpoint(case.run)
     one, two = (
         lj.adapt(run, strict=True)(tree, x, dropout_key=jax.random.key(seed)) for seed in (0, 1)
     )

@@ -27,6 +27,7 @@ from tests.support import (
     assert_close,
     assert_identical,
     draw,
+    over,
     with_random_factors,
 )
 
@@ -40,18 +41,7 @@ HALF = [p for i, p in enumerate(CODED) if i % 2 == 0 or p.name in FEW]
 OTHERS = [p for i, p in enumerate(CODED) if i % 2 or p.name in FEW]
 
 
-def over(programs, often=FEW):
-    """The programs as parameters; those that are not run often are slow."""
-    return pytest.mark.parametrize(
-        "program",
-        [
-            pytest.param(p, id=p.name, marks=() if p.name in often else pytest.mark.slow)
-            for p in programs
-        ],
-    )
-
-
-@over(CODED)
+@over("program", CODED, often=FEW)
 def test_identity_where_b_is_zero(program):
     params, _, x = program.inputs()
     fresh = lj.lorafy(params, program.rules)
@@ -62,12 +52,12 @@ def test_identity_where_b_is_zero(program):
     assert_close(alone, ours, 1e-6)
 
 
-@over(CODED, often=FEW | {"nested jit", "einsum with heads", "experts, tokens sorted"})
+@over("program", CODED, often=FEW | {"nested jit"})
 def test_factored_equals_merged(program, float64):
     laws.test_factored_equals_merged(program, None)
 
 
-@over(FORMED)
+@over("program", FORMED, often={STACK.name})
 def test_factored_equals_merged_where_every_cut_forms_the_array(program, float64):
     laws.test_factored_equals_merged(program, None)
 
@@ -81,7 +71,9 @@ def test_factored_equals_merged_where_every_cut_forms_the_array(program, float64
     ],
     ids=lambda law: law.__name__,
 )
-@over([p for p in HALF if "sorted" not in p.name], often={STACK.name})  # no vmap of ragged_dot
+@over(  # no vmap of ragged_dot
+    "program", [p for p in HALF if "sorted" not in p.name], often={STACK.name}
+)
 def test_transforms(law, program, float64):
     law(program, None)
 
@@ -91,7 +83,7 @@ def test_transforms(law, program, float64):
     [laws.test_inverses, laws.test_locality, laws.test_no_frozen_gradient],
     ids=lambda law: law.__name__,
 )
-@over(OTHERS)
+@over("program", OTHERS, often=FEW)
 def test_the_other_laws(law, program):
     law(program)
 
@@ -100,12 +92,12 @@ def test_swap_compiles_nothing():
     laws.test_swap_compiles_nothing(STACK)
 
 
-@pytest.mark.parametrize(
+@over(
     "changes",
     [{"dora": True}, {"dora": True, "dropout": 0.5}, {"dropout": 0.5}, {"bias_on_b": True}],
-    ids=str,
+    often=["{'dora': True, 'dropout': 0.5}", "{'bias_on_b': True}"],
 )
-@over(HALF, often={STACK.name})
+@over("program", HALF, often={STACK.name})
 def test_variants_and_dropout(program, changes, float64):
     """As over the array that the codes stand for: values, and gradients of the adapter."""
     if "tied" in program.name and ("bias_on_b" in changes or changes.get("dropout")):
@@ -233,7 +225,7 @@ def test_saved_and_loaded_over_its_base(tmp_path):
         lj.load_adapter(tmp_path / "adapter", other)
 
 
-@pytest.mark.parametrize("init", [lj.init.pissa, lj.init.olora])
+@over("init", [lj.init.pissa, lj.init.olora], often=["olora"], called=lambda f: f.__name__)
 def test_factors_taken_out_of_it(init, float64):
     program = dataclasses.replace(
         STACK, rules=tuple(dataclasses.replace(r, init=init) for r in STACK.rules)

@@ -23,10 +23,15 @@ from tests.support import (
     assert_identical,
     dots_of_size,
     draw,
+    over,
     with_random_factors,
 )
 
 programs = pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.name)
+# Values and gradients, the other laws' foundation, are often checked on all of them.
+SCANNED, HEADS = "scanned and rematerialised", "einsum with heads"
+LOOPS, FUSED = "branches and loops", "fused kernel taken apart"
+BY_HAND, NESTED = "stack walked by hand", "nested jit"
 
 
 @functools.cache
@@ -39,7 +44,7 @@ def merged(program):
     return lambda params, x: program.run(lj.merge(params), x)
 
 
-@programs
+@over("program", PROGRAMS, often=[SCANNED, HEADS, LOOPS, FUSED])
 def test_identity_where_b_is_zero(program):
     params, _, x = program.inputs()
     fresh = lj.lorafy(params, program.rules)
@@ -76,7 +81,7 @@ def test_inverses(program):
     assert all(a is b for a, b in leaves)
 
 
-@programs
+@over("program", PROGRAMS, often=[SCANNED, HEADS, FUSED, BY_HAND])
 def test_no_frozen_gradient(program):
     """No product has the shape of a kernel or of its slice, and the gradient is the adapter's."""
     _, tree, x = program.inputs()
@@ -120,7 +125,7 @@ def test_locality(program):
             assert_identical(parts, every[other])
 
 
-@programs
+@over("program", PROGRAMS, often=[SCANNED, FUSED, BY_HAND])
 def test_commutes_with_jit_and_vmap(program, float64):
     _, tree, x = program.inputs(jnp.float64)
     run = adapted(program)
@@ -132,7 +137,7 @@ def test_commutes_with_jit_and_vmap(program, float64):
     assert_close(jax.vmap(run, (None, 0))(tree, xs), each, 1e-9)
 
 
-@programs
+@over("program", PROGRAMS, often=[HEADS, LOOPS, BY_HAND])
 def test_vmap_over_adapters(program, float64):
     _, tree, x = program.inputs(jnp.float64)
     adapter, base = lj.split(tree)
@@ -143,7 +148,7 @@ def test_vmap_over_adapters(program, float64):
     assert_close(jax.vmap(run)(stacked), jnp.stack(expected), 1e-9)
 
 
-@programs
+@over("program", PROGRAMS, often=[SCANNED, HEADS, NESTED])
 def test_commutes_with_forward_mode_and_linearize(program, float64):
     _, tree, x = program.inputs(jnp.float64)
     adapter, base = lj.split(tree)
@@ -171,7 +176,7 @@ def test_hessian(float64):
     assert_close(hessian(adapted(program)), hessian(merged(program)), 1e-9)
 
 
-@programs
+@over("program", PROGRAMS, often=[SCANNED, HEADS])
 def test_swap_compiles_nothing(program):
     params, tree, x = program.inputs()
     traces = []

@@ -15,7 +15,7 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.paths import flatten_with_paths
 from tests.models import tiny
-from tests.support import assert_close, dots_of_size, with_random_factors
+from tests.support import assert_close, dots_of_size, over, with_random_factors
 
 SIZES = {
     "vocab_size": 61,
@@ -39,7 +39,7 @@ FAMILIES = {
     "gemma3_text": {"sliding_window": 7, "sliding_window_pattern": 2},
     "phi3": {"partial_rotary_factor": 0.5},
 }
-OTHERS = ("qwen3_moe", "gemma2", "phi3")  # beside a mixture and a family with windows
+OFTEN = ("mixtral", "gemma3_text")  # a mixture, and a family with windows
 IDS = np.random.default_rng(5).integers(0, 61, (2, 19))
 RULES = [lj.LoraRule(targets="all-linear", rank=2, alpha=3.0, dtype=jnp.float64)]
 
@@ -74,16 +74,14 @@ def gradient(family, how):
     return jax.jit(jax.value_and_grad(loss)).lower(*lj.split(tree)).compile()
 
 
-@pytest.mark.parametrize("family", ["mixtral", "phi3"])
+@over("family", ["mixtral", "phi3"], often=["mixtral"])
 def test_all_linear_is_every_kernel_but_the_head(family, float64):
     _, tree = model_and_tree(family)
     kernels = {path for path, _ in flatten_with_paths(lj.strip(tree))[0] if path.endswith("kernel")}
     assert set(lj.split(tree)[0]) == kernels - {"lm_head/kernel"}
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=pytest.mark.slow if f in OTHERS else ()) for f in FAMILIES]
-)
+@over("family", FAMILIES, OFTEN)
 def test_factored_equals_merged(family, float64):
     model, tree = model_and_tree(family)
     parts = lj.split(tree)
@@ -93,7 +91,7 @@ def test_factored_equals_merged(family, float64):
     assert min(sizes.values()) > 1e-6, sizes  # every kernel, the router's too, trains
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@over("family", FAMILIES, OFTEN)
 def test_no_product_has_a_kernels_shape(family, float64):
     _, tree = model_and_tree(family)
     shapes = {

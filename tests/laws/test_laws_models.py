@@ -10,7 +10,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import models
 from lora_jax.models.families import family_of
-from tests.support import assert_close, dots_of_size, with_random_factors
+from tests.support import assert_close, dots_of_size, over, with_random_factors
 
 # Sizes whose products tell kernels from activations by the number of elements alone.
 ENCODER = {
@@ -92,15 +92,7 @@ def test_all_linear_is_every_layer_but_the_output(case):
     assert set(lj.split(tree)[0]) == {f"{path}/kernel" for path in ADAPTED[case]}
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case, marks=() if case in ("bert, classification", "gpt2") else pytest.mark.slow
-        )
-        for case in CONFIGS
-    ],
-)
+@over("case", CONFIGS, often=["bert, classification"])
 @pytest.mark.usefixtures("float64")
 def test_factored_is_merged(case):
     model, tree = model_of(case, jnp.float64), adapted_tree(case, jnp.float64)
@@ -113,7 +105,7 @@ def test_factored_is_merged(case):
     assert np.abs(want - base).max() > 1e-2
 
 
-@pytest.mark.parametrize("case", ["roberta, masked_lm", "gpt2"])
+@over("case", ["roberta, masked_lm", "gpt2"], often=["gpt2"])
 def test_no_product_has_a_kernels_shape(case):
     model = model_of(case)
     adapter, base = lj.split(adapted_tree(case))

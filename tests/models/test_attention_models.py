@@ -13,7 +13,7 @@ from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.sharding import place
 from lora_jax.training.layout import Layout
 from tests.models import tiny, tiny_encoders
-from tests.support import assert_close, with_random_factors
+from tests.support import assert_close, over, with_random_factors
 from train.run.mesh import make_mesh
 
 BLOCKS = Blockwise(block=4, spans=2)
@@ -31,7 +31,7 @@ def programs(model: Any, params: Any, *args: Any, **kwargs: Any) -> str:
     return str(jax.make_jaxpr(lambda p: model.apply({"params": p}, *args, **kwargs))(params))
 
 
-@pytest.mark.parametrize("case", DECODERS)
+@over("case", DECODERS, often=["qwen2 with some windows", "gemma3 with every option"])
 def test_logits(case: str) -> None:
     """Padded left and right, and packed: of the real tokens."""
     dense, blocks, params = decoder(case)
@@ -50,7 +50,11 @@ def test_logits(case: str) -> None:
         tiny.assert_close(got[mask], want[mask], 1e-5)
 
 
-@pytest.mark.parametrize("case", ["qwen2 with some windows", "gemma3 with every option", "gpt2"])
+@over(
+    "case",
+    ["qwen2 with some windows", "gemma3 with every option", "gpt2"],
+    often=["qwen2 with some windows"],
+)
 def test_a_prompt_into_a_cache_and_on(case: str) -> None:
     dense, blocks, params = decoder(case)
     ids = tiny.tokens(0, 2, 12)
@@ -78,9 +82,11 @@ def test_encoders(case: str, side: str) -> None:
     tiny.assert_close(got[mask], want[mask], 1e-5)
 
 
-@pytest.mark.parametrize(
+@over(
     ("case", "remat"),
     [(DECODERS[2], False), (DECODERS[2], True), ("gpt2", True)],
+    often=["gpt2, remat=True"],
+    called=lambda case: f"{case[0]}, remat={case[1]}",
 )
 def test_gradients_of_an_adapted_model(case: str, remat: bool | str) -> None:
     """By the factored products, too."""
@@ -110,7 +116,12 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize(("case", "text"), MESHES)
+@over(
+    ("case", "text"),
+    MESHES,
+    often=["qwen2 with some windows, sequence=2,tensor=2"],
+    called=", ".join,
+)
 def test_meshes(case: str, text: str) -> None:
     """Values and gradients are one device's on every mesh, those that split sequences too."""
     if case == "bert":

@@ -17,7 +17,7 @@ from lora_jax.models.layers.masks import Mask, Split
 from lora_jax.models.layers.splash import Splash, _Band
 from lora_jax.training.layout import Layout
 from tests.models.test_attention import Case
-from tests.support import assert_close, draw
+from tests.support import assert_close, draw, over
 from train.planning.jaxpr_flops import count_flops
 from train.run.mesh import make_mesh
 
@@ -54,10 +54,7 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if "packed" in name else pytest.mark.slow) for name in MASKS],
-)
+@over("name", MASKS, often=["padded, packed, a window, capped"])
 def test_the_kernel_computes_what_dense_attention_does(name: str) -> None:
     case, some = MASKS[name]
     want = differentiated(case, "dense", some)
@@ -166,7 +163,7 @@ CUDNN = {
 }
 
 
-@pytest.mark.parametrize("name", CUDNN)
+@over("name", CUDNN, often=["packed, a window and padding"])
 def test_the_call_of_cudnn(name: str) -> None:
     """Computed by XLA: cuDNN takes the same arguments, but is not here."""
     case = dataclasses.replace(CUDNN[name], head_dim=8)
@@ -174,7 +171,7 @@ def test_the_call_of_cudnn(name: str) -> None:
     half = tuple(x.astype(jnp.bfloat16) for x in case.arrays())
     with jax.numpy_dtype_promotion("standard"):
         got, want = (
-            np.where(real, run(*half, mask, 0.6).astype(jnp.float32), 0)
+            np.where(real, jax.jit(run)(*half, mask, 0.6).astype(jnp.float32), 0)
             for run in (Cudnn(backend="xla"), dense)
         )
     assert np.abs(want).max() > 0.5

@@ -40,6 +40,7 @@ def trained(folder):
     return jax.tree.leaves(load_adapter(folder / "adapter", decoder()[1]))
 
 
+@pytest.mark.slow
 def test_a_streamed_run_goes_on_bitwise_in_the_middle_of_the_data(model, small, tmp_path, capsys):
     data = write_jsonl(tmp_path / "rows.jsonl", rows(120))
     args = ["--model", model, "--dataset", data, "--seq-len", "96", "--truncate", "--stream"]

@@ -18,7 +18,7 @@ from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout
 from tests.models import tiny
 from tests.models.test_attention import Case
-from tests.support import assert_close, draw
+from tests.support import assert_close, draw, over
 from train.planning.hlo import work_of
 from train.run.mesh import make_mesh
 
@@ -48,12 +48,10 @@ def differentiated(case: Case, layout: Layout, how: Any, **options: Any) -> Any:
     return out, *got
 
 
-QUICK = [
+CASES = [
     ("sequence=4", Case(32, **ALL), BLOCKS),
     ("data=2,sequence=2", Case(24, causal=False, padding="left"), BLOCKS),
     ("sequence=2,tensor=2", Case(24, kv_heads=1, group=4), BLOCKS),  # keys are repeated
-]
-SLOW = [
     ("sequence=2", Case(24), BLOCKS),
     ("sequence=4", Case(24, window=5), "dense"),
     ("sequence=4", Case(20, window=4), BLOCKS),  # no multiple of 8: nothing is exchanged
@@ -63,10 +61,9 @@ SLOW = [
     ("tensor=4", Case(10, kv_heads=3, group=1, **ALL), BLOCKS),  # heads stay whole
     ("fsdp=2,tensor=2", Case(10, slots=31, padding="left"), BLOCKS),
 ]
-SHARED_OUT = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
 
-@pytest.mark.parametrize(("text", "case", "how"), SHARED_OUT)
+@over(("text", "case", "how"), CASES, often=[str(CASES[0])], called=str)
 def test_devices_compute_what_one_does(text: str, case: Case, how: Any) -> None:
     layout = layout_of(text)
     want = differentiated(case, layout, "dense")
@@ -149,6 +146,7 @@ def compiled(how: Any, seq: int, *, causal: bool = True) -> jax.stages.Compiled:
         return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays, segments).compile()
 
 
+@pytest.mark.slow
 def test_no_device_has_a_score_for_each_pair() -> None:
     """Nor for each of its own queries and all keys; and its memory grows with the length."""
     few, many = 512, 4096

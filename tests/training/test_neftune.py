@@ -19,6 +19,7 @@ from lora_jax.training.losses import summed_loss
 from lora_jax.training.neftune import _lengths, neftune
 from lora_jax.training.setup import Setup
 from tests.models import tiny, tiny_encoders
+from tests.support import over
 
 ALPHA = 7.0
 # Two packed rows: segments of 3, 5 and 2 tokens, then padding; one of 9, then padding.
@@ -48,7 +49,7 @@ def test_the_length_is_that_of_the_own_sequence():
     np.testing.assert_array_equal(_lengths(IDS, None, None), np.full(IDS.shape, 12))
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt2", "encoder"])
+@over("family", ["gemma2", "gpt2", "encoder"], often=["gpt2"])
 def test_noise_is_there_in_training_alone_and_comes_from_the_key(family):
     model, sides = of_family(family)
     params = jax.jit(model.init)(jax.random.key(0), IDS)["params"]

@@ -70,6 +70,7 @@ def edit(folder, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+@pytest.mark.slow
 def test_every_folder_of_an_adapter_answers_the_same(base, adapters, capsys):
     said = {name: answer(capsys, "--adapter", folder) for name, folder in adapters.items()}
     assert len(set(said.values())) == 1 and said["ours"] != answer(capsys, "--model", base)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 
@@ -13,6 +14,7 @@ import pytest
 import lora_jax as lj
 from lora_jax.training.step import State
 from tests.models import tiny_encoders
+from tests.support import over
 from tests.train.tiny import CONFIG
 from train import plan
 from train.plan import PlanConfig
@@ -61,8 +63,12 @@ def planned_for(model, *options):
     return job, variant, planned.plan(job, variant, optim)
 
 
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("remat", ["none", "dots_with_no_batch_dims_saveable", "full"])
+@over(
+    ("remat", "full"),
+    itertools.product(["none", "dots_with_no_batch_dims_saveable", "full"], [False, True]),
+    often=["none, True", "dots_with_no_batch_dims_saveable, False"],
+    called=lambda case: f"{case[0]}, {case[1]}",
+)
 def test_flops_are_those_counted_by_hand(model, full, remat):
     _, _, made = planned_for(model, "--remat", remat, *(["--full"] if full else []))
     assert made.flops_per_step == made.flops_per_chip
@@ -71,17 +77,8 @@ def test_flops_are_those_counted_by_hand(model, full, remat):
     assert made.flops_source == "hlo" and made.notes == ()
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    "remat",
-    [
-        pytest.param("none", marks=SLOW),
-        pytest.param("dots_saveable", marks=SLOW),
-        pytest.param("dots_with_no_batch_dims_saveable", marks=SLOW),
-        "full",
-    ],
+@over(
+    "remat", ["none", "dots_saveable", "dots_with_no_batch_dims_saveable", "full"], often=["full"]
 )
 def test_flops_of_attention_by_blocks(model, remat):
     """Blocks run forward once more, but skip the keys behind their span."""
@@ -95,6 +92,7 @@ def test_flops_of_attention_by_blocks(model, remat):
         np.testing.assert_allclose(one.flops_per_step, one.flops_traced, rtol=0.01)
 
 
+@pytest.mark.slow
 def test_attention_is_planned_as_asked(model):
     def temporaries(*options):
         return planned_for(model, "--seq-len", 512, *options)[2].per_chip_bytes["temporaries"]
@@ -174,9 +172,11 @@ def rewritten(monkeypatch, rewrite):
     monkeypatch.setattr(jax.stages.Compiled, "as_text", lambda self: rewrite(real(self)))
 
 
-@pytest.mark.parametrize(
+@over(
     ("written", "options"),
-    [*((written, ()) for written in UNREADABLE), (list(UNREADABLE)[-1], ON_FOUR)],
+    [*((written, ()) for written in UNREADABLE), ("other words", ON_FOUR)],
+    often=UNREADABLE,
+    called=lambda case: case[0] + (" on four devices" if case[1] else ""),
 )
 def test_memory_is_told_where_the_hlo_is_not_understood(
     model, sound, written, options, monkeypatch
