@@ -57,11 +57,12 @@ def over(
 
 
 def draw(key: int, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
-    """Normal values, scaled by the root of the last axis but one."""
-    scale = shape[-2] if len(shape) > 1 else 1
-    return jax.random.normal(jax.random.key(key), tuple(shape), dtype) / np.sqrt(scale).astype(
-        dtype
-    )
+    """Returns normal values, scaled by the root of the last axis but one.
+
+    NumPy draws them: JAX would compile a program for each shape.
+    """
+    scale = np.sqrt(shape[-2] if len(shape) > 1 else 1)
+    return jnp.asarray(np.random.default_rng(key).standard_normal(shape) / scale, dtype)
 
 
 def with_random_factors(params: Params, seed: int = 7) -> Params:
@@ -74,15 +75,15 @@ def with_random_factors(params: Params, seed: int = 7) -> Params:
     weights = {path: node for path, node in nodes if path in adapter}
 
     def changed(path: str, name: str, value: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), len(path) * 31 + ord(name[0]))
-        noise = jax.random.normal(key, value.shape, value.dtype) * jnp.asarray(0.3, value.dtype)
+        rng = np.random.default_rng([seed, len(path) * 31 + ord(name[0])])
+        noise = 0.3 * rng.standard_normal(value.shape)
         node = weights[path]
         if name in ("a", "b") and len(node.ranks) > 1:
-            used = jnp.arange(node.rank) < jnp.asarray(node.ranks)[:, None]
+            used = np.arange(node.rank) < np.asarray(node.ranks)[:, None]
             shape = [1] * value.ndim
             shape[0], shape[node.n_batch] = used.shape  # layers, [experts,] rank
-            noise = noise * used.reshape(shape).astype(value.dtype)
-        return value + noise
+            noise = noise * used.reshape(shape)
+        return value + jnp.asarray(noise, value.dtype)
 
     adapter = {
         path: {name: changed(path, name, value) for name, value in parts.items()}

@@ -58,6 +58,8 @@ def section(title):
     says = PROGRAMS[title][-1][0]
     habits = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries
     marks = [pytest.mark.slow, pytest.mark.foreign, habits] if "foreign" in says else []
+    if title == "An NNX module":  # it trains
+        marks = [pytest.mark.slow]
     return pytest.param(title, marks=marks, id=title)
 
 

@@ -86,6 +86,7 @@ def field(y, t, p):
 TIMES = jnp.linspace(0.0, 1.0, 3)
 
 
+@pytest.mark.slow
 def test_an_ode_says_how_it_stays_factored():
     """All merges at odeint's own derivative; with the field adapted and the tree in args, not."""
     tree = tree_of(5, 5)

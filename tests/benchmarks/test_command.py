@@ -20,6 +20,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict]:
     return code, json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_ratios_of_who_computes_the_same(run) -> None:
     _, results = run
     (result,) = results["cases"]
@@ -32,6 +33,7 @@ def test_ratios_of_who_computes_the_same(run) -> None:
     assert ours["process_peak"] > 1e8 and ours["temporaries"] > 0
 
 
+@pytest.mark.slow
 def test_another_computation_is_refused(run) -> None:
     code, results = run
     entry = results["cases"][0]["contenders"]["full"]
@@ -40,6 +42,7 @@ def test_another_computation_is_refused(run) -> None:
     assert "losses" in entry["reason"]
 
 
+@pytest.mark.slow
 def test_the_block_between_the_markers(run, tmp_path) -> None:
     _, results = run
     readme = tmp_path / "README.md"

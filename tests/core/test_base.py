@@ -119,7 +119,7 @@ def test_variants_and_dropout(program, changes, float64):
 
 
 @pytest.mark.filterwarnings("ignore::lora_jax.RoleWarning")  # some use a kernel only mirrored
-@settings(max_examples=2, **COMMON)
+@settings(max_examples=1, **COMMON)
 @given(programs(), ways)
 def test_random_programs(program, way):
     with jax.enable_x64(True):

@@ -11,7 +11,7 @@ import pytest
 import lora_jax as lj
 from lora_jax.paths import flatten_with_paths
 from lora_jax.weight import is_node
-from tests.support import MORE_PROGRAMS, PROGRAMS, assert_close, assert_identical
+from tests.support import MORE_PROGRAMS, PROGRAMS, assert_close, assert_identical, over
 
 
 @pytest.fixture(autouse=True)
@@ -129,11 +129,7 @@ def test_lora_plus_has_a_rate_for_embeddings():
     assert {float(v.max()) for v in jax.tree.leaves(updates)} == {0.125}
 
 
-@pytest.mark.parametrize(
-    "program",
-    [PROGRAMS[1], pytest.param(PROGRAMS[2], marks=pytest.mark.slow)],
-    ids=lambda p: p.name,
-)
+@over("program", PROGRAMS[1:3], often=[PROGRAMS[1].name])
 def test_project_b_steps_as_near_to_full_fine_tuning_as_b_can(program, float64):
     """Least squares: of all B, s·A·ΔB is nearest to the step that W itself would take."""
     rules = tuple(dataclasses.replace(rule, freeze_a=True) for rule in program.rules)
@@ -142,9 +138,9 @@ def test_project_b_steps_as_near_to_full_fine_tuning_as_b_can(program, float64):
     project = lj.optim.project_b(tree, damping=0.0)
     adapter, base = lj.split(tree)
     loss = lambda run, tree: jnp.sum(jnp.sin(run(tree, x)))  # noqa: E731
-    g = jax.grad(lambda ad: loss(lj.adapt(program.run), lj.join(ad, base)))(adapter)
+    g = jax.jit(jax.grad(lambda ad: loss(lj.adapt(program.run), lj.join(ad, base))))(adapter)
     steps, _ = project.update(g, project.init(adapter))
-    full, _ = flatten_with_paths(jax.grad(lambda p: loss(program.run, p))(lj.merge(tree)))
+    full, _ = flatten_with_paths(jax.jit(jax.grad(lambda p: loss(program.run, p)))(lj.merge(tree)))
     nodes, _ = flatten_with_paths(tree, is_leaf=is_node)
     for path, node in nodes:
         if not is_node(node):

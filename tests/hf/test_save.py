@@ -1,5 +1,6 @@
 """Folders that we write: read back bitwise, and by transformers; whole or not there at all."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -44,14 +45,15 @@ def same(got: Any, want: Any) -> None:
     jax.tree.map(check, got, want)
 
 
+# Each family in one of these, each of these with several families.
+KEPT = [(jnp.float32, 3000), (jnp.bfloat16, 10**9), (jnp.float16, 3000)]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "max_shard_size"),
-    [(jnp.float32, 3000), (jnp.bfloat16, 10**9), (jnp.float16, 3000)],
+    ("case", "kept"), list(zip(tiny.CASES, itertools.cycle(KEPT), strict=False))
 )
-@pytest.mark.parametrize("case", list(tiny.CASES))
-def test_what_is_saved_loads_bitwise(
-    case: str, dtype: Any, max_shard_size: int, tmp_path: Path
-) -> None:
+def test_what_is_saved_loads_bitwise(case: str, kept: tuple[Any, int], tmp_path: Path) -> None:
+    dtype, max_shard_size = kept
     model, params = tiny.decoder(case)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     save_pretrained(tmp_path / "out", model, params, max_shard_size=max_shard_size)
@@ -144,8 +146,9 @@ def placement(kind: str) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     return lambda path, shape: split(mesh, shape, *("ab" if len(path) % 2 else "ba"))
 
 
-@pytest.mark.parametrize("kind", list(meshes()))
-@pytest.mark.parametrize("case", list(tiny.CASES))
+@pytest.mark.parametrize(
+    ("case", "kind"), list(zip(tiny.CASES, itertools.cycle(meshes()), strict=False))
+)
 def test_sharded_loading_and_saving(case: str, kind: str, tmp_path: Path) -> None:
     model, params = tiny.decoder(case)
     save_pretrained(tmp_path / "one", model, params, max_shard_size=5000)

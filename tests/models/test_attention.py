@@ -1,6 +1,7 @@
 """Attention's implementations against each other: values, derivatives, memory, and the choice."""
 
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
@@ -26,7 +27,7 @@ from lora_jax.models.layers.masks import Mask, Split, Tokens, bidirectional
 from lora_jax.models.layers.placement import UNPLACED
 from lora_jax.models.layers.splash import Splash
 from lora_jax.models.layers.trunk import causal_mask, place
-from tests.support import assert_close, draw
+from tests.support import assert_close, draw, over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,20 @@ def test_a_mask_is_its_definition(name: str) -> None:
     np.testing.assert_array_equal(part, got[:, :1, -1:])
 
 
-@pytest.mark.parametrize("name", CASES)
+OFTEN = [
+    "causal",
+    "many spans",
+    "one query",
+    "bidirectional, padded left",
+    "a window, padded left",
+    "packed, a window and padding",
+    "capped",
+    "one head of keys",
+    "into a cache, a window and padding",
+]
+
+
+@over("name", CASES, often=OFTEN)
 def test_blocks_compute_what_dense_attention_does(name: str) -> None:
     """Values, and gradients of what the queries that see anything give."""
     case = CASES[name]
@@ -182,7 +196,9 @@ def test_forward_mode(name: str) -> None:
     mask, arrays = case.mask(), case.arrays()
     along = tuple(draw(9 + i, x.shape) for i, x in enumerate(arrays))
     got, want = (
-        jax.jvp(lambda *x, run=run: run(*x, mask, None, 2.0), arrays, along)[1]
+        jax.jit(functools.partial(jax.jvp, lambda *x, run=run: run(*x, mask, None, 2.0)))(
+            arrays, along
+        )[1]
         for run in (case.blocks, dense)
     )
     assert np.abs(want).max() > 0.1
@@ -234,7 +250,7 @@ def compiled(how: Any, seq: int, *, causal: bool = True) -> jax.stages.Compiled:
     return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays, segments).compile()
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@over("causal", [True, False], often=["True"])
 def test_no_array_has_a_score_for_each_pair(causal: bool) -> None:
     seq = 1021
 
@@ -248,7 +264,7 @@ def test_no_array_has_a_score_for_each_pair(causal: bool) -> None:
     assert largest("dense") >= HEADS * seq**2, "the control"
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@over("causal", [True, False], often=["False"])
 def test_memory_grows_with_the_length_and_not_its_square(causal: bool) -> None:
     def growth(how: str) -> float:
         few, many = (

@@ -11,6 +11,7 @@ import pytest
 from lora_jax.models import Decoder, RopeScaling, init_cache, key_table
 from lora_jax.models.layers.placement import Placement
 from tests.models import tiny
+from tests.support import over
 
 WINDOWED = "qwen2 with some windows"
 
@@ -65,9 +66,14 @@ def test_padding_changes_nothing(case: str, side: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["llama2", "mistral with a window", WINDOWED, "gemma3 with every option"]
+    ("case", "sizes"),
+    [
+        ("llama2", (9,)),
+        ("mistral with a window", (3, 1, 1, 4)),
+        (WINDOWED, (4, 5)),
+        ("gemma3 with every option", (3, 1, 1, 4)),
+    ],
 )
-@pytest.mark.parametrize("sizes", [(9,), (4, 5), (3, 1, 1, 4)])
 def test_a_cache_changes_nothing(case: str, sizes: tuple[int, ...]) -> None:
     model, params = tiny.decoder(case)
     ids = tiny.tokens(0, 2, 9)
@@ -185,7 +191,7 @@ def test_bfloat16_computation(param_dtype: Any) -> None:
 YARN = RopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=32)
 
 
-@pytest.mark.parametrize(
+@over(
     ("case", "change"),
     [
         ("llama3", {"rope_scaling": None}),
@@ -208,7 +214,17 @@ YARN = RopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=32)
         ("qwen3 moe", {"norm_topk_prob": True}),
         ("qwen3 moe", {"num_experts_per_tok": 2}),
     ],
-    ids=str,
+    often=[
+        "llama3, {'rope_theta': 50.0}",
+        "llama3, {'query_pre_attn_scalar': 3}",
+        "llama3, {'rms_norm_eps': 1e-06}",
+        "gemma3 with every option, {'rope_local_theta': None}",
+        "gemma3 with every option, {'attn_logit_softcapping': 1.5}",
+        "gemma3 with every option, {'final_logit_softcapping': None}",
+        "gemma3 with every option, {'scale_embeddings': False}",
+        "qwen3 moe, {'norm_topk_prob': True}",
+    ],
+    called=lambda case: f"{case[0]}, {case[1]}",
 )
 def test_each_option_matters(case: str, change: dict[str, Any]) -> None:
     """Options that share a parameter tree: each gives visibly other logits."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from lora_jax.models.decoder.moe import SparseMLP
 from lora_jax.sharding import place
 from lora_jax.training.layout import Layout, one_device
 from tests.models import tiny
-from tests.support import assert_close, draw, with_random_factors
+from tests.support import assert_close, draw, over, with_random_factors
 from train.planning.jaxpr_flops import count_flops
 from train.run.mesh import make_mesh
 
@@ -49,8 +50,21 @@ def kernels(dtype: Any) -> dict[str, dict[str, jax.Array]]:
     }
 
 
-@pytest.mark.parametrize("how", [by_blocks, ragged])
-@pytest.mark.parametrize("choice", CHOICES)
+def called(case: tuple[Any, str]) -> str:
+    return f"{case[0].__name__}, {case[1]}"
+
+
+@over(
+    ("how", "choice"),
+    itertools.product((by_blocks, ragged), CHOICES),
+    often=[
+        "by_blocks, 21 rows",
+        "by_blocks, one row",
+        "ragged, 16 rows, three experts",
+        "ragged, one expert for all",
+    ],
+    called=called,
+)
 def test_values_and_gradients(how: Any, choice: str, float64: None) -> None:
     chosen = jnp.asarray(CHOICES[choice], jnp.int32)
     rows, weights = (draw(key, (chosen.size, WIDTH), jnp.float64) for key in (8, 9))
@@ -75,9 +89,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
+@over(
     ("how", "variant"),
     [(by_blocks, "plain"), (ragged, "plain"), (ragged, "DoRA"), (ragged, "a high rank")],
+    often=["by_blocks, plain", "ragged, DoRA"],
+    called=called,
 )
 def test_each_expert_has_its_factors(how: Any, variant: str, float64: None) -> None:
     """Factored as merged, values and gradients, and no product of a kernel's shape in between."""
@@ -124,7 +140,7 @@ def test_a_row_is_dropped_on_its_own(float64: None) -> None:
     assert kept.all(1).mean() < 0.4, "elements, not rows"
 
 
-@pytest.mark.parametrize("text", ["fsdp=2,tensor=2", "expert=2,sequence=2"])
+@over("text", ["fsdp=2,tensor=2", "expert=2,sequence=2"], often=["expert=2,sequence=2"])
 def test_meshes(text: str) -> None:
     """On every mesh ragged products are one device's blocks, values and the adapter's gradients."""
     config = models.read_config({**tiny.fields("mixtral"), "intermediate_size": 38})

@@ -12,6 +12,7 @@ import pytest
 from lora_jax.models import Decoder, generate, share
 from lora_jax.models.layers.blockwise import Blockwise
 from tests.models import tiny, tiny_encoders
+from tests.support import over
 
 # The module's name is the function's, too.
 MODULE = importlib.import_module("lora_jax.models.generate")
@@ -47,7 +48,7 @@ def test_greedy_is_an_argmax_loop(tiny_model: Any, side: str) -> None:
     assert len(np.unique(want)) > 3
 
 
-@pytest.mark.parametrize(
+@over(
     "case",
     [
         "mixtral",
@@ -57,6 +58,7 @@ def test_greedy_is_an_argmax_loop(tiny_model: Any, side: str) -> None:
         "phi3",
         "phi3 with a long context",
     ],
+    often=["mixtral", "gemma3 with every option", "phi3 with a long context"],
 )
 def test_every_kind_of_layer_generates_the_same_with_a_cache(case: str) -> None:
     model, params = tiny.decoder(case)
@@ -198,7 +200,7 @@ def test_refusals(tiny_model: Any) -> None:
         generate(model, params, ids, max_new_tokens=0)
 
 
-@pytest.mark.parametrize(
+@over(
     ("case", "attention"),
     [
         ("gemma3 with every option", "dense"),
@@ -206,6 +208,8 @@ def test_refusals(tiny_model: Any) -> None:
         ("phi3 with a long context", "dense"),
         ("gpt2", "dense"),
     ],
+    often=["gemma3 with every option, by blocks", "gpt2, dense"],
+    called=lambda case: f"{case[0]}, {case[1] if case[1] == 'dense' else 'by blocks'}",
 )
 def test_prompts_that_share_their_beginning(case: str, attention: Any) -> None:
     """As if each had it: held once, beside prompts of several lengths."""
@@ -238,9 +242,10 @@ def test_what_is_shared_is_held_once(tiny_model: Any) -> None:
     def of_one(shared: int, own: int) -> float:
         return (temporaries(24, shared, own) - temporaries(8, shared, own)) / 16 / max(shared, own)
 
-    print(of_one(512, 1), of_one(1, 512), of_a_token)
-    assert of_one(512, 1) < 0.5 * of_a_token
-    assert of_one(1, 512) > of_a_token, "the control"
+    shared, own = of_one(512, 1), of_one(1, 512)
+    print(shared, own, of_a_token)
+    assert shared < 0.5 * of_a_token
+    assert own > of_a_token, "the control"
 
 
 @pytest.mark.parametrize("ids", [[], [[1, 2]]])

@@ -22,6 +22,7 @@ from lora_jax.training.data.labelled import (
 from lora_jax.training.losses import Loss
 from lora_jax.training.step import make_evaluation
 from tests.models.tiny import draw
+from tests.support import over
 from tests.train.test_sft import assert_same
 from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train import export
@@ -183,7 +184,7 @@ def test_the_head_trains_whether_a_peft_configuration_says_so_or_not(saved, inpu
     assert set(adapter_of(inputs, folder)) == {"classifier/kernel", "classifier/bias", query}
 
 
-@pytest.mark.parametrize("way", ["--head-only", "--full", "--bias all"])
+@over("way", ["--head-only", "--full", "--bias all"], often=["--head-only", "--bias all"])
 def test_what_trains(way, inputs, tmp_path):
     options = inputs if way == "--bias all" else [*inputs[:12], *inputs[14:]]  # without --rank
     folder = run(options, tmp_path, "--steps", 2, *way.split())

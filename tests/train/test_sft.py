@@ -19,7 +19,7 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.training.losses import summed_loss
 from lora_jax.training.run.checkpoints import Checkpoints
-from tests.support import THOROUGH
+from tests.support import THOROUGH, over
 from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
 from train import generate
 from train.run.log import read_metrics
@@ -106,6 +106,7 @@ def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, whole, tmp_pa
     assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_a_checkpoint_and_its_record_ends_bitwise(
     inputs, whole, tmp_path, capsys, monkeypatch
 ):
@@ -279,7 +280,12 @@ def test_a_row_without_the_fields_is_named(inputs, tmp_path, capsys):
     assert f"{rows}, line 2 has `text`; a row needs `messages`" in message
 
 
-@pytest.mark.parametrize("packing", [[], ["--packing", "--seq-len", "128"]])
+@over(
+    "packing",
+    [[], ["--packing", "--seq-len", "128"]],
+    often=["packed"],
+    called=lambda packing: "packed" if packing else "one each",
+)
 def test_the_script_names_the_rows_of_the_data(tmp_path, capsys, monkeypatch, packing):
     def poisoned(forward, params, batch, dropout_key=None, **options):
         sums = summed_loss(forward, params, batch, dropout_key, **options)

@@ -107,6 +107,7 @@ def test_padding_changes_nothing_in_a_batch():
     assert sum(part["weights"].sum() for part in parts) == packs.weights.sum()
 
 
+@pytest.mark.slow
 def test_a_run_compiles_each_length_once_and_resumes_bitwise(tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "_ROWS_A_LENGTH", 8)
     packs = pack(sequences([5, 23, 40] * 8), 64, packing=False)

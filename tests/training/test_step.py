@@ -105,15 +105,16 @@ def test_dropout_depends_on_the_step_and_the_part(model, halves):
         make_step(lj.adapt(model[0].apply), optimizer, optax.constant_schedule(0.0), dropout=True)
     )
     state = init_state(adapter, optimizer, jax.random.key(0))
-    batch = packs().take(np.arange(4).reshape(1, 4))
-    losses = [
-        float(step(state._replace(step=jnp.int32(number)), base, batch)[1]["loss"])
-        for number in (0, 0, 1)
-    ]
-    assert losses[0] == losses[1] != losses[2]
     twice = packs().take(np.array([[0, 1], [0, 1]]))
-    once = packs().take(np.array([[0, 1]]))
-    assert float(step(state, base, twice)[1]["loss"]) != float(step(state, base, once)[1]["loss"])
+
+    def loss(number, counts):
+        """Of the parts that count, of which both hold the same."""
+        weights = twice["weights"] * np.array(counts)[:, None, None]
+        batch = {**twice, "weights": weights.astype(twice["weights"].dtype)}
+        return float(step(state._replace(step=jnp.int32(number)), base, batch)[1]["loss"])
+
+    assert loss(0, (1, 1)) == loss(0, (1, 1)) != loss(1, (1, 1))
+    assert loss(0, (1, 0)) != loss(0, (0, 1))
 
 
 def test_weight_decay_spares_norms_and_biases():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -91,8 +92,9 @@ def test_the_card_of_an_adapter(run, tmp_path):
     loaded = code(text, 1, owner_base=base, path_to_out=tmp_path / "out")
     model, params = models.from_pretrained(base)
     tree = lj.load_adapter(folder / "adapter", params)
-    want = lj.adapt(model.apply)({"params": tree}, jnp.array(IDS))
-    assert_close(loaded["forward"]({"params": loaded["params"]}, jnp.array(IDS)), want, 1e-5)
+    want = jax.jit(lj.adapt(model.apply))({"params": tree}, jnp.array(IDS))
+    got = jax.jit(loaded["forward"])({"params": loaded["params"]}, jnp.array(IDS))
+    assert_close(got, want, 1e-5)
 
 
 def test_the_card_of_a_merged_classifier(run, tmp_path):

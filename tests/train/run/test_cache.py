@@ -147,6 +147,7 @@ def test_a_later_process_takes_programs_from_the_cache(tmp_path):
     assert damaged == again - 1 and "Error reading persistent compilation cache" in said
 
 
+@pytest.mark.slow
 def test_processes_share_the_folder(tmp_path):
     run = COUNTING.format(run=SMALL.replace("jax.jit(", "[jax.jit(").replace("5, 5", "n, n"))
     run = run.replace("((n, n)))", "((n, n))) for n in range(2, 14)]")

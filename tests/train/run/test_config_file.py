@@ -115,6 +115,7 @@ def test_what_is_written_is_read_as_the_same_options(script, args, tmp_path):
     assert as_file(again, "train.sft") == as_file(config, "train.sft")
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_bitwise_by_the_file_that_it_leaves(tmp_path, capsys):
     model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
     args = ["--model", model, "--dataset", rows, "--epochs", 1, "--batch-size", 2, "--rank", 2]

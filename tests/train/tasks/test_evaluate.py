@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lora_jax import models
+from tests.support import over
 from tests.train.tiny import decoder, tokenizer
 from train.run.complete import complete, left_padded, tokenized
 from train.run.pretrained import Outline
@@ -34,7 +35,7 @@ def alone(outline, chat, new_tokens):
     return outline.tokenizer.decode(np.asarray(new)[0].tolist(), skip_special_tokens=True).strip()
 
 
-@pytest.mark.parametrize("system", [[SYSTEM], []])
+@over("system", [[SYSTEM], []], often=["said"], called=lambda system: "said" if system else "none")
 def test_a_batch_with_a_shared_beginning_answers_as_each_chat_alone(outline, system):
     model, params = decoder()
     questions = ["one", "another, longer one", "one"]
