@@ -26,8 +26,8 @@ if "XLA_FLAGS" not in os.environ:
 # Tests leave no programs in the user's cache folder, and take none from there.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
-import jax
-import pytest
+import jax  # noqa: E402  (the flags come before)
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 

@@ -23,6 +23,9 @@ Params = Any
 
 # Proofs that repeat themselves do so more often where the environment has THOROUGH=1.
 THOROUGH = os.environ.get("THOROUGH") == "1"
+# For tests of what the compiler itself makes: as for users, not by the emitters of conftest.py.
+EMITTERS = "xla_cpu_use_fusion_emitters"
+AS_FOR_USERS = {EMITTERS: True} if EMITTERS in os.environ.get("XLA_FLAGS", "") else {}
 
 
 def over(

@@ -18,7 +18,7 @@ from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout
 from tests.models import tiny
 from tests.models.test_attention import Case
-from tests.support import assert_close, draw, over
+from tests.support import AS_FOR_USERS, assert_close, draw, over
 from train.planning.hlo import work_of
 from train.run.mesh import make_mesh
 
@@ -143,7 +143,8 @@ def compiled(how: Any, seq: int, *, causal: bool = True) -> jax.stages.Compiled:
     ]
     segments = jax.ShapeDtypeStruct((1, seq), jnp.int32)
     with jax.set_mesh(layout.mesh):
-        return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays, segments).compile()
+        lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays, segments)
+        return lowered.compile(compiler_options=AS_FOR_USERS)
 
 
 @pytest.mark.slow

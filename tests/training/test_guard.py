@@ -22,7 +22,7 @@ from lora_jax.training.optimizers.schedules import warmed_up
 from lora_jax.training.run.checkpoints import Checkpoints
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import init_state, make_step
-from tests.support import assert_identical, with_random_factors
+from tests.support import AS_FOR_USERS, assert_identical, with_random_factors
 from tests.train.tiny import decoder, tokenizer
 from train.run.errors import flag
 from train.run.log import Log, read_metrics
@@ -76,7 +76,10 @@ def steps():
     """The compiled steps by loss."""
     forward = lj.adapt(decoder()[0].apply)
     return {
-        loss: jax.jit(make_step(forward, *optimiser(), dropout=False, loss=loss))
+        loss: jax.jit(
+            make_step(forward, *optimiser(), dropout=False, loss=loss),
+            compiler_options=AS_FOR_USERS,
+        )
         for loss in (CROSS_ENTROPY, flat_at_zero, uncounted)
     }
 
@@ -106,7 +109,7 @@ def unguarded(state, base, batch):
 def test_the_guard_changes_no_bit_of_a_sound_run(halves, steps):
     adapter, base = halves
     guarded = expected = begin(adapter)
-    reference = jax.jit(unguarded)
+    reference = jax.jit(unguarded, compiler_options=AS_FOR_USERS)
     for number in range(STEPS):
         guarded, metrics = steps[CROSS_ENTROPY](guarded, base, batch(number))
         expected = reference(expected, base, batch(number))
