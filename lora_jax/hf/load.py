@@ -1,4 +1,4 @@
-"""Weights from a file or a folder into a plain parameter tree."""
+"""Reads weights from a file or a folder into a plain parameter tree."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def open_source(path: Path, formats: Formats, **options: Any) -> Source:
       The source of the model's configuration and tensors.
 
     Raises:
-      ConfigError: for a model or an option that is not supported, by name.
+      ConfigError: for an unsupported model or option; names it.
       WeightsError: for a file that is missing, damaged or cut short.
     """
     if path.is_dir():
@@ -93,7 +93,7 @@ def absent_rows(source: Source) -> list[Row]:
 
 
 def _file_names(source: Source, table: list[Row]) -> dict[str, str]:
-    """Returns the table's name of each tensor in the file -> the file's own name of it."""
+    """Returns each tensor's name in the table -> its name in the file."""
     rename = source.format.name
     names: dict[str, str] = {}
     for held in source.shapes:

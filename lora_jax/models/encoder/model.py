@@ -41,7 +41,7 @@ class Encoder(nn.Module):
     Attributes:
       config: the options of the forward pass, and the head.
       dtype: dtype of the computation. LayerNorm's statistics, softmax, logits and pooled
-        embeddings are fp32 always.
+        embeddings are fp32 (or float64, where dtype is).
       param_dtype: dtype of the parameters that ``init`` makes.
       remat: see ``Decoder``.
       placement: see ``Decoder``.

@@ -1,8 +1,9 @@
 """Attention a block of queries at a time, in plain JAX: memory is linear in the length.
 
-Unlike FlashAttention (Dao et al. 2022), a block meets its keys in one product, so its softmax is
-exact as it stands, and forward mode works. Like there, a block's scores are computed again in the
-backward pass, and most products with keys that a causal mask hides are left out.
+Unlike FlashAttention (Dao et al. 2022), a block of queries is multiplied with all its keys in one
+product, so its softmax needs no running maximum, and forward mode works. As there, the backward
+pass computes a block's scores again, and most products with keys that a causal mask hides are left
+out.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class Blockwise:
     def _bounds(self, seq: int) -> list[tuple[int, int]]:
         """Returns start and end of each span, of whole blocks but for the last, two at least.
 
-        Of a loop over a single block nothing is left, and XLA would keep its scores after all.
+        XLA removes a loop over a single block, and would then keep its scores after all.
         """
         blocks = -(-seq // self.block)
         size = max(2, -(-blocks // self.spans)) * self.block

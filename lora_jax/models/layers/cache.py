@@ -73,8 +73,8 @@ class Cache(NamedTuple):
       value: as key.
       positions: [batch, max_len] int32, each slot's position; -1 in empty and padded slots.
       filled: [] int32, the number of slots in use, padding included; the same for every row.
-      length: [batch] int32, the next token's position: the row's number of tokens, less padding,
-        those that are shared included.
+      length: [batch] int32, the next token's position: the number of the row's tokens, shared ones
+        included, padding not.
       shared: the tokens before slot 0 of every row, or None.
     """
 

@@ -1,4 +1,4 @@
-"""The facts of a call of attention by which a kernel says whether it can serve."""
+"""The facts of a call of attention by which a kernel decides whether it supports the call."""
 
 from __future__ import annotations
 
