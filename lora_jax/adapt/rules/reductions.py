@@ -24,7 +24,7 @@ from lora_jax.product import dropped, is_dropped
 def _reduce_sum(_: Interpreter, use: Use) -> list[Any] | None:
     """Sums A over in axes and B over out axes; where no axis of a role is left, forms AB.
 
-    AB is then a product with x by broadcasting, or a row or column of sums: no larger than the output.
+    AB is then a product by broadcasting, or a row or column of sums: no larger than the output.
     """
     (weight,) = use.values
     over = {weight.labels[axis] for axis in use.params["axes"]}
