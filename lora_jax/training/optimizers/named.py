@@ -22,7 +22,7 @@ class Named:
       options: the options that it reads, with their defaults.
       rate: the learning rate to begin with, as a multiple of AdamW's; None for no rule.
       averages: whether the parameters to evaluate and to keep are an average over the steps; the
-        option `beta1` says how near to it gradients are taken.
+        nearer the option `beta1` is to 1, the nearer to it gradients are taken.
     """
 
     direction: Callable[..., optax.GradientTransformation]
@@ -46,7 +46,7 @@ def _sgd(params: Any, *, momentum: float) -> optax.GradientTransformation:
 def _without_momentum(
     params: Any, *, beta1: float, beta2: float, eps: float
 ) -> optax.GradientTransformation:
-    """Returns Adam's direction without its first moment, which averaging takes the place of."""
+    """Returns Adam's direction without its first moment, which averaging replaces."""
     return optax.scale_by_rms(decay=beta2, eps=eps, eps_in_sqrt=False, bias_correction=True)
 
 
