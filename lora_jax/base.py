@@ -1,9 +1,9 @@
 """Bases: an adapted weight has W as an array, or as a `Base`, which stores it otherwise.
 
 Only this file looks inside a base. Others use its shape, its dtype and the functions below. A base
-that is no array (codes and scales, say) is one leaf of a tree:
-`lorafy` puts factors beside it as beside an array, `adapt` runs functions on it, and what it stands
-for is formed where it is used, never kept for the backward pass.
+that is no array (codes and scales, say) is one leaf of a tree: `lorafy` puts factors beside it as
+beside an array, and `adapt` forms W from it where a function uses it, and never keeps W for the
+backward pass.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ Move = Callable[[Any, Axes], Any]
 
 
 class Base(Protocol):
-    """A weight that is stored otherwise than as an array.
+    """A weight that is not stored as an array.
 
     An implementation is a pytree (`jax.tree_util.register_dataclass`), whose leaves are its arrays.
     Each has as many axes as W, in W's order; its shape follows from them, since moves change it.

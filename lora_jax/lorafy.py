@@ -44,7 +44,7 @@ def lorafy(
         activation, and no embedding or head by its name. A rule's own in_axes and out_axes come
         first. Bind keyword arguments with a lambda or `functools.partial`.
       kinds: the part of the model that each leaf belongs to ("attention", "mlp", "experts",
-        "head", …), by path; presets of targets select by it. Of a model of `lora_jax.models`,
+        "head", …), by path; presets of targets select by it. For a model of `lora_jax.models`,
         ``lora_jax.models.kinds(model.config)``.
 
     Raises:

@@ -71,8 +71,8 @@ def _in_parts(a: jax.Array, dtype: Any) -> list[jax.Array]:
 def rescaled(u: jax.Array, gain: jax.Array) -> jax.Array:
     """Returns u·gain, multiplied in the wider of their dtypes and rounded to u's; they broadcast.
 
-    Its derivative with respect to the gain is written with the result in the place of u: the
-    result is what the next operation keeps, so that often nothing more is kept for the gain.
+    Its derivative with respect to the gain is written with the result instead of u. The next
+    operation mostly keeps the result anyway, so that nothing more is kept for the gain.
     """
     dtype = jnp.promote_types(u.dtype, gain.dtype)
     return (u.astype(dtype) * gain.astype(dtype)).astype(u.dtype)

@@ -128,7 +128,7 @@ def combined(
     """Returns the product of x with a whole weight; every kind of product ends here.
 
     Args:
-      x: what is multiplied.
+      x: the activation.
       weight: seen by its in axes, so that gain and shift stand over what comes out.
       with_base: x ↦ xW.
       with_factors: (x, the weight, xW) ↦ s·(xA)B in the shape and dtype of xW.
@@ -145,7 +145,7 @@ def combined(
 
     if weight.gain is None:
         result = taken(again, weight, with_base(x))
-    elif is_dropped(weight):  # PEFT's: what is dropped is the change that the adapter makes
+    elif is_dropped(weight):  # as in PEFT: dropout acts on the adapter's change alone
         whole, seen = with_base(x), with_base(dropped(x, weight))
         result = whole - seen + rescaled(taken(again, weight, seen), placed(weight.gain))
     elif _is_narrow(weight):
@@ -197,7 +197,7 @@ def _delta(
     dtype: Any,
     params: dict[str, Any],
 ) -> jax.Array:
-    """Returns s·(xA)B, but for the shape: the axes of x that are free may be flattened to one."""
+    """Returns s·(xA)B in another shape: the free axes of x may be flattened to one."""
     (x_contract, w_contract), (x_batch, w_batch) = contract, batch
     near, far, near_axes, far_axes = weight.a, weight.b, weight.axes("in"), weight.axes("out")
     if set(w_contract) != set(near_axes):

@@ -221,7 +221,7 @@ def _adapt(
     return Adapted(roles, tuple(None if i is None else rules[i] for i in layers)), used
 
 
-# Fields that may differ between the layers of one stack, with a value in the place of theirs.
+# Fields that may differ between the layers of one stack, with values that replace theirs.
 _MAY_DIFFER: dict[str, Any] = dict(targets=".*", exclude=(), layers=None, rank=2, alpha=None)
 
 

@@ -140,7 +140,7 @@ def fitted(axes: _Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
 
 
 def _of_node(path: str, node: Node, table: Table, mesh: Mesh) -> Node:
-    """Returns a node with shardings in the place of its arrays."""
+    """Returns a node with shardings in place of its arrays."""
     axes = _axes_of(path, node.shape, table)
     if isinstance(node, Trained):
         return Trained(fitted(axes, node.shape, mesh))

@@ -125,7 +125,7 @@ class Interpreter:
         """Returns the outputs of `jaxpr`, `Factored` where a weight leaves as it came or moved.
 
         Args:
-          jaxpr: what is evaluated.
+          jaxpr: the jaxpr to evaluate.
           args: its inputs.
           live: which outputs are wanted; the others are None, and what only they need is not run.
           steps: in an eager call, the rules that are compiled for equations of this jaxpr; added

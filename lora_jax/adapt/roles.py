@@ -116,7 +116,7 @@ def _rank(use: Contraction) -> tuple[bool, ...]:
 
 
 class _Log:
-    """The rules that follow leaves, and what they note of them.
+    """The rules that follow leaves, and their notes.
 
     Attributes:
       found: the products with each leaf, by path.

@@ -48,7 +48,7 @@ def adapt(
     names the weight, the primitive and the line of your code.
 
     Args:
-      fn: called with the same arguments, but for plain arrays in the place of the tree's nodes.
+      fn: called with the same arguments, but with plain arrays in place of the tree's nodes.
       strict: raise `MergeError` instead of merging.
       primitives: rules of your own, by the name of a primitive, or of a function under `jax.jit`,
         `jax.custom_vjp` or `jax.custom_jvp` (a Pallas kernel with its derivative, say). Without a

@@ -27,7 +27,7 @@ _PACKAGES = tuple(
     {_inside(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib", "platlib")}
 )
 _OURS = _inside(Path(__file__).parent.parent)
-_WALK = _inside(Path(__file__).parent)  # this folder: its lines are nobody's
+_WALK = _inside(Path(__file__).parent)  # this folder, whose lines made no equation
 _JAX = tuple(_inside(Path(module.__file__ or "").parent) for module in (jax, sys.modules["jaxlib"]))
 
 _SHOWN = 40  # characters of a cell's line

@@ -31,7 +31,7 @@ class ConfigError(ValueError):
 def refuse_unknown(
     config: Mapping[str, Any], family: str, known: Set[str], unsupported: Mapping[str, Any]
 ) -> None:
-    """Refuses fields that nobody reads, and values that are not supported.
+    """Refuses fields that are not read, and values that are not supported.
 
     Args:
       config: the parsed config.json.

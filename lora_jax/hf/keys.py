@@ -121,7 +121,7 @@ _DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|position_ids|masked_bias|at
 
 
 def absent_parts(shapes: Mapping[str, Any], table: Sequence[Row]) -> list[str]:
-    """Returns the optional parts of which a file holds nothing at all, in the table's order."""
+    """Returns the optional parts of the table that a file lacks entirely, in the table's order."""
     held = {row.part for row in table if any(name in shapes for name in row.hf_names)}
     return list(dict.fromkeys(row.part for row in table if row.part and row.part not in held))
 

@@ -86,7 +86,7 @@ def load_params(
 
 
 def absent_rows(source: Source) -> list[Row]:
-    """Returns the parameters of optional parts, such as heads, of which a source holds nothing."""
+    """Returns the parameters of optional parts, such as heads, that a source lacks entirely."""
     table = source.format.table(source.config)
     absent = absent_parts(_file_names(source, table), table)
     return [row for row in table if row.part in absent]
@@ -169,7 +169,7 @@ def _check_dtypes(source: Source, table: list[Row]) -> None:
 
 
 def _check_aliases(source: Renamed, table: list[Row]) -> None:
-    """Raises if a file holds another tensor in the place of a repeated one (a tied head)."""
+    """Raises WeightsError if a file's second tensor of a tied pair differs from the first."""
     for row in table:
         for alias in row.aliases:
             if source.names.get(alias) in (None, source.names[row.hf]):

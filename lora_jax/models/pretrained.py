@@ -60,8 +60,8 @@ def from_pretrained(
       param_dtype: dtype of the parameters; ``dtype`` by default.
       remat, attention, experts: see ``Decoder``.
       sharding: (path, shape) -> the sharding of that parameter; None for the default device.
-      head, num_labels, pooling, normalize: an encoder's options, in the place of its
-        config.json's; see ``EncoderConfig``.
+      head, num_labels, pooling, normalize: an encoder's options, instead of its config.json's; see
+        ``EncoderConfig``.
       rope_scaling: a decoder's, for rows longer than its positions; see ``with_rope_scaling``.
       key: random key for a freshly initialised head; ``jax.random.key(0)`` by default. Each
         parameter's values depend on the key and its path alone.

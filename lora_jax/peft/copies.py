@@ -11,7 +11,7 @@ from lora_jax.peft.modules import EMBEDDING_NAMES, ends_with
 from lora_jax.peft.names import PREFIX
 from lora_jax.weight import LoraWeight, TrainedRows
 
-# The end of a head's key, that of the table's key, and whether one is the other transposed.
+# The end of a head's key, the end of the table's key, and whether one tensor is transposed.
 _PAIRS = (
     ("lora_A.weight", "lora_embedding_B", True),
     ("lora_B.weight", "lora_embedding_A", True),

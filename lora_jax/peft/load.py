@@ -111,7 +111,7 @@ def _check_tree(params: Tree, table: Sequence[Row]) -> None:
     wrong = [row.path for row in table if shapes.get(row.path) != row.stacked_shape]
     if wrong:
         raise PeftError(
-            f"the tree is not that of the model: it has {shapes.get(wrong[0], 'nothing')} at "
+            f"the tree does not fit the model: it has {shapes.get(wrong[0], 'nothing')} at "
             f"{wrong[0]!r} (and {len(wrong) - 1} more)"
         )
 

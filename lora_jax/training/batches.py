@@ -186,7 +186,7 @@ class Packs(Examples):
         return batch
 
     def blank(self, n: int, group: int = -1, counted: int = 0) -> Batch:
-        """Returns `n` rows of padding, of the largest length or of that of a group.
+        """Returns `n` rows of padding, as long as the longest, or as those of a group.
 
         Where more tokens count than `predicted` says, arrays of them are as long as the row.
         """

@@ -74,9 +74,9 @@ def make_ready(
     """Returns the state before the first step.
 
     Args:
-      params: the adapted tree, on the layout's mesh. Its trained arrays may be taken over.
+      params: the adapted tree, on the layout's mesh. Its trained arrays may be donated.
       feed: the batches.
-      layout: where everything lies on the mesh.
+      layout: the mesh, and the sharding of everything on it.
       optimizer: of the adapter.
       schedule: the learning rate that the optimiser has, to be logged.
       key: of dropout and noise.
@@ -224,12 +224,12 @@ def fit(
     """Trains to the end, or until no better measurement comes (see `Best`).
 
     Args:
-      ready: the state to train from; its memory is taken over.
+      ready: the state to train from, which the step donates.
       step: the compiled step.
       steps: the number of the last step.
       pace: says how often to log and save.
       loss: the function that the step minimises.
-      measures: what is measured on the way; see `held_out_loss`.
+      measures: measurements to take on the way; see `held_out_loss`.
       log: gets a line a window of steps.
       stop: tells of a signal.
       resume_hint: tells an interrupted user how to go on.

@@ -90,7 +90,7 @@ class Layout(Placement):
 
     @property
     def batch_parts(self) -> int:
-        """Returns the number of parts that a batch is shared out into."""
+        """Returns the number of parts that a batch is split into."""
         return math.prod(self.mesh.shape[name] for name in BATCH)
 
     @property
@@ -115,16 +115,16 @@ class Layout(Placement):
 
     @property
     def sequence_parts(self) -> int:
-        """Returns the number of parts that a long row is shared out into."""
+        """Returns the number of parts that a long row is split into."""
         return self.mesh.shape["sequence"]
 
     @property
     def token_parts(self) -> int:
-        """Returns the number of parts that a batch's tokens are shared out into."""
+        """Returns the number of parts that a batch's tokens are split into."""
         return self.batch_parts * self.sequence_parts
 
     def check_lengths(self, lengths: Sequence[int]) -> None:
-        """Raises a TrainingError for rows that cannot be shared out over the sequence axis.
+        """Raises a TrainingError for rows that cannot be split evenly over the sequence axis.
 
         Args:
           lengths: the numbers of tokens that rows are padded to.

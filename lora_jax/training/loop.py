@@ -41,8 +41,8 @@ class Measure:
 
     Attributes:
       every: steps between two measurements; 0 for none.
-      prefix: before the names of what it measures, in the log: "eval_".
-      take: returns what it measures, by name; {} logs nothing. None after a signal, which all
+      prefix: of the names of its measurements in the log: "eval_".
+      take: returns the measurements by name; {} logs nothing. None after a signal, which all
         processes agree on. All of them have to call it.
     """
 
@@ -66,7 +66,7 @@ class Hooks:
     Attributes:
       batch: (number of steps before it, the state it begins with) -> a step's batch. Rollouts are
         sampled from the state; data ignore it. The batch must not hold the state's own arrays,
-        whose memory the step takes over.
+        which the step donates.
       placed: puts a batch on the devices.
       tokens: counts the tokens of a batch, without padding.
       save: writes a checkpoint; gets the prefixes of the measures that its step still lacks.
@@ -163,7 +163,7 @@ def train(
     same measurements as a run without a break.
 
     Args:
-      step: the compiled step; it takes the state's memory over.
+      step: the compiled step, which donates the state.
       state: the state to begin with.
       base: the frozen half of the parameters.
       steps: the number of the last step.

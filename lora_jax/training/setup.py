@@ -106,7 +106,7 @@ class Setup:
         base: Any,
         batch: Mapping[str, Any],
     ) -> jax.stages.Traced:
-        """Traces the step for arrays such as these; it takes the state's memory over.
+        """Traces the step for arrays such as these; the step donates the state.
 
         Args:
           forward: the adapted function that the loss calls.
@@ -147,7 +147,7 @@ class CompiledStep:
         return len(self._by_shape)
 
     def __call__(self, state: State, base: Any, batch: dict[str, Any]) -> tuple[State, Metrics]:
-        """Takes the step; it takes the state's memory over."""
+        """Takes the step, which donates the state."""
         return self.of(state, base, batch)(state, base, batch)
 
     def of(self, state: State, base: Any, batch: dict[str, Any]) -> Any:

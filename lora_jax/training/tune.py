@@ -71,7 +71,8 @@ class Report:
         earlier, by `patience`.
       metrics: the lines of metrics, as they were logged.
       held_out: the last measurement on held-out examples, by name; {} for none.
-      compile_seconds, step_seconds: of the step; the median, None where none was taken.
+      compile_seconds: of compiling the step.
+      step_seconds: of a step, the median; None where none was taken.
       adapter: the saved adapter; None without a folder.
       best: the step and the held-out loss of the best adapter; None where it was not asked for.
     """
@@ -324,7 +325,7 @@ def _adapted(params: Any, rules: Any, kinds: Any, key: jax.Array, start: Path | 
             '[lora_jax.LoraRule(targets="all-linear", rank=8)], or give an adapted tree'
         )
     adapter, base = lj.split(params)
-    return lj.join(jax.tree.map(jnp.copy, adapter), base)  # the step takes their memory over
+    return lj.join(jax.tree.map(jnp.copy, adapter), base)  # the step donates them
 
 
 def _forward(model: Any, ready: Ready) -> Callable[..., Any]:

@@ -116,7 +116,7 @@ class Encoder(nn.Module):
 
         Args:
           hidden: [batch, seq, d_model].
-          attention_mask: [batch, seq]: the tokens that a mean embedding is taken over.
+          attention_mask: [batch, seq]: the tokens over which a mean embedding is taken.
 
         Returns:
           See ``__call__``.

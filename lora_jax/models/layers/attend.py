@@ -76,7 +76,7 @@ def attend(
       scale: a number or []; 1 / sqrt(head_dim) by default.
       cap: see ``soft_cap``.
       attention: the implementation; see ``implementation``.
-      placement: shares the work out over a mesh; see ``Placement.attention``.
+      placement: partitions the work over a mesh; see ``Placement.attention``.
       shared: keys and values, [kv_heads, n, head_dim], that come before those of every row, in the
         mask too. "dense" without a mesh multiplies all rows with them at once; others copy them for
         each row.

@@ -111,7 +111,7 @@ def init_cache(
       batch: the number of rows.
       max_len: the number of tokens, padding included, that the cache can hold. Writing beyond it
         overwrites the last slots: under jit nothing can raise. RoPE of the kind "longrope"
-        chooses its frequencies by this number, and that of the shared tokens.
+        chooses its frequencies by this number plus that of the shared tokens.
       dtype: dtype of keys and values; the model's compute dtype.
       shared: what all rows begin with, before these tokens.
 

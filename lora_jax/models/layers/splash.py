@@ -78,7 +78,7 @@ class Splash:
 
         Args:
           seq: the number of tokens.
-          split: how they lie on devices; the number is that of all devices together.
+          split: how they are split over devices; the number counts all devices together.
           causal, window: the mask's.
         """
         seq += -seq % LANES

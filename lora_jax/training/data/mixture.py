@@ -68,7 +68,7 @@ class Shares:
 def shares_of(
     names: Sequence[str], weights: Sequence[float], *, rows: Sequence[int], units: Sequence[int]
 ) -> Shares:
-    """Returns what an epoch draws: as many rows as there are in all, shared out by weight.
+    """Returns how many rows an epoch draws of each data set, by weight; in all as many as exist.
 
     Args:
       names: of the data sets, for messages.

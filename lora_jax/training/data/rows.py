@@ -162,7 +162,7 @@ def _turns(messages: Any, field: str, name: str) -> list[dict[str, Any]]:
 
 
 def _turn(turn: Any, index: int, name: str) -> dict[str, Any]:
-    """Returns a turn without fields that are None, which Parquet adds for those missing."""
+    """Returns a turn without fields that are None: Parquet adds those that it lacks."""
     if not isinstance(turn, Mapping):
         raise TrainingError(f"{name}: turn {index} is {shown(turn)}; {NEEDED}")
     role, content = turn.get("role"), turn.get("content")
@@ -222,7 +222,7 @@ def _tools(value: Any, name: str) -> list[Any] | None:
 
 
 def _of_sharegpt(turn: Any, index: int, name: str) -> Any:
-    """Returns a turn of ShareGPT's (`from`, `value`) with `role` and `content`; others unchanged."""
+    """Returns a ShareGPT turn (`from`, `value`) with `role` and `content`; others unchanged."""
     if not isinstance(turn, Mapping) or "from" not in turn:
         return turn
     role, value = _ROLES.get(turn["from"]), turn.get("value")

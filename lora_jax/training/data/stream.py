@@ -121,7 +121,7 @@ class Stream:
         self.begin(Position(0, 0, 0))
 
     def begin(self, at: Position) -> None:
-        """Goes on with the chunk at a position. Call it before any batch is asked for."""
+        """Goes on with the chunk at a position. Call it before any call of `batch`."""
         self._positions = deque([at], maxlen=2)
         self._loaded: list[_Loaded] = []
         self._next = at

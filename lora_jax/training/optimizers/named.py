@@ -56,7 +56,7 @@ _ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 # - lion: 3 to 10 times lower than AdamW's (Chen et al., arXiv 2302.06675, section 5); a third,
 #   since adapters train for few steps.
 # - adafactor: as transformers' Trainer uses it, with AdamW's own rate (scale_parameter=False).
-# - muon: updates have AdamW's root mean square, for its rate to be taken over (Liu et al.,
+# - muon: updates have AdamW's root mean square, so that AdamW's rate fits (Liu et al.,
 #   arXiv 2502.16982, section 2.2).
 # - schedule-free: 1 to 10 times AdamW's (Defazio et al., arXiv 2405.15682, and their README).
 # - sgd: its steps scale with the gradient, so that no rate suits two models.

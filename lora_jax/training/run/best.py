@@ -15,7 +15,7 @@ import lora_jax as lj
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.processes import is_first, wait_for_all
 
-BEST = "best"  # the folder of the best adapters, beside that of the checkpoints
+BEST = "best"  # the folder of the best adapters, beside the folder of the checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Best:
           folder: of the adapters, each in a folder of its step's number.
           metric: the name of the measurement, with its prefix.
           goal: whether the least or the largest is the best.
-          patience: after so many measurements in a row without a better one, training ends.
+          patience: the measurements in a row without a better one that end training.
           about: facts to keep beside each adapter; see `lora_jax.save_adapter`.
         """
         self.folder = folder.absolute()
