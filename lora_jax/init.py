@@ -50,7 +50,12 @@ Factors = tuple[jax.Array, jax.Array]
 
 
 class Initialiser(Protocol):
-    """Draws (A, B) of shapes `shape.a` and `shape.b` in `dtype`.
+    """Draws (A, B), of the shapes `shape.a` and `shape.b`.
+
+    Args:
+      key: a PRNG key.
+      shape: the sizes of the factors.
+      dtype: of both.
 
     One that is marked with `from_base` gets two more arguments by name: `kernel`, W as
     [batch…, in, out] in fp32 (or wider), and `scale`, s as [batch…].

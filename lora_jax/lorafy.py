@@ -179,7 +179,7 @@ def strip(params: Tree) -> Tree:
     A leaf that trains in full has its present value: no copy of the earlier one is kept.
 
     Args:
-      params: an adapted tree, or the base half of one.
+      params: an adapted tree.
 
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
     >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])

@@ -26,7 +26,7 @@ DECODER: Specs = (
     (r"lm_head/kernel", P(SHARDS, "tensor")),
     (r".*/experts/(gate_proj|up_proj|w1|w3)/kernel", P("expert", SHARDS, "tensor")),
     (r".*/experts/(down_proj|w2)/kernel", P("expert", "tensor", SHARDS)),
-    (r".*/(mlp|block_sparse_moe)/gate/kernel", P(SHARDS, None)),  # a router: each device asks all
+    (r".*/(mlp|block_sparse_moe)/gate/kernel", P(SHARDS, None)),  # the router: whole on each device
     (r".*/(q|k|v|qkv|gate|up|gate_up)_proj/kernel", P(SHARDS, "tensor")),
     (r".*/(q|k|v|qkv|gate|up|gate_up)_proj/bias", P("tensor")),
     (r".*/(o|down)_proj/kernel", P("tensor", SHARDS)),
