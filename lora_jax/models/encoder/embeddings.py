@@ -1,4 +1,4 @@
-"""What an encoder's tokens become before its layers, and what an embedding model makes of them."""
+"""Embeds tokens before an encoder's layers, and texts after them, as embedding models do."""
 
 from __future__ import annotations
 
