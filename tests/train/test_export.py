@@ -1,4 +1,4 @@
-"""Exports of tiny adapters: what is written reads back, and what cannot be is refused in time."""
+"""Exports of tiny adapters: they read back, and impossible ones are refused before the work."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""Scripts score, sample, keep the best and end early on their way, also when they break off."""
+"""Scores, samples, the best adapter and early stopping during a run, also a resumed one."""
 
 import json
 import re

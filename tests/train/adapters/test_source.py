@@ -1,4 +1,4 @@
-"""Adapters by their folders: a run's, ours and PEFT's do the same, and what is none is named."""
+"""Adapters in a run's folder, in ours and in PEFT's act alike; other folders are refused."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Data sets as --dataset names them: weights, and colons that are none."""
+"""Data sets as --dataset names them: weights, and colons that belong to names."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Plans against what they are plans of: the step's own shapes, FLOPs and files, and bad input."""
+"""Plans against the real step: its shapes, FLOPs and files; and bad input."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Predictions of tiny classifiers: the same from everywhere, in few shapes, and bad input."""
+"""Predictions of tiny classifiers: the same for every source of texts, in few shapes; bad input."""
 
 import csv
 import io
