@@ -356,7 +356,7 @@ def report_problems(problems: Sequence[str]) -> None:
         print(problem)
     if problems:
         sys.exit(PROBLEMS)
-    print("serving: nothing to refuse")
+    print("serving: no problems found")
 
 
 def print_files(work: Work, what: str) -> None:

@@ -167,4 +167,6 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
         evaluation.after(model, merged)
     print_costs(console, report)
     console.print(report["summary"], highlight=False, soft_wrap=True)
-    console.print(f"all of it took {duration(time.monotonic() - began)}; see {folder}")
+    console.print(
+        f"the whole run took {duration(time.monotonic() - began)}; its files are in {folder}"
+    )

@@ -91,7 +91,7 @@ def test_data_sets_in_proportions(model, tmp_path, capsys):
     [
         ("\ufeffask;say\na;b\n", [], ["line 2 has `ask`, `say`; a row needs", "`prompt` and"]),
         ("ask,say\na,b\n", ["--fields", "prompt=q"], ["line 2 has `ask`, `say`, and no `q`"]),
-        ("ask,say\na,b\n", ["--fields", "asked=ask"], ["give name=field, the name being one of c"]),
+        ("ask,say\na,b\n", ["--fields", "asked=ask"], ["give name=field, where name is one of c"]),
         ("prompt,completion\na,\n", [], ["line 2: `completion` is ''", "a row needs"]),
         ("prompt,completion\na,b\n", ["--eval-dataset", "x.csv"], ["every --eval-every steps"]),
     ],

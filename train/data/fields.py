@@ -23,7 +23,7 @@ def pairs_of(fields: Sequence[str]) -> Pairs:
     for name, own in pairs:
         if name not in _KNOWN or not own:
             raise UserError(
-                f"{flag('fields', *fields)}: give name=field, the name being one of "
+                f"{flag('fields', *fields)}: give name=field, where name is one of "
                 f"{', '.join(_KNOWN)}"
             )
     return pairs

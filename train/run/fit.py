@@ -313,9 +313,9 @@ def _print_best(run: Run, best: Best) -> None:
     """Says which step was the best, and why the run ended."""
     standing = best.standing
     if standing.value is None:
-        said = f"{best.metric} was never measured: the adapter is that of the last step"
+        said = f"{best.metric} was never measured: the adapter is the last one"
     else:
-        said = f"the best {best.metric} is {standing.value:.4g}, of step {standing.step}"
+        said = f"the best {best.metric} is {standing.value:.4g}, at step {standing.step}"
     if best.is_over:
         patience = run.config.run.patience
         said = (
