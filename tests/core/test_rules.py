@@ -1,4 +1,4 @@
-"""Which leaves a rule selects, and what it says where it selects none."""
+"""Leaves that a rule selects, and the errors of rules that select none."""
 
 import jax
 import jax.numpy as jnp
