@@ -365,7 +365,8 @@ def _why_side_leaf(path: str, known: Known) -> str:
         look = f"since trace shows none: {seen if isinstance(seen, str) else seen.unlike}"
     return (
         f"{path!r} is taken for a bias or a part of a norm, by its name, so for no kernel; a "
-        "TrainRule trains such a leaf in full. If it is a kernel, say its axes in a rule for it, "
+        "TrainRule trains such a leaf in full. If it is a kernel, give its axes in a rule that "
+        "names it, "
         f"LoraRule(targets=[{leaf_name(path)!r}], in_axes=…, out_axes=…), {look}"
     )
 
