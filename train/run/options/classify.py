@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from train.run.adapter import NO_ADAPTER
 from train.data.files import FILE_KINDS
+from train.run.adapter import NO_ADAPTER
 from train.run.errors import UserError
 from train.run.options import common as options
 from train.run.options.common import (
