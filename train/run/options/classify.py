@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from train.data.files import FILE_KINDS
 from train.run.adapter import NO_ADAPTER
 from train.run.errors import UserError
 from train.run.options import common as options
@@ -119,6 +120,12 @@ def check(config: Config) -> None:
     data = config.data
     if not 0 < data.test_share < 1:
         raise UserError(f"--test-share {data.test_share}: a number between 0 and 1 is needed")
+    names_file = data.test is None or data.test.endswith(FILE_KINDS)
+    if not names_file and (data.dataset or "").endswith(FILE_KINDS):
+        raise UserError(
+            f"--test {data.test}: --dataset {data.dataset} is a file, which has no splits. Give "
+            "another file with --test, or leave it out to hold out a share of the rows"
+        )
     for name in ("full", "peft_config", "init_adapter"):
         if config.adapter.head_only and getattr(config.adapter, name):
             raise UserError(f"--head-only trains only the head: leave out {flag(name)}")
