@@ -10,8 +10,8 @@ from typing import Literal
 
 Label = Literal["batch", "in", "out"]
 
-# Flax's names for a kernel, Haiku's, and Flax's for an embedding table. Each has the input in its
-# last axis but one (the rows of a table are its input) and the output in its last.
+# The names of kernels in Flax ("kernel") and Haiku ("w"), and of embedding tables in Flax. The last
+# axis but one is the input (the rows of a table), the last the output.
 KERNEL_NAMES = frozenset({"kernel", "w"})
 EMBEDDING_NAMES = frozenset({"embedding"})
 
@@ -68,8 +68,8 @@ class Seen:
 
     Attributes:
       roles: the roles of its axes.
-      unlike: why it is no kernel (a table that is looked up, a gain, what is added to an
-        activation); empty where it is one.
+      unlike: why it is no kernel (it is looked up, or a gain, or added to an activation); empty
+        where it is one.
     """
 
     roles: AxisRoles

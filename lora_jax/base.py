@@ -1,9 +1,9 @@
 """Bases: an adapted weight has W as an array, or as a `Base`, which stores it otherwise.
 
-This file alone asks which of the two it has. All others see a base through its shape and dtype and
-through the functions below. A base that is no array (codes and scales, say) is one leaf of a tree:
-`lorafy` puts factors beside it as beside an array, `adapt` runs functions on it, and what it stands
-for is formed where it is used, never kept for the backward pass.
+Only this file looks inside a base. Others use its shape, its dtype and the functions below. A base
+that is no array (codes and scales, say) is one leaf of a tree: `lorafy` puts factors beside it as
+beside an array, and `adapt` forms W from it where a function uses it, and never keeps W for the
+backward pass.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ import jax
 
 from lora_jax.parts import STATIC, Axes
 
-# move(array, axes) returns the array after a move; axes: the weight's axis for each of its axes.
+# move(array, axes) returns the moved array; the array's axis i holds the weight's axis axes[i].
 Move = Callable[[Any, Axes], Any]
 
 
 class Base(Protocol):
-    """A weight that is stored otherwise than as an array.
+    """A weight that is not stored as an array.
 
     An implementation is a pytree (`jax.tree_util.register_dataclass`), whose leaves are its arrays.
     Each has as many axes as W, in W's order; its shape follows from them, since moves change it.
@@ -44,25 +44,25 @@ class Base(Protocol):
 
         Args:
           move: called with an array and, for each of its axes, the axis of W that it holds, or -1
-            where it holds that in another size (one scale for all, one for a block).
-          touched: the axes of W that the move changes, which every array must hold in full. An
-            array that is the same all along such an axis is stretched for it.
+            where the array's axis is shorter than W's (one scale for all, one for a block).
+          touched: the axes of W that the move changes. Every array must hold these in full: stretch
+            an array that is constant along one of them.
 
         Returns:
-          The base; None if an array cannot be moved so, and W has to be formed.
+          The base; None if an array cannot be moved like this, so that W has to be formed.
         """
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _View:
-    """A base after operations that re-arranged or cast it: they are repeated on what it forms.
+    """A base after operations that re-arranged or cast it; `as_array` repeats them on W.
 
     Attributes:
       source: the base before them.
       moves: each a primitive with its parameters.
       dtype: of the result.
-      rearranged: the shape of the result; None where all moves go element by element.
+      rearranged: the shape of the result; None where all moves are element-wise.
     """
 
     source: Any
@@ -88,7 +88,7 @@ class _View:
 
 
 def is_base(value: Any) -> bool:
-    """Returns whether a value stands for a weight and is no array."""
+    """Returns whether a value is a `Base` rather than an array."""
     kind = type(value)
     return hasattr(kind, "as_array") and hasattr(kind, "along")
 
@@ -99,7 +99,7 @@ def as_array(base: Any) -> Any:
 
 
 def stand_in(base: Any) -> Any:
-    """Returns what a function is traced with in the place of W."""
+    """Returns the array, or the shape, that a function is traced with in place of W."""
     return jax.eval_shape(as_array, base) if is_base(base) else base
 
 
@@ -111,7 +111,7 @@ def is_abstract(base: Any) -> bool:
 def product(fn: Callable[..., Any], base: Any, *operands: Any) -> Any:
     """Returns ``fn(W, *operands)``: a product with W, in either orientation.
 
-    Of a base that is no array, the backward pass forms W again rather than keep it.
+    Where the base is no array, the backward pass forms W again rather than keep it.
     """
     if not is_base(base):
         return fn(base, *operands)
@@ -119,9 +119,10 @@ def product(fn: Callable[..., Any], base: Any, *operands: Any) -> Any:
 
 
 def rearranged(base: Any, primitive: Any, params: dict[str, Any], out: Any) -> Any:
-    """Returns the base after an equation whose one operand it is.
+    """Returns the base after an equation whose only operand it is.
 
     Args:
+      base: the operand.
       primitive, params: the equation's.
       out: its output's type.
     """
@@ -139,7 +140,7 @@ def rearranged(base: Any, primitive: Any, params: dict[str, Any], out: Any) -> A
 
 
 def along(base: Any, move: Move, touched: Sequence[int] = ()) -> Any:
-    """Returns the base after a move of each of the axes `touched` on its own; see `Base.along`."""
+    """Returns the base after a move of the axes `touched`, each by itself; see `Base.along`."""
     if is_base(base):
         moved = base.along(move, frozenset(touched))
         if moved is not None:
@@ -149,7 +150,7 @@ def along(base: Any, move: Move, touched: Sequence[int] = ()) -> Any:
 
 
 def movable(base: Any) -> Any:
-    """Returns a base whose arrays `along` can place, formed as an array where need be."""
+    """Returns the base if `along` can move its arrays, else W as an array."""
     if is_base(base) and base.along(lambda array, _: array, frozenset()) is None:
         return as_array(base)
     return base

@@ -18,7 +18,7 @@ from lora_jax.weight import LoraWeight, Node, Trained, TrainedRows
 
 
 def node_of(leaf: Any, path: str, choice: Choice, key: jax.Array) -> Node:
-    """Returns the node for a leaf; of `jax.ShapeDtypeStruct`\\ s where the leaf is of those.
+    """Returns the node for a leaf; its arrays are `jax.ShapeDtypeStruct`\\ s where the leaf's are.
 
     Args:
       leaf: an array, or a `lora_jax.base.Base`.
@@ -34,7 +34,7 @@ def node_of(leaf: Any, path: str, choice: Choice, key: jax.Array) -> Node:
 
 
 def _trained(leaf: Any, path: str, choice: InFull, key: jax.Array) -> Node:
-    """Returns a copy of what trains, so that donating it spares the leaf."""
+    """Returns the node with a copy of what trains, so that donating it spares the leaf."""
     array = as_array(leaf)
     if choice.rows is None:
         return Trained(jnp.array(array, copy=True))

@@ -43,12 +43,14 @@ def save_adapter(
 ) -> None:
     """Writes the adapter of an adapted tree to `folder`, which appears whole or not at all.
 
+    With several processes, all of them have to call it.
+
     Args:
       folder: created; its parents too.
       params: an adapted tree; of its base only a fingerprint is written.
       about: facts to keep beside the adapter, of JSON's types, such as {"model": name, "revision":
         commit}; `adapter_info` reads them.
-      overwrite: replace an adapter that is there. Without it, an existing folder is an error.
+      overwrite: replace the folder, whatever is in it. Without it, an existing folder is an error.
 
     Raises:
       AdapterError: the folder exists, or the tree is not adapted.
@@ -92,6 +94,9 @@ def save_adapter(
 def adapter_info(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the facts that `save_adapter` was told `about` the adapter in a folder.
 
+    Args:
+      folder: an adapter folder.
+
     Raises:
       AdapterError: the folder is missing, damaged, or of another format.
 
@@ -119,7 +124,7 @@ def load_adapter(
       extras: the parts of your own that the adapter was trained with; see `lora_jax.LoraRule`.
 
     Raises:
-      AdapterError: the folder is missing, damaged or of a later format; the tree lacks a weight or
+      AdapterError: the folder is missing, damaged or of another format; the tree lacks a weight or
         has it in another shape; or the base has another fingerprint.
 
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
@@ -155,7 +160,7 @@ def load_adapter(
 
 
 def _orbax() -> Any:
-    """Returns Orbax, which takes half as long to import as JAX: only those who need it pay."""
+    """Returns Orbax. Its import takes half as long as JAX's, so it waits until it is needed."""
     import orbax.checkpoint
 
     return orbax.checkpoint
@@ -179,7 +184,7 @@ def _settings(weight: LoraWeight) -> dict[str, Any]:
 
 
 def _arrays(path: str, node: Node) -> dict[str, Any]:
-    """Returns the arrays of a node as they are filed."""
+    """Returns the arrays of a node as the file holds them."""
     if not node.is_on:
         raise AdapterError(
             f"{path!r} has no adapter in this half of the tree: join(adapter, base) first"
@@ -234,11 +239,11 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise AdapterError(f"{file} is damaged: {error}") from None
     if not isinstance(metadata, dict) or not _FIELDS <= set(metadata):
-        raise AdapterError(f"{file} is damaged: it lacks what describes the adapter")
+        raise AdapterError(f"{file} is damaged: it lacks some of the fields {sorted(_FIELDS)}")
     if metadata["format"] != FORMAT:
         raise AdapterError(
             f"{folder} has the format {metadata['format']}, and this version reads {FORMAT}: "
-            "update lora_jax"
+            "use a version of lora_jax that reads it"
         )
     return metadata
 

@@ -1,11 +1,11 @@
-"""Lets `jax.export` write and read functions of adapted trees: how the nodes' static data is filed.
+"""Lets `jax.export` write and read functions of adapted trees, by writing the nodes' static data.
 
     exported = jax.export.export(jax.jit(lora_jax.adapt(fn)))(params, x)
     file.write_bytes(exported.serialize())         # needs the package flatbuffers, as in JAX
     jax.export.deserialize(file.read_bytes()).call(params, x)
 
-Importing `lora_jax` is enough for both. A base that is no array (`lora_jax.base.Base`) is a type of
-its author's, who registers it likewise.
+Importing `lora_jax` is enough for both. Whoever writes a `lora_jax.base.Base` registers its type in
+the same way.
 """
 
 import dataclasses

@@ -30,18 +30,18 @@ class _ForMessages(str):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factored:
-    """(W + s·AB)·diag(g), unformed. The axes of `base` come in any order, in the roles of `labels`.
+    """(W + s·AB)·diag(g), unformed. The axes of `base` come in any order; `labels` has their roles.
 
     Attributes:
       base: W; see `lora_jax.base`.
       parts: the arrays beside it by name, laid out as `lora_jax.parts.AXES` says: a, b, scale, and
-        where there are, key (typed PRNG keys, which turn dropout on), gain and shift. Without any,
-        the weight is W alone.
+        perhaps key (typed PRNG keys, which turn dropout on), gain and shift. Without any, the
+        weight is W alone.
       labels: the role of each axis of `base`.
       dropout: probability of zeroing an element of A's input.
       path: of the weight, for messages.
-      uses: "all", or where a tied table is adapted: "lookup", "product", or "each", which has the
-        factors of look-ups in the first half of the rank, and those of products in the second.
+      uses: the uses that see the adapter: "all"; of a tied table also "lookup", "product", or
+        "each": look-ups see the first half of the rank, products the second.
     """
 
     base: Any

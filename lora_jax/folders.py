@@ -5,12 +5,12 @@ from pathlib import Path
 
 
 def partial_of(folder: Path) -> Path:
-    """Returns the path that a folder is written to before it stands: hidden, beside it."""
+    """Returns the path that a folder is written to before it is renamed: hidden, beside it."""
     return folder.with_name(f".{folder.name}.partial")
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
-    """Renames `partial` to `folder`; what was there goes only once the new one stands."""
+    """Renames `partial` to `folder`; deletes what was there once the new one is in place."""
     if not folder.exists():
         partial.rename(folder)
         return

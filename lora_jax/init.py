@@ -1,7 +1,8 @@
 """Initialisers of A and B: functions of a key, a kernel's sizes and its base.
 
-An initialiser is called once for each adapted weight and draws the factors of its whole stack.
-Batch axes (layers, experts) get independent draws and never count as fan-in.
+An initialiser draws the factors of a weight's whole stack in one call; where the layers of a stack
+differ in rank, it is called for each layer. Batch axes (layers, experts) get independent draws and
+never count as fan-in.
 
 `pissa` and `olora` take the factors that training starts from out of the base: the weight then
 stands for W + s·(AB − A₀B₀). (A₀, B₀) are kept beside A and B, frozen, so that W itself stays what
@@ -49,17 +50,25 @@ Factors = tuple[jax.Array, jax.Array]
 
 
 class Initialiser(Protocol):
-    """Draws (A, B) of shapes `shape.a` and `shape.b` in `dtype`.
+    """Draws (A, B), of the shapes `shape.a` and `shape.b`.
+
+    Args:
+      key: a PRNG key.
+      shape: the sizes of the factors.
+      dtype: of both.
 
     One that is marked with `from_base` gets two more arguments by name: `kernel`, W as
-    [batch…, in, out] in fp32, and `scale`, s as [batch…].
+    [batch…, in, out] in fp32 (or wider), and `scale`, s as [batch…].
     """
 
     def __call__(self, key: jax.Array, shape: FactorShape, dtype: Any) -> Factors: ...
 
 
 def from_base(init: Callable[..., Factors]) -> Any:
-    """Marks an initialiser that makes the factors of W, and so takes s·AB out of W.
+    """Marks an initialiser that computes the factors from W: the weight is then W + s·(AB − A₀B₀).
+
+    Args:
+      init: see `Initialiser`; it gets `kernel` and `scale`.
 
     >>> @lj.init.from_base
     ... def first_rows(key, shape, dtype, *, kernel, scale):
@@ -109,7 +118,7 @@ def gaussian(key: jax.Array, shape: FactorShape, dtype: Any) -> Factors:
 
 
 def orthogonal(key: jax.Array, shape: FactorShape, dtype: Any) -> Factors:
-    """Draws A and B from alternate rows of one random orthogonal matrix, so that AB = 0.
+    """Draws A in the span of the even rows of an orthogonal matrix, B of the odd ones: AB = 0.
 
     PEFT's ``init_lora_weights="orthogonal"``: neither factor starts at zero.
 

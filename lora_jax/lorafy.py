@@ -28,8 +28,8 @@ def lorafy(
 ) -> Tree:
     """Returns `params` with each selected kernel as a `LoraWeight`, each trained leaf as `Trained`.
 
-    Pure: containers stay what they are, and every other leaf is the same object. A `LoraWeight`
-    holds the kernel itself; a `Trained` (or of some rows, a `TrainedRows`) holds a copy of what
+    Pure: containers keep their types, and every other leaf is the same object. A `LoraWeight` holds
+    the kernel itself; a `Trained` (`TrainedRows` where only some rows train) holds a copy of what
     trains, so that donating it spares `params`.
 
     Args:
@@ -38,18 +38,19 @@ def lorafy(
       key: a PRNG key, `jax.random.key(0)` by default. Each weight's draws depend on it and on the
         weight's path only, so that adapting one more weight changes no other.
       trace: ``(fn, *args)``, as `fn` is called, `params` among the arguments (arrays may be
-        `jax.ShapeDtypeStruct`\\ s): the axis roles of each kernel are read from what `fn` does
-        with it, in the place of Flax's convention, and "all-linear" takes each array that it
-        multiplies by, but for embeddings and heads by their names: no table that is looked up, no
-        gain, nothing that is added to an activation. A rule's own in_axes and out_axes come first.
-        Give keyword arguments by a lambda or `functools.partial`.
-      kinds: by path, the part of the model that a leaf belongs to ("attention", "mlp", "experts",
-        "head", …), which presets of targets select by: ``lora_jax.models.kinds(model.config)``.
+        `jax.ShapeDtypeStruct`\\ s). The axis roles of each kernel are then read from what `fn`
+        does with it rather than from Flax's convention, and "all-linear" selects each array that
+        `fn` multiplies by: no table that is looked up, no gain, nothing that is added to an
+        activation, and no embedding or head by its name. A rule's own in_axes and out_axes come
+        first. Bind keyword arguments with a lambda or `functools.partial`.
+      kinds: the part of the model that each leaf belongs to ("attention", "mlp", "experts",
+        "head", …), by path; presets of targets select by it. For a model of `lora_jax.models`,
+        ``lora_jax.models.kinds(model.config)``.
 
     Raises:
       ValueError: a rule selects nothing, a kernel's axis roles are unknown, or the tree is adapted
         already.
-      TypeError: a rule is no rule, or `trace` no function with its arguments.
+      TypeError: a rule is no rule, or `trace` is no tuple of a function and its arguments.
 
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
     >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
@@ -119,6 +120,9 @@ def _is_parts(parts: Any) -> bool:
 def split(params: Tree) -> tuple[Adapter, Tree]:
     """Returns the two halves of an adapted tree, (adapter, base); `join` is the exact inverse.
 
+    Args:
+      params: an adapted tree.
+
     Returns:
       adapter: a flat dict ``{path: {"a": …, "b": …}}`` (or ``{"value": …}``; with DoRA "magnitude",
         with a bias on B "bias" as well) of plain arrays, which trains.
@@ -170,9 +174,12 @@ def join(adapter: Mapping[str, Mapping[str, Any]], base: Tree) -> Tree:
 
 
 def strip(params: Tree) -> Tree:
-    """Returns the tree before `lorafy`: its very leaves.
+    """Returns the tree before `lorafy`, with the very same leaves.
 
-    (For a leaf that trains in full, its value now: no copy of the earlier one is kept.)
+    A leaf that trains in full has its present value: no copy of the earlier one is kept.
+
+    Args:
+      params: an adapted tree.
 
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
     >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
@@ -187,6 +194,9 @@ def merge(params: Tree) -> Tree:
 
     Each sum is taken in fp32 (or wider) and rounded once to W's dtype. A bias on B is added to the
     bias that stands beside the kernel.
+
+    Args:
+      params: an adapted tree.
 
     Raises:
       ValueError: a weight is adapted for one of its uses only, or has a bias on B and beside it no
@@ -232,12 +242,12 @@ def _merged(leaf: Any) -> Any:
 def swap(params: Tree, other: Tree) -> Tree:
     """Returns `params` with the adapter of another adapted tree: factors, scale, trained values.
 
-    Where the two have the same ranks, a function compiled for `params` runs on the result without
-    compiling again, whatever the alphas.
+    Where the two have the same ranks and variants, a function compiled for `params` runs on the
+    result without compiling again, whatever the alphas.
 
     Args:
-      params: an adapted tree; its frozen leaves are kept.
-      other: an adapted tree of the same structure; its frozen leaves are not looked at.
+      params: an adapted tree; its frozen leaves and its dropout are kept.
+      other: an adapted tree of the same structure; the values of its frozen leaves do not matter.
 
     Raises:
       ValueError: the trees do not adapt the same weights in the same way.
@@ -288,6 +298,9 @@ def trainable_mask(params: Tree) -> Tree:
 
     For an optimiser of the whole tree; see `lora_jax.optim.freeze_base`.
 
+    Args:
+      params: an adapted tree.
+
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
     >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
     >>> mask = lj.trainable_mask(tree)
@@ -303,6 +316,9 @@ def trainable_mask(params: Tree) -> Tree:
 
 def count_params(params: Tree) -> tuple[int, int]:
     """Returns the numbers (trained, all) of a tree's parameters, without padding and scales.
+
+    Args:
+      params: a tree, adapted or plain; `jax.ShapeDtypeStruct` leaves will do.
 
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
     >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
@@ -320,7 +336,8 @@ def count_params(params: Tree) -> tuple[int, int]:
 def summary(params: Tree) -> str:
     """Returns the line that PEFT's ``print_trainable_parameters`` prints, for an adapted tree.
 
-    ``trainable params: 4,194,304 || all params: 6,742,609,920 || trainable%: 0.0622``
+    Args:
+      params: as in `count_params`.
 
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
     >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])

@@ -33,10 +33,11 @@ def column_norms(
     """Returns ‖W + s·AB‖ over the in axes, fp32 (or wider), [batch…, out…].
 
     Args:
-      base: W, its axes in any order; `labels` are their roles.
+      base: W, its axes in any order.
       a: [batch…, r, in…].
       b: [batch…, r, out…].
       scale: [batch…].
+      labels: the role of each axis of W.
     """
     stack, rows, columns = (layout((role,), labels) for role in ("batch", "in", "out"))
     dtype, n = wide(base.dtype), len(stack)
@@ -59,7 +60,7 @@ def column_norms(
 
 
 def _in_parts(a: jax.Array, dtype: Any) -> list[jax.Array]:
-    """Returns A as a sum of arrays of W's dtype: a half-precision W is multiplied as it is."""
+    """Returns arrays of W's dtype whose sum is A, so that W need not be cast for the product."""
     if jnp.dtype(dtype).itemsize >= a.dtype.itemsize:
         return [a]
     high = a.astype(dtype)
@@ -70,8 +71,8 @@ def _in_parts(a: jax.Array, dtype: Any) -> list[jax.Array]:
 def rescaled(u: jax.Array, gain: jax.Array) -> jax.Array:
     """Returns u·gain, multiplied in the wider of their dtypes and rounded to u's; they broadcast.
 
-    Its derivative with respect to the gain is written with the result in the place of u: the
-    result is what the next operation keeps, so that often nothing more is kept for the gain.
+    Its derivative with respect to the gain is written with the result instead of u. The next
+    operation mostly keeps the result anyway, so that nothing more is kept for the gain.
     """
     dtype = jnp.promote_types(u.dtype, gain.dtype)
     return (u.astype(dtype) * gain.astype(dtype)).astype(u.dtype)

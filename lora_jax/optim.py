@@ -1,7 +1,7 @@
 """Optax parts for adapted trees: freezing the base, rates for A and B, and rules of thumb.
 
-All take either an adapter (`lora_jax.split`'s first half) or a whole adapted tree, and chain with
-any optimiser:
+`freeze_base` is for those who optimise the whole adapted tree. The other transforms take updates of
+an adapter (the first half of `lora_jax.split`) or of a whole tree, and chain with any optimiser:
 
     optax.chain(optax.adamw(2e-4), lora_plus(ratio=16))
 """
@@ -23,13 +23,13 @@ from lora_jax.weight import LoraWeight
 def freeze_base(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns `optimizer` for a whole adapted tree: it moves a, b and trained leaves, nothing else.
 
-    The frozen arrays get updates of zero (weight decay included) and no optimiser state. For
-    those who differentiate the whole tree; to differentiate the adapter alone
-    (`lora_jax.split`) costs less, since no gradient of the base is asked for.
+    The frozen arrays get updates of zero (weight decay included) and no optimiser state. It is for
+    gradients of the whole tree. Differentiating the adapter alone (`lora_jax.split`) costs less,
+    since no gradient of the base is computed, and needs no `freeze_base`.
     (`optax.masked` alone would pass the base's gradients through as updates.)
 
     Args:
-      optimizer: of the arrays that train.
+      optimizer: the optimiser of the arrays that train.
 
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
     >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])
@@ -51,8 +51,8 @@ def scale_factors(
 ) -> optax.GradientTransformation:
     """Multiplies the updates of A by `a` and the updates of B by `b`: learning rates of their own.
 
-    Chained after an optimiser, weight decay included: ``lr·a`` for A, ``lr·b`` for B, `lr` for all
-    else that trains.
+    Chain it after an optimiser with its weight decay: A then learns at ``lr·a``, B at ``lr·b``, and
+    all else that trains at `lr`.
 
     Args:
       a, b: the factors.
@@ -91,7 +91,7 @@ def lora_plus(ratio: float = 16.0, *, embedding: float | None = None) -> Any:
     >>> optimizer = optax.chain(optax.adamw(2e-4), lj.optim.lora_plus(16.0))
     """
     if not (math.isfinite(ratio) and ratio > 0):
-        raise ValueError(f"ratio={ratio!r}: B's learning rate over A's, a positive number")
+        raise ValueError(f"ratio={ratio!r}: B's learning rate over A's is a positive number")
     return scale_factors(b=ratio, embedding=embedding)
 
 
@@ -99,7 +99,7 @@ class ProjectionState(NamedTuple):
     """The state of `project_b`.
 
     Attributes:
-      inverse: by path of each weight (AᵀA + δI)⁺ / s², [batch…, r, r]: A is frozen, so it stays.
+      inverse: (AᵀA + δI)⁺ / s² of each weight, by path, [batch…, r, r]; constant, as A is frozen.
     """
 
     inverse: dict[str, jax.Array]
@@ -108,9 +108,10 @@ class ProjectionState(NamedTuple):
 def project_b(params: Any, *, damping: float = 1e-8) -> optax.GradientTransformation:
     """Projects the gradient of B as LoRA-FA does: g ← (AᵀA + δI)⁺ g / s².
 
-    Chained before an optimiser. B's step then changes W as nearly as it can as full fine-tuning
-    would, A being fixed (Zhang et al., arXiv 2308.03303; PEFT's ``create_lorafa_optimizer``). For
-    weights with ``freeze_a=True``; a weight whose A trains is left alone.
+    Chain it before an optimiser. With A fixed, B's step then changes W as closely as possible to
+    a step of full fine-tuning (Zhang et al., arXiv 2308.03303; PEFT's
+    ``create_lorafa_optimizer``). It is for weights with ``freeze_a=True``, and leaves a weight
+    whose A trains alone.
 
     Args:
       params: the adapted tree: A and s are read from it once.
@@ -178,7 +179,7 @@ def learning_rate(
       full: full fine-tuning's rate, without the factor.
 
     Raises:
-      ValueError: another family, or a size or a number of steps below 1.
+      ValueError: the family is unknown, or a size or a number of steps is below 1.
 
     >>> round(lj.optim.learning_rate(2048, family="llama"), 6)
     0.000491
@@ -193,9 +194,9 @@ def learning_rate(
 
 
 def expert_rank(rank: int, active: int) -> int:
-    """Returns the rank of an expert's adapter, so that a token meets as many columns as if dense.
+    """Returns the rank for each expert at which a token's experts add up to `rank`, at least 1.
 
-    `rank` divided by the number of experts that are active for a token, at least 1 (*LoRA Without
+    It is `rank` divided by the number of experts that are active for a token (*LoRA Without
     Regret*): ``LoraRule(targets=["experts"], rank=expert_rank(16, active=8))``.
 
     Args:

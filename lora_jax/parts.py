@@ -14,7 +14,7 @@ from lora_jax.axes import Label
 Role = Label | Literal["rank"]
 Axes = tuple[int, ...]
 STATIC = {"static": True}  # metadata of a dataclass's field that is no child of the pytree
-RANK = -1  # in the place of a weight's axis: the axis of an array that the weight lacks
+RANK = -1  # in a layout, the entry for the rank, which is no axis of the weight
 
 # Batch axes come first, in the order that the weight has them in, then the rank, then the in axes
 # or the out axes. A is stored transposed: see `lora_jax.product`.
@@ -28,7 +28,7 @@ AXES: dict[str, tuple[Role, ...]] = {
     "gain": ("batch", "out"),
     "shift": ("batch", "out"),
 }
-# What an array holds for a weight that lacks it, where weights are joined; of others, zeros.
+# Where weights are joined, the value of a part that one of them lacks; 0 for parts not named here.
 NEUTRAL = {"gain": 1.0}
 
 

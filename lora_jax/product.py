@@ -17,9 +17,9 @@ and backward to A and B): this order is the fastest of the four, and the order o
 below is what keeps the backward pass from copying whole activations into another layout before
 each skinny product: z = xA, which is small, is flattened to two dimensions, so that the
 derivative of B contracts one axis rather than several; x itself keeps its shape, and its
-residual is shared by all products that read it. (On a mesh that is set, z keeps its shape: its
-axes may lie apart.) Everything is plain `dot_general`, so
-forward mode, reverse mode and their compositions work as JAX derives them.
+residual is shared by all products that read it. (Where `jax.set_mesh` has set a mesh, z keeps its
+shape: several of its axes may be sharded.) Everything is plain `dot_general`, so forward mode,
+reverse mode and their compositions work as JAX derives them.
 """
 
 import functools
@@ -97,9 +97,9 @@ def _with_a_gain_each(
     weight_first: bool,
     params: dict[str, Any],
 ) -> jax.Array:
-    """Returns the mirror image of a stack that comes out: each of its weights has its own gain.
+    """Returns the mirror image where batch axes are free, so that each weight has its own gain.
 
-    x is copied for each, times that gain, and the stack is batched; then its axes are put back.
+    Copies x for each weight, times its gain, batches the stack, and puts the axes back in order.
     """
     free = tuple(axis for axis in weight.axes("batch") if axis not in batch[1])
     xs = lax.expand_dims(x, range(x.ndim, x.ndim + len(free)))
@@ -125,10 +125,10 @@ def combined(
     *,
     for_factors: Any = None,
 ) -> jax.Array:
-    """Returns the product of x with all of a weight: the ending that every product has.
+    """Returns the product of x with a whole weight; every kind of product ends here.
 
     Args:
-      x: what is multiplied.
+      x: the activation.
       weight: seen by its in axes, so that gain and shift stand over what comes out.
       with_base: x ↦ xW.
       with_factors: (x, the weight, xW) ↦ s·(xA)B in the shape and dtype of xW.
@@ -145,7 +145,7 @@ def combined(
 
     if weight.gain is None:
         result = taken(again, weight, with_base(x))
-    elif is_dropped(weight):  # PEFT's: what is dropped is the change that the adapter makes
+    elif is_dropped(weight):  # as in PEFT: dropout acts on the adapter's change alone
         whole, seen = with_base(x), with_base(dropped(x, weight))
         result = whole - seen + rescaled(taken(again, weight, seen), placed(weight.gain))
     elif _is_narrow(weight):
@@ -158,9 +158,9 @@ def combined(
 
 
 def _is_narrow(weight: Factored) -> bool:
-    """Returns whether a product costs less to take again than its result to keep, for the gain.
+    """Returns whether, for the gain, a product is cheaper to recompute than its result to keep.
 
-    So it is with keys and values of grouped queries, a third as wide as what they are made from.
+    That holds for the keys and values of grouped-query attention, which are narrow.
     """
     return 3 * math.prod(weight.sizes("out")) <= math.prod(weight.sizes("in"))
 
@@ -197,7 +197,7 @@ def _delta(
     dtype: Any,
     params: dict[str, Any],
 ) -> jax.Array:
-    """Returns s·(xA)B, but for the shape: the axes of x that are free may be flattened to one."""
+    """Returns s·(xA)B in another shape: the free axes of x may be flattened to one."""
     (x_contract, w_contract), (x_batch, w_batch) = contract, batch
     near, far, near_axes, far_axes = weight.a, weight.b, weight.axes("in"), weight.axes("out")
     if set(w_contract) != set(near_axes):
@@ -273,7 +273,7 @@ def is_sharded(x: jax.Array) -> bool:
 
 
 def is_on_mesh() -> bool:
-    """Returns whether several devices are set (`jax.set_mesh`): axes of x may be apart on them."""
+    """Returns whether `jax.set_mesh` has set a mesh of several devices, which x may lie on."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
 

@@ -32,10 +32,10 @@ class Known:
     """Facts about the leaves, by path.
 
     Attributes:
-      roles: what a function was seen to do with a leaf, or why that tells no axis roles; None: the
-        names of leaves tell them.
-      kinds: the part of the model that a leaf belongs to, which presets select by; None: presets
-        but "all-linear", which goes by names then, cannot be used.
+      roles: what a function was seen to do with a leaf, or why that tells no axis roles. None: axis
+        roles follow from the names of leaves.
+      kinds: the part of the model that a leaf belongs to; presets select by it. None: "all-linear"
+        goes by names, and no other preset can be used.
     """
 
     roles: Mapping[str, Seen | str] | None = None
@@ -97,7 +97,7 @@ def resolve(
     Args:
       leaves: of the tree, with their paths.
       rules: in the order in which they apply.
-      known: what is known of the leaves beside their names.
+      known: facts about the leaves beyond their names.
 
     Raises:
       ValueError: a rule selects nothing (the message names it and the nearest paths), the roles of
@@ -140,7 +140,7 @@ def resolve(
 
 
 def _train(rule: TrainRule, path: str, leaf: Any) -> InFull | None:
-    """Returns the decision for a leaf that a rule selects; None where it has none of the layers."""
+    """Returns the decision for a leaf that a rule selects; None if it is in none of its layers."""
     is_table = rule.rows is not None
     indices = rule.rows if is_table else rule.layers
     if indices is None:
@@ -158,7 +158,9 @@ def _train(rule: TrainRule, path: str, leaf: Any) -> InFull | None:
 
 def _check_indices(rule: Rule, what: str, indices: Sequence[int], path: str, n: int) -> None:
     if wrong := [index for index in indices if index >= n]:
-        raise ValueError(f"{rule}: {what} {wrong[0]} of {path!r}, which has {n}")
+        raise ValueError(
+            f"{rule} asks for {what} {wrong[0]} of {path!r}, which has {n}, counted from 0"
+        )
 
 
 def _biases(paths: Container[str], resolved: Mapping[str, Choice]) -> dict[str, Choice]:
@@ -219,7 +221,7 @@ def _adapt(
     return Adapted(roles, tuple(None if i is None else rules[i] for i in layers)), used
 
 
-# Fields that may differ between the layers of one stack, with a value in the place of theirs.
+# Fields that may differ between the layers of one stack, with values that replace theirs.
 _MAY_DIFFER: dict[str, Any] = dict(targets=".*", exclude=(), layers=None, rank=2, alpha=None)
 
 
@@ -271,11 +273,11 @@ def _is_matrix(leaf: Any) -> bool:
 
 
 def _is_side_leaf(rule: LoraRule, path: str, tree: Mapping[str, Any], known: Known) -> bool:
-    """Returns whether a leaf goes for one that a module owns beside its kernel, by its name.
+    """Returns whether the name of a leaf says that it is a bias or a part of a norm.
 
-    It does not where it was seen to be a kernel, nor where the rule says the roles of its axes and
-    calls it by its name, or nothing about it looks like a bias: no axis is a batch axis, none has
-    size one, and no leaf of its module has more axes.
+    The name does not count where the leaf was seen to be a kernel. Nor does it where the rule gives
+    axis roles and either names the leaf, or nothing about it looks like a bias: no axis is a batch
+    axis, none has size one, and no leaf of its module has more axes.
     """
     parent, name = path.removesuffix(leaf_name(path)), leaf_name(path)
     if name not in _SIDE_LEAVES:
@@ -362,8 +364,9 @@ def _why_side_leaf(path: str, known: Known) -> str:
         seen = known.roles.get(path, _NO_ARGUMENT)
         look = f"since trace shows none: {seen if isinstance(seen, str) else seen.unlike}"
     return (
-        f"{path!r} goes for a bias or a part of a norm by its name, so for no kernel; a TrainRule "
-        "trains such a leaf in full. If it is a kernel, say its axes in a rule that names it, "
+        f"{path!r} is taken for a bias or a part of a norm, by its name, so for no kernel; a "
+        "TrainRule trains such a leaf in full. If it is a kernel, give its axes in a rule that "
+        "names it, "
         f"LoraRule(targets=[{leaf_name(path)!r}], in_axes=…, out_axes=…), {look}"
     )
 

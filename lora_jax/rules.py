@@ -43,8 +43,8 @@ class LoraRule:
         ``model/layers/q_proj/kernel``, and never a bias or a norm); or a string, which
         `re.fullmatch`\\ es the whole ``/``-joined path of the leaf; or a preset, alone or among the
         names: ``"all-linear"``, every kernel but embeddings and the output head (experts and their
-        routers are kernels, too; `lorafy`'s `trace` finds kernels of any name), ``"attention"``,
-        ``"mlp"`` or ``"experts"``. Presets but the first need `lorafy`'s `kinds`.
+        routers are kernels, too; `lorafy`'s `trace` finds kernels of any name); ``"attention"``,
+        ``"mlp"`` or ``"experts"``, which need `lorafy`'s `kinds`.
       exclude: paths that are left alone, in either of the first two forms.
       layers: indices of the layers to adapt; the first batch axis of a stacked kernel, or the
         first numbered segment of the path. None: all.
@@ -61,14 +61,14 @@ class LoraRule:
       bias_on_b: train a bias on B as well: xW + s·((xA)B + c) (PEFT's ``lora_bias``).
       train_bias: train in full the bias that stands beside each selected kernel (PEFT's
         ``bias="lora_only"``).
-      uses: of a table that is both looked up and, tied, multiplied by: adapt one of the two uses
-        only ("lookup" or "product"), or each of them by an adapter of its own of this rank
-        ("each"), as PEFT does. Such a weight cannot be merged.
+      uses: for an embedding that is also the output head (tied): "lookup" or "product" adapts one
+        of the two uses only, "each" gives each its own adapter of this rank, as PEFT does. Such a
+        weight cannot be merged. "all": both uses see one adapter.
       dtype: of A and B. They are cast to the activation's dtype where they are used.
       in_axes, out_axes: the kernel's axis roles, where they are not Flax's (last axis out, the one
-        before it in, the rest batch). Both or neither. A leaf with the name of a bias or a norm's
-        (``b``, ``scale``, …) is left alone but where a rule of its name gives them, or `lorafy`'s
-        `trace` shows a kernel.
+        before it in, the rest batch). Both or neither. A leaf named like a bias or a part of a norm
+        (``b``, ``scale``, …) is left alone, unless a rule that names it gives them, or `lorafy`'s
+        `trace` shows that it is a kernel.
 
     Raises:
       ValueError: on construction, where a field makes no sense.
@@ -154,7 +154,7 @@ class TrainRule:
         each a run of whole path segments (``["lm_head"]``, ``["bias"]``).
       exclude: paths that are left alone.
       rows: train these rows only, of tables such as an embedding: the tokens' indices along the
-        first axis. A look-up and a tied head see them; the table is neither copied nor
+        first axis. Look-ups and a tied head both use them; the table is neither copied nor
         differentiated (PEFT's ``trainable_token_indices``).
       layers: train these layers only: indices along the first axis of a stacked leaf, or the first
         numbered segment of the path.

@@ -1,4 +1,4 @@
-"""Shardings of an adapted tree on a mesh: the base by a table, the adapter as its base lies.
+"""Shardings of an adapted tree on a mesh: the base by a table, the adapter like its base.
 
 A table has a line for each kind of leaf: a regular expression for its whole path, and a
 PartitionSpec for its *last* axes, so that one line serves a layer and a stack of layers:
@@ -9,13 +9,13 @@ PartitionSpec for its *last* axes, so that one line serves a layer and a stack o
     ]
     params = lora_jax.sharding.place(params, table, mesh)
 
-The first line that matches counts; a leaf without one is replicated. A lies as the in axes of its
-kernel, B as the out axes, and the rank is replicated: each device then has the factors of the
-parts of W that it has, and no product needs more of them.
+The first line that matches counts; a leaf without one is replicated. A is sharded like the in axes
+of its kernel, B like the out axes, and the rank is replicated: each device then has the factors
+for its part of W, and no product needs more of them.
 
-Where activations lie on the mesh by more than one of their axes (the batch and the sequence), trace
-the step under ``jax.set_mesh(mesh)``: products with the factors then keep those axes apart, and
-nothing moves for them.
+Where activations are sharded along several axes (the batch and the sequence), trace the step under
+``jax.set_mesh(mesh)``: products with the factors then do not flatten those axes into one, which
+would move data between devices.
 """
 
 import math
@@ -70,7 +70,9 @@ def shardings(params: Tree, table: Table, mesh: Mesh) -> Tree:
 
 
 def place(params: Tree, table: Table, mesh: Mesh) -> Tree:
-    """Returns the tree on the mesh, each array laid out as `shardings` says.
+    """Returns the tree on the mesh, each array with the sharding that `shardings` returns.
+
+    Args and errors are those of `shardings`.
 
     >>> from jax.sharding import PartitionSpec as P
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
@@ -100,7 +102,7 @@ def sharding_of(path: str, shape: Sequence[int], table: Table, mesh: Mesh) -> Na
 
 
 def _axes_of(path: str, shape: Sequence[int], table: Table) -> _Axes:
-    """Returns the table's entry for each axis; the leading axes, a stack's, are whole."""
+    """Returns the table's entry for each axis; None for the leading axes of a stack."""
     pattern, spec = next((line for line in table if re.fullmatch(line[0], path)), ("", ()))
     if len(spec) > len(shape):
         raise ValueError(f"{path} {list(shape)} has fewer axes than {spec} ({pattern!r})")
@@ -138,7 +140,7 @@ def fitted(axes: _Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
 
 
 def _of_node(path: str, node: Node, table: Table, mesh: Mesh) -> Node:
-    """Returns a node with shardings in the place of its arrays."""
+    """Returns a node with shardings in place of its arrays."""
     axes = _axes_of(path, node.shape, table)
     if isinstance(node, Trained):
         return Trained(fitted(axes, node.shape, mesh))
@@ -147,7 +149,7 @@ def _of_node(path: str, node: Node, table: Table, mesh: Mesh) -> Node:
     if isinstance(node, LoraWeight):
         arrays = {name: fitting(array, node.layout(name)) for name, array in node.arrays.items()}
         return node.replace(base=base, arrays=arrays)
-    whole = fitted((None, *axes[1:]), node.shape, mesh)  # some of the rows: each has them all
+    whole = fitted((None, *axes[1:]), node.shape, mesh)  # the trained rows are not split
     return node.replace(base=base, value=None if node.value is None else whole)
 
 

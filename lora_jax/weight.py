@@ -2,7 +2,7 @@
 
 `LoraWeight` is an adapted kernel, `Trained` a leaf that trains in full, `TrainedRows` a leaf of
 which some rows train. All of them give and take their trained arrays by name (`parts`,
-`with_parts`), so that whoever walks over a tree need not know their kinds.
+`with_parts`), so that code that walks over a tree need not know their kinds.
 """
 
 import dataclasses
@@ -95,9 +95,9 @@ class Part:
     Attributes:
       name: how the adapter's dictionary and its file call the array.
       axes: the roles of its axes: "batch", then "rank", then "in" or "out".
-      init: returns its first value, of the weight's shape for those axes, of the weight without it.
-      apply: returns the weight as products see it, given that weight without the part, the node
-        that holds the part, and its array.
+      init: (node without the array) -> its first value, of the shape ``node.shape_of(name)``.
+      apply: (weight without the part, node, the part's array) -> the weight with the part, as
+        products use it.
 
     See `lora_jax.variants` for an example.
     """
@@ -117,8 +117,8 @@ class LoraWeight(_Node):
 
     Attributes:
       base: W itself, the same object as in the tree before: an array, or a `lora_jax.base.Base`.
-      arrays: what stands beside W, by name, laid out as `lora_jax.parts` says; each is an attribute
-        of the node as well, None where it is not here:
+      arrays: the arrays beside W, by name, laid out as `lora_jax.parts` says. Each is an attribute
+        of the node as well (the last two are the pair `start`), None where it is not here:
         a: [batch…, r, in…], A, stored transposed (see `lora_jax.product`).
         b: [batch…, r, out…], B.
         scale: [batch…], s, fp32; a leaf, so that another alpha recompiles nothing; never trained.
@@ -130,9 +130,10 @@ class LoraWeight(_Node):
       ranks: r of each layer of the first batch axis, or one r for all. A rank smaller than the
         largest is padded with zeros in both factors, which training leaves at zero.
       dropout: probability of zeroing an element of A's input.
-      extras: the parts beside A and B that train, with what they do: DoRA's magnitude, a bias on B.
-      frozen: names of those parts that do not train.
-      uses: where the adapter is seen: in "all" uses of W, or in a "lookup" or a "product" only.
+      extras: the parts that train beside A and B: DoRA's magnitude, a bias on B.
+      frozen: the names of parts that do not train: "a", of LoRA-FA.
+      uses: the uses of W that see the adapter: "all", "lookup" or "product" alone, or "each" with
+        its own half of the rank.
     """
 
     base: Any
@@ -238,7 +239,7 @@ class LoraWeight(_Node):
         return weight
 
     def where_adapted(self, array: jax.Array, otherwise: float) -> jax.Array:
-        """Returns an array [batch…, …], but for the layers of rank 0."""
+        """Returns an array [batch…, …] with `otherwise` in the layers of rank 0."""
         if all(self.ranks):
             return array
         on = jnp.asarray([rank > 0 for rank in self.ranks])
@@ -282,7 +283,7 @@ class TrainedRows(_Node):
 
     Attributes:
       base: the leaf itself, [n, …], frozen.
-      value: [rows, …], what stands in the place of those rows; None in the base half.
+      value: [rows, …], which replaces those rows; None in the base half.
       rows: their indices.
       is_table: whether they are rows of a matrix, which may be looked up or multiplied by, or
         layers of a stack.
@@ -305,8 +306,8 @@ class TrainedRows(_Node):
     def factored(self, path: str = "", key: Any = None) -> Factored:
         """Returns the table as W + AB: each column of A picks one row, B holds their changes.
 
-        So a look-up adds a row's change to it, and a tied head multiplies by nothing but the
-        changes: neither copies the table, and there is no gradient of it.
+        A look-up then adds a row's change to the row, and a tied head multiplies by the changes
+        beside W: neither copies the table, and there is no gradient of it.
         """
         dtype, rows = wide(self.dtype), jnp.asarray(self.rows)
 

@@ -1,4 +1,4 @@
-"""What several tests share: small programs with adapted weights, and judges of their results."""
+"""Shared by several tests: small programs with adapted weights, and checks of their results."""
 
 import dataclasses
 import math

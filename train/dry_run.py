@@ -24,7 +24,7 @@ from train.tasks.task import Data
 
 _ROWS = 3  # that are shown
 _PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
-_UTILISATION = 0.5  # of a matrix product's rate, by a whole step
+_UTILISATION = 0.5  # the share of a matrix product's FLOP/s that a whole step is assumed to reach
 _REFUSAL = jax.errors.JaxRuntimeError
 _REFUSED = "the compiler refuses the step (--remat or a smaller --batch-size need less memory): "
 OPEN, CLOSE = "[[", "]]"  # around what the loss counts, where there are no colours
@@ -43,7 +43,7 @@ def rehearse(
     """Prints the first rows, the lengths, and the steps, memory and time of a run.
 
     Args:
-      config: its options, checked.
+      config: the options of the run, checked.
       outline: the model, without its weights.
       data: the examples.
       feed: their batches.
@@ -128,7 +128,7 @@ def _print_memory(say: _Say, needed: Needs) -> None:
     }
     known = ", ".join(f"{name} {megabytes(n)}" for name, n in parts.items() if n is not None)
     if needed.total is None:
-        say(f"memory of a device: {known}; this compiler does not tell a step's temporaries")
+        say(f"memory of a device: {known}; this compiler does not report a step's temporaries")
     else:
         of = "" if needed.capacity is None else f" of {megabytes(needed.capacity)}"
         fits = needed.capacity is None or needed.total < needed.capacity
@@ -137,7 +137,7 @@ def _print_memory(say: _Say, needed: Needs) -> None:
             "process itself, its rows and programs come on top"
         )
         if not fits:
-            say("warning: this does not fit: take --remat, a smaller --batch-size or --seq-len")
+            say("warning: this does not fit: use --remat, a smaller --batch-size or --seq-len")
     say(f"a checkpoint on disk: {megabytes(needed.checkpoint)}")
 
 

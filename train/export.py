@@ -51,7 +51,8 @@ class Options:
     """Write an adapter in PEFT's format or merged into its base; check whether it can be served."""
 
     adapter: str
-    """The folder of an adapter: of a run, of this library, or of PEFT."""
+    """The adapter: the folder of a run, of this library or of PEFT, or the hub name of a PEFT
+    adapter."""
     output: str | None = None
     """The folder to write. Only --check-serving and --push-to-hub work without it."""
     model: str | None = None
@@ -70,7 +71,7 @@ class Options:
     """List the parts of the adapter that a serving engine (vLLM) would refuse or misread. If there
     are any, exit with code 1 and write nothing; leave this option out to write anyway."""
     max_rank: int = MAX_RANK
-    """The highest rank that the engine accepts (vLLM's --max-lora-rank)."""
+    """With --check-serving, the highest rank that the engine accepts (vLLM's --max-lora-rank)."""
     num_labels: int | None = None
     """The number of classes of the adapter's head, if the base has no head. By default the number
     of the adapter's run, or of PEFT's saved head."""
@@ -148,7 +149,7 @@ def run(options: Options) -> None:
 
 
 def repository_of(options: Options, name: str, base: str) -> Repository:
-    """Returns the repository to upload to, once nothing speaks against it.
+    """Returns the repository to upload to, after checking that an upload would succeed.
 
     Raises:
       UserError: the export would name no base, or the hub refuses the name.
@@ -355,7 +356,7 @@ def report_problems(problems: Sequence[str]) -> None:
         print(problem)
     if problems:
         sys.exit(PROBLEMS)
-    print("serving: nothing to refuse")
+    print("serving: no problems found")
 
 
 def print_files(work: Work, what: str) -> None:

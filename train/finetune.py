@@ -52,11 +52,11 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
       script: the command, for the hint how to go on: "train.sft".
       config: its options, checked, with the task's defaults.
       task: says what to train on, and how to measure it.
-      session: tells of a signal, and ends all processes with the first.
+      session: tells of signals, and ends all processes of a run together.
 
     Raises:
       TrainingError: something that was asked for cannot be done.
-      Interrupted: after a signal, once what there is has been saved.
+      Interrupted: after a signal, once the last step is saved.
 
     With --dry-run, nothing is trained or written; see `train.dry_run`.
     """
@@ -65,8 +65,8 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
     console = hosts.console()
     session.join(console, config.run.coordinator)
 
-    # What can be wrong is found first: options and output folder, then rows, then examples and
-    # targets against the model's configuration. Only then are weights read.
+    # Cheap checks come first: options and output folder, then rows, then examples and targets
+    # against the model's configuration. Only then are weights read.
     with hosts.together():
         dry = config.run.dry_run
         if is_first() and not dry:
@@ -143,7 +143,7 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
         evaluation.before(model, plain)
     del plain
 
-    # Training, and what is left of it: the adapter on its own, the curve, and what it cost.
+    # Training. It leaves the adapter on its own, the loss curve, and a report of its costs.
     forward, loss = ready.setup.forward(model), task.loss(config, layout)
     answering = lj.adapt(model.apply)  # as the model itself answers, not laid out for a step
     tree_of_state = functools.partial(tree_of, ready)
@@ -167,4 +167,6 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
         evaluation.after(model, merged)
     print_costs(console, report)
     console.print(report["summary"], highlight=False, soft_wrap=True)
-    console.print(f"all of it took {duration(time.monotonic() - began)}; see {folder}")
+    console.print(
+        f"the whole run took {duration(time.monotonic() - began)}; its files are in {folder}"
+    )

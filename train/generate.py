@@ -32,10 +32,11 @@ class Options:
     """Generate text with a base model and an adapter."""
 
     adapter: str | None = None
-    """The folder of an adapter: of a run, of this library, or of PEFT. Without it, the base answers
-    alone."""
+    """An adapter: the folder of a run, of this library or of PEFT, or the hub name of a PEFT
+    adapter. Without it, the base answers alone."""
     model: str | None = None
-    """The base: a hub name, a folder or a GGUF file. By default the base that the adapter names."""
+    """The base: a hub name, a folder or a GGUF file. By default the base that the adapter names, or
+    else SmolLM2-135M-Instruct."""
     prompt: str | None = None
     """The prompt to answer. Without it, each line of standard input is a prompt."""
     system: str | None = None
@@ -49,9 +50,10 @@ class Options:
     seed: int = 0
     """Seed of the sampler."""
     attention: Attention = "auto"
-    """Computation of attention to the prompt. dense: all scores of a layer at once, the square of
-    the length. blockwise: a block of queries at a time, in memory linear in the length. auto:
-    blockwise from 512 tokens on. (The kernels splash and cudnn have no cache of keys.)"""
+    """Computation of attention to the prompt. dense: all scores of a layer at once, in memory
+    quadratic in the length. blockwise: a block of queries at a time, in memory linear in the
+    length. auto: dense below 512 tokens, blockwise from there on. splash and cudnn are refused:
+    these kernels read no KV cache."""
     allow_base_mismatch: bool = False
     """Accept an adapter that was trained on another base."""
     compilation_cache: str | None = None

@@ -53,7 +53,8 @@ class PlanConfig:
     seq_len: int = 1024
     """Tokens per sequence. The plan assumes that the loss counts all of them."""
     loss_chunk: int = 256
-    """Predictions per part of the batch whose logits are in memory at once; 0 for all of them."""
+    """Predictions whose logits are in memory at once, for each part of the batch on the mesh; 0 for
+    all at once."""
     dtype: str = "bfloat16"
     """The dtype of the base and its activations (float32 or bfloat16). Adapters are always float32,
     and so are the weights in full fine-tuning."""
@@ -76,7 +77,8 @@ class PlanConfig:
     peak_tflops: float | None = None
     """The peak TFLOP/s of a device, to override the topology's."""
     alone: bool = False
-    """Compile only the options given, without other variants of training for comparison."""
+    """Plan only what the options ask for; without this option, LoRA with three --remat policies and
+    full fine-tuning are planned for comparison."""
     json: bool = False
     """Print JSON instead of a table."""
 

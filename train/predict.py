@@ -40,29 +40,31 @@ class Options:
     """Classify texts with a trained classifier."""
 
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Texts to classify. Without any, --input has them, or each line of standard input is one."""
+    """Texts to classify. Without any, they come from --input, or from standard input, one per
+    line."""
     adapter: str | None = None
-    """The folder of a classifier's adapter: of a run, of this library, or of PEFT."""
+    """A classifier's adapter: the folder of a run, of this library or of PEFT, or the hub name of a
+    PEFT adapter."""
     model: str | None = None
-    """The base, by default the one that the adapter names; or, without an adapter, a model with its
-    own head: a hub name or a folder, such as `train.export --merged` writes."""
+    """The base: a hub name or a folder. By default the base that the adapter names. Without
+    --adapter, a model with its own head, such as `train.export --merged` writes."""
     input: str | None = None
-    """A file of texts: one a line; or rows with fields, by its ending (JSONL, JSON, CSV, TSV, also
-    gzipped, or Parquet)."""
+    """A file of texts: rows with fields (JSONL, JSON, CSV, TSV, also gzipped, or Parquet) or, with
+    any other ending, one text per line."""
     field: str = "text"
     """The field of --input that holds the text."""
     field_pair: str | None = None
     """The field of --input that holds a second text, for pairs (a premise and a hypothesis)."""
     out: str | None = None
-    """The file to write, whole or not at all. By default standard output."""
+    """The file to write; it appears once it is complete. By default standard output."""
     format: Format | None = None
-    """The format of the output: JSON lines, or CSV. By default that of the ending of --out, or else
-    JSON lines."""
+    """The format of the output: JSON lines, or CSV. By default CSV if --out ends in .csv, else JSON
+    lines."""
     overwrite: bool = False
     """Replace the file of --out."""
     labels: tuple[str, ...] = ()
-    """Names of the classes, in the order of their indices, where neither adapter nor model has
-    any."""
+    """Names of the classes, in the order of their indices, if neither the adapter nor the model
+    names them."""
     batch_size: int = 32
     """Texts in memory at once."""
     seq_len: int | None = None
@@ -179,7 +181,7 @@ def _progress(n: int) -> Iterator[Callable[[int], None]]:
 
 @contextlib.contextmanager
 def _closed_pipe() -> Iterator[None]:
-    """Ends quietly where the reader of standard output, such as `head`, has enough."""
+    """Ends quietly once the reader of standard output, such as `head`, has closed it."""
     try:
         yield
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""`adapt`, and what it says where it merges or refuses; `explain` shows what it does."""
+"""`adapt`, with its warnings and errors, and `explain`, which shows how it uses each weight."""
 
 from lora_jax.adapt.explain import explain
 from lora_jax.adapt.interpreter import RoleError

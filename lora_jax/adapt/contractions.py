@@ -16,8 +16,8 @@ class Axis(NamedTuple):
 
     Attributes:
       path, axis: of the leaf.
-      mixed: "added" or "scaled" where an array that is computed from other things than leaves was
-        added to the leaf, or multiplied by it element by element.
+      mixed: "added" or "scaled" where an array that is not computed from leaves alone was added to
+        the leaf, or multiplied by it element by element.
       inner: the axes of the leaf that a product with another leaf contracted.
     """
 
@@ -42,7 +42,7 @@ class Contraction:
       place: "file:line".
       is_lookup: whether rows of the leaf are read.
       added: whether an activation was added to the leaf before: the product is the activation's.
-      stretched: whether the leaf is the same all along an axis of the product, as a gain is.
+      stretched: whether the leaf is broadcast along an axis of the product, as a gain is.
       unlike: why the leaf is no kernel here; empty where it is one.
       with_leaf: whether the other operand is a leaf, too.
       with_vector: whether the other operand is one vector only.

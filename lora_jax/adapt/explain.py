@@ -40,7 +40,11 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """Prints a table of where ``adapt(fn)(*args, **kwargs)`` uses each adapted weight.
 
     One line for each place: the primitive, the line of your code, whether the product is factored
-    or the weight is merged there, and why. `fn` is traced, not run.
+    or the weight is merged there, and why.
+
+    Args:
+      fn: traced, not run.
+      *args, **kwargs: as `fn` is called, an adapted tree among them; arrays may be abstract.
 
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
     >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["dense"], rank=2)])

@@ -1,4 +1,4 @@
-"""The state of a function: what it reads beside its arguments, so far as that can be seen.
+"""The state of a function: what it reads besides its arguments, as far as that can be seen.
 
 Two calls of a function with the same arguments differ where a variable that it closes over, a
 global, or an attribute of an object has changed in between. A trace is used again only where all of
@@ -27,7 +27,7 @@ _CONSTANT: tuple[type, ...] = (jax.Array, types.ModuleType, types.CodeType, np.u
 _CONSTANT += (type(jax.jit(lambda: 0)),)
 _CONSTANT += (types.WrapperDescriptorType, types.MethodDescriptorType)
 _CONSTANT += (types.GetSetDescriptorType, types.MemberDescriptorType)
-# Modules whose functions give something else each time, and where such a one lies in a package.
+# Modules whose functions may return something else on each call, and such submodules of a package.
 _CHANGING = frozenset({"datetime", "os", "random", "secrets", "time", "uuid"})
 _CHANGING_INSIDE = {"numpy": "random"}
 

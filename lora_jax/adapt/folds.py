@@ -1,7 +1,7 @@
 """Weights laid end to end in one vector, as `jax.flatten_util.ravel_pytree` lays them.
 
-A vector has no in and out axes, so its factors say nothing. But a function that lays a tree out as
-a vector mostly takes it apart again: what it then gets are the weights that went in.
+A vector has no in and out axes, so it has no factors. But a function that lays a tree out as a
+vector mostly takes it apart again: it then gets back the weights that went in.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from lora_jax.factored import Factored
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Folded:
-    """A vector, unformed. It lives within one jaxpr: what leaves that is formed.
+    """A vector, unformed. It lives within one jaxpr, and is formed where it leaves it.
 
     Attributes:
       pieces: weights, each in the shape that it had, and vectors.

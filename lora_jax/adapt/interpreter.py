@@ -64,11 +64,11 @@ class Use:
         return [axis for axis, n in held if n != 1]
 
     def for_factors(self, x: Any) -> Any:
-        """Returns x as factors are to read it: on a mesh, in traced functions, a copy.
+        """Returns the x that factors multiply: on a mesh, in traced functions, a copy.
 
-        x's cotangents from products with W are sums over devices where W's out axes lie apart. They
-        are added up among themselves then, and those from A join them at the end: XLA sends the sum
-        of several such sums once, but only where they are added directly.
+        Where W's out axes are sharded, x's cotangent from each product with W is an all-reduce. XLA
+        makes one all-reduce of several whose results are added directly. The copy lets it: the
+        cotangents from W are added to each other, and those from A at the end.
         """
         if not is_on_mesh() or not isinstance(x, jax.core.Tracer):
             return x
@@ -110,7 +110,7 @@ class Interpreter:
     strict: bool = False
     # The caller's own rules, by the name of a primitive or of a function; see `adapt`.
     own: tuple[tuple[str, Callable[..., Any]], ...] = ()
-    # Called with each use of a weight. Every call is then walked through anew, nothing is cached.
+    # Called with each use of a weight. Inner functions are then evaluated in each call, not cached.
     record: Callable[[Record], None] | None = None
     # The rule for primitives that have none; without it, weights are merged there.
     default: Rule | None = dataclasses.field(default=None, hash=False, compare=False)
@@ -125,7 +125,7 @@ class Interpreter:
         """Returns the outputs of `jaxpr`, `Factored` where a weight leaves as it came or moved.
 
         Args:
-          jaxpr: what is evaluated.
+          jaxpr: the jaxpr to evaluate.
           args: its inputs.
           live: which outputs are wanted; the others are None, and what only they need is not run.
           steps: in an eager call, the rules that are compiled for equations of this jaxpr; added
@@ -146,7 +146,7 @@ class Interpreter:
             return value
 
         twins: dict[int, tuple[Any, Any]] = {}
-        site = 0  # counts uses of adapted weights: what else is computed changes no dropout
+        site = 0  # counts uses of adapted weights alone, so that other equations change no dropout
         for eqn, wanted, last_uses in _needed_equations(inner, live):
             values = [read(atom) for atom in eqn.invars]
             if any(isinstance(value, (Factored, folds.Folded)) for value in values):

@@ -9,7 +9,11 @@ class MergeWarning(UserWarning):
 
 
 class MergeError(ValueError):
-    """Says what `MergeWarning` says: under ``strict=True``, or with dropout on."""
+    """A weight has no factored form at a use, and is not merged there.
+
+    Raised under ``strict=True``, and where a merged weight could not do the same: with dropout on,
+    with a bias on B, or with `uses` other than "all".
+    """
 
 
 _ADVICE = (
@@ -32,7 +36,7 @@ def advice(primitive: str, function: str | None) -> str:
     """Returns what to do about a merge.
 
     Args:
-      primitive: that the weight meets.
+      primitive: the one that the weight meets.
       function: the name of the function that it calls, if it calls one.
     """
     if primitive not in _OWN_DERIVATIVES:

@@ -45,7 +45,7 @@ class Snapshot:
 
 
 def refuse_adapted(tree: Any, writes: Writes, is_node: Callable[[Any], bool]) -> None:
-    """Raises ValueError if one of the changes is that of an adapted weight.
+    """Raises ValueError if the function assigned to an adapted weight.
 
     Args:
       tree: the arguments, as the caller passed them.
@@ -77,7 +77,7 @@ def write(tree: Any, writes: Writes) -> None:
 def _objects(tree: Any) -> Iterator[tuple[KeyPath, Any]]:
     """Returns each module, stream and Variable in a tree, with its path."""
     nnx = sys.modules.get("flax.nnx")
-    if nnx is None:  # nobody has made one, and NNX is dear to import
+    if nnx is None:  # nobody has made one, and NNX is slow to import
         return
     is_object = lambda value: isinstance(value, (nnx.Pytree, nnx.Variable))  # noqa: E731
     for path, value in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_object):

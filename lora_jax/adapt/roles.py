@@ -108,12 +108,15 @@ def _agreed(uses: list[Contraction], lost: str | None, shape: Sequence[int]) -> 
 
 
 def _rank(use: Contraction) -> tuple[bool, ...]:
-    """Returns how little a use tells of which axes are in axes: a norm uses vectors and leaves."""
+    """Returns a sort key: first come the uses that say most clearly which axes are the in axes.
+
+    Products with vectors or with other leaves come last: they may be a norm's.
+    """
     return not use.is_lookup, use.with_leaf, bool(use.unlike), use.with_vector
 
 
 class _Log:
-    """The rules that follow leaves, and what they note of them.
+    """The rules that follow leaves, and their notes.
 
     Attributes:
       found: the products with each leaf, by path.
@@ -176,7 +179,7 @@ class _Log:
         return [labelled(out, [NOTHING] * out.ndim)]
 
     def _moved(self, _: Interpreter, use: Use) -> list[Any]:
-        """Axes go where the axis map says; one that is stretched is lost."""
+        """Moves axes as the axis map says; one that is stretched is lost."""
         (out,), weights = use.bind(_plain(use)), [v for v in use.values if isinstance(v, Factored)]
         places = axis_map(use.eqn)
         if places is None:
@@ -190,7 +193,7 @@ class _Log:
         return [labelled(out, _joined(moved, _mixing(use)))]
 
     def other(self, interpreter: Interpreter, use: Use) -> list[Any]:
-        """Functions are entered; element by element, axes stay in place; else nothing is known."""
+        """Enters functions; keeps axes in place in element-wise operations, else drops them."""
         body = use.params.get("jaxpr", use.params.get("call_jaxpr"))
         if body is not None and len(eqns.opened(body)[0].invars) == len(use.values):
             return interpreter.function(body, use.live)(*use.values)
@@ -253,7 +256,7 @@ def _joined(labels: Sequence[Sequence[Held]], mixed: str) -> list[Held]:
 
 
 def _gathered(use: Use) -> list[Any]:
-    """The rest of a weight whose stack is indexed; nothing of a row that is looked up."""
+    """Returns the rest of a weight whose stack is indexed, or a looked-up row without labels."""
     weight, numbers = use.values[0], use.params["dimension_numbers"]
     (out,) = use.bind(_plain(use))
     if not isinstance(weight, Factored):

@@ -1,7 +1,7 @@
-"""Notices weights that a function only uses the other way round than their axis roles say.
+"""Notices weights whose in and out axes a function only uses the other way round.
 
-Such a weight computes the right thing, as xW and xWᵀ are both products. But A and B have changed
-places: A, random at first, stands on the side where B = 0 should, and what tells them apart (DoRA's
+The result is right, as xW and xWᵀ are both products. But A and B have changed places: A, random at
+first, stands on the side where B = 0 should, and whatever treats the two differently (DoRA's
 magnitude, LoRA+, LoRA-FA, PiSSA, OLoRA) acts on the wrong side.
 """
 
@@ -54,8 +54,8 @@ def warn_of_swapped(seen: Noted, jaxpr: eqns.AnyJaxpr, inputs: Sequence[Any]) ->
     """Warns of weights whose out axes are contracted, and never their in axes.
 
     Args:
-      seen: what was noted while `jaxpr` was evaluated. An inner function that was evaluated before
-        and is known notes nothing, so the jaxpr is asked as well.
+      seen: what was noted while `jaxpr` was evaluated. An inner function from the cache notes
+        nothing, so the jaxpr is checked as well.
       jaxpr: of the function.
       inputs: of the jaxpr, weights among them.
     """

@@ -1,4 +1,4 @@
-"""The equations of a jaxpr, compiled one by one: how an eager call runs them again and again.
+"""Compiles the equations of a jaxpr one by one, for eager calls to run again and again.
 
 Each is a program of its own, as in JAX's own eager mode, so that results are the same to the bit; a
 product with a weight and its factors is one program.
@@ -32,7 +32,7 @@ class Steps:
     def compiled(
         self, eqn: JaxprEqn, how: Hashable, call: Callable[[list[Any]], Any]
     ) -> Callable[[list[Any]], Any]:
-        """Returns `call`, compiled, which applies the equation in one of several ways."""
+        """Returns `call`, compiled, which applies the equation; `how` tells its variants apart."""
         known = self._of_equation.get((id(eqn), how))
         if known is None:
             known = self._shared.setdefault((*eqns.identity(eqn), how), jax.jit(call))

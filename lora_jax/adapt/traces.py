@@ -1,7 +1,7 @@
 """Traces of a function: its jaxpr, with its result and its writes beside traced arrays.
 
-In an eager call, other arrays than weights become inputs of the jaxpr too, and it is used again for
-later calls that differ in nothing but arrays.
+In an eager call, all arrays become inputs of the jaxpr, not weights alone, and later calls that
+differ in nothing but the elements of arrays use it again.
 """
 
 import collections
@@ -41,7 +41,7 @@ class Call:
 
 @dataclasses.dataclass
 class Outputs:
-    """The result of a function, and its writes, but for the traced arrays that leave the jaxpr."""
+    """The result of a function and its writes, without the traced arrays that leave the jaxpr."""
 
     leaves: list[Any]  # None for each that is traced
     is_traced: list[bool]
@@ -123,10 +123,10 @@ class EagerTraces:
         self._is_off = False
 
     def find(self, call: Call) -> Trace | None:
-        """Returns the trace of a call, all of its arrays being inputs; None if that cannot be.
+        """Returns the trace of a call, with all of its arrays as inputs, or None.
 
-        So it is where the function's state may change unseen, and where it needs to know the
-        elements of an array while it is traced.
+        None where the function's state may change unseen, or where the function needs the elements
+        of an array while it is traced.
         """
         if self._is_off:
             return None
@@ -158,7 +158,7 @@ def _nothing() -> None:
 
 
 def _settings() -> Hashable:
-    """Returns what stands for JAX's settings: promotion, precision, a mesh, and all others."""
+    """Returns a value that changes with any of JAX's settings: promotion, precision, a mesh, …"""
     return _nothing.trace().jaxpr
 
 

@@ -33,36 +33,36 @@ def adapt(
     W + s·AB is never formed, nor a gradient of W where the derivative is taken with respect to
     the adapter half alone (see `lora_jax.split`). `fn` is any function that JAX can trace, of a
     tree of arrays: a Flax Linen ``apply``, a function that calls an NNX module or
-    ``nnx.merge(graphdef, state)(x)``, a plain function. Arguments that are no arrays reach it as
-    they are. The result commutes with `jit`, `grad`, `jvp`, `vmap`, `scan` and `remat`.
+    ``nnx.merge(graphdef, state)(x)``, a plain function. Arguments that are not arrays are passed on
+    as they are. The result commutes with `jit`, `grad`, `jvp`, `vmap`, `scan` and `remat`.
 
     What `fn` changes in an NNX module among its arguments (batch statistics, counters of random
     streams, caches) is changed in the module that was passed.
 
     An eager call traces `fn` and compiles its operations one by one; later calls that differ in
-    nothing but the elements of arrays run these, without calling `fn` again. Other arguments are
-    compared, and so is what `fn` closes over, globals that it names and attributes of objects that
-    it reaches; a `fn` that needs the elements of an array is traced in each call.
+    nothing but the elements of arrays run these, without calling `fn` again. To know that, they
+    compare other arguments, what `fn` closes over, globals that it names and attributes of objects
+    that it reaches. A `fn` that needs the elements of an array is traced in each call.
 
     A use that has no factored form merges that weight at that place, with a `MergeWarning` that
     names the weight, the primitive and the line of your code.
 
     Args:
-      fn: called with the same arguments, but for plain arrays in the place of the tree's nodes.
+      fn: called with the same arguments, but with plain arrays in place of the tree's nodes.
       strict: raise `MergeError` instead of merging.
       primitives: rules of your own, by the name of a primitive, or of a function under `jax.jit`,
-        `jax.custom_vjp` or `jax.custom_jvp` (a Pallas kernel with its derivative, say), which are
-        merged at their boundary otherwise. A rule is called as ``rule(*operands, **params)``
-        with the equation's operands and parameters, an adapted weight as a
-        `lora_jax.factored.Factored`, and returns the output or the list of outputs; None, where it
-        does not know what to do, leaves the operation to what `adapt` does otherwise.
+        `jax.custom_vjp` or `jax.custom_jvp` (a Pallas kernel with its derivative, say). Without a
+        rule, a weight merges where it enters one of the last two. A rule is called as
+        ``rule(*operands, **params)`` with the equation's operands and parameters, an adapted
+        weight as a `lora_jax.factored.Factored`, and returns the output or the list of outputs, or
+        None to have `adapt` do what it does without the rule.
 
     Returns:
       ``forward(*args, dropout_key=None, **kwargs)``. A PRNG key as `dropout_key` turns on the
-      dropout of the rules; each weight, layer and place of use gets a mask of its own.
-
-    The result, when called, raises TypeError where no argument holds an adapted tree, and
-    `RoleError` where a use contradicts the axis roles that are recorded for a weight.
+      dropout of the rules; each weight, layer and place of use gets a mask of its own. `forward`
+      raises TypeError where no argument holds an adapted tree, `RoleError` where a use contradicts
+      a weight's recorded axis roles, and `MergeError` where a use has no factored form and a merged
+      weight would not do the same (with dropout or a bias on B, say).
 
     Source: Hu et al., *LoRA*, arXiv 2106.09685, equation 3 (it is ΔW·x that α/r scales).
 

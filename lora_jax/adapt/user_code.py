@@ -1,4 +1,4 @@
-"""Tells the user's code from that of packages, and names the user's line that made an equation."""
+"""Tells the user's code from packages' code, and finds the user's line that made an equation."""
 
 import contextlib
 import contextvars
@@ -27,7 +27,7 @@ _PACKAGES = tuple(
     {_inside(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib", "platlib")}
 )
 _OURS = _inside(Path(__file__).parent.parent)
-_WALK = _inside(Path(__file__).parent)  # this folder: its lines are nobody's
+_WALK = _inside(Path(__file__).parent)  # this folder, whose lines made no equation
 _JAX = tuple(_inside(Path(module.__file__ or "").parent) for module in (jax, sys.modules["jaxlib"]))
 
 _SHOWN = 40  # characters of a cell's line
@@ -79,8 +79,8 @@ def _named(file: str, line: int) -> str:
 def place_of(eqn: JaxprEqn) -> Place:
     """Returns the nearest line of the user's code to an equation that is evaluated.
 
-    An equation inside of a function that JAX traced by itself knows no line of the user; the
-    equation that calls the function does, or else the Python stack, of which JAX keeps a part.
+    An equation inside a function that JAX traced by itself has no line of the user's; the equation
+    that calls that function has one, or else the Python stack, of which JAX keeps only a part.
     """
     inside = ""
     for each in (eqn, *reversed(_INSIDE.get())):

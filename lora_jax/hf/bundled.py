@@ -13,10 +13,10 @@ class Bundle:
     """A model that a package carries.
 
     Attributes:
-      name: the model's on the hub.
-      package: the one that carries its files.
+      name: its name on the hub.
+      package: the package that carries its files.
       entry: the part of the package's folder to load: "" for the folder, or a GGUF file's name.
-      what: a phrase for the weights, beside the hub's.
+      what: a phrase for these weights, as opposed to the hub's.
     """
 
     name: str

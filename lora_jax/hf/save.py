@@ -1,4 +1,4 @@
-"""A parameter tree as a folder that transformers and ``from_pretrained`` read."""
+"""Writes a parameter tree as a folder that transformers and ``from_pretrained`` read."""
 
 from __future__ import annotations
 

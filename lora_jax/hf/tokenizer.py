@@ -1,4 +1,4 @@
-"""Tokenizers, as transformers' fast ones: from a folder's files, or from a GGUF file's metadata."""
+"""Loads transformers' fast tokenizers, from a folder's files or a GGUF file's metadata."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
       A transformers fast tokenizer, with the model's chat template if it has one.
 
     Raises:
-      ModelNotFound: if there is no such path, or the hub cannot be had; says what to do.
+      ModelNotFound: if there is no such path, or the hub does not answer; says what to do.
       ConfigError: for a GGUF file whose tokenizer is not SmolLM2's kind of byte-level BPE.
 
     >>> from lora_jax import models
@@ -79,7 +79,7 @@ def tokenizer_from_gguf(metadata: dict[str, Any]) -> Any:
 
 
 def _transformers() -> Any:
-    # It advises to install torch, which tokenizers do not need.
+    # On import, it advises installing torch, which tokenizers do not need.
     logger = logging.getLogger("transformers")
     logger.addFilter(_is_no_advice_on_torch)
     try:

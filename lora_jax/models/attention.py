@@ -1,4 +1,4 @@
-"""The implementation of attention that a model's rows will run on."""
+"""Tells which implementation of attention a model's rows will run on."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def chosen_attention(
       split: how the queries of a row are split over devices; None where they are not.
 
     Raises:
-      ValueError: for a name that there is not, or that does not run on the platform.
+      ValueError: for an unknown name, or one that does not run on the platform.
     """
     head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     call = Call(

@@ -34,8 +34,8 @@ class Family:
 
     Attributes:
       module: see ``module_of``.
-      specs: the parameters' place on a mesh; see ``specs``.
-      format: the files' form of its configuration and parameters.
+      specs: how its parameters are sharded; see ``specs``.
+      format: how files hold its configuration and parameters.
     """
 
     module: type[nn.Module]
@@ -129,6 +129,9 @@ def read_config(fields: Mapping[str, Any], **options: Any) -> Any:
 def key_table(config: Config) -> list[Row]:
     """Returns every parameter of the model, once, in the order of the forward pass.
 
+    Args:
+      config: the configuration of a model of ``lora_jax.models``.
+
     >>> from lora_jax import models
     >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
     >>> config = models.read_config(fields | {"n_positions": 16})
@@ -139,9 +142,12 @@ def key_table(config: Config) -> list[Row]:
 
 
 def partition_specs(config: Config) -> Specs:
-    """Returns the parameters' places on a mesh: a table for ``lora_jax.sharding``.
+    """Returns how parameters are sharded over a mesh: a table for ``lora_jax.sharding``.
 
     Each line has a regular expression for the whole path, and the spec of the last axes.
+
+    Args:
+      config: the configuration of a model of ``lora_jax.models``.
 
     >>> from lora_jax import models
     >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}

@@ -33,13 +33,13 @@ def generate(
 ) -> jax.Array:
     """Continues each prompt, greedily or by sampling.
 
-    One function is compiled per prompt shape, ``max_new_tokens`` and number of EOS tokens. Other
-    prompts, weights, temperatures, top_p, top_k and keys run the same code, and weights are its
-    arguments, never constants in it. The loop ends once every row has ended.
+    One function is compiled per prompt shape, ``max_new_tokens`` and number of EOS tokens. It runs
+    other prompts, weights, temperatures, top_p, top_k and keys as well: they are its arguments,
+    never constants in it. The loop ends once every row has ended.
 
     Args:
       model: gives the configuration, the cache's dtype, and ``model.apply`` by default.
-      params: handed on as ``apply({"params": params}, ...)``; any pytree.
+      params: passed to ``apply({"params": params}, ...)``; any pytree.
       input_ids: [batch, seq], int. Pad on the left or on the right.
       attention_mask: [batch, seq], 0 at padding; None for no padding.
       max_new_tokens: the number of tokens to add at most.
@@ -49,11 +49,11 @@ def generate(
       temperature: divides the logits before sampling; 0 takes the most likely token.
       top_p: sample from the fewest tokens whose probabilities add up to it (Holtzman et al. 2020).
       top_k: sample from that many tokens, before top_p.
-      key: needed where temperature is above 0.
+      key: the PRNG key to sample with; needed where temperature is above 0.
       apply: a function with ``model.apply``'s signature to run in its place, such as
         ``lora_jax.adapt(model.apply)``. Keep one and pass it again: each new function compiles.
       shared: tokens that come before each prompt, from ``share``: a system prompt, solved examples.
-        Their keys and values are held, and read, once for all rows.
+        Their keys and values are stored, and read, once for all rows.
 
     Returns:
       [batch, max_new_tokens], int32: the new tokens, EOS included, then padding.
@@ -120,14 +120,14 @@ def share(
     Args:
       model, params, apply: see ``generate``.
       ids: [n], int: the tokens, one at least.
-      more_tokens: the tokens that will follow in a row, of the prompt and of the answer: RoPE of
-        the kind "longrope" chooses its frequencies by the number of all.
+      more_tokens: the number of tokens, of prompt and answer, that will follow in a row. It matters
+        to RoPE of the kind "longrope" alone, which chooses its frequencies by the number of all.
 
     Returns:
       Keys and values, for ``generate(…, shared=…)``.
 
     Raises:
-      ValueError: ids is empty, or has another number of axes.
+      ValueError: ids is empty, or does not have one axis.
 
     >>> from lora_jax import models
     >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}

@@ -1,10 +1,4 @@
-"""Kinds of parameters: the part of the model that each belongs to, by its key table.
-
->>> from lora_jax import LoraRule, models
->>> config = models.read_config({"model_type": "gpt2", "n_embd": 8, "n_head": 2})
->>> models.kinds(config)["transformer/h/attn/c_attn/kernel"]
-'attention'
-"""
+"""Kinds of parameters: the part of the model that each belongs to, by its key table."""
 
 from __future__ import annotations
 
@@ -16,7 +10,7 @@ from lora_jax.models.families import key_table
 def kinds(config: Config) -> dict[str, Kind]:
     """Returns the kind of each parameter, by path, in the order of the forward pass.
 
-    `lora_jax.lorafy` selects by kinds where a rule's targets are a preset:
+    `lora_jax.lorafy` uses them where a rule's targets are a preset:
     ``lorafy(params, [LoraRule(targets="attention")], kinds=kinds(model.config))``.
 
     Args:
@@ -25,6 +19,9 @@ def kinds(config: Config) -> dict[str, Kind]:
     Returns:
       Path -> kind, such as "attention"; biases have the kind of their kernel.
 
-    See the example of this module.
+    >>> from lora_jax import models
+    >>> config = models.read_config({"model_type": "gpt2", "n_embd": 8, "n_head": 2})
+    >>> models.kinds(config)["transformer/h/attn/c_attn/kernel"]
+    'attention'
     """
     return {row.path: row.kind for row in key_table(config) if row.kind is not None}

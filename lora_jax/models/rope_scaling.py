@@ -1,4 +1,4 @@
-"""RoPE scaled for rows longer than those that a model was trained on."""
+"""Scales RoPE for rows longer than those that a model was trained on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from lora_jax.hf.fields import ConfigError
 from lora_jax.models.decoder.config import DecoderConfig
 
-# What Llama 3.1 has where its config.json says nothing else.
+# Llama 3.1's values, for fields that are not given.
 _DEFAULTS: dict[str, dict[str, float]] = {
     "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 }
@@ -17,19 +17,19 @@ _ORIGINAL = "original_max_position_embeddings"
 
 
 def with_rope_scaling(config: Any, scaling: Mapping[str, Any]) -> Any:
-    """Returns a configuration whose RoPE is scaled, with as many more positions.
+    """Returns a configuration whose RoPE is scaled, with ``factor`` times as many positions.
 
-    The result is written to config.json, and read there by transformers, as any other.
+    Saved in config.json like any other configuration, it is read by transformers.
 
     Args:
-      config: of a decoder that scales nothing yet.
-      scaling: as transformers' ``rope_parameters`` have it: {"rope_type": "yarn", "factor": 4.0},
-        and further fields of the type. By default, ``original_max_position_embeddings`` is the
-        number of positions that the configuration has; "llama3" has Llama 3.1's other fields.
+      config: of a decoder whose RoPE is not scaled.
+      scaling: the fields of transformers' ``rope_parameters``: {"rope_type": "yarn", "factor":
+        4.0}, and others of the type. ``original_max_position_embeddings`` is the configuration's
+        number of positions by default; "llama3" has Llama 3.1's values for its other fields.
 
     Raises:
-      ConfigError: the model has no RoPE, or scales it already; or it is a scaling that is not
-        supported, or lacks a field.
+      ConfigError: the model has no RoPE, or scales it already; or the scaling is not supported, or
+        lacks a field.
 
     >>> from lora_jax import models
     >>> sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8}
@@ -50,14 +50,16 @@ def with_rope_scaling(config: Any, scaling: Mapping[str, Any]) -> Any:
     kind = scaling.get("rope_type")
     if kind == "dynamic":
         raise ConfigError(
-            "RoPE type 'dynamic' changes its frequencies with the length of a text, so that keys "
-            "in a cache would be those of others: yarn is its successor, with fixed ones"
+            "RoPE type 'dynamic' changes its frequencies with the length of a text, so that they "
+            "would not fit the keys in a cache: use its successor yarn, whose frequencies are fixed"
         )
     if config.model_type == "phi3" and kind != "longrope":
         raise ConfigError(f"RoPE type {kind!r} is not supported for phi3, only longrope")
     factor = scaling.get("factor", 0.0)
     if not factor > 1:
-        raise ConfigError(f"factor {factor:g}: a number above 1, by which rows may be longer")
+        raise ConfigError(
+            f"factor {factor:g}: give a number above 1, the ratio of the new length to the old"
+        )
     original = scaling.get(_ORIGINAL, config.max_position_embeddings)
     fields = {**_DEFAULTS.get(str(kind), {}), **scaling}
     if kind != "linear":

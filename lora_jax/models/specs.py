@@ -1,16 +1,16 @@
-"""The parameters' places on a mesh: a table a family, for ``lora_jax.sharding``.
+"""Shardings of parameters over a mesh: a table for each family, for ``lora_jax.sharding``.
 
-The axes of a mesh, all of them optional in effect (an axis of size one changes nothing):
+The axes of a mesh; one of size one changes nothing:
 
 - data: the batch; parameters are replicated over it.
 - fsdp: the batch too; parameters are sharded over it, and gathered layer by layer.
 - expert: the batch too; each device keeps some of the experts, gathered layer by layer.
 - sequence: the tokens of a sequence; parameters are sharded over it as over fsdp, so that longer
   rows on more devices cost no copy of them.
-- tensor: heads and inner features. Where a product's out axis lies on it, the next product
+- tensor: heads and inner features. Where a product's out axis is sharded over it, the next product
   contracts it again: one sum over the axis for attention, one for the MLP.
 
-Biases lie as the out axis of their kernel does; norms are replicated.
+Biases are sharded like the out axis of their kernel; norms are replicated.
 """
 
 from jax.sharding import PartitionSpec as P
@@ -19,14 +19,14 @@ Specs = tuple[tuple[str, P], ...]  # (regular expression for the path, spec of i
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 BATCH = ("data", "fsdp", "expert")
-SHARDS = ("fsdp", "sequence")  # over which kernels are gathered, a layer at a time
+SHARDS = ("fsdp", "sequence")  # kernels are gathered over these, a layer at a time
 
 DECODER: Specs = (
     (r"model/embed_tokens/embedding", P("tensor", SHARDS)),
     (r"lm_head/kernel", P(SHARDS, "tensor")),
     (r".*/experts/(gate_proj|up_proj|w1|w3)/kernel", P("expert", SHARDS, "tensor")),
     (r".*/experts/(down_proj|w2)/kernel", P("expert", "tensor", SHARDS)),
-    (r".*/(mlp|block_sparse_moe)/gate/kernel", P(SHARDS, None)),  # a router: each device asks all
+    (r".*/(mlp|block_sparse_moe)/gate/kernel", P(SHARDS, None)),  # the router: whole on each device
     (r".*/(q|k|v|qkv|gate|up|gate_up)_proj/kernel", P(SHARDS, "tensor")),
     (r".*/(q|k|v|qkv|gate|up|gate_up)_proj/bias", P("tensor")),
     (r".*/(o|down)_proj/kernel", P("tensor", SHARDS)),

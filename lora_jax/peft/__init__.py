@@ -1,4 +1,4 @@
-"""PEFT's adapters, both ways: its folders as adapted trees, and adapted trees as its folders.
+"""Reads PEFT's adapters as adapted trees, and writes adapted trees as PEFT's adapters.
 
 params = lora_jax.peft.load("path/or/hub-name", model, params)   # PEFT's logits
 lora_jax.peft.save("folder", model, params)                      # for PEFT, or a serving engine

@@ -39,7 +39,7 @@ _HARMLESS = frozenset(
     lora_ga_config megatron_core peft_type peft_version qalora_group_size revision runtime_config
     """.split()
 )
-# Fields that are not supported, with the values of a field that is not in use.
+# Fields that are not supported, with the values that mean that the field is not in use.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
@@ -51,7 +51,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
     "velora_config": (None,),
 }
-# The draw of A and B matters on loading only if PEFT draws again from the base.
+# On loading, an initialiser matters only if PEFT computes factors from the base again.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica", "lora_ga")
 DECOMPOSING_INITS = ("pissa", "olora")
 _REDRAWN_INITS = ("pissa_niter", "corda")
@@ -102,7 +102,7 @@ def read_config(source: Any) -> dict[str, Any]:
 
 
 def fields_of(source: Any) -> tuple[dict[str, Any], str]:
-    """Reads the fields as they are written.
+    """Reads the fields as they are, without defaults or checks.
 
     Args:
       source: a dict, a file or folder, or a `peft.LoraConfig`.
@@ -154,7 +154,7 @@ def _check_values(config: Mapping[str, Any], where: str) -> None:
     if str(init).startswith(_REDRAWN_INITS):
         raise PeftError(
             f"{where}: init_lora_weights={init!r}: PEFT changes the base again at each load, by a "
-            "draw or by data that the folder lacks; save it in PEFT as plain LoRA, "
+            "random draw or by data that the folder lacks; save it in PEFT as plain LoRA, "
             "save_pretrained(…, path_initial_model_for_weight_conversion=…)"
         )
     right = {
@@ -180,5 +180,5 @@ def _check_values(config: Mapping[str, Any], where: str) -> None:
     wrong = [f"{name}={config[name]!r}" for name, fits in right.items() if not fits]
     if wrong:
         raise PeftError(
-            f"{where}: {', '.join(wrong)}: not supported, or no value that PEFT would write"
+            f"{where}: {', '.join(wrong)}: not supported, or not a value that PEFT would write"
         )

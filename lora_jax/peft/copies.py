@@ -1,4 +1,4 @@
-"""Tensors that PEFT writes twice: a tied head's beside its table's, a saved module's biases."""
+"""Adds and removes tensors that PEFT writes twice: a tied head's, a saved module's biases."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from lora_jax.peft.modules import EMBEDDING_NAMES, ends_with
 from lora_jax.peft.names import PREFIX
 from lora_jax.weight import LoraWeight, TrainedRows
 
-# The end of a head's key, that of the table's key, and whether one is the other transposed.
+# The end of a head's key, the end of the table's key, and whether one tensor is transposed.
 _PAIRS = (
     ("lora_A.weight", "lora_embedding_B", True),
     ("lora_B.weight", "lora_embedding_A", True),
@@ -38,7 +38,7 @@ def tied_heads(nodes: Mapping[str, Any], tied: Sequence[Row]) -> dict[str, list[
         names = [name.removesuffix(".weight") for name in (row.hf, *row.aliases)]
         if not any(name.split(".")[-1] in EMBEDDING_NAMES for name in names):
             raise PeftError(
-                f"{' and '.join(names)} are tied, and PEFT ties what it trains of layers called "
+                f"{' and '.join(names)} are tied, and PEFT ties trained weights of layers called "
                 f"{' or '.join(EMBEDDING_NAMES)} only: {remedy}"
             )
         if isinstance(node, LoraWeight) and node.magnitude is not None:
@@ -53,7 +53,7 @@ def tied_heads(nodes: Mapping[str, Any], tied: Sequence[Row]) -> dict[str, list[
 def with_head_names(
     names: list[str] | None, heads: Mapping[str, Sequence[str]]
 ) -> list[str] | None:
-    """Returns target_modules or modules_to_save, with heads by whose names PEFT ties a table.
+    """Returns target_modules or modules_to_save, with the heads that PEFT ties tables by.
 
     Args:
       names: the field.
@@ -69,7 +69,7 @@ def with_head_names(
 def with_heads(
     tensors: Mapping[str, np.ndarray], heads: Mapping[str, Sequence[str]]
 ) -> dict[str, np.ndarray]:
-    """Returns the tensors with copies of a tied table's for its heads, as PEFT writes them.
+    """Returns the tensors with copies of a tied table's tensors for its heads, as PEFT writes them.
 
     Args:
       tensors: by key.
@@ -125,7 +125,7 @@ def _stem(hf: str) -> str:
 
 
 def _is_wrapped(key: str, tensors: Mapping[str, np.ndarray]) -> bool:
-    """Returns True for the key of a bias inside a wrapper that has a key outside of it, too."""
+    """Returns True for a key inside PEFT's wrapper of a saved module that is repeated outside."""
     plain = tensors.get(key.replace(".modules_to_save.", "."))
     if ".modules_to_save." in key and plain is not None:
         return np.array_equal(tensors[key], plain)

@@ -1,15 +1,15 @@
-"""Experts: two parameters of one module in transformers, and PEFT adapts them as such.
+"""Maps the adapters of experts, which in transformers are two parameters of one module.
 
 `experts.gate_up_proj` is [experts, 2·inner, d_model] and `experts.down_proj` [experts, d_model,
-inner]; here gate, up and down are kernels of their own. PEFT (``target_parameters``) packs the
-factors of all experts e, of rank r, into two matrices:
+inner]; here gate, up and down are separate kernels. PEFT (``target_parameters``) packs the factors
+of all experts e, of rank r, into two matrices:
 
     A [experts·r, in]    row e·r + k is the k-th of expert e
     B [out, r·experts]   column k·experts + e is the k-th of expert e
 
-gate and up share the A of gate_up_proj. Where theirs have become two, the pair is written with both
-side by side, which is the same function at the sum of their ranks. The router beside them, which
-is no linear layer in transformers either, is a parameter, ``gate.weight``, packed as one expert.
+gate and up share the A of gate_up_proj. Where their A's differ, the pair is written with both side
+by side: the same function, at the sum of their ranks. The router is no linear layer in transformers
+either: it is a parameter, ``gate.weight``, packed as one expert.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The folder of an adapter: local, of several in one folder, or from the hub."""
+"""Finds the folder of an adapter: local, one of several in a folder, or on the hub."""
 
 import os
 from pathlib import Path

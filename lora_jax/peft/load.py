@@ -1,4 +1,4 @@
-"""A PEFT adapter's folder as an adapted tree."""
+"""Reads a PEFT adapter's folder as an adapted tree."""
 
 import dataclasses
 import math
@@ -51,15 +51,15 @@ def load(
 ) -> Tree:
     """Loads an adapter that PEFT wrote: the adapted tree gives PEFT's logits.
 
-    A table that was adapted is saved by PEFT with its base; if that differs from `params`, the
-    file's is taken, as PEFT does.
+    PEFT saves the base of an adapted table too. Where it differs from `params`, the tree gets the
+    file's, as in PEFT.
 
     Args:
       folder: a local folder (adapter_config.json, adapter_model.safetensors), or a hub name.
       model: the model of `lora_jax.models` that `params` belong to; for another tree its key
         table, a list of `lora_jax.models.Row`.
-      params: the plain tree of the base. One of `jax.ShapeDtypeStruct` leaves is enough to find
-        out whether the adapter fits, before weights are read.
+      params: the plain tree of the base. `jax.ShapeDtypeStruct` leaves are enough to check that the
+        adapter fits, before the base's weights are read.
       adapter: the subfolder of one adapter, if the folder holds several.
 
     Returns:
@@ -111,7 +111,7 @@ def _check_tree(params: Tree, table: Sequence[Row]) -> None:
     wrong = [row.path for row in table if shapes.get(row.path) != row.stacked_shape]
     if wrong:
         raise PeftError(
-            f"the tree is not that of the model: it has {shapes.get(wrong[0], 'nothing')} at "
+            f"the tree does not fit the model: it has {shapes.get(wrong[0], 'nothing')} at "
             f"{wrong[0]!r} (and {len(wrong) - 1} more)"
         )
 
@@ -148,7 +148,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 class _Reader:
-    """The file's tensors; each is to be taken once, in its shape."""
+    """The file's tensors; notes which are taken, and reports those that do not fit."""
 
     def __init__(self, where: str, tensors: Mapping[str, np.ndarray]) -> None:
         self._where = where
@@ -161,7 +161,7 @@ class _Reader:
         return key in self._tensors
 
     def take(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Returns a tensor; a stand-in of its shape if there is none, which `finish` reports."""
+        """Returns a tensor, or a stand-in where it is missing or misshaped, as `finish` reports."""
         self._taken.add(key)
         if key not in self._tensors:
             self._problems.append(f"missing {key} {list(shape)}")
@@ -195,10 +195,10 @@ def _with_file_bases(
     config: Mapping[str, Any],
     reader: _Reader,
 ) -> Tree:
-    """Returns the tree with the base weights that the file brings along.
+    """Returns the tree with the base weights that the file holds.
 
-    These are of adapted tables, and of embeddings and heads where PEFT was told to save them, or
-    found the vocabulary resized.
+    PEFT writes them for adapted tables, and for embeddings and heads if it was told to, or found
+    the vocabulary resized.
     """
     leaves, treedef = leaves_of(params)
     changed = dict(leaves)

@@ -1,4 +1,4 @@
-"""The modules of a PyTorch model, by its key table, and PEFT's choice among them."""
+"""Lists a PyTorch model's modules by its key table, and those of them that PEFT would adapt."""
 
 import dataclasses
 import re
@@ -10,7 +10,7 @@ from lora_jax.models.families import key_table
 from lora_jax.peft.config import DEFAULT_TARGETS
 from lora_jax.peft.errors import PeftError
 
-# The kinds of modules, by transformers' names, in a table that does not say them.
+# The kinds of modules by transformers' names, for a table without kinds.
 _KINDS: dict[Kind, re.Pattern[str]] = {
     "head": re.compile(r"lm_head|cls\.predictions\.decoder|lm_head\.decoder|embed_out"),
     "classifier": re.compile(r"(score|classifier)(\..*)?"),
@@ -32,7 +32,7 @@ class Module:
       path: the path of our kernel or table.
       index: its index in the stack at `path`; () without a stack.
       kind: the part of the model that it is; see `Row`.
-      uses: "all", or the one use of a tied table that the module stands for.
+      uses: "all", or for a tied table the use that the module is: "lookup" or "product".
     """
 
     name: str
@@ -43,7 +43,7 @@ class Module:
 
     @property
     def is_embedding(self) -> bool:
-        """True for a table that is looked up in."""
+        """True for an embedding table."""
         return self.kind in ("embedding", "positions")
 
 

@@ -1,4 +1,4 @@
-"""A PEFT configuration as rules for a parameter tree."""
+"""Translates a PEFT configuration into rules for a parameter tree."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -28,8 +28,8 @@ def rules(config: Any, model: Any = None) -> list[Rule]:
     Args:
       config: a dict, a file or folder, or a `peft.LoraConfig`.
       model: the model, or a key table; see `lora_jax.peft.load`. With it, the rules select exactly
-        the modules that PEFT would, whatever the configuration. Without it, a configuration that
-        speaks of names only (a list of targets, or "all-linear") is translated as it stands.
+        the modules that PEFT would, whatever the configuration. Without it, only a configuration
+        that goes by names (a list of targets, or "all-linear") can be translated.
 
     Returns:
       Rules for `lora_jax.lorafy`.
@@ -213,7 +213,7 @@ def _check_tied_alphas(
 def saved_modules(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """Lists the tensors among `names` that belong to modules_to_save.
 
-    As in PEFT, an entry is the end of a module's name, be it in the middle of a word: "norm" is
+    As in PEFT, an entry matches the end of a module's name, even within a word: "norm" matches
     every layer's input_layernorm, too.
     """
     wanted = config["modules_to_save"] or ()
@@ -284,7 +284,7 @@ def token_rows(config: Mapping[str, Any], available: Sequence[Module]) -> dict[s
 
 
 def _repeats_table(key: str, tokens: Mapping[str, list[int]], available: Sequence[Module]) -> bool:
-    """Returns True for a tied head with the very tokens of its table: PEFT has them once."""
+    """Returns True for a tied head with the same tokens as its table, which PEFT saves once."""
 
     def is_named(module: Module, key: str) -> bool:
         return module.name == key or ends_with(module.name, [key])
@@ -311,5 +311,5 @@ def _tokens(
 
 
 def takes_from_base(config: Mapping[str, Any]) -> bool:
-    """Returns True if PEFT takes the drawn factors out of the base, again at each load."""
+    """Returns True if PEFT subtracts the initial factors from the base, again at each load."""
     return config["init_lora_weights"] in DECOMPOSING_INITS

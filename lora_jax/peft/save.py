@@ -1,4 +1,4 @@
-"""An adapted tree as the folder that PEFT writes."""
+"""Writes an adapted tree as PEFT writes an adapter's folder."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from lora_jax.peft.modules import EMBEDDING_NAMES, Module, ends_with, kind_of, m
 from lora_jax.peft.names import FILE, PREFIX, bias_key, keys_of, token_key
 from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_node, leaves_of
 
-PEFT_VERSION = "0.21.2"  # whose format is written
+PEFT_VERSION = "0.21.2"  # files have the format of this version
 
 
 def save(
@@ -39,14 +39,14 @@ def save(
     """Writes an adapter as PEFT does: adapter_config.json and adapter_model.safetensors.
 
     Args:
-      folder: created whole or not at all.
+      folder: created, its parents too; appears whole or not at all.
       model: the model of `lora_jax.models`, or the key table of another tree; see `load`.
       params: an adapted tree. Initialisers that take factors out of the base (PiSSA, OLoRA) are
         written as plain LoRA of twice the rank on the original base.
       base_model: the base's hub name or folder, which PEFT's ``AutoPeftModel`` reads.
       task_type: PEFT's, such as "CAUSAL_LM" or "SEQ_CLS".
       readme: the text of README.md, the hub's model card; None for none.
-      overwrite: replace an adapter that is there.
+      overwrite: replace an adapter's folder. Without it, an existing folder is an error.
 
     Raises:
       PeftError: names the part of the adapter that PEFT cannot hold.
@@ -92,7 +92,7 @@ def _check_free(folder: Path, overwrite: bool) -> None:
     if not overwrite:
         raise FileExistsError(f"{folder} exists: name another folder, or give overwrite=True")
     if not (folder / configuration.FILE).is_file() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds something else than an adapter: name another folder")
+        raise FileExistsError(f"{folder} is not an adapter's folder: name another folder")
 
 
 def contents(model: Any, params: Tree) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -349,7 +349,7 @@ class _Contents:
     def _bias_kind(
         self, names: Sequence[str], adapted: Sequence[str], saved: Sequence[str]
     ) -> str | None:
-        """Returns PEFT's `bias` for trained biases, of which saved modules have their own."""
+        """Returns PEFT's `bias` for trained biases other than saved modules'; None if none fits."""
         every = {n for row in self._rows.values() for n in row.hf_names if n.endswith(".bias")}
         every = {name for name in every if name.removesuffix(".bias") not in saved}
         of_adapted = {n for n in every if n.removesuffix(".bias") in adapted}

@@ -1,9 +1,9 @@
-"""A serving engine's problems with an adapter: refused, or run without a word as another.
+"""Lists what a serving engine would refuse in an adapter, or silently run differently.
 
-The engine in mind is vLLM, whose loader reads adapter_config.json (``PEFTHelper``) and the names of
-the tensors. It knows few of PEFT's fields and ignores all others, so a field that it does not know
-is a problem just like one that it refuses. Its support of a model's architecture, or of mixtures of
-experts, depends on its version and is not looked into.
+The engine is vLLM, whose loader reads adapter_config.json (``PEFTHelper``) and the names of the
+tensors. It knows few of PEFT's fields and ignores all others, so a field that it does not know is a
+problem just like one that it refuses. Its support of a model's architecture, or of mixtures of
+experts, depends on its version and is not checked.
 """
 
 import os
@@ -18,7 +18,7 @@ from lora_jax.peft.modules import by_pattern
 from lora_jax.peft.names import FILE, PREFIX
 
 MAX_RANK = 16  # vLLM's default
-_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
+_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of its --max-lora-rank
 _CLASSIFIERS = ("classifier", "score")
 _MERGE = "merge it into the base (--merged)"
 _BY_PEFT = "merge it into the base by PEFT (merge_and_unload)"
@@ -81,7 +81,7 @@ def _ranks(tensors: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _of_kind(fields: Mapping[str, Any]) -> list[str]:
-    """Lists fields that make something else of the adapter than W + s·BA."""
+    """Lists fields with which the adapter is something other than W + s·BA."""
     found = []
     if fields.get("use_dora"):
         found.append(f"use_dora: DoRA is refused; {_MERGE}")

@@ -1,11 +1,11 @@
-"""Training: `finetune` in one call, or its parts, to be composed otherwise.
+"""Training: `finetune` in one call, or the parts that it is made of.
 
     examples = training.chats(rows, tokenizer, seq_len=128)
     rules = [lora_jax.LoraRule(targets="all-linear", rank=8, alpha=16)]
     params, report = training.finetune(model, params, examples, rules, lr=1e-3, folder="runs/mine")
 
-The parts, from below: `losses` (the contract of a loss), `step` (one optimiser step, pure), `setup`
-and `layout` (the step on a mesh), `batches`, `checkpoints`, `loop`, and `fit`, which joins them.
+The parts, bottom up: `losses` (the contract of a loss), `step` (one optimiser step, pure), `setup`
+and `layout` (the step on a mesh), `batches`, `run.checkpoints`, `loop`, and `fit` (all of them).
 """
 
 from lora_jax.training.batches import Arrays, Examples, Packs

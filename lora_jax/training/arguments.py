@@ -24,7 +24,7 @@ _CHUNK = 256  # predictions whose logits exist at once, for each part of a batch
 
 
 def as_examples(given: Examples | Mapping[str, Any], name: str) -> Examples:
-    """Returns examples; a user's own arrays are checked for one length."""
+    """Returns examples; checks that a user's own arrays have one length."""
     if isinstance(given, Mapping):
         arrays = {key: np.asarray(array) for key, array in given.items()}
         lengths = {key: array.shape[0] if array.ndim else None for key, array in arrays.items()}
@@ -45,7 +45,7 @@ def as_examples(given: Examples | Mapping[str, Any], name: str) -> Examples:
 
 
 def like(held_out: Examples, examples: Examples) -> Examples:
-    """Returns the held-out examples; they have the arrays that the others have."""
+    """Returns the held-out examples; raises a TrainingError unless they have the same arrays."""
     one = np.zeros(1, int)
     names = {*held_out.take(one)}, {*examples.take(one)}
     if names[0] != names[1]:
@@ -70,7 +70,7 @@ def check_counts(**counts: int | None) -> None:
 
 
 def check_best(keep_best: bool, patience: int | None, *, held_out: bool, folder: bool) -> None:
-    """Raises a TrainingError where the best adapter cannot be told or kept."""
+    """Raises a TrainingError where the best adapter cannot be measured or kept."""
     if patience is not None and not keep_best:
         raise TrainingError(
             f"patience={patience} ends a run that no longer improves, and leaves its best adapter: "
@@ -83,7 +83,7 @@ def check_best(keep_best: bool, patience: int | None, *, held_out: bool, folder:
 
 
 def loss_of(given: Any, examples: Examples, layout: Layout) -> Loss:
-    """Returns the loss that is given, or the one that chats and texts have."""
+    """Returns the given loss, or the default one of chats and texts."""
     if isinstance(given, Loss):
         return given
     if given is not None:
@@ -95,13 +95,13 @@ def loss_of(given: Any, examples: Examples, layout: Layout) -> Loss:
     if isinstance(examples, Labelled):
         return Loss(classification_loss, unit="text")
     raise TrainingError(
-        "loss is missing: of your own arrays, give a function (forward, params, batch, "
+        "loss is missing: for your own arrays, give a function (forward, params, batch, "
         "dropout_key) -> training.Sums(total, count, logs)"
     )
 
 
 def check_folder(folder: str | Path | None, resume: bool, overwrite: bool) -> Path | None:
-    """Returns the run's folder, made if need be; changes nothing that is in it."""
+    """Returns the run's folder, created if it does not exist; changes nothing in it."""
     if resume and overwrite:
         raise TrainingError("resume goes on with a run and overwrite deletes it: give one of them")
     if folder is None:

@@ -32,12 +32,12 @@ class Examples:
 
     @property
     def groups(self) -> np.ndarray | None:
-        """Returns the group of each row, [n]: those of one make the smallest batches; or None."""
+        """Returns the group of each row, [n], or None; rows of one group need the least padding."""
         return None
 
     @property
     def mixture(self) -> Shares | None:
-        """Returns what an epoch draws of each data set; None where it has each row once."""
+        """Returns how many rows an epoch draws of each data set; None for each row once."""
         return None
 
     def take(self, rows: np.ndarray) -> Batch:
@@ -90,8 +90,8 @@ class Weighted(Examples):
     """Holds arrays with weights as its fields.
 
     Attributes:
-      weights: [n] or [n, m], what each unit of the loss is multiplied by; 0 for one that does not
-        count. Negative ones are welcome.
+      weights: [n] or [n, m], the factor of each unit of the loss; 0 for one that does not count,
+        perhaps negative.
     """
 
     weights: np.ndarray
@@ -116,14 +116,14 @@ class Packs(Examples):
     """Holds sequences ready to be batched, without padding; a row is one or several of them.
 
     A batch is padded to the smallest of `lengths` that holds its rows, so that a step has few
-    shapes. Its arrays are int32, [batch, seq] and, of what is predicted, [batch, m]:
+    shapes. Its arrays are int32, the first three [batch, seq], the others [batch, m]:
 
     - ids: tokens.
     - segment_ids: 0 for padding, 1, 2, … for the sequences that share a row.
     - positions: of each token in its own sequence.
-    - predict_at: where in `ids` a token is predicted that the loss counts. The head runs there
-      only: with a long prompt most logits would be thrown away.
-    - targets: the tokens that follow there.
+    - predict_at: the places in `ids` that predict a token that the loss counts. The head runs at
+      these alone: with a long prompt most logits would be thrown away.
+    - targets: the tokens to predict there.
     - weights: 1, or 0 where a row has fewer than m such tokens.
 
     Attributes:
@@ -186,7 +186,7 @@ class Packs(Examples):
         return batch
 
     def blank(self, n: int, group: int = -1, counted: int = 0) -> Batch:
-        """Returns `n` rows of padding, of the largest length or of that of a group.
+        """Returns `n` rows of padding, as long as the longest, or as those of a group.
 
         Where more tokens count than `predicted` says, arrays of them are as long as the row.
         """
@@ -253,7 +253,7 @@ class Packs(Examples):
         """Returns all rows as one batch."""
         return self.take(np.arange(len(self)))
 
-    # All rows, padded alike: for a look at them.
+    # All rows, padded alike, for inspection.
     ids = property(lambda self: self.by_name()["ids"])
     segment_ids = property(lambda self: self.by_name()["segment_ids"])
     positions = property(lambda self: self.by_name()["positions"])
@@ -293,10 +293,10 @@ def pack_mixture(
     *,
     packing: bool,
 ) -> Packs:
-    """Like `pack`, for several data sets.
+    """Returns the rows of several data sets together; see `pack`.
 
-    With weights, an epoch draws its rows of each data set in proportion to them (see `Shares`), and
-    `packing` puts rows of one data set into a sequence. Without, it has each row of all once.
+    With weights, an epoch draws rows of each data set in proportion to them (see `Shares`), and
+    `packing` puts rows of one data set into a sequence. Without weights, it has each row once.
 
     Args:
       parts: the sequences of each data set, by its name.

@@ -1,10 +1,10 @@
-"""Attention on a mesh: each device its own batch, heads and, of a long row, its own queries.
+"""Attention on a mesh: each device has its own batch, heads and, of a long row, queries.
 
-A row lies in equal chunks along the axis ``sequence``. Keys and values are gathered over it, a
+A row is cut into equal chunks along the axis ``sequence``. Keys and values are gathered over it, a
 layer at a time: with grouped heads they are a fraction of the queries, and linear in the length.
-Under a causal mask the last queries see most keys. So that every device does as much, it exchanges
+Under a causal mask the last queries see the most keys. To balance the work, each device exchanges
 half of its queries first, and its results afterwards: of 2n chunks, device i of n works on chunks
-i and 2n - 1 - i, which see 2n + 1 chunks together, whatever i is.
+i and 2n - 1 - i, which together see 2n + 1 chunks, whatever i is.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def split_of(seq: int, parts: int, *, causal: bool) -> Split | None:
 def shared_out(local: Attention, mesh: Mesh) -> Attention:
     """Returns attention that each device of a mesh computes a part of, by ``local``.
 
-    Heads lie on the axis ``tensor``: where there are too few of keys and values, each is repeated
+    Heads are sharded over the axis ``tensor``: where keys and values have too few, each is repeated
     for the devices that share it. An axis of the mesh that does not divide an axis of the arrays is
     left out there, and its devices repeat each other's work. Queries that look into a cache are
     not split.
@@ -82,7 +82,7 @@ def shared_out(local: Attention, mesh: Mesh) -> Attention:
                 return local(q, k, v, part, factor, cap)
             return _to_chunks(local(_to_pairs(q, split), k, v, part, factor, cap), split)
 
-        # A token is a few integers: a device has those of all queries, and takes its own.
+        # A mask has a few integers per token: a device has those of all queries, and takes its own.
         of_mask = jax.tree.map(
             lambda x: fitted((BATCH, None), x.shape, mesh).spec if x.ndim == 2 else P(), mask
         )

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-# Writes an option as its reader does, from its name and, if it is told, its value.
+# Returns how a reader writes an option, from its name and perhaps its value.
 Written = Callable[..., str]
 
 

@@ -40,12 +40,12 @@ class Ready:
 
     Attributes:
       feed: the batches.
-      setup: what a step is made of, beside the model.
+      setup: the parts of a step, but for the model.
       state: the state to go on from.
       base: the frozen half of the parameters.
       checkpoints: the checkpoints to resume from and to write; None for none.
-      facts: what each checkpoint says of data, base and options, as JSON.
-      owed: the prefixes of the measures that an interrupted run has not taken after its last step.
+      facts: the data, base and options that each checkpoint records, as JSON.
+      owed: the prefixes of the measures that an interrupted run did not take after its last step.
       best: keeps the best adapter; None for no such thing.
     """
 
@@ -74,9 +74,9 @@ def make_ready(
     """Returns the state before the first step.
 
     Args:
-      params: the adapted tree, on the layout's mesh. Its trained arrays may be taken over.
+      params: the adapted tree, on the layout's mesh. Its trained arrays may be donated.
       feed: the batches.
-      layout: where everything lies on the mesh.
+      layout: the mesh, and the sharding of everything on it.
       optimizer: of the adapter.
       schedule: the learning rate that the optimiser has, to be logged.
       key: of dropout and noise.
@@ -102,7 +102,7 @@ def resumed(ready: Ready, steps: int) -> Ready:
 
     Raises:
       TrainingError: the checkpoint is damaged, of other data, another base or other settings, or
-        later than `steps`; or what was the best before it is lost.
+        later than `steps`; or the best adapter before it is lost.
     """
     if ready.checkpoints is None or not ready.checkpoints.steps():
         if ready.best is not None:
@@ -156,17 +156,17 @@ def check_positions(model: Any, examples: Examples) -> None:
 
 
 def check_optimizer(optimizer: Any, weight_decay: float) -> None:
-    """Raises a TrainingError for an optimiser that there is not, or decay that it does not get."""
+    """Raises a TrainingError for an unknown optimiser, or a weight decay that it would not use."""
     if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
         raise TrainingError(f"optimizer={optimizer!r}: give {', '.join(OPTIMIZERS)}, or your own")
     if not isinstance(optimizer, str) and weight_decay:
         raise TrainingError(
-            f"weight_decay={weight_decay} is for optimizers by name: give it to your own yourself"
+            f"weight_decay={weight_decay} is for optimizers by name: build it into your own"
         )
 
 
 def settings_of(**settings: Any) -> dict[str, str]:
-    """Returns what a resumed run may not change, in words that are the same in every process."""
+    """Returns the settings that a resumed run may not change, as text that never varies."""
     return {
         name: "a function" if callable(value) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
         for name, value in settings.items()
@@ -185,7 +185,7 @@ def not_finite(params: Any) -> list[str]:
 
 @jax.jit
 def _all_finite(array: jax.Array) -> jax.Array:
-    """Returns [] bool; compiled as one, it needs no array of flags beside the weights."""
+    """Returns [] bool; as one compiled function, it needs no array of flags beside the weights."""
     return jnp.isfinite(array).all()
 
 
@@ -224,12 +224,12 @@ def fit(
     """Trains to the end, or until no better measurement comes (see `Best`).
 
     Args:
-      ready: the state to train from; its memory is taken over.
+      ready: the state to train from, which the step donates.
       step: the compiled step.
       steps: the number of the last step.
       pace: says how often to log and save.
       loss: the function that the step minimises.
-      measures: what is measured on the way; see `held_out_loss`.
+      measures: measurements to take on the way; see `held_out_loss`.
       log: gets a line a window of steps.
       stop: tells of a signal.
       resume_hint: tells an interrupted user how to go on.
@@ -295,7 +295,7 @@ def tree_of(ready: Ready, state: State) -> Any:
 
 def _on_mesh(ready: Ready, loaded: Any) -> Any:
     """Returns an adapted tree with its adapter, read from a folder, on the mesh."""
-    host = jax.tree.map(np.asarray, lj.split(loaded)[0])  # which many processes may hand to a jit
+    host = jax.tree.map(np.asarray, lj.split(loaded)[0])  # which many processes may give to a jit
     adapter = jax.jit(lambda adapter: adapter, out_shardings=ready.setup.where.adapter)(host)
     return lj.join(adapter, ready.base)
 

@@ -1,4 +1,4 @@
-"""The places on a mesh of what a step works on."""
+"""Places weights, adapters, batches and activations on a mesh."""
 
 import dataclasses
 import math
@@ -36,8 +36,7 @@ def make_mesh(devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
         named. `lora_jax.models.specs` says what each is for.
 
     Raises:
-      TrainingError: an axis that there is none of, or sizes that do not multiply to the number of
-        devices.
+      TrainingError: an unknown axis, or sizes that do not multiply to the number of devices.
 
     >>> from lora_jax import training
     >>> training.make_mesh(jax.devices()[:1], fsdp=1).shape["tensor"]
@@ -68,7 +67,7 @@ class Layout(Placement):
     Attributes:
       mesh: with the axes `lora_jax.models.specs.AXES`; see `make_mesh`.
       table: of the parameters; see `lora_jax.sharding`.
-      sorts_apart: whether, before experts, each device sorts its own tokens.
+      sorts_apart: whether each device sorts its own tokens by expert.
     """
 
     mesh: Mesh
@@ -91,7 +90,7 @@ class Layout(Placement):
 
     @property
     def batch_parts(self) -> int:
-        """Returns the number of parts that a batch is shared out into."""
+        """Returns the number of parts that a batch is split into."""
         return math.prod(self.mesh.shape[name] for name in BATCH)
 
     @property
@@ -116,16 +115,16 @@ class Layout(Placement):
 
     @property
     def sequence_parts(self) -> int:
-        """Returns the number of parts that a long row is shared out into."""
+        """Returns the number of parts that a long row is split into."""
         return self.mesh.shape["sequence"]
 
     @property
     def token_parts(self) -> int:
-        """Returns the number of parts that a batch's tokens are shared out into."""
+        """Returns the number of parts that a batch's tokens are split into."""
         return self.batch_parts * self.sequence_parts
 
     def check_lengths(self, lengths: Sequence[int]) -> None:
-        """Raises a TrainingError for rows that cannot be shared out over the sequence axis.
+        """Raises a TrainingError for rows that cannot be split evenly over the sequence axis.
 
         Args:
           lengths: the numbers of tokens that rows are padded to.
@@ -151,16 +150,16 @@ class Layout(Placement):
         return sharding_of(path, shape, self.table, self.mesh)
 
     def placed(self, params: Any) -> Any:
-        """Returns an adapted tree on the mesh, the adapter as its base lies."""
+        """Returns an adapted tree on the mesh, the adapter sharded like its base."""
         return place(params, self.table, self.mesh)
 
     def step_shardings(self, params: Any) -> Any:
-        """Returns the shardings that a step works with: factors are gathered as kernels are.
+        """Returns an adapter's shardings within a step: A and B gathered over fsdp and sequence.
 
-        Over fsdp and sequence, that is. It happens once a step; layer by layer, it would be three
-        times: forward, recomputed, and backward. They are small. What trains in full is not: it
-        stays where it lies, and so does the state of the optimiser. Over tensor and expert nothing
-        is gathered: a device has the factors of its own features and experts.
+        They are small, so they are gathered once a step; layer by layer it would be three times:
+        forward, recomputed, and backward. Leaves that train in full are not small: they keep their
+        sharding, and so does the state of the optimiser. Nothing is gathered over tensor and
+        expert: a device has the factors of its own features and experts.
         """
 
         def gathered(entry: Any) -> Any:
@@ -183,8 +182,8 @@ class Layout(Placement):
     def constrained(self, model: Any, *, dropout: bool = False) -> Any:
         """Returns the model with its activations on the mesh.
 
-        Dropout on experts depends on the order of the tokens that are sorted for them. To be what
-        it is on one device, it has them sorted all at once, which takes more memory.
+        Dropout on experts depends on the order of the tokens that are sorted for them. To get the
+        result of one device, all tokens are then sorted together, which takes more memory.
         """
         sorts_apart = self.mesh.size == 1 or not dropout
         return model.clone(placement=dataclasses.replace(self, sorts_apart=sorts_apart))
@@ -192,19 +191,19 @@ class Layout(Placement):
     def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
         """Returns an activation on the mesh; see `lora_jax.models.layers.placement.Placement`.
 
-        The residual stream is what rematerialisation keeps of each layer, so it is shared out over
-        the tensor axis as well: by tokens, since norms are taken of each token by itself. For the
-        products of a block it is gathered over that axis; each device has its heads or features
-        of all tokens there, so that no kernel moves over the tensor axis.
+        Rematerialisation keeps the residual stream of each layer, so it is sharded over the tensor
+        axis as well: by tokens, since norms are taken of each token by itself. For the products of
+        a block it is gathered over that axis; there each device has its heads or features of all
+        tokens, so that no kernel moves over the tensor axis.
         """
         if self.mesh.size == 1:
             return x
         return jax.lax.with_sharding_constraint(x, self._fitting(x.shape, _ACTIVATIONS[kind]))
 
     def mixture(self, mixed: Mixture) -> Mixture:
-        """Returns experts of which each device has its tokens, and its features of all experts.
+        """Returns a mixture: each device computes its tokens, with its features of all experts.
 
-        So no token moves; kernels are gathered over the other axes, a layer at a time.
+        No token moves; kernels are gathered over the other axes, a layer at a time.
         """
         if self.mesh.size == 1:
             return mixed
@@ -228,14 +227,15 @@ class Layout(Placement):
         return called
 
     def attention(self, local: Attention) -> Attention:
-        """Returns attention of which each device has its batch, heads and queries."""
+        """Returns attention that each device computes for its batch, heads and queries."""
         return local if self.mesh.size == 1 else context.shared_out(local, self.mesh)
 
     def batch(self, batch: Batch, *, parts: bool) -> dict[str, jax.Array]:
-        """Returns a batch on the mesh: all processes know it, each gives what its devices need.
+        """Returns a batch on the mesh: all processes have it, each gives what its devices need.
 
         Args:
           batch: arrays [batch, …], or [accumulate, batch, …] with `parts`.
+          parts: whether there is the first axis of the parts that are accumulated.
         """
         return {
             name: jax.make_array_from_callback(

@@ -15,7 +15,7 @@ from lora_jax.training.run.log import Log
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State, Step
 
-_SLOW = 0.5  # seconds of a step from which on running ahead of the device gains nothing
+_SLOW = 0.5  # seconds a step, above which running ahead of the device gains nothing
 
 
 class Pace(Protocol):
@@ -24,7 +24,7 @@ class Pace(Protocol):
     Attributes:
       log_every: steps between lines of metrics.
       save_every: steps between checkpoints; the last step always has one.
-      max_skipped: as many skipped steps in a row end the run.
+      max_skipped: skipped steps in a row that end the run.
     """
 
     @property
@@ -37,12 +37,12 @@ class Pace(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measure:
-    """Measures what training has come to, every so many steps and at its end.
+    """Measures the model, every so many steps and at the end of training.
 
     Attributes:
       every: steps between two measurements; 0 for none.
-      prefix: before the names of what it measures, in the log: "eval_".
-      take: returns what it measures, by name; {} logs nothing. None after a signal, which all
+      prefix: of the names of its measurements in the log: "eval_".
+      take: returns the measurements by name; {} logs nothing. None after a signal, which all
         processes agree on. All of them have to call it.
     """
 
@@ -64,9 +64,9 @@ class Hooks:
     """Connects the loop with its data, its folder and its user.
 
     Attributes:
-      batch: makes the batch of the step that has so many steps before it, from the state that this
-        step begins with: rollouts are sampled from it, data ignore it. The batch must not hold the
-        state's own arrays, whose memory the step takes over.
+      batch: (number of steps before it, the state it begins with) -> a step's batch. Rollouts are
+        sampled from the state; data ignore it. The batch must not hold the state's own arrays,
+        which the step donates.
       placed: puts a batch on the devices.
       tokens: counts the tokens of a batch, without padding.
       save: writes a checkpoint; gets the prefixes of the measures that its step still lacks.
@@ -155,15 +155,15 @@ def train(
 ) -> tuple[State, float | None]:
     """Trains from where `state` is to `steps`, or until `hooks.judge` ends it.
 
-    Steps that skip themselves (see `make_step`) are logged. After a skipped step, no checkpoint is
-    written until a step succeeds: what was learned before it may be at fault, and the last
-    checkpoint is then what can be gone back to.
+    Skipped steps (see `make_step`) are logged. After one, no checkpoint is written until a step
+    succeeds: what was learned before it may be at fault, and a run can go back to the last
+    checkpoint.
 
-    A run that was interrupted before a step was measured measures it once it goes on, so that it
-    comes to the same measurements as one without a break.
+    A run that was interrupted before it measured a step measures it on resuming, and so gets the
+    same measurements as a run without a break.
 
     Args:
-      step: the compiled step; it takes the state's memory over.
+      step: the compiled step, which donates the state.
       state: the state to begin with.
       base: the frozen half of the parameters.
       steps: the number of the last step.
@@ -226,7 +226,7 @@ def train(
 def _measured(
     due: Sequence[Measure], state: State, done: int, log: Log
 ) -> tuple[dict[str, float], Sequence[Measure]]:
-    """Returns what the measures say, by prefixed name, and those that a signal has kept back."""
+    """Returns the measurements, by prefixed name, and the measures that a signal cut off."""
     measured: dict[str, float] = {}
     for index, measure in enumerate(due):
         found = measure.take(state)

@@ -11,7 +11,7 @@ import optax
 Logits = Callable[..., jax.Array]
 Reduction = Literal["mean", "sum"]
 
-# What a line of metrics holds beside the logs of a loss.
+# The entries of a line of metrics beside the logs of a loss.
 OWN_METRICS = ("step", "time", "loss", "count", "grad_norm", "lr", "skipped", "tokens_per_s")
 HELD_OUT = "eval_"  # before the names of metrics on held-out data
 SCORE = "score_"  # before the names of a task's own scores
@@ -104,8 +104,8 @@ def summed_loss(
     [batch, m, vocab]: the head runs once more for each chunk in the backward pass. A chunk takes
     the same places of all rows (at least one), so that a batch stays spread over devices.
 
-    Where a row lies on several devices, hidden states stay where they are: instead of those that
-    predict something, the head gets all of them, and a chunk takes the same places of each part.
+    Where a row is split over several devices, hidden states stay where they are: the head gets all
+    of them, not those alone that predict something, and a chunk takes the same places of each part.
 
     Args:
       forward: a model's ``apply``, adapted or not: called as ``forward({"params": params}, ids,
@@ -114,9 +114,9 @@ def summed_loss(
       params: a parameter tree, adapted or plain.
       batch: arrays [batch, seq] and [batch, m]; see `lora_jax.training.batches.Packs`.
       dropout_key: turns dropout on.
-      chunk: predictions a chunk; 0, or as many as there are: all at once.
+      chunk: predictions a chunk; 0 for all at once.
       parts: the parts that a row is split into, each on a device. With several, a place may
-        predict one token only; what weighs nothing does not matter.
+        predict one token only, not counting those of weight 0.
 
     Returns:
       The sums, without logs: an accuracy would take another pass over the vocabulary.
@@ -187,7 +187,7 @@ def _spread(
         rows = jnp.arange(x.shape[0])[:, None]
         return jnp.zeros((x.shape[0], seq), x.dtype).at[rows, places].add(x)
 
-    # What fills up a row weighs nothing; it is all at place 0.
+    # Padding has weight 0; it is all at place 0.
     return at_places(jnp.where(weights == 0, 0, targets)), at_places(weights)
 
 

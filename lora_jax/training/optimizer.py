@@ -1,4 +1,4 @@
-"""The optimiser of an adapter, its weight decay, and what an adapted tree says of its training."""
+"""The optimiser of an adapter, its weight decay, and facts about an adapted tree's training."""
 
 import re
 from collections.abc import Mapping
@@ -26,26 +26,27 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Returns an optimiser by name, for an adapter or for full fine-tuning.
 
-    Each is a direction, made from the gradient clipped to a norm. Weight decay is added to it, and
+    Each computes a direction from the gradient clipped to a norm. Weight decay is added to it, and
     the learning rate multiplies the sum; so decay is decoupled from the gradient in all of them
     (Loshchilov & Hutter, arXiv 1711.05101). Norms and biases do not decay.
 
-    "schedule-free" takes gradients between its average and its newest parameters; what there is to
-    evaluate and to keep is the average, see `averaged`. Its schedule is a warmup, then constant.
+    "schedule-free" takes gradients between its average and its newest parameters; evaluate and keep
+    the average, see `averaged`. Give it a schedule that is a warmup, then constant.
 
     Args:
       name: "adamw", "lion", "adafactor", "muon", "schedule-free" or "sgd".
       schedule: the learning rate at each step.
       params: the adapted tree. "muon" needs it for the roles of the axes, and all need it where A
         is frozen, for B's gradient to be projected.
-      weight_decay: of A, B and kernels.
+      weight_decay: of A, B, kernels and embeddings.
       grad_clip: the largest norm of the gradient; 0 for no limit.
-      lora_plus: B learns so many times as fast as A (LoRA+).
+      lora_plus: the ratio of B's learning rate to A's (LoRA+).
       options: beta1, beta2, eps and momentum, of which each optimiser reads its own; None for its
         default. See `lora_jax.training.optimizers.named.OPTIMIZERS`.
 
     Raises:
-      ValueError: there is no optimiser of this name, or it does not read one of the options.
+      ValueError: there is no optimiser of this name, it does not read one of the options, or "muon"
+        lacks `params`.
 
     >>> from lora_jax import training
     >>> tree = lj.lorafy({"kernel": jnp.ones((4, 3))}, [lj.LoraRule(targets=["kernel"], rank=2)])
@@ -85,9 +86,9 @@ def adamw(
       schedule: the learning rate at each step.
       params: the adapted tree; needed where A is frozen, for B's gradient to be projected.
       b2: Adam's memory of squared gradients.
-      weight_decay: of A, B and kernels.
+      weight_decay: of A, B, kernels and embeddings.
       grad_clip: the largest norm of the gradient; 0 for no limit.
-      lora_plus: B learns so many times as fast as A (LoRA+).
+      lora_plus: the ratio of B's learning rate to A's (LoRA+).
 
     >>> from lora_jax import training
     >>> tree = lj.lorafy({"kernel": jnp.ones((4, 3))}, [lj.LoraRule(targets=["kernel"], rank=2)])
@@ -108,8 +109,8 @@ def averaged(opt_state: optax.OptState, adapter: Any) -> Any:
     """Returns the adapter to evaluate and to keep: an average, or the adapter itself.
 
     Args:
-      opt_state: the optimiser's state, which has the average's other end.
-      adapter: the parameters that gradients are taken at.
+      opt_state: the optimiser's state; schedule-free's holds what the average follows from.
+      adapter: the parameters at which gradients are taken.
 
     >>> from lora_jax.training.optimizer import averaged, make_optimizer
     >>> adapter = {"kernel": {"value": jnp.ones(3)}}
@@ -137,7 +138,7 @@ def decays(adapter: dict[str, dict[str, Any]]) -> dict[str, dict[str, bool]]:
 
 
 def takes_from_base(params: Any) -> bool:
-    """Returns whether an adapter started from what the base holds, which takes a decomposition."""
+    """Returns whether an adapter started from factors of the base (PiSSA, OLoRA)."""
     return any(weight.start is not None for weight in _adapted(params))
 
 

@@ -40,10 +40,10 @@ def from_first(values: dict[str, float]) -> dict[str, float]:
 
 
 class Agreement:
-    """Tells all processes at the same turn of a number that one of them has, such as a signal's.
+    """Tells all processes in the same turn a number that one of them has, such as a signal's.
 
-    Asking the others takes about a millisecond. Where turns are short, several pass before they
-    are asked again: as many as take a second, and ten at most.
+    Asking the others takes about a millisecond. Where turns are short, they are asked about once a
+    second, and at least every ten turns.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Agreement:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON; the file is there whole or not at all. Of many processes, the first one does."""
+    """Writes JSON, in the first process alone; the file appears whole or not at all."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -1,6 +1,6 @@
-"""The step of a run on its mesh: where its state lies, and its compilation.
+"""The step of a run on its mesh: the sharding of its state, and its compilation.
 
-A run works with arrays, a plan of it with their shapes: the step is the same.
+A run gives it arrays, a plan of the run their shapes: the step is the same.
 """
 
 import dataclasses
@@ -21,11 +21,12 @@ from lora_jax.training.step import Metrics, State, init_state, make_step
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """Holds what a step is made of, beside the model.
+    """Holds the parts of a step, but for the model.
 
     Attributes:
-      where: the sharding of each array of the state; an optimiser's arrays lie as the adapter does.
-      step_shardings: of the adapter that a step works with.
+      where: the sharding of each array of the state; an optimiser's arrays are sharded like the
+        adapter.
+      step_shardings: the adapter's shardings within a step; see `Layout.step_shardings`.
       dropout: whether an adapter's input is dropped.
       noise: the size of the noise on embeddings; 0 for none. See `lora_jax.training.neftune`.
     """
@@ -63,8 +64,8 @@ class Setup:
     def forward(self, model: Any) -> Callable[..., Any]:
         """Returns a model as the function that the loss calls, its activations on the mesh.
 
-        Compile what calls it with the layout's `compiler_options`, as `trace` does: on a TPU, the
-        experts of a mixture count on them.
+        Compile its caller with the layout's `compiler_options`, as `trace` does: on a TPU, the
+        experts of a mixture rely on them.
         """
         forward = lj.adapt(self.layout.constrained(model, dropout=self.dropout).apply)
         return neftune(forward, self.noise) if self.noise else forward
@@ -105,7 +106,7 @@ class Setup:
         base: Any,
         batch: Mapping[str, Any],
     ) -> jax.stages.Traced:
-        """Traces the step for arrays such as these; it takes the state's memory over.
+        """Traces the step for arrays such as these; the step donates the state.
 
         Args:
           forward: the adapted function that the loss calls.
@@ -146,7 +147,7 @@ class CompiledStep:
         return len(self._by_shape)
 
     def __call__(self, state: State, base: Any, batch: dict[str, Any]) -> tuple[State, Metrics]:
-        """Takes the step; it takes the state's memory over."""
+        """Takes the step, which donates the state."""
         return self.of(state, base, batch)(state, base, batch)
 
     def of(self, state: State, base: Any, batch: dict[str, Any]) -> Any:

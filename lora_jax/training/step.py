@@ -30,6 +30,11 @@ Evaluation = Callable[[Adapter, Any, dict[str, Any]], Sums]
 def init_state(adapter: Adapter, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
     """Returns the state before the first step.
 
+    Args:
+      adapter: the first half of `lora_jax.split`.
+      optimizer: of the adapter.
+      key: a PRNG key, for dropout.
+
     See the example of `make_step`.
     """
     return State(adapter, optimizer.init(adapter), jnp.int32(0), key)
@@ -46,9 +51,9 @@ def make_step(
 ) -> Step:
     """Returns the step: pure, to be jitted with its state donated.
 
-    Each array of a batch has a first axis more, the parts that are accumulated. The sums of the
-    loss and the gradient are added up over the parts; they are divided by the count once, or never:
-    see `lora_jax.training.losses.Loss`.
+    Each array of a batch has one more axis in front, the parts that are accumulated. The sums of
+    the loss and the gradient are added up over the parts; they are divided by the count once, or
+    never: see `lora_jax.training.losses.Loss`.
 
     Where the loss, its count or the gradient's norm is not finite, the step is skipped: adapter and
     optimiser state stay as they were, bit by bit, and `step` alone advances, so that other data
@@ -58,10 +63,10 @@ def make_step(
       forward: the adapted function that the loss calls.
       optimizer: of the adapter.
       schedule: the learning rate that `optimizer` has at each update, to be logged.
-      dropout: whether the loss gets a key, another one for each step and part.
+      dropout: whether the loss gets a key, a different one for each step and part.
       loss: the function to minimise, and who divides it.
-      gathered: moves the adapter to where on a mesh it is worked with, which may be another place
-        than where it is kept.
+      gathered: returns the adapter with the sharding that it has within a step, which may differ
+        from the one that it is kept with.
 
     Returns:
       ``(state, base, batch) -> (state, metrics)``. The metrics, fp32 []: `loss` (divided as its
@@ -152,7 +157,7 @@ def _accumulated(of_part: Callable[..., Any], batch: dict[str, Any]) -> Any:
 
 
 def _updates(state: State) -> jax.Array:
-    """Returns the updates so far, by the optimiser's own count: skipped steps are none of them."""
+    """Returns the updates so far, by the optimiser's own count, which leaves out skipped steps."""
     counts = optax.tree.get_all_with_path(state.opt_state, "count")
     return counts[0][1] if counts else state.step
 

@@ -1,7 +1,6 @@
 """Training from Python: a model, examples and rules in, a trained tree and a report out.
 
-It is the loop of the scripts over the step of the scripts; what is missing here (options, a
-progress bar, TensorBoard) they add.
+It runs the same loop and step as the scripts, which add options, a progress bar and TensorBoard.
 """
 
 import contextlib
@@ -68,11 +67,12 @@ class Report:
 
     Attributes:
       summary: the trainable parameters, in words; see `lora_jax.summary`.
-      steps: the steps that the run has, those before it was resumed among them. It may have ended
+      steps: the run's number of steps, those before it was resumed included. It may have ended
         earlier, by `patience`.
       metrics: the lines of metrics, as they were logged.
       held_out: the last measurement on held-out examples, by name; {} for none.
-      compile_seconds, step_seconds: of the step; the median, None where none was taken.
+      compile_seconds: of compiling the step.
+      step_seconds: of a step, the median; None where none was taken.
       adapter: the saved adapter; None without a folder.
       best: the step and the held-out loss of the best adapter; None where it was not asked for.
     """
@@ -139,12 +139,12 @@ def finetune(
       loss: the function to minimise, a `Loss` or its `sums`. Chats and texts have one; own arrays
         need one. It is called as ``loss(forward, params, batch, dropout_key)``, where ``forward``
         is the adapted `model` (of a module, its ``apply``).
-      steps, epochs: the length of the run, in one of the two; by default one epoch.
+      steps, epochs: the length of the run: give one of the two; by default one epoch.
       batch_size: examples in memory at once.
       grad_accum: batches a step.
       schedule: how `lr` falls after the warmup; see `warmed_up`.
       warmup: steps over which `lr` rises.
-      weight_decay: of A, B and kernels.
+      weight_decay: of A, B, kernels and embeddings.
       optimizer: a name that `make_optimizer` takes, or one of your own; `lr` is then its schedule,
         to be logged.
       held_out: examples like `examples`, to measure the loss on.
@@ -155,19 +155,19 @@ def finetune(
       log_every, eval_every, save_every: steps between lines, measurements on held-out examples,
         and checkpoints; by default ten a run of each.
       keep: the number of checkpoints that are kept.
-      keep_best: returns and saves the adapter whose held-out loss was the least, not the last one;
-        on the way, it is kept in ``folder/best``.
+      keep_best: returns and saves the adapter with the least held-out loss, not the last one; on
+        the way, it is kept in ``folder/best``.
       patience: ends the run after so many measurements in a row without a better one.
       max_skipped: a step whose loss or gradient is not finite is skipped; after so many in a row
         the run ends.
       seed: of the adapter's start, the order of the examples, and dropout.
-      layout: the devices, and where everything lies on them; by default one device.
+      layout: the mesh, and the sharding of everything on it; by default one device.
 
     Returns:
       The trained tree, adapted (see `lora_jax.merge`, `lora_jax.save_adapter`), and a report.
 
     Raises:
-      TrainingError: something that is asked for makes no sense, or the folder is another run's.
+      TrainingError: an argument makes no sense, or the folder holds another run.
       Diverged: too many steps in a row were skipped.
       Interrupted: after a signal, once the step is finished and saved.
       ValueError: the rules do not fit the tree.
@@ -325,7 +325,7 @@ def _adapted(params: Any, rules: Any, kinds: Any, key: jax.Array, start: Path | 
             '[lora_jax.LoraRule(targets="all-linear", rank=8)], or give an adapted tree'
         )
     adapter, base = lj.split(params)
-    return lj.join(jax.tree.map(jnp.copy, adapter), base)  # the step takes their memory over
+    return lj.join(jax.tree.map(jnp.copy, adapter), base)  # the step donates them
 
 
 def _forward(model: Any, ready: Ready) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What `adapt` does beside the laws: arguments, merging, refusals, dropout, compilations."""
+"""Tests of `adapt` besides the laws: arguments, merging, refusals, dropout, compilations."""
 
 import re
 import warnings

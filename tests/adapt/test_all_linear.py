@@ -1,4 +1,4 @@
-"""Which leaves "all-linear" takes where the roles are read by looking."""
+"""Leaves that "all-linear" selects if the axis roles come from `trace`."""
 
 import functools
 from typing import Any

@@ -1,4 +1,4 @@
-"""Eager calls: the trace of one call serves later ones, where nothing but arrays has changed."""
+"""Eager calls: the trace of one call serves later ones, if nothing but arrays has changed."""
 
 import abc
 import gc

@@ -1,4 +1,4 @@
-"""Flax's own layers, Linen and NNX, adapted under strict=True with the roles read by looking."""
+"""Flax's own layers, Linen and NNX, adapted under strict=True with axis roles from `trace`."""
 
 import flax.linen as nn
 import jax

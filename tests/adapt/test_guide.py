@@ -72,7 +72,7 @@ TITLES = (
     "A Keras model",
     "A neural ODE",
     "A Pallas kernel with its derivative",
-    "Kernels that lie out, in",
+    "Kernels stored out, in",
 )
 
 
@@ -138,7 +138,7 @@ def test_a_pallas_kernel(ran):
     assert not dots_of_size(ours.lower(adapter).compile().as_text(), shape)
 
 
-@of("Kernels that lie out, in")
+@of("Kernels stored out, in")
 @pytest.mark.filterwarnings("ignore::lora_jax.RoleWarning")  # the wrong one is told of
 def test_kernels_that_lie_out_in(ran):
     for tree in (ran["looked"], lj.lorafy(ran["params"], [ran["wrong"]])):

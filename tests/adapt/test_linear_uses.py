@@ -1,4 +1,4 @@
-"""Uses of a weight that are no product with x, and keep its factors all the same."""
+"""Uses of a weight other than products with x that keep its factors."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""The laws on random programs. See tests/adapt/random_programs.py for what they are made of."""
+"""The laws on random programs. See tests/adapt/random_programs.py for their steps."""
 
 import jax
 import pytest

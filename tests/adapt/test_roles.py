@@ -1,4 +1,4 @@
-"""Axis roles by looking, and `explain`."""
+"""Axis roles from `trace`, and `explain`."""
 
 import re
 

@@ -4,8 +4,8 @@
     python -m tests.benchmarks --cases 4x128 minilm --json results.json --png results.png
 
 Contenders (PEFT on torch, qwix, quax, naive merging, full fine-tuning) run in a process each, with
-the same weights, tokens, adapter and optimiser. Each takes turns with lora_jax; what is printed is
-the median ratio of times over the rounds, with the least and the largest. A contender whose losses
+the same weights, tokens, adapter and optimiser. Each takes turns with lora_jax; the table has the
+median ratio of times over the rounds, with the least and the largest. A contender whose losses
 differ from lora_jax's is refused, and the exit code is 1. Ctrl-C keeps what was measured. Weights
 are written to a temporary folder: 0.6 GB for SmolLM2-135M, 16 GB for the largest case on a GPU.
 """

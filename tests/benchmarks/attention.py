@@ -3,7 +3,7 @@
     python tests/benchmarks/attention.py [--seq 512 2048] [--block 64:4 128:8] [--bidirectional]
 
 SmolLM2-135M's heads (9 of queries, 3 of keys and values, 64 wide), batch 1, fp32, causal. All take
-turns, so that the ratios of one run compare; its seconds do not. ``--block`` tries other blocks and
+turns: compare the ratios within a run, not seconds across runs. ``--block`` tries other blocks and
 spans of ``Blockwise``. Compiled temporaries are those of forward and backward. Torch comes with the
 extra "parity".
 """

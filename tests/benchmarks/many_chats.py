@@ -2,9 +2,9 @@
 
     python tests/benchmarks/many_chats.py --rows 200000
 
-Draws chats of a question and an answer, of lengths as people's are, and reads, tokenises and packs
-them as `train.sft` does: once as for the first time, once with the tokens of that time. Prints
-seconds of the clock and of all cores, and the peak memory above what importing takes.
+Draws chats of a question and an answer, of realistic lengths, and reads, tokenises and packs them
+as `train.sft` does: first without kept tokens, then with them. Prints wall-clock seconds, CPU
+seconds, and the peak memory above that of the imports.
 """
 
 import argparse

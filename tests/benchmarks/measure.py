@@ -1,7 +1,7 @@
 """Measures a case: its contenders take turns with the reference, pair by pair.
 
-Before a contender is timed, its losses are held to the reference's. Whoever computes something else
-is refused: a ratio of different work means nothing.
+Before a contender is timed, its losses are compared with the reference's. One that computes
+something else is refused: a ratio of different work means nothing.
 """
 
 import math

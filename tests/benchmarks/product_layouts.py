@@ -1,11 +1,11 @@
-"""How to store A and B, and how to write the factored product: what the choice rests on.
+"""Measures ways to store A and B and to write the factored product, to choose one.
 
     python tests/benchmarks/product_layouts.py
 
 Times one forward and backward pass (to A and B) through scanned layers with the sizes of
 SmolLM2-135M, for each way to store and to write the product, and prints it as a multiple of the
-same pass without adapters (to x); compiled temporaries beside it. One run's ratios compare; its
-seconds do not.
+same pass without adapters (to x); compiled temporaries beside it. Compare the ratios within a
+run, not seconds across runs.
 """
 
 import itertools

@@ -1,9 +1,9 @@
-"""What `adapt` costs before the first step: tracing and compiling, beside the plain function.
+"""Measures what `adapt` costs before the first step: tracing and compiling, as ratios.
 
     python tests/benchmarks/trace_time.py
 
 On abstract weights with the shapes of SmolLM2-135M, scanned, and of a plain function of 30 layers
-written out one after the other. Medians; the ratios of one run compare.
+written out one after the other. Prints medians; compare the ratios within a run.
 """
 
 import statistics

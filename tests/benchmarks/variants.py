@@ -1,9 +1,9 @@
-"""What each variant of LoRA costs on SmolLM2-135M: step time and compiled temporaries over LoRA's.
+"""Measures each variant of LoRA on SmolLM2-135M: step time and compiled temporaries over LoRA's.
 
     python tests/benchmarks/variants.py [--memory-only] [--peft] [--rounds N]
 
 Batch 4 × 128, r = 8 on all linear layers, fp32, AdamW, without and with rematerialisation. The
-variants take turns, so that the ratios of one run compare (its seconds do not). ``--peft`` also
+variants take turns: compare the ratios within a run, not seconds across runs. ``--peft`` also
 times DoRA over LoRA in PEFT on torch, and needs the extra "parity".
 """
 

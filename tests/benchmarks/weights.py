@@ -1,4 +1,4 @@
-"""Writes what all contenders of a case read: a model's folder, and an adapter's.
+"""Writes the inputs of all contenders of a case: a model's folder, and an adapter's.
 
     python -m tests.benchmarks.weights FOLDER < cases.json
 

@@ -1,4 +1,4 @@
-"""A base that is no array, codes with scales, to hold `lora_jax.base` to its word."""
+"""A base that is not an array (codes with scales), to test the protocol of `lora_jax.base`."""
 
 import dataclasses
 from typing import Any

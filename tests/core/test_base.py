@@ -1,4 +1,4 @@
-"""A base that is no array keeps every law that an array keeps."""
+"""A base that is not an array keeps every law that an array keeps."""
 
 import dataclasses
 import types

@@ -1,4 +1,4 @@
-"""Folders appear whole, and take the place of older ones only when they stand."""
+"""Folders appear whole, and replace older ones only once they are complete."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-""" "all-linear" adapts what PEFT's does, on models with a head of their own."""
+""" "all-linear" adapts the same kernels as PEFT's, on models with a head of their own."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""A variant of one's own is one part: everything that knows the layout of a weight follows."""
+"""A user's own variant is one part: all code that depends on a weight's layout handles it."""
 
 import dataclasses
 

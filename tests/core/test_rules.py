@@ -1,4 +1,4 @@
-"""Which leaves a rule selects, and what it says where it selects none."""
+"""Leaves that a rule selects, and the errors of rules that select none."""
 
 import jax
 import jax.numpy as jnp
@@ -196,7 +196,7 @@ def test_a_kernel_that_has_the_name_of_a_bias_is_taken_where_its_axes_are_said()
     }
     assert selected([lj.LoraRule(targets=["other/scale"], **axes)], SIDE) == {"other/scale"}
     with pytest.raises(
-        ValueError, match=r"(?s)'lin/b' goes for a bias.*targets=\['b'\], in_axes=…"
+        ValueError, match=r"(?s)'lin/b' is taken for a bias.*targets=\['b'\], in_axes=…"
     ):
         selected([lj.LoraRule(targets=r"lin/b", rank=2)], SIDE)
 

@@ -1,4 +1,4 @@
-"""Where adapted trees lie on a mesh, and what the devices send each other for it."""
+"""Shardings of adapted trees, and the bytes that devices send each other."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What trains beside factors: rows of tables, layers of stacks, biases of adapted layers."""
+"""Parameters that train besides the factors: rows of tables, layers of stacks, biases."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A case of the table: a model that others wrote, what of it is run, and what may merge."""
+"""A case of the table: a model that others wrote, the call to run, and the merges allowed."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""The judge sees what it is there to see."""
+"""The judge passes right cases and reports wrong ones."""
 
 import jax
 import jax.numpy as jnp

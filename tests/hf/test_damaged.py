@@ -1,4 +1,4 @@
-"""Damaged folders: one error each, that names the file and what is wrong in it."""
+"""Damaged folders: one error each, which names the file and its damage."""
 
 import json
 import struct

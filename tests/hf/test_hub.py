@@ -1,4 +1,4 @@
-"""Where models come from, with and without a network. None is used here."""
+"""Sources of models, with and without a network; the tests use none."""
 
 import hashlib
 import subprocess

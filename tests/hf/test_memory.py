@@ -1,4 +1,4 @@
-"""How much memory loading and saving SmolLM2-135M take, in a process of their own."""
+"""Memory of loading and saving SmolLM2-135M, measured in a separate process."""
 
 import json
 import subprocess

@@ -1,6 +1,6 @@
 """The laws on every kind of decoder layer: experts, fused kernels, further norms, caps.
 
-Sizes are such that a kernel has as many elements as nothing else.
+Sizes are such that no other array has as many elements as a kernel.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Tests of what a training step keeps for its backward pass, and a decoding step copies."""
+"""Arrays that a training step keeps for its backward pass, and that a decoding step copies."""
 
 import importlib
 import re

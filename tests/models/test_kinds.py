@@ -1,4 +1,4 @@
-"""Kinds of parameters, and the presets of targets that go by them."""
+"""Kinds of parameters, and the presets of targets that select by them."""
 
 from typing import Any, get_args
 

@@ -1,4 +1,4 @@
-"""Experts against all of them on every token, and what is multiplied."""
+"""A mixture of experts against all experts on every token, and the FLOPs that it takes."""
 
 import functools
 from typing import Any

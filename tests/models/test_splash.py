@@ -1,4 +1,4 @@
-"""Splash attention, interpreted, against dense attention; and what it visits, against its mask."""
+"""Splash attention, interpreted, against dense attention; and its blocks, against its mask."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""What a serving engine would refuse: a table of configurations, each with its one problem."""
+"""Adapters that a serving engine would refuse: configurations with one problem each."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Runs train.sft several times in one process: a line of options each, after what all share.
+"""Runs train.sft several times in one process: SHARED options, then those of each run.
 
 python tests/train/mesh_runs.py DEVICES PROCESS/PROCESSES PORT SHARED… -- OPTIONS… -- OPTIONS…
 

@@ -309,6 +309,7 @@ def test_models_that_cannot_classify(inputs, tmp_path, capsys):
     ("args", "message"),
     [
         ("--dataset a.csv --test-share 1", "--test-share 1.0: a number between 0 and 1"),
+        ("--dataset a.csv --test validation", "a.csv is a file, which has no splits"),
         ("--head-only --full", "--head-only trains only the head: leave out --full"),
         ("--head-only --peft-config x", "leave out --peft-config"),
         ("--head-only --rank 4", "without an adapter: leave out --rank"),

@@ -1,4 +1,4 @@
-"""--dry-run: what it shows, that it changes nothing, and that it says what the run then does."""
+"""--dry-run: its output, which the run then confirms, and that it changes nothing."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""How runs end before their time: signals, deaths, and two runs in one folder."""
+"""Runs that end early: signals, killed processes, and two runs in one folder."""
 
 import os
 import re

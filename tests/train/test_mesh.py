@@ -77,8 +77,8 @@ def test_sizes_are_read(text, sizes):
         ("data=2,data=2", "at most once"),
         ("data=0", "sizes such as"),
         ("data=-1,fsdp=-1", "only one axis"),
-        ("data=3", "has 3 devices, and there are 4"),
-        ("data=3,fsdp=-1", "has 3 devices, and there are 4"),
+        ("data=3", "needs 3 devices, and there are 4"),
+        ("data=3,fsdp=-1", "needs 3 devices, and there are 4"),
     ],
 )
 def test_meshes_that_cannot_be(text, message):

@@ -1,4 +1,4 @@
-"""Scripts score, sample, keep the best and end early on their way, also when they break off."""
+"""Scores, samples, the best adapter and early stopping during a run, also a resumed one."""
 
 import json
 import re
@@ -131,7 +131,7 @@ def test_patience_ends_the_run_and_more_of_it_goes_on(chats, whole, tmp_path, ca
 BAD = [
     ("--keep-best loss", "--keep-best loss goes by what --eval-every measures: give it, too"),
     ("--keep-best score", "--keep-best score goes by what --score-every measures"),
-    ("--patience 2", "--patience 2 ends a run that no longer improves.* say by --keep-best"),
+    ("--patience 2", "--patience 2 ends a run that no longer improves.* with --keep-best"),
     ("--eval-every 2 --keep-best loss --patience 0", "--patience 0: at least 1"),
     ("--score-every 3", "--score-every 3: --dataset rows.jsonl has no score but its loss"),
     ("--dataset sql --score-every 3 --eval-questions 0", "leaves --score-every no questions"),
@@ -160,7 +160,7 @@ def test_options_that_make_no_sense(args, message):
             '{"prompt": "a"}\n{"text": "b"}',
             "rows.jsonl, line 2: a `prompt` is needed",
         ),
-        ("rows.jsonl", '{"prompt"', "rows.jsonl, line 1 is no JSON"),
+        ("rows.jsonl", '{"prompt"', "rows.jsonl, line 1 is not JSON"),
         (
             "rows.jsonl",
             '{"messages": [{"role": "assistant", "content": "a"}]}',

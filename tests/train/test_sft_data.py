@@ -76,7 +76,7 @@ def test_data_sets_in_proportions(model, tmp_path, capsys):
     assert len(data.train) == 40 and data.train.mixture is None
     line = used(data.train, Order.of(data.train, 0, 4), 10)[1]
     assert line.startswith(f"{b}: 20 rows in 10 steps, 50.0% of all; each of its 20 comes 1.00 ")
-    with pytest.raises(UserError, match="--fields prompt=x: no first row of .* has `x`"):
+    with pytest.raises(UserError, match="--fields prompt=x: none of .* has `x` in its first row"):
         again = write_jsonl(tmp_path / "c.jsonl", chats_of["b"])
         read("--dataset", b, str(again), "--fields", "prompt=x")
     with pytest.raises(UserError, match="--dataset sql is a task .*: leave out a.jsonl"):
@@ -91,7 +91,7 @@ def test_data_sets_in_proportions(model, tmp_path, capsys):
     [
         ("\ufeffask;say\na;b\n", [], ["line 2 has `ask`, `say`; a row needs", "`prompt` and"]),
         ("ask,say\na,b\n", ["--fields", "prompt=q"], ["line 2 has `ask`, `say`, and no `q`"]),
-        ("ask,say\na,b\n", ["--fields", "asked=ask"], ["give name=field, the name being one of c"]),
+        ("ask,say\na,b\n", ["--fields", "asked=ask"], ["give name=field, where name is one of c"]),
         ("prompt,completion\na,\n", [], ["line 2: `completion` is ''", "a row needs"]),
         ("prompt,completion\na,b\n", ["--eval-dataset", "x.csv"], ["every --eval-every steps"]),
     ],

@@ -1,4 +1,4 @@
-"""The best adapter and the early end of a run: by its record, and the same after a break."""
+"""The best adapter and early stopping: by the record, and the same in a resumed run."""
 
 import os
 import shutil

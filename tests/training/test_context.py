@@ -1,4 +1,4 @@
-"""Attention shared out over a mesh: each device's part against dense attention on one device."""
+"""Attention sharded over a mesh: each device's part against dense attention on one device."""
 
 import dataclasses
 import functools

@@ -319,7 +319,7 @@ BAD = {
     "empty": ({"examples": {"x": X[:0]}}, "examples is empty"),
     "rows": ({"examples": ROWS}, r"examples is a list: give training.chats\(rows, tokenizer"),
     "other names": ({"held_out": {"x": X}}, "held_out has the arrays x; examples has x, y"),
-    "no loss": ({"loss": None}, "loss is missing: of your own arrays"),
+    "no loss": ({"loss": None}, "loss is missing: for your own arrays"),
     "no rules": ({"rules": None}, "rules is missing, and params is a plain tree"),
     "lr": ({"lr": 0.0}, "lr=0.0: a learning rate is a positive number"),
     "optimizer": ({"optimizer": "adam"}, "optimizer='adam': give adamw, lion, adafactor"),

@@ -1,4 +1,4 @@
-"""Noise on embeddings: its bounds, whom it spares, and that nothing else changes."""
+"""Noise on embeddings: its bounds, the tokens that get none, and that nothing else changes."""
 
 import functools
 import types

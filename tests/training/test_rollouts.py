@@ -1,4 +1,4 @@
-"""Batches that depend on the state: a policy learns from what it samples itself."""
+"""Batches that depend on the state: a policy learns from its own rollouts."""
 
 import io
 

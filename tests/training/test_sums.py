@@ -1,4 +1,4 @@
-"""The contract of a loss: its sums, who divides them, and what a step and a run make of them."""
+"""The contract of a loss: its sums, their reduction, and their use in a step and a run."""
 
 import functools
 import io

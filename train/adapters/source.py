@@ -84,13 +84,13 @@ class AdapterSource:
             raise UserError(f"{self.given} does not say what its base is: name it with --model")
         if name.startswith(("/", ".", "~")) and not Path(name).expanduser().exists():
             raise UserError(
-                f"{self.given}: its base was in {name}, and there is nothing now: name the base "
+                f"{self.given}: its base was in {name}, which does not exist here: name the base "
                 "with --model"
             )
         return name
 
     def check_files(self) -> None:
-        """Raises a UserError where the files cannot be read, or hold what is not supported."""
+        """Raises a UserError if the files cannot be read, or use an unsupported feature."""
         if not self.from_peft:
             _ = self.about
             return
@@ -157,18 +157,18 @@ class AdapterSource:
         )
 
     def _check_head(self, outline: Any, held: set[str]) -> None:
-        """Raises a UserError where neither base nor adapter has a part of the model, like a head.
+        """Raises a UserError if neither base nor adapter holds a part of the model, such as a head.
 
-        A part that was drawn anew is part of the fingerprint that this library's adapters have of
-        their base, unless they train it.
+        This library's adapters store a fingerprint of their base. It covers a freshly initialised
+        part, too, unless the adapter trains it.
         """
         kinds = outline.kinds
         absent = [path for path in outline.absent if path not in held]
         if lost := [path for path in absent if self.from_peft or kinds[path] == "classifier"]:
             raise UserError(
                 f"{self.given} holds no {lost[0]}, and neither does --model {outline.name}: both "
-                "together are no classifier. An adapter of a classifier (in PEFT one of the task "
-                "type SEQ_CLS), or a base with a head, is needed"
+                "together are not a classifier. An adapter of a classifier (in PEFT one of the "
+                "task type SEQ_CLS), or a base with a head, is needed"
             )
 
     @contextmanager
@@ -183,26 +183,26 @@ class AdapterSource:
                 said += f"; and {len(rest) - _SHOWN} more"
             stated, remedy = self.about.get("model"), ""
             if stated == name:
-                remedy = f". Its base is {name} by its own word: copy its folder anew, or name "
+                remedy = f". It says that its base is {name}: copy its folder again, or name "
                 remedy += "another base with --model"
             elif "--allow-base-mismatch" not in said:
-                of = f", by its own word {stated}" if stated else ""
-                remedy = f". The base here is {name}: name the one that it was trained on{of}, "
-                remedy += "with --model"
+                of = f" ({stated})" if stated else ""
+                remedy = f". The base here is {name}: name the one that it was trained on{of}"
+                remedy += " with --model"
             raise UserError(f"{self.given}: {said}{remedy}") from error
 
 
 def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:
     """Returns the adapter in a folder: that of a run, of an adapter, or of PEFT's files.
 
-    A run that is on its way has no adapter yet, but may have a best one.
+    An unfinished run has no adapter yet, but may have a best one.
 
     Args:
-      name: the folder, or the hub name of an adapter of PEFT's.
+      name: the folder, or the hub name of a PEFT adapter.
       option: the option that names it.
 
     Raises:
-      UserError: there is no adapter; says where one may be.
+      UserError: there is no adapter; the message says where one may be.
     """
     given, folder = f"{option} {name}", Path(name).expanduser()
     if not folder.exists():
@@ -231,8 +231,8 @@ def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:
     inside += sorted({path.parent for path in folder.glob(f"*/{ADAPTER}/{_OURS}")})
     where = f": did you mean {inside[0]}?" if inside else ""
     raise UserError(
-        f"{given} is no adapter folder of this library or of PEFT ({PEFT_CONFIG}), nor the folder "
-        f"of a run{where}"
+        f"{given} is neither an adapter's folder (of this library or of PEFT, {PEFT_CONFIG}) nor a "
+        f"run's{where}"
     )
 
 
@@ -248,8 +248,8 @@ def _best_in(folder: Path) -> list[Path]:
 def runnable(model: Any, tree: Any) -> tuple[Callable[..., Any], Any]:
     """Returns a function with the arguments of ``model.apply``, and parameters for it.
 
-    Parameters are merged. Where an adapter cannot be (a bias on B, or one use of a tied table), the
-    function is the adapted one.
+    The parameters are merged. If an adapter cannot be merged (a bias on B, or an adapter for one
+    use of a tied table), the function is the adapted one.
     """
     try:
         return model.apply, lj.merge(tree)

@@ -1,4 +1,4 @@
-"""Data sets in blocks that are read on their own, from any place: nothing is read before it."""
+"""Data sets in blocks, each of which is read without reading those before it."""
 
 import functools
 import hashlib
@@ -15,8 +15,8 @@ from train.data.text_files import placed
 from train.run.errors import UserError
 
 BLOCK = 2**18  # bytes of a block of lines
-_ROWS = 1_000  # of a block of what `datasets` loads
-_SPOTS, _SPOT = 64, 2**12  # places of a file that its fingerprint looks at, and their bytes
+_ROWS = 1_000  # of a block, for data that `datasets` loads
+_SPOTS, _SPOT = 64, 2**12  # samples of a file for its fingerprint, and their bytes
 _LINES = (".jsonl", ".ndjson", ".json")
 
 NumberedRow = tuple[int, Row]
@@ -30,7 +30,7 @@ class Part(NamedTuple):
       where: what numbers its rows: "byte" or "row".
       sizes: [blocks] bytes.
       read: reads the rows of a block, with their numbers.
-      digest: a fingerprint, of its size and of places in it.
+      digest: a fingerprint of its size and of samples of its content.
     """
 
     name: str
@@ -70,7 +70,7 @@ def find_blocks(names: Sequence[str], *, split: str, subset: str | None) -> Bloc
     """Returns the blocks of data sets; see `train.data.files.read_rows`.
 
     Raises:
-      UserError: there is no such data set, it is empty, or it cannot be read from any place.
+      UserError: there is no such data set, it is empty, or it cannot be read block by block.
     """
     parts = []
     for name in names:
@@ -171,7 +171,7 @@ def _of_parquet(path: Path) -> Part:
 
 
 def _of_arrow(name: str, dataset: Any) -> Part:
-    """Returns a data set that `datasets` maps into memory, of which only what is read is there."""
+    """Returns a data set that `datasets` maps into memory, which loads only the rows in use."""
     n = len(dataset)
     a_row = max(1, (dataset.data.nbytes or n) // max(n, 1))
     counts = [min(_ROWS, n - first) for first in range(0, n, _ROWS)]
@@ -187,7 +187,7 @@ def _of_arrow(name: str, dataset: Any) -> Part:
 
 
 def _fingerprint(path: Path) -> str:
-    """Returns a hash of a file's size and of places all over it."""
+    """Returns a hash of a file's size and of samples from all over it."""
     size = path.stat().st_size
     made = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:

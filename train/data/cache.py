@@ -19,7 +19,7 @@ _FORMAT = b"lora_jax tokens 2\n"
 _KINDS = ("<i8", "<i8", "<i4", "?")  # of lengths, rows, tokens, and which ones count
 _DIGITS = 24  # of a hash in a file's name
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
-_FEW = 1_000  # rows that are tokenised as fast as they are found, unless a folder is named
+_FEW = 1_000  # fewer rows are tokenised as fast as they are found: kept only in a named folder
 _MOST_BYTES = 4 * 2**30  # the files unused for longest make room
 
 
@@ -51,7 +51,7 @@ def place(asked: str | None, key: str, tokenizer: Any, **options: Any) -> Path |
 
 
 def knows(asked: str | None, key: str) -> bool:
-    """Returns whether some earlier run has read these rows, could use them all, and kept tokens."""
+    """Returns whether an earlier run read these rows, could use them all, and kept their tokens."""
     return asked != OFF and any(_folder(asked).glob(f"{_short(key)}-*.tokens"))
 
 

@@ -1,4 +1,4 @@
-"""The rows of a data set, read only where they are needed: their tokens may be kept."""
+"""The rows of a data set, read only if no earlier run kept their tokens."""
 
 import dataclasses
 import functools
@@ -62,7 +62,7 @@ class Dataset:
 
 
 def of_rows(name: str, rows: list[Row]) -> Dataset:
-    """Returns rows that are there already, as a data set; their tokens are not kept."""
+    """Returns rows in memory as a data set; their tokens are not kept."""
     return Dataset(name, lambda: rows)
 
 
@@ -81,9 +81,10 @@ def find(
     Args:
       name, split, subset: see `read_rows`.
       fields: the option --fields.
-      used: of one of several data sets, which take only those of `fields` that their first row
-        has, gets the names of these once the rows are read.
-      rows: takes only so many, from the beginning.
+      used: for one of several data sets. Only those of `fields` that the first row has are
+        renamed, and once the rows are read, their names are added to this set. With None, a row
+        must have all of `fields`.
+      rows: use only this many, from the beginning.
       kept_in: the option --token-cache.
 
     Raises:

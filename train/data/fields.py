@@ -1,4 +1,4 @@
-"""Gives the fields of rows the names that they have here."""
+"""Renames the fields of rows, as --fields asks."""
 
 from collections.abc import Sequence
 
@@ -11,19 +11,19 @@ Pairs = list[tuple[str, str]]
 
 
 def pairs_of(fields: Sequence[str]) -> Pairs:
-    """Returns the names here and in the rows, of each field that --fields names.
+    """Returns (name, the name in the rows) of each field in --fields.
 
     Args:
       fields: the option: `prompt=question`, one or several, also parted by commas.
 
     Raises:
-      UserError: a name is none that rows have here.
+      UserError: a name is not that of a known field.
     """
     pairs = [pair.partition("=")[::2] for field in fields for pair in field.split(",")]
     for name, own in pairs:
         if name not in _KNOWN or not own:
             raise UserError(
-                f"{flag('fields', *fields)}: give name=field, the name being one of "
+                f"{flag('fields', *fields)}: give name=field, where name is one of "
                 f"{', '.join(_KNOWN)}"
             )
     return pairs
@@ -35,11 +35,11 @@ def found_in(rows: Sequence[Row], pairs: Pairs) -> Pairs:
 
 
 def renamed(rows: list[Row], pairs: Pairs, source: str) -> list[Row]:
-    """Returns rows with other names of their fields.
+    """Returns rows with their fields renamed.
 
     Args:
       rows: the rows, as they were read.
-      pairs: of names; see `pairs_of`.
+      pairs: the names; see `pairs_of`.
       source: the name of the rows in messages.
 
     Raises:

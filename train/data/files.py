@@ -30,8 +30,8 @@ def read_rows(dataset: str, *, split: str = "train", subset: str | None = None) 
     Args:
       dataset: a file with one of the endings `FILE_KINDS`, a folder of such files, a folder that
         `datasets` saved (`save_to_disk`), or a name on the hub.
-      split: the split of a folder or of a dataset on the hub. A file in a folder is of the split
-        that its name tells (`test-00.jsonl`), or else to train on.
+      split: the split of a folder or of a dataset on the hub. A file in a folder belongs to the
+        split in its name (`test-00.jsonl`), or else to "train".
       subset: its subset (configuration), on the hub.
 
     Raises:
@@ -47,7 +47,7 @@ def read_rows(dataset: str, *, split: str = "train", subset: str | None = None) 
 
 
 def files_of(dataset: str, split: str = "train") -> list[Path] | None:
-    """Returns the files that a dataset is made of; None of one that `datasets` loads.
+    """Returns the files that a dataset is made of; None if `datasets` has to load it.
 
     Raises:
       UserError: there is no such file, or none of that split in the folder.
@@ -156,7 +156,7 @@ def _load_hub(name: str, split: str, subset: str | None) -> Any:
 
 
 def rows_of(dataset: Any) -> list[Row]:
-    """Returns the rows that `datasets` has, their classes by name."""
+    """Returns the rows of a loaded dataset, with names in the place of class numbers."""
     import datasets
 
     kinds = dataset.features or {}
@@ -172,7 +172,7 @@ def _named(row: Row, classes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rows_of_arrow(row: Row) -> dict[str, Any]:
-    """Returns a row whose chats lack the fields that are null: Arrow's objects have all fields."""
+    """Returns a row without the null fields that Arrow adds to the objects in chats."""
     return {
         name: _without_nulls(value) if name in _OF_CHATS else value for name, value in row.items()
     }

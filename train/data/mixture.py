@@ -1,4 +1,4 @@
-"""Tells what a run sees of each of several data sets."""
+"""Counts the rows that a run sees of each of several data sets."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from lora_jax.training.data.order import Order
 
 
 def used(examples: Examples, order: Order, steps: int) -> tuple[str, ...]:
-    """Returns lines on the rows of each data set that so many steps see; () of a single one."""
+    """Returns a line per data set on the rows that so many steps see; () for a single one."""
     if not isinstance(examples, Packs) or not examples.sources:
         return ()
     n = len(examples.sources)

@@ -21,12 +21,12 @@ class Named(NamedTuple):
 def named(given: Sequence[str]) -> list[Named]:
     """Returns the data sets that --dataset names: `a.jsonl`, or `a.jsonl:3 b.jsonl:1`.
 
-    A colon belongs to the name where a file or a folder is called so, or where what follows it is
-    no number and part of a path.
+    A colon belongs to the name if a file or a folder has that name, or if part of a path follows
+    it rather than a number.
 
     Raises:
-      UserError: none is named, one is named twice, a weight is no positive number, or only some
-        have weights.
+      UserError: none is named, one is named twice, a weight is not a positive number, or only
+        some have weights.
     """
     found = [_named(text) for text in given]
     names = [one.name for one in found]
@@ -60,7 +60,9 @@ def _named(text: str) -> Named:
     except ValueError:
         if weight.endswith(FILE_KINDS) or "/" in weight or "\\" in weight:
             return Named(text, None)
-        raise UserError(f"--dataset {text}: {weight!r} is no weight of {name}; {_NEEDED}") from None
+        raise UserError(
+            f"--dataset {text}: {weight!r} is not a weight of {name}; {_NEEDED}"
+        ) from None
     if not (math.isfinite(number) and number > 0):
         raise UserError(f"--dataset {text}: {_NEEDED}, not {weight}")
     if not name:

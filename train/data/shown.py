@@ -8,7 +8,7 @@ import numpy as np
 from lora_jax.training.batches import Examples, Packs
 from lora_jax.training.data.labelled import Labelled
 
-_ENDS = 160  # tokens of a long sequence that are shown of its beginning, and of its end
+_ENDS = 160  # tokens shown of the beginning of a long sequence, and of its end
 
 
 class Span(NamedTuple):

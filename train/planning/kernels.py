@@ -130,7 +130,7 @@ def _ragged_dot(call: Call) -> int:
     return 2 * m * (math.prod(other[1:]) if len(other) == 3 else k * other[1])
 
 
-# The beginning of a kernel's name -> what is known of it.
+# The beginning of a kernel's name -> its entry.
 KERNELS: dict[str, Kernel] = {
     # q k^T, p v; q k^T, do v^T, ds k; q k^T, p^T do, do v^T, ds^T q.
     "splash_mha_fwd": Kernel("splash attention", "fwd", _attention(2)),

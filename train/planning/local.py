@@ -74,7 +74,7 @@ def needs(
     dtype = jnp.dtype("float32" if config.adapter.full else optim.dtype)
     params = adapted_shapes(outline, config.adapter, dtype, layout)
     adapter, base = lj.split(params)
-    schedule = make_schedule(optim, 1e-4, 1000)  # of a rate and a length that no memory depends on
+    schedule = make_schedule(optim, 1e-4, 1000)  # the memory depends on neither
     optimizer = make_optimizer(optim, schedule, params)
     setup = Setup.of(layout, params, optimizer, schedule, noise=optim.neftune)
     state = setup.abstract_state(adapter)
@@ -112,9 +112,9 @@ def needs(
 
 
 def capacity_of(device: Any) -> int | None:
-    """Returns the memory that a device has, in bytes; None where it does not say.
+    """Returns the memory of a device, in bytes; None if it does not say.
 
-    The devices of a CPU share the machine's.
+    The virtual devices of a CPU share the machine's memory.
     """
     if device.platform == "cpu":
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -126,9 +126,9 @@ def capacity_of(device: Any) -> int | None:
 
 
 def measured_rate(dtype: str, devices: list[Any]) -> float:
-    """Returns the FLOP/s of a product of two matrices here, on all devices together.
+    """Measures the FLOP/s of a product of two matrices here, on all devices together.
 
-    The best of some products on one of them; the devices of a CPU share its cores.
+    Takes the best of some products on one device; the devices of a CPU share its cores.
     """
     side = _SIDE if devices[0].platform == "cpu" else 8 * _SIDE
     a = jax.device_put(jnp.ones((side, side), jnp.dtype(dtype)), devices[0])

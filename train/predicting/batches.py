@@ -27,8 +27,8 @@ def batches(
 ) -> Iterator[tuple[np.ndarray, int, int]]:
     """Yields the texts in batches, longest first.
 
-    The shapes depend on `most` and `batch_size` alone, but for few texts, which make one smaller
-    batch of each length.
+    The shapes depend on `most` and `batch_size` alone; only with fewer texts than a batch holds
+    are batches smaller.
 
     Args:
       lengths: tokens of each text, [n].

@@ -62,7 +62,7 @@ def find_classifier(
       allow_base_mismatch: accept an adapter of another base.
 
     Raises:
-      UserError: adapter and model are no classifier, or its classes have names already.
+      UserError: adapter and model do not make a classifier, or its classes have names already.
     """
     if adapter is None and model is None:
         raise UserError(
@@ -80,8 +80,8 @@ def find_classifier(
     config: Any = outline.config
     if config.num_labels < 2:
         raise UserError(
-            f"{source.given if source else f'--model {name}'} has one class: it measures, and does "
-            "not classify"
+            f"{source.given if source else f'--model {name}'} has one class: it is a regression "
+            "model, and a classifier is needed"
         )
     if source:
         source.check(outline, allow_base_mismatch=allow_base_mismatch)
@@ -99,14 +99,14 @@ def _check_own_head(name: str, source: AdapterSource | None) -> None:
     found = read_fields(name).get("architectures") or ["no architecture"]
     if any(one.endswith(_HEAD) for one in found):
         return
-    what = f"--model {name} is no classifier: its config.json names {', '.join(found)}"
+    what = f"--model {name} is not a classifier: its config.json names {', '.join(found)}"
     if source is None:
         raise UserError(
-            f"{what}, and one whose name ends in {_HEAD} is needed. The classifier that a run "
-            "trained is given by --adapter"
+            f"{what}, and one whose name ends in {_HEAD} is needed. For a classifier that a run "
+            "trained, give --adapter"
         )
     raise UserError(
-        f"{source.given} is the adapter of no classifier: it has no head, and {what}. Give the "
+        f"{source.given} is not the adapter of a classifier: it has no head, and {what}. Give the "
         "adapter of a classifier (a run of train.classify, or one of PEFT's task type SEQ_CLS)"
     )
 
@@ -116,8 +116,8 @@ def _check_problem(name: str) -> None:
     problem = read_fields(name).get("problem_type")
     if problem in _OTHER_PROBLEMS:
         raise UserError(
-            f"--model {name}: its config.json has the problem_type {problem}, and here a text has "
-            "one class of several (single_label_classification)"
+            f"--model {name}: its config.json has the problem_type {problem}, and only one class a "
+            "text is supported (single_label_classification)"
         )
 
 

@@ -62,7 +62,7 @@ class Export:
       fields: of adapter_config.json; None for a merged model.
       auto_class: transformers' class for the model.
       source: the adapter.
-      scaled: fields of config.json that the base's lacks; see `scaled_fields`.
+      scaled: fields of config.json that differ from the base's; see `scaled_fields`.
     """
 
     name: str

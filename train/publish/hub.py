@@ -1,4 +1,4 @@
-"""Uploads an export to the Hugging Face hub; finds out before long work whether it can."""
+"""Uploads an export to the Hugging Face hub; checks before long work that it may."""
 
 import dataclasses
 import threading
@@ -28,7 +28,7 @@ class Repository:
       name: owner/name.
       private: whether it is to be made private.
       exists: whether it is there.
-      has_own_card: whether it has a README.md that somebody wrote.
+      has_own_card: whether it has a README.md that somebody wrote or edited.
     """
 
     name: str
@@ -134,16 +134,16 @@ def _check_owner(given: str, owner: str, me: dict[str, Any]) -> None:
         return
     may = ", ".join([me["name"], *(org for org, role in orgs.items() if role != "read")])
     raise UserError(
-        f"{given}: {owner} is another's name: the token of {me['name']} may write to {may}. Choose "
-        "one of these, or log in as another user"
+        f"{given}: {owner} belongs to somebody else: the token of {me['name']} may write to {may}. "
+        "Choose one of these, or log in as another user"
     )
 
 
 def _asked(given: str, ask: Callable[[], _T]) -> _T:
-    """Returns the hub's answer; a thread of its own asks, as a look-up of a host may hang.
+    """Returns the hub's answer; asks in a separate thread, since resolving a host may hang.
 
     Raises:
-      UserError: there is none in time, or the token is refused.
+      UserError: there is no answer in time, or the token is refused.
       RepositoryNotFoundError: there is no such repository.
     """
     answers: list[_T] = []

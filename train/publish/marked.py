@@ -1,4 +1,4 @@
-"""Marks texts that were generated: one that somebody changed since is not replaced."""
+"""Marks generated texts with their digest, so that no text is replaced that was edited since."""
 
 import hashlib
 import re
@@ -12,7 +12,7 @@ def marked(text: str) -> str:
 
 
 def is_generated(text: str) -> bool:
-    """Returns whether a text is one of `marked`, as it was."""
+    """Returns whether a text comes from `marked` and was not edited since."""
     found = _MARK.search(text)
     return found is not None and found[1] == _digest(text[: found.start()])
 

@@ -1,4 +1,4 @@
-"""A RoPE that a run scaled: an adapter's files have no place for it, so that others are told."""
+"""Tells other tools of a scaled RoPE, for which PEFT's files have no field."""
 
 import json
 from typing import Any
@@ -7,7 +7,7 @@ from train.adapters.source import AdapterSource
 
 
 def scaled_fields(adapter: AdapterSource, model: Any) -> dict[str, Any]:
-    """Returns the fields of config.json that the base's lacks: a RoPE that the run scaled."""
+    """Returns the fields of config.json that differ from the base's if the run scaled RoPE."""
     if adapter.rope_scaling is None:
         return {}
     written = model.config.to_hf()

@@ -23,8 +23,8 @@ def keep_compiled(asked: str | None) -> str | None:
     Args:
       asked: the option --compilation-cache: a folder, "off", or None for the user's cache folder.
         A folder that JAX was told of before (JAX_COMPILATION_CACHE_DIR) takes the default's place.
-        Many processes have no default: where only some of them find a program, others would compile
-        it alone, and compilers for GPUs may wait for each other.
+        Many processes have no default: if only some of them found a program, the others would
+        compile it alone, and compilers for GPUs may wait for each other.
 
     Returns:
       A line for the log; None where the user wants no programs kept.

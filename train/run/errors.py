@@ -44,7 +44,7 @@ def reported() -> Iterator[None]:
 
 
 def disk_full(error: BaseException) -> str | None:
-    """Returns a message where an error comes of a full disk, or of a limit on files; else None."""
+    """Returns a message if a full disk or a limit on files caused the error; else None."""
     seen: BaseException | None = error
     while seen is not None:
         text = " ".join(str(seen).split())

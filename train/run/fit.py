@@ -1,7 +1,7 @@
-"""From an adapted tree to a trained one: what scripts add to `lora_jax.training.fit`.
+"""Trains an adapted tree: adds options, log and report to `lora_jax.training.fit`.
 
-`begin_run` makes the state, or takes it from where an earlier run stopped; `fit` trains it to its
-end. In between, a script may still look at the base as it was.
+`begin_run` makes the state, new or from the last checkpoint; `fit` trains it to the end. In
+between, a script may still evaluate the base.
 """
 
 import contextlib
@@ -90,7 +90,7 @@ def learning_rate(config: Options, outline: Outline, steps: int) -> float:
 
 
 def check_rules(config: Options, outline: Outline) -> None:
-    """Raises UserError where rules or adapter do not fit the model; reads no weights."""
+    """Raises a UserError if the rules or the adapter do not fit the model; reads no weights."""
     adapter = config.adapter
     if adapter.init_adapter is not None:
         source = find_adapter(adapter.init_adapter, "--init-adapter")
@@ -119,7 +119,7 @@ def attention_line(config: Options, outline: Outline, layout: Layout, seq: int) 
 
 
 def adapted(config: Options, outline: Outline, plain: Any, folder: Path, key: jax.Array) -> Any:
-    """Returns the parameters with a new adapter, the one to go on from, or this run's first."""
+    """Returns the parameters with --init-adapter's adapter, a resumed run's first, or a new one."""
     mismatch = config.adapter.allow_base_mismatch
     if config.adapter.init_adapter is not None:
         source = find_adapter(config.adapter.init_adapter, "--init-adapter")
@@ -137,11 +137,11 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
     Args:
       run: its options, data and folder.
       params: the adapted tree.
-      key: of dropout.
-      facts: what facts.json says.
+      key: random key of dropout.
+      facts: facts about the examples, for facts.json.
 
     Raises:
-      TrainingError: there is a checkpoint, and it is not of this run.
+      TrainingError: the checkpoint in the folder belongs to another run.
     """
     optim = run.config.optim
     summary = lj.summary(params)
@@ -180,7 +180,7 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
 
 
 def _moved(run: Run, schedule: optax.Schedule, done: int) -> str | None:
-    """Returns a warning where the run's length changed, and with it the learning rate from here."""
+    """Returns a warning if a new number of steps changes the learning rate from here on."""
     began = read_json(run.folder / FACTS).get("resolved", {})
     optim = run.config.optim
     if not done or not {"steps", "lr"} <= began.keys():
@@ -226,13 +226,13 @@ def fit(
       run: its options, data and folder.
       ready: the state to train from.
       forward: the adapted function that the loss calls.
-      loss: the function to minimise, and who divides it.
+      loss: the loss to minimise.
       held_out: examples that the loss is measured on every --eval-every steps.
-      more: returns what else is measured on the way, from the run's log.
+      more: returns further measures, from the run's log.
 
     Returns:
-      The adapted tree, as after the last step or as it was the best, and a report of what training
-      cost.
+      The adapted tree after the last step (the best one with --keep-best), and a report of time,
+      memory and sizes.
 
     Raises:
       Interrupted: after a signal, once the step is finished and saved.
@@ -313,9 +313,9 @@ def _print_best(run: Run, best: Best) -> None:
     """Says which step was the best, and why the run ended."""
     standing = best.standing
     if standing.value is None:
-        said = f"{best.metric} was never measured: the adapter is that of the last step"
+        said = f"{best.metric} was never measured: the adapter is the last one"
     else:
-        said = f"the best {best.metric} is {standing.value:.4g}, of step {standing.step}"
+        said = f"the best {best.metric} is {standing.value:.4g}, at step {standing.step}"
     if best.is_over:
         patience = run.config.run.patience
         said = (

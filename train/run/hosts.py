@@ -164,7 +164,7 @@ def _gathered(own: _Message) -> list[Any]:
 
 
 def gathered(own: Any) -> list[Any]:
-    """Returns the value of each process, in their order; JSON can represent it."""
+    """Returns the values of all processes, in their order; JSON has to represent them."""
     return _gathered(_success(own))
 
 

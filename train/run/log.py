@@ -1,7 +1,7 @@
 """The log of a run: a progress bar or plain lines, and its record on disk.
 
-`metrics.jsonl` is the record, and `samples.jsonl` that of sampled answers; what reporters get and
-the loss curve are made from them. A resumed run drops the lines after its checkpoint, so that no
+`metrics.jsonl` is the record, and `samples.jsonl` that of sampled answers; reporters and the loss
+curve are fed from them. A resumed run drops the lines after its checkpoint, so that no
 step appears twice.
 """
 
@@ -48,7 +48,7 @@ class Log:
           folder: the run's folder.
           console: to print to.
           first, last: the steps.
-          owed: the prefixes of the measures that are taken after step `first` once more.
+          owed: prefixes of the measures that have to be taken again after step `first`.
           reporting: gets all lines, those of an earlier process first; None for none.
         """
         self._console = console
@@ -154,7 +154,7 @@ class Log:
 
 
 class QuietLog(NullLog):
-    """Keeps nothing: in all processes but the first."""
+    """Logs nothing; the log of all processes but the first."""
 
     def sampled(self, step: int, samples: Sequence[Sample]) -> None:
         """Keeps nothing."""
@@ -176,7 +176,7 @@ def open_log(
 
 
 def _replay(reporting: Reporting, lines: Sequence[Line], answered: Sequence[Line]) -> None:
-    """Reports what an earlier process has recorded; what was reported then is passed over."""
+    """Reports the record of an earlier process; reporters skip what they already have."""
     for step in sorted({line["step"] for line in (*lines, *answered)}):
         for line in lines:
             if line["step"] == step:

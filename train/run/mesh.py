@@ -65,7 +65,7 @@ def make_mesh(text: str | None, batch_size: int, devices: Sequence[Any] | None =
     if rest and len(devices) % given == 0:
         sizes[rest[0]] = len(devices) // given
     elif rest or given != len(devices):
-        raise UserError(f"--mesh {text} has {given} devices, and there are {len(devices)}{here}")
+        raise UserError(f"--mesh {text} needs {given} devices, and there are {len(devices)}{here}")
     parts = math.prod(sizes.get(name, 1) for name in BATCH)
     if batch_size % parts:
         shown = " × ".join(f"{name} {sizes.get(name, 1)}" for name in BATCH)

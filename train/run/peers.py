@@ -1,9 +1,9 @@
-"""A line between the processes of one run, on which each says that it ends, and why.
+"""Connections between the processes of a run, over which each says that it ends, and why.
 
-JAX tells processes of another's death by its heartbeat, after 100 seconds, and of its signals not
-at all: until then, the others wait in the next collective. Here every process holds a connection
-to process 0, which passes on what one says. A connection that breaks before its process said
-anything means that the process was killed, or that its host is gone.
+JAX reports a dead process only when its heartbeat is missed, after 100 seconds, and signals not at
+all: until then, the others wait in the next collective. Here every process holds a connection to
+process 0, which passes messages on. A connection that breaks without a message means that its
+process was killed, or that its host is gone.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ class Peers:
                     self._connections.pop(process).close()
 
     def wait_for_the_others(self, seconds: float) -> None:
-        """Waits until the others have ended. Process 0 does, as JAX ends what lost process 0."""
+        """Has process 0 wait until the others have ended: JAX kills processes that lose it."""
         if self.index == 0:
             self._done.wait(seconds)
 
@@ -70,7 +70,7 @@ class Peers:
                         connection.sendall(line)
 
     def _listen(self) -> None:
-        """Hands on what the others say, until all have ended."""
+        """Passes on the messages of the others, until all have ended."""
         waiting = selectors.DefaultSelector()
         for process, connection in self._connections.items():
             waiting.register(connection, selectors.EVENT_READ, (process, bytearray()))
@@ -171,7 +171,7 @@ def _reached(offer: dict[str, Any]) -> socket.socket | None:
 
 
 def _accept(server: socket.socket, token: str, connections: dict[int, socket.socket]) -> None:
-    """Adds the connection of each other process; what does not know the token is sent away."""
+    """Adds the connection of each other process; closes those that do not know the token."""
     while len(connections) < jax.process_count() - 1:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             connection, _ = server.accept()

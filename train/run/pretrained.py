@@ -43,7 +43,7 @@ class Outline:
     params: dict[str, Any]  # jax.ShapeDtypeStruct leaves
     # An encoder's head, or a decoder's scaled RoPE: keywords of `from_pretrained`.
     head: dict[str, Any] = dataclasses.field(default_factory=dict)
-    absent: tuple[str, ...] = ()  # paths of parameters that its files lack: of a new head
+    absent: tuple[str, ...] = ()  # paths of parameters that its files lack, such as a new head's
 
     @property
     def kinds(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Outline:
         """Returns the outline with its RoPE scaled; see `lora_jax.models.with_rope_scaling`.
 
         Raises:
-          UserError: the model does not go with this scaling.
+          UserError: the model does not support this scaling.
         """
         if scaling is None:
             return self
@@ -131,7 +131,7 @@ def read_fields(name: str) -> dict[str, Any]:
     try:
         fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}  # who reads the configuration says what is wrong
+        return {}  # the reader of the configuration reports what is wrong
     return fields if isinstance(fields, dict) else {}
 
 
@@ -234,7 +234,7 @@ def read_model(
 
 
 def check_weights(outline: Outline, params: Any) -> None:
-    """Raises a UserError where weights are not finite: no training on them could succeed."""
+    """Raises a UserError if weights are not finite: no training on them could succeed."""
     if bad := not_finite(params):
         raise UserError(
             f"--model {outline.name}: {len(bad)} of its weights hold values that are not finite, "

@@ -1,8 +1,8 @@
-"""Ends a script before its time: with one paragraph, an exit code, and no process left behind.
+"""Ends a script early: with one paragraph, an exit code, and no process left behind.
 
 Python handles signals between its own instructions, so none during a compilation of minutes. A
-thread therefore listens for them, too, and ends the process where its main thread does not. Of
-many processes, all end with the first, whatever they wait for.
+thread therefore listens for them, too, and ends the process if the main thread does not. If one of
+many processes ends, all others end with it, whatever they wait for.
 """
 
 import contextlib
@@ -31,11 +31,11 @@ _FAILED = 1
 
 
 class Session:
-    """Ends the script.
+    """Ends the script, and with it all processes of its run.
 
     Attributes:
-      stop: tells of a signal.
-      release: is called before the process ends without Python's own ending.
+      stop: tells of signals.
+      release: is closed in the end, also before an exit that skips Python's clean-up.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Session:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within, errors of the user's and signals end the process, and with it all others."""
+        """Within this context, user errors and signals end this process and all others."""
         try:
             with self._watched(), self.stop.listening():
                 yield
@@ -75,7 +75,7 @@ class Session:
                 self._peers.close()
 
     def join(self, console: Console, coordinator: str | None) -> None:
-        """Connects the processes of a run, so that all of them end with the first."""
+        """Connects the processes of a run, so that all of them end if one does."""
         if jax.process_count() == 1:
             return
         peers = connect(coordinator, self._hear)
@@ -83,8 +83,9 @@ class Session:
             self._peers = peers
         else:
             console.print(
-                f"warning: {peers}: where a process ends before its time, the others end by JAX's "
-                "heartbeat, 100 seconds later. Allow connections between the hosts on all ports",
+                f"warning: {peers}: if a process ends early, the others end only once JAX misses "
+                "its heartbeat, after 100 seconds. To end at once, allow connections between the "
+                "hosts on all ports",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -142,7 +143,7 @@ class Session:
         Args:
           message: the paragraph for the user.
           code: the exit code.
-          why: what the other processes are told; None where they know.
+          why: the reason to tell the other processes; None if they know it.
         """
         if not self._claim.acquire(blocking=False):
             threading.Event().wait()  # another thread is ending the process
@@ -159,7 +160,7 @@ class Session:
             sys.stdout.flush()
 
     def _leave(self, code: int) -> NoReturn:
-        """Ends the process without Python's own ending, in which JAX would wait for the others."""
+        """Exits without Python's clean-up, in which JAX would wait for the other processes."""
         with contextlib.suppress(Exception):
             self.release.close()
         if self._peers is not None:

@@ -47,7 +47,7 @@ def check(config: Config) -> None:
 
 
 def read(config: Config) -> Rows:
-    """Finds the data sets; reads and checks the rows of which no earlier run kept the tokens."""
+    """Finds the data sets; reads and checks the rows of those whose tokens are not kept."""
     data = config.data
     names = [dataset.name for dataset in named(data.dataset)]
     used: set[str] | None = set() if data.fields and len(names) > 1 else None
@@ -63,7 +63,8 @@ def read(config: Config) -> Rows:
         dataset.check(again=used is not None)
     if used is not None and (unused := [o for _, o in pairs_of(data.fields) if o not in used]):
         raise UserError(
-            f"{flag('fields', *data.fields)}: no first row of {', '.join(names)} has `{unused[0]}`"
+            f"{flag('fields', *data.fields)}: none of {', '.join(names)} has `{unused[0]}` in its "
+            "first row"
         )
     if data.eval_dataset is None:
         return Rows(train, [])
@@ -135,7 +136,7 @@ def hold_out(
 ) -> list[np.ndarray] | None:
     """Draws the rows to hold out by --seed, if --eval-every is given: at most a tenth.
 
-    A resumed run holds out those that it began without.
+    A resumed run holds out the same rows as when it began.
 
     Args:
       config: the options.
@@ -146,7 +147,7 @@ def hold_out(
       For each data set, the numbers of its rows that are held out, counted from 1; None for none.
 
     Raises:
-      UserError: there are too few rows, or the run began with all of them.
+      UserError: there are too few rows, or the run has already trained on all of them.
     """
     run, saved = config.run, saved_options(config)
     if run.eval_every and not saved.get("eval_every", True):

@@ -99,7 +99,7 @@ def commonest(rows: Sequence[Row], texts: Sequence[str], label: str) -> tuple[st
 
 @dataclasses.dataclass
 class Telling:
-    """Evaluation on the held-out texts after training, by the model and by baselines without one.
+    """Evaluates the model, and baselines that need no model, on the held-out texts.
 
     Attributes:
       context: the run.

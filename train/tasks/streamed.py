@@ -1,4 +1,4 @@
-"""The task of fine-tuning on chats that are read while training: their size does not matter."""
+"""The task of fine-tuning on chats of any size, which are read while training."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ _SAMPLE = 2**20  # bytes of blocks that lengths are taken from
 
 
 def check(config: Config) -> None:
-    """Raises a UserError for options that a stream cannot follow."""
+    """Raises a UserError for options that --stream cannot satisfy."""
     chats.check(config)
     data, run = config.data, config.run
     if config.optim.steps is None:
@@ -64,7 +64,7 @@ def read(config: Config) -> Rows:
 
 
 def examples(config: Config, rows: Rows, outline: Outline) -> Data:
-    """Returns a sample of the rows, whose lengths batches have, and the stream of all."""
+    """Returns a sample of the rows, which fixes the lengths of batches, and the stream of all."""
     data, (blocks,) = config.data, rows.train
     chunks = Chunks(config.optim.seed, blocks.sizes, ROOM)
     read = functools.partial(_sequences, config, blocks, outline.tokenizer)

@@ -69,11 +69,11 @@ class Context:
     outline: Outline
 
 
-Progress = Callable[[int, int], None]  # is called with what is done so far, and of how much
+Progress = Callable[[int, int], None]  # is called with the number done so far, and the total
 
 
 class Evaluation(Protocol):
-    """An evaluation before, while and after a model trains."""
+    """An evaluation of a model before, during and after training."""
 
     def before(self, model: Any, params: Any) -> None:
         """Evaluates the base; its parameters have no adapter."""

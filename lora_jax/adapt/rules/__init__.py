@@ -1,1 +1,1 @@
-"""The rules for primitives that meet an adapted weight, by what they do; `table` has them all."""
+"""The rules for primitives that meet an adapted weight, a file for each kind; `table` has all."""

@@ -1,8 +1,7 @@
-"""Rules for what is linear in a weight: its factors follow, nothing is formed.
+"""Rules for operations that are linear in a weight: its factors follow, nothing is formed.
 
-Scaling by a number, or by a vector along batch and out axes (or batch and in axes), of one weight
-or of a copy for each row of the vector; sums with other arrays and other weights; kernels joined
-end to end.
+They scale a weight by a number or by a vector along batch and out axes (or batch and in axes), or a
+copy of it for each row of such vectors; add other arrays and weights; and join kernels end to end.
 """
 
 import dataclasses
@@ -43,7 +42,8 @@ def _bases(use: Use) -> list[Any]:
     return use.bind([as_array(v.base) if isinstance(v, Factored) else v for v in use.values])
 
 
-# What takes a factor that varies along axes of a role; "batch" for one that varies along no other.
+# The parts that a factor multiplies, by the role of the axes that it varies along; "batch" where it
+# varies along neither in nor out axes.
 _SCALED: dict[Label, tuple[str, ...]] = {
     "in": ("a",),
     "out": ("b", "shift"),
@@ -52,7 +52,7 @@ _SCALED: dict[Label, tuple[str, ...]] = {
 
 
 def _scaled(use: Use, weight: Factored, factor: Any) -> list[Any] | None:
-    """A factor of one element, or one that varies along batch axes and along one other role."""
+    """Scales a weight by a number, or by what varies along batch axes and one other role."""
     factor = jnp.asarray(factor)
     if not jnp.issubdtype(factor.dtype, jnp.floating):
         return None
@@ -90,7 +90,7 @@ def _laid_out(array: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
 
 
 def _sum(_: Interpreter, use: Use, sign: int = 1) -> list[Any] | None:
-    """W + s·AB + C has the factors of W; of two weights, ranks lie side by side."""
+    """Adds: W + s·AB + C keeps the factors of W; those of two weights are joined along the rank."""
     values = use.values
     shape = eqns.type_of(use.eqn.outvars[0]).shape
     weights = [v for v in values if isinstance(v, Factored)]
@@ -124,10 +124,10 @@ def _aligned(values: Sequence[Any]) -> list[Any] | None:
     if any(w.labels != first.labels or w.dropout != first.dropout for w in weights):
         return None
     if len(weights) > 1 and any(w.uses != "all" for w in weights):
-        return None  # one use may see one of them only
+        return None  # a use may see the adapter of one of them only
     turned = any(a is not v for a, v in zip(aligned, values, strict=True))
     if turned and any(map(has_more, weights)):
-        return None  # the gain of columns that have become rows
+        return None  # a gain of columns would become one of rows
     return aligned
 
 
@@ -150,12 +150,12 @@ def scale_in_a(weight: Factored) -> Factored:
 
 
 def _concatenate(_: Interpreter, use: Use) -> list[Any] | None:
-    """Kernels joined end to end: along an in or out axis, each keeps its own columns of rank."""
+    """Joins kernels end to end: along an in or out axis, each keeps its own columns of rank."""
     return _joined(use, use.values, use.params["dimension"])
 
 
 def _stack(_: Interpreter, use: Use) -> list[Any] | None:
-    """Kernels under a new axis, which is a batch axis."""
+    """Stacks kernels under a new axis, which is a batch axis."""
     axis = use.params["axis"]
 
     def under(value: Any) -> Any:
@@ -168,7 +168,7 @@ def _stack(_: Interpreter, use: Use) -> list[Any] | None:
 
 
 def _joined(use: Use, values: Sequence[Any], dimension: int) -> list[Any] | None:
-    """Weights, and plain arrays among them, one after the other along an axis."""
+    """Joins weights, and plain arrays among them, along an axis."""
     aligned = _aligned(values)
     if aligned is None:
         return None
@@ -244,7 +244,7 @@ def _size(value: Any, axis: int) -> int:
 
 
 def _of_factors(rule: Rule) -> Rule:
-    """A rule for weights with factors; W alone, where it is no array, is formed."""
+    """Returns the rule for weights with factors; it declines a base alone that is no array."""
 
     def apply(interpreter: Interpreter, use: Use) -> list[Any] | None:
         if all(value.parts for value in use.values if isinstance(value, Factored)):

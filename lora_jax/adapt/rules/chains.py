@@ -2,8 +2,8 @@
 
     (W1 + s1·A1B1)(W2 + s2·A2B2) = W1W2 + s1·A1(B1W2') + s2·(W1A2)B2        W2' = W2 + s2·A2B2
 
-so W1W2, which the function asks for, is all that is formed of that size; the factors of the result
-are [s1·A1 | s2·W1A2] and [B1W2'; B2], as skinny as those that they are made of.
+so only W1W2, which the function asks for, is formed at that size. The factors of the result are
+[s1·A1 | s2·W1A2] and [B1W2'; B2]: its rank is the sum of the two ranks.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ _SIDES: tuple[Label, Label] = ("out", "in")  # what a product contracts of the l
 
 
 def _dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
-    """A product of two weights is a weight; if it cannot be, one of the two is merged."""
+    """Multiplies two weights to a weight; where that has no form, merges one of the two."""
     if not all(isinstance(value, Factored) for value in use.values):
         return dot_general(interpreter, use)
     pairs = zip(*use.params["dimension_numbers"], strict=True)

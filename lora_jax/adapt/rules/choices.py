@@ -82,7 +82,7 @@ def in_form(weight: Factored, form: Form) -> Factored:
 
 
 def _select_n(_: Interpreter, use: Use) -> list[Any] | None:
-    """Weights are chosen whole, or for each index of their stack; then their parts are, alike."""
+    """Chooses between whole weights, or for each index of their stack; the parts follow alike."""
     which, *cases = use.values
     if isinstance(which, Factored) or not all(isinstance(case, Factored) for case in cases):
         return None
@@ -110,7 +110,7 @@ def _select_n(_: Interpreter, use: Use) -> list[Any] | None:
 
 
 def _is_same(a: Factored, b: Factored) -> bool:
-    """Returns whether two weights are one; each use has a dropout key of its own."""
+    """Returns whether two weights are the same but for dropout keys, of which each use has one."""
     names = a.parts.keys() | b.parts.keys()
     same = all(a.parts.get(name) is b.parts.get(name) for name in names - {"key"})
     return same and a.base is b.base and a.labels == b.labels

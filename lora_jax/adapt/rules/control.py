@@ -1,4 +1,4 @@
-"""Rules for control flow: it is entered, with the weights' factors as further operands."""
+"""Rules that enter control flow, with the weights' factors as further operands."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -74,7 +74,7 @@ def _constants(
 
 
 def _scan(interpreter: Interpreter, use: Use) -> list[Any]:
-    """Stacks are sliced with their factors; a weight carried unchanged is a constant."""
+    """Slices stacks with their factors; treats a weight that is carried unchanged as a constant."""
     scan = eqns.scan_of(use.eqn)
     n_fixed = scan.n_consts + scan.n_carry
     consts, stacks = use.values[: scan.n_consts], use.values[n_fixed:]
@@ -127,7 +127,7 @@ def _sliced(value: Any) -> tuple[Callable[[Any], Any], Any]:
 
 
 def _while(interpreter: Interpreter, use: Use) -> list[Any]:
-    """Constants keep their factors; so does a weight that is carried unchanged."""
+    """Keeps the factors of constants, and of weights that are carried unchanged."""
     loop = eqns.while_of(use.eqn)
     n_condition, n_body = loop.n_condition_consts, loop.n_body_consts
     of_condition = use.values[:n_condition]
@@ -158,7 +158,7 @@ def _while(interpreter: Interpreter, use: Use) -> list[Any]:
 
 
 def _cond(interpreter: Interpreter, use: Use) -> list[Any] | None:
-    """Branches are entered; where each returns a weight of one form, so does the whole."""
+    """Enters the branches; returns a weight where each branch returns one, all of one form."""
     index, *operands = use.values
     if isinstance(index, Factored):
         return None
@@ -216,7 +216,7 @@ def _has_keys(values: Sequence[Any]) -> bool:
 
 
 def _shard_map(interpreter: Interpreter, use: Use) -> list[Any]:
-    """A's in axes are laid out as the weight's are, B's out axes too, and the rank not at all."""
+    """Shards A's in axes and B's out axes as the weight's are; the rank is replicated."""
     there = eqns.shard_map_of(use.eqn)
     body = interpreter.function(there.body)
     given = use.values

@@ -1,4 +1,4 @@
-"""Looks through jaxprs unrun: which inputs they return, which outputs may be weights."""
+"""Finds, without running a jaxpr, which inputs it returns and which outputs may be weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +12,9 @@ _CALLS = frozenset({"jit", "pjit", "closed_call", "remat2", "checkpoint"})
 
 
 def sources(jaxpr: eqns.AnyJaxpr) -> Sources:
-    """Returns, for each output, the place of the input that it is; None where it is none.
+    """Returns, for each output that is an input, that input's place; None for other outputs.
 
-    Functions, loops and branches are looked through.
+    It looks into functions, loops and branches.
     """
     inner, _ = eqns.opened(jaxpr)
     where: dict[Any, int] = {var: place for place, var in enumerate(inner.invars)}
@@ -72,7 +72,7 @@ def _carried(carries: Sources, first: int, before: int) -> Sources:
 
 
 def may_be_weights(jaxpr: eqns.AnyJaxpr, given: Sequence[bool]) -> tuple[bool, ...]:
-    """Returns which outputs may be adapted weights: those that no product lies on the way to.
+    """Returns which outputs may be adapted weights: those that come from one without a product.
 
     Args:
       jaxpr: of a function or a branch.

@@ -30,9 +30,9 @@ def _only_weight(use: Use) -> Factored | None:
 
 
 def _rearrange(_: Interpreter, use: Use) -> list[Any] | None:
-    """Axes are permuted, merged, split, dropped or added; declines where roles would mix.
+    """Permutes, merges, splits, drops or adds axes; declines where one would mix two roles.
 
-    Laid out as a vector, all of a weight's roles mix: it may be taken apart again.
+    A vector mixes all roles of a weight: it becomes a `Folded`, which may be taken apart again.
     """
     weight, places = _only_weight(use), axis_map(use.eqn)
     if weight is None or places is None or len(use.values) > 1:
@@ -73,7 +73,7 @@ def labels_after(
 
 
 def _convert(_: Interpreter, use: Use) -> list[Any] | None:
-    """The base alone changes dtype: the factors, which are real, are cast where they are used."""
+    """Casts the base alone: the factors, which are real, are cast where they are used."""
     weight, out = _only_weight(use), eqns.type_of(use.eqn.outvars[0])
     if weight is None or not jnp.issubdtype(out.dtype, jnp.inexact):
         return None
@@ -83,7 +83,7 @@ def _convert(_: Interpreter, use: Use) -> list[Any] | None:
 
 
 def _same(_: Interpreter, use: Use) -> list[Any] | None:
-    """The base alone goes through: a name, a copy, a barrier, a placement."""
+    """Applies the equation to the base alone: a name, a copy, a barrier, a placement."""
     if len(use.values) == 1:
         return [use.values[0].replace(base=use.rearranged(use.values[0]))]
     outputs = use.bind([as_array(v.base) if isinstance(v, Factored) else v for v in use.values])
@@ -100,10 +100,7 @@ def _stop_gradient(_: Interpreter, use: Use) -> list[Any] | None:
 
 
 def _everywhere(_: Interpreter, use: Use) -> list[Any] | None:
-    """Inside shard_map: what goes for the weight goes for each of its arrays.
-
-    It varies over devices from here on, or it is sent from some to others.
-    """
+    """Applies a `pcast` or a `ppermute` inside shard_map to each of the weight's arrays."""
     if not all(isinstance(value, Factored) for value in use.values):
         return None
 
@@ -116,7 +113,7 @@ def _everywhere(_: Interpreter, use: Use) -> list[Any] | None:
 def _varying(array: Any, weight: Factored) -> Any:
     """Returns an array of a weight, inside shard_map: typed to vary over the devices that W does.
 
-    A collective takes nothing that is the same on all devices, as B is where W's in axes lie apart.
+    A collective takes no array that is the same on all devices, as B is if W's in axes are sharded.
     """
     of_weight = frozenset[str]().union(*map(eqns.varies_over, jax.tree.leaves(weight.base)))
     missing = tuple(sorted(of_weight - eqns.varies_over(array)))
@@ -126,7 +123,7 @@ def _varying(array: Any, weight: Factored) -> Any:
 def moved(
     weight: Factored, move: Callable[[Any, Axes], Any], touched: Sequence[int] = ()
 ) -> Factored:
-    """Returns the weight after a move of axes on their own, alike in its base and its parts."""
+    """Returns the weight after a move of single axes, alike in its base and its parts."""
     return weight.along(along(weight.base, move, touched), move)
 
 
@@ -185,7 +182,7 @@ def _split(_: Interpreter, use: Use) -> list[Any] | None:
 
 
 def _gathered_over_devices(_: Interpreter, use: Use) -> list[Any] | None:
-    """Inside shard_map: the parts of an axis put together again, or stacked under a new axis."""
+    """Puts the parts of an axis together inside shard_map, or stacks them under a new axis."""
     (weight,) = use.values
     dimension, params = use.params["all_gather_dimension"], use.params
 

@@ -1,4 +1,4 @@
-"""Rules for primitives that multiply by a weight: xW + s·(xA)B in the place of xW."""
+"""Rules for primitives that multiply by a weight: xW + s·(xA)B in place of xW."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ from lora_jax.product import combined, dot, is_sharded
 
 
 def with_base(use: Use, place: int) -> Any:
-    """Returns x ↦ the equation with W alone at a place and x at the first other one."""
+    """Returns a function of x: the equation with W at a place, and x at the first other one."""
 
     def apply(x: Any) -> jax.Array:
         others = [v for i, v in enumerate(use.values) if i != place]
@@ -71,6 +71,7 @@ def dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
 
 
 def note_side(weight: Factored, role: Label, use: Use) -> None:
+    """Notes which side of a weight a product contracts; see `lora_jax.adapt.sides`."""
     if role != "batch":
         sides.note(weight, role, lambda: place_of(use.eqn))
 
@@ -136,7 +137,7 @@ def check_bias(interpreter: Interpreter, weight: Factored, use: Use) -> None:
 
 
 def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
-    """A convolution with A, then B at each place. In axes: space and input features."""
+    """Convolves with A, then multiplies by B at each place. In axes: space and input features."""
     x, weight = use.values
     params = use.params
     if isinstance(x, Factored) or params["batch_group_count"] != 1:
@@ -176,9 +177,9 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
 
 
 def _gather(_: Interpreter, use: Use) -> list[Any] | None:
-    """A look-up along an in axis reads rows of A; along a batch axis, it takes whole factors.
+    """Looks up rows of A along an in axis; along a batch axis, takes whole factors.
 
-    Where the axis stays, of size one (what vmap makes of `table[i]`), it comes back at the end.
+    Where the axis is kept with size one (as vmap does for `table[i]`), it is put back at the end.
     """
     weight, indices = use.values
     numbers = use.params["dimension_numbers"]
@@ -194,7 +195,7 @@ def _gather(_: Interpreter, use: Use) -> list[Any] | None:
         return None
     if len(numbers.start_index_map) > 1:
         if use.params["mode"] is lax.GatherScatterMode.FILL_OR_DROP:
-            return None  # an index along a whole axis has a say there
+            return None  # there, an index along an axis that is taken whole can drop a row
         place = numbers.start_index_map.index(axis)
         indices = lax.slice_in_dim(indices, place, place + 1, axis=indices.ndim - 1)
     unit = None if numbers.collapsed_slice_dims else offsets.pop(axis)
@@ -203,7 +204,7 @@ def _gather(_: Interpreter, use: Use) -> list[Any] | None:
     look_up = functools.partial(_take, indices=indices, mode=use.params["mode"])
 
     fill = use.params["fill_value"]
-    as_nan = fill is None or fill != fill  # scales hold what makes W so where codes cannot
+    as_nan = fill is None or fill != fill  # a base's codes cannot be NaN, but its scales can
 
     def read(array: jax.Array, axes: Axes) -> jax.Array:
         given = fill if jnp.issubdtype(array.dtype, jnp.inexact) else None
@@ -254,8 +255,8 @@ def _take(
 ) -> jax.Array:
     """Returns the look-up along an axis; the other axes stand at `offsets`.
 
-    By default, the places stand where the axis stood. In factors, what lies outside is filled with
-    zeros: there the base alone says what the function sees.
+    By default, the places stand where the axis stood. An index out of range gives zeros in factors:
+    the base alone decides on the result there.
     """
     others = [a for a in range(array.ndim) if a != axis]
     if offsets is None:

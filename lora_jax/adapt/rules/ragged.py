@@ -20,11 +20,11 @@ def _through_factors(
 ) -> jax.Array:
     """Returns (xA)B of each row, with its group's A and B.
 
-    Where a matrix unit takes the ranks of all groups at once, that is two plain products: with all
-    A's side by side, of which each row keeps its group's columns, and with all B's. They cost such
-    a unit no more than one group's, and every compiler does well by them. (A TPU's makes a kernel
-    of a ragged product, but runs out of memory for the gradient of an A of [14336, 8]; others make
-    a masked copy of x for each group.)
+    Where the ranks of all groups fit into a matrix unit, these are two plain products: with all A's
+    side by side, of which each row keeps its group's columns, and with all B's. They cost the unit
+    no more than one group's, and every compiler handles them well. (XLA makes a kernel of a ragged
+    product on TPU, but runs out of memory for the gradient of an A of [14336, 8]; elsewhere it
+    makes a masked copy of x for each group.)
 
     Args:
       x: [rows, in].
@@ -51,7 +51,7 @@ def _through_factors(
 
 
 def _ragged_dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
-    """Tokens sorted by expert: each group has its own A, B and s."""
+    """Multiplies tokens that are sorted by expert: each group has its own A, B and s."""
     x, weight, sizes = use.values
     numbers = use.params["ragged_dot_dimension_numbers"]
     ((x_contract, w_contract), batch) = numbers.dot_dimension_numbers

@@ -22,9 +22,9 @@ from lora_jax.product import dropped, is_dropped
 
 
 def _reduce_sum(_: Interpreter, use: Use) -> list[Any] | None:
-    """Sums A over in axes and B over out axes; where no axis of a role is left, AB is formed.
+    """Sums A over in axes and B over out axes; where no axis of a role is left, forms AB.
 
-    That is a product of x by broadcasting, or a row or column of sums: no larger than the output.
+    AB is then a product by broadcasting, or a row or column of sums: no larger than the output.
     """
     (weight,) = use.values
     over = {weight.labels[axis] for axis in use.params["axes"]}

@@ -18,7 +18,7 @@ from lora_jax.models.layers.placement import UNPLACED, Placement
 class RMSNorm(nn.Module):
     """x / rms(x) * scale, normalised in fp32 (Zhang and Sennrich 2019).
 
-    With ``adds_one`` x is multiplied by 1 + scale, in fp32 too, as in Gemma.
+    With ``adds_one`` it multiplies by 1 + scale, in fp32 too, as in Gemma.
     """
 
     eps: float

@@ -26,7 +26,7 @@ class DecoderConfig:
       qk_norm: normalise each head's query and key.
       fused_projections: q, k, v are one kernel, and so are gate and up (Phi-3).
       norm_adds_one: norms scale by 1 + scale (Gemma).
-      post_norms: attention and MLP are normalised after, too, before they are added (Gemma).
+      post_norms: norms also follow attention and MLP, before the residual sum (Gemma).
       scale_embeddings: embeddings are multiplied by sqrt(hidden_size) (Gemma).
       sliding_window: the number of tokens, itself included, that a token sees in
         ``windowed_layers``.
@@ -131,7 +131,7 @@ class DecoderConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """The number of a head's dimensions that RoPE rotates; it rounds an odd number up."""
+        """The number of a head's dimensions that RoPE rotates; of an odd number, one more is."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
@@ -150,8 +150,8 @@ class DecoderConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:
         """Reads the dict of a config.json, as transformers 4 and 5 write it.
 
-        Every field that changes the forward pass is honoured, or refused by name. A field that is
-        not known is refused too (unless it is None or False), since nobody can tell what it does.
+        Every field that changes the forward pass is honoured, or refused by name. An unknown field
+        is refused too, unless it is None or False: it might change the forward pass.
 
         Args:
           config: the parsed config.json.

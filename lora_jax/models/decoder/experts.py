@@ -1,14 +1,14 @@
-"""The gated MLPs of experts, each for its own rows, by the implementation that is asked for.
+"""Computes the gated MLPs of experts, each for its own rows.
 
-A token costs k products, however many experts there are. Two implementations reach that:
+A token costs k products, however many experts there are. Two implementations achieve that:
 
-- "blocks" lays the rows out in blocks of equal size, each of one expert, filled up with zeros; a
-  scan takes them one by one through their expert's kernels. It runs everywhere, at up to a block
-  more for each expert.
-- "ragged" sorts the rows by expert and multiplies them by ``jax.lax.ragged_dot``, at no product
-  more. That takes a compiler with a kernel for it: a TPU's, under ``compiler_options``. XLA's
-  other compilers (CPU, GPU), and a TPU's without the option, make a masked product of all rows
-  with every expert of it.
+- "blocks" lays the rows out in blocks of equal size, each of one expert, padded with zeros; a scan
+  takes them one by one through their expert's kernels. It runs everywhere, and pads by up to a
+  block for each expert.
+- "ragged" sorts the rows by expert and multiplies them by ``jax.lax.ragged_dot``, padding seven
+  rows at most. That takes a compiler with a kernel for it: XLA for TPU, under ``compiler_options``.
+  XLA for CPU and GPU, and for TPU without the option, multiplies all rows with every expert, and
+  masks.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ from jax import lax
 from lora_jax.hf.fields import ConfigError
 from lora_jax.models.layers.placement import UNPLACED, Placement
 
-_SUBLANES = (
-    8  # a TPU's kernel takes a multiple of so many rows; of others XLA makes masked products
-)
+_SUBLANES = 8  # the TPU kernel takes multiples of this many rows; XLA masks for others
 
 
 class Experts(Protocol):
@@ -73,11 +71,11 @@ def by_blocks(
         )
         return None, (act(rows @ of_gate) * (rows @ of_up)) @ of_down
 
-    # No slot is written or read twice: both have derivatives that add in a fixed order.
+    # No slot is written or read twice, so that the derivatives add in a fixed order.
     filled = jnp.zeros((blocks.experts.size * blocks.rows, rows.shape[1]), rows.dtype)
     filled = filled.at[blocks.slots].set(rows, unique_indices=True)
     filled = filled.reshape(-1, blocks.rows, rows.shape[1])
-    # The kernels of each block are taken again in the backward pass, not kept for all blocks.
+    # The backward pass indexes the kernels of each block again: they are not kept for all blocks.
     kept = jax.checkpoint_policies.dots_saveable
     body = jax.checkpoint(through, policy=kept, prevent_cse=False)
     _, out = lax.scan(body, None, (filled, blocks.experts))
@@ -101,7 +99,7 @@ class Blocks(NamedTuple):
 def blocks_of(chosen: jax.Array, n_experts: int) -> Blocks:
     """Lays out blocks for rows with these experts, [rows] int32.
 
-    About two for each expert's share, and no more rows than keep a matrix unit busy.
+    A block has half the rows that an expert gets on average, but between 8 and 256.
     """
     n = chosen.size
     rows = min(256, max(8, n // (2 * n_experts) // 8 * 8))
@@ -129,7 +127,7 @@ def ragged(
     order = jnp.argsort(chosen)  # stable
     groups = jnp.arange(gate.shape[0], dtype=chosen.dtype)
     sizes = jnp.sum(chosen == groups[:, None], axis=1, dtype=jnp.int32)
-    # No row is written or read twice: both have derivatives that add in a fixed order.
+    # No row is written or read twice, so that the derivatives add in a fixed order.
     grouped = rows.at[order].get(unique_indices=True)
     if spare := -n % _SUBLANES:  # rows of zeros, for the last expert
         grouped = jnp.pad(grouped, ((0, spare), (0, 0)))
@@ -145,7 +143,7 @@ def ragged(
 
 
 def _keeps_products(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keeps what ``dots_saveable`` would, were a ragged product a dot to it."""
+    """Keeps what ``dots_saveable`` keeps, and ragged products."""
     return primitive.name in ("dot_general", "ragged_dot_general")
 
 
@@ -178,7 +176,7 @@ def implementation(experts: str | Experts, placement: Placement = UNPLACED) -> E
 
 
 def check_experts(config: Any, experts: str | Experts) -> None:
-    """Raises a ConfigError if a model without experts is told how to compute them."""
+    """Raises a ConfigError if ``experts`` is given for a model without experts."""
     if experts != "auto" and not getattr(config, "num_experts", 0):
         raise ConfigError(
             f"experts={experts!r} says how a mixture of experts is computed, and this "
@@ -189,13 +187,13 @@ def check_experts(config: Any, experts: str | Experts) -> None:
 def compiler_options(platform: str | None = None) -> dict[str, str]:
     """Returns the compiler's options under which ragged products are kernels.
 
-    The steps of ``lora_jax.training`` and of the scripts are compiled with them. Your own code::
+    ``lora_jax.training`` and the scripts compile their steps with them. In your own code::
 
         model, params = models.from_pretrained(name, experts="ragged")
         step = jax.jit(step, compiler_options=models.compiler_options())
 
-    Without them, the TPU's compiler makes of ``jax.lax.ragged_dot`` a masked product of all rows
-    with every expert: as many times the FLOPs as there are experts.
+    Without them, XLA compiles ``jax.lax.ragged_dot`` for TPU to a masked product of all rows with
+    every expert: as many times the FLOPs as there are experts.
 
     Args:
       platform: what is compiled for, such as "tpu"; by default JAX's default backend.

@@ -1,4 +1,4 @@
-"""A decoder's configuration in the metadata of a GGUF file."""
+"""Reads a decoder's configuration from the metadata of a GGUF file."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def config_from_gguf(
 
     Args:
       metadata: the file's key-value pairs.
-      shapes: Hugging Face's name -> shape. They tell about biases, the vocabulary and a tied
-        head, on which the metadata is silent.
+      shapes: Hugging Face's name -> shape. Biases, the size of the vocabulary and a tied head
+        follow from them, since the metadata lacks these.
 
     Returns:
       The configuration.

@@ -87,7 +87,7 @@ class Attention(nn.Module):
         some = 0 < windowed < layers
         mask = step.mask.within(cfg.sliding_window, layer.windowed if some else None)
         scale = (cfg.query_pre_attn_scalar or cfg.head_dim) ** -0.5
-        # All layers are one program, and plans want to know for how many the window holds.
+        # All layers are one program; the name tells a plan how many of them have the window.
         with jax.named_scope(f"windowed_{windowed}_of_{layers}" if some else "attention"):
             out = attend(
                 *(q, keys, values, mask, scale, cfg.attn_logit_softcapping),

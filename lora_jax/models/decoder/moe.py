@@ -1,9 +1,7 @@
-"""A mixture of experts in the place of an MLP: Mixtral's and Qwen3-MoE's.
+"""A mixture of experts in place of an MLP: Mixtral's and Qwen3-MoE's.
 
-Each token goes through k experts only, so it costs k products, however many experts there are. How
-the (token, expert) pairs are multiplied is an implementation of ``experts``: by blocks of pairs of
-one expert, or by ``jax.lax.ragged_dot``, which the TPU's compiler makes a kernel of if it is told
-to.
+Each token goes through k experts only, so it costs k products, however many experts there are. The
+module ``experts`` has the implementations that multiply the (token, expert) pairs.
 
 The experts' kernels are stacked, [experts, in, out], and the router is a kernel like any other
 ([d_model, experts]). So "all-linear" adapts both, each expert with an A and a B of its own: in

@@ -29,9 +29,9 @@ def rotations(
     Args:
       positions: [batch, seq], int.
       config: the decoder's.
-      length: [] int, the number of tokens by which "longrope" chooses. Without a cache it is the
-        length of the batch's longest row, as in transformers; with one, the cache's size, since
-        cached keys cannot change over to other frequencies.
+      length: [] int, the number of tokens by which "longrope" chooses its frequencies. Without a
+        cache it is the length of the batch's longest row, as in transformers; with one, the cache's
+        size, since cached keys keep the frequencies that they were rotated by.
       local: use the frequencies of layers with a sliding window.
 
     Returns:
@@ -73,8 +73,8 @@ def frequencies(config: DecoderConfig, length: jax.Array | int) -> jax.Array:
       less than beta_slow times, and blended linearly in i between (Peng et al. 2023).
     - "longrope": f / short_factor, or f / long_factor once the text exceeds L (Ding et al. 2024).
 
-    Frequencies that grow with every token ("dynamic") are refused: keys in a cache, and all that
-    was computed from them, would be those of other frequencies.
+    Frequencies that change with every token ("dynamic") are refused: they would not fit the keys in
+    a cache, nor what was computed from them.
     """
     plain = _plain(config, config.rope_theta)
     scaling = config.rope_scaling

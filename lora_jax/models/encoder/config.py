@@ -146,7 +146,7 @@ class EncoderConfig:
 
         Args:
           config: the parsed config.json. Its ``architectures`` tells the head.
-          **options: head, num_labels, pooling and normalize, in the place of the file's.
+          **options: head, num_labels, pooling and normalize, instead of the file's.
 
         Returns:
           The configuration.

@@ -1,4 +1,4 @@
-"""What an encoder's tokens become before its layers, and what an embedding model makes of them."""
+"""Embeds an encoder's tokens, and pools its hidden states to one embedding of a text."""
 
 from __future__ import annotations
 

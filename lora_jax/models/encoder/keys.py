@@ -26,8 +26,8 @@ OTHER_HEADS = re.compile(
 def encoder_name(name: str, config: EncoderConfig) -> str:
     """Returns the table's name of a file's tensor.
 
-    A file of a bare encoder has no prefix, one of a model with a head has it, and either may serve
-    for the other. Norms that came from TensorFlow are called gamma and beta.
+    A bare encoder's file has no prefix ("bert."), that of a model with a head has it; either loads
+    as the other. Norms that came from TensorFlow are called gamma and beta.
     """
     stem, _, leaf = name.rpartition(".")
     if stem.endswith("LayerNorm"):

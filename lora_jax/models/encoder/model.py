@@ -41,7 +41,7 @@ class Encoder(nn.Module):
     Attributes:
       config: the options of the forward pass, and the head.
       dtype: dtype of the computation. LayerNorm's statistics, softmax, logits and pooled
-        embeddings are fp32 always.
+        embeddings are fp32 (or float64, where dtype is).
       param_dtype: dtype of the parameters that ``init`` makes.
       remat: see ``Decoder``.
       placement: see ``Decoder``.
@@ -116,7 +116,7 @@ class Encoder(nn.Module):
 
         Args:
           hidden: [batch, seq, d_model].
-          attention_mask: [batch, seq]: the tokens that a mean embedding is taken over.
+          attention_mask: [batch, seq]: the tokens over which a mean embedding is taken.
 
         Returns:
           See ``__call__``.

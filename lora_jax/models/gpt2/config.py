@@ -27,8 +27,8 @@ _FIELDS: dict[str, tuple[str, Any]] = {
     "pad_token_id": ("pad_token_id", None),
 }
 
-# Without an effect on the logits: dropout is for training; attention is computed in fp32 always,
-# which is all that reorder_and_upcast_attn asks for; the summary is another head's.
+# Without an effect on the logits: dropout is for training; scores and softmax are always fp32 or
+# wider, which is all that reorder_and_upcast_attn asks for; the summary is another head's.
 _NO_EFFECT = frozenset(
     """
     model_type eos_token_id reorder_and_upcast_attn attn_pdrop embd_pdrop resid_pdrop n_ctx

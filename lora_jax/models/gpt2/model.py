@@ -28,7 +28,8 @@ class GPT2(nn.Module):
 
     Attributes:
       config: the options of the forward pass.
-      dtype: dtype of the computation. LayerNorm's statistics, softmax and logits are fp32 always.
+      dtype: dtype of the computation. LayerNorm's statistics, softmax and logits are fp32 (or
+        float64, where dtype is).
       param_dtype: dtype of the parameters that ``init`` makes.
       remat: see ``Decoder``.
       placement: see ``Decoder``.

@@ -30,11 +30,11 @@ ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activated(name: str, x: jax.Array, up: jax.Array | None = None) -> jax.Array:
-    """Returns act(x), or act(x) * up: what lies between the products of an MLP.
+    """Returns act(x), or act(x) * up: the element-wise part of an MLP.
 
     Only x and up are kept for the backward pass, which computes the rest again. Otherwise a layer
-    with SiLU keeps six arrays of this size in the place of three, and on CPU filling and reading
-    them costs more than the arithmetic (tests/models/test_copies.py counts the arrays).
+    with SiLU keeps six arrays of this size instead of three, and on CPU filling and reading them
+    costs more than the arithmetic (tests/models/test_copies.py counts the arrays).
 
     Args:
       name: a key of ``ACTIVATION``.

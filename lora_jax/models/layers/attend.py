@@ -1,4 +1,4 @@
-"""Softmax attention, by the implementation that is asked for."""
+"""Softmax attention, and its implementations by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.placement import UNPLACED, Placement
 from lora_jax.models.layers.splash import Splash
 
-# Queries from which on "auto" holds no scores: see tests/benchmarks/attention.py.
+# From this many queries on, "auto" never holds all scores: see tests/benchmarks/attention.py.
 LONG = 512
 
 
@@ -39,7 +39,7 @@ class Attend(Protocol):
     ) -> jax.Array: ...
 
 
-Kernel = Splash | Cudnn  # each knows what it refuses, and what computes that
+Kernel = Splash | Cudnn  # each has `refusal`, and `otherwise` for the calls that it refuses
 
 IMPLEMENTATIONS: dict[str, Attend] = {
     "dense": dense,
@@ -64,22 +64,22 @@ def attend(
     placement: Placement = UNPLACED,
     shared: Shared | None = None,
 ) -> jax.Array:
-    """Computes softmax(soft_cap(scale * q k^T)) v, scores and softmax in fp32.
+    """Computes softmax(soft_cap(scale * q k^T)) v, scores and softmax in fp32 (or wider).
 
     Args:
       q: [batch, seq, heads, head_dim].
       k: [batch, keys, kv_heads, head_dim]. Queries are grouped by key/value head, so that keys and
         values are never repeated in memory.
       v: as k.
-      mask: the keys that each query may see. The result of a query that sees none, or that is
-        padding, is finite: an average of values, of which ones depends on the implementation.
+      mask: the keys that each query may see. A query that sees none, or that is padding, gets some
+        average of values, which depends on the implementation and is finite.
       scale: a number or []; 1 / sqrt(head_dim) by default.
       cap: see ``soft_cap``.
       attention: the implementation; see ``implementation``.
-      placement: shares the work out over a mesh; see ``Placement.attention``.
-      shared: keys and values, [kv_heads, n, head_dim], that come before those of every row; the
-        mask speaks of them first. "dense" outside of a mesh multiplies all rows with them at once,
-        others take a copy for each row.
+      placement: partitions the work over a mesh; see ``Placement.attention``.
+      shared: keys and values, [kv_heads, n, head_dim], that come before those of every row, in the
+        mask too. "dense" without a mesh multiplies all rows with them at once; others copy them for
+        each row.
 
     Returns:
       [batch, seq, heads, head_dim].
@@ -104,9 +104,9 @@ def implementation(
     - "splash" is a kernel for TPUs that holds none; see ``Splash``.
     - "cudnn" is cuDNN's kernel for GPUs; see ``Cudnn``.
     - "auto" is "dense" for fewer than 512 queries. From 512 on it is "splash" on a TPU, and
-      "blockwise" elsewhere, or where several devices are here and no placement is given.
+      "blockwise" elsewhere, or where there are several devices and no placement.
 
-    A kernel that does not serve a call (keys in a cache, say) has "blockwise" do it; ``chosen``
+    A call that a kernel does not support (keys in a cache, say) goes to "blockwise"; ``chosen``
     tells.
 
     Args:

@@ -1,4 +1,4 @@
-"""Softmax attention with all its scores at once, and products that are never narrower than fp32."""
+"""Softmax attention with all its scores at once, and products with results of at least fp32."""
 
 from __future__ import annotations
 

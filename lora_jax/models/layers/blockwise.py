@@ -1,8 +1,9 @@
 """Attention a block of queries at a time, in plain JAX: memory is linear in the length.
 
-Unlike FlashAttention (Dao et al. 2022), a block meets its keys in one product, so its softmax is
-exact as it stands, and forward mode works. Like there, a block's scores are computed again in the
-backward pass, and most products with keys that a causal mask hides are left out.
+Unlike FlashAttention (Dao et al. 2022), a block of queries is multiplied with all its keys in one
+product, so its softmax needs no running maximum, and forward mode works. As there, the backward
+pass computes a block's scores again, and most products with keys that a causal mask hides are left
+out.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Blockwise:
 
         Args:
           seq: the number of tokens.
-          split: how they lie on devices; the number is that of all devices together.
+          split: how they are split over devices; the number counts all devices together.
         """
         if split is None:
             return sum((stop - start) * stop for start, stop in self._bounds(seq))
@@ -92,18 +93,18 @@ class Blockwise:
         return seq // 2 * (seq + size)
 
     def _bounds(self, seq: int) -> list[tuple[int, int]]:
-        """Returns start and end of each span, of whole blocks but for the last, two at least.
+        """Returns start and end of each span: two blocks or more, whole but for the last.
 
-        Of a loop over a single block nothing is left, and XLA would keep its scores after all.
+        XLA removes a loop over a single block, and would then keep its scores after all.
         """
         blocks = -(-seq // self.block)
         size = max(2, -(-blocks // self.spans)) * self.block
         return [(start, min(start + size, seq)) for start in range(0, seq, size)]
 
     def _tile(self, chunk: int, split: Split) -> int:
-        """Returns the number of queries of a tile: an equal part of a chunk of so many.
+        """Returns the number of queries of a tile: an equal part of a chunk, a block at least.
 
-        It is a block at least: a tile's pair of blocks is as much as two blocks of a span.
+        A tile's pair of blocks costs as much as two blocks of a span.
         """
         parts = max(1, min(self.spans // split.parts, chunk // self.block))
         return chunk // max(n for n in range(1, parts + 1) if chunk % n == 0)

@@ -73,8 +73,8 @@ class Cache(NamedTuple):
       value: as key.
       positions: [batch, max_len] int32, each slot's position; -1 in empty and padded slots.
       filled: [] int32, the number of slots in use, padding included; the same for every row.
-      length: [batch] int32, the next token's position: the row's number of tokens, less padding,
-        those that are shared included.
+      length: [batch] int32, the next token's position: the number of the row's tokens, shared ones
+        included, padding not.
       shared: the tokens before slot 0 of every row, or None.
     """
 
@@ -111,7 +111,7 @@ def init_cache(
       batch: the number of rows.
       max_len: the number of tokens, padding included, that the cache can hold. Writing beyond it
         overwrites the last slots: under jit nothing can raise. RoPE of the kind "longrope"
-        chooses its frequencies by this number, and that of the shared tokens.
+        chooses its frequencies by this number plus that of the shared tokens.
       dtype: dtype of keys and values; the model's compute dtype.
       shared: what all rows begin with, before these tokens.
 

@@ -1,4 +1,4 @@
-"""The facts of a call of attention by which a kernel says whether it can serve."""
+"""The facts of a call of attention by which a kernel decides whether it supports the call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Call:
       head_dim: the size of a head.
       dtype: the dtype of queries, keys and values.
       capped: whether scores are capped.
-      cached: whether keys come from a cache: then their number is not that of the queries.
+      cached: whether keys come from a cache, and are more than the queries.
       split: how the queries of a row are split over devices; None where they are not.
     """
 

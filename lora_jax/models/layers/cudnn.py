@@ -24,8 +24,8 @@ class Cudnn:
 
     The mask is an array of [batch, 1, queries, keys], in the dtype of the queries: the square of
     the length, but not for each head. cuDNN computes its gradient as well, which earlier GPUs may
-    refuse. Rows longer than 4,096 tokens go block by block in plain JAX, and so does what else
-    cuDNN does not do: see ``refusal``.
+    refuse. Rows longer than 4,096 tokens, and other calls that cuDNN does not support (see
+    ``refusal``), go block by block in plain JAX.
 
     Attributes:
       backend: "cudnn", or "xla" to compute the same call on any device, for tests.

@@ -35,16 +35,16 @@ class Tokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The queries of a sequence that lie on one of several devices, where each has all keys.
+    """A split of a sequence's queries over several devices, each of which has all keys.
 
     A function that gets a mask with a split runs in ``jax.shard_map``: the device's number is
     ``jax.lax.axis_index(split.axis)``.
 
     Attributes:
-      axis: the axis of the mesh that the queries lie along.
+      axis: the axis of the mesh over which the queries are sharded.
       parts: the number of devices along it, n.
       paired: device i has chunks i and 2n - 1 - i of 2n, in this order, so that causal queries see
-        as many keys on every device; otherwise chunk i of n.
+        equally many keys on every device; otherwise chunk i of n.
 
     >>> from lora_jax.models.layers.masks import Split
     >>> Split("sequence", 2, paired=True).slots(8).tolist()
@@ -93,7 +93,7 @@ class Mask:
       causal: a query sees no key in a later slot than its own.
       aligned: query i has slot i and key j slot j, as without a cache, so that keys behind a block
         of causal queries need not be looked at. Positions are slots, too.
-      split: the part of the queries that lies on this device; None where all do. Then query i has
+      split: the part of the queries that is on this device; None where all are. Then query i has
         the slot that ``split`` says, and key j slot j; ``aligned`` is False.
     """
 

@@ -2,8 +2,8 @@
 
 The row is cut into T tiles. Tile f sees f + 1 tiles of keys, and tile T - 1 - f sees T - f of them:
 T + 1 together. So a loop over blocks of both has the same shape on every device, whatever its f is,
-and computes about half of all scores. As in ``Blockwise``, a block meets its keys in one product,
-and its softmax is exact as it stands.
+and computes about half of all scores. As in ``Blockwise``, a block is multiplied with all its keys
+in one product, and its softmax needs no running maximum.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def pair_of_blocks(
       q: [batch, block, 2, kv_heads, group, head_dim]: of the earlier tile, of the later.
       queries: axes [2, block] last.
       seen: the tiles that these see, T + 1.
-      mask: what it holds beside tokens counts.
+      mask: gives everything but the tokens.
       scale: [], the factor of the scores.
       cap: see ``soft_cap``.
 

@@ -1,4 +1,4 @@
-"""Placement of a model's activations on a mesh: the interface, and the answer without a mesh."""
+"""Placement of a model's activations on a mesh: the interface, and the default without a mesh."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Attention = Callable[..., jax.Array]
 
 
 class Placement:
-    """A model's questions on placement; this one leaves everything as it is.
+    """Places a model's activations on devices; this one leaves everything as it is.
 
-    A subclass answers for a mesh. It has to be hashable.
+    A subclass does it for a mesh. It has to be hashable.
     """
 
     @property
@@ -28,9 +28,9 @@ class Placement:
 
     @property
     def kernels(self) -> bool:
-        """Returns whether a kernel can run, which XLA cannot share out over devices by itself.
+        """Returns whether "auto" may choose a kernel, which XLA cannot partition over devices.
 
-        Without a placement, nothing tells on which devices the arrays will lie.
+        Without a placement, nothing says on which devices the arrays will be.
         """
         return jax.device_count() == 1
 
@@ -56,11 +56,11 @@ class Placement:
         return x
 
     def mixture(self, mixed: Mixture) -> Mixture:
-        """Returns the function to call for a mixture, which sorts tokens: each device its own."""
+        """Returns the mixture of experts to call: on a mesh, each device sorts its own tokens."""
         return mixed
 
     def attention(self, local: Attention) -> Attention:
-        """Returns the attention to call: each device its own batch, heads and queries.
+        """Returns the attention to call: on a mesh, each device has its batch, heads and queries.
 
         Args:
           local: computes attention on a device. Where it has a part of the queries only, the

@@ -1,7 +1,7 @@
 """Attention by JAX's kernel for TPUs, splash attention: no scores in memory, forward or backward.
 
-The kernel visits blocks of queries and keys, and leaves out those that a mask hides whole. Which
-those are it reads from tables, made for causal masks and windows; within a block it computes the
+The kernel visits blocks of queries and keys, and skips those that a mask hides completely. Tables,
+made for causal masks and windows, list the blocks to visit; within a block the kernel computes the
 mask from slots and segments. Padding is a segment of its own, so that real tokens see real tokens
 only.
 """
@@ -31,9 +31,9 @@ _WINDOWED = 1 << 30  # a bit of a query's slot: its layer has the window
 class Splash:
     """Computes attention by the kernel; see ``attend`` for the arguments.
 
-    A row whose length is no multiple of 128 is padded. What the kernel does not do, blocks in plain
-    JAX do; ``refusal`` tells. Scores and softmax are fp32; queries in half precision are rounded
-    once more when they are scaled. There is no forward mode.
+    A row whose length is no multiple of 128 is padded. Calls that the kernel does not support (see
+    ``refusal``) go block by block in plain JAX. Scores and softmax are fp32; queries in half
+    precision are rounded once more when they are scaled. There is no forward mode.
 
     Where only some layers have a window, one program serves all: tables are chosen at run time, and
     a bit in the slots of the queries tells the kernel.
@@ -78,7 +78,7 @@ class Splash:
 
         Args:
           seq: the number of tokens.
-          split: how they lie on devices; the number is that of all devices together.
+          split: how they are split over devices; the number counts all devices together.
           causal, window: the mask's.
         """
         seq += -seq % LANES
@@ -116,10 +116,10 @@ class Splash:
     def _kernel(
         self, heads: int, queries: int, keys: int, mask: Mask, cap: float | None
     ) -> tuple[Any, str]:
-        """Returns the kernel of a device's queries, [heads, queries, head_dim].
+        """Returns the kernel of a device's queries, and the number of blocks that it visits.
 
-        And how many blocks it visits, for plans: "blocks_3_of_4"; "blocks_3_or_2_of_4" where a
-        layer may have a window.
+        The kernel takes [heads, queries, head_dim]. The number is for plans: "blocks_3_of_4";
+        "blocks_3_or_2_of_4" where a layer may have a window.
         """
         split, choice = mask.split, mask.windowed
         window = mask.window if mask.window is not None and mask.window < keys else None

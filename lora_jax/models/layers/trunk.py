@@ -75,8 +75,8 @@ def causal_mask(placed: Placed, segment_ids: jax.Array | None, cache: Cache | No
     """Returns the mask of real tokens of the same segment, up to the query.
 
     A window counts slots, as in transformers, whatever positions the caller gives. In a cache it
-    counts positions: there, padding may lie between the tokens of a row. Shared tokens come
-    before a cache's slots.
+    counts positions, since padding may lie between the tokens of a row. Shared tokens come before
+    a cache's slots.
     """
     queries = placed.first + jnp.arange(placed.positions.shape[1], dtype=jnp.int32)
     keys = jnp.arange(placed.slots.shape[1], dtype=jnp.int32)
@@ -139,7 +139,7 @@ def rematerialised(layer: type[nn.Module], remat: bool | str) -> Any:
 
 @functools.cache
 def _of_name(name: str) -> Any:
-    """Returns a policy of JAX; what keeps dots keeps ragged products as well, as JAX's do not."""
+    """Returns a policy of JAX; one that keeps dots here keeps ragged products as well."""
     policy = getattr(jax.checkpoint_policies, name)
     if "dots" not in name:
         return policy

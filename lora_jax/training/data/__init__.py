@@ -1,1 +1,1 @@
-"""Makes examples of rows."""
+"""Turns rows of data sets into examples, and orders them."""

@@ -1,8 +1,8 @@
-"""Rows of a dataset as token sequences, with a mark on the tokens that the loss counts.
+"""Turns rows of a dataset into token sequences, and marks the tokens that the loss counts.
 
-Chats are rendered by the model's own template, with their tools. The loss counts what the assistant
-says, its calls of tools included, up to and including the end of its turn, and nothing else. A
-template that marks the assistant's words itself (``{% generation %}``) is taken at its word.
+The model's own template renders chats, with their tools. The loss counts what the assistant says,
+its tool calls included, up to and including the end of its turn, and nothing else. Where a template
+marks the assistant's words itself (``{% generation %}``), those marks count.
 """
 
 import base64
@@ -54,9 +54,10 @@ def chats(
       seq_len: tokens a sequence, at most.
       packing: puts several rows into one sequence; none sees another. Without it, rows of about
         one length share a batch.
-      truncate: cuts rows off that are longer, which are an error otherwise; one that has no token
-        of a completion left is left out.
-      train_on: what the loss counts: all that the assistant says, its last turn, or everything.
+      truncate: cuts longer rows off, which are an error otherwise; drops one that has no token of a
+        completion left.
+      train_on: the tokens that the loss counts: "assistant", all that the assistant says; "last",
+        its last turn; "all", every token.
       source: the name of the rows in errors.
 
     Raises:
@@ -88,7 +89,7 @@ class _Part(NamedTuple):
 
 
 class _Draft(NamedTuple):
-    """A sequence before its texts are tokenised; or what the template's own marks gave."""
+    """A sequence before its texts are tokenised, or already tokenised by the template's marks."""
 
     row: int
     parts: Sequence[_Part]
@@ -107,16 +108,16 @@ def tokenize(
 ) -> Sequences:
     """Returns each row as one sequence, or several.
 
-    Several where the template renders a turn otherwise once others follow, and does not mark what
-    the assistant says.
+    There are several where the template renders a turn differently once others follow, and does not
+    mark what the assistant says.
 
     Args:
       rows: see `chats`.
       tokenizer: the model's. It tokenises a block of rows at a time, on all cores.
       source: the name of the rows in errors.
-      numbers: the rows' numbers in the data, where these are not all; by default from 1 on.
+      numbers: the rows' numbers in the data, where these rows are a part; by default from 1 on.
       mapped: applies a function to each of a list of items (here the first row of each block), in
-        any way; results are JSON.
+        several processes, say; results are JSON.
       train_on: see `chats`.
 
     Raises:
@@ -158,8 +159,8 @@ def _drafts(row: Row, number: int, tokenizer: Any, name: str, train_on: TrainOn)
         return [_Draft(number, [_Part(whole, [texts[-1][1]])])]
     if all(whole.startswith(text) for text, _ in texts):
         return [_Draft(number, [_Part(whole, [span for _, span in texts])])]
-    # Some templates drop parts of a turn once others follow (a model's thoughts). What was said
-    # then has to be learned as it was said, with what the model saw at that point.
+    # Some templates drop parts of a turn once others follow (a model's thoughts). Each turn is then
+    # learned as it was said, after what the model saw at that point.
     return [_Draft(number, [_Part(text, [span])]) for text, span in texts]
 
 

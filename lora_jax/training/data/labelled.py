@@ -1,4 +1,4 @@
-"""Labelled texts as arrays, the loss, and what a model makes of them."""
+"""Labelled texts as arrays, the loss of a classifier, and its predictions."""
 
 import dataclasses
 import functools
@@ -68,7 +68,7 @@ def texts(
       names: the classes in the order of their indices; by default `label_names` of these rows.
       fields: the names of the fields.
       seq_len: the most tokens of a text.
-      truncate: cuts texts off that are longer, which are an error otherwise.
+      truncate: cuts longer texts off, which are an error otherwise.
       source: the name of the rows in errors.
 
     Raises:
@@ -112,10 +112,14 @@ def _no_field(row: Row, where: str, option: str, field: str, needed: str) -> Tra
 
 
 def label_names(rows: Sequence[Row], label: str = "label") -> tuple[str, ...]:
-    """Returns the classes in the order of their indices: numbers in their own, names by letter.
+    """Returns the classes in the order of their indices: numbers ascending, names by letter.
+
+    Args:
+      rows: dicts, each with a label.
+      label: the name of its field.
 
     Raises:
-      TrainingError: there is only one.
+      TrainingError: there is only one class.
 
     >>> from lora_jax import training
     >>> training.label_names([{"label": "good"}, {"label": "bad"}])
@@ -143,8 +147,7 @@ def encode(
 ) -> Labelled:
     """Returns checked rows as arrays, as long as the longest text; see `texts`.
 
-    Args:
-      mapped: applies a function to each of a list of items, in any way; results are JSON.
+    `mapped` applies a function to each of a list of items; see `lora_jax.training.data.chats`.
     """
     firsts = [row[fields.text] for row in rows]
     seconds = [row[fields.text_pair] for row in rows] if fields.text_pair else None

@@ -1,4 +1,4 @@
-"""Several data sets in proportions: what an epoch draws of each."""
+"""Mixes several data sets in proportions: how many rows of each an epoch draws."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ def order(seed: int, epoch: int, n: int) -> np.ndarray:
 class Shares:
     """Says how many rows of each data set an epoch draws.
 
-    Each data set is gone through in passes, each in an order of its own, and an epoch goes on where
-    the last one ended: after any number of epochs, one row of a data set came at most once more
-    often than another. Within an epoch all rows are shuffled. What is drawn depends on the seed and
+    Rows of a data set are drawn in passes over it, each in an order of its own, and an epoch goes
+    on where the last one ended: after any number of epochs, one row of a data set came at most once
+    more often than another. Within an epoch all rows are shuffled. The draw depends on the seed and
     the epoch alone.
 
     Attributes:
@@ -68,17 +68,17 @@ class Shares:
 def shares_of(
     names: Sequence[str], weights: Sequence[float], *, rows: Sequence[int], units: Sequence[int]
 ) -> Shares:
-    """Returns what an epoch draws: as many rows as there are in all, shared out by weight.
+    """Returns how many rows an epoch draws of each data set, by weight; in all as many as exist.
 
     Args:
       names: of the data sets, for messages.
       weights: positive, in any unit.
       rows: the rows that each data set has.
-      units: what is drawn: its packed sequences, or its rows again. A weight is about rows, however
-        many of them are packed into a sequence.
+      units: the packed sequences (or rows) to draw from in each data set. Weights are about rows,
+        however many of them are packed into a sequence.
 
     Raises:
-      TrainingError: the share of a data set is none at all.
+      TrainingError: an epoch would have no row of a data set.
     """
     asked = np.array(weights, np.float64)
     of_rows = sum(rows) * asked / asked.sum()

@@ -9,7 +9,7 @@ import numpy as np
 from lora_jax.training.batches import Batch, Examples
 from lora_jax.training.data.mixture import Shares, order
 
-_SHOWN = 32  # as many rows of a batch are named
+_SHOWN = 32  # rows of a batch that are named
 
 
 def order_by_group(
@@ -160,10 +160,10 @@ class Batches(Protocol):
         """Returns a fingerprint of the data: a resumed run must go on with the same."""
 
     def cursor(self, step: int) -> dict[str, int]:
-        """Returns where the data stand after `step` steps, the last ones or those to come."""
+        """Returns the position in the data after `step` steps, the last ones or those to come."""
 
     def seek(self, cursor: dict[str, int], step: int) -> bool:
-        """Goes on after `step` steps, from their cursor; returns whether it is of these data."""
+        """Goes to the position after `step` steps; returns whether the cursor is of these data."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,5 +220,5 @@ class Feed:
         return self.order.cursor(step)
 
     def seek(self, cursor: dict[str, int], step: int) -> bool:
-        """Returns whether a cursor is that of `step` steps: any step's rows are found at once."""
+        """Returns whether a cursor is that of `step` steps; there is nothing to seek."""
         return cursor == self.order.cursor(step)

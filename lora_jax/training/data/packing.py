@@ -1,4 +1,4 @@
-"""Sequences into rows, and rows into few lengths: both by their lengths alone."""
+"""Packs sequences into rows, and chooses the few lengths that rows are padded to."""
 
 from collections.abc import Sequence
 
@@ -55,14 +55,14 @@ def few_lengths(lengths: np.ndarray, most: int = MOST_LENGTHS) -> tuple[int, ...
     fewer where a further one saves next to nothing, or would have few rows.
 
     Args:
-      lengths: [n], of the rows, rounded up as devices like it.
+      lengths: [n], of the rows, rounded up to lengths that suit devices.
       most: the number of lengths.
 
     Returns:
       The lengths, ascending; the last is that of the longest row.
     """
     sizes, counts = np.unique(lengths, return_counts=True)
-    if len(sizes) > _CANDIDATES:  # of each run of neighbours the longest stands for all
+    if len(sizes) > _CANDIDATES:  # the longest of each run of neighbours stands for all of it
         last = np.linspace(0, len(sizes), _CANDIDATES + 1).astype(int)[1:] - 1
         counts = np.diff(np.cumsum(counts)[last], prepend=0)
         sizes = sizes[last]

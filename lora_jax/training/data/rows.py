@@ -1,4 +1,4 @@
-"""Rows of a dataset, in the forms that people have them in, as conversations.
+"""Reads rows of a dataset, in any of the usual forms, as conversations.
 
 A row is a chat (``messages``, with ``tools`` where there are some), a pair (``prompt``,
 ``completion``), ShareGPT's ``conversations``, Alpaca's ``instruction``, ``input`` and ``output``,
@@ -74,8 +74,8 @@ def check_rows(rows: Iterable[Row], source: str) -> None:
     """Checks that all rows can be used.
 
     Raises:
-      TrainingError: a row cannot; names the first. Plain texts and chats are not mixed: one of
-        them has fields that its author did not mean.
+      TrainingError: a row cannot; names the first. Plain texts and chats must not be mixed, since
+        that is most likely a mistake in the fields' names.
     """
     texts = None
     for number, row in enumerate(rows, start=1):
@@ -162,7 +162,7 @@ def _turns(messages: Any, field: str, name: str) -> list[dict[str, Any]]:
 
 
 def _turn(turn: Any, index: int, name: str) -> dict[str, Any]:
-    """Returns a turn with all its fields, but for those that are None (Parquet has no others)."""
+    """Returns a turn without fields that are None: Parquet adds those that it lacks."""
     if not isinstance(turn, Mapping):
         raise TrainingError(f"{name}: turn {index} is {shown(turn)}; {NEEDED}")
     role, content = turn.get("role"), turn.get("content")
@@ -222,7 +222,7 @@ def _tools(value: Any, name: str) -> list[Any] | None:
 
 
 def _of_sharegpt(turn: Any, index: int, name: str) -> Any:
-    """Returns a turn of ShareGPT's (`from`, `value`) as others write it; others as they are."""
+    """Returns a ShareGPT turn (`from`, `value`) with `role` and `content`; others unchanged."""
     if not isinstance(turn, Mapping) or "from" not in turn:
         return turn
     role, value = _ROLES.get(turn["from"]), turn.get("value")

@@ -2,7 +2,7 @@
 
 The data are cut into blocks that can be read on their own. An epoch draws their order; a chunk is
 as many of them as fit into a buffer, and its rows are shuffled, packed or grouped by length there.
-So what a step takes is a function of the seed and of where its chunk begins, and a resumed run
+So the rows of a step depend on nothing but the seed and where its chunk begins, and a resumed run
 reads one chunk again.
 """
 
@@ -27,9 +27,12 @@ _SHOWN = 32  # rows of a step that are named
 
 
 class Position(NamedTuple):
-    """Says where a chunk is: in which epoch, the how manieth there, and at which row it begins.
+    """The position of a chunk.
 
-    `first` counts the rows of batches that all chunks before it have, over all epochs.
+    Attributes:
+      epoch: its epoch, from 0.
+      chunk: its number in that epoch, from 0.
+      first: the number of rows of batches in all chunks before it, over all epochs.
     """
 
     epoch: int
@@ -44,7 +47,7 @@ class Chunks:
     Attributes:
       seed: of the draw.
       sizes: [blocks], in any unit.
-      room: of a chunk, in that unit; a block that is larger is a chunk alone.
+      room: the size of a chunk, in that unit; a larger block is a chunk of its own.
     """
 
     seed: int
@@ -104,7 +107,7 @@ class Stream:
           accumulate: batches of a step.
           digest: a fingerprint of the data.
           named: returns the name of a row, from its origin and its number.
-          steps: the number of the last step: what follows it is not read.
+          steps: the number of the last step: chunks after it are not read.
           ahead: reads the next chunk in a thread of its own.
         """
         self._load, self._chunks, self._like = load, chunks, like
@@ -118,7 +121,7 @@ class Stream:
         self.begin(Position(0, 0, 0))
 
     def begin(self, at: Position) -> None:
-        """Goes on with the chunk at a position. Call it before any batch is asked for."""
+        """Goes on with the chunk at a position. Call it before any call of `batch`."""
         self._positions = deque([at], maxlen=2)
         self._loaded: list[_Loaded] = []
         self._next = at

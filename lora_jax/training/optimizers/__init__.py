@@ -1,1 +1,1 @@
-"""Optimisers by name, their schedules, and where their state lies on a mesh."""
+"""Optimisers by name, their schedules, and the sharding of their state."""

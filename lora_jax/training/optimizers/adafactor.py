@@ -18,9 +18,9 @@ def factored_rms(params: Any = None) -> optax.GradientTransformation:
     """Returns Adafactor's direction, without its scaling by the parameters' size.
 
     As transformers' Trainer uses it: the learning rate is the size of a step, as Adam's is. Second
-    moments of a matrix are factored where both its sides have 128 or more; of a stack, each layer
-    and expert by itself. The factors of a low rank keep all of them. A matrix's update is clipped
-    to a root mean square of 1.
+    moments of a matrix are factored where both its sides have 128 or more; in a stack, each layer
+    and expert by itself. A and B of a low rank keep all of theirs. A matrix's update is clipped to
+    a root mean square of 1.
 
     Args:
       params: the adapted tree, which has the batch axes of A and B. Without it, an array's two

@@ -1,4 +1,4 @@
-"""Muon's direction: the momentum of each matrix, orthogonalised; AdamW's for what is no matrix."""
+"""Muon's direction: the momentum of each matrix, orthogonalised; AdamW's for all other arrays."""
 
 import math
 from typing import Any
@@ -21,14 +21,14 @@ _RMS = 0.2  # of AdamW's updates, as Liu et al. measured it
 def orthogonalised(params: Any, *, momentum: float) -> optax.GradientTransformation:
     """Returns Muon's direction for matrices, and AdamW's for all else that trains.
 
-    A and B of each layer and expert are matrices of their own: [rank, in] and [rank, out]. Of what
-    trains in full, kernels are, each layer and expert by itself; tables, output heads, norms,
-    biases and magnitudes are not (Jordan et al., 2024). An orthogonalised matrix is multiplied by
+    A and B of each layer and expert are matrices, [rank, in] and [rank, out]; so are kernels that
+    train in full, each layer and expert by itself. Tables, output heads, norms, biases and
+    magnitudes are not (Jordan et al., 2024). An orthogonalised matrix is multiplied by
     0.2 sqrt(max(m, n)), so that its root mean square is that of AdamW's updates.
 
     Args:
       params: the adapted tree, which has the roles of the axes.
-      momentum: of the gradient, with Nesterov's look ahead.
+      momentum: of the gradient, Nesterov's.
 
     Source: Jordan et al., *Muon*, 2024; Liu et al., arXiv 2502.16982, section 2.2.
     """

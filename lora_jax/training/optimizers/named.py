@@ -22,7 +22,7 @@ class Named:
       options: the options that it reads, with their defaults.
       rate: the learning rate to begin with, as a multiple of AdamW's; None for no rule.
       averages: whether the parameters to evaluate and to keep are an average over the steps; the
-        option `beta1` says how near to it gradients are taken.
+        nearer the option `beta1` is to 1, the nearer to it gradients are taken.
     """
 
     direction: Callable[..., optax.GradientTransformation]
@@ -46,7 +46,7 @@ def _sgd(params: Any, *, momentum: float) -> optax.GradientTransformation:
 def _without_momentum(
     params: Any, *, beta1: float, beta2: float, eps: float
 ) -> optax.GradientTransformation:
-    """Returns Adam's direction without its first moment, which averaging takes the place of."""
+    """Returns Adam's direction without its first moment, which averaging replaces."""
     return optax.scale_by_rms(decay=beta2, eps=eps, eps_in_sqrt=False, bias_correction=True)
 
 
@@ -56,7 +56,7 @@ _ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 # - lion: 3 to 10 times lower than AdamW's (Chen et al., arXiv 2302.06675, section 5); a third,
 #   since adapters train for few steps.
 # - adafactor: as transformers' Trainer uses it, with AdamW's own rate (scale_parameter=False).
-# - muon: updates have AdamW's root mean square, for its rate to be taken over (Liu et al.,
+# - muon: updates have AdamW's root mean square, so that AdamW's rate fits (Liu et al.,
 #   arXiv 2502.16982, section 2.2).
 # - schedule-free: 1 to 10 times AdamW's (Defazio et al., arXiv 2405.15682, and their README).
 # - sgd: its steps scale with the gradient, so that no rate suits two models.

@@ -18,9 +18,9 @@ def warmed_up(
     floor: float = 0.0,
     decay: float = DECAY,
 ) -> optax.Schedule:
-    """Returns a schedule: linear from 0 over the warmup, then down to the floor at `steps`.
+    """Returns a schedule of the learning rate: a linear warmup, then what `kind` says.
 
-    The warmup's first step already has rate / warmup, so that no step is lost. After the warmup:
+    The warmup's first step has rate / warmup rather than 0, so that no step is lost. After it:
 
     - "constant": `rate`.
     - "linear", "cosine": down to ``floor * rate``, over all steps that are left.
@@ -36,6 +36,9 @@ def warmed_up(
       warmup: steps over which the rate rises; one at least is left after it.
       floor: the last learning rate, as a share of `rate`.
       decay: of "wsd", the share of the steps over which the rate falls.
+
+    Raises:
+      ValueError: there is no such kind.
 
     >>> from lora_jax import training
     >>> schedule = training.warmed_up(1e-3, 100, kind="linear", warmup=10)

@@ -1,4 +1,4 @@
-"""The sharding of an optimiser's state: each array lies as the parameter that it is about."""
+"""The sharding of an optimiser's state: each array is sharded like its parameter."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ def state_shardings(opt_state: Any, adapter: Any, whole: NamedSharding) -> Any:
     """Returns the sharding of each array of an optimiser's state.
 
     An optimiser keeps its arrays in trees like the adapter's, so the last two keys of an array's
-    path name the parameter. An array of the parameter's shape lies as the parameter does. One that
-    lacks an axis of it (a row or a column of Adafactor's) lies as the axes that are left do. All
-    others, and rows that may stand for either of two equal axes, are replicated.
+    path name the parameter. An array of the parameter's shape is sharded like it; one that lacks an
+    axis of it (a row or a column of Adafactor's), like the axes that are left. All others, and rows
+    where it is unclear which of two equal axes is gone, are replicated.
 
     Args:
       opt_state: the state's shapes.

@@ -1,9 +1,8 @@
 """The best adapter of a run, by one measurement, and the end of a run that no longer improves.
 
 Each adapter that was the best when it was measured is saved in a folder of its own, named by its
-step. A newer one takes the place of an older one only for good once a checkpoint knows it: a run
-that goes back to an earlier checkpoint finds what was the best there. What stands is saved with
-each checkpoint.
+step. The older one is deleted only once no checkpoint needs it: a run that goes back to an earlier
+checkpoint finds the adapter that was the best there. Each checkpoint records what was the best.
 """
 
 import dataclasses
@@ -16,12 +15,12 @@ import lora_jax as lj
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.processes import is_first, wait_for_all
 
-BEST = "best"  # the folder of the best adapters, beside that of the checkpoints
+BEST = "best"  # the folder of the best adapters, beside the folder of the checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
 class Standing:
-    """Says what the best measurement so far is.
+    """The best measurement so far.
 
     Attributes:
       value: the measurement; None before the first one that is a number.
@@ -34,7 +33,7 @@ class Standing:
     waited: int = 0
 
     def after(self, step: int, value: float, *, goal: Literal["min", "max"]) -> "Standing":
-        """Returns what stands after one more measurement; of equal ones, the first is the best.
+        """Returns the standing after one more measurement; of equal ones, the first is the best.
 
         >>> from lora_jax.training.run.best import Standing
         >>> Standing(2.0, 10).after(20, 1.5, goal="min")
@@ -56,7 +55,7 @@ class Best:
 
     Attributes:
       metric: the measurement that decides: "eval_loss".
-      standing: what stands now.
+      standing: the best measurement so far.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class Best:
           folder: of the adapters, each in a folder of its step's number.
           metric: the name of the measurement, with its prefix.
           goal: whether the least or the largest is the best.
-          patience: after so many measurements in a row without a better one, training ends.
+          patience: the measurements in a row without a better one that end training.
           about: facts to keep beside each adapter; see `lora_jax.save_adapter`.
         """
         self.folder = folder.absolute()
@@ -86,7 +85,7 @@ class Best:
 
     @property
     def is_over(self) -> bool:
-        """Returns whether training ends, as nothing better came for too long."""
+        """Returns whether training ends, as `patience` measurements brought nothing better."""
         return self._patience is not None and self.standing.waited >= self._patience
 
     @property
@@ -119,7 +118,7 @@ class Best:
         return self.is_over
 
     def keep_for(self, checkpoints: Sequence[int]) -> None:
-        """Deletes the adapters that neither the run as it is needs nor one of its checkpoints.
+        """Deletes the adapters that neither the run nor one of its checkpoints needs.
 
         Args:
           checkpoints: their steps.
@@ -130,11 +129,11 @@ class Best:
         self._delete_all_but(kept)
 
     def go_on_from(self, step: int, saved: Mapping[str, Any] | None) -> None:
-        """Goes back to what stood at a checkpoint.
+        """Goes back to the standing at a checkpoint.
 
         Args:
           step: the checkpoint's.
-          saved: what it says, of `as_json`; None for the beginning of a run.
+          saved: the `as_json` that it holds; None for the beginning of a run.
 
         Raises:
           TrainingError: the checkpoint does not say what the best was, or its adapter is gone.
@@ -163,7 +162,7 @@ class Best:
         self._delete_all_but({s for s in self._steps() if s <= step})
 
     def as_json(self) -> dict[str, Any]:
-        """Returns what stands, for a checkpoint to keep."""
+        """Returns the standing, for a checkpoint to keep."""
         return {"metric": self.metric, **dataclasses.asdict(self.standing)}
 
     def load(self, params: Any) -> Any:

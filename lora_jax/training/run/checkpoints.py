@@ -1,9 +1,9 @@
 """Checkpoints of a run: adapter, optimiser, rng, step and data cursor, never the base.
 
-Orbax writes each to a folder beside its place and renames it there. Then the SHA-256 of its files
-is recorded in one file beside the checkpoints, so that a damaged one is found and named. Only with
-that record is a checkpoint complete: a kill before it leaves one that does not count, and that the
-next save removes. Older ones are removed after it, so that there is a complete one at any time.
+Orbax writes each to a temporary folder beside it and renames that. Then the SHA-256 of its files is
+recorded in one file beside the checkpoints, so that a damaged one is found and named. A checkpoint
+is complete only with that record: a kill before it leaves one that does not count, and that the
+next save removes. Older ones are removed afterwards, so that there is a complete one at any time.
 """
 
 import errno
@@ -27,7 +27,7 @@ from lora_jax.training.step import State
 if sys.platform != "win32":
     import resource
 
-# Orbax reports every file on "absl", and of an error that it raises the traceback.
+# Orbax logs every file to "absl", and the traceback of each error that it raises.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 _ORBAX_FILE = 2**31  # bytes
@@ -72,7 +72,7 @@ class Checkpoints:
 
         Args:
           state: what to save; its step names the checkpoint.
-          run: as JSON, the data cursor, and what the data and base were.
+          run: facts to keep with it, as JSON: the data cursor, fingerprints of data and base.
 
         Raises:
           DamagedCheckpoint: there are checkpoints, and the record of their files is lost.
@@ -185,9 +185,9 @@ class Checkpoints:
 
 
 def _check_room(folder: Path, state: State) -> None:
-    """Raises an OSError where this process's part of a state does not fit: Orbax says it at length.
+    """Raises an OSError, shorter than Orbax's, if this process's part of a state does not fit.
 
-    The limit on the size of files counts for a file of Orbax's, which holds 2 GiB at most.
+    A limit on the size of files applies to a file of Orbax's, which holds 2 GiB at most.
     """
     arrays = jax.tree.leaves(_as_arrays(state))
     shards = [shard for array in arrays for shard in getattr(array, "addressable_shards", ())]

@@ -1,9 +1,9 @@
 """The lock of a run's folder: one run at a time writes to it.
 
-The lock is a file that names its holder, who touches it every few seconds. It is stale where its
-holder is a dead process of this host, or where it was not touched for a minute (its host was
-restarted or is gone); then the next run takes it over. So a run that was killed can go on, on this
-host or another.
+The lock is a file that names its holder, which touches it every few seconds. It is stale if its
+holder is a dead process of this host, or if it was not touched for a minute (its host was restarted
+or is gone); then the next run takes it over. So a run that was killed can go on, on this host or
+another.
 """
 
 import contextlib
@@ -166,7 +166,7 @@ def _process(pid: int) -> dict[str, Any]:
 
 
 def _here() -> dict[str, Any]:
-    """Returns where process numbers are those of this process: a host, its start, a container."""
+    """Returns what tells process numbers of other places apart: host, boot and container."""
     boot = container = None
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,4 +1,4 @@
-"""The log of a run, as the loop knows it."""
+"""The log of a run, as the loop uses it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ class Log(Protocol):
 
 
 class NullLog:
-    """Keeps nothing: in all processes but the first, which keeps the log for all."""
+    """Keeps nothing: the log of all processes but the first, which keeps it for all."""
 
     def __enter__(self) -> "NullLog":
         return self
@@ -53,6 +53,9 @@ def duration(seconds: float) -> str:
 
 def show(line: Line) -> None:
     """Prints a line of metrics: a window of steps, a measurement on held-out data, or a skip.
+
+    Args:
+      line: as `finetune` gives it to its `log`.
 
     >>> from lora_jax import training
     >>> training.show({"step": 10, "loss": 0.5, "lr": 1e-3})

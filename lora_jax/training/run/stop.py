@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: at once where there is nothing to save, else after the step in progress."""
+"""Stops a run on Ctrl-C or SIGTERM: at once if there is nothing to save, else after the step."""
 
 import signal
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Full fine-tuning on torch, from W + s·AB on, so that it starts where LoRA does."""
+"""Full fine-tuning on torch, from W + s·AB on, so that it starts from the same function as LoRA."""
 
 from pathlib import Path
 from typing import Any

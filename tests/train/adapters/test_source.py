@@ -1,4 +1,4 @@
-"""Adapters by their folders: a run's, ours and PEFT's do the same, and what is none is named."""
+"""Adapters in a run's folder, in ours and in PEFT's act alike; other folders are refused."""
 
 import json
 import shutil
@@ -171,7 +171,7 @@ def test_another_base_is_refused_by_name_or_by_shape(base, copied, adapters, tmp
     wide = write_model(tmp_path / "wide", intermediate_size=44)
     for name in ("ours", "PEFT's"):
         said = fails(capsys, generate, "--adapter", adapters[name], "--model", wide)
-        assert f"by its own word {base}, with --model" in said, said
+        assert f"trained on ({base}) with --model" in said, said
     edit(copied, base_model_name_or_path="owner/name")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.adapters.source.name_for_others", str)  # as if both were on the hub
@@ -187,7 +187,7 @@ def test_another_base_is_refused_by_name_or_by_shape(base, copied, adapters, tmp
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda folder: None, "is no adapter folder of this library or of PEFT"),
+        (lambda folder: None, "is neither an adapter's folder (of this library or of PEFT"),
         (lambda folder: folder.rmdir(), "there is no such folder"),
         (
             lambda folder: (folder.rmdir(), folder.write_text("")),

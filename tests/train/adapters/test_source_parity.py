@@ -1,4 +1,4 @@
-"""Adapters that PEFT trained and wrote: the scripts answer and go on from where PEFT stands."""
+"""Adapters that PEFT trained and wrote: the scripts give PEFT's answers, and train them on."""
 
 import numpy as np
 import pytest

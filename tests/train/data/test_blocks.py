@@ -1,4 +1,4 @@
-"""Files in blocks, each read from its own place."""
+"""Files in blocks, each read without those before it."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Tokens that are kept for later runs: found where nothing has changed, made anew where it has."""
+"""Tokens kept for later runs: found if nothing has changed, made again if anything has."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Data sets as --dataset names them: weights, and colons that are none."""
+"""Data sets as --dataset names them: weights, and colons that belong to names."""
 
 import pytest
 
@@ -32,8 +32,8 @@ def test_names_and_weights(tmp_path, monkeypatch):
         ("a.jsonl:nan b:1", "a positive number.*, not nan"),
         ("a.jsonl:inf b:1", "a positive number.*, not inf"),
         ("a.jsonl:-1 b:1", "a positive number.*, not -1"),
-        ("a.jsonl:x b:1", "'x' is no weight of a.jsonl"),
-        ("a.jsonl: b:1", "'' is no weight of a.jsonl"),
+        ("a.jsonl:x b:1", "'x' is not a weight of a.jsonl"),
+        ("a.jsonl: b:1", "'' is not a weight of a.jsonl"),
         (":1 b:1", ":1 has a weight and no name"),
     ],
 )

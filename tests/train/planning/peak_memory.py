@@ -1,4 +1,4 @@
-"""What a planned step really needs: its compilation in one process, a run of it in another.
+"""Measures the memory of a planned step: compiles it in one process, runs it in another.
 
 python tests/train/planning/peak_memory.py compile|run CACHE PLAN'S OPTIONS…
 

@@ -1,4 +1,4 @@
-"""What is read from optimised HLO, against programs whose work is known."""
+"""Work read from optimised HLO, against programs whose work is known."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Plans against what they are plans of: the step's own shapes, FLOPs and files, and bad input."""
+"""Plans against the real step: its shapes, FLOPs and files; and bad input."""
 
 import dataclasses
 import functools
@@ -317,7 +317,7 @@ def test_flops_that_are_not_of_the_hlo_are_marked(model, sound, capsys):
 BAD = [
     (["--topology", "v9:4x4"], "there is no such machine; give one of v5e:"),
     (["--topology", "cpu:2x2"], "a number of devices is needed"),
-    (["--topology", "cpu:4", "--mesh", "fsdp=3"], "has 3 devices, and there are 4"),
+    (["--topology", "cpu:4", "--mesh", "fsdp=3"], "needs 3 devices, and there are 4"),
     (["--topology", "cpu:4", "--batch-size", "6", "--mesh", "fsdp=4"], "give a multiple of 4"),
     (["--seq-len", "5000"], "allows 4096 tokens at most"),
     (["--dtype", "int8"], "float32 or bfloat16"),

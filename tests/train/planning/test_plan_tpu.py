@@ -1,4 +1,4 @@
-"""What the TPU's compiler says of models and slices that are not here (extra `tpu`)."""
+"""Plans by the TPU's compiler for slices that are not here (extra `tpu`)."""
 
 import functools
 import json

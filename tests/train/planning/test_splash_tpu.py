@@ -1,4 +1,4 @@
-"""Splash attention as the TPU's compiler takes it (extra `tpu`), alone and in a step."""
+"""Splash attention compiled by the TPU's compiler (extra `tpu`), alone and in a step."""
 
 import functools
 import json

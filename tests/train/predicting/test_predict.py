@@ -1,4 +1,4 @@
-"""Predictions of tiny classifiers: the same from everywhere, in few shapes, and bad input."""
+"""Predictions of tiny classifiers: the same for every source of texts, in few shapes; bad input."""
 
 import csv
 import io
@@ -267,16 +267,16 @@ def test_models_that_do_not_classify(made, tmp_path, capsys, monkeypatch):
         return fails(capsys, "ab", "--model", other)
 
     assert "its files hold no classifier/kernel, so its head is not trained" in of()
-    assert "problem_type multi_label_classification, and here a text has one" in of(
+    assert "problem_type multi_label_classification, and only one class a text" in of(
         problem_type="multi_label_classification"
     )
-    assert "has one class: it measures" in of(num_labels=1)
+    assert "has one class: it is a regression model" in of(num_labels=1)
     model, params = models.from_pretrained(folder / "base", **HEAD)
     tree = lj.lorafy(params, [lj.LoraRule(targets=["query"], rank=2)])
     lp.save(tmp_path / "plain", model, tree, base_model=str(folder / "base"))
     said = fails(capsys, "ab", "--adapter", tmp_path / "plain")
-    assert "is the adapter of no classifier: it has no head" in said
+    assert "is not the adapter of a classifier: it has no head" in said
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "ab", "label": i % 3} for i in range(30)])
     args = ["--init-adapter", tmp_path / "plain", "--dataset", rows, "--output", tmp_path / "run"]
     said = fails(capsys, *args, "--seq-len", 16, script=classify.main)
-    assert said.startswith("--init-adapter") and "both together are no classifier" in said
+    assert said.startswith("--init-adapter") and "both together are not a classifier" in said

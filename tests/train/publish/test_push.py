@@ -129,8 +129,12 @@ def test_an_export_is_replaced_only_when_asked(hub, adapter, tmp_path, capsys):
         ("me/name", None, "there is no token for the hub: log in with `hf auth login`"),
         ("me/name", "stale", "the hub does not accept the token"),
         ("me/name", "reader", "the token may only read: log in"),
-        ("other/name", "good", "other is another's name: the token of me may write to me, lab."),
-        ("watch/name", "good", "watch is another's name"),
+        (
+            "other/name",
+            "good",
+            "other belongs to somebody else: the token of me may write to me, lab.",
+        ),
+        ("watch/name", "good", "watch belongs to somebody else"),
     ],
 )
 def test_what_the_hub_would_refuse(hub, adapter, tmp_path, capsys, monkeypatch, name, token, words):

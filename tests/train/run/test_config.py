@@ -295,7 +295,7 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
     with pytest.raises(UserError, match="there is no run in .*config.yaml is missing"):
         check_output(options(tmp_path / "nothing", "--resume"))
     (tmp_path / "config.yaml").write_text("rank: [")
-    with pytest.raises(UserError, match="config.yaml is damaged.*line 1: no YAML"):
+    with pytest.raises(UserError, match="config.yaml is damaged.*line 1: not YAML"):
         check_output(options(tmp_path, "--resume"))
 
 
@@ -349,4 +349,4 @@ def test_a_folder_that_is_no_adapter_to_go_on_from_is_named(script, tmp_path, ca
         script.main(["--init-adapter", str(tmp_path)])
     assert caught.value.code == 2
     message = capsys.readouterr().err.strip()
-    assert message.startswith(f"error: --init-adapter {tmp_path} is no adapter folder")
+    assert message.startswith(f"error: --init-adapter {tmp_path} is neither an adapter's folder")

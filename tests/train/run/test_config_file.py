@@ -65,7 +65,7 @@ def test_a_file_holds_options_by_their_names_and_flags_override_it(tmp_path):
         ("remat: true", "remat is true: one of none, full, dots_saveable, "),
         ("dataset: {a: b}", "dataset is a group of keys: a text is needed"),
         ("- rank", "options by their names are needed"),
-        ("rank: [", "line 1: no YAML: "),
+        ("rank: [", "line 1: not YAML: "),
         ("full: true\nrank: 4", r"leave out rank \(line 2 of .*options.yaml\)$"),
         ("batch_size: 0", "--batch-size 0: at least 1 is needed"),
         ("lr: .nan", "--lr nan: a learning rate"),
@@ -85,7 +85,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path, capsys):
             f"error: --config {path}: the file cannot be read: {words}" in capsys.readouterr().err
         )
     (tmp_path / "latin").write_bytes(b"output: \xe4")
-    with pytest.raises(UserError, match="is no text in UTF-8"):
+    with pytest.raises(UserError, match="is not UTF-8 text"):
         parse(["--config", str(tmp_path / "latin")])
 
 

@@ -1,4 +1,4 @@
-"""The words that are classified by default: their split, and the look-up to be beaten."""
+"""The words of the default task of classify: their split, and the look-up baseline."""
 
 import pytest
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from train.data.files import FILE_KINDS
 from train.run.adapter import NO_ADAPTER
 from train.run.errors import UserError
 from train.run.options import common as options
@@ -29,10 +30,11 @@ class DataConfig:
     """A BERT, RoBERTa or XLM-RoBERTa model: a name on the hub, or a folder. By default the base of
     --init-adapter, or else all-MiniLM-L6-v2."""
     dataset: str = VADER
-    """"vader" (the default task: words rated by people), a JSONL, Parquet or CSV file, or a dataset
-    on the hub."""
+    """"vader" (the default task: words rated by people), a file (JSONL, JSON, CSV, TSV, also
+    gzipped, or Parquet), a folder of them, a folder that `datasets` saved, or a dataset on the
+    hub."""
     split: str = "train"
-    """The split to train on, for a dataset on the hub."""
+    """The split to train on, for a folder or a dataset on the hub."""
     subset: str | None = None
     """The subset (configuration) to load, for a dataset on the hub."""
     text: str = "text"
@@ -42,8 +44,8 @@ class DataConfig:
     label: str = "label"
     """The field that holds the label: a name or a number."""
     test: str | None = None
-    """The test rows: a file, or another split of the dataset on the hub. By default --test-share
-    of the rows is held out."""
+    """The test rows: a file, or another split of the folder or of the dataset on the hub. By
+    default --test-share of the rows is held out."""
     test_share: float = 0.2
     """The share of the rows to hold out for the test, stratified by label."""
     rows: int | None = None
@@ -71,7 +73,7 @@ class ClassifyOptimConfig(OptimConfig):
     epochs: float | None = None
     """Passes over the data. By default 3, if --steps is not given."""
     batch_size: int = 32
-    """Texts in memory at once."""
+    """Texts in memory at once, on all devices together."""
     lr: float | None = None
     """The peak learning rate. By default 1e-3; with --full 3e-5, with --head-only 3e-2. With
     --optimizer lion a third of that; sgd has no default."""
@@ -118,6 +120,12 @@ def check(config: Config) -> None:
     data = config.data
     if not 0 < data.test_share < 1:
         raise UserError(f"--test-share {data.test_share}: a number between 0 and 1 is needed")
+    names_file = data.test is None or data.test.endswith(FILE_KINDS)
+    if not names_file and (data.dataset or "").endswith(FILE_KINDS):
+        raise UserError(
+            f"--test {data.test}: --dataset {data.dataset} is a file, which has no splits. Give "
+            "another file with --test, or leave it out to hold out a share of the rows"
+        )
     for name in ("full", "peft_config", "init_adapter"):
         if config.adapter.head_only and getattr(config.adapter, name):
             raise UserError(f"--head-only trains only the head: leave out {flag(name)}")

@@ -50,18 +50,19 @@ class AdapterConfig:
     """Parameters that train."""
 
     targets: tuple[str, ...] = ("all-linear",)
-    """Modules to adapt: names (q_proj v_proj), one regular expression that matches whole paths,
-    all-linear, or none. With none, only --train, --bias and --train-tokens select parameters."""
+    """Modules to adapt: names (q_proj v_proj), presets (attention, mlp, experts, all-linear), one
+    regular expression that matches whole paths, or none. With none, only --train, --bias and
+    --train-tokens select parameters."""
     layers: tuple[int, ...] = ()
     """Adapt only these layers, counted from 0."""
     rank: int = 16
     """The rank r of the adapter."""
     alpha: float | None = None
-    """The adapter's product is scaled by alpha / rank. By default alpha is twice the rank."""
+    """The alpha of the adapter's scale; see --scaling. By default twice the rank."""
     dropout: float = 0.0
     """Dropout probability of the adapter's input."""
     scaling: Literal["alpha/rank", "alpha/sqrt(rank)"] = "alpha/rank"
-    """The adapter's scale. alpha/sqrt(rank) is rsLoRA."""
+    """The scale of the adapter's product. alpha/sqrt(rank) is rsLoRA."""
     init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "fast-pissa", "olora"] = "kaiming"
     """Initialisation of A and B."""
     dora: bool = False
@@ -83,8 +84,8 @@ class AdapterConfig:
     full: bool = False
     """Train every parameter, without an adapter."""
     init_adapter: str | None = None
-    """Start from the adapter in this folder (of a run, of an adapter, or PEFT's), with its own
-    targets, rank and alpha."""
+    """Start from this adapter, with its own targets, rank and alpha: the folder of a run, of this
+    library or of PEFT, or the hub name of a PEFT adapter."""
     allow_base_mismatch: bool = False
     """Accept an adapter that was trained on another base."""
 
@@ -98,13 +99,13 @@ class OptimConfig:
     epochs: float | None = None
     """Passes over the data, as an alternative to --steps."""
     batch_size: int = 8
-    """Sequences in memory at once."""
+    """Sequences in memory at once, on all devices together."""
     grad_accum: int = 1
     """Batches to accumulate per step. The gradient equals that of one large batch."""
     optimizer: Name = "adamw"
-    """The optimiser. muon orthogonalises the updates of matrices, A and B among them; all else goes
-    to adamw. schedule-free is AdamW with averaging in the place of a schedule; the average is what
-    is evaluated and saved."""
+    """The optimiser. muon orthogonalises the updates of matrices, A and B among them, and leaves
+    the rest to adamw. schedule-free is AdamW with averaging instead of a schedule; the average is
+    evaluated and saved."""
     lr: float | None = None
     """The peak learning rate. Its default is AdamW's; a third of that for lion, and none for
     sgd."""
@@ -112,17 +113,17 @@ class OptimConfig:
     """Compute the learning rate from the model's width and the number of steps, as fitted for this
     model family in *LoRA Without Regret*; an alternative to --lr."""
     lora_plus: float | None = None
-    """Ratio of B's learning rate to A's (LoRA+; the paper uses 16)."""
+    """Ratio of B's learning rate to A's (LoRA+; the paper uses 16). By default 1."""
     beta1: float | None = None
-    """Decay rate of the mean gradient, of adamw and lion; the share of the average where
-    schedule-free takes gradients. By default 0.9."""
+    """Decay rate of the mean gradient (adamw, lion). schedule-free takes its gradients at a point
+    in which the average has this share. By default 0.9."""
     beta2: float | None = None
-    """Decay rate of the squared gradients, of adamw and schedule-free: by default 0.999. Of lion's
-    mean gradient: by default 0.99."""
+    """Decay rate of the squared gradients (adamw, schedule-free): by default 0.999. For lion, the
+    decay rate of the mean gradient: by default 0.99."""
     eps: float | None = None
-    """Added to the root of the squared gradients, of adamw and schedule-free. By default 1e-8."""
+    """Added to the root of the mean squared gradient (adamw, schedule-free). By default 1e-8."""
     momentum: float | None = None
-    """Momentum of sgd, by default 0.9, and of muon, by default 0.95."""
+    """Momentum of sgd (by default 0.9) and of muon (by default 0.95)."""
     schedule: ScheduleKind = "cosine"
     """Schedule of the learning rate after the warmup. linear and cosine fall to --min-lr over all
     steps, wsd over the last ones (see --decay); inverse-sqrt falls as 1 / sqrt(step)."""
@@ -131,34 +132,35 @@ class OptimConfig:
     warmup_ratio: float | None = None
     """Steps of warmup as a share of all steps; an alternative to --warmup."""
     min_lr: float = 0.0
-    """The last learning rate of a schedule that falls, as a share of the peak."""
+    """The final learning rate of linear, cosine and wsd, as a share of the peak."""
     decay: float = DECAY
     """The share of the steps over which --schedule wsd falls."""
     weight_decay: float = 0.0
     """Weight decay of A, B, kernels and embeddings. Norms and biases never decay."""
     grad_clip: float = 1.0
-    """Maximum norm of the gradient; 0 for no clipping."""
+    """Maximum norm of the whole gradient; 0 for no clipping."""
     neftune: float = 0.0
-    """Size of the noise on the embeddings of training tokens (NEFTune; the paper uses 5 to 15); 0
-    for none."""
+    """NEFTune's alpha: adds noise of at most alpha / sqrt(length * width) to the embeddings of
+    training tokens (the paper uses 5 to 15); 0 for none."""
     seed: int = 0
     """Seed of the adapter's initialisation, data order, dropout, and noise."""
     remat: Remat = "none"
     """Activations to recompute in the backward pass. full, or --remat without a name: all those of
-    each layer, for much less memory and some more time. dots_saveable and
-    dots_with_no_batch_dims_saveable, policies of JAX, keep the results of all matrix products, or
-    of those with weights."""
+    each layer, for much less memory and some more time. Two policies of JAX keep more:
+    dots_saveable the results of all matrix products, dots_with_no_batch_dims_saveable of those
+    with weights."""
     attention: Attention = "auto"
-    """Computation of attention. dense: all scores of a layer at once, the square of the length.
-    blockwise: a block of queries at a time, in memory linear in the length. splash: a kernel for
-    TPUs. cudnn: a kernel for GPUs from Hopper on, in half precision. auto: from 512 tokens on,
-    splash on a TPU and blockwise elsewhere."""
+    """Computation of attention. dense: all scores of a layer at once, in memory quadratic in the
+    length. blockwise: a block of queries at a time, in memory linear in the length. splash: a
+    kernel for TPUs. cudnn: a kernel for GPUs from Hopper on, in half precision, up to 4,096 tokens.
+    auto: dense below 512 tokens; from there on splash on a TPU, and blockwise elsewhere."""
     experts: Experts = "auto"
-    """Computation of a mixture of experts. blocks: blocks of tokens of one expert, in a loop.
-    ragged: all of a device's tokens, sorted, by the compiler's own kernel; only a TPU's has one.
-    auto: ragged on a TPU (with --dropout, on one chip), and blocks elsewhere."""
+    """Computation of a mixture of experts. blocks: a loop over blocks of tokens of one expert.
+    ragged: all tokens of a device, sorted by expert, in a kernel that only the TPU's compiler has.
+    auto: ragged on a TPU (but blocks for --dropout on several chips), and blocks elsewhere."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """The dtype of the base and its activations. Adapters are always float32."""
+    """The dtype of the base and its activations. Adapters are always float32, and so are the
+    weights with --full."""
 
     @property
     def remat_policy(self) -> bool | str:
@@ -171,8 +173,8 @@ class RunConfig:
     """Evaluation and output."""
 
     config: str | None = None
-    """A YAML file of options, by their names here. Those of the command line override it. A run
-    writes such a file to its folder, config.yaml, which repeats it."""
+    """A YAML file of options, by their names here; the command line overrides it. A run writes its
+    own options to its folder as config.yaml, and that file repeats the run."""
     output: str
     """The output folder of the run."""
     mesh: str | None = None
@@ -181,9 +183,9 @@ class RunConfig:
     sequence, and the base over all axes but data. By default fsdp gets as many devices as can share
     the batch, and tensor gets the rest."""
     distributed: bool = False
-    """Run as one of many processes that SLURM, a TPU pod, GKE or Open MPI numbers."""
+    """Run as one process of many; SLURM, a TPU pod, GKE or Open MPI tells which one."""
     coordinator: str | None = None
-    """Address of process 0 of many, host:port; the same in all of them."""
+    """Address of process 0, as host:port; the same in all processes."""
     num_processes: int | None = None
     """Number of processes, with --coordinator."""
     process_id: int | None = None
@@ -205,23 +207,24 @@ class RunConfig:
     """Steps between evaluations of the loss on held-out data; 0 for none."""
     score_every: int = 0
     """Steps between the task's own scores: execution accuracy on the questions of the SQL task,
-    accuracy on the test rows of a classifier; 0 for none. Takes the time of answering them."""
+    accuracy on the test rows of a classifier; 0 for none. Each score answers or classifies all
+    of them."""
     keep_best: Literal["loss", "score"] | None = None
-    """Keep the best adapter apart, by the least loss of --eval-every or the highest score of
-    --score-every. In the end the run's adapter is that one, not the last."""
+    """Keep the adapter with the lowest loss of --eval-every, or with the highest score of
+    --score-every. At the end it is the run's adapter, instead of the last one."""
     patience: int | None = None
-    """End the run after so many measurements of --keep-best in a row without a better one."""
+    """End the run after this many measurements of --keep-best in a row without improvement."""
     report_to: tuple[ReportTo, ...] = ("tensorboard",)
     """Services that get the metrics, beside metrics.jsonl: tensorboard (files in the output
-    folder), wandb, mlflow, trackio (extras of the same names), or none. A resumed run goes on with
+    folder), wandb, mlflow, trackio (extras of the same names), or none. A resumed run continues
     its runs there."""
     report_project: str | None = None
-    """The project of wandb and trackio, and experiment of mlflow, that the run belongs to. By
-    default what their own environment variables say, or lora_jax."""
+    """The project (wandb, trackio) or experiment (mlflow) of the run. By default the one that the
+    service's own environment variable names, or lora_jax."""
     compilation_cache: str | None = None
     """The folder where JAX keeps compiled programs for later runs, or off. By default
-    lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR; none for many
-    processes, which need one that all of them reach."""
+    lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR. Many processes have no
+    default: name a folder that all of them reach."""
     max_skipped: int = 3
     """Stop the run after this many skipped steps in a row. A step is skipped if its loss or its
     gradient is not finite."""
@@ -338,7 +341,7 @@ def _check_best(run: RunConfig) -> None:
     if run.patience is not None and run.keep_best is None:
         raise UserError(
             f"--patience {run.patience} ends a run that no longer improves, and leaves its best "
-            "adapter: say by --keep-best which that is"
+            "adapter: choose loss or score with --keep-best"
         )
     needed = {"loss": "eval_every", "score": "score_every"}.get(run.keep_best or "")
     if needed and not getattr(run, needed):

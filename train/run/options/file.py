@@ -1,8 +1,8 @@
 """Options in a YAML file: those that `--config` names, and those that a run writes to its folder.
 
 A file is flat: its keys are the names of the options, with hyphens or underscores, whatever groups
-`--help` shows them in. A text stays as it is written (`token_cache: off` is no false), and `null`
-is an option that is not given.
+`--help` shows them in. Text stays as written (`token_cache: off` is the text "off", not false), and
+`null` stands for an option that is not given.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ _NOT_IN_A_FILE = ("config",)
 
 
 class _Unfit(Exception):
-    """A value is none that its option takes; says what is needed."""
+    """A value does not fit its option; the message says what is needed."""
 
 
 def read_options(path: str, config: Config) -> tuple[Config, dict[str, int]]:
-    """Returns options with those of a file in their place, and the line of each that it sets.
+    """Returns the options, changed as a file says, and the line of each option in the file.
 
     Args:
       path: the file.
@@ -67,7 +67,7 @@ def read_options(path: str, config: Config) -> tuple[Config, dict[str, int]]:
 
 
 def replaced(config: Config, values: Mapping[str, Any]) -> Config:
-    """Returns options with some values in the place of others, by the names of their fields."""
+    """Returns the options with new values, given by the names of their fields."""
     changed = {}
     for group in dataclasses.fields(config):
         part = getattr(config, group.name)
@@ -110,12 +110,12 @@ def _entries(path: str) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
             f"--config {path}: the file cannot be read: {error.strerror or error}"
         ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"--config {path}: the file is no text in UTF-8 ({error})") from error
+        raise UserError(f"--config {path}: the file is not UTF-8 text ({error})") from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"--config {path}, line {line}: no YAML: {error.problem}") from error
+        raise UserError(f"--config {path}, line {line}: not YAML: {error.problem}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: no YAML: {error}") from error
+        raise UserError(f"--config {path}: not YAML: {error}") from error
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
@@ -182,7 +182,7 @@ def _plain(node: yaml.Node, kind: type) -> Any:
         raise _Unfit(_NEEDED[kind])
     if kind is str:
         return node.value
-    is_plain = node.style is None  # a text in quotes is no number
+    is_plain = node.style is None  # text in quotes is not a number
     if kind is float and is_plain:
         try:
             # YAML 1.1 takes 1e-3 for a text, and .inf for a number.

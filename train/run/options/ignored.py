@@ -1,4 +1,4 @@
-"""Options that have no effect beside others are refused: a run does all that it is asked for."""
+"""Refuses options that have no effect beside others: a run does all that it is asked to do."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple

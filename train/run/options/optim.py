@@ -1,4 +1,4 @@
-"""The optimiser's options: their defaults, those that it does not read, and what makes no sense."""
+"""The optimiser's options: defaults, checks, and those that an optimiser does not read."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ _FALLING = ("linear", "cosine", "wsd")  # the schedules that end at --min-lr
 
 
 def with_optimizer_defaults(optim: Any, *, lr: float, beta2: float) -> Any:
-    """Fills in what was not given: the optimiser's options, and its learning rate.
+    """Fills in the defaults of the optimiser's options and of its learning rate.
 
     Args:
       optim: the options.
@@ -40,7 +40,7 @@ def without_effect(optim: Any) -> list[tuple[str, tuple[str, ...]]]:
         why = f"--optimizer {optim.optimizer} averages in the place of a schedule"
         return [*cases, (why, ("schedule", "min_lr", "decay"))]
     if optim.schedule not in _FALLING:
-        why = f"--schedule {optim.schedule} does not fall to a last learning rate"
+        why = f"--schedule {optim.schedule} does not fall to a final learning rate"
         cases.append((why, ("min_lr",)))
     if optim.schedule != "wsd":
         why = f"--schedule {optim.schedule} has no stable part before it falls (wsd has)"
@@ -51,7 +51,7 @@ def without_effect(optim: Any) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def warmup_steps(optim: Any, steps: int) -> int:
-    """Returns the steps of the warmup; a share of the run's is rounded up, as transformers does."""
+    """Returns the steps of the warmup; rounds a share of all steps up, as transformers does."""
     if optim.warmup_ratio is None:
         return optim.warmup
     return math.ceil(optim.warmup_ratio * steps)

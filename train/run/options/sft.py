@@ -26,27 +26,27 @@ class DataConfig:
     """The language model: a name on the hub, a folder, or a GGUF file. By default the base of
     --init-adapter, or else SmolLM2-135M-Instruct."""
     rope_scaling: str | None = None
-    """Scale the model's RoPE, for rows longer than it allows: linear:2, yarn:4 or llama3:8, the
-    factor by which they may be longer, and further fields of config.json's rope_parameters
-    (yarn:4,beta_fast=16). The adapter's folder says it, so that train.generate and train.export do
-    the same. By default the scaling of --init-adapter."""
+    """Scale the model's RoPE, for rows longer than the model allows. A kind and the factor by which
+    they may be longer: linear:2, yarn:4 or llama3:8; then further fields of config.json's
+    rope_parameters (yarn:4,beta_fast=16). The adapter stores the scaling, and train.generate and
+    train.export apply it. By default the scaling of --init-adapter."""
     dataset: tuple[str, ...] = (SQL,)
     """"sql" (the default task), a file (JSONL, JSON, CSV, TSV, also gzipped, or Parquet), a folder
     of them, a folder that `datasets` saved, or a dataset on the hub. Each row has `messages` (and
     `tools`), `prompt` and `completion`, `conversations` (ShareGPT), `instruction` and `output`
-    (Alpaca), or `text`. Of several, each row comes once an epoch; with weights, as in a.jsonl:3
-    b.jsonl:1, three of four rows are of the first, and an epoch has as many rows as there are: a
-    data set that is too small for its share begins again, in another order."""
+    (Alpaca), or `text`. Several data sets may be named; an epoch has as many rows as all of them.
+    Without weights each row comes once an epoch. With weights, as in a.jsonl:3 b.jsonl:1, three of
+    four rows come from the first; a data set too small for its share starts over, reshuffled."""
     fields: tuple[str, ...] = ()
-    """Fields by other names: prompt=question completion=answer. Each of several data sets takes
-    those that it has."""
+    """Names that your fields have instead: prompt=question completion=answer. Of several data sets,
+    each takes the names that its first row has."""
     split: str = "train"
     """The split to train on, for a folder or a dataset on the hub."""
     subset: str | None = None
     """The subset (configuration) to load, for a dataset on the hub."""
     eval_dataset: str | None = None
-    """Data to measure the loss on every --eval-every steps, in the place of rows that are held out:
-    whatever --dataset takes."""
+    """Data to measure the loss on every --eval-every steps, instead of held-out rows: one file,
+    folder or dataset on the hub, as for --dataset."""
     eval_split: str = "train"
     """The split of --eval-dataset, for a folder or a dataset on the hub."""
     rows: int | None = None
@@ -55,9 +55,9 @@ class DataConfig:
     shuffle_schemas: bool = False
     """Pair each question of the SQL task with the tables of another database, as a control."""
     stream: bool = False
-    """Read the data while training, in memory that does not grow with them: lines of JSON, Parquet
-    (by row groups), or what `datasets` loads. Rows are shuffled within a buffer of drawn blocks.
-    Needs --steps and --truncate."""
+    """Read the data while training, in memory that does not grow with their size: lines of JSON,
+    Parquet (by row groups), or what `datasets` loads. Rows are shuffled within a buffer of blocks
+    drawn from all over the data. Needs --steps and --truncate."""
     seq_len: int = 128
     """The maximum number of tokens of a sequence."""
     truncate: bool = False
@@ -66,7 +66,7 @@ class DataConfig:
     """Pack several rows into one sequence; no row attends to another. Without this option, rows of
     about one length share a batch."""
     train_on: Literal["all", "assistant", "last"] = "assistant"
-    """The tokens that the loss counts: those of the assistant, of its last turn, or all."""
+    """The tokens that the loss counts: all, the assistant's, or those of its last turn."""
     token_cache: str | None = None
     """The folder where tokenised rows are kept for later runs, or off. By default lora_jax/tokens
     in the user's cache folder, for a thousand rows and more."""
@@ -77,8 +77,8 @@ class SftAdapterConfig(AdapterConfig):
     """Parameters that train."""
 
     alpha: float | None = None
-    """The adapter's product is scaled by alpha / rank. By default alpha is twice the rank; for the
-    few steps of the SQL task, ten times the rank."""
+    """The alpha of the adapter's scale; see --scaling. By default twice the rank; for the few steps
+    of the SQL task, ten times the rank."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,17 +88,16 @@ class SftOptimConfig(OptimConfig):
     steps: int | None = None
     """Optimiser steps. By default 35 for the SQL task, and one epoch for other data."""
     lr: float | None = None
-    """The peak learning rate. By default 2e-4, and 1e-3 for the few steps of the SQL task; with
-    --full, a tenth of that. With --optimizer lion a third (3 to 10 times lower than AdamW's is its
-    authors' advice); adafactor makes steps as large as AdamW's, and so does muon in long runs (in
-    short ones it may need more); schedule-free takes as much, or up to ten times more. sgd has no
-    default."""
+    """The peak learning rate. By default 2e-4, and 1e-3 for the few steps of the SQL task; a tenth
+    of that with --full, and a third with --optimizer lion; sgd has no default. muon may need more
+    in short runs, and schedule-free up to ten times as much."""
     beta2: float | None = None
-    """Decay rate of the squared gradients, of adamw and schedule-free: by default 0.999; 0.99 for
-    the few steps of the SQL task, which would otherwise never forget its large first gradients. Of
-    lion's mean gradient: by default 0.99."""
+    """Decay rate of the squared gradients (adamw, schedule-free): by default 0.999; 0.99 for the
+    few steps of the SQL task, which would otherwise never forget its large first gradients. For
+    lion, the decay rate of the mean gradient: by default 0.99."""
     seed: int = 0
-    """Seed of the adapter's initialisation, data order, dropout, and the SQL task's questions."""
+    """Seed of the adapter's initialisation, data order, held-out rows, dropout and noise, and of
+    the SQL task's training questions."""
     loss_chunk: int = 256
     """Predictions whose logits are in memory at once, for each part of the batch on the mesh. Fewer
     take less memory; the head is recomputed in the backward pass. 0 for all at once."""
@@ -111,16 +110,17 @@ class SftRunConfig(RunConfig):
     output: str = "runs/sql"
     """The output folder of the run."""
     sample_prompts: tuple[str, ...] = ()
-    """Prompts that the model answers on the way, greedily, for the log and samples.jsonl: texts, or
-    one file, of lines (.txt) or of rows with a `prompt`, or `messages` up to a user's (.jsonl)."""
+    """Prompts for the model to answer (greedily) while it trains, for the log and samples.jsonl:
+    texts, or one file: .txt with a prompt per line, or .jsonl with rows that have a `prompt`, or
+    `messages` that end with a user's."""
     sample_every: int = 0
-    """Steps between those answers; 0 for none."""
+    """Steps between answers to --sample-prompts; 0 for none."""
     sample_tokens: int = 64
-    """The maximum number of tokens of such an answer."""
+    """The maximum number of tokens of an answer to --sample-prompts."""
     eval_questions: int = 64
-    """SQL task: questions of each kind to answer before and after training; 0 for none. Other data:
-    rows to hold out, at most a tenth of them, if --eval-every is given; --seed draws them, of each
-    data set in its proportion."""
+    """SQL task: questions of each kind to answer before and after training; 0 for none. Other data,
+    with --eval-every: rows to hold out, at most a tenth of all, drawn by --seed; several data sets
+    give their share."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ def effective(options: Options) -> dict[str, Any]:
 def as_file(options: Options, script: str) -> str:
     """Returns the effective options as a YAML file that repeats the run."""
     heading = (
-        "The options of this run, defaults among them. Paths are as they were given. Again:\n"
+        "The options of this run, with defaults. Paths are as they were given. To repeat it:\n"
         f"  python -m {script} --config FILE --output FOLDER"
     )
     return as_yaml(options, effective(options), heading)

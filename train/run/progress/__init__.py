@@ -1,1 +1,1 @@
-"""Measures of a run on its way, beside its loss: the task's own score, sampled answers."""
+"""Measures during a run besides the loss: the task's own score, and sampled answers."""

@@ -58,12 +58,12 @@ def sampling(
     forward: Callable[..., Any],
     log: Log | QuietLog,
 ) -> Measure:
-    """Returns the measure that has the model answer, and measures nothing.
+    """Returns a measure that logs the model's answers; it yields no figures.
 
     Args:
       prompts: are answered greedily.
       run: says how often, and how long the answers are.
-      outline: of the model.
+      outline: the model's outline.
       model: a decoder.
       tree_of: returns the adapted tree of a state.
       forward: the model's ``apply`` on an adapted tree; see `complete.answered`.
@@ -87,7 +87,7 @@ def sampling(
 
 
 def _read(given: Sequence[str]) -> list[Chat]:
-    """Returns the chats that texts, or the rows of one file, stand for."""
+    """Returns the chats that --sample-prompts gives as texts, or as the rows of one file."""
     files = [text for text in given if text.endswith(_SUFFIXES)]
     if files and len(given) > 1:
         raise UserError(
@@ -120,7 +120,7 @@ def _chat_of_row(line: str, where: str) -> Chat:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise UserError(f"--sample-prompts: {where} is no JSON: {error}") from error
+        raise UserError(f"--sample-prompts: {where} is not JSON: {error}") from error
     row = row if isinstance(row, dict) else {}
     if isinstance(row.get("prompt"), str):
         return _chat(row["prompt"], where)

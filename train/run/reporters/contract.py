@@ -1,4 +1,4 @@
-"""The contract of a reporter: one file each, which alone imports the package that it reports to."""
+"""The contract of a reporter. Each has one file, the only one that imports its package."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Ending = Literal["finished", "stopped", "failed"]  # stopped: by a signal, to be
 
 
 class Sample(NamedTuple):
-    """A prompt, and what the model answers to it."""
+    """A prompt, and the model's answer."""
 
     prompt: str
     answer: str
@@ -26,9 +26,9 @@ class Start:
     Attributes:
       name: the run's name, for people.
       folder: the run's folder.
-      project: what the run belongs to; None for the package's own default.
+      project: the project that the run belongs to; None for the package's own default.
       config: the options of the run.
-      run_id: the run there that this one goes on with; None for a new one.
+      run_id: the service's run to continue; None for a new one.
     """
 
     name: str
@@ -44,8 +44,8 @@ class Reporter(Protocol):
     All its methods are called in one thread, in the order of the steps.
 
     Attributes:
-      run_id: names the run there, for a later process to go on with; None where each process
-        reports all steps anew.
+      run_id: the service's run, for a later process to continue; None if each process reports all
+        steps again.
     """
 
     run_id: str | None

@@ -19,7 +19,7 @@ def _package() -> Any:
 
 
 class MLflow:
-    """Logs to one run of MLflow, by a client: no run of the process is touched."""
+    """Logs to one run of MLflow through a client, which leaves the process's active run alone."""
 
     def __init__(self, start: Start) -> None:
         mlflow = _package()

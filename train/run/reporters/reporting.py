@@ -1,8 +1,8 @@
 """All reporters of a run: each in a thread of its own, so that none holds up or ends the training.
 
-`reporters.json` in the run's folder keeps which run of each service this run is, and the last step
-that each of its metrics was reported for. A resumed run goes on with the same runs there, and
-reports no step twice; a reporter that joins later is told of all steps from the beginning.
+`reporters.json` in the run's folder keeps the id of the run in each service, and the last step that
+each metric was reported for. A resumed run continues the same runs there, and reports no step
+twice; a reporter that joins later gets all steps from the beginning.
 """
 
 import queue
@@ -47,10 +47,10 @@ class Reporting:
           folder: the run's folder.
           reporters: by name.
           config: the options of the run.
-          project: what the run belongs to; None for the default.
-          lines, samples: all that an earlier process of this run has written, those that this one
-            will write again among them.
-          warn: is told, once, of a reporter that fails.
+          project: the project that the run belongs to; None for the default.
+          lines, samples: the whole record of an earlier process of this run, including lines that
+            this one will write again.
+          warn: is called once with a message about a reporter that fails.
         """
         self._path = folder / LEDGER
         ledger = read_json(self._path)
@@ -211,7 +211,7 @@ class _Channel:
 
 
 def _settled(entry: Mapping[str, Any], lines: Sequence[Line], samples: Sequence[Line]) -> Any:
-    """Returns an entry of the ledger; one that a kill left open is taken to have reported all."""
+    """Returns an entry of the ledger. One that a kill left open counts as having reported all."""
     reported = dict(entry["reported"])
     if entry["open"]:
         for line in lines:

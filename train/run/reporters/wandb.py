@@ -34,5 +34,5 @@ class Wandb(LogsTables):
         self.run_id = run.id
 
     def close(self, how: Ending) -> None:
-        """Ends the run there, as one that failed where it did."""
+        """Ends the run there, as failed if it failed."""
         self._run.finish(exit_code=int(how == "failed"))
