@@ -4,6 +4,7 @@ from lora_jax import base as base
 from lora_jax import exported as exported
 from lora_jax import init as init
 from lora_jax import optim as optim
+from lora_jax import quantized as quantized
 from lora_jax import sharding as sharding
 from lora_jax.adapt import MergeError as MergeError
 from lora_jax.adapt import MergeWarning as MergeWarning

@@ -44,7 +44,8 @@ class Base(Protocol):
 
         Args:
           move: called with an array and, for each of its axes, the axis of W that it holds, or -1
-            where the array's axis is shorter than W's (one scale for all, one for a block).
+            where the array's axis is shorter than W's (one scale for all, one for a block). A move
+            that only places axes (`touched` is empty) places blocks too: it gets their axis.
           touched: the axes of W that the move changes. Every array must hold these in full: stretch
             an array that is constant along one of them.
 
@@ -149,11 +150,24 @@ def along(base: Any, move: Move, touched: Sequence[int] = ()) -> Any:
     return move(base, tuple(range(len(base.shape))))
 
 
-def movable(base: Any) -> Any:
-    """Returns the base if `along` can move its arrays, else W as an array."""
-    if is_base(base) and base.along(lambda array, _: array, frozenset()) is None:
-        return as_array(base)
-    return base
+def splittable(base: Any, parts: Sequence[int]) -> Any:
+    """Returns the base if it can be cut into pieces that are bases, else W as an array.
+
+    Args:
+      base: of a weight.
+      parts: the number of pieces along each axis of it.
+    """
+    if not is_base(base):
+        return base
+    is_even: list[bool] = []
+
+    def look(array: Any, axes: Axes) -> Any:
+        pairs = zip(array.shape, axes, strict=True)
+        is_even.append(all(axis < 0 or n % parts[axis] == 0 for n, axis in pairs))
+        return array
+
+    moved = base.along(look, frozenset())
+    return as_array(base) if moved is None or not all(is_even) else base
 
 
 def _bound(primitive: Any, params: dict[str, Any], array: Any) -> Any:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.base import as_array
+from lora_jax.base import is_base
 from lora_jax.weight import Trained, is_node, leaves_of
 
 _MULTIPLIERS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3A2646D)
@@ -28,7 +28,7 @@ def _mixed(x: jax.Array) -> jax.Array:
 @jax.jit
 def _sums(x: jax.Array) -> jax.Array:
     """Returns two sums over all elements, each mixed with its position: uint32 [2]."""
-    if x.dtype == jnp.bool_:
+    if x.dtype == jnp.bool_ or "int4" in x.dtype.name:
         x = x.astype(jnp.uint8)
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
     bits = lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)  # 8 bytes: a last axis of 2
@@ -54,7 +54,8 @@ def base_fingerprint(params: Any) -> dict[str, str]:
     """Returns the checksum of each frozen leaf of a tree, adapted or plain, by path.
 
     Floating-point values are rounded to bfloat16 first, so that a base has one fingerprint whether
-    it was loaded in fp32 or bf16. Leaves that train in full belong to the adapter and are left out.
+    it was loaded in fp32 or bf16. Of a leaf that is no array (`lora_jax.base.Base`), each array is
+    summed as it is. Leaves that train in full belong to the adapter and are left out.
     """
     fingerprint = {}
     for path, leaf in leaves_of(params)[0]:
@@ -62,7 +63,10 @@ def base_fingerprint(params: Any) -> dict[str, str]:
         is_frozen = hasattr(base, "dtype") and not isinstance(leaf, Trained)
         if not is_frozen or jnp.issubdtype(base.dtype, jax.dtypes.prng_key):
             continue
-        array = as_array(base)
+        if is_base(base):
+            fingerprint[path] = " ".join(map(checksum, jax.tree.leaves(base)))
+            continue
+        array = base
         if jnp.issubdtype(array.dtype, jnp.floating):
             array = jnp.asarray(array).astype(jnp.bfloat16)
         fingerprint[path] = checksum(array)

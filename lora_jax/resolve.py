@@ -228,7 +228,7 @@ _MAY_DIFFER: dict[str, Any] = dict(targets=".*", exclude=(), layers=None, rank=2
 def _selects(rule: Rule, path: str, tree: Mapping[str, Any], known: Known) -> bool:
     """Returns whether a rule names a leaf that it can adapt (a LoraRule) or train."""
     leaf = tree[path]
-    if _matches(rule.exclude, path) or not _is_named(rule, path, leaf, known):
+    if matches(rule.exclude, path) or not _is_named(rule, path, leaf, known):
         return False
     if isinstance(rule, TrainRule):
         return jnp.issubdtype(leaf.dtype, jnp.inexact)
@@ -237,7 +237,7 @@ def _selects(rule: Rule, path: str, tree: Mapping[str, Any], known: Known) -> bo
 
 def _is_named(rule: Rule, path: str, leaf: Any, known: Known) -> bool:
     if isinstance(rule.targets, str) and rule.targets not in PRESETS:
-        return _matches(rule.targets, path)
+        return matches(rule.targets, path)
     names = [rule.targets] if isinstance(rule.targets, str) else rule.targets
     presets = [name for name in names if name in PRESETS]
     if known.kinds is not None:
@@ -246,7 +246,7 @@ def _is_named(rule: Rule, path: str, leaf: Any, known: Known) -> bool:
     elif ALL_LINEAR in presets and isinstance(rule, LoraRule) and not is_table_or_head(path):
         if _is_linear(path, leaf, known):
             return True
-    return names is rule.targets and _matches(names, path)
+    return names is rule.targets and matches(names, path)
 
 
 def is_table_or_head(path: str) -> bool:
@@ -262,7 +262,8 @@ def _is_linear(path: str, leaf: Any, known: Known) -> bool:
     return isinstance(seen, Seen) and not seen.unlike
 
 
-def _matches(targets: Targets, path: str) -> bool:
+def matches(targets: Targets, path: str) -> bool:
+    """Returns whether targets that are no preset select a path."""
     if isinstance(targets, str):
         return re.fullmatch(targets, path) is not None
     return any(has_run(path, name) for name in targets)
@@ -333,7 +334,7 @@ def _why_nothing(
     named = {path: leaf for path, leaf in tree.items() if _is_named(rule, path, leaf, known)}
     if gone := [path for path in named if path in taken]:
         return f"an earlier rule takes {gone[0]!r} (the first rule wins)"
-    if excluded := [path for path in named if _matches(rule.exclude, path)]:
+    if excluded := [path for path in named if matches(rule.exclude, path)]:
         return f"its exclude takes out {excluded[0]!r}"
     if isinstance(rule, LoraRule):
         matrices = [path for path, leaf in named.items() if _is_matrix(leaf)]

@@ -13,16 +13,37 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from lora_jax.base import as_array
+from lora_jax.base import along, as_array, is_base
 from lora_jax.factored import Factored
 from lora_jax.magnitude import column_norms
+from lora_jax.parts import Axes
 from lora_jax.weight import LoraWeight, Part
 
 
 def _norms(node: LoraWeight, a: Any, b: Any) -> jax.Array:
-    """Returns ‖W + s·AB‖ of each column, [batch…, out…]."""
-    return column_norms(as_array(node.base), a, b, node.scale, node.labels)
+    """Returns ‖W + s·AB‖ of each column, [batch…, out…].
+
+    Of a stack that is no array, one layer's W is formed at a time.
+    """
+    if not is_base(node.base) or not node.n_batch:
+        return column_norms(as_array(node.base), a, b, node.scale, node.labels)
+    axis = node.labels.index("batch")
+    labels = (*node.labels[:axis], *node.labels[axis + 1 :])
+
+    def of_layer(layer: Any) -> jax.Array:
+        index, a, b, scale = layer
+
+        def picked(array: Any, axes: Axes) -> Any:
+            if axis not in axes:
+                return array
+            return lax.dynamic_index_in_dim(array, index, axes.index(axis), keepdims=False)
+
+        w = as_array(along(node.base, picked, [axis]))
+        return column_norms(w, a, b, scale, labels)
+
+    return lax.map(of_layer, (jnp.arange(node.shape[axis]), a, b, node.scale))
 
 
 def _first_magnitude(node: LoraWeight) -> jax.Array:

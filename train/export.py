@@ -29,6 +29,7 @@ from lora_jax.peft.save import contents
 from lora_jax.peft.serving import MAX_RANK, problems_of, serving_problems
 from train.adapters.source import AdapterSource, find_adapter
 from train.publish.card import Export, card
+from train.publish.codes import of_adapter, of_merged
 from train.publish.hub import README, Repository, find_repository, push
 from train.publish.kinds import auto_class, task_type
 from train.publish.marked import is_generated
@@ -202,7 +203,7 @@ def write_merged(work: Work, model: Any, params: Any, shard: int) -> None:
         save_pretrained(
             work.output,
             model,
-            lj.merge(params),
+            lj.quantized.dequantize(lj.merge(params)),
             tokenizer=tokenizer_of(work.base),
             max_shard_size=shard,
             dtype=jnp.dtype(dtype),
@@ -210,6 +211,8 @@ def write_merged(work: Work, model: Any, params: Any, shard: int) -> None:
             overwrite=work.options.overwrite,
         )
     print_files(work, f"{work.options.adapter} merged into {work.base}, in {dtype}")
+    if codes := work.adapter.quantize:
+        work.console.print(of_merged(codes), highlight=False, soft_wrap=True)
     hint(work.console, f'{auto_class(model)}.from_pretrained("{work.output}")')
 
 
@@ -236,6 +239,8 @@ def write_adapter(work: Work, model: Any, params: Any) -> None:
             overwrite=options.overwrite,
         )
     print_files(work, f"{options.adapter} as a PEFT adapter of {base}")
+    if codes := work.adapter.quantize:
+        work.console.print(of_adapter(codes, base), highlight=False, soft_wrap=True)
     if not options.base_name and name_for_others(base) is None:
         work.console.print(
             "adapter_config.json names no base, because the base is a local folder: give its name "
@@ -328,6 +333,7 @@ def load(options: Options, adapter: AdapterSource, name: str) -> tuple[Any, Any]
         head = {"head": "classification", "num_labels": num_labels}
     mismatch = options.allow_base_mismatch
     outline = read_untokenized(name, **head).scaled(adapter.rope_scaling)
+    outline = outline.quantized(adapter.quantize)
     adapter.check(outline, allow_base_mismatch=mismatch)
     model, params = read_model(name, dtype="float32", **outline.head)
     if num_labels and len(names) == num_labels:

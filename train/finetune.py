@@ -78,7 +78,7 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
         rules(config.adapter)
         folder = None if dry else locked_output(config, session.release, console)
         rows = task.rows(config)
-        outline = task.outline(config, rows)
+        outline = task.outline(config, rows).quantized(optim.quantize)
         outline.check_experts(optim.experts)
         hosts.check_alike(config, rows=rows.train, held_out=rows.held_out, model=outline.config)
         data = task.examples(config, rows, outline)
@@ -135,17 +135,18 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
     del params
 
     # The base, for comparison.
+    is_quantized = optim.quantize != "none"
+    answering = lj.adapt(model.apply)  # as the model itself answers, not laid out for a step
     context = Context(
         config=config, folder=folder, console=console, rows=rows, data=data, outline=outline
     )
     evaluation = task.evaluation(context)
     if evaluation:
-        evaluation.before(model, plain)
+        evaluation.before(model, plain, answering if is_quantized else model.apply)
     del plain
 
     # Training. It leaves the adapter on its own, the loss curve, and a report of its costs.
     forward, loss = ready.setup.forward(model), task.loss(config, layout)
-    answering = lj.adapt(model.apply)  # as the model itself answers, not laid out for a step
     tree_of_state = functools.partial(tree_of, ready)
 
     def more(log: Log | QuietLog) -> Iterator[Measure]:
@@ -162,9 +163,11 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
 
     # The trained model.
     if evaluation:
-        merged = lj.merge(trained)
+        # Codes stay codes: merged, they would be the float model.
+        forward = answering if is_quantized else model.apply
+        tree = trained if is_quantized else lj.merge(trained)
         del trained, ready, more, tree_of_state
-        evaluation.after(model, merged)
+        evaluation.after(model, tree, forward)
     print_costs(console, report)
     console.print(report["summary"], highlight=False, soft_wrap=True)
     console.print(

@@ -82,7 +82,9 @@ def run(options: Options) -> None:
         print(said, file=sys.stderr)
     adapter = find_adapter(options.adapter) if options.adapter else None
     name = options.model or (adapter.base() if adapter else DEFAULT_MODEL)
-    outline = read_outline(name).scaled(adapter.rope_scaling if adapter else None)
+    outline = read_outline(name)
+    if adapter:
+        outline = outline.scaled(adapter.rope_scaling).quantized(adapter.quantize)
     if options.system is not None and outline.tokenizer.chat_template is None:
         raise UserError(
             f"--system: {name} has no chat template to put a system prompt into: leave it out, or "

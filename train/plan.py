@@ -11,7 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import tyro
@@ -30,6 +30,9 @@ from train.run.options.common import AdapterConfig, Attention, Experts, OptimCon
 from train.run.options.optim import with_optimizer_defaults
 from train.run.options.rope import parse_rope_scaling
 from train.run.pretrained import read_shapes
+
+# No weights are read, so the codes of a file are not known.
+PlannedCodes = Literal["none", "int8", "int4", "nf4", "nf4-double"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,8 @@ class PlanConfig:
     dtype: str = "bfloat16"
     """The dtype of the base and its activations (float32 or bfloat16). Adapters are always float32,
     and so are the weights in full fine-tuning."""
+    quantize: PlannedCodes = "none"
+    """The codes to keep the base's kernels in; see train.sft."""
     remat: Remat = "full"
     """Activations to recompute in the backward pass; see train.sft."""
     attention: Attention = "auto"
@@ -141,6 +146,7 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
       UserError: model, machine and mesh do not fit together.
     """
     outline = read_shapes(asked.model).scaled(parse_rope_scaling(asked.rope_scaling))
+    outline = outline.quantized(asked.quantize)
     outline.check_length(asked.seq_len, f"--seq-len {asked.seq_len}")
     outline.check_experts(asked.experts)
     machine = find_machine(asked.topology, asked.capacity_gib, asked.peak_tflops)
@@ -182,6 +188,10 @@ def check(options: Options) -> None:
         raise UserError(
             "--init-adapter: an adapter's shapes come from options here, not from a folder"
         )
+    if adapter.full and asked.quantize != "none":
+        raise UserError(
+            f"--quantize {asked.quantize}: codes do not train, and --full trains every weight"
+        )
     if adapter.full and adapter.peft_config:
         raise UserError("--full trains without an adapter, and --peft-config describes one")
     rules(adapter)
@@ -215,6 +225,7 @@ def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
         "grad_accum": asked.grad_accum,
         "seq_len": asked.seq_len,
         "dtype": asked.dtype,
+        "quantize": asked.quantize,
         "attention": str(job.chosen),
         "experts": asked.experts,
         "optimizer": asked.optimizer,

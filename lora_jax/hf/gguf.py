@@ -1,15 +1,19 @@
-"""GGUF files: quantised tensors to fp32, under Hugging Face's names."""
+"""GGUF files: quantised tensors, to fp32 or as their codes, under Hugging Face's names."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.format import Formats
 from lora_jax.hf.keys import WeightsError, convert
+from lora_jax.quantized import Coded, from_gguf
+from lora_jax.quantized.gguf import TYPES
 
 _BLOCK = {
     "attn_norm": "input_layernorm",
@@ -68,13 +72,34 @@ class GGUFFile:
             array = self._gguf.dequantize(tensor.data, tensor.tensor_type)
         except (ValueError, NotImplementedError) as error:
             raise WeightsError(f"{self.where}: cannot read {tensor.name}: {error}") from None
-        array = np.asarray(array, np.float32).reshape(self.shapes[name])
+        return self._in_order(name, np.asarray(array, np.float32).reshape(self.shapes[name]))
+
+    def codes(self, name: str, dtype: Any) -> Coded | None:
+        tensor = self._tensors[name]
+        kind = tensor.tensor_type.name
+        if kind not in TYPES:
+            return None
+        coded = from_gguf(tensor.data, kind, self.shapes[name], dtype)
+        return jax.tree.map(lambda array: self._in_order(name, array), coded)
+
+    def code_shapes(self, name: str, dtype: Any) -> Coded | None:
+        tensor, shape = self._tensors[name], self.shapes[name]
+        if tensor.tensor_type.name not in TYPES:
+            return None
+        row = np.zeros(tensor.data.nbytes // math.prod(shape[:-1]), np.uint8)
+        one = from_gguf(row, tensor.tensor_type.name, (1, shape[-1]), dtype)
+        return jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct((*shape[:-1], array.shape[-1]), array.dtype), one
+        )
+
+    def _in_order(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Returns the rows of a tensor in Hugging Face's order."""
         if self.config.model_type == "llama":
             if ".q_proj." in name:
-                return _unpermute(array, self.config.num_attention_heads)
+                return _unpermute(rows, self.config.num_attention_heads)
             if ".k_proj." in name:
-                return _unpermute(array, self.config.num_key_value_heads)
-        return array
+                return _unpermute(rows, self.config.num_key_value_heads)
+        return rows
 
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
         convert(self.read(name)[index], out, f"{self.where}: {name}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from lora_jax.hf.coded import STORED, as_stored, encoded, shapes_as_stored
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.format import Formats
 from lora_jax.hf.gguf import GGUFFile
 from lora_jax.hf.keys import Row, WeightsError, absent_parts, check, nested
 from lora_jax.hf.sources import FLOATS, Renamed, SafetensorsFolder, Source
+from lora_jax.quantized import Coded, Coding, QuantizeWarning, QuantRule, encode, plan
+from lora_jax.quantized import Format as Codes
 
 ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
@@ -49,6 +53,7 @@ def load_params(
     param_dtype: Any = jnp.float32,
     sharding: ShardingOf | None = None,
     key: jax.Array | None = None,
+    quantize: str | Codes | Sequence[QuantRule] | None = None,
 ) -> dict[str, Any]:
     """Reads the parameter tree of a source, one parameter at a time.
 
@@ -57,6 +62,7 @@ def load_params(
       param_dtype: the dtype of the parameters.
       sharding: (path, shape) -> the sharding of that parameter; None for the default device.
       key: random key for freshly initialised heads; see ``models.from_pretrained``.
+      quantize: kernels to keep in codes, and how; see ``models.from_pretrained``.
 
     Returns:
       A plain nested dict.
@@ -74,15 +80,94 @@ def load_params(
     if absent:
         print(f"{view.where} holds no {', '.join(absent)}: freshly initialised", file=sys.stderr)
     key = jax.random.key(0) if key is None else key
+    codings = codings_of(table, param_dtype, quantize)
+    if quantize == STORED and not _has_codes(view, codings, held):
+        raise ConfigError(
+            f"{view.where}: quantize='stored' keeps the codes of a GGUF file, and no kernel here "
+            "is in codes: choose a format, such as quantize='nf4'"
+        )
 
-    def read(row: Row) -> jax.Array:
+    def read(row: Row) -> Any:
         place = None if sharding is None else sharding(row.path, row.stacked_shape)
+        if row.path in codings and row.part not in absent:
+            if (coded := read_codes(row, codings[row.path], place)) is not None:
+                return coded
+            unfit.append(row.path)
         if row.part in absent:
             fresh = _fresh(row, view.config.initializer_range, key)
             return jax.device_put(fresh.astype(param_dtype), place)
         return _placed(view, row, np.dtype(param_dtype), place)
 
-    return nested((row.path, read(row)) for row in table)
+    def read_codes(row: Row, coding: Coding | None, place: Any) -> Coded | None:
+        if quantize == STORED:
+            return as_stored(view, row, param_dtype, place)
+        if coding is None:
+            return None
+        exact = np.dtype(np.float32)
+        return encoded(
+            row, coding, param_dtype, place, lambda layers: _placed(view, row, exact, place, layers)
+        )
+
+    unfit: list[str] = []
+    params = nested((row.path, read(row)) for row in table)
+    if unfit:
+        why = "is not in the codes of one known format" if quantize == STORED else "fits no blocks"
+        warnings.warn(
+            f"{view.where}: {unfit[0]} {why}, nor do {len(unfit) - 1} other kernels of "
+            f"{len(codings)}: they stay as they are",
+            QuantizeWarning,
+            stacklevel=3,
+        )
+    return params
+
+
+def shapes_of(
+    table: Sequence[Row],
+    dtype: Any,
+    quantize: str | Codes | Sequence[QuantRule] | None = None,
+    source: Source | None = None,
+) -> dict[str, Any]:
+    """Returns the shapes of what `load_params` returns; reads no weights.
+
+    Args:
+      table: the parameters.
+      dtype: of the parameters.
+      quantize: see ``models.from_pretrained``.
+      source: the GGUF file whose codes are kept, for "stored".
+    """
+    codings = codings_of(table, dtype, quantize)
+
+    def shape(row: Row) -> Any:
+        array, coding = jax.ShapeDtypeStruct(row.stacked_shape, dtype), codings.get(row.path)
+        if source is not None and row.path in codings:
+            return shapes_as_stored(source, row, dtype) or array
+        return array if coding is None else encode(array, coding)
+
+    return nested((row.path, shape(row)) for row in table)
+
+
+def codings_of(
+    table: Sequence[Row], dtype: Any, quantize: str | Codes | Sequence[QuantRule] | None
+) -> dict[str, Coding | None]:
+    """Returns how each kernel that ``quantize`` selects is stored, by path; see `quantized.plan`.
+
+    Args:
+      table: the parameters.
+      dtype: of the parameters.
+      quantize: see ``models.from_pretrained``.
+    """
+    if quantize is None:
+        return {}
+    shapes = nested((row.path, jax.ShapeDtypeStruct(row.stacked_shape, dtype)) for row in table)
+    kinds = {row.path: row.kind for row in table if row.kind is not None}
+    if not isinstance(quantize, str | Codes):
+        return plan(shapes, rules=quantize, kinds=kinds)
+    return plan(shapes, "nf4" if quantize == STORED else quantize, kinds=kinds)
+
+
+def _has_codes(source: Source, paths: Any, table: Sequence[Row]) -> bool:
+    names = (row.hf_names[0] for row in table if row.path in paths)
+    return any(source.code_shapes(name, np.float32) is not None for name in names)
 
 
 def absent_rows(source: Source) -> list[Row]:
@@ -118,12 +203,25 @@ def _fresh(row: Row, std: float, key: jax.Array) -> jax.Array:
 
 
 def _placed(
-    source: Source, row: Row, dtype: np.dtype, place: jax.sharding.Sharding | None
+    source: Source,
+    row: Row,
+    dtype: np.dtype,
+    place: jax.sharding.Sharding | None,
+    layers: range | None = None,
 ) -> jax.Array:
-    """Reads a parameter onto its devices. Each part is read once, and freed before the next."""
-    shape = row.stacked_shape
+    """Reads a parameter onto its devices. Each part is read once, and freed before the next.
+
+    Args:
+      source, row: the parameter.
+      dtype: of the array.
+      place: its sharding.
+      layers: of a stack, those to read; all by default.
+    """
+    whole = tuple(range(size) for size in row.stacked_shape)
+    if layers is not None:
+        whole = (layers, *whole[1:])
+    shape = tuple(map(len, whole))
     if place is None:
-        whole = tuple(range(size) for size in shape)
         return jax.block_until_ready(jax.device_put(_part(source, row, whole, dtype)))
     try:
         indices = place.addressable_devices_indices_map(shape)
@@ -131,7 +229,7 @@ def _placed(
         raise ValueError(f"{row.path} {list(shape)} cannot be placed: {error}") from None
     devices: dict[tuple[range, ...], list[jax.Device]] = {}
     for device, slices in indices.items():
-        box = tuple(range(size)[part] for part, size in zip(slices or (), shape, strict=True))
+        box = tuple(axis[part] for part, axis in zip(slices or (), whole, strict=True))
         devices.setdefault(box, []).append(device)
     arrays: list[jax.Array] = []
     for box, holders in devices.items():

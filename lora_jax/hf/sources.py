@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.format import Format, Formats
 from lora_jax.hf.keys import Part, WeightsError, convert
+from lora_jax.quantized import Coded
 
 # The dtypes of weights, by safetensors' names.
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -45,6 +46,19 @@ class Source(Protocol):
 
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
         """Writes ``tensor[index]`` into ``out``, in its dtype."""
+        ...
+
+    def codes(self, name: str, dtype: Any) -> Coded | None:
+        """Returns a tensor in the codes of its file, of NumPy arrays; None if it is in no codes.
+
+        Args:
+          name: the tensor.
+          dtype: of the array that the codes stand for.
+        """
+        ...
+
+    def code_shapes(self, name: str, dtype: Any) -> Coded | None:
+        """Returns the shapes of what `codes` returns."""
         ...
 
     def locate(self, name: str) -> str:
@@ -118,6 +132,12 @@ class SafetensorsFolder:
             block = slice(first.start + at, first.start + stop)
             values = self._slice(name, (block, *rest))
             convert(values, out[at:stop], f"{self.locate(name)}: {name}")
+
+    def codes(self, name: str, dtype: Any) -> Coded | None:
+        return None
+
+    def code_shapes(self, name: str, dtype: Any) -> Coded | None:
+        return None
 
     def locate(self, name: str) -> str:
         return str(self._paths[name])
@@ -206,6 +226,12 @@ class Renamed:
 
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
         self._source.read_into(out, self.names[name], index)
+
+    def codes(self, name: str, dtype: Any) -> Coded | None:
+        return self._source.codes(self.names[name], dtype)
+
+    def code_shapes(self, name: str, dtype: Any) -> Coded | None:
+        return self._source.code_shapes(self.names[name], dtype)
 
     def locate(self, name: str) -> str:
         return self._source.locate(self.names[name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.families import FORMATS, key_table, module_of
 from lora_jax.models.layers.attend import Attend
 from lora_jax.models.rope_scaling import with_rope_scaling
+from lora_jax.quantized import Format as Codes
+from lora_jax.quantized import QuantRule
 
 
 def from_pretrained(
@@ -36,6 +38,7 @@ def from_pretrained(
     pooling: str | None = None,
     normalize: bool | None = None,
     rope_scaling: Mapping[str, Any] | None = None,
+    quantize: str | Codes | Sequence[QuantRule] | None = None,
     key: jax.Array | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Loads a pretrained model, and its parameters as a plain nested dict.
@@ -63,6 +66,11 @@ def from_pretrained(
       head, num_labels, pooling, normalize: an encoder's options, instead of its config.json's; see
         ``EncoderConfig``.
       rope_scaling: a decoder's, for rows longer than its positions; see ``with_rope_scaling``.
+      quantize: the codes to keep kernels in: a format ("nf4", "nf4-double", "int4", "int8", …), a
+        list of ``QuantRule``, or "stored" for the codes of a GGUF file as they are; None for
+        arrays. Kernels are encoded as they are read, a layer at a time, so that the float kernels
+        are never in memory together. Run such a model through ``lora_jax.adapt``. See
+        ``lora_jax.quantized``.
       key: random key for a freshly initialised head; ``jax.random.key(0)`` by default. Each
         parameter's values depend on the key and its path alone.
 
@@ -71,6 +79,7 @@ def from_pretrained(
 
     Raises:
       ConfigError: for an unsupported model or option; names it.
+      ValueError: for a format that does not exist, or rules that select nothing.
       WeightsError: for weights that cannot be read or do not fit; one error lists all of them.
       ModelNotFound: if there is no such path, or the hub does not answer; says what to do.
 
@@ -99,7 +108,7 @@ def from_pretrained(
     if rope_scaling is not None:
         config = with_rope_scaling(config, rope_scaling)
     model = module_of(config, dtype, param_dtype, **how)
-    return model, load_params(source, param_dtype, sharding, key)
+    return model, load_params(source, param_dtype, sharding, key, quantize)
 
 
 def save_pretrained(

@@ -13,10 +13,8 @@ import numpy as np
 import optax
 
 import lora_jax as lj
-from lora_jax.base import as_array
 from lora_jax.fingerprint import base_fingerprint, differing
 from lora_jax.models import Decoder
-from lora_jax.paths import flatten_with_paths
 from lora_jax.training.batches import Batch, Examples, Packs
 from lora_jax.training.data.order import Batches
 from lora_jax.training.errors import Diverged, TrainingError
@@ -32,6 +30,7 @@ from lora_jax.training.run.log import Log
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.setup import CompiledStep, Setup
 from lora_jax.training.step import State, Step, make_evaluation
+from lora_jax.weight import leaves_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +107,8 @@ def resumed(ready: Ready, steps: int) -> Ready:
         if ready.best is not None:
             ready.best.go_on_from(0, None)
         return ready
+    if (saved := ready.checkpoints.run_of_newest()) is not None:
+        _check_settings(saved, ready)  # other rules make another state, which cannot be restored
     state, saved = ready.checkpoints.restore(ready.state)
     done = int(state.step)
     if saved["data"] != ready.facts["data"] or not ready.feed.seek(saved["cursor"], done):
@@ -123,14 +124,6 @@ def resumed(ready: Ready, steps: int) -> Ready:
                 f"{len(wrong)} of its weights differ, {wrong[0]} among them"
             )
         )
-    was, now = saved.get("settings", {}), ready.facts.get("settings", {})
-    if changed := [name for name in now if was.get(name) != now[name]]:
-        differing_settings = "; ".join(f"{n} was {was.get(n)} and is now {now[n]}" for n in changed)
-        raise TrainingError(
-            lambda option: (
-                f"{option('resume', True)}: the run began with other settings: {differing_settings}"
-            )
-        )
     if done > steps:
         raise TrainingError(
             lambda option: (
@@ -140,6 +133,17 @@ def resumed(ready: Ready, steps: int) -> Ready:
     if ready.best is not None:
         ready.best.go_on_from(done, saved.get("best"))
     return dataclasses.replace(ready, state=state, owed=tuple(saved.get("owed", ())))
+
+
+def _check_settings(saved: Mapping[str, Any], ready: Ready) -> None:
+    was, now = saved.get("settings", {}), ready.facts.get("settings", {})
+    if changed := [name for name in now if was.get(name) != now[name]]:
+        differing_settings = "; ".join(f"{n} was {was.get(n)} and is now {now[n]}" for n in changed)
+        raise TrainingError(
+            lambda option: (
+                f"{option('resume', True)}: the run began with other settings: {differing_settings}"
+            )
+        )
 
 
 def check_positions(model: Any, examples: Examples) -> None:
@@ -174,13 +178,16 @@ def settings_of(**settings: Any) -> dict[str, str]:
 
 
 def not_finite(params: Any) -> list[str]:
-    """Returns the paths of the arrays of a plain tree that hold a NaN or an infinity."""
+    """Returns the paths of a plain tree whose arrays hold a NaN or an infinity.
+
+    Of codes, the scales are looked at: nothing is decoded.
+    """
 
     def is_finite(leaf: Any) -> bool:
-        array = as_array(leaf)
-        return not jnp.issubdtype(array.dtype, jnp.floating) or bool(_all_finite(array))
+        arrays = [x for x in jax.tree.leaves(leaf) if jnp.issubdtype(x.dtype, jnp.floating)]
+        return all(bool(_all_finite(array)) for array in arrays)
 
-    return [path for path, leaf in flatten_with_paths(params)[0] if not is_finite(leaf)]
+    return [path for path, leaf in leaves_of(params)[0] if not is_finite(leaf)]
 
 
 @jax.jit
@@ -200,10 +207,7 @@ def compile_step(ready: Ready, forward: Callable[..., Any], loss: Loss) -> Compi
       loss: the function to minimise, and who divides it.
     """
 
-    def compiled(state: State, base: Any, batch: dict[str, Any]) -> jax.stages.Compiled:
-        return ready.setup.lower(forward, loss, state, base, batch).compile()
-
-    step = CompiledStep(compiled)
+    step = CompiledStep(functools.partial(ready.setup.compile, forward, loss))
     first = ready.setup.layout.batch(ready.feed.first(), parts=True)
     step.of(ready.state, ready.base, first)
     return step

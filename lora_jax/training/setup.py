@@ -116,6 +116,27 @@ class Setup:
         Returns:
           The traced step, which has its jaxpr. It compiles with the layout's compiler options.
         """
+        with jax.set_mesh(self.layout.mesh):
+            return self._jitted(forward, loss).trace(state, base, batch)
+
+    def compile(
+        self,
+        forward: Callable[..., Any],
+        loss: Loss,
+        state: State,
+        base: Any,
+        batch: Mapping[str, Any],
+    ) -> "jax.stages.Compiled | _Jitted":
+        """Compiles the step for arrays such as these; see `trace`."""
+        jitted = self._jitted(forward, loss)
+        with jax.set_mesh(self.layout.mesh):
+            compiled = jitted.lower(state, base, batch).compile()
+        in_4_bits = any(array.dtype.name in ("int4", "uint4") for array in jax.tree.leaves(base))
+        if self.layout.platform == "cpu" and in_4_bits:
+            return _Jitted(jitted, compiled, self.layout.mesh)
+        return compiled
+
+    def _jitted(self, forward: Callable[..., Any], loss: Loss) -> Any:
         step = make_step(
             forward,
             self.optimizer,
@@ -126,13 +147,32 @@ class Setup:
         )
         out = (self.where, self.layout.whole)
         with jax.set_mesh(self.layout.mesh):
-            jitted = jax.jit(
+            return jax.jit(
                 step,
                 donate_argnums=0,
                 out_shardings=out,
                 compiler_options=self.layout.compiler_options,
             )
-            return jitted.trace(state, base, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Jitted:
+    """A step that is called through `jax.jit`, after it was compiled ahead of time.
+
+    A program compiled ahead of time for CPUs refuses arrays of 4 bits: their `format` says another
+    layout than the program's (JAX 0.10). The call compiles anew, or takes the compilation cache's.
+    """
+
+    jitted: Any
+    compiled: jax.stages.Compiled
+    mesh: Any
+
+    def __call__(self, *args: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.jitted(*args)
+
+    def memory_analysis(self) -> Any:
+        return self.compiled.memory_analysis()
 
 
 class CompiledStep:

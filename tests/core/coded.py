@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lj
+from lora_jax.base import as_array, is_base
 from lora_jax.paths import flatten_with_paths
 from lora_jax.resolve import Adapted, resolve
 
@@ -57,27 +58,32 @@ def coded(array: jax.Array, *, movable: bool = True) -> Coded:
     return Coded(codes, scales, np.dtype(array.dtype), movable)
 
 
-def with_coded_kernels(params: Any, rules: Any, *, movable: bool = True) -> Any:
-    """Returns a tree in which each leaf that the rules adapt is coded."""
+def fixed(leaf: Any, _: Any) -> Coded:
+    """Codes whose every cut forms the array."""
+    return coded(leaf, movable=False)
+
+
+def with_coded_kernels(params: Any, rules: Any, encode: Any = None) -> Any:
+    """Returns a tree with ``encode(leaf, its axis roles)`` for each leaf that the rules adapt."""
+    encode = (lambda leaf, _: coded(leaf)) if encode is None else encode
     leaves, treedef = flatten_with_paths(params)
     chosen = resolve(leaves, rules)
     return treedef.unflatten(
-        coded(leaf, movable=movable) if isinstance(chosen.get(path), Adapted) else leaf
+        encode(leaf, chosen[path].roles) if isinstance(chosen.get(path), Adapted) else leaf
         for path, leaf in leaves
     )
 
 
 def decoded(tree: Any) -> Any:
     """Returns a tree with arrays in place of coded leaves, those of adapted weights included."""
-    is_leaf = lambda x: isinstance(x, Coded)  # noqa: E731
-    return jax.tree.map(lambda x: x.as_array() if is_leaf(x) else x, tree, is_leaf=is_leaf)
+    return jax.tree.map(as_array, tree, is_leaf=is_base)
 
 
-def coded_program(program: Any, *, movable: bool = True) -> Any:
+def coded_program(program: Any, encode: Any = None) -> Any:
     """Returns a program with coded kernels; called by itself, it forms them first."""
 
     def params(dtype: Any) -> Any:
-        return with_coded_kernels(program.params(dtype), program.rules, movable=movable)
+        return with_coded_kernels(program.params(dtype), program.rules, encode)
 
     def run(params: Any, x: jax.Array) -> jax.Array:
         return program.run(decoded(params), x)
@@ -88,4 +94,4 @@ def coded_program(program: Any, *, movable: bool = True) -> Any:
 def is_on(tree: Any) -> bool:
     """Returns whether a tree has an adapted weight whose base is coded."""
     nodes = jax.tree.leaves(tree, is_leaf=lj.is_node)
-    return any(lj.is_node(n) and isinstance(n.base, Coded) for n in nodes)
+    return any(lj.is_node(n) and is_base(n.base) for n in nodes)

@@ -19,7 +19,15 @@ from lora_jax.adapt.explain import uses
 from lora_jax.adapt.roles import infer_roles
 from tests.adapt.random_programs import check, programs
 from tests.adapt.test_random_programs import COMMON, ways
-from tests.core.coded import Coded, coded, coded_program, decoded, is_on, with_coded_kernels
+from tests.core.coded import (
+    Coded,
+    coded,
+    coded_program,
+    decoded,
+    fixed,
+    is_on,
+    with_coded_kernels,
+)
 from tests.laws import test_laws as laws
 from tests.support import (
     MORE_PROGRAMS,
@@ -32,7 +40,7 @@ from tests.support import (
 )
 
 CODED = [coded_program(program) for program in PROGRAMS + MORE_PROGRAMS]
-FORMED = [coded_program(program, movable=False) for program in PROGRAMS + MORE_PROGRAMS]
+FORMED = [coded_program(program, fixed) for program in PROGRAMS + MORE_PROGRAMS]
 NAMED = {program.name: program for program in CODED}
 STACK, TIED = NAMED["scanned and rematerialised"], NAMED["embedding looked up and tied"]
 FEW = {STACK.name, TIED.name}

@@ -10,6 +10,7 @@ import pytest
 
 from lora_jax.models import (
     ConfigError,
+    DecoderConfig,
     WeightsError,
     from_pretrained,
     generate,
@@ -36,9 +37,11 @@ NAMES = {
 }
 
 
-def write(path: Path, case: str, params: Any, kind: str = "F32", **extra: Any) -> None:
+def write(
+    path: Path, case: str | DecoderConfig, params: Any, kind: str = "F32", **extra: Any
+) -> None:
     """A GGUF file of the case; ``extra`` are metadata under the architecture's name."""
-    config = tiny.config(case)
+    config = tiny.config(case) if isinstance(case, str) else case
     arch = "qwen3" if config.qk_norm else config.model_type
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.num_hidden_layers)

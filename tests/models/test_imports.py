@@ -12,12 +12,12 @@ from lora_jax import hf, models
 OPTIONAL = {"transformers", "tokenizers", "datasets", "torch", "huggingface_hub", "gguf"}
 # What the files of a folder may import, of this package: the folders below it, and itself.
 BELOW = {
-    "hf": ("hf", "folders"),
+    "hf": ("hf", "folders", "quantized"),
     "models/layers": ("models.layers",),
     "models/decoder": ("hf", "models.layers", "models.decoder"),
     "models/encoder": ("hf", "models.layers", "models.encoder"),
     "models/gpt2": ("hf", "models.layers", "models.gpt2"),
-    "models": ("hf", "models"),
+    "models": ("hf", "models", "quantized"),
 }
 
 

@@ -251,7 +251,7 @@ def test_another_base_is_refused(trained, tmp_path, capsys):
 
 
 def test_a_folder_without_an_adapter(tmp_path, capsys):
-    assert "is no adapter" in fails(capsys, "--adapter", tmp_path, "--check-serving")
+    assert "is neither an adapter" in fails(capsys, "--adapter", tmp_path, "--check-serving")
 
 
 def test_an_adapter_stands_alone(trained, tmp_path):

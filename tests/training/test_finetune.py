@@ -263,6 +263,7 @@ def test_a_folder_with_a_run_is_not_used_again(tmp_path):
         ({"seed": 1}, "the training data are not those|other settings: seed was 0"),
         ({"examples": {"x": X[1:], "y": Y[1:]}}, "resume=True: the training data are not those"),
         ({"rules": [UP[0], lj.LoraRule(targets=["up"], rank=2, alpha=9)]}, "settings: rules was"),
+        ({"rules": [lj.LoraRule(targets=["up"], rank=4)]}, "settings: rules was"),
     ):
         with pytest.raises(training.TrainingError, match=message):
             fitted(tmp_path, 2, resume=True, **changed)

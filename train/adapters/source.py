@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax.hf.hub import name_for_others
@@ -17,6 +19,7 @@ from lora_jax.peft.hub import adapter_folder
 from lora_jax.peft.load import read_tensors
 from lora_jax.peft.names import FILE as PEFT_WEIGHTS
 from lora_jax.peft.names import PREFIX
+from lora_jax.quantized import is_coded
 from lora_jax.training.run.best import BEST
 from train.run.errors import UserError, as_user_errors
 
@@ -59,6 +62,11 @@ class AdapterSource:
     def rope_scaling(self) -> dict[str, Any] | None:
         """The scaling of RoPE that the adapter was trained with; see --rope-scaling."""
         return None if self.from_peft else self.about.get("rope_scaling")
+
+    @property
+    def quantize(self) -> str | None:
+        """The codes of the base that the adapter was trained on; see --quantize."""
+        return None if self.from_peft else self.about.get("quantize")
 
     @property
     def num_labels(self) -> int | None:
@@ -248,9 +256,12 @@ def _best_in(folder: Path) -> list[Path]:
 def runnable(model: Any, tree: Any) -> tuple[Callable[..., Any], Any]:
     """Returns a function with the arguments of ``model.apply``, and parameters for it.
 
-    The parameters are merged. If an adapter cannot be merged (a bias on B, or an adapter for one
-    use of a tied table), the function is the adapted one.
+    The parameters are merged. Over a base in codes, which stays so, and where an adapter cannot be
+    merged (a bias on B, or an adapter for one use of a tied table), the function is the adapted
+    one.
     """
+    if any(map(is_coded, jax.tree.leaves(lj.strip(tree), is_leaf=is_coded))):
+        return lj.adapt(model.apply), tree
     try:
         return model.apply, lj.merge(tree)
     except ValueError:

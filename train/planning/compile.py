@@ -267,7 +267,7 @@ def adapted_shapes(outline: Outline, adapter: AdapterConfig, dtype: Any, layout:
     Raises:
       UserError: the rules or the adapter do not fit the model.
     """
-    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), outline.params)
+    plain = outline.shapes(dtype, arrays=adapter.full)
     with as_user_errors(ValueError):
         if adapter.init_adapter is None:
             params = lj.lorafy(plain, rules(adapter, outline), kinds=outline.kinds)

@@ -30,11 +30,14 @@ def print_plans(
       estimates: for each plan, the seconds of a step, the chip-hours and the cost; see
         `train.plan.estimate`.
     """
-    mesh = ", ".join(f"{axis} {size}" for axis, size in facts["mesh"].items()) or "one device"
+    mesh = ", ".join(f"{axis} {size}" for axis, size in facts["mesh"].items())
+    codes = "" if facts["quantize"] == "none" else f" with {facts['quantize']} kernels"
+    devices = "one device" if facts["devices"] == 1 else f"{facts['devices']} devices: {mesh}"
     console.print(
-        f"{facts['model']} on {facts['topology']} ({facts['devices']} devices: {mesh}), "
+        f"{facts['model']} on {facts['topology']} ({devices}), "
         f"{facts['batch_size'] * facts['grad_accum']} × {facts['seq_len']} tokens per step, "
-        f"{facts['dtype']}, attention: {facts['attention']}, optimizer: {facts['optimizer']}; "
+        f"{facts['dtype']}{codes}, attention: {facts['attention']}, "
+        f"optimizer: {facts['optimizer']}; "
         f"compiled by the {facts['compiler'].upper()} compiler",
         highlight=False,
         soft_wrap=True,

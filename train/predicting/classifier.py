@@ -77,6 +77,8 @@ def find_classifier(
     if source is None or source.from_peft:
         _check_problem(name)
     outline = read_classifier_outline(name, num_labels)
+    if source:
+        outline = outline.quantized(source.quantize)
     config: Any = outline.config
     if config.num_labels < 2:
         raise UserError(

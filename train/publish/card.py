@@ -14,6 +14,7 @@ from lora_jax.training.run.best import BEST
 from train.adapters.source import AdapterSource
 from train.data.files import FILE_KINDS
 from train.data.named import named
+from train.publish.codes import loading_config
 from train.publish.marked import marked
 from train.run.files import read_json
 from train.run.log import read_metrics
@@ -31,7 +32,7 @@ _OF_TRAINING = (
     *("lr_rule", "lora_plus", "beta1", "beta2", "eps", "momentum", "schedule", "warmup"),
     *("warmup_ratio", "min_lr", "decay", "weight_decay", "grad_clip", "neftune", "seed", "dtype"),
     *("seq_len", "rope_scaling", "packing", "truncate", "train_on", "max_skipped"),
-    *("stream", "keep_best", "patience"),
+    *("stream", "keep_best", "patience", "quantize"),
 )
 # Options about the machine, the output and other files; steps and rate are shown as they came out.
 NOT_SHOWN = frozenset(
@@ -142,6 +143,7 @@ def _code(export: Export) -> Iterator[str]:
     if export.scaled:
         number += "".join(f", {key}={value!r}" for key, value in export.scaled.items())
         head += f", rope_scaling={export.source.rope_scaling!r}"
+    codes = export.source.quantize
     if export.fields is None:
         yield "With transformers:"
         yield _python(
@@ -152,10 +154,16 @@ def _code(export: Export) -> Iterator[str]:
             "from lora_jax import models", "", f'model, params = models.from_pretrained("{name}")'
         )
         return
+    if codes:
+        head += f', quantize="{codes}"'
+    config = loading_config(codes)
+    imports = f"{auto}, BitsAndBytesConfig" if config else auto
+    if config:
+        number += f", quantization_config={config}"
     yield "With PEFT:"
     yield _python(
         "from peft import PeftModel",
-        f"from transformers import {auto}",
+        f"from transformers import {imports}",
         "",
         f'base = {auto}.from_pretrained("{base}"{number})',
         f'model = PeftModel.from_pretrained(base, "{name}")',

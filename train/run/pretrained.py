@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.hf.bundled import BUNDLES
+from lora_jax.hf.coded import STORED
 from lora_jax.hf.hub import resolve, resolve_config, revision_of
-from lora_jax.hf.keys import nested
-from lora_jax.hf.load import absent_rows
+from lora_jax.hf.load import absent_rows, shapes_of
 from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.models import (
     ConfigError,
@@ -28,9 +28,12 @@ from lora_jax.models import (
 )
 from lora_jax.models.encoder.config import FAMILIES as ENCODERS
 from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
+from lora_jax.quantized import is_coded
 from lora_jax.training.fit import not_finite
 from train.run.errors import UserError, as_user_errors
 from train.run.options.rope import as_text
+
+_OF_BASE = ("rope_scaling", "quantize")  # what an adapter says of its base, beside its name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Outline:
     tokenizer: Any
     config: DecoderConfig | GPT2Config | EncoderConfig
     params: dict[str, Any]  # jax.ShapeDtypeStruct leaves
-    # An encoder's head, or a decoder's scaled RoPE: keywords of `from_pretrained`.
+    # An encoder's head, a decoder's scaled RoPE, codes: keywords of `from_pretrained`.
     head: dict[str, Any] = dataclasses.field(default_factory=dict)
     absent: tuple[str, ...] = ()  # paths of parameters that its files lack, such as a new head's
 
@@ -56,8 +59,8 @@ class Outline:
 
     @property
     def about(self) -> dict[str, Any]:
-        """The facts that an adapter stores about its base: name, revision on the hub, RoPE."""
-        scaled = {name: self.head[name] for name in ("rope_scaling",) if name in self.head}
+        """The facts that an adapter stores about its base: name, revision, RoPE, codes."""
+        scaled = {name: self.head[name] for name in _OF_BASE if name in self.head}
         return {"model": self.name, "revision": revision_of(resolve(self.name).path), **scaled}
 
     @property
@@ -96,6 +99,41 @@ class Outline:
             config = with_rope_scaling(self.config, scaling)
         head = {**self.head, "rope_scaling": dict(scaling)}
         return dataclasses.replace(self, config=config, head=head)
+
+    def quantized(self, quantize: str | None) -> "Outline":
+        """Returns the outline with its kernels in codes; see --quantize.
+
+        Args:
+          quantize: the codes; None or "none" for arrays.
+
+        Raises:
+          UserError: the model's files hold no codes, and "stored" was asked for.
+        """
+        if quantize in (None, "none"):
+            return self
+        head = {**self.head, "quantize": quantize}
+        given = f"--quantize {quantize}: "
+        with as_user_errors(ConfigError, WeightsError, ModelNotFound, ValueError, prefix=given):
+            if quantize == STORED and resolve_config(self.name).suffix != ".gguf":
+                raise ConfigError(f"{self.name} is no GGUF file: choose a format, such as nf4")
+            source = open_source(resolve(self.name).path) if quantize == STORED else None
+            params = shapes_of(key_table(self.config), jnp.float32, quantize, source)
+        return dataclasses.replace(self, head=head, params=params)
+
+    def shapes(self, dtype: Any, *, arrays: bool = False) -> dict[str, Any]:
+        """Returns the abstract parameters, with this dtype in the place of float32.
+
+        Args:
+          dtype: of the arrays, or that the codes stand for arrays of.
+          arrays: have arrays in the place of codes.
+        """
+
+        def with_dtype(leaf: Any) -> Any:
+            if is_coded(leaf) and not arrays:
+                return dataclasses.replace(leaf, dtype=jnp.dtype(dtype))
+            return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+        return jax.tree.map(with_dtype, self.params, is_leaf=is_coded)
 
 
 @contextmanager
@@ -203,10 +241,7 @@ def _outline(name: str, **head: Any) -> Outline:
 
 
 def _abstract(config: Any) -> dict[str, Any]:
-    return nested(
-        (row.path, jax.ShapeDtypeStruct(row.stacked_shape, jnp.float32))
-        for row in key_table(config)
-    )
+    return shapes_of(key_table(config), jnp.float32)
 
 
 def read_model(

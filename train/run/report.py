@@ -10,6 +10,8 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from lora_jax.quantized import bytes_of
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "lora_jax")
 
 
@@ -45,8 +47,11 @@ def peak_bytes() -> int:
 
 
 def tree_bytes(tree: Any) -> int:
-    """Returns the size of all arrays of a tree, in bytes; the leaves may be abstract."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Returns the size of all arrays of a tree, in bytes; the leaves may be abstract.
+
+    Two codes of 4 bits are one byte, as on accelerators.
+    """
+    return sum(map(bytes_of, jax.tree.leaves(tree)))
 
 
 def megabytes(size: float) -> str:

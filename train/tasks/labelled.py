@@ -109,7 +109,7 @@ class Telling:
     context: Context
     baselines: Sequence[Baseline] = ()
 
-    def before(self, model: Any, params: Any) -> None:
+    def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
         """Does nothing: the head is not trained yet."""
 
     def score(
@@ -122,13 +122,13 @@ class Telling:
         scores = scores_of(test.labels, predicted, self.context.data.facts["labels"])
         return {name: scores[name] for name in ("accuracy", "macro_f1")}
 
-    def after(self, model: Any, params: Any) -> None:
+    def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
         """Classifies the texts; writes and prints scores and mistakes."""
         context, data = self.context, self.context.config.data
         test: Any = context.data.held_out
         names = context.data.facts["labels"]
         with doing(context.console, f"classifying {len(test)} texts"):
-            probabilities = predict(model, params, test, 4 * context.config.optim.batch_size)
+            probabilities = predict(forward, params, test, 4 * context.config.optim.batch_size)
         texts = [row[data.text] for row in context.rows.held_out]
         ways = self._without_model(test, texts, names)
         scores = scores_of(test.labels, probabilities.argmax(-1), names)

@@ -75,8 +75,14 @@ Progress = Callable[[int, int], None]  # is called with the number done so far, 
 class Evaluation(Protocol):
     """An evaluation of a model before, during and after training."""
 
-    def before(self, model: Any, params: Any) -> None:
-        """Evaluates the base; its parameters have no adapter."""
+    def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
+        """Evaluates the base; its parameters have no adapter.
+
+        Args:
+          model: the model.
+          params: its parameters, as `forward` takes them.
+          forward: the model's ``apply``, or that on a tree of codes.
+        """
 
     def score(
         self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
@@ -90,8 +96,14 @@ class Evaluation(Protocol):
           progress: may be called on the way, in all processes alike; ends the scoring by raising.
         """
 
-    def after(self, model: Any, params: Any) -> None:
-        """Evaluates the trained model, merged; writes and prints the scores."""
+    def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
+        """Evaluates the trained model; writes and prints the scores.
+
+        Args:
+          model: the model.
+          params: its parameters, merged, or adapted codes.
+          forward: the model's ``apply`` on such parameters.
+        """
 
 
 def _unchanged(config: Any) -> Any:

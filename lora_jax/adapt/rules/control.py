@@ -1,5 +1,6 @@
 """Rules that enter control flow, with the weights' factors as further operands."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from lora_jax.adapt.interpreter import Interpreter, Rule, Use, at_site
 from lora_jax.adapt.rules.choices import Form, common_form, in_form
 from lora_jax.adapt.rules.flow import agreed_sources, may_be_weights, sources
 from lora_jax.adapt.rules.layout import moved
-from lora_jax.base import is_base, movable
+from lora_jax.base import is_base, splittable
 from lora_jax.factored import Factored
 from lora_jax.parts import RANK, Axes
 
@@ -219,8 +220,8 @@ def _shard_map(interpreter: Interpreter, use: Use) -> list[Any]:
     """Shards A's in axes and B's out axes as the weight's are; the rank is replicated."""
     there = eqns.shard_map_of(use.eqn)
     body = interpreter.function(there.body)
-    given = use.values
-    operands = [v.replace(base=movable(v.base)) if isinstance(v, Factored) else v for v in given]
+    pairs = zip(use.values, there.in_specs, strict=True)
+    operands = [_splittable(value, spec, there.mesh) for value, spec in pairs]
 
     def run(*values: Any) -> list[Any]:
         return [_plain(interpreter, output, use, "as an output") for output in body(*values)]
@@ -235,10 +236,23 @@ def _shard_map(interpreter: Interpreter, use: Use) -> list[Any]:
     )(*operands)
 
 
+def _splittable(value: Any, spec: PartitionSpec, mesh: Any) -> Any:
+    """Returns a weight with a base that each device can have a piece of."""
+    if not isinstance(value, Factored):
+        return value
+    each = [names if isinstance(names, tuple) else (names,) for names in _axis_names(value, spec)]
+    parts = [math.prod(mesh.shape[name] for name in names if name) for names in each]
+    return value.replace(base=splittable(value.base, parts))
+
+
+def _axis_names(value: Factored, spec: PartitionSpec) -> list[Any]:
+    return [*spec, *[None] * (len(value.labels) - len(spec))]
+
+
 def _specs(value: Any, spec: PartitionSpec) -> Any:
     if not isinstance(value, Factored):
         return spec
-    names = [*spec, *[None] * (len(value.labels) - len(spec))]
+    names = _axis_names(value, spec)
 
     def of(_: Any, axes: Axes) -> PartitionSpec:
         return PartitionSpec(*(None if axis == RANK else names[axis] for axis in axes))

@@ -97,6 +97,19 @@ class Checkpoints:
         self._record_files(step, kept)
         self._remove_all_but(kept)
 
+    def run_of_newest(self) -> dict[str, Any] | None:
+        """Returns the `run` of the newest checkpoint; None if it is damaged, which `restore` says.
+
+        It can be read whatever the shapes of the state.
+        """
+        newest = self.steps()[-1]
+        try:
+            self._check_files(newest)
+            args = ocp.args.Composite(run=ocp.args.JsonRestore())
+            return self._open().restore(newest, args=args)["run"]
+        except Exception:
+            return None
+
     def restore(self, like: State) -> tuple[State, dict[str, Any]]:
         """Returns the state of the newest checkpoint, and the `run` that it was saved with.
 
@@ -132,10 +145,7 @@ class Checkpoints:
         return True
 
     def _read(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
-        recorded, found = self._recorded()[str(step)], _digests(self.folder / str(step))
-        if wrong := [name for name, digest in recorded.items() if found.get(name) != digest]:
-            how = "is not what was saved" if wrong[0] in found else "is missing"
-            raise DamagedCheckpoint(f"its file {wrong[0]} {how}")
+        self._check_files(step)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_arrays(like))
         try:
             restored = self._open().restore(
@@ -149,6 +159,13 @@ class Checkpoints:
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise DamagedCheckpoint(reason[:200]) from error
         return State(**{**state, "key": jax.random.wrap_key_data(state["key"])}), run
+
+    def _check_files(self, step: int) -> None:
+        """Raises a DamagedCheckpoint if a file is not the one that was saved."""
+        recorded, found = self._recorded()[str(step)], _digests(self.folder / str(step))
+        if wrong := [name for name, digest in recorded.items() if found.get(name) != digest]:
+            how = "is not what was saved" if wrong[0] in found else "is missing"
+            raise DamagedCheckpoint(f"its file {wrong[0]} {how}")
 
     def _recorded(self) -> dict[str, Digests]:
         """Returns the digests of each complete checkpoint, by step."""

@@ -42,6 +42,7 @@ Remat = Annotated[
 
 Attention = Literal["auto", "dense", "blockwise", "splash", "cudnn"]
 Experts = Literal["auto", "blocks", "ragged"]
+Quantize = Literal["none", "int8", "int4", "nf4", "nf4-double", "stored"]
 ReportTo = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
 
 
@@ -162,6 +163,12 @@ class OptimConfig:
     """The dtype of the base and its activations. Adapters are always float32, and so are the
     weights with --full."""
 
+    quantize: Quantize | None = None
+    """Codes to keep the base's kernels in, under a float32 adapter (QLoRA): nf4, int4 or int8, in
+    blocks of 64 with a scale each; nf4-double has its scales in 8 bits too; stored keeps the codes
+    of a GGUF file. Each kernel is encoded as it is read. Embeddings, norms, routers and the output
+    head stay in --dtype. By default none, or the codes that --init-adapter was trained over."""
+
     @property
     def remat_policy(self) -> bool | str:
         """The value of --remat, as models take it."""
@@ -278,6 +285,9 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
         data = dataclasses.replace(data, rope_scaling=as_text(source.rope_scaling))
     if (path := Path(data.model).expanduser()).exists():  # found from any folder, later
         data = dataclasses.replace(data, model=str(path.absolute()))
+    if optim.quantize is None:
+        codes: Any = (source.quantize if source else None) or "none"
+        optim = dataclasses.replace(optim, quantize=codes)
     return dataclasses.replace(options, adapter=adapter, optim=optim, data=data)
 
 

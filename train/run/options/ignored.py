@@ -74,7 +74,7 @@ def _cases(options: Any) -> list[_Case]:
         _Case(
             adapter.full,
             "--full trains every parameter, without an adapter",
-            (*_OF_RULES, "lora_plus", "peft_config"),
+            (*_OF_RULES, "lora_plus", "peft_config", "quantize"),
         ),
         _Case(
             adapter.init_adapter is not None,

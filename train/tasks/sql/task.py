@@ -76,13 +76,13 @@ class Answering:
     context: Context
     scores: Scores
 
-    def before(self, model: Any, params: Any) -> None:
+    def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
         """Asks the base, without and with solved examples, unless an interrupted run did."""
         path, scores = self.context.folder / SCORES, self.scores
         if scores.recall(read_json(path)):
             return
         for way, few_shot in ((ZERO_SHOT, False), (FEW_SHOT, True)):
-            self._ask(way, model, params, few_shot)
+            self._ask(way, model, params, forward, few_shot)
         write_json(path, scores.as_json())
 
     def score(
@@ -101,20 +101,28 @@ class Answering:
             "unseen_phrasings": of_kind[UNSEEN_BOTH],
         }
 
-    def after(self, model: Any, params: Any) -> None:
+    def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
         """Asks the trained model; writes the answers and prints examples and accuracies."""
-        self._ask(ADAPTED, model, params, few_shot=False)
+        self._ask(ADAPTED, model, params, forward, few_shot=False)
         write_json(self.context.folder / SCORES, self.scores.as_json())
         print_examples(self.context.console, self.scores.examples())
         print_scores(self.context.console, self.scores.accuracies())
 
-    def _ask(self, way: str, model: Any, params: Any, few_shot: bool) -> None:
+    def _ask(
+        self, way: str, model: Any, params: Any, forward: Callable[..., Any], few_shot: bool
+    ) -> None:
         questions, outline = self.scores.questions, self.context.outline
         with doing(
             self.context.console, f"{way}: answering {2 * self.scores.n} questions"
         ) as progress:
             answers = answer(
-                model, params, outline, questions, few_shot=few_shot, progress=progress
+                model,
+                params,
+                outline,
+                questions,
+                forward=forward,
+                few_shot=few_shot,
+                progress=progress,
             )
             self.scores.add(way, answers)
 

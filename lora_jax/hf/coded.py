@@ -1,0 +1,109 @@
+"""Kernels of a file as codes, a layer at a time: the float kernel is never in memory whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, Sharding
+
+from lora_jax.hf.keys import Row
+from lora_jax.hf.sources import Source
+from lora_jax.quantized import Coded, Coding, encode
+from lora_jax.quantized.encode import shardings_of
+
+# A `quantize=` that keeps the codes of the file itself.
+STORED = "stored"
+
+
+def encoded(
+    row: Row,
+    coding: Coding,
+    dtype: Any,
+    place: Sharding | None,
+    read: Callable[[range | None], jax.Array],
+) -> Coded:
+    """Reads a kernel and encodes it; of a stack, one layer after another.
+
+    Args:
+      row: the kernel.
+      coding: how it is stored.
+      dtype: of the array that the codes stand for.
+      place: the sharding of that array.
+      read: returns the fp32 array of these layers, or of all for None.
+    """
+    apart = bool(row.stack) and not (isinstance(place, NamedSharding) and place.spec[:1] not in _NO)
+    if not apart:
+        return encode(read(None), coding, dtype=dtype)
+    layers = [
+        jax.block_until_ready(encode(read(range(i, i + 1)), coding, dtype=dtype))
+        for i in range(row.stack[0])
+    ]
+    where = None
+    if isinstance(place, NamedSharding):
+        shape = jax.ShapeDtypeStruct(row.stacked_shape, jnp.float32)
+        where = shardings_of(encode(shape, coding, dtype=dtype), place)
+    return jax.block_until_ready(_joined(where)(layers))
+
+
+_NO: tuple[tuple[Any, ...], ...] = ((), (None,))  # no axis of the mesh at the first of the array
+
+
+def _joined(where: Any) -> Callable[[Sequence[Coded]], Coded]:
+    def join(*arrays: Any) -> Any:
+        return jnp.concatenate(arrays)
+
+    def joined(layers: Sequence[Coded]) -> Coded:
+        return jax.tree.map(join, *layers)
+
+    return jax.jit(joined, **({} if where is None else {"out_shardings": where}))
+
+
+def shapes_as_stored(source: Source, row: Row, dtype: Any) -> Coded | None:
+    """Returns the shapes of what `as_stored` returns."""
+    parts = _alike([source.code_shapes(name, dtype) for name in row.hf_names])
+    if parts is None:
+        return None
+
+    def stacked(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        shape = array.shape[::-1] if row.transpose else array.shape
+        return jax.ShapeDtypeStruct((*row.stack, *shape), array.dtype)
+
+    return jax.tree.map(stacked, parts[0])
+
+
+def _alike(parts: Sequence[Coded | None]) -> list[Coded] | None:
+    """Returns the tensors of a stack; None if not all of them are in codes of one format."""
+    whole = [part for part in parts if part is not None]
+    same = len(whole) == len(parts) and len({part.format for part in whole}) == 1
+    return whole if same else None
+
+
+def as_stored(source: Source, row: Row, dtype: Any, place: Sharding | None) -> Coded | None:
+    """Returns a kernel in the codes of the file; None if not all of it is in codes of one format.
+
+    Args:
+      source: the file.
+      row: the kernel.
+      dtype: of the array that the codes stand for.
+      place: the sharding of that array.
+    """
+    whole = _alike([source.codes(name, dtype) for name in row.hf_names])
+    if whole is None:
+        return None
+
+    def stacked(*arrays: np.ndarray) -> np.ndarray:
+        members = [array.T if row.transpose else array for array in arrays]
+        return np.stack(members).reshape(*row.stack, *members[0].shape)
+
+    coded = jax.tree.map(stacked, *whole)
+    if not isinstance(place, NamedSharding):
+        return jax.block_until_ready(jax.device_put(coded, place))
+    return jax.tree.map(
+        lambda array, where: jax.make_array_from_callback(array.shape, where, array.__getitem__),
+        coded,
+        shardings_of(coded, place),
+    )

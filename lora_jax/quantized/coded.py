@@ -1,0 +1,161 @@
+"""A weight as codes and scales: a `lora_jax.base.Base`.
+
+    W = s·v(c)              c the codes, v their values (`lora_jax.quantized.formats`)
+    W = s·v(c) + m          of formats with a minimum for each block
+
+All arrays have W's axes in W's order. Codes have W's shape. Of another array, an element stands for
+as many elements of W along an axis as their sizes say: a scale for a block of 64, a mean for a
+whole axis. So an array's shape says all about its blocks, and whatever cuts, indexes, stacks or
+shards W's other axes does so to every array alike.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export, lax
+
+from lora_jax.base import Move
+from lora_jax.parts import STATIC
+from lora_jax.quantized.formats import FORMATS, Format
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Coded:
+    """A weight in codes.
+
+    Nothing is checked on construction: None, masks, shardings and tracers pass through.
+
+    Attributes:
+      arrays: by name:
+        codes: of W's shape.
+        scales: one for each block; where they are coded themselves (`Format.double`), int8.
+        mins: one for each block, of a format that has them.
+        scale_steps, scale_mean: fp32, where the scales are coded: s = step·code + mean.
+      format: the format of the codes.
+      dtype: of W.
+    """
+
+    arrays: dict[str, Any]
+    format: Format = field(metadata=STATIC)
+    dtype: Any = field(metadata=STATIC)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of W."""
+        return tuple(self.arrays["codes"].shape)
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of W."""
+        return len(self.shape)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The size of a block along each axis of W."""
+        pairs = zip(self.shape, self.arrays["scales"].shape, strict=True)
+        return tuple(n // m if m else 1 for n, m in pairs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays, two codes of 4 bits in one, as accelerators hold them."""
+        return sum(bytes_of(array) for array in jax.tree.leaves(self))
+
+    def as_array(self) -> jax.Array:
+        """Returns W."""
+        return _decoded(self.arrays, self.format, self.dtype)
+
+    def along(self, move: Move, touched: frozenset[int]) -> "Coded | None":
+        """Returns the codes after a move of all arrays; see `lora_jax.base.Base.along`."""
+        whole = self.shape
+
+        def stands_for_blocks(array: Any) -> bool:
+            return any(1 != array.shape[axis] != whole[axis] for axis in touched)
+
+        def moved(array: Any) -> Any:
+            sizes = array.shape
+            if any(sizes[axis] != whole[axis] for axis in touched):
+                sizes = [whole[a] if a in touched else n for a, n in enumerate(sizes)]
+                array = jnp.broadcast_to(array, sizes)
+            if touched:
+                held = [a if n == whole[a] else -1 for a, n in enumerate(sizes)]
+            else:  # what places axes places blocks as well
+                held = [a if n == whole[a] or n != 1 else -1 for a, n in enumerate(sizes)]
+            return move(array, tuple(held))
+
+        if any(map(stands_for_blocks, self.arrays.values())):
+            return None
+        return dataclasses.replace(
+            self, arrays={name: moved(array) for name, array in self.arrays.items()}
+        )
+
+    def __repr__(self) -> str:
+        shape = getattr(self.arrays.get("codes"), "shape", None)
+        return f"Coded({self.format.name!r}, shape={shape}, dtype={np.dtype(self.dtype).name})"
+
+
+def bytes_of(array: Any) -> int:
+    """Returns the bytes of an array, two numbers of 4 bits in one."""
+    bits = 4 if array.dtype.name in ("int4", "uint4", "float4_e2m1fn") else 8 * array.dtype.itemsize
+    return -(-array.size * bits // 8)
+
+
+@functools.partial(jax.jit, static_argnames=("format", "dtype"), inline=True)
+def _decoded(arrays: Mapping[str, Any], format: Format, dtype: Any) -> jax.Array:
+    codes, scales = arrays["codes"], arrays["scales"].astype(jnp.float32)
+    if "scale_steps" in arrays:
+        steps = stretched(arrays["scale_steps"], scales.shape)
+        scales = steps * scales + arrays["scale_mean"]
+    values = format.values(codes) * stretched(scales, codes.shape)
+    if "mins" in arrays:
+        values += stretched(arrays["mins"].astype(jnp.float32), codes.shape)
+    return values.astype(dtype)
+
+
+def stretched(array: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Returns an array with each element repeated over its block, of size one where all share it.
+
+    Args:
+      array: its sizes divide `shape`.
+      shape: of the result.
+    """
+    over = [n // m if 1 < m < n else 1 for n, m in zip(shape, array.shape, strict=True)]
+    if all(n == 1 for n in over):
+        return array
+    sizes = [(m, n) if n > 1 else (m,) for m, n in zip(array.shape, over, strict=True)]
+    apart = [n for pair in sizes for n in pair]
+    first = [sum(map(len, sizes[:axis])) for axis in range(array.ndim)]
+    spread = lax.broadcast_in_dim(array, apart, first)
+    return spread.reshape([math.prod(pair) for pair in sizes])
+
+
+def _written(values: Sequence[Any]) -> bytes:
+    format, dtype = values
+    if FORMATS.get(format.name) != format:
+        raise ValueError(
+            f"jax.export cannot write {format!r}, whose functions are your own; it writes "
+            f"{', '.join(FORMATS)}"
+        )
+    return json.dumps([format.name, np.dtype(dtype).name]).encode()
+
+
+def _read(text: bytes | bytearray) -> tuple[Format, Any]:
+    name, dtype = json.loads(bytes(text))
+    return FORMATS[name], jnp.dtype(dtype)
+
+
+export.register_pytree_node_serialization(
+    Coded,
+    serialized_name="lora_jax.quantized.Coded",
+    serialize_auxdata=_written,
+    deserialize_auxdata=_read,
+    from_children=lambda static, children: Coded(*children, *static),
+)

@@ -1,0 +1,142 @@
+"""Formats: how the numbers of a block become codes, and codes numbers.
+
+A block of weights w shares a scale s. Its codes c stand for the values v(c), and W = s·v(c) (+ m,
+where a format has a minimum for each block). A format is an entry of the table below: to add one,
+write a `Format` and give it to `quantize` or `encode`; MXFP4 is
+
+    def power_of_two(absmax):                              # of a block, for values up to 6
+        return jnp.exp2(jnp.floor(jnp.log2(absmax)) - 2)
+
+    MXFP4 = Format("mxfp4", jnp.float4_e2m1fn, block=32, scale_of=power_of_two,
+                   scale_dtype=jnp.float8_e8m0fnu)
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# NormalFloat of 4 bits (Dettmers et al., arXiv 2305.14314, appendix E), as bitsandbytes has it.
+NF4_VALUES = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+_BOUNDS = [  # halfway between neighbours, in fp32
+    float((np.float32(low) + np.float32(high)) / np.float32(2))
+    for low, high in zip(NF4_VALUES, NF4_VALUES[1:], strict=False)
+]
+
+
+def to_nf4(scaled: jax.Array) -> jax.Array:
+    """Returns the index of the nearest of the 16 values, less 8; halfway, of the lower one."""
+    code = jnp.full(scaled.shape, -8, jnp.int8)
+    for bound in _BOUNDS:
+        code += (scaled > bound).astype(jnp.int8)
+    return code.astype(jnp.int4)
+
+
+def from_nf4(codes: jax.Array) -> jax.Array:
+    """Returns the values of codes, by a tree of selects: it fuses, where a look-up may not."""
+    bits = codes.astype(jnp.int8)
+    values: list[Any] = [jnp.float32(v) for v in NF4_VALUES[8:] + NF4_VALUES[:8]]  # 0…7, -8…-1
+    for place in range(4):
+        is_set = (bits >> jnp.int8(place)) & jnp.int8(1) == jnp.int8(1)
+        pairs = zip(values[::2], values[1::2], strict=True)
+        values = [jnp.where(is_set, high, low) for low, high in pairs]
+    return values[0]
+
+
+def from_unsigned(codes: jax.Array) -> jax.Array:
+    """Returns the values 0 to 15 of codes that are less by 8."""
+    return codes.astype(jnp.float32) + 8
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Format:
+    """A format of codes.
+
+    Attributes:
+      name: its name.
+      code_dtype: of the codes; one of 4 bits is packed on accelerators, and sliced along any axis
+        (int4 rather than uint4, which Orbax cannot save).
+      block: the number of weights along the contracted axis that share a scale.
+      top: the largest value of a code, which the largest weight of a block gets.
+      to_codes: scaled weights, fp32 in [-top, top] -> codes; by default rounds to the dtype's.
+      to_values: codes -> values, fp32; by default a cast.
+      scale_of: the largest magnitude of a block -> its scale; by default divides by `top`.
+      scale_dtype: of the scales.
+      double: whether the scales themselves are stored as int8 (double quantisation): steps from
+        the mean of their column, a step for each 256 of them.
+    """
+
+    name: str
+    code_dtype: Any
+    block: int = 64
+    top: float = 1.0
+    to_codes: Callable[[jax.Array], jax.Array] | None = None
+    to_values: Callable[[jax.Array], jax.Array] | None = None
+    scale_of: Callable[[jax.Array], jax.Array] | None = None
+    scale_dtype: Any = jnp.float32
+    double: bool = False
+
+    def codes(self, scaled: jax.Array) -> jax.Array:
+        """Returns the codes of scaled weights, fp32."""
+        if self.to_codes is not None:
+            return self.to_codes(scaled)
+        if jnp.issubdtype(self.code_dtype, jnp.integer):
+            scaled = jnp.clip(jnp.round(scaled), -self.top, self.top).astype(jnp.int8)
+        return scaled.astype(self.code_dtype)
+
+    def values(self, codes: jax.Array) -> jax.Array:
+        """Returns the values that codes stand for, fp32."""
+        return codes.astype(jnp.float32) if self.to_values is None else self.to_values(codes)
+
+    def scales(self, absmax: jax.Array) -> jax.Array:
+        """Returns the scales of blocks with these largest magnitudes, fp32."""
+        scales = absmax / jnp.float32(self.top) if self.scale_of is None else self.scale_of(absmax)
+        return scales.astype(self.scale_dtype)
+
+    def __repr__(self) -> str:
+        return f"Format({self.name!r})"
+
+
+INT8 = Format("int8", jnp.int8, top=127)
+INT4 = Format("int4", jnp.int4, top=7)
+NF4 = Format("nf4", jnp.int4, to_codes=to_nf4, to_values=from_nf4)
+NF4_DOUBLE = dataclasses.replace(NF4, name="nf4-double", double=True)
+
+# Blocks of GGUF files, read by `lora_jax.quantized.gguf`; q4_1 and q4_k have minima, too.
+Q8_0 = Format("q8_0", jnp.int8, block=32, top=127, scale_dtype=jnp.float16)
+Q4_0 = Format("q4_0", jnp.int4, block=32, top=7, scale_dtype=jnp.float16)
+Q4_1 = Format("q4_1", jnp.int4, block=32, to_values=from_unsigned, scale_dtype=jnp.float16)
+Q4_K = Format("q4_k", jnp.int4, block=32, to_values=from_unsigned)
+Q6_K = Format("q6_k", jnp.int8, block=16, top=31)
+
+FORMATS = {f.name: f for f in (INT8, INT4, NF4, NF4_DOUBLE, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K)}
+_WITH_MINIMA = (Q4_1, Q4_K)
+
+
+def format_of(format: "str | Format") -> Format:
+    """Returns a format that weights can be encoded in, by its name.
+
+    Raises:
+      ValueError: there is none of that name, or GGUF files alone are read in it.
+    """
+    if isinstance(format, str):
+        encoded = [f.name for f in FORMATS.values() if f not in _WITH_MINIMA]
+        if format not in encoded:
+            raise ValueError(
+                f"format={format!r}: choose one of {', '.join(map(repr, encoded))}, or give a "
+                "lora_jax.quantized.Format"
+            )
+        return FORMATS[format]
+    if not isinstance(format, Format):
+        raise TypeError(f"format={format!r}: a format is a name or a lora_jax.quantized.Format")
+    if format in _WITH_MINIMA:
+        raise ValueError(f"format={format!r} has minima: it is read from GGUF files, not encoded")
+    return format

@@ -1,0 +1,285 @@
+"""The transform of a parameter tree that puts codes in the place of kernels, and its inverses."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from lora_jax.adapt.roles import infer_roles
+from lora_jax.axes import EMBEDDING_NAMES, AxisRoles
+from lora_jax.base import as_array, is_abstract, is_base
+from lora_jax.paths import leaf_name
+from lora_jax.quantized.coded import Coded
+from lora_jax.quantized.encode import Coding, coding_of, encode
+from lora_jax.quantized.formats import Format, format_of
+from lora_jax.resolve import Adapted, Known, matches, resolve
+from lora_jax.rules import ALL_LINEAR, LoraRule, Targets
+from lora_jax.weight import is_node, leaves_of
+
+Tree = Any
+ROUTERS = ("router", "gate")  # modules that choose experts
+
+
+class QuantizeWarning(UserWarning):
+    """Leaves that rules select stay as they are."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantRule:
+    """Stores each kernel that `targets` selects in codes; fields are those of a `LoraRule`.
+
+    Args:
+      targets: a list of names, each a run of whole path segments, a regular expression for the
+        whole path, or a preset; by default all kernels but embeddings and the output head.
+      exclude: paths that stay as they are, in either of the first two forms; by default, modules
+        with the name of a router of experts.
+      format: a name ("nf4", "nf4-double", "int4", "int8", …) or a `Format` of your own.
+      in_axes, out_axes: the kernel's axis roles, where they are not Flax's. Both or neither.
+
+    >>> lj.quantized.QuantRule(targets=["mlp"], format="int8").format
+    'int8'
+    """
+
+    targets: Targets = ALL_LINEAR
+    exclude: Targets = ROUTERS
+    format: str | Format = "nf4"
+    in_axes: Sequence[int] | None = None
+    out_axes: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        format_of(self.format)
+        _selection(self)
+
+
+def _selection(rule: QuantRule) -> LoraRule:
+    """Returns the rule that selects the same kernels."""
+    names = ("targets", "exclude", "in_axes", "out_axes")
+    return LoraRule(**{name: getattr(rule, name) for name in names})
+
+
+def plan(
+    params: Tree,
+    format: str | Format = "nf4",
+    *,
+    keep: Targets = (),
+    rules: Sequence[QuantRule] | None = None,
+    trace: Sequence[Any] | None = None,
+    kinds: Mapping[str, str] | None = None,
+) -> dict[str, Coding | None]:
+    """Returns how each leaf that `quantize` selects is stored, by path; None where no blocks fit.
+
+    For those who encode tensor by tensor: ``encode(array, plan[path])``. Arguments and errors are
+    those of `quantize`.
+
+    >>> shape = jax.ShapeDtypeStruct((128, 96), jnp.bfloat16)
+    >>> lj.quantized.plan({"up": {"kernel": shape}, "lm_head": {"kernel": shape}}, "int8")
+    {'up/kernel': Coding(format=Format('int8'), axis=-2, block=64)}
+    """
+    leaves, _ = leaves_of(params)
+    if adapted := [path for path, leaf in leaves if is_node(leaf)]:
+        raise ValueError(
+            f"quantize: the tree is adapted already (at {adapted[0]!r}): give it the tree before, "
+            "lora_jax.strip(params), then lorafy that; swap puts the adapter onto it"
+        )
+    chosen = (QuantRule(format=format),) if rules is None else tuple(rules)
+    if wrong := [rule for rule in chosen if not isinstance(rule, QuantRule)]:
+        raise TypeError(f"quantize: a rule is a QuantRule, not {wrong[0]!r}")
+    roles = None
+    arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
+    if trace is not None:
+        roles = infer_roles(trace[0], trace[1:], {id(leaf): path for path, leaf in arrays})
+    is_router = {path for path, kind in (kinds or {}).items() if rules is None and kind == "router"}
+    arrays = [
+        (path, leaf)
+        for path, leaf in arrays
+        if not (is_base(leaf) or matches(keep, path) or path in is_router)
+    ]
+    selecting = {_selection(rule): rule for rule in reversed(chosen)}
+    try:
+        found = resolve(arrays, [_selection(rule) for rule in chosen], Known(roles, kinds))
+    except ValueError as error:
+        n_coded = sum(is_coded(leaf) for _, leaf in leaves)
+        already = f" ({n_coded} leaves of the tree are in codes already)" if n_coded else ""
+        raise ValueError(str(error).replace("LoraRule", "QuantRule") + already) from None
+    shapes = {path: leaf.shape for path, leaf in arrays}
+
+    def coding(path: str, choice: Adapted) -> Coding | None:
+        format = selecting[choice.rule].format
+        return coding_of(shapes[path], format, _roles_of_blocks(path, choice.roles))
+
+    return {p: coding(p, choice) for p, choice in found.items() if isinstance(choice, Adapted)}
+
+
+def _roles_of_blocks(path: str, roles: AxisRoles) -> AxisRoles:
+    """Returns the roles that blocks lie by: a row of a table is what a look-up reads."""
+    if leaf_name(path) in EMBEDDING_NAMES:
+        return AxisRoles(roles.out_axes, roles.in_axes)
+    return roles
+
+
+def quantize(
+    params: Tree,
+    format: str | Format = "nf4",
+    *,
+    keep: Targets = (),
+    rules: Sequence[QuantRule] | None = None,
+    trace: Sequence[Any] | None = None,
+    kinds: Mapping[str, str] | None = None,
+    dtype: Any = None,
+    donate: bool = False,
+) -> Tree:
+    """Returns `params` with codes in the place of kernels: a frozen base in 8 or 4 bits.
+
+    Give the result to `lorafy`; `lora_jax.adapt` runs functions on it, adapted or not, and forms
+    the kernel of one product at a time. Embeddings, the output head, norms, biases and routers stay
+    as they are. Leaves are encoded one by one, where they lie; codes and scales lie on a mesh as
+    the kernel did.
+
+    Args:
+      params: a plain tree of arrays of JAX or NumPy, tracers, or `jax.ShapeDtypeStruct`\\ s. Leaves
+        that are in codes already stay so.
+      format: "nf4" (4 bits by the quantiles of a normal distribution, QLoRA's), "nf4-double" (its
+        scales in 8 bits, too), "int4" or "int8" (evenly spaced), or a `Format` of your own.
+      keep: further leaves that stay as they are: names or a regular expression, as in `LoraRule`.
+      rules: `QuantRule`\\ s in the place of `format`, to select other kernels, or give some of them
+        another format; the first that selects a leaf wins.
+      trace, kinds: as for `lorafy`.
+      dtype: of the arrays that codes stand for; each kernel's own by default.
+      donate: delete each kernel's array once it is encoded, so that the tree and its codes never
+        lie in memory together.
+
+    Raises:
+      ValueError: a rule selects nothing, there is no such format, or the tree is adapted already.
+
+    Warns:
+      QuantizeWarning: no blocks fit some of the kernels, which stay as they are.
+
+    >>> params = {"dense": {"kernel": jnp.ones((128, 96)), "bias": jnp.zeros(96)}}
+    >>> base = lj.quantized.quantize(params, "nf4")
+    >>> base["dense"]["kernel"]
+    Coded('nf4', shape=(128, 96), dtype=float32)
+    >>> lj.lorafy(base, [lj.LoraRule(targets=["dense"], rank=2)])["dense"]["kernel"].base.nbytes
+    6912
+    """
+    codings = plan(params, format, keep=keep, rules=rules, trace=trace, kinds=kinds)
+    leaves, treedef = leaves_of(params)
+    if unfit := [path for path, coding in codings.items() if coding is None]:
+        warnings.warn(
+            f"quantize: no blocks fit {unfit[0]!r} (and {len(unfit) - 1} more), whose in axes have "
+            "few divisors: they stay as they are",
+            QuantizeWarning,
+            stacklevel=2,
+        )
+
+    def coded(path: str, leaf: Any) -> Any:
+        coding = codings.get(path)
+        if coding is None:
+            return leaf
+        result = encode(leaf, coding, dtype=dtype)
+        if donate and isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            jax.block_until_ready(result)
+            leaf.delete()
+        return result
+
+    return treedef.unflatten(coded(path, leaf) for path, leaf in leaves)
+
+
+def is_coded(value: Any) -> bool:
+    """Returns whether a leaf is in codes.
+
+    >>> lj.quantized.is_coded(lj.quantized.encode(jnp.ones((64, 3))))
+    True
+    """
+    return isinstance(value, Coded)
+
+
+def dequantize(params: Tree) -> Tree:
+    """Returns the tree with arrays in the place of codes, those of adapted weights included.
+
+    >>> base = lj.quantized.quantize({"dense": {"kernel": jnp.ones((128, 96))}})
+    >>> lj.quantized.dequantize(base)["dense"]["kernel"].dtype
+    dtype('float32')
+    """
+    return jax.tree.map(lambda x: _decoded(x) if is_base(x) else x, params, is_leaf=is_base)
+
+
+def _decoded(base: Any) -> Any:
+    """Returns W, compiled as one, on a mesh as the codes lie."""
+    if is_abstract(base):
+        return jax.eval_shape(as_array, base)
+    codes = jax.tree.leaves(base)[0]
+    sharding = None if isinstance(codes, jax.core.Tracer) else getattr(codes, "sharding", None)
+    return _decoder(sharding if isinstance(sharding, NamedSharding) else None)(base)
+
+
+@functools.lru_cache(maxsize=256)
+def _decoder(sharding: Any) -> Any:
+    return jax.jit(as_array, **({} if sharding is None else {"out_shardings": sharding}))
+
+
+def requantize(params: Tree, like: Tree) -> tuple[Tree, dict[str, float]]:
+    """Returns a merged tree in the codes of another, and the error that this costs each weight.
+
+    `lora_jax.merge` gives arrays in the place of adapted codes, since rounding W + s·AB to codes
+    again loses much of an update that is smaller than a step of the codes. Where the result has to
+    be as small as the base was, this does it, and says what was lost.
+
+    Args:
+      params: a plain tree, such as `lora_jax.merge` returns.
+      like: a tree of that structure, adapted or plain, whose codes say which leaves are encoded,
+        and how.
+
+    Returns:
+      The tree; and by path, for each leaf that was encoded, ‖Ŵ − W‖/‖W‖ of the codes Ŵ.
+
+    Raises:
+      ValueError: the trees have other paths, or a leaf's codes come from a GGUF file in a format
+        that is only read.
+
+    >>> base = lj.quantized.quantize({"dense": {"kernel": jnp.ones((128, 96))}})
+    >>> tree = lj.lorafy(base, [lj.LoraRule(targets=["dense"], rank=2)])
+    >>> _, errors = lj.quantized.requantize(lj.merge(tree), like=tree)
+    >>> errors
+    {'dense/kernel': 0.0}
+    """
+    leaves, treedef = leaves_of(params)
+    wanted = {p: leaf.base if is_node(leaf) else leaf for p, leaf in leaves_of(like)[0]}
+    if differ := sorted(wanted.keys() ^ {path for path, _ in leaves}):
+        raise ValueError(
+            f"requantize: the trees differ at {differ[0]!r} (and {len(differ) - 1} more)"
+        )
+    errors: dict[str, float] = {}
+
+    def coded(path: str, leaf: Any) -> Any:
+        model = wanted[path]
+        if not is_coded(model) or is_base(leaf):
+            return leaf
+        format_of(model.format)
+        axis = next((a - model.ndim for a, n in enumerate(model.blocks) if n > 1), -2)
+        result = encode(leaf, Coding(model.format, axis, model.blocks[axis]), dtype=model.dtype)
+        errors[path] = error_of(result, leaf)
+        return result
+
+    return treedef.unflatten(coded(path, leaf) for path, leaf in leaves), errors
+
+
+def error_of(coded: Any, array: Any) -> float:
+    """Returns ‖Ŵ − W‖/‖W‖, W an array and Ŵ what its codes stand for.
+
+    >>> kernel = jax.random.normal(jax.random.key(1), (4096, 16))
+    >>> round(lj.quantized.error_of(lj.quantized.encode(kernel, "nf4"), kernel), 3)
+    0.092
+    """
+    return float(_relative_error(coded, array))
+
+
+@jax.jit
+def _relative_error(coded: Any, array: jax.Array) -> jax.Array:
+    exact = array.astype(jnp.float32)
+    square = jnp.sum(jnp.square(as_array(coded).astype(jnp.float32) - exact))
+    return jnp.sqrt(square / jnp.maximum(jnp.sum(jnp.square(exact)), jnp.finfo(jnp.float32).tiny))
