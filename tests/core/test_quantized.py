@@ -91,7 +91,7 @@ def test_laws(program, name, float64):
         {"init": lj.init.olora},
         {"freeze_a": True},
     ],
-    ids=str,
+    ids=["DoRA", "DoRA, dropout", "bias on B", "PiSSA", "OLoRA", "LoRA-FA"],
 )
 @pytest.mark.parametrize("program", [STACK, HEADS], ids=lambda p: p.name)
 def test_variants(program, changes, float64):
