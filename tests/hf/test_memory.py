@@ -1,6 +1,7 @@
 """Memory of loading and saving SmolLM2-135M, measured in a separate process."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,7 @@ def measure(*arguments: Any) -> dict[str, int]:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(arguments)],
         cwd=Path(__file__).parents[2],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},  # a TPU's library takes memory of its own
         capture_output=True,
         text=True,
     )

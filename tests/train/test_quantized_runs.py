@@ -13,10 +13,12 @@ import lora_jax as lj
 from lora_jax.models import from_pretrained
 from lora_jax.quantized import dequantize
 from tests.support import assert_close
+from tests.train.test_classify import words, write_encoder
 from tests.train.test_sft import fails, run
-from tests.train.tiny import write_model, write_rows
-from train import export, generate, plan, sft
+from tests.train.tiny import write_jsonl, write_model, write_rows
+from train import classify, export, generate, plan, predict, sft
 from train.adapters.source import find_adapter, runnable
+from train.run.log import read_metrics
 from train.run.options.common import Defaults, with_defaults
 from train.run.pretrained import read_outline
 
@@ -114,6 +116,36 @@ def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, trained, tmp_
     run(inputs, first, "--steps", 3, *options, "--resume")
     got, want = (lj.split(tree_of(folder, inputs[1]))[0] for folder in (first, whole))
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.slow
+def test_a_mesh_trains_as_one_device_does(inputs, tmp_path, monkeypatch):
+    """Of kernels with several blocks, so that scales are sharded as codes are."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
+    model = write_model(tmp_path / "model", **sizes)
+    options = ["--model", str(model), *inputs[2:], "--steps", 3, "--quantize", "nf4"]
+    alone = run([], tmp_path / "alone", *options)
+    monkeypatch.setattr("train.run.mesh.all_devices", lambda: jax.devices()[:4])
+    placed = run([], tmp_path / "placed", *options, "--mesh", "fsdp=2,tensor=2")
+    got, want = ([x["loss"] for x in read_metrics(folder)] for folder in (placed, alone))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert len(set(want)) == 3
+
+
+@pytest.mark.slow
+def test_a_classifier_over_codes(tmp_path, capsys):
+    """Its head trains in full, and is no code; the encoder's kernels are."""
+    (folder := tmp_path / "model").mkdir()
+    options = ["--model", write_encoder(folder), "--text", "word", "--label", "grade"]
+    options += ["--dataset", write_jsonl(tmp_path / "rows.jsonl", words(12)), "--rank", 2]
+    options += ["--output", tmp_path / "run", "--steps", 2, "--batch-size", 4, "--quantize", "int8"]
+    options += ["--seq-len", 16]
+    classify.main([str(option) for option in options])
+    about = lj.adapter_info(tmp_path / "run" / "adapter")
+    assert about["quantize"] == "int8" and len(about["labels"]) == 3
+    capsys.readouterr()
+    predict.main(["--adapter", str(tmp_path / "run"), "abba"])
+    assert any(label in capsys.readouterr().out for label in about["labels"])
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,13 @@ MIXTRAL = LLAMA | {
 MODELS = {
     "7b": LLAMA,
     "8b": LLAMA_3 | {"intermediate_size": 14336, "max_position_embeddings": 131072},
+    "70b": LLAMA_3
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
     "405b": LLAMA_3
     | {
         "hidden_size": 16384,
@@ -119,6 +126,20 @@ def test_what_does_not_fit_is_told(plan):
     made = plan("7b", *OF_7B, "--remat", "none", "--attention", "dense")
     assert not made["fits"] and "exceeds available HBM (15.75G)" in made["refused"]
     assert made["per_chip_bytes"]["total"] > 30 * GIB
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "base"),
+    [
+        ("8b", ("--topology", "v5e:1x1", "--batch-size", 1), 5.7),
+        ("70b", ("--topology", "v5e:2x4", "--batch-size", 8), 5.1),
+    ],
+)
+def test_a_base_in_4_bits_fits_where_bf16_does_not(model, options, base, plan):
+    made = plan(model, *options, "--rank", 16, "--quantize", "nf4")
+    assert made["fits"] and made["per_chip_bytes"]["base"] <= base * GIB
+    np.testing.assert_allclose(made["flops_per_step"], made["flops_closed_form"], rtol=0.02)
+    assert not plan(model, *options, "--rank", 16)["fits"], "the control"
 
 
 def test_llama_3_405b(plan):
