@@ -39,6 +39,17 @@ def strict_promotion():
 
 
 @pytest.fixture
+def tpu_compiler(monkeypatch):
+    """Has the TPU's compiler, or skips the test: it ends the process at a flag that is not its own.
+
+    By then this process's CPU compiler has read its flags.
+    """
+    pytest.importorskip("libtpu")
+    jax.devices("cpu")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+
+@pytest.fixture
 def float64():
     """Equalities of algebra are tested in double precision."""
     with jax.enable_x64(True):

@@ -155,7 +155,7 @@ CASES += [("v5e:2x2", "sequence=2,tensor=2")]
 
 
 @over(("machine", "text"), CASES, often=["cpu fsdp=2,tensor=2"], called=" ".join)
-def test_a_step_sends_what_the_base_needs_and_its_adapter_twice(machine, text):
+def test_a_step_sends_what_the_base_needs_and_its_adapter_twice(machine, text, request):
     """The bound: the plain model forward and back to its input, and the adapter's bytes twice.
 
     (Once when it is gathered, once for each axis that its gradient is summed over. Over the tensor
@@ -163,7 +163,7 @@ def test_a_step_sends_what_the_base_needs_and_its_adapter_twice(machine, text):
     """
     devices = None
     if machine != "cpu":
-        pytest.importorskip("libtpu")
+        request.getfixturevalue("tpu_compiler")
         devices = find_machine(machine).devices
     config = models.read_config(CONFIG)
     layout = Layout.of(make_mesh(text, BATCH, devices), config)

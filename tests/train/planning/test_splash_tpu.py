@@ -20,7 +20,7 @@ from train.planning.hlo import work_of
 from train.planning.kernels import named
 from train.planning.machines import find_machine
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tpu_compiler")]
 ALL_THREE = ("splash attention (fwd, dq, dkv)",)
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
 
@@ -35,7 +35,6 @@ def compiled(
     how: str, seq: int, cap: float | None = None, some: bool = False
 ) -> jax.stages.Compiled:
     """The gradient of a layer's attention, on one chip."""
-    pytest.importorskip("libtpu")
     here = NamedSharding(Mesh(find_machine("v5e:1x1").devices, ("chip",)), P())
 
     def loss(arrays, segments, windowed):
@@ -95,7 +94,6 @@ GEMMA |= {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
 )
 def test_the_kernels_are_in_a_step(tmp_path, more, machine):
     """And their FLOPs in all three counts, of layers of which some have a window, too."""
-    pytest.importorskip("libtpu")
     path = tmp_path / "config.json"
     fields = {name: value for name, value in FIELDS.items() if value is not None}
     path.write_text(json.dumps(fields | {"max_position_embeddings": 4096} | more))
