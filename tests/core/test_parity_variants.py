@@ -222,7 +222,7 @@ def test_one_step_of_lora_fa(tiny_llama, monkeypatch):  # noqa: F811
     adam = optax.adam(lr, b2=beta2, eps=1e-6 / np.sqrt(1 - beta2))
     stepped = step_of(optax.chain(lj.optim.project_b(tree), adam), adapter, gradients)
     stepped = jax.tree.map(lambda v: v * (1 - lr * decay), stepped)
-    assert_close(stepped, take(peft, adapter, lambda p: p), 1e-6)
+    assert_close(stepped, take(peft, adapter, lambda p: p), 5e-6)  # Adam divides by small gradients
     plain = step_of(adam, adapter, gradients)
     difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), plain, stepped)
     assert max(jax.tree.leaves(difference)) > 1e-4, "the projection must be seen"
