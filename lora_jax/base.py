@@ -94,6 +94,11 @@ def is_base(value: Any) -> bool:
     return hasattr(kind, "as_array") and hasattr(kind, "along")
 
 
+def is_of_4_bits(array: Any) -> bool:
+    """Returns whether two numbers of an array share a byte, on accelerators."""
+    return array.dtype.name in ("int4", "uint4", "float4_e2m1fn")
+
+
 def as_array(base: Any) -> Any:
     """Returns W as an array, of its own dtype."""
     return base.as_array() if is_base(base) else base

@@ -137,12 +137,13 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
     # The base, for comparison.
     is_quantized = optim.quantize != "none"
     answering = lj.adapt(model.apply)  # as the model itself answers, not laid out for a step
+    evaluated = answering if is_quantized else model.apply
     context = Context(
         config=config, folder=folder, console=console, rows=rows, data=data, outline=outline
     )
     evaluation = task.evaluation(context)
     if evaluation:
-        evaluation.before(model, plain, answering if is_quantized else model.apply)
+        evaluation.before(model, plain, evaluated)
     del plain
 
     # Training. It leaves the adapter on its own, the loss curve, and a report of its costs.
@@ -164,10 +165,9 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
     # The trained model.
     if evaluation:
         # Codes stay codes: merged, they would be the float model.
-        forward = answering if is_quantized else model.apply
         tree = trained if is_quantized else lj.merge(trained)
         del trained, ready, more, tree_of_state
-        evaluation.after(model, tree, forward)
+        evaluation.after(model, tree, evaluated)
     print_costs(console, report)
     console.print(report["summary"], highlight=False, soft_wrap=True)
     console.print(

@@ -35,8 +35,8 @@ def encoded(
       place: the sharding of that array.
       read: returns the fp32 array of these layers, or of all for None.
     """
-    apart = bool(row.stack) and not (isinstance(place, NamedSharding) and place.spec[:1] not in _NO)
-    if not apart:
+    whole_stack = isinstance(place, NamedSharding) and any(place.spec[:1])  # layers are sharded
+    if not row.stack or whole_stack:
         return encode(read(None), coding, dtype=dtype)
     layers = [
         jax.block_until_ready(encode(read(range(i, i + 1)), coding, dtype=dtype))
@@ -47,9 +47,6 @@ def encoded(
         shape = jax.ShapeDtypeStruct(row.stacked_shape, jnp.float32)
         where = shardings_of(encode(shape, coding, dtype=dtype), place)
     return jax.block_until_ready(_joined(where)(layers))
-
-
-_NO: tuple[tuple[Any, ...], ...] = ((), (None,))  # no axis of the mesh at the first of the array
 
 
 def _joined(where: Any) -> Callable[[Sequence[Coded]], Coded]:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
 
-from lora_jax.base import Move
+from lora_jax.base import Move, is_of_4_bits
 from lora_jax.parts import STATIC
 from lora_jax.quantized.formats import FORMATS, Format
 
@@ -104,7 +104,7 @@ class Coded:
 
 def bytes_of(array: Any) -> int:
     """Returns the bytes of an array, two numbers of 4 bits in one."""
-    bits = 4 if array.dtype.name in ("int4", "uint4", "float4_e2m1fn") else 8 * array.dtype.itemsize
+    bits = 4 if is_of_4_bits(array) else 8 * array.dtype.itemsize
     return -(-array.size * bits // 8)
 
 

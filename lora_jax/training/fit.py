@@ -17,7 +17,7 @@ from lora_jax.fingerprint import base_fingerprint, differing
 from lora_jax.models import Decoder
 from lora_jax.training.batches import Batch, Examples, Packs
 from lora_jax.training.data.order import Batches
-from lora_jax.training.errors import Diverged, TrainingError
+from lora_jax.training.errors import DamagedCheckpoint, Diverged, TrainingError
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import Hooks, Measure, Pace, train
 from lora_jax.training.losses import HELD_OUT, Loss, Sums
@@ -107,9 +107,12 @@ def resumed(ready: Ready, steps: int) -> Ready:
         if ready.best is not None:
             ready.best.go_on_from(0, None)
         return ready
-    if (saved := ready.checkpoints.run_of_newest()) is not None:
-        _check_settings(saved, ready)  # other rules make another state, which cannot be restored
-    state, saved = ready.checkpoints.restore(ready.state)
+    try:
+        state, saved = ready.checkpoints.restore(ready.state)
+    except DamagedCheckpoint:
+        if (whole := ready.checkpoints.run_of_newest()) is not None:
+            _check_settings(whole, ready)  # other rules make a state of other shapes
+        raise
     done = int(state.step)
     if saved["data"] != ready.facts["data"] or not ready.feed.seek(saved["cursor"], done):
         raise TrainingError(
@@ -124,6 +127,7 @@ def resumed(ready: Ready, steps: int) -> Ready:
                 f"{len(wrong)} of its weights differ, {wrong[0]} among them"
             )
         )
+    _check_settings(saved, ready)
     if done > steps:
         raise TrainingError(
             lambda option: (

@@ -11,6 +11,7 @@ import jax
 import optax
 
 import lora_jax as lj
+from lora_jax.base import is_of_4_bits
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
 from lora_jax.training.neftune import neftune
@@ -86,18 +87,6 @@ class Setup:
             self.where,
         )
 
-    def lower(
-        self,
-        forward: Callable[..., Any],
-        loss: Loss,
-        state: State,
-        base: Any,
-        batch: Mapping[str, Any],
-    ) -> jax.stages.Lowered:
-        """Lowers the step for arrays such as these, to be compiled; see `trace`."""
-        with jax.set_mesh(self.layout.mesh):
-            return self.trace(forward, loss, state, base, batch).lower()
-
     def trace(
         self,
         forward: Callable[..., Any],
@@ -131,8 +120,7 @@ class Setup:
         jitted = self._jitted(forward, loss)
         with jax.set_mesh(self.layout.mesh):
             compiled = jitted.lower(state, base, batch).compile()
-        in_4_bits = any(array.dtype.name in ("int4", "uint4") for array in jax.tree.leaves(base))
-        if self.layout.platform == "cpu" and in_4_bits:
+        if self.layout.platform == "cpu" and any(map(is_of_4_bits, jax.tree.leaves(base))):
             return _Jitted(jitted, compiled, self.layout.mesh)
         return compiled
 

@@ -11,6 +11,8 @@ import lora_jax as lj
 from lora_jax.base import as_array, is_base
 from lora_jax.paths import flatten_with_paths
 from lora_jax.resolve import Adapted, resolve
+from tests.laws import test_laws as laws
+from tests.support import assert_close
 
 STATIC = {"static": True}
 
@@ -95,3 +97,26 @@ def is_on(tree: Any) -> bool:
     """Returns whether a tree has an adapted weight whose base is coded."""
     nodes = jax.tree.leaves(tree, is_leaf=lj.is_node)
     return any(lj.is_node(n) and is_base(n.base) for n in nodes)
+
+
+def check_variant(program: Any, changes: dict[str, Any]) -> None:
+    """Compares values and gradients over codes with those over the arrays they stand for.
+
+    Args:
+        program: one whose kernels are in codes, in float64.
+        changes: the fields of its rules to change.
+    """
+    rules = tuple(dataclasses.replace(rule, **changes) for rule in program.rules)
+    _, tree, x = dataclasses.replace(program, rules=rules).inputs(jnp.float64)
+    key = jax.random.key(3) if "dropout" in changes else None
+
+    def values(tree):
+        adapter, base = lj.split(tree)
+
+        def loss(adapter):
+            y = laws.adapted(program)(lj.join(adapter, base), x, dropout_key=key)
+            return jnp.sum(jnp.sin(y))
+
+        return jax.jit(jax.value_and_grad(loss))(adapter)
+
+    assert_close(values(tree), values(decoded(tree)), 1e-9)

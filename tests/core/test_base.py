@@ -21,6 +21,7 @@ from tests.adapt.random_programs import check, programs
 from tests.adapt.test_random_programs import COMMON, ways
 from tests.core.coded import (
     Coded,
+    check_variant,
     coded,
     coded_program,
     decoded,
@@ -110,20 +111,7 @@ def test_variants_and_dropout(program, changes, float64):
     """As over the array that the codes stand for: values, and gradients of the adapter."""
     if "tied" in program.name and ("bias_on_b" in changes or changes.get("dropout")):
         changes = {"dora": True}
-    rules = tuple(dataclasses.replace(rule, **changes) for rule in program.rules)
-    _, tree, x = dataclasses.replace(program, rules=rules).inputs(jnp.float64)
-    key = jax.random.key(3) if "dropout" in changes else None
-
-    def values(tree):
-        adapter, base = lj.split(tree)
-
-        def loss(adapter):
-            y = laws.adapted(program)(lj.join(adapter, base), x, dropout_key=key)
-            return jnp.sum(jnp.sin(y))
-
-        return jax.jit(jax.value_and_grad(loss))(adapter)
-
-    assert_close(values(tree), values(decoded(tree)), 1e-9)
+    check_variant(program, changes)
 
 
 @pytest.mark.filterwarnings("ignore::lora_jax.RoleWarning")  # some use a kernel only mirrored

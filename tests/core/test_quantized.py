@@ -18,7 +18,7 @@ import lora_jax as lj
 from lora_jax import quantized, sharding
 from lora_jax.quantized import FORMATS, Format, QuantRule, encode
 from lora_jax.quantized.gguf import TYPES
-from tests.core.coded import coded_program, decoded, is_on
+from tests.core.coded import check_variant, coded_program, decoded, is_on
 from tests.laws import test_laws as laws
 from tests.support import (
     MORE_PROGRAMS,
@@ -69,7 +69,7 @@ def test_factored_equals_merged(program, name, float64):
 @pytest.mark.parametrize("name", ["nf4", "int8", "nf4-double"])
 @pytest.mark.parametrize("program", [*OUR_PROGRAMS.values(), STACK, HEADS], ids=lambda p: p.name)
 def test_laws(program, name, float64):
-    """Where sizes are primes, a block is a whole axis."""
+    """Runs the laws; where sizes are primes, a block is a whole axis."""
     has_blocks = program in (STACK, HEADS)
     program = coded_program(program, by((SHORT if has_blocks else FORMATS)[name]))
     laws.test_factored_equals_merged(program, None)
@@ -97,20 +97,7 @@ def test_laws(program, name, float64):
 def test_variants(program, changes, float64):
     """As over the arrays that the codes stand for: values, and gradients of the adapter."""
     program = coded_program(program, by(SHORT["nf4"]))
-    rules = tuple(dataclasses.replace(rule, **changes) for rule in program.rules)
-    _, tree, x = dataclasses.replace(program, rules=rules).inputs(jnp.float64)
-    key = jax.random.key(3) if "dropout" in changes else None
-
-    def values(tree):
-        adapter, base = lj.split(tree)
-
-        def loss(adapter):
-            y = laws.adapted(program)(lj.join(adapter, base), x, dropout_key=key)
-            return jnp.sum(jnp.sin(y))
-
-        return jax.jit(jax.value_and_grad(loss))(adapter)
-
-    assert_close(values(tree), values(decoded(tree)), 1e-9)
+    check_variant(program, changes)
 
 
 # Of bitsandbytes 0.50.2 on a CPU: quantize_4bit(w, blocksize=64, quant_type="nf4"), two codes in a
@@ -172,7 +159,7 @@ def test_blocks_of_gguf_files_are_read_bitwise(kind):
     + [("int8", 0.007, 0.54)],
 )
 def test_errors_and_bytes(name, error, size):
-    """Of normal weights; bytes as compiled, and as the report has them, over those of bf16."""
+    """Measures normal weights; bytes, as compiled and as reported, are shares of bf16's."""
     kernel = draw(1, (2, 1024, 384))
     params = {"layers": {"kernel": kernel.astype(jnp.bfloat16)}}
     base = quantized.quantize(params, name)

@@ -120,7 +120,7 @@ def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, trained, tmp_
 
 @pytest.mark.slow
 def test_a_mesh_trains_as_one_device_does(inputs, tmp_path, monkeypatch):
-    """Of kernels with several blocks, so that scales are sharded as codes are."""
+    """Kernels have several blocks, so that scales are sharded as codes are."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
     model = write_model(tmp_path / "model", **sizes)
     options = ["--model", str(model), *inputs[2:], "--steps", 3, "--quantize", "nf4"]

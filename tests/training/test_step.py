@@ -108,7 +108,7 @@ def test_dropout_depends_on_the_step_and_the_part(model, halves):
     twice = packs().take(np.array([[0, 1], [0, 1]]))
 
     def loss(number, counts):
-        """Of the parts that count, of which both hold the same."""
+        """Returns the parts that count; both ways have the same ones."""
         weights = twice["weights"] * np.array(counts)[:, None, None]
         batch = {**twice, "weights": weights.astype(twice["weights"].dtype)}
         return float(step(state._replace(step=jnp.int32(number)), base, batch)[1]["loss"])

@@ -133,7 +133,7 @@ def test_a_mesh_has_the_sums_of_one_device():
         state = setup.state(adapter, jax.random.key(0))
         data = layout.batch(rows((2, 4)), parts=True)
         assert {shard.data.shape for shard in data["x"].addressable_shards} == {(2, 1, 5)}
-        step = setup.lower(lj.adapt(linear), loss, state, base, data).compile()
+        step = setup.compile(lj.adapt(linear), loss, state, base, data)
         after, metrics = step(state, base, data)
         seen = jax.tree.map(lambda a, b: a - np.asarray(b), before, after.adapter)
         expected = stepped(loss, rows((1, 8)))
