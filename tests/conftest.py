@@ -1,5 +1,6 @@
 """Settings for all tests: four devices, and dtypes that are never promoted silently."""
 
+import gc
 import mmap
 import os
 from pathlib import Path
@@ -36,6 +37,20 @@ jax.config.update("jax_num_cpu_devices", 4)
 def strict_promotion():
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Drops the compiled programs after a file if there are many.
+
+    Each program maps about nine pieces of memory, and Linux grants a process 65,530: the compiler
+    that gets no more crashes, some thousands of tests into a session.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
