@@ -1,5 +1,6 @@
 """LoRA for JAX and Flax, as a pure transform of a parameter tree."""
 
+from lora_jax import bank as bank
 from lora_jax import base as base
 from lora_jax import exported as exported
 from lora_jax import init as init
