@@ -50,7 +50,6 @@ HOWS = {
 }
 
 
-@functools.partial(jax.jit, static_argnames=("how", "rank", "density", "sign", "is_mirrored"))
 def combined(
     factors: Sequence[Factors],
     scales: Sequence[jax.Array],

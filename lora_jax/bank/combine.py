@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.bank.arithmetic import HOWS, How, Sign, combined
-from lora_jax.bank.lowrank import Factors, stacked
+from lora_jax.bank.arithmetic import HOWS, How, Sign
 from lora_jax.bank.same_base import names_of, shared_base
+from lora_jax.bank.terms import ARRAYS, rank_of_sum, ranks_by_layer, summed, summed_biases
 from lora_jax.base import as_array
 from lora_jax.lorafy import Tree, nodes_of
 from lora_jax.magnitude import wide
@@ -214,18 +214,12 @@ def _check_terms(
                 f"of the base, which how={how!r} cannot sum apart: choose 'exact' or 'svd'"
             )
     if chosen.what == "factors":
-        for ranks in _by_layer(list(terms.values())):
+        for ranks in ranks_by_layer(list(terms.values())):
             if len({rank for rank in ranks if rank}) > 1:
                 raise ValueError(
                     f"combine: {path!r} has the ranks {list(ranks)}, and how={how!r} sums factors "
                     "of one rank only: choose 'exact', 'svd' or one that ends in '_svd'"
                 )
-
-
-def _by_layer(nodes: Sequence[LoraWeight]) -> list[tuple[int, ...]]:
-    """Returns the ranks of the nodes in each layer; of one layer only, where none differ."""
-    depth = max(len(node.ranks) for node in nodes)
-    return [tuple(n.ranks[layer % len(n.ranks)] for n in nodes) for layer in range(depth)]
 
 
 def _weight(
@@ -237,91 +231,44 @@ def _weight(
     options: Mapping[str, Any],
 ) -> LoraWeight:
     """Returns the sum of the nodes of one weight."""
-    first = nodes[0]
-    kinds = [node.arrays[name].dtype for node in nodes for name in ("a", "b")]
-    dtype = max(kinds, key=lambda kind: kind.itemsize)
-    layers_of: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    by_layer = _by_layer(nodes)
-    for layer, ranks in enumerate(by_layer):
-        layers_of[ranks].append(layer)
-
-    def of_lane(lane: int) -> tuple[Factors, tuple[int, ...]]:
-        def of_group(ranks: tuple[int, ...], layers: list[int]) -> Factors | None:
-            on = [i for i, r in enumerate(ranks) if r]
-            at = None if len(by_layer) == 1 else np.asarray(layers)
-            taken = [_taken(nodes[i], ranks[i], at, lane, wide(dtype)) for i in on]
-            if not taken:
-                return None
-            factors, scales = zip(*taken, strict=True)
-            largest = [a.shape[-2] for a, _ in factors]
-            sizes = [factors[0][0].shape[-1], factors[0][1].shape[-1]]
-            limit = min(*sizes, sum(largest)) if how.what == "ranks" else min(sizes)
-            own = jax.random.fold_in(jax.random.fold_in(key, lane), layers[0])
-            return combined(
-                factors,
-                scales,
-                jnp.asarray(weights[on], wide(dtype)),
-                own,
-                how=how,
-                rank=min(rank or max(largest), limit) if how.is_compressed else 0,
-                is_mirrored=lane == 1 or first.uses == "product",
-                **options,
-            )
-
-        groups = [(layers, of_group(ranks, layers)) for ranks, layers in layers_of.items()]
-        return stacked(groups, len(by_layer))
-
-    lanes = [of_lane(lane) for lane in range(2 if first.uses == "each" else 1)]
-    ranks = tuple(len(lanes) * r for r in lanes[0][1])
-    node = first.replace(ranks=ranks, start_a=None, start_b=None, bias=None, extras=(), frozen=())
-    a, b = (jnp.concatenate(one, axis=-2) for one in zip(*(f for f, _ in lanes), strict=True))
-    on = jnp.asarray([r > 0 for r in ranks], jnp.float32)
-    scale = jnp.broadcast_to(
-        on.reshape(-1, *[1] * (first.n_batch - 1)) if first.n_batch else on[0], first.scale.shape
+    first, by_layer = nodes[0], ranks_by_layer(nodes)
+    dtype = max((n.arrays[name].dtype for n in nodes for name in "ab"), key=lambda d: d.itemsize)
+    sizes = [math.prod(first.roles.sizes(first.shape, label)) for label in ("in", "out")]
+    n_lanes = 2 if first.uses == "each" else 1
+    each = [tuple(rank // n_lanes for rank in ranks) for ranks in by_layer]
+    ranks = tuple(n_lanes * rank_of_sum(r, (sizes[0], sizes[1]), how, rank) for r in each)
+    a, b = summed(
+        [{name: n.arrays[name] for name in ARRAYS if name in n.arrays} for n in nodes],
+        jnp.asarray(weights, wide(dtype)),
+        key,
+        by_layer=by_layer,
+        ranks=ranks,
+        n_batch=first.n_batch,
+        uses=first.uses,
+        how=how,
+        dtype=dtype,
+        **options,
     )
-    node = node.replace(
-        a=a.astype(dtype).reshape(node.shape_of("a")),
-        b=b.astype(dtype).reshape(node.shape_of("b")),
-        scale=scale,
+    node = first.replace(
+        ranks=ranks if len(set(ranks)) > 1 else ranks[:1],
+        extras=(),
         frozen=first.frozen if all(n.frozen == first.frozen for n in nodes) else (),
+        arrays={},
     )
-    biases = [(n.bias, n.scale, float(w)) for n, w in zip(nodes, weights, strict=True) if n.extras]
-    if not biases:
+    on = np.asarray([rank > 0 for rank in node.ranks], np.float32)
+    on = on.reshape(-1, *[1] * (node.n_batch - 1)) if node.n_batch else on[0]
+    node = node.replace(
+        a=a.reshape(node.shape_of("a")),
+        b=b.reshape(node.shape_of("b")),
+        scale=jnp.asarray(np.broadcast_to(on, first.scale.shape)),
+    )
+    with_bias = [n.bias is not None for n in nodes]
+    if not any(with_bias):
         return node
-    node = node.replace(extras=(BIAS,))
-    total = sum(
-        c.astype(wide(dtype)) * jnp.expand_dims(s.astype(wide(dtype)) * w, range(s.ndim, c.ndim))
-        for c, s, w in biases
-    )
-    return node.replace(bias=jnp.asarray(total, dtype))
-
-
-def _taken(
-    node: LoraWeight, rank: int, at: np.ndarray | None, lane: int, dtype: Any
-) -> tuple[Factors, jax.Array]:
-    """Returns A [batch…, r, in], B [batch…, r, out] and s [batch…] of some layers of a weight.
-
-    A₀ and B₀ are part of them: W + s(AB − A₀B₀) is W + s·[A A₀][B; −B₀].
-
-    Args:
-      node: the weight.
-      rank: of these layers.
-      at: their indices; None for all.
-      lane: 0, or 1 for the second adapter of uses="each".
-      dtype: of the result.
-    """
-    start = lane * (node.rank // 2)
-    stop = start + node.rank // 2 if node.uses == "each" else rank
-
-    def of_layers(array: Any) -> jax.Array:
-        array = (array if at is None else array[at]).astype(dtype)
-        return array.reshape(*array.shape[: node.n_batch], node.rank, -1)[..., start:stop, :]
-
-    a, b = of_layers(node.a), of_layers(node.b)
-    if node.start is not None:
-        a0, b0 = map(of_layers, node.start)
-        a, b = jnp.concatenate([a, a0], axis=-2), jnp.concatenate([b, -b0], axis=-2)
-    return (a, b), (node.scale if at is None else node.scale[at]).astype(dtype)
+    terms = [(n.bias, n.scale) for n in nodes if n.bias is not None]
+    biases, scales = zip(*terms, strict=True)
+    total = summed_biases(biases, scales, jnp.asarray(weights[with_bias], wide(dtype)))
+    return node.replace(extras=(BIAS,), bias=total.astype(dtype))
 
 
 def _is_kept(values: Sequence[Any], weights: Sequence[float]) -> bool:

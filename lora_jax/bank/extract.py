@@ -1,9 +1,10 @@
 """Adapters taken out of models that were fine-tuned in full."""
 
 import dataclasses
+import functools
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ class ExtractWarning(UserWarning):
 
 @dataclasses.dataclass(frozen=True)
 class Extraction:
-    """What an adapter has of a change, and what is lost. `print` shows it as a table.
+    """Says how much of a change an adapter has, and what is lost. `print` shows it as a table.
 
     Attributes:
       ranks: of each kernel's layers, or one for all, by path.
@@ -136,7 +137,7 @@ def extract(
         elif isinstance(node, Trained) or (keep_rest and node is None and _is_float(value)):
             found[path] = Trained(jnp.array(as_array(value), old[path].dtype, copy=True))
         else:
-            lost[path] = change / (_norm(as_array(old[path])) or 1.0)
+            lost[path] = change / (float(_norm(old[path])) or 1.0)
     if not found:
         raise ValueError(
             "extract: nothing that the rules select differs between before and after"
@@ -193,31 +194,28 @@ def _weight(
     """
     labels, n = node.labels, node.n_batch
     depth = node.shape[labels.index("batch")] if n else 1
-    is_on = [node.ranks[layer % len(node.ranks)] > 0 for layer in range(depth)]
     groups: list[tuple[list[int], Factors | None]] = []
     left = whole = 0.0
-    for layer, change in enumerate(_changes(node.base, after, labels)):
-        squares = _norm(change) ** 2
-        whole += squares
-        if not is_on[layer] or not squares:
-            left += squares
-            continue
-        u, s, vt = jnp.linalg.svd(change, full_matrices=False)
+    for layer in range(depth):
+        a, b, s = _decomposed(node.base, after, layer, labels)
         energies = np.square(np.asarray(s, np.float64)).reshape(-1, s.shape[-1]).sum(0)
-        r = _rank(energies, rank, energy)
-        left += float(energies[r:].sum())
-        a, b = (factor.astype(node.a.dtype) for factor in with_roots(u, s, vt, r))
-        groups.append(([layer], (a[None], b[None]) if depth > 1 else (a, b)))
+        is_kept = node.ranks[layer % len(node.ranks)] > 0 and energies[0] > 0
+        r = _rank(energies, rank, energy) if is_kept else 0
+        whole, left = whole + float(energies.sum()), left + float(energies[r:].sum())
+        if r:
+            a, b = (factor[..., :r, :].astype(node.a.dtype) for factor in (a, b))
+            groups.append(([layer], (a[None], b[None]) if depth > 1 else (a, b)))
     if not groups:
         return None
     (a, b), ranks = stacked(groups, depth)
-    if n and depth == 1:
-        a, b = a[None], b[None]
     weight = node.replace(ranks=ranks)
-    on = jnp.asarray([r > 0 for r in ranks], jnp.float32).reshape(-1, *[1] * (n - 1) if n else ())
-    scale = jnp.broadcast_to(on if n else on[0], node.scale.shape)
-    a, b = a.reshape(weight.shape_of("a")), b.reshape(weight.shape_of("b"))
-    return weight.replace(a=a, b=b, scale=scale), math.sqrt(left / whole)
+    on = np.asarray([r > 0 for r in ranks], np.float32)
+    on = on.reshape(-1, *[1] * (n - 1)) if n else on[0]
+    return weight.replace(
+        a=a.reshape(weight.shape_of("a")),
+        b=b.reshape(weight.shape_of("b")),
+        scale=jnp.asarray(np.broadcast_to(on, node.scale.shape)),
+    ), math.sqrt(left / whole)
 
 
 def _rank(energies: np.ndarray, rank: int | None, energy: float | None) -> int:
@@ -230,48 +228,64 @@ def _rank(energies: np.ndarray, rank: int | None, energy: float | None) -> int:
     return min(enough, largest)
 
 
-def _changes(before: Any, after: Any, labels: Sequence[Label]) -> Iterator[jax.Array]:
-    """Yields after − before of each layer of the first batch axis, [batch…, in, out]."""
-    axes: tuple[Label, ...] = ("batch", "in", "out")
+@functools.partial(jax.jit, static_argnames="labels")
+def _decomposed(
+    before: Any, after: Any, layer: Any, labels: tuple[Label, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns A [batch…, k, in], B [batch…, k, out] and singular values S [batch…, k] of a change.
 
+    Args:
+      before, after: the kernels, or the stacks of which one layer is decomposed.
+      layer: index along the first batch axis.
+      labels: the roles of the kernel's axes.
+    """
     dtype = max(wide(before.dtype), wide(after.dtype), key=lambda kind: np.dtype(kind).itemsize)
+    order: tuple[Label, ...] = ("batch", "in", "out")
 
-    def matrix(leaf: Any, labels: Sequence[Label]) -> jax.Array:
+    def matrix(leaf: Any) -> jax.Array:
+        own = labels
+        if "batch" in labels:
+            axis = labels.index("batch")
+            own = (*labels[:axis], *labels[axis + 1 :])
+
+            def picked(array: Any, axes: Axes) -> Any:
+                if axis not in axes:
+                    return array
+                return lax.dynamic_index_in_dim(array, layer, axes.index(axis), keepdims=False)
+
+            leaf = along(leaf, picked, [axis])
         array = as_array(leaf)
-        shape = [[array.shape[axis] for axis in layout((label,), labels)] for label in axes]
-        flat = (*shape[0], math.prod(shape[1]), math.prod(shape[2]))
-        return jnp.transpose(array, layout(axes, labels)).reshape(flat).astype(dtype)
+        batch, rows, columns = (
+            [array.shape[axis] for axis in layout((label,), own)] for label in order
+        )
+        flat = (*batch, math.prod(rows), math.prod(columns))
+        return jnp.transpose(array, layout(order, own)).reshape(flat).astype(dtype)
 
-    if "batch" not in labels:
-        yield matrix(after, labels) - matrix(before, labels)
-        return
-    axis = labels.index("batch")
-    rest = (*labels[:axis], *labels[axis + 1 :])
-    for layer in range(before.shape[axis]):
-
-        def picked(array: Any, axes: Axes, layer: int = layer) -> Any:
-            if axis not in axes:
-                return array
-            return lax.index_in_dim(array, layer, axes.index(axis), keepdims=False)
-
-        new, old = (matrix(along(leaf, picked, [axis]), rest) for leaf in (after, before))
-        yield new - old
+    change = matrix(after) - matrix(before)
+    u, s, vt = jnp.linalg.svd(change, full_matrices=False)
+    return *with_roots(u, s, vt, s.shape[-1]), s
 
 
 def _change(before: Any, after: Any) -> float:
     """Returns ‖after − before‖; 1 for leaves of no floats that differ."""
-    if before is after:
-        return 0.0
+    return 0.0 if before is after else float(_distance(before, after))
+
+
+@jax.jit
+def _distance(before: Any, after: Any) -> jax.Array:
     old, new = as_array(before), as_array(after)
     if not _is_float(old):
-        return float(not jnp.array_equal(old, new))
-    return _norm(new.astype(wide(new.dtype)) - old.astype(wide(new.dtype)))
+        return jnp.any(old != new).astype(jnp.float32)
+    dtype = max(wide(old.dtype), wide(new.dtype), key=lambda kind: np.dtype(kind).itemsize)
+    return jnp.linalg.norm((new.astype(dtype) - old.astype(dtype)).reshape(-1))
 
 
-def _norm(array: Any) -> float:
+@jax.jit
+def _norm(leaf: Any) -> jax.Array:
+    array = as_array(leaf)
     if not _is_float(array):
-        return 1.0
-    return float(jnp.linalg.norm(array.astype(wide(array.dtype)).reshape(-1)))
+        return jnp.float32(1)
+    return jnp.linalg.norm(array.astype(wide(array.dtype)).reshape(-1))
 
 
 def _is_float(array: Any) -> bool:

@@ -59,13 +59,22 @@ def stacked(
             ranks[layer] = a.shape[-2]
     if depth == 1:
         return found[0][1], (largest,)
+    order = [layer for layers, _ in found for layer in layers]
+    absent = [layer for layer in range(depth) if layer not in order]
+    places = np.argsort([*order, *absent])
 
     def whole(parts: list[jax.Array]) -> jax.Array:
         *batch, _, width = parts[0].shape
-        result = jnp.zeros((depth, *batch[1:], largest, width), parts[0].dtype)
-        for (layers, _), part in zip(found, parts, strict=True):
-            result = result.at[np.asarray(layers), ..., : part.shape[-2], :].set(part)
-        return result
+        parts = [_filled(part, largest) for part in parts]
+        if absent:
+            shape = (len(absent), *batch[1:], largest, width)
+            parts.append(jnp.zeros(shape, parts[0].dtype))
+        return jnp.concatenate(parts)[places]
 
     a, b = (whole([factors[which] for _, factors in found]) for which in (0, 1))
     return (a, b), tuple(ranks) if len(set(ranks)) > 1 else (largest,)
+
+
+def _filled(factor: jax.Array, rank: int) -> jax.Array:
+    more = [(0, 0)] * (factor.ndim - 2) + [(0, rank - factor.shape[-2]), (0, 0)]
+    return jnp.pad(factor, more)
