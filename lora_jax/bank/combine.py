@@ -42,17 +42,17 @@ def combine(
     ============================= ==================================================================
     how                           result
     ============================= ==================================================================
-    "exact"                       the sum, of rank Σ rᵢ (PEFT's "cat"); twice that of an initialiser
-                                  that takes factors out of W
+    "exact"                       the sum, of rank Σ rᵢ (PEFT's "cat"); PiSSA's and OLoRA's ranks
+                                  count twice, W + s(AB − A₀B₀)
     "svd"                         the best approximation of the sum of rank `rank`, layer by layer;
                                   nothing of W's size is formed
     "linear"                      (Σ √(wᵢsᵢ) Aᵢ)(Σ √(wᵢsᵢ) Bᵢ): A's and B's are summed apart, so
                                   that products AᵢBⱼ of different adapters come in, and it is not
                                   the sum
-    "magnitude_prune", "ties",    the same of pruned A's and B's; of "ties", the mean over those
-    "dare_linear", "dare_ties"    that agree with the majority's sign
-    "magnitude_prune_svd",        the same of the changes sᵢ·AᵢBᵢ, which are formed for one layer at
-    "ties_svd", …                 a time, reduced to `rank`
+    "magnitude_prune", "ties",    sums of pruned A's and B's, as "linear"; for "ties", the mean of
+    "dare_linear", "dare_ties"    the elements that have the majority's sign
+    "magnitude_prune_svd",        the same for the changes sᵢ·AᵢBᵢ, which are formed for one layer
+    "ties_svd", …                 at a time, reduced to `rank`
     ============================= ==================================================================
 
     All but "exact" are those of PEFT's ``add_weighted_adapter``, which takes the root of ∣wᵢsᵢ∣ and
