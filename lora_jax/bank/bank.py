@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import peft
-from lora_jax.bank import mixed
+from lora_jax.bank.mixing import Choice, choose
 from lora_jax.bank.slots import WeightSlots, empty_slots, map_slots, slots_of
 from lora_jax.bank.stored import Adapter, BankError, compile_variant, stored, values_of
 from lora_jax.checkpoint import load_adapter
@@ -47,7 +47,7 @@ class Bank:
     >>> forward = mixed(lambda params, x: x @ params["dense"]["kernel"])
     >>> forward(bank.choose(["base", "plus"]), jnp.ones((2, 4)))
     Array([[ 4.,  4.,  4.],
-           [36., 36., 36.]], dtype=float32)
+           [12., 12., 12.]], dtype=float32)
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class Bank:
         by_name = {name: slot for slot, name in self._resident.items()} | {BASE: 0}
         return jnp.asarray(np.array([by_name[name] for name in names], np.int32))
 
-    def choose(self, names: Iterable[str] | jax.Array) -> mixed.Choice:
+    def choose(self, names: Iterable[str] | jax.Array) -> Choice:
         """Returns the bank's tree for a batch, to be passed where a function takes parameters.
 
         Args:
@@ -203,7 +203,7 @@ class Bank:
         See the example of `Bank`.
         """
         ids = names if isinstance(names, (jax.Array, np.ndarray)) else self.ids(names)
-        return mixed.choose(self.tree, ids)
+        return choose(self.tree, ids)
 
     def _read(self, adapter: Any, allow_base_mismatch: bool) -> Any:
         if not isinstance(adapter, (str, os.PathLike)):

@@ -26,7 +26,7 @@ WIDEST = 256
 
 
 class _Slots:
-    """What the two kinds of slots share: a message where one is taken for an array."""
+    """Holds what the two kinds of slots share: a message where one is taken for an array."""
 
     def replace(self, **changes: Any) -> Self:
         """Returns a copy with other values in some of the attributes."""

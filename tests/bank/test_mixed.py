@@ -10,7 +10,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.bank import Bank, mixed
+from lora_jax.bank import Bank, choose, mixed
 from lora_jax.bank import slots as slots_module
 from tests.models import tiny, tiny_encoders
 from tests.support import MORE_PROGRAMS, PROGRAMS, assert_close, draw, with_random_factors
@@ -139,7 +139,7 @@ def test_gradients(widest, monkeypatch):
     ids, forward = bank.ids(["other", "one", "one", "base"]), mixed(program.run)
 
     def loss(tree: Any) -> jax.Array:
-        return jnp.sum(forward(lj.bank.choose(tree, ids), x) ** 3)
+        return jnp.sum(forward(choose(tree, ids), x) ** 3)
 
     found = slots_module.slots_of(jax.grad(loss, allow_int=True)(bank.tree))
     adapter, base = lj.split(tree)

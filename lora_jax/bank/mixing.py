@@ -88,9 +88,10 @@ def mixed(
       ``forward(*args, **kwargs)``. It raises TypeError where no argument holds a `Choice`, and
       ValueError where arguments differ in their number of examples.
 
+    >>> from lora_jax.bank import Bank, mixed
     >>> params = {"dense": {"kernel": jnp.ones((4, 3))}}
-    >>> bank = lj.bank.Bank(params, [lj.LoraRule(targets=["dense"], rank=2)], slots=3)
-    >>> forward = lj.bank.mixed(lambda params, x: x @ params["dense"]["kernel"])
+    >>> bank = Bank(params, [lj.LoraRule(targets=["dense"], rank=2)], slots=3)
+    >>> forward = mixed(lambda params, x: x @ params["dense"]["kernel"])
     >>> forward(bank.choose(["base", "base"]), jnp.ones((2, 4))).shape
     (2, 3)
     """
