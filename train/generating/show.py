@@ -57,19 +57,19 @@ class Shown:
             return
         console = Console(file=sys.stdout, highlight=False)
         title = f"{prompt.name}: {first_line(prompt.text)}"
-        if on_terminal and 1 < len(self._names) <= console.width // _COLUMN:
-            console.print(self._table(title, here))
-            return
         print(heading(title, 0))
+        if on_terminal and 1 < len(self._names) <= console.width // _COLUMN:
+            console.print(self._table(here))
+            return
         for place, answer in here.items():
             if not alone:
                 print(heading(_labelled(place, len(self._samples)), 1))
             print(answer.text)
         print(flush=True)
 
-    def _table(self, title: str, here: Found) -> Table:
+    def _table(self, here: Found) -> Table:
         """Returns a table with a column an adapter, and a row a sample."""
-        table = Table(title=Text(title), title_justify="left", show_lines=len(self._samples) > 1)
+        table = Table(expand=True, show_lines=len(self._samples) > 1)
         prompt = next(iter(here)).prompt
         for name in self._names:
             table.add_column(Text(name), ratio=1)
