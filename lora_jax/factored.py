@@ -35,8 +35,8 @@ class Factored:
     Attributes:
       base: W; see `lora_jax.base`.
       parts: the arrays beside it by name, laid out as `lora_jax.parts.AXES` says: a, b, scale, and
-        perhaps key (typed PRNG keys, which turn dropout on), gain and shift. Without any, the
-        weight is W alone.
+        perhaps key (typed PRNG keys, which turn dropout on), pick (one more factor for each column
+        of rank), gain and shift. Without any, the weight is W alone.
       labels: the role of each axis of `base`.
       dropout: probability of zeroing an element of A's input.
       path: of the weight, for messages.
@@ -58,6 +58,7 @@ class Factored:
     b = property(lambda self: self.parts["b"])
     scale = property(lambda self: self.parts["scale"])
     key = property(lambda self: self.parts.get("key"))
+    pick = property(lambda self: self.parts.get("pick"))
     gain = property(lambda self: self.parts.get("gain"))
     shift = property(lambda self: self.parts.get("shift"))
 
@@ -83,7 +84,8 @@ class Factored:
             return self.alone()
         rank, half, axis = self.rank, self.rank // 2, len(self.axes("batch"))
         ends = (0, half) if use == "lookup" else (half, rank)
-        mine = {name: lax.slice_in_dim(self.parts[name], *ends, axis=axis) for name in ("a", "b")}
+        cut = [name for name in ("a", "b", "pick") if name in self.parts]
+        mine = {name: lax.slice_in_dim(self.parts[name], *ends, axis=axis) for name in cut}
         return dataclasses.replace(self.replace(**mine), uses=use)
 
     def axes(self, label: Label) -> Axes:
@@ -98,6 +100,12 @@ class Factored:
     def rank(self) -> int:
         """r, as the factors are stored."""
         return self.a.shape[len(self.axes("batch"))]
+
+    @property
+    def scales(self) -> jax.Array:
+        """The factors of xA, [batch…, 1], or [batch…, r] where columns differ."""
+        scale = jnp.expand_dims(self.scale, self.scale.ndim)
+        return scale if self.pick is None else scale * self.pick.astype(scale.dtype)
 
     def layout(self, name: str) -> Axes:
         """Returns the base's axis for each axis of a part; see `lora_jax.parts.layout`."""
@@ -151,8 +159,8 @@ class Factored:
         """Returns s·AB in the base's layout."""
         n = len(self.axes("batch"))
         batch = tuple(range(n))
-        scale = lax.expand_dims(self.scale.astype(dtype), range(n, self.a.ndim))
-        a = self.a.astype(dtype) * scale
+        scales = lax.expand_dims(self.scales.astype(dtype), range(n + 1, self.a.ndim))
+        a = self.a.astype(dtype) * scales
         ab = lax.dot_general(
             a,
             self.b.astype(dtype),

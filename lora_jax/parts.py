@@ -25,11 +25,12 @@ AXES: dict[str, tuple[Role, ...]] = {
     "start_b": ("batch", "rank", "out"),
     "scale": ("batch",),
     "key": ("batch",),  # of dropout
+    "pick": ("batch", "rank"),  # of a bank: 1 for the columns of the chosen adapter, 0 for others
     "gain": ("batch", "out"),
     "shift": ("batch", "out"),
 }
 # Where weights are joined, the value of a part that one of them lacks; 0 for parts not named here.
-NEUTRAL = {"gain": 1.0}
+NEUTRAL = {"gain": 1.0, "pick": 1.0}
 
 
 def layout(axes: Sequence[Role], labels: Sequence[Label]) -> Axes:

@@ -220,11 +220,10 @@ def _delta(
         preferred_element_type=wide(x.dtype),
         out_sharding=_rank_sharding(x, x_batch, x_free, len(free_stack)) if sharded else None,
     )
-    scale = lax.transpose(weight.scale, [stack.index(axis) for axis in (*w_batch, *free_stack)])
-    scale = lax.expand_dims(
-        scale.astype(z.dtype), [*range(len(w_batch), len(w_batch) + len(x_free)), z.ndim - 1]
-    )
-    z = (z * scale).astype(x.dtype)
+    order = [stack.index(axis) for axis in (*w_batch, *free_stack)]
+    scales = lax.transpose(weight.scales.astype(z.dtype), [*order, rank_axis])
+    scales = lax.expand_dims(scales, range(len(w_batch), len(w_batch) + len(x_free)))
+    z = (z * scales).astype(x.dtype)
     if len(x_free) > 1 and not sharded and not is_on_mesh():
         flat = math.prod(x.shape[axis] for axis in x_free)
         lead = len(w_batch)

@@ -144,9 +144,9 @@ def mirrored(weight: Factored) -> Factored:
 
 def scale_in_a(weight: Factored) -> Factored:
     """Returns the weight with s·A for A, and s = 1."""
-    n = weight.scale.ndim
-    scale = lax.expand_dims(weight.scale, range(n, weight.a.ndim)).astype(weight.a.dtype)
-    return weight.replace(a=weight.a * scale, scale=jnp.ones_like(weight.scale))
+    scales = weight.scales.astype(weight.a.dtype)
+    a = weight.a * lax.expand_dims(scales, range(scales.ndim, weight.a.ndim))
+    return weight.replace(a=a, scale=jnp.ones_like(weight.scale), pick=None)
 
 
 def _concatenate(_: Interpreter, use: Use) -> list[Any] | None:

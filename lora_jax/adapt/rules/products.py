@@ -161,7 +161,7 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
         z = lax.conv_general_dilated(
             x, kernel, **how, feature_group_count=groups, preferred_element_type=wide(x.dtype)
         )
-        z = (jnp.moveaxis(z, features, -1) * weight.scale.astype(z.dtype)).astype(x.dtype)
+        z = (jnp.moveaxis(z, features, -1) * weight.scales.astype(z.dtype)).astype(x.dtype)
         lead, (rank, n_out) = z.shape[:-1], weight.b.shape
         z = z.reshape(math.prod(lead), groups, rank)
         b = weight.b.astype(x.dtype).reshape(rank, groups, n_out // groups)
@@ -229,7 +229,8 @@ def _gather(_: Interpreter, use: Use) -> list[Any] | None:
 
     def rows_of_factors(_: Any, weight: Factored, rows: jax.Array) -> jax.Array:
         z = look_up(weight.a, 1, fill_value=0)  # [r, …]
-        z = (z * weight.scale.astype(z.dtype)).astype(rows.dtype)
+        scales = lax.expand_dims(weight.scales.astype(z.dtype), range(1, z.ndim))
+        z = (z * scales).astype(rows.dtype)
         b = weight.b.astype(rows.dtype)
         return placed(jnp.tensordot(z, b, ((0,), (0,)), preferred_element_type=rows.dtype))
 

@@ -16,9 +16,15 @@ _UNIT = 256  # columns that two passes of a TPU's matrix unit take, 128 each
 
 
 def _through_factors(
-    x: jax.Array, near: jax.Array, far: jax.Array, sizes: jax.Array, precision: Any, dtype: Any
+    x: jax.Array,
+    near: jax.Array,
+    far: jax.Array,
+    scales: jax.Array,
+    sizes: jax.Array,
+    precision: Any,
+    dtype: Any,
 ) -> jax.Array:
-    """Returns (xA)B of each row, with its group's A and B.
+    """Returns s·(xA)B of each row, with its group's A, B and s.
 
     Where the ranks of all groups fit into a matrix unit, these are two plain products: with all A's
     side by side, of which each row keeps its group's columns, and with all B's. They cost the unit
@@ -29,6 +35,7 @@ def _through_factors(
     Args:
       x: [rows, in].
       near, far: A, [groups, r, in], and B, [groups, r, out].
+      scales: s, [groups, 1] or [groups, r].
       sizes: [groups] int, the rows of each group.
       precision: of the products.
       dtype: of the result.
@@ -39,15 +46,23 @@ def _through_factors(
     near, far = near.astype(x.dtype), far.astype(x.dtype)
     if near.shape[0] * near.shape[1] > _UNIT:
         z = lax.ragged_dot(x, jnp.swapaxes(near, 1, 2), sizes, precision, wide(x.dtype))
+        z = z * of_each_row(scales, sizes, x.shape[0]).astype(z.dtype)
         return lax.ragged_dot(z.astype(x.dtype), far, sizes, precision, dtype)
     ends = jnp.cumsum(sizes)
     row = jnp.arange(x.shape[0], dtype=ends.dtype)[:, None]
     own = (ends - sizes <= row) & (row < ends)  # [rows, groups]
     how: dict[str, Any] = {"precision": precision, "preferred_element_type": wide(x.dtype)}
     z = jnp.einsum("mi,gri->mgr", x, near, **how)
-    z = jnp.where(own[:, :, None], z, jnp.zeros_like(z)).astype(x.dtype)
+    z = jnp.where(own[:, :, None], z * scales.astype(z.dtype), jnp.zeros_like(z)).astype(x.dtype)
     z, far = z.reshape(x.shape[0], -1), far.reshape(-1, far.shape[2])
     return lax.dot(z, far, precision=precision, preferred_element_type=dtype)
+
+
+def of_each_row(vectors: jax.Array, sizes: jax.Array, n: int) -> jax.Array:
+    """Returns the vector, one of [groups, …], of the group that each of n rows belongs to."""
+    ends = jnp.cumsum(sizes)
+    group = jnp.searchsorted(ends, jnp.arange(n, dtype=ends.dtype), side="right")
+    return jnp.take(vectors, group, axis=0, mode="clip")
 
 
 def _ragged_dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
@@ -70,26 +85,23 @@ def _ragged_dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
     check_roles(weight, w_contract, (), use)
     near, far = weight.a, weight.b  # [groups, r, …] each
 
-    def of_each_row(vector: jax.Array) -> jax.Array:
-        """Returns a gain or a shift, [groups, out], for the group that each row belongs to."""
-        ends = jnp.cumsum(sizes)
-        group = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=ends.dtype), side="right")
-        return jnp.take(vector, group, axis=0, mode="clip")
-
     note_side(weight, weight.labels[w_contract[0]], use)
     if weight.labels[w_contract[0]] != "in":
         check_bias(interpreter, weight, use)
         if weight.shift is not None:
             return None
         if weight.gain is not None:
-            x = x * of_each_row(weight.gain).astype(x.dtype)
+            x = x * of_each_row(weight.gain, sizes, x.shape[0]).astype(x.dtype)
         near, far, weight = far, near, weight.replace(gain=None)
 
     def with_factors(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
-        scaled = near * weight.scale[:, None, None].astype(near.dtype)
-        return _through_factors(x, scaled, far, sizes, use.params["precision"], seen.dtype)
+        how = (weight.scales, sizes, use.params["precision"], seen.dtype)
+        return _through_factors(x, near, far, *how)
 
-    return [combined(x, weight, with_base(use, 1), with_factors, of_each_row)]
+    def placed(vector: jax.Array) -> jax.Array:
+        return of_each_row(vector, sizes, x.shape[0])
+
+    return [combined(x, weight, with_base(use, 1), with_factors, placed)]
 
 
 RAGGED_RULES: dict[str, Rule] = {"ragged_dot_general": _ragged_dot_general}
