@@ -208,7 +208,7 @@ class _Sampling(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """How the next tokens are chosen; see ``generate``.
+    """The options that choose the next tokens; see ``generate``.
 
     Attributes:
       eos: [n] int32.

@@ -59,7 +59,7 @@ def stream(
     >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
     >>> config = models.read_config(fields | {"n_positions": 16})
     >>> model = models.GPT2(config)
-    >>> ids = np.array([[1, 2, 3]])
+    >>> ids = jnp.array([[1, 2, 3]])
     >>> params = model.init(jax.random.key(0), ids)["params"]
     >>> tokens = [int(new[0]) for new in models.stream(model, params, ids, max_new_tokens=4)]
     >>> tokens == models.generate(model, params, ids, max_new_tokens=4)[0].tolist()

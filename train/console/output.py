@@ -1,4 +1,4 @@
-"""Where results go: a file that appears whole, or a standard output that its reader may close."""
+"""Results in a file that appears whole, or on a standard output that its reader may close."""
 
 import os
 import sys

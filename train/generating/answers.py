@@ -21,7 +21,7 @@ _STEPS = 16  # tokens of a batch between two looks at what has ended
 
 @dataclasses.dataclass(frozen=True)
 class Speaker:
-    """What answers: a model with its parameters.
+    """A model with its parameters, which answers.
 
     Attributes:
       model, params: the model.
@@ -80,11 +80,7 @@ class Speaker:
 
 
 def padded(n: int) -> int:
-    """Returns the length that a prompt of n tokens is padded to, by at most a quarter from 256 on.
-
-    >>> [padded(n) for n in (1, 64, 65, 512, 513, 5000)]
-    [64, 64, 128, 512, 640, 5120]
-    """
+    """Returns the length that a prompt of n tokens is padded to: from 256 on, a quarter at most."""
     step = max(_MULTIPLE, 1 << max(0, (n - 1).bit_length() - 3))
     return -(-n // step) * step
 

@@ -61,18 +61,18 @@ def talk(served: Served, outline: Outline, options: Options) -> None:
     while True:
         try:
             line = input(f"{chat.name}> ").strip()
+            if line == "/quit":
+                return
+            if line.startswith("/") and not line.startswith("//"):
+                say(command(chat, line))
+            elif line:
+                with ctrl_c() as pressed:
+                    ask(chat, line.removeprefix("/") if line.startswith("//") else line, pressed)
         except KeyboardInterrupt:
             say("\n/quit or Ctrl-D ends the chat")
-            continue
         except EOFError:
             say("")
             return
-        if line == "/quit":
-            return
-        if line.startswith("/") and not line.startswith("//"):
-            say(command(chat, line))
-        elif line:
-            ask(chat, line.removeprefix("/") if line.startswith("//") else line)
 
 
 def command(chat: Chat, line: str) -> str:
@@ -96,11 +96,16 @@ def command(chat: Chat, line: str) -> str:
     return _adapters(chat)
 
 
-def ask(chat: Chat, text: str) -> None:
+def ask(chat: Chat, text: str, pressed: Callable[[], bool]) -> None:
     """Answers the user's next turn, and keeps both turns, also of an answer that Ctrl-C ended.
 
     The whole conversation is computed again for each answer: adapters and system prompts change
     between turns, and templates may render earlier turns otherwise.
+
+    Args:
+      chat: the conversation so far.
+      text: the user's turn.
+      pressed: tells of Ctrl-C.
     """
     chat.turns.append({"role": "user", "content": text})
     try:
@@ -116,7 +121,8 @@ def ask(chat: Chat, text: str) -> None:
         chat.turns.pop()
         say(str(error))
         return
-    answer, stopped = _answered(chat, tokens, min(room, chat.options.max_new_tokens))
+    answer = _answered(chat, tokens, min(room, chat.options.max_new_tokens), pressed)
+    stopped = answer.ended is None
     if not answer.said and stopped:
         chat.turns.pop()
         say("(stopped before the first word: the question is forgotten)")
@@ -130,8 +136,8 @@ def ask(chat: Chat, text: str) -> None:
         say(f"(cut off at --max-new-tokens {chat.options.max_new_tokens})")
 
 
-def _answered(chat: Chat, tokens: list[int], most: int) -> tuple[Answer, bool]:
-    """Prints the answer as it is generated; returns it, and whether Ctrl-C ended it."""
+def _answered(chat: Chat, tokens: list[int], most: int, pressed: Callable[[], bool]) -> Answer:
+    """Prints an answer of at most so many tokens as it is generated, and returns it."""
     params, apply = chat.served.use(chat.name)
     speaker = Speaker(chat.served.model, params, apply, chat.outline, chat.options)
     waiting = sys.stdout.isatty()
@@ -144,11 +150,11 @@ def _answered(chat: Chat, tokens: list[int], most: int) -> tuple[Answer, bool]:
     if waiting:  # the first answer of a length waits for the compiler
         print(_WAITING, end="", flush=True)
     answer = speaker.answer(most)
-    with ctrl_c() as pressed, contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt):
         spoken(speaker, answer, tokens, chat.number, tell, stopped=pressed)
     chat.number += 1
     tell("\n")
-    return answer, answer.ended is None
+    return answer
 
 
 @contextlib.contextmanager

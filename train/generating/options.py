@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import tyro
@@ -55,7 +56,7 @@ class Options:
     batch_size: int = 8
     """Answers that are generated at once."""
     merge: bool = False
-    """Run with merged weights. The default for a single adapter, but in a chat, and over a base in
+    """Run with merged weights. The default for a single adapter, except in a chat and over a base in
     codes."""
     no_merge: bool = False
     """Run the adapter beside the base. The default for several, and in a chat."""
@@ -89,6 +90,9 @@ class _Case(NamedTuple):
 def check(options: Options, given: frozenset[str] = frozenset()) -> None:
     """Raises a UserError for options that make no sense, or that were given to no effect."""
     check_seed(options.seed)
+    for name in ("adapter", "prompt", "stop"):
+        if name in given and not getattr(options, name):
+            raise UserError(f"{flag(name)} has no value: give one, or leave it out")
     _check_values(options)
     for case in _cases(options):
         if case.holds and (named := [one for one in case.without_effect if one in given]):
@@ -143,6 +147,10 @@ def _check_values(options: Options) -> None:
         raise UserError("--stop '': an empty text would end every answer before it begins")
     if any(not prompt.strip() for prompt in options.prompt):
         raise UserError("--prompt: one of the prompts is empty: leave it out")
+    if options.output is not None and options.prompts is not None:
+        out, source = (Path(one).expanduser() for one in (options.output, options.prompts))
+        if out.exists() and source.exists() and out.samefile(source):
+            raise UserError(f"--output {options.output} is the file of --prompts: name another")
     if options.attention in ("splash", "cudnn"):
         raise UserError(
             f"--attention {options.attention}: the kernel does not read keys from a cache, and "

@@ -34,12 +34,12 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """What the last turn says."""
+        """The last turn's text."""
         return str(self.chat.messages[-1].get("content") or "")
 
     @property
     def is_text(self) -> bool:
-        """Whether it is a text, not turns."""
+        """True for a text, False for turns."""
         return self.fields.get("prompt") == self.text
 
 

@@ -218,6 +218,13 @@ def test_answers_beside_each_other_on_a_terminal(made, expected, monkeypatch, ca
     assert f"base\x1b[0m{expected['base', PROMPTS[0]]}\n" in texts and len(pieces) > 8
 
 
+def test_few_lengths_are_compiled():
+    lengths = [answers.padded(n) for n in range(1, 8193)]
+    assert lengths == sorted(lengths) and len({*lengths}) == 24
+    assert all(n <= length for n, length in enumerate(lengths, start=1))
+    assert all(length <= 1.25 * n for n, length in enumerate(lengths, start=1) if n >= 256)
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -226,6 +233,8 @@ def test_answers_beside_each_other_on_a_terminal(made, expected, monkeypatch, ca
         ("--prompt a --temperature 1 --top-k 0", "--top-k 0: at least 1 is needed"),
         ("--prompt a --batch-size 3", "--batch-size is about several answers"),
         ("--prompt a --prompts FILE", "--prompts and --prompt both name prompts"),
+        ("--prompt --top-k 3", "--prompt has no value: give one"),
+        ("--prompts LONG --output LONG --overwrite", "is the file of --prompts: name another"),
         ("--prompt a --overwrite", "--overwrite replaces the file of --output"),
         ("--prompt a --no-merge", "--no-merge is about an adapter: name one"),
         ("--prompt a --merge --no-merge --adapter SQL", "--merge contradicts --no-merge"),

@@ -61,10 +61,10 @@ def talk(monkeypatch, capsys):
 
         answered = chat._answered
 
-        def recorded(state, tokens, most):
+        def recorded(state, *args):
             system = [{"role": "system", "content": state.system}] if state.system else []
             turns.append((state.name, [*system, *state.turns]))
-            return answered(state, tokens, most)
+            return answered(state, *args)
 
         monkeypatch.setattr("builtins.input", typed)
         monkeypatch.setattr(chat, "_answered", recorded)
