@@ -98,7 +98,7 @@ def answers(
     *,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Iterator[tuple[int, Answer]]:
-    """Yields the answers to prompts with the index of each, a batch at a time.
+    """Yields the answers to prompts with the index of each, as they end.
 
     Args:
       speaker: the model.
@@ -107,18 +107,18 @@ def answers(
     """
     done, size = 0, min(speaker.options.batch_size, len(prompts))
     for batch in batches([len(prompt) for prompt in prompts], size):
-        rows = [speaker.answer() for _ in batch]
+        rows = {i: speaker.answer() for i in batch}
+        going = dict(rows)
         filled = [*batch, *[batch[0]] * (size - len(batch))]  # all batches have one size
         most = speaker.options.max_new_tokens
         steps = speaker.tokens([prompts[i] for i in filled], filled, per_call=_STEPS, most=most)
-        while part := list(itertools.islice(steps, _STEPS)):
-            for row, new in zip(rows, np.stack(part, axis=1), strict=False):
+        while going and (part := list(itertools.islice(steps, _STEPS))):
+            for row, new in zip(rows.values(), np.stack(part, axis=1), strict=False):
                 row.add(new.tolist())
-            progress(done + sum(row.ended is not None for row in rows))
-            if all(row.ended for row in rows):
-                break
-        done += len(batch)
-        yield from zip(batch, rows, strict=True)
+            for i in [i for i, row in going.items() if row.ended]:
+                yield i, going.pop(i)
+                done += 1
+            progress(done)
 
 
 def spoken(

@@ -56,8 +56,8 @@ class Options:
     batch_size: int = 8
     """Answers that are generated at once."""
     merge: bool = False
-    """Run with merged weights. The default for a single adapter, except in a chat and over a base in
-    codes."""
+    """Run with merged weights. The default for a single adapter, except in a chat and over a base
+    in codes."""
     no_merge: bool = False
     """Run the adapter beside the base. The default for several, and in a chat."""
     attention: Attention = "auto"

@@ -200,6 +200,24 @@ def test_what_is_ready_when_the_rest_is_interrupted_is_kept(made, tmp_path, caps
     assert not list(tmp_path.iterdir())
 
 
+def test_an_answer_that_ends_before_its_batch_is_kept(made, tmp_path, monkeypatch):
+    folder, *_ = made
+
+    def ends(*args, **options):
+        """Ends the first row at once; the second goes on until Ctrl-C."""
+        for i in range(20):
+            yield np.array([258 if i == 1 else 65, 65])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(answers, "stream", ends)
+    out = tmp_path / "out.jsonl"
+    args = ["--model", folder / "base-model", "--prompt", *PROMPTS[1:3], "--output", out]
+    with pytest.raises(SystemExit):
+        ask(*args, "--max-new-tokens", 40)
+    (line,) = lines_of(out)
+    assert (line["prompt"], line["tokens"], line["ended"]) == (PROMPTS[1], 2, "eos")
+
+
 def test_answers_beside_each_other_on_a_terminal(made, expected, monkeypatch, capsys):
     folder, *_ = made
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
