@@ -26,7 +26,7 @@ _UPDATES = 1024  # learning rates are stored for a multiple of so many updates
 
 
 class Numbers(NamedTuple):
-    """What differs between adapters of a kind in numbers alone; of a stack, stacked.
+    """Holds the numbers that adapters of a kind differ in; in a stack, stacked.
 
     Attributes:
       rates: [updates] fp32, the learning rate of each update.

@@ -50,7 +50,7 @@ class Tenant:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What adapters of one stack have in common: all that their compiled step depends on.
+    """Holds all that the compiled step of a stack depends on, and its adapters share.
 
     Attributes:
       shells: by path, a node without arrays; `shapes` has those of its arrays.
