@@ -44,14 +44,17 @@ class Together:
     True
     """
 
-    def __init__(self, forward: Logits, base: Any) -> None:
+    def __init__(
+        self, forward: Logits, base: Any, *, compiler_options: Mapping[str, str] | None = None
+    ) -> None:
         """Begins without adapters.
 
         Args:
           forward: the adapted function that the losses call.
           base: the plain tree that all share; it is not copied.
+          compiler_options: to compile steps with: those of a `lora_jax.training.Layout`.
         """
-        self._forward, self._base = forward, base
+        self._forward, self._base, self._options = forward, base, compiler_options
         self._leaves = dict(leaves_of(base)[0])
         self._stacks: dict[Kind, Stack] = {}
         self._stack_of: dict[str, Stack] = {}
@@ -93,7 +96,7 @@ class Together:
             mine = [name for name in tenants if kinds[name] == kind]
             if kind not in self._stacks:
                 first = tenants[mine[0]]
-                self._stacks[kind] = Stack(kind, self._forward, first, len(mine))
+                self._stacks[kind] = Stack(kind, self._forward, first, len(mine), self._options)
             stack = self._stacks[kind]
             if (missing := len(mine) - stack.names.count(None)) > 0:
                 stack.grow(missing)
