@@ -118,7 +118,7 @@ class WeightSlots(_Slots):
         def side_by_side(array: Any) -> Any:
             return array.reshape(*array.shape[:n], all_ranks, *array.shape[n + 2 :])
 
-        mine = jnp.arange(self.n_here) + (not self.has_base) == index
+        mine = jnp.arange(self.n_here) + int(not self.has_base) == index
         pick = jnp.repeat(jnp.where(mine, arrays["scale"], 0), self.rank, axis=n)
         parts = {
             "a": side_by_side(arrays["a"]),
