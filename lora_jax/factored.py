@@ -111,7 +111,7 @@ class Factored:
 
     @property
     def scales(self) -> jax.Array:
-        """What xA is multiplied by, [batch…, 1], or [batch…, r] where columns differ."""
+        """The factors of xA, [batch…, 1], or [batch…, r] where columns differ."""
         scale = jnp.expand_dims(self.scale, self.scale.ndim)
         return scale if self.pick is None else scale * self.pick.astype(scale.dtype)
 

@@ -28,6 +28,10 @@ _HOW_TO_USE = (
 )
 
 
+# Arrays of a weight that products take as they are: a bank's, which made them beforehand.
+_AS_THEY_ARE = ("pick", "gain", "shift")
+
+
 class _Node:
     """The parts of a node by name, and a message where one is taken for an array."""
 
@@ -232,6 +236,7 @@ class LoraWeight(_Node):
             parts["b"] = jnp.concatenate([self.b, -b0], axis=n)
         if key is not None:
             parts["key"] = key
+        parts |= {name: self.arrays[name] for name in _AS_THEY_ARE if name in self.arrays}
         weight = Factored(self.base, parts, self.labels, self.dropout, path, self.uses)
         for extra in self.extras:
             if (array := self.arrays.get(extra.name)) is not None:

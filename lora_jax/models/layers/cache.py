@@ -91,6 +91,11 @@ class Cache(NamedTuple):
         return self.positions.shape[1] + (self.shared.n_tokens if self.shared else 0)
 
     @property
+    def example_axes(self) -> Cache:
+        """The axis of the rows in each array, None where there is none; see `lora_jax.bank`."""
+        return Cache(key=1, value=1, positions=0, filled=None, length=0)  # type: ignore[arg-type]
+
+    @property
     def layers(self) -> LayerCache:
         """Keys and values of all layers, stacked on axis 0."""
         return LayerCache(self.key, self.value, self.shared)

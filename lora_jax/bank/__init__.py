@@ -1,0 +1,20 @@
+"""Many adapters over one base: mixed within a batch, switched, added up.
+
+bank = lora_jax.bank.Bank(params, rules, slots=8)       # room for eight adapters over one base
+bank.add("sql", "runs/sql/adapter")                     # a folder, or an adapted tree
+forward = lora_jax.bank.mixed(model.apply)              # each example by its own adapter
+logits = forward({"params": bank.choose(["sql", "base"])}, input_ids)
+
+both = lora_jax.bank.combine([one, other], [1.0, -0.5])  # W + ΔW₁ − ΔW₂/2, as one adapter
+tree, lost = lora_jax.bank.extract(before, after, rank=16)  # a LoRA of full fine-tuning
+"""
+
+from lora_jax.bank.bank import Bank as Bank
+from lora_jax.bank.combine import combine as combine
+from lora_jax.bank.extract import Extraction as Extraction
+from lora_jax.bank.extract import ExtractWarning as ExtractWarning
+from lora_jax.bank.extract import extract as extract
+from lora_jax.bank.mixing import Choice as Choice
+from lora_jax.bank.mixing import choose as choose
+from lora_jax.bank.mixing import mixed as mixed
+from lora_jax.bank.stored import BankError as BankError

@@ -1,0 +1,302 @@
+"""A bank: one base in memory, and many adapters over it."""
+
+import functools
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_jax import peft
+from lora_jax.bank.mixing import Choice, choose
+from lora_jax.bank.slots import WeightSlots, empty_slots, map_slots, slots_of
+from lora_jax.bank.stored import Adapter, BankError, compile_variant, stored, values_of
+from lora_jax.checkpoint import load_adapter
+from lora_jax.lorafy import lorafy, nodes_of
+from lora_jax.peft.config import FILE as PEFT_CONFIG
+from lora_jax.rules import Rule
+from lora_jax.weight import LoraWeight, Trained, TrainedRows, leaves_of
+
+BASE = "base"  # the name of slot 0
+
+
+class Bank:
+    """Many adapters over one base, by name.
+
+    Their factors lie side by side in slots on the device; slot 0 is the base alone. Adding,
+    removing and replacing adapters compiles nothing anew, nor does mixing them in a batch. Each
+    adapter is kept on the host as well: where there are more of them than slots, the most recently
+    used ones have slots.
+
+    Attributes:
+      tree: the base with slots in place of each adapted leaf: an argument for `choose`. It holds
+        the base's own arrays.
+
+    >>> from lora_jax.bank import Bank, mixed
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3))}}
+    >>> rule = lj.LoraRule(targets=["dense"], rank=2)
+    >>> bank = Bank(params, [rule], slots=2)
+    >>> tree = lj.lorafy(params, [rule])
+    >>> adapter, base = lj.split(tree)
+    >>> bank.add("plus", lj.join(jax.tree.map(jnp.ones_like, adapter), base))
+    >>> forward = mixed(lambda params, x: x @ params["dense"]["kernel"])
+    >>> forward(bank.choose(["base", "plus"]), jnp.ones((2, 4)))
+    Array([[ 4.,  4.,  4.],
+           [12., 12., 12.]], dtype=float32)
+    """
+
+    def __init__(
+        self, params: Any, rules: Sequence[Rule], *, slots: int, model: Any = None
+    ) -> None:
+        """Makes an empty bank.
+
+        Args:
+          params: the base, a plain tree; its arrays are not copied.
+          rules: select all weights that an adapter may adapt; as in `lora_jax.lorafy`. Their ranks
+            are the largest that a slot holds. `dora=True` and `bias_on_b=True` make room for
+            adapters with these parts and without; a `TrainRule` for leaves that adapters train in
+            full.
+          slots: the number of adapters on the device at once, beside the base.
+          model: the model of `params`, for adapters in PEFT's files; see `lora_jax.peft.load`.
+
+        Raises:
+          ValueError: see `lora_jax.lorafy`; or there are fewer slots than one.
+        """
+        if slots < 1:
+            raise ValueError(f"Bank: {slots} slots: at least 1 is needed")
+        self._model, self._params = model, params
+        self.tree = _with_slots(params, rules, slots + 1)
+        self._slots = slots_of(self.tree)
+        self._base = {p: leaf for p, leaf in leaves_of(params)[0] if p in self._slots}
+        self._kept: dict[str, Adapter] = {}
+        # Names by slot, the least recently used first.
+        self._resident: dict[int, str | None] = dict.fromkeys(range(1, slots + 1))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the adapters, the base's not among them."""
+        return tuple(self._kept)
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """The names of the adapters that have a slot, the least recently used first."""
+        return tuple(name for name in self._resident.values() if name is not None)
+
+    @property
+    def n_slots(self) -> int:
+        """The number of slots for adapters."""
+        return len(self._resident)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._kept
+
+    def __len__(self) -> int:
+        """Returns the number of adapters."""
+        return len(self._kept)
+
+    def __repr__(self) -> str:
+        return f"Bank({len(self)} adapters, {self.n_slots} slots, {len(self._slots)} weights)"
+
+    def add(self, name: str, adapter: Any, *, allow_base_mismatch: bool = False) -> None:
+        """Adds an adapter.
+
+        Args:
+          name: to choose it by.
+          adapter: an adapted tree over the same base; or a folder that `lora_jax.save_adapter` or
+            PEFT wrote.
+          allow_base_mismatch: accept a folder's adapter that was trained on another base of the
+            same shapes.
+
+        Raises:
+          BankError: the name is taken, or the adapter does not fit.
+          ValueError: the folder cannot be read; see `lora_jax.load_adapter` and
+            `lora_jax.peft.load`.
+        """
+        if name in self._kept or name == BASE:
+            what = "is the base" if name == BASE else "is taken; see Bank.replace"
+            raise BankError(f"bank: the name {name!r} {what}")
+        self._put(name, self._read(adapter, allow_base_mismatch))
+
+    def replace(self, name: str, adapter: Any, *, allow_base_mismatch: bool = False) -> None:
+        """Replaces an adapter, in its slot; the arguments are those of `add`.
+
+        Raises:
+          BankError: there is no adapter of that name, or the new one does not fit.
+        """
+        self._check_there(name)
+        self._put(name, self._read(adapter, allow_base_mismatch))
+
+    def remove(self, name: str) -> None:
+        """Removes an adapter; its slot is free.
+
+        Raises:
+          BankError: there is no adapter of that name.
+        """
+        self._check_there(name)
+        del self._kept[name]
+        if (slot := self._slot_of(name)) is not None:
+            self._touch(slot, None)
+
+    def get(self, name: str) -> Any:
+        """Returns an adapter as an adapted tree over the bank's base, as it was added.
+
+        Raises:
+          BankError: there is no adapter of that name.
+        """
+        self._check_there(name)
+        adapter = self._kept[name]
+        leaves, treedef = leaves_of(self._params)
+
+        def node(path: str, leaf: Any) -> Any:
+            if path not in adapter:
+                return leaf
+            mine = jax.tree.map(jnp.asarray, adapter[path])
+            return mine.replace(base=leaf) if isinstance(mine, LoraWeight) else mine
+
+        return treedef.unflatten(node(path, leaf) for path, leaf in leaves)
+
+    def ids(self, names: Iterable[str]) -> jax.Array:
+        """Returns the slot of each name, [names] int32; gives slots to those that have none.
+
+        Names of adapters that were moved out of their slots since are no longer right: call it for
+        each batch.
+
+        Args:
+          names: of adapters; "base" is the base alone.
+
+        Raises:
+          BankError: there is no adapter of a name, or more different ones than slots.
+        """
+        names = list(names)
+        wanted = [name for name in dict.fromkeys(names) if name != BASE]
+        for name in wanted:
+            self._check_there(name)
+        if len(wanted) > self.n_slots:
+            raise BankError(
+                f"bank: {len(wanted)} different adapters at once, and {self.n_slots} slots: make "
+                "a bank with more slots, or smaller batches"
+            )
+        for name in wanted:  # those that have a slot keep it, so that no other takes it below
+            if (slot := self._slot_of(name)) is not None:
+                self._touch(slot, name)
+        for name in wanted:
+            if self._slot_of(name) is None:
+                self._load(name)
+        by_name = {name: slot for slot, name in self._resident.items()} | {BASE: 0}
+        return jnp.asarray(np.array([by_name[name] for name in names], np.int32))
+
+    def choose(self, names: Iterable[str] | jax.Array) -> Choice:
+        """Returns the bank's tree for a batch, to be passed where a function takes parameters.
+
+        Args:
+          names: the adapter of each example; or their slots, [examples] int.
+
+        Raises:
+          BankError: see `ids`.
+          ValueError: see `lora_jax.bank.choose`.
+
+        See the example of `Bank`.
+        """
+        ids = names if isinstance(names, (jax.Array, np.ndarray)) else self.ids(names)
+        return choose(self.tree, ids)
+
+    def _read(self, adapter: Any, allow_base_mismatch: bool) -> Any:
+        if not isinstance(adapter, (str, os.PathLike)):
+            return adapter
+        folder = Path(adapter)
+        if not (folder / PEFT_CONFIG).exists():
+            return load_adapter(folder, self._params, allow_base_mismatch=allow_base_mismatch)
+        if self._model is None:
+            raise BankError(
+                f"bank: {folder} is PEFT's, whose names are those of a model: give the bank its "
+                "model, Bank(…, model=model)"
+            )
+        return peft.load(folder, self._model, self._params)
+
+    def _put(self, name: str, tree: Any) -> None:
+        self._kept[name] = stored(name, tree, self._slots)
+        slot = self._slot_of(name)
+        if slot is not None:
+            self._write(slot, name)
+        elif None in self._resident.values():
+            self._load(name)
+
+    def _load(self, name: str) -> None:
+        """Writes an adapter into a free slot, or the one that was not used for the longest."""
+        free = (slot for slot, there in self._resident.items() if there is None)
+        slot = next(free, next(iter(self._resident)))
+        self._write(slot, name)
+
+    def _write(self, slot: int, name: str) -> None:
+        values = values_of(self._kept[name], self._slots, self._base)
+        arrays = {path: slots.arrays for path, slots in self._slots.items()}
+        axes = tuple((path, slots.slot_axis) for path, slots in self._slots.items())
+        placed = {
+            path: {name: _beside(arrays[path][name], axis, x) for name, x in values[path].items()}
+            for path, axis in axes
+        }
+        new = _written(arrays, placed, np.int32(slot), axes)
+        self.tree = map_slots(lambda path, slots: slots.replace(arrays=new[path]), self.tree)
+        self._slots = slots_of(self.tree)
+        self._touch(slot, name)
+
+    def _touch(self, slot: int, name: str | None) -> None:
+        """Makes a slot the one that was used last, by an adapter or, being free, by none."""
+        del self._resident[slot]
+        self._resident[slot] = name
+
+    def _slot_of(self, name: str) -> int | None:
+        return next((slot for slot, there in self._resident.items() if there == name), None)
+
+    def _check_there(self, name: str) -> None:
+        if name not in self._kept:
+            there = ", ".join(map(repr, self._kept)) or "none"
+            raise BankError(f"bank: there is no adapter {name!r}; there are {there}")
+
+
+def _with_slots(params: Any, rules: Sequence[Rule], n_slots: int) -> Any:
+    """Returns the base with empty slots in place of each leaf that the rules select."""
+    leaves, treedef = leaves_of(params)
+    shapes = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), x) for _, x in leaves]
+    nodes = nodes_of(lorafy(treedef.unflatten(shapes), rules))
+
+    def slots(path: str, leaf: Any) -> Any:
+        node = nodes.get(path)
+        if isinstance(node, TrainedRows):
+            raise BankError(f"bank: a rule trains some rows of {path!r}, which no slot can hold")
+        if isinstance(node, LoraWeight):
+            empty = empty_slots(node.replace(base=leaf), n_slots)
+            if node.extras and isinstance(empty, WeightSlots):
+                compile_variant(node, empty)
+            return empty
+        return leaf if node is None else empty_slots(Trained(leaf), n_slots)
+
+    return treedef.unflatten(slots(path, leaf) for path, leaf in leaves)
+
+
+def _beside(array: jax.Array, axis: int, value: Any) -> Any:
+    """Returns a slot's value on the mesh as the slots are, if they are on one."""
+    where = array.sharding
+    if not isinstance(where, NamedSharding):
+        return value
+    spec = [*where.spec, *[None] * (array.ndim - len(where.spec))]
+    del spec[axis]
+    return jax.device_put(value, NamedSharding(where.mesh, PartitionSpec(*spec)))
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _written(arrays: Any, values: Any, slot: Any, axes: tuple[tuple[str, int], ...]) -> Any:
+    """Returns arrays, by path and name, with other values in a slot; in the arrays' own memory."""
+    put = lax.dynamic_update_index_in_dim
+    return {
+        path: {
+            name: put(array, values[path][name].astype(array.dtype), slot, axis)
+            for name, array in arrays[path].items()
+        }
+        for path, axis in axes
+    }

@@ -1,0 +1,80 @@
+"""Factors of low rank: the best approximation of a matrix, and stacks of several ranks."""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Factors = tuple[jax.Array, jax.Array]  # A [batch…, r, in] and B [batch…, r, out]
+
+
+def nearest_product(a: jax.Array, b: jax.Array, rank: int) -> Factors:
+    """Returns the best approximation of a product AᵀB by one of lower rank (Eckart–Young).
+
+    From QR decompositions of both factors and the singular values of a core [R, R]: nothing of the
+    product's size is formed. Each factor gets the roots of the singular values.
+
+    Args:
+      a: [batch…, R, in].
+      b: [batch…, R, out].
+      rank: at most R, in and out.
+    """
+    q_a, r_a = jnp.linalg.qr(a.mT)  # [in, k], [k, R]
+    q_b, r_b = jnp.linalg.qr(b.mT)
+    u, s, vt = jnp.linalg.svd(r_a @ r_b.mT, full_matrices=False)
+    a, b = with_roots(u, s, vt, rank)
+    return a @ q_a.mT, b @ q_b.mT
+
+
+def nearest_factors(change: jax.Array, rank: int) -> Factors:
+    """Returns the factors of the best approximation of a matrix [batch…, in, out] of this rank."""
+    u, s, vt = jnp.linalg.svd(change, full_matrices=False)
+    return with_roots(u, s, vt, rank)
+
+
+def with_roots(u: jax.Array, s: jax.Array, vt: jax.Array, rank: int) -> Factors:
+    """Returns the factors of the largest singular values, whose roots each of the two gets."""
+    root = jnp.sqrt(s[..., :rank, None])
+    return root * u[..., :rank].mT, root * vt[..., :rank, :]
+
+
+def stacked(
+    groups: Iterable[tuple[list[int], Factors | None]], depth: int
+) -> tuple[Factors, tuple[int, ...]]:
+    """Returns the factors of a stack, from those of its layers, and the layers' ranks.
+
+    Ranks below the largest are filled up with zeros.
+
+    Args:
+      groups: layers of one rank, and their factors [layers, batch…, r, …]; None: of rank 0. A depth
+        of 1 has one group, whose factors have no axis of layers, or all of them.
+      depth: the number of layers.
+    """
+    found = [(layers, factors) for layers, factors in groups if factors is not None]
+    largest = max(a.shape[-2] for _, (a, _) in found)
+    ranks = [0] * depth
+    for layers, (a, _) in found:
+        for layer in layers:
+            ranks[layer] = a.shape[-2]
+    if depth == 1:
+        return found[0][1], (largest,)
+    order = [layer for layers, _ in found for layer in layers]
+    absent = [layer for layer in range(depth) if layer not in order]
+    places = np.argsort([*order, *absent])
+
+    def whole(parts: list[jax.Array]) -> jax.Array:
+        *batch, _, width = parts[0].shape
+        parts = [_filled(part, largest) for part in parts]
+        if absent:
+            shape = (len(absent), *batch[1:], largest, width)
+            parts.append(jnp.zeros(shape, parts[0].dtype))
+        return jnp.concatenate(parts)[places]
+
+    a, b = (whole([factors[which] for _, factors in found]) for which in (0, 1))
+    return (a, b), tuple(ranks) if len(set(ranks)) > 1 else (largest,)
+
+
+def _filled(factor: jax.Array, rank: int) -> jax.Array:
+    more = [(0, 0)] * (factor.ndim - 2) + [(0, rank - factor.shape[-2]), (0, 0)]
+    return jnp.pad(factor, more)

@@ -1,0 +1,266 @@
+"""Runs any function on a batch whose examples have different adapters."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import jaxpr_as_fun
+
+from lora_jax.adapt import adapt
+from lora_jax.bank.slots import bank_leaves_of, is_slots
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A bank's tree, and the slot of each example of a batch; see `Bank.choose`.
+
+    Attributes:
+      tree: the base with slots in place of adapted weights.
+      ids: [examples] int32.
+    """
+
+    tree: Any
+    ids: jax.Array
+
+
+def choose(tree: Any, ids: Any) -> Choice:
+    """Returns a bank's tree for a batch, to be passed in the place of a tree of parameters.
+
+    Where slots are many, it copies each example's factors: call it once a batch, before a loop.
+
+    Args:
+      tree: `Bank.tree`.
+      ids: [examples] int, the slot of each example; 0 is the base alone. It may be a tracer.
+
+    Raises:
+      ValueError: `ids` has another number of axes, or names a slot that there is none of.
+    """
+    leaves, treedef = bank_leaves_of(tree)
+    slots = [leaf for _, leaf in leaves if is_slots(leaf)]
+    if not slots:
+        raise ValueError("choose: the tree is not a bank's; see lora_jax.bank.Bank")
+    if np.ndim(ids) != 1:
+        raise ValueError(f"choose: ids has the shape {np.shape(ids)}; a slot for each example")
+    if not isinstance(ids, jax.core.Tracer):
+        n = min(leaf.n_slots for leaf in slots)
+        if wrong := sorted({int(i) for i in np.asarray(ids) if not 0 <= i < n}):
+            raise ValueError(f"choose: the bank has the slots 0 to {n - 1}, not {wrong[0]}")
+    ids = jnp.asarray(ids, jnp.int32)
+    chosen = [leaf.chosen(ids) if is_slots(leaf) else leaf for _, leaf in leaves]
+    return Choice(treedef.unflatten(chosen), ids)
+
+
+def mixed(
+    fn: Callable[..., Any],
+    *,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    kwarg_axes: Mapping[str, Any] | None = None,
+    strict: bool = False,
+    primitives: Mapping[str, Callable[..., Any]] | None = None,
+) -> Callable[..., Any]:
+    """Returns `fn` for batches of which each example has an adapter of its own.
+
+    Pass `Bank.choose(names)` where `fn` takes a tree of parameters. Each example gets what `fn`
+    returns for a batch of this example alone, by its adapter. Products with the base remain one
+    product for all examples. Gradients with respect to the slots' arrays work, and nothing is
+    compiled anew for other adapters in the slots or other `ids`.
+
+    Dropout is off: train adapters side by side by `lora_jax.bank.together`.
+
+    Args:
+      fn: any function that `lora_jax.adapt` takes.
+      in_axes: the axis of the examples in each positional argument, as in `jax.vmap`: an int, or a
+        tuple with an entry for each argument, itself a prefix of the argument's tree. None: the
+        same for all examples. By default axis 0 of every array, but for scalars and the arguments
+        that hold a `Choice`. An object with an attribute `example_axes` (a KV cache of
+        `lora_jax.models`) says its own.
+      out_axes: the axis of the examples in what `fn` returns, likewise.
+      kwarg_axes: `in_axes` of keyword arguments by name; 0 for those that are not named.
+      strict, primitives: see `lora_jax.adapt`.
+
+    Returns:
+      ``forward(*args, **kwargs)``. It raises TypeError where no argument holds a `Choice`, and
+      ValueError where arguments differ in their number of examples.
+
+    >>> from lora_jax.bank import Bank, mixed
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3))}}
+    >>> bank = Bank(params, [lj.LoraRule(targets=["dense"], rank=2)], slots=3)
+    >>> forward = mixed(lambda params, x: x @ params["dense"]["kernel"])
+    >>> forward(bank.choose(["base", "base"]), jnp.ones((2, 4))).shape
+    (2, 3)
+    """
+    adapted = adapt(fn, strict=strict, primitives=primitives)
+
+    @functools.wraps(fn)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return _run(adapted, args, kwargs, in_axes, dict(kwarg_axes or {}), out_axes)
+
+    return forward
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """Collects what differs from example to example: arrays, and the axis to map each over."""
+
+    arrays: list[Any] = dataclasses.field(default_factory=list)
+    axes: list[int] = dataclasses.field(default_factory=list)
+
+    def add(self, array: Any, axis: int) -> Callable[[tuple[Any, ...]], Any]:
+        """Returns a function that takes an example's own array out of all those that it has."""
+        self.arrays.append(array)
+        self.axes.append(axis)
+        place = len(self.arrays) - 1
+        return lambda mine: mine[place]
+
+    def of_one(self) -> list[jax.ShapeDtypeStruct]:
+        """Returns the shapes of an example's own arrays."""
+        shapes = []
+        for array, axis in zip(self.arrays, self.axes, strict=True):
+            shape = (*array.shape[:axis], *array.shape[axis + 1 :])
+            shapes.append(jax.ShapeDtypeStruct(shape, array.dtype))
+        return shapes
+
+
+# (the example's slot, its own arrays) -> a leaf of the arguments
+_Leaf = Callable[[jax.Array, tuple[Any, ...]], Any]
+
+
+def _run(
+    adapted: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    in_axes: Any,
+    kwarg_axes: dict[str, Any],
+    out_axes: Any,
+) -> Any:
+    if unknown := sorted(kwarg_axes.keys() - kwargs.keys()):
+        raise TypeError(f"mixed: kwarg_axes names {unknown[0]!r}, which is not among the arguments")
+    if "dropout_key" in kwargs:
+        raise TypeError("mixed: dropout is off in mixed batches; leave out dropout_key")
+    if not isinstance(in_axes, (tuple, list)):
+        in_axes = (in_axes,) * len(args)
+    if len(in_axes) != len(args):
+        raise TypeError(f"mixed: in_axes has {len(in_axes)} entries for {len(args)} arguments")
+    treedef: Any
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_choice)
+    prefix = (tuple(in_axes), {name: kwarg_axes.get(name, 0) for name in kwargs})
+    axes = _axes_of_leaves(prefix, (args, kwargs))
+    choice = next(filter(_is_choice, leaves), None)
+    if choice is None:
+        raise TypeError(
+            "mixed: no argument holds a bank's tree: pass bank.choose(names) where the function "
+            "takes its parameters"
+        )
+    split = _Split()
+    pairs = zip(leaves, axes, strict=True)
+    parts = [_leaf(leaf, axis, split, len(choice.ids)) for leaf, axis in pairs]
+
+    def one(index: jax.Array, *mine: Any) -> Any:
+        args, kwargs = treedef.unflatten(part(index, mine) for part in parts)
+        return adapted(*args, **kwargs)
+
+    slot = jax.ShapeDtypeStruct((), choice.ids.dtype)
+    traced, shape = jax.make_jaxpr(one, return_shape=True)(slot, *split.of_one())
+    out_tree: Any
+    shapes, out_tree = jax.tree.flatten(shape)
+    to = [
+        0 if axis is not None and not s.shape else axis
+        for s, axis in zip(shapes, _axes_of_leaves(out_axes, shape), strict=True)
+    ]
+    for s, axis in zip(shapes, to, strict=True):
+        if axis is not None and s.shape and (axis >= len(s.shape) or s.shape[axis] != 1):
+            raise ValueError(
+                f"mixed: for a batch of one example, the function returns an array of shape "
+                f"{s.shape}, which has no axis {axis} for it: say where it is by out_axes"
+            )
+    run = jax.vmap(jaxpr_as_fun(traced), in_axes=(0, *split.axes), out_axes=to)
+    results = [
+        jnp.squeeze(result, axis + 1) if axis is not None and s.shape else result
+        for result, axis, s in zip(run(choice.ids, *split.arrays), to, shapes, strict=True)
+    ]
+    return out_tree.unflatten(results)
+
+
+def _is_choice(value: Any) -> bool:
+    return isinstance(value, Choice)
+
+
+def _axes_of_leaves(prefix: Any, tree: Any) -> list[int | None]:
+    """Returns the examples' axis in each leaf of a tree, a `Choice` being one leaf.
+
+    Args:
+      prefix: an axis or None for each part of the tree, as in `jax.vmap`.
+      tree: arguments, or the shapes of results.
+    """
+    axes: list[int | None] = []
+
+    def own(axis: Any, part: Any) -> None:
+        axes.extend([axis] * len(jax.tree.leaves(part)))
+
+    def visit(axis: Any, part: Any) -> None:
+        for value in jax.tree.leaves(part, is_leaf=_says_its_axes):
+            if _is_choice(value):
+                axes.append(None)
+            elif axis is not None and hasattr(value, "example_axes"):
+                jax.tree.map(own, value.example_axes, value, is_leaf=_is_none)
+            else:
+                own(axis, value)
+
+    jax.tree.map(visit, prefix, tree, is_leaf=_is_none)
+    return axes
+
+
+def _says_its_axes(value: Any) -> bool:
+    return _is_choice(value) or hasattr(value, "example_axes")
+
+
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
+def _leaf(leaf: Any, axis: int | None, split: _Split, n: int) -> _Leaf:
+    """Returns a leaf of the arguments as a function of the example; see `_Leaf`.
+
+    Args:
+      leaf: a `Choice`, an array, or anything else.
+      axis: of the examples.
+      split: gets what differs from example to example.
+      n: the number of examples.
+    """
+    if _is_choice(leaf):
+        return _tree(leaf, split)
+    if axis is None or not np.ndim(leaf) or not hasattr(leaf, "dtype"):
+        return lambda index, mine: leaf
+    if axis >= leaf.ndim or leaf.shape[axis] != n:
+        raise ValueError(
+            f"mixed: {n} adapters are chosen, and an argument of shape {leaf.shape} has not {n} "
+            f"examples along its axis {axis}: say where they are by in_axes or kwarg_axes"
+        )
+    # The axis of size one that a batch of one example has is put in here rather than under vmap,
+    # which would move the examples to the front first, and the array with them.
+    mine_alone = split.add(jnp.expand_dims(leaf, axis + 1), axis)
+    return lambda index, mine: mine_alone(mine)
+
+
+def _tree(choice: Choice, split: _Split) -> _Leaf:
+    """Returns the adapted tree of an example as a function of the example."""
+    leaves, treedef = bank_leaves_of(choice.tree)
+
+    def node(leaf: Any) -> _Leaf:
+        if not is_slots(leaf):
+            return lambda index, mine: leaf
+        if not leaf.each:
+            return lambda index, mine: leaf.of_example(leaf.arrays, index)
+        own = {name: split.add(array, leaf.slot_axis) for name, array in leaf.arrays.items()}
+        return lambda index, mine: leaf.of_example(
+            {name: take(mine) for name, take in own.items()}, index
+        )
+
+    parts = [node(leaf) for _, leaf in leaves]
+    return lambda index, mine: treedef.unflatten(part(index, mine) for part in parts)

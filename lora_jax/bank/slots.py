@@ -1,0 +1,232 @@
+"""The arrays of several adapters of one weight, in slots side by side.
+
+The slot axis stands before the rank: [batch…, slots, r, in…]. All slots' factors are then one pair
+of factors of rank slots·r without a copy, and a mixed batch is one product with it, of which each
+example keeps its own columns. A scan over layers takes a layer of all slots, and `jax.vmap` over
+the slot axis runs each adapter by itself.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import field
+from typing import Any, NoReturn, Self
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_jax.axes import AxisRoles
+from lora_jax.parts import RANK, STATIC
+from lora_jax.paths import flatten_with_paths
+from lora_jax.weight import LoraWeight, Trained, is_leaf
+
+# A product with all slots' factors at once reads each of them and multiplies by slots·r columns;
+# above this number, each example gets a copy of its own adapter's factors instead.
+WIDEST = 256
+
+
+class _Slots:
+    """Holds what the two kinds of slots share: a message where one is taken for an array."""
+
+    def replace(self, **changes: Any) -> Self:
+        """Returns a copy with other values in some of the attributes."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(
+            "a node of a bank is not an array: call the function that uses it through "
+            "lora_jax.bank.mixed, on bank.choose(names)"
+        )
+
+    __jax_array__ = __array__ = __getitem__ = __iter__ = __len__ = _refuse
+    __add__ = __radd__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _refuse
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(eq=False)
+class WeightSlots(_Slots):
+    """A kernel W with the factors of several adapters.
+
+    Attributes:
+      base: W itself; see `lora_jax.base`.
+      arrays: by name, each with an axis for the slots after the weight's batch axes:
+        a: [batch…, slots, r, in…]; b: [batch…, slots, r, out…]; scale: [batch…, slots], fp32;
+        gain and shift, where the bank has room for DoRA or a bias on B: [batch…, slots, out…].
+      roles: the axis roles of W.
+      uses: the uses of W that see an adapter; see `lora_jax.LoraWeight`.
+      each: whether the slots are not adapters, but the examples of a batch, in order.
+    """
+
+    base: Any
+    arrays: dict[str, Any]
+    roles: AxisRoles = field(metadata=STATIC)
+    uses: str = field(default="all", metadata=STATIC)
+    each: bool = field(default=False, metadata=STATIC)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of W."""
+        return tuple(self.base.shape)
+
+    @property
+    def slot_axis(self) -> int:
+        """The axis of the slots, of each array."""
+        return len(self.roles.sizes(self.base.shape, "batch"))
+
+    @property
+    def rank(self) -> int:
+        """The largest rank that a slot holds."""
+        return self.arrays["a"].shape[self.slot_axis + 1]
+
+    @property
+    def n_slots(self) -> int:
+        """The number of slots, the base's included."""
+        return self.arrays["a"].shape[self.slot_axis]
+
+    def chosen(self, ids: jax.Array) -> "WeightSlots":
+        """Returns the weight for a batch: with a copy of each example's factors, if that is best.
+
+        Args:
+          ids: [examples] int, the slot of each.
+        """
+        if self.uses != "each" and self.n_slots * self.rank <= WIDEST:
+            return self
+        return self.replace(arrays=_taken(self.arrays, ids, self.slot_axis), each=True)
+
+    def of_example(self, arrays: dict[str, Any], index: jax.Array) -> LoraWeight:
+        """Returns the adapted weight of one example.
+
+        Args:
+          arrays: the weight's arrays; without the slot axis where the slots are examples.
+          index: [] int, the example's slot.
+        """
+        if self.each:
+            rank = arrays["a"].shape[self.slot_axis]
+            return LoraWeight(self.base, arrays, self.roles, (rank,), uses=self.uses)
+        n, all_ranks = self.slot_axis, self.n_slots * self.rank
+
+        def side_by_side(array: Any) -> Any:
+            return array.reshape(*array.shape[:n], all_ranks, *array.shape[n + 2 :])
+
+        mine = jnp.arange(self.n_slots) == index
+        pick = jnp.repeat(jnp.where(mine, arrays["scale"], 0), self.rank, axis=n)
+        parts = {
+            "a": side_by_side(arrays["a"]),
+            "b": side_by_side(arrays["b"]),
+            "scale": jnp.ones(arrays["scale"].shape[:n], jnp.float32),
+            "pick": pick,
+        }
+        for name in ("gain", "shift"):
+            if name in arrays:
+                parts[name] = jnp.take(arrays[name], index, axis=n, mode="clip")
+        return LoraWeight(self.base, parts, self.roles, (all_ranks,), uses=self.uses)
+
+    def __repr__(self) -> str:
+        return f"WeightSlots(shape={self.base.shape}, slots={self.n_slots}, rank={self.rank})"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(eq=False)
+class ValueSlots(_Slots):
+    """A leaf that adapters train in full, a head, say: a value in each slot.
+
+    Attributes:
+      arrays: {"value": [slots, …]}, the base's in slot 0.
+      each: whether the slots are the examples of a batch, in order.
+    """
+
+    arrays: dict[str, Any]
+    each: bool = field(default=False, metadata=STATIC)
+    slot_axis = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the leaf."""
+        return tuple(self.arrays["value"].shape[1:])
+
+    @property
+    def n_slots(self) -> int:
+        """The number of slots, the base's included."""
+        return self.arrays["value"].shape[0]
+
+    def chosen(self, ids: jax.Array) -> "ValueSlots":
+        """Returns the leaf with the value of each example of a batch."""
+        return self.replace(arrays=_taken(self.arrays, ids, 0), each=True)
+
+    def of_example(self, arrays: dict[str, Any], index: jax.Array) -> Trained:
+        """Returns the leaf of one example; see `WeightSlots.of_example`."""
+        return Trained(arrays["value"])
+
+    def __repr__(self) -> str:
+        return f"ValueSlots(shape={self.shape}, slots={self.n_slots})"
+
+
+Slots = WeightSlots | ValueSlots
+
+
+def _taken(arrays: dict[str, Any], ids: jax.Array, axis: int) -> dict[str, Any]:
+    """Returns the arrays with the slot of each example in the place of the slots."""
+    return {name: jnp.take(x, ids, axis=axis, mode="clip") for name, x in arrays.items()}
+
+
+def is_slots(value: Any) -> bool:
+    """Returns whether a value is a node of a bank."""
+    return isinstance(value, Slots)
+
+
+def is_bank_leaf(value: Any) -> bool:
+    """Returns whether a value is one leaf to a walk over a bank's tree."""
+    return is_slots(value) or is_leaf(value)
+
+
+def bank_leaves_of(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """Returns the leaves of a bank's tree with their paths, nodes whole, and its treedef."""
+    return flatten_with_paths(tree, is_leaf=is_bank_leaf)
+
+
+def slots_of(tree: Any) -> dict[str, Slots]:
+    """Returns the nodes of a bank's tree by path."""
+    return {path: leaf for path, leaf in bank_leaves_of(tree)[0] if is_slots(leaf)}
+
+
+def map_slots(visit: Callable[[str, Slots], Any], tree: Any) -> Any:
+    """Returns a bank's tree with ``visit(path, node)`` in place of each node."""
+    leaves, treedef = bank_leaves_of(tree)
+    return treedef.unflatten(visit(p, leaf) if is_slots(leaf) else leaf for p, leaf in leaves)
+
+
+def empty_slots(node: LoraWeight | Trained, n_slots: int) -> Slots:
+    """Returns slots for adapters like a node, all of them empty: the base alone.
+
+    On a mesh, A lies as W's in axes do, B as its out axes; slots and ranks are not split.
+
+    Args:
+      node: of a tree that `lorafy` returned; it says ranks, dtypes and variants. The arrays beside
+        W may be `jax.ShapeDtypeStruct`\\ s.
+      n_slots: the number of slots, the base's included.
+    """
+    if isinstance(node, Trained):
+        return ValueSlots({"value": jnp.repeat(node.value[None], n_slots, axis=0)})
+    n, arrays = node.n_batch, {}
+    more = {"magnitude": "gain", "bias": "shift"}
+    names = ["a", "b", "scale", *(more[name] for name in node.has if name in more)]
+    for name in names:
+        shape = node.shape_of(name)
+        dtype = node.arrays[name].dtype if name in node.arrays else jnp.float32
+        value = 1 if name == "gain" else 0  # DoRA's factor of a column that is as it was
+        filled = jnp.full((*shape[:n], n_slots, *shape[n:]), value, dtype)
+        where = _sharding(node, name)
+        arrays[name] = filled if where is None else jax.device_put(filled, where)
+    return WeightSlots(node.base, arrays, node.roles, node.uses)
+
+
+def _sharding(node: LoraWeight, name: str) -> NamedSharding | None:
+    """Returns the sharding of an array of slots; None where W lies on one device."""
+    places = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(node.base)]
+    of_w = next((place for place in places if isinstance(place, NamedSharding)), None)
+    if of_w is None or of_w.mesh.size == 1:
+        return None
+    spec = (*of_w.spec, *[None] * (node.ndim - len(of_w.spec)))
+    entries = [None if axis == RANK else spec[axis] for axis in node.layout(name)]
+    entries.insert(node.n_batch, None)
+    return NamedSharding(of_w.mesh, PartitionSpec(*entries))

@@ -1,0 +1,170 @@
+"""Adapters on the host: what a bank keeps of each, and what goes into a slot."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.bank.slots import Slots, ValueSlots, WeightSlots
+from lora_jax.lorafy import nodes_of
+from lora_jax.parts import rank_axis
+from lora_jax.paths import nearest
+from lora_jax.weight import LoraWeight, Trained
+
+Adapter = dict[str, LoraWeight | Trained]  # by path, without the base, its arrays on the host
+
+
+class BankError(ValueError):
+    """Says why an adapter does not fit into a bank, or is not there."""
+
+
+def stored(name: str, tree: Any, slots: Mapping[str, Slots]) -> Adapter:
+    """Returns an adapter as a bank keeps it, once it fits.
+
+    Args:
+      name: of the adapter, for messages.
+      tree: an adapted tree over the bank's base.
+      slots: of the bank, by path.
+
+    Raises:
+      BankError: the bank has no room for it.
+    """
+    nodes = nodes_of(tree)
+    if not nodes:
+        raise BankError(f"bank: {name!r} is a plain tree: give an adapted one, or a folder")
+    for path, node in nodes.items():
+        _check_fits(name, path, node, slots)
+    alone = {p: n.replace(base=None) if isinstance(n, LoraWeight) else n for p, n in nodes.items()}
+    return jax.tree.map(np.asarray, alone)
+
+
+def _check_fits(name: str, path: str, node: Any, slots: Mapping[str, Slots]) -> None:
+    if path not in slots:
+        raise BankError(
+            f"bank: {name!r} adapts {path!r}, which the bank has no slots for; the nearest that "
+            f"it has are {nearest(path, slots, n=3)}. Make the bank with rules that select it"
+        )
+    there = slots[path]
+    if not node.is_on:
+        raise BankError(
+            f"bank: {name!r} has no adapter at {path!r}: this is the base half of a tree; join "
+            "the halves first"
+        )
+    wanted = "in full" if isinstance(there, ValueSlots) else "by factors"
+    if isinstance(there, ValueSlots) != isinstance(node, Trained) or not isinstance(
+        node, (LoraWeight, Trained)
+    ):
+        raise BankError(f"bank: {name!r} trains {path!r} otherwise than {wanted}, as the bank has")
+    if node.shape != there.shape:
+        raise BankError(
+            f"bank: {name!r} has {path!r} in the shape {node.shape}, the bank's base in "
+            f"{there.shape}: it belongs to another base"
+        )
+    if isinstance(node, Trained) or isinstance(there, ValueSlots):
+        return
+    rank = node.rank * (2 if node.start is not None else 1)
+    if rank > there.rank:
+        both = f", twice {node.rank} as its factors began in W" if node.start is not None else ""
+        raise BankError(
+            f"bank: {name!r} has rank {rank} at {path!r}{both}, and the bank has room for "
+            f"{there.rank}: make it with a larger rank"
+        )
+    if (node.roles, node.uses) != (there.roles, there.uses):
+        raise BankError(
+            f"bank: {name!r} adapts {path!r} with {node.roles} for {node.uses!r} uses; the bank "
+            f"has {there.roles} and {there.uses!r}: give its rule these in_axes, out_axes and uses"
+        )
+    for part, array, option in (
+        ("magnitude", "gain", "dora=True"),
+        ("bias", "shift", "bias_on_b=True"),
+    ):
+        if part in node.has and array not in there.arrays:
+            raise BankError(
+                f"bank: {name!r} has the part {part!r} at {path!r}, which the bank has no room "
+                f"for: give its rule {option}"
+            )
+
+
+def values_of(
+    adapter: Adapter, slots: Mapping[str, Slots], base: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Returns the arrays of a slot that holds an adapter, by path and name.
+
+    They have the shapes of the slots' arrays, less the slot axis.
+
+    Args:
+      adapter: see `stored`.
+      slots: of the bank, by path.
+      base: the base's leaves by path, which stand where the adapter has nothing.
+    """
+    return {path: _values(adapter.get(path), slots[path], base[path]) for path in slots}
+
+
+def _values(node: Any, slots: Slots, base: Any) -> dict[str, Any]:
+    if isinstance(slots, ValueSlots):
+        return {"value": base if node is None else node.value}
+    n = slots.slot_axis
+    shapes = {k: (*x.shape[:n], *x.shape[n + 1 :]) for k, x in slots.arrays.items()}
+    values = {
+        name: np.full(shape, name == "gain", slots.arrays[name].dtype)
+        for name, shape in shapes.items()
+    }
+    if node is None:
+        return values
+    parts = {name: getattr(node, name) for name in ("a", "b", "scale")}
+    if node.extras:
+        parts = _parts_of_variant(node, slots)
+    elif node.start is not None:
+        (a0, b0) = node.start
+        parts["a"] = np.concatenate([node.a, a0], axis=n)
+        parts["b"] = np.concatenate([node.b, -b0], axis=n)
+    for name, array in parts.items():
+        used = tuple(slice(size) for size in array.shape)  # ranks may be smaller than the bank's
+        values[name][used] = np.asarray(array, values[name].dtype)
+    return values
+
+
+def _parts_of_variant(node: LoraWeight, slots: WeightSlots) -> dict[str, Any]:
+    """Returns a, b, scale, gain and shift of DoRA and other variants.
+
+    Factors are first filled up to the bank's rank, so that adapters of all ranks run the same
+    compiled function.
+    """
+    most, arrays = slots.rank // (2 if node.start is not None else 1), {}
+    for name, array in node.arrays.items():
+        axis = rank_axis(node.axes_of(name), node.roles.labels(len(slots.shape)))
+        if axis >= 0:
+            more = [(0, 0)] * array.ndim
+            more[axis] = (0, most - array.shape[axis])
+            array = np.pad(array, more)
+        arrays[name] = array
+    parts = {k: np.array(v) for k, v in _factored_parts(_alike(node, slots, arrays, most)).items()}
+    for layer, rank in enumerate(node.ranks if len(node.ranks) > 1 else ()):
+        if not rank:  # not adapted
+            for name in parts.keys() & {"gain", "shift"}:
+                parts[name][layer] = name == "gain"
+    return parts
+
+
+def compile_variant(node: LoraWeight, slots: WeightSlots) -> None:
+    """Compiles what makes the arrays of a slot of an adapter with DoRA or a bias on B.
+
+    Args:
+      node: as adapters have it, of the bank's rank; its arrays may be shapes.
+      slots: of the same weight.
+    """
+    arrays = {name: np.zeros(x.shape, x.dtype) for name, x in node.arrays.items()}
+    _factored_parts(_alike(node, slots, arrays, node.rank))
+
+
+def _alike(node: LoraWeight, slots: WeightSlots, arrays: Any, rank: int) -> LoraWeight:
+    """Returns a node over the slots' base that differs from others of its kind in arrays alone."""
+    return node.replace(base=slots.base, arrays=arrays, ranks=(rank,), dropout=0.0, frozen=())
+
+
+@jax.jit
+def _factored_parts(node: LoraWeight) -> dict[str, jax.Array]:
+    parts = node.factored().parts
+    return {name: jnp.asarray(array) for name, array in parts.items()}

@@ -1,0 +1,199 @@
+"""Adapters come, go and change places in a bank: none is lost, and nothing compiles anew."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lora_jax as lj
+import lora_jax.peft as lp
+from lora_jax.bank import Bank, BankError, mixed
+from lora_jax.bank.slots import slots_of
+from tests.models import tiny
+from tests.support import assert_close, assert_identical, draw, with_random_factors
+
+PARAMS = {
+    "layers": {"up": {"kernel": draw(1, (3, 5, 11))}, "down": {"kernel": draw(2, (3, 11, 5))}},
+    "out": {"kernel": draw(3, (5, 7))},
+}
+ALL = [lj.LoraRule(targets=["up", "down", "out"], rank=6)]
+_EVENTS: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: _EVENTS.append(name))
+
+
+def run(params, x):
+    def layer(x, weights):
+        hidden = jnp.tanh(x @ weights["up"]["kernel"])
+        return x + hidden @ weights["down"]["kernel"], None
+
+    return jax.lax.scan(layer, x, params["layers"])[0] @ params["out"]["kernel"]
+
+
+def tree(seed, targets=("up", "out"), **rule):
+    rule = {"rank": 2, "alpha": 3.0 + seed} | rule
+    made = lj.lorafy(PARAMS, [lj.LoraRule(targets=list(targets), **rule)])
+    return with_random_factors(made, seed=seed)
+
+
+def make_bank(slots=3, **more):
+    return Bank(PARAMS, more.pop("rules", ALL), slots=slots, **more)
+
+
+X = draw(9, (4, 5))
+FORWARD = jax.jit(mixed(run))
+
+
+def check(bank, names, trees):
+    """Holds a mixed batch to runs of each adapter."""
+    found = FORWARD(bank.choose(names), X)
+    for i, name in enumerate(names):
+        one = X[i : i + 1]
+        expected = run(PARAMS, one) if name == "base" else lj.adapt(run)(trees[name], one)
+        assert_close(found[i : i + 1], expected, 1e-5)
+
+
+def test_adapters_come_and_go():
+    """More of them than slots; of ranks that differ from layer to layer; one that began in W."""
+    trees = {
+        "a": tree(1),
+        "b": tree(2, ("down",), rank=5, scaling="alpha/sqrt(rank)"),
+        "c": tree(3, ("up", "down"), rank=3, layers=[0, 2]),
+        "d": tree(4, ("out",), rank=3, init=lj.init.pissa),
+    }
+    bank = make_bank(slots=3)
+    for name, one in trees.items():
+        bank.add(name, one)
+    assert bank.names == ("a", "b", "c", "d") and len(bank) == 4 and "d" in bank
+    assert bank.resident == ("a", "b", "c")
+    check(bank, ["a", "base", "c", "b"], trees)
+    check(bank, ["d", "base", "d", "b"], trees)  # takes the slot of the least recently used
+    assert set(bank.resident) == {"b", "c", "d"} and bank.resident[0] == "c"
+    check(bank, ["a", "d", "b", "a"], trees)
+    trees["a"] = tree(7, rank=4)
+    bank.replace("a", trees["a"])
+    check(bank, ["a", "b", "base", "a"], trees)
+    bank.remove("b")
+    assert bank.names == ("a", "c", "d")
+    check(bank, ["c", "c", "d", "a"], trees)
+    for name in bank.names:
+        assert_identical(bank.get(name), trees[name])
+        assert bank.get(name)["out"]["kernel"] is PARAMS["out"]["kernel"] or name in "ad"
+
+
+def test_nothing_compiles_anew():
+    """Whatever their ranks, alphas and targets, and whatever the batch asks for."""
+    rules = [lj.LoraRule(targets=["up", "down", "out"], rank=6, dora=True)]
+    bank = make_bank(slots=2, rules=rules)
+    bank.add("a", tree(1))
+    bank.add("b", tree(2, dora=True, rank=3))
+    jax.block_until_ready(FORWARD(bank.choose(["a", "b", "base", "a"]), X))
+    more = [tree(3, rank=5), tree(4, ("down",), dora=True, rank=4), tree(5, ("up", "down"))]
+    jax.block_until_ready(more)
+    before = len(_EVENTS)
+    for number, one in enumerate(more):
+        bank.add(f"more {number}", one)
+        jax.block_until_ready(FORWARD(bank.choose([f"more {number}", "a", "base", "a"]), X))
+    bank.replace("a", more[1])
+    bank.remove("b")
+    jax.block_until_ready(FORWARD(bank.choose(["base", "a", "more 2", "more 2"]), X))
+    assert [e for e in _EVENTS[before:] if "compile" in e or "trace" in e] == []
+    jax.block_until_ready(FORWARD(bank.choose(["base", "a"]), X[:2]))  # the control
+    assert any("compile" in name for name in _EVENTS[before:])
+
+
+def test_folders(tmp_path):
+    """Of this library, and of PEFT."""
+    model, params = tiny.decoder("llama3")
+    rule = lj.LoraRule(targets=["q_proj", "down_proj"], rank=3, alpha=5.0)
+    ours, theirs = (with_random_factors(lj.lorafy(params, [rule]), seed=n) for n in (1, 2))
+    lj.save_adapter(tmp_path / "ours", ours)
+    lp.save(tmp_path / "theirs", model, theirs)
+    bank = Bank(params, [rule], slots=2, model=model)
+    bank.add("ours", tmp_path / "ours")
+    bank.add("theirs", str(tmp_path / "theirs"))
+    assert_identical(lj.split(bank.get("ours"))[0], lj.split(ours)[0])
+    assert_identical(lj.split(bank.get("theirs"))[0], lj.split(theirs)[0])
+    with pytest.raises(lj.AdapterError, match="there is no adapter folder"):
+        bank.add("none", tmp_path / "none")
+    with pytest.raises(BankError, match=r"give the bank its\s+model"):
+        Bank(params, [rule], slots=1).add("theirs", tmp_path / "theirs")
+
+
+def test_slots_lie_as_their_base_does():
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    at = lambda *spec: NamedSharding(mesh, P(*spec))  # noqa: E731
+    up, down = draw(1, (3, 6, 10)), draw(2, (3, 10, 6))
+    params = {
+        "layers": {
+            "up": {"kernel": jax.device_put(up, at(None, None, "tensor"))},
+            "down": {"kernel": jax.device_put(down, at(None, "tensor"))},
+        }
+    }
+    params["out"] = {"kernel": jax.device_put(draw(3, (6, 7)), at())}
+    one = with_random_factors(lj.lorafy(params, ALL), seed=1)
+    bank = Bank(params, ALL, slots=2)
+    bank.add("one", one)
+    slots = slots_of(bank.tree)
+    a, b = (slots["layers/up/kernel"].arrays[name].sharding.spec for name in ("a", "b"))
+    assert tuple(b) == (None, None, None, "tensor") and "tensor" not in tuple(a)
+    x = draw(9, (4, 6))
+    found = jax.jit(mixed(run))(bank.choose(["one", "base", "one", "base"]), x)
+    expected = lj.adapt(run)(jax.device_get(one), x)
+    assert_close(found[::2], expected[::2], 1e-5)
+
+
+REFUSED = {
+    "no room for rank 7": (lambda: tree(1, rank=7), "has rank 7 .* has room for 6"),
+    "factors in W take twice the rank": (
+        lambda: tree(1, ("out",), rank=4, init=lj.init.pissa),
+        "has rank 8 .* twice 4",
+    ),
+    "plain": (lambda: PARAMS, "is a plain tree"),
+    "half": (lambda: lj.split(tree(1))[1], "the base half of a tree"),
+    "DoRA": (lambda: tree(1, dora=True), r"part 'magnitude'.*give its rule dora=True"),
+    "a bias": (lambda: tree(1, bias_on_b=True), "part 'bias'.*give its rule bias_on_b=True"),
+    "in full": (
+        lambda: lj.lorafy(PARAMS, [lj.TrainRule(targets=["out"])]),
+        "trains 'out/kernel' otherwise than by factors",
+    ),
+    "another base": (
+        lambda: lj.lorafy({"out": {"kernel": jnp.ones((5, 9))}}, [lj.LoraRule(targets=["out"])]),
+        r"in the shape \(5, 9\), the bank's base in \(5, 7\)",
+    ),
+    "another weight": (
+        lambda: lj.lorafy(
+            {"outer": {"kernel": jnp.ones((5, 9))}}, [lj.LoraRule(targets=["outer"])]
+        ),
+        "which the bank has no slots for; the nearest .*'out/kernel'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit(case):
+    make, message = REFUSED[case]
+    bank = make_bank()
+    with pytest.raises(BankError, match=message):
+        bank.add("one", make())
+    assert bank.names == ()
+
+
+def test_names():
+    bank = make_bank(slots=1)
+    bank.add("one", tree(1))
+    bank.add("two", tree(2))
+    with pytest.raises(BankError, match="'one' is taken; see Bank.replace"):
+        bank.add("one", tree(1))
+    with pytest.raises(BankError, match="'base' is the base"):
+        bank.add("base", tree(1))
+    with pytest.raises(BankError, match="no adapter 'three'; there are 'one', 'two'"):
+        bank.choose(["three"])
+    with pytest.raises(BankError, match="no adapter 'three'"):
+        bank.remove("three")
+    with pytest.raises(BankError, match="2 different adapters at once, and 1 slots"):
+        bank.choose(["one", "base", "two"])
+    with pytest.raises(ValueError, match="0 slots: at least 1"):
+        make_bank(slots=0)
+    np.testing.assert_array_equal(bank.ids(["base", "two", "base"]), [0, 1, 0])

@@ -1,0 +1,178 @@
+"""A batch whose examples have different adapters equals a run of each example by its own."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from lora_jax import models
+from lora_jax.bank import Bank, choose, mixed
+from lora_jax.bank import slots as slots_module
+from tests.models import tiny, tiny_encoders
+from tests.support import MORE_PROGRAMS, PROGRAMS, assert_close, draw, with_random_factors
+
+# Not those whose rows depend on each other, by sizes of groups or ids that they hold themselves.
+ALL = (*PROGRAMS, *MORE_PROGRAMS)
+CASES = [p for p in ALL if p.name not in ("experts, tokens sorted", "embedding looked up and tied")]
+FORMS = pytest.mark.parametrize("widest", [slots_module.WIDEST, 0], ids=["side by side", "copies"])
+
+
+def adapters(params: Any, rules: list[Any], **more: dict[str, Any]) -> dict[str, Any]:
+    """Returns adapted trees by name, with random factors; `more` changes the rules of each."""
+    made = {}
+    for seed, (name, changes) in enumerate(more.items()):
+        own = [lj.LoraRule(**{**rule, **changes}) for rule in rules]
+        made[name] = with_random_factors(lj.lorafy(params, own), seed=seed + 3)
+    return made
+
+
+def banked(
+    params: Any, rules: list[Any], trees: dict[str, Any], slots: int = 4, **how: Any
+) -> Bank:
+    bank = Bank(params, rules, slots=slots, **how)
+    for name, tree in trees.items():
+        bank.add(name, tree)
+    return bank
+
+
+def alone(fn: Any, trees: dict[str, Any], base: Any, name: str) -> Any:
+    """Returns `fn` by one adapter, called with what follows the parameters."""
+    if name == "base":
+        return functools.partial(fn, base)
+    return functools.partial(lj.adapt(fn), trees[name])
+
+
+@FORMS
+@pytest.mark.parametrize("program", CASES, ids=lambda program: program.name)
+def test_programs(program, widest, monkeypatch):
+    """Of any function: scans, loops, branches, tied tables, heads, experts, a convolution."""
+    monkeypatch.setattr(slots_module, "WIDEST", widest)
+    params, tree, _ = program.inputs()
+    other = with_random_factors(lj.lorafy(params, list(program.rules)), seed=23)
+    trees = {"one": tree, "other": other}
+    bank = banked(params, list(program.rules), trees)
+    names = ["other", "base", "one", "other"]
+    x = draw(5, (4, *program.x[1:]))
+    if program.name == "weight as the left operand":
+        x = x[:, :1]  # it flattens its rows
+    found = mixed(program.run)(bank.choose(names), x)
+    expected = [
+        alone(program.run, trees, params, name)(x[i : i + 1]) for i, name in enumerate(names)
+    ]
+    assert_close(found, jnp.concatenate(expected), 1e-5)
+    assert np.abs(expected[0] - alone(program.run, trees, params, "base")(x[:1])).max() > 0.05
+
+
+RULE = {"rank": 5, "alpha": 7.0}
+KINDS = {
+    "one": {"rank": 2, "alpha": 3.0, "targets": ["q_proj", "v_proj"]},
+    "two": {"rank": 4, "scaling": "alpha/sqrt(rank)"},
+    "three": {"targets": ["o_proj", "down_proj"], "layers": [1, 2]},
+}
+NAMES = ["two", "base", "three", "one", "two"]
+
+
+@pytest.mark.parametrize("case", ["qwen3", pytest.param("mixtral", marks=pytest.mark.slow)])
+def test_decoders(case):
+    """Logits and greedy answers, by a KV cache, of rows that are padded on either side."""
+    model, params = tiny.decoder(case)
+    rule = {**RULE, "targets": [f"{name}_proj" for name in "q k v o gate up down".split()]}
+    trees = adapters(params, [rule], **KINDS)
+    bank = banked(params, [lj.LoraRule(**rule)], trees)
+    rng = np.random.default_rng(0)
+    ids = jnp.asarray(rng.integers(0, 61, (5, 8)))
+    mask = jnp.ones((5, 8), bool).at[1, :3].set(False).at[3, 6:].set(False)
+    forward = mixed(model.apply)
+    call = {"max_new_tokens": 4}
+    logits = jax.jit(forward)({"params": bank.choose(NAMES)}, ids, attention_mask=mask)
+    said = models.generate(model, bank.choose(NAMES), ids, mask, apply=forward, **call)
+    run = lj.adapt(model.apply)
+    for i, name in enumerate(NAMES[:4]):
+        tree, apply = (params, model.apply) if name == "base" else (trees[name], run)
+        row = slice(i, i + 1)
+        expected = jax.jit(apply)({"params": tree}, ids[row], attention_mask=mask[row])
+        assert_close(logits[row], expected, 1e-5)
+        if name in ("two", "base"):
+            alone = models.generate(model, tree, ids[row], mask[row], apply=apply, **call)
+            np.testing.assert_array_equal(said[row], alone)
+
+
+@FORMS
+def test_an_encoder_with_heads_of_its_own(widest, monkeypatch):
+    """Each adapter's classifier trains in full; DoRA and a bias on B stand beside plain LoRA."""
+    monkeypatch.setattr(slots_module, "WIDEST", widest)
+    model, params = tiny_encoders.model("bert", "classification")
+    head = lj.TrainRule(targets=["classifier"])
+    two = [{"targets": ["query", "value"], **RULE}, {"targets": ["dense"], **RULE}]
+    room = [{**two[0], "dora": True}, {**two[1], "bias_on_b": True}]
+    changes: dict[str, list[dict[str, Any]]] = {
+        "plain": [{**rule, "rank": 3} for rule in two],
+        "variants": room,
+        "some layers": [{**room[0], "layers": [1], "rank": 2}],
+    }
+    trees = {}
+    for seed, (name, rules) in enumerate(changes.items()):
+        own = [head, *(lj.LoraRule(**rule) for rule in rules)]
+        trees[name] = with_random_factors(lj.lorafy(params, own), seed=seed)
+    bank = banked(params, [head, *(lj.LoraRule(**rule) for rule in room)], trees)
+    names = ["variants", "plain", "base", "some layers", "variants"]
+    ids = jnp.asarray(np.random.default_rng(1).integers(0, 61, (5, 9)))
+    found = mixed(model.apply)({"params": bank.choose(names)}, ids)
+    for i, name in enumerate(names):
+        run = alone(lambda tree, ids: model.apply({"params": tree}, ids), trees, params, name)
+        assert_close(found[i : i + 1], run(ids[i : i + 1]), 1e-5)
+
+
+@FORMS
+def test_gradients(widest, monkeypatch):
+    """The gradient of each slot's factors is that of its own examples; others' are zero."""
+    monkeypatch.setattr(slots_module, "WIDEST", widest)
+    program = PROGRAMS[1]
+    params, tree, _ = program.inputs()
+    other = with_random_factors(lj.lorafy(params, list(program.rules)), seed=23)
+    bank = banked(params, list(program.rules), {"one": tree, "other": other}, slots=3)
+    x = draw(5, (4, 13, 5))
+    ids, forward = bank.ids(["other", "one", "one", "base"]), mixed(program.run)
+
+    def loss(tree: Any) -> jax.Array:
+        return jnp.sum(forward(choose(tree, ids), x) ** 3)
+
+    found = slots_module.slots_of(jax.grad(loss, allow_int=True)(bank.tree))
+    adapter, base = lj.split(tree)
+    own = jax.grad(lambda a: jnp.sum(lj.adapt(program.run)(lj.join(a, base), x[1:3]) ** 3))(adapter)
+    for path, parts in own.items():
+        axis = found[path].slot_axis
+        for name in ("a", "b"):
+            arrays = jnp.moveaxis(found[path].arrays[name], axis, 0)
+            assert_close(arrays[1], parts[name], 1e-5)
+            assert not arrays[3].any() and np.abs(arrays[2]).max() > 0.01
+
+
+def test_what_is_refused():
+    params, tree, x = PROGRAMS[0].inputs()
+    rules, run = list(PROGRAMS[0].rules), PROGRAMS[0].run
+    bank = banked(params, rules, {"one": tree}, slots=2)
+    choice = bank.choose(["one", "base", "one"])
+    forward = mixed(run)
+    with pytest.raises(TypeError, match=r"pass bank\.choose\(names\)"):
+        forward(params, x)
+    with pytest.raises(ValueError, match="3 adapters are chosen, and an argument of shape"):
+        forward(choice, x[:2])
+    with pytest.raises(TypeError, match="in_axes has 1 entries for 2 arguments"):
+        mixed(run, in_axes=(0,))(choice, x)
+    with pytest.raises(TypeError, match="kwarg_axes names 'y'"):
+        mixed(run, kwarg_axes={"y": 0})(choice, x)
+    with pytest.raises(TypeError, match="leave out dropout_key"):
+        forward(choice, x, dropout_key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"no axis 1 .* out_axes"):
+        mixed(run, out_axes=1)(choice, x)
+    with pytest.raises(ValueError, match="slots 0 to 2, not 3"):
+        bank.choose(np.array([0, 3]))
+    with pytest.raises(ValueError, match=r"ids has the shape \(1, 2\)"):
+        bank.choose(np.array([[0, 1]]))
+    with pytest.raises(TypeError, match=r"through\s+lora_jax\.bank\.mixed"):
+        run(bank.tree, x)
