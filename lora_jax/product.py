@@ -40,7 +40,7 @@ Dims = tuple[tuple[int, ...], tuple[int, ...]]  # axes of x, axes of the weight
 
 
 class Rows(NamedTuple):
-    """Which columns of rank each row of an activation sees: of examples with their own adapters.
+    """The columns of rank that each row of an activation sees, where examples have own adapters.
 
     Attributes:
       mask: [examples, r], 1 for the columns of an example's adapter, 0 for others.

@@ -13,13 +13,8 @@ from lora_jax.adapt.interpreter import Interpreter
 from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.transform import run
 from lora_jax.lorafy import map_nodes
-from lora_jax.weight import Part, leaves_of
+from lora_jax.weight import leaves_of
 from tests.support import assert_close, with_random_factors
-
-EXTRAS = (
-    Part("pick", ("batch", "rank"), None, lambda w, _, pick: w.replace(pick=pick)),
-    Part("rows", ("example", "rank"), None, lambda w, _, rows: w.replace(rows=rows)),
-)
 
 
 def slots(params: Any, rules: Sequence[Any], n: int = 3) -> list[Any]:
@@ -49,7 +44,7 @@ def bank(trees: Sequence[Any], ids: Any) -> Any:
             "rows": jnp.repeat(own, first.rank, -1).astype(jnp.float32),
         }
         ranks = (len(trees) * first.rank,) * len(first.ranks)
-        return first.replace(arrays=arrays, ranks=ranks, extras=EXTRAS)
+        return first.replace(arrays=arrays, ranks=ranks)
 
     nodes = zip(*([leaf for _, leaf in leaves] for leaves, _ in flat), strict=True)
     return flat[0][1].unflatten(list(map(one, nodes)))

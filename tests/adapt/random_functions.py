@@ -71,6 +71,25 @@ def _updated(y: jax.Array, i: int, j: int) -> jax.Array:
     return lax.dynamic_update_slice(y, jnp.flip(part, j), start)
 
 
+def _with_itself(what: Callable[..., jax.Array], y: jax.Array, i: int, j: int) -> jax.Array:
+    """Returns a function of y and of y with two axes swapped, if they have one shape."""
+    other = jnp.swapaxes(y, i, j)
+    return what(y, other) if y.ndim == 3 and other.shape == y.shape else y
+
+
+def _multiplied(y: jax.Array, other: jax.Array) -> jax.Array:
+    return jnp.einsum("abc,adc->abd", y, other)
+
+
+def _looked_up(y: jax.Array, other: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(y, jnp.int32(9 * jnp.abs(other)) % y.shape[1], axis=1)
+
+
+def _scattered(y: jax.Array, other: jax.Array) -> jax.Array:
+    places = jnp.int32(9 * jnp.abs(other[:, :, 0])) % y.shape[1]
+    return jax.vmap(lambda to, at, by: to.at[at].add(by))(y, places, other)
+
+
 _STEPS: dict[str, Callable[..., jax.Array]] = {
     "times a weight": lambda p, x, y, i, j: _by(p, y, i),
     "weight first": lambda p, x, y, i, j: (
@@ -106,8 +125,12 @@ _STEPS: dict[str, Callable[..., jax.Array]] = {
     "updated": lambda p, x, y, i, j: _updated(y, i, j),
     "set": lambda p, x, y, i, j: jnp.moveaxis(jnp.moveaxis(y, i, 0).at[1:].add(0.5), 0, i),
     "in steps": lambda p, x, y, i, j: _stepped(p, y, i, j),
+    "multiplied by itself": lambda p, x, y, i, j: _with_itself(_multiplied, y, i, j),
+    "looked up by itself": lambda p, x, y, i, j: _with_itself(_looked_up, y, i, j),
+    "scattered by itself": lambda p, x, y, i, j: _with_itself(_scattered, y, i, j),
     "expanded": lambda p, x, y, i, j: jnp.expand_dims(y, i) if y.ndim < 5 else y,
 }
 # Often what keeps examples apart, so that not all is declined.
 _NAMES = [*_STEPS, *("times a weight", "weight first", "looked up", "swapped", "merged") * 3]
+_NAMES += [name for name in _STEPS if name.endswith("by itself")] * 2
 _NAMES += ["split by 4", "split by 2", "in steps", "added to the input", "expanded"] * 2

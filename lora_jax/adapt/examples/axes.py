@@ -1,4 +1,4 @@
-"""Which axes of a function's arguments and results hold the examples of a batch."""
+"""Reads which axes of a function's arguments and results hold the examples of a batch."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence

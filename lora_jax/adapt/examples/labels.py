@@ -1,4 +1,4 @@
-"""What is known of a value of a jaxpr: where the examples of a batch lie in it."""
+"""The facts that are known of a value of a jaxpr: the axis that holds the examples of a batch."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
