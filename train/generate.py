@@ -1,195 +1,84 @@
-"""Ask a fine-tuned model: `python -m train.generate --adapter runs/sql/adapter --prompt "…"`.
+"""Ask fine-tuned models: `python -m train.generate --adapter runs/sql --prompt "…"`.
 
-Without --prompt, each line of standard input is a prompt.
+Prompts are arguments, the rows or lines of a file (--prompts), or the lines of standard input.
+--interactive chats. The answers of several adapters over one base stand side by side.
 """
 
-import dataclasses
-import math
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import tyro
-
-from lora_jax.models import generate
-from train.adapters.source import find_adapter, runnable
+from train.console.output import check_free, closed_pipe
+from train.generating.adapters import Served, base_of, find_adapters, outlined
+from train.generating.batch import answer_all, answer_aloud
+from train.generating.chat import talk
+from train.generating.options import Options, check, parse
+from train.generating.prompts import (
+    check_lengths,
+    check_template,
+    of_standard_input,
+    read_prompts,
+    short_enough,
+    tokenize,
+    typed,
+)
 from train.run.cache import keep_compiled
-from train.run.complete import left_padded, tokenized
-from train.run.errors import UserError, flag, reported
-from train.run.options.common import Attention, check_seed
+from train.run.errors import UserError, reported
 from train.run.options.ignored import given_options
-from train.run.options.sft import DEFAULT_MODEL
-from train.run.pretrained import Outline, end_tokens, read_model, read_outline
-
-_MULTIPLE = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Generate text with a base model and an adapter."""
-
-    adapter: str | None = None
-    """An adapter: the folder of a run, of this library or of PEFT, or the hub name of a PEFT
-    adapter. Without it, the base answers alone."""
-    model: str | None = None
-    """The base: a hub name, a folder or a GGUF file. By default the base that the adapter names, or
-    else SmolLM2-135M-Instruct."""
-    prompt: str | None = None
-    """The prompt to answer. Without it, each line of standard input is a prompt."""
-    system: str | None = None
-    """A system prompt, for models with a chat template."""
-    max_new_tokens: int = 128
-    """The maximum number of tokens to generate."""
-    temperature: float = 0.0
-    """The temperature of the sampler. 0 always takes the most likely token."""
-    top_p: float = 1.0
-    """Sample from the most likely tokens whose probabilities add up to this (nucleus sampling)."""
-    seed: int = 0
-    """Seed of the sampler."""
-    attention: Attention = "auto"
-    """Computation of attention to the prompt. dense: all scores of a layer at once, in memory
-    quadratic in the length. blockwise: a block of queries at a time, in memory linear in the
-    length. auto: dense below 512 tokens, blockwise from there on. splash and cudnn are refused:
-    these kernels read no KV cache."""
-    allow_base_mismatch: bool = False
-    """Accept an adapter that was trained on another base."""
-    compilation_cache: str | None = None
-    """The folder where JAX keeps compiled programs for later runs, or off. By default
-    lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR."""
+from train.run.pretrained import read_model, read_outline
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    options = tyro.cli(
-        tyro.conf.FlagCreatePairsOff[Options], args=args, prog="python -m train.generate"
-    )
-    with reported():
-        check(options, given_options(sys.argv[1:] if args is None else args))
+    given = sys.argv[1:] if args is None else args
+    options = parse(given)
+    with reported(), closed_pipe():
+        check(options, given_options(given))
         run(options)
 
 
 def run(options: Options) -> None:
-    """Loads the model and its adapter, and prints an answer to each prompt.
+    """Loads the model and its adapters, and answers the prompts, or chats.
 
     Raises:
-      UserError: something that was asked for cannot be done; of several prompts that are too long,
-        once the others are answered.
+      UserError: something that was asked for cannot be done: before weights are read; of prompts
+        on standard input that are too long, once the others are answered.
     """
     if said := keep_compiled(options.compilation_cache):
         print(said, file=sys.stderr)
-    adapter = find_adapter(options.adapter) if options.adapter else None
-    name = options.model or (adapter.base() if adapter else DEFAULT_MODEL)
-    outline = read_outline(name)
-    if adapter:
-        outline = outline.scaled(adapter.rope_scaling).quantized(adapter.quantize)
-    if options.system is not None and outline.tokenizer.chat_template is None:
-        raise UserError(
-            f"--system: {name} has no chat template to put a system prompt into: leave it out, or "
-            "write it into the prompt"
-        )
-    mismatch = options.allow_base_mismatch
-    if adapter:
-        adapter.check(outline, allow_base_mismatch=mismatch)
-    how = {"attention": options.attention, **outline.head}
-    model, params = read_model(name, dtype="float32", **how)
-    apply = None
-    if adapter:
-        adapted = adapter.load(model, params, name, allow_base_mismatch=mismatch)
-        apply, params = runnable(model, adapted)
-        del adapted
-    key = jax.random.key(options.seed)
-    prompts = [options.prompt] if options.prompt is not None else lines()
+    if options.output:
+        check_free(options.output, options.overwrite, "--output")
+    prompts = read_prompts(options)
+    adapters = find_adapters(options.adapter)
+    outline = outlined(read_outline(base_of(adapters, options.model)), adapters)
+    for adapter in adapters:
+        if adapter.source:
+            adapter.source.check(outline, allow_base_mismatch=options.allow_base_mismatch)
+    check_template(options, outline, prompts or [])
+
+    # Someone who types a line waits for its answer; the lines of a pipe are answered together.
+    one_by_one = not (prompts or options.interactive or options.output) and sys.stdin.isatty()
     refused = 0
-    for number, prompt in enumerate(prompts):
-        try:
-            at = jax.random.fold_in(key, number)
-            answer = reply(model, params, outline, options, prompt, at, apply=apply)
-        except UserError as error:
-            if options.prompt is not None:
-                raise
-            refused += 1
-            print(f"prompt {number + 1} is left out: {error}", file=sys.stderr, flush=True)
-        else:
-            print(answer, flush=True)
+    if prompts is not None:
+        tokens = tokenize(prompts, outline, options.system)
+        check_lengths(prompts, tokens, outline, options)
+    elif not (options.interactive or one_by_one):
+        prompts = of_standard_input()
+        n, tokens = len(prompts), tokenize(prompts, outline, options.system)
+        prompts, tokens = short_enough(prompts, tokens, outline, options)
+        refused = n - len(prompts)
+
+    how = {"attention": options.attention, **outline.head}
+    served = Served(*read_model(outline.name, dtype="float32", **how), adapters, options)
+    if options.interactive:
+        talk(served, outline, options)
+    elif prompts is None:
+        refused = answer_aloud(served, outline, options, typed())
+    elif sys.stdout.isatty() and len(prompts) * options.num_samples == 1 and not options.output:
+        answer_aloud(served, outline, options, prompts)
+    elif prompts:
+        answer_all(served, outline, options, prompts, tokens)
     if refused:
         raise UserError(f"{refused} prompts got no answer; the reasons are above")
-
-
-def check(options: Options, given: frozenset[str] = frozenset()) -> None:
-    """Raises a UserError for options that make no sense, or that were given to no effect."""
-    check_seed(options.seed)
-    if options.temperature == 0 and (named := sorted({"top_p", "seed"} & given)):
-        raise UserError(
-            f"{flag(named[0])} is about sampling, and --temperature 0 (the default) always takes "
-            "the most likely token: give a temperature above 0, or leave it out"
-        )
-    if options.adapter is None and "allow_base_mismatch" in given:
-        raise UserError("--allow-base-mismatch is about an adapter: name one with --adapter")
-    if options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {options.max_new_tokens}: at least 1 is needed")
-    if not 0 <= options.temperature < math.inf:
-        raise UserError(f"--temperature {options.temperature}: a number from 0 on is needed")
-    if not 0 < options.top_p <= 1:
-        raise UserError(f"--top-p {options.top_p}: a probability above 0 and at most 1")
-    if options.attention in ("splash", "cudnn"):
-        raise UserError(
-            f"--attention {options.attention}: the kernel does not read keys from a cache, and "
-            "generation has one: give blockwise, dense or auto"
-        )
-
-
-def lines() -> Any:
-    """Yields the prompts of standard input, one per line."""
-    if sys.stdin.isatty():
-        print("One prompt per line; end with Ctrl-D.", file=sys.stderr)
-    return (line.strip() for line in sys.stdin if line.strip())
-
-
-def reply(
-    model: Any,
-    params: Any,
-    outline: Outline,
-    options: Options,
-    prompt: str,
-    key: jax.Array,
-    *,
-    apply: Callable[..., Any] | None = None,
-) -> str:
-    """Returns the answer to one prompt.
-
-    Args:
-      model, params, outline: the model.
-      options: the options.
-      prompt: the prompt.
-      key: random key of the sampler.
-      apply: runs the model in the place of ``model.apply``.
-
-    Raises:
-      UserError: prompt and answer together are longer than the model allows.
-    """
-    if outline.tokenizer.chat_template is None:
-        tokens = outline.tokenizer(prompt)["input_ids"]
-    else:
-        turns = [{"role": "system", "content": options.system}] if options.system else []
-        (tokens,) = tokenized(outline, [[*turns, {"role": "user", "content": prompt}]])
-    outline.check_length(len(tokens) + options.max_new_tokens, "prompt and --max-new-tokens")
-    ids, mask = left_padded([tokens], -(-len(tokens) // _MULTIPLE) * _MULTIPLE, 0)
-    new = generate(
-        model,
-        params,
-        jnp.asarray(ids),
-        jnp.asarray(mask),
-        max_new_tokens=options.max_new_tokens,
-        eos_token_id=end_tokens(outline) or None,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        key=key,
-        apply=apply,
-    )
-    return outline.tokenizer.decode(np.asarray(new)[0].tolist(), skip_special_tokens=True).strip()
 
 
 if __name__ == "__main__":

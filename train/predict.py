@@ -4,19 +4,15 @@ Texts are arguments, the rows or lines of a file (--input), or the lines of stan
 classifier is one that `train.classify` trained, an adapter of PEFT's, or a model with its own head.
 """
 
-import contextlib
 import dataclasses
-import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lora_jax.training.run.log import duration
+from train.console.output import closed_pipe, opened
+from train.console.progress import progress_of
 from train.predicting.batches import probabilities
 from train.predicting.classifier import find_classifier
 from train.predicting.texts import (
@@ -27,12 +23,10 @@ from train.predicting.texts import (
     of_standard_input,
     tokenize,
 )
-from train.predicting.write import Format, format_of, opened, write
+from train.predicting.write import Format, format_of, write
 from train.run.cache import keep_compiled
 from train.run.errors import UserError, flag, reported
 from train.run.options.ignored import given_options
-
-_SECONDS_A_LINE = 10.0  # between lines on progress, where there is no terminal to draw a bar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +77,7 @@ def main(args: Sequence[str] | None = None) -> None:
     options = tyro.cli(
         tyro.conf.FlagCreatePairsOff[Options], args=args, prog="python -m train.predict"
     )
-    with reported(), _closed_pipe():
+    with reported(), closed_pipe():
         check(options, given_options(sys.argv[1:] if args is None else args))
         run(options)
 
@@ -104,7 +98,7 @@ def run(options: Options) -> None:
     tokens = tokenize(texts, outline, options.seq_len, options.truncate)
     with opened(options.out, options.overwrite) as file:
         apply, params = classifier.load(allow_base_mismatch=mismatch)
-        with _progress(len(texts)) as progress:
+        with progress_of(len(texts), "classifying", "classified", "texts") as progress:
             found = probabilities(
                 apply,
                 params,
@@ -148,45 +142,6 @@ def read(options: Options) -> Texts:
     if options.input is not None:
         return of_file(options.input, options.field, options.field_pair)
     return of_standard_input()
-
-
-@contextlib.contextmanager
-def _progress(n: int) -> Iterator[Callable[[int], None]]:
-    """Draws a bar on stderr; where that is no terminal, prints a line now and then."""
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("classifying"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    task = bar.add_task("", total=n)
-    began = said = time.monotonic()
-
-    def progress(done: int) -> None:
-        nonlocal said
-        bar.update(task, completed=done)
-        now = time.monotonic()
-        if not console.is_terminal and now - said > _SECONDS_A_LINE:
-            said = now
-            left = duration((now - began) * (n - done) / done)
-            print(f"classified {done:,} of {n:,} texts, {left} to go", file=sys.stderr, flush=True)
-
-    with bar:
-        yield progress
-
-
-@contextlib.contextmanager
-def _closed_pipe() -> Iterator[None]:
-    """Ends quietly once the reader of standard output, such as `head`, has closed it."""
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
-        sys.exit(1)
 
 
 if __name__ == "__main__":

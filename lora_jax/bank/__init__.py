@@ -18,3 +18,5 @@ from lora_jax.bank.mixing import Choice as Choice
 from lora_jax.bank.mixing import choose as choose
 from lora_jax.bank.mixing import mixed as mixed
 from lora_jax.bank.stored import BankError as BankError
+from lora_jax.bank.tenants import Tenant as Tenant
+from lora_jax.bank.together import Together as Together

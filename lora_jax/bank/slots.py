@@ -55,6 +55,7 @@ class WeightSlots(_Slots):
       roles: the axis roles of W.
       uses: the uses of W that see an adapter; see `lora_jax.LoraWeight`.
       each: whether the slots are not adapters, but the examples of a batch, in order.
+      has_base: whether slot 0 is here, empty; else the first slot here is slot 1.
     """
 
     base: Any
@@ -62,6 +63,7 @@ class WeightSlots(_Slots):
     roles: AxisRoles = field(metadata=STATIC)
     uses: str = field(default="all", metadata=STATIC)
     each: bool = field(default=False, metadata=STATIC)
+    has_base: bool = field(default=True, metadata=STATIC)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -79,9 +81,14 @@ class WeightSlots(_Slots):
         return self.arrays["a"].shape[self.slot_axis + 1]
 
     @property
+    def n_here(self) -> int:
+        """The number of slots in the arrays."""
+        return self.arrays["a"].shape[self.slot_axis]
+
+    @property
     def n_slots(self) -> int:
         """The number of slots, the base's included."""
-        return self.arrays["a"].shape[self.slot_axis]
+        return self.n_here + (not self.has_base)
 
     def chosen(self, ids: jax.Array) -> "WeightSlots":
         """Returns the weight for a batch: with a copy of each example's factors, if that is best.
@@ -89,9 +96,12 @@ class WeightSlots(_Slots):
         Args:
           ids: [examples] int, the slot of each.
         """
-        if self.uses != "each" and self.n_slots * self.rank <= WIDEST:
+        if self.uses != "each" and self.n_here * self.rank <= WIDEST:
             return self
-        return self.replace(arrays=_taken(self.arrays, ids, self.slot_axis), each=True)
+        taken = _taken(self.arrays, ids if self.has_base else ids - 1, self.slot_axis)
+        if not self.has_base:
+            taken["scale"] = jnp.where(ids > 0, taken["scale"], 0)
+        return self.replace(arrays=taken, each=True)
 
     def of_example(self, arrays: dict[str, Any], index: jax.Array) -> LoraWeight:
         """Returns the adapted weight of one example.
@@ -103,12 +113,12 @@ class WeightSlots(_Slots):
         if self.each:
             rank = arrays["a"].shape[self.slot_axis]
             return LoraWeight(self.base, arrays, self.roles, (rank,), uses=self.uses)
-        n, all_ranks = self.slot_axis, self.n_slots * self.rank
+        n, all_ranks = self.slot_axis, self.n_here * self.rank
 
         def side_by_side(array: Any) -> Any:
             return array.reshape(*array.shape[:n], all_ranks, *array.shape[n + 2 :])
 
-        mine = jnp.arange(self.n_slots) == index
+        mine = jnp.arange(self.n_here) + (not self.has_base) == index
         pick = jnp.repeat(jnp.where(mine, arrays["scale"], 0), self.rank, axis=n)
         parts = {
             "a": side_by_side(arrays["a"]),
@@ -131,11 +141,13 @@ class ValueSlots(_Slots):
     """A leaf that adapters train in full, a head, say: a value in each slot.
 
     Attributes:
-      arrays: {"value": [slots, …]}, the base's in slot 0.
+      arrays: {"value": [slots, …]}, the base's in slot 0; or from slot 1 on, where `base` is given.
+      base: the base's value.
       each: whether the slots are the examples of a batch, in order.
     """
 
     arrays: dict[str, Any]
+    base: Any = None
     each: bool = field(default=False, metadata=STATIC)
     slot_axis = 0
 
@@ -147,11 +159,16 @@ class ValueSlots(_Slots):
     @property
     def n_slots(self) -> int:
         """The number of slots, the base's included."""
-        return self.arrays["value"].shape[0]
+        return self.arrays["value"].shape[0] + (self.base is not None)
 
     def chosen(self, ids: jax.Array) -> "ValueSlots":
         """Returns the leaf with the value of each example of a batch."""
-        return self.replace(arrays=_taken(self.arrays, ids, 0), each=True)
+        if self.base is None:
+            return self.replace(arrays=_taken(self.arrays, ids, 0), each=True)
+        value = _taken(self.arrays, ids - 1, 0)["value"]
+        is_base = jnp.expand_dims(ids == 0, range(1, value.ndim))
+        value = jnp.where(is_base, self.base.astype(value.dtype), value)
+        return ValueSlots({"value": value}, each=True)
 
     def of_example(self, arrays: dict[str, Any], index: jax.Array) -> Trained:
         """Returns the leaf of one example; see `WeightSlots.of_example`."""

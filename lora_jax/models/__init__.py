@@ -19,6 +19,7 @@ from lora_jax.models.kinds import kinds
 from lora_jax.models.layers.cache import Cache, Shared, init_cache
 from lora_jax.models.pretrained import from_pretrained, save_pretrained
 from lora_jax.models.rope_scaling import with_rope_scaling
+from lora_jax.models.streaming import stream
 
 __all__ = [
     "Cache",
@@ -48,5 +49,6 @@ __all__ = [
     "read_config",
     "save_pretrained",
     "share",
+    "stream",
     "with_rope_scaling",
 ]

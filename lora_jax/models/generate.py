@@ -49,7 +49,8 @@ def generate(
       temperature: divides the logits before sampling; 0 takes the most likely token.
       top_p: sample from the fewest tokens whose probabilities add up to it (Holtzman et al. 2020).
       top_k: sample from that many tokens, before top_p.
-      key: the PRNG key to sample with; needed where temperature is above 0.
+      key: the PRNG key to sample with; needed where temperature is above 0. Or [batch] keys: then
+        what a row draws does not depend on the rows beside it.
       apply: a function with ``model.apply``'s signature to run in its place, such as
         ``lora_jax.adapt(model.apply)``. Keep one and pass it again: each new function compiles.
       shared: tokens that come before each prompt, from ``share``: a system prompt, solved examples.
@@ -71,6 +72,48 @@ def generate(
     >>> new.shape
     (1, 4)
     """
+    ids, mask, choice = arguments(
+        model,
+        input_ids,
+        attention_mask,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        key=key,
+    )
+    return _generate(
+        params,
+        ids,
+        mask,
+        *choice,
+        shared,
+        model=model,
+        apply=apply,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def arguments(
+    model: Decoder | GPT2,
+    input_ids: jax.typing.ArrayLike,
+    attention_mask: jax.typing.ArrayLike | None,
+    *,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int | None,
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+    key: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, Choice]:
+    """Returns ids, mask and choice as arrays, with the configuration's defaults; see ``generate``.
+
+    Raises:
+      ValueError: see ``generate``.
+    """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     if temperature > 0 and key is None:
@@ -87,23 +130,22 @@ def generate(
     mask = (
         jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
     )
+    if key is not None and _is_a_row_each(key) and key.shape != ids.shape[:1]:
+        raise ValueError(f"{key.shape} keys for {ids.shape[0]} rows: one key, or one a row")
     sampling = _Sampling(
         temperature=jnp.asarray(temperature, jnp.float32),
         top_p=jnp.asarray(top_p, jnp.float32),
         top_k=jnp.asarray(config.vocab_size if top_k is None else top_k, jnp.int32),
     )
-    return _generate(
-        params,
+    return (
         ids,
         mask,
-        jnp.asarray(eos, jnp.int32),
-        jnp.asarray(pad_token_id, jnp.int32),
-        sampling,
-        jax.random.key(0) if key is None else key,
-        shared,
-        model=model,
-        apply=apply,
-        max_new_tokens=max_new_tokens,
+        Choice(
+            eos=jnp.asarray(eos, jnp.int32),
+            pad=jnp.asarray(pad_token_id, jnp.int32),
+            sampling=sampling,
+            key=jax.random.key(0) if key is None else key,
+        ),
     )
 
 
@@ -165,12 +207,28 @@ class _Sampling(NamedTuple):
     top_k: jax.Array
 
 
-class _Loop(NamedTuple):
+class Choice(NamedTuple):
+    """The options that choose the next tokens; see ``generate``.
+
+    Attributes:
+      eos: [n] int32.
+      pad: [] int32.
+      sampling: the options of sampling.
+      key: [] or [batch] keys.
+    """
+
+    eos: jax.Array
+    pad: jax.Array
+    sampling: _Sampling
+    key: jax.Array
+
+
+class Loop(NamedTuple):
     """The decoding loop's state.
 
     Attributes:
-      step: [] int32, the number of tokens written.
-      tokens: [batch, max_new_tokens] int32.
+      step: [] int32, the number of tokens chosen.
+      tokens: [batch, n] int32, the newest n; the one of step i is in column i % n.
       last: [batch] int32, each row's newest token.
       done: [batch] bool.
       cache: up to, and without, ``last``.
@@ -201,40 +259,92 @@ def _generate(
 ) -> jax.Array:
     run: Any = model.apply if apply is None else apply
     batch, seq = ids.shape
-
-    def forward(ids: jax.Array, mask: jax.Array, old: Cache, at: jax.Array) -> Any:
-        logits, new = run(
-            {"params": params}, ids, attention_mask=mask, cache=old, logits_at=at[:, None]
-        )
-        return logits[:, 0], new
-
-    def write(state: _Loop, logits: jax.Array, cache: Cache) -> _Loop:
-        new = _choose(logits, sampling, jax.random.fold_in(key, state.step))
-        new = jnp.where(state.done, pad, new)
-        tokens = lax.dynamic_update_slice(state.tokens, new[:, None], (0, state.step))
-        done = state.done | jnp.isin(new, eos)
-        return _Loop(state.step + 1, tokens, new, done, cache)
-
-    def unfinished(state: _Loop) -> jax.Array:
-        return (state.step < max_new_tokens) & ~jnp.all(state.done)
-
-    def decode(state: _Loop) -> _Loop:
-        fed = ~state.done  # a row that has ended feeds padding
-        here = jnp.zeros((batch,), jnp.int32)
-        return write(state, *forward(state.last[:, None], fed[:, None], state.cache, here))
-
+    choice = Choice(eos, pad, sampling, key)
     # The last token is never fed.
     cache = init_cache(model.config, batch, seq + max_new_tokens - 1, model.dtype, shared=shared)
-    start = _Loop(
+    state = prefill(run, params, ids, mask, cache, choice, max_new_tokens)
+    return decode(run, params, state, choice, max_new_tokens).tokens
+
+
+def prefill(
+    run: Callable[..., Any],
+    params: Any,
+    ids: jax.Array,
+    mask: jax.Array,
+    cache: Cache,
+    choice: Choice,
+    n: int,
+) -> Loop:
+    """Runs the prompts and chooses the first token of each answer.
+
+    Args:
+      run: ``model.apply``, or what takes its place.
+      params: the parameters.
+      ids: [batch, seq] int32.
+      mask: [batch, seq] bool.
+      cache: an empty one.
+      choice: how tokens are chosen.
+      n: the number of tokens that the state holds.
+    """
+    batch, seq = ids.shape
+    start = Loop(
         step=jnp.zeros((), jnp.int32),
-        tokens=jnp.broadcast_to(pad, (batch, max_new_tokens)),
+        tokens=jnp.broadcast_to(choice.pad, (batch, n)),
         last=jnp.zeros((batch,), jnp.int32),
         done=jnp.zeros((batch,), bool),
         cache=cache,
     )
     last_real = seq - 1 - jnp.argmax(mask[:, ::-1], axis=1).astype(jnp.int32)
-    state = write(start, *forward(ids, mask, cache, last_real))
-    return lax.while_loop(unfinished, decode, state).tokens
+    return _written(start, choice, *_forward(run, params, ids, mask, cache, last_real))
+
+
+def decode(
+    run: Callable[..., Any],
+    params: Any,
+    state: Loop,
+    choice: Choice,
+    until: jax.typing.ArrayLike,
+) -> Loop:
+    """Decodes up to `until` tokens of each answer, or until all have ended."""
+
+    def unfinished(state: Loop) -> jax.Array:
+        return (state.step < until) & ~jnp.all(state.done)
+
+    def one(state: Loop) -> Loop:
+        fed = ~state.done  # a row that has ended feeds padding
+        here = jnp.zeros(state.last.shape, jnp.int32)
+        found = _forward(run, params, state.last[:, None], fed[:, None], state.cache, here)
+        return _written(state, choice, *found)
+
+    return lax.while_loop(unfinished, one, state)
+
+
+def _forward(
+    run: Callable[..., Any], params: Any, ids: jax.Array, mask: jax.Array, old: Cache, at: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """Returns the logits, [batch, vocab], of one token of each row, and the longer cache."""
+    logits, new = run(
+        {"params": params}, ids, attention_mask=mask, cache=old, logits_at=at[:, None]
+    )
+    return logits[:, 0], new
+
+
+def _written(state: Loop, choice: Choice, logits: jax.Array, cache: Cache) -> Loop:
+    """Chooses the next tokens, and writes them down."""
+    fold = jax.random.fold_in
+    if _is_a_row_each(choice.key):
+        fold = jax.vmap(fold, (0, None))
+    new = _choose(logits, choice.sampling, fold(choice.key, state.step))
+    new = jnp.where(state.done, choice.pad, new)
+    column = state.step % state.tokens.shape[1]
+    tokens = lax.dynamic_update_slice(state.tokens, new[:, None], (0, column))
+    done = state.done | jnp.isin(new, choice.eos)
+    return Loop(state.step + 1, tokens, new, done, cache)
+
+
+def _is_a_row_each(key: jax.Array) -> bool:
+    """Returns whether these are keys, one a row; an old key (`jax.random.PRNGKey`) is one."""
+    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim > 0
 
 
 def _choose(logits: jax.Array, sampling: _Sampling, key: jax.Array) -> jax.Array:
@@ -253,6 +363,9 @@ def _choose(logits: jax.Array, sampling: _Sampling, key: jax.Array) -> jax.Array
         kept = (rank == 0) | ((rank < sampling.top_k) & (before < sampling.top_p))
         least = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
         scores = jnp.where(scores >= least, scores, -jnp.inf)
-        return jax.random.categorical(key, scores, axis=-1).astype(jnp.int32)
+        draw = jax.random.categorical
+        if _is_a_row_each(key):
+            draw = jax.vmap(draw)
+        return draw(key, scores).astype(jnp.int32)
 
     return lax.cond(sampling.temperature > 0, sample, greedy, logits)

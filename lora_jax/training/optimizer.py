@@ -19,8 +19,8 @@ def make_optimizer(
     schedule: optax.Schedule,
     params: Any = None,
     *,
-    weight_decay: float = 0.0,
-    grad_clip: float = 1.0,
+    weight_decay: float | jax.Array = 0.0,
+    grad_clip: float | jax.Array = 1.0,
     lora_plus: float | None = None,
     options: Mapping[str, float | None] | None = None,
 ) -> optax.GradientTransformation:
@@ -38,8 +38,8 @@ def make_optimizer(
       schedule: the learning rate at each step.
       params: the adapted tree. "muon" needs it for the roles of the axes, and all need it where A
         is frozen, for B's gradient to be projected.
-      weight_decay: of A, B, kernels and embeddings.
-      grad_clip: the largest norm of the gradient; 0 for no limit.
+      weight_decay: of A, B, kernels and embeddings. It and grad_clip may be tracers.
+      grad_clip: the largest norm of the gradient; the number 0 for no limit.
       lora_plus: the ratio of B's learning rate to A's (LoRA+).
       options: beta1, beta2, eps and momentum, of which each optimiser reads its own; None for its
         default. See `lora_jax.training.optimizers.named.OPTIMIZERS`.
@@ -62,7 +62,8 @@ def make_optimizer(
     ]
     if lora_plus is not None:
         step.append(lj.optim.lora_plus(lora_plus))
-    parts = [optax.clip_by_global_norm(grad_clip)] if grad_clip else []
+    is_limited = isinstance(grad_clip, jax.Array) or bool(grad_clip)
+    parts = [optax.clip_by_global_norm(grad_clip)] if is_limited else []
     if any("a" in weight.frozen for weight in _adapted(params)):
         parts.append(lj.optim.project_b(params))
     whole: Any = optax.chain(*step)

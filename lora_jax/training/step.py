@@ -94,6 +94,27 @@ def make_step(
     8.0
     """
 
+    gradient = make_gradient(forward, dropout=dropout, loss=loss, gathered=gathered)
+    update = make_update(optimizer, schedule, loss)
+
+    def step(state: State, base: Any, batch: dict[str, Any]) -> tuple[State, Metrics]:
+        return update(state, *gradient(state, base, batch))
+
+    return step
+
+
+def make_gradient(
+    forward: Logits,
+    *,
+    dropout: bool,
+    loss: Loss = CROSS_ENTROPY,
+    gathered: Callable[[Adapter], Adapter] = lambda adapter: adapter,
+) -> Callable[[State, Any, dict[str, Any]], tuple[Sums, Adapter]]:
+    """Returns the first half of a step: ``(state, base, batch) -> (sums, gradient of the total)``.
+
+    Both are sums over the parts of the batch, not divided; see `make_step`.
+    """
+
     def of_adapter(
         adapter: Adapter, base: Any, batch: Any, key: jax.Array | None
     ) -> tuple[jax.Array, Sums]:
@@ -103,7 +124,7 @@ def make_step(
     # Of the adapter: no gradient of the base exists.
     value_and_grad = jax.value_and_grad(of_adapter, has_aux=True)
 
-    def step(state: State, base: Any, batch: dict[str, Any]) -> tuple[State, Metrics]:
+    def gradient(state: State, base: Any, batch: dict[str, Any]) -> tuple[Sums, Adapter]:
         key = jax.random.fold_in(state.key, state.step)
         working = gathered(state.adapter)
 
@@ -112,7 +133,28 @@ def make_step(
             (_, sums), grads = value_and_grad(working, base, part, part_key)
             return sums, grads
 
-        sums, grads = _accumulated(of_part, batch)
+        return _accumulated(of_part, batch)
+
+    return gradient
+
+
+def make_update(
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    loss: Loss = CROSS_ENTROPY,
+    *,
+    either: Callable[..., Any] = jax.lax.cond,
+) -> Callable[[State, Sums, Adapter], tuple[State, Metrics]]:
+    """Returns the second half of a step: ``(state, sums, gradient) -> (state, metrics)``.
+
+    It divides as `loss` says, and skips what is not finite; see `make_step`.
+
+    Args:
+      optimizer, schedule, loss: see `make_step`.
+      either: ``(is_good, update, skip) -> what one of the two returns``.
+    """
+
+    def updated(state: State, sums: Sums, grads: Adapter) -> tuple[State, Metrics]:
         a_unit = 1 / jnp.where(sums.count == 0, 1, sums.count)
         scale = a_unit if loss.reduction == "mean" else jnp.float32(1)
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
@@ -126,8 +168,8 @@ def make_step(
         def skip() -> tuple[Adapter, optax.OptState]:
             return state.adapter, state.opt_state
 
-        # Not jnp.where, which would hold the old state and the new one at once.
-        adapter, opt_state = jax.lax.cond(finite, update, skip)
+        # By a branch: jnp.where would hold the old state and the new one at once.
+        adapter, opt_state = either(finite, update, skip)
         metrics = {
             "loss": sums.total * scale,
             "count": sums.count,
@@ -138,7 +180,7 @@ def make_step(
         }
         return State(adapter, opt_state, state.step + 1, state.key), metrics
 
-    return step
+    return updated
 
 
 def _accumulated(of_part: Callable[..., Any], batch: dict[str, Any]) -> Any:

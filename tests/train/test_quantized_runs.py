@@ -92,8 +92,12 @@ def test_answers_and_exports_are_those_of_the_codes(inputs, trained, model, tmp_
     forward, params = runnable(net, tree)
     assert params is tree, "codes stay codes"
     assert_close(forward({"params": params}, ids), want, 1e-5)
-    generate.main(["--adapter", str(trained), "--prompt", "hello", "--max-new-tokens", "2"])
-    capsys.readouterr()
+    ask = ["--adapter", str(trained), "--prompt", "hello", "--max-new-tokens", "2"]
+    generate.main(ask)
+    assert "not merged (the base is in codes" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        generate.main([*ask, "--merge"])
+    assert "cannot be merged: the base is in codes" in capsys.readouterr().err
 
     export.main(["--adapter", str(trained), "--merged", "--output", str(tmp_path / "whole")])
     assert "values of the base's nf4 codes, plus the update" in capsys.readouterr().out

@@ -260,9 +260,21 @@ def runnable(model: Any, tree: Any) -> tuple[Callable[..., Any], Any]:
     merged (a bias on B, or an adapter for one use of a tied table), the function is the adapted
     one.
     """
-    if any(map(is_coded, jax.tree.leaves(lj.strip(tree), is_leaf=is_coded))):
-        return lj.adapt(model.apply), tree
     try:
-        return model.apply, lj.merge(tree)
-    except ValueError:
+        return model.apply, merged(tree)
+    except UserError:
         return lj.adapt(model.apply), tree
+
+
+def merged(tree: Any) -> Any:
+    """Returns the plain tree with an adapter's update added to its kernels.
+
+    Raises:
+      UserError: the base is in codes, or the adapter cannot be merged; the message says why.
+    """
+    if any(map(is_coded, jax.tree.leaves(lj.strip(tree), is_leaf=is_coded))):
+        raise UserError(
+            "the base is in codes, and stays so (`train.export --merged` writes a merged model)"
+        )
+    with as_user_errors(ValueError):
+        return lj.merge(tree)

@@ -1,18 +1,13 @@
-"""Predictions as JSON lines or CSV, to standard output or to a file that appears whole."""
+"""Predictions as JSON lines or CSV."""
 
 import csv
 import json
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal, TextIO
 
 import numpy as np
 
 from train.predicting.texts import Texts
-from train.run.errors import UserError
 
 Format = Literal["jsonl", "csv"]
 _DIGITS = 7  # decimals of a probability: fp32 has no more
@@ -21,39 +16,6 @@ _DIGITS = 7  # decimals of a probability: fp32 has no more
 def format_of(asked: Format | None, out: str | None) -> Format:
     """Returns the format that is asked for; else that of the file's ending, or JSON lines."""
     return asked or ("csv" if out is not None and out.lower().endswith(".csv") else "jsonl")
-
-
-@contextmanager
-def opened(out: str | None, overwrite: bool) -> Iterator[TextIO]:
-    """Opens the output; a file is written beside its place, and put there in the end.
-
-    Args:
-      out: the file; None for standard output.
-      overwrite: replace a file that is there.
-
-    Raises:
-      UserError: the file cannot be written, or is there.
-    """
-    if out is None:
-        yield sys.stdout
-        return
-    path = Path(out).expanduser()
-    if path.is_dir():
-        raise UserError(f"--out {out} is a folder: name a file")
-    if path.exists() and not overwrite:
-        raise UserError(f"--out {out} exists: name another file, or replace it with --overwrite")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = partial.open("x", encoding="utf-8", newline="")
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
-    try:
-        with file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write(

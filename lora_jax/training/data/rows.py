@@ -116,10 +116,45 @@ def conversation(row: Row, name: str) -> Conversation:
     else:  # both are lists of turns
         both = (_listed(row[field], field, name) for field in form)
         messages = _turns([turn for turns in both for turn in turns], "prompt", name)
+    return Conversation(messages, _tools(row.get("tools"), name), _options(row, name))
+
+
+def question(row: Row, name: str) -> Conversation:
+    """Returns the turns that a row asks a model to answer: its ``messages``, or its ``prompt``.
+
+    Args:
+      row: ``messages``, with ``tools`` where there are some; or ``prompt``, a text or such turns.
+      name: what it is called in errors.
+
+    Raises:
+      TrainingError: the row has neither, one is of the wrong type, or its last turn is an answer.
+    """
+    field = next((f for f in ("messages", "prompt") if row.get(f) is not None), None)
+    if field is None:
+        raise TrainingError(
+            f"{name} has {field_names(row)}; a row needs `prompt` (a text), or `messages` (a list "
+            "of turns with `role` and `content`)"
+        )
+    value = row[field]
+    if field == "prompt" and isinstance(value, str) and isinstance(_parsed(value), str):
+        if not value.strip():
+            raise TrainingError(f"{name}: `prompt` is empty")
+        turns = [{"role": "user", "content": value}]
+    else:
+        turns = [_turn(turn, i, name) for i, turn in enumerate(_listed(value, field, name))]
+    if turns[-1]["role"] == "assistant":
+        raise TrainingError(
+            f"{name} ends with an assistant's turn, and nothing is left to answer: leave that turn "
+            "out"
+        )
+    return Conversation(turns, _tools(row.get("tools"), name), _options(row, name))
+
+
+def _options(row: Row, name: str) -> Mapping[str, Any]:
     options = row.get("chat_template_kwargs") or {}
     if not isinstance(options, Mapping):
         raise TrainingError(f"{name}: `chat_template_kwargs` is {shown(options)}, not an object")
-    return Conversation(messages, _tools(row.get("tools"), name), options)
+    return options
 
 
 def _pair(prompt: str, completion: str) -> list[dict[str, Any]]:

@@ -1,0 +1,135 @@
+"""Adapters that train beside others: what each brings along, and what a stack has in common."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from lora_jax.lorafy import nodes_of
+from lora_jax.training.losses import CROSS_ENTROPY, Loss
+from lora_jax.training.optimizer import has_dropout, make_optimizer
+from lora_jax.weight import LoraWeight, Node, Trained, TrainedRows
+
+Arrays = dict[str, dict[str, Any]]  # by path and name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tenant:
+    """An adapter that trains beside others over one base.
+
+    Attributes:
+      params: the adapted tree to begin with.
+      schedule: the learning rate by the number of updates.
+      steps: the number of steps after which it is done.
+      loss: the function to minimise.
+      optimizer: a name that `lora_jax.training.make_optimizer` takes.
+      weight_decay, grad_clip, lora_plus, options: see `lora_jax.training.make_optimizer`.
+      key: a PRNG key, for dropout.
+    """
+
+    params: Any
+    schedule: optax.Schedule
+    steps: int
+    loss: Loss = CROSS_ENTROPY
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    lora_plus: float | None = None
+    options: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+    key: jax.Array = dataclasses.field(default_factory=lambda: jax.random.key(0))
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"Tenant: {self.steps} steps: at least 1 is needed")
+        if not nodes_of(self.params):
+            raise ValueError("Tenant: params is a plain tree: give what lorafy returned")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Holds all that the compiled step of a stack depends on, and its adapters share.
+
+    Attributes:
+      shells: by path, a node without arrays; `shapes` has those of its arrays.
+      shapes: by path, the structure of the node and the shapes and dtypes of its arrays.
+      loss, optimizer, lora_plus, options: see `Tenant`.
+      clips: whether gradients are clipped.
+      dropout: whether the loss gets a key.
+    """
+
+    shells: Mapping[str, Node] = dataclasses.field(compare=False)
+    shapes: tuple[Any, ...]
+    loss: Loss
+    optimizer: str
+    lora_plus: float | None
+    options: tuple[tuple[str, float], ...]
+    clips: bool
+    dropout: bool
+
+    @classmethod
+    def of(cls, tenant: Tenant) -> "Kind":
+        """Returns the kind of an adapter."""
+        nodes = nodes_of(tenant.params)
+        given = {name: value for name, value in tenant.options.items() if value is not None}
+        return cls(
+            shells={path: with_arrays(node, None, {}) for path, node in nodes.items()},
+            shapes=tuple((path, *_form(node)) for path, node in sorted(nodes.items())),
+            loss=tenant.loss,
+            optimizer=tenant.optimizer,
+            lora_plus=tenant.lora_plus,
+            options=tuple(sorted(given.items())),
+            clips=bool(tenant.grad_clip),
+            dropout=has_dropout(tenant.params),
+        )
+
+    def make_optimizer(
+        self, schedule: optax.Schedule, params: Any, weight_decay: Any, grad_clip: Any
+    ) -> optax.GradientTransformation:
+        """Returns the optimiser of one adapter; its numbers may be tracers."""
+        return make_optimizer(
+            self.optimizer,
+            schedule,
+            params,
+            weight_decay=weight_decay,
+            grad_clip=grad_clip if self.clips else 0.0,
+            lora_plus=self.lora_plus,
+            options=dict(self.options),
+        )
+
+    def slot_axis(self, path: str) -> int:
+        """Returns the axis of the slots in the arrays of a weight: after its batch axes."""
+        shell = self.shells[path]
+        if not isinstance(shell, LoraWeight):
+            return 0
+        ndim = next(ndim for at, _, _, ndim, _ in self.shapes if at == path)
+        return ndim - len(shell.roles.in_axes) - len(shell.roles.out_axes)
+
+
+def arrays_of(node: Node) -> dict[str, Any]:
+    """Returns the arrays of a node beside W."""
+    return node.arrays if isinstance(node, LoraWeight) else node.parts()
+
+
+def with_arrays(node: Node, base: Any, arrays: Mapping[str, Any]) -> Node:
+    """Returns a node of the same structure over another base, with other arrays."""
+    if isinstance(node, LoraWeight):
+        return node.replace(base=base, arrays=dict(arrays))
+    value = arrays.get("value")
+    if isinstance(node, TrainedRows):
+        return node.replace(base=base, value=value)
+    return Trained(value)
+
+
+def _form(node: Node) -> tuple[Any, ...]:
+    """Returns the kind of a node, its structure, its number of axes and its arrays' shapes."""
+    static: tuple[Any, ...] = ()
+    if isinstance(node, LoraWeight):
+        static = (node.roles, node.ranks, node.dropout, node.extras, node.frozen, node.uses)
+    elif isinstance(node, TrainedRows):
+        static = (node.rows, node.is_table)
+    arrays = sorted(arrays_of(node).items())
+    shapes = tuple((name, tuple(x.shape), np.dtype(x.dtype).name) for name, x in arrays)
+    return type(node).__name__, static, len(node.shape), shapes

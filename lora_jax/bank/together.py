@@ -1,0 +1,217 @@
+"""Trains many adapters over one base at once, each as if it trained alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from lora_jax.bank.mixing import Choice, choose
+from lora_jax.bank.stack import Stack
+from lora_jax.bank.stored import BankError
+from lora_jax.bank.tenants import Kind, Tenant
+from lora_jax.lorafy import nodes_of
+from lora_jax.training.losses import Logits
+from lora_jax.training.step import State
+from lora_jax.weight import leaves_of
+
+
+class Together:
+    """Adapters that train side by side over one base.
+
+    Adapters of one kind (shapes, dropout, loss, optimiser) lie in a stack and take their step in
+    one compiled function; those of other kinds have stacks of their own. Memory is that of the
+    adapters at their own ranks. Each has its own data, learning rate, schedule, decay, clipping and
+    number of steps, joins and leaves when it likes, and is what it would have become alone. One
+    whose loss is not finite keeps its weights (see `lora_jax.training.make_step`); the others do
+    not notice.
+
+    >>> from lora_jax import training
+    >>> from lora_jax.bank import Tenant, Together
+    >>> params = {"kernel": jnp.zeros((4, 3))}
+    >>> def squares(forward, params, batch, dropout_key):
+    ...     error = jnp.sum((forward(params, batch["x"]) - batch["y"]) ** 2)
+    ...     return training.Sums(error, jnp.float32(len(batch["x"])), {})
+    >>> loss = training.Loss(squares)
+    >>> def tenant(rate):
+    ...     tree = lj.lorafy(params, [lj.LoraRule(targets=["kernel"], rank=2)])
+    ...     return Tenant(params=tree, schedule=optax.constant_schedule(rate), steps=9, loss=loss)
+    >>> together = Together(lj.adapt(lambda params, x: x @ params["kernel"]), params)
+    >>> together.add({"slow": tenant(1e-3), "fast": tenant(1e-1)})
+    >>> batch = {"x": jnp.ones((1, 8, 4)), "y": jnp.ones((1, 8, 3))}  # one part, eight rows
+    >>> for _ in range(9):
+    ...     metrics = together.step({"slow": batch, "fast": batch})
+    >>> metrics["fast"]["loss"] < metrics["slow"]["loss"]
+    True
+    """
+
+    def __init__(
+        self, forward: Logits, base: Any, *, compiler_options: Mapping[str, str] | None = None
+    ) -> None:
+        """Begins without adapters.
+
+        Args:
+          forward: the adapted function that the losses call.
+          base: the plain tree that all share; it is not copied.
+          compiler_options: to compile steps with: those of a `lora_jax.training.Layout`.
+        """
+        self._forward, self._base, self._options = forward, base, compiler_options
+        self._leaves = dict(leaves_of(base)[0])
+        self._stacks: dict[Kind, Stack] = {}
+        self._stack_of: dict[str, Stack] = {}
+        self._steps: dict[str, int] = {}
+        self._done: dict[str, int] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the adapters, of those that are done, too."""
+        return tuple(self._stack_of)
+
+    @property
+    def unfinished(self) -> tuple[str, ...]:
+        """The names of the adapters that have steps to take."""
+        return tuple(name for name in self._stack_of if self._done[name] < self._steps[name])
+
+    def done(self, name: str) -> int:
+        """Returns the number of steps that an adapter has taken."""
+        self._check_there(name)
+        return self._done[name]
+
+    def add(self, tenants: Mapping[str, Tenant]) -> None:
+        """Adds adapters, before the first step or between two.
+
+        Where a stack has no free slots, it grows, and its next step compiles anew.
+
+        Args:
+          tenants: by name.
+
+        Raises:
+          BankError: a name is taken, or an adapter is over another base.
+        """
+        for name, tenant in tenants.items():
+            if name in self._stack_of:
+                raise BankError(f"together: the name {name!r} is taken")
+            self._check_base(name, tenant)
+        kinds = {name: Kind.of(tenant) for name, tenant in tenants.items()}
+        for kind in dict.fromkeys(kinds.values()):
+            mine = [name for name in tenants if kinds[name] == kind]
+            if kind not in self._stacks:
+                first = tenants[mine[0]]
+                self._stacks[kind] = Stack(kind, self._forward, first, len(mine), self._options)
+            stack = self._stacks[kind]
+            if (missing := len(mine) - stack.names.count(None)) > 0:
+                stack.grow(missing)
+            for name in mine:
+                stack.put(name, tenants[name])
+                self._stack_of[name] = stack
+                self._steps[name], self._done[name] = tenants[name].steps, 0
+
+    def step(self, batches: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+        """Takes one step with each adapter that has a batch; the others stay as they are.
+
+        Args:
+          batches: by name, arrays [parts, …] as `lora_jax.training.make_step` takes them. Those of
+            adapters of one kind have the same shapes.
+
+        Returns:
+          The metrics by name; see `lora_jax.training.make_step`.
+
+        Raises:
+          BankError: there is no adapter of a name, it is done, or shapes differ in a stack.
+        """
+        for name in batches:
+            self._check_there(name)
+            if self._done[name] == self._steps[name]:
+                raise BankError(f"together: {name!r} has taken its {self._steps[name]} steps")
+        metrics: dict[str, dict[str, float]] = {}
+        for stack in self._stacks.values():
+            mine = {name: batch for name, batch in batches.items() if name in stack.names}
+            _check_shapes(mine)
+            if mine:
+                metrics |= stack.step(self._base, mine)
+        for name in batches:
+            self._done[name] += 1
+        return {name: metrics[name] for name in batches}
+
+    def tree(self, name: str) -> Any:
+        """Returns an adapter as an adapted tree over the base; its arrays are copies.
+
+        Raises:
+          BankError: there is no adapter of the name.
+        """
+        self._check_there(name)
+        return self._stack_of[name].tree(name, self._base)
+
+    def state(self, name: str) -> State:
+        """Returns the state of an adapter's training; its arrays are copies.
+
+        Raises:
+          BankError: there is no adapter of the name.
+        """
+        self._check_there(name)
+        return self._stack_of[name].take(name)
+
+    def remove(self, name: str) -> Any:
+        """Removes an adapter, whose slot is free, and returns it as `tree` does.
+
+        Raises:
+          BankError: there is no adapter of the name.
+        """
+        tree = self.tree(name)
+        self._stack_of.pop(name).free(name)
+        del self._steps[name], self._done[name]
+        return tree
+
+    def choose(self, names: list[str]) -> Choice:
+        """Returns the base with the arrays that train, for a batch that `mixed` functions run on.
+
+        Nothing is copied or compiled: samplers read the present weights. The next step takes the
+        arrays' memory, so choose again after it.
+
+        Args:
+          names: the adapter of each example, all of one kind; "base" is the base alone.
+
+        Raises:
+          BankError: there is no adapter of a name, or they are of several kinds.
+        """
+        for name in names:
+            if name != "base":
+                self._check_there(name)
+        stacks = {id(self._stack_of[name]): name for name in names if name != "base"}
+        if len(stacks) != 1:
+            kinds = ", ".join(map(repr, stacks.values())) or "the base alone"
+            raise BankError(
+                f"together: {kinds}: a batch reads the arrays of one stack, so its adapters are of "
+                "one kind (rank, targets, loss); ask for the others in another batch"
+            )
+        stack = self._stack_of[next(iter(stacks.values()))]
+        ids = [0 if name == "base" else stack.names.index(name) + 1 for name in names]
+        return choose(stack.slots(self._base), ids)
+
+    def _check_there(self, name: str) -> None:
+        if name not in self._stack_of:
+            there = ", ".join(map(repr, self._stack_of)) or "none"
+            raise BankError(f"together: there is no adapter {name!r}; there are {there}")
+
+    def _check_base(self, name: str, tenant: Tenant) -> None:
+        for path, node in nodes_of(tenant.params).items():
+            leaf = self._leaves.get(path)
+            found = None if leaf is None else tuple(leaf.shape)
+            if found != node.shape:
+                raise BankError(
+                    f"together: {name!r} adapts {path!r} of shape {node.shape}, the base has "
+                    f"{'nothing there' if found is None else f'the shape {found}'}"
+                )
+
+
+def _check_shapes(batches: Mapping[str, Any]) -> None:
+    shapes = {
+        name: jax.tree.map(lambda x: tuple(x.shape), batch) for name, batch in batches.items()
+    }
+    names = list(shapes)
+    for name in names[1:]:
+        if shapes[name] != shapes[names[0]]:
+            raise BankError(
+                f"together: {names[0]!r} and {name!r} train in one stack, and their batches have "
+                f"the shapes {shapes[names[0]]} and {shapes[name]}: fill them up to the larger, "
+                "with weights of 0"
+            )

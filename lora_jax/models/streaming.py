@@ -1,0 +1,140 @@
+"""Text generation step by step: the tokens of `generate`, as they are chosen."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.models.decoder.model import Decoder
+from lora_jax.models.generate import Choice, Loop, arguments, decode, prefill
+from lora_jax.models.gpt2.model import GPT2
+from lora_jax.models.layers.cache import Cache, Shared, init_cache
+
+
+def stream(
+    model: Decoder | GPT2,
+    params: Any,
+    input_ids: jax.typing.ArrayLike,
+    attention_mask: jax.typing.ArrayLike | None = None,
+    *,
+    max_new_tokens: int,
+    tokens_per_call: int = 1,
+    cache_len: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    key: jax.Array | None = None,
+    apply: Callable[..., Any] | None = None,
+    shared: Shared | None = None,
+) -> Iterator[np.ndarray]:
+    """Continues each prompt, and yields the tokens as they are chosen.
+
+    They are those of ``generate`` with the same arguments. Two functions are compiled: one for the
+    prompts, per shape and ``cache_len``, and one for `tokens_per_call` tokens of the answers, per
+    number of rows and ``cache_len``. The latter writes to the cache in place.
+
+    Args:
+      model, params, input_ids, attention_mask, eos_token_id, pad_token_id, temperature, top_p,
+        top_k, key, apply, shared: see ``generate``.
+      max_new_tokens: the number of tokens to add at most. It is not compiled in where ``cache_len``
+        is given.
+      tokens_per_call: the tokens that are decoded between two looks at them. More of them cost
+        fewer calls.
+      cache_len: the slots of the cache; by default those that are needed, seq + max_new_tokens - 1.
+
+    Yields:
+      [batch], int32: the next token of each row, EOS included, then padding; until all rows have
+      ended.
+
+    Raises:
+      ValueError: see ``generate``; or cache_len is too small, or tokens_per_call below 1.
+
+    >>> from lora_jax import models
+    >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
+    >>> config = models.read_config(fields | {"n_positions": 16})
+    >>> model = models.GPT2(config)
+    >>> ids = jnp.array([[1, 2, 3]])
+    >>> params = model.init(jax.random.key(0), ids)["params"]
+    >>> tokens = [int(new[0]) for new in models.stream(model, params, ids, max_new_tokens=4)]
+    >>> tokens == models.generate(model, params, ids, max_new_tokens=4)[0].tolist()
+    True
+    """
+    ids, mask, choice = arguments(
+        model,
+        input_ids,
+        attention_mask,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        key=key,
+    )
+    needed = ids.shape[1] + max_new_tokens - 1  # the last token is never fed
+    cache_len = needed if cache_len is None else cache_len
+    if cache_len < needed:
+        raise ValueError(f"cache_len is {cache_len}; prompt and answer need {needed} slots")
+    if tokens_per_call < 1:
+        raise ValueError(f"tokens_per_call must be at least 1, not {tokens_per_call}")
+    static: dict[str, Any] = {"model": model, "apply": apply}
+
+    def steps() -> Iterator[np.ndarray]:
+        read, n = 0, min(tokens_per_call, max_new_tokens)
+        state = _begin(params, ids, mask, choice, shared, cache_len=cache_len, n=n, **static)
+        while True:
+            step, tokens, done = jax.device_get((state.step, state.tokens, state.done))
+            for i in range(read, step):
+                yield tokens[:, i % n]
+            read = int(step)
+            if read == max_new_tokens or done.all():
+                return
+            until = np.int32(min(read + n, max_new_tokens))
+            rest = state._replace(cache=None)
+            state = _more(params, state.cache, rest, choice, until, shared, **static)
+
+    return steps()
+
+
+# `shared` stays out of the state, which is given away: its arrays are the caller's.
+@functools.partial(jax.jit, static_argnames=("model", "apply", "cache_len", "n"))
+def _begin(
+    params: Any,
+    ids: jax.Array,
+    mask: jax.Array,
+    choice: Choice,
+    shared: Shared | None,
+    *,
+    model: Decoder | GPT2,
+    apply: Callable[..., Any] | None,
+    cache_len: int,
+    n: int,
+) -> Loop:
+    run: Any = model.apply if apply is None else apply
+    cache = init_cache(model.config, ids.shape[0], cache_len, model.dtype, shared=shared)
+    state = prefill(run, params, ids, mask, cache, choice, n)
+    return state._replace(cache=state.cache._replace(shared=None))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "apply"), donate_argnames="cache")
+def _more(
+    params: Any,
+    cache: Cache,
+    rest: Loop,
+    choice: Choice,
+    until: jax.Array,
+    shared: Shared | None,
+    *,
+    model: Decoder | GPT2,
+    apply: Callable[..., Any] | None,
+) -> Loop:
+    run: Any = model.apply if apply is None else apply
+    state = rest._replace(cache=cache._replace(shared=shared))
+    state = decode(run, params, state, choice, until)
+    return state._replace(cache=state.cache._replace(shared=None))

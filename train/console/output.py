@@ -1,0 +1,60 @@
+"""Results in a file that appears whole, or on a standard output that its reader may close."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from train.run.errors import UserError
+
+
+@contextmanager
+def opened(out: str | None, overwrite: bool, option: str = "--out") -> Iterator[TextIO]:
+    """Opens the output; a file is written beside its place, and put there in the end.
+
+    Args:
+      out: the file; None for standard output.
+      overwrite: replace a file that is there.
+      option: the option that names the file, for messages.
+
+    Raises:
+      UserError: the file cannot be written, or is there.
+    """
+    if out is None:
+        yield sys.stdout
+        return
+    path = Path(out).expanduser()
+    check_free(out, overwrite, option)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = partial.open("x", encoding="utf-8", newline="")
+    except OSError as error:
+        raise UserError(f"{option} {out} cannot be written: {error.strerror or error}") from error
+    try:
+        with file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_free(out: str, overwrite: bool, option: str = "--out") -> None:
+    """Raises a UserError if a file is there and must not be replaced, or is a folder."""
+    path = Path(out).expanduser()
+    if path.is_dir():
+        raise UserError(f"{option} {out} is a folder: name a file")
+    if path.exists() and not overwrite:
+        raise UserError(f"{option} {out} exists: name another file, or replace it with --overwrite")
+
+
+@contextmanager
+def closed_pipe() -> Iterator[None]:
+    """Ends quietly once the reader of standard output, such as `head`, has closed it."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
+        sys.exit(1)

@@ -1,0 +1,53 @@
+"""A bar on stderr; where that is no terminal, a line now and then."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lora_jax.training.run.log import duration
+
+_SECONDS_A_LINE = 10.0  # between lines, where there is no terminal to draw a bar
+
+
+@contextmanager
+def progress_of(
+    n: int, doing: str, done: str, things: str, *, hidden: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Shows the progress of a long work; yields a function that takes the number done so far.
+
+    Args:
+      n: the number of things to do.
+      doing: the work, in front of the bar: "classifying".
+      done: the work, in a line: "classified".
+      things: what the number counts: "texts".
+      hidden: draws no bar, such as over an output to the same terminal.
+    """
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn(doing),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=hidden or not console.is_terminal,
+    )
+    task = bar.add_task("", total=n)
+    began = said = time.monotonic()
+
+    def progress(finished: int) -> None:
+        nonlocal said
+        bar.update(task, completed=finished)
+        now = time.monotonic()
+        if finished and not console.is_terminal and now - said > _SECONDS_A_LINE:
+            said = now
+            left = duration((now - began) * (n - finished) / finished)
+            line = f"{done} {finished:,} of {n:,} {things}, {left} to go"
+            print(line, file=sys.stderr, flush=True)
+
+    with bar:
+        yield progress

@@ -1,0 +1,1 @@
+"""The parts of `train.generate`: options, prompts, adapters, answers, and the chat."""

@@ -1,0 +1,158 @@
+"""The options of `train.generate`, and which of them make no sense together."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import tyro
+
+from train.run.errors import UserError, flag
+from train.run.options.common import Attention, check_seed
+
+BASE = "base"  # the name of the base alone among the adapters
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Generate text with a base model and adapters, or chat with them."""
+
+    adapter: tuple[str, ...] = ()
+    """Adapters: folders of runs, of this library or of PEFT, or hub names of PEFT adapters; also
+    name=folder. `base` is the base alone (./base a folder of that name). Answers of several stand
+    side by side. Without any, the base answers alone."""
+    model: str | None = None
+    """The base: a hub name, a folder or a GGUF file. By default the base that the adapters name, or
+    else SmolLM2-135M-Instruct."""
+    prompt: tuple[str, ...] = ()
+    """Prompts to answer. Without any, they come from --prompts, or from standard input, one per
+    line."""
+    prompts: str | None = None
+    """A file of prompts: rows with `prompt` or `messages` (JSONL, JSON, CSV, TSV, also gzipped, or
+    Parquet) or, with any other ending, one prompt per line."""
+    interactive: bool = False
+    """Chat in the terminal; /help lists the commands."""
+    system: str | None = None
+    """A system prompt, for models with a chat template."""
+    max_new_tokens: int = 128
+    """The maximum number of tokens to generate."""
+    temperature: float = 0.0
+    """The temperature of the sampler. 0 always takes the most likely token."""
+    top_p: float = 1.0
+    """Sample from the most likely tokens whose probabilities add up to this (nucleus sampling)."""
+    top_k: int | None = None
+    """Sample from this many of the most likely tokens, before --top-p."""
+    seed: int = 0
+    """Seed of the sampler. What it draws depends on the prompt's number alone, not on batches."""
+    num_samples: int = 1
+    """Answers to each prompt."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer; they are no part of it. (In a shell, $'\\n' is a line break.)"""
+    output: str | None = None
+    """A file of JSON lines to write, one an answer; it appears once all are there, or at Ctrl-C."""
+    overwrite: bool = False
+    """Replace the file of --output."""
+    batch_size: int = 8
+    """Answers that are generated at once."""
+    merge: bool = False
+    """Run with merged weights. The default for a single adapter, except in a chat and over a base
+    in codes."""
+    no_merge: bool = False
+    """Run the adapter beside the base. The default for several, and in a chat."""
+    attention: Attention = "auto"
+    """Computation of attention to the prompt. dense: all scores of a layer at once, in memory
+    quadratic in the length. blockwise: a block of queries at a time, in memory linear in the
+    length. auto: dense below 512 tokens, blockwise from there on. splash and cudnn are refused:
+    these kernels read no KV cache."""
+    allow_base_mismatch: bool = False
+    """Accept an adapter that was trained on another base."""
+    compilation_cache: str | None = None
+    """The folder where JAX keeps compiled programs for later runs, or off. By default
+    lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR."""
+
+
+def parse(args: Sequence[str]) -> Options:
+    """Returns the options of a command line."""
+    return tyro.cli(
+        tyro.conf.FlagCreatePairsOff[Options], args=args, prog="python -m train.generate"
+    )
+
+
+class _Case(NamedTuple):
+    """Says which options have no effect, and why."""
+
+    holds: bool
+    why: str
+    without_effect: tuple[str, ...]
+
+
+def check(options: Options, given: frozenset[str] = frozenset()) -> None:
+    """Raises a UserError for options that make no sense, or that were given to no effect."""
+    check_seed(options.seed)
+    for name in ("adapter", "prompt", "stop"):
+        if name in given and not getattr(options, name):
+            raise UserError(f"{flag(name)} has no value: give one, or leave it out")
+    _check_values(options)
+    for case in _cases(options):
+        if case.holds and (named := [one for one in case.without_effect if one in given]):
+            raise UserError(f"{flag(named[0])} {case.why}")
+
+
+def _cases(options: Options) -> list[_Case]:
+    no_adapter = not [one for one in options.adapter if one != BASE]
+    return [
+        _Case(
+            options.temperature == 0,
+            "is about sampling, and --temperature 0 (the default) always takes the most likely "
+            "token: give a temperature above 0, or leave it out",
+            ("num_samples", "seed", "top_k", "top_p"),
+        ),
+        _Case(
+            no_adapter,
+            "is about an adapter: name one with --adapter",
+            ("allow_base_mismatch", "merge", "no_merge"),
+        ),
+        _Case(options.no_merge, "contradicts --no-merge: give one of them", ("merge",)),
+        _Case(
+            options.interactive,
+            "has no effect on a chat: leave it out, or leave out --interactive",
+            ("prompt", "prompts", "output", "overwrite", "batch_size", "num_samples"),
+        ),
+        _Case(bool(options.prompt), "and --prompt both name prompts: give one", ("prompts",)),
+        _Case(
+            options.output is None,
+            "replaces the file of --output: name one, or leave it out",
+            ("overwrite",),
+        ),
+        _Case(
+            len(options.prompt) * options.num_samples == 1,
+            "is about several answers, and one is asked for: leave it out",
+            ("batch_size",),
+        ),
+    ]
+
+
+def _check_values(options: Options) -> None:
+    """Raises a UserError for a value that makes no sense by itself."""
+    for name in ("max_new_tokens", "batch_size", "num_samples", "top_k"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"{flag(name, value)}: at least 1 is needed")
+    if not 0 <= options.temperature < math.inf:
+        raise UserError(f"--temperature {options.temperature}: a number from 0 on is needed")
+    if not 0 < options.top_p <= 1:
+        raise UserError(f"--top-p {options.top_p}: a probability above 0 and at most 1")
+    if "" in options.stop:
+        raise UserError("--stop '': an empty text would end every answer before it begins")
+    if any(not prompt.strip() for prompt in options.prompt):
+        raise UserError("--prompt: one of the prompts is empty: leave it out")
+    if options.output is not None and options.prompts is not None:
+        out, source = (Path(one).expanduser() for one in (options.output, options.prompts))
+        if out.exists() and source.exists() and out.samefile(source):
+            raise UserError(f"--output {options.output} is the file of --prompts: name another")
+    if options.attention in ("splash", "cudnn"):
+        raise UserError(
+            f"--attention {options.attention}: the kernel does not read keys from a cache, and "
+            "generation has one: give blockwise, dense or auto"
+        )
