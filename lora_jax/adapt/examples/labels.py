@@ -56,7 +56,7 @@ class MixesError(Exception):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Followed:
-    """What is known of a jaxpr, for what is known of its inputs.
+    """The facts known of a jaxpr, given those of its inputs.
 
     Attributes:
       outputs: what is known of each output.
