@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from lora_jax.bank.mixing import Choice, choose
 from lora_jax.bank.stack import Stack
@@ -110,7 +111,8 @@ class Together:
 
         Args:
           batches: by name, arrays [parts, …] as `lora_jax.training.make_step` takes them. Those of
-            adapters of one kind have the same shapes.
+            adapters of one kind have the same shapes; with an array "weights" among them, in which
+            0 is for what does not count, they are filled up to the largest with zeros.
 
         Returns:
           The metrics by name; see `lora_jax.training.make_step`.
@@ -125,9 +127,8 @@ class Together:
         metrics: dict[str, dict[str, float]] = {}
         for stack in self._stacks.values():
             mine = {name: batch for name, batch in batches.items() if name in stack.names}
-            _check_shapes(mine)
             if mine:
-                metrics |= stack.step(self._base, mine)
+                metrics |= stack.step(self._base, _alike(mine))
         for name in batches:
             self._done[name] += 1
         return {name: metrics[name] for name in batches}
@@ -203,15 +204,30 @@ class Together:
                 )
 
 
-def _check_shapes(batches: Mapping[str, Any]) -> None:
-    shapes = {
-        name: jax.tree.map(lambda x: tuple(x.shape), batch) for name, batch in batches.items()
+def _alike(batches: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the batches of one stack in the same shapes."""
+    shapes = {n: jax.tree.map(lambda x: tuple(x.shape), batch) for n, batch in batches.items()}
+    first, *others = shapes
+    wrong = next((name for name in others if shapes[name] != shapes[first]), None)
+    if wrong is None:
+        return batches
+    if not all(
+        "weights" in batch and batch.keys() == batches[first].keys() for batch in batches.values()
+    ):
+        raise BankError(
+            f"together: {first!r} and {wrong!r} train in one stack, and their batches have the "
+            f'shapes {shapes[first]} and {shapes[wrong]}, without "weights" by which they could be '
+            "filled up: give them the same shapes"
+        )
+    largest = {
+        name: np.max([np.shape(batch[name]) for batch in batches.values()], axis=0)
+        for name in batches[first]
     }
-    names = list(shapes)
-    for name in names[1:]:
-        if shapes[name] != shapes[names[0]]:
-            raise BankError(
-                f"together: {names[0]!r} and {name!r} train in one stack, and their batches have "
-                f"the shapes {shapes[names[0]]} and {shapes[name]}: fill them up to the larger, "
-                "with weights of 0"
-            )
+
+    def filled(array: Any, shape: Any) -> np.ndarray:
+        return np.pad(array, [(0, more) for more in np.subtract(shape, np.shape(array))])
+
+    return {
+        name: {key: filled(array, largest[key]) for key, array in batch.items()}
+        for name, batch in batches.items()
+    }

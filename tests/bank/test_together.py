@@ -168,6 +168,33 @@ def test_metrics_and_the_tree():
         assert_close(ours, FORWARD(lj.join(expected.adapter, base), x), 1e-5)
 
 
+def weighted(forward, params, batch, dropout_key):
+    error = (forward(params, batch["x"]) - batch["y"]) ** 2
+    return training.Sums(
+        jnp.sum(jnp.expand_dims(batch["weights"], -1) * error), jnp.sum(batch["weights"]), {}
+    )
+
+
+def test_batches_of_other_sizes_are_filled_up():
+    """With weights, in which what is filled up has 0."""
+    loss = training.Loss(weighted)
+    tenants = {name: dataclasses.replace(CROWD[name], loss=loss) for name in ("plain", "DoRA")}
+    tenants["another rate"] = dataclasses.replace(CROWD["another rate"], loss=loss)
+
+    def make(name, step):
+        rows = {"plain": 4, "another rate": 3}[name]
+        return batches(name, step, rows) | {"weights": np.ones((2, rows), np.float32)}
+
+    together = Together(FORWARD, PARAMS)
+    names = ["plain", "another rate"]
+    together.add({name: tenants[name] for name in names})
+    for step in range(3):
+        together.step({name: make(name, step) for name in names})
+    for name in names:
+        state, _ = alone(name, steps=3, tenants=tenants, make=make)
+        assert_close(together.state(name).adapter, state.adapter, 1e-5)
+
+
 def test_one_that_diverges_leaves_the_others_bitwise_as_they_were():
     poisoned = dataclasses.replace(CROWD["another rate"], steps=6)
 
@@ -249,7 +276,9 @@ def test_what_is_refused():
         together.add({"plain": CROWD["rank"]})
     with pytest.raises(BankError, match="no adapter 'rank'; there are 'plain', 'another rate'"):
         together.step({"rank": batches("rank", 0)})
-    with pytest.raises(BankError, match="train in one stack, and their batches have"):
+    with pytest.raises(
+        BankError, match='train in one stack, and their batches .* without "weights"'
+    ):
         together.step({"plain": batches("plain", 0), "another rate": batches("x", 0, rows=5)})
     train(together, ["another rate"], 4)
     with pytest.raises(BankError, match="has taken its 4 steps"):
