@@ -19,6 +19,7 @@ from lora_jax.bank.slots import ValueSlots, WeightSlots
 from lora_jax.bank.tenants import Arrays, Kind, Tenant, arrays_of, with_arrays
 from lora_jax.lorafy import nodes_of, split
 from lora_jax.training.losses import Logits, Sums
+from lora_jax.training.neftune import neftune
 from lora_jax.training.step import Metrics, State, init_state, make_gradient, make_update
 from lora_jax.weight import LoraWeight, Trained, leaves_of
 
@@ -48,7 +49,14 @@ class Stack:
       fixed: the arrays beside W that do not train: scales, and what factors began with.
     """
 
-    def __init__(self, kind: Kind, forward: Logits, like: Tenant, slots: int) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        forward: Logits,
+        like: Tenant,
+        slots: int,
+        compiler_options: Mapping[str, str],
+    ) -> None:
         """Makes a stack of free slots.
 
         Args:
@@ -56,6 +64,7 @@ class Stack:
           forward: the adapted function that the loss calls.
           like: an adapter of the kind.
           slots: their number.
+          compiler_options: to compile the step with.
         """
         self.kind = kind
         self.names: list[str | None] = []
@@ -65,7 +74,13 @@ class Stack:
         self.state, self.fixed = self._empty(slots, shapes)
         sizes: Any = ((slots, 0), (slots,), (slots,))
         self._numbers = Numbers(*(np.zeros(size, np.float32) for size in sizes))
-        self._step = _compiled(kind, forward, *self._axes, self._where and self._where[0])
+        step = _step(kind, forward, *self._axes)
+        self._step = jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=None if self._where is None else (self._where[0], None),
+            compiler_options=dict(compiler_options),
+        )
         self.names += [None] * slots
 
     def grow(self, more: int) -> None:
@@ -147,7 +162,7 @@ class Stack:
         """
         names = [name for name in self.names if name is not None]
         arguments = self._arguments(base, dict.fromkeys(names, batch))
-        memory = self._step.lower(self.state, *arguments).compile().memory_analysis()
+        memory: Any = self._step.lower(self.state, *arguments).compile().memory_analysis()
         state = sum(x.nbytes for x in jax.tree.leaves(self.state))
         return state + memory.temp_size_in_bytes
 
@@ -191,7 +206,7 @@ def tree_of(kind: Kind, base: Any, adapter: Arrays, fixed: Arrays) -> Any:
 
 
 def _content(kind: Kind, tenant: Tenant) -> tuple[State, Arrays]:
-    """Returns what a slot holds of an adapter before its first step."""
+    """Returns what a slot holds of an adapter before its first step, or where it goes on."""
     nodes = nodes_of(tenant.params)
     adapter, _ = split(tenant.params)
     optimizer = kind.make_optimizer(
@@ -201,7 +216,16 @@ def _content(kind: Kind, tenant: Tenant) -> tuple[State, Arrays]:
         path: {k: x for k, x in arrays_of(node).items() if k not in adapter[path]}
         for path, node in nodes.items()
     }
-    return init_state(adapter, optimizer, tenant.key), fixed
+    if tenant.state is None:
+        return init_state(adapter, optimizer, tenant.key), fixed
+    begun: Any = jax.eval_shape(lambda a: init_state(a, optimizer, tenant.key), adapter)
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (tenant.state, begun)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            "Tenant: the state to go on from is of another adapter or optimiser: give the params "
+            "and the options that it was made with"
+        )
+    return tenant.state, fixed
 
 
 def _axes(kind: Kind, state: State) -> Any:
@@ -290,16 +314,17 @@ def _empty(n: int, one: Any, axis: int) -> jax.Array:
     return jnp.zeros(shape, one.dtype)
 
 
-def _compiled(
-    kind: Kind, forward: Logits, axes: Any, axes_of_fixed: Any, where: State | None
-) -> Any:
+def _step(
+    kind: Kind, forward: Logits, axes: Any, axes_of_fixed: Any
+) -> Callable[..., tuple[State, Metrics]]:
     """Returns ``(state, fixed, numbers, active, base, batch) -> (state, metrics)``: a stack's step.
 
     Gradients are taken side by side, updates one after the other: an update is as it is alone, and
     what it computes with is held for one adapter at a time. A slot that is not active stays as it
     is, bit by bit.
     """
-    gradient = make_gradient(forward, dropout=kind.dropout, loss=kind.loss)
+    noisy = neftune(forward, kind.noise) if kind.noise else forward
+    gradient = make_gradient(noisy, dropout=kind.dropout, loss=kind.loss)
 
     def gradient_of_one(state: State, fixed: Arrays, base: Any, batch: Any) -> tuple[Sums, Any]:
         whole = tree_of(kind, base, state.adapter, fixed)
@@ -337,8 +362,7 @@ def _compiled(
         xs = (fixed, numbers, active, base, sums, grads)
         return lax.scan(functools.partial(visit, xs), state, jnp.arange(active.shape[0]))
 
-    out = None if where is None else (where, None)
-    return jax.jit(step, donate_argnums=0, out_shardings=out)
+    return step
 
 
 def _index(stacked: Any, slot: Any, axes: Any) -> Any:

@@ -1,6 +1,6 @@
 """Trains many adapters over one base at once, each as if it trained alone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -44,14 +44,18 @@ class Together:
     True
     """
 
-    def __init__(self, forward: Logits, base: Any) -> None:
+    def __init__(
+        self, forward: Logits, base: Any, *, compiler_options: Mapping[str, str] | None = None
+    ) -> None:
         """Begins without adapters.
 
         Args:
           forward: the adapted function that the losses call.
           base: the plain tree that all share; it is not copied.
+          compiler_options: to compile steps with; see `lora_jax.models.compiler_options`.
         """
         self._forward, self._base = forward, base
+        self._compiler_options = dict(compiler_options or {})
         self._leaves = dict(leaves_of(base)[0])
         self._stacks: dict[Kind, Stack] = {}
         self._stack_of: dict[str, Stack] = {}
@@ -93,14 +97,15 @@ class Together:
             mine = [name for name in tenants if kinds[name] == kind]
             if kind not in self._stacks:
                 first = tenants[mine[0]]
-                self._stacks[kind] = Stack(kind, self._forward, first, len(mine))
+                options = self._compiler_options
+                self._stacks[kind] = Stack(kind, self._forward, first, len(mine), options)
             stack = self._stacks[kind]
             if (missing := len(mine) - stack.names.count(None)) > 0:
                 stack.grow(missing)
             for name in mine:
                 stack.put(name, tenants[name])
                 self._stack_of[name] = stack
-                self._steps[name], self._done[name] = tenants[name].steps, 0
+                self._steps[name], self._done[name] = tenants[name].steps, tenants[name].done
 
     def step(self, batches: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         """Takes one step with each adapter that has a batch; the others stay as they are.
@@ -128,6 +133,18 @@ class Together:
         for name in batches:
             self._done[name] += 1
         return {name: metrics[name] for name in batches}
+
+    def stacks(self, names: Iterable[str]) -> list[list[str]]:
+        """Returns names of adapters, those of one stack together: their batches have one shape.
+
+        Raises:
+          BankError: there is no adapter of a name.
+        """
+        found: dict[int, list[str]] = {}
+        for name in names:
+            self._check_there(name)
+            found.setdefault(id(self._stack_of[name]), []).append(name)
+        return list(found.values())
 
     def tree(self, name: str) -> Any:
         """Returns an adapter as an adapted tree over the base; its arrays are copies.

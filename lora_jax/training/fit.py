@@ -1,10 +1,11 @@
 """A run of training, from an adapted tree to a trained one: what scripts and `finetune` share."""
 
+import contextlib
 import dataclasses
 import functools
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from lora_jax.training.batches import Batch, Examples, Packs
 from lora_jax.training.data.order import Batches
 from lora_jax.training.errors import DamagedCheckpoint, Diverged, TrainingError
 from lora_jax.training.layout import Layout
-from lora_jax.training.loop import Hooks, Measure, Pace, train
+from lora_jax.training.loop import Hooks, Measure, Pace, taken, train
 from lora_jax.training.losses import HELD_OUT, Loss, Sums
 from lora_jax.training.optimizer import averaged
 from lora_jax.training.optimizers.named import OPTIMIZERS
@@ -250,6 +251,39 @@ def fit(
       Interrupted: after a signal, once the step is finished and saved.
       Diverged: too many steps in a row were skipped.
     """
+    hooks = hooks_of(ready, loss, measures, resume_hint)
+    with _run(ready, log):
+        state, seconds = train(step, ready.state, ready.base, steps, pace, hooks, log, stop)
+    return trained(ready, state), seconds
+
+
+def fitted(
+    ready: Ready,
+    now: Callable[[], State],
+    *,
+    steps: int,
+    pace: Pace,
+    loss: Loss,
+    measures: Sequence[Measure] = (),
+    log: Log,
+    stop: Stop,
+    resume_hint: str = "",
+) -> Generator[int, tuple[Mapping[str, Any], int], tuple[Any, float | None]]:
+    """Trains as `fit` does, but leaves it to its driver to take the steps; see `loop.taken`.
+
+    Args:
+      ready: what training begins with; of its state, only the structure is looked at.
+      now: returns the state after the steps so far.
+      steps, pace, loss, measures, log, stop, resume_hint: see `fit`.
+    """
+    hooks = hooks_of(ready, loss, measures, resume_hint)
+    with _run(ready, log):
+        seconds = yield from taken(now, steps, pace, hooks, log, stop)
+    return trained(ready, now()), seconds
+
+
+def hooks_of(ready: Ready, loss: Loss, measures: Sequence[Measure], resume_hint: str) -> Hooks:
+    """Returns what connects the loop with a run; see `fit`."""
     feed, layout, checkpoints = ready.feed, ready.setup.layout, ready.checkpoints
     best = ready.best
 
@@ -268,7 +302,7 @@ def fit(
             int(state.step), lambda: tree_of(ready, state), measured
         )
 
-    hooks = Hooks(
+    return Hooks(
         batch=lambda number, state: feed.batch(number),
         placed=lambda batch: layout.batch(batch, parts=True),
         tokens=feed.tokens,
@@ -280,9 +314,14 @@ def fit(
         owed=ready.owed,
         judge=judge,
     )
+
+
+@contextlib.contextmanager
+def _run(ready: Ready, log: Log) -> Iterator[None]:
+    """Opens the log; within, a run that diverges on a broken base says so."""
     try:
         with log:
-            state, seconds = train(step, ready.state, ready.base, steps, pace, hooks, log, stop)
+            yield
     except Diverged as error:
         if bad := not_finite(ready.base):
             raise Diverged(
@@ -290,10 +329,14 @@ def fit(
                 "them: no training on it can succeed. Load the base again, or take another"
             ) from error
         raise
-    if checkpoints is not None:
-        checkpoints.close()
-    trained = tree_of(ready, state)
-    return (trained if best is None else _on_mesh(ready, best.load(trained))), seconds
+
+
+def trained(ready: Ready, state: State) -> Any:
+    """Returns the adapted tree of a run that is over: the last or the best; see `fit`."""
+    if ready.checkpoints is not None:
+        ready.checkpoints.close()
+    last = tree_of(ready, state)
+    return last if ready.best is None else _on_mesh(ready, ready.best.load(last))
 
 
 def tree_of(ready: Ready, state: State) -> Any:
@@ -316,6 +359,7 @@ def held_out_loss(
     *,
     every: int,
     stop: Stop,
+    evaluation: Callable[..., Sums] | None = None,
 ) -> Measure:
     """Returns the measure of a loss, and of its logs, on held-out examples.
 
@@ -326,18 +370,15 @@ def held_out_loss(
       examples: are taken in batches of the run's size, none twice.
       every: steps between two measurements.
       stop: tells of a signal, which cuts a measurement short.
+      evaluation: what `compiled_evaluation` returned, for runs that share it.
     """
     layout = ready.setup.layout
-    evaluation = jax.jit(
-        make_evaluation(forward, loss),
-        out_shardings=layout.whole,
-        compiler_options=layout.compiler_options,
-    )
+    evaluate = evaluation or compiled_evaluation(layout, forward, loss)
 
     def sums_of(adapter: Any, part: Batch) -> Sums:
         batch = layout.batch(part, parts=False)
         with jax.set_mesh(layout.mesh):
-            return jax.tree.map(float, evaluation(adapter, ready.base, batch))
+            return jax.tree.map(float, evaluate(adapter, ready.base, batch))
 
     def take(state: State) -> dict[str, float] | None:
         parts, agreement, adapter = [], Agreement(), averaged(state.opt_state, state.adapter)
@@ -348,6 +389,17 @@ def held_out_loss(
         return means(loss, functools.reduce(_added, parts))
 
     return Measure(every=every, prefix=HELD_OUT, take=take)
+
+
+def compiled_evaluation(
+    layout: Layout, forward: Callable[..., Any], loss: Loss
+) -> Callable[..., Sums]:
+    """Returns ``(adapter, base, batch) -> sums``, compiled for each kind of adapter and shape."""
+    return jax.jit(
+        make_evaluation(forward, loss),
+        out_shardings=layout.whole,
+        compiler_options=layout.compiler_options,
+    )
 
 
 def _added(one: Sums, other: Sums) -> Sums:

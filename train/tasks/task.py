@@ -84,6 +84,13 @@ class Evaluation(Protocol):
           forward: the model's ``apply``, or that on a tree of codes.
         """
 
+    def recall(self, other: "Evaluation") -> bool:
+        """Takes what another run measured of the same base, in the place of `before`.
+
+        Returns:
+          Whether there was anything to take; if not, nothing has changed.
+        """
+
     def score(
         self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
     ) -> dict[str, float]:
@@ -96,8 +103,10 @@ class Evaluation(Protocol):
           progress: may be called on the way, in all processes alike; ends the scoring by raising.
         """
 
-    def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
+    def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
         """Evaluates the trained model; writes and prints the scores.
+
+        Returns the scores by name, as `score` does.
 
         Args:
           model: the model.
