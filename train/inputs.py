@@ -17,11 +17,11 @@ from train.run.pretrained import Outline
 from train.run.progress.samples import Prompts
 from train.tasks.task import Data, Rows, Task
 
-# Options that rows, outline and examples do not depend on.
+# Options that rows, outline and examples do not depend on, but for those that the task `reads`.
 _OF_OPTIMISER = (
     *("optimizer", "lr", "lr_rule", "lora_plus", "beta1", "beta2", "eps", "momentum", "schedule"),
     *("warmup", "warmup_ratio", "min_lr", "decay", "weight_decay", "grad_clip", "neftune"),
-    *("loss_chunk", "steps", "epochs"),
+    *("loss_chunk", "steps", "epochs", "seed", "batch_size", "grad_accum"),
 )
 _OF_RUN = (
     *("output", "resume", "overwrite", "log_every", "save_every", "keep", "score_every"),
@@ -86,7 +86,7 @@ class Reader:
         if getattr(config.data, "stream", False):
             return read(config, task)
         left_out = {field.name for field in dataclasses.fields(config.adapter)}
-        left_out |= {*_OF_OPTIMISER, *_OF_RUN}
+        left_out |= {*_OF_OPTIMISER, *_OF_RUN} - {*task.reads(config)}
         saved = saved_options(config)
         facts = {k: v for k, v in as_json(config).items() if k not in left_out}
         facts["began"] = {name: saved.get(name) for name in _HOLDING_OUT} if saved else None

@@ -95,6 +95,18 @@ class Stack:
         )
         self.names += [None] * more
 
+    def shrink(self) -> None:
+        """Drops the free slots; the next step compiles anew."""
+        kept = np.array([slot for slot, name in enumerate(self.names) if name is not None])
+
+        def fewer(array: Any, axis: int) -> Any:
+            return array[(slice(None),) * axis + (kept,)]
+
+        content = jax.tree.map(fewer, (self.state, self.fixed), self._axes)
+        self.state, self.fixed = self._placed(content)
+        self._numbers = Numbers(*(x[kept] for x in self._numbers))
+        self.names = [self.names[slot] for slot in kept.tolist()]
+
     def _empty(self, n: int, shapes: Any) -> Any:
         """Returns n free slots, from the shapes of one."""
         return self._placed(jax.tree.map(functools.partial(_empty, n), shapes, self._axes))

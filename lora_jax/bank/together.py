@@ -175,6 +175,24 @@ class Together:
         del self._steps[name], self._done[name]
         return tree
 
+    def shrink(self, steps: int = 1) -> None:
+        """Drops the free slots of stacks half of whose slots are free, or more.
+
+        Their next step compiles anew, for fewer adapters, so the last bits of what they compute may
+        change.
+
+        Args:
+          steps: only stacks shrink in which an adapter has to take as many.
+        """
+        for kind, stack in [*self._stacks.items()]:
+            names = [name for name in stack.names if name is not None]
+            if not names:
+                del self._stacks[kind]
+            elif 2 * len(names) <= len(stack.names) and any(
+                self._steps[name] - self._done[name] >= steps for name in names
+            ):
+                stack.shrink()
+
     def choose(self, names: list[str]) -> Choice:
         """Returns the base with the arrays that train, for a batch that `mixed` functions run on.
 

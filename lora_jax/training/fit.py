@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import operator
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,21 +15,20 @@ import optax
 import lora_jax as lj
 from lora_jax.fingerprint import base_fingerprint, differing
 from lora_jax.models import Decoder
-from lora_jax.training.batches import Batch, Examples, Packs
+from lora_jax.training.batches import Examples, Packs
 from lora_jax.training.data.order import Batches
 from lora_jax.training.errors import DamagedCheckpoint, Diverged, TrainingError
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import Hooks, Measure, Pace, taken, train
-from lora_jax.training.losses import HELD_OUT, Loss, Sums
+from lora_jax.training.losses import Loss
 from lora_jax.training.optimizer import averaged
 from lora_jax.training.optimizers.named import OPTIMIZERS
-from lora_jax.training.processes import Agreement
 from lora_jax.training.run.best import Best
 from lora_jax.training.run.checkpoints import Checkpoints
 from lora_jax.training.run.log import Log
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.setup import CompiledStep, Setup
-from lora_jax.training.step import State, Step, make_evaluation
+from lora_jax.training.step import State, Step
 from lora_jax.weight import leaves_of
 
 
@@ -238,7 +236,7 @@ def fit(
       steps: the number of the last step.
       pace: says how often to log and save.
       loss: the function that the step minimises.
-      measures: measurements to take on the way; see `held_out_loss`.
+      measures: measurements to take on the way; see `lora_jax.training.held_out`.
       log: gets a line a window of steps.
       stop: tells of a signal.
       resume_hint: tells an interrupted user how to go on.
@@ -349,65 +347,3 @@ def _on_mesh(ready: Ready, loaded: Any) -> Any:
     host = jax.tree.map(np.asarray, lj.split(loaded)[0])  # which many processes may give to a jit
     adapter = jax.jit(lambda adapter: adapter, out_shardings=ready.setup.where.adapter)(host)
     return lj.join(adapter, ready.base)
-
-
-def held_out_loss(
-    ready: Ready,
-    forward: Callable[..., Any],
-    loss: Loss,
-    examples: Examples,
-    *,
-    every: int,
-    stop: Stop,
-    evaluation: Callable[..., Sums] | None = None,
-) -> Measure:
-    """Returns the measure of a loss, and of its logs, on held-out examples.
-
-    Args:
-      ready: the run.
-      forward: the adapted function that the loss calls.
-      loss: the function to measure, and who divides it.
-      examples: are taken in batches of the run's size, none twice.
-      every: steps between two measurements.
-      stop: tells of a signal, which cuts a measurement short.
-      evaluation: what `compiled_evaluation` returned, for runs that share it.
-    """
-    layout = ready.setup.layout
-    evaluate = evaluation or compiled_evaluation(layout, forward, loss)
-
-    def sums_of(adapter: Any, part: Batch) -> Sums:
-        batch = layout.batch(part, parts=False)
-        with jax.set_mesh(layout.mesh):
-            return jax.tree.map(float, evaluate(adapter, ready.base, batch))
-
-    def take(state: State) -> dict[str, float] | None:
-        parts, agreement, adapter = [], Agreement(), averaged(state.opt_state, state.adapter)
-        for part in examples.parts(ready.feed.batch_size):
-            parts.append(sums_of(adapter, part))
-            if stop.agreed(agreement):
-                return None
-        return means(loss, functools.reduce(_added, parts))
-
-    return Measure(every=every, prefix=HELD_OUT, take=take)
-
-
-def compiled_evaluation(
-    layout: Layout, forward: Callable[..., Any], loss: Loss
-) -> Callable[..., Sums]:
-    """Returns ``(adapter, base, batch) -> sums``, compiled for each kind of adapter and shape."""
-    return jax.jit(
-        make_evaluation(forward, loss),
-        out_shardings=layout.whole,
-        compiler_options=layout.compiler_options,
-    )
-
-
-def _added(one: Sums, other: Sums) -> Sums:
-    return jax.tree.map(operator.add, one, other)
-
-
-def means(loss: Loss, sums: Sums) -> dict[str, float]:
-    """Returns the loss, in the sense of its reduction, and its logs divided by the count."""
-    count: Any = sums.count or 1.0
-    total: Any = sums.total / count if loss.reduction == "mean" else sums.total
-    return {"loss": total, **{name: value / count for name, value in sums.logs.items()}}

@@ -213,6 +213,24 @@ def test_going_on_from_a_state_is_never_having_stopped():
         Together(FORWARD, PARAMS).add({"other": other})
 
 
+def test_free_slots_are_dropped():
+    whole, fewer = Together(FORWARD, PARAMS), Together(FORWARD, PARAMS)
+    for together in (whole, fewer):
+        together.add({name: CROWD[name] for name in ("another rate", "plain", "head")})
+        train(together, ["another rate", "plain"], 2)
+    fewer.remove("another rate")
+    fewer.remove("head")
+    fewer.shrink(5)  # no adapter has as many steps to take
+    assert [len(stack.names) for stack in fewer._stacks.values()] == [2]
+    fewer.shrink(4)
+    assert [stack.names for stack in fewer._stacks.values()] == [["plain"]]
+    for together in (whole, fewer):
+        train(together, ["plain"], 2)
+    assert_close(fewer.state("plain").adapter, whole.state("plain").adapter, 1e-5)
+    fewer.add({"another rate": CROWD["another rate"]})
+    assert [stack.names for stack in fewer._stacks.values()] == [["plain", "another rate"]]
+
+
 def test_samplers_read_the_arrays_that_train():
     """No copies: the factors of a choice are the very arrays of the step's state."""
     together = Together(FORWARD, PARAMS)

@@ -26,7 +26,8 @@ from lora_jax.bank.side_by_side import Ending, Running, side_by_side, step_of
 from lora_jax.bank.tenants import Tenant
 from lora_jax.bank.together import Together
 from lora_jax.training.errors import Interrupted, TrainingError
-from lora_jax.training.fit import Ready, compiled_evaluation, tree_of
+from lora_jax.training.fit import Ready, tree_of
+from lora_jax.training.held_out import compiled_evaluation
 from lora_jax.training.loop import Stopped
 from lora_jax.training.losses import HELD_OUT, SCORE, Loss, Sums
 from lora_jax.training.optimizer import has_dropout
@@ -53,6 +54,8 @@ from train.run.session import Session
 from train.tasks.task import Context, Evaluation, Task
 
 FAILED = 1  # the exit code where some runs failed
+# Where runs are over, the others' step is compiled anew for fewer if it has as many to take.
+_WORTH_COMPILING = 50
 
 
 class Asked(NamedTuple):
@@ -211,8 +214,7 @@ def _begun(one: _One, plain: Any, held: ExitStack) -> Tenant:
         outline=outline,
     )
     one.evaluation = one.task.evaluation(context)
-    shapes = jax.eval_shape(lambda: ready.state)
-    one.ready = dataclasses.replace(ready, state=shapes)
+    one.ready = dataclasses.replace(ready, state=jax.eval_shape(lambda: ready.state))
     return Tenant(
         params=params,
         schedule=ready.setup.schedule,
@@ -224,7 +226,8 @@ def _begun(one: _One, plain: Any, held: ExitStack) -> Tenant:
         lora_plus=optim.lora_plus,
         options=options_of(optim),
         noise=optim.neftune,
-        state=ready.state,
+        key=ready.state.key,
+        state=ready.state if int(ready.state.step) else None,  # a new one takes memory in its slot
     )
 
 
@@ -280,6 +283,7 @@ def _trained(
     def ended(name: str, ending: Ending) -> None:
         one = by_name[name]
         one.ending = ending
+        together.remove(name)
         if ending.error is not None and not isinstance(ending.error, Stopped):
             _record(one)
         board.ended(name, _state(one))
@@ -290,8 +294,13 @@ def _trained(
             tenants.clear()
         runs = {name: running(one) for name, one in by_name.items()}
         session.stop.remedy = "Each run goes on from its last checkpoint, by --resume"
+
+        def turned() -> None:
+            together.shrink(_WORTH_COMPILING)
+            board.show()
+
         with board, session.stop.deferred():
-            side_by_side(step_of(together), runs, ended=ended, turned=board.show)
+            side_by_side(step_of(together), runs, ended=ended, turned=turned)
             board.show()
     return any(isinstance(one.ending.error, Stopped) for one in ones)
 

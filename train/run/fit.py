@@ -23,6 +23,7 @@ from lora_jax.models.attention import chosen_attention
 from lora_jax.training import fit as training
 from lora_jax.training.batches import Examples
 from lora_jax.training.data.order import Batches, Order
+from lora_jax.training.held_out import held_out_loss
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import Measure
 from lora_jax.training.losses import HELD_OUT, SCORE, Loss, Sums
@@ -286,7 +287,7 @@ def fitted(
       run, forward, loss, held_out, more: see `fit`.
       ready: what training begins with, its state as shapes.
       now: returns the state after the steps so far.
-      evaluation: see `lora_jax.training.fit.held_out_loss`.
+      evaluation: see `lora_jax.training.held_out.held_out_loss`.
       heard: returns the log that the loop writes to, around the run's own.
     """
     with contextlib.ExitStack() as held:
@@ -331,7 +332,7 @@ def _measures(
 ) -> list[Measure]:
     measures, every = [*more], run.config.run.eval_every
     if every and held_out is not None:
-        of_loss = training.held_out_loss(
+        of_loss = held_out_loss(
             ready, forward, loss, held_out, every=every, stop=run.stop, evaluation=evaluation
         )
         measures.insert(0, of_loss)

@@ -119,6 +119,10 @@ def _unchanged(config: Any) -> Any:
     return config
 
 
+def _all(config: Any) -> tuple[str, ...]:
+    return ("seed", "batch_size", "grad_accum")
+
+
 def _no_evaluation(context: Context) -> Evaluation | None:
     return None
 
@@ -138,6 +142,7 @@ class Task:
       examples: encodes the rows as examples for that model.
       loss: returns the function to minimise, from the options and the layout on the mesh.
       evaluation: returns the evaluation of a run; None for none.
+      reads: returns which of --seed, --batch-size and --grad-accum rows and examples depend on.
       score: the name of the score that tells how good the model is, the higher the better; None
         where there is none but the loss.
     """
@@ -150,6 +155,7 @@ class Task:
     examples: Callable[[Any, Rows, Outline], Data]
     loss: Callable[[Any, Layout], Loss]
     evaluation: Callable[[Context], Evaluation | None] = _no_evaluation
+    reads: Callable[[Any], tuple[str, ...]] = _all
     score: str | None = None
 
     def check_options(self, config: Any) -> None:

@@ -222,7 +222,8 @@ def _cells(path: str, kinds: Mapping[str, Any]) -> Iterator[tuple[str, dict[str,
             yield f"{asked}, {row.place[1]}", given
         return
     for row in read_json(file):
-        yield f"{asked}, {row.place[1]}", {c: _of_json(value) for c, value in row.items()}
+        values = {column: value for column, value in row.items() if value is not None}
+        yield f"{asked}, {row.place[1]}", {c: _of_json(value) for c, value in values.items()}
 
 
 def _of_yaml(file: Path, asked: str) -> Iterator[tuple[str, dict[str, yaml.Node]]]:
@@ -242,7 +243,8 @@ def _of_yaml(file: Path, asked: str) -> Iterator[tuple[str, dict[str, yaml.Node]
                 raise UserError(f"{where}: the name of an option is needed")
             if key.value in cells:
                 raise UserError(f"{where}: {key.value} is given twice: leave out one")
-            cells[key.value] = value
+            if value.tag != f"{_TAG}null":
+                cells[key.value] = value
         yield where, cells
 
 

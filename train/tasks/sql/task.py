@@ -146,6 +146,11 @@ def evaluation(context: Context) -> Answering | None:
     return Answering(context, Scores(questions)) if questions else None
 
 
+def reads(config: Config) -> tuple[str, ...]:
+    """Returns that the questions are drawn by --seed, as many as 35 steps see."""
+    return ("seed", "batch_size", "grad_accum")
+
+
 def _questions(config: Config) -> Questions | None:
     return _drawn(config.run.eval_questions) if config.run.eval_questions else None
 
@@ -166,5 +171,6 @@ TASK = dataclasses.replace(
     rows=read,
     examples=examples,
     evaluation=evaluation,
+    reads=reads,
     score="accuracy",
 )
