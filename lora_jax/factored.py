@@ -12,7 +12,11 @@ from jax import lax
 from lora_jax.axes import AxisRoles, Label
 from lora_jax.base import as_array, is_base
 from lora_jax.magnitude import wide
-from lora_jax.parts import AXES, STATIC, Axes, layout, sizes, spread
+from lora_jax.parts import AXES, EXAMPLE, STATIC, Axes, layout, sizes, spread
+
+
+class ExamplesError(ValueError):
+    """The examples of a batch, each with an adapter of its own, cannot be told apart."""
 
 
 class _ForMessages(str):
@@ -36,7 +40,9 @@ class Factored:
       base: W; see `lora_jax.base`.
       parts: the arrays beside it by name, laid out as `lora_jax.parts.AXES` says: a, b, scale, and
         perhaps key (typed PRNG keys, which turn dropout on), pick (one more factor for each column
-        of rank), gain and shift. Without any, the weight is W alone.
+        of rank), rows (one for each example of a batch and column, so that examples have adapters
+        of their own; see `lora_jax.adapt.examples`), gain and shift. Without any, the weight is W
+        alone.
       labels: the role of each axis of `base`.
       dropout: probability of zeroing an element of A's input.
       path: of the weight, for messages.
@@ -59,6 +65,7 @@ class Factored:
     scale = property(lambda self: self.parts["scale"])
     key = property(lambda self: self.parts.get("key"))
     pick = property(lambda self: self.parts.get("pick"))
+    rows = property(lambda self: self.parts.get("rows"))
     gain = property(lambda self: self.parts.get("gain"))
     shift = property(lambda self: self.parts.get("shift"))
 
@@ -84,8 +91,9 @@ class Factored:
             return self.alone()
         rank, half, axis = self.rank, self.rank // 2, len(self.axes("batch"))
         ends = (0, half) if use == "lookup" else (half, rank)
-        cut = [name for name in ("a", "b", "pick") if name in self.parts]
-        mine = {name: lax.slice_in_dim(self.parts[name], *ends, axis=axis) for name in cut}
+        cut: dict[str, int] = {name: axis for name in ("a", "b", "pick") if name in self.parts}
+        cut |= {"rows": 1} if self.rows is not None else {}
+        mine = {n: lax.slice_in_dim(self.parts[n], *ends, axis=at) for n, at in cut.items()}
         return dataclasses.replace(self.replace(**mine), uses=use)
 
     def axes(self, label: Label) -> Axes:
@@ -133,6 +141,8 @@ class Factored:
         before = base.shape if narrow is None else narrow
 
         def moved(name: str, array: Any) -> Any:
+            if EXAMPLE in self.layout(name):
+                return array
             array = array.reshape(self.shape_of(name, before, labels))
             return jnp.broadcast_to(array, self.shape_of(name, base.shape, labels))
 
@@ -156,7 +166,13 @@ class Factored:
         return spread(vector, self.layout("gain"), dict(enumerate(range(ndim))), ndim)
 
     def delta(self, dtype: Any) -> jax.Array:
-        """Returns s·AB in the base's layout."""
+        """Returns s·AB in the base's layout.
+
+        Raises:
+          ExamplesError: the examples of a batch have a weight each.
+        """
+        if self.rows is not None:
+            raise ExamplesError(f"the weight {self.path!r} has an adapter for each example")
         n = len(self.axes("batch"))
         batch = tuple(range(n))
         scales = lax.expand_dims(self.scales.astype(dtype), range(n + 1, self.a.ndim))

@@ -11,10 +11,11 @@ from jax import lax
 
 from lora_jax.axes import Label
 
-Role = Label | Literal["rank"]
+Role = Label | Literal["rank", "example"]
 Axes = tuple[int, ...]
 STATIC = {"static": True}  # metadata of a dataclass's field that is no child of the pytree
 RANK = -1  # in a layout, the entry for the rank, which is no axis of the weight
+EXAMPLE = -2  # likewise, the entry for the examples of a batch
 
 # Batch axes come first, in the order that the weight has them in, then the rank, then the in axes
 # or the out axes. A is stored transposed: see `lora_jax.product`.
@@ -26,6 +27,7 @@ AXES: dict[str, tuple[Role, ...]] = {
     "scale": ("batch",),
     "key": ("batch",),  # of dropout
     "pick": ("batch", "rank"),  # of a bank: 1 for the columns of the chosen adapter, 0 for others
+    "rows": ("example", "rank"),  # 1 for the columns of each example's adapter, 0 for others
     "gain": ("batch", "out"),
     "shift": ("batch", "out"),
 }
@@ -34,13 +36,13 @@ NEUTRAL = {"gain": 1.0, "pick": 1.0}
 
 
 def layout(axes: Sequence[Role], labels: Sequence[Label]) -> Axes:
-    """Returns the weight's axis for each axis of an array, RANK for the rank.
+    """Returns the weight's axis for each axis of an array, RANK or EXAMPLE where it is none.
 
     Args:
       axes: the roles of the array's axes, as in `AXES`.
       labels: the role of each axis of the weight.
     """
-    places: dict[Role, Axes] = {"rank": (RANK,)}
+    places: dict[Role, Axes] = {"rank": (RANK,), "example": (EXAMPLE,)}
     for role in ("batch", "in", "out"):
         places[role] = tuple(axis for axis, label in enumerate(labels) if label == role)
     return tuple(axis for role in axes for axis in places[role])

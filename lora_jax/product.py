@@ -25,7 +25,7 @@ reverse mode and their compositions work as JAX derives them.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,36 @@ from lora_jax.parts import spread
 Dims = tuple[tuple[int, ...], tuple[int, ...]]  # axes of x, axes of the weight
 
 
+class Rows(NamedTuple):
+    """The columns of rank that each row of an activation sees, where examples have own adapters.
+
+    Attributes:
+      mask: [examples, r], 1 for the columns of an example's adapter, 0 for others.
+      axis: of the activation, of size k·examples·inner: row i is of example i // inner % examples.
+      inner: see there.
+    """
+
+    mask: jax.Array
+    axis: int
+    inner: int = 1
+
+    def along(self, z: jax.Array, axis: int, rank: int = -1) -> jax.Array:
+        """Returns the mask in the dtype of z, ready to multiply it.
+
+        Args:
+          z: xA, with the activation's rows along `axis` and the columns of rank along `rank`.
+          axis, rank: of z.
+        """
+        n, r = self.mask.shape
+        outer, rank = z.shape[axis] // (n * self.inner), rank % z.ndim
+        mask = self.mask.astype(z.dtype)
+        if outer * self.inner > 1:
+            mask = jnp.broadcast_to(mask[None, :, None], (outer, n, self.inner, r))
+            mask = mask.reshape(z.shape[axis], r)
+        mask = mask if axis < rank else mask.T
+        return lax.expand_dims(mask, [a for a in range(z.ndim) if a not in (axis, rank)])
+
+
 def dot(
     x: jax.Array,
     weight: Factored,
@@ -47,6 +77,7 @@ def dot(
     contract: Dims,
     batch: Dims,
     weight_first: bool = False,
+    rows: Rows | None = None,
     **params: Any,
 ) -> jax.Array:
     """Returns `lax.dot_general` of x with an adapted weight, in either order, in factored form.
@@ -58,6 +89,7 @@ def dot(
       for_factors: x again, as A is to read it; x itself by default.
       contract, batch: axes of x and of the weight, as in `lax.dot_general`.
       weight_first: whether the weight is the left operand, so that its axes lead the result.
+      rows: which columns of rank each row of x sees, where the weight has `rows`.
       params: `precision`, `preferred_element_type` and `out_sharding` of `lax.dot_general`.
 
     xA accumulates in fp32 and is scaled there; A and B are cast to x's dtype.
@@ -74,7 +106,7 @@ def dot(
         return product(product_with, weight.base, x)
 
     def with_factors(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
-        delta = _delta(x, weight, contract, batch, weight_first, seen.dtype, params)
+        delta = _delta(x, weight, contract, batch, weight_first, rows, seen.dtype, params)
         return lax.reshape(delta, seen.shape)
 
     if not weight.parts:
@@ -194,6 +226,7 @@ def _delta(
     contract: Dims,
     batch: Dims,
     weight_first: bool,
+    rows: Rows | None,
     dtype: Any,
     params: dict[str, Any],
 ) -> jax.Array:
@@ -223,7 +256,10 @@ def _delta(
     order = [stack.index(axis) for axis in (*w_batch, *free_stack)]
     scales = lax.transpose(weight.scales.astype(z.dtype), [*order, rank_axis])
     scales = lax.expand_dims(scales, range(len(w_batch), len(w_batch) + len(x_free)))
-    z = (z * scales).astype(x.dtype)
+    z = z * scales
+    if rows is not None:
+        z = z * rows.along(z, [*x_batch, *x_free].index(rows.axis))
+    z = z.astype(x.dtype)
     if len(x_free) > 1 and not sharded and not is_on_mesh():
         flat = math.prod(x.shape[axis] for axis in x_free)
         lead = len(w_batch)

@@ -28,7 +28,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.base import along
 from lora_jax.lorafy import Tree
-from lora_jax.parts import RANK
 from lora_jax.weight import LoraWeight, Node, Trained, is_node, leaves_of
 
 Table = Sequence[tuple[str, PartitionSpec]]
@@ -154,14 +153,14 @@ def _of_node(path: str, node: Node, table: Table, mesh: Mesh) -> Node:
 
 
 def _fitting(axes: _Axes, mesh: Mesh) -> Callable[[Any, Sequence[int]], NamedSharding]:
-    """Returns a function of an array and, for each of its axes, the weight's axis or RANK.
+    """Returns a function of an array and, for each of its axes, the weight's axis, if it holds one.
 
-    It returns the array's sharding: the entry in `axes` of each of the weight's axes, none for the
-    rank.
+    It returns the array's sharding: the entry in `axes` of each of the weight's axes, none for
+    others.
     """
 
     def fitting(array: Any, places: Sequence[int]) -> NamedSharding:
-        picked = tuple(None if place == RANK else axes[place] for place in places)
+        picked = tuple(None if place < 0 else axes[place] for place in places)
         return fitted(picked, array.shape, mesh)
 
     return fitting

@@ -29,7 +29,7 @@ _HOW_TO_USE = (
 
 
 # Arrays of a weight that products take as they are: a bank's, which made them beforehand.
-_AS_THEY_ARE = ("pick", "gain", "shift")
+_AS_THEY_ARE = ("pick", "rows", "gain", "shift")
 
 
 class _Node:

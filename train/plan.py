@@ -69,6 +69,9 @@ class PlanConfig:
     """Computation of attention; see train.sft."""
     experts: Experts = "auto"
     """Computation of a mixture of experts; see train.sft."""
+    adapters: tuple[int, ...] = ()
+    """Numbers of adapters to plan for, such as 1 8 64: adapters that train side by side in one step
+    over one base, sharing the --batch-size sequences evenly."""
     optimizer: Name = "adamw"
     """The optimiser, whose state takes memory; see train.sft."""
     tokens: float | None = None
@@ -153,6 +156,13 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
     mesh = make_mesh(asked.mesh, asked.batch_size, machine.devices)
     layout = Layout.of(mesh, outline.config)
     layout.check_lengths([asked.seq_len])
+    for n in asked.adapters:
+        if (asked.batch_size // n) % layout.batch_parts:
+            raise UserError(
+                f"--adapters {n}: each has {asked.batch_size // n} of the {asked.batch_size} "
+                f"sequences, and the mesh splits a batch into {layout.batch_parts} parts: give a "
+                f"larger --batch-size, or a --mesh with less of data and fsdp"
+            )
     job = Job(
         outline=outline,
         layout=layout,
@@ -194,12 +204,23 @@ def check(options: Options) -> None:
         )
     if adapter.full and adapter.peft_config:
         raise UserError("--full trains without an adapter, and --peft-config describes one")
+    if asked.adapters and (adapter.full or asked.alone):
+        other = "--full" if adapter.full else "--alone"
+        raise UserError(f"--adapters and {other} do not go together: it plans adapters alone")
+    for n in asked.adapters:
+        if n < 1 or asked.batch_size % n:
+            raise UserError(
+                f"--adapters {n}: a number that divides --batch-size {asked.batch_size} is needed, "
+                "so that each adapter has as many sequences"
+            )
     rules(adapter)
 
 
 def variants(options: Options) -> list[Variant]:
     """Returns the requested variant and, without --alone, others to compare it with."""
     lora = dataclasses.replace(options.adapter, full=False)
+    if options.plan.adapters:
+        return [Variant(lora, options.plan.remat, n) for n in options.plan.adapters]
     full = AdapterConfig(full=True)
     asked = Variant(full if options.adapter.full else lora, options.plan.remat)
     others = [

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn
 
 from lora_jax.adapt import eqns, folds, merging
+from lora_jax.adapt.examples.labels import At, Followed
 from lora_jax.adapt.steps import Steps
 from lora_jax.adapt.user_code import Place, place_of, place_of_call, user_context
 from lora_jax.base import rearranged
-from lora_jax.factored import Factored
+from lora_jax.factored import ExamplesError, Factored
 from lora_jax.product import is_on_mesh
 
 Live = tuple[bool, ...]
@@ -33,6 +34,7 @@ class Use:
     live: Live
     twins: dict[int, tuple[Any, Any]]  # by id: an array, and that array for factors
     jaxpr: Jaxpr  # that the equation is part of
+    at: At | None = None  # where examples with adapters of their own lie in the other operand
 
     @property
     def params(self) -> dict[str, Any]:
@@ -114,6 +116,8 @@ class Interpreter:
     record: Callable[[Record], None] | None = None
     # The rule for primitives that have none; without it, weights are merged there.
     default: Rule | None = dataclasses.field(default=None, hash=False, compare=False)
+    # Where the examples of a batch lie in the jaxpr that is evaluated, if each has its adapter.
+    examples: Followed | None = None
 
     def evaluate(
         self,
@@ -165,16 +169,19 @@ class Interpreter:
     def function(self, jaxpr: eqns.AnyJaxpr, live: Live | None = None) -> Callable[..., list[Any]]:
         """Returns `evaluate` of an inner jaxpr as a function, always the same object."""
         reference = weakref.ref(jaxpr)  # the cache must not keep its own key alive
+        within = self
+        if self.examples is not None:
+            within = dataclasses.replace(self, examples=self.examples.inner.get(id(jaxpr)))
 
         def make() -> Callable[..., list[Any]]:
             def call(*args: Any) -> list[Any]:
                 alive = reference()
                 assert alive is not None, "an equation holds its jaxpr while it is evaluated"
-                return self.evaluate(alive, args, live)
+                return within.evaluate(alive, args, live)
 
             return call
 
-        return self.memoised(jaxpr, ("function", live), make)
+        return within.memoised(jaxpr, ("function", live), make)
 
     def memoised(
         self, jaxpr: eqns.AnyJaxpr, key: Hashable, make: Callable[[], Callable[..., Any]]
@@ -191,6 +198,8 @@ class Interpreter:
             place, function = where, None
         else:
             place, function = place_of(where), eqns.function_name(where)
+        if weight.rows is not None:
+            raise ExamplesError(merging.of_each_example(weight, primitive, place))
         if self.record is not None:
             why = merging.why(primitive)
             self.record(Record(str(weight.path), primitive, str(place), "merged", why))
@@ -216,9 +225,11 @@ class Interpreter:
             values = [self._unfolded(value, name, eqn) for value in values]
         if not any(isinstance(value, Factored) for value in values):
             return eqns.bind(eqn, values)
-        use = Use(eqn, [at_site(value, site) for value in values], live, twins, jaxpr)
+        at = self._examples_in(eqn, values)
+        use = Use(eqn, [at_site(value, site) for value in values], live, twins, jaxpr, at)
         for called, rule in self.own:
             if called in (name, eqns.function_name(eqn)):
+                _refuse_rows(eqn, values)
                 with user_context(eqn):
                     outputs = rule(*use.values, **eqn.params)
                 if outputs is not None:
@@ -254,8 +265,19 @@ class Interpreter:
             with user_context(eqn):
                 return rule(self, dataclasses.replace(bare, values=values))
 
-        how = (use.live, id(eqn) if name in _READ_AROUND else 0)
+        how = (use.live, id(eqn) if name in _READ_AROUND else 0, self.examples, use.at)
         return steps.compiled(eqn, how, call)(use.values)
+
+    def _examples_in(self, eqn: JaxprEqn, values: Sequence[Any]) -> At | None:
+        """Returns where the examples lie in an equation's plain operand, if each has its adapter.
+
+        Raises:
+          ExamplesError: that is not known; see `lora_jax.adapt.examples`.
+        """
+        known = {} if self.examples is None else self.examples.uses
+        if id(eqn) not in known:
+            _refuse_rows(eqn, values)
+        return known.get(id(eqn))
 
     def _unfolded(self, value: Any, primitive: str, where: JaxprEqn | Place) -> Any:
         """Returns the value as an array, where it is a vector of weights laid end to end."""
@@ -271,6 +293,13 @@ class Interpreter:
             if isinstance(value, Factored):
                 name = use.eqn.primitive.name
                 self.record(Record(str(value.path), name, place, "factored", why))
+
+
+def _refuse_rows(eqn: JaxprEqn, values: Sequence[Any]) -> None:
+    """Raises ExamplesError if a weight has an adapter for each example."""
+    for value in values:
+        if isinstance(value, Factored) and value.rows is not None:
+            raise ExamplesError(merging.of_each_example(value, eqn.primitive.name, place_of(eqn)))
 
 
 def _cuts_shifted(values: Sequence[Any], outputs: Sequence[Any]) -> bool:

@@ -51,6 +51,14 @@ def advice(primitive: str, function: str | None) -> str:
     )
 
 
+def of_each_example(weight: Factored, primitive: str, place: Place) -> str:
+    """Returns that a weight of which each example has its own meets what it may not meet."""
+    return (
+        f"the weight {weight.path!r} has an adapter for each example of a batch, and it is not "
+        f"known which examples {primitive!r} at {place} multiplies it by"
+    )
+
+
 def say(
     weight: Factored, primitive: str, function: str | None, place: Place, *, strict: bool
 ) -> None:

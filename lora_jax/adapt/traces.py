@@ -31,12 +31,14 @@ class Call:
       fn: the function.
       leaves, treedef: of (args, kwargs).
       weights: by place among the leaves, the array that stands for an adapted weight.
+      others: likewise, arrays that are inputs of the jaxpr beside the weights in any case.
     """
 
     fn: Callable[..., Any]
     leaves: Sequence[Any]
     treedef: Any
     weights: Mapping[int, Any]
+    others: Mapping[int, Any] = field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -76,12 +78,12 @@ class Trace:
 
 
 def trace(call: Call) -> Trace:
-    """Returns the trace of a call with its weights as inputs, all else being closed over.
+    """Returns the trace of a call with its weights and `others` as inputs, all else closed over.
 
     Raises whatever the function raises while it is traced.
     """
     try:
-        return _traced(call, call.weights)
+        return _traced(call, {**call.others, **call.weights})
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
         error.add_note(
             "lora_jax.adapt traces the function, as jax.jit does: Python code in it cannot depend "

@@ -1,5 +1,6 @@
 """`adapt`: runs any function of an adapted tree, each adapted weight in factored form."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -10,11 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.adapt import eqns
+from lora_jax.adapt.examples.axes import Axes, axes_of_result, follow_trace, mapped
+from lora_jax.adapt.examples.labels import Followed
 from lora_jax.adapt.interpreter import Interpreter
 from lora_jax.adapt.nnx_writes import refuse_adapted, write
 from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.sides import noted, warn_of_swapped
-from lora_jax.adapt.traces import Call, EagerTraces, trace
+from lora_jax.adapt.traces import Call, EagerTraces, Trace, trace
 from lora_jax.adapt.user_code import place_of_call
 from lora_jax.base import is_base, stand_in
 from lora_jax.factored import Factored
@@ -89,16 +92,36 @@ def run(
     kwargs: dict[str, Any],
     dropout_key: jax.Array | None,
     eager: EagerTraces | None = None,
+    axes: Axes | None = None,
 ) -> Any:
-    """Returns ``fn(*args, **kwargs)``, with adapted weights among the arguments factored."""
+    """Returns ``fn(*args, **kwargs)``, with adapted weights among the arguments factored.
+
+    Args:
+      fn: the function.
+      interpreter: with the rules.
+      args, kwargs: of the function.
+      dropout_key: see `adapt`.
+      eager: traces of the function, for eager calls.
+      axes: which axes hold the examples of a batch, where weights have `rows`, so that each example
+        has an adapter of its own; see `lora_jax.adapt.examples`.
+
+    Raises:
+      ExamplesError: with `axes`, if the function mixes examples or its result has others. Nothing
+        has been run then.
+    """
     call, weights, nodes = _flattened(fn, args, kwargs, dropout_key)
     if not weights:
         args, kwargs = call.treedef.unflatten(call.leaves)
         return fn(*args, **kwargs)
+    where = {} if axes is None else mapped(call, nodes, axes)
+    call = dataclasses.replace(call, others={place: call.leaves[place] for place in where})
     found = None if eager is None or _is_traced() else eager.find(call)
     steps = None if found is None else found.steps
     traced = trace(call) if found is None else found
     refuse_adapted((args, kwargs), traced.outputs.writes, is_node)
+    if axes is not None:
+        followed, _ = _followed(call, traced, weights, where, axes)
+        interpreter = dataclasses.replace(interpreter, examples=followed)
     inputs = [weights.get(place, call.leaves[place]) for place in traced.places]
     with noted() as seen:
         values = interpreter.evaluate(traced.jaxpr, inputs, steps=steps)
@@ -118,6 +141,37 @@ def run(
     result, writes = traced.outputs.filled(results)
     write((args, kwargs), writes)
     return result
+
+
+def follow(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Any, axes: Axes) -> Any:
+    """Returns the axes of ``fn(*args, **kwargs)`` that hold the examples, without running it.
+
+    Args:
+      fn: traced once.
+      args, kwargs: of the function. Their weights have `rows`; arrays may be abstract.
+      axes: of the examples.
+
+    Returns:
+      A tree like the result: an axis for each array, None where it is the same for all examples.
+
+    Raises:
+      ExamplesError: the examples cannot be told apart; it says which primitive mixes them, where.
+    """
+    call, weights, nodes = _flattened(fn, args, kwargs, None)
+    where = mapped(call, nodes, axes)
+    abstract = {p for p, leaf in enumerate(call.leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
+    call = dataclasses.replace(call, others={p: call.leaves[p] for p in abstract.union(where)})
+    return _followed(call, trace(call), weights, where, axes)[1]
+
+
+def _followed(
+    call: Call, traced: Trace, weights: dict[int, Factored], where: dict[int, int], axes: Axes
+) -> tuple[Followed, Any]:
+    """Returns where the examples lie in a call's values, and in its result."""
+    found = follow_trace(traced, weights, call, where)
+    place, axis = next(iter(where.items()))
+    n = call.leaves[place].shape[axis]
+    return found, axes_of_result(traced, found, n, axes.of_result)
 
 
 def _is_traced() -> bool:

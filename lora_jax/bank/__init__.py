@@ -15,6 +15,7 @@ from lora_jax.bank.extract import Extraction as Extraction
 from lora_jax.bank.extract import ExtractWarning as ExtractWarning
 from lora_jax.bank.extract import extract as extract
 from lora_jax.bank.mixing import Choice as Choice
+from lora_jax.bank.mixing import MixedWarning as MixedWarning
 from lora_jax.bank.mixing import choose as choose
 from lora_jax.bank.mixing import mixed as mixed
 from lora_jax.bank.stored import BankError as BankError

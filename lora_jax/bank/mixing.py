@@ -11,7 +11,13 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 from lora_jax.adapt import adapt
-from lora_jax.bank.slots import bank_leaves_of, is_slots
+from lora_jax.adapt.examples.axes import Axes
+from lora_jax.adapt.interpreter import Interpreter
+from lora_jax.adapt.rules.table import RULES
+from lora_jax.adapt.transform import follow, run
+from lora_jax.adapt.user_code import place_of_call, warn
+from lora_jax.bank.slots import WeightSlots, bank_leaves_of, is_slots, map_slots, slots_of
+from lora_jax.factored import ExamplesError
 
 
 @jax.tree_util.register_dataclass
@@ -26,6 +32,16 @@ class Choice:
 
     tree: Any
     ids: jax.Array
+
+    @property
+    def is_side_by_side(self) -> bool:
+        """Whether all slots are factors side by side: no copies, heads, DoRA or biases on B."""
+        slots = slots_of(self.tree).values()
+        return all(isinstance(s, WeightSlots) and s.is_side_by_side for s in slots)
+
+    def at_once(self) -> Any:
+        """Returns the adapted tree of all examples; see `lora_jax.adapt.examples`."""
+        return map_slots(lambda _, slots: slots.of_batch(self.ids), self.tree)  # type: ignore[union-attr]
 
 
 def choose(tree: Any, ids: Any) -> Choice:
@@ -61,17 +77,24 @@ def mixed(
     in_axes: Any = 0,
     out_axes: Any = 0,
     kwarg_axes: Mapping[str, Any] | None = None,
+    one_by_one: bool = False,
     strict: bool = False,
     primitives: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
     """Returns `fn` for batches of which each example has an adapter of its own.
 
     Pass `Bank.choose(names)` where `fn` takes a tree of parameters. Each example gets what `fn`
-    returns for a batch of this example alone, by its adapter. Products with the base remain one
-    product for all examples. Gradients with respect to the slots' arrays work, and nothing is
-    compiled anew for other adapters in the slots or other `ids`.
+    returns for it by its adapter. Products with the base remain one product for all examples.
+    Gradients with respect to the slots' arrays work, and nothing is compiled anew for other
+    adapters in the slots or other `ids`.
 
-    Dropout is off: train adapters side by side by `lora_jax.bank.together`.
+    `fn` runs once, on the whole batch as it is, where the examples can be followed through all that
+    it does; see `lora_jax.adapt.examples`. Otherwise it runs under `jax.vmap`, on batches of one
+    example each, and a `MixedWarning` says why: that is right for any function, but slower for
+    some (those that write into a KV cache, say). A function whose result for an example depends on
+    the batch around it, as with batch statistics or one key's noise for all, is told by this.
+
+    Dropout is off: train adapters side by side by `lora_jax.bank.Together`.
 
     Args:
       fn: any function that `lora_jax.adapt` takes.
@@ -82,6 +105,7 @@ def mixed(
         `lora_jax.models`) says its own.
       out_axes: the axis of the examples in what `fn` returns, likewise.
       kwarg_axes: `in_axes` of keyword arguments by name; 0 for those that are not named.
+      one_by_one: run `fn` on batches of one example each in any case, without a warning.
       strict, primitives: see `lora_jax.adapt`.
 
     Returns:
@@ -96,12 +120,30 @@ def mixed(
     (2, 3)
     """
     adapted = adapt(fn, strict=strict, primitives=primitives)
+    interpreter = Interpreter(RULES, strict, tuple((primitives or {}).items()))
 
     @functools.wraps(fn)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return _run(adapted, args, kwargs, in_axes, dict(kwarg_axes or {}), out_axes)
+        call = _Call.of(args, kwargs, in_axes, dict(kwarg_axes or {}), out_axes)
+        if one_by_one or not call.choice.is_side_by_side:
+            return _run_one_by_one(adapted, call)
+        try:
+            return _run_at_once(fn, interpreter, call)
+        except ExamplesError as error:
+            name = getattr(fn, "__qualname__", repr(fn))
+            warn(
+                f"mixed({name}) runs example by example, under jax.vmap: {error}. The result is "
+                "right all the same; to have it like this without a warning, give one_by_one=True",
+                MixedWarning,
+                place_of_call(),
+            )
+            return _run_one_by_one(adapted, call)
 
     return forward
+
+
+class MixedWarning(UserWarning):
+    """A function runs on a mixed batch example by example, since these cannot be followed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,47 +173,107 @@ class _Split:
 _Leaf = Callable[[jax.Array, tuple[Any, ...]], Any]
 
 
-def _run(
-    adapted: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    in_axes: Any,
-    kwarg_axes: dict[str, Any],
-    out_axes: Any,
-) -> Any:
-    if unknown := sorted(kwarg_axes.keys() - kwargs.keys()):
-        raise TypeError(f"mixed: kwarg_axes names {unknown[0]!r}, which is not among the arguments")
-    if "dropout_key" in kwargs:
-        raise TypeError("mixed: dropout is off in mixed batches; leave out dropout_key")
-    if not isinstance(in_axes, (tuple, list)):
-        in_axes = (in_axes,) * len(args)
-    if len(in_axes) != len(args):
-        raise TypeError(f"mixed: in_axes has {len(in_axes)} entries for {len(args)} arguments")
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The arguments of a call on a mixed batch.
+
+    Attributes:
+      leaves: of (args, kwargs), a `Choice` being one leaf.
+      axes: the examples' axis in each of them, None where there is none.
+      treedef: of (args, kwargs).
+      out_axes: see `mixed`.
+      choice: the first one among the leaves.
+    """
+
+    leaves: list[Any]
+    axes: list[int | None]
     treedef: Any
-    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_choice)
-    prefix = (tuple(in_axes), {name: kwarg_axes.get(name, 0) for name in kwargs})
-    axes = _axes_of_leaves(prefix, (args, kwargs))
-    choice = next(filter(_is_choice, leaves), None)
-    if choice is None:
-        raise TypeError(
-            "mixed: no argument holds a bank's tree: pass bank.choose(names) where the function "
-            "takes its parameters"
-        )
+    out_axes: Any
+    choice: Choice
+
+    @classmethod
+    def of(
+        cls,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        in_axes: Any,
+        kwarg_axes: dict[str, Any],
+        out_axes: Any,
+    ) -> "_Call":
+        """Returns a call, once its arguments fit."""
+        if unknown := sorted(kwarg_axes.keys() - kwargs.keys()):
+            raise TypeError(
+                f"mixed: kwarg_axes names {unknown[0]!r}, which is not among the arguments"
+            )
+        if "dropout_key" in kwargs:
+            raise TypeError("mixed: dropout is off in mixed batches; leave out dropout_key")
+        if not isinstance(in_axes, (tuple, list)):
+            in_axes = (in_axes,) * len(args)
+        if len(in_axes) != len(args):
+            raise TypeError(f"mixed: in_axes has {len(in_axes)} entries for {len(args)} arguments")
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_choice)
+        choice = next(filter(_is_choice, leaves), None)
+        if choice is None:
+            raise TypeError(
+                "mixed: no argument holds a bank's tree: pass bank.choose(names) where the "
+                "function takes its parameters"
+            )
+        prefix = (tuple(in_axes), {name: kwarg_axes.get(name, 0) for name in kwargs})
+        given = zip(leaves, _axes_of_leaves(prefix, (args, kwargs)), strict=True)
+        axes = [_axis(leaf, axis, len(choice.ids)) for leaf, axis in given]
+        return cls(leaves, axes, treedef, out_axes, choice)
+
+    def axes_of(self, result: Any) -> list[int | None]:
+        """Returns the axis that the examples are to have in each leaf of a result."""
+        return _axes_of_leaves(self.out_axes, result)
+
+
+def _run_at_once(fn: Callable[..., Any], interpreter: Interpreter, call: _Call) -> Any:
+    """Runs a function on the whole batch.
+
+    Raises:
+      ExamplesError: its examples cannot be followed, or end where they were not asked for.
+    """
+
+    def whole(args: Any, kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    leaves = [leaf.at_once() if _is_choice(leaf) else leaf for leaf in call.leaves]
+    arguments = call.treedef.unflatten(leaves)
+    axes = Axes(call.treedef.unflatten(call.axes))
+    found = follow(whole, arguments, {}, axes)
+    result = run(whole, interpreter, arguments, {}, None, axes=axes)
+    n, wanted_axes = len(call.choice.ids), iter(call.axes_of(result))
+
+    def check(value: Any, axis: int | None) -> None:
+        shape, wanted = np.shape(value), next(wanted_axes)
+        same_for_all = axis is None and wanted is not None and shape[wanted : wanted + 1] == (n,)
+        if axis != wanted and not same_for_all:
+            there = "no examples" if axis is None else f"its examples on axis {axis}"
+            raise ExamplesError(f"an output of shape {shape} has {there}, not on axis {wanted}")
+
+    jax.tree.map(check, result, found)
+    return result
+
+
+def _run_one_by_one(adapted: Callable[..., Any], call: _Call) -> Any:
+    """Runs an adapted function on batches of one example each, under `jax.vmap`."""
     split = _Split()
-    pairs = zip(leaves, axes, strict=True)
-    parts = [_leaf(leaf, axis, split, len(choice.ids)) for leaf, axis in pairs]
+    pairs = zip(call.leaves, call.axes, strict=True)
+    parts = [_leaf(leaf, axis, split) for leaf, axis in pairs]
 
     def one(index: jax.Array, *mine: Any) -> Any:
-        args, kwargs = treedef.unflatten(part(index, mine) for part in parts)
+        args, kwargs = call.treedef.unflatten(part(index, mine) for part in parts)
         return adapted(*args, **kwargs)
 
-    slot = jax.ShapeDtypeStruct((), choice.ids.dtype)
+    ids = call.choice.ids
+    slot = jax.ShapeDtypeStruct((), ids.dtype)
     traced, shape = jax.make_jaxpr(one, return_shape=True)(slot, *split.of_one())
     out_tree: Any
     shapes, out_tree = jax.tree.flatten(shape)
     to = [
         0 if axis is not None and not s.shape else axis
-        for s, axis in zip(shapes, _axes_of_leaves(out_axes, shape), strict=True)
+        for s, axis in zip(shapes, call.axes_of(shape), strict=True)
     ]
     for s, axis in zip(shapes, to, strict=True):
         if axis is not None and s.shape and (axis >= len(s.shape) or s.shape[axis] != 1):
@@ -182,7 +284,7 @@ def _run(
     run = jax.vmap(jaxpr_as_fun(traced), in_axes=(0, *split.axes), out_axes=to)
     results = [
         jnp.squeeze(result, axis + 1) if axis is not None and s.shape else result
-        for result, axis, s in zip(run(choice.ids, *split.arrays), to, shapes, strict=True)
+        for result, axis, s in zip(run(ids, *split.arrays), to, shapes, strict=True)
     ]
     return out_tree.unflatten(results)
 
@@ -224,24 +326,30 @@ def _is_none(value: Any) -> bool:
     return value is None
 
 
-def _leaf(leaf: Any, axis: int | None, split: _Split, n: int) -> _Leaf:
-    """Returns a leaf of the arguments as a function of the example; see `_Leaf`.
-
-    Args:
-      leaf: a `Choice`, an array, or anything else.
-      axis: of the examples.
-      split: gets what differs from example to example.
-      n: the number of examples.
-    """
-    if _is_choice(leaf):
-        return _tree(leaf, split)
-    if axis is None or not np.ndim(leaf) or not hasattr(leaf, "dtype"):
-        return lambda index, mine: leaf
+def _axis(leaf: Any, axis: int | None, n: int) -> int | None:
+    """Returns the axis of the examples in an argument, None where it is the same for all."""
+    if axis is None or not hasattr(leaf, "dtype") or not np.ndim(leaf):
+        return None
     if axis >= leaf.ndim or leaf.shape[axis] != n:
         raise ValueError(
             f"mixed: {n} adapters are chosen, and an argument of shape {leaf.shape} has not {n} "
             f"examples along its axis {axis}: say where they are by in_axes or kwarg_axes"
         )
+    return axis
+
+
+def _leaf(leaf: Any, axis: int | None, split: _Split) -> _Leaf:
+    """Returns a leaf of the arguments as a function of the example; see `_Leaf`.
+
+    Args:
+      leaf: a `Choice`, an array, or anything else.
+      axis: of the examples, None where there are none.
+      split: gets what differs from example to example.
+    """
+    if _is_choice(leaf):
+        return _tree(leaf, split)
+    if axis is None:
+        return lambda index, mine: leaf
     # The axis of size one that a batch of one example has is put in here rather than under vmap,
     # which would move the examples to the front first, and the array with them.
     mine_alone = split.add(jnp.expand_dims(leaf, axis + 1), axis)

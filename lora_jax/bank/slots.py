@@ -90,6 +90,44 @@ class WeightSlots(_Slots):
         """The number of slots, the base's included."""
         return self.n_here + (not self.has_base)
 
+    @property
+    def is_side_by_side(self) -> bool:
+        """Whether the slots are factors side by side, without copies, DoRA or a bias on B."""
+        return not self.each and self.uses != "each" and self.arrays.keys() == {"a", "b", "scale"}
+
+    def of_batch(self, ids: jax.Array) -> LoraWeight:
+        """Returns the adapted weight of all examples; see `lora_jax.adapt.examples`.
+
+        Args:
+          ids: [examples] int, the slot of each.
+        """
+        slots = jnp.arange(self.n_here) + int(not self.has_base)
+        own = (slots == ids[:, None]).astype(jnp.float32)
+        parts = self._side_by_side(self.arrays["scale"])
+        rows = jnp.repeat(own, self.rank, axis=1)
+        return LoraWeight(
+            self.base, parts | {"rows": rows}, self.roles, (self._all_ranks,), uses=self.uses
+        )
+
+    @property
+    def _all_ranks(self) -> int:
+        return self.n_here * self.rank
+
+    def _side_by_side(self, scales: jax.Array) -> dict[str, Any]:
+        """Returns the factors of all slots as one pair, and what their columns are scaled by.
+
+        Args:
+          scales: [batch…, slots].
+        """
+        n, arrays = self.slot_axis, self.arrays
+
+        def joined(array: Any) -> Any:
+            return array.reshape(*array.shape[:n], self._all_ranks, *array.shape[n + 2 :])
+
+        scale = jnp.ones(scales.shape[:n], jnp.float32)
+        pick = jnp.repeat(scales, self.rank, axis=n)
+        return {"a": joined(arrays["a"]), "b": joined(arrays["b"]), "scale": scale, "pick": pick}
+
     def chosen(self, ids: jax.Array) -> "WeightSlots":
         """Returns the weight for a batch: with a copy of each example's factors, if that is best.
 
@@ -113,23 +151,12 @@ class WeightSlots(_Slots):
         if self.each:
             rank = arrays["a"].shape[self.slot_axis]
             return LoraWeight(self.base, arrays, self.roles, (rank,), uses=self.uses)
-        n, all_ranks = self.slot_axis, self.n_here * self.rank
-
-        def side_by_side(array: Any) -> Any:
-            return array.reshape(*array.shape[:n], all_ranks, *array.shape[n + 2 :])
-
-        mine = jnp.arange(self.n_here) + (not self.has_base) == index
-        pick = jnp.repeat(jnp.where(mine, arrays["scale"], 0), self.rank, axis=n)
-        parts = {
-            "a": side_by_side(arrays["a"]),
-            "b": side_by_side(arrays["b"]),
-            "scale": jnp.ones(arrays["scale"].shape[:n], jnp.float32),
-            "pick": pick,
-        }
+        mine = jnp.arange(self.n_here) + int(not self.has_base) == index
+        parts = self._side_by_side(jnp.where(mine, arrays["scale"], 0))
         for name in ("gain", "shift"):
             if name in arrays:
-                parts[name] = jnp.take(arrays[name], index, axis=n, mode="clip")
-        return LoraWeight(self.base, parts, self.roles, (all_ranks,), uses=self.uses)
+                parts[name] = jnp.take(arrays[name], index, axis=self.slot_axis, mode="clip")
+        return LoraWeight(self.base, parts, self.roles, (self._all_ranks,), uses=self.uses)
 
     def __repr__(self) -> str:
         return f"WeightSlots(shape={self.base.shape}, slots={self.n_slots}, rank={self.rank})"

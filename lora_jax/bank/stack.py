@@ -5,6 +5,7 @@ with the base are one product for all, then the update of each, by its own loss,
 Slots stand where those of a bank stand, so that a mixed batch reads the arrays that train.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.bank.slots import ValueSlots, WeightSlots
 from lora_jax.bank.tenants import Arrays, Kind, Tenant, arrays_of, with_arrays
-from lora_jax.lorafy import nodes_of, split
+from lora_jax.lorafy import nodes_of, split, strip
 from lora_jax.training.losses import Logits, Sums
 from lora_jax.training.neftune import neftune
 from lora_jax.training.step import Metrics, State, init_state, make_gradient, make_update
@@ -55,7 +56,7 @@ class Stack:
         forward: Logits,
         like: Tenant,
         slots: int,
-        compiler_options: Mapping[str, str],
+        compiler_options: Mapping[str, str] | None = None,
     ) -> None:
         """Makes a stack of free slots.
 
@@ -64,23 +65,15 @@ class Stack:
           forward: the adapted function that the loss calls.
           like: an adapter of the kind.
           slots: their number.
-          compiler_options: to compile the step with.
+          compiler_options: to compile the step with; see `lora_jax.training.Layout`.
         """
         self.kind = kind
         self.names: list[str | None] = []
-        shapes: Any = jax.eval_shape(lambda: _content(kind, like))
-        self._axes = _axes(kind, shapes[0]), _axes_of_arrays(kind, shapes[1])
-        self._where = _shardings(shapes, self._axes, like)
+        shapes, self._axes, self._where = _form(kind, like)
         self.state, self.fixed = self._empty(slots, shapes)
         sizes: Any = ((slots, 0), (slots,), (slots,))
         self._numbers = Numbers(*(np.zeros(size, np.float32) for size in sizes))
-        step = _step(kind, forward, *self._axes)
-        self._step = jax.jit(
-            step,
-            donate_argnums=0,
-            out_shardings=None if self._where is None else (self._where[0], None),
-            compiler_options=dict(compiler_options),
-        )
+        self._step = _compiled(kind, forward, self._axes, self._where, compiler_options)
         self.names += [None] * slots
 
     def grow(self, more: int) -> None:
@@ -198,6 +191,43 @@ class Stack:
         )
 
 
+def traced_step(
+    forward: Logits,
+    like: Tenant,
+    slots: int,
+    batch: Any,
+    compiler_options: Mapping[str, str] | None = None,
+) -> tuple[jax.stages.Traced, State]:
+    """Traces the step of a stack that need not be there.
+
+    Args:
+      forward: the adapted function that the loss calls.
+      like: an adapter; its arrays may be `jax.ShapeDtypeStruct`\\ s with shardings.
+      slots: the number of such adapters.
+      batch: of all, arrays [slots, parts, …] or their shapes.
+      compiler_options: to compile the step with.
+
+    Returns:
+      The traced step, and the shapes of its state.
+    """
+    kind = Kind.of(like)
+    shapes, axes, where = _form(kind, like)
+    if where is None:
+        where = jax.tree.map(lambda _: None, shapes)
+
+    def stacked(one: Any, axis: int, place: Any) -> jax.ShapeDtypeStruct:
+        shape = (*one.shape[:axis], slots, *one.shape[axis:])
+        return jax.ShapeDtypeStruct(shape, one.dtype, sharding=place)
+
+    is_none = lambda x: x is None  # noqa: E731
+    state, fixed = jax.tree.map(stacked, shapes, axes, where, is_leaf=is_none)
+    sizes: Any = ((slots, _UPDATES), (slots,), (slots,))
+    numbers = Numbers(*(jax.ShapeDtypeStruct(size, np.float32) for size in sizes))
+    active = jax.ShapeDtypeStruct((slots,), np.bool_)
+    step = _compiled(kind, forward, axes, _form(kind, like)[2], compiler_options)
+    return step.trace(state, fixed, numbers, active, strip(like.params), batch), state
+
+
 def tree_of(kind: Kind, base: Any, adapter: Arrays, fixed: Arrays) -> Any:
     """Returns an adapted tree of a kind.
 
@@ -240,6 +270,17 @@ def _content(kind: Kind, tenant: Tenant) -> tuple[State, Arrays]:
     return tenant.state, fixed
 
 
+def _form(kind: Kind, like: Tenant) -> tuple[Any, Any, Any]:
+    """Returns shapes, axes of the slots and stacked shardings of (state, fixed arrays)."""
+
+    def content(params: Any, key: Any) -> tuple[State, Arrays]:
+        return _content(kind, dataclasses.replace(like, params=params, key=key))
+
+    shapes: Any = jax.eval_shape(content, like.params, like.key)
+    axes = _axes(kind, shapes[0]), _axes_of_arrays(kind, shapes[1])
+    return shapes, axes, _shardings(shapes, axes, like)
+
+
 def _axes(kind: Kind, state: State) -> Any:
     """Returns the axis of the slots in each array of a stacked state.
 
@@ -261,7 +302,7 @@ def _axes_of_arrays(kind: Kind, arrays: Arrays) -> Any:
 
 
 def _shardings(shapes: Any, axes: Any, like: Tenant) -> Any:
-    """Returns the sharding of each stacked array; None where the adapter lies on one device.
+    """Returns the sharding of each stacked array; None where the adapter lies on no mesh.
 
     Slots are not split: each array lies as the adapter's, an optimiser's as its parameter's.
 
@@ -273,7 +314,7 @@ def _shardings(shapes: Any, axes: Any, like: Tenant) -> Any:
     arrays = {path: arrays_of(node) for path, node in nodes_of(like.params).items()}
     places = [getattr(x, "sharding", None) for x in jax.tree.leaves(arrays)]
     meshes = [place.mesh for place in places if isinstance(place, NamedSharding)]
-    if not meshes or meshes[0].size == 1:
+    if not meshes:
         return None
 
     def of(keys: Any, shape: Any, axis: int) -> NamedSharding:
@@ -326,15 +367,20 @@ def _empty(n: int, one: Any, axis: int) -> jax.Array:
     return jnp.zeros(shape, one.dtype)
 
 
-def _step(
-    kind: Kind, forward: Logits, axes: Any, axes_of_fixed: Any
-) -> Callable[..., tuple[State, Metrics]]:
+def _compiled(
+    kind: Kind,
+    forward: Logits,
+    both_axes: tuple[Any, Any],
+    where: tuple[Any, Any] | None,
+    compiler_options: Mapping[str, str] | None,
+) -> Any:
     """Returns ``(state, fixed, numbers, active, base, batch) -> (state, metrics)``: a stack's step.
 
     Gradients are taken side by side, updates one after the other: an update is as it is alone, and
     what it computes with is held for one adapter at a time. A slot that is not active stays as it
     is, bit by bit.
     """
+    axes, axes_of_fixed = both_axes
     noisy = neftune(forward, kind.noise) if kind.noise else forward
     gradient = make_gradient(noisy, dropout=kind.dropout, loss=kind.loss)
 
@@ -374,7 +420,9 @@ def _step(
         xs = (fixed, numbers, active, base, sums, grads)
         return lax.scan(functools.partial(visit, xs), state, jnp.arange(active.shape[0]))
 
-    return step
+    out = None if where is None else (where[0], None)
+    options = dict(compiler_options) if compiler_options else None
+    return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
 
 
 def _index(stacked: Any, slot: Any, axes: Any) -> Any:

@@ -52,10 +52,9 @@ class Together:
         Args:
           forward: the adapted function that the losses call.
           base: the plain tree that all share; it is not copied.
-          compiler_options: to compile steps with; see `lora_jax.models.compiler_options`.
+          compiler_options: to compile steps with: those of a `lora_jax.training.Layout`.
         """
-        self._forward, self._base = forward, base
-        self._compiler_options = dict(compiler_options or {})
+        self._forward, self._base, self._options = forward, base, compiler_options
         self._leaves = dict(leaves_of(base)[0])
         self._stacks: dict[Kind, Stack] = {}
         self._stack_of: dict[str, Stack] = {}
@@ -97,8 +96,7 @@ class Together:
             mine = [name for name in tenants if kinds[name] == kind]
             if kind not in self._stacks:
                 first = tenants[mine[0]]
-                options = self._compiler_options
-                self._stacks[kind] = Stack(kind, self._forward, first, len(mine), options)
+                self._stacks[kind] = Stack(kind, self._forward, first, len(mine), self._options)
             stack = self._stacks[kind]
             if (missing := len(mine) - stack.names.count(None)) > 0:
                 stack.grow(missing)

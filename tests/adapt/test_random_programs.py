@@ -1,15 +1,30 @@
-"""The laws on random programs. See tests/adapt/random_programs.py for their steps."""
+"""The laws on random programs, and on random functions of a batch with an adapter for each example.
+
+See tests/adapt/random_programs.py and tests/adapt/random_functions.py for their steps.
+"""
+
+import functools
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import lora_jax as lj
+from lora_jax.adapt.examples.axes import Axes
+from lora_jax.adapt.transform import follow
+from lora_jax.factored import ExamplesError
+from tests.adapt.examples import at_once, bank, slots
+from tests.adapt.random_functions import functions
 from tests.adapt.random_programs import WAYS, check, programs
+from tests.support import assert_close, draw, with_random_factors
 
 # Some use a kernel only mirrored, on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::lora_jax.RoleWarning")
 
+SLOTS = [2, 0, 2, 1]  # of the examples of a batch
 COMMON = {
     "deadline": None,
     "derandomize": True,
@@ -32,3 +47,58 @@ def test_random_programs_keep_the_laws(program, way):
 def test_many_random_programs_keep_the_laws(program, way):
     with jax.enable_x64(True):
         check(program, way)
+
+
+@settings(max_examples=4, **COMMON)
+@given(functions(), st.integers(0, 2))
+def test_random_functions_are_declined_or_equal(function, in_axis):
+    _function_is_declined_or_equal(function[0], in_axis)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, **COMMON)
+@given(functions(), st.integers(0, 2))
+def test_many_random_functions_are_declined_or_equal(function, in_axis):
+    _function_is_declined_or_equal(function[0], in_axis)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, **COMMON)
+@given(programs())
+def test_random_programs_are_declined_or_equal(program):
+    """Those are rich in what may be done with weights, the functions above in what with x."""
+    with jax.enable_x64(True):
+        _, fresh, x = program.inputs()
+        ids = [2, 0, 1]
+        slots_of = [with_random_factors(fresh, seed=i) for i in range(3)]
+        tree, axes = bank(slots_of, ids), Axes((None, 0), 0)
+        try:
+            ours = jax.jit(functools.partial(at_once, program.run, axes))(tree, x)
+        except ExamplesError:
+            return
+        single = jax.jit(lj.adapt(program.run))
+        theirs = jnp.stack([single(slots_of[slot], x)[i] for i, slot in enumerate(ids)])
+        assert_close(ours, theirs, 1e-9)
+
+
+def _function_is_declined_or_equal(fn, in_axis):
+    """No axis is told by its size: all have that of the batch, or divide it."""
+    sizes = {"one": (4, 4), "table": (5, 4)}
+    rules = [
+        lj.LoraRule(targets=[name], rank=2, alpha=3.0, in_axes=[0], out_axes=[1]) for name in sizes
+    ]
+    slots_of = slots({name: draw(i, size) for i, (name, size) in enumerate(sizes.items())}, rules)
+    x, tree, axes = draw(3, (4, 4, 4)) * 2, bank(slots_of, SLOTS), Axes((None, in_axis))
+    try:
+        axis = follow(fn, (tree, x), {}, axes)
+    except ExamplesError:
+        return
+    each = [lj.adapt(fn)(one, x) for one in slots_of]
+    if axis is None:
+        assert_close(each[1:], [each[0]] * 2, 1e-5)
+        return
+    rows = [np.take(each[slot], [i], axis) for i, slot in enumerate(SLOTS)]
+    assert_close(at_once(fn, axes, tree, x), np.concatenate(rows, axis), 1e-5)
+    others = jnp.moveaxis(jnp.moveaxis(x, in_axis, 0).at[1].mul(1.5), 0, in_axis)
+    kept = [np.take(lj.adapt(fn)(slots_of[0], y), [0, 2, 3], axis) for y in (x, others)]
+    assert_close(kept[1], kept[0], 1e-5)

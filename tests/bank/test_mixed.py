@@ -1,6 +1,7 @@
 """A batch whose examples have different adapters equals a run of each example by its own."""
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.bank import Bank, choose, mixed
+from lora_jax.bank import Bank, MixedWarning, choose, mixed
 from lora_jax.bank import slots as slots_module
 from tests.models import tiny, tiny_encoders
 from tests.support import MORE_PROGRAMS, PROGRAMS, assert_close, draw, with_random_factors
@@ -18,7 +19,15 @@ from tests.support import MORE_PROGRAMS, PROGRAMS, assert_close, draw, with_rand
 # Not those whose rows depend on each other, by sizes of groups or ids that they hold themselves.
 ALL = (*PROGRAMS, *MORE_PROGRAMS)
 CASES = [p for p in ALL if p.name not in ("experts, tokens sorted", "embedding looked up and tied")]
-FORMS = pytest.mark.parametrize("widest", [slots_module.WIDEST, 0], ids=["side by side", "copies"])
+# A batch at once, if its examples can be followed; example by example; with copies of factors.
+FORMS = pytest.mark.parametrize("form", ["at once", "one by one", "copies"])
+NOT_FOLLOWED = "branches and loops"  # a condition on the whole batch
+
+
+def in_form(form, monkeypatch, fn, **how):
+    """Returns a function for mixed batches, which runs in the form that is asked for."""
+    monkeypatch.setattr(slots_module, "WIDEST", 0 if form == "copies" else slots_module.WIDEST)
+    return mixed(fn, one_by_one=form != "at once", **how)
 
 
 def adapters(params: Any, rules: list[Any], **more: dict[str, Any]) -> dict[str, Any]:
@@ -48,9 +57,9 @@ def alone(fn: Any, trees: dict[str, Any], base: Any, name: str) -> Any:
 
 @FORMS
 @pytest.mark.parametrize("program", CASES, ids=lambda program: program.name)
-def test_programs(program, widest, monkeypatch):
+def test_programs(program, form, monkeypatch):
     """Of any function: scans, loops, branches, tied tables, heads, experts, a convolution."""
-    monkeypatch.setattr(slots_module, "WIDEST", widest)
+    forward = in_form(form, monkeypatch, program.run)
     params, tree, _ = program.inputs()
     other = with_random_factors(lj.lorafy(params, list(program.rules)), seed=23)
     trees = {"one": tree, "other": other}
@@ -59,7 +68,9 @@ def test_programs(program, widest, monkeypatch):
     x = draw(5, (4, *program.x[1:]))
     if program.name == "weight as the left operand":
         x = x[:, :1]  # it flattens its rows
-    found = mixed(program.run)(bank.choose(names), x)
+    is_told = form == "at once" and program.name == NOT_FOLLOWED
+    with pytest.warns(MixedWarning, match="example by example") if is_told else nullcontext():
+        found = forward(bank.choose(names), x)
     expected = [
         alone(program.run, trees, params, name)(x[i : i + 1]) for i, name in enumerate(names)
     ]
@@ -86,7 +97,7 @@ def test_decoders(case):
     rng = np.random.default_rng(0)
     ids = jnp.asarray(rng.integers(0, 61, (5, 8)))
     mask = jnp.ones((5, 8), bool).at[1, :3].set(False).at[3, 6:].set(False)
-    forward = mixed(model.apply)
+    forward = mixed(model.apply, one_by_one=case == "mixtral")  # experts sort all tokens together
     call = {"max_new_tokens": 4}
     logits = jax.jit(forward)({"params": bank.choose(NAMES)}, ids, attention_mask=mask)
     said = models.generate(model, bank.choose(NAMES), ids, mask, apply=forward, **call)
@@ -102,9 +113,8 @@ def test_decoders(case):
 
 
 @FORMS
-def test_an_encoder_with_heads_of_its_own(widest, monkeypatch):
+def test_an_encoder_with_heads_of_its_own(form, monkeypatch):
     """Each adapter's classifier trains in full; DoRA and a bias on B stand beside plain LoRA."""
-    monkeypatch.setattr(slots_module, "WIDEST", widest)
     model, params = tiny_encoders.model("bert", "classification")
     head = lj.TrainRule(targets=["classifier"])
     two = [{"targets": ["query", "value"], **RULE}, {"targets": ["dense"], **RULE}]
@@ -121,22 +131,22 @@ def test_an_encoder_with_heads_of_its_own(widest, monkeypatch):
     bank = banked(params, [head, *(lj.LoraRule(**rule) for rule in room)], trees)
     names = ["variants", "plain", "base", "some layers", "variants"]
     ids = jnp.asarray(np.random.default_rng(1).integers(0, 61, (5, 9)))
-    found = mixed(model.apply)({"params": bank.choose(names)}, ids)
+    found = in_form(form, monkeypatch, model.apply)({"params": bank.choose(names)}, ids)
     for i, name in enumerate(names):
         run = alone(lambda tree, ids: model.apply({"params": tree}, ids), trees, params, name)
         assert_close(found[i : i + 1], run(ids[i : i + 1]), 1e-5)
 
 
 @FORMS
-def test_gradients(widest, monkeypatch):
+def test_gradients(form, monkeypatch):
     """The gradient of each slot's factors is that of its own examples; others' are zero."""
-    monkeypatch.setattr(slots_module, "WIDEST", widest)
     program = PROGRAMS[1]
     params, tree, _ = program.inputs()
     other = with_random_factors(lj.lorafy(params, list(program.rules)), seed=23)
     bank = banked(params, list(program.rules), {"one": tree, "other": other}, slots=3)
     x = draw(5, (4, 13, 5))
-    ids, forward = bank.ids(["other", "one", "one", "base"]), mixed(program.run)
+    ids = bank.ids(["other", "one", "one", "base"])
+    forward = in_form(form, monkeypatch, program.run)
 
     def loss(tree: Any) -> jax.Array:
         return jnp.sum(forward(choose(tree, ids), x) ** 3)
@@ -169,7 +179,7 @@ def test_what_is_refused():
     with pytest.raises(TypeError, match="leave out dropout_key"):
         forward(choice, x, dropout_key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"no axis 1 .* out_axes"):
-        mixed(run, out_axes=1)(choice, x)
+        mixed(run, out_axes=1, one_by_one=True)(choice, x)
     with pytest.raises(ValueError, match="slots 0 to 2, not 3"):
         bank.choose(np.array([0, 3]))
     with pytest.raises(ValueError, match=r"ids has the shape \(1, 2\)"):

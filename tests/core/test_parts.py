@@ -27,17 +27,19 @@ def with_core(weight, node, core):
 CORE = Part("core", ("batch", "rank"), lambda node: jnp.ones(node.shape_of("core")), with_core)
 
 
-def with_rows(weight, node, rows):
+def with_inputs(weight, node, inputs):
     """A trained factor for each row of W + s·AB; seen by products as a larger A is."""
-    ones = jnp.expand_dims(rows, node.n_batch)
+    ones = jnp.expand_dims(inputs, node.n_batch)
     return weight.replace(a=weight.a * ones.astype(weight.a.dtype))
 
 
-ROWS = Part("rows", ("batch", "in"), lambda node: jnp.ones(node.shape_of("rows")), with_rows)
+INPUTS = Part(
+    "inputs", ("batch", "in"), lambda node: jnp.ones(node.shape_of("inputs")), with_inputs
+)
 PROGRAMS_WITH_PARTS = {
     name: dataclasses.replace(
         NAMED[name],
-        rules=tuple(dataclasses.replace(r, extras=[CORE, ROWS]) for r in NAMED[name].rules),
+        rules=tuple(dataclasses.replace(r, extras=[CORE, INPUTS]) for r in NAMED[name].rules),
     )
     for name in ("mlp", "scanned and rematerialised", "einsum with heads")
 }
@@ -59,8 +61,8 @@ def by_hand(tree):
             return node
         n = node.n_batch
         a = node.a * node.core.reshape(*node.core.shape, *[1] * (node.a.ndim - n - 1))
-        a = a * jnp.expand_dims(node.rows, n)
-        return node.replace(a=a, core=None, rows=None)
+        a = a * jnp.expand_dims(node.inputs, n)
+        return node.replace(a=a, core=None, inputs=None)
 
     return jax.tree.map(dense, tree, is_leaf=lj.is_node)
 
@@ -80,7 +82,9 @@ def test_it_is_the_algebra(program, float64):
     ours = laws.adapted(program)(tree, x)
     assert_close(ours, program.run(lj.merge(by_hand(tree)), x), 1e-9)
     plain = jax.tree.map(
-        lambda n: n.replace(core=None, rows=None) if lj.is_node(n) else n, tree, is_leaf=lj.is_node
+        lambda n: n.replace(core=None, inputs=None) if lj.is_node(n) else n,
+        tree,
+        is_leaf=lj.is_node,
     )
     assert np.abs(ours - laws.adapted(program)(plain, x)).max() > 1e-2
 
@@ -94,7 +98,7 @@ def test_it_trains_is_counted_saved_and_sharded(tmp_path):
         "a": (3, 2, 5),
         "b": (3, 2, 11),
         "core": (3, 2),
-        "rows": (3, 5),
+        "inputs": (3, 5),
     }
     gradient = jax.grad(
         lambda adapter: jnp.sum(jnp.sin(lj.adapt(program.run)(lj.join(adapter, base), x)))
@@ -108,7 +112,7 @@ def test_it_trains_is_counted_saved_and_sharded(tmp_path):
     assert_close(updates["layers/up/kernel"]["b"], 16 * up["b"], 0)
 
     lj.save_adapter(tmp_path / "adapter", tree)
-    loaded = lj.load_adapter(tmp_path / "adapter", params, extras=[CORE, ROWS])
+    loaded = lj.load_adapter(tmp_path / "adapter", params, extras=[CORE, INPUTS])
     assert_identical(loaded["layers"]["up"], tree["layers"]["up"])
     forward = lj.adapt(program.run)
     assert_identical(forward(loaded, x), forward(tree, x))
@@ -118,7 +122,7 @@ def test_it_trains_is_counted_saved_and_sharded(tmp_path):
     mesh = jax.make_mesh((1,), ("tensor",), axis_types=(AxisType.Auto,))
     where = sharding.shardings(tree, [(r".*kernel", P("tensor", None))], mesh)
     node = where["layers"]["up"]["kernel"]
-    assert tuple(node.rows.spec) == (None, "tensor")
+    assert tuple(node.inputs.spec) == (None, "tensor")
     assert tuple(node.core.spec) == (None, None)
 
 

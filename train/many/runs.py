@@ -44,7 +44,7 @@ from train.run.files import ERROR
 from train.run.fit import Run, adapted, begin_run, fitted, print_adapter, resume_hint
 from train.run.log import doing, read_metrics
 from train.run.mesh import make_mesh
-from train.run.optimizer import options_of
+from train.run.optimizer import optimizer_options
 from train.run.options.file import replaced
 from train.run.options.table import RESULTS, Row, placed_error
 from train.run.output import ADAPTER, CONFIG, REPORT, locked_output
@@ -224,7 +224,7 @@ def _begun(one: _One, plain: Any, held: ExitStack) -> Tenant:
         weight_decay=optim.weight_decay,
         grad_clip=optim.grad_clip,
         lora_plus=optim.lora_plus,
-        options=options_of(optim),
+        options=optimizer_options(optim),
         noise=optim.neftune,
         key=ready.state.key,
         state=ready.state if int(ready.state.step) else None,  # a new one takes memory in its slot

@@ -8,8 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lj
+from lora_jax.bank.stack import traced_step
+from lora_jax.bank.tenants import Tenant
 from lora_jax.models.attention import chosen_attention
 from lora_jax.models.families import module_of
 from lora_jax.models.layers.attend import Chosen
@@ -24,7 +28,7 @@ from train.planning.machines import Machine
 from train.planning.plan_flops import count_traced, step_work
 from train.run.adapter import NO_ADAPTER, rules
 from train.run.errors import UserError, as_user_errors
-from train.run.optimizer import make_optimizer, make_schedule
+from train.run.optimizer import make_optimizer, make_schedule, optimizer_options
 from train.run.options.common import AdapterConfig, OptimConfig
 from train.run.pretrained import Outline
 from train.run.report import compiled_bytes, tree_bytes
@@ -82,10 +86,17 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A variant of training: the parameters that train, and the activations to recompute."""
+    """A variant of training.
+
+    Attributes:
+      adapter: the parameters that train.
+      remat: the activations to recompute.
+      adapters: the number of adapters that train side by side; None for one run.
+    """
 
     adapter: AdapterConfig
     remat: str
+    adapters: int | None = None
 
     @property
     def name(self) -> str:
@@ -98,6 +109,8 @@ class Variant:
             what = "no adapter, parts in full"
         else:
             what = f"LoRA r={self.adapter.rank}"
+        if self.adapters is not None:
+            what = f"{self.adapters} × {what}"
         return f"{what}, {_REMAT.get(self.remat, self.remat)}"
 
 
@@ -170,7 +183,7 @@ def prepare(job: Job, variant: Variant, optim: OptimConfig) -> Prepared:
     adapter, base = lj.split(params)
     schedule = make_schedule(optim, _RATE, _STEPS)
     setup = Setup.of(job.layout, params, make_optimizer(optim, schedule, params), schedule)
-    state, batch = setup.abstract_state(adapter), _abstract_batch(job)
+    batch = _abstract_batch(job, variant.adapters)
     config = job.outline.config
     model = module_of(
         config,
@@ -183,8 +196,15 @@ def prepare(job: Job, variant: Variant, optim: OptimConfig) -> Prepared:
     loss = Loss(
         functools.partial(summed_loss, chunk=job.loss_chunk, parts=job.layout.sequence_parts)
     )
+    forward = setup.forward(model)
     with jax.set_mesh(job.layout.mesh):
-        traced = setup.trace(setup.forward(model), loss, state, base, batch)
+        if variant.adapters is None:
+            state = setup.abstract_state(adapter)
+            traced = setup.trace(forward, loss, state, base, batch)
+        else:
+            one = _tenant(params, schedule, loss, optim)
+            options = job.layout.compiler_options
+            traced, state = traced_step(forward, one, variant.adapters, batch, options)
         lowered = traced.lower()
     return Prepared(
         traced=traced, lowered=lowered, params=params, state=state, base=base, batch=batch
@@ -281,9 +301,30 @@ def adapted_shapes(outline: Outline, adapter: AdapterConfig, dtype: Any, layout:
     )
 
 
-def _abstract_batch(job: Job) -> dict[str, Any]:
-    shape = (job.grad_accum, job.batch_size, job.seq_len)
+def _tenant(params: Any, schedule: optax.Schedule, loss: Loss, optim: OptimConfig) -> Tenant:
+    """Returns one of the adapters that train side by side."""
+    return Tenant(
+        params=params,
+        schedule=schedule,
+        steps=_STEPS,
+        loss=loss,
+        optimizer=optim.optimizer,
+        weight_decay=optim.weight_decay,
+        grad_clip=optim.grad_clip,
+        lora_plus=optim.lora_plus,
+        options=optimizer_options(optim),
+        key=jax.eval_shape(lambda: jax.random.key(0)),  # nothing runs on devices that are not here
+    )
+
+
+def _abstract_batch(job: Job, adapters: int | None) -> dict[str, Any]:
+    """Returns the shapes of a batch, with shardings; of several adapters, each has its part."""
+    rows = job.batch_size // (adapters or 1)
+    shape: tuple[int, ...] = (job.grad_accum, rows, job.seq_len)
     where = job.layout.of_batch(shape, parts=True)
+    if adapters is not None:
+        shape = (adapters, *shape)
+        where = NamedSharding(where.mesh, PartitionSpec(None, *where.spec))
     names = ("ids", "segment_ids", "positions", "predict_at", "targets", "weights")
     return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where) for name in names}
 

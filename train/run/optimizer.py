@@ -41,19 +41,19 @@ def make_optimizer(
         weight_decay=optim.weight_decay,
         grad_clip=optim.grad_clip,
         lora_plus=optim.lora_plus,
-        options=options_of(optim),
+        options=optimizer_options(optim),
     )
 
 
 def optimizer_line(optim: OptimConfig, params: Any) -> str:
     """Returns a line that tells the optimiser: "optimizer: lion (beta1 0.9, beta2 0.99)"."""
-    options = ", ".join(f"{name} {value:g}" for name, value in options_of(optim).items())
+    options = ", ".join(f"{name} {value:g}" for name, value in optimizer_options(optim).items())
     said = f"optimizer: {optim.optimizer}" + f" ({options})" * bool(options)
     return f"{said}; {described(params)}" if optim.optimizer == "muon" else said
 
 
-def options_of(optim: OptimConfig) -> dict[str, float]:
-    """Returns the options that the optimiser reads, by name."""
+def optimizer_options(optim: OptimConfig) -> dict[str, float]:
+    """Returns the options that the optimiser reads, with their values."""
     names = OPTIMIZERS[optim.optimizer].options
     given = {name: getattr(optim, name) for name in names}
     assert None not in given.values(), "the options have no defaults yet"

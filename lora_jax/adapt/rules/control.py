@@ -16,7 +16,7 @@ from lora_jax.adapt.rules.flow import agreed_sources, may_be_weights, sources
 from lora_jax.adapt.rules.layout import moved
 from lora_jax.base import is_base, splittable
 from lora_jax.factored import Factored
-from lora_jax.parts import RANK, Axes
+from lora_jax.parts import Axes
 
 
 def _jit(interpreter: Interpreter, use: Use) -> list[Any]:
@@ -255,7 +255,7 @@ def _specs(value: Any, spec: PartitionSpec) -> Any:
     names = _axis_names(value, spec)
 
     def of(_: Any, axes: Axes) -> PartitionSpec:
-        return PartitionSpec(*(None if axis == RANK else names[axis] for axis in axes))
+        return PartitionSpec(*(None if axis < 0 else names[axis] for axis in axes))
 
     return moved(value, of)
 

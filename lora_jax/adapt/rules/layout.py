@@ -16,7 +16,7 @@ from lora_jax.adapt.rules.axis_maps import AxisMap, axis_map
 from lora_jax.axes import Label
 from lora_jax.base import along, as_array, is_base
 from lora_jax.factored import Factored
-from lora_jax.parts import RANK, Axes
+from lora_jax.parts import EXAMPLE, RANK, Axes
 
 _BLOCKS = {"batch": 0, "rank": 1, "in": 2, "out": 2}  # how the axes of each part are ordered
 
@@ -45,6 +45,8 @@ def _rearrange(_: Interpreter, use: Use) -> list[Any] | None:
 
     def permuted(array: Any, axes: Axes) -> Any:
         """Orders the axes of each role as they come first."""
+        if EXAMPLE in axes:
+            return array
         roles = ["rank" if axis == RANK else weight.labels[axis] for axis in axes]
         key = lambda i: (_BLOCKS[roles[i]], first.get(axes[i], -1))  # noqa: E731
         return lax.transpose(array, sorted(range(len(axes)), key=key))
@@ -169,8 +171,8 @@ def _dynamic_slice(_: Interpreter, use: Use) -> list[Any] | None:
     def cut(array: Any, axes: Axes) -> Any:
         if not axes:
             return array
-        begin = [jnp.zeros_like(starts[0]) if axis == RANK else starts[axis] for axis in axes]
-        size = [array.shape[i] if a == RANK else sizes[a] for i, a in enumerate(axes)]
+        begin = [jnp.zeros_like(starts[0]) if axis < 0 else starts[axis] for axis in axes]
+        size = [array.shape[i] if a < 0 else sizes[a] for i, a in enumerate(axes)]
         return lax.dynamic_slice(array, begin, size)
 
     return [_row_or_part(weight, moved(weight, cut, _cut_axes(use, weight)))]
@@ -222,7 +224,7 @@ def _pad(_: Interpreter, use: Use) -> list[Any] | None:
     widths = use.params["padding_config"]
 
     def pad(array: Any, axes: Axes) -> Any:
-        config = [(0, 0, 0) if axis == RANK else widths[axis] for axis in axes]
+        config = [(0, 0, 0) if axis < 0 else widths[axis] for axis in axes]
         return lax.pad(array, jnp.zeros((), array.dtype), config)
 
     return [weight.along(base, pad)]

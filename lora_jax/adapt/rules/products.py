@@ -18,7 +18,7 @@ from lora_jax.base import along, as_array, product
 from lora_jax.factored import Factored
 from lora_jax.magnitude import wide
 from lora_jax.parts import Axes
-from lora_jax.product import combined, dot, is_sharded
+from lora_jax.product import Rows, combined, dot, is_sharded
 
 
 def with_base(use: Use, place: int) -> Any:
@@ -66,8 +66,16 @@ def dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
     how = {n: use.params[n] for n in ("precision", "preferred_element_type", "out_sharding")}
     are_real = all(jnp.issubdtype(v.dtype, jnp.floating) for v in (x, weight.base))
     again = use.for_factors(x) if are_real else x.astype(dtype)  # A and B are cast to its dtype
-    how |= {"for_factors": again, "weight_first": weight_first}
+    how |= {"for_factors": again, "weight_first": weight_first, "rows": rows_of(weight, use)}
     return [dot(x, weight, contract=contract, batch=batch, **how)]
+
+
+def rows_of(weight: Factored, use: Use) -> Rows | None:
+    """Returns which columns of rank each row of the activation sees, where examples differ."""
+    if weight.rows is None:
+        return None
+    assert use.at is not None, "an equation is refused where it is not known"
+    return Rows(weight.rows, use.at.axis, use.at.inner)
 
 
 def note_side(weight: Factored, role: Label, use: Use) -> None:
@@ -155,13 +163,17 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
     note_side(weight, "in", use)
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
     how = {name: params[name] for name in (*names, "dimension_numbers", "precision")}
-    features = params["dimension_numbers"].out_spec[1]
+    batch, features, *_ = params["dimension_numbers"].out_spec
+    rows = rows_of(weight, use)
 
     def with_factors(x: jax.Array, weight: Factored, seen: jax.Array) -> jax.Array:
         z = lax.conv_general_dilated(
             x, kernel, **how, feature_group_count=groups, preferred_element_type=wide(x.dtype)
         )
-        z = (jnp.moveaxis(z, features, -1) * weight.scales.astype(z.dtype)).astype(x.dtype)
+        z = jnp.moveaxis(z, features, -1) * weight.scales.astype(z.dtype)
+        if rows is not None:  # x's batch axis is the result's
+            z = z * rows.along(z, batch - (batch > features))
+        z = z.astype(x.dtype)
         lead, (rank, n_out) = z.shape[:-1], weight.b.shape
         z = z.reshape(math.prod(lead), groups, rank)
         b = weight.b.astype(x.dtype).reshape(rank, groups, n_out // groups)
@@ -224,14 +236,17 @@ def _gather(_: Interpreter, use: Use) -> list[Any] | None:
     if weight.labels[axis] != "in" or len(weight.axes("in")) != 1 or weight.axes("batch"):
         return None
     note_side(weight, "in", use)
+    own = rows_of(weight, use)
     places = [a for a in range(len(offsets) + indices.ndim - 1) if a not in offsets]
     order = places + offsets
 
     def rows_of_factors(_: Any, weight: Factored, rows: jax.Array) -> jax.Array:
         z = look_up(weight.a, 1, fill_value=0)  # [r, …]
         scales = lax.expand_dims(weight.scales.astype(z.dtype), range(1, z.ndim))
-        z = (z * scales).astype(rows.dtype)
-        b = weight.b.astype(rows.dtype)
+        z = z * scales
+        if own is not None:
+            z = z * own.along(z, 1 + own.axis, rank=0)
+        z, b = z.astype(rows.dtype), weight.b.astype(rows.dtype)
         return placed(jnp.tensordot(z, b, ((0,), (0,)), preferred_element_type=rows.dtype))
 
     def placed(array: jax.Array) -> jax.Array:

@@ -329,6 +329,9 @@ BAD = [
     (["--model", "."], "config.json is missing"),
     (["--experts", "ragged"], "--experts ragged: the model .* is no mixture of experts"),
     (["--init-adapter", "x"], "an adapter's shapes come from options here"),
+    (["--adapters", "1", "3"], "--adapters 3: a number that divides --batch-size 4"),
+    (["--adapters", "2", "--full"], "--adapters and --full do not go together"),
+    (["--adapters", "4", "--topology", "cpu:2", "--mesh", "fsdp=2"], "splits a batch into 2 parts"),
 ]
 
 

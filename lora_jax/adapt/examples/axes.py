@@ -1,0 +1,175 @@
+"""Reads which axes of a function's arguments and results hold the examples of a batch."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.adapt import eqns
+from lora_jax.adapt.examples.labels import At, Followed, Kernel, Known, Mixed
+from lora_jax.adapt.examples.walk import followed
+from lora_jax.adapt.traces import Call, Trace
+from lora_jax.adapt.user_code import place_of_call
+from lora_jax.factored import ExamplesError, Factored
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The axes that hold the examples, as `jax.vmap` is told: keyword arguments have them first.
+
+    Attributes:
+      of_args: a prefix of the positional arguments. None for what is the same for all examples, the
+        adapted tree among it.
+      of_result: a prefix of the function's result; "found" to take them as they are.
+    """
+
+    of_args: Any
+    of_result: Any = "found"
+
+
+def mapped(call: Call, nodes: Mapping[int, Any], axes: Axes) -> dict[int, int]:
+    """Returns, by the place of each leaf that holds examples, the axis that does.
+
+    Args:
+      call: the call; its leaves have nodes whole.
+      nodes: the nodes of adapted trees, by place.
+      axes: of the examples.
+
+    Raises:
+      ValueError: `axes` do not fit the arguments, or a node has an axis of examples.
+    """
+    args, kwargs = call.treedef.unflatten(range(len(call.leaves)))
+    found = dict(_pairs(axes.of_args, args))
+    found |= dict(_pairs(0, {k: v for k, v in kwargs.items() if not _holds(v, nodes)}))
+    found = {place: axis for place, axis in found.items() if axis is not None}
+    sizes = set()
+    for place, axis in found.items():
+        shape = getattr(call.leaves[place], "shape", ())
+        if place in nodes or not -len(shape) <= axis < len(shape):
+            raise ValueError(
+                f"axis {axis} cannot hold the examples of an argument of shape {tuple(shape)}"
+                + ", a node of an adapted tree: give None" * (place in nodes)
+            )
+        found[place] = axis % len(shape)
+        sizes.add(shape[axis])
+    if len(sizes) > 1:
+        raise ValueError(f"the arguments hold {sorted(sizes)} examples: give one number of them")
+    return found
+
+
+def _holds(tree: Any, nodes: Mapping[int, Any]) -> bool:
+    return any(place in nodes for place in jax.tree.leaves(tree))
+
+
+def _pairs(prefix: Any, tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Returns each leaf of a tree with that of its prefix, where None is a leaf, too."""
+    boxed = jax.tree.map(_Leaf, prefix, is_leaf=lambda axis: axis is None)
+    axes = (leaf.axis for leaf in jax.tree.leaves(jax.tree.broadcast(boxed, tree)))
+    return zip(jax.tree.leaves(tree), axes, strict=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """An axis, or None, as a leaf of a tree."""
+
+    axis: int | None
+
+
+def follow_trace(
+    traced: Trace, weights: Mapping[int, Factored], call: Call, axes: Mapping[int, int]
+) -> Followed:
+    """Returns where the examples lie in a function's values.
+
+    Args:
+      traced: of the call.
+      weights: by place among its leaves.
+      call: the call.
+      axes: see `mapped`.
+
+    Raises:
+      ExamplesError: there are no examples, or their number is not that of the weights' rows.
+    """
+    if not axes:
+        raise ExamplesError("no argument holds examples")
+    place, axis = next(iter(axes.items()))
+    n = call.leaves[place].shape[axis]
+    for weight in weights.values():
+        if weight.rows is None:
+            continue
+        if len(weight.rows) != n:
+            raise ValueError(f"{weight.path!r} has adapters for {len(weight.rows)} of {n} examples")
+        if weight.gain is not None or weight.shift is not None:
+            raise ExamplesError(
+                f"the weight {weight.path!r} has a magnitude or a bias on B, of which there is "
+                "one for all examples"
+            )
+
+    def known(place: int) -> Known:
+        if place in axes:
+            return At(axes[place])
+        weight = weights.get(place)
+        return None if weight is None or weight.rows is None else Kernel(weight.labels)
+
+    return followed(traced.jaxpr, [known(place) for place in traced.places], n)
+
+
+def axes_of_result(traced: Trace, found: Followed, n: int, expected: Any) -> Any:
+    """Returns the axes of a function's result, None for what is the same for all examples.
+
+    Args:
+      traced: of the function.
+      found: of its jaxpr.
+      n: the number of examples.
+      expected: a prefix of the result: the axes that it must have, or "found" for any. A result
+        that is the same for all examples has any axis of size n.
+
+    Raises:
+      ExamplesError: an output mixes examples, or its examples lie elsewhere.
+    """
+    inner, _ = eqns.opened(traced.jaxpr)
+    types = [eqns.type_of(atom) for atom in inner.outvars]
+    left = iter(zip(found.outputs, types, strict=True))
+    each = [
+        next(left) if is_traced else (None, leaf)
+        for leaf, is_traced in zip(traced.outputs.leaves, traced.outputs.is_traced, strict=True)
+    ]
+    axes = [_axis(known, np.shape(value), n) for known, value in each]
+    result, writes = traced.outputs.treedef.unflatten(range(len(axes)))
+    if any(axes[place] is not None for place in jax.tree.leaves(writes)):
+        raise ExamplesError("the function writes what depends on the examples")
+    if not isinstance(expected, str):
+        for place, want in _pairs(expected, result):
+            shape = np.shape(each[place][1])
+            want = want if want is None else want % len(shape) if shape else want
+            _check(axes[place], want, shape, n)
+            axes[place] = want
+    return jax.tree.map(lambda place: axes[place], result)
+
+
+def _axis(known: Known, shape: Sequence[int], n: int) -> int | None:
+    """Returns the axis of an output that holds the examples."""
+    if isinstance(known, Mixed):
+        raise ExamplesError(f"the examples of the batch cannot be told apart: {known.why}")
+    if isinstance(known, Kernel):
+        raise ExamplesError(f"an adapted weight is an output of the function at {place_of_call()}")
+    if not isinstance(known, At):
+        return None
+    if shape[known.axis] != n:
+        raise ExamplesError(
+            f"an output of shape {tuple(shape)} has the examples merged with others along axis "
+            f"{known.axis}"
+        )
+    return known.axis
+
+
+def _check(axis: int | None, want: int | None, shape: Sequence[int], n: int) -> None:
+    if axis == want or (axis is None and want is not None and shape[want : want + 1] == (n,)):
+        return
+    there = (
+        "is the same for all examples" if axis is None else f"has the examples along axis {axis}"
+    )
+    raise ExamplesError(
+        f"an output of shape {tuple(shape)} {there}; the axis that was asked for is {want}"
+    )

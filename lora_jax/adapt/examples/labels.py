@@ -1,0 +1,117 @@
+"""The facts that are known of a value of a jaxpr: the axis that holds the examples of a batch."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+from lora_jax.axes import Label
+
+
+@dataclasses.dataclass(frozen=True)
+class At:
+    """The examples lie along an axis: the example of index i is ``i // inner % n``, of n.
+
+    Attributes:
+      axis: the axis, of size k·n·inner. It is merged of three where k or inner is not 1.
+      inner: the number of neighbours that belong to one example.
+    """
+
+    axis: int
+    inner: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A weight with an adapter for each example, which only products may use.
+
+    Attributes:
+      roles: of its axes.
+    """
+
+    roles: tuple[Label, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed:
+    """An example's part of the value depends on other examples, or cannot be found any more.
+
+    Attributes:
+      why: the first equation that does so: its primitive, its place, and what it does.
+    """
+
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Unseen:
+    """The value is carried by a loop, of which no step has been followed yet."""
+
+
+# None: the value is the same whatever the examples and their adapters are.
+Known = At | Kernel | Mixed | Unseen | None
+
+
+class MixesError(Exception):
+    """Raised by a rule: what an equation does with examples that has them mixed."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Followed:
+    """The facts known of a jaxpr, given those of its inputs.
+
+    Attributes:
+      outputs: what is known of each output.
+      uses: by the identity of each equation that may meet a `Kernel`: where the examples lie in the
+        other operand; None where there is none.
+      inner: by identity, the jaxprs of these equations.
+    """
+
+    outputs: tuple[Known, ...]
+    uses: Mapping[int, At | None]
+    inner: Mapping[int, "Followed"]
+
+
+def joined(a: Known, b: Known) -> Known:
+    """Returns what is known of a value that is one of two."""
+    for one, other in ((a, b), (b, a)):
+        if isinstance(other, Unseen):
+            return one
+        if isinstance(one, Mixed) or (other is None and not isinstance(one, Kernel)):
+            return one
+    return a if a == b else Mixed("the examples lie along different axes in two branches or steps")
+
+
+def agreed(given: Iterable[Known]) -> At:
+    """Returns where the examples lie in all operands that have them.
+
+    Raises:
+      MixesError: the operands differ.
+    """
+    found = {one for one in given if isinstance(one, At)}
+    if len(found) != 1:
+        raise MixesError("joins values whose examples lie along different axes")
+    return found.pop()
+
+
+def reshaped(at: At, n: int, shape: Sequence[int], out: Sequence[int]) -> At:
+    """Returns where the examples lie after a reshape, which keeps the order of elements.
+
+    Args:
+      at: before it.
+      n: the number of examples.
+      shape, out: before it, and after.
+
+    Raises:
+      MixesError: the axis is split between two examples or within.
+    """
+    block = at.inner  # the number of elements after which the next example comes
+    for size in shape[at.axis + 1 :]:
+        block *= size
+    below, fits = 1, []
+    for axis in reversed(range(len(out))):
+        if below and block % below == 0 and out[axis] and below * out[axis] % (block * n) == 0:
+            fits.append(At(axis, block // below))
+        below *= out[axis]
+    if not fits:
+        raise MixesError("splits the axis of the examples")
+    # Of one example, several fit: the least merged, then the one that stays where it was.
+    return min(fits, key=lambda one: (one.inner, one.axis != at.axis, one.axis))

@@ -1,0 +1,220 @@
+"""Follows the examples of a batch through a jaxpr, from its inputs to its outputs.
+
+An equation of which no operand has examples is passed over: its results are the same for all. Any
+other follows the rule for its primitive; one without a rule, or one that mixes examples, leaves its
+results `Mixed`, which matters only where an output depends on them.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from jax.extend.core import JaxprEqn
+
+from lora_jax.adapt import eqns
+from lora_jax.adapt.examples.labels import (
+    At,
+    Followed,
+    Kernel,
+    Known,
+    Mixed,
+    MixesError,
+    Unseen,
+    joined,
+)
+from lora_jax.adapt.examples.primitives import RULES
+from lora_jax.adapt.examples.products import KERNEL_RULES, PRODUCT_RULES
+from lora_jax.adapt.rules.flow import sources
+from lora_jax.adapt.user_code import place_of, user_context
+
+_FOLLOWED: weakref.WeakKeyDictionary[Any, dict[Any, Followed]] = weakref.WeakKeyDictionary()
+_NO_RULE = {
+    "ragged_dot_general": "multiplies rows that are sorted by group",
+    "shard_map": "runs on parts of the batch",
+    "pallas_call": "is a kernel, which is not looked into",
+}
+_PLAIN_RULES = {**RULES, **PRODUCT_RULES}
+
+
+def followed(jaxpr: eqns.AnyJaxpr, given: Sequence[Known], n: int) -> Followed:
+    """Returns what is known of a jaxpr's values: the same object for the same arguments.
+
+    Args:
+      jaxpr: the jaxpr.
+      given: what is known of its inputs; its constants are the same for all examples.
+      n: the number of examples.
+    """
+    known, key = _FOLLOWED.setdefault(jaxpr, {}), (tuple(given), n)
+    if key not in known:
+        known[key] = _Walk(n).through(jaxpr, key[0])
+    return known[key]
+
+
+class _Walk:
+    """The walk over one jaxpr, and what it finds; see `Followed`."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.uses: dict[int, At | None] = {}
+        self.inner: dict[int, Followed] = {}
+
+    def through(self, jaxpr: eqns.AnyJaxpr, given: Sequence[Known]) -> Followed:
+        """Returns what is known of the whole jaxpr."""
+        inner, _ = eqns.opened(jaxpr)
+        found: dict[Any, Known] = dict(zip(inner.invars, given, strict=True))
+
+        def known(atoms: Iterable[Any]) -> list[Known]:
+            return [None if eqns.is_literal(atom) else found.get(atom) for atom in atoms]
+
+        for eqn in inner.eqns:
+            operands = known(eqn.invars)
+            if any(one is not None for one in operands):
+                found |= zip(eqn.outvars, self._after(eqn, operands), strict=True)
+        return Followed(tuple(known(inner.outvars)), self.uses, self.inner)
+
+    def _after(self, eqn: JaxprEqn, given: list[Known]) -> list[Known]:
+        """Returns what is known of the outputs of an equation."""
+        name = eqn.primitive.name
+        has_kernel = any(isinstance(one, Kernel) for one in given)
+        enter = _CONTROL.get(name)
+        mixed = next((one for one in given if isinstance(one, Mixed)), None)
+        if mixed is not None and enter is None:
+            return [mixed] * len(eqn.outvars)
+        if enter is None and any(isinstance(one, Unseen) for one in given):
+            if not any(isinstance(one, At) for one in given):
+                return [Unseen()] * len(eqn.outvars)
+            given = [None if isinstance(one, Unseen) else one for one in given]
+        try:
+            if enter is not None:
+                with user_context(eqn):
+                    outputs = enter(self, eqn, given)
+            else:
+                rule = (KERNEL_RULES if has_kernel else _PLAIN_RULES).get(name)
+                if rule is None:
+                    raise MixesError(_no_rule(name, has_kernel))
+                outputs = rule(eqn, given, self.n)
+        except MixesError as error:
+            return [_mixed(eqn, error)] * len(eqn.outvars)
+        if has_kernel:
+            self.uses[id(eqn)] = next((one for one in given if isinstance(one, At)), None)
+        return outputs
+
+    def _entered(self, body: eqns.AnyJaxpr, given: Sequence[Known]) -> tuple[Known, ...]:
+        """Returns what is known of the outputs of an inner jaxpr, and keeps how weights are met."""
+        child = followed(body, given, self.n)
+        if child.uses and self.inner.setdefault(id(body), child) is not child:
+            raise MixesError("is met twice, with the examples along different axes")
+        return child.outputs
+
+    def _call(self, eqn: JaxprEqn, given: list[Known]) -> list[Known]:
+        names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+        return list(self._entered(next(eqn.params[n] for n in names if n in eqn.params), given))
+
+    def _own_derivative(self, eqn: JaxprEqn, given: list[Known]) -> list[Known]:
+        if any(isinstance(one, Kernel) for one in given):
+            raise MixesError("has a derivative of its own, for which an adapted weight is formed")
+        return self._call(eqn, given)
+
+    def _scan(self, eqn: JaxprEqn, given: list[Known]) -> list[Known]:
+        scan = eqns.scan_of(eqn)
+        n_fixed = scan.n_consts + scan.n_carry
+        consts, carry = given[: scan.n_consts], given[scan.n_consts : n_fixed]
+        xs = [_slice_of(one, eqn) for one in given[n_fixed:]]
+        carry = self._carried(scan.body, consts, carry, xs)
+        ys = self._entered(scan.body, (*consts, *carry, *xs))[scan.n_carry :]
+        return [*carry, *(_stack_of(one, eqn) for one in ys)]
+
+    def _while(self, eqn: JaxprEqn, given: list[Known]) -> list[Known]:
+        loop = eqns.while_of(eqn)
+        n_condition, n_body = loop.n_condition_consts, loop.n_body_consts
+        of_condition, of_body = given[:n_condition], given[n_condition : n_condition + n_body]
+        carry = self._carried(loop.body, of_body, given[n_condition + n_body :], [])
+        self._entered(loop.body, (*of_body, *carry))
+        (goes_on,) = self._entered(loop.condition, (*of_condition, *carry))
+        return [goes_on] * len(carry) if isinstance(goes_on, Mixed) else list(carry)
+
+    def _carried(
+        self,
+        body: eqns.AnyJaxpr,
+        consts: Sequence[Known],
+        carry: Sequence[Known],
+        xs: Sequence[Known],
+    ) -> list[Known]:
+        """Returns what is known of a loop's carry in every step; weights must stay as they are.
+
+        A state that starts the same for all examples, as zeros, may have examples after a step. It
+        is first taken for whatever the step makes of it, and then held against that.
+        """
+
+        def settled(carry: list[Known]) -> list[Known]:
+            while True:
+                child = followed(body, (*consts, *carry, *xs), self.n)
+                before, carry = carry, list(map(joined, carry, child.outputs[: len(carry)]))
+                if carry == before:
+                    return carry
+
+        after = settled([Unseen() if one is None else one for one in carry])
+        carry = settled(list(map(joined, carry, after)))
+        origins = sources(body) if any(isinstance(one, Kernel) for one in carry) else ()
+        for place, one in enumerate(carry):
+            if isinstance(one, Kernel) and origins[place] != len(consts) + place:
+                raise MixesError("carries an adapted weight, and changes it")
+        return carry
+
+    def _cond(self, eqn: JaxprEqn, given: list[Known]) -> list[Known]:
+        index, *operands = given
+        if isinstance(index, Mixed):
+            return [index] * len(eqn.outvars)
+        each = [self._entered(branch, operands) for branch in eqn.params["branches"]]
+        outputs = list(each[0])
+        for branch in each[1:]:
+            outputs = list(map(joined, outputs, branch))
+        return [_formed(one, eqn) for one in outputs]
+
+
+def _mixed(eqn: JaxprEqn, why: object) -> Mixed:
+    return Mixed(f"{eqn.primitive.name!r} at {place_of(eqn)} {why}")
+
+
+def _slice_of(known: Known, eqn: JaxprEqn) -> Known:
+    """Returns what is known of one step's part of an operand that a scan goes over."""
+    if isinstance(known, At):
+        if known.axis == 0:
+            return _mixed(eqn, "goes over the examples")
+        return At(known.axis - 1, known.inner)
+    if isinstance(known, Kernel):
+        first, *roles = known.roles
+        if first != "batch":
+            return _mixed(eqn, "goes over rows or columns of an adapted weight")
+        return Kernel(tuple(roles))
+    return known
+
+
+def _stack_of(known: Known, eqn: JaxprEqn) -> Known:
+    """Returns what is known of an output that a scan stacks."""
+    return At(known.axis + 1, known.inner) if isinstance(known, At) else _formed(known, eqn)
+
+
+def _formed(known: Known, eqn: JaxprEqn) -> Known:
+    """Returns what is known of a value that is an array from here on."""
+    return _mixed(eqn, "forms an adapted weight") if isinstance(known, Kernel) else known
+
+
+def _no_rule(name: str, has_kernel: bool) -> str:
+    if name in _NO_RULE:
+        return _NO_RULE[name]
+    if has_kernel:
+        return "forms an adapted weight, of which each example has its own"
+    return "is not known to keep examples apart"
+
+
+_CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint")
+_CONTROL: dict[str, Callable[[_Walk, JaxprEqn, list[Known]], list[Known]]] = {
+    **dict.fromkeys(_CALLS, _Walk._call),
+    "custom_jvp_call": _Walk._own_derivative,
+    "custom_vjp_call": _Walk._own_derivative,
+    "custom_vjp_call_jaxpr": _Walk._own_derivative,
+    "scan": _Walk._scan,
+    "while": _Walk._while,
+    "cond": _Walk._cond,
+}
