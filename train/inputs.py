@@ -1,4 +1,4 @@
-"""What a run reads before its weights: rows, outline and examples, and what they come to."""
+"""The inputs of a run before its weights: rows, outline and examples, and their consequences."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ class Read(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a run reads before its weights.
+    """Holds what a run reads before its weights.
 
     Attributes:
       read: its rows, outline and examples.

@@ -35,7 +35,7 @@ class Running:
 
 @dataclasses.dataclass(frozen=True)
 class Ending:
-    """What came of a run: what it returned, or what ended it."""
+    """Holds what a run returned, or what ended it."""
 
     result: Any = None
     error: BaseException | None = None

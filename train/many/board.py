@@ -1,4 +1,4 @@
-"""How far all runs of a table are, in the console; and what each writes to its own folder."""
+"""The progress of all runs of a table in the console, and the log in the folder of each."""
 
 import io
 import time
@@ -81,7 +81,7 @@ class Board:
         for name, steps in self._steps.items():
             line = self._lines.get(name, {})
             table.add_row(
-                name,
+                _cell(name),
                 f"{line.get('step', 0)}/{steps}",
                 _figure(line.get("loss"), ".4f"),
                 _figure(line.get("eval_loss"), ".4f"),

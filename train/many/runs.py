@@ -293,7 +293,9 @@ def _trained(
             together.add(tenants)
             tenants.clear()
         runs = {name: running(one) for name, one in by_name.items()}
-        session.stop.remedy = "Each run goes on from its last checkpoint, by --resume"
+        for name in by_name:
+            board.note(name, {"step": together.done(name)})
+        session.stop.remedy = resume_hint(ones[0].run.script)
 
         def turned() -> None:
             together.shrink(_WORTH_COMPILING)
