@@ -91,8 +91,8 @@ def mixed(
     `fn` runs once, on the whole batch as it is, where the examples can be followed through all that
     it does; see `lora_jax.adapt.examples`. Otherwise it runs under `jax.vmap`, on batches of one
     example each, and a `MixedWarning` says why: that is right for any function, but slower for
-    some (those that write into a KV cache, say). A function whose result for an example depends on
-    the batch around it, as with batch statistics or one key's noise for all, is told by this.
+    some (those that write into a KV cache, say). The two differ for a function whose result for an
+    example depends on the batch around it: on its size, or on one key's noise for all rows.
 
     Dropout is off: train adapters side by side by `lora_jax.bank.Together`.
 
