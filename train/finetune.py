@@ -5,44 +5,37 @@ It reads from top to bottom: check, load, adapt, train, save, measure.
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
+from rich.console import Console
 
 import lora_jax as lj
-from lora_jax.training.data.order import Batches, Feed, Order
 from lora_jax.training.fit import tree_of
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import Measure
 from lora_jax.training.processes import is_first, write_json
 from lora_jax.training.run.log import duration
-from train.data.mixture import used
+from lora_jax.training.run.stop import Stop
+from lora_jax.training.step import State
 from train.dry_run import rehearse
+from train.inputs import Inputs, inputs_of, read
 from train.run import hosts
 from train.run.adapter import rules
 from train.run.cache import keep_compiled
-from train.run.fit import (
-    Run,
-    adapted,
-    attention_line,
-    begin_run,
-    check_rules,
-    fit,
-    learning_rate,
-    number_of_steps,
-    print_adapter,
-)
+from train.run.fit import Run, adapted, begin_run, fit, print_adapter
 from train.run.log import Log, QuietLog, doing
 from train.run.mesh import make_mesh
 from train.run.output import REPORT, locked_output
-from train.run.pretrained import check_weights, read_model
-from train.run.progress.samples import Prompts, sampling
+from train.run.pretrained import Outline, check_weights, read_model
+from train.run.progress.samples import sampling
 from train.run.progress.score import scoring
 from train.run.report import print_costs, tree_bytes
 from train.run.reporters.registry import check_reporters
 from train.run.session import Session
-from train.tasks.task import Context, Task
+from train.tasks.task import Context, Evaluation, Task
 
 
 def finetune(script: str, config: Any, task: Task, session: Session) -> None:
@@ -77,57 +70,19 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
         optim = config.optim
         rules(config.adapter)
         folder = None if dry else locked_output(config, session.release, console)
-        rows = task.rows(config)
-        outline = task.outline(config, rows).quantized(optim.quantize)
-        outline.check_experts(optim.experts)
-        hosts.check_alike(config, rows=rows.train, held_out=rows.held_out, model=outline.config)
-        data = task.examples(config, rows, outline)
-        asked = getattr(config.run, "sample_prompts", ())
-        prompts = Prompts(config.run, outline) if asked else None
-        order = Order.of(data.train, optim.seed, optim.batch_size, optim.grad_accum)
-        steps = number_of_steps(optim, order)
-        feed: Batches = Feed(data.train, order, data.name, data.source)
-        if data.feed is not None:
-            feed = data.feed(steps)
-        rate = learning_rate(config, outline, steps)
-        check_rules(config, outline)
-        layout = Layout.of(mesh, outline.config)
-        layout.check_lengths(data.facts.get("lengths", [data.facts["sequence_length"]]))
-        attention = attention_line(config, outline, layout, data.facts["sequence_length"])
-    lines = (*data.lines, *used(data.train, order, steps), attention)
-    for line in [*([cached] if cached else []), *lines]:
+        inputs = inputs_of(config, mesh, read(config, task))
+    (rows, outline, data), feed, layout = inputs.read, inputs.feed, inputs.layout
+    for line in [*([cached] if cached else []), *inputs.lines]:
         console.print(line, highlight=False, soft_wrap=True)
     if folder is None:
         loss = task.loss(config, layout)
-        rehearse(config, outline, data, feed, layout, loss, steps, console)
+        rehearse(config, outline, data, feed, layout, loss, inputs.steps, console)
         return
-    run = Run(
-        script=script,
-        config=config,
-        folder=folder,
-        console=console,
-        stop=session.stop,
-        feed=feed,
-        steps=steps,
-        rate=rate,
-        layout=layout,
-        about=outline.about | {k: v for k, v in data.facts.items() if k == "labels"},
-        score=task.score,
-    )
+    run = run_of(script, config, task, session.stop, folder, console, inputs)
 
-    # The model and its adapter. Full fine-tuning keeps its weights in fp32, whatever computes.
+    # The model and its adapter.
     with hosts.together(), doing(console, f"reading the weights of {outline.name}"):
-        model, plain = read_model(
-            outline.name,
-            dtype=optim.dtype,
-            param_dtype="float32" if config.adapter.full else optim.dtype,
-            remat=optim.remat_policy,
-            attention=optim.attention,
-            experts=optim.experts,
-            sharding=layout.of_parameter,
-            **outline.head,
-        )
-        check_weights(outline, plain)
+        model, plain = weights_of(config, outline, layout)
     base_bytes = tree_bytes(plain)
     key = jax.random.key(optim.seed)
     params = adapted(config, outline, plain, folder, jax.random.fold_in(key, 0))
@@ -150,13 +105,7 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
     forward, loss = ready.setup.forward(model), task.loss(config, layout)
     tree_of_state = functools.partial(tree_of, ready)
 
-    def more(log: Log | QuietLog) -> Iterator[Measure]:
-        if config.run.score_every and evaluation:
-            every, stop = config.run.score_every, session.stop
-            yield scoring(evaluation, model, tree_of_state, answering, every=every, stop=stop)
-        if prompts:
-            yield sampling(prompts, config.run, outline, model, tree_of_state, answering, log)
-
+    more = functools.partial(measures, run, inputs, evaluation, model, tree_of_state, answering)
     trained, report = fit(run, ready, forward, loss, data.held_out, more)
     report["base_bytes"] = base_bytes
     write_json(folder / REPORT, report)
@@ -173,3 +122,74 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
     console.print(
         f"the whole run took {duration(time.monotonic() - began)}; its files are in {folder}"
     )
+
+
+def run_of(
+    script: str,
+    config: Any,
+    task: Task,
+    stop: Stop,
+    folder: Path,
+    console: Console,
+    inputs: Inputs,
+) -> Run:
+    """Returns the options, folder and data of a run."""
+    _, outline, data = inputs.read
+    return Run(
+        script=script,
+        config=config,
+        folder=folder,
+        console=console,
+        stop=stop,
+        feed=inputs.feed,
+        steps=inputs.steps,
+        rate=inputs.rate,
+        layout=inputs.layout,
+        about=outline.about | {k: v for k, v in data.facts.items() if k == "labels"},
+        score=task.score,
+    )
+
+
+def weights_of(config: Any, outline: Outline, layout: Layout) -> tuple[Any, Any]:
+    """Reads the model and its weights, as the options say.
+
+    Full fine-tuning keeps its weights in fp32, whatever computes.
+    """
+    optim = config.optim
+    model, plain = read_model(
+        outline.name,
+        dtype=optim.dtype,
+        param_dtype="float32" if config.adapter.full else optim.dtype,
+        remat=optim.remat_policy,
+        attention=optim.attention,
+        experts=optim.experts,
+        sharding=layout.of_parameter,
+        **outline.head,
+    )
+    check_weights(outline, plain)
+    return model, plain
+
+
+def measures(
+    run: Run,
+    inputs: Inputs,
+    evaluation: Evaluation | None,
+    model: Any,
+    tree_of: Callable[[State], Any],
+    forward: Callable[..., Any],
+    log: Log | QuietLog,
+) -> Iterator[Measure]:
+    """Yields the measures of a run beside the held-out loss: the task's score, sampled answers.
+
+    Args:
+      run, inputs, evaluation, model, log: of the run.
+      tree_of: returns the adapted tree of a state.
+      forward: the model's ``apply``, for an adapted tree.
+    """
+    asked: Any = run.config.run
+    if asked.score_every and evaluation:
+        every = asked.score_every
+        yield scoring(evaluation, model, tree_of, forward, every=every, stop=run.stop)
+    if inputs.prompts:
+        outline = inputs.read.outline
+        yield sampling(inputs.prompts, asked, outline, model, tree_of, forward, log)

@@ -4,17 +4,23 @@
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from lora_jax.training.errors import TrainingError
 from train.data.named import named
 from train.finetune import finetune
+from train.many.runs import Asked, train_many
 from train.run.options import sft as sft_options
-from train.run.options.command import read_command
+from train.run.options.command import read_line
 from train.run.options.common import with_defaults
+from train.run.options.ignored import check_effects
 from train.run.options.sft import Config
+from train.run.options.table import Row, check_one_base, placed_error, read_table
 from train.run.session import Session
 from train.tasks.registry import CHATS, STREAMED, find_task
 from train.tasks.task import Task
+
+_PROG = "python -m train.sft"
 
 
 def parse(args: Sequence[str] | None = None) -> Config:
@@ -24,8 +30,13 @@ def parse(args: Sequence[str] | None = None) -> Config:
       UserError: an option has no effect beside the others, or stands wrongly in the file that
         --config names.
     """
-    given = sys.argv[1:] if args is None else args
-    config = read_command(Config(), given, "python -m train.sft")
+    config, on_line, in_file = read_line(Config(), sys.argv[1:] if args is None else args, _PROG)
+    return _alone(config, on_line, in_file)
+
+
+def _alone(config: Config, on_line: frozenset[str], in_file: Mapping[str, int]) -> Config:
+    """Returns the options of a single run, with the task's defaults; see `parse`."""
+    check_effects(config, on_line, in_file)
     return with_defaults(config, task_of(config).defaults)
 
 
@@ -45,9 +56,33 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line. Bad input exits with code 2, a signal with the signal's code."""
     session = Session()
     with session.running():
-        config = parse(args)
+        given = sys.argv[1:] if args is None else args
+        config, on_line, in_file = read_line(Config(), given, _PROG)
+        if config.run.many is not None:
+            rows = read_table(config, Config(), on_line | in_file.keys())
+            return train_many("train.sft", asked_for(rows), session)
+        config = _alone(config, on_line, in_file)
         check(config)
         finetune("train.sft", config, task_of(config), session)
+
+
+def asked_for(rows: Sequence[Row[Config]]) -> list[Asked]:
+    """Returns the runs of a table with their tasks, checked as a command line is.
+
+    Raises:
+      UserError: options make no sense, or adapters stand on different bases; names the row.
+    """
+    asked: list[Asked] = []
+    for row in rows:
+        try:
+            task = task_of(row.options)
+            config = with_defaults(row.options, task.defaults)
+            check(config)
+        except TrainingError as error:
+            raise placed_error(row.where, error) from error
+        asked.append(Asked(row._replace(options=config), task))
+    check_one_base([one.row for one in asked])
+    return asked
 
 
 if __name__ == "__main__":

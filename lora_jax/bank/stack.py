@@ -20,6 +20,7 @@ from lora_jax.bank.slots import ValueSlots, WeightSlots
 from lora_jax.bank.tenants import Arrays, Kind, Tenant, arrays_of, with_arrays
 from lora_jax.lorafy import nodes_of, split, strip
 from lora_jax.training.losses import Logits, Sums
+from lora_jax.training.neftune import neftune
 from lora_jax.training.step import Metrics, State, init_state, make_gradient, make_update
 from lora_jax.weight import LoraWeight, Trained, leaves_of
 
@@ -86,6 +87,18 @@ class Stack:
             *(np.concatenate([x, np.zeros((more, *x.shape[1:]), x.dtype)]) for x in self._numbers)
         )
         self.names += [None] * more
+
+    def shrink(self) -> None:
+        """Drops the free slots; the next step compiles anew."""
+        kept = np.array([slot for slot, name in enumerate(self.names) if name is not None])
+
+        def fewer(array: Any, axis: int) -> Any:
+            return array[(slice(None),) * axis + (kept,)]
+
+        content = jax.tree.map(fewer, (self.state, self.fixed), self._axes)
+        self.state, self.fixed = self._placed(content)
+        self._numbers = Numbers(*(x[kept] for x in self._numbers))
+        self.names = [self.names[slot] for slot in kept.tolist()]
 
     def _empty(self, n: int, shapes: Any) -> Any:
         """Returns n free slots, from the shapes of one."""
@@ -154,7 +167,7 @@ class Stack:
         """
         names = [name for name in self.names if name is not None]
         arguments = self._arguments(base, dict.fromkeys(names, batch))
-        memory = self._step.lower(self.state, *arguments).compile().memory_analysis()
+        memory: Any = self._step.lower(self.state, *arguments).compile().memory_analysis()
         state = sum(x.nbytes for x in jax.tree.leaves(self.state))
         return state + memory.temp_size_in_bytes
 
@@ -235,7 +248,7 @@ def tree_of(kind: Kind, base: Any, adapter: Arrays, fixed: Arrays) -> Any:
 
 
 def _content(kind: Kind, tenant: Tenant) -> tuple[State, Arrays]:
-    """Returns what a slot holds of an adapter before its first step."""
+    """Returns what a slot holds of an adapter before its first step, or where it goes on."""
     nodes = nodes_of(tenant.params)
     adapter, _ = split(tenant.params)
     optimizer = kind.make_optimizer(
@@ -245,7 +258,16 @@ def _content(kind: Kind, tenant: Tenant) -> tuple[State, Arrays]:
         path: {k: x for k, x in arrays_of(node).items() if k not in adapter[path]}
         for path, node in nodes.items()
     }
-    return init_state(adapter, optimizer, tenant.key), fixed
+    if tenant.state is None:
+        return init_state(adapter, optimizer, tenant.key), fixed
+    begun: Any = jax.eval_shape(lambda a: init_state(a, optimizer, tenant.key), adapter)
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (tenant.state, begun)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            "Tenant: the state to go on from is of another adapter or optimiser: give the params "
+            "and the options that it was made with"
+        )
+    return tenant.state, fixed
 
 
 def _form(kind: Kind, like: Tenant) -> tuple[Any, Any, Any]:
@@ -359,7 +381,8 @@ def _compiled(
     is, bit by bit.
     """
     axes, axes_of_fixed = both_axes
-    gradient = make_gradient(forward, dropout=kind.dropout, loss=kind.loss)
+    noisy = neftune(forward, kind.noise) if kind.noise else forward
+    gradient = make_gradient(noisy, dropout=kind.dropout, loss=kind.loss)
 
     def gradient_of_one(state: State, fixed: Arrays, base: Any, batch: Any) -> tuple[Sums, Any]:
         whole = tree_of(kind, base, state.adapter, fixed)

@@ -11,6 +11,7 @@ import optax
 from lora_jax.lorafy import nodes_of
 from lora_jax.training.losses import CROSS_ENTROPY, Loss
 from lora_jax.training.optimizer import has_dropout, make_optimizer
+from lora_jax.training.step import State
 from lora_jax.weight import LoraWeight, Node, Trained, TrainedRows
 
 Arrays = dict[str, dict[str, Any]]  # by path and name
@@ -27,7 +28,10 @@ class Tenant:
       loss: the function to minimise.
       optimizer: a name that `lora_jax.training.make_optimizer` takes.
       weight_decay, grad_clip, lora_plus, options: see `lora_jax.training.make_optimizer`.
-      key: a PRNG key, for dropout.
+      key: a PRNG key, for dropout and noise.
+      noise: the size of the noise on embeddings; see `lora_jax.training.neftune`.
+      state: the state to go on from, as `lora_jax.training.init_state` or `Together.state` returned
+        it; the beginning by default.
     """
 
     params: Any
@@ -40,12 +44,23 @@ class Tenant:
     lora_plus: float | None = None
     options: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
     key: jax.Array = dataclasses.field(default_factory=lambda: jax.random.key(0))
+    noise: float = 0.0
+    state: State | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"Tenant: {self.steps} steps: at least 1 is needed")
         if not nodes_of(self.params):
             raise ValueError("Tenant: params is a plain tree: give what lorafy returned")
+        if self.done > self.steps:
+            raise ValueError(
+                f"Tenant: {self.done} steps are done, more than the {self.steps} given"
+            )
+
+    @property
+    def done(self) -> int:
+        """Returns the number of steps that were taken before."""
+        return 0 if self.state is None else int(self.state.step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +73,7 @@ class Kind:
       loss, optimizer, lora_plus, options: see `Tenant`.
       clips: whether gradients are clipped.
       dropout: whether the loss gets a key.
+      noise: see `Tenant`.
     """
 
     shells: Mapping[str, Node] = dataclasses.field(compare=False)
@@ -68,6 +84,7 @@ class Kind:
     options: tuple[tuple[str, float], ...]
     clips: bool
     dropout: bool
+    noise: float = 0.0
 
     @classmethod
     def of(cls, tenant: Tenant) -> "Kind":
@@ -82,7 +99,8 @@ class Kind:
             lora_plus=tenant.lora_plus,
             options=tuple(sorted(given.items())),
             clips=bool(tenant.grad_clip),
-            dropout=has_dropout(tenant.params),
+            dropout=has_dropout(tenant.params) or tenant.noise > 0,
+            noise=tenant.noise,
         )
 
     def make_optimizer(

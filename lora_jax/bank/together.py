@@ -1,6 +1,6 @@
 """Trains many adapters over one base at once, each as if it trained alone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -104,7 +104,7 @@ class Together:
             for name in mine:
                 stack.put(name, tenants[name])
                 self._stack_of[name] = stack
-                self._steps[name], self._done[name] = tenants[name].steps, 0
+                self._steps[name], self._done[name] = tenants[name].steps, tenants[name].done
 
     def step(self, batches: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         """Takes one step with each adapter that has a batch; the others stay as they are.
@@ -132,6 +132,18 @@ class Together:
         for name in batches:
             self._done[name] += 1
         return {name: metrics[name] for name in batches}
+
+    def stacks(self, names: Iterable[str]) -> list[list[str]]:
+        """Returns names of adapters, those of one stack together: their batches have one shape.
+
+        Raises:
+          BankError: there is no adapter of a name.
+        """
+        found: dict[int, list[str]] = {}
+        for name in names:
+            self._check_there(name)
+            found.setdefault(id(self._stack_of[name]), []).append(name)
+        return list(found.values())
 
     def tree(self, name: str) -> Any:
         """Returns an adapter as an adapted tree over the base; its arrays are copies.
@@ -161,6 +173,24 @@ class Together:
         self._stack_of.pop(name).free(name)
         del self._steps[name], self._done[name]
         return tree
+
+    def shrink(self, steps: int = 1) -> None:
+        """Drops the free slots of stacks half of whose slots are free, or more.
+
+        Their next step compiles anew, for fewer adapters, so the last bits of what they compute may
+        change.
+
+        Args:
+          steps: only stacks shrink in which an adapter has to take as many.
+        """
+        for kind, stack in [*self._stacks.items()]:
+            names = [name for name in stack.names if name is not None]
+            if not names:
+                del self._stacks[kind]
+            elif 2 * len(names) <= len(stack.names) and any(
+                self._steps[name] - self._done[name] >= steps for name in names
+            ):
+                stack.shrink()
 
     def choose(self, names: list[str]) -> Choice:
         """Returns the base with the arrays that train, for a batch that `mixed` functions run on.

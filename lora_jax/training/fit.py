@@ -1,10 +1,10 @@
 """A run of training, from an adapted tree to a trained one: what scripts and `finetune` share."""
 
+import contextlib
 import dataclasses
 import functools
-import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,21 +15,20 @@ import optax
 import lora_jax as lj
 from lora_jax.fingerprint import base_fingerprint, differing
 from lora_jax.models import Decoder
-from lora_jax.training.batches import Batch, Examples, Packs
+from lora_jax.training.batches import Examples, Packs
 from lora_jax.training.data.order import Batches
 from lora_jax.training.errors import DamagedCheckpoint, Diverged, TrainingError
 from lora_jax.training.layout import Layout
-from lora_jax.training.loop import Hooks, Measure, Pace, train
-from lora_jax.training.losses import HELD_OUT, Loss, Sums
+from lora_jax.training.loop import Hooks, Measure, Pace, taken, train
+from lora_jax.training.losses import Loss
 from lora_jax.training.optimizer import averaged
 from lora_jax.training.optimizers.named import OPTIMIZERS
-from lora_jax.training.processes import Agreement
 from lora_jax.training.run.best import Best
 from lora_jax.training.run.checkpoints import Checkpoints
 from lora_jax.training.run.log import Log
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.setup import CompiledStep, Setup
-from lora_jax.training.step import State, Step, make_evaluation
+from lora_jax.training.step import State, Step
 from lora_jax.weight import leaves_of
 
 
@@ -237,7 +236,7 @@ def fit(
       steps: the number of the last step.
       pace: says how often to log and save.
       loss: the function that the step minimises.
-      measures: measurements to take on the way; see `held_out_loss`.
+      measures: measurements to take on the way; see `lora_jax.training.held_out`.
       log: gets a line a window of steps.
       stop: tells of a signal.
       resume_hint: tells an interrupted user how to go on.
@@ -250,6 +249,39 @@ def fit(
       Interrupted: after a signal, once the step is finished and saved.
       Diverged: too many steps in a row were skipped.
     """
+    hooks = hooks_of(ready, loss, measures, resume_hint)
+    with _run(ready, log):
+        state, seconds = train(step, ready.state, ready.base, steps, pace, hooks, log, stop)
+    return trained(ready, state), seconds
+
+
+def fitted(
+    ready: Ready,
+    now: Callable[[], State],
+    *,
+    steps: int,
+    pace: Pace,
+    loss: Loss,
+    measures: Sequence[Measure] = (),
+    log: Log,
+    stop: Stop,
+    resume_hint: str = "",
+) -> Generator[int, tuple[Mapping[str, Any], int], tuple[Any, float | None]]:
+    """Trains as `fit` does, but leaves it to its driver to take the steps; see `loop.taken`.
+
+    Args:
+      ready: what training begins with; of its state, only the structure is looked at.
+      now: returns the state after the steps so far.
+      steps, pace, loss, measures, log, stop, resume_hint: see `fit`.
+    """
+    hooks = hooks_of(ready, loss, measures, resume_hint)
+    with _run(ready, log):
+        seconds = yield from taken(now, steps, pace, hooks, log, stop)
+    return trained(ready, now()), seconds
+
+
+def hooks_of(ready: Ready, loss: Loss, measures: Sequence[Measure], resume_hint: str) -> Hooks:
+    """Returns what connects the loop with a run; see `fit`."""
     feed, layout, checkpoints = ready.feed, ready.setup.layout, ready.checkpoints
     best = ready.best
 
@@ -268,7 +300,7 @@ def fit(
             int(state.step), lambda: tree_of(ready, state), measured
         )
 
-    hooks = Hooks(
+    return Hooks(
         batch=lambda number, state: feed.batch(number),
         placed=lambda batch: layout.batch(batch, parts=True),
         tokens=feed.tokens,
@@ -280,9 +312,14 @@ def fit(
         owed=ready.owed,
         judge=judge,
     )
+
+
+@contextlib.contextmanager
+def _run(ready: Ready, log: Log) -> Iterator[None]:
+    """Opens the log; within, a run that diverges on a broken base says so."""
     try:
         with log:
-            state, seconds = train(step, ready.state, ready.base, steps, pace, hooks, log, stop)
+            yield
     except Diverged as error:
         if bad := not_finite(ready.base):
             raise Diverged(
@@ -290,10 +327,14 @@ def fit(
                 "them: no training on it can succeed. Load the base again, or take another"
             ) from error
         raise
-    if checkpoints is not None:
-        checkpoints.close()
-    trained = tree_of(ready, state)
-    return (trained if best is None else _on_mesh(ready, best.load(trained))), seconds
+
+
+def trained(ready: Ready, state: State) -> Any:
+    """Returns the adapted tree of a run that is over: the last or the best; see `fit`."""
+    if ready.checkpoints is not None:
+        ready.checkpoints.close()
+    last = tree_of(ready, state)
+    return last if ready.best is None else _on_mesh(ready, ready.best.load(last))
 
 
 def tree_of(ready: Ready, state: State) -> Any:
@@ -306,56 +347,3 @@ def _on_mesh(ready: Ready, loaded: Any) -> Any:
     host = jax.tree.map(np.asarray, lj.split(loaded)[0])  # which many processes may give to a jit
     adapter = jax.jit(lambda adapter: adapter, out_shardings=ready.setup.where.adapter)(host)
     return lj.join(adapter, ready.base)
-
-
-def held_out_loss(
-    ready: Ready,
-    forward: Callable[..., Any],
-    loss: Loss,
-    examples: Examples,
-    *,
-    every: int,
-    stop: Stop,
-) -> Measure:
-    """Returns the measure of a loss, and of its logs, on held-out examples.
-
-    Args:
-      ready: the run.
-      forward: the adapted function that the loss calls.
-      loss: the function to measure, and who divides it.
-      examples: are taken in batches of the run's size, none twice.
-      every: steps between two measurements.
-      stop: tells of a signal, which cuts a measurement short.
-    """
-    layout = ready.setup.layout
-    evaluation = jax.jit(
-        make_evaluation(forward, loss),
-        out_shardings=layout.whole,
-        compiler_options=layout.compiler_options,
-    )
-
-    def sums_of(adapter: Any, part: Batch) -> Sums:
-        batch = layout.batch(part, parts=False)
-        with jax.set_mesh(layout.mesh):
-            return jax.tree.map(float, evaluation(adapter, ready.base, batch))
-
-    def take(state: State) -> dict[str, float] | None:
-        parts, agreement, adapter = [], Agreement(), averaged(state.opt_state, state.adapter)
-        for part in examples.parts(ready.feed.batch_size):
-            parts.append(sums_of(adapter, part))
-            if stop.agreed(agreement):
-                return None
-        return means(loss, functools.reduce(_added, parts))
-
-    return Measure(every=every, prefix=HELD_OUT, take=take)
-
-
-def _added(one: Sums, other: Sums) -> Sums:
-    return jax.tree.map(operator.add, one, other)
-
-
-def means(loss: Loss, sums: Sums) -> dict[str, float]:
-    """Returns the loss, in the sense of its reduction, and its logs divided by the count."""
-    count: Any = sums.count or 1.0
-    total: Any = sums.total / count if loss.reduction == "mean" else sums.total
-    return {"loss": total, **{name: value / count for name, value in sums.logs.items()}}

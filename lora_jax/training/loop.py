@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -16,6 +16,14 @@ from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State, Step
 
 _SLOW = 0.5  # seconds a step, above which running ahead of the device gains nothing
+
+# Yields the number of a step to take, from 0; is sent its metrics and its number of tokens. Returns
+# the median seconds of a step (None where none was taken).
+Turns = Generator[int, tuple[Mapping[str, Any], int], float | None]
+
+
+class Stopped(Interrupted):
+    """A run was stopped by a signal, after a step that it has saved."""
 
 
 class Pace(Protocol):
@@ -103,15 +111,15 @@ class _Window:
         self.seconds: list[float] = []
         self.skipped = 0
         self._run, self._hooks, self._log = run, hooks, log
-        self._steps: list[tuple[int, dict[str, jax.Array]]] = []
+        self._steps: list[tuple[int, Mapping[str, Any]]] = []
         self._began, self._tokens = time.perf_counter(), 0
 
-    def add(self, done: int, metrics: dict[str, jax.Array], tokens: int) -> None:
+    def add(self, done: int, metrics: Mapping[str, Any], tokens: int) -> None:
         """Adds the step that is now the last of `done`."""
         self._steps.append((done, metrics))
         self._tokens += tokens
 
-    def before_last(self) -> list[dict[str, jax.Array]]:
+    def before_last(self) -> list[Mapping[str, Any]]:
         """Returns the metrics of the step before the last, if they were not read yet."""
         return [metrics for _, metrics in self._steps[-2:-1]]
 
@@ -179,57 +187,92 @@ def train(
       Interrupted: after a signal, once the step is finished and saved.
       Diverged: `run.max_skipped` steps in a row were skipped.
     """
+    held = [state]
+    turns = taken(lambda: held[0], steps, run, hooks, log, stop)
+    with stop.deferred():
+        try:
+            number = next(turns)
+            while True:
+                batch = hooks.batch(number, held[0])
+                n_tokens = hooks.tokens(batch)
+                held[0], metrics = step(held[0], base, hooks.placed(batch))
+                number = turns.send((metrics, n_tokens))
+        except StopIteration as end:
+            return held[0], end.value
+
+
+def taken(
+    now: Callable[[], State], steps: int, run: Pace, hooks: Hooks, log: Log, stop: Stop
+) -> Turns:
+    """Trains as `train` does, but leaves it to its driver to take the steps.
+
+    A driver with several of these takes one step of each at a time.
+
+    Args:
+      now: returns the state after the steps so far; it is called where a state is looked at: before
+        the first step, and to measure, judge and save.
+      steps, run, hooks, log, stop: see `train`. Of `hooks`, `batch`, `tokens` and `placed` are the
+        driver's, who also defers signals.
+
+    Yields:
+      The number of steps before the one to take.
+
+    Returns:
+      The median seconds of a step (None where none was taken).
+
+    Raises:
+      Stopped, Diverged: see `train`.
+    """
     window = _Window(run, hooks, log)
     agreement, turn, took = Agreement(), time.monotonic(), 0.0
-    with stop.deferred():
-        begun = int(state.step)
-        owed: Sequence[Measure] = [m for m in hooks.measures if m.prefix in hooks.owed]
-        measured, owed = _measured(owed, state, begun, log)
-        if owed and begun < steps:  # the checkpoint says so already
-            raise _stopped(begun, hooks, stop)
-        if hooks.judge(state, measured):
-            return state, None
+    state = now()
+    begun = int(state.step)
+    owed: Sequence[Measure] = [m for m in hooks.measures if m.prefix in hooks.owed]
+    measured, owed = _measured(owed, now, begun, log)
+    if owed and begun < steps:  # the checkpoint says so already
+        raise _stopped(begun, hooks, stop)
+    if hooks.judge(state, measured):
+        return None
+    del state
+    window.begin()
+    for number in range(begun, steps):
+        metrics, n_tokens = yield number
+        done = number + 1
+        window.add(done, metrics, n_tokens)
+        # The host runs ahead of the device by one step, and of a slow one not at all: a signal then
+        # waits for the step in progress alone.
+        jax.block_until_ready(metrics if took > _SLOW else window.before_last())
+        took, turn = time.monotonic() - turn, time.monotonic()
+        stopping = stop.agreed(agreement, metrics)
+        if stopping or done == steps or done % run.log_every == 0 or done % run.save_every == 0:
+            window.read()
+        due = [measure for measure in hooks.measures if measure.is_due(done, steps)]
+        if stopping and done < steps:
+            measured, owed = {}, due
+        else:
+            measured, owed = _measured(due, now, done, log)
+        stopping = stopping or bool(owed)
+        ended = bool(measured) and hooks.judge(now(), measured)
+        last = stopping or ended or done == steps
+        if last:
+            window.read()
+        if (last or done % run.save_every == 0) and not window.skipped:
+            hooks.save(now(), [measure.prefix for measure in owed])
+        if stopping and done < steps:
+            raise _stopped(done, hooks, stop)
+        if ended:
+            break
         window.begin()
-        for number in range(begun, steps):
-            batch = hooks.batch(number, state)
-            n_tokens = hooks.tokens(batch)
-            state, metrics = step(state, base, hooks.placed(batch))
-            done = number + 1
-            window.add(done, metrics, n_tokens)
-            # The host runs ahead of the device by one step, and of a slow one not at all: a signal
-            # then waits for the step in progress alone.
-            jax.block_until_ready(metrics if took > _SLOW else window.before_last())
-            took, turn = time.monotonic() - turn, time.monotonic()
-            stopping = stop.agreed(agreement, metrics)
-            if stopping or done == steps or done % run.log_every == 0 or done % run.save_every == 0:
-                window.read()
-            due = [measure for measure in hooks.measures if measure.is_due(done, steps)]
-            if stopping and done < steps:
-                measured, owed = {}, due
-            else:
-                measured, owed = _measured(due, state, done, log)
-            stopping = stopping or bool(owed)
-            ended = bool(measured) and hooks.judge(state, measured)
-            last = stopping or ended or done == steps
-            if last:
-                window.read()
-            if (last or done % run.save_every == 0) and not window.skipped:
-                hooks.save(state, [measure.prefix for measure in owed])
-            if stopping and done < steps:
-                raise _stopped(done, hooks, stop)
-            if ended:
-                break
-            window.begin()
-    return state, statistics.median(window.seconds) if window.seconds else None
+    return statistics.median(window.seconds) if window.seconds else None
 
 
 def _measured(
-    due: Sequence[Measure], state: State, done: int, log: Log
+    due: Sequence[Measure], now: Callable[[], State], done: int, log: Log
 ) -> tuple[dict[str, float], Sequence[Measure]]:
     """Returns the measurements, by prefixed name, and the measures that a signal cut off."""
     measured: dict[str, float] = {}
     for index, measure in enumerate(due):
-        found = measure.take(state)
+        found = measure.take(now())
         if found is None:
             return measured, due[index:]
         if found:
@@ -239,8 +282,8 @@ def _measured(
     return measured, ()
 
 
-def _stopped(done: int, hooks: Hooks, stop: Stop) -> Interrupted:
-    return Interrupted(f"stopped after step {done}. {hooks.resume_hint}", stop.code)
+def _stopped(done: int, hooks: Hooks, stop: Stop) -> Stopped:
+    return Stopped(f"stopped after step {done}. {hooks.resume_hint}", stop.code)
 
 
 def _line(

@@ -41,11 +41,11 @@ from lora_jax.training.fit import (
     check_positions,
     compile_step,
     fit,
-    held_out_loss,
     make_ready,
     resumed,
     settings_of,
 )
+from lora_jax.training.held_out import held_out_loss
 from lora_jax.training.layout import Layout, one_device
 from lora_jax.training.losses import HELD_OUT, Loss
 from lora_jax.training.optimizer import make_optimizer, takes_from_base

@@ -218,6 +218,46 @@ def test_one_that_diverges_leaves_the_others_bitwise_as_they_were():
     )
 
 
+def test_going_on_from_a_state_is_never_having_stopped():
+    whole, began = Together(FORWARD, PARAMS), Together(FORWARD, PARAMS)
+    names = ["plain", "another rate"]
+    for together, steps in ((whole, 4), (began, 2)):
+        together.add({name: CROWD[name] for name in names})
+        train(together, names, steps)
+    states = {name: began.state(name) for name in names}
+    again = Together(FORWARD, PARAMS)
+    again.add({n: dataclasses.replace(CROWD[n], state=state) for n, state in states.items()})
+    assert [again.done(name) for name in names] == [2, 2]
+    train(again, names, 2)
+    for name in names:
+        assert_identical(again.state(name).adapter, whole.state(name).adapter)
+        assert_identical(again.state(name).opt_state, whole.state(name).opt_state)
+    assert again.unfinished == ("plain",)
+    with pytest.raises(ValueError, match="2 steps are done, more than the 1 given"):
+        dataclasses.replace(CROWD["plain"], state=states["plain"], steps=1)
+    other = dataclasses.replace(CROWD["optimiser"], state=states["plain"])
+    with pytest.raises(ValueError, match="of another adapter or optimiser"):
+        Together(FORWARD, PARAMS).add({"other": other})
+
+
+def test_free_slots_are_dropped():
+    whole, fewer = Together(FORWARD, PARAMS), Together(FORWARD, PARAMS)
+    for together in (whole, fewer):
+        together.add({name: CROWD[name] for name in ("another rate", "plain", "head")})
+        train(together, ["another rate", "plain"], 2)
+    fewer.remove("another rate")
+    fewer.remove("head")
+    fewer.shrink(5)  # no adapter has as many steps to take
+    assert [len(stack.names) for stack in fewer._stacks.values()] == [2]
+    fewer.shrink(4)
+    assert [stack.names for stack in fewer._stacks.values()] == [["plain"]]
+    for together in (whole, fewer):
+        train(together, ["plain"], 2)
+    assert_close(fewer.state("plain").adapter, whole.state("plain").adapter, 1e-5)
+    fewer.add({"another rate": CROWD["another rate"]})
+    assert [stack.names for stack in fewer._stacks.values()] == [["plain", "another rate"]]
+
+
 def test_samplers_read_the_arrays_that_train():
     """No copies: the factors of a choice are the very arrays of the step's state."""
     together = Together(FORWARD, PARAMS)

@@ -7,6 +7,8 @@ from typing import Any
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 LEDGER = "reporters.json"
+LOG = "log.txt"  # what a run prints that trains beside others
+ERROR = "error.txt"  # why such a run failed
 
 
 def read_json(path: Path) -> dict[str, Any]:

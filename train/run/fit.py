@@ -10,7 +10,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,17 @@ from lora_jax.models.attention import chosen_attention
 from lora_jax.training import fit as training
 from lora_jax.training.batches import Examples
 from lora_jax.training.data.order import Batches, Order
+from lora_jax.training.held_out import held_out_loss
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import Measure
-from lora_jax.training.losses import HELD_OUT, SCORE, Loss
+from lora_jax.training.losses import HELD_OUT, SCORE, Loss, Sums
 from lora_jax.training.optimizer import takes_from_base
 from lora_jax.training.processes import is_first, wait_for_all
 from lora_jax.training.run.best import BEST, Best
 from lora_jax.training.run.checkpoints import Checkpoints
+from lora_jax.training.run.log import Log as LoopLog
 from lora_jax.training.run.stop import Stop
+from lora_jax.training.step import State
 from train.adapters.source import find_adapter
 from train.run.adapter import check_names, rules
 from train.run.errors import as_user_errors, flag
@@ -238,61 +241,129 @@ def fit(
       Interrupted: after a signal, once the step is finished and saved.
       Diverged: too many steps in a row were skipped.
     """
-    asked = run.config.run
-    resume_hint = f"Go on with: {_resume_command(run.script)}"
     with contextlib.ExitStack() as held:
         reporting = held.enter_context(_reporting(run)) if is_first() else None
         with doing(run.console, "compiling the step"):
             began = time.perf_counter()
             step = training.compile_step(ready, forward, loss)
             compile_seconds = time.perf_counter() - began
-        log = open_log(
-            run.folder,
-            run.console,
-            first=int(ready.state.step),
-            last=run.steps,
-            owed=ready.owed,
-            reporting=reporting,
-        )
-        measures = [*more(log)]
-        if asked.eval_every and held_out is not None:
-            every, stop = asked.eval_every, run.stop
-            of_loss = training.held_out_loss(ready, forward, loss, held_out, every=every, stop=stop)
-            measures.insert(0, of_loss)
-        run.stop.remedy = resume_hint
+        log = _log(run, ready, int(ready.state.step), reporting)
+        measures = _measures(run, ready, forward, loss, held_out, more(log))
+        run.stop.remedy = resume_hint(run.script)
         trained, step_seconds = training.fit(
             ready,
             step,
             steps=run.steps,
-            pace=asked,
+            pace=run.config.run,
             loss=loss,
             measures=measures,
             log=log,
             stop=run.stop,
-            resume_hint=resume_hint,
+            resume_hint=resume_hint(run.script),
         )
-        best = {} if ready.best is None else ready.best.about
-        about = run.about | best
-        lj.save_adapter(run.folder / ADAPTER, trained, about=about, overwrite=True)
+        _keep(run, ready, trained)
+    report = _report(run, ready, trained, loss, step_seconds)
+    report |= {"compile_seconds": compile_seconds, "compiled_bytes": compiled_bytes(step)}
+    run.stop.remedy = f"The adapter is in {run.folder / ADAPTER}"
+    run.stop.check()
+    return trained, report
+
+
+def fitted(
+    run: Run,
+    ready: training.Ready,
+    now: Callable[[], State],
+    forward: Callable[..., Any],
+    loss: Loss,
+    held_out: Examples | None,
+    more: Callable[[Log | QuietLog], Iterable[Measure]] = lambda log: (),
+    *,
+    evaluation: Callable[..., Sums],
+    heard: Callable[[Log | QuietLog], LoopLog],
+) -> Generator[int, tuple[Mapping[str, Any], int], tuple[Any, dict[str, Any]]]:
+    """Trains as `fit` does, beside others: a driver takes the steps.
+
+    Args:
+      run, forward, loss, held_out, more: see `fit`.
+      ready: what training begins with, its state as shapes.
+      now: returns the state after the steps so far.
+      evaluation: see `lora_jax.training.held_out.held_out_loss`.
+      heard: returns the log that the loop writes to, around the run's own.
+    """
+    with contextlib.ExitStack() as held:
+        reporting = held.enter_context(_reporting(run)) if is_first() else None
+        log = _log(run, ready, int(now().step), reporting)
+        trained, step_seconds = yield from training.fitted(
+            ready,
+            now,
+            steps=run.steps,
+            pace=run.config.run,
+            loss=loss,
+            measures=_measures(run, ready, forward, loss, held_out, more(log), evaluation),
+            log=heard(log),
+            stop=run.stop,
+            resume_hint=resume_hint(run.script),
+        )
+        _keep(run, ready, trained)
+    return trained, _report(run, ready, trained, loss, step_seconds)
+
+
+def _log(
+    run: Run, ready: training.Ready, first: int, reporting: Reporting | None
+) -> Log | QuietLog:
+    return open_log(
+        run.folder,
+        run.console,
+        first=first,
+        last=run.steps,
+        owed=ready.owed,
+        reporting=reporting,
+    )
+
+
+def _measures(
+    run: Run,
+    ready: training.Ready,
+    forward: Callable[..., Any],
+    loss: Loss,
+    held_out: Examples | None,
+    more: Iterable[Measure],
+    evaluation: Callable[..., Sums] | None = None,
+) -> list[Measure]:
+    measures, every = [*more], run.config.run.eval_every
+    if every and held_out is not None:
+        of_loss = held_out_loss(
+            ready, forward, loss, held_out, every=every, stop=run.stop, evaluation=evaluation
+        )
+        measures.insert(0, of_loss)
+    return measures
+
+
+def _keep(run: Run, ready: training.Ready, trained: Any) -> None:
+    """Saves the adapter of a run that is over."""
+    best = {} if ready.best is None else ready.best.about
+    lj.save_adapter(run.folder / ADAPTER, trained, about=run.about | best, overwrite=True)
+
+
+def _report(
+    run: Run, ready: training.Ready, trained: Any, loss: Loss, step_seconds: float | None
+) -> dict[str, Any]:
+    """Draws the curve and prints the best; returns the report, but for the compiled step."""
     metrics = read_metrics(run.folder)
     if is_first():
         draw_curve(run.folder, metrics, loss.label)
     report = {
         "summary": lj.summary(trained),
         "steps": run.steps,
-        "compile_seconds": compile_seconds,
         "skipped_steps": [line["step"] for line in metrics if "skipped" in line],
         "median_step_seconds": step_seconds,
-        "compiled_bytes": compiled_bytes(step),
         "peak_bytes": peak_bytes(),
         "adapter_bytes": folder_bytes(run.folder / ADAPTER),
     }
     if ready.best is not None:
         _print_best(run, ready.best)
-        report |= {"best": best, "ended_early": ready.best.is_over}
-    run.stop.remedy = f"The adapter is in {run.folder / ADAPTER}"
-    run.stop.check()
-    return trained, report
+        report |= {"best": ready.best.about, "ended_early": ready.best.is_over}
+    return report
 
 
 def _reporting(run: Run) -> Reporting:
@@ -335,7 +406,7 @@ def print_adapter(run: Run, report: dict[str, Any]) -> None:
     )
 
 
-def _resume_command(script: str) -> str:
-    """Returns the command line of this run, with --resume."""
+def resume_hint(script: str) -> str:
+    """Returns the command line of this call, with --resume, in a sentence."""
     options = [arg for arg in sys.argv[1:] if arg not in ("--overwrite", "--resume")]
-    return shlex.join(["python", "-m", script, *options, "--resume"])
+    return f"Go on with: {shlex.join(['python', '-m', script, *options, '--resume'])}"

@@ -14,7 +14,7 @@ from lora_jax.training.run.checkpoints import RECORD
 from lora_jax.training.run.lock import FolderLock
 from train.adapters.source import ADAPTER
 from train.run.errors import UserError
-from train.run.files import LEDGER, METRICS, SAMPLES
+from train.run.files import ERROR, LEDGER, LOG, METRICS, SAMPLES
 from train.run.log import CURVE, read_metrics
 from train.run.options.common import Options
 from train.run.options.written import as_file, check_same_run, from_file
@@ -28,7 +28,7 @@ REPORT = "report.json"
 START = "start"
 CHECKPOINTS = "checkpoints"
 _RESULTS = (CONFIG, FACTS, SCORES, REPORT, ADAPTER, BEST, METRICS, SAMPLES, CURVE, CONFUSION)
-_REPORTS = (LEDGER, tensorboard.EVENTS, wandb.FILES)
+_REPORTS = (LEDGER, LOG, ERROR, tensorboard.EVENTS, wandb.FILES)
 _OURS = (*_RESULTS, *_REPORTS, START, CHECKPOINTS, RECORD)
 _TRAINED = (ADAPTER, CHECKPOINTS, RECORD, REPORT)  # what a run leaves once a step is done
 

@@ -230,6 +230,11 @@ def loss(config: Config, layout: Layout) -> Loss:
     return Loss(functools.partial(summed_loss, chunk=chunk, parts=layout.sequence_parts))
 
 
+def reads(config: Config) -> tuple[str, ...]:
+    """Returns that held-out rows are drawn by --seed."""
+    return ("seed",) if config.run.eval_every else ()
+
+
 TASK = Task(
     defaults=Defaults(model=SMOLLM2.name, alpha=2.0, lr=2e-4, full_lr=2e-5),
     check=check,
@@ -237,4 +242,5 @@ TASK = Task(
     outline=outline,
     examples=examples,
     loss=loss,
+    reads=reads,
 )

@@ -27,7 +27,7 @@ from train.tasks.classes import (
     print_scores,
     scores_of,
 )
-from train.tasks.task import Context, Data, Progress, Rows, Task
+from train.tasks.task import Context, Data, Evaluation, Progress, Rows, Task
 
 # Maps (rows to train on, texts) to (the baseline's name, a label for each text).
 Baseline = Callable[[Sequence[Row], Sequence[str]], tuple[str, Sequence[str]]]
@@ -112,6 +112,10 @@ class Telling:
     def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
         """Does nothing: the head is not trained yet."""
 
+    def recall(self, other: Evaluation) -> bool:
+        """Returns False: nothing of the base is measured."""
+        return False
+
     def score(
         self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
     ) -> dict[str, float]:
@@ -122,8 +126,8 @@ class Telling:
         scores = scores_of(test.labels, predicted, self.context.data.facts["labels"])
         return {name: scores[name] for name in ("accuracy", "macro_f1")}
 
-    def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
-        """Classifies the texts; writes and prints scores and mistakes."""
+    def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
+        """Classifies the texts; writes, prints and returns scores, and prints mistakes."""
         context, data = self.context, self.context.config.data
         test: Any = context.data.held_out
         names = context.data.facts["labels"]
@@ -139,6 +143,7 @@ class Telling:
         print_mistakes(context.console, texts, test.labels, probabilities, names)
         print_classes(context.console, scores)
         print_scores(context.console, ways, len(test))
+        return {name: scores[name] for name in ("accuracy", "macro_f1")}
 
     def _without_model(
         self, test: Labelled, texts: Sequence[str], names: Sequence[str]

@@ -84,6 +84,13 @@ class Evaluation(Protocol):
           forward: the model's ``apply``, or that on a tree of codes.
         """
 
+    def recall(self, other: "Evaluation") -> bool:
+        """Takes what another run measured of the same base, in the place of `before`.
+
+        Returns:
+          Whether there was anything to take; if not, nothing has changed.
+        """
+
     def score(
         self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
     ) -> dict[str, float]:
@@ -96,8 +103,10 @@ class Evaluation(Protocol):
           progress: may be called on the way, in all processes alike; ends the scoring by raising.
         """
 
-    def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
+    def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
         """Evaluates the trained model; writes and prints the scores.
+
+        Returns the scores by name, as `score` does.
 
         Args:
           model: the model.
@@ -108,6 +117,10 @@ class Evaluation(Protocol):
 
 def _unchanged(config: Any) -> Any:
     return config
+
+
+def _all(config: Any) -> tuple[str, ...]:
+    return ("seed", "batch_size", "grad_accum")
 
 
 def _no_evaluation(context: Context) -> Evaluation | None:
@@ -129,6 +142,7 @@ class Task:
       examples: encodes the rows as examples for that model.
       loss: returns the function to minimise, from the options and the layout on the mesh.
       evaluation: returns the evaluation of a run; None for none.
+      reads: returns which of --seed, --batch-size and --grad-accum rows and examples depend on.
       score: the name of the score that tells how good the model is, the higher the better; None
         where there is none but the loss.
     """
@@ -141,6 +155,7 @@ class Task:
     examples: Callable[[Any, Rows, Outline], Data]
     loss: Callable[[Any, Layout], Loss]
     evaluation: Callable[[Context], Evaluation | None] = _no_evaluation
+    reads: Callable[[Any], tuple[str, ...]] = _all
     score: str | None = None
 
     def check_options(self, config: Any) -> None:

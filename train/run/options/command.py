@@ -13,7 +13,7 @@ from train.run.options.ignored import check_effects, given_options
 Config = TypeVar("Config", bound=Options)
 
 # Of two options that exclude each other, one on the command line overrides the other in the file.
-_EXCLUSIVE = (
+EXCLUSIVE = (
     *(("steps", "epochs"), ("lr", "lr_rule"), ("warmup", "warmup_ratio")),
     ("resume", "overwrite"),
 )
@@ -31,6 +31,20 @@ def read_command(plain: Config, args: Sequence[str], prog: str) -> Config:
       UserError: an option has no effect beside the others; the file of --config cannot be read, or
         has a key or a value that no option takes.
     """
+    config, on_line, in_file = read_line(plain, args, prog)
+    check_effects(config, on_line, in_file)
+    return config
+
+
+def read_line(
+    plain: Config, args: Sequence[str], prog: str
+) -> tuple[Config, frozenset[str], dict[str, int]]:
+    """Reads a command line as `read_command` does, whether or not its options have an effect.
+
+    Returns:
+      The options; the names of those on the command line; and those of the file of --config that
+      count, with the line of each.
+    """
     path = _named_file(args)
     on_line = given_options(args)
     config = plain
@@ -39,18 +53,16 @@ def read_command(plain: Config, args: Sequence[str], prog: str) -> Config:
         config, in_file = read_options(path, config)
         overridden = {
             one
-            for pair in _EXCLUSIVE
+            for pair in EXCLUSIVE
             for one, other in (pair, pair[::-1])
             if one in in_file and other in on_line and one not in on_line
         }
-        config = replaced(config, {name: _value(plain, name) for name in overridden})
+        config = replaced(config, {name: value_of(plain, name) for name in overridden})
         # Where the file turns something on, --no-… turns it off.
         overridden |= {name.removeprefix("no_") for name in on_line if name not in in_file}
         in_file = {name: line for name, line in in_file.items() if name not in overridden}
     flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[type(plain)]]  # type: ignore[valid-type,misc]
-    config = tyro.cli(flat, args=args, prog=prog, default=config)
-    check_effects(config, on_line, in_file)
-    return config
+    return tyro.cli(flat, args=args, prog=prog, default=config), on_line, in_file
 
 
 def _named_file(args: Sequence[str]) -> str | None:
@@ -60,5 +72,6 @@ def _named_file(args: Sequence[str]) -> str | None:
     return parser.parse_known_args(args)[0].config
 
 
-def _value(config: Options, name: str) -> object:
+def value_of(config: Options, name: str) -> object:
+    """Returns the value of an option by its name."""
     return next(getattr(part, name) for part in vars(config).values() if hasattr(part, name))

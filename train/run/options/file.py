@@ -30,7 +30,7 @@ _NEEDED = {
 _NOT_IN_A_FILE = ("config",)
 
 
-class _Unfit(Exception):
+class Unfit(Exception):
     """A value does not fit its option; the message says what is needed."""
 
 
@@ -44,7 +44,7 @@ def read_options(path: str, config: Config) -> tuple[Config, dict[str, int]]:
     Raises:
       UserError: the file cannot be read, or has a key or a value that no option takes.
     """
-    kinds = _kinds(config)
+    kinds = kinds_of(config)
     values: dict[str, Any] = {}
     lines: dict[str, int] = {}
     for key, value in _entries(path):
@@ -59,9 +59,9 @@ def read_options(path: str, config: Config) -> tuple[Config, dict[str, int]]:
             )
         lines[name] = line
         try:
-            values[name] = _converted(value, kinds[name])
-        except _Unfit as error:
-            raise UserError(f"{where}: {key.value} is {_shown(value)}: {error}") from None
+            values[name] = converted(value, kinds[name])
+        except Unfit as error:
+            raise UserError(f"{where}: {key.value} is {shown(value)}: {error}") from None
     given = {name: line for name, line in lines.items() if values[name] is not None}
     return replaced(config, values), given
 
@@ -129,7 +129,7 @@ def _entries(path: str) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
     return root.value
 
 
-def _kinds(config: Options) -> dict[str, Any]:
+def kinds_of(config: Options) -> dict[str, Any]:
     """Returns the type of each option that may stand in a file, by its name."""
     kinds: dict[str, Any] = {}
     for group in dataclasses.fields(config):
@@ -147,8 +147,12 @@ def _unknown(key: str, value: yaml.Node, kinds: Mapping[str, Any], config: Optio
     return f"there is no option {key}; the nearest is {likely}"
 
 
-def _converted(node: yaml.Node, kind: Any) -> Any:
-    """Returns the value of a node, of the type that an option has."""
+def converted(node: yaml.Node, kind: Any) -> Any:
+    """Returns the value of a node, of the type that an option has.
+
+    Raises:
+      Unfit: it is of another type.
+    """
     extras: tuple[Any, ...] = ()
     if typing.get_origin(kind) is typing.Annotated:
         kind, *rest = typing.get_args(kind)
@@ -158,11 +162,11 @@ def _converted(node: yaml.Node, kind: Any) -> Any:
         if node.tag == f"{_TAG}null":
             return None
         (kind,) = (argument for argument in arguments if argument is not type(None))
-        return _converted(node, kind)
+        return converted(node, kind)
     if origin is tuple:
         # One value is a list of one, as on the command line.
         nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        return tuple(_converted(one, arguments[0]) for one in nodes)
+        return tuple(converted(one, arguments[0]) for one in nodes)
     if origin is Literal:
         return _one_of(node, arguments)
     if choices := next((c for c in (getattr(x, "choices", None) for x in extras) if c), None):
@@ -173,13 +177,13 @@ def _converted(node: yaml.Node, kind: Any) -> Any:
 def _one_of(node: yaml.Node, choices: tuple[str, ...]) -> str:
     text = _plain(node, str)
     if text not in choices:
-        raise _Unfit(f"one of {', '.join(choices)} is needed")
+        raise Unfit(f"one of {', '.join(choices)} is needed")
     return text
 
 
 def _plain(node: yaml.Node, kind: type) -> Any:
     if not isinstance(node, yaml.ScalarNode) or node.tag == f"{_TAG}null":
-        raise _Unfit(_NEEDED[kind])
+        raise Unfit(_NEEDED[kind])
     if kind is str:
         return node.value
     is_plain = node.style is None  # text in quotes is not a number
@@ -191,10 +195,11 @@ def _plain(node: yaml.Node, kind: type) -> Any:
             pass
     if kind in (int, bool) and node.tag == f"{_TAG}{kind.__name__}":
         return yaml.SafeLoader("").construct_object(node)
-    raise _Unfit(_NEEDED[kind])
+    raise Unfit(_NEEDED[kind])
 
 
-def _shown(node: yaml.Node) -> str:
+def shown(node: yaml.Node) -> str:
+    """Returns a value as it stands in a file, for messages."""
     if isinstance(node, yaml.ScalarNode):
         return repr(node.value) if node.style else node.value or "nothing"
     return "a list" if isinstance(node, yaml.SequenceNode) else "a group of keys"

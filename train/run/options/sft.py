@@ -108,7 +108,11 @@ class SftRunConfig(RunConfig):
     """Evaluation and output."""
 
     output: str = "runs/sql"
-    """The output folder of the run."""
+    """The output folder of the run; with --many, of the folders of all runs."""
+    many: str | None = None
+    """Train a table of runs over one base side by side: a file (.csv, .tsv, .jsonl, .json or .yaml)
+    with a row a run. `name` is its folder in --output; other columns are options, by their names
+    here, that override the command line for this run."""
     sample_prompts: tuple[str, ...] = ()
     """Prompts for the model to answer (greedily) while it trains, for the log and samples.jsonl:
     texts, or one file: .txt with a prompt per line, or .jsonl with rows that have a `prompt`, or

@@ -10,7 +10,7 @@ from train.run.options.file import as_yaml, read_options
 from train.run.options.ignored import idle_options
 
 # Options of one call of the script, or of one of its processes.
-_OF_A_CALL = ("config", "resume", "overwrite", "distributed", "dry_run")
+_OF_A_CALL = ("config", "many", "resume", "overwrite", "distributed", "dry_run")
 _OF_A_PROCESS = ("coordinator", "num_processes", "process_id")
 # Options that a resumed run may change: its length, devices, reports, and checkpoints. Any other
 # change would make it another run.

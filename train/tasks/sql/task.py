@@ -32,7 +32,7 @@ from train.tasks.sql.evaluate import (
     print_scores,
 )
 from train.tasks.sql.examples import training_examples
-from train.tasks.task import Context, Data, Progress, Rows
+from train.tasks.task import Context, Data, Evaluation, Progress, Rows
 
 STEPS = 35
 
@@ -85,6 +85,13 @@ class Answering:
             self._ask(way, model, params, forward, few_shot)
         write_json(path, scores.as_json())
 
+    def recall(self, other: Evaluation) -> bool:
+        """Takes the base's answers from another run, if it asked the same questions."""
+        if not isinstance(other, Answering) or not self.scores.recall(other.scores.as_json()):
+            return False
+        write_json(self.context.folder / SCORES, self.scores.as_json())
+        return True
+
     def score(
         self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
     ) -> dict[str, float]:
@@ -94,19 +101,15 @@ class Answering:
             model, params, outline, scores.questions, forward=forward, progress=progress
         )
         scores.add(ADAPTED, answers)
-        of_kind = {kind: ways[ADAPTED] for kind, ways in scores.accuracies().items()}
-        return {
-            "accuracy": sum(of_kind.values()) / len(of_kind),
-            "unseen_schemas": of_kind[UNSEEN_SCHEMAS],
-            "unseen_phrasings": of_kind[UNSEEN_BOTH],
-        }
+        return _accuracies(scores)
 
-    def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
-        """Asks the trained model; writes the answers and prints examples and accuracies."""
+    def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
+        """Asks the trained model; writes its answers; prints examples, and returns accuracies."""
         self._ask(ADAPTED, model, params, forward, few_shot=False)
         write_json(self.context.folder / SCORES, self.scores.as_json())
         print_examples(self.context.console, self.scores.examples())
         print_scores(self.context.console, self.scores.accuracies())
+        return _accuracies(self.scores)
 
     def _ask(
         self, way: str, model: Any, params: Any, forward: Callable[..., Any], few_shot: bool
@@ -127,10 +130,25 @@ class Answering:
             self.scores.add(way, answers)
 
 
+def _accuracies(scores: Scores) -> dict[str, float]:
+    """Returns the execution accuracies of the trained model."""
+    of_kind = {kind: ways[ADAPTED] for kind, ways in scores.accuracies().items()}
+    return {
+        "accuracy": sum(of_kind.values()) / len(of_kind),
+        "unseen_schemas": of_kind[UNSEEN_SCHEMAS],
+        "unseen_phrasings": of_kind[UNSEEN_BOTH],
+    }
+
+
 def evaluation(context: Context) -> Answering | None:
     """Returns the evaluation by questions; None if --eval-questions is 0."""
     questions = _questions(context.config)
     return Answering(context, Scores(questions)) if questions else None
+
+
+def reads(config: Config) -> tuple[str, ...]:
+    """Returns that the questions are drawn by --seed, as many as 35 steps see."""
+    return ("seed", "batch_size", "grad_accum")
 
 
 def _questions(config: Config) -> Questions | None:
@@ -153,5 +171,6 @@ TASK = dataclasses.replace(
     rows=read,
     examples=examples,
     evaluation=evaluation,
+    reads=reads,
     score="accuracy",
 )

@@ -1,0 +1,136 @@
+"""Drives runs of training side by side: one step of each at a time.
+
+Each run is the loop of `lora_jax.training.loop.taken`, as a run alone has it; the driver takes the
+steps of all at once.
+"""
+
+import dataclasses
+from collections.abc import Callable, Generator, Mapping
+from typing import Any
+
+import numpy as np
+
+from lora_jax.bank.together import Together
+from lora_jax.training.batches import Batch
+from lora_jax.training.loop import Stopped
+
+Metrics = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Running:
+    """A run that leaves its steps to a driver.
+
+    Attributes:
+      turns: yields the number of a step to take, is sent its metrics and tokens, and returns what
+        came of the run; see `lora_jax.training.fit.fitted`.
+      batch: returns the batch of the step with that number.
+      tokens: counts the tokens of a batch, without padding.
+    """
+
+    turns: Generator[int, tuple[Metrics, int], Any]
+    batch: Callable[[int], Batch]
+    tokens: Callable[[Batch], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """Holds what a run returned, or what ended it."""
+
+    result: Any = None
+    error: BaseException | None = None
+
+
+def side_by_side(
+    step: Callable[[Mapping[str, Batch]], Mapping[str, Metrics]],
+    runs: Mapping[str, Running],
+    *,
+    ended: Callable[[str, Ending], object] = lambda name, ending: None,
+    turned: Callable[[], object] = lambda: None,
+) -> dict[str, Ending]:
+    """Trains all runs to their ends. One that ends or fails leaves; the others do not notice.
+
+    Args:
+      step: takes a step with each run that has a batch, and returns their metrics; see `step_of`.
+      runs: by name.
+      ended: is called with the name of a run that is over, and what came of it.
+      turned: is called after each step.
+
+    Returns:
+      What came of each run, by name. A signal that each run hears of ends each with `Stopped`.
+
+    Raises:
+      Exception: the common step failed; a second signal, which ends everything at once, too.
+    """
+    endings: dict[str, Ending] = {}
+    numbers: dict[str, int] = {}
+
+    def advance(name: str, work: Callable[[], Any]) -> Any:
+        """Returns what a run's part of a turn gives; None where the run has ended."""
+        try:
+            return work()
+        except StopIteration as end:
+            endings[name] = Ending(result=end.value)
+        except (Exception, Stopped) as error:
+            endings[name] = Ending(error=error)
+        numbers.pop(name, None)
+        runs[name].turns.close()
+        ended(name, endings[name])
+        return None
+
+    try:
+        for name, run in runs.items():
+            number = advance(name, lambda run=run: next(run.turns))  # type: ignore[misc]
+            if number is not None:
+                numbers[name] = number
+        while numbers:
+            batches: dict[str, Batch] = {}
+            for name, number in [*numbers.items()]:
+                batch = advance(name, lambda n=name, i=number: runs[n].batch(i))  # type: ignore[misc]
+                if batch is not None:
+                    batches[name] = batch
+            found = step(batches) if batches else {}
+            for name, batch in batches.items():
+                sent = found[name], runs[name].tokens(batch)
+                number = advance(name, lambda n=name, s=sent: runs[n].turns.send(s))  # type: ignore[misc]
+                if number is not None:
+                    numbers[name] = number
+            turned()
+    finally:
+        for run in runs.values():
+            run.turns.close()
+    return endings
+
+
+def step_of(together: Together) -> Callable[[Mapping[str, Batch]], dict[str, Metrics]]:
+    """Returns a function that takes a step with each adapter that has a batch.
+
+    The batches of one stack are filled up to the largest of them with zeros, which have to be
+    padding: `lora_jax.training.Packs` have weights of 0 there.
+    """
+
+    def step(batches: Mapping[str, Batch]) -> dict[str, Metrics]:
+        filled: dict[str, Batch] = {}
+        for names in together.stacks(batches):
+            filled |= padded({name: batches[name] for name in names})
+        return {**together.step(filled)}
+
+    return step
+
+
+def padded(batches: Mapping[str, Batch]) -> dict[str, Batch]:
+    """Returns batches of the same arrays, filled up with zeros to the largest shape of each."""
+    shapes = [{key: array.shape for key, array in batch.items()} for batch in batches.values()]
+    largest = {
+        key: tuple(map(max, zip(*(s[key] for s in shapes), strict=True))) for key in shapes[0]
+    }
+
+    def filled(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        if array.shape == shape:
+            return array
+        return np.pad(array, [(0, most - n) for n, most in zip(array.shape, shape, strict=True)])
+
+    return {
+        name: {key: filled(array, largest[key]) for key, array in batch.items()}
+        for name, batch in batches.items()
+    }

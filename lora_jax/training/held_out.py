@@ -1,0 +1,80 @@
+"""The loss on held-out examples, as a measure of a run."""
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lora_jax.training.batches import Batch, Examples
+from lora_jax.training.fit import Ready
+from lora_jax.training.layout import Layout
+from lora_jax.training.loop import Measure
+from lora_jax.training.losses import HELD_OUT, Loss, Sums
+from lora_jax.training.optimizer import averaged
+from lora_jax.training.processes import Agreement
+from lora_jax.training.run.stop import Stop
+from lora_jax.training.step import State, make_evaluation
+
+
+def held_out_loss(
+    ready: Ready,
+    forward: Callable[..., Any],
+    loss: Loss,
+    examples: Examples,
+    *,
+    every: int,
+    stop: Stop,
+    evaluation: Callable[..., Sums] | None = None,
+) -> Measure:
+    """Returns the measure of a loss, and of its logs, on held-out examples.
+
+    Args:
+      ready: the run.
+      forward: the adapted function that the loss calls.
+      loss: the function to measure, and who divides it.
+      examples: are taken in batches of the run's size, none twice.
+      every: steps between two measurements.
+      stop: tells of a signal, which cuts a measurement short.
+      evaluation: what `compiled_evaluation` returned, for runs that share it.
+    """
+    layout = ready.setup.layout
+    evaluate = evaluation or compiled_evaluation(layout, forward, loss)
+
+    def sums_of(adapter: Any, part: Batch) -> Sums:
+        batch = layout.batch(part, parts=False)
+        with jax.set_mesh(layout.mesh):
+            return jax.tree.map(float, evaluate(adapter, ready.base, batch))
+
+    def take(state: State) -> dict[str, float] | None:
+        parts, agreement, adapter = [], Agreement(), averaged(state.opt_state, state.adapter)
+        for part in examples.parts(ready.feed.batch_size):
+            parts.append(sums_of(adapter, part))
+            if stop.agreed(agreement):
+                return None
+        return means(loss, functools.reduce(_added, parts))
+
+    return Measure(every=every, prefix=HELD_OUT, take=take)
+
+
+def compiled_evaluation(
+    layout: Layout, forward: Callable[..., Any], loss: Loss
+) -> Callable[..., Sums]:
+    """Returns ``(adapter, base, batch) -> sums``, compiled for each kind of adapter and shape."""
+    return jax.jit(
+        make_evaluation(forward, loss),
+        out_shardings=layout.whole,
+        compiler_options=layout.compiler_options,
+    )
+
+
+def _added(one: Sums, other: Sums) -> Sums:
+    return jax.tree.map(operator.add, one, other)
+
+
+def means(loss: Loss, sums: Sums) -> dict[str, float]:
+    """Returns the loss, in the sense of its reduction, and its logs divided by the count."""
+    count: Any = sums.count or 1.0
+    total: Any = sums.total / count if loss.reduction == "mean" else sums.total
+    return {"loss": total, **{name: value / count for name, value in sums.logs.items()}}

@@ -1,0 +1,64 @@
+"""The parts of a table of runs: rows that are read once, the board, and a run's own log."""
+
+import dataclasses
+import io
+from contextlib import ExitStack
+
+from rich.console import Console
+
+from train import inputs
+from train.inputs import Reader
+from train.many.board import Board, Paper
+from train.run.options.common import with_defaults
+from train.run.options.file import replaced
+from train.run.options.sft import Config
+from train.tasks.chats import TASK
+from train.tasks.sql.task import TASK as SQL
+
+
+def test_rows_are_read_once_for_all_runs_that_share_them(monkeypatch):
+    monkeypatch.setattr(inputs, "read", lambda config, task: object())
+    reader = Reader()
+    plain = with_defaults(replaced(Config(), {"dataset": ("rows.jsonl",)}), TASK.defaults)
+
+    def found(task=TASK, **options):
+        return reader(replaced(plain, options), task)
+
+    first = found()
+    same = [{"lr": 3e-4, "rank": 3, "steps": 9}, {"seed": 5}, {"output": "b", "batch_size": 2}]
+    assert all(found(**options) is first for options in same)
+    others = [{"seq_len": 64}, {"packing": True}, {"train_on": "all"}, {"rows": 5}]
+    others += [{"dataset": ("b.jsonl",)}, {"stream": True}, {"eval_every": 2}]
+    made = [found(**options) for options in others]
+    assert len({*map(id, made), id(first)}) == len(others) + 1
+    # The seed draws held-out rows, and the questions of the SQL task.
+    assert found(eval_every=2, seed=1) is not found(eval_every=2)
+    assert found(SQL, seed=1) is not found(SQL) is found(SQL, lr=1e-5)
+    never = dataclasses.replace(TASK, reads=lambda config: ())
+    assert found(never, eval_every=2, seed=1) is found(never, eval_every=2)
+
+
+def test_the_board_shows_all_runs(monkeypatch):
+    console = Console(file=io.StringIO(), width=100)
+    board = Board(console, {"a": 9, "b [1]": 4})
+    with board:
+        board.show()
+        assert not console.file.getvalue()  # nothing is new
+        board.note("a", {"step": 3, "loss": 1.5, "tokens_per_s": 1234.0})
+        board.note("a", {"step": 3, "eval_loss": 2.25})
+        board.show()
+        board.note("a", {"step": 4, "loss": 1.25})
+        board.show()  # too soon
+        board.ended("b [1]", "failed")
+    rows = [line.split() for line in console.file.getvalue().splitlines()]
+    assert rows[1] == ["a", "3/9", "1.5000", "2.2500", "1,234"]
+    assert rows[2] == ["b", "[1]", "0/4"] and rows[3:] == [["b", "[1]:", "failed"]]
+
+
+def test_what_a_run_prints_is_kept_in_its_folder_once_it_has_one(tmp_path):
+    paper = Paper()
+    paper.console.print("before")
+    with ExitStack() as held:
+        paper.keep_in(tmp_path, held)
+        paper.console.print("after")
+        assert (tmp_path / "log.txt").read_text() == "before\nafter\n"

@@ -1,0 +1,127 @@
+"""The inputs of a run before its weights: rows, outline and examples, and their consequences."""
+
+import dataclasses
+import json
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from lora_jax.training.data.order import Batches, Feed, Order
+from lora_jax.training.layout import Layout
+from train.data.mixture import used
+from train.run import hosts
+from train.run.fit import attention_line, check_rules, learning_rate, number_of_steps
+from train.run.options.common import as_json
+from train.run.output import saved_options
+from train.run.pretrained import Outline
+from train.run.progress.samples import Prompts
+from train.tasks.task import Data, Rows, Task
+
+# Options that rows, outline and examples do not depend on, but for those that the task `reads`.
+_OF_OPTIMISER = (
+    *("optimizer", "lr", "lr_rule", "lora_plus", "beta1", "beta2", "eps", "momentum", "schedule"),
+    *("warmup", "warmup_ratio", "min_lr", "decay", "weight_decay", "grad_clip", "neftune"),
+    *("loss_chunk", "steps", "epochs", "seed", "batch_size", "grad_accum"),
+)
+_OF_RUN = (
+    *("output", "resume", "overwrite", "log_every", "save_every", "keep", "score_every"),
+    *("keep_best", "patience", "report_to", "report_project", "max_skipped"),
+    *("sample_prompts", "sample_every", "sample_tokens"),
+)
+_HOLDING_OUT = ("eval_every", "eval_questions")  # of a resumed run, as it began
+
+
+class Read(NamedTuple):
+    """Rows, the model's outline, and the rows as examples for it."""
+
+    rows: Rows
+    outline: Outline
+    data: Data
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Holds what a run reads before its weights.
+
+    Attributes:
+      read: its rows, outline and examples.
+      prompts: of --sample-prompts; None for none.
+      feed: its batches.
+      steps: their number.
+      rate: the highest learning rate.
+      layout: of the model on the mesh.
+      lines: to print before training.
+    """
+
+    read: Read
+    prompts: Prompts | None
+    feed: Batches
+    steps: int
+    rate: float
+    layout: Layout
+    lines: tuple[str, ...]
+
+
+def read(config: Any, task: Task) -> Read:
+    """Reads rows and the model's outline, and encodes the rows; all processes have to call this.
+
+    Raises:
+      UserError: something is missing, or does not fit the model.
+    """
+    rows = task.rows(config)
+    outline = task.outline(config, rows).quantized(config.optim.quantize)
+    outline.check_experts(config.optim.experts)
+    hosts.check_alike(config, rows=rows.train, held_out=rows.held_out, model=outline.config)
+    return Read(rows, outline, task.examples(config, rows, outline))
+
+
+class Reader:
+    """Reads as `read` does, but once for all runs of the same data."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, str], Read] = {}
+
+    def __call__(self, config: Any, task: Task) -> Read:
+        """Returns what `read` does; see there. What is read while training is each run's own."""
+        if getattr(config.data, "stream", False):
+            return read(config, task)
+        left_out = {field.name for field in dataclasses.fields(config.adapter)}
+        left_out |= {*_OF_OPTIMISER, *_OF_RUN} - {*task.reads(config)}
+        saved = saved_options(config)
+        facts = {k: v for k, v in as_json(config).items() if k not in left_out}
+        facts["began"] = {name: saved.get(name) for name in _HOLDING_OUT} if saved else None
+        key = id(task), json.dumps(facts, sort_keys=True)
+        if key not in self._found:
+            self._found[key] = read(config, task)
+        return self._found[key]
+
+
+def inputs_of(config: Any, mesh: Mesh, found: Read) -> Inputs:
+    """Returns the inputs of a run, checked against the model.
+
+    Raises:
+      TrainingError: options, examples and model do not fit.
+    """
+    _, outline, data = found
+    optim = config.optim
+    asked = getattr(config.run, "sample_prompts", ())
+    prompts = Prompts(config.run, outline) if asked else None
+    order = Order.of(data.train, optim.seed, optim.batch_size, optim.grad_accum)
+    steps = number_of_steps(optim, order)
+    feed: Batches = Feed(data.train, order, data.name, data.source)
+    if data.feed is not None:
+        feed = data.feed(steps)
+    rate = learning_rate(config, outline, steps)
+    check_rules(config, outline)
+    layout = Layout.of(mesh, outline.config)
+    layout.check_lengths(data.facts.get("lengths", [data.facts["sequence_length"]]))
+    attention = attention_line(config, outline, layout, data.facts["sequence_length"])
+    return Inputs(
+        read=found,
+        prompts=prompts,
+        feed=feed,
+        steps=steps,
+        rate=rate,
+        layout=layout,
+        lines=(*data.lines, *used(data.train, order, steps), attention),
+    )

@@ -1,0 +1,159 @@
+"""The progress of all runs of a table in the console, and the log in the folder of each."""
+
+import io
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from lora_jax.training.run.log import Line
+from train.run.files import LOG
+from train.run.log import Log, QuietLog
+
+_SECONDS = 5.0  # between tables in a log file
+_WIDTH = 100  # characters of a run's own log
+
+
+class Board:
+    """Shows a table of all runs: in a terminal always the newest, in a log file now and then."""
+
+    def __init__(self, console: Console, steps: Mapping[str, int]) -> None:
+        """Begins with runs that have taken no step.
+
+        Args:
+          console: to print to.
+          steps: the number of the last step of each run, by name.
+        """
+        self._console = console
+        self._steps = steps
+        self._lines: dict[str, Line] = {}
+        self._said: dict[str, str] = {}
+        self._shown, self._is_new = float("-inf"), False
+        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+
+    def __enter__(self) -> "Board":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def note(self, name: str, line: Line) -> None:
+        """Takes a line of a run's metrics."""
+        self._lines[name] = {**self._lines.get(name, {}), **line}
+        self._is_new = True
+
+    def ended(self, name: str, how: str) -> None:
+        """Says how a run ended."""
+        self._said[name] = how
+        self._is_new = True
+        if self._live is None:
+            self._console.print(f"{name}: {how}", highlight=False, soft_wrap=True, markup=False)
+
+    def show(self) -> None:
+        """Shows the runs, if anything is new and the last table is old enough."""
+        now = time.monotonic()
+        if not self._is_new or (self._live is None and now - self._shown < _SECONDS):
+            return
+        self._shown, self._is_new = now, False
+        if self._live:
+            self._live.update(self._table(), refresh=True)
+        else:
+            self._console.print(self._table())
+
+    def _table(self) -> Table:
+        table = Table(box=None, pad_edge=False)
+        for title in ("run", "step", "loss", "held-out", "tokens/s", ""):
+            table.add_column(title, justify="left" if title in ("run", "") else "right")
+        for name, steps in self._steps.items():
+            line = self._lines.get(name, {})
+            table.add_row(
+                _cell(name),
+                f"{line.get('step', 0)}/{steps}",
+                _figure(line.get("loss"), ".4f"),
+                _figure(line.get("eval_loss"), ".4f"),
+                _figure(line.get("tokens_per_s"), ",.0f"),
+                self._said.get(name, ""),
+            )
+        return table
+
+
+class Heard:
+    """A run's own log, whose lines the board gets, too."""
+
+    def __init__(self, log: Log | QuietLog, board: Board, name: str) -> None:
+        self._log, self._board, self._name = log, board, name
+
+    def __enter__(self) -> "Heard":
+        self._log.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._log.__exit__(*error)
+
+    def add(self, line: Line) -> None:
+        """Takes a line of metrics."""
+        self._log.add(line)
+        self._board.note(self._name, line)
+
+    def skipped(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Takes the metrics of a step that was skipped."""
+        self._log.skipped(step, metrics)
+        self._board.note(self._name, {"step": step, "loss": metrics["loss"]})
+
+
+class Paper:
+    """The console of one run: what it prints goes to log.txt in its folder.
+
+    Until the folder is this run's, it is kept in memory.
+
+    Attributes:
+      console: the console.
+    """
+
+    def __init__(self) -> None:
+        self._kept = io.StringIO()
+        self.console = Console(file=self._kept, width=_WIDTH, force_terminal=False, no_color=True)
+
+    def keep_in(self, folder: Path, held: ExitStack) -> None:
+        """Writes what was printed, and what comes, to the folder's log.
+
+        Args:
+          folder: the run's.
+          held: closes the file in the end.
+        """
+        file = held.enter_context((folder / LOG).open("a", encoding="utf-8", buffering=1))
+        file.write(self._kept.getvalue())
+        self.console.file = file
+
+
+def print_results(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints the results of all runs, a row each."""
+    table = Table(title="Runs")
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)
+    return text.replace("[", r"\[")
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

@@ -1,0 +1,402 @@
+"""Trains a table of runs over one base side by side, each as if it ran alone.
+
+It reads from top to bottom, as `train.finetune` does: check, load, adapt, train, save, measure. A
+run has what it has alone: folder, lock, options, log, checkpoints, best adapter, report; so it can
+go on alone, too. One that fails leaves the others alone.
+"""
+
+import csv
+import dataclasses
+import functools
+import io
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+
+import lora_jax as lj
+from lora_jax.bank.side_by_side import Ending, Running, side_by_side, step_of
+from lora_jax.bank.tenants import Tenant
+from lora_jax.bank.together import Together
+from lora_jax.training.errors import Interrupted, TrainingError
+from lora_jax.training.fit import Ready, tree_of
+from lora_jax.training.held_out import compiled_evaluation
+from lora_jax.training.loop import Stopped
+from lora_jax.training.losses import HELD_OUT, SCORE, Loss, Sums
+from lora_jax.training.optimizer import has_dropout
+from lora_jax.training.processes import write_json, write_text
+from lora_jax.training.run.log import duration
+from train.finetune import measures, run_of, weights_of
+from train.inputs import Inputs, Reader, inputs_of
+from train.many.board import Board, Heard, Paper, print_results
+from train.run import hosts
+from train.run.adapter import rules
+from train.run.cache import keep_compiled
+from train.run.errors import flag
+from train.run.files import ERROR
+from train.run.fit import Run, adapted, begin_run, fitted, print_adapter, resume_hint
+from train.run.log import doing, read_metrics
+from train.run.mesh import make_mesh
+from train.run.optimizer import optimizer_options
+from train.run.options.file import replaced
+from train.run.options.table import RESULTS, Row, placed_error
+from train.run.output import ADAPTER, CONFIG, REPORT, locked_output
+from train.run.report import tree_bytes
+from train.run.reporters.registry import check_reporters
+from train.run.session import Session
+from train.tasks.task import Context, Evaluation, Task
+
+FAILED = 1  # the exit code where some runs failed
+# Where runs are over, the others' step is compiled anew for fewer if it has as many to take.
+_WORTH_COMPILING = 50
+
+
+class Asked(NamedTuple):
+    """A run of the table, with its task and the task's defaults."""
+
+    row: Row[Any]
+    task: Task
+
+
+@dataclasses.dataclass(eq=False)
+class _One:
+    """A run of the table on its way.
+
+    Attributes:
+      row: its row, and its options.
+      task: what it trains on.
+      paper: its console.
+      run, inputs: as in a run alone.
+      loss: the function to minimise; those of equal options are one object.
+      evaluation: before and after training; None for none.
+      ready: what it trains from, its state as shapes.
+      ending: what came of it.
+      score: the task's score in the end.
+    """
+
+    row: Row[Any]
+    task: Task
+    paper: Paper
+    run: Run
+    inputs: Inputs
+    loss: Loss
+    evaluation: Evaluation | None = None
+    ready: Ready | None = None
+    ending: Ending = Ending()
+    score: float | None = None
+
+    @property
+    def config(self) -> Any:
+        """Its options, with the task's defaults."""
+        return self.run.config
+
+
+def train_many(script: str, asked: Sequence[Asked], session: Session) -> None:
+    """Trains a table of runs.
+
+    Args:
+      script: the command, for the hint how to go on: "train.sft".
+      asked: the runs, checked, with their tasks' defaults.
+      session: tells of signals.
+
+    Raises:
+      TrainingError: a row asks for something that cannot be done; nothing was trained.
+      Interrupted: after a signal, once the last step of each run is saved.
+      SystemExit: with code 1, once all others are done, if a run failed.
+    """
+    began = time.monotonic()
+    console = hosts.console()
+    first = asked[0].row.options
+    if cached := keep_compiled(first.run.compilation_cache):
+        console.print(cached, highlight=False, soft_wrap=True)
+    rows_at_once = math.gcd(*(row.options.optim.batch_size for row, _ in asked))
+    mesh = make_mesh(first.run.mesh, rows_at_once)
+
+    # Cheap checks come first, of all rows. Only then are weights read, once.
+    reader, losses, ones = Reader(), dict[Any, Loss](), list[_One]()
+    for wanted in asked:
+        try:
+            ones.append(_opened(script, wanted, mesh, reader, losses, session))
+        except TrainingError as error:
+            raise placed_error(wanted.row.where, error) from error
+    outline, layout = ones[0].inputs.read.outline, ones[0].inputs.layout
+    with doing(console, f"reading the weights of {outline.name}"):
+        model, plain = weights_of(ones[0].config, outline, layout)
+    console.print(f"{len(ones)} runs train side by side over {outline.name}", highlight=False)
+
+    # The adapters, and the base for comparison.
+    tenants = {}
+    for one in ones:
+        with _alone(one):
+            tenants[one.row.name] = _begun(one, plain, session.release)
+    is_quantized = first.optim.quantize != "none"
+    answering = lj.adapt(model.apply)  # as the model itself answers, not laid out for a step
+    evaluated = answering if is_quantized else model.apply
+    _evaluate_base([one for one in ones if one.row.name in tenants], model, plain, evaluated)
+
+    # Training.
+    dropped = any(has_dropout(tenant.params) for tenant in tenants.values())
+    forward = lj.adapt(layout.constrained(model, dropout=dropped).apply)
+    together = Together(forward, plain, compiler_options=layout.compiler_options)
+    stopped = _trained(ones, tenants, together, model, forward, answering, console, session)
+    base_bytes = tree_bytes(plain)
+    del together, tenants
+
+    # The trained models.
+    session.stop.remedy = resume_hint(script)
+    for one in ones:
+        if one.ending.result is None:
+            continue
+        with _alone(one):
+            trained, report = one.ending.result
+            report |= {"base_bytes": base_bytes, "side_by_side": len(ones)}
+            write_json(one.run.folder / REPORT, report)
+            print_adapter(one.run, report)
+            if one.evaluation and not stopped:  # a resumed run evaluates what is over
+                tree = trained if is_quantized else lj.merge(trained)
+                scores = one.evaluation.after(model, tree, evaluated)
+                one.score = scores.get(one.task.score or "")
+                del tree
+    _finish(ones, console, stopped, session, began)
+
+
+def _opened(
+    script: str,
+    asked: Asked,
+    mesh: Any,
+    reader: Reader,
+    losses: dict[Any, Loss],
+    session: Session,
+) -> _One:
+    """Returns a run, its options checked, its folder locked and its rows read."""
+    row, task = asked
+    config, paper = task.completed(row.options), Paper()
+    folder = Path(config.run.output).expanduser()
+    going_on = config.run.resume and (folder / CONFIG).exists()
+    config = replaced(config, {"resume": going_on})
+    check_reporters(config.run.report_to)
+    rules(config.adapter)
+    folder = locked_output(config, session.release, paper.console)
+    inputs = inputs_of(config, mesh, reader(config, task))
+    for line in inputs.lines:
+        paper.console.print(line, highlight=False, soft_wrap=True)
+    run = run_of(script, config, task, session.stop, folder, paper.console, inputs)
+    # Adapters of one kind have one loss.
+    kind = task.loss, config.optim.loss_chunk
+    loss = losses.setdefault(kind, task.loss(config, inputs.layout))
+    return _One(row, task, paper, run, inputs, loss)
+
+
+def _begun(one: _One, plain: Any, held: ExitStack) -> Tenant:
+    """Adapts the base for a run, new or resumed; returns what trains beside others."""
+    config, run, data = one.config, one.run, one.inputs.read.data
+    optim = config.optim
+    key = jax.random.key(optim.seed)
+    outline = one.inputs.read.outline
+    params = adapted(config, outline, plain, run.folder, jax.random.fold_in(key, 0))
+    params = run.layout.placed(params)
+    ready = begin_run(run, params, jax.random.fold_in(key, 1), data.facts)
+    one.paper.keep_in(run.folder, held)
+    (run.folder / ERROR).unlink(missing_ok=True)
+    context = Context(
+        config=config,
+        folder=run.folder,
+        console=run.console,
+        rows=one.inputs.read.rows,
+        data=data,
+        outline=outline,
+    )
+    one.evaluation = one.task.evaluation(context)
+    one.ready = dataclasses.replace(ready, state=jax.eval_shape(lambda: ready.state))
+    return Tenant(
+        params=params,
+        schedule=ready.setup.schedule,
+        steps=run.steps,
+        loss=one.loss,
+        optimizer=optim.optimizer,
+        weight_decay=optim.weight_decay,
+        grad_clip=optim.grad_clip,
+        lora_plus=optim.lora_plus,
+        options=optimizer_options(optim),
+        noise=optim.neftune,
+        key=ready.state.key,
+        state=ready.state if int(ready.state.step) else None,  # a new one takes memory in its slot
+    )
+
+
+def _evaluate_base(
+    ones: Sequence[_One], model: Any, plain: Any, forward: Callable[..., Any]
+) -> None:
+    """Measures the base once for all runs that measure the same."""
+    done: list[Evaluation] = []
+    for one in ones:
+        if one.evaluation is None or any(map(one.evaluation.recall, done)):
+            continue
+        one.evaluation.before(model, plain, forward)
+        done.append(one.evaluation)
+
+
+def _trained(
+    ones: Sequence[_One],
+    tenants: dict[str, Tenant],
+    together: Together,
+    model: Any,
+    forward: Callable[..., Any],
+    answering: Callable[..., Any],
+    console: Console,
+    session: Session,
+) -> bool:
+    """Trains all runs to their ends; returns whether a signal stopped some."""
+    by_name = {one.row.name: one for one in ones if one.row.name in tenants}
+    layout = ones[0].inputs.layout
+    evaluations: dict[int, Callable[..., Sums]] = {}
+    board = Board(console, {name: one.run.steps for name, one in by_name.items()})
+
+    def running(one: _One) -> Running:
+        assert one.ready is not None
+        name, run, ready, inputs = one.row.name, one.run, one.ready, one.inputs
+        tree = functools.partial(tree_of, ready)
+        more = functools.partial(measures, run, inputs, one.evaluation, model, tree, answering)
+        evaluation = evaluations.setdefault(
+            id(one.loss), compiled_evaluation(layout, forward, one.loss)
+        )
+        turns = fitted(
+            run,
+            ready,
+            functools.partial(together.state, name),
+            forward,
+            one.loss,
+            inputs.read.data.held_out,
+            more,
+            evaluation=evaluation,
+            heard=lambda log: Heard(log, board, name),
+        )
+        return Running(turns=turns, batch=inputs.feed.batch, tokens=inputs.feed.tokens)
+
+    def ended(name: str, ending: Ending) -> None:
+        one = by_name[name]
+        one.ending = ending
+        together.remove(name)
+        if ending.error is not None and not isinstance(ending.error, Stopped):
+            _record(one)
+        board.ended(name, _state(one))
+
+    with jax.set_mesh(layout.mesh):
+        with doing(console, "placing the adapters"):
+            together.add(tenants)
+            tenants.clear()
+        runs = {name: running(one) for name, one in by_name.items()}
+        for name in by_name:
+            board.note(name, {"step": together.done(name)})
+        session.stop.remedy = resume_hint(ones[0].run.script)
+
+        def turned() -> None:
+            together.shrink(_WORTH_COMPILING)
+            board.show()
+
+        with board, session.stop.deferred():
+            side_by_side(step_of(together), runs, ended=ended, turned=turned)
+            board.show()
+    return any(isinstance(one.ending.error, Stopped) for one in ones)
+
+
+@contextmanager
+def _alone(one: _One) -> Iterator[None]:
+    """Within, an error is one run's own: it is kept in its folder, and the others go on."""
+    try:
+        yield
+    except Exception as error:
+        one.ending = Ending(error=error)
+        _record(one)
+
+
+def _record(one: _One) -> None:
+    """Writes why a run failed to its folder."""
+    error = one.ending.error
+    said = error.said(flag) if isinstance(error, TrainingError) else None
+    whole = said or "".join(traceback.format_exception(error))
+    one.run.console.print(f"error: {whole}", highlight=False, soft_wrap=True, markup=False)
+    write_text(one.run.folder / ERROR, f"{whole.rstrip()}\n")
+
+
+def _state(one: _One) -> str:
+    """Returns how a run ended, in words."""
+    error = one.ending.error
+    if isinstance(error, Stopped):
+        return "stopped"
+    if error is not None:
+        return "failed"
+    return "ended early" if one.ending.result[1].get("ended_early") else "done"
+
+
+def _finish(
+    ones: Sequence[_One], console: Console, stopped: bool, session: Session, began: float
+) -> None:
+    """Writes and prints the results; ends with the exit code."""
+    results = [_result(one) for one in ones]
+    parent = ones[0].run.folder.parent
+    text = io.StringIO()
+    table = csv.DictWriter(text, results[0], lineterminator="\n")
+    table.writeheader()
+    table.writerows(results)
+    write_text(parent / RESULTS, text.getvalue())
+    print_results(console, [{k: v for k, v in r.items() if k != "error"} for r in results])
+    failed = [one for one in ones if _state(one) == "failed"]
+    for one in failed:
+        where = one.run.folder / ERROR
+        print(f"error: {one.row.name} failed: {_why(one)} ({where})", file=sys.stderr, flush=True)
+    console.print(
+        f"the whole table took {duration(time.monotonic() - began)}; its results are in "
+        f"{parent / RESULTS}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    hint = session.stop.remedy
+    if stopped:
+        n = sum(_state(one) == "stopped" for one in ones)
+        raise Interrupted(f"stopped {n} of {len(ones)} runs, each saved. {hint}", session.stop.code)
+    session.stop.check()
+    if failed:
+        print(f"\n{len(failed)} of {len(ones)} runs failed; the others are done", file=sys.stderr)
+        sys.exit(FAILED)
+
+
+def _result(one: _One) -> dict[str, Any]:
+    """Returns what came of a run, as a row of the table of results."""
+    lines = read_metrics(one.run.folder)
+    named = f"{SCORE}{one.task.score}"
+
+    def newest(name: str) -> float | None:
+        return next((line[name] for line in reversed(lines) if name in line), None)
+
+    held_out, score = newest(f"{HELD_OUT}loss"), newest(named)
+    if one.ready is not None and one.ready.best is not None:
+        best = one.ready.best.about
+        held_out, score = best.get(f"{HELD_OUT}loss", held_out), best.get(named, score)
+    adapter = one.run.folder / ADAPTER
+    return {
+        "name": one.row.name,
+        "status": _state(one),
+        "steps": lines[-1]["step"] if lines else 0,
+        "loss": newest("loss"),
+        "held_out_loss": held_out,
+        "score": score if one.score is None else one.score,
+        "adapter": str(adapter) if one.ending.result is not None else None,
+        "error": _why(one),
+    }
+
+
+def _why(one: _One) -> str | None:
+    """Returns the first line of what ended a run before its time."""
+    error = one.ending.error
+    if error is None or isinstance(error, Stopped):
+        return None
+    said = error.said(flag) if isinstance(error, TrainingError) else f"{error!r}"
+    return said.strip().splitlines()[0]

@@ -1,0 +1,273 @@
+"""A table of runs: the file of --many, a row a run, whose columns override the command line."""
+
+import json
+import re
+import shlex
+import typing
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import yaml
+
+from lora_jax.paths import nearest
+from lora_jax.training.errors import TrainingError
+from train.data.text_files import read_csv, read_json
+from train.run.errors import UserError, flag
+from train.run.options.command import EXCLUSIVE, value_of
+from train.run.options.common import Options
+from train.run.options.file import Unfit, converted, kinds_of, replaced, shown
+from train.run.options.ignored import check_effects, idle_options
+
+Config = TypeVar("Config", bound=Options)
+
+NAME = "name"  # the column that names the runs
+RESULTS = "runs.csv"  # the table of their results, beside their folders
+
+# What runs over one base, in one process, have in common.
+_SHARED: dict[str, tuple[str, ...]] = {
+    "all runs of a table share one base": (
+        *("model", "rope_scaling", "dtype", "quantize", "remat", "attention", "experts"),
+    ),
+    "all runs of a table share one process and its devices": (
+        *("mesh", "distributed", "coordinator", "num_processes", "process_id"),
+        "compilation_cache",
+    ),
+    "it says where and how the whole table runs": (
+        *("output", "config", "many", "dry_run", "resume", "overwrite"),
+    ),
+}
+_OF_BASE = ("model", "rope_scaling", "quantize")  # of these, an adapter may state its own
+_TABLES = (".csv", ".tsv")
+_JSON = (".jsonl", ".ndjson", ".json")
+_YAML = (".yaml", ".yml")
+_TAG = "tag:yaml.org,2002:"
+_OWN_REPORTS = {"none", "tensorboard"}  # in the folder of each run
+
+
+class Row(NamedTuple, Generic[Config]):
+    """A run of a table.
+
+    Attributes:
+      name: of its folder.
+      where: the row, for messages: "--many runs.csv, line 3".
+      given: the names of the options in the row.
+      options: those of the command line, changed as the row says, with the run's own folder.
+    """
+
+    name: str
+    where: str
+    given: frozenset[str]
+    options: Config
+
+
+def read_table(config: Config, plain: Config, on_line: Collection[str]) -> list[Row[Config]]:
+    """Returns the runs of the file of --many.
+
+    Args:
+      config: the options of the command line and of --config.
+      plain: the options of the script, none of them given.
+      on_line: the names of the options on the command line and in the file of --config.
+
+    Raises:
+      UserError: the file cannot be read, or has a column or a value that no option takes; a name is
+        missing or stands there twice; a column is about what all runs share; or an option has no
+        effect.
+    """
+    path = config.run.many  # type: ignore[attr-defined]
+    for name in ("distributed", "coordinator", "dry_run"):
+        if value_of(config, name):
+            raise UserError(
+                f"{flag('many', path)}: {flag(name)} is for a single run, and a table of runs has "
+                "one process: leave out one of them"
+            )
+    rows = [_row(config, plain, where, cells) for where, cells in _cells(path, kinds_of(config))]
+    if not rows:
+        raise UserError(f"{flag('many', path)}: the file has no rows: give a run a row")
+    _check_names(rows)
+    _check_line(rows, on_line)
+    return rows
+
+
+def placed_error(where: str, error: TrainingError) -> UserError:
+    """Returns an error of one run that names its row."""
+    return UserError(f"{where}: {error.said(flag)}")
+
+
+def check_one_base(rows: Sequence[Row[Any]]) -> None:
+    """Raises a UserError for a row whose adapter begins on another base than the first row's.
+
+    Args:
+      rows: with all defaults, some of which are those of --init-adapter.
+    """
+    for row in rows[1:]:
+        for name in _OF_BASE:
+            here, there = value_of(row.options, name), value_of(rows[0].options, name)
+            if here != there:
+                raise UserError(
+                    f"{row.where}: {flag('init_adapter')}: this adapter is over a base with "
+                    f"{flag(name)} {here}, and that of {_place(rows[0])} over one with {there}; "
+                    f"all runs of a table share one base: give {flag(name)} on the command line, "
+                    "or a table to each base"
+                )
+
+
+def _row(config: Config, plain: Config, where: str, cells: Mapping[str, yaml.Node]) -> Row[Config]:
+    kinds = kinds_of(config)
+    values: dict[str, Any] = {}
+    for column, node in cells.items():
+        option = _option(column)
+        if option != NAME:
+            _check_column(column, option, where, kinds)
+        if option in values:
+            raise UserError(f"{where}: {column} is given twice: leave out one")
+        try:
+            values[option] = converted(node, str if option == NAME else kinds[option])
+        except Unfit as error:
+            raise UserError(f"{where}: {column} is {shown(node)}: {error}") from None
+    name = _checked_name(values.pop(NAME, None), where)
+    given = frozenset(option for option, value in values.items() if value is not None)
+    overridden = {
+        one
+        for pair in EXCLUSIVE
+        for one, other in (pair, pair[::-1])
+        if other in given and one not in given
+    }
+    values |= {option: value_of(plain, option) for option in overridden}
+    changed = replaced(config, {**values, "output": str(Path(config.run.output) / name)})
+    if others := [report for report in changed.run.report_to if report not in _OWN_REPORTS]:
+        raise UserError(
+            f"{where}: {flag('report_to', *others)} keeps one run a process; a table of runs "
+            "reports to tensorboard, in the folder of each run, or to none"
+        )
+    if changed.adapter.full:
+        raise UserError(
+            f"{where}: --full trains the base itself, which the runs of a table share: run it "
+            "alone, without --many"
+        )
+    try:
+        check_effects(changed, given)
+    except TrainingError as error:
+        raise placed_error(where, error) from error
+    return Row(name, where, given, changed)
+
+
+def _check_column(column: str, option: str, where: str, kinds: Mapping[str, Any]) -> None:
+    for why, names in _SHARED.items():
+        if option in names:
+            raise UserError(
+                f"{where}: {column} cannot differ between rows: {why}. Give {flag(option)} on the "
+                "command line"
+            )
+    if option not in kinds:
+        known = [name for name in kinds if not any(name in names for names in _SHARED.values())]
+        (likely,) = nearest(option, [NAME, *known], n=1)
+        raise UserError(f"{where}: there is no option {column}; the nearest is {likely}")
+
+
+def _checked_name(name: str | None, where: str) -> str:
+    if name is None:
+        raise UserError(f"{where}: `{NAME}` is missing: the name of the run's folder is needed")
+    if not re.fullmatch(r"[\w+=@-][\w .,+=@-]*", name) or name.endswith((" ", ".")):
+        raise UserError(
+            f"{where}: {NAME} is {name!r}: the name of a folder is needed, of letters, digits and "
+            "any of . _ - + = @"
+        )
+    if name.casefold() == RESULTS:
+        raise UserError(
+            f"{where}: {NAME} is {name!r}, where the results are written: choose another"
+        )
+    return name
+
+
+def _check_names(rows: list[Row[Any]]) -> None:
+    seen: dict[str, Row[Any]] = {}
+    for row in rows:
+        first = seen.setdefault(row.name.casefold(), row)  # not every file system tells cases apart
+        if first is not row:
+            raise UserError(
+                f"{row.where}: {NAME} is {row.name!r}, and so it is in {_place(first)}: each run "
+                "has a folder of its own"
+            )
+
+
+def _check_line(rows: list[Row[Any]], on_line: Collection[str]) -> None:
+    """Raises a UserError for an option on the command line that has an effect in no row."""
+    for option in sorted(on_line):
+        if all(option in row.given or option in idle_options(row.options) for row in rows):
+            of_none = next((row for row in rows if option not in row.given), None)
+            if of_none is not None:
+                check_effects(of_none.options, {option})
+
+
+def _place(row: Row[Any]) -> str:
+    return row.where.rpartition(", ")[2]
+
+
+def _cells(path: str, kinds: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, yaml.Node]]]:
+    """Yields the place of each row and its cells, by column; leaves out cells that are empty."""
+    file, asked = Path(path).expanduser(), flag("many", path)
+    if not file.name.endswith((*_TABLES, *_JSON, *_YAML)):
+        endings = ", ".join((*_TABLES, *_JSON, *_YAML))
+        raise UserError(f"{asked}: a file of one of the kinds {endings} is needed")
+    if not file.is_file():
+        raise UserError(f"{asked}: there is no such file")
+    if file.name.endswith(_YAML):
+        yield from _of_yaml(file, asked)
+        return
+    if file.name.endswith(_TABLES):
+        for row in read_csv(file):
+            texts = {column.strip(): text.strip() for column, text in row.items()}
+            given = {c: _of_text(text, kinds.get(_option(c))) for c, text in texts.items() if text}
+            yield f"{asked}, {row.place[1]}", given
+        return
+    for row in read_json(file):
+        values = {column: value for column, value in row.items() if value is not None}
+        yield f"{asked}, {row.place[1]}", {c: _of_json(value) for c, value in values.items()}
+
+
+def _of_yaml(file: Path, asked: str) -> Iterator[tuple[str, dict[str, yaml.Node]]]:
+    try:
+        root = yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{asked}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(root, yaml.SequenceNode):
+        raise UserError(f"{asked}: a list of runs is needed, each with its options by their names")
+    for row in root.value:
+        where = f"{asked}, line {row.start_mark.line + 1}"
+        if not isinstance(row, yaml.MappingNode):
+            raise UserError(f"{where}: a run needs options by their names, such as 'rank: 8'")
+        cells: dict[str, yaml.Node] = {}
+        for key, value in row.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise UserError(f"{where}: the name of an option is needed")
+            if key.value in cells:
+                raise UserError(f"{where}: {key.value} is given twice: leave out one")
+            if value.tag != f"{_TAG}null":
+                cells[key.value] = value
+        yield where, cells
+
+
+def _of_text(text: str, kind: Any) -> yaml.Node:
+    """Returns a cell as YAML has it; that of an option that takes several words is their list."""
+    if typing.get_origin(kind) is not tuple:
+        return _scalar(text)
+    words = shlex.shlex(text, posix=True, punctuation_chars=False)
+    words.whitespace_split, words.commenters, words.escape = True, "", ""
+    try:
+        return yaml.SequenceNode(f"{_TAG}seq", [_scalar(word) for word in words])
+    except ValueError:  # a quotation mark that is part of a word
+        return yaml.SequenceNode(f"{_TAG}seq", [_scalar(word) for word in text.split()])
+
+
+def _scalar(text: str) -> yaml.ScalarNode:
+    tag = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))
+    return yaml.ScalarNode(tag, text)
+
+
+def _of_json(value: Any) -> yaml.Node:
+    return yaml.compose(json.dumps(value, ensure_ascii=False), yaml.SafeLoader)
+
+
+def _option(column: str) -> str:
+    return column.replace("-", "_")
