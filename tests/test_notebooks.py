@@ -20,7 +20,7 @@ from lora_jax import models
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in FOLDER.glob("*.ipynb")}
-WHEEL = ["1_lora_from_scratch", "4_bring_your_own_model"]
+WHEEL = ["1_lora_from_scratch", "4_bring_your_own_model", "5_many_adapters"]
 CHECKOUT = ["2_smollm2_learns_sql", "3_a_mesh_of_devices"]
 NAMES = sorted(WHEEL + CHECKOUT)
 FIRST = {name: NOTEBOOKS[name].cells[1].source for name in NAMES}
@@ -166,7 +166,7 @@ def test_a_notebook_runs_in_a_fresh_kernel(name, monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
     monkeypatch.setenv("LORA_JAX_QUICK", "1")
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # readers have none
-    if name == "2_smollm2_learns_sql":
+    if name in ("2_smollm2_learns_sql", "5_many_adapters"):
         models.fetch("HuggingFaceTB/SmolLM2-135M-Instruct")  # which says so, where it has to
     cells = []
     for cell in nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells:
