@@ -10,14 +10,14 @@ tree, lost = lora_jax.bank.extract(before, after, rank=16)  # a LoRA of full fin
 """
 
 from lora_jax.bank.bank import Bank as Bank
-from lora_jax.bank.combine import combine as combine
-from lora_jax.bank.extract import Extraction as Extraction
-from lora_jax.bank.extract import ExtractWarning as ExtractWarning
-from lora_jax.bank.extract import extract as extract
 from lora_jax.bank.mixing import Choice as Choice
 from lora_jax.bank.mixing import MixedWarning as MixedWarning
 from lora_jax.bank.mixing import choose as choose
 from lora_jax.bank.mixing import mixed as mixed
 from lora_jax.bank.stored import BankError as BankError
-from lora_jax.bank.tenants import Tenant as Tenant
-from lora_jax.bank.together import Together as Together
+from lora_jax.bank.sums.combine import combine as combine
+from lora_jax.bank.sums.extract import Extraction as Extraction
+from lora_jax.bank.sums.extract import ExtractWarning as ExtractWarning
+from lora_jax.bank.sums.extract import extract as extract
+from lora_jax.bank.together.tenants import Tenant as Tenant
+from lora_jax.bank.together.together import Together as Together

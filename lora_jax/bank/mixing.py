@@ -35,7 +35,7 @@ class Choice:
 
     @property
     def is_side_by_side(self) -> bool:
-        """Whether all slots are factors side by side: no copies, heads, DoRA or biases on B."""
+        """True where all slots are factors side by side: no copies, heads, DoRA or biases on B."""
         slots = slots_of(self.tree).values()
         return all(isinstance(s, WeightSlots) and s.is_side_by_side for s in slots)
 

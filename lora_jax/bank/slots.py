@@ -92,7 +92,7 @@ class WeightSlots(_Slots):
 
     @property
     def is_side_by_side(self) -> bool:
-        """Whether the slots are factors side by side, without copies, DoRA or a bias on B."""
+        """True where slots are factors side by side, without copies, DoRA or a bias on B."""
         return not self.each and self.uses != "each" and self.arrays.keys() == {"a", "b", "scale"}
 
     def of_batch(self, ids: jax.Array) -> LoraWeight:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_jax.bank.side_by_side import Running, padded, side_by_side
+from lora_jax.bank.together.side_by_side import Running, padded, side_by_side
 from lora_jax.training.errors import Diverged, Interrupted
 from lora_jax.training.loop import Stopped
 

@@ -22,9 +22,9 @@ import jax
 from rich.console import Console
 
 import lora_jax as lj
-from lora_jax.bank.side_by_side import Ending, Running, side_by_side, step_of
-from lora_jax.bank.tenants import Tenant
-from lora_jax.bank.together import Together
+from lora_jax.bank.together.side_by_side import Ending, Running, side_by_side, step_of
+from lora_jax.bank.together.tenants import Tenant
+from lora_jax.bank.together.together import Together
 from lora_jax.training.errors import Interrupted, TrainingError
 from lora_jax.training.fit import Ready, tree_of
 from lora_jax.training.held_out import compiled_evaluation

@@ -12,8 +12,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lj
-from lora_jax.bank.stack import traced_step
-from lora_jax.bank.tenants import Tenant
+from lora_jax.bank.together.stacked import traced_step
+from lora_jax.bank.together.tenants import Tenant
 from lora_jax.models.attention import chosen_attention
 from lora_jax.models.families import module_of
 from lora_jax.models.layers.attend import Chosen

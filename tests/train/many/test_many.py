@@ -11,7 +11,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.bank.together import Together
+from lora_jax.bank.together.together import Together
 from lora_jax.training.losses import summed_loss
 from tests.support import assert_close, assert_identical
 from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.bank.together import Together
+from lora_jax.bank.together.together import Together
 from lora_jax.training.batches import Batch
 from lora_jax.training.loop import Stopped
 

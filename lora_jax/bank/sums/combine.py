@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.bank.arithmetic import HOWS, How, Sign
-from lora_jax.bank.same_base import names_of, shared_base
-from lora_jax.bank.terms import ARRAYS, rank_of_sum, ranks_by_layer, summed, summed_biases
+from lora_jax.bank.sums.arithmetic import HOWS, How, Sign
+from lora_jax.bank.sums.same_base import names_of, shared_base
+from lora_jax.bank.sums.terms import ARRAYS, rank_of_sum, ranks_by_layer, summed, summed_biases
 from lora_jax.base import as_array
 from lora_jax.lorafy import Tree, nodes_of
 from lora_jax.magnitude import wide

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from lora_jax.axes import Label
-from lora_jax.bank.lowrank import Factors, stacked, with_roots
+from lora_jax.bank.sums.lowrank import Factors, stacked, with_roots
 from lora_jax.base import along, as_array
 from lora_jax.lorafy import Tree, lorafy, nodes_of
 from lora_jax.magnitude import wide

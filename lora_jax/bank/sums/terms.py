@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.bank.arithmetic import How, Sign, combined
-from lora_jax.bank.lowrank import Factors, stacked
+from lora_jax.bank.sums.arithmetic import How, Sign, combined
+from lora_jax.bank.sums.lowrank import Factors, stacked
 from lora_jax.magnitude import wide
 from lora_jax.weight import LoraWeight
 
@@ -76,7 +76,7 @@ def summed(
       ranks: of the sum in each layer, as `by_layer` has them.
       n_batch: the number of batch axes.
       uses: of the weight; of "each", both halves of the rank are sums of their own.
-      how, density, sign: see `lora_jax.bank.arithmetic.combined`.
+      how, density, sign: see `lora_jax.bank.sums.arithmetic.combined`.
       dtype: of the result.
     """
     layers_of: dict[Ranks, list[int]] = defaultdict(list)

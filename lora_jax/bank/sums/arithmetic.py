@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.bank.lowrank import Factors, nearest_factors, nearest_product
+from lora_jax.bank.sums.lowrank import Factors, nearest_factors, nearest_product
 
 Sign = Literal["total", "frequency"]
 

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from lora_jax.bank.mixing import Choice, choose
-from lora_jax.bank.stack import Stack
 from lora_jax.bank.stored import BankError
-from lora_jax.bank.tenants import Kind, Tenant
+from lora_jax.bank.together.stack import Stack
+from lora_jax.bank.together.tenants import Kind, Tenant
 from lora_jax.lorafy import nodes_of
 from lora_jax.training.losses import Logits
 from lora_jax.training.step import State

@@ -1,0 +1,1 @@
+"""Sums of adapters, and adapters taken out of fine-tuned models."""

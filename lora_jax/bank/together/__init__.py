@@ -1,0 +1,1 @@
+"""Training of many adapters over one base, side by side."""

@@ -1,0 +1,230 @@
+"""A stack: adapters of one kind over one base, which one compiled step trains side by side.
+
+Slots stand where those of a bank stand, so that a mixed batch reads the arrays that train.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.bank.slots import ValueSlots, WeightSlots
+from lora_jax.bank.together.stacked import (
+    UPDATES,
+    Numbers,
+    compiled_step,
+    content_of,
+    form_of,
+    indexed,
+    replaced,
+    tree_of,
+)
+from lora_jax.bank.together.tenants import Kind, Tenant
+from lora_jax.training.losses import Logits
+from lora_jax.training.step import State
+from lora_jax.weight import LoraWeight, Trained, leaves_of
+
+
+class Stack:
+    """Adapters of one kind in slots.
+
+    Attributes:
+      kind: what they have in common.
+      names: of the adapters, by slot; None where it is free.
+      state: of all slots; see `lora_jax.training.State`.
+      fixed: the arrays beside W that do not train: scales, and what factors began with.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        forward: Logits,
+        like: Tenant,
+        slots: int,
+        compiler_options: Mapping[str, str] | None = None,
+    ) -> None:
+        """Makes a stack of free slots.
+
+        Args:
+          kind: the adapters' kind.
+          forward: the adapted function that the loss calls.
+          like: an adapter of the kind.
+          slots: their number.
+          compiler_options: to compile the step with; see `lora_jax.training.Layout`.
+        """
+        self.kind = kind
+        self.names: list[str | None] = []
+        shapes, self._axes, self._where = form_of(kind, like)
+        self.state, self.fixed = self._empty(slots, shapes)
+        sizes: Any = ((slots, 0), (slots,), (slots,))
+        self._numbers = Numbers(*(np.zeros(size, np.float32) for size in sizes))
+        self._step = compiled_step(kind, forward, self._axes, self._where, compiler_options)
+        self.names += [None] * slots
+
+    def grow(self, more: int) -> None:
+        """Adds free slots; the next step compiles anew."""
+
+        old = (self.state, self.fixed)
+        new = self._empty(more, jax.tree.map(_without, old, self._axes))
+        longer = lambda *both: jnp.concatenate(both[:2], both[2])  # noqa: E731
+        self.state, self.fixed = self._placed(jax.tree.map(longer, old, new, self._axes))
+        self._numbers = Numbers(
+            *(np.concatenate([x, np.zeros((more, *x.shape[1:]), x.dtype)]) for x in self._numbers)
+        )
+        self.names += [None] * more
+
+    def shrink(self) -> None:
+        """Drops the free slots; the next step compiles anew."""
+        kept = np.array([slot for slot, name in enumerate(self.names) if name is not None])
+
+        def fewer(array: Any, axis: int) -> Any:
+            return array[(slice(None),) * axis + (kept,)]
+
+        content = jax.tree.map(fewer, (self.state, self.fixed), self._axes)
+        self.state, self.fixed = self._placed(content)
+        self._numbers = Numbers(*(x[kept] for x in self._numbers))
+        self.names = [self.names[slot] for slot in kept.tolist()]
+
+    def _empty(self, n: int, shapes: Any) -> Any:
+        """Returns n free slots, from the shapes of one."""
+        return self._placed(jax.tree.map(functools.partial(_empty, n), shapes, self._axes))
+
+    def _placed(self, content: Any) -> Any:
+        return content if self._where is None else jax.device_put(content, self._where)
+
+    def put(self, name: str, tenant: Tenant) -> None:
+        """Puts an adapter into a free slot."""
+        slot = self.names.index(None)
+        content = content_of(self.kind, tenant)
+        self.state, self.fixed = _put(
+            (self.state, self.fixed), content, np.int32(slot), _Axes(self._axes)
+        )
+        updates = -(-tenant.steps // UPDATES) * UPDATES
+        rates = np.array(jax.vmap(tenant.schedule)(jnp.arange(updates)), np.float32)
+        wide = max(updates, self._numbers.rates.shape[1])
+        all_rates = np.zeros((len(self.names), wide), np.float32)
+        all_rates[:, : self._numbers.rates.shape[1]] = self._numbers.rates
+        all_rates[slot, :updates] = rates
+        self._numbers = self._numbers._replace(rates=all_rates)
+        self._numbers.weight_decay[slot] = tenant.weight_decay
+        self._numbers.grad_clip[slot] = tenant.grad_clip
+        self.names[slot] = name
+
+    def take(self, name: str) -> State:
+        """Returns a copy of the state of one adapter."""
+        slot = self.names.index(name)
+        return _taken(self.state, np.int32(slot), _Axes(self._axes[0]))
+
+    def free(self, name: str) -> None:
+        """Frees the slot of an adapter."""
+        self.names[self.names.index(name)] = None
+
+    def tree(self, name: str, base: Any) -> Any:
+        """Returns a copy of one adapter as an adapted tree over the base."""
+        slot = np.int32(self.names.index(name))
+        state, fixed = _taken((self.state, self.fixed), slot, _Axes(self._axes))
+        return tree_of(self.kind, base, state.adapter, fixed)
+
+    def step(self, base: Any, batches: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+        """Takes a step with each adapter that has a batch; the others stay as they are.
+
+        Args:
+          base: the plain tree.
+          batches: by name, arrays [parts, …] of the same shapes.
+
+        Returns:
+          The metrics of each adapter, by name; see `lora_jax.training.make_step`.
+        """
+        self.state, metrics = self._step(self.state, *self._arguments(base, batches))
+        found = jax.device_get(metrics)
+        return {
+            name: {key: float(values[slot]) for key, values in found.items()}
+            for slot, name in enumerate(self.names)
+            if name is not None and name in batches
+        }
+
+    def compiled_bytes(self, base: Any, batch: Any) -> int:
+        """Returns the bytes that a step needs beside the base: its state and what it computes with.
+
+        Args:
+          base: the plain tree, or its shapes.
+          batch: of one adapter.
+        """
+        names = [name for name in self.names if name is not None]
+        arguments = self._arguments(base, dict.fromkeys(names, batch))
+        memory: Any = self._step.lower(self.state, *arguments).compile().memory_analysis()
+        state = sum(x.nbytes for x in jax.tree.leaves(self.state))
+        return state + memory.temp_size_in_bytes
+
+    def _arguments(self, base: Any, batches: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Returns the arguments of the compiled step after the state."""
+        active = np.array([name in batches for name in self.names])
+        blank = jax.tree.map(np.zeros_like, next(iter(batches.values())))
+        rows = [batches.get(name or "", blank) for name in self.names]
+        batch = jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
+        return self.fixed, self._numbers, active, base, batch
+
+    def slots(self, base: Any) -> Any:
+        """Returns the arrays that train as a bank's tree, whose slot 0 is the base; no copies."""
+        leaves, treedef = leaves_of(base)
+        own = {path: {**self.state.adapter[path], **self.fixed[path]} for path in self.kind.shells}
+        return treedef.unflatten(
+            _slots(self.kind.shells[path], leaf, own[path], self.kind.slot_axis(path))
+            if path in own
+            else leaf
+            for path, leaf in leaves
+        )
+
+
+class _Axes:
+    """Axes of arrays in a tree, as an argument that a compiled function is chosen by."""
+
+    def __init__(self, tree: Any) -> None:
+        self.tree = tree
+        leaves, treedef = jax.tree.flatten(tree)
+        self._key = (tuple(leaves), treedef)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Axes) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _put(stacked: Any, one: Any, slot: Any, axes: _Axes) -> Any:
+    return replaced(stacked, one, slot, axes.tree)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _taken(stacked: Any, slot: Any, axes: _Axes) -> Any:
+    return indexed(stacked, slot, axes.tree)
+
+
+def _without(array: Any, axis: int) -> jax.ShapeDtypeStruct:
+    """Returns the shape of one slot."""
+    return jax.ShapeDtypeStruct((*array.shape[:axis], *array.shape[axis + 1 :]), array.dtype)
+
+
+def _empty(n: int, one: Any, axis: int) -> jax.Array:
+    """Returns n free slots."""
+    shape = (*one.shape[:axis], n, *one.shape[axis:])
+    if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
+        return jax.random.split(jax.random.key(0), n)
+    return jnp.zeros(shape, one.dtype)
+
+
+def _slots(shell: Any, base: Any, arrays: Mapping[str, Any], axis: int) -> Any:
+    """Returns the slots of one weight, less the base's."""
+    if isinstance(shell, Trained):
+        return ValueSlots({"value": arrays["value"]}, base=base)
+    if not isinstance(shell, LoraWeight) or shell.extras or "start_a" in arrays:
+        raise ValueError(
+            "slots: factors that began in W, DoRA and other variants have no slots in a bank as "
+            "they train; add the trees that they come to, by Together.tree(name), to a Bank"
+        )
+    parts = {name: arrays[name] for name in ("a", "b", "scale")}
+    return WeightSlots(base, parts, shell.roles, shell.uses, has_base=False)

@@ -1,0 +1,246 @@
+"""The step of a stack of adapters, and the layout of what it works on.
+
+It is `lora_jax.training.make_step` over all slots: gradients under `jax.vmap`, where products with
+the base are one product for all, then the update of each, by its own loss, clip and decay.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_jax.bank.together.tenants import Arrays, Kind, Tenant, arrays_of, with_arrays
+from lora_jax.lorafy import nodes_of, split, strip
+from lora_jax.training.losses import Logits, Sums
+from lora_jax.training.neftune import neftune
+from lora_jax.training.step import Metrics, State, init_state, make_gradient, make_update
+from lora_jax.weight import leaves_of
+
+UPDATES = 1024  # learning rates are stored for a multiple of so many updates
+
+
+class Numbers(NamedTuple):
+    """Holds the numbers that adapters of a kind differ in; in a stack, stacked.
+
+    Attributes:
+      rates: [updates] fp32, the learning rate of each update.
+      weight_decay, grad_clip: [] fp32.
+    """
+
+    rates: Any
+    weight_decay: Any
+    grad_clip: Any
+
+
+def traced_step(
+    forward: Logits,
+    like: Tenant,
+    slots: int,
+    batch: Any,
+    compiler_options: Mapping[str, str] | None = None,
+) -> tuple[jax.stages.Traced, State]:
+    """Traces the step of a stack that need not be there.
+
+    Args:
+      forward: the adapted function that the loss calls.
+      like: an adapter; its arrays may be `jax.ShapeDtypeStruct`\\ s with shardings.
+      slots: the number of such adapters.
+      batch: of all, arrays [slots, parts, …] or their shapes.
+      compiler_options: to compile the step with.
+
+    Returns:
+      The traced step, and the shapes of its state.
+    """
+    kind = Kind.of(like)
+    shapes, axes, where = form_of(kind, like)
+    if where is None:
+        where = jax.tree.map(lambda _: None, shapes)
+
+    def stacked(one: Any, axis: int, place: Any) -> jax.ShapeDtypeStruct:
+        shape = (*one.shape[:axis], slots, *one.shape[axis:])
+        return jax.ShapeDtypeStruct(shape, one.dtype, sharding=place)
+
+    is_none = lambda x: x is None  # noqa: E731
+    state, fixed = jax.tree.map(stacked, shapes, axes, where, is_leaf=is_none)
+    sizes: Any = ((slots, UPDATES), (slots,), (slots,))
+    numbers = Numbers(*(jax.ShapeDtypeStruct(size, np.float32) for size in sizes))
+    active = jax.ShapeDtypeStruct((slots,), np.bool_)
+    step = compiled_step(kind, forward, axes, form_of(kind, like)[2], compiler_options)
+    return step.trace(state, fixed, numbers, active, strip(like.params), batch), state
+
+
+def tree_of(kind: Kind, base: Any, adapter: Arrays, fixed: Arrays) -> Any:
+    """Returns an adapted tree of a kind.
+
+    Args:
+      kind: of the adapter.
+      base: the plain tree.
+      adapter: the arrays that train.
+      fixed: the others beside W.
+    """
+    leaves, treedef = leaves_of(base)
+
+    def node(path: str, leaf: Any) -> Any:
+        if path not in kind.shells:
+            return leaf
+        return with_arrays(kind.shells[path], leaf, {**adapter[path], **fixed[path]})
+
+    return treedef.unflatten(node(path, leaf) for path, leaf in leaves)
+
+
+def content_of(kind: Kind, tenant: Tenant) -> tuple[State, Arrays]:
+    """Returns what a slot holds of an adapter before its first step, or where it goes on."""
+    nodes = nodes_of(tenant.params)
+    adapter, _ = split(tenant.params)
+    optimizer = kind.make_optimizer(
+        tenant.schedule, tenant.params, tenant.weight_decay, tenant.grad_clip
+    )
+    fixed = {
+        path: {k: x for k, x in arrays_of(node).items() if k not in adapter[path]}
+        for path, node in nodes.items()
+    }
+    if tenant.state is None:
+        return init_state(adapter, optimizer, tenant.key), fixed
+    begun: Any = jax.eval_shape(lambda a: init_state(a, optimizer, tenant.key), adapter)
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (tenant.state, begun)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            "Tenant: the state to go on from is of another adapter or optimiser: give the params "
+            "and the options that it was made with"
+        )
+    return tenant.state, fixed
+
+
+def form_of(kind: Kind, like: Tenant) -> tuple[Any, Any, Any]:
+    """Returns shapes, axes of the slots and stacked shardings of (state, fixed arrays)."""
+
+    def content(params: Any, key: Any) -> tuple[State, Arrays]:
+        return content_of(kind, dataclasses.replace(like, params=params, key=key))
+
+    shapes: Any = jax.eval_shape(content, like.params, like.key)
+    axes = _axes(kind, shapes[0]), _axes_of_arrays(kind, shapes[1])
+    return shapes, axes, _shardings(shapes, axes, like)
+
+
+def _axes(kind: Kind, state: State) -> Any:
+    """Returns the axis of the slots in each array of a stacked state.
+
+    An optimiser's arrays have it where the adapter's have it, if they have their shapes.
+    """
+
+    def of(keys: Any, array: Any) -> int:
+        path, name = (getattr(key, "key", "") for key in (None, None, *keys)[-2:])
+        parameter = state.adapter.get(path, {}).get(name)
+        if parameter is None or parameter.shape != array.shape:
+            return 0
+        return kind.slot_axis(path)
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+def _axes_of_arrays(kind: Kind, arrays: Arrays) -> Any:
+    return {path: dict.fromkeys(own, kind.slot_axis(path)) for path, own in arrays.items()}
+
+
+def _shardings(shapes: Any, axes: Any, like: Tenant) -> Any:
+    """Returns the sharding of each stacked array; None where the adapter lies on no mesh.
+
+    Slots are not split: each array lies as the adapter's, an optimiser's as its parameter's.
+
+    Args:
+      shapes: of the state and the fixed arrays of one adapter.
+      axes: of the slots in each.
+      like: the adapter, whose arrays have shardings.
+    """
+    arrays = {path: arrays_of(node) for path, node in nodes_of(like.params).items()}
+    places = [getattr(x, "sharding", None) for x in jax.tree.leaves(arrays)]
+    meshes = [place.mesh for place in places if isinstance(place, NamedSharding)]
+    if not meshes:
+        return None
+
+    def of(keys: Any, shape: Any, axis: int) -> NamedSharding:
+        path, name = (getattr(key, "key", "") for key in (None, None, *keys)[-2:])
+        array = arrays.get(path, {}).get(name)
+        spec: list[Any] = []
+        if array is not None and array.shape == shape.shape:
+            spec = [*array.sharding.spec, *[None] * (array.ndim - len(array.sharding.spec))]
+            spec.insert(axis, None)
+        return NamedSharding(meshes[0], PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(of, shapes, axes)
+
+
+def compiled_step(
+    kind: Kind,
+    forward: Logits,
+    both_axes: tuple[Any, Any],
+    where: tuple[Any, Any] | None,
+    compiler_options: Mapping[str, str] | None,
+) -> Any:
+    """Returns ``(state, fixed, numbers, active, base, batch) -> (state, metrics)``: a stack's step.
+
+    Gradients are taken side by side, updates one after the other: an update is as it is alone, and
+    what it computes with is held for one adapter at a time. A slot that is not active stays as it
+    is, bit by bit.
+    """
+    axes, axes_of_fixed = both_axes
+    noisy = neftune(forward, kind.noise) if kind.noise else forward
+    gradient = make_gradient(noisy, dropout=kind.dropout, loss=kind.loss)
+
+    def gradient_of_one(state: State, fixed: Arrays, base: Any, batch: Any) -> tuple[Sums, Any]:
+        whole = tree_of(kind, base, state.adapter, fixed)
+        return gradient(state, split(whole)[1], batch)
+
+    gradients = jax.vmap(
+        gradient_of_one, in_axes=(axes, axes_of_fixed, None, 0), out_axes=(0, axes.adapter)
+    )
+
+    def visit(xs: Any, state: State, slot: Any) -> tuple[State, Metrics]:
+        """Updates the adapter in one slot, in the memory of the stack."""
+        fixed, numbers, active, base, sums, grads = xs
+        one, own = indexed(state, slot, axes), indexed(fixed, slot, axes_of_fixed)
+        rates, weight_decay, grad_clip = (x[slot] for x in numbers)
+
+        def schedule(count: Any) -> Any:
+            return rates[jnp.minimum(count, rates.shape[0] - 1)]
+
+        whole = tree_of(kind, base, one.adapter, own)
+        optimizer = kind.make_optimizer(schedule, whole, weight_decay, grad_clip)
+
+        def either(is_good: Any, update: Callable[[], Any], skip: Callable[[], Any]) -> Any:
+            return lax.cond(is_good & active[slot], update, skip)
+
+        update = make_update(optimizer, schedule, kind.loss, either=either)
+        mine = jax.tree.map(lambda x: x[slot], sums)
+        new, metrics = update(one, mine, indexed(grads, slot, axes.adapter))
+        new = new._replace(step=jnp.where(active[slot], new.step, one.step))
+        return replaced(state, new, slot, axes), metrics
+
+    def step(
+        state: State, fixed: Arrays, numbers: Numbers, active: Any, base: Any, batch: Any
+    ) -> tuple[State, Metrics]:
+        sums, grads = gradients(state, fixed, base, batch)
+        xs = (fixed, numbers, active, base, sums, grads)
+        return lax.scan(functools.partial(visit, xs), state, jnp.arange(active.shape[0]))
+
+    out = None if where is None else (where[0], None)
+    options = dict(compiler_options) if compiler_options else None
+    return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
+
+
+def indexed(stacked: Any, slot: Any, axes: Any) -> Any:
+    """Returns what one slot holds."""
+    take = functools.partial(lax.dynamic_index_in_dim, keepdims=False)
+    return jax.tree.map(lambda x, axis: take(x, slot, axis), stacked, axes)
+
+
+def replaced(stacked: Any, one: Any, slot: Any, axes: Any) -> Any:
+    """Returns stacked arrays with others in one slot."""
+    put = lax.dynamic_update_index_in_dim
+    return jax.tree.map(lambda x, new, axis: put(x, new, slot, axis), stacked, one, axes)
