@@ -211,6 +211,7 @@ def peft(rounds: int) -> None:
         model = get_peft_model(LlamaForCausalLM(config).eval(), given, adapter_name="0")
         for seed in range(1, ROWS):
             model.add_adapter(f"{seed}", given)
+        model.eval()
         names = [f"{seed}" for seed in range(ROWS)]
 
         def steps_of(names: list[str] | None, model: Any = model) -> Callable[[], None]:
