@@ -39,7 +39,7 @@ NOT_SHOWN = frozenset(
     """
     allow_base_mismatch attention compilation_cache config coordinator dataset distributed dry_run
     epochs eval_dataset eval_every eval_questions eval_split experts fields init_adapter keep label
-    log_every loss_chunk lr mesh model num_processes output overwrite peft_config process_id remat
+    log_every loss_chunk lr many mesh model num_processes output overwrite peft_config process_id remat
     report_project report_to resume sample_every sample_prompts sample_tokens save_every score_every
     split steps subset test test_share text text_pair token_cache
     """.split()

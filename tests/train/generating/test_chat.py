@@ -96,7 +96,7 @@ def test_a_conversation_goes_on_with_another_adapter(made, talk, capsys):
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_chat(made, talk, monkeypatch):
-    stream, allowed = answers.stream, iter([3, 99, 0])
+    stream, allowed, before = answers.stream, iter([3, 99, 0]), signal.getsignal(signal.SIGINT)
 
     def pressed(*args, **options):
         n = next(allowed)
@@ -115,7 +115,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(made, talk, monkeypatch):
     assert "(cut off at --max-new-tokens 5)" in said
     assert "(stopped before the first word: the question is forgotten)" in said
     assert turns[1][1][2:] == [{"role": "user", "content": "4?"}] and len(turns) == 3
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_conversation_that_fills_the_models_positions(made, talk):
