@@ -37,11 +37,12 @@ _OF_TRAINING = (
 # Options about the machine, the output and other files; steps and rate are shown as they came out.
 NOT_SHOWN = frozenset(
     """
-    allow_base_mismatch attention compilation_cache config coordinator dataset distributed dry_run
-    epochs eval_dataset eval_every eval_questions eval_split experts fields init_adapter keep label
-    log_every loss_chunk lr many mesh model num_processes output overwrite peft_config process_id remat
-    report_project report_to resume sample_every sample_prompts sample_tokens save_every score_every
-    split steps subset test test_share text text_pair token_cache
+    allow_base_mismatch attention compilation_cache config coordinator dataset distributed
+    dry_run epochs eval_dataset eval_every eval_questions eval_split experts fields init_adapter
+    keep label log_every loss_chunk lr many mesh model num_processes output overwrite
+    peft_config process_id remat report_project report_to resume sample_every sample_prompts
+    sample_tokens save_every score_every split steps subset test test_share text text_pair
+    token_cache
     """.split()
 )
 SHOWN = frozenset(_OF_ADAPTER + _OF_TRAINING)
