@@ -10,6 +10,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import models, peft
 from lora_jax.bank import combine, extract
+from lora_jax.bank.sums.lowrank import nearest_product
 from tests.support import assert_close, assert_identical, draw, with_random_factors
 
 WEIGHTS = [1.25, -0.5, 0.75]
@@ -115,6 +116,30 @@ def test_svd_is_the_best_approximation(rank, ranks, float64):
         found = np.asarray(node.merged()) - base
         assert_close(found.reshape(change.shape), best, 1e-9)
     assert_close(at(low, QUERY).bias, at(combine(trees, WEIGHTS), QUERY).bias, 1e-12)
+
+
+def decomposed(fn, *args):
+    """Returns the shape of each array that a function decomposes, loops and inner functions too."""
+    found = []
+
+    def visit(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name in ("geqrf", "qr", "svd"):
+                found.append(eqn.invars[0].aval.shape)
+            for value in eqn.params.values():
+                if hasattr(value, "jaxpr"):
+                    visit(value.jaxpr)
+
+    visit(jax.make_jaxpr(fn)(*args).jaxpr)
+    return found
+
+
+def test_matrices_of_a_stack_are_decomposed_one_by_one():
+    """Two batches at once wait for each other forever on some CPUs."""
+    a, b = draw(1, (3, 2, 5, 11)), draw(2, (3, 2, 5, 7))
+    shapes = decomposed(lambda a, b: nearest_product(a, b, 2), a, b)
+    assert len(shapes) >= 3 and {len(shape) for shape in shapes} == {2}
+    assert {len(s) for s in decomposed(jnp.linalg.qr, a)} == {4}  # the control
 
 
 def test_each_use_of_a_tied_table_has_its_own_sum(float64):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.bank.sums.lowrank import Factors, nearest_factors, nearest_product
+from lora_jax.bank.sums.lowrank import Factors, map_batch, nearest_factors, nearest_product
 
 Sign = Literal["total", "frequency"]
 
@@ -119,11 +119,8 @@ def _of_changes(
         changes = jnp.stack([s * (a.mT @ b) for (a, b), s in each])
         return nearest_factors(summed(changes, weights[:, None, None], key), rank)
 
-    members = (list(factors), list(scales))
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]), members)
-    n = flat[1][0].shape[0]
-    found = lax.map(of_one, (*flat, jax.random.split(key, n)))
-    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), found)
+    keys = jax.random.split(key, batch)
+    return map_batch(of_one, (list(factors), list(scales), keys), len(batch))
 
 
 def _summed(

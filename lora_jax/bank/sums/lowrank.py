@@ -1,10 +1,12 @@
 """Factors of low rank: the best approximation of a matrix, and stacks of several ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 Factors = tuple[jax.Array, jax.Array]  # A [batch…, r, in] and B [batch…, r, out]
 
@@ -15,16 +17,37 @@ def nearest_product(a: jax.Array, b: jax.Array, rank: int) -> Factors:
     From QR decompositions of both factors and the singular values of a core [R, R]: nothing of the
     product's size is formed. Each factor gets the roots of the singular values.
 
+    The matrices of a batch take turns. XLA splits a batched decomposition over the threads of a
+    CPU, and two of them at once were seen to wait for each other forever (JAX 0.10.2, two threads).
+
     Args:
       a: [batch…, R, in].
       b: [batch…, R, out].
       rank: at most R, in and out.
     """
-    q_a, r_a = jnp.linalg.qr(a.mT)  # [in, k], [k, R]
-    q_b, r_b = jnp.linalg.qr(b.mT)
-    u, s, vt = jnp.linalg.svd(r_a @ r_b.mT, full_matrices=False)
-    a, b = with_roots(u, s, vt, rank)
-    return a @ q_a.mT, b @ q_b.mT
+
+    def of_one(factors: Factors) -> Factors:
+        a, b = factors
+        q_a, r_a = jnp.linalg.qr(a.mT)  # [in, k], [k, R]
+        q_b, r_b = jnp.linalg.qr(b.mT)
+        u, s, vt = jnp.linalg.svd(r_a @ r_b.mT, full_matrices=False)
+        a, b = with_roots(u, s, vt, rank)
+        return a @ q_a.mT, b @ q_b.mT
+
+    return map_batch(of_one, (a, b), a.ndim - 2)
+
+
+def map_batch(fn: Callable[[Any], Any], arrays: Any, n_batch: int) -> Any:
+    """Returns what a function returns for each index of the batch axes, one after the other.
+
+    Args:
+      fn: called with arrays that lack the batch axes.
+      arrays: a tree of arrays with the same batch axes in front.
+      n_batch: their number.
+    """
+    batch = jax.tree.leaves(arrays)[0].shape[:n_batch]
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[n_batch:]), arrays)
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), lax.map(fn, flat))
 
 
 def nearest_factors(change: jax.Array, rank: int) -> Factors:
