@@ -125,7 +125,7 @@ def mixed(
     @functools.wraps(fn)
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = _Call.of(args, kwargs, in_axes, dict(kwarg_axes or {}), out_axes)
-        if one_by_one or not call.choice.is_side_by_side:
+        if one_by_one or len(call.choice.ids) == 1 or not call.choice.is_side_by_side:
             return _run_one_by_one(adapted, call)
         try:
             return _run_at_once(fn, interpreter, call)
@@ -257,7 +257,7 @@ def _run_at_once(fn: Callable[..., Any], interpreter: Interpreter, call: _Call) 
 
 
 def _run_one_by_one(adapted: Callable[..., Any], call: _Call) -> Any:
-    """Runs an adapted function on batches of one example each, under `jax.vmap`."""
+    """Runs an adapted function on batches of one example each: several under `jax.vmap`."""
     split = _Split()
     pairs = zip(call.leaves, call.axes, strict=True)
     parts = [_leaf(leaf, axis, split) for leaf, axis in pairs]
@@ -281,6 +281,13 @@ def _run_one_by_one(adapted: Callable[..., Any], call: _Call) -> Any:
                 f"mixed: for a batch of one example, the function returns an array of shape "
                 f"{s.shape}, which has no axis {axis} for it: say where it is by out_axes"
             )
+    if len(ids) == 1:
+        mine = map(jnp.squeeze, split.arrays, split.axes)
+        results = jaxpr_as_fun(traced)(ids[0], *mine)
+        alone = zip(results, to, shapes, strict=True)
+        return out_tree.unflatten(
+            x if axis is None or s.shape else jnp.expand_dims(x, 0) for x, axis, s in alone
+        )
     run = jax.vmap(jaxpr_as_fun(traced), in_axes=(0, *split.axes), out_axes=to)
     results = [
         jnp.squeeze(result, axis + 1) if axis is not None and s.shape else result

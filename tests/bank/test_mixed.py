@@ -137,6 +137,23 @@ def test_an_encoder_with_heads_of_its_own(form, monkeypatch):
         assert_close(found[i : i + 1], run(ids[i : i + 1]), 1e-5)
 
 
+def test_a_batch_of_one_example():
+    """It is run as it is: nothing is mapped, nothing has to be followed; a scalar gets an axis."""
+    program = PROGRAMS[0]
+    params, tree, x = program.inputs()
+    bank = banked(params, list(program.rules), {"one": tree})
+
+    def run(params, x):
+        y = program.run(params, x)
+        return y[jnp.argsort(x[:, 0, 0])], jnp.sum(y)
+
+    found = mixed(run)(bank.choose(["one"]), x[:1])
+    rows, total = lj.adapt(run)(tree, x[:1])
+    assert_close(found, (rows, total[None]), 1e-6)
+    with pytest.warns(MixedWarning, match="example by example"):  # the control
+        mixed(run)(bank.choose(["one", "base"]), x[:2])
+
+
 @FORMS
 def test_gradients(form, monkeypatch):
     """The gradient of each slot's factors is that of its own examples; others' are zero."""
