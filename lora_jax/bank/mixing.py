@@ -14,7 +14,7 @@ from lora_jax.adapt import adapt
 from lora_jax.adapt.examples.axes import Axes
 from lora_jax.adapt.interpreter import Interpreter
 from lora_jax.adapt.rules.table import RULES
-from lora_jax.adapt.transform import follow, run
+from lora_jax.adapt.transform import run
 from lora_jax.adapt.user_code import place_of_call, warn
 from lora_jax.bank.slots import WeightSlots, bank_leaves_of, is_slots, map_slots, slots_of
 from lora_jax.factored import ExamplesError
@@ -238,22 +238,12 @@ def _run_at_once(fn: Callable[..., Any], interpreter: Interpreter, call: _Call) 
     def whole(args: Any, kwargs: Any) -> Any:
         return fn(*args, **kwargs)
 
+    def axes_of(result: Any) -> Any:
+        return jax.tree.unflatten(jax.tree.structure(result), call.axes_of(result))
+
     leaves = [leaf.at_once() if _is_choice(leaf) else leaf for leaf in call.leaves]
-    arguments = call.treedef.unflatten(leaves)
-    axes = Axes(call.treedef.unflatten(call.axes))
-    found = follow(whole, arguments, {}, axes)
-    result = run(whole, interpreter, arguments, {}, None, axes=axes)
-    n, wanted_axes = len(call.choice.ids), iter(call.axes_of(result))
-
-    def check(value: Any, axis: int | None) -> None:
-        shape, wanted = np.shape(value), next(wanted_axes)
-        same_for_all = axis is None and wanted is not None and shape[wanted : wanted + 1] == (n,)
-        if axis != wanted and not same_for_all:
-            there = "no examples" if axis is None else f"its examples on axis {axis}"
-            raise ExamplesError(f"an output of shape {shape} has {there}, not on axis {wanted}")
-
-    jax.tree.map(check, result, found)
-    return result
+    axes = Axes(call.treedef.unflatten(call.axes), axes_of)
+    return run(whole, interpreter, call.treedef.unflatten(leaves), {}, None, axes=axes)
 
 
 def _run_one_by_one(adapted: Callable[..., Any], call: _Call) -> Any:

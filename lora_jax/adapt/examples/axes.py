@@ -22,7 +22,8 @@ class Axes:
     Attributes:
       of_args: a prefix of the positional arguments. None for what is the same for all examples, the
         adapted tree among it.
-      of_result: a prefix of the function's result; "found" to take them as they are.
+      of_result: a prefix of the function's result, or a function that returns one for a tree like
+        the result; "found" to take them as they are.
     """
 
     of_args: Any
@@ -122,8 +123,8 @@ def axes_of_result(traced: Trace, found: Followed, n: int, expected: Any) -> Any
       traced: of the function.
       found: of its jaxpr.
       n: the number of examples.
-      expected: a prefix of the result: the axes that it must have, or "found" for any. A result
-        that is the same for all examples has any axis of size n.
+      expected: the axes that the result must have; see `Axes.of_result`. A result that is the same
+        for all examples has any axis of size n.
 
     Raises:
       ExamplesError: an output mixes examples, or its examples lie elsewhere.
@@ -139,6 +140,8 @@ def axes_of_result(traced: Trace, found: Followed, n: int, expected: Any) -> Any
     result, writes = traced.outputs.treedef.unflatten(range(len(axes)))
     if any(axes[place] is not None for place in jax.tree.leaves(writes)):
         raise ExamplesError("the function writes what depends on the examples")
+    if callable(expected):
+        expected = expected(result)
     if not isinstance(expected, str):
         for place, want in _pairs(expected, result):
             shape = np.shape(each[place][1])
