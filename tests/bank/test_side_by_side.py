@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from lora_jax.bank.together.side_by_side import Running, padded, side_by_side
+from lora_jax.bank.together.alike import alike
+from lora_jax.bank.together.side_by_side import Running, side_by_side
 from lora_jax.training.errors import Diverged, Interrupted
 from lora_jax.training.loop import Stopped
 
@@ -81,10 +82,10 @@ def test_a_signal_stops_each_and_a_second_one_all():
 def test_padding():
     one = {"ids": np.ones((1, 2, 3), int), "weights": np.ones((1, 2, 1), int)}
     other = {"ids": np.full((2, 1, 2), 5), "weights": np.full((2, 1, 4), 7)}
-    filled = padded({"one": one, "other": other})
+    filled = alike({"one": one, "other": other})
     assert {b["ids"].shape for b in filled.values()} == {(2, 2, 3)}
     assert {b["weights"].shape for b in filled.values()} == {(2, 2, 4)}
     assert filled["one"]["ids"].sum() == 6 and (filled["one"]["ids"][:1] == 1).all()
     np.testing.assert_array_equal(filled["other"]["ids"][:, :1, :2], other["ids"])
     assert filled["other"]["weights"].sum() == other["weights"].sum()
-    assert padded({"one": one})["one"]["ids"] is one["ids"]
+    assert alike({"one": one})["one"]["ids"] is one["ids"]

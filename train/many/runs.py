@@ -22,7 +22,7 @@ import jax
 from rich.console import Console
 
 import lora_jax as lj
-from lora_jax.bank.together.side_by_side import Ending, Running, side_by_side, step_of
+from lora_jax.bank.together.side_by_side import Ending, Running, side_by_side
 from lora_jax.bank.together.tenants import Tenant
 from lora_jax.bank.together.together import Together
 from lora_jax.training.errors import Interrupted, TrainingError
@@ -44,7 +44,7 @@ from train.run.files import ERROR
 from train.run.fit import Run, adapted, begin_run, fitted, print_adapter, resume_hint
 from train.run.log import doing, read_metrics
 from train.run.mesh import make_mesh
-from train.run.optimizer import optimizer_options
+from train.run.optimizer import make_tenant
 from train.run.options.file import replaced
 from train.run.options.table import RESULTS, Row, placed_error
 from train.run.output import ADAPTER, CONFIG, REPORT, locked_output
@@ -215,20 +215,11 @@ def _begun(one: _One, plain: Any, held: ExitStack) -> Tenant:
     )
     one.evaluation = one.task.evaluation(context)
     one.ready = dataclasses.replace(ready, state=jax.eval_shape(lambda: ready.state))
-    return Tenant(
-        params=params,
-        schedule=ready.setup.schedule,
-        steps=run.steps,
-        loss=one.loss,
-        optimizer=optim.optimizer,
-        weight_decay=optim.weight_decay,
-        grad_clip=optim.grad_clip,
-        lora_plus=optim.lora_plus,
-        options=optimizer_options(optim),
-        noise=optim.neftune,
-        key=ready.state.key,
-        state=ready.state if int(ready.state.step) else None,  # a new one takes memory in its slot
+    tenant = make_tenant(
+        optim, params, ready.setup.schedule, run.steps, loss=one.loss, key=ready.state.key
     )
+    # A new state is made in its slot, where alone it takes memory.
+    return dataclasses.replace(tenant, state=ready.state) if int(ready.state.step) else tenant
 
 
 def _evaluate_base(
@@ -302,7 +293,7 @@ def _trained(
             board.show()
 
         with board, session.stop.deferred():
-            side_by_side(step_of(together), runs, ended=ended, turned=turned)
+            side_by_side(together.step, runs, ended=ended, turned=turned)
             board.show()
     return any(isinstance(one.ending.error, Stopped) for one in ones)
 

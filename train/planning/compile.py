@@ -8,12 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lj
 from lora_jax.bank.together.stacked import traced_step
-from lora_jax.bank.together.tenants import Tenant
 from lora_jax.models.attention import chosen_attention
 from lora_jax.models.families import module_of
 from lora_jax.models.layers.attend import Chosen
@@ -28,7 +26,7 @@ from train.planning.machines import Machine
 from train.planning.plan_flops import count_traced, step_work
 from train.run.adapter import NO_ADAPTER, rules
 from train.run.errors import UserError, as_user_errors
-from train.run.optimizer import make_optimizer, make_schedule, optimizer_options
+from train.run.optimizer import make_optimizer, make_schedule, make_tenant
 from train.run.options.common import AdapterConfig, OptimConfig
 from train.run.pretrained import Outline
 from train.run.report import compiled_bytes, tree_bytes
@@ -202,7 +200,8 @@ def prepare(job: Job, variant: Variant, optim: OptimConfig) -> Prepared:
             state = setup.abstract_state(adapter)
             traced = setup.trace(forward, loss, state, base, batch)
         else:
-            one = _tenant(params, schedule, loss, optim)
+            key = jax.eval_shape(lambda: jax.random.key(0))  # nothing runs on devices elsewhere
+            one = make_tenant(optim, params, schedule, _STEPS, loss=loss, key=key)
             options = job.layout.compiler_options
             traced, state = traced_step(forward, one, variant.adapters, batch, options)
         lowered = traced.lower()
@@ -298,22 +297,6 @@ def adapted_shapes(outline: Outline, adapter: AdapterConfig, dtype: Any, layout:
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         params,
         shardings(params, layout.table, layout.mesh),
-    )
-
-
-def _tenant(params: Any, schedule: optax.Schedule, loss: Loss, optim: OptimConfig) -> Tenant:
-    """Returns one of the adapters that train side by side."""
-    return Tenant(
-        params=params,
-        schedule=schedule,
-        steps=_STEPS,
-        loss=loss,
-        optimizer=optim.optimizer,
-        weight_decay=optim.weight_decay,
-        grad_clip=optim.grad_clip,
-        lora_plus=optim.lora_plus,
-        options=optimizer_options(optim),
-        key=jax.eval_shape(lambda: jax.random.key(0)),  # nothing runs on devices that are not here
     )
 
 

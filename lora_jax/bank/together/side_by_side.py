@@ -8,9 +8,6 @@ import dataclasses
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
-import numpy as np
-
-from lora_jax.bank.together.together import Together
 from lora_jax.training.batches import Batch
 from lora_jax.training.loop import Stopped
 
@@ -51,7 +48,8 @@ def side_by_side(
     """Trains all runs to their ends. One that ends or fails leaves; the others do not notice.
 
     Args:
-      step: takes a step with each run that has a batch, and returns their metrics; see `step_of`.
+      step: takes a step with each run that has a batch, and returns their metrics; see
+        `Together.step`.
       runs: by name.
       ended: is called with the name of a run that is over, and what came of it.
       turned: is called after each step.
@@ -100,37 +98,3 @@ def side_by_side(
         for run in runs.values():
             run.turns.close()
     return endings
-
-
-def step_of(together: Together) -> Callable[[Mapping[str, Batch]], dict[str, Metrics]]:
-    """Returns a function that takes a step with each adapter that has a batch.
-
-    The batches of one stack are filled up to the largest of them with zeros, which have to be
-    padding: `lora_jax.training.Packs` have weights of 0 there.
-    """
-
-    def step(batches: Mapping[str, Batch]) -> dict[str, Metrics]:
-        filled: dict[str, Batch] = {}
-        for names in together.stacks(batches):
-            filled |= padded({name: batches[name] for name in names})
-        return {**together.step(filled)}
-
-    return step
-
-
-def padded(batches: Mapping[str, Batch]) -> dict[str, Batch]:
-    """Returns batches of the same arrays, filled up with zeros to the largest shape of each."""
-    shapes = [{key: array.shape for key, array in batch.items()} for batch in batches.values()]
-    largest = {
-        key: tuple(map(max, zip(*(s[key] for s in shapes), strict=True))) for key in shapes[0]
-    }
-
-    def filled(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        if array.shape == shape:
-            return array
-        return np.pad(array, [(0, most - n) for n, most in zip(array.shape, shape, strict=True)])
-
-    return {
-        name: {key: filled(array, largest[key]) for key, array in batch.items()}
-        for name, batch in batches.items()
-    }

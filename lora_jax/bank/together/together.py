@@ -1,13 +1,11 @@
 """Trains many adapters over one base at once, each as if it trained alone."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-import jax
-import numpy as np
 
 from lora_jax.bank.mixing import Choice, choose
 from lora_jax.bank.stored import BankError
+from lora_jax.bank.together.alike import alike
 from lora_jax.bank.together.stack import Stack
 from lora_jax.bank.together.tenants import Kind, Tenant
 from lora_jax.lorafy import nodes_of
@@ -128,22 +126,10 @@ class Together:
         for stack in self._stacks.values():
             mine = {name: batch for name, batch in batches.items() if name in stack.names}
             if mine:
-                metrics |= stack.step(self._base, _alike(mine))
+                metrics |= stack.step(self._base, alike(mine))
         for name in batches:
             self._done[name] += 1
         return {name: metrics[name] for name in batches}
-
-    def stacks(self, names: Iterable[str]) -> list[list[str]]:
-        """Returns names of adapters, those of one stack together: their batches have one shape.
-
-        Raises:
-          BankError: there is no adapter of a name.
-        """
-        found: dict[int, list[str]] = {}
-        for name in names:
-            self._check_there(name)
-            found.setdefault(id(self._stack_of[name]), []).append(name)
-        return list(found.values())
 
     def tree(self, name: str) -> Any:
         """Returns an adapter as an adapted tree over the base; its arrays are copies.
@@ -232,32 +218,3 @@ class Together:
                     f"together: {name!r} adapts {path!r} of shape {node.shape}, the base has "
                     f"{'nothing there' if found is None else f'the shape {found}'}"
                 )
-
-
-def _alike(batches: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the batches of one stack in the same shapes."""
-    shapes = {n: jax.tree.map(lambda x: tuple(x.shape), batch) for n, batch in batches.items()}
-    first, *others = shapes
-    wrong = next((name for name in others if shapes[name] != shapes[first]), None)
-    if wrong is None:
-        return batches
-    if not all(
-        "weights" in batch and batch.keys() == batches[first].keys() for batch in batches.values()
-    ):
-        raise BankError(
-            f"together: {first!r} and {wrong!r} train in one stack, and their batches have the "
-            f'shapes {shapes[first]} and {shapes[wrong]}, without "weights" by which they could be '
-            "filled up: give them the same shapes"
-        )
-    largest = {
-        name: np.max([np.shape(batch[name]) for batch in batches.values()], axis=0)
-        for name in batches[first]
-    }
-
-    def filled(array: Any, shape: Any) -> np.ndarray:
-        return np.pad(array, [(0, more) for more in np.subtract(shape, np.shape(array))])
-
-    return {
-        name: {key: filled(array, largest[key]) for key, array in batch.items()}
-        for name, batch in batches.items()
-    }
