@@ -25,14 +25,14 @@ from train.inputs import Inputs, inputs_of, read
 from train.run import hosts
 from train.run.adapter import rules
 from train.run.cache import keep_compiled
-from train.run.fit import Run, adapted, begin_run, fit, print_adapter
+from train.run.fit import Run, adapted, begin_run, fit
 from train.run.log import Log, QuietLog, doing
 from train.run.mesh import make_mesh
-from train.run.output import REPORT, locked_output
+from train.run.output import ADAPTER, REPORT, locked_output
 from train.run.pretrained import Outline, check_weights, read_model
 from train.run.progress.samples import sampling
 from train.run.progress.score import scoring
-from train.run.report import print_costs, tree_bytes
+from train.run.report import print_adapter, print_costs, tree_bytes
 from train.run.reporters.registry import check_reporters
 from train.run.session import Session
 from train.tasks.task import Context, Evaluation, Task
@@ -109,7 +109,7 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
     trained, report = fit(run, ready, forward, loss, data.held_out, more)
     report["base_bytes"] = base_bytes
     write_json(folder / REPORT, report)
-    print_adapter(run, report)
+    print_adapter(console, folder / ADAPTER, report)
 
     # The trained model.
     if evaluation:

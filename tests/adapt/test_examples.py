@@ -236,7 +236,7 @@ def _over_devices(fn, p, x):
 
 
 def test_results_have_the_axes_that_were_asked_for():
-    """Where it is asked beforehand, and where it is run; what nothing uses may mix examples."""
+    """Checks the axes that are found, before a run and in it; unused values may mix examples."""
 
     def fn(p, x, *, bias):
         unused = x.mean(0) @ p["up"]

@@ -66,7 +66,7 @@ def test_many_random_functions_are_declined_or_equal(function, in_axis):
 @settings(max_examples=60, **COMMON)
 @given(programs())
 def test_random_programs_are_declined_or_equal(program):
-    """Those are rich in what may be done with weights, the functions above in what with x."""
+    """Runs programs that do more with weights; the functions above do more with x."""
     with jax.enable_x64(True):
         _, fresh, x = program.inputs()
         ids = [2, 0, 1]

@@ -104,7 +104,7 @@ def test_nothing_compiles_anew():
 
 
 def test_folders(tmp_path):
-    """Of this library, and of PEFT."""
+    """Adds adapters from folders of this library and of PEFT."""
     model, params = tiny.decoder("llama3")
     rule = lj.LoraRule(targets=["q_proj", "down_proj"], rank=3, alpha=5.0)
     ours, theirs = (with_random_factors(lj.lorafy(params, [rule]), seed=n) for n in (1, 2))

@@ -58,7 +58,7 @@ def alone(fn: Any, trees: dict[str, Any], base: Any, name: str) -> Any:
 @FORMS
 @pytest.mark.parametrize("program", CASES, ids=lambda program: program.name)
 def test_programs(program, form, monkeypatch):
-    """Of any function: scans, loops, branches, tied tables, heads, experts, a convolution."""
+    """Runs scans, loops, branches, tied tables, heads, experts and a convolution."""
     forward = in_form(form, monkeypatch, program.run)
     params, tree, _ = program.inputs()
     other = with_random_factors(lj.lorafy(params, list(program.rules)), seed=23)

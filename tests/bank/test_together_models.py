@@ -75,7 +75,10 @@ def case_of(kind):
     ],
 )
 def test_eight_adapters(kind, mesh):
-    """Of other ranks, targets, rates and lengths; two join late, one leaves. Each as alone."""
+    """Trains adapters of several ranks, targets, rates and lengths; each ends as it does alone.
+
+    Two join late, one leaves early.
+    """
     model, params, targets, more, make_batch = case_of(kind)
     loss = training.Loss(classes, unit="text") if kind == "encoder" else CROSS_ENTROPY
     sizes = {k: int(v) for k, v in (part.split("=") for part in mesh.split(",") if part)}

@@ -41,14 +41,14 @@ from train.run.adapter import rules
 from train.run.cache import keep_compiled
 from train.run.errors import flag
 from train.run.files import ERROR
-from train.run.fit import Run, adapted, begin_run, fitted, print_adapter, resume_hint
+from train.run.fit import Run, adapted, begin_run, fitted, resume_hint
 from train.run.log import doing, read_metrics
 from train.run.mesh import make_mesh
 from train.run.optimizer import make_tenant
 from train.run.options.file import replaced
 from train.run.options.table import RESULTS, Row, placed_error
 from train.run.output import ADAPTER, CONFIG, REPORT, locked_output
-from train.run.report import tree_bytes
+from train.run.report import print_adapter, tree_bytes
 from train.run.reporters.registry import check_reporters
 from train.run.session import Session
 from train.tasks.task import Context, Evaluation, Task
@@ -158,7 +158,7 @@ def train_many(script: str, asked: Sequence[Asked], session: Session) -> None:
             trained, report = one.ending.result
             report |= {"base_bytes": base_bytes, "side_by_side": len(ones)}
             write_json(one.run.folder / REPORT, report)
-            print_adapter(one.run, report)
+            print_adapter(one.run.console, one.run.folder / ADAPTER, report)
             if one.evaluation and not stopped:  # a resumed run evaluates what is over
                 tree = trained if is_quantized else lj.merge(trained)
                 scores = one.evaluation.after(model, tree, evaluated)

@@ -51,7 +51,7 @@ from train.run.output import (
     folder_bytes,
 )
 from train.run.pretrained import Outline
-from train.run.report import compiled_bytes, megabytes, peak_bytes, versions
+from train.run.report import compiled_bytes, peak_bytes, print_best, versions
 from train.run.reporters.registry import REPORTERS
 from train.run.reporters.reporting import Reporting
 
@@ -361,7 +361,7 @@ def _report(
         "adapter_bytes": folder_bytes(run.folder / ADAPTER),
     }
     if ready.best is not None:
-        _print_best(run, ready.best)
+        print_best(run.console, ready.best, run.config.run.patience)
         report |= {"best": ready.best.about, "ended_early": ready.best.is_over}
     return report
 
@@ -377,32 +377,6 @@ def _reporting(run: Run) -> Reporting:
         lines=read_metrics(run.folder),
         samples=read_lines(run.folder / SAMPLES),
         warn=lambda text: run.console.print(text, highlight=False, soft_wrap=True, markup=False),
-    )
-
-
-def _print_best(run: Run, best: Best) -> None:
-    """Says which step was the best, and why the run ended."""
-    standing = best.standing
-    if standing.value is None:
-        said = f"{best.metric} was never measured: the adapter is the last one"
-    else:
-        said = f"the best {best.metric} is {standing.value:.4g}, at step {standing.step}"
-    if best.is_over:
-        patience = run.config.run.patience
-        said = (
-            f"ended early: no better {best.metric} for {standing.waited} measurements "
-            f"({flag('patience', patience)}); {said}"
-        )
-    run.console.print(said, highlight=False, soft_wrap=True)
-
-
-def print_adapter(run: Run, report: dict[str, Any]) -> None:
-    """Prints the adapter's folder and size, and the base's size."""
-    run.console.print(
-        f"adapter saved in {run.folder / ADAPTER}: {megabytes(report['adapter_bytes'])} beside "
-        f"the base's {megabytes(report['base_bytes'])}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 

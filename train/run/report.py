@@ -4,6 +4,7 @@ import resource
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_jax.quantized import bytes_of
+from lora_jax.training.run.best import Best
+from train.run.errors import flag
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "lora_jax")
 
@@ -76,3 +79,28 @@ def print_costs(console: Console, report: Mapping[str, Any]) -> None:
     for line in lines:
         table.add_row(*line)
     console.print(table)
+
+
+def print_best(console: Console, best: Best, patience: int | None) -> None:
+    """Says which step was the best, and why the run ended."""
+    standing = best.standing
+    if standing.value is None:
+        said = f"{best.metric} was never measured: the adapter is the last one"
+    else:
+        said = f"the best {best.metric} is {standing.value:.4g}, at step {standing.step}"
+    if best.is_over:
+        said = (
+            f"ended early: no better {best.metric} for {standing.waited} measurements "
+            f"({flag('patience', patience)}); {said}"
+        )
+    console.print(said, highlight=False, soft_wrap=True)
+
+
+def print_adapter(console: Console, adapter: Path, report: Mapping[str, Any]) -> None:
+    """Prints an adapter's folder and size, and the base's size."""
+    console.print(
+        f"adapter saved in {adapter}: {megabytes(report['adapter_bytes'])} beside "
+        f"the base's {megabytes(report['base_bytes'])}",
+        highlight=False,
+        soft_wrap=True,
+    )
