@@ -1,7 +1,6 @@
 """LoRA for JAX and Flax, as a pure transform of a parameter tree."""
 
 from lora_jax import base as base
-from lora_jax import exported as exported
 from lora_jax import init as init
 from lora_jax import optim as optim
 from lora_jax import quantized as quantized
@@ -12,10 +11,6 @@ from lora_jax.adapt import RoleError as RoleError
 from lora_jax.adapt import RoleWarning as RoleWarning
 from lora_jax.adapt import adapt as adapt
 from lora_jax.adapt import explain as explain
-from lora_jax.checkpoint import AdapterError as AdapterError
-from lora_jax.checkpoint import adapter_info as adapter_info
-from lora_jax.checkpoint import load_adapter as load_adapter
-from lora_jax.checkpoint import save_adapter as save_adapter
 from lora_jax.lorafy import count_params as count_params
 from lora_jax.lorafy import join as join
 from lora_jax.lorafy import lorafy as lorafy
@@ -27,6 +22,11 @@ from lora_jax.lorafy import swap as swap
 from lora_jax.lorafy import trainable_mask as trainable_mask
 from lora_jax.rules import LoraRule as LoraRule
 from lora_jax.rules import TrainRule as TrainRule
+from lora_jax.saving import exported as exported
+from lora_jax.saving.checkpoint import AdapterError as AdapterError
+from lora_jax.saving.checkpoint import adapter_info as adapter_info
+from lora_jax.saving.checkpoint import load_adapter as load_adapter
+from lora_jax.saving.checkpoint import save_adapter as save_adapter
 from lora_jax.weight import LoraWeight as LoraWeight
 from lora_jax.weight import Part as Part
 from lora_jax.weight import Trained as Trained

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 
 import lora_jax as lj
-from lora_jax.fingerprint import base_fingerprint, differing
 from lora_jax.models import Decoder
+from lora_jax.saving.fingerprint import base_fingerprint, differing
 from lora_jax.training.batches import Examples, Packs
 from lora_jax.training.data.order import Batches
 from lora_jax.training.errors import DamagedCheckpoint, Diverged, TrainingError

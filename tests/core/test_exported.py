@@ -10,7 +10,7 @@ import pytest
 from jax import export
 
 import lora_jax as lj
-from lora_jax.exported import register
+from lora_jax.saving.exported import register
 from lora_jax.variants import PARTS
 from tests.support import assert_close, draw, over, with_random_factors
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax.base import is_abstract
-from lora_jax.fingerprint import base_fingerprint, differing
 from lora_jax.lorafy import Tree
+from lora_jax.saving.fingerprint import base_fingerprint, differing
 from lora_jax.weight import Trained, is_node, leaves_of
 
 

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.axes import AxisRoles
-from lora_jax.fingerprint import base_fingerprint, checksum, differing
 from lora_jax.folders import partial_of, put_in_place
 from lora_jax.lorafy import Tree, nodes_of, strip, swap
 from lora_jax.parts import AXES, padded, rank_axis, unpadded
 from lora_jax.paths import nearest
+from lora_jax.saving.fingerprint import base_fingerprint, checksum, differing
 from lora_jax.variants import PARTS
 from lora_jax.weight import LoraWeight, Node, Part, Trained, TrainedRows, leaves_of
 

@@ -1,0 +1,1 @@
+"""Adapters in files, and functions of adapted trees written by `jax.export`."""
