@@ -14,7 +14,14 @@ from lora_jax import models
 from lora_jax.bank import Bank, MixedWarning, choose, mixed
 from lora_jax.bank import slots as slots_module
 from tests.models import tiny, tiny_encoders
-from tests.support import MORE_PROGRAMS, PROGRAMS, assert_close, draw, with_random_factors
+from tests.support import (
+    MORE_PROGRAMS,
+    PROGRAMS,
+    assert_close,
+    dots_of_size,
+    draw,
+    with_random_factors,
+)
 
 # Not those whose rows depend on each other, by sizes of groups or ids that they hold themselves.
 ALL = (*PROGRAMS, *MORE_PROGRAMS)
@@ -152,6 +159,27 @@ def test_a_batch_of_one_example():
     assert_close(found, (rows, total[None]), 1e-6)
     with pytest.warns(MixedWarning, match="example by example"):  # the control
         mixed(run)(bank.choose(["one", "base"]), x[:2])
+
+
+@FORMS
+def test_products_with_the_base_stay_one_for_all_examples(form, monkeypatch):
+    program = PROGRAMS[0]
+    params, tree, _ = program.inputs()
+    bank = banked(params, list(program.rules), {"one": tree})
+    x, names = draw(5, (4, 13, 5)), ["one", "base", "one", "base"]
+
+    def products(fn, *args):
+        return len(dots_of_size(jax.jit(fn).lower(*args).compile().as_text(), (4, 13, 7)))
+
+    forward = in_form(form, monkeypatch, program.run)
+    assert products(forward, bank.choose(names), x) == 2  # xW, and that of the factors
+
+    def one_after_the_other(trees, x):  # the control
+        rows = [lj.adapt(program.run)(one, row) for one, row in zip(trees, x, strict=True)]
+        return jnp.stack(rows)
+
+    rows = jax.jit(one_after_the_other).lower([tree] * 4, x).compile().as_text()
+    assert len(dots_of_size(rows, (13, 7))) == 8
 
 
 @FORMS
