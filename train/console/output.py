@@ -58,3 +58,8 @@ def closed_pipe() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
         sys.exit(1)
+
+
+def say(text: str) -> None:
+    """Prints a line for people, beside what a program may read on standard output."""
+    print(text, file=sys.stderr, flush=True)

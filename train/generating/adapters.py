@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax
 
 import lora_jax as lj
 from train.adapters.source import ADAPTER, AdapterSource, find_adapter, merged
+from train.console.output import say
 from train.generating.options import BASE, Options
 from train.run.errors import UserError
 from train.run.options.sft import DEFAULT_MODEL
@@ -142,7 +142,7 @@ class Served:
         if len(names) == len(self.names) == 1 and not options.interactive and not options.no_merge:
             how = self._serve_merged(names[0])
         if names:
-            _say(f"{' and '.join(names)}: {how} the base")
+            say(f"{' and '.join(names)}: {how} the base")
         if options.interactive and BASE not in self.names:
             self.names.append(BASE)
         if BASE in self.names:
@@ -186,7 +186,3 @@ def _check_merge(name: str, tree: Any) -> None:
         jax.eval_shape(merged, tree)
     except UserError as error:
         raise UserError(f"--merge: {name} cannot be merged: {error}") from error
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

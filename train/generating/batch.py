@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from train.console.output import opened
+from train.console.output import opened, say
 from train.console.progress import progress_of
 from train.generating.adapters import Served
 from train.generating.answers import Speaker, answers, spoken
@@ -62,7 +62,7 @@ def answer_all(
     if shown:
         shown.ready(found, all_that_is_there=True)
     where = f"in {options.output}" if options.output else "above"
-    _say(f"\nstopped: {len(found):,} of {total:,} answers were ready; they are {where}")
+    say(f"\nstopped: {len(found):,} of {total:,} answers were ready; they are {where}")
     raise stopped
 
 
@@ -106,7 +106,7 @@ def answer_aloud(
             (tokens,) = tokenize([prompt], outline, options.system)
             check_lengths([prompt], [tokens], outline, options)
         except UserError as error:
-            _say(f"{prompt.name} is left out: {error}")
+            say(f"{prompt.name} is left out: {error}")
             refused += 1
             continue
         for name in served.names:
@@ -117,7 +117,3 @@ def answer_aloud(
             spoken(speaker, answer, tokens, number, lambda text: print(text, end="", flush=True))
             print(flush=True)
     return refused
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
