@@ -1,0 +1,1 @@
+"""LoRA beside full fine-tuning, on measurements: `python -m train.compare`."""
