@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lora_jax.training.errors import Interrupted, TrainingError
+from lora_jax.training.errors import TrainingError
 from lora_jax.training.losses import HELD_OUT
 from lora_jax.training.processes import write_text
 from train.comparing import record, rungs
@@ -152,8 +152,8 @@ class Sweep:
                 done.error = one.why
             if one.score is not None:
                 done.score = one.score
-        halted = {one.row.name for one in ones if one.state == "stopped"}
-        through = [trial for trial in group if trial.name not in halted]
+        # A signal in the last step cuts off the measurement after it, which is then still to do.
+        through = [] if self.session.stop.signal else group
         through = [trial for trial in through if self.record.of(trial.name).error is None]
         for trial in through:
             done = self.record.of(trial.name)
@@ -162,8 +162,7 @@ class Sweep:
         for trial in through:
             if until is None:
                 self._tidy(trial)
-        if halted:
-            raise Interrupted(f"stopped, each run saved. {self.hint}", self.session.stop.code)
+        self.session.stop.remedy = self.hint
         self.session.stop.check()
 
     def _side_by_side(self, group: Sequence[Trial], part: Part) -> list[One]:

@@ -179,7 +179,7 @@ def _opened(
         paper.console.print(line, highlight=False, soft_wrap=True)
     run = run_of(script, config, task, session.stop, folder, paper.console, inputs, part.until)
     # Adapters of one kind have one loss.
-    kind = task.loss, config.optim.loss_chunk
+    kind = task.loss, getattr(config.optim, "loss_chunk", None)
     loss = losses.setdefault(kind, task.loss(config, inputs.layout))
     return One(row, task, paper, run, inputs, loss)
 

@@ -134,7 +134,7 @@ def tokens_of(config: Config, dataset: Dataset, tokenizer: Any) -> Sequences:
 def hold_out(
     config: Config, counts: Mapping[str, int], weights: Sequence[float | None] = (None,)
 ) -> list[np.ndarray] | None:
-    """Draws the rows to hold out by --held-out-seed or --seed, if --eval-every is given: at most a tenth.
+    """Draws the rows to hold out, if --eval-every is given: at most a tenth.
 
     A resumed run holds out the same rows as when it began.
 
