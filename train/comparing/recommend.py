@@ -77,7 +77,7 @@ class Recommendation:
 def recommend(comparison: Comparison) -> Recommendation:
     """Returns what to use, by `RULE`; a pure function of the measurements."""
     measure, rows = tables.measure_of(comparison), tables.rows(comparison)
-    lora = tables.best((row for row in rows if not row.is_full), measure)
+    lora = tables.best((row for row in rows if row.is_adapter), measure)
     full = tables.best((row for row in rows if row.is_full), measure)
     if lora is None or full is None:
         return _one_sided(lora, full, rows)
@@ -152,7 +152,8 @@ def _undecided(better: Row, reasons: Sequence[str], undecided: Sequence[str]) ->
 
 def _one_sided(lora: Row | None, full: Row | None, rows: Sequence[Row]) -> Recommendation:
     missing = "full fine-tuning" if full is None else "an adapter"
-    runs = [run for row in rows if row.is_full is (full is None) for run in row.runs]
+    sides = [row for row in rows if (row.is_full if full is None else row.is_adapter)]
+    runs = [run for row in sides for run in row.runs]
     failed = [run for run in runs if run.status == "failed"]
     reasons = [f"No run of {missing} ended with a value."]
     if lora is None and full is None:
@@ -229,7 +230,7 @@ def _smaller(lora: Row, rows: Sequence[Row], measure: Measure, names: _Names) ->
     """Names the smallest adapter that is within the spread of the best one."""
     size = lora.trained_parameters
     for row in sorted(rows, key=lambda row: row.trained_parameters or 0):
-        if row.is_full or not row.is_whole or not size or not row.trained_parameters:
+        if not row.is_adapter or not row.is_whole or not size or not row.trained_parameters:
             continue
         gap = gap_of(row, lora, measure)
         if row.trained_parameters < size and gap.error is not None and not gap.decides:

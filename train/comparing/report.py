@@ -159,7 +159,7 @@ def _rates(figures: _Figures) -> list[Block]:
                 cells.append("not tried")
                 continue
             row = found.tried[at]
-            value = words.figure(row.quality.mean) if row.quality else "did not end"
+            value = words.figure(row.quality.mean) if row.quality else row.runs[0].status
             cells.append(f"{row.arm.learning_rate:g}: {value}")
         body.append(cells)
     if not body:
@@ -176,13 +176,14 @@ def _rates(figures: _Figures) -> list[Block]:
 
 def _costs(figures: _Figures) -> list[Block]:
     header = ["Arm", "Trained parameters", "Files of a task", "Memory of the step"]
-    header += ["Time of a step", "Time of a run"]
+    header += ["Peak of its process", "Time of a step", "Time of a run"]
     body = [
         [
             figures.label(row.arm),
             words.count(row.trained_parameters),
             words.size(row.saved_bytes),
             words.size(row.compiled_bytes),
+            words.size(row.peak_bytes),
             words.seconds(row.step_seconds),
             words.seconds(row.seconds),
         ]
@@ -191,19 +192,10 @@ def _costs(figures: _Figures) -> list[Block]:
     if not body:
         return []
     blocks: list[Block] = [Heading("Costs"), Grid(header, body)]
-    together = {run.side_by_side for row in figures.series for run in row.runs}
-    if max(together) > 1:
-        blocks.append(
-            Text(
-                f"Up to {max(together)} runs shared their steps. Such a run's time is its even "
-                "share; it has no time and no memory of a step of its own.",
-                is_note=True,
-            )
-        )
-    peaks = [run.peak_bytes for run in figures.comparison.runs if run.peak_bytes]
-    if peaks:
-        peak = f"The process took {words.size(max(peaks))} at its peak, over all runs."
-        blocks.append(Text(peak, is_note=True))
+    together = max(run.side_by_side for row in figures.series for run in row.runs)
+    if together > 1:
+        share = f"Up to {together} runs shared their steps; the time of such a run is its even "
+        blocks.append(Text(f"{share}share of theirs.", is_note=True))
     return [*blocks, *_planned(figures)]
 
 
@@ -234,9 +226,10 @@ def _rungs(figures: _Figures) -> list[Block]:
     for rung in rungs:
         for went, arms in (("goes on", rung.kept), ("stopped", rung.stopped)):
             body += [
-                [figures.label(arm), f"{rung.step}", words.figure(loss), went] for arm, loss in arms
+                [figures.label(arm), f"{rung.share:.3g}", words.figure(loss), went]
+                for arm, loss in arms
             ]
-    header = ["Arm", "Step", f"Held-out {figures.comparison.facts.loss}", "Decision"]
+    header = ["Arm", "Share of the steps", f"Held-out {figures.comparison.facts.loss}", "Decision"]
     stopped: list[Block] = [Text(f"The rule: {rule}.")] if rule else []
     return [Heading("Early stopping"), *stopped, Grid(header, body)]
 

@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from lora_jax.training.processes import write_json
 from train.run.errors import UserError
@@ -135,11 +135,11 @@ class Rung(NamedTuple):
     """A decision of the rule that stops hopeless runs.
 
     Attributes:
-      step: the arms were compared after this step.
+      share: the arms were compared after this share of their steps.
       kept, stopped: the arms, and the mean held-out loss of each, best first.
     """
 
-    step: int
+    share: float
     kept: tuple[tuple[Arm, float], ...]
     stopped: tuple[tuple[Arm, float], ...]
 
@@ -192,24 +192,44 @@ class Comparison:
     planned: tuple[Planned, ...] = ()
 
 
-def write(comparison: Comparison, folder: Path) -> None:
-    """Writes `compare.json` into a folder; the file appears whole or not at all.
+Kind = TypeVar("Kind")
 
-    Every tuple with field names is an object there. Numbers that JSON lacks are the strings
-    "NaN", "Infinity" and "-Infinity".
-    """
-    write_json(folder / JSON, _plain(comparison))
+
+def write(comparison: Comparison, folder: Path) -> None:
+    """Writes `compare.json` into a folder; the file appears whole or not at all."""
+    write_record(comparison, folder / JSON)
 
 
 def read(folder: Path) -> Comparison:
     """Returns the comparison that `write` wrote into a folder.
 
+    Raises:
+      UserError: the file is missing, is no JSON, or a field is of another kind.
+    """
+    return read_record(Comparison, folder / JSON)
+
+
+def write_record(record: Any, path: Path) -> None:
+    """Writes a dataclass, or a tuple with field names, as JSON, whole or not at all.
+
+    Every tuple with field names is an object there. Numbers that JSON lacks are the strings
+    "NaN", "Infinity" and "-Infinity".
+    """
+    write_json(path, _plain(record))
+
+
+def read_record(kind: type[Kind], path: Path) -> Kind:
+    """Returns what `write_record` wrote.
+
     Fields that have a default may be missing, as in the files of an earlier version.
+
+    Args:
+      kind: the type of what was written.
+      path: the file.
 
     Raises:
       UserError: the file is missing, is no JSON, or a field is of another kind.
     """
-    path = folder / JSON
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -219,9 +239,12 @@ def read(folder: Path) -> Comparison:
     except ValueError as error:  # JSON's and Unicode's errors
         raise UserError(f"{path} is not JSON: {error}") from error
     try:
-        return _parsed(content, Comparison, "")
+        return _parsed(content, kind, "")
     except _Mismatch as error:
         raise UserError(f"{path}: {error}; only train.compare writes this file") from error
+
+
+_WANTED = {int: "an integer", str: "a string", bool: "true or false"}
 
 
 class _Mismatch(Exception):
@@ -265,8 +288,8 @@ def _parsed(value: Any, kind: Any, field: str) -> Any:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
         raise _mismatch(field, "a number", value)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise _mismatch(field, {int: "an integer", str: "a string"}[kind], value)
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise _mismatch(field, _WANTED[kind], value)
     return value
 
 
@@ -298,7 +321,11 @@ def _record(value: Any, kind: Any, field: str) -> Any:
 def _fields(kind: type) -> dict[str, bool]:
     """Returns the field names of a record's type, and whether each has no default."""
     if dataclasses.is_dataclass(kind):
-        return {one.name: one.default is dataclasses.MISSING for one in dataclasses.fields(kind)}
+        missing = dataclasses.MISSING
+        return {
+            one.name: one.default is missing and one.default_factory is missing
+            for one in dataclasses.fields(kind)
+        }
     defaults = getattr(kind, "_field_defaults", {})
     return {name: name not in defaults for name in getattr(kind, "_fields", ())}
 
