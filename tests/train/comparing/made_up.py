@@ -49,7 +49,8 @@ def run(arm: Arm, seed: int, loss: float, score: float | None = None, **more: An
     rank *= len({*(arm.targets or ())} | {"v_proj"}) if arm.rank else 1
     steps = [20 * i for i in range(1, 11)]
     curve = [loss + 2.0 * math.exp(-step / 45) for step in steps]
-    name = f"{arm.method}-r{arm.rank}-{arm.learning_rate:g}-seed{seed}"
+    on = (arm.targets or ("all",))[0]
+    name = f"{arm.method}-r{arm.rank}-{on}-{arm.learning_rate:g}-seed{seed}"
     of_run: dict[str, Any] = dict(
         name=f"{name}<b>" if arm.method == "dora" else name,
         status="done",
