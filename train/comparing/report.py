@@ -24,6 +24,7 @@ from train.comparing.tables import Row, Spread
 
 MARKDOWN, HTML = "report.md", "report.html"
 PICTURES = "pictures"  # the folder of the PNGs
+_SPREAD = ("Mean", "Deviation", "Lowest", "Highest")  # over seeds
 _ENDINGS = {"failed": "failed", "stopped early": "stopped early", "waiting": "not run yet"}
 
 
@@ -107,7 +108,7 @@ def _recommended(recommendation: Recommendation, figures: _Figures) -> list[Bloc
 def _quality(figures: _Figures, recommendation: Recommendation) -> list[Block]:
     measure, rows = figures.measure, figures.rows
     loss = measure.kind == "score" and any(row.held_out_loss for row in rows)
-    header = ["Arm", *_spread_names(measure.name), "Seeds"]
+    header = ["Arm", *_SPREAD, "Seeds"]
     header += ["Held-out loss"] * loss
     header += ["Trained parameters", "Other runs"]
     body = []
@@ -269,7 +270,7 @@ def _forgetting(figures: _Figures) -> list[Block]:
         return []
     outside = figures.comparison.facts.outside or "text outside the task"
     body = [[figures.label(row.arm), *_spread(found), f"{found.n}"] for row, found in measured]
-    header = ["Arm", *_spread_names("Rise of the loss"), "Seeds"]
+    header = ["Arm", *_SPREAD, "Seeds"]
     text = f"How much the loss (nats a token) on {outside} rose in training; smaller is better."
     return [Heading("Forgetting"), Text(text), Grid(header, body)]
 
@@ -313,10 +314,6 @@ def _others(row: Row) -> str:
     if n := done - (row.quality.n if row.quality else 0):
         said.append(f"{n} without a finite value")
     return ", ".join(said) or words.NOTHING
-
-
-def _spread_names(name: str) -> list[str]:
-    return [f"{words.capital(name)}, mean", "Deviation", "Lowest", "Highest"]
 
 
 def _spread(values: Spread | None) -> list[str]:

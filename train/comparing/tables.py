@@ -269,7 +269,7 @@ def _row(arm: Arm, runs: Sequence[Measured], measure: Measure) -> Row:
         score=spread(run.score for run in done),
         held_out_loss=spread(run.held_out_loss for run in done),
         forgetting=spread(one.after - one.before for one in forgotten if one),
-        trained_parameters=next((run.trained_parameters for run in runs), None),
+        trained_parameters=next((n for run in runs if (n := run.trained_parameters)), None),
         saved_bytes=mean(lambda run: run.saved_bytes),
         compiled_bytes=mean(lambda run: run.compiled_bytes),
         peak_bytes=mean(lambda run: run.peak_bytes),

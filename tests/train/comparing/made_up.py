@@ -99,7 +99,13 @@ def example() -> Comparison:
     return Comparison(
         facts=FACTS,
         runs=tuple(found),
-        rungs=(Rung(0.2, tuple((arm, 1.5) for arm in arms[1:]), ((arms[0], 1.9),)),),
+        rungs=(
+            Rung(
+                0.2,
+                tuple((arm, 1.4 + 2e-3 * i) for i, arm in enumerate(arms[1:])),
+                ((arms[0], 1.9),),
+            ),
+        ),
         latencies=(
             Latency(lora(8), 0.0101, 0.0102, 0.0119, "a decoding step of 8 rows"),
             Latency(full(), 0.0101, 0.0102, 0.0101, "a decoding step of 8 rows"),
