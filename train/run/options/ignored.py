@@ -118,6 +118,14 @@ def _cases(options: Any) -> list[_Case]:
             ("eval_questions",),
         ),
         _Case(
+            datasets == ["sql"]
+            or evaluated
+            or not run.eval_every
+            or getattr(data, "stream", False),
+            "no rows are drawn to be held out",
+            ("held_out_seed",),
+        ),
+        _Case(
             getattr(data, "stream", False),
             "--stream reads rows while training, neither counts nor keeps them",
             ("epochs", "rows", "eval_questions", *(() if evaluated else ("token_cache",))),
