@@ -176,7 +176,7 @@ def _first_rung(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     _legend(figure, axes)
     return (
         "Held-out loss by learning rate, early",
-        f"After {rung.share:.3g} of the steps, when all settings were compared and most of them "
+        f"After {rung.share:.1%} of the steps, when all settings were compared and most of them "
         "stopped; means over seeds.",
     )
 

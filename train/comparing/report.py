@@ -227,10 +227,10 @@ def _rungs(figures: _Figures) -> list[Block]:
     for rung in rungs:
         for went, arms in (("goes on", rung.kept), ("stopped", rung.stopped)):
             body += [
-                [figures.label(arm), f"{rung.share:.3g}", words.figure(loss), went]
+                [figures.label(arm), f"{rung.share:.1%}", words.figure(loss), went]
                 for arm, loss in arms
             ]
-    header = ["Arm", "Share of the steps", f"Held-out {figures.comparison.facts.loss}", "Decision"]
+    header = ["Arm", "After", f"Held-out {figures.comparison.facts.loss}", "Decision"]
     stopped: list[Block] = [Text(f"The rule: {rule}.")] if rule else []
     return [Heading("Early stopping"), *stopped, Grid(header, body)]
 
