@@ -1,7 +1,8 @@
 """Runs as the result files of PEFT's method_comparison, so that figures lie beside its table.
 
 The format is that of `method_comparison/MetaMathQA/results` in PEFT's repository. A field that was
-not measured here is null.
+not measured here is null, such as the number of tokens; PEFT's own `processing.py`, which makes a
+table of whole numbers, wants such fields filled in.
 """
 
 import math
@@ -142,6 +143,7 @@ def _peft_config(arm: Arm, model: str) -> dict[str, Any]:
         "task_type": None,
         "peft_type": "LORA",
         "auto_mapping": None,
+        "peft_version": None,
         "base_model_name_or_path": model,
         "revision": None,
         "inference_mode": False,
@@ -165,8 +167,18 @@ def _peft_config(arm: Arm, model: str) -> dict[str, Any]:
         "loftq_config": {},
         "eva_config": None,
         "corda_config": None,
+        "lora_ga_config": None,
         "use_dora": False,
+        "velora_config": None,
+        "alora_invocation_tokens": None,
+        "use_qalora": False,
+        "qalora_group_size": 16,
+        "monteclora_config": None,
         "layer_replication": None,
         "lora_bias": False,
+        "target_parameters": None,
+        "use_bdlora": None,
+        "arrow_config": None,
+        "ensure_weight_tying": False,
         **_IN_PEFT[arm.method],
     }

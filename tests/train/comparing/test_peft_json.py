@@ -25,12 +25,14 @@ KEYS = {
     "meta_info.model_info": "sha created_at",
     "meta_info.system_info": "system release version machine processor accelerator",
 }
-# A LoraConfig's of June 2025.
-LORA = """task_type peft_type auto_mapping base_model_name_or_path revision inference_mode r
+# Those of its LoraConfig.
+LORA = """task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r
     target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora
     modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern
     megatron_config megatron_core trainable_token_indices loftq_config eva_config corda_config
-    use_dora layer_replication lora_bias"""
+    lora_ga_config use_dora velora_config alora_invocation_tokens use_qalora qalora_group_size
+    monteclora_config layer_replication lora_bias target_parameters use_bdlora arrow_config
+    ensure_weight_tying"""
 STEP = """step|valid accuracy|train loss|train samples|train time|eval time|tokens / sec|
     mem allocated avg|mem reserved avg|elapsed time"""
 LAST = "step|test accuracy|train loss|train samples|train total tokens|forgetting"
