@@ -26,7 +26,8 @@ KEYS = {
     "meta_info.system_info": "system release version machine processor accelerator",
 }
 # Those of its LoraConfig.
-LORA = """task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r
+LORA = """task_type peft_type auto_mapping peft_version base_model_name_or_path revision
+    inference_mode r
     target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora
     modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern
     megatron_config megatron_core trainable_token_indices loftq_config eva_config corda_config
