@@ -154,7 +154,8 @@ def _grid(grid: Grid) -> str:
         cells = f'<th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in others)
         body.append(f"<tr{' class=best' if index == grid.marked else ''}>{cells}</tr>")
     return (
-        f'<div class="table" tabindex="0"><table><thead><tr>{header}</tr></thead>'
+        '<div class="table" role="region" aria-label="table" tabindex="0"><table>'
+        f"<thead><tr>{header}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 

@@ -57,7 +57,7 @@ class _Drawing:
         self.series = tables.series(self.rows, self.measure)
         self.arms = [row.arm for row in self.rows]
         self._styles: dict[tuple[Any, ...], tuple[str, str, str]] = {}
-        for row in self.series:
+        for row in tables.with_stopped(self.rows, self.measure):
             i = len(self._styles)
             of = (_ADAPTERS[i % 6], _MARKERS[i % 8], _DASHES[i // 6 % 4])
             self._styles[_kind(row)] = (_FULL, "s", "-") if row.is_full else of
@@ -106,11 +106,11 @@ Drawer = Callable[[_Drawing, Figure], tuple[str, str] | None]
 
 def _curves(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     """Draws the held-out loss, else that in training, against the step; a band over seeds."""
-    chosen = _few(drawing.series)
+    chosen = _few(tables.with_stopped(drawing.rows, drawing.measure))
     held_out = any(len(run.held_out) > 1 for row in chosen for run in row.runs)
     axes, lines = figure.subplots(), 0
     for row in chosen:
-        ended = [run for run in row.runs if run.status == "done"]
+        ended = [run for run in row.runs if run.status == "done"] or row.runs
         curves = [run.held_out if held_out else run.losses for run in ended]
         steps, low, mean, high = _over_seeds(curves)
         if len(steps) < 2:
@@ -133,7 +133,12 @@ def _curves(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
 
 
 def _rates(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
-    """Draws the quality against the learning rate, a line for each adapter and full."""
+    """Draws the quality against the learning rate, a line for each adapter and full.
+
+    Where settings were stopped early, few are left at the end: their loss when all were compared.
+    """
+    if drawing.comparison.rungs:
+        return _first_rung(drawing, figure)
     axes, lines = figure.subplots(), 0
     for rates in tables.rates(drawing.rows, drawing.measure):
         ended = [row for row in rates.tried if row.quality]
@@ -149,6 +154,30 @@ def _rates(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
         f"{words.capital(drawing.measure.name)} by learning rate",
         "Marks are means over seeds, bars run from the lowest to the highest seed. A line whose "
         "best mark is at its end may have a better rate beyond.",
+    )
+
+
+def _first_rung(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
+    rung = drawing.comparison.rungs[0]
+    losses = {arm: loss for arm, loss in (*rung.kept, *rung.stopped) if math.isfinite(loss)}
+    axes = figure.subplots()
+    for first in tables.with_stopped(drawing.rows, drawing.measure):
+        alike = first.arm._replace(learning_rate=0.0)
+        line = [arm for arm in losses if arm._replace(learning_rate=0.0) == alike]
+        line.sort(key=lambda arm: arm.learning_rate)
+        at, of = [arm.learning_rate for arm in line], [losses[arm] for arm in line]
+        if line:
+            axes.plot(at, of, label=drawing.name(first), **drawing.style(first))
+    if not axes.lines:
+        return None
+    axes.set_xscale("log")
+    loss = drawing.comparison.facts.loss
+    axes.set(xlabel="peak learning rate", ylabel=_plain(f"held-out {loss}"))
+    _legend(figure, axes)
+    return (
+        "Held-out loss by learning rate, early",
+        f"After {rung.share:.1%} of the steps, when all settings were compared and most of them "
+        "stopped; means over seeds.",
     )
 
 

@@ -77,7 +77,7 @@ class Recommendation:
 def recommend(comparison: Comparison) -> Recommendation:
     """Returns what to use, by `RULE`; a pure function of the measurements."""
     measure, rows = tables.measure_of(comparison), tables.rows(comparison)
-    lora = tables.best((row for row in rows if not row.is_full), measure)
+    lora = tables.best((row for row in rows if row.is_adapter), measure)
     full = tables.best((row for row in rows if row.is_full), measure)
     if lora is None or full is None:
         return _one_sided(lora, full, rows)
@@ -100,11 +100,11 @@ def recommend(comparison: Comparison) -> Recommendation:
     reasons += [*costs, *_smaller(lora, rows, measure, names)]
     doubts = _doubts(full, rows, measure, names)
     if not gap.decides and better is full and gap.error is None:
-        doubts.append("Full fine-tuning is ahead by one seed: train two more seeds of these arms.")
+        doubts.append("Full fine-tuning is ahead by one seed: train more seeds (--seeds).")
     elif not gap.decides and gap.share < -UNKNOWN_SPREAD:
         doubts.append(
             f"Full fine-tuning is ahead by {-gap.share:.0%}, and the spread is wider than that: "
-            "train more seeds of these arms."
+            "train more seeds (--seeds)."
         )
     elif not gap.decides and not cheaper:
         doubts.append("No measured cost speaks for LoRA: measure more seeds, memory and storage.")
@@ -152,7 +152,8 @@ def _undecided(better: Row, reasons: Sequence[str], undecided: Sequence[str]) ->
 
 def _one_sided(lora: Row | None, full: Row | None, rows: Sequence[Row]) -> Recommendation:
     missing = "full fine-tuning" if full is None else "an adapter"
-    runs = [run for row in rows if row.is_full is (full is None) for run in row.runs]
+    sides = [row for row in rows if (row.is_full if full is None else row.is_adapter)]
+    runs = [run for row in sides for run in row.runs]
     failed = [run for run in runs if run.status == "failed"]
     reasons = [f"No run of {missing} ended with a value."]
     if lora is None and full is None:
@@ -165,7 +166,9 @@ def _one_sided(lora: Row | None, full: Row | None, rows: Sequence[Row]) -> Recom
         verdict="undecided",
         arm=top.arm if top else None,
         reasons=tuple(reasons),
-        undecided=(f"There is nothing to compare: run at least two seeds of {missing}.",),
+        undecided=(
+            f"There is nothing to compare: run at least two seeds of {missing} (--methods).",
+        ),
     )
 
 
@@ -229,13 +232,13 @@ def _smaller(lora: Row, rows: Sequence[Row], measure: Measure, names: _Names) ->
     """Names the smallest adapter that is within the spread of the best one."""
     size = lora.trained_parameters
     for row in sorted(rows, key=lambda row: row.trained_parameters or 0):
-        if row.is_full or not row.is_whole or not size or not row.trained_parameters:
+        if not row.is_adapter or not row.is_whole or not size or not row.trained_parameters:
             continue
         gap = gap_of(row, lora, measure)
         if row.trained_parameters < size and gap.error is not None and not gap.decides:
             return [
-                f"{names(row)} is within the spread of it, and trains "
-                f"{row.trained_parameters / size:.2g} of its parameters."
+                f"{names(row)} is within the spread of {names(lora)}, and trains "
+                f"{row.trained_parameters / size:.2g} as many parameters."
             ]
     return []
 
@@ -245,16 +248,17 @@ def _doubts(side: Row, rows: Sequence[Row], measure: Measure, names: _Names) -> 
     found = []
     tried = tables.rates_of(side, rows, measure)
     rate, who = side.arm.learning_rate, words.method(side.arm.method)
+    option = "--full-lrs" if side.is_full else "--lrs"
     if tried.edge == "only":
         found.append(
             f"{names(side)}: one learning rate alone was tried; try "
-            f"{rate / 3:.2g} and {rate * 3:.2g} too."
+            f"{rate / 3:.2g} and {rate * 3:.2g} too ({option})."
         )
     elif tried.edge:
         beyond = rate / 3 if tried.edge == "smallest" else rate * 3
         found.append(
             f"The best learning rate of {who}, {rate:g}, is the {tried.edge} tried: try "
-            f"{beyond:.2g} too."
+            f"{beyond:.2g} too ({option})."
         )
     if side.arm.rank is None:
         return found
@@ -268,6 +272,6 @@ def _doubts(side: Row, rows: Sequence[Row], measure: Measure, names: _Names) -> 
     if side.arm.rank >= max(ranks) and not is_half:
         found.append(
             f"The best rank of {who}, {side.arm.rank}, is the largest tried: try "
-            f"{4 * side.arm.rank} too."
+            f"{4 * side.arm.rank} too (--ranks)."
         )
     return found

@@ -24,6 +24,7 @@ from train.comparing.tables import Row, Spread
 
 MARKDOWN, HTML = "report.md", "report.html"
 PICTURES = "pictures"  # the folder of the PNGs
+_SPREAD = ("Mean", "Deviation", "Lowest", "Highest")  # over seeds
 _ENDINGS = {"failed": "failed", "stopped early": "stopped early", "waiting": "not run yet"}
 
 
@@ -107,7 +108,7 @@ def _recommended(recommendation: Recommendation, figures: _Figures) -> list[Bloc
 def _quality(figures: _Figures, recommendation: Recommendation) -> list[Block]:
     measure, rows = figures.measure, figures.rows
     loss = measure.kind == "score" and any(row.held_out_loss for row in rows)
-    header = ["Arm", *_spread_names(measure.name), "Seeds"]
+    header = ["Arm", *_SPREAD, "Seeds"]
     header += ["Held-out loss"] * loss
     header += ["Trained parameters", "Other runs"]
     body = []
@@ -159,7 +160,7 @@ def _rates(figures: _Figures) -> list[Block]:
                 cells.append("not tried")
                 continue
             row = found.tried[at]
-            value = words.figure(row.quality.mean) if row.quality else "did not end"
+            value = words.figure(row.quality.mean) if row.quality else row.runs[0].status
             cells.append(f"{row.arm.learning_rate:g}: {value}")
         body.append(cells)
     if not body:
@@ -176,13 +177,14 @@ def _rates(figures: _Figures) -> list[Block]:
 
 def _costs(figures: _Figures) -> list[Block]:
     header = ["Arm", "Trained parameters", "Files of a task", "Memory of the step"]
-    header += ["Time of a step", "Time of a run"]
+    header += ["Peak of its process", "Time of a step", "Time of a run"]
     body = [
         [
             figures.label(row.arm),
             words.count(row.trained_parameters),
             words.size(row.saved_bytes),
             words.size(row.compiled_bytes),
+            words.size(row.peak_bytes),
             words.seconds(row.step_seconds),
             words.seconds(row.seconds),
         ]
@@ -191,19 +193,10 @@ def _costs(figures: _Figures) -> list[Block]:
     if not body:
         return []
     blocks: list[Block] = [Heading("Costs"), Grid(header, body)]
-    together = {run.side_by_side for row in figures.series for run in row.runs}
-    if max(together) > 1:
-        blocks.append(
-            Text(
-                f"Up to {max(together)} runs shared their steps. Such a run's time is its even "
-                "share; it has no time and no memory of a step of its own.",
-                is_note=True,
-            )
-        )
-    peaks = [run.peak_bytes for run in figures.comparison.runs if run.peak_bytes]
-    if peaks:
-        peak = f"The process took {words.size(max(peaks))} at its peak, over all runs."
-        blocks.append(Text(peak, is_note=True))
+    together = max(run.side_by_side for row in figures.series for run in row.runs)
+    if together > 1:
+        share = f"Up to {together} runs shared their steps; the time of such a run is its even "
+        blocks.append(Text(f"{share}share of theirs.", is_note=True))
     return [*blocks, *_planned(figures)]
 
 
@@ -234,9 +227,10 @@ def _rungs(figures: _Figures) -> list[Block]:
     for rung in rungs:
         for went, arms in (("goes on", rung.kept), ("stopped", rung.stopped)):
             body += [
-                [figures.label(arm), f"{rung.step}", words.figure(loss), went] for arm, loss in arms
+                [figures.label(arm), f"{rung.share:.1%}", words.figure(loss), went]
+                for arm, loss in arms
             ]
-    header = ["Arm", "Step", f"Held-out {figures.comparison.facts.loss}", "Decision"]
+    header = ["Arm", "After", f"Held-out {figures.comparison.facts.loss}", "Decision"]
     stopped: list[Block] = [Text(f"The rule: {rule}.")] if rule else []
     return [Heading("Early stopping"), *stopped, Grid(header, body)]
 
@@ -276,7 +270,7 @@ def _forgetting(figures: _Figures) -> list[Block]:
         return []
     outside = figures.comparison.facts.outside or "text outside the task"
     body = [[figures.label(row.arm), *_spread(found), f"{found.n}"] for row, found in measured]
-    header = ["Arm", *_spread_names("Rise of the loss"), "Seeds"]
+    header = ["Arm", *_SPREAD, "Seeds"]
     text = f"How much the loss (nats a token) on {outside} rose in training; smaller is better."
     return [Heading("Forgetting"), Text(text), Grid(header, body)]
 
@@ -320,10 +314,6 @@ def _others(row: Row) -> str:
     if n := done - (row.quality.n if row.quality else 0):
         said.append(f"{n} without a finite value")
     return ", ".join(said) or words.NOTHING
-
-
-def _spread_names(name: str) -> list[str]:
-    return [f"{words.capital(name)}, mean", "Deviation", "Lowest", "Highest"]
 
 
 def _spread(values: Spread | None) -> list[str]:

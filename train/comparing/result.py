@@ -321,7 +321,11 @@ def _record(value: Any, kind: Any, field: str) -> Any:
 def _fields(kind: type) -> dict[str, bool]:
     """Returns the field names of a record's type, and whether each has no default."""
     if dataclasses.is_dataclass(kind):
-        return {one.name: one.default is dataclasses.MISSING for one in dataclasses.fields(kind)}
+        missing = dataclasses.MISSING
+        return {
+            one.name: one.default is missing and one.default_factory is missing
+            for one in dataclasses.fields(kind)
+        }
     defaults = getattr(kind, "_field_defaults", {})
     return {name: name not in defaults for name in getattr(kind, "_fields", ())}
 

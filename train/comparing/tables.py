@@ -65,7 +65,7 @@ class Row:
       score, held_out_loss: of runs that ended.
       forgetting: how much the loss on text outside the task rose.
       trained_parameters: a run's.
-      saved_bytes, compiled_bytes, step_seconds, seconds: means over runs that ended.
+      saved_bytes, compiled_bytes, peak_bytes, step_seconds, seconds: means over runs that ended.
     """
 
     arm: Arm
@@ -77,6 +77,7 @@ class Row:
     trained_parameters: int | None
     saved_bytes: float | None
     compiled_bytes: float | None
+    peak_bytes: float | None
     step_seconds: float | None
     seconds: float | None
 
@@ -89,6 +90,11 @@ class Row:
     def is_full(self) -> bool:
         """Whether the arm is full fine-tuning."""
         return self.arm.method == "full"
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the arm has an adapter. One that trains a head alone has none."""
+        return self.arm.rank is not None
 
 
 class Rates(NamedTuple):
@@ -137,9 +143,9 @@ def measure_of(comparison: Comparison) -> Measure:
     score = Measure("score", facts.score or "score", True)
     held_out = Measure("held out", f"held-out {facts.loss}", False)
     done = [run for run in comparison.runs if run.status == "done"]
-    sides = {run.arm.method == "full" for run in done}
+    sides = {run.arm.method for run in done}
     for measure in (score, held_out):
-        measured = {run.arm.method == "full" for run in done if measure.of(run) is not None}
+        measured = {run.arm.method for run in done if measure.of(run) is not None}
         if sides and measured == sides:
             return measure
     return Measure("training", f"training {facts.loss}", False)
@@ -179,10 +185,16 @@ def best_of_each(
 
 def series(among: Iterable[Row], measure: Measure) -> tuple[Row, ...]:
     """Returns the best row of each method, rank and targets; adapters by rank, full last."""
-    found = best_of_each(among, lambda arm: (arm.method, arm.rank, arm.targets), measure)
-    return tuple(
-        sorted(found, key=lambda row: (row.is_full, row.arm.method != "lora", row.arm.rank or 0))
-    )
+    return tuple(sorted(best_of_each(among, _kind, measure), key=_place))
+
+
+def with_stopped(among: Sequence[Row], measure: Measure) -> tuple[Row, ...]:
+    """Returns `series`, and where no run of a kind ended, the arm that got furthest and lowest."""
+    found = {_kind(row.arm): row for row in series(among, measure)}
+    for row in sorted(among, key=_last):
+        if any(run.held_out or run.losses for run in row.runs):
+            found.setdefault(_kind(row.arm), row)
+    return tuple(sorted(found.values(), key=_place))
 
 
 def rates(among: Iterable[Row], measure: Measure) -> tuple[Rates, ...]:
@@ -222,7 +234,7 @@ def rates_of(row: Row, among: Iterable[Row], measure: Measure) -> Rates:
 def rate_ratio(among: Sequence[Row], measure: Measure) -> float | None:
     """Returns how many times full fine-tuning's best learning rate the best adapter's is."""
     top_full = best((row for row in among if row.is_full), measure)
-    top = best((row for row in among if not row.is_full), measure)
+    top = best((row for row in among if row.is_adapter), measure)
     if top is None or top_full is None:
         return None
     return top.arm.learning_rate / top_full.arm.learning_rate
@@ -234,7 +246,7 @@ def storage(comparison: Comparison, tasks: Sequence[int] = TASKS) -> tuple[Store
     Empty if the bytes of either were not measured.
     """
     measure, found = measure_of(comparison), rows(comparison)
-    top = best((row for row in found if not row.is_full and row.saved_bytes), measure)
+    top = best((row for row in found if row.is_adapter and row.saved_bytes), measure)
     whole = best((row for row in found if row.is_full and row.saved_bytes), measure)
     if top is None or whole is None:
         return ()
@@ -257,12 +269,28 @@ def _row(arm: Arm, runs: Sequence[Measured], measure: Measure) -> Row:
         score=spread(run.score for run in done),
         held_out_loss=spread(run.held_out_loss for run in done),
         forgetting=spread(one.after - one.before for one in forgotten if one),
-        trained_parameters=next((run.trained_parameters for run in runs), None),
+        trained_parameters=next((n for run in runs if (n := run.trained_parameters)), None),
         saved_bytes=mean(lambda run: run.saved_bytes),
         compiled_bytes=mean(lambda run: run.compiled_bytes),
+        peak_bytes=mean(lambda run: run.peak_bytes),
         step_seconds=mean(lambda run: run.step_seconds),
         seconds=mean(lambda run: run.seconds),
     )
+
+
+def _kind(arm: Arm) -> tuple[Hashable, ...]:
+    return arm.method, arm.rank, arm.targets
+
+
+def _place(row: Row) -> tuple[bool, bool, int]:
+    return row.is_full, row.arm.method != "lora", row.arm.rank or 0
+
+
+def _last(row: Row) -> tuple[float, float]:
+    """Returns the negative number of steps, and the last held-out loss; means over seeds."""
+    steps = spread(run.steps for run in row.runs)
+    loss = spread(run.held_out_loss for run in row.runs)
+    return -steps.mean if steps else 0.0, loss.mean if loss else math.inf
 
 
 def _diverged(run: Measured) -> bool:

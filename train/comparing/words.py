@@ -6,7 +6,17 @@ from collections.abc import Iterable
 from train.comparing.result import Arm
 
 NOTHING = "–"  # in the place of a figure that was not measured
-_METHODS = {"lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA", "full": "full fine-tuning"}
+_METHODS = {
+    "lora": "LoRA",
+    "rslora": "rsLoRA",
+    "dora": "DoRA",
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "lora-fa": "LoRA-FA",
+    "lora-plus": "LoRA+",
+    "full": "full fine-tuning",
+    "head-only": "head alone",
+}
 _SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 

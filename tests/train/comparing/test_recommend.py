@@ -5,7 +5,7 @@ import pytest
 from tests.train.comparing.made_up import FACTS, full, lora, runs
 from train.comparing import tables
 from train.comparing.recommend import recommend
-from train.comparing.result import Comparison
+from train.comparing.result import Arm, Comparison
 
 # The best rate of each method has neighbours, and the best rank is not the largest.
 AROUND = (
@@ -100,6 +100,23 @@ def test_the_score_goes_before_the_loss_where_both_methods_have_it():
     ]
     found = compared(*scored, around=())
     assert found.verdict == "lora" and found.reasons[0].startswith("Exact match: 0.9050")
+
+
+def test_the_training_loss_alone_decides_nothing():
+    bare = [
+        dataclasses.replace(run, held_out_loss=None)
+        for group in (*AROUND, runs(lora(), 1.2, 1.21), runs(full(), 1.0, 1.01))
+        for run in group
+    ]
+    found = recommend(Comparison(facts=FACTS, runs=tuple(bare)))
+    assert (found.verdict, found.arm) == ("undecided", full())
+    assert "hold out rows" in found.undecided[0]
+
+
+def test_a_head_that_trains_alone_is_no_adapter():
+    head = Arm("head-only", None, None, None, 1e-3, 8)
+    found = compared(runs(head, 0.1, 0.11), runs(lora(), 1.0, 1.01), runs(full(), 1.0, 1.01))
+    assert (found.verdict, found.arm) == ("lora", lora())
 
 
 def test_storage_counts_one_base_for_all_adapters():

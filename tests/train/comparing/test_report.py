@@ -5,6 +5,7 @@ import pytest
 
 from tests.train.comparing.made_up import FACTS, example, full, lora, runs
 from train.comparing import tables
+from train.comparing.pictures import draw
 from train.comparing.report import HTML, MARKDOWN, write_report
 from train.comparing.result import Comparison
 
@@ -99,6 +100,16 @@ def test_names_of_users_are_escaped(written):
     assert "made/up-&lt;1B&gt; &amp; co" in page and "<1B>" not in page
     assert "&lt;nan&gt; &amp; no more" in page
     assert r"made/up-\<1B\> \& co" in text
+
+
+def test_rates_are_drawn_at_the_end_unless_settings_were_stopped(tmp_path):
+    late = [runs(arm, 1.0, 1.1) for arm in (lora(), lora(8, 3e-3), full(), full(3e-4))]
+    found = Comparison(facts=FACTS, runs=tuple(run for group in late for run in group))
+    titles = {one.file: one.title for one in draw(found, tmp_path)}
+    assert titles["rates.png"] == "Held-out loss (nats a token) by learning rate"
+    assert set(titles) == {one.name for one in tmp_path.iterdir()}
+    titles = {one.file: one.title for one in draw(example(), tmp_path)}
+    assert titles["rates.png"] == "Held-out loss by learning rate, early"
 
 
 def test_only_pictures_with_data_are_drawn(tmp_path):
