@@ -26,8 +26,9 @@ from lora_jax.training.processes import write_text
 from lora_jax.training.run.lock import FolderLock
 from lora_jax.training.run.log import duration
 from train import classify, sft
-from train.comparing import measure, outside, record, report, result
+from train.comparing import measure, outside, record, result
 from train.comparing.options import CompareConfig, check
+from train.comparing.reporting import report
 from train.comparing.script import Script
 from train.comparing.sweep import Sweep
 from train.comparing.trials import RUNS, every_of, trials_of

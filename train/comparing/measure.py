@@ -12,9 +12,10 @@ from rich.console import Console
 
 import lora_jax as lj
 from lora_jax.training.losses import HELD_OUT
-from train.comparing import costs, outside, tables
+from train.comparing import costs, outside
 from train.comparing.arms import has_adapter
 from train.comparing.options import CompareConfig
+from train.comparing.reporting import tables
 from train.comparing.result import Comparison, Facts, Forgetting, Latency, Measured, Planned, Point
 from train.comparing.rungs import RULE
 from train.comparing.sweep import Sweep

@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 
 from tests.train.comparing.made_up import FACTS, full, lora, runs
-from train.comparing import tables
-from train.comparing.recommend import recommend
+from train.comparing.reporting import tables
+from train.comparing.reporting.recommend import recommend
 from train.comparing.result import Arm, Comparison
 
 # The best rate of each method has neighbours, and the best rank is not the largest.

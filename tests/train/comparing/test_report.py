@@ -4,9 +4,9 @@ import re
 import pytest
 
 from tests.train.comparing.made_up import FACTS, example, full, lora, runs
-from train.comparing import tables
-from train.comparing.pictures import draw
-from train.comparing.report import HTML, MARKDOWN, write_report
+from train.comparing.reporting import tables
+from train.comparing.reporting.pictures import draw
+from train.comparing.reporting.report import HTML, MARKDOWN, write_report
 from train.comparing.result import Comparison
 
 

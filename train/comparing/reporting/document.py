@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from train.comparing.pictures import Picture
+from train.comparing.reporting.pictures import Picture
 
 
 class Heading(NamedTuple):

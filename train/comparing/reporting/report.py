@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lora_jax.training.processes import write_text
-from train.comparing import tables, words
-from train.comparing.document import (
+from train.comparing.reporting import tables, words
+from train.comparing.reporting.document import (
     Block,
     Code,
     Gallery,
@@ -17,10 +17,10 @@ from train.comparing.document import (
     markdown,
     page,
 )
-from train.comparing.pictures import Picture, draw
-from train.comparing.recommend import RULE, Recommendation, recommend
+from train.comparing.reporting.pictures import Picture, draw
+from train.comparing.reporting.recommend import RULE, Recommendation, recommend
+from train.comparing.reporting.tables import Row, Spread
 from train.comparing.result import Arm, Comparison
-from train.comparing.tables import Row, Spread
 
 MARKDOWN, HTML = "report.md", "report.html"
 PICTURES = "pictures"  # the folder of the PNGs

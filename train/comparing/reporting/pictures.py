@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from train.comparing import tables, words
+from train.comparing.reporting import tables, words
+from train.comparing.reporting.tables import Row
 from train.comparing.result import Comparison, Point
-from train.comparing.tables import Row
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart.
 _FULL, _ADAPTERS = "#D55E00", ("#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#000000", "#E69F00")

@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple
 
 from scipy import stats
 
-from train.comparing import tables, words
+from train.comparing.reporting import tables, words
+from train.comparing.reporting.tables import Measure, Row, Spread
 from train.comparing.result import Arm, Comparison
-from train.comparing.tables import Measure, Row, Spread
 
 UNKNOWN_SPREAD = 0.1  # the gap that decides where the spread over seeds is not known
 _LEVEL = 0.95
