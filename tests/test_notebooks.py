@@ -21,7 +21,7 @@ from lora_jax import models
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in FOLDER.glob("*.ipynb")}
 WHEEL = ["1_lora_from_scratch", "4_bring_your_own_model", "5_many_adapters"]
-CHECKOUT = ["2_smollm2_learns_sql", "3_a_mesh_of_devices"]
+CHECKOUT = ["2_smollm2_learns_sql", "3_a_mesh_of_devices", "6_lora_or_full"]
 NAMES = sorted(WHEEL + CHECKOUT)
 FIRST = {name: NOTEBOOKS[name].cells[1].source for name in NAMES}
 
