@@ -1,0 +1,309 @@
+"""Laws of random subspaces: norm, gradients, a dense judge, stacks, memory, meshes."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import lora_jax as lj
+from lora_jax import subspace
+from lora_jax.paths import fold_in_path
+from lora_jax.subspace.fastfood import draw as draws_for
+from lora_jax.subspace.fastfood import project, projected
+from lora_jax.subspace.hadamard import hadamard_transform
+from lora_jax.weight import leaves_of
+from tests.support import assert_close, assert_identical, draw
+
+KINDS = ("did", "said")
+
+
+def small(dtype=jnp.float32):
+    """Tensors larger and smaller than θ_d, one of a single entry, and two stacks."""
+    return {
+        "embed": {"embedding": draw(1, (11, 5), dtype)},
+        "layers": {
+            "up": {"kernel": draw(2, (3, 5, 13), dtype), "bias": draw(3, (3, 13), dtype)},
+            "down": {"kernel": draw(4, (3, 13, 5), dtype)},
+        },
+        "head": {"kernel": draw(5, (5, 7), dtype), "gain": draw(6, (), dtype)},
+    }
+
+
+def moving(space, seed=8, dtype=jnp.float32):
+    """θ_d and λ away from their start."""
+    rng = np.random.default_rng(seed)
+    start = space.zeros(dtype)
+    return {name: x + jnp.asarray(rng.standard_normal(x.shape), dtype) for name, x in start.items()}
+
+
+def sylvester(n):
+    """The Hadamard matrix: the Kronecker power of [[1, 1], [1, −1]]."""
+    h = np.ones((1, 1))
+    while len(h) < n:
+        h = np.kron(np.array([[1, 1], [1, -1]]), h)
+    return h
+
+
+def dense(draws, d, size):
+    """The projection as a matrix [size, d], from H, G, Π and B, block by block."""
+    signs, permutation, normals = (np.asarray(x, np.float64) for x in draws)
+    blocks, n = normals.shape
+    h, columns = sylvester(n), []
+    for k in range(blocks):
+        b = np.zeros(n)
+        b[: signs.shape[1]] = signs[k]
+        pi, g = np.eye(n)[permutation[k].astype(int)], np.diag(normals[k])
+        scale = np.sqrt(n * (normals[k] ** 2).sum()) * np.sqrt(size / n)
+        columns.append((h @ g @ pi @ h @ np.diag(b) / scale)[:size])
+    return np.concatenate(columns, axis=1)[:, :d]
+
+
+def test_the_transform_is_hadamards():
+    for bits in (0, 1, 3, 6, 11):
+        x = draw(bits, (2, 3, 2**bits))
+        assert_close(hadamard_transform(x), np.asarray(x) @ sylvester(2**bits), 1e-5 * 2**bits)
+    with pytest.raises(ValueError, match="power of two"):
+        hadamard_transform(jnp.ones(6))
+
+
+def test_permutations_permute():
+    for d, size in ((3, 1), (3, 2), (70, 30), (5, 3000)):
+        permutation = np.asarray(draws_for(jax.random.key(size), d, size).permutation)
+        assert (np.sort(permutation) == np.arange(permutation.shape[1])).all()
+    assert len(permutation[0]) == 4096 and (permutation[0] == np.arange(4096)).sum() < 10
+
+
+@pytest.mark.parametrize("d, size", [(207, 3000), (1000, 300)])
+def test_projections_keep_the_norm(d, size):
+    def ratio(key):
+        x = jax.random.normal(key, (d,))
+        return jnp.linalg.norm(project(x, jax.random.fold_in(key, 1), size)) / jnp.linalg.norm(x)
+
+    ratios = jax.jit(jax.vmap(ratio))(jax.random.split(jax.random.key(3), 100))
+    assert abs(float(ratios.mean()) - 1) < 0.01
+
+
+@pytest.mark.parametrize("d, size", [(7, 1), (19, 13), (19, 100), (64, 64), (70, 33)])
+def test_a_projection_equals_the_dense_one(d, size, float64):
+    draws = draws_for(jax.random.key(d), d, size)
+    matrix = jax.jacobian(lambda x: projected(x, draws, size))(jnp.zeros(d, jnp.float64))
+    assert_close(matrix, dense(draws, d, size), 1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tree_moves_as_by_dense_projections(kind, float64):
+    """Some tensors have fewer entries than θ_d. (G is drawn in fp32, and rounded as compiled.)"""
+    params, d = small(jnp.float64), 19
+    space = subspace.make(params, dimension=d, kind=kind, seed=5)
+    theta = moving(space, dtype=jnp.float64)
+    n, key = theta["theta"].size, jax.random.key(5, impl="threefry2x32")
+    assert n + (len(space.layers) if kind == "said" else 0) == d
+    before, after = (dict(leaves_of(t)[0]) for t in (params, space.params_of(theta, params)))
+    for tensor in space.tensors:
+        change = np.asarray(after[tensor.path] - before[tensor.path])
+        change = change.reshape(len(tensor.names), -1)
+        for i, name in enumerate(tensor.names):
+            size = change.shape[1]
+            matrix = dense(draws_for(fold_in_path(key, name), n, size), n, size)
+            scale = float(theta["scale"][tensor.layers[i]]) if kind == "said" else 1.0
+            assert_close(change[i], scale * matrix @ np.asarray(theta["theta"]), 1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_equal_finite_differences(kind, float64):
+    params = small(jnp.float64)
+    space = subspace.make(params, dimension=19, kind=kind)
+    aims = {path: draw(i, x.shape, jnp.float64) for i, (path, x) in enumerate(leaves_of(params)[0])}
+
+    @jax.jit
+    def loss(theta):
+        moved = leaves_of(space.params_of(theta, params))[0]
+        return sum(jnp.sum(jnp.sin(3 * x) * aims[path]) for path, x in moved)
+
+    theta = moving(space, dtype=jnp.float64)
+    gradient = jax.jit(jax.grad(loss))(theta)
+    for name, x in theta.items():
+        for i in range(x.size):
+            step = jnp.where(jnp.arange(x.size) == i, 1e-5, 0.0)
+            up, down = (loss(theta | {name: x + moved}) for moved in (step, -step))
+            assert abs((up - down) / 2e-5 - gradient[name][i]) < 1e-6 * max(1, abs(up))
+
+
+def unrolled(params):
+    """The same tree with a module for each layer of the stack."""
+    stack = params["layers"]
+    return params | {"layers": {str(i): jax.tree.map(lambda x, i=i: x[i], stack) for i in range(3)}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scanned_stack_moves_as_its_unrolled_twin(kind):
+    params = small()
+    twin = unrolled(params)
+    space, other = (subspace.make(t, dimension=23, kind=kind, seed=3) for t in (params, twin))
+    assert space.layers == other.layers
+    assert set(space.layers) == {"layers/0", "layers/1", "layers/2", "embed", "head"}
+    theta = moving(space)
+    assert_close(unrolled(space.params_of(theta, params)), other.params_of(theta, twin), 1e-6)
+    flax = {f"layers_{i}": twin["layers"][str(i)] for i in range(3)}
+    named = subspace.make({"m": flax}, dimension=9), subspace.make({"m": twin}, dimension=9)
+    assert {n for t in named[0].tensors for n in t.names} < {
+        n for t in named[1].tensors for n in t.names
+    }
+
+
+def test_layers_count_from_2_to_10():
+    blocks = {"h": {str(i): {"w": jnp.ones(2)} for i in range(11)}}
+    assert subspace.make(blocks, dimension=3).layers == tuple(f"h/{i}" for i in range(11))
+
+
+def test_the_start_is_the_base_and_seeds_differ():
+    params = small()
+    space = subspace.make(params, dimension=23, targets=["layers"], exclude=["bias"])
+    moved = space.params_of(space.zeros(), params)
+    assert_identical(moved, params)
+    assert moved["head"]["kernel"] is params["head"]["kernel"]
+    assert moved["layers"]["up"]["bias"] is params["layers"]["up"]["bias"]
+    theta = moving(space)
+    other = subspace.make(params, dimension=23, seed=1, targets=["layers"], exclude=["bias"])
+    one, two = (s.params_of(theta, params)["layers"]["down"]["kernel"] for s in (space, other))
+    assert float(jnp.abs(one - two).max()) > 0.1
+
+
+def numbers_in(hlo):
+    """The number of elements of each array in optimised HLO."""
+    return {math.prod(int(n) for n in s.split(",")) for s in re.findall(r"\w\[([\d,]+)\]", hlo)}
+
+
+def test_no_array_has_as_many_elements_as_the_dense_projection():
+    params, d = {"kernel": draw(1, (53, 19))}, 211
+    space = subspace.make(params, dimension=d)
+    matrix = draw(2, (53 * 19, d))
+
+    def fast(theta):
+        return jnp.sum(jnp.sin(space.params_of({"theta": theta}, params)["kernel"]))
+
+    def naive(theta):
+        return jnp.sum(jnp.sin(params["kernel"] + (matrix @ theta).reshape(53, 19)))
+
+    sizes, control = (
+        numbers_in(jax.jit(jax.value_and_grad(f)).lower(jnp.ones(d)).compile().as_text())
+        for f in (fast, naive)
+    )
+    assert max(sizes) < 8 * 1024 < 53 * 19 * d
+    assert max(control) >= 53 * 19 * d
+
+
+def temporaries(shape, d=64, **options):
+    """Bytes of temporaries of (the moved tree, the gradient of θ_d from the tree's)."""
+    params = {"layers": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}}
+    space = subspace.make(params, dimension=d, **options)
+    theta = jax.eval_shape(space.zeros)
+
+    def back(theta, params, cotangent):
+        return jax.vjp(lambda theta: space.params_of(theta, params), theta)[1](cotangent)
+
+    lowered = (
+        jax.jit(space.params_of).lower(theta, params),
+        jax.jit(back).lower(theta, params, params),
+    )
+    return [one.compile().memory_analysis().temp_size_in_bytes for one in lowered]
+
+
+def test_temporaries_are_those_of_one_layer():
+    few, many, whole = (temporaries((n, 64, 64), **o) for n, o in ((4, {}), (32, {}), (32, WHOLE)))
+    layer = 4 * 64 * 64
+    assert max(*few, *many) < 12 * layer
+    assert max(many) < max(few) + layer
+    assert min(whole) > 32 * layer  # the control: the stack as one tensor
+
+
+WHOLE = {"stacks": ()}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+def test_on_a_mesh_tensors_keep_their_sharding(mesh):
+    params = {
+        "layers": {"kernel": draw(1, (3, 8, 12))},
+        "head": {"kernel": draw(2, (12, 4)), "bias": draw(3, (4,))},
+    }
+    table = [(".*/kernel", P("fsdp", "tensor"))]
+    there = lj.sharding.place(params, table, mesh)
+    where = lj.sharding.shardings(params, table, mesh)
+    space = subspace.make(params, dimension=19, kind="said")
+
+    def loss(theta, params):
+        moved = space.params_of(theta, params, where if params is there else None)
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(moved)), moved
+
+    theta = moving(space)
+    moved = space.params_of(theta, there)
+    jitted = jax.jit(lambda theta, params: space.params_of(theta, params, where))(theta, there)
+    for tree in (moved, jitted):
+        assert_close(tree, space.params_of(theta, params), 1e-6)
+        for leaf, wanted in zip(jax.tree.leaves(tree), jax.tree.leaves(where), strict=True):
+            assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
+    gradients = [jax.jit(jax.grad(loss, has_aux=True))(theta, tree)[0] for tree in (params, there)]
+    assert_close(gradients[1], gradients[0], 1e-5)
+
+
+def test_it_trains_by_optax():
+    params, x = small(), draw(9, (17, 5))
+    space = subspace.make(params, dimension=40, kind="said")
+    optimizer = optax.adam(3e-2)
+
+    def loss(theta):
+        moved = space.params_of(theta, params)
+        return jnp.mean((x @ moved["head"]["kernel"] - 1) ** 2)
+
+    @jax.jit
+    def step(theta, state):
+        value, gradient = jax.value_and_grad(loss)(theta)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(theta, updates), state, value
+
+    theta, losses = space.zeros(), []
+    state = optimizer.init(theta)
+    with jax.numpy_dtype_promotion("standard"):  # optax's own
+        for _ in range(60):
+            theta, state, value = step(theta, state)
+            losses.append(float(value))
+    assert losses[-1] < losses[0] / 2
+    assert float(jnp.abs(theta["scale"] - 1).max()) > 0
+
+
+def test_what_cannot_be_is_refused():
+    params = small()
+    twice = {"h_0": {"w": jnp.ones(4)}, "h": {"0": {"w": jnp.ones(3)}}}
+    coded = lj.quantized.quantize({"kernel": jnp.ones((64, 64))}, "int8")
+    for said, tree, options in [
+        ("at most as many dimensions", params, {"dimension": 10**4}),
+        ("d has to be larger than 5", params, {"dimension": 5, "kind": "said"}),
+        ("at least 1", params, {"dimension": 0}),
+        ("choose 'did' or 'said'", params, {"dimension": 9, "kind": "sa"}),
+        ("from 0 to", params, {"dimension": 9, "seed": -1}),
+        ("selects nothing", params, {"dimension": 9, "targets": ["none"]}),
+        ("nothing can train", {"n": jnp.arange(3)}, {"dimension": 1}),
+        ("nothing can train", {}, {"dimension": 1}),
+        ("no axes", {"layers": {"w": jnp.float32(1)}}, {"dimension": 1}),
+        ("begins with 4", {"layers": {"a": jnp.ones(4), "b": jnp.ones(3)}}, {"dimension": 1}),
+        ("one logical path", twice, {"dimension": 1}),
+        ("adapted already", lj.lorafy(params, [lj.TrainRule(targets=".*")]), {"dimension": 1}),
+        ("in codes", coded, {"dimension": 1}),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            subspace.make(tree, **options)
+    space = subspace.make(params, dimension=9)
+    with pytest.raises(ValueError, match="keep to its structure"):
+        space.params_of({"theta": jnp.zeros(8)}, params)
+    with pytest.raises(ValueError, match="'head/gain' is missing"):
+        space.params_of(space.zeros(), params | {"head": {"kernel": params["head"]["kernel"]}})
