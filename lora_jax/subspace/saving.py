@@ -8,10 +8,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from lora_jax.lorafy import Tree, split
+from lora_jax.lorafy import Tree
 from lora_jax.saving.checkpoint import AdapterError, adapter_info, load_adapter, save_adapter
 from lora_jax.saving.fingerprint import checksum
 from lora_jax.subspace.space import Subspace, Theta, draws_of, make
@@ -165,11 +164,8 @@ def load(
     except ValueError as error:
         raise AdapterError(f"the subspace {folder} does not fit this tree: {error}") from error
     _check_same(folder, facts, facts_of(found))
-    start = jax.eval_shape(found.zeros)
-    tree = {_BESIDE: start, _BASE: base}
-    loaded = load_adapter(folder, tree, allow_base_mismatch=allow_base_mismatch)
-    adapter, _ = split(loaded)
-    return found, {name: adapter[f"{_BESIDE}/{name}"]["value"] for name in start}
+    tree = load_adapter(folder, tree_of(found, base), allow_base_mismatch=allow_base_mismatch)
+    return found, theta_of(tree)
 
 
 def _check_same(folder: Any, saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -10,11 +10,14 @@ of its own (Fastfood), drawn from the seed and the tensor's logical path; all sh
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from lora_jax.base import is_base
 from lora_jax.lorafy import Tree
@@ -95,9 +98,7 @@ class Subspace:
         tensors = {tensor.path: tensor for tensor in self.tensors}
 
         def moved(path: str, leaf: Any, sharding: Any) -> Any:
-            if path not in tensors:
-                return leaf
-            return self._moved(tensors[path], leaf, theta, sharding)
+            return self._moved(tensors[path], leaf, theta, sharding) if path in tensors else leaf
 
         return treedef.unflatten(
             moved(path, leaf, sharding)
@@ -260,26 +261,63 @@ def _keys(seed: int, tensor: Tensor) -> jax.Array:
     return jax.random.wrap_key_data(data, impl=_GENERATOR)
 
 
-def _sum(leaf: Any, theta: jax.Array, key: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns θ₀ + λP(θ_d) of one tensor. The scale comes first: λP(x) = P(λx), in d numbers."""
+def _change(theta: jax.Array, key: jax.Array, scale: jax.Array, shape: Any) -> jax.Array:
+    """Returns λP(θ_d) of one tensor. The scale comes first: λP(x) = P(λx), in d numbers."""
     dtype = wide(theta.dtype)
-    change = project(theta.astype(dtype) * scale.astype(dtype), key, leaf.size)
-    dtype = jnp.promote_types(dtype, wide(leaf.dtype))
-    return (leaf.astype(dtype) + change.reshape(leaf.shape).astype(dtype)).astype(leaf.dtype)
+    x = theta.astype(dtype) * scale.astype(dtype)
+    return project(x, key, math.prod(shape)).reshape(shape)
 
 
-# Keeps θ_d and a key for the backward pass, rather than the draws. Tensors of one shape share one
-# compiled function.
-_drawn_again = jax.checkpoint(_sum)
-_of_tensor = jax.jit(_drawn_again)
+def _sum(leaf: Any, change: jax.Array) -> jax.Array:
+    dtype = jnp.promote_types(change.dtype, wide(leaf.dtype))
+    return (leaf.astype(dtype) + change.astype(dtype)).astype(leaf.dtype)
 
 
-@jax.jit
-def _of_stack(leaf: Any, theta: jax.Array, keys: jax.Array, scales: jax.Array) -> jax.Array:
-    """Returns θ₀ + λP(θ_d) of each layer of a stack, one after the other."""
-    return jax.lax.map(
-        lambda one: _drawn_again(one[0], theta, one[1], one[2]), (leaf, keys, scales)
+# Keeps θ_d and a key for the backward pass, rather than the draws.
+_drawn_again = jax.checkpoint(_change, static_argnums=3)
+
+
+@jax.jit  # tensors of one shape share one compiled function
+def _of_tensor(leaf: Any, theta: jax.Array, key: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns θ₀ + λP(θ_d) of one tensor."""
+    return _sum(leaf, _drawn_again(theta, key, scale, leaf.shape))
+
+
+@jax.custom_jvp
+def _layer_by_layer(leaf: Any, theta: jax.Array, keys: jax.Array, scales: jax.Array) -> jax.Array:
+    """Returns θ₀ + λP(θ_d) of a stack, each layer in its place.
+
+    (`jax.lax.map` begins with a stack of zeros, of which two loops of one shape make a copy.)
+    """
+
+    def layer(i: jax.Array, total: jax.Array) -> jax.Array:
+        change = _change(theta, keys[i], scales[i], leaf.shape[1:])
+        return total.at[i].set(_sum(total[i], change))
+
+    return jax.lax.fori_loop(0, leaf.shape[0], layer, leaf)
+
+
+@functools.partial(_layer_by_layer.defjvp, symbolic_zeros=True)
+def _layer_by_layer_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns the sum and its tangent, dθ₀ + P(λ·dθ_d + dλ·θ_d)."""
+    leaf, theta, keys, scales = primals
+    fixed = isinstance(tangents[0], SymbolicZero)  # no array of zeros for a base that is constant
+    d_leaf, d_theta, d_scales = (
+        jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
+        for x in (scales if fixed else tangents[0], tangents[1], tangents[3])
     )
+
+    def layer(one: Any) -> jax.Array:
+        d_one, key, scale, d_scale = one
+        x = d_theta * scale + d_scale * theta
+        change = _drawn_again(x, key, jnp.ones_like(scale), leaf.shape[1:])
+        return change.astype(leaf.dtype) if fixed else _sum(d_one, change)
+
+    total = _layer_by_layer(leaf, theta, keys, scales)
+    return total, jax.lax.map(layer, (d_leaf, keys, scales, d_scales))
+
+
+_of_stack = jax.jit(_layer_by_layer)
 
 
 def _placed(array: jax.Array, sharding: Any) -> jax.Array:
