@@ -5,8 +5,9 @@ It reads from top to bottom: check, load, adapt, train, save, measure.
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from train.run import hosts
 from train.run.adapter import rules
 from train.run.cache import keep_compiled
 from train.run.fit import Run, adapted, begin_run, fit
+from train.run.intrinsic import about_space, merged, moves_weights, running_in, space_of
 from train.run.log import Log, QuietLog, doing
 from train.run.mesh import make_mesh
 from train.run.output import ADAPTER, REPORT, locked_output
@@ -78,7 +80,8 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
         loss = task.loss(config, layout)
         rehearse(config, outline, data, feed, layout, loss, inputs.steps, console)
         return
-    run = run_of(script, config, task, session.stop, folder, console, inputs)
+    space = space_of(config, outline.params)
+    run = run_of(script, config, task, session.stop, folder, console, inputs, about_space(space))
 
     # The model and its adapter.
     with hosts.together(), doing(console, f"reading the weights of {outline.name}"):
@@ -91,7 +94,8 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
 
     # The base, for comparison.
     is_quantized = optim.quantize != "none"
-    answering = lj.adapt(model.apply)  # as the model itself answers, not laid out for a step
+    running = running_in(space, model)
+    answering = lj.adapt(running.apply)  # as the model itself answers, not laid out for a step
     evaluated = answering if is_quantized else model.apply
     context = Context(
         config=config, folder=folder, console=console, rows=rows, data=data, outline=outline
@@ -102,7 +106,7 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
     del plain
 
     # Training. It leaves the adapter on its own, the loss curve, and a report of its costs.
-    forward, loss = ready.setup.forward(model), task.loss(config, layout)
+    forward, loss = ready.setup.forward(running), task.loss(config, layout)
     tree_of_state = functools.partial(tree_of, ready)
 
     more = functools.partial(measures, run, inputs, evaluation, model, tree_of_state, answering)
@@ -114,7 +118,7 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
     # The trained model.
     if evaluation:
         # Codes stay codes: merged, they would be the float model.
-        tree = trained if is_quantized else lj.merge(trained)
+        tree = trained if is_quantized else merged(space, trained)
         del trained, ready, more, tree_of_state
         evaluation.after(model, tree, evaluated)
     print_costs(console, report)
@@ -132,8 +136,9 @@ def run_of(
     folder: Path,
     console: Console,
     inputs: Inputs,
+    about: Mapping[str, Any] = MappingProxyType({}),
 ) -> Run:
-    """Returns the options, folder and data of a run."""
+    """Returns the options, folder and data of a run, with further facts `about` what it saves."""
     _, outline, data = inputs.read
     return Run(
         script=script,
@@ -145,7 +150,7 @@ def run_of(
         steps=inputs.steps,
         rate=inputs.rate,
         layout=inputs.layout,
-        about=outline.about | {k: v for k, v in data.facts.items() if k == "labels"},
+        about=outline.about | dict(about) | {k: v for k, v in data.facts.items() if k == "labels"},
         score=task.score,
     )
 
@@ -153,13 +158,13 @@ def run_of(
 def weights_of(config: Any, outline: Outline, layout: Layout) -> tuple[Any, Any]:
     """Reads the model and its weights, as the options say.
 
-    Full fine-tuning keeps its weights in fp32, whatever computes.
+    Full fine-tuning, and that of a subspace, keeps its weights in fp32, whatever computes.
     """
     optim = config.optim
     model, plain = read_model(
         outline.name,
         dtype=optim.dtype,
-        param_dtype="float32" if config.adapter.full else optim.dtype,
+        param_dtype="float32" if moves_weights(config.adapter) else optim.dtype,
         remat=optim.remat_policy,
         attention=optim.attention,
         experts=optim.experts,

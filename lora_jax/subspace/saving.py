@@ -52,6 +52,17 @@ def theta_of(tree: Tree) -> Theta:
     return {name: x.value if isinstance(x, Trained) else x for name, x in beside.items()}
 
 
+def base_of(tree: Tree) -> Tree:
+    """Returns the base of a tree that `tree_of` made.
+
+    >>> params = {"kernel": jnp.ones((4, 3))}
+    >>> space = lj.subspace.make(params, dimension=5)
+    >>> lj.subspace.base_of(lj.subspace.tree_of(space, params)) is params
+    True
+    """
+    return tree[_BASE]
+
+
 def merge(space: Subspace, tree: Tree, shardings: Tree = None) -> Tree:
     """Returns θ₀ + P(θ_d) of a tree that `tree_of` made; see `Subspace.params_of`.
 
@@ -66,7 +77,7 @@ def merge(space: Subspace, tree: Tree, shardings: Tree = None) -> Tree:
     >>> bool((lj.subspace.merge(space, tree)["kernel"] == params["kernel"]).all())
     True
     """
-    return space.params_of(theta_of(tree), tree[_BASE], shardings)
+    return space.params_of(theta_of(tree), base_of(tree), shardings)
 
 
 def facts_of(space: Subspace) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import optax
 from rich.console import Console
 
 import lora_jax as lj
+from lora_jax import subspace
 from lora_jax.models.attention import chosen_attention
 from lora_jax.training import fit as training
 from lora_jax.training.batches import Examples
@@ -38,6 +39,7 @@ from train.adapters.source import find_adapter
 from train.run.adapter import check_names, rules
 from train.run.errors import as_user_errors, flag
 from train.run.files import SAMPLES, read_json, read_lines
+from train.run.intrinsic import space_of
 from train.run.log import Log, QuietLog, doing, draw_curve, open_log, read_metrics
 from train.run.optimizer import make_optimizer, make_schedule, optimizer_line
 from train.run.options.common import OptimConfig, Options
@@ -98,6 +100,8 @@ def check_rules(config: Options, outline: Outline) -> None:
     if adapter.init_adapter is not None:
         source = find_adapter(adapter.init_adapter, "--init-adapter")
         return source.check(outline, allow_base_mismatch=adapter.allow_base_mismatch)
+    if space_of(config, outline.params) is not None:
+        return
     check_names(adapter, outline)
     with as_user_errors(ValueError):
         lj.lorafy(outline.params, rules(adapter, outline), kinds=outline.kinds)
@@ -122,7 +126,12 @@ def attention_line(config: Options, outline: Outline, layout: Layout, seq: int) 
 
 
 def adapted(config: Options, outline: Outline, plain: Any, folder: Path, key: jax.Array) -> Any:
-    """Returns the parameters with --init-adapter's adapter, a resumed run's first, or a new one."""
+    """Returns the parameters with --init-adapter's adapter, a resumed run's first, or a new one.
+
+    With --intrinsic, the numbers of the subspace stand beside them.
+    """
+    if (space := space_of(config, plain)) is not None:
+        return subspace.tree_of(space, plain)
     mismatch = config.adapter.allow_base_mismatch
     if config.adapter.init_adapter is not None:
         source = find_adapter(config.adapter.init_adapter, "--init-adapter")
@@ -163,6 +172,8 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
         best=_best(run),
         noise=optim.neftune,
     )
+    if space := run.about.get(subspace.FACTS):
+        ready = dataclasses.replace(ready, facts=ready.facts | {"settings": {"subspace": space}})
     if run.config.run.resume:
         ready = training.resumed(ready, run.steps)
         done = int(ready.state.step)

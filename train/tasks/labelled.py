@@ -42,6 +42,8 @@ def completed(config: Config) -> Config:
     adapter = config.adapter
     if adapter.full or adapter.init_adapter or HEAD in adapter.train:
         return config
+    if adapter.intrinsic is not None:  # all parameters move
+        return config
     if adapter.peft_config and HEAD in (peft_fields(adapter.peft_config)["modules_to_save"] or ()):
         return config
     adapter = dataclasses.replace(adapter, train=(HEAD, *adapter.train))

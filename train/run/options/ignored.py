@@ -63,6 +63,7 @@ def _cases(options: Any) -> list[_Case]:
     data, adapter, run = options.data, options.adapter, options.run
     evaluated = getattr(data, "eval_dataset", None) is not None
     head_only = getattr(adapter, "head_only", False)
+    intrinsic = getattr(adapter, "intrinsic", None)
     factors = (*_OF_FACTORS, "lora_plus")
     one = isinstance(data.dataset, str)
     datasets = [data.dataset] if one else [dataset.name for dataset in named(data.dataset)]
@@ -94,6 +95,12 @@ def _cases(options: Any) -> list[_Case]:
             "--head-only trains only the head, without an adapter",
             ("targets", *factors),
         ),
+        _Case(
+            intrinsic is not None,
+            "--intrinsic trains a subspace of all parameters, without an adapter",
+            (*_OF_RULES, "lora_plus", "quantize"),
+        ),
+        _Case(intrinsic is None, "there is no subspace without --intrinsic", ("intrinsic_kind",)),
         _Case(adapter.targets == NO_ADAPTER, "--targets none makes no adapter", factors),
         _Case(is_file and not from_hub, "the rows come from a file, not from the hub", _OF_HUB),
         _Case(
