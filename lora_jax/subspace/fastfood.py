@@ -90,7 +90,9 @@ def _power_of_two(least: int) -> int:
 
 def _normals(key: jax.Array, blocks: int, n: int) -> jax.Array:
     """Returns G, [blocks, n], drawn a piece at a time: the generator needs three times the room."""
-    piece = min(n, _PIECE)
+    if n <= _PIECE:
+        return jax.random.normal(key, (blocks, n), jnp.float32)
+    piece = _PIECE
     pieces = jax.lax.map(
         lambda key: jax.random.normal(key, (blocks, piece), jnp.float32),
         jax.random.split(key, n // piece),

@@ -10,28 +10,23 @@ of its own (Fastfood), drawn from the seed and the tensor's logical path; all sh
 """
 
 import dataclasses
-import functools
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
 from lora_jax.base import is_base
 from lora_jax.lorafy import Tree
-from lora_jax.magnitude import wide
-from lora_jax.paths import fold_in_path
 from lora_jax.resolve import resolve
 from lora_jax.rules import Targets, TrainRule
-from lora_jax.subspace.fastfood import MOST, project
+from lora_jax.subspace.fastfood import MOST
 from lora_jax.subspace.layers import STACKS, Tensor, tensors_of
+from lora_jax.subspace.moving import moved, placed
 from lora_jax.weight import is_node, leaves_of
 
 Kind = Literal["did", "said"]
 Theta = dict[str, jax.Array]
-_GENERATOR = "threefry2x32"  # of the draws, whatever JAX's default is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,32 +90,11 @@ class Subspace:
         leaves, treedef = leaves_of(base)
         self._check(theta, dict(leaves))
         where = [None] * len(leaves) if shardings is None else treedef.flatten_up_to(shardings)
-        tensors = {tensor.path: tensor for tensor in self.tensors}
-
-        def moved(path: str, leaf: Any, sharding: Any) -> Any:
-            return self._moved(tensors[path], leaf, theta, sharding) if path in tensors else leaf
-
+        changed = moved(self.seed, self.tensors, dict(leaves), theta["theta"], theta.get("scale"))
         return treedef.unflatten(
-            moved(path, leaf, sharding)
+            placed(changed[path], leaf, sharding) if path in changed else leaf
             for (path, leaf), sharding in zip(leaves, where, strict=True)
         )
-
-    def _moved(self, tensor: Tensor, leaf: Any, theta: Mapping[str, Any], sharding: Any) -> Any:
-        keys = _keys(self.seed, tensor)
-        shape = () if not tensor.is_stack else (len(tensor.names),)
-        scales = jnp.ones(shape, theta["theta"].dtype)
-        if self.kind == "said":
-            scales = theta["scale"][jnp.asarray(tensor.layers)].reshape(shape)
-        if (
-            sharding is None
-            and isinstance(leaf, jax.Array)
-            and not isinstance(leaf, jax.core.Tracer)
-        ):
-            sharding = leaf.sharding if len(leaf.sharding.device_set) > 1 else None
-        total = (_of_stack if tensor.is_stack else _of_tensor)(
-            leaf, theta["theta"], keys.reshape(shape), scales
-        )
-        return total if sharding is None else _placed(total, sharding)
 
     def _check(self, theta: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
         wanted = {name: array.shape for name, array in jax.eval_shape(self.zeros).items()}
@@ -242,85 +216,3 @@ def _check_sizes(space: Subspace) -> None:
                 f"{tensor.path!r} has {tensor.size:,} entries, d is {d:,}: at most {MOST // 2:,} "
                 "a tensor are supported; leave it out with exclude=[…]"
             )
-
-
-def draws_of(seed: int) -> jax.Array:
-    """Returns some random bits, to tell whether another JAX draws the same from a seed: uint32."""
-    return jax.random.bits(jax.random.key(seed, impl=_GENERATOR), (8,), jnp.uint32)
-
-
-def _keys(seed: int, tensor: Tensor) -> jax.Array:
-    """Returns the key of each tensor of a leaf, [n].
-
-    They are constants to the compiler, which must not compute the draws itself.
-    """
-    with jax.ensure_compile_time_eval():
-        key = jax.random.key(seed, impl=_GENERATOR)
-        data = [jax.random.key_data(fold_in_path(key, name)) for name in tensor.names]
-    data = jax.lax.optimization_barrier(jnp.stack(data))
-    return jax.random.wrap_key_data(data, impl=_GENERATOR)
-
-
-def _change(theta: jax.Array, key: jax.Array, scale: jax.Array, shape: Any) -> jax.Array:
-    """Returns λP(θ_d) of one tensor. The scale comes first: λP(x) = P(λx), in d numbers."""
-    dtype = wide(theta.dtype)
-    x = theta.astype(dtype) * scale.astype(dtype)
-    return project(x, key, math.prod(shape)).reshape(shape)
-
-
-def _sum(leaf: Any, change: jax.Array) -> jax.Array:
-    dtype = jnp.promote_types(change.dtype, wide(leaf.dtype))
-    return (leaf.astype(dtype) + change.astype(dtype)).astype(leaf.dtype)
-
-
-# Keeps θ_d and a key for the backward pass, rather than the draws.
-_drawn_again = jax.checkpoint(_change, static_argnums=3)
-
-
-@jax.jit  # tensors of one shape share one compiled function
-def _of_tensor(leaf: Any, theta: jax.Array, key: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns θ₀ + λP(θ_d) of one tensor."""
-    return _sum(leaf, _drawn_again(theta, key, scale, leaf.shape))
-
-
-@jax.custom_jvp
-def _layer_by_layer(leaf: Any, theta: jax.Array, keys: jax.Array, scales: jax.Array) -> jax.Array:
-    """Returns θ₀ + λP(θ_d) of a stack, each layer in its place.
-
-    (`jax.lax.map` begins with a stack of zeros, of which two loops of one shape make a copy.)
-    """
-
-    def layer(i: jax.Array, total: jax.Array) -> jax.Array:
-        change = _change(theta, keys[i], scales[i], leaf.shape[1:])
-        return total.at[i].set(_sum(total[i], change))
-
-    return jax.lax.fori_loop(0, leaf.shape[0], layer, leaf)
-
-
-@functools.partial(_layer_by_layer.defjvp, symbolic_zeros=True)
-def _layer_by_layer_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns the sum and its tangent, dθ₀ + P(λ·dθ_d + dλ·θ_d)."""
-    leaf, theta, keys, scales = primals
-    fixed = isinstance(tangents[0], SymbolicZero)  # no array of zeros for a base that is constant
-    d_leaf, d_theta, d_scales = (
-        jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
-        for x in (scales if fixed else tangents[0], tangents[1], tangents[3])
-    )
-
-    def layer(one: Any) -> jax.Array:
-        d_one, key, scale, d_scale = one
-        x = d_theta * scale + d_scale * theta
-        change = _drawn_again(x, key, jnp.ones_like(scale), leaf.shape[1:])
-        return change.astype(leaf.dtype) if fixed else _sum(d_one, change)
-
-    total = _layer_by_layer(leaf, theta, keys, scales)
-    return total, jax.lax.map(layer, (d_leaf, keys, scales, d_scales))
-
-
-_of_stack = jax.jit(_layer_by_layer)
-
-
-def _placed(array: jax.Array, sharding: Any) -> jax.Array:
-    if isinstance(array, jax.core.Tracer):
-        return jax.lax.with_sharding_constraint(array, sharding)
-    return jax.device_put(array, sharding)

@@ -23,8 +23,6 @@ from lora_jax.subspace.hadamard import hadamard_transform
 from lora_jax.weight import leaves_of
 from tests.support import assert_close, assert_identical, draw
 
-KINDS = ("did", "said")
-
 
 def small(dtype=jnp.float32):
     """Tensors larger and smaller than θ_d, one of a single entry, and two stacks."""
@@ -99,10 +97,11 @@ def test_a_projection_equals_the_dense_one(d, size, float64):
     assert_close(matrix, dense(draws, d, size), 1e-9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_tree_moves_as_by_dense_projections(kind, float64):
+@pytest.mark.parametrize("kind, largest", [("did", 2**18), ("said", 0)])
+def test_a_tree_moves_as_by_dense_projections(kind, largest, float64, monkeypatch):
     """Some tensors have fewer entries than θ_d. (G is drawn in fp32, and rounded as compiled.)"""
     params, d = small(jnp.float64), 19
+    monkeypatch.setattr("lora_jax.subspace.moving._SMALL", largest)
     space = subspace.make(params, dimension=d, kind=kind, seed=5)
     theta = moving(space, dtype=jnp.float64)
     n, key = theta["theta"].size, jax.random.key(5, impl="threefry2x32")
@@ -118,7 +117,9 @@ def test_a_tree_moves_as_by_dense_projections(kind, float64):
             assert_close(change[i], scale * matrix @ np.asarray(theta["theta"]), 1e-6)
 
 
-def test_gradients_equal_finite_differences(float64):
+@pytest.mark.parametrize("largest", [2**18, 30])
+def test_gradients_equal_finite_differences(largest, float64, monkeypatch):
+    monkeypatch.setattr("lora_jax.subspace.moving._SMALL", largest)
     params = small(jnp.float64)
     space = subspace.make(params, dimension=19, kind="said")
     aims = {path: draw(i, x.shape, jnp.float64) for i, (path, x) in enumerate(leaves_of(params)[0])}
@@ -216,7 +217,7 @@ def temporaries_of(space, params):
 
 
 def temporaries(layers, **options):
-    kernel = jax.ShapeDtypeStruct((layers, 64, 64), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((layers, 512, 513), jnp.float32)
     params = {"layers": {"up": {"kernel": kernel}, "down": {"kernel": kernel}}}
     return temporaries_of(subspace.make(params, dimension=64, **options), params)
 
@@ -224,7 +225,7 @@ def temporaries(layers, **options):
 def test_temporaries_are_those_of_one_layer():
     few, many = temporaries(4), temporaries(32)
     whole = temporaries(32, stacks=())
-    layer = 4 * 64 * 64
+    layer = 4 * 512 * 1024  # padded to a power of two
     assert max(*few, *many) < 12 * layer
     assert max(many) < max(few) + layer
     assert min(whole) > 32 * layer  # the control: the stack as one tensor
@@ -296,12 +297,13 @@ def test_on_a_mesh_of_eight():
 
 def test_it_trains_by_optax():
     params, x = small(), draw(9, (17, 5))
+    aim = x @ draw(10, (5, 7))
     space = subspace.make(params, dimension=40, kind="said")
     optimizer = optax.adam(1e-1)
 
     def loss(theta):
         moved = space.params_of(theta, params)
-        return jnp.mean((x @ moved["head"]["kernel"] - 1) ** 2)
+        return jnp.mean((x @ moved["head"]["kernel"] - aim) ** 2)
 
     @jax.jit
     def step(theta, state):
@@ -315,7 +317,7 @@ def test_it_trains_by_optax():
         for _ in range(100):
             theta, state, value = step(theta, state)
             losses.append(float(value))
-    assert losses[-1] < losses[0] * 0.8
+    assert losses[-1] < losses[0] / 4
     assert float(jnp.abs(theta["scale"] - 1).max()) > 0
 
 
