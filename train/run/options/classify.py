@@ -1,6 +1,7 @@
 """The options of `python -m train.classify`."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from train.data.files import FILE_KINDS
@@ -21,7 +22,7 @@ from train.run.options.common import (
 VADER = "vader"  # the name of the default task, defined in train/tasks/vader.py
 HEAD = "classifier"
 HEAD_RATE = 3e-2  # the default learning rate with --head-only
-INTRINSIC_RATE = 1e-2  # with --intrinsic
+INTRINSIC_STEP = 2e-2  # with --intrinsic: the length of AdamW's step in each tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ class ClassifyOptimConfig(OptimConfig):
     """Texts in memory at once, on all devices together."""
     lr: float | None = None
     """The peak learning rate. By default 1e-3; with --full 3e-5, with --head-only 3e-2,
-    with --intrinsic 1e-2. With --optimizer lion a third of that; sgd has no default."""
+    with --intrinsic D 0.02 / sqrt(D). With --optimizer lion a third of that; sgd has no default."""
     warmup: int = 20
     """Steps of linear warmup of the learning rate."""
 
@@ -121,7 +122,9 @@ def with_defaults(config: Config, defaults: Defaults) -> Config:
         config = dataclasses.replace(config, adapter=adapter)
         defaults = dataclasses.replace(defaults, lr=HEAD_RATE)
     if adapter.intrinsic is not None:
-        defaults = dataclasses.replace(defaults, lr=INTRINSIC_RATE)
+        defaults = dataclasses.replace(
+            defaults, lr=INTRINSIC_STEP / math.sqrt(max(1, adapter.intrinsic))
+        )
     return options.with_defaults(config, defaults)
 
 
