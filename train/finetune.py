@@ -3,11 +3,11 @@
 It reads from top to bottom: check, load, adapt, train, save, measure.
 """
 
+import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from lora_jax.training.run.log import duration
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State
 from train.dry_run import rehearse
-from train.inputs import Inputs, inputs_of, read
+from train.inputs import Inputs, Reader, inputs_of
 from train.run import hosts
 from train.run.adapter import rules
 from train.run.cache import keep_compiled
@@ -39,8 +39,32 @@ from train.run.reporters.registry import check_reporters
 from train.run.session import Session
 from train.tasks.task import Context, Evaluation, Task
 
+Trained = Callable[[Run, Outline, Any, Any, Callable[..., Any]], object]
 
-def finetune(script: str, config: Any, task: Task, session: Session) -> None:
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """Says how far runs train now, and what they share with others over the same base.
+
+    Attributes:
+      until: returns the step to pause after, from the number of all steps. A run that pauses is
+        saved, not evaluated; --resume goes on with it. None trains to the end.
+      trained: gets each run that came to its end: the run, the model's outline, the model, the
+        adapted tree, and the function that runs it.
+      measured: the evaluations of the base so far. What one of them measured is not measured again;
+        new ones are added.
+      reader: reads rows once for all runs of the same data.
+    """
+
+    until: Callable[[int], int] | None = None
+    trained: Trained | None = None
+    measured: list[Evaluation] = dataclasses.field(default_factory=list)
+    reader: Reader = dataclasses.field(default_factory=Reader)
+
+
+def finetune(
+    script: str, config: Any, task: Task, session: Session, part: Part | None = None
+) -> dict[str, float]:
     """Fine-tunes a model.
 
     Args:
@@ -48,6 +72,10 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
       config: its options, checked, with the task's defaults.
       task: says what to train on, and how to measure it.
       session: tells of signals, and ends all processes of a run together.
+      part: how far it trains now; None for a run on its own.
+
+    Returns:
+      The scores of the trained model by name; {} where nothing was evaluated.
 
     Raises:
       TrainingError: something that was asked for cannot be done.
@@ -56,6 +84,7 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
     With --dry-run, nothing is trained or written; see `train.dry_run`.
     """
     began = time.monotonic()
+    part = part or Part()
     hosts.join_hosts(config.run)
     console = hosts.console()
     session.join(console, config.run.coordinator)
@@ -72,16 +101,16 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
         optim = config.optim
         rules(config.adapter)
         folder = None if dry else locked_output(config, session.release, console)
-        inputs = inputs_of(config, mesh, read(config, task))
+        inputs = inputs_of(config, mesh, part.reader(config, task))
     (rows, outline, data), feed, layout = inputs.read, inputs.feed, inputs.layout
     for line in [*([cached] if cached else []), *inputs.lines]:
         console.print(line, highlight=False, soft_wrap=True)
     if folder is None:
         loss = task.loss(config, layout)
         rehearse(config, outline, data, feed, layout, loss, inputs.steps, console)
-        return
+        return {}
+    run = run_of(script, config, task, session.stop, folder, console, inputs, part.until)
     space = space_of(config, outline.params)
-    run = run_of(script, config, task, session.stop, folder, console, inputs, about_space(space))
 
     # The model and its adapter.
     with hosts.together(), doing(console, f"reading the weights of {outline.name}"):
@@ -101,8 +130,8 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
         config=config, folder=folder, console=console, rows=rows, data=data, outline=outline
     )
     evaluation = task.evaluation(context)
-    if evaluation:
-        evaluation.before(model, plain, evaluated)
+    if evaluation and not run.pauses:
+        evaluate_base(evaluation, part.measured, model, plain, evaluated)
     del plain
 
     # Training. It leaves the adapter on its own, the loss curve, and a report of its costs.
@@ -111,21 +140,28 @@ def finetune(script: str, config: Any, task: Task, session: Session) -> None:
 
     more = functools.partial(measures, run, inputs, evaluation, model, tree_of_state, answering)
     trained, report = fit(run, ready, forward, loss, data.held_out, more)
+    if run.pauses:
+        console.print(f"paused after step {run.last} of {run.steps}", highlight=False)
+        return {}
     report["base_bytes"] = base_bytes
     write_json(folder / REPORT, report)
     print_adapter(console, folder / ADAPTER, report)
 
     # The trained model.
+    scores: dict[str, float] = {}
+    if part.trained:
+        part.trained(run, outline, model, trained, answering)
     if evaluation:
         # Codes stay codes: merged, they would be the float model.
         tree = trained if is_quantized else merged(space, trained)
         del trained, ready, more, tree_of_state
-        evaluation.after(model, tree, evaluated)
+        scores = evaluation.after(model, tree, evaluated)
     print_costs(console, report)
     console.print(report["summary"], highlight=False, soft_wrap=True)
     console.print(
         f"the whole run took {duration(time.monotonic() - began)}; its files are in {folder}"
     )
+    return scores
 
 
 def run_of(
@@ -136,10 +172,12 @@ def run_of(
     folder: Path,
     console: Console,
     inputs: Inputs,
-    about: Mapping[str, Any] = MappingProxyType({}),
+    until: Callable[[int], int] | None = None,
 ) -> Run:
-    """Returns the options, folder and data of a run, with further facts `about` what it saves."""
+    """Returns the options, folder and data of a run."""
     _, outline, data = inputs.read
+    labels = {k: v for k, v in data.facts.items() if k == "labels"}
+    last = inputs.steps if until is None else min(until(inputs.steps), inputs.steps)
     return Run(
         script=script,
         config=config,
@@ -148,9 +186,10 @@ def run_of(
         stop=stop,
         feed=inputs.feed,
         steps=inputs.steps,
+        last=last,
         rate=inputs.rate,
         layout=inputs.layout,
-        about=outline.about | dict(about) | {k: v for k, v in data.facts.items() if k == "labels"},
+        about=outline.about | about_space(space_of(config, outline.params)) | labels,
         score=task.score,
     )
 
@@ -173,6 +212,19 @@ def weights_of(config: Any, outline: Outline, layout: Layout) -> tuple[Any, Any]
     )
     check_weights(outline, plain)
     return model, plain
+
+
+def evaluate_base(
+    evaluation: Evaluation,
+    measured: list[Evaluation],
+    model: Any,
+    plain: Any,
+    forward: Callable[..., Any],
+) -> None:
+    """Measures the base, unless another evaluation has; adds it to `measured` if it measures."""
+    if not any(map(evaluation.recall, measured)):
+        evaluation.before(model, plain, forward)
+        measured.append(evaluation)
 
 
 def measures(

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from lora_jax.training.errors import TrainingError
 from train.data.named import named
 from train.finetune import finetune
-from train.many.runs import Asked, train_many
+from train.many.one import Asked
+from train.many.runs import train_many
 from train.run.options import sft as sft_options
 from train.run.options.command import read_line
 from train.run.options.common import with_defaults

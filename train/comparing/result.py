@@ -1,8 +1,16 @@
 """What a comparison measured, as `compare.json` holds it: everything that the report shows."""
 
 import dataclasses
+import json
+import math
+import types
+import typing
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from lora_jax.training.processes import write_json
+from train.run.errors import UserError
 
 JSON = "compare.json"
 
@@ -127,11 +135,11 @@ class Rung(NamedTuple):
     """A decision of the rule that stops hopeless runs.
 
     Attributes:
-      step: the arms were compared after this step.
+      share: the arms were compared after this share of their steps.
       kept, stopped: the arms, and the mean held-out loss of each, best first.
     """
 
-    step: int
+    share: float
     kept: tuple[tuple[Arm, float], ...]
     stopped: tuple[tuple[Arm, float], ...]
 
@@ -182,3 +190,147 @@ class Comparison:
     rungs: tuple[Rung, ...] = ()
     latencies: tuple[Latency, ...] = ()
     planned: tuple[Planned, ...] = ()
+
+
+Kind = TypeVar("Kind")
+
+
+def write(comparison: Comparison, folder: Path) -> None:
+    """Writes `compare.json` into a folder; the file appears whole or not at all."""
+    write_record(comparison, folder / JSON)
+
+
+def read(folder: Path) -> Comparison:
+    """Returns the comparison that `write` wrote into a folder.
+
+    Raises:
+      UserError: the file is missing, is no JSON, or a field is of another kind.
+    """
+    return read_record(Comparison, folder / JSON)
+
+
+def write_record(record: Any, path: Path) -> None:
+    """Writes a dataclass, or a tuple with field names, as JSON, whole or not at all.
+
+    Every tuple with field names is an object there. Numbers that JSON lacks are the strings
+    "NaN", "Infinity" and "-Infinity".
+    """
+    write_json(path, _plain(record))
+
+
+def read_record(kind: type[Kind], path: Path) -> Kind:
+    """Returns what `write_record` wrote.
+
+    Fields that have a default may be missing, as in the files of an earlier version.
+
+    Args:
+      kind: the type of what was written.
+      path: the file.
+
+    Raises:
+      UserError: the file is missing, is no JSON, or a field is of another kind.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): give the output folder of train.compare"
+        ) from error
+    except ValueError as error:  # JSON's and Unicode's errors
+        raise UserError(f"{path} is not JSON: {error}") from error
+    try:
+        return _parsed(content, kind, "")
+    except _Mismatch as error:
+        raise UserError(f"{path}: {error}; only train.compare writes this file") from error
+
+
+_WANTED = {int: "an integer", str: "a string", bool: "true or false"}
+
+
+class _Mismatch(Exception):
+    """A value of a file is not what its field takes; the message names the field."""
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value as JSON has it; the inverse of `_parsed`."""
+    if fields := _fields(type(value)):
+        return {name: _plain(getattr(value, name)) for name in fields}
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _parsed(value: Any, kind: Any, field: str) -> Any:
+    """Returns a value of JSON as a field's annotated type has it."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        one = next(one for one in arguments if one is not types.NoneType)
+        return None if value is None else _parsed(value, one, field)
+    if origin is Literal:
+        if value not in arguments:
+            raise _mismatch(field, " or ".join(map(repr, arguments)), value)
+        return value
+    if origin is tuple:
+        return _tuple(value, arguments, field)
+    if origin is not None:  # Mapping[str, X]
+        if not isinstance(value, dict):
+            raise _mismatch(field, "an object", value)
+        return {key: _parsed(one, arguments[1], f"{field}[{key!r}]") for key, one in value.items()}
+    if _fields(kind):
+        return _record(value, kind, field)
+    if kind is float:
+        if value in ("NaN", "Infinity", "-Infinity"):
+            return float(value)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        raise _mismatch(field, "a number", value)
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise _mismatch(field, _WANTED[kind], value)
+    return value
+
+
+def _tuple(value: Any, kinds: tuple[Any, ...], field: str) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise _mismatch(field, "a list", value)
+    if kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(value)
+    if len(kinds) != len(value):
+        raise _mismatch(field, f"a list of {len(kinds)}", value)
+    pairs = enumerate(zip(value, kinds, strict=True))
+    return tuple(_parsed(one, kind, f"{field}[{index}]") for index, (one, kind) in pairs)
+
+
+def _record(value: Any, kind: Any, field: str) -> Any:
+    if not isinstance(value, dict):
+        raise _mismatch(field, "an object", value)
+    fields, dot = _fields(kind), "." if field else ""
+    if unknown := [name for name in value if name not in fields]:
+        raise _Mismatch(f"{field}{dot}{unknown[0]} is no field of {kind.__name__}")
+    if missing := [name for name, needed in fields.items() if needed and name not in value]:
+        raise _Mismatch(f"{field}{dot}{missing[0]} is missing")
+    kinds = typing.get_type_hints(kind)
+    return kind(
+        **{name: _parsed(one, kinds[name], f"{field}{dot}{name}") for name, one in value.items()}
+    )
+
+
+def _fields(kind: type) -> dict[str, bool]:
+    """Returns the field names of a record's type, and whether each has no default."""
+    if dataclasses.is_dataclass(kind):
+        missing = dataclasses.MISSING
+        return {
+            one.name: one.default is missing and one.default_factory is missing
+            for one in dataclasses.fields(kind)
+        }
+    defaults = getattr(kind, "_field_defaults", {})
+    return {name: name not in defaults for name in getattr(kind, "_fields", ())}
+
+
+def _mismatch(field: str, wanted: str, value: Any) -> _Mismatch:
+    found = json.dumps(value)
+    found = found if len(found) <= 60 else f"{found[:57]}..."
+    return _Mismatch(f"{field or 'the whole'} must be {wanted}, and is {found}")

@@ -12,11 +12,10 @@ import io
 import math
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -26,80 +25,40 @@ from lora_jax.bank.together.side_by_side import Ending, Running, side_by_side
 from lora_jax.bank.together.tenants import Tenant
 from lora_jax.bank.together.together import Together
 from lora_jax.training.errors import Interrupted, TrainingError
-from lora_jax.training.fit import Ready, tree_of
+from lora_jax.training.fit import tree_of
 from lora_jax.training.held_out import compiled_evaluation
 from lora_jax.training.loop import Stopped
-from lora_jax.training.losses import HELD_OUT, SCORE, Loss, Sums
+from lora_jax.training.losses import Loss, Sums
 from lora_jax.training.optimizer import has_dropout
 from lora_jax.training.processes import write_json, write_text
 from lora_jax.training.run.log import duration
-from train.finetune import measures, run_of, weights_of
-from train.inputs import Inputs, Reader, inputs_of
+from train.finetune import Part, evaluate_base, measures, run_of, weights_of
+from train.inputs import inputs_of
 from train.many.board import Board, Heard, Paper, print_results
+from train.many.one import Asked, One
 from train.run import hosts
 from train.run.adapter import rules
 from train.run.cache import keep_compiled
-from train.run.errors import flag
 from train.run.files import ERROR
-from train.run.fit import Run, adapted, begin_run, fitted, resume_hint
-from train.run.log import doing, read_metrics
+from train.run.fit import adapted, begin_run, fitted, resume_hint
+from train.run.log import doing
 from train.run.mesh import make_mesh
 from train.run.optimizer import make_tenant
 from train.run.options.file import replaced
-from train.run.options.table import RESULTS, Row, placed_error
+from train.run.options.table import RESULTS, placed_error
 from train.run.output import ADAPTER, CONFIG, REPORT, locked_output
 from train.run.report import print_adapter, tree_bytes
 from train.run.reporters.registry import check_reporters
 from train.run.session import Session
-from train.tasks.task import Context, Evaluation, Task
+from train.tasks.task import Context
 
 FAILED = 1  # the exit code where some runs failed
 # Where runs are over, the others' step is compiled anew for fewer if it has as many to take.
 _WORTH_COMPILING = 50
 
 
-class Asked(NamedTuple):
-    """A run of the table, with its task and the task's defaults."""
-
-    row: Row[Any]
-    task: Task
-
-
-@dataclasses.dataclass(eq=False)
-class _One:
-    """A run of the table on its way.
-
-    Attributes:
-      row: its row, and its options.
-      task: what it trains on.
-      paper: its console.
-      run, inputs: as in a run alone.
-      loss: the function to minimise; those of equal options are one object.
-      evaluation: before and after training; None for none.
-      ready: what it trains from, its state as shapes.
-      ending: what came of it.
-      score: the task's score in the end.
-    """
-
-    row: Row[Any]
-    task: Task
-    paper: Paper
-    run: Run
-    inputs: Inputs
-    loss: Loss
-    evaluation: Evaluation | None = None
-    ready: Ready | None = None
-    ending: Ending = Ending()
-    score: float | None = None
-
-    @property
-    def config(self) -> Any:
-        """Its options, with the task's defaults."""
-        return self.run.config
-
-
 def train_many(script: str, asked: Sequence[Asked], session: Session) -> None:
-    """Trains a table of runs.
+    """Trains a table of runs, and writes their results beside their folders.
 
     Args:
       script: the command, for the hint how to go on: "train.sft".
@@ -113,6 +72,32 @@ def train_many(script: str, asked: Sequence[Asked], session: Session) -> None:
     """
     began = time.monotonic()
     console = hosts.console()
+    ones = train_rows(script, asked, session, console)
+    _finish(ones, console, session, began)
+
+
+def train_rows(
+    script: str,
+    asked: Sequence[Asked],
+    session: Session,
+    console: Console,
+    part: Part | None = None,
+) -> list[One]:
+    """Trains runs side by side, to their ends or as far as `part` says.
+
+    Args:
+      script, asked, session: see `train_many`.
+      console: to print to.
+      part: how far they train, and what they share with other runs.
+
+    Returns:
+      The runs, in order, each with what came of it: one that failed holds its error, one that a
+      signal stopped is saved.
+
+    Raises:
+      TrainingError: a row asks for something that cannot be done; nothing was trained.
+    """
+    part = part or Part()
     first = asked[0].row.options
     if cached := keep_compiled(first.run.compilation_cache):
         console.print(cached, highlight=False, soft_wrap=True)
@@ -120,10 +105,10 @@ def train_many(script: str, asked: Sequence[Asked], session: Session) -> None:
     mesh = make_mesh(first.run.mesh, rows_at_once)
 
     # Cheap checks come first, of all rows. Only then are weights read, once.
-    reader, losses, ones = Reader(), dict[Any, Loss](), list[_One]()
+    losses, ones = dict[Any, Loss](), list[One]()
     for wanted in asked:
         try:
-            ones.append(_opened(script, wanted, mesh, reader, losses, session))
+            ones.append(_opened(script, wanted, mesh, losses, session, part))
         except TrainingError as error:
             raise placed_error(wanted.row.where, error) from error
     outline, layout = ones[0].inputs.read.outline, ones[0].inputs.layout
@@ -134,47 +119,52 @@ def train_many(script: str, asked: Sequence[Asked], session: Session) -> None:
     # The adapters, and the base for comparison.
     tenants = {}
     for one in ones:
-        with _alone(one):
+        with one.alone():
             tenants[one.row.name] = _begun(one, plain, session.release)
     is_quantized = first.optim.quantize != "none"
     answering = lj.adapt(model.apply)  # as the model itself answers, not laid out for a step
     evaluated = answering if is_quantized else model.apply
-    _evaluate_base([one for one in ones if one.row.name in tenants], model, plain, evaluated)
+    for one in ones:
+        if one.row.name in tenants and one.evaluation and not one.run.pauses:
+            evaluate_base(one.evaluation, part.measured, model, plain, evaluated)
 
     # Training.
     dropped = any(has_dropout(tenant.params) for tenant in tenants.values())
     forward = lj.adapt(layout.constrained(model, dropout=dropped).apply)
     together = Together(forward, plain, compiler_options=layout.compiler_options)
-    stopped = _trained(ones, tenants, together, model, forward, answering, console, session)
+    _train(ones, tenants, together, model, forward, answering, console, session)
     base_bytes = tree_bytes(plain)
     del together, tenants
 
     # The trained models.
     session.stop.remedy = resume_hint(script)
+    stopped = any(one.state == "stopped" for one in ones)
     for one in ones:
-        if one.ending.result is None:
+        if one.ending.result is None or one.run.pauses:
             continue
-        with _alone(one):
+        with one.alone():
             trained, report = one.ending.result
             report |= {"base_bytes": base_bytes, "side_by_side": len(ones)}
             write_json(one.run.folder / REPORT, report)
             print_adapter(one.run.console, one.run.folder / ADAPTER, report)
+            if part.trained:
+                part.trained(one.run, one.inputs.read.outline, model, trained, answering)
             if one.evaluation and not stopped:  # a resumed run evaluates what is over
                 tree = trained if is_quantized else lj.merge(trained)
                 scores = one.evaluation.after(model, tree, evaluated)
                 one.score = scores.get(one.task.score or "")
                 del tree
-    _finish(ones, console, stopped, session, began)
+    return ones
 
 
 def _opened(
     script: str,
     asked: Asked,
     mesh: Any,
-    reader: Reader,
     losses: dict[Any, Loss],
     session: Session,
-) -> _One:
+    part: Part,
+) -> One:
     """Returns a run, its options checked, its folder locked and its rows read."""
     row, task = asked
     config, paper = task.completed(row.options), Paper()
@@ -184,17 +174,17 @@ def _opened(
     check_reporters(config.run.report_to)
     rules(config.adapter)
     folder = locked_output(config, session.release, paper.console)
-    inputs = inputs_of(config, mesh, reader(config, task))
+    inputs = inputs_of(config, mesh, part.reader(config, task))
     for line in inputs.lines:
         paper.console.print(line, highlight=False, soft_wrap=True)
-    run = run_of(script, config, task, session.stop, folder, paper.console, inputs)
+    run = run_of(script, config, task, session.stop, folder, paper.console, inputs, part.until)
     # Adapters of one kind have one loss.
-    kind = task.loss, config.optim.loss_chunk
+    kind = task.loss, getattr(config.optim, "loss_chunk", None)
     loss = losses.setdefault(kind, task.loss(config, inputs.layout))
-    return _One(row, task, paper, run, inputs, loss)
+    return One(row, task, paper, run, inputs, loss)
 
 
-def _begun(one: _One, plain: Any, held: ExitStack) -> Tenant:
+def _begun(one: One, plain: Any, held: ExitStack) -> Tenant:
     """Adapts the base for a run, new or resumed; returns what trains beside others."""
     config, run, data = one.config, one.run, one.inputs.read.data
     optim = config.optim
@@ -222,20 +212,8 @@ def _begun(one: _One, plain: Any, held: ExitStack) -> Tenant:
     return dataclasses.replace(tenant, state=ready.state) if int(ready.state.step) else tenant
 
 
-def _evaluate_base(
-    ones: Sequence[_One], model: Any, plain: Any, forward: Callable[..., Any]
-) -> None:
-    """Measures the base once for all runs that measure the same."""
-    done: list[Evaluation] = []
-    for one in ones:
-        if one.evaluation is None or any(map(one.evaluation.recall, done)):
-            continue
-        one.evaluation.before(model, plain, forward)
-        done.append(one.evaluation)
-
-
-def _trained(
-    ones: Sequence[_One],
+def _train(
+    ones: Sequence[One],
     tenants: dict[str, Tenant],
     together: Together,
     model: Any,
@@ -243,14 +221,14 @@ def _trained(
     answering: Callable[..., Any],
     console: Console,
     session: Session,
-) -> bool:
-    """Trains all runs to their ends; returns whether a signal stopped some."""
+) -> None:
+    """Trains all runs as far as each goes."""
     by_name = {one.row.name: one for one in ones if one.row.name in tenants}
     layout = ones[0].inputs.layout
     evaluations: dict[int, Callable[..., Sums]] = {}
-    board = Board(console, {name: one.run.steps for name, one in by_name.items()})
+    board = Board(console, {name: one.run.last for name, one in by_name.items()})
 
-    def running(one: _One) -> Running:
+    def running(one: One) -> Running:
         assert one.ready is not None
         name, run, ready, inputs = one.row.name, one.run, one.ready, one.inputs
         tree = functools.partial(tree_of, ready)
@@ -276,8 +254,8 @@ def _trained(
         one.ending = ending
         together.remove(name)
         if ending.error is not None and not isinstance(ending.error, Stopped):
-            _record(one)
-        board.ended(name, _state(one))
+            one.record()
+        board.ended(name, one.state)
 
     with jax.set_mesh(layout.mesh):
         with doing(console, "placing the adapters"):
@@ -295,43 +273,11 @@ def _trained(
         with board, session.stop.deferred():
             side_by_side(together.step, runs, ended=ended, turned=turned)
             board.show()
-    return any(isinstance(one.ending.error, Stopped) for one in ones)
 
 
-@contextmanager
-def _alone(one: _One) -> Iterator[None]:
-    """Within, an error is one run's own: it is kept in its folder, and the others go on."""
-    try:
-        yield
-    except Exception as error:
-        one.ending = Ending(error=error)
-        _record(one)
-
-
-def _record(one: _One) -> None:
-    """Writes why a run failed to its folder."""
-    error = one.ending.error
-    said = error.said(flag) if isinstance(error, TrainingError) else None
-    whole = said or "".join(traceback.format_exception(error))
-    one.run.console.print(f"error: {whole}", highlight=False, soft_wrap=True, markup=False)
-    write_text(one.run.folder / ERROR, f"{whole.rstrip()}\n")
-
-
-def _state(one: _One) -> str:
-    """Returns how a run ended, in words."""
-    error = one.ending.error
-    if isinstance(error, Stopped):
-        return "stopped"
-    if error is not None:
-        return "failed"
-    return "ended early" if one.ending.result[1].get("ended_early") else "done"
-
-
-def _finish(
-    ones: Sequence[_One], console: Console, stopped: bool, session: Session, began: float
-) -> None:
+def _finish(ones: Sequence[One], console: Console, session: Session, began: float) -> None:
     """Writes and prints the results; ends with the exit code."""
-    results = [_result(one) for one in ones]
+    results = [one.result() for one in ones]
     parent = ones[0].run.folder.parent
     text = io.StringIO()
     table = csv.DictWriter(text, results[0], lineterminator="\n")
@@ -339,10 +285,10 @@ def _finish(
     table.writerows(results)
     write_text(parent / RESULTS, text.getvalue())
     print_results(console, [{k: v for k, v in r.items() if k != "error"} for r in results])
-    failed = [one for one in ones if _state(one) == "failed"]
+    failed = [one for one in ones if one.state == "failed"]
     for one in failed:
         where = one.run.folder / ERROR
-        print(f"error: {one.row.name} failed: {_why(one)} ({where})", file=sys.stderr, flush=True)
+        print(f"error: {one.row.name} failed: {one.why} ({where})", file=sys.stderr, flush=True)
     console.print(
         f"the whole table took {duration(time.monotonic() - began)}; its results are in "
         f"{parent / RESULTS}",
@@ -350,44 +296,9 @@ def _finish(
         soft_wrap=True,
     )
     hint = session.stop.remedy
-    if stopped:
-        n = sum(_state(one) == "stopped" for one in ones)
+    if n := sum(one.state == "stopped" for one in ones):
         raise Interrupted(f"stopped {n} of {len(ones)} runs, each saved. {hint}", session.stop.code)
     session.stop.check()
     if failed:
         print(f"\n{len(failed)} of {len(ones)} runs failed; the others are done", file=sys.stderr)
         sys.exit(FAILED)
-
-
-def _result(one: _One) -> dict[str, Any]:
-    """Returns what came of a run, as a row of the table of results."""
-    lines = read_metrics(one.run.folder)
-    named = f"{SCORE}{one.task.score}"
-
-    def newest(name: str) -> float | None:
-        return next((line[name] for line in reversed(lines) if name in line), None)
-
-    held_out, score = newest(f"{HELD_OUT}loss"), newest(named)
-    if one.ready is not None and one.ready.best is not None:
-        best = one.ready.best.about
-        held_out, score = best.get(f"{HELD_OUT}loss", held_out), best.get(named, score)
-    adapter = one.run.folder / ADAPTER
-    return {
-        "name": one.row.name,
-        "status": _state(one),
-        "steps": lines[-1]["step"] if lines else 0,
-        "loss": newest("loss"),
-        "held_out_loss": held_out,
-        "score": score if one.score is None else one.score,
-        "adapter": str(adapter) if one.ending.result is not None else None,
-        "error": _why(one),
-    }
-
-
-def _why(one: _One) -> str | None:
-    """Returns the first line of what ended a run before its time."""
-    error = one.ending.error
-    if error is None or isinstance(error, Stopped):
-        return None
-    said = error.said(flag) if isinstance(error, TrainingError) else f"{error!r}"
-    return said.strip().splitlines()[0]

@@ -69,10 +69,16 @@ class Run:
     stop: Stop
     feed: Batches
     steps: int
+    last: int  # the step to end or to pause after
     rate: float  # the highest learning rate
     layout: Layout
     about: dict[str, Any]  # what the saved adapter says of its base
     score: str | None = None  # the name of the task's score
+
+    @property
+    def pauses(self) -> bool:
+        """Whether it is saved before its last step, to go on later."""
+        return self.last < self.steps
 
 
 def number_of_steps(optim: OptimConfig, order: Order) -> int:
@@ -246,7 +252,7 @@ def fit(
 
     Returns:
       The adapted tree after the last step (the best one with --keep-best), and a report of time,
-      memory and sizes.
+      memory and sizes; {} for a run that pauses.
 
     Raises:
       Interrupted: after a signal, once the step is finished and saved.
@@ -264,7 +270,7 @@ def fit(
         trained, step_seconds = training.fit(
             ready,
             step,
-            steps=run.steps,
+            steps=run.last,
             pace=run.config.run,
             loss=loss,
             measures=measures,
@@ -272,6 +278,8 @@ def fit(
             stop=run.stop,
             resume_hint=resume_hint(run.script),
         )
+        if run.pauses:
+            return trained, {}
         _keep(run, ready, trained)
     report = _report(run, ready, trained, loss, step_seconds)
     report |= {"compile_seconds": compile_seconds, "compiled_bytes": compiled_bytes(step)}
@@ -307,7 +315,7 @@ def fitted(
         trained, step_seconds = yield from training.fitted(
             ready,
             now,
-            steps=run.steps,
+            steps=run.last,
             pace=run.config.run,
             loss=loss,
             measures=_measures(run, ready, forward, loss, held_out, more(log), evaluation),
@@ -315,6 +323,8 @@ def fitted(
             stop=run.stop,
             resume_hint=resume_hint(run.script),
         )
+        if run.pauses:
+            return trained, {}
         _keep(run, ready, trained)
     return trained, _report(run, ready, trained, loss, step_seconds)
 

@@ -74,6 +74,16 @@ class Session:
             if self._peers is not None:
                 self._peers.close()
 
+    @contextmanager
+    def part(self) -> Iterator[None]:
+        """Within this context, what is held is released at its end: a run's lock, its log."""
+        outer, self.release = self.release, contextlib.ExitStack()
+        try:
+            with self.release:
+                yield
+        finally:
+            self.release = outer
+
     def join(self, console: Console, coordinator: str | None) -> None:
         """Connects the processes of a run, so that all of them end if one does."""
         if jax.process_count() == 1:

@@ -134,7 +134,7 @@ def tokens_of(config: Config, dataset: Dataset, tokenizer: Any) -> Sequences:
 def hold_out(
     config: Config, counts: Mapping[str, int], weights: Sequence[float | None] = (None,)
 ) -> list[np.ndarray] | None:
-    """Draws the rows to hold out by --seed, if --eval-every is given: at most a tenth.
+    """Draws the rows to hold out, if --eval-every is given: at most a tenth.
 
     A resumed run holds out the same rows as when it began.
 
@@ -173,7 +173,7 @@ def hold_out(
                 f"--eval-every {run.eval_every} needs rows to hold out: --eval-questions is "
                 f"{questions}, and at most a tenth of the {n} rows of {name} is held out"
             )
-        seed = [config.optim.seed, _HELD_OUT_STREAM, *([part] if part else [])]
+        seed = [_option_and_seed(config)[1], _HELD_OUT_STREAM, *([part] if part else [])]
         order = np.random.Generator(np.random.PCG64(seed)).permutation(n)
         drawn.append(np.sort(order[:taken]) + 1)
     return drawn
@@ -200,9 +200,16 @@ def _drawn(config: Config, of: tuple[str, int], held_out: np.ndarray) -> str:
     name, n = of
     some = ", ".join(map(str, held_out[:5].tolist())) + ", …" * (len(held_out) > 5)
     return (
-        f"{len(held_out)} of the {n} rows of {name} are held out, drawn by --seed "
-        f"{config.optim.seed}: row {some}"
+        f"{len(held_out)} of the {n} rows of {name} are held out, drawn by "
+        f"{flag(*_option_and_seed(config))}: row {some}"
     )
+
+
+def _option_and_seed(config: Config) -> tuple[str, int]:
+    """Returns the option whose seed draws the rows to hold out, and the seed."""
+    if config.data.held_out_seed is not None:
+        return "held_out_seed", config.data.held_out_seed
+    return "seed", config.optim.seed
 
 
 def packed(config: Config, parts: Mapping[str, Sequences], weights: Sequence[float] = ()) -> Packs:
@@ -231,8 +238,8 @@ def loss(config: Config, layout: Layout) -> Loss:
 
 
 def reads(config: Config) -> tuple[str, ...]:
-    """Returns that held-out rows are drawn by --seed."""
-    return ("seed",) if config.run.eval_every else ()
+    """Returns that held-out rows are drawn by --seed, where nothing else is given."""
+    return ("seed",) if config.run.eval_every and config.data.held_out_seed is None else ()
 
 
 TASK = Task(

@@ -366,10 +366,10 @@ def _check_best(run: RunConfig) -> None:
         )
 
 
-def check_seed(seed: int) -> None:
+def check_seed(seed: int, option: str = "seed") -> None:
     """Raises a UserError for a seed that JAX or NumPy does not take."""
     if not 0 <= seed <= _MOST_SEED:
-        raise UserError(f"--seed {seed}: a number from 0 to {_MOST_SEED} is needed")
+        raise UserError(f"{flag(option)} {seed}: a number from 0 to {_MOST_SEED} is needed")
 
 
 def at_least(least: int, part: Any, *names: str) -> None:

@@ -62,6 +62,7 @@ def given_options(args: Sequence[str]) -> frozenset[str]:
 def _cases(options: Any) -> list[_Case]:
     data, adapter, run = options.data, options.adapter, options.run
     evaluated = getattr(data, "eval_dataset", None) is not None
+    streamed = getattr(data, "stream", False)
     head_only = getattr(adapter, "head_only", False)
     intrinsic = getattr(adapter, "intrinsic", None)
     factors = (*_OF_FACTORS, "lora_plus")
@@ -125,7 +126,12 @@ def _cases(options: Any) -> list[_Case]:
             ("eval_questions",),
         ),
         _Case(
-            getattr(data, "stream", False),
+            datasets == ["sql"] or evaluated or streamed or not run.eval_every,
+            "no rows are drawn to be held out",
+            ("held_out_seed",),
+        ),
+        _Case(
+            streamed,
             "--stream reads rows while training, neither counts nor keeps them",
             ("epochs", "rows", "eval_questions", *(() if evaluated else ("token_cache",))),
         ),

@@ -11,6 +11,7 @@ from train.run.options.common import (
     Options,
     RunConfig,
     at_least,
+    check_seed,
     check_shared,
 )
 
@@ -49,6 +50,9 @@ class DataConfig:
     folder or dataset on the hub, as for --dataset."""
     eval_split: str = "train"
     """The split of --eval-dataset, for a folder or a dataset on the hub."""
+    held_out_seed: int | None = None
+    """Seed that draws the rows to hold out; by default --seed. Give it to compare runs of several
+    seeds on the same rows."""
     rows: int | None = None
     """Use only this many rows of each data set, from the beginning. The SQL task generates as many
     as requested, by default as many as 35 steps see, balanced over its query forms."""
@@ -148,5 +152,7 @@ def check(config: Config) -> None:
             "--sample-prompts says what to ask, and --sample-every how often: give both"
         )
     at_least(0, config.optim, "loss_chunk")
+    if config.data.held_out_seed is not None:
+        check_seed(config.data.held_out_seed, "held_out_seed")
     if config.data.seq_len < 2:
         raise UserError("--seq-len 1 leaves no token to predict")

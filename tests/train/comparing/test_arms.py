@@ -1,0 +1,76 @@
+"""The settings of a comparison, and the rule that stops hopeless ones."""
+
+import math
+
+import pytest
+
+from tests.train.comparing.made_up import full, lora
+from train.comparing.arms import Basis, arms_of, name_of, settings
+from train.comparing.options import CompareConfig
+from train.comparing.rungs import LAST, STAGES, decide, step_of
+
+BASIS = Basis(alpha=2.0, rates={"lora": 3e-4, "full": 3e-5, "head-only": 1e-2}, batch_size=8)
+
+
+def test_arms_are_all_combinations_of_what_was_given():
+    asked = CompareConfig(
+        ranks=(2, 8), target_sets=("attention", "q_proj,v_proj"), lrs=(1e-3,), batch_sizes=(4, 16)
+    )
+    arms = arms_of(asked, BASIS)
+    adapters = [arm for arm in arms if arm.method == "lora"]
+    assert len(adapters) == 2 * 2 * 2
+    assert {arm.targets for arm in adapters} == {("attention",), ("q_proj", "v_proj")}
+    assert {(arm.rank, arm.alpha) for arm in adapters} == {(2, 4.0), (8, 16.0)}
+    whole = [arm for arm in arms if arm.method == "full"]
+    assert [arm.learning_rate for arm in whole[:3]] == [1e-5, 3e-5, 9e-5]
+    assert {arm.rank for arm in whole} == {None}
+
+
+def test_settings_and_names_tell_runs_apart():
+    asked = CompareConfig(
+        methods=("lora", "dora", "full", "head-only"),
+        target_sets=("attention", ".*(q|v)_proj/kernel"),
+    )
+    arms = arms_of(asked, BASIS)
+    names = [name_of(arm, seed) for arm in arms for seed in (0, 1)]
+    assert len({*names}) == len(names) == 2 * len(arms)
+    assert all("/" not in name and "*" not in name for name in names)
+    assert settings(arms[0], 5)["seed"] == 5
+    by_method = {arm.method: settings(arm, 0) for arm in arms}
+    assert by_method["dora"]["dora"] and by_method["full"]["full"]
+    assert "rank" not in by_method["full"] and "targets" not in by_method["head-only"]
+
+
+def test_sixteen_settings_take_a_third_of_the_steps():
+    """Halving by the stated rule: 16 runs of 80 steps take fewer than a third of 16 · 80."""
+    arms = [at_rate(lora(2), rate) for rate in range(1, 17)]
+    losses = {arm: 1 / arm.learning_rate for arm in arms}
+    taken, done = 0, 0
+    for stage in (*STAGES, LAST):
+        end = step_of(stage, 80, 10)
+        taken += len(losses) * (end - done)
+        done = end
+        if stage is not LAST:
+            losses = dict(decide(stage, losses, stage.share).kept)
+    assert done == 80
+    assert [arm.learning_rate for arm in losses] == [16, 15]
+    assert taken <= 16 * 80 / 3
+
+
+def at_rate(arm, rate):
+    return arm._replace(learning_rate=float(rate))
+
+
+def test_each_method_keeps_its_best_and_what_failed_never_goes_on():
+    losses = {lora(2): 1.0, lora(8): 0.9, lora(32): math.nan, full(): 5.0}
+    rung = decide(STAGES[1], losses, 0.5)
+    assert [arm for arm, _ in rung.kept] == [lora(8), lora(2), full()]
+    assert [arm for arm, _ in rung.stopped] == [lora(32)]
+    alone = decide(STAGES[0], {lora(2): math.nan}, 0.125)
+    assert not alone.kept, "the only one failed"
+
+
+@pytest.mark.parametrize(("steps", "every", "end"), [(35, 4, 8), (16, 2, 2), (3, 1, 1), (7, 9, 7)])
+def test_a_stage_ends_where_the_loss_is_measured(steps, every, end):
+    assert step_of(STAGES[0], steps, every) == end
+    assert step_of(LAST, steps, every) == steps

@@ -1,0 +1,128 @@
+import html.parser
+import re
+
+import pytest
+
+from tests.train.comparing.made_up import FACTS, example, full, lora, runs
+from train.comparing.reporting import tables
+from train.comparing.reporting.pictures import draw
+from train.comparing.reporting.report import HTML, MARKDOWN, write_report
+from train.comparing.result import Comparison
+
+
+class Parsed(html.parser.HTMLParser):
+    """The tables and pictures of a page, and the tags that it opens and closes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.images: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "img":
+            self.images.append(dict(attributes)["src"])
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.tables[-1][-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    write_report(example(), folder)
+    return folder, (folder / HTML).read_text(), (folder / MARKDOWN).read_text()
+
+
+def test_the_main_table_equals_the_measurements(written):
+    _, page, text = written
+    shown = Parsed(page).tables[0]
+    lines = [line for line in text.split("\n") if line.startswith("| ")]
+    from_markdown = [
+        [cell.replace("\\", "") for cell in line.strip("| ").split(" | ")]
+        for line in lines[: len(shown) + 1]
+    ]
+    assert from_markdown[:1] + from_markdown[2:] == shown
+    rows = tables.rows(example())
+    assert len(shown) == 1 + len(rows)
+    for cells, row in zip(shown[1:], rows, strict=True):
+        if row.quality is None:
+            assert cells[1:6] == ["–"] * 4 + ["0"]
+            assert cells[8] == "1 failed, 2 stopped early"
+            continue
+        # From the runs themselves, not from the aggregated row.
+        scores = [run.score for run in example().runs if run.arm == row.arm]
+        mean = sum(scores) / 3
+        deviation = (sum((score - mean) ** 2 for score in scores) / 2) ** 0.5
+        for cell, value in zip(
+            cells[1:5], (mean, deviation, min(scores), max(scores)), strict=True
+        ):
+            assert float(cell) == pytest.approx(value, rel=6e-4)
+        loss = sum(run.held_out_loss for run in row.runs) / 3
+        assert float(cells[6]) == pytest.approx(loss, rel=6e-4)
+        assert cells[5] == "3"
+        assert int(cells[7].replace(",", "")) == row.trained_parameters
+
+
+def test_the_page_is_whole_and_stands_alone(written):
+    folder, page, text = written
+    parsed = Parsed(page)
+    assert parsed.open == []
+    assert len(parsed.images) == 6 and all(
+        one.startswith("data:image/png;base64,") for one in parsed.images
+    )
+    outside = re.sub(r'src="data:[^"]*"', "", page)
+    assert not re.search(r"<script|https?:|url\(|@import|<link", outside)
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert len(links) == 6 and all((folder / link).is_file() for link in links)
+    sections = re.findall("<h2>(.*?)</h2>", page)
+    assert sections == [
+        *("Quality", "Pictures", "Costs", "Early stopping", "Latency of inference", "Storage"),
+        *("Forgetting", "Failed runs", "Facts"),
+    ]
+
+
+def test_names_of_users_are_escaped(written):
+    _, page, text = written
+    assert "made/up-&lt;1B&gt; &amp; co" in page and "<1B>" not in page
+    assert "&lt;nan&gt; &amp; no more" in page
+    assert r"made/up-\<1B\> \& co" in text
+
+
+def test_rates_are_drawn_at_the_end_unless_settings_were_stopped(tmp_path):
+    late = [runs(arm, 1.0, 1.1) for arm in (lora(), lora(8, 3e-3), full(), full(3e-4))]
+    found = Comparison(facts=FACTS, runs=tuple(run for group in late for run in group))
+    titles = {one.file: one.title for one in draw(found, tmp_path)}
+    assert titles["rates.png"] == "Held-out loss (nats a token) by learning rate"
+    assert set(titles) == {one.name for one in tmp_path.iterdir()}
+    titles = {one.file: one.title for one in draw(example(), tmp_path)}
+    assert titles["rates.png"] == "Held-out loss by learning rate, early"
+
+
+def test_only_pictures_with_data_are_drawn(tmp_path):
+    found = Comparison(
+        facts=FACTS,
+        runs=tuple(
+            run.__class__(
+                name=run.name, arm=run.arm, seed=run.seed, status="failed", error="no memory"
+            )
+            for run in (*runs(lora(), 1.0), *runs(full(), 1.0))
+        ),
+    )
+    assert write_report(found, tmp_path).verdict == "undecided"
+    assert list((tmp_path / "pictures").iterdir()) == []
+    assert "no memory" in (tmp_path / HTML).read_text()
+    assert "<h2>Pictures" not in (tmp_path / HTML).read_text()

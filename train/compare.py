@@ -1,0 +1,248 @@
+"""LoRA or full fine-tuning? `python -m train.compare sft` measures both, and says which.
+
+    python -m train.compare sft --quick
+    python -m train.compare classify --methods lora full --ranks 1 8 64 --seeds 0 1 2
+
+All settings of adapters train side by side over one base, full fine-tuning runs one after the
+other; hopeless settings are stopped early by a stated rule. The output folder gets a report
+(report.html, report.md and pictures), the measurements (compare.json), and a folder for each run.
+`python -m train.compare sft --help` lists the options: those of the comparison, and those of the
+script that it does not set itself.
+"""
+
+import dataclasses
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lora_jax.training.processes import write_text
+from lora_jax.training.run.lock import FolderLock
+from lora_jax.training.run.log import duration
+from train import classify, sft
+from train.comparing import measure, outside, record, result
+from train.comparing.options import CompareConfig, check
+from train.comparing.reporting import report
+from train.comparing.script import Script
+from train.comparing.sweep import Sweep
+from train.comparing.trials import RUNS, every_of, trials_of
+from train.finetune import Part
+from train.run import hosts
+from train.run.errors import UserError
+from train.run.options import classify as classify_options
+from train.run.options import sft as sft_options
+from train.run.options.command import read_line
+from train.run.options.file import replaced
+from train.run.options.ignored import check_effects
+from train.run.options.written import as_file, check_same_run, from_file
+from train.run.output import CONFIG
+from train.run.session import Session
+
+_PROG = "python -m train.compare"
+_OUTPUT = "runs/compare"
+_OURS = (CONFIG, record.FILE, result.JSON, RUNS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftCompare(sft_options.Config):
+    """Compare LoRA and full fine-tuning of a language model."""
+
+    compare: CompareConfig = CompareConfig()
+    run: sft_options.SftRunConfig = sft_options.SftRunConfig(output=_OUTPUT)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifyCompare(classify_options.Config):
+    """Compare LoRA and full fine-tuning of a classifier."""
+
+    compare: CompareConfig = CompareConfig()
+    run: classify_options.ClassifyRunConfig = classify_options.ClassifyRunConfig(output=_OUTPUT)
+
+
+SCRIPTS: dict[str, tuple[Any, Script]] = {
+    "sft": (
+        SftCompare(),
+        Script(
+            name="train.sft",
+            kind="sft",
+            plain=sft_options.Config(),
+            task_of=sft.task_of,
+            check=sft.check,
+            with_defaults=sft.with_defaults,
+            quick={"steps": 16, "batch_size": 4, "eval_questions": 8, "seeds": (0, 1)},
+        ),
+    ),
+    "classify": (
+        ClassifyCompare(),
+        Script(
+            name="train.classify",
+            kind="classify",
+            plain=classify_options.Config(),
+            task_of=classify.task_of,
+            check=classify.check,
+            with_defaults=classify_options.with_defaults,
+            quick={"epochs": 1.0, "seeds": (0, 1)},
+        ),
+    ),
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line. Bad input exits with code 2, a signal with the signal's code."""
+    given = list(sys.argv[1:] if args is None else args)
+    session = Session()
+    with session.running():
+        script, config = parse(given)
+        compare(script, config, session, shlex.join(["python", "-m", "train.compare", *given]))
+
+
+def parse(args: Sequence[str]) -> tuple[Script, Any]:
+    """Parses a command line; returns the script, and the options with those of a first look.
+
+    Raises:
+      UserError: options make no sense.
+    """
+    if not args or args[0] not in SCRIPTS:
+        if {"-h", "--help"} & {*args}:
+            print(f"{__doc__}\nusage: {_PROG} {{{','.join(SCRIPTS)}}} [options]")
+            sys.exit(0)
+        found = f"not {args[0]!r}" if args else "and nothing was given"
+        raise UserError(f"the script to compare runs of is needed first: sft or classify, {found}")
+    plain, script = SCRIPTS[args[0]]
+    config, on_line, in_file = read_line(plain, args[1:], f"{_PROG} {args[0]}")
+    given = {*on_line, *in_file}
+    check(config.compare, config, given)
+    options = script.options_of(config)
+    check_effects(options, on_line, in_file)
+    if config.compare.quick:
+        given |= {"steps"} if "epochs" in given else set()
+        given |= {"epochs"} if "steps" in given else set()
+        config = replaced(config, {k: v for k, v in script.quick.items() if k not in given})
+    if config.compare.topology is not None and script.kind != "sft":
+        raise UserError("--topology: train.plan plans language models, not classifiers")
+    return script, config
+
+
+def compare(script: Script, config: Any, session: Session, command: str) -> None:
+    """Compares methods on a task; writes the report.
+
+    Args:
+      script: the training script.
+      config: its options and those of the comparison, checked.
+      session: tells of signals.
+      command: the command line, for the report.
+
+    Raises:
+      TrainingError: something that was asked for cannot be done.
+      Interrupted: after a signal, once what is on its way is saved.
+    """
+    began = time.monotonic()
+    console = hosts.console()
+    folder = _locked(config, session, console)
+    asked, options = config.compare, script.options_of(config)
+    text = outside.read_text(asked.outside) if script.kind == "sft" else None
+    part = Part()
+    trials, inputs = trials_of(script, options, asked, folder, part.reader)
+    outline = inputs.read.outline
+    rows = None
+    if text is not None:
+        rows = outside.rows_of(text[0], outline.tokenizer, "--outside " + (asked.outside or ""))
+    _begin(folder, config, script)
+    done = record.read(folder, datetime.now().astimezone().isoformat(timespec="seconds"))
+    console.print(
+        f"{len(trials)} runs of {len({trial.arm for trial in trials})} settings; what they come to "
+        f"will be in {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    again = shlex.join([arg for arg in shlex.split(command) if arg != "--overwrite"])
+    session.stop.remedy = f"Go on with: {again.removesuffix(' --resume')} --resume"
+    sweep = Sweep(
+        script=script.name,
+        folder=folder,
+        trials=trials,
+        record=done,
+        part=part,
+        at_once=asked.at_once,
+        early=asked.early_stopping,
+        keep_weights=asked.keep_weights,
+        every_of=lambda steps: every_of(options, steps),
+        outside=None if rows is None else _measuring(rows),
+        session=session,
+        console=console,
+        hint=session.stop.remedy,
+    )
+    sweep.run()
+    about = measure.About(
+        command=command,
+        script=script.name,
+        loss=trials[0].task.loss(trials[0].config, inputs.layout).label,
+        outside=None if text is None else text[1],
+        rows=rows,
+    )
+    found = measure.measured(asked, sweep, inputs, about, console)
+    result.write(found, folder)
+    said = report.write_report(found, folder)
+    for line in (f"verdict: {said.verdict}", *said.reasons, *said.undecided):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(
+        f"the comparison took {duration(time.monotonic() - began)}; the report is "
+        f"{folder / report.HTML}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _measuring(rows: Any) -> Any:
+    def loss(outline: Any, model: Any, tree: Any, forward: Any) -> float:
+        return outside.loss_on(rows, tree, forward)
+
+    return loss
+
+
+def _locked(config: Any, session: Session, console: Console) -> Path:
+    """Returns the output folder, checked, and with its lock.
+
+    Raises:
+      UserError: it holds another comparison, or cannot be written.
+      TrainingError: another comparison writes to it.
+    """
+    folder = Path(config.run.output).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        session.release.enter_context(FolderLock(folder, notice=lambda line: console.print(line)))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+    holds = any((folder / name).exists() for name in _OURS)
+    if config.run.resume:
+        if not (folder / CONFIG).exists():
+            raise UserError(f"--resume: there is no comparison in {folder}: start without --resume")
+        check_same_run(config, from_file(folder / CONFIG, config), folder)
+    elif holds and not config.run.overwrite:
+        raise UserError(
+            f"{folder} holds another comparison or a run: go on with --resume, delete it with "
+            "--overwrite, or name another folder with --output"
+        )
+    return folder
+
+
+def _begin(folder: Path, config: Any, script: Script) -> None:
+    """Writes the options; without --resume, deletes what an earlier comparison left."""
+    if not config.run.resume:
+        for name in _OURS:
+            path = folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    write_text(folder / CONFIG, as_file(config, f"train.compare {script.kind}"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The arms of a comparison: all combinations of its settings, as options of a run each."""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from train.comparing.options import CompareConfig
+from train.comparing.result import Arm
+
+# What a method sets. Variants are LoRA but for one thing.
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"scaling": "alpha/sqrt(rank)"},
+    "dora": {"dora": True},
+    "pissa": {"init": "pissa"},
+    "olora": {"init": "olora"},
+    "lora-fa": {"freeze_a": True},
+    "lora-plus": {"lora_plus": 16.0},
+    "full": {"full": True},
+    "head-only": {"head_only": True},
+}
+_WITHOUT_ADAPTER = ("full", "head-only")
+_RANKS = (4, 16, 64)
+_QUICK_RANKS = (4, 32)
+# Around the script's learning rate. Neighbours are a factor of three apart, about the distance at
+# which a loss curve begins to differ.
+_AROUND = (1 / 3, 1.0, 3.0)
+
+
+class Basis(NamedTuple):
+    """What a script would do by itself.
+
+    Attributes:
+      alpha: a multiple of the rank.
+      rates: the learning rate of an adapter, of full fine-tuning, and of a head alone.
+      batch_size: rows a step.
+    """
+
+    alpha: float
+    rates: dict[str, float]
+    batch_size: int
+
+
+def has_adapter(method: str) -> bool:
+    """Returns whether a method trains an adapter, so that several train side by side."""
+    return method not in _WITHOUT_ADAPTER
+
+
+def arms_of(compare: CompareConfig, basis: Basis) -> list[Arm]:
+    """Returns all arms, method by method.
+
+    Args:
+      compare: the settings.
+      basis: those of the script, where none are given.
+    """
+    ranks = compare.ranks or (_QUICK_RANKS if compare.quick else _RANKS)
+    sets = [tuple(text.split(",")) for text in compare.target_sets]
+    batch_sizes = compare.batch_sizes or (basis.batch_size,)
+    arms: list[Arm] = []
+    for method in compare.methods:
+        if has_adapter(method):
+            rates = compare.lrs or _around(basis.rates["lora"])
+            for rank, targets, size, rate in itertools.product(ranks, sets, batch_sizes, rates):
+                alphas = compare.alphas or (basis.alpha * rank,)
+                arms += [Arm(method, rank, targets, alpha, rate, size) for alpha in alphas]
+            continue
+        given = compare.full_lrs if method == "full" else compare.lrs
+        rates = given or _around(basis.rates[method])
+        arms += [
+            Arm(method, None, None, None, rate, size)
+            for size, rate in itertools.product(batch_sizes, rates)
+        ]
+    return arms
+
+
+def settings(arm: Arm, seed: int) -> dict[str, Any]:
+    """Returns the options of a run, by the names of their fields."""
+    given = {**METHODS[arm.method], "lr": arm.learning_rate, "batch_size": arm.batch_size}
+    if has_adapter(arm.method):
+        given |= {"rank": arm.rank, "targets": arm.targets, "alpha": arm.alpha}
+    return {**given, "seed": seed}
+
+
+def name_of(arm: Arm, seed: int) -> str:
+    """Returns the name of a run's folder, which tells all settings."""
+    return "-".join(_parts(arm, seed))
+
+
+def _parts(arm: Arm, seed: int) -> Iterator[str]:
+    yield arm.method
+    if arm.rank is not None:
+        yield f"r{arm.rank}"
+        yield f"a{arm.alpha:g}"
+        yield _word("+".join(arm.targets or ()))
+    yield f"lr{arm.learning_rate:.3g}"
+    yield f"b{arm.batch_size}"
+    yield f"s{seed}"
+
+
+def _word(targets: str) -> str:
+    """Returns targets as a part of a folder's name; a regular expression as a short hash."""
+    if re.fullmatch(r"[\w+.-]{1,40}", targets):
+        return targets.replace("-", "_")
+    return "targets" + hashlib.sha256(targets.encode()).hexdigest()[:8]
+
+
+def _around(rate: float) -> tuple[float, ...]:
+    return tuple(float(f"{factor * rate:.2g}") for factor in _AROUND)

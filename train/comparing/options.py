@@ -1,0 +1,160 @@
+"""The options of `python -m train.compare`: what to compare, beside the options of the script."""
+
+import dataclasses
+import math
+from collections.abc import Collection
+from typing import Any, Literal
+
+from train.run.errors import UserError, flag
+from train.run.options.common import Options
+
+Method = Literal[
+    "lora", "rslora", "dora", "pissa", "olora", "lora-fa", "lora-plus", "full", "head-only"
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What to compare: each method with all combinations of its settings, and each with all
+    seeds."""
+
+    methods: tuple[Method, ...] = ("lora", "full")
+    """Ways to train: lora, and variants of it; full for all weights; head-only for a classifier's
+    head on the frozen encoder."""
+    ranks: tuple[int, ...] = ()
+    """Ranks of the adapters. By default 4 16 64."""
+    target_sets: tuple[str, ...] = ("all-linear",)
+    """Sets of modules to adapt, each as --targets takes it, with commas: all-linear
+    attention q_proj,v_proj."""
+    alphas: tuple[float, ...] = ()
+    """Alphas of the adapters. By default the script's: a multiple of the rank."""
+    lrs: tuple[float, ...] = ()
+    """Learning rates of the adapters. By default the script's, a third of it and three times it."""
+    full_lrs: tuple[float, ...] = ()
+    """Learning rates of full fine-tuning. By default the script's with --full, a third of it and
+    three times it."""
+    batch_sizes: tuple[int, ...] = ()
+    """Rows a step. By default the script's."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds. The spread over them says which differences are real."""
+    early_stopping: bool = True
+    """Stop hopeless settings early: after an eighth of the steps the best quarter of each method
+    goes on, and after half of them the best half of those. Without it, all are run to the end."""
+    at_once: int = 8
+    """Adapters that train side by side in one step."""
+    outside: str | None = None
+    """Text outside the task, to measure on what the model forgets: a text file, or off. By default
+    Python's own documentation, as the interpreter holds it."""
+    costs: bool = True
+    """Measure the memory and the time of a step of the best of each method, each alone in a process
+    of its own, and the time of an answer: base, merged, and with the adapter beside it."""
+    topology: str | None = None
+    """Plan the best of each method for a machine that is not there, such as v5e:2x4; see
+    train.plan."""
+    price: float | None = None
+    """The price of one chip-hour of --topology, in any currency."""
+    keep_weights: bool = False
+    """Keep all weights of full fine-tuning, a model a run. Without it, their size is measured, and
+    they are deleted."""
+    peft_json: bool = False
+    """Write each finished run as the JSON of PEFT's method_comparison, too, to the folder peft."""
+    quick: bool = False
+    """A first look, in some ten minutes on two cores: fewer settings, seeds, rows and steps,
+    wherever they were not given."""
+
+
+# Options of the script that the comparison sets for each run, and what to give instead.
+INSTEAD = {
+    "full": "methods",
+    "head_only": "methods",
+    "dora": "methods",
+    "scaling": "methods",
+    "init": "methods",
+    "freeze_a": "methods",
+    "lora_plus": "methods",
+    "rank": "ranks",
+    "targets": "target_sets",
+    "alpha": "alphas",
+    "lr": "lrs",
+    "batch_size": "batch_sizes",
+    "seed": "seeds",
+}
+# Options that a comparison has no use for, and why.
+_USELESS = {
+    "many": "a comparison makes its table of runs itself",
+    "dry_run": "a comparison has many runs: try one of them with its script",
+    "init_adapter": "a comparison begins at the base",
+    "allow_base_mismatch": "a comparison begins at the base",
+    "peft_config": "a comparison sets the adapter's options itself",
+    "keep_best": "all runs are compared after their last step",
+    "patience": "all runs are compared after their last step; see --early-stopping",
+    "lr_rule": "a comparison sweeps the learning rate: give --lrs",
+    "distributed": "a comparison has one process",
+    "coordinator": "a comparison has one process",
+    "num_processes": "a comparison has one process",
+    "process_id": "a comparison has one process",
+}
+_OWN_REPORTS = {"none", "tensorboard"}  # in the folder of each run
+
+
+def check(compare: CompareConfig, options: Options, given: Collection[str]) -> None:
+    """Raises a UserError for options of a comparison that make no sense.
+
+    Args:
+      compare: what to compare.
+      options: those of the script.
+      given: the names of the options that were given.
+    """
+    for name in given:
+        if name in INSTEAD:
+            raise UserError(f"{flag(name)}: a comparison sets it: give {flag(INSTEAD[name])}")
+        if name in _USELESS:
+            raise UserError(f"{flag(name)}: {_USELESS[name]}: leave it out")
+    for field in ("methods", "target_sets", "seeds"):
+        if not getattr(compare, field):
+            raise UserError(f"{flag(field)}: at least one is needed")
+    for field in ("methods", "ranks", "target_sets", "alphas", "lrs", "full_lrs", "batch_sizes"):
+        _check_once(field, getattr(compare, field))
+    _check_once("seeds", compare.seeds)
+    for field in ("alphas", "lrs", "full_lrs"):
+        _check_each(field, getattr(compare, field), lambda v: math.isfinite(v) and v > 0, "above 0")
+    for field in ("ranks", "batch_sizes"):
+        _check_each(field, getattr(compare, field), lambda v: v >= 1, "from 1 on")
+    _check_each("at_once", (compare.at_once,), lambda v: v >= 1, "from 1 on")
+    _check_methods(compare, given)
+    if compare.price is not None:
+        _check_each("price", (compare.price,), lambda v: math.isfinite(v) and v > 0, "above 0")
+        if compare.topology is None:
+            raise UserError("--price: the price of what? Name a machine with --topology")
+    if others := [name for name in options.run.report_to if name not in _OWN_REPORTS]:
+        raise UserError(
+            f"{flag('report_to', *others)} keeps one run a process; a comparison reports to "
+            "tensorboard, in the folder of each run, or to none"
+        )
+
+
+def _check_methods(compare: CompareConfig, given: Collection[str]) -> None:
+    """Raises a UserError for settings of methods that are not compared."""
+    adapters = [m for m in compare.methods if m not in ("full", "head-only")]
+    for field in ("ranks", "target_sets", "alphas", "lrs", "at_once"):
+        if (
+            field in given
+            and not adapters
+            and not (field == "lrs" and "head-only" in compare.methods)
+        ):
+            raise UserError(f"{flag(field)} is about adapters, and --methods names none of them")
+    for field in ("full_lrs", "keep_weights"):
+        if field in given and "full" not in compare.methods:
+            raise UserError(f"{flag(field)} is about full, which --methods leaves out")
+
+
+def _check_once(field: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        if values.count(value) > 1:
+            raise UserError(f"{flag(field, *map(str, values))}: {value} stands there twice")
+
+
+def _check_each(field: str, values: tuple[Any, ...], fits: Any, what: str) -> None:
+    for value in values:
+        if not fits(value):
+            raise UserError(f"{flag(field)} {value}: a number {what} is needed")

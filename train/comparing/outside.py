@@ -1,0 +1,106 @@
+"""What a language model forgets: its loss on text outside the task, before and after training."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.training.losses import summed_loss
+from train.run.errors import UserError
+
+OFF = "off"
+_ROWS, _LENGTH = 32, 128  # of text: some four thousand tokens
+_AT_ONCE = 8  # rows
+_CHUNK = 256
+
+
+def read_text(asked: str | None) -> tuple[str, str] | None:
+    """Returns the text to measure on, and what it is, in words; None for none.
+
+    Args:
+      asked: a file, "off", or None for Python's own documentation.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    if asked == OFF:
+        return None
+    if asked is None:
+        return _documentation(), "Python's documentation of its language"
+    try:
+        return Path(asked).expanduser().read_text(encoding="utf-8"), asked
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--outside {asked}: the file cannot be read as text: {error}") from error
+
+
+def rows_of(text: str, tokenizer: Any, asked: str, length: int = _LENGTH) -> np.ndarray:
+    """Returns rows of tokens from all over a text, int32 [rows, length].
+
+    Args:
+      text: the text.
+      tokenizer: the model's.
+      asked: the text's name, for messages.
+      length: tokens a row.
+
+    Raises:
+      UserError: the text is shorter than one row.
+    """
+    ids = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+    n = len(ids) // length
+    if not n:
+        raise UserError(
+            f"{asked}: {len(ids)} tokens of text, and {length} at least are needed to measure "
+            "forgetting: name a longer text with --outside, or off"
+        )
+    chosen = np.unique(np.linspace(0, n - 1, min(n, _ROWS)).astype(int))
+    return ids[: n * length].reshape(n, length)[chosen]
+
+
+def loss_on(rows: np.ndarray, params: Any, forward: Callable[..., Any]) -> float:
+    """Returns the mean loss of a model on rows of text, in nats a token.
+
+    Args:
+      rows: int32 [rows, length].
+      params: the parameters, adapted or plain, as `forward` takes them.
+      forward: the model's ``apply``, adapted or not.
+    """
+    total = count = 0.0
+    for at in range(0, len(rows), _AT_ONCE):
+        few = rows[at : at + _AT_ONCE]
+        missing = _AT_ONCE - len(few)
+        ids = np.concatenate([few, np.zeros((missing, few.shape[1]), few.dtype)])
+        weights = np.ones((_AT_ONCE, few.shape[1] - 1), np.float32)
+        weights[len(few) :] = 0.0
+        found = _summed(forward, params, ids, weights)
+        total, count = total + float(found[0]), count + float(found[1])
+    return total / count
+
+
+@jax.jit(static_argnums=0)
+def _summed(forward: Any, params: Any, ids: jax.Array, weights: jax.Array) -> Any:
+    rows, length = ids.shape
+    places = jnp.broadcast_to(jnp.arange(length), ids.shape)
+    batch = {
+        "ids": ids,
+        "positions": places,
+        "segment_ids": jnp.ones_like(ids),
+        "predict_at": places[:, :-1],
+        "targets": ids[:, 1:],
+        "weights": weights,
+    }
+    return summed_loss(forward, params, batch, chunk=_CHUNK)[:2]
+
+
+def _documentation() -> str:
+    """Returns the reference of the language that comes with Python, as `help` shows it."""
+    try:
+        from pydoc_data.topics import topics  # not in every distribution of Python
+    except ImportError:
+        raise UserError(
+            "this Python comes without its documentation (pydoc_data), on which forgetting is "
+            "measured: name a text with --outside, or off"
+        ) from None
+    return "\n\n".join(topics[name] for name in sorted(topics))

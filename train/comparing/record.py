@@ -1,0 +1,72 @@
+"""What a comparison has done so far: `sweep.json`, from which it goes on."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from train.comparing.result import Rung, read_record, write_record
+
+FILE = "sweep.json"
+
+
+@dataclasses.dataclass
+class Done:
+    """What was done of a run.
+
+    Attributes:
+      stages: the stages that are over.
+      seconds: the time they took; of runs side by side, an even share.
+      side_by_side: the runs that shared the last stage's steps.
+      finished: whether it was trained to the end and measured.
+      error: what ended it early.
+      score: the task's own, at the end.
+      saved_bytes: of what it leaves to ship.
+      outside: the loss on text outside the task, at the end.
+    """
+
+    stages: int = 0
+    seconds: float = 0.0
+    side_by_side: int = 1
+    finished: bool = False
+    error: str | None = None
+    score: float | None = None
+    saved_bytes: int | None = None
+    outside: float | None = None
+
+
+@dataclasses.dataclass
+class Record:
+    """What was done of all runs.
+
+    Attributes:
+      date: when the comparison began, as ISO 8601 has it.
+      runs: what was done of each run, by name.
+      rungs: the decisions, stage by stage.
+      seconds: that all calls took together, up to the last stage that is over.
+    """
+
+    date: str
+    runs: Mapping[str, Done] = dataclasses.field(default_factory=dict)
+    rungs: tuple[Rung, ...] = ()
+    seconds: float = 0.0
+
+    def of(self, name: str) -> Done:
+        """Returns what was done of a run."""
+        if name not in self.runs:
+            self.runs = {**self.runs, name: Done()}
+        return self.runs[name]
+
+
+def read(folder: Path, date: str) -> Record:
+    """Returns the record of a folder, or a new one that begins now.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = folder / FILE
+    return read_record(Record, path) if path.exists() else Record(date)
+
+
+def write(record: Record, folder: Path) -> None:
+    """Writes the record; the file is replaced as a whole."""
+    write_record(record, folder / FILE)

@@ -1,0 +1,1 @@
+"""What a comparison shows of its measurements: tables, pictures, a recommendation, files."""

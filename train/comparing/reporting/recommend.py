@@ -1,0 +1,277 @@
+"""What to use, by the measurements of a comparison alone."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from scipy import stats
+
+from train.comparing.reporting import tables, words
+from train.comparing.reporting.tables import Measure, Row, Spread
+from train.comparing.result import Arm, Comparison
+
+UNKNOWN_SPREAD = 0.1  # the gap that decides where the spread over seeds is not known
+_LEVEL = 0.95
+
+RULE = (
+    "The best adapter is compared with the best full fine-tuning, by the task's score, or by the "
+    "held-out loss where there is no score. Quality decides if the gap is beyond the spread: its "
+    f"{_LEVEL:.0%} interval over seeds (Welch) leaves out zero. Within the spread, cost decides: "
+    "LoRA is recommended if it is cheaper, and full fine-tuning is ahead by at most "
+    f"{UNKNOWN_SPREAD:.0%}. With a single seed the spread is not known: only a gap of more than "
+    f"{UNKNOWN_SPREAD:.0%} decides for full fine-tuning, and LoRA has to be ahead. Nothing is "
+    "decided against a method that may not have been at its best: its best learning rate is the "
+    "smallest or largest tried, or its best rank is the largest tried."
+)
+UNSEEN = (
+    "LoRA tends to win where memory or time is short, where the task is narrow, and where many "
+    "variants of a model are kept or served together.",
+    "Full fine-tuning tends to win where the model has to learn a new vocabulary or language, to "
+    "change as a whole on much data, or to unlearn a habit, and where only one model is shipped.",
+    "All runs share their data, held-out rows and number of steps: other or more of them may "
+    "change the order. The best of many arms looks a little better on these rows than it is.",
+)
+
+
+class Gap(NamedTuple):
+    """By how much an adapter is better than full fine-tuning; negative if it is worse.
+
+    Attributes:
+      value: the difference of the means.
+      error: half the width of its interval over seeds; None if a side has a single seed.
+      share: the value as a share of the larger mean.
+    """
+
+    value: float
+    error: float | None
+    share: float
+
+    @property
+    def decides(self) -> bool:
+        """Whether the gap is beyond the spread; see `RULE`."""
+        if self.error is None:
+            return abs(self.share) > UNKNOWN_SPREAD
+        return abs(self.value) > self.error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recommendation:
+    """What to use.
+
+    Attributes:
+      verdict: the method; "undecided" if the measurements cannot tell.
+      arm: of the method; if undecided, the better one so far. None if no run has a value.
+      reasons: sentences with their figures.
+      undecided: what is not decided, and what would decide it.
+      unseen: what no such measurements can tell.
+    """
+
+    verdict: Literal["lora", "full", "undecided"]
+    arm: Arm | None
+    reasons: tuple[str, ...]
+    undecided: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = UNSEEN
+
+
+def recommend(comparison: Comparison) -> Recommendation:
+    """Returns what to use, by `RULE`; a pure function of the measurements."""
+    measure, rows = tables.measure_of(comparison), tables.rows(comparison)
+    lora = tables.best((row for row in rows if row.is_adapter), measure)
+    full = tables.best((row for row in rows if row.is_full), measure)
+    if lora is None or full is None:
+        return _one_sided(lora, full, rows)
+    names = _Names(rows)
+    gap = gap_of(lora, full, measure)
+    reasons = [_quality(lora, full, gap, measure, names)]
+    reasons.append(_what_decides(gap))
+    cheaper, costs = _costs(lora, full)
+    better = lora if gap.value >= 0 else full
+    if measure.kind == "training":
+        lacks = "No score and no held-out loss was measured for both methods, and the training loss"
+        lacks += " does not show what a model has learned: hold out rows, and measure their loss."
+        return _undecided(better, [*reasons, *costs], [lacks])
+    if gap.decides and better is full:
+        reasons += ["This is the price of the better quality:", *costs] if costs else []
+        doubts = _doubts(lora, rows, measure, names)
+        if doubts:
+            return _undecided(full, reasons, doubts)
+        return Recommendation(verdict="full", arm=full.arm, reasons=tuple(reasons))
+    reasons += [*costs, *_smaller(lora, rows, measure, names)]
+    doubts = _doubts(full, rows, measure, names)
+    if not gap.decides and better is full and gap.error is None:
+        doubts.append("Full fine-tuning is ahead by one seed: train more seeds (--seeds).")
+    elif not gap.decides and gap.share < -UNKNOWN_SPREAD:
+        doubts.append(
+            f"Full fine-tuning is ahead by {-gap.share:.0%}, and the spread is wider than that: "
+            "train more seeds (--seeds)."
+        )
+    elif not gap.decides and not cheaper:
+        doubts.append("No measured cost speaks for LoRA: measure more seeds, memory and storage.")
+    if doubts:
+        return _undecided(lora, reasons, doubts)
+    return Recommendation(verdict="lora", arm=lora.arm, reasons=tuple(reasons))
+
+
+def gap_of(lora: Row, full: Row, measure: Measure) -> Gap:
+    """Returns by how much an adapter's arm is better than one of full fine-tuning."""
+    one, other = lora.quality, full.quality
+    assert one and other
+    value = one.mean - other.mean if measure.larger else other.mean - one.mean
+    largest = max(abs(one.mean), abs(other.mean))
+    return Gap(value, _half_width(one, other), value / largest if largest else 0.0)
+
+
+def _half_width(one: Spread, other: Spread) -> float | None:
+    """Returns half the width of the interval of a difference of means (Welch, 1947)."""
+    if one.deviation is None or other.deviation is None:
+        return None
+    parts = [side.deviation**2 / side.n for side in (one, other) if side.deviation is not None]
+    if not sum(parts):
+        return 0.0
+    weights = sum(part**2 / (side.n - 1) for part, side in zip(parts, (one, other), strict=True))
+    freedom = sum(parts) ** 2 / weights
+    return float(stats.t.ppf(0.5 + _LEVEL / 2, freedom)) * math.sqrt(sum(parts))
+
+
+class _Names:
+    """Names arms as far as they differ."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._arms = [row.arm for row in rows]
+
+    def __call__(self, row: Row) -> str:
+        return words.label(row.arm, self._arms)
+
+
+def _undecided(better: Row, reasons: Sequence[str], undecided: Sequence[str]) -> Recommendation:
+    return Recommendation(
+        verdict="undecided", arm=better.arm, reasons=tuple(reasons), undecided=tuple(undecided)
+    )
+
+
+def _one_sided(lora: Row | None, full: Row | None, rows: Sequence[Row]) -> Recommendation:
+    missing = "full fine-tuning" if full is None else "an adapter"
+    sides = [row for row in rows if (row.is_full if full is None else row.is_adapter)]
+    runs = [run for row in sides for run in row.runs]
+    failed = [run for run in runs if run.status == "failed"]
+    reasons = [f"No run of {missing} ended with a value."]
+    if lora is None and full is None:
+        reasons = ["No run ended with a value."]
+        runs = failed = [run for row in rows for run in row.runs if run.status == "failed"]
+    if failed:
+        reasons.append(f"{len(failed)} of {len(runs)} failed, the first with: {failed[0].error}")
+    top = lora or full
+    return Recommendation(
+        verdict="undecided",
+        arm=top.arm if top else None,
+        reasons=tuple(reasons),
+        undecided=(
+            f"There is nothing to compare: run at least two seeds of {missing} (--methods).",
+        ),
+    )
+
+
+def _quality(lora: Row, full: Row, gap: Gap, measure: Measure, names: _Names) -> str:
+    one, other = lora.quality, full.quality
+    assert one and other
+    than = "better" if gap.value > 0 else "worse" if gap.value < 0 else "no different"
+    error = "" if gap.error is None else f" ± {words.figure(gap.error)}"
+    by = f" by {words.figure(abs(gap.value))}{error}" if gap.value or gap.error else ""
+    return (
+        f"{words.capital(measure.name)}: {words.figure(one.mean)} with {names(lora)} "
+        f"({_seeds(one)}), {words.figure(other.mean)} with {names(full)} ({_seeds(other)}); "
+        f"{words.method(lora.arm.method)} is {than}{by} ({abs(gap.share):.1%})."
+    )
+
+
+def _what_decides(gap: Gap) -> str:
+    if gap.error is None:
+        side = "more" if gap.decides else "no more"
+        return (
+            "The spread over seeds is not known, since a side has a single seed; the gap is "
+            f"{side} than {UNKNOWN_SPREAD:.0%}."
+        )
+    if gap.decides:
+        return "The gap is beyond the spread over seeds."
+    return "The gap is within the spread over seeds: quality does not decide, so cost does."
+
+
+def _seeds(values: Spread) -> str:
+    return f"{values.n} seeds" if values.n > 1 else "one seed"
+
+
+def _costs(lora: Row, full: Row) -> tuple[int, list[str]]:
+    """Returns how many costs speak for the adapter, and a sentence about each measured one."""
+    costs = (
+        ("Memory of the compiled step", "compiled_bytes", words.size),
+        ("Time of a step", "step_seconds", words.seconds),
+        ("Files of a task", "saved_bytes", words.size),
+    )
+    cheaper, said, who = 0, [], words.method(lora.arm.method)
+    for name, field, show in costs:
+        one, other = getattr(lora, field), getattr(full, field)
+        if not one or not other:
+            continue
+        cheaper += one < other
+        ratio = f"full takes {words.times(other / one)} as much"
+        if one > other:
+            ratio = f"{who} takes {words.times(one / other)} as much"
+        said.append(f"{name}: {show(one)} with {who}, {show(other)} in full; {ratio}.")
+    if lora.forgetting and full.forgetting:
+        one, other = lora.forgetting.mean, full.forgetting.mean
+        cheaper += one < other
+        said.append(
+            f"Forgetting: the loss outside the task changes by {one:+.4f} with {who} and by "
+            f"{other:+.4f} in full."
+        )
+    return cheaper, said
+
+
+def _smaller(lora: Row, rows: Sequence[Row], measure: Measure, names: _Names) -> list[str]:
+    """Names the smallest adapter that is within the spread of the best one."""
+    size = lora.trained_parameters
+    for row in sorted(rows, key=lambda row: row.trained_parameters or 0):
+        if not row.is_adapter or not row.is_whole or not size or not row.trained_parameters:
+            continue
+        gap = gap_of(row, lora, measure)
+        if row.trained_parameters < size and gap.error is not None and not gap.decides:
+            return [
+                f"{names(row)} is within the spread of {names(lora)}, and trains "
+                f"{row.trained_parameters / size:.2g} as many parameters."
+            ]
+    return []
+
+
+def _doubts(side: Row, rows: Sequence[Row], measure: Measure, names: _Names) -> list[str]:
+    """Returns why a method may do better than its best row here, and what would show it."""
+    found = []
+    tried = tables.rates_of(side, rows, measure)
+    rate, who = side.arm.learning_rate, words.method(side.arm.method)
+    option = "--full-lrs" if side.is_full else "--lrs"
+    if tried.edge == "only":
+        found.append(
+            f"{names(side)}: one learning rate alone was tried; try "
+            f"{rate / 3:.2g} and {rate * 3:.2g} too ({option})."
+        )
+    elif tried.edge:
+        beyond = rate / 3 if tried.edge == "smallest" else rate * 3
+        found.append(
+            f"The best learning rate of {who}, {rate:g}, is the {tried.edge} tried: try "
+            f"{beyond:.2g} too ({option})."
+        )
+    if side.arm.rank is None:
+        return found
+    ranks = {
+        row.arm.rank
+        for row in rows
+        if row.arm.method == side.arm.method and row.arm.rank and tables.is_tried(row)
+    }
+    whole = max((row.trained_parameters or 0 for row in rows if row.is_full), default=0)
+    is_half = bool(whole) and 2 * (side.trained_parameters or 0) >= whole
+    if side.arm.rank >= max(ranks) and not is_half:
+        found.append(
+            f"The best rank of {who}, {side.arm.rank}, is the largest tried: try "
+            f"{4 * side.arm.rank} too (--ranks)."
+        )
+    return found

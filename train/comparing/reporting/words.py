@@ -1,0 +1,103 @@
+"""Arms and figures in words, as tables, pictures and sentences have them."""
+
+import math
+from collections.abc import Iterable
+
+from train.comparing.result import Arm
+
+NOTHING = "–"  # in the place of a figure that was not measured
+_METHODS = {
+    "lora": "LoRA",
+    "rslora": "rsLoRA",
+    "dora": "DoRA",
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "lora-fa": "LoRA-FA",
+    "lora-plus": "LoRA+",
+    "full": "full fine-tuning",
+    "head-only": "head alone",
+}
+_SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+def method(name: str) -> str:
+    """Returns a method's name as people write it."""
+    return _METHODS.get(name, name)
+
+
+def adapter(arm: Arm, others: Iterable[Arm] = ()) -> str:
+    """Returns an arm without its learning rate: "LoRA r=8 on q_proj v_proj".
+
+    Args:
+      arm: the arm.
+      others: arms beside which it is named; only what differs among them is said.
+    """
+    name = method(arm.method)
+    adapted = [one for one in others if one.rank is not None]
+    if arm.rank is not None:
+        name += f" r={arm.rank}"
+        if len({one.targets for one in adapted}) > 1:
+            name += f" on {' '.join(arm.targets or ())}"
+        scales = {(one.alpha or 0.0) / (one.rank or 1) for one in adapted}
+        if len(scales) > 1 and arm.alpha is not None:
+            name += f" α={arm.alpha:g}"
+    if len({one.batch_size for one in others}) > 1:
+        name += f" batch {arm.batch_size}"
+    return name
+
+
+def label(arm: Arm, others: Iterable[Arm] = ()) -> str:
+    """Returns an arm in words: "LoRA r=8, lr 0.001"; see `adapter`."""
+    return f"{adapter(arm, others)}, lr {arm.learning_rate:g}"
+
+
+def figure(value: float | None) -> str:
+    """Returns a number with four significant digits."""
+    if value is None:
+        return NOTHING
+    if not math.isfinite(value):
+        return "not finite"
+    shown = f"{value:#.4g}"
+    return f"{value:.0f}" if shown.endswith(".") else shown
+
+
+def count(value: float | None) -> str:
+    """Returns a whole number with its thousands apart: "1,234"."""
+    return NOTHING if value is None else f"{value:,.0f}"
+
+
+def size(n_bytes: float | None) -> str:
+    """Returns bytes in decimal units: "19.6 MB"."""
+    if n_bytes is None:
+        return NOTHING
+    for unit, name in _SIZES:
+        if n_bytes >= unit * 0.9995:
+            return f"{_three(n_bytes / unit)} {name}"
+    return f"{n_bytes:.0f} bytes"
+
+
+def seconds(value: float | None) -> str:
+    """Returns a time: "12.3 ms", "1.50 s", "3.2 h"."""
+    if value is None:
+        return NOTHING
+    if value < 0.9995:
+        return f"{_three(value * 1e3)} ms"
+    if value < 600:
+        return f"{_three(value)} s"
+    return f"{_three(value / 60)} min" if value < 7200 else f"{_three(value / 3600)} h"
+
+
+def times(ratio: float) -> str:
+    """Returns a ratio in words: "1.25 times"."""
+    return f"{ratio:.3g} times" if ratio < 1000 else f"{ratio:,.0f} times"
+
+
+def _three(value: float) -> str:
+    return (
+        f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+    )
+
+
+def capital(text: str) -> str:
+    """Returns text with a capital first letter."""
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,40 @@
+"""A training script, as a comparison uses it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from train.run.options.common import Defaults, Options
+from train.run.options.file import replaced
+from train.tasks.task import Task
+
+
+class Script(NamedTuple):
+    """A training script, as a comparison uses it.
+
+    Attributes:
+      name: of its module: "train.sft".
+      kind: the word on the command line: "sft".
+      plain: its options, none of them given.
+      task_of, check: see `train.sft`.
+      with_defaults: fills in a task's defaults.
+      quick: options of a first look, where they are not given.
+    """
+
+    name: str
+    kind: str
+    plain: Options
+    task_of: Callable[[Any], Task]
+    check: Callable[[Any], None]
+    with_defaults: Callable[[Any, Defaults], Any]
+    quick: dict[str, Any]
+
+    def options_of(self, config: Any) -> Any:
+        """Returns a comparison's options without what is compared: those of the script."""
+        names = [field.name for field in dataclasses.fields(self.plain)]
+        return type(self.plain)(**{name: getattr(config, name) for name in names})
+
+    def completed(self, options: Any, **changes: Any) -> Any:
+        """Returns options of a run, changed, with the task's defaults."""
+        changed = replaced(options, changes)
+        return self.with_defaults(changed, self.task_of(changed).defaults)

@@ -1,0 +1,167 @@
+"""The runs of a comparison, checked against model and data before anything is trained."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import lora_jax as lj
+from lora_jax.training.errors import TrainingError
+from train.comparing import arms
+from train.comparing.options import CompareConfig
+from train.comparing.result import Arm
+from train.comparing.rungs import MEASUREMENTS
+from train.comparing.script import Script
+from train.inputs import Inputs, Reader, inputs_of
+from train.run.adapter import rules
+from train.run.errors import UserError, flag
+from train.run.mesh import make_mesh
+from train.run.options.file import replaced
+from train.run.options.ignored import idle_options
+from train.tasks.task import Task
+
+RUNS = "runs"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A run to come.
+
+    Attributes:
+      name: of its folder.
+      arm, seed: what it trains.
+      config: its options, checked, with the task's defaults.
+      task: what it trains on.
+      steps: of the whole run.
+      trained_parameters: how many numbers it trains.
+    """
+
+    name: str
+    arm: Arm
+    seed: int
+    config: Any
+    task: Task
+    steps: int
+    trained_parameters: int
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.run.output)
+
+
+def basis_of(script: Script, options: Any) -> arms.Basis:
+    """Returns what the script would do by itself.
+
+    Raises:
+      UserError: the optimiser has no learning rate of its own, and none was given.
+    """
+    rates: dict[str, float] = {}
+    methods = {"lora": "lora", "full": "full"}
+    if hasattr(options.adapter, "head_only"):
+        methods["head-only"] = "head-only"
+    for name in methods:
+        completed = script.completed(options, **arms.METHODS[name])
+        if completed.optim.lr is None:
+            raise UserError(
+                f"{flag('optimizer', options.optim.optimizer)} has no learning rate of its own: "
+                "give --lrs, and --full-lrs for full"
+            )
+        rates[name] = completed.optim.lr
+    alpha = script.task_of(options).defaults.alpha
+    return arms.Basis(alpha, rates, options.optim.batch_size)
+
+
+def trials_of(
+    script: Script, options: Any, compare: CompareConfig, folder: Path, reader: Reader
+) -> tuple[list[Trial], Inputs]:
+    """Returns all runs, checked, and the inputs of one of them.
+
+    Args:
+      script: the training script.
+      options: its options, none of those that the comparison sets.
+      compare: what to compare.
+      folder: the comparison's.
+      reader: reads rows once.
+
+    Raises:
+      UserError: some run cannot be done; it is named.
+    """
+    trials: list[Trial] = []
+    inputs: Inputs | None = None
+    counted: dict[Any, int] = {}
+    for arm in arms.arms_of(compare, basis_of(script, options)):
+        for seed in compare.seeds:
+            name = arms.name_of(arm, seed)
+            try:
+                trial, inputs = _trial(
+                    script, options, arm, seed, compare.seeds[0], folder, reader, counted
+                )
+            except TrainingError as error:
+                raise UserError(f"run {name}: {error.said(flag)}") from error
+            trials.append(trial)
+    names = [trial.name for trial in trials]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two runs are called {twice[0]}: leave out settings that are nearly equal")
+    assert inputs is not None
+    return trials, inputs
+
+
+def every_of(options: Any, steps: int) -> int:
+    """Returns the steps between measurements of the held-out loss."""
+    return options.run.eval_every or max(1, steps // MEASUREMENTS)
+
+
+def _trial(
+    script: Script,
+    options: Any,
+    arm: Arm,
+    seed: int,
+    first_seed: int,
+    folder: Path,
+    reader: Reader,
+    counted: dict[Any, int],
+) -> tuple[Trial, Inputs]:
+    name = arms.name_of(arm, seed)
+    run_folder = folder / RUNS / name
+    changes = arms.settings(arm, seed) | {
+        "output": str(run_folder),
+        "overwrite": False,
+        "resume": False,
+        "eval_every": options.run.eval_every or 1,  # so that rows are held out
+    }
+    if "held_out_seed" not in idle_options(replaced(options, changes)):
+        drawn = getattr(options.data, "held_out_seed", None)
+        changes["held_out_seed"] = first_seed if drawn is None else drawn  # the same for all
+    config = script.completed(options, **changes)
+    task = script.task_of(config)
+    script.check(config)
+    config = task.completed(config)
+    rules(config.adapter)
+    mesh = make_mesh(config.run.mesh, config.optim.batch_size)
+    inputs = inputs_of(config, mesh, reader(config, task))
+    steps = inputs.steps
+    if inputs.read.data.held_out is None:
+        raise UserError(
+            "nothing is held out to compare the runs on: give --eval-dataset, or more rows, and "
+            "more than 0 --eval-questions"
+        )
+    changed = {"eval_every": every_of(options, steps)}
+    if arm.method == "full" and options.run.save_every == script.plain.run.save_every:
+        changed["save_every"] = steps  # a checkpoint holds the model three times
+    config = replaced(config, changed)
+    kind = dataclasses.replace(config.adapter, alpha=None)
+    if kind not in counted:
+        outline = inputs.read.outline
+        chosen = rules(config.adapter, outline)
+        tree = lj.lorafy(outline.params, chosen, kinds=outline.kinds)
+        counted[kind] = lj.count_params(tree)[0]
+    trial = Trial(
+        name=name,
+        arm=arm,
+        seed=seed,
+        config=config,
+        task=task,
+        steps=steps,
+        trained_parameters=counted[kind],
+    )
+    return trial, inputs

@@ -1,0 +1,125 @@
+"""One run of a table on its way: what it trains, and what came of it."""
+
+import dataclasses
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from lora_jax.bank.together.side_by_side import Ending
+from lora_jax.training.errors import TrainingError
+from lora_jax.training.fit import Ready
+from lora_jax.training.loop import Stopped
+from lora_jax.training.losses import HELD_OUT, SCORE, Loss
+from lora_jax.training.processes import write_text
+from train.inputs import Inputs
+from train.many.board import Paper
+from train.run.errors import flag
+from train.run.files import ERROR
+from train.run.fit import Run
+from train.run.log import read_metrics
+from train.run.options.table import Row
+from train.run.output import ADAPTER
+from train.tasks.task import Evaluation, Task
+
+
+class Asked(NamedTuple):
+    """A run of the table, with its task and the task's defaults."""
+
+    row: Row[Any]
+    task: Task
+
+
+@dataclasses.dataclass(eq=False)
+class One:
+    """A run of the table on its way.
+
+    Attributes:
+      row: its row, and its options.
+      task: what it trains on.
+      paper: its console.
+      run, inputs: as in a run alone.
+      loss: the function to minimise; those of equal options are one object.
+      evaluation: before and after training; None for none.
+      ready: what it trains from, its state as shapes.
+      ending: what came of it.
+      score: the task's score in the end.
+    """
+
+    row: Row[Any]
+    task: Task
+    paper: Paper
+    run: Run
+    inputs: Inputs
+    loss: Loss
+    evaluation: Evaluation | None = None
+    ready: Ready | None = None
+    ending: Ending = Ending()
+    score: float | None = None
+
+    @property
+    def config(self) -> Any:
+        """Its options, with the task's defaults."""
+        return self.run.config
+
+    @property
+    def state(self) -> str:
+        """How it ended, in words."""
+        error = self.ending.error
+        if isinstance(error, Stopped):
+            return "stopped"
+        if error is not None:
+            return "failed"
+        if self.run.pauses:
+            return "paused"
+        return "ended early" if self.ending.result[1].get("ended_early") else "done"
+
+    @property
+    def why(self) -> str | None:
+        """The first line of what ended it before its time."""
+        error = self.ending.error
+        if error is None or isinstance(error, Stopped):
+            return None
+        said = error.said(flag) if isinstance(error, TrainingError) else f"{error!r}"
+        return said.strip().splitlines()[0]
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within, an error is the run's own: it is kept in its folder, and the others go on."""
+        try:
+            yield
+        except Exception as error:
+            self.ending = Ending(error=error)
+            self.record()
+
+    def record(self) -> None:
+        """Writes to its folder why it failed."""
+        error = self.ending.error
+        said = error.said(flag) if isinstance(error, TrainingError) else None
+        whole = said or "".join(traceback.format_exception(error))
+        self.run.console.print(f"error: {whole}", highlight=False, soft_wrap=True, markup=False)
+        write_text(self.run.folder / ERROR, f"{whole.rstrip()}\n")
+
+    def result(self) -> dict[str, Any]:
+        """Returns what came of it, as a row of the table of results."""
+        lines = read_metrics(self.run.folder)
+        named = f"{SCORE}{self.task.score}"
+
+        def newest(name: str) -> float | None:
+            return next((line[name] for line in reversed(lines) if name in line), None)
+
+        held_out, score = newest(f"{HELD_OUT}loss"), newest(named)
+        if self.ready is not None and self.ready.best is not None:
+            best = self.ready.best.about
+            held_out, score = best.get(f"{HELD_OUT}loss", held_out), best.get(named, score)
+        adapter = self.run.folder / ADAPTER
+        return {
+            "name": self.row.name,
+            "status": self.state,
+            "steps": lines[-1]["step"] if lines else 0,
+            "loss": newest("loss"),
+            "held_out_loss": held_out,
+            "score": score if self.score is None else self.score,
+            "adapter": str(adapter) if self.ending.result is not None else None,
+            "error": self.why,
+        }
