@@ -71,7 +71,7 @@ class AdapterSource:
 
     @property
     def is_subspace(self) -> bool:
-        """Whether a subspace was trained rather than an adapter; see --intrinsic."""
+        """True where a subspace was trained, by --intrinsic, rather than an adapter."""
         return not self.from_peft and subspace.FACTS in self.about
 
     @property

@@ -86,6 +86,8 @@ _USELESS = {
     "init_adapter": "a comparison begins at the base",
     "allow_base_mismatch": "a comparison begins at the base",
     "peft_config": "a comparison sets the adapter's options itself",
+    "intrinsic": "a comparison sets the parameters that train itself",
+    "intrinsic_kind": "a comparison sets the parameters that train itself",
     "keep_best": "all runs are compared after their last step",
     "patience": "all runs are compared after their last step; see --early-stopping",
     "lr_rule": "a comparison sweeps the learning rate: give --lrs",

@@ -22,7 +22,7 @@ from train.run.options.common import (
 VADER = "vader"  # the name of the default task, defined in train/tasks/vader.py
 HEAD = "classifier"
 HEAD_RATE = 3e-2  # the default learning rate with --head-only
-INTRINSIC_STEP = 2e-2  # with --intrinsic: the length of AdamW's step in each tensor
+INTRINSIC_STEP = 5e-2  # with --intrinsic: the length of AdamW's step in each tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class ClassifyOptimConfig(OptimConfig):
     """Texts in memory at once, on all devices together."""
     lr: float | None = None
     """The peak learning rate. By default 1e-3; with --full 3e-5, with --head-only 3e-2,
-    with --intrinsic D 0.02 / sqrt(D). With --optimizer lion a third of that; sgd has no default."""
+    with --intrinsic D 0.05 / sqrt(D). With --optimizer lion a third of that; sgd has no default."""
     warmup: int = 20
     """Steps of linear warmup of the learning rate."""
 
