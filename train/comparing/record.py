@@ -42,13 +42,11 @@ class Record:
       date: when the comparison began, as ISO 8601 has it.
       runs: what was done of each run, by name.
       rungs: the decisions, stage by stage.
-      seconds: that all calls took together, up to the last stage that is over.
     """
 
     date: str
     runs: Mapping[str, Done] = dataclasses.field(default_factory=dict)
     rungs: tuple[Rung, ...] = ()
-    seconds: float = 0.0
 
     def of(self, name: str) -> Done:
         """Returns what was done of a run."""
