@@ -31,7 +31,7 @@ _AROUND_FULL = (1 / 3, 1.0, 3.0, 9.0)  # the scripts' rates are careful ones, fo
 
 
 class Basis(NamedTuple):
-    """What a script would do by itself.
+    """The settings that a script would choose by itself.
 
     Attributes:
       alpha: a multiple of the rank.

@@ -1,4 +1,4 @@
-"""What a comparison has done so far: `sweep.json`, from which it goes on."""
+"""The progress of a comparison: `sweep.json`, from which it goes on."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ FILE = "sweep.json"
 
 @dataclasses.dataclass
 class Done:
-    """What was done of a run.
+    """The progress of a run.
 
     Attributes:
       stages: the stages that are over.
@@ -36,7 +36,7 @@ class Done:
 
 @dataclasses.dataclass
 class Record:
-    """What was done of all runs.
+    """The progress of all runs.
 
     Attributes:
       date: when the comparison began, as ISO 8601 has it.
