@@ -15,7 +15,7 @@ Method = Literal[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """The comparison: each method with all combinations of its settings, and each with all seeds."""
+    """The comparison: each method with all combinations of its settings, each with all seeds."""
 
     methods: tuple[Method, ...] = ("lora", "full")
     """Ways to train: lora, and variants of it; full for all weights; head-only for a classifier's

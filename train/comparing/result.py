@@ -1,4 +1,4 @@
-"""The measurements of a comparison, as `compare.json` holds it: everything that the report shows."""
+"""The measurements of a comparison, as `compare.json` holds them: all that the report shows."""
 
 import dataclasses
 import json

@@ -110,7 +110,7 @@ class Rates(NamedTuple):
 
     @property
     def edge(self) -> Literal["smallest", "largest", "only"] | None:
-        """Says which rate of those tried the best one is; None if it has neighbours on both sides."""
+        """Says which of the rates the best one is; None if it has neighbours on both sides."""
         if len(self.tried) == 1:
             return "only"
         return {0: "smallest", len(self.tried) - 1: "largest"}.get(self.best)  # type: ignore[return-value]
