@@ -22,6 +22,7 @@ from train.run.options.ignored import idle_options
 from train.tasks.task import Task
 
 RUNS = "runs"
+_EVAL_ROWS = 512  # of a classifier's test rows, to measure the loss on while training
 _OF_BASE = ("model", "dtype", "remat")  # options that runs over one base share
 
 
@@ -172,6 +173,8 @@ def _trial(
     if "held_out_seed" not in idle_options(replaced(options, changes)):
         drawn = getattr(options.data, "held_out_seed", None)
         changes["held_out_seed"] = first_seed if drawn is None else drawn  # the same for all
+    if getattr(options.run, "eval_rows", 0) is None:
+        changes["eval_rows"] = _EVAL_ROWS
     config = script.completed(options, **changes)
     task = script.task_of(config)
     script.check(config)
