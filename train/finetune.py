@@ -139,7 +139,7 @@ def finetune(
     tree_of_state = functools.partial(tree_of, ready)
 
     more = functools.partial(measures, run, inputs, evaluation, model, tree_of_state, answering)
-    trained, report = fit(run, ready, forward, loss, data.held_out, more)
+    trained, report = fit(run, ready, forward, loss, data.on_the_way, more)
     if run.pauses:
         console.print(f"paused after step {run.last} of {run.steps}", highlight=False)
         return {}

@@ -90,6 +90,8 @@ class Reader:
         saved = saved_options(config)
         facts = {k: v for k, v in as_json(config).items() if k not in left_out}
         facts["began"] = {name: saved.get(name) for name in _HOLDING_OUT} if saved else None
+        for found in (facts, facts["began"] or {}):
+            found["eval_every"] = bool(found.get("eval_every"))  # how often does not matter
         key = id(task), json.dumps(facts, sort_keys=True)
         if key not in self._found:
             self._found[key] = read(config, task)

@@ -77,7 +77,7 @@ class Run:
 
     @property
     def pauses(self) -> bool:
-        """Whether it is saved before its last step, to go on later."""
+        """Returns whether it is saved before its last step, to go on later."""
         return self.last < self.steps
 
 

@@ -102,6 +102,8 @@ class ClassifyRunConfig(RunConfig):
     """Steps between checkpoints; the last step always has one."""
     eval_every: int = 0
     """Steps between evaluations of the loss on the test rows; 0 for none."""
+    eval_rows: int | None = None
+    """Test rows to measure that loss on, spread over all of them; by default all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,4 +154,5 @@ def check(config: Config) -> None:
         raise UserError("--lr-rule was fitted to language models: give --lr instead")
     check_shared(config)
     at_least(1, data, "rows")
+    at_least(1, config.run, "eval_rows")
     at_least(3, data, "seq_len")

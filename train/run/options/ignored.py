@@ -130,6 +130,7 @@ def _cases(options: Any) -> list[_Case]:
             "no rows are drawn to be held out",
             ("held_out_seed",),
         ),
+        _Case(not run.eval_every, "nothing is measured without --eval-every", ("eval_rows",)),
         _Case(
             streamed,
             "--stream reads rows while training, neither counts nor keeps them",
