@@ -12,7 +12,6 @@ script that it does not set itself.
 
 import dataclasses
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -41,7 +40,7 @@ from train.run.options.command import read_line
 from train.run.options.file import replaced
 from train.run.options.ignored import check_effects
 from train.run.options.written import as_file, check_same_run, from_file
-from train.run.output import CONFIG
+from train.run.output import CONFIG, clear
 from train.run.session import Session
 
 _PROG = "python -m train.compare"
@@ -254,12 +253,7 @@ def _locked(config: Any, session: Session, console: Console) -> Path:
 def _begin(folder: Path, config: Any, script: Script) -> None:
     """Writes the options; without --resume, deletes what an earlier comparison left."""
     if not config.run.resume:
-        for name in _OURS:
-            path = folder / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        clear(folder, _OURS)
     write_text(folder / CONFIG, as_file(config, f"train.compare {script.kind}"))
 
 
