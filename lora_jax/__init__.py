@@ -5,6 +5,7 @@ from lora_jax import init as init
 from lora_jax import optim as optim
 from lora_jax import quantized as quantized
 from lora_jax import sharding as sharding
+from lora_jax import subspace as subspace
 from lora_jax.adapt import MergeError as MergeError
 from lora_jax.adapt import MergeWarning as MergeWarning
 from lora_jax.adapt import RoleError as RoleError

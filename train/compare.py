@@ -12,7 +12,6 @@ script that it does not set itself.
 
 import dataclasses
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from lora_jax.training.run.log import duration
 from train import classify, sft
 from train.comparing import measure, outside, record, result
 from train.comparing.options import CompareConfig, check
-from train.comparing.reporting import report
+from train.comparing.reporting import peft_json, report
 from train.comparing.script import Script
 from train.comparing.sweep import Sweep
 from train.comparing.trials import RUNS, every_of, trials_of
@@ -41,12 +40,15 @@ from train.run.options.command import read_line
 from train.run.options.file import replaced
 from train.run.options.ignored import check_effects
 from train.run.options.written import as_file, check_same_run, from_file
-from train.run.output import CONFIG
+from train.run.output import CONFIG, clear
 from train.run.session import Session
 
 _PROG = "python -m train.compare"
 _OUTPUT = "runs/compare"
-_OURS = (CONFIG, record.FILE, result.JSON, RUNS)
+_OURS = (
+    *(CONFIG, record.FILE, result.JSON, RUNS, measure.COSTS, peft_json.FOLDER),
+    *(report.HTML, report.MARKDOWN, report.PICTURES),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,12 +100,16 @@ def main(args: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if args is None else args)
     session = Session()
     with session.running():
-        script, config = parse(given)
-        compare(script, config, session, shlex.join(["python", "-m", "train.compare", *given]))
+        script, config, names = parse(given)
+        command = shlex.join(["python", "-m", "train.compare", *given])
+        compare(script, config, names, session, command)
 
 
-def parse(args: Sequence[str]) -> tuple[Script, Any]:
-    """Parses a command line; returns the script, and the options with those of a first look.
+def parse(args: Sequence[str]) -> tuple[Script, Any, frozenset[str]]:
+    """Parses a command line.
+
+    Returns:
+      The script; the options, with those of a first look; and the names of those that were given.
 
     Raises:
       UserError: options make no sense.
@@ -124,17 +130,26 @@ def parse(args: Sequence[str]) -> tuple[Script, Any]:
         given |= {"steps"} if "epochs" in given else set()
         given |= {"epochs"} if "steps" in given else set()
         config = replaced(config, {k: v for k, v in script.quick.items() if k not in given})
+    if "outside" in given and script.kind != "sft":
+        raise UserError(
+            "--outside: a classifier has no loss on text, so that nothing tells what it forgets"
+        )
+    if config.compare.peft_experiments and script.kind != "sft":
+        raise UserError("--peft-experiments: PEFT's experiments train language models: compare sft")
     if config.compare.topology is not None and script.kind != "sft":
         raise UserError("--topology: train.plan plans language models, not classifiers")
-    return script, config
+    return script, config, frozenset(given)
 
 
-def compare(script: Script, config: Any, session: Session, command: str) -> None:
+def compare(
+    script: Script, config: Any, given: frozenset[str], session: Session, command: str
+) -> None:
     """Compares methods on a task; writes the report.
 
     Args:
       script: the training script.
       config: its options and those of the comparison, checked.
+      given: the names of the options that were given.
       session: tells of signals.
       command: the command line, for the report.
 
@@ -148,7 +163,7 @@ def compare(script: Script, config: Any, session: Session, command: str) -> None
     asked, options = config.compare, script.options_of(config)
     text = outside.read_text(asked.outside) if script.kind == "sft" else None
     part = Part()
-    trials, inputs = trials_of(script, options, asked, folder, part.reader)
+    trials, inputs = trials_of(script, options, asked, given, folder, part.reader)
     outline = inputs.read.outline
     rows = None
     if text is not None:
@@ -189,10 +204,13 @@ def compare(script: Script, config: Any, session: Session, command: str) -> None
     found = measure.measured(asked, sweep, inputs, about, console)
     result.write(found, folder)
     said = report.write_report(found, folder)
+    if asked.peft_json:
+        peft_json.write(found, folder / peft_json.FOLDER)
     for line in (f"verdict: {said.verdict}", *said.reasons, *said.undecided):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     console.print(
-        f"the comparison took {duration(time.monotonic() - began)}; the report is "
+        f"this call took {duration(time.monotonic() - began)}, and all runs so far "
+        f"{duration(sum(one.seconds for one in done.runs.values()))}; the report is "
         f"{folder / report.HTML}",
         highlight=False,
         soft_wrap=True,
@@ -235,12 +253,7 @@ def _locked(config: Any, session: Session, console: Console) -> Path:
 def _begin(folder: Path, config: Any, script: Script) -> None:
     """Writes the options; without --resume, deletes what an earlier comparison left."""
     if not config.run.resume:
-        for name in _OURS:
-            path = folder / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        clear(folder, _OURS)
     write_text(folder / CONFIG, as_file(config, f"train.compare {script.kind}"))
 
 

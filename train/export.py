@@ -120,6 +120,11 @@ def run(options: Options) -> None:
     console = Console()
     adapter = find_adapter(options.adapter)
     shard = check(options)
+    if adapter.is_subspace and not options.merged:
+        raise UserError(
+            f"{adapter.given} is a subspace (--intrinsic): no file of PEFT's can hold it. Give "
+            "--merged for a whole model"
+        )
 
     # PEFT's folder is checked as it is, unless it is also to be written.
     is_written = options.output is not None or options.push_to_hub is not None

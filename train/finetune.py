@@ -27,6 +27,7 @@ from train.run import hosts
 from train.run.adapter import rules
 from train.run.cache import keep_compiled
 from train.run.fit import Run, adapted, begin_run, fit
+from train.run.intrinsic import about_space, merged, moves_weights, running_in, space_of
 from train.run.log import Log, QuietLog, doing
 from train.run.mesh import make_mesh
 from train.run.output import ADAPTER, REPORT, locked_output
@@ -109,6 +110,7 @@ def finetune(
         rehearse(config, outline, data, feed, layout, loss, inputs.steps, console)
         return {}
     run = run_of(script, config, task, session.stop, folder, console, inputs, part.until)
+    space = space_of(config, outline.params)
 
     # The model and its adapter.
     with hosts.together(), doing(console, f"reading the weights of {outline.name}"):
@@ -121,7 +123,8 @@ def finetune(
 
     # The base, for comparison.
     is_quantized = optim.quantize != "none"
-    answering = lj.adapt(model.apply)  # as the model itself answers, not laid out for a step
+    running = running_in(space, model)
+    answering = lj.adapt(running.apply)  # as the model itself answers, not laid out for a step
     evaluated = answering if is_quantized else model.apply
     context = Context(
         config=config, folder=folder, console=console, rows=rows, data=data, outline=outline
@@ -132,11 +135,11 @@ def finetune(
     del plain
 
     # Training. It leaves the adapter on its own, the loss curve, and a report of its costs.
-    forward, loss = ready.setup.forward(model), task.loss(config, layout)
+    forward, loss = ready.setup.forward(running), task.loss(config, layout)
     tree_of_state = functools.partial(tree_of, ready)
 
     more = functools.partial(measures, run, inputs, evaluation, model, tree_of_state, answering)
-    trained, report = fit(run, ready, forward, loss, data.held_out, more)
+    trained, report = fit(run, ready, forward, loss, data.on_the_way, more)
     if run.pauses:
         console.print(f"paused after step {run.last} of {run.steps}", highlight=False)
         return {}
@@ -150,7 +153,7 @@ def finetune(
         part.trained(run, outline, model, trained, answering)
     if evaluation:
         # Codes stay codes: merged, they would be the float model.
-        tree = trained if is_quantized else lj.merge(trained)
+        tree = trained if is_quantized else merged(space, trained)
         del trained, ready, more, tree_of_state
         scores = evaluation.after(model, tree, evaluated)
     print_costs(console, report)
@@ -173,6 +176,7 @@ def run_of(
 ) -> Run:
     """Returns the options, folder and data of a run."""
     _, outline, data = inputs.read
+    labels = {k: v for k, v in data.facts.items() if k == "labels"}
     last = inputs.steps if until is None else min(until(inputs.steps), inputs.steps)
     return Run(
         script=script,
@@ -185,7 +189,7 @@ def run_of(
         last=last,
         rate=inputs.rate,
         layout=inputs.layout,
-        about=outline.about | {k: v for k, v in data.facts.items() if k == "labels"},
+        about=outline.about | about_space(space_of(config, outline.params)) | labels,
         score=task.score,
     )
 
@@ -193,13 +197,13 @@ def run_of(
 def weights_of(config: Any, outline: Outline, layout: Layout) -> tuple[Any, Any]:
     """Reads the model and its weights, as the options say.
 
-    Full fine-tuning keeps its weights in fp32, whatever computes.
+    Full fine-tuning, and that of a subspace, keeps its weights in fp32, whatever computes.
     """
     optim = config.optim
     model, plain = read_model(
         outline.name,
         dtype=optim.dtype,
-        param_dtype="float32" if config.adapter.full else optim.dtype,
+        param_dtype="float32" if moves_weights(config.adapter) else optim.dtype,
         remat=optim.remat_policy,
         attention=optim.attention,
         experts=optim.experts,

@@ -6,12 +6,17 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
+import lora_jax as lj
+from lora_jax.models.attention import chosen_attention
 from lora_jax.training.data.order import Batches, Feed, Order
 from lora_jax.training.layout import Layout
+from train.adapters.source import find_adapter
 from train.data.mixture import used
 from train.run import hosts
-from train.run.fit import attention_line, check_rules, learning_rate, number_of_steps
-from train.run.options.common import as_json
+from train.run.adapter import check_names, rules
+from train.run.errors import as_user_errors
+from train.run.intrinsic import space_of
+from train.run.options.common import OptimConfig, Options, as_json
 from train.run.output import saved_options
 from train.run.pretrained import Outline
 from train.run.progress.samples import Prompts
@@ -90,6 +95,8 @@ class Reader:
         saved = saved_options(config)
         facts = {k: v for k, v in as_json(config).items() if k not in left_out}
         facts["began"] = {name: saved.get(name) for name in _HOLDING_OUT} if saved else None
+        for found in (facts, facts["began"] or {}):
+            found["eval_every"] = bool(found.get("eval_every"))  # how often does not matter
         key = id(task), json.dumps(facts, sort_keys=True)
         if key not in self._found:
             self._found[key] = read(config, task)
@@ -107,15 +114,15 @@ def inputs_of(config: Any, mesh: Mesh, found: Read) -> Inputs:
     asked = getattr(config.run, "sample_prompts", ())
     prompts = Prompts(config.run, outline) if asked else None
     order = Order.of(data.train, optim.seed, optim.batch_size, optim.grad_accum)
-    steps = number_of_steps(optim, order)
+    steps = _number_of_steps(optim, order)
     feed: Batches = Feed(data.train, order, data.name, data.source)
     if data.feed is not None:
         feed = data.feed(steps)
-    rate = learning_rate(config, outline, steps)
-    check_rules(config, outline)
+    rate = _learning_rate(config, outline, steps)
+    _check_rules(config, outline)
     layout = Layout.of(mesh, outline.config)
     layout.check_lengths(data.facts.get("lengths", [data.facts["sequence_length"]]))
-    attention = attention_line(config, outline, layout, data.facts["sequence_length"])
+    attention = _attention_line(config, outline, layout, data.facts["sequence_length"])
     return Inputs(
         read=found,
         prompts=prompts,
@@ -125,3 +132,53 @@ def inputs_of(config: Any, mesh: Mesh, found: Read) -> Inputs:
         layout=layout,
         lines=(*data.lines, *used(data.train, order, steps), attention),
     )
+
+
+def _number_of_steps(optim: OptimConfig, order: Order) -> int:
+    """Returns --steps, or what --epochs comes to."""
+    if optim.steps is not None:
+        return optim.steps
+    assert optim.epochs is not None, "the options have no defaults yet"
+    return order.steps(optim.epochs)
+
+
+def _learning_rate(config: Options, outline: Outline, steps: int) -> float:
+    """Returns the highest learning rate: --lr, or the one that --lr-rule gives for this run."""
+    optim = config.optim
+    if optim.lr_rule is None:
+        assert optim.lr is not None, "the options have no defaults yet"
+        return optim.lr
+    return lj.optim.learning_rate(
+        outline.config.hidden_size, family=optim.lr_rule, steps=steps, full=config.adapter.full
+    )
+
+
+def _check_rules(config: Options, outline: Outline) -> None:
+    """Raises a UserError if the rules or the adapter do not fit the model; reads no weights."""
+    adapter = config.adapter
+    if adapter.init_adapter is not None:
+        source = find_adapter(adapter.init_adapter, "--init-adapter")
+        return source.check(outline, allow_base_mismatch=adapter.allow_base_mismatch)
+    if space_of(config, outline.params) is not None:
+        return
+    check_names(adapter, outline)
+    with as_user_errors(ValueError):
+        lj.lorafy(outline.params, rules(adapter, outline), kinds=outline.kinds)
+
+
+def _attention_line(config: Options, outline: Outline, layout: Layout, seq: int) -> str:
+    """Returns a line that tells how attention is computed: "attention: blockwise".
+
+    Raises:
+      UserError: what was asked for does not run on these devices.
+    """
+    with as_user_errors(ValueError):
+        chosen = chosen_attention(
+            outline.config,
+            seq,
+            dtype=config.optim.dtype,
+            attention=config.optim.attention,
+            platform=layout.platform,
+            split=layout.split(seq),
+        )
+    return f"attention: {chosen}"

@@ -31,6 +31,7 @@ from train.data.labelled import encode, read_labelled
 from train.run.errors import UserError
 from train.run.log import read_metrics
 from train.tasks.classes import scores_of
+from train.tasks.labelled import spread
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -246,6 +247,15 @@ def test_scores_of_a_small_case_by_hand():
     assert scores["macro_f1"] == pytest.approx((2 / 3 + f1_b + 0) / 3)
 
 
+def test_the_loss_on_the_way_is_of_texts_from_all_over():
+    columns = {name: np.arange(20).reshape(10, 2) for name in ("ids", "attention_mask")}
+    columns["token_type_ids"] = np.zeros((10, 2), int)
+    test = Labelled(**columns, labels=np.arange(10), weights=np.ones(10))
+    few = spread(test, 4)
+    assert few.labels.tolist() == [0, 3, 6, 9] and few.ids[:, 0].tolist() == [0, 6, 12, 18]
+    assert spread(test, 10) is None and spread(test, None) is None
+
+
 def test_numbers_are_ordered_as_numbers():
     label = parse(["--dataset", "a.csv", "--label", "n"]).data.label
     assert label_names([{"n": 10}, {"n": 2}, {"n": "-1"}], label) == ("-1", "2", "10")
@@ -318,6 +328,8 @@ def test_models_that_cannot_classify(inputs, tmp_path, capsys):
         ("--test x.csv", "have a split of their own, by stem"),
         ("--lr-rule llama", "--lr-rule was fitted to language models"),
         ("--batch-size 0", "--batch-size 0: at least 1"),
+        ("--eval-rows 9", "nothing is measured without --eval-every: leave out --eval-rows"),
+        ("--eval-every 2 --eval-rows 0", "--eval-rows 0: at least 1"),
     ],
 )
 def test_options_that_make_no_sense(args, message):

@@ -11,6 +11,7 @@ import jax
 
 import lora_jax as lj
 import lora_jax.peft as lp
+from lora_jax import subspace
 from lora_jax.hf.hub import name_for_others
 from lora_jax.lorafy import nodes_of
 from lora_jax.peft.config import FILE as PEFT_CONFIG
@@ -67,6 +68,11 @@ class AdapterSource:
     def quantize(self) -> str | None:
         """The codes of the base that the adapter was trained on; see --quantize."""
         return None if self.from_peft else self.about.get("quantize")
+
+    @property
+    def is_subspace(self) -> bool:
+        """True where a subspace was trained, by --intrinsic, rather than an adapter."""
+        return not self.from_peft and subspace.FACTS in self.about
 
     @property
     def num_labels(self) -> int | None:
@@ -131,6 +137,9 @@ class AdapterSource:
         if not allow_base_mismatch:
             self._check_name(outline.name)
         with self._fits(outline.name):
+            if self.is_subspace:
+                space, _ = subspace.load(self.folder, outline.params, allow_base_mismatch=True)
+                return self._check_head(outline, {tensor.path for tensor in space.tensors})
             if self.from_peft:
                 tree = lp.load(self.folder, outline, outline.params)
             else:
@@ -138,7 +147,7 @@ class AdapterSource:
         self._check_head(outline, set(nodes_of(tree)))
 
     def load(self, model: Any, params: Any, name: str, *, allow_base_mismatch: bool = False) -> Any:
-        """Returns the plain tree of a model with the adapter.
+        """Returns the tree of a model with the adapter, or as a subspace moved it, plain.
 
         Args:
           model, params: the model and its parameters.
@@ -149,6 +158,10 @@ class AdapterSource:
           UserError: the adapter is damaged, or of another base.
         """
         with self._fits(name):
+            if self.is_subspace:
+                mismatch = allow_base_mismatch
+                space, theta = subspace.load(self.folder, params, allow_base_mismatch=mismatch)
+                return jax.jit(space.params_of)(theta, params)
             if self.from_peft:
                 return lp.load(self.folder, model, params)
             return lj.load_adapter(self.folder, params, allow_base_mismatch=allow_base_mismatch)

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from train.comparing.options import CompareConfig
@@ -27,10 +27,11 @@ _QUICK_RANKS = (4, 32)
 # Around the script's learning rate. Neighbours are a factor of three apart, about the distance at
 # which a loss curve begins to differ.
 _AROUND = (1 / 3, 1.0, 3.0)
+_AROUND_FULL = (1 / 3, 1.0, 3.0, 9.0)  # the scripts' rates are careful ones, for long runs
 
 
 class Basis(NamedTuple):
-    """What a script would do by itself.
+    """The settings that a script would choose by itself.
 
     Attributes:
       alpha: a multiple of the rank.
@@ -67,7 +68,7 @@ def arms_of(compare: CompareConfig, basis: Basis) -> list[Arm]:
                 arms += [Arm(method, rank, targets, alpha, rate, size) for alpha in alphas]
             continue
         given = compare.full_lrs if method == "full" else compare.lrs
-        rates = given or _around(basis.rates[method])
+        rates = given or _around(basis.rates[method], _AROUND_FULL)
         arms += [
             Arm(method, None, None, None, rate, size)
             for size, rate in itertools.product(batch_sizes, rates)
@@ -106,5 +107,5 @@ def _word(targets: str) -> str:
     return "targets" + hashlib.sha256(targets.encode()).hexdigest()[:8]
 
 
-def _around(rate: float) -> tuple[float, ...]:
-    return tuple(float(f"{factor * rate:.2g}") for factor in _AROUND)
+def _around(rate: float, factors: Sequence[float] = _AROUND) -> tuple[float, ...]:
+    return tuple(float(f"{factor * rate:.2g}") for factor in factors)

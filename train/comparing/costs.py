@@ -1,4 +1,4 @@
-"""What the best arms cost: a step's memory and time, an answer's time, and a machine's price.
+"""Costs of the best arms: a step's memory and time, an answer's time, and a machine's price.
 
 A step is timed by the script itself, in a process of its own: what other runs left in memory does
 not count, and neither does what trains beside them.

@@ -31,7 +31,7 @@ COSTS = "costs"
 
 
 class About(NamedTuple):
-    """What the measurements are of.
+    """The subject of the measurements.
 
     Attributes:
       command: the command line.

@@ -15,8 +15,7 @@ Method = Literal[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """What to compare: each method with all combinations of its settings, and each with all
-    seeds."""
+    """The comparison: each method with all combinations of its settings, each with all seeds."""
 
     methods: tuple[Method, ...] = ("lora", "full")
     """Ways to train: lora, and variants of it; full for all weights; head-only for a classifier's
@@ -31,8 +30,8 @@ class CompareConfig:
     lrs: tuple[float, ...] = ()
     """Learning rates of the adapters. By default the script's, a third of it and three times it."""
     full_lrs: tuple[float, ...] = ()
-    """Learning rates of full fine-tuning. By default the script's with --full, a third of it and
-    three times it."""
+    """Learning rates of full fine-tuning. By default the script's with --full, a third of it, and
+    three and nine times it."""
     batch_sizes: tuple[int, ...] = ()
     """Rows a step. By default the script's."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -56,8 +55,13 @@ class CompareConfig:
     keep_weights: bool = False
     """Keep all weights of full fine-tuning, a model a run. Without it, their size is measured, and
     they are deleted."""
+    peft_experiments: tuple[str, ...] = ()
+    """Compare these experiments of PEFT's method_comparison, in the place of --methods and their
+    settings: folders, each with an adapter_config.json, and defaults in a folder above. Their
+    options hold where the command line gives none."""
     peft_json: bool = False
-    """Write each finished run as the JSON of PEFT's method_comparison, too, to the folder peft."""
+    """Write each run as the JSON of PEFT's method_comparison, too, to the folder peft, so that its
+    figures can be laid beside PEFT's."""
     quick: bool = False
     """A first look, in some ten minutes on two cores: fewer settings, seeds, rows and steps,
     wherever they were not given."""
@@ -86,6 +90,8 @@ _USELESS = {
     "init_adapter": "a comparison begins at the base",
     "allow_base_mismatch": "a comparison begins at the base",
     "peft_config": "a comparison sets the adapter's options itself",
+    "intrinsic": "a comparison sets the parameters that train itself",
+    "intrinsic_kind": "a comparison sets the parameters that train itself",
     "keep_best": "all runs are compared after their last step",
     "patience": "all runs are compared after their last step; see --early-stopping",
     "lr_rule": "a comparison sweeps the learning rate: give --lrs",
@@ -94,6 +100,9 @@ _USELESS = {
     "num_processes": "a comparison has one process",
     "process_id": "a comparison has one process",
 }
+_OF_GRID = (
+    *("methods", "ranks", "target_sets", "alphas", "lrs", "full_lrs", "batch_sizes", "quick"),
+)
 _OWN_REPORTS = {"none", "tensorboard"}  # in the folder of each run
 
 
@@ -121,7 +130,13 @@ def check(compare: CompareConfig, options: Options, given: Collection[str]) -> N
     for field in ("ranks", "batch_sizes"):
         _check_each(field, getattr(compare, field), lambda v: v >= 1, "from 1 on")
     _check_each("at_once", (compare.at_once,), lambda v: v >= 1, "from 1 on")
-    _check_methods(compare, given)
+    if compare.peft_experiments:
+        if set_by_hand := [name for name in _OF_GRID if name in given]:
+            raise UserError(
+                f"--peft-experiments are the settings to compare: leave out {flag(set_by_hand[0])}"
+            )
+    else:
+        _check_methods(compare, given)
     if compare.price is not None:
         _check_each("price", (compare.price,), lambda v: math.isfinite(v) and v > 0, "above 0")
         if compare.topology is None:

@@ -1,4 +1,4 @@
-"""What a language model forgets: its loss on text outside the task, before and after training."""
+"""Forgetting: a language model's loss on text outside the task, before and after training."""
 
 from collections.abc import Callable
 from pathlib import Path

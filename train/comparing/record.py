@@ -1,4 +1,4 @@
-"""What a comparison has done so far: `sweep.json`, from which it goes on."""
+"""The progress of a comparison: `sweep.json`, from which it goes on."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ FILE = "sweep.json"
 
 @dataclasses.dataclass
 class Done:
-    """What was done of a run.
+    """The progress of a run.
 
     Attributes:
       stages: the stages that are over.
@@ -36,19 +36,17 @@ class Done:
 
 @dataclasses.dataclass
 class Record:
-    """What was done of all runs.
+    """The progress of all runs.
 
     Attributes:
       date: when the comparison began, as ISO 8601 has it.
       runs: what was done of each run, by name.
       rungs: the decisions, stage by stage.
-      seconds: that all calls took together, up to the last stage that is over.
     """
 
     date: str
     runs: Mapping[str, Done] = dataclasses.field(default_factory=dict)
     rungs: tuple[Rung, ...] = ()
-    seconds: float = 0.0
 
     def of(self, name: str) -> Done:
         """Returns what was done of a run."""

@@ -1,4 +1,4 @@
-"""What a comparison measured, as `compare.json` holds it: everything that the report shows."""
+"""The measurements of a comparison, as `compare.json` holds them: all that the report shows."""
 
 import dataclasses
 import json
@@ -146,7 +146,7 @@ class Rung(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What all runs share.
+    """Facts that all runs share.
 
     Attributes:
       command: the command line.

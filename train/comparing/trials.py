@@ -1,13 +1,15 @@
 """The runs of a comparison, checked against model and data before anything is trained."""
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lora_jax as lj
 from lora_jax.training.errors import TrainingError
 from train.comparing import arms
 from train.comparing.options import CompareConfig
+from train.comparing.reporting.peft_experiment import read_experiment
 from train.comparing.result import Arm
 from train.comparing.rungs import MEASUREMENTS
 from train.comparing.script import Script
@@ -20,6 +22,8 @@ from train.run.options.ignored import idle_options
 from train.tasks.task import Task
 
 RUNS = "runs"
+_EVAL_ROWS = 512  # of a classifier's test rows, to measure the loss on while training
+_OF_BASE = ("model", "dtype", "remat")  # options that runs over one base share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +76,12 @@ def basis_of(script: Script, options: Any) -> arms.Basis:
 
 
 def trials_of(
-    script: Script, options: Any, compare: CompareConfig, folder: Path, reader: Reader
+    script: Script,
+    options: Any,
+    compare: CompareConfig,
+    given: Collection[str],
+    folder: Path,
+    reader: Reader,
 ) -> tuple[list[Trial], Inputs]:
     """Returns all runs, checked, and the inputs of one of them.
 
@@ -80,6 +89,7 @@ def trials_of(
       script: the training script.
       options: its options, none of those that the comparison sets.
       compare: what to compare.
+      given: the names of the options that were given.
       folder: the comparison's.
       reader: reads rows once.
 
@@ -89,21 +99,52 @@ def trials_of(
     trials: list[Trial] = []
     inputs: Inputs | None = None
     counted: dict[Any, int] = {}
-    for arm in arms.arms_of(compare, basis_of(script, options)):
-        for seed in compare.seeds:
-            name = arms.name_of(arm, seed)
-            try:
-                trial, inputs = _trial(
-                    script, options, arm, seed, compare.seeds[0], folder, reader, counted
-                )
-            except TrainingError as error:
-                raise UserError(f"run {name}: {error.said(flag)}") from error
-            trials.append(trial)
+    asked = _asked(script, options, compare, given)
+    first_seed = asked[0].seed
+    for arm, seed, own in asked:
+        name = arms.name_of(arm, seed)
+        try:
+            changed = replaced(options, own)
+            trial, inputs = _trial(script, changed, arm, seed, first_seed, folder, reader, counted)
+        except TrainingError as error:
+            raise UserError(f"run {name}: {error.said(flag)}") from error
+        trials.append(trial)
     names = [trial.name for trial in trials]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"two runs are called {twice[0]}: leave out settings that are nearly equal")
     assert inputs is not None
     return trials, inputs
+
+
+class _Asked(NamedTuple):
+    """A run, and options of its own beside its arm's."""
+
+    arm: Arm
+    seed: int
+    own: dict[str, Any]
+
+
+def _asked(
+    script: Script, options: Any, compare: CompareConfig, given: Collection[str]
+) -> list[_Asked]:
+    """Returns all runs that are asked for."""
+    if not compare.peft_experiments:
+        grid = arms.arms_of(compare, basis_of(script, options))
+        return [_Asked(arm, seed, {}) for arm in grid for seed in compare.seeds]
+    found = [read_experiment(Path(folder).expanduser()) for folder in compare.peft_experiments]
+    runs: list[_Asked] = []
+    for one in found:
+        seeds = compare.seeds if "seeds" in given else (one.seed,)
+        own = {name: value for name, value in one.options.items() if name not in given}
+        runs += [_Asked(one.arm, seed, own) for seed in seeds]
+    for name in _OF_BASE:
+        values = {run.own[name]: run for run in runs if name in run.own}
+        if len(values) > 1:
+            raise UserError(
+                f"--peft-experiments: their {name} is {' and '.join(map(str, values))}, and all "
+                f"runs of a comparison share it: give {flag(name)}, or compare them one by one"
+            )
+    return runs
 
 
 def every_of(options: Any, steps: int) -> int:
@@ -132,6 +173,8 @@ def _trial(
     if "held_out_seed" not in idle_options(replaced(options, changes)):
         drawn = getattr(options.data, "held_out_seed", None)
         changes["held_out_seed"] = first_seed if drawn is None else drawn  # the same for all
+    if getattr(options.run, "eval_rows", 0) is None:
+        changes["eval_rows"] = _EVAL_ROWS
     config = script.completed(options, **changes)
     task = script.task_of(config)
     script.check(config)

@@ -64,7 +64,7 @@ class One:
 
     @property
     def state(self) -> str:
-        """How it ended, in words."""
+        """Says how it ended."""
         error = self.ending.error
         if isinstance(error, Stopped):
             return "stopped"

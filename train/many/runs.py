@@ -242,7 +242,7 @@ def _train(
             functools.partial(together.state, name),
             forward,
             one.loss,
-            inputs.read.data.held_out,
+            inputs.read.data.on_the_way,
             more,
             evaluation=evaluation,
             heard=lambda log: Heard(log, board, name),

@@ -293,6 +293,11 @@ def adapted_shapes(outline: Outline, adapter: AdapterConfig, dtype: Any, layout:
         else:  # the base has no values to compare yet
             source = find_adapter(adapter.init_adapter, "--init-adapter")
             params = source.load(outline, plain, outline.name, allow_base_mismatch=True)
+    return placed_shapes(params, layout)
+
+
+def placed_shapes(params: Any, layout: Layout) -> Any:
+    """Returns the shapes of an adapted tree, with its shardings."""
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         params,

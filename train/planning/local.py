@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lj
+from lora_jax import subspace
 from lora_jax.models.families import module_of
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
 from lora_jax.training.setup import Setup
-from train.planning.compile import adapted_shapes, per_device
+from train.planning.compile import adapted_shapes, per_device, placed_shapes
 from train.planning.plan_flops import count_traced, step_work
+from train.run.intrinsic import moves_weights, running_in, space_of
 from train.run.optimizer import make_optimizer, make_schedule
 from train.run.options.common import Options
 from train.run.pretrained import Outline
@@ -71,8 +73,13 @@ def needs(
       jax.errors.JaxRuntimeError: the compiler refuses the step, as a rule for want of memory.
     """
     optim = config.optim
-    dtype = jnp.dtype("float32" if config.adapter.full else optim.dtype)
-    params = adapted_shapes(outline, config.adapter, dtype, layout)
+    dtype = jnp.dtype("float32" if moves_weights(config.adapter) else optim.dtype)
+    space = space_of(config, outline.params)
+    if space is None:
+        params = adapted_shapes(outline, config.adapter, dtype, layout)
+    else:
+        plain = outline.shapes(dtype, arrays=True)
+        params = placed_shapes(subspace.tree_of(space, plain), layout)
     adapter, base = lj.split(params)
     schedule = make_schedule(optim, 1e-4, 1000)  # the memory depends on neither
     optimizer = make_optimizer(optim, schedule, params)
@@ -94,7 +101,7 @@ def needs(
     }
     began = time.perf_counter()
     with jax.set_mesh(layout.mesh):
-        traced = setup.trace(setup.forward(model), loss, state, base, shapes)
+        traced = setup.trace(setup.forward(running_in(space, model)), loss, state, base, shapes)
         compiled = traced.lower().compile()
     seconds = time.perf_counter() - began
     counted = count_traced(traced.jaxpr)

@@ -11,6 +11,7 @@ from lora_jax import init
 from lora_jax.peft.config import read_config
 from lora_jax.rules import PRESETS
 from train.run.errors import UserError, as_user_errors
+from train.run.intrinsic import moves_weights
 from train.run.options.common import AdapterConfig
 from train.run.pretrained import Outline
 
@@ -38,7 +39,7 @@ def rules(adapter: AdapterConfig, outline: Outline | None = None) -> list[Rule]:
     Raises:
       UserError: the options make no sense, or do not fit the model.
     """
-    if adapter.full:
+    if moves_weights(adapter):
         return [lj.TrainRule(targets=".*")]
     if adapter.peft_config is not None:
         others: list[Rule] = [lj.TrainRule(targets=adapter.train)] if adapter.train else []
@@ -74,7 +75,7 @@ def rules(adapter: AdapterConfig, outline: Outline | None = None) -> list[Rule]:
 
 def check_names(adapter: AdapterConfig, outline: Outline) -> None:
     """Raises a UserError for a name of --targets or --train that selects nothing in the model."""
-    if adapter.full or adapter.peft_config or adapter.init_adapter:
+    if moves_weights(adapter) or adapter.peft_config or adapter.init_adapter:
         return
     asked: list[tuple[str, tuple[str, ...], Callable[..., Rule]]] = [
         ("--targets", adapter.targets if len(adapter.targets) > 1 else (), lj.LoraRule),

@@ -19,10 +19,10 @@ import optax
 from rich.console import Console
 
 import lora_jax as lj
-from lora_jax.models.attention import chosen_attention
+from lora_jax import subspace
 from lora_jax.training import fit as training
 from lora_jax.training.batches import Examples
-from lora_jax.training.data.order import Batches, Order
+from lora_jax.training.data.order import Batches
 from lora_jax.training.held_out import held_out_loss
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import Measure
@@ -35,12 +35,13 @@ from lora_jax.training.run.log import Log as LoopLog
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State
 from train.adapters.source import find_adapter
-from train.run.adapter import check_names, rules
+from train.run.adapter import rules
 from train.run.errors import as_user_errors, flag
 from train.run.files import SAMPLES, read_json, read_lines
+from train.run.intrinsic import space_of
 from train.run.log import Log, QuietLog, doing, draw_curve, open_log, read_metrics
 from train.run.optimizer import make_optimizer, make_schedule, optimizer_line
-from train.run.options.common import OptimConfig, Options
+from train.run.options.common import Options
 from train.run.options.written import effective
 from train.run.output import (
     ADAPTER,
@@ -75,60 +76,17 @@ class Run:
 
     @property
     def pauses(self) -> bool:
-        """Whether it is saved before its last step, to go on later."""
+        """Returns whether it is saved before its last step, to go on later."""
         return self.last < self.steps
 
 
-def number_of_steps(optim: OptimConfig, order: Order) -> int:
-    """Returns --steps, or what --epochs comes to."""
-    if optim.steps is not None:
-        return optim.steps
-    assert optim.epochs is not None, "the options have no defaults yet"
-    return order.steps(optim.epochs)
-
-
-def learning_rate(config: Options, outline: Outline, steps: int) -> float:
-    """Returns the highest learning rate: --lr, or the one that --lr-rule gives for this run."""
-    optim = config.optim
-    if optim.lr_rule is None:
-        assert optim.lr is not None, "the options have no defaults yet"
-        return optim.lr
-    return lj.optim.learning_rate(
-        outline.config.hidden_size, family=optim.lr_rule, steps=steps, full=config.adapter.full
-    )
-
-
-def check_rules(config: Options, outline: Outline) -> None:
-    """Raises a UserError if the rules or the adapter do not fit the model; reads no weights."""
-    adapter = config.adapter
-    if adapter.init_adapter is not None:
-        source = find_adapter(adapter.init_adapter, "--init-adapter")
-        return source.check(outline, allow_base_mismatch=adapter.allow_base_mismatch)
-    check_names(adapter, outline)
-    with as_user_errors(ValueError):
-        lj.lorafy(outline.params, rules(adapter, outline), kinds=outline.kinds)
-
-
-def attention_line(config: Options, outline: Outline, layout: Layout, seq: int) -> str:
-    """Returns a line that tells how attention is computed: "attention: blockwise".
-
-    Raises:
-      UserError: what was asked for does not run on these devices.
-    """
-    with as_user_errors(ValueError):
-        chosen = chosen_attention(
-            outline.config,
-            seq,
-            dtype=config.optim.dtype,
-            attention=config.optim.attention,
-            platform=layout.platform,
-            split=layout.split(seq),
-        )
-    return f"attention: {chosen}"
-
-
 def adapted(config: Options, outline: Outline, plain: Any, folder: Path, key: jax.Array) -> Any:
-    """Returns the parameters with --init-adapter's adapter, a resumed run's first, or a new one."""
+    """Returns the parameters with --init-adapter's adapter, a resumed run's first, or a new one.
+
+    With --intrinsic, the numbers of the subspace stand beside them.
+    """
+    if (space := space_of(config, plain)) is not None:
+        return subspace.tree_of(space, plain)
     mismatch = config.adapter.allow_base_mismatch
     if config.adapter.init_adapter is not None:
         source = find_adapter(config.adapter.init_adapter, "--init-adapter")
@@ -169,6 +127,8 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
         best=_best(run),
         noise=optim.neftune,
     )
+    if space := run.about.get(subspace.FACTS):
+        ready = dataclasses.replace(ready, facts=ready.facts | {"settings": {"subspace": space}})
     if run.config.run.resume:
         ready = training.resumed(ready, run.steps)
         done = int(ready.state.step)

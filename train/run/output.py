@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -127,14 +128,19 @@ def _saved_options(config: Options, folder: Path) -> dict[str, Any]:
 def begin(folder: Path, config: Options, script: str, facts: dict[str, Any]) -> None:
     """Writes options and facts; without --resume, deletes what an earlier run left first."""
     if not config.run.resume:
-        for name in _OURS:
-            path = folder / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        clear(folder, _OURS)
     write_json(folder / FACTS, facts)
     write_text(folder / CONFIG, as_file(config, script))
+
+
+def clear(folder: Path, names: Iterable[str]) -> None:
+    """Deletes files and folders of these names in a folder, those that are there."""
+    for name in names:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -42,6 +42,8 @@ def completed(config: Config) -> Config:
     adapter = config.adapter
     if adapter.full or adapter.init_adapter or HEAD in adapter.train:
         return config
+    if adapter.intrinsic is not None:  # all parameters move
+        return config
     if adapter.peft_config and HEAD in (peft_fields(adapter.peft_config)["modules_to_save"] or ()):
         return config
     adapter = dataclasses.replace(adapter, train=(HEAD, *adapter.train))
@@ -70,6 +72,7 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
     return Data(
         train=train,
         held_out=test,
+        measured=spread(test, config.run.eval_rows),
         name=lambda row: repr(rows.train[row][data.text]),
         source=data.dataset,
         facts={"labels": names, "sequence_length": train.ids.shape[1]},
@@ -78,6 +81,14 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
             for what, part in (("to train on", rows.train), ("to test on", rows.held_out))
         ),
     )
+
+
+def spread(test: Labelled, n: int | None) -> Labelled | None:
+    """Returns so many texts from all over the test rows; None for all of them."""
+    if n is None or n >= len(test):
+        return None
+    chosen = np.linspace(0, len(test) - 1, n).astype(int)
+    return Labelled(**{name: array[chosen] for name, array in test.by_name().items()})
 
 
 def _shares(rows: Sequence[Row], label: str) -> str:

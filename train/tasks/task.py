@@ -37,7 +37,8 @@ class Data:
 
     Attributes:
       train: the examples to train on.
-      held_out: the examples to evaluate the loss on; None for none.
+      held_out: the examples to evaluate on; None for none.
+      measured: those of them whose loss is measured while training; None for all.
       name: returns the name of one of `train` in messages.
       source: the name of all of `train` in messages; "" where `name` says it.
       facts: facts about the examples for facts.json.
@@ -55,6 +56,12 @@ class Data:
     lines: tuple[str, ...] = ()
     feed: Callable[[int], Batches] | None = None
     row: Callable[[int, int], str] | None = None
+    measured: Examples | None = None
+
+    @property
+    def on_the_way(self) -> Examples | None:
+        """Returns the examples whose loss is measured while training; None for none."""
+        return self.held_out if self.measured is None else self.measured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

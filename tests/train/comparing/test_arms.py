@@ -22,7 +22,7 @@ def test_arms_are_all_combinations_of_what_was_given():
     assert {arm.targets for arm in adapters} == {("attention",), ("q_proj", "v_proj")}
     assert {(arm.rank, arm.alpha) for arm in adapters} == {(2, 4.0), (8, 16.0)}
     whole = [arm for arm in arms if arm.method == "full"]
-    assert [arm.learning_rate for arm in whole[:3]] == [1e-5, 3e-5, 9e-5]
+    assert [arm.learning_rate for arm in whole[:4]] == [1e-5, 3e-5, 9e-5, 2.7e-4]
     assert {arm.rank for arm in whole} == {None}
 
 

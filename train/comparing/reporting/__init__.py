@@ -1,1 +1,1 @@
-"""What a comparison shows of its measurements: tables, pictures, a recommendation, files."""
+"""The report of a comparison: tables, pictures, a recommendation, files."""

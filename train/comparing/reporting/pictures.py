@@ -48,7 +48,7 @@ class Picture(NamedTuple):
 
 
 class _Drawing:
-    """What all pictures of one comparison share: its rows, and a style for each of them."""
+    """Shares, among all pictures of one comparison, its rows, and a style for each of them."""
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison

@@ -1,4 +1,4 @@
-"""What to use, by the measurements of a comparison alone."""
+"""The recommendation, by the measurements of a comparison alone."""
 
 import dataclasses
 import math
@@ -49,7 +49,7 @@ class Gap(NamedTuple):
 
     @property
     def decides(self) -> bool:
-        """Whether the gap is beyond the spread; see `RULE`."""
+        """Returns whether the gap is beyond the spread; see `RULE`."""
         if self.error is None:
             return abs(self.share) > UNKNOWN_SPREAD
         return abs(self.value) > self.error
@@ -57,7 +57,7 @@ class Gap(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recommendation:
-    """What to use.
+    """A method to use, and why.
 
     Attributes:
       verdict: the method; "undecided" if the measurements cannot tell.

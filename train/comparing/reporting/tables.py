@@ -12,7 +12,7 @@ TASKS = (1, 10, 100, 1000)  # how many tasks are stored
 
 
 class Measure(NamedTuple):
-    """What arms are compared by.
+    """A value of runs that arms are compared by.
 
     Attributes:
       kind: which value of a run it is.
@@ -83,17 +83,17 @@ class Row:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every run ended with a finite value."""
+        """Returns whether every run ended with a finite value."""
         return self.quality is not None and self.quality.n == len(self.runs)
 
     @property
     def is_full(self) -> bool:
-        """Whether the arm is full fine-tuning."""
+        """Returns whether the arm is full fine-tuning."""
         return self.arm.method == "full"
 
     @property
     def is_adapter(self) -> bool:
-        """Whether the arm has an adapter. One that trains a head alone has none."""
+        """Returns whether the arm has an adapter. One that trains a head alone has none."""
         return self.arm.rank is not None
 
 
@@ -110,14 +110,14 @@ class Rates(NamedTuple):
 
     @property
     def edge(self) -> Literal["smallest", "largest", "only"] | None:
-        """Which rate of those tried the best one is; None if it has neighbours on both sides."""
+        """Says which of the rates the best one is; None if it has neighbours on both sides."""
         if len(self.tried) == 1:
             return "only"
         return {0: "smallest", len(self.tried) - 1: "largest"}.get(self.best)  # type: ignore[return-value]
 
 
 class Stored(NamedTuple):
-    """What a number of tasks takes on disk, in bytes."""
+    """The size of a number of tasks on disk, in bytes."""
 
     tasks: int
     full: float

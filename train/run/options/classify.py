@@ -1,6 +1,8 @@
 """The options of `python -m train.classify`."""
 
 import dataclasses
+import math
+from typing import Literal
 
 from train.data.files import FILE_KINDS
 from train.run.adapter import NO_ADAPTER
@@ -20,6 +22,7 @@ from train.run.options.common import (
 VADER = "vader"  # the name of the default task, defined in train/tasks/vader.py
 HEAD = "classifier"
 HEAD_RATE = 3e-2  # the default learning rate with --head-only
+INTRINSIC_STEP = 5e-2  # with --intrinsic: the length of AdamW's step in each tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,12 @@ class ClassifyAdapterConfig(AdapterConfig):
 
     head_only: bool = False
     """Train only the head, on the frozen encoder."""
+    intrinsic: int | None = None
+    """Train this many numbers, which a random projection turns into changes of every parameter, the
+    head's too: the intrinsic dimension (Aghajanyan et al. 2020). --seed draws the projection."""
+    intrinsic_kind: Literal["did", "said"] = "said"
+    """The kind of --intrinsic. did: one projection for all. said: with a trained scale for each
+    layer, which is one of the numbers."""
     train: tuple[str, ...] = ()
     """Modules that train in full, besides the adapter and the head."""
 
@@ -75,8 +84,8 @@ class ClassifyOptimConfig(OptimConfig):
     batch_size: int = 32
     """Texts in memory at once, on all devices together."""
     lr: float | None = None
-    """The peak learning rate. By default 1e-3; with --full 3e-5, with --head-only 3e-2. With
-    --optimizer lion a third of that; sgd has no default."""
+    """The peak learning rate. By default 1e-3; with --full 3e-5, with --head-only 3e-2,
+    with --intrinsic D 0.05 / sqrt(D). With --optimizer lion a third of that; sgd has no default."""
     warmup: int = 20
     """Steps of linear warmup of the learning rate."""
 
@@ -93,6 +102,8 @@ class ClassifyRunConfig(RunConfig):
     """Steps between checkpoints; the last step always has one."""
     eval_every: int = 0
     """Steps between evaluations of the loss on the test rows; 0 for none."""
+    eval_rows: int | None = None
+    """Test rows to measure that loss on, spread over all of them; by default all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +123,10 @@ def with_defaults(config: Config, defaults: Defaults) -> Config:
         adapter = dataclasses.replace(adapter, targets=NO_ADAPTER)
         config = dataclasses.replace(config, adapter=adapter)
         defaults = dataclasses.replace(defaults, lr=HEAD_RATE)
+    if adapter.intrinsic is not None:
+        defaults = dataclasses.replace(
+            defaults, lr=INTRINSIC_STEP / math.sqrt(max(1, adapter.intrinsic))
+        )
     return options.with_defaults(config, defaults)
 
 
@@ -129,8 +144,15 @@ def check(config: Config) -> None:
     for name in ("full", "peft_config", "init_adapter"):
         if config.adapter.head_only and getattr(config.adapter, name):
             raise UserError(f"--head-only trains only the head: leave out {flag(name)}")
+    for name in ("full", "head_only", "peft_config", "init_adapter"):
+        if config.adapter.intrinsic is not None and getattr(config.adapter, name):
+            raise UserError(
+                f"--intrinsic trains a subspace of all parameters: leave out {flag(name)}"
+            )
+    at_least(1, config.adapter, "intrinsic")
     if config.optim.lr_rule is not None:
         raise UserError("--lr-rule was fitted to language models: give --lr instead")
     check_shared(config)
     at_least(1, data, "rows")
+    at_least(1, config.run, "eval_rows")
     at_least(3, data, "seq_len")

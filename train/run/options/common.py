@@ -338,7 +338,13 @@ def check_shared(options: Options) -> None:
     if adapter.full and adapter.init_adapter:
         raise UserError("--full trains without an adapter, and --init-adapter starts from one")
     if adapter.init_adapter:
-        find_adapter(adapter.init_adapter, "--init-adapter").check_files()
+        source = find_adapter(adapter.init_adapter, "--init-adapter")
+        source.check_files()
+        if source.is_subspace:
+            raise UserError(
+                f"--init-adapter {adapter.init_adapter} is a subspace (--intrinsic), not an "
+                "adapter: `train.export --merged` writes a model to go on from"
+            )
     of_coordinator = (run.coordinator, run.num_processes, run.process_id)
     if len({value is None for value in of_coordinator}) > 1:
         raise UserError("--coordinator, --num-processes and --process-id go together")

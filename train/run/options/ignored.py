@@ -64,6 +64,7 @@ def _cases(options: Any) -> list[_Case]:
     evaluated = getattr(data, "eval_dataset", None) is not None
     streamed = getattr(data, "stream", False)
     head_only = getattr(adapter, "head_only", False)
+    intrinsic = getattr(adapter, "intrinsic", None)
     factors = (*_OF_FACTORS, "lora_plus")
     one = isinstance(data.dataset, str)
     datasets = [data.dataset] if one else [dataset.name for dataset in named(data.dataset)]
@@ -95,6 +96,12 @@ def _cases(options: Any) -> list[_Case]:
             "--head-only trains only the head, without an adapter",
             ("targets", *factors),
         ),
+        _Case(
+            intrinsic is not None,
+            "--intrinsic trains a subspace of all parameters, without an adapter",
+            (*_OF_RULES, "lora_plus", "quantize"),
+        ),
+        _Case(intrinsic is None, "there is no subspace without --intrinsic", ("intrinsic_kind",)),
         _Case(adapter.targets == NO_ADAPTER, "--targets none makes no adapter", factors),
         _Case(is_file and not from_hub, "the rows come from a file, not from the hub", _OF_HUB),
         _Case(
@@ -123,6 +130,7 @@ def _cases(options: Any) -> list[_Case]:
             "no rows are drawn to be held out",
             ("held_out_seed",),
         ),
+        _Case(not run.eval_every, "nothing is measured without --eval-every", ("eval_rows",)),
         _Case(
             streamed,
             "--stream reads rows while training, neither counts nor keeps them",

@@ -15,7 +15,7 @@ _OF_A_PROCESS = ("coordinator", "num_processes", "process_id")
 # Options that a resumed run may change: its length, devices, reports, and checkpoints. Any other
 # change would make it another run.
 _CHANGEABLE = frozenset(
-    {"steps", "epochs", "output", "log_every", "save_every", "keep", "eval_every"}
+    {"steps", "epochs", "output", "log_every", "save_every", "keep", "eval_every", "eval_rows"}
     | {"eval_questions", "max_skipped", "mesh", "compilation_cache", "token_cache"}
     | {"eval_dataset", "eval_split", "allow_base_mismatch", "score_every", "patience"}
     | {"report_to", "report_project", "sample_prompts", "sample_every", "sample_tokens"}

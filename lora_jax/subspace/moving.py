@@ -1,0 +1,167 @@
+"""θ₀ + λP(θ_d) of each tensor: large ones one by one, small ones of one size together.
+
+A projection is drawn where it is used, and drawn again in the backward pass. Each program for one
+size takes the compiler a second or so, and a model has hundreds of small tensors of few sizes.
+"""
+
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from lora_jax.magnitude import wide
+from lora_jax.paths import fold_in_path
+from lora_jax.subspace.fastfood import project
+from lora_jax.subspace.layers import Tensor
+
+_GENERATOR = "threefry2x32"  # of the draws, whatever JAX's default is
+_SMALL = 2**18  # entries of a tensor, and of those that are projected at once
+
+
+def moved(
+    seed: int,
+    tensors: Sequence[Tensor],
+    leaves: Mapping[str, Any],
+    theta: jax.Array,
+    scale: jax.Array | None,
+) -> dict[str, jax.Array]:
+    """Returns θ₀ + λP(θ_d) of each leaf, by path.
+
+    Args:
+      seed: of all projections.
+      tensors: those that move.
+      leaves: θ₀, by path.
+      theta: θ_d.
+      scale: λ of each layer; None for one everywhere.
+    """
+    ones = jnp.ones(1, theta.dtype)
+    found, small = {}, defaultdict(list)
+    for tensor in tensors:
+        if tensor.size // len(tensor.names) <= _SMALL:
+            small[tensor.size // len(tensor.names)].append(tensor)
+            continue
+        shape = leaves[tensor.path].shape[: int(tensor.is_stack)]
+        keys, scales = _keys(seed, [tensor]), _scales(scale, [tensor], ones)
+        of = _of_stack if tensor.is_stack else _of_tensor
+        found[tensor.path] = of(
+            leaves[tensor.path], theta, keys.reshape(shape), scales.reshape(shape)
+        )
+    for size, group in small.items():
+        changes = _together(theta, _keys(seed, group), _scales(scale, group, ones), size)
+        done = 0
+        for tensor in group:
+            leaf, n = leaves[tensor.path], len(tensor.names)
+            found[tensor.path] = _sum(leaf, changes[done : done + n].reshape(tensor.shape))
+            done += n
+    return found
+
+
+def placed(array: jax.Array, leaf: Any, sharding: Any = None) -> jax.Array:
+    """Returns a moved leaf with a sharding; by default its own, where it is known."""
+    if sharding is None and isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+        sharding = leaf.sharding if len(leaf.sharding.device_set) > 1 else None
+    if sharding is None:
+        return array
+    if isinstance(array, jax.core.Tracer):
+        return jax.lax.with_sharding_constraint(array, sharding)
+    return jax.device_put(array, sharding)
+
+
+def draws_of(seed: int) -> jax.Array:
+    """Returns some random bits, to tell whether another JAX draws the same from a seed: uint32."""
+    return jax.random.bits(jax.random.key(seed, impl=_GENERATOR), (8,), jnp.uint32)
+
+
+def _keys(seed: int, tensors: Sequence[Tensor]) -> jax.Array:
+    """Returns the key of each tensor of some leaves, [n].
+
+    They are constants to the compiler, which must not compute the draws itself.
+    """
+    with jax.ensure_compile_time_eval():
+        key = jax.random.key(seed, impl=_GENERATOR)
+        names = [name for tensor in tensors for name in tensor.names]
+        data = [jax.random.key_data(fold_in_path(key, name)) for name in names]
+    data = jax.lax.optimization_barrier(jnp.stack(data))
+    return jax.random.wrap_key_data(data, impl=_GENERATOR)
+
+
+def _scales(scale: jax.Array | None, tensors: Sequence[Tensor], ones: jax.Array) -> jax.Array:
+    """Returns the λ of each tensor of some leaves, [n]."""
+    layers = [layer for tensor in tensors for layer in tensor.layers]
+    return jnp.broadcast_to(ones, len(layers)) if scale is None else scale[jnp.asarray(layers)]
+
+
+def _change(theta: jax.Array, key: jax.Array, scale: jax.Array, shape: Any) -> jax.Array:
+    """Returns λP(θ_d) of one tensor. The scale comes first: λP(x) = P(λx), in d numbers."""
+    dtype = wide(theta.dtype)
+    x = theta.astype(dtype) * scale.astype(dtype)
+    return project(x, key, math.prod(shape)).reshape(shape)
+
+
+def _sum(leaf: Any, change: jax.Array) -> jax.Array:
+    dtype = jnp.promote_types(change.dtype, wide(leaf.dtype))
+    return (leaf.astype(dtype) + change.astype(dtype)).astype(leaf.dtype)
+
+
+# Keeps θ_d and a key for the backward pass, rather than the draws.
+_drawn_again = jax.checkpoint(_change, static_argnums=3)
+
+
+@jax.jit  # tensors of one shape share one compiled function
+def _of_tensor(leaf: Any, theta: jax.Array, key: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns θ₀ + λP(θ_d) of one tensor."""
+    return _sum(leaf, _drawn_again(theta, key, scale, leaf.shape))
+
+
+@jax.custom_jvp
+def _layer_by_layer(leaf: Any, theta: jax.Array, keys: jax.Array, scales: jax.Array) -> jax.Array:
+    """Returns θ₀ + λP(θ_d) of a stack, each layer in its place.
+
+    (`jax.lax.map` begins with a stack of zeros, of which two loops of one shape make a copy.)
+    """
+
+    def layer(i: jax.Array, total: jax.Array) -> jax.Array:
+        change = _change(theta, keys[i], scales[i], leaf.shape[1:])
+        return total.at[i].set(_sum(total[i], change))
+
+    return jax.lax.fori_loop(0, leaf.shape[0], layer, leaf)
+
+
+@functools.partial(_layer_by_layer.defjvp, symbolic_zeros=True)
+def _layer_by_layer_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns the sum and its tangent, dθ₀ + P(λ·dθ_d + dλ·θ_d)."""
+    leaf, theta, keys, scales = primals
+    fixed = isinstance(tangents[0], SymbolicZero)  # no array of zeros for a base that is constant
+    d_leaf, d_theta, d_scales = (
+        jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
+        for x in (scales if fixed else tangents[0], tangents[1], tangents[3])
+    )
+
+    def layer(one: Any) -> jax.Array:
+        d_one, key, scale, d_scale = one
+        x = d_theta * scale + d_scale * theta
+        change = _drawn_again(x, key, jnp.ones_like(scale), leaf.shape[1:])
+        return change.astype(leaf.dtype) if fixed else _sum(d_one, change)
+
+    total = _layer_by_layer(leaf, theta, keys, scales)
+    return total, jax.lax.map(layer, (d_leaf, keys, scales, d_scales))
+
+
+_of_stack = jax.jit(_layer_by_layer)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _together(theta: jax.Array, keys: jax.Array, scales: jax.Array, size: int) -> jax.Array:
+    """Returns λP(θ_d) of n tensors of one size, [n, size], some at a time."""
+    n = len(keys)
+    at_once = max(k for k in range(1, n + 1) if n % k == 0 and k * size <= max(size, _SMALL))
+    return jax.lax.map(
+        lambda one: _drawn_again(theta, one[0], one[1], (size,)),
+        (keys, scales),
+        batch_size=at_once,
+    )

@@ -1,0 +1,195 @@
+"""A subspace in an adapted tree, and in a folder: θ_d, λ, the seed and the base's fingerprint.
+
+`tree_of` puts θ_d and λ beside the base, as leaves that train in full. All that takes adapted trees
+takes it: `split` and `join`, `adapt`, the training loop and its checkpoints, `save_adapter`.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from lora_jax.lorafy import Tree
+from lora_jax.saving.checkpoint import AdapterError, adapter_info, load_adapter, save_adapter
+from lora_jax.saving.fingerprint import checksum
+from lora_jax.subspace.moving import draws_of
+from lora_jax.subspace.space import Subspace, Theta, make
+from lora_jax.weight import Trained
+
+FACTS = "subspace"  # its name among the facts about an adapter
+_BESIDE, _BASE = "subspace", "base"
+
+
+def tree_of(space: Subspace, base: Tree, theta: Mapping[str, Any] | None = None) -> Tree:
+    """Returns an adapted tree: the base, and beside it θ_d (and λ), which train.
+
+    Args:
+      space: the subspace.
+      base: θ₀; its leaves are the very same.
+      theta: the numbers that train; those of `Subspace.zeros` by default. They are copied, so that
+        donation spares them.
+
+    >>> params = {"kernel": jnp.ones((4, 3))}
+    >>> space = lj.subspace.make(params, dimension=5)
+    >>> adapter, _ = lj.split(lj.subspace.tree_of(space, params))
+    >>> jax.tree.map(jnp.shape, adapter)
+    {'subspace/theta': {'value': (5,)}}
+    """
+    theta = space.zeros() if theta is None else theta
+    beside = {name: Trained(jnp.array(array, copy=True)) for name, array in theta.items()}
+    return {_BESIDE: beside, _BASE: base}
+
+
+def theta_of(tree: Tree) -> Theta:
+    """Returns the numbers that train of a tree that `tree_of` made.
+
+    >>> params = {"kernel": jnp.ones((4, 3))}
+    >>> space = lj.subspace.make(params, dimension=5)
+    >>> lj.subspace.theta_of(lj.subspace.tree_of(space, params))["theta"].shape
+    (5,)
+    """
+    beside = tree[_BESIDE]
+    return {name: x.value if isinstance(x, Trained) else x for name, x in beside.items()}
+
+
+def base_of(tree: Tree) -> Tree:
+    """Returns the base of a tree that `tree_of` made.
+
+    >>> params = {"kernel": jnp.ones((4, 3))}
+    >>> space = lj.subspace.make(params, dimension=5)
+    >>> lj.subspace.base_of(lj.subspace.tree_of(space, params)) is params
+    True
+    """
+    return tree[_BASE]
+
+
+def merge(space: Subspace, tree: Tree, shardings: Tree = None) -> Tree:
+    """Returns θ₀ + P(θ_d) of a tree that `tree_of` made; see `Subspace.params_of`.
+
+    Args:
+      space: the subspace.
+      tree: the tree, or what `lora_jax.adapt` makes of it for a function.
+      shardings: a `NamedSharding` for each leaf of the base.
+
+    >>> params = {"kernel": jnp.ones((4, 3))}
+    >>> space = lj.subspace.make(params, dimension=5)
+    >>> tree = lj.subspace.tree_of(space, params)
+    >>> bool((lj.subspace.merge(space, tree)["kernel"] == params["kernel"]).all())
+    True
+    """
+    return space.params_of(theta_of(tree), base_of(tree), shardings)
+
+
+def facts_of(space: Subspace) -> dict[str, Any]:
+    """Returns what makes the subspace anew from the base, of JSON's types.
+
+    "draws" tells of JAX's random generator, so that other draws of the same seed are noticed.
+
+    >>> space = lj.subspace.make({"kernel": jnp.ones((4, 3))}, dimension=5, seed=7)
+    >>> lj.subspace.facts_of(space)["seed"]
+    7
+    """
+
+    def listed(value: Any) -> Any:
+        return value if isinstance(value, str) else list(value)
+
+    return {
+        "dimension": space.dimension,
+        "kind": space.kind,
+        "seed": space.seed,
+        "targets": listed(space.targets),
+        "exclude": listed(space.exclude),
+        "stacks": listed(space.stacks),
+        "size": space.size,
+        "layers": len(space.layers),
+        "draws": checksum(draws_of(space.seed)),
+    }
+
+
+def save(
+    folder: str | os.PathLike[str],
+    space: Subspace,
+    theta: Mapping[str, Any],
+    base: Tree,
+    *,
+    about: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a subspace to `folder`: θ_d, λ, the seed, the selection, the base's fingerprint.
+
+    Args:
+      folder: created; its parents too.
+      space: the subspace.
+      theta: the numbers that train.
+      base: θ₀, of which only the fingerprint is written.
+      about: further facts; see `lora_jax.save_adapter`.
+      overwrite: replace the folder, whatever is in it.
+
+    Raises:
+      AdapterError: the folder exists.
+
+    >>> import tempfile
+    >>> params = {"kernel": jnp.ones((4, 3))}
+    >>> space = lj.subspace.make(params, dimension=5, seed=7)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lj.subspace.save(f"{folder}/small", space, space.zeros(), params)
+    ...     again, theta = lj.subspace.load(f"{folder}/small", params)
+    >>> again == space, theta["theta"].shape
+    (True, (5,))
+    """
+    facts = {**(about or {}), FACTS: facts_of(space)}
+    save_adapter(folder, tree_of(space, base, theta), about=facts, overwrite=overwrite)
+
+
+def load(
+    folder: str | os.PathLike[str],
+    base: Tree,
+    *,
+    space: Subspace | None = None,
+    allow_base_mismatch: bool = False,
+) -> tuple[Subspace, Theta]:
+    """Returns the subspace that `save` wrote to `folder`, and its θ_d and λ.
+
+    Args:
+      folder: of a subspace.
+      base: θ₀; its leaves may be `jax.ShapeDtypeStruct`\\ s with `allow_base_mismatch`.
+      space: the subspace that it has to be, to go on with.
+      allow_base_mismatch: accept another base of the same shapes.
+
+    Raises:
+      AdapterError: the folder holds no subspace, or is damaged; it has another seed, dimension or
+        selection than `space`; this JAX draws other numbers; or the base is another one.
+
+    See the example of `save`.
+    """
+    facts = adapter_info(folder).get(FACTS)
+    if facts is None:
+        raise AdapterError(
+            f"{folder} holds an adapter and no subspace: read it with lora_jax.load_adapter"
+        )
+    if space is not None:
+        _check_same(folder, facts, facts_of(space))
+    given = {name: facts[name] for name in ("dimension", "kind", "seed", "targets", "exclude")}
+    try:
+        found = make(base, **given, stacks=tuple(facts["stacks"]))
+    except ValueError as error:
+        raise AdapterError(f"the subspace {folder} does not fit this tree: {error}") from error
+    _check_same(folder, facts, facts_of(found))
+    tree = load_adapter(folder, tree_of(found, base), allow_base_mismatch=allow_base_mismatch)
+    return found, theta_of(tree)
+
+
+def _check_same(folder: Any, saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    if saved["draws"] != found["draws"] and saved["seed"] == found["seed"]:
+        raise AdapterError(
+            f"the subspace {folder} was trained where JAX drew other random numbers from the seed "
+            f"{saved['seed']}: use the version and settings of JAX that it was trained with "
+            "(jax_threefry_partitionable)"
+        )
+    if wrong := [name for name in found if saved.get(name) != found[name] and name != "draws"]:
+        differ = "; ".join(f"{n} {saved.get(n)} in the folder, {found[n]} here" for n in wrong)
+        raise AdapterError(
+            f"the subspace {folder} is another one: {differ}. Its numbers mean nothing here: load "
+            "it without `space`, or make the space with the folder's settings and base"
+        )

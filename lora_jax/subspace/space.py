@@ -1,0 +1,218 @@
+"""Training in a random subspace: θ = θ₀ + P(θ_d), d numbers for all parameters of a tree.
+
+Li et al., arXiv 1804.08838; Aghajanyan et al., arXiv 2012.13255. Each tensor i has a projection Pᵢ
+of its own (Fastfood), drawn from the seed and the tensor's logical path; all share one θ_d.
+
+- DID: θᵢ = θ₀ᵢ + Pᵢ(θ_d), with d numbers in θ_d.
+- SAID: θᵢ = θ₀ᵢ + λ_l·Pᵢ(θ_{d−m}), with one λ_l for each of m layers, counted within d.
+
+θ_d begins at zero and each λ at one, so the tree begins as it is.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.base import is_base
+from lora_jax.lorafy import Tree
+from lora_jax.resolve import resolve
+from lora_jax.rules import Targets, TrainRule
+from lora_jax.subspace.fastfood import MOST
+from lora_jax.subspace.layers import STACKS, Tensor, tensors_of
+from lora_jax.subspace.moving import moved, placed
+from lora_jax.weight import is_node, leaves_of
+
+Kind = Literal["did", "said"]
+Theta = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subspace:
+    """A random subspace of the parameters of a tree. It holds no arrays, and can be hashed.
+
+    Attributes:
+      dimension: d, the numbers that train.
+      kind: "did" or "said".
+      seed: of all projections.
+      targets, exclude, stacks: the selection; see `make`.
+      tensors: those that move.
+      layers: the names of the m layers; with "said", each has a λ.
+    """
+
+    dimension: int
+    kind: Kind
+    seed: int
+    targets: Targets
+    exclude: Targets
+    stacks: tuple[str, ...]
+    tensors: tuple[Tensor, ...] = dataclasses.field(repr=False)
+    layers: tuple[str, ...] = dataclasses.field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """D, the number of parameters that move."""
+        return sum(tensor.size for tensor in self.tensors)
+
+    def zeros(self, dtype: Any = jnp.float32) -> Theta:
+        """Returns the start: θ_d = 0, and each λ = 1.
+
+        Args:
+          dtype: fp32 or fp64; projections are computed in it.
+
+        Returns:
+          {"theta": [d]}, or {"theta": [d − m], "scale": [m]} with "said".
+        """
+        if self.kind == "did":
+            return {"theta": jnp.zeros(self.dimension, dtype)}
+        m = len(self.layers)
+        return {"theta": jnp.zeros(self.dimension - m, dtype), "scale": jnp.ones(m, dtype)}
+
+    def params_of(self, theta: Mapping[str, Any], base: Tree, shardings: Tree = None) -> Tree:
+        """Returns θ₀ + P(θ_d): the whole tree, as arrays that any function of the base runs on.
+
+        Tensors that do not move are the base's very leaves. Each sum is taken in fp32 (or wider)
+        and rounded once to the leaf's dtype. Call it inside the function that is differentiated,
+        under `jax.jit`: beside the tree (and its gradient) it needs the memory of one tensor, of a
+        scanned stack that of one layer. Projections are drawn anew in the backward pass.
+
+        Args:
+          theta: as `zeros` returns it.
+          base: θ₀, the tree that the subspace was made for.
+          shardings: a `NamedSharding` for each leaf of `base`. By default, arrays on a mesh keep
+            their sharding; under `jax.jit`, where that is not known, the compiler chooses.
+
+        Raises:
+          ValueError: `theta` or `base` does not belong to the subspace.
+        """
+        leaves, treedef = leaves_of(base)
+        self._check(theta, dict(leaves))
+        where = [None] * len(leaves) if shardings is None else treedef.flatten_up_to(shardings)
+        changed = moved(self.seed, self.tensors, dict(leaves), theta["theta"], theta.get("scale"))
+        return treedef.unflatten(
+            placed(changed[path], leaf, sharding) if path in changed else leaf
+            for (path, leaf), sharding in zip(leaves, where, strict=True)
+        )
+
+    def _check(self, theta: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
+        wanted = {name: array.shape for name, array in jax.eval_shape(self.zeros).items()}
+        found = {name: tuple(array.shape) for name, array in theta.items()}
+        if found != wanted:
+            raise ValueError(
+                f"params_of: theta has {found}, and the subspace {wanted}: begin with "
+                "space.zeros(), and keep to its structure"
+            )
+        for tensor in self.tensors:
+            shape = getattr(leaves.get(tensor.path), "shape", None)
+            if shape is None or tuple(shape) != tensor.shape:
+                here = "missing" if shape is None else f"{list(shape)}"
+                raise ValueError(
+                    f"params_of: {tensor.path!r} is {here} in the base, and {list(tensor.shape)} "
+                    "in the subspace: give the tree that it was made for"
+                )
+
+
+def make(
+    params: Tree,
+    *,
+    dimension: int,
+    kind: Kind = "did",
+    seed: int = 0,
+    targets: Targets = ".*",
+    exclude: Targets = (),
+    stacks: tuple[str, ...] = STACKS,
+) -> Subspace:
+    """Returns a random subspace of `dimension` numbers for the parameters of a tree.
+
+    A tensor of a scanned stack gets the projection that it has in an unrolled tree: projections are
+    drawn from logical paths, ``model/layers/3/mlp/kernel`` for layer 3 of the stack
+    ``model/layers``, and for ``model/layers_3/mlp/kernel`` alike. A tensor of fewer than d entries
+    gets a sum of projections, one for each block of θ_d (see `lora_jax.subspace.fastfood`).
+
+    Args:
+      params: a plain tree; its leaves may be `jax.ShapeDtypeStruct`\\ s.
+      dimension: d.
+      kind: "did", or "said" for a λ a layer, whose m numbers are counted in d. A layer is a block
+        (of a list, or of a stack), or a module that stands beside the blocks.
+      seed: of the projections, from 0 to 2³² − 1; with θ_d, all that has to be stored.
+      targets, exclude: the leaves that move, as in `lora_jax.TrainRule`; all by default.
+      stacks: names of the modules whose leaves have the layers on their first axis, each a run of
+        whole path segments.
+
+    Raises:
+      ValueError: nothing is selected; d is more than there are parameters or, with "said", no more
+        than there are layers; the tree is adapted; or a stack is none.
+
+    >>> params = {"up": {"kernel": jnp.ones((4, 3))}, "down": {"kernel": jnp.ones((3, 2))}}
+    >>> space = lj.subspace.make(params, dimension=5, kind="said")
+    >>> space.size, space.layers
+    (18, ('down', 'up'))
+    >>> theta = space.zeros()
+    >>> jax.tree.map(jnp.shape, theta)
+    {'scale': (2,), 'theta': (3,)}
+    >>> def loss(theta):
+    ...     moved = space.params_of(theta, params)
+    ...     return jnp.sum((moved["up"]["kernel"] @ moved["down"]["kernel"]) ** 2)
+    >>> gradient = jax.jit(jax.grad(loss))(theta)
+    >>> gradient["theta"].shape
+    (3,)
+    """
+    if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 1:
+        raise ValueError(f"dimension={dimension!r}: d is an integer of at least 1")
+    if kind not in ("did", "said"):
+        raise ValueError(f"kind={kind!r}: choose 'did' or 'said'")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed!r}: a seed is an integer from 0 to 2**32 - 1")
+    rule = TrainRule(targets=targets, exclude=exclude)
+    chosen = _chosen(params, rule)
+    stacks = (stacks,) if isinstance(stacks, str) else tuple(stacks)
+    tensors, layers = tensors_of(chosen, stacks)
+    space = Subspace(dimension, kind, seed, rule.targets, rule.exclude, stacks, tensors, layers)
+    _check_sizes(space)
+    return space
+
+
+def _chosen(params: Tree, rule: TrainRule) -> dict[str, Any]:
+    """Returns the leaves that move, by path."""
+    leaves, _ = leaves_of(params)
+    if adapted := [path for path, leaf in leaves if is_node(leaf)]:
+        raise ValueError(
+            f"the tree is adapted already (at {adapted[0]!r}): a subspace is one of a plain tree, "
+            "lora_jax.strip(params) or lora_jax.merge(params)"
+        )
+    arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
+    if not any(jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in arrays):
+        raise ValueError("the tree has no leaf of floating-point numbers: nothing can train")
+    selected = resolve(arrays, [rule])
+    chosen = {path: leaf for path, leaf in arrays if path in selected and 0 not in leaf.shape}
+    for path, leaf in chosen.items():
+        if is_base(leaf):
+            raise ValueError(
+                f"{path!r} is in codes, which cannot move by small steps: leave it out with "
+                "exclude=[…], or decode the tree with lora_jax.quantized.dequantize(params)"
+            )
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise ValueError(f"{path!r} is complex: leave it out with exclude=[…]")
+    return chosen
+
+
+def _check_sizes(space: Subspace) -> None:
+    m, d = len(space.layers), space.dimension
+    if d > space.size:
+        raise ValueError(
+            f"dimension={d}, and the tensors have {space.size:,} entries in all: a subspace has at "
+            "most as many dimensions"
+        )
+    if space.kind == "said" and d <= m:
+        raise ValueError(
+            f"dimension={d} with kind='said', and there are {m} layers with a number each "
+            f"({', '.join(space.layers[:3])}, …): d has to be larger than {m}"
+        )
+    for tensor in space.tensors:
+        if 2 * max(tensor.size // len(tensor.names), d) > MOST:
+            raise ValueError(
+                f"{tensor.path!r} has {tensor.size:,} entries, d is {d:,}: at most {MOST // 2:,} "
+                "a tensor are supported; leave it out with exclude=[…]"
+            )

@@ -1,0 +1,81 @@
+"""Training in a random subspace, --intrinsic: its space, and the model that runs in it."""
+
+import dataclasses
+from typing import Any
+
+import lora_jax as lj
+from lora_jax import subspace
+from lora_jax.subspace import Subspace
+from lora_jax.training.layout import Layout
+from train.run.errors import as_user_errors
+from train.run.options.common import AdapterConfig, Options
+
+
+def space_of(config: Options, params: Any) -> Subspace | None:
+    """Returns the subspace that --intrinsic asks for; None without it.
+
+    Args:
+      config: the options; --seed draws the projections.
+      params: the model's parameters, or their shapes. All of them move, the head too.
+
+    Raises:
+      UserError: the model has fewer parameters, or too many layers for --intrinsic-kind said.
+    """
+    adapter: Any = config.adapter
+    if not is_intrinsic(adapter):
+        return None
+    with as_user_errors(ValueError, prefix=f"--intrinsic {adapter.intrinsic}: "):
+        return subspace.make(
+            params,
+            dimension=adapter.intrinsic,
+            kind=adapter.intrinsic_kind,
+            seed=config.optim.seed,
+        )
+
+
+def is_intrinsic(adapter: AdapterConfig) -> bool:
+    """Returns whether --intrinsic is given, an option of classifiers alone."""
+    return getattr(adapter, "intrinsic", None) is not None
+
+
+def moves_weights(adapter: AdapterConfig) -> bool:
+    """Returns whether the weights themselves change in small steps, and so have to be fp32."""
+    return adapter.full or is_intrinsic(adapter)
+
+
+def about_space(space: Subspace | None) -> dict[str, Any]:
+    """Returns what an adapter's folder says of its subspace; see `lora_jax.subspace.load`."""
+    return {} if space is None else {subspace.FACTS: subspace.facts_of(space)}
+
+
+def running_in(space: Subspace | None, model: Any) -> Any:
+    """Returns the model, as one of trees that `lora_jax.subspace.tree_of` makes with a subspace."""
+    return model if space is None else _InSubspace(model, space)
+
+
+def merged(space: Subspace | None, tree: Any) -> Any:
+    """Returns the plain tree with what was trained."""
+    return lj.merge(tree) if space is None else subspace.merge(space, tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class _InSubspace:
+    """Runs a model on θ₀ + P(θ_d), which each call forms. Other attributes are the model's own."""
+
+    model: Any
+    space: Subspace
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def clone(self, **changes: Any) -> "_InSubspace":
+        """Returns the like of another model."""
+        return dataclasses.replace(self, model=self.model.clone(**changes))
+
+    def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
+        """Returns what the model does for the moved parameters, which lie on the mesh as before."""
+        tree, layout, where = variables["params"], self.model.placement, None
+        if isinstance(layout, Layout) and layout.mesh.size > 1:
+            where = lj.sharding.shardings(subspace.base_of(tree), layout.table, layout.mesh)
+        params = subspace.merge(self.space, tree, where)
+        return self.model.apply({**variables, "params": params}, *args, **options)
