@@ -22,11 +22,13 @@ import lora_jax as lj
 from lora_jax import models
 from train.comparing.result import Arm, Latency, Planned
 from train.comparing.trials import Trial
+from train.finetune import finetune
 from train.run.errors import UserError
 from train.run.files import read_json
 from train.run.options.file import replaced
 from train.run.options.written import as_file
 from train.run.output import REPORT
+from train.run.session import Session
 
 STEPS = 8  # of a timed run
 _ROWS, _PROMPT, _TOKENS, _LENGTH = 8, 64, 24, 128
@@ -48,13 +50,16 @@ class Cost(NamedTuple):
     peak_bytes: int
 
 
-def step_cost(script: str, trial: Trial, folder: Path) -> Cost:
+def step_cost(script: str, trial: Trial, folder: Path, session: Session) -> Cost:
     """Trains a few steps of a run in a process of its own.
+
+    An accelerator belongs to this process: there, the run is trained in it.
 
     Args:
       script: "train.sft".
       trial: the run.
       folder: for the run's files, and what it printed.
+      session: tells of signals.
 
     Raises:
       UserError: the process failed.
@@ -66,10 +71,14 @@ def step_cost(script: str, trial: Trial, folder: Path) -> Cost:
         changes["eval_questions"] = 1
     config = replaced(trial.config, changes)
     folder.mkdir(parents=True, exist_ok=True)
-    options = folder / f"{trial.name}.yaml"
-    options.write_text(as_file(config, script), encoding="utf-8")
-    command = [sys.executable, "-m", script, "--config", str(options), "--output", str(output)]
-    _output_of([*command, "--overwrite"])
+    if jax.default_backend() == "cpu":
+        options = folder / f"{trial.name}.yaml"
+        options.write_text(as_file(config, script), encoding="utf-8")
+        command = [sys.executable, "-m", script, "--config", str(options), "--output", str(output)]
+        _output_of([*command, "--overwrite"])
+    else:
+        with session.part():
+            finetune(script, replaced(config, {"overwrite": True}), trial.task, session)
     report = read_json(output / REPORT)
     memory = report["compiled_bytes"]
     return Cost(

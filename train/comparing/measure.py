@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 
 import lora_jax as lj
+from lora_jax.training.errors import TrainingError
 from lora_jax.training.losses import HELD_OUT
 from train.comparing import costs, outside
 from train.comparing.arms import has_adapter
@@ -22,7 +23,7 @@ from train.comparing.sweep import Sweep
 from train.comparing.trials import Trial
 from train.finetune import weights_of
 from train.inputs import Inputs
-from train.run.errors import UserError
+from train.run.errors import UserError, flag
 from train.run.log import doing, read_metrics
 from train.run.output import ADAPTER
 from train.run.report import tree_bytes, versions
@@ -195,12 +196,14 @@ def _with_costs(
     runs: tuple[Measured, ...], best: list[Trial], sweep: Sweep, console: Console
 ) -> tuple[Measured, ...]:
     """Returns the runs, those of the best arms with the memory and time of a step."""
+    folder = sweep.folder / COSTS
     for trial in best:
         try:
             with doing(console, f"timing {costs.STEPS} steps of {trial.name} alone"):
-                cost = costs.step_cost(sweep.script, trial, sweep.folder / COSTS)
-        except UserError as error:
-            console.print(f"warning: {error}", highlight=False, soft_wrap=True, markup=False)
+                cost = costs.step_cost(sweep.script, trial, folder, sweep.session)
+        except TrainingError as error:
+            said = f"warning: {error.said(flag)}"
+            console.print(said, highlight=False, soft_wrap=True, markup=False)
             continue
         runs = tuple(
             dataclasses.replace(run, **cost._asdict()) if run.arm == trial.arm else run

@@ -195,12 +195,17 @@ class Sweep:
             if trial.arm not in stopped:
                 losses.setdefault(trial.arm, []).append(self._loss(trial))
         means = {arm: sum(found) / len(found) for arm, found in losses.items()}
-        rung = rungs.decide(stage, means, stage.share)
+        # Runs of few steps cannot be cut where the rule says.
+        shares = [
+            rungs.step_of(stage, trial.steps, self.every_of(trial.steps)) / trial.steps
+            for trial in self.trials
+        ]
+        rung = rungs.decide(stage, means, max(shares))
         self.record.rungs = (*self.record.rungs, rung)
         record.write(self.record, self.folder)
         self.console.print(
-            f"after {stage.share:.1%} of the steps, {len(rung.kept)} settings go on and "
-            f"{len(rung.stopped)} are stopped",
+            f"after {rung.share:.1%} of the steps, {len(rung.kept)} settings go on, and "
+            f"{len(rung.stopped)} stop",
             highlight=False,
         )
         for trial in self.trials:

@@ -149,7 +149,7 @@ def _asked(
 
 def every_of(options: Any, steps: int) -> int:
     """Returns the steps between measurements of the held-out loss."""
-    return options.run.eval_every or max(1, steps // MEASUREMENTS)
+    return options.run.eval_every or max(1, -(-steps // MEASUREMENTS))
 
 
 def _trial(
