@@ -28,18 +28,8 @@ _OF_ADAPTER = (
     *("bias", "bias_on_b", "train", "train_tokens", "divide_rank"),
 )
 _OF_TRAINING = (
-    *(
-        "full",
-        "head_only",
-        "intrinsic",
-        "intrinsic_kind",
-        "held_out_seed",
-        "rows",
-        "shuffle_schemas",
-        "batch_size",
-        "grad_accum",
-        "optimizer",
-    ),
+    *("full", "head_only", "intrinsic", "intrinsic_kind", "held_out_seed", "rows"),
+    *("shuffle_schemas", "batch_size", "grad_accum", "optimizer"),
     *("lr_rule", "lora_plus", "beta1", "beta2", "eps", "momentum", "schedule", "warmup"),
     *("warmup_ratio", "min_lr", "decay", "weight_decay", "grad_clip", "neftune", "seed", "dtype"),
     *("seq_len", "rope_scaling", "packing", "truncate", "train_on", "max_skipped"),
@@ -49,8 +39,8 @@ _OF_TRAINING = (
 NOT_SHOWN = frozenset(
     """
     allow_base_mismatch attention compilation_cache config coordinator dataset distributed
-    dry_run epochs eval_dataset eval_every eval_questions eval_rows eval_split experts fields init_adapter
-    keep label log_every loss_chunk lr many mesh model num_processes output overwrite
+    dry_run epochs eval_dataset eval_every eval_questions eval_rows eval_split experts fields
+    init_adapter keep label log_every loss_chunk lr many mesh model num_processes output overwrite
     peft_config process_id remat report_project report_to resume sample_every sample_prompts
     sample_tokens save_every score_every split steps subset test test_share text text_pair
     token_cache
