@@ -23,7 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 _WITHOUT_ADAPTER = ("full", "head-only")
 _RANKS = (4, 16, 64)
-_QUICK_RANKS = (4, 32)
+_QUICK_RANKS = (8,)
 # Around the script's learning rate. Neighbours are a factor of three apart, about the distance at
 # which a loss curve begins to differ.
 _AROUND = (1 / 3, 1.0, 3.0)
@@ -68,7 +68,7 @@ def arms_of(compare: CompareConfig, basis: Basis) -> list[Arm]:
                 arms += [Arm(method, rank, targets, alpha, rate, size) for alpha in alphas]
             continue
         given = compare.full_lrs if method == "full" else compare.lrs
-        rates = given or _around(basis.rates[method], _AROUND_FULL)
+        rates = given or _around(basis.rates[method], _AROUND_FULL[compare.quick :])
         arms += [
             Arm(method, None, None, None, rate, size)
             for size, rate in itertools.product(batch_sizes, rates)

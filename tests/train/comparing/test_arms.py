@@ -24,6 +24,8 @@ def test_arms_are_all_combinations_of_what_was_given():
     whole = [arm for arm in arms if arm.method == "full"]
     assert [arm.learning_rate for arm in whole[:4]] == [1e-5, 3e-5, 9e-5, 2.7e-4]
     assert {arm.rank for arm in whole} == {None}
+    few = arms_of(CompareConfig(quick=True), BASIS)
+    assert {arm.rank for arm in few} == {8, None} and len(few) == 3 + 3
 
 
 def test_settings_and_names_tell_runs_apart():
