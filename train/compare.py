@@ -11,6 +11,7 @@ script that it does not set itself.
 """
 
 import dataclasses
+import functools
 import shlex
 import sys
 import time
@@ -30,10 +31,12 @@ from train.comparing.options import CompareConfig, check
 from train.comparing.reporting import peft_json, report
 from train.comparing.script import Script
 from train.comparing.sweep import Sweep
-from train.comparing.trials import RUNS, every_of, trials_of
+from train.comparing.trials import RUNS, trials_of
 from train.finetune import Part
+from train.inputs import Reader
 from train.run import hosts
 from train.run.errors import UserError
+from train.run.fit import resume_hint
 from train.run.options import classify as classify_options
 from train.run.options import sft as sft_options
 from train.run.options.command import read_line
@@ -162,12 +165,12 @@ def compare(
     folder = _locked(config, session, console)
     asked, options = config.compare, script.options_of(config)
     text = outside.read_text(asked.outside) if script.kind == "sft" else None
-    part = Part()
-    trials, inputs = trials_of(script, options, asked, given, folder, part.reader)
+    reader = Reader()
+    trials, inputs = trials_of(script, options, asked, given, folder, reader)
     outline = inputs.read.outline
     rows = None
     if text is not None:
-        rows = outside.rows_of(text[0], outline.tokenizer, "--outside " + (asked.outside or ""))
+        rows = outside.rows_of(text[0], outline.tokenizer, text[1])
     _begin(folder, config, script)
     done = record.read(folder, datetime.now().astimezone().isoformat(timespec="seconds"))
     console.print(
@@ -176,8 +179,8 @@ def compare(
         highlight=False,
         soft_wrap=True,
     )
-    again = shlex.join([arg for arg in shlex.split(command) if arg != "--overwrite"])
-    session.stop.remedy = f"Go on with: {again.removesuffix(' --resume')} --resume"
+    session.stop.remedy = resume_hint("train.compare")
+    part = Part(reader=reader, hint=session.stop.remedy)
     sweep = Sweep(
         script=script.name,
         folder=folder,
@@ -187,11 +190,9 @@ def compare(
         at_once=asked.at_once,
         early=asked.early_stopping,
         keep_weights=asked.keep_weights,
-        every_of=lambda steps: every_of(options, steps),
-        outside=None if rows is None else _measuring(rows),
+        outside=None if rows is None else functools.partial(outside.loss_on, rows),
         session=session,
         console=console,
-        hint=session.stop.remedy,
     )
     sweep.run()
     about = measure.About(
@@ -215,13 +216,6 @@ def compare(
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _measuring(rows: Any) -> Any:
-    def loss(outline: Any, model: Any, tree: Any, forward: Any) -> float:
-        return outside.loss_on(rows, tree, forward)
-
-    return loss
 
 
 def _locked(config: Any, session: Session, console: Console) -> Path:

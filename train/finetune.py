@@ -26,7 +26,7 @@ from train.inputs import Inputs, Reader, inputs_of
 from train.run import hosts
 from train.run.adapter import rules
 from train.run.cache import keep_compiled
-from train.run.fit import Run, adapted, begin_run, fit
+from train.run.fit import Run, adapted, begin_run, fit, resume_hint
 from train.run.intrinsic import about_space, merged, moves_weights, running_in, space_of
 from train.run.log import Log, QuietLog, doing
 from train.run.mesh import make_mesh
@@ -39,25 +39,24 @@ from train.run.reporters.registry import check_reporters
 from train.run.session import Session
 from train.tasks.task import Context, Evaluation, Task
 
-Trained = Callable[[Run, Outline, Any, Any, Callable[..., Any]], object]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
     """Says how far runs train now, and what they share with others over the same base.
 
     Attributes:
-      until: returns the step to pause after, from the number of all steps. A run that pauses is
-        saved, not evaluated; --resume goes on with it. None trains to the end.
-      trained: gets each run that came to its end: the run, the model's outline, the model, the
-        adapted tree, and the function that runs it.
+      until: returns the step to pause after, from the number of all steps and --eval-every. A run
+        that pauses is saved, not evaluated; --resume goes on with it. None trains to the end.
+      trained: gets each run that came to its end, the adapted tree, and the function that runs it.
+      hint: tells an interrupted user how to go on; None for this command line with --resume.
       measured: the evaluations of the base so far. What one of them measured is not measured again;
         new ones are added.
       reader: reads rows once for all runs of the same data.
     """
 
-    until: Callable[[int], int] | None = None
-    trained: Trained | None = None
+    until: Callable[[int, int], int] | None = None
+    trained: Callable[[Run, Any, Callable[..., Any]], object] | None = None
+    hint: str | None = None
     measured: list[Evaluation] = dataclasses.field(default_factory=list)
     reader: Reader = dataclasses.field(default_factory=Reader)
 
@@ -109,7 +108,7 @@ def finetune(
         loss = task.loss(config, layout)
         rehearse(config, outline, data, feed, layout, loss, inputs.steps, console)
         return {}
-    run = run_of(script, config, task, session.stop, folder, console, inputs, part.until)
+    run = run_of(script, config, task, session.stop, folder, console, inputs, part)
     space = space_of(config, outline.params)
 
     # The model and its adapter.
@@ -150,7 +149,7 @@ def finetune(
     # The trained model.
     scores: dict[str, float] = {}
     if part.trained:
-        part.trained(run, outline, model, trained, answering)
+        part.trained(run, trained, answering)
     if evaluation:
         # Codes stay codes: merged, they would be the float model.
         tree = trained if is_quantized else merged(space, trained)
@@ -172,12 +171,13 @@ def run_of(
     folder: Path,
     console: Console,
     inputs: Inputs,
-    until: Callable[[int], int] | None = None,
+    part: Part,
 ) -> Run:
     """Returns the options, folder and data of a run."""
     _, outline, data = inputs.read
     labels = {k: v for k, v in data.facts.items() if k == "labels"}
-    last = inputs.steps if until is None else min(until(inputs.steps), inputs.steps)
+    steps = inputs.steps
+    last = steps if part.until is None else part.until(steps, config.run.eval_every)
     return Run(
         script=script,
         config=config,
@@ -185,11 +185,12 @@ def run_of(
         console=console,
         stop=stop,
         feed=inputs.feed,
-        steps=inputs.steps,
+        steps=steps,
         last=last,
         rate=inputs.rate,
         layout=inputs.layout,
         about=outline.about | about_space(space_of(config, outline.params)) | labels,
+        hint=part.hint or resume_hint(script),
         score=task.score,
     )
 

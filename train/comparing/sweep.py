@@ -6,6 +6,7 @@ interrupted goes on from its own checkpoint.
 """
 
 import dataclasses
+import functools
 import gc
 import math
 import shutil
@@ -37,8 +38,6 @@ from train.run.options.table import Row
 from train.run.output import ADAPTER, CHECKPOINTS, CONFIG, START, folder_bytes
 from train.run.session import Session
 
-Outside = Callable[[Any, Any, Any, Callable[..., Any]], float | None]
-
 
 @dataclasses.dataclass(kw_only=True)
 class Sweep:
@@ -49,16 +48,14 @@ class Sweep:
       folder: of the comparison.
       trials: all runs.
       record: what was done.
-      part: what the runs share.
+      part: what the runs share; its `hint` tells an interrupted user how to go on.
       at_once: the adapters that train side by side.
       early: whether hopeless arms are stopped.
       keep_weights: whether the weights of full fine-tuning stay.
-      every_of: the steps between measurements, from the steps of a run.
-      outside: measures an adapted tree on text outside the task, from the outline, the model, the
-        tree and the function that runs it; None measures nothing.
+      outside: returns the loss on text outside the task, of an adapted tree and the function that
+        runs it; None measures nothing.
       session: tells of signals.
       console: to print to.
-      hint: tells an interrupted user how to go on.
     """
 
     script: str
@@ -69,11 +66,9 @@ class Sweep:
     at_once: int
     early: bool
     keep_weights: bool
-    every_of: Callable[[int], int]
-    outside: Outside | None
+    outside: Callable[[Any, Callable[..., Any]], float] | None
     session: Session
     console: Console
-    hint: str
 
     def run(self) -> None:
         """Trains all runs as far as each goes.
@@ -114,7 +109,7 @@ class Sweep:
     def _groups(self, waiting: Sequence[Trial]) -> list[list[Trial]]:
         """Returns the runs as they train: adapters in groups, the others alone."""
         adapters = [trial for trial in waiting if has_adapter(trial.arm.method)]
-        # Those of one seed share batches and rows; of one rank, slots.
+        # In one step, adapters of one kind and rank share a stack.
         adapters.sort(key=lambda trial: (trial.arm.rank or 0, trial.arm.method))
         groups = [adapters[i : i + self.at_once] for i in range(0, len(adapters), self.at_once)]
         return groups + [[trial] for trial in waiting if not has_adapter(trial.arm.method)]
@@ -122,15 +117,13 @@ class Sweep:
     def _train(self, group: Sequence[Trial], number: int, stage: Stage) -> None:
         """Trains a group to the end of a stage, and records what came of it."""
         began = time.monotonic()
-        until = None
-        if stage is not rungs.LAST:
-            until = lambda steps: rungs.step_of(stage, steps, self.every_of(steps))  # noqa: E731
+        until = None if stage is rungs.LAST else functools.partial(rungs.step_of, stage)
 
-        def trained(run: Run, outline: Any, model: Any, tree: Any, forward: Any) -> None:
+        def trained(run: Run, tree: Any, forward: Callable[..., Any]) -> None:
             done = self.record.of(run.folder.name)
             done.saved_bytes = folder_bytes(run.folder / ADAPTER)
             if self.outside is not None:
-                done.outside = self.outside(outline, model, tree, forward)
+                done.outside = self.outside(tree, forward)
 
         part = dataclasses.replace(self.part, until=until, trained=trained)
         first = group[0]
@@ -162,7 +155,7 @@ class Sweep:
         for trial in through:
             if until is None:
                 self._tidy(trial)
-        self.session.stop.remedy = self.hint
+        self.session.stop.remedy = self.part.hint or ""
         self.session.stop.check()
 
     def _side_by_side(self, group: Sequence[Trial], part: Part) -> list[One]:
@@ -189,15 +182,15 @@ class Sweep:
 
     def _decide(self, stage: Stage) -> None:
         """Decides which arms go on, and records it."""
-        stopped = self.stopped_arms()
+        before = self.stopped_arms()
         losses: dict[Arm, list[float]] = {}
         for trial in self.trials:
-            if trial.arm not in stopped:
+            if trial.arm not in before:
                 losses.setdefault(trial.arm, []).append(self._loss(trial))
         means = {arm: sum(found) / len(found) for arm, found in losses.items()}
         # Runs of few steps cannot be cut where the rule says.
         shares = [
-            rungs.step_of(stage, trial.steps, self.every_of(trial.steps)) / trial.steps
+            rungs.step_of(stage, trial.steps, trial.config.run.eval_every) / trial.steps
             for trial in self.trials
         ]
         rung = rungs.decide(stage, means, max(shares))
@@ -208,8 +201,9 @@ class Sweep:
             f"{len(rung.stopped)} stop",
             highlight=False,
         )
+        stopped = {arm for arm, _ in rung.stopped}
         for trial in self.trials:
-            if trial.arm in self.stopped_arms():
+            if trial.arm in stopped:
                 self._tidy(trial)
 
     def _loss(self, trial: Trial) -> float:

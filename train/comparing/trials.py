@@ -54,16 +54,14 @@ class Trial:
 
 
 def basis_of(script: Script, options: Any) -> arms.Basis:
-    """Returns what the script would do by itself.
+    """Returns the settings that the script would choose by itself.
 
     Raises:
       UserError: the optimiser has no learning rate of its own, and none was given.
     """
     rates: dict[str, float] = {}
-    methods = {"lora": "lora", "full": "full"}
-    if hasattr(options.adapter, "head_only"):
-        methods["head-only"] = "head-only"
-    for name in methods:
+    names = ["lora", "full", *["head-only"] * hasattr(options.adapter, "head_only")]
+    for name in names:
         completed = script.completed(options, **arms.METHODS[name])
         if completed.optim.lr is None:
             raise UserError(
@@ -147,11 +145,6 @@ def _asked(
     return runs
 
 
-def every_of(options: Any, steps: int) -> int:
-    """Returns the steps between measurements of the held-out loss."""
-    return options.run.eval_every or max(1, -(-steps // MEASUREMENTS))
-
-
 def _trial(
     script: Script,
     options: Any,
@@ -188,7 +181,7 @@ def _trial(
             "nothing is held out to compare the runs on: give --eval-dataset, or more rows, and "
             "more than 0 --eval-questions"
         )
-    changed = {"eval_every": every_of(options, steps)}
+    changed = {"eval_every": options.run.eval_every or -(-steps // MEASUREMENTS)}
     if arm.method == "full" and options.run.save_every == script.plain.run.save_every:
         changed["save_every"] = steps  # a checkpoint holds the model three times
     config = replaced(config, changed)

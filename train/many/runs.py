@@ -40,7 +40,7 @@ from train.run import hosts
 from train.run.adapter import rules
 from train.run.cache import keep_compiled
 from train.run.files import ERROR
-from train.run.fit import adapted, begin_run, fitted, resume_hint
+from train.run.fit import adapted, begin_run, fitted
 from train.run.log import doing
 from train.run.mesh import make_mesh
 from train.run.optimizer import make_tenant
@@ -137,7 +137,7 @@ def train_rows(
     del together, tenants
 
     # The trained models.
-    session.stop.remedy = resume_hint(script)
+    session.stop.remedy = ones[0].run.hint
     stopped = any(one.state == "stopped" for one in ones)
     for one in ones:
         if one.ending.result is None or one.run.pauses:
@@ -148,7 +148,7 @@ def train_rows(
             write_json(one.run.folder / REPORT, report)
             print_adapter(one.run.console, one.run.folder / ADAPTER, report)
             if part.trained:
-                part.trained(one.run, one.inputs.read.outline, model, trained, answering)
+                part.trained(one.run, trained, answering)
             if one.evaluation and not stopped:  # a resumed run evaluates what is over
                 tree = trained if is_quantized else lj.merge(trained)
                 scores = one.evaluation.after(model, tree, evaluated)
@@ -177,7 +177,7 @@ def _opened(
     inputs = inputs_of(config, mesh, part.reader(config, task))
     for line in inputs.lines:
         paper.console.print(line, highlight=False, soft_wrap=True)
-    run = run_of(script, config, task, session.stop, folder, paper.console, inputs, part.until)
+    run = run_of(script, config, task, session.stop, folder, paper.console, inputs, part)
     # Adapters of one kind have one loss.
     kind = task.loss, getattr(config.optim, "loss_chunk", None)
     loss = losses.setdefault(kind, task.loss(config, inputs.layout))
@@ -264,7 +264,7 @@ def _train(
         runs = {name: running(one) for name, one in by_name.items()}
         for name in by_name:
             board.note(name, {"step": together.done(name)})
-        session.stop.remedy = resume_hint(ones[0].run.script)
+        session.stop.remedy = ones[0].run.hint
 
         def turned() -> None:
             together.shrink(_WORTH_COMPILING)

@@ -72,6 +72,7 @@ class Run:
     rate: float  # the highest learning rate
     layout: Layout
     about: dict[str, Any]  # what the saved adapter says of its base
+    hint: str  # tells an interrupted user how to go on
     score: str | None = None  # the name of the task's score
 
     @property
@@ -215,7 +216,7 @@ def fit(
             compile_seconds = time.perf_counter() - began
         log = _log(run, ready, int(ready.state.step), reporting)
         measures = _measures(run, ready, forward, loss, held_out, more(log))
-        run.stop.remedy = resume_hint(run.script)
+        run.stop.remedy = run.hint
         trained, step_seconds = training.fit(
             ready,
             step,
@@ -225,7 +226,7 @@ def fit(
             measures=measures,
             log=log,
             stop=run.stop,
-            resume_hint=resume_hint(run.script),
+            resume_hint=run.hint,
         )
         if run.pauses:
             return trained, {}
@@ -270,7 +271,7 @@ def fitted(
             measures=_measures(run, ready, forward, loss, held_out, more(log), evaluation),
             log=heard(log),
             stop=run.stop,
-            resume_hint=resume_hint(run.script),
+            resume_hint=run.hint,
         )
         if run.pauses:
             return trained, {}

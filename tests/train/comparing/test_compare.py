@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from lora_jax.bank.together.together import Together
+from lora_jax.training import loop
 from tests.support import assert_close
 from tests.train.tiny import write_model, write_rows
 from train.compare import main
@@ -130,7 +131,7 @@ def test_a_comparison_goes_on_after_a_signal(folder, whole, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Together, "step", step)
         assert compare(folder, output, "--no-costs") == 143
-    assert "--resume" in capsys.readouterr().err
+    assert "Go on with: python -m train.compare" in capsys.readouterr().err
     assert compare(folder, output, "--no-costs") == 2
     assert "holds another comparison" in capsys.readouterr().err
     assert compare(folder, output, "--no-costs", "--resume", grid=[*GRID, "--at-once", "3"]) == 2
@@ -144,6 +145,21 @@ def test_a_comparison_goes_on_after_a_signal(folder, whole, tmp_path, monkeypatc
     for name in adapters:
         path = output / "runs" / name / "metrics.jsonl"
         assert path.stat().st_mtime_ns == before[path], "what is over is not run again"
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_is_stopped_by_a_signal(folder, tmp_path, monkeypatch, capsys):
+    """It hears of the comparison's command line, not of the script's."""
+
+    def raising(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return measured(*args)
+
+    measured = loop._measured
+    monkeypatch.setattr(loop, "_measured", raising)
+    grid = ["--methods", "full", "--full-lrs", "1e-4", "--seeds", "0"]
+    assert compare(folder, tmp_path / "out", "--no-costs", grid=grid) == 143
+    assert "Go on with: python -m train.compare" in capsys.readouterr().err
 
 
 @pytest.mark.slow
