@@ -75,7 +75,6 @@ SCRIPTS: dict[str, tuple[Any, Script]] = {
         SftCompare(),
         Script(
             name="train.sft",
-            kind="sft",
             plain=sft_options.Config(),
             task_of=sft.task_of,
             check=sft.check,
@@ -87,7 +86,6 @@ SCRIPTS: dict[str, tuple[Any, Script]] = {
         ClassifyCompare(),
         Script(
             name="train.classify",
-            kind="classify",
             plain=classify_options.Config(),
             task_of=classify.task_of,
             check=classify.check,
@@ -130,9 +128,9 @@ def parse(args: Sequence[str]) -> tuple[Script, Any, frozenset[str]]:
     options = script.options_of(config)
     check_effects(options, on_line, in_file)
     if config.compare.quick:
-        given |= {"steps"} if "epochs" in given else set()
-        given |= {"epochs"} if "steps" in given else set()
-        config = replaced(config, {k: v for k, v in script.quick.items() if k not in given})
+        length = {"steps", "epochs"}  # either says how long to train
+        kept = given | length if given & length else given
+        config = replaced(config, {k: v for k, v in script.quick.items() if k not in kept})
     if "outside" in given and script.kind != "sft":
         raise UserError(
             "--outside: a classifier has no loss on text, so that nothing tells what it forgets"

@@ -39,9 +39,8 @@ def hadamard_transform(x: jax.Array) -> jax.Array:
         size = 2 ** (bits // rounds + (i < bits % rounds))
         rows = x.reshape(*batch, n // size, size)
         done = jnp.matmul(rows, _small(size, x.dtype), precision=jax.lax.Precision.HIGHEST)
-        x = done.mT.reshape(
-            *batch, n
-        )  # the axis that was done goes first: at the end, all are back
+        # The axis that was done goes first: at the end, all are back.
+        x = done.mT.reshape(*batch, n)
     return x
 
 

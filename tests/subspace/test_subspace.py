@@ -142,7 +142,7 @@ def test_gradients_equal_finite_differences(largest, float64, monkeypatch):
 
 
 def unrolled(params):
-    """The same tree with a module for each layer of the stack."""
+    """Returns the tree with a module for each layer of the stack."""
     stack = params["layers"]
     return params | {"layers": {str(i): jax.tree.map(lambda x, i=i: x[i], stack) for i in range(3)}}
 

@@ -66,9 +66,7 @@ def step_cost(script: str, trial: Trial, folder: Path, session: Session) -> Cost
     """
     output = folder / trial.name
     changes = {"steps": STEPS, "epochs": None, "output": str(output), "report_to": ("none",)}
-    changes |= {"save_every": STEPS, "score_every": 0, "log_every": 1}
-    if trial.config.data.dataset in (("sql",),):
-        changes["eval_questions"] = 1
+    changes |= {"save_every": STEPS, "score_every": 0, "eval_every": 0, "eval_questions": 0}
     config = replaced(trial.config, changes)
     folder.mkdir(parents=True, exist_ok=True)
     if jax.default_backend() == "cpu":

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -89,23 +89,13 @@ def measured(
         runs=runs,
         rungs=sweep.record.rungs,
     )
-    best = [trial for trial in map(_finder(sweep), _best(found)) if trial is not None]
+    best = _best(found, sweep.trials)
     latencies: list[Latency] = []
-    if asked.costs:
-        for trial in best:
-            if has_adapter(trial.arm.method):
-                with doing(console, f"timing an answer with {trial.name}"):
-                    adapted = lj.load_adapter(trial.folder / ADAPTER, plain)
-                    timed = costs.answer_latency(
-                        trial.arm,
-                        model,
-                        plain,
-                        adapted,
-                        vocabulary=outline.config.vocab_size,
-                        decodes=about.script == "train.sft",
-                    )
-                    latencies.append(timed)
-                    del adapted
+    for trial in best:
+        if asked.costs and has_adapter(trial.arm.method):
+            with doing(console, f"timing an answer with {trial.name}"):
+                vocabulary = outline.config.vocab_size
+                latencies.append(_latency(trial, model, plain, vocabulary, about.script))
     del plain, model
     if asked.costs:
         found = dataclasses.replace(
@@ -176,20 +166,23 @@ def _of_run(trial: Trial, sweep: Sweep, before: float | None) -> Measured:
     )
 
 
-def _best(found: Comparison) -> list[Measured]:
+def _best(found: Comparison, trials: Sequence[Trial]) -> list[Trial]:
     """Returns the best run of the best arm of each method."""
-    measure = tables.measure_of(found)
-    best = tables.best_of_each(tables.rows(found), lambda arm: arm.method, measure)
-    chosen = []
-    for row in best:
-        ended = [run for run in row.runs if measure.of(run) is not None]
-        chosen.append(sorted(ended, key=lambda run: measure.of(run) or 0.0)[-measure.larger])
+    by_name = {trial.name: trial for trial in trials}
+    measure, chosen = tables.measure_of(found), []
+    for row in tables.best_of_each(tables.rows(found), lambda arm: arm.method, measure):
+        values = {run.name: value for run in row.runs if (value := measure.of(run)) is not None}
+        best = (max if measure.larger else min)(values, key=values.__getitem__)
+        chosen.append(by_name[best])
     return chosen
 
 
-def _finder(sweep: Sweep) -> Callable[[Measured], Trial | None]:
-    by_name = {trial.name: trial for trial in sweep.trials}
-    return lambda run: by_name.get(run.name)
+def _latency(trial: Trial, model: Any, plain: Any, vocabulary: int, script: str) -> Latency:
+    adapted = lj.load_adapter(trial.folder / ADAPTER, plain)
+    decodes = script == "train.sft"
+    return costs.answer_latency(
+        trial.arm, model, plain, adapted, vocabulary=vocabulary, decodes=decodes
+    )
 
 
 def _with_costs(

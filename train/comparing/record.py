@@ -1,7 +1,6 @@
 """The progress of a comparison: `sweep.json`, from which it goes on."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 
 from train.comparing.result import Rung, read_record, write_record
@@ -45,14 +44,12 @@ class Record:
     """
 
     date: str
-    runs: Mapping[str, Done] = dataclasses.field(default_factory=dict)
+    runs: dict[str, Done] = dataclasses.field(default_factory=dict)
     rungs: tuple[Rung, ...] = ()
 
     def of(self, name: str) -> Done:
         """Returns what was done of a run."""
-        if name not in self.runs:
-            self.runs = {**self.runs, name: Done()}
-        return self.runs[name]
+        return self.runs.setdefault(name, Done())
 
 
 def read(folder: Path, date: str) -> Record:

@@ -14,7 +14,6 @@ class Script(NamedTuple):
 
     Attributes:
       name: of its module: "train.sft".
-      kind: the word on the command line: "sft".
       plain: its options, none of them given.
       task_of, check: see `train.sft`.
       with_defaults: fills in a task's defaults.
@@ -22,12 +21,16 @@ class Script(NamedTuple):
     """
 
     name: str
-    kind: str
     plain: Options
     task_of: Callable[[Any], Task]
     check: Callable[[Any], None]
     with_defaults: Callable[[Any, Defaults], Any]
     quick: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """Returns the word on the command line: "sft"."""
+        return self.name.removeprefix("train.")
 
     def options_of(self, config: Any) -> Any:
         """Returns a comparison's options without what is compared: those of the script."""

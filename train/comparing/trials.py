@@ -9,7 +9,7 @@ import lora_jax as lj
 from lora_jax.training.errors import TrainingError
 from train.comparing import arms
 from train.comparing.options import CompareConfig
-from train.comparing.reporting.peft_experiment import read_experiment
+from train.comparing.peft_experiment import read_experiment
 from train.comparing.result import Arm
 from train.comparing.rungs import MEASUREMENTS
 from train.comparing.script import Script

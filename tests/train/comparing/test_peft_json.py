@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tests.train.comparing.made_up import example, run
-from train.comparing.reporting.peft_experiment import read_experiment
+from train.comparing.peft_experiment import read_experiment
 from train.comparing.reporting.peft_json import write
 from train.comparing.result import Arm
 from train.run.errors import UserError

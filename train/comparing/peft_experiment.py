@@ -19,6 +19,7 @@ DEFAULTS = "default_training_params.json"
 
 _RATIO = 16  # of the learning rates of LoRA+
 _DECAYS = ("weight_decay", "beta1", "beta2", "eps")
+_OF_CONFIG = ("r", "lora_alpha")  # what the optimiser of LoRA-FA is told again
 _WARMUP = 0.1  # of the steps, in PEFT's script, before a cosine
 # Optimisers: what PEFT's script decays by default, and what each sets here.
 _OPTIMIZERS: dict[str, tuple[float, str | None]] = {
@@ -195,7 +196,7 @@ def _training(params: _Params) -> tuple[dict[str, Any], float, str | None]:
     beta1, beta2 = given.pop("betas", (0.9, 0.999))
     options |= {"beta1": beta1, "beta2": beta2, "eps": given.pop("eps", 1e-8)}
     if variant == "lora-fa":
-        given.pop("r", None), given.pop("lora_alpha", None)
+        given = {name: value for name, value in given.items() if name not in _OF_CONFIG}
     if ratio != _RATIO:
         raise params.error("optimizer_kwargs", f"loraplus_lr_ratio: only {_RATIO} is an arm")
     if given:
