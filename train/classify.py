@@ -11,7 +11,7 @@ from train.finetune import finetune
 from train.run.options import classify as classify_options
 from train.run.options.classify import Config, with_defaults
 from train.run.options.command import read_command
-from train.run.session import Session
+from train.run.processes.session import Session
 from train.tasks.registry import TEXTS, find_task
 from train.tasks.task import Task
 

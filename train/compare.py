@@ -34,7 +34,6 @@ from train.comparing.sweep import Sweep
 from train.comparing.trials import RUNS, trials_of
 from train.finetune import Part
 from train.inputs import Reader
-from train.run import hosts
 from train.run.errors import UserError
 from train.run.fit import resume_hint
 from train.run.options import classify as classify_options
@@ -44,7 +43,8 @@ from train.run.options.file import replaced
 from train.run.options.ignored import check_effects
 from train.run.options.written import as_file, check_same_run, from_file
 from train.run.output import CONFIG, clear
-from train.run.session import Session
+from train.run.processes import hosts
+from train.run.processes.session import Session
 
 _PROG = "python -m train.compare"
 _OUTPUT = "runs/compare"

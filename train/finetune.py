@@ -23,7 +23,6 @@ from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State
 from train.dry_run import rehearse
 from train.inputs import Inputs, Reader, inputs_of
-from train.run import hosts
 from train.run.adapter import rules
 from train.run.cache import keep_compiled
 from train.run.fit import Run, adapted, begin_run, fit, resume_hint
@@ -32,11 +31,12 @@ from train.run.log import Log, QuietLog, doing
 from train.run.mesh import make_mesh
 from train.run.output import ADAPTER, REPORT, locked_output
 from train.run.pretrained import Outline, check_weights, read_model
+from train.run.processes import hosts
+from train.run.processes.session import Session
 from train.run.progress.samples import sampling
 from train.run.progress.score import scoring
 from train.run.report import print_adapter, print_costs, tree_bytes
 from train.run.reporters.registry import check_reporters
-from train.run.session import Session
 from train.tasks.task import Context, Evaluation, Task
 
 

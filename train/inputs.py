@@ -12,13 +12,13 @@ from lora_jax.training.data.order import Batches, Feed, Order
 from lora_jax.training.layout import Layout
 from train.adapters.source import find_adapter
 from train.data.mixture import used
-from train.run import hosts
 from train.run.adapter import check_names, rules
 from train.run.errors import as_user_errors
 from train.run.intrinsic import space_of
 from train.run.options.common import OptimConfig, Options, as_json
 from train.run.output import saved_options
 from train.run.pretrained import Outline
+from train.run.processes import hosts
 from train.run.progress.samples import Prompts
 from train.tasks.task import Data, Rows, Task
 

@@ -17,7 +17,7 @@ from train.run.options.common import with_defaults
 from train.run.options.ignored import check_effects
 from train.run.options.sft import Config
 from train.run.options.table import Row, check_one_base, placed_error, read_table
-from train.run.session import Session
+from train.run.processes.session import Session
 from train.tasks.registry import CHATS, STREAMED, find_task
 from train.tasks.task import Task
 

@@ -28,7 +28,7 @@ from train.run.files import read_json
 from train.run.options.file import replaced
 from train.run.options.written import as_file
 from train.run.output import REPORT
-from train.run.session import Session
+from train.run.processes.session import Session
 
 STEPS = 8  # of a timed run
 _ROWS, _PROMPT, _TOKENS, _LENGTH = 8, 64, 24, 128

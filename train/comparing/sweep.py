@@ -36,7 +36,7 @@ from train.run.log import read_metrics
 from train.run.options.file import replaced
 from train.run.options.table import Row
 from train.run.output import ADAPTER, CHECKPOINTS, CONFIG, START, folder_bytes
-from train.run.session import Session
+from train.run.processes.session import Session
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -10,8 +10,8 @@ from lora_jax.training.data.chats import Row
 from lora_jax.training.data.labelled import Fields, Labelled
 from train.data.files import FILE_KINDS, read_rows
 from train.run.errors import UserError
-from train.run.hosts import map_over_processes
 from train.run.options.classify import DataConfig
+from train.run.processes.hosts import map_over_processes
 
 _SEED = 0  # of the held-out rows: the same for every run, so that runs are comparable
 

@@ -36,7 +36,6 @@ from train.finetune import Part, evaluate_base, measures, run_of, weights_of
 from train.inputs import inputs_of
 from train.many.board import Board, Heard, Paper, print_results
 from train.many.one import Asked, One
-from train.run import hosts
 from train.run.adapter import rules
 from train.run.cache import keep_compiled
 from train.run.files import ERROR
@@ -47,9 +46,10 @@ from train.run.optimizer import make_tenant
 from train.run.options.file import replaced
 from train.run.options.table import RESULTS, placed_error
 from train.run.output import ADAPTER, CONFIG, REPORT, locked_output
+from train.run.processes import hosts
+from train.run.processes.session import Session
 from train.run.report import print_adapter, tree_bytes
 from train.run.reporters.registry import check_reporters
-from train.run.session import Session
 from train.tasks.task import Context
 
 FAILED = 1  # the exit code where some runs failed

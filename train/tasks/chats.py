@@ -16,13 +16,13 @@ from train.data.chats import tokenize
 from train.data.dataset import Dataset, find
 from train.data.fields import pairs_of
 from train.data.named import named
-from train.run import hosts
 from train.run.errors import UserError, flag
 from train.run.options.common import Defaults
 from train.run.options.rope import parse_rope_scaling
 from train.run.options.sft import Config
 from train.run.output import saved_options
 from train.run.pretrained import Outline, read_outline
+from train.run.processes import hosts
 from train.tasks.task import Data, Rows, Task
 
 _LARGE = 2**30  # bytes of files that are better streamed

@@ -15,10 +15,10 @@ from lora_jax.training.data.stream import Chunks, Stream
 from train.data.blocks import Blocks, find_blocks
 from train.data.fields import pairs_of, renamed
 from train.data.named import named
-from train.run import hosts
 from train.run.errors import UserError
 from train.run.options.sft import SQL, Config
 from train.run.pretrained import Outline
+from train.run.processes import hosts
 from train.tasks import chats
 from train.tasks.task import Data, Rows
 

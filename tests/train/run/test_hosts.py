@@ -16,11 +16,11 @@ from lora_jax.training.processes import Agreement
 from tests.train.tiny import FORGETFUL, tokenizer, write_jsonl
 from train.data.chats import tokenize
 from train.data.dataset import Dataset, of_rows
-from train.run import hosts, peers
 from train.run.errors import UserError
-from train.run.hosts import check_alike, map_over_processes, together
 from train.run.options.sft import Config, SftOptimConfig, SftRunConfig
 from train.run.pretrained import Outline
+from train.run.processes import hosts, peers
+from train.run.processes.hosts import check_alike, map_over_processes, together
 from train.sft import parse
 from train.tasks import streamed
 
