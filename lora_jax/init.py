@@ -191,6 +191,40 @@ def fast_pissa(iterations: int = 4, oversampling: int = 8) -> Any:
     return init
 
 
+def truncated(kernel: jax.Array, rank: int) -> Factors:
+    """Returns UΣ [batch…, in, r] and Vᵀ [batch…, r, out] of the r largest singular values.
+
+    Each row of Vᵀ is turned so that its largest element is positive: whoever decomposes the same W
+    again gets the same factors. The matrices of a batch take turns, so that U and V of one of them
+    are held at a time.
+
+    Args:
+      kernel: W, [batch…, in, out] in fp32 (or wider).
+      rank: r, at most in and out.
+
+    Raises:
+      ValueError: the rank is larger than W's.
+    """
+    if rank > min(kernel.shape[-2:]):
+        raise ValueError(
+            f"rank {rank}: a kernel of {kernel.shape[-2]} by {kernel.shape[-1]} has "
+            f"{min(kernel.shape[-2:])} singular values: choose a smaller rank"
+        )
+
+    def of_one(w: jax.Array) -> Factors:
+        u, s, vt = jnp.linalg.svd(w, full_matrices=False)
+        u, vt = u[:, :rank] * s[:rank], vt[:rank]
+        largest = jnp.argmax(jnp.abs(vt), axis=1, keepdims=True)
+        sign = jnp.where(jnp.take_along_axis(vt, largest, axis=1) < 0, -1, 1).astype(vt.dtype)
+        return u * sign.T, vt * sign
+
+    if kernel.ndim == 2:
+        return of_one(kernel)
+    batch = kernel.shape[:-2]
+    a, b = jax.lax.map(of_one, kernel.reshape(-1, *kernel.shape[-2:]))
+    return a.reshape(*batch, *a.shape[1:]), b.reshape(*batch, *b.shape[1:])
+
+
 def _singular(u: jax.Array, s: jax.Array, vt: jax.Array, rank: int, scale: jax.Array) -> Factors:
     root = jnp.sqrt(s[..., :rank] / jnp.asarray(scale, s.dtype)[..., None])
     return u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :]

@@ -301,6 +301,8 @@ def _of_stack(
     order = [have.index(source[a]) for a in sorted(source) if labels[a] == "batch"]
 
     def taken(array: Any, axes: Axes) -> Any:
+        if axis not in axes:
+            return array
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
             array = jnp.take(array, indices[..., 0], axis=at, mode="clip")
         else:
