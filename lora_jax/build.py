@@ -1,12 +1,15 @@
 """Makes the node of one leaf by its rule: draws its factors, adds its variant's arrays."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from lora_jax.axes import AxisRoles
 from lora_jax.base import as_array, is_abstract
 from lora_jax.factored import factor_shapes
 from lora_jax.init import Factors, FactorShape, takes_from_base, truncated
@@ -18,9 +21,7 @@ from lora_jax.resolve import Adapted, Choice, InFull
 from lora_jax.weight import LoraWeight, Node, Part, Trained, TrainedRows
 
 
-def node_of(
-    leaf: Any, path: str, choice: Choice, key: jax.Array, projections: Projections
-) -> Node:
+def node_of(leaf: Any, path: str, choice: Choice, key: jax.Array, projections: Projections) -> Node:
     """Returns the node for a leaf; its arrays are `jax.ShapeDtypeStruct`\\ s where the leaf's are.
 
     Args:
@@ -59,6 +60,8 @@ def _adapted(
     if rule.vera:
         sizes = (choice.roles.sizes(leaf.shape, label) for label in ("in", "out"))
         arrays |= projections.of(max(choice.ranks), np.dtype(rule.dtype), *sizes)
+    elif rule.xs:
+        arrays |= singular_factors(leaf, choice.roles, choice.ranks, np.dtype(rule.dtype))
     else:
         a, b = _draw(leaf, path, choice, scale, key)
         a, b = jnp.moveaxis(a, -1, n_batch).reshape(a_shape), b.reshape(b_shape)
@@ -86,6 +89,46 @@ def _adapted(
     return node.replace(**{extra.name: first(extra) for extra in rule.parts})
 
 
+def singular_factors(
+    leaf: Any, roles: AxisRoles, ranks: Sequence[int], dtype: Any
+) -> dict[str, Any]:
+    """Returns a and b of LoRA-XS: UΣ and Vᵀ of the largest singular values of W, by layer.
+
+    Args:
+      leaf: W, an array or a `lora_jax.base.Base`.
+      roles: of its axes.
+      ranks: r of each layer of the first batch axis, or one r for all.
+      dtype: of both.
+
+    Raises:
+      ValueError: the rank is larger than W's.
+    """
+    kernel, rank = _matrices(leaf, roles), max(ranks)
+    on = [layer for layer, r in enumerate(ranks) if r]
+    is_whole = len(on) == len(ranks)
+    a, b = truncated(kernel if is_whole else kernel[jnp.asarray(on)], rank)
+    if not is_whole:
+        a, b = (
+            jnp.zeros((len(ranks), *x.shape[1:]), x.dtype).at[jnp.asarray(on)].set(x)
+            for x in (a, b)
+        )
+    if len(set(ranks)) > 1:
+        used = jnp.arange(rank) < jnp.asarray(ranks)[:, None]  # [layers, r]
+        used = lax.expand_dims(used, range(1, kernel.ndim - 2))
+        a, b = jnp.where(used[..., None, :], a, 0), jnp.where(used[..., None], b, 0)
+    a_shape, b_shape, _ = factor_shapes(leaf.shape, roles, rank)
+    return {"a": a.mT.reshape(a_shape).astype(dtype), "b": b.reshape(b_shape).astype(dtype)}
+
+
+def _matrices(leaf: Any, roles: AxisRoles) -> jax.Array:
+    """Returns W as [batch…, in, out], in fp32 (or wider)."""
+    order = layout(("batch", "in", "out"), roles.labels(len(leaf.shape)))
+    sizes = {label: roles.sizes(leaf.shape, label) for label in ("batch", "in", "out")}
+    fan_in, fan_out = math.prod(sizes["in"]), math.prod(sizes["out"])
+    kernel = jnp.transpose(as_array(leaf), order).reshape(*sizes["batch"], fan_in, fan_out)
+    return kernel.astype(wide(leaf.dtype))
+
+
 def _draw(leaf: Any, path: str, choice: Adapted, scale: jax.Array, key: jax.Array) -> Factors:
     """Returns A [batch…, in, r] and B [batch…, r, out].
 
@@ -96,15 +139,10 @@ def _draw(leaf: Any, path: str, choice: Adapted, scale: jax.Array, key: jax.Arra
     batch = roles.sizes(leaf.shape, "batch")
     fan_in, fan_out = (math.prod(roles.sizes(leaf.shape, label)) for label in ("in", "out"))
     key, dtype, kernel = fold_in_path(key, path), np.dtype(rule.dtype), None
-    if rule.xs or takes_from_base(rule.init):
-        order = layout(("batch", "in", "out"), roles.labels(len(leaf.shape)))
-        kernel = jnp.transpose(as_array(leaf), order).reshape(*batch, fan_in, fan_out)
-        kernel = kernel.astype(wide(leaf.dtype))
+    if takes_from_base(rule.init):
+        kernel = _matrices(leaf, roles)
 
     def drawn(key: jax.Array, rank: int, *layer: int) -> Factors:
-        if kernel is not None and rule.xs:
-            a, b = truncated(kernel[layer], rank)
-            return a.astype(dtype), b.astype(dtype)
         size = FactorShape(batch[len(layer) :], fan_in, fan_out, rank)
         more = {} if kernel is None else {"kernel": kernel[layer], "scale": scale[layer]}
         a, b = rule.init(key, size, dtype, **more)

@@ -14,7 +14,6 @@ from lora_jax.base import as_array, is_base
 from lora_jax.magnitude import wide
 from lora_jax.parts import AXES, EXAMPLE, STATIC, Axes, layout, sizes, spread
 
-
 # Parts that `Factored.formed` folds into a and b.
 _COMPACT = ("shared_a", "shared_b", "latent", "columns")
 

@@ -181,6 +181,11 @@ class LoraWeight(_Node):
         return (arrays["start_a"], arrays["start_b"]) if "start_a" in arrays else None
 
     @property
+    def is_compact(self) -> bool:
+        """Whether A and B follow from W or a seed, and what stands around them trains."""
+        return "b" in self.frozen
+
+    @property
     def has(self) -> tuple[str, ...]:
         """The names of the parts beside A and B."""
         return tuple(extra.name for extra in self.extras)
