@@ -30,6 +30,7 @@ _HOW_TO_USE = (
 
 # Arrays of a weight that products take as they are: a bank's, which made them beforehand.
 _AS_THEY_ARE = ("pick", "rows", "gain", "shift")
+_NAMES = ("a", "b", "scale", "magnitude", "bias", "shared_a", "shared_b", "seed")
 _FACTORS = ("a", "b", "shared_a", "shared_b", "scale")
 
 
@@ -160,7 +161,7 @@ class LoraWeight(_Node):
 
     def __getattr__(self, name: str) -> Any:
         """Returns an array by its name."""
-        if name in ("a", "b", "scale", "magnitude", "bias", *(e.name for e in self.extras)):
+        if name in _NAMES or any(name == extra.name for extra in self.extras):
             return self.arrays.get(name)
         raise AttributeError(f"a LoraWeight has no attribute {name!r}")
 

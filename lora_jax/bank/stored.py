@@ -36,8 +36,6 @@ def stored(name: str, tree: Any, slots: Mapping[str, Slots]) -> Adapter:
         raise BankError(f"bank: {name!r} is a plain tree: give an adapted one, or a folder")
     for path, node in nodes.items():
         _check_fits(name, path, node, slots)
-        if isinstance(node, LoraWeight) and node.is_compact:
-            nodes[path] = node.as_lora()
     alone = {p: n.replace(base=None) if isinstance(n, LoraWeight) else n for p, n in nodes.items()}
     return jax.tree.map(np.asarray, alone)
 
@@ -115,6 +113,8 @@ def _values(node: Any, slots: Slots, base: Any) -> dict[str, Any]:
     }
     if node is None:
         return values
+    if node.is_compact:
+        node = node.replace(base=slots.base).as_lora()
     parts = {name: getattr(node, name) for name in ("a", "b", "scale")}
     if node.extras:
         parts = _parts_of_variant(node, slots)

@@ -172,7 +172,8 @@ def test_before_the_first_step(program, variant):
     program = with_variant(program, variant)
     params, _, x = program.inputs()
     fresh = lj.lorafy(params, program.rules)
-    assert_close(jax.jit(adapted(program.run))(fresh, x), program.run(params, x), 1e-5)
+    near = 1e-4 if variant == "LoRA-XS" else 1e-5  # its R starts at 1e-5, not at 0
+    assert_close(jax.jit(adapted(program.run))(fresh, x), program.run(params, x), near)
     stripped = zip(jax.tree.leaves(lj.strip(fresh)), jax.tree.leaves(params), strict=True)
     assert all(a is b for a, b in stripped)
     assert_identical(lj.join(*lj.split(fresh)), fresh)

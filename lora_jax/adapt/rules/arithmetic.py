@@ -182,12 +182,14 @@ def _joined(use: Use, values: Sequence[Any], dimension: int) -> list[Any] | None
     if role == "in" and any(map(has_more, weights)):
         return None  # each part has a gain of its own for the same columns
     (base,) = use.bind([as_array(v.base) if isinstance(v, Factored) else v for v in use.values])
-    names = {name for w in weights for name in w.parts}
-    if role == "batch":
-        joined = {name: _end_to_end(name, aligned, first, dimension) for name in names}
-    else:
-        aligned = [scale_in_a(v) if isinstance(v, Factored) else v for v in aligned]
-        joined = {name: _side_by_side(name, aligned, first, dimension) for name in names}
+    join = _end_to_end
+    if role != "batch":
+        aligned, join = (
+            [scale_in_a(v) if isinstance(v, Factored) else v for v in aligned],
+            _side_by_side,
+        )
+    names = {name for v in aligned if isinstance(v, Factored) for name in v.parts}
+    joined = {name: join(name, aligned, first, dimension) for name in names}
     return [dataclasses.replace(first, base=base, parts=joined)]
 
 
