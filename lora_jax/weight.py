@@ -236,7 +236,12 @@ class LoraWeight(_Node):
     def n_frozen(self) -> int:  # type: ignore[override]
         return sum(self._count(name) for name in self.frozen if name in self.arrays)
 
-    is_factored = _Node.is_on
+    @property
+    def is_on(self) -> bool:
+        names = self.part_names() if self.is_compact else ("a", "b")
+        return all(self.arrays.get(name) is not None for name in names)
+
+    is_factored = is_on
 
     def factored(self, path: str = "", key: Any = None) -> Factored:
         """Returns the weight as what the products work on; see `lora_jax.product`."""

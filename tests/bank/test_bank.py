@@ -83,7 +83,11 @@ def test_adapters_come_and_go():
     check(bank, ["c", "c", "d", "a"], trees)
     for name in bank.names:
         assert_identical(bank.get(name), trees[name])
-        assert bank.get(name)["out"]["kernel"] is PARAMS["out"]["kernel"] or name in "ad"
+        assert bank.get(name)["out"]["kernel"] is PARAMS["out"]["kernel"] or name in (
+            "a",
+            "d",
+            "vera",
+        )
 
 
 def test_nothing_compiles_anew():

@@ -90,6 +90,8 @@ _USELESS = {
     "init_adapter": "a comparison begins at the base",
     "allow_base_mismatch": "a comparison begins at the base",
     "peft_config": "a comparison sets the adapter's options itself",
+    "xs": "--methods share ranks, alphas and rates, and LoRA-XS wants others",
+    "vera": "--methods share ranks, alphas and rates, and VeRA wants others",
     "intrinsic": "a comparison sets the parameters that train itself",
     "intrinsic_kind": "a comparison sets the parameters that train itself",
     "keep_best": "all runs are compared after their last step",
