@@ -58,7 +58,7 @@ class LoraRule:
       freeze_a: A stays as it was drawn, and x is not kept for its gradient (LoRA-FA,
         arXiv 2308.03303).
       xs: W + s·ARB, where A = U_rΣ_r and B = V_rᵀ of W's singular value decomposition are frozen
-        and R [r, r] trains (LoRA-XS, arXiv 2405.17604); W stays whole.
+        and R [r, r] trains (LoRA-XS, arXiv 2405.17604); W stays whole. See `init.truncated`.
       vera: W + s·A·diag(d)·B·diag(b), where A and B are frozen random matrices that all weights of
         this rank share, and d [r] and b [out] train (VeRA, arXiv 2310.11454, which takes a large
         rank, such as 256). Leave out alpha, so that s = 1, as in PEFT.

@@ -75,6 +75,11 @@ def test_the_factors_of_xs_are_singular_vectors():
         assert (b[np.arange(rank), np.abs(b[:rank]).argmax(axis=1)] > 0).all()
         assert not a[:, rank:].any() and not b[rank:].any() and not up.latent[layer, rank:].any()
     assert up.latent.shape == (3, 3, 3)
+    u, s, vt = np.linalg.svd(np.asarray(draw(1, (90, 70)), np.float64), full_matrices=False)
+    large = jnp.asarray((u * 0.9 ** np.arange(70)) @ vt, jnp.float32)  # values that are all close
+    one = lj.lorafy({"kernel": large}, [rule("xs", targets=["kernel"], rank=5)])["kernel"]
+    assert_close(one.a.T @ one.b, (u[:, :5] * 0.9 ** np.arange(5)) @ vt[:5], 1e-3)
+    assert_close(jnp.linalg.norm(one.a, axis=1), 0.9 ** np.arange(5), 1e-4)
     many = lj.lorafy({"kernel": draw(1, (50, 60))}, [rule("xs", targets=["kernel"], rank=40)])
     assert 0.9e-5 < np.std(many["kernel"].latent) < 1.1e-5
     assert lj.count_params(lj.lorafy(PARAMS, rules))[0] == 2 * (9 + 4 + 4) + 9
