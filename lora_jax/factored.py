@@ -94,7 +94,7 @@ class Factored:
 
     @property
     def is_compact(self) -> bool:
-        """Whether a and b follow from other, smaller parts."""
+        """True where a and b follow from other, smaller parts."""
         return not self.parts.keys().isdisjoint(_COMPACT)
 
     def formed(self) -> "Factored":

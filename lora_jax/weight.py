@@ -183,7 +183,7 @@ class LoraWeight(_Node):
 
     @property
     def is_compact(self) -> bool:
-        """Whether A and B follow from W or a seed, and what stands around them trains."""
+        """True where A and B follow from W or a seed, and what stands around them trains."""
         return "b" in self.frozen
 
     @property
