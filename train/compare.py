@@ -22,21 +22,24 @@ from typing import Any
 
 from rich.console import Console
 
+import lora_jax as lj
 from lora_jax.training.processes import write_text
 from lora_jax.training.run.lock import FolderLock
 from lora_jax.training.run.log import duration
 from train import classify, sft
 from train.comparing import measure, outside, record, result
 from train.comparing.arms import OF_CLASSIFIER
+from train.comparing.intruders import mean_intruders
 from train.comparing.options import CompareConfig, check
 from train.comparing.reporting import dimension, peft_json, report
 from train.comparing.script import Script
 from train.comparing.sweep import Sweep
 from train.comparing.trials import RUNS, trials_of
-from train.finetune import Part
-from train.inputs import Reader
+from train.finetune import Part, weights_of
+from train.inputs import Inputs, Reader
 from train.run.errors import UserError, flag
-from train.run.fit import resume_hint
+from train.run.fit import Run, resume_hint
+from train.run.intrinsic import merged, moves_weights, space_of
 from train.run.options import classify as classify_options
 from train.run.options import sft as sft_options
 from train.run.options.command import read_line
@@ -185,6 +188,7 @@ def compare(
     )
     session.stop.remedy = resume_hint("train.compare")
     part = Part(reader=reader, hint=session.stop.remedy)
+    counting = functools.partial(_intruders, inputs) if asked.intruders else None
     sweep = Sweep(
         script=script.name,
         folder=folder,
@@ -195,6 +199,7 @@ def compare(
         early=asked.early_stopping,
         keep_weights=asked.keep_weights,
         outside=None if rows is None else functools.partial(outside.loss_on, rows),
+        intruders=counting,
         session=session,
         console=console,
     )
@@ -223,6 +228,18 @@ def compare(
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _intruders(inputs: Inputs, run: Run, tree: Any) -> float:
+    """Returns the intruder dimensions of a run's tree."""
+    outline, layout = inputs.read.outline, inputs.layout
+    adapter = run.config.adapter
+    if moves_weights(adapter):  # the tree holds no base, or one that a subspace moves
+        before = weights_of(run.config, outline, layout)[1]
+    else:
+        before = lj.strip(tree)
+    after = merged(space_of(run.config, outline.params), tree)
+    return mean_intruders(before, after, outline.kinds)
 
 
 def _locked(config: Any, session: Session, console: Console) -> Path:

@@ -163,6 +163,7 @@ def _of_run(trial: Trial, sweep: Sweep, before: float | None) -> Measured:
         side_by_side=done.side_by_side,
         seconds=done.seconds or None,
         forgetting=forgetting,
+        intruders=done.intruders,
     )
 
 

@@ -64,6 +64,9 @@ class CompareConfig:
     outside: str | None = None
     """Text outside the task, to measure on what the model forgets: a text file, or off. By default
     Python's own documentation, as the interpreter holds it."""
+    intruders: bool = False
+    """Count the intruder dimensions of each run's weights: strong directions that the base does not
+    have. It takes from seconds to a minute a run."""
     costs: bool = True
     """Measure the memory and the time of a step of the best of each method, each alone in a process
     of its own, and the time of an answer: base, merged, and with the adapter beside it."""

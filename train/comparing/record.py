@@ -21,6 +21,7 @@ class Done:
       score: the task's own, at the end.
       saved_bytes: of what it leaves to ship.
       outside: the loss on text outside the task, at the end.
+      intruders: intruder dimensions of a matrix, on average, at the end.
     """
 
     stages: int = 0
@@ -31,6 +32,7 @@ class Done:
     score: float | None = None
     saved_bytes: int | None = None
     outside: float | None = None
+    intruders: float | None = None
 
 
 @dataclasses.dataclass

@@ -77,6 +77,7 @@ class Measured:
       side_by_side: the number of runs that shared its steps; 1 if it ran alone.
       seconds: the wall time that the run took, or its even share of the time of all at its side.
       forgetting: None where it was not measured.
+      intruders: intruder dimensions of a matrix, on average over the layers; None if not counted.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Measured:
     side_by_side: int = 1
     seconds: float | None = None
     forgetting: Forgetting | None = None
+    intruders: float | None = None
 
 
 class Latency(NamedTuple):

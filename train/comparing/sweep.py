@@ -54,6 +54,7 @@ class Sweep:
       keep_weights: whether the weights of full fine-tuning stay.
       outside: returns the loss on text outside the task, of an adapted tree and the function that
         runs it; None measures nothing.
+      intruders: returns the intruder dimensions of a run's tree; None counts none.
       session: tells of signals.
       console: to print to.
     """
@@ -67,6 +68,7 @@ class Sweep:
     early: bool
     keep_weights: bool
     outside: Callable[[Any, Callable[..., Any]], float] | None
+    intruders: Callable[[Run, Any], float] | None
     session: Session
     console: Console
 
@@ -124,6 +126,8 @@ class Sweep:
             done.saved_bytes = folder_bytes(run.folder / ADAPTER)
             if self.outside is not None:
                 done.outside = self.outside(tree, forward)
+            if self.intruders is not None:
+                done.intruders = self.intruders(run, tree)
 
         part = dataclasses.replace(self.part, until=until, trained=trained)
         first = group[0]

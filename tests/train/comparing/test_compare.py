@@ -7,6 +7,8 @@ import signal
 import jax
 import pytest
 
+import lora_jax as lj
+from lora_jax import models
 from lora_jax.bank.together.together import Together
 from lora_jax.training import loop
 from tests.support import assert_close
@@ -14,6 +16,7 @@ from tests.train.tiny import write_model, write_rows
 from train.compare import main
 from train.comparing import result
 from train.comparing.arms import has_adapter
+from train.comparing.intruders import mean_intruders
 from train.run.log import read_metrics
 from train.sft import main as sft
 
@@ -52,7 +55,7 @@ def compare(folder, output, *args, grid=GRID):
 def whole(folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole") / "out"
     with jax.numpy_dtype_promotion("standard"):
-        assert compare(folder, output, "--no-costs") == 0
+        assert compare(folder, output, "--no-costs", "--intruders") == 0
     return output
 
 
@@ -74,7 +77,7 @@ def timeless(comparison):
 
 
 @pytest.mark.slow
-def test_hopeless_runs_stop_and_the_others_are_measured(whole):
+def test_hopeless_runs_stop_and_the_others_are_measured(whole, folder):
     found = result.read(whole)
     assert len(found.runs) == 2 * (2 * 2 + 2)
     by_arm = {run.arm: [r.status for r in found.runs if r.arm == run.arm] for run in found.runs}
@@ -96,12 +99,17 @@ def test_hopeless_runs_stop_and_the_others_are_measured(whole):
         assert not (whole / "runs" / run.name / "checkpoints").exists()
         if run.status == "done":
             assert run.forgetting.before != run.forgetting.after and run.saved_bytes > 1000
+        assert (run.intruders is not None) == (run.status == "done")
     full = next(run for run in found.runs if run.status == "done" and run.arm.method == "full")
     lora = next(run for run in found.runs if run.status == "done" and run.arm.method == "lora")
     assert full.trained_parameters > 10 * lora.trained_parameters
     assert not (whole / "runs" / full.name / "adapter").exists(), "all weights are not kept"
     assert (whole / "runs" / lora.name / "adapter").exists()
     assert "<img" in (whole / "report.html").read_text()
+    model, params = models.from_pretrained(folder / "model")
+    adapted = lj.load_adapter(whole / "runs" / lora.name / "adapter", params)
+    counted = mean_intruders(params, lj.merge(adapted), models.kinds(model.config))
+    assert lora.intruders == counted
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lora_jax.training.processes import write_text
+from train.comparing.intruders import ALIKE, FIRST
 from train.comparing.reporting import dimension, tables, words
 from train.comparing.reporting.document import (
     Block,
@@ -284,6 +285,20 @@ def _forgetting(figures: _Figures) -> list[Block]:
     return [Heading("Forgetting"), Text(text), Grid(header, body)]
 
 
+def _intruders(figures: _Figures) -> list[Block]:
+    counted = [(row, row.intruders) for row in figures.rows if row.intruders]
+    if not counted:
+        return []
+    body = [[figures.label(row.arm), *_spread(found), f"{found.n}"] for row, found in counted]
+    text = (
+        f"Of the {FIRST} strongest singular vectors of a trained matrix, those that have a cosine "
+        f"below {ALIKE:g} with each of the base's (Shuttleworth et al., arXiv 2410.21228); a mean "
+        "over matrices of all layers."
+    )
+    header = ["Arm", *_SPREAD, "Seeds"]
+    return [Heading("Intruder dimensions"), Text(text), Grid(header, body)]
+
+
 def _failed(figures: _Figures) -> list[Block]:
     failed = [run for run in figures.comparison.runs if run.status == "failed"]
     blocks: list[Block] = [Heading("Failed runs")] if failed else []
@@ -310,7 +325,17 @@ def _facts(figures: _Figures) -> list[Block]:
     return [Heading("Facts"), Code(facts.command), Lines(lines)]
 
 
-_SECTIONS = (_dimensions, _costs, _rungs, _latencies, _storage, _forgetting, _failed, _facts)
+_SECTIONS = (
+    _dimensions,
+    _costs,
+    _rungs,
+    _latencies,
+    _storage,
+    _forgetting,
+    _intruders,
+    _failed,
+    _facts,
+)
 
 
 def _others(row: Row) -> str:

@@ -64,6 +64,7 @@ class Row:
       quality: by the comparison's measure; runs that ended count alone.
       score, held_out_loss: of runs that ended.
       forgetting: how much the loss on text outside the task rose.
+      intruders: intruder dimensions of a matrix.
       trained_parameters: a run's.
       saved_bytes, compiled_bytes, peak_bytes, step_seconds, seconds: means over runs that ended.
     """
@@ -74,6 +75,7 @@ class Row:
     score: Spread | None
     held_out_loss: Spread | None
     forgetting: Spread | None
+    intruders: Spread | None
     trained_parameters: int | None
     saved_bytes: float | None
     compiled_bytes: float | None
@@ -271,6 +273,7 @@ def _row(arm: Arm, runs: Sequence[Measured], measure: Measure) -> Row:
         score=spread(run.score for run in done),
         held_out_loss=spread(run.held_out_loss for run in done),
         forgetting=spread(one.after - one.before for one in forgotten if one),
+        intruders=spread(run.intruders for run in done),
         trained_parameters=next((n for run in runs if (n := run.trained_parameters)), None),
         saved_bytes=mean(lambda run: run.saved_bytes),
         compiled_bytes=mean(lambda run: run.compiled_bytes),

@@ -1,0 +1,56 @@
+"""Intruder dimensions: planted in a matrix, and counted in trees against NumPy's own SVD."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from train.comparing.intruders import ALIKE, FIRST, intruders, mean_intruders
+
+
+def matrix(rows, columns, seed=0):
+    """A random matrix whose singular values fall from 5 to 1."""
+    rng = np.random.default_rng(seed)
+    n = min(rows, columns)
+    u, _ = np.linalg.qr(rng.normal(size=(rows, n)))
+    v, _ = np.linalg.qr(rng.normal(size=(columns, n)))
+    return (u * np.linspace(5, 1, n)) @ v.T
+
+
+def by_svd(base, trained):
+    """The definition, in PyTorch's layout [out, in], by NumPy's SVD."""
+    u0, u1 = (np.linalg.svd(m.T)[0] for m in (base, trained))
+    return sum(np.abs(u0[:, : min(base.shape)].T @ u1[:, j]).max() < ALIKE for j in range(FIRST))
+
+
+@pytest.mark.parametrize("shape", [(110, 210), (210, 110), (150, 150)])
+def test_planted_directions_are_counted(shape):
+    base = matrix(*shape)
+    rng = np.random.default_rng(1)
+    planted = base.copy()
+    for strength in (40, 30, 20):
+        planted += strength * np.outer(
+            *(x / np.linalg.norm(x) for x in (rng.normal(size=shape[0]), rng.normal(size=shape[1])))
+        )
+    assert intruders(base, base) == 0
+    assert intruders(base, base * 1.5) == 0, "scaled: the same directions"
+    assert intruders(base, planted) == by_svd(base, planted) == 3  # a random direction: cos ≈ 0.3
+    turned = base + 0.4 * rng.normal(size=shape)
+    assert intruders(base, turned) == by_svd(base, turned), "a change of full rank"
+
+
+def test_a_tree_counts_each_layer_of_a_stack_and_no_table():
+    layers = np.stack([matrix(24, 17, seed) for seed in range(3)])
+    base = {
+        "embed": {"embedding": jnp.asarray(matrix(50, 24))},
+        "layers": {"up": {"kernel": jnp.asarray(layers, jnp.float32), "bias": jnp.zeros((3, 17))}},
+    }
+    tree = lj.lorafy(base, [lj.LoraRule(targets=["up"], rank=1, alpha=1)])
+    weight = tree["layers"]["up"]["kernel"]
+    b = jnp.zeros((3, 1, 17)).at[1].set(jnp.asarray(np.random.default_rng(2).normal(size=17)))
+    strong = weight.replace(b=30 * b, a=weight.a * 5)
+    trained = lj.merge({**base, "layers": {"up": {**base["layers"]["up"], "kernel": strong}}})
+    assert mean_intruders(base, base) == 0
+    changed = np.asarray(trained["layers"]["up"]["kernel"])
+    by_hand = [by_svd(layers[i], changed[i]) for i in range(3)]
+    assert by_hand == [0, 1, 0] and mean_intruders(base, trained) == pytest.approx(1 / 3)
