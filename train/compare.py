@@ -143,8 +143,13 @@ def parse(args: Sequence[str]) -> tuple[Script, Any, frozenset[str]]:
 
 
 def compare(
-    script: Script, config: Any, given: frozenset[str], session: Session, command: str
-) -> None:
+    script: Script,
+    config: Any,
+    given: frozenset[str],
+    session: Session,
+    command: str,
+    prog: str = "train.compare",
+) -> result.Comparison:
     """Compares methods on a task; writes the report.
 
     Args:
@@ -153,6 +158,10 @@ def compare(
       given: the names of the options that were given.
       session: tells of signals.
       command: the command line, for the report.
+      prog: the module that was called, for the hint how to go on.
+
+    Returns:
+      What was measured.
 
     Raises:
       TrainingError: something that was asked for cannot be done.
@@ -177,7 +186,7 @@ def compare(
         highlight=False,
         soft_wrap=True,
     )
-    session.stop.remedy = resume_hint("train.compare")
+    session.stop.remedy = resume_hint(prog)
     part = Part(reader=reader, hint=session.stop.remedy)
     sweep = Sweep(
         script=script.name,
@@ -214,6 +223,7 @@ def compare(
         highlight=False,
         soft_wrap=True,
     )
+    return found
 
 
 def _locked(config: Any, session: Session, console: Console) -> Path:
