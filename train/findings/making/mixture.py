@@ -78,7 +78,7 @@ def untrained(text: str, folder: Path) -> None:
     made = tokenizer(text)
     ids = {"eos_token_id": made.eos_token_id, "pad_token_id": made.pad_token_id}
     model = Decoder(DecoderConfig.from_hf(CONFIG | ids))
-    params = model.init(jax.random.key(_SEED), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(_SEED), jnp.zeros((1, 1), jnp.int32))["params"]
     save_pretrained(folder, model, params, tokenizer=made)
 
 
