@@ -27,14 +27,15 @@ from lora_jax.training.run.lock import FolderLock
 from lora_jax.training.run.log import duration
 from train import classify, sft
 from train.comparing import measure, outside, record, result
+from train.comparing.arms import OF_CLASSIFIER
 from train.comparing.options import CompareConfig, check
-from train.comparing.reporting import peft_json, report
+from train.comparing.reporting import dimension, peft_json, report
 from train.comparing.script import Script
 from train.comparing.sweep import Sweep
 from train.comparing.trials import RUNS, trials_of
 from train.finetune import Part
 from train.inputs import Reader
-from train.run.errors import UserError
+from train.run.errors import UserError, flag
 from train.run.fit import resume_hint
 from train.run.options import classify as classify_options
 from train.run.options import sft as sft_options
@@ -131,6 +132,11 @@ def parse(args: Sequence[str]) -> tuple[Script, Any, frozenset[str]]:
         length = {"steps", "epochs"}  # either says how long to train
         kept = given | length if given & length else given
         config = replaced(config, {k: v for k, v in script.quick.items() if k not in kept})
+    wrong = [method for method in config.compare.methods if method in OF_CLASSIFIER]
+    if wrong and script.kind != "classify":
+        raise UserError(
+            f"{flag('methods', wrong[0])} is a way to train a classifier: compare classify"
+        )
     if "outside" in given and script.kind != "sft":
         raise UserError(
             "--outside: a classifier has no loss on text, so that nothing tells what it forgets"
@@ -214,7 +220,10 @@ def compare(
     said = report.write_report(found, folder)
     if asked.peft_json:
         peft_json.write(found, folder / peft_json.FOLDER)
-    for line in (f"verdict: {said.verdict}", *said.reasons, *said.undecided):
+    sizes = [
+        dimension.sentence(one, found.facts.score or "score") for one in dimension.dimensions(found)
+    ]
+    for line in (f"verdict: {said.verdict}", *said.reasons, *said.undecided, *sizes):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     console.print(
         f"this call took {duration(time.monotonic() - began)}, and all runs so far "

@@ -5,6 +5,7 @@ size takes the compiler a second or so, and a model has hundreds of small tensor
 """
 
 import functools
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -23,8 +24,19 @@ _GENERATOR = "threefry2x32"  # of the draws, whatever JAX's default is
 _SMALL = 2**18  # entries of a tensor, and of those that are projected at once
 
 
+def keys_of(seed: int, tensors: Sequence[Tensor]) -> jax.Array:
+    """Returns the data of each tensor's PRNG key, leaf by leaf: uint32 [n, 2].
+
+    A layer of a stack is a tensor of its own.
+    """
+    with jax.ensure_compile_time_eval():
+        key = jax.random.key(seed, impl=_GENERATOR)
+        names = [name for tensor in tensors for name in tensor.names]
+        return jnp.stack([jax.random.key_data(fold_in_path(key, name)) for name in names])
+
+
 def moved(
-    seed: int,
+    keys: jax.Array,
     tensors: Sequence[Tensor],
     leaves: Mapping[str, Any],
     theta: jax.Array,
@@ -33,7 +45,7 @@ def moved(
     """Returns θ₀ + λP(θ_d) of each leaf, by path.
 
     Args:
-      seed: of all projections.
+      keys: of the projections, as `keys_of` returns them.
       tensors: those that move.
       leaves: θ₀, by path.
       theta: θ_d.
@@ -41,18 +53,23 @@ def moved(
     """
     ones = jnp.ones(1, theta.dtype)
     found, small = {}, defaultdict(list)
+    # The compiler must not compute the draws itself, where it knows the keys.
+    every = jax.random.wrap_key_data(jax.lax.optimization_barrier(keys), impl=_GENERATOR)
+    ends = itertools.accumulate(len(tensor.names) for tensor in tensors)
+    own = {t.path: every[end - len(t.names) : end] for t, end in zip(tensors, ends, strict=True)}
     for tensor in tensors:
         if tensor.size // len(tensor.names) <= _SMALL:
             small[tensor.size // len(tensor.names)].append(tensor)
             continue
         shape = leaves[tensor.path].shape[: int(tensor.is_stack)]
-        keys, scales = _keys(seed, [tensor]), _scales(scale, [tensor], ones)
+        scales = _scales(scale, [tensor], ones)
         of = _of_stack if tensor.is_stack else _of_tensor
         found[tensor.path] = of(
-            leaves[tensor.path], theta, keys.reshape(shape), scales.reshape(shape)
+            leaves[tensor.path], theta, own[tensor.path].reshape(shape), scales.reshape(shape)
         )
     for size, group in small.items():
-        changes = _together(theta, _keys(seed, group), _scales(scale, group, ones), size)
+        of_group = jnp.concatenate([own[tensor.path] for tensor in group])
+        changes = _together(theta, of_group, _scales(scale, group, ones), size)
         done = 0
         for tensor in group:
             leaf, n = leaves[tensor.path], len(tensor.names)
@@ -75,19 +92,6 @@ def placed(array: jax.Array, leaf: Any, sharding: Any = None) -> jax.Array:
 def draws_of(seed: int) -> jax.Array:
     """Returns some random bits, to tell whether another JAX draws the same from a seed: uint32."""
     return jax.random.bits(jax.random.key(seed, impl=_GENERATOR), (8,), jnp.uint32)
-
-
-def _keys(seed: int, tensors: Sequence[Tensor]) -> jax.Array:
-    """Returns the key of each tensor of some leaves, [n].
-
-    They are constants to the compiler, which must not compute the draws itself.
-    """
-    with jax.ensure_compile_time_eval():
-        key = jax.random.key(seed, impl=_GENERATOR)
-        names = [name for tensor in tensors for name in tensor.names]
-        data = [jax.random.key_data(fold_in_path(key, name)) for name in names]
-    data = jax.lax.optimization_barrier(jnp.stack(data))
-    return jax.random.wrap_key_data(data, impl=_GENERATOR)
 
 
 def _scales(scale: jax.Array | None, tensors: Sequence[Tensor], ones: jax.Array) -> jax.Array:

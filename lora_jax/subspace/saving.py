@@ -18,11 +18,14 @@ from lora_jax.subspace.space import Subspace, Theta, make
 from lora_jax.weight import Trained
 
 FACTS = "subspace"  # its name among the facts about an adapter
-_BESIDE, _BASE = "subspace", "base"
+_BESIDE, _BASE, _KEYS = "subspace", "base", "keys"
 
 
 def tree_of(space: Subspace, base: Tree, theta: Mapping[str, Any] | None = None) -> Tree:
     """Returns an adapted tree: the base, and beside it θ_d (and λ), which train.
+
+    The keys of the projections are frozen leaves of it: a function of the tree is compiled once for
+    all seeds.
 
     Args:
       space: the subspace.
@@ -38,7 +41,7 @@ def tree_of(space: Subspace, base: Tree, theta: Mapping[str, Any] | None = None)
     """
     theta = space.zeros() if theta is None else theta
     beside = {name: Trained(jnp.array(array, copy=True)) for name, array in theta.items()}
-    return {_BESIDE: beside, _BASE: base}
+    return {_BESIDE: {**beside, _KEYS: space.keys()}, _BASE: base}
 
 
 def theta_of(tree: Tree) -> Theta:
@@ -49,7 +52,7 @@ def theta_of(tree: Tree) -> Theta:
     >>> lj.subspace.theta_of(lj.subspace.tree_of(space, params))["theta"].shape
     (5,)
     """
-    beside = tree[_BESIDE]
+    beside = {name: x for name, x in tree[_BESIDE].items() if name != _KEYS}
     return {name: x.value if isinstance(x, Trained) else x for name, x in beside.items()}
 
 
@@ -78,7 +81,8 @@ def merge(space: Subspace, tree: Tree, shardings: Tree = None) -> Tree:
     >>> bool((lj.subspace.merge(space, tree)["kernel"] == params["kernel"]).all())
     True
     """
-    return space.params_of(theta_of(tree), base_of(tree), shardings)
+    keys = tree[_BESIDE][_KEYS]
+    return space.params_of(theta_of(tree), base_of(tree), shardings, keys)
 
 
 def facts_of(space: Subspace) -> dict[str, Any]:

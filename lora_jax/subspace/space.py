@@ -22,7 +22,7 @@ from lora_jax.resolve import resolve
 from lora_jax.rules import Targets, TrainRule
 from lora_jax.subspace.fastfood import MOST
 from lora_jax.subspace.layers import STACKS, Tensor, tensors_of
-from lora_jax.subspace.moving import moved, placed
+from lora_jax.subspace.moving import keys_of, moved, placed
 from lora_jax.weight import is_node, leaves_of
 
 Kind = Literal["did", "said"]
@@ -70,7 +70,17 @@ class Subspace:
         m = len(self.layers)
         return {"theta": jnp.zeros(self.dimension - m, dtype), "scale": jnp.ones(m, dtype)}
 
-    def params_of(self, theta: Mapping[str, Any], base: Tree, shardings: Tree = None) -> Tree:
+    def keys(self) -> jax.Array:
+        """Returns the PRNG keys of the projections, uint32 [tensors, 2]."""
+        return keys_of(self.seed, self.tensors)
+
+    def params_of(
+        self,
+        theta: Mapping[str, Any],
+        base: Tree,
+        shardings: Tree = None,
+        keys: jax.Array | None = None,
+    ) -> Tree:
         """Returns θ₀ + P(θ_d): the whole tree, as arrays that any function of the base runs on.
 
         Tensors that do not move are the base's very leaves. Each sum is taken in fp32 (or wider)
@@ -83,6 +93,8 @@ class Subspace:
           base: θ₀, the tree that the subspace was made for.
           shardings: a `NamedSharding` for each leaf of `base`. By default, arrays on a mesh keep
             their sharding; under `jax.jit`, where that is not known, the compiler chooses.
+          keys: as `keys` returns them. Given as an argument of a compiled function, they spare
+            each seed a compilation of its own; by default they are constants of it.
 
         Raises:
           ValueError: `theta` or `base` does not belong to the subspace.
@@ -90,7 +102,8 @@ class Subspace:
         leaves, treedef = leaves_of(base)
         self._check(theta, dict(leaves))
         where = [None] * len(leaves) if shardings is None else treedef.flatten_up_to(shardings)
-        changed = moved(self.seed, self.tensors, dict(leaves), theta["theta"], theta.get("scale"))
+        keys = self.keys() if keys is None else keys
+        changed = moved(keys, self.tensors, dict(leaves), theta["theta"], theta.get("scale"))
         return treedef.unflatten(
             placed(changed[path], leaf, sharding) if path in changed else leaf
             for (path, leaf), sharding in zip(leaves, where, strict=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,14 +21,19 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora-plus": {"lora_plus": 16.0},
     "full": {"full": True},
     "head-only": {"head_only": True},
+    "said": {"intrinsic_kind": "said"},
+    "did": {"intrinsic_kind": "did"},
 }
-_WITHOUT_ADAPTER = ("full", "head-only")
+OF_SUBSPACE = ("said", "did")
+OF_CLASSIFIER = ("head-only", *OF_SUBSPACE)  # methods that train.sft has not
+_WITHOUT_ADAPTER = ("full", *OF_CLASSIFIER)
 _RANKS = (4, 16, 64)
 _QUICK_RANKS = (8,)
 # Around the script's learning rate. Neighbours are a factor of three apart, about the distance at
 # which a loss curve begins to differ.
 _AROUND = (1 / 3, 1.0, 3.0)
 _AROUND_FULL = (1 / 3, 1.0, 3.0, 9.0)  # the scripts' rates are careful ones, for long runs
+_DIMENSIONS = (100, 1000, 10_000)
 
 
 class Basis(NamedTuple):
@@ -35,7 +41,8 @@ class Basis(NamedTuple):
 
     Attributes:
       alpha: a multiple of the rank.
-      rates: the learning rate of an adapter, of full fine-tuning, and of a head alone.
+      rates: the learning rate of an adapter, of full fine-tuning, and of a head alone; and of a
+        subspace the length of a step, which is its rate times the root of its dimension.
       batch_size: rows a step.
     """
 
@@ -67,6 +74,9 @@ def arms_of(compare: CompareConfig, basis: Basis) -> list[Arm]:
                 alphas = compare.alphas or (basis.alpha * rank,)
                 arms += [Arm(method, rank, targets, alpha, rate, size) for alpha in alphas]
             continue
+        if method in OF_SUBSPACE:
+            arms += _of_subspace(method, compare, basis, batch_sizes)
+            continue
         given = compare.full_lrs if method == "full" else compare.lrs
         rates = given or _around(basis.rates[method], _AROUND_FULL[compare.quick :])
         arms += [
@@ -76,11 +86,24 @@ def arms_of(compare: CompareConfig, basis: Basis) -> list[Arm]:
     return arms
 
 
+def _of_subspace(
+    method: str, compare: CompareConfig, basis: Basis, batch_sizes: Sequence[int]
+) -> Iterator[Arm]:
+    lengths = compare.step_lengths or _around(basis.rates[method])
+    for dimension, size, length in itertools.product(
+        compare.dimensions or _DIMENSIONS, batch_sizes, lengths
+    ):
+        rate = float(f"{length / math.sqrt(dimension):.3g}")
+        yield Arm(method, None, None, None, rate, size, dimension)
+
+
 def settings(arm: Arm, seed: int) -> dict[str, Any]:
     """Returns the options of a run, by the names of their fields."""
     given = {**METHODS[arm.method], "lr": arm.learning_rate, "batch_size": arm.batch_size}
     if has_adapter(arm.method):
         given |= {"rank": arm.rank, "targets": arm.targets, "alpha": arm.alpha}
+    if arm.dimension is not None:
+        given["intrinsic"] = arm.dimension
     return {**given, "seed": seed}
 
 
@@ -95,6 +118,8 @@ def _parts(arm: Arm, seed: int) -> Iterator[str]:
         yield f"r{arm.rank}"
         yield f"a{arm.alpha:g}"
         yield _word("+".join(arm.targets or ()))
+    if arm.dimension is not None:
+        yield f"d{arm.dimension}"
     yield f"lr{arm.learning_rate:.3g}"
     yield f"b{arm.batch_size}"
     yield f"s{seed}"

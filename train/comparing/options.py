@@ -9,7 +9,17 @@ from train.run.errors import UserError, flag
 from train.run.options.common import Options
 
 Method = Literal[
-    "lora", "rslora", "dora", "pissa", "olora", "lora-fa", "lora-plus", "full", "head-only"
+    "lora",
+    "rslora",
+    "dora",
+    "pissa",
+    "olora",
+    "lora-fa",
+    "lora-plus",
+    "full",
+    "head-only",
+    "said",
+    "did",
 ]
 
 
@@ -18,8 +28,9 @@ class CompareConfig:
     """The comparison: each method with all combinations of its settings, each with all seeds."""
 
     methods: tuple[Method, ...] = ("lora", "full")
-    """Ways to train: lora, and variants of it; full for all weights; head-only for a classifier's
-    head on the frozen encoder."""
+    """Ways to train: lora, and variants of it; full for all weights; of a classifier, head-only for
+    the head on the frozen encoder, said and did for a random subspace of all weights, of few
+    dimensions (--intrinsic)."""
     ranks: tuple[int, ...] = ()
     """Ranks of the adapters. By default 4 16 64."""
     target_sets: tuple[str, ...] = ("all-linear",)
@@ -32,6 +43,11 @@ class CompareConfig:
     full_lrs: tuple[float, ...] = ()
     """Learning rates of full fine-tuning. By default the script's with --full, a third of it, and
     three and nine times it."""
+    dimensions: tuple[int, ...] = ()
+    """Dimensions of said and did: how many numbers train. By default 100 1000 10000."""
+    step_lengths: tuple[float, ...] = ()
+    """Lengths of a step of said and did: their learning rate is this by the root of the dimension.
+    By default the script's, a third of it and three times it."""
     batch_sizes: tuple[int, ...] = ()
     """Rows a step. By default the script's."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -82,6 +98,8 @@ INSTEAD = {
     "lr": "lrs",
     "batch_size": "batch_sizes",
     "seed": "seeds",
+    "intrinsic": "dimensions",
+    "intrinsic_kind": "methods",
 }
 # Options that a comparison has no use for, and why.
 _USELESS = {
@@ -90,8 +108,6 @@ _USELESS = {
     "init_adapter": "a comparison begins at the base",
     "allow_base_mismatch": "a comparison begins at the base",
     "peft_config": "a comparison sets the adapter's options itself",
-    "intrinsic": "a comparison sets the parameters that train itself",
-    "intrinsic_kind": "a comparison sets the parameters that train itself",
     "keep_best": "all runs are compared after their last step",
     "patience": "all runs are compared after their last step; see --early-stopping",
     "lr_rule": "a comparison sweeps the learning rate: give --lrs",
@@ -102,6 +118,7 @@ _USELESS = {
 }
 _OF_GRID = (
     *("methods", "ranks", "target_sets", "alphas", "lrs", "full_lrs", "batch_sizes", "quick"),
+    *("dimensions", "step_lengths"),
 )
 _OWN_REPORTS = {"none", "tensorboard"}  # in the folder of each run
 
@@ -122,12 +139,13 @@ def check(compare: CompareConfig, options: Options, given: Collection[str]) -> N
     for field in ("methods", "target_sets", "seeds"):
         if not getattr(compare, field):
             raise UserError(f"{flag(field)}: at least one is needed")
-    for field in ("methods", "ranks", "target_sets", "alphas", "lrs", "full_lrs", "batch_sizes"):
-        _check_once(field, getattr(compare, field))
+    for field in _OF_GRID:
+        if field != "quick":
+            _check_once(field, getattr(compare, field))
     _check_once("seeds", compare.seeds)
-    for field in ("alphas", "lrs", "full_lrs"):
+    for field in ("alphas", "lrs", "full_lrs", "step_lengths"):
         _check_each(field, getattr(compare, field), lambda v: math.isfinite(v) and v > 0, "above 0")
-    for field in ("ranks", "batch_sizes"):
+    for field in ("ranks", "batch_sizes", "dimensions"):
         _check_each(field, getattr(compare, field), lambda v: v >= 1, "from 1 on")
     _check_each("at_once", (compare.at_once,), lambda v: v >= 1, "from 1 on")
     if compare.peft_experiments:
@@ -150,7 +168,8 @@ def check(compare: CompareConfig, options: Options, given: Collection[str]) -> N
 
 def _check_methods(compare: CompareConfig, given: Collection[str]) -> None:
     """Raises a UserError for settings of methods that are not compared."""
-    adapters = [m for m in compare.methods if m not in ("full", "head-only")]
+    subspaces = [m for m in compare.methods if m in ("said", "did")]
+    adapters = [m for m in compare.methods if m not in ("full", "head-only", *subspaces)]
     for field in ("ranks", "target_sets", "alphas", "lrs", "at_once"):
         if (
             field in given
@@ -158,6 +177,9 @@ def _check_methods(compare: CompareConfig, given: Collection[str]) -> None:
             and not (field == "lrs" and "head-only" in compare.methods)
         ):
             raise UserError(f"{flag(field)} is about adapters, and --methods names none of them")
+    for field in ("dimensions", "step_lengths"):
+        if field in given and not subspaces:
+            raise UserError(f"{flag(field)} is about said and did, and --methods names neither")
     for field in ("full_lrs", "keep_weights"):
         if field in given and "full" not in compare.methods:
             raise UserError(f"{flag(field)} is about full, which --methods leaves out")

@@ -21,12 +21,14 @@ class Arm(NamedTuple):
     """A configuration, which has one run for each seed.
 
     Attributes:
-      method: "lora", a variant of it such as "dora", or "full".
+      method: "lora", a variant of it such as "dora", "said" or "did" for a random subspace, or
+        "full".
       rank: of the adapter; None for full fine-tuning, and so are the next two.
       targets: the modules that the adapter is on, as `--targets` names them.
       alpha: of the adapter's scale.
       learning_rate: the peak.
       batch_size: rows a step.
+      dimension: of a random subspace; None for all other methods.
     """
 
     method: str
@@ -35,6 +37,7 @@ class Arm(NamedTuple):
     alpha: float | None
     learning_rate: float
     batch_size: int
+    dimension: int | None = None
 
 
 class Point(NamedTuple):

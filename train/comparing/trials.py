@@ -16,6 +16,7 @@ from train.comparing.script import Script
 from train.inputs import Inputs, Reader, inputs_of
 from train.run.adapter import rules
 from train.run.errors import UserError, flag
+from train.run.intrinsic import space_of
 from train.run.mesh import make_mesh
 from train.run.options.file import replaced
 from train.run.options.ignored import idle_options
@@ -60,9 +61,14 @@ def basis_of(script: Script, options: Any) -> arms.Basis:
       UserError: the optimiser has no learning rate of its own, and none was given.
     """
     rates: dict[str, float] = {}
-    names = ["lora", "full", *["head-only"] * hasattr(options.adapter, "head_only")]
+    names = ["lora", "full"]
+    if hasattr(options.adapter, "head_only"):
+        names += arms.OF_CLASSIFIER
     for name in names:
-        completed = script.completed(options, **arms.METHODS[name])
+        given = dict(arms.METHODS[name])
+        if name in arms.OF_SUBSPACE:
+            given["intrinsic"] = 1  # of one dimension, the rate is the length of a step
+        completed = script.completed(options, **given)
         if completed.optim.lr is None:
             raise UserError(
                 f"{flag('optimizer', options.optim.optimizer)} has no learning rate of its own: "
@@ -186,6 +192,9 @@ def _trial(
         changed["save_every"] = steps  # a checkpoint holds the model three times
     config = replaced(config, changed)
     kind = dataclasses.replace(config.adapter, alpha=None)
+    if arm.dimension is not None:
+        space_of(config, inputs.read.outline.params)  # raises if there is none
+        counted[kind] = arm.dimension
     if kind not in counted:
         outline = inputs.read.outline
         chosen = rules(config.adapter, outline)

@@ -9,7 +9,8 @@ from train.comparing.arms import Basis, arms_of, name_of, settings
 from train.comparing.options import CompareConfig
 from train.comparing.rungs import LAST, STAGES, decide, step_of
 
-BASIS = Basis(alpha=2.0, rates={"lora": 3e-4, "full": 3e-5, "head-only": 1e-2}, batch_size=8)
+RATES = {"lora": 3e-4, "full": 3e-5, "head-only": 1e-2, "said": 0.06, "did": 0.06}
+BASIS = Basis(alpha=2.0, rates=RATES, batch_size=8)
 
 
 def test_arms_are_all_combinations_of_what_was_given():
@@ -41,6 +42,20 @@ def test_settings_and_names_tell_runs_apart():
     by_method = {arm.method: settings(arm, 0) for arm in arms}
     assert by_method["dora"]["dora"] and by_method["full"]["full"]
     assert "rank" not in by_method["full"] and "targets" not in by_method["head-only"]
+
+
+def test_subspaces_have_a_dimension_and_a_rate_for_it():
+    asked = CompareConfig(methods=("said", "did"), dimensions=(25, 400), step_lengths=(0.1, 0.2))
+    arms = arms_of(asked, BASIS)
+    assert [(arm.dimension, arm.learning_rate) for arm in arms[:4]] == [
+        *((25, 0.02), (25, 0.04), (400, 0.005), (400, 0.01))
+    ]
+    assert {arm.rank for arm in arms} == {None}
+    given = settings(arms[-1], 3)
+    assert (given["intrinsic"], given["intrinsic_kind"], given["seed"]) == (400, "did", 3)
+    assert name_of(arms[0], 3) == "said-d25-lr0.02-b8-s3"
+    plain = arms_of(CompareConfig(methods=("did",)), BASIS)
+    assert {arm.learning_rate for arm in plain if arm.dimension == 100} == {0.002, 0.006, 0.018}
 
 
 def test_sixteen_settings_take_a_third_of_the_steps():

@@ -193,6 +193,11 @@ def test_costs_and_plans(folder, tmp_path):
         (["sft", "--dry-run"], "try one of them with its script"),
         (["sft", "--report-to", "wandb"], "one run a process"),
         (["sft", "--init-adapter", "x"], "begins at the base"),
+        (["sft", "--methods", "said"], "--methods said is a way to train a classifier"),
+        (["sft", "--methods", "lora", "head-only"], "--methods head-only is a way"),
+        (["classify", "--dimensions", "9"], "--dimensions is about said and did"),
+        (["classify", "--intrinsic", "9"], "a comparison sets it: give --dimensions"),
+        (["classify", "--methods", "did", "--dimensions", "0"], "a number from 1 on is needed"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_read(args, said, capsys):

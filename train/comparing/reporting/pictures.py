@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from train.comparing.reporting import tables, words
+from train.comparing.reporting import dimension, tables, words
 from train.comparing.reporting.tables import Row
 from train.comparing.result import Comparison, Point
 
@@ -63,12 +63,12 @@ class _Drawing:
             self._styles[_kind(row)] = (FULL, "s", "-") if row.is_full else of
 
     def style(self, row: Row) -> dict[str, Any]:
-        """Returns colour, marker and dashes of a row's method, rank and targets."""
+        """Returns colour, marker and dashes of a row's method, size and targets."""
         colour, marker, dashes = self._styles.get(_kind(row), ("#777777", ".", ":"))
         return {"color": colour, "marker": marker, "linestyle": dashes}
 
     def name(self, row: Row) -> str:
-        """Returns the name of a row's method, rank and targets."""
+        """Returns the name of a row's method, size and targets."""
         return "\n".join(textwrap.wrap(_plain(words.adapter(row.arm, self.arms)), 26))
 
 
@@ -98,7 +98,7 @@ def draw(comparison: Comparison, folder: Path) -> tuple[Picture, ...]:
 
 
 def _kind(row: Row) -> tuple[Any, ...]:
-    return row.arm.method, row.arm.rank, row.arm.targets
+    return row.arm.method, row.arm.rank, row.arm.targets, row.arm.dimension
 
 
 Drawer = Callable[[_Drawing, Figure], tuple[str, str] | None]
@@ -182,13 +182,18 @@ def _first_rung(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
 
 
 def _sizes(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
-    """Draws the quality against the number of trained parameters."""
+    """Draws the quality against the number of trained parameters, a line for each method."""
     ended = [row for row in drawing.series if row.quality and row.trained_parameters]
     if len(ended) < 2:
         return None
+    groups: dict[Any, list[Row]] = {}
+    for row in sorted(ended, key=lambda row: row.trained_parameters or 0):
+        groups.setdefault((row.arm.method, row.arm.targets), []).append(row)
     axes = figure.subplots()
-    for row in ended:
-        _points(axes, [row], [row.trained_parameters or 0], drawing, join=False)
+    for group in groups.values():
+        at = [row.trained_parameters or 0 for row in group]
+        name = words.family(group[0].arm, drawing.arms)
+        _points(axes, group, at, drawing, join=len(group) > 1, name=name)
     axes.set_xscale("log")
     axes.set(xlabel="trained parameters", ylabel=_plain(drawing.measure.name))
     _legend(figure, axes)
@@ -196,6 +201,29 @@ def _sizes(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
         f"{words.capital(drawing.measure.name)} by trained parameters",
         "Each adapter and full fine-tuning at its best learning rate; bars run from the lowest to "
         "the highest seed.",
+    )
+
+
+def _dimension(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
+    """Draws the score against the dimension of random subspaces, with full fine-tuning's."""
+    found = dimension.dimensions(drawing.comparison)
+    if not found:
+        return None
+    axes = figure.subplots()
+    for one in found:
+        sizes = [row.arm.dimension or 0 for row in one.rows]
+        name = words.method(one.method)
+        _points(axes, one.rows, sizes, drawing, join=True, name=name)
+    axes.axhline(found[0].whole, color=_FULL, label=words.method("full"))
+    share = f"{dimension.SHARE:.0%} of it"
+    axes.axhline(found[0].target, color=_FULL, linestyle="--", label=share)
+    axes.set_xscale("log")
+    axes.set(xlabel="trained numbers d", ylabel=_plain(drawing.measure.name))
+    _legend(figure, axes)
+    return (
+        f"{words.capital(drawing.measure.name)} in random subspaces",
+        "Each dimension at its best learning rate; marks are means over seeds, bars run from the "
+        "lowest to the highest. Where a line crosses the dashes is d90, the intrinsic dimension.",
     )
 
 
@@ -267,6 +295,7 @@ _PICTURES: dict[str, Drawer] = {
     "curves.png": _curves,
     "rates.png": _rates,
     "sizes.png": _sizes,
+    "dimension.png": _dimension,
     "costs.png": _costs,
     "storage.png": _storage,
     "forgetting.png": _forgetting,
@@ -309,13 +338,19 @@ def _over_seeds(curves: Iterable[Sequence[Point]]) -> tuple[list[int], Any, Any,
 
 
 def _points(
-    axes: Axes, ended: Sequence[Row], at: Sequence[float], drawing: _Drawing, *, join: bool
+    axes: Axes,
+    ended: Sequence[Row],
+    at: Sequence[float],
+    drawing: _Drawing,
+    *,
+    join: bool,
+    name: str | None = None,
 ) -> None:
     found = [row.quality for row in ended if row.quality]
     error = [[one.mean - one.low for one in found], [one.high - one.mean for one in found]]
     style = drawing.style(ended[0])
     line = {**style, "capsize": 3} if join else _mark(style)
-    name = drawing.name(ended[0])
+    name = name or drawing.name(ended[0])
     axes.errorbar(at, [one.mean for one in found], yerr=error, label=name, **line)
 
 

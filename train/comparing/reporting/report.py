@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lora_jax.training.processes import write_text
-from train.comparing.reporting import tables, words
+from train.comparing.reporting import dimension, tables, words
 from train.comparing.reporting.document import (
     Block,
     Code,
@@ -135,6 +135,7 @@ def _best(figures: _Figures) -> list[Block]:
     groups: tuple[tuple[str, Callable[[Arm], str | None]], ...] = (
         ("method", lambda arm: words.method(arm.method)),
         ("rank", lambda arm: f"r={arm.rank}" if arm.rank else None),
+        ("dimension", lambda arm: f"d={arm.dimension:,}" if arm.dimension else None),
         ("targets", lambda arm: " ".join(arm.targets) if arm.targets else None),
     )
     for what, key in groups:
@@ -173,6 +174,14 @@ def _rates(figures: _Figures) -> list[Block]:
     if ratio is not None:
         blocks.append(Text(f"The best adapter's rate is {words.times(ratio)} full fine-tuning's."))
     return blocks
+
+
+def _dimensions(figures: _Figures) -> list[Block]:
+    found = dimension.dimensions(figures.comparison)
+    if not found:
+        return []
+    said = [dimension.sentence(one, figures.measure.name) for one in found]
+    return [Heading("Intrinsic dimension"), Lines(said)]
 
 
 def _costs(figures: _Figures) -> list[Block]:
@@ -301,7 +310,7 @@ def _facts(figures: _Figures) -> list[Block]:
     return [Heading("Facts"), Code(facts.command), Lines(lines)]
 
 
-_SECTIONS = (_costs, _rungs, _latencies, _storage, _forgetting, _failed, _facts)
+_SECTIONS = (_dimensions, _costs, _rungs, _latencies, _storage, _forgetting, _failed, _facts)
 
 
 def _others(row: Row) -> str:

@@ -130,7 +130,9 @@ def spread(values: Iterable[float | None]) -> Spread | None:
     if not found:
         return None
     deviation = statistics.stdev(found) if len(found) > 1 else None
-    return Spread(len(found), statistics.fmean(found), min(found), max(found), deviation)
+    low, high = min(found), max(found)
+    mean = min(max(statistics.fmean(found), low), high)  # rounding can put it outside
+    return Spread(len(found), mean, low, high, deviation)
 
 
 def measure_of(comparison: Comparison) -> Measure:
@@ -184,7 +186,7 @@ def best_of_each(
 
 
 def series(among: Iterable[Row], measure: Measure) -> tuple[Row, ...]:
-    """Returns the best row of each method, rank and targets; adapters by rank, full last."""
+    """Returns the best row of each method and size; by rank or dimension, full last."""
     return tuple(sorted(best_of_each(among, _kind, measure), key=_place))
 
 
@@ -212,7 +214,7 @@ def rates(among: Iterable[Row], measure: Measure) -> tuple[Rates, ...]:
         top = best(tried, measure)
         if top is not None:
             found.append(Rates(tuple(tried), tried.index(top)))
-    return tuple(sorted(found, key=lambda one: (one.tried[0].is_full, one.tried[0].arm.rank or 0)))
+    return tuple(sorted(found, key=lambda one: _place(one.tried[0])))
 
 
 def is_tried(row: Row) -> bool:
@@ -279,11 +281,11 @@ def _row(arm: Arm, runs: Sequence[Measured], measure: Measure) -> Row:
 
 
 def _kind(arm: Arm) -> tuple[Hashable, ...]:
-    return arm.method, arm.rank, arm.targets
+    return arm.method, arm.rank, arm.targets, arm.dimension
 
 
 def _place(row: Row) -> tuple[bool, bool, int]:
-    return row.is_full, row.arm.method != "lora", row.arm.rank or 0
+    return row.is_full, row.arm.method != "lora", row.arm.rank or row.arm.dimension or 0
 
 
 def _last(row: Row) -> tuple[float, float]:

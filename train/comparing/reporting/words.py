@@ -16,6 +16,8 @@ _METHODS = {
     "lora-plus": "LoRA+",
     "full": "full fine-tuning",
     "head-only": "head alone",
+    "said": "SAID",
+    "did": "DID",
 }
 _SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
@@ -23,6 +25,14 @@ _SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 def method(name: str) -> str:
     """Returns a method's name as people write it."""
     return _METHODS.get(name, name)
+
+
+def family(arm: Arm, others: Iterable[Arm] = ()) -> str:
+    """Returns an arm without rank, dimension and rate: "LoRA", or "LoRA on mlp" beside others."""
+    name = method(arm.method)
+    if arm.targets and len({one.targets for one in others if one.targets}) > 1:
+        name += f" on {' '.join(arm.targets)}"
+    return name
 
 
 def adapter(arm: Arm, others: Iterable[Arm] = ()) -> str:
@@ -41,6 +51,8 @@ def adapter(arm: Arm, others: Iterable[Arm] = ()) -> str:
         scales = {(one.alpha or 0.0) / (one.rank or 1) for one in adapted}
         if len(scales) > 1 and arm.alpha is not None:
             name += f" α={arm.alpha:g}"
+    if arm.dimension is not None:
+        name += f" d={arm.dimension:,}"
     if len({one.batch_size for one in others}) > 1:
         name += f" batch {arm.batch_size}"
     return name
