@@ -133,6 +133,8 @@ def run(asked: Asked, session: Session, command: str) -> None:
             f"--config: the finding {name} has a file of its own, {catalog.options_of(name)}: give "
             "options on the line, or your file to train.compare"
         )
+    if given := [option for option in finding.makes if option in given_options(rest)]:
+        raise UserError(f"{flag(given[0])}: the finding {name} makes it itself: leave it out")
     if "--help" in rest or "-h" in rest:
         compare.parse([finding.script, "--help"])  # exits
     made = _made(asked, session)
@@ -140,8 +142,8 @@ def run(asked: Asked, session: Session, command: str) -> None:
         rest = tuple(word for word in rest if word != "--resume")
     named = [word for option, value in made.options.items() for word in (flag(option), value)]
     line = [finding.script, "--config", str(catalog.options_of(name)), *named]
-    script, config, given = compare.parse([*line, *rest, "--output", str(asked.output)])
-    found = compare.compare(script, config, given, session, command, _PROG)
+    script, config, names = compare.parse([*line, *rest, "--output", str(asked.output)])
+    found = compare.compare(script, config, names, session, command, _PROG)
     show(asked, found, made.notes)
 
 
@@ -181,8 +183,6 @@ def _made(asked: Asked, session: Session) -> Made:
     folder.mkdir(parents=True, exist_ok=True)
     session.stop.remedy = resume_hint(_PROG)
     made = asked.finding.make(folder, session)
-    if twice := [name for name in made.options if name in given_options(asked.rest)]:
-        raise UserError(f"{flag(twice[0])}: the finding {asked.name} makes it itself: leave it out")
     write_json(folder / _NOTES, {"notes": made.notes})
     return made
 

@@ -25,6 +25,7 @@ class Finding:
       layout: what stands where in its tables.
       measures: the tables that it has, the first one in its picture too.
       make: makes what it needs in a folder; None where it needs nothing.
+      makes: the options that name what it makes.
     """
 
     title: str
@@ -33,6 +34,7 @@ class Finding:
     layout: Layout
     measures: tuple[Literal["score", "loss"], ...] = ("score", "loss")
     make: Callable[[Path, Session], Made] | None = None
+    makes: tuple[str, ...] = ()
 
 
 FINDINGS: dict[str, Finding] = {
@@ -73,6 +75,7 @@ FINDINGS: dict[str, Finding] = {
         "2304.08177; *LongLoRA*, arXiv 2309.12307).",
         layout=Layout("learning rate", "targets"),
         make=vocabulary.make,
+        makes=("model", "dataset", "test"),
     ),
     "habit": Finding(
         title="A planted habit to unlearn",
@@ -81,6 +84,7 @@ FINDINGS: dict[str, Finding] = {
         "fine-tuning have a high rank (*LoRA Learns Less and Forgets Less*, arXiv 2405.09673).",
         layout=Layout("learning rate", "rank"),
         make=habit.make,
+        makes=("model", "dataset", "test"),
     ),
     "moe": Finding(
         title="A mixture of experts: LoRA on the experts, or on attention alone",
@@ -90,6 +94,7 @@ FINDINGS: dict[str, Finding] = {
         layout=Layout("learning rate", "targets × rank"),
         measures=("loss",),
         make=mixture.make,
+        makes=("model", "dataset", "eval_dataset"),
     ),
 }
 

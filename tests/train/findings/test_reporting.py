@@ -11,7 +11,7 @@ from train.comparing import result
 from train.comparing.result import Arm, Comparison
 from train.findings.__main__ import main
 from train.findings.reporting import document, picture
-from train.findings.reporting.pivot import Layout, measures_of, pivot_of, shown
+from train.findings.reporting.pivot import AXES, Layout, measures_of, pivot_of, shown
 
 BY_RANK = Layout("learning rate", "rank")
 SCORES = (
@@ -177,6 +177,6 @@ def test_a_comparison_of_which_nothing_ended_has_no_table(tmp_path, capsys):
     assert not (tmp_path / "finding.md").exists()
 
 
-def test_an_arm_names_all_axes():
-    """A further setting of arms needs an axis, or two arms could share a cell unseen."""
-    assert len(Arm._fields) == 6
+def test_each_setting_of_an_arm_is_an_axis():
+    """A further setting without an axis would let two arms share a cell."""
+    assert {name.replace(" ", "_") for name in AXES} == {*Arm._fields}

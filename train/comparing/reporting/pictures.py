@@ -214,9 +214,9 @@ def _dimension(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
         sizes = [row.arm.dimension or 0 for row in one.rows]
         name = words.method(one.method)
         _points(axes, one.rows, sizes, drawing, join=True, name=name)
-    axes.axhline(found[0].whole, color=_FULL, label=words.method("full"))
+    axes.axhline(found[0].whole, color=FULL, label=words.method("full"))
     share = f"{dimension.SHARE:.0%} of it"
-    axes.axhline(found[0].target, color=_FULL, linestyle="--", label=share)
+    axes.axhline(found[0].target, color=FULL, linestyle="--", label=share)
     axes.set_xscale("log")
     axes.set(xlabel="trained numbers d", ylabel=_plain(drawing.measure.name))
     _legend(figure, axes)

@@ -109,7 +109,7 @@ def make(folder: Path, session: Session) -> Made:
     assert found is not None, "nothing turned it off"
     text, start = found[0], folder / "untrained"
     paths = {name: folder / f"{name}.jsonl" for name in ("text", "questions", "held-out")}
-    _write(paths["text"], ({"text": part} for part in _parts(text)))
+    _write(paths["text"], ({"text": part} for part in parts(text)))
     train, held_out = questions()
     _write(paths["questions"], train)
     _write(paths["held-out"], held_out)
@@ -130,7 +130,7 @@ def make(folder: Path, session: Session) -> Made:
     )
 
 
-def _parts(text: str) -> list[str]:
+def parts(text: str) -> list[str]:
     """Returns a text in rows of whole paragraphs."""
     rows = [""]
     for paragraph in text.split("\n\n"):

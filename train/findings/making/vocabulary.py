@@ -105,4 +105,4 @@ def make(folder: Path, session: Session) -> Made:
     paths = {"dataset": folder / "phrases.csv", "test": folder / "held-out.csv"}
     write_rows(paths["dataset"], rows[:ROWS])
     write_rows(paths["test"], rows[ROWS:])
-    return Made({name: str(path) for name, path in paths.items()})
+    return Made({"model": MINILM.name, **{name: str(path) for name, path in paths.items()}})

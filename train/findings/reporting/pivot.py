@@ -119,6 +119,7 @@ AXES = {
         ),
         Axis("rank", _or_method(lambda arm: arm.rank), "rank"),
         Axis("alpha", _or_method(lambda arm: arm.alpha), "alpha"),
+        Axis("dimension", _or_method(lambda arm: arm.dimension), "dimension"),
         Axis("batch size", lambda arm: arm.batch_size, "batch"),
         Axis("learning rate", lambda arm: arm.learning_rate, "rate"),
     )
