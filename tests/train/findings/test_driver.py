@@ -14,6 +14,7 @@ from train.findings.reporting.pivot import Layout
 
 SMALL = ["--ranks", "2", "--lrs", "1e-3", "4e-3", "--full-lrs", "1e-3", "--seeds", "0", "1"]
 SMALL += ["--rows", "48", "--batch-sizes", "8", "--warmup", "2", "--report-to", "none"]
+SMALL += ["--seq-len", "24", "--test-share", "0.4"]
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_one_command_makes_rows_runs_and_a_table(made_up, tmp_path, capsys):
     assert found.facts.command.startswith("python -m train.findings rates --output ")
     text = (output / "finding.md").read_text()
     assert text.startswith("# Made up\n\nNobody says so.\n\nIt has 80 rows.\n\nAccuracy, mean of ")
-    assert "| learning rate | rank 2 | full |" in text and "nats a text" in text
+    assert "| learning rate | rank 2 | full |" in text and "Held-out loss a text, " in text
     assert (output / "finding.png").exists() and (output / "report.html").exists()
     assert made_up == [output / "made"]
     before = json.loads((output / result.JSON).read_text())["runs"]

@@ -85,7 +85,18 @@ def test_a_base_is_trained_once_and_anew_for_other_rows(tmp_path):
     path = tmp_path / "rows.csv"
     rows = [("abc" * (1 + i % 3), "negative") if i % 2 else ("xyz", "positive") for i in range(40)]
     line = ["--model", str(tmp_path / "encoder"), "--dataset", str(path), "--report-to", "none"]
-    line += ["--steps", "12", "--lr", "3e-3", "--warmup", "2", "--batch-size", "8"]
+    line += [
+        "--seq-len",
+        "24",
+        "--steps",
+        "12",
+        "--lr",
+        "3e-3",
+        "--warmup",
+        "2",
+        "--batch-size",
+        "8",
+    ]
 
     def made(rows):
         write_rows(path, rows)

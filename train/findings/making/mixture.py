@@ -44,7 +44,7 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
     "bos_token_id": None,
 }
-ROWS, TEST_ROWS = 1280, 192
+ROWS, TEST_ROWS = 640, 128
 _SEED = 0
 _CHARACTERS = 2000  # of a row of text
 _LINE = (
