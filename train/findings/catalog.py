@@ -59,13 +59,14 @@ FINDINGS: dict[str, Finding] = {
     ),
     "variants": Finding(
         title="Variants of LoRA, each at its best learning rate",
-        said="arXiv 2602.04998: at the learning rate that is best for each, variants of LoRA are "
-        "about as good as LoRA itself.",
+        said="*Learning Rate Matters* (arXiv 2602.04998): each at its best learning rate, variants "
+        "of LoRA are within two percent of LoRA itself; PiSSA needs a smaller rate.",
         layout=Layout("learning rate", "method"),
     ),
     "alphas": Finding(
         title="The best alpha by rank",
-        said="arXiv 2606.12883: alpha and the learning rate by rank, and which of them matters.",
+        said="*LoRA-α* (arXiv 2606.12883): alpha matters more than the learning rate, and the best "
+        "alpha grows with the root of the rank.",
         layout=Layout("learning rate", "alpha", ("rank",)),
     ),
     "vocabulary": Finding(

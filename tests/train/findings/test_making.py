@@ -58,11 +58,12 @@ def test_the_tokenizer_of_a_text_loses_nothing_and_ends_turns():
     assert made(chat)["input_ids"].count(made.eos_token_id) == 1
 
 
-def test_rows_of_text_are_all_of_it_in_whole_paragraphs():
-    text = "\n\n".join(f"{n} " * 300 for n in range(9))
+def test_rows_of_text_are_all_of_it_in_whole_lines():
+    text = "\n".join(f"line {n} " * (n % 7) for n in range(90)) + "x" * 999 + "\nthe end"
     rows = mixture.parts(text)
-    assert "".join(rows).strip() == text.strip() and len(rows) > 2
-    assert all(row.endswith("\n\n") for row in rows)
+    assert "".join(rows) == text and len(rows) > 5
+    assert all(row.endswith("\n") for row in rows[:-1])
+    assert sorted(map(len, rows))[-2] <= 320, "only a longer line makes a longer row"
 
 
 def test_rows_are_read_as_they_were_written(tmp_path):

@@ -46,7 +46,7 @@ CONFIG: dict[str, Any] = {
 }
 ROWS, TEST_ROWS = 640, 128
 _SEED = 0
-_CHARACTERS = 2000  # of a row of text
+_CHARACTERS = 320  # of a row of text: some ninety tokens
 _LINE = (
     *("--train-on", "all", "--packing", "--truncate", "--seq-len", "128", "--batch-size", "16"),
     *("--steps", "400", "--lr", "3e-3", "--warmup", "20", "--log-every", "20"),
@@ -131,12 +131,12 @@ def make(folder: Path, session: Session) -> Made:
 
 
 def parts(text: str) -> list[str]:
-    """Returns a text in rows of whole paragraphs."""
+    """Returns a text in rows of whole lines, which seldom have more tokens than a sequence."""
     rows = [""]
-    for paragraph in text.split("\n\n"):
-        if len(rows[-1]) > _CHARACTERS:
+    for line in text.splitlines(keepends=True):
+        if len(rows[-1]) + len(line) > _CHARACTERS and rows[-1]:
             rows.append("")
-        rows[-1] += f"{paragraph}\n\n"
+        rows[-1] += line
     return rows
 
 
