@@ -44,7 +44,7 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
     "bos_token_id": None,
 }
-ROWS, TEST_ROWS = 640, 128
+ROWS, TEST_ROWS = 360, 96
 _SEED = 0
 _CHARACTERS = 320  # of a row of text: some ninety tokens
 _LINE = (
