@@ -1,23 +1,27 @@
 """Makes the node of one leaf by its rule: draws its factors, adds its variant's arrays."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from lora_jax.axes import AxisRoles
 from lora_jax.base import as_array, is_abstract
 from lora_jax.factored import factor_shapes
-from lora_jax.init import Factors, FactorShape, takes_from_base
+from lora_jax.init import Factors, FactorShape, takes_from_base, truncated
 from lora_jax.magnitude import wide
 from lora_jax.parts import layout
 from lora_jax.paths import fold_in_path
+from lora_jax.projections import Projections
 from lora_jax.resolve import Adapted, Choice, InFull
-from lora_jax.weight import LoraWeight, Node, Trained, TrainedRows
+from lora_jax.weight import LoraWeight, Node, Part, Trained, TrainedRows
 
 
-def node_of(leaf: Any, path: str, choice: Choice, key: jax.Array) -> Node:
+def node_of(leaf: Any, path: str, choice: Choice, key: jax.Array, projections: Projections) -> Node:
     """Returns the node for a leaf; its arrays are `jax.ShapeDtypeStruct`\\ s where the leaf's are.
 
     Args:
@@ -25,15 +29,17 @@ def node_of(leaf: Any, path: str, choice: Choice, key: jax.Array) -> Node:
       path: of the leaf; each of its draws depends on it.
       choice: the decision of `lora_jax.resolve.resolve` for the leaf.
       key: a PRNG key.
+      projections: the matrices that weights of VeRA share.
     """
     make: Any = _trained if isinstance(choice, InFull) else _adapted
     if is_abstract(leaf):
-        node = jax.eval_shape(lambda leaf: make(leaf, path, choice, jax.random.key(0)), leaf)
+        shapes, key = projections.abstract(), jax.random.key(0)
+        node = jax.eval_shape(lambda leaf: make(leaf, path, choice, key, shapes()), leaf)
         return node if isinstance(node, Trained) else node.replace(base=leaf)
-    return make(leaf, path, choice, key)
+    return make(leaf, path, choice, key, projections)
 
 
-def _trained(leaf: Any, path: str, choice: InFull, key: jax.Array) -> Node:
+def _trained(leaf: Any, path: str, choice: InFull, *_: Any) -> Node:
     """Returns the node with a copy of what trains, so that donating it spares the leaf."""
     array = as_array(leaf)
     if choice.rows is None:
@@ -42,15 +48,24 @@ def _trained(leaf: Any, path: str, choice: InFull, key: jax.Array) -> Node:
     return TrainedRows(leaf, value, rows=choice.rows, is_table=choice.is_table)
 
 
-def _adapted(leaf: Any, path: str, choice: Adapted, key: jax.Array) -> Node:
+def _adapted(
+    leaf: Any, path: str, choice: Adapted, key: jax.Array, projections: Projections
+) -> Node:
     rule, scales = choice.rule, np.asarray(choice.scales, np.float32)
     a_shape, b_shape, scale_shape = factor_shapes(leaf.shape, choice.roles, max(choice.ranks))
     n_batch = len(scale_shape)
     scales = scales.reshape(-1, *[1] * (n_batch - 1)) if n_batch else scales[0]
     scale = jnp.asarray(np.broadcast_to(scales, scale_shape))
-    a, b = _draw(leaf, path, choice, scale, key)
-    a, b = jnp.moveaxis(a, -1, n_batch).reshape(a_shape), b.reshape(b_shape)
-    arrays = {"a": a, "b": b, "scale": scale}
+    arrays: dict[str, Any] = {"scale": scale}
+    if rule.vera:
+        sizes = (choice.roles.sizes(leaf.shape, label) for label in ("in", "out"))
+        arrays |= projections.of(max(choice.ranks), np.dtype(rule.dtype), *sizes)
+    elif rule.xs:
+        arrays |= singular_factors(leaf, choice.roles, choice.ranks, np.dtype(rule.dtype))
+    else:
+        a, b = _draw(leaf, path, choice, scale, key)
+        a, b = jnp.moveaxis(a, -1, n_batch).reshape(a_shape), b.reshape(b_shape)
+        arrays |= {"a": a, "b": b}
     if takes_from_base(rule.init):
         # Copies, so that a donated factor leaves the one that training started from.
         copies = {"a": jnp.array(a, copy=True), "b": jnp.array(b, copy=True)}
@@ -62,11 +77,56 @@ def _adapted(leaf: Any, path: str, choice: Adapted, key: jax.Array) -> Node:
         ranks=choice.ranks,
         dropout=rule.dropout,
         extras=rule.parts,
-        frozen=("a",) if rule.freeze_a else (),
+        frozen=rule.frozen,
         uses=rule.uses,
     )
-    first = {extra.name: extra.init(node).astype(rule.dtype) for extra in rule.parts}
-    return node.replace(**first)
+    key = fold_in_path(key, path)
+
+    def first(extra: Part) -> Any:
+        given = (fold_in_path(key, extra.name),) if extra.is_drawn else ()
+        return extra.init(node, *given).astype(rule.dtype)
+
+    return node.replace(**{extra.name: first(extra) for extra in rule.parts})
+
+
+def singular_factors(
+    leaf: Any, roles: AxisRoles, ranks: Sequence[int], dtype: Any
+) -> dict[str, Any]:
+    """Returns a and b of LoRA-XS: UΣ and Vᵀ of the largest singular values of W, by layer.
+
+    Args:
+      leaf: W, an array or a `lora_jax.base.Base`.
+      roles: of its axes.
+      ranks: r of each layer of the first batch axis, or one r for all.
+      dtype: of both.
+
+    Raises:
+      ValueError: the rank is larger than W's.
+    """
+    kernel, rank = _matrices(leaf, roles), max(ranks)
+    on = [layer for layer, r in enumerate(ranks) if r]
+    is_whole = len(on) == len(ranks)
+    a, b = truncated(kernel if is_whole else kernel[jnp.asarray(on)], rank)
+    if not is_whole:
+        a, b = (
+            jnp.zeros((len(ranks), *x.shape[1:]), x.dtype).at[jnp.asarray(on)].set(x)
+            for x in (a, b)
+        )
+    if len(set(ranks)) > 1:
+        used = jnp.arange(rank) < jnp.asarray(ranks)[:, None]  # [layers, r]
+        used = lax.expand_dims(used, range(1, kernel.ndim - 2))
+        a, b = jnp.where(used[..., None, :], a, 0), jnp.where(used[..., None], b, 0)
+    a_shape, b_shape, _ = factor_shapes(leaf.shape, roles, rank)
+    return {"a": a.mT.reshape(a_shape).astype(dtype), "b": b.reshape(b_shape).astype(dtype)}
+
+
+def _matrices(leaf: Any, roles: AxisRoles) -> jax.Array:
+    """Returns W as [batch…, in, out], in fp32 (or wider)."""
+    order = layout(("batch", "in", "out"), roles.labels(len(leaf.shape)))
+    sizes = {label: roles.sizes(leaf.shape, label) for label in ("batch", "in", "out")}
+    fan_in, fan_out = math.prod(sizes["in"]), math.prod(sizes["out"])
+    kernel = jnp.transpose(as_array(leaf), order).reshape(*sizes["batch"], fan_in, fan_out)
+    return kernel.astype(wide(leaf.dtype))
 
 
 def _draw(leaf: Any, path: str, choice: Adapted, scale: jax.Array, key: jax.Array) -> Factors:
@@ -80,9 +140,7 @@ def _draw(leaf: Any, path: str, choice: Adapted, scale: jax.Array, key: jax.Arra
     fan_in, fan_out = (math.prod(roles.sizes(leaf.shape, label)) for label in ("in", "out"))
     key, dtype, kernel = fold_in_path(key, path), np.dtype(rule.dtype), None
     if takes_from_base(rule.init):
-        order = layout(("batch", "in", "out"), roles.labels(len(leaf.shape)))
-        kernel = jnp.transpose(as_array(leaf), order).reshape(*batch, fan_in, fan_out)
-        kernel = kernel.astype(wide(leaf.dtype))
+        kernel = _matrices(leaf, roles)
 
     def drawn(key: jax.Array, rank: int, *layer: int) -> Factors:
         size = FactorShape(batch[len(layer) :], fan_in, fan_out, rank)

@@ -14,6 +14,9 @@ from lora_jax.base import as_array, is_base
 from lora_jax.magnitude import wide
 from lora_jax.parts import AXES, EXAMPLE, STATIC, Axes, layout, sizes, spread
 
+# Parts that `Factored.formed` folds into a and b.
+_COMPACT = ("shared_a", "shared_b", "latent", "columns")
+
 
 class ExamplesError(ValueError):
     """The examples of a batch, each with an adapter of its own, cannot be told apart."""
@@ -41,8 +44,9 @@ class Factored:
       parts: the arrays beside it by name, laid out as `lora_jax.parts.AXES` says: a, b, scale, and
         perhaps key (typed PRNG keys, which turn dropout on), pick (one more factor for each column
         of rank), rows (one for each example of a batch and column, so that examples have adapters
-        of their own; see `lora_jax.adapt.examples`), gain and shift. Without any, the weight is W
-        alone.
+        of their own; see `lora_jax.adapt.examples`), gain and shift. Compact ones have shared_a and
+        shared_b for a and b, latent (AB is then A·latent·B) or columns (a factor for each column of
+        B); `formed` folds these into a and b. Without any, the weight is W alone.
       labels: the role of each axis of `base`.
       dropout: probability of zeroing an element of A's input.
       path: of the weight, for messages.
@@ -60,14 +64,44 @@ class Factored:
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", _ForMessages(self.path))
 
-    a = property(lambda self: self.parts["a"])
-    b = property(lambda self: self.parts["b"])
     scale = property(lambda self: self.parts["scale"])
     key = property(lambda self: self.parts.get("key"))
     pick = property(lambda self: self.parts.get("pick"))
     rows = property(lambda self: self.parts.get("rows"))
     gain = property(lambda self: self.parts.get("gain"))
     shift = property(lambda self: self.parts.get("shift"))
+
+    @property
+    def a(self) -> Any:
+        """A, [batch…, r, in…]; one that a stack shares is repeated for each of its members."""
+        return self.parts["a"] if "a" in self.parts else self._repeated("a")
+
+    @property
+    def b(self) -> Any:
+        """B, [batch…, r, out…], with what stands around it: latent and columns."""
+        b = self.parts["b"] if "b" in self.parts else self._repeated("b")
+        if (latent := self.parts.get("latent")) is not None:
+            n = latent.ndim - 2
+            dims = (((n + 1,), (n,)), (tuple(range(n)), tuple(range(n))))
+            b = lax.dot_general(latent, b.astype(latent.dtype), dims, lax.Precision.HIGHEST)
+        if (columns := self.parts.get("columns")) is not None:
+            b = b.astype(columns.dtype) * jnp.expand_dims(columns, len(self.axes("batch")))
+        return b
+
+    def _repeated(self, name: str) -> jax.Array:
+        shared = self.parts[f"shared_{name}"]
+        return jnp.broadcast_to(shared, (*self.sizes("batch"), *shared.shape))
+
+    @property
+    def is_compact(self) -> bool:
+        """True where a and b follow from other, smaller parts."""
+        return not self.parts.keys().isdisjoint(_COMPACT)
+
+    def formed(self) -> "Factored":
+        """Returns the weight with a and b in the place of the parts that they follow from."""
+        if not self.is_compact:
+            return self
+        return self.replace(a=self.a, b=self.b, **dict.fromkeys(_COMPACT))
 
     def replace(self, base: Any = None, labels: Any = None, **parts: Any) -> "Factored":
         """Returns the weight with another base, other labels or parts; None takes a part away."""
@@ -107,13 +141,18 @@ class Factored:
     @property
     def rank(self) -> int:
         """r, as the factors are stored."""
-        return self.a.shape[len(self.axes("batch"))]
+        if "a" not in self.parts:
+            return self.parts["shared_a"].shape[0]
+        return self.parts["a"].shape[len(self.axes("batch"))]
 
     @property
     def scales(self) -> jax.Array:
         """The factors of xA, [batch…, 1], or [batch…, r] where columns differ."""
         scale = jnp.expand_dims(self.scale, self.scale.ndim)
-        return scale if self.pick is None else scale * self.pick.astype(scale.dtype)
+        if self.pick is None:
+            return scale
+        dtype = wide(self.pick.dtype)
+        return scale.astype(dtype) * self.pick.astype(dtype)
 
     def layout(self, name: str) -> Axes:
         """Returns the base's axis for each axis of a part; see `lora_jax.parts.layout`."""
@@ -175,8 +214,8 @@ class Factored:
             raise ExamplesError(f"the weight {self.path!r} has an adapter for each example")
         n = len(self.axes("batch"))
         batch = tuple(range(n))
-        scales = lax.expand_dims(self.scales.astype(dtype), range(n + 1, self.a.ndim))
-        a = self.a.astype(dtype) * scales
+        a = self.a.astype(dtype)
+        a = a * lax.expand_dims(self.scales.astype(dtype), range(n + 1, a.ndim))
         ab = lax.dot_general(
             a,
             self.b.astype(dtype),

@@ -11,6 +11,7 @@ on resume, and the adapter is a plain one of rank 2r on W, [A A₀] and [B; −B
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -189,6 +190,61 @@ def fast_pissa(iterations: int = 4, oversampling: int = 8) -> Any:
         return _singular(q @ u[..., : shape.rank], s, vt, shape.rank, scale)
 
     return init
+
+
+def truncated(kernel: jax.Array, rank: int) -> Factors:
+    """Returns UΣ [batch…, in, r] and Vᵀ [batch…, r, out] of the r largest singular values.
+
+    By ten subspace iterations from ten vectors more than the rank (Halko et al., arXiv 0909.4061),
+    as LoRA-XS's authors do; of a matrix with no more singular values than that, exactly. The
+    vectors that it starts from are fixed, and each row of Vᵀ is turned so that its largest element
+    is positive: whoever decomposes the same W again gets the same factors. The matrices of a batch
+    take turns.
+
+    Args:
+      kernel: W, [batch…, in, out] in fp32 (or wider).
+      rank: r, at most in and out.
+
+    Raises:
+      ValueError: the rank is larger than W's.
+
+    >>> a, b = lj.init.truncated(jnp.ones((4, 3)), 1)
+    >>> bool(jnp.allclose(a @ b, 1, atol=1e-5)), bool((b > 0).all())
+    (True, True)
+    """
+    if rank > min(kernel.shape[-2:]):
+        raise ValueError(
+            f"rank {rank}: a kernel of {kernel.shape[-2]} by {kernel.shape[-1]} has "
+            f"{min(kernel.shape[-2:])} singular values: choose a smaller rank"
+        )
+
+    width = min(rank + 10, *kernel.shape[-2:])
+    is_whole = width == min(kernel.shape[-2:])
+    dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+    def again(_: Any, q: jax.Array, w: jax.Array) -> jax.Array:
+        back, _ = jnp.linalg.qr(dot(w.mT, q))
+        return jnp.linalg.qr(dot(w, back))[0]
+
+    def of_one(w: jax.Array) -> Factors:
+        if is_whole:
+            u, s, vt = jnp.linalg.svd(w, full_matrices=False)
+        else:
+            probe = jax.random.normal(jax.random.key(0), (w.shape[1], width), w.dtype)
+            q, _ = jnp.linalg.qr(dot(w, probe))
+            q = jax.lax.fori_loop(0, 10, functools.partial(again, w=w), q)
+            u, s, vt = jnp.linalg.svd(dot(q.mT, w), full_matrices=False)
+            u = dot(q, u)
+        u, vt = u[:, :rank] * s[:rank], vt[:rank]
+        largest = jnp.argmax(jnp.abs(vt), axis=1, keepdims=True)
+        sign = jnp.where(jnp.take_along_axis(vt, largest, axis=1) < 0, -1, 1).astype(vt.dtype)
+        return u * sign.T, vt * sign
+
+    if kernel.ndim == 2:
+        return of_one(kernel)
+    batch = kernel.shape[:-2]
+    a, b = jax.lax.map(of_one, kernel.reshape(-1, *kernel.shape[-2:]))
+    return a.reshape(*batch, *a.shape[1:]), b.reshape(*batch, *b.shape[1:])
 
 
 def _singular(u: jax.Array, s: jax.Array, vt: jax.Array, rank: int, scale: jax.Array) -> Factors:

@@ -10,6 +10,7 @@ from lora_jax.adapt.roles import infer_roles
 from lora_jax.build import node_of
 from lora_jax.magnitude import wide
 from lora_jax.paths import nearest, path_string
+from lora_jax.projections import projections_for
 from lora_jax.resolve import Known, beside, resolve
 from lora_jax.rules import Rule
 from lora_jax.weight import LoraWeight, Node, Trained, is_leaf, is_node, leaves_of
@@ -71,8 +72,10 @@ def lorafy(
         roles = infer_roles(trace[0], trace[1:], {id(leaf): path for path, leaf in arrays})
     chosen = resolve(arrays, rules, Known(roles, kinds))
     key = jax.random.key(0) if key is None else key
+    shared = projections_for(dict(arrays), chosen, key)
     return treedef.unflatten(
-        node_of(leaf, path, chosen[path], key) if path in chosen else leaf for path, leaf in leaves
+        node_of(leaf, path, chosen[path], key, shared) if path in chosen else leaf
+        for path, leaf in leaves
     )
 
 

@@ -128,7 +128,7 @@ def project_b(params: Any, *, damping: float = 1e-8) -> optax.GradientTransforma
     inverse = {
         path: _inverse_gram(node, damping)
         for path, node in nodes_of(params).items()
-        if isinstance(node, LoraWeight) and "a" in node.frozen
+        if isinstance(node, LoraWeight) and node.frozen == ("a",)
     }
     if not inverse:
         raise ValueError("project_b needs weights whose A is frozen: LoraRule(freeze_a=True, …)")

@@ -30,6 +30,12 @@ AXES: dict[str, tuple[Role, ...]] = {
     "rows": ("example", "rank"),  # 1 for the columns of each example's adapter, 0 for others
     "gain": ("batch", "out"),
     "shift": ("batch", "out"),
+    # In the place of a and b, one pair for a whole stack (VeRA), and what stands around B.
+    "shared_a": ("rank", "in"),
+    "shared_b": ("rank", "out"),
+    "columns": ("batch", "out"),  # one more factor for each column of B
+    "latent": ("batch", "rank", "rank"),  # R, between A and B (LoRA-XS)
+    "seed": (),  # that a shared pair was drawn from
 }
 # Where weights are joined, the value of a part that one of them lacks; 0 for parts not named here.
 NEUTRAL = {"gain": 1.0, "pick": 1.0}

@@ -12,6 +12,9 @@ and where a variant asks for them, vectors over the columns:
     gain   [batch…, out…]       g: each column of W + s·AB is multiplied by it (DoRA)
     shift  [batch…, out…]       added to the product xW (a bias on B)
 
+A weight that trains little else has, in the place of a and b, one pair [r, in…] and [r, out…] for
+all layers of its stack (VeRA), and small arrays around B; B is then formed where it is used.
+
 Measured on the layers of SmolLM2-135M (tests/benchmarks/product_layouts.py, two CPU cores, forward
 and backward to A and B): this order is the fastest of the four, and the order of the operands
 below is what keeps the backward pass from copying whole activations into another layout before
@@ -232,16 +235,18 @@ def _delta(
 ) -> jax.Array:
     """Returns s·(xA)B in another shape: the free axes of x may be flattened to one."""
     (x_contract, w_contract), (x_batch, w_batch) = contract, batch
-    near, far, near_axes, far_axes = weight.a, weight.b, weight.axes("in"), weight.axes("out")
-    if set(w_contract) != set(near_axes):
-        near, far, near_axes, far_axes = far, near, far_axes, near_axes
+    near_axes, far_axes = weight.axes("in"), weight.axes("out")
+    is_mirrored = set(w_contract) != set(near_axes)
+    if is_mirrored:
+        near_axes, far_axes = far_axes, near_axes
+    near = weight.b if is_mirrored else weight.a
     stack = weight.axes("batch")
     free_stack = tuple(axis for axis in stack if axis not in w_batch)
     x_free = [axis for axis in range(x.ndim) if axis not in (*x_contract, *x_batch)]
     rank_axis = len(stack)
     precision, sharded = params.get("precision"), is_sharded(x)
 
-    # z = s·xA   [w_batch…, x_free…, free_stack…, r]
+    # z = xA   [w_batch…, x_free…, free_stack…, r]
     z = lax.dot_general(
         x,
         near.astype(x.dtype),
@@ -253,38 +258,47 @@ def _delta(
         preferred_element_type=wide(x.dtype),
         out_sharding=_rank_sharding(x, x_batch, x_free, len(free_stack)) if sharded else None,
     )
-    order = [stack.index(axis) for axis in (*w_batch, *free_stack)]
-    scales = lax.transpose(weight.scales.astype(z.dtype), [*order, rank_axis])
-    scales = lax.expand_dims(scales, range(len(w_batch), len(w_batch) + len(x_free)))
-    z = z * scales
-    if rows is not None:
-        z = z * rows.along(z, [*x_batch, *x_free].index(rows.axis))
-    z = z.astype(x.dtype)
-    if len(x_free) > 1 and not sharded and not is_on_mesh():
+
+    def scaled(z: jax.Array, weight: Factored) -> jax.Array:
+        order = [stack.index(axis) for axis in (*w_batch, *free_stack)]
+        scales = lax.transpose(weight.scales.astype(z.dtype), [*order, rank_axis])
+        scales = lax.expand_dims(scales, range(len(w_batch), len(w_batch) + len(x_free)))
+        z = z * scales
+        if rows is not None:
+            z = z * rows.along(z, [*x_batch, *x_free].index(rows.axis))
+        z = z.astype(x.dtype)
+        if len(x_free) <= 1 or sharded or is_on_mesh():
+            return z
         flat = math.prod(x.shape[axis] for axis in x_free)
         lead = len(w_batch)
-        z = lax.reshape(z, (*z.shape[:lead], flat, *z.shape[lead + len(x_free) :]))
-    n_free = z.ndim - 1 - len(w_batch) - len(free_stack)
+        return lax.reshape(z, (*z.shape[:lead], flat, *z.shape[lead + len(x_free) :]))
 
-    # zB: the rank is contracted; batch axes of the weight, wherever they stand in x, are batched
-    z_batch = (*range(len(w_batch)), *range(len(w_batch) + n_free, z.ndim - 1))
-    far_batch = tuple(stack.index(axis) for axis in (*w_batch, *free_stack))
-    last = (z.ndim - 1,)
-    how: dict[str, Any] = {"precision": precision, "preferred_element_type": dtype}
-    if sharded and not free_stack:
-        how["out_sharding"] = params.get("out_sharding")
-    far = far.astype(x.dtype)
-    if weight_first and not free_stack:
-        return lax.dot_general(far, z, (((rank_axis,), last), (far_batch, z_batch)), **how)
-    delta = lax.dot_general(z, far, ((last, (rank_axis,)), (z_batch, far_batch)), **how)
-    if not free_stack:
-        return delta
-    # [w_batch…, free_stack…, x_free…, far…] -> the order of the weight's free axes in its base
-    free_x: list[Any] = [("x", axis) for axis in range(n_free)]
-    have = [*w_batch, *free_stack, *free_x, *far_axes]
-    free_w = sorted((*free_stack, *far_axes))
-    want = [*w_batch, *free_w, *free_x] if weight_first else [*w_batch, *free_x, *free_w]
-    return lax.transpose(delta, [have.index(axis) for axis in want])
+    def through(z: jax.Array, weight: Factored) -> jax.Array:
+        """Returns s·zB: the rank is contracted."""
+        z = scaled(z, weight)
+        n_free = z.ndim - 1 - len(w_batch) - len(free_stack)
+        # batch axes of the weight, wherever they stand in x, are batched
+        z_batch = (*range(len(w_batch)), *range(len(w_batch) + n_free, z.ndim - 1))
+        far_batch = tuple(stack.index(axis) for axis in (*w_batch, *free_stack))
+        last = (z.ndim - 1,)
+        how: dict[str, Any] = {"precision": precision, "preferred_element_type": dtype}
+        if sharded and not free_stack:
+            how["out_sharding"] = params.get("out_sharding")
+        far = (weight.a if is_mirrored else weight.b).astype(x.dtype)
+        if weight_first and not free_stack:
+            return lax.dot_general(far, z, (((rank_axis,), last), (far_batch, z_batch)), **how)
+        delta = lax.dot_general(z, far, ((last, (rank_axis,)), (z_batch, far_batch)), **how)
+        if not free_stack:
+            return delta
+        # [w_batch…, free_stack…, x_free…, far…] -> the order of the weight's free axes in its base
+        free_x: list[Any] = [("x", axis) for axis in range(n_free)]
+        have = [*w_batch, *free_stack, *free_x, *far_axes]
+        free_w = sorted((*free_stack, *far_axes))
+        want = [*w_batch, *free_w, *free_x] if weight_first else [*w_batch, *free_x, *free_w]
+        return lax.transpose(delta, [have.index(axis) for axis in want])
+
+    # A compact weight's B is formed again in the backward pass: kept, it would be a copy a layer.
+    return (jax.checkpoint(through) if weight.is_compact else through)(z, weight)
 
 
 def dropped(x: jax.Array, weight: Factored) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax import init as initialisers
 from lora_jax.parts import AXES
-from lora_jax.variants import BIAS, MAGNITUDE
+from lora_jax.variants import BIAS, LAMBDA_B, LAMBDA_D, LATENT, MAGNITUDE
 from lora_jax.weight import Part
 
 Targets = str | Sequence[str]
@@ -57,6 +57,11 @@ class LoraRule:
       dora: rescale each column of W + s·AB to a trained magnitude (DoRA, arXiv 2402.09353).
       freeze_a: A stays as it was drawn, and x is not kept for its gradient (LoRA-FA,
         arXiv 2308.03303).
+      xs: W + s·ARB, where A = U_rΣ_r and B = V_rᵀ of W's singular value decomposition are frozen
+        and R [r, r] trains (LoRA-XS, arXiv 2405.17604); W stays whole. See `init.truncated`.
+      vera: W + s·A·diag(d)·B·diag(b), where A and B are frozen random matrices that all weights of
+        this rank share, and d [r] and b [out] train (VeRA, arXiv 2310.11454, which takes a large
+        rank, such as 256). Leave out alpha, so that s = 1, as in PEFT.
       extras: further parts of your own that train beside A and B; see `lora_jax.variants`.
       bias_on_b: train a bias on B as well: xW + s·((xA)B + c) (PEFT's ``lora_bias``).
       train_bias: train in full the bias that stands beside each selected kernel (PEFT's
@@ -89,6 +94,8 @@ class LoraRule:
     dora: bool = False
     freeze_a: bool = False
     bias_on_b: bool = False
+    xs: bool = False
+    vera: bool = False
     extras: Sequence[Part] = ()
     train_bias: bool = False
     uses: Literal["all", "lookup", "product", "each"] = "all"
@@ -112,9 +119,10 @@ class LoraRule:
         is_more = self.parts or self.freeze_a or initialisers.takes_from_base(self.init)
         if self.uses == "each" and is_more:
             raise ValueError(
-                "uses='each' is for plain A and B: leave out dora, bias_on_b, extras, freeze_a and "
-                "an init that takes factors out of the base, or choose one use"
+                "uses='each' is for plain A and B: leave out dora, bias_on_b, extras, freeze_a, "
+                "xs, vera and an init that takes factors out of the base, or choose one use"
             )
+        self._check_frozen()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r}: a probability in [0, 1)")
         if not jnp.issubdtype(self.dtype, jnp.floating):
@@ -123,15 +131,44 @@ class LoraRule:
             raise ValueError("give both in_axes and out_axes, or neither")
         if self.dora and self.bias_on_b:
             raise ValueError("dora and bias_on_b do not go together: DoRA has no bias on B")
-        names = [part.name for part in self.parts]
-        if taken := [n for n in names if n in AXES or n == "value" or names.count(n) > 1]:
+        names, own = [part.name for part in self.parts], [part.name for part in self.extras]
+        taken = [n for n in own if n in AXES or n == "value"]
+        if taken := taken + [n for n in names if names.count(n) > 1]:
             raise ValueError(f"extras: a part is called {taken[0]!r}, which is taken: rename it")
+
+    def _check_frozen(self) -> None:
+        """Raises a ValueError for what a weight whose A and B are given does not go with."""
+        if not (self.xs or self.vera):
+            return
+        name = "xs" if self.xs else "vera"
+        others = {
+            "vera" if self.xs else "xs": self.xs and self.vera,
+            "dora": self.dora,
+            "freeze_a": self.freeze_a,
+            "bias_on_b": self.bias_on_b,
+            "extras": bool(self.extras),
+            "init": self.init is not initialisers.kaiming,
+        }
+        if wrong := [option for option, is_given in others.items() if is_given]:
+            what = "decomposes W for A and B" if self.xs else "shares one random A and B"
+            raise ValueError(
+                f"{name} and {wrong[0]} do not go together: {name} {what}, freezes both and trains "
+                f"what stands between them: leave out {' and '.join(wrong)}"
+            )
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """The parts that train beside A and B."""
-        chosen = ((MAGNITUDE, self.dora), (BIAS, self.bias_on_b))
+        chosen = (
+            *((MAGNITUDE, self.dora), (BIAS, self.bias_on_b)),
+            *((LATENT, self.xs), (LAMBDA_D, self.vera), (LAMBDA_B, self.vera)),
+        )
         return (*(part for part, is_on in chosen if is_on), *self.extras)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The names of the factors that do not train."""
+        return ("a", "b") if self.xs or self.vera else ("a",) if self.freeze_a else ()
 
     @property
     def stored_rank(self) -> int:

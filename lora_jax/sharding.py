@@ -82,10 +82,17 @@ def place(params: Tree, table: Table, mesh: Mesh) -> Tree:
     >>> tuple(placed["dense"]["kernel"].a.sharding.spec)
     (None, None)
     """
-    where = shardings(params, table, mesh)
-    return jax.tree.map(
-        lambda x, s: jax.device_put(x, s) if isinstance(s, NamedSharding) else x, params, where
-    )
+    where, placed = shardings(params, table, mesh), dict[Any, Any]()
+
+    def put(array: Any, sharding: Any) -> Any:
+        if not isinstance(sharding, NamedSharding):
+            return array
+        key = (id(array), sharding)  # an array that several weights share is placed once
+        if key not in placed:
+            placed[key] = jax.device_put(array, sharding)
+        return placed[key]
+
+    return jax.tree.map(put, params, where)
 
 
 def sharding_of(path: str, shape: Sequence[int], table: Table, mesh: Mesh) -> NamedSharding:

@@ -1,4 +1,4 @@
-"""Variants of LoRA that add a part to A and B: DoRA's magnitude, a bias on B.
+"""Variants of LoRA that add a part to A and B: DoRA's magnitude, a bias on B; LoRA-XS and VeRA.
 
 To add one, write a `lora_jax.Part` and give it to a rule, ``LoraRule(extras=[part], …)``.
 This one trains a factor for each column of rank, s·A·diag(d)·B:
@@ -68,4 +68,44 @@ MAGNITUDE = Part("magnitude", ("batch", "out"), _first_magnitude, _rescaled)
 BIAS = Part(
     "bias", ("batch", "out"), lambda node: jnp.zeros(node.shape_of("bias"), node.b.dtype), _shifted
 )
-PARTS = {part.name: part for part in (MAGNITUDE, BIAS)}
+
+
+def _first_latent(node: LoraWeight, key: jax.Array) -> jax.Array:
+    """Returns R ~ N(0, 1e-5²), zeros where a layer's rank is smaller than the largest."""
+    r = 1e-5 * jax.random.normal(key, node.shape_of("latent"), node.b.dtype)
+    return _unpadded(node, _unpadded(node, r, r.ndim - 1), r.ndim - 2)
+
+
+def _unpadded(node: LoraWeight, array: jax.Array, axis: int) -> jax.Array:
+    """Returns an array with zeros where an index of the rank is above a layer's own rank."""
+    if len(set(node.ranks)) == 1:
+        return array
+    ranks = jnp.asarray(node.ranks, jnp.int32).reshape(-1, *[1] * (array.ndim - 1))
+    columns = lax.broadcasted_iota(jnp.int32, array.shape, axis)
+    return jnp.where(columns < ranks, array, jnp.zeros_like(array))
+
+
+def _first_d(node: LoraWeight) -> jax.Array:
+    d = jnp.full(node.shape_of("lambda_d"), 0.1, node.arrays["shared_a"].dtype)
+    return _unpadded(node, d, d.ndim - 1)
+
+
+# LoRA-XS (Bałazy et al., arXiv 2405.17604): W + s·ARB, A = UΣ and B = Vᵀ of W's SVD, R trained.
+LATENT = Part(
+    "latent",
+    ("batch", "rank", "rank"),
+    _first_latent,
+    lambda weight, _, r: weight.replace(latent=r),
+    is_drawn=True,
+)
+# VeRA (Kopiczko et al., arXiv 2310.11454): W + s·A·diag(d)·B·diag(b), A and B one random pair.
+LAMBDA_D = Part(
+    "lambda_d", ("batch", "rank"), _first_d, lambda weight, _, d: weight.replace(pick=d)
+)
+LAMBDA_B = Part(
+    "lambda_b",
+    ("batch", "out"),
+    lambda node: jnp.zeros(node.shape_of("lambda_b"), node.arrays["shared_b"].dtype),
+    lambda weight, _, b: weight.replace(columns=b),
+)
+PARTS = {part.name: part for part in (MAGNITUDE, BIAS, LATENT, LAMBDA_D, LAMBDA_B)}

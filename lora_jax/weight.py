@@ -30,6 +30,8 @@ _HOW_TO_USE = (
 
 # Arrays of a weight that products take as they are: a bank's, which made them beforehand.
 _AS_THEY_ARE = ("pick", "rows", "gain", "shift")
+_NAMES = ("a", "b", "scale", "magnitude", "bias", "shared_a", "shared_b", "seed")
+_FACTORS = ("a", "b", "shared_a", "shared_b", "scale")
 
 
 class _Node:
@@ -100,16 +102,19 @@ class Part:
       name: how the adapter's dictionary and its file call the array.
       axes: the roles of its axes: "batch", then "rank", then "in" or "out".
       init: (node without the array) -> its first value, of the shape ``node.shape_of(name)``.
+        Where `is_drawn`, a PRNG key is its second argument.
       apply: (weight without the part, node, the part's array) -> the weight with the part, as
         products use it.
+      is_drawn: whether the first value is random.
 
     See `lora_jax.variants` for an example.
     """
 
     name: str
     axes: tuple[Role, ...]
-    init: Callable[["LoraWeight"], Any]
+    init: Callable[..., Any]
     apply: Callable[[Factored, "LoraWeight", Any], Factored]
+    is_drawn: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -122,7 +127,7 @@ class LoraWeight(_Node):
     Attributes:
       base: W itself, the same object as in the tree before: an array, or a `lora_jax.base.Base`.
       arrays: the arrays beside W, by name, laid out as `lora_jax.parts` says. Each is an attribute
-        of the node as well (the last two are the pair `start`), None where it is not here:
+        of the node as well (start_a and start_b are the pair `start`), None where it is not here:
         a: [batch…, r, in…], A, stored transposed (see `lora_jax.product`).
         b: [batch…, r, out…], B.
         scale: [batch…], s, fp32; a leaf, so that another alpha recompiles nothing; never trained.
@@ -130,12 +135,17 @@ class LoraWeight(_Node):
         bias: [batch…, out…], c, a bias on B: the product is xW + s·((xA)B + c).
         start_a, start_b: (A₀, B₀), laid out as a and b, where an initialiser takes the factors out
         of W: the weight stands for W + s·(AB − A₀B₀). Never trained.
+        latent: [batch…, r, r], R of LoRA-XS: W + s·ARB.
+        shared_a, shared_b: [r, in…] and [r, out…], in the place of a and b, VeRA's A and B: one
+        pair for all layers, and one array for all weights of a size. Never trained.
+        lambda_d, lambda_b: [batch…, r] and [batch…, out…], of VeRA: W + s·A·diag(d)·B·diag(b).
+        seed: (), uint32, that `lora_jax.projections` drew the shared pair from.
       roles: the axis roles of `base`.
       ranks: r of each layer of the first batch axis, or one r for all. A rank smaller than the
         largest is padded with zeros in both factors, which training leaves at zero.
       dropout: probability of zeroing an element of A's input.
       extras: the parts that train beside A and B: DoRA's magnitude, a bias on B.
-      frozen: the names of parts that do not train: "a", of LoRA-FA.
+      frozen: the names of parts that do not train: "a" of LoRA-FA, both of LoRA-XS and VeRA.
       uses: the uses of W that see the adapter: "all", "lookup" or "product" alone, or "each" with
         its own half of the rank.
     """
@@ -151,7 +161,7 @@ class LoraWeight(_Node):
 
     def __getattr__(self, name: str) -> Any:
         """Returns an array by its name."""
-        if name in ("a", "b", "scale", "magnitude", "bias", *(e.name for e in self.extras)):
+        if name in _NAMES or any(name == extra.name for extra in self.extras):
             return self.arrays.get(name)
         raise AttributeError(f"a LoraWeight has no attribute {name!r}")
 
@@ -170,6 +180,11 @@ class LoraWeight(_Node):
         """(A₀, B₀), or None."""
         arrays = self.arrays
         return (arrays["start_a"], arrays["start_b"]) if "start_a" in arrays else None
+
+    @property
+    def is_compact(self) -> bool:
+        """True where A and B follow from W or a seed, and what stands around them trains."""
+        return "b" in self.frozen
 
     @property
     def has(self) -> tuple[str, ...]:
@@ -208,9 +223,9 @@ class LoraWeight(_Node):
 
     def _count(self, name: str) -> int:
         """Returns the number of parameters of an array, padding not counted."""
-        has_rank = "rank" in self.axes_of(name)
-        used = [r if has_rank else 1 for r in self.ranks if r]
-        whole = len(self.ranks) * (self.rank if has_rank else 1)
+        n = self.axes_of(name).count("rank")
+        used = [r**n for r in self.ranks if r]
+        whole = len(self.ranks) * self.rank**n
         return math.prod(self.shape_of(name)) // whole * sum(used)
 
     @property
@@ -219,17 +234,18 @@ class LoraWeight(_Node):
 
     @property
     def n_frozen(self) -> int:  # type: ignore[override]
-        return sum(map(self._count, self.frozen))
+        return sum(self._count(name) for name in self.frozen if name in self.arrays)
 
     @property
     def is_on(self) -> bool:
-        return self.a is not None and self.b is not None
+        names = self.part_names() if self.is_compact else ("a", "b")
+        return all(self.arrays.get(name) is not None for name in names)
 
     is_factored = is_on
 
     def factored(self, path: str = "", key: Any = None) -> Factored:
         """Returns the weight as what the products work on; see `lora_jax.product`."""
-        parts = {"a": self.a, "b": self.b, "scale": self.scale}
+        parts = {name: self.arrays[name] for name in _FACTORS if name in self.arrays}
         if self.start is not None:
             (a0, b0), n = self.start, self.n_batch
             parts["a"] = jnp.concatenate([self.a, a0], axis=n)
@@ -242,6 +258,18 @@ class LoraWeight(_Node):
             if (array := self.arrays.get(extra.name)) is not None:
                 weight = extra.apply(weight, self, array)
         return weight
+
+    def as_lora(self) -> Self:
+        """Returns a LoRA-XS or a VeRA as plain LoRA: A and B, and nothing beside them.
+
+        A stack's A and B are formed for each of its layers.
+        """
+        weight = self.factored().formed()
+        a, scale = weight.a, self.scale
+        if weight.pick is not None:
+            a = a * jnp.expand_dims(weight.pick, range(weight.pick.ndim, a.ndim)).astype(a.dtype)
+        arrays = {"a": a, "b": weight.b.astype(a.dtype), "scale": scale}
+        return self.replace(arrays=arrays, extras=(), frozen=())
 
     def where_adapted(self, array: jax.Array, otherwise: float) -> jax.Array:
         """Returns an array [batch…, …] with `otherwise` in the layers of rank 0."""

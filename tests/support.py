@@ -16,6 +16,7 @@ from flax import nnx
 from jax import lax
 
 import lora_jax as lj
+from lora_jax.parts import RANK
 from lora_jax.paths import flatten_with_paths
 from lora_jax.weight import is_node
 
@@ -81,11 +82,12 @@ def with_random_factors(params: Params, seed: int = 7) -> Params:
         rng = np.random.default_rng([seed, len(path) * 31 + ord(name[0])])
         noise = 0.3 * rng.standard_normal(value.shape)
         node = weights[path]
-        if name in ("a", "b") and len(node.ranks) > 1:
+        if isinstance(node, lj.LoraWeight) and len(node.ranks) > 1:
             used = np.arange(node.rank) < np.asarray(node.ranks)[:, None]
-            shape = [1] * value.ndim
-            shape[0], shape[node.n_batch] = used.shape  # layers, [experts,] rank
-            noise = noise * used.reshape(shape)
+            for axis in [i for i, role in enumerate(node.layout(name)) if role == RANK]:
+                shape = [1] * value.ndim
+                shape[0], shape[axis] = used.shape  # layers, [experts,] rank
+                noise = noise * used.reshape(shape)
         return value + jnp.asarray(noise, value.dtype)
 
     adapter = {

@@ -271,7 +271,7 @@ def _with_slots(params: Any, rules: Sequence[Rule], n_slots: int) -> Any:
             raise BankError(f"bank: a rule trains some rows of {path!r}, which no slot can hold")
         if isinstance(node, LoraWeight):
             empty = empty_slots(node.replace(base=leaf), n_slots)
-            if node.extras and isinstance(empty, WeightSlots):
+            if node.extras and not node.is_compact and isinstance(empty, WeightSlots):
                 compile_variant(node, empty)
             return empty
         return leaf if node is None else empty_slots(Trained(leaf), n_slots)

@@ -113,6 +113,8 @@ def _values(node: Any, slots: Slots, base: Any) -> dict[str, Any]:
     }
     if node is None:
         return values
+    if node.is_compact:
+        node = node.replace(base=slots.base).as_lora()
     parts = {name: getattr(node, name) for name in ("a", "b", "scale")}
     if node.extras:
         parts = _parts_of_variant(node, slots)

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.peft.errors import PeftError
+from lora_jax.peft.vera_fields import as_lora_fields
 
 FILE = "adapter_config.json"
+VERA = "vera"  # the entry of what `read_config` returns
 
 # The fields that change what an adapter computes, with PEFT's defaults.
 _HONOURED: dict[str, Any] = {
@@ -74,15 +76,19 @@ def read_config(source: Any) -> dict[str, Any]:
       source: a dict, a file or folder, or a `peft.LoraConfig`.
 
     Returns:
-      Field -> value, for each field that is honoured.
+      Field -> value, for each field that is honoured. Of a VeraConfig, the fields of a LoraConfig
+      for the same modules; under `VERA` those of VeRA alone, None for a LoraConfig.
 
     Raises:
-      PeftError: if it is no LoRA, or if a field that is not supported is in use.
+      PeftError: if it is neither a LoRA nor a VeRA, or if a field that is not supported is in use.
     """
     fields, where = fields_of(source)
     kind = getattr(fields.get("peft_type"), "value", fields.get("peft_type", "LORA"))
-    if kind != "LORA":
-        raise PeftError(f"{where}: peft_type is {kind!r}; only LORA is supported")
+    if kind not in ("LORA", "VERA"):
+        raise PeftError(f"{where}: peft_type is {kind!r}; only LORA and VERA are supported")
+    own: dict[str, Any] | None = None
+    if kind == "VERA":
+        fields, own = as_lora_fields(fields, where)
     problems = []
     for name, value in fields.items():
         if name in REFUSED:
@@ -98,7 +104,7 @@ def read_config(source: Any) -> dict[str, Any]:
         if isinstance(config[name], set | frozenset | tuple):
             config[name] = sorted(config[name])
     _check_values(config, where)
-    return config
+    return config | {VERA: own}
 
 
 def fields_of(source: Any) -> tuple[dict[str, Any], str]:

@@ -41,6 +41,7 @@ from lora_jax.peft.rules import (
     takes_from_base,
     token_rows,
 )
+from lora_jax.peft.vera import Pair, vectors_of
 from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_node, leaves_of
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -91,12 +92,20 @@ def load(
             tree = lorafy(params, rules)
     except ValueError as error:
         raise PeftError(f"{found / configuration.FILE}: {error}") from None
-    files = _Files(reader, table, config, chosen, available)
     leaves, treedef = leaves_of(tree)
+    pair = _pair(reader, config, [leaf for _, leaf in leaves])
+    files = _Files(reader, table, config, chosen, available, pair)
     bases = dict(leaves_of(params)[0])
     loaded = [files.node(path, leaf, bases[path]) for path, leaf in leaves]
     reader.finish()
     return treedef.unflatten(loaded)
+
+
+def _pair(reader: "_Reader", config: Mapping[str, Any], leaves: Sequence[Any]) -> Pair | None:
+    """Returns the pair that the weights of a VeRA share; None for a LoRA."""
+    nodes = [leaf for leaf in leaves if isinstance(leaf, LoraWeight)]
+    own = config[configuration.VERA]
+    return Pair(reader, own, nodes) if own is not None else None
 
 
 def _abstract(params: Tree) -> Tree:
@@ -242,6 +251,7 @@ class _Files:
     config: Mapping[str, Any]
     chosen: Sequence[Module]
     available: Sequence[Module]
+    pair: Pair | None  # of VeRA
 
     def node(self, path: str, leaf: Any, base: Any) -> Any:
         """Returns the leaf at a path: a node filled from the file, or the base."""
@@ -256,6 +266,10 @@ class _Files:
         rows, columns = (node.roles.sizes(node.shape, role) for role in ("in", "out"))
         sizes = {"a": math.prod(rows), "b": math.prod(columns)}
         members = [module for module in self.chosen if module.path == path]
+        if self.pair is not None:
+            vectors = jax.tree.map(jnp.asarray, vectors_of(self.reader, members, node))
+            scale = self._scale(path, batch)
+            return node.replace(scale=scale, seed=None, **self.pair.of(node), **vectors)
         found = [(m.index, self._arrays(m, node, sizes["a"], sizes["b"])) for m in members]
         if not self.reader.is_whole:
             return node

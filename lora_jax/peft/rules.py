@@ -6,7 +6,7 @@ from typing import Any, Literal, cast
 
 from lora_jax import init
 from lora_jax.hf.keys import Row
-from lora_jax.peft.config import DECOMPOSING_INITS, read_config
+from lora_jax.peft.config import DECOMPOSING_INITS, VERA, read_config
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import targeted_experts
 from lora_jax.peft.modules import (
@@ -162,6 +162,7 @@ def _lora_rule(
         init=draws.get(config["init_lora_weights"], init.kaiming),
         dora=config["use_dora"],
         bias_on_b=config["lora_bias"],
+        vera=config[VERA] is not None,
         train_bias=config["bias"] == "lora_only",
         uses=cast(Literal["all", "lookup", "product", "each"], uses),
     )

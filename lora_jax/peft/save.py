@@ -21,6 +21,8 @@ from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import Expert, end_of, experts_of, keys_of_expert, pack, side_by_side
 from lora_jax.peft.modules import EMBEDDING_NAMES, Module, ends_with, kind_of, modules, table_of
 from lora_jax.peft.names import FILE, PREFIX, bias_key, keys_of, token_key
+from lora_jax.peft.vera import is_vera, pair_of, tensors_of
+from lora_jax.peft.vera_fields import as_vera_fields
 from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_node, leaves_of
 
 PEFT_VERSION = "0.21.2"  # files have the format of this version
@@ -42,7 +44,8 @@ def save(
       folder: created, its parents too; appears whole or not at all.
       model: the model of `lora_jax.models`, or the key table of another tree; see `load`.
       params: an adapted tree. Initialisers that take factors out of the base (PiSSA, OLoRA) are
-        written as plain LoRA of twice the rank on the original base.
+        written as plain LoRA of twice the rank on the original base, LoRA-XS as plain LoRA (PEFT
+        has none), VeRA as VeRA, with s in its vectors and its random matrices beside.
       base_model: the base's hub name or folder, which PEFT's ``AutoPeftModel`` reads.
       task_type: PEFT's, such as "CAUSAL_LM" or "SEQ_CLS".
       readme: the text of README.md, the hub's model card; None for none.
@@ -112,6 +115,13 @@ def contents(model: Any, params: Tree) -> tuple[dict[str, Any], dict[str, np.nda
         raise PeftError("peft.save needs an adapted tree, and this one is plain")
     if off := [path for path, node in nodes.items() if not node.is_on]:
         raise PeftError(f"{off[0]!r} has no adapter in this half of the tree: join it first")
+    # LoRA-XS is a LoRA whose B is RB.
+    nodes = {
+        path: node.as_lora()
+        if isinstance(node, LoraWeight) and node.is_compact and not is_vera(node)
+        else node
+        for path, node in nodes.items()
+    }
     rows = {row.path: row for row in table}
     if unknown := [path for path in nodes if path not in rows]:
         raise PeftError(f"{unknown[0]!r} is in no row of the model's key table")
@@ -169,6 +179,8 @@ class _Contents:
         config |= self._write_trained()
         for field in ("target_modules", "modules_to_save"):
             config[field] = with_head_names(config[field], self._heads)
+        if any(map(is_vera, self._lora.values())):
+            return as_vera_fields(config), self._tensors | pair_of(self._lora)
         return config, with_heads(self._tensors, self._heads)
 
     def _settings(self) -> dict[str, Any]:
@@ -200,6 +212,10 @@ class _Contents:
         """Writes the tensors of one adapted module; returns its rank and alpha."""
         node, at, keys = self._lora[module.path], module.index, keys_of(module)
         rank = self._rank(module)
+        if is_vera(node):
+            for key, tensor in tensors_of(module, node).items():
+                self._put(key, tensor)
+            return rank, rank  # s is in the tensors
         is_second = node.uses == "each" and module.uses == "product"
         a, b = self._factors(node.a, node.b, node, at, 2 * rank if is_second else rank)
         a, b = a[-rank:], b[-rank:]

@@ -3,7 +3,8 @@
 A folder written by Orbax with two items: ``adapter``, the arrays, in the order of the algebra
 (A [batch…, in…, r], B [batch…, r, out…], padding left out), and ``lora``, JSON: the format's
 version, the roles, ranks, scales and dropout of each weight, which rows of a leaf train, a checksum
-of each array, and the fingerprint of the base.
+of each array, and the fingerprint of the base. Factors that follow from the base or from a seed are
+made again on loading, and compared: see `lora_jax.saving.derived`.
 """
 
 import json
@@ -21,6 +22,8 @@ from lora_jax.folders import partial_of, put_in_place
 from lora_jax.lorafy import Tree, nodes_of, strip, swap
 from lora_jax.parts import AXES, padded, rank_axis, unpadded
 from lora_jax.paths import nearest
+from lora_jax.saving.derived import Derived, without_derived
+from lora_jax.saving.errors import AdapterError
 from lora_jax.saving.fingerprint import base_fingerprint, checksum, differing
 from lora_jax.variants import PARTS
 from lora_jax.weight import LoraWeight, Node, Part, Trained, TrainedRows, leaves_of
@@ -28,10 +31,6 @@ from lora_jax.weight import LoraWeight, Node, Part, Trained, TrainedRows, leaves
 FORMAT = 2
 _LONG_AXIS_FIRST = ("a", "start_a")  # filed as [batch…, in…, r]
 _FIELDS = {"format", "weights", "trained", "rows", "arrays", "base", "about"}
-
-
-class AdapterError(ValueError):
-    """An adapter folder that can't be written or read, or does not belong to the tree."""
 
 
 def save_adapter(
@@ -73,9 +72,14 @@ def save_adapter(
     if not nodes:
         raise AdapterError("save_adapter needs an adapted tree, and this one is plain")
     arrays = {path: _arrays(path, node) for path, node in nodes.items()}
+    derived = without_derived(nodes, arrays)
     metadata = {
         "format": FORMAT,
-        "weights": {path: _settings(n) for path, n in nodes.items() if isinstance(n, LoraWeight)},
+        "weights": {
+            path: _settings(n) | derived.get(path, {})
+            for path, n in nodes.items()
+            if isinstance(n, LoraWeight)
+        },
         "trained": sorted(path for path, n in nodes.items() if isinstance(n, Trained)),
         "rows": {path: _rows(n) for path, n in nodes.items() if isinstance(n, TrainedRows)},
         "arrays": jax.tree.map(checksum, arrays),
@@ -145,10 +149,11 @@ def load_adapter(
     if not allow_base_mismatch:
         _check_base(folder, metadata, params)
     arrays, weights, rows = _read_arrays(folder, metadata), metadata["weights"], metadata["rows"]
+    derive = Derived(folder, weights, arrays, nodes_of(params))
 
     def adapted(path: str, base: Any) -> Any:
         if path in weights:
-            return _weight(base, arrays[path], weights[path], known)
+            return derive(path, _weight(base, arrays[path], weights[path], known))
         if path in rows:
             value, table = jnp.asarray(arrays[path]["value"]), rows[path]
             return TrainedRows(base, value, tuple(table["rows"]), table["is_table"])

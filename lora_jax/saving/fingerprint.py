@@ -18,7 +18,7 @@ from lora_jax.weight import Trained, is_node, leaves_of
 _MULTIPLIERS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3A2646D)
 
 
-def _mixed(x: jax.Array) -> jax.Array:
+def mixed(x: jax.Array) -> jax.Array:
     """Returns each element after a bijection of uint32 that spreads every bit."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
@@ -35,9 +35,9 @@ def _sums(x: jax.Array) -> jax.Array:
     position = jnp.zeros(bits.shape, jnp.uint32)
     for axis in range(bits.ndim):
         step = jnp.uint32(_MULTIPLIERS[axis % len(_MULTIPLIERS)])
-        position = _mixed(position + lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * step)
-    mixed = _mixed(bits + position)
-    return jnp.stack([jnp.sum(mixed), jnp.sum(_mixed(mixed ^ jnp.uint32(0xA5A5A5A5)))])
+        position = mixed(position + lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * step)
+    each = mixed(bits + position)
+    return jnp.stack([jnp.sum(each), jnp.sum(mixed(each ^ jnp.uint32(0xA5A5A5A5)))])
 
 
 def checksum(array: Any) -> str:

@@ -64,7 +64,7 @@ def make_optimizer(
         step.append(lj.optim.lora_plus(lora_plus))
     is_limited = isinstance(grad_clip, jax.Array) or bool(grad_clip)
     parts = [optax.clip_by_global_norm(grad_clip)] if is_limited else []
-    if any("a" in weight.frozen for weight in _adapted(params)):
+    if any(weight.frozen == ("a",) for weight in _adapted(params)):
         parts.append(lj.optim.project_b(params))
     whole: Any = optax.chain(*step)
     if chosen.averages:
@@ -128,12 +128,12 @@ def averaged(opt_state: optax.OptState, adapter: Any) -> Any:
 
 
 def decays(adapter: dict[str, dict[str, Any]]) -> dict[str, dict[str, bool]]:
-    """Returns which arrays of an adapter weight decay applies to: A and B, kernels, embeddings."""
+    """Returns which arrays of an adapter decay: A, B, LoRA-XS's R, kernels, embeddings."""
 
     def is_matrix(path: str, name: str) -> bool:
         if name == "value":
             return re.search(r"(^|/)(kernel|embedding|w)$", path) is not None
-        return name in ("a", "b")
+        return name in ("a", "b", "latent")
 
     return {path: {name: is_matrix(path, name) for name in p} for path, p in adapter.items()}
 

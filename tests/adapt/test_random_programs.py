@@ -16,6 +16,7 @@ import lora_jax as lj
 from lora_jax.adapt.examples.axes import Axes
 from lora_jax.adapt.transform import follow
 from lora_jax.factored import ExamplesError
+from tests.adapt import random_programs
 from tests.adapt.examples import at_once, bank, slots
 from tests.adapt.random_functions import functions
 from tests.adapt.random_programs import WAYS, check, programs
@@ -47,6 +48,21 @@ def test_random_programs_keep_the_laws(program, way):
 def test_many_random_programs_keep_the_laws(program, way):
     with jax.enable_x64(True):
         check(program, way)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["xs", "vera"])
+def test_many_random_programs_of_tiny_adapters(variant, monkeypatch):
+    """What stands around the factors follows wherever they go."""
+    monkeypatch.setitem(random_programs.VARIANT, variant, True)
+
+    @settings(max_examples=20, **COMMON)
+    @given(programs(), ways)
+    def holds(program, way):
+        with jax.enable_x64(True):
+            check(program, way)
+
+    holds()
 
 
 @settings(max_examples=4, **COMMON)

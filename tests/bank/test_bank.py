@@ -61,12 +61,16 @@ def test_adapters_come_and_go():
         "b": tree(2, ("down",), rank=5, scaling="alpha/sqrt(rank)"),
         "c": tree(3, ("up", "down"), rank=3, layers=[0, 2]),
         "d": tree(4, ("out",), rank=3, init=lj.init.pissa),
+        "xs": tree(5, ("up", "down"), rank=3, xs=True, layers=[0, 2]),
+        "vera": tree(6, rank=4, vera=True),
     }
     bank = make_bank(slots=3)
     for name, one in trees.items():
         bank.add(name, one)
-    assert bank.names == ("a", "b", "c", "d") and len(bank) == 4 and "d" in bank
+    assert bank.names == (*"abcd", "xs", "vera") and len(bank) == 6 and "d" in bank
     assert bank.resident == ("a", "b", "c")
+    check(bank, ["a", "base", "c", "b"], trees)
+    check(bank, ["xs", "vera", "base", "xs"], trees)
     check(bank, ["a", "base", "c", "b"], trees)
     check(bank, ["d", "base", "d", "b"], trees)  # takes the slot of the least recently used
     assert set(bank.resident) == {"b", "c", "d"} and bank.resident[0] == "c"
@@ -75,11 +79,15 @@ def test_adapters_come_and_go():
     bank.replace("a", trees["a"])
     check(bank, ["a", "b", "base", "a"], trees)
     bank.remove("b")
-    assert bank.names == ("a", "c", "d")
+    assert bank.names == ("a", "c", "d", "xs", "vera")
     check(bank, ["c", "c", "d", "a"], trees)
     for name in bank.names:
         assert_identical(bank.get(name), trees[name])
-        assert bank.get(name)["out"]["kernel"] is PARAMS["out"]["kernel"] or name in "ad"
+        assert bank.get(name)["out"]["kernel"] is PARAMS["out"]["kernel"] or name in (
+            "a",
+            "d",
+            "vera",
+        )
 
 
 def test_nothing_compiles_anew():

@@ -79,6 +79,8 @@ CROWD = {
     "began in W": tenant(10, rules=one_rule(init=lj.init.pissa, targets=["out"])),
     "head": tenant(11, rules=[*one_rule(), lj.TrainRule(targets=["out"])], weight_decay=0.2),
     "frozen A": tenant(12, rules=one_rule(freeze_a=True, targets=["out"])),
+    "LoRA-XS": tenant(13, rules=one_rule(xs=True)),
+    "VeRA": tenant(14, rules=one_rule(vera=True, rank=6), rate=1e-1),
 }
 
 

@@ -36,6 +36,8 @@ VARIANTS: dict[str, list[Any]] = {
     "rsLoRA": [rule(scaling="alpha/sqrt(rank)")],
     "DoRA": [rule(dora=True)],
     "LoRA-FA": [rule(freeze_a=True)],
+    "LoRA-XS": [rule(xs=True)],
+    "VeRA": [rule(vera=True, alpha=None)],
     "PiSSA, OLoRA": [rule(init=init.fast_pissa())],
     "norms": [lj.TrainRule(targets=r".*norm/scale"), rule()],
     "100 tokens": [lj.TrainRule(targets=["embed_tokens"], rows=range(100)), rule()],

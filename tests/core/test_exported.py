@@ -30,6 +30,8 @@ RULES = {
         lj.LoraRule(targets=["layers"], layers=np.arange(1), rank=3, alpha=2.0),
         lj.LoraRule(targets=["layers"], layers=[2], rank=1, alpha=5.0),
     ],
+    "LoRA-XS": [lj.LoraRule(targets=["layers", "out"], rank=2, alpha=3.0, xs=True)],
+    "VeRA": [lj.LoraRule(targets=["layers", "out"], rank=3, vera=True, dropout=0.1)],
     "out of W": [lj.LoraRule(targets=["layers"], rank=2, alpha=3.0, init=lj.init.pissa)],
     "rows, layers and whole leaves": [
         lj.TrainRule(targets=["embedding"], rows=[3, 7]),

@@ -90,8 +90,10 @@ def test_laws(program, name, float64):
         {"init": lj.init.pissa},
         {"init": lj.init.olora},
         {"freeze_a": True},
+        {"xs": True},
+        {"vera": True},
     ],
-    ids=["DoRA", "DoRA, dropout", "bias on B", "PiSSA", "OLoRA", "LoRA-FA"],
+    ids=["DoRA", "DoRA, dropout", "bias on B", "PiSSA", "OLoRA", "LoRA-FA", "LoRA-XS", "VeRA"],
 )
 @pytest.mark.parametrize("program", [STACK, HEADS], ids=lambda p: p.name)
 def test_variants(program, changes, float64):

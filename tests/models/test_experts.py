@@ -85,13 +85,20 @@ def test_values_and_gradients(how: Any, choice: str, float64: None) -> None:
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"rank": 2},
     "DoRA": {"rank": 2, "dora": True},
+    "VeRA": {"rank": 5, "vera": True},
     "a high rank": {"rank": 44},
 }
 
 
 @over(
     ("how", "variant"),
-    [(by_blocks, "plain"), (ragged, "plain"), (ragged, "DoRA"), (ragged, "a high rank")],
+    [
+        (by_blocks, "plain"),
+        (ragged, "plain"),
+        (ragged, "DoRA"),
+        (ragged, "VeRA"),
+        (ragged, "a high rank"),
+    ],
     often=["by_blocks, plain", "ragged, DoRA"],
     called=called,
 )

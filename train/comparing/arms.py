@@ -19,15 +19,19 @@ METHODS: dict[str, dict[str, Any]] = {
     "olora": {"init": "olora"},
     "lora-fa": {"freeze_a": True},
     "lora-plus": {"lora_plus": 16.0},
+    "lora-xs": {"xs": True},
+    "vera": {"vera": True},
     "full": {"full": True},
     "head-only": {"head_only": True},
     "said": {"intrinsic_kind": "said"},
     "did": {"intrinsic_kind": "did"},
 }
+TINY = ("lora-xs", "vera")  # adapters that want larger rates than LoRA, and a scale of one
 OF_SUBSPACE = ("said", "did")
 OF_CLASSIFIER = ("head-only", *OF_SUBSPACE)  # methods that train.sft has not
 _WITHOUT_ADAPTER = ("full", *OF_CLASSIFIER)
 _RANKS = (4, 16, 64)
+_RANKS_OF = {"vera": (64, 256)}  # its numbers hardly grow with the rank
 _QUICK_RANKS = (8,)
 # Around the script's learning rate. Neighbours are a factor of three apart, about the distance at
 # which a loss curve begins to differ.
@@ -41,7 +45,7 @@ class Basis(NamedTuple):
 
     Attributes:
       alpha: a multiple of the rank.
-      rates: the learning rate of an adapter, of full fine-tuning, and of a head alone; and of a
+      rates: the learning rate of an adapter ("lora"), and of each method that has another; of a
         subspace the length of a step, which is its rate times the root of its dimension.
       batch_size: rows a step.
     """
@@ -63,15 +67,17 @@ def arms_of(compare: CompareConfig, basis: Basis) -> list[Arm]:
       compare: the settings.
       basis: those of the script, where none are given.
     """
-    ranks = compare.ranks or (_QUICK_RANKS if compare.quick else _RANKS)
     sets = [tuple(text.split(",")) for text in compare.target_sets]
     batch_sizes = compare.batch_sizes or (basis.batch_size,)
     arms: list[Arm] = []
     for method in compare.methods:
         if has_adapter(method):
-            rates = compare.lrs or _around(basis.rates["lora"])
+            is_tiny = method in TINY
+            times = basis.rates[method] / basis.rates["lora"] if is_tiny else 1.0
+            rates = _times(times, compare.lrs) or _around(times * basis.rates["lora"])
+            ranks = compare.ranks or _ranks(method, compare.quick)
             for rank, targets, size, rate in itertools.product(ranks, sets, batch_sizes, rates):
-                alphas = compare.alphas or (basis.alpha * rank,)
+                alphas = compare.alphas or ((1.0 if is_tiny else basis.alpha) * rank,)
                 arms += [Arm(method, rank, targets, alpha, rate, size) for alpha in alphas]
             continue
         if method in OF_SUBSPACE:
@@ -132,5 +138,14 @@ def _word(targets: str) -> str:
     return "targets" + hashlib.sha256(targets.encode()).hexdigest()[:8]
 
 
+def _ranks(method: str, quick: bool) -> tuple[int, ...]:
+    ranks = _RANKS_OF.get(method, _RANKS)
+    return (_QUICK_RANKS if method not in _RANKS_OF else ranks[-1:]) if quick else ranks
+
+
 def _around(rate: float, factors: Sequence[float] = _AROUND) -> tuple[float, ...]:
+    return _times(rate, factors)
+
+
+def _times(rate: float, factors: Sequence[float]) -> tuple[float, ...]:
     return tuple(float(f"{factor * rate:.2g}") for factor in factors)

@@ -20,6 +20,7 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax import models
+from train.comparing.arms import TINY
 from train.comparing.result import Arm, Latency, Planned
 from train.comparing.trials import Trial
 from train.finetune import finetune
@@ -101,8 +102,11 @@ def planned(
       The plan, and the machine in words.
 
     Raises:
-      UserError: there is no such machine, or it does not hold the run's arrays.
+      UserError: there is no such machine, or it does not hold the run's arrays; or train.plan does
+        not know the method.
     """
+    if trial.arm.method in TINY:
+        raise UserError(f"train.plan does not plan {trial.arm.method}")
     optim, adapter, data = trial.config.optim, trial.config.adapter, trial.config.data
     rows = optim.batch_size * optim.grad_accum * trial.steps
     command = [

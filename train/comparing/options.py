@@ -16,6 +16,8 @@ Method = Literal[
     "olora",
     "lora-fa",
     "lora-plus",
+    "lora-xs",
+    "vera",
     "full",
     "head-only",
     "said",
@@ -28,18 +30,20 @@ class CompareConfig:
     """The comparison: each method with all combinations of its settings, each with all seeds."""
 
     methods: tuple[Method, ...] = ("lora", "full")
-    """Ways to train: lora, and variants of it; full for all weights; of a classifier, head-only for
-    the head on the frozen encoder, said and did for a random subspace of all weights, of few
-    dimensions (--intrinsic)."""
+    """Ways to train: lora, and variants of it, lora-xs and vera being the smallest; full for all
+    weights; of a classifier, head-only for the head on the frozen encoder, said and did for a
+    random subspace of all weights, of few dimensions (--intrinsic)."""
     ranks: tuple[int, ...] = ()
-    """Ranks of the adapters. By default 4 16 64."""
+    """Ranks of the adapters. By default 4 16 64, of vera 64 256."""
     target_sets: tuple[str, ...] = ("all-linear",)
     """Sets of modules to adapt, each as --targets takes it, with commas: all-linear
     attention q_proj,v_proj."""
     alphas: tuple[float, ...] = ()
-    """Alphas of the adapters. By default the script's: a multiple of the rank."""
+    """Alphas of the adapters. By default the script's: a multiple of the rank, of lora-xs and vera
+    the rank itself."""
     lrs: tuple[float, ...] = ()
-    """Learning rates of the adapters. By default the script's, a third of it and three times it."""
+    """Learning rates of the adapters. By default the script's, a third of it and three times it.
+    Those of lora-xs and vera are as many times these as the script's are with --xs and --vera."""
     full_lrs: tuple[float, ...] = ()
     """Learning rates of full fine-tuning. By default the script's with --full, a third of it, and
     three and nine times it."""
@@ -98,6 +102,8 @@ INSTEAD = {
     "lr": "lrs",
     "batch_size": "batch_sizes",
     "seed": "seeds",
+    "xs": "methods",
+    "vera": "methods",
     "intrinsic": "dimensions",
     "intrinsic_kind": "methods",
 }

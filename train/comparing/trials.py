@@ -61,7 +61,7 @@ def basis_of(script: Script, options: Any) -> arms.Basis:
       UserError: the optimiser has no learning rate of its own, and none was given.
     """
     rates: dict[str, float] = {}
-    names = ["lora", "full"]
+    names = ["lora", *arms.TINY, "full"]
     if hasattr(options.adapter, "head_only"):
         names += arms.OF_CLASSIFIER
     for name in names:

@@ -66,7 +66,7 @@ def step_flops(
         total += 2 * tokens * size * passes
         if isinstance(leaf, LoraWeight):
             share = size / math.prod(shape)
-            factors = leaf.a.size + leaf.b.size
+            factors = math.prod(leaf.shape_of("a")) + math.prod(leaf.shape_of("b"))
             total += 2 * tokens * share * factors * (3 + (chunked if is_head else layers_again))
     heads = config.num_attention_heads * config.head_dim
     pair = 4 * batch * heads * config.num_hidden_layers  # of a query and a key, forward

@@ -25,6 +25,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Options that shaped the weights, in the order of the card. No path of a machine is among them.
 _OF_ADAPTER = (
     *("targets", "layers", "rank", "alpha", "dropout", "scaling", "init", "dora", "freeze_a"),
+    *("xs", "vera"),
     *("bias", "bias_on_b", "train", "train_tokens", "divide_rank"),
 )
 _OF_TRAINING = (

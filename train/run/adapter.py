@@ -123,6 +123,8 @@ def _lora_rule(adapter: AdapterConfig, targets: str | tuple[str, ...], rank: int
         dora=adapter.dora,
         freeze_a=adapter.freeze_a,
         bias_on_b=adapter.bias_on_b,
+        xs=adapter.xs,
+        vera=adapter.vera,
         train_bias=adapter.bias == "adapted",
     )
 

@@ -67,6 +67,7 @@ def _scaled(use: Use, weight: Factored, factor: Any) -> list[Any] | None:
     if {"in", "out"} <= long:
         return None
     role: Label = "in" if "in" in long else "out" if "out" in long else "batch"
+    weight = weight if role == "batch" else weight.formed()
     factor = factor.reshape(shape)
     changed = {
         name: weight.parts[name] * _laid_out(factor, weight.layout(name), weight.parts[name].dtype)
@@ -139,11 +140,13 @@ def has_more(weight: Factored) -> bool:
 def mirrored(weight: Factored) -> Factored:
     """Returns the weight with in axes for out axes: W + s·AB read as (Wᵀ + s·BᵀAᵀ)ᵀ."""
     other: dict[Label, Label] = {"in": "out", "out": "in", "batch": "batch"}
+    weight = weight.formed()
     return weight.replace(a=weight.b, b=weight.a, labels=[other[label] for label in weight.labels])
 
 
 def scale_in_a(weight: Factored) -> Factored:
     """Returns the weight with s·A for A, and s = 1."""
+    weight = weight.formed()
     scales = weight.scales.astype(weight.a.dtype)
     a = weight.a * lax.expand_dims(scales, range(scales.ndim, weight.a.ndim))
     return weight.replace(a=a, scale=jnp.ones_like(weight.scale), pick=None)
@@ -169,6 +172,7 @@ def _stack(_: Interpreter, use: Use) -> list[Any] | None:
 
 def _joined(use: Use, values: Sequence[Any], dimension: int) -> list[Any] | None:
     """Joins weights, and plain arrays among them, along an axis."""
+    values = [v.formed() if isinstance(v, Factored) else v for v in values]
     aligned = _aligned(values)
     if aligned is None:
         return None
@@ -178,12 +182,14 @@ def _joined(use: Use, values: Sequence[Any], dimension: int) -> list[Any] | None
     if role == "in" and any(map(has_more, weights)):
         return None  # each part has a gain of its own for the same columns
     (base,) = use.bind([as_array(v.base) if isinstance(v, Factored) else v for v in use.values])
-    names = {name for w in weights for name in w.parts}
-    if role == "batch":
-        joined = {name: _end_to_end(name, aligned, first, dimension) for name in names}
-    else:
-        aligned = [scale_in_a(v) if isinstance(v, Factored) else v for v in aligned]
-        joined = {name: _side_by_side(name, aligned, first, dimension) for name in names}
+    join = _end_to_end
+    if role != "batch":
+        aligned, join = (
+            [scale_in_a(v) if isinstance(v, Factored) else v for v in aligned],
+            _side_by_side,
+        )
+    names = {name for v in aligned if isinstance(v, Factored) for name in v.parts}
+    joined = {name: join(name, aligned, first, dimension) for name in names}
     return [dataclasses.replace(first, base=base, parts=joined)]
 
 

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -30,6 +31,7 @@ def common_form(weights: Sequence[Factored]) -> Form | None:
     Args:
       weights: their arrays may be `jax.ShapeDtypeStruct`\\ s.
     """
+    weights = [jax.eval_shape(Factored.formed, w) if w.is_compact else w for w in weights]
     first = weights[0]
 
     def fits(weight: Factored) -> bool:
@@ -61,6 +63,7 @@ def in_form(weight: Factored, form: Form) -> Factored:
 
     Its base is an array then, since bases of several weights need not be stored alike.
     """
+    weight = weight.formed()
     if weight.labels != form.labels:
         weight = mirrored(weight)
 

@@ -202,7 +202,7 @@ def _gathered_over_devices(_: Interpreter, use: Use) -> list[Any] | None:
     labels.insert(dimension, "batch")
     at = labels[:dimension].count("batch")
     base = gather(as_array(weight.base), axis=dimension)
-    stacked = weight.along(base, lambda array, _: gather(_varying(array, weight), axis=at))
+    stacked = weight.formed().along(base, lambda array, _: gather(_varying(array, weight), axis=at))
     return [stacked.replace(labels=labels)]
 
 

@@ -170,7 +170,9 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
         z = lax.conv_general_dilated(
             x, kernel, **how, feature_group_count=groups, preferred_element_type=wide(x.dtype)
         )
-        z = jnp.moveaxis(z, features, -1) * weight.scales.astype(z.dtype)
+        scales = weight.scales.astype(z.dtype)
+        scales = jnp.tile(scales, groups) if scales.size > 1 else scales
+        z = jnp.moveaxis(z, features, -1) * scales
         if rows is not None:  # x's batch axis is the result's
             z = z * rows.along(z, batch - (batch > features))
         z = z.astype(x.dtype)
@@ -301,6 +303,8 @@ def _of_stack(
     order = [have.index(source[a]) for a in sorted(source) if labels[a] == "batch"]
 
     def taken(array: Any, axes: Axes) -> Any:
+        if axis not in axes:
+            return array
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
             array = jnp.take(array, indices[..., 0], axis=at, mode="clip")
         else:

@@ -32,6 +32,7 @@ def _reduce_sum(_: Interpreter, use: Use) -> list[Any] | None:
         return None
     if "out" in over and (weight.gain is not None or weight.shift is not None):
         return None
+    weight = weight.formed()
     axes = tuple(axis for axis in use.params["axes"] if weight.labels[axis] != "batch")
     stack = tuple(axis for axis in use.params["axes"] if weight.labels[axis] == "batch")
     roles: tuple[Label, Label] = ("in", "out")

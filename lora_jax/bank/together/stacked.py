@@ -145,7 +145,9 @@ def _axes(kind: Kind, state: State) -> Any:
 
 
 def _axes_of_arrays(kind: Kind, arrays: Arrays) -> Any:
-    return {path: dict.fromkeys(own, kind.slot_axis(path)) for path, own in arrays.items()}
+    return {
+        path: {name: kind.slot_axis(path, name) for name in own} for path, own in arrays.items()
+    }
 
 
 def _shardings(shapes: Any, axes: Any, like: Tenant) -> Any:

@@ -117,10 +117,15 @@ class Kind:
             options=dict(self.options),
         )
 
-    def slot_axis(self, path: str) -> int:
-        """Returns the axis of the slots in the arrays of a weight: after its batch axes."""
+    def slot_axis(self, path: str, name: str | None = None) -> int:
+        """Returns the axis of the slots in the arrays of a weight: after its batch axes.
+
+        Args:
+          path: of the weight.
+          name: of the array; without it, of one that has all batch axes.
+        """
         shell = self.shells[path]
-        if not isinstance(shell, LoraWeight):
+        if not isinstance(shell, LoraWeight) or (name and "batch" not in shell.axes_of(name)):
             return 0
         ndim = next(ndim for at, _, _, ndim, _ in self.shapes if at == path)
         return ndim - len(shell.roles.in_axes) - len(shell.roles.out_axes)

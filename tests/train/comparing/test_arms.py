@@ -10,6 +10,7 @@ from train.comparing.options import CompareConfig
 from train.comparing.rungs import LAST, STAGES, decide, step_of
 
 RATES = {"lora": 3e-4, "full": 3e-5, "head-only": 1e-2, "said": 0.06, "did": 0.06}
+RATES |= {"lora-xs": 6e-4, "vera": 3e-3}
 BASIS = Basis(alpha=2.0, rates=RATES, batch_size=8)
 
 
@@ -56,6 +57,23 @@ def test_subspaces_have_a_dimension_and_a_rate_for_it():
     assert name_of(arms[0], 3) == "said-d25-lr0.02-b8-s3"
     plain = arms_of(CompareConfig(methods=("did",)), BASIS)
     assert {arm.learning_rate for arm in plain if arm.dimension == 100} == {0.002, 0.006, 0.018}
+
+
+def test_tiny_adapters_have_rates_ranks_and_scales_of_their_own():
+    arms = arms_of(CompareConfig(methods=("lora", "lora-xs", "vera"), lrs=(1e-3,)), BASIS)
+    found = {(arm.method, arm.rank, arm.alpha, arm.learning_rate) for arm in arms}
+    assert found == {
+        *(("lora", 4, 8.0, 1e-3), ("lora", 16, 32.0, 1e-3), ("lora", 64, 128.0, 1e-3)),
+        *(("lora-xs", 4, 4.0, 2e-3), ("lora-xs", 16, 16.0, 2e-3), ("lora-xs", 64, 64.0, 2e-3)),
+        *(("vera", 64, 64.0, 1e-2), ("vera", 256, 256.0, 1e-2)),
+    }
+    assert settings(arms[-1], 0)["vera"] and settings(arms[3], 0)["xs"]
+    plain = arms_of(CompareConfig(methods=("vera",), quick=True), BASIS)
+    assert {(arm.rank, arm.learning_rate) for arm in plain} == {
+        *((256, 1e-3), (256, 3e-3), (256, 9e-3)),
+    }
+    given = arms_of(CompareConfig(methods=("vera",), ranks=(7,), alphas=(3.0,)), BASIS)
+    assert {(arm.rank, arm.alpha) for arm in given} == {(7, 3.0)}
 
 
 def test_sixteen_settings_take_a_third_of_the_steps():

@@ -1,4 +1,4 @@
-"""The intrinsic dimension that a comparison reads from its runs: made-up curves, known crossings."""
+"""The intrinsic dimension of made-up curves, whose crossings are known."""
 
 import math
 

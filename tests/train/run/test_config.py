@@ -90,6 +90,13 @@ def decoder_outline():
         ("--peft-config x --full", "without an adapter: leave out --peft-config"),
         ("--peft-config x --init-adapter y", "its own targets, rank and alpha: leave out --peft-c"),
         ("--dora --bias-on-b", "dora and bias_on_b do not go together"),
+        ("--xs --vera", "xs and vera do not go together"),
+        ("--xs --dora", "--xs takes A and B from the base .*: leave out --dora"),
+        (
+            "--vera --init pissa --lora-plus 4",
+            "--vera draws one A.*: leave out --init and --lora-plus",
+        ),
+        ("--full --vera", "without an adapter: leave out --vera"),
     ],
 )
 def test_options_that_make_no_sense(args, message):
@@ -182,7 +189,7 @@ def test_a_peft_configuration_takes_the_place_of_the_options(tmp_path):
     [
         (None, "--peft-config .*adapter_config.json"),
         ("{", "--peft-config .*adapter_config.json"),
-        ('{"peft_type": "IA3"}', "peft_type is 'IA3'; only LORA is supported"),
+        ('{"peft_type": "IA3"}', "peft_type is 'IA3'; only LORA and VERA are supported"),
         ('{"r": 0}', "--peft-config .*r"),
         ('{"r": 4, "unheard_of": 1}', "unheard_of=1 is not known"),
     ],

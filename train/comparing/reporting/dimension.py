@@ -16,7 +16,7 @@ SHARE = 0.9  # of full fine-tuning's score
 
 
 class Dimension(NamedTuple):
-    """What a method needs to reach `SHARE` of full fine-tuning's score.
+    """The numbers that a method needs to reach `SHARE` of full fine-tuning's score.
 
     Attributes:
       method: "said" or "did".

@@ -14,6 +14,8 @@ _METHODS = {
     "olora": "OLoRA",
     "lora-fa": "LoRA-FA",
     "lora-plus": "LoRA+",
+    "lora-xs": "LoRA-XS",
+    "vera": "VeRA",
     "full": "full fine-tuning",
     "head-only": "head alone",
     "said": "SAID",

@@ -18,6 +18,8 @@ from train.run.options.rope import as_text
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
 _REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")}
 
+XS_RATE = 2e-3
+VERA_RATE = 10  # times LoRA's
 _MOST_SEED = 2**32 - 1  # JAX takes a larger one by its last 32 bits
 
 
@@ -59,7 +61,8 @@ class AdapterConfig:
     rank: int = 16
     """The rank r of the adapter."""
     alpha: float | None = None
-    """The alpha of the adapter's scale; see --scaling. By default twice the rank."""
+    """The alpha of the adapter's scale; see --scaling. By default twice the rank; with --xs
+    and --vera the rank."""
     dropout: float = 0.0
     """Dropout probability of the adapter's input."""
     scaling: Literal["alpha/rank", "alpha/sqrt(rank)"] = "alpha/rank"
@@ -70,6 +73,12 @@ class AdapterConfig:
     """Rescale each output column to a trained magnitude (DoRA)."""
     freeze_a: bool = False
     """Freeze A and train B with a projected gradient (LoRA-FA); saves the memory of A's inputs."""
+    xs: bool = False
+    """Train only a matrix R [rank, rank] for each weight, between singular vectors of the base
+    (LoRA-XS)."""
+    vera: bool = False
+    """Train only two vectors for each weight, around one random A and B that all weights share
+    (VeRA). It takes a large --rank, such as 256."""
     bias: Literal["none", "adapted", "all"] = "none"
     """Biases of the model to train: none, those of adapted layers, or all."""
     bias_on_b: bool = False
@@ -109,7 +118,7 @@ class OptimConfig:
     evaluated and saved."""
     lr: float | None = None
     """The peak learning rate. Its default is AdamW's; a third of that for lion, and none for
-    sgd."""
+    sgd. With --vera it is ten times as large, with --xs 2e-3."""
     lr_rule: Literal["llama", "qwen"] | None = None
     """Compute the learning rate from the model's width and the number of steps, as fitted for this
     model family in *LoRA Without Regret*; an alternative to --lr."""
@@ -272,8 +281,9 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
     """Fills in the task's defaults for options that were not given."""
     adapter, optim = options.adapter, options.optim
     if adapter.alpha is None and adapter.peft_config is None:
-        adapter = dataclasses.replace(adapter, alpha=defaults.alpha * adapter.rank)
-    rate = defaults.full_lr if adapter.full else defaults.lr
+        times = 1.0 if adapter.xs or adapter.vera else defaults.alpha
+        adapter = dataclasses.replace(adapter, alpha=times * adapter.rank)
+    rate = defaults.full_lr if adapter.full else _rate(adapter, defaults)
     optim = with_optimizer_defaults(optim, lr=rate, beta2=defaults.beta2)
     if optim.epochs is None and optim.steps is None:
         epochs = defaults.epochs or (1.0 if defaults.steps is None else None)
@@ -289,6 +299,16 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
         codes: Any = (source.quantize if source else None) or "none"
         optim = dataclasses.replace(optim, quantize=codes)
     return dataclasses.replace(options, adapter=adapter, optim=optim, data=data)
+
+
+def _rate(adapter: AdapterConfig, defaults: Defaults) -> float:
+    """Returns AdamW's learning rate of an adapter.
+
+    VeRA's paper takes ten times LoRA's, LoRA-XS's 1e-3 to 4e-3 whatever the task.
+    """
+    if adapter.xs:
+        return XS_RATE
+    return VERA_RATE * defaults.lr if adapter.vera else defaults.lr
 
 
 def _init_adapter(adapter: AdapterConfig) -> AdapterSource | None:

@@ -11,8 +11,10 @@ from train.run.options.optim import without_effect
 
 _OF_FACTORS = (
     *("layers", "rank", "alpha", "dropout", "scaling", "init", "dora", "freeze_a", "bias_on_b"),
-    "divide_rank",
+    *("xs", "vera", "divide_rank"),
 )
+# Options about an A and a B that train, or that are drawn.
+_OF_PLAIN = ("init", "dora", "freeze_a", "bias_on_b", "lora_plus", "lr_rule")
 _OF_RULES = ("targets", *_OF_FACTORS, "bias", "train", "train_tokens")
 _OF_HUB = ("split", "subset")
 # Others may stand beside --dry-run, so that it can be added to any command of one process.
@@ -102,6 +104,16 @@ def _cases(options: Any) -> list[_Case]:
             (*_OF_RULES, "lora_plus", "quantize"),
         ),
         _Case(intrinsic is None, "there is no subspace without --intrinsic", ("intrinsic_kind",)),
+        _Case(
+            adapter.xs and not adapter.vera,
+            "--xs takes A and B from the base and trains R between them",
+            _OF_PLAIN,
+        ),
+        _Case(
+            adapter.vera and not adapter.xs,
+            "--vera draws one A and B for all weights and trains two vectors of each",
+            _OF_PLAIN,
+        ),
         _Case(adapter.targets == NO_ADAPTER, "--targets none makes no adapter", factors),
         _Case(is_file and not from_hub, "the rows come from a file, not from the hub", _OF_HUB),
         _Case(

@@ -1,0 +1,116 @@
+"""Runs of LoRA-XS and VeRA: what they train, keep, publish and load again is tiny."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import lora_jax as lj
+import lora_jax.peft as lp
+from lora_jax import models
+from tests.support import assert_close, assert_identical
+from tests.train.tiny import write_model, write_rows
+from train import export
+from train.adapters.source import find_adapter
+from train.run.log import read_metrics
+from train.sft import main
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+WAYS = {"xs": ["--xs", "--rank", "3"], "vera": ["--vera", "--rank", "12"]}
+TRAINED = {"xs": {"latent"}, "vera": {"lambda_d", "lambda_b"}}
+IDS = jnp.asarray([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    write_model(folder / "model")
+    write_rows(folder / "rows.jsonl")
+    return folder
+
+
+def run(folder, output, *args):
+    data = ["--model", str(folder / "model"), "--dataset", str(folder / "rows.jsonl")]
+    targets = [] if "--init-adapter" in args else ["--targets", "q_proj", "v_proj"]
+    size = ["--batch-size", "4", "--warmup", "1"]
+    main([*data, *size, *targets, "--output", str(output), *args])
+    return output
+
+
+def loaded(folder, output):
+    model, params = models.from_pretrained(folder / "model")
+    tree = find_adapter(str(output)).load(model, params, "the base")
+    return model, tree, jax.jit(lj.adapt(model.apply))({"params": tree}, IDS)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_and_what_comes_of_it(folder, tmp_path, way):
+    whole = run(folder, tmp_path / "run", *WAYS[way], "--steps", "2")
+    facts = json.loads((whole / "facts.json").read_text())
+    model, tree, logits = loaded(folder, whole)
+    adapter, _ = lj.split(tree)
+    assert {name for parts in adapter.values() for name in parts} == TRAINED[way]
+    nodes = [n for n in jax.tree.leaves(tree, is_leaf=lj.is_node) if lj.is_node(n)]
+    trained = {
+        "xs": 2 * 2 * 3 * 3,
+        "vera": 2 * sum(12 + node.shape[-1] for node in nodes),
+    }[way]
+    assert sum(x.size for x in jax.tree.leaves(adapter)) == trained
+    assert facts["resolved"]["lr"] == {"xs": 2e-3, "vera": 2e-3}[way]
+    assert all(float(node.scale[0]) == 1 for node in nodes)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        args = ocp.args.Composite(adapter=ocp.args.StandardRestore())
+        held = checkpointer.restore(whole / "adapter", args)["adapter"]
+    assert sum(x.nbytes for x in jax.tree.leaves(held)) == 4 * trained
+    base = model.apply({"params": lj.strip(tree)}, IDS)
+    assert np.abs(logits - base).max() > 1e-6
+
+    first = ["--output", str(tmp_path / "published"), "--adapter", str(whole)]
+    export.main([*first, "--model", str(folder / "model")])
+    fields = json.loads((tmp_path / "published" / "adapter_config.json").read_text())
+    assert fields["peft_type"] == {"xs": "LORA", "vera": "VERA"}[way]
+    _, _, again = loaded(folder, tmp_path / "published")
+    assert_close(again, logits, 1e-5)
+    model, params = models.from_pretrained(folder / "model")
+    assert lj.count_params(lp.load(tmp_path / "published", model, params))[0] > 0
+    onward = run(folder, tmp_path / "on", "--init-adapter", str(whole), "--steps", "1")
+    assert read_metrics(onward)[0]["loss"] != read_metrics(whole)[0]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_resumed_bit_by_bit(folder, tmp_path, way):
+    more = [*WAYS[way], "--schedule", "constant", "--save-every", "2"]
+    whole = run(folder, tmp_path / "whole", *more, "--steps", "4")
+    run(folder, tmp_path / "parts", *more, "--steps", "2")
+    parts = run(folder, tmp_path / "parts", *more, "--steps", "4", "--resume")
+    assert_identical(loaded(folder, parts)[1], loaded(folder, whole)[1])
+    losses = [
+        line["loss"]
+        for line in read_metrics(run(folder, tmp_path / "long", *more, "--steps", "12"))
+    ]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+def test_a_table_of_runs(folder, tmp_path):
+    """Each is what its options make of it alone."""
+    rows = [
+        {"name": "xs", "xs": True, "rank": 3, "lr": 1e-2},
+        {"name": "vera", "vera": True, "rank": 12, "lr": 2e-2},
+        {"name": "other", "vera": True, "rank": 12, "lr": 1e-2, "seed": 4},
+        {"name": "lora", "rank": 2},
+    ]
+    rows = [row | {"steps": 3} for row in rows]
+    (tmp_path / "runs.json").write_text(json.dumps(rows))
+    line = ["--eps", "1e-4"]
+    run(folder, tmp_path / "many", "--many", str(tmp_path / "runs.json"), *line)
+    for way in ("xs", "vera"):
+        row = next(row for row in rows if row["name"] == way)
+        options = [*WAYS[way], "--lr", str(row["lr"]), "--steps", "3", *line]
+        alone = run(folder, tmp_path / way, *options)
+        ours, theirs = (lj.split(loaded(folder, f)[1])[0] for f in (tmp_path / "many" / way, alone))
+        assert_close(ours, theirs, 1e-5)
