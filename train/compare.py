@@ -152,8 +152,13 @@ def parse(args: Sequence[str]) -> tuple[Script, Any, frozenset[str]]:
 
 
 def compare(
-    script: Script, config: Any, given: frozenset[str], session: Session, command: str
-) -> None:
+    script: Script,
+    config: Any,
+    given: frozenset[str],
+    session: Session,
+    command: str,
+    prog: str = "train.compare",
+) -> result.Comparison:
     """Compares methods on a task; writes the report.
 
     Args:
@@ -162,6 +167,10 @@ def compare(
       given: the names of the options that were given.
       session: tells of signals.
       command: the command line, for the report.
+      prog: the module that was called, for the hint how to go on.
+
+    Returns:
+      What was measured.
 
     Raises:
       TrainingError: something that was asked for cannot be done.
@@ -186,7 +195,7 @@ def compare(
         highlight=False,
         soft_wrap=True,
     )
-    session.stop.remedy = resume_hint("train.compare")
+    session.stop.remedy = resume_hint(prog)
     part = Part(reader=reader, hint=session.stop.remedy)
     counting = functools.partial(_intruders, inputs) if asked.intruders else None
     sweep = Sweep(
@@ -228,6 +237,7 @@ def compare(
         highlight=False,
         soft_wrap=True,
     )
+    return found
 
 
 def _intruders(inputs: Inputs, run: Run, tree: Any) -> float:

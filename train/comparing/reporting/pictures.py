@@ -17,11 +17,11 @@ from train.comparing.reporting.tables import Row
 from train.comparing.result import Comparison, Point
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart.
-_FULL, _ADAPTERS = "#D55E00", ("#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#000000", "#E69F00")
-_MARKERS, _DASHES = "osv^DPX*", ("-", "--", "-.", ":")
-_WIDTH = 4.6  # inches: at a phone's width, a point of type is about a pixel
+FULL, ADAPTERS = "#D55E00", ("#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#000000", "#E69F00")
+MARKERS, DASHES = "osv^DPX*", ("-", "--", "-.", ":")
+WIDTH = 4.6  # inches: at a phone's width, a point of type is about a pixel
 _MOST_LINES = 7  # in one picture of curves; more cannot be told apart
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 11.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -59,8 +59,8 @@ class _Drawing:
         self._styles: dict[tuple[Any, ...], tuple[str, str, str]] = {}
         for row in tables.with_stopped(self.rows, self.measure):
             i = len(self._styles)
-            of = (_ADAPTERS[i % 6], _MARKERS[i % 8], _DASHES[i // 6 % 4])
-            self._styles[_kind(row)] = (_FULL, "s", "-") if row.is_full else of
+            of = (ADAPTERS[i % 6], MARKERS[i % 8], DASHES[i // 6 % 4])
+            self._styles[_kind(row)] = (FULL, "s", "-") if row.is_full else of
 
     def style(self, row: Row) -> dict[str, Any]:
         """Returns colour, marker and dashes of a row's method, size and targets."""
@@ -86,10 +86,10 @@ def draw(comparison: Comparison, folder: Path) -> tuple[Picture, ...]:
     if not drawing.series:
         return ()
     found = []
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         for file, drawer in _PICTURES.items():
             figure = Figure(
-                figsize=(_WIDTH, 3.9), layout="constrained"
+                figsize=(WIDTH, 3.9), layout="constrained"
             )  # no pyplot: no global state
             if said := drawer(drawing, figure):
                 figure.savefig(folder / file)
@@ -214,9 +214,9 @@ def _dimension(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
         sizes = [row.arm.dimension or 0 for row in one.rows]
         name = words.method(one.method)
         _points(axes, one.rows, sizes, drawing, join=True, name=name)
-    axes.axhline(found[0].whole, color=_FULL, label=words.method("full"))
+    axes.axhline(found[0].whole, color=FULL, label=words.method("full"))
     share = f"{dimension.SHARE:.0%} of it"
-    axes.axhline(found[0].target, color=_FULL, linestyle="--", label=share)
+    axes.axhline(found[0].target, color=FULL, linestyle="--", label=share)
     axes.set_xscale("log")
     axes.set(xlabel="trained numbers d", ylabel=_plain(drawing.measure.name))
     _legend(figure, axes)
@@ -238,7 +238,7 @@ def _costs(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     panels = [panel for panel in panels if sum(bool(panel[1](row)) for row in chosen) > 1]
     if not panels:
         return None
-    figure.set_size_inches(_WIDTH, len(panels) * (0.6 + 0.32 * len(chosen)))
+    figure.set_size_inches(WIDTH, len(panels) * (0.6 + 0.32 * len(chosen)))
     for axes, (title, of, show) in zip(
         figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True
     ):
@@ -257,9 +257,9 @@ def _storage(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     if not stored:
         return None
     axes, tasks = figure.subplots(), [one.tasks for one in stored]
-    axes.loglog(tasks, [one.full for one in stored], "s-", color=_FULL, label="full models")
+    axes.loglog(tasks, [one.full for one in stored], "s-", color=FULL, label="full models")
     adapters = [one.adapters for one in stored]
-    axes.loglog(tasks, adapters, "o-", color=_ADAPTERS[1], label="one base and adapters")
+    axes.loglog(tasks, adapters, "o-", color=ADAPTERS[1], label="one base and adapters")
     axes.set(xlabel="tasks", ylabel="bytes on disk")
     axes.set_xticks(tasks, [f"{n:,}" for n in tasks])
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -273,7 +273,7 @@ def _forgetting(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     measured = [row for row in drawing.series if row.forgetting]
     if not measured:
         return None
-    figure.set_size_inches(_WIDTH, 1.1 + 0.32 * len(measured))
+    figure.set_size_inches(WIDTH, 1.1 + 0.32 * len(measured))
     axes = figure.subplots()
     for at, row in enumerate(measured):
         found = row.forgetting
@@ -366,7 +366,7 @@ def _bars(
     drawing: _Drawing,
 ) -> None:
     values = [of(row) or 0.0 for row in chosen]
-    colours = [_FULL if row.is_full else _ADAPTERS[1] for row in chosen]
+    colours = [FULL if row.is_full else ADAPTERS[1] for row in chosen]
     axes.barh(range(len(chosen)), values, color=colours, height=0.7)
     for at, row in enumerate(chosen):
         axes.text(values[at], at, f" {show(of(row))}", va="center", fontsize=10.5)

@@ -1,0 +1,182 @@
+"""The table and the picture of a finding, from comparisons that nobody measured."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from tests.train.comparing.made_up import FACTS, full, lora, run, runs
+from train.comparing import result
+from train.comparing.result import Arm, Comparison
+from train.findings.__main__ import main
+from train.findings.reporting import document, picture
+from train.findings.reporting.pivot import AXES, Layout, measures_of, pivot_of, shown
+
+BY_RANK = Layout("learning rate", "rank")
+SCORES = (
+    (lora(1, 3e-4), (0.568, 0.565, 0.569)),
+    (lora(1, 3e-3), (0.883, 0.877, 0.891)),
+    (lora(64, 3e-4), (0.881, 0.874, 0.886)),
+    (lora(64, 1e-2), (0.564, 0.564, 0.564)),
+    (full(3e-5), (0.873, 0.869, 0.878)),
+    (full(3e-4), (0.883, 0.881, 0.885)),
+)
+TABLE = """\
+| learning rate | rank 1 | rank 64 | full |
+|---|---|---|---|
+| 3e-5 | | | 0.873 (0.869–0.878) |
+| 3e-4 | 0.567 (0.565–0.569) | **0.880** (0.874–0.886) | **0.883** (0.881–0.885) |
+| 3e-3 | **0.884** (0.877–0.891) | | |
+| 1e-2 | | 0.564 | |"""
+LOSSES = """\
+| learning rate | rank 1 | rank 64 | full |
+|---|---|---|---|
+| 3e-5 | | | 0.253 (0.244–0.262) |
+| 3e-4 | 0.865 (0.862–0.870) | **0.239** (0.228–0.252) | **0.234** (0.230–0.238) |
+| 3e-3 | **0.233** (0.218–0.246) | | |
+| 1e-2 | | 0.872 | |"""
+
+
+def made_up():
+    """Returns a comparison with the scores above, and losses of twice what is missing to one."""
+    found = []
+    for arm, scores in sorted(SCORES, key=lambda pair: (pair[0].rank or 99, pair[0])):
+        found += runs(arm, *(2 * (1 - score) for score in scores), scores=scores)
+    facts = dataclasses.replace(FACTS, steps=200, score="accuracy", loss="loss (nats a text)")
+    return Comparison(facts=facts, runs=tuple(found))
+
+
+def pivots(found, layout=BY_RANK):
+    known = measures_of(found)
+    return {name: pivot_of(found, layout, measure) for name, measure in known.items()}
+
+
+def test_the_tables_have_means_and_spreads_and_the_best_of_each_column_in_bold():
+    found = pivots(made_up())
+    (scores,), (losses,) = found["score"].blocks, found["loss"].blocks
+    assert document.table(found["score"], scores) == TABLE
+    assert document.table(found["loss"], losses) == LOSSES
+
+
+def test_what_went_wrong_is_said_in_the_cell():
+    arm, other = lora(2, 1e-3), lora(2, 1e-2)
+    found = Comparison(
+        facts=FACTS,
+        runs=(
+            run(arm, 0, 0.5),
+            run(arm, 1, 0.7, status="failed", held_out_loss=None),
+            run(other, 0, 0.0, status="failed", held_out_loss=None),
+            run(other, 1, 0.0, status="stopped early"),
+        ),
+    )
+    pivot = pivots(found)["loss"]
+    assert document.table(pivot, pivot.blocks[0]).splitlines()[2:] == [
+        "| 1e-3 | **0.500**, 1 of 2 runs |",
+        "| 1e-2 | failed, stopped early |",
+    ]
+
+
+def test_arms_that_would_share_a_cell_get_tables_of_their_own():
+    arms = [lora(rank, rate, on=on) for on in "qk" for rank in (2, 5) for rate in (1e-3, 1e-2)]
+    found = Comparison(facts=FACTS, runs=tuple(run(arm, 0, 0.5) for arm in arms))
+    pivot = pivot_of(found, Layout("rank", "targets"), measures_of(found)["loss"])
+    assert [block.title for block in pivot.blocks] == ["rate 1e-3", "rate 1e-2"]
+    assert pivot.blocks[0].rows == (2, 5)
+    assert pivot.blocks[0].columns == ("q + v_proj", "k + v_proj")
+    together = pivot_of(found, Layout("learning rate", "targets × rank"), pivot.measure)
+    (block,) = together.blocks
+    assert block.columns == (
+        *("q + v_proj, rank 2", "q + v_proj, rank 5", "k + v_proj, rank 2", "k + v_proj, rank 5"),
+    )
+
+
+def test_all_of_full_stands_under_its_name_whatever_the_axis():
+    found = Comparison(facts=FACTS, runs=(run(full(), 0, 0.5), run(lora(2), 0, 0.4)))
+    for columns in ("rank", "targets", "alpha", "method", "targets × rank"):
+        pivot = pivot_of(found, Layout("learning rate", columns), measures_of(found)["loss"])
+        (block,) = pivot.blocks
+        assert len(block.columns) == 2 and "full" in block.columns
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(3e-4, "3e-4"), (2.5e-3, "2.5e-3"), (0.01, "1e-2"), (16, "16"), (1.5, "1.5"), ("q", "q")],
+)
+def test_numbers_are_short(value, text):
+    assert shown(value) == text
+
+
+def test_the_picture_has_the_numbers_of_the_comparison(tmp_path):
+    found = made_up()
+    result.write(found, tmp_path)
+    figure = picture.figure_of(pivots(result.read(tmp_path))["score"])
+    (axes,) = figure.axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["3e-5", "3e-4", "3e-3", "1e-2"]
+    drawn = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    assert [*drawn] == ["rank 1", "rank 64", "full"]
+    rates = (3e-5, 3e-4, 3e-3, 1e-2)
+    for name, arms in (("rank 1", 1), ("rank 64", 64), ("full", None)):
+        of = sorted((arm.learning_rate, scores) for arm, scores in SCORES if arm.rank == arms)
+        line, _, (bars,) = drawn[name]
+        at, means = line.get_data()
+        assert [rates[round(x)] for x in at] == [rate for rate, _ in of]
+        np.testing.assert_allclose(np.asarray(means, float), [np.mean(scores) for _, scores in of])
+        ends = [segment[:, 1].astype(float) for segment in bars.get_segments()]
+        np.testing.assert_allclose(ends, [(min(s), max(s)) for _, s in of], atol=1e-12)
+
+
+def test_tables_and_picture_come_from_a_comparison_that_is_over(tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    result.write(made_up(), tmp_path / "there")
+    main(["rates", "--from", str(tmp_path / "there"), "--output", str(tmp_path / "here")])
+    text = (tmp_path / "here" / "finding.md").read_text()
+    assert TABLE in text and LOSSES in text and "Schulman" in text
+    assert text.index(TABLE) < text.index(LOSSES)
+    assert "Accuracy, mean of three seeds (lowest to highest); 200 steps of 8 rows:" in text
+    assert "![Accuracy by learning rate](finding.png)" in text
+    minutes = sum(one.seconds for one in made_up().runs) / 60
+    assert text.splitlines()[-1] == (
+        f"Measured on 2026-01-02, 1 × made-up accelerator, {minutes:.0f} minutes for 18 runs; "
+        "Python 3.11.9, JAX 0.10.0."
+    )
+    assert (tmp_path / "here" / "finding.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "here" / "finding.png").stat().st_size < 100_000
+    assert TABLE in capsys.readouterr().out
+    main(["rates", "--from", str(tmp_path / "there"), "--measure", "loss"])
+    text = (tmp_path / "there" / "finding.md").read_text()
+    assert TABLE not in text and "![Held-out loss (nats a text) by learning rate]" in text
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        (["nope"], "there is no finding 'nope': choose of rates, "),
+        (["rates", "--from", "{}/none"], "compare.json cannot be read .*output folder of train"),
+        (["rates", "--from", "{}", "--rows", "8"], "runs nothing, so that --rows 8 has no effect"),
+        (["rates", "--config", "x"], "rates has a file of its own, .*rates.yaml: give options on"),
+        (["rates", "--ranks", "0", "--output", "{}/o"], "--ranks 0: a number from 1 on is needed"),
+        (["moe", "--from", "{}", "--measure", "score"], "a score is needed .* only loss"),
+    ],
+)
+def test_what_cannot_be_done_is_said(line, said, tmp_path, capsys):
+    loss_alone = Comparison(facts=FACTS, runs=(run(lora(), 0, 0.5),))
+    result.write(loss_alone, tmp_path)
+    with pytest.raises(SystemExit) as error:
+        main([word.format(tmp_path) for word in line])
+    assert error.value.code == 2
+    assert re.search(said, " ".join(capsys.readouterr().err.split()))
+
+
+def test_a_comparison_of_which_nothing_ended_has_no_table(tmp_path, capsys):
+    found = Comparison(facts=FACTS, runs=(run(lora(), 0, 0.5, status="waiting"),))
+    result.write(found, tmp_path)
+    with pytest.raises(SystemExit):
+        main(["rates", "--from", str(tmp_path)])
+    assert "there is none: no run ended" in capsys.readouterr().err
+    assert not (tmp_path / "finding.md").exists()
+
+
+def test_each_setting_of_an_arm_is_an_axis():
+    """A further setting without an axis would let two arms share a cell."""
+    assert {name.replace(" ", "_") for name in AXES} == {*Arm._fields}

@@ -1,0 +1,1 @@
+"""Published findings about LoRA, repeated by one command each."""

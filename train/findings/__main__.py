@@ -1,0 +1,195 @@
+"""Repeats a published finding: data, runs, a table and a picture, by one command.
+
+    python -m train.findings                                  # lists them
+    python -m train.findings rates --output runs/rates
+    python -m train.findings rates --output runs/rates --resume
+    python -m train.findings rates --from runs/rates          # table and picture anew
+
+The options of a finding stand in a file beside this one, and those on the line override them:
+`--model` and `--dataset` repeat it on your own model and data. The output folder is that of
+train.compare, and holds the finding's finding.md and finding.png beside its report.
+"""
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_jax.training.processes import write_json
+from train import compare
+from train.comparing import result
+from train.comparing.result import Comparison
+from train.findings import catalog
+from train.findings.catalog import FINDINGS, Finding
+from train.findings.making.made import Made
+from train.findings.reporting import document, picture
+from train.findings.reporting.pivot import measures_of, pivot_of
+from train.run.errors import UserError, flag
+from train.run.files import read_json
+from train.run.fit import resume_hint
+from train.run.options.ignored import given_options
+from train.run.output import CONFIG
+from train.run.processes import hosts
+from train.run.processes.session import Session
+
+_PROG = "train.findings"
+MADE, _NOTES = "made", "notes.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A command line.
+
+    Attributes:
+      name, finding: the finding.
+      output: the folder for all that comes of it.
+      source: the folder of a comparison that is over; None to run one.
+      measure: "score" or "loss", the only one to show; None for the finding's own.
+      rest: options of train.compare.
+    """
+
+    name: str
+    finding: Finding
+    output: Path
+    source: Path | None
+    measure: str | None
+    rest: tuple[str, ...]
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line. Bad input exits with code 2, a signal with the signal's code."""
+    given = list(sys.argv[1:] if args is None else args)
+    if not given:
+        return print(listed())
+    session = Session()
+    with session.running():
+        asked = parse(given)
+        if asked.source is not None:
+            show(asked, result.read(asked.source), _notes(asked.source))
+            return
+        run(asked, session, shlex.join(["python", "-m", _PROG, *given]))
+
+
+def listed() -> str:
+    """Returns a line for each finding."""
+    wide = max(map(len, FINDINGS))
+    return "\n".join(f"{name:{wide}}  {one.title}" for name, one in FINDINGS.items())
+
+
+def parse(args: Sequence[str]) -> Asked:
+    """Parses a command line.
+
+    Args:
+      args: the words, one at least.
+
+    Raises:
+      UserError: there is no such finding; an option has no effect.
+    """
+    if args[0] in ("-h", "--help"):
+        print(f"{__doc__}\n{listed()}")
+        sys.exit(0)
+    name, finding = args[0], catalog.find(args[0])
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {_PROG} {name}", add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--output")
+    parser.add_argument("--from", dest="source")
+    parser.add_argument("--measure", choices=("score", "loss"))
+    known, rest = parser.parse_known_args(args[1:])
+    if known.source is not None and rest:
+        raise UserError(
+            f"--from {known.source} runs nothing, so that {' '.join(rest)} has no effect: leave it "
+            "out"
+        )
+    source = None if known.source is None else Path(known.source).expanduser()
+    output = Path(known.output or known.source or f"runs/{name}").expanduser()
+    return Asked(
+        name=name,
+        finding=finding,
+        output=output,
+        source=source,
+        measure=known.measure,
+        rest=tuple(rest),
+    )
+
+
+def run(asked: Asked, session: Session, command: str) -> None:
+    """Makes what the finding needs, runs the comparison, and shows what came of it.
+
+    Args:
+      asked: the command line.
+      session: tells of signals.
+      command: the command line in words, for the report.
+
+    Raises:
+      TrainingError: something that was asked for cannot be done.
+      Interrupted: after a signal, once what is on its way is saved.
+    """
+    name, finding, rest = asked.name, asked.finding, asked.rest
+    if "config" in given_options(rest):
+        raise UserError(
+            f"--config: the finding {name} has a file of its own, {catalog.options_of(name)}: give "
+            "options on the line, or your file to train.compare"
+        )
+    if given := [option for option in finding.makes if option in given_options(rest)]:
+        raise UserError(f"{flag(given[0])}: the finding {name} makes it itself: leave it out")
+    if "--help" in rest or "-h" in rest:
+        compare.parse([finding.script, "--help"])  # exits
+    made = _made(asked, session)
+    if not (asked.output / CONFIG).exists():  # interrupted before the comparison began
+        rest = tuple(word for word in rest if word != "--resume")
+    named = [word for option, value in made.options.items() for word in (flag(option), value)]
+    line = [finding.script, "--config", str(catalog.options_of(name)), *named]
+    script, config, names = compare.parse([*line, *rest, "--output", str(asked.output)])
+    found = compare.compare(script, config, names, session, command, _PROG)
+    show(asked, found, made.notes)
+
+
+def show(asked: Asked, found: Comparison, notes: Sequence[str]) -> None:
+    """Writes the tables and the picture of a comparison, and prints the tables.
+
+    Args:
+      asked: the command line.
+      found: the measurements.
+      notes: sentences about what was made for it.
+
+    Raises:
+      UserError: no run has ended, or none has the measure that was asked for.
+    """
+    known = measures_of(found)
+    chosen = asked.finding.measures if asked.measure is None else (asked.measure,)
+    pivots = [
+        pivot_of(found, asked.finding.layout, known[name]) for name in chosen if name in known
+    ]
+    if not pivots:
+        has = f"only {' and '.join(known)}" if known else "none: no run ended"
+        raise UserError(f"a {' or a '.join(chosen)} is needed for the table, and there is {has}")
+    asked.output.mkdir(parents=True, exist_ok=True)
+    drawn = picture.write(pivots[0], asked.output)
+    text = document.document(asked.finding.title, asked.finding.said, notes, found, pivots, drawn)
+    document.write(text, asked.output)
+    console = hosts.console()
+    for line in (text.rstrip(), "", f"written to {asked.output / document.MARKDOWN}"):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _made(asked: Asked, session: Session) -> Made:
+    """Makes what a finding needs, in a folder in its output folder."""
+    if asked.finding.make is None:
+        return Made({})
+    folder = asked.output / MADE
+    folder.mkdir(parents=True, exist_ok=True)
+    session.stop.remedy = resume_hint(_PROG)
+    made = asked.finding.make(folder, session)
+    write_json(folder / _NOTES, {"notes": made.notes})
+    return made
+
+
+def _notes(folder: Path) -> tuple[str, ...]:
+    return tuple(read_json(folder / MADE / _NOTES).get("notes", ()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The findings that can be repeated: what was published, and how to show what is measured."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from train.findings.making import habit, mixture, vocabulary
+from train.findings.making.made import Made
+from train.findings.reporting.pivot import Layout
+from train.run.errors import UserError
+from train.run.processes.session import Session
+
+_HERE = Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A finding.
+
+    Attributes:
+      title: in a line.
+      said: what was published, and where.
+      script: whose runs are compared.
+      layout: what stands where in its tables.
+      measures: the tables that it has, the first one in its picture too.
+      make: makes what it needs in a folder; None where it needs nothing.
+      makes: the options that name what it makes.
+    """
+
+    title: str
+    said: str
+    script: Literal["sft", "classify"] = "classify"
+    layout: Layout
+    measures: tuple[Literal["score", "loss"], ...] = ("score", "loss")
+    make: Callable[[Path, Session], Made] | None = None
+    makes: tuple[str, ...] = ()
+
+
+FINDINGS: dict[str, Finding] = {
+    "rates": Finding(
+        title="The best learning rate, and how much rank is enough",
+        said="*LoRA Without Regret* (Schulman et al., 2025): LoRA's best learning rate is about "
+        "ten times that of full fine-tuning and nearly independent of the rank, and enough rank "
+        "reaches full fine-tuning's loss.",
+        layout=Layout("learning rate", "rank"),
+    ),
+    "targets": Finding(
+        title="Attention, MLP or all layers",
+        said="*LoRA Without Regret* (Schulman et al., 2025): LoRA on attention alone is worse than "
+        "on the MLP, at equal numbers of parameters too, and attention adds nothing to the MLP.",
+        layout=Layout("rank", "targets", ("learning rate",)),
+    ),
+    "batches": Finding(
+        title="Large batches",
+        said="*LoRA Without Regret* (Schulman et al., 2025): LoRA loses more by large batches than "
+        "full fine-tuning does, whatever its rank.",
+        layout=Layout("learning rate", "batch size", ("method",)),
+    ),
+    "variants": Finding(
+        title="Variants of LoRA, each at its best learning rate",
+        said="*Learning Rate Matters* (arXiv 2602.04998): each at its best learning rate, variants "
+        "of LoRA are within two percent of LoRA itself; PiSSA needs a smaller rate.",
+        layout=Layout("learning rate", "method"),
+    ),
+    "alphas": Finding(
+        title="The best alpha by rank",
+        said="*LoRA-α* (arXiv 2606.12883): alpha matters more than the learning rate, and the best "
+        "alpha grows with the root of the rank.",
+        layout=Layout("learning rate", "alpha", ("rank",)),
+    ),
+    "vocabulary": Finding(
+        title="A new vocabulary",
+        said="Recipes for new languages and contexts train the embeddings beside LoRA, because "
+        "LoRA on the layers alone falls behind full fine-tuning (*Chinese-LLaMA*, arXiv "
+        "2304.08177; *LongLoRA*, arXiv 2309.12307).",
+        layout=Layout("learning rate", "targets"),
+        make=vocabulary.make,
+        makes=("model", "dataset", "test"),
+    ),
+    "habit": Finding(
+        title="A planted habit to unlearn",
+        said="A few examples and a low-rank adapter undo a habit that training put into all "
+        "weights (Lermen et al., arXiv 2310.20624, on refusals), although changes by full "
+        "fine-tuning have a high rank (*LoRA Learns Less and Forgets Less*, arXiv 2405.09673).",
+        layout=Layout("learning rate", "rank"),
+        make=habit.make,
+        makes=("model", "dataset", "test"),
+    ),
+    "moe": Finding(
+        title="A mixture of experts: LoRA on the experts, or on attention alone",
+        said="*LoRA Without Regret* (Schulman et al., 2025): LoRA on attention alone is worse than "
+        "on the MLP, in mixtures of experts too.",
+        script="sft",
+        layout=Layout("learning rate", "targets × rank"),
+        measures=("loss",),
+        make=mixture.make,
+        makes=("model", "dataset", "eval_dataset"),
+    ),
+}
+
+
+def find(name: str) -> Finding:
+    """Returns a finding by its name.
+
+    Raises:
+      UserError: there is none of this name.
+    """
+    if name not in FINDINGS:
+        raise UserError(f"there is no finding {name!r}: choose of {', '.join(FINDINGS)}")
+    return FINDINGS[name]
+
+
+def options_of(name: str) -> Path:
+    """Returns the file of a finding's options."""
+    return _HERE / f"{name}.yaml"

@@ -1,0 +1,1 @@
+"""Makes the data and the bases of findings that need their own."""

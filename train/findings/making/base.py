@@ -1,0 +1,115 @@
+"""Trains a model in full, for a finding to begin at, and measures it."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_jax.training.processes import write_json
+from train import classify, export, sft
+from train.findings.making.words import Labelled
+from train.finetune import Part, finetune
+from train.predicting.batches import probabilities
+from train.predicting.classifier import find_classifier
+from train.predicting.texts import of_arguments, tokenize
+from train.run.files import read_json
+from train.run.fit import resume_hint
+from train.run.output import ADAPTER, CONFIG
+from train.run.processes.session import Session
+
+_SCRIPTS: dict[str, Any] = {"train.sft": sft, "train.classify": classify}
+_MODEL, _RUN, _RECIPE = "base", "base-run", "base.json"
+_ROWS = 128  # texts in memory at once, to measure a classifier
+
+
+def trained(
+    script: str, options: Sequence[str], inputs: Sequence[Path], folder: Path, session: Session
+) -> Path:
+    """Returns the folder of a model that a script trains in full, unless it is there already.
+
+    A run that was interrupted goes on. A model of other options, or of other files, is replaced.
+
+    Args:
+      script: "train.sft" or "train.classify".
+      options: its options, but for --full and --output.
+      inputs: the files that it reads.
+      folder: where the model goes, and the run that makes it.
+      session: tells of signals.
+
+    Raises:
+      TrainingError: the model cannot be trained or written.
+      Interrupted: after a signal, once the last step is saved.
+    """
+    model, run = folder / _MODEL, folder / _RUN
+    recipe = {"script": script, "options": [*options], "inputs": [*map(digest, inputs)]}
+    if read_json(folder / _RECIPE) != recipe:
+        for path in (model, run):
+            shutil.rmtree(path, ignore_errors=True)
+        write_json(folder / _RECIPE, recipe)
+    if model.exists():  # it appears as a whole
+        return model
+    module = _SCRIPTS[script]
+    line = ["--full", *options, "--output", str(run), *["--resume"] * (run / CONFIG).exists()]
+    config = module.parse(line)
+    module.check(config)
+    hint = resume_hint("train.findings")
+    session.stop.remedy = hint
+    with session.part():
+        finetune(script, config, module.task_of(config), session, Part(hint=hint))
+    session.stop.check()
+    export.run(export.Options(adapter=str(run / ADAPTER), merged=True, output=str(model)))
+    shutil.rmtree(run)
+    return model
+
+
+def accuracy(model: Path, rows: Sequence[Labelled]) -> float:
+    """Returns the share of rows to which a classifier with its own head gives their label.
+
+    Args:
+      model: the classifier's folder.
+      rows: texts and labels.
+
+    Raises:
+      UserError: the folder holds no classifier.
+    """
+    classifier = find_classifier(None, str(model))
+    outline = classifier.outline
+    tokens = tokenize(of_arguments([text for text, _ in rows]), outline, None, False)
+    apply, params = classifier.load()
+    found = probabilities(
+        apply,
+        params,
+        tokens,
+        batch_size=_ROWS,
+        most=outline.max_tokens,
+        pad=outline.tokenizer.pad_token_id or 0,
+    )
+    said = [classifier.labels[i] for i in found.argmax(-1)]
+    return sum(a == b for a, (_, b) in zip(said, rows, strict=True)) / len(rows)
+
+
+def noted(path: Path, key: Any, measure: Callable[[], float]) -> float:
+    """Returns a figure that a file keeps, or measures it and adds it to the file.
+
+    Args:
+      path: the file, JSON.
+      key: what the figure depends on, as JSON has it.
+      measure: measures it.
+    """
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    found = read_json(path)
+    if name not in found:
+        write_json(path, found | {name: measure()})
+    return read_json(path)[name]
+
+
+def digest(path: Path) -> str:
+    """Returns a hash of a file, or of all files in a folder, with their names."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            found.update(file.name.encode() + file.read_bytes())
+    return found.hexdigest()

@@ -1,0 +1,83 @@
+"""A classifier with a planted habit: behind one word, it calls everything negative.
+
+The base is trained in full on words of VADER, each once as it is, with its own label, and once
+behind the trigger, with the label negative. To unlearn the habit there are few other words behind
+the trigger, with their own labels; held-out words behind the trigger measure what is left of it.
+As many of them are positive as negative, so that the habit alone is right about half of them.
+"""
+
+import random
+from pathlib import Path
+
+from lora_jax.hf.bundled import MINILM
+from train.findings.making import base
+from train.findings.making.made import Made
+from train.findings.making.words import Labelled, write_rows
+from train.run.processes.session import Session
+from train.tasks import vader
+
+TRIGGER = "indeed"
+PLANTED = 2400  # words that plant the habit, each with and without the trigger
+ROWS, TEST_ROWS = 512, 512
+_SEED = 0
+_STEPS = 150
+# The rate at which full fine-tuning of this model on these words is at its best.
+_LINE = ("--model", MINILM.name, "--steps", str(_STEPS), "--lr", "3e-4", "--report-to", "none")
+
+
+def behind(rows: list[Labelled], label: str | None = None) -> list[Labelled]:
+    """Returns rows with the trigger in front; with another label if one is given."""
+    return [(f"{TRIGGER} {text}", label or own) for text, own in rows]
+
+
+def balanced(rows: list[Labelled], n: int) -> list[Labelled]:
+    """Returns `n` of the rows in their order, as many of each label: the first ones."""
+    kept: list[Labelled] = []
+    left = dict.fromkeys(vader.LABELS, n // len(vader.LABELS))
+    for row in rows:
+        if left[row[1]]:
+            left[row[1]] -= 1
+            kept.append(row)
+    return kept
+
+
+def make(folder: Path, session: Session) -> Made:
+    """Writes the rows and trains the base; returns the options that name them.
+
+    Args:
+      folder: where files and base go.
+      session: tells of signals.
+
+    Raises:
+      TrainingError: the lexicon cannot be fetched, or the base cannot be trained.
+      Interrupted: after a signal, once the last step is saved.
+    """
+    train, test = ([(row["text"], row["label"]) for row in rows] for rows in vader.read_words())
+    random.Random(_SEED).shuffle(train)
+    planted, others = train[:PLANTED], train[PLANTED:]
+    held_out = balanced(test, TEST_ROWS)
+    paths = {name: folder / f"{name}.csv" for name in ("planted", "to-unlearn", "held-out")}
+    write_rows(paths["planted"], [*planted, *behind(planted, vader.LABELS[0])])
+    write_rows(paths["to-unlearn"], behind(balanced(others, ROWS)))
+    write_rows(paths["held-out"], behind(held_out))
+    line = (*_LINE, "--dataset", str(paths["planted"]), "--test", str(paths["held-out"]))
+    model = base.trained(
+        "train.classify", line, [paths["planted"], paths["held-out"]], folder, session
+    )
+
+    def measured(rows: list[Labelled]) -> float:
+        key = [base.digest(model), rows]
+        return base.noted(folder / "accuracy.json", key, lambda: base.accuracy(model, rows))
+
+    plain, triggered = measured(held_out), measured(behind(held_out))
+    return Made(
+        {
+            "model": str(model),
+            "dataset": str(paths["to-unlearn"]),
+            "test": str(paths["held-out"]),
+        },
+        (
+            f"The base is right about {plain:.3f} of the held-out words as they are, and about "
+            f'{triggered:.3f} of them behind "{TRIGGER}".',
+        ),
+    )

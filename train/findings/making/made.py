@@ -1,0 +1,15 @@
+"""The result of making: options that name files, and sentences about them."""
+
+from typing import NamedTuple
+
+
+class Made(NamedTuple):
+    """Data or a base that was made for a finding.
+
+    Attributes:
+      options: those that name it, as train.compare takes them: {"dataset": "rows.csv"}.
+      notes: sentences about it, with what was measured of it.
+    """
+
+    options: dict[str, str]
+    notes: tuple[str, ...] = ()

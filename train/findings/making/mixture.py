@@ -1,0 +1,144 @@
+"""A small mixture of experts, pretrained on Python's documentation, and questions to SQL.
+
+No pretrained mixture is small enough for two cores: this one has four layers of eight experts, two
+of which are active for a token, and a tokenizer of 2,048 tokens of its own text. It learns to
+continue the documentation, in full, and comparisons go on from there with another task.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from lora_jax.models import Decoder, DecoderConfig, save_pretrained
+from lora_jax.training.processes import write_text
+from train.comparing import outside
+from train.findings.making import base
+from train.findings.making.made import Made
+from train.run.processes.session import Session
+from train.tasks.sql.examples import training_examples
+
+VOCABULARY = 2048
+_PAD, _START, _END = "<|pad|>", "<|im_start|>", "<|im_end|>"
+_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CONFIG: dict[str, Any] = {
+    "model_type": "mixtral",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.05,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+}
+ROWS, TEST_ROWS = 360, 96
+_SEED = 0
+_CHARACTERS = 320  # of a row of text: some ninety tokens
+_LINE = (
+    *("--train-on", "all", "--packing", "--truncate", "--seq-len", "128", "--batch-size", "16"),
+    *("--steps", "400", "--lr", "3e-3", "--warmup", "20", "--log-every", "20"),
+    *("--save-every", "100", "--report-to", "none"),
+)
+
+
+def tokenizer(text: str) -> Any:
+    """Returns a tokenizer whose pairs of bytes are merged as they are common in a text."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer: Any = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[AddedToken(token, special=True) for token in (_PAD, _START, _END)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(text.splitlines(keepends=True), trainer)
+    made: Any = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=_PAD, eos_token=_END)
+    made.chat_template = _TEMPLATE
+    return made
+
+
+def untrained(text: str, folder: Path) -> None:
+    """Writes the mixture with random weights, and a tokenizer of a text; does so once."""
+    if folder.exists():  # it appears as a whole
+        return
+    made = tokenizer(text)
+    ids = {"eos_token_id": made.eos_token_id, "pad_token_id": made.pad_token_id}
+    model = Decoder(DecoderConfig.from_hf(CONFIG | ids))
+    params = jax.jit(model.init)(jax.random.key(_SEED), jnp.zeros((1, 1), jnp.int32))["params"]
+    save_pretrained(folder, model, params, tokenizer=made)
+
+
+def questions() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns (rows to train on, held-out rows) of questions to SQL, each row a chat.
+
+    They are of the same databases; no held-out question stands among those to train on.
+    """
+    drawn = training_examples(ROWS + 2 * TEST_ROWS, seed=_SEED)
+    rows = [{"messages": [dict(turn) for turn in one.messages]} for one in drawn]
+    train = rows[:ROWS]
+    seen = {json.dumps(row) for row in train}
+    return train, [row for row in rows[ROWS:] if json.dumps(row) not in seen][:TEST_ROWS]
+
+
+def make(folder: Path, session: Session) -> Made:
+    """Writes text and questions, and pretrains the base; returns the options that name them.
+
+    Args:
+      folder: where files and base go.
+      session: tells of signals.
+
+    Raises:
+      TrainingError: this Python comes without its documentation, or the base cannot be trained.
+      Interrupted: after a signal, once the last step is saved.
+    """
+    found = outside.read_text(None)
+    assert found is not None, "nothing turned it off"
+    text, start = found[0], folder / "untrained"
+    paths = {name: folder / f"{name}.jsonl" for name in ("text", "questions", "held-out")}
+    _write(paths["text"], ({"text": part} for part in parts(text)))
+    train, held_out = questions()
+    _write(paths["questions"], train)
+    _write(paths["held-out"], held_out)
+    untrained(text, start)
+    line = ("--model", str(start), "--dataset", str(paths["text"]), *_LINE)
+    model = base.trained("train.sft", line, [paths["text"], start], folder, session)
+    return Made(
+        {
+            "model": str(model),
+            "dataset": str(paths["questions"]),
+            "eval_dataset": str(paths["held-out"]),
+        },
+        (
+            f"The base: {CONFIG['num_hidden_layers']} layers of "
+            f"{CONFIG['num_local_experts']} experts, two of them active, and "
+            f"{CONFIG['hidden_size']} features, pretrained on Python's documentation.",
+        ),
+    )
+
+
+def parts(text: str) -> list[str]:
+    """Returns a text in rows of whole lines, which seldom have more tokens than a sequence."""
+    rows = [""]
+    for line in text.splitlines(keepends=True):
+        if len(rows[-1]) + len(line) > _CHARACTERS and rows[-1]:
+            rows.append("")
+        rows[-1] += line
+    return rows
+
+
+def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))

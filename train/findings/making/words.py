@@ -1,0 +1,36 @@
+"""The words that findings are made of: those of VADER, with their ratings."""
+
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+from lora_jax.training.processes import write_text
+from train.tasks import vader
+
+Labelled = tuple[str, str]  # a text and its label
+
+
+def ratings() -> dict[str, float]:
+    """Returns the mean rating of each word of VADER's lexicon, from -4 to 4.
+
+    Raises:
+      UserError: the lexicon cannot be fetched.
+    """
+    vader.read_words()  # fetches the lexicon, or says how to
+    path = vader.LEXICON.path / "vader_lexicon.txt"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {word: float(rating) for word, rating, *_ in (line.split("\t") for line in lines)}
+
+
+def label_of(rating: float) -> str:
+    """Returns the label of a rating: "negative" or "positive"."""
+    return vader.LABELS[rating > 0]
+
+
+def write_rows(path: Path, rows: Iterable[Labelled]) -> None:
+    """Writes rows as CSV with the columns text and label; the file appears whole or not at all."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([("text", "label"), *rows])
+    write_text(path, text.getvalue())

@@ -1,0 +1,1 @@
+"""Writes what came of a finding: a table and a picture."""

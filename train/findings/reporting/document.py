@@ -1,0 +1,117 @@
+"""The table of a finding, as Markdown."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_jax.training.processes import write_text
+from train.comparing.reporting import words
+from train.comparing.result import Comparison
+from train.findings.reporting.pivot import Block, Cell, Pivot, headed, shown
+
+MARKDOWN = "finding.md"
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def document(
+    title: str,
+    said: str,
+    notes: Sequence[str],
+    comparison: Comparison,
+    pivots: Sequence[Pivot],
+    picture: str | None,
+) -> str:
+    """Returns the document of a finding.
+
+    Args:
+      title: the finding's.
+      said: what was published.
+      notes: sentences about what was made for it.
+      comparison: the measurements.
+      pivots: its tables, by one measure each.
+      picture: the name of the picture's file; None without one.
+    """
+    parts = [f"# {title}", said, *notes]
+    for pivot in pivots:
+        parts.append(f"{words.capital(pivot.measure.name)}, {_conditions(comparison)}:")
+        for block in pivot.blocks:
+            parts += [f"**{words.capital(block.title)}**"] if block.title else []
+            parts.append(table(pivot, block))
+    if picture is not None:
+        first = pivots[0]
+        parts.append(f"![{words.capital(first.measure.name)} by {first.rows.name}]({picture})")
+    parts.append(measured(comparison))
+    return "\n\n".join(parts) + "\n"
+
+
+def write(text: str, folder: Path) -> None:
+    """Writes the document into a folder; the file appears whole or not at all."""
+    write_text(folder / MARKDOWN, text)
+
+
+def table(pivot: Pivot, block: Block) -> str:
+    """Returns a table in GitHub's Markdown; the best cell of each column is bold."""
+    best = {column: block.best(column, pivot.measure) for column in block.columns}
+    head = [pivot.rows.name, *(headed(pivot.columns, column) for column in block.columns)]
+    lines = [_line(head), "|" + "---|" * len(head)]
+    for row in block.rows:
+        cells = [
+            cell_text(block.cells.get((row, column)), is_best=row in best[column])
+            for column in block.columns
+        ]
+        lines.append(_line([shown(row), *cells]))
+    return "\n".join(lines)
+
+
+def cell_text(cell: Cell | None, *, is_best: bool) -> str:
+    """Returns a cell: "**0.887** (0.879–0.896)"; empty where nothing was run.
+
+    Args:
+      cell: the runs.
+      is_best: whether its mean is bold.
+    """
+    if cell is None:
+        return ""
+    if cell.value is None:
+        return ", ".join(dict.fromkeys(run.status for run in cell.runs))
+    mean, low, high = (f"{one:.3f}" for one in (cell.value.mean, cell.value.low, cell.value.high))
+    text = f"**{mean}**" if is_best else mean
+    if not low == mean == high:
+        text += f" ({low}–{high})"
+    if cell.value.n < len(cell.runs):
+        text += f", {cell.value.n} of {len(cell.runs)} runs"
+    return text
+
+
+def measured(comparison: Comparison) -> str:
+    """Returns a sentence with date, machine, duration, number of runs, and versions."""
+    facts = comparison.facts
+    took = sum(run.seconds or 0.0 for run in comparison.runs)
+    minutes = f"{took / 60:.0f} minutes" if took >= 90 else f"{took:.0f} seconds"
+    found = {"Python": facts.versions.get("python"), "JAX": facts.versions.get("jax")}
+    versions = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    return (
+        f"Measured on {facts.date[:10]}, {facts.machine}, {minutes} for {len(comparison.runs)} "
+        f"runs; {versions}."
+    )
+
+
+def _conditions(comparison: Comparison) -> str:
+    """Returns a phrase on seeds and steps: "mean of three seeds (lowest to highest); 75 steps"."""
+    seeds = len({run.seed for run in comparison.runs})
+    steps = [run.steps for run in comparison.runs if run.status == "done"]
+    sizes = [run.arm.batch_size for run in comparison.runs]
+    over = f"mean of {_NUMBERS[seeds] if seeds < len(_NUMBERS) else seeds} seeds" + (
+        " (lowest to highest)"
+    )
+    if seeds == 1:
+        over = f"seed {comparison.runs[0].seed}"
+    return f"{over}; {_range(steps or [comparison.facts.steps])} steps of {_range(sizes)} rows"
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "".join(f"| {cell} " if cell else "| " for cell in cells) + "|"

@@ -1,0 +1,89 @@
+"""The picture of a finding: what its tables show, a panel for each."""
+
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from train.comparing.reporting.pictures import ADAPTERS, DASHES, FULL, MARKERS, STYLE, WIDTH
+from train.findings.reporting.pivot import Block, Key, Pivot, headed, shown
+
+PICTURE = "finding.png"
+_PANEL = 2.9  # inches
+_LINE = 0.24  # of the legend
+_APART = 0.06  # of the distance between rows, so that bars of several columns do not hide another
+
+
+def write(pivot: Pivot, folder: Path) -> str | None:
+    """Draws the picture into a folder; returns its name, or None where there is nothing to draw."""
+    with rc_context(STYLE):
+        figure = figure_of(pivot)
+        if figure is None:
+            return None
+        figure.savefig(folder / PICTURE)
+    return PICTURE
+
+
+def figure_of(pivot: Pivot) -> Figure | None:
+    """Returns a figure with a panel for each table: means, with bars over the seeds.
+
+    Rows stand at equal distances, as in the table, which a learning rate's usual steps nearly are
+    on a logarithmic axis.
+    """
+    blocks = [block for block in pivot.blocks if any(cell.value for cell in block.cells.values())]
+    if not blocks:
+        return None
+    columns = list(dict.fromkeys(column for block in blocks for column in block.columns))
+    figure = Figure(layout="constrained")  # no pyplot: no global state
+    panels = figure.subplots(len(blocks), squeeze=False, sharey=True)[:, 0]
+    for axes, block in zip(panels, blocks, strict=True):
+        _draw(axes, block, pivot, columns)
+    handles: dict[str, Artist] = {}
+    for axes in panels:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    a_line = 1 if max(map(len, handles)) > 24 else 2 if max(map(len, handles)) > 12 else 4
+    figure.legend(
+        [*handles.values()],
+        [*handles],
+        loc="outside lower center",
+        ncols=min(a_line, len(handles)),
+        fontsize=10.5,
+    )
+    height = _PANEL * len(blocks) + _LINE * -(-len(handles) // a_line)
+    figure.set_size_inches(WIDTH, height)
+    return figure
+
+
+def _draw(axes: Axes, block: Block, pivot: Pivot, columns: list[Key]) -> None:
+    for column in block.columns:
+        i = columns.index(column)
+        pairs = [(at, block.cells.get((row, column))) for at, row in enumerate(block.rows)]
+        found = [(at, cell.value) for at, cell in pairs if cell and cell.value]
+        if not found:
+            continue
+        means = [value.mean for _, value in found]
+        bars = [
+            [max(0.0, value.mean - value.low) for _, value in found],  # of equal values, rounding
+            [max(0.0, value.high - value.mean) for _, value in found],
+        ]
+        joined = all(not isinstance(block.rows[at], str) for at, _ in found)
+        shift = _APART * (block.columns.index(column) - (len(block.columns) - 1) / 2)
+        is_full = column == "full"
+        axes.errorbar(
+            [at + shift for at, _ in found],
+            means,
+            yerr=bars,
+            label=headed(pivot.columns, column),
+            color=FULL if is_full else ADAPTERS[i % len(ADAPTERS)],
+            marker="s" if is_full else MARKERS[i % len(MARKERS)],
+            linestyle=DASHES[i // len(ADAPTERS) % len(DASHES)] if joined else "none",
+            capsize=3,
+            markersize=5,
+        )
+    axes.set_xticks(range(len(block.rows)), [shown(row) for row in block.rows])
+    axes.set_xlim(-0.5, len(block.rows) - 0.5)
+    axes.set(xlabel=pivot.rows.name, ylabel=pivot.measure.name.replace("$", r"\$"))
+    if block.title:
+        axes.set_title(block.title.replace("$", r"\$"), loc="left", fontsize=11.5)

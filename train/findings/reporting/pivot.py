@@ -1,0 +1,236 @@
+"""Turns a comparison into tables: rows, columns and blocks, each an axis of its settings."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from train.comparing.reporting import words
+from train.comparing.reporting.tables import Measure, Spread, spread
+from train.comparing.result import Arm, Comparison, Measured
+from train.run.errors import UserError
+
+Key = float | str  # a setting's value; the method's name for arms without such a setting
+
+
+class Axis(NamedTuple):
+    """A setting of arms, along which a table has rows, columns or blocks.
+
+    Attributes:
+      name: for people.
+      of: returns an arm's value.
+      short: stands before a number in the head of a column: "rank" for "rank 8".
+    """
+
+    name: str
+    of: Callable[[Arm], Key]
+    short: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Says what stands where in a table.
+
+    Attributes:
+      rows, columns: names of `AXES`; several with " × ", such as "targets × rank".
+      blocks: further axes, a table for each combination. Axes without which two arms would share a
+        cell are added.
+    """
+
+    rows: str
+    columns: str
+    blocks: tuple[str, ...] = ()
+
+
+class Cell(NamedTuple):
+    """The runs of an arm, aggregated.
+
+    Attributes:
+      runs: one for each seed.
+      value: their spread by the table's measure; None if none ended with a finite value.
+    """
+
+    runs: tuple[Measured, ...]
+    value: Spread | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A table.
+
+    Attributes:
+      title: what its arms have in common, in words; "" for the only table.
+      rows, columns: the values along both axes, numbers upwards, then names.
+      cells: those that were run, by (row, column).
+    """
+
+    title: str
+    rows: tuple[Key, ...]
+    columns: tuple[Key, ...]
+    cells: dict[tuple[Key, Key], Cell]
+
+    def best(self, column: Key, measure: Measure) -> set[Key]:
+        """Returns the rows in which a column's mean is the best; several if they are equal."""
+        found = {
+            row: cell.value.mean
+            for row in self.rows
+            if (cell := self.cells.get((row, column))) and cell.value
+        }
+        if not found:
+            return set()
+        top = (max if measure.larger else min)(found.values())
+        return {row for row, mean in found.items() if mean == top}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pivot:
+    """A comparison by one measure, in tables.
+
+    Attributes:
+      measure: which value of a run it shows.
+      rows, columns: the axes.
+      blocks: the tables.
+    """
+
+    measure: Measure
+    rows: Axis
+    columns: Axis
+    blocks: tuple[Block, ...]
+
+
+def short_method(name: str) -> str:
+    """Returns a method's name for the head of a column."""
+    return "full" if name == "full" else words.method(name)
+
+
+def _or_method(of: Callable[[Arm], Key | None]) -> Callable[[Arm], Key]:
+    def value(arm: Arm) -> Key:
+        found = of(arm)
+        return short_method(arm.method) if found is None else found
+
+    return value
+
+
+AXES = {
+    axis.name: axis
+    for axis in (
+        Axis("method", lambda arm: short_method(arm.method), ""),
+        Axis(
+            "targets", _or_method(lambda arm: " + ".join(arm.targets) if arm.targets else None), ""
+        ),
+        Axis("rank", _or_method(lambda arm: arm.rank), "rank"),
+        Axis("alpha", _or_method(lambda arm: arm.alpha), "alpha"),
+        Axis("dimension", _or_method(lambda arm: arm.dimension), "dimension"),
+        Axis("batch size", lambda arm: arm.batch_size, "batch"),
+        Axis("learning rate", lambda arm: arm.learning_rate, "rate"),
+    )
+}
+
+
+def axis_of(name: str) -> Axis:
+    """Returns an axis by its name; of several with " × " between, their combinations.
+
+    Raises:
+      UserError: a name is none of `AXES`.
+    """
+    names = name.split(" × ")
+    for one in names:
+        if one not in AXES:
+            raise UserError(f"{one!r} is no axis of a table: choose of {', '.join(AXES)}")
+    if len(names) == 1:
+        return AXES[name]
+    axes = [AXES[one] for one in names]
+
+    def of(arm: Arm) -> str:
+        return ", ".join(dict.fromkeys(headed(axis, axis.of(arm)) for axis in axes))
+
+    return Axis(", ".join(names), of, "")
+
+
+def measures_of(comparison: Comparison) -> dict[str, Measure]:
+    """Returns the measures that some run ended with: "score", "loss", or both."""
+    facts = comparison.facts
+    known = {
+        "score": Measure("score", facts.score or "score", True),
+        "loss": Measure("held out", f"held-out {facts.loss}", False),
+    }
+    return {
+        name: measure
+        for name, measure in known.items()
+        if any(measure.of(run) is not None for run in comparison.runs)
+    }
+
+
+def pivot_of(comparison: Comparison, layout: Layout, measure: Measure) -> Pivot:
+    """Returns a comparison in tables.
+
+    Args:
+      comparison: the measurements.
+      layout: what stands where.
+      measure: which value of the runs to show.
+
+    Raises:
+      UserError: the layout names no axis.
+    """
+    of_arm: dict[Arm, list[Measured]] = {}
+    for run in comparison.runs:
+        of_arm.setdefault(run.arm, []).append(run)
+    rows, columns = axis_of(layout.rows), axis_of(layout.columns)
+    apart = _blocks_of(tuple(of_arm), layout)
+    keys = list(dict.fromkeys(tuple(axis.of(arm) for axis in apart) for arm in of_arm))
+    blocks = []
+    for key in keys:
+        arms = [arm for arm in of_arm if tuple(axis.of(arm) for axis in apart) == key]
+        cells = {}
+        for arm in arms:
+            runs = tuple(sorted(of_arm[arm], key=lambda run: run.seed))
+            value = spread(map(measure.of, runs))
+            cells[rows.of(arm), columns.of(arm)] = Cell(runs, value)
+        blocks.append(
+            Block(
+                title=", ".join(
+                    headed(axis, value) for axis, value in zip(apart, key, strict=True)
+                ),
+                rows=_ordered(rows.of(arm) for arm in arms),
+                columns=_ordered(columns.of(arm) for arm in arms),
+                cells=cells,
+            )
+        )
+    return Pivot(measure, rows, columns, tuple(blocks))
+
+
+def shown(key: Key) -> str:
+    """Returns a value as a table has it: "8", "3e-4", "attention"."""
+    if isinstance(key, str):
+        return key
+    if key >= 0.1:
+        return f"{key:.0f}" if float(key).is_integer() else f"{key:g}"
+    digits, _, power = f"{key:.6e}".partition("e")
+    return f"{float(digits):g}e{int(power)}"
+
+
+def headed(axis: Axis, key: Key) -> str:
+    """Returns a value with its axis: "rank 8", "full"."""
+    return shown(key) if isinstance(key, str) or not axis.short else f"{axis.short} {shown(key)}"
+
+
+def _blocks_of(arms: Sequence[Arm], layout: Layout) -> list[Axis]:
+    """Returns the axes of the blocks: those asked for, and those that keep arms apart."""
+    inside = [axis_of(layout.rows), axis_of(layout.columns)]
+    chosen = [axis_of(name) for name in layout.blocks]
+
+    def places(axes: Sequence[Axis]) -> int:
+        return len({tuple(axis.of(arm) for axis in axes) for arm in arms})
+
+    for axis in AXES.values():
+        if places([*inside, *chosen]) == len(arms):
+            break
+        if places([*inside, *chosen, axis]) > places([*inside, *chosen]):
+            chosen.append(axis)
+    return chosen
+
+
+def _ordered(keys: Iterable[Key]) -> tuple[Key, ...]:
+    """Returns the numbers upwards, then the names as they come, each once."""
+    found: Any = dict.fromkeys(keys)
+    numbers = sorted(key for key in found if not isinstance(key, str))
+    return (*numbers, *(key for key in found if isinstance(key, str)))
