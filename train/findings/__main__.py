@@ -25,7 +25,7 @@ from train.findings import catalog
 from train.findings.catalog import FINDINGS, Finding
 from train.findings.making.made import Made
 from train.findings.reporting import document, picture
-from train.findings.reporting.pivot import measures_of, pivot_of
+from train.findings.reporting.pivot import MEASURES, measures_of, pivot_of
 from train.run.errors import UserError, flag
 from train.run.files import read_json
 from train.run.fit import resume_hint
@@ -46,7 +46,7 @@ class Asked:
       name, finding: the finding.
       output: the folder for all that comes of it.
       source: the folder of a comparison that is over; None to run one.
-      measure: "score" or "loss", the only one to show; None for the finding's own.
+      measure: one of `MEASURES`, the only one to show; None for the finding's own.
       rest: options of train.compare.
     """
 
@@ -96,7 +96,7 @@ def parse(args: Sequence[str]) -> Asked:
     )
     parser.add_argument("--output")
     parser.add_argument("--from", dest="source")
-    parser.add_argument("--measure", choices=("score", "loss"))
+    parser.add_argument("--measure", choices=MEASURES)
     known, rest = parser.parse_known_args(args[1:])
     if known.source is not None and rest:
         raise UserError(

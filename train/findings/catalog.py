@@ -23,7 +23,7 @@ class Finding:
       said: what was published, and where.
       script: whose runs are compared.
       layout: what stands where in its tables.
-      measures: the tables that it has, the first one in its picture too.
+      measures: the tables that it has, by their names in `MEASURES`; the first one in its picture.
       make: makes what it needs in a folder; None where it needs nothing.
       makes: the options that name what it makes.
     """
@@ -32,7 +32,7 @@ class Finding:
     said: str
     script: Literal["sft", "classify"] = "classify"
     layout: Layout
-    measures: tuple[Literal["score", "loss"], ...] = ("score", "loss")
+    measures: tuple[str, ...] = ("score", "loss")
     make: Callable[[Path, Session], Made] | None = None
     makes: tuple[str, ...] = ()
 
@@ -68,6 +68,15 @@ FINDINGS: dict[str, Finding] = {
         said="*LoRA-α* (arXiv 2606.12883): alpha matters more than the learning rate, and the best "
         "alpha grows with the root of the rank.",
         layout=Layout("learning rate", "alpha", ("rank",)),
+    ),
+    "forgetting": Finding(
+        title="Intruder dimensions and forgetting",
+        said="*LoRA vs Full Fine-tuning: An Illusion of Equivalence* (arXiv 2410.21228): LoRA of a "
+        "low rank has strong singular vectors that the base lacks, full fine-tuning has none, and "
+        "they go along with forgetting. *LoRA Learns Less and Forgets Less* (arXiv 2405.09673).",
+        script="sft",
+        layout=Layout("learning rate", "rank"),
+        measures=("loss", "forgetting", "intruders"),
     ),
     "vocabulary": Finding(
         title="A new vocabulary",

@@ -8,7 +8,7 @@ import pytest
 
 from tests.train.comparing.made_up import FACTS, full, lora, run, runs
 from train.comparing import result
-from train.comparing.result import Arm, Comparison
+from train.comparing.result import Arm, Comparison, Forgetting
 from train.findings.__main__ import main
 from train.findings.reporting import document, picture
 from train.findings.reporting.pivot import AXES, Layout, measures_of, pivot_of, shown
@@ -180,3 +180,21 @@ def test_a_comparison_of_which_nothing_ended_has_no_table(tmp_path, capsys):
 def test_each_setting_of_an_arm_is_an_axis():
     """A further setting without an axis would let two arms share a cell."""
     assert {name.replace(" ", "_") for name in AXES} == {*Arm._fields}
+
+
+def test_what_is_forgotten_and_what_intrudes_have_tables_of_their_own(tmp_path):
+    """By hand: rank 8 forgets 0.1 and 0.3 nats, and full fine-tuning 0.5; 2 and 4 intruders."""
+    lost = {lora(8): (0.1, 0.3), full(): (0.5, 0.5)}
+    runs = [
+        run(arm, seed, 1.0, forgetting=Forgetting(2.0, 2.0 + by), intruders=intruders)
+        for arm, rises in lost.items()
+        for seed, (by, intruders) in enumerate(zip(rises, (2.0, 4.0), strict=True))
+    ]
+    result.write(Comparison(facts=FACTS, runs=tuple(runs)), tmp_path)
+    main(["forgetting", "--from", str(tmp_path)])
+    text = (tmp_path / "finding.md").read_text()
+    assert "Rise of the loss on other text (nats a token), mean of two seeds" in text
+    assert "**0.200** (0.100–0.300)" in text and "**3.000** (2.000–4.000)" in text
+    main(["forgetting", "--from", str(tmp_path), "--measure", "intruders"])
+    text = (tmp_path / "finding.md").read_text()
+    assert "Intruder dimensions of a matrix, mean" in text and "Rise of the loss" not in text

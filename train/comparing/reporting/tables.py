@@ -20,7 +20,7 @@ class Measure(NamedTuple):
       larger: whether a larger value is better.
     """
 
-    kind: Literal["score", "held out", "training"]
+    kind: Literal["score", "held out", "training", "forgetting", "intruders"]
     name: str
     larger: bool
 
@@ -30,6 +30,8 @@ class Measure(NamedTuple):
             return None
         last = run.losses[-1].value if run.losses else None
         of = {"score": run.score, "held out": run.held_out_loss, "training": last}
+        lost = run.forgetting
+        of |= {"forgetting": lost and lost.after - lost.before, "intruders": run.intruders}
         value = of[self.kind]
         return value if value is not None and math.isfinite(value) else None
 

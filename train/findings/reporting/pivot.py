@@ -9,6 +9,7 @@ from train.comparing.reporting.tables import Measure, Spread, spread
 from train.comparing.result import Arm, Comparison, Measured
 from train.run.errors import UserError
 
+MEASURES = ("score", "loss", "forgetting", "intruders")
 Key = float | str  # a setting's value; the method's name for arms without such a setting
 
 
@@ -147,11 +148,13 @@ def axis_of(name: str) -> Axis:
 
 
 def measures_of(comparison: Comparison) -> dict[str, Measure]:
-    """Returns the measures that some run ended with: "score", "loss", or both."""
+    """Returns the measures that some run ended with, by the names of `MEASURES`."""
     facts = comparison.facts
     known = {
         "score": Measure("score", facts.score or "score", True),
         "loss": Measure("held out", f"held-out {facts.loss}", False),
+        "forgetting": Measure("forgetting", "rise of the loss on other text (nats a token)", False),
+        "intruders": Measure("intruders", "intruder dimensions of a matrix", False),
     }
     return {
         name: measure
