@@ -26,6 +26,7 @@ from lora_jax.subspace.hadamard import hadamard_transform
 _ROUNDS = 4
 _PIECE = 2**18
 MOST = 2**31  # entries of a tensor, and of θ_d: indices are 32-bit
+_CACHED = 2**15  # entries that a CPU core's cache holds
 
 
 class Draws(NamedTuple):
@@ -79,10 +80,37 @@ def projected(theta: jax.Array, draws: Draws, size: int) -> jax.Array:
     norms = jnp.sqrt(size * jnp.sum(normals**2, axis=-1, keepdims=True))  # [K, 1]
     x = jnp.pad(theta, (0, blocks * p - d)).reshape(blocks, p) * signs.astype(dtype) / norms
     # All entries from p on are zero, so Hx repeats the transform of the first p.
-    x = jnp.broadcast_to(hadamard_transform(x)[:, None], (blocks, n // p, p)).reshape(-1)
-    places = permutation.astype(jnp.int32) + jnp.arange(blocks, dtype=jnp.int32)[:, None] * n
-    x = x.at[places].get(unique_indices=True, mode="promise_in_bounds")  # [K, n]
+    x = jax.lax.platform_dependent(
+        hadamard_transform(x), permutation, cpu=_permuted_on_cpu, default=_permuted
+    )
     return hadamard_transform(jnp.sum(x * normals, axis=0))[:size]
+
+
+def _permuted(x: jax.Array, permutation: jax.Array) -> jax.Array:
+    """Returns the permutation of vectors that repeat the given ones, [K, n].
+
+    Args:
+      x: [K, p].
+      permutation: of 0 … n−1, [K, n].
+    """
+    (blocks, p), n = x.shape, permutation.shape[-1]
+    x = jnp.broadcast_to(x[:, None], (blocks, n // p, p)).reshape(-1)
+    places = permutation.astype(jnp.int32) + jnp.arange(blocks, dtype=jnp.int32)[:, None] * n
+    return x.at[places].get(unique_indices=True, mode="promise_in_bounds")
+
+
+def _permuted_on_cpu(x: jax.Array, permutation: jax.Array) -> jax.Array:
+    """Returns the same from a few of the repetitions, which a core's cache holds.
+
+    Reading [K, n] at random takes a CPU several times as long. Backwards, entries are added up
+    where they were read; several repetitions keep those sums short.
+    """
+    (blocks, p), n = x.shape, permutation.shape[-1]
+    copies = max(1, min(n, _CACHED) // p)
+    x = jnp.broadcast_to(x[:, None], (blocks, copies, p)).reshape(-1)
+    places = (permutation & jnp.uint32(p - 1)).astype(jnp.int32).reshape(blocks, copies, -1)
+    first = jnp.arange(blocks * copies, dtype=jnp.int32).reshape(blocks, copies, 1) * p
+    return x.at[places + first].get(mode="promise_in_bounds").reshape(blocks, n)
 
 
 def _power_of_two(least: int) -> int:
