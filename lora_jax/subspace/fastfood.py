@@ -75,7 +75,7 @@ def projected(theta: jax.Array, draws: Draws, size: int) -> jax.Array:
     """Returns Px for a projection's random parts; see `project`."""
     (d,), dtype = theta.shape, theta.dtype
     signs, permutation, normals = draws
-    (blocks, p), n = signs.shape, normals.shape[-1]
+    blocks, p = signs.shape
     normals = normals.astype(dtype)
     norms = jnp.sqrt(size * jnp.sum(normals**2, axis=-1, keepdims=True))  # [K, 1]
     x = jnp.pad(theta, (0, blocks * p - d)).reshape(blocks, p) * signs.astype(dtype) / norms
