@@ -49,7 +49,7 @@ FINDINGS: dict[str, Finding] = {
         title="Attention, MLP or all layers",
         said="*LoRA Without Regret* (Schulman et al., 2025): LoRA on attention alone is worse than "
         "on the MLP, at equal numbers of parameters too, and attention adds nothing to the MLP.",
-        layout=Layout("rank", "targets", ("learning rate",)),
+        layout=Layout("learning rate", "targets × rank"),
     ),
     "batches": Finding(
         title="Large batches",

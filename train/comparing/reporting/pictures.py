@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from train.comparing.reporting import dimension, tables, words
 from train.comparing.reporting.tables import Row
@@ -194,7 +194,7 @@ def _sizes(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
         at = [row.trained_parameters or 0 for row in group]
         name = words.family(group[0].arm, drawing.arms)
         _points(axes, group, at, drawing, join=len(group) > 1, name=name)
-    axes.set_xscale("log")
+    _scale_of_counts(axes, [row.trained_parameters or 0 for row in ended])
     axes.set(xlabel="trained parameters", ylabel=_plain(drawing.measure.name))
     _legend(figure, axes)
     return (
@@ -214,10 +214,10 @@ def _dimension(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
         sizes = [row.arm.dimension or 0 for row in one.rows]
         name = words.method(one.method)
         _points(axes, one.rows, sizes, drawing, join=True, name=name)
+    _scale_of_counts(axes, [row.arm.dimension or 0 for one in found for row in one.rows])
     axes.axhline(found[0].whole, color=FULL, label=words.method("full"))
     share = f"{dimension.SHARE:.0%} of it"
     axes.axhline(found[0].target, color=FULL, linestyle="--", label=share)
-    axes.set_xscale("log")
     axes.set(xlabel="trained numbers d", ylabel=_plain(drawing.measure.name))
     _legend(figure, axes)
     return (
@@ -352,6 +352,15 @@ def _points(
     line = {**style, "capsize": 3} if join else _mark(style)
     name = name or drawing.name(ended[0])
     axes.errorbar(at, [one.mean for one in found], yerr=error, label=name, **line)
+
+
+def _scale_of_counts(axes: Axes, counts: Sequence[float]) -> None:
+    """Makes the horizontal axis logarithmic, with ticks such as 200, 10k and 5M."""
+    axes.set_xscale("log")
+    is_narrow = max(counts) < 30 * min(counts)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: words.short_count(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _mark(style: dict[str, Any]) -> dict[str, Any]:

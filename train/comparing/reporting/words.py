@@ -80,6 +80,14 @@ def count(value: float | None) -> str:
     return NOTHING if value is None else f"{value:,.0f}"
 
 
+def short_count(value: float) -> str:
+    """Returns a whole number for a tick of an axis: "200", "10k", "5M"."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:g}{name}"
+    return f"{value:g}"
+
+
 def size(n_bytes: float | None) -> str:
     """Returns bytes in decimal units: "19.6 MB"."""
     if n_bytes is None:
