@@ -41,8 +41,8 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
     """Writes each run that began as a result of PEFT's.
 
     The task's score is its "test accuracy", the memory of the compiled step its maximum, and the
-    median time of a step its training time a step. A head that trains alone has no place in PEFT's
-    comparison, and is left out.
+    median time of a step its training time a step. Methods that no LoraConfig says are left out:
+    a head alone, tiny adapters, random subspaces.
 
     Args:
       comparison: the measurements.
