@@ -26,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
 GRID = ["--ranks", "2", "5", "--lrs", "1e-3", "4e-3", "--full-lrs", "1e-4", "4e-4"]
 GRID += ["--seeds", "0", "3", "--target-sets", "q_proj,v_proj"]
+MORE = ["--no-costs", "--intruders"]
 # Adam divides a gradient by its size: a large eps keeps rounding as small as it is.
 LINE = ["--batch-sizes", "4", "--eps", "1e-4", "--steps", "8", "--report-to", "none"]
 
@@ -55,7 +56,7 @@ def compare(folder, output, *args, grid=GRID):
 def whole(folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole") / "out"
     with jax.numpy_dtype_promotion("standard"):
-        assert compare(folder, output, "--no-costs", "--intruders") == 0
+        assert compare(folder, output, *MORE) == 0
     return output
 
 
@@ -138,14 +139,14 @@ def test_a_comparison_goes_on_after_a_signal(folder, whole, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(Together, "step", step)
-        assert compare(folder, output, "--no-costs") == 143
+        assert compare(folder, output, *MORE) == 143
     assert "Go on with: python -m train.compare" in capsys.readouterr().err
-    assert compare(folder, output, "--no-costs") == 2
+    assert compare(folder, output, *MORE) == 2
     assert "holds another comparison" in capsys.readouterr().err
-    assert compare(folder, output, "--no-costs", "--resume", grid=[*GRID, "--at-once", "3"]) == 2
+    assert compare(folder, output, *MORE, "--resume", grid=[*GRID, "--at-once", "3"]) == 2
     assert "began with other options: --at-once was 8 and is now 3" in capsys.readouterr().err
     before = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/metrics.jsonl")}
-    assert compare(folder, output, "--no-costs", "--resume") == 0
+    assert compare(folder, output, *MORE, "--resume") == 0
     assert timeless(output) == timeless(whole)
     stopped = [r.name for r in result.read(output).runs if r.status == "stopped early"]
     adapters = [name for name in stopped if name.startswith("lora")]
