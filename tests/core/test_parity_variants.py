@@ -123,7 +123,8 @@ def test_forward_gradients_and_merge(tiny_llama, variant):  # noqa: F811
     assert_close(logits, output.logits.detach().numpy(), 1e-5)
     loss, gradients = jax.jit(jax.value_and_grad(loss_of(model, base)))(adapter)
     assert abs(float(loss) - output.loss.item()) < 1e-5
-    assert_close(gradients, take(peft, adapter, lambda p: p.grad), 1e-5)
+    # In fp32, theirs and ours are up to 6e-6 and 1.2e-5 from the gradients in double precision.
+    assert_close(gradients, take(peft, adapter, lambda p: p.grad), 3e-5)
     if variant == "bias on B":
         return
     with torch.no_grad():
