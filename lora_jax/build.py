@@ -103,7 +103,7 @@ def singular_factors(
     Raises:
       ValueError: the rank is larger than W's.
     """
-    kernel, rank = _matrices(leaf, roles), max(ranks)
+    kernel, rank = matrices_of(leaf, roles), max(ranks)
     on = [layer for layer, r in enumerate(ranks) if r]
     is_whole = len(on) == len(ranks)
     a, b = truncated(kernel if is_whole else kernel[jnp.asarray(on)], rank)
@@ -120,7 +120,7 @@ def singular_factors(
     return {"a": a.mT.reshape(a_shape).astype(dtype), "b": b.reshape(b_shape).astype(dtype)}
 
 
-def _matrices(leaf: Any, roles: AxisRoles) -> jax.Array:
+def matrices_of(leaf: Any, roles: AxisRoles) -> jax.Array:
     """Returns W as [batch…, in, out], in fp32 (or wider)."""
     order = layout(("batch", "in", "out"), roles.labels(len(leaf.shape)))
     sizes = {label: roles.sizes(leaf.shape, label) for label in ("batch", "in", "out")}
@@ -140,7 +140,7 @@ def _draw(leaf: Any, path: str, choice: Adapted, scale: jax.Array, key: jax.Arra
     fan_in, fan_out = (math.prod(roles.sizes(leaf.shape, label)) for label in ("in", "out"))
     key, dtype, kernel = fold_in_path(key, path), np.dtype(rule.dtype), None
     if takes_from_base(rule.init):
-        kernel = _matrices(leaf, roles)
+        kernel = matrices_of(leaf, roles)
 
     def drawn(key: jax.Array, rank: int, *layer: int) -> Factors:
         size = FactorShape(batch[len(layer) :], fan_in, fan_out, rank)

@@ -28,9 +28,8 @@ from lora_jax.training.run.lock import FolderLock
 from lora_jax.training.run.log import duration
 from train import classify, sft
 from train.comparing import measure, outside, record, result
-from train.comparing.arms import OF_CLASSIFIER
 from train.comparing.intruders import mean_intruders
-from train.comparing.options import CompareConfig, check
+from train.comparing.options import OF_CLASSIFIER, CompareConfig, check
 from train.comparing.reporting import dimension, peft_json, report
 from train.comparing.script import Script
 from train.comparing.sweep import Sweep

@@ -16,7 +16,7 @@ factors which differ are an error, whatever base is accepted.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +155,7 @@ class Derived:
         if is_abstract(weight.base):
             return weight.replace(**jax.eval_shape(factors, weight.base))
         if _decomposes_alike(there, weight):
-            arrays = {name: there.arrays[name] for name in ("a", "b")}  # type: ignore[union-attr]
+            arrays = {name: there.arrays[name] for name in _OWN}
         else:
             arrays = factors(weight.base)
         weight = weight.replace(**arrays)
@@ -169,7 +169,7 @@ class Derived:
         return weight
 
 
-def _decomposes_alike(node: Any, weight: LoraWeight) -> bool:
+def _decomposes_alike(node: Any, weight: LoraWeight) -> TypeGuard[LoraWeight]:
     """Returns whether a node has the factors that decomposing a weight's base would give."""
     return (
         isinstance(node, LoraWeight)

@@ -53,7 +53,7 @@ def test_many_random_programs_keep_the_laws(program, way):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["xs", "vera"])
 def test_many_random_programs_of_tiny_adapters(variant, monkeypatch):
-    """What stands around the factors follows wherever they go."""
+    """Random programs move LoRA-XS's R and VeRA's vectors along with the factors."""
     monkeypatch.setitem(random_programs.VARIANT, variant, True)
 
     @settings(max_examples=20, **COMMON)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from train.comparing.options import CompareConfig
+from train.comparing.options import OF_SUBSPACE, TINY, CompareConfig, has_adapter
 from train.comparing.result import Arm
 
 # What a method sets. Variants are LoRA but for one thing.
@@ -26,10 +26,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "said": {"intrinsic_kind": "said"},
     "did": {"intrinsic_kind": "did"},
 }
-TINY = ("lora-xs", "vera")  # adapters that want larger rates than LoRA, and a scale of one
-OF_SUBSPACE = ("said", "did")
-OF_CLASSIFIER = ("head-only", *OF_SUBSPACE)  # methods that train.sft has not
-_WITHOUT_ADAPTER = ("full", *OF_CLASSIFIER)
 _RANKS = (4, 16, 64)
 _RANKS_OF = {"vera": (64, 256)}  # its numbers hardly grow with the rank
 _QUICK_RANKS = (8,)
@@ -53,11 +49,6 @@ class Basis(NamedTuple):
     alpha: float
     rates: dict[str, float]
     batch_size: int
-
-
-def has_adapter(method: str) -> bool:
-    """Returns whether a method trains an adapter, so that several train side by side."""
-    return method not in _WITHOUT_ADAPTER
 
 
 def arms_of(compare: CompareConfig, basis: Basis) -> list[Arm]:

@@ -20,7 +20,7 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax import models
-from train.comparing.arms import TINY
+from train.comparing.options import TINY
 from train.comparing.result import Arm, Latency, Planned
 from train.comparing.trials import Trial
 from train.finetune import finetune

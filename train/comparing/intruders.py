@@ -5,17 +5,17 @@ matrix, those whose cosine with every left singular vector of the base's matrix 
 Few or none in full fine-tuning, several in LoRA of a low rank; they go along with forgetting.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from lora_jax.axes import AxisRoles
-from lora_jax.base import as_array
+from lora_jax.build import matrices_of
 from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.rules import ALL_LINEAR, LoraRule
-from lora_jax.weight import LoraWeight, leaves_of
+from lora_jax.weight import leaves_of
 
 FIRST = 10
 ALIKE = 0.5
@@ -31,19 +31,20 @@ def mean_intruders(base: Any, trained: Any, kinds: Mapping[str, str] | None = No
       kinds: the part of the model that each leaf belongs to; see `lora_jax.lorafy`.
     """
     outline = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), trained)
-    adapted = nodes_of(lorafy(outline, [LoraRule(targets=ALL_LINEAR, rank=1)], kinds=kinds))
+    rule = LoraRule(targets=ALL_LINEAR, rank=1)
+    adapted: dict[str, Any] = nodes_of(lorafy(outline, [rule], kinds=kinds))
     before, after = (dict(leaves_of(tree)[0]) for tree in (base, trained))
     places = [
-        (path, node.roles, index)
+        (path, index)
         for path, node in adapted.items()
-        if isinstance(node, LoraWeight)
         for index in np.ndindex(*node.roles.sizes(node.shape, "batch"))
     ]
     chosen = np.linspace(0, len(places) - 1, min(len(places), MOST)).round().astype(int)
-    counts = [
-        intruders(_matrix(before[path], roles, index), _matrix(after[path], roles, index))
-        for path, roles, index in (places[i] for i in chosen)
-    ]
+    counts = []
+    for path, group in itertools.groupby((places[i] for i in chosen), lambda place: place[0]):
+        roles = adapted[path].roles
+        pair = [np.asarray(matrices_of(leaves[path], roles)) for leaves in (before, after)]
+        counts += [intruders(*(matrices[index] for matrices in pair)) for _, index in group]
     return float(np.mean(counts))
 
 
@@ -72,22 +73,3 @@ def _right_vectors(matrix: np.ndarray) -> np.ndarray:
     order = np.argsort(squares)[::-1]
     order = order[squares[order] > squares.max() * np.finfo(np.float64).eps * rows]
     return (left[:, order].T @ matrix) / np.sqrt(squares[order])[:, None]
-
-
-def _matrix(leaf: Any, roles: AxisRoles, index: tuple[int, ...]) -> np.ndarray:
-    """Returns one matrix [in, out] of a kernel.
-
-    Args:
-      leaf: the kernel.
-      roles: of its axes.
-      index: along its batch axes.
-    """
-    labels = roles.labels(leaf.ndim)
-    order = [axis for role in ("batch", "in", "out") for axis in _axes(labels, role)]
-    array = np.asarray(as_array(leaf), np.float32).transpose(order)[index]
-    fan_in = int(np.prod(roles.sizes(leaf.shape, "in")))
-    return array.reshape(fan_in, -1)
-
-
-def _axes(labels: Sequence[str], role: str) -> list[int]:
-    return [axis for axis, label in enumerate(labels) if label == role]

@@ -14,8 +14,7 @@ import lora_jax as lj
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.losses import HELD_OUT
 from train.comparing import costs, outside
-from train.comparing.arms import has_adapter
-from train.comparing.options import CompareConfig
+from train.comparing.options import CompareConfig, has_adapter
 from train.comparing.reporting import tables
 from train.comparing.result import Comparison, Facts, Forgetting, Latency, Measured, Planned, Point
 from train.comparing.rungs import RULE

@@ -24,6 +24,15 @@ Method = Literal[
     "did",
 ]
 
+TINY = ("lora-xs", "vera")  # adapters that want larger rates than LoRA, and a scale of one
+OF_SUBSPACE = ("said", "did")
+OF_CLASSIFIER = ("head-only", *OF_SUBSPACE)  # methods that train.sft has not
+
+
+def has_adapter(method: str) -> bool:
+    """Returns whether a method trains an adapter, so that several train side by side."""
+    return method not in ("full", *OF_CLASSIFIER)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig:
@@ -177,8 +186,8 @@ def check(compare: CompareConfig, options: Options, given: Collection[str]) -> N
 
 def _check_methods(compare: CompareConfig, given: Collection[str]) -> None:
     """Raises a UserError for settings of methods that are not compared."""
-    subspaces = [m for m in compare.methods if m in ("said", "did")]
-    adapters = [m for m in compare.methods if m not in ("full", "head-only", *subspaces)]
+    subspaces = [method for method in compare.methods if method in OF_SUBSPACE]
+    adapters = [method for method in compare.methods if has_adapter(method)]
     for field in ("ranks", "target_sets", "alphas", "lrs", "at_once"):
         if (
             field in given

@@ -21,7 +21,7 @@ from lora_jax.training.errors import TrainingError
 from lora_jax.training.losses import HELD_OUT
 from lora_jax.training.processes import write_text
 from train.comparing import record, rungs
-from train.comparing.arms import has_adapter
+from train.comparing.options import has_adapter
 from train.comparing.record import Record
 from train.comparing.result import Arm
 from train.comparing.rungs import Stage

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import lora_jax as lj
 from lora_jax.training.errors import TrainingError
 from train.comparing import arms
-from train.comparing.options import CompareConfig
+from train.comparing.options import OF_CLASSIFIER, OF_SUBSPACE, TINY, CompareConfig
 from train.comparing.peft_experiment import read_experiment
 from train.comparing.result import Arm
 from train.comparing.rungs import MEASUREMENTS
@@ -61,12 +61,12 @@ def basis_of(script: Script, options: Any) -> arms.Basis:
       UserError: the optimiser has no learning rate of its own, and none was given.
     """
     rates: dict[str, float] = {}
-    names = ["lora", *arms.TINY, "full"]
+    names = ["lora", *TINY, "full"]
     if hasattr(options.adapter, "head_only"):
-        names += arms.OF_CLASSIFIER
+        names += OF_CLASSIFIER
     for name in names:
         given = dict(arms.METHODS[name])
-        if name in arms.OF_SUBSPACE:
+        if name in OF_SUBSPACE:
             given["intrinsic"] = 1  # of one dimension, the rate is the length of a step
         completed = script.completed(options, **given)
         if completed.optim.lr is None:

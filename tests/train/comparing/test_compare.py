@@ -15,8 +15,8 @@ from tests.support import assert_close
 from tests.train.tiny import write_model, write_rows
 from train.compare import main
 from train.comparing import result
-from train.comparing.arms import has_adapter
 from train.comparing.intruders import mean_intruders
+from train.comparing.options import has_adapter
 from train.run.log import read_metrics
 from train.sft import main as sft
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from train.comparing.options import OF_SUBSPACE
 from train.comparing.reporting import tables, words
 from train.comparing.reporting.tables import Row
 from train.comparing.result import Comparison
@@ -47,7 +48,7 @@ def dimensions(comparison: Comparison) -> tuple[Dimension, ...]:
     if measure.kind != "score" or whole is None or whole.quality is None:
         return ()
     found = []
-    for method in ("said", "did"):
+    for method in OF_SUBSPACE:
         own = [row for row in rows if row.arm.method == method and row.quality]
         by_size = tables.best_of_each(own, lambda arm: arm.dimension, measure)
         curve = tuple(sorted(by_size, key=_size))

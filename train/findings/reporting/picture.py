@@ -65,8 +65,8 @@ def _draw(axes: Axes, block: Block, pivot: Pivot, columns: list[Key]) -> None:
             continue
         means = [value.mean for _, value in found]
         bars = [
-            [max(0.0, value.mean - value.low) for _, value in found],  # of equal values, rounding
-            [max(0.0, value.high - value.mean) for _, value in found],
+            [value.mean - value.low for _, value in found],
+            [value.high - value.mean for _, value in found],
         ]
         joined = all(not isinstance(block.rows[at], str) for at, _ in found)
         shift = _APART * (block.columns.index(column) - (len(block.columns) - 1) / 2)
