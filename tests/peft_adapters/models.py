@@ -3,7 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+import lora_jax as lj
 
 SIZES = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
 DECODER = SIZES | {
@@ -256,17 +260,35 @@ def write_model(family: str, folder: Path) -> Any:
 
 def with_adapter(model: Any, options: dict[str, Any]) -> Any:
     """PEFT's model with random factors far from zero, alpha unlike the rank."""
-    import torch
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(**{"r": 3, "lora_alpha": 7, "lora_dropout": 0.05} | options)
-    adapted = get_peft_model(model, config).eval()
+    return shaken(get_peft_model(model, config).eval(), 0.2)
+
+
+def shaken(model: Any, by: float) -> Any:
+    """The model, with normal noise added to all that trains."""
+    import torch
+
     torch.manual_seed(11)
     with torch.no_grad():
-        for parameter in adapted.parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return adapted
+                parameter.add_(by * torch.randn_like(parameter))
+    return model
+
+
+def torch_model(folders: Path, family: str) -> Any:
+    """A family's model in PyTorch, from its folder in `folders`."""
+    import transformers
+
+    return getattr(transformers, FAMILIES[family][1]).from_pretrained(folders / family).eval()
+
+
+def our_logits(model: Any, tree: Any) -> Any:
+    """The logits of our model for an adapted tree."""
+    forward = jax.jit(lj.adapt(model.apply, strict=True))
+    return forward({"params": tree}, jnp.asarray(IDS, jnp.int32))
 
 
 def logits_of(model: Any) -> np.ndarray:

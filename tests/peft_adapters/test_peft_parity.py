@@ -2,8 +2,6 @@
 
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -14,7 +12,15 @@ from lora_jax import models
 from lora_jax.peft.config import read_config
 from lora_jax.peft.experts import targeted_experts
 from lora_jax.peft.modules import is_tied, modules, table_of, targeted
-from tests.peft_adapters.models import CONFIGS, FAMILIES, IDS, logits_of, with_adapter, write_model
+from tests.peft_adapters.models import (
+    CONFIGS,
+    FAMILIES,
+    logits_of,
+    our_logits,
+    torch_model,
+    with_adapter,
+    write_model,
+)
 from tests.support import assert_close, assert_identical, with_random_factors
 
 pytestmark = [
@@ -33,17 +39,6 @@ def folders(tmp_path_factory):
     for family in FAMILIES:
         write_model(family, root / family)
     return root
-
-
-def torch_model(folders, family):
-    import transformers
-
-    return getattr(transformers, FAMILIES[family][1]).from_pretrained(folders / family).eval()
-
-
-def our_logits(model, tree):
-    forward = jax.jit(lj.adapt(model.apply, strict=True))
-    return forward({"params": tree}, jnp.asarray(IDS, jnp.int32))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

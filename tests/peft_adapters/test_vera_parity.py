@@ -12,7 +12,14 @@ from safetensors.numpy import load_file
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
-from tests.peft_adapters.models import FAMILIES, IDS, logits_of, write_model
+from tests.peft_adapters.models import (
+    IDS,
+    logits_of,
+    our_logits,
+    shaken,
+    torch_model,
+    write_model,
+)
 from tests.support import assert_close, assert_identical, with_random_factors
 
 pytestmark = [
@@ -42,29 +49,11 @@ def folders(tmp_path_factory):
     return root
 
 
-def torch_model(folders, family):
-    import transformers
-
-    return getattr(transformers, FAMILIES[family][1]).from_pretrained(folders / family).eval()
-
-
 def with_vera(model, options):
     """PEFT's model with random vectors far from zero."""
-    import torch
     from peft import VeraConfig, get_peft_model
 
-    adapted = get_peft_model(model, VeraConfig(**{"r": 5} | options)).eval()
-    torch.manual_seed(11)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return adapted
-
-
-def our_logits(model, tree):
-    forward = jax.jit(lj.adapt(model.apply, strict=True))
-    return forward({"params": tree}, jnp.asarray(IDS, jnp.int32))
+    return shaken(get_peft_model(model, VeraConfig(**{"r": 5} | options)).eval(), 0.3)
 
 
 @pytest.mark.parametrize("name", CASES)

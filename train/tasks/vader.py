@@ -39,6 +39,15 @@ def read_words() -> tuple[list[Row], list[Row]]:
     Raises:
       UserError: the lexicon cannot be fetched.
     """
+    return split_words(read_lexicon())
+
+
+def read_lexicon() -> str:
+    """Returns the text of the lexicon.
+
+    Raises:
+      UserError: it cannot be fetched.
+    """
     try:
         folder = LEXICON.local()
     except FetchError as error:
@@ -47,16 +56,22 @@ def read_words() -> tuple[list[Row], list[Row]]:
             f"the words of --dataset vader cannot be fetched ({error}). Put {files} of the package "
             f"{LEXICON.requirement} into {LEXICON.path}, or name another --dataset"
         ) from None
-    return split_words((folder / "vader_lexicon.txt").read_text(encoding="utf-8"))
+    return (folder / "vader_lexicon.txt").read_text(encoding="utf-8")
+
+
+def ratings_of(lexicon: str) -> dict[str, float]:
+    """Returns the mean rating of each entry of a lexicon's text, from -4 to 4."""
+    fields = (line.split("\t") for line in lexicon.splitlines())
+    return {word: float(rating) for word, rating, *_ in fields}
 
 
 def split_words(lexicon: str) -> tuple[list[Row], list[Row]]:
     """Splits the words of a lexicon's text; its lines begin with a word and the mean rating."""
-    rows: list[Row] = []
-    for line in lexicon.splitlines():
-        word, rating, *_ = line.split("\t")
-        if re.fullmatch("[a-z]+", word):  # no emoticons, no abbreviations with digits
-            rows.append({"text": word, "label": LABELS[float(rating) > 0]})
+    rows: list[Row] = [
+        {"text": word, "label": LABELS[rating > 0]}
+        for word, rating in ratings_of(lexicon).items()
+        if re.fullmatch("[a-z]+", word)  # no emoticons, no abbreviations with digits
+    ]
     stems = snowballstemmer.stemmer("english").stemWords([row["text"] for row in rows])
     splitter = GroupShuffleSplit(n_splits=1, test_size=_TEST_SHARE, random_state=0)
     train, test = next(splitter.split(rows, groups=stems))

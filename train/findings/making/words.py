@@ -17,10 +17,7 @@ def ratings() -> dict[str, float]:
     Raises:
       UserError: the lexicon cannot be fetched.
     """
-    vader.read_words()  # fetches the lexicon, or says how to
-    path = vader.LEXICON.path / "vader_lexicon.txt"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return {word: float(rating) for word, rating, *_ in (line.split("\t") for line in lines)}
+    return vader.ratings_of(vader.read_lexicon())
 
 
 def label_of(rating: float) -> str:
