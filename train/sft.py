@@ -13,7 +13,7 @@ from train.many.one import Asked
 from train.many.runs import train_many
 from train.run.options import sft as sft_options
 from train.run.options.command import read_line
-from train.run.options.common import with_defaults
+from train.run.options.defaults import with_defaults
 from train.run.options.ignored import check_effects
 from train.run.options.sft import Config
 from train.run.options.table import Row, check_one_base, placed_error, read_table

@@ -48,3 +48,14 @@ def bias_key(name: str, adapted: Sequence[str]) -> str:
     """Returns the key of a trained bias: it lies inside the wrapper of an adapted module."""
     module = name.removesuffix(".bias")
     return f"{PREFIX}{module}.base_layer.bias" if module in adapted else f"{PREFIX}{name}"
+
+
+def exactly(name: str) -> str:
+    """Returns a key of rank_pattern that matches this module alone."""
+    return "^" + name.replace(".", r"\.")
+
+
+def number(value: float) -> float | int:
+    """Returns alpha as PEFT writes it: an integer if it is one (fp32's rounding aside)."""
+    nearest = round(value)
+    return nearest if abs(value - nearest) <= 1e-5 * max(1.0, abs(value)) else value

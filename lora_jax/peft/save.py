@@ -20,8 +20,8 @@ from lora_jax.peft.copies import tied_heads, with_head_names, with_heads
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import Expert, end_of, experts_of, keys_of_expert, pack, side_by_side
 from lora_jax.peft.modules import EMBEDDING_NAMES, Module, ends_with, kind_of, modules, table_of
-from lora_jax.peft.names import FILE, PREFIX, bias_key, keys_of, token_key
-from lora_jax.peft.vera import is_vera, pair_of, tensors_of
+from lora_jax.peft.names import FILE, PREFIX, bias_key, exactly, keys_of, number, token_key
+from lora_jax.peft.vera import as_in_peft, is_vera, pair_of, tensors_of
 from lora_jax.peft.vera_fields import as_vera_fields
 from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_node, leaves_of
 
@@ -115,13 +115,7 @@ def contents(model: Any, params: Tree) -> tuple[dict[str, Any], dict[str, np.nda
         raise PeftError("peft.save needs an adapted tree, and this one is plain")
     if off := [path for path, node in nodes.items() if not node.is_on]:
         raise PeftError(f"{off[0]!r} has no adapter in this half of the tree: join it first")
-    # LoRA-XS is a LoRA whose B is RB.
-    nodes = {
-        path: node.as_lora()
-        if isinstance(node, LoraWeight) and node.is_compact and not is_vera(node)
-        else node
-        for path, node in nodes.items()
-    }
+    nodes = {path: as_in_peft(node) for path, node in nodes.items()}
     rows = {row.path: row for row in table}
     if unknown := [path for path in nodes if path not in rows]:
         raise PeftError(f"{unknown[0]!r} is in no row of the model's key table")
@@ -307,9 +301,9 @@ class _Contents:
         return {
             "target_modules": self._targets(names) if names else None,
             "r": rank,
-            "lora_alpha": _number(alpha),
-            "rank_pattern": {_exactly(n): r for n, r in ranks.items() if r != rank},
-            "alpha_pattern": {_exactly(n): _number(v) for n, v in alphas.items() if v != alpha},
+            "lora_alpha": number(alpha),
+            "rank_pattern": {exactly(n): r for n, r in ranks.items() if r != rank},
+            "alpha_pattern": {exactly(n): number(v) for n, v in alphas.items() if v != alpha},
         }
 
     def _targets(self, names: list[str]) -> list[str]:
@@ -396,14 +390,3 @@ class _Contents:
         index = row.members[row.hf_names.index(name)]
         array = array[index]
         return array.T if row.transpose else array
-
-
-def _exactly(name: str) -> str:
-    """Returns a key of rank_pattern that matches this module alone."""
-    return "^" + name.replace(".", r"\.")
-
-
-def _number(value: float) -> float | int:
-    """Returns alpha as PEFT writes it: an integer if it is one (fp32's rounding aside)."""
-    nearest = round(value)
-    return nearest if abs(value - nearest) <= 1e-5 * max(1.0, abs(value)) else value

@@ -26,6 +26,12 @@ def is_vera(node: Any) -> bool:
     return isinstance(node, LoraWeight) and "lambda_d" in node.has
 
 
+def as_in_peft(node: Any) -> Any:
+    """Returns a node as PEFT has it: LoRA-XS, which PEFT lacks, as a LoRA whose B is RB."""
+    is_xs = isinstance(node, LoraWeight) and node.is_compact and not is_vera(node)
+    return node.as_lora() if is_xs else node
+
+
 def tensors_of(module: Module, node: LoraWeight) -> dict[str, np.ndarray]:
     """Returns the tensors of one adapted module, by key.
 

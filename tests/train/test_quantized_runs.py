@@ -19,7 +19,7 @@ from tests.train.tiny import write_jsonl, write_model, write_rows
 from train import classify, export, generate, plan, predict, sft
 from train.adapters.source import find_adapter, runnable
 from train.run.log import read_metrics
-from train.run.options.common import Defaults, with_defaults
+from train.run.options.defaults import Defaults, with_defaults
 from train.run.pretrained import read_outline
 
 UP = "model/layers/mlp/up_proj/kernel"

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from train.run.options.common import Defaults, Options
+from train.run.options.common import Options
+from train.run.options.defaults import Defaults
 from train.run.options.file import replaced
 from train.tasks.task import Task
 

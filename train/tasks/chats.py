@@ -17,7 +17,7 @@ from train.data.dataset import Dataset, find
 from train.data.fields import pairs_of
 from train.data.named import named
 from train.run.errors import UserError, flag
-from train.run.options.common import Defaults
+from train.run.options.defaults import Defaults
 from train.run.options.rope import parse_rope_scaling
 from train.run.options.sft import Config
 from train.run.output import saved_options

@@ -17,7 +17,7 @@ from train.data.labelled import encode, read_labelled
 from train.run.adapter import peft_fields
 from train.run.log import doing
 from train.run.options.classify import HEAD, Config
-from train.run.options.common import Defaults
+from train.run.options.defaults import Defaults
 from train.run.output import CONFUSION, SCORES
 from train.run.pretrained import Outline, read_classifier_outline
 from train.tasks.classes import (

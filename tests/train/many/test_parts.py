@@ -9,7 +9,7 @@ from rich.console import Console
 from train import inputs
 from train.inputs import Reader
 from train.many.board import Board, Paper
-from train.run.options.common import with_defaults
+from train.run.options.defaults import with_defaults
 from train.run.options.file import replaced
 from train.run.options.sft import Config
 from train.tasks.chats import TASK

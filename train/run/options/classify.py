@@ -7,10 +7,8 @@ from typing import Literal
 from train.data.files import FILE_KINDS
 from train.run.adapter import NO_ADAPTER
 from train.run.errors import UserError
-from train.run.options import common as options
 from train.run.options.common import (
     AdapterConfig,
-    Defaults,
     OptimConfig,
     Options,
     RunConfig,
@@ -18,6 +16,8 @@ from train.run.options.common import (
     check_shared,
     flag,
 )
+from train.run.options.defaults import Defaults
+from train.run.options.defaults import with_defaults as with_shared_defaults
 
 VADER = "vader"  # the name of the default task, defined in train/tasks/vader.py
 HEAD = "classifier"
@@ -127,7 +127,7 @@ def with_defaults(config: Config, defaults: Defaults) -> Config:
         defaults = dataclasses.replace(
             defaults, lr=INTRINSIC_STEP / math.sqrt(max(1, adapter.intrinsic))
         )
-    return options.with_defaults(config, defaults)
+    return with_shared_defaults(config, defaults)
 
 
 def check(config: Config) -> None:

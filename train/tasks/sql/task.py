@@ -12,7 +12,7 @@ from train.data import dataset
 from train.run.errors import UserError, flag
 from train.run.files import read_json
 from train.run.log import doing
-from train.run.options.common import Defaults
+from train.run.options.defaults import Defaults
 from train.run.options.sft import SQL, Config
 from train.run.output import SCORES
 from train.run.pretrained import Outline
