@@ -1,0 +1,80 @@
+"""The defaults of a task, and of options that depend on others."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from train.adapters.source import AdapterSource, find_adapter
+from train.run.options.common import AdapterConfig
+from train.run.options.optim import with_optimizer_defaults
+from train.run.options.rope import as_text
+
+_XS_RATE = 2e-3
+_VERA_RATE = 10  # times LoRA's
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """A task's defaults for options that were not given.
+
+    Attributes:
+      model: the base.
+      alpha: a multiple of the rank.
+      lr, full_lr: AdamW's peak learning rate with an adapter, and of full fine-tuning.
+      beta2: Adam's decay rate of the squared gradients.
+      steps, epochs: the length of a run; one epoch if both are None.
+    """
+
+    model: str
+    alpha: float
+    lr: float
+    full_lr: float
+    beta2: float = 0.999
+    steps: int | None = None
+    epochs: float | None = None
+
+
+def with_defaults(options: Any, defaults: Defaults) -> Any:
+    """Fills in the task's defaults for options that were not given."""
+    adapter, optim = options.adapter, options.optim
+    if adapter.alpha is None and adapter.peft_config is None:
+        times = 1.0 if adapter.xs or adapter.vera else defaults.alpha
+        adapter = dataclasses.replace(adapter, alpha=times * adapter.rank)
+    rate = defaults.full_lr if adapter.full else _rate(adapter, defaults)
+    optim = with_optimizer_defaults(optim, lr=rate, beta2=defaults.beta2)
+    if optim.epochs is None and optim.steps is None:
+        epochs = defaults.epochs or (1.0 if defaults.steps is None else None)
+        optim = dataclasses.replace(optim, steps=defaults.steps, epochs=epochs)
+    data, source = options.data, _init_adapter(adapter)
+    if data.model is None:
+        data = dataclasses.replace(data, model=_stated_base(source) or defaults.model)
+    if source and source.rope_scaling and getattr(data, "rope_scaling", "") is None:
+        data = dataclasses.replace(data, rope_scaling=as_text(source.rope_scaling))
+    if (path := Path(data.model).expanduser()).exists():  # found from any folder, later
+        data = dataclasses.replace(data, model=str(path.absolute()))
+    if optim.quantize is None:
+        codes: Any = (source.quantize if source else None) or "none"
+        optim = dataclasses.replace(optim, quantize=codes)
+    return dataclasses.replace(options, adapter=adapter, optim=optim, data=data)
+
+
+def _rate(adapter: AdapterConfig, defaults: Defaults) -> float:
+    """Returns AdamW's learning rate of an adapter.
+
+    VeRA's paper takes ten times LoRA's, LoRA-XS's 1e-3 to 4e-3 whatever the task.
+    """
+    if adapter.xs:
+        return _XS_RATE
+    return _VERA_RATE * defaults.lr if adapter.vera else defaults.lr
+
+
+def _init_adapter(adapter: AdapterConfig) -> AdapterSource | None:
+    """Returns the adapter that --init-adapter names; None without one."""
+    if adapter.init_adapter is None or adapter.full:
+        return None  # both together are an error later
+    return find_adapter(adapter.init_adapter, "--init-adapter")
+
+
+def _stated_base(source: AdapterSource | None) -> str | None:
+    """Returns the base that an adapter states, if it does."""
+    return source.base() if source and source.about.get("model") else None
