@@ -68,6 +68,12 @@ def main() -> None:
     bijection = milliseconds(lambda key: fastfood._permutation(key, 1, LARGE), key)
     by_sorting = milliseconds(shuffled, key)
     print(f"permutation at 2^23: bijection {bijection:.0f} ms, argsort {by_sorting:.0f} ms")
+    few, places = jnp.ones((1, 1024)), fastfood._permutation(key, 1, LARGE)
+    cached, read = (
+        milliseconds(permute, few, places)
+        for permute in (fastfood._permuted_on_cpu, fastfood._permuted)
+    )
+    print(f"permuting 2^23, of which 1,024 differ: cached {cached:.0f} ms, at random {read:.0f} ms")
 
 
 if __name__ == "__main__":

@@ -59,17 +59,17 @@ def read_lexicon() -> str:
     return (folder / "vader_lexicon.txt").read_text(encoding="utf-8")
 
 
-def ratings_of(lexicon: str) -> dict[str, float]:
-    """Returns the mean rating of each entry of a lexicon's text, from -4 to 4."""
+def ratings_of(lexicon: str) -> list[tuple[str, float]]:
+    """Returns each entry of a lexicon's text and its mean rating, from -4 to 4; a few stand twice."""
     fields = (line.split("\t") for line in lexicon.splitlines())
-    return {word: float(rating) for word, rating, *_ in fields}
+    return [(word, float(rating)) for word, rating, *_ in fields]
 
 
 def split_words(lexicon: str) -> tuple[list[Row], list[Row]]:
     """Splits the words of a lexicon's text; its lines begin with a word and the mean rating."""
     rows: list[Row] = [
         {"text": word, "label": LABELS[rating > 0]}
-        for word, rating in ratings_of(lexicon).items()
+        for word, rating in ratings_of(lexicon)
         if re.fullmatch("[a-z]+", word)  # no emoticons, no abbreviations with digits
     ]
     stems = snowballstemmer.stemmer("english").stemWords([row["text"] for row in rows])

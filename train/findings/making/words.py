@@ -17,7 +17,7 @@ def ratings() -> dict[str, float]:
     Raises:
       UserError: the lexicon cannot be fetched.
     """
-    return vader.ratings_of(vader.read_lexicon())
+    return dict(vader.ratings_of(vader.read_lexicon()))
 
 
 def label_of(rating: float) -> str:
