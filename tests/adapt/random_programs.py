@@ -53,9 +53,10 @@ class Weight:
             [self.letters.index(x) for x in part] for part in (self.in_letters, self.out_letters)
         )
         in_axes, out_axes = axes
+        sizes = (math.prod(self.sizes[axis] for axis in part) for part in (in_axes, out_axes))
         return lj.LoraRule(
             targets=[self.name],
-            rank=2,
+            rank=min(2, *sizes) if "xs" in VARIANT else 2,  # it has no more singular vectors
             alpha=3.0,
             dtype=jnp.float64,
             in_axes=in_axes,

@@ -184,6 +184,22 @@ CASES = [
         (5,),
     ),
     Program(
+        "look-up in each table of a stack",
+        lambda t: {"a": {"embedding": draw(1, (3, 11, 5), t)}},
+        (rule(in_axes=[1], out_axes=[2]),),
+        lambda p, x: jax.vmap(lambda w, i: w[i])(p["a"]["embedding"], IDS[:, :3].T) * x,
+        (5,),
+    ),
+    Program(
+        "look-up of one row in each table of two stacks, stacked last and in between",
+        lambda t: {"a": {"embedding": draw(1, (11, 2, 5, 3), t)}},
+        (rule(in_axes=[0], out_axes=[2]),),
+        lambda p, x: jax.vmap(jax.vmap(lambda w, i: w[i] * x, (1, 0)), (3, 1), 1)(
+            p["a"]["embedding"], jnp.array([[4, 0, 3], [10, 4, 4]])
+        ),
+        (5,),
+    ),
+    Program(
         "look-up of one row, and of one known row",
         lambda t: {"a": {"embedding": draw(1, (11, 5), t)}},
         (rule(),),
