@@ -15,6 +15,7 @@ import optax
 from jax import lax
 
 from lora_jax.axes import EMBEDDING_NAMES
+from lora_jax.base import is_abstract
 from lora_jax.lorafy import map_parts, nodes_of, trainable_mask
 from lora_jax.paths import leaf_name
 from lora_jax.weight import LoraWeight
@@ -150,7 +151,11 @@ def project_b(params: Any, *, damping: float = 1e-8) -> optax.GradientTransforma
 
 
 def _inverse_gram(node: LoraWeight, damping: float) -> jax.Array:
-    a = node.a.reshape(*node.a.shape[: node.n_batch + 1], -1)  # [batch…, r, in]
+    """Returns (AᵀA + δI)⁺ / s²; zeros where factors are abstract (`jax.ShapeDtypeStruct`)."""
+    batch = node.a.shape[: node.n_batch]
+    if is_abstract(node.a):
+        return jnp.zeros((*batch, node.rank, node.rank), node.a.dtype)
+    a = node.a.reshape(*batch, node.rank, -1)  # [batch…, r, in]
     gram = jnp.matmul(a, a.mT, precision=lax.Precision.HIGHEST)
     damped = gram + jnp.asarray(damping, gram.dtype) * jnp.eye(node.rank, dtype=gram.dtype)
     scale = node.scale[..., None, None].astype(gram.dtype)

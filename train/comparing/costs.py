@@ -20,7 +20,6 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax import models
-from train.comparing.options import TINY
 from train.comparing.result import Arm, Latency, Planned
 from train.comparing.trials import Trial
 from train.finetune import finetune
@@ -102,11 +101,8 @@ def planned(
       The plan, and the machine in words.
 
     Raises:
-      UserError: there is no such machine, or it does not hold the run's arrays; or train.plan does
-        not know the method.
+      UserError: there is no such machine, or it does not hold the run's arrays.
     """
-    if trial.arm.method in TINY:
-        raise UserError(f"train.plan does not plan {trial.arm.method}")
     optim, adapter, data = trial.config.optim, trial.config.adapter, trial.config.data
     rows = optim.batch_size * optim.grad_accum * trial.steps
     command = [
@@ -119,7 +115,8 @@ def planned(
         command.append("--full")
     else:
         command += ["--rank", adapter.rank, "--targets", *adapter.targets]
-        command += ["--dora"] * adapter.dora + ["--freeze-a"] * adapter.freeze_a
+        kinds = ("dora", "freeze_a", "xs", "vera")
+        command += [f"--{name.replace('_', '-')}" for name in kinds if getattr(adapter, name)]
     if price is not None:
         command += ["--price", price]
     made = json.loads(_output_of([str(word) for word in command]))

@@ -106,7 +106,8 @@ class Variant:
         elif self.adapter.targets == NO_ADAPTER:
             what = "no adapter, parts in full"
         else:
-            what = f"LoRA r={self.adapter.rank}"
+            kind = "LoRA-XS" if self.adapter.xs else "VeRA" if self.adapter.vera else "LoRA"
+            what = f"{kind} r={self.adapter.rank}"
         if self.adapters is not None:
             what = f"{self.adapters} × {what}"
         return f"{what}, {_REMAT.get(self.remat, self.remat)}"

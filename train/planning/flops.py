@@ -66,8 +66,11 @@ def step_flops(
         total += 2 * tokens * size * passes
         if isinstance(leaf, LoraWeight):
             share = size / math.prod(shape)
-            factors = math.prod(leaf.shape_of("a")) + math.prod(leaf.shape_of("b"))
-            total += 2 * tokens * share * factors * (3 + (chunked if is_head else layers_again))
+            for name in ("a", "b"):
+                # What LoRA-XS and VeRA train is folded into B, whose gradient they go through.
+                trains = name == "b" or name not in leaf.frozen
+                passes = 2 + trains + (chunked if is_head else layers_again)
+                total += 2 * tokens * share * math.prod(leaf.shape_of(name)) * passes
     heads = config.num_attention_heads * config.head_dim
     pair = 4 * batch * heads * config.num_hidden_layers  # of a query and a key, forward
     if isinstance(attention, Blockwise):

@@ -60,7 +60,7 @@ def read_lexicon() -> str:
 
 
 def ratings_of(lexicon: str) -> list[tuple[str, float]]:
-    """Returns each entry of a lexicon's text and its mean rating, from -4 to 4; a few stand twice."""
+    """Returns the entries of a lexicon's text, a few of them twice, and their ratings (-4 to 4)."""
     fields = (line.split("\t") for line in lexicon.splitlines())
     return [(word, float(rating)) for word, rating, *_ in fields]
 

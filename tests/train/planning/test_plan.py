@@ -77,6 +77,17 @@ def test_flops_are_those_counted_by_hand(model, full, remat):
     assert made.flops_source == "hlo" and made.notes == ()
 
 
+@pytest.mark.parametrize(
+    "option, name", [("--freeze-a", "LoRA"), ("--xs", "LoRA-XS"), ("--vera", "VeRA")]
+)
+def test_an_a_that_does_not_train_costs_no_gradient(model, option, name):
+    _, _, made = planned_for(model, "--targets", "all-linear", option)
+    _, _, lora = planned_for(model, "--targets", "all-linear")
+    assert made.name.startswith(f"{name} r=3") and made.adapter_bytes < lora.adapter_bytes
+    np.testing.assert_allclose(made.flops_per_step, made.flops_closed_form, rtol=0.005)
+    assert made.flops_closed_form < 0.99 * lora.flops_closed_form
+
+
 @over(
     "remat", ["none", "dots_saveable", "dots_with_no_batch_dims_saveable", "full"], often=["full"]
 )
