@@ -102,8 +102,8 @@ def _permuted(x: jax.Array, permutation: jax.Array) -> jax.Array:
 def _permuted_on_cpu(x: jax.Array, permutation: jax.Array) -> jax.Array:
     """Returns the same from a few of the repetitions, which a core's cache holds.
 
-    Reading [K, n] at random takes a CPU several times as long. Backwards, entries are added up
-    where they were read; several repetitions keep those sums short.
+    A CPU reads them faster than [K, n] at random (tests/benchmarks/subspace.py). Backwards, entries
+    are added up where they were read; several repetitions keep those sums short.
     """
     (blocks, p), n = x.shape, permutation.shape[-1]
     copies = max(1, min(n, _CACHED) // p)
