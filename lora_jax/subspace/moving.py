@@ -1,5 +1,9 @@
 """θ₀ + λP(θ_d) of each tensor: large ones one by one, small ones of one size together.
 
+P is the tensor's Fastfood projection times √(n/D), for n of the tree's D entries: the change of the
+whole tree has the norm of θ_d, and all entries move alike. (With the norm of θ_d in each tensor, an
+entry of a gain would move 40 times as far as one of a kernel, and steps would have to be as small.)
+
 A projection is drawn where it is used, and drawn again in the backward pass. Each program for one
 size takes the compiler a second or so, and a model has hundreds of small tensors of few sizes.
 """
@@ -13,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from lora_jax.magnitude import wide
@@ -51,7 +56,7 @@ def moved(
       theta: θ_d.
       scale: λ of each layer; None for one everywhere.
     """
-    ones = jnp.ones(1, theta.dtype)
+    total = sum(tensor.size for tensor in tensors)
     found, small = {}, defaultdict(list)
     # The compiler must not compute the draws itself, where it knows the keys.
     every = jax.random.wrap_key_data(jax.lax.optimization_barrier(keys), impl=_GENERATOR)
@@ -62,14 +67,14 @@ def moved(
             small[tensor.size // len(tensor.names)].append(tensor)
             continue
         shape = leaves[tensor.path].shape[: int(tensor.is_stack)]
-        scales = _scales(scale, [tensor], ones)
+        scales = _scales(scale, [tensor], total, theta.dtype)
         of = _of_stack if tensor.is_stack else _of_tensor
         found[tensor.path] = of(
             leaves[tensor.path], theta, own[tensor.path].reshape(shape), scales.reshape(shape)
         )
     for size, group in small.items():
         of_group = jnp.concatenate([own[tensor.path] for tensor in group])
-        changes = _together(theta, of_group, _scales(scale, group, ones), size)
+        changes = _together(theta, of_group, _scales(scale, group, total, theta.dtype), size)
         done = 0
         for tensor in group:
             leaf, n = leaves[tensor.path], len(tensor.names)
@@ -94,14 +99,27 @@ def draws_of(seed: int) -> jax.Array:
     return jax.random.bits(jax.random.key(seed, impl=_GENERATOR), (8,), jnp.uint32)
 
 
-def _scales(scale: jax.Array | None, tensors: Sequence[Tensor], ones: jax.Array) -> jax.Array:
-    """Returns the λ of each tensor of some leaves, [n]."""
+def _scales(
+    scale: jax.Array | None, tensors: Sequence[Tensor], total: int, dtype: Any
+) -> jax.Array:
+    """Returns λ·√(n/D) of each tensor of some leaves.
+
+    Args:
+      scale: λ of each layer; None for one everywhere.
+      tensors: the leaves; a layer of a stack is a tensor of its own.
+      total: D.
+      dtype: of the result without `scale`.
+    """
     layers = [layer for tensor in tensors for layer in tensor.layers]
-    return jnp.broadcast_to(ones, len(layers)) if scale is None else scale[jnp.asarray(layers)]
+    sizes = [tensor.size // len(tensor.names) for tensor in tensors for _ in tensor.names]
+    shares = np.sqrt(np.array(sizes) / total)
+    if scale is None:
+        return jnp.asarray(shares, dtype)
+    return scale[jnp.asarray(layers)] * shares.astype(scale.dtype)
 
 
 def _change(theta: jax.Array, key: jax.Array, scale: jax.Array, shape: Any) -> jax.Array:
-    """Returns λP(θ_d) of one tensor. The scale comes first: λP(x) = P(λx), in d numbers."""
+    """Returns a tensor's change, λP(θ_d). Its scale comes first: in d numbers."""
     dtype = wide(theta.dtype)
     x = theta.astype(dtype) * scale.astype(dtype)
     return project(x, key, math.prod(shape)).reshape(shape)

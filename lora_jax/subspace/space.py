@@ -1,7 +1,8 @@
 """Training in a random subspace: θ = θ₀ + P(θ_d), d numbers for all parameters of a tree.
 
 Li et al., arXiv 1804.08838; Aghajanyan et al., arXiv 2012.13255. Each tensor i has a projection Pᵢ
-of its own (Fastfood), drawn from the seed and the tensor's logical path; all share one θ_d.
+of its own (Fastfood), drawn from the seed and the tensor's logical path; all share one θ_d. Each is
+weighted by its share of the entries, so that ‖P(θ_d)‖ ≈ ‖θ_d‖ over the tree.
 
 - DID: θᵢ = θ₀ᵢ + Pᵢ(θ_d), with d numbers in θ_d.
 - SAID: θᵢ = θ₀ᵢ + λ_l·Pᵢ(θ_{d−m}), with one λ_l for each of m layers, counted within d.

@@ -114,7 +114,24 @@ def test_a_tree_moves_as_by_dense_projections(kind, largest, float64, monkeypatc
             size = change.shape[1]
             matrix = dense(draws_for(fold_in_path(key, name), n, size), n, size)
             scale = float(theta["scale"][tensor.layers[i]]) if kind == "said" else 1.0
+            scale *= math.sqrt(size / space.size)  # of the tree's norm
             assert_close(change[i], scale * matrix @ np.asarray(theta["theta"]), 1e-6)
+
+
+def test_a_tree_moves_as_far_as_theta():
+    params = {"wide": jnp.zeros((40, 50)), "gain": jnp.zeros(60), "layers": jnp.zeros((3, 10, 11))}
+
+    def changes(seed):
+        space = subspace.make(params, dimension=70, seed=seed)
+        theta = moving(space, seed=seed)
+        return [
+            x / jnp.linalg.norm(theta["theta"])
+            for x in jax.tree.leaves(space.params_of(theta, params))
+        ]
+
+    squares = np.mean([[float(jnp.mean(x**2)) for x in changes(seed)] for seed in range(20)], 0)
+    size = sum(x.size for x in jax.tree.leaves(params))
+    np.testing.assert_allclose(squares, 1 / size, rtol=0.1)  # an entry of any tensor
 
 
 @pytest.mark.parametrize("largest", [2**18, 30])
