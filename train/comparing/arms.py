@@ -2,13 +2,13 @@
 
 import hashlib
 import itertools
-import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from train.comparing.options import OF_SUBSPACE, TINY, CompareConfig, has_adapter
 from train.comparing.result import Arm
+from train.run.options.classify import rate_of_dimension
 
 # What a method sets. Variants are LoRA but for one thing.
 METHODS: dict[str, dict[str, Any]] = {
@@ -42,7 +42,7 @@ class Basis(NamedTuple):
     Attributes:
       alpha: a multiple of the rank.
       rates: the learning rate of an adapter ("lora"), and of each method that has another; of a
-        subspace the length of a step, which is its rate times the root of its dimension.
+        subspace the one at 10,000 dimensions.
       batch_size: rows a step.
     """
 
@@ -86,11 +86,11 @@ def arms_of(compare: CompareConfig, basis: Basis) -> list[Arm]:
 def _of_subspace(
     method: str, compare: CompareConfig, basis: Basis, batch_sizes: Sequence[int]
 ) -> Iterator[Arm]:
-    lengths = compare.step_lengths or _around(basis.rates[method])
-    for dimension, size, length in itertools.product(
-        compare.dimensions or _DIMENSIONS, batch_sizes, lengths
+    rates = compare.subspace_lrs or _around(basis.rates[method])
+    for dimension, size, given in itertools.product(
+        compare.dimensions or _DIMENSIONS, batch_sizes, rates
     ):
-        rate = float(f"{length / math.sqrt(dimension):.3g}")
+        rate = float(f"{rate_of_dimension(dimension, given):.3g}")
         yield Arm(method, None, None, None, rate, size, dimension)
 
 

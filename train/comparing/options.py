@@ -58,9 +58,9 @@ class CompareConfig:
     three and nine times it."""
     dimensions: tuple[int, ...] = ()
     """Dimensions of said and did: how many numbers train. By default 100 1000 10000."""
-    step_lengths: tuple[float, ...] = ()
-    """Lengths of a step of said and did: their learning rate is this by the root of the dimension.
-    By default the script's, a third of it and three times it."""
+    subspace_lrs: tuple[float, ...] = ()
+    """Learning rates of said and did at 10000 dimensions; at D they are (10000 / D)^0.75 times as
+    large. By default the script's, a third of it and three times it."""
     batch_sizes: tuple[int, ...] = ()
     """Rows a step. By default the script's."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -136,7 +136,7 @@ _USELESS = {
 }
 _OF_GRID = (
     *("methods", "ranks", "target_sets", "alphas", "lrs", "full_lrs", "batch_sizes", "quick"),
-    *("dimensions", "step_lengths"),
+    *("dimensions", "subspace_lrs"),
 )
 _OWN_REPORTS = {"none", "tensorboard"}  # in the folder of each run
 
@@ -161,7 +161,7 @@ def check(compare: CompareConfig, options: Options, given: Collection[str]) -> N
         if field != "quick":
             _check_once(field, getattr(compare, field))
     _check_once("seeds", compare.seeds)
-    for field in ("alphas", "lrs", "full_lrs", "step_lengths"):
+    for field in ("alphas", "lrs", "full_lrs", "subspace_lrs"):
         _check_each(field, getattr(compare, field), lambda v: math.isfinite(v) and v > 0, "above 0")
     for field in ("ranks", "batch_sizes", "dimensions"):
         _check_each(field, getattr(compare, field), lambda v: v >= 1, "from 1 on")
@@ -195,7 +195,7 @@ def _check_methods(compare: CompareConfig, given: Collection[str]) -> None:
             and not (field == "lrs" and "head-only" in compare.methods)
         ):
             raise UserError(f"{flag(field)} is about adapters, and --methods names none of them")
-    for field in ("dimensions", "step_lengths"):
+    for field in ("dimensions", "subspace_lrs"):
         if field in given and not subspaces:
             raise UserError(f"{flag(field)} is about said and did, and --methods names neither")
     for field in ("full_lrs", "keep_weights"):

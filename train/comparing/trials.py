@@ -67,7 +67,7 @@ def basis_of(script: Script, options: Any) -> arms.Basis:
     for name in names:
         given = dict(arms.METHODS[name])
         if name in OF_SUBSPACE:
-            given["intrinsic"] = 1  # of one dimension, the rate is the length of a step
+            given["intrinsic"] = 10_000  # for which rates are given; see `rate_of_dimension`
         completed = script.completed(options, **given)
         if completed.optim.lr is None:
             raise UserError(

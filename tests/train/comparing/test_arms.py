@@ -46,17 +46,19 @@ def test_settings_and_names_tell_runs_apart():
 
 
 def test_subspaces_have_a_dimension_and_a_rate_for_it():
-    asked = CompareConfig(methods=("said", "did"), dimensions=(25, 400), step_lengths=(0.1, 0.2))
+    asked = CompareConfig(
+        methods=("said", "did"), dimensions=(625, 160_000), subspace_lrs=(0.01, 0.02)
+    )
     arms = arms_of(asked, BASIS)
     assert [(arm.dimension, arm.learning_rate) for arm in arms[:4]] == [
-        *((25, 0.02), (25, 0.04), (400, 0.005), (400, 0.01))
+        *((625, 0.08), (625, 0.16), (160_000, 0.00125), (160_000, 0.0025))
     ]
     assert {arm.rank for arm in arms} == {None}
     given = settings(arms[-1], 3)
-    assert (given["intrinsic"], given["intrinsic_kind"], given["seed"]) == (400, "did", 3)
-    assert name_of(arms[0], 3) == "said-d25-lr0.02-b8-s3"
+    assert (given["intrinsic"], given["intrinsic_kind"], given["seed"]) == (160_000, "did", 3)
+    assert name_of(arms[0], 3) == "said-d625-lr0.08-b8-s3"
     plain = arms_of(CompareConfig(methods=("did",)), BASIS)
-    assert {arm.learning_rate for arm in plain if arm.dimension == 100} == {0.002, 0.006, 0.018}
+    assert {arm.learning_rate for arm in plain if arm.dimension == 10_000} == {0.02, 0.06, 0.18}
 
 
 def test_tiny_adapters_have_rates_ranks_and_scales_of_their_own():

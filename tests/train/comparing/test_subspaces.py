@@ -29,7 +29,7 @@ def compare(inputs, output, *args):
 
 @pytest.mark.slow
 def test_subspaces_are_runs_like_others(inputs, tmp_path, capsys):
-    methods = ["--methods", "said", "did", "full", "--step-lengths", 0.1, "--full-lrs", 1e-3]
+    methods = ["--methods", "said", "did", "full", "--subspace-lrs", 0.01, "--full-lrs", 1e-3]
     assert compare(inputs, tmp_path / "out", *methods, "--dimensions", 20, "--no-costs") == 0
     printed = capsys.readouterr().out
     found = result.read(tmp_path / "out")
