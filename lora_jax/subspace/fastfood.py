@@ -11,7 +11,7 @@ blocks of n, the last one padded; each has its own B, Π and G, and their projec
 Different draws are uncorrelated, so ‖Px‖² ≈ Σ‖xₖ‖² = ‖x‖² still. No entry of x is left out.
 
 Π is a keyed bijection of 0 … n−1 (xor, an odd factor, an xor-shift, four times over) rather than
-an argsort of random numbers: at n = 2²³ on two cores, it takes 11 ms in place of 2.6 s
+an argsort of random numbers: at n = 2²³ on two cores, it takes 20 ms in place of 4 s
 (tests/benchmarks/subspace.py).
 """
 

@@ -2,7 +2,7 @@
 
 H of size n = 2^k is the Kronecker product of k matrices [[1, 1], [1, −1]], so of k/5 matrices of
 size 32. Multiplying by those costs more additions than a butterfly of k passes and fewer passes
-over memory: at n = 2²³ on two cores it takes 54 ms, the butterfly 86 ms
+over memory: at n = 2²³ on two cores it takes 92 ms, the butterfly 139 ms
 (tests/benchmarks/subspace.py).
 """
 
