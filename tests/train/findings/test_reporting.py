@@ -198,3 +198,20 @@ def test_what_is_forgotten_and_what_intrudes_have_tables_of_their_own(tmp_path):
     main(["forgetting", "--from", str(tmp_path), "--measure", "intruders"])
     text = (tmp_path / "finding.md").read_text()
     assert "Intruder dimensions of a matrix, mean" in text and "Rise of the loss" not in text
+
+
+def test_the_intrinsic_dimension_stands_below_its_table():
+    arms = [Arm(m, None, None, None, 1e-2, 8, d) for m in ("said", "did") for d in (10, 100)]
+    found = [
+        run(arm, seed, 1.0, 0.9 * 0.8 * (1.1 if arm.dimension == 100 else 0.9))
+        for arm in arms
+        for seed in range(3)
+    ]
+    found += [run(full(), seed, 1.0, 0.8) for seed in range(3)]
+    whole = Comparison(facts=FACTS, runs=tuple(found))
+    chosen = [pivots(whole, Layout("dimension", "method"))["score"]]
+    text = document.document("Title", "Said.", (), whole, chosen, None)
+    assert "| dimension | SAID | DID | full |" in text
+    for kind in ("SAID", "DID"):
+        assert f"{kind} reaches 90% of full fine-tuning's {FACTS.score}" in text
+    assert "with 100 numbers" in text

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_jax.training.processes import write_text
-from train.comparing.reporting import words
+from train.comparing.reporting import dimension, words
 from train.comparing.result import Comparison
 from train.findings.reporting.pivot import Block, Cell, Pivot, headed, shown
 
@@ -36,6 +36,8 @@ def document(
         for block in pivot.blocks:
             parts += [f"**{words.capital(block.title)}**"] if block.title else []
             parts.append(table(pivot, block))
+    score = comparison.facts.score or "score"
+    parts += [dimension.sentence(one, score) for one in dimension.dimensions(comparison)]
     if picture is not None:
         first = pivots[0]
         parts.append(f"![{words.capital(first.measure.name)} by {first.rows.name}]({picture})")
