@@ -150,8 +150,9 @@ def train_rows(
             if part.trained:
                 part.trained(one.run, trained, answering)
             if one.evaluation and not stopped:  # a resumed run evaluates what is over
-                tree = trained if is_quantized else lj.merge(trained)
-                scores = one.evaluation.after(model, tree, evaluated)
+                with doing(console, f"evaluating {one.row.name}"):
+                    tree = trained if is_quantized else lj.merge(trained)
+                    scores = one.evaluation.after(model, tree, evaluated)
                 one.score = scores.get(one.task.score or "")
                 del tree
     return ones
