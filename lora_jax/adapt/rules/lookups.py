@@ -132,9 +132,7 @@ def _looked_up_by_member(
         operand_batching_dims=without(axis, axes),
         start_indices_batching_dims=without(place, places),
     )
-    weight = weight.replace(
-        as_array(weight.base), key=None
-    )  # the rows of a look-up have no dropout
+    weight = weight.replace(as_array(weight.base), key=None)  # look-ups have no dropout
     at = {n: weight.layout(n).index(axis) for n in weight.parts if axis in weight.layout(n)}
     labels = weight.labels[:axis] + weight.labels[axis + 1 :]
 
