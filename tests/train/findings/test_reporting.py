@@ -5,9 +5,11 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
 
 from tests.train.comparing.made_up import FACTS, full, lora, run, runs
 from train.comparing import result
+from train.comparing.reporting.pictures import STYLE
 from train.comparing.result import Arm, Comparison, Forgetting
 from train.findings.__main__ import main
 from train.findings.reporting import document, picture
@@ -124,6 +126,20 @@ def test_the_picture_has_the_numbers_of_the_comparison(tmp_path):
         np.testing.assert_allclose(np.asarray(means, float), [np.mean(scores) for _, scores in of])
         ends = [segment[:, 1].astype(float) for segment in bars.get_segments()]
         np.testing.assert_allclose(ends, [(min(s), max(s)) for _, s in of], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", ["full", "alpha 256", "attention, rank 1", "attention + experts, rank 8"]
+)
+def test_the_legend_is_inside_the_picture(name):
+    arms = [lora(8)._replace(targets=(f"{name[:-1]}{i}",)) for i in range(4)]
+    found = Comparison(facts=FACTS, runs=tuple(run(arm, 0, 1.0, 0.5) for arm in arms))
+    with rc_context(STYLE):
+        figure = picture.figure_of(pivots(found, Layout("learning rate", "targets"))["score"])
+        (legend,) = figure.legends
+        figure.draw_without_rendering()
+    inside, whole = legend.get_window_extent(), figure.bbox
+    assert whole.x0 <= inside.x0 and inside.x1 <= whole.x1 and inside.y0 >= whole.y0
 
 
 def test_tables_and_picture_come_from_a_comparison_that_is_over(tmp_path, capsys):

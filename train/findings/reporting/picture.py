@@ -1,5 +1,6 @@
 """The picture of a finding: what its tables show, a panel for each."""
 
+import math
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -13,6 +14,7 @@ from train.findings.reporting.pivot import Block, Key, Pivot, headed, shown
 PICTURE = "finding.png"
 _PANEL = 2.9  # inches
 _LINE = 0.24  # of the legend
+_A_LINE = {4: 7, 3: 12, 2: 24, 1: math.inf}  # entries of the legend, and letters of the longest
 _APART = 0.06  # of the distance between rows, so that bars of several columns do not hide another
 
 
@@ -43,7 +45,8 @@ def figure_of(pivot: Pivot) -> Figure | None:
     handles: dict[str, Artist] = {}
     for axes in panels:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    a_line = 1 if max(map(len, handles)) > 24 else 2 if max(map(len, handles)) > 12 else 4
+    longest = max(map(len, handles))
+    a_line = next(n for n, most in _A_LINE.items() if longest <= most)
     figure.legend(
         [*handles.values()],
         [*handles],
