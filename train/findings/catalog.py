@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from train.findings.making import habit, mixture, vocabulary
+from train.findings.making import habit, mixture, questions, vocabulary
 from train.findings.making.made import Made
 from train.findings.reporting.pivot import Layout
 from train.run.errors import UserError
@@ -77,6 +77,8 @@ FINDINGS: dict[str, Finding] = {
         script="sft",
         layout=Layout("learning rate", "rank"),
         measures=("loss", "forgetting", "intruders"),
+        make=questions.make,
+        makes=("dataset", "eval_dataset"),
     ),
     "dimension": Finding(
         title="The intrinsic dimension",

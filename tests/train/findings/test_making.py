@@ -6,7 +6,7 @@ import pytest
 
 from tests.train.test_classify import write_encoder
 from train.data.files import read_rows
-from train.findings.making import base, habit, mixture, vocabulary
+from train.findings.making import base, habit, mixture, questions, vocabulary
 from train.findings.making.words import write_rows
 from train.run.processes.session import Session
 
@@ -75,8 +75,8 @@ def test_rows_are_read_as_they_were_written(tmp_path):
 
 @pytest.mark.slow
 def test_questions_that_are_held_out_are_none_of_those_to_train_on():
-    train, held_out = mixture.questions()
-    assert (len(train), len(held_out)) == (mixture.ROWS, mixture.TEST_ROWS)
+    train, held_out = questions.questions()
+    assert (len(train), len(held_out)) == (questions.ROWS, questions.TEST_ROWS)
     assert not {*map(json.dumps, train)} & {*map(json.dumps, held_out)}
 
 

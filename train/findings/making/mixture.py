@@ -5,8 +5,6 @@ of which are active for a token, and a tokenizer of 2,048 tokens of its own text
 continue the documentation, in full, and comparisons go on from there with another task.
 """
 
-import json
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from lora_jax.models import Decoder, DecoderConfig, save_pretrained
-from lora_jax.training.processes import write_text
 from train.comparing import outside
-from train.findings.making import base
+from train.findings.making import base, questions
 from train.findings.making.made import Made
 from train.run.processes.session import Session
-from train.tasks.sql.examples import training_examples
 
 VOCABULARY = 2048
 _PAD, _START, _END = "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -44,7 +40,6 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
     "bos_token_id": None,
 }
-ROWS, TEST_ROWS = 360, 96
 _SEED = 0
 _CHARACTERS = 320  # of a row of text: some ninety tokens
 _LINE = (
@@ -82,18 +77,6 @@ def untrained(text: str, folder: Path) -> None:
     save_pretrained(folder, model, params, tokenizer=made)
 
 
-def questions() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Returns (rows to train on, held-out rows) of questions to SQL, each row a chat.
-
-    They are of the same databases; no held-out question stands among those to train on.
-    """
-    drawn = training_examples(ROWS + 2 * TEST_ROWS, seed=_SEED)
-    rows = [{"messages": [dict(turn) for turn in one.messages]} for one in drawn]
-    train = rows[:ROWS]
-    seen = {json.dumps(row) for row in train}
-    return train, [row for row in rows[ROWS:] if json.dumps(row) not in seen][:TEST_ROWS]
-
-
 def make(folder: Path, session: Session) -> Made:
     """Writes text and questions, and pretrains the base; returns the options that name them.
 
@@ -108,20 +91,14 @@ def make(folder: Path, session: Session) -> Made:
     found = outside.read_text(None)
     assert found is not None, "nothing turned it off"
     text, start = found[0], folder / "untrained"
-    paths = {name: folder / f"{name}.jsonl" for name in ("text", "questions", "held-out")}
-    _write(paths["text"], ({"text": part} for part in parts(text)))
-    train, held_out = questions()
-    _write(paths["questions"], train)
-    _write(paths["held-out"], held_out)
+    rows = folder / "text.jsonl"
+    questions.write_rows(rows, ({"text": part} for part in parts(text)))
+    asked = questions.make(folder, session)
     untrained(text, start)
-    line = ("--model", str(start), "--dataset", str(paths["text"]), *_LINE)
-    model = base.trained("train.sft", line, [paths["text"], start], folder, session)
+    line = ("--model", str(start), "--dataset", str(rows), *_LINE)
+    model = base.trained("train.sft", line, [rows, start], folder, session)
     return Made(
-        {
-            "model": str(model),
-            "dataset": str(paths["questions"]),
-            "eval_dataset": str(paths["held-out"]),
-        },
+        {"model": str(model), **asked.options},
         (
             f"The base: {CONFIG['num_hidden_layers']} layers of "
             f"{CONFIG['num_local_experts']} experts, two of them active, and "
@@ -138,7 +115,3 @@ def parts(text: str) -> list[str]:
             rows.append("")
         rows[-1] += line
     return rows
-
-
-def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))

@@ -1,0 +1,51 @@
+"""Questions to SQL as files of chats, of which a comparison measures the loss alone.
+
+The task of `train.sft` itself answers its held-out questions before and after training, which takes
+two cores longer than a short training does.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_jax.training.processes import write_text
+from train.findings.making.made import Made
+from train.run.processes.session import Session
+from train.tasks.sql.examples import training_examples
+
+Row = Mapping[str, Any]
+ROWS, TEST_ROWS = 360, 96
+_SEED = 0
+
+
+def questions() -> tuple[list[Row], list[Row]]:
+    """Returns (rows to train on, held-out rows), each row a chat.
+
+    They are of the same databases; no held-out question stands among those to train on.
+    """
+    drawn = training_examples(ROWS + 2 * TEST_ROWS, seed=_SEED)
+    rows: list[Row] = [{"messages": [dict(turn) for turn in one.messages]} for one in drawn]
+    train = rows[:ROWS]
+    seen = {json.dumps(row) for row in train}
+    return train, [row for row in rows[ROWS:] if json.dumps(row) not in seen][:TEST_ROWS]
+
+
+def make(folder: Path, session: Session) -> Made:
+    """Writes the questions; returns the options that name their files.
+
+    Args:
+      folder: where they go.
+      session: not needed, as nothing is trained.
+    """
+    del session
+    train, held_out = questions()
+    paths = {"dataset": folder / "questions.jsonl", "eval_dataset": folder / "held-out.jsonl"}
+    for path, rows in zip(paths.values(), (train, held_out), strict=True):
+        write_rows(path, rows)
+    return Made({name: str(path) for name, path in paths.items()})
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Writes rows as JSON lines; the file appears whole or not at all."""
+    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
