@@ -113,10 +113,9 @@ def _looked_up_by_member(
     use: Use,
 ) -> jax.Array | None:
     """Returns the rows of each table of a stack at indices of its own, as under vmap; or None."""
-    (axis, *axes), (place, *places) = (
-        numbers.operand_batching_dims,
-        numbers.start_indices_batching_dims,
-    )
+    # Of NumPy's integers, some of which JAX writes there, `jax.vmap` takes none.
+    axis, *axes = map(int, numbers.operand_batching_dims)
+    place, *places = map(int, numbers.start_indices_batching_dims)
     if weight.labels[axis] != "batch" or weight.rows is not None:
         return None
     n_out = indices.ndim - 1 + len(numbers.offset_dims)
