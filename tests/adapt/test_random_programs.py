@@ -72,7 +72,7 @@ def test_random_functions_are_declined_or_equal(function, in_axis):
 
 
 @pytest.mark.slow
-@settings(max_examples=100, **COMMON)
+@settings(max_examples=50, **COMMON)
 @given(functions(), st.integers(0, 2))
 def test_many_random_functions_are_declined_or_equal(function, in_axis):
     _function_is_declined_or_equal(function[0], in_axis)
