@@ -23,7 +23,7 @@ from lora_jax import models
 from train.comparing.result import Arm, Latency, Planned
 from train.comparing.trials import Trial
 from train.finetune import finetune
-from train.run.errors import UserError
+from train.run.errors import UserError, flag
 from train.run.files import read_json
 from train.run.options.file import replaced
 from train.run.options.written import as_file
@@ -116,7 +116,7 @@ def planned(
     else:
         command += ["--rank", adapter.rank, "--targets", *adapter.targets]
         kinds = ("dora", "freeze_a", "xs", "vera")
-        command += [f"--{name.replace('_', '-')}" for name in kinds if getattr(adapter, name)]
+        command += [flag(name) for name in kinds if getattr(adapter, name)]
     if price is not None:
         command += ["--price", price]
     made = json.loads(_output_of([str(word) for word in command]))

@@ -128,12 +128,18 @@ def test_what_does_not_fit_is_told(plan):
     assert made["per_chip_bytes"]["total"] > 30 * GIB
 
 
-def test_a_base_in_4_bits_fits_where_bf16_does_not(plan):
-    options = ("70b", "--topology", "v5e:2x4", "--batch-size", 8, "--rank", 16)
-    made = plan(*options, "--quantize", "nf4")
-    assert made["fits"] and made["per_chip_bytes"]["base"] <= 5.1 * GIB
+@pytest.mark.parametrize(
+    ("model", "options", "base"),
+    [
+        ("8b", ("--topology", "v5e:1x1", "--batch-size", 1), 5.7),
+        ("70b", ("--topology", "v5e:2x4", "--batch-size", 8), 5.1),
+    ],
+)
+def test_a_base_in_4_bits_fits_where_bf16_does_not(model, options, base, plan):
+    made = plan(model, *options, "--rank", 16, "--quantize", "nf4")
+    assert made["fits"] and made["per_chip_bytes"]["base"] <= base * GIB
     np.testing.assert_allclose(made["flops_per_step"], made["flops_closed_form"], rtol=0.02)
-    assert not plan(*options)["fits"], "the control"
+    assert not plan(model, *options, "--rank", 16)["fits"], "the control"
 
 
 def test_llama_3_405b(plan):

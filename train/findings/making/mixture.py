@@ -17,6 +17,7 @@ from lora_jax.models import Decoder, DecoderConfig, save_pretrained
 from train.comparing import outside
 from train.findings.making import base, questions
 from train.findings.making.made import Made
+from train.run.files import write_lines
 from train.run.processes.session import Session
 
 VOCABULARY = 2048
@@ -92,7 +93,7 @@ def make(folder: Path, session: Session) -> Made:
     assert found is not None, "nothing turned it off"
     text, start = found[0], folder / "untrained"
     rows = folder / "text.jsonl"
-    questions.write_rows(rows, ({"text": part} for part in parts(text)))
+    write_lines(rows, [{"text": part} for part in parts(text)])
     asked = questions.make(folder, session)
     untrained(text, start)
     line = ("--model", str(start), "--dataset", str(rows), *_LINE)

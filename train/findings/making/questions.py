@@ -5,16 +5,15 @@ two cores longer than a short training does.
 """
 
 import json
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_jax.training.processes import write_text
 from train.findings.making.made import Made
+from train.run.files import write_lines
 from train.run.processes.session import Session
 from train.tasks.sql.examples import training_examples
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 ROWS, TEST_ROWS = 360, 96
 _SEED = 0
 
@@ -42,10 +41,5 @@ def make(folder: Path, session: Session) -> Made:
     train, held_out = questions()
     paths = {"dataset": folder / "questions.jsonl", "eval_dataset": folder / "held-out.jsonl"}
     for path, rows in zip(paths.values(), (train, held_out), strict=True):
-        write_rows(path, rows)
+        write_lines(path, rows)
     return Made({name: str(path) for name, path in paths.items()})
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Writes rows as JSON lines; the file appears whole or not at all."""
-    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))

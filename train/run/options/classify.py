@@ -132,9 +132,8 @@ def with_defaults(config: Config, defaults: Defaults) -> Config:
 def rate_of_dimension(dimension: int, rate: float) -> float:
     """Returns the learning rate in a subspace, given that of one of 10,000 dimensions.
 
-    It falls as d^(-3/4), between equal steps of the weights, whose length is √d times the rate,
-    and equal gains by the gradient, of which a subspace holds the share √(d/D). For MiniLM that is
-    the best of a few, from 1,000 to 100,000; at d = D it would be full fine-tuning's rate.
+    A rule of thumb: it falls as d^(-3/4), between equal steps of the weights, whose length is √d
+    times the rate, and equal gains by the gradient, of which a subspace holds the share √(d/D).
     """
     return rate * (10_000 / dimension) ** 0.75
 
