@@ -101,6 +101,12 @@ def test_options_that_make_no_sense(args, message):
         check(parse(args.split()))
 
 
+@pytest.mark.parametrize(("d", "rate"), [(10_000, 0.03), (625, 0.24), (160_000, 0.00375)])
+def test_the_rate_falls_with_the_dimension(d, rate):
+    assert parse(["--intrinsic", str(d)]).optim.lr == pytest.approx(rate)
+    assert parse(["--intrinsic", str(d), "--lr", "0.5"]).optim.lr == 0.5
+
+
 def test_sizes_that_do_not_fit_the_model(inputs, tmp_path, capsys):
     args = [*options_of(inputs), "--output", tmp_path / "out"]
     assert "d has to be larger than 5" in fails(capsys, *args, "--intrinsic", 5)

@@ -5,9 +5,13 @@ import math
 import pytest
 
 from tests.train.comparing.made_up import full, lora
+from train.classify import parse
+from train.compare import SCRIPTS
 from train.comparing.arms import Basis, arms_of, name_of, settings
 from train.comparing.options import CompareConfig
 from train.comparing.rungs import LAST, STAGES, decide, step_of
+from train.comparing.trials import basis_of
+from train.run.options import classify
 
 RATES = {"lora": 3e-4, "full": 3e-5, "head-only": 1e-2, "said": 0.06, "did": 0.06}
 RATES |= {"lora-xs": 6e-4, "vera": 3e-3}
@@ -59,6 +63,14 @@ def test_subspaces_have_a_dimension_and_a_rate_for_it():
     assert name_of(arms[0], 3) == "said-d625-lr0.08-b8-s3"
     plain = arms_of(CompareConfig(methods=("did",)), BASIS)
     assert {arm.learning_rate for arm in plain if arm.dimension == 10_000} == {0.02, 0.06, 0.18}
+
+
+def test_a_comparison_takes_the_rates_of_the_script():
+    """A subspace's is that of 10,000 dimensions, from which those of the others follow."""
+    basis = basis_of(SCRIPTS["classify"][1], classify.Config())
+    assert basis.rates["said"] == basis.rates["did"] == parse(["--intrinsic", "10000"]).optim.lr
+    assert basis.rates["lora"] == parse([]).optim.lr
+    assert basis.rates["full"] == parse(["--full"]).optim.lr
 
 
 def test_tiny_adapters_have_rates_ranks_and_scales_of_their_own():
