@@ -1,8 +1,9 @@
 """θ₀ + λP(θ_d) of each tensor: large ones one by one, small ones of one size together.
 
-P is the tensor's Fastfood projection times √(n/D), for n of the tree's D entries: the change of the
-whole tree has about the norm of θ_d, and all entries move alike. (With that norm in each tensor,
-entries of gains would move many times as far as those of kernels, and steps would have to be small.)
+P is the tensor's Fastfood projection times √(n/D), where n of the tree's D entries are the tensor's:
+the change of the whole tree has about the norm of θ_d, and all entries move alike. (With that norm
+in each tensor, entries of gains would move many times as far as those of kernels, and steps would
+have to be small.)
 
 A projection is drawn where it is used, and drawn again in the backward pass. Each program for one
 size takes the compiler a second or so, and a model has hundreds of small tensors of few sizes.
