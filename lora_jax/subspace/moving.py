@@ -1,6 +1,6 @@
 """θ₀ + λP(θ_d) of each tensor: large ones one by one, small ones of one size together.
 
-P is the tensor's Fastfood projection times √(n/D), where n of the tree's D entries are the tensor's:
+P is the tensor's Fastfood projection times √(n/D), where a tensor has n of the tree's D entries:
 the change of the whole tree has about the norm of θ_d, and all entries move alike. (With that norm
 in each tensor, entries of gains would move many times as far as those of kernels, and steps would
 have to be small.)
