@@ -88,6 +88,13 @@ FINDINGS: dict[str, Finding] = {
         "(SAID) than without (DID).",
         layout=Layout("dimension", "method"),
     ),
+    "sizes": Finding(
+        title="From 13 numbers to all of them",
+        said="*Learning to Reason in 13 Parameters* (arXiv 2602.04118), *LoRA-XS* (arXiv "
+        "2405.17604) and *VeRA* (arXiv 2310.11454) find that far fewer numbers than LoRA trains "
+        "come near full fine-tuning.",
+        layout=Layout("trained parameters", "method", at_best_rate=True),
+    ),
     "vocabulary": Finding(
         title="A new vocabulary",
         said="Recipes for new languages and contexts train the embeddings beside LoRA, because "

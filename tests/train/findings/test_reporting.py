@@ -101,9 +101,54 @@ def test_all_of_full_stands_under_its_name_whatever_the_axis():
         assert len(block.columns) == 2 and "full" in block.columns
 
 
+BY_SIZE = Layout("trained parameters", "method", at_best_rate=True)
+
+
+def test_each_method_and_size_stands_at_its_best_rate():
+    arms = [
+        (lora(2), 20, (0.5, 0.9)),
+        (lora(16), 160, (0.7, 0.6)),
+        (full(), 22_714_321, (0.8, 0.1)),
+    ]
+    found = [
+        run(
+            arm._replace(learning_rate=rate),
+            seed,
+            1 - score,
+            score - seed / 100,
+            trained_parameters=n,
+        )
+        for arm, n, scores in arms
+        for rate, score in zip((1e-3, 3e-3), scores, strict=True)
+        for seed in (0, 1)
+    ]
+    pivot = pivots(Comparison(facts=FACTS, runs=tuple(found)), BY_SIZE)["score"]
+    (block,) = pivot.blocks
+    assert document.table(pivot, block).splitlines() == [
+        "| trained parameters | LoRA | full |",
+        "|---|---|---|",
+        "| 20 | **0.895** (0.890–0.900) | |",
+        "| 160 | 0.695 (0.690–0.700) | |",
+        "| 22,714,321 | | **0.795** (0.790–0.800) |",
+    ]
+    (axes,) = picture.figure_of(pivot).axes
+    assert axes.get_xticklabels()[-1].get_rotation() == 0
+
+
+def test_names_that_would_overlap_below_a_picture_are_turned():
+    sizes = (13, 250, 1_000, 10_000, 169_730, 22_714_321)
+    found = [run(lora(n % 97), 0, 0.5, 0.5, trained_parameters=n) for n in sizes]
+    pivot = pivots(Comparison(facts=FACTS, runs=tuple(found)), BY_SIZE)["score"]
+    (axes,) = picture.figure_of(pivot).axes
+    assert axes.get_xticklabels()[-1].get_rotation() > 20
+
+
 @pytest.mark.parametrize(
     "value, text",
-    [(3e-4, "3e-4"), (2.5e-3, "2.5e-3"), (0.01, "1e-2"), (16, "16"), (1.5, "1.5"), ("q", "q")],
+    [
+        *((3e-4, "3e-4"), (2.5e-3, "2.5e-3"), (0.01, "1e-2"), (16, "16"), (1.5, "1.5"), ("q", "q")),
+        (10_000, "10,000"),
+    ],
 )
 def test_numbers_are_short(value, text):
     assert shown(value) == text
@@ -195,7 +240,7 @@ def test_a_comparison_of_which_nothing_ended_has_no_table(tmp_path, capsys):
 
 def test_each_setting_of_an_arm_is_an_axis():
     """A further setting without an axis would let two arms share a cell."""
-    assert {name.replace(" ", "_") for name in AXES} == {*Arm._fields}
+    assert {name.replace(" ", "_") for name in AXES} == {*Arm._fields, "trained_parameters"}
 
 
 def test_what_is_forgotten_and_what_intrudes_have_tables_of_their_own(tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.artist import Artist
@@ -15,6 +16,7 @@ PICTURE = "finding.png"
 _PANEL = 2.9  # inches
 _LINE = 0.24  # of the legend
 _A_LINE = {4: 7, 3: 12, 2: 24, 1: math.inf}  # entries of the legend, and letters of the longest
+_ROW_OF_LABELS = 48  # letters below a panel, at most, with the longest label for each
 _APART = 0.06  # of the distance between rows, so that bars of several columns do not hide another
 
 
@@ -85,7 +87,10 @@ def _draw(axes: Axes, block: Block, pivot: Pivot, columns: list[Key]) -> None:
             capsize=3,
             markersize=5,
         )
-    axes.set_xticks(range(len(block.rows)), [shown(row) for row in block.rows])
+    labels = [shown(row) for row in block.rows]
+    is_long = max(map(len, labels)) * len(labels) > _ROW_OF_LABELS
+    turned: Any = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if is_long else {}
+    axes.set_xticks(range(len(labels)), labels, **turned)
     axes.set_xlim(-0.5, len(block.rows) - 0.5)
     axes.set(xlabel=pivot.rows.name, ylabel=pivot.measure.name.replace("$", r"\$"))
     if block.title:

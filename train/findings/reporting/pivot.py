@@ -1,7 +1,8 @@
 """Turns a comparison into tables: rows, columns and blocks, each an axis of its settings."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from train.comparing.reporting import words
@@ -14,16 +15,16 @@ Key = float | str  # a setting's value; the method's name for arms without such 
 
 
 class Axis(NamedTuple):
-    """A setting of arms, along which a table has rows, columns or blocks.
+    """A setting of arms, or their size, along which a table has rows, columns or blocks.
 
     Attributes:
       name: for people.
-      of: returns an arm's value.
+      of: returns the value of an arm, of which it gets a run.
       short: stands before a number in the head of a column: "rank" for "rank 8".
     """
 
     name: str
-    of: Callable[[Arm], Key]
+    of: Callable[[Measured], Key]
     short: str
 
 
@@ -35,11 +36,13 @@ class Layout:
       rows, columns: names of `AXES`; several with " × ", such as "targets × rank".
       blocks: further axes, a table for each combination. Axes without which two arms would share a
         cell are added.
+      at_best_rate: whether arms that differ in their learning rate alone are one, at the best.
     """
 
     rows: str
     columns: str
     blocks: tuple[str, ...] = ()
+    at_best_rate: bool = False
 
 
 class Cell(NamedTuple):
@@ -103,10 +106,10 @@ def short_method(name: str) -> str:
     return "full" if name == "full" else words.method(name)
 
 
-def _or_method(of: Callable[[Arm], Key | None]) -> Callable[[Arm], Key]:
-    def value(arm: Arm) -> Key:
-        found = of(arm)
-        return short_method(arm.method) if found is None else found
+def _or_method(of: Callable[[Arm], Key | None]) -> Callable[[Measured], Key]:
+    def value(run: Measured) -> Key:
+        found = of(run.arm)
+        return short_method(run.arm.method) if found is None else found
 
     return value
 
@@ -114,15 +117,16 @@ def _or_method(of: Callable[[Arm], Key | None]) -> Callable[[Arm], Key]:
 AXES = {
     axis.name: axis
     for axis in (
-        Axis("method", lambda arm: short_method(arm.method), ""),
+        Axis("method", lambda run: short_method(run.arm.method), ""),
         Axis(
             "targets", _or_method(lambda arm: " + ".join(arm.targets) if arm.targets else None), ""
         ),
         Axis("rank", _or_method(lambda arm: arm.rank), "rank"),
         Axis("alpha", _or_method(lambda arm: arm.alpha), "alpha"),
         Axis("dimension", _or_method(lambda arm: arm.dimension), "dimension"),
-        Axis("batch size", lambda arm: arm.batch_size, "batch"),
-        Axis("learning rate", lambda arm: arm.learning_rate, "rate"),
+        Axis("batch size", lambda run: run.arm.batch_size, "batch"),
+        Axis("learning rate", lambda run: run.arm.learning_rate, "rate"),
+        Axis("trained parameters", lambda run: run.trained_parameters or 0, ""),
     )
 }
 
@@ -141,8 +145,8 @@ def axis_of(name: str) -> Axis:
         return AXES[name]
     axes = [AXES[one] for one in names]
 
-    def of(arm: Arm) -> str:
-        return ", ".join(dict.fromkeys(headed(axis, axis.of(arm)) for axis in axes))
+    def of(run: Measured) -> str:
+        return ", ".join(dict.fromkeys(headed(axis, axis.of(run)) for axis in axes))
 
     return Axis(", ".join(names), of, "")
 
@@ -177,24 +181,27 @@ def pivot_of(comparison: Comparison, layout: Layout, measure: Measure) -> Pivot:
     of_arm: dict[Arm, list[Measured]] = {}
     for run in comparison.runs:
         of_arm.setdefault(run.arm, []).append(run)
+    if layout.at_best_rate:
+        of_arm = _at_best_rate(of_arm, measure)
+    firsts = [runs[0] for runs in of_arm.values()]
     rows, columns = axis_of(layout.rows), axis_of(layout.columns)
-    apart = _blocks_of(tuple(of_arm), layout)
-    keys = list(dict.fromkeys(tuple(axis.of(arm) for axis in apart) for arm in of_arm))
+    apart = _blocks_of(firsts, layout)
+    keys = list(dict.fromkeys(tuple(axis.of(run) for axis in apart) for run in firsts))
     blocks = []
     for key in keys:
-        arms = [arm for arm in of_arm if tuple(axis.of(arm) for axis in apart) == key]
+        inside = [run for run in firsts if tuple(axis.of(run) for axis in apart) == key]
         cells = {}
-        for arm in arms:
-            runs = tuple(sorted(of_arm[arm], key=lambda run: run.seed))
+        for first in inside:
+            runs = tuple(sorted(of_arm[first.arm], key=lambda run: run.seed))
             value = spread(map(measure.of, runs))
-            cells[rows.of(arm), columns.of(arm)] = Cell(runs, value)
+            cells[rows.of(first), columns.of(first)] = Cell(runs, value)
         blocks.append(
             Block(
                 title=", ".join(
                     headed(axis, value) for axis, value in zip(apart, key, strict=True)
                 ),
-                rows=_ordered(rows.of(arm) for arm in arms),
-                columns=_ordered(columns.of(arm) for arm in arms),
+                rows=_ordered(map(rows.of, inside)),
+                columns=_ordered(map(columns.of, inside)),
                 cells=cells,
             )
         )
@@ -206,7 +213,7 @@ def shown(key: Key) -> str:
     if isinstance(key, str):
         return key
     if key >= 0.1:
-        return f"{key:.0f}" if float(key).is_integer() else f"{key:g}"
+        return f"{key:,.0f}" if float(key).is_integer() else f"{key:g}"
     digits, _, power = f"{key:.6e}".partition("e")
     return f"{float(digits):g}e{int(power)}"
 
@@ -216,16 +223,35 @@ def headed(axis: Axis, key: Key) -> str:
     return shown(key) if isinstance(key, str) or not axis.short else f"{axis.short} {shown(key)}"
 
 
-def _blocks_of(arms: Sequence[Arm], layout: Layout) -> list[Axis]:
-    """Returns the axes of the blocks: those asked for, and those that keep arms apart."""
+def _at_best_rate(
+    of_arm: Mapping[Arm, list[Measured]], measure: Measure
+) -> dict[Arm, list[Measured]]:
+    """Returns, of arms that differ in their learning rate alone, the one with the best mean."""
+    best: dict[Arm, tuple[float, Arm]] = {}
+    for arm, runs in of_arm.items():
+        value = spread(map(measure.of, runs))
+        rank = -math.inf if value is None else value.mean if measure.larger else -value.mean
+        alike = arm._replace(learning_rate=0.0)
+        if alike not in best or rank > best[alike][0]:
+            best[alike] = rank, arm
+    return {arm: of_arm[arm] for _, arm in best.values()}
+
+
+def _blocks_of(firsts: Sequence[Measured], layout: Layout) -> list[Axis]:
+    """Returns the axes of the blocks: those asked for, and those that keep arms apart.
+
+    Args:
+      firsts: a run of each arm.
+      layout: what was asked for.
+    """
     inside = [axis_of(layout.rows), axis_of(layout.columns)]
     chosen = [axis_of(name) for name in layout.blocks]
 
     def places(axes: Sequence[Axis]) -> int:
-        return len({tuple(axis.of(arm) for axis in axes) for arm in arms})
+        return len({tuple(axis.of(run) for axis in axes) for run in firsts})
 
     for axis in AXES.values():
-        if places([*inside, *chosen]) == len(arms):
+        if places([*inside, *chosen]) == len(firsts):
             break
         if places([*inside, *chosen, axis]) > places([*inside, *chosen]):
             chosen.append(axis)
