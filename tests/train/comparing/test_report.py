@@ -2,8 +2,9 @@ import html.parser
 import re
 
 import pytest
+from matplotlib.figure import Figure
 
-from tests.train.comparing.made_up import FACTS, example, full, lora, runs
+from tests.train.comparing.made_up import FACTS, example, full, lora, run, runs
 from train.comparing.reporting import tables
 from train.comparing.reporting.pictures import draw
 from train.comparing.reporting.report import HTML, MARKDOWN, write_report
@@ -36,7 +37,7 @@ class Parsed(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] in ("td", "th"):
+        if {"td", "th"} & {*self.open}:
             self.tables[-1][-1][-1] += data
 
 
@@ -110,6 +111,20 @@ def test_rates_are_drawn_at_the_end_unless_settings_were_stopped(tmp_path):
     assert set(titles) == {one.name for one in tmp_path.iterdir()}
     titles = {one.file: one.title for one in draw(example(), tmp_path)}
     assert titles["rates.png"] == "Held-out loss by learning rate, early"
+
+
+def test_lines_of_one_picture_are_told_apart(tmp_path, monkeypatch):
+    arms = [lora(8, rate)._replace(alpha=alpha) for alpha in (4, 16) for rate in (1e-3, 3e-3)]
+    arms += [full(rate)._replace(batch_size=size) for size in (8, 32) for rate in (1e-4, 3e-4)]
+    found = [run(arm, 0, 1 + arm.batch_size * arm.learning_rate) for arm in arms]
+    figures = {}
+    monkeypatch.setattr(Figure, "savefig", lambda of, file: figures.update({file.name: of}))
+    draw(Comparison(facts=FACTS, runs=tuple(found)), tmp_path)
+    (axes,) = figures["rates.png"].axes
+    assert len(axes.containers) == 4, "each has two rates"
+    lines = [container.lines[0] for container in axes.containers]
+    styles = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
+    assert len(styles) == 4
 
 
 def test_only_pictures_with_data_are_drawn(tmp_path):

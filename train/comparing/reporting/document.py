@@ -118,7 +118,7 @@ def _escaped(text: str) -> str:
 
 
 def _as_html(block: Block, folder: Path) -> str:
-    safe = html.escape
+    safe = _safe
     match block:
         case Heading(text, level):
             return f"<h{level}>{safe(text)}</h{level}>"
@@ -129,7 +129,7 @@ def _as_html(block: Block, folder: Path) -> str:
         case Lines(items):
             return "<ul>" + "".join(f"<li>{safe(item)}</li>" for item in items) + "</ul>"
         case Code(text):
-            return f'<pre tabindex="0">{safe(text)}</pre>'
+            return f'<pre tabindex="0">{html.escape(text)}</pre>'
         case Gallery(pictures):
             shown = "\n".join(_figure(picture, folder) for picture in pictures)
             return f'<div class="gallery">\n{shown}\n</div>'
@@ -137,9 +137,15 @@ def _as_html(block: Block, folder: Path) -> str:
             return _grid(block)
 
 
+def _safe(text: str) -> str:
+    """Returns plain text as HTML; names of options and numbers like 3e-05 stay on one line."""
+    whole = r"--[a-z][a-z-]*|\b\d[\d.]*e-\d+"
+    return re.sub(whole, r'<span class="whole">\g<0></span>', html.escape(text))
+
+
 def _figure(picture: Picture, folder: Path) -> str:
     png = base64.b64encode((folder / picture.file).read_bytes()).decode()
-    title, said = html.escape(picture.title), html.escape(picture.said)
+    title, said = html.escape(picture.title), _safe(picture.said)
     return (
         f'<figure><img alt="{title}" src="data:image/png;base64,{png}">'
         f"<figcaption><b>{title}.</b> {said}</figcaption></figure>"
@@ -150,7 +156,7 @@ def _grid(grid: Grid) -> str:
     header = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in grid.header)
     body = []
     for index, row in enumerate(grid.body):
-        first, *others = map(html.escape, row)
+        first, *others = map(_safe, row)
         cells = f'<th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in others)
         body.append(f"<tr{' class=best' if index == grid.marked else ''}>{cells}</tr>")
     return (
@@ -176,6 +182,7 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
 p, ul { margin: .5rem 0; max-width: 44rem; }
 ul { padding-left: 1.2rem; }
 li { margin: .25rem 0; }
+.whole { white-space: nowrap; }
 .note, figcaption { color: var(--soft); font-size: .875rem; }
 .verdict { font-size: 1.15rem; font-weight: 600; padding: .7rem .9rem; background: var(--shade);
   border-left: 4px solid var(--accent); border-radius: 4px; }

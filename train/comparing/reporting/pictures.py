@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from train.comparing.reporting import dimension, tables, words
 from train.comparing.reporting.tables import Row
-from train.comparing.result import Comparison, Point
+from train.comparing.result import Arm, Comparison, Point
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart.
 FULL, ADAPTERS = "#D55E00", ("#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#000000", "#E69F00")
@@ -56,14 +56,19 @@ class _Drawing:
         self.rows = tables.rows(comparison)
         self.series = tables.series(self.rows, self.measure)
         self.arms = [row.arm for row in self.rows]
-        self._styles: dict[tuple[Any, ...], tuple[str, str, str]] = {}
-        for row in tables.with_stopped(self.rows, self.measure):
-            i = len(self._styles)
-            of = (ADAPTERS[i % 6], MARKERS[i % 8], DASHES[i // 6 % 4])
-            self._styles[_kind(row)] = (FULL, "s", "-") if row.is_full else of
+        self._styles: dict[Arm, tuple[str, str, str]] = {}
+        shown = tables.with_stopped(self.rows, self.measure)
+        for row in (*shown, *self.rows):  # other alphas and batch sizes stand in one picture alone
+            is_new = _kind(row) not in self._styles
+            if is_new and row.is_full:
+                fulls = sum(colour == FULL for colour, _, _ in self._styles.values())
+                self._styles[_kind(row)] = FULL, "s", DASHES[fulls % len(DASHES)]
+            elif is_new:
+                i = len(self._styles)
+                self._styles[_kind(row)] = ADAPTERS[i % 6], MARKERS[i % 8], DASHES[i // 6 % 4]
 
     def style(self, row: Row) -> dict[str, Any]:
-        """Returns colour, marker and dashes of a row's method, size and targets."""
+        """Returns colour, marker and dashes of a row: alike where the rate alone differs."""
         colour, marker, dashes = self._styles.get(_kind(row), ("#777777", ".", ":"))
         return {"color": colour, "marker": marker, "linestyle": dashes}
 
@@ -97,8 +102,8 @@ def draw(comparison: Comparison, folder: Path) -> tuple[Picture, ...]:
     return tuple(found)
 
 
-def _kind(row: Row) -> tuple[Any, ...]:
-    return row.arm.method, row.arm.rank, row.arm.targets, row.arm.dimension
+def _kind(row: Row) -> Arm:
+    return row.arm._replace(learning_rate=0.0)
 
 
 Drawer = Callable[[_Drawing, Figure], tuple[str, str] | None]
