@@ -76,7 +76,7 @@ FINDINGS: dict[str, Finding] = {
         "they go along with forgetting. *LoRA Learns Less and Forgets Less* (arXiv 2405.09673).",
         script="sft",
         layout=Layout("learning rate", "rank"),
-        measures=("loss", "forgetting", "intruders"),
+        measures=("forgetting", "loss", "intruders"),
         make=questions.make,
         makes=("dataset", "eval_dataset"),
     ),
