@@ -121,7 +121,9 @@ def _machine() -> str:
     kind = devices[0].device_kind
     if devices[0].platform != "cpu":
         return f"{len(devices)} × {kind}"
-    return f"{platform.machine()} CPU, {_cores()} cores ({platform.system()})"
+    cores = _cores()
+    plural = "" if cores == 1 else "s"
+    return f"{platform.machine()} CPU, {cores} core{plural} ({platform.system()})"
 
 
 def _cores() -> int:

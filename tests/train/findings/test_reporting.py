@@ -143,6 +143,13 @@ def test_names_that_would_overlap_below_a_picture_are_turned():
     assert axes.get_xticklabels()[-1].get_rotation() > 20
 
 
+def test_a_long_name_beside_a_picture_is_broken():
+    found = Comparison(facts=FACTS, runs=(run(lora(), 0, 0.5, forgetting=Forgetting(2.0, 2.5)),))
+    (axes,) = picture.figure_of(pivots(found)["forgetting"]).axes
+    lines = axes.get_ylabel().split("\n")
+    assert len(lines) > 1 and max(map(len, lines)) <= 28
+
+
 @pytest.mark.parametrize(
     "value, text",
     [

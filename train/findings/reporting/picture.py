@@ -1,6 +1,7 @@
 """The picture of a finding: what its tables show, a panel for each."""
 
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ _PANEL = 2.9  # inches
 _LINE = 0.24  # of the legend
 _A_LINE = {4: 7, 3: 12, 2: 24, 1: math.inf}  # entries of the legend, and letters of the longest
 _ROW_OF_LABELS = 48  # letters below a panel, at most, with the longest label for each
+_LABEL = 28  # letters beside a panel
 _APART = 0.06  # of the distance between rows, so that bars of several columns do not hide another
 
 
@@ -92,6 +94,7 @@ def _draw(axes: Axes, block: Block, pivot: Pivot, columns: list[Key]) -> None:
     turned: Any = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if is_long else {}
     axes.set_xticks(range(len(labels)), labels, **turned)
     axes.set_xlim(-0.5, len(block.rows) - 0.5)
-    axes.set(xlabel=pivot.rows.name, ylabel=pivot.measure.name.replace("$", r"\$"))
+    name = textwrap.fill(pivot.measure.name, _LABEL).replace("$", r"\$")
+    axes.set(xlabel=pivot.rows.name, ylabel=name)
     if block.title:
         axes.set_title(block.title.replace("$", r"\$"), loc="left", fontsize=11.5)
