@@ -82,7 +82,7 @@ SCRIPTS: dict[str, tuple[Any, Script]] = {
             task_of=sft.task_of,
             check=sft.check,
             with_defaults=sft.with_defaults,
-            quick={"steps": 12, "batch_size": 4, "eval_questions": 8, "seeds": (0, 1)},
+            quick={"steps": 12, "warmup": 2, "batch_size": 4, "eval_questions": 8, "seeds": (0, 1)},
         ),
     ),
     "classify": (

@@ -45,8 +45,8 @@ class Part:
     """Says how far runs train now, and what they share with others over the same base.
 
     Attributes:
-      until: returns the step to pause after, from the number of all steps and --eval-every. A run
-        that pauses is saved, not evaluated; --resume goes on with it. None trains to the end.
+      until: returns the step to pause after, from the number of all steps and the run's options. A
+        run that pauses is saved, not evaluated; --resume goes on with it. None trains to the end.
       trained: gets each run that came to its end, the adapted tree, and the function that runs it.
       hint: tells an interrupted user how to go on; None for this command line with --resume.
       measured: the evaluations of the base so far. What one of them measured is not measured again;
@@ -54,7 +54,7 @@ class Part:
       reader: reads rows once for all runs of the same data.
     """
 
-    until: Callable[[int, int], int] | None = None
+    until: Callable[[int, Any], int] | None = None
     trained: Callable[[Run, Any, Callable[..., Any]], object] | None = None
     hint: str | None = None
     measured: list[Evaluation] = dataclasses.field(default_factory=list)
@@ -177,7 +177,7 @@ def run_of(
     _, outline, data = inputs.read
     labels = {k: v for k, v in data.facts.items() if k == "labels"}
     steps = inputs.steps
-    last = steps if part.until is None else part.until(steps, config.run.eval_every)
+    last = steps if part.until is None else part.until(steps, config)
     return Run(
         script=script,
         config=config,

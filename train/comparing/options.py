@@ -66,8 +66,9 @@ class CompareConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds. The spread over them says which differences are real."""
     early_stopping: bool = True
-    """Stop hopeless settings early: after an eighth of the steps the best quarter of each method
-    goes on, and after half of them the best half of those. Without it, all are run to the end."""
+    """Stop hopeless settings early: after an eighth of the steps, when the warmup is over, the best
+    quarter of each method goes on, and after half of them the best half of those. Without it, all
+    are run to the end."""
     at_once: int = 8
     """Adapters that train side by side in one step."""
     outside: str | None = None

@@ -30,22 +30,27 @@ LAST = Stage(1.0, 1.0)
 MEASUREMENTS = 8  # of the held-out loss in a run
 
 RULE = (
-    "after an eighth of the steps, the quarter of a method's settings (rounded up) with the lowest "
-    "held-out loss, averaged over the seeds, goes on; after half of the steps, half of those"
+    "after an eighth of the steps, and not before the learning rate's warmup is over, the quarter "
+    "of a method's settings (rounded up) with the lowest held-out loss, averaged over the seeds, "
+    "goes on; after half of the steps, half of those"
 )
 
 
-def step_of(stage: Stage, steps: int, every: int) -> int:
+def step_of(stage: Stage, steps: int, every: int, warmup: int = 0) -> int:
     """Returns the step that ends a stage: one at which the held-out loss is measured.
+
+    No stage ends within the warmup: there, the setting that learns fastest has the lowest loss, and
+    often it is one that diverges at its full rate.
 
     Args:
       stage: the stage.
       steps: of the whole run.
       every: steps between measurements.
+      warmup: steps in which the learning rate rises.
     """
     if stage.share >= 1:
         return steps
-    return min(steps, every * math.ceil(stage.share * steps / every))
+    return min(steps, every * math.ceil(max(stage.share * steps, warmup) / every))
 
 
 def decide(stage: Stage, losses: Mapping[Arm, float], share: float) -> Rung:

@@ -34,6 +34,7 @@ from train.run.files import ERROR
 from train.run.fit import Run
 from train.run.log import read_metrics
 from train.run.options.file import replaced
+from train.run.options.optim import warmup_steps
 from train.run.options.table import Row
 from train.run.output import ADAPTER, CHECKPOINTS, CONFIG, START, folder_bytes
 from train.run.processes.session import Session
@@ -82,6 +83,12 @@ class Sweep:
         for number, stage in enumerate(stages):
             going = [trial for trial in self.trials if not self.is_over(trial)]
             waiting = [trial for trial in going if self.record.of(trial.name).stages <= number]
+            before = stages[number - 1] if number and stage is not rungs.LAST else None
+            # After a long warmup, two stages may end at one step.
+            there = [one for one in waiting if before and _end(before, one) == _end(stage, one)]
+            for trial in there:
+                self.record.of(trial.name).stages = number + 1
+            waiting = [trial for trial in waiting if trial not in there]
             if waiting:
                 self._say(number, len(stages), stage, waiting)
             for group in self._groups(waiting):
@@ -101,8 +108,9 @@ class Sweep:
     def _say(self, number: int, n: int, stage: Stage, waiting: Sequence[Trial]) -> None:
         part = "to the end" if n == 1 else f"stage {number + 1} of {n}"
         side_by_side = sum(has_adapter(trial.arm.method) for trial in waiting)
+        share = _share(stage, waiting)
         self.console.print(
-            f"{part}: {len(waiting)} runs to {stage.share:.1%} of their steps, {side_by_side} of "
+            f"{part}: {len(waiting)} runs to {share:.1%} of their steps, {side_by_side} of "
             f"them side by side ({self.at_once} at once), the others one after another",
             highlight=False,
             soft_wrap=True,
@@ -119,7 +127,7 @@ class Sweep:
     def _train(self, group: Sequence[Trial], number: int, stage: Stage) -> None:
         """Trains a group to the end of a stage, and records what came of it."""
         began = time.monotonic()
-        until = None if stage is rungs.LAST else functools.partial(rungs.step_of, stage)
+        until = None if stage is rungs.LAST else functools.partial(_step_of, stage)
 
         def trained(run: Run, tree: Any, forward: Callable[..., Any]) -> None:
             done = self.record.of(run.folder.name)
@@ -192,12 +200,7 @@ class Sweep:
             if trial.arm not in before:
                 losses.setdefault(trial.arm, []).append(self._loss(trial))
         means = {arm: sum(found) / len(found) for arm, found in losses.items()}
-        # Runs of few steps cannot be cut where the rule says.
-        shares = [
-            rungs.step_of(stage, trial.steps, trial.config.run.eval_every) / trial.steps
-            for trial in self.trials
-        ]
-        rung = rungs.decide(stage, means, max(shares))
+        rung = rungs.decide(stage, means, _share(stage, self.trials))
         self.record.rungs = (*self.record.rungs, rung)
         record.write(self.record, self.folder)
         self.console.print(
@@ -224,6 +227,21 @@ class Sweep:
             shutil.rmtree(trial.folder / name, ignore_errors=True)
         if trial.arm.method == "full" and not self.keep_weights:
             shutil.rmtree(trial.folder / ADAPTER, ignore_errors=True)
+
+
+def _step_of(stage: Stage, steps: int, config: Any) -> int:
+    """Returns the step that ends a stage of a run, by its number of steps and its options."""
+    warmup = warmup_steps(config.optim, steps)
+    return rungs.step_of(stage, steps, config.run.eval_every, warmup)
+
+
+def _end(stage: Stage, trial: Trial) -> int:
+    return _step_of(stage, trial.steps, trial.config)
+
+
+def _share(stage: Stage, trials: Sequence[Trial]) -> float:
+    """Returns the share of their steps that a stage takes runs to: not always that of the rule."""
+    return max(_end(stage, trial) / trial.steps for trial in trials)
 
 
 def _going_on(trial: Trial) -> Any:

@@ -119,6 +119,14 @@ def test_each_method_keeps_its_best_and_what_failed_never_goes_on():
     assert not alone.kept, "the only one failed"
 
 
+@pytest.mark.parametrize(
+    ("warmup", "ends"), [(0, (6, 24)), (5, (6, 24)), (20, (24, 24)), (25, (30, 30))]
+)
+def test_no_stage_ends_within_the_warmup(warmup, ends):
+    assert tuple(step_of(stage, 48, 6, warmup) for stage in STAGES) == ends
+    assert step_of(STAGES[0], 48, 6, 60) == step_of(LAST, 48, 6, 60) == 48
+
+
 @pytest.mark.parametrize(("steps", "every", "end"), [(35, 4, 8), (16, 2, 2), (3, 1, 1), (7, 9, 7)])
 def test_a_stage_ends_where_the_loss_is_measured(steps, every, end):
     assert step_of(STAGES[0], steps, every) == end

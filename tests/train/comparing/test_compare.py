@@ -28,7 +28,8 @@ GRID = ["--ranks", "2", "5", "--lrs", "1e-3", "4e-3", "--full-lrs", "1e-4", "4e-
 GRID += ["--seeds", "0", "3", "--target-sets", "q_proj,v_proj"]
 MORE = ["--no-costs", "--intruders"]
 # Adam divides a gradient by its size: a large eps keeps rounding as small as it is.
-LINE = ["--batch-sizes", "4", "--eps", "1e-4", "--steps", "8", "--report-to", "none"]
+LINE = ["--batch-sizes", "4", "--eps", "1e-4", "--steps", "8", "--warmup", "1"]
+LINE += ["--report-to", "none"]
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,18 @@ def test_hopeless_runs_stop_and_the_others_are_measured(whole, folder):
     adapted = lj.load_adapter(whole / "runs" / lora.name / "adapter", params)
     counted = mean_intruders(params, lj.merge(adapted), models.kinds(model.config))
     assert lora.intruders == counted
+
+
+@pytest.mark.slow
+def test_after_a_long_warmup_both_decisions_fall_at_one_step(folder, tmp_path):
+    grid = ["--methods", "lora", "--ranks", "2", "--lrs", *("1e-4", "3e-4", "1e-3", "3e-3", "4e-3")]
+    assert compare(folder, tmp_path / "out", "--seeds", "0", "--warmup", "5", grid=grid) == 0
+    found = result.read(tmp_path / "out")
+    first, second = found.rungs
+    assert first.share == second.share == 5 / 8
+    assert (len(first.kept), len(second.kept)) == (2, 1)
+    assert second.kept == first.kept[:1], "by the same losses"
+    assert sorted(run.steps for run in found.runs) == [5, 5, 5, 5, 8]
 
 
 @pytest.mark.slow
