@@ -56,6 +56,8 @@ def test_what_the_curve_does_not_show_is_said():
     assert "the fewest that were tried: d90 may be smaller" in sentence(always, "F1")
     (some,) = dimensions(made({10: (0.5,) * 3, 100: (0.8, 0.8, 0.7), 20: (0.5,) * 3}))
     assert "to beyond 100 (3 seeds)" in sentence(some, "F1")
+    (alone,) = dimensions(made({10: (0.5,), 1000: (0.75,)}))
+    assert sentence(alone, "F1").endswith("d90 is 575 (one seed).")  # 10^(1 + 2 · 0.22 / 0.25)
     assert dimensions(Comparison(facts=FACTS, runs=made(CURVES).runs[3:])) == (), "nothing in full"
     losses = tuple(r.__class__(**{**r.__dict__, "score": None}) for r in made(CURVES).runs)
     assert dimensions(Comparison(facts=FACTS, runs=losses)) == (), "a loss has no ninety percent"

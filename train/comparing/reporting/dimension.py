@@ -93,6 +93,8 @@ def sentence(one: Dimension, score: str) -> str:
     above = f"{high:,.0f}" if math.isfinite(high) else f"beyond {sizes[-1]:,}"
     below = f"{low:,.0f} or fewer" if low == sizes[0] else f"{low:,.0f}"
     n = len(one.of_seeds)
+    if n == 1:
+        return f"{said}. Between the dimensions tried, d90 is {below} (one seed)."
     return f"{said}. Between the dimensions tried, d90 is {below} to {above} ({n} seeds)."
 
 
