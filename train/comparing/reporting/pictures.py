@@ -69,7 +69,7 @@ class _Drawing:
 
     def style(self, row: Row) -> dict[str, Any]:
         """Returns colour, marker and dashes of a row: alike where the rate alone differs."""
-        colour, marker, dashes = self._styles.get(_kind(row), ("#777777", ".", ":"))
+        colour, marker, dashes = self._styles[_kind(row)]
         return {"color": colour, "marker": marker, "linestyle": dashes}
 
     def name(self, row: Row) -> str:

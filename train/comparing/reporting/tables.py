@@ -157,9 +157,14 @@ def measure_of(comparison: Comparison) -> Measure:
     return Measure("training", f"training {facts.loss}", False)
 
 
-def rows(comparison: Comparison) -> tuple[Row, ...]:
-    """Returns a row for each arm, the best first and those without a value last."""
-    measure = measure_of(comparison)
+def rows(comparison: Comparison, measure: Measure | None = None) -> tuple[Row, ...]:
+    """Returns a row for each arm, the best first and those without a value last.
+
+    Args:
+      comparison: the measurements.
+      measure: its rows' quality; by default `measure_of` the comparison.
+    """
+    measure = measure or measure_of(comparison)
     of_arm: dict[Arm, list[Measured]] = {}
     for run in comparison.runs:
         of_arm.setdefault(run.arm, []).append(run)

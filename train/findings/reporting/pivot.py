@@ -1,11 +1,10 @@
 """Turns a comparison into tables: rows, columns and blocks, each an axis of its settings."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from train.comparing.reporting import words
+from train.comparing.reporting import tables, words
 from train.comparing.reporting.tables import Measure, Spread, spread
 from train.comparing.result import Arm, Comparison, Measured
 from train.run.errors import UserError
@@ -36,7 +35,8 @@ class Layout:
       rows, columns: names of `AXES`; several with " × ", such as "targets × rank".
       blocks: further axes, a table for each combination. Axes without which two arms would share a
         cell are added.
-      at_best_rate: whether arms that differ in their learning rate alone are one, at the best.
+      at_best_rate: whether arms that differ in their learning rate alone are one, at the best;
+        those without a value are left out.
     """
 
     rows: str
@@ -182,7 +182,9 @@ def pivot_of(comparison: Comparison, layout: Layout, measure: Measure) -> Pivot:
     for run in comparison.runs:
         of_arm.setdefault(run.arm, []).append(run)
     if layout.at_best_rate:
-        of_arm = _at_best_rate(of_arm, measure)
+        best = tables.best_of_each(tables.rows(comparison, measure), _at_any_rate, measure)
+        kept = {row.arm for row in best}
+        of_arm = {arm: runs for arm, runs in of_arm.items() if arm in kept}
     firsts = [runs[0] for runs in of_arm.values()]
     rows, columns = axis_of(layout.rows), axis_of(layout.columns)
     apart = _blocks_of(firsts, layout)
@@ -223,18 +225,8 @@ def headed(axis: Axis, key: Key) -> str:
     return shown(key) if isinstance(key, str) or not axis.short else f"{axis.short} {shown(key)}"
 
 
-def _at_best_rate(
-    of_arm: Mapping[Arm, list[Measured]], measure: Measure
-) -> dict[Arm, list[Measured]]:
-    """Returns, of arms that differ in their learning rate alone, the one with the best mean."""
-    best: dict[Arm, tuple[float, Arm]] = {}
-    for arm, runs in of_arm.items():
-        value = spread(map(measure.of, runs))
-        rank = -math.inf if value is None else value.mean if measure.larger else -value.mean
-        alike = arm._replace(learning_rate=0.0)
-        if alike not in best or rank > best[alike][0]:
-            best[alike] = rank, arm
-    return {arm: of_arm[arm] for _, arm in best.values()}
+def _at_any_rate(arm: Arm) -> Arm:
+    return arm._replace(learning_rate=0.0)
 
 
 def _blocks_of(firsts: Sequence[Measured], layout: Layout) -> list[Axis]:
