@@ -22,8 +22,10 @@ from lora_jax.weight import is_node
 
 Params = Any
 
-# Proofs that repeat themselves do so more often where the environment has THOROUGH=1.
+# Where the environment has THOROUGH=1, proofs that repeat themselves do so more often, and those
+# that show what another shows run too.
 THOROUGH = os.environ.get("THOROUGH") == "1"
+thorough = pytest.mark.skipif(not THOROUGH, reason="it shows what another does: set THOROUGH=1")
 # For tests of what the compiler itself makes: as for users, not by the emitters of conftest.py.
 EMITTERS = "xla_cpu_use_fusion_emitters"
 AS_FOR_USERS = {EMITTERS: True} if EMITTERS in os.environ.get("XLA_FLAGS", "") else {}

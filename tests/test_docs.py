@@ -1,7 +1,8 @@
 """Pages of the documentation: their code runs and prints what it says, their links lead somewhere.
 
 A block ``python`` begins a program, ``python continued`` goes on with it; ``python slow`` begins
-one that needs a pretrained model. (``tests/adapt/test_guide.py`` runs lora_jax/adapt/README.md.)
+one that needs a pretrained model. The fast suite runs the first page's alone.
+(``tests/adapt/test_guide.py`` runs lora_jax/adapt/README.md.)
 """
 
 import json
@@ -34,7 +35,7 @@ def programs(page):
 
 
 PROGRAMS = [
-    pytest.param(blocks, id=f"{page}-{i}", marks=[pytest.mark.slow] if slow else [])
+    pytest.param(blocks, id=f"{page}-{i}", marks=[pytest.mark.slow] if slow or "/" in page else [])
     for page in WITH_CODE
     for i, (slow, blocks) in enumerate(programs(page) if (ROOT / page).exists() else [])
 ]

@@ -20,7 +20,7 @@ from tests.adapt import random_programs
 from tests.adapt.examples import at_once, bank, slots
 from tests.adapt.random_functions import functions
 from tests.adapt.random_programs import WAYS, check, programs
-from tests.support import assert_close, draw, with_random_factors
+from tests.support import THOROUGH, assert_close, draw, with_random_factors
 
 # Some use a kernel only mirrored, on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::lora_jax.RoleWarning")
@@ -43,7 +43,7 @@ def test_random_programs_keep_the_laws(program, way):
 
 
 @pytest.mark.slow
-@settings(max_examples=25, **COMMON)
+@settings(max_examples=100 if THOROUGH else 20, **COMMON)
 @given(programs(), ways)
 def test_many_random_programs_keep_the_laws(program, way):
     with jax.enable_x64(True):
@@ -72,14 +72,14 @@ def test_random_functions_are_declined_or_equal(function, in_axis):
 
 
 @pytest.mark.slow
-@settings(max_examples=50, **COMMON)
+@settings(max_examples=200 if THOROUGH else 30, **COMMON)
 @given(functions(), st.integers(0, 2))
 def test_many_random_functions_are_declined_or_equal(function, in_axis):
     _function_is_declined_or_equal(function[0], in_axis)
 
 
 @pytest.mark.slow
-@settings(max_examples=60, **COMMON)
+@settings(max_examples=200 if THOROUGH else 40, **COMMON)
 @given(programs())
 def test_random_programs_are_declined_or_equal(program):
     """Runs programs that do more with weights; the functions above do more with x."""

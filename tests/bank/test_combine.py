@@ -260,6 +260,7 @@ def test_a_sum_is_saved_as_any_adapter_is(tmp_path):
     assert_identical(lj.load_adapter(tmp_path / "sum", PARAMS), both)
 
 
+@pytest.mark.slow
 def test_layers_that_differ_are_written_for_peft(tmp_path):
     fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 3, "vocab_size": 16}
     model = models.GPT2(models.read_config(fields | {"n_positions": 16}))

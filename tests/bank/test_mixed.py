@@ -1,6 +1,7 @@
 """A batch whose examples have different adapters equals a run of each example by its own."""
 
 import functools
+import itertools
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.support import (
     assert_close,
     dots_of_size,
     draw,
+    over,
     with_random_factors,
 )
 
@@ -27,7 +29,8 @@ from tests.support import (
 ALL = (*PROGRAMS, *MORE_PROGRAMS)
 CASES = [p for p in ALL if p.name not in ("experts, tokens sorted", "embedding looked up and tied")]
 # A batch at once, if its examples can be followed; example by example; with copies of factors.
-FORMS = pytest.mark.parametrize("form", ["at once", "one by one", "copies"])
+FORMS = ("at once", "one by one", "copies")
+forms = pytest.mark.parametrize("form", FORMS)
 NOT_FOLLOWED = "branches and loops"  # a condition on the whole batch
 
 
@@ -62,8 +65,20 @@ def alone(fn: Any, trees: dict[str, Any], base: Any, name: str) -> Any:
     return functools.partial(lj.adapt(fn), trees[name])
 
 
-@FORMS
-@pytest.mark.parametrize("program", CASES, ids=lambda program: program.name)
+def name_and_form(case):
+    return f"{case[0].name}-{case[1]}"
+
+
+@over(
+    ("program", "form"),
+    itertools.product(CASES, FORMS),
+    often=[
+        *(name_and_form((program, "at once")) for program in CASES),
+        *("scanned and rematerialised-one by one", "branches and loops-one by one"),
+        *("experts, all of them on every token-copies", "convolution-copies"),
+    ],
+    called=name_and_form,
+)
 def test_programs(program, form, monkeypatch):
     """Runs scans, loops, branches, tied tables, heads, experts and a convolution."""
     forward = in_form(form, monkeypatch, program.run)
@@ -119,7 +134,7 @@ def test_decoders(case):
             np.testing.assert_array_equal(said[row], alone)
 
 
-@FORMS
+@over("form", FORMS, often=["at once"])
 def test_an_encoder_with_heads_of_its_own(form, monkeypatch):
     """Each adapter's classifier trains in full; DoRA and a bias on B stand beside plain LoRA."""
     model, params = tiny_encoders.model("bert", "classification")
@@ -161,7 +176,7 @@ def test_a_batch_of_one_example():
         mixed(run)(bank.choose(["one", "base"]), x[:2])
 
 
-@FORMS
+@forms
 def test_products_with_the_base_stay_one_for_all_examples(form, monkeypatch):
     program = PROGRAMS[0]
     params, tree, _ = program.inputs()
@@ -182,7 +197,7 @@ def test_products_with_the_base_stay_one_for_all_examples(form, monkeypatch):
     assert len(dots_of_size(rows, (13, 7))) == 8
 
 
-@FORMS
+@forms
 def test_gradients(form, monkeypatch):
     """The gradient of each slot's factors is that of its own examples; others' are zero."""
     program = PROGRAMS[1]

@@ -11,7 +11,7 @@ from lora_jax.bank import Tenant, Together
 from lora_jax.training.layout import Layout, make_mesh
 from lora_jax.training.losses import CROSS_ENTROPY
 from tests.models import tiny, tiny_encoders
-from tests.support import assert_close, with_random_factors
+from tests.support import assert_close, thorough, with_random_factors
 
 pytestmark = pytest.mark.slow
 ROWS, SEQ = 4, 8
@@ -66,12 +66,12 @@ def case_of(kind):
         ("dense", ""),
         ("mixture", ""),
         ("encoder", ""),
-        ("dense", "data=4"),
+        pytest.param("dense", "data=4", marks=thorough),
         ("encoder", "fsdp=4"),
         ("dense", "fsdp=2,tensor=2"),
         ("dense", "sequence=2,data=2"),
         ("mixture", "expert=2,fsdp=2"),
-        ("mixture", "fsdp=2,tensor=2"),
+        pytest.param("mixture", "fsdp=2,tensor=2", marks=thorough),
     ],
 )
 def test_eight_adapters(kind, mesh):

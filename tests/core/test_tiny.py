@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax import training
-from tests.support import assert_close, assert_identical, draw, with_random_factors
+from tests.support import assert_close, assert_identical, draw, over, with_random_factors
 
 PARAMS = {
     "layers": {"up": {"kernel": draw(1, (3, 5, 7))}, "down": {"kernel": draw(2, (3, 7, 5))}},
@@ -251,7 +251,7 @@ def test_swapping_compiles_nothing_anew(name):
 
 
 @BOTH
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor", "lion"])
+@over("optimizer", ["adamw", "muon", "adafactor", "lion"], often=["muon"])
 def test_optimisers_take_what_trains(name, optimizer):
     adapter, base = lj.split(tree(name))
     whole = lj.join(adapter, base)

@@ -24,7 +24,7 @@ from lora_jax.models import (
     save_pretrained,
 )
 from tests.models import tiny
-from tests.support import with_random_factors
+from tests.support import over, with_random_factors
 
 CASE = "qwen3"  # tied, with norms of its own
 INDEX = "model.safetensors.index.json"
@@ -49,8 +49,14 @@ def same(got: Any, want: Any) -> None:
 KEPT = [(jnp.float32, 3000), (jnp.bfloat16, 10**9), (jnp.float16, 3000)]
 
 
-@pytest.mark.parametrize(
-    ("case", "kept"), list(zip(tiny.CASES, itertools.cycle(KEPT), strict=False))
+OFTEN = {"llama3", "qwen3", "mixtral", "qwen3 moe with every option", "gemma3", "phi3"}
+
+
+@over(
+    ("case", "kept"),
+    zip(tiny.CASES, itertools.cycle(KEPT), strict=False),
+    often=OFTEN,
+    called=lambda case: case[0],
 )
 def test_what_is_saved_loads_bitwise(case: str, kept: tuple[Any, int], tmp_path: Path) -> None:
     dtype, max_shard_size = kept
@@ -146,8 +152,11 @@ def placement(kind: str) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     return lambda path, shape: split(mesh, shape, *("ab" if len(path) % 2 else "ba"))
 
 
-@pytest.mark.parametrize(
-    ("case", "kind"), list(zip(tiny.CASES, itertools.cycle(meshes()), strict=False))
+@over(
+    ("case", "kind"),
+    zip(tiny.CASES, itertools.cycle(meshes()), strict=False),
+    often=OFTEN,
+    called=lambda case: case[0],
 )
 def test_sharded_loading_and_saving(case: str, kind: str, tmp_path: Path) -> None:
     model, params = tiny.decoder(case)

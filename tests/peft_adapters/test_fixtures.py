@@ -15,7 +15,7 @@ import lora_jax.peft as lp
 from lora_jax import models
 from tests.core.coded import decoded, is_on, with_coded_kernels
 from tests.peft_adapters.make_fixtures import ADAPTERS, FIXTURES, IDS
-from tests.support import assert_close, assert_identical, with_random_factors
+from tests.support import assert_close, assert_identical, over, with_random_factors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -326,7 +326,7 @@ def test_there_are_many_mutations():
     assert len({(name, what) for name, what, _ in MUTATIONS}) == len(MUTATIONS)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@over("name", ADAPTERS, often=["bert", "ranks-alphas-rslora", "tied-head"])
 def test_no_damaged_folder_loads(name, tmp_path):
     model, params = base(name)
     for number, (_, what, mutate) in enumerate(m for m in MUTATIONS if m[0] == name):

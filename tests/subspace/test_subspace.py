@@ -21,7 +21,7 @@ from lora_jax.subspace.fastfood import draw as draws_for
 from lora_jax.subspace.fastfood import project, projected
 from lora_jax.subspace.hadamard import hadamard_transform
 from lora_jax.weight import leaves_of
-from tests.support import assert_close, assert_identical, draw
+from tests.support import assert_close, assert_identical, draw, over
 
 
 def small(dtype=jnp.float32):
@@ -97,7 +97,12 @@ def test_a_projection_equals_the_dense_one(d, size, float64):
     assert_close(matrix, dense(draws, d, size), 1e-9)
 
 
-@pytest.mark.parametrize("kind, largest", [("did", 2**18), ("said", 0)])
+@over(
+    ("kind", "largest"),
+    [("did", 2**18), ("said", 0)],
+    often=["said"],
+    called=lambda case: case[0],
+)
 def test_a_tree_moves_as_by_dense_projections(kind, largest, float64, monkeypatch):
     """Some tensors have fewer entries than θ_d. (G is drawn in fp32, and rounded as compiled.)"""
     params, d = small(jnp.float64), 19
@@ -134,7 +139,7 @@ def test_a_tree_moves_as_far_as_theta():
     np.testing.assert_allclose(squares, 1 / size, rtol=0.1)  # an entry of any tensor
 
 
-@pytest.mark.parametrize("largest", [2**18, 30])
+@over("largest", [2**18, 30], often=["30"])
 def test_gradients_equal_finite_differences(largest, float64, monkeypatch):
     monkeypatch.setattr("lora_jax.subspace.moving._SMALL", largest)
     params = small(jnp.float64)

@@ -5,12 +5,10 @@ python tests/train/mesh_runs.py DEVICES PROCESS/PROCESSES PORT SHARED… -- OPTI
 OPTIONS may begin with order=3,0,2,1: the devices, by number, in the order that the mesh takes them.
 """
 
-import os
 import sys
 
 devices, place, port, script, *rest = sys.argv[1:]
 process, processes = map(int, place.split("/"))
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
 import jax  # noqa: E402
 

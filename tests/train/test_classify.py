@@ -131,6 +131,7 @@ def test_a_run_leaves_all_that_it_should(inputs, whole):
     assert all(0 <= line["accuracy"] <= 1 for line in lines if "loss" in line)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_a_sum_is_logged_as_one(inputs, tmp_path, monkeypatch):
     options = ["--steps", 1, "--eval-every", 1]
     mean = run(inputs, tmp_path / "mean", *options)
@@ -214,6 +215,7 @@ def test_the_merged_export_knows_its_classes(inputs, whole, tmp_path):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_and_filled_up_batches_change_no_loss(inputs):
     model, params = base_of(inputs)
     data, rows = parse(inputs).data, words(5)

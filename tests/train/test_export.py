@@ -140,6 +140,7 @@ def test_the_dtype_is_that_of_the_bases_files(base, trained, tmp_path, capsys):
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
 
 
+@pytest.mark.slow
 def test_peft_to_peft_makes_plain_lora_of_pissa(base, saved, tmp_path, capsys):
     adapter, tree = saved(lj.LoraRule(targets=["q_proj"], rank=2, init=lj.init.pissa))
     model, params = models.from_pretrained(base)

@@ -33,6 +33,7 @@ def whole(inputs, tmp_path_factory):
     return run(options_of(inputs), tmp_path_factory.mktemp("whole"), *options)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_small_subspace_that_classifies(inputs, whole, tmp_path):
     model, params = base_of(inputs)
     space, theta = subspace.load(whole / "adapter", params)
@@ -51,6 +52,7 @@ def test_a_run_leaves_a_small_subspace_that_classifies(inputs, whole, tmp_path):
     np.testing.assert_allclose([found[n] for n in ("low", "middle", "top")], by_hand, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_is_exported_merged_alone(inputs, whole, tmp_path, capsys):
     args = ["--adapter", str(whole), "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit):

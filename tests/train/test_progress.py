@@ -189,6 +189,7 @@ def test_a_file_of_prompts_may_hold_chats(chats, tmp_path):
     assert "<|im_start|>assistant\n2<|im_end|>" in decode(prompts.tokens[1])
 
 
+@pytest.mark.slow
 def test_a_classifier_keeps_the_most_accurate(tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", words(60))
     args = ["--model", write_encoder(tmp_path / "model"), "--dataset", data, "--text", "word"]

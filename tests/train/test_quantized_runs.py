@@ -80,6 +80,7 @@ def test_a_step_is_that_of_the_tree_in_codes(inputs, trained):
             assert_close(got[path][name], parts[name], 1e-5)
 
 
+@pytest.mark.slow
 def test_answers_and_exports_are_those_of_the_codes(inputs, trained, model, tmp_path, capsys):
     tree = tree_of(trained, model)
     net, _ = from_pretrained(model)
@@ -165,6 +166,7 @@ def test_what_has_no_codes_is_refused(options, message, inputs, tmp_path, capsys
     assert re.search(message, said), said
 
 
+@pytest.mark.slow
 def test_a_plan_counts_codes(model, capsys):
     def planned(*options):
         plan.main(["--model", str(model), "--seq-len", "16", "--json", "--rank", "2", *options])

@@ -217,6 +217,7 @@ def fitted(folder, steps, **options):
     return training.finetune(model, params, examples, rules, steps=steps, folder=folder, **options)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(tmp_path):
     whole, _ = tuned(None, 6)
     tuned(tmp_path, 3)

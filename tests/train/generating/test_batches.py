@@ -81,6 +81,7 @@ def fails(capsys, *args):
     return said
 
 
+@pytest.mark.slow
 def test_adapters_of_other_structures_answer_a_file_in_its_order(made, expected, tmp_path, capsys):
     folder, *_ = made
     rows = [{"prompt": text} for text in PROMPTS[:3]]
@@ -160,6 +161,7 @@ def test_one_adapter_is_merged_unless_asked(made, expected, capsys, args, says):
     assert f"sql: {says} the base" in captured.err
 
 
+@pytest.mark.slow
 def test_samples_depend_on_the_prompts_number_alone(made, tmp_path):
     folder, *_ = made
     args = ["--model", folder / "base-model", "--prompt", *PROMPTS[:3], "--temperature", 4]

@@ -79,6 +79,7 @@ def alone(capsys, *args):
     return capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on_with_another_adapter(made, talk, capsys):
     base, sql = made
     lines = ["3?", "/adapter base", "and 4?", "/adapter x", "/system Be brief.", "/adapter sql"]

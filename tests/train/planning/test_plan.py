@@ -77,8 +77,11 @@ def test_flops_are_those_counted_by_hand(model, full, remat):
     assert made.flops_source == "hlo" and made.notes == ()
 
 
-@pytest.mark.parametrize(
-    "option, name", [("--freeze-a", "LoRA"), ("--xs", "LoRA-XS"), ("--vera", "VeRA")]
+@over(
+    ("option", "name"),
+    [("--freeze-a", "LoRA"), ("--xs", "LoRA-XS"), ("--vera", "VeRA")],
+    often=["--vera"],
+    called=lambda case: case[0],
 )
 def test_an_a_that_does_not_train_costs_no_gradient(model, option, name):
     _, _, made = planned_for(model, "--targets", "all-linear", option)
@@ -115,6 +118,7 @@ def test_attention_is_planned_as_asked(model):
     assert plan.described(options.plan, plan.make_job(options.plan)[0])["attention"] == "dense"
 
 
+@pytest.mark.slow
 def test_flops_of_many_devices_are_those_of_one(model):
     _, _, one = planned_for(model, "--grad-accum", 2)
     job, _, made = planned_for(

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support import thorough
 from tests.train.planning.test_plan_tpu import LLAMA
 from train import plan
 from train.planning import compile as planned
@@ -46,7 +47,12 @@ def test_lora_needs_two_thirds_of_the_flops(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "remat"),
-    [("many tokens", "none"), ("many tokens", "full"), ("a large base", "full"), ("full", "none")],
+    [
+        ("many tokens", "none"),
+        pytest.param("many tokens", "full", marks=thorough),
+        pytest.param("a large base", "full", marks=thorough),
+        ("full", "none"),
+    ],
 )
 def test_the_plan_is_what_a_step_takes(name, remat, tmp_path):
     """Within 15 %, of the increase over a process that has loaded JAX; compiled in another."""

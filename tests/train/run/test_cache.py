@@ -134,6 +134,7 @@ SMALL = (
 )
 
 
+@pytest.mark.slow
 def test_a_later_process_takes_programs_from_the_cache(tmp_path):
     folder = tmp_path / "lora_jax" / "jax"
     first, said = process(SMALL, XDG_CACHE_HOME=tmp_path)

@@ -35,6 +35,7 @@ def alone(outline, chat, new_tokens):
     return outline.tokenizer.decode(np.asarray(new)[0].tolist(), skip_special_tokens=True).strip()
 
 
+@pytest.mark.slow
 @over("system", [[SYSTEM], []], often=["said"], called=lambda system: "said" if system else "none")
 def test_a_batch_with_a_shared_beginning_answers_as_each_chat_alone(outline, system):
     model, params = decoder()
