@@ -56,7 +56,7 @@ def test_many_random_programs_of_tiny_adapters(variant, monkeypatch):
     """Random programs move LoRA-XS's R and VeRA's vectors along with the factors."""
     monkeypatch.setitem(random_programs.VARIANT, variant, True)
 
-    @settings(max_examples=10, **COMMON)
+    @settings(max_examples=30 if THOROUGH else 5, **COMMON)
     @given(programs(), ways)
     def holds(program, way):
         with jax.enable_x64(True):

@@ -64,8 +64,8 @@ def case_of(kind):
     ("kind", "mesh"),
     [
         ("dense", ""),
-        ("mixture", ""),
-        ("encoder", ""),
+        pytest.param("mixture", "", marks=thorough),
+        pytest.param("encoder", "", marks=thorough),
         pytest.param("dense", "data=4", marks=thorough),
         ("encoder", "fsdp=4"),
         ("dense", "fsdp=2,tensor=2"),

@@ -33,6 +33,7 @@ from tests.laws import test_laws as laws
 from tests.support import (
     MORE_PROGRAMS,
     PROGRAMS,
+    THOROUGH,
     assert_close,
     assert_identical,
     draw,
@@ -124,7 +125,7 @@ def test_random_programs(program, way):
 
 @pytest.mark.filterwarnings("ignore::lora_jax.RoleWarning")  # some use a kernel only mirrored
 @pytest.mark.slow
-@settings(max_examples=15, **COMMON)
+@settings(max_examples=50 if THOROUGH else 10, **COMMON)
 @given(programs(), ways)
 def test_many_random_programs(program, way):
     with jax.enable_x64(True):

@@ -346,25 +346,28 @@ def test_processes_that_were_not_started_alike_end_at_once(last, expected, tmp_p
     assert all(expected in err for _, err in said)
 
 
+def check_scores(tmp_path, script, shared):
+    """Two processes score what they trained as one does."""
+    folders = [tmp_path / f"{script}{n}" for n in (1, 2)]
+    for processes, folder in enumerate(folders, start=1):
+        options = ["--output", folder, "--mesh", "fsdp=2,tensor=2"]
+        run(shared, [options], devices=4 // processes, processes=processes, script=script)
+    one, two = (json.loads((folder / "scores.json").read_text()) for folder in folders)
+    assert one == two
+
+
 @pytest.mark.slow
-def test_two_processes_answer_and_classify_as_one_does(tmp_path):
+def test_two_processes_answer_as_one_does(tmp_path):
     model = write_model(tmp_path / "decoder", **DENSE)
     questions = ["--model", model, "--seq-len", 700, "--rows", 8, "--steps", 1, "--batch-size", 4]
-    questions += ["--eval-questions", 2]
+    check_scores(tmp_path, "sft", [*questions, "--eval-questions", 1])
+
+
+@pytest.mark.slow
+@thorough
+def test_two_processes_classify_as_one_does(tmp_path):
     encoder = write_encoder(tmp_path / "encoder")
     texts = write_jsonl(tmp_path / "texts.jsonl", words(60))
     classes = ["--model", encoder, "--dataset", texts, "--text", "word", "--label", "grade"]
     classes += ["--seq-len", 16, "--batch-size", 8, "--steps", 3, "--eval-every", 3]
-    for script, shared in (("sft", questions), ("classify", classes)):
-        folders = [tmp_path / f"{script}{n}" for n in (1, 2)]
-        for processes, folder in enumerate(folders, start=1):
-            options = ["--output", folder, "--mesh", "fsdp=2,tensor=2"]
-            run(
-                shared,
-                [options],
-                devices=4 // processes,
-                processes=processes,
-                script=script,
-            )
-        one, two = (json.loads((folder / "scores.json").read_text()) for folder in folders)
-        assert one == two
+    check_scores(tmp_path, "classify", classes)

@@ -344,12 +344,13 @@ def test_an_adapter_is_refused_on_another_base(inputs, whole, tmp_path, capsys):
 
 
 def start(inputs, folder, *args):
-    """The script as a process of its own."""
+    """The script as a process of its own, which takes programs from earlier ones, as users' do."""
     command = [sys.executable, "-m", "train.sft", *inputs, "--output", str(folder)]
+    cache = {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": f"{folder}-cache"}
     return subprocess.Popen(
         [*command, *map(str, args)],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **cache},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -39,6 +39,10 @@ class Arm(NamedTuple):
     batch_size: int
     dimension: int | None = None
 
+    def at_any_rate(self) -> "Arm":
+        """Returns the arm without its learning rate: one for all arms that differ in it alone."""
+        return self._replace(learning_rate=0.0)
+
 
 class Point(NamedTuple):
     """A measurement on the way: the step after which it was made, and its value."""

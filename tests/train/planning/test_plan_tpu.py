@@ -108,6 +108,7 @@ def test_llama_2_7b(plan):
     np.testing.assert_allclose(made["flops_per_step"], made["flops_closed_form"], rtol=0.02)
 
 
+@thorough
 def test_llama_2_7b_in_full(plan):
     made, lora = plan("7b", *OF_7B, "--full"), plan("7b", *OF_7B, "--rank", 8)
     assert made["fits"]

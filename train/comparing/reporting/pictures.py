@@ -59,17 +59,18 @@ class _Drawing:
         self._styles: dict[Arm, tuple[str, str, str]] = {}
         shown = tables.with_stopped(self.rows, self.measure)
         for row in (*shown, *self.rows):  # other alphas and batch sizes stand in one picture alone
-            is_new = _kind(row) not in self._styles
+            kind = row.arm.at_any_rate()
+            is_new = kind not in self._styles
             if is_new and row.is_full:
                 fulls = sum(colour == FULL for colour, _, _ in self._styles.values())
-                self._styles[_kind(row)] = FULL, "s", DASHES[fulls % len(DASHES)]
+                self._styles[kind] = FULL, "s", DASHES[fulls % len(DASHES)]
             elif is_new:
                 i = len(self._styles)
-                self._styles[_kind(row)] = ADAPTERS[i % 6], MARKERS[i % 8], DASHES[i // 6 % 4]
+                self._styles[kind] = ADAPTERS[i % 6], MARKERS[i % 8], DASHES[i // 6 % 4]
 
     def style(self, row: Row) -> dict[str, Any]:
         """Returns colour, marker and dashes of a row: alike where the rate alone differs."""
-        colour, marker, dashes = self._styles[_kind(row)]
+        colour, marker, dashes = self._styles[row.arm.at_any_rate()]
         return {"color": colour, "marker": marker, "linestyle": dashes}
 
     def name(self, row: Row) -> str:
@@ -100,10 +101,6 @@ def draw(comparison: Comparison, folder: Path) -> tuple[Picture, ...]:
                 figure.savefig(folder / file)
                 found.append(Picture(file, *said))
     return tuple(found)
-
-
-def _kind(row: Row) -> Arm:
-    return row.arm._replace(learning_rate=0.0)
 
 
 Drawer = Callable[[_Drawing, Figure], tuple[str, str] | None]
@@ -167,8 +164,8 @@ def _first_rung(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     losses = {arm: loss for arm, loss in (*rung.kept, *rung.stopped) if math.isfinite(loss)}
     axes = figure.subplots()
     for first in tables.with_stopped(drawing.rows, drawing.measure):
-        alike = first.arm._replace(learning_rate=0.0)
-        line = [arm for arm in losses if arm._replace(learning_rate=0.0) == alike]
+        alike = first.arm.at_any_rate()
+        line = [arm for arm in losses if arm.at_any_rate() == alike]
         line.sort(key=lambda arm: arm.learning_rate)
         at, of = [arm.learning_rate for arm in line], [losses[arm] for arm in line]
         if line:

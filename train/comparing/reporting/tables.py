@@ -215,7 +215,7 @@ def rates(among: Iterable[Row], measure: Measure) -> tuple[Rates, ...]:
     """
     groups: dict[Arm, list[Row]] = {}
     for row in among:
-        groups.setdefault(row.arm._replace(learning_rate=0.0), []).append(row)
+        groups.setdefault(row.arm.at_any_rate(), []).append(row)
     found = []
     for group in groups.values():
         tried = sorted(group, key=lambda row: row.arm.learning_rate)
@@ -236,8 +236,8 @@ def is_tried(row: Row) -> bool:
 
 def rates_of(row: Row, among: Iterable[Row], measure: Measure) -> Rates:
     """Returns the rates that were tried where a row's arm is the best."""
-    alike = row.arm._replace(learning_rate=0.0)
-    group = [one for one in among if one.arm._replace(learning_rate=0.0) == alike]
+    alike = row.arm.at_any_rate()
+    group = [one for one in among if one.arm.at_any_rate() == alike]
     (found,) = rates(group, measure)
     return found
 

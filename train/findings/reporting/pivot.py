@@ -182,7 +182,7 @@ def pivot_of(comparison: Comparison, layout: Layout, measure: Measure) -> Pivot:
     for run in comparison.runs:
         of_arm.setdefault(run.arm, []).append(run)
     if layout.at_best_rate:
-        best = tables.best_of_each(tables.rows(comparison, measure), _at_any_rate, measure)
+        best = tables.best_of_each(tables.rows(comparison, measure), Arm.at_any_rate, measure)
         kept = {row.arm for row in best}
         of_arm = {arm: runs for arm, runs in of_arm.items() if arm in kept}
     firsts = [runs[0] for runs in of_arm.values()]
@@ -223,10 +223,6 @@ def shown(key: Key) -> str:
 def headed(axis: Axis, key: Key) -> str:
     """Returns a value with its axis: "rank 8", "full"."""
     return shown(key) if isinstance(key, str) or not axis.short else f"{axis.short} {shown(key)}"
-
-
-def _at_any_rate(arm: Arm) -> Arm:
-    return arm._replace(learning_rate=0.0)
 
 
 def _blocks_of(firsts: Sequence[Measured], layout: Layout) -> list[Axis]:

@@ -107,9 +107,10 @@ class Session:
             code,
         )
         self._told.set()
-        if why != LOST:  # else JAX ends the process, too, with less to say
+        if why != LOST:
             time.sleep(_PATIENCE)  # the main thread may end by itself
-        self._end_at_once(*self._verdict)
+        # JAX, too, ends a process that has lost process 0, with less to say.
+        self._end_at_once(*self._verdict, in_haste=why == LOST and process == 0)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -141,10 +142,20 @@ class Session:
                 time.sleep(_PATIENCE)
                 self._end_at_once(f"interrupted by {name}. {self.stop.remedy}", 128 + number)
 
-    def _end_at_once(self, message: str, code: int) -> None:
-        """Ends the process from another thread than the main one, unless it ends already."""
+    def _end_at_once(self, message: str, code: int, in_haste: bool = False) -> None:
+        """Ends the process from another thread than the main one, unless it ends already.
+
+        Args:
+          message: the paragraph for the user.
+          code: the exit code.
+          in_haste: leaves what is held to the system, which releases it with the process.
+        """
         if self._claim.acquire(blocking=False):
+            if in_haste:  # writing lets the main thread run, by default for 5 ms
+                sys.setswitchinterval(1e-5)
             self._say(message)
+            if in_haste:
+                os._exit(code)
             self._leave(code)
 
     def _end(self, message: str, code: int, why: str | None = None) -> NoReturn:
