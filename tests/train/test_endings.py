@@ -119,6 +119,8 @@ def test_where_one_of_two_is_killed_the_other_says_so(inputs, tmp_path, which):
     wait_for(folder, "step 9/", processes)
     processes[which].kill()
     assert codes(processes)[1 - which] == 1, log_of(folder, 1 - which)
-    said = last_lines(folder, 1 - which)[-1]
-    assert said.startswith(f"process {which} of 2 ended without a word") and "--resume" in said
-    assert not re.search("Traceback|Fatal|Error", log_of(folder, 1 - which))
+    said = last_lines(folder, 1 - which)
+    (ours,) = [line for line in said if f"process {which} of 2 ended without a word" in line]
+    assert "--resume" in ours and "Traceback" not in log_of(folder, 1 - which)
+    if which == 1:  # JAX, too, may say that process 0 is gone
+        assert ours == said[-1] and not re.search("Fatal|Error", log_of(folder, 0))
