@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import thorough
 from tests.train.tiny import write_model, write_rows
 from train.run.log import read_metrics
 
@@ -78,10 +77,7 @@ def last_lines(folder, i):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("which", "number"),
-    [pytest.param(0, signal.SIGINT, marks=thorough), (1, signal.SIGTERM)],
-)
+@pytest.mark.parametrize(("which", "number"), [(0, signal.SIGINT), (1, signal.SIGTERM)])
 def test_a_signal_to_one_of_two_saves_and_ends_both(inputs, tmp_path, which, number):
     folder = tmp_path / "run"
     processes = start(inputs, folder, n=2)

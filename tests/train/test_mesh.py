@@ -360,11 +360,10 @@ def check_scores(tmp_path, script, shared):
 def test_two_processes_answer_as_one_does(tmp_path):
     model = write_model(tmp_path / "decoder", **DENSE)
     questions = ["--model", model, "--seq-len", 700, "--rows", 8, "--steps", 1, "--batch-size", 4]
-    check_scores(tmp_path, "sft", [*questions, "--eval-questions", 1])
+    check_scores(tmp_path, "sft", [*questions, "--eval-questions", 2])
 
 
 @pytest.mark.slow
-@thorough
 def test_two_processes_classify_as_one_does(tmp_path):
     encoder = write_encoder(tmp_path / "encoder")
     texts = write_jsonl(tmp_path / "texts.jsonl", words(60))

@@ -51,7 +51,7 @@ def test_lora_needs_two_thirds_of_the_flops(tmp_path):
         ("many tokens", "none"),
         pytest.param("many tokens", "full", marks=thorough),
         pytest.param("a large base", "full", marks=thorough),
-        pytest.param("full", "none", marks=thorough),
+        ("full", "none"),
     ],
 )
 def test_the_plan_is_what_a_step_takes(name, remat, tmp_path):
