@@ -15,6 +15,7 @@ from rich.console import Console
 
 import lora_jax as lj
 from lora_jax.training.fit import tree_of
+from lora_jax.training.held_out import Formed
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import Measure
 from lora_jax.training.processes import is_first, write_json
@@ -135,10 +136,17 @@ def finetune(
 
     # Training. It leaves the adapter on its own, the loss curve, and a report of its costs.
     forward, loss = ready.setup.forward(running), task.loss(config, layout)
-    tree_of_state = functools.partial(tree_of, ready)
+    measured, formed = answering, None
+    if space is not None:  # its weights are formed once for each measurement, not in each batch
+        measured = model.apply
+        formed = Formed(functools.partial(merged, space), layout.constrained(model).apply)
 
-    more = functools.partial(measures, run, inputs, evaluation, model, tree_of_state, answering)
-    trained, report = fit(run, ready, forward, loss, data.on_the_way, more)
+    def tree_of_state(state: State) -> Any:
+        tree = tree_of(ready, state)
+        return tree if formed is None else formed.form(tree)
+
+    more = functools.partial(measures, run, inputs, evaluation, model, tree_of_state, measured)
+    trained, report = fit(run, ready, forward, loss, data.on_the_way, more, formed)
     if run.pauses:
         console.print(f"paused after step {run.last} of {run.steps}", highlight=False)
         return {}

@@ -3,11 +3,12 @@
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from lora_jax.training.batches import Batch, Examples
+import lora_jax as lj
+from lora_jax.training.batches import Examples
 from lora_jax.training.fit import Ready
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import Measure
@@ -16,6 +17,18 @@ from lora_jax.training.optimizer import averaged
 from lora_jax.training.processes import Agreement
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State, make_evaluation
+
+
+class Formed(NamedTuple):
+    """How to run a tree whose weights are costly to form: once for each measurement.
+
+    Attributes:
+      form: returns a plain tree from the adapted one.
+      forward: the function of plain trees that the loss calls.
+    """
+
+    form: Callable[[Any], Any]
+    forward: Callable[..., Any]
 
 
 def held_out_loss(
@@ -27,6 +40,7 @@ def held_out_loss(
     every: int,
     stop: Stop,
     evaluation: Callable[..., Sums] | None = None,
+    formed: Formed | None = None,
 ) -> Measure:
     """Returns the measure of a loss, and of its logs, on held-out examples.
 
@@ -38,19 +52,25 @@ def held_out_loss(
       every: steps between two measurements.
       stop: tells of a signal, which cuts a measurement short.
       evaluation: what `compiled_evaluation` returned, for runs that share it.
+      formed: runs the examples in place of `forward`.
     """
     layout = ready.setup.layout
+    if formed is not None:
+        forward = formed.forward
     evaluate = evaluation or compiled_evaluation(layout, forward, loss)
 
-    def sums_of(adapter: Any, part: Batch) -> Sums:
-        batch = layout.batch(part, parts=False)
-        with jax.set_mesh(layout.mesh):
-            return jax.tree.map(float, evaluate(adapter, ready.base, batch))
+    def halves(state: State) -> tuple[Any, Any]:
+        adapter = averaged(state.opt_state, state.adapter)
+        if formed is None:
+            return adapter, ready.base
+        return {}, formed.form(lj.join(adapter, ready.base))
 
     def take(state: State) -> dict[str, float] | None:
-        parts, agreement, adapter = [], Agreement(), averaged(state.opt_state, state.adapter)
+        parts, agreement, (adapter, base) = [], Agreement(), halves(state)
         for part in examples.parts(ready.feed.batch_size):
-            parts.append(sums_of(adapter, part))
+            batch = layout.batch(part, parts=False)
+            with jax.set_mesh(layout.mesh):
+                parts.append(jax.tree.map(float, evaluate(adapter, base, batch)))
             if stop.agreed(agreement):
                 return None
         return means(loss, functools.reduce(_added, parts))

@@ -109,7 +109,8 @@ KINDS = {
 NAMES = ["two", "base", "three", "one", "two"]
 
 
-@pytest.mark.parametrize("case", ["qwen3", pytest.param("mixtral", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["qwen3", "mixtral"])
 def test_decoders(case):
     """Logits and greedy answers, by a KV cache, of rows that are padded on either side."""
     model, params = tiny.decoder(case)
@@ -134,7 +135,8 @@ def test_decoders(case):
             np.testing.assert_array_equal(said[row], alone)
 
 
-@over("form", FORMS, often=["at once"])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
 def test_an_encoder_with_heads_of_its_own(form, monkeypatch):
     """Each adapter's classifier trains in full; DoRA and a bias on B stand beside plain LoRA."""
     model, params = tiny_encoders.model("bert", "classification")

@@ -63,13 +63,13 @@ def case_of(kind):
 @pytest.mark.parametrize(
     ("kind", "mesh"),
     [
-        ("dense", ""),
+        pytest.param("dense", "", marks=thorough),
         pytest.param("mixture", "", marks=thorough),
         pytest.param("encoder", "", marks=thorough),
         pytest.param("dense", "data=4", marks=thorough),
-        ("encoder", "fsdp=4"),
+        pytest.param("encoder", "fsdp=4", marks=thorough),
         ("dense", "fsdp=2,tensor=2"),
-        ("dense", "sequence=2,data=2"),
+        pytest.param("dense", "sequence=2,data=2", marks=thorough),
         ("mixture", "expert=2,fsdp=2"),
         pytest.param("mixture", "fsdp=2,tensor=2", marks=thorough),
     ],

@@ -26,6 +26,7 @@ from tests.support import (
     assert_close,
     assert_identical,
     draw,
+    thorough,
     with_random_factors,
 )
 
@@ -66,7 +67,7 @@ def test_factored_equals_merged(program, name, float64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["nf4", "int8", "nf4-double"])
+@pytest.mark.parametrize("name", ["nf4", "int8", pytest.param("nf4-double", marks=thorough)])
 @pytest.mark.parametrize("program", [*OUR_PROGRAMS.values(), STACK, HEADS], ids=lambda p: p.name)
 def test_laws(program, name, float64):
     """Runs the laws; where sizes are primes, a block is a whole axis."""

@@ -11,6 +11,7 @@ from lora_jax import quantized
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.models import from_pretrained, kinds
 from lora_jax.paths import flatten_with_paths
+from tests.support import thorough
 
 pytestmark = pytest.mark.slow
 
@@ -29,8 +30,8 @@ def loaded(path):
     ("name", "mean", "worst", "divergence"),
     [
         ("nf4", 0.097, 0.105, 0.8),
-        ("nf4-double", 0.097, 0.105, 0.8),
-        ("int4", 0.12, 0.15, 1.5),
+        pytest.param("nf4-double", 0.097, 0.105, 0.8, marks=thorough),
+        pytest.param("int4", 0.12, 0.15, 1.5, marks=thorough),
         ("int8", 0.007, 0.008, 0.01),
     ],
 )

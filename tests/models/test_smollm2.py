@@ -8,6 +8,7 @@ import pytest
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.models import from_pretrained, generate, load_tokenizer
 from tests.models import tiny
+from tests.support import thorough
 
 pytestmark = [pytest.mark.slow, pytest.mark.parity]
 
@@ -102,6 +103,7 @@ def test_logits(ours: Any, theirs: Any, batch: Any) -> None:
     tiny.assert_close(got[mask == 1], want[mask == 1])
 
 
+@thorough
 def test_greedy_text(ours: Any, theirs: Any, batch: Any) -> None:
     import torch
 

@@ -139,7 +139,8 @@ def test_a_tree_moves_as_far_as_theta():
     np.testing.assert_allclose(squares, 1 / size, rtol=0.1)  # an entry of any tensor
 
 
-@over("largest", [2**18, 30], often=["30"])
+@pytest.mark.slow
+@pytest.mark.parametrize("largest", [2**18, 30])
 def test_gradients_equal_finite_differences(largest, float64, monkeypatch):
     monkeypatch.setattr("lora_jax.subspace.moving._SMALL", largest)
     params = small(jnp.float64)

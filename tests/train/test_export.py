@@ -75,6 +75,7 @@ def logits(model, tree):
     return lj.adapt(model.apply)({"params": tree}, IDS)
 
 
+@pytest.mark.slow
 def test_a_run_as_a_peft_adapter(base, trained, tmp_path, capsys):
     output = tmp_path / "peft"
     export("--adapter", trained / "adapter", "--output", output)

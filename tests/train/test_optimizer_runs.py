@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lora_jax.training.run.checkpoints import Checkpoints
+from tests.support import thorough
 from tests.train.test_sft import adapter_of, assert_same, inputs, run  # noqa: F401
 from train.run.log import read_metrics
 
@@ -17,7 +18,10 @@ from train.run.log import read_metrics
     [
         "--optimizer schedule-free --rank 2 --dropout 0.1 --eval-every 2 --eval-questions 2",
         "--optimizer muon --rank 2 --bias adapted --train norm --lora-plus 4 --weight-decay 0.1",
-        "--optimizer muon --full --weight-decay 0.1 --schedule wsd --decay 0.5 --min-lr 0.1",
+        pytest.param(
+            "--optimizer muon --full --weight-decay 0.1 --schedule wsd --decay 0.5 --min-lr 0.1",
+            marks=thorough,
+        ),
         "--optimizer adafactor --full --schedule constant --warmup-ratio 0.3",
         "--optimizer lion --rank 2 --neftune 5 --freeze-a --grad-accum 2 --schedule inverse-sqrt",
     ],

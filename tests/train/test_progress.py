@@ -57,6 +57,7 @@ def samples_of(folder):
     return without_times(map(json.loads, (folder / "samples.jsonl").read_text().splitlines()))
 
 
+@pytest.mark.slow
 def test_the_adapter_of_a_run_is_the_best_by_its_metrics(chats, whole, tmp_path):
     losses = {
         line["step"]: line["eval_loss"] for line in read_metrics(whole) if "eval_loss" in line

@@ -43,6 +43,7 @@ def trained(inputs, tmp_path_factory):
     return run(inputs, folder, "--steps", 3, "--quantize", "nf4")
 
 
+@pytest.mark.slow
 def test_the_adapter_knows_the_codes_it_was_trained_over(inputs, trained, capsys):
     assert lj.adapter_info(trained / "adapter")["quantize"] == "nf4"
     size = json.loads((trained / "report.json").read_text())["base_bytes"]

@@ -96,6 +96,7 @@ def test_a_run_leaves_all_that_it_should(inputs, whole):
     assert any(np.any(parts["b"]) for parts in adapter_of(inputs, whole).values())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, whole, tmp_path, capsys):
     options = ["--schedule", "constant", "--lr", 3e-3, "--warmup", 1, "--dropout", 0.1]
     run(inputs, tmp_path, "--steps", 3, *options)

@@ -11,7 +11,7 @@ import pytest
 import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
-from tests.support import assert_close, assert_identical, over
+from tests.support import assert_close, assert_identical
 from tests.train.tiny import write_model, write_rows
 from train import export
 from train.adapters.source import find_adapter
@@ -46,7 +46,8 @@ def loaded(folder, output):
     return model, tree, jax.jit(lj.adapt(model.apply))({"params": tree}, IDS)
 
 
-@over("way", WAYS, often=["xs"])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_a_run_and_what_comes_of_it(folder, tmp_path, way):
     whole = run(folder, tmp_path / "run", *WAYS[way], "--steps", "2")
     facts = json.loads((whole / "facts.json").read_text())

@@ -101,6 +101,7 @@ def losses_of(report):
     return [line["loss"] for line in report.metrics if "loss" in line]
 
 
+@pytest.mark.slow
 def test_a_run_on_chats_is_its_parts_composed_by_hand():
     model, params = decoder()
     trained, report = training.finetune(

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import scipy.linalg
 
 from lora_jax.build import matrices_of
 from lora_jax.lorafy import lorafy, nodes_of
@@ -55,21 +56,33 @@ def intruders(base: np.ndarray, trained: np.ndarray) -> int:
       base, trained: [in, out], as ``x @ W`` uses them; PyTorch's left singular vectors, of
         [out, in], are their right ones.
     """
-    first = _right_vectors(trained)[:FIRST]
+    first = _right_vectors(trained, FIRST)
     cosines = np.abs(first @ _right_vectors(base).T)
     return int(np.sum(cosines.max(axis=1) < ALIKE))
 
 
-def _right_vectors(matrix: np.ndarray) -> np.ndarray:
+def _right_vectors(matrix: np.ndarray, most: int | None = None) -> np.ndarray:
     """Returns the right singular vectors as rows, the strongest first.
 
     From the eigenvectors of the smaller Gram matrix, which is several times as fast as an SVD.
+
+    Args:
+      matrix: [in, out].
+      most: how many at most; None for all.
     """
     matrix = matrix.astype(np.float64)
     rows, columns = matrix.shape
     if columns <= rows:
-        return np.linalg.eigh(matrix.T @ matrix)[1].T[::-1]
-    squares, left = np.linalg.eigh(matrix @ matrix.T)
+        return _eigh(matrix.T @ matrix, most)[1].T[::-1]
+    squares, left = _eigh(matrix @ matrix.T, most)
     order = np.argsort(squares)[::-1]
     order = order[squares[order] > squares.max() * np.finfo(np.float64).eps * rows]
     return (left[:, order].T @ matrix) / np.sqrt(squares[order])[:, None]
+
+
+def _eigh(matrix: np.ndarray, most: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the `most` largest eigenvalues, or all, in rising order, and their vectors."""
+    if most is None:
+        return np.linalg.eigh(matrix)  # divides and conquers, which is quicker for all of them
+    n = len(matrix)
+    return scipy.linalg.eigh(matrix, subset_by_index=(max(0, n - most), n - 1))

@@ -11,6 +11,7 @@ train.compare, and holds the finding's finding.md and finding.png beside its rep
 """
 
 import argparse
+import contextlib
 import dataclasses
 import shlex
 import sys
@@ -180,9 +181,16 @@ def _made(asked: Asked, session: Session) -> Made:
     if asked.finding.make is None:
         return Made({})
     folder = asked.output / MADE
+    ours = [one for one in (folder, asked.output) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     session.stop.remedy = resume_hint(_PROG)
-    made = asked.finding.make(folder, session)
+    try:
+        made = asked.finding.make(folder, session)
+    except BaseException:
+        for empty in ours:
+            with contextlib.suppress(OSError):  # something was made
+                empty.rmdir()
+        raise
     write_json(folder / _NOTES, {"notes": made.notes})
     return made
 

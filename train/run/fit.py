@@ -23,7 +23,7 @@ from lora_jax import subspace
 from lora_jax.training import fit as training
 from lora_jax.training.batches import Examples
 from lora_jax.training.data.order import Batches
-from lora_jax.training.held_out import held_out_loss
+from lora_jax.training.held_out import Formed, held_out_loss
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import Measure
 from lora_jax.training.losses import HELD_OUT, SCORE, Loss, Sums
@@ -189,6 +189,7 @@ def fit(
     loss: Loss,
     held_out: Examples | None,
     more: Callable[[Log | QuietLog], Iterable[Measure]] = lambda log: (),
+    formed: Formed | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Trains to the end and saves the adapter.
 
@@ -199,6 +200,7 @@ def fit(
       loss: the loss to minimise.
       held_out: examples that the loss is measured on every --eval-every steps.
       more: returns further measures, from the run's log.
+      formed: runs the held-out examples in place of `forward`.
 
     Returns:
       The adapted tree after the last step (the best one with --keep-best), and a report of time,
@@ -215,7 +217,7 @@ def fit(
             step = training.compile_step(ready, forward, loss)
             compile_seconds = time.perf_counter() - began
         log = _log(run, ready, int(ready.state.step), reporting)
-        measures = _measures(run, ready, forward, loss, held_out, more(log))
+        measures = _measures(run, ready, forward, loss, held_out, more(log), formed=formed)
         run.stop.remedy = run.hint
         trained, step_seconds = training.fit(
             ready,
@@ -300,11 +302,19 @@ def _measures(
     held_out: Examples | None,
     more: Iterable[Measure],
     evaluation: Callable[..., Sums] | None = None,
+    formed: Formed | None = None,
 ) -> list[Measure]:
     measures, every = [*more], run.config.run.eval_every
     if every and held_out is not None:
         of_loss = held_out_loss(
-            ready, forward, loss, held_out, every=every, stop=run.stop, evaluation=evaluation
+            ready,
+            forward,
+            loss,
+            held_out,
+            every=every,
+            stop=run.stop,
+            evaluation=evaluation,
+            formed=formed,
         )
         measures.insert(0, of_loss)
     return measures

@@ -1,5 +1,6 @@
 """The command on a tiny encoder: options, folders, and how it goes on."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from train.findings.__main__ import main
 from train.findings.making.made import Made
 from train.findings.making.words import write_rows
 from train.findings.reporting.pivot import Layout
+from train.run.errors import UserError
 
 SMALL = ["--ranks", "2", "--lrs", "1e-3", "4e-3", "--full-lrs", "1e-3", "--seeds", "0", "1"]
 SMALL += ["--rows", "48", "--batch-sizes", "8", "--warmup", "2", "--report-to", "none"]
@@ -59,6 +61,21 @@ def test_one_command_makes_rows_runs_and_a_table(made_up, tmp_path, capsys):
     (output / "finding.md").unlink()
     main(["rates", "--from", str(output)])
     assert (output / "finding.md").read_text() == text
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_where_nothing_could_be_made_no_folder_is_left(rows, tmp_path, monkeypatch, capsys):
+    def make(folder, session):
+        if rows:
+            write_rows(folder / "rows.csv", [("abc", "no")] * rows)
+        raise UserError("there is no more data")
+
+    failing = dataclasses.replace(catalog.FINDINGS["rates"], make=make)
+    monkeypatch.setitem(catalog.FINDINGS, "rates", failing)
+    with pytest.raises(SystemExit):
+        main(["rates", "--output", str(tmp_path / "out")])
+    assert "there is no more data" in capsys.readouterr().err
+    assert (tmp_path / "out").exists() == (rows > 0)
 
 
 def test_what_a_finding_makes_is_not_given(made_up, tmp_path, capsys):

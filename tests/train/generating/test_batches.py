@@ -102,6 +102,7 @@ def test_adapters_of_other_structures_answer_a_file_in_its_order(made, expected,
     assert [path.name for path in out.parent.iterdir()] == ["out.jsonl"]
 
 
+@pytest.mark.slow
 def test_lines_of_standard_input_are_answered_side_by_side(made, expected, monkeypatch, capsys):
     folder, *_ = made
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(PROMPTS[:3])))

@@ -132,11 +132,12 @@ def test_what_does_not_fit_is_told(plan):
     assert made["per_chip_bytes"]["total"] > 30 * GIB
 
 
+@thorough
 @pytest.mark.parametrize(
     ("model", "options", "base"),
     [
         ("8b", ("--topology", "v5e:1x1", "--batch-size", 1), 5.7),
-        pytest.param("70b", ("--topology", "v5e:2x4", "--batch-size", 8), 5.1, marks=thorough),
+        ("70b", ("--topology", "v5e:2x4", "--batch-size", 8), 5.1),
     ],
 )
 def test_a_base_in_4_bits_fits_where_bf16_does_not(model, options, base, plan):
@@ -172,6 +173,7 @@ plan.main()
 """
 
 
+@thorough
 def test_a_token_costs_its_experts_and_no_more(plan):
     """By ragged products, which are kernels, and are not without the compiler's option."""
     options = ("--topology", "v5e:2x2", "--batch-size", 4, "--rank", 8)

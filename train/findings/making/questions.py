@@ -18,27 +18,31 @@ ROWS, TEST_ROWS = 360, 96
 _SEED = 0
 
 
-def questions() -> tuple[list[Row], list[Row]]:
+def questions(test_rows: int = TEST_ROWS) -> tuple[list[Row], list[Row]]:
     """Returns (rows to train on, held-out rows), each row a chat.
 
     They are of the same databases; no held-out question stands among those to train on.
+
+    Args:
+      test_rows: how many to hold out, at most `TEST_ROWS`; fewer are the first of them.
     """
     drawn = training_examples(ROWS + 2 * TEST_ROWS, seed=_SEED)
     rows: list[Row] = [{"messages": [dict(turn) for turn in one.messages]} for one in drawn]
     train = rows[:ROWS]
     seen = {json.dumps(row) for row in train}
-    return train, [row for row in rows[ROWS:] if json.dumps(row) not in seen][:TEST_ROWS]
+    return train, [row for row in rows[ROWS:] if json.dumps(row) not in seen][:test_rows]
 
 
-def make(folder: Path, session: Session) -> Made:
+def make(folder: Path, session: Session, test_rows: int = TEST_ROWS) -> Made:
     """Writes the questions; returns the options that name their files.
 
     Args:
       folder: where they go.
       session: not needed, as nothing is trained.
+      test_rows: how many to hold out; see `questions`.
     """
     del session
-    train, held_out = questions()
+    train, held_out = questions(test_rows)
     paths = {"dataset": folder / "questions.jsonl", "eval_dataset": folder / "held-out.jsonl"}
     for path, rows in zip(paths.values(), (train, held_out), strict=True):
         write_lines(path, rows)
