@@ -24,7 +24,7 @@ from lora_jax.models import (
     save_pretrained,
 )
 from tests.models import tiny
-from tests.support import over, with_random_factors
+from tests.support import over, thorough, with_random_factors
 
 CASE = "qwen3"  # tied, with norms of its own
 INDEX = "model.safetensors.index.json"
@@ -337,6 +337,7 @@ def in_transformers(folder: Path, ids: np.ndarray) -> np.ndarray:
         return model.eval()(torch.from_numpy(ids).long()).logits.float().numpy()
 
 
+@thorough
 @pytest.mark.parity
 @pytest.mark.parametrize("case", list(tiny.CASES))
 def test_transformers_reads_it(case: str, tmp_path: Path) -> None:
@@ -352,7 +353,7 @@ def test_transformers_reads_it(case: str, tmp_path: Path) -> None:
 def test_transformers_reads_a_merged_export(case: str, tmp_path: Path) -> None:
     model, params = tiny.decoder(case)
     adapted = with_random_factors(lj.lorafy(params, RULES))
-    save_pretrained(tmp_path / "out", model, lj.merge(adapted))
+    save_pretrained(tmp_path / "out", model, lj.merge(adapted), max_shard_size=5000)
     ids = tiny.tokens(1, 2, 11)
     got = in_transformers(tmp_path / "out", ids)
     forward = jax.jit(lj.adapt(model.apply), compiler_options=tiny.FAST_COMPILE)

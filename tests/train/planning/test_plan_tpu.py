@@ -101,6 +101,7 @@ def plan(tmp_path_factory):
 OF_7B = ("--topology", "v5e:4x4", "--mesh", "fsdp=16", "--batch-size", 16)
 
 
+@thorough
 def test_llama_2_7b(plan):
     made = plan("7b", *OF_7B, "--rank", 8)
     assert made["fits"] and made["per_chip_bytes"]["total"] <= 4.0 * GIB
