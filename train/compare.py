@@ -196,7 +196,7 @@ def compare(
     )
     session.stop.remedy = resume_hint(prog)
     part = Part(reader=reader, hint=session.stop.remedy)
-    counting = functools.partial(_intruders, inputs) if asked.intruders else None
+    counting = functools.partial(_intruders, inputs, {}) if asked.intruders else None
     sweep = Sweep(
         script=script.name,
         folder=folder,
@@ -239,8 +239,8 @@ def compare(
     return found
 
 
-def _intruders(inputs: Inputs, run: Run, tree: Any) -> float:
-    """Returns the intruder dimensions of a run's tree."""
+def _intruders(inputs: Inputs, known: dict[Any, Any], run: Run, tree: Any) -> float:
+    """Returns the intruder dimensions of a run's tree; keeps what it finds out of the base."""
     outline, layout = inputs.read.outline, inputs.layout
     adapter = run.config.adapter
     if moves_weights(adapter):  # the tree holds no base, or one that a subspace moves
@@ -248,7 +248,7 @@ def _intruders(inputs: Inputs, run: Run, tree: Any) -> float:
     else:
         before = lj.strip(tree)
     after = merged(space_of(run.config, outline.params), tree)
-    return mean_intruders(before, after, outline.kinds)
+    return mean_intruders(before, after, outline.kinds, known)
 
 
 def _locked(config: Any, session: Session, console: Console) -> Path:

@@ -21,16 +21,27 @@ from lora_jax.weight import leaves_of
 FIRST = 10
 ALIKE = 0.5
 MOST = 60  # matrices of a model, evenly spread: each costs two decompositions
+_KEPT = 2**29  # bytes of the base's singular vectors
+
+Place = tuple[str, tuple[int, ...]]  # the path of a leaf, and the index of a matrix in it
 
 
-def mean_intruders(base: Any, trained: Any, kinds: Mapping[str, str] | None = None) -> float:
+def mean_intruders(
+    base: Any,
+    trained: Any,
+    kinds: Mapping[str, str] | None = None,
+    known: dict[Place, np.ndarray] | None = None,
+) -> float:
     """Returns the number of intruder dimensions of a matrix, averaged over matrices of all layers.
 
     Args:
       base: the parameters before training.
       trained: those after it, merged.
       kinds: the part of the model that each leaf belongs to; see `lora_jax.lorafy`.
+      known: singular vectors of the base, from earlier calls with the same one; this call adds
+        to them, up to half a gigabyte.
     """
+    known = {} if known is None else known
     outline = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), trained)
     rule = LoraRule(targets=ALL_LINEAR, rank=1)
     adapted: dict[str, Any] = nodes_of(lorafy(outline, [rule], kinds=kinds))
@@ -44,24 +55,31 @@ def mean_intruders(base: Any, trained: Any, kinds: Mapping[str, str] | None = No
     counts = []
     for path, group in itertools.groupby((places[i] for i in chosen), lambda place: place[0]):
         roles = adapted[path].roles
-        pair = [np.asarray(matrices_of(leaves[path], roles)) for leaves in (before, after)]
-        counts += [intruders(*(matrices[index] for matrices in pair)) for _, index in group]
+        old, new = (np.asarray(matrices_of(leaves[path], roles)) for leaves in (before, after))
+        for place in group:
+            index = place[1]
+            vectors = known.get(place)
+            if vectors is None:
+                vectors = right_vectors(old[index])
+                if sum(x.nbytes for x in known.values()) + vectors.nbytes <= _KEPT:
+                    known[place] = vectors
+            counts.append(intruders(vectors, new[index]))
     return float(np.mean(counts))
 
 
-def intruders(base: np.ndarray, trained: np.ndarray) -> int:
+def intruders(vectors: np.ndarray, trained: np.ndarray) -> int:
     """Returns how many of a trained matrix's first singular vectors are foreign to the base's.
 
     Args:
-      base, trained: [in, out], as ``x @ W`` uses them; PyTorch's left singular vectors, of
-        [out, in], are their right ones.
+      vectors: `right_vectors` of the base's matrix.
+      trained: [in, out], as ``x @ W`` uses it; PyTorch's left singular vectors, of [out, in], are
+        its right ones.
     """
-    first = _right_vectors(trained, FIRST)
-    cosines = np.abs(first @ _right_vectors(base).T)
+    cosines = np.abs(right_vectors(trained, FIRST) @ vectors.T)
     return int(np.sum(cosines.max(axis=1) < ALIKE))
 
 
-def _right_vectors(matrix: np.ndarray, most: int | None = None) -> np.ndarray:
+def right_vectors(matrix: np.ndarray, most: int | None = None) -> np.ndarray:
     """Returns the right singular vectors as rows, the strongest first.
 
     From the eigenvectors of the smaller Gram matrix, which is several times as fast as an SVD.

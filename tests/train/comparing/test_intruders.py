@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pytest import approx
 
 import lora_jax as lj
-from train.comparing.intruders import ALIKE, FIRST, intruders, mean_intruders
+from train.comparing.intruders import ALIKE, FIRST, intruders, mean_intruders, right_vectors
 
 
 def matrix(rows, columns, seed=0):
@@ -32,11 +33,12 @@ def test_planted_directions_are_counted(shape):
         planted += strength * np.outer(
             *(x / np.linalg.norm(x) for x in (rng.normal(size=shape[0]), rng.normal(size=shape[1])))
         )
-    assert intruders(base, base) == 0
-    assert intruders(base, base * 1.5) == 0, "scaled: the same directions"
-    assert intruders(base, planted) == by_svd(base, planted) == 3  # a random direction: cos ≈ 0.3
+    vectors = right_vectors(base)
+    assert intruders(vectors, base) == 0
+    assert intruders(vectors, base * 1.5) == 0, "scaled: the same directions"
+    assert intruders(vectors, planted) == by_svd(base, planted) == 3  # a random direction: cos ≈ 0.3
     turned = base + 0.4 * rng.normal(size=shape)
-    assert intruders(base, turned) == by_svd(base, turned), "a change of full rank"
+    assert intruders(vectors, turned) == by_svd(base, turned), "a change of full rank"
 
 
 def test_a_tree_counts_each_layer_of_a_stack_and_no_table():
@@ -53,4 +55,8 @@ def test_a_tree_counts_each_layer_of_a_stack_and_no_table():
     assert mean_intruders(base, base) == 0
     changed = np.asarray(trained["layers"]["up"]["kernel"])
     by_hand = [by_svd(layers[i], changed[i]) for i in range(3)]
-    assert by_hand == [0, 1, 0] and mean_intruders(base, trained) == pytest.approx(1 / 3)
+    known = {}
+    assert by_hand == [0, 1, 0] and mean_intruders(base, trained, known=known) == approx(1 / 3)
+    assert [index for _, index in known] == [(0,), (1,), (2,)]
+    assert mean_intruders(trained, trained) == 0
+    assert mean_intruders(trained, trained, known=known) == approx(1 / 3), "the base is known"
