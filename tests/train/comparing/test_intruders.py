@@ -36,7 +36,7 @@ def test_planted_directions_are_counted(shape):
     vectors = right_vectors(base)
     assert intruders(vectors, base) == 0
     assert intruders(vectors, base * 1.5) == 0, "scaled: the same directions"
-    assert intruders(vectors, planted) == by_svd(base, planted) == 3  # a random direction: cos ≈ 0.3
+    assert intruders(vectors, planted) == by_svd(base, planted) == 3  # at random: cos ≈ 0.3
     turned = base + 0.4 * rng.normal(size=shape)
     assert intruders(vectors, turned) == by_svd(base, turned), "a change of full rank"
 
