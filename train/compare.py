@@ -82,7 +82,8 @@ SCRIPTS: dict[str, tuple[Any, Script]] = {
             task_of=sft.task_of,
             check=sft.check,
             with_defaults=sft.with_defaults,
-            quick={"steps": 12, "warmup": 2, "batch_size": 4, "eval_questions": 8, "seeds": (0, 1)},
+            quick={"steps": 10, "warmup": 2, "batch_size": 2, "eval_questions": 8, "seeds": (0, 1)},
+            quick_full=(1.0, 3.0),
         ),
     ),
     "classify": (
@@ -94,6 +95,7 @@ SCRIPTS: dict[str, tuple[Any, Script]] = {
             check=classify.check,
             with_defaults=classify_options.with_defaults,
             quick={"epochs": 1.0, "seeds": (0, 1)},
+            quick_full=(1.0, 3.0, 9.0),
         ),
     ),
 }

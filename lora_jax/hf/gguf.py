@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -126,11 +127,32 @@ def open_gguf(path: Path) -> tuple[Any, Any]:
     except ImportError:
         raise ImportError("reading a GGUF file needs the package gguf: pip install gguf") from None
     try:
-        return gguf, gguf.GGUFReader(path)
+        status = path.stat()
+        return gguf, _reader(path.absolute(), status.st_mtime_ns, status.st_size)
     except FileNotFoundError:
         raise
     except Exception as error:  # the reader raises whatever its cursor runs into
         raise WeightsError(f"{path} is damaged or cut short: {error}") from None
+
+
+@functools.lru_cache(maxsize=2)  # tokenizer, configuration and weights are read one by one
+def _reader(path: Path, changed: int, size: int) -> Any:
+    """Returns gguf's reader of a file, with its arrays as plain ones.
+
+    It slices its file for each token of a vocabulary, and slices of a memmap cost several times as
+    much.
+
+    Args:
+      path: the file.
+      changed, size: when it was changed, and its bytes; another file is read anew.
+    """
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    return Reader(path)
 
 
 def _hf_name(name: str) -> str:

@@ -104,6 +104,28 @@ def test_a_file_is_read_bitwise(case: str, tmp_path: Path) -> None:
     assert theirs.eos_token_ids == (7,)
 
 
+def test_a_file_is_parsed_once_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, params = tiny.decoder("llama2")
+    path, parsed = tmp_path / "model.gguf", []
+    init = gguf.GGUFReader.__init__
+
+    def counted(self: Any, *args: Any) -> None:
+        parsed.append(args)
+        init(self, *args)
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", counted)
+    write(path, "llama2", params)
+    one, same = from_pretrained(path)[1], from_pretrained(path)[1]
+    assert len(parsed) == 1
+    write(path, "llama2", jax.tree.map(lambda x: 2 * x, params))  # of the same size
+    other = from_pretrained(path)[1]
+    assert len(parsed) == 2
+    jax.tree.map(np.testing.assert_array_equal, one, same)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(2 * x, y), one, other)
+
+
 def test_quantised_weights_are_dequantised(tmp_path: Path) -> None:
     _, params = tiny.decoder("llama2")
     path = tmp_path / "model.gguf"

@@ -44,11 +44,13 @@ class Basis(NamedTuple):
       rates: the learning rate of an adapter ("lora"), and of each method that has another; of a
         subspace the one at 10,000 dimensions.
       batch_size: rows a step.
+      quick_full: the multiples of full fine-tuning's rate to try in a first look.
     """
 
     alpha: float
     rates: dict[str, float]
     batch_size: int
+    quick_full: tuple[float, ...] = _AROUND_FULL[1:]
 
 
 def arms_of(compare: CompareConfig, basis: Basis) -> list[Arm]:
@@ -75,7 +77,8 @@ def arms_of(compare: CompareConfig, basis: Basis) -> list[Arm]:
             arms += _of_subspace(method, compare, basis, batch_sizes)
             continue
         given = compare.full_lrs if method == "full" else compare.lrs
-        rates = given or _around(basis.rates[method], _AROUND_FULL[compare.quick :])
+        factors = basis.quick_full if compare.quick else _AROUND_FULL
+        rates = given or _around(basis.rates[method], factors)
         arms += [
             Arm(method, None, None, None, rate, size)
             for size, rate in itertools.product(batch_sizes, rates)

@@ -30,9 +30,9 @@ from train.run.options.written import as_file
 from train.run.output import REPORT
 from train.run.processes.session import Session
 
-STEPS = 8  # of a timed run
-_ROWS, _PROMPT, _TOKENS, _LENGTH = 8, 64, 24, 128
-_ROUNDS = 3
+STEPS = 6  # of a timed run
+_ROWS, _PROMPT, _TOKENS, _LENGTH = 8, 64, 16, 128
+_ROUNDS = 2
 _ROOT = Path(__file__).parents[2]  # of the scripts
 
 

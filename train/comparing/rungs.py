@@ -5,8 +5,8 @@ Jamieson and Talwalkar, *Non-stochastic Best Arm Identification* (2016); Li et a
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from train.comparing.result import Arm, Rung
@@ -32,7 +32,7 @@ MEASUREMENTS = 8  # of the held-out loss in a run
 RULE = (
     "after an eighth of the steps, and not before the learning rate's warmup is over, the quarter "
     "of a method's settings (rounded up) with the lowest held-out loss, averaged over the seeds, "
-    "goes on; after half of the steps, half of those"
+    "goes on; after half of the steps, half of those, if a method has more than one left"
 )
 
 
@@ -53,6 +53,17 @@ def step_of(stage: Stage, steps: int, every: int, warmup: int = 0) -> int:
     return min(steps, every * math.ceil(max(stage.share * steps, warmup) / every))
 
 
+def chooses(stage: Stage, arms: Collection[Arm]) -> bool:
+    """Returns whether a stage stops any of these arms: of a method's only arm it stops none."""
+    counts = Counter(arm.method for arm in arms)
+    return any(_kept(stage, n) < n for n in counts.values())
+
+
+def _kept(stage: Stage, n: int) -> int:
+    """Returns how many of a method's n arms go on after a stage."""
+    return max(1, math.ceil(stage.kept * n))
+
+
 def decide(stage: Stage, losses: Mapping[Arm, float], share: float) -> Rung:
     """Returns which arms go on after a stage.
 
@@ -69,7 +80,7 @@ def decide(stage: Stage, losses: Mapping[Arm, float], share: float) -> Rung:
     for arms in methods.values():
         alive = [arm for arm in arms if not math.isnan(losses[arm])]
         alive.sort(key=lambda arm: losses[arm])  # stable: of equals, the first that was named
-        kept += alive[: max(1, math.ceil(stage.kept * len(arms)))]
+        kept += alive[: _kept(stage, len(arms))]
     ordered = sorted(losses, key=lambda arm: (math.isnan(losses[arm]), losses[arm]))
     return Rung(
         share=share,

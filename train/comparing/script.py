@@ -19,6 +19,8 @@ class Script(NamedTuple):
       task_of, check: see `train.sft`.
       with_defaults: fills in a task's defaults.
       quick: options of a first look, where they are not given.
+      quick_full: the multiples of the script's learning rate that it then tries in full
+        fine-tuning.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Script(NamedTuple):
     check: Callable[[Any], None]
     with_defaults: Callable[[Any, Defaults], Any]
     quick: dict[str, Any]
+    quick_full: tuple[float, ...]
 
     @property
     def kind(self) -> str:

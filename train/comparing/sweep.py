@@ -86,6 +86,9 @@ class Sweep:
             before = stages[number - 1] if number and stage is not rungs.LAST else None
             # After a long warmup, two stages may end at one step.
             there = [one for one in waiting if before and _end(before, one) == _end(stage, one)]
+            chooses = rungs.chooses(stage, self._alive())
+            if stage is not rungs.LAST and not chooses:
+                there = waiting  # on to the next one: to end here would cost time for nothing
             for trial in there:
                 self.record.of(trial.name).stages = number + 1
             waiting = [trial for trial in waiting if trial not in there]
@@ -93,12 +96,16 @@ class Sweep:
                 self._say(number, len(stages), stage, waiting)
             for group in self._groups(waiting):
                 self._train(group, number, stage)
-            if stage is not rungs.LAST and number == len(self.record.rungs):
+            if chooses and number == len(self.record.rungs):
                 self._decide(stage)
 
     def stopped_arms(self) -> set[Arm]:
         """Returns the arms that the rule has stopped."""
         return {arm for rung in self.record.rungs for arm, _ in rung.stopped}
+
+    def _alive(self) -> set[Arm]:
+        """Returns the arms that the rule has not stopped."""
+        return {trial.arm for trial in self.trials} - self.stopped_arms()
 
     def is_over(self, trial: Trial) -> bool:
         """Returns whether a run needs no more training."""

@@ -76,7 +76,7 @@ def basis_of(script: Script, options: Any) -> arms.Basis:
             )
         rates[name] = completed.optim.lr
     alpha = script.task_of(options).defaults.alpha
-    return arms.Basis(alpha, rates, options.optim.batch_size)
+    return arms.Basis(alpha, rates, options.optim.batch_size, script.quick_full)
 
 
 def trials_of(

@@ -9,7 +9,7 @@ from train.classify import parse
 from train.compare import SCRIPTS
 from train.comparing.arms import Basis, arms_of, name_of, settings
 from train.comparing.options import CompareConfig
-from train.comparing.rungs import LAST, STAGES, decide, step_of
+from train.comparing.rungs import LAST, STAGES, chooses, decide, step_of
 from train.comparing.trials import basis_of
 from train.run.options import classify
 
@@ -117,6 +117,13 @@ def test_each_method_keeps_its_best_and_what_failed_never_goes_on():
     assert [arm for arm, _ in rung.stopped] == [lora(32)]
     alone = decide(STAGES[0], {lora(2): math.nan}, 0.125)
     assert not alone.kept, "the only one failed"
+
+
+def test_a_stage_at_which_each_method_has_one_arm_stops_nothing():
+    assert not chooses(STAGES[0], [lora(2), full()])
+    assert chooses(STAGES[0], [lora(2), lora(8), full()])
+    three = [lora(2), lora(8), lora(32)]
+    assert chooses(STAGES[1], three) and not chooses(LAST, three)
 
 
 @pytest.mark.parametrize(
