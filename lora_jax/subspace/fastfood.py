@@ -25,6 +25,7 @@ from lora_jax.subspace.hadamard import hadamard_transform
 # Another value of these makes other projections of the same seed: saved subspaces would be lost.
 _ROUNDS = 4
 _PIECE = 2**18
+_PIECES = 4  # at once: two cores draw a third faster than one by one, and no slower than all
 MOST = 2**31  # entries of a tensor, and of θ_d: indices are 32-bit
 _CACHED = 2**15  # entries that a CPU core's cache holds
 
@@ -125,6 +126,7 @@ def _normals(key: jax.Array, blocks: int, n: int) -> jax.Array:
     pieces = jax.lax.map(
         lambda key: jax.random.normal(key, (blocks, piece), jnp.float32),
         jax.random.split(key, n // piece),
+        batch_size=_PIECES,
     )
     return pieces.swapaxes(0, 1).reshape(blocks, n)
 
