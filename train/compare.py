@@ -82,7 +82,10 @@ SCRIPTS: dict[str, tuple[Any, Script]] = {
             task_of=sft.task_of,
             check=sft.check,
             with_defaults=sft.with_defaults,
-            quick={"steps": 10, "warmup": 2, "batch_size": 2, "eval_questions": 8, "seeds": (0, 1)},
+            quick={
+                **{"steps": 8, "warmup": 2, "batch_size": 2, "seeds": (0, 1)},
+                **{"eval_every": 2, "eval_questions": 8},
+            },
             quick_full=(1.0, 3.0),
         ),
     ),
