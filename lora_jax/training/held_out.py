@@ -20,7 +20,7 @@ from lora_jax.training.step import State, make_evaluation
 
 
 class Formed(NamedTuple):
-    """How to run a tree whose weights are costly to form: once for each measurement.
+    """Runs a tree whose weights are costly to form: they are formed once for each measurement.
 
     Attributes:
       form: returns a plain tree from the adapted one.
