@@ -132,17 +132,12 @@ def start(shared, each, *, devices, processes=1, script="sft", last=()):
     for options in each:
         words += ["--", *map(str, options)]
     command = [sys.executable, str(ROOT / "tests/train/mesh_runs.py"), str(devices)]
-    kept = {  # what a test's later processes need not compile again
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(Path(shared[1]).parent / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
     return [
         subprocess.Popen(
             [*command, f"{process}/{processes}", str(port), script, *words]
             + [str(word) for word in last if process == processes - 1],
             cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **kept},
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
