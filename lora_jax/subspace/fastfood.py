@@ -25,7 +25,7 @@ from lora_jax.subspace.hadamard import hadamard_transform
 # Another value of these makes other projections of the same seed: saved subspaces would be lost.
 _ROUNDS = 4
 _PIECE = 2**18
-_PIECES = 4  # at once: two cores draw a third faster than one by one, and no slower than all
+_PIECES = 4  # at once, for the cores of a CPU
 MOST = 2**31  # entries of a tensor, and of θ_d: indices are 32-bit
 _CACHED = 2**15  # entries that a CPU core's cache holds
 

@@ -50,7 +50,7 @@ class Basis(NamedTuple):
     alpha: float
     rates: dict[str, float]
     batch_size: int
-    quick_full: tuple[float, ...] = _AROUND_FULL[1:]
+    quick_full: tuple[float, ...]
 
 
 def arms_of(compare: CompareConfig, basis: Basis) -> list[Arm]:

@@ -15,7 +15,7 @@ from train.run.options import classify
 
 RATES = {"lora": 3e-4, "full": 3e-5, "head-only": 1e-2, "said": 0.06, "did": 0.06}
 RATES |= {"lora-xs": 6e-4, "vera": 3e-3}
-BASIS = Basis(alpha=2.0, rates=RATES, batch_size=8)
+BASIS = Basis(alpha=2.0, rates=RATES, batch_size=8, quick_full=(1.0, 3.0, 9.0))
 
 
 def test_arms_are_all_combinations_of_what_was_given():
