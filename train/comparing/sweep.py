@@ -25,7 +25,7 @@ from train.comparing.options import has_adapter
 from train.comparing.record import Record
 from train.comparing.result import Arm
 from train.comparing.rungs import Stage
-from train.comparing.trials import Trial
+from train.comparing.trials import Trial, groups_of
 from train.finetune import Part, finetune
 from train.many.one import Asked, One
 from train.many.runs import train_rows
@@ -94,7 +94,7 @@ class Sweep:
             waiting = [trial for trial in waiting if trial not in there]
             if waiting:
                 self._say(number, len(stages), stage, waiting)
-            for group in self._groups(waiting):
+            for group in groups_of(waiting, self.at_once):
                 self._train(group, number, stage)
             if chooses and number == len(self.record.rungs):
                 self._decide(stage)
@@ -122,14 +122,6 @@ class Sweep:
             highlight=False,
             soft_wrap=True,
         )
-
-    def _groups(self, waiting: Sequence[Trial]) -> list[list[Trial]]:
-        """Returns the runs as they train: adapters in groups, the others alone."""
-        adapters = [trial for trial in waiting if has_adapter(trial.arm.method)]
-        # In one step, adapters of one kind and rank share a stack.
-        adapters.sort(key=lambda trial: (trial.arm.rank or 0, trial.arm.method))
-        groups = [adapters[i : i + self.at_once] for i in range(0, len(adapters), self.at_once)]
-        return groups + [[trial] for trial in waiting if not has_adapter(trial.arm.method)]
 
     def _train(self, group: Sequence[Trial], number: int, stage: Stage) -> None:
         """Trains a group to the end of a stage, and records what came of it."""

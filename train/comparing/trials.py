@@ -1,14 +1,14 @@
 """The runs of a comparison, checked against model and data before anything is trained."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lora_jax as lj
 from lora_jax.training.errors import TrainingError
 from train.comparing import arms
-from train.comparing.options import OF_CLASSIFIER, OF_SUBSPACE, TINY, CompareConfig
+from train.comparing.options import OF_CLASSIFIER, OF_SUBSPACE, TINY, CompareConfig, has_adapter
 from train.comparing.peft_experiment import read_experiment
 from train.comparing.result import Arm
 from train.comparing.rungs import MEASUREMENTS
@@ -118,6 +118,24 @@ def trials_of(
         raise UserError(f"two runs are called {twice[0]}: leave out settings that are nearly equal")
     assert inputs is not None
     return trials, inputs
+
+
+def groups_of(trials: Sequence[Trial], at_once: int) -> list[list[Trial]]:
+    """Returns the runs as they train: adapters in groups of at most `at_once`, the others alone."""
+    adapters = [trial for trial in trials if has_adapter(trial.arm.method)]
+    adapters.sort(key=_likeness)
+    groups = [adapters[i : i + at_once] for i in range(0, len(adapters), at_once)]
+    return groups + [[trial] for trial in trials if not has_adapter(trial.arm.method)]
+
+
+def _likeness(trial: Trial) -> tuple[Any, ...]:
+    """Returns the key that sorts runs by what they can share.
+
+    In one step, adapters of one method, rank and selection share a stack, in which smaller batches
+    are filled up to the largest.
+    """
+    arm = trial.arm
+    return arm.rank or 0, arm.method, arm.targets or (), arm.batch_size
 
 
 class _Asked(NamedTuple):

@@ -1,6 +1,7 @@
 """The settings of a comparison, and the rule that stops hopeless ones."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +11,7 @@ from train.compare import SCRIPTS
 from train.comparing.arms import Basis, arms_of, name_of, settings
 from train.comparing.options import CompareConfig
 from train.comparing.rungs import LAST, STAGES, chooses, decide, step_of
-from train.comparing.trials import basis_of
+from train.comparing.trials import basis_of, groups_of
 from train.run.options import classify
 
 RATES = {"lora": 3e-4, "full": 3e-5, "head-only": 1e-2, "said": 0.06, "did": 0.06}
@@ -32,6 +33,20 @@ def test_arms_are_all_combinations_of_what_was_given():
     assert {arm.rank for arm in whole} == {None}
     few = arms_of(CompareConfig(quick=True), BASIS)
     assert {arm.rank for arm in few} == {8, None} and len(few) == 3 + 3
+
+
+def test_runs_of_one_rank_targets_and_batch_size_train_together():
+    asked = CompareConfig(
+        ranks=(2, 8), target_sets=("attention", "mlp"), lrs=(1e-3, 3e-3), batch_sizes=(4, 16)
+    )
+    trials = [SimpleNamespace(arm=arm) for arm in arms_of(asked, BASIS)]
+    groups = groups_of(trials, at_once=2)
+    assert sum(len(group) == 2 for group in groups) == 2 * 2 * 2
+    for group in groups:
+        assert len({trial.arm.at_any_rate() for trial in group}) == 1
+        assert len(group) == (1 if group[0].arm.method == "full" else 2)
+    every = [trial for group in groups_of(trials, at_once=3) for trial in group]
+    assert len(every) == len(trials) and all(trial in every for trial in trials)
 
 
 def test_settings_and_names_tell_runs_apart():
