@@ -101,11 +101,18 @@ class Weighted(Examples):
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
 
+    @property
+    def by_length(self) -> np.ndarray:
+        """Returns the rows in the order in which `parts` yields them: [n]."""
+        n = len(self)
+        return np.arange(n) if self.groups is None else np.argsort(self.groups, kind="stable")
+
     def parts(self, batch_size: int) -> Iterator[Batch]:
-        """Yields all rows in order, in batches of one shape; weights of 0 fill up the last."""
+        """Yields all rows, by length, in batches of few shapes; weights of 0 fill up the last."""
+        order = self.by_length
         for first in range(0, len(self), batch_size):
             rows = np.arange(first, first + batch_size)
-            part = self.take(rows % len(self))
+            part = self.take(order[rows % len(self)])
             real = rows < len(self)
             part["weights"] = part["weights"] * real.reshape(-1, *[1] * (self.weights.ndim - 1))
             yield part

@@ -23,6 +23,7 @@ from train.run.options.sft import Config
 from train.run.output import saved_options
 from train.run.pretrained import Outline, read_outline
 from train.run.processes import hosts
+from train.tasks.lengths import padding_line
 from train.tasks.task import Data, Rows, Task
 
 _LARGE = 2**30  # bytes of files that are better streamed
@@ -181,19 +182,12 @@ def hold_out(
 
 def described(packs: Packs, *, packing: bool) -> str:
     """Returns how full the padded or packed sequences are, in words."""
-    filled, n = f"{100 * packs.filled:.1f}% filled", len(packs.lengths)
     if packing:
         return (
             f"{len(packs.numbers):,} rows are packed into {len(packs):,} sequences of "
-            f"{packs.lengths[-1]} tokens, {filled}"
+            f"{packs.lengths[-1]} tokens, {100 * packs.filled:.1f}% filled"
         )
-    if n == 1:
-        return f"{len(packs):,} rows are padded to {packs.lengths[0]} tokens, {filled}"
-    lengths = ", ".join(map(str, packs.lengths))
-    return (
-        f"{len(packs):,} rows are batched by length: {n} lengths, {lengths}, {filled}; the step is "
-        "compiled for each when it comes"
-    )
+    return padding_line(len(packs), "rows", packs.lengths, packs.filled)
 
 
 def _drawn(config: Config, of: tuple[str, int], held_out: np.ndarray) -> str:

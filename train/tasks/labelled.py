@@ -27,6 +27,7 @@ from train.tasks.classes import (
     print_scores,
     scores_of,
 )
+from train.tasks.lengths import padding_line
 from train.tasks.task import Context, Data, Evaluation, Progress, Rows, Task
 
 # Maps (rows to train on, texts) to (the baseline's name, a label for each text).
@@ -75,10 +76,17 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
         measured=spread(test, config.run.eval_rows),
         name=lambda row: repr(rows.train[row][data.text]),
         source=data.dataset,
-        facts={"labels": names, "sequence_length": train.ids.shape[1]},
-        lines=tuple(
-            f"{len(part)} texts {what}: {_shares(part, data.label)}"
-            for what, part in (("to train on", rows.train), ("to test on", rows.held_out))
+        facts={
+            "labels": names,
+            "sequence_length": train.lengths[-1],
+            "lengths": train.lengths,
+        },
+        lines=(
+            *(
+                f"{len(part)} texts {what}: {_shares(part, data.label)}"
+                for what, part in (("to train on", rows.train), ("to test on", rows.held_out))
+            ),
+            padding_line(len(train), "texts", train.lengths, train.filled),
         ),
     )
 

@@ -12,6 +12,7 @@ import optax
 
 from lora_jax.training.batches import Batch, Weighted, round_up
 from lora_jax.training.data.chats import Mapped, one_by_one
+from lora_jax.training.data.packing import few_lengths
 from lora_jax.training.data.rows import Row, field_names, name_of
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.losses import Sums, number_of_units
@@ -22,6 +23,8 @@ _BLOCK = 256  # texts that are encoded at once
 @dataclasses.dataclass(frozen=True)
 class Labelled(Weighted):
     """Holds texts ready to be batched, int32.
+
+    A batch is cut to the smallest of `lengths` that holds its texts, so that a step has few shapes.
 
     Attributes:
       ids: [n, seq], tokens.
@@ -35,6 +38,35 @@ class Labelled(Weighted):
     attention_mask: np.ndarray
     token_type_ids: np.ndarray
     labels: np.ndarray
+
+    @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Returns the lengths that batches have, ascending."""
+        return few_lengths(round_up(self._sizes, self.ids.shape[-1]))
+
+    @functools.cached_property
+    def groups(self) -> np.ndarray:
+        """Returns for each text the index of the smallest of `lengths` that holds it: [n]."""
+        return np.searchsorted(self.lengths, self._sizes)
+
+    @functools.cached_property
+    def _sizes(self) -> np.ndarray:
+        """Returns the places up to the last token of each text: [n]."""
+        places = np.arange(1, self.ids.shape[-1] + 1)
+        return np.where(self.attention_mask != 0, places, 0).max(axis=-1, initial=0)
+
+    @property
+    def filled(self) -> float:
+        """Returns the share of tokens in the padded texts that are no padding."""
+        return float(self._sizes.sum() / np.asarray(self.lengths)[self.groups].sum())
+
+    def take(self, rows: np.ndarray) -> Batch:
+        """Returns the texts at the indices `rows`, of any shape, as long as the longest needs."""
+        length = self.lengths[self.groups[rows].max()]
+        return {
+            name: array if name in ("labels", "weights") else array[..., :length]
+            for name, array in super().take(rows).items()
+        }
 
     def tokens(self, batch: Batch) -> int:
         """Returns the number of tokens in a batch, without padding."""
@@ -252,7 +284,9 @@ def predict(model: Any, params: Any, examples: Labelled, batch_size: int) -> np.
     """
     run = functools.partial(_probabilities, getattr(model, "apply", model))
     parts = [np.asarray(run(params, part)) for part in examples.parts(batch_size)]
-    return np.concatenate(parts)[: len(examples)]
+    found = np.concatenate(parts)[: len(examples)]
+    found[examples.by_length] = found.copy()
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=0)
