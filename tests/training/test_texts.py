@@ -39,6 +39,8 @@ def test_a_batch_is_cut_to_what_its_texts_need():
             expected = whole[name][..., :length] if of_tokens else whole[name]
             np.testing.assert_array_equal(array, expected)
         assert batch["attention_mask"].sum() == whole["attention_mask"].sum()
+    many = drawn([5, 13, 20, 28, 37] * N, seq=40)
+    assert len(many.lengths) == 4 and many.lengths[-1] == 40, "a step is compiled for each"
     few = drawn(LENGTHS * 9)
     assert few.lengths == (24,), "too few texts to compile a step for each length"
     to_the_left = Labelled(

@@ -17,6 +17,9 @@ from lora_jax.training.data.rows import Row, field_names, name_of
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.losses import Sums, number_of_units
 
+# Steps, losses and predictions are compiled for each. Encoders are small: a longer list saves less
+# padding than it costs.
+MOST_LENGTHS = 4
 _BLOCK = 256  # texts that are encoded at once
 
 
@@ -42,7 +45,7 @@ class Labelled(Weighted):
     @functools.cached_property
     def lengths(self) -> tuple[int, ...]:
         """Returns the lengths that batches have, ascending."""
-        return few_lengths(round_up(self._sizes, self.ids.shape[-1]))
+        return few_lengths(round_up(self._sizes, self.ids.shape[-1]), MOST_LENGTHS)
 
     @functools.cached_property
     def groups(self) -> np.ndarray:
