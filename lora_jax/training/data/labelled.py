@@ -55,8 +55,9 @@ class Labelled(Weighted):
     @functools.cached_property
     def _sizes(self) -> np.ndarray:
         """Returns the places up to the last token of each text: [n]."""
-        places = np.arange(1, self.ids.shape[-1] + 1)
-        return np.where(self.attention_mask != 0, places, 0).max(axis=-1, initial=0)
+        there = self.attention_mask != 0
+        after_last = there.shape[-1] - there[:, ::-1].argmax(axis=-1)
+        return np.where(there.any(axis=-1), after_last, 0)
 
     @property
     def filled(self) -> float:
