@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from lora_jax import training
+from lora_jax.training.data import labelled
 from lora_jax.training.data.labelled import Labelled, classification_loss
 from lora_jax.training.data.order import Order
 from tests.models import tiny_encoders
@@ -56,6 +57,14 @@ def test_steps_have_texts_of_one_length():
     assert shapes[0] == 24, "what does not fit fails at once"
     assert sorted(set(shapes)) == [8, 16, 24] and shapes != sorted(shapes, reverse=True)
     assert sum(shapes) < 1.05 * 25 * (8 + 16 + 24)
+
+
+def test_other_lengths_are_other_data(monkeypatch):
+    before, alike = drawn(LENGTHS * N).digest(), drawn([5] * N).digest()
+    assert drawn(LENGTHS * N).digest() == before
+    monkeypatch.setattr(labelled, "MOST_LENGTHS", 2)
+    assert drawn(LENGTHS * N).digest() != before, "they change which texts share a batch"
+    assert drawn([5] * N).digest() == alike
 
 
 def test_probabilities_and_loss_are_those_of_texts_alone():
