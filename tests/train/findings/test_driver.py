@@ -46,7 +46,7 @@ def made_up(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_one_command_makes_rows_runs_and_a_table(made_up, tmp_path, capsys):
     output = tmp_path / "out"
-    main(["rates", "--output", str(output), *SMALL, "--no-costs"])
+    main(["rates", "--output", str(output), *SMALL])
     found = result.read(output)
     assert len(found.runs) == 3 * 2 and all(run.status == "done" for run in found.runs)
     assert found.facts.command.startswith("python -m train.findings rates --output ")
@@ -56,7 +56,7 @@ def test_one_command_makes_rows_runs_and_a_table(made_up, tmp_path, capsys):
     assert (output / "finding.png").exists() and (output / "report.html").exists()
     assert made_up == [output / "made"]
     before = json.loads((output / result.JSON).read_text())["runs"]
-    main(["rates", "--output", str(output), *SMALL, "--no-costs", "--resume"])
+    main(["rates", "--output", str(output), *SMALL, "--resume"])
     assert json.loads((output / result.JSON).read_text())["runs"] == before, "nothing ran again"
     (output / "finding.md").unlink()
     main(["rates", "--from", str(output)])
