@@ -36,6 +36,12 @@ class Examples:
         return None
 
     @property
+    def by_length(self) -> np.ndarray:
+        """Returns the rows in the order in which `parts` yields them: [n]."""
+        n = len(self)
+        return np.arange(n) if self.groups is None else np.argsort(self.groups, kind="stable")
+
+    @property
     def mixture(self) -> Shares | None:
         """Returns how many rows an epoch draws of each data set; None for each row once."""
         return None
@@ -100,12 +106,6 @@ class Weighted(Examples):
         """Returns the fields that are arrays."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
-
-    @property
-    def by_length(self) -> np.ndarray:
-        """Returns the rows in the order in which `parts` yields them: [n]."""
-        n = len(self)
-        return np.arange(n) if self.groups is None else np.argsort(self.groups, kind="stable")
 
     def parts(self, batch_size: int) -> Iterator[Batch]:
         """Yields all rows, by length, in batches of few shapes; weights of 0 fill up the last."""
@@ -225,7 +225,7 @@ class Packs(Examples):
 
     def parts(self, batch_size: int) -> Iterator[Batch]:
         """Yields all rows, by length, in batches of few shapes; weights of 0 fill up the last."""
-        rows = np.argsort(self.groups, kind="stable")
+        rows = self.by_length
         for first in range(0, len(self), batch_size):
             part = self.take(np.resize(rows[first : first + batch_size], batch_size))
             part["weights"][len(self) - first :] = 0

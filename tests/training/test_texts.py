@@ -62,7 +62,7 @@ def test_steps_have_texts_of_one_length():
 def test_other_lengths_are_other_data(monkeypatch):
     before, alike = drawn(LENGTHS * N).digest(), drawn([5] * N).digest()
     assert drawn(LENGTHS * N).digest() == before
-    monkeypatch.setattr(labelled, "MOST_LENGTHS", 2)
+    monkeypatch.setattr(labelled, "_MOST_LENGTHS", 2)
     assert drawn(LENGTHS * N).digest() != before, "they change which texts share a batch"
     assert drawn([5] * N).digest() == alike
 

@@ -18,10 +18,8 @@ from lora_jax.training.data.rows import Row, field_names, name_of
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.losses import Sums, number_of_units
 
-# Steps, losses and predictions are compiled for each. Encoders are small: a longer list saves less
-# padding than it costs.
-MOST_LENGTHS = 4
 _BLOCK = 256  # texts that are encoded at once
+_MOST_LENGTHS = 4  # steps, losses and predictions are compiled for each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Labelled(Weighted):
     @functools.cached_property
     def lengths(self) -> tuple[int, ...]:
         """Returns the lengths that batches have, ascending."""
-        return few_lengths(round_up(self._sizes, self.ids.shape[-1]), MOST_LENGTHS)
+        return few_lengths(round_up(self._sizes, self.ids.shape[-1]), _MOST_LENGTHS)
 
     @functools.cached_property
     def groups(self) -> np.ndarray:
@@ -79,10 +77,7 @@ class Labelled(Weighted):
 
     def digest(self) -> str:
         """Returns a fingerprint of all texts, and of the lengths of batches."""
-        every = super().digest()
-        if len(self.lengths) == 1:
-            return every
-        return hashlib.sha256(f"{self.lengths}{every}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.lengths}{super().digest()}".encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
