@@ -1,30 +1,59 @@
-"""Settings for all tests: four devices, and dtypes that are never promoted silently."""
+"""Settings for all tests: surroundings of their own, four devices, no silent promotion."""
 
 import gc
 import os
+import tempfile
 
-import jaxlib
+from tests.surroundings import KeptPrograms, end, isolate
 
-# Machine code that nobody runs for long need not be fast, and compiling is what tests spend their
-# time on: at the level 0, and fusions by XLA's older emitters, it takes half of it. Newer jaxlibs
-# have no older emitters, and end the process at a flag that they do not know.
-FLAGS = ["--xla_backend_optimization_level=0"]
-if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
-# Tests leave no programs in the user's cache folder, and take none from there.
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+HOME = isolate(os.environ)  # before JAX reads its environment
 
-import jax  # noqa: E402  (the flags come before)
+import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
+PROGRAMS = KeptPrograms(os.environ, WORKER)
 jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # their folder is in the key
+if (folder := PROGRAMS.open()) is not None:
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Begins each test, and the fixtures that it is the first to use, in an empty folder."""
+    with tempfile.TemporaryDirectory(dir=HOME, prefix="here-") as here:
+        os.chdir(here)
+        try:
+            return (yield)
+        finally:
+            os.chdir(HOME)
 
 
 @pytest.fixture(autouse=True)
 def strict_promotion():
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture
+def compiles_anew():
+    """Takes no program from earlier sessions: for tests that count or read compilations."""
+    names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir")
+    kept = [getattr(jax.config, name) for name in names]
+
+    def use(values):
+        compilation_cache.reset_cache()  # JAX looks at the settings once
+        for name, value in zip(names, values, strict=True):
+            jax.config.update(name, value)
+
+    use([False, None])
+    yield
+    use(kept)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,3 +91,11 @@ def pytest_collection_finish():
     """Spares the garbage collector what was imported, which stays."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 50)  # tracing makes many objects, few of them garbage in circles
+
+
+def pytest_sessionfinish():
+    """Keeps what was compiled and fetched; the session's first process ends last."""
+    PROGRAMS.close()
+    if WORKER == "main":
+        end(os.environ)

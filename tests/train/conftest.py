@@ -17,3 +17,11 @@ def few_devices():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.run.mesh.all_devices", lambda: jax.devices()[:1])
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_kept_programs():
+    """Scripts do not see that the tests keep programs: they neither say so nor find a conflict."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.run.cache._setting", {"enable_compilation_cache": False}.get)
+        yield

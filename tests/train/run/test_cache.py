@@ -34,8 +34,13 @@ print(json.dumps(len(hits)))
 """
 
 
+@pytest.fixture(scope="module")
+def no_kept_programs():
+    """Scripts see JAX's settings, as for users."""
+
+
 @pytest.fixture
-def home(tmp_path, monkeypatch):
+def home(tmp_path, monkeypatch, compiles_anew):
     """The user's cache folder, with JAX's settings as they are in a new process."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     before = {name: getattr(jax.config, name) for name in SETTINGS}

@@ -1,0 +1,155 @@
+"""Gives a test session surroundings of its own: an environment, a home, folders, kept programs.
+
+It is imported before JAX, which reads its environment once.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import MutableMapping
+from pathlib import Path
+
+import jaxlib
+
+ROOT = Path(__file__).parent.parent
+# Set by the first process of a session, for those that it starts.
+_HOME, _CACHE = "LORA_JAX_TESTS_HOME", "LORA_JAX_TESTS_CACHE"
+KEEP = "LORA_JAX_TESTS_KEEP_COMPILED"  # 0: no programs are kept between sessions
+MOST_BYTES = 2**30  # of kept programs; a session that finds more of them begins anew
+# Settings of the libraries that lora_jax stands on, of trackers, and of terminals.
+_FOREIGN = (
+    "JAX_", "XLA_", "TF_", "LIBTPU_", "TPU_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "DATASETS_",
+    "TOKENIZERS_", "WANDB_", "MLFLOW_", "TRACKIO_", "KERAS_", "MPL", "XDG_", "COLUMNS", "LINES",
+    "NO_COLOR", "FORCE_COLOR", "PYTHONPATH", "PYTHONHASHSEED", "PYTEST_ADDOPTS",
+)  # fmt: skip
+
+
+def _xla_flags() -> str:
+    """Returns flags by which compiling takes half the time: nobody runs these programs for long.
+
+    Newer jaxlibs have no older emitters of fusions, and end the process at a flag that they do not
+    know.
+    """
+    flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+    if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11):
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    return " ".join(flags)
+
+
+def isolate(environ: MutableMapping[str, str]) -> Path:
+    """Replaces what a user's environment says by what all tests share; returns the session's home.
+
+    Processes that the session starts, workers among them, find the same home.
+    """
+    if _HOME in environ:
+        return Path(environ[_HOME])
+    cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_jax"
+    pip = Path(environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "pip" / "pip.conf"
+    for name in [name for name in environ if name.startswith(_FOREIGN)]:
+        del environ[name]
+    home = Path(tempfile.mkdtemp(prefix="lora_jax-tests-"))
+    (home / ".cache" / "lora_jax").mkdir(parents=True)
+    for file in cache.glob("*"):  # of packages: each is checked against its SHA-256
+        if file.is_file():
+            (home / ".cache" / "lora_jax" / file.name).symlink_to(file)
+    if pip.exists():
+        environ.setdefault("PIP_CONFIG_FILE", str(pip))  # which index a package comes from
+    environ.update(
+        {
+            _HOME: str(home),
+            _CACHE: str(cache),
+            "HOME": str(home),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_ENABLE_COMPILATION_CACHE": "false",  # of processes that tests start
+            "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",  # lowering takes a fifth less
+            "MPLCONFIGDIR": str(cache / "tests" / "matplotlib"),  # its list of fonts
+            "PYTHONPATH": str(ROOT),
+            "XLA_FLAGS": _xla_flags(),
+        }
+    )
+    return home
+
+
+def end(environ: MutableMapping[str, str]) -> None:
+    """Removes the session's home; packages that it fetched are kept in the user's cache folder."""
+    home, cache = Path(environ[_HOME]), Path(environ[_CACHE])
+    for file in (home / ".cache" / "lora_jax").glob("*"):
+        if file.is_file() and not file.is_symlink():
+            try:
+                cache.mkdir(parents=True, exist_ok=True)
+                _link(file, cache)
+            except OSError:
+                pass
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def _fingerprint() -> str:
+    """Returns a name for what programs depend on beside what JAX itself makes a key of."""
+    cpu = platform.processor() + platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        cpu += "".join(sorted({x for x in info.read_text().splitlines() if x[:5] == "flags"}))
+    text = "\n".join([sys.version, jaxlib.__version__, _xla_flags(), cpu])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class KeptPrograms:
+    """Compiled programs that outlive a session, in the user's cache folder.
+
+    JAX does not write a program's file in one piece, so that no two processes may share a folder:
+    each has its own, of links to all that is kept, and what a session added is kept at its end.
+    """
+
+    def __init__(self, environ: MutableMapping[str, str], worker: str) -> None:
+        """Reads where programs are kept; nowhere, if the user wants none."""
+        kept = Path(environ[_CACHE]) / "tests" / _fingerprint()
+        self.kept = kept if environ.get(KEEP, "1") != "0" else None
+        self.own = Path(environ[_HOME]) / "programs" / worker
+
+    def open(self) -> Path | None:
+        """Returns this process's folder for JAX's compilation cache, or None."""
+        if self.kept is None:
+            return None
+        self.own.mkdir(parents=True, exist_ok=True)
+        try:
+            self.kept.mkdir(parents=True, exist_ok=True)
+            if _size(self.kept.parent) > MOST_BYTES:
+                shutil.rmtree(self.kept.parent, ignore_errors=True)
+            for program in self.kept.glob("*"):
+                _link(program, self.own)
+        except OSError:  # a user without write access, or without room: programs are made anew
+            pass
+        return self.own
+
+    def close(self) -> None:
+        """Keeps what this process added; called where a session ends by itself."""
+        if self.kept is None:
+            return
+        try:
+            self.kept.mkdir(parents=True, exist_ok=True)
+            for program in self.own.glob("*"):
+                _link(program, self.kept)
+        except OSError:
+            pass
+
+
+def _link(file: Path, folder: Path) -> None:
+    """Puts a file into another folder too: by a link where it can, whole or not at all."""
+    there = folder / file.name
+    if there.exists():
+        return
+    try:
+        os.link(file, there)
+    except FileExistsError:
+        pass
+    except OSError:  # another file system
+        part = folder / f".{file.name}.{os.getpid()}"
+        shutil.copyfile(file, part)
+        part.replace(there)
+
+
+def _size(folder: Path) -> int:
+    """Returns the bytes of the files below a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
