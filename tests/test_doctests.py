@@ -3,7 +3,7 @@
 import doctest
 import importlib
 import inspect
-import pkgutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,14 @@ import pytest
 import lora_jax as lj
 from lora_jax import init, models, optim, peft, sharding, training
 
+PACKAGE = Path(lj.__file__).parent
+# The modules with examples; others are imported by what uses them.
 MODULES = sorted(
-    module.name
-    for module in pkgutil.walk_packages(lj.__path__, "lora_jax.")
-    if not module.name.endswith("__main__")
+    ".".join(["lora_jax", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(
+        ".__init__"
+    )
+    for path in PACKAGE.rglob("*.py")
+    if ">>>" in path.read_text()
 )
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 NO_EXAMPLE = {  # types and errors, which functions above return, take or raise
