@@ -157,7 +157,7 @@ def test_what_peft_cannot_hold(tmp_path):
     both = lj.LoraRule(targets=["q_proj", "v_proj"], rank=2)
     one_bias = lj.TrainRule(targets=r".*q_proj/bias")
     with pytest.raises(lp.PeftError, match="the biases of all modules, or of all adapted ones"):
-        lp.save(tmp_path / "a", model, shapes_of(params, [one_bias, both]))
+        lp.save(tmp_path / "a", model, lj.lorafy(params, [one_bias, both]))
     with pytest.raises(lp.PeftError, match="this one is plain"):
         lp.save(tmp_path / "a", model, params)
     assert not list(tmp_path.iterdir())
