@@ -71,7 +71,7 @@ def test_a_tree_of_it_splits_joins_and_runs(saved):
     }
     assert lj.count_params(tree)[0] == 23
     forward = jax.jit(lj.adapt(lambda tree, x: x @ subspace.merge(space, tree)["head"]["kernel"]))
-    expected = jax.jit(lambda: space.params_of(theta, params)["head"]["kernel"])()
+    expected = jax.jit(lambda theta: space.params_of(theta, params)["head"]["kernel"])(theta)
     x = np.ones((2, 5), np.float32)
     out = np.asarray(forward(lj.join(adapter, base), x))
     assert np.abs(out - x @ np.asarray(expected)).max() < 1e-6
