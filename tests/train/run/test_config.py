@@ -101,8 +101,8 @@ def decoder_outline():
     ],
 )
 def test_options_that_make_no_sense(args, message):
-    config = parse(args.split())
     with pytest.raises(UserError, match=message):
+        config = parse(args.split())
         check(config)
         rules(config.adapter)
 
