@@ -17,6 +17,7 @@ from lora_jax.models import (
     hf_tensors,
     key_table,
 )
+from tests.hf.trees import decoder
 from tests.models import tiny
 
 NAMES = {
@@ -91,7 +92,7 @@ def interleave(tensor: np.ndarray, heads: int) -> np.ndarray:
 
 @pytest.mark.parametrize("case", ["llama2", "smollm2", "llama with biases", "qwen2", "qwen3"])
 def test_a_file_is_read_bitwise(case: str, tmp_path: Path) -> None:
-    model, params = tiny.decoder(case)
+    model, params = decoder(case)
     path = tmp_path / "model.gguf"
     write(path, case, params)
     again, loaded = from_pretrained(path)
@@ -107,7 +108,7 @@ def test_a_file_is_read_bitwise(case: str, tmp_path: Path) -> None:
 def test_a_file_is_parsed_once_until_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, params = tiny.decoder("llama2")
+    _, params = decoder("llama2")
     path, parsed = tmp_path / "model.gguf", []
     init = gguf.GGUFReader.__init__
 
@@ -127,7 +128,7 @@ def test_a_file_is_parsed_once_until_it_changes(
 
 
 def test_quantised_weights_are_dequantised(tmp_path: Path) -> None:
-    _, params = tiny.decoder("llama2")
+    _, params = decoder("llama2")
     path = tmp_path / "model.gguf"
     write(path, "llama2", params, "F16")
     _, loaded = from_pretrained(path)
@@ -139,7 +140,7 @@ def test_quantised_weights_are_dequantised(tmp_path: Path) -> None:
 
 
 def test_a_gguf_model_generates_to_its_eos(tmp_path: Path) -> None:
-    _, params = tiny.decoder("smollm2")
+    _, params = decoder("smollm2")
     path = tmp_path / "model.gguf"
     write(path, "smollm2", params)
     model, loaded = from_pretrained(path)
@@ -156,7 +157,7 @@ def test_a_gguf_model_generates_to_its_eos(tmp_path: Path) -> None:
     ],
 )
 def test_options_are_refused_by_name(extra: dict[str, Any], message: str, tmp_path: Path) -> None:
-    _, params = tiny.decoder("llama2")
+    _, params = decoder("llama2")
     path = tmp_path / "model.gguf"
     write(path, "llama2", params, **extra)
     with pytest.raises(ConfigError, match=f"{path}: .*{message}"):
@@ -164,7 +165,7 @@ def test_options_are_refused_by_name(extra: dict[str, Any], message: str, tmp_pa
 
 
 def test_what_is_damaged_or_unknown_is_named(tmp_path: Path) -> None:
-    _, params = tiny.decoder("llama2")
+    _, params = decoder("llama2")
     path = tmp_path / "model.gguf"
     write(path, "llama2", params)
     whole = path.read_bytes()

@@ -21,6 +21,7 @@ from lora_jax.models import (
     hf_tensors,
     key_table,
 )
+from tests.hf.trees import decoder
 from tests.models import tiny
 
 CASE = "qwen3"  # tied, with norms of its own
@@ -28,7 +29,7 @@ CASE = "qwen3"  # tied, with norms of its own
 
 @pytest.mark.parametrize("case", list(tiny.CASES))
 def test_a_folder_is_read_bitwise(case: str, tmp_path: Path) -> None:
-    model, params = tiny.decoder(case)
+    model, params = decoder(case)
     tiny.write_folder(tmp_path, case, params)
     again, loaded = from_pretrained(tmp_path)
     assert again == model
@@ -39,7 +40,7 @@ def test_a_folder_is_read_bitwise(case: str, tmp_path: Path) -> None:
 
 def test_layouts_are_those_of_hugging_face(tmp_path: Path) -> None:
     """[out, in], one tensor per layer; the parity tests read files that transformers wrote."""
-    _, params = tiny.decoder("llama3")
+    _, params = decoder("llama3")
     tensors = tiny.write_folder(tmp_path, "llama3", params)
     kernel = params["model"]["layers"]["mlp"]["up_proj"]["kernel"]
     got = tensors["model.layers.2.mlp.up_proj.weight"]
@@ -51,7 +52,7 @@ def test_layouts_are_those_of_hugging_face(tmp_path: Path) -> None:
 
 
 def test_shards(tmp_path: Path) -> None:
-    _, params = tiny.decoder(CASE)
+    _, params = decoder(CASE)
     tensors = tiny.write_folder(tmp_path, CASE, params)
     whole = tmp_path / "model.safetensors"
     whole.unlink()
@@ -77,7 +78,7 @@ def test_shards(tmp_path: Path) -> None:
     ],
 )
 def test_dtypes(stored: Any, dtype: Any, param_dtype: Any, expected: Any, tmp_path: Path) -> None:
-    _, params = tiny.decoder(CASE)
+    _, params = decoder(CASE)
     tensors = tiny.write_folder(tmp_path, CASE, params)
     save_file({n: t.astype(stored) for n, t in tensors.items()}, tmp_path / "model.safetensors")
     model, loaded = from_pretrained(tmp_path, dtype=dtype, param_dtype=param_dtype)
@@ -94,7 +95,7 @@ def test_dtypes(stored: Any, dtype: Any, param_dtype: Any, expected: Any, tmp_pa
 @pytest.mark.parametrize("case", ["mixtral", "qwen3 moe"])
 def test_experts_fused_in_one_tensor(case: str, tmp_path: Path) -> None:
     """As transformers 5 holds them in memory, and saves them with save_original_format=False."""
-    model, params = tiny.decoder(case)
+    model, params = decoder(case)
     tensors = tiny.write_folder(tmp_path, case, params)
     cfg = model.config
     fused = {name: tensor for name, tensor in tensors.items() if f".{cfg.mlp_name}." not in name}
@@ -117,7 +118,7 @@ def test_experts_fused_in_one_tensor(case: str, tmp_path: Path) -> None:
 
 
 def test_everything_wrong_is_in_one_error(tmp_path: Path) -> None:
-    _, params = tiny.decoder(CASE)
+    _, params = decoder(CASE)
     tensors = tiny.write_folder(tmp_path, CASE, params)
     del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
     tensors["model.layers.3.mlp.up_proj.weight"] = np.zeros((37, 24), np.float32)
@@ -141,7 +142,7 @@ def test_everything_wrong_is_in_one_error(tmp_path: Path) -> None:
 
 
 def test_harmless_extras(tmp_path: Path) -> None:
-    _, params = tiny.decoder(CASE)
+    _, params = decoder(CASE)
     tensors = tiny.write_folder(tmp_path, CASE, params)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(5, np.float32)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
@@ -170,7 +171,7 @@ def test_what_a_folder_lacks_is_named(tmp_path: Path) -> None:
 
 
 def test_parameters_are_placed_as_asked(tmp_path: Path) -> None:
-    _, params = tiny.decoder(CASE)
+    _, params = decoder(CASE)
     tiny.write_folder(tmp_path, CASE, params)
     mesh = Mesh(np.array(jax.devices()[:1]), ("tensor",))
     asked: dict[str, tuple[int, ...]] = {}
@@ -188,7 +189,7 @@ def test_parameters_are_placed_as_asked(tmp_path: Path) -> None:
 
 
 def test_writing_checks_the_tree() -> None:
-    _, params = tiny.decoder(CASE)
+    _, params = decoder(CASE)
     config = tiny.config(CASE)
     del params["model"]["norm"]
     params["more"] = jnp.zeros(3)

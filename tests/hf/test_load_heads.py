@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora_jax.models import ConfigError, WeightsError, from_pretrained, save_pretrained
+from tests.hf.trees import encoder
 from tests.models import tiny_encoders
 
 FAMILIES = ["bert", "roberta", "xlm-roberta"]
@@ -23,7 +24,7 @@ ENDING = {
 
 def write(folder: Path, case: str, head: str, change: Any = dict) -> tuple[Any, dict[str, Any]]:
     """A folder as transformers writes it for that head; returns parameters and tensors."""
-    model, params = tiny_encoders.model(case, head)
+    model, params = encoder(case, head)
     fields = tiny_encoders.fields(case)
     fields["architectures"] = [CLASS[fields["model_type"]] + ENDING[head]]
     fields["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.config.num_labels)}
@@ -45,7 +46,7 @@ def test_a_folder_is_read_bitwise(
 ) -> None:
     params, tensors = write(tmp_path, case, head)
     model, loaded = from_pretrained(tmp_path)
-    assert model == tiny_encoders.model(case, head)[0]
+    assert model == encoder(case, head)[0]
     same(loaded, params)
     assert capsys.readouterr().err == ""
     prefix = "bert." if case == "bert" else "roberta."
@@ -183,7 +184,7 @@ def test_nothing_else_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("head", list(tiny_encoders.HEADS))
 @pytest.mark.parametrize("case", ["bert", "roberta"])
 def test_what_is_saved_is_loaded_with_its_head(case: str, head: str, tmp_path: Path) -> None:
-    model, params = tiny_encoders.model(case, head)
+    model, params = encoder(case, head)
     save_pretrained(tmp_path / "model", model, params)
     again, loaded = from_pretrained(tmp_path / "model")
     assert again == model

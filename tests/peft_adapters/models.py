@@ -1,10 +1,10 @@
 """Tiny random models of several families, made by transformers, and configurations of adapters."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lj
@@ -285,10 +285,21 @@ def torch_model(folders: Path, family: str) -> Any:
     return getattr(transformers, FAMILIES[family][1]).from_pretrained(folders / family).eval()
 
 
-def our_logits(model: Any, tree: Any) -> Any:
+@functools.cache
+def forward_of(model: Any) -> Any:
+    """The model's function of adapted trees: trees of one structure share its program."""
+    return jax.jit(lj.adapt(model.apply, strict=True))
+
+
+def our_logits(model: Any, tree: Any) -> np.ndarray:
     """The logits of our model for an adapted tree."""
-    forward = jax.jit(lj.adapt(model.apply, strict=True))
-    return forward({"params": tree}, jnp.asarray(IDS, jnp.int32))
+    return np.asarray(forward_of(model)({"params": tree}, IDS.astype(np.int32)))
+
+
+@functools.cache
+def plain_logits(folders: Path, family: str) -> np.ndarray:
+    """PyTorch's logits without an adapter."""
+    return logits_of(torch_model(folders, family))
 
 
 def logits_of(model: Any) -> np.ndarray:

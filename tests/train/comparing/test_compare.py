@@ -24,7 +24,7 @@ from train.sft import main as sft
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
-GRID = ["--ranks", "2", "5", "--lrs", "1e-3", "4e-3", "--full-lrs", "1e-4", "4e-4"]
+GRID = ["--ranks", "2", "--lrs", "1e-3", "4e-3", "--full-lrs", "1e-4", "4e-4"]
 GRID += ["--seeds", "0", "3", "--target-sets", "q_proj,v_proj"]
 MORE = ["--no-costs", "--intruders"]
 # Adam divides a gradient by its size: a large eps keeps rounding as small as it is.
@@ -81,7 +81,7 @@ def timeless(comparison):
 @pytest.mark.slow
 def test_hopeless_runs_stop_and_the_others_are_measured(whole, folder):
     found = result.read(whole)
-    assert len(found.runs) == 2 * (2 * 2 + 2)
+    assert len(found.runs) == 2 * (2 + 2)
     by_arm = {run.arm: [r.status for r in found.runs if r.arm == run.arm] for run in found.runs}
     assert all(len({*statuses}) == 1 for statuses in by_arm.values()), "an arm goes as a whole"
     for method in ("lora", "full"):
@@ -117,7 +117,8 @@ def test_hopeless_runs_stop_and_the_others_are_measured(whole, folder):
 @pytest.mark.slow
 def test_after_a_long_warmup_both_decisions_fall_at_one_step(folder, tmp_path):
     grid = ["--methods", "lora", "--ranks", "2", "--lrs", *("1e-4", "3e-4", "1e-3", "3e-3", "4e-3")]
-    assert compare(folder, tmp_path / "out", "--seeds", "0", "--warmup", "5", grid=grid) == 0
+    more = ["--seeds", "0", "--warmup", "5", "--no-costs"]
+    assert compare(folder, tmp_path / "out", *more, grid=grid) == 0
     found = result.read(tmp_path / "out")
     first, second = found.rungs
     assert first.share == second.share == 5 / 8

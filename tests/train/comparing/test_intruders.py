@@ -1,6 +1,5 @@
 """Intruder dimensions: planted in a matrix, and counted in trees against NumPy's own SVD."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from pytest import approx
@@ -20,11 +19,11 @@ def matrix(rows, columns, seed=0):
 
 def by_svd(base, trained):
     """The definition, in PyTorch's layout [out, in], by NumPy's SVD."""
-    u0, u1 = (np.linalg.svd(m.T)[0] for m in (base, trained))
-    return sum(np.abs(u0[:, : min(base.shape)].T @ u1[:, j]).max() < ALIKE for j in range(FIRST))
+    u0, u1 = (np.linalg.svd(m.T, full_matrices=False)[0] for m in (base, trained))
+    return sum(np.abs(u0.T @ u1[:, j]).max() < ALIKE for j in range(FIRST))
 
 
-@pytest.mark.parametrize("shape", [(110, 210), (210, 110), (150, 150)])
+@pytest.mark.parametrize("shape", [(107, 131), (131, 107), (113, 113)])
 def test_planted_directions_are_counted(shape):
     base = matrix(*shape)
     rng = np.random.default_rng(1)
@@ -44,13 +43,14 @@ def test_planted_directions_are_counted(shape):
 def test_a_tree_counts_each_layer_of_a_stack_and_no_table():
     layers = np.stack([matrix(24, 17, seed) for seed in range(3)])
     base = {
-        "embed": {"embedding": jnp.asarray(matrix(50, 24))},
-        "layers": {"up": {"kernel": jnp.asarray(layers, jnp.float32), "bias": jnp.zeros((3, 17))}},
+        "embed": {"embedding": np.float32(matrix(50, 24))},
+        "layers": {"up": {"kernel": np.float32(layers), "bias": np.zeros((3, 17), np.float32)}},
     }
     tree = lj.lorafy(base, [lj.LoraRule(targets=["up"], rank=1, alpha=1)])
     weight = tree["layers"]["up"]["kernel"]
-    b = jnp.zeros((3, 1, 17)).at[1].set(jnp.asarray(np.random.default_rng(2).normal(size=17)))
-    strong = weight.replace(b=30 * b, a=weight.a * 5)
+    b = np.zeros((3, 1, 17), np.float32)
+    b[1] = 30 * np.random.default_rng(2).normal(size=17)
+    strong = weight.replace(b=b, a=np.asarray(weight.a) * 5)
     trained = lj.merge({**base, "layers": {"up": {**base["layers"]["up"], "kernel": strong}}})
     assert mean_intruders(base, base) == 0
     changed = np.asarray(trained["layers"]["up"]["kernel"])

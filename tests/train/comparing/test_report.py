@@ -103,22 +103,28 @@ def test_names_of_users_are_escaped(written):
     assert r"made/up-\<1B\> \& co" in text
 
 
-def test_rates_are_drawn_at_the_end_unless_settings_were_stopped(tmp_path):
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, by their files' names, in place of the files."""
+    found = {}
+    monkeypatch.setattr(Figure, "savefig", lambda of, file: found.update({file.name: of}))
+    return found
+
+
+def test_rates_are_drawn_at_the_end_unless_settings_were_stopped(tmp_path, figures):
     late = [runs(arm, 1.0, 1.1) for arm in (lora(), lora(8, 3e-3), full(), full(3e-4))]
     found = Comparison(facts=FACTS, runs=tuple(run for group in late for run in group))
     titles = {one.file: one.title for one in draw(found, tmp_path)}
     assert titles["rates.png"] == "Held-out loss (nats a token) by learning rate"
-    assert set(titles) == {one.name for one in tmp_path.iterdir()}
+    assert set(titles) == set(figures)
     titles = {one.file: one.title for one in draw(example(), tmp_path)}
     assert titles["rates.png"] == "Held-out loss by learning rate, early"
 
 
-def test_lines_of_one_picture_are_told_apart(tmp_path, monkeypatch):
+def test_lines_of_one_picture_are_told_apart(tmp_path, figures):
     arms = [lora(8, rate)._replace(alpha=alpha) for alpha in (4, 16) for rate in (1e-3, 3e-3)]
     arms += [full(rate)._replace(batch_size=size) for size in (8, 32) for rate in (1e-4, 3e-4)]
     found = [run(arm, 0, 1 + arm.batch_size * arm.learning_rate) for arm in arms]
-    figures = {}
-    monkeypatch.setattr(Figure, "savefig", lambda of, file: figures.update({file.name: of}))
     draw(Comparison(facts=FACTS, runs=tuple(found)), tmp_path)
     (axes,) = figures["rates.png"].axes
     assert len(axes.containers) == 4, "each has two rates"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import json
 import re
 
@@ -15,21 +14,26 @@ import lora_jax as lj
 from lora_jax.training.step import State
 from tests.models import tiny_encoders
 from tests.support import over
-from tests.train.tiny import CONFIG
+from tests.train.planning.tiny_plans import (
+    FIELDS,
+    MIXTURE,
+    ON_FOUR,
+    CompiledOnce,
+    asked,
+    planned_for,
+    prepared,
+    write,
+)
 from train import plan
 from train.plan import PlanConfig
 from train.planning import compile as planned
+from train.planning.flops import step_flops
 from train.planning.hlo import Work
 from train.planning.jaxpr_flops import Count
 from train.planning.machines import find_machine
 from train.planning.plan_flops import step_work
 from train.run.errors import UserError
 from train.run.output import folder_bytes
-
-FIELDS = CONFIG | {"num_hidden_layers": 3, "hidden_size": 32, "head_dim": 16, "rms_norm_eps": 1e-5}
-FIELDS |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 56}
-MIXTURE = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
-MIXTURE |= {"tie_word_embeddings": False}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,30 +47,15 @@ def model(tmp_path_factory):
     return write(tmp_path_factory.mktemp("model"), FIELDS)
 
 
-def write(folder, fields):
-    path = folder / "config.json"
-    path.write_text(json.dumps(fields))
-    return str(path)
-
-
-def asked(model, *options):
-    args = ["--model", model, "--topology", "cpu:1", "--batch-size", "4", "--seq-len", "24"]
-    return plan.parse([*args, "--rank", "3", "--dtype", "float32", *map(str, options)])
-
-
-def planned_for(model, *options):
-    """(the job, the first variant, its plan)"""
-    options = asked(model, *options)
-    plan.check(options)
-    job, optim = plan.make_job(options.plan)
-    variant = plan.variants(options)[0]
-    return job, variant, planned.plan(job, variant, optim)
-
-
 @over(
     ("remat", "full"),
-    itertools.product(["none", "dots_with_no_batch_dims_saveable", "full"], [False, True]),
-    often=["none, True", "dots_with_no_batch_dims_saveable, False"],
+    [
+        ("none", True),
+        ("full", False),
+        ("full", True),
+        ("dots_with_no_batch_dims_saveable", False),
+    ],
+    often=["none, True", "full, False"],
     called=lambda case: f"{case[0]}, {case[1]}",
 )
 def test_flops_are_those_counted_by_hand(model, full, remat):
@@ -84,46 +73,70 @@ def test_flops_are_those_counted_by_hand(model, full, remat):
     called=lambda case: case[0],
 )
 def test_an_a_that_does_not_train_costs_no_gradient(model, option, name):
-    _, _, made = planned_for(model, "--targets", "all-linear", option)
-    _, _, lora = planned_for(model, "--targets", "all-linear")
+    _, _, made = planned_for(model, option)
+    _, _, lora = planned_for(model)
     assert made.name.startswith(f"{name} r=3") and made.adapter_bytes < lora.adapter_bytes
     np.testing.assert_allclose(made.flops_per_step, made.flops_closed_form, rtol=0.005)
     assert made.flops_closed_form < 0.99 * lora.flops_closed_form
 
 
+BY_BLOCKS = [(remat, "blockwise") for remat in ("none", "dots_with_no_batch_dims_saveable")]
+BY_BLOCKS += [(remat, how) for remat in ("dots_saveable", "full") for how in ("blockwise", "dense")]
+
+
 @over(
-    "remat", ["none", "dots_saveable", "dots_with_no_batch_dims_saveable", "full"], often=["full"]
+    ("remat", "how"),
+    BY_BLOCKS,
+    often=["full, blockwise"],
+    called=", ".join,
 )
-def test_flops_of_attention_by_blocks(model, remat):
+def test_flops_of_attention_by_blocks(model, remat, how):
     """Blocks run forward once more, but skip the keys behind their span."""
-    options = ("--remat", remat, "--seq-len", 1024)  # two blocks in each span
-    made, dense = (
-        planned_for(model, *options, "--attention", how)[2] for how in ("blockwise", "dense")
-    )
-    assert abs(made.flops_closed_form / dense.flops_closed_form - 1) > 0.01
-    for one in (made, dense):
-        np.testing.assert_allclose(one.flops_per_step, one.flops_closed_form, rtol=0.01)
-        np.testing.assert_allclose(one.flops_per_step, one.flops_traced, rtol=0.01)
+    options = ("--remat", remat, "--seq-len", 384, "--attention", how)  # three spans of two blocks
+    _, _, made = planned_for(model, *options)
+    np.testing.assert_allclose(made.flops_per_step, made.flops_closed_form, rtol=0.01)
+    np.testing.assert_allclose(made.flops_per_step, made.flops_traced, rtol=0.01)
+
+
+def test_blocks_count_other_flops_than_all_scores_at_once(model):
+    def closed_form(how):
+        options = asked(model, "--seq-len", 384, "--attention", how)
+        job, variant = plan.make_job(options.plan)[0], plan.variants(options)[0]
+        attention, params = job.chosen.attend, planned.abstract_params(job, variant)
+        sizes = dict(batch=4, seq=384, remat="full", chunked=True)
+        return step_flops(job.outline.config, params, attention=attention, split=None, **sizes)
+
+    assert abs(closed_form("blockwise") / closed_form("dense") - 1) > 0.01
+
+
+def described_attention(model, *options):
+    options = asked(model, *options)
+    return plan.described(options.plan, plan.make_job(options.plan)[0])["attention"]
 
 
 @pytest.mark.slow
 def test_attention_is_planned_as_asked(model):
-    def temporaries(*options):
-        return planned_for(model, "--seq-len", 512, *options)[2].per_chip_bytes["temporaries"]
+    on_two = ("--topology", "cpu:2", "--mesh", "sequence=2", "--seq-len", 512)
+    auto, dense = (
+        planned_for(model, *on_two, *how)[2].per_chip_bytes["temporaries"]
+        for how in ([], ["--attention", "dense"])
+    )
+    assert auto < 0.7 * dense
 
-    for mesh in ((), ("--topology", "cpu:2", "--mesh", "sequence=2")):
-        auto, dense = temporaries(*mesh), temporaries(*mesh, "--attention", "dense")
-        assert auto == temporaries(*mesh, "--attention", "blockwise") < 0.7 * dense
-    options = asked(model, "--attention", "dense")
-    assert plan.described(options.plan, plan.make_job(options.plan)[0])["attention"] == "dense"
+
+@pytest.mark.parametrize("mesh", [(), ("--topology", "cpu:2", "--mesh", "sequence=2")])
+def test_attention_is_told(model, mesh):
+    auto, blocks, dense = (
+        described_attention(model, "--seq-len", 512, *mesh, *how)
+        for how in ([], ["--attention", "blockwise"], ["--attention", "dense"])
+    )
+    assert auto == blocks != dense == "dense"
 
 
 @pytest.mark.slow
 def test_flops_of_many_devices_are_those_of_one(model):
     _, _, one = planned_for(model, "--grad-accum", 2)
-    job, _, made = planned_for(
-        model, "--grad-accum", 2, "--topology", "cpu:4", "--mesh", "fsdp=2,tensor=2"
-    )
+    job, _, made = planned_for(model, *ON_FOUR)
     assert made.flops_per_step == 4 * made.flops_per_chip
     # Each device on tensor has the products with its inputs' A's, as small as the rank.
     assert one.flops_per_step <= made.flops_per_step < 1.15 * one.flops_per_step
@@ -170,9 +183,6 @@ UNREADABLE = {
         .replace("calls=%", "calls=%another_")
     ),
 }
-
-
-ON_FOUR = ("--topology", "cpu:4", "--mesh", "fsdp=2,tensor=2")
 
 
 @pytest.fixture(scope="module")
@@ -257,8 +267,8 @@ def test_parts_add_up_and_sizes_are_those_of_the_files(model, tmp_path):
     capacity, total = sizes.pop("capacity"), sizes.pop("total")
     assert sum(sizes.values()) == total <= capacity and made.fits and made.refused is None
     params = planned.abstract_params(job, variant)
-    key = jax.random.key(0)  # what is all alike would be compressed
-    filled = jax.tree.map(lambda x: jax.random.normal(key, x.shape, x.dtype), params)
+    rng = np.random.default_rng(0)  # what is all alike would be compressed
+    filled = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), params)
     lj.save_adapter(tmp_path / "adapter", filled)
     adapter, base = lj.split(filled)
     assert sizes["base"] == sum(x.nbytes for x in jax.tree.leaves(base))
@@ -270,13 +280,12 @@ def test_parts_add_up_and_sizes_are_those_of_the_files(model, tmp_path):
 
 def test_it_is_the_very_step_that_runs(model):
     """What is compiled for shapes is what is compiled for arrays."""
-    job, variant, _ = planned_for(model)
-    step = planned.prepare(job, variant, plan.make_job(asked(model).plan)[1])
+    step = prepared(asked(model))
 
     def filled(x):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.random.key(0)
-        return jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding)
+        return jax.device_put(np.ones(x.shape, x.dtype), x.sharding)
 
     state, base, batch = jax.tree.map(filled, (step.state, step.base, step.batch))
     compiled = step.lowered.compile()
@@ -285,9 +294,20 @@ def test_it_is_the_very_step_that_runs(model):
 
 
 def test_json_and_a_table(model, capsys, monkeypatch):
-    both = [planned.Variant(plan.AdapterConfig(full=full), "full") for full in (False, True)]
+    prepare, steps = planned.prepare, {}
+
+    def prepare_once(job, variant, optim):
+        if variant not in steps:
+            step = prepare(job, variant, optim)
+            steps[variant] = dataclasses.replace(step, lowered=CompiledOnce(step.lowered))
+        return steps[variant]
+
+    monkeypatch.setattr(planned, "prepare", prepare_once)
+    adapters = plan.AdapterConfig(targets=("q_proj",)), plan.AdapterConfig(full=True)
+    both = [planned.Variant(adapter, "full") for adapter in adapters]
     monkeypatch.setattr(plan, "variants", lambda options: both[1:] if options.plan.alone else both)
     args = ["--model", model, "--topology", "cpu:2", "--batch-size", "2", "--seq-len", "8"]
+    args += ["--dtype", "float32"]
     args += ["--tokens", "1600", "--peak-tflops", "1e-6", "--price", "3"]
     plan.main([*args, "--json"])
     out = json.loads(capsys.readouterr().out)
@@ -392,7 +412,7 @@ def test_a_refusal_is_a_result(model, monkeypatch):
     def refuse(self, *args, **kwargs):
         raise jax.errors.JaxRuntimeError(said)
 
-    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    monkeypatch.setattr(CompiledOnce, "compile", refuse)
     _, _, made = planned_for(model)
     assert not made.fits and made.flops_per_chip is None
     sizes = made.per_chip_bytes
@@ -410,13 +430,11 @@ def test_other_words_of_the_compiler():
     assert unknown["total"] is None and unknown["base"] == 3
 
 
-def test_ctrl_c_leaves_what_was_compiled(model, monkeypatch, capsys):
-    real = planned.plan
-
+def test_ctrl_c_leaves_what_was_compiled(model, sound, monkeypatch, capsys):
     def plan_one(job, variant, optim):
         if variant.remat != "full":
             raise KeyboardInterrupt
-        return real(job, variant, optim)
+        return sound()
 
     monkeypatch.setattr(plan, "plan", plan_one)
     with pytest.raises(SystemExit) as exit_:

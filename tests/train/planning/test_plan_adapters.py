@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from tests.train.planning.test_plan import FIELDS, asked, write
+from tests.train.planning.tiny_plans import FIELDS, asked, write
 from train import plan
 from train.planning import compile as planned
 
@@ -20,7 +20,9 @@ def few_devices():
 def test_memory_grows_by_the_adapters_alone(tmp_path):
     """The base stays one, FLOPs stay as they are; the adapter and its moments are there n times."""
     model = write(tmp_path, FIELDS)
-    options = asked(model, "--adapters", 1, 4, "--remat", "none")
+    options = asked(
+        model, "--targets", "q_proj", "down_proj", "--adapters", 1, 4, "--remat", "none"
+    )
     plan.check(options)
     job, optim = plan.make_job(options.plan)
     one, four = (planned.plan(job, variant, optim) for variant in plan.variants(options))
@@ -44,6 +46,6 @@ def test_memory_grows_by_the_adapters_alone(tmp_path):
 def test_json(tmp_path, capsys):
     model = write(tmp_path, FIELDS)
     options = ["--model", model, "--batch-size", "4", "--seq-len", "16", "--dtype", "float32"]
-    plan.main([*options, "--json", "--adapters", "2"])
+    plan.main([*options, "--targets", "q_proj", "--json", "--adapters", "2"])
     out = json.loads(capsys.readouterr().out)
     assert out["name"] == "2 × LoRA r=16, remat" and out["others"] == []

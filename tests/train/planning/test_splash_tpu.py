@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from lora_jax.models.layers.attend import attend
 from lora_jax.models.layers.masks import Mask, Tokens
 from lora_jax.models.layers.placement import Placement
-from tests.train.planning.test_plan import FIELDS
+from tests.train.planning.tiny_plans import FIELDS
 from train import plan
 from train.planning import compile as planned
 from train.planning.hlo import work_of

@@ -1,11 +1,12 @@
 """Options that make no sense, runs that do not match, and folders that are taken."""
 
+import itertools
 import json
 import re
 from types import SimpleNamespace
 from typing import get_args
 
-import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lora_jax import LoraRule, TrainRule, lorafy, models, save_adapter
@@ -101,8 +102,9 @@ def decoder_outline():
 )
 def test_options_that_make_no_sense(args, message):
     with pytest.raises(UserError, match=message):
-        check(parse(args.split()))
-        rules(parse(args.split()).adapter)
+        config = parse(args.split())
+        check(config)
+        rules(config.adapter)
 
 
 @pytest.mark.parametrize(
@@ -116,8 +118,9 @@ def test_options_that_make_no_sense(args, message):
     ],
 )
 def test_targets_are_names_or_one_expression(args, targets):
-    check(parse(args.split()))
-    (rule,) = rules(parse(args.split()).adapter)
+    config = parse(args.split())
+    check(config)
+    (rule,) = rules(config.adapter)
     assert rule.targets == targets
 
 
@@ -223,15 +226,13 @@ def test_what_is_recomputed_by_its_name(parsed, args, name, policy):
 
 
 @pytest.mark.parametrize("parsed", [parse, classify.parse])
-@pytest.mark.parametrize(
-    ("option", "kind", "names"),
-    [("attention", Attention, ATTENTION), ("experts", Experts, EXPERTS)],
-)
-def test_an_implementation_by_its_name(parsed, option, kind, names):
-    assert get_args(kind) == names
-    assert getattr(parsed([]).optim, option) == "auto"
-    for name in names:
-        assert getattr(parsed([f"--{option}", name]).optim, option) == name
+def test_an_implementation_by_its_name(parsed):
+    assert (get_args(Attention), get_args(Experts)) == (ATTENTION, EXPERTS)
+    auto = parsed([]).optim
+    assert auto.attention == auto.experts == "auto"
+    for attention, experts in itertools.zip_longest(ATTENTION, EXPERTS, fillvalue="auto"):
+        optim = parsed(["--attention", attention, "--experts", experts]).optim
+        assert (optim.attention, optim.experts) == (attention, experts)
 
 
 def test_implementations_reach_the_model(tmp_path, monkeypatch):
@@ -339,7 +340,7 @@ def test_defaults_that_depend_on_the_task(args, alpha, lr, beta2):
 
 
 def test_the_model_is_the_base_of_the_adapter_to_go_on_from(tmp_path):
-    params = {"w": jnp.ones((5, 7))}
+    params = {"w": np.ones((5, 7), np.float32)}
     tree = lorafy(params, [LoraRule(targets=["w"], rank=2)])
     save_adapter(tmp_path / "adapter", tree, about={"model": "owner/name"})
     args = ["--init-adapter", str(tmp_path / "adapter")]

@@ -47,12 +47,22 @@ def test_a_batch_with_a_shared_beginning_answers_as_each_chat_alone(outline, sys
 
 
 def test_more_chats_than_a_batch_keep_their_order(outline, monkeypatch):
+    """Of a model that repeats its prompt."""
+    batches = []
+
+    def generate(model, params, ids, mask, **_):
+        batches.append(ids.shape)
+        return ids
+
     monkeypatch.setattr("train.run.complete._MOST_ROWS", 2)
+    monkeypatch.setattr("train.run.complete.generate", generate)
+    monkeypatch.setattr("train.run.complete.share", lambda *_, **__: None)
     model, params = decoder()
-    chats = [[{"role": "user", "content": text}] for text in ("b", "cc", "d", "ee", "f")]
+    asked = ["b", "cc", "d", "ee", "f"]
+    chats = [[{"role": "user", "content": text}] for text in asked]
     texts = complete(model, params, outline, chats, new_tokens=4)
-    assert len(texts) == 5
-    assert texts == complete(model, params, outline, chats[::-1], new_tokens=4)[::-1]
+    assert [text.split("\n")[0] for text in texts] == asked
+    assert len(batches) == 3 and len({*batches}) == 1
 
 
 def test_prompts_are_padded_at_the_left():

