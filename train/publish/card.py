@@ -1,7 +1,9 @@
 """The model card of an export: the facts of its run, and the code that loads it."""
 
 import dataclasses
+import json
 import re
+import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from huggingface_hub import ModelCardData
 from lora_jax.models import EncoderConfig
 from lora_jax.training.run.best import BEST
 from train.adapters.source import AdapterSource
+from train.console.markdown import escape_markdown
 from train.data.files import FILE_KINDS
 from train.data.named import named
 from train.publish.codes import loading_config
@@ -82,19 +85,23 @@ def card(export: Export) -> str:
     """Returns the text of README.md: YAML front matter, how to load it, and how it came about."""
     run = _run_of(export.source)
     options = run.get("options", {})
-    base = f"[{export.base}](https://huggingface.co/{export.base})" if export.base else "a model"
+    base = "a model"
+    if export.base:
+        address = urllib.parse.quote(export.base)
+        base = f"[{escape_markdown(export.base)}](https://huggingface.co/{address})"
     kind = export.config.model_type
     if export.fields is None:
         what = f"{base} ({kind}) with a LoRA adapter merged into it."
     else:
         what = f"A LoRA adapter of {base} ({kind})."
-    parts = [f"# {export.name.rsplit('/', 1)[-1]}", f"{what} Trained and exported with lora_jax."]
+    title = escape_markdown(export.name.rsplit("/", 1)[-1])
+    parts = [f"# {title}", f"{what} Trained and exported with lora_jax."]
     if labels := getattr(export.config, "label_names", ()):
         parts.append(f"Its classes: {', '.join(map(_cell, labels))}.")
     parts += ["## Load it", *_code(export)]
     parts += ["## Training", *_training(export, run, options)]
     used = run.get("versions") or versions()
-    listed = ", ".join(f"{name} {version}" for name, version in used.items())
+    listed = ", ".join(_cell(f"{name} {version}") for name, version in used.items())
     parts += ["## Versions", f"{'Trained' if run else 'Exported'} with {listed}."]
     return marked(f"---\n{_front_matter(export, options)}\n---\n\n" + "\n\n".join(parts))
 
@@ -139,7 +146,8 @@ def _shown(name: str) -> str:
 
 def _code(export: Export) -> Iterator[str]:
     """Yields the code that loads the export, with a line before each."""
-    base, auto, name = export.base or "path/to/the/base", export.auto_class, export.name
+    base, name = (json.dumps(x) for x in (export.base or "path/to/the/base", export.name))
+    auto = export.auto_class
     is_classifier = getattr(export.config, "head", None) == "classification"
     number = f", num_labels={export.config.num_labels}" if is_classifier else ""
     head = f', head="classification"{number}' if is_classifier else ""
@@ -150,11 +158,11 @@ def _code(export: Export) -> Iterator[str]:
     if export.fields is None:
         yield "With transformers:"
         yield _python(
-            f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("{name}")'
+            f"from transformers import {auto}", "", f"model = {auto}.from_pretrained({name})"
         )
         yield "With lora_jax:"
         yield _python(
-            "from lora_jax import models", "", f'model, params = models.from_pretrained("{name}")'
+            "from lora_jax import models", "", f"model, params = models.from_pretrained({name})"
         )
         return
     if codes:
@@ -168,8 +176,8 @@ def _code(export: Export) -> Iterator[str]:
         "from peft import PeftModel",
         f"from transformers import {imports}",
         "",
-        f'base = {auto}.from_pretrained("{base}"{number})',
-        f'model = PeftModel.from_pretrained(base, "{name}")',
+        f"base = {auto}.from_pretrained({base}{number})",
+        f"model = PeftModel.from_pretrained(base, {name})",
     )
     yield "With lora_jax:"
     yield _python(
@@ -177,8 +185,8 @@ def _code(export: Export) -> Iterator[str]:
         "import lora_jax.peft as lp",
         "from lora_jax import models",
         "",
-        f'model, params = models.from_pretrained("{base}"{head})',
-        f'params = lp.load("{name}", model, params)',
+        f"model, params = models.from_pretrained({base}{head})",
+        f"params = lp.load({name}, model, params)",
         "forward = lj.adapt(model.apply)  # with the arguments of model.apply",
     )
 
@@ -275,4 +283,4 @@ def _cell(value: Any) -> str:
     """Returns a value as the text of a table's cell."""
     if isinstance(value, list | tuple):
         value = ", ".join(map(str, value))
-    return " ".join(str(value).replace("|", r"\|").split())
+    return escape_markdown(str(value))

@@ -1,6 +1,7 @@
 """Model cards: front matter, the facts of the run, code that runs, and cards that are kept."""
 
 import dataclasses
+import html
 import json
 import re
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 import lora_jax as lj
 from lora_jax import models
@@ -21,6 +23,7 @@ from train.publish.card import NOT_SHOWN, SHOWN
 from train.run.options import classify, sft
 
 IDS = np.array([[1, 5, 77, 200, 3]])
+LABELS = ("no", "a|b", "<img src=x> [y](javascript:z) `*c*` &lt; _d_")  # as in untrusted data
 LOSSES = [{"step": n, "loss": 3.0 / n} for n in (1, 2, 7)] + [{"step": 7, "eval_loss": 0.625}]
 OPTIONS = {"dataset": "owner/data", "rank": 2, "seed": 3, "dropout": 0.0, "batch_size": 4}
 OPTIONS |= {"output": "/secret/out", "model": "/secret/model", "init": "kaiming", "train": []}
@@ -34,7 +37,7 @@ def run(tmp_path):
         _, params = models.from_pretrained(base, **head)
         tree = with_random_factors(lj.lorafy(params, rules))
         folder = tmp_path / "run"
-        about = {"model": str(base)} | ({"labels": ("no", "a|b", "yes")} if head else {})
+        about = {"model": str(base)} | ({"labels": LABELS} if head else {})
         lj.save_adapter(folder / "adapter", tree, about=about)
         resolved = {"steps": 7, "examples": 24, "lr": 0.01}
         facts = {"resolved": resolved, "versions": {"jax": "0.1"}, "summary": "trainable: 5"}
@@ -101,15 +104,18 @@ def test_the_card_of_a_merged_classifier(run, tmp_path):
     head = {"head": "classification", "num_labels": 3}
     base = write_encoder(tmp_path / "base")
     rules = [lj.TrainRule(targets=["classifier"]), lj.LoraRule(targets=["query"], rank=2)]
-    folder = run(base, head, rules, dataset=str(tmp_path / "rows.jsonl"))
+    folder = run(base, head, rules, dataset=str(tmp_path / "<b>*rows*.jsonl"))
     export("--adapter", folder, "--output", tmp_path / "out", "--merged")
     data, text = read(tmp_path / "out")
     assert data.pipeline_tag == "text-classification" and data.library_name == "transformers"
     assert data.base_model is None and data.datasets is None
-    assert "Its classes: no, a\\|b, yes." in text and "Data: rows.jsonl, 24 examples." in text
+    shown = MarkdownIt("commonmark").enable("table").render(text.partition("---\n\n")[2])
+    assert "<p>Its classes: " + ", ".join(map(html.escape, LABELS)) + ".</p>" in shown
+    assert "<p>Data: &lt;b&gt;*rows*.jsonl, 24 examples.</p>" in shown
+    assert not set(re.findall("<(img|a|b|em|code)\\b", shown)) - {"code"}
     assert str(tmp_path) not in text
     loaded = code(text, 1, path_to_out=tmp_path / "out")
-    assert loaded["model"].config.label_names == ("no", "a|b", "yes")
+    assert loaded["model"].config.label_names == LABELS
 
 
 def test_a_card_that_somebody_wrote_stays(run, tmp_path, capsys):

@@ -1,6 +1,11 @@
 """The SQL task's score: right answers in any dress, wrong ones however near, harmful ones never."""
 
+import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -9,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from train.tasks.sql import examples as sql
+from train.tasks.sql import guard
 from train.tasks.sql.answer import find_query
-from train.tasks.sql.execute import open_databases, run, same_rows
+from train.tasks.sql.execute import GUARDED, open_databases, same_rows
+from train.tasks.sql.guard import run
 from train.tasks.sql.schemas import SCHEMAS
 from train.tasks.sql.tables import parse_schema
 
@@ -158,48 +165,127 @@ def test_near_misses_are_wrong(examples: list[sql.SqlExample]) -> None:
     assert kinds["filter"] > 150 and kinds["column"] > 500 and kinds["order"] > 50, kinds
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "DROP TABLE books",
-        "SELECT title FROM books WHERE genre = 'novel'; DROP TABLE books",
-        "DROP TABLE books; SELECT title FROM books WHERE genre = 'novel'",
-        "SELECT title FROM books WHERE genre = 'novel'; SELECT title FROM books",
-        "INSERT INTO authors SELECT id, title, title, 1 FROM books WHERE genre = 'novel'",
-        "WITH n AS (SELECT 1) DELETE FROM books",
-        "UPDATE books SET genre = 'novel'; SELECT title FROM books",
-        "ATTACH DATABASE 'stolen.db' AS stolen",
-        "VACUUM INTO 'stolen.db'; SELECT title FROM books WHERE genre = 'novel'",
-        "PRAGMA query_only = OFF; SELECT title FROM books WHERE genre = 'novel'",
-        "EXPLAIN SELECT title FROM books WHERE genre = 'novel'",
-        "SELECT name FROM sqlite_master",
-        "SELECT name FROM pragma_table_info('books')",
-        "SELECT load_extension('evil.so')",
-        "SELECT writefile('stolen.db', 'x')",
-        "SELECT randomblob(1000000000)",
-        "SELECT replace(group_concat(title), 'e', group_concat(title)) FROM books, authors",
-        "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT n FROM c",
-        "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT COUNT(*) FROM c",
-        "SELECT COUNT(*) FROM books a, books b, books c, books d, books e, books f, books g",
-        "SELECT a.title FROM books a, books b, books c, books d ORDER BY a.length * b.length",
-        f"SELECT '{'a' * 1500}' LIKE '{'%a' * 700}b' FROM books, authors",
-        f"SELECT {'(' * 1500}1{')' * 1500}",
-        f"SELECT {'1 + ' * 5000}1",
-        "SELECT title FROM books WHERE genre = 'no\0vel'",
-        "SELECT '\ud800'",
-        "SELECT CAST(x'ff' AS TEXT)",
-        "SELECT 9e999, -9e999, 0x7fffffffffffffff + 1",
-        "SELECT abs(-9223372036854775808)",
-    ],
-)
-def test_harmful_sql_is_wrong_and_harmless(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    start = time.monotonic()
+def _nested(levels: int, body: str) -> str:
+    """Common table expressions of which each reads the one before twice, in each of its parts."""
+    tables = [f"t{i} AS ({body.format(p=i - 1)})" for i in range(1, levels)]
+    return (
+        f"WITH t0 AS (SELECT id, title FROM books), {', '.join(tables)} SELECT * FROM t{levels - 1}"
+    )
+
+
+def _books(n: int) -> str:
+    """Returns the same table `n` times, for a FROM clause without conditions."""
+    return ", ".join(f"books b{i}" for i in range(n))
+
+
+RECURSIVE = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c)"
+HOSTILE = {
+    "drop": "DROP TABLE books",
+    "a drop after an answer": f"{NOVELS.sql}; DROP TABLE books",
+    "a drop before an answer": f"DROP TABLE books; {NOVELS.sql}",
+    "two statements": f"{NOVELS.sql}; SELECT title FROM books",
+    "insert": "INSERT INTO authors SELECT id, title, title, 1 FROM books WHERE genre = 'novel'",
+    "delete behind a table expression": "WITH n AS (SELECT 1) DELETE FROM books",
+    "update": "UPDATE books SET genre = 'novel'; SELECT title FROM books",
+    "attach": "ATTACH DATABASE 'stolen.db' AS stolen",
+    "vacuum": f"VACUUM INTO 'stolen.db'; {NOVELS.sql}",
+    "pragma": f"PRAGMA query_only = OFF; {NOVELS.sql}",
+    "explain": f"EXPLAIN {NOVELS.sql}",
+    "the catalogue": "SELECT name FROM sqlite_master",
+    "the catalogue by a function": "SELECT name FROM pragma_table_info('books')",
+    "an extension": "SELECT load_extension('evil.so')",
+    "a file": "SELECT writefile('stolen.db', 'x')",
+    "a table function": "SELECT value FROM generate_series(1, 1000000000)",
+    "large random": "SELECT randomblob(1000000000)",
+    "large zeros": "SELECT length(zeroblob(1000000000)) FROM books",
+    "printf": "SELECT length(printf('%.*c', 1000000000, 'x')) FROM books",
+    "format": "SELECT format('%1000000000d', 1)",
+    "hex": "SELECT hex(hex(hex(hex(title)))) FROM books",
+    "replace": "SELECT replace(group_concat(title), 'e', group_concat(title)) FROM books, authors",
+    "replace of replace": "SELECT "
+    + "replace(" * 40
+    + "title"
+    + ", 'e', 'eeee')" * 40
+    + " FROM books",
+    "json": "SELECT json_group_array(title) FROM books",
+    "endless rows": f"{RECURSIVE} SELECT n FROM c",
+    "endless count": f"{RECURSIVE} SELECT COUNT(*) FROM c",
+    "endless texts": RECURSIVE.replace("1", "'a'", 1).replace("n + 1", "n || n")
+    + " SELECT n FROM c",
+    "endless sort": f"{RECURSIVE} SELECT n FROM c ORDER BY -n",
+    "an endless window": f"{RECURSIVE} SELECT SUM(n) OVER (ORDER BY n) FROM c",
+    "endless groups": f"{RECURSIVE} SELECT n, COUNT(*) FROM c GROUP BY n",
+    "endless distinct": f"{RECURSIVE} SELECT DISTINCT n FROM c",
+    "endless concat": f"{RECURSIVE} SELECT group_concat(n) FROM c",
+    "cross join": f"SELECT COUNT(*) FROM {_books(7)}",
+    "sorted cross join": f"SELECT b0.title FROM {_books(4)} ORDER BY b0.length * b1.length",
+    "cross joins in each row": f"SELECT (SELECT COUNT(*) FROM {_books(3)}) FROM books a",
+    "many tables": f"SELECT COUNT(*) FROM {_books(64)}",
+    "like": f"SELECT '{'a' * 900}' LIKE '{'%a' * 400}b' FROM books, authors",
+    "short like": f"SELECT '{'a' * 900}' LIKE '{'%a' * 49}b' FROM books, authors",
+    "glob": f"SELECT '{'a' * 900}' GLOB '{'*a' * 49}b' FROM books, authors",
+    "globbed classes": f"SELECT '{'a' * 900}' GLOB '{'*[a-z]' * 16}b' FROM books, authors",
+    "parentheses": f"SELECT {'(' * 900}1{')' * 900}",
+    "a long sum": f"SELECT {'1 + ' * 5000}1",
+    "a deep sum": f"SELECT {'1+' * 900}1",
+    "many values": f"SELECT * FROM (VALUES {', '.join(['(1)'] * 350)}) a, {_books(2)}",
+    "many parts": " UNION ALL ".join(["SELECT 1"] * 90),
+    "many columns": f"SELECT {', '.join(['title'] * 250)} FROM books",
+    "nested selects": f"{'SELECT * FROM (' * 100}SELECT * FROM books{')' * 100}",
+    "nested table expressions": _nested(40, "SELECT a.id, b.title FROM t{p} a, t{p} b"),
+    "tripled table expressions": _nested(25, "SELECT a.id, b.title FROM t{p} a, t{p} b, t{p} c"),
+    "table expressions in parts": _nested(40, "SELECT * FROM t{p} UNION ALL SELECT * FROM t{p}"),
+    "table expressions in filters": _nested(
+        30, "SELECT * FROM t{p} WHERE id IN (SELECT id FROM t{p}) OR id IN (SELECT id FROM t{p})"
+    ),
+    "NUL": "SELECT title FROM books WHERE genre = 'no\0vel'",
+    "a lone surrogate": "SELECT '\ud800'",
+    "bytes that are no text": "SELECT CAST(x'ff' AS TEXT)",
+    "numbers beyond": "SELECT 9e999, -9e999, 0x7fffffffffffffff + 1",
+    "no number": "SELECT abs(-9223372036854775808)",
+    "a parameter": "SELECT ?1000000000",
+}
+
+
+def _memory() -> int:
+    """Returns the kilobytes of the process that runs queries, at their peak."""
+    assert GUARDED._process is not None
+    status = Path(f"/proc/{GUARDED._process.pid}/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_harmful_sql_is_wrong_and_harmless(text: str) -> None:
+    def spent() -> float:
+        return time.process_time() + sum(os.times()[2:4])
+
+    start, before = time.monotonic(), spent()
     assert not sql.score(NOVELS, text)
-    assert time.monotonic() - start < 4
-    assert not list(tmp_path.iterdir())
+    assert spent() - before < 1.0  # of processor time, also of a process that was ended
+    assert time.monotonic() - start < 20
+    assert not list(Path.cwd().iterdir())
+    assert sql.score(NOVELS, NOVELS.sql)
+    if Path("/proc/self/status").exists():
+        assert _memory() < 100_000
+
+
+def test_what_takes_too_long_is_ended_by_its_own_clock() -> None:
+    """The control: without the limits of SQLite, the process's own ones end a query."""
+    program = Path(guard.__file__).read_text()
+    lenient = re.sub(r"_MAX_(LOOKS|QUESTIONS) = [\d_]+", r"_MAX_\1 = 10**9", program)
+    request = json.dumps(
+        {"script": "CREATE TABLE t (x)", "sql": f"{RECURSIVE} SELECT MAX(n) FROM c"}
+    )
+    command = [sys.executable, "-I", "-S", "-c", lenient]
+    done = subprocess.run(command, input=request + "\n", capture_output=True, text=True, timeout=60)
+    assert done.stdout == "" and done.returncode == -signal.SIGPROF
+
+
+def test_a_process_that_ended_is_replaced() -> None:
+    assert sql.score(NOVELS, NOVELS.sql)
+    assert GUARDED._process is not None
+    GUARDED._process.kill()
+    GUARDED._process.wait()
     assert sql.score(NOVELS, NOVELS.sql)
 
 
@@ -221,16 +307,13 @@ def test_harmful_sql_is_wrong_and_harmless(
         "SELECT 1; SELECT 2",
     ],
 )
-def test_the_guard_alone_permits_reading_only(
-    statement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_guard_alone_permits_reading_only(statement: str) -> None:
     with open_databases(LIBRARY) as databases:
         before = run(databases[0], "SELECT * FROM books, authors")
         assert before
         assert run(databases[0], statement) is None
         assert run(databases[0], "SELECT * FROM books, authors") == before
-    assert not list(tmp_path.iterdir())
+    assert not list(Path.cwd().iterdir())
 
 
 def test_the_work_is_limited_not_the_time_alone() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from train.comparing.reporting.pictures import Picture
+from train.console.markdown import escape_markdown
 
 
 class Heading(NamedTuple):
@@ -90,31 +91,27 @@ def page(title: str, blocks: Sequence[Block], folder: Path) -> str:
 def _as_markdown(block: Block) -> str:
     match block:
         case Heading(text, level):
-            return f"{'#' * level} {_escaped(text)}"
+            return f"{'#' * level} {escape_markdown(text)}"
         case Text(text):
-            return _escaped(text)
+            return escape_markdown(text)
         case Verdict(text):
-            return f"**{_escaped(text)}**"
+            return f"**{escape_markdown(text)}**"
         case Lines(items):
-            return "\n".join(f"- {_escaped(item)}" for item in items)
+            return "\n".join(f"- {escape_markdown(item)}" for item in items)
         case Code(text):
             fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
             return f"{fence}text\n{text}\n{fence}"
         case Gallery(pictures):
-            return "\n\n".join(
-                f"![{_escaped(title)}]({file})\n\n**{_escaped(title)}.** {_escaped(said)}"
-                for file, title, said in pictures
-            )
+            shown = [(file, escape_markdown(t), escape_markdown(s)) for file, t, s in pictures]
+            return "\n\n".join(f"![{t}]({file})\n\n**{t}.** {said}" for file, t, said in shown)
         case Grid(header, body):
             ruler = [":---", *["---:"] * (len(header) - 1)]
-            lines = [map(_escaped, header), ruler, *(map(_escaped, row) for row in body)]
+            lines = [
+                map(escape_markdown, header),
+                ruler,
+                *(map(escape_markdown, row) for row in body),
+            ]
             return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _escaped(text: str) -> str:
-    """Returns one line of plain text as Markdown."""
-    line = re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", " ".join(text.split()))
-    return re.sub(r"^([-+]|\d+[.)])(?= )", r"\\\1", line)
 
 
 def _as_html(block: Block, folder: Path) -> str:

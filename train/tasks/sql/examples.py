@@ -23,9 +23,10 @@ from itertools import islice
 
 from train.tasks.sql.answer import find_query
 from train.tasks.sql.draw import Draw
-from train.tasks.sql.execute import Row, open_databases, run, same_rows
+from train.tasks.sql.execute import GUARDED, open_databases, same_rows
 from train.tasks.sql.fill import filled_tables
 from train.tasks.sql.forms import FORMS
+from train.tasks.sql.guard import Row, run
 from train.tasks.sql.phrasings import PHRASINGS, ask
 from train.tasks.sql.query import write
 from train.tasks.sql.scene import DoesNotFit, Scene
@@ -118,11 +119,10 @@ def score(example: SqlExample, text: str) -> bool:
         return False
     schema = SCHEMAS[example.schema]
     ordered = _is_ordered(example.sql)
-    with open_databases(schema) as databases:
-        for database, gold in zip(databases, _gold_results(schema, example.sql), strict=True):
-            rows = run(database, query)
-            if rows is None or not same_rows(gold, rows, ordered=ordered):
-                return False
+    for database, gold in enumerate(_gold_results(schema, example.sql)):
+        rows = GUARDED.run(schema, database, query)
+        if rows is None or not same_rows(gold, rows, ordered=ordered):
+            return False
     return True
 
 

@@ -1,85 +1,97 @@
-"""Runs untrusted queries on databases in memory.
+"""Runs untrusted queries in a process of their own, and compares results.
 
-The SQL comes from a language model, so it is not trusted. Each connection is to a new database in
-memory; an authorizer permits only reading and an allow-list of functions; and work, time, the
-length of values and the number of rows are limited.
+`guard.py` is that process: it limits what a query may do. Here, one that does not answer in time is
+ended, and the next query gets a new one.
 """
 
+import atexit
+import json
 import math
-import sqlite3
-import time
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from sqlite3 import Connection
 
+from train.tasks.sql import guard
 from train.tasks.sql.fill import DATABASES, fill_script
+from train.tasks.sql.guard import Row
 from train.tasks.sql.tables import Schema
 
-Row = tuple[object, ...]
-
-_STEPS = 1_000  # virtual machine instructions between two checks of the limits
-_MAX_LOOKS = 300  # 300,000 instructions; a right answer needs a few thousand
-_MAX_SECONDS = 2.0
-_MAX_ROWS = 2_000
-_MAX_COLUMNS = 20
-_MAX_SQL = 4_000
-_MAX_VALUE = 2_000
-
-_FUNCTIONS = frozenset(
-    "abs avg cast coalesce concat count dense_rank first_value glob group_concat ifnull iif instr "
-    "last_value length like lower ltrim max min nullif rank replace round row_number rtrim sign "
-    "string_agg substr substring sum total trim typeof upper".split()
-)
-
-
-def _authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
-    """Permits what a SELECT over the tables needs, and nothing else."""
-    if action == sqlite3.SQLITE_FUNCTION:
-        allowed = second is not None and second.lower() in _FUNCTIONS
-    elif action == sqlite3.SQLITE_READ:
-        allowed = first is not None and not first.lower().startswith(("sqlite_", "pragma_"))
-    else:
-        allowed = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_RECURSIVE)
-    return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
-
-
-def _open(schema: Schema, database: int) -> sqlite3.Connection:
-    connection = sqlite3.connect(":memory:", isolation_level=None)
-    connection.executescript(fill_script(schema, database))
-    connection.execute("PRAGMA temp_store = MEMORY")
-    connection.execute("PRAGMA query_only = ON")
-    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE)
-    connection.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, _MAX_SQL)
-    connection.setlimit(sqlite3.SQLITE_LIMIT_COLUMN, _MAX_COLUMNS)
-    connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
-    connection.set_authorizer(_authorize)
-    return connection
+# The process ends itself after a second of the processor's time; on a busy machine that is longer.
+_MAX_SECONDS = 20.0
 
 
 @contextmanager
-def open_databases(schema: Schema) -> Iterator[list[sqlite3.Connection]]:
-    """Opens the schema's databases: new, in memory, and read-only."""
+def open_databases(schema: Schema) -> Iterator[list[Connection]]:
+    """Opens the schema's databases in this process, for our own queries: new, and read-only."""
+    scripts = [fill_script(schema, i) for i in range(DATABASES)]
     with ExitStack() as stack:
-        yield [stack.enter_context(closing(_open(schema, i))) for i in range(DATABASES)]
+        yield [stack.enter_context(closing(guard.open_database(script))) for script in scripts]
 
 
-def run(connection: sqlite3.Connection, sql: str) -> list[Row] | None:
-    """Returns the rows of a query; None if it fails, is not permitted, or exceeds a limit."""
-    looks = 0
-    end = time.monotonic() + _MAX_SECONDS
+class Guarded:
+    """Runs queries that are not trusted, one at a time, in a process that is started when needed.
 
-    def give_up() -> bool:
-        nonlocal looks
-        looks += 1
-        return looks > _MAX_LOOKS or time.monotonic() > end
+    It may be called from several threads.
+    """
 
-    connection.set_progress_handler(give_up, _STEPS)
-    try:
-        rows = connection.execute(sql).fetchmany(_MAX_ROWS + 1)
-    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError):
-        return None  # ValueError: characters that SQLite cannot take, such as NUL
-    finally:
-        connection.set_progress_handler(None, 0)
-    return rows if len(rows) <= _MAX_ROWS else None
+    def __init__(self) -> None:
+        """Starts nothing yet."""
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    def run(self, schema: Schema, database: int, sql: str) -> list[Row] | None:
+        """Returns the rows of a query on a new copy of one of the schema's databases.
+
+        Returns:
+          None if the query fails, is not permitted, or exceeds a limit.
+        """
+        request = json.dumps({"script": fill_script(schema, database), "sql": sql})
+        with self._lock:
+            answer = self._ask(request)
+        return None if answer is None else [tuple(row) for row in answer]
+
+    def close(self) -> None:
+        """Ends the process; the next query starts another."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _ask(self, request: str) -> list[list[object]] | None:
+        process = self._process
+        if process is None or process.poll() is not None:
+            self.close()
+            process = self._process = _started()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(request + "\n")
+            process.stdin.flush()
+            late = threading.Timer(_MAX_SECONDS, process.kill)
+            late.start()
+            line = process.stdout.readline()
+            late.cancel()
+        except BaseException:  # such as Ctrl-C: the answer must not become the next query's
+            self.close()
+            raise
+        if not line.endswith("\n"):
+            self.close()
+            return None
+        return json.loads(line)
+
+
+def _started() -> "subprocess.Popen[str]":
+    """Starts `guard.py`, without this process's environment and packages."""
+    command = [sys.executable, "-I", "-S", str(Path(guard.__file__))]
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, text=True, env={})
+
+
+GUARDED = Guarded()
+atexit.register(GUARDED.close)
 
 
 def is_empty(rows: Sequence[Row]) -> bool:

@@ -3,7 +3,8 @@
 import sqlite3
 from collections.abc import Sequence
 
-from train.tasks.sql.execute import is_empty, run, same_rows
+from train.tasks.sql.execute import is_empty, same_rows
+from train.tasks.sql.guard import run
 from train.tasks.sql.query import Query, mutations, order_keys, write
 from train.tasks.sql.tables import Schema
 

@@ -1,0 +1,143 @@
+"""Runs untrusted queries on a database in memory: limits, permissions, and a process for them.
+
+Started as a program, it answers requests on its input, a line each: ``{"script": …, "sql": …}`` is
+a query on a new database that the script fills, and the answer its rows, or null. `execute.py`
+starts it. It imports the standard library alone, so that it starts in a moment.
+
+The SQL comes from a language model, so it is not trusted. An authorizer permits only reading and an
+allow-list of functions. Instructions, lengths, depths and rows are limited. What a query does
+before its first instruction, while SQLite prepares it, counts as well: SQLite then asks the
+authorizer often, and memory and processor time are limited for the process.
+"""
+
+import contextlib
+import json
+import signal
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+if sys.platform != "win32":  # it has no such limits; `execute.py` still ends what takes too long
+    import resource
+
+Row = tuple[object, ...]
+
+_STEPS = 1_000  # virtual machine instructions between two checks of the limit
+_MAX_LOOKS = 300  # 300,000 instructions; a right answer needs a few thousand
+_MAX_QUESTIONS = 20_000  # of SQLite to the authorizer; a right answer makes some tens
+_MAX_SECONDS = 0.8  # of processor time, whatever else the machine does
+_MAX_MEMORY = 2**28  # bytes of the process's address space, of which Python takes some 30 MB
+_MAX_HEAP = 2**25  # bytes of SQLite's own
+_MAX_ROWS = 2_000
+_MAX_ANSWER = 2**20  # characters of all rows, written as JSON
+_LIMITS = {
+    sqlite3.SQLITE_LIMIT_LENGTH: 2_000,  # of a value, in bytes
+    sqlite3.SQLITE_LIMIT_SQL_LENGTH: 4_000,
+    sqlite3.SQLITE_LIMIT_COLUMN: 20,
+    sqlite3.SQLITE_LIMIT_EXPR_DEPTH: 60,
+    sqlite3.SQLITE_LIMIT_COMPOUND_SELECT: 10,
+    sqlite3.SQLITE_LIMIT_FUNCTION_ARG: 8,
+    sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 100,
+    sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER: 0,
+    sqlite3.SQLITE_LIMIT_ATTACHED: 0,
+    sqlite3.SQLITE_LIMIT_TRIGGER_DEPTH: 1,
+    sqlite3.SQLITE_LIMIT_WORKER_THREADS: 0,
+}
+_FUNCTIONS = frozenset(
+    "abs avg cast coalesce concat count dense_rank first_value glob group_concat ifnull iif instr "
+    "last_value length like lower ltrim max min nullif rank replace round row_number rtrim sign "
+    "string_agg substr substring sum total trim typeof upper".split()
+)
+
+
+def open_database(script: str) -> sqlite3.Connection:
+    """Opens a new database in memory, filled by a script: from then on it is only read."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    connection.deserialize(_filled(script))
+    connection.execute("PRAGMA temp_store = MEMORY")
+    connection.execute("PRAGMA query_only = ON")
+    for limit, value in _LIMITS.items():
+        connection.setlimit(limit, value)
+    return connection
+
+
+@lru_cache(maxsize=64)
+def _filled(script: str) -> bytes:
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        connection.executescript(script)
+        return connection.serialize()
+
+
+def run(connection: sqlite3.Connection, sql: str) -> list[Row] | None:
+    """Returns the rows of a query; None if it fails, is not permitted, or exceeds a limit.
+
+    Its time is not limited here, but its instructions are: so a result does not depend on how busy
+    the machine is.
+    """
+    connection.set_authorizer(_authorizer())
+    looks = 0
+
+    def give_up() -> bool:
+        nonlocal looks
+        looks += 1
+        return looks > _MAX_LOOKS
+
+    connection.set_progress_handler(give_up, _STEPS)
+    try:
+        rows = connection.execute(sql).fetchmany(_MAX_ROWS + 1)
+    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError):
+        return None  # ValueError: characters that SQLite cannot take, such as NUL
+    finally:
+        connection.set_progress_handler(None, 0)
+    return rows if len(rows) <= _MAX_ROWS else None
+
+
+def _authorizer() -> Callable[..., int]:
+    """Returns an authorizer of one query: it permits what a SELECT over the tables needs."""
+    asked = 0
+
+    def authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
+        nonlocal asked
+        asked += 1
+        if action == sqlite3.SQLITE_FUNCTION:
+            allowed = second is not None and second.lower() in _FUNCTIONS
+        elif action == sqlite3.SQLITE_READ:
+            allowed = first is not None and not first.lower().startswith(("sqlite_", "pragma_"))
+        else:
+            allowed = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_RECURSIVE)
+        return sqlite3.SQLITE_OK if allowed and asked <= _MAX_QUESTIONS else sqlite3.SQLITE_DENY
+
+    return authorize
+
+
+@contextlib.contextmanager
+def _limited_time() -> Iterator[None]:
+    """Ends this process where what stands inside takes too much of the processor's time."""
+    if sys.platform != "win32":
+        signal.setitimer(signal.ITIMER_PROF, _MAX_SECONDS)
+    yield
+    if sys.platform != "win32":
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def main() -> None:
+    """Answers requests until the input ends."""
+    if sys.platform != "win32":
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+        resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY, _MAX_MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for line in sys.stdin:
+        request = json.loads(line)
+        with contextlib.closing(open_database(request["script"])) as connection:
+            connection.execute(f"PRAGMA hard_heap_limit = {_MAX_HEAP}")
+            with _limited_time():
+                rows = run(connection, request["sql"])
+                # No question asks for bytes, and JSON has none.
+                answer = json.dumps(rows, default=lambda value: {"bytes": value.hex()})
+        print(answer if len(answer) <= _MAX_ANSWER else "null", flush=True)
+
+
+if __name__ == "__main__":
+    main()
