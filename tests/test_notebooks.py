@@ -8,6 +8,7 @@ import importlib.machinery
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,8 +81,9 @@ def first_cell(tmp_path, monkeypatch):
     monkeypatch.chdir(here)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
-    def run(name, source=None, installed=None):
+    def run(name, source=None, installed=None, uv="uv"):
         commands = []
+        found = {"pip": importlib.machinery.ModuleSpec("pip", None)} | (installed or {})
 
         def executed(command, check):
             commands.append(command)
@@ -89,7 +91,8 @@ def first_cell(tmp_path, monkeypatch):
                 make_checkout(Path(command[-1]))
 
         with monkeypatch.context() as patched:
-            patched.setattr(importlib.util, "find_spec", (installed or {}).get)
+            patched.setattr(importlib.util, "find_spec", found.get)
+            patched.setattr(shutil, "which", {"uv": uv}.get)
             patched.setattr(subprocess, "run", executed)
             assert FIRST[name].count("SOURCE = None") == 1
             code = FIRST[name].replace("SOURCE = None", f"SOURCE = {source!r}")
@@ -141,6 +144,15 @@ def test_the_first_cell_installs_from_where_it_is_told(name, first_cell, tmp_pat
     assert first_cell(name, address) == [pip, clone]
     assert sys.path[-1] == f"{Path.cwd()}/lora_jax_checkout"
     assert first_cell(name, address) == [pip]  # it is there now
+
+
+def test_the_first_cell_says_that_it_installs_and_does_without_pip(first_cell, capsys):
+    make_checkout(Path())
+    (command,) = first_cell(WHEEL[0], installed={"pip": None})
+    assert command[:5] == ["uv", "pip", "install", "--python", sys.executable]
+    assert "installing lora_jax" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="neither pip nor uv"):
+        first_cell(WHEEL[0], installed={"pip": None}, uv=None)
 
 
 def test_the_first_cell_brings_an_accelerators_plugin_along(first_cell):

@@ -236,7 +236,11 @@ def compare(
     sizes = [
         dimension.sentence(one, found.facts.score or "score") for one in dimension.dimensions(found)
     ]
-    for line in (f"verdict: {said.verdict}", *said.reasons, *said.undecided, *sizes):
+    further = [said.command] if said.command else []
+    for line in (
+        f"verdict: {said.verdict}. {said.headline}",
+        *(*said.reasons, *said.undecided, *further, *sizes),
+    ):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     console.print(
         f"this call took {duration(time.monotonic() - began)}, and all runs so far "

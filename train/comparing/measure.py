@@ -23,8 +23,9 @@ from train.comparing.trials import Trial
 from train.finetune import weights_of
 from train.inputs import Inputs
 from train.run.errors import UserError, flag
+from train.run.files import read_json
 from train.run.log import doing, read_metrics
-from train.run.output import ADAPTER
+from train.run.output import ADAPTER, SCORES
 from train.run.report import tree_bytes, versions
 
 COSTS = "costs"
@@ -84,6 +85,7 @@ def measured(
             versions=versions(),
             outside=about.outside,
             rule=RULE if sweep.early else None,
+            baselines=_baselines(sweep),
         ),
         runs=runs,
         rungs=sweep.record.rungs,
@@ -109,6 +111,14 @@ def _config(sweep: Sweep) -> Any:
     """Returns the options of a run over the base as it is: an adapter's, if there is one."""
     trials = sorted(sweep.trials, key=lambda trial: not has_adapter(trial.arm.method))
     return trials[0].config
+
+
+def _baselines(sweep: Sweep) -> dict[str, float]:
+    """Returns the scores that need no training, of the first run that has them."""
+    for trial in sweep.trials:
+        if scores := read_json(trial.folder / SCORES):
+            return trial.task.baselines(scores)
+    return {}
 
 
 def _dataset(config: Any) -> str:

@@ -172,6 +172,7 @@ class Facts:
       planned_on: the machine of `Planned`, with price and assumed share of the peak, in words.
       outside: the text that forgetting was measured on, in words.
       rule: the rule of early stopping, in words; None where no run was stopped early.
+      baselines: the task's score without training, by what gets it: "always the commonest label".
     """
 
     command: str
@@ -188,6 +189,7 @@ class Facts:
     planned_on: str | None = None
     outside: str | None = None
     rule: str | None = None
+    baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from train.tasks.task import Context, Data, Evaluation, Progress, Rows, Task
 
 # Maps (rows to train on, texts) to (the baseline's name, a label for each text).
 Baseline = Callable[[Sequence[Row], Sequence[str]], tuple[str, Sequence[str]]]
+ADAPTED = "fine-tuned"  # among the names of the baselines, in scores.json
 
 
 def check(config: Config) -> None:
@@ -155,7 +156,7 @@ class Telling:
         texts = [row[data.text] for row in context.rows.held_out]
         ways = self._without_model(test, texts, names)
         scores = scores_of(test.labels, probabilities.argmax(-1), names)
-        ways["fine-tuned"] = scores
+        ways[ADAPTED] = scores
         write_json(context.folder / SCORES, ways)
         if is_first():
             draw_confusion(context.folder / CONFUSION, scores["confusion"], names)
@@ -177,6 +178,11 @@ class Telling:
         }
 
 
+def baselines(scores: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the accuracies of what needs no model, from a run's scores.json."""
+    return {way: one["accuracy"] for way, one in scores.items() if way != ADAPTED}
+
+
 TASK = Task(
     defaults=Defaults(model=MINILM.name, alpha=2.0, lr=1e-3, full_lr=3e-5, epochs=3.0),
     check=check,
@@ -187,4 +193,5 @@ TASK = Task(
     loss=loss,
     evaluation=Telling,
     score="accuracy",
+    baselines=baselines,
 )

@@ -5,7 +5,7 @@ task that differs from another in some of its functions is made by ``dataclasses
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -134,6 +134,10 @@ def _no_evaluation(context: Context) -> Evaluation | None:
     return None
 
 
+def _no_baselines(scores: Mapping[str, Any]) -> dict[str, float]:
+    return {}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
     """The rows, examples, loss and evaluation of a run.
@@ -152,6 +156,7 @@ class Task:
       reads: returns which of --seed, --batch-size and --grad-accum rows and examples depend on.
       score: the name of the score that tells how good the model is, the higher the better; None
         where there is none but the loss.
+      baselines: returns that score of what needs no training, by name, from a run's scores.json.
     """
 
     defaults: Defaults
@@ -164,6 +169,7 @@ class Task:
     evaluation: Callable[[Context], Evaluation | None] = _no_evaluation
     reads: Callable[[Any], tuple[str, ...]] = _all
     score: str | None = None
+    baselines: Callable[[Mapping[str, Any]], dict[str, float]] = _no_baselines
 
     def check_options(self, config: Any) -> None:
         """Raises a UserError for options that make no sense for this task."""

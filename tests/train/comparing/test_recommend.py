@@ -24,9 +24,12 @@ def test_within_the_spread_cost_decides():
     found = compared(runs(lora(), 1.01, 1.03, 1.02), runs(full(), 1.0, 1.02, 1.03))
     assert (found.verdict, found.arm) == ("lora", lora())
     said = " ".join(found.reasons)
-    assert "within the spread" in said and "cost does" in said
+    assert "within the spread (± 0.0" in said and "95% interval over seeds" in said
     assert "1.020 with LoRA r=8, lr 0.001 (3 seeds), 1.017 with full fine-tuning" in said
-    assert "3.10 GB with LoRA, 12.0 GB in full" in said and "78.1 times as much" in said
+    assert "3.1 GB with LoRA, 12 GB in full" in said and "78 times as much" in said
+    assert found.headline == "Use LoRA r=8, lr 0.001: quality tied; LoRA is cheaper."
+    assert found.command is None
+    assert not any(word in said for word in ("worse", "not decided", "ahead"))
 
 
 def test_full_fine_tuning_that_is_better_beyond_the_spread_is_recommended_with_its_price():
@@ -65,6 +68,23 @@ def test_nothing_is_decided_against_full_fine_tuning_at_an_edge():
     assert "one learning rate alone" in found.undecided[0]
 
 
+def test_the_headline_says_all_at_once_and_a_command_would_decide():
+    around = tuple(group for i, group in enumerate(AROUND) if i != 3)
+    command = "python -m train.compare sft --full-lrs 3e-5 1e-4 --dataset 'my rows' --resume"
+    tied = runs(lora(), 1.01, 1.03, 1.02), runs(full(), 1.0, 1.02, 1.03)
+    found = compared(*tied, around=around, command=command)
+    assert found.headline == (
+        "Not decided between LoRA r=8, lr 0.001 and full fine-tuning, lr 0.0001: quality tied; "
+        "LoRA is cheaper; the best rate of full fine-tuning is at the edge of what was tried."
+    )
+    assert found.command == (
+        "python -m train.compare sft --full-lrs 3e-05 0.0001 0.0003 --dataset 'my rows' "
+        "--output runs/compare-2"
+    )
+    one_seed = compared(runs(lora(), 1.05), runs(full(), 1.0), command="c sft --output a --seeds 0")
+    assert one_seed.command == "c sft --output a-2 --seeds 0 1 2 3"
+
+
 def test_one_seed_decides_by_a_large_gap_alone():
     near = compared(runs(lora(), 1.05), runs(full(), 1.0))
     assert near.verdict == "undecided" and "seeds" in near.undecided[0]
@@ -99,7 +119,7 @@ def test_the_score_goes_before_the_loss_where_both_methods_have_it():
         )
     ]
     found = compared(*scored, around=())
-    assert found.verdict == "lora" and found.reasons[0].startswith("Exact match: 0.9050")
+    assert found.verdict == "lora" and found.reasons[0].startswith("Exact match: 0.905 ")
 
 
 def test_the_training_loss_alone_decides_nothing():

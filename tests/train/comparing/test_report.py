@@ -2,11 +2,13 @@ import html.parser
 import re
 
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from tests.train.comparing.made_up import FACTS, example, full, lora, run, runs
 from train.comparing.reporting import tables
 from train.comparing.reporting.pictures import draw
+from train.comparing.reporting.recommend import recommend
 from train.comparing.reporting.report import HTML, MARKDOWN, write_report
 from train.comparing.result import Comparison
 
@@ -48,12 +50,17 @@ def written(tmp_path_factory):
     return folder, (folder / HTML).read_text(), (folder / MARKDOWN).read_text()
 
 
+def last_place(cell):
+    """Returns half a unit of the last digit that is shown."""
+    return 0.5000001 * 10.0 ** -len(cell.partition(".")[2])
+
+
 def test_the_main_table_equals_the_measurements(written):
     _, page, text = written
     shown = Parsed(page).tables[0]
     lines = [line for line in text.split("\n") if line.startswith("| ")]
     from_markdown = [
-        [cell.replace("\\", "") for cell in line.strip("| ").split(" | ")]
+        [re.sub(r"\\|\*\*", "", cell) for cell in line.strip("| ").split(" | ")]
         for line in lines[: len(shown) + 1]
     ]
     assert from_markdown[:1] + from_markdown[2:] == shown
@@ -71,9 +78,11 @@ def test_the_main_table_equals_the_measurements(written):
         for cell, value in zip(
             cells[1:5], (mean, deviation, min(scores), max(scores)), strict=True
         ):
-            assert float(cell) == pytest.approx(value, rel=6e-4)
+            assert float(cell) == pytest.approx(value, abs=last_place(cell))
+        assert len(cells[2].lstrip("0.")) == 2, "two significant digits of the deviation"
+        assert len({last_place(cell) for cell in cells[1:5]}) == 1
         loss = sum(run.held_out_loss for run in row.runs) / 3
-        assert float(cells[6]) == pytest.approx(loss, rel=6e-4)
+        assert float(cells[6]) == pytest.approx(loss, abs=last_place(cells[6]))
         assert cells[5] == "3"
         assert int(cells[7].replace(",", "")) == row.trained_parameters
 
@@ -94,6 +103,36 @@ def test_the_page_is_whole_and_stands_alone(written):
         *("Quality", "Pictures", "Costs", "Early stopping", "Latency of inference", "Storage"),
         *("Forgetting", "Failed runs", "Facts"),
     ]
+
+
+def test_what_a_reader_asks_is_said(written):
+    """Where it stands, what would decide it, and what the row, the peaks and the table are."""
+    _, page, text = written
+    (verdict,) = re.findall('<p class="verdict">(.*?)</p>', page)
+    assert re.sub("<[^>]*>", "", verdict).startswith(recommend(example()).headline[:40])
+    assert "Without training, exact match is 0.120 by always the same" in page
+    assert re.search("row that stands out is (ahead so far|the one recommended)", text)
+    assert page.count("<tr class=best>") == len(re.findall(r"^\| \*\*LoRA", text, re.M)) == 1
+    assert "Python, the compiler" in text and page.count("scrolls sideways") == page.count("<table")
+
+
+def test_a_method_has_one_colour_in_all_pictures(tmp_path, monkeypatch):
+    figures = {}
+    monkeypatch.setattr(Figure, "savefig", lambda of, file: figures.update({file.name: of}))
+    draw(example(), tmp_path)
+    colours: dict[str, set[str]] = {}
+    for name in ("curves.png", "rates.png", "sizes.png"):
+        for axes in figures[name].axes:
+            for line in [*axes.lines, *(c.lines[0] for c in axes.containers)]:
+                method = str(line.get_label()).split(" ")[0].split("\n")[0]
+                if not method.startswith("_"):
+                    colours.setdefault(method, set()).add(line.get_color())
+    for axes in figures["costs.png"].axes:
+        for bar, label in zip(axes.patches, axes.get_yticklabels(), strict=True):
+            colours[label.get_text().split(" ")[0]].add(to_hex(bar.get_facecolor()).upper())
+    assert set(colours) >= {"LoRA", "DoRA", "full"}
+    assert all(len(found) == 1 for found in colours.values()), colours
+    assert len({*map(tuple, colours.values())}) == len(colours)
 
 
 def test_names_of_users_are_escaped(written):

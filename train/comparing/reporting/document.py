@@ -104,14 +104,12 @@ def _as_markdown(block: Block) -> str:
         case Gallery(pictures):
             shown = [(file, escape_markdown(t), escape_markdown(s)) for file, t, s in pictures]
             return "\n\n".join(f"![{t}]({file})\n\n**{t}.** {said}" for file, t, said in shown)
-        case Grid(header, body):
+        case Grid(header, body, marked):
+            first, *rest = [[escape_markdown(cell) for cell in row] for row in (header, *body)]
+            if marked is not None:
+                rest[marked] = [f"**{cell}**" for cell in rest[marked]]
             ruler = [":---", *["---:"] * (len(header) - 1)]
-            lines = [
-                map(escape_markdown, header),
-                ruler,
-                *(map(escape_markdown, row) for row in body),
-            ]
-            return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            return "\n".join(f"| {' | '.join(line)} |" for line in (first, ruler, *rest))
 
 
 def _as_html(block: Block, folder: Path) -> str:
@@ -157,6 +155,7 @@ def _grid(grid: Grid) -> str:
         cells = f'<th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in others)
         body.append(f"<tr{' class=best' if index == grid.marked else ''}>{cells}</tr>")
     return (
+        '<p class="cue" aria-hidden="true">The table scrolls sideways →</p>'
         '<div class="table" role="region" aria-label="table" tabindex="0"><table>'
         f"<thead><tr>{header}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></div>"
@@ -183,6 +182,8 @@ li { margin: .25rem 0; }
 .note, figcaption { color: var(--soft); font-size: .875rem; }
 .verdict { font-size: 1.15rem; font-weight: 600; padding: .7rem .9rem; background: var(--shade);
   border-left: 4px solid var(--accent); border-radius: 4px; }
+.cue { display: none; margin: .6rem 0 -.3rem; color: var(--soft); font-size: .8125rem; }
+@media (max-width: 50rem) { .cue { display: block; } }
 .table { overflow-x: auto; max-width: 100%; margin: .6rem 0; border: 1px solid var(--line);
   border-radius: 6px; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem;

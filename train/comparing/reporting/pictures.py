@@ -17,7 +17,7 @@ from train.comparing.reporting.tables import Row
 from train.comparing.result import Arm, Comparison, Point
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart.
-FULL, ADAPTERS = "#D55E00", ("#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#000000", "#E69F00")
+FULL, ADAPTERS = "#D55E00", ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#000000", "#E69F00")
 MARKERS, DASHES = "osv^DPX*", ("-", "--", "-.", ":")
 WIDTH = 4.6  # inches: at a phone's width, a point of type is about a pixel
 _MOST_LINES = 7  # in one picture of curves; more cannot be told apart
@@ -56,22 +56,26 @@ class _Drawing:
         self.rows = tables.rows(comparison)
         self.series = tables.series(self.rows, self.measure)
         self.arms = [row.arm for row in self.rows]
-        self._styles: dict[Arm, tuple[str, str, str]] = {}
         shown = tables.with_stopped(self.rows, self.measure)
-        for row in (*shown, *self.rows):  # other alphas and batch sizes stand in one picture alone
-            kind = row.arm.at_any_rate()
-            is_new = kind not in self._styles
-            if is_new and row.is_full:
-                fulls = sum(colour == FULL for colour, _, _ in self._styles.values())
-                self._styles[kind] = FULL, "s", DASHES[fulls % len(DASHES)]
-            elif is_new:
-                i = len(self._styles)
-                self._styles[kind] = ADAPTERS[i % 6], MARKERS[i % 8], DASHES[i // 6 % 4]
+        # Other alphas and batch sizes stand in one picture alone: they come last.
+        kinds = dict.fromkeys(row.arm.at_any_rate() for row in (*shown, *self.rows))
+        methods = dict.fromkeys(kind.method for kind in kinds if kind.method != "full")
+        self._colours = {m: ADAPTERS[i % len(ADAPTERS)] for i, m in enumerate(methods)}
+        self._colours["full"] = FULL
+        self._styles: dict[Arm, tuple[str, str]] = {}
+        for kind in kinds:
+            i = sum(other.method == kind.method for other in self._styles)
+            marker = "s" if kind.method == "full" else MARKERS[i % 8]
+            self._styles[kind] = marker, DASHES[(i + i // 8) % 4]
+
+    def colour(self, method: str) -> str:
+        """Returns a method's colour, the same in all pictures."""
+        return self._colours[method]
 
     def style(self, row: Row) -> dict[str, Any]:
         """Returns colour, marker and dashes of a row: alike where the rate alone differs."""
-        colour, marker, dashes = self._styles[row.arm.at_any_rate()]
-        return {"color": colour, "marker": marker, "linestyle": dashes}
+        marker, dashes = self._styles[row.arm.at_any_rate()]
+        return {"color": self.colour(row.arm.method), "marker": marker, "linestyle": dashes}
 
     def name(self, row: Row) -> str:
         """Returns the name of a row's method, size and targets."""
@@ -261,7 +265,10 @@ def _storage(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     axes, tasks = figure.subplots(), [one.tasks for one in stored]
     axes.loglog(tasks, [one.full for one in stored], "s-", color=FULL, label="full models")
     adapters = [one.adapters for one in stored]
-    axes.loglog(tasks, adapters, "o-", color=ADAPTERS[1], label="one base and adapters")
+    top = tables.best((row for row in drawing.rows if row.is_adapter), drawing.measure)
+    assert top
+    of_adapters = {"color": drawing.colour(top.arm.method), "label": "one base and adapters"}
+    axes.loglog(tasks, adapters, "o-", **of_adapters)
     axes.set(xlabel="tasks", ylabel="bytes on disk")
     axes.set_xticks(tasks, [f"{n:,}" for n in tasks])
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -377,7 +384,7 @@ def _bars(
     drawing: _Drawing,
 ) -> None:
     values = [of(row) or 0.0 for row in chosen]
-    colours = [FULL if row.is_full else ADAPTERS[1] for row in chosen]
+    colours = [drawing.colour(row.arm.method) for row in chosen]
     axes.barh(range(len(chosen)), values, color=colours, height=0.7)
     for at, row in enumerate(chosen):
         axes.text(values[at], at, f" {show(of(row))}", va="center", fontsize=10.5)

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from scipy import stats
 
+from train.comparing.options import TINY
 from train.comparing.reporting import tables, words
 from train.comparing.reporting.tables import Measure, Row, Spread
 from train.comparing.result import Arm, Comparison
@@ -32,6 +34,22 @@ UNSEEN = (
     "All runs share their data, held-out rows and number of steps: other or more of them may "
     "change the order. The best of many arms looks a little better on these rows than it is.",
 )
+
+
+class Doubt(NamedTuple):
+    """A reason why a comparison does not decide.
+
+    Attributes:
+      short: for a headline, a clause.
+      said: a sentence that says what would decide it.
+      option: the option of train.compare that would, with its values; "" for none.
+      values: the values of the option, those that were tried among them.
+    """
+
+    short: str
+    said: str
+    option: str = ""
+    values: tuple[float, ...] = ()
 
 
 class Gap(NamedTuple):
@@ -62,15 +80,19 @@ class Recommendation:
     Attributes:
       verdict: the method; "undecided" if the measurements cannot tell.
       arm: of the method; if undecided, the better one so far. None if no run has a value.
+      headline: the verdict and what it rests on, in one sentence.
       reasons: sentences with their figures.
       undecided: what is not decided, and what would decide it.
+      command: the command that would decide it, on one line; None where no option would.
       unseen: what no such measurements can tell.
     """
 
     verdict: Literal["lora", "full", "undecided"]
     arm: Arm | None
+    headline: str
     reasons: tuple[str, ...]
     undecided: tuple[str, ...] = ()
+    command: str | None = None
     unseen: tuple[str, ...] = UNSEEN
 
 
@@ -83,34 +105,80 @@ def recommend(comparison: Comparison) -> Recommendation:
         return _one_sided(lora, full, rows)
     names = _Names(rows)
     gap = gap_of(lora, full, measure)
-    reasons = [_quality(lora, full, gap, measure, names)]
-    reasons.append(_what_decides(gap))
-    cheaper, costs = _costs(lora, full)
     better = lora if gap.value >= 0 else full
+    cheaper, costs = _costs(lora, full)
+    reasons = _quality(lora, full, gap, measure, names)
+    if gap.decides and better is full:
+        chosen, doubts = full, _doubts(lora, rows, measure, names)
+        reasons += ["This is the price of the better quality:", *costs] if costs else []
+    else:
+        chosen, doubts = lora, _doubts(full, rows, measure, names)
+        doubts += _of_the_spread(gap, better is full, bool(cheaper), rows)
+        reasons += [*costs, *_smaller(lora, rows, measure, names)]
     if measure.kind == "training":
         lacks = "No score and no held-out loss was measured for both methods, and the training loss"
         lacks += " does not show what a model has learned: hold out rows, and measure their loss."
-        return _undecided(better, [*reasons, *costs], [lacks])
-    if gap.decides and better is full:
-        reasons += ["This is the price of the better quality:", *costs] if costs else []
-        doubts = _doubts(lora, rows, measure, names)
-        if doubts:
-            return _undecided(full, reasons, doubts)
-        return Recommendation(verdict="full", arm=full.arm, reasons=tuple(reasons))
-    reasons += [*costs, *_smaller(lora, rows, measure, names)]
-    doubts = _doubts(full, rows, measure, names)
-    if not gap.decides and better is full and gap.error is None:
-        doubts.append("Full fine-tuning is ahead by one seed: train more seeds (--seeds).")
-    elif not gap.decides and gap.share < -UNKNOWN_SPREAD:
-        doubts.append(
+        chosen, doubts = better, [Doubt("no loss on held-out rows was measured", lacks)]
+    clauses = [_in_short(lora, full, gap)]
+    if cheaper:
+        clauses.append(f"{words.method(lora.arm.method)} is cheaper")
+    verdict: Literal["lora", "full", "undecided"] = "full" if chosen is full else "lora"
+    headline = f"Use {names(chosen)}"
+    if doubts:
+        verdict, headline = "undecided", f"Not decided between {names(lora)} and {names(full)}"
+        clauses += dict.fromkeys(doubt.short for doubt in doubts)
+    return Recommendation(
+        verdict=verdict,
+        arm=chosen.arm,
+        headline=f"{headline}: {'; '.join(clauses)}.",
+        reasons=tuple(reasons),
+        undecided=tuple(doubt.said for doubt in doubts),
+        command=_further(comparison.facts.command, doubts),
+    )
+
+
+def _in_short(lora: Row, full: Row, gap: Gap) -> str:
+    """Returns how the qualities compare, as a clause of a headline."""
+    if not gap.decides:
+        return "quality tied" if gap.error is not None else "quality not told apart by one seed"
+    better = lora if gap.value > 0 else full
+    return f"{words.method(better.arm.method)} is better"
+
+
+def _of_the_spread(gap: Gap, full_ahead: bool, cheaper: bool, rows: Sequence[Row]) -> list[Doubt]:
+    """Returns why a gap that does not decide may hide that full fine-tuning is better."""
+    if gap.decides:
+        return []
+    seeds = sorted({run.seed for row in rows for run in row.runs})
+    more = (*seeds, *range(seeds[-1] + 1, seeds[-1] + 1 + max(2, len(seeds))))
+    said = None
+    if full_ahead and gap.error is None:
+        said = "Full fine-tuning is ahead by one seed: train more seeds (--seeds)."
+    elif gap.share < -UNKNOWN_SPREAD:
+        said = (
             f"Full fine-tuning is ahead by {-gap.share:.0%}, and the spread is wider than that: "
             "train more seeds (--seeds)."
         )
-    elif not gap.decides and not cheaper:
-        doubts.append("No measured cost speaks for LoRA: measure more seeds, memory and storage.")
-    if doubts:
-        return _undecided(lora, reasons, doubts)
-    return Recommendation(verdict="lora", arm=lora.arm, reasons=tuple(reasons))
+    elif not cheaper:
+        said = "No measured cost speaks for LoRA: measure more seeds, memory and storage."
+    return [Doubt("more seeds are needed", said, "--seeds", more)] if said else []
+
+
+def _further(command: str, doubts: Sequence[Doubt]) -> str | None:
+    """Returns a command with options that would settle the doubts, into another folder."""
+    changes = {doubt.option: doubt.values for doubt in doubts if doubt.option}
+    if not changes:
+        return None
+    given = [word for word in shlex.split(command) if word not in ("--resume", "--overwrite")]
+    output = "runs/compare"
+    if "--output" in given[:-1]:
+        output = given[given.index("--output") + 1]
+    of = {option: [f"{value:g}" for value in values] for option, values in changes.items()}
+    for option, values in {**of, "--output": [f"{output.rstrip('/')}-2"]}.items():
+        at = given.index(option) if option in given else len(given)
+        end = next((i for i in range(at + 1, len(given)) if given[i][:2] == "--"), len(given))
+        given[at:end] = [option, *values]
+    return shlex.join(given)
 
 
 def gap_of(lora: Row, full: Row, measure: Measure) -> Gap:
@@ -144,12 +212,6 @@ class _Names:
         return words.label(row.arm, self._arms)
 
 
-def _undecided(better: Row, reasons: Sequence[str], undecided: Sequence[str]) -> Recommendation:
-    return Recommendation(
-        verdict="undecided", arm=better.arm, reasons=tuple(reasons), undecided=tuple(undecided)
-    )
-
-
 def _one_sided(lora: Row | None, full: Row | None, rows: Sequence[Row]) -> Recommendation:
     missing = "full fine-tuning" if full is None else "an adapter"
     sides = [row for row in rows if (row.is_full if full is None else row.is_adapter)]
@@ -165,6 +227,7 @@ def _one_sided(lora: Row | None, full: Row | None, rows: Sequence[Row]) -> Recom
     return Recommendation(
         verdict="undecided",
         arm=top.arm if top else None,
+        headline=f"Not decided: {reasons[0][0].lower()}{reasons[0][1:]}",
         reasons=tuple(reasons),
         undecided=(
             f"There is nothing to compare: run at least two seeds of {missing} (--methods).",
@@ -172,29 +235,28 @@ def _one_sided(lora: Row | None, full: Row | None, rows: Sequence[Row]) -> Recom
     )
 
 
-def _quality(lora: Row, full: Row, gap: Gap, measure: Measure, names: _Names) -> str:
+def _quality(lora: Row, full: Row, gap: Gap, measure: Measure, names: _Names) -> list[str]:
+    """Returns sentences: both qualities, and whether they differ."""
     one, other = lora.quality, full.quality
     assert one and other
-    than = "better" if gap.value > 0 else "worse" if gap.value < 0 else "no different"
-    error = "" if gap.error is None else f" ± {words.figure(gap.error)}"
-    by = f" by {words.figure(abs(gap.value))}{error}" if gap.value or gap.error else ""
-    return (
-        f"{words.capital(measure.name)}: {words.figure(one.mean)} with {names(lora)} "
-        f"({_seeds(one)}), {words.figure(other.mean)} with {names(full)} ({_seeds(other)}); "
-        f"{words.method(lora.arm.method)} is {than}{by} ({abs(gap.share):.1%})."
+    values = [words.beside(side.mean, gap.error or side.deviation) for side in (one, other)]
+    found = (
+        f"{words.capital(measure.name)}: {values[0]} with {names(lora)} ({_seeds(one)}), "
+        f"{values[1]} with {names(full)} ({_seeds(other)})."
     )
-
-
-def _what_decides(gap: Gap) -> str:
+    by = f"{words.rough(abs(gap.value))}, {100 * abs(gap.share):.2g}% of the larger"
+    who = words.method((lora if gap.value >= 0 else full).arm.method)
     if gap.error is None:
         side = "more" if gap.decides else "no more"
-        return (
-            "The spread over seeds is not known, since a side has a single seed; the gap is "
-            f"{side} than {UNKNOWN_SPREAD:.0%}."
-        )
+        return [
+            found,
+            f"The gap is {by}, {side} than {UNKNOWN_SPREAD:.0%}; the spread over seeds is not "
+            "known, since a side has a single seed.",
+        ]
+    spread = f"± {words.rough(gap.error)}, its {_LEVEL:.0%} interval over seeds"
     if gap.decides:
-        return "The gap is beyond the spread over seeds."
-    return "The gap is within the spread over seeds: quality does not decide, so cost does."
+        return [found, f"{words.capital(who)} is better by {by}: beyond the spread ({spread})."]
+    return [found, f"The gap is {by}: within the spread ({spread}). Quality is tied; cost decides."]
 
 
 def _seeds(values: Spread) -> str:
@@ -222,8 +284,8 @@ def _costs(lora: Row, full: Row) -> tuple[int, list[str]]:
         one, other = lora.forgetting.mean, full.forgetting.mean
         cheaper += one < other
         said.append(
-            f"Forgetting: the loss outside the task changes by {one:+.4f} with {who} and by "
-            f"{other:+.4f} in full."
+            f"Forgetting: the loss outside the task changes by {one:+.2g} with {who} and by "
+            f"{other:+.2g} in full."
         )
     return cheaper, said
 
@@ -243,22 +305,30 @@ def _smaller(lora: Row, rows: Sequence[Row], measure: Measure, names: _Names) ->
     return []
 
 
-def _doubts(side: Row, rows: Sequence[Row], measure: Measure, names: _Names) -> list[str]:
+def _doubts(side: Row, rows: Sequence[Row], measure: Measure, names: _Names) -> list[Doubt]:
     """Returns why a method may do better than its best row here, and what would show it."""
     found = []
     tried = tables.rates_of(side, rows, measure)
     rate, who = side.arm.learning_rate, words.method(side.arm.method)
     option = "--full-lrs" if side.is_full else "--lrs"
-    if tried.edge == "only":
+    values = tuple(row.arm.learning_rate for row in tried.tried)
+    if side.arm.method in TINY:  # their rates are multiples of those that --lrs names
+        values = ()
+    if tried.edge:
+        lower, higher = (float(f"{x:.2g}") for x in (rate / 3, rate * 3))
+        beyond = {"smallest": (lower,), "largest": (higher,)}.get(tried.edge, (lower, higher))
+        said = f"try {' and '.join(f'{x:g}' for x in beyond)} too ({option})."
+        if tried.edge == "only":
+            said = f"{names(side)}: one learning rate alone was tried; {said}"
+        else:
+            said = f"The best learning rate of {who}, {rate:g}, is the {tried.edge} tried: {said}"
         found.append(
-            f"{names(side)}: one learning rate alone was tried; try "
-            f"{rate / 3:.2g} and {rate * 3:.2g} too ({option})."
-        )
-    elif tried.edge:
-        beyond = rate / 3 if tried.edge == "smallest" else rate * 3
-        found.append(
-            f"The best learning rate of {who}, {rate:g}, is the {tried.edge} tried: try "
-            f"{beyond:.2g} too ({option})."
+            Doubt(
+                f"the best rate of {who} is at the edge of what was tried",
+                said,
+                option if values else "",
+                tuple(sorted({*values, *beyond})),
+            )
         )
     if side.arm.rank is None:
         return found
@@ -270,8 +340,14 @@ def _doubts(side: Row, rows: Sequence[Row], measure: Measure, names: _Names) -> 
     whole = max((row.trained_parameters or 0 for row in rows if row.is_full), default=0)
     is_half = bool(whole) and 2 * (side.trained_parameters or 0) >= whole
     if side.arm.rank >= max(ranks) and not is_half:
+        more = 4 * side.arm.rank
         found.append(
-            f"The best rank of {who}, {side.arm.rank}, is the largest tried: try "
-            f"{4 * side.arm.rank} too (--ranks)."
+            Doubt(
+                f"the best rank of {who} is the largest tried",
+                f"The best rank of {who}, {side.arm.rank}, is the largest tried: try {more} too "
+                "(--ranks).",
+                "--ranks",
+                tuple(sorted({*ranks, more})),
+            )
         )
     return found

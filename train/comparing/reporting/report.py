@@ -21,12 +21,19 @@ from train.comparing.reporting.document import (
 from train.comparing.reporting.pictures import Picture, draw
 from train.comparing.reporting.recommend import RULE, Recommendation, recommend
 from train.comparing.reporting.tables import Row, Spread
-from train.comparing.result import Arm, Comparison
+from train.comparing.result import Arm, Comparison, Facts
 
 MARKDOWN, HTML = "report.md", "report.html"
 PICTURES = "pictures"  # the folder of the PNGs
 _SPREAD = ("Mean", "Deviation", "Lowest", "Highest")  # over seeds
 _ENDINGS = {"failed": "failed", "stopped early": "stopped early", "waiting": "not run yet"}
+
+
+_OF_MEMORY = (
+    "The memory of the step is what its compiled program needs: weights, optimiser state, "
+    "gradients and activations. The peak of its process is what the operating system saw while "
+    "the step ran alone, Python, the compiler and the reading of the model included."
+)
 
 
 class _Figures:
@@ -78,7 +85,7 @@ def report_of(
     facts = comparison.facts
     blocks: list[Block] = [
         Heading("LoRA or full fine-tuning?", 1),
-        Text(f"{facts.model}, trained on {facts.dataset} for {facts.steps} steps.", is_note=True),
+        Text(_task(facts), is_note=True),
         *_recommended(recommendation, figures),
         *_quality(figures, recommendation),
     ]
@@ -89,15 +96,21 @@ def report_of(
     return blocks
 
 
+def _task(facts: Facts) -> str:
+    """Returns what was trained on what, and what reaches how much without training."""
+    text = f"{facts.model}, trained on {facts.dataset} for {facts.steps} steps."
+    if not facts.baselines:
+        return text
+    said = (f"{words.figure(value)} by {name}" for name, value in facts.baselines.items())
+    return f"{text} Without training, {facts.score} is {', '.join(said)}."
+
+
 def _recommended(recommendation: Recommendation, figures: _Figures) -> list[Block]:
-    arm, text = recommendation.arm, "Not decided"
-    if arm and recommendation.verdict == "undecided":
-        text += f". Ahead so far: {figures.label(arm)}"
-    elif arm:
-        text = f"Use {figures.label(arm)}"
-    blocks: list[Block] = [Verdict(f"{text}."), Lines(recommendation.reasons)]
+    blocks: list[Block] = [Verdict(recommendation.headline), Lines(recommendation.reasons)]
     if recommendation.undecided:
         blocks += [Heading("What would decide it", 3), Lines(recommendation.undecided)]
+    if recommendation.command:
+        blocks += [Text("All of it, ready to paste:"), Code(recommendation.command)]
     return [
         *blocks,
         Heading("What these measurements cannot see", 3),
@@ -116,15 +129,19 @@ def _quality(figures: _Figures, recommendation: Recommendation) -> list[Block]:
     for row in rows:
         seeds = f"{row.quality.n if row.quality else 0}"
         cells = [figures.label(row.arm), *_spread(row.quality), seeds]
-        cells += [words.figure(row.held_out_loss and row.held_out_loss.mean)] * loss
+        of_loss = row.held_out_loss
+        cells += [words.beside(of_loss and of_loss.mean, of_loss and of_loss.deviation)] * loss
         body.append([*cells, words.count(row.trained_parameters), _others(row)])
     marked = next((i for i, row in enumerate(rows) if row.arm == recommendation.arm), None)
     better = "larger" if measure.larger else "smaller"
+    said = "" if marked is None else " The row that stands out is the one recommended above."
+    if marked is not None and recommendation.verdict == "undecided":
+        said = " The row that stands out is ahead so far."
     blocks: list[Block] = [
         Heading("Quality"),
         Text(
             f"{words.capital(measure.name)} over seeds, {better} is better; the "
-            "best arm comes first. Runs that did not end do not count."
+            f"best arm comes first. Runs that did not end do not count.{said}"
         ),
         Grid(header, body, marked),
     ]
@@ -146,7 +163,8 @@ def _best(figures: _Figures) -> list[Block]:
         for row in tables.best_of_each(among, key, figures.measure):
             name = f"{what}: {key(row.arm)}"
             quality = row.quality
-            body.append([name, figures.label(row.arm), words.figure(quality and quality.mean)])
+            mean = words.beside(quality and quality.mean, quality and quality.deviation)
+            body.append([name, figures.label(row.arm), mean])
     if not body:
         return []
     header = ["Of each", "Best arm", figures.measure.name]
@@ -162,7 +180,9 @@ def _rates(figures: _Figures) -> list[Block]:
                 cells.append("not tried")
                 continue
             row = found.tried[at]
-            value = words.figure(row.quality.mean) if row.quality else row.runs[0].status
+            value: str = row.runs[0].status
+            if row.quality:
+                value = words.beside(row.quality.mean, row.quality.deviation)
             cells.append(f"{row.arm.learning_rate:g}: {value}")
         body.append(cells)
     if not body:
@@ -202,7 +222,7 @@ def _costs(figures: _Figures) -> list[Block]:
     ]
     if not body:
         return []
-    blocks: list[Block] = [Heading("Costs"), Grid(header, body)]
+    blocks: list[Block] = [Heading("Costs"), Grid(header, body), Text(_OF_MEMORY, is_note=True)]
     together = max(run.side_by_side for row in figures.series for run in row.runs)
     if together > 1:
         share = f"Up to {together} runs shared their steps; the time of such a run is its even "
@@ -220,8 +240,8 @@ def _planned(figures: _Figures) -> list[Block]:
             figures.label(one.arm),
             words.size(one.bytes_per_device),
             words.seconds(one.step_seconds),
-            words.figure(one.device_hours),
-            words.figure(one.cost),
+            words.rough(one.device_hours),
+            words.rough(one.cost),
         ]
         for one in planned
     ]
@@ -253,7 +273,7 @@ def _latencies(figures: _Figures) -> list[Block]:
             figures.label(one.arm),
             one.what,
             *map(words.seconds, (one.base, one.merged, one.live)),
-            words.figure(one.live / one.base if one.base else None),
+            words.rough(one.live / one.base if one.base else None),
         ]
         for one in figures.comparison.latencies
     ]
@@ -267,7 +287,7 @@ def _storage(figures: _Figures) -> list[Block]:
         return []
     body = [
         [f"{one.tasks:,}", words.size(one.full), words.size(one.adapters)]
-        + [words.figure(one.full / one.adapters)]
+        + [words.rough(one.full / one.adapters)]
         for one in stored
     ]
     header = ["Tasks", "Full models", "One base and adapters", "Full ÷ adapters"]
@@ -353,4 +373,7 @@ def _others(row: Row) -> str:
 def _spread(values: Spread | None) -> list[str]:
     if values is None:
         return [words.NOTHING] * 4
-    return [words.figure(one) for one in (values.mean, values.deviation, values.low, values.high)]
+    mean, low, high = (
+        words.beside(one, values.deviation) for one in (values.mean, values.low, values.high)
+    )
+    return [mean, words.rough(values.deviation), low, high]

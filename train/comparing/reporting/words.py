@@ -66,13 +66,32 @@ def label(arm: Arm, others: Iterable[Arm] = ()) -> str:
 
 
 def figure(value: float | None) -> str:
-    """Returns a number with four significant digits."""
+    """Returns a number with three significant digits."""
+    return _significant(value, 3)
+
+
+def rough(value: float | None) -> str:
+    """Returns a spread or a ratio: a number with two significant digits."""
+    return _significant(value, 2)
+
+
+def beside(value: float | None, spread: float | None) -> str:
+    """Returns a number as far as its spread, shown by `rough`, leaves digits that mean anything."""
+    if value is None or not math.isfinite(value) or not spread or not math.isfinite(spread):
+        return figure(value)
+    decimals = len(rough(spread).partition(".")[2])
+    return f"{value:.{decimals}f}"
+
+
+def _significant(value: float | None, digits: int) -> str:
     if value is None:
         return NOTHING
     if not math.isfinite(value):
         return "not finite"
-    shown = f"{value:#.4g}"
-    return f"{value:.0f}" if shown.endswith(".") else shown
+    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded number
+    if not -5 <= exponent < 7:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{max(0, digits - 1 - exponent)}f}"
 
 
 def count(value: float | None) -> str:
@@ -89,35 +108,34 @@ def short_count(value: float) -> str:
 
 
 def size(n_bytes: float | None) -> str:
-    """Returns bytes in decimal units: "19.6 MB"."""
+    """Returns bytes in decimal units: "20 MB"."""
     if n_bytes is None:
         return NOTHING
     for unit, name in _SIZES:
-        if n_bytes >= unit * 0.9995:
-            return f"{_three(n_bytes / unit)} {name}"
+        if n_bytes >= unit * 0.995:
+            return f"{_two(n_bytes / unit)} {name}"
     return f"{n_bytes:.0f} bytes"
 
 
 def seconds(value: float | None) -> str:
-    """Returns a time: "12.3 ms", "1.50 s", "3.2 h"."""
+    """Returns a time: "12 ms", "1.5 s", "3.2 h"."""
     if value is None:
         return NOTHING
     if value < 0.9995:
-        return f"{_three(value * 1e3)} ms"
+        return f"{_two(value * 1e3)} ms"
     if value < 600:
-        return f"{_three(value)} s"
-    return f"{_three(value / 60)} min" if value < 7200 else f"{_three(value / 3600)} h"
+        return f"{_two(value)} s"
+    return f"{_two(value / 60)} min" if value < 7200 else f"{_two(value / 3600)} h"
 
 
 def times(ratio: float) -> str:
-    """Returns a ratio in words: "1.25 times"."""
-    return f"{ratio:.3g} times" if ratio < 1000 else f"{ratio:,.0f} times"
+    """Returns a ratio in words: "1.2 times"."""
+    return f"{_two(ratio)} times"
 
 
-def _three(value: float) -> str:
-    return (
-        f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
-    )
+def _two(value: float) -> str:
+    """Returns a number with two significant digits, or all those before the point."""
+    return f"{value:,.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 0.995 else rough(value)
 
 
 def capital(text: str) -> str:

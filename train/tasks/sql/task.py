@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_jax.hf.bundled import SMOLLM2
@@ -162,6 +162,13 @@ def _as_rows(made: Any) -> list[Row]:
     return [{"messages": example.messages} for example in made]
 
 
+def baselines(scores: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the base's accuracies, means of both kinds of questions, from a run's scores.json."""
+    of_kind = scores.get("accuracy", {}).values()
+    found = {way: [ways[way] for ways in of_kind if way in ways] for way in (ZERO_SHOT, FEW_SHOT)}
+    return {way: sum(values) / len(values) for way, values in found.items() if values}
+
+
 TASK = dataclasses.replace(
     chats.TASK,
     defaults=Defaults(
@@ -173,4 +180,5 @@ TASK = dataclasses.replace(
     evaluation=evaluation,
     reads=reads,
     score="accuracy",
+    baselines=baselines,
 )
