@@ -74,7 +74,8 @@ def draw(key: int, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
 def with_random_factors(params: Params, seed: int = 7) -> Params:
     """An adapted tree whose A and B are random and far from zero, so that the adapter is seen.
 
-    (What pads the ranks of a stack stays zero, as training leaves it.)
+    (What pads the ranks of a stack stays zero, as training leaves it. Sums in NumPy compile no
+    program for each shape.)
     """
     adapter, base = lj.split(params)
     nodes, _ = flatten_with_paths(params, is_leaf=is_node)
@@ -90,7 +91,9 @@ def with_random_factors(params: Params, seed: int = 7) -> Params:
                 shape = [1] * value.ndim
                 shape[0], shape[axis] = used.shape  # layers, [experts,] rank
                 noise = noise * used.reshape(shape)
-        return value + jnp.asarray(noise, value.dtype)
+        changed = np.asarray(value) + noise.astype(value.dtype)
+        spread = isinstance(value, jax.Array) and len(value.sharding.device_set) > 1
+        return jax.device_put(changed, value.sharding if spread else None)
 
     adapter = {
         path: {name: changed(path, name, value) for name, value in parts.items()}
