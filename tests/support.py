@@ -1,6 +1,7 @@
 """Shared by several tests: small programs with adapted weights, and checks of their results."""
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -69,6 +70,23 @@ def draw(key: int, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
     """
     scale = np.sqrt(shape[-2] if len(shape) > 1 else 1)
     return jnp.asarray(np.random.default_rng(key).standard_normal(shape) / scale, dtype)
+
+
+@functools.cache
+def _lorafy(rules: tuple[Any, ...]) -> Callable[[Params], Params]:
+    return jax.jit(lambda params: lj.lorafy(params, rules))
+
+
+def lorafied(params: Params, rules: Iterable[Any]) -> Params:
+    """Returns `lj.lorafy(params, rules)`; one program draws all arrays, rather than dozens."""
+
+    def with_its_base(node: Any, leaf: Any) -> Any:
+        if not is_node(node):
+            return leaf
+        return node.replace(base=leaf) if hasattr(node, "base") else node
+
+    made = _lorafy(tuple(rules))(params)
+    return jax.tree.map(with_its_base, made, params, is_leaf=is_node)
 
 
 def with_random_factors(params: Params, seed: int = 7) -> Params:
@@ -147,7 +165,7 @@ class Program:
         """(plain tree, adapted tree with random factors, input)."""
         params = self.params(dtype)
         rules = [dataclasses.replace(rule, dtype=dtype) for rule in self.rules]
-        adapted = with_random_factors(lj.lorafy(params, rules))
+        adapted = with_random_factors(lorafied(params, rules))
         return params, adapted, draw(99, self.x, dtype)
 
 

@@ -12,7 +12,7 @@ import lora_jax.peft as lp
 from lora_jax.bank import Bank, BankError, mixed
 from lora_jax.bank.slots import slots_of
 from tests.models import tiny
-from tests.support import assert_close, assert_identical, draw, with_random_factors
+from tests.support import assert_close, assert_identical, draw, lorafied, with_random_factors
 
 PARAMS = {
     "layers": {"up": {"kernel": draw(1, (3, 5, 11))}, "down": {"kernel": draw(2, (3, 11, 5))}},
@@ -33,7 +33,7 @@ def run(params, x):
 
 def tree(seed, targets=("up", "out"), **rule):
     rule = {"rank": 2, "alpha": 3.0 + seed} | rule
-    made = lj.lorafy(PARAMS, [lj.LoraRule(targets=list(targets), **rule)])
+    made = lorafied(PARAMS, [lj.LoraRule(targets=list(targets), **rule)])
     return with_random_factors(made, seed=seed)
 
 
@@ -120,7 +120,7 @@ def test_folders(tmp_path):
     """Adds adapters from folders of this library and of PEFT."""
     model, params = tiny.decoder("llama3")
     rule = lj.LoraRule(targets=["q_proj", "down_proj"], rank=3, alpha=5.0)
-    fresh = lj.lorafy(params, [rule])
+    fresh = lorafied(params, [rule])
     ours, theirs = (with_random_factors(fresh, seed=n) for n in (1, 2))
     lj.save_adapter(tmp_path / "ours", ours)
     lp.save(tmp_path / "theirs", model, theirs)

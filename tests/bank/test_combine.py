@@ -12,7 +12,7 @@ import lora_jax as lj
 from lora_jax import models, peft
 from lora_jax.bank import combine, extract
 from lora_jax.bank.sums.lowrank import nearest_product
-from tests.support import assert_close, assert_identical, draw, with_random_factors
+from tests.support import assert_close, assert_identical, draw, lorafied, with_random_factors
 
 WEIGHTS = [1.25, -0.5, 0.75]
 QUERY, EXPERTS, OUT = ("layers", "q", "kernel"), ("layers", "experts", "kernel"), ("out", "kernel")
@@ -34,7 +34,7 @@ def plain(dtype=jnp.float32):
 def adapted(params, rules, seed, dtype=jnp.float32):
     lora = [rule for rule in rules if isinstance(rule, lj.LoraRule)]
     rules = [dataclasses.replace(r, dtype=dtype) if r in lora else r for r in rules]
-    return with_random_factors(lj.lorafy(params, rules), seed)
+    return with_random_factors(lorafied(params, rules), seed)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from lora_jax.bank import Tenant, Together, mixed
 from lora_jax.models import from_pretrained
 from lora_jax.training.layout import Layout, make_mesh
 from tests.models import tiny
-from tests.support import assert_close, with_random_factors
+from tests.support import assert_close, lorafied, with_random_factors
 
 RULE = lj.LoraRule(targets=["q_proj", "down_proj", "embed_tokens"], rank=3, alpha=5.0)
 IDS = np.random.default_rng(0).integers(0, 61, (4, 8))
@@ -49,7 +49,7 @@ def test_log_probabilities_of_sampler_and_trainer_agree():
     tenants = {}
     for seed in range(2):
         rule = lj.LoraRule(targets=["q_proj", "down_proj"], rank=3, alpha=5.0 + seed)
-        tree = with_random_factors(lj.lorafy(params, [rule]), seed=seed)
+        tree = with_random_factors(lorafied(params, [rule]), seed=seed)
         tenants[f"{seed}"] = Tenant(params=tree, schedule=optax.constant_schedule(1e-3), steps=9)
     trainer = lj.adapt(model.apply)
     together = Together(trainer, params)

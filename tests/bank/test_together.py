@@ -12,7 +12,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import training
 from lora_jax.bank import BankError, Tenant, Together, mixed
-from tests.support import assert_close, assert_identical, draw, with_random_factors
+from tests.support import assert_close, assert_identical, draw, lorafied, with_random_factors
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ SQUARES, DISTANCES = training.Loss(squares), training.Loss(distances, reduction=
 
 def tenant(seed, steps=6, rate=3e-2, rules=None, loss=SQUARES, **more):
     rules = rules or [lj.LoraRule(targets=["up", "down"], rank=2, alpha=3.0 + seed)]
-    tree = with_random_factors(lj.lorafy(PARAMS, rules), seed=seed)
+    tree = with_random_factors(lorafied(PARAMS, rules), seed=seed)
     schedule = training.warmed_up(rate, steps, kind="cosine", warmup=2)
     key = jax.random.key(seed)
     return Tenant(params=tree, schedule=schedule, steps=steps, loss=loss, key=key, **more)
