@@ -10,7 +10,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.saving.fingerprint import base_fingerprint, checksum, differing
-from tests.support import PROGRAMS, assert_identical, draw, with_random_factors
+from tests.support import PROGRAMS, assert_identical, draw, lorafied, with_random_factors
 
 PARAMS = {
     "layers": {"q_proj": {"kernel": draw(1, (3, 5, 7)), "bias": draw(2, (3, 7))}},
@@ -27,7 +27,7 @@ RULES = [
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """(a folder that holds an adapter, the tree that it was saved from)."""
-    tree = lj.lorafy(PARAMS, RULES)
+    tree = lorafied(PARAMS, RULES)
     weight = tree["layers"]["q_proj"]["kernel"]
     mask = (np.asarray(weight.a) != 0).any(-1)[..., None]
     weight = weight.replace(b=jnp.asarray(np.where(mask, draw(5, weight.b.shape), np.float32(0))))

@@ -14,7 +14,14 @@ import lora_jax as lj
 from lora_jax import optim, sharding
 from lora_jax.weight import Part
 from tests.laws import test_laws as laws
-from tests.support import PROGRAMS, assert_close, assert_identical, draw, with_random_factors
+from tests.support import (
+    PROGRAMS,
+    assert_close,
+    assert_identical,
+    draw,
+    lorafied,
+    with_random_factors,
+)
 
 NAMED = {program.name: program for program in PROGRAMS}
 
@@ -139,7 +146,7 @@ def test_ranks_that_differ_are_padded_and_filed_without_padding(tmp_path):
         lj.LoraRule(targets=["layers"], layers=[0], rank=3, alpha=4.0, extras=[CORE]),
         lj.LoraRule(targets=["layers"], layers=[2], rank=1, alpha=3.0, extras=[CORE]),
     ]
-    tree = with_random_factors(lj.lorafy(params, rules))
+    tree = with_random_factors(lorafied(params, rules))
     assert tree["layers"]["kernel"].core.shape == (3, 3)
     lj.save_adapter(tmp_path / "adapter", tree)
     loaded = lj.load_adapter(tmp_path / "adapter", params, extras=[CORE])

@@ -69,8 +69,8 @@ def test_ranks_that_cannot_be():
 
 def test_the_factors_of_xs_are_singular_vectors():
     """NumPy in float64 is the judge; W itself stays what it was."""
-    rules = [rule("xs", layers=[0]), rule("xs", rank=2)]
-    up = lj.lorafy(PARAMS, [*rules])["layers"]["up"]["kernel"]
+    fresh = lorafied(PARAMS, [rule("xs", layers=[0]), rule("xs", rank=2)])
+    up = fresh["layers"]["up"]["kernel"]
     assert up.base is PARAMS["layers"]["up"]["kernel"] and up.ranks == (3, 2, 2)
     for layer, rank in enumerate(up.ranks):
         u, s, vt = np.linalg.svd(np.asarray(up.base[layer], np.float64))
@@ -83,13 +83,13 @@ def test_the_factors_of_xs_are_singular_vectors():
     assert up.latent.shape == (3, 3, 3)
     u, s, vt = np.linalg.svd(np.asarray(draw(1, (90, 70)), np.float64), full_matrices=False)
     large = jnp.asarray((u * 0.9 ** np.arange(70)) @ vt, jnp.float32)  # values that are all close
-    one = lj.lorafy({"kernel": large}, [rule("xs", targets=["kernel"], rank=5)])["kernel"]
+    one = lorafied({"kernel": large}, [rule("xs", targets=["kernel"], rank=5)])["kernel"]
     a, b = np.asarray(one.a), np.asarray(one.b)
     assert_close(a.T @ b, (u[:, :5] * 0.9 ** np.arange(5)) @ vt[:5], 1e-3)
     assert_close(np.linalg.norm(a, axis=1), 0.9 ** np.arange(5), 1e-4)
-    many = lj.lorafy({"kernel": draw(1, (50, 60))}, [rule("xs", targets=["kernel"], rank=40)])
+    many = lorafied({"kernel": draw(1, (50, 60))}, [rule("xs", targets=["kernel"], rank=40)])
     assert 0.9e-5 < np.std(many["kernel"].latent) < 1.1e-5
-    assert lj.count_params(lj.lorafy(PARAMS, rules))[0] == 2 * (9 + 4 + 4) + 9
+    assert lj.count_params(fresh)[0] == 2 * (9 + 4 + 4) + 9
 
 
 def test_all_weights_of_vera_share_one_pair():
@@ -239,12 +239,13 @@ def test_a_pair_without_a_seed_is_filed_once(tmp_path):
 def test_xs_on_another_base_is_refused(tmp_path):
     """Also where another base is accepted; rounding is not another base."""
     lj.save_adapter(tmp_path / "a", tree("xs"))
-    other = jax.tree.map(lambda x: x + 0.3 * draw(5, x.shape), PARAMS)
+    noise = lambda x: np.float32(0.3) * np.asarray(draw(5, x.shape))  # noqa: E731
+    other = jax.tree.map(lambda x: jnp.asarray(np.asarray(x) + noise(x)), PARAMS)
     with pytest.raises(lj.AdapterError, match="trained on another base"):
         lj.load_adapter(tmp_path / "a", other)
     with pytest.raises(lj.AdapterError, match="LoRA-XS, whose A and B are singular vectors"):
         lj.load_adapter(tmp_path / "a", other, allow_base_mismatch=True)
-    near = jax.tree.map(lambda x: x * (1 + 1e-6), PARAMS)
+    near = jax.tree.map(lambda x: jnp.asarray(np.asarray(x) * np.float32(1 + 1e-6)), PARAMS)
     lj.load_adapter(tmp_path / "a", near, allow_base_mismatch=True)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from tests.support import assert_close, assert_identical, dots_of_size, draw
+from tests.support import assert_close, assert_identical, dots_of_size, draw, lorafied
 
 ROWS = (3, 10, 7)
 IDS = jnp.asarray([[0, 3, 10, 3], [7, 1, 2, 9]])
@@ -27,7 +27,7 @@ def inputs(dtype=jnp.float32, changed=True):
         lj.TrainRule(targets=["embed"], rows=ROWS),
         lj.LoraRule(targets=["up"], rank=2, alpha=3.0, dtype=dtype),
     ]
-    tree = lj.lorafy(params, rules)
+    tree = lorafied(params, rules)
     adapter, base = lj.split(tree)
     if changed:
         adapter = jax.tree.map(

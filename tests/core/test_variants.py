@@ -224,7 +224,7 @@ def test_no_product_has_the_shape_of_a_kernel(program, variant):
 
 @over_variants(
     [((STACK, TABLE)[i % 2], variant) for i, variant in enumerate(DISTINCT)]
-    + [(STACK, "DoRA from PiSSA"), (TABLE, "DoRA")],
+    + [(TABLE, "LoRA-FA with DoRA")],
     often=[
         "scanned and rematerialised-DoRA from PiSSA",
         "embedding looked up and tied-LoRA-FA with DoRA",
