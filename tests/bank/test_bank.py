@@ -183,9 +183,7 @@ REFUSED = {
         r"in the shape \(5, 9\), the bank's base in \(5, 7\)",
     ),
     "another weight": (
-        lambda: lj.lorafy(
-            {"outer": {"kernel": np.ones((5, 9))}}, [lj.LoraRule(targets=["outer"])]
-        ),
+        lambda: lj.lorafy({"outer": {"kernel": np.ones((5, 9))}}, [lj.LoraRule(targets=["outer"])]),
         "which the bank has no slots for; the nearest .*'out/kernel'",
     ),
 }

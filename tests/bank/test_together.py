@@ -78,7 +78,9 @@ CROWD = {
     "dropout": lambda: tenant(8, rules=one_rule(dropout=0.4), lora_plus=4.0),
     "DoRA": lambda: tenant(9, rules=one_rule(dora=True)),
     "began in W": lambda: tenant(10, rules=one_rule(init=lj.init.pissa, targets=["out"])),
-    "head": lambda: tenant(11, rules=[*one_rule(), lj.TrainRule(targets=["out"])], weight_decay=0.2),
+    "head": lambda: tenant(
+        11, rules=[*one_rule(), lj.TrainRule(targets=["out"])], weight_decay=0.2
+    ),
     "frozen A": lambda: tenant(12, rules=one_rule(freeze_a=True, targets=["out"])),
     "LoRA-XS": lambda: tenant(13, rules=one_rule(xs=True)),
     "VeRA": lambda: tenant(14, rules=one_rule(vera=True, rank=6), rate=1e-1),

@@ -1,7 +1,5 @@
 """The transform of a tree, and what it keeps."""
 
-import subprocess
-import sys
 import time
 
 import flax.linen as nn
@@ -82,14 +80,10 @@ def test_a_trained_leaf_is_a_copy_that_can_be_donated():
 
 
 def test_draws_are_the_same_in_every_process():
-    code = (
-        "import jax.numpy as jnp, lora_jax as lj;"
-        "t = lj.lorafy({'w': jnp.zeros((5, 7))}, [lj.LoraRule(targets=['w'], rank=2)]);"
-        "print(t['w'].a.tolist())"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    """Another process drew these; Python's own hashes of strings differ from process to process."""
+    drawn = [-0.37785605, -0.2742095, -0.413728, 0.083871424, -0.28034922]
     here = lj.lorafy({"w": jnp.zeros((5, 7))}, [lj.LoraRule(targets=["w"], rank=2)])["w"].a
-    assert run.stdout.strip() == str(here.tolist())
+    np.testing.assert_allclose(np.asarray(here)[0], drawn, rtol=1e-7)
 
 
 def test_another_key_gives_other_draws():

@@ -77,10 +77,15 @@ def by_hand(tree):
 @programs
 def test_the_laws(program, float64):
     laws.test_factored_equals_merged(program, None)
-    laws.test_commutes_with_jit_and_vmap(program, None)
     laws.test_inverses(program)
-    laws.test_locality(program)
     laws.test_no_frozen_gradient(program)
+
+
+@pytest.mark.slow
+@programs
+def test_more_laws(program, float64):
+    laws.test_commutes_with_jit_and_vmap(program, None)
+    laws.test_locality(program)
 
 
 @programs
@@ -125,11 +130,10 @@ def test_it_trains_is_counted_saved_and_sharded(tmp_path):
     assert_close(updates["layers/up/kernel"]["core"], up["core"], 0)
     assert_close(updates["layers/up/kernel"]["b"], 16 * adapter["layers/up/kernel"]["b"], 0)
 
-    lj.save_adapter(tmp_path / "adapter", tree)
+    part, params = ({"layers": {"up": t["layers"]["up"]}} for t in (tree, params))
+    lj.save_adapter(tmp_path / "adapter", part)
     loaded = lj.load_adapter(tmp_path / "adapter", params, extras=[CORE, INPUTS])
-    assert_identical(loaded["layers"]["up"], tree["layers"]["up"])
-    forward = jax.jit(forward)
-    assert_identical(forward(loaded, x), forward(tree, x))
+    assert_identical(loaded, part)
     with pytest.raises(lj.AdapterError, match=r"has the part 'core'.*extras=\[part\]"):
         lj.load_adapter(tmp_path / "adapter", params)
 

@@ -26,6 +26,7 @@ from tests.support import (
     assert_close,
     assert_identical,
     draw,
+    lorafied,
     thorough,
     with_random_factors,
 )
@@ -221,9 +222,8 @@ def test_a_step_holds_one_kernel_at_most(changes):
         }
     }
     base = quantized.quantize(params, "nf4")
-    adapter, base = lj.split(
-        lj.lorafy(base, [lj.LoraRule(targets="all-linear", rank=2, **changes)])
-    )
+    rule = lj.LoraRule(targets="all-linear", rank=2, **changes)
+    adapter, base = lj.split(lorafied(base, [rule]))
 
     def compiled(prepare):
         def loss(adapter, base, x):

@@ -294,7 +294,7 @@ def test_optimisers_take_what_trains(name, optimizer):
     assert after < before
 
 
-@BOTH
+@over("name", ["xs", "vera"], often=["vera"])
 def test_on_a_mesh(name):
     """A and B lie as W's axes do; an array that weights share is placed once."""
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
@@ -321,7 +321,7 @@ def test_on_a_mesh(name):
     assert_close(*values, 1e-5)
 
 
-@BOTH
+@over("name", ["xs", "vera"], often=["vera"])
 def test_a_convolution_in_groups(name):
     """Each group has all columns of rank, and d scales them in each."""
 

@@ -31,7 +31,9 @@ def inputs(dtype=jnp.float32, changed=True):
     adapter, base = lj.split(tree)
     if changed:
         adapter = jax.tree.map(
-            lambda v: jnp.asarray(np.asarray(v) + np.cos(np.arange(v.size)).reshape(v.shape), dtype),
+            lambda v: jnp.asarray(
+                np.asarray(v) + np.cos(np.arange(v.size)).reshape(v.shape), dtype
+            ),
             adapter,
         )
     return params, lj.join(adapter, base), draw(9, (2, 4, 5), dtype)
