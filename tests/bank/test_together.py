@@ -66,7 +66,8 @@ def one_rule(**rule):
     return [lj.LoraRule(**{"targets": ["up", "down"], "rank": 2, "alpha": 3.0} | rule)]
 
 
-# Each when it is asked for. Rank, targets, variants, loss, rate, schedule, optimiser, decay and clipping differ.
+# Rank, targets, variants, loss, rate, schedule, optimiser, decay and clipping differ. Each is made
+# when it is asked for.
 CROWD = {
     "plain": lambda: tenant(1),
     "another rate": lambda: tenant(2, rate=1e-1, weight_decay=0.1, grad_clip=0.05, steps=4),
