@@ -26,7 +26,7 @@ def lorafied(params: Params, rules: Iterable[Any]) -> Params:
     def with_its_base(node: Any, leaf: Any) -> Any:
         if not is_node(node):
             return leaf
-        return node.replace(base=leaf) if hasattr(node, "base") else node
+        return node if isinstance(node, lj.Trained) else node.replace(base=leaf)
 
     made = _lorafy(tuple(rules))(params)
     return jax.tree.map(with_its_base, made, params, is_leaf=is_node)

@@ -144,6 +144,7 @@ def test_it_trains_is_counted_saved_and_sharded(tmp_path):
     assert tuple(node.core.spec) == (None, None)
 
 
+@pytest.mark.slow
 def test_ranks_that_differ_are_padded_and_filed_without_padding(tmp_path):
     params = {"layers": {"kernel": draw(1, (3, 5, 7))}}
     rules = [

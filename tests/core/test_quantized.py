@@ -27,6 +27,7 @@ from tests.support import (
     assert_identical,
     draw,
     lorafied,
+    over,
     thorough,
     with_random_factors,
 )
@@ -209,7 +210,7 @@ def largest_float(hlo):
     return max(math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)
 
 
-@pytest.mark.parametrize("changes", [{}, {"dora": True}], ids=["plain", "dora"])
+@over("changes", [{}, {"dora": True}], often=["{}"])
 def test_a_step_holds_one_kernel_at_most(changes):
     """No array of floats in the program of a gradient is larger; where W is formed first, some are.
 
@@ -355,6 +356,7 @@ def test_merged_into_codes_again():
         quantized.requantize({"a": kernel}, like=tree)
 
 
+@pytest.mark.slow
 def test_adapters_know_their_codes(tmp_path):
     """A file of an adapter goes onto the same codes, and onto no others."""
     params = model()
@@ -419,6 +421,7 @@ def test_in_shard_map(spec, block, float64):
     assert_close(ours, np.asarray(x) @ np.asarray(lj.merge(tree)["kernel"]), 1e-9)
 
 
+@pytest.mark.slow
 def test_exported():
     params = {"kernel": encode(draw(1, (128, 24)), "nf4")}
     tree = with_random_factors(lj.lorafy(params, [lj.LoraRule(targets=["kernel"], rank=2)]))

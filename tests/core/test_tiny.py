@@ -303,7 +303,7 @@ def test_on_a_mesh(name):
         "out": {"kernel": draw(3, (8, 12))},
     }
     x = draw(4, (11, 8))
-    one = with_random_factors(lorafied(params, [rule(name)]))
+    one = with_random_factors(lj.lorafy(params, [rule(name)]))
     there = lj.sharding.place(one, [(".*kernel", P("fsdp", "tensor"))], mesh)
     up, out = there["layers"]["up"]["kernel"], there["out"]["kernel"]
     specs = {k: tuple(v.sharding.spec) for k, v in up.arrays.items() if k != "scale"}

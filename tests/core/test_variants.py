@@ -126,7 +126,6 @@ STACK, HEADS, SORTED, TABLE = USUAL
     often=[
         "scanned and rematerialised-DoRA from PiSSA",
         "einsum with heads-OLoRA",
-        "einsum with heads-DoRA",
         "experts, tokens sorted-LoRA-FA",
         "embedding looked up and tied-LoRA-FA with DoRA",
         "weight as the left operand-DoRA",
@@ -230,6 +229,7 @@ def test_file_holds_all_of_it(program, variant, tmp_path):
     assert_identical(lj.load_adapter(tmp_path / "adapter", fresh), tree)
 
 
+@pytest.mark.slow
 def test_initialisers_that_decompose_run_once(tmp_path, monkeypatch):
     """What is loaded is what was saved: no decomposition is needed, and W is what it was."""
     program = with_variant(PROGRAMS[0], "PiSSA")
@@ -356,6 +356,7 @@ def test_frozen_a_is_not_differentiated_and_its_input_not_kept():
     assert temporaries(freeze_a=True) <= temporaries() - 2 * x.nbytes
 
 
+@pytest.mark.slow
 def test_what_a_narrow_product_gave_is_not_kept_for_its_magnitude(monkeypatch):
     """It is taken again: the same gradients, with less memory."""
     narrow, wide = draw(1, (4, 66, 22)), draw(2, (4, 22, 66))
@@ -401,7 +402,7 @@ def twice(params, x):
     return x @ (2 * table + table).T
 
 
-@pytest.mark.parametrize("uses", ["lookup", "product", "each"])
+@over("uses", ["lookup", "product", "each"], often=["each"])
 def test_a_tied_table_adapted_use_by_use(uses, float64, tmp_path):
     """As if the table were two, one or both of them adapted: PEFT's, where tied layers are."""
     program = NAMED["embedding looked up and tied"]
