@@ -16,9 +16,7 @@ from flax import nnx
 from jax import lax
 
 import lora_jax as lj
-from lora_jax.parts import RANK
-from lora_jax.paths import flatten_with_paths
-from lora_jax.weight import is_node
+from tests.adapted_trees import lorafied, with_random_factors
 
 Params = Any
 
@@ -71,34 +69,6 @@ def draw(key: int, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
     return jnp.asarray(np.random.default_rng(key).standard_normal(shape) / scale, dtype)
 
 
-def with_random_factors(params: Params, seed: int = 7) -> Params:
-    """An adapted tree whose A and B are random and far from zero, so that the adapter is seen.
-
-    (What pads the ranks of a stack stays zero, as training leaves it.)
-    """
-    adapter, base = lj.split(params)
-    nodes, _ = flatten_with_paths(params, is_leaf=is_node)
-    weights = {path: node for path, node in nodes if path in adapter}
-
-    def changed(path: str, name: str, value: jax.Array) -> jax.Array:
-        rng = np.random.default_rng([seed, len(path) * 31 + ord(name[0])])
-        noise = 0.3 * rng.standard_normal(value.shape)
-        node = weights[path]
-        if isinstance(node, lj.LoraWeight) and len(node.ranks) > 1:
-            used = np.arange(node.rank) < np.asarray(node.ranks)[:, None]
-            for axis in [i for i, role in enumerate(node.layout(name)) if role == RANK]:
-                shape = [1] * value.ndim
-                shape[0], shape[axis] = used.shape  # layers, [experts,] rank
-                noise = noise * used.reshape(shape)
-        return value + jnp.asarray(noise, value.dtype)
-
-    adapter = {
-        path: {name: changed(path, name, value) for name, value in parts.items()}
-        for path, parts in adapter.items()
-    }
-    return lj.join(adapter, base)
-
-
 def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
     """max|Δ| ≤ tolerance·max(1, max|expected|), leaf by leaf."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
@@ -144,7 +114,7 @@ class Program:
         """(plain tree, adapted tree with random factors, input)."""
         params = self.params(dtype)
         rules = [dataclasses.replace(rule, dtype=dtype) for rule in self.rules]
-        adapted = with_random_factors(lj.lorafy(params, rules))
+        adapted = with_random_factors(lorafied(params, rules))
         return params, adapted, draw(99, self.x, dtype)
 
 

@@ -12,19 +12,19 @@ from lora_jax.bank import Tenant, Together, mixed
 from lora_jax.models import from_pretrained
 from lora_jax.training.layout import Layout, make_mesh
 from tests.models import tiny
-from tests.support import assert_close, with_random_factors
+from tests.support import assert_close, lorafied, over, with_random_factors
 
 RULE = lj.LoraRule(targets=["q_proj", "down_proj", "embed_tokens"], rank=3, alpha=5.0)
 IDS = np.random.default_rng(0).integers(0, 61, (4, 8))
 
 
-@pytest.mark.parametrize("case", ["fp32", "bf16", "sharded"])
+@over("case", ["bf16", "sharded fp32"], often=["sharded fp32"])
 def test_merged_models_run_what_was_compiled_for_the_base(case, tmp_path):
     """Also when they are written, and read again; with an embedding that is the head as well."""
     dtype = "bfloat16" if case == "bf16" else "float32"
     tiny.write_folder(tmp_path / "base", "smollm2", tiny.decoder("smollm2")[1])
     how = {}
-    if case == "sharded":
+    if case == "sharded fp32":
         config = models.read_config(tiny.fields("smollm2"))
         layout = Layout.of(make_mesh(jax.devices()[:4], fsdp=2, tensor=2), config)
         how["sharding"] = layout.of_parameter
@@ -38,18 +38,19 @@ def test_merged_models_run_what_was_compiled_for_the_base(case, tmp_path):
     _, again = from_pretrained(tmp_path / "merged", dtype=dtype, **how)
     np.testing.assert_array_equal(forward(again, IDS), found)
     assert forward._cache_size() == 1
-    assert jnp.abs(found - plain).max() > 0.1
+    assert np.abs(np.asarray(found) - np.asarray(plain)).max() > 0.1
     forward(params, IDS[:2])  # the control
     assert forward._cache_size() == 2
 
 
+@pytest.mark.slow
 def test_log_probabilities_of_sampler_and_trainer_agree():
     """Over 1,000 tokens, after each of three steps, without a compilation."""
     model, params = tiny.decoder("qwen3")
     tenants = {}
     for seed in range(2):
         rule = lj.LoraRule(targets=["q_proj", "down_proj"], rank=3, alpha=5.0 + seed)
-        tree = with_random_factors(lj.lorafy(params, [rule]), seed=seed)
+        tree = with_random_factors(lorafied(params, [rule]), seed=seed)
         tenants[f"{seed}"] = Tenant(params=tree, schedule=optax.constant_schedule(1e-3), steps=9)
     trainer = lj.adapt(model.apply)
     together = Together(trainer, params)
@@ -65,7 +66,7 @@ def test_log_probabilities_of_sampler_and_trainer_agree():
 
     sampled, trained = log_probabilities(mixed(model.apply)), log_probabilities(trainer)
     rng = np.random.default_rng(1)
-    ids = jnp.asarray(rng.integers(0, 61, (20, 52)), jnp.int32)
+    ids = rng.integers(0, 61, (20, 52)).astype(np.int32)
     names = [f"{n % 2}" for n in range(20)]
     shape = (1, 2, 8)
     at = np.broadcast_to(np.arange(8, dtype=np.int32), shape)
@@ -75,7 +76,7 @@ def test_log_probabilities_of_sampler_and_trainer_agree():
         batch |= dict.fromkeys(("segment_ids", "weights"), np.ones(shape, np.int32))
         with jax.numpy_dtype_promotion("standard"):
             together.step({"0": batch, "1": batch})
-        found = sampled(together.choose(names), ids)
+        found = np.asarray(sampled(together.choose(names), ids))
         for n in range(2):
             expected = trained(together.tree(f"{n}"), ids[n::2])
             assert expected.size > 500

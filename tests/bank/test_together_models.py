@@ -11,7 +11,7 @@ from lora_jax.bank import Tenant, Together
 from lora_jax.training.layout import Layout, make_mesh
 from lora_jax.training.losses import CROSS_ENTROPY
 from tests.models import tiny, tiny_encoders
-from tests.support import assert_close, thorough, with_random_factors
+from tests.support import assert_close, lorafied, thorough, with_random_factors
 
 pytestmark = pytest.mark.slow
 ROWS, SEQ = 4, 8
@@ -87,8 +87,8 @@ def test_eight_adapters(kind, mesh):
     forward = lj.adapt(layout.constrained(model).apply)
     tenants, ends = {}, {}
     for n in range(8):
-        rule = lj.LoraRule(targets=targets[n % 2], rank=2 + n // 4, alpha=3.0 + n)
-        tree = with_random_factors(lj.lorafy(params, [*more, rule]), seed=n)
+        rule = lj.LoraRule(targets=targets[n % 2], rank=2 + n % 2, alpha=3.0 + n)
+        tree = with_random_factors(lorafied(params, [*more, rule]), seed=n)
         steps = 20 - 5 * (n % 3)
         rate = training.warmed_up(1e-3 * (1 + n / 4), steps, warmup=2)
         tree = layout.placed(tree)
@@ -115,7 +115,7 @@ def test_eight_adapters(kind, mesh):
         for name in together.names:
             ends[name] = (tenants[name].steps, together.state(name).adapter)
     assert sorted(ends) == list("01234567")
-    for name in "034567" if not mesh else "06":
+    for name in "034567" if not mesh else "07":  # one left early, one joined late
         steps, found = ends[name]
         one = tenants[name]
         adapter, half = lj.split(jax.device_get(one.params))
@@ -130,5 +130,6 @@ def test_eight_adapters(kind, mesh):
         for number in range(steps):
             state, _ = alone(state, half, batch(name, number))
         assert_close(jax.device_get(found), state.adapter, 1e-5)
-        moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.adapter, adapter)
+        after = jax.device_get(state.adapter)
+        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after, adapter)
         assert max(jax.tree.leaves(moved)) > 4e-3

@@ -12,7 +12,7 @@ from jax import export
 import lora_jax as lj
 from lora_jax.saving.exported import register
 from lora_jax.variants import PARTS
-from tests.support import assert_close, draw, over, with_random_factors
+from tests.support import assert_close, draw, lorafied, over, with_random_factors
 
 PARAMS = {
     "embed": {"embedding": draw(1, (13, 5))},
@@ -50,9 +50,14 @@ def run(params, ids):
     return x @ params["out"]["kernel"] + params["out"]["bias"]
 
 
+PLAIN = jax.jit(run)
+
+
 def tree_of(name):
-    tree = with_random_factors(lj.lorafy(PARAMS, RULES[name]))
-    return jax.tree.map(lambda x: x + 0.01, tree) if name.startswith("rows") else tree
+    tree = with_random_factors(lorafied(PARAMS, RULES[name]))
+    if not name.startswith("rows"):
+        return tree
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x) + np.float32(0.01)), tree)
 
 
 def written(fn, *args):
@@ -64,15 +69,15 @@ def test_what_is_read_gives_what_adapt_gives(name):
     tree = tree_of(name)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (tree, IDS))
     text = written(lj.adapt(run), *abstract)
-    expected = jax.jit(lj.adapt(run))(tree, IDS)
-    assert np.abs(expected - run(PARAMS, IDS)).max() > 1e-2
+    expected = np.asarray(jax.jit(lj.adapt(run))(tree, IDS))
+    assert np.abs(expected - np.asarray(PLAIN(PARAMS, IDS))).max() > 1e-2
     assert_close(export.deserialize(text).call(tree, IDS), expected, 1e-6)
-    other = lj.lorafy(PARAMS, [lj.LoraRule(targets=["embed"], rank=4)])
+    other = lj.lorafy(PARAMS, [lj.LoraRule(targets=["embed"], rank=2)])
     with pytest.raises(ValueError, match="tree"):
         export.deserialize(text).call(other, IDS)
 
 
-@over("name", RULES, often=["DoRA", "bias on B, A frozen", "out of W"])
+@over("name", RULES, often=["DoRA", "bias on B, A frozen"])
 def test_the_halves_are_read_and_so_are_gradients(name):
     adapter, base = lj.split(tree_of(name))
 
@@ -86,10 +91,13 @@ def test_the_halves_are_read_and_so_are_gradients(name):
 
 def test_an_adapted_tree_is_read_where_it_comes_out():
     """Static data of what is returned is that of what was given, part by part."""
-    for name in RULES:
-        tree = tree_of(name)
-        out = export.deserialize(written(lambda t: jax.tree.map(jnp.sin, t), tree)).call(tree)
-        assert jax.tree.structure(out) == jax.tree.structure(tree), name
+    params = jax.eval_shape(lambda: PARAMS)
+    for name, rules in RULES.items():
+        tree = lj.lorafy(params, rules)
+        read = export.deserialize(written(lambda t: jax.tree.map(jnp.sin, t), tree))
+        assert read.out_tree == jax.tree.structure(tree), name
+    tree = tree_of(name)
+    assert jax.tree.structure(read.call(tree)) == jax.tree.structure(tree)
 
 
 @pytest.mark.slow

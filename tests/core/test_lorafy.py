@@ -1,7 +1,5 @@
 """The transform of a tree, and what it keeps."""
 
-import subprocess
-import sys
 import time
 
 import flax.linen as nn
@@ -82,14 +80,10 @@ def test_a_trained_leaf_is_a_copy_that_can_be_donated():
 
 
 def test_draws_are_the_same_in_every_process():
-    code = (
-        "import jax.numpy as jnp, lora_jax as lj;"
-        "t = lj.lorafy({'w': jnp.zeros((5, 7))}, [lj.LoraRule(targets=['w'], rank=2)]);"
-        "print(t['w'].a.tolist())"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    """Another process drew these; Python's own hashes of strings differ from process to process."""
+    drawn = [-0.37785605, -0.2742095, -0.413728, 0.083871424, -0.28034922]
     here = lj.lorafy({"w": jnp.zeros((5, 7))}, [lj.LoraRule(targets=["w"], rank=2)])["w"].a
-    assert run.stdout.strip() == str(here.tolist())
+    np.testing.assert_allclose(np.asarray(here)[0], drawn, rtol=1e-7)
 
 
 def test_another_key_gives_other_draws():
@@ -110,19 +104,17 @@ def test_padding_is_a_fixed_point_of_training(float64):
     rules = [lj.LoraRule(targets=["w"], layers=[0], rank=2), lj.LoraRule(targets=["w"], rank=5)]
     tree = lj.lorafy({"w": draw(1, (2, 7, 7), jnp.float64)}, rules)
     adapter, base = lj.split(tree)
-    adapter["w"]["b"] = adapter["w"]["b"] + tree["w"].a.sum(-1)[..., None] * 0.1
+    a, b = (np.asarray(adapter["w"][name]) for name in "ab")
+    adapter["w"]["b"] = jnp.asarray(b + a.sum(-1)[..., None] * 0.1, b.dtype)
+    forward, x = lj.adapt(lambda p, x: x @ p["w"][0] @ p["w"][1]), draw(3, (13, 7), jnp.float64)
 
-    def loss(adapter):
-        return jnp.sum(
-            jnp.sin(
-                lj.adapt(lambda p, x: x @ p["w"][0] @ p["w"][1])(
-                    lj.join(adapter, base), draw(3, (13, 7), jnp.float64)
-                )
-            )
-        )
+    @jax.jit
+    @jax.grad
+    def gradients(adapter):
+        return jnp.sum(jnp.sin(forward(lj.join(adapter, base), x)))
 
     with jax.numpy_dtype_promotion("standard"):
-        gradient = jax.grad(loss)(adapter)["w"]
+        gradient = jax.device_get(gradients(adapter)["w"])
     assert not gradient["a"][0, 2:].any() and not gradient["b"][0, 2:].any()
     assert gradient["a"][0, :2].any() and gradient["b"][0, :2].any()
 

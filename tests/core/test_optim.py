@@ -1,12 +1,14 @@
 """Optimisers over whole adapted trees."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import lax
 
 import lora_jax as lj
 from lora_jax.paths import flatten_with_paths
@@ -43,7 +45,7 @@ def test_freeze_base_leaves_the_base_bitwise_and_without_slots():
     for _ in range(3):
         new, state = step(new, state)
     assert_identical(lj.split(new)[1], lj.split(tree)[1])
-    before, after = lj.split(tree)[0], lj.split(new)[0]
+    before, after = jax.device_get((lj.split(tree)[0], lj.split(new)[0]))
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
     assert all(jax.tree.leaves(changed))
 
@@ -60,20 +62,23 @@ def test_trainable_mask_names_what_trains():
     assert (mask["bias"].value, mask["norm"]) == (True, False)
 
 
-def run_steps(program, tree, x, optimizer, steps):
+def answer_after(steps, program, tree, x, optimizer):
+    """Returns what a program answers with a tree after steps of an optimiser."""
     adapter, base = lj.split(tree)
-    state = optimizer.init(adapter)
     forward = lj.adapt(program.run)
 
-    @jax.jit
-    def step(adapter, state):
+    def step(_, state):
+        adapter, state = state
         loss = lambda adapter: jnp.sum(jnp.square(forward(lj.join(adapter, base), x) - 1))  # noqa: E731
         updates, state = optimizer.update(jax.grad(loss)(adapter), state, adapter)
         return optax.apply_updates(adapter, updates), state
 
-    for _ in range(steps):
-        adapter, state = step(adapter, state)
-    return adapter, base
+    @jax.jit
+    def trained(adapter):
+        adapter, _ = lax.fori_loop(0, steps, step, (adapter, optimizer.init(adapter)))
+        return program.run(lj.merge(lj.join(adapter, base)), x)
+
+    return np.asarray(trained(adapter))
 
 
 @pytest.mark.parametrize("program", [PROGRAMS[2], MORE_PROGRAMS[0]], ids=lambda p: p.name)
@@ -81,11 +86,7 @@ def test_scaling_is_right_everywhere_at_once(program, float64):
     """α → α/(pq), A → p·A, B → q·B, lr_A → p·lr_A, lr_B → q·lr_B leaves Adam's steps unchanged."""
     p, q, lr = 3.0, 0.25, 1e-2
     params, tree, x = program.inputs(jnp.float64)
-
-    def seen(tree, optimizer):
-        adapter, base = run_steps(program, tree, x, optimizer, 20)
-        return program.run(lj.merge(lj.join(adapter, base)), x)
-
+    seen = functools.partial(answer_after, 20, program, x=x)
     adam = optax.adam(lr, eps=1e-30)
     adapter, base = lj.split(tree)
     moved = {path: {"a": v["a"] * p, "b": v["b"] * q} for path, v in adapter.items()}
@@ -94,11 +95,12 @@ def test_scaling_is_right_everywhere_at_once(program, float64):
     ]
     other = lj.join(moved, lj.split(lj.lorafy(params, rules))[1])
     both = optax.chain(adam, lj.optim.scale_factors(a=p, b=q))
-    expected = seen(tree, adam)
-    assert np.abs(expected - program.run(lj.merge(tree), x)).max() > 1e-2, "it must have moved"
-    assert_close(seen(other, both), expected, 1e-5)
+    expected = seen(tree=tree, optimizer=adam)
+    before = jax.jit(lambda tree, x: program.run(lj.merge(tree), x))(tree, x)
+    assert np.abs(expected - np.asarray(before)).max() > 1e-2, "it must have moved"
+    assert_close(seen(tree=other, optimizer=both), expected, 1e-5)
     with pytest.raises(AssertionError):
-        assert_close(seen(other, adam), expected, 1e-5)
+        assert_close(seen(tree=other, optimizer=adam), expected, 1e-5)
 
 
 def test_lora_plus_on_an_adapter_and_on_a_whole_tree():
@@ -138,21 +140,28 @@ def test_project_b_steps_as_near_to_full_fine_tuning_as_b_can(program, float64):
     project = lj.optim.project_b(tree, damping=0.0)
     adapter, base = lj.split(tree)
     loss = lambda run, tree: jnp.sum(jnp.sin(run(tree, x)))  # noqa: E731
-    g = jax.jit(jax.grad(lambda ad: loss(lj.adapt(program.run), lj.join(ad, base))))(adapter)
-    steps, _ = project.update(g, project.init(adapter))
-    full, _ = flatten_with_paths(jax.jit(jax.grad(lambda p: loss(program.run, p)))(lj.merge(tree)))
+
+    @jax.jit
+    def both(adapter, tree):
+        g = jax.grad(lambda ad: loss(lj.adapt(program.run), lj.join(ad, base)))(adapter)
+        steps, _ = project.update(g, project.init(adapter))
+        return steps, jax.grad(lambda params: loss(program.run, params))(lj.merge(tree))
+
+    steps, full = jax.device_get(both(adapter, tree))
+    full, _ = flatten_with_paths(full)
     nodes, _ = flatten_with_paths(tree, is_leaf=is_node)
     for path, node in nodes:
         if not is_node(node):
             continue
         n = node.n_batch
-        a = node.a.reshape(-1, node.rank, np.prod(node.roles.sizes(node.shape, "in")))
+        rows = np.prod(node.roles.sizes(node.shape, "in"))
+        a, scales = np.asarray(node.a).reshape(-1, node.rank, rows), np.asarray(node.scale).ravel()
         step = steps[path]["b"].reshape(len(a), node.rank, -1)
         wanted = dict(full)[path].reshape(len(a), a.shape[-1], -1)
         for layer in range(len(a)):
-            s = float(node.scale.reshape(-1)[layer if n else 0])
+            s = scales[layer if n else 0]
             if s:
-                best = np.linalg.lstsq(s * np.asarray(a[layer]).T, wanted[layer])[0]
+                best = np.linalg.lstsq(s * a[layer].T, wanted[layer])[0]
                 assert_close(step[layer], best, 1e-9)
     with pytest.raises(ValueError, match="freeze_a=True"):
         lj.optim.project_b(PROGRAMS[1].inputs()[1])

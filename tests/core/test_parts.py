@@ -14,7 +14,14 @@ import lora_jax as lj
 from lora_jax import optim, sharding
 from lora_jax.weight import Part
 from tests.laws import test_laws as laws
-from tests.support import PROGRAMS, assert_close, assert_identical, draw, with_random_factors
+from tests.support import (
+    PROGRAMS,
+    assert_close,
+    assert_identical,
+    draw,
+    lorafied,
+    with_random_factors,
+)
 
 NAMED = {program.name: program for program in PROGRAMS}
 
@@ -70,23 +77,34 @@ def by_hand(tree):
 @programs
 def test_the_laws(program, float64):
     laws.test_factored_equals_merged(program, None)
-    laws.test_commutes_with_jit_and_vmap(program, None)
     laws.test_inverses(program)
-    laws.test_locality(program)
     laws.test_no_frozen_gradient(program)
+
+
+@pytest.mark.slow
+@programs
+def test_more_laws(program, float64):
+    laws.test_commutes_with_jit_and_vmap(program, None)
+    laws.test_locality(program)
 
 
 @programs
 def test_it_is_the_algebra(program, float64):
     _, tree, x = program.inputs(jnp.float64)
-    ours = laws.adapted(program)(tree, x)
-    assert_close(ours, program.run(lj.merge(by_hand(tree)), x), 1e-9)
     plain = jax.tree.map(
         lambda n: n.replace(core=None, inputs=None) if lj.is_node(n) else n,
         tree,
         is_leaf=lj.is_node,
     )
-    assert np.abs(ours - laws.adapted(program)(plain, x)).max() > 1e-2
+
+    @jax.jit
+    def answers(tree, plain, x):
+        forward = laws.adapted(program)
+        return forward(tree, x), program.run(lj.merge(by_hand(tree)), x), forward(plain, x)
+
+    ours, expected, without = jax.device_get(answers(tree, plain, x))
+    assert_close(ours, expected, 1e-9)
+    assert np.abs(ours - without).max() > 1e-2
 
 
 def test_it_trains_is_counted_saved_and_sharded(tmp_path):
@@ -100,22 +118,22 @@ def test_it_trains_is_counted_saved_and_sharded(tmp_path):
         "core": (3, 2),
         "inputs": (3, 5),
     }
-    gradient = jax.grad(
-        lambda adapter: jnp.sum(jnp.sin(lj.adapt(program.run)(lj.join(adapter, base), x)))
-    )(adapter)
+    forward = lj.adapt(program.run)
+    loss = lambda adapter: jnp.sum(jnp.sin(forward(lj.join(adapter, base), x)))  # noqa: E731
+    gradient = jax.jit(jax.grad(loss))(adapter)
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradient))
     # "down" is adapted in two of its three layers only.
     assert lj.count_params(tree)[0] == 3 * (2 * (5 + 11) + 2 + 5) + 2 * (2 * (11 + 5) + 2 + 11)
 
+    adapter = jax.device_get(adapter)
     updates, _ = optim.lora_plus(16.0).update(adapter, optax.EmptyState())
     assert_close(updates["layers/up/kernel"]["core"], up["core"], 0)
-    assert_close(updates["layers/up/kernel"]["b"], 16 * up["b"], 0)
+    assert_close(updates["layers/up/kernel"]["b"], 16 * adapter["layers/up/kernel"]["b"], 0)
 
-    lj.save_adapter(tmp_path / "adapter", tree)
+    part, params = ({"layers": {"up": t["layers"]["up"]}} for t in (tree, params))
+    lj.save_adapter(tmp_path / "adapter", part)
     loaded = lj.load_adapter(tmp_path / "adapter", params, extras=[CORE, INPUTS])
-    assert_identical(loaded["layers"]["up"], tree["layers"]["up"])
-    forward = lj.adapt(program.run)
-    assert_identical(forward(loaded, x), forward(tree, x))
+    assert_identical(loaded, part)
     with pytest.raises(lj.AdapterError, match=r"has the part 'core'.*extras=\[part\]"):
         lj.load_adapter(tmp_path / "adapter", params)
 
@@ -126,20 +144,21 @@ def test_it_trains_is_counted_saved_and_sharded(tmp_path):
     assert tuple(node.core.spec) == (None, None)
 
 
+@pytest.mark.slow
 def test_ranks_that_differ_are_padded_and_filed_without_padding(tmp_path):
     params = {"layers": {"kernel": draw(1, (3, 5, 7))}}
     rules = [
         lj.LoraRule(targets=["layers"], layers=[0], rank=3, alpha=4.0, extras=[CORE]),
         lj.LoraRule(targets=["layers"], layers=[2], rank=1, alpha=3.0, extras=[CORE]),
     ]
-    tree = with_random_factors(lj.lorafy(params, rules))
+    tree = with_random_factors(lorafied(params, rules))
     assert tree["layers"]["kernel"].core.shape == (3, 3)
     lj.save_adapter(tmp_path / "adapter", tree)
     loaded = lj.load_adapter(tmp_path / "adapter", params, extras=[CORE])
     node, again = (t["layers"]["kernel"] for t in (tree, loaded))
     assert_identical((again.a, again.b), (node.a, node.b))
-    used = jnp.arange(3) < jnp.asarray([3, 0, 1])[:, None]
-    assert_identical(again.core, jnp.where(used, node.core, 0.0))
+    used = np.arange(3) < np.array([3, 0, 1])[:, None]
+    assert_identical(again.core, np.where(used, node.core, np.float32(0)))
 
 
 @pytest.mark.parametrize("name", ["a", "scale", "gain", "value"])

@@ -1,0 +1,63 @@
+"""Adapted trees for tests: drawn by few programs, with factors that are seen."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+import lora_jax as lj
+from lora_jax.parts import RANK
+from lora_jax.paths import flatten_with_paths
+from lora_jax.weight import is_node
+
+Params = Any
+
+
+@functools.cache
+def _lorafy(rules: tuple[Any, ...]) -> Callable[[Params], Params]:
+    return jax.jit(lambda params: lj.lorafy(params, rules))
+
+
+def lorafied(params: Params, rules: Iterable[Any]) -> Params:
+    """Returns `lj.lorafy(params, rules)`; one program draws all arrays, rather than dozens."""
+
+    def with_its_base(node: Any, leaf: Any) -> Any:
+        if not is_node(node):
+            return leaf
+        return node if isinstance(node, lj.Trained) else node.replace(base=leaf)
+
+    made = _lorafy(tuple(rules))(params)
+    return jax.tree.map(with_its_base, made, params, is_leaf=is_node)
+
+
+def with_random_factors(params: Params, seed: int = 7) -> Params:
+    """An adapted tree whose A and B are random and far from zero, so that the adapter is seen.
+
+    (What pads the ranks of a stack stays zero, as training leaves it. Sums in NumPy compile no
+    program for each shape.)
+    """
+    adapter, base = lj.split(params)
+    nodes, _ = flatten_with_paths(params, is_leaf=is_node)
+    weights = {path: node for path, node in nodes if path in adapter}
+
+    def changed(path: str, name: str, value: jax.Array) -> jax.Array:
+        rng = np.random.default_rng([seed, len(path) * 31 + ord(name[0])])
+        noise = 0.3 * rng.standard_normal(value.shape)
+        node = weights[path]
+        if isinstance(node, lj.LoraWeight) and len(node.ranks) > 1:
+            used = np.arange(node.rank) < np.asarray(node.ranks)[:, None]
+            for axis in [i for i, role in enumerate(node.layout(name)) if role == RANK]:
+                shape = [1] * value.ndim
+                shape[0], shape[axis] = used.shape  # layers, [experts,] rank
+                noise = noise * used.reshape(shape)
+        changed = np.asarray(value) + noise.astype(value.dtype)
+        placed = isinstance(value, jax.Array) and value.committed
+        return jax.device_put(changed, value.sharding if placed else None)
+
+    adapter = {
+        path: {name: changed(path, name, value) for name, value in parts.items()}
+        for path, parts in adapter.items()
+    }
+    return lj.join(adapter, base)
