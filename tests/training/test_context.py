@@ -52,11 +52,10 @@ CASES = [
     ("sequence=4", Case(32, **ALL), BLOCKS),
     ("data=2,sequence=2", Case(24, causal=False, padding="left"), BLOCKS),
     ("sequence=2,tensor=2", Case(24, kv_heads=1, group=4), BLOCKS),  # keys are repeated
-    ("sequence=2", Case(24), BLOCKS),
     ("sequence=4", Case(24, window=5), "dense"),
     ("sequence=4", Case(20, window=4), BLOCKS),  # no multiple of 8: nothing is exchanged
     ("sequence=4", Case(18), BLOCKS),  # no multiple of 4: each device has the row
-    ("fsdp=2,sequence=2", Case(20, packed=True), BLOCKS),
+    ("fsdp=2,sequence=2", Case(24, packed=True), BLOCKS),
     ("sequence=2,tensor=2", Case(24, padding="left"), BLOCKS),
     ("tensor=4", Case(10, kv_heads=3, group=1, **ALL), BLOCKS),  # heads stay whole
     ("fsdp=2,tensor=2", Case(10, slots=31, padding="left"), BLOCKS),
