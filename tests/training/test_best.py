@@ -57,7 +57,7 @@ def one_program():
     compile_step, kept = tune.compile_step, {}
 
     def shared(ready, forward, loss):
-        settings = str(ready.facts["settings"])
+        settings = str(ready.facts["settings"] | {"keep_best": None})
         if settings not in kept:
             kept[settings] = compile_step(ready, forward, loss)
         return kept[settings]
