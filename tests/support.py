@@ -71,6 +71,11 @@ def draw(key: int, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
     return jnp.asarray(np.random.default_rng(key).standard_normal(shape) / scale, dtype)
 
 
+def numpy_init(key: Any, shape: lj.init.FactorShape, dtype: Any) -> lj.init.Factors:
+    """An initialiser like the default one: JAX would compile a program for each shape."""
+    return draw(17, shape.a, dtype), jnp.asarray(np.zeros(shape.b), dtype)
+
+
 def with_random_factors(params: Params, seed: int = 7) -> Params:
     """An adapted tree whose A and B are random and far from zero, so that the adapter is seen.
 

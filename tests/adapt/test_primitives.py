@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
-from tests.support import Program, assert_close, dots_of_size, draw, over
+from tests.support import Program, assert_close, dots_of_size, draw, numpy_init, over
 
 # Some use a kernel only mirrored, on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::lora_jax.RoleWarning")
@@ -21,7 +21,8 @@ SIZES = jnp.array([4, 0, 9], jnp.int32)
 
 
 def rule(targets=("a",), **settings):
-    return lj.LoraRule(**({"targets": list(targets), "rank": 2, "alpha": 3.0} | settings))
+    how = {"targets": list(targets), "rank": 2, "alpha": 3.0, "init": numpy_init}
+    return lj.LoraRule(**how | settings)
 
 
 def one(name, shape, use, x, **settings):
@@ -422,6 +423,12 @@ def total(case, run, adapter, base, x):
     return sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(outputs)), outputs
 
 
+def values(case, run, adapter, base, x):
+    """(a sum of the outputs, the outputs), and its gradients by the adapter and by x."""
+    loss = lambda adapter, x: total(case, run, adapter, base, x)  # noqa: E731
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(adapter, x)
+
+
 def merged(case):
     return lambda tree, x: case.run(lj.merge(tree), x)
 
@@ -430,16 +437,16 @@ def merged(case):
 def test_values_and_gradients(case, float64):
     params, adapter, base, x = halves(case, jnp.float64)
 
-    def values(run):
-        loss = lambda adapter, x: total(case, run, adapter, base, x)  # noqa: E731
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(adapter, x)
+    @jax.jit
+    def found(params, adapter, base, x):
+        runs = (lj.adapt(case.run, strict=True), merged(case))
+        return *(values(case, run, adapter, base, x) for run in runs), case.run(params, x)
 
     with jax.numpy_dtype_promotion("standard"):  # the cases' own literals are not the point
-        ours, theirs = values(lj.adapt(case.run, strict=True)), values(merged(case))
-        plain = case.run(params, x)
+        ours, theirs, plain = found(params, adapter, base, x)
     assert_close(ours, theirs, 1e-9)
     changes = [
-        np.abs(a - b).max()
+        np.abs(np.subtract(a, b)).max()
         for a, b in zip(jax.tree.leaves(ours[0][1]), jax.tree.leaves(plain), strict=True)
     ]
     assert max(changes) > 1e-2, "the adapter must be seen in the output"
@@ -500,20 +507,22 @@ def test_no_product_has_a_kernels_shape(case):
 
 def test_while_in_forward_mode(float64):
     _, adapter, base, x = halves(WHILE, jnp.float64)
-    direction = jax.tree.map(jnp.cos, adapter)
+    direction = jax.tree.map(np.cos, adapter)
 
-    def along(run):
-        return jax.jvp(lambda ad: total(WHILE, run, ad, base, x)[0], (adapter,), (direction,))
+    @jax.jit
+    def along(adapter, direction):
+        return [
+            jax.jvp(lambda ad, run=run: total(WHILE, run, ad, base, x)[0], (adapter,), (direction,))
+            for run in (lj.adapt(WHILE.run, strict=True), merged(WHILE))
+        ]
 
-    assert_close(along(lj.adapt(WHILE.run, strict=True)), along(merged(WHILE)), 1e-9)
+    assert_close(*along(adapter, direction), 1e-9)
 
 
 def test_dropout_of_joined_kernels_runs():
     lstm_case = next(c for c in CASES if c.name.startswith("LSTM"))
     case = dataclasses.replace(lstm_case, rules=(rule(["a", "b"], dropout=0.5),))
     _, tree, x = case.inputs()
-    run = jax.checkpoint(case.run)
-    one, two = (
-        lj.adapt(run, strict=True)(tree, x, dropout_key=jax.random.key(seed)) for seed in (0, 1)
-    )
+    run = jax.jit(lj.adapt(jax.checkpoint(case.run), strict=True))
+    one, two = (np.asarray(run(tree, x, dropout_key=jax.random.key(seed))) for seed in (0, 1))
     assert np.abs(one - two).max() > 1e-3
