@@ -6,9 +6,12 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from tests.foreign.case import ALL_LINEAR, rule
+from tests.foreign.case import rule
 from tests.foreign.judge import judge
-from tests.support import draw, over
+from tests.support import draw, numpy_init, over
+
+ALL_LINEAR = rule("all-linear", init=numpy_init)
+TABLE = rule(["embedding"], init=numpy_init)
 
 X = draw(9, (2, 13, 6))
 IMAGE = draw(9, (2, 7, 5, 6))
@@ -66,8 +69,8 @@ LINEN = {  # (module, input, rules, what they adapt)
         {"kernel"},
     ),
     "ConvTranspose": (nn.ConvTranspose(10, (3, 2), strides=(2, 1)), IMAGE, ALL_LINEAR, {"kernel"}),
-    "Embed": (nn.Embed(11, 5), IDS, rule(["embedding"]), {"embedding"}),
-    "Embed, attend": (Attend(), IDS, rule(["embedding"]), {"Embed_0/embedding"}),
+    "Embed": (nn.Embed(11, 5), IDS, TABLE, {"embedding"}),
+    "Embed, attend": (Attend(), IDS, TABLE, {"Embed_0/embedding"}),
     "RNN of OptimizedLSTMCell": (
         nn.RNN(nn.OptimizedLSTMCell(7)),
         X,
@@ -106,7 +109,8 @@ LINEN = {  # (module, input, rules, what they adapt)
 )
 def test_linen(name):
     module, x, rules, expected = LINEN[name]
-    params = module.init(jax.random.key(1), x)["params"]
+    shapes = jax.eval_shape(module.init, jax.random.key(1), x)["params"]
+    params = jax.tree.map(lambda leaf: draw(1, leaf.shape, leaf.dtype), shapes)
     paths = judge(lambda p, x: module.apply({"params": p}, x), params, x, rules=rules)
     assert paths == expected
 
@@ -164,8 +168,8 @@ def rngs():
             ALL_LINEAR,
             {"kernel"},
         ),
-        (lambda: nnx.Embed(11, 5, rngs=rngs()), call, IDS, rule(["embedding"]), {"embedding"}),
-        (lambda: nnx.Embed(11, 5, rngs=rngs()), attend, IDS, rule(["embedding"]), {"embedding"}),
+        (lambda: nnx.Embed(11, 5, rngs=rngs()), call, IDS, TABLE, {"embedding"}),
+        (lambda: nnx.Embed(11, 5, rngs=rngs()), attend, IDS, TABLE, {"embedding"}),
         (
             lambda: nnx.MultiHeadAttention(3, 6, qkv_features=15, decode=False, rngs=rngs()),
             call,
