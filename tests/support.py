@@ -76,6 +76,13 @@ def numpy_init(key: Any, shape: lj.init.FactorShape, dtype: Any) -> lj.init.Fact
     return draw(17, shape.a, dtype), jnp.asarray(np.zeros(shape.b), dtype)
 
 
+def variables_of(module: nn.Module, *args: Any) -> Params:
+    """A Linen module's variables, drawn by NumPy: each of its initialisers would be a program."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
+    leaves, treedef = jax.tree.flatten(shapes)
+    return treedef.unflatten(draw(i, leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves))
+
+
 def with_random_factors(params: Params, seed: int = 7) -> Params:
     """An adapted tree whose A and B are random and far from zero, so that the adapter is seen.
 

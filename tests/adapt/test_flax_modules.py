@@ -8,7 +8,7 @@ from flax import nnx
 
 from tests.foreign.case import rule
 from tests.foreign.judge import judge
-from tests.support import draw, numpy_init, over
+from tests.support import draw, numpy_init, over, variables_of
 
 ALL_LINEAR = rule("all-linear", init=numpy_init)
 TABLE = rule(["embedding"], init=numpy_init)
@@ -109,8 +109,7 @@ LINEN = {  # (module, input, rules, what they adapt)
 )
 def test_linen(name):
     module, x, rules, expected = LINEN[name]
-    shapes = jax.eval_shape(module.init, jax.random.key(1), x)["params"]
-    params = jax.tree.map(lambda leaf: draw(1, leaf.shape, leaf.dtype), shapes)
+    params = variables_of(module, x)["params"]
     paths = judge(lambda p, x: module.apply({"params": p}, x), params, x, rules=rules)
     assert paths == expected
 
@@ -145,7 +144,14 @@ def rngs():
 @pytest.mark.parametrize(
     ("make", "run", "x", "rules", "expected"),
     [
-        (lambda: nnx.Linear(6, 7, rngs=rngs()), call, X, ALL_LINEAR, {"kernel"}),
+        pytest.param(
+            lambda: nnx.Linear(6, 7, rngs=rngs()),
+            call,
+            X,
+            ALL_LINEAR,
+            {"kernel"},
+            marks=pytest.mark.slow,
+        ),
         (
             lambda: nnx.LinearGeneral((13, 6), (3, 5), axis=(-2, -1), rngs=rngs()),
             call,
@@ -160,7 +166,14 @@ def rngs():
             ALL_LINEAR,
             {"kernel"},
         ),
-        (lambda: nnx.Conv(6, 10, (3, 2), rngs=rngs()), call, IMAGE, ALL_LINEAR, {"kernel"}),
+        pytest.param(
+            lambda: nnx.Conv(6, 10, (3, 2), rngs=rngs()),
+            call,
+            IMAGE,
+            ALL_LINEAR,
+            {"kernel"},
+            marks=pytest.mark.slow,
+        ),
         (
             lambda: nnx.Conv(6, 10, (3, 2), feature_group_count=2, rngs=rngs()),
             call,
@@ -168,7 +181,14 @@ def rngs():
             ALL_LINEAR,
             {"kernel"},
         ),
-        (lambda: nnx.Embed(11, 5, rngs=rngs()), call, IDS, TABLE, {"embedding"}),
+        pytest.param(
+            lambda: nnx.Embed(11, 5, rngs=rngs()),
+            call,
+            IDS,
+            TABLE,
+            {"embedding"},
+            marks=pytest.mark.slow,
+        ),
         (lambda: nnx.Embed(11, 5, rngs=rngs()), attend, IDS, TABLE, {"embedding"}),
         (
             lambda: nnx.MultiHeadAttention(3, 6, qkv_features=15, decode=False, rngs=rngs()),
@@ -180,7 +200,7 @@ def rngs():
         (
             lambda: nnx.LSTMCell(6, 7, rngs=rngs()),
             scan_by_hand,
-            X[:, :3],
+            X[:, :2],
             ALL_LINEAR,
             {path.replace("if/", "if_/") for path in GATES},
         ),

@@ -34,7 +34,7 @@ COMMON = {
 ways = st.sampled_from(list(WAYS))
 
 
-@settings(max_examples=1, **COMMON)
+@settings(max_examples=2, **COMMON)
 @given(programs(), ways)
 def test_random_programs_keep_the_laws(program, way):
     with jax.enable_x64(True):

@@ -36,9 +36,7 @@ class Bag(nn.Module):
         if not self.tied:
             self.lm_head = nn.Dense(self.vocab)
 
-    def __call__(
-        self, ids, positions=None, segment_ids=None, logits_at=None, return_hidden=False
-    ):
+    def __call__(self, ids, positions=None, segment_ids=None, logits_at=None, return_hidden=False):
         hidden = jnp.tanh(jnp.cumsum(self.embed_tokens(ids), axis=1))
         if logits_at is not None:
             hidden = jnp.take_along_axis(hidden, logits_at[..., None], axis=1)
