@@ -3,7 +3,6 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import pytest
 from flax import nnx
 
 from tests.foreign.case import rule
@@ -141,92 +140,59 @@ def rngs():
     return nnx.Rngs(1)
 
 
-@pytest.mark.parametrize(
-    ("make", "run", "x", "rules", "expected"),
-    [
-        pytest.param(
-            lambda: nnx.Linear(6, 7, rngs=rngs()),
-            call,
-            X,
-            ALL_LINEAR,
-            {"kernel"},
-            marks=pytest.mark.slow,
-        ),
-        (
-            lambda: nnx.LinearGeneral((13, 6), (3, 5), axis=(-2, -1), rngs=rngs()),
-            call,
-            X,
-            ALL_LINEAR,
-            {"kernel"},
-        ),
-        (
-            lambda: nnx.Einsum("bsd,dhk->bshk", (6, 3, 5), (3, 5), rngs=rngs()),
-            call,
-            X,
-            ALL_LINEAR,
-            {"kernel"},
-        ),
-        pytest.param(
-            lambda: nnx.Conv(6, 10, (3, 2), rngs=rngs()),
-            call,
-            IMAGE,
-            ALL_LINEAR,
-            {"kernel"},
-            marks=pytest.mark.slow,
-        ),
-        (
-            lambda: nnx.Conv(6, 10, (3, 2), feature_group_count=2, rngs=rngs()),
-            call,
-            IMAGE,
-            ALL_LINEAR,
-            {"kernel"},
-        ),
-        pytest.param(
-            lambda: nnx.Embed(11, 5, rngs=rngs()),
-            call,
-            IDS,
-            TABLE,
-            {"embedding"},
-            marks=pytest.mark.slow,
-        ),
-        (lambda: nnx.Embed(11, 5, rngs=rngs()), attend, IDS, TABLE, {"embedding"}),
-        (
-            lambda: nnx.MultiHeadAttention(3, 6, qkv_features=15, decode=False, rngs=rngs()),
-            call,
-            X,
-            ALL_LINEAR,
-            ATTENTION,
-        ),
-        (
-            lambda: nnx.LSTMCell(6, 7, rngs=rngs()),
-            scan_by_hand,
-            X[:, :2],
-            ALL_LINEAR,
-            {path.replace("if/", "if_/") for path in GATES},
-        ),
-        pytest.param(
-            lambda: nnx.RNN(nnx.OptimizedLSTMCell(6, 7, rngs=rngs()), rngs=rngs()),
-            with_carry,
-            X,
-            ALL_LINEAR,
-            {"cell/dense_i/kernel", "cell/dense_h/kernel"},
-            marks=pytest.mark.slow,
-        ),
-    ],
-    ids=[
-        "Linear",
-        "LinearGeneral",
-        "Einsum",
-        "Conv",
-        "Conv, grouped",
-        "Embed",
-        "Embed, attend",
-        "MultiHeadAttention",
-        "LSTMCell",
-        "RNN of OptimizedLSTMCell",
-    ],
-)
-def test_nnx(make, run, x, rules, expected):
+NNX = {  # (make, run, input, rules, what they adapt)
+    "Linear": (lambda: nnx.Linear(6, 7, rngs=rngs()), call, X, ALL_LINEAR, {"kernel"}),
+    "LinearGeneral": (
+        lambda: nnx.LinearGeneral((13, 6), (3, 5), axis=(-2, -1), rngs=rngs()),
+        call,
+        X,
+        ALL_LINEAR,
+        {"kernel"},
+    ),
+    "Einsum": (
+        lambda: nnx.Einsum("bsd,dhk->bshk", (6, 3, 5), (3, 5), rngs=rngs()),
+        call,
+        X,
+        ALL_LINEAR,
+        {"kernel"},
+    ),
+    "Conv": (lambda: nnx.Conv(6, 10, (3, 2), rngs=rngs()), call, IMAGE, ALL_LINEAR, {"kernel"}),
+    "Conv, grouped": (
+        lambda: nnx.Conv(6, 10, (3, 2), feature_group_count=2, rngs=rngs()),
+        call,
+        IMAGE,
+        ALL_LINEAR,
+        {"kernel"},
+    ),
+    "Embed": (lambda: nnx.Embed(11, 5, rngs=rngs()), call, IDS, TABLE, {"embedding"}),
+    "Embed, attend": (lambda: nnx.Embed(11, 5, rngs=rngs()), attend, IDS, TABLE, {"embedding"}),
+    "MultiHeadAttention": (
+        lambda: nnx.MultiHeadAttention(3, 6, qkv_features=15, decode=False, rngs=rngs()),
+        call,
+        X,
+        ALL_LINEAR,
+        ATTENTION,
+    ),
+    "LSTMCell": (
+        lambda: nnx.LSTMCell(6, 7, rngs=rngs()),
+        scan_by_hand,
+        X[:, :2],
+        ALL_LINEAR,
+        {path.replace("if/", "if_/") for path in GATES},
+    ),
+    "RNN of OptimizedLSTMCell": (
+        lambda: nnx.RNN(nnx.OptimizedLSTMCell(6, 7, rngs=rngs()), rngs=rngs()),
+        with_carry,
+        X,
+        ALL_LINEAR,
+        {"cell/dense_i/kernel", "cell/dense_h/kernel"},
+    ),
+}
+
+
+@over("name", NNX, often=["LinearGeneral", "Conv, grouped", "Embed, attend", "MultiHeadAttention"])
+def test_nnx(name):
+    make, run, x, rules, expected = NNX[name]
     graphdef, params, rest = nnx.split(make(), nnx.Param, ...)
 
     def fn(params, rest, x):
