@@ -66,7 +66,20 @@ def draw(key: int, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
     NumPy draws them: JAX would compile a program for each shape.
     """
     scale = np.sqrt(shape[-2] if len(shape) > 1 else 1)
-    return jnp.asarray(np.random.default_rng(key).standard_normal(shape) / scale, dtype)
+    values = np.random.default_rng(key).standard_normal(shape) / scale
+    return jnp.asarray(values.astype(dtype))  # converted here: JAX would compile that, too
+
+
+def numpy_init(key: Any, shape: lj.init.FactorShape, dtype: Any) -> lj.init.Factors:
+    """An initialiser like the default one: JAX would compile a program for each shape."""
+    return draw(17, shape.a, dtype), jnp.asarray(np.zeros(shape.b), dtype)
+
+
+def variables_of(module: nn.Module, *args: Any) -> Params:
+    """A Linen module's variables, drawn by NumPy: each of its initialisers would be a program."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
+    leaves, treedef = jax.tree.flatten(shapes)
+    return treedef.unflatten(draw(i, leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves))
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float) -> None:

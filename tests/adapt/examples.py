@@ -28,23 +28,23 @@ def slots(params: Any, rules: Sequence[Any], n: int = 3) -> list[Any]:
 def bank(trees: Sequence[Any], ids: Any) -> Any:
     """Returns one tree: the A and B of all slots side by side, and whose columns each row sees."""
     flat = [leaves_of(tree) for tree in trees]
-    own = jnp.arange(len(trees)) == jnp.asarray(ids)[:, None]  # [n, slots]
+    own = np.arange(len(trees)) == np.asarray(ids)[:, None]  # [n, slots]
 
     def one(nodes: Sequence[Any]) -> Any:
         first = nodes[0]
         if not lj.is_node(first):
             return first
-        join = lambda name: jnp.concatenate([getattr(v, name) for v in nodes], first.n_batch)  # noqa: E731
-        pick = [jnp.repeat(v.scale[..., None], first.rank, -1) for v in nodes]
+        join = lambda name: np.concatenate([getattr(v, name) for v in nodes], first.n_batch)  # noqa: E731
+        pick = [np.repeat(np.asarray(v.scale)[..., None], first.rank, -1) for v in nodes]
         arrays = {
             "a": join("a"),
             "b": join("b"),
-            "scale": jnp.ones_like(first.scale),
-            "pick": jnp.concatenate(pick, -1),
-            "rows": jnp.repeat(own, first.rank, -1).astype(jnp.float32),
+            "scale": np.ones(first.scale.shape, first.scale.dtype),
+            "pick": np.concatenate(pick, -1),
+            "rows": np.repeat(own, first.rank, -1).astype(np.float32),
         }
         ranks = (len(trees) * first.rank,) * len(first.ranks)
-        return first.replace(arrays=arrays, ranks=ranks)
+        return first.replace(arrays=jax.tree.map(jnp.asarray, arrays), ranks=ranks)
 
     nodes = zip(*([leaf for _, leaf in leaves] for leaves, _ in flat), strict=True)
     return flat[0][1].unflatten(list(map(one, nodes)))

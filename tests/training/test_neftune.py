@@ -29,15 +29,11 @@ IDS = tiny.tokens(0, *SEGMENTS.shape)
 
 
 def of_family(family):
-    """A model, and the sides of its call."""
-    if family == "encoder":
-        config = models.read_config(tiny_encoders.fields("bert"), head="masked_lm")
-        return models.Encoder(config), {"attention_mask": jnp.asarray(SEGMENTS > 0)}
-    if family == "gpt2":
-        fields = {"model_type": "gpt2", "n_embd": 24, "n_head": 3, "n_layer": 2}
-        config = models.read_config(fields | {"vocab_size": 61, "n_positions": 32})
-        return models.GPT2(config), {"segment_ids": jnp.asarray(SEGMENTS)}
-    return models.Decoder(tiny.config(family)), {"segment_ids": jnp.asarray(SEGMENTS)}
+    """A model, its parameters, and the sides of its call."""
+    if family == "bert":
+        return *tiny_encoders.model("bert", "masked_lm"), {"attention_mask": SEGMENTS > 0}
+    make = tiny_encoders.model if family == "gpt2" else tiny.decoder
+    return *make(family), {"segment_ids": SEGMENTS}
 
 
 def test_the_length_is_that_of_the_own_sequence():
@@ -49,10 +45,9 @@ def test_the_length_is_that_of_the_own_sequence():
     np.testing.assert_array_equal(_lengths(IDS, None, None), np.full(IDS.shape, 12))
 
 
-@over("family", ["gemma2", "gpt2", "encoder"], often=["gpt2"])
+@over("family", ["gemma2", "gpt2", "bert"], often=["gpt2"])
 def test_noise_is_there_in_training_alone_and_comes_from_the_key(family):
-    model, sides = of_family(family)
-    params = jax.jit(model.init)(jax.random.key(0), IDS)["params"]
+    model, params, sides = of_family(family)
     rules = [lj.LoraRule(targets="all-linear", rank=2, alpha=3)]
     params = lj.lorafy(params, rules, kinds=models.kinds(model.config))
     forward = neftune(lj.adapt(model.apply), ALPHA)
@@ -65,7 +60,7 @@ def test_noise_is_there_in_training_alone_and_comes_from_the_key(family):
     np.testing.assert_array_equal(one, again)
     assert np.abs(one - other)[SEGMENTS > 0].max() > 1e-3
     draws = [
-        str(jax.make_jaxpr(run)(params, key)).count("random_bits")
+        str(drawn.trace(params, key).jaxpr).count("random_bits")
         for key in (None, jax.random.key(3))
     ]
     assert draws == [0, 1]  # in evaluation, and in training
@@ -96,9 +91,9 @@ def test_noise_has_the_papers_bounds_and_spares_padding():
 @pytest.mark.slow
 def test_packed_long_rows_on_a_mesh_get_the_noise_of_one_device():
     """Rows split over devices, chunks of the loss, and rematerialisation beside it."""
-    model = models.Decoder(tiny.config("llama3"), remat=True)
-    params = jax.jit(model.init)(jax.random.key(0), IDS)["params"]
-    params = lj.lorafy(params, [lj.LoraRule(targets="all-linear", rank=2, alpha=3, dropout=0.2)])
+    model, params = tiny.decoder("llama3", remat=True)
+    rules = [lj.LoraRule(targets=["q_proj", "down_proj"], rank=2, alpha=3, dropout=0.2)]
+    params = lj.lorafy(params, rules)
     batch = {
         "ids": jnp.asarray(np.tile(IDS, (2, 1))),
         "segment_ids": jnp.asarray(np.tile(SEGMENTS, (2, 1))),

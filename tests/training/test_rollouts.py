@@ -59,7 +59,7 @@ def good(adapter, base):
 
 
 def halves():
-    kernel = 0.1 * jax.random.normal(jax.random.key(1), (CONTEXTS, ACTIONS))
+    kernel = 0.1 * np.random.default_rng(1).standard_normal((CONTEXTS, ACTIONS), np.float32)
     params = {"policy": {"kernel": kernel}}
     return lj.split(lj.lorafy(params, [lj.LoraRule(targets=["policy"], rank=3, alpha=6)]))
 

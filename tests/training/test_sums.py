@@ -21,7 +21,6 @@ from lora_jax.training.losses import CROSS_ENTROPY, HELD_OUT, Loss, Sums, summed
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State, init_state, make_evaluation, make_step
-from tests.models import tiny
 from tests.support import assert_close, with_random_factors
 from tests.train.run.test_log import events, reporting
 from tests.training.test_losses import BATCH, M, bag, batch, lora, on_merged
@@ -42,6 +41,9 @@ def linear(variables, x):
     return x @ variables["params"]["up"]["kernel"]
 
 
+LINEAR = lj.adapt(linear)
+
+
 def squares(forward, params, batch, dropout_key):
     """A user's loss: it knows no weights, and counts by itself."""
     each = jnp.sum(forward({"params": params}, batch["x"]) ** 2, axis=-1)
@@ -50,6 +52,7 @@ def squares(forward, params, batch, dropout_key):
     return Sums(total, jnp.sum(batch["factors"] != 0), {"large": jnp.sum(large)})
 
 
+@functools.cache
 def adapted():
     """The tree with whole numbers in its factors, and s = 2."""
     rules = [lj.LoraRule(targets=["up"], rank=2, alpha=4)]
@@ -63,31 +66,34 @@ def rows(shape, factors=FACTORS):
     return {"x": X.reshape(*shape, 5), "factors": np.asarray(factors, np.float32).reshape(shape)}
 
 
-def stepped(loss, data, forward=None, halves=None):
+@functools.cache
+def step_of(loss, forward):
+    """The jitted step of gradient descent, one for each loss."""
+    rate = optax.constant_schedule(1.0)
+    return jax.jit(make_step(forward, optax.sgd(1.0), rate, dropout=False, loss=loss))
+
+
+def stepped(loss, data, forward=LINEAR, halves=None):
     """(metrics, the gradient that the optimiser saw, the state) of one step."""
     adapter, base = halves or adapted()
-    optimizer, schedule = optax.sgd(1.0), optax.constant_schedule(1.0)
-    forward = forward or lj.adapt(linear)
-    step = make_step(forward, optimizer, schedule, dropout=False, loss=loss)
-    state = init_state(adapter, optimizer, jax.random.key(0))
-    after, metrics = jax.jit(step)(state, base, data)
-    return metrics, jax.tree.map(jnp.subtract, adapter, after.adapter), after
+    state = init_state(adapter, optax.sgd(1.0), jax.random.key(0))
+    after, metrics = step_of(loss, forward)(state, base, data)
+    seen = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), adapter, after.adapter)
+    return metrics, seen, after
 
 
 def by_hand():
-    """(the total, its gradient) of all rows, from W + s·AB."""
-    adapter, base = adapted()
-
-    def total(adapter):
-        y = X @ lj.merge(lj.join(adapter, base))["up"]["kernel"]
-        return jnp.sum(jnp.sum(y**2, axis=-1) * FACTORS)
-
-    return jax.value_and_grad(total)(adapter)
+    """(the total, its gradient, what each row gives) of all rows, from W + s·AᵀB."""
+    factors = {name: np.asarray(x, np.float64) for name, x in adapted()[0]["up/kernel"].items()}
+    y = X @ (KERNEL + 2 * factors["a"].T @ factors["b"])
+    to_kernel = X.T @ (2 * y * FACTORS[:, None])
+    gradient = {"a": 2 * factors["b"] @ to_kernel.T, "b": 2 * factors["a"] @ to_kernel}
+    return np.sum((y**2).sum(-1) * FACTORS), {"up/kernel": gradient}, (y**2).sum(-1)
 
 
 @pytest.mark.parametrize(("reduction", "divisor"), [("mean", 5), ("sum", 1)])
 def test_accumulation_is_the_large_batch_exactly(reduction, divisor):
-    total, gradient = by_hand()
+    total, gradient, each = by_hand()
     assert abs(total) > 100 and abs(gradient["up/kernel"]["b"]).max() > 100
     loss = Loss(squares, reduction=reduction, unit="row")
     found = [stepped(loss, rows(shape)) for shape in ((1, 8), (2, 4), (4, 2), (8, 1))]
@@ -97,28 +103,27 @@ def test_accumulation_is_the_large_batch_exactly(reduction, divisor):
         assert_close(seen, jax.tree.map(lambda g: g / divisor, gradient), 1e-5)
         # The same bits: one division, of sums that are exact.
         jax.tree.map(np.testing.assert_array_equal, (metrics, seen), found[0][:2])
-    y = X @ np.asarray(lj.merge(lj.join(*adapted()))["up"]["kernel"])
-    n_large = np.sum(((y**2).sum(-1) > LARGE) & (FACTORS != 0))
+    n_large = np.sum((each > LARGE) & (FACTORS != 0))
     assert 0 < n_large < 5
     assert float(found[0][0]["large"]) == pytest.approx(n_large / 5)
 
 
 def test_nothing_that_counts_is_a_step_without_a_change():
     for shape in ((1, 8), (2, 4)):
-        metrics, gradient, state = stepped(Loss(squares), rows(shape, np.zeros(8)))
+        metrics, gradient, state = stepped(Loss(squares, unit="row"), rows(shape, np.zeros(8)))
         assert all(np.isfinite(value) for value in metrics.values())
         assert [float(metrics[n]) for n in ("loss", "count", "large", "skipped")] == [0, 0, 0, 0]
         assert not np.any(gradient["up/kernel"]["b"]) and int(state.step) == 1
 
 
 def test_an_evaluation_gives_sums_that_add_up():
-    evaluate = jax.jit(make_evaluation(lj.adapt(linear), Loss(squares)))
+    evaluate = jax.jit(make_evaluation(LINEAR, Loss(squares)))
     data = rows((2, 4))
     parts = [evaluate(*adapted(), {k: v[i] for k, v in data.items()}) for i in range(2)]
     whole = evaluate(*adapted(), {k: v.reshape(8, *v.shape[2:]) for k, v in data.items()})
     assert isinstance(whole, Sums) and float(whole.total) == float(by_hand()[0])
     assert whole.count.dtype == whole.logs["large"].dtype == jnp.float32
-    jax.tree.map(np.testing.assert_array_equal, whole, jax.tree.map(jnp.add, *parts))
+    jax.tree.map(np.testing.assert_array_equal, whole, jax.tree.map(np.add, *parts))
 
 
 def test_a_mesh_has_the_sums_of_one_device():
@@ -129,11 +134,11 @@ def test_a_mesh_has_the_sums_of_one_device():
     before = jax.tree.map(np.asarray, adapter)
     setup = Setup.of(layout, params, optax.sgd(1.0), optax.constant_schedule(1.0))
     for reduction in ("mean", "sum"):
-        loss = Loss(squares, reduction=reduction)
+        loss = Loss(squares, reduction=reduction, unit="row")
         state = setup.state(adapter, jax.random.key(0))
         data = layout.batch(rows((2, 4)), parts=True)
         assert {shard.data.shape for shard in data["x"].addressable_shards} == {(2, 1, 5)}
-        step = setup.compile(lj.adapt(linear), loss, state, base, data)
+        step = setup.compile(LINEAR, loss, state, base, data)
         after, metrics = step(state, base, data)
         seen = jax.tree.map(lambda a, b: a - np.asarray(b), before, after.adapter)
         expected = stepped(loss, rows((1, 8)))
@@ -146,8 +151,7 @@ def signed(seed):
     return np.random.default_rng(seed).permuted(weights, axis=1).astype(np.float32)
 
 
-@pytest.mark.parametrize("chunk", [0, 9])
-def test_weights_of_both_signs(chunk):
+def test_weights_of_both_signs():
     model, plain = bag()
     params = with_random_factors(lj.lorafy(plain, [lora("lm_head", train_bias=True)]))
     adapter, base = lj.split(params)
@@ -158,17 +162,18 @@ def test_weights_of_both_signs(chunk):
     )
     total, gradient = judge(adapter)
     assert abs(total) > 0.1
-    loss, n = Loss(functools.partial(summed_loss, chunk=chunk)), BATCH * 7
+    n, forward = BATCH * 7, lj.adapt(model.apply)
     assert np.count_nonzero(data["weights"]) == n
     batches = {name: array[None] for name, array in data.items()}
-    forward = lj.adapt(model.apply)
-    metrics, seen, _ = stepped(loss, batches, forward, (adapter, base))
-    assert float(metrics["count"]) == n
-    assert float(metrics["loss"]) == pytest.approx(float(total) / n, rel=1e-4)
-    assert_close(jax.tree.map(lambda g: n * g, seen), gradient, 1e-4)
     turned = {**batches, "weights": -batches["weights"]}
-    _, opposite, _ = stepped(loss, turned, forward, (adapter, base))
-    assert_close(jax.tree.map(jnp.negative, opposite), seen, 1e-5)
+    for chunk in (0, 9):
+        loss = Loss(functools.partial(summed_loss, chunk=chunk))
+        metrics, seen, _ = stepped(loss, batches, forward, (adapter, base))
+        assert float(metrics["count"]) == n
+        assert float(metrics["loss"]) == pytest.approx(float(total) / n, rel=1e-4)
+        assert_close(jax.tree.map(lambda g: n * g, seen), gradient, 1e-4)
+        _, opposite, _ = stepped(loss, turned, forward, (adapter, base))
+        assert_close(jax.tree.map(np.negative, opposite), seen, 1e-5)
 
 
 def classifier(variables, ids, attention_mask, token_type_ids):
@@ -185,7 +190,7 @@ def test_texts_of_both_signs_and_their_accuracy():
         sums = classification_loss(classifier, params, data)
         return sums.total, sums
 
-    (_, sums), gradient = jax.value_and_grad(both, has_aux=True)(params)
+    (_, sums), gradient = jax.jit(jax.value_and_grad(both, has_aux=True))(params)
     logits = X @ KERNEL
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     losses = -np.log(probabilities[np.arange(8), labels])
@@ -199,8 +204,8 @@ def test_texts_of_both_signs_and_their_accuracy():
 
 
 def test_the_loss_of_tokens_has_no_logs():
-    model, plain = tiny.decoder("smollm2")
-    sums = CROSS_ENTROPY(model.apply, plain, batch())
+    model, plain = bag()
+    sums = jax.jit(functools.partial(CROSS_ENTROPY, model.apply))(plain, batch())
     assert sums.logs == {} and float(sums.count) == np.sum(batch()["weights"])
 
 
