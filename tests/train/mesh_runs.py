@@ -9,6 +9,7 @@ import sys
 
 devices, place, port, script, *rest = sys.argv[1:]
 process, processes = map(int, place.split("/"))
+sys.modules["torch"] = None  # as tests/train/scripts.py does
 
 import jax  # noqa: E402
 
