@@ -107,7 +107,7 @@ def run(inputs, folder, *args):
 def whole(inputs, tmp_path_factory):
     """A run without a break."""
     folder = tmp_path_factory.mktemp("whole")
-    return run(inputs, folder, "--steps", 40, "--eval-every", 20, "--alpha", 16, "--lr", 1e-2)
+    return run(inputs, folder, "--steps", 120, "--eval-every", 60, "--alpha", 16, "--lr", 1e-2)
 
 
 def base_of(inputs):
@@ -137,7 +137,7 @@ def test_a_run_leaves_all_that_it_should(inputs, whole):
     assert all("value" in trained[f"classifier/{name}"] for name in ("kernel", "bias"))
     assert any(np.any(parts["b"]) for parts in trained.values() if "b" in parts)
     lines = read_metrics(whole)
-    assert [line["step"] for line in lines if "eval_loss" in line] == [20, 40]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [60, 120]
     assert lines[-1]["eval_accuracy"] == pytest.approx(tuned["accuracy"])
     assert all(0 <= line["accuracy"] <= 1 for line in lines if "loss" in line)
 

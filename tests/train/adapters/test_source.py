@@ -102,17 +102,21 @@ def test_a_bias_on_b_is_not_merged_and_answers(base, tmp_path, capsys):
 
 
 def test_attention_is_as_asked(adapters, capsys, monkeypatch):
-    asked = []
+    class Asked(BaseException):
+        pass
+
     read = generate.read_model
 
     def recorded(*args, **options):
-        asked.append(options["attention"])
-        return read(*args, **options)
+        raise Asked(options["attention"], read(*args, **options)[0].attention)
 
-    monkeypatch.setattr(generate, "read_model", recorded)
     args = ["--adapter", adapters["ours"]]
-    assert answer(capsys, *args, "--attention", "blockwise") == answer(capsys, *args)
-    assert asked == ["blockwise", "auto"]
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "read_model", recorded)
+        for asked, more in (("blockwise", ["--attention", "blockwise"]), ("auto", [])):
+            with pytest.raises(Asked) as caught:
+                answer(capsys, *args, *more)
+            assert caught.value.args == (asked, asked)
     said = fails(capsys, generate, *args, "--attention", "splash", "--prompt", "?")
     assert said.startswith("--attention splash: the kernel does not read keys from a cache")
 
