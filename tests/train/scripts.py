@@ -6,6 +6,8 @@ import sys
 _WITHOUT_TORCH = """
 import runpy, sys
 sys.modules["torch"] = None
+import tensorboardX
+del sys.modules["torch"]
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 
