@@ -23,7 +23,8 @@ from lora_jax.training.losses import Loss
 from lora_jax.training.step import make_evaluation
 from tests.models.tiny import draw
 from tests.support import over
-from tests.train.test_sft import assert_same, begun
+from tests.train.scripts import begun
+from tests.train.test_sft import assert_same
 from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train import export
 from train.classify import check, main, parse

@@ -19,7 +19,7 @@ from lora_jax import models
 from lora_jax.training.losses import summed_loss
 from lora_jax.training.run.checkpoints import Checkpoints
 from tests.support import THOROUGH, over
-from tests.train.scripts import command
+from tests.train.scripts import begun, command
 from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
 from train import generate
 from train.run.log import read_metrics
@@ -43,22 +43,6 @@ def inputs(tmp_path_factory):
 def run(inputs, folder, *args):
     main([*inputs, "--output", str(folder), *map(str, args)])
     return folder
-
-
-class Begun(BaseException):
-    """Holds the adapted tree of a run that is about to train."""
-
-
-def begun(script, *args):
-    """Returns the adapted tree that a script begins to train; nothing is compiled for it."""
-
-    def stop(run, params, key, facts):
-        raise Begun(params)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Begun) as caught:
-        patch.setattr("train.finetune.begin_run", stop)
-        script([str(arg) for arg in args])
-    return caught.value.args[0]
 
 
 def fails(capsys, *args):
@@ -396,7 +380,7 @@ def test_a_run_killed_again_and_again_ends_bitwise_where_a_whole_one_does(inputs
 
 @pytest.mark.slow
 def test_a_signal_saves_and_ends_cleanly(inputs, tmp_path):
-    """Those of test_endings.py are SIGTERM, too."""
+    """Sends SIGINT; test_endings.py sends SIGTERM."""
     process = start(inputs, tmp_path, "--steps", 400, "--save-every", 7, "--dropout", 0.1)
     wait_for_step(process, 9)
     process.send_signal(signal.SIGINT)

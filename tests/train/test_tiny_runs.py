@@ -12,7 +12,7 @@ import lora_jax.peft as lp
 from lora_jax import models
 from tests.models.tiny import run as plain_logits
 from tests.support import assert_close, assert_identical
-from tests.train.test_sft import begun
+from tests.train.scripts import begun
 from tests.train.tiny import write_model, write_rows
 from train import export
 from train.adapters.source import find_adapter

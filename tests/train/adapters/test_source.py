@@ -11,7 +11,7 @@ import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
 from tests.support import assert_identical, with_random_factors
-from tests.train.test_sft import begun
+from tests.train.scripts import begun
 from tests.train.tiny import write_model, write_rows
 from train import generate, sft
 from train.run import pretrained

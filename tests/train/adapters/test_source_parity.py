@@ -10,7 +10,7 @@ import pytest
 import lora_jax as lj
 from lora_jax.models import load_tokenizer
 from tests.support import assert_close
-from tests.train.test_sft import begun
+from tests.train.scripts import begun
 from tests.train.tiny import decoder, write_model, write_rows
 from train import generate, sft
 from train.run.log import read_metrics
