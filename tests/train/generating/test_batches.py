@@ -224,11 +224,12 @@ def test_an_answer_that_ends_before_its_batch_is_kept(made, tmp_path, monkeypatc
 def test_answers_beside_each_other_on_a_terminal(made, monkeypatch, capsys):
     folder, *_ = made
     answer = "eleven"  # --max-new-tokens letters
-    tokens = [
-        np.array([token] * 2)
-        for token in models.load_tokenizer(folder / "base-model")(answer)["input_ids"]
-    ]
-    monkeypatch.setattr(answers, "stream", lambda *_, **__: iter(tokens))
+    tokens = models.load_tokenizer(folder / "base-model")(answer)["input_ids"]
+
+    def says(model, params, ids, *_, **__):
+        return (np.full(len(ids), token) for token in tokens)
+
+    monkeypatch.setattr(answers, "stream", says)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "120")
     args = ["--adapter", folder / "peft", "base", "--prompt"]
