@@ -14,6 +14,8 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
 PROGRAMS = KeptPrograms(os.environ, WORKER)
+MOST_COMPILED = 400
+COMPILED = []  # an entry for each program since they were last dropped
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
@@ -21,6 +23,15 @@ jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # their fol
 if (folder := PROGRAMS.open()) is not None:
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def note_compiled(event, seconds, **facts):
+    """Counts the programs that are compiled, or taken from an earlier session."""
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILED.append(facts.get("fun_name"))
+
+
+jax.monitoring.register_event_duration_secs_listener(note_compiled)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -58,15 +69,17 @@ def compiles_anew():
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
-    """Drops the compiled programs after each file.
+    """Drops the compiled programs after a file, once there are many: files share some of them.
 
     The more of them live, the longer each new one takes to lower and to compile: a third longer
     after some thousand. Each also maps about nine pieces of memory, of which Linux grants a process
     65,530; the compiler that gets no more crashes.
     """
     yield
-    jax.clear_caches()
-    gc.collect()
+    if len(COMPILED) >= MOST_COMPILED:
+        COMPILED.clear()
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from lora_jax.training.losses import Loss
 from lora_jax.training.step import make_evaluation
 from tests.models.tiny import draw
 from tests.support import over
+from tests.train.scripts import begun
 from tests.train.test_sft import assert_same
 from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train import export
@@ -49,29 +50,34 @@ CONFIG = {
 }
 
 
-def write_encoder(folder):
-    """A tiny random BERT without a head, and a tokenizer of bytes."""
+@functools.cache
+def encoder_tensors():
     config = read_config(CONFIG)
     model = family_of("bert").module(config)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     rng = np.random.default_rng(5)
     params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.asarray(draw(rng, jax.tree_util.keystr(path), leaf.shape)), shapes
+        lambda path, leaf: draw(rng, jax.tree_util.keystr(path), leaf.shape), shapes
     )
+    return dict(hf_tensors(params, key_table(config)))
+
+
+def write_encoder(folder):
+    """A tiny random BERT without a head, and a tokenizer of bytes."""
     tokenizer(None).save_pretrained(folder)
-    save_file(dict(hf_tensors(params, key_table(config))), folder / "model.safetensors")
+    save_file(encoder_tensors(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     return folder
 
 
 def words(n, seed=0):
-    """Rows of three classes that the letters tell apart."""
+    """Rows of three classes that the letters tell apart, of few lengths: each is compiled."""
     rng = np.random.default_rng(seed)
     kinds = {"low": "abc", "middle": "mno", "top": "xyz"}
     rows = []
     for i in range(n):
         name = list(kinds)[i % 3]
-        letters = rng.choice(list(kinds[name]), size=rng.integers(2, 9))
+        letters = rng.choice(list(kinds[name]), size=rng.choice([3, 8]))
         rows.append({"word": "".join(letters), "grade": name})
     return rows
 
@@ -84,7 +90,13 @@ def inputs(tmp_path_factory):
     rows = write_jsonl(folder / "rows.jsonl", words(60))
     options = ["--model", model, "--dataset", rows, "--text", "word", "--label", "grade"]
     options += ["--seq-len", 16, "--batch-size", 8, "--rank", 2, "--lr", 3e-3, "--warmup", 1]
+    options += ["--targets", "query", "value"]
     return [str(option) for option in options]
+
+
+def without_rank(inputs):
+    """Returns the options but --rank and --targets, which an adapter has."""
+    return [*inputs[:12], *inputs[14:18]]
 
 
 def run(inputs, folder, *args):
@@ -96,7 +108,7 @@ def run(inputs, folder, *args):
 def whole(inputs, tmp_path_factory):
     """A run without a break."""
     folder = tmp_path_factory.mktemp("whole")
-    return run(inputs, folder, "--steps", 120, "--eval-every", 60, "--alpha", 16)
+    return run(inputs, folder, "--steps", 120, "--eval-every", 60, "--alpha", 16, "--lr", 1e-2)
 
 
 def base_of(inputs):
@@ -179,26 +191,28 @@ def test_a_resumed_run_ends_bitwise_where_a_whole_one_does(inputs, whole, tmp_pa
 def test_the_head_trains_whether_a_peft_configuration_says_so_or_not(saved, inputs, tmp_path):
     config = {"peft_type": "LORA", "task_type": "SEQ_CLS", "r": 3, "target_modules": ["query"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": saved}))
-    rank = inputs.index("--rank")
-    options = [*inputs[:rank], *inputs[rank + 2 :], "--peft-config", str(tmp_path)]
-    folder = run(options, tmp_path / "run", "--steps", 2)
+    options = [*without_rank(inputs), "--peft-config", str(tmp_path)]
+    params = begun(main, *options, "--output", tmp_path / "run")
     query = "bert/encoder/layer/attention/self/query/kernel"
-    assert set(adapter_of(inputs, folder)) == {"classifier/kernel", "classifier/bias", query}
+    assert set(lj.split(params)[0]) == {"classifier/kernel", "classifier/bias", query}
 
 
-@over("way", ["--head-only", "--full", "--bias all"], often=["--head-only", "--bias all"])
-def test_what_trains(way, inputs, tmp_path):
-    options = inputs if way == "--bias all" else [*inputs[:12], *inputs[14:]]  # without --rank
-    folder = run(options, tmp_path, "--steps", 2, *way.split())
-    trained = set(adapter_of(inputs, folder))
-    head = {"classifier/kernel", "classifier/bias"}
+HEAD = {"classifier/kernel", "classifier/bias"}
+
+
+def test_biases_train(inputs, tmp_path):
+    trained = set(lj.split(begun(main, *inputs, "--output", tmp_path, "--bias", "all"))[0])
+    assert {path for path in trained if path.endswith("/bias")} > {"classifier/bias"}
+    assert HEAD < trained
+
+
+@over("way", ["--head-only", "--full"], often=["--head-only"])
+def test_a_run_without_an_adapter(way, inputs, tmp_path):
+    trained = set(adapter_of(inputs, run(without_rank(inputs), tmp_path, "--steps", 2, way)))
     if way == "--head-only":
-        assert trained == head
-    elif way == "--full":
-        assert len(trained) == len(jax.tree.leaves(base_of(inputs)[1]))
+        assert trained == HEAD
     else:
-        assert {path for path in trained if path.endswith("/bias")} > {"classifier/bias"}
-        assert head < trained
+        assert len(trained) == len(jax.tree.leaves(base_of(inputs)[1]))
 
 
 def test_the_merged_export_knows_its_classes(inputs, whole, tmp_path):
@@ -210,8 +224,8 @@ def test_the_merged_export_knows_its_classes(inputs, whole, tmp_path):
     assert written["id2label"] == {"0": "low", "1": "middle", "2": "top"}
     tree = lj.load_adapter(whole / "adapter", base_of(inputs)[1])
     ids = jnp.array([[3, 9, 70]])
-    expected = lj.adapt(model.apply)({"params": tree}, ids)
-    got = model.apply({"params": params}, ids)
+    expected = jax.jit(lj.adapt(model.apply))({"params": tree}, ids)
+    got = jax.jit(model.apply)({"params": params}, ids)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -230,10 +244,10 @@ def test_padding_and_filled_up_batches_change_no_loss(inputs):
         assert sum(int(s.count) for s in sums) == 5
         return sum(float(s.total) for s in sums) / 5
 
-    by_hand = 0.0
+    by_hand, forward = 0.0, jax.jit(model.apply)
     for row in rows:
         ids = jnp.array([tokenizer(None)(row["word"])["input_ids"]])
-        log_probs = jax.nn.log_softmax(model.apply({"params": params}, ids)[0])
+        log_probs = jax.nn.log_softmax(forward({"params": params}, ids)[0])
         by_hand -= float(log_probs["lmt".index(row["grade"][0])]) / 5
     assert mean(one, 2) == pytest.approx(by_hand, rel=1e-4)
     assert mean(one, 5) == pytest.approx(by_hand, rel=1e-4)

@@ -25,6 +25,7 @@ def test_a_dry_run_shows_what_the_run_does_and_writes_nothing(tmp_path, capsys, 
     rows = [{"prompt": f"{n}?", "completion": f"yes {n}"} for n in range(40)]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     args = ["--model", model, "--dataset", data, "--epochs", "2", "--packing", "--eval-every", "3"]
+    args += ["--targets", "q_proj"]
     args += ["--output", tmp_path / "run", "--token-cache", tmp_path / "tokens"]
     args = [str(arg) for arg in args]
     before = files_in(tmp_path)

@@ -10,7 +10,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import models, subspace
 from tests.support import assert_identical
-from tests.train.test_classify import base_of, fails, inputs, run
+from tests.train.test_classify import base_of, fails, inputs, run, without_rank
 from tests.train.tiny import tokenizer
 from train import export
 from train.classify import check, parse
@@ -23,8 +23,7 @@ __all__ = ["inputs"]  # a fixture
 
 
 def options_of(inputs):
-    """The options without --rank, which an adapter has."""
-    return [*inputs[:12], *inputs[14:], "--intrinsic", "150", "--schedule", "constant"]
+    return [*without_rank(inputs), "--intrinsic", "150", "--schedule", "constant"]
 
 
 @pytest.fixture(scope="module")

@@ -94,6 +94,7 @@ def test_a_limit_on_files_is_told_in_one_paragraph(tmp_path, capsys, compiles_an
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
     try:
         args = ["--model", model, "--dataset", rows, "--steps", 1, "--output", tmp_path / "run"]
+        args += ["--targets", "q_proj"]
         said = fails(capsys, main, *args)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -28,6 +28,7 @@ from train.run.log import read_metrics
 )
 def test_optimisers_resume_bitwise(inputs, tmp_path, options, capsys):  # noqa: F811
     name, options = options.split()[1], [*options.split(), "--steps", 4, "--save-every", 2]
+    options += [] if "--full" in options else ["--targets", "q_proj", "up_proj"]
     whole = run(inputs[:6], tmp_path / "whole", *options)
     shown = capsys.readouterr().out
     assert f"optimizer: {name}" in shown

@@ -35,7 +35,8 @@ def chats(tmp_path_factory):
     letters = [{"prompt": f"{i} plus {i * 7}?", "completion": f"{i}x"} for i in range(6)]
     rows = write_rows(folder / "rows.jsonl", 30)
     options = ["--model", write_model(folder / "model"), "--dataset", rows, "--packing"]
-    options += ["--batch-size", 2, "--rank", 2, "--steps", 14, "--lr", 0.03, "--dropout", 0.1]
+    options += ["--targets", "q_proj", "--batch-size", 2, "--rank", 2, "--steps", 14, "--lr", 0.03]
+    options += ["--dropout", 0.1]
     options += ["--eval-dataset", write_jsonl(folder / "letters.jsonl", letters)]
     options += ["--schedule", "constant", "--warmup", 1, "--eval-every", 2, "--save-every", 5]
     options += ["--keep-best", "loss", "--keep", 1, "--sample-every", 4, "--sample-tokens", 5]
@@ -215,11 +216,22 @@ def test_a_classifier_keeps_the_most_accurate(tmp_path):
 @pytest.mark.slow
 def test_two_processes_decide_alike_and_as_one(tmp_path):
     shared = mesh_inputs(tmp_path, "dense")
-    shared[shared.index("1e-3") if "1e-3" in shared else shared.index("0.001")] = "0.05"
-    shared += ["--eval-every", "2", "--keep-best", "loss", "--patience", "1", "--schedule"]
+    shared += [
+        "--lr",
+        "0.05",
+        "--steps",
+        "20",
+        "--eval-every",
+        "2",
+        "--keep-best",
+        "loss",
+        "--patience",
+        "1",
+        "--schedule",
+    ]
     shared += ["constant", "--sample-prompts", "0 ab?", "--sample-every", "2", "--sample-tokens"]
     shared += ["4", "--save-every", "3"]
-    run_processes(shared, [["--output", tmp_path / "one"]], devices=1)
+    sft.main([*shared, "--output", str(tmp_path / "one")])
     run_processes(shared, [["--output", tmp_path / "two"]], devices=1, processes=2)
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
     assert reports[0]["ended_early"] and reports[1]["ended_early"]

@@ -77,7 +77,7 @@ def write_model(
 ) -> Path:
     """Writes the decoder, its parameters times `scale`, and its tokenizer."""
     model, params = decoder(**fields)
-    params = jax.tree.map(lambda leaf: leaf * scale, params)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf) * np.float32(scale), params)
     tokenizer(template).save_pretrained(folder)
     save_file(dict(hf_tensors(params, key_table(model.config))), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG | fields))

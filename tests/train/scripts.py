@@ -1,0 +1,35 @@
+"""Starts scripts: up to their training, or as processes of their own."""
+
+import sys
+
+import pytest
+
+# TensorBoard's writer imports torch where it is there, which takes longer than many a test.
+_WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = None
+import tensorboardX
+del sys.modules["torch"]
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
+def command(script, *args):
+    """Returns the words that start `python -m script` with options, without torch."""
+    return [sys.executable, "-c", _WITHOUT_TORCH, script, *map(str, args)]
+
+
+class Begun(BaseException):
+    """Holds the adapted tree of a run that is about to train."""
+
+
+def begun(script, *args):
+    """Returns the adapted tree that a script begins to train; nothing is compiled for it."""
+
+    def stop(run, params, key, facts):
+        raise Begun(params)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Begun) as caught:
+        patch.setattr("train.finetune.begin_run", stop)
+        script([str(arg) for arg in args])
+    return caught.value.args[0]
