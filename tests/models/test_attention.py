@@ -142,7 +142,6 @@ def test_a_mask_is_its_definition(name: str) -> None:
 
 
 OFTEN = [
-    "many spans",
     "one query",
     "bidirectional, padded left",
     "packed, a window and padding",
@@ -250,7 +249,8 @@ def test_a_window_of_some_layers() -> None:
 HEADS, KV_HEADS, HEAD_DIM = 3, 1, 8
 
 
-def compiled(how: Any, seq: int, *, causal: bool = True) -> jax.stages.Compiled:
+@functools.cache
+def compiled(how: str, seq: int, *, causal: bool = True) -> jax.stages.Compiled:
     """The gradient of attention over so many tokens."""
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
@@ -265,9 +265,9 @@ def compiled(how: Any, seq: int, *, causal: bool = True) -> jax.stages.Compiled:
     return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays, segments).compile()
 
 
-@over("causal", [True, False], often=["True"])
+@over("causal", [True, False], often=["False"])
 def test_no_array_has_a_score_for_each_pair(causal: bool) -> None:
-    seq = 1021
+    seq = 1024
 
     def largest(how: str) -> int:
         shapes = re.findall(

@@ -1,7 +1,6 @@
 """Encoders against themselves: shapes, padding, positions, heads, dtypes, config.json."""
 
 import dataclasses
-import functools
 import json
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from lora_jax.models import GPT2, ConfigError, Encoder, EncoderConfig, key_table, read_config
 from lora_jax.models.layers.placement import Placement
 from tests.models import tiny, tiny_encoders
+from tests.support import over
 
 CASES = [(case, head) for case in tiny_encoders.ENCODERS for head in tiny_encoders.HEADS]
 
@@ -163,9 +163,7 @@ def test_positions_and_token_types_are_honoured() -> None:
     at, types = np.broadcast_to(np.arange(7), ids.shape), np.zeros_like(ids)
 
     def told(at: np.ndarray, types: np.ndarray) -> np.ndarray:
-        return np.asarray(
-            tiny.run(bert, params, ids, positions=at, token_type_ids=types).hidden
-        )
+        return np.asarray(tiny.run(bert, params, ids, positions=at, token_type_ids=types).hidden)
 
     np.testing.assert_array_equal(told(at, types), want)
     for other in (told(at + 1, types), told(at, types + 1)):
@@ -211,36 +209,27 @@ def test_normalised_embeddings_have_norm_one() -> None:
     tiny.assert_close(got, plain / np.linalg.norm(plain, axis=-1, keepdims=True), 1e-6)
 
 
-def test_layers_are_scanned() -> None:
-    """The program does not grow with the depth."""
+def test_layers_are_scanned_and_rematerialised() -> None:
+    """The program does not grow with the depth. (test_decoder.py compares gradients.)"""
 
-    def size(layers: int) -> int:
+    def program(layers: int, remat: bool) -> str:
         config = dataclasses.replace(tiny_encoders.config("bert"), num_hidden_layers=layers)
-        model, ids = Encoder(config), jnp.zeros((2, 5), jnp.int32)
+        model, ids = Encoder(config, remat=remat), jnp.zeros((2, 5), jnp.int32)
         params = jax.eval_shape(model.init, jax.random.key(0), ids)
-        return len(str(jax.make_jaxpr(model.apply)(params, ids)).splitlines())
+        return str(jax.make_jaxpr(model.apply)(params, ids))
 
-    assert size(2) == size(9)
-
-
-def test_rematerialisation_changes_no_gradient() -> None:
-    model, params = tiny_encoders.model("roberta", "classification")
-    ids = tiny_encoders.tokens(0, 2, 5)
-
-    @functools.partial(jax.jit, static_argnums=1, compiler_options=tiny.FAST_COMPILE)
-    @jax.grad
-    def gradient(params: Any, model: Encoder) -> jax.Array:
-        return jnp.sum(model.apply({"params": params}, ids) ** 2)
-
-    models = model, model.clone(remat=True)
-    want, got = (gradient(params, m) for m in models)
-    jax.tree.map(lambda a, b: tiny.assert_close(a, b, 1e-5), got, want)
-    programs = [str(gradient.trace(params, m).jaxpr) for m in models]
-    activation, layer = (program.count("prevent_cse") for program in programs)
+    two = program(2, False)
+    assert len(two.splitlines()) == len(program(9, False).splitlines())
+    activation, layer = (text.count("prevent_cse") for text in (two, program(2, True)))
     assert 1 <= activation < layer
 
 
-@pytest.mark.parametrize(("case", "head"), [("bert", "classification"), ("roberta", "masked_lm")])
+@over(
+    ("case", "head"),
+    [("bert", "classification"), ("roberta", "masked_lm")],
+    often=["masked_lm"],
+    called=lambda case: case[1],
+)
 def test_bfloat16_computation(case: str, head: str) -> None:
     model, params = tiny_encoders.model(case, head)
     half = model.clone(dtype=jnp.bfloat16)

@@ -54,15 +54,11 @@ def called(case: tuple[Any, str]) -> str:
     return f"{case[0].__name__}, {case[1]}"
 
 
+# With 21 rows, test_each_expert_has_its_factors computes both.
 @over(
     ("how", "choice"),
-    itertools.product((by_blocks, ragged), CHOICES),
-    often=[
-        "by_blocks, 21 rows",
-        "by_blocks, one row",
-        "ragged, 16 rows, three experts",
-        "ragged, one expert for all",
-    ],
+    itertools.product((by_blocks, ragged), list(CHOICES)[1:]),
+    often=["by_blocks, one row", "ragged, 16 rows, three experts", "ragged, one expert for all"],
     called=called,
 )
 def test_values_and_gradients(how: Any, choice: str, float64: None) -> None:
@@ -113,14 +109,17 @@ def test_each_expert_has_its_factors(how: Any, variant: str, float64: None) -> N
 
     factored = lj.adapt(functools.partial(apply, how), strict=True)
 
-    def gradients(fn: Any) -> Any:
-        def loss(adapter: Any, rows: Any) -> jax.Array:
-            return jnp.sum(jnp.sin(fn(lj.join(adapter, base), rows)) * weights)
+    def merged(tree: Any, rows: Any) -> jax.Array:
+        return apply(loop, lj.merge(tree), rows)
 
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(adapter, rows)
+    def loss(adapter: Any, rows: Any, fn: Any) -> jax.Array:
+        return jnp.sum(jnp.sin(fn(lj.join(adapter, base), rows)) * weights)
 
-    want = gradients(lambda tree, rows: apply(loop, lj.merge(tree), rows))
-    assert_close(gradients(factored), want, 1e-9)
+    gradients = jax.value_and_grad(loss, argnums=(0, 1))
+    got, want = jax.jit(lambda *args: [gradients(*args, fn) for fn in (factored, merged)])(
+        adapter, rows
+    )
+    assert_close(got, want, 1e-9)
 
 
 def test_a_row_is_dropped_on_its_own(float64: None) -> None:

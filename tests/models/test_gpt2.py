@@ -156,16 +156,6 @@ def test_packed_segments_are_separate_sequences() -> None:
     tiny.assert_close(got[:, 5:], want[:, :4], 1e-5)
 
 
-def test_generation_is_an_argmax_loop() -> None:
-    model, params = tiny_encoders.model("gpt2")
-    ids = tiny.tokens(2, 2, 6)
-    mask = np.array([[1] * 6, [0, 0, 1, 1, 1, 1]])
-    got = np.asarray(generate(model, params, ids, mask, max_new_tokens=5))
-    for row, n in enumerate((6, 4)):
-        want = tiny.greedy_loop(model, params, ids[row, 6 - n :], 11 - n)[:5]
-        np.testing.assert_array_equal(got[row], want)
-
-
 def test_too_long_is_refused() -> None:
     model, params = tiny_encoders.model("gpt2")
     with pytest.raises(ValueError, match="30 tokens are more than the model's 29 positions"):

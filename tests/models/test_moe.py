@@ -118,7 +118,11 @@ def test_route() -> None:
     weights, chosen = jax.jit(route, static_argnums=(1, 2))(logits, 2, False)
     np.testing.assert_array_equal(chosen, [[0, 2], [2, 1]])
     tiny.assert_close(weights, [[0.5, 0.4], [0.5, 0.3]], 1e-6)
-    tiny.assert_close(jax.jit(route, static_argnums=(1, 2))(logits, 2, True)[0], [[5 / 9, 4 / 9], [5 / 8, 3 / 8]], 1e-6)
+    tiny.assert_close(
+        jax.jit(route, static_argnums=(1, 2))(logits, 2, True)[0],
+        [[5 / 9, 4 / 9], [5 / 8, 3 / 8]],
+        1e-6,
+    )
 
 
 def test_the_router_is_computed_in_fp32() -> None:
