@@ -26,19 +26,6 @@ def loaded(path):
     return from_pretrained(path)
 
 
-IDS = np.random.default_rng(0).integers(0, 49152, (2, 48))
-
-
-@pytest.fixture(scope="module")
-def expected(loaded):
-    """The exact model's predictions: the logarithms of its probabilities."""
-    return predictions(loaded[0].apply, loaded[1])
-
-
-def predictions(run, params):
-    return np.asarray(jax.jit(lambda p: jax.nn.log_softmax(run({"params": p}, IDS)))(params))
-
-
 @pytest.mark.parametrize(
     ("name", "mean", "worst", "divergence"),
     [
@@ -48,7 +35,7 @@ def predictions(run, params):
         ("int8", 0.007, 0.008, 0.01),
     ],
 )
-def test_errors(loaded, expected, name, mean, worst, divergence):
+def test_errors(loaded, name, mean, worst, divergence):
     """‖Ŵ − W‖/‖W‖ of each layer's kernels, and the KL divergence of the predictions, in nats."""
     model, params = loaded
     base = quantized.quantize(params, name, kinds=kinds(model.config))
@@ -59,8 +46,12 @@ def test_errors(loaded, expected, name, mean, worst, divergence):
         if quantized.is_coded(leaf)
         for layer in range(leaf.shape[0])
     ]
-    found = predictions(lj.adapt(model.apply, strict=True), base)
-    kl = float(np.mean(np.sum(np.exp(expected) * (expected - found), -1)))
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 49152, (2, 48)))
+    expected, found = (
+        jax.nn.log_softmax(jax.jit(run)({"params": tree}, ids))
+        for run, tree in ((model.apply, params), (lj.adapt(model.apply, strict=True), base))
+    )
+    kl = float(jnp.mean(jnp.sum(jnp.exp(expected) * (expected - found), -1)))
     print(f"{name}: mean {np.mean(errors):.4f}, worst {max(errors):.4f}, KL {kl:.4f} nats")
     assert len(errors) == 7 * 30
     assert 0.8 * mean < np.mean(errors) <= mean and max(errors) <= worst
