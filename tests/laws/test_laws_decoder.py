@@ -10,6 +10,8 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
+from lora_jax.paths import flatten_with_paths
+from tests.models import tiny
 from tests.support import assert_close, assert_identical, dots_of_size, with_random_factors
 
 # Sizes whose products tell kernels from activations by the number of elements alone.
@@ -29,7 +31,7 @@ CONFIG = models.DecoderConfig.from_hf(
         "tie_word_embeddings": False,
     }
 )
-IDS = jax.random.randint(jax.random.key(5), (5, 17), 0, 61)
+IDS = np.random.default_rng(5).integers(0, 61, (5, 17), np.int32)
 RULES = [
     lj.LoraRule(targets=["q_proj", "down_proj", "lm_head"], rank=2, alpha=3),
     lj.LoraRule(targets="all-linear", rank=4, alpha=3),
@@ -39,7 +41,11 @@ RULES = [
 @functools.cache
 def model_and_params(remat=True):
     model = models.Decoder(CONFIG, remat=remat)
-    return model, jax.jit(model.init)(jax.random.key(0), IDS)["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), IDS)["params"]
+    leaves, treedef = flatten_with_paths(shapes)
+    rng = np.random.default_rng(3)
+    values = [jnp.asarray(tiny.draw(rng, path, leaf.shape)) for path, leaf in leaves]
+    return model, jax.tree.unflatten(treedef, values)
 
 
 @functools.cache

@@ -29,17 +29,15 @@ SIZES = {
 }
 FAMILIES = {
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 3},
-    "qwen3_moe": {
-        "num_experts": 5,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 23,
-        "norm_topk_prob": True,
+    "gemma2": {
+        "sliding_window": 7,
+        "query_pre_attn_scalar": 11,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 5.0,
     },
-    "gemma2": {"sliding_window": 7, "query_pre_attn_scalar": 11},
-    "gemma3_text": {"sliding_window": 7, "sliding_window_pattern": 2},
     "phi3": {"partial_rotary_factor": 0.5},
 }
-OFTEN = ("mixtral", "gemma3_text")  # a mixture, and a family with windows
+OFTEN = ("mixtral",)
 IDS = np.random.default_rng(5).integers(0, 61, (2, 19))
 RULES = [lj.LoraRule(targets="all-linear", rank=2, alpha=3.0, dtype=jnp.float64)]
 
@@ -118,7 +116,10 @@ def test_adapted_experts_generate_what_the_merged_do():
     tree = with_random_factors(lj.lorafy(params, rules))
     ids = tiny.tokens(4, 2, 6)
     adapted = lj.adapt(model.apply, strict=True)
-    ours = models.generate(model, tree, ids, max_new_tokens=6, apply=adapted)
-    theirs = models.generate(model, lj.merge(tree), ids, max_new_tokens=6)
-    np.testing.assert_array_equal(ours, theirs)
-    assert not np.array_equal(ours, models.generate(model, params, ids, max_new_tokens=6))
+    ours = np.asarray(models.generate(model, tree, ids, max_new_tokens=6, apply=adapted))
+    merged, plain = (
+        np.stack([tiny.greedy_loop(model, tree, row, 6) for row in ids])
+        for tree in (lj.merge(tree), params)
+    )
+    np.testing.assert_array_equal(ours, merged)
+    assert not np.array_equal(ours, plain)

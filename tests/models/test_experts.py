@@ -54,15 +54,11 @@ def called(case: tuple[Any, str]) -> str:
     return f"{case[0].__name__}, {case[1]}"
 
 
+# With 21 rows, test_each_expert_has_its_factors computes both.
 @over(
     ("how", "choice"),
-    itertools.product((by_blocks, ragged), CHOICES),
-    often=[
-        "by_blocks, 21 rows",
-        "by_blocks, one row",
-        "ragged, 16 rows, three experts",
-        "ragged, one expert for all",
-    ],
+    itertools.product((by_blocks, ragged), list(CHOICES)[1:]),
+    often=["by_blocks, one row", "ragged, 16 rows, three experts", "ragged, one expert for all"],
     called=called,
 )
 def test_values_and_gradients(how: Any, choice: str, float64: None) -> None:
@@ -74,9 +70,8 @@ def test_values_and_gradients(how: Any, choice: str, float64: None) -> None:
         return jnp.sum(jnp.sin(out) * weights), out
 
     run = jax.grad(loss, argnums=(1, 2), has_aux=True)
-    want, got = (
-        jax.jit(functools.partial(run, fn))(rows, kernels(rows.dtype)) for fn in (loop, how)
-    )
+    both = jax.jit(lambda *args: [run(fn, *args) for fn in (loop, how)])
+    want, got = both(rows, kernels(rows.dtype))
     assert_close(got, want, 1e-9)
     assert np.abs(want[1]).max() > 0.05
 
@@ -114,33 +109,37 @@ def test_each_expert_has_its_factors(how: Any, variant: str, float64: None) -> N
 
     factored = lj.adapt(functools.partial(apply, how), strict=True)
 
-    def gradients(fn: Any) -> Any:
-        def loss(adapter: Any, rows: Any) -> jax.Array:
-            return jnp.sum(jnp.sin(fn(lj.join(adapter, base), rows)) * weights)
+    def merged(tree: Any, rows: Any) -> jax.Array:
+        return apply(loop, lj.merge(tree), rows)
 
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(adapter, rows)
+    def loss(adapter: Any, rows: Any, fn: Any) -> jax.Array:
+        return jnp.sum(jnp.sin(fn(lj.join(adapter, base), rows)) * weights)
 
-    want = gradients(lambda tree, rows: apply(loop, lj.merge(tree), rows))
-    assert_close(gradients(factored), want, 1e-9)
+    gradients = jax.value_and_grad(loss, argnums=(0, 1))
+    got, want = jax.jit(lambda *args: [gradients(*args, fn) for fn in (factored, merged)])(
+        adapter, rows
+    )
+    assert_close(got, want, 1e-9)
 
 
 def test_a_row_is_dropped_on_its_own(float64: None) -> None:
     """W = 0 and AB = 1: what comes out of an expert is what dropout leaves of its rows."""
-    chosen = jnp.asarray(np.arange(4000) % N_EXPERTS, jnp.int32)
+    chosen = np.arange(4000, dtype=np.int32) % N_EXPERTS
     width = 4
-    eye = jnp.broadcast_to(jnp.eye(width), (N_EXPERTS, width, width))
+    eye = np.tile(np.eye(width), (N_EXPERTS, 1, 1))
     rule = lj.LoraRule(targets=["gate"], rank=width, alpha=width, dropout=0.25)
-    tree = lj.lorafy({"gate": {"kernel": jnp.zeros_like(eye)}}, [rule])
+    tree = lj.lorafy({"gate": {"kernel": np.zeros_like(eye)}}, [rule])
     adapter, base = lj.split(tree)
     adapter = {"gate/kernel": {name: eye for name in ("a", "b")}}
 
     def apply(params: Any, rows: jax.Array) -> jax.Array:
-        ones = jnp.ones_like(eye) / width  # up is 1 on rows of ones; down passes on
+        ones = np.ones_like(eye) / width  # up is 1 on rows of ones; down passes on
         return ragged(lambda x: x, rows, chosen, params["gate"]["kernel"], ones, eye)
 
-    rows = jnp.ones((chosen.size, width))
-    out = lj.adapt(apply, strict=True)(lj.join(adapter, base), rows, dropout_key=jax.random.key(0))
-    kept = np.asarray(out) > 0.5
+    rows = np.ones((chosen.size, width))
+    run = jax.jit(lj.adapt(apply, strict=True))
+    out = np.asarray(run(lj.join(adapter, base), rows, dropout_key=jax.random.key(0)))
+    kept = out > 0.5
     np.testing.assert_allclose(out, np.where(kept, 1 / 0.75, 0.0), atol=1e-6)
     for e in range(N_EXPERTS):
         assert abs(kept[chosen == e].mean() - 0.75) < 0.03
@@ -151,12 +150,11 @@ def test_a_row_is_dropped_on_its_own(float64: None) -> None:
 def test_meshes(text: str, float64: None) -> None:
     """On every mesh ragged products are one device's blocks, values and the adapter's gradients."""
     config = models.read_config({**tiny.fields("mixtral"), "intermediate_size": 38})
-    _, params = tiny.decoder("mixtral")
     layout = Layout.of(make_mesh(text, 4), config)
-    x = jax.random.normal(jax.random.key(0), (4, 6, config.hidden_size))
+    x = np.random.default_rng(0).standard_normal((4, 6, config.hidden_size))
     module = SparseMLP(config, jnp.float64, jnp.float64)
     name = config.mlp_name
-    params = {name: module.init(jax.random.key(1), x)["params"]}
+    params = {name: jax.eval_shape(module.init, jax.random.key(1), x)["params"]}
     params = jax.tree.map(lambda p: draw(p.size, p.shape, p.dtype), params)
     rules = [lj.LoraRule(targets=["experts", "gate"], rank=3, alpha=7)]
     tree = with_random_factors(lj.lorafy(params, rules))

@@ -1,5 +1,8 @@
 """Against transformers on torch: the same tiny weights give the same logits and the same text."""
 
+import copy
+import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +18,26 @@ from tests.models import tiny
 pytestmark = pytest.mark.parity
 
 
-@pytest.fixture(scope="module", params=list(tiny.CASES))
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+# A case of each kind of layer, of mask and of cache: what does not differ by other options.
+KINDS = [
+    "llama3",
+    "qwen2 with some windows",
+    "mixtral with a window",
+    "gemma2",
+    "gemma3 with every option",
+    "phi3 with a long context",
+]
+of_each_case = pytest.mark.parametrize("case", list(tiny.CASES))
+of_each_kind = pytest.mark.parametrize("case", KINDS)
+
+
+@functools.cache
+def made(case: str) -> Any:
     """(torch's model, ours, its parameters), through a folder that transformers wrote."""
     import torch
     import transformers
 
-    fields = tiny.fields(request.param)
-    config = transformers.AutoConfig.for_model(**fields)
+    config = transformers.AutoConfig.for_model(**tiny.fields(case))
     reference = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", experts_implementation="eager"
     )
@@ -32,12 +47,12 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             # torch's kernels are [out, in].
             new = tiny.draw(rng, name, tuple(value.shape)[::-1]).T.copy()
             value.copy_(torch.from_numpy(new))
-    folder = tmp_path_factory.mktemp("model")
-    reference.eval().save_pretrained(folder)
-    return reference, *from_pretrained(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        reference.eval().save_pretrained(folder)
+        return reference, *from_pretrained(folder)
 
 
-@pytest.mark.parametrize("case", list(tiny.CASES))
+@of_each_case
 def test_our_config_reads_as_theirs(case: str) -> None:
     """transformers builds the same model from what to_hf writes as from the case's own fields."""
     import transformers
@@ -72,35 +87,39 @@ def padded(side: str) -> tuple[np.ndarray, np.ndarray]:
     return ids, mask.astype(np.int32)
 
 
-@pytest.mark.parametrize(
-    ("side", "attention"),
-    [("left", "dense"), ("right", Blockwise(block=4, spans=2))],
-    ids=str,
-)
-def test_logits(pair: Any, side: str, attention: Any) -> None:
-    reference, model, params = pair
+def check_logits(case: str, side: str, attention: Any) -> None:
+    reference, model, params = made(case)
     ids, mask = padded(side)
     want = reference_logits(reference, ids, mask)
-    got = tiny.run(model.clone(attention=attention), params, ids, mask)
+    got = np.asarray(tiny.run(model.clone(attention=attention), params, ids, mask))
     assert np.abs(want).max() > 1
     tiny.assert_close(got[mask == 1], want[mask == 1])
 
 
-@pytest.mark.parametrize("pair", ["mixtral", "qwen3 moe"], indirect=True)
-def test_both_layouts_of_experts(pair: Any, tmp_path: Path) -> None:
-    reference, _, params = pair
+@of_each_case
+def test_logits(case: str) -> None:
+    check_logits(case, "left", "dense")
+
+
+@of_each_kind
+def test_logits_by_blocks(case: str) -> None:
+    check_logits(case, "right", Blockwise(block=4, spans=2))
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3 moe"])
+def test_both_layouts_of_experts(case: str, tmp_path: Path) -> None:
+    reference, _, params = made(case)
     reference.save_pretrained(tmp_path, save_original_format=False)
     jax.tree.map(np.testing.assert_array_equal, from_pretrained(tmp_path)[1], params)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_cached_decoding(pair: Any, side: str) -> None:
+def check_cached_decoding(case: str, side: str, attention: Any) -> None:
     """Prefill of seven slots, then one token at a time: after padding on the right, too."""
-    reference, model, params = pair
+    reference, model, params = made(case)
     ids, mask = padded(side)
     mask[:, 7:] = 1
     cache = init_cache(model.config, 3, 11)
-    first = model.clone(attention=Blockwise(block=4)) if side == "left" else model
+    first = model.clone(attention=attention)
     logits, cache = tiny.run(first, params, ids[:, :7], mask[:, :7], cache=cache)
     parts = [logits]
     for i in range(7, 11):
@@ -114,10 +133,21 @@ def test_cached_decoding(pair: Any, side: str) -> None:
     tiny.assert_close(got[mask == 1], want[packed == 1])
 
 
-def test_greedy_generation(pair: Any) -> None:
+@of_each_case
+def test_cached_decoding(case: str) -> None:
+    check_cached_decoding(case, "right", "dense")
+
+
+@of_each_kind
+def test_cached_decoding_after_a_prompt_by_blocks(case: str) -> None:
+    check_cached_decoding(case, "left", Blockwise(block=4))
+
+
+@of_each_kind
+def test_greedy_generation(case: str) -> None:
     import torch
 
-    reference, model, params = pair
+    reference, model, params = made(case)
     ids, mask = padded("left")
     want = reference.generate(
         torch.from_numpy(ids).long(),
@@ -130,26 +160,23 @@ def test_greedy_generation(pair: Any) -> None:
     np.testing.assert_array_equal(got, want.numpy()[:, 11:])
 
 
-def test_bfloat16(pair: Any) -> None:
+@of_each_kind
+def test_bfloat16(case: str) -> None:
     """bf16 on both sides: as near to each other as rounding lets them, a bf16 being 8 bits."""
     import torch
 
-    reference, model, params = pair
+    reference, model, params = made(case)
     ids, mask = padded("left")
     half = Decoder(model.config, jnp.bfloat16, jnp.bfloat16)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     exact = reference_logits(reference, ids, mask)
-    reference.to(torch.bfloat16)
-    try:
-        with torch.no_grad():
-            want = reference(
-                torch.from_numpy(ids).long(), attention_mask=torch.from_numpy(mask).long()
-            ).logits.float()
-    finally:
-        reference.to(torch.float32)
+    with torch.no_grad():
+        want = copy.deepcopy(reference).to(torch.bfloat16)(
+            torch.from_numpy(ids).long(), attention_mask=torch.from_numpy(mask).long()
+        )
     got = np.asarray(tiny.run(half, rounded, ids, mask))
     # The median of tokens: rounding sends some to other experts, on either side.
-    theirs = np.median(np.abs(want.numpy() - exact)[mask == 1].mean(axis=-1))
+    theirs = np.median(np.abs(want.logits.float().numpy() - exact)[mask == 1].mean(axis=-1))
     ours = np.median(np.abs(got - exact)[mask == 1].mean(axis=-1))
     assert got.dtype == np.float32
     assert ours <= 1.25 * theirs, f"median error {ours}, the reference's {theirs}"

@@ -1,5 +1,7 @@
 """GPT-2 against transformers on torch: the same tiny weights, the same logits and text."""
 
+import functools
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -13,30 +15,34 @@ from tests.models.test_parity import padded, reference_logits
 pytestmark = pytest.mark.parity
 
 
-@pytest.fixture(scope="module", params=list(tiny_encoders.GPT2S))
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+of_each_case = pytest.mark.parametrize("case", list(tiny_encoders.GPT2S))
+
+
+@functools.cache
+def made(case: str) -> Any:
     """(torch's model, ours, its parameters), through a folder that transformers wrote."""
     import torch
     import transformers
 
-    config = transformers.AutoConfig.for_model(**tiny_encoders.fields(request.param))
+    config = transformers.AutoConfig.for_model(**tiny_encoders.fields(case))
     reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    model, params = tiny_encoders.model(request.param)
+    model, params = tiny_encoders.model(case)
     tensors = dict(hf_tensors(params, key_table(model.config)))
     own = dict(reference.named_parameters())
     assert set(tensors) == set(own)
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(torch.from_numpy(tensor.copy()))
-    folder = tmp_path_factory.mktemp("model")
-    reference.eval().save_pretrained(folder)
-    return reference, *from_pretrained(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        reference.eval().save_pretrained(folder)
+        return reference, *from_pretrained(folder)
 
 
 @pytest.mark.parametrize("attention", ["dense", Blockwise(block=4, spans=2)], ids=str)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_logits(pair: Any, side: str, attention: Any) -> None:
-    reference, model, params = pair
+@of_each_case
+def test_logits(case: str, side: str, attention: Any) -> None:
+    reference, model, params = made(case)
     ids, mask = padded(side)
     want = reference_logits(reference, ids, mask)[mask == 1]
     run = model.clone(attention=attention)
@@ -47,9 +53,10 @@ def test_logits(pair: Any, side: str, attention: Any) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_cached_decoding(pair: Any, side: str) -> None:
+@of_each_case
+def test_cached_decoding(case: str, side: str) -> None:
     """Prefill of seven slots, then one token at a time."""
-    reference, model, params = pair
+    reference, model, params = made(case)
     ids, mask = padded(side)
     mask[:, 7:] = 1
     cache = init_cache(model.config, 3, 11)
@@ -64,10 +71,11 @@ def test_cached_decoding(pair: Any, side: str) -> None:
     tiny.assert_close(got[mask == 1], want[mask == 1])
 
 
-def test_greedy_generation(pair: Any) -> None:
+@pytest.mark.parametrize("case", ["gpt2 with other options"])
+def test_greedy_generation(case: str) -> None:
     import torch
 
-    reference, model, params = pair
+    reference, model, params = made(case)
     ids, mask = padded("left")
     want = reference.generate(
         torch.from_numpy(ids).long(),

@@ -1,5 +1,6 @@
 """Generation step by step: the tokens of `generate`, few compilations, and a cache in place."""
 
+import importlib
 from typing import Any
 
 import jax
@@ -10,12 +11,17 @@ import pytest
 from lora_jax.models import generate, init_cache, share, stream, streaming
 from tests.models import tiny, tiny_encoders
 
+# The module's name is the function's, too.
+GENERATE = importlib.import_module("lora_jax.models.generate")
 SAMPLED = {"temperature": 1.3, "top_p": 0.9, "top_k": 40, "key": jax.random.key(5)}
 
 
 @pytest.fixture(scope="module")
 def tiny_model() -> Any:
     return tiny.decoder("llama3")
+
+
+NONE = (-1, -2, -3)  # no tokens: as many as rows end by below, so that all run the same programs
 
 
 def streamed(*args: Any, n: int = 8, **options: Any) -> np.ndarray:
@@ -26,14 +32,14 @@ def streamed(*args: Any, n: int = 8, **options: Any) -> np.ndarray:
 def test_it_is_generate_step_by_step(tiny_model: Any, options: dict[str, Any]) -> None:
     ids = tiny.tokens(2, 3, 6)
     mask = (np.arange(6) >= 6 - np.array([6, 2, 5])[:, None]).astype(np.int32)
+    options = options | {"eos_token_id": NONE, "pad_token_id": 60}
     want = np.asarray(generate(*tiny_model, ids, mask, max_new_tokens=8, **options))
     assert len(np.unique(want)) > 4
-    np.testing.assert_array_equal(streamed(*tiny_model, ids, mask, **options), want)
     parts = streamed(*tiny_model, ids, mask, tokens_per_call=3, **options)
     np.testing.assert_array_equal(parts, want)
 
     eos = [int(want[0, 2]), int(want[1, 4]), int(want[2, 3])]
-    options = options | {"eos_token_id": eos, "pad_token_id": 60}
+    options["eos_token_id"] = eos
     ended = np.asarray(generate(*tiny_model, ids, mask, max_new_tokens=8, **options))
     parts = streamed(*tiny_model, ids, mask, tokens_per_call=3, **options)
     n = parts.shape[1]  # ends with the last row
@@ -66,9 +72,10 @@ def test_keys_and_values_that_are_shared_stay_the_callers() -> None:
     model, params = tiny_encoders.model("gpt2")
     shared = share(model, params, tiny.tokens(5, 1, 9)[0])
     ids = tiny.tokens(6, 2, 4)
-    want = generate(model, params, ids, max_new_tokens=5, shared=shared)
-    for _ in range(2):
-        np.testing.assert_array_equal(streamed(model, params, ids, n=5, shared=shared), want)
+    first, again = (streamed(model, params, ids, n=5, shared=shared) for _ in range(2))
+    whole = np.concatenate([tiny.tokens(5, 1, 9)[0], ids[0]])
+    np.testing.assert_array_equal(first[0], tiny.greedy_loop(model, params, whole, 5))
+    np.testing.assert_array_equal(first, again)
 
 
 def test_the_cache_is_written_in_place(tiny_model: Any) -> None:
@@ -105,15 +112,25 @@ def test_the_cache_is_written_in_place(tiny_model: Any) -> None:
 
 def test_with_a_key_a_row_rows_do_not_depend_on_each_other(tiny_model: Any) -> None:
     ids, keys = tiny.tokens(2, 3, 6), jax.random.split(jax.random.key(1), 3)
-    options = SAMPLED | {"key": keys}
-    together = np.asarray(generate(*tiny_model, ids, max_new_tokens=6, **options))
-    for row in range(3):
-        options["key"] = keys[row]
-        alone = generate(*tiny_model, ids[row : row + 1], max_new_tokens=6, **options)
-        np.testing.assert_array_equal(alone[0], together[row])
-    same = SAMPLED | {"key": jnp.stack([keys[0]] * 3)}
-    repeated = np.asarray(generate(*tiny_model, ids[[0, 0, 0]], max_new_tokens=6, **same))
-    assert (repeated == together[0]).all()
+
+    def of(rows: list[int]) -> np.ndarray:
+        options = SAMPLED | {"key": keys[np.array(rows)]}
+        return np.asarray(generate(*tiny_model, ids[rows], max_new_tokens=6, **options))
+
+    together = of([0, 1, 2])
+    assert len(np.unique(together, axis=0)) == 3
+    for rows in ([2, 0, 1], [0, 0, 0], [1, 2, 2]):
+        np.testing.assert_array_equal(of(rows), together[rows])
+
+
+def test_a_row_alone_draws_what_it_does_among_others() -> None:
+    logits = np.random.default_rng(0).standard_normal((3, 61)).astype(np.float32)
+    sampling = GENERATE._Sampling(np.float32(1.3), np.float32(0.9), np.int32(40))
+    keys, choose = jax.random.split(jax.random.key(1), 3), jax.jit(GENERATE._choose)
+    together = choose(logits, sampling, keys)
+    alone = [choose(logits[i : i + 1], sampling, keys[i])[0] for i in range(3)]
+    np.testing.assert_array_equal(alone, together)
+    assert len(np.unique(alone)) > 1
 
 
 @pytest.mark.parametrize(

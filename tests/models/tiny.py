@@ -190,14 +190,20 @@ def config(case: str) -> DecoderConfig:
 def decoder(case: str, **kwargs: Any) -> tuple[Decoder, dict[str, Any]]:
     """A model of the case and its parameters, all of them random and far from their defaults."""
     model = Decoder(config(case), **kwargs)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    leaves, treedef = jax.tree.flatten_with_path(shapes)
+    leaves, treedef = shapes(case, model.param_dtype)
     rng = np.random.default_rng(5)
-    values = [
-        jnp.asarray(draw(rng, jax.tree_util.keystr(path), leaf.shape), leaf.dtype)
-        for path, leaf in leaves
-    ]
+    values = [jnp.asarray(draw(rng, path, leaf.shape), leaf.dtype) for path, leaf in leaves]
     return model, jax.tree.unflatten(treedef, values)
+
+
+@functools.cache
+def shapes(case: str, param_dtype: Any = jnp.float32) -> tuple[list[tuple[str, Any]], Any]:
+    """What init makes: (path, shape and dtype) of each leaf, and the tree's structure."""
+    model = Decoder(config(case), param_dtype=param_dtype)
+    tree = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    leaves, treedef = jax.tree.flatten_with_path(tree)
+    named = [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in leaves]
+    return named, treedef
 
 
 def draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -220,6 +226,15 @@ FAST_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0}
 def run(model: Decoder, params: Any, *args: Any, **kwargs: Any) -> Any:
     """model.apply, compiled: equal models share it."""
     return model.apply({"params": params}, *args, **kwargs)
+
+
+def greedy_loop(model: Any, params: Any, prompt: np.ndarray, steps: int) -> np.ndarray:
+    """Without a cache: one whole forward pass per token, over a buffer of fixed length."""
+    ids = np.zeros((1, len(prompt) + steps), np.int32)
+    ids[0, : len(prompt)] = prompt
+    for i in range(len(prompt), ids.shape[1]):
+        ids[0, i] = np.argmax(np.asarray(run(model, params, ids))[0, i - 1])
+    return ids[0, len(prompt) :]
 
 
 def tokens(seed: int, batch: int, seq: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Tiny encoders and GPT-2s, and the parts of their tests that differ from the decoder's."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ def model(case: str, head: str | None = None, **kwargs: Any) -> tuple[Any, dict[
     return module, tree
 
 
+@functools.cache
 def init_shapes(module: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """By path, what the module's init makes."""
     ids = jnp.zeros((1, 1), jnp.int32)
