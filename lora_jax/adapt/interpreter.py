@@ -193,7 +193,12 @@ class Interpreter:
         return functions[self, key]
 
     def merged(self, weight: Factored, primitive: str, where: JaxprEqn | Place) -> jax.Array:
-        """Returns W + s·AB, formed at an equation or a place; warns, or raises MergeError."""
+        """Returns W + s·AB, formed at an equation or a place; see `say_merged`."""
+        self.say_merged(weight, primitive, where)
+        return weight.merged()
+
+    def say_merged(self, weight: Factored, primitive: str, where: JaxprEqn | Place) -> None:
+        """Warns that a weight is merged at an equation or a place, or raises MergeError."""
         if isinstance(where, Place):
             place, function = where, None
         else:
@@ -205,7 +210,6 @@ class Interpreter:
             self.record(Record(str(weight.path), primitive, str(place), "merged", why))
         else:
             merging.say(weight, primitive, function, place, strict=self.strict)
-        return weight.merged()
 
     def _apply(
         self,

@@ -7,7 +7,7 @@ differ in nothing but the elements of arrays use it again.
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -17,9 +17,11 @@ import numpy as np
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.fn_state import State, UnknownStateError
-from lora_jax.adapt.nnx_writes import Snapshot, Writes
+from lora_jax.adapt.nnx_writes import Argument, Output, Snapshot, Writes, changes
+from lora_jax.adapt.rules.flow import sources_among
 from lora_jax.adapt.steps import Steps
 
+_TRACED = object()  # in the place of a traced array
 _MOST_TRACES = 8  # of one function; each holds the arrays that it closes over
 
 
@@ -43,23 +45,26 @@ class Call:
 
 @dataclasses.dataclass
 class Outputs:
-    """The result of a function and its writes, without the traced arrays that leave the jaxpr."""
+    """The result of a function and its writes, without the traced arrays that leave the jaxpr.
 
-    leaves: list[Any]  # None for each that is traced
-    is_traced: list[bool]
+    Attributes:
+      leaves, treedef: of (result, writes); an `Output` for each traced array.
+      assigned: what the function puts in the place of leaves of its arguments; see `changes`.
+    """
+
+    leaves: list[Any]
     treedef: Any
+    assigned: dict[int, Any]
 
     @functools.cached_property
-    def writes(self) -> Writes:
-        """Returns what the function writes, traced arrays left out."""
-        return self.treedef.unflatten(self.leaves)[1]
+    def origins(self) -> dict[int, int | None]:
+        """Returns the outputs of the jaxpr that are needed, each with the argument that it is."""
+        return {leaf.number: leaf.origin for leaf in self.leaves if isinstance(leaf, Output)}
 
     def filled(self, arrays: Sequence[Any]) -> tuple[Any, Writes]:
         """Returns the function's result and its writes, for the outputs of the jaxpr."""
-        remaining = iter(arrays)
         return self.treedef.unflatten(
-            next(remaining) if traced else leaf
-            for leaf, traced in zip(self.leaves, self.is_traced, strict=True)
+            arrays[leaf.number] if isinstance(leaf, Output) else leaf for leaf in self.leaves
         )
 
 
@@ -100,20 +105,47 @@ def _traced(call: Call, inputs: Mapping[int, Any]) -> Trace:
       call: the call.
       inputs: by place among its leaves, the arrays that are inputs of the jaxpr.
     """
-    made: list[Outputs] = []
+    made: list[tuple[list[Any], Any]] = []
 
     def called(args: Any, kwargs: Any) -> list[Any]:
         before = Snapshot.of((args, kwargs))
         result = call.fn(*args, **kwargs)
         leaves, treedef = jax.tree.flatten((result, before.writes()))
-        is_traced = [isinstance(leaf, jax.core.Tracer) for leaf in leaves]
-        pairs = list(zip(leaves, is_traced, strict=True))
-        made.append(Outputs([None if t else leaf for leaf, t in pairs], is_traced, treedef))
+        made.append(([_TRACED if isinstance(x, jax.core.Tracer) else x for x in leaves], treedef))
         return leaves
 
     fn = eqns.trace_with(called, call.leaves, call.treedef, list(inputs))
     jaxpr = jax.make_jaxpr(fn)(*inputs.values())
-    return Trace(jaxpr, tuple(inputs), made.pop())
+    return Trace(jaxpr, tuple(inputs), _outputs(*made.pop(), _origins(jaxpr, inputs, call), call))
+
+
+def _origins(jaxpr: eqns.AnyJaxpr, inputs: Iterable[int], call: Call) -> list[int | None]:
+    """Returns, for each output of a call's jaxpr, the place of the leaf that it is."""
+    inner, consts = eqns.opened(jaxpr)
+    of_leaf = {id(leaf): place for place, leaf in enumerate(call.leaves)}
+    constants = zip(inner.constvars, consts, strict=True)
+    places = {var: of_leaf[id(const)] for var, const in constants if id(const) in of_leaf}
+    places |= zip(inner.invars, inputs, strict=True)
+    return list(sources_among(jaxpr, places))
+
+
+def _outputs(leaves: list[Any], treedef: Any, origins: list[int | None], call: Call) -> Outputs:
+    """Returns what leaves a function, without writes that change nothing.
+
+    Args:
+      leaves, treedef: of (result, writes); `_TRACED` for each output of the jaxpr.
+      origins: see `_origins`.
+      call: of the function.
+    """
+    outputs = (Output(number, origin) for number, origin in enumerate(origins))
+    leaves = [next(outputs) if leaf is _TRACED else leaf for leaf in leaves]
+    result, writes = treedef.unflatten(leaves)
+    assigned: dict[int, Any] = {}
+    if writes:
+        arguments = call.treedef.unflatten(map(Argument, range(len(call.leaves))))
+        writes, assigned = changes(arguments, writes)
+        leaves, treedef = jax.tree.flatten((result, writes))
+    return Outputs(leaves, treedef, assigned)
 
 
 class EagerTraces:

@@ -75,14 +75,20 @@ def _constants(
 
 
 def _scan(interpreter: Interpreter, use: Use) -> list[Any]:
-    """Slices stacks with their factors; treats a weight that is carried unchanged as a constant."""
+    """Slices stacks with their factors; treats a weight that is carried unchanged as a constant.
+
+    A stack of a weight's own slices is that weight.
+    """
     scan = eqns.scan_of(use.eqn)
     n_fixed = scan.n_consts + scan.n_carry
     consts, stacks = use.values[: scan.n_consts], use.values[n_fixed:]
     carries = dict(enumerate(use.values[scan.n_consts : n_fixed]))
     constant = _constants(interpreter, use, scan.body, carries, scan.n_consts)
     rebuilders, sliced = zip(*map(_sliced, stacks), strict=True) if stacks else ((), ())
-    body = interpreter.function(scan.body)
+    same = _restacked(use, scan)
+    live = tuple(w and p not in same for p, w in enumerate(use.live))
+    live = (*(True,) * scan.n_carry, *live[scan.n_carry :])
+    body = interpreter.function(scan.body, None if all(live) else live)
     steps = jnp.arange(scan.length) if _has_keys(use.values) else None
 
     def step(carry: dict[int, Any], xs: Any) -> tuple[dict[int, Any], list[Any]]:
@@ -99,8 +105,18 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Any]:
 
     how = {"length": scan.length, "reverse": scan.reverse, "unroll": scan.unroll}
     carry, ys = lax.scan(step, carries, (sliced, steps), **how)
-    final = constant | carry
-    return [*(final[place] for place in range(scan.n_carry)), *ys]
+    final = constant | carry | dict(enumerate(ys, scan.n_carry)) | same
+    return [final[place] for place in range(len(live))]
+
+
+def _restacked(use: Use, scan: eqns.Scan) -> dict[int, Factored]:
+    """Returns, by the place of an output, the weight whose slices a scan stacks up again."""
+    n_fixed = scan.n_consts + scan.n_carry
+    if not any(isinstance(value, Factored) for value in use.values[n_fixed:]):
+        return {}
+    stacked = enumerate(sources(scan.body)[scan.n_carry :], scan.n_carry)
+    found = {p: use.values[s] for p, s in stacked if s is not None and s >= n_fixed}
+    return {place: value for place, value in found.items() if isinstance(value, Factored)}
 
 
 def _sliced(value: Any) -> tuple[Callable[[Any], Any], Any]:
