@@ -144,7 +144,11 @@ def _sliced(value: Any) -> tuple[Callable[[Any], Any], Any]:
 
 
 def _while(interpreter: Interpreter, use: Use) -> list[Any]:
-    """Keeps the factors of constants, and of weights that are carried unchanged."""
+    """Keeps the factors of constants, and of weights that are carried unchanged.
+
+    Under `jax.vmap`, a condition has one value for each example: the loop goes on while one of them
+    does, and the others keep their state.
+    """
     loop = eqns.while_of(use.eqn)
     n_condition, n_body = loop.n_condition_consts, loop.n_body_consts
     of_condition = use.values[:n_condition]
@@ -153,6 +157,7 @@ def _while(interpreter: Interpreter, use: Use) -> list[Any]:
     n_carry = len(init)
     constant = _constants(interpreter, use, loop.body, init, n_body)
     condition, body = map(interpreter.function, (loop.condition, loop.body))
+    n_axes = eqns.type_of(eqns.opened(loop.condition)[0].outvars[0]).ndim
 
     def arguments(consts: list[Any], state: tuple[Any, dict[int, Any]]) -> list[Any]:
         index, carry = state
@@ -161,11 +166,17 @@ def _while(interpreter: Interpreter, use: Use) -> list[Any]:
         return [*(at_site(value, index) for value in consts), *ordered]
 
     def go_on(state: tuple[Any, dict[int, Any]]) -> jax.Array:
-        return condition(*arguments(of_condition, state))[0]
+        goes_on = condition(*arguments(of_condition, state))[0]
+        return goes_on.any() if n_axes else goes_on
 
     def step(state: tuple[Any, dict[int, Any]]) -> tuple[Any, dict[int, Any]]:
-        outputs, index = body(*arguments(of_body, state)), state[0]
-        kept = {p: _plain(interpreter, outputs[p], use, "as a carry") for p in state[1]}
+        outputs, (index, before) = body(*arguments(of_body, state)), state
+        kept = {p: _plain(interpreter, outputs[p], use, "as a carry") for p in before}
+        if n_axes:
+            goes_on = condition(*arguments(of_condition, state))[0]
+            for p, after in kept.items():
+                axes = range(n_axes, after.ndim)
+                kept[p] = jnp.where(lax.expand_dims(goes_on, axes), after, before[p])
         return (None if index is None else index + 1), kept
 
     start = jnp.int32(0) if _has_keys(use.values) else None

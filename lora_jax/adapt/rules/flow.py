@@ -154,6 +154,7 @@ def _passed_on(eqn: JaxprEqn, operands: list[bool]) -> Sequence[bool]:
 
 
 _ENDS = frozenset({"conv_general_dilated", "ragged_dot_general", "shard_map"})
+_ENDS |= {"custom_linear_solve"}
 _ENDS |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 
 
