@@ -7,6 +7,7 @@ differ in nothing but the elements of arrays use it again.
 import collections
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import field
 from typing import Any
@@ -22,7 +23,10 @@ from lora_jax.adapt.rules.flow import sources_among
 from lora_jax.adapt.steps import Steps
 
 _TRACED = object()  # in the place of a traced array
-_MOST_TRACES = 8  # of one function; each holds the arrays that it closes over
+_MOST_TRACES = 256  # of one function
+# Each trace holds the arrays that the function closed over. Beyond a few traces, these may take so
+# much memory besides those that the newest trace holds as well.
+_FEW_TRACES, _MOST_BYTES = 8, 1 << 28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,12 +153,17 @@ def _outputs(leaves: list[Any], treedef: Any, origins: list[int | None], call: C
 
 
 class EagerTraces:
-    """The traces of one function that eager calls can use again."""
+    """The traces of one function that eager calls can use again, from any thread."""
 
     def __init__(self) -> None:
-        # By all that a trace depends on; None where it depends on the elements of an array.
-        self._known: collections.OrderedDict[Hashable, Trace | None] = collections.OrderedDict()
+        # By all that a trace depends on, the latest last.
+        self._known: collections.OrderedDict[Hashable, _Entry] = collections.OrderedDict()
+        self._lock = threading.Lock()
         self._is_off = False
+
+    def __hash__(self) -> int:
+        """Returns the identity: to `State`, what is kept here changes nothing."""
+        return id(self)
 
     def find(self, call: Call) -> Trace | None:
         """Returns the trace of a call, with all of its arrays as inputs, or None.
@@ -169,21 +178,58 @@ class EagerTraces:
         others = [leaf for place, leaf in enumerate(call.leaves) if place not in inputs]
         types = tuple((place, _type_of(value)) for place, value in inputs.items())
         try:
-            key = (call.treedef, types, State(call.fn, others), _settings())
-            is_known = key in self._known
+            state = State(call.fn, others)
+            key = (call.treedef, types, state, _settings())
+            with self._lock:
+                entry = self._known.setdefault(key, _Entry(state))
+                self._known.move_to_end(key)
+        except RuntimeError:  # another thread changes what the function reads
+            return None
         except (UnknownStateError, TypeError, ValueError):
             # The tree's static data may have no hash (TypeError), or compare by element.
             self._is_off = True
             return None
-        if not is_known:
-            try:
-                self._known[key] = _traced(call, inputs)
-            except Exception:  # with the elements known it works, or says why it does not
-                self._known[key] = None
-            if len(self._known) > _MOST_TRACES:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        return self._known[key]
+        with entry.lock:  # other threads wait for the trace rather than make their own
+            if not entry.is_made:
+                try:
+                    entry.trace = _traced(call, inputs)
+                except Exception:  # with the elements known it works, or says why it does not
+                    entry.trace = None
+                entry.is_made = True
+                self._forget()
+        return entry.trace
+
+    def _forget(self) -> None:
+        """Drops the traces that were not used for longest, where there are too many."""
+        with self._lock:
+            seen: set[int] = set()
+            size = most = 0
+            for n, (key, entry) in enumerate(list(reversed(self._known.items()))):
+                held = entry.held()
+                size += sum(nbytes for array, nbytes in held.items() if array not in seen)
+                seen |= held.keys()
+                most = most if n else size + _MOST_BYTES
+                if n >= _MOST_TRACES or (n >= _FEW_TRACES and size > most):
+                    del self._known[key]
+
+
+@dataclasses.dataclass(eq=False)
+class _Entry:
+    """A trace that is made once: None where it depends on the elements of an array.
+
+    Attributes:
+      state: of the function; it holds what the function reads.
+    """
+
+    state: State
+    trace: Trace | None = None
+    is_made: bool = False
+    lock: Any = field(default_factory=threading.RLock)
+
+    def held(self) -> dict[int, int]:
+        """Returns the number of bytes of each array that is held, by its identity."""
+        consts = () if self.trace is None else eqns.opened(self.trace.jaxpr)[1]
+        return {id(a): getattr(a, "nbytes", 0) for a in (*self.state.arrays(), *consts)}
 
 
 @jax.jit

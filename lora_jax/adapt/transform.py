@@ -46,7 +46,8 @@ def adapt(
     An eager call traces `fn` and compiles its operations one by one; later calls that differ in
     nothing but the elements of arrays run these, without calling `fn` again. To know that, they
     compare other arguments, what `fn` closes over, globals that it names and attributes of objects
-    that it reaches. A `fn` that needs the elements of an array is traced in each call.
+    that it reaches. A `fn` that needs the elements of an array is traced in each call. Calls may
+    come from several threads.
 
     A use that has no factored form merges that weight at that place, with a `MergeWarning` that
     names the weight, the primitive and the line of your code.
