@@ -36,7 +36,7 @@ def _vision_transformer(wrap: Wrap) -> Made:
 
     def fn(params, rest, x):  # type: ignore[no-untyped-def]  # the model checks its input
         run = checkify.checkify(
-            lambda params, rest, x: called(nnx.merge(graphdef, params, rest), x)
+            lambda params, rest, x: called(nnx.merge(graphdef, params, rest, copy=True), x)
         )
         return run(params, rest, x)[1]
 
