@@ -43,7 +43,9 @@ def lorafy(
         does with it rather than from Flax's convention, and "all-linear" selects each array that
         `fn` multiplies by: no table that is looked up, no gain, nothing that is added to an
         activation, and no embedding or head by its name. A rule's own in_axes and out_axes come
-        first. Bind keyword arguments with a lambda or `functools.partial`.
+        first. A kernel that a rule names, and whose roles cannot be read, gets those of Flax's
+        convention, with a `RoleWarning`; without a conventional name that is an error. Bind keyword
+        arguments with a lambda or `functools.partial`.
       kinds: the part of the model that each leaf belongs to ("attention", "mlp", "experts",
         "head", …), by path; presets of targets select by it. For a model of `lora_jax.models`,
         ``lora_jax.models.kinds(model.config)``.

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lora_jax.adapt.sides import RoleWarning
+from lora_jax.adapt.user_code import place_of_call, warn
 from lora_jax.axes import EMBEDDING_NAMES, AxisRoles, Seen, default_roles
 from lora_jax.paths import has_run, leaf_name, nearest, numbered_layer
 from lora_jax.rules import ALL_LINEAR, PRESETS, LoraRule, Rule, Targets, TrainRule
@@ -22,6 +24,7 @@ _NOT_LINEAR = re.compile(
 _BIASES = ("bias", "b")
 _SIDE_LEAVES = frozenset({*_BIASES, "scale", "offset", "mean", "var", "gamma", "beta"})
 
+_REMEDY = "Leave it out with exclude=…, or give its in_axes=… and out_axes=… in a rule for it"
 _NO_ARGUMENT = "it is no argument (leaves are matched by identity)"
 
 Leaves = Sequence[tuple[str, Any]]  # path and array, or anything with a shape and a dtype
@@ -301,15 +304,17 @@ def _roles(rule: LoraRule, path: str, ndim: int, known: Known) -> AxisRoles:
             return AxisRoles.of(rule.in_axes, rule.out_axes, ndim)
         except ValueError as error:
             raise ValueError(f"{rule}: {path!r}: {error}") from None
+    roles = default_roles(leaf_name(path), ndim)
     if known.roles is not None:
         seen = known.roles.get(path, _NO_ARGUMENT)
-        if isinstance(seen, str):
+        if isinstance(seen, Seen):
+            return seen.roles
+        if roles is None or seen == _NO_ARGUMENT:
             raise ValueError(
-                f"{rule} selects {path!r}, and trace tells no axis roles for it: {seen}. Leave it "
-                "out with exclude=…, or say them in a rule for it with in_axes=… and out_axes=…"
+                f"{rule} selects {path!r}, and trace tells no axis roles for it: {seen}. {_REMEDY}"
             )
-        return seen.roles
-    roles = default_roles(leaf_name(path), ndim)
+        guessed = f"trace tells no axis roles for {path!r}: {seen}. It gets those of its name"
+        warn(f"{guessed}, {roles}. {_REMEDY}", RoleWarning, place_of_call())
     if roles is None:
         raise ValueError(
             f"{rule} selects {path!r}, whose name tells nothing about its {ndim} axes (kernel, w "

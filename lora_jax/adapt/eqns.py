@@ -1,5 +1,6 @@
 """Reads JAX's equations: every parameter that differs between releases, in one place."""
 
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -148,6 +149,37 @@ def shard_map_of(eqn: JaxprEqn) -> ShardMap:
     """Reads a `shard_map`."""
     names = ("jaxpr", "mesh", "in_specs", "out_specs", "newly_manual_axes", "check_vma")
     return ShardMap(*_params(eqn, *names))
+
+
+class Part(NamedTuple):
+    """A function in a `custom_linear_solve`, and its operands that come before the vector."""
+
+    jaxpr: AnyJaxpr
+    consts: slice
+
+
+class LinearSolve(NamedTuple):
+    """A `custom_linear_solve` equation; its last operands are the right-hand side."""
+
+    matvec: Part
+    solve: Part
+    transpose_solve: Part | None
+    right: slice
+    is_symmetric: bool
+
+
+def linear_solve_of(eqn: JaxprEqn) -> LinearSolve:
+    """Reads a `custom_linear_solve`."""
+    jaxprs, lengths = _params(eqn, "jaxprs", "const_lengths")
+    ends = list(itertools.accumulate(lengths, initial=0))
+    consts = {name: slice(*ends[n : n + 2]) for n, name in enumerate(lengths._fields)}
+
+    def part(name: str) -> Part:
+        return Part(getattr(jaxprs, name), consts[name])
+
+    back = None if jaxprs.transpose_solve is None else part("transpose_solve")
+    right, is_symmetric = slice(ends[-1], None), jaxprs.vecmat is jaxprs.matvec
+    return LinearSolve(part("matvec"), part("solve"), back, right, is_symmetric)
 
 
 class Kernel(NamedTuple):

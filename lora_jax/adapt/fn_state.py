@@ -56,6 +56,10 @@ class State:
     def __hash__(self) -> int:
         return self._hash
 
+    def arrays(self) -> list[Any]:
+        """Returns the arrays that the values refer to."""
+        return [v for v in self._seen.values() if isinstance(v, (jax.Array, np.ndarray))]
+
     def _of(self, value: Any) -> Iterator[Hashable]:
         yield id(type(value))
         if isinstance(value, _SIMPLE):

@@ -188,12 +188,16 @@ class Interpreter:
     ) -> Callable[..., Any]:
         """Returns what `make` returned the first time for this jaxpr and key."""
         functions = _FUNCTIONS.setdefault(jaxpr, {})
-        if (self, key) not in functions:
-            functions[self, key] = make()
-        return functions[self, key]
+        known = functions.get((self, key))
+        return known or functions.setdefault((self, key), make())  # one, whichever thread made it
 
     def merged(self, weight: Factored, primitive: str, where: JaxprEqn | Place) -> jax.Array:
-        """Returns W + s·AB, formed at an equation or a place; warns, or raises MergeError."""
+        """Returns W + s·AB, formed at an equation or a place; see `say_merged`."""
+        self.say_merged(weight, primitive, where)
+        return weight.merged()
+
+    def say_merged(self, weight: Factored, primitive: str, where: JaxprEqn | Place) -> None:
+        """Warns that a weight is merged at an equation or a place, or raises MergeError."""
         if isinstance(where, Place):
             place, function = where, None
         else:
@@ -205,7 +209,6 @@ class Interpreter:
             self.record(Record(str(weight.path), primitive, str(place), "merged", why))
         else:
             merging.say(weight, primitive, function, place, strict=self.strict)
-        return weight.merged()
 
     def _apply(
         self,
@@ -263,7 +266,7 @@ class Interpreter:
 
         def call(values: list[Any]) -> list[Any] | None:
             with user_context(eqn):
-                return rule(self, dataclasses.replace(bare, values=values))
+                return rule(self, dataclasses.replace(bare, values=values, twins={}))
 
         how = (use.live, id(eqn) if name in _READ_AROUND else 0, self.examples, use.at)
         return steps.compiled(eqn, how, call)(use.values)

@@ -20,6 +20,9 @@ _ADVICE = (
     "To avoid it, multiply by the weight with a dot product (x @ w, einsum), or leave the weight "
     "out of the rules"
 )
+_ADVICE_ON_ASSIGNMENT = (
+    "To avoid it, leave the weight out of the rules, or run the function on lora_jax.merge(params)"
+)
 _OWN_DERIVATIVES = ("custom_vjp_call", "custom_jvp_call")
 
 
@@ -29,6 +32,8 @@ def why(primitive: str) -> str:
         return "has a derivative of its own, which must be kept"
     if primitive == "output":
         return "the weight itself, changed, is an output"
+    if primitive == "assignment":
+        return "the function assigns to it"
     return "has no factored form"
 
 
@@ -39,6 +44,8 @@ def advice(primitive: str, function: str | None) -> str:
       primitive: the one that the weight meets.
       function: the name of the function that it calls, if it calls one.
     """
+    if primitive == "assignment":
+        return _ADVICE_ON_ASSIGNMENT
     if primitive not in _OWN_DERIVATIVES:
         return _ADVICE
     name = function or primitive
@@ -76,6 +83,11 @@ def say(
     what = f"the weight {weight.path!r} meets {primitive!r} at {place}, which {why(primitive)}"
     if primitive == "output":
         what = f"the weight {weight.path!r}, changed, is an output of the function at {place}"
+    elif primitive == "assignment":
+        what = (
+            f"the function at {place} assigns to {weight.path!r}, which is adapted: what it "
+            "assigns takes the place of W and its factors"
+        )
     remedy = advice(primitive, function)
     if weight.key is not None and weight.dropout:
         raise MergeError(
@@ -95,8 +107,7 @@ def say(
     if strict:
         raise MergeError(f"{what}. {remedy}")
     formed = "W + s·AB" if weight.parts else "W"
-    message = (
-        f"{what}: {formed} is formed there, at the cost of W's memory. The result is right. "
-        f"{remedy}."
-    )
-    warn(message, MergeWarning, place)
+    cost = f": {formed} is formed there, at the cost of W's memory. The result is right"
+    if primitive == "assignment":
+        cost = ". The result is right, and the weight that was passed has no adapter afterwards"
+    warn(f"{what}{cost}. {remedy}.", MergeWarning, place)

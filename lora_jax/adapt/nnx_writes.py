@@ -7,13 +7,13 @@ changes must change in the objects that were passed.
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, KeyPath, SequenceKey
 
-from lora_jax.paths import path_string
+from lora_jax.weight import Trained, is_node
 
 _VALUE = "value of the Variable"  # in the place of an attribute's name
 _DELETED = object()  # in the place of a value
@@ -44,28 +44,63 @@ class Snapshot:
         return found
 
 
-def refuse_adapted(tree: Any, writes: Writes, is_node: Callable[[Any], bool]) -> None:
-    """Raises ValueError if the function assigned to an adapted weight.
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """Stands for a leaf of the arguments, by its place among them."""
+
+    place: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Stands for an output of a jaxpr.
+
+    Attributes:
+      number: among the outputs.
+      origin: the place of the argument that it is; None of one that is computed.
+    """
+
+    number: int
+    origin: int | None
+
+
+def changes(tree: Any, writes: Writes) -> tuple[Writes, dict[int, Any]]:
+    """Returns the writes that change something, and what they put in the place of leaves.
+
+    NNX's transforms write all that they are given back, mostly as it was.
 
     Args:
-      tree: the arguments, as the caller passed them.
-      writes: what the function changed in its copies of them.
-      is_node: whether a value is a node of an adapted tree.
+      tree: the arguments, each of their leaves an `Argument`.
+      writes: what a function wrote in them; traced arrays are `Output`\\ s.
+
+    Returns:
+      The writes, and the values written, by the place of the leaf that each takes.
     """
+    kept: Writes = []
+    assigned: dict[int, Any] = {}
     for path, attributes in writes:
-        if _VALUE in attributes and is_node(_at(tree, path).get_raw_value()):
-            raise ValueError(
-                f"the function assigns to {path_string(path[2:])!r}, which is adapted: what it "
-                "assigns would take the place of W and its factors. Leave the weight out of the "
-                "rules, or run the function on lora_jax.merge(params)"
-            )
+        before, changed = _attributes(_at(tree, path)), {}
+        for name, value in attributes.items():
+            leaf = before.get(name)
+            if isinstance(leaf, Argument):
+                if isinstance(value, Output) and value.origin == leaf.place:
+                    continue
+                assigned[leaf.place] = value
+            changed[name] = value
+        if changed:
+            kept.append((path, changed))
+    return kept, assigned
 
 
 def write(tree: Any, writes: Writes) -> None:
-    """Makes the changes in the objects of a tree of arguments; see `refuse_adapted`."""
+    """Makes the changes in the objects of a tree of arguments."""
     for path, attributes in writes:
         each = _at(tree, path)
+        before = _attributes(each)
         for name, value in attributes.items():
+            held = before.get(name)
+            if isinstance(held, Trained) and not is_node(value) and value is not _DELETED:
+                value = held.replace(value=value)
             if value is _DELETED:
                 delattr(each, name)
             elif name is not _VALUE:

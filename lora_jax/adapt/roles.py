@@ -33,6 +33,7 @@ from lora_jax.adapt.contractions import (
 from lora_jax.adapt.interpreter import Interpreter, Record, Rule, Use
 from lora_jax.adapt.rules.axis_maps import axis_map
 from lora_jax.adapt.rules.control import CONTROL_RULES
+from lora_jax.adapt.rules.solves import SOLVE_RULES
 from lora_jax.adapt.user_code import place_of
 from lora_jax.axes import AxisRoles, Seen
 from lora_jax.base import as_array, is_abstract, is_base, stand_in
@@ -131,8 +132,8 @@ class _Log:
         """Returns the rule for each primitive but those that `other` is for."""
         products = ("dot_general", "ragged_dot_general", "conv_general_dilated", "gather")
         moves = ("transpose", "squeeze", "broadcast_in_dim", "reshape", "stack")
-        rules: dict[str, Rule] = {**CONTROL_RULES, **dict.fromkeys(products, self._product)}
-        return rules | dict.fromkeys(moves, self._moved)
+        rules: dict[str, Rule] = {**CONTROL_RULES, **SOLVE_RULES}
+        return rules | dict.fromkeys(products, self._product) | dict.fromkeys(moves, self._moved)
 
     def merged(self, record: Record) -> None:
         """Notes that leaves leave a loop or a branch as plain arrays."""

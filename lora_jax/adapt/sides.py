@@ -27,7 +27,11 @@ _SEEN: contextvars.ContextVar[Noted | None] = contextvars.ContextVar("seen", def
 
 
 class RoleWarning(UserWarning):
-    """A function only uses a weight the other way round than its recorded axis roles say."""
+    """A function does something else with a weight than its axis roles say, or what is not known.
+
+    It only uses the weight the other way round, or `lorafy(…, trace=…)` could not read the roles
+    from it, and took the convention for the weight's name.
+    """
 
 
 def note(weight: Factored, side: Side, place: Callable[[], Place]) -> None:

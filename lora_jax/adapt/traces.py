@@ -7,7 +7,8 @@ differ in nothing but the elements of arrays use it again.
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -17,10 +18,15 @@ import numpy as np
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.fn_state import State, UnknownStateError
-from lora_jax.adapt.nnx_writes import Snapshot, Writes
+from lora_jax.adapt.nnx_writes import Argument, Output, Snapshot, Writes, changes
+from lora_jax.adapt.rules.flow import sources_among
 from lora_jax.adapt.steps import Steps
 
-_MOST_TRACES = 8  # of one function; each holds the arrays that it closes over
+_TRACED = object()  # in the place of a traced array
+_MOST_TRACES = 256  # of one function
+# Each trace holds the arrays that the function closed over. Beyond a few traces, these may take so
+# much memory besides those that the newest trace holds as well.
+_FEW_TRACES, _MOST_BYTES = 8, 1 << 28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,23 +49,26 @@ class Call:
 
 @dataclasses.dataclass
 class Outputs:
-    """The result of a function and its writes, without the traced arrays that leave the jaxpr."""
+    """The result of a function and its writes, without the traced arrays that leave the jaxpr.
 
-    leaves: list[Any]  # None for each that is traced
-    is_traced: list[bool]
+    Attributes:
+      leaves, treedef: of (result, writes); an `Output` for each traced array.
+      assigned: what the function puts in the place of leaves of its arguments; see `changes`.
+    """
+
+    leaves: list[Any]
     treedef: Any
+    assigned: dict[int, Any]
 
     @functools.cached_property
-    def writes(self) -> Writes:
-        """Returns what the function writes, traced arrays left out."""
-        return self.treedef.unflatten(self.leaves)[1]
+    def origins(self) -> dict[int, int | None]:
+        """Returns the outputs of the jaxpr that are needed, each with the argument that it is."""
+        return {leaf.number: leaf.origin for leaf in self.leaves if isinstance(leaf, Output)}
 
     def filled(self, arrays: Sequence[Any]) -> tuple[Any, Writes]:
         """Returns the function's result and its writes, for the outputs of the jaxpr."""
-        remaining = iter(arrays)
         return self.treedef.unflatten(
-            next(remaining) if traced else leaf
-            for leaf, traced in zip(self.leaves, self.is_traced, strict=True)
+            arrays[leaf.number] if isinstance(leaf, Output) else leaf for leaf in self.leaves
         )
 
 
@@ -100,29 +109,61 @@ def _traced(call: Call, inputs: Mapping[int, Any]) -> Trace:
       call: the call.
       inputs: by place among its leaves, the arrays that are inputs of the jaxpr.
     """
-    made: list[Outputs] = []
+    made: list[tuple[list[Any], Any]] = []
 
     def called(args: Any, kwargs: Any) -> list[Any]:
         before = Snapshot.of((args, kwargs))
         result = call.fn(*args, **kwargs)
         leaves, treedef = jax.tree.flatten((result, before.writes()))
-        is_traced = [isinstance(leaf, jax.core.Tracer) for leaf in leaves]
-        pairs = list(zip(leaves, is_traced, strict=True))
-        made.append(Outputs([None if t else leaf for leaf, t in pairs], is_traced, treedef))
+        made.append(([_TRACED if isinstance(x, jax.core.Tracer) else x for x in leaves], treedef))
         return leaves
 
     fn = eqns.trace_with(called, call.leaves, call.treedef, list(inputs))
     jaxpr = jax.make_jaxpr(fn)(*inputs.values())
-    return Trace(jaxpr, tuple(inputs), made.pop())
+    return Trace(jaxpr, tuple(inputs), _outputs(*made.pop(), _origins(jaxpr, inputs, call), call))
+
+
+def _origins(jaxpr: eqns.AnyJaxpr, inputs: Iterable[int], call: Call) -> list[int | None]:
+    """Returns, for each output of a call's jaxpr, the place of the leaf that it is."""
+    inner, consts = eqns.opened(jaxpr)
+    of_leaf = {id(leaf): place for place, leaf in enumerate(call.leaves)}
+    constants = zip(inner.constvars, consts, strict=True)
+    places = {var: of_leaf[id(const)] for var, const in constants if id(const) in of_leaf}
+    places |= zip(inner.invars, inputs, strict=True)
+    return list(sources_among(jaxpr, places))
+
+
+def _outputs(leaves: list[Any], treedef: Any, origins: list[int | None], call: Call) -> Outputs:
+    """Returns what leaves a function, without writes that change nothing.
+
+    Args:
+      leaves, treedef: of (result, writes); `_TRACED` for each output of the jaxpr.
+      origins: see `_origins`.
+      call: of the function.
+    """
+    outputs = (Output(number, origin) for number, origin in enumerate(origins))
+    leaves = [next(outputs) if leaf is _TRACED else leaf for leaf in leaves]
+    result, writes = treedef.unflatten(leaves)
+    assigned: dict[int, Any] = {}
+    if writes:
+        arguments = call.treedef.unflatten(map(Argument, range(len(call.leaves))))
+        writes, assigned = changes(arguments, writes)
+        leaves, treedef = jax.tree.flatten((result, writes))
+    return Outputs(leaves, treedef, assigned)
 
 
 class EagerTraces:
-    """The traces of one function that eager calls can use again."""
+    """The traces of one function that eager calls can use again, from any thread."""
 
     def __init__(self) -> None:
-        # By all that a trace depends on; None where it depends on the elements of an array.
-        self._known: collections.OrderedDict[Hashable, Trace | None] = collections.OrderedDict()
+        # By all that a trace depends on, the latest last.
+        self._known: collections.OrderedDict[Hashable, _Entry] = collections.OrderedDict()
+        self._lock = threading.Lock()
         self._is_off = False
+
+    def __hash__(self) -> int:
+        """Returns the identity: to `State`, what is kept here changes nothing."""
+        return id(self)
 
     def find(self, call: Call) -> Trace | None:
         """Returns the trace of a call, with all of its arrays as inputs, or None.
@@ -137,21 +178,58 @@ class EagerTraces:
         others = [leaf for place, leaf in enumerate(call.leaves) if place not in inputs]
         types = tuple((place, _type_of(value)) for place, value in inputs.items())
         try:
-            key = (call.treedef, types, State(call.fn, others), _settings())
-            is_known = key in self._known
+            state = State(call.fn, others)
+            key = (call.treedef, types, state, _settings())
+            with self._lock:
+                entry = self._known.setdefault(key, _Entry(state))
+                self._known.move_to_end(key)
+        except RuntimeError:  # another thread changes what the function reads
+            return None
         except (UnknownStateError, TypeError, ValueError):
             # The tree's static data may have no hash (TypeError), or compare by element.
             self._is_off = True
             return None
-        if not is_known:
-            try:
-                self._known[key] = _traced(call, inputs)
-            except Exception:  # with the elements known it works, or says why it does not
-                self._known[key] = None
-            if len(self._known) > _MOST_TRACES:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        return self._known[key]
+        with entry.lock:  # other threads wait for the trace rather than make their own
+            if not entry.is_made:
+                try:
+                    entry.trace = _traced(call, inputs)
+                except Exception:  # with the elements known it works, or says why it does not
+                    entry.trace = None
+                entry.is_made = True
+                self._forget()
+        return entry.trace
+
+    def _forget(self) -> None:
+        """Drops the traces that were not used for longest, where there are too many."""
+        with self._lock:
+            seen: set[int] = set()
+            size = most = 0
+            for n, (key, entry) in enumerate(list(reversed(self._known.items()))):
+                held = entry.held()
+                size += sum(nbytes for array, nbytes in held.items() if array not in seen)
+                seen |= held.keys()
+                most = most if n else size + _MOST_BYTES
+                if n >= _MOST_TRACES or (n >= _FEW_TRACES and size > most):
+                    del self._known[key]
+
+
+@dataclasses.dataclass(eq=False)
+class _Entry:
+    """A trace that is made once: None where it depends on the elements of an array.
+
+    Attributes:
+      state: of the function; it holds what the function reads.
+    """
+
+    state: State
+    trace: Trace | None = None
+    is_made: bool = False
+    lock: Any = field(default_factory=threading.RLock)
+
+    def held(self) -> dict[int, int]:
+        """Returns the number of bytes of each array that is held, by its identity."""
+        consts = () if self.trace is None else eqns.opened(self.trace.jaxpr)[1]
+        return {id(a): getattr(a, "nbytes", 0) for a in (*self.state.arrays(), *consts)}
 
 
 @jax.jit

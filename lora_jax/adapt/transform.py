@@ -14,7 +14,7 @@ from lora_jax.adapt import eqns
 from lora_jax.adapt.examples.axes import Axes, axes_of_result, follow_trace, mapped
 from lora_jax.adapt.examples.labels import Followed
 from lora_jax.adapt.interpreter import Interpreter
-from lora_jax.adapt.nnx_writes import refuse_adapted, write
+from lora_jax.adapt.nnx_writes import Output, write
 from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.sides import noted, warn_of_swapped
 from lora_jax.adapt.traces import Call, EagerTraces, Trace, trace
@@ -40,12 +40,14 @@ def adapt(
     as they are. The result commutes with `jit`, `grad`, `jvp`, `vmap`, `scan` and `remat`.
 
     What `fn` changes in an NNX module among its arguments (batch statistics, counters of random
-    streams, caches) is changed in the module that was passed.
+    streams, caches) is changed in the module that was passed. An adapted weight that `fn` assigns
+    to is merged, with a warning.
 
     An eager call traces `fn` and compiles its operations one by one; later calls that differ in
     nothing but the elements of arrays run these, without calling `fn` again. To know that, they
     compare other arguments, what `fn` closes over, globals that it names and attributes of objects
-    that it reaches. A `fn` that needs the elements of an array is traced in each call.
+    that it reaches. A `fn` that needs the elements of an array is traced in each call. Calls may
+    come from several threads.
 
     A use that has no factored form merges that weight at that place, with a `MergeWarning` that
     names the weight, the primitive and the line of your code.
@@ -118,29 +120,50 @@ def run(
     found = None if eager is None or _is_traced() else eager.find(call)
     steps = None if found is None else found.steps
     traced = trace(call) if found is None else found
-    refuse_adapted((args, kwargs), traced.outputs.writes, is_node)
+    _say_assigned(interpreter, traced, weights, (args, kwargs))
     if axes is not None:
         followed, _ = _followed(call, traced, weights, where, axes)
         interpreter = dataclasses.replace(interpreter, examples=followed)
     inputs = [weights.get(place, call.leaves[place]) for place in traced.places]
-    with noted() as seen:
-        values = interpreter.evaluate(traced.jaxpr, inputs, steps=steps)
-    warn_of_swapped(seen, traced.jaxpr, inputs)
     inner, _ = eqns.opened(traced.jaxpr)
-    given: dict[Any, Any] = {
-        var: nodes.get(p) for var, p in zip(inner.invars, traced.places, strict=True)
-    }
-    results = []
-    for atom, value in zip(inner.outvars, values, strict=True):
-        if isinstance(value, Factored):
-            same = None if eqns.is_literal(atom) else given.get(atom)
-            if same is None:
-                same = interpreter.merged(value, "output", place_of_call())
-            value = same
-        results.append(value)
+    needed = traced.outputs.origins
+    same = {n: nodes[origin] for n, origin in needed.items() if origin in nodes}
+    live = tuple(n in needed and n not in same for n in range(len(inner.outvars)))
+    with noted() as seen:
+        values = interpreter.evaluate(traced.jaxpr, inputs, live, steps)
+    warn_of_swapped(seen, traced.jaxpr, inputs)
+    assigned = {v.number for v in traced.outputs.assigned.values() if isinstance(v, Output)}
+    results = [same.get(n, value) for n, value in enumerate(values)]
+    for n, value in enumerate(results):
+        if isinstance(value, Factored) and n in assigned:
+            results[n] = value.merged()  # it has been said
+        elif isinstance(value, Factored):
+            results[n] = interpreter.merged(value, "output", place_of_call())
     result, writes = traced.outputs.filled(results)
     write((args, kwargs), writes)
     return result
+
+
+def _say_assigned(
+    interpreter: Interpreter, traced: Trace, weights: Mapping[int, Factored], arguments: Any
+) -> None:
+    """Warns of adapted weights of NNX modules that a function assigns to; they are merged.
+
+    Raises:
+      MergeError: under ``strict=True``, or where a merged weight would not do the same.
+    """
+    if not traced.outputs.assigned:
+        return
+    keyed, _ = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=is_leaf)
+    for place in traced.outputs.assigned:
+        key_path, node = keyed[place]
+        if not is_node(node) or isinstance(node, Trained):  # whose value it may change
+            continue
+        weight = weights.get(place)
+        if weight is None:
+            labels: Any = ("batch",) * len(node.shape)
+            weight = Factored(node.base, {}, labels, path=path_string(key_path[2:]))
+        interpreter.say_merged(weight, "assignment", place_of_call())
 
 
 def follow(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Any, axes: Axes) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 from lora_jax.adapt import eqns
 from lora_jax.adapt.examples.labels import At, Followed, Kernel, Known, Mixed
 from lora_jax.adapt.examples.walk import followed
+from lora_jax.adapt.nnx_writes import Output
 from lora_jax.adapt.traces import Call, Trace
 from lora_jax.adapt.user_code import place_of_call
 from lora_jax.factored import ExamplesError, Factored
@@ -131,12 +132,12 @@ def axes_of_result(traced: Trace, found: Followed, n: int, expected: Any) -> Any
     """
     inner, _ = eqns.opened(traced.jaxpr)
     types = [eqns.type_of(atom) for atom in inner.outvars]
-    left = iter(zip(found.outputs, types, strict=True))
+    known = list(zip(found.outputs, types, strict=True))
     each = [
-        next(left) if is_traced else (None, leaf)
-        for leaf, is_traced in zip(traced.outputs.leaves, traced.outputs.is_traced, strict=True)
+        known[leaf.number] if isinstance(leaf, Output) else (None, leaf)
+        for leaf in traced.outputs.leaves
     ]
-    axes = [_axis(known, np.shape(value), n) for known, value in each]
+    axes = [_axis(one, np.shape(value), n) for one, value in each]
     result, writes = traced.outputs.treedef.unflatten(range(len(axes)))
     if any(axes[place] is not None for place in jax.tree.leaves(writes)):
         raise ExamplesError("the function writes what depends on the examples")

@@ -45,9 +45,8 @@ def followed(jaxpr: eqns.AnyJaxpr, given: Sequence[Known], n: int) -> Followed:
       n: the number of examples.
     """
     known, key = _FOLLOWED.setdefault(jaxpr, {}), (tuple(given), n)
-    if key not in known:
-        known[key] = _Walk(n).through(jaxpr, key[0])
-    return known[key]
+    found = known.get(key)
+    return found or known.setdefault(key, _Walk(n).through(jaxpr, key[0]))
 
 
 class _Walk:

@@ -75,14 +75,20 @@ def _constants(
 
 
 def _scan(interpreter: Interpreter, use: Use) -> list[Any]:
-    """Slices stacks with their factors; treats a weight that is carried unchanged as a constant."""
+    """Slices stacks with their factors; treats a weight that is carried unchanged as a constant.
+
+    A stack of a weight's own slices is that weight.
+    """
     scan = eqns.scan_of(use.eqn)
     n_fixed = scan.n_consts + scan.n_carry
     consts, stacks = use.values[: scan.n_consts], use.values[n_fixed:]
     carries = dict(enumerate(use.values[scan.n_consts : n_fixed]))
     constant = _constants(interpreter, use, scan.body, carries, scan.n_consts)
     rebuilders, sliced = zip(*map(_sliced, stacks), strict=True) if stacks else ((), ())
-    body = interpreter.function(scan.body)
+    same = _restacked(use, scan)
+    live = tuple(w and p not in same for p, w in enumerate(use.live))
+    live = (*(True,) * scan.n_carry, *live[scan.n_carry :])
+    body = interpreter.function(scan.body, None if all(live) else live)
     steps = jnp.arange(scan.length) if _has_keys(use.values) else None
 
     def step(carry: dict[int, Any], xs: Any) -> tuple[dict[int, Any], list[Any]]:
@@ -99,8 +105,18 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Any]:
 
     how = {"length": scan.length, "reverse": scan.reverse, "unroll": scan.unroll}
     carry, ys = lax.scan(step, carries, (sliced, steps), **how)
-    final = constant | carry
-    return [*(final[place] for place in range(scan.n_carry)), *ys]
+    final = constant | carry | dict(enumerate(ys, scan.n_carry)) | same
+    return [final[place] for place in range(len(live))]
+
+
+def _restacked(use: Use, scan: eqns.Scan) -> dict[int, Factored]:
+    """Returns, by the place of an output, the weight whose slices a scan stacks up again."""
+    n_fixed = scan.n_consts + scan.n_carry
+    if not any(isinstance(value, Factored) for value in use.values[n_fixed:]):
+        return {}
+    stacked = enumerate(sources(scan.body)[scan.n_carry :], scan.n_carry)
+    found = {p: use.values[s] for p, s in stacked if s is not None and s >= n_fixed}
+    return {place: value for place, value in found.items() if isinstance(value, Factored)}
 
 
 def _sliced(value: Any) -> tuple[Callable[[Any], Any], Any]:
@@ -128,7 +144,11 @@ def _sliced(value: Any) -> tuple[Callable[[Any], Any], Any]:
 
 
 def _while(interpreter: Interpreter, use: Use) -> list[Any]:
-    """Keeps the factors of constants, and of weights that are carried unchanged."""
+    """Keeps the factors of constants, and of weights that are carried unchanged.
+
+    Under `jax.vmap`, a condition has one value for each example: the loop goes on while one of them
+    does, and the others keep their state.
+    """
     loop = eqns.while_of(use.eqn)
     n_condition, n_body = loop.n_condition_consts, loop.n_body_consts
     of_condition = use.values[:n_condition]
@@ -137,6 +157,7 @@ def _while(interpreter: Interpreter, use: Use) -> list[Any]:
     n_carry = len(init)
     constant = _constants(interpreter, use, loop.body, init, n_body)
     condition, body = map(interpreter.function, (loop.condition, loop.body))
+    n_axes = eqns.type_of(eqns.opened(loop.condition)[0].outvars[0]).ndim
 
     def arguments(consts: list[Any], state: tuple[Any, dict[int, Any]]) -> list[Any]:
         index, carry = state
@@ -145,11 +166,17 @@ def _while(interpreter: Interpreter, use: Use) -> list[Any]:
         return [*(at_site(value, index) for value in consts), *ordered]
 
     def go_on(state: tuple[Any, dict[int, Any]]) -> jax.Array:
-        return condition(*arguments(of_condition, state))[0]
+        goes_on = condition(*arguments(of_condition, state))[0]
+        return goes_on.any() if n_axes else goes_on
 
     def step(state: tuple[Any, dict[int, Any]]) -> tuple[Any, dict[int, Any]]:
-        outputs, index = body(*arguments(of_body, state)), state[0]
-        kept = {p: _plain(interpreter, outputs[p], use, "as a carry") for p in state[1]}
+        outputs, (index, before) = body(*arguments(of_body, state)), state
+        kept = {p: _plain(interpreter, outputs[p], use, "as a carry") for p in before}
+        if n_axes:
+            goes_on = condition(*arguments(of_condition, state))[0]
+            for p, after in kept.items():
+                axes = range(n_axes, after.ndim)
+                kept[p] = jnp.where(lax.expand_dims(goes_on, axes), after, before[p])
         return (None if index is None else index + 1), kept
 
     start = jnp.int32(0) if _has_keys(use.values) else None

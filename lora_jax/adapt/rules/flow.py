@@ -1,6 +1,6 @@
 """Finds, without running a jaxpr, which inputs it returns and which outputs may be weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.extend.core import JaxprEqn
@@ -8,58 +8,104 @@ from jax.extend.core import JaxprEqn
 from lora_jax.adapt import eqns
 
 Sources = tuple[int | None, ...]
+# The place of an operand, and the order in which its axes come out.
+_Moved = tuple[int, tuple[int, ...]]
 _CALLS = frozenset({"jit", "pjit", "closed_call", "remat2", "checkpoint"})
 
 
 def sources(jaxpr: eqns.AnyJaxpr) -> Sources:
     """Returns, for each output that is an input, that input's place; None for other outputs.
 
-    It looks into functions, loops and branches.
+    It looks into functions, loops and branches, and follows axes that are moved away and back.
     """
     inner, _ = eqns.opened(jaxpr)
-    where: dict[Any, int] = {var: place for place, var in enumerate(inner.invars)}
+    known = {var: place for place, var in enumerate(inner.invars)}
+    return tuple(map(_unmoved, _origins(jaxpr, known)))
 
-    def found(atoms: Sequence[Any], place: int | None) -> int | None:
-        is_known = place is not None and not eqns.is_literal(atoms[place])
-        return where.get(atoms[place]) if is_known else None  # type: ignore[index]
 
-    for eqn in inner.eqns:
-        for out, place in zip(eqn.outvars, _through(eqn), strict=True):
-            origin = found(eqn.invars, place)
-            if origin is not None:
-                where[out] = origin
-    return tuple(found(inner.outvars, place) for place in range(len(inner.outvars)))
+def sources_among(jaxpr: eqns.AnyJaxpr, places: Mapping[Any, int]) -> Sources:
+    """Like `sources`, for outputs that are one of some variables, by these variables' places."""
+    return tuple(map(_unmoved, _origins(jaxpr, places)))
 
 
 def agreed_sources(branches: Sequence[eqns.AnyJaxpr]) -> Sources:
     """Returns, for each output, the input that every branch returns; None where they differ."""
-    each = zip(*map(sources, branches), strict=True)
-    return tuple(places[0] if len(set(places)) == 1 else None for places in each)
+    return tuple(_agreed(places) for places in zip(*map(sources, branches), strict=True))
 
 
-def _through(eqn: JaxprEqn) -> Sources:
+def _unmoved(moved: _Moved | None) -> int | None:
+    """Returns the place of an operand that comes out as it went in."""
+    if moved is None or moved[1] != tuple(range(len(moved[1]))):
+        return None
+    return moved[0]
+
+
+def _agreed(each: Sequence[Any]) -> Any:
+    return each[0] if len(set(each)) == 1 else None
+
+
+def _origins(jaxpr: eqns.AnyJaxpr, known: Mapping[Any, int]) -> list[_Moved | None]:
+    """Returns, for each output, which of the known variables it is."""
+    inner, _ = eqns.opened(jaxpr)
+    made_by = {out: (eqn, n) for eqn in inner.eqns for n, out in enumerate(eqn.outvars)}
+    entered: dict[int, Sequence[_Moved | None]] = {}  # by the identity of an equation
+
+    def found(atom: Any) -> _Moved | None:
+        order = tuple(range(getattr(eqns.type_of(atom), "ndim", 0)))
+        while not eqns.is_literal(atom) and atom not in known:
+            if atom not in made_by:
+                return None
+            eqn, n = made_by[atom]
+            if id(eqn) not in entered:
+                entered[id(eqn)] = _through(eqn)
+            moved = entered[id(eqn)][n]
+            if moved is None:
+                return None
+            atom, order = eqn.invars[moved[0]], tuple(moved[1][axis] for axis in order)
+        return None if eqns.is_literal(atom) else (known[atom], order)
+
+    return list(map(found, inner.outvars))
+
+
+def _of_inputs(jaxpr: eqns.AnyJaxpr) -> list[_Moved | None]:
+    inner, _ = eqns.opened(jaxpr)
+    return _origins(jaxpr, {var: place for place, var in enumerate(inner.invars)})
+
+
+def _through(eqn: JaxprEqn) -> Sequence[_Moved | None]:
     """Returns, for each output of an equation, the operand that it is."""
-    name, nothing = eqn.primitive.name, (None,) * len(eqn.outvars)
+    name = eqn.primitive.name
+    if name == "transpose":
+        return [(0, tuple(eqn.params["permutation"]))]
     if name in _CALLS:
-        return sources(_called(eqn))
+        return _of_inputs(_called(eqn))
     if name == "cond":
-        each = [sources(branch) for branch in eqn.params["branches"]]
-        agreed = [
-            places[0] if len(set(places)) == 1 else None for places in zip(*each, strict=True)
-        ]
-        return tuple(None if place is None else place + 1 for place in agreed)
+        each = zip(*map(_of_inputs, eqn.params["branches"]), strict=True)
+        return [_after(_agreed(one), 1) for one in each]
     if name == "scan":
         scan = eqns.scan_of(eqn)
-        return (
-            _carried(sources(scan.body)[: scan.n_carry], scan.n_consts, 0) + nothing[scan.n_carry :]
-        )
+        of_body = _of_inputs(scan.body)
+        n_fixed = scan.n_consts + scan.n_carry
+        ys = [_stacked(one) if one and one[0] >= n_fixed else None for one in of_body]
+        return [*_carried(of_body[: scan.n_carry], scan.n_consts, 0), *ys[scan.n_carry :]]
     if name == "while":
         loop = eqns.while_of(eqn)
-        return _carried(sources(loop.body), loop.n_body_consts, loop.n_condition_consts)
-    return nothing
+        return _carried(_of_inputs(loop.body), loop.n_body_consts, loop.n_condition_consts)
+    return [None] * len(eqn.outvars)
 
 
-def _carried(carries: Sources, first: int, before: int) -> Sources:
+def _after(moved: _Moved | None, before: int) -> _Moved | None:
+    """Returns an operand's place where `before` others come first."""
+    return None if moved is None else (before + moved[0], moved[1])
+
+
+def _stacked(moved: _Moved) -> _Moved:
+    """Returns what a stack of slices is, where each is a slice of an operand, its axes moved."""
+    place, order = moved
+    return place, (0, *(axis + 1 for axis in order))
+
+
+def _carried(carries: Sequence[_Moved | None], first: int, before: int) -> list[_Moved | None]:
     """Returns the operands of a loop that it carries unchanged.
 
     Args:
@@ -67,8 +113,8 @@ def _carried(carries: Sources, first: int, before: int) -> Sources:
       first: the place of the first carry among the body's arguments.
       before: the number of the loop's operands that the body does not take, which come first.
     """
-    same = (source == first + place for place, source in enumerate(carries))
-    return tuple(before + first + place if kept else None for place, kept in enumerate(same))
+    same = (_unmoved(moved) == first + place for place, moved in enumerate(carries))
+    return [_after(m, before) if kept else None for m, kept in zip(carries, same, strict=True)]
 
 
 def may_be_weights(jaxpr: eqns.AnyJaxpr, given: Sequence[bool]) -> tuple[bool, ...]:
@@ -101,13 +147,14 @@ def _passed_on(eqn: JaxprEqn, operands: list[bool]) -> Sequence[bool]:
         each = (may_be_weights(branch, operands[1:]) for branch in eqn.params["branches"])
         return [all(outputs) for outputs in zip(*each, strict=True)]
     if name in ("scan", "while"):
-        return [place is not None and operands[place] for place in _through(eqn)]
+        return [moved is not None and operands[moved[0]] for moved in _through(eqn)]
     if name == "dot_general":
         return [all(operands)]
     return [name not in _ENDS] * n_outputs
 
 
 _ENDS = frozenset({"conv_general_dilated", "ragged_dot_general", "shard_map"})
+_ENDS |= {"custom_linear_solve"}
 _ENDS |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 
 

@@ -14,6 +14,7 @@ from lora_jax.adapt.rules.lookups import LOOK_UP_RULES
 from lora_jax.adapt.rules.products import PRODUCT_RULES
 from lora_jax.adapt.rules.ragged import RAGGED_RULES
 from lora_jax.adapt.rules.reductions import REDUCTION_RULES
+from lora_jax.adapt.rules.solves import SOLVE_RULES
 
 RULES: dict[str, Rule] = {
     **PRODUCT_RULES,
@@ -25,4 +26,5 @@ RULES: dict[str, Rule] = {
     **REDUCTION_RULES,
     **CHOICE_RULES,
     **CONTROL_RULES,
+    **SOLVE_RULES,
 }

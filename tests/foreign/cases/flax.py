@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tests.foreign.case import Case, Made, rule
+from tests.foreign.nnx_modules import Wrap, both
 from tests.support import LinenModel, draw
 
 X = draw(9, (2, 13, 6))
@@ -32,27 +33,29 @@ class _Convolutional(nnx.Module):
         return self.out(jax.nn.gelu(self.norm(self.conv(x))))
 
 
-def _nnx(module: nnx.Module, x: jax.Array) -> Made:
+def _nnx(module: nnx.Module, x: jax.Array, wrap: Wrap) -> Made:
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+    called = wrap(lambda module, x: module(x))
 
     def fn(params, rest, x):  # type: ignore[no-untyped-def]
         module = nnx.merge(graphdef, params, rest)
-        return module(x), nnx.state(module, nnx.BatchStat)
+        return called(module, x), nnx.state(module, nnx.BatchStat)
 
     return Made(fn, params, (rest, x))
 
 
-def _attention() -> Made:
-    return _nnx(nnx.MultiHeadAttention(3, 6, qkv_features=15, decode=False, rngs=nnx.Rngs(1)), X)
+def _attention(wrap: Wrap) -> Made:
+    module = nnx.MultiHeadAttention(3, 6, qkv_features=15, decode=False, rngs=nnx.Rngs(1))
+    return _nnx(module, X, wrap)
 
 
-def _tied() -> Made:
+def _tied(wrap: Wrap) -> Made:
     module = nnx.Embed(11, 5, rngs=nnx.Rngs(1))
     graphdef, params = nnx.split(module)
+    called = wrap(lambda embed, ids: embed.attend(jnp.tanh(embed(ids))))
 
     def fn(params, ids):  # type: ignore[no-untyped-def]
-        embed = nnx.merge(graphdef, params)
-        return embed.attend(jnp.tanh(embed(ids)))
+        return called(nnx.merge(graphdef, params), ids)
 
     return Made(fn, params, (jnp.array([[3, 0, 9], [10, 3, 1]]),), rule(["embedding"]))
 
@@ -74,13 +77,13 @@ CASES = (
         lambda: _linen(nn.RNN(nn.OptimizedLSTMCell(7)), X),
         by_hand=True,
     ),
-    Case(
+    *both(
         "flax",
         "NNX: Conv, BatchNorm, Linear",
         "merge; outputs and new statistics",
         2,
-        lambda: _nnx(_Convolutional(nnx.Rngs(1)), IMAGES),
+        lambda wrap: _nnx(_Convolutional(nnx.Rngs(1)), IMAGES, wrap),
     ),
-    Case("flax", "NNX: MultiHeadAttention", "merge", 4, _attention, by_hand=True),
-    Case("flax", "NNX: Embed, looked up and tied", "merge", 1, _tied),
+    *both("flax", "NNX: MultiHeadAttention", "merge", 4, _attention, by_hand=True),
+    *both("flax", "NNX: Embed, looked up and tied", "merge", 1, _tied),
 )

@@ -3,6 +3,7 @@
 import jax
 
 from tests.foreign.case import Case, Made, rule
+from tests.foreign.nnx_modules import Wrap, both
 from tests.support import draw
 
 
@@ -21,7 +22,7 @@ def _nano_moe() -> Made:
     return Made(lambda p, ids: model.apply({"params": p}, ids), params, (ids,), every)
 
 
-def _vision_transformer() -> Made:
+def _vision_transformer(wrap: Wrap) -> Made:
     """A convolution into patches, two blocks of attention and MLP, a head."""
     from flax import nnx
     from jax.experimental import checkify
@@ -31,10 +32,11 @@ def _vision_transformer() -> Made:
     model = VisionTransformer(**sizes, num_classes=5, rngs=nnx.Rngs(1))
     model.eval()
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    called = wrap(lambda model, x: model(x, deterministic=True))
 
     def fn(params, rest, x):  # type: ignore[no-untyped-def]  # the model checks its input
         run = checkify.checkify(
-            lambda params, rest, x: nnx.merge(graphdef, params, rest)(x, deterministic=True)
+            lambda params, rest, x: called(nnx.merge(graphdef, params, rest, copy=True), x)
         )
         return run(params, rest, x)[1]
 
@@ -43,5 +45,7 @@ def _vision_transformer() -> Made:
 
 CASES = (
     Case("nano-moe-jax", "NanoMoE, two blocks of three experts", "apply", 20, _nano_moe),
-    Case("jaxnn", "VisionTransformer, two blocks", "merge under checkify", 10, _vision_transformer),
+    *both(
+        "jaxnn", "VisionTransformer, two blocks", "merge under checkify", 10, _vision_transformer
+    ),
 )
