@@ -1,6 +1,6 @@
 """Batches of the adapters of one stack, which its compiled step takes in the same shapes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,11 +9,16 @@ import numpy as np
 from lora_jax.bank.stored import BankError
 
 
-def alike(batches: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns batches in the same shapes: filled up to the largest with zeros.
+def calls_of(batches: Mapping[str, Any], *, draws: bool) -> Sequence[Mapping[str, Any]]:
+    """Returns the calls that take a step with each batch: one for all, or one for each.
+
+    Batches of other shapes are filled up to the largest with zeros and share a call. Where the
+    loss draws random numbers, each has a call of its own instead: what is drawn for an array
+    depends on its shape, and an adapter draws what it draws alone.
 
     Args:
       batches: by the adapter's name, arrays by name.
+      draws: whether the loss draws random numbers (dropout, noise).
 
     Raises:
       BankError: they have other shapes, and no "weights", of which 0 is for what does not count.
@@ -22,7 +27,9 @@ def alike(batches: Mapping[str, Any]) -> Mapping[str, Any]:
     first, *others = shapes
     wrong = next((name for name in others if shapes[name] != shapes[first]), None)
     if wrong is None:
-        return batches
+        return [batches]
+    if draws:
+        return [{name: batch} for name, batch in batches.items()]
     if not all(
         "weights" in batch and batch.keys() == batches[first].keys() for batch in batches.values()
     ):
@@ -39,7 +46,8 @@ def alike(batches: Mapping[str, Any]) -> Mapping[str, Any]:
     def filled(array: Any, shape: Any) -> np.ndarray:
         return np.pad(array, [(0, more) for more in np.subtract(shape, np.shape(array))])
 
-    return {
+    whole = {
         name: {key: filled(array, largest[key]) for key, array in batch.items()}
         for name, batch in batches.items()
     }
+    return [whole]
