@@ -193,7 +193,7 @@ class ValueSlots(_Slots):
 
     def chosen(self, ids: jax.Array) -> "ValueSlots":
         """Returns the leaf with the value of each example of a batch."""
-        value = _taken(self.arrays, ids - (self.base is not None), 0)["value"]
+        value = _taken(self.arrays, ids - int(self.base is not None), 0)["value"]
         each = range(1, value.ndim)
         if self.base is not None:
             is_base = jnp.expand_dims(ids == 0, each)

@@ -1,5 +1,7 @@
 """An adapter beside others draws what it draws alone, whatever the others' batches are like."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,13 +72,18 @@ def batch(name, step, rows, seq, filled=0):
     return {name: np.pad(x, wider[name]) for name, x in found.items()}
 
 
-def alone(one, batches):
-    adapter, base = lj.split(one.params)
-    optimizer = training.make_optimizer(one.optimizer, one.schedule, one.params)
-    noisy = neftune(FORWARD, one.noise) if one.noise else FORWARD
+def runs_alone(like):
+    """Returns a function that trains an adapter like this one alone."""
+    noisy = neftune(FORWARD, like.noise) if like.noise else FORWARD
+    optimizer = training.make_optimizer(like.optimizer, like.schedule, like.params)
     step = jax.jit(
-        training.make_step(noisy, optimizer, one.schedule, dropout=True, loss=one.loss)
+        training.make_step(noisy, optimizer, like.schedule, dropout=True, loss=like.loss)
     )
+    return functools.partial(alone, optimizer, step)
+
+
+def alone(optimizer, step, one, batches):
+    adapter, base = lj.split(one.params)
     state = training.init_state(adapter, optimizer, one.key)
     for given in batches:
         state, metrics = step(state, base, given)
@@ -84,7 +91,7 @@ def alone(one, batches):
 
 
 # The lengths of one's rows and of the other's, step by step.
-LENGTHS = [(6, 9), (4, 4), (9, 6), (6, 6), (6, 9)]
+LENGTHS = [(6, 9), (6, 6), (9, 6), (6, 6), (6, 9)]
 
 
 @pytest.mark.parametrize(
@@ -106,19 +113,20 @@ def test_dropout_and_noise_beside_longer_rows(how):
     }
     for n in range(len(LENGTHS)):
         metrics = together.step({name: given[name][n] for name in tenants})
+    train = runs_alone(tenants["mine"])
     for name, one in tenants.items():
-        expected, loss = alone(one, given[name])
+        expected, loss = train(one, given[name])
         assert_close(together.state(name).adapter, expected, 1e-6)
         assert_close(metrics[name]["loss"], loss, 1e-6)
     # The control: what a batch draws as its neighbour's fills it up.
     filled = [batch("mine", n, 4, a, max(a, b) - a) for n, (a, b) in enumerate(LENGTHS)]
-    other, _ = alone(tenants["mine"], filled)
+    other, _ = train(tenants["mine"], filled)
     mine = together.state("mine").adapter
     differ = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), other, mine)
     assert max(jax.tree.leaves(differ)) > 0.01
     (stack,) = together._stacks.values()
     # One program a shape, and one for all where they agree.
-    assert (stack._steps.of_one._cache_size(), stack._steps.of_all._cache_size()) == (2, 2)
+    assert (stack._steps.of_one._cache_size(), stack._steps.of_all._cache_size()) == (2, 1)
 
 
 def test_without_draws_batches_share_a_call():
