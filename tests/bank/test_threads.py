@@ -1,4 +1,4 @@
-"""What was chosen stays as it is while it is held; threads share a bank, and adapters that train."""
+"""What was chosen stays as it is while it is held; threads share what is chosen from."""
 
 import random
 import threading
