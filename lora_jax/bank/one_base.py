@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+
 from lora_jax.bank.stored import BankError
 from lora_jax.base import is_abstract
 from lora_jax.saving.fingerprint import base_fingerprint, differing
@@ -43,7 +45,7 @@ class OneBase:
         for path, leaf in theirs.items():
             here = leaf.base if is_node(leaf) and not isinstance(leaf, Trained) else leaf
             mine = self.leaves[path]
-            if not (here is mine or isinstance(leaf, Trained) or is_abstract((here, mine))):
+            if not (isinstance(leaf, Trained) or is_abstract((here, mine)) or _is(here, mine)):
                 unlike[path] = here
         found = base_fingerprint(unlike)
         for path in unlike.keys() - self._sums.keys():
@@ -54,6 +56,13 @@ class OneBase:
                 f"{what} is over another base: {len(wrong)} frozen leaves have other values, "
                 f"{', '.join(wrong[:3])} among them. {_REMEDY}"
             )
+
+
+def _is(here: Any, mine: Any) -> bool:
+    """Returns whether two leaves are the same object, or hold the same arrays (codes, say)."""
+    pairs = zip(jax.tree.leaves(here), jax.tree.leaves(mine), strict=False)
+    same_form = jax.tree.structure(here) == jax.tree.structure(mine)
+    return here is mine or (same_form and all(a is b for a, b in pairs))
 
 
 _REMEDY = (

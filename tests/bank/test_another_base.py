@@ -10,7 +10,7 @@ import lora_jax as lj
 from lora_jax.bank import Bank, BankError, Tenant, Together, choose, mixed
 from lora_jax.bank import one_base as one_base_module
 from lora_jax.bank import slots as slots_module
-from tests.support import assert_identical, draw, with_random_factors
+from tests.support import assert_close, assert_identical, draw, with_random_factors
 
 RULES = [lj.LoraRule(targets=["up"], rank=2, alpha=3.0)]
 
@@ -61,7 +61,10 @@ def test_another_base(case):
 
 
 def test_the_same_base_elsewhere(monkeypatch):
-    """Copies are compared by checksums, the base's own once; the base's own arrays by none."""
+    """Copies are compared by checksums, the base's own once; the base's own arrays by none.
+
+    Also where they are in codes, which placing and mapping put together anew.
+    """
     calls = []
     real = one_base_module.base_fingerprint
     monkeypatch.setattr(
@@ -75,6 +78,29 @@ def test_the_same_base_elsewhere(monkeypatch):
     for name in "bc":
         bank.add(name, adapted(jax.tree.map(np.array, PARAMS)))
     assert sorted(calls) == sorted(["norm", "up/kernel"] * 3)
+    coded = lj.quantized.quantize({"up": {"kernel": draw(1, (64, 7))}, "norm": PARAMS["norm"]})
+    bank = Bank(coded, RULES, slots=1)
+    calls.clear()
+    bank.add("a", adapted(jax.tree.map(lambda x: x, coded)))
+    assert calls == []
+    bank.add("b", adapted(jax.tree.map(jnp.array, coded)))
+    assert sorted(calls) == sorted(["norm", "up/kernel"] * 2)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_mixed_batches_over_codes(one_by_one):
+    """Each row by its own adapter, or by the codes alone."""
+    coded = lj.quantized.quantize({"up": {"kernel": draw(1, (64, 7))}, "norm": PARAMS["norm"]})
+    bank = Bank(coded, RULES, slots=2)
+    trees = {name: adapted(coded, seed) for seed, name in enumerate("ab")}
+    for name, tree in trees.items():
+        bank.add(name, tree)
+    x, names = draw(5, (4, 64)), ["b", "base", "a", "b"]
+    found = jax.jit(mixed(run, one_by_one=one_by_one))(bank.choose(names), x)
+    forward = jax.jit(lj.adapt(run))
+    rows = [forward(trees.get(n, coded), x[i : i + 1]) for i, n in enumerate(names)]
+    assert_close(found, jnp.concatenate(rows), 1e-5)
+    assert jnp.abs(found - forward(coded, x)).max() > 0.1
 
 
 def test_the_name_of_the_base():
