@@ -60,9 +60,11 @@ class OneBase:
 
 def _is(here: Any, mine: Any) -> bool:
     """Returns whether two leaves are the same object, or hold the same arrays (codes, say)."""
-    pairs = zip(jax.tree.leaves(here), jax.tree.leaves(mine), strict=False)
-    same_form = jax.tree.structure(here) == jax.tree.structure(mine)
-    return here is mine or (same_form and all(a is b for a, b in pairs))
+    forms: list[Any] = [jax.tree.structure(leaf) for leaf in (here, mine)]
+    if here is mine or forms[0] != forms[1]:
+        return here is mine
+    pairs = zip(jax.tree.leaves(here), jax.tree.leaves(mine), strict=True)
+    return all(a is b for a, b in pairs)
 
 
 _REMEDY = (

@@ -197,8 +197,8 @@ def shardings_of(coded: Coded, of_array: NamedSharding) -> Coded:
 
 @functools.lru_cache(maxsize=256)
 def _encoder(coding: Coding, dtype: Any, treedef: Any, places: Any) -> Any:
-    how = {} if places is None else {"out_shardings": (treedef.unflatten(places), None)}
-    return jax.jit(lambda array: _encoded(array, coding, dtype), **how)
+    where = None if places is None else (treedef.unflatten(places), None)
+    return jax.jit(lambda array: _encoded(array, coding, dtype), out_shardings=where)
 
 
 def _encoded(array: jax.Array, coding: Coding, dtype: Any) -> tuple[Coded, jax.Array]:
