@@ -2,6 +2,7 @@
 
 import functools
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import peft
+from lora_jax.bank.held import Held
+from lora_jax.bank.locked import locked
 from lora_jax.bank.mixing import Choice, choose
+from lora_jax.bank.one_base import OneBase
 from lora_jax.bank.slots import WeightSlots, empty_slots, map_slots, slots_of
 from lora_jax.bank.stored import Adapter, BankError, compile_variant, stored, values_of
 from lora_jax.lorafy import lorafy, nodes_of
@@ -31,11 +35,7 @@ class Bank:
     Their factors lie side by side in slots on the device; slot 0 is the base alone. Adding,
     removing and replacing adapters compiles nothing anew, nor does mixing them in a batch. Each
     adapter is kept on the host as well: where there are more of them than slots, the most recently
-    used ones have slots.
-
-    Attributes:
-      tree: the base with slots in place of each adapted leaf: an argument for `choose`. It holds
-        the base's own arrays.
+    used ones have slots. Threads may share a bank.
 
     >>> from lora_jax.bank import Bank, mixed
     >>> params = {"dense": {"kernel": jnp.ones((4, 3))}}
@@ -69,20 +69,34 @@ class Bank:
         """
         if slots < 1:
             raise ValueError(f"Bank: {slots} slots: at least 1 is needed")
-        self._model, self._params = model, params
-        self.tree = _with_slots(params, rules, slots + 1)
-        self._slots = slots_of(self.tree)
-        self._base = {p: leaf for p, leaf in leaves_of(params)[0] if p in self._slots}
+        self._model, self._params, self._base = model, params, OneBase(params)
+        self._tree = _with_slots(params, rules, slots + 1)
+        self._slots, self._held = slots_of(self._tree), Held()
+        self._lock = threading.RLock()  # held by all that reads or changes what follows
         self._kept: dict[str, Adapter] = {}
         # Names by slot, the least recently used first.
         self._resident: dict[int, str | None] = dict.fromkeys(range(1, slots + 1))
 
     @property
+    @locked
+    def tree(self) -> Any:
+        """The base with slots in place of each adapted leaf: an argument for `choose`.
+
+        It holds the base's own arrays, and the slots' as they are now: while it is held, adapters
+        that come or go do not change it.
+        """
+        tree = map_slots(lambda _, slots: slots.replace(), self._tree)
+        self._held.watch(tree)
+        return tree
+
+    @property
+    @locked
     def names(self) -> tuple[str, ...]:
         """The names of the adapters, the base's not among them."""
         return tuple(self._kept)
 
     @property
+    @locked
     def resident(self) -> tuple[str, ...]:
         """The names of the adapters that have a slot, the least recently used first."""
         return tuple(name for name in self._resident.values() if name is not None)
@@ -109,28 +123,36 @@ class Bank:
           name: to choose it by.
           adapter: an adapted tree over the same base; or a folder that `lora_jax.save_adapter` or
             PEFT wrote.
-          allow_base_mismatch: accept a folder's adapter that was trained on another base of the
-            same shapes.
+          allow_base_mismatch: accept an adapter of another base of the same shapes. (PEFT's folders
+            do not say what they were trained on.)
 
         Raises:
-          BankError: the name is taken, or the adapter does not fit.
+          BankError: the name is taken, or the adapter does not fit, or is over another base.
           ValueError: the folder cannot be read; see `lora_jax.load_adapter` and
             `lora_jax.peft.load`.
         """
-        if name in self._kept or name == BASE:
-            what = "is the base" if name == BASE else "is taken; see Bank.replace"
-            raise BankError(f"bank: the name {name!r} {what}")
-        self._put(name, self._read(adapter, allow_base_mismatch))
+        with self._lock:
+            self._check_free(name)
+        adapter = self._read(name, adapter, allow_base_mismatch)
+        with self._lock:
+            self._check_free(name)
+            self._put(name, adapter)
 
     def replace(self, name: str, adapter: Any, *, allow_base_mismatch: bool = False) -> None:
         """Replaces an adapter, in its slot; the arguments are those of `add`.
 
         Raises:
-          BankError: there is no adapter of that name, or the new one does not fit.
+          BankError: there is no adapter of that name, or the new one does not fit, or is over
+            another base.
         """
-        self._check_there(name)
-        self._put(name, self._read(adapter, allow_base_mismatch))
+        with self._lock:
+            self._check_there(name)
+        adapter = self._read(name, adapter, allow_base_mismatch)
+        with self._lock:
+            self._check_there(name)
+            self._put(name, adapter)
 
+    @locked
     def remove(self, name: str) -> None:
         """Removes an adapter; its slot is free.
 
@@ -148,8 +170,9 @@ class Bank:
         Raises:
           BankError: there is no adapter of that name.
         """
-        self._check_there(name)
-        adapter = self._kept[name]
+        with self._lock:
+            self._check_there(name)
+            adapter = self._kept[name]
         leaves, treedef = leaves_of(self._params)
 
         def node(path: str, leaf: Any) -> Any:
@@ -160,6 +183,7 @@ class Bank:
 
         return treedef.unflatten(node(path, leaf) for path, leaf in leaves)
 
+    @locked
     def ids(self, names: Iterable[str]) -> jax.Array:
         """Returns the slot of each name, [names] int32; gives slots to those that have none.
 
@@ -193,6 +217,9 @@ class Bank:
     def choose(self, names: Iterable[str] | jax.Array) -> Choice:
         """Returns the bank's tree for a batch, to be passed where a function takes parameters.
 
+        Nothing is copied. A choice stays as it is while someone holds it: if adapters are loaded,
+        replaced or added meanwhile, the bank goes on with a copy of the slots' arrays.
+
         Args:
           names: the adapter of each example; or their slots, [examples] int.
 
@@ -202,13 +229,22 @@ class Bank:
 
         See the example of `Bank`.
         """
-        ids = names if isinstance(names, (jax.Array, np.ndarray)) else self.ids(names)
-        return choose(self.tree, ids)
+        with self._lock:  # names have these slots in this tree
+            ids = names if isinstance(names, (jax.Array, np.ndarray)) else self.ids(names)
+            tree = self.tree
+        return choose(tree, ids)
 
-    def _read(self, adapter: Any, allow_base_mismatch: bool) -> Any:
-        if not isinstance(adapter, (str, os.PathLike)):
-            return adapter
-        folder = Path(adapter)
+    def _read(self, name: str, adapter: Any, allow_base_mismatch: bool) -> Adapter:
+        """Returns an adapter from a tree or a folder, once it fits."""
+        tree = adapter
+        if isinstance(adapter, (str, os.PathLike)):
+            tree = self._loaded(Path(adapter), allow_base_mismatch)
+        found = stored(name, tree, self._slots)
+        if not allow_base_mismatch:
+            self._base.check(f"bank: {name!r}", tree)
+        return found
+
+    def _loaded(self, folder: Path, allow_base_mismatch: bool) -> Any:
         if not (folder / PEFT_CONFIG).exists():
             return load_adapter(folder, self._params, allow_base_mismatch=allow_base_mismatch)
         if self._model is None:
@@ -218,8 +254,8 @@ class Bank:
             )
         return peft.load(folder, self._model, self._params)
 
-    def _put(self, name: str, tree: Any) -> None:
-        self._kept[name] = stored(name, tree, self._slots)
+    def _put(self, name: str, adapter: Adapter) -> None:
+        self._kept[name] = adapter
         slot = self._slot_of(name)
         if slot is not None:
             self._write(slot, name)
@@ -233,16 +269,16 @@ class Bank:
         self._write(slot, name)
 
     def _write(self, slot: int, name: str) -> None:
-        values = values_of(self._kept[name], self._slots, self._base)
+        values = values_of(self._kept[name], self._slots, self._base.leaves)
         arrays = {path: slots.arrays for path, slots in self._slots.items()}
         axes = tuple((path, slots.slot_axis) for path, slots in self._slots.items())
         placed = {
             path: {name: _beside(arrays[path][name], axis, x) for name, x in values[path].items()}
             for path, axis in axes
         }
-        new = _written(arrays, placed, np.int32(slot), axes)
-        self.tree = map_slots(lambda path, slots: slots.replace(arrays=new[path]), self.tree)
-        self._slots = slots_of(self.tree)
+        new = _written(self._held.writable(arrays), placed, np.int32(slot), axes)
+        self._tree = map_slots(lambda path, slots: slots.replace(arrays=new[path]), self._tree)
+        self._slots = slots_of(self._tree)
         self._touch(slot, name)
 
     def _touch(self, slot: int, name: str | None) -> None:
@@ -252,6 +288,11 @@ class Bank:
 
     def _slot_of(self, name: str) -> int | None:
         return next((slot for slot, there in self._resident.items() if there == name), None)
+
+    def _check_free(self, name: str) -> None:
+        if name in self._kept or name == BASE:
+            what = "is the base" if name == BASE else "is taken; see Bank.replace"
+            raise BankError(f"bank: the name {name!r} {what}")
 
     def _check_there(self, name: str) -> None:
         if name not in self._kept:

@@ -51,7 +51,8 @@ def choose(tree: Any, ids: Any) -> Choice:
 
     Args:
       tree: `Bank.tree`.
-      ids: [examples] int, the slot of each example; 0 is the base alone. It may be a tracer.
+      ids: [examples] int, the slot of each example; 0 is the base alone. It may be a tracer; what
+        an example then gets from a slot that there is none of is NaN.
 
     Raises:
       ValueError: `ids` has another number of axes, or names a slot that there is none of.

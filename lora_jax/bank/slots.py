@@ -102,7 +102,7 @@ class WeightSlots(_Slots):
           ids: [examples] int, the slot of each.
         """
         slots = jnp.arange(self.n_here) + int(not self.has_base)
-        own = (slots == ids[:, None]).astype(jnp.float32)
+        own = (slots == ids[:, None]).astype(jnp.float32) + _no_slot(ids, self.n_slots)[:, None]
         parts = self._side_by_side(self.arrays["scale"])
         rows = jnp.repeat(own, self.rank, axis=1)
         return LoraWeight(
@@ -137,8 +137,10 @@ class WeightSlots(_Slots):
         if self.uses != "each" and self.n_here * self.rank <= WIDEST:
             return self
         taken = _taken(self.arrays, ids if self.has_base else ids - 1, self.slot_axis)
+        scale = taken["scale"]
         if not self.has_base:
-            taken["scale"] = jnp.where(ids > 0, taken["scale"], 0)
+            scale = jnp.where(ids > 0, scale, 0)
+        taken["scale"] = scale + _no_slot(ids, self.n_slots)
         return self.replace(arrays=taken, each=True)
 
     def of_example(self, arrays: dict[str, Any], index: jax.Array) -> LoraWeight:
@@ -152,7 +154,8 @@ class WeightSlots(_Slots):
             rank = arrays["a"].shape[self.slot_axis]
             return LoraWeight(self.base, arrays, self.roles, (rank,), uses=self.uses)
         mine = jnp.arange(self.n_here) + int(not self.has_base) == index
-        parts = self._side_by_side(jnp.where(mine, arrays["scale"], 0))
+        scales = jnp.where(mine, arrays["scale"], 0) + _no_slot(index, self.n_slots)
+        parts = self._side_by_side(scales)
         for name in ("gain", "shift"):
             if name in arrays:
                 parts[name] = jnp.take(arrays[name], index, axis=self.slot_axis, mode="clip")
@@ -190,11 +193,12 @@ class ValueSlots(_Slots):
 
     def chosen(self, ids: jax.Array) -> "ValueSlots":
         """Returns the leaf with the value of each example of a batch."""
-        if self.base is None:
-            return self.replace(arrays=_taken(self.arrays, ids, 0), each=True)
-        value = _taken(self.arrays, ids - 1, 0)["value"]
-        is_base = jnp.expand_dims(ids == 0, range(1, value.ndim))
-        value = jnp.where(is_base, self.base.astype(value.dtype), value)
+        value = _taken(self.arrays, ids - int(self.base is not None), 0)["value"]
+        each = range(1, value.ndim)
+        if self.base is not None:
+            is_base = jnp.expand_dims(ids == 0, each)
+            value = jnp.where(is_base, self.base.astype(value.dtype), value)
+        value += jnp.expand_dims(_no_slot(ids, self.n_slots), each).astype(value.dtype)
         return ValueSlots({"value": value}, each=True)
 
     def of_example(self, arrays: dict[str, Any], index: jax.Array) -> Trained:
@@ -211,6 +215,14 @@ Slots = WeightSlots | ValueSlots
 def _taken(arrays: dict[str, Any], ids: jax.Array, axis: int) -> dict[str, Any]:
     """Returns the arrays with the slot of each example in the place of the slots."""
     return {name: jnp.take(x, ids, axis=axis, mode="clip") for name, x in arrays.items()}
+
+
+def _no_slot(ids: jax.Array, n_slots: int) -> jax.Array:
+    """Returns 0 for ids that there is a slot of, NaN for others: an error that a tracer can have.
+
+    What it is added to makes the results of these examples NaN.
+    """
+    return jnp.where((ids >= 0) & (ids < n_slots), 0.0, jnp.nan).astype(jnp.float32)
 
 
 def is_slots(value: Any) -> bool:

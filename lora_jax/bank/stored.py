@@ -37,7 +37,7 @@ def stored(name: str, tree: Any, slots: Mapping[str, Slots]) -> Adapter:
     for path, node in nodes.items():
         _check_fits(name, path, node, slots)
     alone = {p: n.replace(base=None) if isinstance(n, LoraWeight) else n for p, n in nodes.items()}
-    return jax.tree.map(np.asarray, alone)
+    return jax.tree.map(np.array, alone)  # copies: callers may write into theirs
 
 
 def _check_fits(name: str, path: str, node: Any, slots: Mapping[str, Slots]) -> None:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, Sharding
 from lora_jax.hf.keys import Row
 from lora_jax.hf.sources import Source
 from lora_jax.quantized import Coded, Coding, encode
-from lora_jax.quantized.encode import shardings_of
+from lora_jax.quantized.encode import encode_part, shardings_of, warn_of_lost
 
 # A `quantize=` that keeps the codes of the file itself.
 STORED = "stored"
@@ -34,19 +34,26 @@ def encoded(
       dtype: of the array that the codes stand for.
       place: the sharding of that array.
       read: returns the fp32 array of these layers, or of all for None.
+
+    Raises:
+      ValueError: it holds a NaN or an infinity.
     """
     whole_stack = isinstance(place, NamedSharding) and any(place.spec[:1])  # layers are sharded
     if not row.stack or whole_stack:
-        return encode(read(None), coding, dtype=dtype)
-    layers = [
-        jax.block_until_ready(encode(read(range(i, i + 1)), coding, dtype=dtype))
-        for i in range(row.stack[0])
-    ]
+        return encode(read(None), coding, dtype=dtype, name=row.path)
+    layers, lost = [], 0
+    for i in range(row.stack[0]):
+        layer = read(range(i, i + 1))
+        coded, n_lost = encode_part(layer, coding, dtype, f"{row.path}, layer {i}")
+        layers.append(jax.block_until_ready(coded))
+        lost += n_lost
     where = None
     if isinstance(place, NamedSharding):
         shape = jax.ShapeDtypeStruct(row.stacked_shape, jnp.float32)
         where = shardings_of(encode(shape, coding, dtype=dtype), place)
-    return jax.block_until_ready(_joined(where)(layers))
+    whole = jax.block_until_ready(_joined(where)(layers))
+    warn_of_lost(lost, whole, row.path)
+    return whole
 
 
 def _joined(where: Any) -> Callable[[Sequence[Coded]], Coded]:

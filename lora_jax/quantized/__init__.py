@@ -9,6 +9,7 @@ Functions run on such trees through `lora_jax.adapt`.
 from lora_jax.quantized.coded import Coded as Coded
 from lora_jax.quantized.coded import bytes_of as bytes_of
 from lora_jax.quantized.encode import Coding as Coding
+from lora_jax.quantized.encode import QuantizeWarning as QuantizeWarning
 from lora_jax.quantized.encode import coding_of as coding_of
 from lora_jax.quantized.encode import encode as encode
 from lora_jax.quantized.formats import FORMATS as FORMATS
@@ -16,7 +17,6 @@ from lora_jax.quantized.formats import Format as Format
 from lora_jax.quantized.gguf import from_gguf as from_gguf
 from lora_jax.quantized.report import Report as Report
 from lora_jax.quantized.report import report as report
-from lora_jax.quantized.trees import QuantizeWarning as QuantizeWarning
 from lora_jax.quantized.trees import QuantRule as QuantRule
 from lora_jax.quantized.trees import dequantize as dequantize
 from lora_jax.quantized.trees import error_of as error_of

@@ -110,14 +110,20 @@ def bytes_of(array: Any) -> int:
 
 @functools.partial(jax.jit, static_argnames=("format", "dtype"), inline=True)
 def _decoded(arrays: Mapping[str, Any], format: Format, dtype: Any) -> jax.Array:
-    codes, scales = arrays["codes"], arrays["scales"].astype(jnp.float32)
-    if "scale_steps" in arrays:
-        steps = stretched(arrays["scale_steps"], scales.shape)
-        scales = steps * scales + arrays["scale_mean"]
-    values = format.values(codes) * stretched(scales, codes.shape)
+    codes = arrays["codes"]
+    values = format.values(codes) * stretched(scales_of(arrays), codes.shape)
     if "mins" in arrays:
         values += stretched(arrays["mins"].astype(jnp.float32), codes.shape)
     return values.astype(dtype)
+
+
+def scales_of(arrays: Mapping[str, Any]) -> jax.Array:
+    """Returns the scales of a `Coded`'s blocks, fp32, from its arrays."""
+    scales = arrays["scales"].astype(jnp.float32)
+    if "scale_steps" in arrays:
+        steps = stretched(arrays["scale_steps"], scales.shape)
+        scales = steps * scales + arrays["scale_mean"]
+    return scales
 
 
 def stretched(array: jax.Array, shape: Sequence[int]) -> jax.Array:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,12 +14,17 @@ from jax.sharding import NamedSharding
 
 from lora_jax.axes import AxisRoles
 from lora_jax.base import along
-from lora_jax.quantized.coded import Coded, stretched
+from lora_jax.quantized.coded import Coded, scales_of, stretched
 from lora_jax.quantized.formats import Format, format_of
 from lora_jax.sharding import fitted
 
 _TINY = float(np.finfo(np.float32).tiny)
 _SCALES_IN_A_BLOCK = 256  # of scales that are coded themselves
+_LOST = 0.25  # a block is lost if its scale is off by this share
+
+
+class QuantizeWarning(UserWarning):
+    """Leaves that rules select stay as they are, or lose some of their weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +80,7 @@ def encode(
     roles: AxisRoles | None = None,
     *,
     dtype: Any = None,
+    name: str = "the array",
 ) -> Coded:
     """Returns an array in codes. For readers of files, tensor by tensor; see also `quantize`.
 
@@ -83,9 +90,13 @@ def encode(
       format: a format or its name, or the decision of `coding_of` or `plan`.
       roles: the array's axis roles; by default Flax's (the last axis out, the one before it in).
       dtype: that the codes stand for an array of; the array's own by default.
+      name: of the array, for messages.
 
     Raises:
-      ValueError: no blocks fit the array.
+      ValueError: no blocks fit the array, or it holds a NaN or an infinity (unless it is a tracer).
+
+    Warns:
+      QuantizeWarning: the format cannot hold the scales of some blocks.
 
     >>> kernel = jax.random.normal(jax.random.key(1), (128, 3))
     >>> coded = lj.quantized.encode(kernel, "int8")
@@ -97,28 +108,73 @@ def encode(
     coding = format if isinstance(format, Coding) else coding_of(array.shape, format, roles)
     if coding is None:
         raise ValueError(
-            f"encode: no blocks of {format!r} fit an array of shape {tuple(array.shape)} along its "
+            f"encode: no blocks of {format!r} fit {name} of shape {tuple(array.shape)} along its "
             "in axes: leave it as it is, or give a Format with another block"
         )
     dtype = np.dtype(array.dtype if dtype is None else dtype)
     if isinstance(array, jax.core.Tracer):
-        return _encoded(array, coding, dtype)
-    abstract = jax.ShapeDtypeStruct(array.shape, array.dtype)
-    result = jax.eval_shape(lambda array: _encoded(array, coding, dtype), abstract)
+        return _encoded(array, coding, dtype)[0]
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return _abstract(array, coding, dtype)
+    coded, n_lost = encode_part(array, coding, dtype, name)
+    warn_of_lost(n_lost, coded, name)
+    return coded
+
+
+def encode_part(array: Any, coding: Coding, dtype: Any, name: str) -> tuple[Coded, int]:
+    """Returns an array, perhaps some layers of a stack, in codes; and how many blocks are lost.
+
+    Raises:
+      ValueError: it holds a NaN or an infinity.
+
+    See `encode`.
+    """
     sharding = getattr(array, "sharding", None)
-    where = shardings_of(result, sharding) if isinstance(sharding, NamedSharding) else None
-    if not isinstance(array, jax.ShapeDtypeStruct):
-        places = None if where is None else tuple(jax.tree.leaves(where))
-        encoder = _encoder(coding, dtype, jax.tree.structure(result), places)
-        if places or len(array.shape) < 3 or coding.axis == -len(array.shape):
-            return encoder(array)
+    abstract = _abstract(array, coding, dtype)
+    places = None
+    if isinstance(sharding, NamedSharding):
+        places = tuple(leaf.sharding for leaf in jax.tree.leaves(abstract))
+    encoder = _encoder(coding, dtype, jax.tree.structure(abstract), places)
+    if places or len(array.shape) < 3 or coding.axis == -len(array.shape):
+        coded, faults = encoder(array)
+    else:
         # Layer by layer: a CPU's compiler casts all of a bf16 array before it reduces it.
         layers = [encoder(array[i]) for i in range(array.shape[0])]
-        return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
-    if where is None:
+        coded, each = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
+        faults = jnp.sum(each, axis=0)
+    not_finite, n_lost = np.asarray(faults).tolist()
+    if not_finite:
+        raise ValueError(
+            f"{name}: {not_finite} of its {coded.arrays['scales'].size} blocks hold a NaN or an "
+            "infinity, which no code stands for: mend the weights first"
+        )
+    return coded, n_lost
+
+
+def warn_of_lost(n_lost: int, coded: Coded, name: str) -> None:
+    """Warns of blocks whose scales the format cannot hold; see `encode`."""
+    if n_lost:
+        warnings.warn(
+            f"{name}: {n_lost} of its {coded.arrays['scales'].size} blocks lose their weights in "
+            f"{coded.format.name!r}, which cannot hold their scales: their largest magnitudes are "
+            "too far from those of other blocks, or out of range. Keep this leaf as it is, or "
+            "choose another format for it",
+            QuantizeWarning,
+            stacklevel=3,
+        )
+
+
+def _abstract(array: Any, coding: Coding, dtype: Any) -> Coded:
+    """Returns the shapes of an array's codes, with shardings if the array lies on a mesh."""
+    shape = jax.ShapeDtypeStruct(array.shape, array.dtype)
+    result: Coded = jax.eval_shape(lambda array: _encoded(array, coding, dtype)[0], shape)
+    sharding = getattr(array, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
         return result
     return jax.tree.map(
-        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), result, where
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+        result,
+        shardings_of(result, sharding),
     )
 
 
@@ -141,22 +197,30 @@ def shardings_of(coded: Coded, of_array: NamedSharding) -> Coded:
 
 @functools.lru_cache(maxsize=256)
 def _encoder(coding: Coding, dtype: Any, treedef: Any, places: Any) -> Any:
-    how = {} if places is None else {"out_shardings": treedef.unflatten(places)}
-    return jax.jit(lambda array: _encoded(array, coding, dtype), **how)
+    where = None if places is None else (treedef.unflatten(places), None)
+    return jax.jit(lambda array: _encoded(array, coding, dtype), out_shardings=where)
 
 
-def _encoded(array: jax.Array, coding: Coding, dtype: Any) -> Coded:
+def _encoded(array: jax.Array, coding: Coding, dtype: Any) -> tuple[Coded, jax.Array]:
+    """Returns an array in codes, and the numbers of blocks not finite and lost: int32 [2]."""
     format, axis = coding.format, coding.axis % array.ndim
     n = array.shape[axis]
     apart = (*array.shape[:axis], n // coding.block, coding.block, *array.shape[axis + 1 :])
     blocks = array.reshape(apart)  # cast where each is read: no fp32 copy of the array
-    scales = format.scales(jnp.max(jnp.abs(blocks), axis=axis + 1).astype(jnp.float32))
+    absmax = jnp.max(jnp.abs(blocks), axis=axis + 1).astype(jnp.float32)
+    exact = format.scales(absmax)
+    scales = exact.astype(format.scale_dtype)
     divisor = jnp.expand_dims(jnp.maximum(scales.astype(jnp.float32), _TINY), axis + 1)
     scaled = jnp.clip(blocks.astype(jnp.float32) * (1 / divisor), -format.top, format.top)
     arrays = {"codes": format.codes(scaled).reshape(array.shape), "scales": scales}
+    held = scales.astype(jnp.float32)
     if format.double:
         arrays |= _doubled(scales, coding)
-    return Coded(arrays, format, dtype)
+        held = scales_of(arrays)
+    is_held = (jnp.abs(held - exact) <= _LOST * exact) & (held < 1 / _TINY)
+    is_lost = (absmax > _TINY) & jnp.isfinite(absmax) & ~is_held
+    faults = jnp.stack([jnp.sum(~jnp.isfinite(absmax)), jnp.sum(is_lost)])
+    return Coded(arrays, format, dtype), faults
 
 
 def _doubled(scales: jax.Array, coding: Coding) -> dict[str, jax.Array]:

@@ -97,9 +97,9 @@ class Format:
         return codes.astype(jnp.float32) if self.to_values is None else self.to_values(codes)
 
     def scales(self, absmax: jax.Array) -> jax.Array:
-        """Returns the scales of blocks with these largest magnitudes, fp32."""
+        """Returns the scales of blocks with these largest magnitudes, both fp32."""
         scales = absmax / jnp.float32(self.top) if self.scale_of is None else self.scale_of(absmax)
-        return scales.astype(self.scale_dtype)
+        return scales.astype(jnp.float32)
 
     def __repr__(self) -> str:
         return f"Format({self.name!r})"

@@ -15,7 +15,7 @@ from lora_jax.axes import EMBEDDING_NAMES, AxisRoles
 from lora_jax.base import as_array, is_abstract, is_base
 from lora_jax.paths import leaf_name
 from lora_jax.quantized.coded import Coded
-from lora_jax.quantized.encode import Coding, coding_of, encode
+from lora_jax.quantized.encode import Coding, QuantizeWarning, coding_of, encode
 from lora_jax.quantized.formats import Format, format_of
 from lora_jax.resolve import Adapted, Known, matches, resolve
 from lora_jax.rules import ALL_LINEAR, LoraRule, Targets
@@ -23,10 +23,6 @@ from lora_jax.weight import is_node, leaves_of
 
 Tree = Any
 ROUTERS = ("router", "gate")  # modules that choose experts
-
-
-class QuantizeWarning(UserWarning):
-    """Leaves that rules select stay as they are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,10 +150,12 @@ def quantize(
         lie in memory together.
 
     Raises:
-      ValueError: a rule selects nothing, there is no such format, or the tree is adapted already.
+      ValueError: a rule selects nothing, there is no such format, the tree is adapted already, or a
+        kernel holds a NaN or an infinity.
 
     Warns:
-      QuantizeWarning: no blocks fit some of the kernels, which stay as they are.
+      QuantizeWarning: no blocks fit some of the kernels, which stay as they are; or the format
+        cannot hold the scales of some blocks of a kernel, whose weights are lost.
 
     >>> params = {"dense": {"kernel": jnp.ones((128, 96)), "bias": jnp.zeros(96)}}
     >>> base = lj.quantized.quantize(params, "nf4")
@@ -180,7 +178,7 @@ def quantize(
         coding = codings.get(path)
         if coding is None:
             return leaf
-        result = encode(leaf, coding, dtype=dtype)
+        result = encode(leaf, coding, dtype=dtype, name=repr(path))
         if donate and isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
             jax.block_until_ready(result)
             leaf.delete()
@@ -261,7 +259,8 @@ def requantize(params: Tree, like: Tree) -> tuple[Tree, dict[str, float]]:
             return leaf
         format_of(model.format)
         axis = next((a - model.ndim for a, n in enumerate(model.blocks) if n > 1), -2)
-        result = encode(leaf, Coding(model.format, axis, model.blocks[axis]), dtype=model.dtype)
+        coding = Coding(model.format, axis, model.blocks[axis])
+        result = encode(leaf, coding, dtype=model.dtype, name=repr(path))
         errors[path] = error_of(result, leaf)
         return result
 

@@ -1,12 +1,32 @@
 """Batches of the adapters of one stack, which its compiled step takes in the same shapes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from lora_jax.bank.stored import BankError
+
+
+def calls_of(batches: Mapping[str, Any], *, draws: bool) -> Sequence[Mapping[str, Any]]:
+    """Returns the calls that take a step with each batch: one for all, or one for each.
+
+    Batches of other shapes are filled up and share a call; see `alike`. Where the loss draws random
+    numbers, each has a call of its own instead: what is drawn for an array depends on its shape,
+    and an adapter draws what it draws alone.
+
+    Args:
+      batches: by the adapter's name, arrays by name.
+      draws: whether the loss draws random numbers (dropout, noise).
+
+    Raises:
+      BankError: see `alike`.
+    """
+    first, *others = (_shapes(batch) for batch in batches.values())
+    if draws and any(shapes != first for shapes in others):
+        return [{name: batch} for name, batch in batches.items()]
+    return [alike(batches)]
 
 
 def alike(batches: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -18,7 +38,7 @@ def alike(batches: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
       BankError: they have other shapes, and no "weights", of which 0 is for what does not count.
     """
-    shapes = {n: jax.tree.map(lambda x: tuple(x.shape), batch) for n, batch in batches.items()}
+    shapes = {name: _shapes(batch) for name, batch in batches.items()}
     first, *others = shapes
     wrong = next((name for name in others if shapes[name] != shapes[first]), None)
     if wrong is None:
@@ -43,3 +63,7 @@ def alike(batches: Mapping[str, Any]) -> Mapping[str, Any]:
         name: {key: filled(array, largest[key]) for key, array in batch.items()}
         for name, batch in batches.items()
     }
+
+
+def _shapes(batch: Any) -> Any:
+    return jax.tree.map(lambda array: tuple(array.shape), batch)

@@ -4,18 +4,19 @@ Slots stand where those of a bank stand, so that a mixed batch reads the arrays 
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.bank.held import Held
 from lora_jax.bank.slots import ValueSlots, WeightSlots
 from lora_jax.bank.together.stacked import (
     UPDATES,
     Numbers,
-    compiled_step,
+    compiled_steps,
     content_of,
     form_of,
     indexed,
@@ -59,9 +60,10 @@ class Stack:
         self.names: list[str | None] = []
         shapes, self._axes, self._where = form_of(kind, like)
         self.state, self.fixed = self._empty(slots, shapes)
+        self._forget_choices()
         sizes: Any = ((slots, 0), (slots,), (slots,))
         self._numbers = Numbers(*(np.zeros(size, np.float32) for size in sizes))
-        self._step = compiled_step(kind, forward, self._axes, self._where, compiler_options)
+        self._steps = compiled_steps(kind, forward, self._axes, self._where, compiler_options)
         self.names += [None] * slots
 
     def grow(self, more: int) -> None:
@@ -71,6 +73,7 @@ class Stack:
         new = self._empty(more, jax.tree.map(_without, old, self._axes))
         longer = lambda *both: jnp.concatenate(both[:2], both[2])  # noqa: E731
         self.state, self.fixed = self._placed(jax.tree.map(longer, old, new, self._axes))
+        self._forget_choices()
         self._numbers = Numbers(
             *(np.concatenate([x, np.zeros((more, *x.shape[1:]), x.dtype)]) for x in self._numbers)
         )
@@ -85,6 +88,7 @@ class Stack:
 
         content = jax.tree.map(fewer, (self.state, self.fixed), self._axes)
         self.state, self.fixed = self._placed(content)
+        self._forget_choices()
         self._numbers = Numbers(*(x[kept] for x in self._numbers))
         self.names = [self.names[slot] for slot in kept.tolist()]
 
@@ -95,13 +99,20 @@ class Stack:
     def _placed(self, content: Any) -> Any:
         return content if self._where is None else jax.device_put(content, self._where)
 
+    def _forget_choices(self) -> None:
+        """Begins to watch choices of new arrays: of what trains, and of what does not."""
+        self._held, self._fixed_held = Held(), Held()
+
+    def _writable_state(self) -> State:
+        """Returns the state, whose memory may be taken; choices that are held keep their arrays."""
+        return self.state._replace(adapter=self._held.writable(self.state.adapter))
+
     def put(self, name: str, tenant: Tenant) -> None:
         """Puts an adapter into a free slot."""
         slot = self.names.index(None)
         content = content_of(self.kind, tenant)
-        self.state, self.fixed = _put(
-            (self.state, self.fixed), content, np.int32(slot), _Axes(self._axes)
-        )
+        mine = (self._writable_state(), self._fixed_held.writable(self.fixed))
+        self.state, self.fixed = _put(mine, content, np.int32(slot), _Axes(self._axes))
         updates = -(-tenant.steps // UPDATES) * UPDATES
         rates = np.array(jax.vmap(tenant.schedule)(jnp.arange(updates)), np.float32)
         wide = max(updates, self._numbers.rates.shape[1])
@@ -128,22 +139,34 @@ class Stack:
         state, fixed = _taken((self.state, self.fixed), slot, _Axes(self._axes))
         return tree_of(self.kind, base, state.adapter, fixed)
 
-    def step(self, base: Any, batches: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    def step(self, base: Any, calls: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
         """Takes a step with each adapter that has a batch; the others stay as they are.
 
         Args:
           base: the plain tree.
-          batches: by name, arrays [parts, …] of the same shapes.
+          calls: batches by name, arrays [parts, …], as `calls_of` returned them.
 
         Returns:
           The metrics of each adapter, by name; see `lora_jax.training.make_step`.
         """
-        self.state, metrics = self._step(self.state, *self._arguments(base, batches))
-        found = jax.device_get(metrics)
+        found: dict[str, Any] = {}
+        if len(calls) == 1:
+            (batches,) = calls
+            self.state, metrics = self._steps.of_all(
+                self._writable_state(), *self._arguments(base, batches)
+            )
+            slots = {name: self.names.index(name) for name in batches}
+            whole = jax.device_get(metrics)
+            found = {n: {key: x[i] for key, x in whole.items()} for n, i in slots.items()}
+        else:
+            for name, batch in ((name, batch) for call in calls for name, batch in call.items()):
+                slot = np.int32(self.names.index(name))
+                self.state, found[name] = self._steps.of_one(
+                    self._writable_state(), self.fixed, self._numbers, base, slot, batch
+                )
         return {
-            name: {key: float(values[slot]) for key, values in found.items()}
-            for slot, name in enumerate(self.names)
-            if name is not None and name in batches
+            name: {key: float(value) for key, value in metrics.items()}
+            for name, metrics in jax.device_get(found).items()
         }
 
     def compiled_bytes(self, base: Any, batch: Any) -> int:
@@ -155,28 +178,34 @@ class Stack:
         """
         names = [name for name in self.names if name is not None]
         arguments = self._arguments(base, dict.fromkeys(names, batch))
-        memory: Any = self._step.lower(self.state, *arguments).compile().memory_analysis()
+        memory: Any = self._steps.of_all.lower(self.state, *arguments).compile().memory_analysis()
         state = sum(x.nbytes for x in jax.tree.leaves(self.state))
         return state + memory.temp_size_in_bytes
 
     def _arguments(self, base: Any, batches: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Returns the arguments of the compiled step after the state."""
+        """Returns the arguments of the step of all slots after the state."""
         active = np.array([name in batches for name in self.names])
         blank = jax.tree.map(np.zeros_like, next(iter(batches.values())))
         rows = [batches.get(name or "", blank) for name in self.names]
         batch = jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
-        return self.fixed, self._numbers, active, base, batch
+        return self.fixed, self._numbers, base, active, batch
 
     def slots(self, base: Any) -> Any:
-        """Returns the arrays that train as a bank's tree, whose slot 0 is the base; no copies."""
+        """Returns the arrays that train as a bank's tree, whose slot 0 is the base; no copies.
+
+        While the tree is held, no step changes it.
+        """
         leaves, treedef = leaves_of(base)
         own = {path: {**self.state.adapter[path], **self.fixed[path]} for path in self.kind.shells}
-        return treedef.unflatten(
+        tree = treedef.unflatten(
             _slots(self.kind.shells[path], leaf, own[path], self.kind.slot_axis(path))
             if path in own
             else leaf
             for path, leaf in leaves
         )
+        self._held.watch(tree)
+        self._fixed_held.watch(tree)
+        return tree
 
 
 class _Axes:

@@ -1,7 +1,8 @@
 """The step of a stack of adapters, and the layout of what it works on.
 
 It is `lora_jax.training.make_step` over all slots: gradients under `jax.vmap`, where products with
-the base are one product for all, then the update of each, by its own loss, clip and decay.
+the base are one product for all, then the update of each, by its own loss, clip and decay. Or over
+one slot, where batches of other shapes are not to be filled up.
 """
 
 import dataclasses
@@ -71,8 +72,8 @@ def traced_step(
     sizes: Any = ((slots, UPDATES), (slots,), (slots,))
     numbers = Numbers(*(jax.ShapeDtypeStruct(size, np.float32) for size in sizes))
     active = jax.ShapeDtypeStruct((slots,), np.bool_)
-    step = compiled_step(kind, forward, axes, form_of(kind, like)[2], compiler_options)
-    return step.trace(state, fixed, numbers, active, strip(like.params), batch), state
+    steps = compiled_steps(kind, forward, axes, form_of(kind, like)[2], compiler_options)
+    return steps.of_all.trace(state, fixed, numbers, strip(like.params), active, batch), state
 
 
 def tree_of(kind: Kind, base: Any, adapter: Arrays, fixed: Arrays) -> Any:
@@ -178,18 +179,31 @@ def _shardings(shapes: Any, axes: Any, like: Tenant) -> Any:
     return jax.tree_util.tree_map_with_path(of, shapes, axes)
 
 
-def compiled_step(
+class Steps(NamedTuple):
+    """Holds the compiled steps of a stack, which take its state's memory.
+
+    Attributes:
+      of_all: ``(state, fixed, numbers, base, active, batch) -> (state, metrics)``. `active` says
+        which slots take a step; the others stay as they are, bit by bit. Arrays of the batch and
+        metrics are stacked.
+      of_one: ``(state, fixed, numbers, base, slot, batch) -> (state, metrics)``, with one batch.
+    """
+
+    of_all: Any
+    of_one: Any
+
+
+def compiled_steps(
     kind: Kind,
     forward: Logits,
     both_axes: tuple[Any, Any],
     where: tuple[Any, Any] | None,
     compiler_options: Mapping[str, str] | None,
-) -> Any:
-    """Returns ``(state, fixed, numbers, active, base, batch) -> (state, metrics)``: a stack's step.
+) -> Steps:
+    """Returns a stack's steps.
 
     Gradients are taken side by side, updates one after the other: an update is as it is alone, and
-    what it computes with is held for one adapter at a time. A slot that is not active stays as it
-    is, bit by bit.
+    what it computes with is held for one adapter at a time.
     """
     axes, axes_of_fixed = both_axes
     noisy = neftune(forward, kind.noise) if kind.noise else forward
@@ -203,37 +217,54 @@ def compiled_step(
         gradient_of_one, in_axes=(axes, axes_of_fixed, None, 0), out_axes=(0, axes.adapter)
     )
 
-    def visit(xs: Any, state: State, slot: Any) -> tuple[State, Metrics]:
-        """Updates the adapter in one slot, in the memory of the stack."""
-        fixed, numbers, active, base, sums, grads = xs
-        one, own = indexed(state, slot, axes), indexed(fixed, slot, axes_of_fixed)
-        rates, weight_decay, grad_clip = (x[slot] for x in numbers)
+    def updated(
+        one: State, own: Arrays, numbers: Numbers, base: Any, active: Any, sums: Sums, grads: Any
+    ) -> tuple[State, Metrics]:
+        """Updates one adapter, if it is active."""
 
         def schedule(count: Any) -> Any:
-            return rates[jnp.minimum(count, rates.shape[0] - 1)]
+            return numbers.rates[jnp.minimum(count, numbers.rates.shape[0] - 1)]
 
         whole = tree_of(kind, base, one.adapter, own)
-        optimizer = kind.make_optimizer(schedule, whole, weight_decay, grad_clip)
+        optimizer = kind.make_optimizer(schedule, whole, numbers.weight_decay, numbers.grad_clip)
 
         def either(is_good: Any, update: Callable[[], Any], skip: Callable[[], Any]) -> Any:
-            return lax.cond(is_good & active[slot], update, skip)
+            return lax.cond(is_good & active, update, skip)
 
         update = make_update(optimizer, schedule, kind.loss, either=either)
-        mine = jax.tree.map(lambda x: x[slot], sums)
-        new, metrics = update(one, mine, indexed(grads, slot, axes.adapter))
-        new = new._replace(step=jnp.where(active[slot], new.step, one.step))
+        new, metrics = update(one, sums, grads)
+        return new._replace(step=jnp.where(active, new.step, one.step)), metrics
+
+    def visit(xs: Any, state: State, slot: Any) -> tuple[State, Metrics]:
+        """Updates the adapter in one slot, in the memory of the stack."""
+        fixed, numbers, base, active, sums, grads = xs
+        one, own = indexed(state, slot, axes), indexed(fixed, slot, axes_of_fixed)
+        numbers, active, sums = jax.tree.map(lambda x: x[slot], (numbers, active, sums))
+        own_grads = indexed(grads, slot, axes.adapter)
+        new, metrics = updated(one, own, numbers, base, active, sums, own_grads)
         return replaced(state, new, slot, axes), metrics
 
-    def step(
-        state: State, fixed: Arrays, numbers: Numbers, active: Any, base: Any, batch: Any
+    def of_all(
+        state: State, fixed: Arrays, numbers: Numbers, base: Any, active: Any, batch: Any
     ) -> tuple[State, Metrics]:
         sums, grads = gradients(state, fixed, base, batch)
-        xs = (fixed, numbers, active, base, sums, grads)
+        xs = (fixed, numbers, base, active, sums, grads)
         return lax.scan(functools.partial(visit, xs), state, jnp.arange(active.shape[0]))
+
+    def of_one(
+        state: State, fixed: Arrays, numbers: Numbers, base: Any, slot: Any, batch: Any
+    ) -> tuple[State, Metrics]:
+        one, own = indexed(state, slot, axes), indexed(fixed, slot, axes_of_fixed)
+        mine = jax.tree.map(lambda x: x[slot], numbers)
+        new, metrics = updated(one, own, mine, base, True, *gradient_of_one(one, own, base, batch))
+        return replaced(state, new, slot, axes), metrics
 
     out = None if where is None else (where[0], None)
     options = dict(compiler_options) if compiler_options else None
-    return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
+    jitted = functools.partial(
+        jax.jit, donate_argnums=0, out_shardings=out, compiler_options=options
+    )
+    return Steps(jitted(of_all), jitted(of_one))
 
 
 def indexed(stacked: Any, slot: Any, axes: Any) -> Any:

@@ -1,17 +1,21 @@
 """Trains many adapters over one base at once, each as if it trained alone."""
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
+from lora_jax.bank.locked import locked
 from lora_jax.bank.mixing import Choice, choose
+from lora_jax.bank.one_base import OneBase
 from lora_jax.bank.stored import BankError
-from lora_jax.bank.together.alike import alike
+from lora_jax.bank.together.alike import calls_of
 from lora_jax.bank.together.stack import Stack
 from lora_jax.bank.together.tenants import Kind, Tenant
 from lora_jax.lorafy import nodes_of
 from lora_jax.training.losses import Logits
 from lora_jax.training.step import State
-from lora_jax.weight import leaves_of
+
+BASE = "base"  # the name by which a batch chooses the base alone
 
 
 class Together:
@@ -20,9 +24,9 @@ class Together:
     Adapters of one kind (shapes, dropout, loss, optimiser) lie in a stack and take their step in
     one compiled function; those of other kinds have stacks of their own. Memory is that of the
     adapters at their own ranks. Each has its own data, learning rate, schedule, decay, clipping and
-    number of steps, joins and leaves when it likes, and is what it would have become alone. One
-    whose loss is not finite keeps its weights (see `lora_jax.training.make_step`); the others do
-    not notice.
+    number of steps, joins and leaves when it likes, and is what it would have become alone, with
+    the random numbers that it would have drawn alone. One whose loss is not finite keeps its
+    weights (see `lora_jax.training.make_step`); the others do not notice. Threads may share it.
 
     >>> from lora_jax import training
     >>> from lora_jax.bank import Tenant, Together
@@ -54,42 +58,51 @@ class Together:
           compiler_options: to compile steps with: those of a `lora_jax.training.Layout`.
         """
         self._forward, self._base, self._options = forward, base, compiler_options
-        self._leaves = dict(leaves_of(base)[0])
+        self._shared = OneBase(base)
+        self._lock = threading.RLock()  # held by all that reads or changes what follows
         self._stacks: dict[Kind, Stack] = {}
         self._stack_of: dict[str, Stack] = {}
         self._steps: dict[str, int] = {}
         self._done: dict[str, int] = {}
 
     @property
+    @locked
     def names(self) -> tuple[str, ...]:
         """The names of the adapters, of those that are done, too."""
         return tuple(self._stack_of)
 
     @property
+    @locked
     def unfinished(self) -> tuple[str, ...]:
         """The names of the adapters that have steps to take."""
         return tuple(name for name in self._stack_of if self._done[name] < self._steps[name])
 
+    @locked
     def done(self, name: str) -> int:
         """Returns the number of steps that an adapter has taken."""
         self._check_there(name)
         return self._done[name]
 
-    def add(self, tenants: Mapping[str, Tenant]) -> None:
+    @locked
+    def add(self, tenants: Mapping[str, Tenant], *, allow_base_mismatch: bool = False) -> None:
         """Adds adapters, before the first step or between two.
 
         Where a stack has no free slots, it grows, and its next step compiles anew.
 
         Args:
           tenants: by name.
+          allow_base_mismatch: accept adapters of another base of the same shapes.
 
         Raises:
-          BankError: a name is taken, or an adapter is over another base.
+          BankError: a name is taken, or an adapter is over another base; none was added.
         """
         for name, tenant in tenants.items():
-            if name in self._stack_of:
-                raise BankError(f"together: the name {name!r} is taken")
-            self._check_base(name, tenant)
+            if name in self._stack_of or name == BASE:
+                what = "is the base's" if name == BASE else "is taken"
+                raise BankError(f"together: the name {name!r} {what}")
+            self._check_shapes(name, tenant)
+            if not allow_base_mismatch:
+                self._shared.check(f"together: {name!r}", tenant.params)
         kinds = {name: Kind.of(tenant) for name, tenant in tenants.items()}
         for kind in dict.fromkeys(kinds.values()):
             mine = [name for name in tenants if kinds[name] == kind]
@@ -104,13 +117,16 @@ class Together:
                 self._stack_of[name] = stack
                 self._steps[name], self._done[name] = tenants[name].steps, tenants[name].done
 
+    @locked
     def step(self, batches: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         """Takes one step with each adapter that has a batch; the others stay as they are.
 
         Args:
           batches: by name, arrays [parts, …] as `lora_jax.training.make_step` takes them. Those of
             adapters of one kind have the same shapes; with an array "weights" among them, in which
-            0 is for what does not count, they are filled up to the largest with zeros.
+            0 is for what does not count, they are filled up to the largest with zeros. Where there
+            is dropout or noise, which draws by shape, adapters of one kind whose batches differ in
+            shape take their steps one after the other, in one compiled function for each shape.
 
         Returns:
           The metrics by name; see `lora_jax.training.make_step`.
@@ -122,15 +138,19 @@ class Together:
             self._check_there(name)
             if self._done[name] == self._steps[name]:
                 raise BankError(f"together: {name!r} has taken its {self._steps[name]} steps")
-        metrics: dict[str, dict[str, float]] = {}
-        for stack in self._stacks.values():
+        calls = []  # found for all stacks before any of them takes its step
+        for kind, stack in self._stacks.items():
             mine = {name: batch for name, batch in batches.items() if name in stack.names}
             if mine:
-                metrics |= stack.step(self._base, alike(mine))
+                calls.append((stack, calls_of(mine, draws=kind.dropout)))
+        metrics: dict[str, dict[str, float]] = {}
+        for stack, of_stack in calls:
+            metrics |= stack.step(self._base, of_stack)
         for name in batches:
             self._done[name] += 1
         return {name: metrics[name] for name in batches}
 
+    @locked
     def tree(self, name: str) -> Any:
         """Returns an adapter as an adapted tree over the base; its arrays are copies.
 
@@ -140,6 +160,7 @@ class Together:
         self._check_there(name)
         return self._stack_of[name].tree(name, self._base)
 
+    @locked
     def state(self, name: str) -> State:
         """Returns the state of an adapter's training; its arrays are copies.
 
@@ -149,6 +170,7 @@ class Together:
         self._check_there(name)
         return self._stack_of[name].take(name)
 
+    @locked
     def remove(self, name: str) -> Any:
         """Removes an adapter, whose slot is free, and returns it as `tree` does.
 
@@ -160,6 +182,7 @@ class Together:
         del self._steps[name], self._done[name]
         return tree
 
+    @locked
     def shrink(self, steps: int = 1) -> None:
         """Drops the free slots of stacks half of whose slots are free, or more.
 
@@ -178,11 +201,13 @@ class Together:
             ):
                 stack.shrink()
 
+    @locked
     def choose(self, names: list[str]) -> Choice:
         """Returns the base with the arrays that train, for a batch that `mixed` functions run on.
 
-        Nothing is copied or compiled: samplers read the present weights. The next step takes the
-        arrays' memory, so choose again after it.
+        Nothing is copied or compiled: samplers read the present weights. A choice stays as it is
+        while someone holds it: the next step then works on a copy of the weights, and otherwise
+        takes their memory.
 
         Args:
           names: the adapter of each example, all of one kind; "base" is the base alone.
@@ -191,9 +216,9 @@ class Together:
           BankError: there is no adapter of a name, or they are of several kinds.
         """
         for name in names:
-            if name != "base":
+            if name != BASE:
                 self._check_there(name)
-        stacks = {id(self._stack_of[name]): name for name in names if name != "base"}
+        stacks = {id(self._stack_of[name]): name for name in names if name != BASE}
         if len(stacks) != 1:
             kinds = ", ".join(map(repr, stacks.values())) or "the base alone"
             raise BankError(
@@ -201,7 +226,7 @@ class Together:
                 "one kind (rank, targets, loss); ask for the others in another batch"
             )
         stack = self._stack_of[next(iter(stacks.values()))]
-        ids = [0 if name == "base" else stack.names.index(name) + 1 for name in names]
+        ids = [0 if name == BASE else stack.names.index(name) + 1 for name in names]
         return choose(stack.slots(self._base), ids)
 
     def _check_there(self, name: str) -> None:
@@ -209,9 +234,9 @@ class Together:
             there = ", ".join(map(repr, self._stack_of)) or "none"
             raise BankError(f"together: there is no adapter {name!r}; there are {there}")
 
-    def _check_base(self, name: str, tenant: Tenant) -> None:
+    def _check_shapes(self, name: str, tenant: Tenant) -> None:
         for path, node in nodes_of(tenant.params).items():
-            leaf = self._leaves.get(path)
+            leaf = self._shared.leaves.get(path)
             found = None if leaf is None else tuple(leaf.shape)
             if found != node.shape:
                 raise BankError(
