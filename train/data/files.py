@@ -21,7 +21,7 @@ FILE_KINDS = (*_TEXTS, ".parquet", *(f"{kind}.gz" for kind in _TEXTS))
 # The splits that files are named after, by the word in their name.
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= {name: "validation" for name in ("validation", "valid", "val", "dev", "eval")}
-_OF_CHATS = ("messages", "conversations", "prompt", "completion", "tools")
+_OF_CHATS = ("messages", "conversations", "prompt", "completion", "tools", "documents")
 
 
 def read_rows(dataset: str, *, split: str = "train", subset: str | None = None) -> list[Row]:

@@ -6,8 +6,8 @@ from typing import Any
 from sklearn.model_selection import train_test_split
 
 from lora_jax.training.data import labelled
-from lora_jax.training.data.chats import Row
 from lora_jax.training.data.labelled import Fields, Labelled
+from lora_jax.training.data.rows import Row
 from train.data.files import FILE_KINDS, read_rows
 from train.run.errors import UserError
 from train.run.options.classify import DataConfig
