@@ -9,7 +9,15 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lora_jax.training.data.rows import Conversation, Row, name_of, question
-from train.data.files import FILE_KINDS, read_file
+from lora_jax.training.data.templates import (
+    Rendered,
+    check_variables,
+    needs_a_look,
+    render,
+    template_of,
+)
+from lora_jax.training.errors import TrainingError
+from train.data.files import kind_of, read_file
 from train.data.text_files import read_lines
 from train.generating.options import Options
 from train.run.errors import UserError, as_user_errors
@@ -88,7 +96,7 @@ def _of_file(given: str) -> list[Prompt]:
     path = Path(given).expanduser()
     if not path.is_file():
         raise UserError(f"--prompts {given}: there is no such file")
-    if given.endswith(FILE_KINDS):
+    if kind_of(given):
         rows = enumerate(read_file(path), start=1)
         found = [_of_row(row, name_of(row, given, n)) for n, row in rows]
     else:
@@ -137,7 +145,8 @@ def tokenize(prompts: Sequence[Prompt], outline: Outline, system: str | None) ->
       system: a system prompt; None for none.
 
     Raises:
-      UserError: the chat template refuses a prompt, or it has another system prompt.
+      UserError: the chat template refuses a prompt or drops some of it, or it has another system
+        prompt.
     """
     if outline.tokenizer.chat_template is None:
         return outline.tokenizer([prompt.text for prompt in prompts], verbose=False)["input_ids"]
@@ -151,14 +160,18 @@ def _rendered(prompt: Prompt, outline: Outline, system: str | None) -> str:
         if any(turn["role"] == "system" for turn in turns):
             raise UserError(f"{prompt.name} has a system prompt of its own: leave out --system")
         turns = [{"role": "system", "content": system}, *turns]
-    with as_user_errors(TemplateError, prefix=f"{prompt.name}: the model's chat template says: "):
-        return outline.tokenizer.apply_chat_template(
-            turns,
-            tools=prompt.chat.tools,
-            add_generation_prompt=True,
-            tokenize=False,
-            **prompt.chat.options,
-        )
+    chat, tokenizer = prompt.chat._replace(messages=turns), outline.tokenizer
+    with (
+        as_user_errors(TemplateError, prefix=f"{prompt.name}: the model's chat template says: "),
+        as_user_errors(TrainingError, prefix=f"{prompt.name}: "),
+    ):
+        check_variables(chat, template_of(tokenizer, chat))
+        text = render(chat, len(turns), tokenizer, ask=True)
+        if needs_a_look(chat):
+            rendered = Rendered(chat, len(turns), text, tokenizer, ask=True)
+            rendered.check(len(turns))
+            rendered.left_out(len(turns), {})
+        return text
 
 
 def check_lengths(

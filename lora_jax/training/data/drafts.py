@@ -88,9 +88,9 @@ def _plain(chat: Conversation, name: str, train_on: TrainOn) -> list[Part]:
 
 
 class _Answer(NamedTuple):
-    """An assistant's turn: its index, the text up to its end, and its span in that text."""
+    """An assistant's turn: its number, the text up to its end, and its span in that text."""
 
-    index: int
+    turn: int
     text: str
     span: tuple[int, int]
 
@@ -98,13 +98,13 @@ class _Answer(NamedTuple):
 def _found_by_text(chat: Conversation, tokenizer: Any, row: int, train_on: TrainOn) -> Drafts:
     """Returns a chat whose answers are found by rendering the turns up to each."""
     answers = _answers(chat, tokenizer)
-    learned = [answer for answer in answers if _is_learned(chat, answer.index)]
+    learned = [answer for answer in answers if _is_learned(chat, answer.turn)]
     if train_on != "all":  # then the turns after the last that is learned are left out
-        answers = [answer for answer in answers if answer.index <= learned[-1].index]
-    end, whole = answers[-1].index + 1, answers[-1].text
+        answers = [answer for answer in answers if answer.turn <= learned[-1].turn]
+    end, whole = answers[-1].turn + 1, answers[-1].text
     rendered = Rendered(chat, end, whole, tokenizer)
     rendered.check(end)
-    left_out = rendered.left_out(end, {answer.index: answer.text for answer in answers})
+    left_out = rendered.left_out(end, {answer.turn: answer.text for answer in answers})
     if train_on == "all":
         return Drafts([Draft(row, [Part(whole, _all_but(answers, chat))])], _lost(left_out))
     if train_on == "last":
@@ -153,11 +153,11 @@ def _all_but(answers: Sequence[_Answer], chat: Conversation) -> list[tuple[int, 
     """Returns the spans of the whole text that lie outside turns of the weight 0."""
     whole, spans, begin = answers[-1].text, [], 0
     for answer in answers:
-        if _is_learned(chat, answer.index):
+        if _is_learned(chat, answer.turn):
             continue
         if not whole.startswith(answer.text):
             raise TrainingError(
-                f"turn {answer.index} has the weight 0, and the model's chat template renders it "
+                f"turn {answer.turn} has the weight 0, and the model's chat template renders it "
                 "otherwise once others follow, so that it cannot be found: leave out the weight, "
                 "or learn what the assistant says rather than all"
             )

@@ -33,10 +33,10 @@ FORMS: tuple[tuple[str, ...], ...] = (
 
 
 class PlacedRow(dict[str, Any]):
-    """A row that knows where it was read: `place` is a file and a line."""
+    """A row that knows where it was read: `place` is a file and a line, as text or with a `str`."""
 
     __slots__ = ("place",)
-    place: tuple[str, str]
+    place: tuple[str, object]
 
 
 def moved(row: Row, values: Mapping[str, Any]) -> Row:
@@ -67,7 +67,7 @@ class Conversation(NamedTuple):
 def name_of(row: Row, source: str, number: int) -> str:
     """Returns a row's name in messages: its file and line, or its number in `source`, from 1."""
     if isinstance(row, PlacedRow):
-        return ", ".join(row.place)
+        return ", ".join(map(str, row.place))
     return f"{source}, row {number}"
 
 
