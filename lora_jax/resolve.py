@@ -346,7 +346,7 @@ def _why_nothing(
     for path, leaf in named.items():
         if len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.integer):
             return (
-                f"{path!r} holds whole numbers ({leaf.dtype}), which do not train: give floats, and "
+                f"{path!r} holds whole numbers ({leaf.dtype}), which do not train: give floats and "
                 'have lora_jax.quantized.quantize(params, "int8") make codes that lorafy adapts'
             )
     if named:

@@ -1,6 +1,7 @@
 """The prompts to answer: from arguments, a file or standard input, and as tokens."""
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from lora_jax.training.data.rows import Conversation, Row, name_of, question
+from lora_jax.training.data.rows import Conversation, Row, check_text, name_of, question
 from lora_jax.training.data.templates import (
     Rendered,
     check_variables,
@@ -148,6 +149,10 @@ def tokenize(prompts: Sequence[Prompt], outline: Outline, system: str | None) ->
       UserError: the chat template refuses a prompt or drops some of it, or it has another system
         prompt.
     """
+    with as_user_errors(TrainingError):
+        for prompt in prompts:
+            check_text(json.dumps(prompt.chat, ensure_ascii=False, default=repr), prompt.name)
+        check_text(system or "", "--system")
     if outline.tokenizer.chat_template is None:
         return outline.tokenizer([prompt.text for prompt in prompts], verbose=False)["input_ids"]
     texts = [_rendered(prompt, outline, system) for prompt in prompts]

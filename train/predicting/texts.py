@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.training.data.rows import Row, check_text, field_names, name_of
+from lora_jax.training.data.rows import Row, check_text, field_names, name_of, shown
 from lora_jax.training.errors import TrainingError
 from train.data.files import kind_of, read_file
 from train.data.text_files import read_lines
@@ -84,6 +84,8 @@ def of_file(path: str, field: str, field_pair: str | None) -> Texts:
       UserError: there is no such file, it cannot be read, or a row has no text.
     """
     place = Path(path).expanduser()
+    if place.is_dir():
+        raise UserError(f"--input {path} is a folder: name a file in it")
     if not place.is_file():
         raise UserError(f"--input {path}: there is no such file")
     if not holds_rows(path):
@@ -116,7 +118,7 @@ def _text(row: Row, name: str, option: str, field: str) -> str:
     if isinstance(value, str) and value.strip():
         return value
     if field in row:
-        raise UserError(f"{name}: `{field}` is {value!r}; a text is needed")
+        raise UserError(f"{name}: `{field}` is {shown(value)}; a text is needed")
     raise UserError(f"{name} has {field_names(row)}, and no `{field}`: name the field by {option}")
 
 
