@@ -10,13 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lora_jax.training.data.rows import Conversation, Row, check_text, name_of, question
-from lora_jax.training.data.templates import (
-    Rendered,
-    check_variables,
-    needs_a_look,
-    render,
-    template_of,
-)
+from lora_jax.training.data.templates import asked
 from lora_jax.training.errors import TrainingError
 from train.data.files import kind_of, read_file
 from train.data.text_files import read_lines
@@ -165,18 +159,11 @@ def _rendered(prompt: Prompt, outline: Outline, system: str | None) -> str:
         if any(turn["role"] == "system" for turn in turns):
             raise UserError(f"{prompt.name} has a system prompt of its own: leave out --system")
         turns = [{"role": "system", "content": system}, *turns]
-    chat, tokenizer = prompt.chat._replace(messages=turns), outline.tokenizer
     with (
         as_user_errors(TemplateError, prefix=f"{prompt.name}: the model's chat template says: "),
         as_user_errors(TrainingError, prefix=f"{prompt.name}: "),
     ):
-        check_variables(chat, template_of(tokenizer, chat))
-        text = render(chat, len(turns), tokenizer, ask=True)
-        if needs_a_look(chat):
-            rendered = Rendered(chat, len(turns), text, tokenizer, ask=True)
-            rendered.check(len(turns))
-            rendered.left_out(len(turns), {})
-        return text
+        return asked(prompt.chat._replace(messages=turns), outline.tokenizer)
 
 
 def check_lengths(

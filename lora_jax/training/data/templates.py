@@ -70,6 +70,22 @@ def render(chat: Conversation, n: int, tokenizer: Any, *, ask: bool = False, **h
     )
 
 
+def asked(chat: Conversation, tokenizer: Any) -> str:
+    """Returns the turns of a chat up to the beginning of the answer to the last.
+
+    Raises:
+      TrainingError: the template drops something of the chat.
+    """
+    n = len(chat.messages)
+    check_variables(chat, template_of(tokenizer, chat))
+    text = render(chat, n, tokenizer, ask=True)
+    if needs_a_look(chat):
+        rendered = Rendered(chat, n, text, tokenizer, ask=True)
+        rendered.check(n)
+        rendered.left_out(n, {})
+    return text
+
+
 def check_variables(chat: Conversation, template: str) -> None:
     """Raises TrainingError for a variable of a chat that its template does not read."""
     read = _variables(template) if chat.options else frozenset()

@@ -27,7 +27,7 @@ def options(folder, text):
         ("targets: q_proj v_proj", r'line 1: .*\[q_proj, v_proj\] or \["q_proj v_proj"\]'),
         ("layers: 1 2", r"line 1: layers is 1 2: a list is needed, \[1, 2\]"),
         ("rank: " + "9" * 5000, r"line 1: rank is 9{77}\.\.\.: a whole number is needed$"),
-        ("rank: 8\nlayers: " + "[" * 3000, "line 2: lists or groups stand in each other too deep"),
+        ("rank: 8\nlayers: " + "[" * 600, "line 2: lists or groups stand in each other too deep"),
         ("rank: 8\nmodel: a\x07b", "line 2: not YAML: the character 0x7 has no place in it"),
     ],
 )
@@ -61,7 +61,7 @@ def test_numbers_of_yaml_1_2_are_read(tmp_path):
         ),
         (
             ".yaml",
-            "- name: a\n  rank: " + "[" * 3000,
+            "- name: a\n  rank: " + "[" * 600,
             "line 2: lists or groups stand in",
         ),
         (

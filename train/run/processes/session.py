@@ -58,9 +58,9 @@ class Session:
         except Interrupted as error:
             self._end(str(error), error.code, why=f"got {self.stop.name}")
         except Exception as error:
-            if said := file_problem(error):
+            if problem := file_problem(error):
                 why = "cannot read or write a file"
-                self._end(f"error: {said}. {self.stop.remedy}", BAD_INPUT, why=why)
+                self._end(f"error: {problem}. {self.stop.remedy}", BAD_INPUT, why=why)
             if self._peers is None:
                 raise
             # The death of another process may fail a collective here before it is told.

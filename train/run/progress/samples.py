@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax.training.errors import TrainingError
 from lora_jax.training.loop import Measure
 from lora_jax.training.step import State
 from train.data.text_files import parsed
 from train.run.complete import Chat, answered, tokenized
-from train.run.errors import UserError
+from train.run.errors import UserError, as_user_errors
 from train.run.log import SAMPLED, Log, QuietLog
 from train.run.options.sft import SftRunConfig
 from train.run.pretrained import Outline
@@ -34,7 +35,8 @@ class Prompts:
         chats = _read(run.sample_prompts)
         self.texts = [str(chat[-1]["content"]) for chat in chats]
         if outline.tokenizer.chat_template is not None:
-            self.tokens = tokenized(outline, chats)
+            with as_user_errors(TrainingError, prefix="--sample-prompts: "):
+                self.tokens = tokenized(outline, chats)
         elif any(len(chat) > 1 for chat in chats):
             raise UserError(
                 f"--sample-prompts: {outline.name} has no chat template, and a prompt has several "
