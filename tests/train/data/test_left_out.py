@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lora_jax.training.data import chats
 from tests.train.tiny import tokenizer, write_jsonl
 from tests.training.test_dropped import AGAIN, BY_TEXT, THOUGHT, USER
 from train.data.blocks import find_blocks
@@ -14,11 +15,12 @@ from train.tasks import streamed
 ROW = {"messages": [USER, THOUGHT, AGAIN, {**THOUGHT, "reasoning_content": "shorter"}]}
 
 
-def test_rows_are_reported_once_with_a_count(tmp_path, capsys):
-    path = write_jsonl(tmp_path / "rows.jsonl", [ROW] * 1200)  # more than a block
+def test_rows_are_reported_once_with_a_count(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(chats, "BLOCK", 2)
+    path = write_jsonl(tmp_path / "rows.jsonl", [ROW] * 5)
     tokenize(find(str(path)), tokenizer(BY_TEXT))
     said = capsys.readouterr().out
-    assert said.count("`reasoning_content` of 1,200 of 2,400 turns once others follow") == 1
+    assert said.count("`reasoning_content` of 5 of 10 turns once others follow") == 1
     assert said.count("reasoning_content") == 1 and str(path) in said
 
 
