@@ -348,6 +348,12 @@ def _why_nothing(
             return f"{kernels[0]!r} has none of the layers {rule.layers}"
         if side:
             return _why_side_leaf(side[0], known)
+    for path, leaf in named.items():
+        if len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.integer):
+            return (
+                f"{path!r} holds whole numbers ({leaf.dtype}), which do not train: give floats and "
+                'have lora_jax.quantized.quantize(params, "int8") make codes that lorafy adapts'
+            )
     if named:
         path, leaf = next(iter(named.items()))
         return (
@@ -372,8 +378,7 @@ def _why_side_leaf(path: str, known: Known) -> str:
     return (
         f"{path!r} is taken for a bias or a part of a norm, by its name, so for no kernel; a "
         "TrainRule trains such a leaf in full. If it is a kernel, give its axes in a rule that "
-        "names it, "
-        f"LoraRule(targets=[{leaf_name(path)!r}], in_axes=…, out_axes=…), {look}"
+        f"names it, LoraRule(targets=[{leaf_name(path)!r}], in_axes=…, out_axes=…), {look}"
     )
 
 

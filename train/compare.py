@@ -276,7 +276,9 @@ def _locked(config: Any, session: Session, console: Console) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         session.release.enter_context(FolderLock(folder, notice=lambda line: console.print(line)))
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+        raise UserError(
+            f"{folder} cannot be written: {error.strerror or error}. Name another with --output"
+        ) from error
     holds = any((folder / name).exists() for name in _OURS)
     if config.run.resume:
         if not (folder / CONFIG).exists():

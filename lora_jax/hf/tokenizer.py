@@ -25,20 +25,40 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
 
     Raises:
       ModelNotFound: if there is no such path, or the hub does not answer; says what to do.
-      ConfigError: for a GGUF file whose tokenizer is not SmolLM2's kind of byte-level BPE.
+      ConfigError: for a GGUF file whose tokenizer is not SmolLM2's kind of byte-level BPE; for a
+        folder whose tokenizer is damaged, or needs code of its own.
 
     >>> from lora_jax import models
     >>> tokenizer = models.load_tokenizer("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
     """
     path = resolve(name_or_path).path
     if path.is_dir():
-        return _transformers().AutoTokenizer.from_pretrained(path)
+        return _of_folder(path)
     _, reader = open_gguf(path)
     names = [name for name in reader.fields if name.startswith("tokenizer.")]
     try:
         return tokenizer_from_gguf({name: reader.fields[name].contents() for name in names})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _of_folder(path: Path) -> Any:
+    auto = _transformers().AutoTokenizer
+    try:
+        return auto.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # of a damaged folder, anything
+        said = " ".join(str(error).split())
+        if "trust_remote_code" in said:
+            raise ConfigError(
+                f"{path}: `auto_map` names code of the model's own that makes its tokenizer, and "
+                "no code of a model is run here: if tokenizer.json is all that it needs, write "
+                '"tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json and take '
+                "`auto_map` out; else take another model"
+            ) from None
+        raise ConfigError(
+            f"{path}: the tokenizer cannot be read from tokenizer.json and tokenizer_config.json: "
+            f"{said}. Fetch these files again"
+        ) from error
 
 
 def tokenizer_from_gguf(metadata: dict[str, Any]) -> Any:

@@ -129,7 +129,7 @@ def fields_of(source: Any) -> tuple[dict[str, Any], str]:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PeftError(f"{path} is missing: a PEFT adapter's folder holds it") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PeftError(f"{path} cannot be read: {error}") from None
     if not isinstance(fields, dict):
         raise PeftError(f"{path} holds no fields, but a {type(fields).__name__}")

@@ -241,7 +241,7 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder} is no adapter folder: it lacks {file.relative_to(folder)}")
     try:
         metadata = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise AdapterError(f"{file} is damaged: {error}") from None
     if not isinstance(metadata, dict) or not _FIELDS <= set(metadata):
         raise AdapterError(f"{file} is damaged: it lacks some of the fields {sorted(_FIELDS)}")

@@ -119,7 +119,8 @@ def check_folder(folder: str | Path | None, resume: bool, overwrite: bool) -> Pa
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(
-            f"the folder {path} cannot be written: {error.strerror or error}"
+            f"the folder {path} cannot be written: {error.strerror or error}; name another by "
+            "folder"
         ) from error
     return path
 

@@ -70,7 +70,7 @@ def test_a_row_that_cannot_be_used_is_named_when_it_comes(small, tmp_path):
     config = parse(["--dataset", str(data), "--truncate", "--stream", "--steps", "90"])
     outline = Outline("a model", tokenizer(), None, {})
     feed = streamed.examples(config, streamed.read(config), outline).feed(90)
-    with pytest.raises(TrainingError, match=f"rows.jsonl, byte {at:,} has `prompt`; a row needs"):
+    with pytest.raises(TrainingError, match=rf"line 101 \(byte {at:,}\) has `prompt`; a row"):
         for step in range(90):
             feed.batch(step)
     assert step > 1  # of the chunks before

@@ -2,7 +2,8 @@
 
 import pytest
 
-from lora_jax.training.data.chats import check_lengths, conversation, tokenize
+from lora_jax.training.data.chats import check_lengths, tokenize
+from lora_jax.training.data.rows import conversation
 from lora_jax.training.errors import TrainingError
 from tests.train.tiny import FORGETFUL, tokenizer
 from train.run.errors import flag

@@ -153,6 +153,14 @@ ANSWER = {"role": "assistant", "content": "No rain."}
 CHAT = {"messages": [USER, CALLING, TOLD, ANSWER], "tools": TOOLS}
 
 
+def chat_of(name):
+    """A chat with tools; with thoughts, where the template shows them."""
+    if name == "gpt-oss":
+        return CHAT
+    calling = {field: value for field, value in CALLING.items() if field != "thinking"}
+    return {**CHAT, "messages": [USER, calling, TOLD, ANSWER]}
+
+
 def made(name, *, generation=False):
     """A tokenizer with one of the templates, with or without marks."""
     template = TEMPLATES[name]
@@ -169,36 +177,37 @@ def texts(row, made):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_calls_are_rendered_as_transformers_renders_them_and_count(name):
-    judge = made(name)
+    judge, chat = made(name), chat_of(name)
     rendered = [
-        judge.apply_chat_template(CHAT["messages"][:n], tools=TOOLS, tokenize=False).rstrip()
+        judge.apply_chat_template(chat["messages"][:n], tools=TOOLS, tokenize=False).rstrip()
         for n in (2, 4)
     ]
     answer = rendered[1][rendered[1].rindex("No rain.") :]
-    found = texts(CHAT, judge)
+    found = texts(chat, judge)
     assert [text for text, _ in found] in (rendered, rendered[1:])
     counted = "".join(counts for _, counts in found)
     assert counted.startswith(CALLS[name]) and counted.endswith(answer)
     assert "wet" not in counted and "Rain" not in counted
     # The same call as people have it: arguments as the JSON of an object, tools as text.
     quoted = {**CALL, "arguments": json.dumps(CALL["arguments"])}
-    calling = {**CALLING, "tool_calls": [{**CALLING["tool_calls"][0], "function": quoted}]}
+    calling = chat["messages"][1]
+    calling = {**calling, "tool_calls": [{**calling["tool_calls"][0], "function": quoted}]}
     row = {"messages": [USER, calling, TOLD, ANSWER], "tools": json.dumps(TOOLS)}
     assert texts(row, judge) == found
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_marks_of_a_template_are_the_mask(name):
-    judge = made(name, generation=True)
+    judge, chat = made(name, generation=True), chat_of(name)
     expected = judge.apply_chat_template(
-        CHAT["messages"], tools=TOOLS, return_dict=True, return_assistant_tokens_mask=True
+        chat["messages"], tools=TOOLS, return_dict=True, return_assistant_tokens_mask=True
     )
-    (tokens,) = tokenize([CHAT], judge, "data")
+    (tokens,) = tokenize([chat], judge, "data")
     n, mask = len(tokens), np.array(expected["assistant_masks"], bool)
     assert mask.any() and not mask[n:].any()
     np.testing.assert_array_equal(tokens.ids, expected["input_ids"][:n])
     np.testing.assert_array_equal(tokens.counts, mask[:n])
-    (last,) = tokenize([CHAT], judge, "data", train_on="last")
+    (last,) = tokenize([chat], judge, "data", train_on="last")
     assert "weather" not in judge.decode(last.ids[last.counts])
 
 

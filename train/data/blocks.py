@@ -1,5 +1,6 @@
 """Data sets in blocks, each of which is read without reading those before it."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -9,14 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.training.data.rows import Row, shown
+from lora_jax.training.data.rows import Row
 from train.data.files import files_of, load, rows_of, rows_of_arrow
-from train.data.text_files import placed
+from train.data.text_files import parsed, placed
 from train.run.errors import UserError
 
 BLOCK = 2**18  # bytes of a block of lines
 _ROWS = 1_000  # of a block, for data that `datasets` loads
 _SPOTS, _SPOT = 64, 2**12  # samples of a file for its fingerprint, and their bytes
+_PIECE = 2**20  # bytes that are read at a time where lines are counted
 _LINES = (".jsonl", ".ndjson", ".json")
 
 NumberedRow = tuple[int, Row]
@@ -38,6 +40,21 @@ class Part(NamedTuple):
     sizes: np.ndarray
     read: Callable[[int], list[NumberedRow]]
     digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class AtByte:
+    """The place of a line that begins at a byte of a file; its number is counted if asked for."""
+
+    path: Path
+    at: int
+
+    def __str__(self) -> str:
+        line, left = 1, self.at
+        with self.path.open("rb") as file:
+            while left and (piece := file.read(min(left, _PIECE))):
+                line, left = line + piece.count(b"\n"), left - len(piece)
+        return f"line {line:,} (byte {self.at:,})"
 
 
 class Blocks:
@@ -86,9 +103,9 @@ def find_blocks(names: Sequence[str], *, split: str, subset: str | None) -> Bloc
 
 
 def _of_file(path: Path) -> Part:
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return _of_parquet(path)
-    if path.suffix not in _LINES or path.suffix == ".json" and _is_array(path):
+    if path.suffix.lower() not in _LINES or path.suffix.lower() == ".json" and _is_array(path):
         raise UserError(
             f"--stream: {path} cannot be read from its middle; lines of JSON (.jsonl), Parquet "
             "and what `datasets` loads can. Unpack or convert it, or leave out --stream"
@@ -111,16 +128,15 @@ def _read_lines(path: Path, size: int, block: int) -> list[NumberedRow]:
     for at, line in _lines(path, block * size, (block + 1) * size):
         if not line.strip():
             continue
-        where = f"byte {at:,}"
+        where = AtByte(path, at)
         try:
-            row = json.loads(line)
+            text = line.decode()
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}, {where} is not UTF-8 text: {error}") from None
-        except json.JSONDecodeError as error:
-            text = shown(line.decode(errors="replace"))
-            raise UserError(f"{path}, {where} is not JSON ({error}): {text}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, {where} is not a JSON object: {shown(row)}")
+            raise UserError(
+                f"{path}, {where} is not UTF-8 text: {error}. Save the file as UTF-8, or convert "
+                "it (iconv -t UTF-8)"
+            ) from None
+        row = parsed(text, path, where)
         found.append((at, placed(row, path, where)))
     return found
 

@@ -15,7 +15,7 @@ from lora_jax.hf.packaged import cache_folder
 from lora_jax.training.data.sequences import Sequences
 
 OFF = "off"
-_FORMAT = b"lora_jax tokens 2\n"
+_FORMAT = b"lora_jax tokens 3\n"
 _KINDS = ("<i8", "<i8", "<i4", "?")  # of lengths, rows, tokens, and which ones count
 _DIGITS = 24  # of a hash in a file's name
 _PACKAGES = ("transformers", "tokenizers", "jinja2")

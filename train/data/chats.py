@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_jax.training.data import chats
-from lora_jax.training.data.chats import TrainOn
+from lora_jax.training.data.drafts import TrainOn
 from lora_jax.training.data.sequences import Sequences
 from train.data import cache
 from train.data.dataset import Dataset
@@ -43,7 +43,14 @@ def tokenize(
         _say(console, f"warning: {path} is damaged; tokenising {source} anew")
     rows = dataset.rows()
     mapped = _with_progress(console, len(rows))
-    tokens = chats.tokenize(rows, tokenizer, source, mapped=mapped, train_on=train_on)
+    tokens = chats.tokenize(
+        rows,
+        tokenizer,
+        source,
+        mapped=mapped,
+        train_on=train_on,
+        say=lambda lines: _say(console, *lines),
+    )
     if path is not None and write and cache.worth(dataset.kept_in, len(rows)):
         try:
             cache.write(path, tokens)
@@ -88,5 +95,6 @@ def _with_progress(console: Console, n: int) -> chats.Mapped:
     return mapped
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True)
+def _say(console: Console, *lines: str) -> None:
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -21,7 +21,12 @@ FILE_KINDS = (*_TEXTS, ".parquet", *(f"{kind}.gz" for kind in _TEXTS))
 # The splits that files are named after, by the word in their name.
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= {name: "validation" for name in ("validation", "valid", "val", "dev", "eval")}
-_OF_CHATS = ("messages", "conversations", "prompt", "completion", "tools")
+_OF_CHATS = ("messages", "conversations", "prompt", "completion", "tools", "documents")
+
+
+def kind_of(name: str) -> str | None:
+    """Returns which of the endings `FILE_KINDS` a name has, in letters of any case; else None."""
+    return next((kind for kind in FILE_KINDS if name.lower().endswith(kind)), None)
 
 
 def read_rows(dataset: str, *, split: str = "train", subset: str | None = None) -> list[Row]:
@@ -55,7 +60,7 @@ def files_of(dataset: str, split: str = "train") -> list[Path] | None:
     path = Path(dataset).expanduser()
     if path.is_dir():
         return None if _is_saved(path) else _files_in(path, split)
-    if dataset.endswith(FILE_KINDS):
+    if kind_of(dataset):
         if not path.is_file():
             raise UserError(f"--dataset {dataset}: there is no such file")
         return [path]
@@ -77,7 +82,8 @@ def read_file(path: Path) -> list[Row]:
     Raises:
       UserError: the file cannot be read.
     """
-    kind = next(kind for kind in FILE_KINDS if path.name.endswith(kind))
+    kind = kind_of(path.name)
+    assert kind is not None, "not a file that read_rows takes"
     if kind == ".parquet":
         return _read_parquet(path)
     return _TEXTS[kind.removesuffix(".gz")](path)
@@ -100,7 +106,7 @@ def _is_saved(folder: Path) -> bool:
 
 def _files_in(folder: Path, split: str) -> list[Path]:
     """Returns the files of a folder that are of a split, in the order of their names."""
-    paths = sorted(path for path in folder.rglob("*") if path.name.endswith(FILE_KINDS))
+    paths = sorted(path for path in folder.rglob("*") if kind_of(path.name))
     paths = [p for p in paths if not any(x[0] in "._" for x in p.relative_to(folder).parts)]
     if not paths:
         raise UserError(

@@ -6,9 +6,9 @@ from typing import Any
 from sklearn.model_selection import train_test_split
 
 from lora_jax.training.data import labelled
-from lora_jax.training.data.chats import Row
 from lora_jax.training.data.labelled import Fields, Labelled
-from train.data.files import FILE_KINDS, read_rows
+from lora_jax.training.data.rows import Row
+from train.data.files import kind_of, read_rows
 from train.run.errors import UserError
 from train.run.options.classify import DataConfig
 from train.run.processes.hosts import map_over_processes
@@ -36,7 +36,7 @@ def read_labelled(data: DataConfig) -> tuple[list[Row], list[Row]]:
                 f"{error} Name other rows with --test"
             ) from None
         return split[0], split[1]
-    if data.test.endswith(FILE_KINDS):
+    if kind_of(data.test):
         test = read_rows(data.test)
     else:
         test = read_rows(data.dataset, split=data.test, subset=data.subset)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from train.data.files import FILE_KINDS
+from train.data.files import kind_of
 from train.run.errors import UserError
 
 _NEEDED = "a weight is a positive number, such as a.jsonl:3 b.jsonl:1"
@@ -58,7 +58,7 @@ def _named(text: str) -> Named:
     try:
         number = float(weight)
     except ValueError:
-        if weight.endswith(FILE_KINDS) or "/" in weight or "\\" in weight:
+        if kind_of(weight) or "/" in weight or "\\" in weight:
             return Named(text, None)
         raise UserError(
             f"--dataset {text}: {weight!r} is not a weight of {name}; {_NEEDED}"

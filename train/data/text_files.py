@@ -3,17 +3,22 @@
 import csv
 import gzip
 import json
+import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from lora_jax.training.data.rows import PlacedRow, shown
-from train.run.errors import UserError
+from lora_jax.training.data.rows import PlacedRow, check_text, shown
+from lora_jax.training.errors import TrainingError
+from train.run.errors import UserError, as_user_errors
 
 _SEPARATORS = ",;\t"
+_MOST_LEVELS = 200  # of lists and objects in each other; Python's own recursion ends at a thousand
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_json(path: Path) -> list[PlacedRow]:
@@ -37,33 +42,93 @@ def _lines(path: Path, file: TextIO) -> Iterator[PlacedRow]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
+        where = f"line {number}"
+        yield placed(parsed(line, path, where), path, where)
+
+
+def parsed(text: str, path: Path, where: object) -> dict[str, Any]:
+    """Returns the object that a text in JSON says.
+
+    Args:
+      text: the text.
+      path: the file that has it.
+      where: the place in the file, for messages, whose `str` is not taken without an error.
+
+    Raises:
+      UserError: it is not a JSON object, or holds what no row can.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(error, text, path, where) from None
+    return _object(value, text, path, where)
+
+
+def _unreadable(error: Exception, text: str, path: Path, where: object) -> UserError:
+    what, seen = f"{path}, {where}", shown(text)
+    if isinstance(error, json.JSONDecodeError):
+        return UserError(
+            f"{what} is not JSON ({error}): {seen}. A file has one object a line, or is one array "
+            "of objects"
+        )
+    if isinstance(error, RecursionError):
+        return UserError(
+            f"{what} has lists or objects in each other, more than {_MOST_LEVELS} levels deep: "
+            f"{seen}. Correct it or take the row out"
+        )
+    return UserError(
+        f"{what} has a whole number of more than {sys.get_int_max_str_digits():,} digits: {seen}. "
+        "Write it as a text, in quotes, or take it out"
+    )
+
+
+def _object(value: Any, text: str, path: Path, where: object) -> dict[str, Any]:
+    """Returns an object; raises UserError if it is none, too deep, or has half a character."""
+    if not isinstance(value, dict):
+        raise UserError(f"{path}, {where} is not a JSON object: {shown(text)}")
+    if text.count("[") + text.count("{") > _MOST_LEVELS and _depth(value) > _MOST_LEVELS:
+        raise _unreadable(RecursionError(), text, path, where)
+    if _HALF.search(text):
+        plain = json.dumps(value, ensure_ascii=False)
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number} is not JSON ({error}): {shown(line)}. A file has one "
-                "object a line, or is one array of objects"
-            ) from None
-        yield _placed(row, path, number, line)
+            plain.encode()
+        except UnicodeEncodeError:
+            with as_user_errors(TrainingError):
+                check_text(plain, f"{path}, {where}")
+    return value
+
+
+def _depth(value: Any) -> int:
+    """Returns how deeply lists and objects are nested."""
+    level, depth = [value], 0
+    while level := [one for one in level if isinstance(one, dict | list)]:
+        depth += 1
+        level = [x for one in level for x in (one.values() if isinstance(one, dict) else one)]
+    return depth
 
 
 def _array(path: Path, text: str) -> list[PlacedRow] | None:
     """Returns the objects of a JSON array; None if the text has one array a line."""
     decoder = json.JSONDecoder()
-    rows: list[PlacedRow] = []
+    found: list[tuple[int, dict[str, Any]]] = []  # rows, and the line in which each begins
     at, line, counted = text.index("[") + 1, 1, 0
     while True:
         at = _after_space(text, at)
-        if text[at : at + 1] == "]" and not rows:
-            return rows
+        if text[at : at + 1] == "]" and not found:
+            return []
         line, counted = line + text.count("\n", counted, at), at
+        where = f"line {line}"
+        if found and found[-1][0] == line:
+            where += f", row {len(found) + 1}"
         try:
             row, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is not a JSON array ({error})") from None
-        if not rows and not isinstance(row, dict):
+        except (ValueError, RecursionError) as error:
+            raise _unreadable(error, text[at : at + 100], path, where) from None
+        if not found and not isinstance(row, dict):
             return None  # its lines are read one by one, and refused
-        rows.append(_placed(row, path, line, text[at:end]))
+        found.append((line, _object(row, text[at:end], path, where)))
         at = _after_space(text, end)
         if text[at : at + 1] == "]":
             break
@@ -76,7 +141,11 @@ def _array(path: Path, text: str) -> list[PlacedRow] | None:
         at += 1
     if rest := text[at + 1 :].strip():
         raise UserError(f"{path} has text after the end of its JSON array: {shown(rest[:40])}")
-    return rows
+    of_line = Counter(line for line, _ in found)
+    return [
+        placed(row, path, f"line {line}, row {n}" if of_line[line] > 1 else f"line {line}")
+        for n, (line, row) in enumerate(found, start=1)
+    ]
 
 
 def _after_space(text: str, at: int) -> int:
@@ -85,13 +154,7 @@ def _after_space(text: str, at: int) -> int:
     return at
 
 
-def _placed(row: Any, path: Path, line: int, text: str) -> PlacedRow:
-    if not isinstance(row, dict):
-        raise UserError(f"{path}, line {line} is not a JSON object: {shown(text)}")
-    return placed(row, path, f"line {line}")
-
-
-def placed(row: dict[str, Any], path: Path, where: str) -> PlacedRow:
+def placed(row: dict[str, Any], path: Path, where: object) -> PlacedRow:
     """Returns a row that knows its place, for messages."""
     made = PlacedRow(row)
     made.place = (str(path), where)
@@ -151,16 +214,29 @@ def _records(path: Path, reader: Any) -> Iterator[PlacedRow]:
         raise UserError(f"{path}, line {line} is not CSV: {error}") from None
 
 
+def _undecodable(file: Iterable[bytes]) -> tuple[int, UnicodeDecodeError]:
+    """Returns the number of the first line that is not UTF-8, and the error."""
+    for number, line in enumerate(file, start=1):
+        try:
+            line.decode()
+        except UnicodeDecodeError as error:
+            return number, error
+    raise AssertionError("the text has been decoded")
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
     """Opens a text, without the mark that some programs begin it with (BOM)."""
-    opened = gzip.open if path.suffix == ".gz" else open
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
             yield file
-    except UnicodeDecodeError as error:
+    except UnicodeDecodeError:
+        with opened(path, "rb") as file:
+            line, error = _undecodable(file)
         raise UserError(
-            f"{path} is not UTF-8 text: {error}. Save it as UTF-8, or convert it (iconv -t UTF-8)"
-        ) from error
+            f"{path}, line {line} is not UTF-8 text: {error}. Save the file as UTF-8, or convert "
+            "it (iconv -t UTF-8)"
+        ) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be unpacked: {error}") from error

@@ -1,6 +1,7 @@
 """The prompts to answer: from arguments, a file or standard input, and as tokens."""
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from lora_jax.training.data.rows import Conversation, Row, name_of, question
-from train.data.files import FILE_KINDS, read_file
+from lora_jax.training.data.rows import Conversation, Row, check_text, name_of, question
+from lora_jax.training.data.templates import asked
+from lora_jax.training.errors import TrainingError
+from train.data.files import kind_of, read_file
 from train.data.text_files import read_lines
 from train.generating.options import Options
 from train.run.errors import UserError, as_user_errors
@@ -88,7 +91,7 @@ def _of_file(given: str) -> list[Prompt]:
     path = Path(given).expanduser()
     if not path.is_file():
         raise UserError(f"--prompts {given}: there is no such file")
-    if given.endswith(FILE_KINDS):
+    if kind_of(given):
         rows = enumerate(read_file(path), start=1)
         found = [_of_row(row, name_of(row, given, n)) for n, row in rows]
     else:
@@ -137,8 +140,13 @@ def tokenize(prompts: Sequence[Prompt], outline: Outline, system: str | None) ->
       system: a system prompt; None for none.
 
     Raises:
-      UserError: the chat template refuses a prompt, or it has another system prompt.
+      UserError: the chat template refuses a prompt or drops some of it, or it has another system
+        prompt.
     """
+    with as_user_errors(TrainingError):
+        for prompt in prompts:
+            check_text(json.dumps(prompt.chat, ensure_ascii=False, default=repr), prompt.name)
+        check_text(system or "", "--system")
     if outline.tokenizer.chat_template is None:
         return outline.tokenizer([prompt.text for prompt in prompts], verbose=False)["input_ids"]
     texts = [_rendered(prompt, outline, system) for prompt in prompts]
@@ -151,14 +159,11 @@ def _rendered(prompt: Prompt, outline: Outline, system: str | None) -> str:
         if any(turn["role"] == "system" for turn in turns):
             raise UserError(f"{prompt.name} has a system prompt of its own: leave out --system")
         turns = [{"role": "system", "content": system}, *turns]
-    with as_user_errors(TemplateError, prefix=f"{prompt.name}: the model's chat template says: "):
-        return outline.tokenizer.apply_chat_template(
-            turns,
-            tools=prompt.chat.tools,
-            add_generation_prompt=True,
-            tokenize=False,
-            **prompt.chat.options,
-        )
+    with (
+        as_user_errors(TemplateError, prefix=f"{prompt.name}: the model's chat template says: "),
+        as_user_errors(TrainingError, prefix=f"{prompt.name}: "),
+    ):
+        return asked(prompt.chat._replace(messages=turns), outline.tokenizer)
 
 
 def check_lengths(

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.training.data.rows import Row, field_names, name_of
-from train.data.files import FILE_KINDS, read_file
+from lora_jax.training.data.rows import Row, check_text, field_names, name_of, shown
+from lora_jax.training.errors import TrainingError
+from train.data.files import kind_of, read_file
 from train.data.text_files import read_lines
-from train.run.errors import UserError
+from train.run.errors import UserError, as_user_errors
 from train.run.pretrained import Outline
 
 _BLOCK = 256  # texts that are tokenised at once
@@ -50,7 +51,7 @@ class Tokens:
 
 def holds_rows(path: str) -> bool:
     """Returns whether a file has rows with fields, by its ending; others have a text a line."""
-    return path.endswith(FILE_KINDS)
+    return kind_of(path) is not None
 
 
 def of_arguments(texts: Sequence[str]) -> Texts:
@@ -83,6 +84,8 @@ def of_file(path: str, field: str, field_pair: str | None) -> Texts:
       UserError: there is no such file, it cannot be read, or a row has no text.
     """
     place = Path(path).expanduser()
+    if place.is_dir():
+        raise UserError(f"--input {path} is a folder: name a file in it")
     if not place.is_file():
         raise UserError(f"--input {path}: there is no such file")
     if not holds_rows(path):
@@ -115,7 +118,7 @@ def _text(row: Row, name: str, option: str, field: str) -> str:
     if isinstance(value, str) and value.strip():
         return value
     if field in row:
-        raise UserError(f"{name}: `{field}` is {value!r}; a text is needed")
+        raise UserError(f"{name}: `{field}` is {shown(value)}; a text is needed")
     raise UserError(f"{name} has {field_names(row)}, and no `{field}`: name the field by {option}")
 
 
@@ -129,8 +132,12 @@ def tokenize(texts: Texts, outline: Outline, seq_len: int | None, truncate: bool
       truncate: cuts longer texts off, which are an error otherwise.
 
     Raises:
-      UserError: a text is too long.
+      UserError: a text is too long, or has half of a character.
     """
+    with as_user_errors(TrainingError):
+        for side in (texts.first, texts.second or ()):
+            for text, name in zip(side, texts.names, strict=False):
+                check_text(text, name)
     most = outline.max_tokens
     if seq_len is not None:
         outline.check_length(seq_len, f"--seq-len {seq_len}")

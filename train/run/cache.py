@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from lora_jax.hf.packaged import cache_folder
 from train.run.errors import UserError
@@ -13,6 +14,7 @@ OFF = "off"
 # Of the default folder, which is ours alone: the programs unused for longest make room. JAX then
 # locks the folder while it reads or writes, so processes that share it see whole files.
 _MOST_BYTES = 4 * 2**30
+_CHANGED: dict[str, tuple[Any, Any]] = {}  # JAX's settings before and after this process's last run
 
 
 def keep_compiled(asked: str | None) -> str | None:
@@ -32,6 +34,15 @@ def keep_compiled(asked: str | None) -> str | None:
     Raises:
       UserError: the option contradicts JAX's own settings.
     """
+    before = _setting("compilation_cache_dir")
+    _undo()
+    said = _keep(asked)
+    if _setting("compilation_cache_dir") != before:
+        compilation_cache.reset_cache()  # JAX looks at the setting once
+    return said
+
+
+def _keep(asked: str | None) -> str | None:
     already = _setting("compilation_cache_dir")
     if not _setting("enable_compilation_cache"):
         if asked in (None, OFF):
@@ -40,7 +51,7 @@ def keep_compiled(asked: str | None) -> str | None:
             f"--compilation-cache {asked} keeps compiled programs, and JAX is told not to "
             "(JAX_ENABLE_COMPILATION_CACHE): leave out one of them"
         )
-    if already and asked is not None:
+    if already and asked is not None and (asked == OFF or _whole(asked) != _whole(already)):
         raise UserError(
             f"--compilation-cache {asked} is not JAX's own setting (JAX_COMPILATION_CACHE_DIR), "
             f"{already}: give one of them"
@@ -54,17 +65,36 @@ def keep_compiled(asked: str | None) -> str | None:
         )
     folder = str(already or asked or cache_folder() / "jax")
     if not already:
+        folder = _whole(folder)
         if "://" not in folder:  # else a bucket, which JAX opens itself
-            folder = str(Path(folder).expanduser().absolute())
             if reason := _why_not(Path(folder)):
                 return (
                     f"warning: compiled programs are not kept: {folder} cannot be written "
                     f"({reason}); name another folder with --compilation-cache, or {OFF}"
                 )
         if asked is None and _setting("compilation_cache_max_size") == -1:
-            jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
-        jax.config.update("jax_compilation_cache_dir", folder)
+            _set("compilation_cache_max_size", _MOST_BYTES)
+        _set("compilation_cache_dir", folder)
     return f"compiled programs are kept in {folder}"
+
+
+def _whole(folder: str) -> str:
+    """Returns a folder's whole path; a bucket's address as it is."""
+    return folder if "://" in folder else str(Path(folder).expanduser().absolute())
+
+
+def _set(name: str, value: Any) -> None:
+    """Changes a setting of JAX until the next call, to which it is not the user's own."""
+    _CHANGED[name] = (_setting(name), value)
+    jax.config.update(f"jax_{name}", value)
+
+
+def _undo() -> None:
+    """Takes back what an earlier call in this process has set, and nobody has changed since."""
+    for name, (before, ours) in _CHANGED.items():
+        if _setting(name) == ours:
+            jax.config.update(f"jax_{name}", before)
+    _CHANGED.clear()
 
 
 def _setting(name: str) -> Any:

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 
 from lora_jax.models import generate, init_cache, share
+from lora_jax.training.data.rows import Conversation
+from lora_jax.training.data.templates import asked
 from train.run.pretrained import Outline, end_tokens
 
 _CACHE_BYTES = 2**30  # of a batch: more rows share each pass over the weights
@@ -17,13 +19,13 @@ Chat = Sequence[Mapping[str, str]]
 
 
 def tokenized(outline: Outline, chats: Sequence[Chat]) -> list[list[int]]:
-    """Returns the tokens of each chat, up to the start of the assistant's answer."""
-    texts = [
-        outline.tokenizer.apply_chat_template(
-            list(chat), tokenize=False, add_generation_prompt=True
-        )
-        for chat in chats
-    ]
+    """Returns the tokens of each chat, up to the start of the assistant's answer.
+
+    Raises:
+      TrainingError: the chat template drops something of a chat.
+    """
+    made = (Conversation([dict(turn) for turn in chat]) for chat in chats)
+    texts = [asked(chat, outline.tokenizer) for chat in made]
     return outline.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 

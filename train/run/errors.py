@@ -10,6 +10,7 @@ from lora_jax.training.errors import Interrupted, TrainingError
 
 BAD_INPUT = 2  # the exit code of argument parsers, too
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
@@ -38,13 +39,20 @@ def reported() -> Iterator[None]:
     except KeyboardInterrupt:
         _leave("interrupted", 130)
     except Exception as error:
-        if said := disk_full(error):
+        if said := file_problem(error):
             _leave(f"error: {said}", BAD_INPUT)
         raise
 
 
-def disk_full(error: BaseException) -> str | None:
-    """Returns a message if a full disk or a limit on files caused the error; else None."""
+def file_problem(error: BaseException) -> str | None:
+    """Returns a message if a full disk, a limit or missing rights caused the error; else None."""
+    for one in (error, error.__cause__):
+        if isinstance(one, OSError) and one.errno in _NO_RIGHTS and one.filename is not None:
+            return (
+                f"{one.filename} cannot be read or written ({one.strerror}): give this user the "
+                "right to it, or name another place: --output for what a run writes, the variable "
+                "XDG_CACHE_HOME for all caches"
+            )
     seen: BaseException | None = error
     while seen is not None:
         text = " ".join(str(seen).split())

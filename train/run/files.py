@@ -15,7 +15,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON file; returns {} if it is missing or cannot be read."""
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 

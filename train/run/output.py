@@ -99,7 +99,10 @@ def _is_untrained(folder: Path) -> bool:
 
 
 def _cannot_be_written(folder: Path, error: OSError) -> UserError:
-    return UserError(f"the output folder {folder} cannot be written: {error.strerror or error}")
+    return UserError(
+        f"the output folder {folder} cannot be written: {error.strerror or error}. Name another "
+        "with --output"
+    )
 
 
 def saved_options(config: Options) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def read_fields(name: str) -> dict[str, Any]:
         path = fetch(name)
     try:
         fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}  # the reader of the configuration reports what is wrong
     return fields if isinstance(fields, dict) else {}
 

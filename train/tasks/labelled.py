@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax.hf.bundled import MINILM
-from lora_jax.training.data.chats import Row
 from lora_jax.training.data.labelled import Labelled, classification_loss, label_names, predict
+from lora_jax.training.data.rows import Row
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
 from lora_jax.training.processes import is_first, write_json

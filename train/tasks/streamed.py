@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -67,7 +68,7 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
     """Returns a sample of the rows, which fixes the lengths of batches, and the stream of all."""
     data, (blocks,) = config.data, rows.train
     chunks = Chunks(config.optim.seed, blocks.sizes, ROOM)
-    read = functools.partial(_sequences, config, blocks, outline.tokenizer)
+    read = functools.partial(_sequences, config, blocks, outline.tokenizer, _Once())
     sample = _sample(read, chunks, data.seq_len, packing=data.packing)
     n_bytes, n_chunks = int(blocks.sizes.sum()), len(chunks.of_epoch(0))
 
@@ -125,7 +126,26 @@ def _sample(read: Any, chunks: Chunks, seq_len: int, *, packing: bool) -> Packs:
     )
 
 
-def _sequences(config: Config, blocks: Blocks, tokenizer: Any, chunk: np.ndarray) -> Sequences:
+class _Once:
+    """Prints the first lines that it gets, those of the first rows that any are about."""
+
+    told = False
+
+    def __call__(self, lines: Sequence[str]) -> None:
+        if not self.told:
+            for line in lines:
+                text = f"among the first rows of {line}"
+                hosts.console().print(text, highlight=False, soft_wrap=True)
+        self.told = True
+
+
+def _sequences(
+    config: Config,
+    blocks: Blocks,
+    tokenizer: Any,
+    say: Callable[[Sequence[str]], None],
+    chunk: np.ndarray,
+) -> Sequences:
     """Returns the rows of some blocks as sequences, cut off at --seq-len; each process does a part.
 
     Raises:
@@ -142,7 +162,7 @@ def _sequences(config: Config, blocks: Blocks, tokenizer: Any, chunk: np.ndarray
         rows = renamed([row for _, row in numbered], pairs, source)
         numbers = [number for number, _ in numbered]
         found = tokenising.tokenize(
-            rows, tokenizer, source, numbers=numbers, train_on=data.train_on
+            rows, tokenizer, source, numbers=numbers, train_on=data.train_on, say=say
         )
         cut = found.cut(data.seq_len)
         return tokenising.as_json(cut.select(np.flatnonzero(cut.predicted)), origin=part)

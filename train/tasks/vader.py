@@ -15,7 +15,7 @@ import snowballstemmer
 from sklearn.model_selection import GroupShuffleSplit
 
 from lora_jax.hf.packaged import FetchError, Package
-from lora_jax.training.data.chats import Row
+from lora_jax.training.data.rows import Row
 from train.run.errors import UserError
 from train.run.options.classify import Config
 from train.tasks import labelled

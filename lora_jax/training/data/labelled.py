@@ -14,7 +14,7 @@ import optax
 from lora_jax.training.batches import Batch, Weighted, round_up
 from lora_jax.training.data.chats import Mapped, one_by_one
 from lora_jax.training.data.packing import few_lengths
-from lora_jax.training.data.rows import Row, field_names, name_of
+from lora_jax.training.data.rows import Row, check_text, field_names, name_of, shown
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.losses import Sums, number_of_units
 
@@ -134,6 +134,8 @@ def check_rows(rows: Sequence[Row], source: str, fields: Fields) -> None:
         for option, field in of_texts.items():
             if not isinstance(row.get(field), str) or not row[field].strip():
                 raise _no_field(row, name_of(row, source, number), option, field, "a text")
+            if not row[field].isascii():
+                check_text(row[field], name_of(row, source, number))
         label = row.get(fields.label)
         if not isinstance(label, str | int) or label == "":
             needed = "a name or a whole number"
@@ -142,7 +144,7 @@ def check_rows(rows: Sequence[Row], source: str, fields: Fields) -> None:
 
 def _no_field(row: Row, where: str, option: str, field: str, needed: str) -> TrainingError:
     if field in row:
-        return TrainingError(f"{where}: `{field}` is {row[field]!r}; {needed} is needed")
+        return TrainingError(f"{where}: `{field}` is {shown(row[field])}; {needed} is needed")
     return TrainingError(
         lambda written: (
             f"{where} has {field_names(row)}, and no `{field}`: name the field by {written(option)}"

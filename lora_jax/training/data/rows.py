@@ -22,6 +22,7 @@ NEEDED = (
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _ROLES |= {"chatgpt": "assistant", "system": "system", "tool": "tool", "observation": "tool"}
 _ROLES |= {"function_response": "tool", "function_call": "function_call"}
+_USUAL = {"function_call": "'assistant', with `tool_calls`"}
 FORMS: tuple[tuple[str, ...], ...] = (
     ("messages",),
     ("prompt", "completion"),
@@ -32,10 +33,10 @@ FORMS: tuple[tuple[str, ...], ...] = (
 
 
 class PlacedRow(dict[str, Any]):
-    """A row that knows where it was read: `place` is a file and a line."""
+    """A row that knows where it was read: `place` is a file and a line, as text or with a `str`."""
 
     __slots__ = ("place",)
-    place: tuple[str, str]
+    place: tuple[str, object]
 
 
 def moved(row: Row, values: Mapping[str, Any]) -> Row:
@@ -53,7 +54,7 @@ class Conversation(NamedTuple):
     Attributes:
       messages: the turns, as the template gets them; [] for a plain text.
       tools: the tools that the template gets; None for none.
-      options: further variables of the template (`chat_template_kwargs`).
+      options: further variables of the template (`chat_template_kwargs`, `documents`).
       text: a plain text, of which every token counts.
     """
 
@@ -66,7 +67,7 @@ class Conversation(NamedTuple):
 def name_of(row: Row, source: str, number: int) -> str:
     """Returns a row's name in messages: its file and line, or its number in `source`, from 1."""
     if isinstance(row, PlacedRow):
-        return ", ".join(row.place)
+        return ", ".join(map(str, row.place))
     return f"{source}, row {number}"
 
 
@@ -151,10 +152,19 @@ def question(row: Row, name: str) -> Conversation:
 
 
 def _options(row: Row, name: str) -> Mapping[str, Any]:
-    options = row.get("chat_template_kwargs") or {}
+    options = _parsed(row.get("chat_template_kwargs")) or {}
     if not isinstance(options, Mapping):
         raise TrainingError(f"{name}: `chat_template_kwargs` is {shown(options)}, not an object")
-    return options
+    found = {option: value for option, value in options.items() if value is not None}
+    if documents := _parsed(row.get("documents")):
+        listed = isinstance(documents, Sequence) and not isinstance(documents, str)
+        if not listed or not all(isinstance(one, Mapping) for one in documents):
+            raise TrainingError(
+                f"{name}: `documents` is {shown(documents)}; a list of objects is needed, or "
+                "another name if it is not for the model"
+            )
+        found["documents"] = list(documents)
+    return found
 
 
 def _pair(prompt: str, completion: str) -> list[dict[str, Any]]:
@@ -172,7 +182,7 @@ def _parsed(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return value
     return value
 
@@ -193,6 +203,11 @@ def _turns(messages: Any, field: str, name: str) -> list[dict[str, Any]]:
         raise TrainingError(
             f"{name} begins with an assistant turn; there is nothing that it answers"
         )
+    if all(turn.get("weight") == 0 for turn in turns if turn["role"] == "assistant"):
+        raise TrainingError(
+            f"{name}: all assistant turns have the weight 0, and there is nothing to learn: leave "
+            "the row out"
+        )
     return turns
 
 
@@ -204,6 +219,12 @@ def _turn(turn: Any, index: int, name: str) -> dict[str, Any]:
     kept = {k: v for k, v in turn.items() if v is not None or k == "content"}
     if not isinstance(role, str):
         raise TrainingError(f"{name}: `role` of turn {index} is {shown(role)}; {NEEDED}")
+    if (usual := _ROLES.get(role.strip().lower(), role)) != role:
+        raise TrainingError(
+            f"{name}: `role` of turn {index} is {shown(role)}, which chat templates call "
+            f"{_USUAL.get(usual, repr(usual))}"
+        )
+    _check_weight(kept, role, f"{name}: `weight` of turn {index}")
     if calls := _parsed(kept.pop("tool_calls", None)):
         kept["tool_calls"] = _calls(calls, role, f"{name}: `tool_calls` of turn {index}")
     if isinstance(content, list) and content and all(map(_is_text, content)):
@@ -213,6 +234,17 @@ def _turn(turn: Any, index: int, name: str) -> dict[str, Any]:
     if not isinstance(content, str):
         raise TrainingError(f"{name}: `content` of turn {index} is {shown(content)}; {NEEDED}")
     return kept
+
+
+def _check_weight(turn: Message, role: str, what: str) -> None:
+    weight = turn.get("weight", 1)
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise TrainingError(f"{what} is {shown(weight)}: 0 (not learned) or 1 is needed")
+    if "weight" in turn and role != "assistant":
+        raise TrainingError(
+            f"{what} belongs to the role {role!r}: only turns of the assistant are weighed, leave "
+            "it out"
+        )
 
 
 def _is_text(part: Any) -> bool:
@@ -271,6 +303,18 @@ def _of_sharegpt(turn: Any, index: int, name: str) -> Any:
         calls = calls if isinstance(calls, list) else [calls]
         return {"role": "assistant", "content": None, "tool_calls": calls}
     return {"role": role, "content": value}
+
+
+def check_text(text: str, name: str) -> None:
+    """Raises TrainingError for a text that has half of a character (a lone surrogate)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half, around = text[error.start], text[max(error.start - 20, 0) : error.start + 20]
+        raise TrainingError(
+            f"{name} has {ascii(half)[1:-1]} in {ascii(around)}, one half of a surrogate pair, "
+            "which is no character: write the whole character, or take it out"
+        ) from None
 
 
 def field_names(row: Row) -> str:

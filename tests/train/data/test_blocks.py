@@ -36,7 +36,9 @@ def test_each_line_is_in_one_block_wherever_blocks_are_cut(tmp_path, monkeypatch
     for part, numbered in parts:
         for at, row in numbered:
             here = text[at:].split(b"\n")[0].removeprefix(b"\xef\xbb\xbf")
-            assert json.loads(here) == row and row.place == (str(path), f"byte {at:,}")
+            line = text.count(b"\n", 0, at) + 1
+            assert json.loads(here) == row
+            assert [*map(str, row.place)] == [str(path), f"line {line} (byte {at:,})"]
             assert found.named(part, at) == f"the row at byte {at:,} of {path}"
 
 
@@ -75,8 +77,8 @@ def test_a_changed_file_has_another_fingerprint(tmp_path):
         ("rows.jsonl.gz", "", "rows.jsonl.gz cannot be read from its middle"),
         ("rows.json", ' [{"a": 1}]', "rows.json cannot be read from its middle"),
         ("empty.jsonl", "", "has no rows"),
-        ("bad.jsonl", '{"a": 1}\n{"a"\n', 'bad.jsonl, byte 9 is not JSON .*: \'{"a"'),
-        ("list.jsonl", "{}\n[1]\n", r"list.jsonl, byte 3 is not a JSON object: \[1\]"),
+        ("bad.jsonl", '{"a": 1}\n{"a"\n', 'bad.jsonl, line 2 .byte 9. is not JSON .*: \'{"a"'),
+        ("list.jsonl", "{}\n[1]\n", r"list.jsonl, line 2 \(byte 3\) is not a JSON object: .\[1\]"),
         ("text.parquet", "no", "cannot be read as Parquet"),
     ],
 )

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from lora_jax.training.data import chats
+from lora_jax.training.data import drafts
 from tests.train.tiny import CHATML, tokenizer
 from train.data import cache
 from train.data.chats import tokenize
@@ -23,8 +23,8 @@ def tokenised(monkeypatch, tmp_path, capsys):
         rendered.append(args)
         return original(*args, **options)
 
-    original = chats.conversation
-    monkeypatch.setattr(chats, "conversation", counted)
+    original = drafts.conversation
+    monkeypatch.setattr(drafts, "conversation", counted)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
 
     def run(rows=ROWS, made=None, kept_in=str(tmp_path), **options):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lora_jax.training import processes as in_training
-from lora_jax.training.data import chats
+from lora_jax.training.data import chats, drafts
 from lora_jax.training.processes import Agreement
 from tests.train.tiny import FORGETFUL, tokenizer, write_jsonl
 from train.data.chats import tokenize
@@ -225,8 +225,8 @@ def test_a_stream_is_the_same_however_many_processes_read_it(processes, monkeypa
 def test_processes_take_the_tokens_of_an_earlier_run_together(processes, monkeypatch, tmp_path):
     """Each has a folder of its own; where one lacks its file, all tokenise, and none waits."""
     rows = [{"prompt": f"{i}?", "completion": "yes"} for i in range(5)]
-    rendered, original = [], chats.conversation
-    monkeypatch.setattr(chats, "conversation", lambda *a: rendered.append(a) or original(*a))
+    rendered, original = [], drafts.conversation
+    monkeypatch.setattr(drafts, "conversation", lambda *a: rendered.append(a) or original(*a))
 
     def read():
         folder = tmp_path / str(jax.process_index())

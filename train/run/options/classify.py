@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from train.data.files import FILE_KINDS
+from train.data.files import kind_of
 from train.run.adapter import NO_ADAPTER
 from train.run.errors import UserError
 from train.run.options.common import (
@@ -143,8 +143,8 @@ def check(config: Config) -> None:
     data = config.data
     if not 0 < data.test_share < 1:
         raise UserError(f"--test-share {data.test_share}: a number between 0 and 1 is needed")
-    names_file = data.test is None or data.test.endswith(FILE_KINDS)
-    if not names_file and (data.dataset or "").endswith(FILE_KINDS):
+    names_file = data.test is None or kind_of(data.test)
+    if not names_file and kind_of(data.dataset or ""):
         raise UserError(
             f"--test {data.test}: --dataset {data.dataset} is a file, which has no splits. Give "
             "another file with --test, or leave it out to hold out a share of the rows"

@@ -1,7 +1,7 @@
 """A command line, with the file that its `--config` names, as options."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 import tyro
@@ -49,8 +49,10 @@ def read_line(
     on_line = given_options(args)
     config = plain
     in_file: dict[str, int] = {}
+    lines: dict[str, int] = {}
     if path is not None:
-        config, in_file = read_options(path, config)
+        config, lines = read_options(path, config)
+        in_file = lines
         overridden = {
             one
             for pair in EXCLUSIVE
@@ -62,7 +64,16 @@ def read_line(
         overridden |= {name.removeprefix("no_") for name in on_line if name not in in_file}
         in_file = {name: line for name, line in in_file.items() if name not in overridden}
     flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[type(plain)]]  # type: ignore[valid-type,misc]
-    return tyro.cli(flat, args=args, prog=prog, default=config), on_line, in_file
+    needed = [arg for arg in args if not _is_so_already(arg, config, lines)]
+    return tyro.cli(flat, args=needed, prog=prog, default=config), on_line, in_file
+
+
+def _is_so_already(arg: str, config: Options, in_file: Collection[str]) -> bool:
+    """Returns whether a word turns on or off what the file of --config has turned so."""
+    name = arg.removeprefix("--").replace("-", "_") if arg.startswith("--") else ""
+    turned = not name.startswith("no_")
+    name = name.removeprefix("no_")
+    return name in in_file and value_of(config, name) is turned
 
 
 def _named_file(args: Sequence[str]) -> str | None:

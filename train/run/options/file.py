@@ -2,10 +2,13 @@
 
 A file is flat: its keys are the names of the options, with hyphens or underscores, whatever groups
 `--help` shows them in. Text stays as written (`token_cache: off` is the text "off", not false), and
-`null` stands for an option that is not given.
+`null` stands for an option that is not given. Numbers are YAML 1.2's, but for those that begin with
+0, which are refused.
 """
 
 import dataclasses
+import json
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -28,6 +31,9 @@ _NEEDED = {
     str: "a text is needed",
 }
 _NOT_IN_A_FILE = ("config",)
+_LEADING_ZERO = re.compile(r"[-+]?0[0-9]+")
+_ZEROS = re.compile(r"(?<![0-9])0+(?=[0-9])")
+_MOST_SHOWN = 80  # characters of a value in messages
 
 
 class Unfit(Exception):
@@ -103,19 +109,7 @@ def as_yaml(config: Options, values: Mapping[str, Any], heading: str) -> str:
 
 def _entries(path: str) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
     """Returns the keys and values of a file's mapping, with their places."""
-    try:
-        root = yaml.compose(Path(path).expanduser().read_text(encoding="utf-8"), yaml.SafeLoader)
-    except OSError as error:
-        raise UserError(
-            f"--config {path}: the file cannot be read: {error.strerror or error}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--config {path}: the file is not UTF-8 text ({error})") from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"--config {path}, line {line}: not YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not YAML: {error}") from error
+    root = composed(Path(path).expanduser(), f"--config {path}")
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
@@ -127,6 +121,45 @@ def _entries(path: str) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
             line = key.start_mark.line + 1
             raise UserError(f"--config {path}, line {line}: the name of an option is needed")
     return root.value
+
+
+def composed(file: Path, asked: str) -> yaml.Node | None:
+    """Returns the root of a YAML file; None for an empty one.
+
+    Args:
+      file: the file.
+      asked: the option that names it, for messages.
+
+    Raises:
+      UserError: the file cannot be read, or is not YAML; names the line.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{asked}: the file cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{asked}: the file is not UTF-8 text ({error})") from error
+    loader = None
+    try:
+        loader = yaml.SafeLoader(text)  # refuses characters that no YAML has
+        return loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{asked}, line {line}: not YAML: {error.problem}") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(
+            f"{asked}, line {line}: not YAML: the character {error.character:#x} has no place in "
+            "it; take it out"
+        ) from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{asked}: not YAML: {error}") from error
+    except RecursionError:
+        line = loader.line + 1 if loader else 1
+        raise UserError(
+            f"{asked}, line {line}: lists or groups stand in each other too deeply: an option "
+            "takes a value or a list of values"
+        ) from None
 
 
 def kinds_of(config: Options) -> dict[str, Any]:
@@ -165,6 +198,8 @@ def converted(node: yaml.Node, kind: Any) -> Any:
         return converted(node, kind)
     if origin is tuple:
         # One value is a list of one, as on the command line.
+        if isinstance(node, yaml.ScalarNode) and len(words := node.value.split()) > 1:
+            raise Unfit(f"a list is needed, [{', '.join(words)}] or [{json.dumps(node.value)}]")
         nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
         return tuple(converted(one, arguments[0]) for one in nodes)
     if origin is Literal:
@@ -187,12 +222,19 @@ def _plain(node: yaml.Node, kind: type) -> Any:
     if kind is str:
         return node.value
     is_plain = node.style is None  # text in quotes is not a number
-    if kind is float and is_plain:
+    if kind in (int, float) and is_plain:
+        # YAML 1.1 takes 1e-3 for a text, .inf for a number, 010 for 8, and 1:30 for 90.
+        if _LEADING_ZERO.fullmatch(node.value):
+            raise Unfit(
+                f"{_NEEDED[kind]} that does not begin with 0, which some take for the octal "
+                f"system: write {_ZEROS.sub('', node.value)}"
+            )
         try:
-            # YAML 1.1 takes 1e-3 for a text, and .inf for a number.
+            if kind is int:
+                return int(node.value, 0)
             return float(node.value.replace(".inf", "inf").replace(".nan", "nan"))
         except ValueError:
-            pass
+            raise Unfit(_NEEDED[kind]) from None
     if kind in (int, bool) and node.tag == f"{_TAG}{kind.__name__}":
         return yaml.SafeLoader("").construct_object(node)
     raise Unfit(_NEEDED[kind])
@@ -201,5 +243,6 @@ def _plain(node: yaml.Node, kind: type) -> Any:
 def shown(node: yaml.Node) -> str:
     """Returns a value as it stands in a file, for messages."""
     if isinstance(node, yaml.ScalarNode):
-        return repr(node.value) if node.style else node.value or "nothing"
+        text = repr(node.value) if node.style else node.value or "nothing"
+        return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
     return "a list" if isinstance(node, yaml.SequenceNode) else "a group of keys"

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from train.data.files import FILE_KINDS
+from train.data.files import kind_of
 from train.data.named import named
 from train.run.adapter import NO_ADAPTER
 from train.run.errors import UserError, flag
@@ -70,9 +70,9 @@ def _cases(options: Any) -> list[_Case]:
     factors = (*_OF_FACTORS, "lora_plus")
     one = isinstance(data.dataset, str)
     datasets = [data.dataset] if one else [dataset.name for dataset in named(data.dataset)]
-    is_file = all(name.endswith(FILE_KINDS) for name in datasets)
+    is_file = all(kind_of(name) for name in datasets)
     test: str | None = getattr(data, "test", None)
-    from_hub = not is_file or (test is not None and not test.endswith(FILE_KINDS))
+    from_hub = not is_file or (test is not None and not kind_of(test))
     return [
         *(_Case(True, why, names) for why, names in without_effect(options.optim)),
         _Case(

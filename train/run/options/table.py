@@ -16,7 +16,7 @@ from train.data.text_files import read_csv, read_json
 from train.run.errors import UserError, flag
 from train.run.options.command import EXCLUSIVE, value_of
 from train.run.options.common import Options
-from train.run.options.file import Unfit, converted, kinds_of, replaced, shown
+from train.run.options.file import Unfit, composed, converted, kinds_of, replaced, shown
 from train.run.options.ignored import check_effects, idle_options
 
 Config = TypeVar("Config", bound=Options)
@@ -207,15 +207,16 @@ def _place(row: Row[Any]) -> str:
 def _cells(path: str, kinds: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, yaml.Node]]]:
     """Yields the place of each row and its cells, by column; leaves out cells that are empty."""
     file, asked = Path(path).expanduser(), flag("many", path)
-    if not file.name.endswith((*_TABLES, *_JSON, *_YAML)):
+    kind = file.name.lower()
+    if not kind.endswith((*_TABLES, *_JSON, *_YAML)):
         endings = ", ".join((*_TABLES, *_JSON, *_YAML))
         raise UserError(f"{asked}: a file of one of the kinds {endings} is needed")
     if not file.is_file():
         raise UserError(f"{asked}: there is no such file")
-    if file.name.endswith(_YAML):
+    if kind.endswith(_YAML):
         yield from _of_yaml(file, asked)
         return
-    if file.name.endswith(_TABLES):
+    if kind.endswith(_TABLES):
         for row in read_csv(file):
             texts = {column.strip(): text.strip() for column, text in row.items()}
             given = {c: _of_text(text, kinds.get(_option(c))) for c, text in texts.items() if text}
@@ -223,14 +224,14 @@ def _cells(path: str, kinds: Mapping[str, Any]) -> Iterator[tuple[str, dict[str,
         return
     for row in read_json(file):
         values = {column: value for column, value in row.items() if value is not None}
-        yield f"{asked}, {row.place[1]}", {c: _of_json(value) for c, value in values.items()}
+        where = str(row.place[1])
+        if " row " in where and isinstance(values.get(NAME), str):  # of several in one line
+            where += f" ({values[NAME]})"
+        yield f"{asked}, {where}", {c: _of_json(value) for c, value in values.items()}
 
 
 def _of_yaml(file: Path, asked: str) -> Iterator[tuple[str, dict[str, yaml.Node]]]:
-    try:
-        root = yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{asked}: not YAML: {' '.join(str(error).split())}") from error
+    root = composed(file, asked)
     if not isinstance(root, yaml.SequenceNode):
         raise UserError(f"{asked}: a list of runs is needed, each with its options by their names")
     for row in root.value:
@@ -266,7 +267,14 @@ def _scalar(text: str) -> yaml.ScalarNode:
 
 
 def _of_json(value: Any) -> yaml.Node:
-    return yaml.compose(json.dumps(value, ensure_ascii=False), yaml.SafeLoader)
+    if isinstance(value, dict):
+        pairs = [(_of_json(key), _of_json(one)) for key, one in value.items()]
+        return yaml.MappingNode(f"{_TAG}map", pairs)
+    if isinstance(value, list):
+        return yaml.SequenceNode(f"{_TAG}seq", [_of_json(one) for one in value])
+    if isinstance(value, str):
+        return yaml.ScalarNode(f"{_TAG}str", value, style='"')
+    return _scalar(json.dumps(value))
 
 
 def _option(column: str) -> str:

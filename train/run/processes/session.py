@@ -22,7 +22,7 @@ from rich.console import Console
 
 from lora_jax.training.errors import Interrupted, TrainingError
 from lora_jax.training.run.stop import Stop
-from train.run.errors import BAD_INPUT, disk_full, flag
+from train.run.errors import BAD_INPUT, file_problem, flag
 from train.run.processes.peers import LOST, Peers, connect
 
 _PATIENCE = 5.0  # seconds for the main thread to end by itself
@@ -58,9 +58,9 @@ class Session:
         except Interrupted as error:
             self._end(str(error), error.code, why=f"got {self.stop.name}")
         except Exception as error:
-            if full := disk_full(error):
-                why = "cannot write a file"
-                self._end(f"error: {full}. {self.stop.remedy}", BAD_INPUT, why=why)
+            if problem := file_problem(error):
+                why = "cannot read or write a file"
+                self._end(f"error: {problem}. {self.stop.remedy}", BAD_INPUT, why=why)
             if self._peers is None:
                 raise
             # The death of another process may fail a collective here before it is told.

@@ -1,14 +1,15 @@
 """Answers to a few fixed prompts while a run trains."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax.training.errors import TrainingError
 from lora_jax.training.loop import Measure
 from lora_jax.training.step import State
+from train.data.text_files import parsed
 from train.run.complete import Chat, answered, tokenized
-from train.run.errors import UserError
+from train.run.errors import UserError, as_user_errors
 from train.run.log import SAMPLED, Log, QuietLog
 from train.run.options.sft import SftRunConfig
 from train.run.pretrained import Outline
@@ -34,7 +35,8 @@ class Prompts:
         chats = _read(run.sample_prompts)
         self.texts = [str(chat[-1]["content"]) for chat in chats]
         if outline.tokenizer.chat_template is not None:
-            self.tokens = tokenized(outline, chats)
+            with as_user_errors(TrainingError, prefix="--sample-prompts: "):
+                self.tokens = tokenized(outline, chats)
         elif any(len(chat) > 1 for chat in chats):
             raise UserError(
                 f"--sample-prompts: {outline.name} has no chat template, and a prompt has several "
@@ -88,7 +90,7 @@ def sampling(
 
 def _read(given: Sequence[str]) -> list[Chat]:
     """Returns the chats that --sample-prompts gives as texts, or as the rows of one file."""
-    files = [text for text in given if text.endswith(_SUFFIXES)]
+    files = [text for text in given if text.lower().endswith(_SUFFIXES)]
     if files and len(given) > 1:
         raise UserError(
             f"--sample-prompts: {files[0]} is a file, and stands alone: leave the other prompts out"
@@ -103,9 +105,9 @@ def _read(given: Sequence[str]) -> list[Chat]:
     rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
         raise UserError(f"--sample-prompts: {path} is empty")
-    is_json = path.suffix == ".jsonl"
+    is_json = path.suffix.lower() == ".jsonl"
     return [
-        _chat_of_row(line, f"{path}, line {number}") if is_json else _chat(line, str(path))
+        _chat_of_row(path, number, line) if is_json else _chat(line, str(path))
         for number, line in rows
     ]
 
@@ -116,12 +118,9 @@ def _chat(text: str, where: str) -> Chat:
     return [{"role": "user", "content": text}]
 
 
-def _chat_of_row(line: str, where: str) -> Chat:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"--sample-prompts: {where} is not JSON: {error}") from error
-    row = row if isinstance(row, dict) else {}
+def _chat_of_row(path: Path, number: int, line: str) -> Chat:
+    where = f"{path}, line {number}"
+    row = parsed(line, path, f"line {number}")
     if isinstance(row.get("prompt"), str):
         return _chat(row["prompt"], where)
     chat = row.get("messages")

@@ -1,0 +1,211 @@
+"""Finds in each row the text of its sequences, and what the loss counts in it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from lora_jax.training.data.rows import Conversation, Row, check_text, conversation, shown
+from lora_jax.training.data.sequences import Tokens
+from lora_jax.training.data.templates import (
+    LeftOut,
+    Rendered,
+    check_calls,
+    check_variables,
+    check_without_template,
+    marks_answers,
+    needs_a_look,
+    render,
+    template_of,
+)
+from lora_jax.training.errors import TrainingError
+
+TrainOn = Literal["all", "assistant", "last"]
+
+
+class Part(NamedTuple):
+    """A text to be tokenised; tokens that begin within one of `spans` count."""
+
+    text: str
+    spans: Sequence[tuple[int, int]]
+    special: bool = False  # whether the tokenizer adds its special tokens
+
+
+class Draft(NamedTuple):
+    """A sequence before its texts are tokenised, or already tokenised by the template's marks."""
+
+    row: int
+    parts: Sequence[Part]
+    end: bool = False  # whether the token of a text's end follows
+    marked: Tokens | None = None
+
+
+class Drafts(NamedTuple):
+    """The sequences of a row, and the fields that the template shows in some turns only."""
+
+    sequences: Sequence[Draft]
+    left_out: Mapping[str, LeftOut] = {}
+
+
+def drafts_of(row: Row, number: int, tokenizer: Any, name: str, train_on: TrainOn) -> Drafts:
+    """Returns the sequences of a row; see `lora_jax.training.data.chats.tokenize`.
+
+    Raises:
+      TrainingError: the row cannot be used, or the model's chat template drops some of it.
+    """
+    chat = conversation(row, name)
+    check_text(json.dumps(chat, ensure_ascii=False, default=repr), name)
+    if chat.text is not None:
+        part = Part(chat.text, [(0, len(chat.text))], special=True)
+        return Drafts([Draft(number, [part], end=True)])
+    if tokenizer.chat_template is None:
+        return Drafts([Draft(number, _plain(chat, name, train_on), end=True)])
+    try:
+        template = template_of(tokenizer, chat)
+        check_variables(chat, template)
+        if marks_answers(template):
+            return _marked_by_template(chat, tokenizer, number, train_on)
+        return _found_by_text(chat, tokenizer, number, train_on)
+    except TrainingError as error:
+        raise TrainingError(f"{name}: {error}") from None
+    except Exception as error:  # a template refuses a conversation in its own words
+        raise TrainingError(f"{name}: the model's chat template refuses it: {error}") from error
+
+
+def _plain(chat: Conversation, name: str, train_on: TrainOn) -> list[Part]:
+    """Returns a prompt and its completion in a row, for a model without a chat template."""
+    turns = chat.messages
+    if [turn["role"] for turn in turns] != ["user", "assistant"] or "tool_calls" in turns[1]:
+        raise TrainingError(
+            f"{name} is a chat, and the model has no chat template: give rows with `prompt` and "
+            "`completion`, or a model that was made for chats"
+        )
+    check_without_template(chat, name)
+    prompt, completion = (turn["content"] for turn in turns)
+    asked = [(0, len(prompt))] if train_on == "all" else []
+    return [Part(prompt, asked, special=True), Part(completion, [(0, len(completion))])]
+
+
+class _Answer(NamedTuple):
+    """An assistant's turn: its number, the text up to its end, and its span in that text."""
+
+    turn: int
+    text: str
+    span: tuple[int, int]
+
+
+def _found_by_text(chat: Conversation, tokenizer: Any, row: int, train_on: TrainOn) -> Drafts:
+    """Returns a chat whose answers are found by rendering the turns up to each."""
+    answers = _answers(chat, tokenizer)
+    learned = [answer for answer in answers if _is_learned(chat, answer.turn)]
+    if train_on != "all":  # then the turns after the last that is learned are left out
+        answers = [answer for answer in answers if answer.turn <= learned[-1].turn]
+    end, whole = answers[-1].turn + 1, answers[-1].text
+    rendered = Rendered(chat, end, whole, tokenizer)
+    rendered.check(end)
+    left_out = rendered.left_out(end, {answer.turn: answer.text for answer in answers})
+    if train_on == "all":
+        return Drafts([Draft(row, [Part(whole, _all_but(answers, chat))])], _lost(left_out))
+    if train_on == "last":
+        return Drafts([Draft(row, [Part(whole, [learned[-1].span])])], _lost(left_out))
+    if all(whole.startswith(answer.text) for answer in learned):
+        spans = [answer.span for answer in learned]
+        return Drafts([Draft(row, [Part(whole, spans)])], _lost(left_out))
+    # Some templates drop parts of a turn once others follow (a model's thoughts). Each turn is then
+    # learned as it was said, after what the model saw at that point.
+    drafts = [Draft(row, [Part(answer.text, [answer.span])]) for answer in learned]
+    return Drafts(drafts, left_out)
+
+
+def _lost(left_out: Mapping[str, LeftOut]) -> dict[str, LeftOut]:
+    """Returns counts for one sequence a row, where no turn is learned as it was said."""
+    return {
+        field: LeftOut(found.turns, 0, found.later + found.never)
+        for field, found in left_out.items()
+    }
+
+
+def _is_learned(chat: Conversation, index: int) -> bool:
+    return chat.messages[index].get("weight") != 0
+
+
+def _answers(chat: Conversation, tokenizer: Any) -> list[_Answer]:
+    """Returns each assistant turn with the text up to its end."""
+    found = []
+    for index, turn in enumerate(chat.messages):
+        if turn["role"] != "assistant":
+            continue
+        asked = render(chat, index, tokenizer, ask=True)
+        answered = render(chat, index + 1, tokenizer).rstrip()
+        if not answered.startswith(asked):
+            raise TrainingError(
+                "the model's chat template renders an answer otherwise than its prompt announces, "
+                f"so that the answer cannot be found in it: {shown(asked[-60:])} is no part of "
+                f"{shown(answered[-120:])}"
+            )
+        check_calls(turn, answered[len(asked) :])
+        found.append(_Answer(index, answered, (len(asked), len(answered))))
+    return found
+
+
+def _all_but(answers: Sequence[_Answer], chat: Conversation) -> list[tuple[int, int]]:
+    """Returns the spans of the whole text that lie outside turns of the weight 0."""
+    whole, spans, begin = answers[-1].text, [], 0
+    for answer in answers:
+        if _is_learned(chat, answer.turn):
+            continue
+        if not whole.startswith(answer.text):
+            raise TrainingError(
+                f"turn {answer.turn} has the weight 0, and the model's chat template renders it "
+                "otherwise once others follow, so that it cannot be found: leave out the weight, "
+                "or learn what the assistant says rather than all"
+            )
+        spans.append((begin, answer.span[0]))
+        begin = answer.span[1]
+    return [*spans, (begin, len(whole))]
+
+
+def _marked_by_template(chat: Conversation, tokenizer: Any, row: int, train_on: TrainOn) -> Drafts:
+    """Returns a chat as tokens, of which those count that the template marks as generated."""
+    turns, left_out = chat.messages, {}
+    if needs_a_look(chat):
+        text = render(chat, len(turns), tokenizer)
+        last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+        rendered = Rendered(chat, len(turns), text, tokenizer)
+        rendered.check(last + 1)
+        left_out = _lost(rendered.left_out(last + 1, {}))
+    made = render(
+        chat,
+        len(turns),
+        tokenizer,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    ids, counts = np.array(made["input_ids"], np.int32), np.array(made["assistant_masks"], bool)
+    if not counts.any():
+        raise TrainingError("the model's chat template marks no token as generated")
+    runs = _runs(counts)
+    end = int(runs[-1][1])
+    if train_on == "all":
+        counts[:] = True
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if muted := [n for n, index in enumerate(answers) if not _is_learned(chat, index)]:
+        if len(runs) != len(answers):
+            raise TrainingError(
+                f"turn {answers[muted[0]]} has the weight 0, and cannot be told from the others: "
+                f"the model's chat template marks {len(runs)} texts as generated, for "
+                f"{len(answers)} turns of the assistant. Leave out the weights of this row"
+            )
+        for n in muted:
+            counts[slice(*runs[n])] = False
+    if train_on == "last":
+        counts[: _runs(counts)[-1][0]] = False
+    return Drafts([Draft(row, [], marked=Tokens(ids[:end], counts[:end], row))], left_out)
+
+
+def _runs(counts: np.ndarray) -> np.ndarray:
+    """Returns where each run of tokens that count begins and ends: [runs, 2]."""
+    edges = np.diff(counts.astype(np.int8), prepend=0, append=0)
+    return np.flatnonzero(edges).reshape(-1, 2)

@@ -1,0 +1,289 @@
+"""Renders chats with the model's own template, and refuses what the template would drop.
+
+A template ignores a role, a field or a variable that it does not know. So what a chat has is looked
+for in the text: as it stands, or by rendering the chat once more without it.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jinja2
+from jinja2 import meta
+
+from lora_jax.training.data.rows import Conversation, Message, shown
+from lora_jax.training.errors import TrainingError
+
+# The tags of Jinja by which a template marks what the assistant says.
+_GENERATION = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
+_TAGS = re.compile(r"{%[-+]?\s*(end)?generation\s*[-+]?%}")
+_SET_HERE = ("messages", "tools", "add_generation_prompt")
+# Fields of a turn, by what they mean. transformers takes names of one meaning for each other.
+_FIELDS = (("reasoning_content", "reasoning", "thinking"), ("name",), ("function_call",))
+_LONG = 20  # characters of a text that is hardly in a rendered chat by chance
+_CHANGE = " And so on."
+
+
+class LeftOut(NamedTuple):
+    """Counts turns with a field that the template shows in some turns only.
+
+    Attributes:
+      turns: those that have the field.
+      later: those that the template shows with it, until other turns follow.
+      never: those that it shows without it.
+    """
+
+    turns: int
+    later: int
+    never: int
+
+
+def template_of(tokenizer: Any, chat: Conversation) -> str:
+    """Returns the chat template that renders a conversation; some models have one for tools."""
+    if isinstance(tokenizer.chat_template, str):
+        return tokenizer.chat_template
+    return tokenizer.get_chat_template(None, chat.tools)
+
+
+def marks_answers(template: str) -> bool:
+    """Returns whether a template marks what the assistant says."""
+    return _GENERATION.search(template) is not None
+
+
+def render(chat: Conversation, n: int, tokenizer: Any, *, ask: bool = False, **how: Any) -> Any:
+    """Returns the first `n` turns as the template renders them.
+
+    Args:
+      chat: the turns, tools and variables.
+      n: the number of turns.
+      tokenizer: the model's.
+      ask: adds what precedes an answer.
+      how: further arguments of `apply_chat_template`.
+    """
+    return tokenizer.apply_chat_template(
+        chat.messages[:n],
+        tools=chat.tools,
+        add_generation_prompt=ask,
+        **{**chat.options, "tokenize": False, **how},
+    )
+
+
+def asked(chat: Conversation, tokenizer: Any) -> str:
+    """Returns the turns of a chat up to the beginning of the answer to the last.
+
+    Raises:
+      TrainingError: the template drops something of the chat.
+    """
+    n = len(chat.messages)
+    check_variables(chat, template_of(tokenizer, chat))
+    text = render(chat, n, tokenizer, ask=True)
+    if needs_a_look(chat):
+        rendered = Rendered(chat, n, text, tokenizer, ask=True)
+        rendered.check(n)
+        rendered.left_out(n, {})
+    return text
+
+
+def check_variables(chat: Conversation, template: str) -> None:
+    """Raises TrainingError for a variable of a chat that its template does not read."""
+    read = _variables(template) if chat.options else frozenset()
+    for name in chat.options:
+        if name in _SET_HERE:
+            raise TrainingError(
+                f"`chat_template_kwargs` has `{name}`, which comes from the row itself: leave it "
+                "out there"
+            )
+        if name in read:
+            continue
+        if name == "documents":
+            raise TrainingError(
+                "the model's chat template does not read `documents`: write them into a turn, or "
+                "leave the field out"
+            )
+        others = ", ".join(sorted(read - {*_SET_HERE})) or "none"
+        raise TrainingError(
+            f"the model's chat template does not read `{name}` of `chat_template_kwargs`: correct "
+            f"the name or leave it out (variables that it reads: {others})"
+        )
+
+
+@functools.lru_cache(maxsize=8)
+def _variables(template: str) -> frozenset[str]:
+    """Returns the names that a template looks up outside itself."""
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    return frozenset(meta.find_undeclared_variables(environment.parse(_TAGS.sub("", template))))
+
+
+def check_without_template(chat: Conversation, name: str) -> None:
+    """Raises TrainingError for what only a template could show, if the model has none."""
+    fields = [field for turn in chat.messages for fields in _FIELDS for field in _of(turn, fields)]
+    if names := [*(["tools"] if chat.tools else []), *chat.options, *fields]:
+        raise TrainingError(
+            f"{name} has `{names[0]}`, and the model has no chat template to show it: leave the "
+            "field out, or give a model that was made for chats"
+        )
+
+
+class Rendered(NamedTuple):
+    """Turns of a chat as the template renders them.
+
+    Attributes:
+      chat: the chat.
+      end: the number of turns that are rendered.
+      text: the text that they become.
+      tokenizer: the model's.
+      ask: whether the beginning of an answer follows them.
+    """
+
+    chat: Conversation
+    end: int
+    text: str
+    tokenizer: Any
+    ask: bool = False
+
+    def check(self, n: int) -> None:
+        """Raises TrainingError if the text lacks calls, tools, or what one of `n` turns says."""
+        for turn in self.chat.messages[:n]:
+            check_calls(turn, self.text)
+        self._check_tools()
+        for index, turn in enumerate(self.chat.messages[:n]):
+            self._check_said(index, turn)
+
+    def _check_tools(self) -> None:
+        for tool in self.chat.tools or ():
+            name = (tool.get("function") or tool).get("name")
+            if isinstance(name, str) and name not in self.text:
+                raise TrainingError(
+                    f"the model's chat template shows no tools: {name!r} is not in "
+                    f"{shown(self.text)}. Give a model whose template knows tools, or rows without "
+                    "`tools`"
+                )
+
+    def _check_said(self, index: int, turn: Message) -> None:
+        """Raises TrainingError if the text of a turn is missing that is no assistant's."""
+        said, role = turn.get("content"), turn["role"]
+        if role == "assistant" or not isinstance(said, str) or not said.strip():
+            return
+        is_long = len(said.strip()) >= _LONG
+        if is_long and self._has(said) or role == "user" and not is_long:
+            return
+        if self._differs({index: {**turn, "content": said + _CHANGE}}):
+            return
+        remedy = "Give a model whose template knows tools"
+        if role != "tool":
+            remedy = (
+                "Put it into the first user turn, or give a model whose template knows this role"
+            )
+        raise TrainingError(
+            f"the model's chat template shows no turns of the role {role!r} here: {shown(said)} is "
+            f"not in {shown(self.text)}. {remedy}"
+        )
+
+    def left_out(self, n: int, said: Mapping[int, str]) -> dict[str, LeftOut]:
+        """Returns the fields of `n` turns that the template shows in some turns only.
+
+        Args:
+          n: the number of turns that are looked at.
+          said: for turns by their index, the text that ends with the turn, as far as it is known.
+
+        Raises:
+          TrainingError: the template shows a field in no turn.
+        """
+        found = {}
+        for fields in _FIELDS:
+            turns = {i: self._fields_of(i, fields) for i in range(n)}
+            turns = {index: names for index, names in turns.items() if names}
+            hidden = self._without(turns)
+            if not hidden:
+                continue
+            never = [i for i in hidden if self._upto(i, said)._without({i: turns[i]})]
+            first, (field, *_) = next(iter(turns.items()))
+            if len(never) == len(turns):
+                raise TrainingError(
+                    f"the model's chat template does not show `{field}` (of turn {first}: "
+                    f"{shown(self.chat.messages[first][field])}): leave the field out, write it "
+                    "into `content`, or give a model whose template shows it"
+                )
+            found[field] = LeftOut(len(turns), len(hidden) - len(never), len(never))
+        return found
+
+    def _upto(self, index: int, said: Mapping[int, str]) -> "Rendered":
+        """Returns the turns up to one, as they are rendered when no others follow."""
+        text = said.get(index) or render(self.chat, index + 1, self.tokenizer)
+        return self._replace(end=index + 1, text=text, ask=False)
+
+    def _fields_of(self, index: int, fields: Iterable[str]) -> list[str]:
+        turn = self.chat.messages[index]
+        if turn["role"] == "tool" and turn.get("name") in _called(self.chat.messages[:index]):
+            return []  # the name is that of a call, which is shown
+        return _of(turn, fields)
+
+    def _without(self, turns: Mapping[int, list[str]]) -> list[int]:
+        """Returns the turns whose fields are not in the text."""
+        messages = self.chat.messages
+        said = [messages[i][field] for i, fields in turns.items() for field in fields]
+        unseen = {
+            index: {name: value for name, value in messages[index].items() if name not in fields}
+            for index, fields in turns.items()
+            if not any(
+                said.count(messages[index][field]) == 1 and self._has(messages[index][field], _LONG)
+                for field in fields
+            )
+        }
+        if not unseen or not self._differs(unseen):
+            return [*unseen]
+        if len(unseen) == 1:
+            return []
+        return [index for index, turn in unseen.items() if not self._differs({index: turn})]
+
+    def _has(self, said: Any, least: int = 0) -> bool:
+        """Returns whether a text stands in the rendered one, as it is or as JSON has it."""
+        if not isinstance(said, str) or len(said.strip()) < least:
+            return False
+        if said.strip() in self.text:
+            return True
+        escaped = (json.dumps(said, ensure_ascii=only)[1:-1] for only in (True, False))
+        return any(form in self.text for form in escaped)
+
+    def _differs(self, turns: Mapping[int, Message]) -> bool:
+        """Returns whether the text is another one with other turns in some places."""
+        messages = [dict(turns.get(i, turn)) for i, turn in enumerate(self.chat.messages)]
+        chat = self.chat._replace(messages=messages)
+        try:
+            text = render(chat, self.end, self.tokenizer, ask=self.ask)
+        except Exception:  # what a template refuses, it has read
+            return True
+        return text.rstrip() != self.text.rstrip()
+
+
+def needs_a_look(chat: Conversation) -> bool:
+    """Returns whether a chat has more than turns of a user and an assistant, who say texts."""
+    return bool(chat.tools) or any(
+        turn["role"] not in ("user", "assistant")
+        or "tool_calls" in turn
+        or any(_of(turn, fields) for fields in _FIELDS)
+        for turn in chat.messages
+    )
+
+
+def check_calls(turn: Message, text: str) -> None:
+    """Raises TrainingError if the rendered turn lacks one of its calls."""
+    for call in turn.get("tool_calls", ()):
+        name = (call.get("function") or call)["name"]
+        if name not in text:
+            raise TrainingError(
+                f"the model's chat template shows no tool calls: {name!r} is not in "
+                f"{shown(text)}. Give a model whose template knows tools, or rows without calls"
+            )
+
+
+def _of(turn: Message, fields: Iterable[str]) -> list[str]:
+    """Returns those of some fields that a turn has."""
+    return [field for field in fields if turn.get(field)]
+
+
+def _called(turns: Iterable[Message]) -> set[str]:
+    calls = (call for turn in turns for call in turn.get("tool_calls", ()))
+    return {(call.get("function") or call)["name"] for call in calls}

@@ -1,0 +1,36 @@
+"""A word of the command line that says what the file of --config says is no unknown option."""
+
+import pytest
+
+from train import compare
+from train.findings.catalog import FINDINGS, options_of
+from train.run.options.command import read_line
+from train.run.options.sft import Config
+
+
+def read(folder, text, *args):
+    path = folder / "options.yaml"
+    path.write_text(text)
+    return read_line(Config(), ["--config", str(path), *args], "python -m train.sft")[0]
+
+
+def test_what_is_off_or_on_already_may_be_said_again(tmp_path):
+    for args in (["--no-packing"], ["--no_packing"], []):
+        assert not read(tmp_path, "packing: false", *args).data.packing
+    for args in (["--dora"], []):
+        assert read(tmp_path, "dora: true", *args).adapter.dora
+    assert not read(tmp_path, "dora: true", "--no-dora").adapter.dora
+    assert read(tmp_path, "dora: false", "--dora").adapter.dora
+
+
+@pytest.mark.parametrize("name", FINDINGS)
+def test_costs_of_a_finding_may_be_turned_off_again(name):
+    line = [FINDINGS[name].script, "--config", str(options_of(name)), "--no-costs"]
+    _, config, _ = compare.parse(line)
+    assert not config.compare.costs
+
+
+def test_what_no_file_says_is_still_an_unknown_option(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        read(tmp_path, "rank: 2", "--no-dora")
+    assert "--no-dora" in capsys.readouterr().err
