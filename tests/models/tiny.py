@@ -209,7 +209,7 @@ def shapes(case: str, param_dtype: Any = jnp.float32) -> tuple[list[tuple[str, A
 def draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Random weights: kernels keep the scale of their input, norms lie about 1."""
     values = rng.standard_normal(shape).astype(np.float32)
-    if "norm" in name:
+    if "norm" in name or "scale" in name:
         return 1 + 0.4 * values
     if "bias" in name:
         return 0.7 * values
