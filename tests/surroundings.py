@@ -45,6 +45,8 @@ def isolate(environ: MutableMapping[str, str]) -> Path:
     Processes that the session starts, workers among them, find the same home.
     """
     if _HOME in environ:
+        for name in ("COLUMNS", "LINES"):  # readline sets them for what its process starts
+            environ.pop(name, None)
         return Path(environ[_HOME])
     cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_jax"
     pip = Path(environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "pip" / "pip.conf"

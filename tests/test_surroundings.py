@@ -46,7 +46,8 @@ def test_a_users_environment_and_folder_change_nothing(tmp_path):
 
 
 def test_processes_of_a_session_share_its_home():
-    assert isolate({"LORA_JAX_TESTS_HOME": "/there"}) == Path("/there")
+    found = {"LORA_JAX_TESTS_HOME": "/there", "COLUMNS": "80"}
+    assert isolate(found) == Path("/there") and "COLUMNS" not in found
 
 
 def kept_programs(folder, worker):

@@ -142,6 +142,8 @@ def encode_part(array: Any, coding: Coding, dtype: Any, name: str) -> tuple[Code
         layers = [encoder(array[i]) for i in range(array.shape[0])]
         coded, each = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
         faults = jnp.sum(each, axis=0)
+    if isinstance(faults, jax.core.Tracer):  # within a trace, where no value is known
+        return coded, 0
     not_finite, n_lost = np.asarray(faults).tolist()
     if not_finite:
         raise ValueError(

@@ -296,7 +296,7 @@ CASES = [
         lambda w, x: jnp.einsum("bi,eio->beo", x, jnp.pad(w, ((1, 0), (2, 4), (0, 1)))),
         (13, 11),
     ),
-    two("sum of two weights", (5, 7), (5, 7), lambda a, b, x: x @ (a - b), (13, 5)),
+    two("sum of two weights", (5, 7), (5, 7), lambda a, b, x: x @ (a - 0.5 * b), (13, 5)),
     Program(
         "LSTM with joined kernels",
         lambda t: {n: {"kernel": draw(i, (5, 7), t)} for i, n in enumerate(("a", "b", "plain"))},

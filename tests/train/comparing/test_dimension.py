@@ -44,7 +44,7 @@ def test_d90_is_where_the_curve_of_a_seed_crosses_nine_tenths_of_full():
     assert found.of_seeds == pytest.approx(by_hand)
     said = sentence(found, "accuracy")
     assert said == (
-        "SAID reaches 90% of full fine-tuning's accuracy (0.7200 of 0.8000) with 1,000 numbers. "
+        "SAID reaches 90% of full fine-tuning's accuracy (0.720 of 0.800) with 1,000 numbers. "
         "Between the dimensions tried, d90 is 83 to 422 (3 seeds)."
     )
 

@@ -16,9 +16,11 @@ __all__ = ["inputs"]  # a fixture
 
 def compare(inputs, output, *args):
     """Runs the comparison; returns the exit code."""
-    own = {"--rank", "--batch-size", "--lr"}  # a comparison sets them
-    pairs = [pair for pair in zip(inputs[::2], inputs[1::2], strict=True) if pair[0] not in own]
-    line = ["classify", *(word for pair in pairs for word in pair), "--output", output]
+    own = {"--rank", "--targets", "--batch-size", "--lr"}  # a comparison sets them
+    line, name = ["classify", "--output", output], ""
+    for word in inputs:
+        name = word if str(word).startswith("--") else name
+        line += [word] if name not in own else []
     line += ["--steps", 4, "--report-to", "none", "--seeds", 3, "--no-early-stopping", *args]
     try:
         main([*map(str, line)])
