@@ -130,6 +130,18 @@ def test_contents_list_all_sections(page):
     assert set(map(anchor, sections)) <= set(listed)
 
 
+def test_the_page_of_tests_lists_what_runs_by_hand_alone():
+    page = (ROOT / "tests/README.md").read_text()
+    files = {
+        path.relative_to(ROOT / "tests").as_posix()
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if re.search(r"\bthorough\b|\bTHOROUGH\b", path.read_text()) and path.name != "test_docs.py"
+    }
+    assert files == set(
+        re.findall(r"`([\w/]+/test_\w+\.py)`", page.partition("alone, each with")[2])
+    )
+
+
 def test_the_judge_sees_dead_links(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# One, two\n[a](#one-two) [b](#two) [c](other.md) [d](page.md#one-two)")
