@@ -8,6 +8,7 @@ further steps into a loop, a branch or a transform. Weights are shared between s
 import dataclasses
 import functools
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -94,8 +95,11 @@ class Program:
         if self.by_looking:
             rules = [lj.LoraRule(targets=".*", rank=2, alpha=3.0, dtype=jnp.float64, **VARIANT)]
             try:
-                fresh = lj.lorafy(params, rules, trace=(self.run, params, x))
-            except ValueError:  # used in no product, or the stack cannot be told from in axes
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error", lj.RoleWarning)  # roles taken from names
+                    fresh = lj.lorafy(params, rules, trace=(self.run, params, x))
+            except (ValueError, lj.RoleWarning):
+                # Used in no product, or the stack cannot be told from in axes.
                 self.by_looking = False
         return params, fresh, x
 

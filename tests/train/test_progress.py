@@ -112,7 +112,8 @@ def test_a_run_that_breaks_off_ends_as_a_whole_one_does(chats, whole, tmp_path, 
 @pytest.mark.slow
 def test_patience_ends_the_run_and_more_of_it_goes_on(chats, whole, tmp_path, capsys):
     losses = [line["eval_loss"] for line in read_metrics(whole) if "eval_loss" in line]
-    end = 2 * (losses.index(min(losses)) + 2)  # measured every two steps
+    worse = next(i for i in range(1, len(losses)) if losses[i] >= min(losses[:i]))
+    end = 2 * (worse + 1)  # measured every two steps
     sft.main([*chats, "--output", str(tmp_path), "--patience", "1"])
     assert "ended early: no better eval_loss for 1 measurements" in capsys.readouterr().out
     assert read_metrics(tmp_path)[-1]["step"] == end
@@ -216,21 +217,9 @@ def test_a_classifier_keeps_the_most_accurate(tmp_path):
 @pytest.mark.slow
 def test_two_processes_decide_alike_and_as_one(tmp_path):
     shared = mesh_inputs(tmp_path, "dense")
-    shared += [
-        "--lr",
-        "0.05",
-        "--steps",
-        "20",
-        "--eval-every",
-        "2",
-        "--keep-best",
-        "loss",
-        "--patience",
-        "1",
-        "--schedule",
-    ]
-    shared += ["constant", "--sample-prompts", "0 ab?", "--sample-every", "2", "--sample-tokens"]
-    shared += ["4", "--save-every", "3"]
+    options = "--lr 0.3 --schedule constant --steps 20 --save-every 3 --eval-every 2"
+    options += " --keep-best loss --patience 1 --sample-every 2 --sample-tokens 4"
+    shared += [*options.split(), "--sample-prompts", "0 ab?"]
     sft.main([*shared, "--output", str(tmp_path / "one")])
     run_processes(shared, [["--output", tmp_path / "two"]], devices=1, processes=2)
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
