@@ -139,7 +139,7 @@ def _outputs(leaves: list[Any], treedef: Any, origins: list[int | None], call: C
     Args:
       leaves, treedef: of (result, writes); `_TRACED` for each output of the jaxpr.
       origins: see `_origins`.
-      call: of the function.
+      call: the call that was traced.
     """
     outputs = (Output(number, origin) for number, origin in enumerate(origins))
     leaves = [next(outputs) if leaf is _TRACED else leaf for leaf in leaves]
@@ -218,7 +218,7 @@ class _Entry:
     """A trace that is made once: None where it depends on the elements of an array.
 
     Attributes:
-      state: of the function; it holds what the function reads.
+      state: the state that the function reads, as it was at that trace.
     """
 
     state: State

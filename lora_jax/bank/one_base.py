@@ -14,7 +14,7 @@ class OneBase:
     """The base of all adapters of a bank, or of those that train side by side.
 
     Attributes:
-      leaves: of the base, by path.
+      leaves: the base's arrays, by path.
     """
 
     def __init__(self, params: Any) -> None:

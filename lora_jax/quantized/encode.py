@@ -90,7 +90,7 @@ def encode(
       format: a format or its name, or the decision of `coding_of` or `plan`.
       roles: the array's axis roles; by default Flax's (the last axis out, the one before it in).
       dtype: that the codes stand for an array of; the array's own by default.
-      name: of the array, for messages.
+      name: what messages call the array.
 
     Raises:
       ValueError: no blocks fit the array, or it holds a NaN or an infinity (unless it is a tracer).

@@ -47,7 +47,7 @@ def call(module, x):
 
 @functools.cache
 def halves():
-    """What `adapted` puts together, made once."""
+    """Makes what `adapted` puts together once."""
     tree = with_random_factors(lj.lorafy(Net(nnx.Rngs(1)), RULES))
     return nnx.split(tree), nnx.split(lj.merge(tree))
 

@@ -1,4 +1,4 @@
-"""What was chosen stays as it is while it is held; threads share what is chosen from."""
+"""Choices stay as they are while they are held, and threads may share a bank."""
 
 import random
 import threading

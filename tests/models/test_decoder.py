@@ -158,7 +158,7 @@ def test_a_wholly_padded_row_has_finite_gradients() -> None:
 
 
 def test_remat_changes_no_value() -> None:
-    """Of a policy; test_laws_decoder.py compares gradients of a model that keeps nothing."""
+    """A policy changes none; test_laws_decoder.py compares a model that keeps nothing."""
     model, params = tiny.decoder("qwen3")
     policy, nothing = (model.clone(remat=x) for x in ("dots_with_no_batch_dims_saveable", True))
     want, got = (_gradients(params, m, *TWO_ROWS) for m in (model, policy))

@@ -198,7 +198,7 @@ def decoder(case: str, **kwargs: Any) -> tuple[Decoder, dict[str, Any]]:
 
 @functools.cache
 def shapes(case: str, param_dtype: Any = jnp.float32) -> tuple[list[tuple[str, Any]], Any]:
-    """What init makes: (path, shape and dtype) of each leaf, and the tree's structure."""
+    """Returns (path, shape and dtype) of each leaf of init's tree, and its structure."""
     model = Decoder(config(case), param_dtype=param_dtype)
     tree = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     leaves, treedef = jax.tree.flatten_with_path(tree)

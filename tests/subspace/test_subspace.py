@@ -171,7 +171,7 @@ def test_a_tree_moves_as_far_as_theta():
 
 @pytest.mark.slow
 def test_gradients_equal_finite_differences(float64, monkeypatch):
-    """Of stacks and tensors that are projected one by one, and of others together."""
+    """Some stacks and tensors are projected one by one, and others together."""
     monkeypatch.setattr("lora_jax.subspace.moving._SMALL", 30)
     params = small(np.float64)
     del params["embed"], params["layers"]["down"]

@@ -17,7 +17,7 @@ def calls_of(batches: Mapping[str, Any], *, draws: bool) -> Sequence[Mapping[str
     and an adapter draws what it draws alone.
 
     Args:
-      batches: by the adapter's name, arrays by name.
+      batches: a dictionary of arrays for each adapter, by the adapter's name.
       draws: whether the loss draws random numbers (dropout, noise).
 
     Raises:
@@ -33,7 +33,7 @@ def alike(batches: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns batches in the same shapes: filled up to the largest with zeros.
 
     Args:
-      batches: by the adapter's name, arrays by name.
+      batches: a dictionary of arrays for each adapter, by the adapter's name.
 
     Raises:
       BankError: they have other shapes, and no "weights", of which 0 is for what does not count.

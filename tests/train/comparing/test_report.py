@@ -106,7 +106,7 @@ def test_the_page_is_whole_and_stands_alone(written):
 
 
 def test_what_a_reader_asks_is_said(written):
-    """Where it stands, what would decide it, and what the row, the peaks and the table are."""
+    """The verdict, what would decide it, and the meaning of rows, peaks and tables."""
     _, page, text = written
     (verdict,) = re.findall('<p class="verdict">(.*?)</p>', page)
     assert re.sub("<[^>]*>", "", verdict).startswith(recommend(example()).headline[:40])

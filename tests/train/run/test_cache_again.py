@@ -1,4 +1,4 @@
-"""Where compiled programs are kept, in a process that asks more than once."""
+"""A process that asks more than once finds one folder of compiled programs."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""What this user may not read or write is named, with the option that helps."""
+"""Missing rights are named, with the option that helps."""
 
 import pytest
 

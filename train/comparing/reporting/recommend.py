@@ -40,7 +40,7 @@ class Doubt(NamedTuple):
     """A reason why a comparison does not decide.
 
     Attributes:
-      short: for a headline, a clause.
+      short: a clause for the headline.
       said: a sentence that says what would decide it.
       option: the option of train.compare that would, with its values; "" for none.
       values: the values of the option, those that were tried among them.
