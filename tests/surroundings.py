@@ -17,7 +17,9 @@ import jaxlib
 ROOT = Path(__file__).parent.parent
 # Set by the first process of a session, for those that it starts.
 _HOME, _CACHE = "LORA_JAX_TESTS_HOME", "LORA_JAX_TESTS_CACHE"
-KEEP = "LORA_JAX_TESTS_KEEP_COMPILED"  # 0: no programs are kept between sessions
+# 1: programs are kept between sessions. Not by default: a step over several devices that comes from
+# there may wait for itself until XLA's CPU collectives end the process.
+KEEP = "LORA_JAX_TESTS_KEEP_COMPILED"
 MOST_BYTES = 2**30  # of kept programs; a session that finds more of them begins anew
 # Settings of the libraries that lora_jax stands on, of trackers, and of terminals.
 _FOREIGN = (
@@ -105,9 +107,9 @@ class KeptPrograms:
     """
 
     def __init__(self, environ: MutableMapping[str, str], worker: str) -> None:
-        """Reads where programs are kept; nowhere, if the user wants none."""
+        """Reads where programs are kept; nowhere, unless the user wants it."""
         kept = Path(environ[_CACHE]) / "tests" / _fingerprint()
-        self.kept = kept if environ.get(KEEP, "1") != "0" else None
+        self.kept = kept if environ.get(KEEP) == "1" else None
         self.own = Path(environ[_HOME]) / "programs" / worker
 
     def open(self) -> Path | None:

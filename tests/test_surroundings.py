@@ -37,7 +37,7 @@ def test_a_users_environment_and_folder_change_nothing(tmp_path):
     (tmp_path / "runs" / "sql").mkdir(parents=True)
     (tmp_path / "home").mkdir()
     outer = {k: v for k, v in os.environ.items() if not k.startswith("LORA_JAX_TESTS_")}
-    outer |= {**HOSTILE, "HOME": str(tmp_path / "home"), KEEP: "0"}
+    outer |= {**HOSTILE, "HOME": str(tmp_path / "home")}
     outer["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     command = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml")]
     command += ["-o", "addopts=--import-mode=importlib", f"{__file__}", "-k", "clean or each"]
@@ -52,9 +52,8 @@ def test_processes_of_a_session_share_its_home():
 
 def kept_programs(folder, worker):
     home = folder / worker
-    return KeptPrograms(
-        {"LORA_JAX_TESTS_HOME": str(home), "LORA_JAX_TESTS_CACHE": str(folder / "cache")}, worker
-    )
+    surroundings = {"LORA_JAX_TESTS_HOME": str(home), KEEP: "1"}
+    return KeptPrograms(surroundings | {"LORA_JAX_TESTS_CACHE": str(folder / "cache")}, worker)
 
 
 def test_programs_are_kept_where_a_session_ends_and_shared_by_links(tmp_path):
@@ -79,8 +78,8 @@ def test_too_many_programs_make_room(tmp_path):
     assert os.listdir(kept_programs(tmp_path, "gw1").open()) == []
 
 
-def test_none_are_kept_where_the_user_wants_none(tmp_path):
-    surroundings = {"LORA_JAX_TESTS_HOME": "h", "LORA_JAX_TESTS_CACHE": str(tmp_path), KEEP: "0"}
+def test_none_are_kept_unless_the_user_wants_it(tmp_path):
+    surroundings = {"LORA_JAX_TESTS_HOME": "h", "LORA_JAX_TESTS_CACHE": str(tmp_path)}
     programs = KeptPrograms(surroundings, "gw0")
     assert programs.open() is None
     programs.close()
