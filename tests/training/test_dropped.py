@@ -1,4 +1,4 @@
-"""What a chat template drops is an error, or is reported once where it drops it of some turns."""
+"""A field that a chat template drops is an error; where it drops it of some turns, a report."""
 
 import re
 

@@ -206,7 +206,7 @@ def test_chunks_stay_spread_over_devices():
 
 @pytest.mark.slow
 def test_twenty_lean_steps_have_the_plain_ones_losses():
-    """Of which each accumulates three parts."""
+    """Compares steps of which each accumulates three parts."""
     model, plain = tiny.decoder("smollm2")
     params = lj.lorafy(plain, [lora("q_proj", "o_proj", "down_proj")])
     schedule = warmed_up(3e-3, 20, kind="constant", warmup=0)

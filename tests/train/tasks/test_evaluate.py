@@ -47,7 +47,7 @@ def test_a_batch_with_a_shared_beginning_answers_as_each_chat_alone(outline, sys
 
 
 def test_more_chats_than_a_batch_keep_their_order(outline, monkeypatch):
-    """Of a model that repeats its prompt."""
+    """The model repeats its prompt, so that the order of its answers shows."""
     batches = []
 
     def generate(model, params, ids, mask, **_):
