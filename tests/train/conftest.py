@@ -15,7 +15,8 @@ def strict_promotion():
 def few_devices():
     """Scripts see one device: what compiles for several takes longer, and has tests of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.run.mesh.all_devices", lambda: jax.devices()[:1])
+        for module in ("mesh", "cache"):
+            patch.setattr(f"train.run.{module}.all_devices", lambda: jax.devices()[:1])
         yield
 
 

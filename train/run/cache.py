@@ -9,6 +9,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from lora_jax.hf.packaged import cache_folder
 from train.run.errors import UserError
+from train.run.mesh import all_devices
 
 OFF = "off"
 # Of the default folder, which is ours alone: the programs unused for longest make room. JAX then
@@ -26,18 +27,21 @@ def keep_compiled(asked: str | None) -> str | None:
       asked: the option --compilation-cache: a folder, "off", or None for the user's cache folder.
         A folder that JAX was told of before (JAX_COMPILATION_CACHE_DIR) takes the default's place.
         Many processes have no default: if only some of them found a program, the others would
-        compile it alone, and compilers for GPUs may wait for each other.
+        compile it alone, and compilers for GPUs may wait for each other. For several CPU devices
+        none are kept, wherever: collectives of a program that was read back may run in another
+        order on each device, and wait for each other until XLA ends the process.
 
     Returns:
       A line for the log; None where the user wants no programs kept.
 
     Raises:
-      UserError: the option contradicts JAX's own settings.
+      UserError: the option contradicts JAX's own settings, or asks for what is not done.
     """
-    before = _setting("compilation_cache_dir")
+    names = ("compilation_cache_dir", "enable_compilation_cache")
+    before = [*map(_setting, names)]
     _undo()
     said = _keep(asked)
-    if _setting("compilation_cache_dir") != before:
+    if [*map(_setting, names)] != before:
         compilation_cache.reset_cache()  # JAX looks at the setting once
     return said
 
@@ -58,6 +62,12 @@ def _keep(asked: str | None) -> str | None:
         )
     if asked == OFF:
         return None
+    if jax.default_backend() == "cpu" and len(all_devices()) > 1:
+        why = "on several CPU devices, a program that was kept may wait for itself forever"
+        if asked is not None:
+            raise UserError(f"--compilation-cache {asked}: {why}; leave the option out")
+        _set("enable_compilation_cache", False)
+        return f"compiled programs are not kept: {why}"
     if not already and asked is None and jax.process_count() > 1:
         return (
             "compiled programs are not kept: name a folder that all processes reach with "

@@ -126,6 +126,23 @@ def test_many_processes_keep_programs_only_where_they_are_told_to(home, tmp_path
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "shared")
 
 
+def test_programs_of_several_cpu_devices_are_not_kept(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.run.cache.all_devices", lambda: jax.devices()[:2])
+    assert keep_compiled("off") is None
+    assert "several CPU devices" in (keep_compiled(None) or "")
+    with pytest.raises(UserError, match=r"--compilation-cache mine: .*leave the option out"):
+        keep_compiled("mine")
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "theirs"))
+    keep_compiled(None)
+    double = jax.jit(lambda x: x * 2)
+    double(jax.numpy.ones(3)).block_until_ready()
+    assert not home.exists() and not (tmp_path / "theirs").exists()
+    monkeypatch.setattr("train.run.cache.all_devices", lambda: jax.devices()[:1])
+    keep_compiled(None)
+    double(jax.numpy.ones(5)).block_until_ready()
+    assert files(tmp_path / "theirs")
+
+
 @pytest.mark.parametrize("script", [sft, export, generate])
 def test_the_scripts_have_the_option(script, capsys):
     with pytest.raises(SystemExit):
