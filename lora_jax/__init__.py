@@ -1,6 +1,5 @@
 """LoRA for JAX and Flax, as a pure transform of a parameter tree."""
 
-from lora_jax import base as base
 from lora_jax import init as init
 from lora_jax import optim as optim
 from lora_jax import quantized as quantized
@@ -12,6 +11,12 @@ from lora_jax.adapt import RoleError as RoleError
 from lora_jax.adapt import RoleWarning as RoleWarning
 from lora_jax.adapt import adapt as adapt
 from lora_jax.adapt import explain as explain
+from lora_jax.core import base as base
+from lora_jax.core.weight import LoraWeight as LoraWeight
+from lora_jax.core.weight import Part as Part
+from lora_jax.core.weight import Trained as Trained
+from lora_jax.core.weight import TrainedRows as TrainedRows
+from lora_jax.core.weight import is_node as is_node
 from lora_jax.lorafy import count_params as count_params
 from lora_jax.lorafy import join as join
 from lora_jax.lorafy import lorafy as lorafy
@@ -28,8 +33,3 @@ from lora_jax.saving.checkpoint import AdapterError as AdapterError
 from lora_jax.saving.checkpoint import adapter_info as adapter_info
 from lora_jax.saving.checkpoint import load_adapter as load_adapter
 from lora_jax.saving.checkpoint import save_adapter as save_adapter
-from lora_jax.weight import LoraWeight as LoraWeight
-from lora_jax.weight import Part as Part
-from lora_jax.weight import Trained as Trained
-from lora_jax.weight import TrainedRows as TrainedRows
-from lora_jax.weight import is_node as is_node

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 
 from lora_jax.adapt.roles import infer_roles
-from lora_jax.build import node_of
-from lora_jax.magnitude import wide
-from lora_jax.paths import nearest, path_string
-from lora_jax.projections import projections_for
-from lora_jax.resolve import Known, beside, resolve
+from lora_jax.core.magnitude import wide
+from lora_jax.core.paths import nearest, path_string
+from lora_jax.core.weight import LoraWeight, Node, Trained, is_leaf, is_node, leaves_of
 from lora_jax.rules import Rule
-from lora_jax.weight import LoraWeight, Node, Trained, is_leaf, is_node, leaves_of
+from lora_jax.select.build import node_of
+from lora_jax.select.projections import projections_for
+from lora_jax.select.resolve import Known, beside, resolve
 
 Tree = Any
 Adapter = dict[str, dict[str, Any]]

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from lora_jax.axes import EMBEDDING_NAMES
-from lora_jax.base import is_abstract
+from lora_jax.core.axes import EMBEDDING_NAMES
+from lora_jax.core.base import is_abstract
+from lora_jax.core.paths import leaf_name
+from lora_jax.core.weight import LoraWeight
 from lora_jax.lorafy import map_parts, nodes_of, trainable_mask
-from lora_jax.paths import leaf_name
-from lora_jax.weight import LoraWeight
 
 
 def freeze_base(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from lora_jax import init as initialisers
-from lora_jax.parts import AXES
+from lora_jax.core.parts import AXES
+from lora_jax.core.weight import Part
 from lora_jax.variants import BIAS, LAMBDA_B, LAMBDA_D, LATENT, MAGNITUDE
-from lora_jax.weight import Part
 
 Targets = str | Sequence[str]
 _LAYERS = ("attention", "mlp", "experts")

@@ -26,9 +26,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lora_jax.base import along
+from lora_jax.core.base import along
+from lora_jax.core.weight import LoraWeight, Node, Trained, is_node, leaves_of
 from lora_jax.lorafy import Tree
-from lora_jax.weight import LoraWeight, Node, Trained, is_node, leaves_of
 
 Table = Sequence[tuple[str, PartitionSpec]]
 _Axes = tuple[Any, ...]  # an entry for each axis of an array: None, a name, or several

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.base import along, as_array, is_base
-from lora_jax.factored import Factored
-from lora_jax.magnitude import column_norms
-from lora_jax.parts import Axes
-from lora_jax.weight import LoraWeight, Part
+from lora_jax.core.base import along, as_array, is_base
+from lora_jax.core.factored import Factored
+from lora_jax.core.magnitude import column_norms
+from lora_jax.core.parts import Axes
+from lora_jax.core.weight import LoraWeight, Part
 
 
 def _norms(node: LoraWeight, a: Any, b: Any) -> jax.Array:

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 import lora_jax as lj
-from lora_jax.parts import RANK
-from lora_jax.paths import flatten_with_paths
-from lora_jax.weight import is_node
+from lora_jax.core.parts import RANK
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.weight import is_node
 
 Params = Any
 

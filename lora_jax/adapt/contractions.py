@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Use
 from lora_jax.adapt.user_code import place_of
-from lora_jax.factored import Factored
+from lora_jax.core.factored import Factored
 
 
 class Axis(NamedTuple):

@@ -9,7 +9,7 @@ from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Record
 from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.transform import run
-from lora_jax.weight import LoraWeight, leaves_of
+from lora_jax.core.weight import LoraWeight, leaves_of
 
 
 def uses(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Record]:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.factored import Factored
+from lora_jax.core.factored import Factored
 
 
 @jax.tree_util.register_dataclass

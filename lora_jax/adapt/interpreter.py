@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn
 
 from lora_jax.adapt import eqns, folds, merging
-from lora_jax.adapt.examples.labels import At, Followed
+from lora_jax.adapt.per_example.labels import At, Followed
 from lora_jax.adapt.steps import Steps
 from lora_jax.adapt.user_code import Place, place_of, place_of_call, user_context
-from lora_jax.base import rearranged
-from lora_jax.factored import ExamplesError, Factored
-from lora_jax.product import is_on_mesh
+from lora_jax.core.base import rearranged
+from lora_jax.core.factored import ExamplesError, Factored
+from lora_jax.core.product import is_on_mesh
 
 Live = tuple[bool, ...]
 
@@ -275,7 +275,7 @@ class Interpreter:
         """Returns where the examples lie in an equation's plain operand, if each has its adapter.
 
         Raises:
-          ExamplesError: that is not known; see `lora_jax.adapt.examples`.
+          ExamplesError: that is not known; see `lora_jax.adapt.per_example`.
         """
         known = {} if self.examples is None else self.examples.uses
         if id(eqn) not in known:

@@ -1,7 +1,7 @@
 """Warns of, or refuses, uses of a weight that have no factored form: W + s·AB is formed there."""
 
 from lora_jax.adapt.user_code import Place, warn
-from lora_jax.factored import Factored
+from lora_jax.core.factored import Factored
 
 
 class MergeWarning(UserWarning):

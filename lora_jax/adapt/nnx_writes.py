@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, KeyPath, SequenceKey
 
-from lora_jax.weight import Trained, is_node
+from lora_jax.core.weight import Trained, is_node
 
 _VALUE = "value of the Variable"  # in the place of an attribute's name
 _DELETED = object()  # in the place of a value

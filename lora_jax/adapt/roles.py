@@ -35,9 +35,9 @@ from lora_jax.adapt.rules.axis_maps import axis_map
 from lora_jax.adapt.rules.control import CONTROL_RULES
 from lora_jax.adapt.rules.solves import SOLVE_RULES
 from lora_jax.adapt.user_code import place_of
-from lora_jax.axes import AxisRoles, Seen
-from lora_jax.base import as_array, is_abstract, is_base, stand_in
-from lora_jax.factored import Factored
+from lora_jax.core.axes import AxisRoles, Seen
+from lora_jax.core.base import as_array, is_abstract, is_base, stand_in
+from lora_jax.core.factored import Factored
 
 
 def infer_roles(

@@ -16,9 +16,9 @@ from jax.extend.core import jaxpr_as_fun
 from lora_jax.adapt import eqns
 from lora_jax.adapt.roles import infer_roles
 from lora_jax.adapt.user_code import Place, warn
-from lora_jax.axes import EMBEDDING_NAMES, AxisRoles, Seen
-from lora_jax.factored import Factored
-from lora_jax.paths import leaf_name
+from lora_jax.core.axes import EMBEDDING_NAMES, AxisRoles, Seen
+from lora_jax.core.factored import Factored
+from lora_jax.core.paths import leaf_name
 
 Side = Literal["in", "out"]  # the axes that a product contracts
 # By the path of a weight, and the side: the place of the first such use, where it is to be told.

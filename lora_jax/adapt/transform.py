@@ -11,18 +11,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.adapt import eqns
-from lora_jax.adapt.examples.axes import Axes, axes_of_result, follow_trace, mapped
-from lora_jax.adapt.examples.labels import Followed
 from lora_jax.adapt.interpreter import Interpreter
 from lora_jax.adapt.nnx_writes import Output, write
+from lora_jax.adapt.per_example.axes import Axes, axes_of_result, follow_trace, mapped
+from lora_jax.adapt.per_example.labels import Followed
 from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.sides import noted, warn_of_swapped
 from lora_jax.adapt.traces import Call, EagerTraces, Trace, trace
 from lora_jax.adapt.user_code import place_of_call
-from lora_jax.base import is_base, stand_in
-from lora_jax.factored import Factored
-from lora_jax.paths import fold_in_path, path_string
-from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_leaf, is_node
+from lora_jax.core.base import is_base, stand_in
+from lora_jax.core.factored import Factored
+from lora_jax.core.paths import fold_in_path, path_string
+from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, is_leaf, is_node
 
 
 def adapt(
@@ -59,8 +59,8 @@ def adapt(
         `jax.custom_vjp` or `jax.custom_jvp` (a Pallas kernel with its derivative, say). Without a
         rule, a weight merges where it enters one of the last two. A rule is called as
         ``rule(*operands, **params)`` with the equation's operands and parameters, an adapted
-        weight as a `lora_jax.factored.Factored`, and returns the output or the list of outputs, or
-        None to have `adapt` do what it does without the rule.
+        weight as a `lora_jax.core.factored.Factored`, and returns the output or the list of
+        outputs, or None to have `adapt` do what it does without the rule.
 
     Returns:
       ``forward(*args, dropout_key=None, **kwargs)``. A PRNG key as `dropout_key` turns on the
@@ -105,7 +105,7 @@ def run(
       dropout_key: see `adapt`.
       eager: traces of the function, for eager calls.
       axes: which axes hold the examples of a batch, where weights have `rows`, so that each example
-        has an adapter of its own; see `lora_jax.adapt.examples`.
+        has an adapter of its own; see `lora_jax.adapt.per_example`.
 
     Raises:
       ExamplesError: with `axes`, if the function mixes examples or its result has others. Nothing

@@ -20,11 +20,11 @@ from lora_jax.bank.mixing import Choice, choose
 from lora_jax.bank.one_base import OneBase
 from lora_jax.bank.slots import WeightSlots, empty_slots, map_slots, slots_of
 from lora_jax.bank.stored import Adapter, BankError, compile_variant, stored, values_of
+from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of
 from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.peft.config import FILE as PEFT_CONFIG
 from lora_jax.rules import Rule
 from lora_jax.saving.checkpoint import load_adapter
-from lora_jax.weight import LoraWeight, Trained, TrainedRows, leaves_of
 
 BASE = "base"  # the name of slot 0
 

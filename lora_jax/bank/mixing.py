@@ -11,13 +11,13 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 from lora_jax.adapt import adapt
-from lora_jax.adapt.examples.axes import Axes
 from lora_jax.adapt.interpreter import Interpreter
+from lora_jax.adapt.per_example.axes import Axes
 from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.transform import run
 from lora_jax.adapt.user_code import place_of_call, warn
 from lora_jax.bank.slots import WeightSlots, bank_leaves_of, is_slots, map_slots, slots_of
-from lora_jax.factored import ExamplesError
+from lora_jax.core.factored import ExamplesError
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +40,7 @@ class Choice:
         return all(isinstance(s, WeightSlots) and s.is_side_by_side for s in slots)
 
     def at_once(self) -> Any:
-        """Returns the adapted tree of all examples; see `lora_jax.adapt.examples`."""
+        """Returns the adapted tree of all examples; see `lora_jax.adapt.per_example`."""
         return map_slots(lambda _, slots: slots.of_batch(self.ids), self.tree)  # type: ignore[union-attr]
 
 
@@ -90,7 +90,7 @@ def mixed(
     adapters in the slots or other `ids`.
 
     `fn` runs once, on the whole batch as it is, where the examples can be followed through all that
-    it does; see `lora_jax.adapt.examples`. Otherwise it runs under `jax.vmap`, on batches of one
+    it does; see `lora_jax.adapt.per_example`. Otherwise it runs under `jax.vmap`, on batches of one
     example each, and a `MixedWarning` says why: that is right for any function, but slower for
     some (those that write into a KV cache, say). The two differ for a function whose result for an
     example depends on the batch around it: on its size, or on one key's noise for all rows.

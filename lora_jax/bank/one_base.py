@@ -5,9 +5,9 @@ from typing import Any
 import jax
 
 from lora_jax.bank.stored import BankError
-from lora_jax.base import is_abstract
+from lora_jax.core.base import is_abstract
+from lora_jax.core.weight import Trained, is_node, leaves_of
 from lora_jax.saving.fingerprint import base_fingerprint, differing
-from lora_jax.weight import Trained, is_node, leaves_of
 
 
 class OneBase:

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax.axes import AxisRoles
-from lora_jax.parts import RANK, STATIC
-from lora_jax.paths import flatten_with_paths
-from lora_jax.weight import LoraWeight, Trained, is_leaf
+from lora_jax.core.axes import AxisRoles
+from lora_jax.core.parts import RANK, STATIC
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.weight import LoraWeight, Trained, is_leaf
 
 # A product with all slots' factors at once reads each of them and multiplies by slots·r columns;
 # above this number, each example gets a copy of its own adapter's factors instead.
@@ -48,7 +48,7 @@ class WeightSlots(_Slots):
     """A kernel W with the factors of several adapters.
 
     Attributes:
-      base: W itself; see `lora_jax.base`.
+      base: W itself; see `lora_jax.core.base`.
       arrays: by name, each with an axis for the slots after the weight's batch axes:
         a: [batch…, slots, r, in…]; b: [batch…, slots, r, out…]; scale: [batch…, slots], fp32;
         gain and shift, where the bank has room for DoRA or a bias on B: [batch…, slots, out…].
@@ -96,7 +96,7 @@ class WeightSlots(_Slots):
         return not self.each and self.uses != "each" and self.arrays.keys() == {"a", "b", "scale"}
 
     def of_batch(self, ids: jax.Array) -> LoraWeight:
-        """Returns the adapted weight of all examples; see `lora_jax.adapt.examples`.
+        """Returns the adapted weight of all examples; see `lora_jax.adapt.per_example`.
 
         Args:
           ids: [examples] int, the slot of each.

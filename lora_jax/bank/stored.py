@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.bank.slots import Slots, ValueSlots, WeightSlots
+from lora_jax.core.parts import rank_axis
+from lora_jax.core.paths import nearest
+from lora_jax.core.weight import LoraWeight, Trained
 from lora_jax.lorafy import nodes_of
-from lora_jax.parts import rank_axis
-from lora_jax.paths import nearest
-from lora_jax.weight import LoraWeight, Trained
 
 Adapter = dict[str, LoraWeight | Trained]  # by path, without the base, its arrays on the host
 

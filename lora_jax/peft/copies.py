@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.core.weight import LoraWeight, TrainedRows
 from lora_jax.hf.keys import Row
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.modules import EMBEDDING_NAMES, ends_with
 from lora_jax.peft.names import PREFIX
-from lora_jax.weight import LoraWeight, TrainedRows
 
 # The end of a head's key, the end of the table's key, and whether one tensor is transposed.
 _PAIRS = (

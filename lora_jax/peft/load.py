@@ -14,10 +14,11 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lora_jax.base import as_array, is_abstract
+from lora_jax.core.base import as_array, is_abstract
+from lora_jax.core.magnitude import wide
+from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, is_node, leaves_of
 from lora_jax.hf.keys import Row
 from lora_jax.lorafy import Tree, lorafy
-from lora_jax.magnitude import wide
 from lora_jax.peft import config as configuration
 from lora_jax.peft.copies import without_copies
 from lora_jax.peft.errors import PeftError
@@ -42,7 +43,6 @@ from lora_jax.peft.rules import (
     token_rows,
 )
 from lora_jax.peft.vera import Pair, vectors_of
-from lora_jax.weight import LoraWeight, Trained, TrainedRows, is_node, leaves_of
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 

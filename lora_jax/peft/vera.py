@@ -12,11 +12,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.magnitude import wide
+from lora_jax.core.magnitude import wide
+from lora_jax.core.weight import LoraWeight
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.modules import Module
 from lora_jax.peft.names import PREFIX
-from lora_jax.weight import LoraWeight
 
 KEY_A, KEY_B = "base_model.vera_A", "base_model.vera_B"
 

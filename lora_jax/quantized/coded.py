@@ -1,4 +1,4 @@
-"""A weight as codes and scales: a `lora_jax.base.Base`.
+"""A weight as codes and scales: a `lora_jax.core.base.Base`.
 
     W = s·v(c)              c the codes, v their values (`lora_jax.quantized.formats`)
     W = s·v(c) + m          of formats with a minimum for each block
@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
 
-from lora_jax.base import Move, is_of_4_bits
-from lora_jax.parts import STATIC
+from lora_jax.core.base import Move, is_of_4_bits
+from lora_jax.core.parts import STATIC
 from lora_jax.quantized.formats import FORMATS, Format
 
 
@@ -74,7 +74,7 @@ class Coded:
         return _decoded(self.arrays, self.format, self.dtype)
 
     def along(self, move: Move, touched: frozenset[int]) -> "Coded | None":
-        """Returns the codes after a move of all arrays; see `lora_jax.base.Base.along`."""
+        """Returns the codes after a move of all arrays; see `lora_jax.core.base.Base.along`."""
         whole = self.shape
 
         def stands_for_blocks(array: Any) -> bool:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from lora_jax.axes import AxisRoles
-from lora_jax.base import along
+from lora_jax.core.axes import AxisRoles
+from lora_jax.core.base import along
 from lora_jax.quantized.coded import Coded, scales_of, stretched
 from lora_jax.quantized.formats import Format, format_of
 from lora_jax.sharding import fitted

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.core.weight import is_node, leaves_of
 from lora_jax.quantized.coded import bytes_of
 from lora_jax.quantized.trees import error_of, is_coded
-from lora_jax.weight import is_node, leaves_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,15 +11,15 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from lora_jax.adapt.roles import infer_roles
-from lora_jax.axes import EMBEDDING_NAMES, AxisRoles
-from lora_jax.base import as_array, is_abstract, is_base
-from lora_jax.paths import leaf_name
+from lora_jax.core.axes import EMBEDDING_NAMES, AxisRoles
+from lora_jax.core.base import as_array, is_abstract, is_base
+from lora_jax.core.paths import leaf_name
+from lora_jax.core.weight import is_node, leaves_of
 from lora_jax.quantized.coded import Coded
 from lora_jax.quantized.encode import Coding, QuantizeWarning, coding_of, encode
 from lora_jax.quantized.formats import Format, format_of
-from lora_jax.resolve import Adapted, Known, matches, resolve
 from lora_jax.rules import ALL_LINEAR, LoraRule, Targets
-from lora_jax.weight import is_node, leaves_of
+from lora_jax.select.resolve import Adapted, Known, matches, resolve
 
 Tree = Any
 ROUTERS = ("router", "gate")  # modules that choose experts

@@ -17,16 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.axes import AxisRoles
-from lora_jax.folders import partial_of, put_in_place
+from lora_jax.core.axes import AxisRoles
+from lora_jax.core.parts import AXES, padded, rank_axis, unpadded
+from lora_jax.core.paths import nearest
+from lora_jax.core.weight import LoraWeight, Node, Part, Trained, TrainedRows, leaves_of
 from lora_jax.lorafy import Tree, nodes_of, strip, swap
-from lora_jax.parts import AXES, padded, rank_axis, unpadded
-from lora_jax.paths import nearest
 from lora_jax.saving.derived import Derived, without_derived
 from lora_jax.saving.errors import AdapterError
 from lora_jax.saving.fingerprint import base_fingerprint, checksum, differing
+from lora_jax.saving.folders import partial_of, put_in_place
 from lora_jax.variants import PARTS
-from lora_jax.weight import LoraWeight, Node, Part, Trained, TrainedRows, leaves_of
 
 FORMAT = 2
 _LONG_AXIS_FIRST = ("a", "start_a")  # filed as [batch…, in…, r]

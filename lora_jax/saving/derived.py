@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.base import is_abstract
-from lora_jax.build import singular_factors
-from lora_jax.projections import Projections, widest
+from lora_jax.core.base import is_abstract
+from lora_jax.core.weight import LoraWeight, Node
 from lora_jax.saving.errors import AdapterError
 from lora_jax.saving.fingerprint import checksum, mixed
-from lora_jax.weight import LoraWeight, Node
+from lora_jax.select.build import singular_factors
+from lora_jax.select.projections import Projections, widest
 
 _OWN, _SHARED = ("a", "b"), ("shared_a", "shared_b")
 _TOLERANCE = 5e-3  # of a factor's norm; another sign of one singular vector changes much more

@@ -4,8 +4,8 @@
     file.write_bytes(exported.serialize())         # needs the package flatbuffers, as in JAX
     jax.export.deserialize(file.read_bytes()).call(params, x)
 
-Importing `lora_jax` is enough for both. Whoever writes a `lora_jax.base.Base` registers its type in
-the same way.
+Importing `lora_jax` is enough for both. Whoever writes a `lora_jax.core.base.Base` registers its
+type in the same way.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from typing import Any
 
 from jax import export
 
-from lora_jax.axes import AxisRoles
+from lora_jax.core.axes import AxisRoles
+from lora_jax.core.weight import LoraWeight, Node, Part, Trained, TrainedRows
 from lora_jax.variants import PARTS
-from lora_jax.weight import LoraWeight, Node, Part, Trained, TrainedRows
 
 
 def register() -> None:

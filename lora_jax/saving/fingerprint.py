@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.base import is_base
-from lora_jax.weight import Trained, is_node, leaves_of
+from lora_jax.core.base import is_base
+from lora_jax.core.weight import Trained, is_node, leaves_of
 
 _MULTIPLIERS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3A2646D)
 
@@ -54,8 +54,8 @@ def base_fingerprint(params: Any) -> dict[str, str]:
     """Returns the checksum of each frozen leaf of a tree, adapted or plain, by path.
 
     Floating-point values are rounded to bfloat16 first, so that a base has one fingerprint whether
-    it was loaded in fp32 or bf16. Of a leaf that is no array (`lora_jax.base.Base`), each array is
-    summed as it is. Leaves that train in full belong to the adapter and are left out.
+    it was loaded in fp32 or bf16. Of a leaf that is no array (`lora_jax.core.base.Base`), each
+    array is summed as it is. Leaves that train in full belong to the adapter and are left out.
     """
     fingerprint = {}
     for path, leaf in leaves_of(params)[0]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_jax.paths import has_run
+from lora_jax.core.paths import has_run
 
 # The modules that hold scanned layers in `lora_jax.models`, and by custom elsewhere.
 STACKS = ("layers", "encoder/layer", "transformer/h")

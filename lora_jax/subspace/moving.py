@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from lora_jax.magnitude import wide
-from lora_jax.paths import fold_in_path
+from lora_jax.core.magnitude import wide
+from lora_jax.core.paths import fold_in_path
 from lora_jax.subspace.fastfood import project
 from lora_jax.subspace.layers import Tensor
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lora_jax.core.weight import Trained
 from lora_jax.lorafy import Tree
 from lora_jax.saving.checkpoint import AdapterError, adapter_info, load_adapter, save_adapter
 from lora_jax.saving.fingerprint import checksum
 from lora_jax.subspace.moving import draws_of
 from lora_jax.subspace.space import Subspace, Theta, make
-from lora_jax.weight import Trained
 
 FACTS = "subspace"  # its name among the facts about an adapter
 _BESIDE, _BASE, _KEYS = "subspace", "base", "keys"

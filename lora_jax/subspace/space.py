@@ -17,14 +17,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lora_jax.base import is_base
+from lora_jax.core.base import is_base
+from lora_jax.core.weight import is_node, leaves_of
 from lora_jax.lorafy import Tree
-from lora_jax.resolve import resolve
 from lora_jax.rules import Targets, TrainRule
+from lora_jax.select.resolve import resolve
 from lora_jax.subspace.fastfood import MOST
 from lora_jax.subspace.layers import STACKS, Tensor, tensors_of
 from lora_jax.subspace.moving import keys_of, moved, placed
-from lora_jax.weight import is_node, leaves_of
 
 Kind = Literal["did", "said"]
 Theta = dict[str, jax.Array]

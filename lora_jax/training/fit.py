@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 import lora_jax as lj
+from lora_jax.core.weight import leaves_of
 from lora_jax.models import Decoder
 from lora_jax.saving.fingerprint import base_fingerprint, differing
 from lora_jax.training.batches import Examples, Packs
@@ -29,7 +30,6 @@ from lora_jax.training.run.log import Log
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.setup import CompiledStep, Setup
 from lora_jax.training.step import State, Step
-from lora_jax.weight import leaves_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.core.paths import fold_in_path
 from lora_jax.models.layers.noise import EmbeddingNoise
-from lora_jax.paths import fold_in_path
 
 _KEY = "neftune"  # so that the noise is drawn with none of dropout's keys
 

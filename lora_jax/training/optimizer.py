@@ -9,9 +9,9 @@ import optax
 from optax import contrib
 
 import lora_jax as lj
-from lora_jax.paths import flatten_with_paths
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.weight import LoraWeight, is_node
 from lora_jax.training.optimizers.named import optimizer_named, settings
-from lora_jax.weight import LoraWeight, is_node
 
 
 def make_optimizer(

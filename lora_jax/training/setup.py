@@ -11,7 +11,7 @@ import jax
 import optax
 
 import lora_jax as lj
-from lora_jax.base import is_of_4_bits
+from lora_jax.core.base import is_of_4_bits
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
 from lora_jax.training.neftune import neftune

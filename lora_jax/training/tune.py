@@ -18,7 +18,8 @@ import optax
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.paths import flatten_with_paths
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.weight import is_node
 from lora_jax.training.arguments import (
     ADAPTER,
     CHECKPOINTS,
@@ -56,7 +57,6 @@ from lora_jax.training.run.checkpoints import Checkpoints
 from lora_jax.training.run.lock import FolderLock
 from lora_jax.training.run.log import Line, Recorder, show
 from lora_jax.training.run.stop import Stop
-from lora_jax.weight import is_node
 
 _OUR_MODELS = (models.Decoder, models.GPT2, models.Encoder)
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lj
-from lora_jax.adapt.examples.axes import Axes
 from lora_jax.adapt.interpreter import Interpreter
+from lora_jax.adapt.per_example.axes import Axes
 from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.transform import run
+from lora_jax.core.weight import leaves_of
 from lora_jax.lorafy import map_nodes
-from lora_jax.weight import leaves_of
 from tests.support import assert_close, with_random_factors
 
 

@@ -11,8 +11,8 @@ from flax import nnx
 from jax import lax
 
 import lora_jax as lj
-from lora_jax.axes import AxisRoles
-from lora_jax.paths import flatten_with_paths
+from lora_jax.core.axes import AxisRoles
+from lora_jax.core.paths import flatten_with_paths
 from tests.support import (
     NnxModel,
     assert_close,

@@ -11,12 +11,12 @@ from jax import lax
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.adapt.examples.axes import Axes
 from lora_jax.adapt.interpreter import Interpreter
+from lora_jax.adapt.per_example.axes import Axes
 from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.traces import EagerTraces
 from lora_jax.adapt.transform import follow, run
-from lora_jax.factored import ExamplesError
+from lora_jax.core.factored import ExamplesError
 from lora_jax.lorafy import map_nodes
 from lora_jax.models.families import family_of
 from lora_jax.models.layers.cache import Cache, init_cache

@@ -10,7 +10,7 @@ from jax.scipy.sparse.linalg import bicgstab, cg, gmres
 
 import lora_jax as lj
 from lora_jax.adapt.explain import uses
-from lora_jax.weight import leaves_of
+from lora_jax.core.weight import leaves_of
 from tests.support import assert_close, draw, over, with_random_factors
 
 X = draw(9, (13, 5))

@@ -11,7 +11,7 @@ from flax import nnx
 
 import lora_jax as lj
 from lora_jax.bank import Bank, mixed
-from lora_jax.weight import Trained
+from lora_jax.core.weight import Trained
 from tests.support import (
     NnxModel,
     assert_close,

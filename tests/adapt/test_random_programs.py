@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lora_jax as lj
-from lora_jax.adapt.examples.axes import Axes
+from lora_jax.adapt.per_example.axes import Axes
 from lora_jax.adapt.transform import follow
-from lora_jax.factored import ExamplesError
+from lora_jax.core.factored import ExamplesError
 from tests.adapt import random_programs
 from tests.adapt.examples import at_once, bank, slots
 from tests.adapt.random_functions import functions

@@ -1,4 +1,4 @@
-"""A base that is not an array (codes with scales), to test the protocol of `lora_jax.base`."""
+"""A base that is not an array (codes with scales), to test the protocol of `lora_jax.core.base`."""
 
 import dataclasses
 from typing import Any
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lj
-from lora_jax.base import as_array, is_base
-from lora_jax.paths import flatten_with_paths
-from lora_jax.resolve import Adapted, resolve
+from lora_jax.core.base import as_array, is_base
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.select.resolve import Adapted, resolve
 from tests.laws import test_laws as laws
 from tests.support import assert_close
 

@@ -11,8 +11,8 @@ import pytest
 from jax import lax
 
 import lora_jax as lj
-from lora_jax.paths import flatten_with_paths
-from lora_jax.weight import is_node
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.weight import is_node
 from tests.support import MORE_PROGRAMS, PROGRAMS, assert_close, assert_identical, over
 
 

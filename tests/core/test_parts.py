@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax import optim, sharding
-from lora_jax.weight import Part
+from lora_jax.core.weight import Part
 from tests.laws import test_laws as laws
 from tests.support import (
     PROGRAMS,

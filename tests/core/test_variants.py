@@ -11,7 +11,7 @@ from jax import lax
 
 import lora_jax as lj
 from lora_jax import init
-from lora_jax.weight import is_node
+from lora_jax.core.weight import is_node
 from tests.support import (
     MORE_PROGRAMS,
     PROGRAMS,
@@ -380,7 +380,7 @@ def test_what_a_narrow_product_gave_is_not_kept_for_its_magnitude(monkeypatch):
         return compiled(adapter, base, x), compiled.memory_analysis().temp_size_in_bytes
 
     again, less = gradients(lj.adapt(run, strict=True))
-    monkeypatch.setattr("lora_jax.product._is_narrow", lambda weight: False)
+    monkeypatch.setattr("lora_jax.core.product._is_narrow", lambda weight: False)
     kept, more = gradients(lj.adapt(run, strict=True))
     assert_close(again, kept, 1e-5)
     kept_bytes = 4 * 2048 * 22 * 4  # of four layers

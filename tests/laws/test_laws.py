@@ -12,8 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
-from lora_jax.paths import flatten_with_paths
-from lora_jax.weight import is_node
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.weight import is_node
 from tests.support import (
     LINEN_RULES,
     PROGRAMS,

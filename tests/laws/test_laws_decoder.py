@@ -10,7 +10,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.paths import flatten_with_paths
+from lora_jax.core.paths import flatten_with_paths
 from tests.models import tiny
 from tests.support import assert_close, assert_identical, dots_of_size, with_random_factors
 

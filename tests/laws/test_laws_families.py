@@ -13,7 +13,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.paths import flatten_with_paths
+from lora_jax.core.paths import flatten_with_paths
 from tests.models import tiny
 from tests.support import assert_close, dots_of_size, over, with_random_factors
 

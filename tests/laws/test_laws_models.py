@@ -9,8 +9,8 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
+from lora_jax.core.paths import flatten_with_paths
 from lora_jax.models.families import family_of
-from lora_jax.paths import flatten_with_paths
 from tests.models import tiny_encoders
 from tests.support import assert_close, dots_of_size, over, with_random_factors
 

@@ -8,9 +8,9 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import quantized
+from lora_jax.core.paths import flatten_with_paths
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.models import from_pretrained, kinds
-from lora_jax.paths import flatten_with_paths
 from tests.support import thorough
 
 pytestmark = pytest.mark.slow

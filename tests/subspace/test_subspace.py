@@ -16,11 +16,11 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax import subspace
-from lora_jax.paths import fold_in_path
+from lora_jax.core.paths import fold_in_path
+from lora_jax.core.weight import leaves_of
 from lora_jax.subspace.fastfood import draw as draws_for
 from lora_jax.subspace.fastfood import project, projected
 from lora_jax.subspace.hadamard import hadamard_transform
-from lora_jax.weight import leaves_of
 from tests.support import assert_close, assert_identical, draw, over
 
 

@@ -4,12 +4,12 @@ import math
 import re
 from typing import Any
 
+from lora_jax.core.weight import LoraWeight, Trained, leaves_of
 from lora_jax.models import kinds
 from lora_jax.models.layers.attend import Attend
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.masks import Split
 from lora_jax.models.layers.splash import Splash
-from lora_jax.weight import LoraWeight, Trained, leaves_of
 
 _KEEPS_ONLY_DENSE = "dots_with_no_batch_dims_saveable"  # attention scores are not kept
 # How often both products of a block, or their like in its gradients, are computed. A block's scores

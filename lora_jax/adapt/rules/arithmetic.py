@@ -15,10 +15,10 @@ from jax import lax
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
-from lora_jax.axes import Label
-from lora_jax.base import as_array
-from lora_jax.factored import Factored
-from lora_jax.parts import AXES, NEUTRAL, RANK, Axes, sizes
+from lora_jax.core.axes import Label
+from lora_jax.core.base import as_array
+from lora_jax.core.factored import Factored
+from lora_jax.core.parts import AXES, NEUTRAL, RANK, Axes, sizes
 
 
 def _mul(_: Interpreter, use: Use) -> list[Any] | None:

@@ -20,12 +20,12 @@ from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.arithmetic import has_more, mirrored, scale_in_a
 from lora_jax.adapt.rules.products import contracted_role, dot_general, with_unit_roles
-from lora_jax.axes import Label
-from lora_jax.base import as_array
-from lora_jax.factored import Factored
-from lora_jax.magnitude import wide
-from lora_jax.parts import RANK
-from lora_jax.product import is_dropped, is_sharded
+from lora_jax.core.axes import Label
+from lora_jax.core.base import as_array
+from lora_jax.core.factored import Factored
+from lora_jax.core.magnitude import wide
+from lora_jax.core.parts import RANK
+from lora_jax.core.product import is_dropped, is_sharded
 
 _SIDES: tuple[Label, Label] = ("out", "in")  # what a product contracts of the left, of the right
 

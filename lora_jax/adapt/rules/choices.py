@@ -11,10 +11,10 @@ from jax import lax
 
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.arithmetic import has_more, mirrored
-from lora_jax.axes import Label
-from lora_jax.base import as_array
-from lora_jax.factored import Factored
-from lora_jax.parts import AXES, NEUTRAL, rank_axis, sizes
+from lora_jax.core.axes import Label
+from lora_jax.core.base import as_array
+from lora_jax.core.factored import Factored
+from lora_jax.core.parts import AXES, NEUTRAL, rank_axis, sizes
 
 
 class Form(NamedTuple):

@@ -14,9 +14,9 @@ from lora_jax.adapt.interpreter import Interpreter, Rule, Use, at_site
 from lora_jax.adapt.rules.choices import Form, common_form, in_form
 from lora_jax.adapt.rules.flow import agreed_sources, may_be_weights, sources
 from lora_jax.adapt.rules.layout import moved
-from lora_jax.base import is_base, splittable
-from lora_jax.factored import Factored
-from lora_jax.parts import Axes
+from lora_jax.core.base import is_base, splittable
+from lora_jax.core.factored import Factored
+from lora_jax.core.parts import Axes
 
 
 def _jit(interpreter: Interpreter, use: Use) -> list[Any]:

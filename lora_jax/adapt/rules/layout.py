@@ -13,10 +13,10 @@ from lora_jax.adapt import eqns
 from lora_jax.adapt.folds import Folded
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.axis_maps import AxisMap, axis_map
-from lora_jax.axes import Label
-from lora_jax.base import along, as_array, is_base
-from lora_jax.factored import Factored
-from lora_jax.parts import EXAMPLE, RANK, Axes
+from lora_jax.core.axes import Label
+from lora_jax.core.base import along, as_array, is_base
+from lora_jax.core.factored import Factored
+from lora_jax.core.parts import EXAMPLE, RANK, Axes
 
 _BLOCKS = {"batch": 0, "rank": 1, "in": 2, "out": 2}  # how the axes of each part are ordered
 

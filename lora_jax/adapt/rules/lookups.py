@@ -11,10 +11,10 @@ from jax import lax
 
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.products import note_side, rows_of
-from lora_jax.base import along, as_array
-from lora_jax.factored import Factored
-from lora_jax.parts import Axes
-from lora_jax.product import combined
+from lora_jax.core.base import along, as_array
+from lora_jax.core.factored import Factored
+from lora_jax.core.parts import Axes
+from lora_jax.core.product import combined
 
 
 def _gather(_: Interpreter, use: Use) -> list[Any] | None:

@@ -12,11 +12,11 @@ from lora_jax.adapt import eqns, sides
 from lora_jax.adapt.interpreter import Interpreter, RoleError, Rule, Use
 from lora_jax.adapt.merging import MergeError
 from lora_jax.adapt.user_code import place_of
-from lora_jax.axes import Label
-from lora_jax.base import product
-from lora_jax.factored import Factored
-from lora_jax.magnitude import wide
-from lora_jax.product import Rows, combined, dot, is_sharded
+from lora_jax.core.axes import Label
+from lora_jax.core.base import product
+from lora_jax.core.factored import Factored
+from lora_jax.core.magnitude import wide
+from lora_jax.core.product import Rows, combined, dot, is_sharded
 
 
 def with_base(use: Use, place: int) -> Any:

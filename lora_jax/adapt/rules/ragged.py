@@ -8,9 +8,9 @@ from jax import lax
 
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.products import check_bias, check_roles, note_side, with_base
-from lora_jax.factored import Factored
-from lora_jax.magnitude import wide
-from lora_jax.product import combined
+from lora_jax.core.factored import Factored
+from lora_jax.core.magnitude import wide
+from lora_jax.core.product import combined
 
 _UNIT = 256  # columns that two passes of a TPU's matrix unit take, 128 each
 

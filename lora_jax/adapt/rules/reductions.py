@@ -13,12 +13,12 @@ import jax.numpy as jnp
 
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.arithmetic import scale_in_a
-from lora_jax.axes import Label
-from lora_jax.base import as_array
-from lora_jax.factored import Factored
-from lora_jax.magnitude import wide
-from lora_jax.parts import RANK, Axes
-from lora_jax.product import dropped, is_dropped
+from lora_jax.core.axes import Label
+from lora_jax.core.base import as_array
+from lora_jax.core.factored import Factored
+from lora_jax.core.magnitude import wide
+from lora_jax.core.parts import RANK, Axes
+from lora_jax.core.product import dropped, is_dropped
 
 
 def _reduce_sum(_: Interpreter, use: Use) -> list[Any] | None:

@@ -11,7 +11,7 @@ from jax import lax
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
-from lora_jax.factored import Factored
+from lora_jax.core.factored import Factored
 
 
 def _linear_solve(interpreter: Interpreter, use: Use) -> list[Any] | None:

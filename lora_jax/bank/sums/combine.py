@@ -12,12 +12,12 @@ import numpy as np
 from lora_jax.bank.sums.arithmetic import HOWS, How, Sign
 from lora_jax.bank.sums.same_base import names_of, shared_base
 from lora_jax.bank.sums.terms import ARRAYS, rank_of_sum, ranks_by_layer, summed, summed_biases
-from lora_jax.base import as_array
+from lora_jax.core.base import as_array
+from lora_jax.core.magnitude import wide
+from lora_jax.core.paths import fold_in_path
+from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows, leaves_of
 from lora_jax.lorafy import Tree, nodes_of
-from lora_jax.magnitude import wide
-from lora_jax.paths import fold_in_path
 from lora_jax.variants import BIAS
-from lora_jax.weight import LoraWeight, Node, Trained, TrainedRows, leaves_of
 
 _Terms = Mapping[int, Any]  # nodes of one path, by the index of their tree
 

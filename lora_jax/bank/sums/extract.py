@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.axes import Label
 from lora_jax.bank.sums.lowrank import Factors, stacked, with_roots
-from lora_jax.base import along, as_array
+from lora_jax.core.axes import Label
+from lora_jax.core.base import along, as_array
+from lora_jax.core.magnitude import wide
+from lora_jax.core.parts import Axes, layout
+from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows, leaves_of
 from lora_jax.lorafy import Tree, lorafy, nodes_of
-from lora_jax.magnitude import wide
-from lora_jax.parts import Axes, layout
 from lora_jax.rules import LoraRule, Rule
-from lora_jax.weight import LoraWeight, Node, Trained, TrainedRows, leaves_of
 
 # Fields of a LoraRule that say which kernels are adapted and how they train on.
 _FIELDS = frozenset(

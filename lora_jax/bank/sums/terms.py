@@ -11,8 +11,8 @@ import numpy as np
 
 from lora_jax.bank.sums.arithmetic import How, Sign, combined
 from lora_jax.bank.sums.lowrank import Factors, stacked
-from lora_jax.magnitude import wide
-from lora_jax.weight import LoraWeight
+from lora_jax.core.magnitude import wide
+from lora_jax.core.weight import LoraWeight
 
 Ranks = tuple[int, ...]
 ARRAYS = ("a", "b", "scale", "start_a", "start_b")

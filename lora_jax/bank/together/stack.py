@@ -24,9 +24,9 @@ from lora_jax.bank.together.stacked import (
     tree_of,
 )
 from lora_jax.bank.together.tenants import Kind, Tenant
+from lora_jax.core.weight import LoraWeight, Trained, leaves_of
 from lora_jax.training.losses import Logits
 from lora_jax.training.step import State
-from lora_jax.weight import LoraWeight, Trained, leaves_of
 
 
 class Stack:

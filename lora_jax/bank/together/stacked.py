@@ -17,11 +17,11 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.bank.together.tenants import Arrays, Kind, Tenant, arrays_of, with_arrays
+from lora_jax.core.weight import leaves_of
 from lora_jax.lorafy import nodes_of, split, strip
 from lora_jax.training.losses import Logits, Sums
 from lora_jax.training.neftune import neftune
 from lora_jax.training.step import Metrics, State, init_state, make_gradient, make_update
-from lora_jax.weight import leaves_of
 
 UPDATES = 1024  # learning rates are stored for a multiple of so many updates
 

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import optax
 
+from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows
 from lora_jax.lorafy import nodes_of
 from lora_jax.training.losses import CROSS_ENTROPY, Loss
 from lora_jax.training.optimizer import has_dropout, make_optimizer
 from lora_jax.training.step import State
-from lora_jax.weight import LoraWeight, Node, Trained, TrainedRows
 
 Arrays = dict[str, dict[str, Any]]  # by path and name
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.core.parts import RANK
+from lora_jax.core.weight import LoraWeight
 from lora_jax.lorafy import map_parts, nodes_of
-from lora_jax.parts import RANK
-from lora_jax.weight import LoraWeight
 
 _NARROW = 128  # matrices narrower than this keep all second moments: a row would save little
 _CLIP = 1.0  # the largest root mean square of a matrix's update

@@ -8,12 +8,12 @@ import optax
 from optax import contrib
 from optax.contrib import MuonDimensionNumbers
 
-from lora_jax.axes import KERNEL_NAMES
+from lora_jax.core.axes import KERNEL_NAMES
+from lora_jax.core.parts import RANK
+from lora_jax.core.paths import leaf_name
+from lora_jax.core.weight import LoraWeight, Node, Trained
 from lora_jax.lorafy import map_parts, nodes_of
-from lora_jax.parts import RANK
-from lora_jax.paths import leaf_name
-from lora_jax.resolve import is_table_or_head
-from lora_jax.weight import LoraWeight, Node, Trained
+from lora_jax.select.resolve import is_table_or_head
 
 _RMS = 0.2  # of AdamW's updates, as Liu et al. measured it
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
-from lora_jax.paths import nearest
+from lora_jax.core.paths import nearest
 from train.run.errors import UserError, flag
 from train.run.options.common import Options
 

@@ -10,7 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import yaml
 
-from lora_jax.paths import nearest
+from lora_jax.core.paths import nearest
 from lora_jax.training.errors import TrainingError
 from train.data.text_files import read_csv, read_json
 from train.run.errors import UserError, flag

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import jax
 
-from lora_jax.parts import STATIC, Axes
+from lora_jax.core.parts import STATIC, Axes
 
 # move(array, axes) returns the moved array; the array's axis i holds the weight's axis axes[i].
 Move = Callable[[Any, Axes], Any]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.axes import Label
+from lora_jax.core.axes import Label
 
 Role = Label | Literal["rank", "example"]
 Axes = tuple[int, ...]
@@ -18,7 +18,7 @@ RANK = -1  # in a layout, the entry for the rank, which is no axis of the weight
 EXAMPLE = -2  # likewise, the entry for the examples of a batch
 
 # Batch axes come first, in the order that the weight has them in, then the rank, then the in axes
-# or the out axes. A is stored transposed: see `lora_jax.product`.
+# or the out axes. A is stored transposed: see `lora_jax.core.product`.
 AXES: dict[str, tuple[Role, ...]] = {
     "a": ("batch", "rank", "in"),
     "b": ("batch", "rank", "out"),

@@ -9,25 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.axes import AxisRoles
-from lora_jax.base import as_array, is_abstract
-from lora_jax.factored import factor_shapes
+from lora_jax.core.axes import AxisRoles
+from lora_jax.core.base import as_array, is_abstract
+from lora_jax.core.factored import factor_shapes
+from lora_jax.core.magnitude import wide
+from lora_jax.core.parts import layout
+from lora_jax.core.paths import fold_in_path
+from lora_jax.core.weight import LoraWeight, Node, Part, Trained, TrainedRows
 from lora_jax.init import Factors, FactorShape, takes_from_base, truncated
-from lora_jax.magnitude import wide
-from lora_jax.parts import layout
-from lora_jax.paths import fold_in_path
-from lora_jax.projections import Projections
-from lora_jax.resolve import Adapted, Choice, InFull
-from lora_jax.weight import LoraWeight, Node, Part, Trained, TrainedRows
+from lora_jax.select.projections import Projections
+from lora_jax.select.resolve import Adapted, Choice, InFull
 
 
 def node_of(leaf: Any, path: str, choice: Choice, key: jax.Array, projections: Projections) -> Node:
     """Returns the node for a leaf; its arrays are `jax.ShapeDtypeStruct`\\ s where the leaf's are.
 
     Args:
-      leaf: an array, or a `lora_jax.base.Base`.
+      leaf: an array, or a `lora_jax.core.base.Base`.
       path: of the leaf; each of its draws depends on it.
-      choice: the decision of `lora_jax.resolve.resolve` for the leaf.
+      choice: the decision of `lora_jax.select.resolve.resolve` for the leaf.
       key: a PRNG key.
       projections: the matrices that weights of VeRA share.
     """
@@ -95,7 +95,7 @@ def singular_factors(
     """Returns a and b of LoRA-XS: UΣ and Vᵀ of the largest singular values of W, by layer.
 
     Args:
-      leaf: W, an array or a `lora_jax.base.Base`.
+      leaf: W, an array or a `lora_jax.core.base.Base`.
       roles: of its axes.
       ranks: r of each layer of the first batch axis, or one r for all.
       dtype: of both.

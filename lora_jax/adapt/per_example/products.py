@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from jax.extend.core import JaxprEqn
 
 from lora_jax.adapt.eqns import type_of
-from lora_jax.adapt.examples.indexing import INDEXING_RULES
-from lora_jax.adapt.examples.labels import At, Kernel, Known, MixesError
-from lora_jax.adapt.examples.primitives import Rule, each, shape_of
+from lora_jax.adapt.per_example.indexing import INDEXING_RULES
+from lora_jax.adapt.per_example.labels import At, Kernel, Known, MixesError
+from lora_jax.adapt.per_example.primitives import Rule, each, shape_of
 from lora_jax.adapt.rules.axis_maps import axis_map
 from lora_jax.adapt.rules.layout import labels_after
 

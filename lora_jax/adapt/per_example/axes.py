@@ -8,12 +8,12 @@ import jax
 import numpy as np
 
 from lora_jax.adapt import eqns
-from lora_jax.adapt.examples.labels import At, Followed, Kernel, Known, Mixed
-from lora_jax.adapt.examples.walk import followed
 from lora_jax.adapt.nnx_writes import Output
+from lora_jax.adapt.per_example.labels import At, Followed, Kernel, Known, Mixed
+from lora_jax.adapt.per_example.walk import followed
 from lora_jax.adapt.traces import Call, Trace
 from lora_jax.adapt.user_code import place_of_call
-from lora_jax.factored import ExamplesError, Factored
+from lora_jax.core.factored import ExamplesError, Factored
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.axes import AxisRoles, Label
-from lora_jax.base import as_array, is_base
-from lora_jax.magnitude import wide
-from lora_jax.parts import AXES, EXAMPLE, STATIC, Axes, layout, sizes, spread
+from lora_jax.core.axes import AxisRoles, Label
+from lora_jax.core.base import as_array, is_base
+from lora_jax.core.magnitude import wide
+from lora_jax.core.parts import AXES, EXAMPLE, STATIC, Axes, layout, sizes, spread
 
 # Parts that `Factored.formed` folds into a and b.
 _COMPACT = ("shared_a", "shared_b", "latent", "columns")
@@ -40,13 +40,13 @@ class Factored:
     """(W + s·AB)·diag(g), unformed. The axes of `base` come in any order; `labels` has their roles.
 
     Attributes:
-      base: W; see `lora_jax.base`.
-      parts: the arrays beside it by name, laid out as `lora_jax.parts.AXES` says: a, b, scale, and
-        perhaps key (typed PRNG keys, which turn dropout on), pick (one more factor for each column
-        of rank), rows (one for each example of a batch and column, so that examples have adapters
-        of their own; see `lora_jax.adapt.examples`), gain and shift. Compact ones have shared_a and
-        shared_b for a and b, latent (AB is then A·latent·B) or columns (a factor for each column of
-        B); `formed` folds these into a and b. Without any, the weight is W alone.
+      base: W; see `lora_jax.core.base`.
+      parts: the arrays beside it by name, laid out as `lora_jax.core.parts.AXES` says: a, b, scale,
+        and perhaps key (typed PRNG keys, which turn dropout on), pick (one more factor for each
+        column of rank), rows (one for each example of a batch and column, so that examples have
+        adapters of their own; see `lora_jax.adapt.per_example`), gain and shift. Compact ones have
+        shared_a and shared_b for a and b, latent (AB is then A·latent·B) or columns (a factor for
+        each column of B); `formed` folds these into a and b. Without any, the weight is W alone.
       labels: the role of each axis of `base`.
       dropout: probability of zeroing an element of A's input.
       path: of the weight, for messages.
@@ -155,7 +155,7 @@ class Factored:
         return scale.astype(dtype) * self.pick.astype(dtype)
 
     def layout(self, name: str) -> Axes:
-        """Returns the base's axis for each axis of a part; see `lora_jax.parts.layout`."""
+        """Returns the base's axis for each axis of a part; see `lora_jax.core.parts.layout`."""
         return layout(AXES[name], self.labels)
 
     def shape_of(self, name: str, shape: Any, labels: Any) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from jax.extend.core import JaxprEqn
 
 from lora_jax.adapt import eqns
-from lora_jax.adapt.examples.labels import At, Known, MixesError, agreed, reshaped
+from lora_jax.adapt.per_example.labels import At, Known, MixesError, agreed, reshaped
 
 # (equation, what is known of its operands, the number of examples) -> what is known of its outputs.
 # At least one operand has examples, none is a weight.

@@ -1,7 +1,7 @@
 """The product of an activation with an adapted weight: xW + s·(xA)B, and its mirror image.
 
-This file knows how factors are stored (`lora_jax.parts.AXES`), and why. For a weight with batch, in
-and out axes:
+This file knows how factors are stored (`lora_jax.core.parts.AXES`), and why. For a weight with
+batch, in and out axes:
 
     a      [batch…, r, in…]     A, transposed: xA and its gradient then read the long axis in order
     b      [batch…, r, out…]    B
@@ -34,10 +34,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.base import product
-from lora_jax.factored import Factored
-from lora_jax.magnitude import rescaled, wide
-from lora_jax.parts import spread
+from lora_jax.core.base import product
+from lora_jax.core.factored import Factored
+from lora_jax.core.magnitude import rescaled, wide
+from lora_jax.core.parts import spread
 
 Dims = tuple[tuple[int, ...], tuple[int, ...]]  # axes of x, axes of the weight
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from jax.extend.core import JaxprEqn
 
-from lora_jax.adapt.examples.labels import At, Known, MixesError
-from lora_jax.adapt.examples.primitives import Rule, out_shape, shape_of
+from lora_jax.adapt.per_example.labels import At, Known, MixesError
+from lora_jax.adapt.per_example.primitives import Rule, out_shape, shape_of
 
 _BY_INDEX = "finds examples by an index that is the same for none or all of them"
 

@@ -12,7 +12,7 @@ from typing import Any
 from jax.extend.core import JaxprEqn
 
 from lora_jax.adapt import eqns
-from lora_jax.adapt.examples.labels import (
+from lora_jax.adapt.per_example.labels import (
     At,
     Followed,
     Kernel,
@@ -22,8 +22,8 @@ from lora_jax.adapt.examples.labels import (
     Unseen,
     joined,
 )
-from lora_jax.adapt.examples.primitives import RULES
-from lora_jax.adapt.examples.products import KERNEL_RULES, PRODUCT_RULES
+from lora_jax.adapt.per_example.primitives import RULES
+from lora_jax.adapt.per_example.products import KERNEL_RULES, PRODUCT_RULES
 from lora_jax.adapt.rules.flow import sources
 from lora_jax.adapt.user_code import place_of, user_context
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.axes import Label
-from lora_jax.parts import layout
+from lora_jax.core.axes import Label
+from lora_jax.core.parts import layout
 
 
 def wide(dtype: Any) -> Any:

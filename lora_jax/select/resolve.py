@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from lora_jax.adapt.sides import RoleWarning
 from lora_jax.adapt.user_code import place_of_call, warn
-from lora_jax.axes import EMBEDDING_NAMES, AxisRoles, Seen, default_roles
-from lora_jax.paths import has_run, leaf_name, nearest, numbered_layer
+from lora_jax.core.axes import EMBEDDING_NAMES, AxisRoles, Seen, default_roles
+from lora_jax.core.paths import has_run, leaf_name, nearest, numbered_layer
 from lora_jax.rules import ALL_LINEAR, PRESETS, LoraRule, Rule, Targets, TrainRule
 
 # Without kinds, "all-linear" leaves these modules alone: embeddings (also by the name of the leaf)

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.paths import fold_in_path
-from lora_jax.resolve import Adapted, Choice
+from lora_jax.core.paths import fold_in_path
+from lora_jax.select.resolve import Adapted, Choice
 
 Widths = tuple[int, int]  # the most in and out features of the weights that share a pair
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-from lora_jax.axes import Label
+from lora_jax.core.axes import Label
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,12 +14,12 @@ from typing import Any, NoReturn, Self
 import jax
 import jax.numpy as jnp
 
-from lora_jax.axes import AxisRoles, Label
-from lora_jax.base import along, as_array, is_base
-from lora_jax.factored import Factored
-from lora_jax.magnitude import wide
-from lora_jax.parts import AXES, STATIC, Axes, Role, layout, sizes
-from lora_jax.paths import flatten_with_paths
+from lora_jax.core.axes import AxisRoles, Label
+from lora_jax.core.base import along, as_array, is_base
+from lora_jax.core.factored import Factored
+from lora_jax.core.magnitude import wide
+from lora_jax.core.parts import AXES, STATIC, Axes, Role, layout, sizes
+from lora_jax.core.paths import flatten_with_paths
 
 _HOW_TO_USE = (
     "is a node of an adapted tree, not an array. Call the function that uses it through "
@@ -125,10 +125,12 @@ class LoraWeight(_Node):
     Nothing is checked on construction: None, masks and tracers pass through.
 
     Attributes:
-      base: W itself, the same object as in the tree before: an array, or a `lora_jax.base.Base`.
-      arrays: the arrays beside W, by name, laid out as `lora_jax.parts` says. Each is an attribute
-        of the node as well (start_a and start_b are the pair `start`), None where it is not here:
-        a: [batch…, r, in…], A, stored transposed (see `lora_jax.product`).
+      base: W itself, the same object as in the tree before: an array, or a
+        `lora_jax.core.base.Base`.
+      arrays: the arrays beside W, by name, laid out as `lora_jax.core.parts` says. Each is an
+        attribute of the node as well (start_a and start_b are the pair `start`), None where it is
+        not here:
+        a: [batch…, r, in…], A, stored transposed (see `lora_jax.core.product`).
         b: [batch…, r, out…], B.
         scale: [batch…], s, fp32; a leaf, so that another alpha recompiles nothing; never trained.
         magnitude: [batch…, out…], m of DoRA: (W + s·AB)·diag(m / ‖W + s·AB‖).
@@ -139,7 +141,7 @@ class LoraWeight(_Node):
         shared_a, shared_b: [r, in…] and [r, out…], in the place of a and b, VeRA's A and B: one
         pair for all layers, and one array for all weights of a size. Never trained.
         lambda_d, lambda_b: [batch…, r] and [batch…, out…], of VeRA: W + s·A·diag(d)·B·diag(b).
-        seed: (), uint32, that `lora_jax.projections` drew the shared pair from.
+        seed: (), uint32, that `lora_jax.select.projections` drew the shared pair from.
       roles: the axis roles of `base`.
       ranks: r of each layer of the first batch axis, or one r for all. A rank smaller than the
         largest is padded with zeros in both factors, which training leaves at zero.
@@ -210,11 +212,11 @@ class LoraWeight(_Node):
         return self.roles.labels(self.ndim)
 
     def axes_of(self, name: str) -> tuple[Role, ...]:
-        """Returns the roles of an array's axes; see `lora_jax.parts.AXES`."""
+        """Returns the roles of an array's axes; see `lora_jax.core.parts.AXES`."""
         return next((e.axes for e in self.extras if e.name == name), None) or AXES[name]
 
     def layout(self, name: str) -> Axes:
-        """Returns W's axis for each axis of an array; see `lora_jax.parts.layout`."""
+        """Returns W's axis for each axis of an array; see `lora_jax.core.parts.layout`."""
         return layout(self.axes_of(name), self.labels)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
@@ -244,7 +246,7 @@ class LoraWeight(_Node):
     is_factored = is_on
 
     def factored(self, path: str = "", key: Any = None) -> Factored:
-        """Returns the weight as what the products work on; see `lora_jax.product`."""
+        """Returns the weight as what the products work on; see `lora_jax.core.product`."""
         parts = {name: self.arrays[name] for name in _FACTORS if name in self.arrays}
         if self.start is not None:
             (a0, b0), n = self.start, self.n_batch
