@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from train.finetune import finetune
-from train.run.options import classify as classify_options
-from train.run.options.classify import Config, with_defaults
-from train.run.options.command import read_command
-from train.run.processes.session import Session
+from train.options import classify as classify_options
+from train.options.classify import Config, with_defaults
+from train.options.command import read_command
+from train.processes.session import Session
 from train.tasks.registry import TEXTS, find_task
 from train.tasks.task import Task
 

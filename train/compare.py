@@ -34,20 +34,20 @@ from train.comparing.reporting import dimension, peft_json, report
 from train.comparing.script import Script
 from train.comparing.sweep import Sweep
 from train.comparing.trials import RUNS, trials_of
+from train.console.errors import UserError, flag
 from train.finetune import Part, weights_of
 from train.inputs import Inputs, Reader
-from train.run.errors import UserError, flag
+from train.options import classify as classify_options
+from train.options import sft as sft_options
+from train.options.command import read_line
+from train.options.file import replaced
+from train.options.ignored import check_effects
+from train.options.written import as_file, check_same_run, from_file
+from train.processes import hosts
+from train.processes.session import Session
 from train.run.fit import Run, resume_hint
 from train.run.intrinsic import merged, moves_weights, space_of
-from train.run.options import classify as classify_options
-from train.run.options import sft as sft_options
-from train.run.options.command import read_line
-from train.run.options.file import replaced
-from train.run.options.ignored import check_effects
-from train.run.options.written import as_file, check_same_run, from_file
 from train.run.output import CONFIG, clear
-from train.run.processes import hosts
-from train.run.processes.session import Session
 
 _PROG = "python -m train.compare"
 _OUTPUT = "runs/compare"

@@ -12,11 +12,11 @@ from lora_jax.training.data.order import Batches, Feed
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
 from lora_jax.training.run.log import duration
+from train.console.errors import as_user_errors
 from train.data.shown import Shown, lengths, shown
+from train.options.common import Options
 from train.planning.local import Needs, measured_rate, needs
-from train.run.errors import as_user_errors
 from train.run.log import doing
-from train.run.options.common import Options
 from train.run.output import state_of
 from train.run.pretrained import Outline
 from train.run.report import megabytes

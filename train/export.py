@@ -28,15 +28,15 @@ from lora_jax.peft.config import FILE as PEFT_CONFIG
 from lora_jax.peft.save import contents
 from lora_jax.peft.serving import MAX_RANK, problems_of, serving_problems
 from train.adapters.source import AdapterSource, find_adapter
+from train.console.errors import UserError, as_user_errors, reported
+from train.processes.cache import keep_compiled
 from train.publish.card import Export, card
 from train.publish.codes import of_adapter, of_merged
 from train.publish.hub import README, Repository, find_repository, push
 from train.publish.kinds import auto_class, task_type
 from train.publish.marked import is_generated
 from train.publish.scaled import rope_problem, scaled_fields
-from train.run.cache import keep_compiled
-from train.run.errors import UserError, as_user_errors, reported
-from train.run.files import read_json
+from train.reporters.files import read_json
 from train.run.output import folder_bytes
 from train.run.pretrained import read_model, read_untokenized
 from train.run.report import megabytes

@@ -24,20 +24,20 @@ from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State
 from train.dry_run import rehearse
 from train.inputs import Inputs, Reader, inputs_of
-from train.run.adapter import rules
-from train.run.cache import keep_compiled
+from train.processes import hosts
+from train.processes.cache import keep_compiled
+from train.processes.mesh import make_mesh
+from train.processes.session import Session
+from train.progress.samples import sampling
+from train.progress.score import scoring
+from train.reporters.registry import check_reporters
 from train.run.fit import Run, adapted, begin_run, fit, resume_hint
 from train.run.intrinsic import about_space, merged, moves_weights, running_in, space_of
 from train.run.log import Log, QuietLog, doing
-from train.run.mesh import make_mesh
 from train.run.output import ADAPTER, REPORT, locked_output
 from train.run.pretrained import Outline, check_weights, read_model
-from train.run.processes import hosts
-from train.run.processes.session import Session
-from train.run.progress.samples import sampling
-from train.run.progress.score import scoring
 from train.run.report import print_adapter, print_costs, tree_bytes
-from train.run.reporters.registry import check_reporters
+from train.run.rules import rules
 from train.tasks.task import Context, Evaluation, Task
 
 

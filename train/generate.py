@@ -7,6 +7,7 @@ Prompts are arguments, the rows or lines of a file (--prompts), or the lines of 
 import sys
 from collections.abc import Sequence
 
+from train.console.errors import UserError, reported
 from train.console.output import check_free, closed_pipe
 from train.generating.adapters import Served, base_of, find_adapters, outlined
 from train.generating.batch import answer_all, answer_aloud
@@ -21,9 +22,8 @@ from train.generating.prompts import (
     tokenize,
     typed,
 )
-from train.run.cache import keep_compiled
-from train.run.errors import UserError, reported
-from train.run.options.ignored import given_options
+from train.options.ignored import given_options
+from train.processes.cache import keep_compiled
 from train.run.pretrained import read_model, read_outline
 
 

@@ -11,15 +11,15 @@ from lora_jax.models.attention import chosen_attention
 from lora_jax.training.data.order import Batches, Feed, Order
 from lora_jax.training.layout import Layout
 from train.adapters.source import find_adapter
+from train.console.errors import as_user_errors
 from train.data.mixture import used
-from train.run.adapter import check_names, rules
-from train.run.errors import as_user_errors
+from train.options.common import OptimConfig, Options, as_json
+from train.processes import hosts
+from train.progress.samples import Prompts
 from train.run.intrinsic import space_of
-from train.run.options.common import OptimConfig, Options, as_json
 from train.run.output import saved_options
 from train.run.pretrained import Outline
-from train.run.processes import hosts
-from train.run.progress.samples import Prompts
+from train.run.rules import check_names, rules
 from train.tasks.task import Data, Rows, Task
 
 # Options that rows, outline and examples do not depend on, but for those that the task `reads`.
@@ -76,7 +76,8 @@ def read(config: Any, task: Task) -> Read:
     rows = task.rows(config)
     outline = task.outline(config, rows).quantized(config.optim.quantize)
     outline.check_experts(config.optim.experts)
-    hosts.check_alike(config, rows=rows.train, held_out=rows.held_out, model=outline.config)
+    read = {"rows": rows.train, "held_out": rows.held_out, "model": outline.config}
+    hosts.check_alike(as_json(config), **read)
     return Read(rows, outline, task.examples(config, rows, outline))
 
 

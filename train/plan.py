@@ -20,16 +20,16 @@ from rich.console import Console
 from lora_jax.training.layout import Layout
 from lora_jax.training.optimizers.named import Name
 from lora_jax.training.run.log import duration
+from train.console.errors import UserError, reported
+from train.options.common import AdapterConfig, Attention, Experts, OptimConfig, Remat, at_least
+from train.options.optim import with_optimizer_defaults
+from train.options.rope import parse_rope_scaling
 from train.planning.compile import Job, Plan, Variant, plan
 from train.planning.machines import Machine, find_machine
 from train.planning.table import print_plans
-from train.run.adapter import rules
-from train.run.errors import UserError, reported
-from train.run.mesh import make_mesh
-from train.run.options.common import AdapterConfig, Attention, Experts, OptimConfig, Remat, at_least
-from train.run.options.optim import with_optimizer_defaults
-from train.run.options.rope import parse_rope_scaling
+from train.processes.mesh import make_mesh
 from train.run.pretrained import read_shapes
+from train.run.rules import rules
 
 # No weights are read, so the codes of a file are not known.
 PlannedCodes = Literal["none", "int8", "int4", "nf4", "nf4-double"]

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import tyro
 
+from train.console.errors import UserError, flag, reported
 from train.console.output import closed_pipe, opened
 from train.console.progress import progress_of
+from train.options.ignored import given_options
 from train.predicting.batches import probabilities
 from train.predicting.classifier import find_classifier
 from train.predicting.texts import (
@@ -24,9 +26,7 @@ from train.predicting.texts import (
     tokenize,
 )
 from train.predicting.write import Format, format_of, write
-from train.run.cache import keep_compiled
-from train.run.errors import UserError, flag, reported
-from train.run.options.ignored import given_options
+from train.processes.cache import keep_compiled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

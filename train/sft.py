@@ -11,13 +11,13 @@ from train.data.named import named
 from train.finetune import finetune
 from train.many.one import Asked
 from train.many.runs import train_many
-from train.run.options import sft as sft_options
-from train.run.options.command import read_line
-from train.run.options.defaults import with_defaults
-from train.run.options.ignored import check_effects
-from train.run.options.sft import Config
-from train.run.options.table import Row, check_one_base, placed_error, read_table
-from train.run.processes.session import Session
+from train.options import sft as sft_options
+from train.options.command import read_line
+from train.options.defaults import with_defaults
+from train.options.ignored import check_effects
+from train.options.sft import Config
+from train.options.table import Row, check_one_base, placed_error, read_table
+from train.processes.session import Session
 from train.tasks.registry import CHATS, STREAMED, find_task
 from train.tasks.task import Task
 

@@ -19,7 +19,7 @@ from tests.models import tiny, tiny_encoders
 from tests.support import assert_close, draw, lorafied, with_random_factors
 from train.planning.hlo import work_of
 from train.planning.machines import find_machine
-from train.run.mesh import make_mesh
+from train.processes.mesh import make_mesh
 
 TABLE = [
     (r".*/up/kernel", P("fsdp", "tensor")),

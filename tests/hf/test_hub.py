@@ -18,7 +18,7 @@ from lora_jax.hf.bundled import BUNDLES, MINILM, SMOLLM2, Bundle
 from lora_jax.hf.fetch import main as command_line
 from lora_jax.hf.packaged import FetchError, Package
 from lora_jax.models import ModelNotFound, fetch, from_pretrained, load_tokenizer
-from train.run.errors import UserError
+from train.console.errors import UserError
 from train.run.pretrained import read_model, read_outline, read_shapes
 
 PIP = packaged.pip_download

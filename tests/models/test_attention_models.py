@@ -14,7 +14,7 @@ from lora_jax.sharding import place
 from lora_jax.training.layout import Layout
 from tests.models import tiny, tiny_encoders
 from tests.support import assert_close, over, with_random_factors
-from train.run.mesh import make_mesh
+from train.processes.mesh import make_mesh
 
 BLOCKS = Blockwise(block=4, spans=2)
 WINDOWED = "qwen2 with some windows"

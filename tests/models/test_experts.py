@@ -19,7 +19,7 @@ from lora_jax.training.layout import Layout, one_device
 from tests.models import tiny
 from tests.support import assert_close, draw, over, with_random_factors
 from train.planning.jaxpr_flops import count_flops
-from train.run.mesh import make_mesh
+from train.processes.mesh import make_mesh
 
 WIDTH, INNER, N_EXPERTS = 5, 7, 6
 NAMES = ("gate", "up", "down")

@@ -19,7 +19,7 @@ from lora_jax.training.layout import Layout
 from tests.models.test_attention import Case
 from tests.support import assert_close, draw, over
 from train.planning.jaxpr_flops import count_flops
-from train.run.mesh import make_mesh
+from train.processes.mesh import make_mesh
 
 SPLASH = Splash(block=128, interpret=True)
 

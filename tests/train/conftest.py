@@ -24,5 +24,5 @@ def few_devices():
 def no_kept_programs():
     """Scripts do not see that the tests keep programs: they neither say so nor find a conflict."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.run.cache._setting", {"enable_compilation_cache": False}.get)
+        patch.setattr("train.processes.cache._setting", {"enable_compilation_cache": False}.get)
         yield

@@ -28,11 +28,11 @@ from tests.train.test_sft import assert_same
 from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train import export
 from train.classify import check, main, parse
-from train.data.labelled import encode, read_labelled
-from train.run.errors import UserError
+from train.console.errors import UserError
 from train.run.log import read_metrics
 from train.tasks.classes import scores_of
 from train.tasks.labelled import spread
+from train.tasks.labelled_rows import encode, read_labelled
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

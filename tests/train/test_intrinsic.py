@@ -14,8 +14,8 @@ from tests.train.test_classify import base_of, fails, inputs, run, without_rank
 from tests.train.tiny import tokenizer
 from train import export
 from train.classify import check, parse
+from train.console.errors import UserError
 from train.predict import main as predict
-from train.run.errors import UserError
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -25,9 +25,9 @@ from tests.support import THOROUGH, assert_close, thorough, with_random_factors
 from tests.train.test_classify import words, write_encoder
 from tests.train.tiny import CHATML, write_jsonl, write_model
 from train import classify, sft
-from train.run.errors import UserError
+from train.console.errors import UserError
+from train.processes.mesh import make_mesh, parse_mesh
 from train.run.log import read_metrics
-from train.run.mesh import make_mesh, parse_mesh
 
 ROOT = Path(__file__).parents[2]
 DENSE = {
@@ -274,7 +274,7 @@ def test_the_devices_may_stand_in_any_order(tmp_path, monkeypatch):
     assert THOROUGH or len({tuple(order) for order in orders}) == 3
     for i, order in enumerate(orders):
         devices = [jax.devices()[number] for number in order]
-        monkeypatch.setattr("train.run.mesh.all_devices", lambda devices=devices: devices)
+        monkeypatch.setattr("train.processes.mesh.all_devices", lambda devices=devices: devices)
         sft.main([*shared, "--output", str(tmp_path / f"run{i}")])
     losses, adapter = trained(shared, tmp_path / "run0")
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.5, "B begins at zero, and learns"

@@ -16,9 +16,9 @@ from lora_jax.training.optimizers.schedules import warmed_up
 from lora_jax.training.run.lock import FolderLock
 from tests.train.tiny import write_model, write_rows
 from train import generate
+from train.console.errors import UserError
 from train.data import files
 from train.run import fit
-from train.run.errors import UserError
 from train.run.output import begin
 from train.sft import main, parse
 from train.tasks.chats import hold_out

@@ -15,10 +15,10 @@ from tests.train.test_sft import adapter_of, assert_same, fails
 from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
 from train import classify, sft
 from train.adapters.source import find_adapter
-from train.run.errors import UserError
+from train.console.errors import UserError
+from train.progress.samples import Prompts
 from train.run.log import Log, read_metrics
 from train.run.pretrained import read_outline
-from train.run.progress.samples import Prompts
 
 # Orbax leaves coroutines behind where a run is broken off.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -18,8 +18,8 @@ from tests.train.test_sft import fails, run
 from tests.train.tiny import write_jsonl, write_model, write_rows
 from train import classify, export, generate, plan, predict, sft
 from train.adapters.source import find_adapter, runnable
+from train.options.defaults import Defaults, with_defaults
 from train.run.log import read_metrics
-from train.run.options.defaults import Defaults, with_defaults
 from train.run.pretrained import read_outline
 
 UP = "model/layers/mlp/up_proj/kernel"
@@ -132,7 +132,7 @@ def test_a_mesh_trains_as_one_device_does(inputs, tmp_path, monkeypatch):
     model = write_model(tmp_path / "model", **sizes)
     options = ["--model", str(model), *inputs[2:], "--steps", 3, "--quantize", "nf4"]
     alone = run([], tmp_path / "alone", *options)
-    monkeypatch.setattr("train.run.mesh.all_devices", lambda: jax.devices()[:4])
+    monkeypatch.setattr("train.processes.mesh.all_devices", lambda: jax.devices()[:4])
     placed = run([], tmp_path / "placed", *options, "--mesh", "fsdp=2,tensor=2")
     got, want = ([x["loss"] for x in read_metrics(folder)] for folder in (placed, alone))
     np.testing.assert_allclose(got, want, rtol=1e-5)

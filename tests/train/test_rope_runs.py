@@ -9,8 +9,8 @@ from lora_jax import models
 from tests.train.test_sft import fails, run
 from tests.train.tiny import write_jsonl, write_model
 from train import export, generate, sft
-from train.run.errors import UserError
-from train.run.options.rope import as_text, parse_rope_scaling
+from train.console.errors import UserError
+from train.options.rope import as_text, parse_rope_scaling
 
 SCALING = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}
 

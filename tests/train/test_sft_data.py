@@ -5,8 +5,8 @@ import pytest
 from lora_jax.training.data.order import Order
 from tests.train.test_sft import fails
 from tests.train.tiny import write_jsonl, write_model
+from train.console.errors import UserError
 from train.data.mixture import used
-from train.run.errors import UserError
 from train.sft import parse
 from train.tasks import chats
 

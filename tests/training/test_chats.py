@@ -6,7 +6,7 @@ from lora_jax.training.data.chats import check_lengths, tokenize
 from lora_jax.training.data.rows import conversation
 from lora_jax.training.errors import TrainingError
 from tests.train.tiny import FORGETFUL, tokenizer
-from train.run.errors import flag
+from train.console.errors import flag
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
 

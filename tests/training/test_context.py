@@ -20,7 +20,7 @@ from tests.models import tiny
 from tests.models.test_attention import Case
 from tests.support import AS_FOR_USERS, assert_close, draw, over
 from train.planning.hlo import work_of
-from train.run.mesh import make_mesh
+from train.processes.mesh import make_mesh
 
 BLOCKS = Blockwise(block=3, spans=4)
 ALL = {"packed": True, "window": 3, "padding": "right", "cap": 1.5, "scale": 0.9}

@@ -18,7 +18,7 @@ from lora_jax.training.losses import CROSS_ENTROPY
 from tests.core.coded import Coded, decoded, with_coded_kernels
 from tests.support import assert_close, over
 from tests.train.tiny import decoder, tokenizer
-from train.run.mesh import make_mesh
+from train.processes.mesh import make_mesh
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

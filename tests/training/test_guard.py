@@ -26,9 +26,9 @@ from lora_jax.training.step import init_state, make_step
 from tests.support import AS_FOR_USERS, assert_identical, with_random_factors
 from tests.train.tiny import CONFIG, tokenizer
 from tests.training.test_losses import bag
-from train.run.errors import flag
+from train.console.errors import flag
+from train.options.common import RunConfig
 from train.run.log import Log, read_metrics
-from train.run.options.common import RunConfig
 
 STEPS = 9
 ROWS = [{"prompt": "p" * n, "completion": "abc" * n} for n in range(1, 9)]

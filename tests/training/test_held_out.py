@@ -17,7 +17,7 @@ from lora_jax.training.losses import Loss, Sums
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import init_state
 from tests.support import assert_close, draw
-from train.run.mesh import make_mesh
+from train.processes.mesh import make_mesh
 
 
 class Rows(Examples):

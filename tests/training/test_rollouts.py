@@ -15,8 +15,8 @@ from lora_jax.training.loop import train as loop
 from lora_jax.training.losses import Loss, Sums
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import init_state, make_step
+from train.options.common import RunConfig
 from train.run.log import Log, read_metrics
-from train.run.options.common import RunConfig
 
 CONTEXTS, ACTIONS = 3, 4  # the good action in a context is the one of its number
 PARTS, SIZE = 2, 32

@@ -10,7 +10,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.training import Loss, Sums, init_state, make_optimizer, make_step, warmed_up
-from train.run.options.optim import warmup_steps
+from train.options.optim import warmup_steps
 
 STEPS, WARMUP = 40, 5
 

@@ -24,10 +24,10 @@ from lora_jax.training.step import State, init_state, make_evaluation, make_step
 from tests.support import assert_close, with_random_factors
 from tests.train.run.test_log import events, reporting
 from tests.training.test_losses import BATCH, M, bag, batch, lora, on_merged
+from train.options.common import RunConfig
+from train.processes.mesh import make_mesh
+from train.reporters.tensorboard import TensorBoard
 from train.run.log import Log, read_metrics
-from train.run.mesh import make_mesh
-from train.run.options.common import RunConfig
-from train.run.reporters.tensorboard import TensorBoard
 
 # What is small and whole is summed in fp32 without rounding, in whatever order.
 RNG = np.random.default_rng(0)

@@ -22,7 +22,7 @@ from lora_jax.peft.names import FILE as PEFT_WEIGHTS
 from lora_jax.peft.names import PREFIX
 from lora_jax.quantized import is_coded
 from lora_jax.training.run.best import BEST
-from train.run.errors import UserError, as_user_errors
+from train.console.errors import UserError, as_user_errors
 
 ADAPTER = "adapter"  # its folder in that of a run
 _OURS = "lora"  # an item of `lora_jax.save_adapter`

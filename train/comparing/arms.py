@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from train.comparing.options import OF_SUBSPACE, TINY, CompareConfig, has_adapter
 from train.comparing.result import Arm
-from train.run.options.classify import rate_of_dimension
+from train.options.classify import rate_of_dimension
 
 # What a method sets. Variants are LoRA but for one thing.
 METHODS: dict[str, dict[str, Any]] = {

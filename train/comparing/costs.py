@@ -22,13 +22,13 @@ import lora_jax as lj
 from lora_jax import models
 from train.comparing.result import Arm, Latency, Planned
 from train.comparing.trials import Trial
+from train.console.errors import UserError, flag
 from train.finetune import finetune
-from train.run.errors import UserError, flag
-from train.run.files import read_json
-from train.run.options.file import replaced
-from train.run.options.written import as_file
+from train.options.file import replaced
+from train.options.written import as_file
+from train.processes.session import Session
+from train.reporters.files import read_json
 from train.run.output import REPORT
-from train.run.processes.session import Session
 
 STEPS = 6  # of a timed run
 _ROWS, _PROMPT, _TOKENS, _LENGTH = 8, 64, 16, 128

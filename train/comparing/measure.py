@@ -20,10 +20,10 @@ from train.comparing.result import Comparison, Facts, Forgetting, Latency, Measu
 from train.comparing.rungs import RULE
 from train.comparing.sweep import Sweep
 from train.comparing.trials import Trial
+from train.console.errors import UserError, flag
 from train.finetune import weights_of
 from train.inputs import Inputs
-from train.run.errors import UserError, flag
-from train.run.files import read_json
+from train.reporters.files import read_json
 from train.run.log import doing, read_metrics
 from train.run.output import ADAPTER, SCORES
 from train.run.report import tree_bytes, versions

@@ -5,8 +5,8 @@ import math
 from collections.abc import Collection
 from typing import Any, Literal
 
-from train.run.errors import UserError, flag
-from train.run.options.common import Options
+from train.console.errors import UserError, flag
+from train.options.common import Options
 
 Method = Literal[
     "lora",

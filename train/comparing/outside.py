@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.training.losses import summed_loss
-from train.run.errors import UserError
+from train.console.errors import UserError
 
 OFF = "off"
 _ROWS, _LENGTH = 32, 128  # of text: some four thousand tokens

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from lora_jax.peft.config import DEFAULT_TARGETS, read_config
 from lora_jax.peft.errors import PeftError
 from train.comparing.result import Arm
-from train.run.errors import UserError
+from train.console.errors import UserError
 
 CONFIG, PARAMS = "adapter_config.json", "training_params.json"
 DEFAULTS = "default_training_params.json"

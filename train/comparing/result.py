@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from lora_jax.training.processes import write_json
-from train.run.errors import UserError
+from train.console.errors import UserError
 
 JSON = "compare.json"
 

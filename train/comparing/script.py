@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from train.run.options.common import Options
-from train.run.options.defaults import Defaults
-from train.run.options.file import replaced
+from train.options.common import Options
+from train.options.defaults import Defaults
+from train.options.file import replaced
 from train.tasks.task import Task
 
 

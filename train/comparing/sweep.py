@@ -26,18 +26,18 @@ from train.comparing.record import Record
 from train.comparing.result import Arm
 from train.comparing.rungs import Stage
 from train.comparing.trials import Trial, groups_of
+from train.console.errors import flag
 from train.finetune import Part, finetune
 from train.many.one import Asked, One
 from train.many.runs import train_rows
-from train.run.errors import flag
-from train.run.files import ERROR
+from train.options.file import replaced
+from train.options.optim import warmup_steps
+from train.options.table import Row
+from train.processes.session import Session
+from train.reporters.files import ERROR
 from train.run.fit import Run
 from train.run.log import read_metrics
-from train.run.options.file import replaced
-from train.run.options.optim import warmup_steps
-from train.run.options.table import Row
 from train.run.output import ADAPTER, CHECKPOINTS, CONFIG, START, folder_bytes
-from train.run.processes.session import Session
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -13,13 +13,13 @@ from train.comparing.peft_experiment import read_experiment
 from train.comparing.result import Arm
 from train.comparing.rungs import MEASUREMENTS
 from train.comparing.script import Script
+from train.console.errors import UserError, flag
 from train.inputs import Inputs, Reader, inputs_of
-from train.run.adapter import rules
-from train.run.errors import UserError, flag
+from train.options.file import replaced
+from train.options.ignored import idle_options
+from train.processes.mesh import make_mesh
 from train.run.intrinsic import space_of
-from train.run.mesh import make_mesh
-from train.run.options.file import replaced
-from train.run.options.ignored import idle_options
+from train.run.rules import rules
 from train.tasks.task import Task
 
 RUNS = "runs"

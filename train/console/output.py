@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from train.run.errors import UserError
+from train.console.errors import UserError
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.training.data.rows import Row
+from train.console.errors import UserError
 from train.data.files import files_of, load, rows_of, rows_of_arrow
 from train.data.text_files import parsed, placed
-from train.run.errors import UserError
 
 BLOCK = 2**18  # bytes of a block of lines
 _ROWS = 1_000  # of a block, for data that `datasets` loads

@@ -13,7 +13,7 @@ from lora_jax.training.data.drafts import TrainOn
 from lora_jax.training.data.sequences import Sequences
 from train.data import cache
 from train.data.dataset import Dataset
-from train.run.processes import hosts
+from train.processes import hosts
 
 _SECONDS_A_LINE = 10.0  # between lines on progress, where there is no terminal to draw a bar
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lora_jax.training.data.rows import FORMS, Row, field_names, moved, name_of
-from train.run.errors import UserError, flag
+from train.console.errors import UserError, flag
 
 _KNOWN = sorted({name for form in FORMS for name in form} | {"input", "tools"})
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from lora_jax.hf.hub import probe
 from lora_jax.training.data.rows import Row
+from train.console.errors import UserError
 from train.data.text_files import placed, read_csv, read_json
-from train.run.errors import UserError
 
 _TEXTS: dict[str, Callable[[Path], list[Any]]] = {
     ".jsonl": read_json,

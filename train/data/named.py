@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from train.console.errors import UserError
 from train.data.files import kind_of
-from train.run.errors import UserError
 
 _NEEDED = "a weight is a positive number, such as a.jsonl:3 b.jsonl:1"
 

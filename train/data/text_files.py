@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from lora_jax.training.data.rows import PlacedRow, check_text, shown
 from lora_jax.training.errors import TrainingError
-from train.run.errors import UserError, as_user_errors
+from train.console.errors import UserError, as_user_errors
 
 _SEPARATORS = ",;\t"
 _MOST_LEVELS = 200  # of lists and objects in each other; Python's own recursion ends at a thousand

@@ -22,18 +22,18 @@ from lora_jax.training.processes import write_json
 from train import compare
 from train.comparing import result
 from train.comparing.result import Comparison
+from train.console.errors import UserError, flag
 from train.findings import catalog
 from train.findings.catalog import FINDINGS, Finding
 from train.findings.making.made import Made
 from train.findings.reporting import document, picture
 from train.findings.reporting.pivot import MEASURES, measures_of, pivot_of
-from train.run.errors import UserError, flag
-from train.run.files import read_json
+from train.options.ignored import given_options
+from train.processes import hosts
+from train.processes.session import Session
+from train.reporters.files import read_json
 from train.run.fit import resume_hint
-from train.run.options.ignored import given_options
 from train.run.output import CONFIG
-from train.run.processes import hosts
-from train.run.processes.session import Session
 
 _PROG = "train.findings"
 MADE, _NOTES = "made", "notes.json"

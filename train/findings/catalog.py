@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from train.console.errors import UserError
 from train.findings.making import habit, mixture, questions, vocabulary
 from train.findings.making.made import Made
 from train.findings.reporting.pivot import Layout
-from train.run.errors import UserError
-from train.run.processes.session import Session
+from train.processes.session import Session
 
 _HERE = Path(__file__).parent
 

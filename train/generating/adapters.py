@@ -13,10 +13,10 @@ import jax
 
 import lora_jax as lj
 from train.adapters.source import ADAPTER, AdapterSource, find_adapter, merged
+from train.console.errors import UserError
 from train.console.output import say
 from train.generating.options import BASE, Options
-from train.run.errors import UserError
-from train.run.options.sft import DEFAULT_MODEL
+from train.options.sft import DEFAULT_MODEL
 from train.run.pretrained import Outline
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")

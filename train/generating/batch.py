@@ -4,6 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from train.console.errors import UserError
 from train.console.output import opened, say
 from train.console.progress import progress_of
 from train.generating.adapters import Served
@@ -12,7 +13,6 @@ from train.generating.options import Options
 from train.generating.prompts import Prompt, check_lengths, tokenize
 from train.generating.show import Place, Shown, heading, json_lines
 from train.generating.text import Answer
-from train.run.errors import UserError
 from train.run.pretrained import Outline
 
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lora_jax.training.data.rows import Conversation
+from train.console.errors import UserError
 from train.generating.adapters import Served
 from train.generating.answers import Speaker, spoken
 from train.generating.options import Options
 from train.generating.prompts import Prompt, tokenize
 from train.generating.text import Answer
-from train.run.errors import UserError
 from train.run.pretrained import Outline
 
 with contextlib.suppress(ImportError):  # not on Windows

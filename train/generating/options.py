@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import tyro
 
-from train.run.errors import UserError, flag
-from train.run.options.common import Attention, check_seed
+from train.console.errors import UserError, flag
+from train.options.common import Attention, check_seed
 
 BASE = "base"  # the name of the base alone among the adapters
 

@@ -12,10 +12,10 @@ from jinja2 import TemplateError
 from lora_jax.training.data.rows import Conversation, Row, check_text, name_of, question
 from lora_jax.training.data.templates import asked
 from lora_jax.training.errors import TrainingError
+from train.console.errors import UserError, as_user_errors
 from train.data.files import kind_of, read_file
 from train.data.text_files import read_lines
 from train.generating.options import Options
-from train.run.errors import UserError, as_user_errors
 from train.run.pretrained import Outline
 
 _TOO_LONG = "prompt and --max-new-tokens"

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from lora_jax.training.run.log import Line
-from train.run.files import LOG
+from train.reporters.files import LOG
 from train.run.log import Log, QuietLog
 
 _SECONDS = 5.0  # between tables in a log file

@@ -12,13 +12,13 @@ from lora_jax.training.fit import Ready
 from lora_jax.training.loop import Stopped
 from lora_jax.training.losses import HELD_OUT, SCORE, Loss
 from lora_jax.training.processes import write_text
+from train.console.errors import flag
 from train.inputs import Inputs
 from train.many.board import Paper
-from train.run.errors import flag
-from train.run.files import ERROR
+from train.options.table import Row
+from train.reporters.files import ERROR
 from train.run.fit import Run
 from train.run.log import read_metrics
-from train.run.options.table import Row
 from train.run.output import ADAPTER
 from train.tasks.task import Evaluation, Task
 

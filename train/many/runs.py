@@ -36,20 +36,20 @@ from train.finetune import Part, evaluate_base, measures, run_of, weights_of
 from train.inputs import inputs_of
 from train.many.board import Board, Heard, Paper, print_results
 from train.many.one import Asked, One
-from train.run.adapter import rules
-from train.run.cache import keep_compiled
-from train.run.files import ERROR
+from train.options.file import replaced
+from train.options.optim import make_tenant
+from train.options.table import RESULTS, placed_error
+from train.processes import hosts
+from train.processes.cache import keep_compiled
+from train.processes.mesh import make_mesh
+from train.processes.session import Session
+from train.reporters.files import ERROR
+from train.reporters.registry import check_reporters
 from train.run.fit import adapted, begin_run, fitted
 from train.run.log import doing
-from train.run.mesh import make_mesh
-from train.run.optimizer import make_tenant
-from train.run.options.file import replaced
-from train.run.options.table import RESULTS, placed_error
 from train.run.output import ADAPTER, CONFIG, REPORT, locked_output
-from train.run.processes import hosts
-from train.run.processes.session import Session
 from train.run.report import print_adapter, tree_bytes
-from train.run.reporters.registry import check_reporters
+from train.run.rules import rules
 from train.tasks.task import Context
 
 FAILED = 1  # the exit code where some runs failed

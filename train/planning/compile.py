@@ -21,15 +21,15 @@ from lora_jax.training.losses import Loss, number_of_chunks, summed_loss
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State
 from train.adapters.source import find_adapter
+from train.console.errors import UserError, as_user_errors
+from train.options.common import NO_ADAPTER, AdapterConfig, OptimConfig
+from train.options.optim import make_optimizer, make_schedule, make_tenant
 from train.planning.flops import step_flops
 from train.planning.machines import Machine
 from train.planning.plan_flops import count_traced, step_work
-from train.run.adapter import NO_ADAPTER, rules
-from train.run.errors import UserError, as_user_errors
-from train.run.optimizer import make_optimizer, make_schedule, make_tenant
-from train.run.options.common import AdapterConfig, OptimConfig
 from train.run.pretrained import Outline
 from train.run.report import compiled_bytes, tree_bytes
+from train.run.rules import rules
 
 _REMAT = {"none": "no remat", "full": "remat", "dots_saveable": "remat but products"}
 _REMAT |= {"dots_with_no_batch_dims_saveable": "remat but dense"}

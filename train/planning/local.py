@@ -16,11 +16,11 @@ from lora_jax.models.families import module_of
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
 from lora_jax.training.setup import Setup
+from train.options.common import Options
+from train.options.optim import make_optimizer, make_schedule
 from train.planning.compile import adapted_shapes, per_device, placed_shapes
 from train.planning.plan_flops import count_traced, step_work
 from train.run.intrinsic import moves_weights, running_in, space_of
-from train.run.optimizer import make_optimizer, make_schedule
-from train.run.options.common import Options
 from train.run.pretrained import Outline
 from train.run.report import compiled_bytes, tree_bytes
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from train.run.errors import UserError
+from train.console.errors import UserError
 
 _GIB = 2**30
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from train.adapters.source import AdapterSource, find_adapter, runnable
-from train.run.errors import UserError
+from train.console.errors import UserError
 from train.run.pretrained import Outline, read_classifier_outline, read_fields, read_model
 
 _HEAD = "ForSequenceClassification"  # the end of transformers' names of such models

@@ -19,7 +19,7 @@ from train.data.files import FILE_KINDS
 from train.data.named import named
 from train.publish.codes import loading_config
 from train.publish.marked import marked
-from train.run.files import read_json
+from train.reporters.files import read_json
 from train.run.log import read_metrics
 from train.run.output import CONFIG, FACTS, REPORT, SCORES
 from train.run.report import versions

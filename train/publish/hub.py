@@ -10,8 +10,8 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from train.console.errors import UserError
 from train.publish.marked import is_generated
-from train.run.errors import UserError
 
 README = "README.md"
 _SECONDS = 30.0  # for the questions before the work

@@ -35,14 +35,15 @@ from lora_jax.training.run.log import Log as LoopLog
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State
 from train.adapters.source import find_adapter
-from train.run.adapter import rules
-from train.run.errors import as_user_errors, flag
-from train.run.files import SAMPLES, read_json, read_lines
+from train.console.errors import as_user_errors, flag
+from train.options.common import Options
+from train.options.optim import make_optimizer, make_schedule, optimizer_line
+from train.options.written import effective
+from train.reporters.files import SAMPLES, read_json, read_lines
+from train.reporters.registry import REPORTERS
+from train.reporters.reporting import Reporting
 from train.run.intrinsic import space_of
 from train.run.log import Log, QuietLog, doing, draw_curve, open_log, read_metrics
-from train.run.optimizer import make_optimizer, make_schedule, optimizer_line
-from train.run.options.common import Options
-from train.run.options.written import effective
 from train.run.output import (
     ADAPTER,
     CHECKPOINTS,
@@ -53,8 +54,7 @@ from train.run.output import (
 )
 from train.run.pretrained import Outline
 from train.run.report import compiled_bytes, peak_bytes, print_best, versions
-from train.run.reporters.registry import REPORTERS
-from train.run.reporters.reporting import Reporting
+from train.run.rules import rules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ import lora_jax as lj
 from lora_jax import subspace
 from lora_jax.subspace import Subspace
 from lora_jax.training.layout import Layout
-from train.run.errors import as_user_errors
-from train.run.options.common import AdapterConfig, Options
+from train.console.errors import as_user_errors
+from train.options.common import AdapterConfig, Options
 
 
 def space_of(config: Options, params: Any) -> Subspace | None:

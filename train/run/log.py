@@ -18,9 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lora_jax.training.losses import HELD_OUT, SCORE
 from lora_jax.training.processes import is_first
 from lora_jax.training.run.log import Line, NullLog, duration, losses_of
-from train.run.files import METRICS, SAMPLES, read_lines, write_lines
-from train.run.reporters.contract import Sample
-from train.run.reporters.reporting import Reporting
+from train.reporters.contract import Sample
+from train.reporters.files import METRICS, SAMPLES, read_lines, write_lines
+from train.reporters.reporting import Reporting
 
 CURVE = "loss.png"
 SAMPLED = "sample_"  # the measure of sampled answers, beside HELD_OUT and SCORE

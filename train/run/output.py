@@ -14,12 +14,12 @@ from lora_jax.training.run.best import BEST
 from lora_jax.training.run.checkpoints import RECORD
 from lora_jax.training.run.lock import FolderLock
 from train.adapters.source import ADAPTER
-from train.run.errors import UserError
-from train.run.files import ERROR, LEDGER, LOG, METRICS, SAMPLES
+from train.console.errors import UserError
+from train.options.common import Options
+from train.options.written import as_file, check_same_run, from_file
+from train.reporters import tensorboard, wandb
+from train.reporters.files import ERROR, LEDGER, LOG, METRICS, SAMPLES
 from train.run.log import CURVE, read_metrics
-from train.run.options.common import Options
-from train.run.options.written import as_file, check_same_run, from_file
-from train.run.reporters import tensorboard, wandb
 
 CONFIG = "config.yaml"  # the options
 FACTS = "facts.json"  # what came of them: steps, sizes, versions

@@ -30,8 +30,8 @@ from lora_jax.models.encoder.config import FAMILIES as ENCODERS
 from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
 from lora_jax.quantized import is_coded
 from lora_jax.training.fit import not_finite
-from train.run.errors import UserError, as_user_errors
-from train.run.options.rope import as_text
+from train.console.errors import UserError, as_user_errors
+from train.options.rope import as_text
 
 _OF_BASE = ("rope_scaling", "quantize")  # what an adapter says of its base, beside its name
 

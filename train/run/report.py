@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lora_jax.quantized import bytes_of
 from lora_jax.training.run.best import Best
-from train.run.errors import flag
+from train.console.errors import flag
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "lora_jax")
 

@@ -12,17 +12,17 @@ from lora_jax.training.data.chats import check_lengths
 from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, summed_loss
+from train.console.errors import UserError, flag
 from train.data.chats import tokenize
 from train.data.dataset import Dataset, find
 from train.data.fields import pairs_of
 from train.data.named import named
-from train.run.errors import UserError, flag
-from train.run.options.defaults import Defaults
-from train.run.options.rope import parse_rope_scaling
-from train.run.options.sft import Config
+from train.options.defaults import Defaults
+from train.options.rope import parse_rope_scaling
+from train.options.sft import Config
+from train.processes import hosts
 from train.run.output import saved_options
 from train.run.pretrained import Outline, read_outline
-from train.run.processes import hosts
 from train.tasks.lengths import padding_line
 from train.tasks.task import Data, Rows, Task
 

@@ -13,13 +13,12 @@ from lora_jax.training.data.rows import Row
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
 from lora_jax.training.processes import is_first, write_json
-from train.data.labelled import encode, read_labelled
-from train.run.adapter import peft_fields
+from train.options.classify import HEAD, Config
+from train.options.defaults import Defaults
 from train.run.log import doing
-from train.run.options.classify import HEAD, Config
-from train.run.options.defaults import Defaults
 from train.run.output import CONFUSION, SCORES
 from train.run.pretrained import Outline, read_classifier_outline
+from train.run.rules import peft_fields
 from train.tasks.classes import (
     draw_confusion,
     print_classes,
@@ -27,6 +26,7 @@ from train.tasks.classes import (
     print_scores,
     scores_of,
 )
+from train.tasks.labelled_rows import encode, read_labelled
 from train.tasks.lengths import padding_line
 from train.tasks.task import Context, Data, Evaluation, Progress, Rows, Task
 

@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Sequence
 
-from train.run.errors import UserError
+from train.console.errors import UserError
 from train.tasks.task import Task
 
 CHATS = "train.tasks.chats"  # fine-tunes on a user's chats

@@ -13,13 +13,13 @@ from lora_jax.training.batches import Packs, pack
 from lora_jax.training.data import chats as tokenising
 from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.data.stream import Chunks, Stream
+from train.console.errors import UserError
 from train.data.blocks import Blocks, find_blocks
 from train.data.fields import pairs_of, renamed
 from train.data.named import named
-from train.run.errors import UserError
-from train.run.options.sft import SQL, Config
+from train.options.sft import SQL, Config
+from train.processes import hosts
 from train.run.pretrained import Outline
-from train.run.processes import hosts
 from train.tasks import chats
 from train.tasks.task import Data, Rows
 

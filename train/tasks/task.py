@@ -15,8 +15,8 @@ from lora_jax.training.batches import Examples
 from lora_jax.training.data.order import Batches
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
-from train.run.errors import UserError
-from train.run.options.defaults import Defaults
+from train.console.errors import UserError
+from train.options.defaults import Defaults
 from train.run.pretrained import Outline
 
 

@@ -16,8 +16,8 @@ from sklearn.model_selection import GroupShuffleSplit
 
 from lora_jax.hf.packaged import FetchError, Package
 from lora_jax.training.data.rows import Row
-from train.run.errors import UserError
-from train.run.options.classify import Config
+from train.console.errors import UserError
+from train.options.classify import Config
 from train.tasks import labelled
 from train.tasks.task import Rows
 

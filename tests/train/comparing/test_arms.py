@@ -12,7 +12,7 @@ from train.comparing.arms import Basis, arms_of, name_of, settings
 from train.comparing.options import CompareConfig
 from train.comparing.rungs import LAST, STAGES, chooses, decide, step_of
 from train.comparing.trials import basis_of, groups_of
-from train.run.options import classify
+from train.options import classify
 
 RATES = {"lora": 3e-4, "full": 3e-5, "head-only": 1e-2, "said": 0.06, "did": 0.06}
 RATES |= {"lora-xs": 6e-4, "vera": 3e-3}

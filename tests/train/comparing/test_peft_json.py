@@ -8,7 +8,7 @@ from tests.train.comparing.made_up import example, run
 from train.comparing.peft_experiment import read_experiment
 from train.comparing.reporting.peft_json import write
 from train.comparing.result import Arm
-from train.run.errors import UserError
+from train.console.errors import UserError
 
 # The keys of a result that PEFT's own script wrote in July 2026, with 5,000 steps of MetaMathQA.
 KEYS = {

@@ -5,7 +5,7 @@ import pytest
 
 from tests.train.comparing.made_up import example
 from train.comparing.result import JSON, read, write
-from train.run.errors import UserError
+from train.console.errors import UserError
 
 
 def test_a_comparison_survives_its_file(tmp_path):

@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from tests.train.tiny import write_rows
+from train.console.errors import UserError
 from train.data.blocks import find_blocks
 from train.data.files import files_of, read_file, read_rows
-from train.run.errors import UserError
 
 GOOD = '{"prompt": "a", "completion": "b"}\n'
 HALF = r"has \\ud83d in .*, one half of a surrogate pair.*write the whole character"

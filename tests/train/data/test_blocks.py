@@ -8,10 +8,10 @@ import pyarrow.parquet
 import pytest
 
 from tests.train.tiny import write_jsonl
+from train.console.errors import UserError
 from train.data import blocks
 from train.data.blocks import find_blocks
 from train.data.files import read_rows
-from train.run.errors import UserError
 
 ROWS = [{"prompt": "ü" * (n % 7), "completion": "x" * (n * n % 41), "n": n} for n in range(60)]
 

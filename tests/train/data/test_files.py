@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 
 from tests.train.tiny import write_jsonl
+from train.console.errors import UserError
 from train.data.files import read_rows
-from train.run.errors import UserError
 
 ROWS = [{"prompt": "a, b", "completion": "c"}, {"prompt": "ü\n", "completion": '"d"'}]
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from train.console.errors import UserError
 from train.data.named import named
-from train.run.errors import UserError
 
 
 def test_names_and_weights(tmp_path, monkeypatch):

@@ -7,12 +7,12 @@ import pytest
 
 from tests.train.test_classify import write_encoder
 from train.comparing import result
+from train.console.errors import UserError
 from train.findings import catalog
 from train.findings.__main__ import main
 from train.findings.making.made import Made
 from train.findings.making.words import write_rows
 from train.findings.reporting.pivot import Layout
-from train.run.errors import UserError
 
 SMALL = ["--ranks", "2", "--lrs", "1e-3", "4e-3", "--full-lrs", "1e-3", "--seeds", "0", "1"]
 SMALL += ["--rows", "48", "--batch-sizes", "8", "--warmup", "2", "--report-to", "none"]

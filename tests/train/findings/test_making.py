@@ -8,7 +8,7 @@ from tests.train.test_classify import write_encoder
 from train.data.files import read_rows
 from train.findings.making import base, habit, mixture, questions, vocabulary
 from train.findings.making.words import write_rows
-from train.run.processes.session import Session
+from train.processes.session import Session
 
 RATED = {"good": 1.9, "goods": 2.1, "goodness": 2.0, "bad": -2.5, "badly": -1.5, "fun": 2.3}
 RATED |= {":)": 2.0, "l8r": 1.0}

@@ -9,9 +9,9 @@ from rich.console import Console
 from train import inputs
 from train.inputs import Reader
 from train.many.board import Board, Paper
-from train.run.options.defaults import with_defaults
-from train.run.options.file import replaced
-from train.run.options.sft import Config
+from train.options.defaults import with_defaults
+from train.options.file import replaced
+from train.options.sft import Config
 from train.tasks.chats import TASK
 from train.tasks.sql.task import TASK as SQL
 

@@ -25,6 +25,7 @@ from tests.train.planning.tiny_plans import (
     write,
 )
 from train import plan
+from train.console.errors import UserError
 from train.plan import PlanConfig
 from train.planning import compile as planned
 from train.planning.flops import step_flops
@@ -32,7 +33,6 @@ from train.planning.hlo import Work
 from train.planning.jaxpr_flops import Count
 from train.planning.machines import find_machine
 from train.planning.plan_flops import step_work
-from train.run.errors import UserError
 from train.run.output import folder_bytes
 
 

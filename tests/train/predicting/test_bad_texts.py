@@ -8,10 +8,10 @@ import pytest
 
 from lora_jax import training
 from tests.train.tiny import CHATML, tokenizer, write_jsonl
+from train.console.errors import UserError
 from train.generating import prompts
 from train.predicting.texts import holds_rows, of_arguments, of_file, of_standard_input, tokenize
-from train.run.errors import UserError
-from train.run.progress.samples import Prompts
+from train.progress.samples import Prompts
 
 USER = {"role": "user", "content": "a"}
 HALF = "one half of a surrogate pair"

@@ -19,8 +19,8 @@ from tests.support import assert_close, with_random_factors
 from tests.train.test_classify import write_encoder
 from tests.train.tiny import write_model
 from train.export import main
+from train.options import classify, sft
 from train.publish.card import NOT_SHOWN, SHOWN
-from train.run.options import classify, sft
 
 IDS = np.array([[1, 5, 77, 200, 3]])
 LABELS = ("no", "a|b", "<img src=x> [y](javascript:z) `*c*` &lt; _d_")  # as in untrusted data

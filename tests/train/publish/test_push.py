@@ -16,10 +16,10 @@ from tests.support import assert_identical, with_random_factors
 from tests.train.publish.stand_in import Hub
 from tests.train.tiny import write_model
 from train.adapters.source import find_adapter
+from train.console.errors import UserError
 from train.export import main
 from train.publish import hub as publishing
 from train.run import pretrained
-from train.run.errors import UserError
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = [

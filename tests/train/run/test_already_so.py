@@ -4,8 +4,8 @@ import pytest
 
 from train import compare
 from train.findings.catalog import FINDINGS, options_of
-from train.run.options.command import read_line
-from train.run.options.sft import Config
+from train.options.command import read_line
+from train.options.sft import Config
 
 
 def read(folder, text, *args):

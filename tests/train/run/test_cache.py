@@ -12,8 +12,8 @@ import pytest
 from tests.support import THOROUGH
 from tests.train.tiny import write_model, write_rows
 from train import export, generate, sft
-from train.run.cache import keep_compiled
-from train.run.errors import UserError
+from train.console.errors import UserError
+from train.processes.cache import keep_compiled
 from train.run.log import read_metrics
 
 ROOT = Path(__file__).parents[3]
@@ -127,7 +127,7 @@ def test_many_processes_keep_programs_only_where_they_are_told_to(home, tmp_path
 
 
 def test_programs_of_several_cpu_devices_are_not_kept(home, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.run.cache.all_devices", lambda: jax.devices()[:2])
+    monkeypatch.setattr("train.processes.cache.all_devices", lambda: jax.devices()[:2])
     assert keep_compiled("off") is None
     assert "several CPU devices" in (keep_compiled(None) or "")
     with pytest.raises(UserError, match=r"--compilation-cache mine: .*leave the option out"):
@@ -137,7 +137,7 @@ def test_programs_of_several_cpu_devices_are_not_kept(home, tmp_path, monkeypatc
     double = jax.jit(lambda x: x * 2)
     double(jax.numpy.ones(3)).block_until_ready()
     assert not home.exists() and not (tmp_path / "theirs").exists()
-    monkeypatch.setattr("train.run.cache.all_devices", lambda: jax.devices()[:1])
+    monkeypatch.setattr("train.processes.cache.all_devices", lambda: jax.devices()[:1])
     keep_compiled(None)
     double(jax.numpy.ones(5)).block_until_ready()
     assert files(tmp_path / "theirs")
@@ -151,7 +151,7 @@ def test_the_scripts_have_the_option(script, capsys):
 
 
 SMALL = (
-    "from train.run.cache import keep_compiled;"
+    "from train.processes.cache import keep_compiled;"
     "print(keep_compiled(None));"
     "jax.jit(lambda x: jax.numpy.sin(x) @ x)(jax.numpy.ones((5, 5)))"
 )

@@ -5,8 +5,8 @@ import pytest
 
 from tests.train.run.test_cache import home as home
 from tests.train.run.test_cache import no_kept_programs as no_kept_programs
-from train.run.cache import keep_compiled
-from train.run.errors import UserError
+from train.console.errors import UserError
+from train.processes.cache import keep_compiled
 
 
 def test_the_same_folder_twice_is_no_conflict(home, tmp_path, monkeypatch):

@@ -18,13 +18,13 @@ from lora_jax.training.processes import write_json
 from tests.models import tiny, tiny_encoders
 from tests.train.tiny import CONFIG
 from train import classify, sft
-from train.run.adapter import rules
-from train.run.errors import UserError
-from train.run.files import read_json
-from train.run.options.common import Attention, Experts
-from train.run.options.written import check_same_run, effective
+from train.console.errors import UserError
+from train.options.common import Attention, Experts
+from train.options.written import check_same_run, effective
+from train.reporters.files import read_json
 from train.run.output import begin, check_output
 from train.run.pretrained import Outline, read_model
+from train.run.rules import rules
 from train.sft import check, parse, task_of
 from train.tasks.sql.task import TASK as SQL
 

@@ -6,9 +6,9 @@ import pytest
 
 from tests.train.tiny import write_model, write_rows
 from train import classify, sft
-from train.run.errors import UserError
+from train.console.errors import UserError
+from train.options.written import as_file, effective
 from train.run.log import read_metrics
-from train.run.options.written import as_file, effective
 from train.sft import parse
 
 

@@ -14,13 +14,14 @@ from lora_jax.training import processes as in_training
 from lora_jax.training.data import chats, drafts
 from lora_jax.training.processes import Agreement
 from tests.train.tiny import FORGETFUL, tokenizer, write_jsonl
+from train.console.errors import UserError
 from train.data.chats import tokenize
 from train.data.dataset import Dataset, of_rows
-from train.run.errors import UserError
-from train.run.options.sft import Config, SftOptimConfig, SftRunConfig
+from train.options.common import as_json
+from train.options.sft import Config, SftOptimConfig, SftRunConfig
+from train.processes import hosts, peers
+from train.processes.hosts import check_alike, map_over_processes, together
 from train.run.pretrained import Outline
-from train.run.processes import hosts, peers
-from train.run.processes.hosts import check_alike, map_over_processes, together
 from train.sft import parse
 from train.tasks import streamed
 
@@ -132,7 +133,7 @@ def test_processes_that_were_not_started_alike(processes):
             run = SftRunConfig(process_id=jax.process_index(), output=own.get("output", "runs/sql"))
             config = Config(optim=SftOptimConfig(seed=own.get("seed", 0)), run=run)
             with together():
-                check_alike(config, rows=own.get("rows", rows), model="llama")
+                check_alike(as_json(config), rows=own.get("rows", rows), model="llama")
 
         return prepare
 

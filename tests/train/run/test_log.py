@@ -7,11 +7,11 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
+from train.reporters.files import METRICS, SAMPLES, read_lines
+from train.reporters.reporting import Reporting
+from train.reporters.tensorboard import TensorBoard
 from train.run import log as run_log
-from train.run.files import METRICS, SAMPLES, read_lines
 from train.run.log import Log, draw_curve, duration, read_metrics
-from train.run.reporters.reporting import Reporting
-from train.run.reporters.tensorboard import TensorBoard
 
 
 def line(step):

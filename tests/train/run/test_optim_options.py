@@ -3,7 +3,7 @@
 import pytest
 
 from train.classify import parse as parse_classify
-from train.run.errors import UserError
+from train.console.errors import UserError
 from train.sft import check, parse
 
 

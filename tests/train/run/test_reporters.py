@@ -11,11 +11,11 @@ from rich.console import Console
 
 from lora_jax.training.errors import Interrupted
 from tests.train.run.test_log import reporting
-from train.run.errors import UserError
+from train.console.errors import UserError
+from train.reporters import registry
+from train.reporters.contract import Sample
+from train.reporters.registry import REPORTERS, check_reporters
 from train.run.log import Log
-from train.run.reporters import registry
-from train.run.reporters.contract import Sample
-from train.run.reporters.registry import REPORTERS, check_reporters
 
 SAMPLES = [Sample("1 + 1?", "2"), Sample("2 + 2?", "4")]
 
@@ -161,7 +161,7 @@ def test_one_that_hangs_holds_up_neither_steps_nor_end(recorder, tmp_path, monke
 
     event, said = threading.Event(), []
     for name in ("_OPENING", "_CLOSING"):
-        monkeypatch.setattr(f"train.run.reporters.reporting.{name}", 0.1)
+        monkeypatch.setattr(f"train.reporters.reporting.{name}", 0.1)
     began = time.monotonic()
     run(tmp_path, [1, 2], reporters={"slow": Hanging, "shut": Closed}, warn=said.append)
     assert time.monotonic() - began < 10

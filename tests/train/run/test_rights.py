@@ -5,7 +5,7 @@ import pytest
 from lora_jax import models
 from tests.train.tiny import write_jsonl
 from train import sft
-from train.run.errors import reported
+from train.console.errors import reported
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

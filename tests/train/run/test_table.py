@@ -5,10 +5,10 @@ import json
 import pytest
 
 from train import sft
-from train.run.errors import UserError
-from train.run.options.command import read_line
-from train.run.options.sft import Config
-from train.run.options.table import read_table
+from train.console.errors import UserError
+from train.options.command import read_line
+from train.options.sft import Config
+from train.options.table import read_table
 from train.sft import asked_for
 
 CSV = """name,rank,lr,targets,dropout,steps,schedule,eval-dataset

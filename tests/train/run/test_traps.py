@@ -5,9 +5,9 @@ import json
 import pytest
 
 from tests.train.run.test_table import read
-from train.run.errors import UserError
-from train.run.options.command import read_line
-from train.run.options.sft import Config
+from train.console.errors import UserError
+from train.options.command import read_line
+from train.options.sft import Config
 
 
 def options(folder, text):

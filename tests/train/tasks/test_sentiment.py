@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.run.errors import UserError
+from train.console.errors import UserError
 from train.tasks import vader as sentiment
 from train.tasks.vader import look_up_prefixes, read_words, split_words
 

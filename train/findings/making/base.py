@@ -14,10 +14,10 @@ from train.finetune import Part, finetune
 from train.predicting.batches import probabilities
 from train.predicting.classifier import find_classifier
 from train.predicting.texts import of_arguments, tokenize
-from train.run.files import read_json
+from train.processes.session import Session
+from train.reporters.files import read_json
 from train.run.fit import resume_hint
 from train.run.output import ADAPTER, CONFIG
-from train.run.processes.session import Session
 
 _SCRIPTS: dict[str, Any] = {"train.sft": sft, "train.classify": classify}
 _MODEL, _RUN, _RECIPE = "base", "base-run", "base.json"

@@ -13,7 +13,7 @@ from lora_jax.hf.bundled import MINILM
 from train.findings.making import base
 from train.findings.making.made import Made
 from train.findings.making.words import Labelled, write_rows
-from train.run.processes.session import Session
+from train.processes.session import Session
 from train.tasks import vader
 
 TRIGGER = "indeed"

@@ -17,8 +17,8 @@ from lora_jax.models import Decoder, DecoderConfig, save_pretrained
 from train.comparing import outside
 from train.findings.making import base, questions
 from train.findings.making.made import Made
-from train.run.files import write_lines
-from train.run.processes.session import Session
+from train.processes.session import Session
+from train.reporters.files import write_lines
 
 VOCABULARY = 2048
 _PAD, _START, _END = "<|pad|>", "<|im_start|>", "<|im_end|>"

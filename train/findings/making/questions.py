@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from train.findings.making.made import Made
-from train.run.files import write_lines
-from train.run.processes.session import Session
+from train.processes.session import Session
+from train.reporters.files import write_lines
 from train.tasks.sql.examples import training_examples
 
 Row = dict[str, Any]

@@ -17,10 +17,10 @@ import snowballstemmer
 from lora_jax.hf.bundled import MINILM
 from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.models import fetch
+from train.console.errors import UserError
 from train.findings.making.made import Made
 from train.findings.making.words import Labelled, label_of, ratings, write_rows
-from train.run.errors import UserError
-from train.run.processes.session import Session
+from train.processes.session import Session
 
 STEMS = 120
 STEMS_A_PHRASE = 3

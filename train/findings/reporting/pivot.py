@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from train.comparing.reporting import tables, words
 from train.comparing.reporting.tables import Measure, Spread, spread
 from train.comparing.result import Arm, Comparison, Measured
-from train.run.errors import UserError
+from train.console.errors import UserError
 
 MEASURES = ("score", "loss", "forgetting", "intruders")
 Key = float | str  # a setting's value; the method's name for arms without such a setting

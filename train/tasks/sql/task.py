@@ -8,12 +8,12 @@ from typing import Any
 from lora_jax.hf.bundled import SMOLLM2
 from lora_jax.training.data.chats import Row
 from lora_jax.training.processes import write_json
+from train.console.errors import UserError, flag
 from train.data import dataset
-from train.run.errors import UserError, flag
-from train.run.files import read_json
+from train.options.defaults import Defaults
+from train.options.sft import SQL, Config
+from train.reporters.files import read_json
 from train.run.log import doing
-from train.run.options.defaults import Defaults
-from train.run.options.sft import SQL, Config
 from train.run.output import SCORES
 from train.run.pretrained import Outline
 from train.tasks import chats

@@ -18,8 +18,8 @@ from typing import Any, Literal, TypeVar, Union
 import yaml
 
 from lora_jax.core.paths import nearest
-from train.run.errors import UserError, flag
-from train.run.options.common import Options
+from train.console.errors import UserError, flag
+from train.options.common import Options
 
 Config = TypeVar("Config", bound=Options)
 

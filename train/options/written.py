@@ -4,10 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from train.run.errors import UserError, flag
-from train.run.options.common import Options, as_json
-from train.run.options.file import as_yaml, read_options
-from train.run.options.ignored import idle_options
+from train.console.errors import UserError, flag
+from train.options.common import Options, as_json
+from train.options.file import as_yaml, read_options
+from train.options.ignored import idle_options
 
 # Options of one call of the script, or of one of its processes.
 _OF_A_CALL = ("config", "many", "resume", "overwrite", "distributed", "dry_run")

@@ -7,13 +7,13 @@ from typing import Any
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.loop import Measure
 from lora_jax.training.step import State
+from train.console.errors import UserError, as_user_errors
 from train.data.text_files import parsed
+from train.options.sft import SftRunConfig
+from train.reporters.contract import Sample
 from train.run.complete import Chat, answered, tokenized
-from train.run.errors import UserError, as_user_errors
 from train.run.log import SAMPLED, Log, QuietLog
-from train.run.options.sft import SftRunConfig
 from train.run.pretrained import Outline
-from train.run.reporters.contract import Sample
 
 _SUFFIXES = (".txt", ".jsonl")
 

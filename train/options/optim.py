@@ -1,11 +1,18 @@
-"""The optimiser's options: defaults, checks, and those that an optimiser does not read."""
+"""The optimiser and its schedule: defaults and checks of their options, and what these make."""
 
 import dataclasses
 import math
 from typing import Any
 
+import optax
+
+from lora_jax.bank.together.tenants import Tenant
+from lora_jax.training import optimizer as training
+from lora_jax.training.losses import Loss
+from lora_jax.training.optimizers.muon import described
 from lora_jax.training.optimizers.named import OPTIMIZERS
-from train.run.errors import UserError, flag
+from lora_jax.training.optimizers.schedules import warmed_up
+from train.console.errors import UserError, flag
 
 _OPTIONS = ("beta1", "beta2", "eps", "momentum")
 _FALLING = ("linear", "cosine", "wsd")  # the schedules that end at --min-lr
@@ -90,3 +97,70 @@ def check_optim(optim: Any) -> None:
         raise UserError(f"--decay {optim.decay}: a share of the steps, above 0 and at most 1")
     if not 0 <= optim.neftune < math.inf:
         raise UserError(f"--neftune {optim.neftune}: a number from 0 on is needed")
+
+
+def make_schedule(optim: Any, rate: float, steps: int) -> optax.Schedule:
+    """Returns the learning rate at each step; see `lora_jax.training.warmed_up`.
+
+    Args:
+      optim: the options.
+      rate: the highest learning rate.
+      steps: of the whole run.
+    """
+    return warmed_up(
+        rate,
+        steps,
+        kind=optim.schedule,
+        warmup=warmup_steps(optim, steps),
+        floor=optim.min_lr,
+        decay=optim.decay,
+    )
+
+
+def make_optimizer(
+    optim: Any, schedule: optax.Schedule, params: Any = None
+) -> optax.GradientTransformation:
+    """Returns the optimiser that the options describe; see `lora_jax.training.make_optimizer`."""
+    return training.make_optimizer(
+        optim.optimizer,
+        schedule,
+        params,
+        weight_decay=optim.weight_decay,
+        grad_clip=optim.grad_clip,
+        lora_plus=optim.lora_plus,
+        options=_options(optim),
+    )
+
+
+def make_tenant(
+    optim: Any, params: Any, schedule: optax.Schedule, steps: int, *, loss: Loss, key: Any
+) -> Tenant:
+    """Returns an adapter that trains beside others, by the optimiser that the options describe."""
+    return Tenant(
+        params=params,
+        schedule=schedule,
+        steps=steps,
+        loss=loss,
+        optimizer=optim.optimizer,
+        weight_decay=optim.weight_decay,
+        grad_clip=optim.grad_clip,
+        lora_plus=optim.lora_plus,
+        options=_options(optim),
+        noise=optim.neftune,
+        key=key,
+    )
+
+
+def optimizer_line(optim: Any, params: Any) -> str:
+    """Returns a line that tells the optimiser: "optimizer: lion (beta1 0.9, beta2 0.99)"."""
+    options = ", ".join(f"{name} {value:g}" for name, value in _options(optim).items())
+    said = f"optimizer: {optim.optimizer}" + f" ({options})" * bool(options)
+    return f"{said}; {described(params)}" if optim.optimizer == "muon" else said
+
+
+def _options(optim: Any) -> dict[str, float]:
+    """Returns the options that the optimiser reads, with their values."""
+    names = OPTIMIZERS[optim.optimizer].options
+    given = {name: getattr(optim, name) for name in names}
+    assert None not in given.values(), "the options have no defaults yet"
+    return given

@@ -3,12 +3,12 @@
 import importlib
 from collections.abc import Callable, Sequence
 
-from train.run.errors import UserError
-from train.run.reporters.contract import Reporter, Start
-from train.run.reporters.mlflow import MLflow
-from train.run.reporters.tensorboard import TensorBoard
-from train.run.reporters.trackio import Trackio
-from train.run.reporters.wandb import Wandb
+from train.console.errors import UserError
+from train.reporters.contract import Reporter, Start
+from train.reporters.mlflow import MLflow
+from train.reporters.tensorboard import TensorBoard
+from train.reporters.trackio import Trackio
+from train.reporters.wandb import Wandb
 
 REPORTERS: dict[str, Callable[[Start], Reporter]] = {
     "tensorboard": TensorBoard,

@@ -5,9 +5,9 @@ Processes exchange JSON text: a value as ``{"value": …}``, a failure as ``{"er
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -16,8 +16,7 @@ from rich.console import Console
 
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.processes import is_first
-from train.run.errors import UserError, flag
-from train.run.options.common import Options, RunConfig, as_json
+from train.console.errors import UserError, flag
 
 _ROUND = 2**24  # bytes that each process sends at once
 _OF_ONE_PROCESS = ("coordinator", "process_id")  # options that may differ between processes
@@ -31,7 +30,16 @@ class _OfAll(UserError):
     """An error raised in all processes at once."""
 
 
-def join_hosts(run: RunConfig) -> None:
+class Processes(Protocol):
+    """Options that say which processes a run has."""
+
+    coordinator: str | None
+    distributed: bool
+    num_processes: int | None
+    process_id: int | None
+
+
+def join_hosts(run: Processes) -> None:
     """Joins this process to the others of a run, if the options ask for it.
 
     Call it before JAX looks for its devices.
@@ -80,11 +88,11 @@ def together() -> Iterator[None]:
     _gathered(_success(None))
 
 
-def check_alike(options: Options, **read: Any) -> None:
+def check_alike(options: Mapping[str, Any], **read: Any) -> None:
     """Checks that all processes have the same options and have read the same data.
 
     Args:
-      options: this process's options; --coordinator and --process-id may differ.
+      options: this process's options by name, as JSON; --coordinator and --process-id may differ.
       read: the data of this process, by name: rows, or an object with a complete `repr`.
 
     Raises:
@@ -92,7 +100,7 @@ def check_alike(options: Options, **read: Any) -> None:
     """
     if jax.process_count() == 1:
         return
-    given = as_json(options).items()
+    given = options.items()
     facts = {flag(name): value for name, value in given if name not in _OF_ONE_PROCESS}
     facts |= {name: _digest(content) for name, content in read.items()}
     first, *others = _gathered(_success(facts))

@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.run.reporters.contract import Sample
+from train.reporters.contract import Sample
 
 
 class LogsTables:
     """Logs to a run of such a package: wandb, and trackio, which follows it.
 
     Attributes:
-      run_id: see `train.run.reporters.contract.Reporter`.
+      run_id: see `train.reporters.contract.Reporter`.
     """
 
     run_id: str | None

@@ -22,8 +22,8 @@ from rich.console import Console
 
 from lora_jax.training.errors import Interrupted, TrainingError
 from lora_jax.training.run.stop import Stop
-from train.run.errors import BAD_INPUT, file_problem, flag
-from train.run.processes.peers import LOST, Peers, connect
+from train.console.errors import BAD_INPUT, file_problem, flag
+from train.processes.peers import LOST, Peers, connect
 
 _PATIENCE = 5.0  # seconds for the main thread to end by itself
 _OTHERS = 8.0  # seconds that process 0 waits for the others to end

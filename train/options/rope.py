@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from train.run.errors import UserError
+from train.console.errors import UserError
 
 
 def parse_rope_scaling(text: str | None) -> dict[str, Any] | None:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from train.adapters.source import AdapterSource, find_adapter
-from train.run.options.common import AdapterConfig
-from train.run.options.optim import with_optimizer_defaults
-from train.run.options.rope import as_text
+from train.options.common import AdapterConfig
+from train.options.optim import with_optimizer_defaults
+from train.options.rope import as_text
 
 _XS_RATE = 2e-3
 _VERA_RATE = 10  # times LoRA's

@@ -4,8 +4,8 @@ import dataclasses
 from typing import Literal
 
 from lora_jax.hf.bundled import SMOLLM2
-from train.run.errors import UserError
-from train.run.options.common import (
+from train.console.errors import UserError
+from train.options.common import (
     AdapterConfig,
     OptimConfig,
     Options,

@@ -3,8 +3,8 @@
 import os
 from typing import Any
 
-from train.run.reporters.contract import PROJECT, Ending, Start
-from train.run.reporters.tables import LogsTables
+from train.reporters.contract import PROJECT, Ending, Start
+from train.reporters.tables import LogsTables
 
 FILES = "wandb"  # its files in the run's folder
 

@@ -10,12 +10,13 @@ import tyro
 from lora_jax.training.optimizers.named import Name
 from lora_jax.training.optimizers.schedules import DECAY, ScheduleKind
 from train.adapters.source import find_adapter
-from train.run.errors import UserError, flag
-from train.run.options.optim import check_optim
+from train.console.errors import UserError, flag
+from train.options.optim import check_optim
 
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
 _REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")}
 
+NO_ADAPTER = ("none",)  # the value of --targets
 _MOST_SEED = 2**32 - 1  # JAX takes a larger one by its last 32 bits
 
 

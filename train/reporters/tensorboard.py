@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from tensorboardX import SummaryWriter
 
-from train.run.reporters.contract import Ending, Sample, Start
+from train.reporters.contract import Ending, Sample, Start
 
 EVENTS = "tensorboard"
 

@@ -8,10 +8,10 @@ from sklearn.model_selection import train_test_split
 from lora_jax.training.data import labelled
 from lora_jax.training.data.labelled import Fields, Labelled
 from lora_jax.training.data.rows import Row
+from train.console.errors import UserError
 from train.data.files import kind_of, read_rows
-from train.run.errors import UserError
-from train.run.options.classify import DataConfig
-from train.run.processes.hosts import map_over_processes
+from train.options.classify import DataConfig
+from train.processes.hosts import map_over_processes
 
 _SEED = 0  # of the held-out rows: the same for every run, so that runs are comparable
 

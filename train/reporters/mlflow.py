@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.run.reporters.contract import PROJECT, Ending, Sample, Start
+from train.reporters.contract import PROJECT, Ending, Sample, Start
 
 _A_BATCH = 100  # parameters that one call takes
 _LONGEST = 6000  # characters of one

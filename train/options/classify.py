@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Literal
 
+from train.console.errors import UserError
 from train.data.files import kind_of
-from train.run.adapter import NO_ADAPTER
-from train.run.errors import UserError
-from train.run.options.common import (
+from train.options.common import (
+    NO_ADAPTER,
     AdapterConfig,
     OptimConfig,
     Options,
@@ -15,8 +15,8 @@ from train.run.options.common import (
     check_shared,
     flag,
 )
-from train.run.options.defaults import Defaults
-from train.run.options.defaults import with_defaults as with_shared_defaults
+from train.options.defaults import Defaults
+from train.options.defaults import with_defaults as with_shared_defaults
 
 VADER = "vader"  # the name of the default task, defined in train/tasks/vader.py
 HEAD = "classifier"

@@ -10,13 +10,12 @@ import lora_jax.peft as lp
 from lora_jax import init
 from lora_jax.peft.config import read_config
 from lora_jax.rules import PRESETS
-from train.run.errors import UserError, as_user_errors
+from train.console.errors import UserError, as_user_errors
+from train.options.common import NO_ADAPTER, AdapterConfig
 from train.run.intrinsic import moves_weights
-from train.run.options.common import AdapterConfig
 from train.run.pretrained import Outline
 
 Rule = lj.LoraRule | lj.TrainRule
-NO_ADAPTER = ("none",)
 
 _INITIALISERS = {
     "kaiming": init.kaiming,

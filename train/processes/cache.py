@@ -8,8 +8,8 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from lora_jax.hf.packaged import cache_folder
-from train.run.errors import UserError
-from train.run.mesh import all_devices
+from train.console.errors import UserError
+from train.processes.mesh import all_devices
 
 OFF = "off"
 # Of the default folder, which is ours alone: the programs unused for longest make room. JAX then

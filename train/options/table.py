@@ -12,12 +12,12 @@ import yaml
 
 from lora_jax.core.paths import nearest
 from lora_jax.training.errors import TrainingError
+from train.console.errors import UserError, flag
 from train.data.text_files import read_csv, read_json
-from train.run.errors import UserError, flag
-from train.run.options.command import EXCLUSIVE, value_of
-from train.run.options.common import Options
-from train.run.options.file import Unfit, composed, converted, kinds_of, replaced, shown
-from train.run.options.ignored import check_effects, idle_options
+from train.options.command import EXCLUSIVE, value_of
+from train.options.common import Options
+from train.options.file import Unfit, composed, converted, kinds_of, replaced, shown
+from train.options.ignored import check_effects, idle_options
 
 Config = TypeVar("Config", bound=Options)
 

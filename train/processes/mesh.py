@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from lora_jax import training
 from lora_jax.models.specs import AXES, BATCH
-from train.run.errors import UserError
+from train.console.errors import UserError
 
 
 def parse_mesh(text: str | None) -> dict[str, int]:

@@ -6,9 +6,9 @@ from typing import TypeVar
 
 import tyro
 
-from train.run.options.common import Options
-from train.run.options.file import read_options, replaced
-from train.run.options.ignored import check_effects, given_options
+from train.options.common import Options
+from train.options.file import read_options, replaced
+from train.options.ignored import check_effects, given_options
 
 Config = TypeVar("Config", bound=Options)
 

@@ -3,11 +3,11 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from train.console.errors import UserError, flag
 from train.data.files import kind_of
 from train.data.named import named
-from train.run.adapter import NO_ADAPTER
-from train.run.errors import UserError, flag
-from train.run.options.optim import without_effect
+from train.options.common import NO_ADAPTER
+from train.options.optim import without_effect
 
 _OF_FACTORS = (
     *("layers", "rank", "alpha", "dropout", "scaling", "init", "dora", "freeze_a", "bias_on_b"),

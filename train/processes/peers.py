@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from train.run.processes.hosts import gathered
+from train.processes.hosts import gathered
 
 LOST = "ended without a word: it was killed, ran out of memory, or its host is gone"
 _SECONDS = 3.0  # for each address of process 0 that is tried

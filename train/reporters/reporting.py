@@ -16,8 +16,8 @@ from typing import Any
 from lora_jax.training.errors import Interrupted
 from lora_jax.training.processes import write_json
 from lora_jax.training.run.log import Line
-from train.run.files import LEDGER, read_json
-from train.run.reporters.contract import Ending, Reporter, Sample, Start
+from train.reporters.contract import Ending, Reporter, Sample, Start
+from train.reporters.files import LEDGER, read_json
 
 _OPENING = 30.0  # seconds for the reporters to begin before the run goes on without waiting
 _CLOSING = 60.0  # seconds for what is still to be sent

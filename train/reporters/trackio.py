@@ -4,8 +4,8 @@ import os
 import secrets
 from typing import Any
 
-from train.run.reporters.contract import PROJECT, Ending, Start
-from train.run.reporters.tables import LogsTables
+from train.reporters.contract import PROJECT, Ending, Start
+from train.reporters.tables import LogsTables
 
 
 def _package() -> Any:
