@@ -15,7 +15,7 @@ from lora_jax.training.run.log import duration
 from train.console.errors import as_user_errors
 from train.data.shown import Shown, lengths, shown
 from train.options.common import Options
-from train.planning.local import Needs, measured_rate, needs
+from train.plan.local import Needs, measured_rate, needs
 from train.run.log import doing
 from train.run.output import state_of
 from train.run.pretrained import Outline

@@ -26,9 +26,9 @@ from tests.support import over
 from tests.train.scripts import begun
 from tests.train.test_sft import assert_same
 from tests.train.tiny import tokenizer, write_jsonl, write_model
-from train import export
 from train.classify import check, main, parse
 from train.console.errors import UserError
+from train.export import __main__ as export
 from train.run.log import read_metrics
 from train.tasks.classes import scores_of
 from train.tasks.labelled import spread

@@ -19,7 +19,7 @@ from tests.models.tiny import run as plain_logits
 from tests.support import assert_close, assert_identical, with_random_factors
 from tests.train.tiny import tokenizer, write_model, write_rows
 from train import sft
-from train.export import main
+from train.export.__main__ import main
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

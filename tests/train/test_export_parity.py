@@ -11,7 +11,7 @@ import lora_jax.peft as lp
 from lora_jax import models
 from tests.peft_adapters.models import FAMILIES, IDS, logits_of, with_adapter, write_model
 from tests.support import assert_close, with_random_factors
-from train.export import main
+from train.export.__main__ import main
 
 pytestmark = [
     pytest.mark.parity,

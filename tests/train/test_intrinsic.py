@@ -12,10 +12,10 @@ from lora_jax import models, subspace
 from tests.support import assert_identical
 from tests.train.test_classify import base_of, fails, inputs, run, without_rank
 from tests.train.tiny import tokenizer
-from train import export
 from train.classify import check, parse
 from train.console.errors import UserError
-from train.predict import main as predict
+from train.export import __main__ as export
+from train.predict.__main__ import main as predict
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

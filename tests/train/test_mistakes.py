@@ -15,9 +15,9 @@ import pytest
 from lora_jax.training.optimizers.schedules import warmed_up
 from lora_jax.training.run.lock import FolderLock
 from tests.train.tiny import write_model, write_rows
-from train import generate
 from train.console.errors import UserError
 from train.data import files
+from train.generate import __main__ as generate
 from train.run import fit
 from train.run.output import begin
 from train.sft import main, parse

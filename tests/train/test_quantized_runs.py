@@ -16,9 +16,13 @@ from tests.support import assert_close
 from tests.train.test_classify import words, write_encoder
 from tests.train.test_sft import fails, run
 from tests.train.tiny import write_jsonl, write_model, write_rows
-from train import classify, export, generate, plan, predict, sft
+from train import classify, sft
 from train.adapters.source import find_adapter, runnable
+from train.export import __main__ as export
+from train.generate import __main__ as generate
 from train.options.defaults import Defaults, with_defaults
+from train.plan import __main__ as plan
+from train.predict import __main__ as predict
 from train.run.log import read_metrics
 from train.run.pretrained import read_outline
 

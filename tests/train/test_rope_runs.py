@@ -8,8 +8,10 @@ import lora_jax as lj
 from lora_jax import models
 from tests.train.test_sft import fails, run
 from tests.train.tiny import write_jsonl, write_model
-from train import export, generate, sft
+from train import sft
 from train.console.errors import UserError
+from train.export import __main__ as export
+from train.generate import __main__ as generate
 from train.options.rope import as_text, parse_rope_scaling
 
 SCALING = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}

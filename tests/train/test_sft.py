@@ -21,7 +21,7 @@ from lora_jax.training.run.checkpoints import Checkpoints
 from tests.support import THOROUGH, over
 from tests.train.scripts import begun, command
 from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
-from train import generate
+from train.generate import __main__ as generate
 from train.run.log import read_metrics
 from train.run.pretrained import read_model
 from train.sft import main

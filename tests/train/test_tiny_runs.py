@@ -14,8 +14,8 @@ from tests.models.tiny import run as plain_logits
 from tests.support import assert_close, assert_identical
 from tests.train.scripts import begun
 from tests.train.tiny import write_model, write_rows
-from train import export
 from train.adapters.source import find_adapter
+from train.export import __main__ as export
 from train.run.log import read_metrics
 from train.sft import main
 

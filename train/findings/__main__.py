@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_jax.training.processes import write_json
-from train import compare
-from train.comparing import result
-from train.comparing.result import Comparison
+from train.compare import __main__ as compare
+from train.compare import result
+from train.compare.result import Comparison
 from train.console.errors import UserError, flag
 from train.findings import catalog
 from train.findings.catalog import FINDINGS, Finding

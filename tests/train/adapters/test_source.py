@@ -13,7 +13,8 @@ from lora_jax import models
 from tests.support import assert_identical, with_random_factors
 from tests.train.scripts import begun
 from tests.train.tiny import write_model, write_rows
-from train import generate, sft
+from train import sft
+from train.generate import __main__ as generate
 from train.run import pretrained
 
 # Orbax leaves coroutines behind where a file cannot be read.
@@ -183,7 +184,8 @@ def test_another_base_is_refused_by_name_or_by_shape(base, copied, adapters, tmp
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.adapters.source.name_for_others", str)  # as if both were on the hub
         patch.setattr(
-            "train.generate.read_outline", lambda name: pretrained.Outline(name, *[None] * 3)
+            "train.generate.__main__.read_outline",
+            lambda name: pretrained.Outline(name, *[None] * 3),
         )
         said = fails(capsys, generate, "--adapter", copied, "--model", "other/name")
         assert "was trained on owner/name, and --model is other/name" in said

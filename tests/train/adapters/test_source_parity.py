@@ -12,7 +12,8 @@ from lora_jax.models import load_tokenizer
 from tests.support import assert_close
 from tests.train.scripts import begun
 from tests.train.tiny import decoder, write_model, write_rows
-from train import generate, sft
+from train import sft
+from train.generate import __main__ as generate
 from train.run.log import read_metrics
 
 pytestmark = [

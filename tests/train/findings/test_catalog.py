@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train import compare, findings
+from train import findings
+from train.compare import __main__ as compare
 from train.findings.__main__ import main
 from train.findings.catalog import FINDINGS, options_of
 from train.findings.reporting.pivot import axis_of

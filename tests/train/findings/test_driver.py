@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tests.train.test_classify import write_encoder
-from train.comparing import result
+from train.compare import result
 from train.console.errors import UserError
 from train.findings import catalog
 from train.findings.__main__ import main

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from matplotlib import rc_context
 
-from tests.train.comparing.made_up import FACTS, full, lora, run, runs
-from train.comparing import result
-from train.comparing.reporting.pictures import STYLE
-from train.comparing.result import Arm, Comparison, Forgetting
+from tests.train.compare.made_up import FACTS, full, lora, run, runs
+from train.compare import result
+from train.compare.reporting.pictures import STYLE
+from train.compare.result import Arm, Comparison, Forgetting
 from train.findings.__main__ import main
 from train.findings.reporting import document, picture
 from train.findings.reporting.pivot import AXES, Layout, measures_of, pivot_of, shown

@@ -11,8 +11,10 @@ import pytest
 
 from tests.support import THOROUGH
 from tests.train.tiny import write_model, write_rows
-from train import export, generate, sft
+from train import sft
 from train.console.errors import UserError
+from train.export import __main__ as export
+from train.generate import __main__ as generate
 from train.processes.cache import keep_compiled
 from train.run.log import read_metrics
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.training.processes import write_json
-from train import classify, export, sft
+from train import classify, sft
+from train.export import __main__ as export
 from train.findings.making.words import Labelled
 from train.finetune import Part, finetune
-from train.predicting.batches import probabilities
-from train.predicting.classifier import find_classifier
-from train.predicting.texts import of_arguments, tokenize
+from train.predict.batches import probabilities
+from train.predict.classifier import find_classifier
+from train.predict.texts import of_arguments, tokenize
 from train.processes.session import Session
 from train.reporters.files import read_json
 from train.run.fit import resume_hint

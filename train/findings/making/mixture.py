@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from lora_jax.models import Decoder, DecoderConfig, save_pretrained
-from train.comparing import outside
+from train.compare import outside
 from train.findings.making import base, questions
 from train.findings.making.made import Made
 from train.processes.session import Session

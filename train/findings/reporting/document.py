@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_jax.training.processes import write_text
-from train.comparing.reporting import dimension, words
-from train.comparing.result import Comparison
+from train.compare.reporting import dimension, words
+from train.compare.result import Comparison
 from train.findings.reporting.pivot import Block, Cell, Pivot, headed, shown
 
 MARKDOWN = "finding.md"

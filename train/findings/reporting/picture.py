@@ -10,7 +10,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from train.comparing.reporting.pictures import ADAPTERS, DASHES, FULL, MARKERS, STYLE, WIDTH
+from train.compare.reporting.pictures import ADAPTERS, DASHES, FULL, MARKERS, STYLE, WIDTH
 from train.findings.reporting.pivot import Block, Key, Pivot, headed, shown
 
 PICTURE = "finding.png"

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from train.comparing.reporting import tables, words
-from train.comparing.reporting.tables import Measure, Spread, spread
-from train.comparing.result import Arm, Comparison, Measured
+from train.compare.reporting import tables, words
+from train.compare.reporting.tables import Measure, Spread, spread
+from train.compare.result import Arm, Comparison, Measured
 from train.console.errors import UserError
 
 MEASURES = ("score", "loss", "forgetting", "intruders")

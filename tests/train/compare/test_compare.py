@@ -1,0 +1,246 @@
+"""`train.compare` on a tiny model: its runs, its report, and how it goes on after a signal."""
+
+import json
+import shutil
+import signal
+
+import jax
+import pytest
+
+import lora_jax as lj
+from lora_jax import models
+from lora_jax.bank.together.together import Together
+from lora_jax.training import loop
+from tests.support import assert_close
+from tests.train.tiny import write_model, write_rows
+from train.compare import result
+from train.compare.__main__ import main
+from train.compare.intruders import mean_intruders
+from train.compare.options import has_adapter
+from train.run.log import read_metrics
+from train.sft import main as sft
+
+# Orbax leaves coroutines behind where a file cannot be read.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 20
+GRID = ["--ranks", "2", "--lrs", "1e-3", "4e-3", "--full-lrs", "1e-4", "4e-4"]
+GRID += ["--seeds", "0", "3", "--target-sets", "q_proj,v_proj"]
+MORE = ["--no-costs", "--intruders"]
+# Adam divides a gradient by its size: a large eps keeps rounding as small as it is.
+LINE = ["--batch-sizes", "4", "--eps", "1e-4", "--steps", "8", "--warmup", "1"]
+LINE += ["--report-to", "none"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The tiny model, its rows, and text outside the task."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_model(folder / "model")
+    write_rows(folder / "rows.jsonl", 60)
+    (folder / "outside.txt").write_text(TEXT)
+    return folder
+
+
+def compare(folder, output, *args, grid=GRID):
+    """Runs the comparison; returns the exit code."""
+    line = ["sft", "--model", str(folder / "model"), "--dataset", str(folder / "rows.jsonl")]
+    line += [*LINE, *grid, "--outside", str(folder / "outside.txt"), "--output", str(output)]
+    try:
+        main([*line, *args])
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "out"
+    with jax.numpy_dtype_promotion("standard"):
+        assert compare(folder, output, *MORE) == 0
+    return output
+
+
+def lines_of(run):
+    """The metrics of a run, without what depends on the clock."""
+    return [
+        {name: value for name, value in line.items() if name not in ("time", "tokens_per_s")}
+        for line in read_metrics(run)
+    ]
+
+
+def timeless(comparison):
+    """A comparison without what depends on the clock, and on how many calls it took."""
+    found = json.loads((comparison / result.JSON).read_text())
+    for run in found["runs"]:
+        for name in ("seconds", "side_by_side", "saved_bytes"):
+            run.pop(name)
+    return found["runs"], found["rungs"]
+
+
+@pytest.mark.slow
+def test_hopeless_runs_stop_and_the_others_are_measured(whole, folder):
+    found = result.read(whole)
+    assert len(found.runs) == 2 * (2 + 2)
+    by_arm = {run.arm: [r.status for r in found.runs if r.arm == run.arm] for run in found.runs}
+    assert all(len({*statuses}) == 1 for statuses in by_arm.values()), "an arm goes as a whole"
+    for method in ("lora", "full"):
+        ended = [
+            arm for arm, (status, _) in by_arm.items() if arm.method == method and status == "done"
+        ]
+        assert len(ended) == 1
+        (rung,) = found.rungs  # after it each method has one arm, and nothing more to decide
+        best = min(
+            (pair for pair in rung.kept + rung.stopped if pair[0].method == method),
+            key=lambda p: p[1],
+        )
+        assert best[0] in {arm for arm, _ in rung.kept} and ended == [best[0]]
+    for run in found.runs:
+        assert run.steps == (8 if run.status == "done" else 1)
+        assert run.held_out_loss == run.held_out[-1].value
+        assert not (whole / "runs" / run.name / "checkpoints").exists()
+        if run.status == "done":
+            assert run.forgetting.before != run.forgetting.after and run.saved_bytes > 1000
+        assert (run.intruders is not None) == (run.status == "done")
+    full = next(run for run in found.runs if run.status == "done" and run.arm.method == "full")
+    lora = next(run for run in found.runs if run.status == "done" and run.arm.method == "lora")
+    assert full.trained_parameters > 10 * lora.trained_parameters
+    assert not (whole / "runs" / full.name / "adapter").exists(), "all weights are not kept"
+    assert (whole / "runs" / lora.name / "adapter").exists()
+    assert "<img" in (whole / "report.html").read_text()
+    model, params = models.from_pretrained(folder / "model")
+    adapted = lj.load_adapter(whole / "runs" / lora.name / "adapter", params)
+    counted = mean_intruders(params, lj.merge(adapted), models.kinds(model.config))
+    assert lora.intruders == counted
+
+
+@pytest.mark.slow
+def test_after_a_long_warmup_both_decisions_fall_at_one_step(folder, tmp_path):
+    grid = ["--methods", "lora", "--ranks", "2", "--lrs", *("1e-4", "3e-4", "1e-3", "3e-3", "4e-3")]
+    more = ["--seeds", "0", "--warmup", "5", "--no-costs"]
+    assert compare(folder, tmp_path / "out", *more, grid=grid) == 0
+    found = result.read(tmp_path / "out")
+    first, second = found.rungs
+    assert first.share == second.share == 5 / 8
+    assert (len(first.kept), len(second.kept)) == (2, 1)
+    assert second.kept == first.kept[:1], "by the same losses"
+    assert sorted(run.steps for run in found.runs) == [5, 5, 5, 5, 8]
+
+
+@pytest.mark.slow
+def test_a_run_is_what_it_is_alone(whole, tmp_path):
+    """Side by side in stages, or alone and at once: the same losses."""
+    for method in ("lora", "full"):
+        found = next(
+            r for r in result.read(whole).runs if r.arm.method == method and r.status == "done"
+        )
+        run = whole / "runs" / found.name
+        sft(["--config", str(run / "config.yaml"), "--output", str(tmp_path / method)])
+        here, there = lines_of(run), lines_of(tmp_path / method)
+        assert [line.keys() for line in here] == [line.keys() for line in there]
+        assert_close(here, there, 1e-5)
+
+
+@pytest.mark.slow
+def test_a_comparison_goes_on_after_a_signal(folder, whole, tmp_path, monkeypatch, capsys):
+    output, steps, real = tmp_path / "out", [], Together.step
+
+    def step(self, batches):
+        steps.append(batches)
+        if len(steps) == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Together, "step", step)
+        assert compare(folder, output, *MORE) == 143
+    assert "Go on with: python -m train.compare" in capsys.readouterr().err
+    assert compare(folder, output, *MORE) == 2
+    assert "holds another comparison" in capsys.readouterr().err
+    assert compare(folder, output, *MORE, "--resume", grid=[*GRID, "--at-once", "3"]) == 2
+    assert "began with other options: --at-once was 8 and is now 3" in capsys.readouterr().err
+    before = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/metrics.jsonl")}
+    assert compare(folder, output, *MORE, "--resume") == 0
+    assert timeless(output) == timeless(whole)
+    stopped = [r.name for r in result.read(output).runs if r.status == "stopped early"]
+    adapters = [name for name in stopped if name.startswith("lora")]
+    assert adapters
+    for name in adapters:
+        path = output / "runs" / name / "metrics.jsonl"
+        assert path.stat().st_mtime_ns == before[path], "what is over is not run again"
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_is_stopped_by_a_signal(folder, tmp_path, monkeypatch, capsys):
+    """It hears of the comparison's command line, not of the script's."""
+
+    def raising(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return measured(*args)
+
+    measured = loop._measured
+    monkeypatch.setattr(loop, "_measured", raising)
+    grid = ["--methods", "full", "--full-lrs", "1e-4", "--seeds", "0"]
+    assert compare(folder, tmp_path / "out", "--no-costs", grid=grid) == 143
+    assert "Go on with: python -m train.compare" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_costs_and_plans(folder, tmp_path):
+    grid = ["--ranks", "3", "--lrs", "1e-3", "--full-lrs", "1e-4", "--seeds", "0"]
+    more = ["--no-early-stopping", "--topology", "cpu:2", "--price", "2"]
+    more += ["--methods", "vera", "full"]
+    assert compare(folder, tmp_path / "out", *more, grid=grid) == 0
+    found = result.read(tmp_path / "out")
+    for run in found.runs:
+        assert run.compiled_bytes > 0 and run.step_seconds > 0 and run.peak_bytes > 1e8
+    (latency,) = found.latencies
+    assert has_adapter(latency.arm.method) and min(latency[1:4]) > 0
+    assert {plan.arm.method for plan in found.planned} == {"vera", "full"}
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "sft or classify"),
+        (["sql"], "sft or classify, not 'sql'"),
+        (["sft", "--rank", "3"], "--rank: a comparison sets it: give --ranks"),
+        (["sft", "--ranks", "3", "3"], "3 stands there twice"),
+        (["sft", "--methods", "full", "--ranks", "3"], "--methods names none"),
+        (["sft", "--methods", "lora", "--full-lrs", "1e-3"], "--methods leaves out"),
+        (["sft", "--price", "3"], "Name a machine with --topology"),
+        (["sft", "--lrs", "-1"], "--lrs -1.0: a number above 0 is needed"),
+        (["classify", "--topology", "v5e:2x2"], "language models"),
+        (["classify", "--outside", "x.txt"], "nothing tells what it forgets"),
+        (["sft", "--peft-experiments", "x", "--ranks", "3"], "leave out --ranks"),
+        (["classify", "--peft-experiments", "x"], "compare sft"),
+        (["sft", "--dry-run"], "try one of them with its script"),
+        (["sft", "--report-to", "wandb"], "one run a process"),
+        (["sft", "--init-adapter", "x"], "begins at the base"),
+        (["sft", "--methods", "said"], "--methods said is a way to train a classifier"),
+        (["sft", "--methods", "lora", "head-only"], "--methods head-only is a way"),
+        (["classify", "--dimensions", "9"], "--dimensions is about said and did"),
+        (["classify", "--intrinsic", "9"], "a comparison sets it: give --dimensions"),
+        (["classify", "--methods", "did", "--dimensions", "0"], "a number from 1 on is needed"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_read(args, said, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(args)
+    assert error.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_cannot_be_done_is_found_before_the_first_run(folder, tmp_path, capsys):
+    lr = ["--ranks", "2", "--seeds", "0", "--target-sets"]
+    assert compare(folder, tmp_path / "a", grid=[*lr, "q_proj,no_such"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "run lora-r2" in said and "no_such" in said
+    assert compare(folder, tmp_path / "b", "--eval-questions", "0", grid=[*lr, "q_proj"]) == 2
+    assert "--eval-questions" in capsys.readouterr().err
+    missing = str(folder / "no.txt")
+    assert compare(folder, tmp_path / "c", "--outside", missing, grid=[*lr, "q_proj"]) == 2
+    assert "no.txt" in capsys.readouterr().err
+    for name in "abc":
+        assert not (tmp_path / name / "runs").exists()
+        shutil.rmtree(tmp_path / name, ignore_errors=True)

@@ -1,0 +1,57 @@
+"""`train.compare classify` with random subspaces, on a tiny model."""
+
+import pytest
+
+from tests.support import assert_close
+from tests.train.test_classify import inputs
+from train.classify import main as classify
+from train.compare import result
+from train.compare.__main__ import main
+from train.run.log import read_metrics
+
+# Orbax leaves coroutines behind where a file cannot be read.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+__all__ = ["inputs"]  # a fixture
+
+
+def compare(inputs, output, *args):
+    """Runs the comparison; returns the exit code."""
+    own = {"--rank", "--targets", "--batch-size", "--lr"}  # a comparison sets them
+    line, name = ["classify", "--output", output], ""
+    for word in inputs:
+        name = word if str(word).startswith("--") else name
+        line += [word] if name not in own else []
+    line += ["--steps", 4, "--report-to", "none", "--seeds", 3, "--no-early-stopping", *args]
+    try:
+        main([*map(str, line)])
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+@pytest.mark.slow
+def test_subspaces_are_runs_like_others(inputs, tmp_path, capsys):
+    methods = ["--methods", "said", "did", "full", "--subspace-lrs", 0.01, "--full-lrs", 1e-3]
+    assert compare(inputs, tmp_path / "out", *methods, "--dimensions", 20, "--no-costs") == 0
+    printed = capsys.readouterr().out
+    found = result.read(tmp_path / "out")
+    assert {run.status for run in found.runs} == {"done"}
+    sizes = {(run.arm.method, run.trained_parameters) for run in found.runs}
+    assert {("said", 20), ("did", 20)} < sizes and len(sizes) == 3
+    assert "full fine-tuning's accuracy" in printed and "SAID" in printed and "DID" in printed
+    one = tmp_path / "out" / "runs" / found.runs[0].name
+    assert (one / "adapter").exists(), "kilobytes are kept"
+    classify(["--config", str(one / "config.yaml"), "--output", str(tmp_path / "alone")])
+    losses = [
+        [line["loss"] for line in read_metrics(run) if "lr" in line]
+        for run in (one, tmp_path / "alone")
+    ]
+    assert_close(*losses, 1e-5)
+
+
+def test_a_dimension_that_cannot_be_is_found_before_the_first_run(inputs, tmp_path, capsys):
+    assert compare(inputs, tmp_path / "a", "--methods", "said", "--dimensions", 5) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "run said-d5-" in said and "d has to be larger than 5" in said
+    assert compare(inputs, tmp_path / "b", "--methods", "did", "--dimensions", 10**9) == 2
+    assert "at most as many dimensions" in " ".join(capsys.readouterr().err.split())

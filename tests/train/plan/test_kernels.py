@@ -1,0 +1,85 @@
+"""Kernels in plans: their FLOPs by the table, and their names."""
+
+from train.plan.hlo import work_of
+from train.plan.kernels import named, unlisted
+
+# As the TPU compiler writes them: attributes have lines of their own, which begin with brackets.
+TEXT = """HloModule jit_step, is_scheduled=true
+
+%body (b: (s32[], bf16[2,6,256,7])) -> (s32[], bf16[2,6,256,7]) {
+  %b = (s32[], bf16[2,6,256,7]{3,2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %q = bf16[2,6,256,7]{3,2,1,0:T(8,128)(2,1)S(1)} get-tuple-element(%b), index=1
+  %visits = s8[1,2,2]{2,1,0} constant({...})
+  %k = bf16[2,3,512,7]{3,2,1,0} constant({...})
+  %splash_mha_dq_segmented_no_residuals.10 = (f32[2,128,128]{2,1,0}, bf16[2,6,256,7]{3,2,1,0}) \
+custom-call(%visits, %visits, %q, %k, %k, /*index=5*/%q), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q_dq\\": 128}"
+}}, metadata={op_name="jit(step)/checkpoint/blocks_3_of_8/splash_mha_dq/pallas_call"}
+  %next = bf16[2,6,256,7]{3,2,1,0} get-tuple-element(%splash_mha_dq_segmented_no_residuals.10), \
+index=1, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(step)/pallas_call"}
+  %NAME.3 = bf16[4,4]{1,0} custom-call(%visits, %q, %k), custom_call_target="tpu_custom_call"
+  %other = bf16[4,4]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %out = (s32[], bf16[2,6,256,7]{3,2,1,0}) tuple(%i, %next)
+}
+%condition (c: (s32[], bf16[2,6,256,7])) -> pred[] {
+  %c = (s32[], bf16[2,6,256,7]{3,2,1,0}) parameter(0)
+  ROOT %lt = pred[] constant(false)
+}
+ENTRY %main (p: (s32[], bf16[2,6,256,7])) -> (s32[], bf16[2,6,256,7]) {
+  %p = (s32[], bf16[2,6,256,7]{3,2,1,0}) parameter(0)
+  ROOT %loop = (s32[], bf16[2,6,256,7]{3,2,1,0}) while(%p), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+
+
+def test_a_kernel_counts_the_blocks_that_its_mask_leaves() -> None:
+    work = work_of(TEXT.replace("NAME", "splash_mha_fwd_residuals"))
+    of_all = 2 * (2 * 6 * 256) * 7 * 512  # a product of all queries and keys
+    assert work.flops == 5 * (3 * of_all * 3 // 8 + 2 * of_all)
+    assert named(work.kernels) == ("splash attention (fwd, dq)",) and not unlisted(work.kernels)
+
+
+def test_a_kernel_that_is_not_listed_is_named() -> None:
+    work = work_of(TEXT.replace("NAME", "their_kernel"))
+    assert named(work.kernels) == ("splash attention (dq)", "their_kernel")
+    assert unlisted(work.kernels) == ("their_kernel",)
+
+
+def test_a_window_of_some_layers_counts_as_their_mean() -> None:
+    here = "windowed_4_of_5/blocks_3_or_1_of_8"
+    of_all = 2 * (2 * 6 * 256) * 7 * 512
+    text = TEXT.replace("NAME", "other").replace("blocks_3_of_8", here)
+    assert abs(work_of(text).flops - 3 * of_all * (3 + 4 * 1) / 8) <= 5  # five turns of a loop
+
+
+RAGGED = """HloModule jit_experts, is_scheduled=true
+
+ENTRY %main (sizes: s32[8], x: bf16[40,5], w: bf16[3,5,7], g: bf16[40,7]) -> f32[3,5,7] {
+  %sizes = s32[3]{0} parameter(0)
+  %x = bf16[40,5]{1,0:T(8,128)(2,1)} parameter(1)
+  %w = bf16[3,5,7]{2,1,0:T(8,128)(2,1)} parameter(2)
+  %g = f32[40,7]{1,0} parameter(3)
+  %ragged-dot-metadata.1 = (s32[4]{0:T(128)S(1)}, s32[9]{0}) custom-call(%sizes), \
+custom_call_target="tpu_custom_call", metadata={op_name="ragged-dot-metadata"}
+  %ends = s32[4]{0:T(128)S(1)} get-tuple-element(%ragged-dot-metadata.1), index=0
+  %ragged-dot-none.2 = bf16[40,7]{1,0} custom-call(%ends, %ends, %x, %w), \
+custom_call_target="tpu_custom_call", frontend_attributes={ragged_dot_tiling="128,5,7"}
+  %ragged-dot-none.1 = bf16[40,5]{1,0} custom-call(%ends, %ends, %ragged-dot-none.2, %w), \
+custom_call_target="tpu_custom_call", frontend_attributes={ragged_dot_tiling="128,7,5"}
+  ROOT %ragged-dot-none = f32[3,5,7]{2,1,0} custom-call(%ends, %ends, %x, %g), \
+custom_call_target="tpu_custom_call", frontend_attributes={ragged_dot_tiling="128,5,7"}
+}
+"""
+
+
+def test_ragged_products_count_each_row_with_its_group() -> None:
+    """Forward, the gradient of the rows, and that of the kernels."""
+    work = work_of(RAGGED)
+    assert work.flops == 3 * 2 * 40 * 5 * 7
+    assert named(work.kernels) == ("ragged products (rows, groups)",)
+    assert not unlisted(work.kernels)

@@ -1,0 +1,462 @@
+"""Plans against the real step: its shapes, FLOPs and files; and bad input."""
+
+import dataclasses
+import functools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from lora_jax.training.step import State
+from tests.models import tiny_encoders
+from tests.support import over
+from tests.train.plan.tiny_plans import (
+    FIELDS,
+    MIXTURE,
+    ON_FOUR,
+    CompiledOnce,
+    asked,
+    planned_for,
+    prepared,
+    write,
+)
+from train.console.errors import UserError
+from train.plan import __main__ as plan
+from train.plan import compile as planned
+from train.plan.__main__ import PlanConfig
+from train.plan.flops import step_flops
+from train.plan.hlo import Work
+from train.plan.jaxpr_flops import Count
+from train.plan.machines import find_machine
+from train.plan.plan_flops import step_work
+from train.run.output import folder_bytes
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_devices():
+    """Plans are for machines of their own; JAX has all its devices before the first."""
+    assert jax.device_count() == 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("model"), FIELDS)
+
+
+@over(
+    ("remat", "full"),
+    [
+        ("none", True),
+        ("full", False),
+        ("full", True),
+        ("dots_with_no_batch_dims_saveable", False),
+    ],
+    often=["none, True", "full, False"],
+    called=lambda case: f"{case[0]}, {case[1]}",
+)
+def test_flops_are_those_counted_by_hand(model, full, remat):
+    _, _, made = planned_for(model, "--remat", remat, *(["--full"] if full else []))
+    assert made.flops_per_step == made.flops_per_chip
+    np.testing.assert_allclose(made.flops_per_step, made.flops_closed_form, rtol=0.01)
+    np.testing.assert_allclose(made.flops_per_step, made.flops_traced, rtol=0.01)
+    assert made.flops_source == "hlo" and made.notes == ()
+
+
+@over(
+    ("option", "name"),
+    [("--freeze-a", "LoRA"), ("--xs", "LoRA-XS"), ("--vera", "VeRA")],
+    often=["--vera"],
+    called=lambda case: case[0],
+)
+def test_an_a_that_does_not_train_costs_no_gradient(model, option, name):
+    _, _, made = planned_for(model, option)
+    _, _, lora = planned_for(model)
+    assert made.name.startswith(f"{name} r=3") and made.adapter_bytes < lora.adapter_bytes
+    np.testing.assert_allclose(made.flops_per_step, made.flops_closed_form, rtol=0.005)
+    assert made.flops_closed_form < 0.99 * lora.flops_closed_form
+
+
+BY_BLOCKS = [(remat, "blockwise") for remat in ("none", "dots_with_no_batch_dims_saveable")]
+BY_BLOCKS += [(remat, how) for remat in ("dots_saveable", "full") for how in ("blockwise", "dense")]
+
+
+@over(
+    ("remat", "how"),
+    BY_BLOCKS,
+    often=["full, blockwise"],
+    called=", ".join,
+)
+def test_flops_of_attention_by_blocks(model, remat, how):
+    """Blocks run forward once more, but skip the keys behind their span."""
+    options = ("--remat", remat, "--seq-len", 384, "--attention", how)  # three spans of two blocks
+    _, _, made = planned_for(model, *options)
+    np.testing.assert_allclose(made.flops_per_step, made.flops_closed_form, rtol=0.01)
+    np.testing.assert_allclose(made.flops_per_step, made.flops_traced, rtol=0.01)
+
+
+def test_blocks_count_other_flops_than_all_scores_at_once(model):
+    def closed_form(how):
+        options = asked(model, "--seq-len", 384, "--attention", how)
+        job, variant = plan.make_job(options.plan)[0], plan.variants(options)[0]
+        attention, params = job.chosen.attend, planned.abstract_params(job, variant)
+        sizes = dict(batch=4, seq=384, remat="full", chunked=True)
+        return step_flops(job.outline.config, params, attention=attention, split=None, **sizes)
+
+    assert abs(closed_form("blockwise") / closed_form("dense") - 1) > 0.01
+
+
+def described_attention(model, *options):
+    options = asked(model, *options)
+    return plan.described(options.plan, plan.make_job(options.plan)[0])["attention"]
+
+
+@pytest.mark.slow
+def test_attention_is_planned_as_asked(model):
+    on_two = ("--topology", "cpu:2", "--mesh", "sequence=2", "--seq-len", 512)
+    auto, dense = (
+        planned_for(model, *on_two, *how)[2].per_chip_bytes["temporaries"]
+        for how in ([], ["--attention", "dense"])
+    )
+    assert auto < 0.7 * dense
+
+
+@pytest.mark.parametrize("mesh", [(), ("--topology", "cpu:2", "--mesh", "sequence=2")])
+def test_attention_is_told(model, mesh):
+    auto, blocks, dense = (
+        described_attention(model, "--seq-len", 512, *mesh, *how)
+        for how in ([], ["--attention", "blockwise"], ["--attention", "dense"])
+    )
+    assert auto == blocks != dense == "dense"
+
+
+@pytest.mark.slow
+def test_flops_of_many_devices_are_those_of_one(model):
+    _, _, one = planned_for(model, "--grad-accum", 2)
+    job, _, made = planned_for(model, *ON_FOUR)
+    assert made.flops_per_step == 4 * made.flops_per_chip
+    # Each device on tensor has the products with its inputs' A's, as small as the rank.
+    assert one.flops_per_step <= made.flops_per_step < 1.15 * one.flops_per_step
+    assert made.flops_traced == one.flops_traced and made.notes == ()
+    assert one.collective_bytes == {} and set(made.collective_bytes) >= {"all-gather"}
+    assert made.per_chip_bytes["base"] < 0.5 * one.per_chip_bytes["base"]
+    assert job.layout.mesh.shape["tensor"] == 2
+
+
+@pytest.mark.slow
+def test_a_mixture_costs_its_active_experts(tmp_path):
+    """And blocks of its own tokens that are not full: at most half as much again here.
+
+    Ragged products are traced without these; a CPU's compiler multiplies by all experts.
+    """
+    model = write(tmp_path, FIELDS | MIXTURE)
+    options = ("--batch-size", 16, "--seq-len", 64)
+    made, ragged = (
+        planned_for(model, *options, *more)[2] for more in ([], ["--experts", "ragged"])
+    )
+    assert made.flops_closed_form < made.flops_per_step < 1.5 * made.flops_closed_form
+    np.testing.assert_allclose(made.flops_per_step, made.flops_traced, rtol=0.01)
+    assert ragged.flops_traced < 1.3 * ragged.flops_closed_form
+    assert ragged.flops_per_step > 1.5 * ragged.flops_traced
+
+
+def test_a_counter_that_forgets_the_layers_is_noticed(model, monkeypatch):
+    monkeypatch.setattr("train.plan.jaxpr_flops._times", lambda n, part: part)
+    _, _, made = planned_for(model)
+    assert made.flops_per_step > 1.5 * made.flops_traced
+    (note,) = made.notes
+    assert "times the FLOPs of the step as traced: the partitioner makes devices repeat" in note
+
+
+UNREADABLE = {
+    "nothing": lambda text: None,
+    "another language": lambda text: "func.func public @main()",
+    "a loop that does not say its turns": lambda text: text.replace(
+        "known_trip_count", "known_count"
+    ).replace("direction=LT", "direction=NE"),
+    "other words": lambda text: (
+        text.replace("lhs_contracting_dims", "contracting")
+        .replace("body=", "do=")
+        .replace("calls=%", "calls=%another_")
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(model):
+    """Plans whose HLO is understood, by options."""
+    return functools.cache(lambda *options: planned_for(model, *options)[2])
+
+
+def rewritten(monkeypatch, rewrite):
+    """Changes the HLO that the compiler gives."""
+    real = jax.stages.Compiled.as_text
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", lambda self: rewrite(real(self)))
+
+
+@over(
+    ("written", "options"),
+    [*((written, ()) for written in UNREADABLE), ("other words", ON_FOUR)],
+    often=UNREADABLE,
+    called=lambda case: case[0] + (" on four devices" if case[1] else ""),
+)
+def test_memory_is_told_where_the_hlo_is_not_understood(
+    model, sound, written, options, monkeypatch
+):
+    expected = sound(*options)
+    rewritten(monkeypatch, UNREADABLE[written])
+    job, _, made = planned_for(model, *options)
+    assert made.per_chip_bytes == expected.per_chip_bytes and made.fits == expected.fits
+    assert made.flops_source == "jaxpr" and made.collective_bytes is None
+    assert made.flops_per_step == made.flops_traced == expected.flops_traced
+    assert made.flops_per_chip == round(made.flops_per_step / len(job.machine.devices))
+    np.testing.assert_allclose(made.flops_per_step, made.flops_closed_form, rtol=0.01)
+    (note,) = made.notes
+    assert "the HLO was not understood (" in note and "those of the step as traced" in note
+
+
+def test_memory_is_told_where_neither_is_understood(model, sound, monkeypatch):
+    rewritten(monkeypatch, UNREADABLE["another language"])
+    monkeypatch.setattr(
+        "train.plan.jaxpr_flops._PRODUCTS", {"dot_general": lambda eqn: eqn.nothing}
+    )
+    _, _, made = planned_for(model)
+    assert made.per_chip_bytes == sound().per_chip_bytes and made.flops_source is None
+    assert made.flops_per_step is made.flops_per_chip is made.flops_traced is None
+    assert "the jaxpr was not understood either" in made.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("flops", "counted", "note"),
+    [
+        (50, Count(100), None),
+        (74, Count(100), None),
+        (76, Count(100), "has 1.52 times the FLOPs of the step as traced: the partitioner"),
+        (46, Count(100), None),
+        (44, Count(100), "has 0.88 times .* may not have been recognised"),
+        (0, Count(100), "has 0.00 times"),
+        (44, Count(100, exact=False), None),
+        (44, Count(0), None),
+        (44, None, None),
+    ],
+)
+def test_counts_that_are_far_apart_are_noted(flops, counted, note, monkeypatch):
+    monkeypatch.setattr(
+        "train.plan.plan_flops.work_of", lambda text: Work(flops, {"all-gather": 8})
+    )
+    work = step_work("HLO", counted, 2)
+    assert (work.source, work.per_step, work.per_chip) == ("hlo", 2 * flops, flops)
+    assert work.sent == {"all-gather": 8}
+    assert len(work.notes) == (note is not None)
+    if note:
+        assert re.search(note, work.notes[0])
+
+
+def test_what_the_trace_does_not_know_is_said():
+    work = step_work("", Count(101, exact=False), 4)
+    assert (work.source, work.per_step, work.per_chip) == ("jaxpr", 101, 25)
+    assert "loops of unknown length are counted once" in work.notes[0]
+
+
+def test_parts_add_up_and_sizes_are_those_of_the_files(model, tmp_path):
+    job, variant, made = planned_for(model)
+    sizes = dict(made.per_chip_bytes)
+    capacity, total = sizes.pop("capacity"), sizes.pop("total")
+    assert sum(sizes.values()) == total <= capacity and made.fits and made.refused is None
+    params = planned.abstract_params(job, variant)
+    rng = np.random.default_rng(0)  # what is all alike would be compressed
+    filled = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), params)
+    lj.save_adapter(tmp_path / "adapter", filled)
+    adapter, base = lj.split(filled)
+    assert sizes["base"] == sum(x.nbytes for x in jax.tree.leaves(base))
+    assert made.adapter_bytes == sizes["adapter"] == sum(x.nbytes for x in jax.tree.leaves(adapter))
+    assert made.adapter_bytes < folder_bytes(tmp_path / "adapter") < 1.5 * made.adapter_bytes + 5e4
+    assert made.checkpoint_bytes == sizes["adapter"] + sizes["optimizer"]
+    assert sizes["optimizer"] // 2 == pytest.approx(sizes["adapter"], rel=0.01)  # two moments
+
+
+def test_it_is_the_very_step_that_runs(model):
+    """What is compiled for shapes is what is compiled for arrays."""
+    step = prepared(asked(model))
+
+    def filled(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        return jax.device_put(np.ones(x.shape, x.dtype), x.sharding)
+
+    state, base, batch = jax.tree.map(filled, (step.state, step.base, step.batch))
+    compiled = step.lowered.compile()
+    new, metrics = compiled(state, base, batch)
+    assert isinstance(new, State) and int(new.step) == 2 and np.isfinite(metrics["loss"])
+
+
+def test_json_and_a_table(model, capsys, monkeypatch):
+    prepare, steps = planned.prepare, {}
+
+    def prepare_once(job, variant, optim):
+        if variant not in steps:
+            step = prepare(job, variant, optim)
+            steps[variant] = dataclasses.replace(step, lowered=CompiledOnce(step.lowered))
+        return steps[variant]
+
+    monkeypatch.setattr(planned, "prepare", prepare_once)
+    adapters = plan.AdapterConfig(targets=("q_proj",)), plan.AdapterConfig(full=True)
+    both = [planned.Variant(adapter, "full") for adapter in adapters]
+    monkeypatch.setattr(plan, "variants", lambda options: both[1:] if options.plan.alone else both)
+    args = ["--model", model, "--topology", "cpu:2", "--batch-size", "2", "--seq-len", "8"]
+    args += ["--dtype", "float32"]
+    args += ["--tokens", "1600", "--peak-tflops", "1e-6", "--price", "3"]
+    plan.main([*args, "--json"])
+    out = json.loads(capsys.readouterr().out)
+    assert out["fits"] is True and out["mesh"] == {"fsdp": 2} and out["chips"] == 2
+    assert [out["name"], *(other["name"] for other in out["others"])] == [
+        *("LoRA r=16, remat", "full fine-tuning, remat")
+    ]
+    assert out["others"][0]["adapter_bytes"] > out["adapter_bytes"]
+    assert out["flops_source"] == "hlo" and out["notes"] == []
+    sizes = {"base", "adapter", "optimizer", "temporaries", "total", "capacity"}
+    assert sizes <= set(out["per_chip_bytes"])
+    seconds = out["flops_per_chip"] / (1e6 * out["utilisation"])
+    np.testing.assert_allclose(out["step_seconds"], seconds)
+    np.testing.assert_allclose(out["chip_hours"], 100 * seconds * 2 / 3600)
+    np.testing.assert_allclose(out["cost"], 3 * out["chip_hours"])
+
+    plan.main([*args, "--full", "--alone", "--capacity-gib", "0.0001"])
+    table = capsys.readouterr().out
+    assert "full fine-tuning" in table and "LoRA r" not in table and " no " in table
+    assert "40 % of the published peak" in table and "≈" not in table
+
+
+def test_flops_that_are_not_of_the_hlo_are_marked(model, sound, capsys):
+    work = step_work("", Count(3 * 10**12), 1)
+    told = dict(flops_per_step=work.per_step, flops_per_chip=work.per_chip)
+    told |= dict(flops_source=work.source, collective_bytes=work.sent, notes=work.notes)
+    made = dataclasses.replace(sound(), **told)
+    options = [asked(model, "--peak-tflops", 1, *more).plan for more in ([], ["--json"])]
+    job, _ = plan.make_job(options[0])
+    facts = plan.described(options[0], job)
+    plan.show(options[0], job, facts, [made, sound()])
+    table = capsys.readouterr().out
+    assert re.search("│ LoRA r=3, remat │ +≈ 3.00 │ +0.00 │ +– │ +7.50 s │", table)
+    assert re.search("│ LoRA r=3, remat │ +0.00 │ +0.00 │ +0.00 │", table)
+    assert "≈ LoRA r=3, remat: the HLO was not understood (the HLO has no entry)" in table
+    plan.show(options[1], job, facts, [made])
+    out = json.loads(capsys.readouterr().out)
+    assert out["flops_source"] == "jaxpr" and "not understood" in out["notes"][0]
+    assert out["collective_bytes"] is None and out["step_seconds"] == 7.5
+
+
+BAD = [
+    (["--topology", "v9:4x4"], "there is no such machine; give one of v5e:"),
+    (["--topology", "cpu:2x2"], "a number of devices is needed"),
+    (["--topology", "cpu:4", "--mesh", "fsdp=3"], "needs 3 devices, and there are 4"),
+    (["--topology", "cpu:4", "--batch-size", "6", "--mesh", "fsdp=4"], "give a multiple of 4"),
+    (["--seq-len", "5000"], "allows 4096 tokens at most"),
+    (["--dtype", "int8"], "float32 or bfloat16"),
+    (["--utilisation", "40"], "a share of the peak"),
+    (["--tokens", "-1"], "a positive number"),
+    (["--price", "0"], "a positive number"),
+    (["--targets", "nothing_like_it"], "selects nothing"),
+    (["--model", "missing.json"], "neither a file or folder here nor a hub name"),
+    (["--model", "."], "config.json is missing"),
+    (["--experts", "ragged"], "--experts ragged: the model .* is no mixture of experts"),
+    (["--init-adapter", "x"], "an adapter's shapes come from options here"),
+    (["--adapters", "1", "3"], "--adapters 3: a number that divides --batch-size 4"),
+    (["--adapters", "2", "--full"], "--adapters and --full do not go together"),
+    (["--adapters", "4", "--topology", "cpu:2", "--mesh", "fsdp=2"], "splits a batch into 2 parts"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[" ".join(bad[0]) for bad in BAD])
+def test_bad_input(options, message, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        planned_for(model, *options)
+
+
+def test_encoders_are_refused(tmp_path):
+    with pytest.raises(UserError, match="a bert model does not continue texts"):
+        planned_for(write(tmp_path, tiny_encoders.fields("bert")))
+
+
+def test_without_the_tpu_compiler(monkeypatch):
+    from jax.experimental import topologies
+
+    def fails(message):
+        def get(**_):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(topologies, "get_topology_desc", get)
+
+    fails("JAX TPU support not installed; cannot generate TPU topology.\nSee elsewhere")
+    with pytest.raises(UserError, match=r"is not installed \(JAX TPU.*pip install -e '\.\[tpu\]'"):
+        find_machine("v5e:4x4")
+    fails("ABORTED: Internal error when accessing libtpu multi-process lockfile.")
+    with pytest.raises(UserError, match="only one at a time"):
+        find_machine("v5e:4x4")
+    fails("INVALID_ARGUMENT: Topology layout is not divisible by chips_per_host_bounds")
+    with pytest.raises(UserError, match="no such slice .INVALID_ARGUMENT: Topology layout"):
+        find_machine("v5e:3x5")
+
+
+def test_a_refusal_is_a_result(model, monkeypatch):
+    said = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (38.64G) exceeds available HBM (15.75G). HLO module: step."
+        "\nSee https://example.com for more details."
+    )
+
+    def refuse(self, *args, **kwargs):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(CompiledOnce, "compile", refuse)
+    _, _, made = planned_for(model)
+    assert not made.fits and made.flops_per_chip is None
+    sizes = made.per_chip_bytes
+    assert sizes["temporaries"] == round(38.64 * 2**30)
+    held = sizes["base"] + sizes["adapter"] + sizes["optimizer"]
+    assert sizes["total"] == sizes["temporaries"] + held
+    assert "exceeds available HBM (15.75G)" in made.refused and "https" not in made.refused
+
+
+def test_other_words_of_the_compiler():
+    held = {"base": 3, "adapter": 1, "optimizer": 2}
+    of = planned.of_refusal("Used 48.50G of 15.75G hbm. Exceeded", held, 7)
+    assert of["total"] == round(48.5 * 2**30) and of["temporaries"] == of["total"] - 6
+    unknown = planned.of_refusal("Ran out of memory in memory space vmem", held, 7)
+    assert unknown["total"] is None and unknown["base"] == 3
+
+
+def test_ctrl_c_leaves_what_was_compiled(model, sound, monkeypatch, capsys):
+    def plan_one(job, variant, optim):
+        if variant.remat != "full":
+            raise KeyboardInterrupt
+        return sound()
+
+    monkeypatch.setattr(plan, "plan", plan_one)
+    with pytest.raises(SystemExit) as exit_:
+        plan.main(["--model", model, "--batch-size", "2", "--seq-len", "8", "--json"])
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 130 and "interrupted" in err
+    assert json.loads(out)["fits"] is True and json.loads(out)["others"] == []
+
+
+def test_ways_stand_beside_what_is_asked_for(model):
+    assert [variant.name for variant in plan.variants(asked(model))] == [
+        *("LoRA r=3, remat", "LoRA r=3, remat but dense", "LoRA r=3, no remat"),
+        "full fine-tuning, remat",
+    ]
+    names = [variant.name for variant in plan.variants(asked(model, "--full", "--remat", "none"))]
+    assert names[0] == "full fine-tuning, no remat" and "LoRA r=3, remat" in names
+    assert len(plan.variants(asked(model, "--alone"))) == 1
+
+
+def test_every_option_of_the_plan_is_told(capsys):
+    with pytest.raises(SystemExit):
+        plan.main(["--help"])
+    told = capsys.readouterr().out
+    for field in dataclasses.fields(PlanConfig):
+        assert f"--{field.name.replace('_', '-')}" in told

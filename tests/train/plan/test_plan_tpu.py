@@ -1,0 +1,187 @@
+"""Plans by the TPU's compiler for slices that are not here (extra `tpu`)."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support import thorough
+
+ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.slow
+GIB = 2**30
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA_3 = LLAMA | {"vocab_size": 128256, "num_key_value_heads": 8}
+MIXTRAL = LLAMA | {
+    "model_type": "mixtral",
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": None,
+}
+MODELS = {
+    "7b": LLAMA,
+    "8b": LLAMA_3 | {"intermediate_size": 14336, "max_position_embeddings": 131072},
+    "70b": LLAMA_3
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
+    "405b": LLAMA_3
+    | {
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_hidden_layers": 126,
+        "num_attention_heads": 128,
+    },
+    "8x7b": MIXTRAL,
+    "small 8x7b": MIXTRAL
+    | {
+        "vocab_size": 2048,
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    """Plans with rows of 2048 tokens, in processes of their own."""
+    pytest.importorskip("libtpu")
+    folder = tmp_path_factory.mktemp("models")
+
+    @functools.cache
+    def plan(model, *options, program=("-m", "train.plan")):
+        path = folder / f"{model}.json"
+        path.write_text(json.dumps(MODELS[model]))
+        words = ["--model", path, "--alone", "--json", *options]
+        words += [] if "--seq-len" in options else ["--seq-len", 2048]
+        done = subprocess.run(
+            [sys.executable, *program, *map(str, words)],
+            cwd=ROOT,
+            env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr
+        made = json.loads(done.stdout)
+        sizes = {
+            name: size and round(size / GIB, 2) for name, size in made["per_chip_bytes"].items()
+        }
+        print(model, options, sizes, made["compile_seconds"])
+        assert made["compile_seconds"] < 300
+        return made
+
+    return plan
+
+
+OF_7B = ("--topology", "v5e:4x4", "--mesh", "fsdp=16", "--batch-size", 16)
+
+
+@thorough
+def test_llama_2_7b(plan):
+    made = plan("7b", *OF_7B, "--rank", 8)
+    assert made["fits"] and made["per_chip_bytes"]["total"] <= 4.0 * GIB
+    assert made["per_chip_bytes"]["capacity"] == 15.75 * GIB
+    np.testing.assert_allclose(made["flops_per_step"], made["flops_closed_form"], rtol=0.02)
+
+
+@thorough
+def test_llama_2_7b_in_full(plan):
+    made, lora = plan("7b", *OF_7B, "--full"), plan("7b", *OF_7B, "--rank", 8)
+    assert made["fits"]
+    assert made["per_chip_bytes"]["total"] > 2.5 * lora["per_chip_bytes"]["total"]
+    np.testing.assert_allclose(made["flops_per_step"], made["flops_closed_form"], rtol=0.02)
+
+
+def test_a_long_row_over_all_chips(plan):
+    """Neither the scores nor the base are in the way: a chip has a sixteenth of both."""
+    options = ("--topology", "v5e:4x4", "--mesh", "sequence=16", "--batch-size", 1)
+    made = plan("8b", *options, "--seq-len", 131072, "--rank", 16)
+    assert made["fits"] and made["per_chip_bytes"]["total"] <= 7 * GIB
+    assert made["per_chip_bytes"]["base"] <= 1.0 * GIB
+    np.testing.assert_allclose(made["flops_per_step"], made["flops_closed_form"], rtol=0.02)
+
+
+@thorough
+def test_what_does_not_fit_is_told(plan):
+    made = plan("7b", *OF_7B, "--remat", "none", "--attention", "dense")
+    assert not made["fits"] and "exceeds available HBM (15.75G)" in made["refused"]
+    assert made["per_chip_bytes"]["total"] > 30 * GIB
+
+
+@thorough
+@pytest.mark.parametrize(
+    ("model", "options", "base"),
+    [
+        ("8b", ("--topology", "v5e:1x1", "--batch-size", 1), 5.7),
+        ("70b", ("--topology", "v5e:2x4", "--batch-size", 8), 5.1),
+    ],
+)
+def test_a_base_in_4_bits_fits_where_bf16_does_not(model, options, base, plan):
+    made = plan(model, *options, "--rank", 16, "--quantize", "nf4")
+    assert made["fits"] and made["per_chip_bytes"]["base"] <= base * GIB
+    np.testing.assert_allclose(made["flops_per_step"], made["flops_closed_form"], rtol=0.02)
+    control = plan(model, *options, "--rank", 16)
+    assert not control["fits"] and "exceeds available HBM (15.75G)" in control["refused"]
+
+
+@thorough
+def test_llama_3_405b(plan):
+    options = ("--topology", "v5e:16x16", "--mesh", "fsdp=16,tensor=16", "--batch-size", 64)
+    made = plan("405b", *options, "--rank", 16)
+    assert made["fits"] and made["per_chip_bytes"]["total"] <= 15.75 * GIB
+
+
+OF_8X7B = ("--topology", "v5e:4x8", "--batch-size", 32, "--rank", 8)
+
+
+@thorough
+def test_mixtral_8x7b(plan):
+    made = plan("8x7b", *OF_8X7B)
+    assert made["fits"]
+    assert made["flops_per_step"] <= 1.2 * made["flops_closed_form"]
+
+
+WITHOUT_OPTIONS = """
+from lora_jax.training import layout
+from train.plan import __main__ as plan
+layout.compiler_options = lambda platform: {}
+plan.main()
+"""
+
+
+@thorough
+def test_a_token_costs_its_experts_and_no_more(plan):
+    """By ragged products, which are kernels, and are not without the compiler's option."""
+    options = ("--topology", "v5e:2x2", "--batch-size", 4, "--rank", 8)
+    made = plan("small 8x7b", *options)
+    assert "ragged products (rows, groups)" in made["kernels"]
+    assert made["flops_per_step"] <= 1.2 * made["flops_closed_form"]
+    np.testing.assert_allclose(made["flops_per_step"], made["flops_traced"], rtol=0.02)
+    masked = plan("small 8x7b", *options, program=("-c", WITHOUT_OPTIONS))
+    assert not any("ragged" in kernel for kernel in masked["kernels"])
+    assert masked["flops_per_step"] > 3 * made["flops_per_step"], "the control"

@@ -1,0 +1,107 @@
+"""Splash attention compiled by the TPU's compiler (extra `tpu`), alone and in a step."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lora_jax.models.layers.attend import attend
+from lora_jax.models.layers.masks import Mask, Tokens
+from lora_jax.models.layers.placement import Placement
+from tests.train.plan.tiny_plans import FIELDS
+from train.plan import __main__ as plan
+from train.plan import compile as planned
+from train.plan.hlo import work_of
+from train.plan.kernels import named
+from train.plan.machines import find_machine
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tpu_compiler")]
+ALL_THREE = ("splash attention (fwd, dq, dkv)",)
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
+
+
+class OneTPU(Placement):
+    platform = "tpu"
+    kernels = True
+
+
+@functools.cache
+def compiled(
+    how: str, seq: int, cap: float | None = None, some: bool = False
+) -> jax.stages.Compiled:
+    """The gradient of a layer's attention, on one chip."""
+    here = NamedSharding(Mesh(find_machine("v5e:1x1").devices, ("chip",)), P())
+
+    def loss(arrays, segments, windowed):
+        slots = jnp.arange(seq, dtype=jnp.int32)
+        tokens = Tokens(slots, slots[None], segments)
+        mask = Mask(queries=tokens, keys=tokens, causal=True, aligned=True)
+        mask = mask.within(200, windowed) if some else mask
+        out = attend(*arrays, mask, None, cap, attention=how, placement=OneTPU())
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=here)
+
+    arrays = tuple(shape(1, seq, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    rest = shape(1, seq, dtype=jnp.int32), shape(dtype=jnp.bool_)
+    return jax.jit(jax.grad(loss)).lower(arrays, *rest).compile()
+
+
+def test_the_kernels_are_in_the_module():
+    """All scores of the causal blocks, two products forward and seven backward."""
+    assert named(work_of(compiled("dense", 2048).as_text()).kernels) == (), "the control"
+    work = work_of(compiled("auto", 2048).as_text())
+    assert named(work.kernels) == ALL_THREE
+    assert work.flops == 9 * 2 * HEADS * HEAD_DIM * (10 * 512**2)
+
+
+def test_temporaries_grow_with_the_length_and_not_its_square():
+    def growth(how):
+        few, many = (
+            compiled(how, seq).memory_analysis().temp_size_in_bytes for seq in (2048, 8192)
+        )
+        print(f"{how}: {few / 2**20:.1f} MiB, {many / 2**20:.1f} MiB")
+        return (many + 2**20) / (few + 2**20)
+
+    assert growth("auto") < 6
+    assert growth("dense") > 12, "the control"
+
+
+def test_a_window_of_some_layers_and_a_cap():
+    """Tells the kernel at run time whether the window holds, by a bit in the queries' slots."""
+    work = work_of(compiled("splash", 1100, cap=50.0, some=True).as_text())
+    assert named(work.kernels) == ALL_THREE
+
+
+GEMMA = {"model_type": "gemma2", "sliding_window": 256, "query_pre_attn_scalar": 16}
+GEMMA |= {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+GEMMA |= {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize(
+    ("more", "machine"),
+    [
+        ({}, ("--topology", "v5e:1x1")),
+        ({}, ("--topology", "v5e:2x2", "--mesh", "fsdp=2,tensor=2")),
+        (GEMMA, ("--topology", "v5e:2x2", "--mesh", "data=2,sequence=2")),
+    ],
+)
+def test_the_kernels_are_in_a_step(tmp_path, more, machine):
+    """And their FLOPs in all three counts, of layers of which some have a window, too."""
+    path = tmp_path / "config.json"
+    fields = {name: value for name, value in FIELDS.items() if value is not None}
+    path.write_text(json.dumps(fields | {"max_position_embeddings": 4096} | more))
+    args = ["--model", str(path), *machine, "--batch-size", "4", "--seq-len", "1024"]
+    options = plan.parse([*args, "--rank", "3"])
+    job, optim = plan.make_job(options.plan)
+    assert plan.described(options.plan, job)["attention"] == "splash"
+    made = planned.plan(job, plan.variants(options)[0], optim)
+    assert made.fits and made.kernels == ALL_THREE and made.flops_source == "hlo"
+    np.testing.assert_allclose(made.flops_traced, made.flops_closed_form, rtol=0.01)
+    np.testing.assert_allclose(made.flops_per_step, made.flops_closed_form, rtol=0.1)

@@ -1,0 +1,303 @@
+"""LoRA or full fine-tuning? `python -m train.compare sft` measures both, and says which.
+
+    python -m train.compare sft --quick
+    python -m train.compare classify --methods lora full --ranks 1 8 64 --seeds 0 1 2
+
+All settings of adapters train side by side over one base, full fine-tuning runs one after the
+other; hopeless settings are stopped early by a stated rule. The output folder gets a report
+(report.html, report.md and pictures), the measurements (compare.json), and a folder for each run.
+`python -m train.compare sft --help` lists the options: those of the comparison, and those of the
+script that it does not set itself.
+"""
+
+import dataclasses
+import functools
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import lora_jax as lj
+from lora_jax.training.processes import write_text
+from lora_jax.training.run.lock import FolderLock
+from lora_jax.training.run.log import duration
+from train import classify, sft
+from train.compare import measure, outside, record, result
+from train.compare.intruders import mean_intruders
+from train.compare.options import OF_CLASSIFIER, CompareConfig, check
+from train.compare.reporting import dimension, peft_json, report
+from train.compare.script import Script
+from train.compare.sweep import Sweep
+from train.compare.trials import RUNS, trials_of
+from train.console.errors import UserError, flag
+from train.finetune import Part, weights_of
+from train.inputs import Inputs, Reader
+from train.options import classify as classify_options
+from train.options import sft as sft_options
+from train.options.command import read_line
+from train.options.file import replaced
+from train.options.ignored import check_effects
+from train.options.written import as_file, check_same_run, from_file
+from train.processes import hosts
+from train.processes.session import Session
+from train.run.fit import Run, resume_hint
+from train.run.intrinsic import merged, moves_weights, space_of
+from train.run.output import CONFIG, clear
+
+_PROG = "python -m train.compare"
+_OUTPUT = "runs/compare"
+_OURS = (
+    *(CONFIG, record.FILE, result.JSON, RUNS, measure.COSTS, peft_json.FOLDER),
+    *(report.HTML, report.MARKDOWN, report.PICTURES),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftCompare(sft_options.Config):
+    """Compare LoRA and full fine-tuning of a language model."""
+
+    compare: CompareConfig = CompareConfig()
+    run: sft_options.SftRunConfig = sft_options.SftRunConfig(output=_OUTPUT)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifyCompare(classify_options.Config):
+    """Compare LoRA and full fine-tuning of a classifier."""
+
+    compare: CompareConfig = CompareConfig()
+    run: classify_options.ClassifyRunConfig = classify_options.ClassifyRunConfig(output=_OUTPUT)
+
+
+SCRIPTS: dict[str, tuple[Any, Script]] = {
+    "sft": (
+        SftCompare(),
+        Script(
+            name="train.sft",
+            plain=sft_options.Config(),
+            task_of=sft.task_of,
+            check=sft.check,
+            with_defaults=sft.with_defaults,
+            quick={
+                "steps": 8,
+                "warmup": 2,
+                "batch_size": 2,
+                "seeds": (0, 1),
+                "eval_every": 2,
+                "eval_questions": 8,
+            },
+            quick_full=(1.0, 3.0),
+        ),
+    ),
+    "classify": (
+        ClassifyCompare(),
+        Script(
+            name="train.classify",
+            plain=classify_options.Config(),
+            task_of=classify.task_of,
+            check=classify.check,
+            with_defaults=classify_options.with_defaults,
+            quick={"epochs": 1.0, "seeds": (0, 1)},
+            quick_full=(1.0, 3.0, 9.0),
+        ),
+    ),
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line. Bad input exits with code 2, a signal with the signal's code."""
+    given = list(sys.argv[1:] if args is None else args)
+    session = Session()
+    with session.running():
+        script, config, names = parse(given)
+        command = shlex.join(["python", "-m", "train.compare", *given])
+        compare(script, config, names, session, command)
+
+
+def parse(args: Sequence[str]) -> tuple[Script, Any, frozenset[str]]:
+    """Parses a command line.
+
+    Returns:
+      The script; the options, with those of a first look; and the names of those that were given.
+
+    Raises:
+      UserError: options make no sense.
+    """
+    if not args or args[0] not in SCRIPTS:
+        if {"-h", "--help"} & {*args}:
+            print(f"{__doc__}\nusage: {_PROG} {{{','.join(SCRIPTS)}}} [options]")
+            sys.exit(0)
+        found = f"not {args[0]!r}" if args else "and nothing was given"
+        raise UserError(f"the script to compare runs of is needed first: sft or classify, {found}")
+    plain, script = SCRIPTS[args[0]]
+    config, on_line, in_file = read_line(plain, args[1:], f"{_PROG} {args[0]}")
+    given = {*on_line, *in_file}
+    check(config.compare, config, given)
+    options = script.options_of(config)
+    check_effects(options, on_line, in_file)
+    if config.compare.quick:
+        length = {"steps", "epochs"}  # either says how long to train
+        kept = given | length if given & length else given
+        config = replaced(config, {k: v for k, v in script.quick.items() if k not in kept})
+    wrong = [method for method in config.compare.methods if method in OF_CLASSIFIER]
+    if wrong and script.kind != "classify":
+        raise UserError(
+            f"{flag('methods', wrong[0])} is a way to train a classifier: compare classify"
+        )
+    if "outside" in given and script.kind != "sft":
+        raise UserError(
+            "--outside: a classifier has no loss on text, so that nothing tells what it forgets"
+        )
+    if config.compare.peft_experiments and script.kind != "sft":
+        raise UserError("--peft-experiments: PEFT's experiments train language models: compare sft")
+    if config.compare.topology is not None and script.kind != "sft":
+        raise UserError("--topology: train.plan plans language models, not classifiers")
+    return script, config, frozenset(given)
+
+
+def compare(
+    script: Script,
+    config: Any,
+    given: frozenset[str],
+    session: Session,
+    command: str,
+    prog: str = "train.compare",
+) -> result.Comparison:
+    """Compares methods on a task; writes the report.
+
+    Args:
+      script: the training script.
+      config: its options and those of the comparison, checked.
+      given: the names of the options that were given.
+      session: tells of signals.
+      command: the command line, for the report.
+      prog: the module that was called, for the hint how to go on.
+
+    Returns:
+      What was measured.
+
+    Raises:
+      TrainingError: something that was asked for cannot be done.
+      Interrupted: after a signal, once what is on its way is saved.
+    """
+    began = time.monotonic()
+    console = hosts.console()
+    folder = _locked(config, session, console)
+    asked, options = config.compare, script.options_of(config)
+    text = outside.read_text(asked.outside) if script.kind == "sft" else None
+    reader = Reader()
+    trials, inputs = trials_of(script, options, asked, given, folder, reader)
+    outline = inputs.read.outline
+    rows = None
+    if text is not None:
+        rows = outside.rows_of(text[0], outline.tokenizer, text[1])
+    _begin(folder, config, script)
+    done = record.read(folder, datetime.now().astimezone().isoformat(timespec="seconds"))
+    console.print(
+        f"{len(trials)} runs of {len({trial.arm for trial in trials})} settings; what they come to "
+        f"will be in {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    session.stop.remedy = resume_hint(prog)
+    part = Part(reader=reader, hint=session.stop.remedy)
+    counting = functools.partial(_intruders, inputs, {}) if asked.intruders else None
+    sweep = Sweep(
+        script=script.name,
+        folder=folder,
+        trials=trials,
+        record=done,
+        part=part,
+        at_once=asked.at_once,
+        early=asked.early_stopping,
+        keep_weights=asked.keep_weights,
+        outside=None if rows is None else functools.partial(outside.loss_on, rows),
+        intruders=counting,
+        session=session,
+        console=console,
+    )
+    sweep.run()
+    about = measure.About(
+        command=command,
+        script=script.name,
+        loss=trials[0].task.loss(trials[0].config, inputs.layout).label,
+        outside=None if text is None else text[1],
+        rows=rows,
+    )
+    found = measure.measured(asked, sweep, inputs, about, console)
+    result.write(found, folder)
+    said = report.write_report(found, folder)
+    if asked.peft_json:
+        peft_json.write(found, folder / peft_json.FOLDER)
+    sizes = [
+        dimension.sentence(one, found.facts.score or "score") for one in dimension.dimensions(found)
+    ]
+    further = [said.command] if said.command else []
+    for line in (
+        f"verdict: {said.verdict}. {said.headline}",
+        *(*said.reasons, *said.undecided, *further, *sizes),
+    ):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(
+        f"this call took {duration(time.monotonic() - began)}, and all runs so far "
+        f"{duration(sum(one.seconds for one in done.runs.values()))}; the report is "
+        f"{folder / report.HTML}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return found
+
+
+def _intruders(inputs: Inputs, known: dict[Any, Any], run: Run, tree: Any) -> float:
+    """Returns the intruder dimensions of a run's tree; keeps what it finds out of the base."""
+    outline, layout = inputs.read.outline, inputs.layout
+    adapter = run.config.adapter
+    if moves_weights(adapter):  # the tree holds no base, or one that a subspace moves
+        before = weights_of(run.config, outline, layout)[1]
+    else:
+        before = lj.strip(tree)
+    after = merged(space_of(run.config, outline.params), tree)
+    return mean_intruders(before, after, outline.kinds, known)
+
+
+def _locked(config: Any, session: Session, console: Console) -> Path:
+    """Returns the output folder, checked, and with its lock.
+
+    Raises:
+      UserError: it holds another comparison, or cannot be written.
+      TrainingError: another comparison writes to it.
+    """
+    folder = Path(config.run.output).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        session.release.enter_context(FolderLock(folder, notice=lambda line: console.print(line)))
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written: {error.strerror or error}. Name another with --output"
+        ) from error
+    holds = any((folder / name).exists() for name in _OURS)
+    if config.run.resume:
+        if not (folder / CONFIG).exists():
+            raise UserError(f"--resume: there is no comparison in {folder}: start without --resume")
+        check_same_run(config, from_file(folder / CONFIG, config), folder)
+    elif holds and not config.run.overwrite:
+        raise UserError(
+            f"{folder} holds another comparison or a run: go on with --resume, delete it with "
+            "--overwrite, or name another folder with --output"
+        )
+    return folder
+
+
+def _begin(folder: Path, config: Any, script: Script) -> None:
+    """Writes the options; without --resume, deletes what an earlier comparison left."""
+    if not config.run.resume:
+        clear(folder, _OURS)
+    write_text(folder / CONFIG, as_file(config, f"train.compare {script.kind}"))
+
+
+if __name__ == "__main__":
+    main()

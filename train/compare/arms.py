@@ -1,0 +1,145 @@
+"""The arms of a comparison: all combinations of its settings, as options of a run each."""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from train.compare.options import OF_SUBSPACE, TINY, CompareConfig, has_adapter
+from train.compare.result import Arm
+from train.options.classify import rate_of_dimension
+
+# What a method sets. Variants are LoRA but for one thing.
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"scaling": "alpha/sqrt(rank)"},
+    "dora": {"dora": True},
+    "pissa": {"init": "pissa"},
+    "olora": {"init": "olora"},
+    "lora-fa": {"freeze_a": True},
+    "lora-plus": {"lora_plus": 16.0},
+    "lora-xs": {"xs": True},
+    "vera": {"vera": True},
+    "full": {"full": True},
+    "head-only": {"head_only": True},
+    "said": {"intrinsic_kind": "said"},
+    "did": {"intrinsic_kind": "did"},
+}
+_RANKS = (4, 16, 64)
+_RANKS_OF = {"vera": (64, 256)}  # its numbers hardly grow with the rank
+_QUICK_RANKS = (8,)
+# Around the script's learning rate. Neighbours are a factor of three apart, about the distance at
+# which a loss curve begins to differ.
+_AROUND = (1 / 3, 1.0, 3.0)
+_AROUND_FULL = (1 / 3, 1.0, 3.0, 9.0)  # the scripts' rates are careful ones, for long runs
+_DIMENSIONS = (100, 1000, 10_000)
+
+
+class Basis(NamedTuple):
+    """The settings that a script would choose by itself.
+
+    Attributes:
+      alpha: a multiple of the rank.
+      rates: the learning rate of an adapter ("lora"), and of each method that has another; of a
+        subspace the one at 10,000 dimensions.
+      batch_size: rows a step.
+      quick_full: the multiples of full fine-tuning's rate to try in a first look.
+    """
+
+    alpha: float
+    rates: dict[str, float]
+    batch_size: int
+    quick_full: tuple[float, ...]
+
+
+def arms_of(compare: CompareConfig, basis: Basis) -> list[Arm]:
+    """Returns all arms, method by method.
+
+    Args:
+      compare: the settings.
+      basis: those of the script, where none are given.
+    """
+    sets = [tuple(text.split(",")) for text in compare.target_sets]
+    batch_sizes = compare.batch_sizes or (basis.batch_size,)
+    arms: list[Arm] = []
+    for method in compare.methods:
+        if has_adapter(method):
+            is_tiny = method in TINY
+            times = basis.rates[method] / basis.rates["lora"] if is_tiny else 1.0
+            rates = _times(times, compare.lrs) or _around(times * basis.rates["lora"])
+            ranks = compare.ranks or _ranks(method, compare.quick)
+            for rank, targets, size, rate in itertools.product(ranks, sets, batch_sizes, rates):
+                alphas = compare.alphas or ((1.0 if is_tiny else basis.alpha) * rank,)
+                arms += [Arm(method, rank, targets, alpha, rate, size) for alpha in alphas]
+            continue
+        if method in OF_SUBSPACE:
+            arms += _of_subspace(method, compare, basis, batch_sizes)
+            continue
+        given = compare.full_lrs if method == "full" else compare.lrs
+        factors = basis.quick_full if compare.quick else _AROUND_FULL
+        rates = given or _around(basis.rates[method], factors)
+        arms += [
+            Arm(method, None, None, None, rate, size)
+            for size, rate in itertools.product(batch_sizes, rates)
+        ]
+    return arms
+
+
+def _of_subspace(
+    method: str, compare: CompareConfig, basis: Basis, batch_sizes: Sequence[int]
+) -> Iterator[Arm]:
+    rates = compare.subspace_lrs or _around(basis.rates[method])
+    for dimension, size, given in itertools.product(
+        compare.dimensions or _DIMENSIONS, batch_sizes, rates
+    ):
+        rate = float(f"{rate_of_dimension(dimension, given):.3g}")
+        yield Arm(method, None, None, None, rate, size, dimension)
+
+
+def settings(arm: Arm, seed: int) -> dict[str, Any]:
+    """Returns the options of a run, by the names of their fields."""
+    given = {**METHODS[arm.method], "lr": arm.learning_rate, "batch_size": arm.batch_size}
+    if has_adapter(arm.method):
+        given |= {"rank": arm.rank, "targets": arm.targets, "alpha": arm.alpha}
+    if arm.dimension is not None:
+        given["intrinsic"] = arm.dimension
+    return {**given, "seed": seed}
+
+
+def name_of(arm: Arm, seed: int) -> str:
+    """Returns the name of a run's folder, which tells all settings."""
+    return "-".join(_parts(arm, seed))
+
+
+def _parts(arm: Arm, seed: int) -> Iterator[str]:
+    yield arm.method
+    if arm.rank is not None:
+        yield f"r{arm.rank}"
+        yield f"a{arm.alpha:g}"
+        yield _word("+".join(arm.targets or ()))
+    if arm.dimension is not None:
+        yield f"d{arm.dimension}"
+    yield f"lr{arm.learning_rate:.3g}"
+    yield f"b{arm.batch_size}"
+    yield f"s{seed}"
+
+
+def _word(targets: str) -> str:
+    """Returns targets as a part of a folder's name; a regular expression as a short hash."""
+    if re.fullmatch(r"[\w+.-]{1,40}", targets):
+        return targets.replace("-", "_")
+    return "targets" + hashlib.sha256(targets.encode()).hexdigest()[:8]
+
+
+def _ranks(method: str, quick: bool) -> tuple[int, ...]:
+    ranks = _RANKS_OF.get(method, _RANKS)
+    return (_QUICK_RANKS if method not in _RANKS_OF else ranks[-1:]) if quick else ranks
+
+
+def _around(rate: float, factors: Sequence[float] = _AROUND) -> tuple[float, ...]:
+    return _times(rate, factors)
+
+
+def _times(rate: float, factors: Sequence[float]) -> tuple[float, ...]:
+    return tuple(float(f"{factor * rate:.2g}") for factor in factors)

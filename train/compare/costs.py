@@ -1,0 +1,219 @@
+"""Costs of the best arms: a step's memory and time, an answer's time, and a machine's price.
+
+A step is timed by the script itself, in a process of its own: what other runs left in memory does
+not count, and neither does what trains beside them.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lora_jax as lj
+from lora_jax import models
+from train.compare.result import Arm, Latency, Planned
+from train.compare.trials import Trial
+from train.console.errors import UserError, flag
+from train.finetune import finetune
+from train.options.file import replaced
+from train.options.written import as_file
+from train.processes.session import Session
+from train.reporters.files import read_json
+from train.run.output import REPORT
+
+STEPS = 6  # of a timed run
+_ROWS, _PROMPT, _TOKENS, _LENGTH = 8, 64, 16, 128
+_ROUNDS = 2
+_ROOT = Path(__file__).parents[2]  # of the scripts
+
+
+class Cost(NamedTuple):
+    """A step of a run alone.
+
+    Attributes:
+      step_seconds: the median.
+      compiled_bytes: arguments and temporaries of the compiled step; None if not reported.
+      peak_bytes: of the process.
+    """
+
+    step_seconds: float
+    compiled_bytes: int | None
+    peak_bytes: int
+
+
+def step_cost(script: str, trial: Trial, folder: Path, session: Session) -> Cost:
+    """Trains a few steps of a run in a process of its own.
+
+    An accelerator belongs to this process: there, the run is trained in it.
+
+    Args:
+      script: "train.sft".
+      trial: the run.
+      folder: for the run's files, and what it printed.
+      session: tells of signals.
+
+    Raises:
+      UserError: the process failed.
+    """
+    output = folder / trial.name
+    changes = {"steps": STEPS, "epochs": None, "output": str(output), "report_to": ("none",)}
+    changes |= {"save_every": STEPS, "score_every": 0, "eval_every": 0, "eval_questions": 0}
+    config = replaced(trial.config, changes)
+    folder.mkdir(parents=True, exist_ok=True)
+    if jax.default_backend() == "cpu":
+        options = folder / f"{trial.name}.yaml"
+        options.write_text(as_file(config, script), encoding="utf-8")
+        command = [sys.executable, "-m", script, "--config", str(options), "--output", str(output)]
+        _output_of([*command, "--overwrite"])
+    else:
+        with session.part():
+            finetune(script, replaced(config, {"overwrite": True}), trial.task, session)
+    report = read_json(output / REPORT)
+    memory = report["compiled_bytes"]
+    return Cost(
+        report["median_step_seconds"],
+        memory["arguments"] + memory["temporaries"] if memory else None,
+        report["peak_bytes"],
+    )
+
+
+def planned(
+    trial: Trial, topology: str, price: float | None, tokens_a_row: int
+) -> tuple[Planned, str]:
+    """Plans a run for a machine that is not there; see `train.plan`.
+
+    Args:
+      trial: the run.
+      topology: the machine.
+      price: of a chip-hour.
+      tokens_a_row: the length of a sequence.
+
+    Returns:
+      The plan, and the machine in words.
+
+    Raises:
+      UserError: there is no such machine, or it does not hold the run's arrays.
+    """
+    optim, adapter, data = trial.config.optim, trial.config.adapter, trial.config.data
+    rows = optim.batch_size * optim.grad_accum * trial.steps
+    command = [
+        *(sys.executable, "-m", "train.plan", "--model", data.model, "--topology", topology),
+        *("--batch-size", optim.batch_size, "--grad-accum", optim.grad_accum),
+        *("--seq-len", tokens_a_row, "--tokens", rows * tokens_a_row, "--dtype", optim.dtype),
+        *("--remat", optim.remat, "--optimizer", optim.optimizer, "--alone", "--json"),
+    ]
+    if adapter.full:
+        command.append("--full")
+    else:
+        command += ["--rank", adapter.rank, "--targets", *adapter.targets]
+        kinds = ("dora", "freeze_a", "xs", "vera")
+        command += [flag(name) for name in kinds if getattr(adapter, name)]
+    if price is not None:
+        command += ["--price", price]
+    made = json.loads(_output_of([str(word) for word in command]))
+    if not made["fits"]:
+        raise UserError(f"{topology} does not hold {trial.name}: {made['refused']}")
+    plan = Planned(
+        trial.arm,
+        made["per_chip_bytes"]["total"],
+        made["step_seconds"],
+        made["chip_hours"],
+        made["cost"],
+    )
+    words = f"{topology} ({made['chips']} chips), at {made['utilisation']:.0%} of its peak"
+    return plan, words if price is None else f"{words}, {price:g} a chip-hour"
+
+
+def answer_latency(
+    arm: Arm, model: Any, plain: Any, adapted: Any, *, vocabulary: int, decodes: bool
+) -> Latency:
+    """Times an answer of the base, of the merged adapter, and of the adapter beside the base.
+
+    Args:
+      arm: the adapter's.
+      model: the model.
+      plain: its parameters without an adapter.
+      adapted: those with it.
+      vocabulary: the number of tokens.
+      decodes: whether the model answers token by token; else it reads texts.
+    """
+    rng = np.random.default_rng(0)
+    length = _PROMPT if decodes else _LENGTH
+    ids = rng.integers(1, min(vocabulary, 1000), (_ROWS, length), dtype=np.int32)
+    live: Any = lj.adapt(model.apply)
+    ways: dict[str, tuple[Any, Any]] = {
+        "base": (model.apply, plain),
+        "merged": (model.apply, lj.merge(adapted)),
+        "live": (live, adapted),
+    }
+    timed: dict[str, Callable[[], list[float]]] = {}
+    for name, (apply, params) in ways.items():
+        timed[name] = (
+            _decoding(model, params, ids, apply) if decodes else _reading(params, ids, apply)
+        )
+        timed[name]()  # compiles
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(_ROUNDS):
+        for name, run in timed.items():
+            seconds[name] += run()
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    what = f"a decoding step of {_ROWS} rows" if decodes else f"{_ROWS} texts of {length} tokens"
+    return Latency(arm, medians["base"], medians["merged"], medians["live"], what)
+
+
+def _decoding(model: Any, params: Any, ids: np.ndarray, apply: Any) -> Callable[[], list[float]]:
+    def run() -> list[float]:
+        tokens: Iterator[Any] = models.stream(
+            model, params, ids, max_new_tokens=_TOKENS, eos_token_id=None, apply=apply
+        )
+        next(tokens)
+        return list(_gaps(tokens))
+
+    return run
+
+
+def _gaps(tokens: Iterator[Any]) -> Iterator[float]:
+    began = time.perf_counter()
+    for _ in tokens:
+        now = time.perf_counter()
+        yield now - began
+        began = now
+
+
+def _reading(params: Any, ids: np.ndarray, apply: Any) -> Callable[[], list[float]]:
+    forward = jax.jit(lambda params, ids: apply({"params": params}, ids))
+
+    def run() -> list[float]:
+        found = []
+        for _ in range(5):
+            began = time.perf_counter()
+            jax.block_until_ready(forward(params, jnp.asarray(ids)))
+            found.append(time.perf_counter() - began)
+        return found
+
+    return run
+
+
+def _output_of(command: Sequence[str]) -> str:
+    """Runs a command; returns what it printed.
+
+    Raises:
+      UserError: it failed; holds the end of what it said.
+    """
+    path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    if done.returncode:
+        said = " ".join(done.stderr.split())[-500:]
+        raise UserError(f"{' '.join(command[1:])} ended with code {done.returncode}: {said}")
+    return done.stdout

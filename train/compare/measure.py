@@ -1,0 +1,237 @@
+"""Gathers what a comparison measured: from the folders of its runs, and of the best arms anew."""
+
+import dataclasses
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+
+import lora_jax as lj
+from lora_jax.training.errors import TrainingError
+from lora_jax.training.losses import HELD_OUT
+from train.compare import costs, outside
+from train.compare.options import CompareConfig, has_adapter
+from train.compare.reporting import tables
+from train.compare.result import Comparison, Facts, Forgetting, Latency, Measured, Planned, Point
+from train.compare.rungs import RULE
+from train.compare.sweep import Sweep
+from train.compare.trials import Trial
+from train.console.errors import UserError, flag
+from train.finetune import weights_of
+from train.inputs import Inputs
+from train.reporters.files import read_json
+from train.run.log import doing, read_metrics
+from train.run.output import ADAPTER, SCORES
+from train.run.report import tree_bytes, versions
+
+COSTS = "costs"
+
+
+class About(NamedTuple):
+    """The subject of the measurements.
+
+    Attributes:
+      command: the command line.
+      script: "train.sft".
+      loss: the name of the loss, with its unit.
+      outside: the text outside the task, in words; None for none.
+      rows: its tokens, int32 [rows, length].
+    """
+
+    command: str
+    script: str
+    loss: str
+    outside: str | None
+    rows: np.ndarray | None
+
+
+def measured(
+    asked: CompareConfig, sweep: Sweep, inputs: Inputs, about: About, console: Console
+) -> Comparison:
+    """Returns all measurements; takes those that are left for the end.
+
+    Args:
+      asked: what is compared.
+      sweep: the runs, each trained as far as it goes.
+      inputs: of one of the runs.
+      about: what the measurements are of.
+      console: to print to.
+    """
+    outline, config = inputs.read.outline, _config(sweep)
+    with doing(console, f"reading the weights of {outline.name}"):
+        model, plain = weights_of(config, outline, inputs.layout)
+    forward = model.apply if config.optim.quantize == "none" else lj.adapt(model.apply)
+    before = None
+    if about.rows is not None:
+        with doing(console, "measuring the base on text outside the task"):
+            before = outside.loss_on(about.rows, plain, forward)
+    runs = tuple(_of_run(trial, sweep, before) for trial in sweep.trials)
+    found = Comparison(
+        facts=Facts(
+            command=about.command,
+            script=about.script,
+            model=outline.name,
+            dataset=_dataset(config),
+            steps=max(trial.steps for trial in sweep.trials),
+            loss=about.loss,
+            score=sweep.trials[0].task.score,
+            base_bytes=tree_bytes(plain),
+            machine=_machine(),
+            date=sweep.record.date,
+            versions=versions(),
+            outside=about.outside,
+            rule=RULE if sweep.early else None,
+            baselines=_baselines(sweep),
+        ),
+        runs=runs,
+        rungs=sweep.record.rungs,
+    )
+    best = _best(found, sweep.trials)
+    latencies: list[Latency] = []
+    for trial in best:
+        if asked.costs and has_adapter(trial.arm.method):
+            with doing(console, f"timing an answer with {trial.name}"):
+                vocabulary = outline.config.vocab_size
+                latencies.append(_latency(trial, model, plain, vocabulary, about.script))
+    del plain, model
+    if asked.costs:
+        found = dataclasses.replace(
+            found, runs=_with_costs(found.runs, best, sweep, console), latencies=tuple(latencies)
+        )
+    if asked.topology is not None:
+        found = _planned(found, asked, best, inputs, console)
+    return found
+
+
+def _config(sweep: Sweep) -> Any:
+    """Returns the options of a run over the base as it is: an adapter's, if there is one."""
+    trials = sorted(sweep.trials, key=lambda trial: not has_adapter(trial.arm.method))
+    return trials[0].config
+
+
+def _baselines(sweep: Sweep) -> dict[str, float]:
+    """Returns the scores that need no training, of the first run that has them."""
+    for trial in sweep.trials:
+        if scores := read_json(trial.folder / SCORES):
+            return trial.task.baselines(scores)
+    return {}
+
+
+def _dataset(config: Any) -> str:
+    given = config.data.dataset
+    return given if isinstance(given, str) else " ".join(given)
+
+
+def _machine() -> str:
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    if devices[0].platform != "cpu":
+        return f"{len(devices)} × {kind}"
+    cores = _cores()
+    plural = "" if cores == 1 else "s"
+    return f"{platform.machine()} CPU, {cores} core{plural} ({platform.system()})"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _of_run(trial: Trial, sweep: Sweep, before: float | None) -> Measured:
+    """Returns what was measured of a run."""
+    done = sweep.record.of(trial.name)
+    lines = read_metrics(trial.folder)
+
+    def points(name: str) -> tuple[Point, ...]:
+        return tuple(Point(line["step"], line[name]) for line in lines if name in line)
+
+    held_out = points(f"{HELD_OUT}loss")
+    if done.error is not None:
+        status: Any = "failed"
+    elif done.finished:
+        status = "done"
+    else:
+        status = "stopped early" if sweep.is_over(trial) else "waiting"
+    forgetting = None
+    if before is not None and done.outside is not None:
+        forgetting = Forgetting(before, done.outside)
+    return Measured(
+        name=trial.name,
+        arm=trial.arm,
+        seed=trial.seed,
+        status=status,
+        error=done.error,
+        steps=lines[-1]["step"] if lines else 0,
+        losses=points("loss"),
+        held_out=held_out,
+        held_out_loss=held_out[-1].value if held_out else None,
+        score=done.score,
+        trained_parameters=trial.trained_parameters,
+        saved_bytes=done.saved_bytes,
+        side_by_side=done.side_by_side,
+        seconds=done.seconds or None,
+        forgetting=forgetting,
+        intruders=done.intruders,
+    )
+
+
+def _best(found: Comparison, trials: Sequence[Trial]) -> list[Trial]:
+    """Returns the best run of the best arm of each method."""
+    by_name = {trial.name: trial for trial in trials}
+    measure, chosen = tables.measure_of(found), []
+    for row in tables.best_of_each(tables.rows(found), lambda arm: arm.method, measure):
+        values = {run.name: value for run in row.runs if (value := measure.of(run)) is not None}
+        best = (max if measure.larger else min)(values, key=values.__getitem__)
+        chosen.append(by_name[best])
+    return chosen
+
+
+def _latency(trial: Trial, model: Any, plain: Any, vocabulary: int, script: str) -> Latency:
+    adapted = lj.load_adapter(trial.folder / ADAPTER, plain)
+    decodes = script == "train.sft"
+    return costs.answer_latency(
+        trial.arm, model, plain, adapted, vocabulary=vocabulary, decodes=decodes
+    )
+
+
+def _with_costs(
+    runs: tuple[Measured, ...], best: list[Trial], sweep: Sweep, console: Console
+) -> tuple[Measured, ...]:
+    """Returns the runs, those of the best arms with the memory and time of a step."""
+    folder = sweep.folder / COSTS
+    for trial in best:
+        try:
+            with doing(console, f"timing {costs.STEPS} steps of {trial.name} alone"):
+                cost = costs.step_cost(sweep.script, trial, folder, sweep.session)
+        except TrainingError as error:
+            said = f"warning: {error.said(flag)}"
+            console.print(said, highlight=False, soft_wrap=True, markup=False)
+            continue
+        runs = tuple(
+            dataclasses.replace(run, **cost._asdict()) if run.arm == trial.arm else run
+            for run in runs
+        )
+    return runs
+
+
+def _planned(
+    found: Comparison, asked: CompareConfig, best: list[Trial], inputs: Inputs, console: Console
+) -> Comparison:
+    """Returns the comparison with plans of the best arms for another machine."""
+    assert asked.topology is not None
+    plans: list[Planned] = []
+    words = asked.topology
+    length = inputs.read.data.facts["sequence_length"]
+    for trial in best:
+        try:
+            with doing(console, f"planning {trial.name} for {asked.topology}"):
+                plan, words = costs.planned(trial, asked.topology, asked.price, length)
+        except UserError as error:
+            console.print(f"warning: {error}", highlight=False, soft_wrap=True, markup=False)
+            continue
+        plans.append(plan)
+    facts = dataclasses.replace(found.facts, planned_on=words)
+    return dataclasses.replace(found, facts=facts, planned=tuple(plans))

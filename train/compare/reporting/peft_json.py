@@ -1,0 +1,184 @@
+"""Runs as the result files of PEFT's method_comparison, so that figures lie beside its table.
+
+The format is that of `method_comparison/MetaMathQA/results` in PEFT's repository. A field that was
+not measured here is null, such as the number of tokens; PEFT's own `processing.py`, which makes a
+table of whole numbers, wants such fields filled in.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from lora_jax.training.processes import write_json
+from train.compare.result import Arm, Comparison, Measured
+
+FOLDER = "peft"
+
+_STATUS = {"done": "success", "failed": "failed", "stopped early": "canceled"}
+_IN_PEFT: dict[str, dict[str, Any]] = {  # what a method sets in a LoraConfig
+    "lora": {},
+    "lora-fa": {},
+    "lora-plus": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+}
+_OPTIMIZERS = {"lora-fa": "lora-fa", "lora-plus": "lora+"}
+_PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
+_UNKNOWN_CONFIG = (
+    *("dtype", "max_seq_length", "batch_size_eval", "compile", "use_gc", "query_template"),
+    *("grad_norm_clip", "lr_scheduler", "use_amp", "autocast_adapter_dtype"),
+    *("generation_kwargs", "attn_implementation", "init_kv_cache_prefix"),
+)
+_UNKNOWN_METRICS = (
+    *("valid accuracy", "train time", "eval time", "tokens / sec"),
+    *("mem allocated avg", "mem reserved avg", "elapsed time"),
+)
+
+
+def write(comparison: Comparison, folder: Path) -> list[Path]:
+    """Writes each run that began as a result of PEFT's.
+
+    The task's score is its "test accuracy", the memory of the compiled step its maximum, and the
+    median time of a step its training time a step. Methods that no LoraConfig says are left out:
+    a head alone, tiny adapters, random subspaces.
+
+    Args:
+      comparison: the measurements.
+      folder: made where it is missing.
+
+    Returns:
+      The files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = (run.trained_parameters for run in comparison.runs if run.arm.method == "full")
+    total = next((count for count in whole if count is not None), None)
+    files = []
+    for run in comparison.runs:
+        if run.status == "waiting" or run.arm.method not in (*_IN_PEFT, "full"):
+            continue
+        content = _result(comparison, run, total)
+        name = content["run_info"]["experiment_name"].replace("/", "--")
+        files.append(folder / f"{name}.json")
+        write_json(files[-1], content)
+    return files
+
+
+def _result(comparison: Comparison, run: Measured, total: int | None) -> dict[str, Any]:
+    facts, arm = comparison.facts, run.arm
+    last = _metrics(run, run.steps)
+    last |= {"test accuracy": _number(run.score), "train total tokens": None}
+    last["forgetting"] = run.forgetting and _number(run.forgetting.after - run.forgetting.before)
+    on_the_way = [
+        _metrics(run, point.step) | dict.fromkeys(_UNKNOWN_METRICS) for point in run.held_out
+    ]
+    added = 0 if arm.method == "full" else run.trained_parameters
+    versions = {name.lower(): version for name, version in facts.versions.items()}
+    packages = {f"{name}-version": versions.get(name) for name in (*_PACKAGES, *versions)}
+    method = "full-finetuning" if arm.method == "full" else "lora"
+    steps = [point.step for point in run.held_out]
+    return {
+        "run_info": {
+            "created_at": facts.date,
+            "total_time": run.seconds,
+            "experiment_name": f"{method}/{run.name}",
+            "peft_branch": None,
+            "train_config": {
+                "model_id": facts.model,
+                "batch_size": arm.batch_size,
+                "max_steps": facts.steps,
+                "eval_steps": steps[0] if steps else None,
+                "seed": run.seed,
+                "optimizer_type": _OPTIMIZERS.get(arm.method),
+                "optimizer_kwargs": {"lr": arm.learning_rate},
+                **dict.fromkeys(_UNKNOWN_CONFIG),
+            },
+            "peft_config": None if arm.method == "full" else _peft_config(arm, facts.model),
+            "error_msg": run.error or "",
+        },
+        "train_info": {
+            "accelerator_memory_reserved_avg": None,
+            "accelerator_memory_max": run.compiled_bytes,
+            "accelerator_memory_reserved_99th": None,
+            "train_time": run.step_seconds and run.step_seconds * run.steps,
+            "file_size": run.saved_bytes,
+            "num_trainable_params": run.trained_parameters,
+            "num_total_params": None if total is None or added is None else total + added,
+            "status": _STATUS[run.status],
+            "metrics": [*on_the_way, last],
+        },
+        "meta_info": {
+            "model_info": {"sha": None, "created_at": None},
+            "dataset_info": {facts.dataset: {"sha": None, "created_at": None}},
+            "package_info": packages | {f"{name}-commit-hash": None for name in _PACKAGES},
+            "system_info": {
+                **dict.fromkeys(("system", "release", "version", "machine", "processor")),
+                "accelerator": facts.machine,
+            },
+            "pytorch_info": None,
+        },
+    }
+
+
+def _metrics(run: Measured, step: int) -> dict[str, Any]:
+    """Returns what both kinds of metrics have: the loss in training up to a step, and its rows."""
+    until = [point.value for point in run.losses if point.step <= step]
+    return {
+        "step": step,
+        "train loss": _number(until[-1]) if until else None,
+        "train samples": step * run.arm.batch_size,
+    }
+
+
+def _number(value: float | None) -> float | None:
+    """Returns a number that JSON has, or None."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _peft_config(arm: Arm, model: str) -> dict[str, Any]:
+    """Returns the fields of PEFT's LoraConfig."""
+    targets: Any = list(arm.targets or ())
+    return {
+        "task_type": None,
+        "peft_type": "LORA",
+        "auto_mapping": None,
+        "peft_version": None,
+        "base_model_name_or_path": model,
+        "revision": None,
+        "inference_mode": False,
+        "r": arm.rank,
+        "target_modules": "all-linear" if targets == ["all-linear"] else targets,
+        "exclude_modules": None,
+        "lora_alpha": arm.alpha,
+        "lora_dropout": None,
+        "fan_in_fan_out": False,
+        "bias": None,
+        "use_rslora": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "trainable_token_indices": None,
+        "loftq_config": {},
+        "eva_config": None,
+        "corda_config": None,
+        "lora_ga_config": None,
+        "use_dora": False,
+        "velora_config": None,
+        "alora_invocation_tokens": None,
+        "use_qalora": False,
+        "qalora_group_size": 16,
+        "monteclora_config": None,
+        "layer_replication": None,
+        "lora_bias": False,
+        "target_parameters": None,
+        "use_bdlora": None,
+        "arrow_config": None,
+        "ensure_weight_tying": False,
+        **_IN_PEFT[arm.method],
+    }

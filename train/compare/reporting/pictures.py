@@ -1,0 +1,397 @@
+"""Pictures of a comparison: PNGs that are legible at the width of a phone."""
+
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from train.compare.reporting import dimension, tables, words
+from train.compare.reporting.tables import Row
+from train.compare.result import Arm, Comparison, Point
+
+# Okabe and Ito's colours, which people with any kind of colour vision tell apart.
+FULL, ADAPTERS = "#D55E00", ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#000000", "#E69F00")
+MARKERS, DASHES = "osv^DPX*", ("-", "--", "-.", ":")
+WIDTH = 4.6  # inches: at a phone's width, a point of type is about a pixel
+_MOST_LINES = 7  # in one picture of curves; more cannot be told apart
+STYLE: Any = {
+    "font.size": 11.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.dpi": 200,
+}
+
+
+class Picture(NamedTuple):
+    """A PNG.
+
+    Attributes:
+      file: its name.
+      title: what it shows.
+      said: how to read it.
+    """
+
+    file: str
+    title: str
+    said: str
+
+
+class _Drawing:
+    """Shares, among all pictures of one comparison, its rows, and a style for each of them."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        self.measure = tables.measure_of(comparison)
+        self.rows = tables.rows(comparison)
+        self.series = tables.series(self.rows, self.measure)
+        self.arms = [row.arm for row in self.rows]
+        shown = tables.with_stopped(self.rows, self.measure)
+        # Other alphas and batch sizes stand in one picture alone: they come last.
+        kinds = dict.fromkeys(row.arm.at_any_rate() for row in (*shown, *self.rows))
+        methods = dict.fromkeys(kind.method for kind in kinds if kind.method != "full")
+        self._colours = {m: ADAPTERS[i % len(ADAPTERS)] for i, m in enumerate(methods)}
+        self._colours["full"] = FULL
+        self._styles: dict[Arm, tuple[str, str]] = {}
+        for kind in kinds:
+            i = sum(other.method == kind.method for other in self._styles)
+            marker = "s" if kind.method == "full" else MARKERS[i % 8]
+            self._styles[kind] = marker, DASHES[(i + i // 8) % 4]
+
+    def colour(self, method: str) -> str:
+        """Returns a method's colour, the same in all pictures."""
+        return self._colours[method]
+
+    def style(self, row: Row) -> dict[str, Any]:
+        """Returns colour, marker and dashes of a row: alike where the rate alone differs."""
+        marker, dashes = self._styles[row.arm.at_any_rate()]
+        return {"color": self.colour(row.arm.method), "marker": marker, "linestyle": dashes}
+
+    def name(self, row: Row) -> str:
+        """Returns the name of a row's method, size and targets."""
+        return "\n".join(textwrap.wrap(_plain(words.adapter(row.arm, self.arms)), 26))
+
+
+def draw(comparison: Comparison, folder: Path) -> tuple[Picture, ...]:
+    """Draws the pictures whose data was measured.
+
+    Args:
+      comparison: the measurements.
+      folder: where the PNGs go.
+
+    Returns:
+      The pictures drawn.
+    """
+    drawing = _Drawing(comparison)
+    if not drawing.series:
+        return ()
+    found = []
+    with rc_context(STYLE):
+        for file, drawer in _PICTURES.items():
+            figure = Figure(
+                figsize=(WIDTH, 3.9), layout="constrained"
+            )  # no pyplot: no global state
+            if said := drawer(drawing, figure):
+                figure.savefig(folder / file)
+                found.append(Picture(file, *said))
+    return tuple(found)
+
+
+Drawer = Callable[[_Drawing, Figure], tuple[str, str] | None]
+
+
+def _curves(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
+    """Draws the held-out loss, else that in training, against the step; a band over seeds."""
+    chosen = _few(tables.with_stopped(drawing.rows, drawing.measure))
+    held_out = any(len(run.held_out) > 1 for row in chosen for run in row.runs)
+    axes, lines = figure.subplots(), 0
+    for row in chosen:
+        ended = [run for run in row.runs if run.status == "done"] or row.runs
+        curves = [run.held_out if held_out else run.losses for run in ended]
+        steps, low, mean, high = _over_seeds(curves)
+        if len(steps) < 2:
+            continue
+        style = drawing.style(row)
+        marks: dict[str, Any] = {"markersize": 4, "markevery": max(1, len(steps) // 8)}
+        axes.plot(steps, mean, label=drawing.name(row), linewidth=1.6, **style, **marks)
+        axes.fill_between(steps, low, high, color=style["color"], alpha=0.18, linewidth=0)
+        lines += 1
+    if not lines:
+        return None
+    where = "held-out" if held_out else "training"
+    axes.set(xlabel="step", ylabel=_plain(f"{where} {drawing.comparison.facts.loss}"))
+    _legend(figure, axes)
+    return (
+        f"{words.capital(where)} loss by step",
+        "Each adapter and full fine-tuning at its best learning rate. Lines are means over seeds, "
+        "bands run from the lowest to the highest.",
+    )
+
+
+def _rates(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
+    """Draws the quality against the learning rate, a line for each adapter and full.
+
+    Where settings were stopped early, few are left at the end: their loss when all were compared.
+    """
+    if drawing.comparison.rungs:
+        return _first_rung(drawing, figure)
+    axes, lines = figure.subplots(), 0
+    for rates in tables.rates(drawing.rows, drawing.measure):
+        ended = [row for row in rates.tried if row.quality]
+        if len(ended) > 1:
+            _points(axes, ended, [row.arm.learning_rate for row in ended], drawing, join=True)
+            lines += 1
+    if not lines:
+        return None
+    axes.set_xscale("log")
+    axes.set(xlabel="peak learning rate", ylabel=_plain(drawing.measure.name))
+    _legend(figure, axes)
+    return (
+        f"{words.capital(drawing.measure.name)} by learning rate",
+        "Marks are means over seeds, bars run from the lowest to the highest seed. A line whose "
+        "best mark is at its end may have a better rate beyond.",
+    )
+
+
+def _first_rung(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
+    rung = drawing.comparison.rungs[0]
+    losses = {arm: loss for arm, loss in (*rung.kept, *rung.stopped) if math.isfinite(loss)}
+    axes = figure.subplots()
+    for first in tables.with_stopped(drawing.rows, drawing.measure):
+        alike = first.arm.at_any_rate()
+        line = [arm for arm in losses if arm.at_any_rate() == alike]
+        line.sort(key=lambda arm: arm.learning_rate)
+        at, of = [arm.learning_rate for arm in line], [losses[arm] for arm in line]
+        if line:
+            axes.plot(at, of, label=drawing.name(first), **drawing.style(first))
+    if not axes.lines:
+        return None
+    axes.set_xscale("log")
+    loss = drawing.comparison.facts.loss
+    axes.set(xlabel="peak learning rate", ylabel=_plain(f"held-out {loss}"))
+    _legend(figure, axes)
+    return (
+        "Held-out loss by learning rate, early",
+        f"After {rung.share:.1%} of the steps, when all settings were compared and most of them "
+        "stopped; means over seeds.",
+    )
+
+
+def _sizes(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
+    """Draws the quality against the number of trained parameters, a line for each method."""
+    ended = [row for row in drawing.series if row.quality and row.trained_parameters]
+    if len(ended) < 2:
+        return None
+    groups: dict[Any, list[Row]] = {}
+    for row in sorted(ended, key=lambda row: row.trained_parameters or 0):
+        groups.setdefault((row.arm.method, row.arm.targets), []).append(row)
+    axes = figure.subplots()
+    for group in groups.values():
+        at = [row.trained_parameters or 0 for row in group]
+        name = words.family(group[0].arm, drawing.arms)
+        _points(axes, group, at, drawing, join=len(group) > 1, name=name)
+    _scale_of_counts(axes, [row.trained_parameters or 0 for row in ended])
+    axes.set(xlabel="trained parameters", ylabel=_plain(drawing.measure.name))
+    _legend(figure, axes)
+    return (
+        f"{words.capital(drawing.measure.name)} by trained parameters",
+        "Each adapter and full fine-tuning at its best learning rate; bars run from the lowest to "
+        "the highest seed.",
+    )
+
+
+def _dimension(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
+    """Draws the score against the dimension of random subspaces, with full fine-tuning's."""
+    found = dimension.dimensions(drawing.comparison)
+    if not found:
+        return None
+    axes = figure.subplots()
+    for one in found:
+        sizes = [row.arm.dimension or 0 for row in one.rows]
+        name = words.method(one.method)
+        _points(axes, one.rows, sizes, drawing, join=True, name=name)
+    _scale_of_counts(axes, [row.arm.dimension or 0 for one in found for row in one.rows])
+    axes.axhline(found[0].whole, color=FULL, label=words.method("full"))
+    share = f"{dimension.SHARE:.0%} of it"
+    axes.axhline(found[0].target, color=FULL, linestyle="--", label=share)
+    axes.set(xlabel="trained numbers d", ylabel=_plain(drawing.measure.name))
+    _legend(figure, axes)
+    return (
+        f"{words.capital(drawing.measure.name)} in random subspaces",
+        "Each dimension at its best learning rate; marks are means over seeds, bars run from the "
+        "lowest to the highest. Where a line crosses the dashes is d90, the intrinsic dimension.",
+    )
+
+
+def _costs(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
+    """Draws bars of time, memory and files, a panel each."""
+    panels: list[tuple[str, Callable[[Row], float | None], Callable[[float | None], str]]] = [
+        ("step time", lambda row: row.step_seconds, words.seconds),
+        ("step memory", lambda row: row.compiled_bytes, words.size),
+        ("files of a task", lambda row: row.saved_bytes, words.size),
+    ]
+    chosen = _few(drawing.series)
+    panels = [panel for panel in panels if sum(bool(panel[1](row)) for row in chosen) > 1]
+    if not panels:
+        return None
+    figure.set_size_inches(WIDTH, len(panels) * (0.6 + 0.32 * len(chosen)))
+    for axes, (title, of, show) in zip(
+        figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True
+    ):
+        _bars(axes, chosen, of, show, drawing)
+        axes.set_title(title, loc="left", fontsize=11.5)
+    return (
+        "Costs",
+        "Time of a step, memory of the compiled step, and size of the files of one task: means "
+        "over seeds, each adapter and full fine-tuning at its best learning rate.",
+    )
+
+
+def _storage(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
+    """Draws the bytes on disk against the number of tasks."""
+    stored = tables.storage(drawing.comparison)
+    if not stored:
+        return None
+    axes, tasks = figure.subplots(), [one.tasks for one in stored]
+    axes.loglog(tasks, [one.full for one in stored], "s-", color=FULL, label="full models")
+    adapters = [one.adapters for one in stored]
+    top = tables.best((row for row in drawing.rows if row.is_adapter), drawing.measure)
+    assert top
+    of_adapters = {"color": drawing.colour(top.arm.method), "label": "one base and adapters"}
+    axes.loglog(tasks, adapters, "o-", **of_adapters)
+    axes.set(xlabel="tasks", ylabel="bytes on disk")
+    axes.set_xticks(tasks, [f"{n:,}" for n in tasks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: words.size(value)))
+    _legend(figure, axes)
+    return "Storage by number of tasks", "Both axes are logarithmic."
+
+
+def _forgetting(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
+    """Draws how much the loss outside the task rose."""
+    measured = [row for row in drawing.series if row.forgetting]
+    if not measured:
+        return None
+    figure.set_size_inches(WIDTH, 1.1 + 0.32 * len(measured))
+    axes = figure.subplots()
+    for at, row in enumerate(measured):
+        found = row.forgetting
+        assert found
+        error = [[found.mean - found.low], [found.high - found.mean]]
+        axes.errorbar(found.mean, at, xerr=error, **_mark(drawing.style(row)))
+    axes.set_yticks(range(len(measured)), [drawing.name(row) for row in measured])
+    axes.set_ylim(len(measured) - 0.5, -0.5)
+    axes.axvline(0, color="black", linewidth=1)
+    axes.set_xlabel("rise of the loss\n(nats a token)")
+    return (
+        "Forgetting",
+        "How much the loss on text outside the task rose in training; bars run from the lowest to "
+        "the highest seed.",
+    )
+
+
+_PICTURES: dict[str, Drawer] = {
+    "curves.png": _curves,
+    "rates.png": _rates,
+    "sizes.png": _sizes,
+    "dimension.png": _dimension,
+    "costs.png": _costs,
+    "storage.png": _storage,
+    "forgetting.png": _forgetting,
+}
+
+
+def _few(series: Sequence[Row]) -> Sequence[Row]:
+    """Returns few enough rows to tell apart: the smallest, the largest, and some between."""
+    whole = [row for row in series if row.is_full]
+    others = [row for row in series if not row.is_full]
+    kept = np.linspace(0, len(others) - 1, min(len(others), _MOST_LINES - len(whole)))
+    return [*(others[i] for i in kept.round().astype(int)), *whole]
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    names = axes.get_legend_handles_labels()[1]
+    columns = 1 if max(map(len, names)) > 24 else 2
+    lines = sum(name.count("\n") + 1 for name in names)
+    figure.set_figheight(3.3 + 0.2 * -(-lines // columns))
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=10.5)
+
+
+def _plain(text: str) -> str:
+    """Returns text in which a dollar begins no formula."""
+    return text.replace("$", r"\$")
+
+
+def _over_seeds(curves: Iterable[Sequence[Point]]) -> tuple[list[int], Any, Any, Any]:
+    """Returns steps that all seeds measured, and lowest, mean and highest value at each."""
+    of_seed = [
+        {one.step: one.value for one in curve if math.isfinite(one.value)}
+        for curve in curves
+        if curve
+    ]
+    steps = sorted(set.intersection(*map(set, of_seed))) if of_seed else []
+    values = np.array([[seed[step] for step in steps] for seed in of_seed])
+    if not steps:
+        return [], values, values, values
+    return steps, values.min(0), values.mean(0), values.max(0)
+
+
+def _points(
+    axes: Axes,
+    ended: Sequence[Row],
+    at: Sequence[float],
+    drawing: _Drawing,
+    *,
+    join: bool,
+    name: str | None = None,
+) -> None:
+    found = [row.quality for row in ended if row.quality]
+    error = [[one.mean - one.low for one in found], [one.high - one.mean for one in found]]
+    style = drawing.style(ended[0])
+    line = {**style, "capsize": 3} if join else _mark(style)
+    name = name or drawing.name(ended[0])
+    axes.errorbar(at, [one.mean for one in found], yerr=error, label=name, **line)
+
+
+def _scale_of_counts(axes: Axes, counts: Sequence[float]) -> None:
+    """Makes the horizontal axis logarithmic, with ticks such as 200, 10k and 5M."""
+    axes.set_xscale("log")
+    is_narrow = max(counts) < 30 * min(counts)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: words.short_count(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _mark(style: dict[str, Any]) -> dict[str, Any]:
+    return {**style, "linestyle": "none", "capsize": 3, "markersize": 7}
+
+
+def _bars(
+    axes: Axes,
+    chosen: Sequence[Row],
+    of: Callable[[Row], float | None],
+    show: Callable[[float | None], str],
+    drawing: _Drawing,
+) -> None:
+    values = [of(row) or 0.0 for row in chosen]
+    colours = [drawing.colour(row.arm.method) for row in chosen]
+    axes.barh(range(len(chosen)), values, color=colours, height=0.7)
+    for at, row in enumerate(chosen):
+        axes.text(values[at], at, f" {show(of(row))}", va="center", fontsize=10.5)
+    axes.set_yticks(range(len(chosen)), [drawing.name(row) for row in chosen])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.3 * max(values))
+    axes.xaxis.set_major_locator(NullLocator())
+    axes.spines[["bottom", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False)

@@ -1,0 +1,353 @@
+"""The recommendation, by the measurements of a comparison alone."""
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from scipy import stats
+
+from train.compare.options import TINY
+from train.compare.reporting import tables, words
+from train.compare.reporting.tables import Measure, Row, Spread
+from train.compare.result import Arm, Comparison
+
+UNKNOWN_SPREAD = 0.1  # the gap that decides where the spread over seeds is not known
+_LEVEL = 0.95
+
+RULE = (
+    "The best adapter is compared with the best full fine-tuning, by the task's score, or by the "
+    "held-out loss where there is no score. Quality decides if the gap is beyond the spread: its "
+    f"{_LEVEL:.0%} interval over seeds (Welch) leaves out zero. Within the spread, cost decides: "
+    "LoRA is recommended if it is cheaper, and full fine-tuning is ahead by at most "
+    f"{UNKNOWN_SPREAD:.0%}. With a single seed the spread is not known: only a gap of more than "
+    f"{UNKNOWN_SPREAD:.0%} decides for full fine-tuning, and LoRA has to be ahead. Nothing is "
+    "decided against a method that may not have been at its best: its best learning rate is the "
+    "smallest or largest tried, or its best rank is the largest tried."
+)
+UNSEEN = (
+    "LoRA tends to win where memory or time is short, where the task is narrow, and where many "
+    "variants of a model are kept or served together.",
+    "Full fine-tuning tends to win where the model has to learn a new vocabulary or language, to "
+    "change as a whole on much data, or to unlearn a habit, and where only one model is shipped.",
+    "All runs share their data, held-out rows and number of steps: other or more of them may "
+    "change the order. The best of many arms looks a little better on these rows than it is.",
+)
+
+
+class Doubt(NamedTuple):
+    """A reason why a comparison does not decide.
+
+    Attributes:
+      short: a clause for the headline.
+      said: a sentence that says what would decide it.
+      option: the option of train.compare that would, with its values; "" for none.
+      values: the values of the option, those that were tried among them.
+    """
+
+    short: str
+    said: str
+    option: str = ""
+    values: tuple[float, ...] = ()
+
+
+class Gap(NamedTuple):
+    """By how much an adapter is better than full fine-tuning; negative if it is worse.
+
+    Attributes:
+      value: the difference of the means.
+      error: half the width of its interval over seeds; None if a side has a single seed.
+      share: the value as a share of the larger mean.
+    """
+
+    value: float
+    error: float | None
+    share: float
+
+    @property
+    def decides(self) -> bool:
+        """Returns whether the gap is beyond the spread; see `RULE`."""
+        if self.error is None:
+            return abs(self.share) > UNKNOWN_SPREAD
+        return abs(self.value) > self.error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recommendation:
+    """A method to use, and why.
+
+    Attributes:
+      verdict: the method; "undecided" if the measurements cannot tell.
+      arm: of the method; if undecided, the better one so far. None if no run has a value.
+      headline: the verdict and what it rests on, in one sentence.
+      reasons: sentences with their figures.
+      undecided: what is not decided, and what would decide it.
+      command: the command that would decide it, on one line; None where no option would.
+      unseen: what no such measurements can tell.
+    """
+
+    verdict: Literal["lora", "full", "undecided"]
+    arm: Arm | None
+    headline: str
+    reasons: tuple[str, ...]
+    undecided: tuple[str, ...] = ()
+    command: str | None = None
+    unseen: tuple[str, ...] = UNSEEN
+
+
+def recommend(comparison: Comparison) -> Recommendation:
+    """Returns what to use, by `RULE`; a pure function of the measurements."""
+    measure, rows = tables.measure_of(comparison), tables.rows(comparison)
+    lora = tables.best((row for row in rows if row.is_adapter), measure)
+    full = tables.best((row for row in rows if row.is_full), measure)
+    if lora is None or full is None:
+        return _one_sided(lora, full, rows)
+    names = _Names(rows)
+    gap = gap_of(lora, full, measure)
+    better = lora if gap.value >= 0 else full
+    cheaper, costs = _costs(lora, full)
+    reasons = _quality(lora, full, gap, measure, names)
+    if gap.decides and better is full:
+        chosen, doubts = full, _doubts(lora, rows, measure, names)
+        reasons += ["This is the price of the better quality:", *costs] if costs else []
+    else:
+        chosen, doubts = lora, _doubts(full, rows, measure, names)
+        doubts += _of_the_spread(gap, better is full, bool(cheaper), rows)
+        reasons += [*costs, *_smaller(lora, rows, measure, names)]
+    if measure.kind == "training":
+        lacks = "No score and no held-out loss was measured for both methods, and the training loss"
+        lacks += " does not show what a model has learned: hold out rows, and measure their loss."
+        chosen, doubts = better, [Doubt("no loss on held-out rows was measured", lacks)]
+    clauses = [_in_short(lora, full, gap)]
+    if cheaper:
+        clauses.append(f"{words.method(lora.arm.method)} is cheaper")
+    verdict: Literal["lora", "full", "undecided"] = "full" if chosen is full else "lora"
+    headline = f"Use {names(chosen)}"
+    if doubts:
+        verdict, headline = "undecided", f"Not decided between {names(lora)} and {names(full)}"
+        clauses += dict.fromkeys(doubt.short for doubt in doubts)
+    return Recommendation(
+        verdict=verdict,
+        arm=chosen.arm,
+        headline=f"{headline}: {'; '.join(clauses)}.",
+        reasons=tuple(reasons),
+        undecided=tuple(doubt.said for doubt in doubts),
+        command=_further(comparison.facts.command, doubts),
+    )
+
+
+def _in_short(lora: Row, full: Row, gap: Gap) -> str:
+    """Returns how the qualities compare, as a clause of a headline."""
+    if not gap.decides:
+        return "quality tied" if gap.error is not None else "quality not told apart by one seed"
+    better = lora if gap.value > 0 else full
+    return f"{words.method(better.arm.method)} is better"
+
+
+def _of_the_spread(gap: Gap, full_ahead: bool, cheaper: bool, rows: Sequence[Row]) -> list[Doubt]:
+    """Returns why a gap that does not decide may hide that full fine-tuning is better."""
+    if gap.decides:
+        return []
+    seeds = sorted({run.seed for row in rows for run in row.runs})
+    more = (*seeds, *range(seeds[-1] + 1, seeds[-1] + 1 + max(2, len(seeds))))
+    said = None
+    if full_ahead and gap.error is None:
+        said = "Full fine-tuning is ahead by one seed: train more seeds (--seeds)."
+    elif gap.share < -UNKNOWN_SPREAD:
+        said = (
+            f"Full fine-tuning is ahead by {-gap.share:.0%}, and the spread is wider than that: "
+            "train more seeds (--seeds)."
+        )
+    elif not cheaper:
+        said = "No measured cost speaks for LoRA: measure more seeds, memory and storage."
+    return [Doubt("more seeds are needed", said, "--seeds", more)] if said else []
+
+
+def _further(command: str, doubts: Sequence[Doubt]) -> str | None:
+    """Returns a command with options that would settle the doubts, into another folder."""
+    changes = {doubt.option: doubt.values for doubt in doubts if doubt.option}
+    if not changes:
+        return None
+    given = [word for word in shlex.split(command) if word not in ("--resume", "--overwrite")]
+    output = "runs/compare"
+    if "--output" in given[:-1]:
+        output = given[given.index("--output") + 1]
+    of = {option: [f"{value:g}" for value in values] for option, values in changes.items()}
+    for option, values in {**of, "--output": [f"{output.rstrip('/')}-2"]}.items():
+        at = given.index(option) if option in given else len(given)
+        end = next((i for i in range(at + 1, len(given)) if given[i][:2] == "--"), len(given))
+        given[at:end] = [option, *values]
+    return shlex.join(given)
+
+
+def gap_of(lora: Row, full: Row, measure: Measure) -> Gap:
+    """Returns by how much an adapter's arm is better than one of full fine-tuning."""
+    one, other = lora.quality, full.quality
+    assert one and other
+    value = one.mean - other.mean if measure.larger else other.mean - one.mean
+    largest = max(abs(one.mean), abs(other.mean))
+    return Gap(value, _half_width(one, other), value / largest if largest else 0.0)
+
+
+def _half_width(one: Spread, other: Spread) -> float | None:
+    """Returns half the width of the interval of a difference of means (Welch, 1947)."""
+    if one.deviation is None or other.deviation is None:
+        return None
+    parts = [side.deviation**2 / side.n for side in (one, other) if side.deviation is not None]
+    if not sum(parts):
+        return 0.0
+    weights = sum(part**2 / (side.n - 1) for part, side in zip(parts, (one, other), strict=True))
+    freedom = sum(parts) ** 2 / weights
+    return float(stats.t.ppf(0.5 + _LEVEL / 2, freedom)) * math.sqrt(sum(parts))
+
+
+class _Names:
+    """Names arms as far as they differ."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._arms = [row.arm for row in rows]
+
+    def __call__(self, row: Row) -> str:
+        return words.label(row.arm, self._arms)
+
+
+def _one_sided(lora: Row | None, full: Row | None, rows: Sequence[Row]) -> Recommendation:
+    missing = "full fine-tuning" if full is None else "an adapter"
+    sides = [row for row in rows if (row.is_full if full is None else row.is_adapter)]
+    runs = [run for row in sides for run in row.runs]
+    failed = [run for run in runs if run.status == "failed"]
+    reasons = [f"No run of {missing} ended with a value."]
+    if lora is None and full is None:
+        reasons = ["No run ended with a value."]
+        runs = failed = [run for row in rows for run in row.runs if run.status == "failed"]
+    if failed:
+        reasons.append(f"{len(failed)} of {len(runs)} failed, the first with: {failed[0].error}")
+    top = lora or full
+    return Recommendation(
+        verdict="undecided",
+        arm=top.arm if top else None,
+        headline=f"Not decided: {reasons[0][0].lower()}{reasons[0][1:]}",
+        reasons=tuple(reasons),
+        undecided=(
+            f"There is nothing to compare: run at least two seeds of {missing} (--methods).",
+        ),
+    )
+
+
+def _quality(lora: Row, full: Row, gap: Gap, measure: Measure, names: _Names) -> list[str]:
+    """Returns sentences: both qualities, and whether they differ."""
+    one, other = lora.quality, full.quality
+    assert one and other
+    values = [words.beside(side.mean, gap.error or side.deviation) for side in (one, other)]
+    found = (
+        f"{words.capital(measure.name)}: {values[0]} with {names(lora)} ({_seeds(one)}), "
+        f"{values[1]} with {names(full)} ({_seeds(other)})."
+    )
+    by = f"{words.rough(abs(gap.value))}, {100 * abs(gap.share):.2g}% of the larger"
+    who = words.method((lora if gap.value >= 0 else full).arm.method)
+    if gap.error is None:
+        side = "more" if gap.decides else "no more"
+        return [
+            found,
+            f"The gap is {by}, {side} than {UNKNOWN_SPREAD:.0%}; the spread over seeds is not "
+            "known, since a side has a single seed.",
+        ]
+    spread = f"± {words.rough(gap.error)}, its {_LEVEL:.0%} interval over seeds"
+    if gap.decides:
+        return [found, f"{words.capital(who)} is better by {by}: beyond the spread ({spread})."]
+    return [found, f"The gap is {by}: within the spread ({spread}). Quality is tied; cost decides."]
+
+
+def _seeds(values: Spread) -> str:
+    return f"{values.n} seeds" if values.n > 1 else "one seed"
+
+
+def _costs(lora: Row, full: Row) -> tuple[int, list[str]]:
+    """Returns how many costs speak for the adapter, and a sentence about each measured one."""
+    costs = (
+        ("Memory of the compiled step", "compiled_bytes", words.size),
+        ("Time of a step", "step_seconds", words.seconds),
+        ("Files of a task", "saved_bytes", words.size),
+    )
+    cheaper, said, who = 0, [], words.method(lora.arm.method)
+    for name, field, show in costs:
+        one, other = getattr(lora, field), getattr(full, field)
+        if not one or not other:
+            continue
+        cheaper += one < other
+        ratio = f"full takes {words.times(other / one)} as much"
+        if one > other:
+            ratio = f"{who} takes {words.times(one / other)} as much"
+        said.append(f"{name}: {show(one)} with {who}, {show(other)} in full; {ratio}.")
+    if lora.forgetting and full.forgetting:
+        one, other = lora.forgetting.mean, full.forgetting.mean
+        cheaper += one < other
+        said.append(
+            f"Forgetting: the loss outside the task changes by {one:+.2g} with {who} and by "
+            f"{other:+.2g} in full."
+        )
+    return cheaper, said
+
+
+def _smaller(lora: Row, rows: Sequence[Row], measure: Measure, names: _Names) -> list[str]:
+    """Names the smallest adapter that is within the spread of the best one."""
+    size = lora.trained_parameters
+    for row in sorted(rows, key=lambda row: row.trained_parameters or 0):
+        if not row.is_adapter or not row.is_whole or not size or not row.trained_parameters:
+            continue
+        gap = gap_of(row, lora, measure)
+        if row.trained_parameters < size and gap.error is not None and not gap.decides:
+            return [
+                f"{names(row)} is within the spread of {names(lora)}, and trains "
+                f"{row.trained_parameters / size:.2g} as many parameters."
+            ]
+    return []
+
+
+def _doubts(side: Row, rows: Sequence[Row], measure: Measure, names: _Names) -> list[Doubt]:
+    """Returns why a method may do better than its best row here, and what would show it."""
+    found = []
+    tried = tables.rates_of(side, rows, measure)
+    rate, who = side.arm.learning_rate, words.method(side.arm.method)
+    option = "--full-lrs" if side.is_full else "--lrs"
+    values = tuple(row.arm.learning_rate for row in tried.tried)
+    if side.arm.method in TINY:  # their rates are multiples of those that --lrs names
+        values = ()
+    if tried.edge:
+        lower, higher = (float(f"{x:.2g}") for x in (rate / 3, rate * 3))
+        beyond = {"smallest": (lower,), "largest": (higher,)}.get(tried.edge, (lower, higher))
+        said = f"try {' and '.join(f'{x:g}' for x in beyond)} too ({option})."
+        if tried.edge == "only":
+            said = f"{names(side)}: one learning rate alone was tried; {said}"
+        else:
+            said = f"The best learning rate of {who}, {rate:g}, is the {tried.edge} tried: {said}"
+        found.append(
+            Doubt(
+                f"the best rate of {who} is at the edge of what was tried",
+                said,
+                option if values else "",
+                tuple(sorted({*values, *beyond})),
+            )
+        )
+    if side.arm.rank is None:
+        return found
+    ranks = {
+        row.arm.rank
+        for row in rows
+        if row.arm.method == side.arm.method and row.arm.rank and tables.is_tried(row)
+    }
+    whole = max((row.trained_parameters or 0 for row in rows if row.is_full), default=0)
+    is_half = bool(whole) and 2 * (side.trained_parameters or 0) >= whole
+    if side.arm.rank >= max(ranks) and not is_half:
+        more = 4 * side.arm.rank
+        found.append(
+            Doubt(
+                f"the best rank of {who} is the largest tried",
+                f"The best rank of {who}, {side.arm.rank}, is the largest tried: try {more} too "
+                "(--ranks).",
+                "--ranks",
+                tuple(sorted({*ranks, more})),
+            )
+        )
+    return found

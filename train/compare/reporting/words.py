@@ -1,0 +1,143 @@
+"""Arms and figures in words, as tables, pictures and sentences have them."""
+
+import math
+from collections.abc import Iterable
+
+from train.compare.result import Arm
+
+NOTHING = "–"  # in the place of a figure that was not measured
+_METHODS = {
+    "lora": "LoRA",
+    "rslora": "rsLoRA",
+    "dora": "DoRA",
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "lora-fa": "LoRA-FA",
+    "lora-plus": "LoRA+",
+    "lora-xs": "LoRA-XS",
+    "vera": "VeRA",
+    "full": "full fine-tuning",
+    "head-only": "head alone",
+    "said": "SAID",
+    "did": "DID",
+}
+_SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+def method(name: str) -> str:
+    """Returns a method's name as people write it."""
+    return _METHODS.get(name, name)
+
+
+def family(arm: Arm, others: Iterable[Arm] = ()) -> str:
+    """Returns an arm without rank, dimension and rate: "LoRA", or "LoRA on mlp" beside others."""
+    name = method(arm.method)
+    if arm.targets and len({one.targets for one in others if one.targets}) > 1:
+        name += f" on {' '.join(arm.targets)}"
+    return name
+
+
+def adapter(arm: Arm, others: Iterable[Arm] = ()) -> str:
+    """Returns an arm without its learning rate: "LoRA r=8 on q_proj v_proj".
+
+    Args:
+      arm: the arm.
+      others: arms beside which it is named; only what differs among them is said.
+    """
+    name = method(arm.method)
+    adapted = [one for one in others if one.rank is not None]
+    if arm.rank is not None:
+        name += f" r={arm.rank}"
+        if len({one.targets for one in adapted}) > 1:
+            name += f" on {' '.join(arm.targets or ())}"
+        scales = {(one.alpha or 0.0) / (one.rank or 1) for one in adapted}
+        if len(scales) > 1 and arm.alpha is not None:
+            name += f" α={arm.alpha:g}"
+    if arm.dimension is not None:
+        name += f" d={arm.dimension:,}"
+    if len({one.batch_size for one in others}) > 1:
+        name += f" batch {arm.batch_size}"
+    return name
+
+
+def label(arm: Arm, others: Iterable[Arm] = ()) -> str:
+    """Returns an arm in words: "LoRA r=8, lr 0.001"; see `adapter`."""
+    return f"{adapter(arm, others)}, lr {arm.learning_rate:g}"
+
+
+def figure(value: float | None) -> str:
+    """Returns a number with three significant digits."""
+    return _significant(value, 3)
+
+
+def rough(value: float | None) -> str:
+    """Returns a spread or a ratio: a number with two significant digits."""
+    return _significant(value, 2)
+
+
+def beside(value: float | None, spread: float | None) -> str:
+    """Returns a number as far as its spread, shown by `rough`, leaves digits that mean anything."""
+    if value is None or not math.isfinite(value) or not spread or not math.isfinite(spread):
+        return figure(value)
+    decimals = len(rough(spread).partition(".")[2])
+    return f"{value:.{decimals}f}"
+
+
+def _significant(value: float | None, digits: int) -> str:
+    if value is None:
+        return NOTHING
+    if not math.isfinite(value):
+        return "not finite"
+    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded number
+    if not -5 <= exponent < 7:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{max(0, digits - 1 - exponent)}f}"
+
+
+def count(value: float | None) -> str:
+    """Returns a whole number with its thousands apart: "1,234"."""
+    return NOTHING if value is None else f"{value:,.0f}"
+
+
+def short_count(value: float) -> str:
+    """Returns a whole number for a tick of an axis: "200", "10k", "5M"."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:g}{name}"
+    return f"{value:g}"
+
+
+def size(n_bytes: float | None) -> str:
+    """Returns bytes in decimal units: "20 MB"."""
+    if n_bytes is None:
+        return NOTHING
+    for unit, name in _SIZES:
+        if n_bytes >= unit * 0.995:
+            return f"{_two(n_bytes / unit)} {name}"
+    return f"{n_bytes:.0f} bytes"
+
+
+def seconds(value: float | None) -> str:
+    """Returns a time: "12 ms", "1.5 s", "3.2 h"."""
+    if value is None:
+        return NOTHING
+    if value < 0.9995:
+        return f"{_two(value * 1e3)} ms"
+    if value < 600:
+        return f"{_two(value)} s"
+    return f"{_two(value / 60)} min" if value < 7200 else f"{_two(value / 3600)} h"
+
+
+def times(ratio: float) -> str:
+    """Returns a ratio in words: "1.2 times"."""
+    return f"{_two(ratio)} times"
+
+
+def _two(value: float) -> str:
+    """Returns a number with two significant digits, or all those before the point."""
+    return f"{value:,.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 0.995 else rough(value)
+
+
+def capital(text: str) -> str:
+    """Returns text with a capital first letter."""
+    return text[:1].upper() + text[1:]

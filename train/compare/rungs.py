@@ -1,0 +1,89 @@
+"""The rule that stops hopeless arms: successive halving, each method on its own.
+
+Jamieson and Talwalkar, *Non-stochastic Best Arm Identification* (2016); Li et al., *Hyperband*
+(2018).
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+from train.compare.result import Arm, Rung
+
+
+class Stage(NamedTuple):
+    """A part of all runs.
+
+    Attributes:
+      share: of a run's steps, at which it ends.
+      kept: the share of the arms of each method that go on after it, rounded up.
+    """
+
+    share: float
+    kept: float
+
+
+# Of sixteen arms, four go on and then two: 16/8 + 4 · 3/8 + 2 · 1/2 = 4.5 runs' steps, not 16.
+STAGES = (Stage(1 / 8, 1 / 4), Stage(1 / 2, 1 / 2))
+LAST = Stage(1.0, 1.0)
+MEASUREMENTS = 8  # of the held-out loss in a run
+
+RULE = (
+    "after an eighth of the steps, and not before the learning rate's warmup is over, the quarter "
+    "of a method's settings (rounded up) with the lowest held-out loss, averaged over the seeds, "
+    "goes on; after half of the steps, half of those, if a method has more than one left"
+)
+
+
+def step_of(stage: Stage, steps: int, every: int, warmup: int = 0) -> int:
+    """Returns the step that ends a stage: one at which the held-out loss is measured.
+
+    No stage ends within the warmup: there, the setting that learns fastest has the lowest loss, and
+    often it is one that diverges at its full rate.
+
+    Args:
+      stage: the stage.
+      steps: of the whole run.
+      every: steps between measurements.
+      warmup: steps in which the learning rate rises.
+    """
+    if stage.share >= 1:
+        return steps
+    return min(steps, every * math.ceil(max(stage.share * steps, warmup) / every))
+
+
+def chooses(stage: Stage, arms: Collection[Arm]) -> bool:
+    """Returns whether a stage stops any of these arms: of a method's only arm it stops none."""
+    counts = Counter(arm.method for arm in arms)
+    return any(_kept(stage, n) < n for n in counts.values())
+
+
+def _kept(stage: Stage, n: int) -> int:
+    """Returns how many of a method's n arms go on after a stage."""
+    return max(1, math.ceil(stage.kept * n))
+
+
+def decide(stage: Stage, losses: Mapping[Arm, float], share: float) -> Rung:
+    """Returns which arms go on after a stage.
+
+    Args:
+      stage: the stage.
+      losses: the mean held-out loss of each arm so far; NaN for one that failed, which never goes
+        on.
+      share: of the steps, for the record.
+    """
+    methods: defaultdict[str, list[Arm]] = defaultdict(list)
+    for arm in losses:
+        methods[arm.method].append(arm)
+    kept: list[Arm] = []
+    for arms in methods.values():
+        alive = [arm for arm in arms if not math.isnan(losses[arm])]
+        alive.sort(key=lambda arm: losses[arm])  # stable: of equals, the first that was named
+        kept += alive[: _kept(stage, len(arms))]
+    ordered = sorted(losses, key=lambda arm: (math.isnan(losses[arm]), losses[arm]))
+    return Rung(
+        share=share,
+        kept=tuple((arm, losses[arm]) for arm in ordered if arm in kept),
+        stopped=tuple((arm, losses[arm]) for arm in ordered if arm not in kept),
+    )

@@ -1,0 +1,248 @@
+"""Trains the runs of a comparison: adapters side by side, everything else one after another.
+
+Runs go stage by stage (see `train.compare.rungs`): each is trained to the end of a stage, saved,
+and goes on in the next one if its arm is kept. What was done stands in `sweep.json`; a run that was
+interrupted goes on from its own checkpoint.
+"""
+
+import dataclasses
+import functools
+import gc
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lora_jax.training.errors import TrainingError
+from lora_jax.training.losses import HELD_OUT
+from lora_jax.training.processes import write_text
+from train.compare import record, rungs
+from train.compare.options import has_adapter
+from train.compare.record import Record
+from train.compare.result import Arm
+from train.compare.rungs import Stage
+from train.compare.trials import Trial, groups_of
+from train.console.errors import flag
+from train.finetune import Part, finetune
+from train.many.one import Asked, One
+from train.many.runs import train_rows
+from train.options.file import replaced
+from train.options.optim import warmup_steps
+from train.options.table import Row
+from train.processes.session import Session
+from train.reporters.files import ERROR
+from train.run.fit import Run
+from train.run.log import read_metrics
+from train.run.output import ADAPTER, CHECKPOINTS, CONFIG, START, folder_bytes
+
+
+@dataclasses.dataclass(kw_only=True)
+class Sweep:
+    """The runs of a comparison on their way.
+
+    Attributes:
+      script: "train.sft".
+      folder: of the comparison.
+      trials: all runs.
+      record: what was done.
+      part: what the runs share; its `hint` tells an interrupted user how to go on.
+      at_once: the adapters that train side by side.
+      early: whether hopeless arms are stopped.
+      keep_weights: whether the weights of full fine-tuning stay.
+      outside: returns the loss on text outside the task, of an adapted tree and the function that
+        runs it; None measures nothing.
+      intruders: returns the intruder dimensions of a run's tree; None counts none.
+      session: tells of signals.
+      console: to print to.
+    """
+
+    script: str
+    folder: Path
+    trials: Sequence[Trial]
+    record: Record
+    part: Part
+    at_once: int
+    early: bool
+    keep_weights: bool
+    outside: Callable[[Any, Callable[..., Any]], float] | None
+    intruders: Callable[[Run, Any], float] | None
+    session: Session
+    console: Console
+
+    def run(self) -> None:
+        """Trains all runs as far as each goes.
+
+        Raises:
+          Interrupted: after a signal, once what is on its way is saved.
+        """
+        stages = [*rungs.STAGES, rungs.LAST] if self.early else [rungs.LAST]
+        for number, stage in enumerate(stages):
+            going = [trial for trial in self.trials if not self.is_over(trial)]
+            waiting = [trial for trial in going if self.record.of(trial.name).stages <= number]
+            before = stages[number - 1] if number and stage is not rungs.LAST else None
+            # After a long warmup, two stages may end at one step.
+            there = [one for one in waiting if before and _end(before, one) == _end(stage, one)]
+            chooses = rungs.chooses(stage, self._alive())
+            if stage is not rungs.LAST and not chooses:
+                there = waiting  # on to the next one: to end here would cost time for nothing
+            for trial in there:
+                self.record.of(trial.name).stages = number + 1
+            waiting = [trial for trial in waiting if trial not in there]
+            if waiting:
+                self._say(number, len(stages), stage, waiting)
+            for group in groups_of(waiting, self.at_once):
+                self._train(group, number, stage)
+            if chooses and number == len(self.record.rungs):
+                self._decide(stage)
+
+    def stopped_arms(self) -> set[Arm]:
+        """Returns the arms that the rule has stopped."""
+        return {arm for rung in self.record.rungs for arm, _ in rung.stopped}
+
+    def _alive(self) -> set[Arm]:
+        """Returns the arms that the rule has not stopped."""
+        return {trial.arm for trial in self.trials} - self.stopped_arms()
+
+    def is_over(self, trial: Trial) -> bool:
+        """Returns whether a run needs no more training."""
+        done = self.record.of(trial.name)
+        return done.finished or done.error is not None or trial.arm in self.stopped_arms()
+
+    def _say(self, number: int, n: int, stage: Stage, waiting: Sequence[Trial]) -> None:
+        part = "to the end" if n == 1 else f"stage {number + 1} of {n}"
+        side_by_side = sum(has_adapter(trial.arm.method) for trial in waiting)
+        share = _share(stage, waiting)
+        self.console.print(
+            f"{part}: {len(waiting)} runs to {share:.1%} of their steps, {side_by_side} of "
+            f"them side by side ({self.at_once} at once), the others one after another",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _train(self, group: Sequence[Trial], number: int, stage: Stage) -> None:
+        """Trains a group to the end of a stage, and records what came of it."""
+        began = time.monotonic()
+        until = None if stage is rungs.LAST else functools.partial(_step_of, stage)
+
+        def trained(run: Run, tree: Any, forward: Callable[..., Any]) -> None:
+            done = self.record.of(run.folder.name)
+            done.saved_bytes = folder_bytes(run.folder / ADAPTER)
+            if self.outside is not None:
+                done.outside = self.outside(tree, forward)
+            if self.intruders is not None:
+                done.intruders = self.intruders(run, tree)
+
+        part = dataclasses.replace(self.part, until=until, trained=trained)
+        first = group[0]
+        with self.session.part():
+            if has_adapter(first.arm.method):
+                ones = self._side_by_side(group, part)
+            else:
+                ones = []
+                self._alone(first, part)
+        gc.collect()
+        seconds = (time.monotonic() - began) / len(group)
+        for trial in group:
+            done = self.record.of(trial.name)
+            done.seconds += seconds
+            done.side_by_side = len(group)
+        for one in ones:
+            done = self.record.of(one.row.name)
+            if one.state == "failed":
+                done.error = one.why
+            if one.score is not None:
+                done.score = one.score
+        # A signal in the last step cuts off the measurement after it, which is then still to do.
+        through = [] if self.session.stop.signal else group
+        through = [trial for trial in through if self.record.of(trial.name).error is None]
+        for trial in through:
+            done = self.record.of(trial.name)
+            done.stages, done.finished = number + 1, until is None
+        record.write(self.record, self.folder)
+        for trial in through:
+            if until is None:
+                self._tidy(trial)
+        self.session.stop.remedy = self.part.hint or ""
+        self.session.stop.check()
+
+    def _side_by_side(self, group: Sequence[Trial], part: Part) -> list[One]:
+        asked = [
+            Asked(
+                Row(trial.name, f"run {trial.name}", frozenset(), _going_on(trial)),
+                trial.task,
+            )
+            for trial in group
+        ]
+        return train_rows(self.script, asked, self.session, self.console, part)
+
+    def _alone(self, trial: Trial, part: Part) -> None:
+        done = self.record.of(trial.name)
+        self.console.print(f"run {trial.name}", highlight=False)
+        try:
+            scores = finetune(self.script, _going_on(trial), trial.task, self.session, part)
+        except TrainingError as error:
+            done.error = error.said(flag).strip().splitlines()[0]
+            write_text(trial.folder / ERROR, f"{error.said(flag).rstrip()}\n")
+            self.console.print(f"error: {done.error}", highlight=False, soft_wrap=True)
+            return
+        done.score = scores.get(trial.task.score or "", done.score)
+
+    def _decide(self, stage: Stage) -> None:
+        """Decides which arms go on, and records it."""
+        before = self.stopped_arms()
+        losses: dict[Arm, list[float]] = {}
+        for trial in self.trials:
+            if trial.arm not in before:
+                losses.setdefault(trial.arm, []).append(self._loss(trial))
+        means = {arm: sum(found) / len(found) for arm, found in losses.items()}
+        rung = rungs.decide(stage, means, _share(stage, self.trials))
+        self.record.rungs = (*self.record.rungs, rung)
+        record.write(self.record, self.folder)
+        self.console.print(
+            f"after {rung.share:.1%} of the steps, {len(rung.kept)} settings go on, and "
+            f"{len(rung.stopped)} stop",
+            highlight=False,
+        )
+        stopped = {arm for arm, _ in rung.stopped}
+        for trial in self.trials:
+            if trial.arm in stopped:
+                self._tidy(trial)
+
+    def _loss(self, trial: Trial) -> float:
+        """Returns the newest held-out loss of a run; NaN for one that failed."""
+        if self.record.of(trial.name).error is not None:
+            return math.nan
+        lines = read_metrics(trial.folder)
+        name = f"{HELD_OUT}loss"
+        return next((line[name] for line in reversed(lines) if name in line), math.nan)
+
+    def _tidy(self, trial: Trial) -> None:
+        """Deletes what a run that is over needs no more: checkpoints, and a full model."""
+        for name in (CHECKPOINTS, START):
+            shutil.rmtree(trial.folder / name, ignore_errors=True)
+        if trial.arm.method == "full" and not self.keep_weights:
+            shutil.rmtree(trial.folder / ADAPTER, ignore_errors=True)
+
+
+def _step_of(stage: Stage, steps: int, config: Any) -> int:
+    """Returns the step that ends a stage of a run, by its number of steps and its options."""
+    warmup = warmup_steps(config.optim, steps)
+    return rungs.step_of(stage, steps, config.run.eval_every, warmup)
+
+
+def _end(stage: Stage, trial: Trial) -> int:
+    return _step_of(stage, trial.steps, trial.config)
+
+
+def _share(stage: Stage, trials: Sequence[Trial]) -> float:
+    """Returns the share of their steps that a stage takes runs to: not always that of the rule."""
+    return max(_end(stage, trial) / trial.steps for trial in trials)
+
+
+def _going_on(trial: Trial) -> Any:
+    """Returns a run's options, with --resume where it has begun."""
+    return replaced(trial.config, {"resume": (trial.folder / CONFIG).exists()})

@@ -1,0 +1,396 @@
+"""Ship a trained adapter: `python -m train.export --adapter runs/sql/adapter --output out`.
+
+Writes a PEFT adapter for transformers and serving engines or, with --merged, a whole model. Takes
+adapters of this library and adapters that PEFT wrote.
+"""
+
+import dataclasses
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import lora_jax as lj
+import lora_jax.peft as lp
+from lora_jax.hf.hub import name_for_others, resolve
+from lora_jax.hf.save import tokenizer_files
+from lora_jax.models import save_pretrained
+from lora_jax.models.pretrained import open_source
+from lora_jax.peft.config import FILE as PEFT_CONFIG
+from lora_jax.peft.save import contents
+from lora_jax.peft.serving import MAX_RANK, problems_of, serving_problems
+from train.adapters.source import AdapterSource, find_adapter
+from train.console.errors import UserError, as_user_errors, reported
+from train.export.card import Export, card
+from train.export.codes import of_adapter, of_merged
+from train.export.hub import README, Repository, find_repository, push
+from train.export.kinds import auto_class, task_type
+from train.export.marked import is_generated
+from train.export.scaled import rope_problem, scaled_fields
+from train.processes.cache import keep_compiled
+from train.reporters.files import read_json
+from train.run.output import folder_bytes
+from train.run.pretrained import read_model, read_untokenized
+from train.run.report import megabytes
+
+MODEL_CONFIG = "config.json"
+PROBLEMS = 1  # the exit code when --check-serving finds some
+_UNITS = {"MB": 10**6, "GB": 10**9}
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write an adapter in PEFT's format or merged into its base; check whether it can be served."""
+
+    adapter: str
+    """The adapter: the folder of a run, of this library or of PEFT, or the hub name of a PEFT
+    adapter."""
+    output: str | None = None
+    """The folder to write. Only --check-serving and --push-to-hub work without it."""
+    model: str | None = None
+    """The base: a hub name, a folder or a GGUF file. By default the base that the adapter names."""
+    base_name: str | None = None
+    """The base's name on the hub, for adapter_config.json. By default the base's own name, unless
+    it is a local folder."""
+    merged: bool = False
+    """Write a whole model with the adapter merged into it, instead of the adapter."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """The dtype of a merged model; by default that of the base's files. Weights are merged in
+    float32 and rounded once."""
+    max_shard_size: str = "5GB"
+    """The maximum size of one file of a merged model, in MB or GB."""
+    check_serving: bool = False
+    """List the parts of the adapter that a serving engine (vLLM) would refuse or misread. If there
+    are any, exit with code 1 and write nothing; leave this option out to write anyway."""
+    max_rank: int = MAX_RANK
+    """With --check-serving, the highest rank that the engine accepts (vLLM's --max-lora-rank)."""
+    num_labels: int | None = None
+    """The number of classes of the adapter's head, if the base has no head. By default the number
+    of the adapter's run, or of PEFT's saved head."""
+    allow_base_mismatch: bool = False
+    """Accept an adapter that was trained on another base."""
+    overwrite: bool = False
+    """Replace an earlier export in the output folder and on the hub."""
+    push_to_hub: str | None = None
+    """Upload the export to the Hugging Face hub under this name, such as owner/name."""
+    private: bool = False
+    """Make the repository on the hub private."""
+    compilation_cache: str | None = None
+    """The folder where JAX keeps compiled programs for later runs, or off. By default
+    lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Says what to export: the options, the adapter, its base, and where it is uploaded to."""
+
+    options: Options
+    console: Console
+    adapter: AdapterSource
+    base: str
+    hub: Repository | None
+
+    @property
+    def output(self) -> Path:
+        """The folder to write."""
+        assert self.options.output is not None
+        return Path(self.options.output).expanduser()
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    options = tyro.cli(
+        tyro.conf.FlagCreatePairsOff[Options], args=args, prog="python -m train.export"
+    )
+    with reported():
+        run(options)
+
+
+def run(options: Options) -> None:
+    """Checks the options, loads the adapter, writes it, and uploads it."""
+    console = Console()
+    adapter = find_adapter(options.adapter)
+    shard = check(options)
+    if adapter.is_subspace and not options.merged:
+        raise UserError(
+            f"{adapter.given} is a subspace (--intrinsic): no file of PEFT's can hold it. Give "
+            "--merged for a whole model"
+        )
+
+    # PEFT's folder is checked as it is, unless it is also to be written.
+    is_written = options.output is not None or options.push_to_hub is not None
+    if adapter.from_peft and not is_written:
+        with as_user_errors(ValueError):
+            report_problems(serving_problems(adapter.folder, max_rank=options.max_rank))
+        return
+
+    name = options.model or adapter.base()
+    check_apart(options.output, adapter.folder, name)
+    repository = None
+    if options.push_to_hub is not None:
+        repository = repository_of(options, options.push_to_hub, name)
+    if said := keep_compiled(options.compilation_cache):
+        console.print(said, highlight=False, soft_wrap=True)
+    with console.status(f"loading {name} and {adapter.folder}"):
+        model, params = load(options, adapter, name)
+    with tempfile.TemporaryDirectory() as folder:
+        if repository and options.output is None:
+            options = dataclasses.replace(options, output=str(Path(folder) / "export"))
+        work = Work(options, console, adapter, name, repository)
+        if options.merged:
+            write_merged(work, model, params, shard)
+        else:
+            write_adapter(work, model, params)
+        if repository:
+            upload(console, repository, work.output, Path(folder))
+
+
+def repository_of(options: Options, name: str, base: str) -> Repository:
+    """Returns the repository to upload to, after checking that an upload would succeed.
+
+    Raises:
+      UserError: the export would name no base, or the hub refuses the name.
+    """
+    if not options.merged and not options.base_name and name_for_others(base) is None:
+        raise UserError(
+            f"--push-to-hub {name}: nobody else could load the adapter, because it would name no "
+            f"base ({base} is a local folder): give the base's name on the hub with --base-name"
+        )
+    return find_repository(name, private=options.private, overwrite=options.overwrite)
+
+
+def upload(console: Console, repository: Repository, output: Path, temporary: Path) -> None:
+    """Uploads the export, and prints where it is."""
+    remedy = f"The export is in {output}: `hf upload {repository.name} {output}` sends it"
+    if output.is_relative_to(temporary):
+        remedy = "Run the same command again with --overwrite, and --output to keep the export"
+    if repository.has_own_card:
+        print(f"{repository.name} keeps its {README}, which was not generated", file=sys.stderr)
+    url = push(repository, output, remedy)
+    console.print(f"uploaded to {url}", highlight=False, soft_wrap=True, markup=False)
+
+
+def readme_of(work: Work, model: Any, fields: Mapping[str, Any] | None = None) -> str:
+    """Returns the model card: the one that somebody wrote in the output folder, or a new one."""
+    there = work.output / README
+    if there.is_file() and not is_generated(text := there.read_text(encoding="utf-8")):
+        print(f"{there} was not generated, and is kept", file=sys.stderr)
+        return text
+    return card(
+        Export(
+            name=work.hub.name if work.hub else f"path/to/{work.output.name}",
+            base=work.options.base_name or name_for_others(work.base),
+            config=model.config,
+            fields=fields,
+            auto_class=auto_class(model),
+            source=work.adapter,
+            scaled={} if fields is None else scaled_fields(work.adapter, model),
+        )
+    )
+
+
+def write_merged(work: Work, model: Any, params: Any, shard: int) -> None:
+    """Writes the whole model, with the adapter merged into it."""
+    dtype = work.options.dtype or dtype_of_files(work.base)
+    with (
+        as_user_errors(ValueError, OSError, prefix="--merged: "),
+        work.console.status(f"merging and writing {work.output}"),
+    ):
+        save_pretrained(
+            work.output,
+            model,
+            lj.quantized.dequantize(lj.merge(params)),
+            tokenizer=tokenizer_of(work.base),
+            max_shard_size=shard,
+            dtype=jnp.dtype(dtype),
+            readme=readme_of(work, model),
+            overwrite=work.options.overwrite,
+        )
+    print_files(work, f"{work.options.adapter} merged into {work.base}, in {dtype}")
+    if codes := work.adapter.quantize:
+        work.console.print(of_merged(codes), highlight=False, soft_wrap=True)
+    hint(work.console, f'{auto_class(model)}.from_pretrained("{work.output}")')
+
+
+def write_adapter(work: Work, model: Any, params: Any) -> None:
+    """Writes PEFT's files; with --check-serving, exits first if there are problems."""
+    options, base = work.options, work.base
+    no_peft = "as a PEFT adapter (--merged writes a whole model instead): "
+    with as_user_errors(ValueError, prefix=no_peft):
+        fields, tensors = contents(model, params)
+    scaled = scaled_fields(work.adapter, model)
+    if options.check_serving:
+        problems = problems_of(fields, tensors, max_rank=options.max_rank)
+        report_problems([*problems, *([rope_problem(scaled)] if scaled else [])])
+    if options.output is None:
+        return
+    with as_user_errors(ValueError, OSError):
+        lp.save(
+            work.output,
+            model,
+            params,
+            base_model=options.base_name or name_for_others(base),
+            task_type=task_type(model, fields),
+            readme=readme_of(work, model, fields),
+            overwrite=options.overwrite,
+        )
+    print_files(work, f"{options.adapter} as a PEFT adapter of {base}")
+    if codes := work.adapter.quantize:
+        work.console.print(of_adapter(codes, base), highlight=False, soft_wrap=True)
+    if not options.base_name and name_for_others(base) is None:
+        work.console.print(
+            "adapter_config.json names no base, because the base is a local folder: give its name "
+            "on the hub with --base-name",
+            highlight=False,
+            soft_wrap=True,
+        )
+    how = "".join(f", {key}={value!r}" for key, value in scaled.items())
+    loaded = f'{auto_class(model)}.from_pretrained("{base}"{how})'
+    hint(work.console, f'PeftModel.from_pretrained({loaded}, "{work.output}")')
+
+
+def check(options: Options) -> int:
+    """Checks the options.
+
+    Returns:
+      The maximum size of a shard, in bytes.
+
+    Raises:
+      UserError: an option makes no sense, or the output folder is taken.
+    """
+    if options.merged and options.output is None and options.push_to_hub is None:
+        raise UserError("--merged writes a model: name its folder with --output")
+    if options.output is None and not options.check_serving and options.push_to_hub is None:
+        raise UserError("nothing to do: give --output, --push-to-hub or --check-serving")
+    if options.private and options.push_to_hub is None:
+        raise UserError("--private is about a repository on the hub: name it with --push-to-hub")
+    if options.merged and options.check_serving:
+        raise UserError(
+            "--check-serving is about adapters, and --merged writes none: a merged "
+            "model is served like any other model"
+        )
+    if options.base_name and options.merged:
+        raise UserError(
+            "--base-name is for adapter_config.json, and a merged model (--merged) has none"
+        )
+    if options.dtype and not options.merged:
+        raise UserError(
+            "--dtype needs --merged: it is the dtype of a merged model, adapters keep theirs"
+        )
+    if options.max_rank < 1:
+        raise UserError(f"--max-rank {options.max_rank}: at least 1 is needed")
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB)", options.max_shard_size.upper())
+    shard = round(float(size[1]) * _UNITS[size[2]]) if size else 0
+    if shard < 1:
+        raise UserError(
+            f"--max-shard-size {options.max_shard_size}: a size such as 500MB or 5GB is needed"
+        )
+    if options.output is not None:
+        check_output(options, Path(options.output).expanduser())
+    return shard
+
+
+def check_output(options: Options, output: Path) -> None:
+    """Raises a UserError if the output folder holds something that must not be replaced."""
+    if not output.exists():
+        return
+    if not options.overwrite:
+        raise UserError(
+            f"--output {output} exists: name another folder, or replace it with --overwrite"
+        )
+    kind = MODEL_CONFIG if options.merged else PEFT_CONFIG
+    known = "model_type" if options.merged else "peft_type"
+    if output.is_dir() and (not any(output.iterdir()) or known in read_json(output / kind)):
+        return
+    what = "model" if options.merged else "PEFT adapter"
+    raise UserError(
+        f"--output {output} holds something other than a {what}, and --overwrite would "
+        "delete it: name another folder"
+    )
+
+
+def check_apart(output: str | None, adapter: Path, base: str) -> None:
+    """Raises a UserError if replacing the output folder would delete an input."""
+    for path in (adapter, Path(base).expanduser()):
+        if output is None or not path.exists():
+            continue
+        if path.resolve().is_relative_to(Path(output).expanduser().resolve()):
+            raise UserError(
+                f"--output {output} holds {path}, which is an input: name another folder"
+            )
+
+
+def load(options: Options, adapter: AdapterSource, name: str) -> tuple[Any, Any]:
+    """Returns the model, and its parameters with the adapter, all in float32."""
+    names = adapter.about.get("labels", ())
+    num_labels = options.num_labels or adapter.num_labels
+    head: dict[str, Any] = {}
+    if num_labels:
+        head = {"head": "classification", "num_labels": num_labels}
+    mismatch = options.allow_base_mismatch
+    outline = read_untokenized(name, **head).scaled(adapter.rope_scaling)
+    outline = outline.quantized(adapter.quantize)
+    adapter.check(outline, allow_base_mismatch=mismatch)
+    model, params = read_model(name, dtype="float32", **outline.head)
+    if num_labels and len(names) == num_labels:
+        model = model.clone(config=dataclasses.replace(model.config, label_names=tuple(names)))
+    return model, adapter.load(model, params, name, allow_base_mismatch=mismatch)
+
+
+def dtype_of_files(name: str) -> str:
+    """Returns the commonest dtype of the base's tensors; float32 for quantised ones."""
+    kinds = Counter(open_source(resolve(name).path).dtypes.values())
+    return _DTYPES.get(kinds.most_common(1)[0][0], "float32")
+
+
+def tokenizer_of(name: str) -> str | None:
+    """Returns the source of the tokenizer's files; None if the base's folder has none."""
+    path = resolve(name).path
+    if path.is_dir() and not tokenizer_files(path):
+        print(f"{path} holds no tokenizer: the model is written without one", file=sys.stderr)
+        return None
+    return name
+
+
+def report_problems(problems: Sequence[str]) -> None:
+    """Prints one problem per line and exits with code 1, or prints that there are none."""
+    for problem in problems:
+        print(problem)
+    if problems:
+        sys.exit(PROBLEMS)
+    print("serving: no problems found")
+
+
+def print_files(work: Work, what: str) -> None:
+    """Prints a table of the files in the output folder."""
+    work.console.print(f"{what}: {work.output}", highlight=False, soft_wrap=True, markup=False)
+    table = Table("file", "size")
+    table.columns[1].justify = "right"
+    for path in sorted(work.output.iterdir()):
+        table.add_row(path.name, size(path.stat().st_size))
+    table.add_section()
+    table.add_row("total", size(folder_bytes(work.output)))
+    work.console.print(table)
+
+
+def size(n: int) -> str:
+    """Formats a number of bytes: "19.6 MB", or "3.2 kB" below a megabyte."""
+    return megabytes(n) if n >= 1e6 else f"{n / 1e3:.1f} kB"
+
+
+def hint(console: Console, code: str) -> None:
+    """Prints the code that loads the written files."""
+    console.print(f"load it with: {code}", highlight=False, soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    main()

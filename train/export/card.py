@@ -1,0 +1,286 @@
+"""The model card of an export: the facts of its run, and the code that loads it."""
+
+import dataclasses
+import json
+import re
+import urllib.parse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+
+from lora_jax.models import EncoderConfig
+from lora_jax.training.run.best import BEST
+from train.adapters.source import AdapterSource
+from train.console.markdown import escape_markdown
+from train.data.files import FILE_KINDS
+from train.data.named import named
+from train.export.codes import loading_config
+from train.export.marked import marked
+from train.reporters.files import read_json
+from train.run.log import read_metrics
+from train.run.output import CONFIG, FACTS, REPORT, SCORES
+from train.run.report import versions
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# Options that shaped the weights, in the order of the card. No path of a machine is among them.
+_OF_ADAPTER = (
+    *("targets", "layers", "rank", "alpha", "dropout", "scaling", "init", "dora", "freeze_a"),
+    *("xs", "vera"),
+    *("bias", "bias_on_b", "train", "train_tokens", "divide_rank"),
+)
+_OF_TRAINING = (
+    *("full", "head_only", "intrinsic", "intrinsic_kind", "held_out_seed", "rows"),
+    *("shuffle_schemas", "batch_size", "grad_accum", "optimizer"),
+    *("lr_rule", "lora_plus", "beta1", "beta2", "eps", "momentum", "schedule", "warmup"),
+    *("warmup_ratio", "min_lr", "decay", "weight_decay", "grad_clip", "neftune", "seed", "dtype"),
+    *("seq_len", "rope_scaling", "packing", "truncate", "train_on", "max_skipped"),
+    *("stream", "keep_best", "patience", "quantize"),
+)
+# Options about the machine, the output and other files; steps and rate are shown as they came out.
+NOT_SHOWN = frozenset(
+    """
+    allow_base_mismatch attention compilation_cache config coordinator dataset distributed
+    dry_run epochs eval_dataset eval_every eval_questions eval_rows eval_split experts fields
+    init_adapter keep label log_every loss_chunk lr many mesh model num_processes output overwrite
+    peft_config process_id remat report_project report_to resume sample_every sample_prompts
+    sample_tokens save_every score_every split steps subset test test_share text text_pair
+    token_cache
+    """.split()
+)
+SHOWN = frozenset(_OF_ADAPTER + _OF_TRAINING)
+_OF_PEFT = (
+    *("r", "lora_alpha", "target_modules", "target_parameters", "lora_dropout", "use_rslora"),
+    *("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices"),
+)
+_LEFT_OUT = ("confusion", "classes", "answers")  # of scores.json
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Says what a card is about.
+
+    Attributes:
+      name: the name on the hub, or a stand-in for the folder.
+      base: the base's name on the hub; None if it has none.
+      config: the model's configuration.
+      fields: of adapter_config.json; None for a merged model.
+      auto_class: transformers' class for the model.
+      source: the adapter.
+      scaled: fields of config.json that differ from the base's; see `scaled_fields`.
+    """
+
+    name: str
+    base: str | None
+    config: Any
+    fields: Mapping[str, Any] | None
+    auto_class: str
+    source: AdapterSource
+    scaled: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def card(export: Export) -> str:
+    """Returns the text of README.md: YAML front matter, how to load it, and how it came about."""
+    run = _run_of(export.source)
+    options = run.get("options", {})
+    base = "a model"
+    if export.base:
+        address = urllib.parse.quote(export.base)
+        base = f"[{escape_markdown(export.base)}](https://huggingface.co/{address})"
+    kind = export.config.model_type
+    if export.fields is None:
+        what = f"{base} ({kind}) with a LoRA adapter merged into it."
+    else:
+        what = f"A LoRA adapter of {base} ({kind})."
+    title = escape_markdown(export.name.rsplit("/", 1)[-1])
+    parts = [f"# {title}", f"{what} Trained and exported with lora_jax."]
+    if labels := getattr(export.config, "label_names", ()):
+        parts.append(f"Its classes: {', '.join(map(_cell, labels))}.")
+    parts += ["## Load it", *_code(export)]
+    parts += ["## Training", *_training(export, run, options)]
+    used = run.get("versions") or versions()
+    listed = ", ".join(_cell(f"{name} {version}") for name, version in used.items())
+    parts += ["## Versions", f"{'Trained' if run else 'Exported'} with {listed}."]
+    return marked(f"---\n{_front_matter(export, options)}\n---\n\n" + "\n\n".join(parts))
+
+
+def _front_matter(export: Export, options: Mapping[str, Any]) -> str:
+    is_adapter = export.fields is not None
+    from_hub = [name for name in _datasets(options) if _is_of_hub(name)]
+    task = "text-generation"
+    if isinstance(export.config, EncoderConfig):
+        tasks = {"classification": "text-classification", "masked_lm": "fill-mask"}
+        task = tasks.get(export.config.head, "feature-extraction")
+    data = ModelCardData(
+        base_model=export.base,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag=task,
+        tags=["lora", "lora_jax", "jax"],
+        datasets=from_hub or None,
+    )
+    if export.base:
+        data["base_model_relation"] = "adapter" if is_adapter else "finetune"
+    return data.to_yaml()
+
+
+def _datasets(options: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the data sets that a run was given, one or several."""
+    given = options.get("dataset")
+    if not given:  # there was no run
+        return []
+    return [given] if isinstance(given, str) else [dataset.name for dataset in named(given)]
+
+
+def _is_of_hub(name: str) -> bool:
+    is_name = _HUB_NAME.fullmatch(name) and not name.endswith(FILE_KINDS)
+    return bool(is_name) and not Path(name).expanduser().exists()
+
+
+def _shown(name: str) -> str:
+    """Returns the name of a data set without the folders of whoever trained."""
+    path = Path(name).expanduser()
+    return path.name if name.endswith(FILE_KINDS) or path.is_absolute() else name
+
+
+def _code(export: Export) -> Iterator[str]:
+    """Yields the code that loads the export, with a line before each."""
+    base, name = (json.dumps(x) for x in (export.base or "path/to/the/base", export.name))
+    auto = export.auto_class
+    is_classifier = getattr(export.config, "head", None) == "classification"
+    number = f", num_labels={export.config.num_labels}" if is_classifier else ""
+    head = f', head="classification"{number}' if is_classifier else ""
+    if export.scaled:
+        number += "".join(f", {key}={value!r}" for key, value in export.scaled.items())
+        head += f", rope_scaling={export.source.rope_scaling!r}"
+    codes = export.source.quantize
+    if export.fields is None:
+        yield "With transformers:"
+        yield _python(
+            f"from transformers import {auto}", "", f"model = {auto}.from_pretrained({name})"
+        )
+        yield "With lora_jax:"
+        yield _python(
+            "from lora_jax import models", "", f"model, params = models.from_pretrained({name})"
+        )
+        return
+    if codes:
+        head += f', quantize="{codes}"'
+    config = loading_config(codes)
+    imports = f"{auto}, BitsAndBytesConfig" if config else auto
+    if config:
+        number += f", quantization_config={config}"
+    yield "With PEFT:"
+    yield _python(
+        "from peft import PeftModel",
+        f"from transformers import {imports}",
+        "",
+        f"base = {auto}.from_pretrained({base}{number})",
+        f"model = PeftModel.from_pretrained(base, {name})",
+    )
+    yield "With lora_jax:"
+    yield _python(
+        "import lora_jax as lj",
+        "import lora_jax.peft as lp",
+        "from lora_jax import models",
+        "",
+        f"model, params = models.from_pretrained({base}{head})",
+        f"params = lp.load({name}, model, params)",
+        "forward = lj.adapt(model.apply)  # with the arguments of model.apply",
+    )
+
+
+def _python(*lines: str) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _training(export: Export, run: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
+    resolved = run.get("resolved", {})
+    if datasets := _datasets(options):
+        shown = ", ".join(map(_shown, datasets))
+        number = f", {resolved['examples']} examples" if resolved.get("examples") else ""
+        yield f"Data: {_cell(shown)}{number}."
+    if run.get("summary"):
+        yield f"`{run['summary']}`"
+    facts: dict[str, Any] = {}
+    begun_anew = not (options.get("init_adapter") or options.get("peft_config"))
+    if export.fields is not None:
+        facts |= {name: export.fields.get(name) for name in _OF_PEFT}
+    elif begun_anew and not options.get("full"):
+        facts |= {name: options.get(name) for name in _OF_ADAPTER}
+    if begun_anew and not options.get("full"):
+        facts["init"] = options.get("init")
+    facts |= {name: resolved.get(name) for name in ("steps", "lr")}
+    facts |= {name: options.get(name) for name in _OF_TRAINING}
+    if rows := [(name, value) for name, value in facts.items() if _is_in_use(value)]:
+        yield _table(("option", "value"), rows)
+    if losses := list(_losses(export.source)):
+        yield _table(("loss", "value"), losses)
+    if scores := list(_scores(run.get("scores", {}))):
+        yield "Scores on data that it was not trained on:"
+        yield _table(("score", "value"), scores)
+    if not run:
+        yield "No facts of its training lay beside the adapter."
+
+
+def _losses(source: AdapterSource) -> Iterator[tuple[str, str]]:
+    lines = read_metrics(_folder_of_run(source)) if _is_of_run(source) else []
+    for name, what in (("loss", "training"), ("eval_loss", "held-out rows")):
+        found = [line for line in lines if name in line]
+        if found:
+            yield f"{what}, step {found[0]['step']}", f"{found[0][name]:.4f}"
+        if len(found) > 1:
+            yield f"{what}, step {found[-1]['step']}", f"{found[-1][name]:.4f}"
+
+
+def _scores(scores: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yields the numbers of nested objects by their names."""
+    if isinstance(scores, Mapping):
+        for key, value in scores.items():
+            if key not in _LEFT_OUT:
+                yield from _scores(value, f"{name}, {key}" if name else key)
+    elif isinstance(scores, int | float) and not isinstance(scores, bool):
+        yield name, f"{scores:.4f}" if isinstance(scores, float) else str(scores)
+
+
+def _is_of_run(source: AdapterSource) -> bool:
+    return (_folder_of_run(source) / CONFIG).is_file()
+
+
+def _folder_of_run(source: AdapterSource) -> Path:
+    """Returns the folder that an adapter of a run lies in, or a best one of a run on its way."""
+    parent = source.folder.parent
+    return parent.parent if parent.name == BEST else parent
+
+
+def _run_of(source: AdapterSource) -> dict[str, Any]:
+    """Returns the facts of the run whose folder holds the adapter; {} if none does."""
+    if not _is_of_run(source):
+        return {}
+    folder = _folder_of_run(source)
+    try:
+        options = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        options = {}
+    run = read_json(folder / FACTS) | {"options": options if isinstance(options, dict) else {}}
+    return run | {"report": read_json(folder / REPORT), "scores": read_json(folder / SCORES)}
+
+
+def _is_in_use(value: Any) -> bool:
+    return value not in (None, False, "", "none", [], (), {}) and not (
+        isinstance(value, int | float) and not isinstance(value, bool) and value == 0
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[tuple[str, Any]]) -> str:
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    """Returns a value as the text of a table's cell."""
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(str, value))
+    return escape_markdown(str(value))

@@ -1,0 +1,85 @@
+"""Ask fine-tuned models: `python -m train.generate --adapter runs/sql --prompt "…"`.
+
+Prompts are arguments, the rows or lines of a file (--prompts), or the lines of standard input.
+--interactive chats. The answers of several adapters over one base stand side by side.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from train.console.errors import UserError, reported
+from train.console.output import check_free, closed_pipe
+from train.generate.batch import answer_all, answer_aloud
+from train.generate.chat import talk
+from train.generate.options import Options, check, parse
+from train.generate.prompts import (
+    check_lengths,
+    check_template,
+    of_standard_input,
+    read_prompts,
+    short_enough,
+    tokenize,
+    typed,
+)
+from train.generate.shared_base import Served, base_of, find_adapters, outlined
+from train.options.ignored import given_options
+from train.processes.cache import keep_compiled
+from train.run.pretrained import read_model, read_outline
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    given = sys.argv[1:] if args is None else args
+    options = parse(given)
+    with reported(), closed_pipe():
+        check(options, given_options(given))
+        run(options)
+
+
+def run(options: Options) -> None:
+    """Loads the model and its adapters, and answers the prompts, or chats.
+
+    Raises:
+      UserError: something that was asked for cannot be done: before weights are read; of prompts
+        on standard input that are too long, once the others are answered.
+    """
+    if said := keep_compiled(options.compilation_cache):
+        print(said, file=sys.stderr)
+    if options.output:
+        check_free(options.output, options.overwrite, "--output")
+    prompts = read_prompts(options)
+    adapters = find_adapters(options.adapter)
+    outline = outlined(read_outline(base_of(adapters, options.model)), adapters)
+    for adapter in adapters:
+        if adapter.source:
+            adapter.source.check(outline, allow_base_mismatch=options.allow_base_mismatch)
+    check_template(options, outline, prompts or [])
+
+    # Someone who types a line waits for its answer; the lines of a pipe are answered together.
+    one_by_one = not (prompts or options.interactive or options.output) and sys.stdin.isatty()
+    refused = 0
+    if prompts is not None:
+        tokens = tokenize(prompts, outline, options.system)
+        check_lengths(prompts, tokens, outline, options)
+    elif not (options.interactive or one_by_one):
+        prompts = of_standard_input()
+        n, tokens = len(prompts), tokenize(prompts, outline, options.system)
+        prompts, tokens = short_enough(prompts, tokens, outline, options)
+        refused = n - len(prompts)
+
+    how = {"attention": options.attention, **outline.head}
+    served = Served(*read_model(outline.name, dtype="float32", **how), adapters, options)
+    if options.interactive:
+        talk(served, outline, options)
+    elif prompts is None:
+        refused = answer_aloud(served, outline, options, typed())
+    elif sys.stdout.isatty() and len(prompts) * options.num_samples == 1 and not options.output:
+        answer_aloud(served, outline, options, prompts)
+    elif prompts:
+        answer_all(served, outline, options, prompts, tokens)
+    if refused:
+        raise UserError(f"{refused} prompts got no answer; the reasons are above")
+
+
+if __name__ == "__main__":
+    main()

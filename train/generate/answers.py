@@ -1,0 +1,148 @@
+"""Answers to many prompts in batches of few shapes, or to one prompt as it is generated."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.models import stream
+from train.generate.options import Options
+from train.generate.text import Answer
+from train.run.complete import left_padded
+from train.run.pretrained import Outline, end_tokens
+
+_MULTIPLE = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
+_STEPS = 16  # tokens of a batch between two looks at what has ended
+
+
+@dataclasses.dataclass(frozen=True)
+class Speaker:
+    """A model with its parameters, which answers.
+
+    Attributes:
+      model, params: the model.
+      apply: runs in the place of `model.apply`; None for that.
+      outline: the model's, with its tokenizer.
+      options: the options.
+    """
+
+    model: Any
+    params: Any
+    apply: Callable[..., Any] | None
+    outline: Outline
+    options: Options
+
+    def answer(self, most: int | None = None) -> Answer:
+        """Returns an empty answer, of at most so many tokens."""
+        return Answer(
+            self.outline.tokenizer,
+            ends=end_tokens(self.outline),
+            stops=self.options.stop,
+            most=most or self.options.max_new_tokens,
+        )
+
+    def tokens(
+        self, prompts: Sequence[list[int]], numbers: Sequence[int], *, per_call: int, most: int
+    ) -> Iterator[np.ndarray]:
+        """Yields the next token of each prompt, [prompts].
+
+        Args:
+          prompts: their tokens.
+          numbers: the number of each, from which its key comes.
+          per_call: the tokens that are decoded at once.
+          most: the most tokens of an answer.
+        """
+        options, longest = self.options, padded(max(map(len, prompts)))
+        ids, mask = left_padded(prompts, longest, 0)
+        key = None
+        if options.temperature > 0:
+            seed = jax.random.key(options.seed)
+            key = jax.vmap(jax.random.fold_in, (None, 0))(seed, jnp.asarray(numbers, jnp.uint32))
+        return stream(
+            self.model,
+            self.params,
+            ids,
+            mask,
+            max_new_tokens=most,
+            tokens_per_call=per_call,
+            cache_len=longest + options.max_new_tokens - 1,
+            eos_token_id=end_tokens(self.outline) or None,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            key=key,
+            apply=self.apply,
+        )
+
+
+def padded(n: int) -> int:
+    """Returns the length that a prompt of n tokens is padded to: from 256 on, a quarter at most."""
+    step = max(_MULTIPLE, 1 << max(0, (n - 1).bit_length() - 3))
+    return -(-n // step) * step
+
+
+def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Yields the indices of each batch, the longest prompts first, so that memory fails early."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for first in range(0, len(order), size):
+        yield order[first : first + size]
+
+
+def answers(
+    speaker: Speaker,
+    prompts: Sequence[list[int]],
+    *,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Iterator[tuple[int, Answer]]:
+    """Yields the answers to prompts with the index of each, as they end.
+
+    Args:
+      speaker: the model.
+      prompts: their tokens; the index of each is the number that its key comes from.
+      progress: is called with the number of answers so far.
+    """
+    done, size = 0, min(speaker.options.batch_size, len(prompts))
+    for batch in batches([len(prompt) for prompt in prompts], size):
+        rows = {i: speaker.answer() for i in batch}
+        going = dict(rows)
+        filled = [*batch, *[batch[0]] * (size - len(batch))]  # all batches have one size
+        most = speaker.options.max_new_tokens
+        steps = speaker.tokens([prompts[i] for i in filled], filled, per_call=_STEPS, most=most)
+        while going and (part := list(itertools.islice(steps, _STEPS))):
+            for row, new in zip(rows.values(), np.stack(part, axis=1), strict=False):
+                row.add(new.tolist())
+            for i in [i for i, row in going.items() if row.ended]:
+                yield i, going.pop(i)
+                done += 1
+            progress(done)
+
+
+def spoken(
+    speaker: Speaker,
+    answer: Answer,
+    prompt: list[int],
+    number: int,
+    say: Callable[[str], None],
+    *,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Says the answer to one prompt as it is generated.
+
+    Args:
+      speaker: the model.
+      answer: an empty one, which takes the tokens.
+      prompt: its tokens.
+      number: the number that its key comes from.
+      say: takes the next piece of text.
+      stopped: tells, before each further token, whether to leave it at that.
+    """
+    for new in speaker.tokens([prompt], [number], per_call=1, most=answer.most):
+        answer.add(new.tolist())
+        if text := answer.fresh():
+            say(text)
+        if answer.ended or stopped():
+            return

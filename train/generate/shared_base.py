@@ -1,0 +1,188 @@
+"""Several adapters over one base: named, checked, and run on the same arrays."""
+
+import contextlib
+import dataclasses
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import lora_jax as lj
+from train.adapters.source import ADAPTER, AdapterSource, find_adapter, merged
+from train.console.errors import UserError
+from train.console.output import say
+from train.generate.options import BASE, Options
+from train.options.sft import DEFAULT_MODEL
+from train.run.pretrained import Outline
+
+_NAMED = re.compile(r"([\w.-]+)=(.+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """An adapter under its name; `source` is None for the base alone."""
+
+    name: str
+    source: AdapterSource | None
+
+
+def find_adapters(given: Sequence[str]) -> list[Named]:
+    """Returns the adapters that --adapter names; [base] where it names none.
+
+    One without a name is called after its folder, or by all that was given where two folders have
+    the same name.
+
+    Raises:
+      UserError: there is no such adapter, or a name is there twice.
+    """
+    parts = [_parted(one) for one in given or (BASE,)]
+    labels = Counter(_label(path) for name, path in parts if name is None)
+    labels.update(name for name, _ in parts if name is not None)
+    found: dict[str, Named] = {}
+    for name, path in parts:
+        if name is None:
+            label = _label(path)
+            name = label if labels[label] == 1 and label != BASE or path == BASE else path
+        if name in found:
+            raise UserError(f"--adapter: {name} is there twice; give names: --adapter name=folder")
+        found[name] = Named(name, None if name == BASE else find_adapter(path))
+    return list(found.values())
+
+
+def _parted(given: str) -> tuple[str | None, str]:
+    """Returns name and path; the name is None where none is given."""
+    match = _NAMED.fullmatch(given)
+    if match is None or Path(given).expanduser().exists():
+        return None, given
+    if match[1] == BASE:
+        raise UserError(f"--adapter {given}: {BASE} is the base alone; choose another name")
+    return match[1], match[2]
+
+
+def _label(path: str) -> str:
+    parts = Path(os.path.abspath(Path(path).expanduser())).parts
+    return parts[-2] if parts[-1] == ADAPTER and len(parts) > 2 else parts[-1]
+
+
+def base_of(adapters: Sequence[Named], model: str | None) -> str:
+    """Returns the name of the base: that of --model, or the one that all adapters state.
+
+    Raises:
+      UserError: they state different ones, or one states none.
+    """
+    sources = [one.source for one in adapters if one.source is not None]
+    if model is not None or not sources:
+        return model or DEFAULT_MODEL
+    first, *others = sources
+    for other in others:
+        if other.base() != first.base():
+            raise UserError(
+                f"{first.given} was trained on {first.base()}, and {other.given} on "
+                f"{other.base()}: one base is read at a time; ask them one after the other, or "
+                "name the base with --model"
+            )
+    return first.base()
+
+
+def outlined(outline: Outline, adapters: Sequence[Named]) -> Outline:
+    """Returns the outline of the base as the adapters were trained on it: its RoPE, its codes.
+
+    Raises:
+      UserError: they were trained on it in different ways.
+    """
+    sources = [one.source for one in adapters if one.source is not None]
+    for what in ("rope_scaling", "quantize"):
+        for source in sources[1:]:
+            one, other = getattr(sources[0], what), getattr(source, what)
+            if one != other:
+                raise UserError(
+                    f"{sources[0].given} was trained with the {what} {one or 'none'}, and "
+                    f"{source.given} with {other or 'none'}: ask them one after the other"
+                )
+    if not sources:
+        return outline
+    return outline.scaled(sources[0].rope_scaling).quantized(sources[0].quantize)
+
+
+class Served:
+    """One base in memory, and the adapters over its arrays.
+
+    Attributes:
+      model: the model.
+      names: the names of the adapters; the first one answers first.
+    """
+
+    def __init__(self, model: Any, params: Any, adapters: Sequence[Named], options: Options):
+        """Reads the adapters, and says how they run; see `Options.merge`.
+
+        Raises:
+          UserError: an adapter is damaged or of another base, or cannot be merged as asked.
+        """
+        self.model = model
+        self.names = [one.name for one in adapters]
+        self._merge = options.merge
+        self._forward = lj.adapt(model.apply)  # one for all: each new function compiles
+        self._merged: tuple[str, Any] = (BASE, None)  # the adapter whose merged tree is kept
+        base = base_of(adapters, options.model)
+        mismatch = options.allow_base_mismatch
+        self._trees: dict[str, Any] = {}
+        for name, source in ((one.name, one.source) for one in adapters):
+            if source is not None:
+                tree = source.load(model, params, base, allow_base_mismatch=mismatch)
+                self._trees[name] = self._alike(tree)
+        names = list(self._trees)
+        if options.merge:
+            for name in names:
+                _check_merge(name, self._trees[name])
+        how = "merged into" if options.merge else "beside"
+        if len(names) == len(self.names) == 1 and not options.interactive and not options.no_merge:
+            how = self._serve_merged(names[0])
+        if names:
+            say(f"{' and '.join(names)}: {how} the base")
+        if options.interactive and BASE not in self.names:
+            self.names.append(BASE)
+        if BASE in self.names:
+            self._trees[BASE] = params
+
+    def use(self, name: str) -> tuple[Any, Callable[..., Any] | None]:
+        """Returns the parameters of an adapter, and the function in the place of `model.apply`."""
+        if name == BASE:
+            return self._trees[BASE], None
+        if not self._merge:
+            return self._trees[name], self._forward
+        if self._merged[0] != name:
+            self._merged = (BASE, None)  # lets go of one before another is made
+            self._merged = (name, merged(self._trees[name]))
+        return self._merged[1], None
+
+    def _serve_merged(self, name: str) -> str:
+        """Merges the only adapter where it can be, and lets go of the base; returns how it runs."""
+        try:
+            self._merged = (name, merged(self._trees[name]))
+        except UserError as error:
+            return f"not merged ({error}), beside"
+        self._merge = True
+        del self._trees[name]
+        return "merged into"
+
+    def _alike(self, tree: Any) -> Any:
+        """Returns a tree of the structure of an earlier one, where it has the same weights.
+
+        The two then share what is compiled: their dropout, which does nothing here, may differ.
+        """
+        for other in self._trees.values():
+            with contextlib.suppress(ValueError):
+                return lj.swap(other, tree)
+        return tree
+
+
+def _check_merge(name: str, tree: Any) -> None:
+    """Raises a UserError if an adapter cannot be merged; merges nothing."""
+    try:
+        jax.eval_shape(merged, tree)
+    except UserError as error:
+        raise UserError(f"--merge: {name} cannot be merged: {error}") from error

@@ -1,0 +1,278 @@
+"""Will it fit, and what will it cost? `python -m train.plan` asks the compiler.
+
+    python -m train.plan --model config.json --topology v5e:4x4 --mesh fsdp=16 --batch-size 16
+
+Compiles the very step of `train.sft` from a config.json alone, for a machine that need not be
+there: a TPU slice, with its own compiler (the extra `tpu`), or virtual CPU devices.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import tyro
+from rich.console import Console
+
+from lora_jax.training.layout import Layout
+from lora_jax.training.optimizers.named import Name
+from lora_jax.training.run.log import duration
+from train.console.errors import UserError, reported
+from train.options.common import AdapterConfig, Attention, Experts, OptimConfig, Remat, at_least
+from train.options.optim import with_optimizer_defaults
+from train.options.rope import parse_rope_scaling
+from train.plan.compile import Job, Plan, Variant, plan
+from train.plan.machines import Machine, find_machine
+from train.plan.table import print_plans
+from train.processes.mesh import make_mesh
+from train.run.pretrained import read_shapes
+from train.run.rules import rules
+
+# No weights are read, so the codes of a file are not known.
+PlannedCodes = Literal["none", "int8", "int4", "nf4", "nf4-double"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """The model, the machine, and the amount of data."""
+
+    model: str
+    """A config.json, a folder with one, a GGUF file, or a name on the hub. No weights are read."""
+    rope_scaling: str | None = None
+    """Scale the model's RoPE; see train.sft."""
+    topology: str = "cpu:1"
+    """A TPU slice, such as v5e:4x4, v5p:2x2x2, v6e:8x8 or tpu7x:2x2x1, or cpu:8 for eight virtual
+    devices of this CPU."""
+    mesh: str | None = None
+    """The mesh, as in train.sft: fsdp=4,tensor=4. By default fsdp gets as many devices as can share
+    the batch, and tensor gets the rest."""
+    batch_size: int = 8
+    """Sequences in memory at once, on all devices together."""
+    grad_accum: int = 1
+    """Batches per step."""
+    seq_len: int = 1024
+    """Tokens per sequence. The plan assumes that the loss counts all of them."""
+    loss_chunk: int = 256
+    """Predictions whose logits are in memory at once, for each part of the batch on the mesh; 0 for
+    all at once."""
+    dtype: str = "bfloat16"
+    """The dtype of the base and its activations (float32 or bfloat16). Adapters are always float32,
+    and so are the weights in full fine-tuning."""
+    quantize: PlannedCodes = "none"
+    """The codes to keep the base's kernels in; see train.sft."""
+    remat: Remat = "full"
+    """Activations to recompute in the backward pass; see train.sft."""
+    attention: Attention = "auto"
+    """Computation of attention; see train.sft."""
+    experts: Experts = "auto"
+    """Computation of a mixture of experts; see train.sft."""
+    adapters: tuple[int, ...] = ()
+    """Numbers of adapters to plan for, such as 1 8 64: adapters that train side by side in one step
+    over one base, sharing the --batch-size sequences evenly."""
+    optimizer: Name = "adamw"
+    """The optimiser, whose state takes memory; see train.sft."""
+    tokens: float | None = None
+    """Tokens to train on in total, to compute the chip-hours."""
+    utilisation: float = 0.4
+    """The share of the peak FLOP/s that a step is assumed to reach, to compute its time."""
+    price: float | None = None
+    """The price of one chip-hour, in any currency, to compute the cost."""
+    capacity_gib: float | None = None
+    """The memory of a device in GiB, to override the topology's."""
+    peak_tflops: float | None = None
+    """The peak TFLOP/s of a device, to override the topology's."""
+    alone: bool = False
+    """Plan only what the options ask for; without this option, LoRA with three --remat policies and
+    full fine-tuning are planned for comparison."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Plan a run of train.sft: memory, FLOPs, time and cost, for LoRA and full fine-tuning."""
+
+    plan: PlanConfig
+    adapter: AdapterConfig
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line. Bad input exits with code 2."""
+    with reported():
+        run(parse(args))
+
+
+def parse(args: Sequence[str] | None = None) -> Options:
+    """Parses a command line, by default this process's."""
+    flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[Options]]
+    return tyro.cli(flat, args=args, prog="python -m train.plan")
+
+
+def run(options: Options) -> None:
+    """Checks the options, compiles each variant, and prints the plans."""
+    asked = options.plan
+    jax.config.update("jax_platforms", "cpu")  # leave accelerators to other processes
+    check(options)
+    job, optim = make_job(asked)
+    facts = described(asked, job)
+    plans: list[Plan] = []
+    progress = Console(stderr=True)
+    try:
+        for variant in variants(options):
+            with progress.status(f"compiling {variant.name}"):
+                plans.append(plan(job, variant, optim))
+            took = duration(plans[-1].compile_seconds)
+            progress.print(f"compiled {variant.name}: {took}", highlight=False)
+    finally:  # after Ctrl-C, the plans so far
+        if plans:
+            show(asked, job, facts, plans)
+
+
+def show(asked: PlanConfig, job: Job, facts: dict[str, Any], plans: list[Plan]) -> None:
+    """Prints the plans, as JSON or as a table; the first plan is the requested one."""
+    if asked.json:
+        first, *others = (as_json(made, asked, job.machine) for made in plans)
+        print(json.dumps({**facts, **first, "others": others}, indent=2))
+    else:
+        estimates = [estimate(made, asked, job.machine) for made in plans]
+        wide = None if sys.stdout.isatty() else 120
+        print_plans(Console(width=wide), facts, plans, estimates)
+
+
+def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
+    """Returns the job and the options of an optimiser.
+
+    Raises:
+      UserError: model, machine and mesh do not fit together.
+    """
+    outline = read_shapes(asked.model).scaled(parse_rope_scaling(asked.rope_scaling))
+    outline = outline.quantized(asked.quantize)
+    outline.check_length(asked.seq_len, f"--seq-len {asked.seq_len}")
+    outline.check_experts(asked.experts)
+    machine = find_machine(asked.topology, asked.capacity_gib, asked.peak_tflops)
+    mesh = make_mesh(asked.mesh, asked.batch_size, machine.devices)
+    layout = Layout.of(mesh, outline.config)
+    layout.check_lengths([asked.seq_len])
+    for n in asked.adapters:
+        if (asked.batch_size // n) % layout.batch_parts:
+            raise UserError(
+                f"--adapters {n}: each has {asked.batch_size // n} of the {asked.batch_size} "
+                f"sequences, and the mesh splits a batch into {layout.batch_parts} parts: give a "
+                f"larger --batch-size, or a --mesh with less of data and fsdp"
+            )
+    job = Job(
+        outline=outline,
+        layout=layout,
+        machine=machine,
+        batch_size=asked.batch_size,
+        grad_accum=asked.grad_accum,
+        seq_len=asked.seq_len,
+        loss_chunk=asked.loss_chunk * layout.token_parts,
+        dtype=asked.dtype,
+        attention=asked.attention,
+        experts=asked.experts,
+    )
+    optim = OptimConfig(optimizer=asked.optimizer, batch_size=asked.batch_size)
+    return job, with_optimizer_defaults(optim, lr=1e-4, beta2=0.999)
+
+
+def check(options: Options) -> None:
+    """Raises a UserError for options that are wrong for any model and machine."""
+    asked, adapter = options.plan, options.adapter
+    at_least(1, asked, "batch_size", "grad_accum", "seq_len")
+    at_least(0, asked, "loss_chunk")
+    if asked.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {asked.dtype}: float32 or bfloat16")
+    if not 0 < asked.utilisation <= 1:
+        raise UserError(
+            f"--utilisation {asked.utilisation}: a share of the peak, above 0 and at most 1"
+        )
+    for name in ("tokens", "price", "capacity_gib", "peak_tflops"):
+        value = getattr(asked, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UserError(f"--{name.replace('_', '-')} {value}: a positive number is needed")
+    if adapter.init_adapter:
+        raise UserError(
+            "--init-adapter: an adapter's shapes come from options here, not from a folder"
+        )
+    if adapter.full and asked.quantize != "none":
+        raise UserError(
+            f"--quantize {asked.quantize}: codes do not train, and --full trains every weight"
+        )
+    if adapter.full and adapter.peft_config:
+        raise UserError("--full trains without an adapter, and --peft-config describes one")
+    if asked.adapters and (adapter.full or asked.alone):
+        other = "--full" if adapter.full else "--alone"
+        raise UserError(f"--adapters and {other} do not go together: it plans adapters alone")
+    for n in asked.adapters:
+        if n < 1 or asked.batch_size % n:
+            raise UserError(
+                f"--adapters {n}: a number that divides --batch-size {asked.batch_size} is needed, "
+                "so that each adapter has as many sequences"
+            )
+    rules(adapter)
+
+
+def variants(options: Options) -> list[Variant]:
+    """Returns the requested variant and, without --alone, others to compare it with."""
+    lora = dataclasses.replace(options.adapter, full=False)
+    if options.plan.adapters:
+        return [Variant(lora, options.plan.remat, n) for n in options.plan.adapters]
+    full = AdapterConfig(full=True)
+    asked = Variant(full if options.adapter.full else lora, options.plan.remat)
+    others = [
+        Variant(lora, "full"),
+        Variant(lora, "dots_with_no_batch_dims_saveable"),
+        Variant(lora, "none"),
+        Variant(full, "full"),
+    ]
+    return [asked] if options.plan.alone else [asked, *(one for one in others if one != asked)]
+
+
+def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
+    """Returns the facts that all plans share: model, machine, mesh, and batch."""
+    machine, mesh = job.machine, job.layout.mesh.shape
+    return {
+        "model": asked.model,
+        "topology": machine.name,
+        "devices": len(machine.devices),
+        "chips": machine.n_chips,
+        "compiler": "tpu" if machine.is_tpu else "cpu",
+        "mesh": {axis: size for axis, size in mesh.items() if size > 1},
+        "batch_size": asked.batch_size,
+        "grad_accum": asked.grad_accum,
+        "seq_len": asked.seq_len,
+        "dtype": asked.dtype,
+        "quantize": asked.quantize,
+        "attention": str(job.chosen),
+        "experts": asked.experts,
+        "optimizer": asked.optimizer,
+        "peak_flops_per_device": machine.flops,
+        "utilisation": asked.utilisation,
+        "tokens": asked.tokens,
+        "price": asked.price,
+    }
+
+
+def as_json(made: Plan, asked: PlanConfig, machine: Machine) -> dict[str, Any]:
+    """Returns a plan and its estimates as JSON."""
+    return {**dataclasses.asdict(made), **estimate(made, asked, machine)}
+
+
+def estimate(made: Plan, asked: PlanConfig, machine: Machine) -> dict[str, float | None]:
+    """Returns the seconds of a step, the chip-hours and the cost; None for what is not known."""
+    seconds = hours = cost = None
+    if made.flops_per_chip is not None and machine.flops is not None:
+        seconds = made.flops_per_chip / (machine.flops * asked.utilisation)
+        if asked.tokens is not None:
+            tokens_a_step = asked.batch_size * asked.grad_accum * asked.seq_len
+            hours = asked.tokens / tokens_a_step * seconds * machine.n_chips / 3600
+            cost = None if asked.price is None else hours * asked.price
+    return {"step_seconds": seconds, "chip_hours": hours, "cost": cost}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

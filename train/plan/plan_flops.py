@@ -1,0 +1,105 @@
+"""The FLOPs of a plan: from its HLO, checked against the step's jaxpr, or from the jaxpr alone.
+
+The HLO states the work and the traffic of the devices, including what the partitioner adds. Its
+text is internal to the compiler and may change. The jaxpr, which is the step as traced, is the
+check of what was read, and the fallback. A failure of either does not end a plan.
+"""
+
+import dataclasses
+from typing import Any
+
+from train.plan.hlo import NotUnderstood, Work, work_of
+from train.plan.jaxpr_flops import Count, count_flops
+from train.plan.kernels import named, unlisted
+
+HLO, JAXPR = "hlo", "jaxpr"
+_DUPLICATED = 1.5  # times the jaxpr's FLOPs: above, devices repeat each other's work
+_MISSED = 0.9  # times the jaxpr's FLOPs: below, some products were not recognised
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepWork:
+    """The work of a compiled step; None for what is not known.
+
+    Attributes:
+      source: "hlo" or "jaxpr"; None if neither was understood.
+      per_step, per_chip: FLOPs on all devices, and on one.
+      traced: FLOPs of the jaxpr.
+      sent: kind of collective -> bytes that a device sends or receives.
+      kernels: the kernels in the compiled step, in words.
+      notes: remarks on the figures, in sentences.
+    """
+
+    source: str | None
+    per_step: int | None
+    per_chip: int | None
+    traced: int | None
+    sent: dict[str, int] | None
+    kernels: tuple[str, ...] | None
+    notes: tuple[str, ...]
+
+
+def step_work(text: str | None, counted: Count | None, n_devices: int) -> StepWork:
+    """Returns the work of a step, from its HLO if it is understood.
+
+    Args:
+      text: the optimised HLO; None if the compiler gives none.
+      counted: the count of the step's jaxpr; None if it was not understood.
+      n_devices: the number of devices that share the step.
+    """
+    try:
+        work = work_of(text or "")
+    except NotUnderstood as error:
+        return _from_jaxpr(counted, n_devices, str(error))
+    return StepWork(
+        source=HLO,
+        per_step=work.flops * n_devices,
+        per_chip=work.flops,
+        traced=counted and counted.flops,
+        sent=work.sent,
+        kernels=named(work.kernels),
+        notes=_compared(work, counted, n_devices),
+    )
+
+
+def count_traced(jaxpr: Any) -> Count | None:
+    """Counts the FLOPs of a jaxpr; returns None if it has equations of an unknown form."""
+    try:
+        return count_flops(jaxpr)
+    except Exception:  # a check only; a newer JAX may rename anything
+        return None
+
+
+def _from_jaxpr(counted: Count | None, n_devices: int, why: str) -> StepWork:
+    note = f"the HLO was not understood ({why}), so the traffic between devices is not known"
+    if counted is None:
+        note += ", nor are the FLOPs: the jaxpr was not understood either"
+    else:
+        note += "; the FLOPs are those of the step as traced, without work added by the partitioner"
+        if not counted.exact:
+            note += ", and loops of unknown length are counted once"
+    return StepWork(
+        source=counted and JAXPR,
+        per_step=counted and counted.flops,
+        per_chip=counted and round(counted.flops / n_devices),
+        traced=counted and counted.flops,
+        sent=None,
+        kernels=None,
+        notes=(note,),
+    )
+
+
+def _compared(work: Work, counted: Count | None, n_devices: int) -> tuple[str, ...]:
+    """Returns notes on kernels that are not counted, and on counts that are too far apart."""
+    if unknown := unlisted(work.kernels):
+        return (f"the FLOPs leave out kernels that the plan does not know: {', '.join(unknown)}",)
+    if counted is None or not counted.exact or not counted.flops:
+        return ()
+    ratio = work.flops * n_devices / counted.flops
+    if ratio > _DUPLICATED:
+        why = "the partitioner makes devices repeat each other's work"
+    elif ratio < _MISSED:
+        why = "some of its products may not have been recognised"
+    else:
+        return ()
+    return (f"the HLO has {ratio:.2f} times the FLOPs of the step as traced: {why}",)

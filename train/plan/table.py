@@ -1,0 +1,121 @@
+"""Plans as tables: one row per variant, the requested one first."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from train.plan.compile import Plan
+from train.plan.plan_flops import JAXPR
+from train.run.report import megabytes
+
+_PARTS = ("base", "adapter", "optimizer", "temporaries", "other", "total")
+_UNKNOWN = "–"
+_TRACED = "≈ "
+
+
+def print_plans(
+    console: Console,
+    facts: Mapping[str, Any],
+    plans: Sequence[Plan],
+    estimates: Sequence[Mapping[str, float | None]],
+) -> None:
+    """Prints a table of memory, a table of work and time, and notes.
+
+    Args:
+      console: the console to print to.
+      facts: the facts that all plans share; see `train.plan.described`.
+      plans: one per variant, the requested one first.
+      estimates: for each plan, the seconds of a step, the chip-hours and the cost; see
+        `train.plan.estimate`.
+    """
+    mesh = ", ".join(f"{axis} {size}" for axis, size in facts["mesh"].items())
+    codes = "" if facts["quantize"] == "none" else f" with {facts['quantize']} kernels"
+    devices = "one device" if facts["devices"] == 1 else f"{facts['devices']} devices: {mesh}"
+    console.print(
+        f"{facts['model']} on {facts['topology']} ({devices}), "
+        f"{facts['batch_size'] * facts['grad_accum']} × {facts['seq_len']} tokens per step, "
+        f"{facts['dtype']}{codes}, attention: {facts['attention']}, "
+        f"optimizer: {facts['optimizer']}; "
+        f"compiled by the {facts['compiler'].upper()} compiler",
+        highlight=False,
+        soft_wrap=True,
+    )
+    capacity = _gib(plans[0].per_chip_bytes["capacity"])
+    memory = Table(title=f"Memory per device, in GiB (of {capacity})")
+    memory.add_column("")
+    memory.add_column("fits")
+    for part in _PARTS:
+        memory.add_column(part, justify="right")
+    for made in plans:
+        sizes = [_gib(made.per_chip_bytes[part]) for part in _PARTS]
+        memory.add_row(made.name, "yes" if made.fits else "no", *sizes)
+    console.print(memory)
+
+    work = Table(title="Work and time")
+    work.add_column("")
+    for name in ("TFLOP", "by hand", "GB sent", "step", "chip-hours"):
+        work.add_column(name, justify="right")
+    with_cost = facts["price"] is not None
+    names = ("cost",) if with_cost else ()
+    for name in (*names, "adapter", "checkpoint"):
+        work.add_column(name, justify="right")
+    for made, guess in zip(plans, estimates, strict=True):
+        sent = None if made.collective_bytes is None else sum(made.collective_bytes.values())
+        work.add_row(
+            made.name,
+            _mark(made) + _in(made.flops_per_step, 1e12),
+            _in(made.flops_closed_form, 1e12),
+            _in(sent, 1e9),
+            _number(guess["step_seconds"], " s"),
+            _number(guess["chip_hours"]),
+            *([_number(guess["cost"])] if with_cost else []),
+            megabytes(made.adapter_bytes),
+            megabytes(made.checkpoint_bytes),
+        )
+    console.print(work)
+    for made in plans:
+        if made.refused:
+            console.print(f"{made.name}: {made.refused}", highlight=False, soft_wrap=True)
+        if made.kernels:
+            kernels = ", ".join(made.kernels)
+            console.print(f"{made.name}: kernels: {kernels}", highlight=False, soft_wrap=True)
+        for note in made.notes:
+            console.print(f"{_mark(made)}{made.name}: {note}", highlight=False, soft_wrap=True)
+    console.print(_notes(facts), highlight=False, soft_wrap=True)
+
+
+def _mark(made: Plan) -> str:
+    """Returns a mark for FLOPs that do not come from the compiled step."""
+    return _TRACED if made.flops_source == JAXPR else ""
+
+
+def _notes(facts: Mapping[str, Any]) -> str:
+    notes = (
+        "base: frozen parameters; adapter: trained parameters; other: the batch, padding, the "
+        "program. TFLOP: per step on all devices, from the optimised HLO; by hand: in closed form. "
+        "GB sent: per device and step."
+    )
+    if facts["peak_flops_per_device"] is not None:
+        peak = facts["peak_flops_per_device"] / 1e12
+        notes += (
+            f" The time of a step assumes {100 * facts['utilisation']:g} % of the published peak, "
+            f"{peak:,.0f} TFLOP/s (--utilisation)"
+        )
+        notes += "." if facts["tokens"] else "; --tokens gives chip-hours."
+    else:
+        notes += " For the time of a step, give --peak-tflops."
+    return notes
+
+
+def _gib(size: int | None) -> str:
+    return _UNKNOWN if size is None else f"{size / 2**30:,.2f}"
+
+
+def _in(value: int | None, unit: float) -> str:
+    return _UNKNOWN if value is None else f"{value / unit:,.2f}"
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    return _UNKNOWN if value is None else f"{value:,.2f}{unit}"

@@ -1,0 +1,148 @@
+"""Classify texts: `python -m train.predict --adapter runs/classify "a delight" "a bore"`.
+
+Texts are arguments, the rows or lines of a file (--input), or the lines of standard input. The
+classifier is one that `train.classify` trained, an adapter of PEFT's, or a model with its own head.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from train.console.errors import UserError, flag, reported
+from train.console.output import closed_pipe, opened
+from train.console.progress import progress_of
+from train.options.ignored import given_options
+from train.predict.batches import probabilities
+from train.predict.classifier import find_classifier
+from train.predict.texts import (
+    Texts,
+    holds_rows,
+    of_arguments,
+    of_file,
+    of_standard_input,
+    tokenize,
+)
+from train.predict.write import Format, format_of, write
+from train.processes.cache import keep_compiled
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Classify texts with a trained classifier."""
+
+    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Texts to classify. Without any, they come from --input, or from standard input, one per
+    line."""
+    adapter: str | None = None
+    """A classifier's adapter: the folder of a run, of this library or of PEFT, or the hub name of a
+    PEFT adapter."""
+    model: str | None = None
+    """The base: a hub name or a folder. By default the base that the adapter names. Without
+    --adapter, a model with its own head, such as `train.export --merged` writes."""
+    input: str | None = None
+    """A file of texts: rows with fields (JSONL, JSON, CSV, TSV, also gzipped, or Parquet) or, with
+    any other ending, one text per line."""
+    field: str = "text"
+    """The field of --input that holds the text."""
+    field_pair: str | None = None
+    """The field of --input that holds a second text, for pairs (a premise and a hypothesis)."""
+    out: str | None = None
+    """The file to write; it appears once it is complete. By default standard output."""
+    format: Format | None = None
+    """The format of the output: JSON lines, or CSV. By default CSV if --out ends in .csv, else JSON
+    lines."""
+    overwrite: bool = False
+    """Replace the file of --out."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in the order of their indices, if neither the adapter nor the model
+    names them."""
+    batch_size: int = 32
+    """Texts in memory at once."""
+    seq_len: int | None = None
+    """The maximum number of tokens of a text. By default the model's."""
+    truncate: bool = False
+    """Truncate longer texts; without this option, they are an error."""
+    allow_base_mismatch: bool = False
+    """Accept an adapter that was trained on another base."""
+    compilation_cache: str | None = None
+    """The folder where JAX keeps compiled programs for later runs, or off. By default
+    lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    options = tyro.cli(
+        tyro.conf.FlagCreatePairsOff[Options], args=args, prog="python -m train.predict"
+    )
+    with reported(), closed_pipe():
+        check(options, given_options(sys.argv[1:] if args is None else args))
+        run(options)
+
+
+def run(options: Options) -> None:
+    """Classifies the texts and writes the predictions.
+
+    Raises:
+      UserError: something that was asked for cannot be done; before weights are read.
+    """
+    if said := keep_compiled(options.compilation_cache):
+        print(said, file=sys.stderr)
+    mismatch = options.allow_base_mismatch
+    classifier = find_classifier(
+        options.adapter, options.model, options.labels, allow_base_mismatch=mismatch
+    )
+    outline, texts = classifier.outline, read(options)
+    tokens = tokenize(texts, outline, options.seq_len, options.truncate)
+    with opened(options.out, options.overwrite) as file:
+        apply, params = classifier.load(allow_base_mismatch=mismatch)
+        with progress_of(len(texts), "classifying", "classified", "texts") as progress:
+            found = probabilities(
+                apply,
+                params,
+                tokens,
+                batch_size=options.batch_size,
+                most=options.seq_len or outline.max_tokens,
+                pad=outline.tokenizer.pad_token_id or 0,
+                progress=progress,
+            )
+        write(file, format_of(options.format, options.out), texts, found, classifier.labels)
+
+
+def check(options: Options, given: frozenset[str] = frozenset()) -> None:
+    """Raises a UserError for options that make no sense, or that were given to no effect."""
+    if options.texts and options.input is not None:
+        raise UserError("texts come from the command line or from --input: give one of them")
+    of_rows = sorted({"field", "field_pair"} & given)
+    if of_rows and (options.input is None or not holds_rows(options.input)):
+        raise UserError(
+            f"{flag(of_rows[0])} names a field of --input's rows, and there are none: give a file "
+            "of rows, or leave it out"
+        )
+    if options.overwrite and options.out is None:
+        raise UserError("--overwrite replaces the file of --out: name one, or leave it out")
+    if options.allow_base_mismatch and options.adapter is None:
+        raise UserError("--allow-base-mismatch is about an adapter: name one with --adapter")
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size}: at least 1 is needed")
+    if options.seq_len is not None and options.seq_len < 3:
+        raise UserError(f"--seq-len {options.seq_len}: at least 3 is needed")
+    if options.out is not None and options.input is not None:
+        out, source = (Path(path).expanduser() for path in (options.out, options.input))
+        if out.exists() and source.exists() and out.samefile(source):
+            raise UserError(f"--out {options.out} is the file of --input: name another")
+
+
+def read(options: Options) -> Texts:
+    """Reads the texts from where the options say."""
+    if options.texts:
+        return of_arguments(options.texts)
+    if options.input is not None:
+        return of_file(options.input, options.field, options.field_pair)
+    return of_standard_input()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Probabilities of many texts, in batches of few shapes: each shape is compiled once."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.training.data.labelled import logits_of
+from train.predict.texts import Tokens
+
+_SHORTEST = 16
+
+
+def lengths_up_to(most: int) -> tuple[int, ...]:
+    """Returns the lengths that texts are padded to: doubling, up to the most tokens of a text."""
+    found = []
+    length = _SHORTEST
+    while length < most:
+        found.append(length)
+        length *= 2
+    return (*found, most)
+
+
+def batches(
+    lengths: np.ndarray, batch_size: int, most: int
+) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Yields the texts in batches, longest first.
+
+    The shapes depend on `most` and `batch_size` alone; only with fewer texts than a batch holds
+    are batches smaller.
+
+    Args:
+      lengths: tokens of each text, [n].
+      batch_size: texts of a batch.
+      most: the most tokens of a text.
+
+    Yields:
+      The indices of a batch's texts, its rows, and its length.
+    """
+    rows = min(batch_size, 1 << max(0, len(lengths) - 1).bit_length())
+    shorter = 0
+    groups = []
+    for length in lengths_up_to(most):
+        groups.append((length, np.flatnonzero((shorter < lengths) & (lengths <= length))))
+        shorter = length
+    for length, group in reversed(groups):
+        for at in range(0, len(group), rows):
+            yield group[at : at + rows], rows, length
+
+
+def probabilities(
+    apply: Callable[..., Any],
+    params: Any,
+    tokens: Tokens,
+    *,
+    batch_size: int,
+    most: int,
+    pad: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """Returns the probability of each class for each text: [n, classes], fp32.
+
+    Args:
+      apply: a classifier's, adapted or not.
+      params: its parameters.
+      tokens: the texts.
+      batch_size: texts in memory at once.
+      most: the most tokens of a text.
+      pad: the token of padding.
+      progress: is called with the number of texts that are done.
+    """
+
+    def of_batch(params: Any, batch: dict[str, Any]) -> jax.Array:
+        return jax.nn.softmax(logits_of(apply, params, batch))
+
+    run = jax.jit(of_batch)
+    done, out = 0, None
+    for texts, rows, length in batches(tokens.lengths, batch_size, most):
+        found = np.asarray(run(params, _batch(tokens, texts, rows, length, pad)))
+        if out is None:
+            out = np.empty((len(tokens.ids), found.shape[-1]), np.float32)
+        out[texts] = found[: len(texts)]
+        done += len(texts)
+        progress(done)
+    assert out is not None, "no texts"
+    return out
+
+
+def _batch(
+    tokens: Tokens, texts: np.ndarray, rows: int, length: int, pad: int
+) -> dict[str, np.ndarray]:
+    """Returns texts as arrays [rows, length], padded on the right; spare rows repeat the first."""
+    ids = np.full((rows, length), pad, np.int32)
+    types, mask = np.zeros((2, rows, length), np.int32)
+    for row in range(rows):
+        text = texts[row if row < len(texts) else 0]
+        n = len(tokens.ids[text])
+        ids[row, :n], types[row, :n], mask[row, :n] = tokens.ids[text], tokens.types[text], 1
+    return {"ids": ids, "token_type_ids": types, "attention_mask": mask}
