@@ -16,7 +16,7 @@ def few_devices():
     """Scripts see one device: what compiles for several takes longer, and has tests of its own."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("mesh", "cache"):
-            patch.setattr(f"train.run.{module}.all_devices", lambda: jax.devices()[:1])
+            patch.setattr(f"train.processes.{module}.all_devices", lambda: jax.devices()[:1])
         yield
 
 
