@@ -352,7 +352,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_an_error_before_any_work(case, monkeypatch):
     given, message = BAD[case]
-    monkeypatch.setattr("lora_jax.training.tune.make_ready", None)
+    monkeypatch.setattr("lora_jax.training.finetune.make_ready", None)
     model, params = mlp()
     options = {"examples": ARRAYS, "rules": UP, "loss": of_mlp, "lr": 0.1, **given}
     with pytest.raises(training.TrainingError, match=message):

@@ -12,7 +12,7 @@ import io
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,16 @@ from lora_jax.bank.together.side_by_side import Ending, Running, side_by_side
 from lora_jax.bank.together.tenants import Tenant
 from lora_jax.bank.together.together import Together
 from lora_jax.training.errors import Interrupted, TrainingError
-from lora_jax.training.fit import tree_of
-from lora_jax.training.held_out import compiled_evaluation
-from lora_jax.training.loop import Stopped
+from lora_jax.training.held_out import compiled_evaluation, held_out_loss
+from lora_jax.training.loop import Stopped, training_steps
 from lora_jax.training.losses import Loss, Sums
 from lora_jax.training.optimizer import has_dropout
 from lora_jax.training.processes import write_json, write_text
+from lora_jax.training.ready import hooks_of, opened, result_of, tree_of
 from lora_jax.training.run.log import duration
 from train.finetune import Part, evaluate_base, measures, run_of, weights_of
 from train.inputs import inputs_of
-from train.many.board import Board, Heard, Paper, print_results
+from train.many.board import Board, Paper, TeeLog, print_results
 from train.many.one import Asked, One
 from train.options.file import replaced
 from train.options.optim import make_tenant
@@ -45,7 +45,7 @@ from train.processes.mesh import make_mesh
 from train.processes.session import Session
 from train.reporters.files import ERROR
 from train.reporters.registry import check_reporters
-from train.run.fit import adapted, begin_run, fitted
+from train.run.lifecycle import adapted, begin_run, keep_adapter, open_run_log, report_of
 from train.run.log import doing
 from train.run.output import ADAPTER, CONFIG, REPORT, locked_output
 from train.run.report import print_adapter, tree_bytes
@@ -229,26 +229,30 @@ def _train(
     evaluations: dict[int, Callable[..., Sums]] = {}
     board = Board(console, {name: one.run.last for name, one in by_name.items()})
 
-    def running(one: One) -> Running:
+    def turns(one: One) -> Generator[int, tuple[Mapping[str, Any], int], Any]:
+        """Yields the steps of a run to take; returns its trained tree and its report."""
         assert one.ready is not None
-        name, run, ready, inputs = one.row.name, one.run, one.ready, one.inputs
-        tree = functools.partial(tree_of, ready)
-        more = functools.partial(measures, run, inputs, one.evaluation, model, tree, answering)
-        evaluation = evaluations.setdefault(
-            id(one.loss), compiled_evaluation(layout, forward, one.loss)
-        )
-        turns = fitted(
-            run,
-            ready,
-            functools.partial(together.state, name),
-            forward,
-            one.loss,
-            inputs.read.data.on_the_way,
-            more,
-            evaluation=evaluation,
-            heard=lambda log: Heard(log, board, name),
-        )
-        return Running(turns=turns, batch=inputs.feed.batch, tokens=inputs.feed.tokens)
+        name, run, ready, loss = one.row.name, one.run, one.ready, one.loss
+        now, tree = functools.partial(together.state, name), functools.partial(tree_of, ready)
+        evaluation = evaluations.setdefault(id(loss), compiled_evaluation(layout, forward, loss))
+        held_out = functools.partial(held_out_loss, ready, forward, loss, evaluation=evaluation)
+        with open_run_log(run, ready, int(now().step)) as own:
+            taken = measures(run, one.inputs, one.evaluation, model, tree, answering, held_out, own)
+            hooks = hooks_of(ready, loss, [*taken], run.hint)
+            log = TeeLog(own, board, name)
+            with opened(log, ready):
+                step_seconds = yield from training_steps(
+                    now, run.last, one.config.run, hooks, log, run.stop
+                )
+            trained = result_of(ready, now())
+            if run.pauses:
+                return trained, {}
+            keep_adapter(run, ready, trained)
+        return trained, report_of(run, ready, trained, loss, step_seconds)
+
+    def running(one: One) -> Running:
+        feed = one.inputs.feed
+        return Running(turns=turns(one), batch=feed.batch, tokens=feed.tokens)
 
     def ended(name: str, ending: Ending) -> None:
         one = by_name[name]

@@ -17,7 +17,7 @@ from train.predict.classifier import find_classifier
 from train.predict.texts import of_arguments, tokenize
 from train.processes.session import Session
 from train.reporters.files import read_json
-from train.run.fit import resume_hint
+from train.run.lifecycle import resume_hint
 from train.run.output import ADAPTER, CONFIG
 
 _SCRIPTS: dict[str, Any] = {"train.sft": sft, "train.classify": classify}
