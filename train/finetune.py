@@ -34,7 +34,7 @@ from train.reporters.registry import check_reporters
 from train.run.intrinsic import about_space, merged, moves_weights, running_in, space_of
 from train.run.lifecycle import (
     Run,
-    adapted,
+    adapt_base,
     begin_run,
     keep_adapter,
     open_run_log,
@@ -56,7 +56,8 @@ class Part:
     Attributes:
       until: returns the step to pause after, from the number of all steps and the run's options. A
         run that pauses is saved, not evaluated; --resume goes on with it. None trains to the end.
-      trained: gets each run that came to its end, the adapted tree, and the function that runs it.
+      on_trained: gets each run that came to its end, the adapted tree, and the function that runs
+        it.
       hint: tells an interrupted user how to go on; None for this command line with --resume.
       measured: the evaluations of the base so far. What one of them measured is not measured again;
         new ones are added.
@@ -64,7 +65,7 @@ class Part:
     """
 
     until: Callable[[int, Any], int] | None = None
-    trained: Callable[[Run, Any, Callable[..., Any]], object] | None = None
+    on_trained: Callable[[Run, Any, Callable[..., Any]], object] | None = None
     hint: str | None = None
     measured: list[Evaluation] = dataclasses.field(default_factory=list)
     reader: Reader = dataclasses.field(default_factory=Reader)
@@ -125,7 +126,7 @@ def finetune(
         model, plain = weights_of(config, outline, layout)
     base_bytes = tree_bytes(plain)
     key = jax.random.key(optim.seed)
-    params = adapted(config, outline, plain, folder, jax.random.fold_in(key, 0))
+    params = adapt_base(config, outline, plain, folder, jax.random.fold_in(key, 0))
     ready = begin_run(run, params, jax.random.fold_in(key, 1), data.facts)
     del params
 
@@ -182,8 +183,8 @@ def finetune(
 
     # The trained model.
     scores: dict[str, float] = {}
-    if part.trained:
-        part.trained(run, trained, answering)
+    if part.on_trained:
+        part.on_trained(run, trained, answering)
     if evaluation:
         # Codes stay codes: merged, they would be the float model.
         tree = trained if is_quantized else merged(space, trained)

@@ -136,7 +136,7 @@ class Sweep:
             if self.intruders is not None:
                 done.intruders = self.intruders(run, tree)
 
-        part = dataclasses.replace(self.part, until=until, trained=trained)
+        part = dataclasses.replace(self.part, until=until, on_trained=trained)
         first = group[0]
         with self.session.part():
             if has_adapter(first.arm.method):

@@ -84,7 +84,7 @@ class One:
         return said.strip().splitlines()[0]
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def isolate_errors(self) -> Iterator[None]:
         """Within, an error is the run's own: it is kept in its folder, and the others go on."""
         try:
             yield

@@ -45,7 +45,7 @@ from train.processes.mesh import make_mesh
 from train.processes.session import Session
 from train.reporters.files import ERROR
 from train.reporters.registry import check_reporters
-from train.run.lifecycle import adapted, begin_run, keep_adapter, open_run_log, report_of
+from train.run.lifecycle import adapt_base, begin_run, keep_adapter, open_run_log, report_of
 from train.run.log import doing
 from train.run.output import ADAPTER, CONFIG, REPORT, locked_output
 from train.run.report import print_adapter, tree_bytes
@@ -119,7 +119,7 @@ def train_rows(
     # The adapters, and the base for comparison.
     tenants = {}
     for one in ones:
-        with one.alone():
+        with one.isolate_errors():
             tenants[one.row.name] = _begun(one, plain, session.release)
     is_quantized = first.optim.quantize != "none"
     answering = lj.adapt(model.apply)  # as the model itself answers, not laid out for a step
@@ -142,13 +142,13 @@ def train_rows(
     for one in ones:
         if one.ending.result is None or one.run.pauses:
             continue
-        with one.alone():
+        with one.isolate_errors():
             trained, report = one.ending.result
             report |= {"base_bytes": base_bytes, "side_by_side": len(ones)}
             write_json(one.run.folder / REPORT, report)
             print_adapter(one.run.console, one.run.folder / ADAPTER, report)
-            if part.trained:
-                part.trained(one.run, trained, answering)
+            if part.on_trained:
+                part.on_trained(one.run, trained, answering)
             if one.evaluation and not stopped:  # a resumed run evaluates what is over
                 with doing(console, f"evaluating {one.row.name}"):
                     tree = trained if is_quantized else lj.merge(trained)
@@ -191,7 +191,7 @@ def _begun(one: One, plain: Any, held: ExitStack) -> Tenant:
     optim = config.optim
     key = jax.random.key(optim.seed)
     outline = one.inputs.read.outline
-    params = adapted(config, outline, plain, run.folder, jax.random.fold_in(key, 0))
+    params = adapt_base(config, outline, plain, run.folder, jax.random.fold_in(key, 0))
     params = run.layout.placed(params)
     ready = begin_run(run, params, jax.random.fold_in(key, 1), data.facts)
     one.paper.keep_in(run.folder, held)

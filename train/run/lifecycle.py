@@ -71,7 +71,7 @@ class Run:
         return self.last < self.steps
 
 
-def adapted(config: Options, outline: Outline, plain: Any, folder: Path, key: jax.Array) -> Any:
+def adapt_base(config: Options, outline: Outline, plain: Any, folder: Path, key: jax.Array) -> Any:
     """Returns the parameters with --init-adapter's adapter, a resumed run's first, or a new one.
 
     With --intrinsic, the numbers of the subspace stand beside them.
