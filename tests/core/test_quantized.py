@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax import quantized, sharding
+from lora_jax.core.axes import AxisRoles
 from lora_jax.quantized import FORMATS, Format, QuantRule, encode
 from lora_jax.quantized.gguf import TYPES
 from tests.core.coded import check_variant, coded_program, decoded, is_on
