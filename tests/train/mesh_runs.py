@@ -21,7 +21,7 @@ jax.config.update("jax_num_cpu_devices", int(devices))
 
 from lora_jax.training.processes import wait_for_all  # noqa: E402
 from train import classify, sft  # noqa: E402
-from train.run import mesh  # noqa: E402
+from train.processes import mesh  # noqa: E402
 
 runs: list[list[str]] = [[]]
 for word in rest:

@@ -18,7 +18,7 @@ from tests.train.tiny import write_model, write_rows
 from train.console.errors import UserError
 from train.data import files
 from train.generate import __main__ as generate
-from train.run import fit
+from train.run import lifecycle
 from train.run.output import begin
 from train.sft import main, parse
 from train.tasks.chats import hold_out
@@ -75,7 +75,7 @@ def test_a_longer_run_is_told_that_its_learning_rate_jumps(tmp_path):
 
     def said(steps):
         run = SimpleNamespace(folder=tmp_path, config=config, steps=steps)
-        return fit._moved(run, warmed_up(1.0, steps, kind="linear", warmup=1), 6)
+        return lifecycle._moved(run, warmed_up(1.0, steps, kind="linear", warmup=1), 6)
 
     assert said(11) is None
     assert "goes on at 7.50e-01, not at 5.00e-01" in said(21) and "give --steps 11;" in said(21)

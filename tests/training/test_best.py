@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import training
-from lora_jax.training import tune
 from lora_jax.training.run.best import Best, Standing
 from tests.support import over
 
@@ -54,7 +54,8 @@ def tuned(folder, *, log=None, **options):
 @pytest.fixture(scope="module", autouse=True)
 def one_program():
     """Runs with the same settings share their compiled step."""
-    compile_step, kept = tune.compile_step, {}
+    module = sys.modules["lora_jax.training.finetune"]  # whose name is the function's, too
+    compile_step, kept = module.compile_step, {}
 
     def shared(ready, forward, loss):
         settings = str(ready.facts["settings"] | {"keep_best": None})
@@ -63,7 +64,7 @@ def one_program():
         return kept[settings]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tune, "compile_step", shared)
+        patch.setattr(module, "compile_step", shared)
         yield
 
 
