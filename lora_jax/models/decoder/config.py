@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.hf.fields import ConfigError
-from lora_jax.models.decoder.fields import FAMILIES, read_fields, write_fields
+from lora_jax.models.decoder.families.family import Family
+from lora_jax.models.decoder.families.registry import FAMILIES
+from lora_jax.models.decoder.fields import read_fields, write_fields
 from lora_jax.models.decoder.rope_fields import RopeScaling
 
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
@@ -135,16 +137,9 @@ class DecoderConfig:
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
-    def mlp_name(self) -> str:
-        """Hugging Face's name of a layer's MLP."""
-        return "block_sparse_moe" if self.model_type == "mixtral" else "mlp"
-
-    @property
-    def expert_names(self) -> tuple[str, str, str]:
-        """Hugging Face's names of an expert's gate, up and down projections."""
-        if self.model_type == "mixtral":
-            return "w1", "w3", "w2"
-        return "gate_proj", "up_proj", "down_proj"
+    def family(self) -> Family:
+        """The facts of the model's family."""
+        return FAMILIES[self.model_type]
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:

@@ -62,11 +62,11 @@ def decoder_table(config: DecoderConfig) -> list[Row]:
     if config.post_norms:
         norm("pre_feedforward_layernorm", width)
     if config.num_experts:
-        linear("router", f"{config.mlp_name}/gate", width, config.num_experts)
-        gate, up, down = config.expert_names
+        linear("router", f"{config.family.mlp_name}/gate", width, config.num_experts)
+        gate, up, down = config.family.expert_names
         size = config.moe_intermediate_size
         for name, shape in ((gate, (width, size)), (up, (width, size)), (down, (size, width))):
-            path = f"model/layers/{config.mlp_name}/experts/{name}"
+            path = f"model/layers/{config.family.mlp_name}/experts/{name}"
             add(path, "kernel", shape, "experts", (*layers, config.num_experts))
     else:
         if config.fused_projections:
@@ -105,13 +105,13 @@ def decoder_parts(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) 
     parts: dict[str, Part] = {}
     if not any(name.endswith(".mlp.experts.gate_up_proj") for name in shapes):
         return parts
-    gate, up, down = config.expert_names
+    gate, up, down = config.family.expert_names
     inner = config.moe_intermediate_size
     halves = {gate: slice(0, inner), up: slice(inner, None)}
     for name, shape in shapes.items():
         if (match := _FUSED.fullmatch(name)) is None:
             continue
-        mlp = f"{match[1]}.{config.mlp_name}"
+        mlp = f"{match[1]}.{config.family.mlp_name}"
         if match[2] == "gate.weight":
             parts[f"{mlp}.gate.weight"] = Part(name, ())
             continue

@@ -136,9 +136,9 @@ class DecoderLayer(nn.Module):
         cfg = self.config
         args = (cfg, self.dtype, self.param_dtype, self.placement)
         if cfg.num_experts:
-            mlp: nn.Module = SparseMLP(*args, self.experts, name=cfg.mlp_name)
+            mlp: nn.Module = SparseMLP(*args, self.experts, name=cfg.family.mlp_name)
         else:
-            mlp = MLP(*args, name=cfg.mlp_name)
+            mlp = MLP(*args, name=cfg.family.mlp_name)
 
         def inputs(norm_name: str, x: jax.Array) -> jax.Array:
             return self.placement.constrain(norm(self, norm_name)(x), "inputs")

@@ -105,7 +105,9 @@ class _Experts(nn.Module):
         return [
             _Kernel((cfg.num_experts, *shape), cfg, self.dtype, self.param_dtype, name=name)()
             for name, shape in zip(
-                cfg.expert_names, [(outer, inner), (outer, inner), (inner, outer)], strict=True
+                cfg.family.expert_names,
+                [(outer, inner), (outer, inner), (inner, outer)],
+                strict=True,
             )
         ]
 
