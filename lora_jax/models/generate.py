@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.models.decoder.model import Decoder
-from lora_jax.models.gpt2.model import GPT2
+from lora_jax.models.causal import CausalLM
 from lora_jax.models.layers.cache import Cache, Shared, init_cache
 
 
 def generate(
-    model: Decoder | GPT2,
+    model: CausalLM,
     params: Any,
     input_ids: jax.typing.ArrayLike,
     attention_mask: jax.typing.ArrayLike | None = None,
@@ -97,7 +96,7 @@ def generate(
 
 
 def arguments(
-    model: Decoder | GPT2,
+    model: CausalLM,
     input_ids: jax.typing.ArrayLike,
     attention_mask: jax.typing.ArrayLike | None,
     *,
@@ -150,7 +149,7 @@ def arguments(
 
 
 def share(
-    model: Decoder | GPT2,
+    model: CausalLM,
     params: Any,
     ids: jax.typing.ArrayLike,
     *,
@@ -253,7 +252,7 @@ def _generate(
     key: jax.Array,
     shared: Shared | None,
     *,
-    model: Decoder | GPT2,
+    model: CausalLM,
     apply: Callable[..., Any] | None,
     max_new_tokens: int,
 ) -> jax.Array:

@@ -9,14 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.models.decoder.model import Decoder
+from lora_jax.models.causal import CausalLM
 from lora_jax.models.generate import Choice, Loop, arguments, decode, prefill
-from lora_jax.models.gpt2.model import GPT2
 from lora_jax.models.layers.cache import Cache, Shared, init_cache
 
 
 def stream(
-    model: Decoder | GPT2,
+    model: CausalLM,
     params: Any,
     input_ids: jax.typing.ArrayLike,
     attention_mask: jax.typing.ArrayLike | None = None,
@@ -111,7 +110,7 @@ def _begin(
     choice: Choice,
     shared: Shared | None,
     *,
-    model: Decoder | GPT2,
+    model: CausalLM,
     apply: Callable[..., Any] | None,
     cache_len: int,
     n: int,
@@ -131,7 +130,7 @@ def _more(
     until: jax.Array,
     shared: Shared | None,
     *,
-    model: Decoder | GPT2,
+    model: CausalLM,
     apply: Callable[..., Any] | None,
 ) -> Loop:
     run: Any = model.apply if apply is None else apply

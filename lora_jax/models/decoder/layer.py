@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lora_jax.models.decoder.blocks import MLP, dense, norm
+from lora_jax.models.decoder.blocks import MLP, norm
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.decoder.moe import SparseMLP
 from lora_jax.models.decoder.rope import Rotation, rotate
 from lora_jax.models.layers.attend import Attend, attend
+from lora_jax.models.layers.blocks import dense
 from lora_jax.models.layers.cache import LayerCache, with_slots
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.placement import UNPLACED, Placement
@@ -97,7 +98,7 @@ class Attention(nn.Module):
             )
         out = out.reshape(*x.shape[:2], cfg.num_attention_heads * cfg.head_dim)
         out = self.placement.constrain(out, "features")
-        return dense(self, "o_proj", cfg.hidden_size, cfg.o_bias)(out), (k, v)
+        return dense(self, cfg.hidden_size, use_bias=cfg.o_bias, name="o_proj")(out), (k, v)
 
     def _project(self, x: jax.Array) -> list[jax.Array]:
         """Returns queries, keys and values: [batch, seq, heads, head_dim] each."""
@@ -105,11 +106,11 @@ class Attention(nn.Module):
         heads = {"q": cfg.num_attention_heads} | dict.fromkeys("kv", cfg.num_key_value_heads)
         sizes = [n * cfg.head_dim for n in heads.values()]
         if cfg.fused_projections:
-            fused = dense(self, "qkv_proj", sum(sizes), cfg.qkv_bias)(x)
+            fused = dense(self, sum(sizes), use_bias=cfg.qkv_bias, name="qkv_proj")(x)
             flat = jnp.split(fused, [sizes[0], sizes[0] + sizes[1]], axis=-1)
         else:
             flat = [
-                dense(self, f"{name}_proj", size, cfg.qkv_bias)(x)
+                dense(self, size, use_bias=cfg.qkv_bias, name=f"{name}_proj")(x)
                 for name, size in zip(heads, sizes, strict=True)
             ]
         return [

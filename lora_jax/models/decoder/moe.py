@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from lora_jax.models.decoder.blocks import dense
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts, implementation
 from lora_jax.models.layers.activations import ACTIVATION
 from lora_jax.models.layers.attention import dot_wide
+from lora_jax.models.layers.blocks import dense
 from lora_jax.models.layers.placement import UNPLACED, Placement
 
 
@@ -44,7 +44,7 @@ class SparseMLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Sends tokens, [batch, seq, d_model], through their experts; returns the same shape."""
         cfg = self.config
-        router = dense(self, "gate", cfg.num_experts, False, dot_general=dot_wide)
+        router = dense(self, cfg.num_experts, use_bias=False, name="gate", dot_general=dot_wide)
         weights, chosen = route(router(x), cfg.num_experts_per_tok, cfg.norm_topk_prob)
         kernels = _Experts(cfg, self.dtype, self.param_dtype, name="experts")()
         products = implementation(self.products, self.placement)

@@ -41,7 +41,7 @@ class Embeddings(nn.Module):
 
 def default_positions(input_ids: jax.Array, config: EncoderConfig) -> jax.Array:
     """Returns the rows of the table of positions, [batch, seq] int32; see ``Encoder.__call__``."""
-    if config.prefix == "bert" or config.pad_token_id is None:
+    if not config.family.after_padding or config.pad_token_id is None:
         count = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
         return jnp.broadcast_to(count, input_ids.shape)
     real = (input_ids != config.pad_token_id).astype(jnp.int32)

@@ -17,7 +17,7 @@ from lora_jax.models.layers.blocks import dense, layer_norm
 from lora_jax.models.layers.masks import Mask, bidirectional
 from lora_jax.models.layers.noise import EmbeddingNoise
 from lora_jax.models.layers.placement import UNPLACED, Placement
-from lora_jax.models.layers.trunk import rematerialised
+from lora_jax.models.layers.trunk import scan
 
 
 class EncoderOutput(NamedTuple):
@@ -189,13 +189,7 @@ class _Layers(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
         x = self.placement.constrain(x, "residual")
-        scanned = nn.scan(
-            rematerialised(_Layer, self.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.config.num_hidden_layers,
-        )
+        scanned = scan(_Layer, self.remat, self.config.num_hidden_layers, nn.broadcast)
         args = (self.config, self.dtype, self.param_dtype, self.placement, self.attention)
         return scanned(*args, name="layer")(x, mask)[0]
 

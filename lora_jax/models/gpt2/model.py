@@ -8,19 +8,19 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lora_jax.models.causal import CausalLM, output_head
 from lora_jax.models.gpt2.config import GPT2Config
 from lora_jax.models.layers.activations import activated
 from lora_jax.models.layers.attend import Attend, attend
-from lora_jax.models.layers.attention import dot_wide
 from lora_jax.models.layers.blocks import dense, embed, layer_norm
 from lora_jax.models.layers.cache import Cache, LayerCache, with_slots
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.noise import EmbeddingNoise, with_noise
-from lora_jax.models.layers.placement import UNPLACED, Placement
-from lora_jax.models.layers.trunk import causal_mask, extend, place, rematerialised
+from lora_jax.models.layers.placement import Placement
+from lora_jax.models.layers.trunk import causal_mask, extend, place, scan
 
 
-class GPT2(nn.Module):
+class GPT2(CausalLM):
     """GPT-2, called as ``Decoder`` is; its layers are scanned as well.
 
     Parameters are a plain nested dict under Hugging Face's module names, less the layer number:
@@ -30,67 +30,19 @@ class GPT2(nn.Module):
       config: the options of the forward pass.
       dtype: dtype of the computation. LayerNorm's statistics, softmax and logits are fp32 (or
         float64, where dtype is).
-      param_dtype: dtype of the parameters that ``init`` makes.
-      remat: see ``Decoder``.
-      placement: see ``Decoder``.
-      attention: see ``Decoder``.
+      param_dtype, remat, placement, attention: see ``Decoder``.
     """
 
     config: GPT2Config
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    remat: bool | str = False
-    placement: Placement = UNPLACED
-    attention: str | Attend = "auto"
 
     def setup(self) -> None:
         args = (self.config, self.dtype, self.param_dtype, self.remat, self.placement)
         self.transformer = _Trunk(*args, self.attention)
-        if not self.config.tie_word_embeddings:
-            self.lm_head = dense(self, self.config.vocab_size, use_bias=False, dot_general=dot_wide)
+        self.lm_head = output_head(self)
 
-    def __call__(
-        self,
-        input_ids: jax.Array,
-        attention_mask: jax.Array | None = None,
-        positions: jax.Array | None = None,
-        cache: Cache | None = None,
-        segment_ids: jax.Array | None = None,
-        logits_at: jax.Array | None = None,
-        return_hidden: bool = False,
-        embedding_noise: EmbeddingNoise | None = None,
-    ) -> Any:
-        """Predicts each next token.
-
-        Args:
-          input_ids: [batch, seq], int. An id outside the vocabulary, or a position beyond
-            ``max_position_embeddings``, gives NaN.
-          attention_mask, positions, cache, segment_ids, logits_at, return_hidden,
-            embedding_noise: see ``Decoder.__call__``.
-
-        Returns:
-          Logits, [batch, seq, vocab] or [batch, n, vocab], fp32; with a cache, a pair of that and
-          the new cache.
-
-        Raises:
-          ValueError: for segment_ids together with a cache, more tokens than a cache can hold, or
-            a sequence or cache longer than ``max_position_embeddings``.
-        """
-        hidden, new_cache = self.transformer(
-            input_ids, attention_mask, positions, cache, segment_ids, embedding_noise
-        )
-        if logits_at is not None:
-            hidden = jnp.take_along_axis(hidden, logits_at[..., None], axis=1)
-        out = hidden if return_hidden else self.head(hidden)
-        return out if new_cache is None else (out, new_cache)
-
-    def head(self, hidden: jax.Array) -> jax.Array:
-        """Returns logits, [..., vocab] fp32, of final hidden states, [..., d_model]."""
-        if not self.config.tie_word_embeddings:
-            return self.lm_head(hidden)
-        embedding = self.transformer.wte.embedding.astype(self.dtype)
-        contract = (((hidden.ndim - 1,), (1,)), ((), ()))
-        return dot_wide(hidden.astype(self.dtype), embedding, contract)
+    @property
+    def trunk(self) -> _Trunk:
+        return self.transformer
 
 
 class _Step(NamedTuple):
@@ -190,15 +142,13 @@ class _Trunk(nn.Module):
         cfg = self.config
         self.wte = embed(self, cfg.vocab_size)
         self.wpe = embed(self, cfg.max_position_embeddings)
-        scanned = nn.scan(
-            rematerialised(_Block, self.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
-            length=cfg.num_hidden_layers,
-        )
+        scanned = scan(_Block, self.remat, cfg.num_hidden_layers)
         self.h = scanned(cfg, self.dtype, self.param_dtype, self.placement, self.attention)
         self.ln_f = layer_norm(self)
+
+    @property
+    def words(self) -> nn.Embed:
+        return self.wte
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""The layers of BERT, RoBERTa and GPT-2.
+"""Dense layers, LayerNorms and embeddings.
 
 Each function makes a layer for ``module``, with its dtypes and its configuration's options.
 """
