@@ -8,26 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lora_jax.models.layers.attend import Attend
 from lora_jax.models.layers.attention import dot_wide, soft_cap
-from lora_jax.models.layers.blocks import dense
+from lora_jax.models.layers.blocks import Part, dense
 from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.noise import EmbeddingNoise
-from lora_jax.models.layers.placement import UNPLACED, Placement
 
 
-class CausalLM(nn.Module):
-    """Predicts each next token. A family's module makes the trunk in its ``setup``.
-
-    Attributes: see ``Decoder``.
-    """
-
-    config: Any
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    remat: bool | str = False
-    placement: Placement = UNPLACED
-    attention: str | Attend = "auto"
+class CausalLM(Part):
+    """Predicts each next token. A family's module makes the trunk in its ``setup``."""
 
     @property
     def trunk(self) -> Any:

@@ -12,8 +12,7 @@ from jax import lax
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.layers.activations import activated
 from lora_jax.models.layers.attention import wide
-from lora_jax.models.layers.blocks import dense
-from lora_jax.models.layers.placement import UNPLACED, Placement
+from lora_jax.models.layers.blocks import Part, dense
 
 
 class RMSNorm(nn.Module):
@@ -38,13 +37,10 @@ class RMSNorm(nn.Module):
         return y.astype(self.dtype) * scale.astype(self.dtype)
 
 
-class MLP(nn.Module):
+class MLP(Part):
     """down(act(gate(x)) * up(x)) (Shazeer 2020)."""
 
     config: DecoderConfig
-    dtype: Any
-    param_dtype: Any
-    placement: Placement = UNPLACED
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

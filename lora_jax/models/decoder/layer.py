@@ -13,11 +13,10 @@ from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.decoder.moe import SparseMLP
 from lora_jax.models.decoder.rope import Rotation, rotate
-from lora_jax.models.layers.attend import Attend, attend
-from lora_jax.models.layers.blocks import dense
+from lora_jax.models.layers.attend import attend
+from lora_jax.models.layers.blocks import Part, dense
 from lora_jax.models.layers.cache import LayerCache, with_slots
 from lora_jax.models.layers.masks import Mask
-from lora_jax.models.layers.placement import UNPLACED, Placement
 
 
 class Step(NamedTuple):
@@ -48,14 +47,10 @@ class PerLayer(NamedTuple):
     cache: LayerCache | None
 
 
-class Attention(nn.Module):
+class Attention(Part):
     """Causal self-attention with grouped key/value heads (Ainslie et al. 2023) and RoPE."""
 
     config: DecoderConfig
-    dtype: Any
-    param_dtype: Any
-    placement: Placement = UNPLACED
-    attention: str | Attend = "auto"
 
     @nn.compact
     def __call__(
@@ -119,14 +114,10 @@ class Attention(nn.Module):
         ]
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Part):
     """Attention and MLP, each after a norm (and before one, in Gemma), added to the stream."""
 
     config: DecoderConfig
-    dtype: Any
-    param_dtype: Any
-    placement: Placement = UNPLACED
-    attention: str | Attend = "auto"
     experts: str | Experts = "auto"
 
     @nn.compact
@@ -135,16 +126,15 @@ class DecoderLayer(nn.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Runs a scan's body: x is the carry, [batch, seq, d_model]; see ``Attention``."""
         cfg = self.config
-        args = (cfg, self.dtype, self.param_dtype, self.placement)
         if cfg.num_experts:
-            mlp: nn.Module = SparseMLP(*args, self.experts, name=cfg.family.mlp_name)
+            mlp: nn.Module = SparseMLP(*self.options, self.experts, name=cfg.family.mlp_name)
         else:
-            mlp = MLP(*args, name=cfg.family.mlp_name)
+            mlp = MLP(*self.options, name=cfg.family.mlp_name)
 
         def inputs(norm_name: str, x: jax.Array) -> jax.Array:
             return self.placement.constrain(norm(self, norm_name)(x), "inputs")
 
-        attention = Attention(*args, self.attention, name="self_attn")
+        attention = Attention(*self.options, name="self_attn")
         hidden, cached = attention(inputs("input_layernorm", x), step, layer)
         if cfg.post_norms:
             x = x + norm(self, "post_attention_layernorm")(hidden)

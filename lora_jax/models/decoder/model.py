@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +13,9 @@ from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts, check_experts
 from lora_jax.models.decoder.layer import DecoderLayer, PerLayer, Step
 from lora_jax.models.decoder.rope import rotations
-from lora_jax.models.layers.attend import Attend
-from lora_jax.models.layers.blocks import embed
+from lora_jax.models.layers.blocks import Part, embed
 from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.noise import EmbeddingNoise, with_noise
-from lora_jax.models.layers.placement import Placement
 from lora_jax.models.layers.trunk import causal_mask, extend, place, scan
 
 
@@ -50,8 +46,7 @@ class Decoder(CausalLM):
 
     def setup(self) -> None:
         check_experts(self.config, self.experts)
-        args = (self.config, self.dtype, self.param_dtype, self.remat, self.placement)
-        self.model = _Trunk(*args, self.attention, self.experts)
+        self.model = _Trunk(*self.options, self.experts)
         self.lm_head = output_head(self)
 
     @property
@@ -59,23 +54,17 @@ class Decoder(CausalLM):
         return self.model
 
 
-class _Trunk(nn.Module):
+class _Trunk(Part):
     """Embedding, scanned layers and the final norm: everything but the head."""
 
     config: DecoderConfig
-    dtype: Any
-    param_dtype: Any
-    remat: bool | str
-    placement: Placement
-    attention: str | Attend
-    experts: str | Experts
+    experts: str | Experts = "auto"
 
     def setup(self) -> None:
         cfg = self.config
         self.embed_tokens = embed(self, cfg.vocab_size)
         scanned = scan(DecoderLayer, self.remat, cfg.num_hidden_layers)
-        args = (cfg, self.dtype, self.param_dtype, self.placement)
-        self.layers = scanned(*args, self.attention, self.experts)
+        self.layers = scanned(*self.options, self.experts)
         self.norm = norm(self)
 
     @property

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from lora_jax.models.encoder.config import EncoderConfig
 from lora_jax.models.layers.attention import wide
-from lora_jax.models.layers.blocks import embed, layer_norm
+from lora_jax.models.layers.blocks import Part, embed, layer_norm
 from lora_jax.models.layers.noise import EmbeddingNoise, with_noise
 
 
-class Embeddings(nn.Module):
+class Embeddings(Part):
     """LayerNorm(word + token type + position)."""
 
     config: EncoderConfig
-    dtype: Any
-    param_dtype: Any
 
     def setup(self) -> None:
         self.word_embeddings = embed(self, self.config.vocab_size)

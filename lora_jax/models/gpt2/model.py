@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,11 @@ from flax import linen as nn
 from lora_jax.models.causal import CausalLM, output_head
 from lora_jax.models.gpt2.config import GPT2Config
 from lora_jax.models.layers.activations import activated
-from lora_jax.models.layers.attend import Attend, attend
-from lora_jax.models.layers.blocks import dense, embed, layer_norm
+from lora_jax.models.layers.attend import attend
+from lora_jax.models.layers.blocks import Part, dense, embed, layer_norm
 from lora_jax.models.layers.cache import Cache, LayerCache, with_slots
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.noise import EmbeddingNoise, with_noise
-from lora_jax.models.layers.placement import Placement
 from lora_jax.models.layers.trunk import causal_mask, extend, place, scan
 
 
@@ -36,8 +35,7 @@ class GPT2(CausalLM):
     config: GPT2Config
 
     def setup(self) -> None:
-        args = (self.config, self.dtype, self.param_dtype, self.remat, self.placement)
-        self.transformer = _Trunk(*args, self.attention)
+        self.transformer = _Trunk(*self.options)
         self.lm_head = output_head(self)
 
     @property
@@ -59,12 +57,8 @@ class _PerLayer(NamedTuple):
     cache: LayerCache | None
 
 
-class _Attention(nn.Module):
+class _Attention(Part):
     config: GPT2Config
-    dtype: Any
-    param_dtype: Any
-    placement: Placement
-    attention: str | Attend
 
     @nn.compact
     def __call__(
@@ -89,11 +83,8 @@ class _Attention(nn.Module):
         return dense(self, cfg.hidden_size, name="c_proj")(out), (k, v)
 
 
-class _MLP(nn.Module):
+class _MLP(Part):
     config: GPT2Config
-    dtype: Any
-    param_dtype: Any
-    placement: Placement
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -102,48 +93,36 @@ class _MLP(nn.Module):
         return dense(self, self.config.hidden_size, name="c_proj")(hidden)
 
 
-class _Block(nn.Module):
+class _Block(Part):
     """Attention and MLP, each after a norm and added to the residual stream: a scan's body."""
 
     config: GPT2Config
-    dtype: Any
-    param_dtype: Any
-    placement: Placement
-    attention: str | Attend
 
     @nn.compact
     def __call__(
         self, x: jax.Array, step: _Step, layer: _PerLayer
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        args = (self.config, self.dtype, self.param_dtype, self.placement)
-
         def inputs(norm_name: str, x: jax.Array) -> jax.Array:
             return self.placement.constrain(layer_norm(self, name=norm_name)(x), "inputs")
 
-        attention = _Attention(*args, self.attention, name="attn")
+        attention = _Attention(*self.options, name="attn")
         hidden, cached = attention(inputs("ln_1", x), step, layer)
         x = x + hidden
-        x = x + _MLP(*args, name="mlp")(inputs("ln_2", x))
+        x = x + _MLP(*self.options, name="mlp")(inputs("ln_2", x))
         x = self.placement.constrain(x, "residual")
         return x, None if layer.cache is None else cached
 
 
-class _Trunk(nn.Module):
+class _Trunk(Part):
     """Embeddings, scanned layers and the final norm: everything but the head."""
 
     config: GPT2Config
-    dtype: Any
-    param_dtype: Any
-    remat: bool | str
-    placement: Placement
-    attention: str | Attend
 
     def setup(self) -> None:
         cfg = self.config
         self.wte = embed(self, cfg.vocab_size)
         self.wpe = embed(self, cfg.max_position_embeddings)
-        scanned = scan(_Block, self.remat, cfg.num_hidden_layers)
-        self.h = scanned(cfg, self.dtype, self.param_dtype, self.placement, self.attention)
+        self.h = scan(_Block, self.remat, cfg.num_hidden_layers)(*self.options)
         self.ln_f = layer_norm(self)
 
     @property
