@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax.models.causal import CausalLM
 from lora_jax.models.generate import Choice, Loop, arguments, decode, prefill
-from lora_jax.models.layers.cache import Cache, Shared, init_cache
+from lora_jax.models.layers.cache import Cache, Shared
 
 
 def stream(
@@ -103,21 +103,8 @@ def stream(
 
 # `shared` stays out of the state, which is given away: its arrays are the caller's.
 @functools.partial(jax.jit, static_argnames=("model", "apply", "cache_len", "n"))
-def _begin(
-    params: Any,
-    ids: jax.Array,
-    mask: jax.Array,
-    choice: Choice,
-    shared: Shared | None,
-    *,
-    model: CausalLM,
-    apply: Callable[..., Any] | None,
-    cache_len: int,
-    n: int,
-) -> Loop:
-    run: Any = model.apply if apply is None else apply
-    cache = init_cache(model.config, ids.shape[0], cache_len, model.dtype, shared=shared)
-    state = prefill(run, params, ids, mask, cache, choice, n)
+def _begin(*args: Any, **static: Any) -> Loop:
+    state = prefill(*args, **static)
     return state._replace(cache=state.cache._replace(shared=None))
 
 
@@ -129,11 +116,8 @@ def _more(
     choice: Choice,
     until: jax.Array,
     shared: Shared | None,
-    *,
-    model: CausalLM,
-    apply: Callable[..., Any] | None,
+    **static: Any,
 ) -> Loop:
-    run: Any = model.apply if apply is None else apply
     state = rest._replace(cache=cache._replace(shared=shared))
-    state = decode(run, params, state, choice, until)
+    state = decode(params, state, choice, until, **static)
     return state._replace(cache=state.cache._replace(shared=None))

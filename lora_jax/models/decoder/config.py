@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_jax.hf.fields import ConfigError
 from lora_jax.models.decoder.families.family import Family
-from lora_jax.models.decoder.families.registry import FAMILIES
+from lora_jax.models.decoder.families.registry import family_of
 from lora_jax.models.decoder.fields import read_fields, write_fields
 from lora_jax.models.decoder.rope_fields import RopeScaling
 
@@ -81,14 +81,12 @@ class DecoderConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("model_type", self.model_type, FAMILIES),
-            ("hidden_act", self.hidden_act, ACTIVATIONS),
-        ):
-            if value not in known:
-                raise ConfigError(
-                    f"{name} {value!r} is not supported; supported are {', '.join(known)}"
-                )
+        family_of(self.model_type)  # raises
+        if self.hidden_act not in ACTIVATIONS:
+            raise ConfigError(
+                f"hidden_act {self.hidden_act!r} is not supported; supported are "
+                f"{', '.join(ACTIVATIONS)}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
@@ -139,7 +137,7 @@ class DecoderConfig:
     @property
     def family(self) -> Family:
         """The facts of the model's family."""
-        return FAMILIES[self.model_type]
+        return family_of(self.model_type)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_jax.hf.fields import ConfigError, refuse_unknown
 from lora_jax.models.decoder.families.family import Family, Get
-from lora_jax.models.decoder.families.registry import FAMILIES
+from lora_jax.models.decoder.families.registry import family_of
 from lora_jax.models.decoder.rope_fields import read_rope, write_rope
 
 _REQUIRED = (
@@ -18,22 +18,33 @@ _REQUIRED = (
     "num_attention_heads",
 )
 
-_COMMON = frozenset(_REQUIRED) | {
+# Fields that ``DecoderConfig`` has under the same name, and Llama's defaults: of all families, and
+# of those that read them.
+_SAME: dict[str, Any] = {
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+_SAME_WHERE_READ: dict[str, Any] = {
+    "mlp_bias": False,
+    "query_pre_attn_scalar": None,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+}
+
+_COMMON = {*_REQUIRED, *_SAME} | {
     "model_type",
     "num_key_value_heads",
     "head_dim",
     "hidden_act",
-    "rms_norm_eps",
     "rope_theta",
     "rope_scaling",
     "rope_parameters",
     "partial_rotary_factor",
-    "max_position_embeddings",
-    "tie_word_embeddings",
-    "initializer_range",
-    "bos_token_id",
     "eos_token_id",
-    "pad_token_id",
 }
 
 # Known options that would change the forward pass, and the only value that is supported.
@@ -76,29 +87,23 @@ def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     window, windowed = _read_window(family, config["num_hidden_layers"], get)
     attention_bias = bool(get("attention_bias", False))
     eos = config.get("eos_token_id")
+    same = {name: get(name, default) for name, default in (_SAME | _SAME_WHERE_READ).items()}
     return {
         "model_type": family.model_type,
         **{name: config[name] for name in _REQUIRED},
+        **same,
+        "tie_word_embeddings": bool(same["tie_word_embeddings"]),
+        "mlp_bias": bool(same["mlp_bias"]),
         "num_key_value_heads": get("num_key_value_heads") or heads,
         "head_dim": get("head_dim") or config["hidden_size"] // heads,
         "hidden_act": _read_activation(family, get),
-        "rms_norm_eps": get("rms_norm_eps", 1e-6),
         **read_rope(family, config, get),
-        "max_position_embeddings": get("max_position_embeddings", 2048),
-        "tie_word_embeddings": bool(get("tie_word_embeddings", False)),
         "qkv_bias": attention_bias,
         "o_bias": attention_bias,
-        "mlp_bias": bool(get("mlp_bias", False)),
         "sliding_window": window,
         "windowed_layers": windowed,
-        "query_pre_attn_scalar": get("query_pre_attn_scalar"),
-        "attn_logit_softcapping": get("attn_logit_softcapping"),
-        "final_logit_softcapping": get("final_logit_softcapping"),
         **_read_experts(family, get),
-        "initializer_range": get("initializer_range", 0.02),
-        "bos_token_id": config.get("bos_token_id"),
         "eos_token_ids": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-        "pad_token_id": config.get("pad_token_id"),
         **family.traits,
     }
 
@@ -112,24 +117,18 @@ def write_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
       A dict of plain JSON values.
     """
-    family = FAMILIES[fields["model_type"]]
+    family = family_of(fields["model_type"])
     own = family.reads
-    same = """
-        model_type num_key_value_heads head_dim rms_norm_eps max_position_embeddings
-        tie_word_embeddings initializer_range bos_token_id pad_token_id
-    """
     also = own & {
-        "mlp_bias",
-        "query_pre_attn_scalar",
-        "attn_logit_softcapping",
-        "final_logit_softcapping",
+        *_SAME_WHERE_READ,
         "num_experts",
         "num_experts_per_tok",
         "moe_intermediate_size",
         "norm_topk_prob",
         "sliding_window",
     }
-    out = {name: fields[name] for name in (*_REQUIRED, *same.split(), *sorted(also))}
+    same = ("model_type", "num_key_value_heads", "head_dim")
+    out = {name: fields[name] for name in (*_REQUIRED, *same, *_SAME, *sorted(also))}
     out |= {theirs: fields[ours] for theirs, ours in family.writes.items()}
     out["architectures"] = [family.architecture]
     out["hidden_activation" if "hidden_activation" in own else "hidden_act"] = fields["hidden_act"]
@@ -145,19 +144,6 @@ def write_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
             for i in range(fields["num_hidden_layers"])
         ]
     return {**out, **write_rope(family, fields)}
-
-
-def family_of(model_type: Any) -> Family:
-    """Returns the family of a model_type.
-
-    Raises:
-      ConfigError: for an unknown model_type; lists the known ones.
-    """
-    if model_type not in FAMILIES:
-        raise ConfigError(
-            f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
-        )
-    return FAMILIES[model_type]
 
 
 def _read_activation(family: Family, get: Get) -> str:

@@ -127,7 +127,9 @@ class DecoderLayer(Part):
         """Runs a scan's body: x is the carry, [batch, seq, d_model]; see ``Attention``."""
         cfg = self.config
         if cfg.num_experts:
-            mlp: nn.Module = SparseMLP(*self.options, self.experts, name=cfg.family.mlp_name)
+            mlp: nn.Module = SparseMLP(
+                *self.options, products=self.experts, name=cfg.family.mlp_name
+            )
         else:
             mlp = MLP(*self.options, name=cfg.family.mlp_name)
 

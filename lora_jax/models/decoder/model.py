@@ -46,7 +46,7 @@ class Decoder(CausalLM):
 
     def setup(self) -> None:
         check_experts(self.config, self.experts)
-        self.model = _Trunk(*self.options, self.experts)
+        self.model = _Trunk(*self.options, experts=self.experts)
         self.lm_head = output_head(self)
 
     @property
@@ -64,7 +64,7 @@ class _Trunk(Part):
         cfg = self.config
         self.embed_tokens = embed(self, cfg.vocab_size)
         scanned = scan(DecoderLayer, self.remat, cfg.num_hidden_layers)
-        self.layers = scanned(*self.options, self.experts)
+        self.layers = scanned(*self.options, experts=self.experts)
         self.norm = norm(self)
 
     @property

@@ -96,7 +96,7 @@ class _Experts(Part):
         cfg = self.config
         inner, outer = cfg.moe_intermediate_size, cfg.hidden_size
         return [
-            _Kernel(*self.options, (cfg.num_experts, *shape), name=name)()
+            _Kernel(*self.options, shape=(cfg.num_experts, *shape), name=name)()
             for name, shape in zip(
                 cfg.family.expert_names,
                 [(outer, inner), (outer, inner), (inner, outer)],

@@ -185,7 +185,7 @@ class _Layer(Part):
     def __call__(self, x: jax.Array, mask: Mask) -> tuple[jax.Array, None]:
         cfg, args = self.config, self.options
         x = _Attention(*args, name="attention")(x, mask)
-        intermediate = _Dense(*args, cfg.intermediate_size, name="intermediate")
+        intermediate = _Dense(*args, features=cfg.intermediate_size, name="intermediate")
         inner = activated(cfg.hidden_act, intermediate(self.placement.constrain(x, "inputs")))
         x = _AddNorm(*args, name="output")(self.placement.constrain(inner, "features"), x)
         return self.placement.constrain(x, "residual"), None

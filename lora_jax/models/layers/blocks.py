@@ -31,7 +31,7 @@ class Part(nn.Module):
     attention: str | Attend = "auto"
 
     @property
-    def options(self) -> tuple[Any, ...]:
+    def options(self) -> tuple[Any, Any, Any, bool | str, Placement, str | Attend]:
         """The attributes above, for a part of this one."""
         dtypes = (self.dtype, self.param_dtype)
         return (self.config, *dtypes, self.remat, self.placement, self.attention)
