@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.fields import ConfigError, check_known
 from lora_jax.hf.keys import Part, Row
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -82,11 +82,7 @@ class Formats:
         Raises:
           ConfigError: for an unknown model_type; lists the known ones.
         """
-        if model_type not in self.by_type:
-            raise ConfigError(
-                f"model_type {model_type!r} is not supported; supported are "
-                f"{', '.join(self.by_type)}"
-            )
+        check_known("model_type", model_type, self.by_type)
         return self.by_type[model_type]
 
     def of_gguf(self, architecture: Any) -> tuple[Format, GGUF]:
@@ -96,11 +92,7 @@ class Formats:
           ConfigError: for an unknown architecture; lists the known ones.
         """
         known = {f.gguf.architecture: (f, f.gguf) for f in self.by_type.values() if f.gguf}
-        if architecture not in known:
-            raise ConfigError(
-                f"GGUF architecture {architecture!r} is not supported; supported are "
-                f"{', '.join(known)}"
-            )
+        check_known("GGUF architecture", architecture, known)
         return known[architecture]
 
     def read_config(self, fields: Mapping[str, Any], **options: Any) -> Any:

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.fields import ConfigError, check_known
 from lora_jax.models.decoder.families.family import Family
-from lora_jax.models.decoder.families.registry import family_of
+from lora_jax.models.decoder.families.registry import FAMILIES
 from lora_jax.models.decoder.fields import read_fields, write_fields
 from lora_jax.models.decoder.rope_fields import RopeScaling
 
@@ -81,12 +81,8 @@ class DecoderConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        family_of(self.model_type)  # raises
-        if self.hidden_act not in ACTIVATIONS:
-            raise ConfigError(
-                f"hidden_act {self.hidden_act!r} is not supported; supported are "
-                f"{', '.join(ACTIVATIONS)}"
-            )
+        check_known("model_type", self.model_type, FAMILIES)
+        check_known("hidden_act", self.hidden_act, ACTIVATIONS)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
@@ -137,7 +133,7 @@ class DecoderConfig:
     @property
     def family(self) -> Family:
         """The facts of the model's family."""
-        return family_of(self.model_type)
+        return FAMILIES[self.model_type]
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.hf.fields import ConfigError, refuse_unknown
+from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
 from lora_jax.models.decoder.families.family import Family, Get
-from lora_jax.models.decoder.families.registry import family_of
+from lora_jax.models.decoder.families.registry import FAMILIES
 from lora_jax.models.decoder.rope_fields import read_rope, write_rope
 
 _REQUIRED = (
@@ -73,7 +73,8 @@ def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ConfigError: names the fields that are missing, unsupported or unknown.
     """
-    family = family_of(config.get("model_type"))
+    check_known("model_type", config.get("model_type"), FAMILIES)
+    family = FAMILIES[config["model_type"]]
     missing = [name for name in _REQUIRED if config.get(name) is None]
     if missing:
         raise ConfigError(f"the configuration lacks {', '.join(missing)}")
@@ -117,7 +118,7 @@ def write_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
       A dict of plain JSON values.
     """
-    family = family_of(fields["model_type"])
+    family = FAMILIES[fields["model_type"]]
     own = family.reads
     also = own & {
         *_SAME_WHERE_READ,

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.hf.fields import ConfigError, refuse_unknown
+from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
 from lora_jax.models.encoder.families import FAMILIES, Family
 from lora_jax.models.layers.activations import ACTIVATION
 
@@ -93,17 +93,10 @@ class EncoderConfig:
     normalize: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("model_type", tuple(FAMILIES)),
-            ("head", HEADS),
-            ("pooling", POOLINGS),
-            ("hidden_act", tuple(ACTIVATION)),
-        ):
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"{name} {getattr(self, name)!r} is not supported; supported are "
-                    f"{', '.join(known)}"
-                )
+        check_known("model_type", self.model_type, FAMILIES)
+        check_known("head", self.head, HEADS)
+        check_known("pooling", self.pooling, POOLINGS)
+        check_known("hidden_act", self.hidden_act, ACTIVATION)
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
@@ -159,10 +152,7 @@ class EncoderConfig:
             do not go with the head.
         """
         family = config.get("model_type")
-        if family not in FAMILIES:
-            raise ConfigError(
-                f"model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}"
-            )
+        check_known("model_type", family, FAMILIES)
         own = {"model_type", "pad_token_id", "num_labels", "_num_labels"}
         own |= {"sentence_pooling", "sentence_normalize"}
         refuse_unknown(config, family, set(_DEFAULTS) | own | _NO_EFFECT, _UNSUPPORTED)

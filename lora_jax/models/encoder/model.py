@@ -131,10 +131,12 @@ class Encoder(Part):
         return getattr(self, self.config.prefix)
 
 
-class _Trunk(Part):
-    """Embeddings, scanned layers and, for the heads that read it, the pooler."""
-
+class _Part(Part):
     config: EncoderConfig
+
+
+class _Trunk(_Part):
+    """Embeddings, scanned layers and, for the heads that read it, the pooler."""
 
     def setup(self) -> None:
         self.embeddings = Embeddings(*self.options)
@@ -166,9 +168,7 @@ class _Trunk(Part):
         return jnp.tanh(self.pooler(hidden[:, 0]))
 
 
-class _Layers(Part):
-    config: EncoderConfig
-
+class _Layers(_Part):
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
         x = self.placement.constrain(x, "residual")
@@ -176,10 +176,8 @@ class _Layers(Part):
         return scanned(*self.options, name="layer")(x, mask)[0]
 
 
-class _Layer(Part):
+class _Layer(_Part):
     """Attention and MLP, each added to its input and then normalised: a scan's body."""
-
-    config: EncoderConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> tuple[jax.Array, None]:
@@ -191,9 +189,7 @@ class _Layer(Part):
         return self.placement.constrain(x, "residual"), None
 
 
-class _Attention(Part):
-    config: EncoderConfig
-
+class _Attention(_Part):
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
         attention = _SelfAttention(*self.options, name="self")
@@ -201,9 +197,7 @@ class _Attention(Part):
         return _AddNorm(*self.options, name="output")(seen, x)
 
 
-class _SelfAttention(Part):
-    config: EncoderConfig
-
+class _SelfAttention(_Part):
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
         heads = (*x.shape[:2], self.config.num_attention_heads, -1)
@@ -217,10 +211,8 @@ class _SelfAttention(Part):
         return self.placement.constrain(out.reshape(x.shape), "features")
 
 
-class _AddNorm(Part):
+class _AddNorm(_Part):
     """LayerNorm(dense(x) + residual)."""
-
-    config: EncoderConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, residual: jax.Array) -> jax.Array:
@@ -228,10 +220,9 @@ class _AddNorm(Part):
         return layer_norm(self, name="LayerNorm")(x + residual)
 
 
-class _Dense(Part):
+class _Dense(_Part):
     """A layer that Hugging Face wraps in a module of its own; d_model wide by default."""
 
-    config: EncoderConfig
     features: int | None = None
 
     @nn.compact
@@ -239,38 +230,30 @@ class _Dense(Part):
         return dense(self, self.features or self.config.hidden_size, name="dense")(x)
 
 
-class _BertHead(Part):
+class _BertHead(_Part):
     """A masked language model's head: ``cls/predictions``."""
-
-    config: EncoderConfig
 
     @nn.compact
     def __call__(self, hidden: jax.Array, table: jax.Array) -> jax.Array:
         return _BertPredictions(*self.options, name="predictions")(hidden, table)
 
 
-class _BertPredictions(Part):
-    config: EncoderConfig
-
+class _BertPredictions(_Part):
     @nn.compact
     def __call__(self, hidden: jax.Array, table: jax.Array) -> jax.Array:
         x = _BertTransform(*self.options, name="transform")(hidden)
         return _tied_logits(self, x, table)
 
 
-class _BertTransform(Part):
-    config: EncoderConfig
-
+class _BertTransform(_Part):
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
         x = dense(self, self.config.hidden_size, name="dense")(hidden)
         return layer_norm(self, name="LayerNorm")(ACTIVATION[self.config.hidden_act](x))
 
 
-class _RobertaHead(Part):
+class _RobertaHead(_Part):
     """A masked language model's head. Its activation is GELU, whatever the configuration says."""
-
-    config: EncoderConfig
 
     @nn.compact
     def __call__(self, hidden: jax.Array, table: jax.Array) -> jax.Array:
@@ -278,10 +261,8 @@ class _RobertaHead(Part):
         return _tied_logits(self, layer_norm(self, name="layer_norm")(ACTIVATION["gelu"](x)), table)
 
 
-class _RobertaClassifier(Part):
+class _RobertaClassifier(_Part):
     """A layer and tanh, then the classes."""
-
-    config: EncoderConfig
 
     @nn.compact
     def __call__(self, first: jax.Array) -> jax.Array:
