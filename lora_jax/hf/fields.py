@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from typing import Any
 
 # Known fields without an effect on the logits.
@@ -26,6 +26,12 @@ HARMLESS = frozenset(
 
 class ConfigError(ValueError):
     """A model configuration that is not supported, or not complete."""
+
+
+def check_known(name: str, value: Any, known: Collection[str]) -> None:
+    """Raises a ConfigError that lists the known values, if the value is none of them."""
+    if value not in known:
+        raise ConfigError(f"{name} {value!r} is not supported; supported are {', '.join(known)}")
 
 
 def refuse_unknown(

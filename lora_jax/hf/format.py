@@ -7,7 +7,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from lora_jax.hf.fields import ConfigError
+import numpy as np
+
+from lora_jax.hf.fields import ConfigError, check_known
 from lora_jax.hf.keys import Part, Row
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -27,6 +29,24 @@ class Config(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class GGUF:
+    """The layout of a family's models in GGUF files.
+
+    Attributes:
+      architecture: the files' ``general.architecture``.
+      name: a tensor's name in a file -> Hugging Face's; an unknown name stays as it is, and is
+        refused later.
+      read: (a file's metadata, its shapes by Hugging Face's names) -> the configuration.
+      in_order: (a tensor's rows, its name, the configuration) -> the rows in Hugging Face's order.
+    """
+
+    architecture: str
+    name: Callable[[str], str]
+    read: Callable[[Mapping[str, Any], Shapes], Any]
+    in_order: Callable[[np.ndarray, str, Any], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
 class Format:
     """A family's reader of configurations, and its names of tensors.
 
@@ -38,6 +58,7 @@ class Format:
       options: the keywords that ``read`` takes.
       name: (a tensor's name in a file, configuration) -> its name in the table.
       ignored: matches tensors of other heads than the configuration's, which a file may hold.
+      gguf: the layout in GGUF files; None if these are not read.
     """
 
     read: Callable[..., Any]
@@ -46,19 +67,14 @@ class Format:
     options: frozenset[str] = frozenset()
     name: Callable[[str, Any], str] = lambda name, config: name
     ignored: re.Pattern[str] | None = None
+    gguf: GGUF | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Formats:
-    """The formats of all families.
-
-    Attributes:
-      by_type: model_type -> the family's.
-      from_gguf: (a GGUF file's metadata, the shapes of its tensors) -> the configuration.
-    """
+    """The formats of all families, by model_type."""
 
     by_type: Mapping[str, Format]
-    from_gguf: Callable[[Mapping[str, Any], Shapes], Any]
 
     def of(self, model_type: Any) -> Format:
         """Returns the format of a model_type.
@@ -66,12 +82,18 @@ class Formats:
         Raises:
           ConfigError: for an unknown model_type; lists the known ones.
         """
-        if model_type not in self.by_type:
-            raise ConfigError(
-                f"model_type {model_type!r} is not supported; supported are "
-                f"{', '.join(self.by_type)}"
-            )
+        check_known("model_type", model_type, self.by_type)
         return self.by_type[model_type]
+
+    def of_gguf(self, architecture: Any) -> tuple[Format, GGUF]:
+        """Returns the format of a GGUF file's architecture, and its layout in such files.
+
+        Raises:
+          ConfigError: for an unknown architecture; lists the known ones.
+        """
+        known = {f.gguf.architecture: (f, f.gguf) for f in self.by_type.values() if f.gguf}
+        check_known("GGUF architecture", architecture, known)
+        return known[architecture]
 
     def read_config(self, fields: Mapping[str, Any], **options: Any) -> Any:
         """Reads a configuration from a parsed config.json.

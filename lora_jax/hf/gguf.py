@@ -16,29 +16,9 @@ from lora_jax.hf.keys import WeightsError, convert
 from lora_jax.quantized import Coded, from_gguf
 from lora_jax.quantized.gguf import TYPES
 
-_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-_TOP = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-
 
 class GGUFFile:
-    """A GGUF file of architecture llama, qwen2 or qwen3; ``read`` dequantises to fp32.
+    """A GGUF file of an architecture that a family knows; ``read`` dequantises to fp32.
 
     Args:
       path: the file.
@@ -56,16 +36,16 @@ class GGUFFile:
         self.where = str(path)
         self._gguf, reader = open_gguf(path)
         self.metadata = {name: field.contents() for name, field in reader.fields.items()}
-        self._tensors = {_hf_name(t.name): t for t in reader.tensors}
-        self.shapes = {
-            name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()
-        }
-        self.dtypes = dict.fromkeys(self.shapes, "F32")  # as they are read
         try:
-            self.config = formats.from_gguf(self.metadata, self.shapes)
+            self.format, self._layout = formats.of_gguf(self.metadata.get("general.architecture"))
+            self._tensors = {self._layout.name(t.name): t for t in reader.tensors}
+            self.shapes = {
+                name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()
+            }
+            self.config = self._layout.read(self.metadata, self.shapes)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
-        self.format = formats.of(self.config.model_type)
+        self.dtypes = dict.fromkeys(self.shapes, "F32")  # as they are read
 
     def read(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
@@ -73,7 +53,8 @@ class GGUFFile:
             array = self._gguf.dequantize(tensor.data, tensor.tensor_type)
         except (ValueError, NotImplementedError) as error:
             raise WeightsError(f"{self.where}: cannot read {tensor.name}: {error}") from None
-        return self._in_order(name, np.asarray(array, np.float32).reshape(self.shapes[name]))
+        rows = np.asarray(array, np.float32).reshape(self.shapes[name])
+        return self._layout.in_order(rows, name, self.config)
 
     def codes(self, name: str, dtype: Any) -> Coded | None:
         tensor = self._tensors[name]
@@ -81,7 +62,7 @@ class GGUFFile:
         if kind not in TYPES:
             return None
         coded = from_gguf(tensor.data, kind, self.shapes[name], dtype)
-        return jax.tree.map(lambda array: self._in_order(name, array), coded)
+        return jax.tree.map(lambda rows: self._layout.in_order(rows, name, self.config), coded)
 
     def code_shapes(self, name: str, dtype: Any) -> Coded | None:
         tensor, shape = self._tensors[name], self.shapes[name]
@@ -92,15 +73,6 @@ class GGUFFile:
         return jax.tree.map(
             lambda array: jax.ShapeDtypeStruct((*shape[:-1], array.shape[-1]), array.dtype), one
         )
-
-    def _in_order(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Returns the rows of a tensor in Hugging Face's order."""
-        if self.config.model_type == "llama":
-            if ".q_proj." in name:
-                return _unpermute(rows, self.config.num_attention_heads)
-            if ".k_proj." in name:
-                return _unpermute(rows, self.config.num_key_value_heads)
-        return rows
 
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
         convert(self.read(name)[index], out, f"{self.where}: {name}")
@@ -153,22 +125,3 @@ def _reader(path: Path, changed: int, size: int) -> Any:
             super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
     return Reader(path)
-
-
-def _hf_name(name: str) -> str:
-    """Returns Hugging Face's name; an unknown name stays as it is, and is refused later."""
-    if name in _TOP:
-        return _TOP[name]
-    parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _BLOCK:
-        return f"model.layers.{parts[1]}.{_BLOCK[parts[2]]}.{parts[3]}"
-    return name
-
-
-def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Returns the rows of q or k in Hugging Face's order.
-
-    GGUF's llama rotates neighbouring rows (0, 1), Hugging Face row i with i + head_dim/2.
-    """
-    pairs = array.reshape(heads, -1, 2, *array.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(array.shape)

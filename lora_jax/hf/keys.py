@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
 # "embedding" is the table of tokens, "positions" those of positions and of token types; "pooler" is
 # the dense layer behind BERT's, "transform" that inside a masked language model's head; "head"
@@ -53,6 +54,8 @@ class Row:
       part: the name of the optional part that the parameter belongs to, such as "classifier": one
         that a file lacks as a whole is freshly initialised.
       kind: the part of the model, the same for a kernel and its bias; None if unknown.
+      spec: the sharding over a mesh of the last axes, those of the stack among them; () if
+        replicated.
     """
 
     path: str
@@ -63,6 +66,7 @@ class Row:
     aliases: tuple[str, ...] = ()
     part: str | None = None
     kind: Kind | None = None
+    spec: PartitionSpec = PartitionSpec()
 
     @property
     def members(self) -> list[tuple[int, ...]]:

@@ -11,11 +11,10 @@ from lora_jax.models.decoder.model import Decoder
 from lora_jax.models.decoder.rope_fields import RopeScaling
 from lora_jax.models.encoder.config import EncoderConfig
 from lora_jax.models.encoder.model import Encoder, EncoderOutput
-from lora_jax.models.families import key_table, partition_specs, read_config
+from lora_jax.models.families import key_table, kinds, partition_specs, read_config
 from lora_jax.models.generate import generate, share
 from lora_jax.models.gpt2.config import GPT2Config
 from lora_jax.models.gpt2.model import GPT2
-from lora_jax.models.kinds import kinds
 from lora_jax.models.layers.cache import Cache, Shared, init_cache
 from lora_jax.models.pretrained import from_pretrained, save_pretrained
 from lora_jax.models.rope_scaling import with_rope_scaling

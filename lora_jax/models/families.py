@@ -1,4 +1,4 @@
-"""The families of models, by ``model_type``: module, file format, place on a mesh."""
+"""The families of models, by ``model_type``: module, file format, PEFT's default targets."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from lora_jax.hf.format import Config, Format, Formats
-from lora_jax.hf.keys import Row
-from lora_jax.models import specs
+from lora_jax.hf.keys import Kind, Row
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts, check_experts
-from lora_jax.models.decoder.fields import FAMILIES as DECODERS
-from lora_jax.models.decoder.gguf import config_from_gguf
+from lora_jax.models.decoder.families.registry import FAMILIES as DECODERS
+from lora_jax.models.decoder.gguf import gguf_of
 from lora_jax.models.decoder.keys import decoder_parts, decoder_table
 from lora_jax.models.decoder.model import Decoder
-from lora_jax.models.encoder import config as encoder_config
-from lora_jax.models.encoder.config import EncoderConfig
+from lora_jax.models.encoder.config import OPTIONS, EncoderConfig
+from lora_jax.models.encoder.families import FAMILIES as ENCODERS
 from lora_jax.models.encoder.keys import OTHER_HEADS, encoder_name, encoder_table
 from lora_jax.models.encoder.model import Encoder
 from lora_jax.models.gpt2.config import GPT2Config
 from lora_jax.models.gpt2.keys import gpt2_name, gpt2_table
 from lora_jax.models.gpt2.model import GPT2
 from lora_jax.models.layers.attend import Attend
-from lora_jax.models.specs import Specs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,40 +33,37 @@ class Family:
 
     Attributes:
       module: see ``module_of``.
-      specs: how its parameters are sharded; see ``specs``.
       format: how files hold its configuration and parameters.
+      default_targets: PEFT's default target_modules; None if it has none.
     """
 
     module: type[nn.Module]
-    specs: Specs
     format: Format
+    default_targets: tuple[str, ...] | None
 
 
-_DECODERS = Family(
-    Decoder, specs.DECODER, Format(DecoderConfig.from_hf, decoder_table, decoder_parts)
+_ENCODER = Format(
+    EncoderConfig.from_hf,
+    encoder_table,
+    options=OPTIONS,
+    name=encoder_name,
+    ignored=OTHER_HEADS,
 )
-
-_ENCODERS = Family(
-    Encoder,
-    specs.ENCODER,
-    Format(
-        EncoderConfig.from_hf,
-        encoder_table,
-        options=encoder_config.OPTIONS,
-        name=encoder_name,
-        ignored=OTHER_HEADS,
-    ),
-)
-
-_GPT2 = Family(GPT2, specs.GPT2, Format(GPT2Config.from_hf, gpt2_table, name=gpt2_name))
 
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(DECODERS, _DECODERS),
-    **dict.fromkeys(encoder_config.FAMILIES, _ENCODERS),
-    "gpt2": _GPT2,
+    **{
+        name: Family(
+            Decoder,
+            Format(DecoderConfig.from_hf, decoder_table, decoder_parts, gguf=gguf_of(facts)),
+            facts.default_targets,
+        )
+        for name, facts in DECODERS.items()
+    },
+    **{name: Family(Encoder, _ENCODER, facts.default_targets) for name, facts in ENCODERS.items()},
+    "gpt2": Family(GPT2, Format(GPT2Config.from_hf, gpt2_table, name=gpt2_name), ("c_attn",)),
 }
 
-FORMATS = Formats({name: family.format for name, family in FAMILIES.items()}, config_from_gguf)
+FORMATS = Formats({name: family.format for name, family in FAMILIES.items()})
 
 
 def family_of(model_type: Any) -> Family:
@@ -141,10 +137,31 @@ def key_table(config: Config) -> list[Row]:
     return family_of(config.model_type).format.table(config)
 
 
-def partition_specs(config: Config) -> Specs:
+def kinds(config: Config) -> dict[str, Kind]:
+    """Returns the kind of each parameter, by path, in the order of the forward pass.
+
+    `lora_jax.lorafy` uses them where a rule's targets are a preset:
+    ``lorafy(params, [LoraRule(targets="attention")], kinds=kinds(model.config))``.
+
+    Args:
+      config: the configuration of a model of ``lora_jax.models``.
+
+    Returns:
+      Path -> kind, such as "attention"; biases have the kind of their kernel.
+
+    >>> from lora_jax import models
+    >>> config = models.read_config({"model_type": "gpt2", "n_embd": 8, "n_head": 2})
+    >>> models.kinds(config)["transformer/h/attn/c_attn/kernel"]
+    'attention'
+    """
+    return {row.path: row.kind for row in key_table(config) if row.kind is not None}
+
+
+def partition_specs(config: Config) -> tuple[tuple[str, PartitionSpec], ...]:
     """Returns how parameters are sharded over a mesh: a table for ``lora_jax.sharding``.
 
-    Each line has a regular expression for the whole path, and the spec of the last axes.
+    Each line has a parameter's path, and the spec of its last axes; parameters without a line are
+    replicated.
 
     Args:
       config: the configuration of a model of ``lora_jax.models``.
@@ -152,7 +169,7 @@ def partition_specs(config: Config) -> Specs:
     >>> from lora_jax import models
     >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
     >>> config = models.read_config(fields | {"n_positions": 16})
-    >>> len(models.partition_specs(config)) > 0
-    True
+    >>> models.partition_specs(config)[0][0]
+    'transformer/wte/embedding'
     """
-    return family_of(config.model_type).specs
+    return tuple((row.path, row.spec) for row in key_table(config) if row.spec)

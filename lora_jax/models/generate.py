@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.models.decoder.model import Decoder
-from lora_jax.models.gpt2.model import GPT2
+from lora_jax.models.causal import CausalLM
 from lora_jax.models.layers.cache import Cache, Shared, init_cache
 
 
 def generate(
-    model: Decoder | GPT2,
+    model: CausalLM,
     params: Any,
     input_ids: jax.typing.ArrayLike,
     attention_mask: jax.typing.ArrayLike | None = None,
@@ -88,7 +87,7 @@ def generate(
         params,
         ids,
         mask,
-        *choice,
+        choice,
         shared,
         model=model,
         apply=apply,
@@ -97,7 +96,7 @@ def generate(
 
 
 def arguments(
-    model: Decoder | GPT2,
+    model: CausalLM,
     input_ids: jax.typing.ArrayLike,
     attention_mask: jax.typing.ArrayLike | None,
     *,
@@ -150,7 +149,7 @@ def arguments(
 
 
 def share(
-    model: Decoder | GPT2,
+    model: CausalLM,
     params: Any,
     ids: jax.typing.ArrayLike,
     *,
@@ -247,45 +246,44 @@ def _generate(
     params: Any,
     ids: jax.Array,
     mask: jax.Array,
-    eos: jax.Array,
-    pad: jax.Array,
-    sampling: _Sampling,
-    key: jax.Array,
+    choice: Choice,
     shared: Shared | None,
     *,
-    model: Decoder | GPT2,
+    model: CausalLM,
     apply: Callable[..., Any] | None,
     max_new_tokens: int,
 ) -> jax.Array:
-    run: Any = model.apply if apply is None else apply
-    batch, seq = ids.shape
-    choice = Choice(eos, pad, sampling, key)
-    # The last token is never fed.
-    cache = init_cache(model.config, batch, seq + max_new_tokens - 1, model.dtype, shared=shared)
-    state = prefill(run, params, ids, mask, cache, choice, max_new_tokens)
-    return decode(run, params, state, choice, max_new_tokens).tokens
+    static: dict[str, Any] = {"model": model, "apply": apply}
+    cache_len = ids.shape[1] + max_new_tokens - 1  # the last token is never fed
+    start = (params, ids, mask, choice, shared)
+    state = prefill(*start, cache_len=cache_len, n=max_new_tokens, **static)
+    return decode(params, state, choice, max_new_tokens, **static).tokens
 
 
 def prefill(
-    run: Callable[..., Any],
     params: Any,
     ids: jax.Array,
     mask: jax.Array,
-    cache: Cache,
     choice: Choice,
+    shared: Shared | None,
+    *,
+    model: CausalLM,
+    apply: Callable[..., Any] | None,
+    cache_len: int,
     n: int,
 ) -> Loop:
     """Runs the prompts and chooses the first token of each answer.
 
     Args:
-      run: ``model.apply``, or what takes its place.
-      params: the parameters.
+      params, shared, model, apply: see ``generate``.
       ids: [batch, seq] int32.
       mask: [batch, seq] bool.
-      cache: an empty one.
       choice: how tokens are chosen.
+      cache_len: the slots of the cache.
       n: the number of tokens that the state holds.
     """
+    run: Any = model.apply if apply is None else apply
+    cache = init_cache(model.config, ids.shape[0], cache_len, model.dtype, shared=shared)
     batch, seq = ids.shape
     start = Loop(
         step=jnp.zeros((), jnp.int32),
@@ -299,13 +297,16 @@ def prefill(
 
 
 def decode(
-    run: Callable[..., Any],
     params: Any,
     state: Loop,
     choice: Choice,
     until: jax.typing.ArrayLike,
+    *,
+    model: CausalLM,
+    apply: Callable[..., Any] | None,
 ) -> Loop:
     """Decodes up to `until` tokens of each answer, or until all have ended."""
+    run: Any = model.apply if apply is None else apply
 
     def unfinished(state: Loop) -> jax.Array:
         return (state.step < until) & ~jnp.all(state.done)

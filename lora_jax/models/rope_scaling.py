@@ -53,8 +53,10 @@ def with_rope_scaling(config: Any, scaling: Mapping[str, Any]) -> Any:
             "RoPE type 'dynamic' changes its frequencies with the length of a text, so that they "
             "would not fit the keys in a cache: use its successor yarn, whose frequencies are fixed"
         )
-    if config.model_type == "phi3" and kind != "longrope":
-        raise ConfigError(f"RoPE type {kind!r} is not supported for phi3, only longrope")
+    if (known := config.family.rope_kinds) and kind not in known:
+        raise ConfigError(
+            f"RoPE type {kind!r} is not supported for {config.model_type}, only {', '.join(known)}"
+        )
     factor = scaling.get("factor", 0.0)
     if not factor > 1:
         raise ConfigError(

@@ -9,14 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.models.decoder.model import Decoder
+from lora_jax.models.causal import CausalLM
 from lora_jax.models.generate import Choice, Loop, arguments, decode, prefill
-from lora_jax.models.gpt2.model import GPT2
-from lora_jax.models.layers.cache import Cache, Shared, init_cache
+from lora_jax.models.layers.cache import Cache, Shared
 
 
 def stream(
-    model: Decoder | GPT2,
+    model: CausalLM,
     params: Any,
     input_ids: jax.typing.ArrayLike,
     attention_mask: jax.typing.ArrayLike | None = None,
@@ -104,21 +103,8 @@ def stream(
 
 # `shared` stays out of the state, which is given away: its arrays are the caller's.
 @functools.partial(jax.jit, static_argnames=("model", "apply", "cache_len", "n"))
-def _begin(
-    params: Any,
-    ids: jax.Array,
-    mask: jax.Array,
-    choice: Choice,
-    shared: Shared | None,
-    *,
-    model: Decoder | GPT2,
-    apply: Callable[..., Any] | None,
-    cache_len: int,
-    n: int,
-) -> Loop:
-    run: Any = model.apply if apply is None else apply
-    cache = init_cache(model.config, ids.shape[0], cache_len, model.dtype, shared=shared)
-    state = prefill(run, params, ids, mask, cache, choice, n)
+def _begin(*args: Any, **static: Any) -> Loop:
+    state = prefill(*args, **static)
     return state._replace(cache=state.cache._replace(shared=None))
 
 
@@ -130,11 +116,8 @@ def _more(
     choice: Choice,
     until: jax.Array,
     shared: Shared | None,
-    *,
-    model: Decoder | GPT2,
-    apply: Callable[..., Any] | None,
+    **static: Any,
 ) -> Loop:
-    run: Any = model.apply if apply is None else apply
     state = rest._replace(cache=cache._replace(shared=shared))
-    state = decode(run, params, state, choice, until)
+    state = decode(params, state, choice, until, **static)
     return state._replace(cache=state.cache._replace(shared=None))

@@ -58,16 +58,6 @@ _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica", "lor
 DECOMPOSING_INITS = ("pissa", "olora")
 _REDRAWN_INITS = ("pissa_niter", "corda")
 
-# PEFT's default targets, by model_type.
-DEFAULT_TARGETS: dict[str, list[str]] = {
-    "gpt2": ["c_attn"],
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), ["query", "value"]),
-    **dict.fromkeys(
-        ("llama", "mistral", "mixtral", "gemma2", "gemma3_text", "qwen2", "qwen3"),
-        ["q_proj", "v_proj"],
-    ),
-}
-
 
 def read_config(source: Any) -> dict[str, Any]:
     """Reads the fields of a PEFT configuration, fills in defaults, and checks values.

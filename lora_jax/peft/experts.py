@@ -46,7 +46,7 @@ def experts_of(model: Any) -> list[Expert]:
     n = getattr(config, "num_experts", None)
     if config is None or not n:
         return []
-    gate, up, down = config.expert_names
+    gate, up, down = config.family.expert_names
     parts = (
         ("gate", "gate", ROUTER, None, 1),
         (f"experts/{gate}", "experts", GATE_UP, 0, n),
@@ -56,7 +56,7 @@ def experts_of(model: Any) -> list[Expert]:
     return [
         Expert(
             name=f"model.layers.{layer}.mlp.{module}.{parameter}",
-            path=f"model/layers/{config.mlp_name}/{kernel}/kernel",
+            path=f"model/layers/{config.family.mlp_name}/{kernel}/kernel",
             index=(layer,),
             kind="router" if parameter == ROUTER else "experts",
             parameter=parameter,

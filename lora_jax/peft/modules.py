@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_jax.hf.keys import Kind, Row
-from lora_jax.models.families import key_table
-from lora_jax.peft.config import DEFAULT_TARGETS
+from lora_jax.models.families import FAMILIES, key_table
 from lora_jax.peft.errors import PeftError
 
 # The kinds of modules by transformers' names, for a table without kinds.
@@ -162,9 +161,10 @@ def targeted(
     if not targets and config["target_parameters"]:  # PEFT writes null or [], both for none
         return []
     if targets is None:
-        if model_type not in DEFAULT_TARGETS:
+        family = FAMILIES.get(model_type or "")
+        if family is None or family.default_targets is None:
             raise PeftError(f"target_modules is not given, and {model_type} has no default")
-        targets = DEFAULT_TARGETS[model_type]
+        targets = list(family.default_targets)
     chosen = [module for module in available if _is_targeted(module, targets, config)]
     if not chosen:
         raise PeftError(

@@ -98,19 +98,21 @@ def test_experts_fused_in_one_tensor(case: str, tmp_path: Path) -> None:
     model, params = decoder(case)
     tensors = tiny.write_folder(tmp_path, case, params)
     cfg = model.config
-    fused = {name: tensor for name, tensor in tensors.items() if f".{cfg.mlp_name}." not in name}
+    fused = {
+        name: tensor for name, tensor in tensors.items() if f".{cfg.family.mlp_name}." not in name
+    }
     for layer in range(cfg.num_hidden_layers):
-        ours, theirs = f"model.layers.{layer}.{cfg.mlp_name}", f"model.layers.{layer}.mlp"
+        ours, theirs = f"model.layers.{layer}.{cfg.family.mlp_name}", f"model.layers.{layer}.mlp"
         gate, up, down = (
             np.stack([tensors[f"{ours}.experts.{i}.{name}.weight"] for i in range(cfg.num_experts)])
-            for name in cfg.expert_names
+            for name in cfg.family.expert_names
         )
         fused[f"{theirs}.gate.weight"] = tensors[f"{ours}.gate.weight"]
         fused[f"{theirs}.experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
         fused[f"{theirs}.experts.down_proj"] = down
     save_file(fused, tmp_path / "model.safetensors")
     jax.tree.map(np.testing.assert_array_equal, from_pretrained(tmp_path)[1], params)
-    wrong = f"model.layers.1.{cfg.mlp_name}.experts.4.{cfg.expert_names[1]}.weight"
+    wrong = f"model.layers.1.{cfg.family.mlp_name}.experts.4.{cfg.family.expert_names[1]}.weight"
     fused["model.layers.1.mlp.experts.gate_up_proj"] = np.zeros((5, 9, 24), np.float32)
     save_file(fused, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=re.escape(wrong)):

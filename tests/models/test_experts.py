@@ -153,7 +153,7 @@ def test_meshes(text: str, float64: None) -> None:
     layout = Layout.of(make_mesh(text, 4), config)
     x = np.random.default_rng(0).standard_normal((4, 6, config.hidden_size))
     module = SparseMLP(config, jnp.float64, jnp.float64)
-    name = config.mlp_name
+    name = config.family.mlp_name
     params = {name: jax.eval_shape(module.init, jax.random.key(1), x)["params"]}
     params = jax.tree.map(lambda p: draw(p.size, p.shape, p.dtype), params)
     rules = [lj.LoraRule(targets=["experts", "gate"], rank=3, alpha=7)]

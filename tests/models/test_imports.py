@@ -10,13 +10,14 @@ import pytest
 from lora_jax import hf, models
 
 OPTIONAL = {"transformers", "tokenizers", "datasets", "torch", "huggingface_hub", "gguf"}
-# What the files of a folder may import, of this package: the folders below it, and itself.
+# What the files of a folder may import, of this package: what lies below it, and itself.
+SHARED = ("hf", "models.layers", "models.causal", "models.rows", "models.specs")
 BELOW = {
-    "hf": ("hf", "folders", "quantized"),
+    "hf": ("hf", "saving.folders", "quantized"),
     "models/layers": ("models.layers",),
-    "models/decoder": ("hf", "models.layers", "models.decoder"),
-    "models/encoder": ("hf", "models.layers", "models.encoder"),
-    "models/gpt2": ("hf", "models.layers", "models.gpt2"),
+    "models/decoder": (*SHARED, "models.decoder"),
+    "models/encoder": (*SHARED, "models.encoder"),
+    "models/gpt2": (*SHARED, "models.gpt2"),
     "models": ("hf", "models", "quantized"),
 }
 

@@ -21,7 +21,9 @@ def layer(case: str, **kwargs: Any) -> tuple[SparseMLP, dict[str, Any], np.ndarr
     config = tiny.config(case)
     module = SparseMLP(config, jnp.float32, jnp.float32, **kwargs)
     _, params = tiny.decoder(case)
-    params = jax.tree.map(lambda x: np.asarray(x)[1], params["model"]["layers"][config.mlp_name])
+    params = jax.tree.map(
+        lambda x: np.asarray(x)[1], params["model"]["layers"][config.family.mlp_name]
+    )
     return module, params, normal(0, (2, 5, config.hidden_size))
 
 
@@ -31,7 +33,7 @@ def normal(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 
 def all_experts(params: dict[str, Any], x: jax.Array, config: DecoderConfig) -> jax.Array:
     """Every expert on every token, then the weighted sum of the chosen ones."""
-    kernels = [params["experts"][name]["kernel"] for name in config.expert_names]
+    kernels = [params["experts"][name]["kernel"] for name in config.family.expert_names]
     probs = jax.nn.softmax(x @ params["gate"]["kernel"], axis=-1)
     least = jnp.sort(probs, axis=-1)[..., -config.num_experts_per_tok, None]
     weights = jnp.where(probs >= least, probs, 0.0)

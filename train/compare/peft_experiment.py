@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_jax.peft.config import DEFAULT_TARGETS, read_config
+from lora_jax.models.families import FAMILIES
+from lora_jax.peft.config import read_config
 from lora_jax.peft.errors import PeftError
 from train.compare.result import Arm
 from train.console.errors import UserError
@@ -228,13 +229,14 @@ def _method(config: Mapping[str, Any], variant: str | None, where: Path) -> str:
 def _targets(targets: Any, model: str, where: Path) -> tuple[str, ...]:
     """Returns the targets; PEFT's default ones where none are named."""
     if targets is None:
-        families = [family for family in DEFAULT_TARGETS if family in model.lower()]
+        known = {name: family.default_targets for name, family in FAMILIES.items()}
+        families = [name for name, targets in known.items() if targets and name in model.lower()]
         if not families:
             raise UserError(
                 f"{where}: target_modules is null, and PEFT's default for {model} is not known: "
                 "name the modules"
             )
-        return tuple(DEFAULT_TARGETS[max(families, key=len)])
+        return known[max(families, key=len)] or ()
     if isinstance(targets, str):
         if targets != "all-linear":
             raise UserError(

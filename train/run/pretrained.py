@@ -26,7 +26,7 @@ from lora_jax.models import (
     kinds,
     with_rope_scaling,
 )
-from lora_jax.models.encoder.config import FAMILIES as ENCODERS
+from lora_jax.models.encoder.families import FAMILIES as ENCODERS
 from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
 from lora_jax.quantized import is_coded
 from lora_jax.training.ready import not_finite

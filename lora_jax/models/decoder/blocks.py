@@ -1,4 +1,4 @@
-"""The parts of a decoder layer: dense layers, norms, gated MLPs."""
+"""The parts of a decoder layer: norms and gated MLPs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax import lax
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.layers.activations import activated
 from lora_jax.models.layers.attention import wide
-from lora_jax.models.layers.placement import UNPLACED, Placement
+from lora_jax.models.layers.blocks import Part, dense
 
 
 class RMSNorm(nn.Module):
@@ -37,38 +37,23 @@ class RMSNorm(nn.Module):
         return y.astype(self.dtype) * scale.astype(self.dtype)
 
 
-class MLP(nn.Module):
+class MLP(Part):
     """down(act(gate(x)) * up(x)) (Shazeer 2020)."""
 
     config: DecoderConfig
-    dtype: Any
-    param_dtype: Any
-    placement: Placement = UNPLACED
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         cfg = self.config
         size, bias = cfg.intermediate_size, cfg.mlp_bias
         if cfg.fused_projections:
-            gate, up = jnp.split(dense(self, "gate_up_proj", 2 * size, bias)(x), 2, axis=-1)
+            fused = dense(self, 2 * size, use_bias=bias, name="gate_up_proj")(x)
+            gate, up = jnp.split(fused, 2, axis=-1)
         else:
-            gate = dense(self, "gate_proj", size, bias)(x)
-            up = dense(self, "up_proj", size, bias)(x)
+            gate = dense(self, size, use_bias=bias, name="gate_proj")(x)
+            up = dense(self, size, use_bias=bias, name="up_proj")(x)
         hidden = self.placement.constrain(activated(cfg.hidden_act, gate, up), "features")
-        return dense(self, "down_proj", cfg.hidden_size, bias)(hidden)
-
-
-def dense(module: Any, name: str, features: int, use_bias: bool, **kwargs: Any) -> nn.Dense:
-    """Makes a dense layer with the dtypes and the initialiser of the module that holds it."""
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=module.dtype,
-        param_dtype=module.param_dtype,
-        kernel_init=nn.initializers.normal(module.config.initializer_range),
-        name=name,
-        **kwargs,
-    )
+        return dense(self, cfg.hidden_size, use_bias=bias, name="down_proj")(hidden)
 
 
 def norm(module: Any, name: str | None = None) -> RMSNorm:

@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.hf.fields import ConfigError
-from lora_jax.models.decoder.fields import FAMILIES, read_fields, write_fields
+from lora_jax.hf.fields import ConfigError, check_known
+from lora_jax.models.decoder.families.family import Family
+from lora_jax.models.decoder.families.registry import FAMILIES
+from lora_jax.models.decoder.fields import read_fields, write_fields
 from lora_jax.models.decoder.rope_fields import RopeScaling
 
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
@@ -79,14 +81,8 @@ class DecoderConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("model_type", self.model_type, FAMILIES),
-            ("hidden_act", self.hidden_act, ACTIVATIONS),
-        ):
-            if value not in known:
-                raise ConfigError(
-                    f"{name} {value!r} is not supported; supported are {', '.join(known)}"
-                )
+        check_known("model_type", self.model_type, FAMILIES)
+        check_known("hidden_act", self.hidden_act, ACTIVATIONS)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
@@ -135,16 +131,9 @@ class DecoderConfig:
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
-    def mlp_name(self) -> str:
-        """Hugging Face's name of a layer's MLP."""
-        return "block_sparse_moe" if self.model_type == "mixtral" else "mlp"
-
-    @property
-    def expert_names(self) -> tuple[str, str, str]:
-        """Hugging Face's names of an expert's gate, up and down projections."""
-        if self.model_type == "mixtral":
-            return "w1", "w3", "w2"
-        return "gate_proj", "up_proj", "down_proj"
+    def family(self) -> Family:
+        """The facts of the model's family."""
+        return FAMILIES[self.model_type]
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:

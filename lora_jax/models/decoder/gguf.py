@@ -1,41 +1,79 @@
-"""Reads a decoder's configuration from the metadata of a GGUF file."""
+"""A decoder in a GGUF file: the names of its tensors, and its configuration in the metadata."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.format import GGUF
 from lora_jax.hf.keys import WeightsError
 from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.families.family import Family
 from lora_jax.models.decoder.rope_fields import RopeScaling
 
-_FAMILY = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
 
 
-def config_from_gguf(
-    metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+def gguf_of(family: Family) -> GGUF | None:
+    """Returns the layout of a family's GGUF files; None if these are not read."""
+    if family.gguf is None:
+        return None
+    return GGUF(family.gguf, _hf_name, functools.partial(_read, family), _in_order)
+
+
+def _hf_name(name: str) -> str:
+    parts = name.split(".")
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _BLOCK:
+        return f"model.layers.{parts[1]}.{_BLOCK[parts[2]]}.{parts[3]}"
+    return _TOP.get(name, name)
+
+
+def _in_order(rows: np.ndarray, name: str, config: DecoderConfig) -> np.ndarray:
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    module = name.split(".")[-2]
+    if not config.family.gguf_pairs_rows or module not in heads:
+        return rows
+    pairs = rows.reshape(heads[module], -1, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _read(
+    family: Family, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> DecoderConfig:
     """Reads a configuration from GGUF metadata.
 
     Args:
+      family: the model's family.
       metadata: the file's key-value pairs.
       shapes: Hugging Face's name -> shape. Biases, the size of the vocabulary and a tied head
         follow from them, since the metadata lacks these.
 
-    Returns:
-      The configuration.
-
     Raises:
       ConfigError: names what is missing or not supported.
     """
-    arch = metadata.get("general.architecture")
-    if arch not in _FAMILY:
-        raise ConfigError(
-            f"GGUF architecture {arch!r} is not supported; supported are {', '.join(_FAMILY)}"
-        )
+    arch = family.gguf
 
     def get(name: str, default: Any = None) -> Any:
         value = metadata.get(f"{arch}.{name}", default)
@@ -65,8 +103,15 @@ def config_from_gguf(
     if "model.embed_tokens.weight" not in shapes:
         raise WeightsError("there is no token_embd.weight")
     eos = metadata.get("tokenizer.ggml.eos_token_id")
+    traits = {
+        **family.traits,
+        "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
+        "o_bias": "model.layers.0.self_attn.o_proj.bias" in shapes,
+        "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in shapes,
+    }
     return DecoderConfig(
-        model_type=_FAMILY[arch],
+        model_type=family.model_type,
+        **traits,
         vocab_size=shapes["model.embed_tokens.weight"][0],
         hidden_size=width,
         intermediate_size=get("feed_forward_length"),
@@ -79,10 +124,6 @@ def config_from_gguf(
         rope_scaling=scaling,
         max_position_embeddings=get("context_length"),
         tie_word_embeddings="lm_head.weight" not in shapes,
-        qkv_bias="model.layers.0.self_attn.q_proj.bias" in shapes,
-        o_bias="model.layers.0.self_attn.o_proj.bias" in shapes,
-        mlp_bias="model.layers.0.mlp.gate_proj.bias" in shapes,
-        qk_norm=arch == "qwen3",
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
         eos_token_ids=() if eos is None else (eos,),
         pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),

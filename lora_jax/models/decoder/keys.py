@@ -5,81 +5,62 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from lora_jax.hf.keys import Kind, Part, Row
+from jax.sharding import PartitionSpec
+
+from lora_jax.hf.keys import Part, Row
 from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.rows import Rows
+from lora_jax.models.specs import COLUMNS, ROUTER, ROWS
 
 
 def decoder_table(config: DecoderConfig) -> list[Row]:
     """Returns every parameter of the decoder, once, in the order of the forward pass."""
-    rows: list[Row] = []
-    layers = (config.num_hidden_layers,)
-
-    def add(
-        path: str,
-        leaf: str,
-        shape: tuple[int, ...],
-        kind: Kind,
-        stack: tuple[int, ...] = layers,
-    ) -> None:
-        hf_leaf = "bias" if leaf == "bias" else "weight"
-        hf = f"{path}/{hf_leaf}".replace("/", ".").replace("layers.", "layers.{}.")
-        tied = leaf == "embedding" and config.tie_word_embeddings
-        rows.append(
-            Row(
-                path=f"{path}/{leaf}",
-                hf=hf.replace("experts.", "experts.{}."),
-                shape=shape,
-                stack=stack,
-                transpose=leaf == "kernel",
-                aliases=("lm_head.weight",) if tied else (),
-                kind=kind,
-            )
-        )
-
-    def linear(kind: Kind, path: str, d_in: int, d_out: int, bias: bool = False) -> None:
-        add(f"model/layers/{path}", "kernel", (d_in, d_out), kind)
-        if bias:
-            add(f"model/layers/{path}", "bias", (d_out,), kind)
+    layer = "model/layers"
+    attention, mlp = f"{layer}/self_attn", f"{layer}/{config.family.mlp_name}"
+    rows = Rows(layer, config.num_hidden_layers)
 
     def norm(path: str, size: int) -> None:
-        add(f"model/layers/{path}", "scale", (size,), "norm")
+        rows.add("norm", path, "scale", (size,))
 
     width, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     q_out, kv_out = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    add("model/embed_tokens", "embedding", (config.vocab_size, width), "embedding", ())
-    norm("input_layernorm", width)
+    tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
+    words = (config.vocab_size, width)
+    rows.add("embedding", "model/embed_tokens", "embedding", words, ROWS, aliases=tied)
+    norm(f"{layer}/input_layernorm", width)
+    sizes = {"q": q_out, "k": kv_out, "v": kv_out}
     if config.fused_projections:
-        linear("attention", "self_attn/qkv_proj", width, q_out + 2 * kv_out, config.qkv_bias)
-    else:
-        linear("attention", "self_attn/q_proj", width, q_out, config.qkv_bias)
-        linear("attention", "self_attn/k_proj", width, kv_out, config.qkv_bias)
-        linear("attention", "self_attn/v_proj", width, kv_out, config.qkv_bias)
+        sizes = {"qkv": q_out + 2 * kv_out}
+    for name, size in sizes.items():
+        path = f"{attention}/{name}_proj"
+        rows.linear("attention", path, (width, size), COLUMNS, config.qkv_bias)
     if config.qk_norm:
-        norm("self_attn/q_norm", head_dim)
-        norm("self_attn/k_norm", head_dim)
-    linear("attention", "self_attn/o_proj", q_out, width, config.o_bias)
-    norm("post_attention_layernorm", width)
+        norm(f"{attention}/q_norm", head_dim)
+        norm(f"{attention}/k_norm", head_dim)
+    rows.linear("attention", f"{attention}/o_proj", (q_out, width), ROWS, config.o_bias)
+    norm(f"{layer}/post_attention_layernorm", width)
     if config.post_norms:
-        norm("pre_feedforward_layernorm", width)
+        norm(f"{layer}/pre_feedforward_layernorm", width)
     if config.num_experts:
-        linear("router", f"{config.mlp_name}/gate", width, config.num_experts)
-        gate, up, down = config.expert_names
+        rows.linear("router", f"{mlp}/gate", (width, config.num_experts), ROUTER, bias=False)
         size = config.moe_intermediate_size
-        for name, shape in ((gate, (width, size)), (up, (width, size)), (down, (size, width))):
-            path = f"model/layers/{config.mlp_name}/experts/{name}"
-            add(path, "kernel", shape, "experts", (*layers, config.num_experts))
+        shapes = ((width, size), (width, size), (size, width))
+        for name, shape, spec in zip(
+            config.family.expert_names, shapes, (COLUMNS, COLUMNS, ROWS), strict=True
+        ):
+            spec = PartitionSpec("expert", *spec)
+            path = f"{mlp}/experts/{name}"
+            rows.add("experts", path, "kernel", shape, spec, experts=config.num_experts)
     else:
-        if config.fused_projections:
-            linear("mlp", "mlp/gate_up_proj", width, 2 * inner, config.mlp_bias)
-        else:
-            linear("mlp", "mlp/gate_proj", width, inner, config.mlp_bias)
-            linear("mlp", "mlp/up_proj", width, inner, config.mlp_bias)
-        linear("mlp", "mlp/down_proj", inner, width, config.mlp_bias)
+        sizes = {"gate_up": 2 * inner} if config.fused_projections else {"gate": inner, "up": inner}
+        for name, size in sizes.items():
+            rows.linear("mlp", f"{mlp}/{name}_proj", (width, size), COLUMNS, config.mlp_bias)
+        rows.linear("mlp", f"{mlp}/down_proj", (inner, width), ROWS, config.mlp_bias)
     if config.post_norms:
-        norm("post_feedforward_layernorm", width)
-    add("model/norm", "scale", (width,), "norm", ())
+        norm(f"{layer}/post_feedforward_layernorm", width)
+    norm("model/norm", width)
     if not config.tie_word_embeddings:
-        add("lm_head", "kernel", (width, config.vocab_size), "head", ())
+        rows.linear("head", "lm_head", words[::-1], COLUMNS, bias=False)
     return rows
 
 
@@ -105,13 +86,13 @@ def decoder_parts(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) 
     parts: dict[str, Part] = {}
     if not any(name.endswith(".mlp.experts.gate_up_proj") for name in shapes):
         return parts
-    gate, up, down = config.expert_names
+    gate, up, down = config.family.expert_names
     inner = config.moe_intermediate_size
     halves = {gate: slice(0, inner), up: slice(inner, None)}
     for name, shape in shapes.items():
         if (match := _FUSED.fullmatch(name)) is None:
             continue
-        mlp = f"{match[1]}.{config.mlp_name}"
+        mlp = f"{match[1]}.{config.family.mlp_name}"
         if match[2] == "gate.weight":
             parts[f"{mlp}.gate.weight"] = Part(name, ())
             continue

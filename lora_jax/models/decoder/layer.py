@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lora_jax.models.decoder.blocks import MLP, dense, norm
+from lora_jax.models.decoder.blocks import MLP, norm
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.decoder.moe import SparseMLP
 from lora_jax.models.decoder.rope import Rotation, rotate
-from lora_jax.models.layers.attend import Attend, attend
+from lora_jax.models.layers.attend import attend
+from lora_jax.models.layers.blocks import Part, dense
 from lora_jax.models.layers.cache import LayerCache, with_slots
 from lora_jax.models.layers.masks import Mask
-from lora_jax.models.layers.placement import UNPLACED, Placement
 
 
 class Step(NamedTuple):
@@ -47,14 +47,10 @@ class PerLayer(NamedTuple):
     cache: LayerCache | None
 
 
-class Attention(nn.Module):
+class Attention(Part):
     """Causal self-attention with grouped key/value heads (Ainslie et al. 2023) and RoPE."""
 
     config: DecoderConfig
-    dtype: Any
-    param_dtype: Any
-    placement: Placement = UNPLACED
-    attention: str | Attend = "auto"
 
     @nn.compact
     def __call__(
@@ -97,7 +93,7 @@ class Attention(nn.Module):
             )
         out = out.reshape(*x.shape[:2], cfg.num_attention_heads * cfg.head_dim)
         out = self.placement.constrain(out, "features")
-        return dense(self, "o_proj", cfg.hidden_size, cfg.o_bias)(out), (k, v)
+        return dense(self, cfg.hidden_size, use_bias=cfg.o_bias, name="o_proj")(out), (k, v)
 
     def _project(self, x: jax.Array) -> list[jax.Array]:
         """Returns queries, keys and values: [batch, seq, heads, head_dim] each."""
@@ -105,11 +101,11 @@ class Attention(nn.Module):
         heads = {"q": cfg.num_attention_heads} | dict.fromkeys("kv", cfg.num_key_value_heads)
         sizes = [n * cfg.head_dim for n in heads.values()]
         if cfg.fused_projections:
-            fused = dense(self, "qkv_proj", sum(sizes), cfg.qkv_bias)(x)
+            fused = dense(self, sum(sizes), use_bias=cfg.qkv_bias, name="qkv_proj")(x)
             flat = jnp.split(fused, [sizes[0], sizes[0] + sizes[1]], axis=-1)
         else:
             flat = [
-                dense(self, f"{name}_proj", size, cfg.qkv_bias)(x)
+                dense(self, size, use_bias=cfg.qkv_bias, name=f"{name}_proj")(x)
                 for name, size in zip(heads, sizes, strict=True)
             ]
         return [
@@ -118,14 +114,10 @@ class Attention(nn.Module):
         ]
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Part):
     """Attention and MLP, each after a norm (and before one, in Gemma), added to the stream."""
 
     config: DecoderConfig
-    dtype: Any
-    param_dtype: Any
-    placement: Placement = UNPLACED
-    attention: str | Attend = "auto"
     experts: str | Experts = "auto"
 
     @nn.compact
@@ -134,16 +126,17 @@ class DecoderLayer(nn.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Runs a scan's body: x is the carry, [batch, seq, d_model]; see ``Attention``."""
         cfg = self.config
-        args = (cfg, self.dtype, self.param_dtype, self.placement)
         if cfg.num_experts:
-            mlp: nn.Module = SparseMLP(*args, self.experts, name=cfg.mlp_name)
+            mlp: nn.Module = SparseMLP(
+                *self.options, products=self.experts, name=cfg.family.mlp_name
+            )
         else:
-            mlp = MLP(*args, name=cfg.mlp_name)
+            mlp = MLP(*self.options, name=cfg.family.mlp_name)
 
         def inputs(norm_name: str, x: jax.Array) -> jax.Array:
             return self.placement.constrain(norm(self, norm_name)(x), "inputs")
 
-        attention = Attention(*args, self.attention, name="self_attn")
+        attention = Attention(*self.options, name="self_attn")
         hidden, cached = attention(inputs("input_layernorm", x), step, layer)
         if cfg.post_norms:
             x = x + norm(self, "post_attention_layernorm")(hidden)

@@ -13,40 +13,35 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from lora_jax.models.decoder.blocks import dense
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts, implementation
 from lora_jax.models.layers.activations import ACTIVATION
 from lora_jax.models.layers.attention import dot_wide
-from lora_jax.models.layers.placement import UNPLACED, Placement
+from lora_jax.models.layers.blocks import Part, dense
 
 
-class SparseMLP(nn.Module):
+class SparseMLP(Part):
     """The weighted sum of each token's k most likely experts (Jiang et al. 2024, Mixtral).
 
     The router's logits and probabilities, and the sum over experts, are in fp32.
     """
 
     config: DecoderConfig
-    dtype: Any
-    param_dtype: Any
-    placement: Placement = UNPLACED
     products: str | Experts = "auto"  # see ``experts.implementation``; "experts" are its parameters
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Sends tokens, [batch, seq, d_model], through their experts; returns the same shape."""
         cfg = self.config
-        router = dense(self, "gate", cfg.num_experts, False, dot_general=dot_wide)
+        router = dense(self, cfg.num_experts, use_bias=False, name="gate", dot_general=dot_wide)
         weights, chosen = route(router(x), cfg.num_experts_per_tok, cfg.norm_topk_prob)
-        kernels = _Experts(cfg, self.dtype, self.param_dtype, name="experts")()
+        kernels = _Experts(*self.options, name="experts")()
         products = implementation(self.products, self.placement)
         mixed = functools.partial(_mixed, ACTIVATION[cfg.hidden_act], products)
         return self.placement.mixture(mixed)(x, weights, chosen, *kernels)
@@ -91,32 +86,30 @@ def _mixed(
     return out.sum(axis=0).reshape(x.shape).astype(x.dtype)
 
 
-class _Experts(nn.Module):
+class _Experts(Part):
     """The kernels of all experts: [experts, d_model, d_ff] twice, and [experts, d_ff, d_model]."""
 
     config: DecoderConfig
-    dtype: Any
-    param_dtype: Any
 
     @nn.compact
     def __call__(self) -> list[jax.Array]:
         cfg = self.config
         inner, outer = cfg.moe_intermediate_size, cfg.hidden_size
         return [
-            _Kernel((cfg.num_experts, *shape), cfg, self.dtype, self.param_dtype, name=name)()
+            _Kernel(*self.options, shape=(cfg.num_experts, *shape), name=name)()
             for name, shape in zip(
-                cfg.expert_names, [(outer, inner), (outer, inner), (inner, outer)], strict=True
+                cfg.family.expert_names,
+                [(outer, inner), (outer, inner), (inner, outer)],
+                strict=True,
             )
         ]
 
 
-class _Kernel(nn.Module):
+class _Kernel(Part):
     """The parameter ``kernel``."""
 
-    shape: tuple[int, ...]
     config: DecoderConfig
-    dtype: Any
-    param_dtype: Any
+    shape: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self) -> jax.Array:

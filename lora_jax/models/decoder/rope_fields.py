@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.hf.fields import ConfigError
+from lora_jax.models.decoder.families.family import Family, Get
+
+_ORIGINAL = "original_max_position_embeddings"
 
 # For each kind: the fields that it needs, and those that it may have.
 _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -34,8 +37,6 @@ _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 
-_PHI3_KINDS = ("longrope",)  # as in transformers; older files call it "su" or "yarn"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -60,15 +61,13 @@ class RopeScaling:
     long_factor: tuple[float, ...] = ()
 
 
-def read_rope(
-    family: str, config: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> dict[str, Any]:
+def read_rope(family: Family, config: Mapping[str, Any], get: Get) -> dict[str, Any]:
     """Reads the configuration's fields on RoPE, from transformers 4's or transformers 5's.
 
     Args:
-      family: the model_type.
+      family: the model's family.
       config: the parsed config.json.
-      defaults: the family's, for fields that config.json lacks.
+      get: reads a field of it, with the family's default.
 
     Returns:
       rope_theta, rope_scaling, rope_local_theta and partial_rotary_factor.
@@ -76,13 +75,10 @@ def read_rope(
     Raises:
       ConfigError: names what is missing or not supported.
     """
-
-    def get(name: str, default: Any) -> Any:
-        return config.get(name, defaults.get(name, default))
-
+    name = family.model_type
     fields = dict(config.get("rope_parameters") or {})
     local_theta = None
-    if family == "gemma3_text":
+    if "rope_local_base_freq" in family.reads:
         local = dict(fields.pop("sliding_attention", None) or {})
         fields |= fields.pop("full_attention", None) or {}
         fields |= config.get("rope_scaling") or {}
@@ -98,20 +94,19 @@ def read_rope(
     kind = fields.pop("rope_type", legacy) or "default"
     theta = float(fields.pop("rope_theta", None) or get("rope_theta", 10000.0))
     partial = fields.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor")
-    if family != "phi3" and (partial or 1.0) != 1.0:
-        raise ConfigError(f"partial_rotary_factor={partial} is not supported for {family}, only 1")
-    if family == "phi3":
-        kind = "longrope" if kind in ("su", "yarn") else kind
-    kinds = _PHI3_KINDS if family == "phi3" else tuple(_KINDS)
+    if "partial_rotary_factor" not in family.reads and (partial or 1.0) != 1.0:
+        raise ConfigError(f"partial_rotary_factor={partial} is not supported for {name}, only 1")
+    kind = family.rope_aliases.get(kind, kind)
+    kinds = family.rope_kinds or tuple(_KINDS)
     if kind == "default":
         scaling = None
     elif kind in kinds:
         context = get("max_position_embeddings", 2048)
-        outside = get("original_max_position_embeddings", None) if family == "phi3" else None
+        outside = get(_ORIGINAL) if _ORIGINAL in family.reads else None
         scaling = _read_scaling(kind, fields, context, outside)
     else:
         raise ConfigError(
-            f"RoPE type {kind!r} is not supported for {family}; {', '.join(kinds)} and default are"
+            f"RoPE type {kind!r} is not supported for {name}; {', '.join(kinds)} and default are"
         )
     return {
         "rope_theta": theta,
@@ -165,12 +160,12 @@ def _attention_factor(kind: str, fields: Mapping[str, Any], context: int) -> flo
     return (0.1 * above * math.log(factor) + 1) / (0.1 * below * math.log(factor) + 1)
 
 
-def write_rope(family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+def write_rope(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Writes config.json's fields on RoPE for transformers 4 and 5; see ``read_rope``."""
     out: dict[str, Any] = {"rope_theta": fields["rope_theta"]}
     if fields["rope_local_theta"] is not None:
         out["rope_local_base_freq"] = fields["rope_local_theta"]
-    if family == "phi3":
+    if "partial_rotary_factor" in family.reads:
         out["partial_rotary_factor"] = fields["partial_rotary_factor"]
     scaling = fields["rope_scaling"]
     if scaling is None:
@@ -181,6 +176,6 @@ def write_rope(family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     if scaling.kind == "longrope":  # factor is in attention_factor
         del kept["factor"]
         kept |= {name: list(kept[name]) for name in needed}
-    if family == "phi3":
-        out["original_max_position_embeddings"] = scaling.original_max_position_embeddings
+    if _ORIGINAL in family.reads:
+        out[_ORIGINAL] = scaling.original_max_position_embeddings
     return {**out, "rope_scaling": {"rope_type": scaling.kind, **kept}}

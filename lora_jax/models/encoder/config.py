@@ -7,15 +7,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.hf.fields import ConfigError, refuse_unknown
+from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
+from lora_jax.models.encoder.families import FAMILIES, Family
 from lora_jax.models.layers.activations import ACTIVATION
 
-FAMILIES = ("bert", "roberta", "xlm-roberta")
 HEADS = ("none", "masked_lm", "classification", "embedding")
 POOLINGS = ("mean", "cls")
 OPTIONS = frozenset({"head", "num_labels", "pooling", "normalize"})
-
-_CLASS = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
 
 # transformers' class names for a model with the head; the first is the one that is written.
 _ARCHITECTURES = {
@@ -95,23 +93,16 @@ class EncoderConfig:
     normalize: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("model_type", FAMILIES),
-            ("head", HEADS),
-            ("pooling", POOLINGS),
-            ("hidden_act", tuple(ACTIVATION)),
-        ):
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"{name} {getattr(self, name)!r} is not supported; supported are "
-                    f"{', '.join(known)}"
-                )
+        check_known("model_type", self.model_type, FAMILIES)
+        check_known("head", self.head, HEADS)
+        check_known("pooling", self.pooling, POOLINGS)
+        check_known("hidden_act", self.hidden_act, ACTIVATION)
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
                 f"({self.num_attention_heads})"
             )
-        if self.model_type != "bert" and self.pad_token_id is None:
+        if self.family.after_padding and self.pad_token_id is None:
             raise ConfigError(f"{self.model_type} counts positions from pad_token_id: it needs one")
         if self.num_labels < 1 or self.type_vocab_size < 1:
             raise ConfigError(
@@ -124,9 +115,14 @@ class EncoderConfig:
             )
 
     @property
+    def family(self) -> Family:
+        """The facts of the model's family."""
+        return FAMILIES[self.model_type]
+
+    @property
     def prefix(self) -> str:
         """The name of the encoder inside a model with a head: "bert" or "roberta"."""
-        return "bert" if self.model_type == "bert" else "roberta"
+        return self.family.prefix
 
     @property
     def has_pooler(self) -> bool:
@@ -136,7 +132,7 @@ class EncoderConfig:
     @property
     def max_tokens(self) -> int:
         """The longest text: RoBERTa leaves the first positions unused."""
-        if self.prefix == "bert" or self.pad_token_id is None:
+        if not self.family.after_padding or self.pad_token_id is None:
             return self.max_position_embeddings
         return self.max_position_embeddings - self.pad_token_id - 1
 
@@ -156,10 +152,7 @@ class EncoderConfig:
             do not go with the head.
         """
         family = config.get("model_type")
-        if family not in FAMILIES:
-            raise ConfigError(
-                f"model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}"
-            )
+        check_known("model_type", family, FAMILIES)
         own = {"model_type", "pad_token_id", "num_labels", "_num_labels"}
         own |= {"sentence_pooling", "sentence_normalize"}
         refuse_unknown(config, family, set(_DEFAULTS) | own | _NO_EFFECT, _UNSUPPORTED)
@@ -185,7 +178,7 @@ class EncoderConfig:
         }
         return cls(
             model_type=family,
-            pad_token_id=config.get("pad_token_id", 0 if family == "bert" else 1),
+            pad_token_id=config.get("pad_token_id", FAMILIES[family].pad_token_id),
             **{name: config.get(name, default) for name, default in _DEFAULTS.items()},
             **{**read, **options, "head": head},
         )
@@ -197,7 +190,7 @@ class EncoderConfig:
         """
         out = {name: getattr(self, name) for name in ("model_type", *_DEFAULTS, "pad_token_id")}
         written = "none" if self.head == "embedding" else self.head
-        out["architectures"] = [_CLASS[self.model_type] + _ARCHITECTURES[written][0]]
+        out["architectures"] = [self.family.class_name + _ARCHITECTURES[written][0]]
         names = self.label_names or _numbered(self.num_labels)
         out["id2label"] = {str(i): name for i, name in enumerate(names)}
         out["label2id"] = {name: i for i, name in enumerate(names)}
@@ -224,8 +217,9 @@ def _head_of(config: Mapping[str, Any]) -> str:
     if config.get("sentence_pooling") is not None:
         return "embedding"
     names = config.get("architectures") or []
+    classes = "|".join(family.class_name for family in FAMILIES.values())
     for name in names:
-        found = re.fullmatch(rf"({'|'.join(_CLASS.values())})(\w+)", name)
+        found = re.fullmatch(rf"({classes})(\w+)", name)
         for head, endings in _ARCHITECTURES.items():
             if found and found[2] in endings:
                 return head

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from lora_jax.models.encoder.config import EncoderConfig
 from lora_jax.models.layers.attention import wide
-from lora_jax.models.layers.blocks import embed, layer_norm
+from lora_jax.models.layers.blocks import Part, embed, layer_norm
 from lora_jax.models.layers.noise import EmbeddingNoise, with_noise
 
 
-class Embeddings(nn.Module):
+class Embeddings(Part):
     """LayerNorm(word + token type + position)."""
 
     config: EncoderConfig
-    dtype: Any
-    param_dtype: Any
 
     def setup(self) -> None:
         self.word_embeddings = embed(self, self.config.vocab_size)
@@ -41,7 +36,7 @@ class Embeddings(nn.Module):
 
 def default_positions(input_ids: jax.Array, config: EncoderConfig) -> jax.Array:
     """Returns the rows of the table of positions, [batch, seq] int32; see ``Encoder.__call__``."""
-    if config.prefix == "bert" or config.pad_token_id is None:
+    if not config.family.after_padding or config.pad_token_id is None:
         count = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
         return jnp.broadcast_to(count, input_ids.shape)
     real = (input_ids != config.pad_token_id).astype(jnp.int32)

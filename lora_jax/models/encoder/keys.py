@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from typing import Any
+
+from jax.sharding import PartitionSpec
 
 from lora_jax.hf.keys import Kind, Row
 from lora_jax.models.encoder.config import EncoderConfig
+from lora_jax.models.rows import Rows
+from lora_jax.models.specs import COLUMNS, POSITIONS, REPLICATED, ROWS
 
 _ENCODER = re.compile(r"(?:(?:bert|roberta)\.)?((?:embeddings|encoder|pooler)\..+)")
 _LM_HEAD = "masked language model head"
@@ -46,77 +52,52 @@ def encoder_table(config: EncoderConfig) -> list[Row]:
 
     The pooler and each head are optional parts: a file without them still loads.
     """
-    rows: list[Row] = []
-    trunk = config.prefix
+    trunk, width, inner = config.prefix, config.hidden_size, config.intermediate_size
+    layer, embeddings = f"{trunk}/encoder/layer", f"{trunk}/embeddings"
+    rows = Rows(layer, config.num_hidden_layers)
 
-    def add(
-        path: str,
-        leaf: str,
-        shape: tuple[int, ...],
-        kind: Kind,
-        part: str | None = None,
-        aliases: tuple[str, ...] = (),
-    ) -> None:
-        stacked = path.startswith(f"{trunk}/encoder/layer/")
-        hf = path.replace("encoder/layer/", "encoder/layer/{}/").replace("/", ".")
-        if path.startswith(f"{trunk}/"):
-            hf = _prefix(config) + hf.removeprefix(f"{trunk}.")
-        rows.append(
-            Row(
-                path=f"{path}/{leaf}",
-                hf=f"{hf}.{'bias' if leaf == 'bias' else 'weight'}",
-                shape=shape,
-                stack=(config.num_hidden_layers,) if stacked else (),
-                transpose=leaf == "kernel",
-                aliases=aliases,
-                part=part,
-                kind=kind,
-            )
-        )
+    def table(kind: Kind, name: str, n: int, spec: PartitionSpec, **more: Any) -> None:
+        path = f"{embeddings}/{name}_embeddings"
+        rows.add(kind, path, "embedding", (n, width), spec, **more)
 
-    def linear(kind: Kind, path: str, d_in: int, d_out: int, part: str | None = None) -> None:
-        add(path, "kernel", (d_in, d_out), kind, part)
-        add(path, "bias", (d_out,), kind, part)
-
-    def layer_norm(path: str, part: str | None = None) -> None:
-        add(path, "scale", (width,), "norm", part)
-        add(path, "bias", (width,), "norm", part)
-
-    def table(name: str, rows: int, aliases: tuple[str, ...] = ()) -> None:
-        path = f"{trunk}/embeddings/{name}_embeddings"
-        kind: Kind = "embedding" if name == "word" else "positions"
-        add(path, "embedding", (rows, width), kind, aliases=aliases)
-
-    width, inner = config.hidden_size, config.intermediate_size
     lm = "cls/predictions" if trunk == "bert" else "lm_head"
     decoder = lm.replace("/", ".") + ".decoder"
     tied = (f"{decoder}.weight",) if config.head == "masked_lm" else ()
-    table("word", config.vocab_size, tied)
-    table("position", config.max_position_embeddings)
-    table("token_type", config.type_vocab_size)
-    layer_norm(f"{trunk}/embeddings/LayerNorm")
-    layer = f"{trunk}/encoder/layer"
+    table("embedding", "word", config.vocab_size, ROWS, aliases=tied)
+    table("positions", "position", config.max_position_embeddings, POSITIONS)
+    table("positions", "token_type", config.type_vocab_size, REPLICATED)
+    rows.layer_norm(f"{embeddings}/LayerNorm", width)
     for name in ("query", "key", "value"):
-        linear("attention", f"{layer}/attention/self/{name}", width, width)
-    linear("attention", f"{layer}/attention/output/dense", width, width)
-    layer_norm(f"{layer}/attention/output/LayerNorm")
-    linear("mlp", f"{layer}/intermediate/dense", width, inner)
-    linear("mlp", f"{layer}/output/dense", inner, width)
-    layer_norm(f"{layer}/output/LayerNorm")
+        rows.linear("attention", f"{layer}/attention/self/{name}", (width, width), COLUMNS)
+    rows.linear("attention", f"{layer}/attention/output/dense", (width, width), ROWS)
+    rows.layer_norm(f"{layer}/attention/output/LayerNorm", width)
+    rows.linear("mlp", f"{layer}/intermediate/dense", (width, inner), COLUMNS)
+    rows.linear("mlp", f"{layer}/output/dense", (inner, width), ROWS)
+    rows.layer_norm(f"{layer}/output/LayerNorm", width)
+
+    def beside(kind: Kind, path: str, n: int, part: str) -> None:
+        rows.linear(kind, path, (width, n), REPLICATED, part=part)
+
     if config.has_pooler:
-        linear("pooler", f"{trunk}/pooler/dense", width, width, "pooler")
+        beside("pooler", f"{trunk}/pooler/dense", width, "pooler")
     if config.head == "masked_lm":
+        dense, norm = ("dense", "layer_norm")
         if trunk == "bert":
-            linear("transform", f"{lm}/transform/dense", width, width, _LM_HEAD)
-            layer_norm(f"{lm}/transform/LayerNorm", _LM_HEAD)
-        else:
-            linear("transform", f"{lm}/dense", width, width, _LM_HEAD)
-            layer_norm(f"{lm}/layer_norm", _LM_HEAD)
-        add(lm, "bias", (config.vocab_size,), "head", _LM_HEAD, (f"{decoder}.bias",))
+            dense, norm = ("transform/dense", "transform/LayerNorm")
+        beside("transform", f"{lm}/{dense}", width, _LM_HEAD)
+        rows.layer_norm(f"{lm}/{norm}", width, part=_LM_HEAD)
+        aliases = (f"{decoder}.bias",)
+        rows.add("head", lm, "bias", (config.vocab_size,), part=_LM_HEAD, aliases=aliases)
     if config.head == "classification":
-        if trunk == "bert":
-            linear("classifier", "classifier", width, config.num_labels, "classifier")
-        else:
-            linear("classifier", "classifier/dense", width, width, "classifier")
-            linear("classifier", "classifier/out_proj", width, config.num_labels, "classifier")
-    return rows
+        last = "classifier"
+        if trunk != "bert":
+            beside("classifier", "classifier/dense", width, "classifier")
+            last = "classifier/out_proj"
+        beside("classifier", last, config.num_labels, "classifier")
+    inside = f"{trunk}."
+    return [
+        dataclasses.replace(row, hf=_prefix(config) + row.hf.removeprefix(inside))
+        if row.hf.startswith(inside)
+        else row
+        for row in rows
+    ]

@@ -11,13 +11,12 @@ from flax import linen as nn
 from lora_jax.models.encoder.config import EncoderConfig
 from lora_jax.models.encoder.embeddings import Embeddings, default_positions, pooled
 from lora_jax.models.layers.activations import ACTIVATION, activated
-from lora_jax.models.layers.attend import Attend, attend
+from lora_jax.models.layers.attend import attend
 from lora_jax.models.layers.attention import dot_wide, wide
-from lora_jax.models.layers.blocks import dense, layer_norm
+from lora_jax.models.layers.blocks import Part, dense, layer_norm
 from lora_jax.models.layers.masks import Mask, bidirectional
 from lora_jax.models.layers.noise import EmbeddingNoise
-from lora_jax.models.layers.placement import UNPLACED, Placement
-from lora_jax.models.layers.trunk import rematerialised
+from lora_jax.models.layers.trunk import scan
 
 
 class EncoderOutput(NamedTuple):
@@ -32,7 +31,7 @@ class EncoderOutput(NamedTuple):
     pooled: jax.Array
 
 
-class Encoder(nn.Module):
+class Encoder(Part):
     """A bidirectional encoder with its head. Layers are scanned.
 
     Parameters are a plain nested dict under Hugging Face's module names, less the layer number:
@@ -49,16 +48,11 @@ class Encoder(nn.Module):
     """
 
     config: EncoderConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    remat: bool | str = False
-    placement: Placement = UNPLACED
-    attention: str | Attend = "auto"
 
     def setup(self) -> None:
-        cfg, args = self.config, (self.config, self.dtype, self.param_dtype)
+        cfg, args = self.config, self.options
         # Its name is the family's, as in Hugging Face's files.
-        setattr(self, cfg.prefix, _Trunk(*args, self.remat, self.placement, self.attention))
+        setattr(self, cfg.prefix, _Trunk(*args))
         if cfg.head == "masked_lm" and cfg.prefix == "bert":
             self.cls = _BertHead(*args)
         elif cfg.head == "masked_lm":
@@ -137,22 +131,18 @@ class Encoder(nn.Module):
         return getattr(self, self.config.prefix)
 
 
-class _Trunk(nn.Module):
+class _Part(Part):
+    config: EncoderConfig
+
+
+class _Trunk(_Part):
     """Embeddings, scanned layers and, for the heads that read it, the pooler."""
 
-    config: EncoderConfig
-    dtype: Any
-    param_dtype: Any
-    remat: bool | str
-    placement: Placement
-    attention: str | Attend
-
     def setup(self) -> None:
-        args = (self.config, self.dtype, self.param_dtype)
-        self.embeddings = Embeddings(*args)
-        self.encoder = _Layers(*args, self.remat, self.placement, self.attention)
+        self.embeddings = Embeddings(*self.options)
+        self.encoder = _Layers(*self.options)
         if self.config.has_pooler:
-            self.pooler = _Dense(*args)
+            self.pooler = _Dense(*self.options)
 
     def __call__(
         self,
@@ -178,69 +168,36 @@ class _Trunk(nn.Module):
         return jnp.tanh(self.pooler(hidden[:, 0]))
 
 
-class _Layers(nn.Module):
-    config: EncoderConfig
-    dtype: Any
-    param_dtype: Any
-    remat: bool | str
-    placement: Placement
-    attention: str | Attend
-
+class _Layers(_Part):
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
         x = self.placement.constrain(x, "residual")
-        scanned = nn.scan(
-            rematerialised(_Layer, self.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.config.num_hidden_layers,
-        )
-        args = (self.config, self.dtype, self.param_dtype, self.placement, self.attention)
-        return scanned(*args, name="layer")(x, mask)[0]
+        scanned = scan(_Layer, self.remat, self.config.num_hidden_layers, nn.broadcast)
+        return scanned(*self.options, name="layer")(x, mask)[0]
 
 
-class _Layer(nn.Module):
+class _Layer(_Part):
     """Attention and MLP, each added to its input and then normalised: a scan's body."""
-
-    config: EncoderConfig
-    dtype: Any
-    param_dtype: Any
-    placement: Placement
-    attention: str | Attend
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> tuple[jax.Array, None]:
-        cfg, args = self.config, (self.config, self.dtype, self.param_dtype)
-        x = _Attention(*args, self.placement, self.attention, name="attention")(x, mask)
-        intermediate = _Dense(*args, cfg.intermediate_size, name="intermediate")
+        cfg, args = self.config, self.options
+        x = _Attention(*args, name="attention")(x, mask)
+        intermediate = _Dense(*args, features=cfg.intermediate_size, name="intermediate")
         inner = activated(cfg.hidden_act, intermediate(self.placement.constrain(x, "inputs")))
         x = _AddNorm(*args, name="output")(self.placement.constrain(inner, "features"), x)
         return self.placement.constrain(x, "residual"), None
 
 
-class _Attention(nn.Module):
-    config: EncoderConfig
-    dtype: Any
-    param_dtype: Any
-    placement: Placement
-    attention: str | Attend
-
+class _Attention(_Part):
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
-        args = (self.config, self.dtype, self.param_dtype)
-        attention = _SelfAttention(*args, self.placement, self.attention, name="self")
+        attention = _SelfAttention(*self.options, name="self")
         seen = attention(self.placement.constrain(x, "inputs"), mask)
-        return _AddNorm(*args, name="output")(seen, x)
+        return _AddNorm(*self.options, name="output")(seen, x)
 
 
-class _SelfAttention(nn.Module):
-    config: EncoderConfig
-    dtype: Any
-    param_dtype: Any
-    placement: Placement
-    attention: str | Attend
-
+class _SelfAttention(_Part):
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
         heads = (*x.shape[:2], self.config.num_attention_heads, -1)
@@ -254,12 +211,8 @@ class _SelfAttention(nn.Module):
         return self.placement.constrain(out.reshape(x.shape), "features")
 
 
-class _AddNorm(nn.Module):
+class _AddNorm(_Part):
     """LayerNorm(dense(x) + residual)."""
-
-    config: EncoderConfig
-    dtype: Any
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, residual: jax.Array) -> jax.Array:
@@ -267,12 +220,9 @@ class _AddNorm(nn.Module):
         return layer_norm(self, name="LayerNorm")(x + residual)
 
 
-class _Dense(nn.Module):
+class _Dense(_Part):
     """A layer that Hugging Face wraps in a module of its own; d_model wide by default."""
 
-    config: EncoderConfig
-    dtype: Any
-    param_dtype: Any
     features: int | None = None
 
     @nn.compact
@@ -280,47 +230,30 @@ class _Dense(nn.Module):
         return dense(self, self.features or self.config.hidden_size, name="dense")(x)
 
 
-class _BertHead(nn.Module):
+class _BertHead(_Part):
     """A masked language model's head: ``cls/predictions``."""
 
-    config: EncoderConfig
-    dtype: Any
-    param_dtype: Any
-
     @nn.compact
     def __call__(self, hidden: jax.Array, table: jax.Array) -> jax.Array:
-        args = (self.config, self.dtype, self.param_dtype)
-        return _BertPredictions(*args, name="predictions")(hidden, table)
+        return _BertPredictions(*self.options, name="predictions")(hidden, table)
 
 
-class _BertPredictions(nn.Module):
-    config: EncoderConfig
-    dtype: Any
-    param_dtype: Any
-
+class _BertPredictions(_Part):
     @nn.compact
     def __call__(self, hidden: jax.Array, table: jax.Array) -> jax.Array:
-        args = (self.config, self.dtype, self.param_dtype)
-        return _tied_logits(self, _BertTransform(*args, name="transform")(hidden), table)
+        x = _BertTransform(*self.options, name="transform")(hidden)
+        return _tied_logits(self, x, table)
 
 
-class _BertTransform(nn.Module):
-    config: EncoderConfig
-    dtype: Any
-    param_dtype: Any
-
+class _BertTransform(_Part):
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
         x = dense(self, self.config.hidden_size, name="dense")(hidden)
         return layer_norm(self, name="LayerNorm")(ACTIVATION[self.config.hidden_act](x))
 
 
-class _RobertaHead(nn.Module):
+class _RobertaHead(_Part):
     """A masked language model's head. Its activation is GELU, whatever the configuration says."""
-
-    config: EncoderConfig
-    dtype: Any
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, hidden: jax.Array, table: jax.Array) -> jax.Array:
@@ -328,12 +261,8 @@ class _RobertaHead(nn.Module):
         return _tied_logits(self, layer_norm(self, name="layer_norm")(ACTIVATION["gelu"](x)), table)
 
 
-class _RobertaClassifier(nn.Module):
+class _RobertaClassifier(_Part):
     """A layer and tanh, then the classes."""
-
-    config: EncoderConfig
-    dtype: Any
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, first: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.hf.fields import ConfigError, refuse_unknown
+from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
 from lora_jax.models.layers.activations import ACTIVATION
 
 # Our field -> GPT-2's own name for it, and transformers' default.
@@ -77,11 +77,7 @@ class GPT2Config:
     def __post_init__(self) -> None:
         if self.model_type != "gpt2":
             raise ConfigError(f"model_type {self.model_type!r} is not gpt2")
-        if self.hidden_act not in ACTIVATION:
-            raise ConfigError(
-                f"activation_function {self.hidden_act!r} is not supported; supported are "
-                f"{', '.join(ACTIVATION)}"
-            )
+        check_known("activation_function", self.hidden_act, ACTIVATION)
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"n_embd ({self.hidden_size}) is not a multiple of n_head "

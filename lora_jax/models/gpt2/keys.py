@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
-from lora_jax.hf.keys import Kind, Row
+from lora_jax.hf.keys import Row
 from lora_jax.models.gpt2.config import GPT2Config
+from lora_jax.models.rows import Rows
+from lora_jax.models.specs import COLUMNS, POSITIONS, ROWS
 
 # A bare GPT2Model's tensors, such as OpenAI's, come without the prefix.
 _BARE = re.compile(r"(wte|wpe|h\.\d+|ln_f)\..+")
@@ -21,45 +23,20 @@ def gpt2_table(config: GPT2Config) -> list[Row]:
 
     Hugging Face stores its kernels as [in, out] (``Conv1D``), as Flax does.
     """
-    rows: list[Row] = []
-
-    def add(
-        path: str, leaf: str, shape: tuple[int, ...], kind: Kind, aliases: tuple[str, ...] = ()
-    ) -> None:
-        stacked = path.startswith("transformer/h/")
-        hf = f"{path}/{'bias' if leaf == 'bias' else 'weight'}".replace("/", ".")
-        rows.append(
-            Row(
-                path=f"{path}/{leaf}",
-                hf=hf.replace("transformer.h.", "transformer.h.{}."),
-                shape=shape,
-                stack=(config.num_hidden_layers,) if stacked else (),
-                transpose=path == "lm_head",
-                aliases=aliases,
-                kind=kind,
-            )
-        )
-
-    def layer_norm(path: str) -> None:
-        add(path, "scale", (width,), "norm")
-        add(path, "bias", (width,), "norm")
-
-    def linear(kind: Kind, path: str, d_in: int, d_out: int) -> None:
-        add(path, "kernel", (d_in, d_out), kind)
-        add(path, "bias", (d_out,), kind)
-
+    layer = "transformer/h"
+    rows = Rows(layer, config.num_hidden_layers, transpose=False)
     width, inner = config.hidden_size, config.intermediate_size
     tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
-    add("transformer/wte", "embedding", (config.vocab_size, width), "embedding", tied)
-    positions = (config.max_position_embeddings, width)
-    add("transformer/wpe", "embedding", positions, "positions")
-    layer_norm("transformer/h/ln_1")
-    linear("attention", "transformer/h/attn/c_attn", width, 3 * width)
-    linear("attention", "transformer/h/attn/c_proj", width, width)
-    layer_norm("transformer/h/ln_2")
-    linear("mlp", "transformer/h/mlp/c_fc", width, inner)
-    linear("mlp", "transformer/h/mlp/c_proj", inner, width)
-    layer_norm("transformer/ln_f")
+    words, positions = (config.vocab_size, width), (config.max_position_embeddings, width)
+    rows.add("embedding", "transformer/wte", "embedding", words, ROWS, aliases=tied)
+    rows.add("positions", "transformer/wpe", "embedding", positions, POSITIONS)
+    rows.layer_norm(f"{layer}/ln_1", width)
+    rows.linear("attention", f"{layer}/attn/c_attn", (width, 3 * width), COLUMNS)
+    rows.linear("attention", f"{layer}/attn/c_proj", (width, width), ROWS)
+    rows.layer_norm(f"{layer}/ln_2", width)
+    rows.linear("mlp", f"{layer}/mlp/c_fc", (width, inner), COLUMNS)
+    rows.linear("mlp", f"{layer}/mlp/c_proj", (inner, width), ROWS)
+    rows.layer_norm("transformer/ln_f", width)
     if not config.tie_word_embeddings:
-        add("lm_head", "kernel", (width, config.vocab_size), "head")
+        rows.linear("head", "lm_head", words[::-1], COLUMNS, bias=False, transpose=True)
     return rows

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lora_jax.models.causal import CausalLM, output_head
 from lora_jax.models.gpt2.config import GPT2Config
 from lora_jax.models.layers.activations import activated
-from lora_jax.models.layers.attend import Attend, attend
-from lora_jax.models.layers.attention import dot_wide
-from lora_jax.models.layers.blocks import dense, embed, layer_norm
+from lora_jax.models.layers.attend import attend
+from lora_jax.models.layers.blocks import Part, dense, embed, layer_norm
 from lora_jax.models.layers.cache import Cache, LayerCache, with_slots
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.noise import EmbeddingNoise, with_noise
-from lora_jax.models.layers.placement import UNPLACED, Placement
-from lora_jax.models.layers.trunk import causal_mask, extend, place, rematerialised
+from lora_jax.models.layers.trunk import causal_mask, extend, place, scan
 
 
-class GPT2(nn.Module):
+class GPT2(CausalLM):
     """GPT-2, called as ``Decoder`` is; its layers are scanned as well.
 
     Parameters are a plain nested dict under Hugging Face's module names, less the layer number:
@@ -30,67 +29,18 @@ class GPT2(nn.Module):
       config: the options of the forward pass.
       dtype: dtype of the computation. LayerNorm's statistics, softmax and logits are fp32 (or
         float64, where dtype is).
-      param_dtype: dtype of the parameters that ``init`` makes.
-      remat: see ``Decoder``.
-      placement: see ``Decoder``.
-      attention: see ``Decoder``.
+      param_dtype, remat, placement, attention: see ``Decoder``.
     """
 
     config: GPT2Config
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    remat: bool | str = False
-    placement: Placement = UNPLACED
-    attention: str | Attend = "auto"
 
     def setup(self) -> None:
-        args = (self.config, self.dtype, self.param_dtype, self.remat, self.placement)
-        self.transformer = _Trunk(*args, self.attention)
-        if not self.config.tie_word_embeddings:
-            self.lm_head = dense(self, self.config.vocab_size, use_bias=False, dot_general=dot_wide)
+        self.transformer = _Trunk(*self.options)
+        self.lm_head = output_head(self)
 
-    def __call__(
-        self,
-        input_ids: jax.Array,
-        attention_mask: jax.Array | None = None,
-        positions: jax.Array | None = None,
-        cache: Cache | None = None,
-        segment_ids: jax.Array | None = None,
-        logits_at: jax.Array | None = None,
-        return_hidden: bool = False,
-        embedding_noise: EmbeddingNoise | None = None,
-    ) -> Any:
-        """Predicts each next token.
-
-        Args:
-          input_ids: [batch, seq], int. An id outside the vocabulary, or a position beyond
-            ``max_position_embeddings``, gives NaN.
-          attention_mask, positions, cache, segment_ids, logits_at, return_hidden,
-            embedding_noise: see ``Decoder.__call__``.
-
-        Returns:
-          Logits, [batch, seq, vocab] or [batch, n, vocab], fp32; with a cache, a pair of that and
-          the new cache.
-
-        Raises:
-          ValueError: for segment_ids together with a cache, more tokens than a cache can hold, or
-            a sequence or cache longer than ``max_position_embeddings``.
-        """
-        hidden, new_cache = self.transformer(
-            input_ids, attention_mask, positions, cache, segment_ids, embedding_noise
-        )
-        if logits_at is not None:
-            hidden = jnp.take_along_axis(hidden, logits_at[..., None], axis=1)
-        out = hidden if return_hidden else self.head(hidden)
-        return out if new_cache is None else (out, new_cache)
-
-    def head(self, hidden: jax.Array) -> jax.Array:
-        """Returns logits, [..., vocab] fp32, of final hidden states, [..., d_model]."""
-        if not self.config.tie_word_embeddings:
-            return self.lm_head(hidden)
-        embedding = self.transformer.wte.embedding.astype(self.dtype)
-        contract = (((hidden.ndim - 1,), (1,)), ((), ()))
-        return dot_wide(hidden.astype(self.dtype), embedding, contract)
+    @property
+    def trunk(self) -> _Trunk:
+        return self.transformer
 
 
 class _Step(NamedTuple):
@@ -107,12 +57,8 @@ class _PerLayer(NamedTuple):
     cache: LayerCache | None
 
 
-class _Attention(nn.Module):
+class _Attention(Part):
     config: GPT2Config
-    dtype: Any
-    param_dtype: Any
-    placement: Placement
-    attention: str | Attend
 
     @nn.compact
     def __call__(
@@ -137,11 +83,8 @@ class _Attention(nn.Module):
         return dense(self, cfg.hidden_size, name="c_proj")(out), (k, v)
 
 
-class _MLP(nn.Module):
+class _MLP(Part):
     config: GPT2Config
-    dtype: Any
-    param_dtype: Any
-    placement: Placement
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -150,55 +93,41 @@ class _MLP(nn.Module):
         return dense(self, self.config.hidden_size, name="c_proj")(hidden)
 
 
-class _Block(nn.Module):
+class _Block(Part):
     """Attention and MLP, each after a norm and added to the residual stream: a scan's body."""
 
     config: GPT2Config
-    dtype: Any
-    param_dtype: Any
-    placement: Placement
-    attention: str | Attend
 
     @nn.compact
     def __call__(
         self, x: jax.Array, step: _Step, layer: _PerLayer
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        args = (self.config, self.dtype, self.param_dtype, self.placement)
-
         def inputs(norm_name: str, x: jax.Array) -> jax.Array:
             return self.placement.constrain(layer_norm(self, name=norm_name)(x), "inputs")
 
-        attention = _Attention(*args, self.attention, name="attn")
+        attention = _Attention(*self.options, name="attn")
         hidden, cached = attention(inputs("ln_1", x), step, layer)
         x = x + hidden
-        x = x + _MLP(*args, name="mlp")(inputs("ln_2", x))
+        x = x + _MLP(*self.options, name="mlp")(inputs("ln_2", x))
         x = self.placement.constrain(x, "residual")
         return x, None if layer.cache is None else cached
 
 
-class _Trunk(nn.Module):
+class _Trunk(Part):
     """Embeddings, scanned layers and the final norm: everything but the head."""
 
     config: GPT2Config
-    dtype: Any
-    param_dtype: Any
-    remat: bool | str
-    placement: Placement
-    attention: str | Attend
 
     def setup(self) -> None:
         cfg = self.config
         self.wte = embed(self, cfg.vocab_size)
         self.wpe = embed(self, cfg.max_position_embeddings)
-        scanned = nn.scan(
-            rematerialised(_Block, self.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
-            length=cfg.num_hidden_layers,
-        )
-        self.h = scanned(cfg, self.dtype, self.param_dtype, self.placement, self.attention)
+        self.h = scan(_Block, self.remat, cfg.num_hidden_layers)(*self.options)
         self.ln_f = layer_norm(self)
+
+    @property
+    def words(self) -> nn.Embed:
+        return self.wte
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""The layers of BERT, RoBERTa and GPT-2.
+"""The parts of models, and their dense layers, LayerNorms and embeddings.
 
 Each function makes a layer for ``module``, with its dtypes and its configuration's options.
 """
@@ -12,7 +12,29 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from lora_jax.models.layers.attend import Attend
 from lora_jax.models.layers.attention import wide
+from lora_jax.models.layers.placement import UNPLACED, Placement
+
+
+class Part(nn.Module):
+    """A model or a part of one.
+
+    Attributes: see ``Decoder``.
+    """
+
+    config: Any
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: bool | str = False
+    placement: Placement = UNPLACED
+    attention: str | Attend = "auto"
+
+    @property
+    def options(self) -> tuple[Any, Any, Any, bool | str, Placement, str | Attend]:
+        """The attributes above, for a part of this one."""
+        dtypes = (self.dtype, self.param_dtype)
+        return (self.config, *dtypes, self.remat, self.placement, self.attention)
 
 
 def dense(module: Any, features: int, *, dtype: Any = None, **kwargs: Any) -> nn.Dense:

@@ -120,21 +120,37 @@ def extend(cache: Cache, placed: Placed, new: tuple[jax.Array, jax.Array]) -> Ca
     )
 
 
-def rematerialised(layer: type[nn.Module], remat: bool | str) -> Any:
-    """Returns the layer, recomputed in the backward pass as ``remat`` says; see ``Decoder``.
+def scan(
+    layer: type[nn.Module], remat: bool | str, n: int, in_axes: Any = (nn.broadcast, 0)
+) -> Any:
+    """Returns a stack of n layers, their parameters on axis 0, as a scan over them.
+
+    Args:
+      layer: the scan's body.
+      remat: what is recomputed in the backward pass; see ``Decoder``.
+      n: the number of layers.
+      in_axes: the axes of the body's inputs after the first; by default one input that all layers
+        share, and one with an entry for each.
 
     Raises:
       ValueError: for a policy that is none of ``REMAT_POLICIES``.
     """
-    if remat is False:
-        return layer
-    policy = None
-    if isinstance(remat, str):
-        if remat not in REMAT_POLICIES:
-            raise ValueError(f"remat policy {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
-        policy = _of_name(remat)
-    # Inside a scan, nothing can be merged with the forward pass: the barrier would only cost.
-    return nn.remat(layer, policy=policy, prevent_cse=False)
+    if remat is not False:
+        policy = None
+        if isinstance(remat, str):
+            if remat not in REMAT_POLICIES:
+                known = ", ".join(REMAT_POLICIES)
+                raise ValueError(f"remat policy {remat!r} is not one of {known}")
+            policy = _of_name(remat)
+        # Inside a scan, nothing can be merged with the forward pass: the barrier would only cost.
+        layer = nn.remat(layer, policy=policy, prevent_cse=False)
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=n,
+    )
 
 
 @functools.cache

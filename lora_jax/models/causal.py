@@ -1,0 +1,94 @@
+"""Causal language models: the call, and the head, that decoders and GPT-2 have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lora_jax.models.layers.attention import dot_wide, soft_cap
+from lora_jax.models.layers.blocks import Part, dense
+from lora_jax.models.layers.cache import Cache
+from lora_jax.models.layers.noise import EmbeddingNoise
+
+
+class CausalLM(Part):
+    """Predicts each next token. A family's module makes the trunk in its ``setup``."""
+
+    @property
+    def trunk(self) -> Any:
+        """The module with everything but the head; its ``words`` is the table of tokens."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+        segment_ids: jax.Array | None = None,
+        logits_at: jax.Array | None = None,
+        return_hidden: bool = False,
+        embedding_noise: EmbeddingNoise | None = None,
+    ) -> Any:
+        """Predicts each next token.
+
+        Args:
+          input_ids: [batch, seq], int. An id outside the vocabulary, or a position beyond a table
+            of positions, gives NaN.
+          attention_mask: [batch, seq], 0 or False at padding, which may be left or right; None for
+            no padding. With a cache it speaks of the new tokens only.
+          positions: [batch, seq], int; by default counted over the tokens that are not padding,
+            from the cache's length or from each segment's start.
+          cache: keys and values so far, from ``init_cache`` or from the last call.
+          segment_ids: [batch, seq], int, for several sequences packed in one row: a token sees
+            those of its own (contiguous) segment only.
+          logits_at: [batch, n], int: compute logits at these indices of seq only.
+          return_hidden: return the final hidden states, [batch, seq, d_model], instead of logits;
+            ``head`` turns them into logits.
+          embedding_noise: noise to add to the table's vectors, for training.
+
+        Returns:
+          Logits, [batch, seq, vocab] or [batch, n, vocab], fp32; with a cache, a pair of that and
+          the new cache.
+
+        Raises:
+          ValueError: for segment_ids together with a cache, more tokens than a cache can hold, or
+            a sequence or cache longer than a table of positions.
+        """
+        hidden, new_cache = self.trunk(
+            input_ids, attention_mask, positions, cache, segment_ids, embedding_noise
+        )
+        if logits_at is not None:
+            hidden = jnp.take_along_axis(hidden, logits_at[..., None], axis=1)
+        out = hidden if return_hidden else self.head(hidden)
+        return out if new_cache is None else (out, new_cache)
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Returns the logits of final hidden states.
+
+        For a loss that never holds all logits at once:
+        ``model.apply({"params": params}, hidden_chunk, method="head")``.
+
+        Args:
+          hidden: [..., d_model].
+
+        Returns:
+          [..., vocab], fp32.
+        """
+        if self.config.tie_word_embeddings:
+            table = self.trunk.words.embedding.astype(self.dtype)
+            contract = (((hidden.ndim - 1,), (1,)), ((), ()))
+            logits = dot_wide(hidden.astype(self.dtype), table, contract)
+        else:
+            logits = self.lm_head(hidden)
+        return soft_cap(logits, getattr(self.config, "final_logit_softcapping", None))
+
+
+def output_head(module: CausalLM) -> nn.Dense | None:
+    """Makes the layer of the logits; None where the table of tokens is the head as well."""
+    if module.config.tie_word_embeddings:
+        return None
+    return dense(module, module.config.vocab_size, use_bias=False, dot_general=dot_wide)

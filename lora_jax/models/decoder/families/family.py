@@ -1,0 +1,60 @@
+"""A family of decoders: the facts by which its models and their files differ from Llama's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# (a field of config.json, a default) -> its value in the file, else the family's default.
+Get = Callable[..., Any]
+
+
+def _all_layers(get: Get, n_layers: int) -> range:
+    return range(n_layers)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """The facts of one family.
+
+    Attributes:
+      model_type: Hugging Face's name.
+      architecture: transformers' class of its language models.
+      reads: the fields of config.json that its forward pass reads, beyond those of all families.
+        The readers go by their names: a family that reads "layer_types" has layers with and without
+        a window, one that reads "hidden_activation" names its activation so.
+      defaults: transformers' defaults for fields of config.json, where they are not Llama's.
+      refuses: further fields in its files that would change the forward pass, and the only value of
+        each that is supported.
+      traits: the fields of ``DecoderConfig`` that are the same in all its models.
+      windowed: (get, number of layers) -> the layers with a window in a file that has a window and
+        no layer_types.
+      experts: get -> the number of experts and their inner size; None for dense MLPs.
+      writes: fields that config.json has under another name than ``DecoderConfig``.
+      mlp_name: Hugging Face's name of a layer's MLP.
+      expert_names: its names of an expert's gate, up and down projections.
+      rope_kinds: the only types of scaled RoPE that it has; () for any.
+      rope_aliases: other names of these types in its files.
+      gguf: its architecture in GGUF files; None if such files are not read.
+      gguf_pairs_rows: True if GGUF's q and k rotate neighbouring rows, (0, 1), where Hugging Face's
+        rotate row i with i + head_dim/2.
+      default_targets: PEFT's default target_modules; None if it has none.
+    """
+
+    model_type: str
+    architecture: str
+    reads: frozenset[str]
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    refuses: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    traits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    windowed: Callable[[Get, int], range | tuple[int, ...]] = _all_layers
+    experts: Callable[[Get], tuple[int, int]] | None = None
+    writes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    mlp_name: str = "mlp"
+    expert_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    rope_kinds: tuple[str, ...] = ()
+    rope_aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    gguf: str | None = None
+    gguf_pairs_rows: bool = False
+    default_targets: tuple[str, ...] | None = None

@@ -1,0 +1,12 @@
+"""Llama 2 and 3, and models of their kind, such as SmolLM2."""
+
+from lora_jax.models.decoder.families.family import Family
+
+LLAMA = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    reads=frozenset({"attention_bias", "mlp_bias"}),
+    gguf="llama",
+    gguf_pairs_rows=True,
+    default_targets=("q_proj", "v_proj"),
+)

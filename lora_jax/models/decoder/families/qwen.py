@@ -1,0 +1,78 @@
+"""Qwen2, Qwen3 and Qwen3-MoE."""
+
+from lora_jax.hf.fields import ConfigError
+from lora_jax.models.decoder.families.family import Family, Get
+
+_WINDOW = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
+
+
+def _upper_layers(get: Get, n_layers: int) -> range:
+    return range(get("max_window_layers", 28), n_layers)
+
+
+QWEN2 = Family(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    reads=_WINDOW,
+    defaults={
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "max_position_embeddings": 32768,
+    },
+    traits={"qkv_bias": True},
+    windowed=_upper_layers,
+    gguf="qwen2",
+    default_targets=("q_proj", "v_proj"),
+)
+
+QWEN3 = Family(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    reads=_WINDOW | {"attention_bias"},
+    defaults={
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+    },
+    traits={"qk_norm": True},
+    windowed=_upper_layers,
+    gguf="qwen3",
+    default_targets=("q_proj", "v_proj"),
+)
+
+_ALL_SPARSE = "layers are scanned, so that all of them have experts or none"
+
+
+def _experts(get: Get) -> tuple[int, int]:
+    step, dense = get("decoder_sparse_step", 1), list(get("mlp_only_layers") or ())
+    if step != 1:
+        raise ConfigError(f"decoder_sparse_step={step} is not supported, only 1: {_ALL_SPARSE}")
+    if dense:
+        raise ConfigError(f"mlp_only_layers={dense} is not supported, only []: {_ALL_SPARSE}")
+    # transformers 5 writes num_experts as num_local_experts
+    return get("num_local_experts") or get("num_experts"), get("moe_intermediate_size")
+
+
+QWEN3_MOE = Family(
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    reads=frozenset(
+        """
+        attention_bias use_sliding_window sliding_window num_experts num_local_experts
+        num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step mlp_only_layers
+        """.split()
+    ),
+    defaults={
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "max_position_embeddings": 32768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": False,
+    },
+    refuses={"use_qk_norm": True, "shared_expert_intermediate_size": 0},
+    traits={"qk_norm": True},
+    experts=_experts,
+)

@@ -1,0 +1,19 @@
+"""The families of decoders, by ``model_type``."""
+
+from lora_jax.models.decoder.families import gemma, llama, mistral, phi, qwen
+from lora_jax.models.decoder.families.family import Family
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        llama.LLAMA,
+        mistral.MISTRAL,
+        mistral.MIXTRAL,
+        qwen.QWEN2,
+        qwen.QWEN3,
+        qwen.QWEN3_MOE,
+        gemma.GEMMA2,
+        gemma.GEMMA3,
+        phi.PHI3,
+    )
+}

@@ -1,0 +1,78 @@
+"""Writes a key table down row by row: Hugging Face's names follow from our paths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax.sharding import PartitionSpec
+
+from lora_jax.hf.keys import Kind, Row
+from lora_jax.models.specs import COLUMNS, REPLICATED
+
+
+class Rows(list[Row]):
+    """The rows of a key table so far.
+
+    Args:
+      layers: the path of the stack of layers.
+      n_layers: their number.
+      transpose: True if Hugging Face stores kernels as [out, in].
+    """
+
+    def __init__(self, layers: str, n_layers: int, *, transpose: bool = True):
+        super().__init__()
+        self._layers, self._n_layers, self._transpose = layers, n_layers, transpose
+
+    def add(
+        self,
+        kind: Kind,
+        path: str,
+        leaf: str,
+        shape: tuple[int, ...],
+        spec: PartitionSpec = REPLICATED,
+        *,
+        experts: int | None = None,
+        **more: Any,
+    ) -> None:
+        """Adds a parameter.
+
+        Args:
+          kind: the part of the model.
+          path: the module's path, without the number of the layer.
+          leaf: the parameter's name in the module.
+          shape: the shape of one member of the stack.
+          spec: the sharding of its last axes.
+          experts: the number of experts in a layer, if each has such a parameter.
+          **more: other fields of the row.
+        """
+        hf = f"{path}/{'bias' if leaf == 'bias' else 'weight'}"
+        stack: tuple[int, ...] = ()
+        if path.startswith(f"{self._layers}/"):
+            hf, stack = hf.replace(self._layers, f"{self._layers}/{{}}", 1), (self._n_layers,)
+        if experts is not None:
+            hf, stack = hf.replace("/experts/", "/experts/{}/"), (*stack, experts)
+        row = {"transpose": leaf == "kernel" and self._transpose, **more}
+        hf = hf.replace("/", ".")
+        self.append(
+            Row(path=f"{path}/{leaf}", hf=hf, shape=shape, stack=stack, kind=kind, spec=spec, **row)
+        )
+
+    def linear(
+        self,
+        kind: Kind,
+        path: str,
+        shape: tuple[int, int],
+        spec: PartitionSpec,
+        bias: bool = True,
+        **more: Any,
+    ) -> None:
+        """Adds a kernel, [in, out], and its bias if it has one; see ``add``."""
+        self.add(kind, path, "kernel", shape, spec, **more)
+        if bias:
+            split = PartitionSpec("tensor") if spec == COLUMNS else REPLICATED
+            self.add(kind, path, "bias", shape[1:], split, **more)
+
+    def layer_norm(self, path: str, size: int, **more: Any) -> None:
+        """Adds a LayerNorm's scale and bias; see ``add``."""
+        self.add("norm", path, "scale", (size,), **more)
+        self.add("norm", path, "bias", (size,), **more)
