@@ -44,7 +44,7 @@ from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
 from train.processes.session import Session
 from train.reporters.files import ERROR
-from train.reporters.registry import check_reporters
+from train.reporters.registry import check_packages
 from train.run.fit import adapted, begin_run, fitted
 from train.run.log import doing
 from train.run.output import ADAPTER, CONFIG, REPORT, locked_output
@@ -172,7 +172,7 @@ def _opened(
     folder = Path(config.run.output).expanduser()
     going_on = config.run.resume and (folder / CONFIG).exists()
     config = replaced(config, {"resume": going_on})
-    check_reporters(config.run.report_to)
+    check_packages(config.run.report_to)
     rules(config.adapter)
     folder = locked_output(config, session.release, paper.console)
     inputs = inputs_of(config, mesh, part.reader(config, task))

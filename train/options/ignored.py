@@ -8,6 +8,7 @@ from train.data.files import kind_of
 from train.data.named import named
 from train.options.common import NO_ADAPTER
 from train.options.optim import without_effect
+from train.reporters.registry import trackers
 
 _OF_FACTORS = (
     *("layers", "rank", "alpha", "dropout", "scaling", "init", "dora", "freeze_a", "bias_on_b"),
@@ -72,6 +73,7 @@ def _cases(options: Any) -> list[_Case]:
     datasets = [data.dataset] if one else [dataset.name for dataset in named(data.dataset)]
     is_file = all(kind_of(name) for name in datasets)
     test: str | None = getattr(data, "test", None)
+    without_project = [one.no_project for one in trackers(run.report_to).values()]
     from_hub = not is_file or (test is not None and not kind_of(test))
     return [
         *(_Case(True, why, names) for why, names in without_effect(options.optim)),
@@ -123,8 +125,8 @@ def _cases(options: Any) -> list[_Case]:
         ),
         _Case(test is not None, "--test names the rows to test on", ("test_share",)),
         _Case(
-            not {*run.report_to} - {"none", "tensorboard"},
-            "TensorBoard's files have no project",
+            all(without_project),
+            next(iter(without_project), None) or "nothing is reported",
             ("report_project",),
         ),
         _Case(
