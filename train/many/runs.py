@@ -105,10 +105,10 @@ def train_rows(
     mesh = make_mesh(first.run.mesh, rows_at_once)
 
     # Cheap checks come first, of all rows. Only then are weights read, once.
-    losses, ones = dict[Any, Loss](), list[One]()
+    ones: list[One] = []
     for wanted in asked:
         try:
-            ones.append(_opened(script, wanted, mesh, losses, session, part))
+            ones.append(_opened(script, wanted, mesh, session, part))
         except TrainingError as error:
             raise placed_error(wanted.row.where, error) from error
     outline, layout = ones[0].inputs.read.outline, ones[0].inputs.layout
@@ -162,7 +162,6 @@ def _opened(
     script: str,
     asked: Asked,
     mesh: Any,
-    losses: dict[Any, Loss],
     session: Session,
     part: Part,
 ) -> One:
@@ -179,10 +178,7 @@ def _opened(
     for line in inputs.lines:
         paper.console.print(line, highlight=False, soft_wrap=True)
     run = run_of(script, config, task, session.stop, folder, paper.console, inputs, part)
-    # Adapters of one kind have one loss.
-    kind = task.loss, getattr(config.optim, "loss_chunk", None)
-    loss = losses.setdefault(kind, task.loss(config, inputs.layout))
-    return One(row, task, paper, run, inputs, loss)
+    return One(row, task, paper, run, inputs, task.loss(config, inputs.layout))
 
 
 def _begun(one: One, plain: Any, held: ExitStack) -> Tenant:
@@ -226,7 +222,7 @@ def _train(
     """Trains all runs as far as each goes."""
     by_name = {one.row.name: one for one in ones if one.row.name in tenants}
     layout = ones[0].inputs.layout
-    evaluations: dict[int, Callable[..., Sums]] = {}
+    evaluations: dict[Loss, Callable[..., Sums]] = {}
     board = Board(console, {name: one.run.last for name, one in by_name.items()})
 
     def running(one: One) -> Running:
@@ -235,7 +231,7 @@ def _train(
         tree = functools.partial(tree_of, ready)
         more = functools.partial(measures, run, inputs, one.evaluation, model, tree, answering)
         evaluation = evaluations.setdefault(
-            id(one.loss), compiled_evaluation(layout, forward, one.loss)
+            one.loss.held_out, compiled_evaluation(layout, forward, one.loss)
         )
         turns = fitted(
             run,

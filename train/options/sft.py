@@ -1,9 +1,12 @@
 """The options of `python -m train.sft`: frozen dataclasses, checked before anything is read."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from lora_jax.hf.bundled import SMOLLM2
+from lora_jax.training.losses import DEFAULT, TOKEN_LOSSES
 from train.console.errors import UserError
 from train.options.common import (
     AdapterConfig,
@@ -16,6 +19,12 @@ from train.options.common import (
 )
 
 DEFAULT_MODEL = SMOLLM2.name
+LossName = Literal[*TOKEN_LOSSES]  # type: ignore[valid-type]
+_LOSS = (
+    "The loss of a token. "
+    + "".join(f"{name}: {loss.about}. " for name, loss in TOKEN_LOSSES.items())
+    + "Held-out data are measured by cross-entropy, whatever the loss."
+)
 SQL = "sql"  # the name of the default task, defined in train/tasks/sql
 
 
@@ -102,6 +111,7 @@ class SftOptimConfig(OptimConfig):
     seed: int = 0
     """Seed of the adapter's initialisation, data order, held-out rows, dropout and noise, and of
     the SQL task's training questions."""
+    loss: Annotated[LossName, tyro.conf.arg(help=_LOSS)] = DEFAULT
     loss_chunk: int = 256
     """Predictions whose logits are in memory at once, for each part of the batch on the mesh. Fewer
     take less memory; the head is recomputed in the backward pass. 0 for all at once."""

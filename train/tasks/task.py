@@ -151,7 +151,8 @@ class Task:
       rows: reads the rows.
       outline: reads the model, without its weights.
       examples: encodes the rows as examples for that model.
-      loss: returns the function to minimise, from the options and the layout on the mesh.
+      loss: returns the function to minimise, from the options and the layout on the mesh. Losses of
+        equal options are equal, so that runs with them train side by side.
       evaluation: returns the evaluation of a run; None for none.
       reads: returns which of --seed, --batch-size and --grad-accum rows and examples depend on.
       score: the name of the score that tells how good the model is, the higher the better; None
