@@ -25,7 +25,7 @@ _LOSS = (
     + "".join(f"{name}: {loss.about}. " for name, loss in TOKEN_LOSSES.items())
     + "Held-out data are measured by cross-entropy, whatever the loss."
 )
-SQL = "sql"  # the name of the default task, defined in train/tasks/sql
+DEFAULT_TASK = "sql"  # of train/options/tasks.py
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class DataConfig:
     they may be longer: linear:2, yarn:4 or llama3:8; then further fields of config.json's
     rope_parameters (yarn:4,beta_fast=16). The adapter stores the scaling, and train.generate and
     train.export apply it. By default the scaling of --init-adapter."""
-    dataset: tuple[str, ...] = (SQL,)
+    dataset: tuple[str, ...] = (DEFAULT_TASK,)
     """"sql" (the default task), a file (JSONL, JSON, CSV, TSV, also gzipped, or Parquet), a folder
     of them, a folder that `datasets` saved, or a dataset on the hub. Each row has `messages` (and
     `tools`), `prompt` and `completion`, `conversations` (ShareGPT), `instruction` and `output`
@@ -121,7 +121,7 @@ class SftOptimConfig(OptimConfig):
 class SftRunConfig(RunConfig):
     """Evaluation and output."""
 
-    output: str = "runs/sql"
+    output: str = f"runs/{DEFAULT_TASK}"
     """The output folder of the run; with --many, of the folders of all runs."""
     many: str | None = None
     """Train a table of runs over one base side by side: a file (.csv, .tsv, .jsonl, .json or .yaml)

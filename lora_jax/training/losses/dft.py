@@ -23,6 +23,6 @@ def dft(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 LOSS = TokenLoss(
     each=dft,
-    about="that cross-entropy times the token's probability, a constant to the gradient, so that "
+    about="cross-entropy times the token's probability, a constant to the gradient, so that "
     "unlikely targets do not dominate (Dynamic Fine-Tuning)",
 )
