@@ -104,7 +104,7 @@ def sharding_of(path: str, shape: Sequence[int], table: Table, mesh: Mesh) -> Na
     >>> tuple(lj.sharding.sharding_of("dense/kernel", (2, 4, 3), table, mesh).spec)
     (None, None, 'tensor')
     """
-    return fitted(_axes_of(path, shape, table), shape, mesh)
+    return sharding_for(_axes_of(path, shape, table), shape, mesh)
 
 
 def _axes_of(path: str, shape: Sequence[int], table: Table) -> _Axes:
@@ -115,7 +115,7 @@ def _axes_of(path: str, shape: Sequence[int], table: Table) -> _Axes:
     return (None,) * (len(shape) - len(spec)) + tuple(spec)
 
 
-def fitted(axes: _Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+def sharding_for(axes: _Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """Returns the sharding of an array, less the axes of the mesh that do not divide its own.
 
     Args:
@@ -128,7 +128,7 @@ def fitted(axes: _Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
 
     >>> from jax.sharding import PartitionSpec as P
     >>> mesh = jax.make_mesh((1,), ("tensor",))
-    >>> tuple(lj.sharding.fitted((None, "tensor"), (4, 3), mesh).spec)
+    >>> tuple(lj.sharding.sharding_for((None, "tensor"), (4, 3), mesh).spec)
     (None, 'tensor')
     """
 
@@ -149,13 +149,13 @@ def _of_node(path: str, node: Node, table: Table, mesh: Mesh) -> Node:
     """Returns a node with shardings in place of its arrays."""
     axes = _axes_of(path, node.shape, table)
     if isinstance(node, Trained):
-        return Trained(fitted(axes, node.shape, mesh))
+        return Trained(sharding_for(axes, node.shape, mesh))
     fitting = _fitting(axes, mesh)
     base = along(node.base, fitting)
     if isinstance(node, LoraWeight):
         arrays = {name: fitting(array, node.layout(name)) for name, array in node.arrays.items()}
         return node.replace(base=base, arrays=arrays)
-    whole = fitted((None, *axes[1:]), node.shape, mesh)  # the trained rows are not split
+    whole = sharding_for((None, *axes[1:]), node.shape, mesh)  # the trained rows are not split
     return node.replace(base=base, value=None if node.value is None else whole)
 
 
@@ -168,6 +168,6 @@ def _fitting(axes: _Axes, mesh: Mesh) -> Callable[[Any, Sequence[int]], NamedSha
 
     def fitting(array: Any, places: Sequence[int]) -> NamedSharding:
         picked = tuple(None if place < 0 else axes[place] for place in places)
-        return fitted(picked, array.shape, mesh)
+        return sharding_for(picked, array.shape, mesh)
 
     return fitting

@@ -1,12 +1,7 @@
-"""The notebooks are kept with their outputs, install what they need, and run in a fresh kernel.
-
-Run outside a checkout, as continuous integration does with the built wheel, those that need the
-scripts get a checkout from the variable LORA_JAX_CHECKOUT.
-"""
+"""The notebooks are kept with their outputs, install what they need, and run in a fresh kernel."""
 
 import importlib.machinery
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -21,10 +16,8 @@ from lora_jax import models
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in FOLDER.glob("*.ipynb")}
-WHEEL = ["1_lora_from_scratch", "4_bring_your_own_model", "5_many_adapters"]
-CHECKOUT = ["2_smollm2_learns_sql", "3_a_mesh_of_devices", "6_lora_or_full"]
-NAMES = sorted(WHEEL + CHECKOUT)
-FIRST = {name: NOTEBOOKS[name].cells[1].source for name in NAMES}
+NAMES = sorted(NOTEBOOKS)
+FIRST = NOTEBOOKS[NAMES[0]].cells[1].source
 
 ANSWER = re.compile(r"<details>.*?```python\n(.*?)```.*?</details>", re.DOTALL)
 PATH = re.compile(r"(?<![\w.])/(tmp|home|root|work|Users|content|usr|opt|var)/")
@@ -51,7 +44,7 @@ def check_outputs(notebook):
 
 
 def test_there_is_a_word_on_each_notebook():
-    assert sorted(NOTEBOOKS) == NAMES
+    assert len(NAMES) == 6
     readme = (FOLDER / "README.md").read_text()
     assert [name for name in NAMES if f"({name}.ipynb)" not in readme] == []
 
@@ -68,9 +61,7 @@ def test_a_notebook_is_kept_as_it_ran(name):
 
 
 def test_the_first_cells_are_alike():
-    (wheel,) = {FIRST[name] for name in WHEEL}
-    (checkout,) = {FIRST[name] for name in CHECKOUT}
-    assert checkout.startswith(wheel)
+    assert {NOTEBOOKS[name].cells[1].source for name in NAMES} == {FIRST}
 
 
 @pytest.fixture
@@ -79,93 +70,76 @@ def first_cell(tmp_path, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    monkeypatch.setattr(sys, "path", list(sys.path))
 
-    def run(name, source=None, installed=None, uv="uv"):
+    def run(source=None, installed=None, uv="uv"):
         commands = []
         found = {"pip": importlib.machinery.ModuleSpec("pip", None)} | (installed or {})
 
         def executed(command, check):
             commands.append(command)
-            if command[0] == "git":
-                make_checkout(Path(command[-1]))
 
         with monkeypatch.context() as patched:
             patched.setattr(importlib.util, "find_spec", found.get)
             patched.setattr(shutil, "which", {"uv": uv}.get)
             patched.setattr(subprocess, "run", executed)
-            assert FIRST[name].count("SOURCE = None") == 1
-            code = FIRST[name].replace("SOURCE = None", f"SOURCE = {source!r}")
-            exec(compile(code, name, "exec"), {})
+            assert FIRST.count("SOURCE = None") == 1
+            code = FIRST.replace("SOURCE = None", f"SOURCE = {source!r}")
+            exec(compile(code, "first cell", "exec"), {})
         return commands
 
     return run
 
 
 def make_checkout(folder):
-    for path in ("lora_jax/__init__.py", "train/sft.py"):
-        (folder / path).parent.mkdir(parents=True)
-        (folder / path).touch()
+    (folder / "lora_jax").mkdir(parents=True)
+    (folder / "lora_jax" / "__init__.py").touch()
 
 
 PIP = [sys.executable, "-m", "pip", "install", "-q"]
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("at", [".", "..", "lora_jax"])
-def test_the_first_cell_finds_a_checkout(name, at, first_cell):
+def test_the_first_cell_finds_a_checkout(at, first_cell):
     """In this folder, around it, or cloned into it under the package's own name."""
     make_checkout(Path(at))
-    assert first_cell(name) == [[*PIP, f"{Path(at).resolve()}[notebooks]"]]
+    assert first_cell() == [[*PIP, f"{Path(at).resolve()}[notebooks]"]]
     mere_folder = {"lora_jax": importlib.machinery.ModuleSpec("lora_jax", None)}
-    assert first_cell(name, installed=mere_folder) == first_cell(name)
+    assert first_cell(installed=mere_folder) == first_cell()
     file = {"lora_jax": importlib.machinery.ModuleSpec("lora_jax", None, origin="__init__.py")}
-    assert first_cell(name, installed=file) == []
+    assert first_cell(installed=file) == []
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_first_cell_installs_from_where_it_is_told(name, first_cell, tmp_path):
+def test_the_first_cell_installs_from_where_it_is_told(first_cell, tmp_path):
     make_checkout(tmp_path / "copy")
     wheel = f"{tmp_path}/lora_jax-0.1.0-py3-none-any.whl"
     Path(wheel).touch()
-    assert first_cell(name, f"{tmp_path}/copy") == [[*PIP, f"{tmp_path}/copy[notebooks]"]]
+    assert first_cell(f"{tmp_path}/copy") == [[*PIP, f"{tmp_path}/copy[notebooks]"]]
     address = "git+https://example.org/owner/copy"
-    pip = [*PIP, f"lora_jax[notebooks] @ {address}"]
-    if name in WHEEL:
-        assert first_cell(name, address) == [pip]
-        assert first_cell(name, wheel) == [[*PIP, f"{wheel}[notebooks]"]]
-        Path("lora_jax-0.1.0-py3-none-any.whl").touch()  # uploaded beside the notebook
-        assert first_cell(name) == [[*PIP, f"{Path.cwd()}/{Path(wheel).name}[notebooks]"]]
-        return
-    assert sys.path[-1] == f"{tmp_path}/copy"
-    with pytest.raises(SystemExit, match="there is no checkout here: set SOURCE"):
-        first_cell(name, wheel)
-    clone = ["git", "clone", "-q", "https://example.org/owner/copy", "lora_jax_checkout"]
-    assert first_cell(name, address) == [pip, clone]
-    assert sys.path[-1] == f"{Path.cwd()}/lora_jax_checkout"
-    assert first_cell(name, address) == [pip]  # it is there now
+    assert first_cell(address) == [[*PIP, f"lora_jax[notebooks] @ {address}"]]
+    assert first_cell(wheel) == [[*PIP, f"{wheel}[notebooks]"]]
+    Path("lora_jax-0.1.0-py3-none-any.whl").touch()  # uploaded beside the notebook
+    assert first_cell() == [[*PIP, f"{Path.cwd()}/{Path(wheel).name}[notebooks]"]]
 
 
 def test_the_first_cell_says_that_it_installs_and_does_without_pip(first_cell, capsys):
     make_checkout(Path())
-    (command,) = first_cell(WHEEL[0], installed={"pip": None})
+    (command,) = first_cell(installed={"pip": None})
     assert command[:5] == ["uv", "pip", "install", "--python", sys.executable]
     assert "installing lora_jax" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="neither pip nor uv"):
-        first_cell(WHEEL[0], installed={"pip": None}, uv=None)
+        first_cell(installed={"pip": None}, uv=None)
 
 
 def test_the_first_cell_brings_an_accelerators_plugin_along(first_cell):
     make_checkout(Path())
     plugins = {"jax_cuda12_plugin": importlib.machinery.ModuleSpec("jax_cuda12_plugin", None)}
-    (command,) = first_cell(WHEEL[0], installed=plugins)
+    (command,) = first_cell(installed=plugins)
     assert command[-1] == "jax[cuda12]"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_first_cell_says_what_to_do_where_there_is_nothing(name, first_cell):
+def test_the_first_cell_says_what_to_do_where_there_is_nothing(first_cell):
     with pytest.raises(SystemExit, match="neither installed nor around this notebook: set SOURCE"):
-        first_cell(name)
+        first_cell()
 
 
 @pytest.mark.slow
@@ -185,8 +159,6 @@ def test_a_notebook_runs_in_a_fresh_kernel(name, monkeypatch, tmp_path):
         cells.append(cell)
         if cell.cell_type == "markdown":
             cells += map(nbformat.v4.new_code_cell, ANSWER.findall(cell.source))
-    checkout = os.environ.get("LORA_JAX_CHECKOUT", str(FOLDER.parent))
-    cells[1].source = cells[1].source.replace("SOURCE = None", f"SOURCE = {checkout!r}")
     notebook = nbformat.v4.new_notebook(cells=cells)
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()

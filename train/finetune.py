@@ -14,11 +14,11 @@ import jax
 from rich.console import Console
 
 import lora_jax as lj
-from lora_jax.training.fit import tree_of
-from lora_jax.training.held_out import Formed
+from lora_jax.training.held_out import Formed, held_out_loss
 from lora_jax.training.layout import Layout
-from lora_jax.training.loop import Measure
+from lora_jax.training.loop import Measure, train
 from lora_jax.training.processes import is_first, write_json
+from lora_jax.training.ready import compile_step, hooks_of, opened, result_of, tree_of
 from lora_jax.training.run.log import duration
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State
@@ -31,12 +31,20 @@ from train.processes.session import Session
 from train.progress.samples import sampling
 from train.progress.score import scoring
 from train.reporters.registry import check_packages
-from train.run.fit import Run, adapted, begin_run, fit, resume_hint
 from train.run.intrinsic import about_space, merged, moves_weights, running_in, space_of
+from train.run.lifecycle import (
+    Run,
+    adapt_base,
+    begin_run,
+    keep_adapter,
+    open_run_log,
+    report_of,
+    resume_hint,
+)
 from train.run.log import Log, QuietLog, doing
 from train.run.output import ADAPTER, REPORT, locked_output
 from train.run.pretrained import Outline, check_weights, read_model
-from train.run.report import print_adapter, print_costs, tree_bytes
+from train.run.report import compiled_bytes, print_adapter, print_costs, tree_bytes
 from train.run.rules import rules
 from train.tasks.task import Context, Evaluation, Task
 
@@ -48,7 +56,8 @@ class Part:
     Attributes:
       until: returns the step to pause after, from the number of all steps and the run's options. A
         run that pauses is saved, not evaluated; --resume goes on with it. None trains to the end.
-      trained: gets each run that came to its end, the adapted tree, and the function that runs it.
+      on_trained: gets each run that came to its end, the adapted tree, and the function that runs
+        it.
       hint: tells an interrupted user how to go on; None for this command line with --resume.
       measured: the evaluations of the base so far. What one of them measured is not measured again;
         new ones are added.
@@ -56,7 +65,7 @@ class Part:
     """
 
     until: Callable[[int, Any], int] | None = None
-    trained: Callable[[Run, Any, Callable[..., Any]], object] | None = None
+    on_trained: Callable[[Run, Any, Callable[..., Any]], object] | None = None
     hint: str | None = None
     measured: list[Evaluation] = dataclasses.field(default_factory=list)
     reader: Reader = dataclasses.field(default_factory=Reader)
@@ -117,7 +126,7 @@ def finetune(
         model, plain = weights_of(config, outline, layout)
     base_bytes = tree_bytes(plain)
     key = jax.random.key(optim.seed)
-    params = adapted(config, outline, plain, folder, jax.random.fold_in(key, 0))
+    params = adapt_base(config, outline, plain, folder, jax.random.fold_in(key, 0))
     ready = begin_run(run, params, jax.random.fold_in(key, 1), data.facts)
     del params
 
@@ -145,23 +154,41 @@ def finetune(
         tree = tree_of(ready, state)
         return tree if formed is None else formed.form(tree)
 
-    more = functools.partial(measures, run, inputs, evaluation, model, tree_of_state, measured)
-    trained, report = fit(run, ready, forward, loss, data.on_the_way, more, formed)
+    held_out = functools.partial(held_out_loss, ready, forward, loss, formed=formed)
+    with open_run_log(run, ready, int(ready.state.step)) as log:
+        with doing(console, "compiling the step"):
+            compiling = time.perf_counter()
+            step = compile_step(ready, forward, loss)
+            compile_seconds = time.perf_counter() - compiling
+        taken = measures(run, inputs, evaluation, model, tree_of_state, measured, held_out, log)
+        run.stop.remedy = run.hint
+        hooks = hooks_of(ready, loss, [*taken], run.hint)
+        with opened(log, ready):
+            state, step_seconds = train(
+                step, ready.state, ready.base, run.last, config.run, hooks, log, run.stop
+            )
+        trained = result_of(ready, state)
+        if not run.pauses:
+            keep_adapter(run, ready, trained)
     if run.pauses:
         console.print(f"paused after step {run.last} of {run.steps}", highlight=False)
         return {}
+    report = report_of(run, ready, trained, loss, step_seconds)
+    report |= {"compile_seconds": compile_seconds, "compiled_bytes": compiled_bytes(step)}
+    run.stop.remedy = f"The adapter is in {folder / ADAPTER}"
+    run.stop.check()
     report["base_bytes"] = base_bytes
     write_json(folder / REPORT, report)
     print_adapter(console, folder / ADAPTER, report)
 
     # The trained model.
     scores: dict[str, float] = {}
-    if part.trained:
-        part.trained(run, trained, answering)
+    if part.on_trained:
+        part.on_trained(run, trained, answering)
     if evaluation:
         # Codes stay codes: merged, they would be the float model.
         tree = trained if is_quantized else merged(space, trained)
-        del trained, ready, more, tree_of_state
+        del trained, ready, state, hooks, held_out, taken, tree_of_state
         scores = evaluation.after(model, tree, evaluated)
     print_costs(console, report)
     console.print(report["summary"], highlight=False, soft_wrap=True)
@@ -243,16 +270,25 @@ def measures(
     model: Any,
     tree_of: Callable[[State], Any],
     forward: Callable[..., Any],
+    held_out: Callable[..., Measure],
     log: Log | QuietLog,
 ) -> Iterator[Measure]:
-    """Yields the measures of a run beside the held-out loss: the task's score, sampled answers.
+    """Yields the measures of a run: the held-out loss, the task's score, sampled answers.
 
     Args:
-      run, inputs, evaluation, model, log: of the run.
+      run: options, data and folder.
+      inputs: rows, examples and prompts.
+      evaluation: the task's; None for none.
+      model: the model that answers.
       tree_of: returns the adapted tree of a state.
       forward: the model's ``apply``, for an adapted tree.
+      held_out: `held_out_loss`, with its arguments up to the examples.
+      log: the log that sampled answers go to.
     """
     asked: Any = run.config.run
+    if asked.eval_every and inputs.read.data.on_the_way is not None:
+        examples = inputs.read.data.on_the_way
+        yield held_out(examples, every=asked.eval_every, stop=run.stop)
     if asked.score_every and evaluation:
         every = asked.score_every
         yield scoring(evaluation, model, tree_of, forward, every=every, stop=run.stop)

@@ -88,7 +88,7 @@ class Reader:
         self._found: dict[tuple[int, str], Read] = {}
 
     def __call__(self, config: Any, task: Task) -> Read:
-        """Returns what `read` does; see there. What is read while training is each run's own."""
+        """Returns what `read` does. What is read while training is each run's own."""
         if getattr(config.data, "stream", False):
             return read(config, task)
         left_out = {field.name for field in dataclasses.fields(config.adapter)}

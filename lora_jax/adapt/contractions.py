@@ -43,7 +43,7 @@ class Contraction:
       is_lookup: whether rows of the leaf are read.
       added: whether an activation was added to the leaf before: the product is the activation's.
       stretched: whether the leaf is broadcast along an axis of the product, as a gain is.
-      unlike: why the leaf is no kernel here; empty where it is one.
+      not_kernel_reason: why the leaf is no kernel here; empty where it is one.
       with_leaf: whether the other operand is a leaf, too.
       with_vector: whether the other operand is one vector only.
     """
@@ -55,7 +55,7 @@ class Contraction:
     is_lookup: bool = False
     added: bool = False
     stretched: bool = False
-    unlike: str = ""
+    not_kernel_reason: str = ""
     with_leaf: bool = False
     with_vector: bool = False
 
@@ -142,17 +142,17 @@ def contractions(
         held = all(axes_of(path, weight.labels[axis]) for axis in long)
         stretched = not (held or inner or one.is_lookup)
         if one.is_lookup:
-            unlike = "it is looked up"
+            reason = "it is looked up"
         elif added:
-            unlike = "it is added to an activation or a constant, and the sum is multiplied"
+            reason = "it is added to an activation or a constant, and the sum is multiplied"
         elif stretched:
-            unlike = "it is stretched along an axis of the product, as a gain is"
+            reason = "it is stretched along an axis of the product, as a gain is"
         elif with_leaf and (side == 0 or "scaled" in mixed):
-            unlike = "it stands in the place of an activation"
+            reason = "it stands in the place of an activation"
         else:
-            unlike = ""
-        unlike = unlike and f"{unlike}: {one}"
-        one = dataclasses.replace(one, added=added, stretched=stretched, unlike=unlike)
+            reason = ""
+        reason = reason and f"{reason}: {one}"
+        one = dataclasses.replace(one, added=added, stretched=stretched, not_kernel_reason=reason)
         uses[path] = one
     return uses
 

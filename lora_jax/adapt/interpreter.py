@@ -32,7 +32,7 @@ class Use:
     eqn: JaxprEqn
     values: list[Any]  # arrays, at least one `Factored` among them
     live: Live
-    twins: dict[int, tuple[Any, Any]]  # by id: an array, and that array for factors
+    factor_inputs: dict[int, tuple[Any, Any]]  # by id: an array, and that array for factors
     jaxpr: Jaxpr  # that the equation is part of
     at: At | None = None  # where examples with adapters of their own lie in the other operand
 
@@ -74,9 +74,9 @@ class Use:
         """
         if not is_on_mesh() or not isinstance(x, jax.core.Tracer):
             return x
-        if id(x) not in self.twins:
-            self.twins[id(x)] = (x, jnp.copy(x))
-        return self.twins[id(x)][1]
+        if id(x) not in self.factor_inputs:
+            self.factor_inputs[id(x)] = (x, jnp.copy(x))
+        return self.factor_inputs[id(x)][1]
 
 
 class Record(NamedTuple):
@@ -149,12 +149,12 @@ class Interpreter:
                 return self._unfolded(value, "output", place_of_call())
             return value
 
-        twins: dict[int, tuple[Any, Any]] = {}
+        factor_inputs: dict[int, tuple[Any, Any]] = {}
         site = 0  # counts uses of adapted weights alone, so that other equations change no dropout
         for eqn, wanted, last_uses in _needed_equations(inner, live):
             values = [read(atom) for atom in eqn.invars]
             if any(isinstance(value, (Factored, folds.Folded)) for value in values):
-                outputs = self._apply(site, eqn, values, wanted, twins, inner, steps)
+                outputs = self._apply(site, eqn, values, wanted, factor_inputs, inner, steps)
                 site += any(isinstance(value, Factored) for value in values)
             elif steps is None:
                 outputs = eqns.bind(eqn, values)
@@ -216,7 +216,7 @@ class Interpreter:
         eqn: JaxprEqn,
         values: list[Any],
         live: Live,
-        twins: dict[int, tuple[Any, Any]],
+        factor_inputs: dict[int, tuple[Any, Any]],
         jaxpr: Jaxpr,
         steps: Steps | None,
     ) -> list[Any]:
@@ -229,7 +229,7 @@ class Interpreter:
         if not any(isinstance(value, Factored) for value in values):
             return eqns.bind(eqn, values)
         at = self._examples_in(eqn, values)
-        use = Use(eqn, [at_site(value, site) for value in values], live, twins, jaxpr, at)
+        use = Use(eqn, [at_site(value, site) for value in values], live, factor_inputs, jaxpr, at)
         for called, rule in self.own:
             if called in (name, eqns.function_name(eqn)):
                 _refuse_rows(eqn, values)
@@ -242,7 +242,7 @@ class Interpreter:
         if any(a is not b for a, b in zip(seen, values, strict=True)):
             if not any(isinstance(value, Factored) and value.parts for value in seen):
                 self._note(use, "W alone: the adapter is for other uses of it")
-            return self._apply(site, eqn, seen, live, twins, jaxpr, steps)
+            return self._apply(site, eqn, seen, live, factor_inputs, jaxpr, steps)
         known = self.rules.get(name) or self.default
         if known is not None:
             outputs = self._by_rule(known, use, steps)
@@ -262,11 +262,12 @@ class Interpreter:
             with user_context(eqn):
                 return rule(self, use)
 
-        bare = dataclasses.replace(use, values=[], twins={})  # a step outlives the call's arrays
+        # A step outlives the call's arrays.
+        bare = dataclasses.replace(use, values=[], factor_inputs={})
 
         def call(values: list[Any]) -> list[Any] | None:
             with user_context(eqn):
-                return rule(self, dataclasses.replace(bare, values=values, twins={}))
+                return rule(self, dataclasses.replace(bare, values=values, factor_inputs={}))
 
         how = (use.live, id(eqn) if name in _READ_AROUND else 0, self.examples, use.at)
         return steps.compiled(eqn, how, call)(use.values)

@@ -104,8 +104,8 @@ def _agreed(uses: list[Contraction], lost: str | None, shape: Sequence[int]) -> 
     if not first.free:
         return f"no axis of it comes out of the product: {first}"
     roles = AxisRoles.of(sorted(first.contracted), sorted(first.free), len(shape))
-    is_table = first.is_lookup or all(use.unlike for use in uses)
-    return Seen(roles, first.unlike if is_table else "")
+    is_table = first.is_lookup or all(use.not_kernel_reason for use in uses)
+    return Seen(roles, first.not_kernel_reason if is_table else "")
 
 
 def _rank(use: Contraction) -> tuple[bool, ...]:
@@ -113,7 +113,7 @@ def _rank(use: Contraction) -> tuple[bool, ...]:
 
     Products with vectors or with other leaves come last: they may be a norm's.
     """
-    return not use.is_lookup, use.with_leaf, bool(use.unlike), use.with_vector
+    return not use.is_lookup, use.with_leaf, bool(use.not_kernel_reason), use.with_vector
 
 
 class _Log:

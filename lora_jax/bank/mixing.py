@@ -361,7 +361,7 @@ def _tree(choice: Choice, split: _Split) -> _Leaf:
     def node(leaf: Any) -> _Leaf:
         if not is_slots(leaf):
             return lambda index, mine: leaf
-        if not leaf.each:
+        if not leaf.per_example:
             return lambda index, mine: leaf.of_example(leaf.arrays, index)
         own = {name: split.add(array, leaf.slot_axis) for name, array in leaf.arrays.items()}
         return lambda index, mine: leaf.of_example(

@@ -41,16 +41,16 @@ class OneBase:
                 f"{what} is over another base: only {who} has {only[0]!r}, among {len(only)} such "
                 f"leaves. {_REMEDY}"
             )
-        unlike = {}
+        others = {}
         for path, leaf in theirs.items():
             here = leaf.base if is_node(leaf) and not isinstance(leaf, Trained) else leaf
             mine = self.leaves[path]
             if not (isinstance(leaf, Trained) or is_abstract((here, mine)) or _is(here, mine)):
-                unlike[path] = here
-        found = base_fingerprint(unlike)
-        for path in unlike.keys() - self._sums.keys():
+                others[path] = here
+        found = base_fingerprint(others)
+        for path in others.keys() - self._sums.keys():
             self._sums[path] = base_fingerprint({path: self.leaves[path]})
-        expected = {k: v for path in unlike for k, v in self._sums[path].items()}
+        expected = {k: v for path in others for k, v in self._sums[path].items()}
         if wrong := differing(expected, found):
             raise BankError(
                 f"{what} is over another base: {len(wrong)} frozen leaves have other values, "

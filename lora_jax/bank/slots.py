@@ -54,7 +54,7 @@ class WeightSlots(_Slots):
         gain and shift, where the bank has room for DoRA or a bias on B: [batch…, slots, out…].
       roles: the axis roles of W.
       uses: the uses of W that see an adapter; see `lora_jax.LoraWeight`.
-      each: whether the slots are not adapters, but the examples of a batch, in order.
+      per_example: whether the slots are not adapters, but the examples of a batch, in order.
       has_base: whether slot 0 is here, empty; else the first slot here is slot 1.
     """
 
@@ -62,7 +62,7 @@ class WeightSlots(_Slots):
     arrays: dict[str, Any]
     roles: AxisRoles = field(metadata=STATIC)
     uses: str = field(default="all", metadata=STATIC)
-    each: bool = field(default=False, metadata=STATIC)
+    per_example: bool = field(default=False, metadata=STATIC)
     has_base: bool = field(default=True, metadata=STATIC)
 
     @property
@@ -93,7 +93,11 @@ class WeightSlots(_Slots):
     @property
     def is_side_by_side(self) -> bool:
         """True where slots are factors side by side, without copies, DoRA or a bias on B."""
-        return not self.each and self.uses != "each" and self.arrays.keys() == {"a", "b", "scale"}
+        return (
+            not self.per_example
+            and self.uses != "each"
+            and self.arrays.keys() == {"a", "b", "scale"}
+        )
 
     def of_batch(self, ids: jax.Array) -> LoraWeight:
         """Returns the adapted weight of all examples; see `lora_jax.adapt.per_example`.
@@ -141,7 +145,7 @@ class WeightSlots(_Slots):
         if not self.has_base:
             scale = jnp.where(ids > 0, scale, 0)
         taken["scale"] = scale + _no_slot(ids, self.n_slots)
-        return self.replace(arrays=taken, each=True)
+        return self.replace(arrays=taken, per_example=True)
 
     def of_example(self, arrays: dict[str, Any], index: jax.Array) -> LoraWeight:
         """Returns the adapted weight of one example.
@@ -150,7 +154,7 @@ class WeightSlots(_Slots):
           arrays: the weight's arrays; without the slot axis where the slots are examples.
           index: [] int, the example's slot.
         """
-        if self.each:
+        if self.per_example:
             rank = arrays["a"].shape[self.slot_axis]
             return LoraWeight(self.base, arrays, self.roles, (rank,), uses=self.uses)
         mine = jnp.arange(self.n_here) + int(not self.has_base) == index
@@ -173,12 +177,12 @@ class ValueSlots(_Slots):
     Attributes:
       arrays: {"value": [slots, …]}, the base's in slot 0; or from slot 1 on, where `base` is given.
       base: the base's value.
-      each: whether the slots are the examples of a batch, in order.
+      per_example: whether the slots are the examples of a batch, in order.
     """
 
     arrays: dict[str, Any]
     base: Any = None
-    each: bool = field(default=False, metadata=STATIC)
+    per_example: bool = field(default=False, metadata=STATIC)
     slot_axis = 0
 
     @property
@@ -199,7 +203,7 @@ class ValueSlots(_Slots):
             is_base = jnp.expand_dims(ids == 0, each)
             value = jnp.where(is_base, self.base.astype(value.dtype), value)
         value += jnp.expand_dims(_no_slot(ids, self.n_slots), each).astype(value.dtype)
-        return ValueSlots({"value": value}, each=True)
+        return ValueSlots({"value": value}, per_example=True)
 
     def of_example(self, arrays: dict[str, Any], index: jax.Array) -> Trained:
         """Returns the leaf of one example; see `WeightSlots.of_example`."""

@@ -1,1 +1,1 @@
-"""What an adapted weight is made of: its axes, its arrays, its base, and products with them."""
+"""Makes an adapted weight: its axes, its arrays, its base, and products with them."""

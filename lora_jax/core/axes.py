@@ -68,12 +68,12 @@ class Seen:
 
     Attributes:
       roles: the roles of its axes.
-      unlike: why it is no kernel (it is looked up, or a gain, or added to an activation); empty
-        where it is one.
+      not_kernel_reason: why it is no kernel (it is looked up, or a gain, or added to an
+        activation); empty where it is one.
     """
 
     roles: AxisRoles
-    unlike: str = ""
+    not_kernel_reason: str = ""
 
 
 def default_roles(name: str, ndim: int) -> AxisRoles | None:

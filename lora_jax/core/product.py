@@ -47,8 +47,9 @@ class Rows(NamedTuple):
 
     Attributes:
       mask: [examples, r], 1 for the columns of an example's adapter, 0 for others.
-      axis: of the activation, of size k·examples·inner: row i is of example i // inner % examples.
-      inner: see there.
+      axis: axis of the activation, of size k·examples·inner: row i is of example i // inner %
+        examples.
+      inner: number of consecutive rows of the activation that belong to one example.
     """
 
     mask: jax.Array

@@ -17,11 +17,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from lora_jax.folders import partial_of, put_in_place
 from lora_jax.hf.format import Config
 from lora_jax.hf.hub import resolve
 from lora_jax.hf.keys import Row, WeightsError, checked_leaves, convert, hf_tensors
 from lora_jax.hf.tokenizer import load_tokenizer
-from lora_jax.saving.folders import partial_of, put_in_place
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 

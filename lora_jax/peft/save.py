@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_jax.core.base import as_array
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, is_node, leaves_of
+from lora_jax.folders import partial_of, put_in_place
 from lora_jax.hf.keys import Row
 from lora_jax.hf.save import write_tensors
 from lora_jax.lorafy import Tree
@@ -23,7 +24,6 @@ from lora_jax.peft.modules import EMBEDDING_NAMES, Module, ends_with, kind_of, m
 from lora_jax.peft.names import FILE, PREFIX, bias_key, exactly, keys_of, number, token_key
 from lora_jax.peft.vera import as_in_peft, is_vera, pair_of, tensors_of
 from lora_jax.peft.vera_fields import as_vera_fields
-from lora_jax.saving.folders import partial_of, put_in_place
 
 PEFT_VERSION = "0.21.2"  # files have the format of this version
 

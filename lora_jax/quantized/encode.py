@@ -16,7 +16,7 @@ from lora_jax.core.axes import AxisRoles
 from lora_jax.core.base import along
 from lora_jax.quantized.coded import Coded, scales_of, stretched
 from lora_jax.quantized.formats import Format, format_of
-from lora_jax.sharding import fitted
+from lora_jax.sharding import sharding_for
 
 _TINY = float(np.finfo(np.float32).tiny)
 _SCALES_IN_A_BLOCK = 256  # of scales that are coded themselves
@@ -192,7 +192,7 @@ def shardings_of(coded: Coded, of_array: NamedSharding) -> Coded:
 
     def place(array: Any, axes: Sequence[int]) -> NamedSharding:
         picked = tuple(None if axis < 0 else spec[axis] for axis in axes)
-        return fitted(picked, array.shape, mesh)
+        return sharding_for(picked, array.shape, mesh)
 
     return along(coded, place)
 

@@ -21,11 +21,11 @@ from lora_jax.core.axes import AxisRoles
 from lora_jax.core.parts import AXES, padded, rank_axis, unpadded
 from lora_jax.core.paths import nearest
 from lora_jax.core.weight import LoraWeight, Node, Part, Trained, TrainedRows, leaves_of
+from lora_jax.folders import partial_of, put_in_place
 from lora_jax.lorafy import Tree, nodes_of, strip, swap
 from lora_jax.saving.derived import Derived, without_derived
 from lora_jax.saving.errors import AdapterError
 from lora_jax.saving.fingerprint import base_fingerprint, checksum, differing
-from lora_jax.saving.folders import partial_of, put_in_place
 from lora_jax.variants import PARTS
 
 FORMAT = 2

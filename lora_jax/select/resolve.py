@@ -262,7 +262,7 @@ def _is_linear(path: str, leaf: Any, known: Known) -> bool:
     if known.roles is None:
         return default_roles(leaf_name(path), len(leaf.shape)) is not None
     seen = known.roles.get(path)
-    return isinstance(seen, Seen) and not seen.unlike
+    return isinstance(seen, Seen) and not seen.not_kernel_reason
 
 
 def matches(targets: Targets, path: str) -> bool:
@@ -374,7 +374,9 @@ def _why_side_leaf(path: str, known: Known) -> str:
     look = "or let lorafy look at what your function does: lorafy(params, rules, trace=(fn, …))"
     if known.roles is not None:
         seen = known.roles.get(path, _NO_ARGUMENT)
-        look = f"since trace shows none: {seen if isinstance(seen, str) else seen.unlike}"
+        look = (
+            f"since trace shows none: {seen if isinstance(seen, str) else seen.not_kernel_reason}"
+        )
     return (
         f"{path!r} is taken for a bias or a part of a norm, by its name, so for no kernel; a "
         "TrainRule trains such a leaf in full. If it is a kernel, give its axes in a rule that "
@@ -391,7 +393,7 @@ def _why_not_linear(matrices: Mapping[str, Any], known: Known) -> str:
         reasons = []
         for path in some:
             seen = known.roles.get(path, _NO_ARGUMENT)
-            reason = seen if isinstance(seen, str) else seen.unlike
+            reason = seen if isinstance(seen, str) else seen.not_kernel_reason
             reasons.append(f"{path!r}: {reason or 'an embedding or a head, by its name'}")
         return "\n  ".join(["trace shows no kernel:", *reasons])
     if kernels := [p for p, leaf in matrices.items() if _is_linear(p, leaf, known)]:

@@ -13,13 +13,13 @@ from lora_jax.training.data.chats import chats
 from lora_jax.training.data.labelled import Fields, Labelled, label_names, predict, texts
 from lora_jax.training.data.order import Feed, Order
 from lora_jax.training.errors import DamagedCheckpoint, Diverged, Interrupted, TrainingError
+from lora_jax.training.finetune import Report, finetune
 from lora_jax.training.layout import Layout, make_mesh
 from lora_jax.training.losses import Loss, Sums, number_of_units
 from lora_jax.training.optimizer import adamw, averaged, make_optimizer
 from lora_jax.training.optimizers.schedules import warmed_up
 from lora_jax.training.run.log import show
 from lora_jax.training.step import State, init_state, make_evaluation, make_step
-from lora_jax.training.tune import Report, finetune
 
 __all__ = [
     "Arrays",

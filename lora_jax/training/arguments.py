@@ -1,6 +1,7 @@
 """Checks the arguments of `finetune` before any work: examples, numbers, the loss, the folder."""
 
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.models import Decoder
 from lora_jax.training.batches import Arrays, Examples, Packs
 from lora_jax.training.data.labelled import Labelled
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import CLASSES, Loss, token_loss
+from lora_jax.training.optimizers.named import OPTIMIZERS
 from lora_jax.training.processes import is_first, wait_for_all
 from lora_jax.training.run.best import BEST
 from lora_jax.training.run.checkpoints import RECORD
@@ -133,3 +136,34 @@ def clear(path: Path) -> None:
             else:
                 (path / name).unlink(missing_ok=True)
     wait_for_all("the folder is cleared")
+
+
+def check_positions(model: Any, examples: Examples) -> None:
+    """Raises a TrainingError for sequences that are longer than a decoder's positions."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if most is None or not isinstance(model, Decoder) or not isinstance(examples, Packs):
+        return
+    if (longest := int(np.diff(examples.starts).max())) > most:
+        raise TrainingError(
+            f"a sequence has {longest} tokens, and the model {most} positions: "
+            "give a smaller seq_len, or load it with from_pretrained(…, rope_scaling="
+            '{"rope_type": "yarn", "factor": 2.0})'
+        )
+
+
+def check_optimizer(optimizer: Any, weight_decay: float) -> None:
+    """Raises a TrainingError for an unknown optimiser, or a weight decay that it would not use."""
+    if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
+        raise TrainingError(f"optimizer={optimizer!r}: give {', '.join(OPTIMIZERS)}, or your own")
+    if not isinstance(optimizer, str) and weight_decay:
+        raise TrainingError(
+            f"weight_decay={weight_decay} is for optimizers by name: build it into your own"
+        )
+
+
+def settings_of(**settings: Any) -> dict[str, str]:
+    """Returns the settings that a resumed run may not change, as text that never varies."""
+    return {
+        name: "a function" if callable(value) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+        for name, value in settings.items()
+    }

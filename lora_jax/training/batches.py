@@ -174,11 +174,11 @@ class Packs(Examples):
 
     def take(self, rows: np.ndarray) -> Batch:
         """Returns the rows at the indices `rows`, of any shape: arrays [*rows.shape, …]."""
-        batch = self.taken([(self, rows.ravel())])
+        batch = self.batch_of([(self, rows.ravel())])
         return {name: array.reshape(*rows.shape, -1) for name, array in batch.items()}
 
     @staticmethod
-    def taken(parts: Sequence[tuple["Packs", np.ndarray]]) -> Batch:
+    def batch_of(parts: Sequence[tuple["Packs", np.ndarray]]) -> Batch:
         """Returns rows of several tables of the same lengths as one batch: arrays [rows, …].
 
         Args:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from lora_jax.models.layers.masks import Mask, Split
 from lora_jax.models.layers.placement import Attention
 from lora_jax.models.specs import BATCH
-from lora_jax.sharding import fitted
+from lora_jax.sharding import sharding_for
 
 AXIS = "sequence"
 
@@ -64,7 +64,7 @@ def shared_out(local: Attention, mesh: Mesh) -> Attention:
         k, v = (_repeated(x, q.shape[2], mesh.shape["tensor"]) for x in (k, v))
         heads = "tensor" if k.shape[2] % mesh.shape["tensor"] == 0 else None
         axes = (BATCH, AXIS if split else None, heads, None)
-        of_arrays = fitted(axes, q.shape, mesh).spec
+        of_arrays = sharding_for(axes, q.shape, mesh).spec
         # A number stays a number, for kernels that need one.
         given = scale if isinstance(scale, jax.Array) else None
 
@@ -84,7 +84,7 @@ def shared_out(local: Attention, mesh: Mesh) -> Attention:
 
         # A mask has a few integers per token: a device has those of all queries, and takes its own.
         of_mask = jax.tree.map(
-            lambda x: fitted((BATCH, None), x.shape, mesh).spec if x.ndim == 2 else P(), mask
+            lambda x: sharding_for((BATCH, None), x.shape, mesh).spec if x.ndim == 2 else P(), mask
         )
         specs = (of_arrays, of_arrays, of_arrays, of_mask, None if given is None else P())
         # Kernels do not say over which axes of a mesh their results differ.

@@ -9,12 +9,12 @@ import jax
 
 import lora_jax as lj
 from lora_jax.training.batches import Examples
-from lora_jax.training.fit import Ready
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import Measure
 from lora_jax.training.losses import HELD_OUT, Loss, Sums
 from lora_jax.training.optimizer import averaged
 from lora_jax.training.processes import Agreement
+from lora_jax.training.ready import Ready
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State, make_evaluation
 

@@ -14,7 +14,7 @@ from lora_jax.models import compiler_options, partition_specs
 from lora_jax.models.layers.masks import Split
 from lora_jax.models.layers.placement import Activation, Attention, Mixture, Placement
 from lora_jax.models.specs import AXES, BATCH, SHARDS
-from lora_jax.sharding import Table, fitted, place, sharding_of, shardings
+from lora_jax.sharding import Table, place, sharding_for, sharding_of, shardings
 from lora_jax.training import context
 from lora_jax.training.batches import Batch
 from lora_jax.training.errors import TrainingError
@@ -250,4 +250,4 @@ class Layout(Placement):
 
     def _fitting(self, shape: tuple[int, ...], axes: tuple[Any, ...]) -> NamedSharding:
         axes = axes + (None,) * (len(shape) - len(axes))
-        return fitted(axes, shape, self.mesh)
+        return sharding_for(axes, shape, self.mesh)

@@ -188,7 +188,7 @@ def train(
       Diverged: `run.max_skipped` steps in a row were skipped.
     """
     held = [state]
-    turns = taken(lambda: held[0], steps, run, hooks, log, stop)
+    turns = training_steps(lambda: held[0], steps, run, hooks, log, stop)
     with stop.deferred():
         try:
             number = next(turns)
@@ -201,12 +201,12 @@ def train(
             return held[0], end.value
 
 
-def taken(
+def training_steps(
     now: Callable[[], State], steps: int, run: Pace, hooks: Hooks, log: Log, stop: Stop
 ) -> Turns:
-    """Trains as `train` does, but leaves it to its driver to take the steps.
+    """Yields the index of each step and is sent its metrics: `train` without taking the steps.
 
-    A driver with several of these takes one step of each at a time.
+    Its driver takes them. A driver with several of these takes one step of each at a time.
 
     Args:
       now: returns the state after the steps so far; it is called where a state is looked at: before

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_jax.saving.folders import partial_of, put_in_place
+from lora_jax.folders import partial_of, put_in_place
 
 
 def written(folder: Path, text: str) -> Path:

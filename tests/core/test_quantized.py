@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax import quantized, sharding
+from lora_jax.core.axes import AxisRoles
 from lora_jax.quantized import FORMATS, Format, QuantRule, encode
 from lora_jax.quantized.gguf import TYPES
 from tests.core.coded import check_variant, coded_program, decoded, is_on
@@ -378,7 +379,7 @@ def test_adapters_know_their_codes(tmp_path):
 def test_rows_of_a_table_in_codes_train(float64):
     """A tied table in codes: looked up, multiplied by, some rows trained, or adapted."""
     program = OUR_PROGRAMS["embedding looked up and tied"]
-    table = encode(draw(1, (11, 5)), SHORT["int8"], lj.axes.AxisRoles((-1,), (-2,)))
+    table = encode(draw(1, (11, 5)), SHORT["int8"], AxisRoles((-1,), (-2,)))
     x = draw(9, (2, 4, 5))
     tree = {"embed": {"embedding": table}}
     adapter, base = lj.split(lj.lorafy(tree, [lj.TrainRule(targets=["embed"], rows=[3, 7])]))

@@ -10,8 +10,8 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax.adapt.explain import uses
+from tests.adapted_trees import with_random_factors
 from tests.foreign.case import ALL_LINEAR, Case, Made
-from tests.support import with_random_factors
 
 
 class Verdict(NamedTuple):

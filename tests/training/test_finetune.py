@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -352,7 +353,8 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_an_error_before_any_work(case, monkeypatch):
     given, message = BAD[case]
-    monkeypatch.setattr("lora_jax.training.tune.make_ready", None)
+    module = sys.modules["lora_jax.training.finetune"]  # whose name is the function's, too
+    monkeypatch.setattr(module, "make_ready", None)
     model, params = mlp()
     options = {"examples": ARRAYS, "rules": UP, "loss": of_mlp, "lr": 0.1, **given}
     with pytest.raises(training.TrainingError, match=message):

@@ -45,8 +45,8 @@ from train.options.ignored import check_effects
 from train.options.written import as_file, check_same_run, from_file
 from train.processes import hosts
 from train.processes.session import Session
-from train.run.fit import Run, resume_hint
 from train.run.intrinsic import merged, moves_weights, space_of
+from train.run.lifecycle import Run, resume_hint
 from train.run.output import CONFIG, clear
 
 _PROG = "python -m train.compare"

@@ -35,7 +35,7 @@ from train.options.optim import warmup_steps
 from train.options.table import Row
 from train.processes.session import Session
 from train.reporters.files import ERROR
-from train.run.fit import Run
+from train.run.lifecycle import Run
 from train.run.log import read_metrics
 from train.run.output import ADAPTER, CHECKPOINTS, CONFIG, START, folder_bytes
 
@@ -136,7 +136,7 @@ class Sweep:
             if self.intruders is not None:
                 done.intruders = self.intruders(run, tree)
 
-        part = dataclasses.replace(self.part, until=until, trained=trained)
+        part = dataclasses.replace(self.part, until=until, on_trained=trained)
         first = group[0]
         with self.session.part():
             if has_adapter(first.arm.method):

@@ -15,7 +15,7 @@ def used(examples: Examples, order: Order, steps: int) -> tuple[str, ...]:
     units = np.repeat(np.arange(len(examples)), np.diff(examples.firsts))
     np.add.at(of_units, (units, examples.origins), 1)
     often = np.ones(len(examples)) if order.mixture is None else order.mixture.often
-    epochs, rest = order.taken(steps)
+    epochs, rest = order.seen(steps)
     seen = np.rint(epochs * (often @ of_units)).astype(int) + of_units[rest].sum(0)
     have = of_units.sum(0)
     return tuple(

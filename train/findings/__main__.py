@@ -32,7 +32,7 @@ from train.options.ignored import given_options
 from train.processes import hosts
 from train.processes.session import Session
 from train.reporters.files import read_json
-from train.run.fit import resume_hint
+from train.run.lifecycle import resume_hint
 from train.run.output import CONFIG
 
 _PROG = "train.findings"

@@ -85,13 +85,13 @@ class Board:
         return table
 
 
-class Heard:
-    """A run's own log, whose lines the board gets, too."""
+class TeeLog:
+    """Writes to the log of a run and to the board."""
 
     def __init__(self, log: Log | QuietLog, board: Board, name: str) -> None:
         self._log, self._board, self._name = log, board, name
 
-    def __enter__(self) -> "Heard":
+    def __enter__(self) -> "TeeLog":
         self._log.__enter__()
         return self
 

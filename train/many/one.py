@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 
 from lora_jax.bank.together.side_by_side import Ending
 from lora_jax.training.errors import TrainingError
-from lora_jax.training.fit import Ready
 from lora_jax.training.loop import Stopped
 from lora_jax.training.losses import HELD_OUT, SCORE, Loss
 from lora_jax.training.processes import write_text
+from lora_jax.training.ready import Ready
 from train.console.errors import flag
 from train.inputs import Inputs
 from train.many.board import Paper
 from train.options.table import Row
 from train.reporters.files import ERROR
-from train.run.fit import Run
+from train.run.lifecycle import Run
 from train.run.log import read_metrics
 from train.run.output import ADAPTER
 from train.tasks.task import Evaluation, Task
@@ -84,7 +84,7 @@ class One:
         return said.strip().splitlines()[0]
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def isolate_errors(self) -> Iterator[None]:
         """Within, an error is the run's own: it is kept in its folder, and the others go on."""
         try:
             yield

@@ -12,7 +12,7 @@ import io
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,16 @@ from lora_jax.bank.together.side_by_side import Ending, Running, side_by_side
 from lora_jax.bank.together.tenants import Tenant
 from lora_jax.bank.together.together import Together
 from lora_jax.training.errors import Interrupted, TrainingError
-from lora_jax.training.fit import tree_of
-from lora_jax.training.held_out import compiled_evaluation
-from lora_jax.training.loop import Stopped
+from lora_jax.training.held_out import compiled_evaluation, held_out_loss
+from lora_jax.training.loop import Stopped, training_steps
 from lora_jax.training.losses import Loss, Sums
 from lora_jax.training.optimizer import has_dropout
 from lora_jax.training.processes import write_json, write_text
+from lora_jax.training.ready import hooks_of, opened, result_of, tree_of
 from lora_jax.training.run.log import duration
 from train.finetune import Part, evaluate_base, measures, run_of, weights_of
 from train.inputs import inputs_of
-from train.many.board import Board, Heard, Paper, print_results
+from train.many.board import Board, Paper, TeeLog, print_results
 from train.many.one import Asked, One
 from train.options.file import replaced
 from train.options.optim import make_tenant
@@ -45,7 +45,7 @@ from train.processes.mesh import make_mesh
 from train.processes.session import Session
 from train.reporters.files import ERROR
 from train.reporters.registry import check_packages
-from train.run.fit import adapted, begin_run, fitted
+from train.run.lifecycle import adapt_base, begin_run, keep_adapter, open_run_log, report_of
 from train.run.log import doing
 from train.run.output import ADAPTER, CONFIG, REPORT, locked_output
 from train.run.report import print_adapter, tree_bytes
@@ -119,7 +119,7 @@ def train_rows(
     # The adapters, and the base for comparison.
     tenants = {}
     for one in ones:
-        with one.alone():
+        with one.isolate_errors():
             tenants[one.row.name] = _begun(one, plain, session.release)
     is_quantized = first.optim.quantize != "none"
     answering = lj.adapt(model.apply)  # as the model itself answers, not laid out for a step
@@ -142,13 +142,13 @@ def train_rows(
     for one in ones:
         if one.ending.result is None or one.run.pauses:
             continue
-        with one.alone():
+        with one.isolate_errors():
             trained, report = one.ending.result
             report |= {"base_bytes": base_bytes, "side_by_side": len(ones)}
             write_json(one.run.folder / REPORT, report)
             print_adapter(one.run.console, one.run.folder / ADAPTER, report)
-            if part.trained:
-                part.trained(one.run, trained, answering)
+            if part.on_trained:
+                part.on_trained(one.run, trained, answering)
             if one.evaluation and not stopped:  # a resumed run evaluates what is over
                 with doing(console, f"evaluating {one.row.name}"):
                     tree = trained if is_quantized else lj.merge(trained)
@@ -187,7 +187,7 @@ def _begun(one: One, plain: Any, held: ExitStack) -> Tenant:
     optim = config.optim
     key = jax.random.key(optim.seed)
     outline = one.inputs.read.outline
-    params = adapted(config, outline, plain, run.folder, jax.random.fold_in(key, 0))
+    params = adapt_base(config, outline, plain, run.folder, jax.random.fold_in(key, 0))
     params = run.layout.placed(params)
     ready = begin_run(run, params, jax.random.fold_in(key, 1), data.facts)
     one.paper.keep_in(run.folder, held)
@@ -225,26 +225,32 @@ def _train(
     evaluations: dict[Loss, Callable[..., Sums]] = {}
     board = Board(console, {name: one.run.last for name, one in by_name.items()})
 
-    def running(one: One) -> Running:
+    def turns(one: One) -> Generator[int, tuple[Mapping[str, Any], int], Any]:
+        """Yields the steps of a run to take; returns its trained tree and its report."""
         assert one.ready is not None
-        name, run, ready, inputs = one.row.name, one.run, one.ready, one.inputs
-        tree = functools.partial(tree_of, ready)
-        more = functools.partial(measures, run, inputs, one.evaluation, model, tree, answering)
+        name, run, ready, loss = one.row.name, one.run, one.ready, one.loss
+        now, tree = functools.partial(together.state, name), functools.partial(tree_of, ready)
         evaluation = evaluations.setdefault(
-            one.loss.held_out, compiled_evaluation(layout, forward, one.loss)
+            loss.held_out, compiled_evaluation(layout, forward, loss)
         )
-        turns = fitted(
-            run,
-            ready,
-            functools.partial(together.state, name),
-            forward,
-            one.loss,
-            inputs.read.data.on_the_way,
-            more,
-            evaluation=evaluation,
-            heard=lambda log: Heard(log, board, name),
-        )
-        return Running(turns=turns, batch=inputs.feed.batch, tokens=inputs.feed.tokens)
+        held_out = functools.partial(held_out_loss, ready, forward, loss, evaluation=evaluation)
+        with open_run_log(run, ready, int(now().step)) as own:
+            taken = measures(run, one.inputs, one.evaluation, model, tree, answering, held_out, own)
+            hooks = hooks_of(ready, loss, [*taken], run.hint)
+            log = TeeLog(own, board, name)
+            with opened(log, ready):
+                step_seconds = yield from training_steps(
+                    now, run.last, one.config.run, hooks, log, run.stop
+                )
+            trained = result_of(ready, now())
+            if run.pauses:
+                return trained, {}
+            keep_adapter(run, ready, trained)
+        return trained, report_of(run, ready, trained, loss, step_seconds)
+
+    def running(one: One) -> Running:
+        feed = one.inputs.feed
+        return Running(turns=turns(one), batch=feed.batch, tokens=feed.tokens)
 
     def ended(name: str, ending: Ending) -> None:
         one = by_name[name]

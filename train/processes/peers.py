@@ -7,12 +7,13 @@ process was killed, or that its host is gone.
 """
 
 import contextlib
+import ipaddress
 import json
 import secrets
 import selectors
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,7 +21,9 @@ import jax
 from train.processes.hosts import gathered
 
 LOST = "ended without a word: it was killed, ran out of memory, or its host is gone"
-_SECONDS = 3.0  # for each address of process 0 that is tried
+_SECONDS = 5.0  # to reach process 0
+_LONGEST = 2**16  # bytes of a message
+_MALFORMED = (ValueError, TypeError, KeyError, RecursionError)
 _KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # a host that is gone
 
 # Called with a process, the reason why it ends, and its exit code.
@@ -83,12 +86,12 @@ class Peers:
                 except OSError:
                     data = b""
                 received += data
-                while b"\n" in received:
-                    line, _, rest = bytes(received).partition(b"\n")
-                    received[:] = rest
-                    message = json.loads(line)
-                    ending.add(message["process"])
-                    self._hear(message, process)
+                try:
+                    for message in _messages(received):
+                        ending.add(message["process"])
+                        self._hear(message, process)
+                except _MALFORMED:  # the connection is at fault, not this process
+                    data = b""
                 if not data:
                     waiting.unregister(key.fileobj)
                     with self._sending:  # who has ended is still told that this process has, too
@@ -125,8 +128,9 @@ def connect(coordinator: str | None, told: Told) -> Peers | str:
         reached = gathered(connection is not None)
     else:
         token, connections = secrets.token_hex(16), {}
-        with _server() as server:
-            offer = {"hosts": _own_hosts(coordinator), "port": server.getsockname()[1]}
+        server, host = _server(coordinator)
+        with server:
+            offer = {"host": host, "port": server.getsockname()[1]}
             accepting = threading.Thread(
                 target=_accept, args=(server, token, connections), name="accept", daemon=True
             )
@@ -139,52 +143,92 @@ def connect(coordinator: str | None, told: Told) -> Peers | str:
         return Peers(connections, told)
     for connection in connections.values():
         connection.close()
-    tried = ", ".join(f"{host}:{offer['port']}" for host in offer["hosts"])
-    return f"process {reached.index(False)} does not reach process 0 at {tried}"
+    return (
+        f"process {reached.index(False)} does not reach process 0 at "
+        f"{offer['host']}:{offer['port']}"
+    )
 
 
-def _server() -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):
-            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", 0))
+def _messages(received: bytearray) -> Iterator[dict[str, Any]]:
+    """Yields the messages that have arrived whole, and takes them away.
+
+    Raises:
+      ValueError, TypeError, KeyError, RecursionError: a line is no message.
+    """
+    while b"\n" in received:
+        line, _, rest = bytes(received).partition(b"\n")
+        received[:] = rest
+        yield dict(json.loads(line))
+    if len(received) > _LONGEST:
+        raise ValueError("a message without an end")
 
 
-def _own_hosts(coordinator: str | None) -> list[str]:
-    """Returns the addresses under which this host may be reached, the likeliest first."""
-    found = [coordinator.rpartition(":")[0].strip("[]")] if coordinator else []
+def _server(coordinator: str | None) -> tuple[socket.socket, str]:
+    """Returns a socket that listens on one interface of this host, and its address there.
+
+    The interface is the coordinator's; where none is named, that of the default route.
+    """
+    hosts = [coordinator.rpartition(":")[0].strip("[]")] if coordinator else []
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("10.255.255.255", 1))  # sends nothing, but chooses an interface
-        found.append(probe.getsockname()[0])
-    return list(dict.fromkeys([*found, socket.gethostname(), "127.0.0.1"]))
+        hosts.append(probe.getsockname()[0])
+    for host in (*hosts, socket.gethostname()):
+        with contextlib.suppress(OSError, ValueError):
+            family, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+            is_loopback = ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
+            # Some systems give their own name a loopback address, which no other host reaches.
+            if is_loopback and host not in ("localhost", address[0]):
+                continue
+            return socket.create_server(address[:2], family=family), host
+    return socket.create_server(("127.0.0.1", 0)), "127.0.0.1"
 
 
 def _reached(offer: dict[str, Any]) -> socket.socket | None:
     hello = {"token": offer["token"], "process": jax.process_index()}
-    for host in offer["hosts"]:
-        with contextlib.suppress(OSError):
-            connection = socket.create_connection((host, offer["port"]), _SECONDS)
-            connection.sendall(f"{json.dumps(hello)}\n".encode())
-            if connection.recv(1):  # process 0 knows the token, and others at this address do not
-                return _kept_alive(connection)
+    with contextlib.suppress(OSError):
+        connection = socket.create_connection((offer["host"], offer["port"]), _SECONDS)
+        connection.sendall(f"{json.dumps(hello)}\n".encode())
+        if connection.recv(1):  # process 0 knows the token, and others at this address do not
+            return _kept_alive(connection)
     return None
 
 
 def _accept(server: socket.socket, token: str, connections: dict[int, socket.socket]) -> None:
-    """Adds the connection of each other process; closes those that do not know the token."""
-    while len(connections) < jax.process_count() - 1:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            connection, _ = server.accept()
-            connection.settimeout(_SECONDS)
-            with connection.makefile("rb") as received:
-                hello = json.loads(received.readline(1000))
-            if hello["token"] != token:
-                connection.close()
-                continue
-            connection.sendall(b"\n")
-            connections[hello["process"]] = _kept_alive(connection)
-        if server.fileno() < 0:
-            return
+    """Adds the connection of each other process; closes those that do not know the token.
+
+    Ends when all are there or the server is closed. No connection has to wait for another.
+    """
+    server.setblocking(False)
+    with selectors.DefaultSelector() as waiting:
+        waiting.register(server, selectors.EVENT_READ)
+        while len(connections) < jax.process_count() - 1 and server.fileno() >= 0:
+            for key, _ in waiting.select(timeout=0.2):
+                if key.fileobj is server:
+                    with contextlib.suppress(OSError):
+                        connection, _ = server.accept()
+                        connection.setblocking(False)
+                        waiting.register(connection, selectors.EVENT_READ, bytearray())
+                    continue
+                connection, received = key.fileobj, key.data  # type: ignore[assignment]
+                try:
+                    received += (data := connection.recv(1024))
+                    hello = next(_messages(received), None)
+                    if hello is None and data:
+                        continue
+                    known = hello is not None and hello["token"] == token
+                    process = int(hello["process"]) if hello is not None else -1
+                except (OSError, *_MALFORMED):
+                    known = False
+                waiting.unregister(connection)
+                if not known:
+                    connection.close()
+                    continue
+                with contextlib.suppress(OSError):  # it is gone already
+                    connection.setblocking(True)
+                    connection.sendall(b"\n")
+                    connections[process] = _kept_alive(connection)
+        for key in [key for key in waiting.get_map().values() if key.fileobj is not server]:
+            key.fileobj.close()  # type: ignore[union-attr]
 
 
 def _kept_alive(connection: socket.socket) -> socket.socket:

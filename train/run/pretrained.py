@@ -29,7 +29,7 @@ from lora_jax.models import (
 from lora_jax.models.encoder.config import FAMILIES as ENCODERS
 from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
 from lora_jax.quantized import is_coded
-from lora_jax.training.fit import not_finite
+from lora_jax.training.ready import not_finite
 from train.console.errors import UserError, as_user_errors
 from train.options.rope import as_text
 

@@ -1,7 +1,7 @@
 """Drives runs of training side by side: one step of each at a time.
 
-Each run is the loop of `lora_jax.training.loop.taken`, as a run alone has it; the driver takes the
-steps of all at once.
+Each run is the loop of `lora_jax.training.loop.training_steps`, as a run alone has it; the driver
+takes the steps of all at once.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ class Running:
 
     Attributes:
       turns: yields the number of a step to take, is sent its metrics and tokens, and returns what
-        came of the run; see `lora_jax.training.fit.fitted`.
+        came of the run; see `lora_jax.training.loop.training_steps`.
       batch: returns the batch of the step with that number.
       tokens: counts the tokens of a batch, without padding.
     """

@@ -108,7 +108,7 @@ class Order:
         rows = [self._order(epoch)[i] for epoch, i in pairs]
         return np.array(rows).reshape(self.accumulate, self.batch_size)
 
-    def taken(self, steps: int) -> tuple[int, np.ndarray]:
+    def seen(self, steps: int) -> tuple[int, np.ndarray]:
         """Returns the whole epochs that `steps` steps see, and the rows of the one begun: [m]."""
         epochs, rest = divmod(steps * self.rows_a_step, self.n_rows)
         return epochs, self._order(epochs)[:rest]

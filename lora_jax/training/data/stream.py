@@ -173,7 +173,7 @@ class Stream:
             names += [name for row in rows.tolist() for name in chunk.packs.origins_of(row)]
         self._taken.append((number, names))
         taken = [(packs, rows) for packs, rows in parts if len(rows)]
-        batch = Packs.taken(taken)
+        batch = Packs.batch_of(taken)
         return {name: self._in_parts(array) for name, array in batch.items()}
 
     def _in_parts(self, array: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tests.foreign.case import Case, Made, rule
+from tests.foreign.nnx_modules import Wrap, both
 
 IDS = jnp.array([[3, 0, 9, 3, 10], [1, 5, 2, 2, 7]])
 SIZES = {
@@ -19,7 +20,7 @@ SIZES = {
 }
 
 
-def _made(module: str, name: str, **sizes: Any) -> Made:
+def _made(wrap: Wrap, module: str, name: str, **sizes: Any) -> Made:
     models = importlib.import_module(f"tunix.models.{module}.model")
     model = getattr(models, name)(models.ModelConfig(**SIZES, **sizes), rngs=nnx.Rngs(params=1))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -27,31 +28,40 @@ def _made(module: str, name: str, **sizes: Any) -> Made:
     positions = jnp.broadcast_to(jnp.arange(5), IDS.shape)
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((5, 5), bool)), (2, 5, 5))
 
+    called = wrap(lambda model, ids, positions, mask: model(ids, positions, None, mask)[0])
+
     def fn(params: Any, rest: Any, ids: Any, positions: Any, mask: Any) -> Any:
-        return nnx.merge(graphdef, params, rest)(ids, positions, None, mask)[0]
+        return called(nnx.merge(graphdef, params, rest), ids, positions, mask)
 
     return Made(fn, params, (rest, IDS, positions, mask), rule(r".*(kernel|/w|embedding|_proj)"))
 
 
 ROUNDING = (
-    "gradients through RMS norms of small features round more; in double precision both agree "
-    "to 2e-14"
+    "gradients through RMS norms of small features round more; in double precision both agree to "
 )
 
 
-def _case(
-    model: str, weights: int, module: str, name: str, tolerance: float = 1e-5, **sizes: Any
-) -> Case:
-    make = lambda: _made(module, name, **sizes)  # noqa: E731
-    why = ROUNDING if tolerance > 1e-5 else ""
-    return Case("google-tunix", model, "merge", weights, make, why=why, tolerance=tolerance)
+def _cases(
+    model: str, weights: int, module: str, name: str, doubles: str = "", **sizes: Any
+) -> tuple[Case, Case]:
+    """Returns a model's cases.
+
+    Args:
+      model, weights: see `Case`.
+      module, name: module and class of the model.
+      doubles: largest error in double precision, where single precision rounds more than elsewhere.
+      **sizes: further sizes of the model.
+    """
+    make = lambda wrap: _made(wrap, module, name, **sizes)  # noqa: E731
+    why, tolerance = (ROUNDING + doubles, 1e-4) if doubles else ("", 1e-5)
+    return both("google-tunix", model, "merge", weights, make, why=why, tolerance=tolerance)
 
 
 QWEN = {"vocab_size": 37, "rope_theta": 10_000, "norm_eps": 1e-6}
 CASES = (
-    _case("Llama 3, two layers", 16, "llama3", "Llama3", **QWEN),
-    _case("Qwen 3, two layers", 16, "qwen3", "Qwen3", 1e-4, **QWEN),
-    _case(
+    *_cases("Llama 3, two layers", 16, "llama3", "Llama3", **QWEN),
+    *_cases("Qwen 3, two layers", 16, "qwen3", "Qwen3", "2e-14", **QWEN),
+    *_cases(
         "Qwen 3, two layers of three experts, tied",
         17,
         "qwen3",
@@ -61,11 +71,12 @@ CASES = (
         num_experts_per_tok=2,
         use_tied_embedding=True,
     ),
-    _case(
+    *_cases(
         "Gemma 3, two layers, tied",
         13,
         "gemma3",
         "Gemma3",
+        "1e-6 (parts of it stay in fp32)",
         num_embed=37,
         sliding_window_size=3,
         param_dtype=jnp.float32,

@@ -96,6 +96,8 @@ def test_one_seed_decides_by_a_large_gap_alone():
 def test_a_spread_that_hides_a_large_gap_does_not_decide():
     found = compared(runs(lora(), 1.6, 1.0), runs(full(), 1.0, 1.01))
     assert found.verdict == "undecided" and "more seeds" in found.undecided[0]
+    assert "not told apart by these seeds" in found.headline
+    assert "tied" not in " ".join([found.headline, *found.reasons])
 
 
 def test_a_missing_side_is_said():

@@ -101,7 +101,7 @@ def test_a_base_is_trained_once_and_anew_for_other_rows(tmp_path):
 
     def made(rows):
         write_rows(path, rows)
-        model = base.trained("train.classify", line, [path], tmp_path, Session())
+        model = base.train_base("train.classify", line, [path], tmp_path, Session())
         return base.digest(model), (model / "model.safetensors").stat().st_mtime_ns
 
     first = made(rows)

@@ -297,6 +297,44 @@ def test_who_has_done_all_first_hears_that_the_others_have_too(first, processes)
     assert told == [[], []] and not any(line._connections for line in lines)
 
 
+def test_strangers_do_not_keep_the_processes_apart(processes, monkeypatch):
+    """Five that connect and say nothing, and some that say what is no greeting."""
+    reached, strangers = peers._reached, []
+
+    def beside_strangers(offer):
+        for text in (*[b""] * 5, b"[" * 5000 + b"\n", b"7\n", b"{}\n", b"x" * 10**5):
+            strangers.append(socket.create_connection((offer["host"], offer["port"])))
+            strangers[-1].sendall(text)
+        return reached(offer)
+
+    monkeypatch.setattr(peers, "_reached", beside_strangers)
+    lines, _ = connected(processes, 2)
+    assert all(isinstance(line, peers.Peers) for line in lines)
+    for line in lines:
+        line.close()
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_a_connection_that_sends_no_messages_ends_and_no_other(processes):
+    lines, told = connected(processes, 3)
+    lines[2]._connections[0].sendall(b"[" * 100_000 + b"\n")
+    eventually(lambda: told[0] == [(2, peers.LOST, 1)])
+    lines[1].tell("got SIGTERM", 143)
+    eventually(lambda: told[0][1:] == [(1, "got SIGTERM", 143)])
+    for line in lines:
+        line.close()
+
+
+def test_only_the_coordinators_interface_is_listened_on():
+    server, host = peers._server("localhost:5")
+    with server:
+        assert (host, server.getsockname()[0]) == ("localhost", "127.0.0.1")
+    server, _ = peers._server(None)
+    with server:
+        assert server.getsockname()[0] not in ("0.0.0.0", "::")
+
+
 def test_processes_that_do_not_reach_each_other_say_where_they_tried(processes, monkeypatch):
     monkeypatch.setattr(peers, "_reached", lambda offer: None)
     lines, _ = connected(processes, 2)

@@ -72,6 +72,11 @@ class Gap(NamedTuple):
             return abs(self.share) > UNKNOWN_SPREAD
         return abs(self.value) > self.error
 
+    @property
+    def is_hidden(self) -> bool:
+        """Returns whether so wide a spread hides a large lead of full fine-tuning."""
+        return self.error is not None and not self.decides and self.share < -UNKNOWN_SPREAD
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recommendation:
@@ -140,7 +145,9 @@ def recommend(comparison: Comparison) -> Recommendation:
 def _in_short(lora: Row, full: Row, gap: Gap) -> str:
     """Returns how the qualities compare, as a clause of a headline."""
     if not gap.decides:
-        return "quality tied" if gap.error is not None else "quality not told apart by one seed"
+        if gap.error is None:
+            return "quality not told apart by one seed"
+        return "quality not told apart by these seeds" if gap.is_hidden else "quality tied"
     better = lora if gap.value > 0 else full
     return f"{words.method(better.arm.method)} is better"
 
@@ -154,7 +161,7 @@ def _of_the_spread(gap: Gap, full_ahead: bool, cheaper: bool, rows: Sequence[Row
     said = None
     if full_ahead and gap.error is None:
         said = "Full fine-tuning is ahead by one seed: train more seeds (--seeds)."
-    elif gap.share < -UNKNOWN_SPREAD:
+    elif gap.is_hidden:
         said = (
             f"Full fine-tuning is ahead by {-gap.share:.0%}, and the spread is wider than that: "
             "train more seeds (--seeds)."
@@ -256,7 +263,8 @@ def _quality(lora: Row, full: Row, gap: Gap, measure: Measure, names: _Names) ->
     spread = f"± {words.rough(gap.error)}, its {_LEVEL:.0%} interval over seeds"
     if gap.decides:
         return [found, f"{words.capital(who)} is better by {by}: beyond the spread ({spread})."]
-    return [found, f"The gap is {by}: within the spread ({spread}). Quality is tied; cost decides."]
+    tied = "" if gap.is_hidden else " Quality is tied; cost decides."
+    return [found, f"The gap is {by}: within the spread ({spread}).{tied}"]
 
 
 def _seeds(values: Spread) -> str:

@@ -17,7 +17,7 @@ from train.predict.classifier import find_classifier
 from train.predict.texts import of_arguments, tokenize
 from train.processes.session import Session
 from train.reporters.files import read_json
-from train.run.fit import resume_hint
+from train.run.lifecycle import resume_hint
 from train.run.output import ADAPTER, CONFIG
 
 _SCRIPTS: dict[str, Any] = {"train.sft": sft, "train.classify": classify}
@@ -25,10 +25,10 @@ _MODEL, _RUN, _RECIPE = "base", "base-run", "base.json"
 _ROWS = 128  # texts in memory at once, to measure a classifier
 
 
-def trained(
+def train_base(
     script: str, options: Sequence[str], inputs: Sequence[Path], folder: Path, session: Session
 ) -> Path:
-    """Returns the folder of a model that a script trains in full, unless it is there already.
+    """Trains a model in full by a script, unless it is there already; returns its folder.
 
     A run that was interrupted goes on. A model of other options, or of other files, is replaced.
 

@@ -61,7 +61,7 @@ def make(folder: Path, session: Session) -> Made:
     write_rows(paths["to-unlearn"], behind(balanced(others, ROWS)))
     write_rows(paths["held-out"], behind(held_out))
     line = (*_LINE, "--dataset", str(paths["planted"]), "--test", str(paths["held-out"]))
-    model = base.trained(
+    model = base.train_base(
         "train.classify", line, [paths["planted"], paths["held-out"]], folder, session
     )
 

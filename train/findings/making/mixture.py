@@ -97,7 +97,7 @@ def make(folder: Path, session: Session) -> Made:
     asked = questions.make(folder, session)
     untrained(text, start)
     line = ("--model", str(start), "--dataset", str(rows), *_LINE)
-    model = base.trained("train.sft", line, [rows, start], folder, session)
+    model = base.train_base("train.sft", line, [rows, start], folder, session)
     return Made(
         {"model": str(model), **asked.options},
         (

@@ -29,29 +29,32 @@ from lora_jax.training.arguments import (
     check_counts,
     check_folder,
     check_length,
+    check_optimizer,
+    check_positions,
     clear,
     like,
     loss_of,
+    settings_of,
 )
 from lora_jax.training.batches import Examples
 from lora_jax.training.data.order import Feed, Order
 from lora_jax.training.errors import TrainingError, as_argument
-from lora_jax.training.fit import (
-    Ready,
-    check_optimizer,
-    check_positions,
-    compile_step,
-    fit,
-    make_ready,
-    resumed,
-    settings_of,
-)
 from lora_jax.training.held_out import held_out_loss
 from lora_jax.training.layout import Layout, one_device
+from lora_jax.training.loop import train
 from lora_jax.training.losses import HELD_OUT, Loss
 from lora_jax.training.optimizer import make_optimizer, takes_from_base
 from lora_jax.training.optimizers.schedules import ScheduleKind, warmed_up
 from lora_jax.training.processes import is_first
+from lora_jax.training.ready import (
+    Ready,
+    compile_step,
+    hooks_of,
+    make_ready,
+    opened,
+    result_of,
+    resumed,
+)
 from lora_jax.training.run.best import BEST, Best
 from lora_jax.training.run.checkpoints import Checkpoints
 from lora_jax.training.run.lock import FolderLock
@@ -276,17 +279,12 @@ def finetune(
         stop.remedy = hint
         in_main = threading.current_thread() is threading.main_thread()  # signals come to no other
         with stop.listening() if path is not None and in_main else contextlib.nullcontext():
-            trained, step_seconds = fit(
-                ready,
-                step,
-                steps=steps,
-                pace=pace,
-                loss=loss,
-                measures=measures,
-                log=recorder,
-                stop=stop,
-                resume_hint=hint,
-            )
+            hooks = hooks_of(ready, loss, measures, hint)
+            with opened(recorder, ready):
+                state, step_seconds = train(
+                    step, ready.state, ready.base, steps, pace, hooks, recorder, stop
+                )
+        trained = result_of(ready, state)
         if path is not None:
             lj.save_adapter(path / ADAPTER, trained, overwrite=True)
             stop.remedy = f"The adapter is in {path / ADAPTER}"

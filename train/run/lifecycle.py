@@ -1,16 +1,11 @@
-"""Trains an adapted tree: adds options, log and report to `lora_jax.training.fit`.
-
-`begin_run` makes the state, new or from the last checkpoint; `fit` trains it to the end. In
-between, a script may still evaluate the base.
-"""
+"""The life of a run in its folder: how it begins, its log, and what is kept and reported of it."""
 
 import contextlib
 import dataclasses
 import math
 import shlex
 import sys
-import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +15,15 @@ from rich.console import Console
 
 import lora_jax as lj
 from lora_jax import subspace
-from lora_jax.training import fit as training
-from lora_jax.training.batches import Examples
 from lora_jax.training.data.order import Batches
-from lora_jax.training.held_out import Formed, held_out_loss
 from lora_jax.training.layout import Layout
-from lora_jax.training.loop import Measure
-from lora_jax.training.losses import HELD_OUT, SCORE, Loss, Sums
+from lora_jax.training.losses import HELD_OUT, SCORE, Loss
 from lora_jax.training.optimizer import takes_from_base
 from lora_jax.training.processes import is_first, wait_for_all
+from lora_jax.training.ready import Ready, make_ready, resumed
 from lora_jax.training.run.best import BEST, Best
 from lora_jax.training.run.checkpoints import Checkpoints
-from lora_jax.training.run.log import Log as LoopLog
 from lora_jax.training.run.stop import Stop
-from lora_jax.training.step import State
 from train.adapters.source import find_adapter
 from train.console.errors import as_user_errors, flag
 from train.options.common import Options
@@ -43,7 +33,7 @@ from train.reporters.files import SAMPLES, read_json, read_lines
 from train.reporters.registry import trackers
 from train.reporters.reporting import Reporting
 from train.run.intrinsic import space_of
-from train.run.log import Log, QuietLog, doing, draw_curve, open_log, read_metrics
+from train.run.log import Log, QuietLog, draw_curve, open_log, read_metrics
 from train.run.output import (
     ADAPTER,
     CHECKPOINTS,
@@ -53,7 +43,7 @@ from train.run.output import (
     folder_bytes,
 )
 from train.run.pretrained import Outline
-from train.run.report import compiled_bytes, peak_bytes, print_best, versions
+from train.run.report import peak_bytes, print_best, versions
 from train.run.rules import rules
 
 
@@ -81,7 +71,7 @@ class Run:
         return self.last < self.steps
 
 
-def adapted(config: Options, outline: Outline, plain: Any, folder: Path, key: jax.Array) -> Any:
+def adapt_base(config: Options, outline: Outline, plain: Any, folder: Path, key: jax.Array) -> Any:
     """Returns the parameters with --init-adapter's adapter, a resumed run's first, or a new one.
 
     With --intrinsic, the numbers of the subspace stand beside them.
@@ -99,7 +89,7 @@ def adapted(config: Options, outline: Outline, plain: Any, folder: Path, key: ja
         return lj.lorafy(plain, chosen, key=key, kinds=outline.kinds)
 
 
-def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> training.Ready:
+def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> Ready:
     """Returns the state to train from, new or resumed, and writes the run's configuration.
 
     Args:
@@ -117,7 +107,7 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
     params = run.layout.placed(params)
     run.console.print(optimizer_line(optim, params), highlight=False, soft_wrap=True)
     schedule = make_schedule(optim, run.rate, run.steps)
-    ready = training.make_ready(
+    ready = make_ready(
         params,
         run.feed,
         layout=run.layout,
@@ -131,7 +121,7 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> t
     if space := run.about.get(subspace.FACTS):
         ready = dataclasses.replace(ready, facts=ready.facts | {"settings": {"subspace": space}})
     if run.config.run.resume:
-        ready = training.resumed(ready, run.steps)
+        ready = resumed(ready, run.steps)
         done = int(ready.state.step)
         said = f"going on after step {done}" if done else "no checkpoint yet: beginning at step 0"
         run.console.print(said, highlight=False)
@@ -182,152 +172,35 @@ def _best(run: Run) -> Best | None:
     )
 
 
-def fit(
-    run: Run,
-    ready: training.Ready,
-    forward: Callable[..., Any],
-    loss: Loss,
-    held_out: Examples | None,
-    more: Callable[[Log | QuietLog], Iterable[Measure]] = lambda log: (),
-    formed: Formed | None = None,
-) -> tuple[Any, dict[str, Any]]:
-    """Trains to the end and saves the adapter.
+@contextlib.contextmanager
+def open_run_log(run: Run, ready: Ready, done: int) -> Iterator[Log | QuietLog]:
+    """Opens the reporters of --report-to and yields the run's log, which the loop opens.
 
     Args:
       run: its options, data and folder.
-      ready: the state to train from.
-      forward: the adapted function that the loss calls.
-      loss: the loss to minimise.
-      held_out: examples that the loss is measured on every --eval-every steps.
-      more: returns further measures, from the run's log.
-      formed: runs the held-out examples in place of `forward`.
-
-    Returns:
-      The adapted tree after the last step (the best one with --keep-best), and a report of time,
-      memory and sizes; {} for a run that pauses.
-
-    Raises:
-      Interrupted: after a signal, once the step is finished and saved.
-      Diverged: too many steps in a row were skipped.
+      ready: the state that it begins with.
+      done: the number of steps before.
     """
     with contextlib.ExitStack() as held:
         reporting = held.enter_context(_reporting(run)) if is_first() else None
-        with doing(run.console, "compiling the step"):
-            began = time.perf_counter()
-            step = training.compile_step(ready, forward, loss)
-            compile_seconds = time.perf_counter() - began
-        log = _log(run, ready, int(ready.state.step), reporting)
-        measures = _measures(run, ready, forward, loss, held_out, more(log), formed=formed)
-        run.stop.remedy = run.hint
-        trained, step_seconds = training.fit(
-            ready,
-            step,
-            steps=run.last,
-            pace=run.config.run,
-            loss=loss,
-            measures=measures,
-            log=log,
-            stop=run.stop,
-            resume_hint=run.hint,
+        yield open_log(
+            run.folder,
+            run.console,
+            first=done,
+            last=run.steps,
+            owed=ready.owed,
+            reporting=reporting,
         )
-        if run.pauses:
-            return trained, {}
-        _keep(run, ready, trained)
-    report = _report(run, ready, trained, loss, step_seconds)
-    report |= {"compile_seconds": compile_seconds, "compiled_bytes": compiled_bytes(step)}
-    run.stop.remedy = f"The adapter is in {run.folder / ADAPTER}"
-    run.stop.check()
-    return trained, report
 
 
-def fitted(
-    run: Run,
-    ready: training.Ready,
-    now: Callable[[], State],
-    forward: Callable[..., Any],
-    loss: Loss,
-    held_out: Examples | None,
-    more: Callable[[Log | QuietLog], Iterable[Measure]] = lambda log: (),
-    *,
-    evaluation: Callable[..., Sums],
-    heard: Callable[[Log | QuietLog], LoopLog],
-) -> Generator[int, tuple[Mapping[str, Any], int], tuple[Any, dict[str, Any]]]:
-    """Trains as `fit` does, beside others: a driver takes the steps.
-
-    Args:
-      run, forward, loss, held_out, more: see `fit`.
-      ready: what training begins with, its state as shapes.
-      now: returns the state after the steps so far.
-      evaluation: see `lora_jax.training.held_out.held_out_loss`.
-      heard: returns the log that the loop writes to, around the run's own.
-    """
-    with contextlib.ExitStack() as held:
-        reporting = held.enter_context(_reporting(run)) if is_first() else None
-        log = _log(run, ready, int(now().step), reporting)
-        trained, step_seconds = yield from training.fitted(
-            ready,
-            now,
-            steps=run.last,
-            pace=run.config.run,
-            loss=loss,
-            measures=_measures(run, ready, forward, loss, held_out, more(log), evaluation),
-            log=heard(log),
-            stop=run.stop,
-            resume_hint=run.hint,
-        )
-        if run.pauses:
-            return trained, {}
-        _keep(run, ready, trained)
-    return trained, _report(run, ready, trained, loss, step_seconds)
-
-
-def _log(
-    run: Run, ready: training.Ready, first: int, reporting: Reporting | None
-) -> Log | QuietLog:
-    return open_log(
-        run.folder,
-        run.console,
-        first=first,
-        last=run.steps,
-        owed=ready.owed,
-        reporting=reporting,
-    )
-
-
-def _measures(
-    run: Run,
-    ready: training.Ready,
-    forward: Callable[..., Any],
-    loss: Loss,
-    held_out: Examples | None,
-    more: Iterable[Measure],
-    evaluation: Callable[..., Sums] | None = None,
-    formed: Formed | None = None,
-) -> list[Measure]:
-    measures, every = [*more], run.config.run.eval_every
-    if every and held_out is not None:
-        of_loss = held_out_loss(
-            ready,
-            forward,
-            loss,
-            held_out,
-            every=every,
-            stop=run.stop,
-            evaluation=evaluation,
-            formed=formed,
-        )
-        measures.insert(0, of_loss)
-    return measures
-
-
-def _keep(run: Run, ready: training.Ready, trained: Any) -> None:
+def keep_adapter(run: Run, ready: Ready, trained: Any) -> None:
     """Saves the adapter of a run that is over."""
     best = {} if ready.best is None else ready.best.about
     lj.save_adapter(run.folder / ADAPTER, trained, about=run.about | best, overwrite=True)
 
 
-def _report(
-    run: Run, ready: training.Ready, trained: Any, loss: Loss, step_seconds: float | None
+def report_of(
+    run: Run, ready: Ready, trained: Any, loss: Loss, step_seconds: float | None
 ) -> dict[str, Any]:
     """Draws the curve and prints the best; returns the report, but for the compiled step."""
     metrics = read_metrics(run.folder)

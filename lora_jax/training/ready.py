@@ -1,10 +1,9 @@
-"""A run of training, from an adapted tree to a trained one: what scripts and `finetune` share."""
+"""The state that a run begins with, new or resumed, and what its loop needs: hooks and a step."""
 
 import contextlib
 import dataclasses
 import functools
-import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,22 +13,18 @@ import optax
 
 import lora_jax as lj
 from lora_jax.core.weight import leaves_of
-from lora_jax.models import Decoder
 from lora_jax.saving.fingerprint import base_fingerprint, differing
-from lora_jax.training.batches import Examples, Packs
 from lora_jax.training.data.order import Batches
 from lora_jax.training.errors import DamagedCheckpoint, Diverged, TrainingError
 from lora_jax.training.layout import Layout
-from lora_jax.training.loop import Hooks, Measure, Pace, taken, train
+from lora_jax.training.loop import Hooks, Measure
 from lora_jax.training.losses import Loss
 from lora_jax.training.optimizer import averaged
-from lora_jax.training.optimizers.named import OPTIMIZERS
 from lora_jax.training.run.best import Best
 from lora_jax.training.run.checkpoints import Checkpoints
 from lora_jax.training.run.log import Log
-from lora_jax.training.run.stop import Stop
 from lora_jax.training.setup import CompiledStep, Setup
-from lora_jax.training.step import State, Step
+from lora_jax.training.step import State
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,37 +144,6 @@ def _check_settings(saved: Mapping[str, Any], ready: Ready) -> None:
         )
 
 
-def check_positions(model: Any, examples: Examples) -> None:
-    """Raises a TrainingError for sequences that are longer than a decoder's positions."""
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if most is None or not isinstance(model, Decoder) or not isinstance(examples, Packs):
-        return
-    if (longest := int(np.diff(examples.starts).max())) > most:
-        raise TrainingError(
-            f"a sequence has {longest} tokens, and the model {most} positions: "
-            "give a smaller seq_len, or load it with from_pretrained(…, rope_scaling="
-            '{"rope_type": "yarn", "factor": 2.0})'
-        )
-
-
-def check_optimizer(optimizer: Any, weight_decay: float) -> None:
-    """Raises a TrainingError for an unknown optimiser, or a weight decay that it would not use."""
-    if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
-        raise TrainingError(f"optimizer={optimizer!r}: give {', '.join(OPTIMIZERS)}, or your own")
-    if not isinstance(optimizer, str) and weight_decay:
-        raise TrainingError(
-            f"weight_decay={weight_decay} is for optimizers by name: build it into your own"
-        )
-
-
-def settings_of(**settings: Any) -> dict[str, str]:
-    """Returns the settings that a resumed run may not change, as text that never varies."""
-    return {
-        name: "a function" if callable(value) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-        for name, value in settings.items()
-    }
-
-
 def not_finite(params: Any) -> list[str]:
     """Returns the paths of a plain tree whose arrays hold a NaN or an infinity.
 
@@ -216,72 +180,17 @@ def compile_step(ready: Ready, forward: Callable[..., Any], loss: Loss) -> Compi
     return step
 
 
-def fit(
-    ready: Ready,
-    step: Step,
-    *,
-    steps: int,
-    pace: Pace,
-    loss: Loss,
-    measures: Sequence[Measure] = (),
-    log: Log,
-    stop: Stop,
-    resume_hint: str = "",
-) -> tuple[Any, float | None]:
-    """Trains to the end, or until no better measurement comes (see `Best`).
+def hooks_of(
+    ready: Ready, loss: Loss, measures: Sequence[Measure] = (), resume_hint: str = ""
+) -> Hooks:
+    """Returns what connects the loop with a run.
 
     Args:
       ready: the state to train from, which the step donates.
-      step: the compiled step.
-      steps: the number of the last step.
-      pace: says how often to log and save.
       loss: the function that the step minimises.
       measures: measurements to take on the way; see `lora_jax.training.held_out`.
-      log: gets a line a window of steps.
-      stop: tells of a signal.
       resume_hint: tells an interrupted user how to go on.
-
-    Returns:
-      The adapted tree, as after the last step or as it was the best, its adapter averaged where the
-      optimiser averages; and the median seconds of a step (None where none was taken).
-
-    Raises:
-      Interrupted: after a signal, once the step is finished and saved.
-      Diverged: too many steps in a row were skipped.
     """
-    hooks = hooks_of(ready, loss, measures, resume_hint)
-    with _run(ready, log):
-        state, seconds = train(step, ready.state, ready.base, steps, pace, hooks, log, stop)
-    return trained(ready, state), seconds
-
-
-def fitted(
-    ready: Ready,
-    now: Callable[[], State],
-    *,
-    steps: int,
-    pace: Pace,
-    loss: Loss,
-    measures: Sequence[Measure] = (),
-    log: Log,
-    stop: Stop,
-    resume_hint: str = "",
-) -> Generator[int, tuple[Mapping[str, Any], int], tuple[Any, float | None]]:
-    """Trains as `fit` does, but leaves it to its driver to take the steps; see `loop.taken`.
-
-    Args:
-      ready: what training begins with; of its state, only the structure is looked at.
-      now: returns the state after the steps so far.
-      steps, pace, loss, measures, log, stop, resume_hint: see `fit`.
-    """
-    hooks = hooks_of(ready, loss, measures, resume_hint)
-    with _run(ready, log):
-        seconds = yield from taken(now, steps, pace, hooks, log, stop)
-    return trained(ready, now()), seconds
-
-
-def hooks_of(ready: Ready, loss: Loss, measures: Sequence[Measure], resume_hint: str) -> Hooks:
-    """Returns what connects the loop with a run; see `fit`."""
     feed, layout, checkpoints = ready.feed, ready.setup.layout, ready.checkpoints
     best = ready.best
 
@@ -315,8 +224,12 @@ def hooks_of(ready: Ready, loss: Loss, measures: Sequence[Measure], resume_hint:
 
 
 @contextlib.contextmanager
-def _run(ready: Ready, log: Log) -> Iterator[None]:
-    """Opens the log; within, a run that diverges on a broken base says so."""
+def opened(log: Log, ready: Ready) -> Iterator[None]:
+    """Opens the log of a run; within, a run that diverges on a broken base says so.
+
+    Raises:
+      Diverged: too many steps in a row were skipped.
+    """
     try:
         with log:
             yield
@@ -329,8 +242,11 @@ def _run(ready: Ready, log: Log) -> Iterator[None]:
         raise
 
 
-def trained(ready: Ready, state: State) -> Any:
-    """Returns the adapted tree of a run that is over: the last or the best; see `fit`."""
+def result_of(ready: Ready, state: State) -> Any:
+    """Returns the adapted tree of a run that is over.
+
+    It is that of the last step or the best one (see `Best`), averaged where the optimiser averages.
+    """
     if ready.checkpoints is not None:
         ready.checkpoints.close()
     last = tree_of(ready, state)
