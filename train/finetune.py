@@ -30,7 +30,7 @@ from train.processes.mesh import make_mesh
 from train.processes.session import Session
 from train.progress.samples import sampling
 from train.progress.score import scoring
-from train.reporters.registry import check_reporters
+from train.reporters.registry import check_packages
 from train.run.intrinsic import about_space, merged, moves_weights, running_in, space_of
 from train.run.lifecycle import (
     Run,
@@ -103,7 +103,7 @@ def finetune(
     with hosts.together():
         dry = config.run.dry_run
         if is_first() and not dry:
-            check_reporters(config.run.report_to)
+            check_packages(config.run.report_to)
         cached = None if dry else keep_compiled(config.run.compilation_cache)
         mesh = make_mesh(config.run.mesh, config.optim.batch_size)
         config = task.completed(config)

@@ -26,7 +26,7 @@ from train.tasks.task import Data, Rows, Task
 _OF_OPTIMISER = (
     *("optimizer", "lr", "lr_rule", "lora_plus", "beta1", "beta2", "eps", "momentum", "schedule"),
     *("warmup", "warmup_ratio", "min_lr", "decay", "weight_decay", "grad_clip", "neftune"),
-    *("loss_chunk", "steps", "epochs", "seed", "batch_size", "grad_accum"),
+    *("loss", "loss_chunk", "steps", "epochs", "seed", "batch_size", "grad_accum"),
 )
 _OF_RUN = (
     *("output", "resume", "overwrite", "log_every", "save_every", "keep", "score_every"),

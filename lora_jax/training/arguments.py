@@ -1,6 +1,5 @@
 """Checks the arguments of `finetune` before any work: examples, numbers, the loss, the folder."""
 
-import functools
 import math
 import re
 import shutil
@@ -12,10 +11,10 @@ import numpy as np
 
 from lora_jax.models import Decoder
 from lora_jax.training.batches import Arrays, Examples, Packs
-from lora_jax.training.data.labelled import Labelled, classification_loss
+from lora_jax.training.data.labelled import Labelled
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout
-from lora_jax.training.losses import Loss, summed_loss
+from lora_jax.training.losses import CLASSES, Loss, token_loss
 from lora_jax.training.optimizers.named import OPTIMIZERS
 from lora_jax.training.processes import is_first, wait_for_all
 from lora_jax.training.run.best import BEST
@@ -94,9 +93,9 @@ def loss_of(given: Any, examples: Examples, layout: Layout) -> Loss:
     if isinstance(examples, Packs):
         layout.check_lengths(examples.lengths)
         chunk = _CHUNK * layout.token_parts
-        return Loss(functools.partial(summed_loss, chunk=chunk, parts=layout.sequence_parts))
+        return token_loss(chunk=chunk, parts=layout.sequence_parts)
     if isinstance(examples, Labelled):
-        return Loss(classification_loss, unit="text")
+        return CLASSES
     raise TrainingError(
         "loss is missing: for your own arrays, give a function (forward, params, batch, "
         "dropout_key) -> training.Sums(total, count, logs)"

@@ -47,14 +47,14 @@ def held_out_loss(
     Args:
       ready: the run.
       forward: the adapted function that the loss calls.
-      loss: the function to measure, and who divides it.
+      loss: the function that trains; its `held_out` is measured.
       examples: are taken in batches of the run's size, none twice.
       every: steps between two measurements.
       stop: tells of a signal, which cuts a measurement short.
       evaluation: what `compiled_evaluation` returned, for runs that share it.
       formed: runs the examples in place of `forward`.
     """
-    layout = ready.setup.layout
+    layout, loss = ready.setup.layout, loss.held_out
     if formed is not None:
         forward = formed.forward
     evaluate = evaluation or compiled_evaluation(layout, forward, loss)
@@ -81,9 +81,12 @@ def held_out_loss(
 def compiled_evaluation(
     layout: Layout, forward: Callable[..., Any], loss: Loss
 ) -> Callable[..., Sums]:
-    """Returns ``(adapter, base, batch) -> sums``, compiled for each kind of adapter and shape."""
+    """Returns ``(adapter, base, batch) -> sums``, compiled for each kind of adapter and shape.
+
+    The sums are those of the loss's `held_out`.
+    """
     return jax.jit(
-        make_evaluation(forward, loss),
+        make_evaluation(forward, loss.held_out),
         out_shardings=layout.whole,
         compiler_options=layout.compiler_options,
     )

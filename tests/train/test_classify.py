@@ -1,5 +1,6 @@
 """The whole script on a tiny encoder: what it leaves, what trains, resuming, and bad input."""
 
+import dataclasses
 import functools
 import json
 
@@ -15,11 +16,10 @@ from lora_jax.models import hf_tensors, key_table, read_config
 from lora_jax.models.families import family_of
 from lora_jax.training.data.labelled import (
     Labelled,
-    classification_loss,
     label_names,
     predict,
 )
-from lora_jax.training.losses import Loss
+from lora_jax.training.losses import CLASSES
 from lora_jax.training.step import make_evaluation
 from tests.models.tiny import draw
 from tests.support import over
@@ -147,7 +147,8 @@ def test_a_run_leaves_all_that_it_should(inputs, whole):
 def test_a_loss_that_is_a_sum_is_logged_as_one(inputs, tmp_path, monkeypatch):
     options = ["--steps", 1, "--eval-every", 1]
     mean = run(inputs, tmp_path / "mean", *options)
-    monkeypatch.setattr("train.tasks.labelled.Loss", functools.partial(Loss, reduction="sum"))
+    summed = dataclasses.replace(CLASSES, reduction="sum")
+    monkeypatch.setattr("train.tasks.labelled.CLASSES", summed)
     folder = run(inputs, tmp_path / "sum", *options)
     of_sum, of_mean = (read_metrics(path)[0] for path in (folder, mean))
     assert of_sum["loss"] == pytest.approx(8 * of_mean["loss"], rel=1e-5)
@@ -235,7 +236,7 @@ def test_padding_and_filled_up_batches_change_no_loss(inputs):
     data, rows = parse(inputs).data, words(5)
     one = encode(data, rows, ("low", "middle", "top"), tokenizer(None), "rows")
     assert isinstance(one, Labelled) and one.ids.shape == (5, 8)
-    evaluate = jax.jit(make_evaluation(lj.adapt(model.apply), Loss(classification_loss)))
+    evaluate = jax.jit(make_evaluation(lj.adapt(model.apply), CLASSES))
     tree = lj.lorafy(params, [lj.TrainRule(targets=["classifier"])])
 
     def mean(examples, batch_size):

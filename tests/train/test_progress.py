@@ -144,6 +144,7 @@ BAD = [
     ("--report-to none wandb", "--report-to none wandb: names of reporters are needed, or none"),
     ("--report-to", "names of reporters are needed, or none alone"),
     ("--report-project x", "TensorBoard's files have no project: leave out --report-project"),
+    ("--report-to none --report-project x", "nothing is reported: leave out --report-project"),
 ]
 
 

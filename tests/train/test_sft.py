@@ -16,7 +16,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.training.losses import summed_loss
+from lora_jax.training.losses import Loss, token_loss
 from lora_jax.training.run.checkpoints import Checkpoints
 from tests.support import THOROUGH, over
 from tests.train.scripts import begun, command
@@ -281,17 +281,20 @@ def test_a_row_without_the_fields_is_named(inputs, tmp_path, capsys):
     called=lambda packing: "packed" if packing else "one each",
 )
 def test_the_script_names_the_rows_of_the_data(tmp_path, capsys, monkeypatch, packing):
-    def poisoned(forward, params, batch, dropout_key=None, **options):
-        sums = summed_loss(forward, params, batch, dropout_key, **options)
-        factor = jnp.where(jnp.any(batch["ids"] == marked), jnp.inf, 1.0)
-        return sums._replace(total=sums.total * factor)
+    def poisoned(name, **options):
+        def poisoned_sums(forward, params, batch, dropout_key=None):
+            sums = token_loss(name, **options)(forward, params, batch, dropout_key)
+            factor = jnp.where(jnp.any(batch["ids"] == marked), jnp.inf, 1.0)
+            return sums._replace(total=sums.total * factor)
+
+        return Loss(poisoned_sums)
 
     (marked,) = tokenizer()("~")["input_ids"]
     rows = write_rows(tmp_path / "rows.jsonl", 6)
     changed = [json.loads(text) for text in rows.read_text().splitlines()]
     changed[3]["prompt"] += "~"
     rows.write_text("".join(f"{json.dumps(row)}\n" for row in changed))
-    monkeypatch.setattr("train.tasks.chats.summed_loss", poisoned)
+    monkeypatch.setattr("train.tasks.chats.token_loss", poisoned)
     args = ["--model", str(write_model(tmp_path / "model")), "--dataset", str(rows), *packing]
     args += ["--batch-size", "1", "--epochs", "1", "--rank", "2", "--targets", "q_proj", "--output"]
     main([*args, str(tmp_path / "run")])

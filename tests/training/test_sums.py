@@ -13,11 +13,17 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 import lora_jax as lj
-from lora_jax.training.data.labelled import classification_loss
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import Hooks, Measure
 from lora_jax.training.loop import train as loop
-from lora_jax.training.losses import CROSS_ENTROPY, HELD_OUT, Loss, Sums, summed_loss
+from lora_jax.training.losses import (
+    CROSS_ENTROPY,
+    HELD_OUT,
+    Loss,
+    Sums,
+    classification_loss,
+    summed_loss,
+)
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State, init_state, make_evaluation, make_step

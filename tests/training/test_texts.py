@@ -6,8 +6,9 @@ import pytest
 
 from lora_jax import training
 from lora_jax.training.data import labelled
-from lora_jax.training.data.labelled import Labelled, classification_loss
+from lora_jax.training.data.labelled import Labelled
 from lora_jax.training.data.order import Order
+from lora_jax.training.losses import classification_loss
 from tests.models import tiny_encoders
 
 LENGTHS = [5, 20, 11]  # in batches of 8, 24 and 16 tokens

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from train.console.errors import UserError, flag
 from train.options.common import Options
+from train.reporters.registry import check_many
 
 Method = Literal[
     "lora",
@@ -139,7 +140,6 @@ _OF_GRID = (
     *("methods", "ranks", "target_sets", "alphas", "lrs", "full_lrs", "batch_sizes", "quick"),
     *("dimensions", "subspace_lrs"),
 )
-_OWN_REPORTS = {"none", "tensorboard"}  # in the folder of each run
 
 
 def check(compare: CompareConfig, options: Options, given: Collection[str]) -> None:
@@ -178,11 +178,7 @@ def check(compare: CompareConfig, options: Options, given: Collection[str]) -> N
         _check_each("price", (compare.price,), lambda v: math.isfinite(v) and v > 0, "above 0")
         if compare.topology is None:
             raise UserError("--price: the price of what? Name a machine with --topology")
-    if others := [name for name in options.run.report_to if name not in _OWN_REPORTS]:
-        raise UserError(
-            f"{flag('report_to', *others)} keeps one run a process; a comparison reports to "
-            "tensorboard, in the folder of each run, or to none"
-        )
+    check_many(options.run.report_to, "a comparison")
 
 
 def _check_methods(compare: CompareConfig, given: Collection[str]) -> None:

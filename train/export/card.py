@@ -35,7 +35,8 @@ _OF_TRAINING = (
     *("full", "head_only", "intrinsic", "intrinsic_kind", "held_out_seed", "rows"),
     *("shuffle_schemas", "batch_size", "grad_accum", "optimizer"),
     *("lr_rule", "lora_plus", "beta1", "beta2", "eps", "momentum", "schedule", "warmup"),
-    *("warmup_ratio", "min_lr", "decay", "weight_decay", "grad_clip", "neftune", "seed", "dtype"),
+    *("warmup_ratio", "min_lr", "decay", "weight_decay", "grad_clip", "loss", "neftune"),
+    *("seed", "dtype"),
     *("seq_len", "rope_scaling", "packing", "truncate", "train_on", "max_skipped"),
     *("stream", "keep_best", "patience", "quantize"),
 )

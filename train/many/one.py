@@ -39,7 +39,7 @@ class One:
       task: what it trains on.
       paper: its console.
       run, inputs: as in a run alone.
-      loss: the function to minimise; those of equal options are one object.
+      loss: the function to minimise.
       evaluation: before and after training; None for none.
       ready: what it trains from, its state as shapes.
       ending: what came of it.

@@ -44,7 +44,7 @@ from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
 from train.processes.session import Session
 from train.reporters.files import ERROR
-from train.reporters.registry import check_reporters
+from train.reporters.registry import check_packages
 from train.run.lifecycle import adapt_base, begin_run, keep_adapter, open_run_log, report_of
 from train.run.log import doing
 from train.run.output import ADAPTER, CONFIG, REPORT, locked_output
@@ -105,10 +105,10 @@ def train_rows(
     mesh = make_mesh(first.run.mesh, rows_at_once)
 
     # Cheap checks come first, of all rows. Only then are weights read, once.
-    losses, ones = dict[Any, Loss](), list[One]()
+    ones: list[One] = []
     for wanted in asked:
         try:
-            ones.append(_opened(script, wanted, mesh, losses, session, part))
+            ones.append(_opened(script, wanted, mesh, session, part))
         except TrainingError as error:
             raise placed_error(wanted.row.where, error) from error
     outline, layout = ones[0].inputs.read.outline, ones[0].inputs.layout
@@ -162,7 +162,6 @@ def _opened(
     script: str,
     asked: Asked,
     mesh: Any,
-    losses: dict[Any, Loss],
     session: Session,
     part: Part,
 ) -> One:
@@ -172,17 +171,14 @@ def _opened(
     folder = Path(config.run.output).expanduser()
     going_on = config.run.resume and (folder / CONFIG).exists()
     config = replaced(config, {"resume": going_on})
-    check_reporters(config.run.report_to)
+    check_packages(config.run.report_to)
     rules(config.adapter)
     folder = locked_output(config, session.release, paper.console)
     inputs = inputs_of(config, mesh, part.reader(config, task))
     for line in inputs.lines:
         paper.console.print(line, highlight=False, soft_wrap=True)
     run = run_of(script, config, task, session.stop, folder, paper.console, inputs, part)
-    # Adapters of one kind have one loss.
-    kind = task.loss, getattr(config.optim, "loss_chunk", None)
-    loss = losses.setdefault(kind, task.loss(config, inputs.layout))
-    return One(row, task, paper, run, inputs, loss)
+    return One(row, task, paper, run, inputs, task.loss(config, inputs.layout))
 
 
 def _begun(one: One, plain: Any, held: ExitStack) -> Tenant:
@@ -226,7 +222,7 @@ def _train(
     """Trains all runs as far as each goes."""
     by_name = {one.row.name: one for one in ones if one.row.name in tenants}
     layout = ones[0].inputs.layout
-    evaluations: dict[int, Callable[..., Sums]] = {}
+    evaluations: dict[Loss, Callable[..., Sums]] = {}
     board = Board(console, {name: one.run.last for name, one in by_name.items()})
 
     def turns(one: One) -> Generator[int, tuple[Mapping[str, Any], int], Any]:
@@ -234,7 +230,9 @@ def _train(
         assert one.ready is not None
         name, run, ready, loss = one.row.name, one.run, one.ready, one.loss
         now, tree = functools.partial(together.state, name), functools.partial(tree_of, ready)
-        evaluation = evaluations.setdefault(id(loss), compiled_evaluation(layout, forward, loss))
+        evaluation = evaluations.setdefault(
+            loss.held_out, compiled_evaluation(layout, forward, loss)
+        )
         held_out = functools.partial(held_out_loss, ready, forward, loss, evaluation=evaluation)
         with open_run_log(run, ready, int(now().step)) as own:
             taken = measures(run, one.inputs, one.evaluation, model, tree, answering, held_out, own)

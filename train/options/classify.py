@@ -18,7 +18,7 @@ from train.options.common import (
 from train.options.defaults import Defaults
 from train.options.defaults import with_defaults as with_shared_defaults
 
-VADER = "vader"  # the name of the default task, defined in train/tasks/vader.py
+DEFAULT_TASK = "vader"  # of train/options/tasks.py
 HEAD = "classifier"
 HEAD_RATE = 3e-2  # the default learning rate with --head-only
 INTRINSIC_RATE = 3e-2  # with --intrinsic 10000; see `rate_of_dimension`
@@ -31,7 +31,7 @@ class DataConfig:
     model: str | None = None
     """A BERT, RoBERTa or XLM-RoBERTa model: a name on the hub, or a folder. By default the base of
     --init-adapter, or else all-MiniLM-L6-v2."""
-    dataset: str = VADER
+    dataset: str = DEFAULT_TASK
     """"vader" (the default task: words rated by people), a file (JSONL, JSON, CSV, TSV, also
     gzipped, or Parquet), a folder of them, a folder that `datasets` saved, or a dataset on the
     hub."""

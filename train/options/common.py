@@ -12,6 +12,7 @@ from lora_jax.training.optimizers.schedules import DECAY, ScheduleKind
 from train.adapters.source import find_adapter
 from train.console.errors import UserError, flag
 from train.options.optim import check_optim
+from train.reporters.registry import TRACKERS
 
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
 _REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")}
@@ -42,7 +43,7 @@ Remat = Annotated[
 Attention = Literal["auto", "dense", "blockwise", "splash", "cudnn"]
 Experts = Literal["auto", "blocks", "ragged"]
 Quantize = Literal["none", "int8", "int4", "nf4", "nf4-double", "stored"]
-ReportTo = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
+ReportTo = Literal["none", *TRACKERS]  # type: ignore[valid-type]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -228,11 +229,11 @@ class RunConfig:
     patience: int | None = None
     """End the run after this many measurements of --keep-best in a row without improvement."""
     report_to: tuple[ReportTo, ...] = ("tensorboard",)
-    """Services that get the metrics, beside metrics.jsonl: tensorboard (files in the output
-    folder), wandb, mlflow, trackio (extras of the same names), or none. A resumed run continues
-    its runs there."""
+    """Services that get the metrics, beside metrics.jsonl; or none. tensorboard writes files to the
+    output folder; each of the others needs the extra of its name. A resumed run continues its runs
+    there."""
     report_project: str | None = None
-    """The project (wandb, trackio) or experiment (mlflow) of the run. By default the one that the
+    """The run's project in the service (MLflow calls it an experiment). By default the one that the
     service's own environment variable names, or lora_jax."""
     compilation_cache: str | None = None
     """The folder where JAX keeps compiled programs for later runs, or off. By default

@@ -8,6 +8,8 @@ from train.data.files import kind_of
 from train.data.named import named
 from train.options.common import NO_ADAPTER
 from train.options.optim import without_effect
+from train.options.tasks import named_task
+from train.reporters.registry import trackers
 
 _OF_FACTORS = (
     *("layers", "rank", "alpha", "dropout", "scaling", "init", "dora", "freeze_a", "bias_on_b"),
@@ -71,7 +73,9 @@ def _cases(options: Any) -> list[_Case]:
     one = isinstance(data.dataset, str)
     datasets = [data.dataset] if one else [dataset.name for dataset in named(data.dataset)]
     is_file = all(kind_of(name) for name in datasets)
+    task = named_task(datasets[0])
     test: str | None = getattr(data, "test", None)
+    without_project = [one.no_project for one in trackers(run.report_to).values()]
     from_hub = not is_file or (test is not None and not kind_of(test))
     return [
         *(_Case(True, why, names) for why, names in without_effect(options.optim)),
@@ -117,14 +121,14 @@ def _cases(options: Any) -> list[_Case]:
         _Case(adapter.targets == NO_ADAPTER, "--targets none makes no adapter", factors),
         _Case(is_file and not from_hub, "the rows come from a file, not from the hub", _OF_HUB),
         _Case(
-            datasets[0] in ("sql", "vader"),
+            task is not None,
             f"--dataset {datasets[0]} has rows and a test of its own",
-            (*_OF_HUB, "test_share", "text", "text_pair", "label"),
+            (*_OF_HUB, *(task.without_effect if task else ())),
         ),
         _Case(test is not None, "--test names the rows to test on", ("test_share",)),
         _Case(
-            not {*run.report_to} - {"none", "tensorboard"},
-            "TensorBoard's files have no project",
+            all(without_project),
+            next(iter(without_project), None) or "nothing is reported",
             ("report_project",),
         ),
         _Case(
@@ -133,12 +137,12 @@ def _cases(options: Any) -> list[_Case]:
             ("sample_tokens",),
         ),
         _Case(
-            datasets != ["sql"] and not run.eval_every,
+            task is None and not run.eval_every,
             "rows are held out for --eval-every alone",
             ("eval_questions",),
         ),
         _Case(
-            datasets == ["sql"] or evaluated or streamed or not run.eval_every,
+            task is not None or evaluated or streamed or not run.eval_every,
             "no rows are drawn to be held out",
             ("held_out_seed",),
         ),

@@ -1,9 +1,12 @@
 """The options of `python -m train.sft`: frozen dataclasses, checked before anything is read."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from lora_jax.hf.bundled import SMOLLM2
+from lora_jax.training.losses import DEFAULT, TOKEN_LOSSES
 from train.console.errors import UserError
 from train.options.common import (
     AdapterConfig,
@@ -16,7 +19,13 @@ from train.options.common import (
 )
 
 DEFAULT_MODEL = SMOLLM2.name
-SQL = "sql"  # the name of the default task, defined in train/tasks/sql
+LossName = Literal[*TOKEN_LOSSES]  # type: ignore[valid-type]
+_LOSS = (
+    "The loss of a token. "
+    + "".join(f"{name}: {loss.about}. " for name, loss in TOKEN_LOSSES.items())
+    + "Held-out data are measured by cross-entropy, whatever the loss."
+)
+DEFAULT_TASK = "sql"  # of train/options/tasks.py
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +40,7 @@ class DataConfig:
     they may be longer: linear:2, yarn:4 or llama3:8; then further fields of config.json's
     rope_parameters (yarn:4,beta_fast=16). The adapter stores the scaling, and train.generate and
     train.export apply it. By default the scaling of --init-adapter."""
-    dataset: tuple[str, ...] = (SQL,)
+    dataset: tuple[str, ...] = (DEFAULT_TASK,)
     """"sql" (the default task), a file (JSONL, JSON, CSV, TSV, also gzipped, or Parquet), a folder
     of them, a folder that `datasets` saved, or a dataset on the hub. Each row has `messages` (and
     `tools`), `prompt` and `completion`, `conversations` (ShareGPT), `instruction` and `output`
@@ -102,6 +111,7 @@ class SftOptimConfig(OptimConfig):
     seed: int = 0
     """Seed of the adapter's initialisation, data order, held-out rows, dropout and noise, and of
     the SQL task's training questions."""
+    loss: Annotated[LossName, tyro.conf.arg(help=_LOSS)] = DEFAULT
     loss_chunk: int = 256
     """Predictions whose logits are in memory at once, for each part of the batch on the mesh. Fewer
     take less memory; the head is recomputed in the backward pass. 0 for all at once."""
@@ -111,7 +121,7 @@ class SftOptimConfig(OptimConfig):
 class SftRunConfig(RunConfig):
     """Evaluation and output."""
 
-    output: str = "runs/sql"
+    output: str = f"runs/{DEFAULT_TASK}"
     """The output folder of the run; with --many, of the folders of all runs."""
     many: str | None = None
     """Train a table of runs over one base side by side: a file (.csv, .tsv, .jsonl, .json or .yaml)

@@ -18,6 +18,7 @@ from train.options.command import EXCLUSIVE, value_of
 from train.options.common import Options
 from train.options.file import Unfit, composed, converted, kinds_of, replaced, shown
 from train.options.ignored import check_effects, idle_options
+from train.reporters.registry import check_many
 
 Config = TypeVar("Config", bound=Options)
 
@@ -42,7 +43,6 @@ _TABLES = (".csv", ".tsv")
 _JSON = (".jsonl", ".ndjson", ".json")
 _YAML = (".yaml", ".yml")
 _TAG = "tag:yaml.org,2002:"
-_OWN_REPORTS = {"none", "tensorboard"}  # in the folder of each run
 
 
 class Row(NamedTuple, Generic[Config]):
@@ -135,17 +135,13 @@ def _row(config: Config, plain: Config, where: str, cells: Mapping[str, yaml.Nod
     }
     values |= {option: value_of(plain, option) for option in overridden}
     changed = replaced(config, {**values, "output": str(Path(config.run.output) / name)})
-    if others := [report for report in changed.run.report_to if report not in _OWN_REPORTS]:
-        raise UserError(
-            f"{where}: {flag('report_to', *others)} keeps one run a process; a table of runs "
-            "reports to tensorboard, in the folder of each run, or to none"
-        )
     if changed.adapter.full:
         raise UserError(
             f"{where}: --full trains the base itself, which the runs of a table share: run it "
             "alone, without --many"
         )
     try:
+        check_many(changed.run.report_to, "a table of runs")
         check_effects(changed, given)
     except TrainingError as error:
         raise placed_error(where, error) from error

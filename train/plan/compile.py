@@ -1,7 +1,6 @@
 """Compiles one variant of training for a machine, and reads what it needs."""
 
 import dataclasses
-import functools
 import re
 import time
 from typing import Any
@@ -17,7 +16,7 @@ from lora_jax.models.families import module_of
 from lora_jax.models.layers.attend import Chosen
 from lora_jax.sharding import shardings
 from lora_jax.training.layout import Layout
-from lora_jax.training.losses import Loss, number_of_chunks, summed_loss
+from lora_jax.training.losses import number_of_chunks, token_loss
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State
 from train.adapters.source import find_adapter
@@ -192,9 +191,7 @@ def prepare(job: Job, variant: Variant, optim: OptimConfig) -> Prepared:
         attention=job.attention,
         experts=job.experts,
     )
-    loss = Loss(
-        functools.partial(summed_loss, chunk=job.loss_chunk, parts=job.layout.sequence_parts)
-    )
+    loss = token_loss(chunk=job.loss_chunk, parts=job.layout.sequence_parts)
     forward = setup.forward(model)
     with jax.set_mesh(job.layout.mesh):
         if variant.adapters is None:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.training.data.labelled import logits_of
+from lora_jax.training.losses import logits_of
 from train.predict.texts import Tokens
 
 _SHORTEST = 16

@@ -1,6 +1,10 @@
-"""The contract of a reporter. Each has one file, the only one that imports its package."""
+"""The contract of a tracker, and of the reporter that it makes for a run.
 
-from collections.abc import Mapping, Sequence
+A tracker is a `Tracker` called TRACKER in a file of its own, the only one that imports its package,
+and a line in `train/reporters/registry.py`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -58,3 +62,24 @@ class Reporter(Protocol):
 
     def close(self, how: Ending) -> None:
         """Ends the report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracker:
+    """Describes a service that gets the metrics of runs.
+
+    Attributes:
+      reporter: makes the reporter of a run; imports the package.
+      package: the package that it imports.
+      extra: the extra of this library that installs the package.
+      files: the name of its files within the run's folder; None where it keeps them elsewhere.
+      no_project: why --report-project has no effect on it; None where it has one.
+      one_run: whether it keeps a single run in one process.
+    """
+
+    reporter: Callable[[Start], Reporter]
+    package: str
+    extra: str
+    files: str | None = None
+    no_project: str | None = None
+    one_run: bool = True

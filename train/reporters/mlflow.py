@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.reporters.contract import PROJECT, Ending, Sample, Start
+from train.reporters.contract import PROJECT, Ending, Sample, Start, Tracker
 
 _A_BATCH = 100  # parameters that one call takes
 _LONGEST = 6000  # characters of one
@@ -55,3 +55,6 @@ class MLflow:
     def close(self, how: Ending) -> None:
         """Ends the run there; a resumed one sets it running again."""
         self._client.set_terminated(self._id, _STATUS[how])
+
+
+TRACKER = Tracker(reporter=MLflow, package="mlflow", extra="mlflow")

@@ -1,43 +1,56 @@
-"""Reporters by the names of `--report-to`."""
+"""Trackers by the names of `--report-to`."""
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from train.console.errors import UserError
-from train.reporters.contract import Reporter, Start
-from train.reporters.mlflow import MLflow
-from train.reporters.tensorboard import TensorBoard
-from train.reporters.trackio import Trackio
-from train.reporters.wandb import Wandb
+from train.console.errors import UserError, flag
+from train.reporters import mlflow, tensorboard, trackio, wandb
+from train.reporters.contract import Tracker
 
-REPORTERS: dict[str, Callable[[Start], Reporter]] = {
-    "tensorboard": TensorBoard,
-    "wandb": Wandb,
-    "mlflow": MLflow,
-    "trackio": Trackio,
+TRACKERS: dict[str, Tracker] = {
+    "tensorboard": tensorboard.TRACKER,
+    "wandb": wandb.TRACKER,
+    "mlflow": mlflow.TRACKER,
+    "trackio": trackio.TRACKER,
 }
-_PACKAGES = {"tensorboard": "tensorboardX"}
-_EXTRAS = {"tensorboard": "train"}
 
 
-def check_reporters(names: Sequence[str]) -> None:
-    """Imports what reporters need, before a run does long work.
+def trackers(names: Sequence[str]) -> dict[str, Tracker]:
+    """Returns the trackers of these names; "none" names none."""
+    return {name: TRACKERS[name] for name in names if name in TRACKERS}
+
+
+def check_packages(names: Sequence[str]) -> None:
+    """Imports what trackers need, before a run does long work.
 
     Raises:
       UserError: a package is missing, or fails as it is imported.
     """
-    for name in [name for name in names if name in REPORTERS]:
-        package = _PACKAGES.get(name, name)
+    for name, tracker in trackers(names).items():
         try:
-            importlib.import_module(package)
+            importlib.import_module(tracker.package)
         except ModuleNotFoundError as error:
             raise UserError(
                 f"--report-to {name}: the package {error.name} is missing: install the extra "
-                f"{_EXTRAS.get(name, name)} (pip install -e '.[{_EXTRAS.get(name, name)}]'), or "
-                "leave it out"
+                f"{tracker.extra} (pip install -e '.[{tracker.extra}]'), or leave it out"
             ) from error
         except Exception as error:
             raise UserError(
-                f"--report-to {name}: the package {package} fails as it is imported "
+                f"--report-to {name}: the package {tracker.package} fails as it is imported "
                 f"({type(error).__name__}: {error}): mend it, or leave it out"
             ) from error
+
+
+def check_many(names: Sequence[str], what: str) -> None:
+    """Raises a UserError for a tracker that cannot follow several runs of one process.
+
+    Args:
+      names: the trackers.
+      what: the runs, for the message: "a table of runs".
+    """
+    if others := [name for name, tracker in trackers(names).items() if tracker.one_run]:
+        able = ", ".join(name for name, tracker in TRACKERS.items() if not tracker.one_run)
+        raise UserError(
+            f"{flag('report_to', *others)} keeps one run a process; {what} reports to {able}, in "
+            "the folder of each run, or to none"
+        )

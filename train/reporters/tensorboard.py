@@ -2,12 +2,17 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from tensorboardX import SummaryWriter
-
-from train.reporters.contract import Ending, Sample, Start
+from train.reporters.contract import Ending, Sample, Start, Tracker
 
 EVENTS = "tensorboard"
+
+
+def _package() -> Any:
+    import tensorboardX
+
+    return tensorboardX
 
 
 class TensorBoard:
@@ -17,7 +22,7 @@ class TensorBoard:
 
     def __init__(self, start: Start) -> None:
         shutil.rmtree(start.folder / EVENTS, ignore_errors=True)
-        self._writer = SummaryWriter(str(start.folder / EVENTS))
+        self._writer = _package().SummaryWriter(str(start.folder / EVENTS))
 
     def report(self, step: int, values: Mapping[str, float], at: float) -> None:
         """Writes a scalar each."""
@@ -32,3 +37,13 @@ class TensorBoard:
     def close(self, how: Ending) -> None:
         """Closes the files."""
         self._writer.close()
+
+
+TRACKER = Tracker(
+    reporter=TensorBoard,
+    package="tensorboardX",
+    extra="train",
+    files=EVENTS,
+    no_project="TensorBoard's files have no project",
+    one_run=False,
+)

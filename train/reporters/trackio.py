@@ -4,7 +4,7 @@ import os
 import secrets
 from typing import Any
 
-from train.reporters.contract import PROJECT, Ending, Start
+from train.reporters.contract import PROJECT, Ending, Start, Tracker
 from train.reporters.tables import LogsTables
 
 
@@ -32,3 +32,6 @@ class Trackio(LogsTables):
     def close(self, how: Ending) -> None:
         """Sends what is left, and ends the run there."""
         self._run.finish()
+
+
+TRACKER = Tracker(reporter=Trackio, package="trackio", extra="trackio")

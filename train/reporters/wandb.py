@@ -3,10 +3,8 @@
 import os
 from typing import Any
 
-from train.reporters.contract import PROJECT, Ending, Start
+from train.reporters.contract import PROJECT, Ending, Start, Tracker
 from train.reporters.tables import LogsTables
-
-FILES = "wandb"  # its files in the run's folder
 
 
 def _package() -> Any:
@@ -36,3 +34,6 @@ class Wandb(LogsTables):
     def close(self, how: Ending) -> None:
         """Ends the run there, as failed if it failed."""
         self._run.finish(exit_code=int(how == "failed"))
+
+
+TRACKER = Tracker(reporter=Wandb, package="wandb", extra="wandb", files="wandb")

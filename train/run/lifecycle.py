@@ -30,7 +30,7 @@ from train.options.common import Options
 from train.options.optim import make_optimizer, make_schedule, optimizer_line
 from train.options.written import effective
 from train.reporters.files import SAMPLES, read_json, read_lines
-from train.reporters.registry import REPORTERS
+from train.reporters.registry import trackers
 from train.reporters.reporting import Reporting
 from train.run.intrinsic import space_of
 from train.run.log import Log, QuietLog, draw_curve, open_log, read_metrics
@@ -225,7 +225,7 @@ def _reporting(run: Run) -> Reporting:
     facts = read_json(run.folder / FACTS)
     return Reporting(
         run.folder,
-        {name: REPORTERS[name] for name in run.config.run.report_to if name in REPORTERS},
+        {name: one.reporter for name, one in trackers(run.config.run.report_to).items()},
         config=effective(run.config) | {"summary": facts.get("summary")},
         project=run.config.run.report_project,
         lines=read_metrics(run.folder),

@@ -17,8 +17,8 @@ from train.adapters.source import ADAPTER
 from train.console.errors import UserError
 from train.options.common import Options
 from train.options.written import as_file, check_same_run, from_file
-from train.reporters import tensorboard, wandb
 from train.reporters.files import ERROR, LEDGER, LOG, METRICS, SAMPLES
+from train.reporters.registry import TRACKERS
 from train.run.log import CURVE, read_metrics
 
 CONFIG = "config.yaml"  # the options
@@ -29,7 +29,7 @@ REPORT = "report.json"
 START = "start"
 CHECKPOINTS = "checkpoints"
 _RESULTS = (CONFIG, FACTS, SCORES, REPORT, ADAPTER, BEST, METRICS, SAMPLES, CURVE, CONFUSION)
-_REPORTS = (LEDGER, LOG, ERROR, tensorboard.EVENTS, wandb.FILES)
+_REPORTS = (LEDGER, LOG, ERROR, *(one.files for one in TRACKERS.values() if one.files))
 _OURS = (*_RESULTS, *_REPORTS, START, CHECKPOINTS, RECORD)
 _TRAINED = (ADAPTER, CHECKPOINTS, RECORD, REPORT)  # what a run leaves once a step is done
 

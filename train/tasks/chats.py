@@ -1,6 +1,5 @@
 """The task of fine-tuning on a user's chats, or pairs of prompt and completion."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from lora_jax.training.batches import Packs, pack, pack_mixture
 from lora_jax.training.data.chats import check_lengths
 from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.layout import Layout
-from lora_jax.training.losses import Loss, summed_loss
+from lora_jax.training.losses import Loss, token_loss
 from train.console.errors import UserError, flag
 from train.data.chats import tokenize
 from train.data.dataset import Dataset, find
@@ -226,9 +225,9 @@ def packed(config: Config, parts: Mapping[str, Sequences], weights: Sequence[flo
 
 
 def loss(config: Config, layout: Layout) -> Loss:
-    """Returns the cross entropy of the assistant's tokens."""
-    chunk = config.optim.loss_chunk * layout.token_parts
-    return Loss(functools.partial(summed_loss, chunk=chunk, parts=layout.sequence_parts))
+    """Returns the loss of the assistant's tokens that --loss names."""
+    optim, parts = config.optim, layout.sequence_parts
+    return token_loss(optim.loss, chunk=optim.loss_chunk * layout.token_parts, parts=parts)
 
 
 def reads(config: Config) -> tuple[str, ...]:

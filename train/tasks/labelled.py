@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from lora_jax.hf.bundled import MINILM
-from lora_jax.training.data.labelled import Labelled, classification_loss, label_names, predict
+from lora_jax.training.data.labelled import Labelled, label_names, predict
 from lora_jax.training.data.rows import Row
 from lora_jax.training.layout import Layout
-from lora_jax.training.losses import Loss
+from lora_jax.training.losses import CLASSES, Loss
 from lora_jax.training.processes import is_first, write_json
 from train.options.classify import HEAD, Config
 from train.options.defaults import Defaults
@@ -108,7 +108,7 @@ def _shares(rows: Sequence[Row], label: str) -> str:
 
 def loss(config: Config, layout: Layout) -> Loss:
     """Returns the cross entropy of the classes, in units of texts."""
-    return Loss(classification_loss, unit="text")
+    return CLASSES
 
 
 def commonest(rows: Sequence[Row], texts: Sequence[str], label: str) -> tuple[str, list[str]]:

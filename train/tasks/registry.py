@@ -1,18 +1,16 @@
-"""Tasks by the name of their dataset. A task is imported only when it is requested."""
+"""Tasks by the data that they train on. A task is imported only when it is requested."""
 
 import importlib
 from collections.abc import Sequence
 
 from train.console.errors import UserError
+from train.options.tasks import CLASSIFY, SFT
 from train.tasks.task import Task
 
 CHATS = "train.tasks.chats"  # fine-tunes on a user's chats
 STREAMED = "train.tasks.streamed"  # the same, of data larger than memory
 TEXTS = "train.tasks.labelled"  # classifies a user's texts
-_NAMED = {
-    CHATS: {"sql": "train.tasks.sql.task"},
-    TEXTS: {"vader": "train.tasks.vader"},
-}
+_NAMED = {CHATS: SFT, TEXTS: CLASSIFY}
 
 
 def find_task(datasets: Sequence[str], kind: str) -> Task:

@@ -17,7 +17,8 @@ from train.console.errors import UserError
 from train.data.blocks import Blocks, find_blocks
 from train.data.fields import pairs_of, renamed
 from train.data.named import named
-from train.options.sft import SQL, Config
+from train.options.sft import Config
+from train.options.tasks import SFT
 from train.processes import hosts
 from train.run.pretrained import Outline
 from train.tasks import chats
@@ -39,8 +40,10 @@ def check(config: Config) -> None:
             f"longer than --seq-len {data.seq_len}"
         )
     datasets = named(data.dataset)
-    if SQL in data.dataset:
-        raise UserError(f"--stream reads rows of your own, and {SQL} makes its own: leave it out")
+    if own := [one.name for one in datasets if one.name in SFT]:
+        raise UserError(
+            f"--stream reads rows of your own, and {own[0]} makes its own: leave it out"
+        )
     if datasets[0].weight is not None:
         raise UserError(
             f"--stream draws bytes of all data sets alike: leave out the weights of --dataset "

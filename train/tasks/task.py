@@ -1,6 +1,6 @@
 """The contract of a task: its rows, examples, loss, evaluation and unit, as one object.
 
-A task is a `Task` called TASK in a file of its own, and a line in `train/tasks/registry.py`. A
+A task is a `Task` called TASK in a file of its own, and a line in `train/options/tasks.py`. A
 task that differs from another in some of its functions is made by ``dataclasses.replace``.
 """
 
@@ -151,8 +151,11 @@ class Task:
       rows: reads the rows.
       outline: reads the model, without its weights.
       examples: encodes the rows as examples for that model.
-      loss: returns the function to minimise, from the options and the layout on the mesh.
+      loss: returns the function to minimise, from the options and the layout on the mesh. Losses of
+        equal options are equal, so that runs with them train side by side.
       evaluation: returns the evaluation of a run; None for none.
+      without_effect: options that a task with rows and a test of its own does not read, beside
+        those about the hub.
       reads: returns which of --seed, --batch-size and --grad-accum rows and examples depend on.
       score: the name of the score that tells how good the model is, the higher the better; None
         where there is none but the loss.
@@ -167,6 +170,7 @@ class Task:
     examples: Callable[[Any, Rows, Outline], Data]
     loss: Callable[[Any, Layout], Loss]
     evaluation: Callable[[Context], Evaluation | None] = _no_evaluation
+    without_effect: tuple[str, ...] = ()
     reads: Callable[[Any], tuple[str, ...]] = _all
     score: str | None = None
     baselines: Callable[[Mapping[str, Any]], dict[str, float]] = _no_baselines

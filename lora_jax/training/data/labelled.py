@@ -1,4 +1,4 @@
-"""Labelled texts as arrays, the loss of a classifier, and its predictions."""
+"""Labelled texts as arrays, and the predictions of a classifier."""
 
 import dataclasses
 import functools
@@ -7,16 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from lora_jax.training.batches import Batch, Weighted, round_up
 from lora_jax.training.data.chats import Mapped, one_by_one
 from lora_jax.training.data.packing import few_lengths
 from lora_jax.training.data.rows import Row, check_text, field_names, name_of, shown
 from lora_jax.training.errors import TrainingError
-from lora_jax.training.losses import Sums, number_of_units
+from lora_jax.training.losses import logits_of
 
 _BLOCK = 256  # texts that are encoded at once
 _MOST_LENGTHS = 4  # steps, losses and predictions are compiled for each
@@ -235,48 +233,6 @@ def encode(
         labels=np.array([index[str(row[fields.label])] for row in rows], np.int32),
         weights=np.ones(len(rows), np.int32),
     )
-
-
-def logits_of(
-    forward: Callable[..., jax.Array], params: Any, batch: dict[str, Any], **options: Any
-) -> jax.Array:
-    """Returns the logits of a batch's classes: [batch, classes], fp32."""
-    return forward(
-        {"params": params},
-        batch["ids"],
-        attention_mask=batch["attention_mask"],
-        token_type_ids=batch["token_type_ids"],
-        **options,
-    ).astype(jnp.float32)
-
-
-def classification_loss(
-    forward: Callable[..., jax.Array],
-    params: Any,
-    batch: dict[str, Any],
-    dropout_key: jax.Array | None = None,
-) -> Sums:
-    """Sums the cross entropy of a batch's classes, in nats, over the texts that count.
-
-    Each text's is multiplied by its weight, which may be negative. Texts whose weight is not zero
-    are counted.
-
-    Args:
-      forward: a classifier's ``apply``, adapted or not; see `logits_of`.
-      params: a parameter tree, adapted or plain.
-      batch: arrays [batch, …]; see `Labelled`.
-      dropout_key: turns dropout on.
-
-    Returns:
-      The sums. `logs` has "accuracy", the number of counted texts whose label has the largest
-      logit.
-    """
-    dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
-    logits, labels = logits_of(forward, params, batch, **dropout), batch["labels"]
-    weights = batch["weights"].astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    right = number_of_units(jnp.where(jnp.argmax(logits, axis=-1) == labels, weights, 0))
-    return Sums(jnp.sum(losses * weights), number_of_units(weights), {"accuracy": right})
 
 
 def predict(model: Any, params: Any, examples: Labelled, batch_size: int) -> np.ndarray:

@@ -1,6 +1,8 @@
 """A table of runs over one tiny model: each is what `train.sft` makes of its options alone."""
 
 import csv
+import dataclasses
+import functools
 import json
 import shutil
 import signal
@@ -12,7 +14,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import models
 from lora_jax.bank.together.together import Together
-from lora_jax.training.losses import summed_loss
+from lora_jax.training.losses import token_loss
 from tests.support import assert_close, assert_identical
 from tests.train.tiny import tokenizer, write_jsonl, write_model, write_rows
 from train.run.log import read_metrics
@@ -31,18 +33,26 @@ GOOD = {
     "two": {**SMALL, "dataset": "few.jsonl", "lr": 1e-3, "steps": 4, "seed": 1, "dropout": 0.1}
     | {"eval_every": 2, "eval_questions": 1, "keep_best": "loss"},
     "three": {**SMALL, "dataset": "few.jsonl", "lr": 2e-3, "steps": 5, "schedule": "constant"}
-    | {"batch_size": 2, "grad_accum": 2, "dropout": 0.0},
+    | {"batch_size": 2, "grad_accum": 2, "dropout": 0.0, "loss": "dft", "eval_every": 2}
+    | {"eval_questions": 1},
 }
 BAD = {"bad": {**SMALL, "dataset": "bad.jsonl", "lr": 2e-3, "steps": 6}}
 # Adam divides a gradient by its size: a large eps keeps rounding as small as it is.
 LINE = ["--batch-size", "4", "--eps", "1e-4", "--save-every", "3"]
 
 
-def poisoned(forward, params, batch, dropout_key=None, **options):
+@functools.cache
+def poisoned(name, **options):
     """The loss, infinite where a batch has the marked token."""
     (marked,) = tokenizer()("~")["input_ids"]
-    sums = summed_loss(forward, params, batch, dropout_key, **options)
-    return sums._replace(total=sums.total * jnp.where(jnp.any(batch["ids"] == marked), jnp.inf, 1))
+    loss = token_loss(name, **options)
+
+    def sums(forward, params, batch, dropout_key=None):
+        sums = loss(forward, params, batch, dropout_key)
+        factor = jnp.where(jnp.any(batch["ids"] == marked), jnp.inf, 1)
+        return sums._replace(total=sums.total * factor)
+
+    return dataclasses.replace(loss, sums=sums)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +76,7 @@ def placed(folder, options):
 def many(folder, output, *args):
     """Runs the table; returns the exit code."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.tasks.chats.summed_loss", poisoned)
+        patch.setattr("train.tasks.chats.token_loss", poisoned)
         line = ["--many", str(folder / "runs.json"), "--model", str(folder / "model"), *LINE]
         try:
             main([*line, "--output", str(output), *args])

@@ -14,7 +14,7 @@ from tests.train.run.test_log import reporting
 from train.console.errors import UserError
 from train.reporters import registry
 from train.reporters.contract import Sample
-from train.reporters.registry import REPORTERS, check_reporters
+from train.reporters.registry import TRACKERS, check_packages
 from train.run.log import Log
 
 SAMPLES = [Sample("1 + 1?", "2"), Sample("2 + 2?", "4")]
@@ -182,17 +182,17 @@ def test_a_package_that_is_missing_or_broken_is_named_with_its_extra(monkeypatch
 
     monkeypatch.setattr(registry.importlib, "import_module", missing)
     with pytest.raises(UserError, match=r"wandb is missing: install the extra wandb \(pip install"):
-        check_reporters(["wandb"])
+        check_packages(["wandb"])
     monkeypatch.setattr(registry.importlib, "import_module", broken)
     with pytest.raises(UserError, match="mlflow fails as it is imported .* another Python"):
-        check_reporters(["mlflow"])
-    check_reporters(["none"])
+        check_packages(["mlflow"])
+    check_packages(["none"])
 
 
 def two_processes(folder, name):
     """A run that is killed after step 4 and goes on after its checkpoint of step 2."""
     said = []
-    how = {"reporters": {name: REPORTERS[name]}, "warn": said.append, "eval_at": [2, 4]}
+    how = {"reporters": {name: TRACKERS[name].reporter}, "warn": said.append, "eval_at": [2, 4]}
     with pytest.raises(Interrupted):
         run(folder, [1, 2, 3, 4], error=Interrupted("", 1), **how)
     run(folder, [3, 4, 5], first=2, **how)

@@ -11,7 +11,7 @@ from lora_jax.training.processes import write_json
 from train.console.errors import UserError, flag
 from train.data import dataset
 from train.options.defaults import Defaults
-from train.options.sft import SQL, Config
+from train.options.sft import Config
 from train.reporters.files import read_json
 from train.run.log import doing
 from train.run.output import SCORES
@@ -59,7 +59,7 @@ def read(config: Config) -> Rows:
     questions = _questions(config)
     measured = [_as_rows(next(iter(questions.values())))] if questions else []
     of_questions = [dataset.of_rows("the questions", rows) for rows in measured]
-    return Rows([dataset.of_rows(SQL, rows)], of_questions)
+    return Rows([dataset.of_rows(data.dataset[0], rows)], of_questions)
 
 
 def examples(config: Config, rows: Rows, outline: Outline) -> Data:

@@ -1,92 +1,33 @@
-"""The contract of a loss; the cross entropy of language models, at once or over chunks."""
+"""Losses of language models, which are sums over tokens, at once or over chunks of them."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-Logits = Callable[..., jax.Array]
-Reduction = Literal["mean", "sum"]
+from lora_jax.training.losses.contract import Logits, Sums, number_of_units
 
-# The entries of a line of metrics beside the logs of a loss.
-OWN_METRICS = ("step", "time", "loss", "count", "grad_norm", "lr", "skipped", "tokens_per_s")
-HELD_OUT = "eval_"  # before the names of metrics on held-out data
-SCORE = "score_"  # before the names of a task's own scores
+# Maps logits, fp32 [..., vocab], and targets, int32 [...], to the loss of each: fp32 [...].
+Each = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-class Sums(NamedTuple):
-    """Holds the sums of a loss over a batch.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenLoss:
+    """A loss of tokens that has a name.
 
     Attributes:
-      total: the loss, fp32 []; the only sum that is differentiated.
-      count: the number of units (tokens, texts, pairs) that count, fp32 [].
-      logs: further sums by name, fp32 []; each is logged divided by `count`.
+      each: the loss of each token.
+      about: says what it is, for a list of such losses.
     """
 
-    total: jax.Array
-    count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
-    logs: dict[str, jax.Array]
+    each: Each
+    about: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Loss:
-    """Sums a loss over a batch, and says who divides the sum.
-
-    With "mean", a step divides total and gradient once, by the count of all its accumulated parts
-    on all devices, so that accumulation equals the large batch. With "sum", they stay sums: for a
-    loss that has divided already, or whose learning rate is meant for sums.
-
-    Attributes:
-      sums: called as ``sums(forward, params, batch, dropout_key)``; ``params`` are adapted, and
-        ``dropout_key`` is None without dropout.
-      reduction: "mean" or "sum".
-      unit: what `Sums.count` counts, for people to read.
-    """
-
-    sums: Callable[[Logits, Any, dict[str, Any], jax.Array | None], Sums]
-    reduction: Reduction = "mean"
-    unit: str = "token"
-
-    def __post_init__(self) -> None:
-        if self.reduction not in ("mean", "sum"):
-            raise ValueError(f'reduction is "mean" or "sum", not {self.reduction!r}')
-
-    def __call__(
-        self,
-        forward: Logits,
-        params: Any,
-        batch: dict[str, Any],
-        dropout_key: jax.Array | None = None,
-    ) -> Sums:
-        """Returns the sums of a batch, in fp32.
-
-        Raises:
-          TypeError: `sums` returned no `Sums`.
-          ValueError: one of them is no scalar, or a log has the name of another metric.
-        """
-        sums = self.sums(forward, params, batch, dropout_key)
-        if not isinstance(sums, Sums):
-            raise TypeError(f"a loss returns Sums(total, count, logs), not {type(sums).__name__}")
-        if taken := [
-            name for name in sums.logs if name in OWN_METRICS or name.startswith((HELD_OUT, SCORE))
-        ]:
-            raise ValueError(f"the log {taken[0]!r} has the name of another metric: rename it")
-        named = {"total": sums.total, "count": sums.count, **sums.logs}
-        if shaped := [name for name, value in named.items() if jnp.shape(value)]:
-            shape = jnp.shape(named[shaped[0]])
-            raise ValueError(f"{shaped[0]!r} has the shape {shape}: sum it over the batch")
-        return jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), sums)
-
-    @property
-    def label(self) -> str:
-        """Returns the name of the logged loss, for an axis."""
-        return f"loss a {self.unit}" if self.reduction == "mean" else "loss"
-
-
-def summed_loss(
+def sum_over_tokens(
+    each: Each,
     forward: Logits,
     params: Any,
     batch: dict[str, Any],
@@ -95,7 +36,7 @@ def summed_loss(
     chunk: int = 0,
     parts: int = 1,
 ) -> Sums:
-    """Sums the cross entropy of a batch, in nats, over the tokens that count.
+    """Sums a loss of a batch over the tokens that count.
 
     Each token's is multiplied by its weight, which may be negative (an advantage, unlikelihood).
     Tokens whose weight is not zero are counted.
@@ -108,6 +49,7 @@ def summed_loss(
     of them, not those alone that predict something, and a chunk takes the same places of each part.
 
     Args:
+      each: the loss of each token.
       forward: a model's ``apply``, adapted or not: called as ``forward({"params": params}, ids,
         positions=…, segment_ids=…, logits_at=…)`` it gives logits [batch, m, vocab]. For chunks,
         ``return_hidden=True`` gives [batch, m, d_model], and ``method="head"`` logits of those.
@@ -132,14 +74,14 @@ def summed_loss(
     n_chunks = number_of_chunks(targets.shape, chunk, parts)
     if n_chunks == 1:
         logits = forward(variables, batch["ids"], **where)  # [batch, m, vocab]
-        return Sums(_cross_entropy(logits, targets, weights), count, {})
+        return Sums(_weighted(each, logits, targets, weights), count, {})
     hidden = forward(variables, batch["ids"], return_hidden=True, **where)  # [batch, m, d_model]
 
     def add(total: jax.Array, xs: Any) -> tuple[jax.Array, None]:
         index, hidden, targets, weights = xs
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         logits = forward(variables, hidden, method="head", **_dropout(key))  # [batch, c, vocab]
-        return total + _cross_entropy(logits, targets, weights), None
+        return total + _weighted(each, logits, targets, weights), None
 
     chunks = (_in_chunks(array, n_chunks, parts) for array in (hidden, targets, weights))
     # Inside a scan, nothing can be merged with the forward pass: the barrier would only cost.
@@ -152,26 +94,12 @@ def _dropout(key: jax.Array | None) -> dict[str, jax.Array]:
     return {} if key is None else {"dropout_key": key}
 
 
-def _cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
-    return jnp.sum(losses * weights)
-
-
-CROSS_ENTROPY = Loss(summed_loss)
-
-
-def number_of_units(weights: jax.Array) -> jax.Array:
-    """Returns how many weights are not zero, fp32 [].
-
-    >>> from lora_jax import training
-    >>> float(training.number_of_units(jnp.array([1.0, 0.0, -0.5])))
-    2.0
-    """
-    return jnp.sum(weights != 0).astype(jnp.float32)
+def _weighted(each: Each, logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    return jnp.sum(each(logits.astype(jnp.float32), targets) * weights)
 
 
 def number_of_chunks(shape: tuple[int, ...], chunk: int, parts: int = 1) -> int:
-    """Returns how many chunks predictions of `shape`, [batch, m], make; see `summed_loss`."""
+    """Returns how many chunks predictions of `shape`, [batch, m], make; see `sum_over_tokens`."""
     batch, m = shape
     if not chunk:
         return 1

@@ -1,0 +1,102 @@
+"""The contract of a loss: its sums over a batch, and who divides them."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Logits = Callable[..., jax.Array]
+Reduction = Literal["mean", "sum"]
+
+# The entries of a line of metrics beside the logs of a loss.
+OWN_METRICS = ("step", "time", "loss", "count", "grad_norm", "lr", "skipped", "tokens_per_s")
+HELD_OUT = "eval_"  # before the names of metrics on held-out data
+SCORE = "score_"  # before the names of a task's own scores
+
+
+class Sums(NamedTuple):
+    """Holds the sums of a loss over a batch.
+
+    Attributes:
+      total: the loss, fp32 []; the only sum that is differentiated.
+      count: the number of units (tokens, texts, pairs) that count, fp32 [].
+      logs: further sums by name, fp32 []; each is logged divided by `count`.
+    """
+
+    total: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
+    logs: dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """Sums a loss over a batch, and says who divides the sum.
+
+    With "mean", a step divides total and gradient once, by the count of all its accumulated parts
+    on all devices, so that accumulation equals the large batch. With "sum", they stay sums: for a
+    loss that has divided already, or whose learning rate is meant for sums.
+
+    Attributes:
+      sums: called as ``sums(forward, params, batch, dropout_key)``; ``params`` are adapted, and
+        ``dropout_key`` is None without dropout.
+      reduction: "mean" or "sum".
+      unit: what `Sums.count` counts, for people to read.
+      measured: the loss to measure on held-out examples; None for this one.
+    """
+
+    sums: Callable[[Logits, Any, dict[str, Any], jax.Array | None], Sums]
+    reduction: Reduction = "mean"
+    unit: str = "token"
+    measured: "Loss | None" = None
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f'reduction is "mean" or "sum", not {self.reduction!r}')
+
+    def __call__(
+        self,
+        forward: Logits,
+        params: Any,
+        batch: dict[str, Any],
+        dropout_key: jax.Array | None = None,
+    ) -> Sums:
+        """Returns the sums of a batch, in fp32.
+
+        Raises:
+          TypeError: `sums` returned no `Sums`.
+          ValueError: one of them is no scalar, or a log has the name of another metric.
+        """
+        sums = self.sums(forward, params, batch, dropout_key)
+        if not isinstance(sums, Sums):
+            raise TypeError(f"a loss returns Sums(total, count, logs), not {type(sums).__name__}")
+        if taken := [
+            name for name in sums.logs if name in OWN_METRICS or name.startswith((HELD_OUT, SCORE))
+        ]:
+            raise ValueError(f"the log {taken[0]!r} has the name of another metric: rename it")
+        named = {"total": sums.total, "count": sums.count, **sums.logs}
+        if shaped := [name for name, value in named.items() if jnp.shape(value)]:
+            shape = jnp.shape(named[shaped[0]])
+            raise ValueError(f"{shaped[0]!r} has the shape {shape}: sum it over the batch")
+        return jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), sums)
+
+    @property
+    def held_out(self) -> "Loss":
+        """Returns the loss to measure on held-out examples."""
+        return self.measured or self
+
+    @property
+    def label(self) -> str:
+        """Returns the name of the logged loss, for an axis."""
+        return f"loss a {self.unit}" if self.reduction == "mean" else "loss"
+
+
+def number_of_units(weights: jax.Array) -> jax.Array:
+    """Returns how many weights are not zero, fp32 [].
+
+    >>> from lora_jax import training
+    >>> float(training.number_of_units(jnp.array([1.0, 0.0, -0.5])))
+    2.0
+    """
+    return jnp.sum(weights != 0).astype(jnp.float32)
