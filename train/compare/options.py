@@ -122,7 +122,7 @@ def check(compare: CompareConfig, options: Options, given: Collection[str]) -> N
         if name in given and traits.compared_by:
             raise UserError(f"{flag(name)}: a comparison sets it: give {flag(traits.compared_by)}")
         if name in given and traits.uncompared:
-            raise UserError(f"{flag(name)}: {traits.uncompared}: leave it out")
+            raise UserError(f"{flag(name)}: {traits.uncompared.value}: leave it out")
     for field in ("methods", "target_sets", "seeds"):
         if not getattr(compare, field):
             raise UserError(f"{flag(field)}: at least one is needed")

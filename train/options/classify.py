@@ -59,7 +59,7 @@ class DataConfig:
     test: str | None = option(None, HIDDEN)
     """The test rows: a file, or another split of the folder or of the dataset on the hub. By
     default --test-share of the rows is held out."""
-    test_share: float = option(0.2, OF_FIELD, idle=(Idle.TEST,))
+    test_share: float = option(0.2, OF_FIELD, Idle.TEST)
     """The share of the rows to hold out for the test, stratified by label."""
     rows: int | None = option(None, ROWS)
     """Use only this many rows, from the beginning."""
@@ -79,7 +79,7 @@ class ClassifyAdapterConfig(AdapterConfig):
     """Train this many numbers, which a random projection turns into changes of every parameter, the
     head's too: the intrinsic dimension (Aghajanyan et al. 2020). --seed draws the projection."""
     intrinsic_kind: Literal["did", "said"] = option(
-        "said", TRAINED, idle=(Idle.NO_INTRINSIC,), compared_by="methods"
+        "said", TRAINED, Idle.NO_INTRINSIC, compared_by="methods"
     )
     """The kind of --intrinsic. did: one projection for all. said: with a trained scale for each
     layer, which is one of the numbers."""
@@ -115,7 +115,7 @@ class ClassifyRunConfig(RunConfig):
     """Steps between checkpoints; the last step always has one."""
     eval_every: int = 0
     """Steps between evaluations of the loss on the test rows; 0 for none."""
-    eval_rows: int | None = option(None, CHANGEABLE, idle=(Idle.NONE_MEASURED,))
+    eval_rows: int | None = option(None, CHANGEABLE, Idle.NONE_MEASURED)
     """Test rows to measure that loss on, spread over all of them; by default all."""
 
 

@@ -31,6 +31,7 @@ from train.options.field import (
     TRAINED,
     Card,
     Shared,
+    Uncompared,
     option,
 )
 from train.options.optim import check_optim
@@ -112,11 +113,7 @@ class AdapterConfig:
     divide_rank: bool = option(False, FACTORS)
     """Divide the rank of each expert by the number of active experts (mixtures of experts)."""
     peft_config: str | None = option(
-        None,
-        HIDDEN,
-        of_inputs=False,
-        idle=(Idle.FULL, Idle.INIT_ADAPTER),
-        uncompared="a comparison sets the adapter's options itself",
+        None, HIDDEN, Idle.FULL, Idle.INIT_ADAPTER, of_inputs=False, uncompared=Uncompared.ADAPTER
     )
     """Take all options above from a PEFT configuration: an adapter_config.json or its folder."""
     full: bool = option(False, TRAINED, compared_by="methods")
@@ -124,7 +121,7 @@ class AdapterConfig:
     init_adapter: str | None = option(None, START)
     """Start from this adapter, with its own targets, rank and alpha: the folder of a run, of this
     library or of PEFT, or the hub name of a PEFT adapter."""
-    allow_base_mismatch: bool = option(False, START, changeable=True, idle=(Idle.NO_INIT_ADAPTER,))
+    allow_base_mismatch: bool = option(False, START, Idle.NO_INIT_ADAPTER, changeable=True)
     """Accept an adapter that was trained on another base."""
 
 
@@ -134,7 +131,7 @@ class OptimConfig:
 
     steps: int | None = option(None, COURSE, excludes="epochs")
     """Optimiser steps."""
-    epochs: float | None = option(None, COURSE, idle=(Idle.STREAM,))
+    epochs: float | None = option(None, COURSE, Idle.STREAM)
     """Passes over the data, as an alternative to --steps."""
     batch_size: int = option(8, OPTIMISATION, compared_by="batch_sizes")
     """Sequences in memory at once, on all devices together."""
@@ -148,11 +145,7 @@ class OptimConfig:
     """The peak learning rate. Its default is AdamW's; a third of that for lion, and none for
     sgd. With --vera it is ten times as large, with --xs 2e-3."""
     lr_rule: Literal["llama", "qwen"] | None = option(
-        None,
-        OPTIMISATION,
-        excludes="lr",
-        idle=(Idle.XS, Idle.VERA),
-        uncompared="a comparison sweeps the learning rate: give --lrs",
+        None, OPTIMISATION, Idle.XS, Idle.VERA, excludes="lr", uncompared=Uncompared.RATES
     )
     """Compute the learning rate from the model's width and the number of steps, as fitted for this
     model family in *LoRA Without Regret*; an alternative to --lr."""
@@ -168,16 +161,16 @@ class OptimConfig:
     """Added to the root of the mean squared gradient (adamw, schedule-free). By default 1e-8."""
     momentum: float | None = option(None, OPTIMISATION)
     """Momentum of sgd (by default 0.9) and of muon (by default 0.95)."""
-    schedule: ScheduleKind = option("cosine", OPTIMISATION, idle=(Idle.AVERAGES,))
+    schedule: ScheduleKind = option("cosine", OPTIMISATION, Idle.AVERAGES)
     """Schedule of the learning rate after the warmup. linear and cosine fall to --min-lr over all
     steps, wsd over the last ones (see --decay); inverse-sqrt falls as 1 / sqrt(step)."""
-    warmup: int = option(3, OPTIMISATION, excludes="warmup_ratio", idle=(Idle.WARMUP_RATIO,))
+    warmup: int = option(3, OPTIMISATION, Idle.WARMUP_RATIO, excludes="warmup_ratio")
     """Steps of linear warmup of the learning rate."""
     warmup_ratio: float | None = option(None, OPTIMISATION)
     """Steps of warmup as a share of all steps; an alternative to --warmup."""
-    min_lr: float = option(0.0, OPTIMISATION, idle=(Idle.AVERAGES, Idle.FLAT))
+    min_lr: float = option(0.0, OPTIMISATION, Idle.AVERAGES, Idle.FLAT)
     """The final learning rate of linear, cosine and wsd, as a share of the peak."""
-    decay: float = option(DECAY, OPTIMISATION, idle=(Idle.AVERAGES, Idle.NEVER_STABLE))
+    decay: float = option(DECAY, OPTIMISATION, Idle.AVERAGES, Idle.NEVER_STABLE)
     """The share of the steps over which --schedule wsd falls."""
     weight_decay: float = option(0.0, OPTIMISATION)
     """Weight decay of A, B, kernels and embeddings. Norms and biases never decay."""
@@ -206,9 +199,7 @@ class OptimConfig:
     """The dtype of the base and its activations. Adapters are always float32, and so are the
     weights with --full."""
 
-    quantize: Quantize | None = option(
-        None, OF_BASE, card=Card.CODES, idle=(Idle.FULL, Idle.INTRINSIC)
-    )
+    quantize: Quantize | None = option(None, OF_BASE, Idle.FULL, Idle.INTRINSIC, card=Card.CODES)
     """Codes to keep the base's kernels in, under a float32 adapter (QLoRA): nf4, int4 or int8, in
     blocks of 64 with a scale each; nf4-double has its scales in 8 bits too; stored keeps the codes
     of a GGUF file. Each kernel is encoded as it is read. Embeddings, norms, routers and the output
@@ -242,15 +233,10 @@ class RunConfig:
     """Number of processes, with --coordinator."""
     process_id: int | None = option(None, OF_PROCESSES, of="process")
     """Number of this process, from 0, with --coordinator."""
-    dry_run: bool = option(
-        False,
-        OF_CALL,
-        single=True,
-        uncompared="a comparison has many runs: try one of them with its script",
-    )
+    dry_run: bool = option(False, OF_CALL, single=True, uncompared=Uncompared.MANY_RUNS)
     """Train nothing and write nothing: show the first rows as the model sees them, the lengths of
     all, and the steps, memory and time of the run."""
-    resume: bool = option(False, OF_CALL, idle=(Idle.DRY_RUN,), of_inputs=False)
+    resume: bool = option(False, OF_CALL, Idle.DRY_RUN, of_inputs=False)
     """Resume from the last checkpoint in the output folder."""
     overwrite: bool = option(False, OF_CALL, excludes="resume", of_inputs=False)
     """Delete the run in the output folder and start a new one."""
@@ -269,15 +255,13 @@ class RunConfig:
     keep_best: Literal["loss", "score"] | None = option(None, BEST)
     """Keep the adapter with the lowest loss of --eval-every, or with the highest score of
     --score-every. At the end it is the run's adapter, instead of the last one."""
-    patience: int | None = option(
-        None, BEST, changeable=True, uncompared=f"{BEST.uncompared}; see --early-stopping"
-    )
+    patience: int | None = option(None, BEST, changeable=True, uncompared=Uncompared.EARLY_STOPPING)
     """End the run after this many measurements of --keep-best in a row without improvement."""
     report_to: tuple[ReportTo, ...] = option(("tensorboard",), COURSE)
     """Services that get the metrics, beside metrics.jsonl: tensorboard (files in the output
     folder), wandb, mlflow, trackio (extras of the same names), or none. A resumed run continues
     its runs there."""
-    report_project: str | None = option(None, COURSE, idle=(Idle.NO_PROJECT,))
+    report_project: str | None = option(None, COURSE, Idle.NO_PROJECT)
     """The project (wandb, trackio) or experiment (mlflow) of the run. By default the one that the
     service's own environment variable names, or lora_jax."""
     compilation_cache: str | None = option(None, CHANGEABLE, shared=Shared.PROCESS)

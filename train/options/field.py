@@ -37,6 +37,19 @@ class Shared(enum.Enum):
     TABLE = "it says where and how the whole table runs"
 
 
+class Uncompared(enum.Enum):
+    """The reason why a comparison has no use for an option."""
+
+    PROCESS = "a comparison has one process"
+    START = "a comparison begins at the base"
+    ADAPTER = "a comparison sets the adapter's options itself"
+    RATES = "a comparison sweeps the learning rate: give --lrs"
+    MANY_RUNS = "a comparison has many runs: try one of them with its script"
+    TABLE = "a comparison makes its table of runs itself"
+    LAST_STEP = "all runs are compared after their last step"
+    EARLY_STOPPING = f"{LAST_STEP}; see --early-stopping"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traits:
     """Says what is known of an option.
@@ -67,19 +80,19 @@ class Traits:
     changeable: bool = False
     of_inputs: bool = True
     compared_by: str | None = None
-    uncompared: str | None = None
+    uncompared: Uncompared | None = None
 
 
-def option(default: Value, traits: Traits, **others: Any) -> Value:
+def option(default: Value, traits: Traits, *idle: Idle, **others: Any) -> Value:
     """Declares an option: returns the field of a dataclass.
 
     Args:
       default: the value of an option that is not given, or `REQUIRED`.
       traits: what is known of it.
-      others: fields of `traits` that differ for this option; conditions are added.
+      idle: conditions in which it has no effect, beside those of `traits`.
+      others: fields that differ from those of `traits`.
     """
-    idle = (*traits.idle, *others.pop("idle", ()))
-    own = dataclasses.replace(traits, idle=idle, **others)
+    own = dataclasses.replace(traits, idle=(*traits.idle, *idle), **others)
     return dataclasses.field(default=default, metadata={_TRAITS: own})
 
 
@@ -128,10 +141,8 @@ TARGETS = dataclasses.replace(RULES, idle=(*RULES.idle, Idle.HEAD_ONLY))
 FACTORS = dataclasses.replace(RULES, idle=(*TARGETS.idle, Idle.NO_TARGETS))
 # Those about an A and a B that train, or that are drawn.
 PLAIN = dataclasses.replace(RULES, idle=(*FACTORS.idle, Idle.XS, Idle.VERA))
-START = Traits(card=Card.NOWHERE, of_inputs=False, uncompared="a comparison begins at the base")
-BEST = Traits(
-    card=Card.BEST, of_inputs=False, uncompared="all runs are compared after their last step"
-)
+START = Traits(card=Card.NOWHERE, of_inputs=False, uncompared=Uncompared.START)
+BEST = Traits(card=Card.BEST, of_inputs=False, uncompared=Uncompared.LAST_STEP)
 TRAINED = Traits(card=Card.TRAINED, of_inputs=False)
 OPTIMISATION = Traits(card=Card.OPTIMISATION, of_inputs=False)
 LORA_PLUS = dataclasses.replace(
@@ -145,5 +156,5 @@ OF_PROCESSES = Traits(
     idle=(Idle.DRY_RUN,),
     shared=Shared.PROCESS,
     of="call",
-    uncompared="a comparison has one process",
+    uncompared=Uncompared.PROCESS,
 )

@@ -24,6 +24,7 @@ from train.options.field import (
     OF_HUB,
     ROWS,
     Card,
+    Uncompared,
     option,
 )
 
@@ -62,10 +63,10 @@ class DataConfig:
     folder or dataset on the hub, as for --dataset."""
     eval_split: str = option("train", CHANGEABLE)
     """The split of --eval-dataset, for a folder or a dataset on the hub."""
-    held_out_seed: int | None = option(None, ROWS, idle=(Idle.NONE_DRAWN,))
+    held_out_seed: int | None = option(None, ROWS, Idle.NONE_DRAWN)
     """Seed that draws the rows to hold out; by default --seed. Give it to compare runs of several
     seeds on the same rows."""
-    rows: int | None = option(None, ROWS, idle=(Idle.STREAM,))
+    rows: int | None = option(None, ROWS, Idle.STREAM)
     """Use only this many rows of each data set, from the beginning. The SQL task generates as many
     as requested, by default as many as 35 steps see, balanced over its query forms."""
     shuffle_schemas: bool = option(False, ROWS)
@@ -83,7 +84,7 @@ class DataConfig:
     about one length share a batch."""
     train_on: Literal["all", "assistant", "last"] = option("assistant", HIDDEN, card=Card.LOSS)
     """The tokens that the loss counts: all, the assistant's, or those of its last turn."""
-    token_cache: str | None = option(None, CHANGEABLE, idle=(Idle.ONLY_STREAM,))
+    token_cache: str | None = option(None, CHANGEABLE, Idle.ONLY_STREAM)
     """The folder where tokenised rows are kept for later runs, or off. By default lora_jax/tokens
     in the user's cache folder, for a thousand rows and more."""
 
@@ -125,9 +126,7 @@ class SftRunConfig(RunConfig):
 
     output: str = "runs/sql"
     """The output folder of the run; with --many, of the folders of all runs."""
-    many: str | None = option(
-        None, OF_CALL, uncompared="a comparison makes its table of runs itself"
-    )
+    many: str | None = option(None, OF_CALL, uncompared=Uncompared.TABLE)
     """Train a table of runs over one base side by side: a file (.csv, .tsv, .jsonl, .json or .yaml)
     with a row a run. `name` is its folder in --output; other columns are options, by their names
     here, that override the command line for this run."""
@@ -137,9 +136,9 @@ class SftRunConfig(RunConfig):
     `messages` that end with a user's."""
     sample_every: int = option(0, COURSE)
     """Steps between answers to --sample-prompts; 0 for none."""
-    sample_tokens: int = option(64, COURSE, idle=(Idle.NO_PROMPTS,))
+    sample_tokens: int = option(64, COURSE, Idle.NO_PROMPTS)
     """The maximum number of tokens of an answer to --sample-prompts."""
-    eval_questions: int = option(64, CHANGEABLE, idle=(Idle.NONE_HELD_OUT, Idle.STREAM))
+    eval_questions: int = option(64, CHANGEABLE, Idle.NONE_HELD_OUT, Idle.STREAM)
     """SQL task: questions of each kind to answer before and after training; 0 for none. Other data,
     with --eval-every: rows to hold out, at most a tenth of all, drawn by --seed; several data sets
     give their share."""
