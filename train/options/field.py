@@ -61,7 +61,7 @@ class Traits:
       excludes: an option that it excludes, and which excludes it. Given on the command line, either
         overrides the other in a file.
       shared: why the runs of a table cannot differ in it; None if they can.
-      single: whether it is for a single run, never for a table.
+      single: whether it is for a single run: a table refuses it, unless it is off.
       of: whether it says what a run is, or is about one call of the script, or about one process,
         so that it may differ between the processes of a run.
       changeable: whether a resumed run may change it, such as length, devices, reports and

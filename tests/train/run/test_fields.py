@@ -23,10 +23,10 @@ def test_a_field_that_says_nothing_about_itself_is_an_error():
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Run(sft.SftRunConfig):
         keep: int = 7  # says what the field does that it overrides
-        toy: int = 3
+        undeclared: int = 3
 
     options = dataclasses.replace(sft.Config(), run=Run())
-    with pytest.raises(TypeError, match="Run.toy says nothing about itself: declare it"):
+    with pytest.raises(TypeError, match="Run.undeclared says nothing about itself: declare it"):
         traits_of(options)
 
 
