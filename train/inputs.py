@@ -14,6 +14,8 @@ from train.adapters.source import find_adapter
 from train.console.errors import as_user_errors
 from train.data.mixture import used
 from train.options.common import OptimConfig, Options, as_json
+from train.options.field import traits_of
+from train.options.written import alike
 from train.processes import hosts
 from train.progress.samples import Prompts
 from train.run.intrinsic import space_of
@@ -22,17 +24,6 @@ from train.run.pretrained import Outline
 from train.run.rules import check_names, rules
 from train.tasks.task import Data, Rows, Task
 
-# Options that rows, outline and examples do not depend on, but for those that the task `reads`.
-_OF_OPTIMISER = (
-    *("optimizer", "lr", "lr_rule", "lora_plus", "beta1", "beta2", "eps", "momentum", "schedule"),
-    *("warmup", "warmup_ratio", "min_lr", "decay", "weight_decay", "grad_clip", "neftune"),
-    *("loss", "loss_chunk", "steps", "epochs", "seed", "batch_size", "grad_accum"),
-)
-_OF_RUN = (
-    *("output", "resume", "overwrite", "log_every", "save_every", "keep", "score_every"),
-    *("keep_best", "patience", "report_to", "report_project", "max_skipped"),
-    *("sample_prompts", "sample_every", "sample_tokens"),
-)
 _HOLDING_OUT = ("eval_every", "eval_questions")  # of a resumed run, as it began
 
 
@@ -77,7 +68,7 @@ def read(config: Any, task: Task) -> Read:
     outline = task.outline(config, rows).quantized(config.optim.quantize)
     outline.check_experts(config.optim.experts)
     read = {"rows": rows.train, "held_out": rows.held_out, "model": outline.config}
-    hosts.check_alike(as_json(config), **read)
+    hosts.check_alike(alike(config), **read)
     return Read(rows, outline, task.examples(config, rows, outline))
 
 
@@ -91,10 +82,10 @@ class Reader:
         """Returns what `read` does. What is read while training is each run's own."""
         if getattr(config.data, "stream", False):
             return read(config, task)
-        left_out = {field.name for field in dataclasses.fields(config.adapter)}
-        left_out |= {*_OF_OPTIMISER, *_OF_RUN} - {*task.reads(config)}
+        read_by = {name for name, one in traits_of(config).items() if one.of_inputs}
+        read_by |= {*task.reads(config)}
         saved = saved_options(config)
-        facts = {k: v for k, v in as_json(config).items() if k not in left_out}
+        facts = {k: v for k, v in as_json(config).items() if k in read_by}
         facts["began"] = {name: saved.get(name) for name in _HOLDING_OUT} if saved else None
         for found in (facts, facts["began"] or {}):
             found["eval_every"] = bool(found.get("eval_every"))  # how often does not matter

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from train.console.errors import UserError, flag
 from train.options.common import Options
+from train.options.field import HIDDEN, traits_of
 from train.reporters.registry import check_many
 
 Method = Literal[
@@ -38,6 +39,8 @@ def has_adapter(method: str) -> bool:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """The comparison: each method with all combinations of its settings, each with all seeds."""
+
+    TRAITS = HIDDEN  # of all fields
 
     methods: tuple[Method, ...] = ("lora", "full")
     """Ways to train: lora, and variants of it, lora-xs and vera being the smallest; full for all
@@ -101,41 +104,6 @@ class CompareConfig:
     wherever they were not given."""
 
 
-# Options of the script that the comparison sets for each run, and what to give instead.
-INSTEAD = {
-    "full": "methods",
-    "head_only": "methods",
-    "dora": "methods",
-    "scaling": "methods",
-    "init": "methods",
-    "freeze_a": "methods",
-    "lora_plus": "methods",
-    "rank": "ranks",
-    "targets": "target_sets",
-    "alpha": "alphas",
-    "lr": "lrs",
-    "batch_size": "batch_sizes",
-    "seed": "seeds",
-    "xs": "methods",
-    "vera": "methods",
-    "intrinsic": "dimensions",
-    "intrinsic_kind": "methods",
-}
-# Options that a comparison has no use for, and why.
-_USELESS = {
-    "many": "a comparison makes its table of runs itself",
-    "dry_run": "a comparison has many runs: try one of them with its script",
-    "init_adapter": "a comparison begins at the base",
-    "allow_base_mismatch": "a comparison begins at the base",
-    "peft_config": "a comparison sets the adapter's options itself",
-    "keep_best": "all runs are compared after their last step",
-    "patience": "all runs are compared after their last step; see --early-stopping",
-    "lr_rule": "a comparison sweeps the learning rate: give --lrs",
-    "distributed": "a comparison has one process",
-    "coordinator": "a comparison has one process",
-    "num_processes": "a comparison has one process",
-    "process_id": "a comparison has one process",
-}
 _OF_GRID = (
     *("methods", "ranks", "target_sets", "alphas", "lrs", "full_lrs", "batch_sizes", "quick"),
     *("dimensions", "subspace_lrs"),
@@ -150,11 +118,11 @@ def check(compare: CompareConfig, options: Options, given: Collection[str]) -> N
       options: those of the script.
       given: the names of the options that were given.
     """
-    for name in given:
-        if name in INSTEAD:
-            raise UserError(f"{flag(name)}: a comparison sets it: give {flag(INSTEAD[name])}")
-        if name in _USELESS:
-            raise UserError(f"{flag(name)}: {_USELESS[name]}: leave it out")
+    for name, traits in traits_of(options).items():
+        if name in given and traits.compared_by:
+            raise UserError(f"{flag(name)}: a comparison sets it: give {flag(traits.compared_by)}")
+        if name in given and traits.uncompared:
+            raise UserError(f"{flag(name)}: {traits.uncompared.value}: leave it out")
     for field in ("methods", "target_sets", "seeds"):
         if not getattr(compare, field):
             raise UserError(f"{flag(field)}: at least one is needed")

@@ -15,6 +15,7 @@ from train.compare.rungs import MEASUREMENTS
 from train.compare.script import Script
 from train.console.errors import UserError, flag
 from train.inputs import Inputs, Reader, inputs_of
+from train.options.field import Shared, traits_of
 from train.options.file import replaced
 from train.options.ignored import idle_options
 from train.processes.mesh import make_mesh
@@ -24,7 +25,6 @@ from train.tasks.task import Task
 
 RUNS = "runs"
 _EVAL_ROWS = 512  # of a classifier's test rows, to measure the loss on while training
-_OF_BASE = ("model", "dtype", "remat")  # options that runs over one base share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,8 @@ def _asked(
         seeds = compare.seeds if "seeds" in given else (one.seed,)
         own = {name: value for name, value in one.options.items() if name not in given}
         runs += [_Asked(one.arm, seed, own) for seed in seeds]
-    for name in _OF_BASE:
+    of_base = [k for k, traits in traits_of(options).items() if traits.shared is Shared.BASE]
+    for name in of_base:
         values = {run.own[name]: run for run in runs if name in run.own}
         if len(values) > 1:
             raise UserError(

@@ -19,39 +19,24 @@ from train.data.files import FILE_KINDS
 from train.data.named import named
 from train.export.codes import loading_config
 from train.export.marked import marked
+from train.options import classify, sft
+from train.options.field import Card, traits_of
 from train.reporters.files import read_json
 from train.run.log import read_metrics
 from train.run.output import CONFIG, FACTS, REPORT, SCORES
 from train.run.report import versions
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-# Options that shaped the weights, in the order of the card. No path of a machine is among them.
-_OF_ADAPTER = (
-    *("targets", "layers", "rank", "alpha", "dropout", "scaling", "init", "dora", "freeze_a"),
-    *("xs", "vera"),
-    *("bias", "bias_on_b", "train", "train_tokens", "divide_rank"),
-)
-_OF_TRAINING = (
-    *("full", "head_only", "intrinsic", "intrinsic_kind", "held_out_seed", "rows"),
-    *("shuffle_schemas", "batch_size", "grad_accum", "optimizer"),
-    *("lr_rule", "lora_plus", "beta1", "beta2", "eps", "momentum", "schedule", "warmup"),
-    *("warmup_ratio", "min_lr", "decay", "weight_decay", "grad_clip", "loss", "neftune"),
-    *("seed", "dtype"),
-    *("seq_len", "rope_scaling", "packing", "truncate", "train_on", "max_skipped"),
-    *("stream", "keep_best", "patience", "quantize"),
-)
-# Options about the machine, the output and other files; steps and rate are shown as they came out.
-NOT_SHOWN = frozenset(
-    """
-    allow_base_mismatch attention compilation_cache config coordinator dataset distributed
-    dry_run epochs eval_dataset eval_every eval_questions eval_rows eval_split experts fields
-    init_adapter keep label log_every loss_chunk lr many mesh model num_processes output overwrite
-    peft_config process_id remat report_project report_to resume sample_every sample_prompts
-    sample_tokens save_every score_every split steps subset test test_share text text_pair
-    token_cache
-    """.split()
-)
-SHOWN = frozenset(_OF_ADAPTER + _OF_TRAINING)
+# Options that shaped the weights, in the order of the card.
+_PLACES = {
+    name: traits.card
+    for options in (sft.Config(), classify.Config())
+    for name, traits in traits_of(options).items()
+    if traits.card is not Card.NOWHERE
+}
+_IN_ORDER = sorted(_PLACES, key=_PLACES.__getitem__)
+_OF_ADAPTER = [name for name in _IN_ORDER if _PLACES[name] is Card.ADAPTER]
+_OF_TRAINING = [name for name in _IN_ORDER if _PLACES[name] is not Card.ADAPTER]
 _OF_PEFT = (
     *("r", "lora_alpha", "target_modules", "target_parameters", "lora_dropout", "use_rslora"),
     *("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices"),

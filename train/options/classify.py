@@ -6,7 +6,6 @@ from typing import Literal
 from train.console.errors import UserError
 from train.data.files import kind_of
 from train.options.common import (
-    NO_ADAPTER,
     AdapterConfig,
     OptimConfig,
     Options,
@@ -15,8 +14,20 @@ from train.options.common import (
     check_shared,
     flag,
 )
+from train.options.conditions import NO_ADAPTER, Idle
 from train.options.defaults import Defaults
 from train.options.defaults import with_defaults as with_shared_defaults
+from train.options.field import (
+    CHANGEABLE,
+    HIDDEN,
+    OF_BASE,
+    OF_FIELD,
+    OF_HUB,
+    ROWS,
+    TRAINED,
+    Card,
+    option,
+)
 
 DEFAULT_TASK = "vader"  # of train/options/tasks.py
 HEAD = "classifier"
@@ -28,33 +39,33 @@ INTRINSIC_RATE = 3e-2  # with --intrinsic 10000; see `rate_of_dimension`
 class DataConfig:
     """Model and data."""
 
-    model: str | None = None
+    model: str | None = option(None, OF_BASE)
     """A BERT, RoBERTa or XLM-RoBERTa model: a name on the hub, or a folder. By default the base of
     --init-adapter, or else all-MiniLM-L6-v2."""
-    dataset: str = DEFAULT_TASK
+    dataset: str = option(DEFAULT_TASK, HIDDEN)
     """"vader" (the default task: words rated by people), a file (JSONL, JSON, CSV, TSV, also
     gzipped, or Parquet), a folder of them, a folder that `datasets` saved, or a dataset on the
     hub."""
-    split: str = "train"
+    split: str = option("train", OF_HUB)
     """The split to train on, for a folder or a dataset on the hub."""
-    subset: str | None = None
+    subset: str | None = option(None, OF_HUB)
     """The subset (configuration) to load, for a dataset on the hub."""
-    text: str = "text"
+    text: str = option("text", OF_FIELD)
     """The field that holds the text."""
-    text_pair: str | None = None
+    text_pair: str | None = option(None, OF_FIELD)
     """The field that holds a second text, for pairs (a premise and a hypothesis)."""
-    label: str = "label"
+    label: str = option("label", OF_FIELD)
     """The field that holds the label: a name or a number."""
-    test: str | None = None
+    test: str | None = option(None, HIDDEN)
     """The test rows: a file, or another split of the folder or of the dataset on the hub. By
     default --test-share of the rows is held out."""
-    test_share: float = 0.2
+    test_share: float = option(0.2, OF_FIELD, Idle.TEST)
     """The share of the rows to hold out for the test, stratified by label."""
-    rows: int | None = None
+    rows: int | None = option(None, ROWS)
     """Use only this many rows, from the beginning."""
-    seq_len: int = 128
+    seq_len: int = option(128, HIDDEN, card=Card.LENGTH)
     """The maximum number of tokens of a text."""
-    truncate: bool = False
+    truncate: bool = option(False, HIDDEN, card=Card.LOSS)
     """Truncate texts longer than --seq-len; without this option, they are an error."""
 
 
@@ -62,12 +73,14 @@ class DataConfig:
 class ClassifyAdapterConfig(AdapterConfig):
     """Parameters that train."""
 
-    head_only: bool = False
+    head_only: bool = option(False, TRAINED, compared_by="methods")
     """Train only the head, on the frozen encoder."""
-    intrinsic: int | None = None
+    intrinsic: int | None = option(None, TRAINED, compared_by="dimensions")
     """Train this many numbers, which a random projection turns into changes of every parameter, the
     head's too: the intrinsic dimension (Aghajanyan et al. 2020). --seed draws the projection."""
-    intrinsic_kind: Literal["did", "said"] = "said"
+    intrinsic_kind: Literal["did", "said"] = option(
+        "said", TRAINED, Idle.NO_INTRINSIC, compared_by="methods"
+    )
     """The kind of --intrinsic. did: one projection for all. said: with a trained scale for each
     layer, which is one of the numbers."""
     train: tuple[str, ...] = ()
@@ -102,7 +115,7 @@ class ClassifyRunConfig(RunConfig):
     """Steps between checkpoints; the last step always has one."""
     eval_every: int = 0
     """Steps between evaluations of the loss on the test rows; 0 for none."""
-    eval_rows: int | None = None
+    eval_rows: int | None = option(None, CHANGEABLE, Idle.NONE_MEASURED)
     """Test rows to measure that loss on, spread over all of them; by default all."""
 
 

@@ -7,16 +7,11 @@ from typing import TypeVar
 import tyro
 
 from train.options.common import Options
+from train.options.field import outdone
 from train.options.file import read_options, replaced
 from train.options.ignored import check_effects, given_options
 
 Config = TypeVar("Config", bound=Options)
-
-# Of two options that exclude each other, one on the command line overrides the other in the file.
-EXCLUSIVE = (
-    *(("steps", "epochs"), ("lr", "lr_rule"), ("warmup", "warmup_ratio")),
-    ("resume", "overwrite"),
-)
 
 
 def read_command(plain: Config, args: Sequence[str], prog: str) -> Config:
@@ -53,12 +48,7 @@ def read_line(
     if path is not None:
         config, lines = read_options(path, config)
         in_file = lines
-        overridden = {
-            one
-            for pair in EXCLUSIVE
-            for one, other in (pair, pair[::-1])
-            if one in in_file and other in on_line and one not in on_line
-        }
+        overridden = outdone(config, on_line) & in_file.keys()
         config = replaced(config, {name: value_of(plain, name) for name in overridden})
         # Where the file turns something on, --no-… turns it off.
         overridden |= {name.removeprefix("no_") for name in on_line if name not in in_file}

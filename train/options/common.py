@@ -11,13 +11,35 @@ from lora_jax.training.optimizers.named import Name
 from lora_jax.training.optimizers.schedules import DECAY, ScheduleKind
 from train.adapters.source import find_adapter
 from train.console.errors import UserError, flag
+from train.options.conditions import Idle
+from train.options.field import (
+    BEST,
+    CHANGEABLE,
+    COURSE,
+    FACTORS,
+    HIDDEN,
+    LORA_PLUS,
+    OF_BASE,
+    OF_CALL,
+    OF_PROCESSES,
+    OPTIMISATION,
+    PLAIN,
+    REQUIRED,
+    RULES,
+    START,
+    TARGETS,
+    TRAINED,
+    Card,
+    Shared,
+    Uncompared,
+    option,
+)
 from train.options.optim import check_optim
 from train.reporters.registry import TRACKERS
 
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
 _REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")}
 
-NO_ADAPTER = ("none",)  # the value of --targets
 _MOST_SEED = 2**32 - 1  # JAX takes a larger one by its last 32 bits
 
 
@@ -50,51 +72,57 @@ ReportTo = Literal["none", *TRACKERS]  # type: ignore[valid-type]
 class AdapterConfig:
     """Parameters that train."""
 
-    targets: tuple[str, ...] = ("all-linear",)
+    targets: tuple[str, ...] = option(("all-linear",), TARGETS, compared_by="target_sets")
     """Modules to adapt: names (q_proj v_proj), presets (attention, mlp, experts, all-linear), one
     regular expression that matches whole paths, or none. With none, only --train, --bias and
     --train-tokens select parameters."""
-    layers: tuple[int, ...] = ()
+    layers: tuple[int, ...] = option((), FACTORS)
     """Adapt only these layers, counted from 0."""
-    rank: int = 16
+    rank: int = option(16, FACTORS, compared_by="ranks")
     """The rank r of the adapter."""
-    alpha: float | None = None
+    alpha: float | None = option(None, FACTORS, compared_by="alphas")
     """The alpha of the adapter's scale; see --scaling. By default twice the rank; with --xs
     and --vera the rank."""
-    dropout: float = 0.0
+    dropout: float = option(0.0, FACTORS)
     """Dropout probability of the adapter's input."""
-    scaling: Literal["alpha/rank", "alpha/sqrt(rank)"] = "alpha/rank"
+    scaling: Literal["alpha/rank", "alpha/sqrt(rank)"] = option(
+        "alpha/rank", FACTORS, compared_by="methods"
+    )
     """The scale of the adapter's product. alpha/sqrt(rank) is rsLoRA."""
-    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "fast-pissa", "olora"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "fast-pissa", "olora"] = option(
+        "kaiming", PLAIN, compared_by="methods"
+    )
     """Initialisation of A and B."""
-    dora: bool = False
+    dora: bool = option(False, PLAIN, compared_by="methods")
     """Rescale each output column to a trained magnitude (DoRA)."""
-    freeze_a: bool = False
+    freeze_a: bool = option(False, PLAIN, compared_by="methods")
     """Freeze A and train B with a projected gradient (LoRA-FA); saves the memory of A's inputs."""
-    xs: bool = False
+    xs: bool = option(False, FACTORS, compared_by="methods")
     """Train only a matrix R [rank, rank] for each weight, between singular vectors of the base
     (LoRA-XS)."""
-    vera: bool = False
+    vera: bool = option(False, FACTORS, compared_by="methods")
     """Train only two vectors for each weight, around one random A and B that all weights share
     (VeRA). It takes a large --rank, such as 256."""
-    bias: Literal["none", "adapted", "all"] = "none"
+    bias: Literal["none", "adapted", "all"] = option("none", RULES)
     """Biases of the model to train: none, those of adapted layers, or all."""
-    bias_on_b: bool = False
+    bias_on_b: bool = option(False, PLAIN)
     """Add a trained bias to B."""
-    train: tuple[str, ...] = ()
+    train: tuple[str, ...] = option((), RULES)
     """Modules that train in full besides the adapter, such as lm_head and norm."""
-    train_tokens: tuple[int, ...] = ()
+    train_tokens: tuple[int, ...] = option((), RULES)
     """Token ids whose embedding rows train."""
-    divide_rank: bool = False
+    divide_rank: bool = option(False, FACTORS)
     """Divide the rank of each expert by the number of active experts (mixtures of experts)."""
-    peft_config: str | None = None
+    peft_config: str | None = option(
+        None, HIDDEN, Idle.FULL, Idle.INIT_ADAPTER, of_inputs=False, uncompared=Uncompared.ADAPTER
+    )
     """Take all options above from a PEFT configuration: an adapter_config.json or its folder."""
-    full: bool = False
+    full: bool = option(False, TRAINED, compared_by="methods")
     """Train every parameter, without an adapter."""
-    init_adapter: str | None = None
+    init_adapter: str | None = option(None, START)
     """Start from this adapter, with its own targets, rank and alpha: the folder of a run, of this
     library or of PEFT, or the hub name of a PEFT adapter."""
-    allow_base_mismatch: bool = False
+    allow_base_mismatch: bool = option(False, START, Idle.NO_INIT_ADAPTER, changeable=True)
     """Accept an adapter that was trained on another base."""
 
 
@@ -102,75 +130,77 @@ class AdapterConfig:
 class OptimConfig:
     """Optimisation."""
 
-    steps: int | None = None
+    steps: int | None = option(None, COURSE, excludes="epochs")
     """Optimiser steps."""
-    epochs: float | None = None
+    epochs: float | None = option(None, COURSE, Idle.STREAM)
     """Passes over the data, as an alternative to --steps."""
-    batch_size: int = 8
+    batch_size: int = option(8, OPTIMISATION, compared_by="batch_sizes")
     """Sequences in memory at once, on all devices together."""
-    grad_accum: int = 1
+    grad_accum: int = option(1, OPTIMISATION)
     """Batches to accumulate per step. The gradient equals that of one large batch."""
-    optimizer: Name = "adamw"
+    optimizer: Name = option("adamw", OPTIMISATION)
     """The optimiser. muon orthogonalises the updates of matrices, A and B among them, and leaves
     the rest to adamw. schedule-free is AdamW with averaging instead of a schedule; the average is
     evaluated and saved."""
-    lr: float | None = None
+    lr: float | None = option(None, HIDDEN, of_inputs=False, compared_by="lrs")
     """The peak learning rate. Its default is AdamW's; a third of that for lion, and none for
     sgd. With --vera it is ten times as large, with --xs 2e-3."""
-    lr_rule: Literal["llama", "qwen"] | None = None
+    lr_rule: Literal["llama", "qwen"] | None = option(
+        None, OPTIMISATION, Idle.XS, Idle.VERA, excludes="lr", uncompared=Uncompared.RATES
+    )
     """Compute the learning rate from the model's width and the number of steps, as fitted for this
     model family in *LoRA Without Regret*; an alternative to --lr."""
-    lora_plus: float | None = None
+    lora_plus: float | None = option(None, LORA_PLUS, compared_by="methods")
     """Ratio of B's learning rate to A's (LoRA+; the paper uses 16). By default 1."""
-    beta1: float | None = None
+    beta1: float | None = option(None, OPTIMISATION)
     """Decay rate of the mean gradient (adamw, lion). schedule-free takes its gradients at a point
     in which the average has this share. By default 0.9."""
-    beta2: float | None = None
+    beta2: float | None = option(None, OPTIMISATION)
     """Decay rate of the squared gradients (adamw, schedule-free): by default 0.999. For lion, the
     decay rate of the mean gradient: by default 0.99."""
-    eps: float | None = None
+    eps: float | None = option(None, OPTIMISATION)
     """Added to the root of the mean squared gradient (adamw, schedule-free). By default 1e-8."""
-    momentum: float | None = None
+    momentum: float | None = option(None, OPTIMISATION)
     """Momentum of sgd (by default 0.9) and of muon (by default 0.95)."""
-    schedule: ScheduleKind = "cosine"
+    schedule: ScheduleKind = option("cosine", OPTIMISATION, Idle.AVERAGES)
     """Schedule of the learning rate after the warmup. linear and cosine fall to --min-lr over all
     steps, wsd over the last ones (see --decay); inverse-sqrt falls as 1 / sqrt(step)."""
-    warmup: int = 3
+    warmup: int = option(3, OPTIMISATION, Idle.WARMUP_RATIO, excludes="warmup_ratio")
     """Steps of linear warmup of the learning rate."""
-    warmup_ratio: float | None = None
+    warmup_ratio: float | None = option(None, OPTIMISATION)
     """Steps of warmup as a share of all steps; an alternative to --warmup."""
-    min_lr: float = 0.0
+    min_lr: float = option(0.0, OPTIMISATION, Idle.AVERAGES, Idle.FLAT)
     """The final learning rate of linear, cosine and wsd, as a share of the peak."""
-    decay: float = DECAY
+    decay: float = option(DECAY, OPTIMISATION, Idle.AVERAGES, Idle.NEVER_STABLE)
     """The share of the steps over which --schedule wsd falls."""
-    weight_decay: float = 0.0
+    weight_decay: float = option(0.0, OPTIMISATION)
     """Weight decay of A, B, kernels and embeddings. Norms and biases never decay."""
-    grad_clip: float = 1.0
+    grad_clip: float = option(1.0, OPTIMISATION)
     """Maximum norm of the whole gradient; 0 for no clipping."""
-    neftune: float = 0.0
+    neftune: float = option(0.0, OPTIMISATION)
     """NEFTune's alpha: adds noise of at most alpha / sqrt(length * width) to the embeddings of
     training tokens (the paper uses 5 to 15); 0 for none."""
-    seed: int = 0
+    seed: int = option(0, OPTIMISATION, compared_by="seeds")
     """Seed of the adapter's initialisation, data order, dropout, and noise."""
-    remat: Remat = "none"
+    remat: Remat = option("none", OF_BASE)
     """Activations to recompute in the backward pass. full, or --remat without a name: all those of
     each layer, for much less memory and some more time. Two policies of JAX keep more:
     dots_saveable the results of all matrix products, dots_with_no_batch_dims_saveable of those
     with weights."""
-    attention: Attention = "auto"
+    attention: Attention = option("auto", OF_BASE)
     """Computation of attention. dense: all scores of a layer at once, in memory quadratic in the
     length. blockwise: a block of queries at a time, in memory linear in the length. splash: a
     kernel for TPUs. cudnn: a kernel for GPUs from Hopper on, in half precision, up to 4,096 tokens.
     auto: dense below 512 tokens; from there on splash on a TPU, and blockwise elsewhere."""
-    experts: Experts = "auto"
+    experts: Experts = option("auto", OF_BASE)
     """Computation of a mixture of experts. blocks: a loop over blocks of tokens of one expert.
     ragged: all tokens of a device, sorted by expert, in a kernel that only the TPU's compiler has.
     auto: ragged on a TPU (but blocks for --dropout on several chips), and blocks elsewhere."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = option("float32", OF_BASE, card=Card.OPTIMISATION)
     """The dtype of the base and its activations. Adapters are always float32, and so are the
     weights with --full."""
 
-    quantize: Quantize | None = None
+    quantize: Quantize | None = option(None, OF_BASE, Idle.FULL, Idle.INTRINSIC, card=Card.CODES)
     """Codes to keep the base's kernels in, under a float32 adapter (QLoRA): nf4, int4 or int8, in
     blocks of 64 with a scale each; nf4-double has its scales in 8 bits too; stored keeps the codes
     of a GGUF file. Each kernel is encoded as it is read. Embeddings, norms, routers and the output
@@ -186,60 +216,60 @@ class OptimConfig:
 class RunConfig:
     """Evaluation and output."""
 
-    config: str | None = None
+    config: str | None = option(None, OF_CALL)
     """A YAML file of options, by their names here; the command line overrides it. A run writes its
     own options to its folder as config.yaml, and that file repeats the run."""
-    output: str
+    output: str = option(REQUIRED, COURSE, shared=Shared.TABLE)
     """The output folder of the run."""
-    mesh: str | None = None
+    mesh: str | None = option(None, CHANGEABLE, shared=Shared.PROCESS)
     """The device mesh, such as data=2,fsdp=4,tensor=2 (also expert= and sequence=; -1 takes the
     remaining devices). The batch is sharded over data, fsdp and expert, each row's tokens over
     sequence, and the base over all axes but data. By default fsdp gets as many devices as can share
     the batch, and tensor gets the rest."""
-    distributed: bool = False
+    distributed: bool = option(False, OF_PROCESSES, single=True)
     """Run as one process of many; SLURM, a TPU pod, GKE or Open MPI tells which one."""
-    coordinator: str | None = None
+    coordinator: str | None = option(None, OF_PROCESSES, single=True, of="process")
     """Address of process 0, as host:port; the same in all processes."""
-    num_processes: int | None = None
+    num_processes: int | None = option(None, OF_PROCESSES)
     """Number of processes, with --coordinator."""
-    process_id: int | None = None
+    process_id: int | None = option(None, OF_PROCESSES, of="process")
     """Number of this process, from 0, with --coordinator."""
-    dry_run: bool = False
+    dry_run: bool = option(False, OF_CALL, single=True, uncompared=Uncompared.MANY_RUNS)
     """Train nothing and write nothing: show the first rows as the model sees them, the lengths of
     all, and the steps, memory and time of the run."""
-    resume: bool = False
+    resume: bool = option(False, OF_CALL, Idle.DRY_RUN, of_inputs=False)
     """Resume from the last checkpoint in the output folder."""
-    overwrite: bool = False
+    overwrite: bool = option(False, OF_CALL, excludes="resume", of_inputs=False)
     """Delete the run in the output folder and start a new one."""
-    log_every: int = 1
+    log_every: int = option(1, COURSE)
     """Steps between lines of metrics."""
-    save_every: int = 10
+    save_every: int = option(10, COURSE)
     """Steps between checkpoints; the last step always has one."""
-    keep: int = 2
+    keep: int = option(2, COURSE)
     """Number of checkpoints to keep."""
-    eval_every: int = 0
+    eval_every: int = option(0, CHANGEABLE)
     """Steps between evaluations of the loss on held-out data; 0 for none."""
-    score_every: int = 0
+    score_every: int = option(0, COURSE)
     """Steps between the task's own scores: execution accuracy on the questions of the SQL task,
     accuracy on the test rows of a classifier; 0 for none. Each score answers or classifies all
     of them."""
-    keep_best: Literal["loss", "score"] | None = None
+    keep_best: Literal["loss", "score"] | None = option(None, BEST)
     """Keep the adapter with the lowest loss of --eval-every, or with the highest score of
     --score-every. At the end it is the run's adapter, instead of the last one."""
-    patience: int | None = None
+    patience: int | None = option(None, BEST, changeable=True, uncompared=Uncompared.EARLY_STOPPING)
     """End the run after this many measurements of --keep-best in a row without improvement."""
-    report_to: tuple[ReportTo, ...] = ("tensorboard",)
+    report_to: tuple[ReportTo, ...] = option(("tensorboard",), COURSE)
     """Services that get the metrics, beside metrics.jsonl; or none. tensorboard writes files to the
     output folder; each of the others needs the extra of its name. A resumed run continues its runs
     there."""
-    report_project: str | None = None
+    report_project: str | None = option(None, COURSE, Idle.NO_PROJECT)
     """The run's project in the service (MLflow calls it an experiment). By default the one that the
     service's own environment variable names, or lora_jax."""
-    compilation_cache: str | None = None
+    compilation_cache: str | None = option(None, CHANGEABLE, shared=Shared.PROCESS)
     """The folder where JAX keeps compiled programs for later runs, or off. By default
     lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR. Many processes have no
     default: name a folder that all of them reach."""
-    max_skipped: int = 3
+    max_skipped: int = option(3, COURSE, card=Card.SKIPPED)
     """Stop the run after this many skipped steps in a row. A step is skipped if its loss or its
     gradient is not finite."""
 

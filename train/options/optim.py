@@ -14,9 +14,6 @@ from lora_jax.training.optimizers.named import OPTIMIZERS
 from lora_jax.training.optimizers.schedules import warmed_up
 from train.console.errors import UserError, flag
 
-_OPTIONS = ("beta1", "beta2", "eps", "momentum")
-_FALLING = ("linear", "cosine", "wsd")  # the schedules that end at --min-lr
-
 
 def with_optimizer_defaults(optim: Any, *, lr: float, beta2: float) -> Any:
     """Fills in the defaults of the optimiser's options and of its learning rate.
@@ -36,25 +33,6 @@ def with_optimizer_defaults(optim: Any, *, lr: float, beta2: float) -> Any:
     if named.averages:
         changes["schedule"] = "constant"
     return dataclasses.replace(optim, **changes)
-
-
-def without_effect(optim: Any) -> list[tuple[str, tuple[str, ...]]]:
-    """Returns why some options have no effect beside the optimiser and schedule, and which."""
-    named = OPTIMIZERS[optim.optimizer]
-    unread = tuple(name for name in _OPTIONS if name not in named.options)
-    cases = [(f"--optimizer {optim.optimizer} does not read it", unread)]
-    if named.averages:
-        why = f"--optimizer {optim.optimizer} averages in the place of a schedule"
-        return [*cases, (why, ("schedule", "min_lr", "decay"))]
-    if optim.schedule not in _FALLING:
-        why = f"--schedule {optim.schedule} does not fall to a final learning rate"
-        cases.append((why, ("min_lr",)))
-    if optim.schedule != "wsd":
-        why = f"--schedule {optim.schedule} has no stable part before it falls (wsd has)"
-        cases.append((why, ("decay",)))
-    if optim.warmup_ratio is not None:
-        cases.append(("--warmup-ratio says how long the warmup is", ("warmup",)))
-    return cases
 
 
 def warmup_steps(optim: Any, steps: int) -> int:

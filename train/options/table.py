@@ -14,8 +14,9 @@ from lora_jax.core.paths import nearest
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, flag
 from train.data.text_files import read_csv, read_json
-from train.options.command import EXCLUSIVE, value_of
+from train.options.command import value_of
 from train.options.common import Options
+from train.options.field import Shared, Traits, outdone, traits_of
 from train.options.file import Unfit, composed, converted, kinds_of, replaced, shown
 from train.options.ignored import check_effects, idle_options
 from train.reporters.registry import check_many
@@ -25,20 +26,6 @@ Config = TypeVar("Config", bound=Options)
 NAME = "name"  # the column that names the runs
 RESULTS = "runs.csv"  # the table of their results, beside their folders
 
-# What runs over one base, in one process, have in common.
-_SHARED: dict[str, tuple[str, ...]] = {
-    "all runs of a table share one base": (
-        *("model", "rope_scaling", "dtype", "quantize", "remat", "attention", "experts"),
-    ),
-    "all runs of a table share one process and its devices": (
-        *("mesh", "distributed", "coordinator", "num_processes", "process_id"),
-        "compilation_cache",
-    ),
-    "it says where and how the whole table runs": (
-        *("output", "config", "many", "dry_run", "resume", "overwrite"),
-    ),
-}
-_OF_BASE = ("model", "rope_scaling", "quantize")  # of these, an adapter may state its own
 _TABLES = (".csv", ".tsv")
 _JSON = (".jsonl", ".ndjson", ".json")
 _YAML = (".yaml", ".yml")
@@ -75,8 +62,8 @@ def read_table(config: Config, plain: Config, on_line: Collection[str]) -> list[
         effect.
     """
     path = config.run.many  # type: ignore[attr-defined]
-    for name in ("distributed", "coordinator", "dry_run"):
-        if value_of(config, name):
+    for name, traits in traits_of(config).items():
+        if traits.single and value_of(config, name):
             raise UserError(
                 f"{flag('many', path)}: {flag(name)} is for a single run, and a table of runs has "
                 "one process: leave out one of them"
@@ -100,8 +87,10 @@ def check_one_base(rows: Sequence[Row[Any]]) -> None:
     Args:
       rows: with all defaults, some of which are those of --init-adapter.
     """
+    traits = traits_of(rows[0].options)
+    of_base = [name for name, one in traits.items() if one.shared is Shared.BASE]
     for row in rows[1:]:
-        for name in _OF_BASE:
+        for name in of_base:
             here, there = value_of(row.options, name), value_of(rows[0].options, name)
             if here != there:
                 raise UserError(
@@ -113,12 +102,12 @@ def check_one_base(rows: Sequence[Row[Any]]) -> None:
 
 
 def _row(config: Config, plain: Config, where: str, cells: Mapping[str, yaml.Node]) -> Row[Config]:
-    kinds = kinds_of(config)
+    kinds, traits = kinds_of(config), traits_of(config)
     values: dict[str, Any] = {}
     for column, node in cells.items():
         option = _option(column)
         if option != NAME:
-            _check_column(column, option, where, kinds)
+            _check_column(column, option, where, traits)
         if option in values:
             raise UserError(f"{where}: {column} is given twice: leave out one")
         try:
@@ -127,13 +116,7 @@ def _row(config: Config, plain: Config, where: str, cells: Mapping[str, yaml.Nod
             raise UserError(f"{where}: {column} is {shown(node)}: {error}") from None
     name = _checked_name(values.pop(NAME, None), where)
     given = frozenset(option for option, value in values.items() if value is not None)
-    overridden = {
-        one
-        for pair in EXCLUSIVE
-        for one, other in (pair, pair[::-1])
-        if other in given and one not in given
-    }
-    values |= {option: value_of(plain, option) for option in overridden}
+    values |= {option: value_of(plain, option) for option in outdone(config, given)}
     changed = replaced(config, {**values, "output": str(Path(config.run.output) / name)})
     if changed.adapter.full:
         raise UserError(
@@ -148,17 +131,16 @@ def _row(config: Config, plain: Config, where: str, cells: Mapping[str, yaml.Nod
     return Row(name, where, given, changed)
 
 
-def _check_column(column: str, option: str, where: str, kinds: Mapping[str, Any]) -> None:
-    for why, names in _SHARED.items():
-        if option in names:
-            raise UserError(
-                f"{where}: {column} cannot differ between rows: {why}. Give {flag(option)} on the "
-                "command line"
-            )
-    if option not in kinds:
-        known = [name for name in kinds if not any(name in names for names in _SHARED.values())]
+def _check_column(column: str, option: str, where: str, traits: Mapping[str, Traits]) -> None:
+    if option not in traits:
+        known = [name for name, one in traits.items() if one.shared is None]
         (likely,) = nearest(option, [NAME, *known], n=1)
         raise UserError(f"{where}: there is no option {column}; the nearest is {likely}")
+    if why := traits[option].shared:
+        raise UserError(
+            f"{where}: {column} cannot differ between rows: {why.value}. Give {flag(option)} on "
+            "the command line"
+        )
 
 
 def _checked_name(name: str | None, where: str) -> str:

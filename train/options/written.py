@@ -6,20 +6,9 @@ from typing import Any
 
 from train.console.errors import UserError, flag
 from train.options.common import Options, as_json
+from train.options.field import traits_of
 from train.options.file import as_yaml, read_options
 from train.options.ignored import idle_options
-
-# Options of one call of the script, or of one of its processes.
-_OF_A_CALL = ("config", "many", "resume", "overwrite", "distributed", "dry_run")
-_OF_A_PROCESS = ("coordinator", "num_processes", "process_id")
-# Options that a resumed run may change: its length, devices, reports, and checkpoints. Any other
-# change would make it another run.
-_CHANGEABLE = frozenset(
-    {"steps", "epochs", "output", "log_every", "save_every", "keep", "eval_every", "eval_rows"}
-    | {"eval_questions", "max_skipped", "mesh", "compilation_cache", "token_cache"}
-    | {"eval_dataset", "eval_split", "allow_base_mismatch", "score_every", "patience"}
-    | {"report_to", "report_project", "sample_prompts", "sample_every", "sample_tokens"}
-)
 
 
 def effective(options: Options) -> dict[str, Any]:
@@ -29,11 +18,15 @@ def effective(options: Options) -> dict[str, Any]:
     """
     as_begun = dataclasses.replace(options.run, resume=False, overwrite=False)
     idle = idle_options(dataclasses.replace(options, run=as_begun))
-    return {
-        name: value
-        for name, value in as_json(options).items()
-        if value is not None and name not in idle and name not in (*_OF_A_CALL, *_OF_A_PROCESS)
-    }
+    of_run = {name for name, traits in traits_of(options).items() if traits.of == "run"} - idle
+    given = as_json(options).items()
+    return {name: value for name, value in given if value is not None and name in of_run}
+
+
+def alike(options: Options) -> dict[str, Any]:
+    """Returns the options that all processes of a run share, as one flat JSON object."""
+    traits = traits_of(options)
+    return {k: value for k, value in as_json(options).items() if traits[k].of != "process"}
 
 
 def as_file(options: Options, script: str) -> str:
@@ -61,11 +54,11 @@ def from_file(path: Path, plain: Options) -> dict[str, Any]:
 
 def check_same_run(options: Options, saved: dict[str, Any], folder: Path) -> None:
     """Raises a UserError if a resumed run's options differ from those it began with."""
-    now = effective(options)
+    now, traits = effective(options), traits_of(options)
     differing = [
         f"{flag(name)} was {_option(saved.get(name))} and is now {_option(now.get(name))}"
         for name in {**saved, **now}
-        if name not in _CHANGEABLE and saved.get(name) != now.get(name)
+        if not traits[name].changeable and saved.get(name) != now.get(name)
     ]
     if differing:
         raise UserError(

@@ -21,7 +21,8 @@ from lora_jax.training.setup import Setup
 from lora_jax.training.step import State
 from train.adapters.source import find_adapter
 from train.console.errors import UserError, as_user_errors
-from train.options.common import NO_ADAPTER, AdapterConfig, OptimConfig
+from train.options.common import AdapterConfig, OptimConfig
+from train.options.conditions import NO_ADAPTER
 from train.options.optim import make_optimizer, make_schedule, make_tenant
 from train.plan.flops import step_flops
 from train.plan.machines import Machine

@@ -19,7 +19,6 @@ from lora_jax.training.processes import is_first
 from train.console.errors import UserError, flag
 
 _ROUND = 2**24  # bytes that each process sends at once
-_OF_ONE_PROCESS = ("coordinator", "process_id")  # options that may differ between processes
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -92,7 +91,7 @@ def check_alike(options: Mapping[str, Any], **read: Any) -> None:
     """Checks that all processes have the same options and have read the same data.
 
     Args:
-      options: this process's options by name, as JSON; --coordinator and --process-id may differ.
+      options: this process's options by name, as JSON, but for those that may differ.
       read: the data of this process, by name: rows, or an object with a complete `repr`.
 
     Raises:
@@ -100,8 +99,7 @@ def check_alike(options: Mapping[str, Any], **read: Any) -> None:
     """
     if jax.process_count() == 1:
         return
-    given = options.items()
-    facts = {flag(name): value for name, value in given if name not in _OF_ONE_PROCESS}
+    facts = {flag(name): value for name, value in options.items()}
     facts |= {name: _digest(content) for name, content in read.items()}
     first, *others = _gathered(_success(facts))
     differing = [

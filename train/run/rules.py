@@ -11,7 +11,8 @@ from lora_jax import init
 from lora_jax.peft.config import read_config
 from lora_jax.rules import PRESETS
 from train.console.errors import UserError, as_user_errors
-from train.options.common import NO_ADAPTER, AdapterConfig
+from train.options.common import AdapterConfig
+from train.options.conditions import NO_ADAPTER
 from train.run.intrinsic import moves_weights
 from train.run.pretrained import Outline
 

@@ -154,8 +154,6 @@ class Task:
       loss: returns the function to minimise, from the options and the layout on the mesh. Losses of
         equal options are equal, so that runs with them train side by side.
       evaluation: returns the evaluation of a run; None for none.
-      without_effect: options that a task with rows and a test of its own does not read, beside
-        those about the hub.
       reads: returns which of --seed, --batch-size and --grad-accum rows and examples depend on.
       score: the name of the score that tells how good the model is, the higher the better; None
         where there is none but the loss.
@@ -170,7 +168,6 @@ class Task:
     examples: Callable[[Any, Rows, Outline], Data]
     loss: Callable[[Any, Layout], Loss]
     evaluation: Callable[[Context], Evaluation | None] = _no_evaluation
-    without_effect: tuple[str, ...] = ()
     reads: Callable[[Any], tuple[str, ...]] = _all
     score: str | None = None
     baselines: Callable[[Mapping[str, Any]], dict[str, float]] = _no_baselines

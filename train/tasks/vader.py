@@ -118,6 +118,5 @@ TASK = dataclasses.replace(
     labelled.TASK,
     check=check,
     rows=read,
-    without_effect=("test_share", "text", "text_pair", "label"),
     evaluation=functools.partial(labelled.Telling, baselines=(prefixes,)),
 )

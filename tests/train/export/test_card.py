@@ -1,6 +1,5 @@
 """Model cards: front matter, the facts of the run, code that runs, and cards that are kept."""
 
-import dataclasses
 import html
 import json
 import re
@@ -19,8 +18,6 @@ from tests.support import assert_close, with_random_factors
 from tests.train.test_classify import write_encoder
 from tests.train.tiny import write_model
 from train.export.__main__ import main
-from train.export.card import NOT_SHOWN, SHOWN
-from train.options import classify, sft
 
 IDS = np.array([[1, 5, 77, 200, 3]])
 LABELS = ("no", "a|b", "<img src=x> [y](javascript:z) `*c*` &lt; _d_")  # as in untrusted data
@@ -128,13 +125,6 @@ def test_a_card_that_somebody_wrote_stays(run, tmp_path, capsys):
     export(*args, "owner/three")
     assert (tmp_path / "out" / "README.md").read_text() == "Mine."
     assert "README.md was not generated, and is kept" in capsys.readouterr().err
-
-
-def test_each_option_of_a_run_is_shown_or_left_out_on_purpose():
-    configs = (sft.Config(), classify.Config())
-    parts = [getattr(one, part.name) for one in configs for part in dataclasses.fields(one)]
-    names = {field.name for part in parts for field in dataclasses.fields(part)}
-    assert names == SHOWN | NOT_SHOWN and not SHOWN & NOT_SHOWN
 
 
 @pytest.mark.parity

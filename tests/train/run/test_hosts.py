@@ -17,8 +17,8 @@ from tests.train.tiny import FORGETFUL, tokenizer, write_jsonl
 from train.console.errors import UserError
 from train.data.chats import tokenize
 from train.data.dataset import Dataset, of_rows
-from train.options.common import as_json
 from train.options.sft import Config, SftOptimConfig, SftRunConfig
+from train.options.written import alike
 from train.processes import hosts, peers
 from train.processes.hosts import check_alike, map_over_processes, together
 from train.run.pretrained import Outline
@@ -133,7 +133,7 @@ def test_processes_that_were_not_started_alike(processes):
             run = SftRunConfig(process_id=jax.process_index(), output=own.get("output", "runs/sql"))
             config = Config(optim=SftOptimConfig(seed=own.get("seed", 0)), run=run)
             with together():
-                check_alike(as_json(config), rows=own.get("rows", rows), model="llama")
+                check_alike(alike(config), rows=own.get("rows", rows), model="llama")
 
         return prepare
 

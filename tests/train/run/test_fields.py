@@ -1,0 +1,35 @@
+"""An option's field says everything about the option, or there is an error."""
+
+import dataclasses
+
+import pytest
+
+from train.compare.__main__ import SCRIPTS
+from train.options import classify, sft
+from train.options.conditions import Idle
+from train.options.field import Card, traits_of
+
+ALL = (sft.Config(), classify.Config(), *(plain for plain, _ in SCRIPTS.values()))
+
+
+def test_each_option_declares_itself_and_each_condition_is_of_some_option():
+    declared = [traits_of(plain) for plain in ALL]
+    assert {case for traits in declared for one in traits.values() for case in one.idle} == {*Idle}
+    for traits in declared:
+        assert {one.excludes for one in traits.values()} <= {None, *traits}
+
+
+def test_a_field_that_says_nothing_about_itself_is_an_error():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Run(sft.SftRunConfig):
+        keep: int = 7  # says what the field does that it overrides
+        undeclared: int = 3
+
+    options = dataclasses.replace(sft.Config(), run=Run())
+    with pytest.raises(TypeError, match="Run.undeclared says nothing about itself: declare it"):
+        traits_of(options)
+
+
+def test_a_field_that_overrides_another_keeps_what_that_one_says():
+    alpha, output = (traits_of(sft.Config())[name] for name in ("alpha", "output"))
+    assert alpha.card is Card.ADAPTER and Idle.FULL in alpha.idle and output.changeable

@@ -1,0 +1,111 @@
+"""The conditions in which options have no effect beside others, each with its reason."""
+
+import enum
+from collections.abc import Callable
+from typing import Any
+
+from lora_jax.training.optimizers.named import OPTIMIZERS
+from train.data.files import kind_of
+from train.data.named import named
+from train.options.tasks import named_task
+from train.reporters.registry import trackers
+
+NO_ADAPTER = ("none",)  # the value of --targets
+_FALLING = ("linear", "cosine", "wsd")  # the schedules that end at --min-lr
+_STREAM = "--stream reads rows while training, neither counts nor keeps them"
+
+
+class _Given:
+    """All options of a script by their names; those of other scripts are None."""
+
+    def __init__(self, options: Any) -> None:
+        for part in vars(options).values():
+            vars(self).update(vars(part))
+        self.averages = OPTIMIZERS[self.optimizer].averages
+        one = isinstance(self.dataset, str)
+        self.datasets = [self.dataset] if one else [data.name for data in named(self.dataset)]
+        self.is_named = named_task(self.datasets[0]) is not None  # with rows and a test of its own
+        without_project = [one.no_project for one in trackers(self.report_to).values()]
+        if all(without_project):
+            self.no_project = next(iter(without_project), None) or "nothing is reported"
+        self.from_files = all(map(kind_of, self.datasets)) and (
+            self.test is None or kind_of(self.test)
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return None
+
+
+class Idle(enum.Enum):
+    """A condition in which options have no effect; of several that hold, the first is told.
+
+    Attributes:
+      why: the reason, with the options that it names in braces.
+      holds: returns whether the condition holds for the options given.
+    """
+
+    AVERAGES = "--optimizer {o.optimizer} averages in the place of a schedule", lambda o: o.averages
+    FLAT = (
+        "--schedule {o.schedule} does not fall to a final learning rate",
+        lambda o: not o.averages and o.schedule not in _FALLING,
+    )
+    NEVER_STABLE = (
+        "--schedule {o.schedule} has no stable part before it falls (wsd has)",
+        lambda o: not o.averages and o.schedule != "wsd",
+    )
+    WARMUP_RATIO = (
+        "--warmup-ratio says how long the warmup is",
+        lambda o: not o.averages and o.warmup_ratio is not None,
+    )
+    FULL = "--full trains every parameter, without an adapter", lambda o: o.full
+    INIT_ADAPTER = (
+        "--init-adapter goes on with an adapter, and its own targets, rank and alpha",
+        lambda o: o.init_adapter is not None,
+    )
+    NO_INIT_ADAPTER = (
+        "no adapter is read without --init-adapter",
+        lambda o: o.init_adapter is None and not o.resume,
+    )
+    PEFT_CONFIG = "--peft-config describes the whole adapter", lambda o: o.peft_config is not None
+    HEAD_ONLY = (
+        "--head-only trains only the head, without an adapter",
+        lambda o: o.head_only and not o.full,
+    )
+    INTRINSIC = (
+        "--intrinsic trains a subspace of all parameters, without an adapter",
+        lambda o: o.intrinsic is not None,
+    )
+    NO_INTRINSIC = "there is no subspace without --intrinsic", lambda o: o.intrinsic is None
+    XS = "--xs takes A and B from the base and trains R between them", lambda o: o.xs and not o.vera
+    VERA = (
+        "--vera draws one A and B for all weights and trains two vectors of each",
+        lambda o: o.vera and not o.xs,
+    )
+    NO_TARGETS = "--targets none makes no adapter", lambda o: o.targets == NO_ADAPTER
+    FILES = "the rows come from a file, not from the hub", lambda o: o.from_files
+    HAS_ROWS = "--dataset {o.datasets[0]} has rows and a test of its own", lambda o: o.is_named
+    TEST = "--test names the rows to test on", lambda o: o.test is not None
+    NO_PROJECT = "{o.no_project}", lambda o: o.no_project is not None
+    NO_PROMPTS = "nothing is sampled without --sample-prompts", lambda o: not o.sample_prompts
+    NONE_HELD_OUT = (
+        "rows are held out for --eval-every alone",
+        lambda o: not o.is_named and not o.eval_every,
+    )
+    NONE_DRAWN = (
+        "no rows are drawn to be held out",
+        lambda o: o.is_named or o.eval_dataset is not None or o.stream or not o.eval_every,
+    )
+    NONE_MEASURED = "nothing is measured without --eval-every", lambda o: not o.eval_every
+    STREAM = _STREAM, lambda o: o.stream
+    ONLY_STREAM = _STREAM, lambda o: o.stream and o.eval_dataset is None
+    DRY_RUN = "--dry-run trains nothing, in one process", lambda o: o.dry_run
+
+    def __init__(self, why: str, holds: Callable[[Any], bool]) -> None:
+        self.why = why
+        self.holds = holds
+
+
+def reasons(options: Any) -> dict[Idle, str]:
+    """Returns the conditions that hold for all options of a script, with their reasons."""
+    given = _Given(options)
+    return {one: one.why.format(o=given) for one in Idle if one.holds(given)}

@@ -1,0 +1,160 @@
+"""An option's field, which says what is known of the option beside its type, default and help.
+
+A part of a script's options declares each of its fields by `option`. A field that overrides another
+only to have another default or help keeps what that one says. A part may declare all of its fields
+at once, by `TRAITS`.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Collection
+from typing import Any, Literal, TypeVar
+
+from train.options.conditions import Idle
+
+Value = TypeVar("Value")
+
+REQUIRED: Any = dataclasses.MISSING  # the default of an option that has none
+_TRAITS = "traits"
+
+
+class Card(enum.IntEnum):
+    """A place on the model card, in its order; in one place, options stand as --help lists them.
+
+    Options about the machine, the output and other files stand nowhere, so that no path of a
+    machine is on a card; steps and rate are shown as they came out.
+    """
+
+    NOWHERE, ADAPTER, TRAINED, ROWS, OPTIMISATION, LENGTH, ROPE = range(7)
+    PACKING, LOSS, SKIPPED, STREAM, BEST, CODES = range(7, 13)
+
+
+class Shared(enum.Enum):
+    """The reason why the runs of a table cannot differ in an option."""
+
+    BASE = "all runs of a table share one base"
+    PROCESS = "all runs of a table share one process and its devices"
+    TABLE = "it says where and how the whole table runs"
+
+
+class Uncompared(enum.Enum):
+    """The reason why a comparison has no use for an option."""
+
+    PROCESS = "a comparison has one process"
+    START = "a comparison begins at the base"
+    ADAPTER = "a comparison sets the adapter's options itself"
+    RATES = "a comparison sweeps the learning rate: give --lrs"
+    MANY_RUNS = "a comparison has many runs: try one of them with its script"
+    TABLE = "a comparison makes its table of runs itself"
+    LAST_STEP = "all runs are compared after their last step"
+    EARLY_STOPPING = f"{LAST_STEP}; see --early-stopping"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traits:
+    """Says what is known of an option.
+
+    Attributes:
+      card: its place on the model card.
+      idle: the conditions in which it has no effect. An optimiser's own options need none: the
+        optimisers say which they read.
+      excludes: an option that it excludes, and which excludes it. Given on the command line, either
+        overrides the other in a file.
+      shared: why the runs of a table cannot differ in it; None if they can.
+      single: whether it is for a single run: a table refuses it, unless it is off.
+      of: whether it says what a run is, or is about one call of the script, or about one process,
+        so that it may differ between the processes of a run.
+      changeable: whether a resumed run may change it, such as length, devices, reports and
+        checkpoints. Any other change would make it another run.
+      of_inputs: whether rows, outline and examples depend on it, for some task.
+      compared_by: the option of train.compare that sets it for each run.
+      uncompared: why a comparison has no use for it.
+    """
+
+    card: Card
+    idle: tuple[Idle, ...] = ()
+    excludes: str | None = None
+    shared: Shared | None = None
+    single: bool = False
+    of: Literal["run", "call", "process"] = "run"
+    changeable: bool = False
+    of_inputs: bool = True
+    compared_by: str | None = None
+    uncompared: Uncompared | None = None
+
+
+def option(default: Value, traits: Traits, *idle: Idle, **others: Any) -> Value:
+    """Declares an option: returns the field of a dataclass.
+
+    Args:
+      default: the value of an option that is not given, or `REQUIRED`.
+      traits: what is known of it.
+      idle: conditions in which it has no effect, beside those of `traits`.
+      others: fields that differ from those of `traits`.
+    """
+    own = dataclasses.replace(traits, idle=(*traits.idle, *idle), **others)
+    return dataclasses.field(default=default, metadata={_TRAITS: own})
+
+
+def traits_of(options: Any) -> dict[str, Traits]:
+    """Returns the traits of all options of a script, by their names, in the order of --help.
+
+    Raises:
+      TypeError: a field says nothing about itself.
+    """
+    parts = [type(getattr(options, part.name)) for part in dataclasses.fields(options)]
+    fields = ((part, field.name) for part in parts for field in dataclasses.fields(part))
+    return {name: _declared(part, name) for part, name in fields}
+
+
+def outdone(options: Any, given: Collection[str]) -> set[str]:
+    """Returns the options that some of those given exclude, and that are not given themselves."""
+    pairs = [(name, one.excludes) for name, one in traits_of(options).items() if one.excludes]
+    pairs += [(other, name) for name, other in pairs]
+    return {one for one, other in pairs if other in given and one not in given}
+
+
+def _declared(part: type, name: str) -> Traits:
+    for kind in part.__mro__:
+        field = vars(kind).get("__dataclass_fields__", {}).get(name)
+        if field is not None and _TRAITS in field.metadata:
+            return field.metadata[_TRAITS]
+    if (traits := getattr(part, "TRAITS", None)) is not None:
+        return traits
+    raise TypeError(f"{part.__name__}.{name} says nothing about itself: declare it by `option`")
+
+
+# What many options have in common.
+HIDDEN = Traits(card=Card.NOWHERE)
+CHANGEABLE = Traits(card=Card.NOWHERE, changeable=True)
+COURSE = Traits(card=Card.NOWHERE, changeable=True, of_inputs=False)
+OF_BASE = Traits(card=Card.NOWHERE, shared=Shared.BASE)
+OF_FIELD = Traits(card=Card.NOWHERE, idle=(Idle.HAS_ROWS,))
+OF_HUB = Traits(card=Card.NOWHERE, idle=(Idle.FILES, Idle.HAS_ROWS))
+ROWS = Traits(card=Card.ROWS)
+RULES = Traits(
+    card=Card.ADAPTER,
+    idle=(Idle.FULL, Idle.INIT_ADAPTER, Idle.PEFT_CONFIG, Idle.INTRINSIC),
+    of_inputs=False,
+)
+TARGETS = dataclasses.replace(RULES, idle=(*RULES.idle, Idle.HEAD_ONLY))
+FACTORS = dataclasses.replace(RULES, idle=(*TARGETS.idle, Idle.NO_TARGETS))
+# Those about an A and a B that train, or that are drawn.
+PLAIN = dataclasses.replace(RULES, idle=(*FACTORS.idle, Idle.XS, Idle.VERA))
+START = Traits(card=Card.NOWHERE, of_inputs=False, uncompared=Uncompared.START)
+BEST = Traits(card=Card.BEST, of_inputs=False, uncompared=Uncompared.LAST_STEP)
+TRAINED = Traits(card=Card.TRAINED, of_inputs=False)
+OPTIMISATION = Traits(card=Card.OPTIMISATION, of_inputs=False)
+LORA_PLUS = dataclasses.replace(
+    OPTIMISATION,
+    idle=(Idle.FULL, Idle.INTRINSIC, Idle.HEAD_ONLY, Idle.NO_TARGETS, Idle.XS, Idle.VERA),
+)
+OF_CALL = Traits(card=Card.NOWHERE, shared=Shared.TABLE, of="call")
+# With --dry-run, other options may stand, so that it can be added to any command of one process.
+OF_PROCESSES = Traits(
+    card=Card.NOWHERE,
+    idle=(Idle.DRY_RUN,),
+    shared=Shared.PROCESS,
+    of="call",
+    uncompared=Uncompared.PROCESS,
+)
