@@ -7,7 +7,6 @@ from typing import Any
 
 from lora_jax.hf.keys import Kind, Row
 from lora_jax.models.families import key_table
-from lora_jax.peft.config import DEFAULT_TARGETS
 from lora_jax.peft.errors import PeftError
 
 # The kinds of modules by transformers' names, for a table without kinds.
@@ -18,6 +17,15 @@ _KINDS: dict[Kind, re.Pattern[str]] = {
     "router": re.compile(r"(.*\.)(mlp|block_sparse_moe)\.gate"),
 }
 
+# PEFT's default targets, by model_type.
+DEFAULT_TARGETS: dict[str, list[str]] = {
+    "gpt2": ["c_attn"],
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), ["query", "value"]),
+    **dict.fromkeys(
+        ("llama", "mistral", "mixtral", "gemma2", "gemma3_text", "qwen2", "qwen3"),
+        ["q_proj", "v_proj"],
+    ),
+}
 
 # PEFT ties adapters, and saves the weights beside them, of layers with these names alone.
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")

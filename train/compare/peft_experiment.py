@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_jax.peft.config import DEFAULT_TARGETS, read_config
+from lora_jax.peft.config import read_config
 from lora_jax.peft.errors import PeftError
+from lora_jax.peft.modules import DEFAULT_TARGETS
 from train.compare.result import Arm
 from train.console.errors import UserError
 
