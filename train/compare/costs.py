@@ -20,6 +20,7 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax import models
+from lora_jax.variants import variants_on
 from train.compare.result import Arm, Latency, Planned
 from train.compare.trials import Trial
 from train.console.errors import UserError, flag
@@ -115,8 +116,7 @@ def planned(
         command.append("--full")
     else:
         command += ["--rank", adapter.rank, "--targets", *adapter.targets]
-        kinds = ("dora", "freeze_a", "xs", "vera")
-        command += [flag(name) for name in kinds if getattr(adapter, name)]
+        command += [flag(variant.option) for variant in variants_on(adapter)]
     if price is not None:
         command += ["--price", price]
     made = json.loads(_output_of([str(word) for word in command]))

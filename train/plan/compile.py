@@ -20,6 +20,7 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, number_of_chunks, summed_loss
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State
+from lora_jax.variants import variants_on
 from train.adapters.source import find_adapter
 from train.console.errors import UserError, as_user_errors
 from train.options.common import NO_ADAPTER, AdapterConfig, OptimConfig
@@ -106,7 +107,8 @@ class Variant:
         elif self.adapter.targets == NO_ADAPTER:
             what = "no adapter, parts in full"
         else:
-            kind = "LoRA-XS" if self.adapter.xs else "VeRA" if self.adapter.vera else "LoRA"
+            alone = (variant.name for variant in variants_on(self.adapter) if variant.alone)
+            kind = next(alone, "LoRA")
             what = f"{kind} r={self.adapter.rank}"
         if self.adapters is not None:
             what = f"{self.adapters} × {what}"
