@@ -53,16 +53,11 @@ class Variants:
     @property
     def variants(self) -> tuple[Variant, ...]:
         """The variants that are on."""
-        return variants_on(self)
+        return tuple(variant for variant in VARIANTS if getattr(self, variant.option))
 
 
 VARIANTS: tuple[Variant, ...] = tuple(f.metadata["variant"] for f in dataclasses.fields(Variants))
 PARTS: dict[str, Part] = {part.name: part for variant in VARIANTS for part in variant.parts}
-
-
-def variants_on(options: Any) -> tuple[Variant, ...]:
-    """Returns the variants that options turn on, an object with a field for each of them."""
-    return tuple(variant for variant in VARIANTS if getattr(options, variant.option))
 
 
 def variant_of(part: Part) -> Variant | None:

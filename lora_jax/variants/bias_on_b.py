@@ -24,6 +24,7 @@ def _shifted(weight: Factored, node: LoraWeight, bias: Any) -> Factored:
 BIAS_ON_B = Variant(
     option="bias_on_b",
     name="a bias on B",
+    help="Add a trained bias to B.",
     parts=(Part("bias", ("batch", "out"), _first_bias, _shifted, vector="shift"),),
     in_peft=InPeft("lora_bias", "lora_B.bias", fill=0.0),
     is_compared=False,

@@ -5,4 +5,11 @@
 
 from lora_jax.variants.variant import InPeft, Variant
 
-LORA_FA = Variant(option="freeze_a", name="LoRA-FA", frozen=("a",), in_peft=InPeft())
+LORA_FA = Variant(
+    option="freeze_a",
+    name="LoRA-FA",
+    help="Freeze A and train B with a projected gradient (LoRA-FA); saves the memory of A's "
+    "inputs.",
+    frozen=("a",),
+    in_peft=InPeft(),
+)

@@ -88,6 +88,7 @@ class Variant:
     Attributes:
       option: the field of `lora_jax.LoraRule`, and the option of the scripts, that turns it on.
       name: the name that people write.
+      help: the option's help in the scripts.
       parts: the arrays that train beside A and B, or in their place.
       frozen: the factors that do not train.
       start: (the kernels of a tree that have the variant, a PRNG key) -> a function of W and its
@@ -107,6 +108,7 @@ class Variant:
 
     option: str
     name: str
+    help: str
     parts: tuple[Part, ...] = ()
     frozen: tuple[str, ...] = ()
     start: Callable[[Sequence[Kernel], jax.Array], MakeFactors] | None = None

@@ -141,6 +141,9 @@ def _first_b(node: LoraWeight) -> jax.Array:
 VERA = Variant(
     option="vera",
     name="VeRA",
+    help="Train only two vectors for each weight, around one random A and B that all weights share "
+    "(VeRA). It takes a large --rank, such as 256. By default --alpha is the rank, and --lr ten "
+    "times as large as without.",
     parts=(
         Part("lambda_d", AXES["lambda_d"], _first_d),
         Part("lambda_b", AXES["lambda_b"], _first_b),

@@ -91,6 +91,8 @@ def _decomposes_alike(node: Any, weight: LoraWeight) -> TypeGuard[LoraWeight]:
 LORA_XS = Variant(
     option="xs",
     name="LoRA-XS",
+    help="Train only a matrix R [rank, rank] for each weight, between singular vectors of the base "
+    "(LoRA-XS). By default --alpha is the rank and --lr 2e-3.",
     parts=(Part("latent", AXES["latent"], _first_latent, is_drawn=True),),
     frozen=("a", "b"),
     start=_start,

@@ -20,7 +20,6 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.variants import variants_on
 from train.compare.result import Arm, Latency, Planned
 from train.compare.trials import Trial
 from train.console.errors import UserError, flag
@@ -116,7 +115,7 @@ def planned(
         command.append("--full")
     else:
         command += ["--rank", adapter.rank, "--targets", *adapter.targets]
-        command += [flag(variant.option) for variant in variants_on(adapter)]
+        command += [flag(variant.option) for variant in adapter.variants]
     if price is not None:
         command += ["--price", price]
     made = json.loads(_output_of([str(word) for word in command]))

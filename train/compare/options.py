@@ -112,10 +112,8 @@ class CompareConfig:
 INSTEAD = {
     "full": "methods",
     "head_only": "methods",
-    "dora": "methods",
     "scaling": "methods",
     "init": "methods",
-    "freeze_a": "methods",
     "lora_plus": "methods",
     "rank": "ranks",
     "targets": "target_sets",
@@ -123,8 +121,7 @@ INSTEAD = {
     "lr": "lrs",
     "batch_size": "batch_sizes",
     "seed": "seeds",
-    "xs": "methods",
-    "vera": "methods",
+    **{variant.option: "methods" for variant in COMPARED.values()},
     "intrinsic": "dimensions",
     "intrinsic_kind": "methods",
 }

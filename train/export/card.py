@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 
 from lora_jax.models import EncoderConfig
 from lora_jax.training.run.best import BEST
+from lora_jax.variants import VARIANTS
 from train.adapters.source import AdapterSource
 from train.console.markdown import escape_markdown
 from train.data.files import FILE_KINDS
@@ -27,9 +28,9 @@ from train.run.report import versions
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Options that shaped the weights, in the order of the card. No path of a machine is among them.
 _OF_ADAPTER = (
-    *("targets", "layers", "rank", "alpha", "dropout", "scaling", "init", "dora", "freeze_a"),
-    *("xs", "vera"),
-    *("bias", "bias_on_b", "train", "train_tokens", "divide_rank"),
+    *("targets", "layers", "rank", "alpha", "dropout", "scaling", "init"),
+    *(variant.option for variant in VARIANTS),
+    *("bias", "train", "train_tokens", "divide_rank"),
 )
 _OF_TRAINING = (
     *("full", "head_only", "intrinsic", "intrinsic_kind", "held_out_seed", "rows"),

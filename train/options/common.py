@@ -12,6 +12,7 @@ from lora_jax.training.optimizers.schedules import DECAY, ScheduleKind
 from train.adapters.source import find_adapter
 from train.console.errors import UserError, flag
 from train.options.optim import check_optim
+from train.options.variants import VariantOptions
 
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
 _REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")}
@@ -46,8 +47,8 @@ ReportTo = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """Parameters that train."""
+class _FactorOptions:
+    """The kernels that are adapted, and their A and B."""
 
     targets: tuple[str, ...] = ("all-linear",)
     """Modules to adapt: names (q_proj v_proj), presets (attention, mlp, experts, all-linear), one
@@ -58,28 +59,22 @@ class AdapterConfig:
     rank: int = 16
     """The rank r of the adapter."""
     alpha: float | None = None
-    """The alpha of the adapter's scale; see --scaling. By default twice the rank; with --xs
-    and --vera the rank."""
+    """The alpha of the adapter's scale; see --scaling. By default twice the rank; a variant may
+    have another default."""
     dropout: float = 0.0
     """Dropout probability of the adapter's input."""
     scaling: Literal["alpha/rank", "alpha/sqrt(rank)"] = "alpha/rank"
     """The scale of the adapter's product. alpha/sqrt(rank) is rsLoRA."""
     init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "fast-pissa", "olora"] = "kaiming"
     """Initialisation of A and B."""
-    dora: bool = False
-    """Rescale each output column to a trained magnitude (DoRA)."""
-    freeze_a: bool = False
-    """Freeze A and train B with a projected gradient (LoRA-FA); saves the memory of A's inputs."""
-    xs: bool = False
-    """Train only a matrix R [rank, rank] for each weight, between singular vectors of the base
-    (LoRA-XS)."""
-    vera: bool = False
-    """Train only two vectors for each weight, around one random A and B that all weights share
-    (VeRA). It takes a large --rank, such as 256."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig(VariantOptions, _FactorOptions):
+    """Parameters that train."""
+
     bias: Literal["none", "adapted", "all"] = "none"
     """Biases of the model to train: none, those of adapted layers, or all."""
-    bias_on_b: bool = False
-    """Add a trained bias to B."""
     train: tuple[str, ...] = ()
     """Modules that train in full besides the adapter, such as lm_head and norm."""
     train_tokens: tuple[int, ...] = ()
@@ -115,7 +110,7 @@ class OptimConfig:
     evaluated and saved."""
     lr: float | None = None
     """The peak learning rate. Its default is AdamW's; a third of that for lion, and none for
-    sgd. With --vera it is ten times as large, with --xs 2e-3."""
+    sgd. A variant of the adapter may have another default."""
     lr_rule: Literal["llama", "qwen"] | None = None
     """Compute the learning rate from the model's width and the number of steps, as fitted for this
     model family in *LoRA Without Regret*; an alternative to --lr."""

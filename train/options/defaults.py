@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lora_jax.variants import variants_on
 from train.adapters.source import AdapterSource, find_adapter
 from train.options.common import AdapterConfig
 from train.options.optim import with_optimizer_defaults
@@ -36,7 +35,7 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
     """Fills in the task's defaults for options that were not given."""
     adapter, optim = options.adapter, options.optim
     if adapter.alpha is None and adapter.peft_config is None:
-        is_rank = any(variant.alpha_is_rank for variant in variants_on(adapter))
+        is_rank = any(variant.alpha_is_rank for variant in adapter.variants)
         times = 1.0 if is_rank else defaults.alpha
         adapter = dataclasses.replace(adapter, alpha=times * adapter.rank)
     rate = defaults.full_lr if adapter.full else _rate(adapter, defaults)
@@ -59,7 +58,7 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
 
 def _rate(adapter: AdapterConfig, defaults: Defaults) -> float:
     """Returns AdamW's learning rate of an adapter."""
-    of_variants = (variant.rate for variant in variants_on(adapter) if variant.rate)
+    of_variants = (variant.rate for variant in adapter.variants if variant.rate)
     return next((rate(defaults.lr) for rate in of_variants), defaults.lr)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lora_jax.variants import VARIANTS
 from train.console.errors import UserError, flag
 from train.data.files import kind_of
 from train.data.named import named
@@ -10,11 +11,14 @@ from train.options.common import NO_ADAPTER
 from train.options.optim import without_effect
 
 _OF_FACTORS = (
-    *("layers", "rank", "alpha", "dropout", "scaling", "init", "dora", "freeze_a", "bias_on_b"),
-    *("xs", "vera", "divide_rank"),
+    *("layers", "rank", "alpha", "dropout", "scaling", "init", "divide_rank"),
+    *(variant.option for variant in VARIANTS),
 )
 # Options about an A and a B that train, or that are drawn.
-_OF_PLAIN = ("init", "dora", "freeze_a", "bias_on_b", "lora_plus", "lr_rule")
+_OF_PLAIN = (
+    *("init", "lora_plus", "lr_rule"),
+    *(variant.option for variant in VARIANTS if not variant.alone),
+)
 _OF_RULES = ("targets", *_OF_FACTORS, "bias", "train", "train_tokens")
 _OF_HUB = ("split", "subset")
 # Others may stand beside --dry-run, so that it can be added to any command of one process.
@@ -104,15 +108,10 @@ def _cases(options: Any) -> list[_Case]:
             (*_OF_RULES, "lora_plus", "quantize"),
         ),
         _Case(intrinsic is None, "there is no subspace without --intrinsic", ("intrinsic_kind",)),
-        _Case(
-            adapter.xs and not adapter.vera,
-            "--xs takes A and B from the base and trains R between them",
-            _OF_PLAIN,
-        ),
-        _Case(
-            adapter.vera and not adapter.xs,
-            "--vera draws one A and B for all weights and trains two vectors of each",
-            _OF_PLAIN,
+        *(
+            _Case(True, f"{flag(variant.option)} {variant.alone_in_scripts}", _OF_PLAIN)
+            for variant in adapter.variants
+            if variant.alone
         ),
         _Case(adapter.targets == NO_ADAPTER, "--targets none makes no adapter", factors),
         _Case(is_file and not from_hub, "the rows come from a file, not from the hub", _OF_HUB),

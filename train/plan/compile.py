@@ -20,7 +20,6 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, number_of_chunks, summed_loss
 from lora_jax.training.setup import Setup
 from lora_jax.training.step import State
-from lora_jax.variants import variants_on
 from train.adapters.source import find_adapter
 from train.console.errors import UserError, as_user_errors
 from train.options.common import NO_ADAPTER, AdapterConfig, OptimConfig
@@ -107,7 +106,7 @@ class Variant:
         elif self.adapter.targets == NO_ADAPTER:
             what = "no adapter, parts in full"
         else:
-            alone = (variant.name for variant in variants_on(self.adapter) if variant.alone)
+            alone = (variant.name for variant in self.adapter.variants if variant.alone)
             kind = next(alone, "LoRA")
             what = f"{kind} r={self.adapter.rank}"
         if self.adapters is not None:

@@ -10,7 +10,6 @@ import lora_jax.peft as lp
 from lora_jax import init
 from lora_jax.peft.config import read_config
 from lora_jax.rules import PRESETS
-from lora_jax.variants import variants_on
 from train.console.errors import UserError, as_user_errors
 from train.options.common import NO_ADAPTER, AdapterConfig
 from train.run.intrinsic import moves_weights
@@ -112,7 +111,7 @@ def _lora_rule(adapter: AdapterConfig, targets: str | tuple[str, ...], rank: int
     alpha = adapter.alpha
     if alpha is not None and rank != adapter.rank:
         alpha *= rank / adapter.rank
-    variants: dict[str, Any] = {variant.option: True for variant in variants_on(adapter)}
+    variants: dict[str, Any] = {variant.option: True for variant in adapter.variants}
     return lj.LoraRule(
         targets=targets,
         layers=adapter.layers or None,
