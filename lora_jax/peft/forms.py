@@ -7,7 +7,9 @@ import numpy as np
 
 from lora_jax.core.weight import LoraWeight
 from lora_jax.peft import vera
+from lora_jax.peft.errors import PeftError
 from lora_jax.peft.modules import Module
+from lora_jax.peft.names import VECTORS
 from lora_jax.variants import Variant, variants_of
 
 
@@ -61,3 +63,25 @@ def form_of(node: Any) -> Form | None:
     """Returns the form of a node of an adapted tree; None for a LoRA or a leaf trained in full."""
     variants = variants_of(node) if isinstance(node, LoraWeight) else []
     return next((form for form in FORMS.values() if form.VARIANT in variants), None)
+
+
+def as_in_peft(path: str, node: Any) -> Any:
+    """Returns a node as PEFT has it: a compact one that PEFT lacks as plain LoRA.
+
+    Args:
+      path: the node's path, for messages.
+      node: a node of an adapted tree.
+
+    Raises:
+      PeftError: the node has a part that PEFT does not have.
+    """
+    if not isinstance(node, LoraWeight) or form_of(node):
+        return node
+    if node.is_compact:
+        return node.as_lora()
+    if unknown := [name for name in node.has if name not in VECTORS]:
+        raise PeftError(
+            f"{path!r} has the part {unknown[0]!r}, which PEFT does not have: make a plain adapter "
+            "of the tree first, lora_jax.bank.extract(strip(tree), merge(tree), rank=…)"
+        )
+    return node

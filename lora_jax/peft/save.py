@@ -19,7 +19,7 @@ from lora_jax.peft import config as configuration
 from lora_jax.peft.copies import tied_heads, with_head_names, with_heads
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import Expert, end_of, experts_of, keys_of_expert, pack, side_by_side
-from lora_jax.peft.forms import form_of
+from lora_jax.peft.forms import as_in_peft, form_of
 from lora_jax.peft.modules import EMBEDDING_NAMES, Module, ends_with, kind_of, modules, table_of
 from lora_jax.peft.names import FILE, PREFIX, VECTORS, bias_key, exactly, keys_of, number, token_key
 from lora_jax.saving.folders import partial_of, put_in_place
@@ -115,17 +115,11 @@ def contents(model: Any, params: Tree) -> tuple[dict[str, Any], dict[str, np.nda
         raise PeftError("peft.save needs an adapted tree, and this one is plain")
     if off := [path for path, node in nodes.items() if not node.is_on]:
         raise PeftError(f"{off[0]!r} has no adapter in this half of the tree: join it first")
-    nodes = {path: _as_in_peft(node) for path, node in nodes.items()}
+    nodes = {path: as_in_peft(path, node) for path, node in nodes.items()}
     rows = {row.path: row for row in table}
     if unknown := [path for path in nodes if path not in rows]:
         raise PeftError(f"{unknown[0]!r} is in no row of the model's key table")
     return _Contents(table, dict(leaves), nodes, experts_of(model)).collect()
-
-
-def _as_in_peft(node: Any) -> Any:
-    """Returns a node as PEFT has it: a compact one that PEFT lacks as plain LoRA."""
-    is_compact = isinstance(node, LoraWeight) and node.is_compact
-    return node.as_lora() if is_compact and form_of(node) is None else node
 
 
 class _Contents:
