@@ -7,6 +7,7 @@ it. Both follow from a seed, so a file need not hold them. As in PEFT, each is d
 uniform distribution for a matrix of its own shape: U(±√(6/in)) for A, U(±√(6/r)) for B.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -39,27 +40,22 @@ class Projections:
         del leaf
         rank, (ins, outs) = max(kernel.ranks), kernel.sides
         width_in, width_out = self.widths[rank]
-        a = self._seen("a", rank, width_in, math.sqrt(6 / width_in), kernel.dtype, ins)
-        b = self._seen("b", rank, width_out, math.sqrt(6 / rank), kernel.dtype, outs)
-        return {"shared_a": a, "shared_b": b, "seed": self._once("seed", self._seed)}
+        draw = functools.partial(self._first_columns, rank=rank, dtype=kernel.dtype)
+        return {
+            "shared_a": draw("a", sizes=ins, width=width_in, fan=width_in),
+            "shared_b": draw("b", sizes=outs, width=width_out, fan=rank),
+            "seed": self._once("seed", lambda: jnp.asarray(self.seed, jnp.uint32)),
+        }
 
-    def _seed(self) -> jax.Array:
-        return jnp.asarray(self.seed, jnp.uint32)
-
-    def _seen(
-        self, name: str, rank: int, width: int, bound: float, dtype: Any, sizes: tuple[int, ...]
+    def _first_columns(
+        self, name: str, *, sizes: tuple[int, ...], width: int, fan: int, rank: int, dtype: Any
     ) -> jax.Array:
-        """Returns the first columns of a matrix, in the shape of a weight's axes."""
-
-        def whole() -> jax.Array:
-            key = fold_in_path(jax.random.key(self.seed), name)
-            return jax.random.uniform(key, (rank, width), dtype, -bound, bound)
+        """Returns the columns of a matrix that a weight sees, in the shape of its axes."""
 
         def first() -> jax.Array:
-            matrix = self._once((name, rank, dtype), whole)
-            n = math.prod(sizes)
-            matrix = matrix if n == width else matrix[:, :n]
-            return matrix if sizes == (n,) else matrix.reshape(rank, *sizes)
+            key, bound = fold_in_path(jax.random.key(self.seed), name), math.sqrt(6 / fan)
+            matrix = jax.random.uniform(key, (rank, width), dtype, -bound, bound)
+            return matrix[:, : math.prod(sizes)].reshape(rank, *sizes)
 
         return self._once((name, rank, dtype, sizes), first)
 
