@@ -11,8 +11,7 @@ from lora_jax.core.magnitude import wide
 from lora_jax.core.paths import nearest, path_string
 from lora_jax.core.weight import LoraWeight, Node, Trained, is_leaf, is_node, leaves_of
 from lora_jax.rules import Rule
-from lora_jax.select.build import node_of
-from lora_jax.select.projections import projections_for
+from lora_jax.select.build import node_of, starts_of
 from lora_jax.select.resolve import Known, beside, resolve
 
 Tree = Any
@@ -74,9 +73,9 @@ def lorafy(
         roles = infer_roles(trace[0], trace[1:], {id(leaf): path for path, leaf in arrays})
     chosen = resolve(arrays, rules, Known(roles, kinds))
     key = jax.random.key(0) if key is None else key
-    shared = projections_for(dict(arrays), chosen, key)
+    starts = starts_of(dict(arrays), chosen, key)
     return treedef.unflatten(
-        node_of(leaf, path, chosen[path], key, shared) if path in chosen else leaf
+        node_of(leaf, path, chosen[path], key, starts) if path in chosen else leaf
         for path, leaf in leaves
     )
 
@@ -221,20 +220,21 @@ def merge(params: Tree) -> Tree:
                 f"merge: {path!r} has an adapter {how} (uses={weight.uses!r}); merged, all uses "
                 "would see it. Run the adapted tree through lora_jax.adapt"
             )
-    merged = {path: _merged(leaf) for path, leaf in leaves}
-    for path, weight in on.items():
-        if weight.bias is not None:
-            there = beside(path, merged)
-            shape = None if there is None else merged[there].shape
-            if there is None or shape != weight.bias.shape:
-                found = f"{there!r} has the shape {shape}" if there else "no bias stands beside it"
-                raise ValueError(
-                    f"merge: {path!r} has a bias on B of shape {weight.bias.shape}, and {found}: "
-                    "it cannot be merged. Run the adapted tree through lora_jax.adapt"
-                )
-            dtype = merged[there].dtype
-            total = merged[there].astype(wide(dtype)) + weight.factored().shift.astype(wide(dtype))
-            merged[there] = total.astype(dtype)
+    factored = {path: weight.factored() for path, weight in on.items()}
+    merged = {p: factored[p].merged() if p in on else _merged(leaf) for p, leaf in leaves}
+    shifts = {path: w.shift for path, w in factored.items() if w.shift is not None}
+    for path, shift in shifts.items():
+        there = beside(path, merged)
+        shape = None if there is None else merged[there].shape
+        if there is None or shape != shift.shape:
+            found = f"{there!r} has the shape {shape}" if there else "no bias stands beside it"
+            raise ValueError(
+                f"merge: {path!r} has a bias on B of shape {shift.shape}, and {found}: "
+                "it cannot be merged. Run the adapted tree through lora_jax.adapt"
+            )
+        dtype = merged[there].dtype
+        total = merged[there].astype(wide(dtype)) + shift.astype(wide(dtype))
+        merged[there] = total.astype(dtype)
     return treedef.unflatten(merged[path] for path, _ in leaves)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lora_jax import init as initialisers
 from lora_jax.core.parts import AXES
 from lora_jax.core.weight import Part
-from lora_jax.variants import BIAS, LAMBDA_B, LAMBDA_D, LATENT, MAGNITUDE
+from lora_jax.variants import VARIANTS, Variants
 
 Targets = str | Sequence[str]
 _LAYERS = ("attention", "mlp", "experts")
@@ -23,7 +23,8 @@ PRESETS[ALL_LINEAR] = frozenset({*_LAYERS, "router", "pooler", "transform"})
 
 def _as_written(rule: Any) -> str:
     """Returns a rule as it was written: only the fields that are not the default."""
-    given = [f.name for f in dataclasses.fields(rule) if getattr(rule, f.name) != f.default]
+    fields = sorted(dataclasses.fields(rule), key=lambda field: "variant" in field.metadata)
+    given = [f.name for f in fields if getattr(rule, f.name) != f.default]
     inside = ", ".join(f"{name}={_shown(getattr(rule, name))}" for name in given)
     return f"{type(rule).__name__}({inside})"
 
@@ -35,7 +36,7 @@ def _shown(value: Any) -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class LoraRule:
+class LoraRule(Variants):
     """Adapts each kernel that `targets` selects: W becomes W + s·AB, A and B trained.
 
     Args:
@@ -54,16 +55,8 @@ class LoraRule:
         arXiv 2312.03732).
       dropout: probability of zeroing an element of A's input, in [0, 1).
       init: draws A and B; see `lora_jax.init`.
-      dora: rescale each column of W + s·AB to a trained magnitude (DoRA, arXiv 2402.09353).
-      freeze_a: A stays as it was drawn, and x is not kept for its gradient (LoRA-FA,
-        arXiv 2308.03303).
-      xs: W + s·ARB, where A = U_rΣ_r and B = V_rᵀ of W's singular value decomposition are frozen
-        and R [r, r] trains (LoRA-XS, arXiv 2405.17604); W stays whole. See `init.truncated`.
-      vera: W + s·A·diag(d)·B·diag(b), where A and B are frozen random matrices that all weights of
-        this rank share, and d [r] and b [out] train (VeRA, arXiv 2310.11454, which takes a large
-        rank, such as 256). Leave out alpha, so that s = 1, as in PEFT.
+      dora, freeze_a, bias_on_b and other variants: see `lora_jax.variants.Variants`.
       extras: further parts of your own that train beside A and B; see `lora_jax.variants`.
-      bias_on_b: train a bias on B as well: xW + s·((xA)B + c) (PEFT's ``lora_bias``).
       train_bias: train in full the bias that stands beside each selected kernel (PEFT's
         ``bias="lora_only"``).
       uses: for an embedding that is also the output head (tied): "lookup" or "product" adapts one
@@ -91,11 +84,6 @@ class LoraRule:
     scaling: Literal["alpha/rank", "alpha/sqrt(rank)"] = "alpha/rank"
     dropout: float = 0.0
     init: initialisers.Initialiser = initialisers.kaiming
-    dora: bool = False
-    freeze_a: bool = False
-    bias_on_b: bool = False
-    xs: bool = False
-    vera: bool = False
     extras: Sequence[Part] = ()
     train_bias: bool = False
     uses: Literal["all", "lookup", "product", "each"] = "all"
@@ -116,59 +104,52 @@ class LoraRule:
             raise ValueError(f"scaling={self.scaling!r}: choose 'alpha/rank' or 'alpha/sqrt(rank)'")
         if self.uses not in ("all", "lookup", "product", "each"):
             raise ValueError(f"uses={self.uses!r}: choose 'all', 'lookup', 'product' or 'each'")
-        is_more = self.parts or self.freeze_a or initialisers.takes_from_base(self.init)
+        is_more = self.variants or self.extras or initialisers.takes_from_base(self.init)
         if self.uses == "each" and is_more:
+            options = ", ".join(variant.option for variant in VARIANTS)
             raise ValueError(
-                "uses='each' is for plain A and B: leave out dora, bias_on_b, extras, freeze_a, "
-                "xs, vera and an init that takes factors out of the base, or choose one use"
+                f"uses='each' is for plain A and B: leave out {options}, extras and an init that "
+                "takes factors out of the base, or choose one use"
             )
-        self._check_frozen()
+        self._check_variants()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r}: a probability in [0, 1)")
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise ValueError(f"dtype={self.dtype!r}: A and B need a floating-point dtype")
         if (self.in_axes is None) != (self.out_axes is None):
             raise ValueError("give both in_axes and out_axes, or neither")
-        if self.dora and self.bias_on_b:
-            raise ValueError("dora and bias_on_b do not go together: DoRA has no bias on B")
         names, own = [part.name for part in self.parts], [part.name for part in self.extras]
         taken = [n for n in own if n in AXES or n == "value"]
         if taken := taken + [n for n in names if names.count(n) > 1]:
             raise ValueError(f"extras: a part is called {taken[0]!r}, which is taken: rename it")
 
-    def _check_frozen(self) -> None:
-        """Raises a ValueError for what a weight whose A and B are given does not go with."""
-        if not (self.xs or self.vera):
-            return
-        name = "xs" if self.xs else "vera"
-        others = {
-            "vera" if self.xs else "xs": self.xs and self.vera,
-            "dora": self.dora,
-            "freeze_a": self.freeze_a,
-            "bias_on_b": self.bias_on_b,
-            "extras": bool(self.extras),
-            "init": self.init is not initialisers.kaiming,
-        }
-        if wrong := [option for option, is_given in others.items() if is_given]:
-            what = "decomposes W for A and B" if self.xs else "shares one random A and B"
-            raise ValueError(
-                f"{name} and {wrong[0]} do not go together: {name} {what}, freezes both and trains "
-                f"what stands between them: leave out {' and '.join(wrong)}"
-            )
+    def _check_variants(self) -> None:
+        """Raises a ValueError for variants that do not go with each other or with other fields."""
+        given = [variant.option for variant in self.variants]
+        for variant in self.variants:
+            others = [option for option in given if option != variant.option]
+            for other in others:
+                if other in variant.not_with:
+                    why = variant.not_with[other]
+                    raise ValueError(f"{variant.option} and {other} do not go together: {why}")
+            others += ["extras"] * bool(self.extras)
+            others += ["init"] * (self.init is not initialisers.kaiming)
+            if variant.alone and others:
+                raise ValueError(
+                    f"{variant.option} and {others[0]} do not go together: {variant.option} "
+                    f"{variant.alone}, freezes both and trains what stands between them: leave out "
+                    f"{' and '.join(others)}"
+                )
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """The parts that train beside A and B."""
-        chosen = (
-            *((MAGNITUDE, self.dora), (BIAS, self.bias_on_b)),
-            *((LATENT, self.xs), (LAMBDA_D, self.vera), (LAMBDA_B, self.vera)),
-        )
-        return (*(part for part, is_on in chosen if is_on), *self.extras)
+        return (*(part for variant in self.variants for part in variant.parts), *self.extras)
 
     @property
     def frozen(self) -> tuple[str, ...]:
         """The names of the factors that do not train."""
-        return ("a", "b") if self.xs or self.vera else ("a",) if self.freeze_a else ()
+        return tuple(name for variant in self.variants for name in variant.frozen)
 
     @property
     def stored_rank(self) -> int:

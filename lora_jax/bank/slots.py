@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.core.axes import AxisRoles
-from lora_jax.core.parts import RANK, STATIC
+from lora_jax.core.parts import NEUTRAL, RANK, STATIC
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.weight import LoraWeight, Trained, is_leaf
 
@@ -129,8 +129,9 @@ class WeightSlots(_Slots):
             return array.reshape(*array.shape[:n], self._all_ranks, *array.shape[n + 2 :])
 
         scale = jnp.ones(scales.shape[:n], jnp.float32)
-        pick = jnp.repeat(scales, self.rank, axis=n)
-        return {"a": joined(arrays["a"]), "b": joined(arrays["b"]), "scale": scale, "pick": pick}
+        factors = jnp.repeat(scales, self.rank, axis=n)
+        a, b = joined(arrays["a"]), joined(arrays["b"])
+        return {"a": a, "b": b, "scale": scale, "lambda_d": factors}
 
     def chosen(self, ids: jax.Array) -> "WeightSlots":
         """Returns the weight for a batch: with a copy of each example's factors, if that is best.
@@ -268,13 +269,10 @@ def empty_slots(node: LoraWeight | Trained, n_slots: int) -> Slots:
     if isinstance(node, Trained):
         return ValueSlots({"value": jnp.repeat(node.value[None], n_slots, axis=0)})
     n, arrays = node.n_batch, {}
-    more = {"magnitude": "gain", "bias": "shift"}
-    names = ["a", "b", "scale", *(more[name] for name in node.has if name in more)]
-    for name in names:
+    for name in ("a", "b", "scale", *(part.vector for part in node.extras if part.vector)):
         shape = node.shape_of(name)
         dtype = node.arrays[name].dtype if name in node.arrays else jnp.float32
-        value = 1 if name == "gain" else 0  # DoRA's factor of a column that is as it was
-        filled = jnp.full((*shape[:n], n_slots, *shape[n:]), value, dtype)
+        filled = jnp.full((*shape[:n], n_slots, *shape[n:]), NEUTRAL.get(name, 0), dtype)
         where = _sharding(node, name)
         arrays[name] = filled if where is None else jax.device_put(filled, where)
     return WeightSlots(node.base, arrays, node.roles, node.uses)

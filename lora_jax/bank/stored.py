@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.bank.slots import Slots, ValueSlots, WeightSlots
-from lora_jax.core.parts import rank_axis
+from lora_jax.core.parts import NEUTRAL, rank_axis
 from lora_jax.core.paths import nearest
 from lora_jax.core.weight import LoraWeight, Trained
 from lora_jax.lorafy import nodes_of
+from lora_jax.variants import variant_of
 
 Adapter = dict[str, LoraWeight | Trained]  # by path, without the base, its arrays on the host
 
@@ -76,14 +77,13 @@ def _check_fits(name: str, path: str, node: Any, slots: Mapping[str, Slots]) -> 
             f"bank: {name!r} adapts {path!r} with {node.roles} for {node.uses!r} uses; the bank "
             f"has {there.roles} and {there.uses!r}: give its rule these in_axes, out_axes and uses"
         )
-    for part, array, option in (
-        ("magnitude", "gain", "dora=True"),
-        ("bias", "shift", "bias_on_b=True"),
-    ):
-        if part in node.has and array not in there.arrays:
+    for part in node.extras:
+        if part.vector and part.vector not in there.arrays:
+            variant = variant_of(part)
+            remedy = f"{variant.option}=True" if variant else "the same part"
             raise BankError(
-                f"bank: {name!r} has the part {part!r} at {path!r}, which the bank has no room "
-                f"for: give its rule {option}"
+                f"bank: {name!r} has the part {part.name!r} at {path!r}, which the bank has no "
+                f"room for: give its rule {remedy}"
             )
 
 
@@ -108,7 +108,7 @@ def _values(node: Any, slots: Slots, base: Any) -> dict[str, Any]:
     n = slots.slot_axis
     shapes = {k: (*x.shape[:n], *x.shape[n + 1 :]) for k, x in slots.arrays.items()}
     values = {
-        name: np.full(shape, name == "gain", slots.arrays[name].dtype)
+        name: np.full(shape, NEUTRAL.get(name, 0), slots.arrays[name].dtype)
         for name, shape in shapes.items()
     }
     if node is None:
@@ -129,7 +129,7 @@ def _values(node: Any, slots: Slots, base: Any) -> dict[str, Any]:
 
 
 def _parts_of_variant(node: LoraWeight, slots: WeightSlots) -> dict[str, Any]:
-    """Returns a, b, scale, gain and shift of DoRA and other variants.
+    """Returns a, b and scale of an adapter with further parts, and its gain and shift.
 
     Factors are first filled up to the bank's rank, so that adapters of all ranks run the same
     compiled function.
@@ -146,12 +146,12 @@ def _parts_of_variant(node: LoraWeight, slots: WeightSlots) -> dict[str, Any]:
     for layer, rank in enumerate(node.ranks if len(node.ranks) > 1 else ()):
         if not rank:  # not adapted
             for name in parts.keys() & {"gain", "shift"}:
-                parts[name][layer] = name == "gain"
+                parts[name][layer] = NEUTRAL.get(name, 0)
     return parts
 
 
 def compile_variant(node: LoraWeight, slots: WeightSlots) -> None:
-    """Compiles what makes the arrays of a slot of an adapter with DoRA or a bias on B.
+    """Compiles what makes the arrays of a slot of an adapter with further parts.
 
     Args:
       node: as adapters have it, of the bank's rank; its arrays may be shapes.

@@ -1,6 +1,7 @@
 """A weight with its factors, unformed: what `adapt` carries through a function."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import field
 from typing import Any
@@ -15,7 +16,7 @@ from lora_jax.core.magnitude import wide
 from lora_jax.core.parts import AXES, EXAMPLE, STATIC, Axes, layout, sizes, spread
 
 # Parts that `Factored.formed` folds into a and b.
-_COMPACT = ("shared_a", "shared_b", "latent", "columns")
+_COMPACT = ("shared_a", "shared_b", "latent", "lambda_b")
 
 
 class ExamplesError(ValueError):
@@ -42,10 +43,10 @@ class Factored:
     Attributes:
       base: W; see `lora_jax.core.base`.
       parts: the arrays beside it by name, laid out as `lora_jax.core.parts.AXES` says: a, b, scale,
-        and perhaps key (typed PRNG keys, which turn dropout on), pick (one more factor for each
-        column of rank), rows (one for each example of a batch and column, so that examples have
+        and perhaps key (typed PRNG keys, which turn dropout on), lambda_d (one more factor for each
+        column of A), rows (one for each example of a batch and column, so that examples have
         adapters of their own; see `lora_jax.adapt.per_example`), gain and shift. Compact ones have
-        shared_a and shared_b for a and b, latent (AB is then A·latent·B) or columns (a factor for
+        shared_a and shared_b for a and b, latent (AB is then A·latent·B) or lambda_b (a factor for
         each column of B); `formed` folds these into a and b. Without any, the weight is W alone.
       labels: the role of each axis of `base`.
       dropout: probability of zeroing an element of A's input.
@@ -66,7 +67,7 @@ class Factored:
 
     scale = property(lambda self: self.parts["scale"])
     key = property(lambda self: self.parts.get("key"))
-    pick = property(lambda self: self.parts.get("pick"))
+    lambda_d = property(lambda self: self.parts.get("lambda_d"))
     rows = property(lambda self: self.parts.get("rows"))
     gain = property(lambda self: self.parts.get("gain"))
     shift = property(lambda self: self.parts.get("shift"))
@@ -78,14 +79,14 @@ class Factored:
 
     @property
     def b(self) -> Any:
-        """B, [batch…, r, out…], with what stands around it: latent and columns."""
+        """B, [batch…, r, out…], with what stands around it: latent and lambda_b."""
         b = self.parts["b"] if "b" in self.parts else self._repeated("b")
         if (latent := self.parts.get("latent")) is not None:
             n = latent.ndim - 2
             dims = (((n + 1,), (n,)), (tuple(range(n)), tuple(range(n))))
             b = lax.dot_general(latent, b.astype(latent.dtype), dims, lax.Precision.HIGHEST)
-        if (columns := self.parts.get("columns")) is not None:
-            b = b.astype(columns.dtype) * jnp.expand_dims(columns, len(self.axes("batch")))
+        if (lambda_b := self.parts.get("lambda_b")) is not None:
+            b = b.astype(lambda_b.dtype) * jnp.expand_dims(lambda_b, len(self.axes("batch")))
         return b
 
     def _repeated(self, name: str) -> jax.Array:
@@ -125,7 +126,7 @@ class Factored:
             return self.alone()
         rank, half, axis = self.rank, self.rank // 2, len(self.axes("batch"))
         ends = (0, half) if use == "lookup" else (half, rank)
-        cut: dict[str, int] = {name: axis for name in ("a", "b", "pick") if name in self.parts}
+        cut: dict[str, int] = {name: axis for name in ("a", "b", "lambda_d") if name in self.parts}
         cut |= {"rows": 1} if self.rows is not None else {}
         mine = {n: lax.slice_in_dim(self.parts[n], *ends, axis=at) for n, at in cut.items()}
         return dataclasses.replace(self.replace(**mine), uses=use)
@@ -149,10 +150,10 @@ class Factored:
     def scales(self) -> jax.Array:
         """The factors of xA, [batch…, 1], or [batch…, r] where columns differ."""
         scale = jnp.expand_dims(self.scale, self.scale.ndim)
-        if self.pick is None:
+        if self.lambda_d is None:
             return scale
-        dtype = wide(self.pick.dtype)
-        return scale.astype(dtype) * self.pick.astype(dtype)
+        dtype = wide(self.lambda_d.dtype)
+        return scale.astype(dtype) * self.lambda_d.astype(dtype)
 
     def layout(self, name: str) -> Axes:
         """Returns the base's axis for each axis of a part; see `lora_jax.core.parts.layout`."""
@@ -224,6 +225,15 @@ class Factored:
         )  # [batch…, in…, out…]
         order = self.axes("batch") + self.axes("in") + self.axes("out")
         return lax.transpose(ab, tuple(order.index(axis) for axis in range(len(order))))
+
+
+def matrices_of(leaf: Any, roles: AxisRoles) -> jax.Array:
+    """Returns W as [batch…, in, out], in fp32 (or wider)."""
+    order = layout(("batch", "in", "out"), roles.labels(len(leaf.shape)))
+    sizes = {label: roles.sizes(leaf.shape, label) for label in ("batch", "in", "out")}
+    fan_in, fan_out = math.prod(sizes["in"]), math.prod(sizes["out"])
+    kernel = jnp.transpose(as_array(leaf), order).reshape(*sizes["batch"], fan_in, fan_out)
+    return kernel.astype(wide(leaf.dtype))
 
 
 def factor_shapes(shape: tuple[int, ...], roles: AxisRoles, rank: int) -> tuple[Axes, Axes, Axes]:

@@ -26,19 +26,20 @@ AXES: dict[str, tuple[Role, ...]] = {
     "start_b": ("batch", "rank", "out"),
     "scale": ("batch",),
     "key": ("batch",),  # of dropout
-    "pick": ("batch", "rank"),  # of a bank: 1 for the columns of the chosen adapter, 0 for others
+    # One more factor for each column of A; of a bank: 0 for the columns of adapters not chosen.
+    "lambda_d": ("batch", "rank"),
     "rows": ("example", "rank"),  # 1 for the columns of each example's adapter, 0 for others
     "gain": ("batch", "out"),
     "shift": ("batch", "out"),
-    # In the place of a and b, one pair for a whole stack (VeRA), and what stands around B.
+    # In the place of a and b, one pair for a whole stack, and what stands around B.
     "shared_a": ("rank", "in"),
     "shared_b": ("rank", "out"),
-    "columns": ("batch", "out"),  # one more factor for each column of B
-    "latent": ("batch", "rank", "rank"),  # R, between A and B (LoRA-XS)
+    "lambda_b": ("batch", "out"),  # one more factor for each column of B
+    "latent": ("batch", "rank", "rank"),  # R, between A and B
     "seed": (),  # that a shared pair was drawn from
 }
 # Where weights are joined, the value of a part that one of them lacks; 0 for parts not named here.
-NEUTRAL = {"gain": 1.0, "pick": 1.0}
+NEUTRAL = {"gain": 1.0, "lambda_d": 1.0}
 
 
 def layout(axes: Sequence[Role], labels: Sequence[Label]) -> Axes:
@@ -90,6 +91,14 @@ def unpadded(array: Any, ranks: Sequence[int], axis: int) -> Any:
     """
     at = (slice(None),) * (axis - 1)
     return jnp.concatenate([array[i][(*at, slice(r))] for i, r in enumerate(ranks)], axis - 1)
+
+
+def cleared(array: Any, ranks: Sequence[int], axis: int) -> Any:
+    """Returns an array with zeros in its padding, beyond each layer's own rank along an axis."""
+    if len(set(ranks)) == 1:
+        return array
+    own = jnp.asarray(ranks, jnp.int32).reshape(-1, *[1] * (array.ndim - 1))
+    return jnp.where(lax.broadcasted_iota(jnp.int32, array.shape, axis) < own, array, 0)
 
 
 def padded(array: Any, ranks: Sequence[int], axis: int) -> Any:

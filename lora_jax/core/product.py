@@ -9,11 +9,11 @@ batch, in and out axes:
 
 and where a variant asks for them, vectors over the columns:
 
-    gain   [batch…, out…]       g: each column of W + s·AB is multiplied by it (DoRA)
-    shift  [batch…, out…]       added to the product xW (a bias on B)
+    gain   [batch…, out…]       g: each column of W + s·AB is multiplied by it
+    shift  [batch…, out…]       added to the product xW
 
 A weight that trains little else has, in the place of a and b, one pair [r, in…] and [r, out…] for
-all layers of its stack (VeRA), and small arrays around B; B is then formed where it is used.
+all layers of its stack, and small arrays around B; B is then formed where it is used.
 
 Measured on the layers of SmolLM2-135M (tests/benchmarks/product_layouts.py, two CPU cores, forward
 and backward to A and B): this order is the fastest of the four, and the order of the operands

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import field
-from typing import Any, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +28,7 @@ _HOW_TO_USE = (
 )
 
 
-# Arrays of a weight that products take as they are: a bank's, which made them beforehand.
-_AS_THEY_ARE = ("pick", "rows", "gain", "shift")
-_NAMES = ("a", "b", "scale", "magnitude", "bias", "shared_a", "shared_b", "seed")
-_FACTORS = ("a", "b", "shared_a", "shared_b", "scale")
+_NOT_IN_PRODUCTS = ("start_a", "start_b", "seed")  # of `lora_jax.core.parts.AXES`
 
 
 class _Node:
@@ -104,8 +101,11 @@ class Part:
       init: (node without the array) -> its first value, of the shape ``node.shape_of(name)``.
         Where `is_drawn`, a PRNG key is its second argument.
       apply: (weight without the part, node, the part's array) -> the weight with the part, as
-        products use it.
+        products use it. None for an array of `lora_jax.core.parts.AXES`, used as it is.
       is_drawn: whether the first value is random.
+      vector: the vector over the columns of `lora_jax.core.product` that `apply` computes from the
+        array, if it is all that the part changes: "gain", or "shift", which is s times the array.
+        A bank then has room for the part.
 
     See `lora_jax.variants` for an example.
     """
@@ -113,8 +113,9 @@ class Part:
     name: str
     axes: tuple[Role, ...]
     init: Callable[..., Any]
-    apply: Callable[[Factored, "LoraWeight", Any], Factored]
+    apply: Callable[[Factored, "LoraWeight", Any], Factored] | None = None
     is_drawn: bool = False
+    vector: Literal["gain", "shift"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -129,25 +130,21 @@ class LoraWeight(_Node):
         `lora_jax.core.base.Base`.
       arrays: the arrays beside W, by name, laid out as `lora_jax.core.parts` says. Each is an
         attribute of the node as well (start_a and start_b are the pair `start`), None where it is
-        not here:
+        not here. Beside the parts of `extras` (see `lora_jax.variants`) there are:
         a: [batch…, r, in…], A, stored transposed (see `lora_jax.core.product`).
         b: [batch…, r, out…], B.
         scale: [batch…], s, fp32; a leaf, so that another alpha recompiles nothing; never trained.
-        magnitude: [batch…, out…], m of DoRA: (W + s·AB)·diag(m / ‖W + s·AB‖).
-        bias: [batch…, out…], c, a bias on B: the product is xW + s·((xA)B + c).
         start_a, start_b: (A₀, B₀), laid out as a and b, where an initialiser takes the factors out
         of W: the weight stands for W + s·(AB − A₀B₀). Never trained.
-        latent: [batch…, r, r], R of LoRA-XS: W + s·ARB.
-        shared_a, shared_b: [r, in…] and [r, out…], in the place of a and b, VeRA's A and B: one
-        pair for all layers, and one array for all weights of a size. Never trained.
-        lambda_d, lambda_b: [batch…, r] and [batch…, out…], of VeRA: W + s·A·diag(d)·B·diag(b).
-        seed: (), uint32, that `lora_jax.select.projections` drew the shared pair from.
+        shared_a, shared_b: [r, in…] and [r, out…], in the place of a and b: one pair for all
+        layers, and one array for all weights of a size. Never trained.
+        seed: (), uint32, that a shared pair was drawn from.
       roles: the axis roles of `base`.
       ranks: r of each layer of the first batch axis, or one r for all. A rank smaller than the
         largest is padded with zeros in both factors, which training leaves at zero.
       dropout: probability of zeroing an element of A's input.
-      extras: the parts that train beside A and B: DoRA's magnitude, a bias on B.
-      frozen: the names of parts that do not train: "a" of LoRA-FA, both of LoRA-XS and VeRA.
+      extras: the parts that train beside A and B.
+      frozen: the names of the factors that do not train.
       uses: the uses of W that see the adapter: "all", "lookup" or "product" alone, or "each" with
         its own half of the rank.
     """
@@ -163,7 +160,7 @@ class LoraWeight(_Node):
 
     def __getattr__(self, name: str) -> Any:
         """Returns an array by its name."""
-        if name in _NAMES or any(name == extra.name for extra in self.extras):
+        if name in AXES or any(name == extra.name for extra in self.extras):
             return self.arrays.get(name)
         raise AttributeError(f"a LoraWeight has no attribute {name!r}")
 
@@ -247,29 +244,29 @@ class LoraWeight(_Node):
 
     def factored(self, path: str = "", key: Any = None) -> Factored:
         """Returns the weight as what the products work on; see `lora_jax.core.product`."""
-        parts = {name: self.arrays[name] for name in _FACTORS if name in self.arrays}
+        used = AXES.keys() - _NOT_IN_PRODUCTS
+        parts = {name: array for name, array in self.arrays.items() if name in used}
         if self.start is not None:
             (a0, b0), n = self.start, self.n_batch
             parts["a"] = jnp.concatenate([self.a, a0], axis=n)
             parts["b"] = jnp.concatenate([self.b, -b0], axis=n)
         if key is not None:
             parts["key"] = key
-        parts |= {name: self.arrays[name] for name in _AS_THEY_ARE if name in self.arrays}
         weight = Factored(self.base, parts, self.labels, self.dropout, path, self.uses)
         for extra in self.extras:
-            if (array := self.arrays.get(extra.name)) is not None:
+            if extra.apply and (array := self.arrays.get(extra.name)) is not None:
                 weight = extra.apply(weight, self, array)
         return weight
 
     def as_lora(self) -> Self:
-        """Returns a LoRA-XS or a VeRA as plain LoRA: A and B, and nothing beside them.
+        """Returns a compact weight as plain LoRA: A and B, and nothing beside them.
 
         A stack's A and B are formed for each of its layers.
         """
         weight = self.factored().formed()
         a, scale = weight.a, self.scale
-        if weight.pick is not None:
-            a = a * jnp.expand_dims(weight.pick, range(weight.pick.ndim, a.ndim)).astype(a.dtype)
+        if (d := weight.lambda_d) is not None:
+            a = a * jnp.expand_dims(d, range(d.ndim, a.ndim)).astype(a.dtype)
         arrays = {"a": a, "b": weight.b.astype(a.dtype), "scale": scale}
         return self.replace(arrays=arrays, extras=(), frozen=())
 
@@ -282,9 +279,9 @@ class LoraWeight(_Node):
         return jnp.where(on, array, jnp.asarray(otherwise, array.dtype))
 
     def merged(self) -> jax.Array:
-        """Returns W + s·AB (DoRA's rescaled), summed in fp32 and rounded once to W's dtype.
+        """Returns W + s·AB with its gain, summed in fp32 and rounded once to W's dtype.
 
-        A bias on B is no part of it.
+        A shift is no part of it.
         """
         return self.factored().merged()
 

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.peft.errors import PeftError
-from lora_jax.peft.vera_fields import as_lora_fields
+from lora_jax.peft.forms import FORMS
+from lora_jax.variants import VARIANTS
 
 FILE = "adapter_config.json"
-VERA = "vera"  # the entry of what `read_config` returns
+KIND, OWN = "peft_type", "own"  # further entries of what `read_config` returns
+# The fields that turn a variant of LoRA on.
+SWITCHES = {v.in_peft.field: v.option for v in VARIANTS if v.in_peft and v.in_peft.field}
 
 # The fields that change what an adapter computes, with PEFT's defaults.
 _HONOURED: dict[str, Any] = {
@@ -22,9 +25,8 @@ _HONOURED: dict[str, Any] = {
     "rank_pattern": {},
     "alpha_pattern": {},
     "use_rslora": False,
-    "use_dora": False,
     "lora_dropout": 0.0,
-    "lora_bias": False,
+    **dict.fromkeys(SWITCHES, False),
     "bias": "none",
     "modules_to_save": None,
     "trainable_token_indices": None,
@@ -66,19 +68,21 @@ def read_config(source: Any) -> dict[str, Any]:
       source: a dict, a file or folder, or a `peft.LoraConfig`.
 
     Returns:
-      Field -> value, for each field that is honoured. Of a VeraConfig, the fields of a LoraConfig
-      for the same modules; under `VERA` those of VeRA alone, None for a LoraConfig.
+      Field -> value, for each field that is honoured. Of a configuration of another kind, the
+      fields of a LoraConfig for the same modules, and under `OWN` the fields that it alone has.
+      Under `KIND`, the kind: "LORA" or one of `lora_jax.peft.forms.FORMS`.
 
     Raises:
-      PeftError: if it is neither a LoRA nor a VeRA, or if a field that is not supported is in use.
+      PeftError: if the kind is not supported, or if a field that is not supported is in use.
     """
     fields, where = fields_of(source)
     kind = getattr(fields.get("peft_type"), "value", fields.get("peft_type", "LORA"))
-    if kind not in ("LORA", "VERA"):
-        raise PeftError(f"{where}: peft_type is {kind!r}; only LORA and VERA are supported")
-    own: dict[str, Any] | None = None
-    if kind == "VERA":
-        fields, own = as_lora_fields(fields, where)
+    if kind not in ("LORA", *FORMS):
+        kinds = " and ".join(("LORA", *FORMS))
+        raise PeftError(f"{where}: peft_type is {kind!r}; only {kinds} are supported")
+    own: dict[str, Any] = {}
+    if kind in FORMS:
+        fields, own = FORMS[kind].as_lora_fields(fields, where)
     problems = []
     for name, value in fields.items():
         if name in REFUSED:
@@ -94,7 +98,7 @@ def read_config(source: Any) -> dict[str, Any]:
         if isinstance(config[name], set | frozenset | tuple):
             config[name] = sorted(config[name])
     _check_values(config, where)
-    return config | {VERA: own}
+    return config | {KIND: kind, OWN: own}
 
 
 def fields_of(source: Any) -> tuple[dict[str, Any], str]:
@@ -171,7 +175,7 @@ def _check_values(config: Mapping[str, Any], where: str) -> None:
         right[name] = value is None or isinstance(value, str) or names(value)
     for name in ("modules_to_save", "target_parameters"):
         right[name] = config[name] is None or names(config[name])
-    for name in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
+    for name in ("use_rslora", *SWITCHES, "ensure_weight_tying"):
         right[name] = type(config[name]) is bool
     wrong = [f"{name}={config[name]!r}" for name, fits in right.items() if not fits]
     if wrong:

@@ -10,6 +10,7 @@ from lora_jax.hf.keys import Row
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.modules import EMBEDDING_NAMES, ends_with
 from lora_jax.peft.names import PREFIX
+from lora_jax.variants import variants_of
 
 # The end of a head's key, the end of the table's key, and whether one tensor is transposed.
 _PAIRS = (
@@ -41,11 +42,13 @@ def tied_heads(nodes: Mapping[str, Any], tied: Sequence[Row]) -> dict[str, list[
                 f"{' and '.join(names)} are tied, and PEFT ties trained weights of layers called "
                 f"{' or '.join(EMBEDDING_NAMES)} only: {remedy}"
             )
-        if isinstance(node, LoraWeight) and node.magnitude is not None:
-            raise PeftError(
-                f"{row.path!r} is tied, and PEFT's DoRA has a magnitude for each of its uses: "
-                f"{remedy}"
-            )
+        for variant in variants_of(node) if isinstance(node, LoraWeight) else ():
+            for part in variant.parts:
+                if part.vector == "gain":
+                    raise PeftError(
+                        f"{row.path!r} is tied, and PEFT's {variant.name} has a {part.name} for "
+                        f"each of its uses: {remedy}"
+                    )
         heads[names[0]] = names[1:]
     return heads
 

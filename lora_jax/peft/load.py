@@ -23,6 +23,7 @@ from lora_jax.peft import config as configuration
 from lora_jax.peft.copies import without_copies
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import Expert, keys_of_expert, targeted_experts, unpack_a, unpack_b
+from lora_jax.peft.forms import FORMS, OfFile
 from lora_jax.peft.hub import adapter_folder
 from lora_jax.peft.modules import (
     Module,
@@ -42,7 +43,6 @@ from lora_jax.peft.rules import (
     takes_from_base,
     token_rows,
 )
-from lora_jax.peft.vera import Pair, vectors_of
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -93,19 +93,15 @@ def load(
     except ValueError as error:
         raise PeftError(f"{found / configuration.FILE}: {error}") from None
     leaves, treedef = leaves_of(tree)
-    pair = _pair(reader, config, [leaf for _, leaf in leaves])
-    files = _Files(reader, table, config, chosen, available, pair)
+    own = None
+    if (form := FORMS.get(config[configuration.KIND])) is not None:
+        nodes = [leaf for _, leaf in leaves if isinstance(leaf, LoraWeight)]
+        own = form.of_file(reader, config[configuration.OWN], nodes)
+    files = _Files(reader, table, config, chosen, available, own)
     bases = dict(leaves_of(params)[0])
     loaded = [files.node(path, leaf, bases[path]) for path, leaf in leaves]
     reader.finish()
     return treedef.unflatten(loaded)
-
-
-def _pair(reader: "_Reader", config: Mapping[str, Any], leaves: Sequence[Any]) -> Pair | None:
-    """Returns the pair that the weights of a VeRA share; None for a LoRA."""
-    nodes = [leaf for leaf in leaves if isinstance(leaf, LoraWeight)]
-    own = config[configuration.VERA]
-    return Pair(reader, own, nodes) if own is not None else None
 
 
 def _abstract(params: Tree) -> Tree:
@@ -251,7 +247,7 @@ class _Files:
     config: Mapping[str, Any]
     chosen: Sequence[Module]
     available: Sequence[Module]
-    pair: Pair | None  # of VeRA
+    own: OfFile | None  # of a kind other than LORA
 
     def node(self, path: str, leaf: Any, base: Any) -> Any:
         """Returns the leaf at a path: a node filled from the file, or the base."""
@@ -266,10 +262,9 @@ class _Files:
         rows, columns = (node.roles.sizes(node.shape, role) for role in ("in", "out"))
         sizes = {"a": math.prod(rows), "b": math.prod(columns)}
         members = [module for module in self.chosen if module.path == path]
-        if self.pair is not None:
-            vectors = jax.tree.map(jnp.asarray, vectors_of(self.reader, members, node))
+        if self.own is not None:
             scale = self._scale(path, batch)
-            return node.replace(scale=scale, seed=None, **self.pair.of(node), **vectors)
+            return node.replace(scale=scale, **self.own.arrays(node, members))
         found = [(m.index, self._arrays(m, node, sizes["a"], sizes["b"])) for m in members]
         if not self.reader.is_whole:
             return node
@@ -314,8 +309,8 @@ class _Files:
                 "a": self.reader.take(keys.a, (rank, fan_in)),
                 "b": self.reader.take(keys.b, (fan_out, rank)).T,
             }
-        vectors = {"magnitude": keys.magnitude, "bias": keys.bias_on_b}
-        return arrays | {name: self.reader.take(vectors[name], (fan_out,)) for name in node.has}
+        vectors = {name: self.reader.take(keys.parts[name], (fan_out,)) for name in node.has}
+        return arrays | vectors
 
     def _scale(self, path: str, batch: tuple[int, ...]) -> jax.Array:
         """Computes s of each layer, as PEFT does."""

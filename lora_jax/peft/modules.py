@@ -17,7 +17,6 @@ _KINDS: dict[Kind, re.Pattern[str]] = {
     "router": re.compile(r"(.*\.)(mlp|block_sparse_moe)\.gate"),
 }
 
-
 # PEFT ties adapters, and saves the weights beside them, of layers with these names alone.
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 

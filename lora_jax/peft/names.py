@@ -4,9 +4,12 @@ import dataclasses
 from collections.abc import Sequence
 
 from lora_jax.peft.modules import Module
+from lora_jax.variants import VARIANTS
 
 FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# The parts that a LoraConfig knows, by name: a vector for each adapted module.
+VECTORS = {part.name: v.in_peft for v in VARIANTS if v.in_peft for part in v.parts}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,13 +17,12 @@ class Keys:
     """The keys of one adapted module.
 
     PEFT's A is [r, in] and its B is [out, r], of embeddings as of linear layers and of GPT-2's
-    Conv1D; DoRA's magnitude is [out], and so is a bias on B.
+    Conv1D; a part of a variant, by its name in `parts`, is [out].
     """
 
     a: str
     b: str
-    magnitude: str
-    bias_on_b: str
+    parts: dict[str, str]
     base_weight: str
     base_bias: str
 
@@ -32,8 +34,7 @@ def keys_of(module: Module) -> Keys:
     return Keys(
         a=f"{stem}.lora_embedding_A" if looked_up else f"{stem}.lora_A.weight",
         b=f"{stem}.lora_embedding_B" if looked_up else f"{stem}.lora_B.weight",
-        magnitude=f"{stem}.lora_magnitude_vector",
-        bias_on_b=f"{stem}.lora_B.bias",
+        parts={name: f"{stem}.{vector.tensor}" for name, vector in VECTORS.items()},
         base_weight=f"{stem}.base_layer.weight",
         base_bias=f"{stem}.base_layer.bias",
     )

@@ -6,9 +6,10 @@ from typing import Any, Literal, cast
 
 from lora_jax import init
 from lora_jax.hf.keys import Row
-from lora_jax.peft.config import DECOMPOSING_INITS, VERA, read_config
+from lora_jax.peft.config import DECOMPOSING_INITS, KIND, SWITCHES, read_config
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import targeted_experts
+from lora_jax.peft.forms import FORMS
 from lora_jax.peft.modules import (
     Module,
     by_pattern,
@@ -150,6 +151,9 @@ def _lora_rule(
     uses: str = "all",
     exclude: tuple[str, ...] = (),
 ) -> LoraRule:
+    variants = {option: config[field] for field, option in SWITCHES.items()}
+    if config[KIND] in FORMS:
+        variants[FORMS[config[KIND]].VARIANT.option] = True
     draws = {"pissa": init.pissa, "olora": init.olora, "gaussian": init.gaussian}
     return LoraRule(
         targets=targets,
@@ -160,11 +164,9 @@ def _lora_rule(
         scaling="alpha/sqrt(rank)" if config["use_rslora"] else "alpha/rank",
         dropout=config["lora_dropout"],
         init=draws.get(config["init_lora_weights"], init.kaiming),
-        dora=config["use_dora"],
-        bias_on_b=config["lora_bias"],
-        vera=config[VERA] is not None,
         train_bias=config["bias"] == "lora_only",
         uses=cast(Literal["all", "lookup", "product", "each"], uses),
+        **variants,
     )
 
 

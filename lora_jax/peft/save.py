@@ -20,10 +20,9 @@ from lora_jax.peft import config as configuration
 from lora_jax.peft.copies import tied_heads, with_head_names, with_heads
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.experts import Expert, end_of, experts_of, keys_of_expert, pack, side_by_side
+from lora_jax.peft.forms import as_in_peft, form_of
 from lora_jax.peft.modules import EMBEDDING_NAMES, Module, ends_with, kind_of, modules, table_of
-from lora_jax.peft.names import FILE, PREFIX, bias_key, exactly, keys_of, number, token_key
-from lora_jax.peft.vera import as_in_peft, is_vera, pair_of, tensors_of
-from lora_jax.peft.vera_fields import as_vera_fields
+from lora_jax.peft.names import FILE, PREFIX, VECTORS, bias_key, exactly, keys_of, number, token_key
 
 PEFT_VERSION = "0.21.2"  # files have the format of this version
 
@@ -44,8 +43,9 @@ def save(
       folder: created, its parents too; appears whole or not at all.
       model: the model of `lora_jax.models`, or the key table of another tree; see `load`.
       params: an adapted tree. Initialisers that take factors out of the base (PiSSA, OLoRA) are
-        written as plain LoRA of twice the rank on the original base, LoRA-XS as plain LoRA (PEFT
-        has none), VeRA as VeRA, with s in its vectors and its random matrices beside.
+        written as plain LoRA of twice the rank on the original base, and compact variants that PEFT
+        does not have as plain LoRA. A kind of its own in PEFT is written as `lora_jax.peft.forms`
+        says.
       base_model: the base's hub name or folder, which PEFT's ``AutoPeftModel`` reads.
       task_type: PEFT's, such as "CAUSAL_LM" or "SEQ_CLS".
       readme: the text of README.md, the hub's model card; None for none.
@@ -115,7 +115,7 @@ def contents(model: Any, params: Tree) -> tuple[dict[str, Any], dict[str, np.nda
         raise PeftError("peft.save needs an adapted tree, and this one is plain")
     if off := [path for path, node in nodes.items() if not node.is_on]:
         raise PeftError(f"{off[0]!r} has no adapter in this half of the tree: join it first")
-    nodes = {path: as_in_peft(node) for path, node in nodes.items()}
+    nodes = {path: as_in_peft(path, node) for path, node in nodes.items()}
     rows = {row.path: row for row in table}
     if unknown := [path for path in nodes if path not in rows]:
         raise PeftError(f"{unknown[0]!r} is in no row of the model's key table")
@@ -147,6 +147,8 @@ class _Contents:
         written = {m.path for m in [*self._adapted, *self._experts]}
         if lost := sorted(set(self._lora) - written):
             raise PeftError(f"{lost[0]!r} is adapted, and transformers has no such module")
+        nodes_of_forms = (form_of(node) for node in self._lora.values())
+        self._form = next((form for form in nodes_of_forms if form), None)
         self._tensors: dict[str, np.ndarray] = {}
 
     def _rank(self, module: Module) -> int:
@@ -173,19 +175,20 @@ class _Contents:
         config |= self._write_trained()
         for field in ("target_modules", "modules_to_save"):
             config[field] = with_head_names(config[field], self._heads)
-        if any(map(is_vera, self._lora.values())):
-            return as_vera_fields(config), self._tensors | pair_of(self._lora)
+        if self._form is not None:
+            return self._form.fields(config), self._tensors | self._form.shared(self._lora)
         return config, with_heads(self._tensors, self._heads)
 
     def _settings(self) -> dict[str, Any]:
         """Returns the fields that PEFT has once for all adapted modules."""
         nodes = list(self._lora.values())
-        alike: dict[str, set[Any]] = {
-            "use_dora": {node.magnitude is not None for node in nodes},
-            "lora_dropout": {float(node.dropout) for node in nodes},
+        found: dict[str, set[Any]] = {
+            str(form.field): {name in node.has for node in nodes} for name, form in VECTORS.items()
         }
-        for name, values in alike.items():
-            if len(values) > 1:
+        found["lora_dropout"] = {float(node.dropout) for node in nodes}
+        may_differ = [form.field for form in VECTORS.values() if form.fill is not None]
+        for name, values in found.items():
+            if len(values) > 1 and name not in may_differ:
                 raise PeftError(f"PEFT has one {name} for all modules; here they differ")
         return {
             "peft_type": "LORA",
@@ -196,18 +199,16 @@ class _Contents:
             "init_lora_weights": True,
             "fan_in_fan_out": False,
             "use_rslora": False,
-            "use_dora": any(alike["use_dora"]),
-            "lora_dropout": next(iter(alike["lora_dropout"]), 0.0),
-            "lora_bias": any(node.bias is not None for node in nodes),
             "ensure_weight_tying": self._tied,
+            **{name: max(values, default=False) for name, values in found.items()},
         }
 
     def _write(self, module: Module) -> tuple[int, float]:
         """Writes the tensors of one adapted module; returns its rank and alpha."""
         node, at, keys = self._lora[module.path], module.index, keys_of(module)
         rank = self._rank(module)
-        if is_vera(node):
-            for key, tensor in tensors_of(module, node).items():
+        if form := form_of(node):
+            for key, tensor in form.tensors_of(module, node).items():
                 self._put(key, tensor)
             return rank, rank  # s is in the tensors
         is_second = node.uses == "each" and module.uses == "product"
@@ -221,11 +222,11 @@ class _Contents:
             a, b = b, a
         self._put(keys.a, a)
         self._put(keys.b, b.T)
-        if node.magnitude is not None:
-            self._put(keys.magnitude, np.asarray(node.magnitude[at]).reshape(-1))
-        if any(other.bias is not None for other in self._lora.values()):
-            bias = np.zeros(b.shape[1:]) if node.bias is None else np.asarray(node.bias[at])
-            self._put(keys.bias_on_b, bias.reshape(-1))
+        for name, vector in VECTORS.items():
+            if name in node.has:
+                self._put(keys.parts[name], np.asarray(node.arrays[name][at]).reshape(-1))
+            elif any(name in other.has for other in self._lora.values()):
+                self._put(keys.parts[name], np.full(b.shape[1], vector.fill))
         ends = {adapted.name.split(".")[-1] for adapted in self._adapted}
         if module.kind in ("embedding", "head") and ends & {*EMBEDDING_NAMES}:
             base = np.asarray(as_array(node.base)[at])
@@ -250,9 +251,7 @@ class _Contents:
         for expert in self._experts:
             by_name.setdefault(expert.name, {})[expert.half] = expert
             node = self._lora[expert.path]
-            used = {what: getattr(node, what) is not None for what in ("magnitude", "bias")}
-            used["dropout"] = bool(node.dropout)
-            for what in (what for what, is_used in used.items() if is_used):
+            for what in (*node.has, *["dropout"] * bool(node.dropout)):
                 raise PeftError(f"PEFT has no {what} for experts and routers: {expert.path!r}")
         for name, halves in by_name.items():
             found = {half: self._of_experts(expert) for half, expert in halves.items()}

@@ -16,6 +16,7 @@ from lora_jax.peft.hub import adapter_folder
 from lora_jax.peft.load import read_tensors
 from lora_jax.peft.modules import by_pattern
 from lora_jax.peft.names import FILE, PREFIX
+from lora_jax.variants import VARIANTS
 
 MAX_RANK = 16  # vLLM's default
 _MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of its --max-lora-rank
@@ -83,8 +84,10 @@ def _ranks(tensors: Mapping[str, Any]) -> dict[str, int]:
 def _of_kind(fields: Mapping[str, Any]) -> list[str]:
     """Lists fields with which the adapter is something other than W + s·BA."""
     found = []
-    if fields.get("use_dora"):
-        found.append(f"use_dora: DoRA is refused; {_MERGE}")
+    for variant in VARIANTS:
+        field = variant.in_peft.field if variant.in_peft else None
+        if field and fields.get(field):
+            found.append(f"{field}: {variant.name} is refused; {_MERGE}")
     for name, unused in REFUSED.items():
         value = fields.get(name)
         if value in unused or value in ([], {}):
@@ -113,8 +116,6 @@ def _of_start(fields: Mapping[str, Any]) -> list[str]:
 
 def _of_what_else_trains(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
     found = []
-    if fields.get("lora_bias"):
-        found.append(f"lora_bias: a bias on B is refused; {_MERGE}")
     if (bias := fields.get("bias") or "none") != "none":
         found.append(f"bias={bias}: trained biases are refused; {_MERGE}")
     saved = fields.get("modules_to_save") or []

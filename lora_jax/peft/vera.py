@@ -1,4 +1,4 @@
-"""VeRA's tensors in PEFT's files, both ways; `lora_jax.peft.vera_fields` has its configuration.
+"""VeRA's form in PEFT's files, both ways; a `lora_jax.peft.forms.Form`.
 
 PEFT has one A [r, in] and one B [out, r], ``vera_A`` and ``vera_B``, as wide as the widest adapted
 layer, and for each layer ``vera_lambda_d`` [r] and ``vera_lambda_b`` [out]. There is no alpha: s is
@@ -17,19 +17,82 @@ from lora_jax.core.weight import LoraWeight
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.modules import Module
 from lora_jax.peft.names import PREFIX
+from lora_jax.variants import variants_of
+from lora_jax.variants.vera import VERA
 
+VARIANT = VERA
 KEY_A, KEY_B = "base_model.vera_A", "base_model.vera_B"
+# PEFT's defaults.
+_HONOURED: dict[str, Any] = {
+    "r": 256,
+    "target_modules": None,
+    "exclude_modules": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "vera_dropout": 0.0,
+    "bias": "none",
+    "modules_to_save": None,
+    "fan_in_fan_out": False,
+    "task_type": None,
+}
+_OWN = {"projection_prng_key": 0, "save_projection": True}
+_WITHOUT_EFFECT = ("d_initial", "init_weights")  # on an adapter that is loaded
 
 
-def is_vera(node: Any) -> bool:
-    """Returns whether a node of an adapted tree is a VeRA."""
-    return isinstance(node, LoraWeight) and "lambda_d" in node.has
+def as_lora_fields(fields: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the fields of a LoraConfig that adapts the same modules, and those of VeRA alone.
+
+    Args:
+      fields: the fields of a VeraConfig.
+      where: their source, for messages.
+
+    Raises:
+      PeftError: a value that PEFT would not write.
+    """
+    own = {name: fields.get(name, default) for name, default in _OWN.items()}
+    seed, saves = own["projection_prng_key"], own["save_projection"]
+    if type(seed) is not int or not 0 <= seed < 2**32 or type(saves) is not bool:
+        raise PeftError(
+            f"{where}: projection_prng_key={seed!r}, save_projection={saves!r}: a number from 0 to "
+            "2³² − 1 and a boolean are needed"
+        )
+    found = {name: fields.get(name, default) for name, default in _HONOURED.items()}
+    others = {
+        name: value
+        for name, value in fields.items()
+        if name not in (*_HONOURED, *_OWN, *_WITHOUT_EFFECT, "peft_type")
+    }
+    found |= {"lora_alpha": found["r"], "lora_dropout": found.pop("vera_dropout")}
+    if found["bias"] == "vera_only":
+        found["bias"] = "lora_only"
+    return others | found, own
 
 
-def as_in_peft(node: Any) -> Any:
-    """Returns a node as PEFT has it: LoRA-XS, which PEFT lacks, as a LoRA whose B is RB."""
-    is_xs = isinstance(node, LoraWeight) and node.is_compact and not is_vera(node)
-    return node.as_lora() if is_xs else node
+def fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a VeraConfig for the modules that fields of a LoraConfig adapt.
+
+    Raises:
+      PeftError: a VeraConfig cannot say it.
+    """
+    if config["rank_pattern"]:
+        ranks = sorted({config["r"], *config["rank_pattern"].values()})
+        raise PeftError(f"PEFT's VeRA has one r for all modules; here they have {ranks}")
+    for name in ("target_parameters", "trainable_token_indices"):
+        if config[name]:
+            raise PeftError(f"PEFT's VeRA has no {name}, and here it would be {config[name]}")
+    kept = ("peft_version", "inference_mode", "auto_mapping", "revision", "fan_in_fan_out")
+    found = {name: config[name] for name in (*kept, "r", "target_modules", "modules_to_save")}
+    return found | {
+        "peft_type": "VERA",
+        "vera_dropout": config["lora_dropout"],
+        "bias": "vera_only" if config["bias"] == "lora_only" else config["bias"],
+        "d_initial": 0.1,
+        "init_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "projection_prng_key": 0,
+        "save_projection": True,  # the pair is not what PEFT would draw
+    }
 
 
 def tensors_of(module: Module, node: LoraWeight) -> dict[str, np.ndarray]:
@@ -48,7 +111,7 @@ def tensors_of(module: Module, node: LoraWeight) -> dict[str, np.ndarray]:
     return {key_d: d, key_b: b.reshape(-1) * scale.astype(b.dtype)}
 
 
-def pair_of(nodes: Mapping[str, LoraWeight]) -> dict[str, np.ndarray]:
+def shared(nodes: Mapping[str, LoraWeight]) -> dict[str, np.ndarray]:
     """Returns the tensors that all modules share, by key.
 
     Args:
@@ -57,7 +120,7 @@ def pair_of(nodes: Mapping[str, LoraWeight]) -> dict[str, np.ndarray]:
     Raises:
       PeftError: they do not share one pair, or some are no VeRA.
     """
-    plain = [path for path, node in nodes.items() if not is_vera(node)]
+    plain = [path for path, node in nodes.items() if VARIANT not in variants_of(node)]
     if plain:
         raise PeftError(
             f"{plain[0]!r} is adapted otherwise than by VeRA, and PEFT has one kind of adapter in "
@@ -94,7 +157,7 @@ class Pair:
     def __init__(self, reader: Any, own: Mapping[str, Any], nodes: Sequence[LoraWeight]) -> None:
         """Args:
         reader: of the file's tensors.
-        own: the fields of VeRA alone; see `lora_jax.peft.vera_fields`.
+        own: the fields of VeRA alone; see `as_lora_fields`.
         nodes: the adapted weights.
         """
         (rank,) = {node.rank for node in nodes}
@@ -108,12 +171,26 @@ class Pair:
             a, b = _drawn(own["projection_prng_key"], rank, ins, outs)
             if reader.has(KEY_A):  # as PEFT does, with a warning
                 reader.take(KEY_A, a.shape), reader.take(KEY_B, b.shape)
-        self._matrices = {"shared_a": a, "shared_b": b.T}
+        self._reader, self._matrices = reader, {"shared_a": a, "shared_b": b.T}
         self._made: dict[Any, Any] = {}
 
-    def of(self, node: LoraWeight) -> dict[str, Any]:
-        """Returns shared_a and shared_b of a weight."""
-        return {"shared_a": self._part(node, "shared_a"), "shared_b": self._part(node, "shared_b")}
+    def arrays(self, node: LoraWeight, members: Sequence[Module]) -> dict[str, Any]:
+        """Returns the pair of a weight, and lambda_d and lambda_b: 0 where a layer isn't adapted.
+
+        Args:
+          node: the weight.
+          members: the modules that the weight holds.
+        """
+        dtype = np.dtype(wide(node.dtype))
+        batch, outs = (node.roles.sizes(node.shape, role) for role in ("batch", "out"))
+        d, b = np.zeros((*batch, node.rank), dtype), np.zeros((*batch, math.prod(outs)), dtype)
+        for module in members:
+            key_d, key_b = _keys(module)
+            d[module.index] = self._reader.take(key_d, (node.rank,))
+            b[module.index] = self._reader.take(key_b, (math.prod(outs),))
+        vectors = {"lambda_d": jnp.asarray(d), "lambda_b": jnp.asarray(b.reshape(*batch, *outs))}
+        pair = {name: self._part(node, name) for name in self._matrices}
+        return {"seed": None, **pair, **vectors}
 
     def _part(self, node: LoraWeight, name: str) -> Any:
         shape, dtype = node.shape_of(name), np.dtype(wide(node.dtype))
@@ -124,23 +201,7 @@ class Pair:
         return self._made[key]
 
 
-def vectors_of(reader: Any, members: Sequence[Module], node: LoraWeight) -> dict[str, np.ndarray]:
-    """Returns lambda_d and lambda_b of a weight, 0 in the layers that are not adapted.
-
-    Args:
-      reader: of the file's tensors.
-      members: the modules that the weight holds.
-      node: the weight.
-    """
-    dtype = np.dtype(wide(node.dtype))
-    columns = math.prod(node.roles.sizes(node.shape, "out"))
-    batch = node.roles.sizes(node.shape, "batch")
-    d, b = np.zeros((*batch, node.rank), dtype), np.zeros((*batch, columns), dtype)
-    for module in members:
-        key_d, key_b = _keys(module)
-        d[module.index] = reader.take(key_d, (node.rank,))
-        b[module.index] = reader.take(key_b, (columns,))
-    return {"lambda_d": d, "lambda_b": b.reshape(node.shape_of("lambda_b"))}
+of_file = Pair
 
 
 def _drawn(seed: int, rank: int, ins: int, outs: int) -> tuple[np.ndarray, np.ndarray]:

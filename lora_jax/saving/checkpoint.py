@@ -23,7 +23,7 @@ from lora_jax.core.paths import nearest
 from lora_jax.core.weight import LoraWeight, Node, Part, Trained, TrainedRows, leaves_of
 from lora_jax.folders import partial_of, put_in_place
 from lora_jax.lorafy import Tree, nodes_of, strip, swap
-from lora_jax.saving.derived import Derived, without_derived
+from lora_jax.saving.derived import Remaker, without_derived
 from lora_jax.saving.errors import AdapterError
 from lora_jax.saving.fingerprint import base_fingerprint, checksum, differing
 from lora_jax.variants import PARTS
@@ -149,11 +149,11 @@ def load_adapter(
     if not allow_base_mismatch:
         _check_base(folder, metadata, params)
     arrays, weights, rows = _read_arrays(folder, metadata), metadata["weights"], metadata["rows"]
-    derive = Derived(folder, weights, arrays, nodes_of(params))
+    complete = Remaker(folder, weights, arrays, nodes_of(params))
 
     def adapted(path: str, base: Any) -> Any:
         if path in weights:
-            return derive(path, _weight(base, arrays[path], weights[path], known))
+            return complete(path, _weight(base, arrays[path], weights[path], known))
         if path in rows:
             value, table = jnp.asarray(arrays[path]["value"]), rows[path]
             return TrainedRows(base, value, tuple(table["rows"]), table["is_table"])

@@ -1,27 +1,55 @@
-"""Makes the node of one leaf by its rule: draws its factors, adds its variant's arrays."""
+"""Makes the node of one leaf by its rule: draws its factors, adds its variants' arrays."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from lora_jax.core.axes import AxisRoles
 from lora_jax.core.base import as_array, is_abstract
-from lora_jax.core.factored import factor_shapes
+from lora_jax.core.factored import factor_shapes, matrices_of
 from lora_jax.core.magnitude import wide
-from lora_jax.core.parts import layout
 from lora_jax.core.paths import fold_in_path
 from lora_jax.core.weight import LoraWeight, Node, Part, Trained, TrainedRows
-from lora_jax.init import Factors, FactorShape, takes_from_base, truncated
-from lora_jax.select.projections import Projections
+from lora_jax.init import Factors, FactorShape, takes_from_base
 from lora_jax.select.resolve import Adapted, Choice, InFull
+from lora_jax.variants import Variant
+from lora_jax.variants.variant import Kernel, MakeFactors
+
+Starts = Mapping[Variant, MakeFactors]
 
 
-def node_of(leaf: Any, path: str, choice: Choice, key: jax.Array, projections: Projections) -> Node:
+def starts_of(leaves: Mapping[str, Any], chosen: Mapping[str, Choice], key: jax.Array) -> Starts:
+    """Returns what makes the A and B of a tree's weights, for variants that do not draw them.
+
+    Args:
+      leaves: the arrays of the tree, by path.
+      chosen: the decision for some of them, by path.
+      key: a PRNG key.
+
+    Raises:
+      ValueError: the weights do not fit their variant.
+    """
+    kernels: dict[Variant, list[Kernel]] = {}
+    for path, choice in chosen.items():
+        if isinstance(choice, Adapted) and (variant := _starting(choice)):
+            kernels.setdefault(variant, []).append(_kernel(leaves[path], path, choice))
+    return {v: v.start(each, key) for v, each in kernels.items() if v.start}
+
+
+def _starting(choice: Adapted) -> Variant | None:
+    """Returns the variant that gives a weight its A and B, if there is one."""
+    return next((variant for variant in choice.rule.variants if variant.start), None)
+
+
+def _kernel(leaf: Any, path: str, choice: Adapted) -> Kernel:
+    dtype = np.dtype(choice.rule.dtype)
+    return Kernel(path, tuple(leaf.shape), choice.roles, choice.ranks, dtype)
+
+
+def node_of(leaf: Any, path: str, choice: Choice, key: jax.Array, starts: Starts) -> Node:
     """Returns the node for a leaf; its arrays are `jax.ShapeDtypeStruct`\\ s where the leaf's are.
 
     Args:
@@ -29,14 +57,14 @@ def node_of(leaf: Any, path: str, choice: Choice, key: jax.Array, projections: P
       path: of the leaf; each of its draws depends on it.
       choice: the decision of `lora_jax.select.resolve.resolve` for the leaf.
       key: a PRNG key.
-      projections: the matrices that weights of VeRA share.
+      starts: see `starts_of`.
     """
     make: Any = _trained if isinstance(choice, InFull) else _adapted
     if is_abstract(leaf):
-        shapes, key = projections.abstract(), jax.random.key(0)
-        node = jax.eval_shape(lambda leaf: make(leaf, path, choice, key, shapes()), leaf)
+        key = jax.random.key(0)
+        node = jax.eval_shape(lambda leaf: make(leaf, path, choice, key, starts), leaf)
         return node if isinstance(node, Trained) else node.replace(base=leaf)
-    return make(leaf, path, choice, key, projections)
+    return make(leaf, path, choice, key, starts)
 
 
 def _trained(leaf: Any, path: str, choice: InFull, *_: Any) -> Node:
@@ -48,20 +76,15 @@ def _trained(leaf: Any, path: str, choice: InFull, *_: Any) -> Node:
     return TrainedRows(leaf, value, rows=choice.rows, is_table=choice.is_table)
 
 
-def _adapted(
-    leaf: Any, path: str, choice: Adapted, key: jax.Array, projections: Projections
-) -> Node:
+def _adapted(leaf: Any, path: str, choice: Adapted, key: jax.Array, starts: Starts) -> Node:
     rule, scales = choice.rule, np.asarray(choice.scales, np.float32)
     a_shape, b_shape, scale_shape = factor_shapes(leaf.shape, choice.roles, max(choice.ranks))
     n_batch = len(scale_shape)
     scales = scales.reshape(-1, *[1] * (n_batch - 1)) if n_batch else scales[0]
     scale = jnp.asarray(np.broadcast_to(scales, scale_shape))
     arrays: dict[str, Any] = {"scale": scale}
-    if rule.vera:
-        sizes = (choice.roles.sizes(leaf.shape, label) for label in ("in", "out"))
-        arrays |= projections.of(max(choice.ranks), np.dtype(rule.dtype), *sizes)
-    elif rule.xs:
-        arrays |= singular_factors(leaf, choice.roles, choice.ranks, np.dtype(rule.dtype))
+    if variant := _starting(choice):
+        arrays |= starts[variant](leaf, _kernel(leaf, path, choice))
     else:
         a, b = _draw(leaf, path, choice, scale, key)
         a, b = jnp.moveaxis(a, -1, n_batch).reshape(a_shape), b.reshape(b_shape)
@@ -87,46 +110,6 @@ def _adapted(
         return extra.init(node, *given).astype(rule.dtype)
 
     return node.replace(**{extra.name: first(extra) for extra in rule.parts})
-
-
-def singular_factors(
-    leaf: Any, roles: AxisRoles, ranks: Sequence[int], dtype: Any
-) -> dict[str, Any]:
-    """Returns a and b of LoRA-XS: UΣ and Vᵀ of the largest singular values of W, by layer.
-
-    Args:
-      leaf: W, an array or a `lora_jax.core.base.Base`.
-      roles: of its axes.
-      ranks: r of each layer of the first batch axis, or one r for all.
-      dtype: of both.
-
-    Raises:
-      ValueError: the rank is larger than W's.
-    """
-    kernel, rank = matrices_of(leaf, roles), max(ranks)
-    on = [layer for layer, r in enumerate(ranks) if r]
-    is_whole = len(on) == len(ranks)
-    a, b = truncated(kernel if is_whole else kernel[jnp.asarray(on)], rank)
-    if not is_whole:
-        a, b = (
-            jnp.zeros((len(ranks), *x.shape[1:]), x.dtype).at[jnp.asarray(on)].set(x)
-            for x in (a, b)
-        )
-    if len(set(ranks)) > 1:
-        used = jnp.arange(rank) < jnp.asarray(ranks)[:, None]  # [layers, r]
-        used = lax.expand_dims(used, range(1, kernel.ndim - 2))
-        a, b = jnp.where(used[..., None, :], a, 0), jnp.where(used[..., None], b, 0)
-    a_shape, b_shape, _ = factor_shapes(leaf.shape, roles, rank)
-    return {"a": a.mT.reshape(a_shape).astype(dtype), "b": b.reshape(b_shape).astype(dtype)}
-
-
-def matrices_of(leaf: Any, roles: AxisRoles) -> jax.Array:
-    """Returns W as [batch…, in, out], in fp32 (or wider)."""
-    order = layout(("batch", "in", "out"), roles.labels(len(leaf.shape)))
-    sizes = {label: roles.sizes(leaf.shape, label) for label in ("batch", "in", "out")}
-    fan_in, fan_out = math.prod(sizes["in"]), math.prod(sizes["out"])
-    kernel = jnp.transpose(as_array(leaf), order).reshape(*sizes["batch"], fan_in, fan_out)
-    return kernel.astype(wide(leaf.dtype))
 
 
 def _draw(leaf: Any, path: str, choice: Adapted, scale: jax.Array, key: jax.Array) -> Factors:

@@ -12,6 +12,7 @@ import lora_jax as lj
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.weight import LoraWeight, is_node
 from lora_jax.training.optimizers.named import optimizer_named, settings
+from lora_jax.variants import PARTS
 
 
 def make_optimizer(
@@ -128,12 +129,13 @@ def averaged(opt_state: optax.OptState, adapter: Any) -> Any:
 
 
 def decays(adapter: dict[str, dict[str, Any]]) -> dict[str, dict[str, bool]]:
-    """Returns which arrays of an adapter decay: A, B, LoRA-XS's R, kernels, embeddings."""
+    """Returns which arrays of an adapter decay: matrices such as A and B, kernels, embeddings."""
+    matrices = {"a", "b", *(n for n, part in PARTS.items() if part.axes.count("rank") == 2)}
 
     def is_matrix(path: str, name: str) -> bool:
         if name == "value":
             return re.search(r"(^|/)(kernel|embedding|w)$", path) is not None
-        return name in ("a", "b", "latent")
+        return name in matrices
 
     return {path: {name: is_matrix(path, name) for name in p} for path, p in adapter.items()}
 

@@ -35,12 +35,12 @@ def bank(trees: Sequence[Any], ids: Any) -> Any:
         if not lj.is_node(first):
             return first
         join = lambda name: np.concatenate([getattr(v, name) for v in nodes], first.n_batch)  # noqa: E731
-        pick = [np.repeat(np.asarray(v.scale)[..., None], first.rank, -1) for v in nodes]
+        factors = [np.repeat(np.asarray(v.scale)[..., None], first.rank, -1) for v in nodes]
         arrays = {
             "a": join("a"),
             "b": join("b"),
             "scale": np.ones(first.scale.shape, first.scale.dtype),
-            "pick": np.concatenate(pick, -1),
+            "lambda_d": np.concatenate(factors, -1),
             "rows": np.repeat(own, first.rank, -1).astype(np.float32),
         }
         ranks = (len(trees) * first.rank,) * len(first.ranks)

@@ -400,7 +400,7 @@ def test_a_step_of_decoding_copies_no_more_than_the_base():
 
         def one(i, tokens, cache):
             own = map_nodes(
-                lambda _, v: v.replace(pick=v.arrays["pick"] * v.arrays["rows"][i], rows=None), tree
+                lambda _, v: v.replace(lambda_d=v.lambda_d * v.rows[i], rows=None), tree
             )
             return lj.adapt(apply)(own, tokens, cache)
 

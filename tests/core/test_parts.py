@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax import optim, sharding
 from lora_jax.core.weight import Part
+from lora_jax.variants import PARTS, VARIANTS, Variants
 from tests.laws import test_laws as laws
 from tests.support import (
     PROGRAMS,
@@ -159,6 +160,11 @@ def test_ranks_that_differ_are_padded_and_filed_without_padding(tmp_path):
     assert_identical((again.a, again.b), (node.a, node.b))
     used = np.arange(3) < np.array([3, 0, 1])[:, None]
     assert_identical(again.core, np.where(used, node.core, np.float32(0)))
+
+
+def test_the_registry_has_each_option_and_each_part_once():
+    assert [one.name for one in dataclasses.fields(Variants)] == [v.option for v in VARIANTS]
+    assert len(PARTS) == sum(len(variant.parts) for variant in VARIANTS)
 
 
 @pytest.mark.parametrize("name", ["a", "scale", "gain", "value"])

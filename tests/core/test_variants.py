@@ -101,7 +101,7 @@ def formed(tree):
         if node.start is not None:
             delta = delta - product(*node.start)
         w = w + node.scale[..., None, None].astype(w.dtype) * delta
-        if node.magnitude is not None:
+        if "magnitude" in arrays:
             norm = lax.stop_gradient(jnp.linalg.norm(w, axis=-2, keepdims=True))
             rescaled = w * node.magnitude.reshape(*batch, 1, -1) / norm
             ranks = jnp.broadcast_to(jnp.asarray(node.ranks), batch[:1] if batch else (1,))

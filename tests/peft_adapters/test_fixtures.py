@@ -158,6 +158,10 @@ def test_what_peft_cannot_hold(tmp_path):
     one_bias = lj.TrainRule(targets=r".*q_proj/bias")
     with pytest.raises(lp.PeftError, match="the biases of all modules, or of all adapted ones"):
         lp.save(tmp_path / "a", model, lj.lorafy(params, [one_bias, both]))
+    own = lj.Part("own", ("batch", "rank"), lambda node: np.ones(node.shape_of("own")))
+    with pytest.raises(lp.PeftError, match="has the part 'own', which PEFT does not have"):
+        rule = lj.LoraRule(targets=["q_proj"], rank=2, extras=[own])
+        lp.save(tmp_path / "a", model, shapes_of(params, [rule]))
     with pytest.raises(lp.PeftError, match="this one is plain"):
         lp.save(tmp_path / "a", model, params)
     assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from train.compare.options import OF_SUBSPACE, TINY, CompareConfig, has_adapter
+from train.compare.options import COMPARED, OF_SUBSPACE, CompareConfig, has_adapter
 from train.compare.result import Arm
 from train.options.classify import rate_of_dimension
 
@@ -14,20 +14,16 @@ from train.options.classify import rate_of_dimension
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"scaling": "alpha/sqrt(rank)"},
-    "dora": {"dora": True},
     "pissa": {"init": "pissa"},
     "olora": {"init": "olora"},
-    "lora-fa": {"freeze_a": True},
     "lora-plus": {"lora_plus": 16.0},
-    "lora-xs": {"xs": True},
-    "vera": {"vera": True},
+    **{method: {variant.option: True} for method, variant in COMPARED.items()},
     "full": {"full": True},
     "head-only": {"head_only": True},
     "said": {"intrinsic_kind": "said"},
     "did": {"intrinsic_kind": "did"},
 }
 _RANKS = (4, 16, 64)
-_RANKS_OF = {"vera": (64, 256)}  # its numbers hardly grow with the rank
 _QUICK_RANKS = (8,)
 # Around the script's learning rate. Neighbours are a factor of three apart, about the distance at
 # which a loss curve begins to differ.
@@ -65,12 +61,11 @@ def arms_of(compare: CompareConfig, basis: Basis) -> list[Arm]:
     arms: list[Arm] = []
     for method in compare.methods:
         if has_adapter(method):
-            is_tiny = method in TINY
-            times = basis.rates[method] / basis.rates["lora"] if is_tiny else 1.0
+            times = basis.rates.get(method, basis.rates["lora"]) / basis.rates["lora"]
             rates = _times(times, compare.lrs) or _around(times * basis.rates["lora"])
             ranks = compare.ranks or _ranks(method, compare.quick)
             for rank, targets, size, rate in itertools.product(ranks, sets, batch_sizes, rates):
-                alphas = compare.alphas or ((1.0 if is_tiny else basis.alpha) * rank,)
+                alphas = compare.alphas or (_alpha(method, basis) * rank,)
                 arms += [Arm(method, rank, targets, alpha, rate, size) for alpha in alphas]
             continue
         if method in OF_SUBSPACE:
@@ -132,9 +127,16 @@ def _word(targets: str) -> str:
     return "targets" + hashlib.sha256(targets.encode()).hexdigest()[:8]
 
 
+def _alpha(method: str, basis: Basis) -> float:
+    """Returns the default alpha as a multiple of the rank."""
+    return 1.0 if method in COMPARED and COMPARED[method].alpha_is_rank else basis.alpha
+
+
 def _ranks(method: str, quick: bool) -> tuple[int, ...]:
-    ranks = _RANKS_OF.get(method, _RANKS)
-    return (_QUICK_RANKS if method not in _RANKS_OF else ranks[-1:]) if quick else ranks
+    own = COMPARED[method].ranks if method in COMPARED else None
+    if own is None:
+        return _QUICK_RANKS if quick else _RANKS
+    return own[-1:] if quick else own
 
 
 def _around(rate: float, factors: Sequence[float] = _AROUND) -> tuple[float, ...]:

@@ -115,8 +115,7 @@ def planned(
         command.append("--full")
     else:
         command += ["--rank", adapter.rank, "--targets", *adapter.targets]
-        kinds = ("dora", "freeze_a", "xs", "vera")
-        command += [flag(name) for name in kinds if getattr(adapter, name)]
+        command += [flag(variant.option) for variant in adapter.variants]
     if price is not None:
         command += ["--price", price]
     made = json.loads(_output_of([str(word) for word in command]))

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import scipy.linalg
 
+from lora_jax.core.factored import matrices_of
 from lora_jax.core.weight import leaves_of
 from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.rules import ALL_LINEAR, LoraRule
-from lora_jax.select.build import matrices_of
 
 FIRST = 10
 ALIKE = 0.5

@@ -3,37 +3,50 @@
 import dataclasses
 import math
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from tyro.conf import arg
+
+from lora_jax.variants import VARIANTS
 from train.console.errors import UserError, flag
 from train.options.common import Options
 from train.options.field import HIDDEN, traits_of
 from train.reporters.registry import check_many
 
-Method = Literal[
-    "lora",
-    "rslora",
-    "dora",
-    "pissa",
-    "olora",
-    "lora-fa",
-    "lora-plus",
-    "lora-xs",
-    "vera",
-    "full",
-    "head-only",
-    "said",
-    "did",
-]
-
-TINY = ("lora-xs", "vera")  # adapters that want larger rates than LoRA, and a scale of one
+COMPARED = {variant.method: variant for variant in VARIANTS if variant.is_compared}
+WITH_OWN_RATE = tuple(method for method, variant in COMPARED.items() if variant.rate)
 OF_SUBSPACE = ("said", "did")
 OF_CLASSIFIER = ("head-only", *OF_SUBSPACE)  # methods that train.sft has not
+_BY_OTHERS = ("rslora", "pissa", "olora", "lora-plus")  # by options that are not theirs alone
+if TYPE_CHECKING:
+    Method = str
+else:
+    Method = Literal[("lora", *_BY_OTHERS, *COMPARED, "full", *OF_CLASSIFIER)]
 
 
 def has_adapter(method: str) -> bool:
     """Returns whether a method trains an adapter, so that several train side by side."""
     return method not in ("full", *OF_CLASSIFIER)
+
+
+def _about_ranks() -> Any:
+    own = (f"of {m} {' '.join(map(str, v.ranks))}" for m, v in COMPARED.items() if v.ranks)
+    return arg(help=", ".join(("Ranks of the adapters. By default 4 16 64", *own)) + ".")
+
+
+def _about_alphas() -> Any:
+    names = " and ".join(method for method, v in COMPARED.items() if v.alpha_is_rank)
+    said = "Alphas of the adapters. By default the script's: a multiple of the rank"
+    return arg(help=f"{said}, of {names} the rank itself.")
+
+
+def _about_rates() -> Any:
+    options = " and ".join(flag(COMPARED[method].option) for method in WITH_OWN_RATE)
+    return arg(
+        help="Learning rates of the adapters. By default the script's, a third of it and three "
+        f"times it. Those of {' and '.join(WITH_OWN_RATE)} are as many times these as the "
+        f"script's are with {options}."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,20 +56,15 @@ class CompareConfig:
     TRAITS = HIDDEN  # of all fields
 
     methods: tuple[Method, ...] = ("lora", "full")
-    """Ways to train: lora, and variants of it, lora-xs and vera being the smallest; full for all
-    weights; of a classifier, head-only for the head on the frozen encoder, said and did for a
-    random subspace of all weights, of few dimensions (--intrinsic)."""
-    ranks: tuple[int, ...] = ()
-    """Ranks of the adapters. By default 4 16 64, of vera 64 256."""
+    """Ways to train: lora, and variants of it; full for all weights; of a classifier, head-only for
+    the head on the frozen encoder, said and did for a random subspace of all weights, of few
+    dimensions (--intrinsic)."""
+    ranks: Annotated[tuple[int, ...], _about_ranks()] = ()
     target_sets: tuple[str, ...] = ("all-linear",)
     """Sets of modules to adapt, each as --targets takes it, with commas: all-linear
     attention q_proj,v_proj."""
-    alphas: tuple[float, ...] = ()
-    """Alphas of the adapters. By default the script's: a multiple of the rank, of lora-xs and vera
-    the rank itself."""
-    lrs: tuple[float, ...] = ()
-    """Learning rates of the adapters. By default the script's, a third of it and three times it.
-    Those of lora-xs and vera are as many times these as the script's are with --xs and --vera."""
+    alphas: Annotated[tuple[float, ...], _about_alphas()] = ()
+    lrs: Annotated[tuple[float, ...], _about_rates()] = ()
     full_lrs: tuple[float, ...] = ()
     """Learning rates of full fine-tuning. By default the script's with --full, a third of it, and
     three and nine times it."""

@@ -8,7 +8,13 @@ from typing import Any, NamedTuple
 import lora_jax as lj
 from lora_jax.training.errors import TrainingError
 from train.compare import arms
-from train.compare.options import OF_CLASSIFIER, OF_SUBSPACE, TINY, CompareConfig, has_adapter
+from train.compare.options import (
+    OF_CLASSIFIER,
+    OF_SUBSPACE,
+    WITH_OWN_RATE,
+    CompareConfig,
+    has_adapter,
+)
 from train.compare.peft_experiment import read_experiment
 from train.compare.result import Arm
 from train.compare.rungs import MEASUREMENTS
@@ -61,7 +67,7 @@ def basis_of(script: Script, options: Any) -> arms.Basis:
       UserError: the optimiser has no learning rate of its own, and none was given.
     """
     rates: dict[str, float] = {}
-    names = ["lora", *TINY, "full"]
+    names = ["lora", *WITH_OWN_RATE, "full"]
     if hasattr(options.adapter, "head_only"):
         names += OF_CLASSIFIER
     for name in names:

@@ -35,6 +35,7 @@ from train.options.field import (
     option,
 )
 from train.options.optim import check_optim
+from train.options.variants import VariantOptions
 from train.reporters.registry import TRACKERS
 
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
@@ -69,8 +70,8 @@ ReportTo = Literal["none", *TRACKERS]  # type: ignore[valid-type]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """Parameters that train."""
+class _FactorOptions:
+    """The kernels that are adapted, and their A and B."""
 
     targets: tuple[str, ...] = option(("all-linear",), TARGETS, compared_by="target_sets")
     """Modules to adapt: names (q_proj v_proj), presets (attention, mlp, experts, all-linear), one
@@ -81,8 +82,8 @@ class AdapterConfig:
     rank: int = option(16, FACTORS, compared_by="ranks")
     """The rank r of the adapter."""
     alpha: float | None = option(None, FACTORS, compared_by="alphas")
-    """The alpha of the adapter's scale; see --scaling. By default twice the rank; with --xs
-    and --vera the rank."""
+    """The alpha of the adapter's scale; see --scaling. By default twice the rank; a variant may
+    have another default."""
     dropout: float = option(0.0, FACTORS)
     """Dropout probability of the adapter's input."""
     scaling: Literal["alpha/rank", "alpha/sqrt(rank)"] = option(
@@ -93,20 +94,14 @@ class AdapterConfig:
         "kaiming", PLAIN, compared_by="methods"
     )
     """Initialisation of A and B."""
-    dora: bool = option(False, PLAIN, compared_by="methods")
-    """Rescale each output column to a trained magnitude (DoRA)."""
-    freeze_a: bool = option(False, PLAIN, compared_by="methods")
-    """Freeze A and train B with a projected gradient (LoRA-FA); saves the memory of A's inputs."""
-    xs: bool = option(False, FACTORS, compared_by="methods")
-    """Train only a matrix R [rank, rank] for each weight, between singular vectors of the base
-    (LoRA-XS)."""
-    vera: bool = option(False, FACTORS, compared_by="methods")
-    """Train only two vectors for each weight, around one random A and B that all weights share
-    (VeRA). It takes a large --rank, such as 256."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig(VariantOptions, _FactorOptions):
+    """Parameters that train."""
+
     bias: Literal["none", "adapted", "all"] = option("none", RULES)
     """Biases of the model to train: none, those of adapted layers, or all."""
-    bias_on_b: bool = option(False, PLAIN)
-    """Add a trained bias to B."""
     train: tuple[str, ...] = option((), RULES)
     """Modules that train in full besides the adapter, such as lm_head and norm."""
     train_tokens: tuple[int, ...] = option((), RULES)
@@ -144,9 +139,9 @@ class OptimConfig:
     evaluated and saved."""
     lr: float | None = option(None, HIDDEN, of_inputs=False, compared_by="lrs")
     """The peak learning rate. Its default is AdamW's; a third of that for lion, and none for
-    sgd. With --vera it is ten times as large, with --xs 2e-3."""
+    sgd. A variant of the adapter may have another default."""
     lr_rule: Literal["llama", "qwen"] | None = option(
-        None, OPTIMISATION, Idle.XS, Idle.VERA, excludes="lr", uncompared=Uncompared.RATES
+        None, OPTIMISATION, Idle.ALONE, excludes="lr", uncompared=Uncompared.RATES
     )
     """Compute the learning rate from the model's width and the number of steps, as fitted for this
     model family in *LoRA Without Regret*; an alternative to --lr."""

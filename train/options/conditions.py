@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lora_jax.training.optimizers.named import OPTIMIZERS
+from lora_jax.variants import VARIANTS
+from train.console.errors import flag
 from train.data.files import kind_of
 from train.data.named import named
 from train.options.tasks import named_task
@@ -28,6 +30,9 @@ class _Given:
         without_project = [one.no_project for one in trackers(self.report_to).values()]
         if all(without_project):
             self.no_project = next(iter(without_project), None) or "nothing is reported"
+        alone = [each for each in VARIANTS if each.alone and getattr(self, each.option)]
+        if len(alone) == 1:  # else they exclude each other
+            self.alone = f"{flag(alone[0].option)} {alone[0].alone_in_scripts}"
         self.from_files = all(map(kind_of, self.datasets)) and (
             self.test is None or kind_of(self.test)
         )
@@ -76,11 +81,7 @@ class Idle(enum.Enum):
         lambda o: o.intrinsic is not None,
     )
     NO_INTRINSIC = "there is no subspace without --intrinsic", lambda o: o.intrinsic is None
-    XS = "--xs takes A and B from the base and trains R between them", lambda o: o.xs and not o.vera
-    VERA = (
-        "--vera draws one A and B for all weights and trains two vectors of each",
-        lambda o: o.vera and not o.xs,
-    )
+    ALONE = "{o.alone}", lambda o: o.alone is not None
     NO_TARGETS = "--targets none makes no adapter", lambda o: o.targets == NO_ADAPTER
     FILES = "the rows come from a file, not from the hub", lambda o: o.from_files
     HAS_ROWS = "--dataset {o.datasets[0]} has rows and a test of its own", lambda o: o.is_named

@@ -9,9 +9,6 @@ from train.options.common import AdapterConfig
 from train.options.optim import with_optimizer_defaults
 from train.options.rope import as_text
 
-_XS_RATE = 2e-3
-_VERA_RATE = 10  # times LoRA's
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Defaults:
@@ -38,7 +35,8 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
     """Fills in the task's defaults for options that were not given."""
     adapter, optim = options.adapter, options.optim
     if adapter.alpha is None and adapter.peft_config is None:
-        times = 1.0 if adapter.xs or adapter.vera else defaults.alpha
+        is_rank = any(variant.alpha_is_rank for variant in adapter.variants)
+        times = 1.0 if is_rank else defaults.alpha
         adapter = dataclasses.replace(adapter, alpha=times * adapter.rank)
     rate = defaults.full_lr if adapter.full else _rate(adapter, defaults)
     optim = with_optimizer_defaults(optim, lr=rate, beta2=defaults.beta2)
@@ -59,13 +57,9 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
 
 
 def _rate(adapter: AdapterConfig, defaults: Defaults) -> float:
-    """Returns AdamW's learning rate of an adapter.
-
-    VeRA's paper takes ten times LoRA's, LoRA-XS's 1e-3 to 4e-3 whatever the task.
-    """
-    if adapter.xs:
-        return _XS_RATE
-    return _VERA_RATE * defaults.lr if adapter.vera else defaults.lr
+    """Returns AdamW's learning rate of an adapter."""
+    of_variants = (variant.rate for variant in adapter.variants if variant.rate)
+    return next((rate(defaults.lr) for rate in of_variants), defaults.lr)
 
 
 def _init_adapter(adapter: AdapterConfig) -> AdapterSource | None:

@@ -140,14 +140,14 @@ RULES = Traits(
 TARGETS = dataclasses.replace(RULES, idle=(*RULES.idle, Idle.HEAD_ONLY))
 FACTORS = dataclasses.replace(RULES, idle=(*TARGETS.idle, Idle.NO_TARGETS))
 # Those about an A and a B that train, or that are drawn.
-PLAIN = dataclasses.replace(RULES, idle=(*FACTORS.idle, Idle.XS, Idle.VERA))
+PLAIN = dataclasses.replace(RULES, idle=(*FACTORS.idle, Idle.ALONE))
 START = Traits(card=Card.NOWHERE, of_inputs=False, uncompared=Uncompared.START)
 BEST = Traits(card=Card.BEST, of_inputs=False, uncompared=Uncompared.LAST_STEP)
 TRAINED = Traits(card=Card.TRAINED, of_inputs=False)
 OPTIMISATION = Traits(card=Card.OPTIMISATION, of_inputs=False)
 LORA_PLUS = dataclasses.replace(
     OPTIMISATION,
-    idle=(Idle.FULL, Idle.INTRINSIC, Idle.HEAD_ONLY, Idle.NO_TARGETS, Idle.XS, Idle.VERA),
+    idle=(Idle.FULL, Idle.INTRINSIC, Idle.HEAD_ONLY, Idle.NO_TARGETS, Idle.ALONE),
 )
 OF_CALL = Traits(card=Card.NOWHERE, shared=Shared.TABLE, of="call")
 # With --dry-run, other options may stand, so that it can be added to any command of one process.

@@ -106,7 +106,8 @@ class Variant:
         elif self.adapter.targets == NO_ADAPTER:
             what = "no adapter, parts in full"
         else:
-            kind = "LoRA-XS" if self.adapter.xs else "VeRA" if self.adapter.vera else "LoRA"
+            alone = (variant.name for variant in self.adapter.variants if variant.alone)
+            kind = next(alone, "LoRA")
             what = f"{kind} r={self.adapter.rank}"
         if self.adapters is not None:
             what = f"{self.adapters} × {what}"

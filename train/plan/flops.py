@@ -67,7 +67,7 @@ def step_flops(
         if isinstance(leaf, LoraWeight):
             share = size / math.prod(shape)
             for name in ("a", "b"):
-                # What LoRA-XS and VeRA train is folded into B, whose gradient they go through.
+                # What a compact weight trains is folded into B, whose gradient it goes through.
                 trains = name == "b" or name not in leaf.frozen
                 passes = 2 + trains + (chunked if is_head else layers_again)
                 total += 2 * tokens * share * math.prod(leaf.shape_of(name)) * passes

@@ -112,6 +112,7 @@ def _lora_rule(adapter: AdapterConfig, targets: str | tuple[str, ...], rank: int
     alpha = adapter.alpha
     if alpha is not None and rank != adapter.rank:
         alpha *= rank / adapter.rank
+    variants: dict[str, Any] = {variant.option: True for variant in adapter.variants}
     return lj.LoraRule(
         targets=targets,
         layers=adapter.layers or None,
@@ -120,12 +121,8 @@ def _lora_rule(adapter: AdapterConfig, targets: str | tuple[str, ...], rank: int
         scaling=adapter.scaling,
         dropout=adapter.dropout,
         init=_INITIALISERS[adapter.init],
-        dora=adapter.dora,
-        freeze_a=adapter.freeze_a,
-        bias_on_b=adapter.bias_on_b,
-        xs=adapter.xs,
-        vera=adapter.vera,
         train_bias=adapter.bias == "adapted",
+        **variants,
     )
 
 

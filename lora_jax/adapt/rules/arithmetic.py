@@ -149,7 +149,7 @@ def scale_in_a(weight: Factored) -> Factored:
     weight = weight.formed()
     scales = weight.scales.astype(weight.a.dtype)
     a = weight.a * lax.expand_dims(scales, range(scales.ndim, weight.a.ndim))
-    return weight.replace(a=a, scale=jnp.ones_like(weight.scale), pick=None)
+    return weight.replace(a=a, scale=jnp.ones_like(weight.scale), lambda_d=None)
 
 
 def _concatenate(_: Interpreter, use: Use) -> list[Any] | None:

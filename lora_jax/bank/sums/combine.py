@@ -17,7 +17,6 @@ from lora_jax.core.magnitude import wide
 from lora_jax.core.paths import fold_in_path
 from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows, leaves_of
 from lora_jax.lorafy import Tree, nodes_of
-from lora_jax.variants import BIAS
 
 _Terms = Mapping[int, Any]  # nodes of one path, by the index of their tree
 
@@ -196,7 +195,7 @@ def _check_terms(
     first = terms[lora[0]]
     for index, node in terms.items():
         for part in node.extras:
-            if part != BIAS:
+            if part.vector != "shift":
                 raise ValueError(
                     f"combine: trees[{index}] has the part {part.name!r} at {path!r}, which has no "
                     "sum. Make a plain adapter of it first: lora_jax.bank.extract("
@@ -263,13 +262,14 @@ def _weight(
         b=b.reshape(node.shape_of("b")),
         scale=jnp.asarray(np.broadcast_to(on, first.scale.shape)),
     )
-    with_bias = [n.bias is not None for n in nodes]
-    if not any(with_bias):
-        return node
-    terms = [(n.bias, n.scale) for n in nodes if n.bias is not None]
-    biases, scales = zip(*terms, strict=True)
-    total = summed_biases(biases, scales, jnp.asarray(weights[with_bias], wide(dtype)))
-    return node.replace(extras=(BIAS,), bias=total.astype(dtype))
+    extras = tuple(dict.fromkeys(part for n in nodes for part in n.extras))
+    for part in extras:  # whose shift is s times its array
+        has = [part in n.extras for n in nodes]
+        terms = [(n.arrays[part.name], n.scale) for n in nodes if part in n.extras]
+        arrays, scales = zip(*terms, strict=True)
+        total = summed_biases(arrays, scales, jnp.asarray(weights[has], wide(dtype)))
+        node = node.replace(**{part.name: total.astype(dtype)})
+    return node.replace(extras=extras)
 
 
 def _is_kept(values: Sequence[Any], weights: Sequence[float]) -> bool:

@@ -76,7 +76,7 @@ def dimension_numbers(params: Any) -> dict[tuple[str, str], MuonDimensionNumbers
 
 
 def _numbers(path: str, node: Node, name: str, array: Any) -> MuonDimensionNumbers | None:
-    if isinstance(node, LoraWeight) and name == "latent":
+    if isinstance(node, LoraWeight) and node.axes_of(name).count("rank") == 2:
         return MuonDimensionNumbers((array.ndim - 2,), (array.ndim - 1,))
     if isinstance(node, LoraWeight) and name in ("a", "b"):
         places, labels = node.layout(name), node.labels

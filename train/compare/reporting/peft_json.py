@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.training.processes import write_json
+from train.compare.options import COMPARED
 from train.compare.result import Arm, Comparison, Measured
 
 FOLDER = "peft"
@@ -17,10 +18,9 @@ FOLDER = "peft"
 _STATUS = {"done": "success", "failed": "failed", "stopped early": "canceled"}
 _IN_PEFT: dict[str, dict[str, Any]] = {  # what a method sets in a LoraConfig
     "lora": {},
-    "lora-fa": {},
     "lora-plus": {},
     "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
+    **{method: v.in_peft.fields for method, v in COMPARED.items() if v.in_peft},
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
 }

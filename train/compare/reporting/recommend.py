@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from scipy import stats
 
-from train.compare.options import TINY
+from train.compare.options import WITH_OWN_RATE
 from train.compare.reporting import tables, words
 from train.compare.reporting.tables import Measure, Row, Spread
 from train.compare.result import Arm, Comparison
@@ -320,7 +320,7 @@ def _doubts(side: Row, rows: Sequence[Row], measure: Measure, names: _Names) -> 
     rate, who = side.arm.learning_rate, words.method(side.arm.method)
     option = "--full-lrs" if side.is_full else "--lrs"
     values = tuple(row.arm.learning_rate for row in tried.tried)
-    if side.arm.method in TINY:  # their rates are multiples of those that --lrs names
+    if side.arm.method in WITH_OWN_RATE:  # their rates are multiples of those that --lrs names
         values = ()
     if tried.edge:
         lower, higher = (float(f"{x:.2g}") for x in (rate / 3, rate * 3))

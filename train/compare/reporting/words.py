@@ -3,19 +3,17 @@
 import math
 from collections.abc import Iterable
 
+from train.compare.options import COMPARED
 from train.compare.result import Arm
 
 NOTHING = "–"  # in the place of a figure that was not measured
 _METHODS = {
     "lora": "LoRA",
     "rslora": "rsLoRA",
-    "dora": "DoRA",
     "pissa": "PiSSA",
     "olora": "OLoRA",
-    "lora-fa": "LoRA-FA",
     "lora-plus": "LoRA+",
-    "lora-xs": "LoRA-XS",
-    "vera": "VeRA",
+    **{method: variant.name for method, variant in COMPARED.items()},
     "full": "full fine-tuning",
     "head-only": "head alone",
     "said": "SAID",

@@ -1,0 +1,75 @@
+"""Variants of LoRA: what each trains, freezes and starts from, and how it is saved, file by file.
+
+To add a variant of your own to a tree, write a `lora_jax.Part` and give it to a rule,
+``LoraRule(extras=[part], …)``. This one trains a factor for each column of rank, s·A·diag(d)·B:
+
+    def with_core(weight, node, d):                       # d [batch…, r]
+        return weight.replace(a=weight.a * jnp.expand_dims(d, range(d.ndim, weight.a.ndim)))
+
+    CORE = Part("core", ("batch", "rank"), lambda node: jnp.ones(node.shape_of("core")), with_core)
+
+To add one to the library, write a file with its `Variant` and add it to `Variants`, the registry.
+"""
+
+import dataclasses
+from typing import Any
+
+from lora_jax.core.weight import LoraWeight, Part
+from lora_jax.variants.bias_on_b import BIAS_ON_B
+from lora_jax.variants.dora import DORA
+from lora_jax.variants.lora_fa import LORA_FA
+from lora_jax.variants.variant import Derived, Variant
+from lora_jax.variants.vera import VERA
+from lora_jax.variants.xs import LORA_XS
+
+
+def _off(variant: Variant) -> Any:
+    """Returns the field of a variant, which is off by default."""
+    return dataclasses.field(default=False, metadata={"variant": variant})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Variants:
+    """The registry: which variants are on.
+
+    Args:
+      dora: rescale each column of W + s·AB to a trained magnitude (DoRA, arXiv 2402.09353).
+      freeze_a: A stays as it was drawn, and x is not kept for its gradient (LoRA-FA,
+        arXiv 2308.03303).
+      bias_on_b: train a bias on B as well: xW + s·((xA)B + c) (PEFT's ``lora_bias``).
+      xs: W + s·ARB, where A = U_rΣ_r and B = V_rᵀ of W's singular value decomposition are frozen
+        and R [r, r] trains (LoRA-XS, arXiv 2405.17604); W stays whole. See `init.truncated`.
+      vera: W + s·A·diag(d)·B·diag(b), where A and B are frozen random matrices that all weights of
+        this rank share, and d [r] and b [out] train (VeRA, arXiv 2310.11454, which takes a large
+        rank, such as 256). Leave out alpha, so that s = 1, as in PEFT.
+    """
+
+    dora: bool = _off(DORA)
+    freeze_a: bool = _off(LORA_FA)
+    bias_on_b: bool = _off(BIAS_ON_B)
+    xs: bool = _off(LORA_XS)
+    vera: bool = _off(VERA)
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """The variants that are on."""
+        return tuple(variant for variant in VARIANTS if getattr(self, variant.option))
+
+
+VARIANTS: tuple[Variant, ...] = tuple(f.metadata["variant"] for f in dataclasses.fields(Variants))
+PARTS: dict[str, Part] = {part.name: part for variant in VARIANTS for part in variant.parts}
+
+
+def variant_of(part: Part) -> Variant | None:
+    """Returns the variant that a part belongs to; None for a user's own part."""
+    return next((variant for variant in VARIANTS if part in variant.parts), None)
+
+
+def variants_of(weight: LoraWeight) -> list[Variant]:
+    """Returns the variants whose parts a weight has."""
+    return [v for v in VARIANTS if v.parts and set(v.parts) <= set(weight.extras)]
+
+
+def derived_of(weight: LoraWeight) -> Derived | None:
+    """Returns how arrays of a weight follow from W or a seed; None where none do."""
+    return next((v.derived for v in variants_of(weight) if v.derived), None)

@@ -1,0 +1,31 @@
+"""A trained bias c on B, PEFT's ``lora_bias``: xW + s·((xA)B + c).
+
+The shift of the products is s·c, and the part that trains is c.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from lora_jax.core.factored import Factored
+from lora_jax.core.weight import LoraWeight, Part
+from lora_jax.variants.variant import InPeft, Variant
+
+
+def _first_bias(node: LoraWeight) -> Any:
+    return jnp.zeros(node.shape_of("bias"), node.b.dtype)
+
+
+def _shifted(weight: Factored, node: LoraWeight, bias: Any) -> Factored:
+    scale = jnp.expand_dims(weight.scale, range(node.n_batch, bias.ndim)).astype(bias.dtype)
+    return weight.replace(shift=scale * bias)
+
+
+BIAS_ON_B = Variant(
+    option="bias_on_b",
+    name="a bias on B",
+    help="Add a trained bias to B.",
+    parts=(Part("bias", ("batch", "out"), _first_bias, _shifted, vector="shift"),),
+    in_peft=InPeft("lora_bias", "lora_B.bias", fill=0.0),
+    is_compared=False,
+)

@@ -1,0 +1,64 @@
+"""DoRA: each column of W + s·AB is rescaled to a trained magnitude.
+
+DoRA (Liu et al., arXiv 2402.09353) is (W + s·AB)·diag(m / ‖W + s·AB‖), the norms held constant. The
+gain of the products is the whole quotient, and the part that trains is m. `lora_jax.core.magnitude`
+has the algebra.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.core.base import along, as_array, is_base
+from lora_jax.core.factored import Factored
+from lora_jax.core.magnitude import column_norms
+from lora_jax.core.parts import Axes
+from lora_jax.core.weight import LoraWeight, Part
+from lora_jax.variants.variant import InPeft, Variant
+
+
+def _norms(node: LoraWeight, a: Any, b: Any) -> jax.Array:
+    """Returns ‖W + s·AB‖ of each column, [batch…, out…].
+
+    Of a stack that is no array, one layer's W is formed at a time.
+    """
+    if not is_base(node.base) or not node.n_batch:
+        return column_norms(as_array(node.base), a, b, node.scale, node.labels)
+    axis = node.labels.index("batch")
+    labels = (*node.labels[:axis], *node.labels[axis + 1 :])
+
+    def of_layer(layer: Any) -> jax.Array:
+        index, a, b, scale = layer
+
+        def picked(array: Any, axes: Axes) -> Any:
+            if axis not in axes:
+                return array
+            return lax.dynamic_index_in_dim(array, index, axes.index(axis), keepdims=False)
+
+        w = as_array(along(node.base, picked, [axis]))
+        return column_norms(w, a, b, scale, labels)
+
+    return lax.map(of_layer, (jnp.arange(node.shape[axis]), a, b, node.scale))
+
+
+def _first_magnitude(node: LoraWeight) -> jax.Array:
+    """Returns ‖W‖, or ‖W + s·AB‖ where AB starts elsewhere than at 0 and is not taken out of W."""
+    a = node.a if node.start is None else jnp.zeros_like(node.a)
+    return _norms(node, a, node.b)
+
+
+def _rescaled(weight: Factored, node: LoraWeight, magnitude: Any) -> Factored:
+    norms = jax.lax.stop_gradient(_norms(node, weight.a, weight.b))
+    return weight.replace(gain=node.where_adapted(magnitude / norms, 1))
+
+
+DORA = Variant(
+    option="dora",
+    name="DoRA",
+    help="Rescale each output column to a trained magnitude (DoRA).",
+    parts=(Part("magnitude", ("batch", "out"), _first_magnitude, _rescaled, vector="gain"),),
+    not_with={"bias_on_b": "DoRA has no bias on B"},
+    in_peft=InPeft("use_dora", "lora_magnitude_vector"),
+)

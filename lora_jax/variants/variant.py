@@ -1,0 +1,128 @@
+"""The declaration of a variant of LoRA: all that other code asks about it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from lora_jax.core.axes import AxisRoles
+from lora_jax.core.weight import LoraWeight, Part
+
+
+class Kernel(NamedTuple):
+    """The facts about a kernel that its A and B are made from.
+
+    Attributes:
+      path: the kernel's path in the tree.
+      shape: the shape of W.
+      roles: the roles of W's axes.
+      ranks: r of each layer of the first batch axis, or one r for all.
+      dtype: the dtype of A and B.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    roles: AxisRoles
+    ranks: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The sizes of the in and of the out axes."""
+        return self.roles.sizes(self.shape, "in"), self.roles.sizes(self.shape, "out")
+
+
+MakeFactors = Callable[[Any, Kernel], dict[str, Any]]  # (W, its facts) -> arrays by name
+Remake = Callable[[str, LoraWeight, Mapping[str, Any]], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Derived:
+    """Arrays that no file need hold, as they follow from W or from a seed.
+
+    A file holds a recipe in their place, and some numbers to compare them by.
+
+    Attributes:
+      names: the arrays.
+      entry: the name of the recipe among a weight's settings in the file.
+      recipe: (weight, all weights of the variant) -> what the arrays are made from beside W, as
+        JSON has it; None where they do not follow.
+      again: (nodes of the tree that the adapter is loaded onto, by path) -> a function of (path,
+        weight without the arrays, recipe) that returns the arrays.
+      differs: the end of the error for arrays that come out otherwise than where they were trained;
+        a format of {path}, {name} (the array's) and the recipe.
+    """
+
+    names: tuple[str, ...]
+    entry: str
+    recipe: Callable[[LoraWeight, Sequence[LoraWeight]], dict[str, Any] | None]
+    again: Callable[[Mapping[str, Any]], Remake]
+    differs: str
+
+
+class InPeft(NamedTuple):
+    """The form of a variant in PEFT's LoraConfig.
+
+    Attributes:
+      field: the field that turns it on; None for a plain LoRA, which only trains otherwise.
+      tensor: the end of the key of its part's tensors.
+      fill: the elements of that tensor in modules without the part; None where PEFT has the part in
+        all modules or in none.
+    """
+
+    field: str | None = None
+    tensor: str = ""
+    fill: float | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of a LoraConfig that say it."""
+        return {self.field: True} if self.field else {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Variant:
+    """A variant of LoRA.
+
+    Attributes:
+      option: the field of `lora_jax.LoraRule`, and the option of the scripts, that turns it on.
+      name: the name that people write.
+      help: the option's help in the scripts.
+      parts: the arrays that train beside A and B, or in their place.
+      frozen: the factors that do not train.
+      start: (the kernels of a tree that have the variant, a PRNG key) -> a function of W and its
+        kernel that returns the arrays in the place of a drawn A and B. None: A and B are drawn.
+      derived: the arrays that follow from W or a seed.
+      alone: for a variant that freezes both A and B, and goes with no other: where it takes them
+        from, as a part of a sentence.
+      alone_in_scripts: the same, for the scripts' options.
+      not_with: other variants that it does not go with, by option, and why.
+      in_peft: the form in a LoraConfig. None: PEFT has a configuration of its own for it
+        (`lora_jax.peft.forms`), or does not have it: a compact one is then written as plain LoRA.
+      rate: the learning rate by default, from plain LoRA's; None for the same.
+      alpha_is_rank: whether alpha is the rank by default.
+      ranks: the ranks that `train.compare` tries by default; None for those of LoRA.
+      is_compared: whether it is a method of `train.compare`.
+    """
+
+    option: str
+    name: str
+    help: str
+    parts: tuple[Part, ...] = ()
+    frozen: tuple[str, ...] = ()
+    start: Callable[[Sequence[Kernel], jax.Array], MakeFactors] | None = None
+    derived: Derived | None = None
+    alone: str = ""
+    alone_in_scripts: str = ""
+    not_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    in_peft: InPeft | None = None
+    rate: Callable[[float], float] | None = None
+    alpha_is_rank: bool = False
+    ranks: tuple[int, ...] | None = None
+    is_compared: bool = True
+
+    @property
+    def method(self) -> str:
+        """The name as a method of `train.compare`."""
+        return self.name.lower()
