@@ -266,6 +266,10 @@ def test_a_resumed_run_keeps_its_options_but_for_length_and_reports(tmp_path):
     saved = effective(parse(["--rank", "4", "--layers", "1", "2"]))
     same = "--rank 4 --layers 1 2 --steps 9 --keep 3 --log-every 2 --resume --eval-questions 0"
     check_same_run(parse(same.split()), saved, tmp_path)
+    older = {name: value for name, value in saved.items() if name != "loss"}
+    check_same_run(parse(same.split()), older, tmp_path)
+    with pytest.raises(UserError, match="--loss was cross-entropy and is now dft"):
+        check_same_run(parse([*same.split(), "--loss", "dft"]), older, tmp_path)
     with pytest.raises(UserError) as caught:
         check_same_run(parse("--rank 8 --lr 1e-4 --resume".split()), saved, tmp_path)
     message = str(caught.value)
