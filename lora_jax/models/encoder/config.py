@@ -151,7 +151,7 @@ class EncoderConfig:
           ConfigError: names the fields that are missing, unsupported or unknown, and options that
             do not go with the head.
         """
-        family = config.get("model_type")
+        family: Any = config.get("model_type")
         check_known("model_type", family, FAMILIES)
         own = {"model_type", "pad_token_id", "num_labels", "_num_labels"}
         own |= {"sentence_pooling", "sentence_normalize"}
