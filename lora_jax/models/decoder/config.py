@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.hf.fields import ConfigError, check_known
-from lora_jax.models.decoder.families.family import Family
+from lora_jax.models.decoder.families.family import DecoderFamily
 from lora_jax.models.decoder.families.registry import FAMILIES
 from lora_jax.models.decoder.fields import read_fields, write_fields
 from lora_jax.models.decoder.rope_fields import RopeScaling
@@ -131,7 +131,7 @@ class DecoderConfig:
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
-    def family(self) -> Family:
+    def family(self) -> DecoderFamily:
         """The facts of the model's family."""
         return FAMILIES[self.model_type]
 

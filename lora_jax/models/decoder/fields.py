@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
-from lora_jax.models.decoder.families.family import Family, Get
+from lora_jax.models.decoder.families.family import DecoderFamily, Get
 from lora_jax.models.decoder.families.registry import FAMILIES
 from lora_jax.models.decoder.rope_fields import read_rope, write_rope
 
@@ -147,7 +147,7 @@ def write_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {**out, **write_rope(family, fields)}
 
 
-def _read_activation(family: Family, get: Get) -> str:
+def _read_activation(family: DecoderFamily, get: Get) -> str:
     """Reads the activation. Gemma's files name it twice, and hidden_activation counts."""
     plain = get("hidden_act")
     if "hidden_activation" not in family.reads:
@@ -161,7 +161,7 @@ def _read_activation(family: Family, get: Get) -> str:
     return chosen
 
 
-def _read_experts(family: Family, get: Get) -> dict[str, Any]:
+def _read_experts(family: DecoderFamily, get: Get) -> dict[str, Any]:
     if family.experts is None:
         return {}
     count, size = family.experts(get)
@@ -173,7 +173,9 @@ def _read_experts(family: Family, get: Get) -> dict[str, Any]:
     }
 
 
-def _read_window(family: Family, n_layers: int, get: Get) -> tuple[int | None, tuple[int, ...]]:
+def _read_window(
+    family: DecoderFamily, n_layers: int, get: Get
+) -> tuple[int | None, tuple[int, ...]]:
     """Reads the sliding window and the layers that use it."""
     window = get("sliding_window") if "sliding_window" in family.reads else None
     if "use_sliding_window" in family.reads and not get("use_sliding_window", False):

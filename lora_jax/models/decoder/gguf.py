@@ -12,7 +12,7 @@ from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.format import GGUF
 from lora_jax.hf.keys import WeightsError
 from lora_jax.models.decoder.config import DecoderConfig
-from lora_jax.models.decoder.families.family import Family
+from lora_jax.models.decoder.families.family import DecoderFamily
 from lora_jax.models.decoder.rope_fields import RopeScaling
 
 _BLOCK = {
@@ -36,7 +36,7 @@ _TOP = {
 }
 
 
-def gguf_of(family: Family) -> GGUF | None:
+def gguf_of(family: DecoderFamily) -> GGUF | None:
     """Returns the layout of a family's GGUF files; None if these are not read."""
     if family.gguf is None:
         return None
@@ -60,7 +60,7 @@ def _in_order(rows: np.ndarray, name: str, config: DecoderConfig) -> np.ndarray:
 
 
 def _read(
-    family: Family, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+    family: DecoderFamily, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> DecoderConfig:
     """Reads a configuration from GGUF metadata.
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.hf.fields import ConfigError
-from lora_jax.models.decoder.families.family import Family, Get
+from lora_jax.models.decoder.families.family import DecoderFamily, Get
 
 _ORIGINAL = "original_max_position_embeddings"
 
@@ -61,7 +61,7 @@ class RopeScaling:
     long_factor: tuple[float, ...] = ()
 
 
-def read_rope(family: Family, config: Mapping[str, Any], get: Get) -> dict[str, Any]:
+def read_rope(family: DecoderFamily, config: Mapping[str, Any], get: Get) -> dict[str, Any]:
     """Reads the configuration's fields on RoPE, from transformers 4's or transformers 5's.
 
     Args:
@@ -160,7 +160,7 @@ def _attention_factor(kind: str, fields: Mapping[str, Any], context: int) -> flo
     return (0.1 * above * math.log(factor) + 1) / (0.1 * below * math.log(factor) + 1)
 
 
-def write_rope(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
+def write_rope(family: DecoderFamily, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Writes config.json's fields on RoPE for transformers 4 and 5; see ``read_rope``."""
     out: dict[str, Any] = {"rope_theta": fields["rope_theta"]}
     if fields["rope_local_theta"] is not None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
-from lora_jax.models.encoder.families import FAMILIES, Family
+from lora_jax.models.encoder.families import FAMILIES, EncoderFamily
 from lora_jax.models.layers.activations import ACTIVATION
 
 HEADS = ("none", "masked_lm", "classification", "embedding")
@@ -115,7 +115,7 @@ class EncoderConfig:
             )
 
     @property
-    def family(self) -> Family:
+    def family(self) -> EncoderFamily:
         """The facts of the model's family."""
         return FAMILIES[self.model_type]
 

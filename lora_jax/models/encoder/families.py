@@ -6,7 +6,7 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
+class EncoderFamily:
     """The facts of one family.
 
     Attributes:
@@ -25,10 +25,12 @@ class Family:
     default_targets: tuple[str, ...] = ("query", "value")
 
 
-FAMILIES: dict[str, Family] = {
-    "bert": Family(class_name="Bert", prefix="bert", pad_token_id=0, after_padding=False),
-    "roberta": Family(class_name="Roberta", prefix="roberta", pad_token_id=1, after_padding=True),
-    "xlm-roberta": Family(
+FAMILIES: dict[str, EncoderFamily] = {
+    "bert": EncoderFamily(class_name="Bert", prefix="bert", pad_token_id=0, after_padding=False),
+    "roberta": EncoderFamily(
+        class_name="Roberta", prefix="roberta", pad_token_id=1, after_padding=True
+    ),
+    "xlm-roberta": EncoderFamily(
         class_name="XLMRoberta", prefix="roberta", pad_token_id=1, after_padding=True
     ),
 }

@@ -15,7 +15,7 @@ def _all_layers(get: Get, n_layers: int) -> range:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
+class DecoderFamily:
     """The facts of one family.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lora_jax.models.decoder.families.family import Family, Get
+from lora_jax.models.decoder.families.family import DecoderFamily, Get
 
 _DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": 4,
@@ -33,7 +33,7 @@ def _gemma3_windowed(get: Get, n_layers: int) -> tuple[int, ...]:
     return _all_but_each_last(get("sliding_window_pattern", 6), n_layers)
 
 
-GEMMA2 = Family(
+GEMMA2 = DecoderFamily(
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",
     reads=_READS | {"attn_logit_softcapping"},
@@ -48,7 +48,7 @@ GEMMA2 = Family(
     default_targets=("q_proj", "v_proj"),
 )
 
-GEMMA3 = Family(
+GEMMA3 = DecoderFamily(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
     reads=_READS | {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"},

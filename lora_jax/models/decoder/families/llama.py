@@ -1,8 +1,8 @@
 """Llama 2 and 3, and models of their kind, such as SmolLM2."""
 
-from lora_jax.models.decoder.families.family import Family
+from lora_jax.models.decoder.families.family import DecoderFamily
 
-LLAMA = Family(
+LLAMA = DecoderFamily(
     model_type="llama",
     architecture="LlamaForCausalLM",
     reads=frozenset({"attention_bias", "mlp_bias"}),

@@ -1,8 +1,8 @@
 """Mistral and Mixtral."""
 
-from lora_jax.models.decoder.families.family import Family, Get
+from lora_jax.models.decoder.families.family import DecoderFamily, Get
 
-MISTRAL = Family(
+MISTRAL = DecoderFamily(
     model_type="mistral",
     architecture="MistralForCausalLM",
     reads=frozenset({"sliding_window"}),
@@ -19,7 +19,7 @@ def _experts(get: Get) -> tuple[int, int]:
     return get("num_local_experts"), get("intermediate_size")
 
 
-MIXTRAL = Family(
+MIXTRAL = DecoderFamily(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
     reads=frozenset({"sliding_window", "num_local_experts", "num_experts_per_tok"}),

@@ -1,8 +1,8 @@
 """Phi-3."""
 
-from lora_jax.models.decoder.families.family import Family
+from lora_jax.models.decoder.families.family import DecoderFamily
 
-PHI3 = Family(
+PHI3 = DecoderFamily(
     model_type="phi3",
     architecture="Phi3ForCausalLM",
     reads=frozenset(

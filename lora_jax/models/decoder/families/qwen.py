@@ -1,7 +1,7 @@
 """Qwen2, Qwen3 and Qwen3-MoE."""
 
 from lora_jax.hf.fields import ConfigError
-from lora_jax.models.decoder.families.family import Family, Get
+from lora_jax.models.decoder.families.family import DecoderFamily, Get
 
 _WINDOW = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
 
@@ -10,7 +10,7 @@ def _upper_layers(get: Get, n_layers: int) -> range:
     return range(get("max_window_layers", 28), n_layers)
 
 
-QWEN2 = Family(
+QWEN2 = DecoderFamily(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     reads=_WINDOW,
@@ -25,7 +25,7 @@ QWEN2 = Family(
     default_targets=("q_proj", "v_proj"),
 )
 
-QWEN3 = Family(
+QWEN3 = DecoderFamily(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     reads=_WINDOW | {"attention_bias"},
@@ -54,7 +54,7 @@ def _experts(get: Get) -> tuple[int, int]:
     return get("num_local_experts") or get("num_experts"), get("moe_intermediate_size")
 
 
-QWEN3_MOE = Family(
+QWEN3_MOE = DecoderFamily(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     reads=frozenset(

@@ -1,9 +1,9 @@
 """The families of decoders, by ``model_type``."""
 
 from lora_jax.models.decoder.families import gemma, llama, mistral, phi, qwen
-from lora_jax.models.decoder.families.family import Family
+from lora_jax.models.decoder.families.family import DecoderFamily
 
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, DecoderFamily] = {
     family.model_type: family
     for family in (
         llama.LLAMA,
