@@ -56,7 +56,7 @@ class Initialiser(Protocol):
     Args:
       key: a PRNG key.
       shape: the sizes of the factors.
-      dtype: of both.
+      dtype: dtype of both.
 
     One that is marked with `from_base` gets two more arguments by name: `kernel`, W as
     [batch…, in, out] in fp32 (or wider), and `scale`, s as [batch…].
@@ -167,7 +167,8 @@ def fast_pissa(iterations: int = 4, oversampling: int = 8) -> Any:
     PEFT's ``"pissa_niter_4"``.
 
     Args:
-      iterations: of the power method; more of them separate close singular values better.
+      iterations: number of iterations of the power method; more of them separate close singular
+        values better.
       oversampling: vectors beyond the rank.
 
     >>> params = {"kernel": jax.random.normal(jax.random.key(1), (4, 3))}

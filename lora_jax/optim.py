@@ -205,7 +205,7 @@ def expert_rank(rank: int, active: int) -> int:
     Regret*): ``LoraRule(targets=["experts"], rank=expert_rank(16, active=8))``.
 
     Args:
-      rank: of a dense layer's adapter.
+      rank: rank of a dense layer's adapter.
       active: the number of experts that a token is sent to.
 
     Raises:

@@ -62,7 +62,7 @@ class LoraRule(Variants):
       uses: for an embedding that is also the output head (tied): "lookup" or "product" adapts one
         of the two uses only, "each" gives each its own adapter of this rank, as PEFT does. Such a
         weight cannot be merged. "all": both uses see one adapter.
-      dtype: of A and B. They are cast to the activation's dtype where they are used.
+      dtype: dtype of A and B. They are cast to the activation's dtype where they are used.
       in_axes, out_axes: the kernel's axis roles, where they are not Flax's (last axis out, the one
         before it in, the rest batch). Both or neither. A leaf named like a bias or a part of a norm
         (``b``, ``scale``, …) is left alone, unless a rule that names it gives them, or `lorafy`'s

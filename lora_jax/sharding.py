@@ -120,7 +120,7 @@ def sharding_for(axes: _Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding
 
     Args:
       axes: for each axis of the array None, the name of an axis of the mesh, or several names.
-      shape: of the array.
+      shape: shape of the array.
       mesh: its axes are those that `axes` names.
 
     Raises:

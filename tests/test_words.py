@@ -12,6 +12,8 @@ RIDDLE = re.compile(
 )
 # Sections have a line of their own: "Raises:", then what is raised, indented.
 INLINE_SECTION = re.compile(r"^\s*(Raises|Returns) +[A-Z]\w+", re.MULTILINE)
+# An argument described by a genitive or a pointer alone: "optimizer: of the adapter."
+BARE = re.compile(r"^\s+\*{0,2}\w+(?:, \*{0,2}\w+)*: (of|those|see there|whose)\b", re.MULTILINE)
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -60,7 +62,20 @@ def test_sections_stand_on_lines_of_their_own():
     assert found == []
 
 
+def test_arguments_are_described_by_nouns():
+    found = [
+        f"{path}:{line}: {match[0].strip()} …: name the thing, 'dtype: dtype of the result'"
+        for path in SOURCES
+        for line, text in docstrings(ast.parse(path.read_text()))
+        for match in BARE.finditer(text)
+    ]
+    assert found == []
+
+
 def test_the_judge_sees_riddles():
     tree = ast.parse('def f():\n    """What one process cannot do."""\n    raise E(f"Of {f}")')
     assert [bool(RIDDLE.match(t)) for _, t in [*docstrings(tree), *messages(tree)]] == [True] * 2
     assert INLINE_SECTION.search("Does it.\n\n    Raises ValueError where it cannot.")
+    bare = ["optimizer: of the adapter.", "inner: see there.", "tensors, n: those that move."]
+    assert all(BARE.search(f"Does it.\n\nArgs:\n  {text}") for text in bare)
+    assert not BARE.search("Does it.\n\nArgs:\n  dtype: dtype of the result; see `fit`.")

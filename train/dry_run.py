@@ -50,7 +50,7 @@ def rehearse(
       layout: the devices, and where everything lies on them.
       loss: the function to minimise.
       steps: the number of steps.
-      console: to print to.
+      console: console to print to.
     """
     say = _Say(console)
     say("")

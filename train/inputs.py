@@ -41,11 +41,11 @@ class Inputs:
 
     Attributes:
       read: its rows, outline and examples.
-      prompts: of --sample-prompts; None for none.
+      prompts: prompts of --sample-prompts; None for none.
       feed: its batches.
       steps: their number.
       rate: the highest learning rate.
-      layout: of the model on the mesh.
+      layout: layout of the model on the mesh.
       lines: to print before training.
     """
 

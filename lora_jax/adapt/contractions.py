@@ -15,7 +15,7 @@ class Axis(NamedTuple):
     """One axis of a leaf, as an axis of a later array holds it.
 
     Attributes:
-      path, axis: of the leaf.
+      path, axis: path and axis of the leaf.
       mixed: "added" or "scaled" where an array that is not computed from leaves alone was added to
         the leaf, or multiplied by it element by element.
       inner: the axes of the leaf that a product with another leaf contracted.
@@ -38,7 +38,7 @@ class Contraction:
 
     Attributes:
       contracted, free: the axes of the leaf.
-      primitive: of the product.
+      primitive: primitive of the product.
       place: "file:line".
       is_lookup: whether rows of the leaf are read.
       added: whether an activation was added to the leaf before: the product is the activation's.
@@ -112,7 +112,7 @@ def contractions(
 
     Args:
       use: the product.
-      side: of the operand.
+      side: side of the operand.
       axes: see `contracts`.
       with_leaf: whether the other operand is a leaf, too.
     """

@@ -53,7 +53,7 @@ def moved(name: str, params: dict[str, Any], values: Sequence[Any]) -> list[Any]
     """Returns the outputs of an equation that lays vectors together or takes them apart.
 
     Args:
-      name: of its primitive.
+      name: name of its primitive.
       params: the equation's.
       values: its operands, one `Folded` or more among them.
 

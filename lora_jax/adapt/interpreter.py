@@ -54,7 +54,7 @@ class Use:
         """Returns the axes along which an operand may vary: not those that it is stretched along.
 
         Args:
-          place: of the operand.
+          place: index of the operand.
         """
         atom = self.eqn.invars[place]
         made_by = (eqn for eqn in self.jaxpr.eqns if atom in eqn.outvars)

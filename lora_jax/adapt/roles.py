@@ -82,7 +82,7 @@ def _agreed(uses: list[Contraction], lost: str | None, shape: Sequence[int]) -> 
     """Returns the roles that all uses agree on: each contracts the in axes, or all the out axes.
 
     Args:
-      uses: of one leaf.
+      uses: uses of one leaf.
       lost: where its axes could no longer be followed, if anywhere.
       shape: its shape.
     """

@@ -60,8 +60,8 @@ def warn_of_swapped(seen: Noted, jaxpr: eqns.AnyJaxpr, inputs: Sequence[Any]) ->
     Args:
       seen: what was noted while `jaxpr` was evaluated. An inner function from the cache notes
         nothing, so the jaxpr is checked as well.
-      jaxpr: of the function.
-      inputs: of the jaxpr, weights among them.
+      jaxpr: jaxpr of the function.
+      inputs: inputs of the jaxpr, weights among them.
     """
     swapped = {path for path, sides in seen.items() if "in" not in sides}
     swapped = {path for path in swapped if leaf_name(path) not in EMBEDDING_NAMES}

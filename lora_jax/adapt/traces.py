@@ -35,7 +35,7 @@ class Call:
 
     Attributes:
       fn: the function.
-      leaves, treedef: of (args, kwargs).
+      leaves, treedef: leaves and structure of (args, kwargs).
       weights: by place among the leaves, the array that stands for an adapted weight.
       others: likewise, arrays that are inputs of the jaxpr beside the weights in any case.
     """
@@ -52,7 +52,7 @@ class Outputs:
     """The result of a function and its writes, without the traced arrays that leave the jaxpr.
 
     Attributes:
-      leaves, treedef: of (result, writes); an `Output` for each traced array.
+      leaves, treedef: leaves and structure of (result, writes); an `Output` for each traced array.
       assigned: what the function puts in the place of leaves of its arguments; see `changes`.
     """
 
@@ -137,7 +137,8 @@ def _outputs(leaves: list[Any], treedef: Any, origins: list[int | None], call: C
     """Returns what leaves a function, without writes that change nothing.
 
     Args:
-      leaves, treedef: of (result, writes); `_TRACED` for each output of the jaxpr.
+      leaves, treedef: leaves and structure of (result, writes); `_TRACED` for each output of the
+        jaxpr.
       origins: see `_origins`.
       call: the call that was traced.
     """

@@ -101,7 +101,7 @@ def run(
     Args:
       fn: the function.
       interpreter: with the rules.
-      args, kwargs: of the function.
+      args, kwargs: arguments of the function.
       dropout_key: see `adapt`.
       eager: traces of the function, for eager calls.
       axes: which axes hold the examples of a batch, where weights have `rows`, so that each example
@@ -171,8 +171,8 @@ def follow(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Any, axes: Axe
 
     Args:
       fn: traced once.
-      args, kwargs: of the function. Their weights have `rows`; arrays may be abstract.
-      axes: of the examples.
+      args, kwargs: arguments of the function. Their weights have `rows`; arrays may be abstract.
+      axes: axes of the examples.
 
     Returns:
       A tree like the result: an axis for each array, None where it is the same for all examples.

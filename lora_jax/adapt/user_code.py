@@ -54,7 +54,7 @@ class Place(NamedTuple):
     """A line of code.
 
     Attributes:
-      file, line: of the user.
+      file, line: file and line of the user.
       inside: "package/file.py:line" if the user's line calls a package that made the equation.
     """
 

@@ -191,7 +191,7 @@ class Bank:
         each batch.
 
         Args:
-          names: of adapters; "base" is the base alone.
+          names: names of adapters; "base" is the base alone.
 
         Raises:
           BankError: there is no adapter of a name, or more different ones than slots.

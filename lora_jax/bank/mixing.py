@@ -179,9 +179,9 @@ class _Call:
     """The arguments of a call on a mixed batch.
 
     Attributes:
-      leaves: of (args, kwargs), a `Choice` being one leaf.
+      leaves: leaves of (args, kwargs), a `Choice` being one leaf.
       axes: the examples' axis in each of them, None where there is none.
-      treedef: of (args, kwargs).
+      treedef: structure of (args, kwargs).
       out_axes: see `mixed`.
       choice: the first one among the leaves.
     """
@@ -341,7 +341,7 @@ def _leaf(leaf: Any, axis: int | None, split: _Split) -> _Leaf:
 
     Args:
       leaf: a `Choice`, an array, or anything else.
-      axis: of the examples, None where there are none.
+      axis: axis of the examples, None where there are none.
       split: gets what differs from example to example.
     """
     if _is_choice(leaf):

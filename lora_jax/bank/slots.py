@@ -262,8 +262,8 @@ def empty_slots(node: LoraWeight | Trained, n_slots: int) -> Slots:
     On a mesh, A lies as W's in axes do, B as its out axes; slots and ranks are not split.
 
     Args:
-      node: of a tree that `lorafy` returned; it says ranks, dtypes and variants. The arrays beside
-        W may be `jax.ShapeDtypeStruct`\\ s.
+      node: node of a tree that `lorafy` returned; it says ranks, dtypes and variants. The arrays
+        beside W may be `jax.ShapeDtypeStruct`\\ s.
       n_slots: the number of slots, the base's included.
     """
     if isinstance(node, Trained):

@@ -25,9 +25,9 @@ def stored(name: str, tree: Any, slots: Mapping[str, Slots]) -> Adapter:
     """Returns an adapter as a bank keeps it, once it fits.
 
     Args:
-      name: of the adapter, for messages.
+      name: name of the adapter, for messages.
       tree: an adapted tree over the bank's base.
-      slots: of the bank, by path.
+      slots: slots of the bank, by path.
 
     Raises:
       BankError: the bank has no room for it.
@@ -96,7 +96,7 @@ def values_of(
 
     Args:
       adapter: see `stored`.
-      slots: of the bank, by path.
+      slots: slots of the bank, by path.
       base: the base's leaves by path, which stand where the adapter has nothing.
     """
     return {path: _values(adapter.get(path), slots[path], base[path]) for path in slots}
@@ -155,7 +155,7 @@ def compile_variant(node: LoraWeight, slots: WeightSlots) -> None:
 
     Args:
       node: as adapters have it, of the bank's rank; its arrays may be shapes.
-      slots: of the same weight.
+      slots: slots of the same weight.
     """
     arrays = {name: np.zeros(x.shape, x.dtype) for name, x in node.arrays.items()}
     _factored_parts(_alike(node, slots, arrays, node.rank))

@@ -62,7 +62,7 @@ class _View:
     Attributes:
       source: the base before them.
       moves: each a primitive with its parameters.
-      dtype: of the result.
+      dtype: dtype of the result.
       rearranged: the shape of the result; None where all moves are element-wise.
     """
 
@@ -159,7 +159,7 @@ def splittable(base: Any, parts: Sequence[int]) -> Any:
     """Returns the base if it can be cut into pieces that are bases, else W as an array.
 
     Args:
-      base: of a weight.
+      base: base of a weight.
       parts: the number of pieces along each axis of it.
     """
     if not is_base(base):

@@ -50,7 +50,7 @@ class Factored:
         each column of B); `formed` folds these into a and b. Without any, the weight is W alone.
       labels: the role of each axis of `base`.
       dropout: probability of zeroing an element of A's input.
-      path: of the weight, for messages.
+      path: path of the weight, for messages.
       uses: the uses that see the adapter: "all"; of a tied table also "lookup", "product", or
         "each": look-ups see the first half of the rank, products the second.
     """
@@ -173,7 +173,7 @@ class Factored:
 
         Args:
           base: the new base.
-          labels: of its axes.
+          labels: labels of its axes.
           narrow: its shape before axes of size one were stretched.
         """
         if not self.parts:

@@ -86,8 +86,8 @@ def unpadded(array: Any, ranks: Sequence[int], axis: int) -> Any:
 
     Args:
       array: [layers, …, rank, …].
-      ranks: of each layer.
-      axis: of the rank.
+      ranks: ranks of each layer.
+      axis: axis of the rank.
     """
     at = (slice(None),) * (axis - 1)
     return jnp.concatenate([array[i][(*at, slice(r))] for i, r in enumerate(ranks)], axis - 1)

@@ -61,7 +61,7 @@ class Rows(NamedTuple):
 
         Args:
           z: xA, with the activation's rows along `axis` and the columns of rank along `rank`.
-          axis, rank: of z.
+          axis, rank: axis and rank of z.
         """
         n, r = self.mask.shape
         outer, rank = z.shape[axis] // (n * self.inner), rank % z.ndim

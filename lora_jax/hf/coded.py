@@ -31,7 +31,7 @@ def encoded(
     Args:
       row: the kernel.
       coding: how it is stored.
-      dtype: of the array that the codes stand for.
+      dtype: dtype of the array that the codes stand for.
       place: the sharding of that array.
       read: returns the fp32 array of these layers, or of all for None.
 
@@ -92,7 +92,7 @@ def as_stored(source: Source, row: Row, dtype: Any, place: Sharding | None) -> C
     Args:
       source: the file.
       row: the kernel.
-      dtype: of the array that the codes stand for.
+      dtype: dtype of the array that the codes stand for.
       place: the sharding of that array.
     """
     whole = _alike([source.codes(name, dtype) for name in row.hf_names])

@@ -131,7 +131,7 @@ def shapes_of(
 
     Args:
       table: the parameters.
-      dtype: of the parameters.
+      dtype: dtype of the parameters.
       quantize: see ``models.from_pretrained``.
       source: the GGUF file whose codes are kept, for "stored".
     """
@@ -153,7 +153,7 @@ def codings_of(
 
     Args:
       table: the parameters.
-      dtype: of the parameters.
+      dtype: dtype of the parameters.
       quantize: see ``models.from_pretrained``.
     """
     if quantize is None:
@@ -213,9 +213,9 @@ def _placed(
 
     Args:
       source, row: the parameter.
-      dtype: of the array.
+      dtype: dtype of the array.
       place: its sharding.
-      layers: of a stack, those to read; all by default.
+      layers: layers of a stack, those to read; all by default.
     """
     whole = tuple(range(size) for size in row.stacked_shape)
     if layers is not None:

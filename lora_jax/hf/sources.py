@@ -53,7 +53,7 @@ class Source(Protocol):
 
         Args:
           name: the tensor.
-          dtype: of the array that the codes stand for.
+          dtype: dtype of the array that the codes stand for.
         """
         ...
 

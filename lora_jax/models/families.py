@@ -88,7 +88,7 @@ def module_of(
     """Makes a configuration's module.
 
     Args:
-      config: of any family.
+      config: configuration of any family.
       dtype, param_dtype, remat, attention, experts: see ``Decoder``.
 
     Raises:

@@ -22,7 +22,7 @@ def with_rope_scaling(config: Any, scaling: Mapping[str, Any]) -> Any:
     Saved in config.json like any other configuration, it is read by transformers.
 
     Args:
-      config: of a decoder whose RoPE is not scaled.
+      config: configuration of a decoder whose RoPE is not scaled.
       scaling: the fields of transformers' ``rope_parameters``: {"rope_type": "yarn", "factor":
         4.0}, and others of the type. ``original_max_position_embeddings`` is the configuration's
         number of positions by default; "llama3" has Llama 3.1's values for its other fields.

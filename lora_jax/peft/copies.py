@@ -25,7 +25,7 @@ def tied_heads(nodes: Mapping[str, Any], tied: Sequence[Row]) -> dict[str, list[
     """Returns the heads that share a table's adapter or its trained value, by the table's name.
 
     Args:
-      nodes: of an adapted tree, by path.
+      nodes: nodes of an adapted tree, by path.
       tied: the rows of tied tables.
 
     Raises:

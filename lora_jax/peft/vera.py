@@ -156,7 +156,7 @@ class Pair:
 
     def __init__(self, reader: Any, own: Mapping[str, Any], nodes: Sequence[LoraWeight]) -> None:
         """Args:
-        reader: of the file's tensors.
+        reader: reader of the file's tensors.
         own: the fields of VeRA alone; see `as_lora_fields`.
         nodes: the adapted weights.
         """

@@ -36,12 +36,12 @@ class Coded:
 
     Attributes:
       arrays: by name:
-        codes: of W's shape.
+        codes: codes of W's shape.
         scales: one for each block; where they are coded themselves (`Format.double`), int8.
         mins: one for each block, of a format that has them.
         scale_steps, scale_mean: fp32, where the scales are coded: s = step·code + mean.
       format: the format of the codes.
-      dtype: of W.
+      dtype: dtype of W.
     """
 
     arrays: dict[str, Any]
@@ -131,7 +131,7 @@ def stretched(array: jax.Array, shape: Sequence[int]) -> jax.Array:
 
     Args:
       array: its sizes divide `shape`.
-      shape: of the result.
+      shape: shape of the result.
     """
     over = [n // m if 1 < m < n else 1 for n, m in zip(shape, array.shape, strict=True)]
     if all(n == 1 for n in over):

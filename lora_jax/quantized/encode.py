@@ -32,7 +32,7 @@ class Coding:
     """A decision: in which format an array is stored, and how its blocks lie.
 
     Attributes:
-      format: of the codes.
+      format: format of the codes.
       axis: the axis that blocks lie along, counted from the end.
       block: the number of weights in a block.
     """
@@ -52,7 +52,7 @@ def coding_of(
     of it (or the whole axis) to double of it.
 
     Args:
-      shape: of the array.
+      shape: shape of the array.
       format: a name, or a format of your own.
       roles: its axis roles; by default Flax's (the last axis out, the one before it in).
 

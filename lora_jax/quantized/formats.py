@@ -62,14 +62,14 @@ class Format:
 
     Attributes:
       name: its name.
-      code_dtype: of the codes; one of 4 bits is packed on accelerators, and sliced along any axis
-        (int4 rather than uint4, which Orbax cannot save).
+      code_dtype: dtype of the codes; one of 4 bits is packed on accelerators, and sliced along any
+        axis (int4 rather than uint4, which Orbax cannot save).
       block: the number of weights along the contracted axis that share a scale.
       top: the largest value of a code, which the largest weight of a block gets.
       to_codes: scaled weights, fp32 in [-top, top] -> codes; by default rounds to the dtype's.
       to_values: codes -> values, fp32; by default a cast.
       scale_of: the largest magnitude of a block -> its scale; by default divides by `top`.
-      scale_dtype: of the scales.
+      scale_dtype: dtype of the scales.
       double: whether the scales themselves are stored as int8 (double quantisation): steps from
         the mean of their column, a step for each 256 of them.
     """

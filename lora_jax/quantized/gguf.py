@@ -91,7 +91,7 @@ def from_gguf(data: np.ndarray, kind: str, shape: Sequence[int], dtype: Any = jn
     Args:
       data: the tensor's bytes, as `gguf.GGUFReader` gives them: uint8, of any shape.
       kind: the name of its type, one of `TYPES`.
-      shape: of the tensor, rows first: [out, in].
+      shape: shape of the tensor, rows first: [out, in].
       dtype: that the codes stand for an array of. Of fp32, it is what `gguf.dequantize` returns.
 
     Raises:

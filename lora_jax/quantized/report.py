@@ -17,8 +17,8 @@ class Row:
     """One leaf.
 
     Attributes:
-      path: of the leaf.
-      format: of its codes; empty where it is an array.
+      path: path of the leaf.
+      format: format of its codes; empty where it is an array.
       before: bytes of the array.
       after: bytes of its codes and scales.
       error: ‖Ŵ − W‖/‖W‖; None where it is not known.

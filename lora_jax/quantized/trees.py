@@ -145,7 +145,7 @@ def quantize(
       rules: `QuantRule`\\ s in the place of `format`, to select other kernels, or give some of them
         another format; the first that selects a leaf wins.
       trace, kinds: as for `lorafy`.
-      dtype: of the arrays that codes stand for; each kernel's own by default.
+      dtype: dtype of the arrays that codes stand for; each kernel's own by default.
       donate: delete each kernel's array once it is encoded, so that the tree and its codes never
         lie in memory together.
 

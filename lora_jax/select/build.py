@@ -54,7 +54,7 @@ def node_of(leaf: Any, path: str, choice: Choice, key: jax.Array, starts: Starts
 
     Args:
       leaf: an array, or a `lora_jax.core.base.Base`.
-      path: of the leaf; each of its draws depends on it.
+      path: path of the leaf; each of its draws depends on it.
       choice: the decision of `lora_jax.select.resolve.resolve` for the leaf.
       key: a PRNG key.
       starts: see `starts_of`.

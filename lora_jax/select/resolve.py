@@ -63,7 +63,7 @@ class Adapted:
     """The rules' decision for one kernel.
 
     Attributes:
-      roles: of its axes.
+      roles: axis roles of the weight.
       rules: one for each layer of batch axis 0, None where the layer isn't adapted; a single one
         where all layers have the same, or there is no stack.
     """
@@ -98,7 +98,7 @@ def resolve(
     """Returns the decision for each leaf that a rule selects, by path; the first rule wins.
 
     Args:
-      leaves: of the tree, with their paths.
+      leaves: leaves of the tree, with their paths.
       rules: in the order in which they apply.
       known: facts about the leaves beyond their names.
 
@@ -190,7 +190,7 @@ def _adapt(
     """Returns the decision for a kernel and the indices of the rules that take part in it.
 
     Args:
-      rules: those that select the kernel, by their index.
+      rules: rules that select the kernel, by their index.
       path, leaf: the kernel.
       known: see `resolve`.
     """

@@ -92,7 +92,7 @@ def _permuted(x: jax.Array, permutation: jax.Array) -> jax.Array:
 
     Args:
       x: [K, p].
-      permutation: of 0 … n−1, [K, n].
+      permutation: permutation of 0 … n−1, [K, n].
     """
     (blocks, p), n = x.shape, permutation.shape[-1]
     x = jnp.broadcast_to(x[:, None], (blocks, n // p, p)).reshape(-1)

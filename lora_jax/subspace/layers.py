@@ -22,8 +22,8 @@ class Tensor:
     """One leaf of the tree: a tensor, or a stack of them, one for each layer.
 
     Attributes:
-      path: of the leaf.
-      shape: of the leaf.
+      path: path of the leaf.
+      shape: shape of the leaf.
       names: the logical path of each tensor, from which its projection is drawn.
       layers: for each tensor, the number of its layer, whose λ it has.
       is_stack: whether the leaf's first axis is that of the layers.

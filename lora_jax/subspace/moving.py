@@ -51,8 +51,8 @@ def moved(
     """Returns θ₀ + λP(θ_d) of each leaf, by path.
 
     Args:
-      keys: of the projections, as `keys_of` returns them.
-      tensors: those that move.
+      keys: PRNG keys of the projections, as `keys_of` returns them.
+      tensors: tensors that move.
       leaves: θ₀, by path.
       theta: θ_d.
       scale: λ of each layer; None for one everywhere.
@@ -109,7 +109,7 @@ def _scales(
       scale: λ of each layer; None for one everywhere.
       tensors: the leaves; a layer of a stack is a tensor of its own.
       total: D.
-      dtype: of the result without `scale`.
+      dtype: dtype of the result without `scale`.
     """
     layers = [layer for tensor in tensors for layer in tensor.layers]
     sizes = [tensor.size // len(tensor.names) for tensor in tensors for _ in tensor.names]

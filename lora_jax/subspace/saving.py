@@ -156,7 +156,7 @@ def load(
     """Returns the subspace that `save` wrote to `folder`, and its θ_d and λ.
 
     Args:
-      folder: of a subspace.
+      folder: folder of a subspace.
       base: θ₀; its leaves may be `jax.ShapeDtypeStruct`\\ s with `allow_base_mismatch`.
       space: the subspace that it has to be, to go on with.
       allow_base_mismatch: accept another base of the same shapes.

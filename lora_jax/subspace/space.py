@@ -37,9 +37,9 @@ class Subspace:
     Attributes:
       dimension: d, the numbers that train.
       kind: "did" or "said".
-      seed: of all projections.
+      seed: seed of all projections.
       targets, exclude, stacks: the selection; see `make`.
-      tensors: those that move.
+      tensors: tensors that move.
       layers: the names of the m layers; with "said", each has a λ.
     """
 
@@ -150,7 +150,7 @@ def make(
       dimension: d.
       kind: "did", or "said" for a λ a layer, whose m numbers are counted in d. A layer is a block
         (of a list, or of a stack), or a module that stands beside the blocks.
-      seed: of the projections, from 0 to 2³² − 1; with θ_d, all that has to be stored.
+      seed: seed of the projections, from 0 to 2³² − 1; with θ_d, all that has to be stored.
       targets, exclude: the leaves that move, as in `lora_jax.TrainRule`; all by default.
       stacks: names of the modules whose leaves have the layers on their first axis, each a run of
         whole path segments.

@@ -74,8 +74,8 @@ class Report:
         earlier, by `patience`.
       metrics: the lines of metrics, as they were logged.
       held_out: the last measurement on held-out examples, by name; {} for none.
-      compile_seconds: of compiling the step.
-      step_seconds: of a step, the median; None where none was taken.
+      compile_seconds: seconds of compiling the step.
+      step_seconds: seconds of a step, the median; None where none was taken.
       adapter: the saved adapter; None without a folder.
       best: the step and the held-out loss of the best adapter; None where it was not asked for.
     """
@@ -147,7 +147,7 @@ def finetune(
       grad_accum: batches a step.
       schedule: how `lr` falls after the warmup; see `warmed_up`.
       warmup: steps over which `lr` rises.
-      weight_decay: of A, B, kernels and embeddings.
+      weight_decay: weight decay of A, B, kernels and embeddings.
       optimizer: a name that `make_optimizer` takes, or one of your own; `lr` is then its schedule,
         to be logged.
       held_out: examples like `examples`, to measure the loss on.
@@ -163,7 +163,7 @@ def finetune(
       patience: ends the run after so many measurements in a row without a better one.
       max_skipped: a step whose loss or gradient is not finite is skipped; after so many in a row
         the run ends.
-      seed: of the adapter's start, the order of the examples, and dropout.
+      seed: seed of the adapter's start, the order of the examples, and dropout.
       layout: the mesh, and the sharding of everything on it; by default one device.
 
     Returns:
@@ -308,8 +308,8 @@ def _adapted(params: Any, rules: Any, kinds: Any, key: jax.Array, start: Path | 
     Args:
       params: plain, or adapted where `rules` is None.
       rules: say what trains.
-      kinds: of the parameters, for presets of targets; None for a model of the user's own.
-      key: of the adapter's start.
+      kinds: kinds of the parameters, for presets of targets; None for a model of the user's own.
+      key: PRNG key of the adapter's start.
       start: the adapter that the run began with, where it took factors out of the base.
     """
     if rules is not None:

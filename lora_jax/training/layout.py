@@ -32,7 +32,7 @@ def make_mesh(devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
 
     Args:
       devices: by default those of all processes.
-      **sizes: of `data`, `fsdp`, `expert`, `sequence` and `tensor`; 1 for an axis that is not
+      **sizes: sizes of `data`, `fsdp`, `expert`, `sequence` and `tensor`; 1 for an axis that is not
         named. `lora_jax.models.specs` says what each is for.
 
     Raises:
@@ -66,7 +66,7 @@ class Layout(Placement):
 
     Attributes:
       mesh: with the axes `lora_jax.models.specs.AXES`; see `make_mesh`.
-      table: of the parameters; see `lora_jax.sharding`.
+      table: sharding table of the parameters; see `lora_jax.sharding`.
       sorts_apart: whether each device sorts its own tokens by expert.
     """
 

@@ -49,7 +49,7 @@ class Measure:
 
     Attributes:
       every: steps between two measurements; 0 for none.
-      prefix: of the names of its measurements in the log: "eval_".
+      prefix: prefix of the names of its measurements in the log: "eval_".
       take: returns the measurements by name; {} logs nothing. None after a signal, which all
         processes agree on. All of them have to call it.
     """
@@ -103,7 +103,7 @@ class _Window:
     """Holds the steps whose metrics were not read yet: reading them waits for the device.
 
     Attributes:
-      seconds: of each step that was read.
+      seconds: seconds of each step that was read.
       skipped: the skipped steps in a row, up to the last that was read.
     """
 

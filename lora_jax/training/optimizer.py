@@ -39,7 +39,7 @@ def make_optimizer(
       schedule: the learning rate at each step.
       params: the adapted tree. "muon" needs it for the roles of the axes, and all need it where A
         is frozen, for B's gradient to be projected.
-      weight_decay: of A, B, kernels and embeddings. It and grad_clip may be tracers.
+      weight_decay: weight decay of A, B, kernels and embeddings. It and grad_clip may be tracers.
       grad_clip: the largest norm of the gradient; the number 0 for no limit.
       lora_plus: the ratio of B's learning rate to A's (LoRA+).
       options: beta1, beta2, eps and momentum, of which each optimiser reads its own; None for its
@@ -88,7 +88,7 @@ def adamw(
       schedule: the learning rate at each step.
       params: the adapted tree; needed where A is frozen, for B's gradient to be projected.
       b2: Adam's memory of squared gradients.
-      weight_decay: of A, B, kernels and embeddings.
+      weight_decay: weight decay of A, B, kernels and embeddings.
       grad_clip: the largest norm of the gradient; 0 for no limit.
       lora_plus: the ratio of B's learning rate to A's (LoRA+).
 

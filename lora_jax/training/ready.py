@@ -70,10 +70,10 @@ def make_ready(
       params: the adapted tree, on the layout's mesh. Its trained arrays may be donated.
       feed: the batches.
       layout: the mesh, and the sharding of everything on it.
-      optimizer: of the adapter.
+      optimizer: Optax transformation of the adapter.
       schedule: the learning rate that the optimiser has, to be logged.
-      key: of dropout and noise.
-      checkpoints: those of the run's folder.
+      key: PRNG key of dropout and noise.
+      checkpoints: the checkpoints of the run's folder.
       best: keeps the best adapter.
       noise: the size of the noise on embeddings; see `lora_jax.training.neftune`.
     """

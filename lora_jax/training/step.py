@@ -32,7 +32,7 @@ def init_state(adapter: Adapter, optimizer: optax.GradientTransformation, key: j
 
     Args:
       adapter: the first half of `lora_jax.split`.
-      optimizer: of the adapter.
+      optimizer: Optax transformation of the adapter.
       key: a PRNG key, for dropout.
 
     See the example of `make_step`.
@@ -61,7 +61,7 @@ def make_step(
 
     Args:
       forward: the adapted function that the loss calls.
-      optimizer: of the adapter.
+      optimizer: Optax transformation of the adapter.
       schedule: the learning rate that `optimizer` has at each update, to be logged.
       dropout: whether the loss gets a key, a different one for each step and part.
       loss: the function to minimise, and who divides it.

@@ -13,7 +13,7 @@ OPTIONAL = {"transformers", "tokenizers", "datasets", "torch", "huggingface_hub"
 # What the files of a folder may import, of this package: what lies below it, and itself.
 SHARED = ("hf", "models.layers", "models.causal", "models.rows", "models.specs")
 BELOW = {
-    "hf": ("hf", "saving.folders", "quantized"),
+    "hf": ("hf", "folders", "quantized"),
     "models/layers": ("models.layers",),
     "models/decoder": (*SHARED, "models.decoder"),
     "models/encoder": (*SHARED, "models.encoder"),

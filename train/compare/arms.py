@@ -54,7 +54,7 @@ def arms_of(compare: CompareConfig, basis: Basis) -> list[Arm]:
 
     Args:
       compare: the settings.
-      basis: those of the script, where none are given.
+      basis: the basis of the script, where none are given.
     """
     sets = [tuple(text.split(",")) for text in compare.target_sets]
     batch_sizes = compare.batch_sizes or (basis.batch_size,)

@@ -42,7 +42,7 @@ class Cost(NamedTuple):
     Attributes:
       step_seconds: the median.
       compiled_bytes: arguments and temporaries of the compiled step; None if not reported.
-      peak_bytes: of the process.
+      peak_bytes: peak bytes of the process.
     """
 
     step_seconds: float
@@ -94,7 +94,7 @@ def planned(
     Args:
       trial: the run.
       topology: the machine.
-      price: of a chip-hour.
+      price: price of a chip-hour.
       tokens_a_row: the length of a sequence.
 
     Returns:
@@ -141,7 +141,7 @@ def answer_latency(
       arm: the adapter's.
       model: the model.
       plain: its parameters without an adapter.
-      adapted: those with it.
+      adapted: weights with the adapter.
       vocabulary: the number of tokens.
       decodes: whether the model answers token by token; else it reads texts.
     """

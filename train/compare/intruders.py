@@ -36,7 +36,7 @@ def mean_intruders(
 
     Args:
       base: the parameters before training.
-      trained: those after it, merged.
+      trained: parameters after training, merged.
       kinds: the part of the model that each leaf belongs to; see `lora_jax.lorafy`.
       known: singular vectors of the base, from earlier calls with the same one; this call adds
         to them, up to half a gigabyte.

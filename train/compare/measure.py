@@ -57,9 +57,9 @@ def measured(
     Args:
       asked: what is compared.
       sweep: the runs, each trained as far as it goes.
-      inputs: of one of the runs.
+      inputs: inputs of one of the runs.
       about: what the measurements are of.
-      console: to print to.
+      console: console to print to.
     """
     outline, config = inputs.read.outline, _config(sweep)
     with doing(console, f"reading the weights of {outline.name}"):

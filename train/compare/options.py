@@ -123,7 +123,7 @@ def check(compare: CompareConfig, options: Options, given: Collection[str]) -> N
 
     Args:
       compare: what to compare.
-      options: those of the script.
+      options: the options of the script.
       given: the names of the options that were given.
     """
     for name, traits in traits_of(options).items():

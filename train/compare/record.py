@@ -19,7 +19,7 @@ class Done:
       finished: whether it was trained to the end and measured.
       error: what ended it early.
       score: the task's own, at the end.
-      saved_bytes: of what it leaves to ship.
+      saved_bytes: bytes of what it leaves to ship.
       outside: the loss on text outside the task, at the end.
       intruders: intruder dimensions of a matrix, on average, at the end.
     """

@@ -23,12 +23,12 @@ class Arm(NamedTuple):
     Attributes:
       method: "lora", a variant of it such as "dora", "said" or "did" for a random subspace, or
         "full".
-      rank: of the adapter; None for full fine-tuning, and so are the next two.
+      rank: rank of the adapter; None for full fine-tuning, and so are the next two.
       targets: the modules that the adapter is on, as `--targets` names them.
-      alpha: of the adapter's scale.
+      alpha: alpha of the adapter's scale.
       learning_rate: the peak.
       batch_size: rows a step.
-      dimension: of a random subspace; None for all other methods.
+      dimension: dimension of a random subspace; None for all other methods.
     """
 
     method: str
@@ -63,20 +63,20 @@ class Measured:
     """A run: an arm with a seed.
 
     Attributes:
-      name: of the run's folder in `runs`.
+      name: name of the run's folder in `runs`.
       arm, seed: what was run.
       status: how it ended. A run that is stopped early was hopeless by the rule.
       error: what ended a failed run.
-      steps: those taken.
+      steps: number of steps taken.
       losses, held_out: the loss in training and on held-out rows, step by step.
       held_out_loss: after the last step, in nats a token or a row; None if never measured.
       score: the task's own, such as the share of right answers; None where it has none, and for
         runs that did not end.
       trained_parameters: how many numbers were trained.
-      saved_bytes: of what a run leaves to ship: the adapter's folder, or all weights.
-      compiled_bytes: of the compiled step, arguments and temporaries; None for runs that trained
-        side by side in one step with others.
-      peak_bytes: of the process, so far.
+      saved_bytes: bytes of what a run leaves to ship: the adapter's folder, or all weights.
+      compiled_bytes: bytes of the compiled step, arguments and temporaries; None for runs that
+        trained side by side in one step with others.
+      peak_bytes: peak bytes of the process, so far.
       step_seconds: the median; None for runs side by side.
       side_by_side: the number of runs that shared its steps; 1 if it ran alone.
       seconds: the wall time that the run took, or its even share of the time of all at its side.
@@ -109,7 +109,7 @@ class Latency(NamedTuple):
     """The time of one answer: a decoding step, or the forward pass of a batch of an encoder.
 
     Attributes:
-      arm: whose adapter was timed.
+      arm: arm whose adapter was timed.
       base, merged, live: medians in seconds: the base alone; the adapter merged into it; the
         adapter beside it.
       what: what was timed, in words: "a decoding step of 8 rows".
@@ -127,9 +127,9 @@ class Planned(NamedTuple):
 
     Attributes:
       arm: the arm.
-      bytes_per_device: of a device, at most.
+      bytes_per_device: bytes of a device, at most.
       step_seconds: at the assumed share of the peak; None where the machine's peak is not known.
-      device_hours: of the whole run.
+      device_hours: device hours of the whole run.
       cost: at the given price; None without one.
     """
 
@@ -162,13 +162,13 @@ class Facts:
       script: "train.sft" or "train.classify".
       model: the base, by name.
       dataset: the data, in words.
-      steps: of a whole run.
+      steps: number of steps of a whole run.
       loss: the name of the loss, with its unit: "loss (nats a token)".
       score: the name of the task's own score, larger is better; None where it has none.
-      base_bytes: of the base's weights in memory.
+      base_bytes: bytes of the base's weights in memory.
       machine: where it ran, in words.
       date: when it began, as ISO 8601 has it.
-      versions: of Python and packages.
+      versions: versions of Python and packages.
       planned_on: the machine of `Planned`, with price and assumed share of the peak, in words.
       outside: the text that forgetting was measured on, in words.
       rule: the rule of early stopping, in words; None where no run was stopped early.

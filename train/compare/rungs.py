@@ -16,7 +16,7 @@ class Stage(NamedTuple):
     """A part of all runs.
 
     Attributes:
-      share: of a run's steps, at which it ends.
+      share: share of a run's steps, at which it ends.
       kept: the share of the arms of each method that go on after it, rounded up.
     """
 
@@ -44,7 +44,7 @@ def step_of(stage: Stage, steps: int, every: int, warmup: int = 0) -> int:
 
     Args:
       stage: the stage.
-      steps: of the whole run.
+      steps: number of steps of the whole run.
       every: steps between measurements.
       warmup: steps in which the learning rate rises.
     """
@@ -71,7 +71,7 @@ def decide(stage: Stage, losses: Mapping[Arm, float], share: float) -> Rung:
       stage: the stage.
       losses: the mean held-out loss of each arm so far; NaN for one that failed, which never goes
         on.
-      share: of the steps, for the record.
+      share: share of the steps, for the record.
     """
     methods: defaultdict[str, list[Arm]] = defaultdict(list)
     for arm in losses:

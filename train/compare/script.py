@@ -14,7 +14,7 @@ class Script(NamedTuple):
     """A training script, as a comparison uses it.
 
     Attributes:
-      name: of its module: "train.sft".
+      name: name of its module: "train.sft".
       plain: its options, none of them given.
       task_of, check: see `train.sft`.
       with_defaults: fills in a task's defaults.

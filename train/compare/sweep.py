@@ -46,7 +46,7 @@ class Sweep:
 
     Attributes:
       script: "train.sft".
-      folder: of the comparison.
+      folder: folder of the comparison.
       trials: all runs.
       record: what was done.
       part: what the runs share; its `hint` tells an interrupted user how to go on.
@@ -57,7 +57,7 @@ class Sweep:
         runs it; None measures nothing.
       intruders: returns the intruder dimensions of a run's tree; None counts none.
       session: tells of signals.
-      console: to print to.
+      console: console to print to.
     """
 
     script: str

@@ -38,11 +38,11 @@ class Trial:
     """A run to come.
 
     Attributes:
-      name: of its folder.
+      name: name of its folder.
       arm, seed: what it trains.
       config: its options, checked, with the task's defaults.
       task: what it trains on.
-      steps: of the whole run.
+      steps: number of steps of the whole run.
       trained_parameters: how many numbers it trains.
     """
 

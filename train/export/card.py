@@ -52,7 +52,7 @@ class Export:
       name: the name on the hub, or a stand-in for the folder.
       base: the base's name on the hub; None if it has none.
       config: the model's configuration.
-      fields: of adapter_config.json; None for a merged model.
+      fields: fields of adapter_config.json; None for a merged model.
       auto_class: transformers' class for the model.
       source: the adapter.
       scaled: fields of config.json that differ from the base's; see `scaled_fields`.

@@ -22,7 +22,7 @@ class Finding:
     Attributes:
       title: in a line.
       said: what was published, and where.
-      script: whose runs are compared.
+      script: script whose runs are compared.
       layout: what stands where in its tables.
       measures: the tables that it has, by their names in `MEASURES`; the first one in its picture.
       make: makes what it needs in a folder; None where it needs nothing.

@@ -26,7 +26,7 @@ class Board:
         """Begins with runs that have taken no step.
 
         Args:
-          console: to print to.
+          console: console to print to.
           steps: the number of the last step of each run, by name.
         """
         self._console = console

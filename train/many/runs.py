@@ -87,7 +87,7 @@ def train_rows(
 
     Args:
       script, asked, session: see `train_many`.
-      console: to print to.
+      console: console to print to.
       part: how far they train, and what they share with other runs.
 
     Returns:

@@ -17,7 +17,7 @@ def check_effects(
     Args:
       options: the options as they were given, without a task's defaults.
       given: the options of the command line, by the names of their fields.
-      lines: those of the file of --config, with the line of each.
+      lines: the lines of the file of --config, with the line of each.
     """
     lines = lines or {}
     for why, idle in _reasons(options).items():

@@ -83,7 +83,7 @@ def make_schedule(optim: Any, rate: float, steps: int) -> optax.Schedule:
     Args:
       optim: the options.
       rate: the highest learning rate.
-      steps: of the whole run.
+      steps: number of steps of the whole run.
     """
     return warmed_up(
         rate,

@@ -36,10 +36,10 @@ class Row(NamedTuple, Generic[Config]):
     """A run of a table.
 
     Attributes:
-      name: of its folder.
+      name: name of its folder.
       where: the row, for messages: "--many runs.csv, line 3".
       given: the names of the options in the row.
-      options: those of the command line, changed as the row says, with the run's own folder.
+      options: the options of the command line, changed as the row says, with the run's own folder.
     """
 
     name: str

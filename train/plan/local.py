@@ -37,7 +37,7 @@ class Needs:
       temporaries: bytes of a step's own; None where the compiler does not report them.
       capacity: bytes of a device; None where it does not say.
       checkpoint: bytes of a checkpoint on disk.
-      flops: of a step on all devices; None where they could not be counted.
+      flops: FLOPs of a step on all devices; None where they could not be counted.
       compile_seconds: time of the compilation.
     """
 

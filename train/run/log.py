@@ -45,7 +45,7 @@ class Log:
 
         Args:
           folder: the run's folder.
-          console: to print to.
+          console: console to print to.
           first, last: the steps.
           owed: prefixes of the measures that have to be taken again after step `first`.
           reporting: gets all lines, those of an earlier process first; None for none.

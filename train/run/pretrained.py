@@ -124,7 +124,7 @@ class Outline:
         """Returns the abstract parameters, with this dtype in the place of float32.
 
         Args:
-          dtype: of the arrays, or that the codes stand for arrays of.
+          dtype: dtype of the arrays, or that the codes stand for arrays of.
           arrays: have arrays in the place of codes.
         """
 
@@ -220,7 +220,7 @@ def read_untokenized(name: str, **head: Any) -> Outline:
 
     Args:
       name: the model.
-      **head: of an encoder; see `from_pretrained`.
+      **head: head of an encoder; see `from_pretrained`.
 
     Raises:
       UserError: the model cannot be read.

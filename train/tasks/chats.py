@@ -141,7 +141,7 @@ def hold_out(
     Args:
       config: the options.
       counts: the number of rows of each data set, by its name.
-      weights: of the data sets; where there are none, the number of rows takes their place.
+      weights: weights of the data sets; where there are none, the number of rows takes their place.
 
     Returns:
       For each data set, the numbers of its rows that are held out, counted from 1; None for none.
@@ -211,7 +211,7 @@ def packed(config: Config, parts: Mapping[str, Sequences], weights: Sequence[flo
     Args:
       config: the options.
       parts: the sequences of each data set, by its name in messages.
-      weights: of the data sets, if they are mixed by weight.
+      weights: weights of the data sets, if they are mixed by weight.
     """
     data = config.data
     kept = {}

@@ -38,7 +38,7 @@ class Data:
     Attributes:
       train: the examples to train on.
       held_out: the examples to evaluate on; None for none.
-      measured: those of them whose loss is measured while training; None for all.
+      measured: the examples whose loss is measured while training; None for all.
       name: returns the name of one of `train` in messages.
       source: the name of all of `train` in messages; "" where `name` says it.
       facts: facts about the examples for facts.json.

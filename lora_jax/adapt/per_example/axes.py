@@ -37,7 +37,7 @@ def mapped(call: Call, nodes: Mapping[int, Any], axes: Axes) -> dict[int, int]:
     Args:
       call: the call; its leaves have nodes whole.
       nodes: the nodes of adapted trees, by place.
-      axes: of the examples.
+      axes: axes of the examples.
 
     Raises:
       ValueError: `axes` do not fit the arguments, or a node has an axis of examples.
@@ -85,7 +85,7 @@ def follow_trace(
     """Returns where the examples lie in a function's values.
 
     Args:
-      traced: of the call.
+      traced: trace of the call.
       weights: by place among its leaves.
       call: the call.
       axes: see `mapped`.
@@ -121,8 +121,8 @@ def axes_of_result(traced: Trace, found: Followed, n: int, expected: Any) -> Any
     """Returns the axes of a function's result, None for what is the same for all examples.
 
     Args:
-      traced: of the function.
-      found: of its jaxpr.
+      traced: trace of the function.
+      found: labels of its jaxpr.
       n: the number of examples.
       expected: the axes that the result must have; see `Axes.of_result`. A result that is the same
         for all examples has any axis of size n.

@@ -24,7 +24,7 @@ class Kernel:
     """A weight with an adapter for each example, which only products may use.
 
     Attributes:
-      roles: of its axes.
+      roles: axis roles of the weight.
     """
 
     roles: tuple[Label, ...]

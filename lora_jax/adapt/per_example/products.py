@@ -1,4 +1,4 @@
-"""Products: of values that have examples, and with weights that have an adapter for each."""
+"""Multiplies values that have examples, by weights that have an adapter for each of them too."""
 
 from collections.abc import Sequence
 

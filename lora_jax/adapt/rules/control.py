@@ -61,7 +61,7 @@ def _constants(
     """Takes the weights that a loop carries unchanged out of `carries`; others are merged there.
 
     Args:
-      body: of the loop.
+      body: body of the loop.
       carries: by place, from 0; changed.
       first: the place of the first carry among the body's arguments.
     """

@@ -121,7 +121,7 @@ def may_be_weights(jaxpr: eqns.AnyJaxpr, given: Sequence[bool]) -> tuple[bool, .
     """Returns which outputs may be adapted weights: those that come from one without a product.
 
     Args:
-      jaxpr: of a function or a branch.
+      jaxpr: jaxpr of a function or a branch.
       given: which of its inputs are adapted weights.
     """
     inner, _ = eqns.opened(jaxpr)

@@ -37,8 +37,8 @@ def _through_factors(
       near, far: A, [groups, r, in], and B, [groups, r, out].
       scales: s, [groups, 1] or [groups, r].
       sizes: [groups] int, the rows of each group.
-      precision: of the products.
-      dtype: of the result.
+      precision: precision of the products.
+      dtype: dtype of the result.
 
     Returns:
       [rows, out].

@@ -67,12 +67,12 @@ def combined(
     Their scale is 1.
 
     Args:
-      factors: of each adapter, A [batch…, rᵢ, in] and B [batch…, rᵢ, out].
-      scales: of each adapter, s [batch…].
-      weights: of the adapters, [n].
+      factors: factors of each adapter, A [batch…, rᵢ, in] and B [batch…, rᵢ, out].
+      scales: scales of each adapter, s [batch…].
+      weights: weights of the adapters, [n].
       key: a PRNG key, of which random pruning makes use.
       how: one of `HOWS`.
-      rank: of the result, where it is compressed.
+      rank: rank of the result, where it is compressed.
       density: the share of elements that pruning leaves.
       sign: the majority's: of the sum of elements ("total"), or of their signs ("frequency").
       is_mirrored: whether PEFT calls B what is A here: signs of weights go to its A.

@@ -64,8 +64,8 @@ def combine(
       trees: adapted trees of one base, from `lorafy` or `load_adapter`.
       weights: one for each.
       how: see above.
-      rank: of the result, for those that end in "svd"; a layer whose sum has a smaller rank keeps
-        that. By default the largest rank among the trees, layer by layer.
+      rank: rank of the result, for those that end in "svd"; a layer whose sum has a smaller rank
+        keeps that. By default the largest rank among the trees, layer by layer.
       density: the share of elements that pruning leaves, in (0, 1].
       majority_sign_method: for TIES: "total" (the default; the sign of the elements' sum), or
         "frequency" (of the sum of their signs).

@@ -37,7 +37,7 @@ class Extraction:
     """Says how much of a change an adapter has, and what is lost. `print` shows it as a table.
 
     Attributes:
-      ranks: of each kernel's layers, or one for all, by path.
+      ranks: ranks of each kernel's layers, or one for all, by path.
       errors: ‖Δ − AB‖/‖Δ‖ of each kernel, and of each leaf of which some rows train.
       in_full: the leaves that the adapter holds whole.
       lost: ‖Δ‖/‖W‖ of each leaf that has changed and is no part of the adapter.
@@ -84,7 +84,7 @@ def extract(
       rules: a `LoraRule` for kernels, a `TrainRule` for leaves (norms, embeddings) that the adapter
         holds whole; the first that selects a leaf wins. By default
         ``[LoraRule(targets="all-linear")]``. Ranks are chosen here, not in a rule.
-      rank: of each layer. With `energy`, the largest rank.
+      rank: rank of each layer. With `energy`, the largest rank.
       energy: the share of ‖Δ‖² (the sum of squared singular values) that each layer keeps, in
         (0, 1], by the smallest rank that does. Experts of one layer have one rank.
       keep_rest: hold all other leaves whole that have changed.

@@ -35,7 +35,7 @@ def rank_of_sum(ranks: Ranks, sizes: tuple[int, int], how: How, rank: int | None
     """Returns the rank of a sum.
 
     Args:
-      ranks: of its terms; 0 of those that are absent.
+      ranks: ranks of its terms; 0 of those that are absent.
       sizes: in and out.
       how: the way to combine.
       rank: the rank asked for; None for the largest of `ranks`.
@@ -69,15 +69,15 @@ def summed(
     """Returns A [batch…, r, in] and B [batch…, r, out] of a sum; ranks are filled up with zeros.
 
     Args:
-      arrays: of each adapter, those of `ARRAYS` that it has.
-      weights: of the adapters, [n].
-      key: of random pruning.
+      arrays: arrays of each adapter, those of `ARRAYS` that it has.
+      weights: weights of the adapters, [n].
+      key: PRNG key of random pruning.
       by_layer: see `ranks_by_layer`.
-      ranks: of the sum in each layer, as `by_layer` has them.
+      ranks: ranks of the sum in each layer, as `by_layer` has them.
       n_batch: the number of batch axes.
-      uses: of the weight; of "each", both halves of the rank are sums of their own.
+      uses: uses of the weight; of "each", both halves of the rank are sums of their own.
       how, density, sign: see `lora_jax.bank.sums.arithmetic.combined`.
-      dtype: of the result.
+      dtype: dtype of the result.
     """
     layers_of: dict[Ranks, list[int]] = defaultdict(list)
     for layer, of_terms in enumerate(by_layer):
@@ -128,12 +128,12 @@ def _taken(
 
     Args:
       arrays: see `summed`.
-      rank: of these layers' change.
+      rank: rank of these layers' change.
       at: their indices; None for all.
       lane: 0, or 1 for the second half of the rank.
       n_lanes: 1 or 2.
       n_batch: the number of batch axes.
-      dtype: of the result.
+      dtype: dtype of the result.
     """
     has_start = "start_a" in arrays
     each = rank // (2 if has_start else n_lanes)

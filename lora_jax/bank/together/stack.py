@@ -34,8 +34,8 @@ class Stack:
 
     Attributes:
       kind: what they have in common.
-      names: of the adapters, by slot; None where it is free.
-      state: of all slots; see `lora_jax.training.State`.
+      names: names of the adapters, by slot; None where it is free.
+      state: state of all slots; see `lora_jax.training.State`.
       fixed: the arrays beside W that do not train: scales, and what factors began with.
     """
 
@@ -174,7 +174,7 @@ class Stack:
 
         Args:
           base: the plain tree, or its shapes.
-          batch: of one adapter.
+          batch: batch of one adapter.
         """
         names = [name for name in self.names if name is not None]
         arguments = self._arguments(base, dict.fromkeys(names, batch))

@@ -52,7 +52,7 @@ def traced_step(
       forward: the adapted function that the loss calls.
       like: an adapter; its arrays may be `jax.ShapeDtypeStruct`\\ s with shardings.
       slots: the number of such adapters.
-      batch: of all, arrays [slots, parts, …] or their shapes.
+      batch: batch of all, arrays [slots, parts, …] or their shapes.
       compiler_options: to compile the step with.
 
     Returns:
@@ -80,7 +80,7 @@ def tree_of(kind: Kind, base: Any, adapter: Arrays, fixed: Arrays) -> Any:
     """Returns an adapted tree of a kind.
 
     Args:
-      kind: of the adapter.
+      kind: kind of the adapter.
       base: the plain tree.
       adapter: the arrays that train.
       fixed: the others beside W.
@@ -157,8 +157,8 @@ def _shardings(shapes: Any, axes: Any, like: Tenant) -> Any:
     Slots are not split: each array lies as the adapter's, an optimiser's as its parameter's.
 
     Args:
-      shapes: of the state and the fixed arrays of one adapter.
-      axes: of the slots in each.
+      shapes: shapes of the state and the fixed arrays of one adapter.
+      axes: axes of the slots in each.
       like: the adapter, whose arrays have shardings.
     """
     arrays = {path: arrays_of(node) for path, node in nodes_of(like.params).items()}

@@ -121,8 +121,8 @@ class Kind:
         """Returns the axis of the slots in the arrays of a weight: after its batch axes.
 
         Args:
-          path: of the weight.
-          name: of the array; without it, of one that has all batch axes.
+          path: path of the weight.
+          name: name of the array; without it, of one that has all batch axes.
         """
         shell = self.shells[path]
         if not isinstance(shell, LoraWeight) or (name and "batch" not in shell.axes_of(name)):

@@ -125,7 +125,7 @@ def _span(
     Args:
       q: [batch, seq, kv_heads, group, head_dim].
       keys, values: [batch, kv_heads, keys, head_dim].
-      mask: of these queries and keys.
+      mask: mask of these queries and keys.
       scale: [], the factor of the scores.
       cap: see ``soft_cap``.
       block: queries per block.
@@ -159,7 +159,7 @@ def _pairs(
     Args:
       q: [batch, 2 chunk, kv_heads, group, head_dim].
       keys, values: [batch, kv_heads, keys, head_dim], of the whole row.
-      mask: of these queries and keys.
+      mask: mask of these queries and keys.
       split: the mask's.
       tile: queries per tile, and keys.
       scale, cap, block: see ``_span``.

@@ -34,7 +34,7 @@ class Seen(NamedTuple):
 
     Attributes:
       keys, values: [batch, kv_heads, tiles, tile, head_dim].
-      tokens: of the keys; axes [tiles, tile] last.
+      tokens: positions of the keys; axes [tiles, tile] last.
       early: [tiles] bool, True for those of the earlier tile.
     """
 
@@ -50,7 +50,7 @@ def seen_by(first: jax.Array, keys: jax.Array, values: jax.Array, tokens: Tokens
     Args:
       first: [] int32.
       keys, values: [batch, kv_heads, T, tile, head_dim], of the whole row.
-      tokens: of the keys; axes [T, tile] last.
+      tokens: positions of the keys; axes [T, tile] last.
     """
     turn = jnp.arange(keys.shape[2] + 1, dtype=jnp.int32)
     order = jnp.where(turn <= first, turn, turn - first - 1)

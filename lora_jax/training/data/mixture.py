@@ -71,7 +71,7 @@ def shares_of(
     """Returns how many rows an epoch draws of each data set, by weight; in all as many as exist.
 
     Args:
-      names: of the data sets, for messages.
+      names: names of the data sets, for messages.
       weights: positive, in any unit.
       rows: the rows that each data set has.
       units: the packed sequences (or rows) to draw from in each data set. Weights are about rows,

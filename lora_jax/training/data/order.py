@@ -22,7 +22,7 @@ def order_by_group(
     all rows. The very first step has the largest group: a batch that is too large fails at once.
 
     Args:
-      seed, epoch: of the draw.
+      seed, epoch: seed and epoch of the draw.
       groups: [n], the group of each row.
       rows_a_step: rows that a step sees.
       rows: [m], the rows of the epoch, drawn; by default a permutation of all.
@@ -69,12 +69,12 @@ class Order:
     """Says which of `n_rows` a step takes. Epochs follow one another without a gap or a rest.
 
     Attributes:
-      seed: of the draw.
+      seed: seed of the draw.
       n_rows: the number of rows of an epoch.
       batch_size: rows in memory at once.
       accumulate: batches of a step.
-      groups: of all rows, which ones share a step where they can (see `order_by_group`); None for
-        any.
+      groups: groups of all rows, which ones share a step where they can (see `order_by_group`);
+        None for any.
       mixture: what an epoch draws of each data set; None where it has each row once.
     """
 

@@ -17,7 +17,7 @@ def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     rows' free tokens finds the first that fits, so n sequences take O(n log n).
 
     Args:
-      lengths: of the sequences, none longer than `room`.
+      lengths: lengths of the sequences, none longer than `room`.
       room: tokens of a row.
 
     Returns:

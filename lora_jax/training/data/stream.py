@@ -45,7 +45,7 @@ class Chunks:
     """Says which blocks each chunk has.
 
     Attributes:
-      seed: of the draw.
+      seed: seed of the draw.
       sizes: [blocks], in any unit.
       room: the size of a chunk, in that unit; a larger block is a chunk of its own.
     """

@@ -30,9 +30,9 @@ class LeftOut(NamedTuple):
     """Counts turns with a field that the template shows in some turns only.
 
     Attributes:
-      turns: those that have the field.
-      later: those that the template shows with it, until other turns follow.
-      never: those that it shows without it.
+      turns: turns that have the field.
+      later: turns that the template shows with it, until other turns follow.
+      never: turns that it shows without it.
     """
 
     turns: int

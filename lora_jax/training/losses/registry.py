@@ -19,7 +19,7 @@ def token_loss(name: str = DEFAULT, *, chunk: int = 0, parts: int = 1) -> Loss:
     Held-out examples are measured by the cross entropy, whatever the loss, so that runs compare.
 
     Args:
-      name: of `TOKEN_LOSSES`.
+      name: name of `TOKEN_LOSSES`.
       chunk, parts: see `sum_over_tokens`.
     """
     return _made(name, chunk, parts)

@@ -28,7 +28,7 @@ def orthogonalised(params: Any, *, momentum: float) -> optax.GradientTransformat
 
     Args:
       params: the adapted tree, which has the roles of the axes.
-      momentum: of the gradient, Nesterov's.
+      momentum: momentum of the gradient, Nesterov's.
 
     Source: Jordan et al., *Muon*, 2024; Liu et al., arXiv 2502.16982, section 2.2.
     """

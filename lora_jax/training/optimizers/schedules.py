@@ -31,11 +31,11 @@ def warmed_up(
 
     Args:
       rate: the highest learning rate.
-      steps: of the whole run.
+      steps: number of steps of the whole run.
       kind: the way the rate falls after the warmup.
       warmup: steps over which the rate rises; one at least is left after it.
       floor: the last learning rate, as a share of `rate`.
-      decay: of "wsd", the share of the steps over which the rate falls.
+      decay: share of the steps over which the rate of "wsd" falls.
 
     Raises:
       ValueError: there is no such kind.

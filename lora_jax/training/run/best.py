@@ -70,7 +70,7 @@ class Best:
         """Keeps the best in a folder.
 
         Args:
-          folder: of the adapters, each in a folder of its step's number.
+          folder: folder of the adapters, each in a folder of its step's number.
           metric: the name of the measurement, with its prefix.
           goal: whether the least or the largest is the best.
           patience: the measurements in a row without a better one that end training.

@@ -75,7 +75,7 @@ def page(title: str, blocks: Sequence[Block], folder: Path) -> str:
     """Returns a document as one HTML file, without scripts and without the network.
 
     Args:
-      title: of the window.
+      title: title of the window.
       blocks: the document.
       folder: where the pictures' files lie; the page holds their content.
     """

@@ -84,7 +84,7 @@ class Recommendation:
 
     Attributes:
       verdict: the method; "undecided" if the measurements cannot tell.
-      arm: of the method; if undecided, the better one so far. None if no run has a value.
+      arm: arm of the method; if undecided, the better one so far. None if no run has a value.
       headline: the verdict and what it rests on, in one sentence.
       reasons: sentences with their figures.
       undecided: what is not decided, and what would decide it.

@@ -45,7 +45,7 @@ class Spread(NamedTuple):
 
     Attributes:
       n: how many there are.
-      mean, low, high: of them.
+      mean, low, high: mean, least and greatest of them.
       deviation: their standard deviation (n - 1 in the denominator); None for a single one.
     """
 
@@ -64,7 +64,7 @@ class Row:
       arm: the arm.
       runs: its runs.
       quality: by the comparison's measure; runs that ended count alone.
-      score, held_out_loss: of runs that ended.
+      score, held_out_loss: values of runs that ended.
       forgetting: how much the loss on text outside the task rose.
       intruders: intruder dimensions of a matrix.
       trained_parameters: a run's.

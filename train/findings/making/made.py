@@ -7,7 +7,7 @@ class Made(NamedTuple):
     """Data or a base that was made for a finding.
 
     Attributes:
-      options: those that name it, as train.compare takes them: {"dataset": "rows.csv"}.
+      options: options that name it, as train.compare takes them: {"dataset": "rows.csv"}.
       notes: sentences about it, with what was measured of it.
     """
 

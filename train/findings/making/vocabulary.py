@@ -59,7 +59,7 @@ def phrases(meaning: dict[str, float], n: int, seed: int = _SEED) -> list[Labell
     Args:
       meaning: the rating of each ideogram.
       n: the number of phrases.
-      seed: of the draws.
+      seed: seed of the draws.
     """
     drawn, rng = list(meaning), random.Random(seed)
     seen: set[frozenset[str]] = set()
@@ -96,7 +96,7 @@ def make(folder: Path, session: Session) -> Made:
 
     Args:
       folder: where the files go.
-      session: of the command; writing takes no time that a signal would have to cut off.
+      session: session of the command; writing takes no time that a signal would have to cut off.
 
     Raises:
       UserError: the lexicon or the model's tokenizer cannot be fetched.

@@ -64,7 +64,7 @@ class Block:
     Attributes:
       title: what its arms have in common, in words; "" for the only table.
       rows, columns: the values along both axes, numbers upwards, then names.
-      cells: those that were run, by (row, column).
+      cells: cells that were run, by (row, column).
     """
 
     title: str
