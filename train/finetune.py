@@ -50,7 +50,7 @@ from train.tasks.task import Context, Evaluation, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
+class RunPart:
     """Says how far runs train now, and what they share with others over the same base.
 
     Attributes:
@@ -72,7 +72,7 @@ class Part:
 
 
 def finetune(
-    script: str, config: Any, task: Task, session: Session, part: Part | None = None
+    script: str, config: Any, task: Task, session: Session, part: RunPart | None = None
 ) -> dict[str, float]:
     """Fine-tunes a model.
 
@@ -93,7 +93,7 @@ def finetune(
     With --dry-run, nothing is trained or written; see `train.dry_run`.
     """
     began = time.monotonic()
-    part = part or Part()
+    part = part or RunPart()
     hosts.join_hosts(config.run)
     console = hosts.console()
     session.join(console, config.run.coordinator)
@@ -206,7 +206,7 @@ def run_of(
     folder: Path,
     console: Console,
     inputs: Inputs,
-    part: Part,
+    part: RunPart,
 ) -> Run:
     """Returns the options, folder and data of a run."""
     _, outline, data = inputs.read
@@ -258,7 +258,7 @@ def evaluate_base(
     forward: Callable[..., Any],
 ) -> None:
     """Measures the base, unless another evaluation has; adds it to `measured` if it measures."""
-    if not any(map(evaluation.recall, measured)):
+    if not any(map(evaluation.reuse_base_scores, measured)):
         evaluation.before(model, plain, forward)
         measured.append(evaluation)
 

@@ -58,7 +58,7 @@ class Inputs:
     lines: tuple[str, ...]
 
 
-def read(config: Any, task: Task) -> Read:
+def read_inputs(config: Any, task: Task) -> Read:
     """Reads rows and the model's outline, and encodes the rows; all processes have to call this.
 
     Raises:
@@ -73,15 +73,15 @@ def read(config: Any, task: Task) -> Read:
 
 
 class Reader:
-    """Reads as `read` does, but once for all runs of the same data."""
+    """Reads as `read_inputs` does, but once for all runs of the same data."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[int, str], Read] = {}
 
     def __call__(self, config: Any, task: Task) -> Read:
-        """Returns what `read` does. What is read while training is each run's own."""
+        """Returns what `read_inputs` does. What is read while training is each run's own."""
         if getattr(config.data, "stream", False):
-            return read(config, task)
+            return read_inputs(config, task)
         read_by = {name for name, one in traits_of(config).items() if one.of_inputs}
         read_by |= {*task.reads(config)}
         saved = saved_options(config)
@@ -91,7 +91,7 @@ class Reader:
             found["eval_every"] = bool(found.get("eval_every"))  # how often does not matter
         key = id(task), json.dumps(facts, sort_keys=True)
         if key not in self._found:
-            self._found[key] = read(config, task)
+            self._found[key] = read_inputs(config, task)
         return self._found[key]
 
 

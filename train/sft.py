@@ -16,7 +16,7 @@ from train.options.command import read_line
 from train.options.defaults import with_defaults
 from train.options.ignored import check_effects
 from train.options.sft import Config
-from train.options.table import Row, check_one_base, placed_error, read_table
+from train.options.table import TableRow, check_one_base, placed_error, read_table
 from train.processes.session import Session
 from train.tasks.registry import CHATS, STREAMED, find_task
 from train.tasks.task import Task
@@ -67,7 +67,7 @@ def main(args: Sequence[str] | None = None) -> None:
         finetune("train.sft", config, task_of(config), session)
 
 
-def asked_for(rows: Sequence[Row[Config]]) -> list[Asked]:
+def asked_for(rows: Sequence[TableRow[Config]]) -> list[Asked]:
     """Returns the runs of a table with their tasks, checked as a command line is.
 
     Raises:

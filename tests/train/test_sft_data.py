@@ -31,7 +31,7 @@ def test_a_table_from_a_spreadsheet(model, tmp_path, capsys, monkeypatch):
     def read(*more):
         config = parse([*args, "--eval-every", "4", *more])
         chats.check(config)
-        rows = chats.read(config)
+        rows = chats.read_rows(config)
         made = chats.examples(config, rows, chats.outline(config, rows))
         return made, "\n".join([*made.lines, capsys.readouterr().out])
 
@@ -58,7 +58,7 @@ def test_data_sets_in_proportions(model, tmp_path, capsys):
     def read(*more):
         config = parse([*args, *more])
         chats.check(config)
-        made = chats.examples(config, (rows := chats.read(config)), chats.outline(config, rows))
+        made = chats.examples(config, (rows := chats.read_rows(config)), chats.outline(config, rows))
         return made, "\n".join(made.lines), rows
 
     for packing in ([], ["--packing"]):

@@ -69,7 +69,7 @@ def test_a_row_that_cannot_be_used_is_named_when_it_comes(small, tmp_path):
     at = len("".join(f"{json.dumps(row)}\n" for row in found[:100]))
     config = parse(["--dataset", str(data), "--truncate", "--stream", "--steps", "90"])
     outline = Outline("a model", tokenizer(), None, {})
-    feed = streamed.examples(config, streamed.read(config), outline).feed(90)
+    feed = streamed.examples(config, streamed.read_rows(config), outline).feed(90)
     with pytest.raises(TrainingError, match=rf"line 101 \(byte {at:,}\) has `prompt`; a row"):
         for step in range(90):
             feed.batch(step)

@@ -35,7 +35,7 @@ from train.compare.script import Script
 from train.compare.sweep import Sweep
 from train.compare.trials import RUNS, trials_of
 from train.console.errors import UserError, flag
-from train.finetune import Part, weights_of
+from train.finetune import RunPart, weights_of
 from train.inputs import Inputs, Reader
 from train.options import classify as classify_options
 from train.options import sft as sft_options
@@ -204,7 +204,7 @@ def compare(
         soft_wrap=True,
     )
     session.stop.remedy = resume_hint(prog)
-    part = Part(reader=reader, hint=session.stop.remedy)
+    part = RunPart(reader=reader, hint=session.stop.remedy)
     counting = functools.partial(_intruders, inputs, {}) if asked.intruders else None
     sweep = Sweep(
         script=script.name,

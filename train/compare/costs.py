@@ -141,7 +141,7 @@ def answer_latency(
       arm: the adapter's.
       model: the model.
       plain: its parameters without an adapter.
-      adapted: weights with the adapter.
+      adapted: its parameters with the adapter.
       vocabulary: the number of tokens.
       decodes: whether the model answers token by token; else it reads texts.
     """

@@ -27,12 +27,12 @@ from train.compare.result import Arm
 from train.compare.rungs import Stage
 from train.compare.trials import Trial, groups_of
 from train.console.errors import flag
-from train.finetune import Part, finetune
+from train.finetune import RunPart, finetune
 from train.many.one import Asked, One
 from train.many.runs import train_rows
 from train.options.file import replaced
 from train.options.optim import warmup_steps
-from train.options.table import Row
+from train.options.table import TableRow
 from train.processes.session import Session
 from train.reporters.files import ERROR
 from train.run.lifecycle import Run
@@ -64,7 +64,7 @@ class Sweep:
     folder: Path
     trials: Sequence[Trial]
     record: Record
-    part: Part
+    part: RunPart
     at_once: int
     early: bool
     keep_weights: bool
@@ -169,17 +169,17 @@ class Sweep:
         self.session.stop.remedy = self.part.hint or ""
         self.session.stop.check()
 
-    def _side_by_side(self, group: Sequence[Trial], part: Part) -> list[One]:
+    def _side_by_side(self, group: Sequence[Trial], part: RunPart) -> list[One]:
         asked = [
             Asked(
-                Row(trial.name, f"run {trial.name}", frozenset(), _going_on(trial)),
+                TableRow(trial.name, f"run {trial.name}", frozenset(), _going_on(trial)),
                 trial.task,
             )
             for trial in group
         ]
         return train_rows(self.script, asked, self.session, self.console, part)
 
-    def _alone(self, trial: Trial, part: Part) -> None:
+    def _alone(self, trial: Trial, part: RunPart) -> None:
         done = self.record.of(trial.name)
         self.console.print(f"run {trial.name}", highlight=False)
         try:

@@ -24,7 +24,7 @@ _LINES = (".jsonl", ".ndjson", ".json")
 NumberedRow = tuple[int, Row]
 
 
-class Part(NamedTuple):
+class FilePart(NamedTuple):
     """One file, or another source of rows, in blocks.
 
     Attributes:
@@ -60,7 +60,7 @@ class AtByte:
 class Blocks:
     """The blocks of one or several data sets, one after the other."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[FilePart]) -> None:
         self.parts = parts
         self.sizes = np.concatenate([part.sizes for part in parts])
         self._ends = np.cumsum([len(part.sizes) for part in parts])
@@ -102,7 +102,7 @@ def find_blocks(names: Sequence[str], *, split: str, subset: str | None) -> Bloc
     return Blocks(parts)
 
 
-def _of_file(path: Path) -> Part:
+def _of_file(path: Path) -> FilePart:
     if path.suffix.lower() == ".parquet":
         return _of_parquet(path)
     if path.suffix.lower() not in _LINES or path.suffix.lower() == ".json" and _is_array(path):
@@ -114,7 +114,7 @@ def _of_file(path: Path) -> Part:
     sizes = np.full(-(-size // BLOCK), BLOCK, np.int64)
     sizes[-1:] = size - BLOCK * (len(sizes) - 1)
     read = functools.partial(_read_lines, path, BLOCK)
-    return Part(str(path), "byte", sizes, read, _fingerprint(path))
+    return FilePart(str(path), "byte", sizes, read, _fingerprint(path))
 
 
 def _is_array(path: Path) -> bool:
@@ -162,7 +162,7 @@ def _lines(path: Path, first: int, last: int) -> Iterator[tuple[int, bytes]]:
             at = file.tell()
 
 
-def _of_parquet(path: Path) -> Part:
+def _of_parquet(path: Path) -> FilePart:
     import pyarrow
     import pyarrow.parquet
 
@@ -183,10 +183,10 @@ def _of_parquet(path: Path) -> Part:
             for n, row in enumerate(rows, start=first)
         ]
 
-    return Part(str(path), "row", sizes, read, _fingerprint(path))
+    return FilePart(str(path), "row", sizes, read, _fingerprint(path))
 
 
-def _of_arrow(name: str, dataset: Any) -> Part:
+def _of_arrow(name: str, dataset: Any) -> FilePart:
     """Returns a data set that `datasets` maps into memory, which loads only the rows in use."""
     n = len(dataset)
     a_row = max(1, (dataset.data.nbytes or n) // max(n, 1))
@@ -199,7 +199,7 @@ def _of_arrow(name: str, dataset: Any) -> Part:
     spots = np.linspace(0, n - 1, min(n, _SPOTS)).astype(int).tolist()
     seen = [json.dumps(row, default=repr) for row in dataset.select(spots)]
     digest = hashlib.sha256(repr((n, seen)).encode()).hexdigest()
-    return Part(name, "row", a_row * np.array(counts, np.int64), read, digest)
+    return FilePart(name, "row", a_row * np.array(counts, np.int64), read, digest)
 
 
 def _fingerprint(path: Path) -> str:

@@ -68,7 +68,7 @@ def worth(asked: str | None, n_rows: int) -> bool:
     return asked is not None or n_rows >= _FEW
 
 
-def read(path: Path) -> Sequences | None:
+def read_tokens(path: Path) -> Sequences | None:
     """Returns the tokens that a file keeps; None if there is none, or it is damaged."""
     try:
         data = path.read_bytes()

@@ -33,7 +33,7 @@ def tokenize(
     """
     console, source = hosts.console(), dataset.name
     path = cache.place(dataset.kept_in, dataset.key, tokenizer, train_on=train_on)
-    found = None if path is None else cache.read(path)
+    found = None if path is None else cache.read_tokens(path)
     # All processes tokenise together, or none does.
     everywhere = hosts.map_over_processes(lambda _: found is not None, range(jax.process_count()))
     if found is not None and all(everywhere):

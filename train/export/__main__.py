@@ -48,7 +48,7 @@ _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class ExportOptions:
     """Write an adapter in PEFT's format or merged into its base; check whether it can be served."""
 
     adapter: str
@@ -93,7 +93,7 @@ class Options:
 class Work:
     """Says what to export: the options, the adapter, its base, and where it is uploaded to."""
 
-    options: Options
+    options: ExportOptions
     console: Console
     adapter: AdapterSource
     base: str
@@ -109,13 +109,13 @@ class Work:
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     options = tyro.cli(
-        tyro.conf.FlagCreatePairsOff[Options], args=args, prog="python -m train.export"
+        tyro.conf.FlagCreatePairsOff[ExportOptions], args=args, prog="python -m train.export"
     )
     with reported():
         run(options)
 
 
-def run(options: Options) -> None:
+def run(options: ExportOptions) -> None:
     """Checks the options, loads the adapter, writes it, and uploads it."""
     console = Console()
     adapter = find_adapter(options.adapter)
@@ -154,7 +154,7 @@ def run(options: Options) -> None:
             upload(console, repository, work.output, Path(folder))
 
 
-def repository_of(options: Options, name: str, base: str) -> Repository:
+def repository_of(options: ExportOptions, name: str, base: str) -> Repository:
     """Returns the repository to upload to, after checking that an upload would succeed.
 
     Raises:
@@ -258,7 +258,7 @@ def write_adapter(work: Work, model: Any, params: Any) -> None:
     hint(work.console, f'PeftModel.from_pretrained({loaded}, "{work.output}")')
 
 
-def check(options: Options) -> int:
+def check(options: ExportOptions) -> int:
     """Checks the options.
 
     Returns:
@@ -299,7 +299,7 @@ def check(options: Options) -> int:
     return shard
 
 
-def check_output(options: Options, output: Path) -> None:
+def check_output(options: ExportOptions, output: Path) -> None:
     """Raises a UserError if the output folder holds something that must not be replaced."""
     if not output.exists():
         return
@@ -329,7 +329,7 @@ def check_apart(output: str | None, adapter: Path, base: str) -> None:
             )
 
 
-def load(options: Options, adapter: AdapterSource, name: str) -> tuple[Any, Any]:
+def load(options: ExportOptions, adapter: AdapterSource, name: str) -> tuple[Any, Any]:
     """Returns the model, and its parameters with the adapter, all in float32."""
     names = adapter.about.get("labels", ())
     num_labels = options.num_labels or adapter.num_labels

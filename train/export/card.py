@@ -27,7 +27,7 @@ from train.run.output import CONFIG, FACTS, REPORT, SCORES
 from train.run.report import versions
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-# Options that shaped the weights, in the order of the card.
+# ExportOptions that shaped the weights, in the order of the card.
 _PLACES = {
     name: traits.card
     for options in (sft.Config(), classify.Config())

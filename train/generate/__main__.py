@@ -11,7 +11,7 @@ from train.console.errors import UserError, reported
 from train.console.output import check_free, closed_pipe
 from train.generate.batch import answer_all, answer_aloud
 from train.generate.chat import talk
-from train.generate.options import Options, check, parse
+from train.generate.options import GenerateOptions, check, parse
 from train.generate.prompts import (
     check_lengths,
     check_template,
@@ -36,7 +36,7 @@ def main(args: Sequence[str] | None = None) -> None:
         run(options)
 
 
-def run(options: Options) -> None:
+def run(options: GenerateOptions) -> None:
     """Loads the model and its adapters, and answers the prompts, or chats.
 
     Raises:

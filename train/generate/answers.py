@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.models import stream
-from train.generate.options import Options
+from train.generate.options import GenerateOptions
 from train.generate.text import Answer
 from train.run.complete import left_padded
 from train.run.pretrained import Outline, end_tokens
@@ -34,7 +34,7 @@ class Speaker:
     params: Any
     apply: Callable[..., Any] | None
     outline: Outline
-    options: Options
+    options: GenerateOptions
 
     def answer(self, most: int | None = None) -> Answer:
         """Returns an empty answer, of at most so many tokens."""

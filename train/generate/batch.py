@@ -8,7 +8,7 @@ from train.console.errors import UserError
 from train.console.output import opened, say
 from train.console.progress import progress_of
 from train.generate.answers import Speaker, answers, spoken
-from train.generate.options import Options
+from train.generate.options import GenerateOptions
 from train.generate.prompts import Prompt, check_lengths, tokenize
 from train.generate.shared_base import Served
 from train.generate.show import Place, Shown, heading, json_lines
@@ -19,7 +19,7 @@ from train.run.pretrained import Outline
 def answer_all(
     served: Served,
     outline: Outline,
-    options: Options,
+    options: GenerateOptions,
     prompts: Sequence[Prompt],
     tokens: Sequence[list[int]],
 ) -> None:
@@ -69,7 +69,7 @@ def answer_all(
 def _answers(
     served: Served,
     outline: Outline,
-    options: Options,
+    options: GenerateOptions,
     rows: Sequence[list[int]],
     progress: Callable[[int], None],
 ) -> Iterator[tuple[str, int, Answer]]:
@@ -87,7 +87,7 @@ def _answers(
 
 
 def answer_aloud(
-    served: Served, outline: Outline, options: Options, prompts: Iterable[Prompt]
+    served: Served, outline: Outline, options: GenerateOptions, prompts: Iterable[Prompt]
 ) -> int:
     """Answers each prompt as it comes, and prints the text as it is generated.
 

@@ -10,7 +10,7 @@ from typing import Any
 from lora_jax.training.data.rows import Conversation
 from train.console.errors import UserError
 from train.generate.answers import Speaker, spoken
-from train.generate.options import Options
+from train.generate.options import GenerateOptions
 from train.generate.prompts import Prompt, tokenize
 from train.generate.shared_base import Served
 from train.generate.text import Answer
@@ -47,14 +47,14 @@ class Chat:
 
     served: Served
     outline: Outline
-    options: Options
+    options: GenerateOptions
     name: str
     system: str | None = None
     turns: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     number: int = 0
 
 
-def talk(served: Served, outline: Outline, options: Options) -> None:
+def talk(served: Served, outline: Outline, options: GenerateOptions) -> None:
     """Chats until /quit or the end of standard input."""
     chat = Chat(served, outline, options, served.names[0], options.system)
     say(f"{_adapters(chat)}. /help lists the commands.")

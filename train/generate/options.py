@@ -15,7 +15,7 @@ BASE = "base"  # the name of the base alone among the adapters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class GenerateOptions:
     """Generate text with a base model and adapters, or chat with them."""
 
     adapter: tuple[str, ...] = ()
@@ -72,10 +72,10 @@ class Options:
     lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR."""
 
 
-def parse(args: Sequence[str]) -> Options:
+def parse(args: Sequence[str]) -> GenerateOptions:
     """Returns the options of a command line."""
     return tyro.cli(
-        tyro.conf.FlagCreatePairsOff[Options], args=args, prog="python -m train.generate"
+        tyro.conf.FlagCreatePairsOff[GenerateOptions], args=args, prog="python -m train.generate"
     )
 
 
@@ -87,7 +87,7 @@ class _Case(NamedTuple):
     without_effect: tuple[str, ...]
 
 
-def check(options: Options, given: frozenset[str] = frozenset()) -> None:
+def check(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:
     """Raises a UserError for options that make no sense, or that were given to no effect."""
     check_seed(options.seed)
     for name in ("adapter", "prompt", "stop"):
@@ -99,7 +99,7 @@ def check(options: Options, given: frozenset[str] = frozenset()) -> None:
             raise UserError(f"{flag(named[0])} {case.why}")
 
 
-def _cases(options: Options) -> list[_Case]:
+def _cases(options: GenerateOptions) -> list[_Case]:
     no_adapter = not [one for one in options.adapter if one != BASE]
     return [
         _Case(
@@ -133,7 +133,7 @@ def _cases(options: Options) -> list[_Case]:
     ]
 
 
-def _check_values(options: Options) -> None:
+def _check_values(options: GenerateOptions) -> None:
     """Raises a UserError for a value that makes no sense by itself."""
     for name in ("max_new_tokens", "batch_size", "num_samples", "top_k"):
         value = getattr(options, name)

@@ -15,7 +15,7 @@ from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
 from train.data.files import kind_of, read_file
 from train.data.text_files import read_lines
-from train.generate.options import Options
+from train.generate.options import GenerateOptions
 from train.run.pretrained import Outline
 
 _TOO_LONG = "prompt and --max-new-tokens"
@@ -52,7 +52,7 @@ def prompt_of(text: str, name: str) -> Prompt:
     return Prompt(name, {"prompt": text}, chat)
 
 
-def read_prompts(options: Options) -> list[Prompt] | None:
+def read_prompts(options: GenerateOptions) -> list[Prompt] | None:
     """Returns the prompts of arguments or of a file; None where neither is given.
 
     Raises:
@@ -110,7 +110,7 @@ def _of_row(row: Row, name: str) -> Prompt:
     return Prompt(name, repeated, chat)
 
 
-def check_template(options: Options, outline: Outline, prompts: Iterable[Prompt]) -> None:
+def check_template(options: GenerateOptions, outline: Outline, prompts: Iterable[Prompt]) -> None:
     """Raises a UserError for what needs a chat template, if the model has none."""
     if outline.tokenizer.chat_template is not None:
         return
@@ -167,7 +167,10 @@ def _rendered(prompt: Prompt, outline: Outline, system: str | None) -> str:
 
 
 def check_lengths(
-    prompts: Sequence[Prompt], tokens: Sequence[list[int]], outline: Outline, options: Options
+    prompts: Sequence[Prompt],
+    tokens: Sequence[list[int]],
+    outline: Outline,
+    options: GenerateOptions,
 ) -> None:
     """Raises a UserError if a prompt and its answer together are longer than the model allows."""
     most = outline.max_tokens - options.max_new_tokens
@@ -180,7 +183,7 @@ def check_lengths(
 
 
 def short_enough(
-    prompts: list[Prompt], tokens: list[list[int]], outline: Outline, options: Options
+    prompts: list[Prompt], tokens: list[list[int]], outline: Outline, options: GenerateOptions
 ) -> tuple[list[Prompt], list[list[int]]]:
     """Returns the prompts and tokens that the model allows, and says which it does not."""
     kept = []

@@ -15,7 +15,7 @@ import lora_jax as lj
 from train.adapters.source import ADAPTER, AdapterSource, find_adapter, merged
 from train.console.errors import UserError
 from train.console.output import say
-from train.generate.options import BASE, Options
+from train.generate.options import BASE, GenerateOptions
 from train.options.sft import DEFAULT_MODEL
 from train.run.pretrained import Outline
 
@@ -116,8 +116,10 @@ class Served:
       names: the names of the adapters; the first one answers first.
     """
 
-    def __init__(self, model: Any, params: Any, adapters: Sequence[Named], options: Options):
-        """Reads the adapters, and says how they run; see `Options.merge`.
+    def __init__(
+        self, model: Any, params: Any, adapters: Sequence[Named], options: GenerateOptions
+    ):
+        """Reads the adapters, and says how they run; see `GenerateOptions.merge`.
 
         Raises:
           UserError: an adapter is damaged or of another base, or cannot be merged as asked.

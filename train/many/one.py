@@ -15,7 +15,7 @@ from lora_jax.training.ready import Ready
 from train.console.errors import flag
 from train.inputs import Inputs
 from train.many.board import Paper
-from train.options.table import Row
+from train.options.table import TableRow
 from train.reporters.files import ERROR
 from train.run.lifecycle import Run
 from train.run.log import read_metrics
@@ -26,7 +26,7 @@ from train.tasks.task import Evaluation, Task
 class Asked(NamedTuple):
     """A run of the table, with its task and the task's defaults."""
 
-    row: Row[Any]
+    row: TableRow[Any]
     task: Task
 
 
@@ -46,7 +46,7 @@ class One:
       score: the task's score in the end.
     """
 
-    row: Row[Any]
+    row: TableRow[Any]
     task: Task
     paper: Paper
     run: Run

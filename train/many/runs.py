@@ -32,7 +32,7 @@ from lora_jax.training.optimizer import has_dropout
 from lora_jax.training.processes import write_json, write_text
 from lora_jax.training.ready import hooks_of, opened, result_of, tree_of
 from lora_jax.training.run.log import duration
-from train.finetune import Part, evaluate_base, measures, run_of, weights_of
+from train.finetune import RunPart, evaluate_base, measures, run_of, weights_of
 from train.inputs import inputs_of
 from train.many.board import Board, Paper, TeeLog, print_results
 from train.many.one import Asked, One
@@ -81,7 +81,7 @@ def train_rows(
     asked: Sequence[Asked],
     session: Session,
     console: Console,
-    part: Part | None = None,
+    part: RunPart | None = None,
 ) -> list[One]:
     """Trains runs side by side, to their ends or as far as `part` says.
 
@@ -97,7 +97,7 @@ def train_rows(
     Raises:
       TrainingError: a row asks for something that cannot be done; nothing was trained.
     """
-    part = part or Part()
+    part = part or RunPart()
     first = asked[0].row.options
     if cached := keep_compiled(first.run.compilation_cache):
         console.print(cached, highlight=False, soft_wrap=True)
@@ -163,7 +163,7 @@ def _opened(
     asked: Asked,
     mesh: Any,
     session: Session,
-    part: Part,
+    part: RunPart,
 ) -> One:
     """Returns a run, its options checked, its folder locked and its rows read."""
     row, task = asked

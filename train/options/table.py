@@ -32,7 +32,7 @@ _YAML = (".yaml", ".yml")
 _TAG = "tag:yaml.org,2002:"
 
 
-class Row(NamedTuple, Generic[Config]):
+class TableRow(NamedTuple, Generic[Config]):
     """A run of a table.
 
     Attributes:
@@ -48,7 +48,7 @@ class Row(NamedTuple, Generic[Config]):
     options: Config
 
 
-def read_table(config: Config, plain: Config, on_line: Collection[str]) -> list[Row[Config]]:
+def read_table(config: Config, plain: Config, on_line: Collection[str]) -> list[TableRow[Config]]:
     """Returns the runs of the file of --many.
 
     Args:
@@ -81,7 +81,7 @@ def placed_error(where: str, error: TrainingError) -> UserError:
     return UserError(f"{where}: {error.said(flag)}")
 
 
-def check_one_base(rows: Sequence[Row[Any]]) -> None:
+def check_one_base(rows: Sequence[TableRow[Any]]) -> None:
     """Raises a UserError for a row whose adapter begins on another base than the first row's.
 
     Args:
@@ -101,7 +101,9 @@ def check_one_base(rows: Sequence[Row[Any]]) -> None:
                 )
 
 
-def _row(config: Config, plain: Config, where: str, cells: Mapping[str, yaml.Node]) -> Row[Config]:
+def _row(
+    config: Config, plain: Config, where: str, cells: Mapping[str, yaml.Node]
+) -> TableRow[Config]:
     kinds, traits = kinds_of(config), traits_of(config)
     values: dict[str, Any] = {}
     for column, node in cells.items():
@@ -128,7 +130,7 @@ def _row(config: Config, plain: Config, where: str, cells: Mapping[str, yaml.Nod
         check_effects(changed, given)
     except TrainingError as error:
         raise placed_error(where, error) from error
-    return Row(name, where, given, changed)
+    return TableRow(name, where, given, changed)
 
 
 def _check_column(column: str, option: str, where: str, traits: Mapping[str, Traits]) -> None:
@@ -158,8 +160,8 @@ def _checked_name(name: str | None, where: str) -> str:
     return name
 
 
-def _check_names(rows: list[Row[Any]]) -> None:
-    seen: dict[str, Row[Any]] = {}
+def _check_names(rows: list[TableRow[Any]]) -> None:
+    seen: dict[str, TableRow[Any]] = {}
     for row in rows:
         first = seen.setdefault(row.name.casefold(), row)  # not every file system tells cases apart
         if first is not row:
@@ -169,7 +171,7 @@ def _check_names(rows: list[Row[Any]]) -> None:
             )
 
 
-def _check_line(rows: list[Row[Any]], on_line: Collection[str]) -> None:
+def _check_line(rows: list[TableRow[Any]], on_line: Collection[str]) -> None:
     """Raises a UserError for an option on the command line that has an effect in no row."""
     for option in sorted(on_line):
         if all(option in row.given or option in idle_options(row.options) for row in rows):
@@ -178,7 +180,7 @@ def _check_line(rows: list[Row[Any]], on_line: Collection[str]) -> None:
                 check_effects(of_none.options, {option})
 
 
-def _place(row: Row[Any]) -> str:
+def _place(row: TableRow[Any]) -> str:
     return row.where.rpartition(", ")[2]
 
 

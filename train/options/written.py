@@ -58,7 +58,8 @@ def check_same_run(options: Options, saved: dict[str, Any], folder: Path) -> Non
     An option that a run's file lacks had its default: the run may be older than the option.
     """
     now, traits = effective(options), traits_of(options)
-    saved = {**{k: v for k, v in as_json(type(options)()).items() if k in now}, **saved}
+    plain: Any = type(options)
+    saved = {**{k: v for k, v in as_json(plain()).items() if k in now}, **saved}
     differing = [
         f"{flag(name)} was {_option(saved.get(name))} and is now {_option(now.get(name))}"
         for name in {**saved, **now}

@@ -92,7 +92,7 @@ class PlanConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class PlanOptions:
     """Plan a run of train.sft: memory, FLOPs, time and cost, for LoRA and full fine-tuning."""
 
     plan: PlanConfig
@@ -105,13 +105,13 @@ def main(args: Sequence[str] | None = None) -> None:
         run(parse(args))
 
 
-def parse(args: Sequence[str] | None = None) -> Options:
+def parse(args: Sequence[str] | None = None) -> PlanOptions:
     """Parses a command line, by default this process's."""
-    flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[Options]]
+    flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[PlanOptions]]
     return tyro.cli(flat, args=args, prog="python -m train.plan")
 
 
-def run(options: Options) -> None:
+def run(options: PlanOptions) -> None:
     """Checks the options, compiles each variant, and prints the plans."""
     asked = options.plan
     jax.config.update("jax_platforms", "cpu")  # leave accelerators to other processes
@@ -179,7 +179,7 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
     return job, with_optimizer_defaults(optim, lr=1e-4, beta2=0.999)
 
 
-def check(options: Options) -> None:
+def check(options: PlanOptions) -> None:
     """Raises a UserError for options that are wrong for any model and machine."""
     asked, adapter = options.plan, options.adapter
     at_least(1, asked, "batch_size", "grad_accum", "seq_len")
@@ -216,7 +216,7 @@ def check(options: Options) -> None:
     rules(adapter)
 
 
-def variants(options: Options) -> list[Variant]:
+def variants(options: PlanOptions) -> list[Variant]:
     """Returns the requested variant and, without --alone, others to compare it with."""
     lora = dataclasses.replace(options.adapter, full=False)
     if options.plan.adapters:

@@ -30,7 +30,7 @@ from train.processes.cache import keep_compiled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class PredictOptions:
     """Classify texts with a trained classifier."""
 
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -75,14 +75,14 @@ class Options:
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     options = tyro.cli(
-        tyro.conf.FlagCreatePairsOff[Options], args=args, prog="python -m train.predict"
+        tyro.conf.FlagCreatePairsOff[PredictOptions], args=args, prog="python -m train.predict"
     )
     with reported(), closed_pipe():
         check(options, given_options(sys.argv[1:] if args is None else args))
         run(options)
 
 
-def run(options: Options) -> None:
+def run(options: PredictOptions) -> None:
     """Classifies the texts and writes the predictions.
 
     Raises:
@@ -94,7 +94,7 @@ def run(options: Options) -> None:
     classifier = find_classifier(
         options.adapter, options.model, options.labels, allow_base_mismatch=mismatch
     )
-    outline, texts = classifier.outline, read(options)
+    outline, texts = classifier.outline, read_texts(options)
     tokens = tokenize(texts, outline, options.seq_len, options.truncate)
     with opened(options.out, options.overwrite) as file:
         apply, params = classifier.load(allow_base_mismatch=mismatch)
@@ -111,7 +111,7 @@ def run(options: Options) -> None:
         write(file, format_of(options.format, options.out), texts, found, classifier.labels)
 
 
-def check(options: Options, given: frozenset[str] = frozenset()) -> None:
+def check(options: PredictOptions, given: frozenset[str] = frozenset()) -> None:
     """Raises a UserError for options that make no sense, or that were given to no effect."""
     if options.texts and options.input is not None:
         raise UserError("texts come from the command line or from --input: give one of them")
@@ -135,7 +135,7 @@ def check(options: Options, given: frozenset[str] = frozenset()) -> None:
             raise UserError(f"--out {options.out} is the file of --input: name another")
 
 
-def read(options: Options) -> Texts:
+def read_texts(options: PredictOptions) -> Texts:
     """Reads the texts from where the options say."""
     if options.texts:
         return of_arguments(options.texts)

@@ -46,7 +46,7 @@ def check(config: Config) -> None:
         )
 
 
-def read(config: Config) -> Rows:
+def read_rows(config: Config) -> Rows:
     """Finds the data sets; reads and checks the rows of those whose tokens are not kept."""
     data = config.data
     names = [dataset.name for dataset in named(data.dataset)]
@@ -238,7 +238,7 @@ def reads(config: Config) -> tuple[str, ...]:
 TASK = Task(
     defaults=Defaults(model=SMOLLM2.name, alpha=2.0, lr=2e-4, full_lr=2e-5),
     check=check,
-    rows=read,
+    rows=read_rows,
     outline=outline,
     examples=examples,
     loss=loss,

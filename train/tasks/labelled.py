@@ -52,7 +52,7 @@ def completed(config: Config) -> Config:
     return dataclasses.replace(config, adapter=adapter)
 
 
-def read(config: Config) -> Rows:
+def read_rows(config: Config) -> Rows:
     """Reads the rows to train on and the rows to test on."""
     return Rows(*read_labelled(config.data))
 
@@ -132,7 +132,7 @@ class Telling:
     def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
         """Does nothing: the head is not trained yet."""
 
-    def recall(self, other: Evaluation) -> bool:
+    def reuse_base_scores(self, other: Evaluation) -> bool:
         """Returns False: nothing of the base is measured."""
         return False
 
@@ -187,7 +187,7 @@ TASK = Task(
     defaults=Defaults(model=MINILM.name, alpha=2.0, lr=1e-3, full_lr=3e-5, epochs=3.0),
     check=check,
     completed=completed,
-    rows=read,
+    rows=read_rows,
     outline=outline,
     examples=examples,
     loss=loss,

@@ -55,7 +55,7 @@ def check(config: Config) -> None:
         raise UserError("--stream holds no rows out: name some with --eval-dataset")
 
 
-def read(config: Config) -> Rows:
+def read_rows(config: Config) -> Rows:
     """Finds the blocks of the data; reads the rows of --eval-dataset."""
     data = config.data
     names = [dataset.name for dataset in named(data.dataset)]
@@ -174,4 +174,4 @@ def _sequences(
     return Sequences.concatenated(map(tokenising.from_json, made))
 
 
-TASK = dataclasses.replace(chats.TASK, check=check, rows=read, examples=examples)
+TASK = dataclasses.replace(chats.TASK, check=check, rows=read_rows, examples=examples)

@@ -91,7 +91,7 @@ class Evaluation(Protocol):
           forward: the model's ``apply``, or that on a tree of codes.
         """
 
-    def recall(self, other: "Evaluation") -> bool:
+    def reuse_base_scores(self, other: "Evaluation") -> bool:
         """Takes what another run measured of the same base, in the place of `before`.
 
         Returns:

@@ -102,7 +102,7 @@ def check(config: Config) -> None:
         raise UserError("--test: the words of --dataset vader have a split of their own, by stem")
 
 
-def read(config: Config) -> Rows:
+def read_rows(config: Config) -> Rows:
     """Returns the words; --rows limits those to train on."""
     train, test = read_words()
     return Rows(train[: config.data.rows], test)
@@ -117,6 +117,6 @@ def prefixes(rows: Sequence[Row], texts: Sequence[str]) -> tuple[str, Sequence[s
 TASK = dataclasses.replace(
     labelled.TASK,
     check=check,
-    rows=read,
+    rows=read_rows,
     evaluation=functools.partial(labelled.Telling, baselines=(prefixes,)),
 )

@@ -19,7 +19,7 @@ from tests.train.tiny import tokenizer, write_jsonl, write_model
 from train import classify
 from train.export import __main__ as export
 from train.predict import batches
-from train.predict.__main__ import Options, main, read
+from train.predict.__main__ import PredictOptions, main, read_texts
 from train.predict.classifier import find_classifier
 from train.predict.texts import Tokens
 from train.run import pretrained
@@ -107,12 +107,12 @@ def test_texts_from_everywhere(tmp_path, monkeypatch, capsys):
     write_jsonl(tmp_path / "rows.jsonl", [{"body": text, "id": 3} for text in TEXTS])
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(TEXTS)))
     for options in (
-        Options(texts=tuple(TEXTS)),
-        Options(input=str(tmp_path / "texts.txt")),
-        Options(input=str(tmp_path / "rows.jsonl"), field="body"),
-        Options(),
+        PredictOptions(texts=tuple(TEXTS)),
+        PredictOptions(input=str(tmp_path / "texts.txt")),
+        PredictOptions(input=str(tmp_path / "rows.jsonl"), field="body"),
+        PredictOptions(),
     ):
-        assert read(options).first == TEXTS
+        assert read_texts(options).first == TEXTS
     assert "texts.txt: 1 empty lines are left out" in capsys.readouterr().err
 
 

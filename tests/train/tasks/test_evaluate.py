@@ -93,7 +93,7 @@ def test_accuracy_is_by_kind_of_question_and_way_to_answer(scores):
 
 def test_the_base_is_asked_once(scores):
     again = Scores(scores.questions)
-    assert again.recall(scores.as_json())
+    assert again.reuse_base_scores(scores.as_json())
     assert again.answers == {way: scores.answers[way] for way in (ZERO_SHOT, FEW_SHOT)}
-    assert not Scores(draw_questions(1)).recall(scores.as_json())
-    assert not Scores(scores.questions).recall({})
+    assert not Scores(draw_questions(1)).reuse_base_scores(scores.as_json())
+    assert not Scores(scores.questions).reuse_base_scores({})

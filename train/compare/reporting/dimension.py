@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from train.compare.options import OF_SUBSPACE
 from train.compare.reporting import tables, words
-from train.compare.reporting.tables import Row
+from train.compare.reporting.tables import ArmRow
 from train.compare.result import Comparison
 
 SHARE = 0.9  # of full fine-tuning's score
@@ -31,7 +31,7 @@ class Dimension(NamedTuple):
     """
 
     method: str
-    rows: tuple[Row, ...]
+    rows: tuple[ArmRow, ...]
     whole: float
     target: float
     smallest: int | None
@@ -98,11 +98,11 @@ def sentence(one: Dimension, score: str) -> str:
     return f"{said}. Between the dimensions tried, d90 is {below} to {above} ({n} seeds)."
 
 
-def _size(row: Row) -> int:
+def _size(row: ArmRow) -> int:
     return row.arm.dimension or 0
 
 
-def _points(curve: Sequence[Row], seed: int) -> list[tuple[int, float]]:
+def _points(curve: Sequence[ArmRow], seed: int) -> list[tuple[int, float]]:
     """Returns the dimensions and scores of a seed, from the smallest dimension on."""
     return [
         (_size(row), run.score)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from train.compare.reporting import dimension, tables, words
-from train.compare.reporting.tables import Row
+from train.compare.reporting.tables import ArmRow
 from train.compare.result import Arm, Comparison, Point
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart.
@@ -72,12 +72,12 @@ class _Drawing:
         """Returns a method's colour, the same in all pictures."""
         return self._colours[method]
 
-    def style(self, row: Row) -> dict[str, Any]:
+    def style(self, row: ArmRow) -> dict[str, Any]:
         """Returns colour, marker and dashes of a row: alike where the rate alone differs."""
         marker, dashes = self._styles[row.arm.at_any_rate()]
         return {"color": self.colour(row.arm.method), "marker": marker, "linestyle": dashes}
 
-    def name(self, row: Row) -> str:
+    def name(self, row: ArmRow) -> str:
         """Returns the name of a row's method, size and targets."""
         return "\n".join(textwrap.wrap(_plain(words.adapter(row.arm, self.arms)), 26))
 
@@ -192,7 +192,7 @@ def _sizes(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     ended = [row for row in drawing.series if row.quality and row.trained_parameters]
     if len(ended) < 2:
         return None
-    groups: dict[Any, list[Row]] = {}
+    groups: dict[Any, list[ArmRow]] = {}
     for row in sorted(ended, key=lambda row: row.trained_parameters or 0):
         groups.setdefault((row.arm.method, row.arm.targets), []).append(row)
     axes = figure.subplots()
@@ -235,7 +235,7 @@ def _dimension(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
 
 def _costs(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     """Draws bars of time, memory and files, a panel each."""
-    panels: list[tuple[str, Callable[[Row], float | None], Callable[[float | None], str]]] = [
+    panels: list[tuple[str, Callable[[ArmRow], float | None], Callable[[float | None], str]]] = [
         ("step time", lambda row: row.step_seconds, words.seconds),
         ("step memory", lambda row: row.compiled_bytes, words.size),
         ("files of a task", lambda row: row.saved_bytes, words.size),
@@ -311,7 +311,7 @@ _PICTURES: dict[str, Drawer] = {
 }
 
 
-def _few(series: Sequence[Row]) -> Sequence[Row]:
+def _few(series: Sequence[ArmRow]) -> Sequence[ArmRow]:
     """Returns few enough rows to tell apart: the smallest, the largest, and some between."""
     whole = [row for row in series if row.is_full]
     others = [row for row in series if not row.is_full]
@@ -348,7 +348,7 @@ def _over_seeds(curves: Iterable[Sequence[Point]]) -> tuple[list[int], Any, Any,
 
 def _points(
     axes: Axes,
-    ended: Sequence[Row],
+    ended: Sequence[ArmRow],
     at: Sequence[float],
     drawing: _Drawing,
     *,
@@ -378,8 +378,8 @@ def _mark(style: dict[str, Any]) -> dict[str, Any]:
 
 def _bars(
     axes: Axes,
-    chosen: Sequence[Row],
-    of: Callable[[Row], float | None],
+    chosen: Sequence[ArmRow],
+    of: Callable[[ArmRow], float | None],
     show: Callable[[float | None], str],
     drawing: _Drawing,
 ) -> None:

@@ -10,7 +10,7 @@ from scipy import stats
 
 from train.compare.options import WITH_OWN_RATE
 from train.compare.reporting import tables, words
-from train.compare.reporting.tables import Measure, Row, Spread
+from train.compare.reporting.tables import ArmRow, Measure, Spread
 from train.compare.result import Arm, Comparison
 
 UNKNOWN_SPREAD = 0.1  # the gap that decides where the spread over seeds is not known
@@ -142,7 +142,7 @@ def recommend(comparison: Comparison) -> Recommendation:
     )
 
 
-def _in_short(lora: Row, full: Row, gap: Gap) -> str:
+def _in_short(lora: ArmRow, full: ArmRow, gap: Gap) -> str:
     """Returns how the qualities compare, as a clause of a headline."""
     if not gap.decides:
         if gap.error is None:
@@ -152,7 +152,9 @@ def _in_short(lora: Row, full: Row, gap: Gap) -> str:
     return f"{words.method(better.arm.method)} is better"
 
 
-def _of_the_spread(gap: Gap, full_ahead: bool, cheaper: bool, rows: Sequence[Row]) -> list[Doubt]:
+def _of_the_spread(
+    gap: Gap, full_ahead: bool, cheaper: bool, rows: Sequence[ArmRow]
+) -> list[Doubt]:
     """Returns why a gap that does not decide may hide that full fine-tuning is better."""
     if gap.decides:
         return []
@@ -188,7 +190,7 @@ def _further(command: str, doubts: Sequence[Doubt]) -> str | None:
     return shlex.join(given)
 
 
-def gap_of(lora: Row, full: Row, measure: Measure) -> Gap:
+def gap_of(lora: ArmRow, full: ArmRow, measure: Measure) -> Gap:
     """Returns by how much an adapter's arm is better than one of full fine-tuning."""
     one, other = lora.quality, full.quality
     assert one and other
@@ -212,14 +214,14 @@ def _half_width(one: Spread, other: Spread) -> float | None:
 class _Names:
     """Names arms as far as they differ."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[ArmRow]) -> None:
         self._arms = [row.arm for row in rows]
 
-    def __call__(self, row: Row) -> str:
+    def __call__(self, row: ArmRow) -> str:
         return words.label(row.arm, self._arms)
 
 
-def _one_sided(lora: Row | None, full: Row | None, rows: Sequence[Row]) -> Recommendation:
+def _one_sided(lora: ArmRow | None, full: ArmRow | None, rows: Sequence[ArmRow]) -> Recommendation:
     missing = "full fine-tuning" if full is None else "an adapter"
     sides = [row for row in rows if (row.is_full if full is None else row.is_adapter)]
     runs = [run for row in sides for run in row.runs]
@@ -242,7 +244,7 @@ def _one_sided(lora: Row | None, full: Row | None, rows: Sequence[Row]) -> Recom
     )
 
 
-def _quality(lora: Row, full: Row, gap: Gap, measure: Measure, names: _Names) -> list[str]:
+def _quality(lora: ArmRow, full: ArmRow, gap: Gap, measure: Measure, names: _Names) -> list[str]:
     """Returns sentences: both qualities, and whether they differ."""
     one, other = lora.quality, full.quality
     assert one and other
@@ -271,7 +273,7 @@ def _seeds(values: Spread) -> str:
     return f"{values.n} seeds" if values.n > 1 else "one seed"
 
 
-def _costs(lora: Row, full: Row) -> tuple[int, list[str]]:
+def _costs(lora: ArmRow, full: ArmRow) -> tuple[int, list[str]]:
     """Returns how many costs speak for the adapter, and a sentence about each measured one."""
     costs = (
         ("Memory of the compiled step", "compiled_bytes", words.size),
@@ -298,7 +300,7 @@ def _costs(lora: Row, full: Row) -> tuple[int, list[str]]:
     return cheaper, said
 
 
-def _smaller(lora: Row, rows: Sequence[Row], measure: Measure, names: _Names) -> list[str]:
+def _smaller(lora: ArmRow, rows: Sequence[ArmRow], measure: Measure, names: _Names) -> list[str]:
     """Names the smallest adapter that is within the spread of the best one."""
     size = lora.trained_parameters
     for row in sorted(rows, key=lambda row: row.trained_parameters or 0):
@@ -313,7 +315,7 @@ def _smaller(lora: Row, rows: Sequence[Row], measure: Measure, names: _Names) ->
     return []
 
 
-def _doubts(side: Row, rows: Sequence[Row], measure: Measure, names: _Names) -> list[Doubt]:
+def _doubts(side: ArmRow, rows: Sequence[ArmRow], measure: Measure, names: _Names) -> list[Doubt]:
     """Returns why a method may do better than its best row here, and what would show it."""
     found = []
     tried = tables.rates_of(side, rows, measure)

@@ -20,7 +20,7 @@ from train.compare.reporting.document import (
 )
 from train.compare.reporting.pictures import Picture, draw
 from train.compare.reporting.recommend import RULE, Recommendation, recommend
-from train.compare.reporting.tables import Row, Spread
+from train.compare.reporting.tables import ArmRow, Spread
 from train.compare.result import Arm, Comparison, Facts
 
 MARKDOWN, HTML = "report.md", "report.html"
@@ -358,7 +358,7 @@ _SECTIONS = (
 )
 
 
-def _others(row: Row) -> str:
+def _others(row: ArmRow) -> str:
     """Returns how the runs of a row ended that have no value."""
     said = []
     for status, name in _ENDINGS.items():

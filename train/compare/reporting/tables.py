@@ -57,7 +57,7 @@ class Spread(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
+class ArmRow:
     """An arm over its seeds; None is what was not measured.
 
     Attributes:
@@ -109,7 +109,7 @@ class Rates(NamedTuple):
       best: the index of the best of them.
     """
 
-    tried: tuple[Row, ...]
+    tried: tuple[ArmRow, ...]
     best: int
 
     @property
@@ -157,7 +157,7 @@ def measure_of(comparison: Comparison) -> Measure:
     return Measure("training", f"training {facts.loss}", False)
 
 
-def rows(comparison: Comparison, measure: Measure | None = None) -> tuple[Row, ...]:
+def rows(comparison: Comparison, measure: Measure | None = None) -> tuple[ArmRow, ...]:
     """Returns a row for each arm, the best first and those without a value last.
 
     Args:
@@ -171,15 +171,15 @@ def rows(comparison: Comparison, measure: Measure | None = None) -> tuple[Row, .
     return tuple(sorted((_row(arm, of_arm[arm], measure) for arm in of_arm), key=_order(measure)))
 
 
-def best(among: Iterable[Row], measure: Measure) -> Row | None:
+def best(among: Iterable[ArmRow], measure: Measure) -> ArmRow | None:
     """Returns the best row: of those whose every seed ended, if there are any."""
     found = [row for row in among if row.quality]
     return min([row for row in found if row.is_whole] or found, key=_order(measure), default=None)
 
 
 def best_of_each(
-    among: Iterable[Row], key: Callable[[Arm], Hashable], measure: Measure
-) -> tuple[Row, ...]:
+    among: Iterable[ArmRow], key: Callable[[Arm], Hashable], measure: Measure
+) -> tuple[ArmRow, ...]:
     """Returns the best row of each group, in the order of the groups' first rows.
 
     Args:
@@ -187,19 +187,19 @@ def best_of_each(
       key: the group of an arm: by method, by method and rank, by targets.
       measure: what is compared.
     """
-    groups: dict[Hashable, list[Row]] = {}
+    groups: dict[Hashable, list[ArmRow]] = {}
     for row in among:
         groups.setdefault(key(row.arm), []).append(row)
     chosen = (best(group, measure) for group in groups.values())
     return tuple(row for row in chosen if row is not None)
 
 
-def series(among: Iterable[Row], measure: Measure) -> tuple[Row, ...]:
+def series(among: Iterable[ArmRow], measure: Measure) -> tuple[ArmRow, ...]:
     """Returns the best row of each method and size; by rank or dimension, full last."""
     return tuple(sorted(best_of_each(among, _kind, measure), key=_place))
 
 
-def with_stopped(among: Sequence[Row], measure: Measure) -> tuple[Row, ...]:
+def with_stopped(among: Sequence[ArmRow], measure: Measure) -> tuple[ArmRow, ...]:
     """Returns `series`, and where no run of a kind ended, the arm that got furthest and lowest."""
     found = {_kind(row.arm): row for row in series(among, measure)}
     for row in sorted(among, key=_last):
@@ -208,12 +208,12 @@ def with_stopped(among: Sequence[Row], measure: Measure) -> tuple[Row, ...]:
     return tuple(sorted(found.values(), key=_place))
 
 
-def rates(among: Iterable[Row], measure: Measure) -> tuple[Rates, ...]:
+def rates(among: Iterable[ArmRow], measure: Measure) -> tuple[Rates, ...]:
     """Returns the rates of arms that differ in nothing else; adapters by rank, full last.
 
     Runs that were stopped early or diverged count as tried, and are never the best.
     """
-    groups: dict[Arm, list[Row]] = {}
+    groups: dict[Arm, list[ArmRow]] = {}
     for row in among:
         groups.setdefault(row.arm.at_any_rate(), []).append(row)
     found = []
@@ -226,7 +226,7 @@ def rates(among: Iterable[Row], measure: Measure) -> tuple[Rates, ...]:
     return tuple(sorted(found, key=lambda one: _place(one.tried[0])))
 
 
-def is_tried(row: Row) -> bool:
+def is_tried(row: ArmRow) -> bool:
     """Returns whether a run of the row says something of its quality: it ended, or diverged."""
     return any(
         run.status in ("done", "stopped early") or (run.status == "failed" and _diverged(run))
@@ -234,7 +234,7 @@ def is_tried(row: Row) -> bool:
     )
 
 
-def rates_of(row: Row, among: Iterable[Row], measure: Measure) -> Rates:
+def rates_of(row: ArmRow, among: Iterable[ArmRow], measure: Measure) -> Rates:
     """Returns the rates that were tried where a row's arm is the best."""
     alike = row.arm.at_any_rate()
     group = [one for one in among if one.arm.at_any_rate() == alike]
@@ -242,7 +242,7 @@ def rates_of(row: Row, among: Iterable[Row], measure: Measure) -> Rates:
     return found
 
 
-def rate_ratio(among: Sequence[Row], measure: Measure) -> float | None:
+def rate_ratio(among: Sequence[ArmRow], measure: Measure) -> float | None:
     """Returns how many times full fine-tuning's best learning rate the best adapter's is."""
     top_full = best((row for row in among if row.is_full), measure)
     top = best((row for row in among if row.is_adapter), measure)
@@ -265,7 +265,7 @@ def storage(comparison: Comparison, tasks: Sequence[int] = TASKS) -> tuple[Store
     return tuple(Stored(n, n * model, comparison.facts.base_bytes + n * adapter) for n in tasks)
 
 
-def _row(arm: Arm, runs: Sequence[Measured], measure: Measure) -> Row:
+def _row(arm: Arm, runs: Sequence[Measured], measure: Measure) -> ArmRow:
     done = [run for run in runs if run.status == "done"]
 
     def mean(of: Callable[[Measured], float | None]) -> float | None:
@@ -273,7 +273,7 @@ def _row(arm: Arm, runs: Sequence[Measured], measure: Measure) -> Row:
         return found and found.mean
 
     forgotten = (run.forgetting for run in done)
-    return Row(
+    return ArmRow(
         arm=arm,
         runs=tuple(runs),
         quality=spread(map(measure.of, runs)),
@@ -294,11 +294,11 @@ def _kind(arm: Arm) -> tuple[Hashable, ...]:
     return arm.method, arm.rank, arm.targets, arm.dimension
 
 
-def _place(row: Row) -> tuple[bool, bool, int]:
+def _place(row: ArmRow) -> tuple[bool, bool, int]:
     return row.is_full, row.arm.method != "lora", row.arm.rank or row.arm.dimension or 0
 
 
-def _last(row: Row) -> tuple[float, float]:
+def _last(row: ArmRow) -> tuple[float, float]:
     """Returns the negative number of steps, and the last held-out loss; means over seeds."""
     steps = spread(run.steps for run in row.runs)
     loss = spread(run.held_out_loss for run in row.runs)
@@ -309,10 +309,10 @@ def _diverged(run: Measured) -> bool:
     return "finite" in (run.error or "") or any(not math.isfinite(one.value) for one in run.losses)
 
 
-def _order(measure: Measure) -> Callable[[Row], tuple[bool, float, int]]:
+def _order(measure: Measure) -> Callable[[ArmRow], tuple[bool, float, int]]:
     """Returns a key by which the best row comes first; of equals, that with fewer parameters."""
 
-    def key(row: Row) -> tuple[bool, float, int]:
+    def key(row: ArmRow) -> tuple[bool, float, int]:
         value = 0.0 if row.quality is None else row.quality.mean
         return row.quality is None, -value if measure.larger else value, row.trained_parameters or 0
 

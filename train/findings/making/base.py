@@ -11,7 +11,7 @@ from lora_jax.training.processes import write_json
 from train import classify, sft
 from train.export import __main__ as export
 from train.findings.making.words import Labelled
-from train.finetune import Part, finetune
+from train.finetune import RunPart, finetune
 from train.predict.batches import probabilities
 from train.predict.classifier import find_classifier
 from train.predict.texts import of_arguments, tokenize
@@ -58,9 +58,9 @@ def train_base(
     hint = resume_hint("train.findings")
     session.stop.remedy = hint
     with session.part():
-        finetune(script, config, module.task_of(config), session, Part(hint=hint))
+        finetune(script, config, module.task_of(config), session, RunPart(hint=hint))
     session.stop.check()
-    export.run(export.Options(adapter=str(run / ADAPTER), merged=True, output=str(model)))
+    export.run(export.ExportOptions(adapter=str(run / ADAPTER), merged=True, output=str(model)))
     shutil.rmtree(run)
     return model
 

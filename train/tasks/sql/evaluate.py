@@ -124,7 +124,7 @@ class Scores:
             },
         }
 
-    def recall(self, saved: Mapping[str, Any]) -> bool:
+    def reuse_base_scores(self, saved: Mapping[str, Any]) -> bool:
         """Takes the base's answers from an interrupted run.
 
         Returns:

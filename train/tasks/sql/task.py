@@ -46,7 +46,7 @@ def check(config: Config) -> None:
         raise UserError("--eval-questions 0 leaves --score-every no questions to ask: give more")
 
 
-def read(config: Config) -> Rows:
+def read_rows(config: Config) -> Rows:
     """Returns the training examples, and the questions of the evaluation as held-out rows."""
     data, optim = config.data, config.optim
     rows = _as_rows(
@@ -79,15 +79,17 @@ class Answering:
     def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
         """Asks the base, without and with solved examples, unless an interrupted run did."""
         path, scores = self.context.folder / SCORES, self.scores
-        if scores.recall(read_json(path)):
+        if scores.reuse_base_scores(read_json(path)):
             return
         for way, few_shot in ((ZERO_SHOT, False), (FEW_SHOT, True)):
             self._ask(way, model, params, forward, few_shot)
         write_json(path, scores.as_json())
 
-    def recall(self, other: Evaluation) -> bool:
+    def reuse_base_scores(self, other: Evaluation) -> bool:
         """Takes the base's answers from another run, if it asked the same questions."""
-        if not isinstance(other, Answering) or not self.scores.recall(other.scores.as_json()):
+        if not isinstance(other, Answering) or not self.scores.reuse_base_scores(
+            other.scores.as_json()
+        ):
             return False
         write_json(self.context.folder / SCORES, self.scores.as_json())
         return True
@@ -175,7 +177,7 @@ TASK = dataclasses.replace(
         model=SMOLLM2.name, alpha=10.0, lr=1e-3, full_lr=1e-4, beta2=0.99, steps=STEPS
     ),
     check=check,
-    rows=read,
+    rows=read_rows,
     examples=examples,
     evaluation=evaluation,
     reads=reads,
