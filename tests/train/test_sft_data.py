@@ -58,7 +58,8 @@ def test_data_sets_in_proportions(model, tmp_path, capsys):
     def read(*more):
         config = parse([*args, *more])
         chats.check(config)
-        made = chats.examples(config, (rows := chats.read_rows(config)), chats.outline(config, rows))
+        rows = chats.read_rows(config)
+        made = chats.examples(config, rows, chats.outline(config, rows))
         return made, "\n".join(made.lines), rows
 
     for packing in ([], ["--packing"]):
