@@ -17,7 +17,7 @@ from train.tasks.sql.task import TASK as SQL
 
 
 def test_rows_are_read_once_for_all_runs_that_share_them(monkeypatch):
-    monkeypatch.setattr(inputs, "read", lambda config, task: object())
+    monkeypatch.setattr(inputs, "read_inputs", lambda config, task: object())
     reader = Reader()
     plain = with_defaults(replaced(Config(), {"dataset": ("rows.jsonl",)}), TASK.defaults)
 

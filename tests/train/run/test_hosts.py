@@ -207,10 +207,10 @@ def test_a_stream_is_the_same_however_many_processes_read_it(processes, monkeypa
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     config = parse(["--dataset", str(data), "--stream", "--steps", "9", "--truncate"])
     outline = Outline("a model", tokenizer(), None, {})
-    (blocks,) = processes(1, lambda: streamed.read(config))[0].train
+    (blocks,) = processes(1, lambda: streamed.read_rows(config))[0].train
 
     def batches():
-        feed = streamed.examples(config, streamed.read(config), outline).feed(9)
+        feed = streamed.examples(config, streamed.read_rows(config), outline).feed(9)
         feed._reader = None  # a process is a thread here, and reads in that thread
         feed.first()
         return [feed.batch(step) for step in range(9)]
