@@ -78,7 +78,7 @@ SCRIPTS: dict[str, tuple[Any, Script]] = {
         SftCompare(),
         Script(
             name="train.sft",
-            plain=sft_options.Config(),
+            plain=sft_options.Config(run=sft_options.SftRunConfig(eval_questions=64)),
             task_of=sft.task_of,
             check=sft.check,
             with_defaults=sft.with_defaults,

@@ -20,6 +20,7 @@ class Defaults:
       lr, full_lr: AdamW's peak learning rate with an adapter, and of full fine-tuning.
       beta2: Adam's decay rate of the squared gradients.
       steps, epochs: the length of a run; one epoch if both are None.
+      eval_questions: number of questions to answer, or of rows to hold out.
     """
 
     model: str
@@ -29,6 +30,7 @@ class Defaults:
     beta2: float = 0.999
     steps: int | None = None
     epochs: float | None = None
+    eval_questions: int = 64
 
 
 def with_defaults(options: Any, defaults: Defaults) -> Any:
@@ -53,7 +55,10 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
     if optim.quantize is None:
         codes: Any = (source.quantize if source else None) or "none"
         optim = dataclasses.replace(optim, quantize=codes)
-    return dataclasses.replace(options, adapter=adapter, optim=optim, data=data)
+    run = options.run
+    if getattr(run, "eval_questions", 0) is None:
+        run = dataclasses.replace(run, eval_questions=defaults.eval_questions)
+    return dataclasses.replace(options, adapter=adapter, optim=optim, data=data, run=run)
 
 
 def _rate(adapter: AdapterConfig, defaults: Defaults) -> float:

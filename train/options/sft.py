@@ -149,10 +149,10 @@ class SftRunConfig(RunConfig):
     """Steps between answers to --sample-prompts; 0 for none."""
     sample_tokens: int = option(64, COURSE, Idle.NO_PROMPTS)
     """The maximum number of tokens of an answer to --sample-prompts."""
-    eval_questions: int = option(64, CHANGEABLE, Idle.NONE_HELD_OUT, Idle.STREAM)
-    """SQL task: questions of each kind to answer before and after training; 0 for none. Other data,
-    with --eval-every: rows to hold out, at most a tenth of all, drawn by --seed; several data sets
-    give their share."""
+    eval_questions: int | None = option(None, CHANGEABLE, Idle.NONE_HELD_OUT, Idle.STREAM)
+    """SQL task: questions of each kind to answer before and after training; by default 16, 0 for
+    none. Other data, with --eval-every: rows to hold out, by default 64, at most a tenth of all,
+    drawn by --seed; several data sets give their share."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -157,7 +157,7 @@ def hold_out(
         )
     if not saved.get("eval_every", run.eval_every):
         return None
-    questions = saved.get("eval_questions", run.eval_questions)
+    questions: Any = saved.get("eval_questions", run.eval_questions)
     if run.eval_every and questions != run.eval_questions:
         raise UserError(
             f"--eval-questions was {questions} and is now {run.eval_questions}: the held-out rows "
