@@ -114,7 +114,8 @@ class State:
     def _object(self, value: Any) -> Iterator[Hashable]:
         kind = type(value)
         yield from self._class(kind)
-        if kind.__hash__ not in (None, object.__hash__) and _is_hashable(value):
+        by_identity: Any = object.__hash__
+        if kind.__hash__ not in (None, by_identity) and _is_hashable(value):
             yield _ByEquality(value)
             return
         slots = [name for base in kind.__mro__ for name in vars(base).get("__slots__", ())]

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -21,6 +21,7 @@ from lora_jax.adapt.fn_state import State, UnknownStateError
 from lora_jax.adapt.nnx_writes import Argument, Output, Snapshot, Writes, changes
 from lora_jax.adapt.rules.flow import sources_among
 from lora_jax.adapt.steps import Steps
+from lora_jax.core.types import Forward, Leaf, Value
 
 _TRACED = object()  # in the place of a traced array
 _MOST_TRACES = 256  # of one function
@@ -40,7 +41,7 @@ class Call:
       others: likewise, arrays that are inputs of the jaxpr beside the weights in any case.
     """
 
-    fn: Callable[..., Any]
+    fn: Forward
     leaves: Sequence[Any]
     treedef: Any
     weights: Mapping[int, Any]
@@ -67,9 +68,10 @@ class Outputs:
 
     def filled(self, arrays: Sequence[Any]) -> tuple[Any, Writes]:
         """Returns the function's result and its writes, for the outputs of the jaxpr."""
-        return self.treedef.unflatten(
+        result: tuple[Any, Writes] = self.treedef.unflatten(
             arrays[leaf.number] if isinstance(leaf, Output) else leaf for leaf in self.leaves
         )
+        return result
 
 
 @dataclasses.dataclass
@@ -239,14 +241,15 @@ def _nothing() -> None:
 
 def _settings() -> Hashable:
     """Returns a value that changes with any of JAX's settings: promotion, precision, a mesh, …"""
-    return _nothing.trace().jaxpr
+    settings: Hashable = _nothing.trace().jaxpr
+    return settings
 
 
-def _type_of(value: Any) -> Hashable:
+def _type_of(value: Value) -> Hashable:
     return value if isinstance(value, jax.ShapeDtypeStruct) else jax.typeof(value)
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: Leaf) -> bool:
     return isinstance(leaf, jax.Array) or (
         isinstance(leaf, np.ndarray) and jnp.issubdtype(leaf.dtype, np.number)
     )

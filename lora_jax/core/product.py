@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from lora_jax.core.base import product
 from lora_jax.core.factored import Factored
@@ -231,7 +232,7 @@ def _delta(
     batch: Dims,
     weight_first: bool,
     rows: Rows | None,
-    dtype: Any,
+    dtype: DTypeLike,
     params: dict[str, Any],
 ) -> jax.Array:
     """Returns s·(xA)B in another shape: the free axes of x may be flattened to one."""

@@ -17,6 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from lora_jax.core.types import Leaf
+
 # "embedding" is the table of tokens, "positions" those of positions and of token types; "pooler" is
 # the dense layer behind BERT's, "transform" that inside a masked language model's head; "head"
 # turns hidden states into logits of tokens, "classifier" into logits of classes.
@@ -220,7 +222,7 @@ def checked_leaves(params: Mapping[str, Any], table: Sequence[Row]) -> dict[str,
     return leaves
 
 
-def _problem(leaf: Any, shape: tuple[int, ...]) -> str | None:
+def _problem(leaf: Leaf, shape: tuple[int, ...]) -> str | None:
     if not isinstance(leaf, np.ndarray | jax.Array):
         return (
             f"is a {type(leaf).__name__}, not an array (an adapted tree has to be merged first: "
@@ -266,7 +268,7 @@ def hf_tensors(params: Mapping[str, Any], table: Sequence[Row]) -> Iterator[tupl
             yield name, np.ascontiguousarray(array.T if row.transpose else array)
 
 
-def _member(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
+def _member(leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
     """Returns leaf[index] on the host, and copies nothing else of the leaf.
 
     Shard by shard: JAX refuses to index an array on a mesh with explicit axes, and would keep a

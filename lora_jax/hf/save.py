@@ -14,9 +14,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from lora_jax.core.types import Fields, Leaf
 from lora_jax.folders import partial_of, put_in_place
 from lora_jax.hf.format import Config
 from lora_jax.hf.hub import resolve
@@ -44,7 +46,7 @@ def save_model(
     *,
     tokenizer: Any = None,
     max_shard_size: int = 5_000_000_000,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     readme: str | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -97,7 +99,7 @@ def _check_target(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _file_dtypes(leaves: Mapping[str, Any], dtype: Any) -> dict[str, np.dtype]:
+def _file_dtypes(leaves: Mapping[str, Leaf], dtype: DTypeLike | None) -> dict[str, np.dtype]:
     """Returns path -> dtype in the file."""
     asked = {
         path: jnp.dtype(leaf.dtype if dtype is None else dtype) for path, leaf in leaves.items()
@@ -207,5 +209,5 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return sorted({p for name in _TOKENIZER_FILES for p in folder.glob(name) if p.is_file()})
 
 
-def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+def _write_json(path: Path, fields: Fields) -> None:
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lora_jax.hf import load, sources
 from lora_jax.hf.hub import resolve
@@ -27,8 +28,8 @@ from lora_jax.quantized import QuantRule
 def from_pretrained(
     name_or_path: str | Path,
     *,
-    dtype: Any = jnp.float32,
-    param_dtype: Any = None,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
     remat: bool | str = False,
     attention: str | Attend = "auto",
     experts: str | Experts = "auto",
@@ -118,7 +119,7 @@ def save_pretrained(
     *,
     tokenizer: Any = None,
     max_shard_size: int = 5_000_000_000,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     readme: str | None = None,
     overwrite: bool = False,
 ) -> None:

@@ -13,11 +13,12 @@ either: it is a parameter, ``gate.weight``, packed as one expert.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from lora_jax.core.types import Fields
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.modules import Module, ends_with
 from lora_jax.peft.names import PREFIX
@@ -73,7 +74,7 @@ def end_of(name: str) -> str:
     return ".".join(name.split(".")[-2:])
 
 
-def targeted_experts(config: Mapping[str, Any], model: Any) -> list[Expert]:
+def targeted_experts(config: Fields, model: Any) -> list[Expert]:
     """Lists the kernels of experts and routers that target_parameters selects.
 
     Args:

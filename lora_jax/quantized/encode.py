@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 
 from lora_jax.core.axes import AxisRoles
 from lora_jax.core.base import along
@@ -79,7 +80,7 @@ def encode(
     format: str | Format | Coding = "nf4",
     roles: AxisRoles | None = None,
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     name: str = "the array",
 ) -> Coded:
     """Returns an array in codes. For readers of files, tensor by tensor; see also `quantize`.
@@ -166,18 +167,19 @@ def warn_of_lost(n_lost: int, coded: Coded, name: str) -> None:
         )
 
 
-def _abstract(array: Any, coding: Coding, dtype: Any) -> Coded:
+def _abstract(array: Any, coding: Coding, dtype: DTypeLike) -> Coded:
     """Returns the shapes of an array's codes, with shardings if the array lies on a mesh."""
     shape = jax.ShapeDtypeStruct(array.shape, array.dtype)
-    result: Coded = jax.eval_shape(lambda array: _encoded(array, coding, dtype)[0], shape)
+    coded: Coded = jax.eval_shape(lambda array: _encoded(array, coding, dtype)[0], shape)
     sharding = getattr(array, "sharding", None)
     if not isinstance(sharding, NamedSharding):
-        return result
-    return jax.tree.map(
+        return coded
+    placed: Coded = jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-        result,
-        shardings_of(result, sharding),
+        coded,
+        shardings_of(coded, sharding),
     )
+    return placed
 
 
 def shardings_of(coded: Coded, of_array: NamedSharding) -> Coded:
@@ -194,7 +196,8 @@ def shardings_of(coded: Coded, of_array: NamedSharding) -> Coded:
         picked = tuple(None if axis < 0 else spec[axis] for axis in axes)
         return sharding_for(picked, array.shape, mesh)
 
-    return along(coded, place)
+    shardings: Coded = along(coded, place)
+    return shardings
 
 
 @functools.lru_cache(maxsize=256)
@@ -203,7 +206,7 @@ def _encoder(coding: Coding, dtype: Any, treedef: Any, places: Any) -> Any:
     return jax.jit(lambda array: _encoded(array, coding, dtype), out_shardings=where)
 
 
-def _encoded(array: jax.Array, coding: Coding, dtype: Any) -> tuple[Coded, jax.Array]:
+def _encoded(array: jax.Array, coding: Coding, dtype: DTypeLike) -> tuple[Coded, jax.Array]:
     """Returns an array in codes, and the numbers of blocks not finite and lost: int32 [2]."""
     format, axis = coding.format, coding.axis % array.ndim
     n = array.shape[axis]

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax.core.paths import has_run
+from lora_jax.core.types import Leaf
 
 # The modules that hold scanned layers in `lora_jax.models`, and by custom elsewhere.
 STACKS = ("layers", "encoder/layer", "transformer/h")
@@ -100,7 +101,7 @@ def _ends_with(path: str, name: str) -> bool:
     return has_run(path, name) and f"/{path}".endswith(f"/{name}")
 
 
-def _names(path: str, leaf: Any, stacks: Sequence[str]) -> tuple[str, ...]:
+def _names(path: str, leaf: Leaf, stacks: Sequence[str]) -> tuple[str, ...]:
     stack = _stack_of(path, stacks)
     if stack is None:
         return (_logical(path),)

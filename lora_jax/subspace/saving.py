@@ -10,9 +10,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lora_jax.core.types import Fields, Tree
 from lora_jax.core.weight import Trained
-from lora_jax.lorafy import Tree
-from lora_jax.saving.checkpoint import AdapterError, adapter_info, load_adapter, save_adapter
+from lora_jax.saving.checkpoint import adapter_info, load_adapter, save_adapter
+from lora_jax.saving.errors import AdapterError
 from lora_jax.saving.fingerprint import checksum
 from lora_jax.subspace.moving import draws_of
 from lora_jax.subspace.space import Subspace, Theta, make
@@ -117,7 +118,7 @@ def save(
     theta: Mapping[str, Any],
     base: Tree,
     *,
-    about: Mapping[str, Any] | None = None,
+    about: Fields | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a subspace to `folder`: θ_d, λ, the seed, the selection, the base's fingerprint.
@@ -184,7 +185,7 @@ def load(
     return found, theta_of(tree)
 
 
-def _check_same(folder: Any, saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def _check_same(folder: Any, saved: Fields, found: Mapping[str, Any]) -> None:
     if saved["draws"] != found["draws"] and saved["seed"] == found["seed"]:
         raise AdapterError(
             f"the subspace {folder} was trained where JAX drew other random numbers from the seed "

@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lora_jax.core.base import is_base
+from lora_jax.core.types import Tree
 from lora_jax.core.weight import is_node, leaves_of
-from lora_jax.lorafy import Tree
 from lora_jax.rules import Targets, TrainRule
 from lora_jax.select.resolve import resolve
 from lora_jax.subspace.fastfood import MOST
@@ -57,7 +58,7 @@ class Subspace:
         """D, the number of parameters that move."""
         return sum(tensor.size for tensor in self.tensors)
 
-    def zeros(self, dtype: Any = jnp.float32) -> Theta:
+    def zeros(self, dtype: DTypeLike = jnp.float32) -> Theta:
         """Returns the start: θ_d = 0, and each λ = 1.
 
         Args:

@@ -151,7 +151,7 @@ def check_positions(model: Any, examples: Examples) -> None:
         )
 
 
-def check_optimizer(optimizer: Any, weight_decay: float) -> None:
+def check_optimizer(optimizer: object, weight_decay: float) -> None:
     """Raises a TrainingError for an unknown optimiser, or a weight decay that it would not use."""
     if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
         raise TrainingError(f"optimizer={optimizer!r}: give {', '.join(OPTIMIZERS)}, or your own")

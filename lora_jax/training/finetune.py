@@ -19,6 +19,7 @@ import optax
 import lora_jax as lj
 from lora_jax import models
 from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.types import Forward, Tree
 from lora_jax.core.weight import is_node
 from lora_jax.training.arguments import (
     ADAPTER,
@@ -99,7 +100,7 @@ class _Pace:
 
 def finetune(
     model: Any,
-    params: Any,
+    params: Tree,
     examples: Examples | Mapping[str, Any],
     rules: Sequence[lj.LoraRule | lj.TrainRule] | None = None,
     *,
@@ -302,7 +303,7 @@ def finetune(
         )
 
 
-def _adapted(params: Any, rules: Any, kinds: Any, key: jax.Array, start: Path | None) -> Any:
+def _adapted(params: Tree, rules: Any, kinds: Any, key: jax.Array, start: Path | None) -> Tree:
     """Returns the adapted tree, whose trained arrays are this run's own.
 
     Args:
@@ -326,7 +327,7 @@ def _adapted(params: Any, rules: Any, kinds: Any, key: jax.Array, start: Path | 
     return lj.join(jax.tree.map(jnp.copy, adapter), base)  # the step donates them
 
 
-def _forward(model: Any, ready: Ready) -> Callable[..., Any]:
+def _forward(model: Any, ready: Ready) -> Forward:
     """Returns the function that the loss calls: adapted, a model's activations on the mesh."""
     if hasattr(model, "placement"):
         return ready.setup.forward(model)

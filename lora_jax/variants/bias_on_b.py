@@ -5,6 +5,7 @@ The shift of the products is s·c, and the part that trains is c.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lora_jax.core.factored import Factored
@@ -12,7 +13,7 @@ from lora_jax.core.weight import LoraWeight, Part
 from lora_jax.variants.variant import InPeft, Variant
 
 
-def _first_bias(node: LoraWeight) -> Any:
+def _first_bias(node: LoraWeight) -> jax.Array:
     return jnp.zeros(node.shape_of("bias"), node.b.dtype)
 
 

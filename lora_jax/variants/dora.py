@@ -32,15 +32,19 @@ def _norms(node: LoraWeight, a: Any, b: Any) -> jax.Array:
     def of_layer(layer: Any) -> jax.Array:
         index, a, b, scale = layer
 
-        def picked(array: Any, axes: Axes) -> Any:
+        def picked(array: jax.Array, axes: Axes) -> jax.Array:
             if axis not in axes:
                 return array
-            return lax.dynamic_index_in_dim(array, index, axes.index(axis), keepdims=False)
+            one: jax.Array = lax.dynamic_index_in_dim(
+                array, index, axes.index(axis), keepdims=False
+            )
+            return one
 
         w = as_array(along(node.base, picked, [axis]))
         return column_norms(w, a, b, scale, labels)
 
-    return lax.map(of_layer, (jnp.arange(node.shape[axis]), a, b, node.scale))
+    norms: jax.Array = lax.map(of_layer, (jnp.arange(node.shape[axis]), a, b, node.scale))
+    return norms
 
 
 def _first_magnitude(node: LoraWeight) -> jax.Array:

@@ -15,9 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from lora_jax.core.parts import AXES, cleared
 from lora_jax.core.paths import fold_in_path
+from lora_jax.core.types import Leaf, Parts
 from lora_jax.core.weight import LoraWeight, Part
 from lora_jax.variants.variant import Derived, Kernel, Remake, Variant
 
@@ -35,7 +37,7 @@ class Projections:
         self.seed, self.widths = seed, widths
         self._drawn: dict[Any, jax.Array] = {}
 
-    def __call__(self, leaf: Any, kernel: Kernel) -> dict[str, Any]:
+    def __call__(self, leaf: Leaf, kernel: Kernel) -> Parts:
         """Returns the arrays of a weight: shared_a [r, in…], shared_b [r, out…] and the seed."""
         del leaf
         rank, (ins, outs) = max(kernel.ranks), kernel.sides
@@ -48,7 +50,14 @@ class Projections:
         }
 
     def _first_columns(
-        self, name: str, *, sizes: tuple[int, ...], width: int, fan: int, rank: int, dtype: Any
+        self,
+        name: str,
+        *,
+        sizes: tuple[int, ...],
+        width: int,
+        fan: int,
+        rank: int,
+        dtype: DTypeLike,
     ) -> jax.Array:
         """Returns the columns of a matrix that a weight sees, in the shape of its axes."""
 
@@ -96,7 +105,7 @@ def _widest(shapes: Iterable[Widths]) -> Widths:
     return max(ins), max(outs)
 
 
-def _kernel(node: LoraWeight, dtype: Any, path: str = "") -> Kernel:
+def _kernel(node: LoraWeight, dtype: DTypeLike, path: str = "") -> Kernel:
     return Kernel(path, node.shape, node.roles, node.ranks, np.dtype(dtype))
 
 
@@ -115,7 +124,7 @@ def _again(there: Mapping[str, Any]) -> Remake:
     del there
     drawn: dict[Any, Projections] = {}
 
-    def pair(path: str, weight: LoraWeight, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    def pair(path: str, weight: LoraWeight, recipe: Mapping[str, Any]) -> Parts:
         ins, outs = recipe["widths"]
         key = (recipe["seed"], ins, outs, weight.rank)
         if key not in drawn:

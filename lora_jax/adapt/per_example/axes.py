@@ -14,6 +14,7 @@ from lora_jax.adapt.per_example.walk import followed
 from lora_jax.adapt.traces import Call, Trace
 from lora_jax.adapt.user_code import place_of_call
 from lora_jax.core.factored import ExamplesError, Factored
+from lora_jax.core.types import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +62,11 @@ def mapped(call: Call, nodes: Mapping[int, Any], axes: Axes) -> dict[int, int]:
     return found
 
 
-def _holds(tree: Any, nodes: Mapping[int, Any]) -> bool:
+def _holds(tree: Tree, nodes: Mapping[int, Any]) -> bool:
     return any(place in nodes for place in jax.tree.leaves(tree))
 
 
-def _pairs(prefix: Any, tree: Any) -> Iterator[tuple[Any, Any]]:
+def _pairs(prefix: Any, tree: Tree) -> Iterator[tuple[Any, Any]]:
     """Returns each leaf of a tree with that of its prefix, where None is a leaf, too."""
     boxed = jax.tree.map(_Leaf, prefix, is_leaf=lambda axis: axis is None)
     axes = (leaf.axis for leaf in jax.tree.leaves(jax.tree.broadcast(boxed, tree)))

@@ -15,9 +15,10 @@ from lora_jax.core.base import along, as_array
 from lora_jax.core.factored import Factored
 from lora_jax.core.parts import Axes
 from lora_jax.core.product import combined
+from lora_jax.core.types import BaseLike, Outputs, Value
 
 
-def _gather(_: Interpreter, use: Use) -> list[Any] | None:
+def _gather(_: Interpreter, use: Use) -> Outputs:
     """Looks up rows of A along an in axis; along a batch axis, takes whole factors."""
     weight, indices = use.values
     if isinstance(indices, Factored):
@@ -33,7 +34,7 @@ def _looked_up(
     numbers: lax.GatherDimensionNumbers,
     sizes: tuple[int, ...],
     use: Use,
-) -> Any:
+) -> Value:
     """Returns the rows, or the members of a stack; None if the look-up has no factored form.
 
     Where the axis is kept with size one (as vmap does for `table[i]`), it is put back at the end.
@@ -170,7 +171,12 @@ def _take(
 
 
 def _of_stack(
-    weight: Factored, base: Any, axis: int, indices: jax.Array, offsets: Sequence[int], look_up: Any
+    weight: Factored,
+    base: BaseLike,
+    axis: int,
+    indices: jax.Array,
+    offsets: Sequence[int],
+    look_up: Any,
 ) -> Factored:
     """Returns the weights of some indices of a stack; the places are batch axes."""
     others = [a for a in range(len(weight.labels)) if a != axis]
@@ -185,7 +191,7 @@ def _of_stack(
     have = [*stack[:at], *[("place", i) for i in range(n_places)], *stack[at + 1 :]]
     order = [have.index(source[a]) for a in sorted(source) if labels[a] == "batch"]
 
-    def taken(array: Any, axes: Axes) -> Any:
+    def taken(array: jax.Array, axes: Axes) -> jax.Array:
         if axis not in axes:
             return array
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):

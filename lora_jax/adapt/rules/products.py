@@ -17,6 +17,7 @@ from lora_jax.core.base import product
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import wide
 from lora_jax.core.product import Rows, combined, dot, is_sharded
+from lora_jax.core.types import Outputs
 
 
 def with_base(use: Use, place: int) -> Any:
@@ -27,15 +28,15 @@ def with_base(use: Use, place: int) -> Any:
         others[0] = x
 
         def bind(w: jax.Array, *others: Any) -> jax.Array:
-            (out,) = use.bind([*others[:place], w, *others[place:]])
-            return out
+            out: list[jax.Array] = use.bind([*others[:place], w, *others[place:]])
+            return out[0]
 
         return product(bind, use.values[place].base, *others)
 
     return apply
 
 
-def dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
+def dot_general(interpreter: Interpreter, use: Use) -> Outputs:
     """Returns the product of x with a weight, in either order; None if it has no factored form."""
     weight_first = isinstance(use.values[0], Factored)
     x, weight = use.values[::-1] if weight_first else use.values
@@ -142,7 +143,7 @@ def check_bias(interpreter: Interpreter, weight: Factored, use: Use) -> None:
     )
 
 
-def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
+def _conv_general_dilated(_: Interpreter, use: Use) -> Outputs:
     """Convolves with A, then multiplies by B at each place. In axes: space and input features."""
     x, weight = use.values
     params = use.params

@@ -12,9 +12,10 @@ from jax import lax
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.core.factored import Factored
+from lora_jax.core.types import Outputs, Value
 
 
-def _linear_solve(interpreter: Interpreter, use: Use) -> list[Any] | None:
+def _linear_solve(interpreter: Interpreter, use: Use) -> Outputs:
     """Keeps the factors of weights that the operator multiplies by; merges a right-hand side.
 
     None where the operator would not be linear (a bias on B), or not the same in each step
@@ -25,7 +26,7 @@ def _linear_solve(interpreter: Interpreter, use: Use) -> list[Any] | None:
         return None
     solve = eqns.linear_solve_of(use.eqn)
 
-    def plain(value: Any) -> Any:
+    def plain(value: Value) -> Value:
         if not isinstance(value, Factored):
             return value
         return interpreter.merged(value, use.eqn.primitive.name, use.eqn)

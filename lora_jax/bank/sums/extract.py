@@ -17,8 +17,9 @@ from lora_jax.core.axes import Label
 from lora_jax.core.base import along, as_array
 from lora_jax.core.magnitude import wide
 from lora_jax.core.parts import Axes, layout
+from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows, leaves_of
-from lora_jax.lorafy import Tree, lorafy, nodes_of
+from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.rules import LoraRule, Rule
 
 # Fields of a LoraRule that say which kernels are adapted and how they train on.
@@ -243,16 +244,19 @@ def _decomposed(
     dtype = max(wide(before.dtype), wide(after.dtype), key=lambda kind: np.dtype(kind).itemsize)
     order: tuple[Label, ...] = ("batch", "in", "out")
 
-    def matrix(leaf: Any) -> jax.Array:
+    def matrix(leaf: Leaf) -> jax.Array:
         own = labels
         if "batch" in labels:
             axis = labels.index("batch")
             own = (*labels[:axis], *labels[axis + 1 :])
 
-            def picked(array: Any, axes: Axes) -> Any:
+            def picked(array: jax.Array, axes: Axes) -> jax.Array:
                 if axis not in axes:
                     return array
-                return lax.dynamic_index_in_dim(array, layer, axes.index(axis), keepdims=False)
+                one: jax.Array = lax.dynamic_index_in_dim(
+                    array, layer, axes.index(axis), keepdims=False
+                )
+                return one
 
             leaf = along(leaf, picked, [axis])
         array = as_array(leaf)
@@ -278,18 +282,23 @@ def _distance(before: Any, after: Any) -> jax.Array:
     if not _is_float(old):
         return jnp.any(old != new).astype(jnp.float32)
     dtype = max(wide(old.dtype), wide(new.dtype), key=lambda kind: np.dtype(kind).itemsize)
-    return jnp.linalg.norm((new.astype(dtype) - old.astype(dtype)).reshape(-1))
+    return _length(new.astype(dtype) - old.astype(dtype))
 
 
 @jax.jit
-def _norm(leaf: Any) -> jax.Array:
+def _norm(leaf: Leaf) -> jax.Array:
     array = as_array(leaf)
     if not _is_float(array):
-        return jnp.float32(1)
-    return jnp.linalg.norm(array.astype(wide(array.dtype)).reshape(-1))
+        return jnp.ones((), jnp.float32)
+    return _length(array.astype(wide(array.dtype)))
 
 
-def _is_float(array: Any) -> bool:
+def _length(array: jax.Array) -> jax.Array:
+    length: jax.Array = jnp.linalg.norm(array.reshape(-1))
+    return length
+
+
+def _is_float(array: jax.Array) -> bool:
     return jnp.issubdtype(array.dtype, jnp.inexact)
 
 

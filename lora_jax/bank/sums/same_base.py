@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax.core.base import is_abstract
+from lora_jax.core.types import Tree
 from lora_jax.core.weight import Trained, is_node, leaves_of
-from lora_jax.lorafy import Tree
 from lora_jax.saving.fingerprint import base_fingerprint, differing
 
 

@@ -24,6 +24,7 @@ from lora_jax.bank.together.stacked import (
     tree_of,
 )
 from lora_jax.bank.together.tenants import Kind, Tenant
+from lora_jax.core.types import BaseLike, Batch, Tree
 from lora_jax.core.weight import LoraWeight, Trained, leaves_of
 from lora_jax.training.losses import Logits
 from lora_jax.training.step import State
@@ -105,7 +106,8 @@ class Stack:
 
     def _writable_state(self) -> State:
         """Returns the state, whose memory may be taken; choices that are held keep their arrays."""
-        return self.state._replace(adapter=self._held.writable(self.state.adapter))
+        state: State = self.state._replace(adapter=self._held.writable(self.state.adapter))
+        return state
 
     def put(self, name: str, tenant: Tenant) -> None:
         """Puts an adapter into a free slot."""
@@ -127,19 +129,20 @@ class Stack:
     def take(self, name: str) -> State:
         """Returns a copy of the state of one adapter."""
         slot = self.names.index(name)
-        return _taken(self.state, np.int32(slot), _Axes(self._axes[0]))
+        state: State = _taken(self.state, np.int32(slot), _Axes(self._axes[0]))
+        return state
 
     def free(self, name: str) -> None:
         """Frees the slot of an adapter."""
         self.names[self.names.index(name)] = None
 
-    def tree(self, name: str, base: Any) -> Any:
+    def tree(self, name: str, base: Tree) -> Tree:
         """Returns a copy of one adapter as an adapted tree over the base."""
         slot = np.int32(self.names.index(name))
         state, fixed = _taken((self.state, self.fixed), slot, _Axes(self._axes))
         return tree_of(self.kind, base, state.adapter, fixed)
 
-    def step(self, base: Any, calls: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    def step(self, base: Tree, calls: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
         """Takes a step with each adapter that has a batch; the others stay as they are.
 
         Args:
@@ -169,7 +172,7 @@ class Stack:
             for name, metrics in jax.device_get(found).items()
         }
 
-    def compiled_bytes(self, base: Any, batch: Any) -> int:
+    def compiled_bytes(self, base: Tree, batch: Batch) -> int:
         """Returns the bytes that a step needs beside the base: its state and what it computes with.
 
         Args:
@@ -179,10 +182,11 @@ class Stack:
         names = [name for name in self.names if name is not None]
         arguments = self._arguments(base, dict.fromkeys(names, batch))
         memory: Any = self._steps.of_all.lower(self.state, *arguments).compile().memory_analysis()
-        state = sum(x.nbytes for x in jax.tree.leaves(self.state))
-        return state + memory.temp_size_in_bytes
+        state: int = sum(x.nbytes for x in jax.tree.leaves(self.state))
+        temporaries: int = memory.temp_size_in_bytes
+        return state + temporaries
 
-    def _arguments(self, base: Any, batches: Mapping[str, Any]) -> tuple[Any, ...]:
+    def _arguments(self, base: Tree, batches: Mapping[str, Any]) -> tuple[Any, ...]:
         """Returns the arguments of the step of all slots after the state."""
         active = np.array([name in batches for name in self.names])
         blank = jax.tree.map(np.zeros_like, next(iter(batches.values())))
@@ -190,7 +194,7 @@ class Stack:
         batch = jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
         return self.fixed, self._numbers, base, active, batch
 
-    def slots(self, base: Any) -> Any:
+    def slots(self, base: Tree) -> Tree:
         """Returns the arrays that train as a bank's tree, whose slot 0 is the base; no copies.
 
         While the tree is held, no step changes it.
@@ -211,7 +215,7 @@ class Stack:
 class _Axes:
     """Axes of arrays in a tree, as an argument that a compiled function is chosen by."""
 
-    def __init__(self, tree: Any) -> None:
+    def __init__(self, tree: Tree) -> None:
         self.tree = tree
         leaves, treedef = jax.tree.flatten(tree)
         self._key = (tuple(leaves), treedef)
@@ -246,7 +250,7 @@ def _empty(n: int, one: Any, axis: int) -> jax.Array:
     return jnp.zeros(shape, one.dtype)
 
 
-def _slots(shell: Any, base: Any, arrays: Mapping[str, Any], axis: int) -> Any:
+def _slots(shell: Any, base: BaseLike, arrays: Mapping[str, Any], axis: int) -> Any:
     """Returns the slots of one weight, less the base's."""
     if isinstance(shell, Trained):
         return ValueSlots({"value": arrays["value"]}, base=base)

@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.bank.together.tenants import Arrays, Kind, Tenant, arrays_of, with_arrays
+from lora_jax.core.types import Batch, Leaf, Tree
 from lora_jax.core.weight import leaves_of
 from lora_jax.lorafy import nodes_of, split, strip
 from lora_jax.training.losses import Logits, Sums
@@ -43,7 +44,7 @@ def traced_step(
     forward: Logits,
     like: Tenant,
     slots: int,
-    batch: Any,
+    batch: Batch,
     compiler_options: Mapping[str, str] | None = None,
 ) -> tuple[jax.stages.Traced, State]:
     """Traces the step of a stack that need not be there.
@@ -76,7 +77,7 @@ def traced_step(
     return steps.of_all.trace(state, fixed, numbers, strip(like.params), active, batch), state
 
 
-def tree_of(kind: Kind, base: Any, adapter: Arrays, fixed: Arrays) -> Any:
+def tree_of(kind: Kind, base: Tree, adapter: Arrays, fixed: Arrays) -> Tree:
     """Returns an adapted tree of a kind.
 
     Args:
@@ -87,7 +88,7 @@ def tree_of(kind: Kind, base: Any, adapter: Arrays, fixed: Arrays) -> Any:
     """
     leaves, treedef = leaves_of(base)
 
-    def node(path: str, leaf: Any) -> Any:
+    def node(path: str, leaf: Leaf) -> Any:
         if path not in kind.shells:
             return leaf
         return with_arrays(kind.shells[path], leaf, {**adapter[path], **fixed[path]})
@@ -121,7 +122,7 @@ def content_of(kind: Kind, tenant: Tenant) -> tuple[State, Arrays]:
 def form_of(kind: Kind, like: Tenant) -> tuple[Any, Any, Any]:
     """Returns shapes, axes of the slots and stacked shardings of (state, fixed arrays)."""
 
-    def content(params: Any, key: Any) -> tuple[State, Arrays]:
+    def content(params: Tree, key: Any) -> tuple[State, Arrays]:
         return content_of(kind, dataclasses.replace(like, params=params, key=key))
 
     shapes: Any = jax.eval_shape(content, like.params, like.key)
@@ -209,7 +210,7 @@ def compiled_steps(
     noisy = neftune(forward, kind.noise) if kind.noise else forward
     gradient = make_gradient(noisy, dropout=kind.dropout, loss=kind.loss)
 
-    def gradient_of_one(state: State, fixed: Arrays, base: Any, batch: Any) -> tuple[Sums, Any]:
+    def gradient_of_one(state: State, fixed: Arrays, base: Tree, batch: Batch) -> tuple[Sums, Any]:
         whole = tree_of(kind, base, state.adapter, fixed)
         return gradient(state, split(whole)[1], batch)
 
@@ -218,7 +219,7 @@ def compiled_steps(
     )
 
     def updated(
-        one: State, own: Arrays, numbers: Numbers, base: Any, active: Any, sums: Sums, grads: Any
+        one: State, own: Arrays, numbers: Numbers, base: Tree, active: Any, sums: Sums, grads: Any
     ) -> tuple[State, Metrics]:
         """Updates one adapter, if it is active."""
 
@@ -245,14 +246,14 @@ def compiled_steps(
         return replaced(state, new, slot, axes), metrics
 
     def of_all(
-        state: State, fixed: Arrays, numbers: Numbers, base: Any, active: Any, batch: Any
+        state: State, fixed: Arrays, numbers: Numbers, base: Tree, active: Any, batch: Batch
     ) -> tuple[State, Metrics]:
         sums, grads = gradients(state, fixed, base, batch)
         xs = (fixed, numbers, base, active, sums, grads)
         return lax.scan(functools.partial(visit, xs), state, jnp.arange(active.shape[0]))
 
     def of_one(
-        state: State, fixed: Arrays, numbers: Numbers, base: Any, slot: Any, batch: Any
+        state: State, fixed: Arrays, numbers: Numbers, base: Tree, slot: Any, batch: Batch
     ) -> tuple[State, Metrics]:
         one, own = indexed(state, slot, axes), indexed(fixed, slot, axes_of_fixed)
         mine = jax.tree.map(lambda x: x[slot], numbers)
@@ -267,13 +268,13 @@ def compiled_steps(
     return Steps(jitted(of_all), jitted(of_one))
 
 
-def indexed(stacked: Any, slot: Any, axes: Any) -> Any:
+def indexed(stacked: Any, slot: Any, axes: Any) -> Tree:
     """Returns what one slot holds."""
     take = functools.partial(lax.dynamic_index_in_dim, keepdims=False)
     return jax.tree.map(lambda x, axis: take(x, slot, axis), stacked, axes)
 
 
-def replaced(stacked: Any, one: Any, slot: Any, axes: Any) -> Any:
+def replaced(stacked: Any, one: Any, slot: Any, axes: Any) -> Tree:
     """Returns stacked arrays with others in one slot."""
     put = lax.dynamic_update_index_in_dim
     return jax.tree.map(lambda x, new, axis: put(x, new, slot, axis), stacked, one, axes)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.format import GGUF
 from lora_jax.hf.keys import WeightsError
@@ -59,9 +60,7 @@ def _in_order(rows: np.ndarray, name: str, config: DecoderConfig) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _read(
-    family: Family, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
-) -> DecoderConfig:
+def _read(family: Family, metadata: Fields, shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
     """Reads a configuration from GGUF metadata.
 
     Args:

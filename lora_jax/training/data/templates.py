@@ -44,7 +44,8 @@ def template_of(tokenizer: Any, chat: Conversation) -> str:
     """Returns the chat template that renders a conversation; some models have one for tools."""
     if isinstance(tokenizer.chat_template, str):
         return tokenizer.chat_template
-    return tokenizer.get_chat_template(None, chat.tools)
+    template: str = tokenizer.get_chat_template(None, chat.tools)
+    return template
 
 
 def marks_answers(template: str) -> bool:
@@ -78,7 +79,7 @@ def asked(chat: Conversation, tokenizer: Any) -> str:
     """
     n = len(chat.messages)
     check_variables(chat, template_of(tokenizer, chat))
-    text = render(chat, n, tokenizer, ask=True)
+    text: str = render(chat, n, tokenizer, ask=True)
     if needs_a_look(chat):
         rendered = Rendered(chat, n, text, tokenizer, ask=True)
         rendered.check(n)
@@ -252,7 +253,7 @@ class Rendered(NamedTuple):
         messages = [dict(turns.get(i, turn)) for i, turn in enumerate(self.chat.messages)]
         chat = self.chat._replace(messages=messages)
         try:
-            text = render(chat, self.end, self.tokenizer, ask=self.ask)
+            text: str = render(chat, self.end, self.tokenizer, ask=self.ask)
         except Exception:  # what a template refuses, it has read
             return True
         return text.rstrip() != self.text.rstrip()

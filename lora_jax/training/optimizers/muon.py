@@ -11,6 +11,7 @@ from optax.contrib import MuonDimensionNumbers
 from lora_jax.core.axes import KERNEL_NAMES
 from lora_jax.core.parts import RANK
 from lora_jax.core.paths import leaf_name
+from lora_jax.core.types import Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained
 from lora_jax.lorafy import map_parts, nodes_of
 from lora_jax.select.resolve import is_table_or_head
@@ -18,7 +19,7 @@ from lora_jax.select.resolve import is_table_or_head
 _RMS = 0.2  # of AdamW's updates, as Liu et al. measured it
 
 
-def orthogonalised(params: Any, *, momentum: float) -> optax.GradientTransformation:
+def orthogonalised(params: Tree, *, momentum: float) -> optax.GradientTransformation:
     """Returns Muon's direction for matrices, and AdamW's for all else that trains.
 
     A and B of each layer and expert are matrices, [rank, in] and [rank, out]; so are kernels that
@@ -59,7 +60,7 @@ def orthogonalised(params: Any, *, momentum: float) -> optax.GradientTransformat
     )
 
 
-def dimension_numbers(params: Any) -> dict[tuple[str, str], MuonDimensionNumbers | None]:
+def dimension_numbers(params: Tree) -> dict[tuple[str, str], MuonDimensionNumbers | None]:
     """Returns the axes of each trained array that make its matrix; None where it is none.
 
     Args:
@@ -93,7 +94,7 @@ def _numbers(path: str, node: Node, name: str, array: Any) -> MuonDimensionNumbe
     )  # Flax's convention; the rest batch
 
 
-def described(params: Any) -> str:
+def described(params: Tree) -> str:
     """Returns how many arrays are treated as matrices, and which go to AdamW, in words."""
     numbers = dimension_numbers(params)
     others = sorted({path for (path, _), found in numbers.items() if found is None})

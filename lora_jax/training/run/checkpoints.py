@@ -106,7 +106,8 @@ class Checkpoints:
         try:
             self._check_files(newest)
             args = ocp.args.Composite(run=ocp.args.JsonRestore())
-            return self._open().restore(newest, args=args)["run"]
+            run: dict[str, Any] = self._open().restore(newest, args=args)["run"]
+            return run
         except Exception:
             return None
 
@@ -170,7 +171,8 @@ class Checkpoints:
     def _recorded(self) -> dict[str, Digests]:
         """Returns the digests of each complete checkpoint, by step."""
         try:
-            return json.loads(self._record.read_text())
+            recorded: dict[str, Digests] = json.loads(self._record.read_text())
+            return recorded
         except (OSError, ValueError) as error:
             if isinstance(error, FileNotFoundError) and not self._open().all_steps():
                 return {}
