@@ -89,7 +89,7 @@ def _nodes_for(what: str, params: Tree) -> dict[str, Node]:
     raise ValueError(f"{what} needs an adapted tree, and this one is plain: call lorafy first")
 
 
-def map_nodes(visit: Callable[[str, Any], Any], tree: Tree) -> Tree:
+def map_nodes(visit: Callable[[str, Any], Leaf], tree: Tree) -> Tree:
     """Returns a tree with ``visit(path, node)`` in place of each node."""
 
     def visited(keys: tuple[Any, ...], leaf: Leaf) -> Leaf:
@@ -268,7 +268,7 @@ def swap(params: Tree, other: Tree) -> Tree:
         if a != b:
             raise ValueError(f"swap: {path!r} is {a} in one tree and {b} in the other")
 
-    def swapped(path: str, node: Any) -> Leaf:
+    def swapped(path: str, node: Node) -> Leaf:
         if isinstance(node, Trained):
             return theirs[path]
         kept = {"dropout": node.dropout} if isinstance(node, LoraWeight) else {}

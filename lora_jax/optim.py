@@ -42,7 +42,7 @@ def freeze_base(optimizer: optax.GradientTransformation) -> optax.GradientTransf
     0.0
     """
 
-    def labels(params: Tree) -> Any:
+    def labels(params: Tree) -> Tree:
         return jax.tree.map(lambda trains: "train" if trains else "freeze", trainable_mask(params))
 
     return optax.partition({"train": optimizer, "freeze": optax.set_to_zero()}, labels)

@@ -58,7 +58,7 @@ def shardings(params: Tree, table: Table, mesh: Mesh) -> Tree:
     """
     leaves, treedef = leaves_of(params)
 
-    def of(path: str, leaf: Leaf) -> Any:
+    def of(path: str, leaf: Leaf) -> Leaf:
         if is_node(leaf):
             return _of_node(path, leaf, table, mesh)
         if not hasattr(leaf, "shape"):

@@ -9,7 +9,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.sharding import Sharding
 
 from lora_jax.adapt.user_code import user_context
-from lora_jax.core.types import Forward, Value
+from lora_jax.core.types import Forward, Leaf, Value
 
 AnyJaxpr = ClosedJaxpr | Jaxpr
 
@@ -31,8 +31,8 @@ def type_of(atom: Any) -> Any:
 
 
 def trace_with(
-    fn: Forward, leaves: Sequence[Any], treedef: Any, places: Sequence[int]
-) -> Callable[..., list[Any]]:
+    fn: Forward, leaves: Sequence[Leaf], treedef: jax.tree_util.PyTreeDef, places: Sequence[int]
+) -> Callable[..., list[Value]]:
     """Returns a function of the leaves at `places` alone, the others being closed over.
 
     It calls ``fn(*args)`` with all leaves as `treedef` has them, and returns the traced outputs.

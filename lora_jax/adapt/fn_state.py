@@ -56,7 +56,7 @@ class State:
     def __hash__(self) -> int:
         return self._hash
 
-    def arrays(self) -> list[Any]:
+    def arrays(self) -> list[jax.Array | np.ndarray]:
         """Returns the arrays that the values refer to."""
         return [v for v in self._seen.values() if isinstance(v, (jax.Array, np.ndarray))]
 

@@ -21,7 +21,7 @@ from lora_jax.adapt.user_code import Place, place_of, place_of_call, user_contex
 from lora_jax.core.base import rearranged
 from lora_jax.core.factored import ExamplesError, Factored
 from lora_jax.core.product import is_on_mesh
-from lora_jax.core.types import Outputs, Value
+from lora_jax.core.types import Outcome, Value
 
 Live = tuple[bool, ...]
 
@@ -66,7 +66,7 @@ class Use:
         held = zip(source.params["broadcast_dimensions"], before, strict=True)
         return [axis for axis, n in held if n != 1]
 
-    def for_factors(self, x: Any) -> Value:
+    def for_factors(self, x: jax.Array) -> Value:
         """Returns the x that factors multiply: on a mesh, in traced functions, a copy.
 
         Where W's out axes are sharded, x's cotangent from each product with W is an all-reduce. XLA
@@ -91,7 +91,7 @@ class Record(NamedTuple):
 
 
 # A rule returns the equation's outputs, or None to have its operands merged.
-Rule = Callable[["Interpreter", Use], Outputs]
+Rule = Callable[["Interpreter", Use], Outcome]
 
 
 class RoleError(ValueError):
@@ -258,7 +258,7 @@ class Interpreter:
         plain = [self.merged(v, name, eqn) if isinstance(v, Factored) else v for v in values]
         return eqns.bind(eqn, plain)
 
-    def _by_rule(self, rule: Rule, use: Use, steps: Steps | None) -> Outputs:
+    def _by_rule(self, rule: Rule, use: Use, steps: Steps | None) -> Outcome:
         """Returns what a rule makes of an equation, compiled where the call is eager."""
         eqn, name = use.eqn, use.eqn.primitive.name
         if steps is None or name in ("jit", "pjit"):  # compiled by itself
@@ -268,12 +268,12 @@ class Interpreter:
         # A step outlives the call's arrays.
         bare = dataclasses.replace(use, values=[], factor_inputs={})
 
-        def call(values: list[Value]) -> Outputs:
+        def call(values: list[Value]) -> Outcome:
             with user_context(eqn):
                 return rule(self, dataclasses.replace(bare, values=values, factor_inputs={}))
 
         how = (use.live, id(eqn) if name in _READ_AROUND else 0, self.examples, use.at)
-        outputs: Outputs = steps.compiled(eqn, how, call)(use.values)
+        outputs: Outcome = steps.compiled(eqn, how, call)(use.values)
         return outputs
 
     def _examples_in(self, eqn: JaxprEqn, values: Sequence[Value]) -> At | None:
@@ -310,10 +310,10 @@ def _refuse_rows(eqn: JaxprEqn, values: Sequence[Value]) -> None:
             raise ExamplesError(merging.of_each_example(value, eqn.primitive.name, place_of(eqn)))
 
 
-def _cuts_shifted(values: Sequence[Value], outputs: Sequence[Any]) -> bool:
+def _cuts_shifted(values: Sequence[Value], outputs: Sequence[Value]) -> bool:
     """Returns whether a weight with a bias on B lost part of its in axes: it would add it twice."""
 
-    def sizes(among: Sequence[Any]) -> set[int]:
+    def sizes(among: Sequence[Value]) -> set[int]:
         shifted = (v for v in among if isinstance(v, Factored) and v.shift is not None)
         return {math.prod(v.sizes("in")) for v in shifted}
 

@@ -144,7 +144,7 @@ class _Log:
         for path in paths:
             self.lost.setdefault(path, f"{primitive!r} at {place} loses its axes")
 
-    def _kept(self, use: Use, outputs: list[Any]) -> list[Value]:
+    def _kept(self, use: Use, outputs: list[Value]) -> list[Value]:
         """Returns the outputs; notes the leaves among the operands that none of them holds."""
         there = {
             path for v in use.values if isinstance(v, Factored) for path in v.path.splitlines()

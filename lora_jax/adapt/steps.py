@@ -34,8 +34,8 @@ class Steps:
         return outputs
 
     def compiled(
-        self, eqn: JaxprEqn, how: Hashable, call: Callable[[list[Any]], Any]
-    ) -> Callable[[list[Any]], Any]:
+        self, eqn: JaxprEqn, how: Hashable, call: Callable[[list[Value]], Any]
+    ) -> Callable[[list[Value]], Any]:
         """Returns `call`, compiled, which applies the equation; `how` tells its variants apart."""
         known = self._of_equation.get((id(eqn), how))
         if known is None:

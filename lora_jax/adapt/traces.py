@@ -42,8 +42,8 @@ class Call:
     """
 
     fn: Forward
-    leaves: Sequence[Any]
-    treedef: Any
+    leaves: Sequence[Leaf]
+    treedef: jax.tree_util.PyTreeDef
     weights: Mapping[int, Any]
     others: Mapping[int, Any] = field(default_factory=dict)
 
@@ -58,8 +58,8 @@ class Outputs:
     """
 
     leaves: list[Any]
-    treedef: Any
-    assigned: dict[int, Any]
+    treedef: jax.tree_util.PyTreeDef
+    assigned: dict[int, Value]
 
     @functools.cached_property
     def origins(self) -> dict[int, int | None]:
@@ -135,7 +135,9 @@ def _origins(jaxpr: eqns.AnyJaxpr, inputs: Iterable[int], call: Call) -> list[in
     return list(sources_among(jaxpr, places))
 
 
-def _outputs(leaves: list[Any], treedef: Any, origins: list[int | None], call: Call) -> Outputs:
+def _outputs(
+    leaves: list[Any], treedef: jax.tree_util.PyTreeDef, origins: list[int | None], call: Call
+) -> Outputs:
     """Returns what leaves a function, without writes that change nothing.
 
     Args:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ def adapt(
     fn: Forward,
     *,
     strict: bool = False,
-    primitives: Mapping[str, Callable[..., Any]] | None = None,
+    primitives: Mapping[str, Forward] | None = None,
 ) -> Forward:
     """Returns `fn` for adapted trees: each product with an adapted W is xW + s·(xA)B.
 

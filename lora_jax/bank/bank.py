@@ -20,7 +20,7 @@ from lora_jax.bank.mixing import Choice, choose
 from lora_jax.bank.one_base import OneBase
 from lora_jax.bank.slots import WeightSlots, empty_slots, map_slots, slots_of
 from lora_jax.bank.stored import Adapter, BankError, compile_variant, stored, values_of
-from lora_jax.core.types import Leaf, Tree
+from lora_jax.core.types import Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of
 from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.peft.config import FILE as PEFT_CONFIG
@@ -52,7 +52,7 @@ class Bank:
     """
 
     def __init__(
-        self, params: Tree, rules: Sequence[Rule], *, slots: int, model: Any = None
+        self, params: Tree, rules: Sequence[Rule], *, slots: int, model: Model | None = None
     ) -> None:
         """Makes an empty bank.
 
@@ -176,7 +176,7 @@ class Bank:
             adapter = self._kept[name]
         leaves, treedef = leaves_of(self._params)
 
-        def node(path: str, leaf: Leaf) -> Any:
+        def node(path: str, leaf: Leaf) -> Leaf:
             if path not in adapter:
                 return leaf
             mine = jax.tree.map(jnp.asarray, adapter[path])
@@ -332,7 +332,9 @@ def _beside(array: jax.Array, axis: int, value: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _written(arrays: Any, values: Any, slot: Any, axes: tuple[tuple[str, int], ...]) -> Any:
+def _written(
+    arrays: Any, values: Any, slot: jax.typing.ArrayLike, axes: tuple[tuple[str, int], ...]
+) -> Any:
     """Returns arrays, by path and name, with other values in a slot; in the arrays' own memory."""
     put = lax.dynamic_update_index_in_dim
     return {

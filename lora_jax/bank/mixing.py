@@ -81,7 +81,7 @@ def mixed(
     kwarg_axes: Mapping[str, Any] | None = None,
     one_by_one: bool = False,
     strict: bool = False,
-    primitives: Mapping[str, Callable[..., Any]] | None = None,
+    primitives: Mapping[str, Forward] | None = None,
 ) -> Forward:
     """Returns `fn` for batches of which each example has an adapter of its own.
 
@@ -189,7 +189,7 @@ class _Call:
 
     leaves: list[Any]
     axes: list[int | None]
-    treedef: Any
+    treedef: jax.tree_util.PyTreeDef
     out_axes: Any
     choice: Choice
 

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lora_jax.core.axes import AxisRoles
 from lora_jax.core.parts import NEUTRAL, RANK, STATIC
 from lora_jax.core.paths import flatten_with_paths
-from lora_jax.core.types import BaseLike, Parts, Tree
+from lora_jax.core.types import BaseLike, Leaf, Parts, Tree
 from lora_jax.core.weight import LoraWeight, Trained, is_leaf
 
 # A product with all slots' factors at once reads each of them and multiplies by slots·r columns;
@@ -241,7 +241,7 @@ def is_bank_leaf(value: Any) -> bool:
     return is_slots(value) or is_leaf(value)
 
 
-def bank_leaves_of(tree: Tree) -> tuple[list[tuple[str, Any]], Any]:
+def bank_leaves_of(tree: Tree) -> tuple[list[tuple[str, Leaf]], jax.tree_util.PyTreeDef]:
     """Returns the leaves of a bank's tree with their paths, nodes whole, and its treedef."""
     return flatten_with_paths(tree, is_leaf=is_bank_leaf)
 

@@ -11,7 +11,7 @@ from lora_jax.bank.slots import Slots, ValueSlots, WeightSlots
 from lora_jax.core.parts import NEUTRAL, rank_axis
 from lora_jax.core.paths import nearest
 from lora_jax.core.types import BaseLike, Tree
-from lora_jax.core.weight import LoraWeight, Trained
+from lora_jax.core.weight import LoraWeight, Node, Trained
 from lora_jax.lorafy import nodes_of
 from lora_jax.variants import variant_of
 
@@ -43,7 +43,7 @@ def stored(name: str, tree: Tree, slots: Mapping[str, Slots]) -> Adapter:
     return copies
 
 
-def _check_fits(name: str, path: str, node: Any, slots: Mapping[str, Slots]) -> None:
+def _check_fits(name: str, path: str, node: Node, slots: Mapping[str, Slots]) -> None:
     if path not in slots:
         raise BankError(
             f"bank: {name!r} adapts {path!r}, which the bank has no slots for; the nearest that "
@@ -90,7 +90,7 @@ def _check_fits(name: str, path: str, node: Any, slots: Mapping[str, Slots]) -> 
 
 
 def values_of(
-    adapter: Adapter, slots: Mapping[str, Slots], base: Mapping[str, Any]
+    adapter: Adapter, slots: Mapping[str, Slots], base: Mapping[str, BaseLike]
 ) -> dict[str, dict[str, Any]]:
     """Returns the arrays of a slot that holds an adapter, by path and name.
 

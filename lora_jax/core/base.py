@@ -12,10 +12,11 @@ from dataclasses import field
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lora_jax.core.parts import STATIC, Axes
-from lora_jax.core.types import BaseLike
+from lora_jax.core.types import BaseLike, Shaped
 
 # move(array, axes) returns the moved array; the array's axis i holds the weight's axis axes[i].
 Move = Callable[[Any, Axes], Any]
@@ -33,7 +34,7 @@ class Base(Protocol):
         """The shape of W."""
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """The dtype of W."""
 
     def as_array(self) -> jax.Array:
@@ -96,7 +97,7 @@ def is_base(value: Any) -> bool:
     return hasattr(kind, "as_array") and hasattr(kind, "along")
 
 
-def is_of_4_bits(array: Any) -> bool:
+def is_of_4_bits(array: Shaped) -> bool:
     """Returns whether two numbers of an array share a byte, on accelerators."""
     return array.dtype.name in ("int4", "uint4", "float4_e2m1fn")
 

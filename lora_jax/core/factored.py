@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Any
 
@@ -12,7 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from lora_jax.core.axes import AxisRoles, Label
-from lora_jax.core.base import as_array, is_base
+from lora_jax.core.base import Move, as_array, is_base
 from lora_jax.core.magnitude import wide
 from lora_jax.core.parts import AXES, EXAMPLE, STATIC, Axes, layout, sizes, spread
 from lora_jax.core.types import BaseLike, Leaf, Parts
@@ -162,16 +162,16 @@ class Factored:
         """Returns the base's axis for each axis of a part; see `lora_jax.core.parts.layout`."""
         return layout(AXES[name], self.labels)
 
-    def shape_of(self, name: str, shape: Any, labels: Any) -> tuple[int, ...]:
+    def shape_of(self, name: str, shape: Sequence[int], labels: Sequence[Label]) -> tuple[int, ...]:
         """Returns the shape of a part for a base of another shape, with other labels."""
         return sizes(AXES[name], shape, labels, self.rank)
 
-    def along(self, base: BaseLike, move: Callable[[Any, Axes], Any]) -> "Factored":
+    def along(self, base: BaseLike, move: Move) -> "Factored":
         """Returns the weight on another base, with ``move(array, layout)`` for each part."""
         parts = {name: move(array, self.layout(name)) for name, array in self.parts.items()}
         return dataclasses.replace(self, base=base, parts=parts)
 
-    def relabelled(self, base: BaseLike, labels: Any, narrow: Any = None) -> "Factored":
+    def relabelled(self, base: BaseLike, labels: Sequence[Label], narrow: Any = None) -> "Factored":
         """Returns the weight on a base of another shape whose axes keep the order in each role.
 
         Args:

@@ -10,7 +10,6 @@ so that nothing of W's shape is formed, and they count as constants of the deriv
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +20,12 @@ from lora_jax.core.axes import Label
 from lora_jax.core.parts import layout
 
 
-def wide(dtype: DTypeLike) -> Any:
+def wide(dtype: DTypeLike) -> DTypeLike:
     """Returns the dtype to accumulate in: fp32, or the operands' own where they are wider."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return dtype
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+    widest: DTypeLike = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    return widest
 
 
 def column_norms(

@@ -177,7 +177,7 @@ def combined(
     def taken(again: Any, weight: Factored, seen: jax.Array) -> jax.Array:
         return seen + with_factors(dropped(again, weight), weight, seen)
 
-    def columns_rescaled(x: Any, again: Any, weight: Factored) -> jax.Array:
+    def columns_rescaled(x: jax.Array, again: Any, weight: Factored) -> jax.Array:
         return rescaled(taken(again, weight, with_base(x)), placed(weight.gain))
 
     if weight.gain is None:

@@ -72,9 +72,10 @@ class _Node:
         return len(self.base.shape)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """The dtype of W."""
-        return self.base.dtype
+        dtype: jnp.dtype = self.base.dtype
+        return dtype
 
     @property
     def n_trainable(self) -> int:
@@ -373,6 +374,6 @@ def is_leaf(value: Any) -> bool:
     return isinstance(value, Node) or is_base(value)
 
 
-def leaves_of(tree: Tree) -> tuple[list[tuple[str, Any]], Any]:
+def leaves_of(tree: Tree) -> tuple[list[tuple[str, Leaf]], jax.tree_util.PyTreeDef]:
     """Returns the leaves of an adapted tree with their paths, nodes whole, and its treedef."""
     return flatten_with_paths(tree, is_leaf=is_leaf)

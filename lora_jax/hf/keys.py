@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from lora_jax.core.types import Leaf
+from lora_jax.core.types import Leaf, Tree
 
 # "embedding" is the table of tokens, "positions" those of positions and of token types; "pooler" is
 # the dense layer behind BERT's, "transform" that inside a masked language model's head; "head"
@@ -187,7 +187,7 @@ def convert(values: np.ndarray, out: np.ndarray, where: str) -> None:
             )
 
 
-def nested(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def nested(leaves: Iterable[tuple[str, Leaf]]) -> dict[str, Any]:
     """Returns a nested dict, from "/"-joined paths and their values."""
     tree: dict[str, Any] = {}
     for path, value in leaves:
@@ -199,7 +199,7 @@ def nested(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
-def checked_leaves(params: Mapping[str, Any], table: Sequence[Row]) -> dict[str, Any]:
+def checked_leaves(params: Tree, table: Sequence[Row]) -> dict[str, Any]:
     """Returns the arrays of a parameter tree, by path.
 
     Raises:
@@ -238,7 +238,7 @@ def _problem(leaf: Leaf, shape: tuple[int, ...]) -> str | None:
     return None
 
 
-def hf_tensors(params: Mapping[str, Any], table: Sequence[Row]) -> Iterator[tuple[str, np.ndarray]]:
+def hf_tensors(params: Tree, table: Sequence[Row]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields Hugging Face's tensors of a parameter tree, one at a time.
 
     Args:
@@ -287,7 +287,7 @@ def _member(leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
     return out
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{name}/")

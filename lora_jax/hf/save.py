@@ -10,7 +10,6 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +17,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from lora_jax.core.types import Fields, Leaf
+from lora_jax.core.types import Fields, Leaf, Tokenizer, Tree
 from lora_jax.folders import partial_of, put_in_place
 from lora_jax.hf.format import Config
 from lora_jax.hf.hub import resolve
@@ -42,9 +41,9 @@ def save_model(
     folder: str | os.PathLike[str],
     config: Config,
     table: Sequence[Row],
-    params: Mapping[str, Any],
+    params: Tree,
     *,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer = None,
     max_shard_size: int = 5_000_000_000,
     dtype: DTypeLike | None = None,
     readme: str | None = None,
@@ -122,7 +121,7 @@ def _main_dtype(table: Sequence[Row], dtypes: Mapping[str, np.dtype]) -> str:
 
 def _write_weights(
     folder: Path,
-    params: Mapping[str, Any],
+    params: Tree,
     table: Sequence[Row],
     dtypes: Mapping[str, np.dtype],
     max_shard_size: int,
@@ -189,7 +188,7 @@ def _converted(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return out
 
 
-def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     if not isinstance(tokenizer, str | os.PathLike):
         tokenizer.save_pretrained(folder)
         return

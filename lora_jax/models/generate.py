@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.types import Forward, Tree
+from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.models.causal import CausalLM
 from lora_jax.models.layers.cache import Cache, Shared, init_cache
 
@@ -191,7 +191,7 @@ def share(
 
 @functools.partial(jax.jit, static_argnames=("model", "more_tokens", "apply"))
 def _share(
-    params: Tree, ids: jax.Array, *, model: Any, more_tokens: int, apply: Forward | None
+    params: Tree, ids: jax.Array, *, model: Model, more_tokens: int, apply: Forward | None
 ) -> Shared:
     run: Any = model.apply if apply is None else apply
     n = ids.shape[0]

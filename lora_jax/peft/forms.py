@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lora_jax.core.types import Fields
+from lora_jax.core.types import Fields, Leaf
 from lora_jax.core.weight import LoraWeight
 from lora_jax.peft import vera
 from lora_jax.peft.errors import PeftError
@@ -59,13 +59,13 @@ class Form(Protocol):
 FORMS: dict[str, Form] = {"VERA": vera}
 
 
-def form_of(node: Any) -> Form | None:
+def form_of(node: Leaf) -> Form | None:
     """Returns the form of a node of an adapted tree; None for a LoRA or a leaf trained in full."""
     variants = variants_of(node) if isinstance(node, LoraWeight) else []
     return next((form for form in FORMS.values() if form.VARIANT in variants), None)
 
 
-def as_in_peft(path: str, node: Any) -> Any:
+def as_in_peft(path: str, node: Leaf) -> Leaf:
     """Returns a node as PEFT has it: a compact one that PEFT lacks as plain LoRA.
 
     Args:

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_jax.core.base import as_array, is_abstract
 from lora_jax.core.magnitude import wide
-from lora_jax.core.types import BaseLike, Fields, Leaf, Tree
+from lora_jax.core.types import BaseLike, Fields, Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, is_node, leaves_of
 from lora_jax.hf.keys import Row
 from lora_jax.lorafy import lorafy
@@ -49,7 +48,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def load(
-    folder: str | os.PathLike[str], model: Any, params: Tree, *, adapter: str | None = None
+    folder: str | os.PathLike[str], model: Model, params: Tree, *, adapter: str | None = None
 ) -> Tree:
     """Loads an adapter that PEFT wrote: the adapted tree gives PEFT's logits.
 

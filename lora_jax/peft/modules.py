@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_jax.core.types import Fields
+from lora_jax.core.types import Fields, Model
 from lora_jax.hf.keys import Kind, Row
 from lora_jax.models.families import FAMILIES, key_table
 from lora_jax.peft.errors import PeftError
@@ -55,7 +55,7 @@ class Place:
     transpose: bool
 
 
-def table_of(model: Any) -> Sequence[Row]:
+def table_of(model: Model) -> Sequence[Row]:
     """Returns the key table of one of our models, or a table given in its place.
 
     Raises:

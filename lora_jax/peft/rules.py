@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 from lora_jax import init
-from lora_jax.core.types import Fields
+from lora_jax.core.types import Fields, Model
 from lora_jax.hf.keys import Row
 from lora_jax.peft.config import DECOMPOSING_INITS, KIND, SWITCHES, read_config
 from lora_jax.peft.errors import PeftError
@@ -56,7 +56,7 @@ def rules(config: Any, model: Any = None) -> list[Rule]:
     return rules_for(fields, table_of(model), model)
 
 
-def model_type_of(model: Any) -> str | None:
+def model_type_of(model: Model) -> str | None:
     """Returns Hugging Face's name of the model's family, if it says one."""
     return getattr(getattr(model, "config", None), "model_type", None)
 
@@ -96,7 +96,7 @@ def _translated(config: Fields) -> list[Rule]:
 def rules_for(
     config: Fields,
     table: Sequence[Row],
-    model: Any,
+    model: Model,
     *,
     experts: bool = False,
 ) -> list[Rule]:

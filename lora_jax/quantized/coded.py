@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.core.base import Move, is_of_4_bits
 from lora_jax.core.parts import STATIC
+from lora_jax.core.types import Shaped
 from lora_jax.quantized.formats import FORMATS, Format
 
 
@@ -79,7 +80,7 @@ class Coded:
         """Returns the codes after a move of all arrays; see `lora_jax.core.base.Base.along`."""
         whole = self.shape
 
-        def stands_for_blocks(array: Any) -> bool:
+        def stands_for_blocks(array: Shaped) -> bool:
             return any(1 != array.shape[axis] != whole[axis] for axis in touched)
 
         def moved(array: Any) -> Any:
@@ -104,7 +105,7 @@ class Coded:
         return f"Coded({self.format.name!r}, shape={shape}, dtype={np.dtype(self.dtype).name})"
 
 
-def bytes_of(array: Any) -> int:
+def bytes_of(array: Shaped) -> int:
     """Returns the bytes of an array, two numbers of 4 bits in one."""
     bits: int = 4 if is_of_4_bits(array) else 8 * array.dtype.itemsize
     size: int = array.size

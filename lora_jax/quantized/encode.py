@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.core.axes import AxisRoles
 from lora_jax.core.base import along
+from lora_jax.core.types import Shaped
 from lora_jax.quantized.coded import Coded, scales_of, stretched
 from lora_jax.quantized.formats import Format, format_of
 from lora_jax.sharding import sharding_for
@@ -76,7 +77,7 @@ def _block_of(size: int, wanted: int) -> int | None:
 
 
 def encode(
-    array: Any,
+    array: Shaped,
     format: str | Format | Coding = "nf4",
     roles: AxisRoles | None = None,
     *,
@@ -167,7 +168,7 @@ def warn_of_lost(n_lost: int, coded: Coded, name: str) -> None:
         )
 
 
-def _abstract(array: Any, coding: Coding, dtype: DTypeLike) -> Coded:
+def _abstract(array: Shaped, coding: Coding, dtype: DTypeLike) -> Coded:
     """Returns the shapes of an array's codes, with shardings if the array lies on a mesh."""
     shape = jax.ShapeDtypeStruct(array.shape, array.dtype)
     coded: Coded = jax.eval_shape(lambda array: _encoded(array, coding, dtype)[0], shape)
@@ -192,7 +193,7 @@ def shardings_of(coded: Coded, of_array: NamedSharding) -> Coded:
     spec = [*of_array.spec, *[None] * (coded.ndim - len(of_array.spec))]
     mesh: Any = of_array.mesh
 
-    def place(array: Any, axes: Sequence[int]) -> NamedSharding:
+    def place(array: Shaped, axes: Sequence[int]) -> NamedSharding:
         picked = tuple(None if axis < 0 else spec[axis] for axis in axes)
         return sharding_for(picked, array.shape, mesh)
 
@@ -201,7 +202,7 @@ def shardings_of(coded: Coded, of_array: NamedSharding) -> Coded:
 
 
 @functools.lru_cache(maxsize=256)
-def _encoder(coding: Coding, dtype: Any, treedef: Any, places: Any) -> Any:
+def _encoder(coding: Coding, dtype: Any, treedef: jax.tree_util.PyTreeDef, places: Any) -> Any:
     where = None if places is None else (treedef.unflatten(places), None)
     return jax.jit(lambda array: _encoded(array, coding, dtype), out_shardings=where)
 

@@ -268,7 +268,7 @@ def requantize(params: Tree, like: Tree) -> tuple[Tree, dict[str, float]]:
     return treedef.unflatten(coded(path, leaf) for path, leaf in leaves), errors
 
 
-def error_of(coded: Any, array: Any) -> float:
+def error_of(coded: Any, array: jax.Array) -> float:
     """Returns ‖Ŵ − W‖/‖W‖, W an array and Ŵ what its codes stand for.
 
     >>> kernel = jax.random.normal(jax.random.key(1), (4096, 16))

@@ -20,7 +20,7 @@ import numpy as np
 from lora_jax.core.axes import AxisRoles
 from lora_jax.core.parts import AXES, padded, rank_axis, unpadded
 from lora_jax.core.paths import nearest
-from lora_jax.core.types import BaseLike, Fields, Tree
+from lora_jax.core.types import BaseLike, Fields, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Part, Trained, TrainedRows, leaves_of
 from lora_jax.folders import partial_of, put_in_place
 from lora_jax.lorafy import nodes_of, strip, swap
@@ -153,7 +153,7 @@ def load_adapter(
     arrays, weights, rows = _read_arrays(folder, metadata), metadata["weights"], metadata["rows"]
     complete = Remaker(folder, weights, arrays, nodes_of(params))
 
-    def adapted(path: str, base: BaseLike) -> Any:
+    def adapted(path: str, base: BaseLike) -> Leaf:
         if path in weights:
             return complete(path, _weight(base, arrays[path], weights[path], known))
         if path in rows:
@@ -264,7 +264,7 @@ def _check_parts(folder: Path, metadata: Fields, known: Mapping[str, Part]) -> N
         )
 
 
-def _check_shapes(folder: Path, metadata: Fields, leaves: list[tuple[str, Any]]) -> None:
+def _check_shapes(folder: Path, metadata: Fields, leaves: list[tuple[str, Leaf]]) -> None:
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
     settings = {**metadata["weights"], **metadata["rows"]}
     wanted = {path: tuple(each["shape"]) for path, each in settings.items()}

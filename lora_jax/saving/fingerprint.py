@@ -5,7 +5,6 @@ not depend on the mesh.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +40,7 @@ def _sums(x: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(each), jnp.sum(mixed(each ^ jnp.uint32(0xA5A5A5A5)))])
 
 
-def checksum(array: Any) -> str:
+def checksum(array: jax.Array) -> str:
     """Returns an array's dtype and shape, and 16 hexadecimal digits that change with any bit of it.
 
     For example ``float32[3x5]:0123456789abcdef``.

@@ -21,7 +21,7 @@ from lora_jax.variants.variant import Kernel, MakeFactors, Variant
 Starts = Mapping[Variant, MakeFactors]
 
 
-def starts_of(leaves: Mapping[str, Any], chosen: Mapping[str, Choice], key: jax.Array) -> Starts:
+def starts_of(leaves: Mapping[str, Leaf], chosen: Mapping[str, Choice], key: jax.Array) -> Starts:
     """Returns what makes the A and B of a tree's weights, for variants that do not draw them.
 
     Args:

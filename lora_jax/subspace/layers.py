@@ -9,7 +9,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lora_jax.core.paths import has_run
 from lora_jax.core.types import Leaf
@@ -43,7 +42,7 @@ class Tensor:
 
 
 def tensors_of(
-    leaves: Mapping[str, Any], stacks: Sequence[str]
+    leaves: Mapping[str, Leaf], stacks: Sequence[str]
 ) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
     """Returns the tensors of a tree, and the names of their layers.
 
@@ -117,7 +116,7 @@ def _logical(path: str) -> str:
 
 
 def _check_stacks(
-    leaves: Mapping[str, Any], named: Mapping[str, Sequence[str]], stacks: Sequence[str]
+    leaves: Mapping[str, Leaf], named: Mapping[str, Sequence[str]], stacks: Sequence[str]
 ) -> None:
     lengths: dict[str, tuple[str, int]] = {}
     for path in leaves:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from lora_jax.core.magnitude import wide
@@ -46,7 +47,7 @@ def keys_of(seed: int, tensors: Sequence[Tensor]) -> jax.Array:
 def moved(
     keys: jax.Array,
     tensors: Sequence[Tensor],
-    leaves: Mapping[str, Any],
+    leaves: Mapping[str, Leaf],
     theta: jax.Array,
     scale: jax.Array | None,
 ) -> dict[str, jax.Array]:
@@ -86,7 +87,7 @@ def moved(
     return found
 
 
-def placed(array: jax.Array, leaf: Leaf, sharding: Any = None) -> jax.Array:
+def placed(array: jax.Array, leaf: Leaf, sharding: Sharding | None = None) -> jax.Array:
     """Returns a moved leaf with a sharding; by default its own, where it is known."""
     if sharding is None and isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
         sharding = leaf.sharding if len(leaf.sharding.device_set) > 1 else None

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.core.types import Forward, Model
 from lora_jax.models import Decoder
 from lora_jax.training.batches import Arrays, Examples, Packs
 from lora_jax.training.data.labelled import Labelled
@@ -138,7 +139,7 @@ def clear(path: Path) -> None:
     wait_for_all("the folder is cleared")
 
 
-def check_positions(model: Any, examples: Examples) -> None:
+def check_positions(model: Model | Forward, examples: Examples) -> None:
     """Raises a TrainingError for sequences that are longer than a decoder's positions."""
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if most is None or not isinstance(model, Decoder) or not isinstance(examples, Packs):

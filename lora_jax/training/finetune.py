@@ -19,7 +19,7 @@ import optax
 import lora_jax as lj
 from lora_jax import models
 from lora_jax.core.paths import flatten_with_paths
-from lora_jax.core.types import Forward, Tree
+from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.core.weight import is_node
 from lora_jax.training.arguments import (
     ADAPTER,
@@ -99,7 +99,7 @@ class _Pace:
 
 
 def finetune(
-    model: Any,
+    model: Model | Forward,
     params: Tree,
     examples: Examples | Mapping[str, Any],
     rules: Sequence[lj.LoraRule | lj.TrainRule] | None = None,

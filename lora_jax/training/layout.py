@@ -9,7 +9,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.core.types import Tree
+from lora_jax.core.types import Model, Tree
 from lora_jax.lorafy import split
 from lora_jax.models import compiler_options, partition_specs
 from lora_jax.models.layers.masks import Split
@@ -182,14 +182,17 @@ class Layout(Placement):
         """Returns the sharding of a replicated array."""
         return NamedSharding(self.mesh, P())
 
-    def constrained(self, model: Any, *, dropout: bool = False) -> Any:
+    def constrained(self, model: Model, *, dropout: bool = False) -> Model:
         """Returns the model with its activations on the mesh.
 
         Dropout on experts depends on the order of the tokens that are sorted for them. To get the
         result of one device, all tokens are then sorted together, which takes more memory.
         """
         sorts_apart = self.mesh.size == 1 or not dropout
-        return model.clone(placement=dataclasses.replace(self, sorts_apart=sorts_apart))
+        constrained: Model = model.clone(
+            placement=dataclasses.replace(self, sorts_apart=sorts_apart)
+        )
+        return constrained
 
     def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
         """Returns an activation on the mesh; see `lora_jax.models.layers.placement.Placement`.

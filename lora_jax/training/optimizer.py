@@ -10,7 +10,7 @@ from optax import contrib
 
 import lora_jax as lj
 from lora_jax.core.paths import flatten_with_paths
-from lora_jax.core.types import Adapter, Tree
+from lora_jax.core.types import Adapter, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, is_node
 from lora_jax.training.optimizers.named import optimizer_named, settings
 from lora_jax.variants import PARTS
@@ -122,7 +122,7 @@ def averaged(opt_state: optax.OptState, adapter: Adapter) -> Adapter:
     Array([1., 1., 1.], dtype=float32)
     """
 
-    def is_free(node: Any) -> bool:
+    def is_free(node: Leaf) -> bool:
         return isinstance(node, contrib.ScheduleFreeState)
 
     found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_free) if is_free(node)]

@@ -12,7 +12,7 @@ import optax
 
 import lora_jax as lj
 from lora_jax.core.base import is_of_4_bits
-from lora_jax.core.types import Adapter, Batch, Forward, Shaped, Tree
+from lora_jax.core.types import Adapter, Batch, Forward, Model, Shaped, Tree
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
 from lora_jax.training.neftune import neftune
@@ -63,7 +63,7 @@ class Setup:
             noise=noise,
         )
 
-    def forward(self, model: Any) -> Forward:
+    def forward(self, model: Model) -> Forward:
         """Returns a model as the function that the loss calls, its activations on the mesh.
 
         Compile its caller with the layout's `compiler_options`, as `trace` does: on a TPU, the
@@ -197,7 +197,7 @@ class CompiledStep:
 
 def state_shardings(
     layout: Layout, adapter: Adapter, optimizer: optax.GradientTransformation
-) -> Any:
+) -> State:
     """Returns the sharding of each array of a state."""
     of_adapter = jax.tree.map(lambda array: array.sharding, adapter)
     opt_state = _shapes(adapter, optimizer).opt_state

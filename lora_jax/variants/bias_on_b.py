@@ -3,8 +3,6 @@
 The shift of the products is s·c, and the part that trains is c.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -17,7 +15,7 @@ def _first_bias(node: LoraWeight) -> jax.Array:
     return jnp.zeros(node.shape_of("bias"), node.b.dtype)
 
 
-def _shifted(weight: Factored, node: LoraWeight, bias: Any) -> Factored:
+def _shifted(weight: Factored, node: LoraWeight, bias: jax.Array) -> Factored:
     scale = jnp.expand_dims(weight.scale, range(node.n_batch, bias.ndim)).astype(bias.dtype)
     return weight.replace(shift=scale * bias)
 

@@ -19,7 +19,7 @@ from lora_jax.core.weight import LoraWeight, Part
 from lora_jax.variants.variant import InPeft, Variant
 
 
-def _norms(node: LoraWeight, a: Any, b: Any) -> jax.Array:
+def _norms(node: LoraWeight, a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns ‖W + s·AB‖ of each column, [batch…, out…].
 
     Of a stack that is no array, one layer's W is formed at a time.
@@ -53,7 +53,7 @@ def _first_magnitude(node: LoraWeight) -> jax.Array:
     return _norms(node, a, node.b)
 
 
-def _rescaled(weight: Factored, node: LoraWeight, magnitude: Any) -> Factored:
+def _rescaled(weight: Factored, node: LoraWeight, magnitude: jax.Array) -> Factored:
     norms = jax.lax.stop_gradient(_norms(node, weight.a, weight.b))
     return weight.replace(gain=node.where_adapted(magnitude / norms, 1))
 

@@ -9,7 +9,7 @@ uniform distribution for a matrix of its own shape: U(±√(6/in)) for A, U(±�
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,7 +68,7 @@ class Projections:
 
         return self._once((name, rank, dtype, sizes), first)
 
-    def _once(self, key: Any, make: Callable[[], jax.Array]) -> jax.Array:
+    def _once(self, key: Hashable, make: Callable[[], jax.Array]) -> jax.Array:
         if key in self._drawn:
             return self._drawn[key]
         array = make()

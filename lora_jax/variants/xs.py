@@ -78,7 +78,7 @@ def _again(there: Mapping[str, Any]) -> Remake:
     return factors
 
 
-def _decomposes_alike(node: Any, weight: LoraWeight) -> TypeGuard[LoraWeight]:
+def _decomposes_alike(node: Leaf, weight: LoraWeight) -> TypeGuard[LoraWeight]:
     """Returns whether a node has the factors that decomposing a weight's base would give."""
     return (
         isinstance(node, LoraWeight)

@@ -13,7 +13,7 @@ OPTIONAL = {"transformers", "tokenizers", "datasets", "torch", "huggingface_hub"
 # What the files of a folder may import, of this package: what lies below it, and itself.
 SHARED = ("core.types", "hf", "models.layers", "models.causal", "models.rows", "models.specs")
 BELOW = {
-    "hf": ("core.types", "hf", "saving.folders", "quantized"),
+    "hf": ("core.types", "folders", "hf", "quantized"),
     "models/layers": ("core.types", "models.layers"),
     "models/decoder": (*SHARED, "models.decoder"),
     "models/encoder": (*SHARED, "models.encoder"),

@@ -7,7 +7,6 @@ copy of it for each row of such vectors; add other arrays and weights; and join 
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,20 +19,20 @@ from lora_jax.core.axes import Label
 from lora_jax.core.base import as_array
 from lora_jax.core.factored import Factored
 from lora_jax.core.parts import AXES, NEUTRAL, RANK, Axes, sizes
-from lora_jax.core.types import Outputs, Value
+from lora_jax.core.types import Outcome, Value
 
 
-def _mul(_: Interpreter, use: Use) -> Outputs:
+def _mul(_: Interpreter, use: Use) -> Outcome:
     weight, factor = sorted(use.values, key=lambda value: not isinstance(value, Factored))
     return None if isinstance(factor, Factored) else _scaled(use, weight, factor)
 
 
-def _div(_: Interpreter, use: Use) -> Outputs:
+def _div(_: Interpreter, use: Use) -> Outcome:
     weight, divisor = use.values
     return None if isinstance(divisor, Factored) else _scaled(use, weight, 1 / divisor)
 
 
-def _neg(_: Interpreter, use: Use) -> Outputs:
+def _neg(_: Interpreter, use: Use) -> Outcome:
     (weight,) = use.values
     turned = {name: -weight.parts[name] for name in ("scale", "shift") if name in weight.parts}
     return [weight.replace(base=_bases(use)[0], **turned)]
@@ -53,7 +52,7 @@ _SCALED: dict[Label, tuple[str, ...]] = {
 }
 
 
-def _scaled(use: Use, weight: Factored, factor: Any) -> Outputs:
+def _scaled(use: Use, weight: Factored, factor: jax.Array) -> Outcome:
     """Scales a weight by a number, or by what varies along batch axes and one other role."""
     factor = jnp.asarray(factor)
     if not jnp.issubdtype(factor.dtype, jnp.floating):
@@ -92,7 +91,7 @@ def _laid_out(array: jax.Array, axes: Axes, dtype: DTypeLike) -> jax.Array:
     return moved.reshape([1 if axis == RANK else array.shape[axis] for axis in axes]).astype(dtype)
 
 
-def _sum(_: Interpreter, use: Use, sign: int = 1) -> Outputs:
+def _sum(_: Interpreter, use: Use, sign: int = 1) -> Outcome:
     """Adds: W + s·AB + C keeps the factors of W; those of two weights are joined along the rank."""
     values = use.values
     shape = eqns.type_of(use.eqn.outvars[0]).shape
@@ -113,7 +112,7 @@ def _sum(_: Interpreter, use: Use, sign: int = 1) -> Outputs:
     return [folded[0].replace(base=base, **both)]
 
 
-def _aligned(values: Sequence[Value]) -> Outputs:
+def _aligned(values: Sequence[Value]) -> Outcome:
     """Returns the values with all weights' axes in the same roles; None where they cannot be.
 
     A weight that comes transposed to the others (a tied table) is read as (BᵀAᵀ)ᵀ: the names of
@@ -154,12 +153,12 @@ def scale_in_a(weight: Factored) -> Factored:
     return weight.replace(a=a, scale=jnp.ones_like(weight.scale), lambda_d=None)
 
 
-def _concatenate(_: Interpreter, use: Use) -> Outputs:
+def _concatenate(_: Interpreter, use: Use) -> Outcome:
     """Joins kernels end to end: along an in or out axis, each keeps its own columns of rank."""
     return _joined(use, use.values, use.params["dimension"])
 
 
-def _stack(_: Interpreter, use: Use) -> Outputs:
+def _stack(_: Interpreter, use: Use) -> Outcome:
     """Stacks kernels under a new axis, which is a batch axis."""
     axis = use.params["axis"]
 
@@ -172,7 +171,7 @@ def _stack(_: Interpreter, use: Use) -> Outputs:
     return _joined(use, [under(value) for value in use.values], axis)
 
 
-def _joined(use: Use, values: Sequence[Value], dimension: int) -> Outputs:
+def _joined(use: Use, values: Sequence[Value], dimension: int) -> Outcome:
     """Joins weights, and plain arrays among them, along an axis."""
     values = [v.formed() if isinstance(v, Factored) else v for v in values]
     aligned = _aligned(values)
@@ -200,7 +199,7 @@ def _end_to_end(name: str, values: Sequence[Value], first: Factored, dimension: 
     axes = first.layout(name)
     rank = max(v.rank for v in values if isinstance(v, Factored))
 
-    def part(value: Value) -> Any:
+    def part(value: Value) -> jax.Array:
         if not isinstance(value, Factored) or name not in value.parts:
             return _neutral(name, value, values, first, rank)
         array = value.parts[name]
@@ -212,7 +211,9 @@ def _end_to_end(name: str, values: Sequence[Value], first: Factored, dimension: 
     return jnp.concatenate([part(value) for value in values], axis=axes.index(dimension))
 
 
-def _neutral(name: str, value: Value, values: Sequence[Value], first: Factored, rank: int) -> Any:
+def _neutral(
+    name: str, value: Value, values: Sequence[Value], first: Factored, rank: int
+) -> jax.Array:
     """Returns a part that changes nothing, for a value that lacks it."""
     like = next(v.parts[name] for v in values if isinstance(v, Factored) and name in v.parts)
     shape = (value.base if isinstance(value, Factored) else value).shape
@@ -255,7 +256,7 @@ def _size(value: Value, axis: int) -> int:
 def _of_factors(rule: Rule) -> Rule:
     """Returns the rule for weights with factors; it declines a base alone that is no array."""
 
-    def apply(interpreter: Interpreter, use: Use) -> Outputs:
+    def apply(interpreter: Interpreter, use: Use) -> Outcome:
         if all(value.parts for value in use.values if isinstance(value, Factored)):
             return rule(interpreter, use)
         return None

@@ -27,12 +27,12 @@ from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import wide
 from lora_jax.core.parts import RANK
 from lora_jax.core.product import is_dropped, is_sharded
-from lora_jax.core.types import Outputs
+from lora_jax.core.types import Outcome
 
 _SIDES: tuple[Label, Label] = ("out", "in")  # what a product contracts of the left, of the right
 
 
-def _dot_general(interpreter: Interpreter, use: Use) -> Outputs:
+def _dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     """Multiplies two weights to a weight; where that has no form, merges one of the two."""
     if not all(isinstance(value, Factored) for value in use.values):
         return dot_general(interpreter, use)

@@ -17,7 +17,9 @@ from lora_jax.adapt.rules.layout import moved
 from lora_jax.core.base import is_base, splittable
 from lora_jax.core.factored import Factored
 from lora_jax.core.parts import Axes
-from lora_jax.core.types import Outputs, Value
+from lora_jax.core.types import Outcome, Value
+
+_State = tuple[Any, dict[int, Value]]  # of a loop: the iteration, if keys need it, and the carry
 
 
 def _jit(interpreter: Interpreter, use: Use) -> list[Value]:
@@ -57,8 +59,8 @@ def _remat(interpreter: Interpreter, use: Use) -> list[Value]:
 
 
 def _constants(
-    interpreter: Interpreter, use: Use, body: eqns.AnyJaxpr, carries: dict[int, Any], first: int
-) -> dict[int, Any]:
+    interpreter: Interpreter, use: Use, body: eqns.AnyJaxpr, carries: dict[int, Value], first: int
+) -> dict[int, Value]:
     """Takes the weights that a loop carries unchanged out of `carries`; others are merged there.
 
     Args:
@@ -92,7 +94,7 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
     body = interpreter.function(scan.body, None if all(live) else live)
     steps = jnp.arange(scan.length) if _has_keys(use.values) else None
 
-    def step(carry: dict[int, Any], xs: Any) -> tuple[dict[int, Any], list[Any]]:
+    def step(carry: dict[int, Value], xs: Any) -> tuple[dict[int, Any], list[Any]]:
         parts, index = xs
         known = {place: at_site(value, index) for place, value in constant.items()} | carry
         slices = [rebuild(part) for rebuild, part in zip(rebuilders, parts, strict=True)]
@@ -136,7 +138,7 @@ def _sliced(value: Value) -> tuple[Callable[[Any], Any], Any]:
 
     moved(value, collect, [0])
 
-    def rebuild(slices: list[Any]) -> Factored:
+    def rebuild(slices: list[Value]) -> Factored:
         left = iter(slices)
         put = lambda array, axes: next(left) if 0 in axes else array  # noqa: E731
         return moved(value, put, [0]).replace(labels=value.labels[1:])
@@ -160,17 +162,17 @@ def _while(interpreter: Interpreter, use: Use) -> list[Value]:
     condition, body = map(interpreter.function, (loop.condition, loop.body))
     n_axes = eqns.type_of(eqns.opened(loop.condition)[0].outvars[0]).ndim
 
-    def arguments(consts: list[Any], state: tuple[Any, dict[int, Any]]) -> list[Value]:
+    def arguments(consts: list[Value], state: _State) -> list[Value]:
         index, carry = state
         known = {place: at_site(value, index) for place, value in constant.items()} | carry
         ordered = [known[place] for place in range(n_carry)]
         return [*(at_site(value, index) for value in consts), *ordered]
 
-    def go_on(state: tuple[Any, dict[int, Any]]) -> jax.Array:
+    def go_on(state: _State) -> jax.Array:
         goes_on: jax.Array = condition(*arguments(of_condition, state))[0]
         return goes_on.any() if n_axes else goes_on
 
-    def step(state: tuple[Any, dict[int, Any]]) -> tuple[Any, dict[int, Any]]:
+    def step(state: _State) -> _State:
         outputs, (index, before) = body(*arguments(of_body, state)), state
         kept = {p: _plain(interpreter, outputs[p], use, "as a carry") for p in before}
         if n_axes:
@@ -186,7 +188,7 @@ def _while(interpreter: Interpreter, use: Use) -> list[Value]:
     return [final[place] for place in range(n_carry)]
 
 
-def _cond(interpreter: Interpreter, use: Use) -> Outputs:
+def _cond(interpreter: Interpreter, use: Use) -> Outcome:
     """Enters the branches; returns a weight where each branch returns one, all of one form."""
     index, *operands = use.values
     if isinstance(index, Factored):
@@ -200,7 +202,7 @@ def _cond(interpreter: Interpreter, use: Use) -> Outputs:
     bodies = [interpreter.function(jaxpr, live) for jaxpr in use.params["branches"]]
     forms = _forms(use, bodies, operands, live)
 
-    def branch(body: Callable[..., list[Any]]) -> Callable[..., list[Value]]:
+    def branch(body: Callable[..., list[Value]]) -> Callable[..., list[Value]]:
         def leave(place: int, value: Value) -> Value:
             if place in forms:
                 return in_form(value, forms[place])
@@ -214,8 +216,8 @@ def _cond(interpreter: Interpreter, use: Use) -> Outputs:
 
 def _forms(
     use: Use,
-    bodies: Sequence[Callable[..., list[Any]]],
-    operands: Sequence[Any],
+    bodies: Sequence[Callable[..., list[Value]]],
+    operands: Sequence[Value],
     live: Sequence[bool],
 ) -> dict[int, Form]:
     """Returns, by the place of an output, the form of the weights that the branches return."""

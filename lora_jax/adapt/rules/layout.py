@@ -2,8 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,10 @@ from lora_jax.adapt.folds import Folded
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.axis_maps import AxisMap, axis_map
 from lora_jax.core.axes import Label
-from lora_jax.core.base import along, as_array, is_base
+from lora_jax.core.base import Move, along, as_array, is_base
 from lora_jax.core.factored import Factored
 from lora_jax.core.parts import EXAMPLE, RANK, Axes
-from lora_jax.core.types import Outputs, Value
+from lora_jax.core.types import Outcome, Value
 
 _BLOCKS = {"batch": 0, "rank": 1, "in": 2, "out": 2}  # how the axes of each part are ordered
 
@@ -30,7 +29,7 @@ def _only_weight(use: Use) -> Factored | None:
     return first
 
 
-def _rearrange(_: Interpreter, use: Use) -> Outputs:
+def _rearrange(_: Interpreter, use: Use) -> Outcome:
     """Permutes, merges, splits, drops or adds axes; declines where one would mix two roles.
 
     A vector mixes all roles of a weight: it becomes a `Folded`, which may be taken apart again.
@@ -75,7 +74,7 @@ def labels_after(
     return result
 
 
-def _convert(_: Interpreter, use: Use) -> Outputs:
+def _convert(_: Interpreter, use: Use) -> Outcome:
     """Casts the base alone: the factors, which are real, are cast where they are used."""
     weight, out = _only_weight(use), eqns.type_of(use.eqn.outvars[0])
     if weight is None or not jnp.issubdtype(out.dtype, jnp.inexact):
@@ -85,7 +84,7 @@ def _convert(_: Interpreter, use: Use) -> Outputs:
     return [weight.replace(base=use.rearranged(weight))]
 
 
-def _same(_: Interpreter, use: Use) -> Outputs:
+def _same(_: Interpreter, use: Use) -> Outcome:
     """Applies the equation to the base alone: a name, a copy, a barrier, a placement."""
     if len(use.values) == 1:
         return [use.values[0].replace(base=use.rearranged(use.values[0]))]
@@ -98,11 +97,11 @@ def _same(_: Interpreter, use: Use) -> Outputs:
     ]
 
 
-def _stop_gradient(_: Interpreter, use: Use) -> Outputs:
+def _stop_gradient(_: Interpreter, use: Use) -> Outcome:
     return [jax.tree.map(lax.stop_gradient, use.values[0])]
 
 
-def _everywhere(_: Interpreter, use: Use) -> Outputs:
+def _everywhere(_: Interpreter, use: Use) -> Outcome:
     """Applies a `pcast` or a `ppermute` inside shard_map to each of the weight's arrays."""
     if not all(isinstance(value, Factored) for value in use.values):
         return None
@@ -124,9 +123,7 @@ def _varying(array: jax.Array, weight: Factored) -> jax.Array:
     return lax.pcast(array, missing, to="varying") if missing else array
 
 
-def moved(
-    weight: Factored, move: Callable[[Any, Axes], Any], touched: Sequence[int] = ()
-) -> Factored:
+def moved(weight: Factored, move: Move, touched: Sequence[int] = ()) -> Factored:
     """Returns the weight after a move of single axes, alike in its base and its parts."""
     return weight.along(along(weight.base, move, touched), move)
 
@@ -141,7 +138,7 @@ def _part(weight: Factored, slices: dict[int, tuple[int, int, int]]) -> Factored
     return moved(weight, cut, list(slices))
 
 
-def _slice(_: Interpreter, use: Use) -> Outputs:
+def _slice(_: Interpreter, use: Use) -> Outcome:
     weight, start = use.values[0], use.params["start_indices"]
     strides = use.params["strides"] or (1,) * len(start)
     three = list(zip(start, use.params["limit_indices"], strides, strict=True))
@@ -164,7 +161,7 @@ def _row_or_part(weight: Factored, part: Factored) -> Value:
     return row if part.shift is None else row + part.of_columns(part.shift).astype(row.dtype)
 
 
-def _dynamic_slice(_: Interpreter, use: Use) -> Outputs:
+def _dynamic_slice(_: Interpreter, use: Use) -> Outcome:
     weight = _only_weight(use)
     if weight is None:
         return None
@@ -180,12 +177,12 @@ def _dynamic_slice(_: Interpreter, use: Use) -> Outputs:
     return [_row_or_part(weight, moved(weight, cut, _cut_axes(use, weight)))]
 
 
-def _split(_: Interpreter, use: Use) -> Outputs:
+def _split(_: Interpreter, use: Use) -> Outcome:
     axis, ends = use.params["axis"], [0, *itertools.accumulate(use.params["sizes"])]
     return [_part(use.values[0], {axis: (*pair, 1)}) for pair in itertools.pairwise(ends)]
 
 
-def _gathered_over_devices(_: Interpreter, use: Use) -> Outputs:
+def _gathered_over_devices(_: Interpreter, use: Use) -> Outcome:
     """Puts the parts of an axis together inside shard_map, or stacks them under a new axis."""
     (weight,) = use.values
     dimension, params = use.params["all_gather_dimension"], use.params
@@ -209,7 +206,7 @@ def _gathered_over_devices(_: Interpreter, use: Use) -> Outputs:
     return [stacked.replace(labels=labels)]
 
 
-def _rev(_: Interpreter, use: Use) -> Outputs:
+def _rev(_: Interpreter, use: Use) -> Outcome:
     turned = use.params["dimensions"]
 
     def turn(array: jax.Array, axes: Axes) -> jax.Array:
@@ -218,7 +215,7 @@ def _rev(_: Interpreter, use: Use) -> Outputs:
     return [moved(use.values[0], turn, turned)]
 
 
-def _pad(_: Interpreter, use: Use) -> Outputs:
+def _pad(_: Interpreter, use: Use) -> Outcome:
     """Factors are padded with zeros, whatever W is padded with."""
     weight = _only_weight(use)
     if weight is None or weight.key is not None or weight.gain is not None:

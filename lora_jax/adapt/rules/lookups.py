@@ -15,10 +15,10 @@ from lora_jax.core.base import along, as_array
 from lora_jax.core.factored import Factored
 from lora_jax.core.parts import Axes
 from lora_jax.core.product import combined
-from lora_jax.core.types import BaseLike, Outputs, Value
+from lora_jax.core.types import BaseLike, Outcome, Value
 
 
-def _gather(_: Interpreter, use: Use) -> Outputs:
+def _gather(_: Interpreter, use: Use) -> Outcome:
     """Looks up rows of A along an in axis; along a batch axis, takes whole factors."""
     weight, indices = use.values
     if isinstance(indices, Factored):

@@ -12,7 +12,7 @@ from lora_jax.adapt.rules.products import check_bias, check_roles, note_side, wi
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import wide
 from lora_jax.core.product import combined
-from lora_jax.core.types import Outputs
+from lora_jax.core.types import Outcome
 
 _UNIT = 256  # columns that two passes of a TPU's matrix unit take, 128 each
 
@@ -67,7 +67,7 @@ def of_each_row(vectors: jax.Array, sizes: jax.Array, n: int) -> jax.Array:
     return jnp.take(vectors, group, axis=0, mode="clip")
 
 
-def _ragged_dot_general(interpreter: Interpreter, use: Use) -> Outputs:
+def _ragged_dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     """Multiplies tokens that are sorted by expert: each group has its own A, B and s."""
     x, weight, sizes = use.values
     numbers = use.params["ragged_dot_dimension_numbers"]

@@ -18,10 +18,10 @@ from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import wide
 from lora_jax.core.parts import RANK, Axes
 from lora_jax.core.product import dropped, is_dropped
-from lora_jax.core.types import Outputs
+from lora_jax.core.types import Outcome
 
 
-def _reduce_sum(_: Interpreter, use: Use) -> Outputs:
+def _reduce_sum(_: Interpreter, use: Use) -> Outcome:
     """Sums A over in axes and B over out axes; where no axis of a role is left, forms AB.
 
     AB is then a product by broadcasting, or a row or column of sums: no larger than the output.
@@ -50,7 +50,7 @@ def _reduce_sum(_: Interpreter, use: Use) -> Outputs:
     return [whole.replace(base=base)]
 
 
-def _contracted(use: Use, weight: Factored, axes: Sequence[int], stack: Sequence[int]) -> Outputs:
+def _contracted(use: Use, weight: Factored, axes: Sequence[int], stack: Sequence[int]) -> Outcome:
     """Returns the sum of W + s·AB over all axes of a role, and over axes of its stack."""
     if stack and weight.gain is not None:
         return None

@@ -12,10 +12,10 @@ from jax import lax
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.core.factored import Factored
-from lora_jax.core.types import Outputs, Value
+from lora_jax.core.types import Outcome, Value
 
 
-def _linear_solve(interpreter: Interpreter, use: Use) -> Outputs:
+def _linear_solve(interpreter: Interpreter, use: Use) -> Outcome:
     """Keeps the factors of weights that the operator multiplies by; merges a right-hand side.
 
     None where the operator would not be linear (a bias on B), or not the same in each step

@@ -15,7 +15,7 @@ from lora_jax.bank.sums.terms import ARRAYS, rank_of_sum, ranks_by_layer, summed
 from lora_jax.core.base import as_array
 from lora_jax.core.magnitude import wide
 from lora_jax.core.paths import fold_in_path
-from lora_jax.core.types import Tree
+from lora_jax.core.types import BaseLike, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows, leaves_of
 from lora_jax.lorafy import nodes_of
 
@@ -273,13 +273,13 @@ def _weight(
     return node.replace(extras=extras)
 
 
-def _is_kept(values: Sequence[Any], weights: Sequence[float]) -> bool:
+def _is_kept(values: Sequence[jax.Array], weights: Sequence[float]) -> bool:
     """Returns whether a sum is the common value of all, whatever it was before training."""
     same = all(v is values[0] or bool(jnp.array_equal(v, values[0])) for v in values[1:])
     return same and math.isclose(sum(weights), 1.0, abs_tol=1e-9)
 
 
-def _in_full(nodes: Sequence[Any], weights: np.ndarray, before: Any) -> Node:
+def _in_full(nodes: Sequence[Any], weights: np.ndarray, before: BaseLike) -> Node:
     """Returns the sum of leaves that train in full or in some rows: v₀ + Σ wᵢ(vᵢ − v₀)."""
     first: Any = nodes[0]
     if before is None:
@@ -299,7 +299,7 @@ def _in_full(nodes: Sequence[Any], weights: np.ndarray, before: Any) -> Node:
     return summed
 
 
-def _moved(before: Any, values: Sequence[Any], weights: np.ndarray) -> jax.Array:
+def _moved(before: BaseLike, values: Sequence[jax.Array], weights: np.ndarray) -> jax.Array:
     dtype = wide(before.dtype)
     start = as_array(before).astype(dtype)
     changes: list[jax.Array] = [

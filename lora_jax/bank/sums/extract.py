@@ -17,7 +17,7 @@ from lora_jax.core.axes import Label
 from lora_jax.core.base import along, as_array
 from lora_jax.core.magnitude import wide
 from lora_jax.core.parts import Axes, layout
-from lora_jax.core.types import Leaf, Tree
+from lora_jax.core.types import BaseLike, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows, leaves_of
 from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.rules import LoraRule, Rule
@@ -188,7 +188,7 @@ def _leaves(before: Tree, after: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _weight(
-    node: LoraWeight, after: Any, rank: int | None, energy: float | None
+    node: LoraWeight, after: BaseLike, rank: int | None, energy: float | None
 ) -> tuple[LoraWeight, float] | None:
     """Returns the weight with factors of its change, and their relative error.
 
@@ -232,7 +232,7 @@ def _rank(energies: np.ndarray, rank: int | None, energy: float | None) -> int:
 
 @functools.partial(jax.jit, static_argnames="labels")
 def _decomposed(
-    before: Any, after: Any, layer: Any, labels: tuple[Label, ...]
+    before: BaseLike, after: BaseLike, layer: Any, labels: tuple[Label, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns A [batch…, k, in], B [batch…, k, out] and singular values S [batch…, k] of a change.
 
@@ -271,13 +271,13 @@ def _decomposed(
     return *with_roots(u, s, vt, s.shape[-1]), s
 
 
-def _change(before: Any, after: Any) -> float:
+def _change(before: BaseLike, after: BaseLike) -> float:
     """Returns ‖after − before‖; 1 for leaves of no floats that differ."""
     return 0.0 if before is after else float(_distance(before, after))
 
 
 @jax.jit
-def _distance(before: Any, after: Any) -> jax.Array:
+def _distance(before: BaseLike, after: BaseLike) -> jax.Array:
     old, new = as_array(before), as_array(after)
     if not _is_float(old):
         return jnp.any(old != new).astype(jnp.float32)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax.core.base import is_abstract
-from lora_jax.core.types import Tree
+from lora_jax.core.types import BaseLike, Tree
 from lora_jax.core.weight import Trained, is_node, leaves_of
 from lora_jax.saving.fingerprint import base_fingerprint, differing
 
@@ -57,8 +57,8 @@ def shared_base(what: str, trees: Mapping[str, Tree]) -> dict[str, Any]:
 def _check_equal(
     what: str,
     name: str,
-    theirs: Mapping[str, Any],
-    base: Mapping[str, Any],
+    theirs: Mapping[str, BaseLike],
+    base: Mapping[str, BaseLike],
     owner: Mapping[str, str],
 ) -> None:
     """Raises a ValueError where leaves that are not the same objects have other values."""

@@ -24,8 +24,9 @@ from lora_jax.bank.together.stacked import (
     tree_of,
 )
 from lora_jax.bank.together.tenants import Kind, Tenant
-from lora_jax.core.types import BaseLike, Batch, Tree
+from lora_jax.core.types import BaseLike, Tree
 from lora_jax.core.weight import LoraWeight, Trained, leaves_of
+from lora_jax.training.batches import HostBatch
 from lora_jax.training.losses import Logits
 from lora_jax.training.step import State
 
@@ -93,11 +94,11 @@ class Stack:
         self._numbers = Numbers(*(x[kept] for x in self._numbers))
         self.names = [self.names[slot] for slot in kept.tolist()]
 
-    def _empty(self, n: int, shapes: Any) -> Any:
+    def _empty(self, n: int, shapes: Any) -> Tree:
         """Returns n free slots, from the shapes of one."""
         return self._placed(jax.tree.map(functools.partial(_empty, n), shapes, self._axes))
 
-    def _placed(self, content: Any) -> Any:
+    def _placed(self, content: Tree) -> Tree:
         return content if self._where is None else jax.device_put(content, self._where)
 
     def _forget_choices(self) -> None:
@@ -142,7 +143,9 @@ class Stack:
         state, fixed = _taken((self.state, self.fixed), slot, _Axes(self._axes))
         return tree_of(self.kind, base, state.adapter, fixed)
 
-    def step(self, base: Tree, calls: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    def step(
+        self, base: Tree, calls: Sequence[Mapping[str, HostBatch]]
+    ) -> dict[str, dict[str, float]]:
         """Takes a step with each adapter that has a batch; the others stay as they are.
 
         Args:
@@ -172,7 +175,7 @@ class Stack:
             for name, metrics in jax.device_get(found).items()
         }
 
-    def compiled_bytes(self, base: Tree, batch: Batch) -> int:
+    def compiled_bytes(self, base: Tree, batch: HostBatch) -> int:
         """Returns the bytes that a step needs beside the base: its state and what it computes with.
 
         Args:
@@ -186,7 +189,7 @@ class Stack:
         temporaries: int = memory.temp_size_in_bytes
         return state + temporaries
 
-    def _arguments(self, base: Tree, batches: Mapping[str, Any]) -> tuple[Any, ...]:
+    def _arguments(self, base: Tree, batches: Mapping[str, HostBatch]) -> tuple[Any, ...]:
         """Returns the arguments of the step of all slots after the state."""
         active = np.array([name in batches for name in self.names])
         blank = jax.tree.map(np.zeros_like, next(iter(batches.values())))
@@ -228,12 +231,12 @@ class _Axes:
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _put(stacked: Any, one: Any, slot: Any, axes: _Axes) -> Any:
+def _put(stacked: Tree, one: Tree, slot: jax.typing.ArrayLike, axes: _Axes) -> Tree:
     return replaced(stacked, one, slot, axes.tree)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _taken(stacked: Any, slot: Any, axes: _Axes) -> Any:
+def _taken(stacked: Tree, slot: jax.typing.ArrayLike, axes: _Axes) -> Tree:
     return indexed(stacked, slot, axes.tree)
 
 
@@ -250,7 +253,7 @@ def _empty(n: int, one: Any, axis: int) -> jax.Array:
     return jnp.zeros(shape, one.dtype)
 
 
-def _slots(shell: Any, base: BaseLike, arrays: Mapping[str, Any], axis: int) -> Any:
+def _slots(shell: Any, base: BaseLike, arrays: Mapping[str, jax.Array], axis: int) -> Tree:
     """Returns the slots of one weight, less the base's."""
     if isinstance(shell, Trained):
         return ValueSlots({"value": arrays["value"]}, base=base)

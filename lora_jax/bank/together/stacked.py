@@ -88,7 +88,7 @@ def tree_of(kind: Kind, base: Tree, adapter: Arrays, fixed: Arrays) -> Tree:
     """
     leaves, treedef = leaves_of(base)
 
-    def node(path: str, leaf: Leaf) -> Any:
+    def node(path: str, leaf: Leaf) -> Leaf:
         if path not in kind.shells:
             return leaf
         return with_arrays(kind.shells[path], leaf, {**adapter[path], **fixed[path]})
@@ -122,7 +122,7 @@ def content_of(kind: Kind, tenant: Tenant) -> tuple[State, Arrays]:
 def form_of(kind: Kind, like: Tenant) -> tuple[Any, Any, Any]:
     """Returns shapes, axes of the slots and stacked shardings of (state, fixed arrays)."""
 
-    def content(params: Tree, key: Any) -> tuple[State, Arrays]:
+    def content(params: Tree, key: jax.Array) -> tuple[State, Arrays]:
         return content_of(kind, dataclasses.replace(like, params=params, key=key))
 
     shapes: Any = jax.eval_shape(content, like.params, like.key)
@@ -236,7 +236,7 @@ def compiled_steps(
         new, metrics = update(one, sums, grads)
         return new._replace(step=jnp.where(active, new.step, one.step)), metrics
 
-    def visit(xs: Any, state: State, slot: Any) -> tuple[State, Metrics]:
+    def visit(xs: Any, state: State, slot: jax.typing.ArrayLike) -> tuple[State, Metrics]:
         """Updates the adapter in one slot, in the memory of the stack."""
         fixed, numbers, base, active, sums, grads = xs
         one, own = indexed(state, slot, axes), indexed(fixed, slot, axes_of_fixed)
@@ -253,7 +253,12 @@ def compiled_steps(
         return lax.scan(functools.partial(visit, xs), state, jnp.arange(active.shape[0]))
 
     def of_one(
-        state: State, fixed: Arrays, numbers: Numbers, base: Tree, slot: Any, batch: Batch
+        state: State,
+        fixed: Arrays,
+        numbers: Numbers,
+        base: Tree,
+        slot: jax.typing.ArrayLike,
+        batch: Batch,
     ) -> tuple[State, Metrics]:
         one, own = indexed(state, slot, axes), indexed(fixed, slot, axes_of_fixed)
         mine = jax.tree.map(lambda x: x[slot], numbers)
@@ -268,13 +273,13 @@ def compiled_steps(
     return Steps(jitted(of_all), jitted(of_one))
 
 
-def indexed(stacked: Any, slot: Any, axes: Any) -> Tree:
+def indexed(stacked: Tree, slot: jax.typing.ArrayLike, axes: Any) -> Tree:
     """Returns what one slot holds."""
     take = functools.partial(lax.dynamic_index_in_dim, keepdims=False)
     return jax.tree.map(lambda x, axis: take(x, slot, axis), stacked, axes)
 
 
-def replaced(stacked: Any, one: Any, slot: Any, axes: Any) -> Tree:
+def replaced(stacked: Tree, one: Tree, slot: jax.typing.ArrayLike, axes: Any) -> Tree:
     """Returns stacked arrays with others in one slot."""
     put = lax.dynamic_update_index_in_dim
     return jax.tree.map(lambda x, new, axis: put(x, new, slot, axis), stacked, one, axes)

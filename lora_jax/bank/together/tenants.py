@@ -137,7 +137,7 @@ def arrays_of(node: Node) -> dict[str, Any]:
     return node.arrays if isinstance(node, LoraWeight) else node.parts()
 
 
-def with_arrays(node: Node, base: BaseLike, arrays: Mapping[str, Any]) -> Node:
+def with_arrays(node: Node, base: BaseLike, arrays: Mapping[str, jax.Array]) -> Node:
     """Returns a node of the same structure over another base, with other arrays."""
     if isinstance(node, LoraWeight):
         return node.replace(base=base, arrays=dict(arrays))

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Mapping
-from typing import Any
 
 from lora_jax.bank.locked import locked
 from lora_jax.bank.mixing import Choice, choose
@@ -13,6 +12,7 @@ from lora_jax.bank.together.stack import Stack
 from lora_jax.bank.together.tenants import Kind, Tenant
 from lora_jax.core.types import Tree
 from lora_jax.lorafy import nodes_of
+from lora_jax.training.batches import HostBatch
 from lora_jax.training.losses import Logits
 from lora_jax.training.step import State
 
@@ -119,7 +119,7 @@ class Together:
                 self._steps[name], self._done[name] = tenants[name].steps, tenants[name].done
 
     @locked
-    def step(self, batches: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    def step(self, batches: Mapping[str, HostBatch]) -> dict[str, dict[str, float]]:
         """Takes one step with each adapter that has a batch; the others stay as they are.
 
         Args:

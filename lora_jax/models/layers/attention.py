@@ -15,7 +15,7 @@ from lora_jax.models.layers.cache import Shared
 from lora_jax.models.layers.masks import Mask
 
 
-def wide(dtype: DTypeLike) -> Any:
+def wide(dtype: DTypeLike) -> DTypeLike:
     """Returns fp32, or the dtype itself if it is wider."""
     return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
 

@@ -4,12 +4,11 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
-from lora_jax.core.types import Batch, Tree
+from lora_jax.core.types import Batch, Forward, Model, Tokenizer, Tree
 from lora_jax.training.batches import HostBatch, Weighted, round_up
 from lora_jax.training.data.chats import Mapped, one_by_one
 from lora_jax.training.data.packing import few_lengths
@@ -90,7 +89,7 @@ class Fields:
 
 def texts(
     rows: Sequence[Row],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     names: Sequence[str] | None = None,
     fields: Fields = Fields(),
@@ -177,7 +176,7 @@ def label_names(rows: Sequence[Row], label: str = "label") -> tuple[str, ...]:
 def encode(
     rows: Sequence[Row],
     names: Sequence[str],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     fields: Fields,
     seq_len: int,
@@ -236,7 +235,9 @@ def encode(
     )
 
 
-def predict(model: Any, params: Tree, examples: Labelled, batch_size: int) -> np.ndarray:
+def predict(
+    model: Model | Forward, params: Tree, examples: Labelled, batch_size: int
+) -> np.ndarray:
     """Returns the probability of each class for each text: [n, classes].
 
     See the example of `texts`.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jinja2
 from jinja2 import meta
 
+from lora_jax.core.types import Tokenizer
 from lora_jax.training.data.rows import Conversation, Message, shown
 from lora_jax.training.errors import TrainingError
 
@@ -40,7 +41,7 @@ class LeftOut(NamedTuple):
     never: int
 
 
-def template_of(tokenizer: Any, chat: Conversation) -> str:
+def template_of(tokenizer: Tokenizer, chat: Conversation) -> str:
     """Returns the chat template that renders a conversation; some models have one for tools."""
     if isinstance(tokenizer.chat_template, str):
         return tokenizer.chat_template
@@ -53,7 +54,9 @@ def marks_answers(template: str) -> bool:
     return _GENERATION.search(template) is not None
 
 
-def render(chat: Conversation, n: int, tokenizer: Any, *, ask: bool = False, **how: Any) -> Any:
+def render(
+    chat: Conversation, n: int, tokenizer: Tokenizer, *, ask: bool = False, **how: Any
+) -> Any:
     """Returns the first `n` turns as the template renders them.
 
     Args:
@@ -71,7 +74,7 @@ def render(chat: Conversation, n: int, tokenizer: Any, *, ask: bool = False, **h
     )
 
 
-def asked(chat: Conversation, tokenizer: Any) -> str:
+def asked(chat: Conversation, tokenizer: Tokenizer) -> str:
     """Returns the turns of a chat up to the beginning of the answer to the last.
 
     Raises:
@@ -141,7 +144,7 @@ class Rendered(NamedTuple):
     chat: Conversation
     end: int
     text: str
-    tokenizer: Any
+    tokenizer: Tokenizer
     ask: bool = False
 
     def check(self, n: int) -> None:

@@ -1,13 +1,11 @@
 """Adafactor's direction: second moments as a row and a column of each large matrix."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from lora_jax.core.parts import RANK
-from lora_jax.core.types import Tree
+from lora_jax.core.types import Shaped, Tree
 from lora_jax.core.weight import LoraWeight
 from lora_jax.lorafy import map_parts, nodes_of
 
@@ -31,7 +29,7 @@ def factored_rms(params: Tree = None) -> optax.GradientTransformation:
     """
     stacked = {} if params is None else _batch_axes(params)
 
-    def label(path: str, name: str, array: Any) -> str:
+    def label(path: str, name: str, array: Shaped) -> str:
         largest = sorted(range(array.ndim), key=lambda axis: array.shape[axis])[-2:]
         return "whole" if set(largest) & stacked.get((path, name), set()) else "factored"
 

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from optax import contrib
@@ -11,7 +12,7 @@ from optax.contrib import MuonDimensionNumbers
 from lora_jax.core.axes import KERNEL_NAMES
 from lora_jax.core.parts import RANK
 from lora_jax.core.paths import leaf_name
-from lora_jax.core.types import Tree
+from lora_jax.core.types import Shaped, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained
 from lora_jax.lorafy import map_parts, nodes_of
 from lora_jax.select.resolve import is_table_or_head
@@ -41,7 +42,7 @@ def orthogonalised(params: Tree, *, momentum: float) -> optax.GradientTransforma
     def of_matrix(path: str, name: str, array: Any) -> Any:
         return array if isinstance(array, optax.MaskedNode) else numbers[path, name]
 
-    def sized(path: str, name: str, array: Any) -> Any:
+    def sized(path: str, name: str, array: jax.Array) -> Any:
         found = numbers[path, name]
         if found is None or isinstance(array, optax.MaskedNode):
             return array
@@ -76,7 +77,7 @@ def dimension_numbers(params: Tree) -> dict[tuple[str, str], MuonDimensionNumber
     }
 
 
-def _numbers(path: str, node: Node, name: str, array: Any) -> MuonDimensionNumbers | None:
+def _numbers(path: str, node: Node, name: str, array: Shaped) -> MuonDimensionNumbers | None:
     if isinstance(node, LoraWeight) and node.axes_of(name).count("rank") == 2:
         return MuonDimensionNumbers((array.ndim - 2,), (array.ndim - 1,))
     if isinstance(node, LoraWeight) and name in ("a", "b"):

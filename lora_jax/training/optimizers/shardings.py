@@ -6,7 +6,7 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from lora_jax.core.types import Adapter
+from lora_jax.core.types import Adapter, Shaped
 
 
 def state_shardings(opt_state: optax.OptState, adapter: Adapter, whole: NamedSharding) -> Any:
@@ -23,7 +23,7 @@ def state_shardings(opt_state: optax.OptState, adapter: Adapter, whole: NamedSha
       whole: the sharding of a replicated array.
     """
 
-    def of(keys: Any, array: Any) -> Sharding:
+    def of(keys: Any, array: Shaped) -> Sharding:
         path, name = (getattr(key, "key", "") for key in ("", "", *keys)[-2:])
         parameter = adapter.get(path, {}).get(name) if isinstance(path, str) else None
         return whole if parameter is None else _like(parameter, array.shape, whole)

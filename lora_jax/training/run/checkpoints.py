@@ -13,13 +13,13 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from lora_jax.core.types import Fields
 from lora_jax.training.errors import DamagedCheckpoint, Written
 from lora_jax.training.processes import is_first, wait_for_all, write_json
 from lora_jax.training.step import State
@@ -65,7 +65,7 @@ class Checkpoints:
         recorded = self._recorded()
         return sorted(step for step in self._open().all_steps() if str(step) in recorded)
 
-    def save(self, state: State, run: Mapping[str, Any]) -> None:
+    def save(self, state: State, run: Fields) -> None:
         """Saves the state; all processes have to call this.
 
         Does nothing where there is a complete checkpoint of the step.
