@@ -21,7 +21,7 @@ from lora_jax.adapt.user_code import Place, place_of, place_of_call, user_contex
 from lora_jax.core.base import rearranged
 from lora_jax.core.factored import ExamplesError, Factored
 from lora_jax.core.product import is_on_mesh
-from lora_jax.core.types import Outcome, Value
+from lora_jax.core.types import Forward, Outcome, Value
 
 Live = tuple[bool, ...]
 
@@ -123,7 +123,7 @@ class Interpreter:
     def evaluate(
         self,
         jaxpr: eqns.AnyJaxpr,
-        args: Sequence[Any],
+        args: Sequence[Value],
         live: Live | None = None,
         steps: Steps | None = None,
     ) -> list[Value]:
@@ -186,9 +186,7 @@ class Interpreter:
 
         return within.memoised(jaxpr, ("function", live), make)
 
-    def memoised(
-        self, jaxpr: eqns.AnyJaxpr, key: Hashable, make: Callable[[], Callable[..., Any]]
-    ) -> Callable[..., Any]:
+    def memoised(self, jaxpr: eqns.AnyJaxpr, key: Hashable, make: Callable[[], Forward]) -> Forward:
         """Returns what `make` returned the first time for this jaxpr and key."""
         functions = _FUNCTIONS.setdefault(jaxpr, {})
         known = functions.get((self, key))

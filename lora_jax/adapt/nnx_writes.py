@@ -66,7 +66,7 @@ class Output:
     origin: int | None
 
 
-def changes(tree: Tree, writes: Writes) -> tuple[Writes, dict[int, Any]]:
+def changes(tree: Tree, writes: Writes) -> tuple[Writes, dict[int, Leaf]]:
     """Returns the writes that change something, and what they put in the place of leaves.
 
     NNX's transforms write all that they are given back, mostly as it was.

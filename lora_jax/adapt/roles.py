@@ -60,13 +60,13 @@ def infer_roles(
     leaves, treedef = jax.tree.flatten(tuple(args), is_leaf=is_base)
     places = [i for i, leaf in enumerate(leaves) if id(leaf) in paths or is_abstract(leaf)]
 
-    def followed(place: int, array: jax.Array) -> Any:
+    def followed(place: int, array: jax.Array) -> Value:
         path = paths.get(id(leaves[place]))
         if path is None:
             return array
         return labelled(array, [frozenset({Axis(path, axis)}) for axis in range(array.ndim)])
 
-    def walk(arrays: list[Any]) -> None:
+    def walk(arrays: list[Value]) -> None:
         traced = eqns.trace_with(lambda *args: fn(*args), leaves, treedef, places)
         jaxpr = jax.make_jaxpr(traced)(*arrays)
         interpreter.evaluate(jaxpr, list(map(followed, places, arrays)))
@@ -202,7 +202,7 @@ class _Log:
         name, outputs = use.eqn.primitive.name, use.bind(_plain(use))
         mixed = _mixing(use)
 
-        def stayed(place: int, value: Value, out: Any) -> list[Held] | None:
+        def stayed(place: int, value: Value, out: Value) -> list[Held] | None:
             if not isinstance(value, Factored) or len(value.labels) != out.ndim:
                 return None
             if len(outputs) > 1 and name != "split" and place:

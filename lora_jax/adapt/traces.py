@@ -66,7 +66,7 @@ class Outputs:
         """Returns the outputs of the jaxpr that are needed, each with the argument that it is."""
         return {leaf.number: leaf.origin for leaf in self.leaves if isinstance(leaf, Output)}
 
-    def filled(self, arrays: Sequence[Any]) -> tuple[Any, Writes]:
+    def filled(self, arrays: Sequence[Value]) -> tuple[Any, Writes]:
         """Returns the function's result and its writes, for the outputs of the jaxpr."""
         result: tuple[Any, Writes] = self.treedef.unflatten(
             arrays[leaf.number] if isinstance(leaf, Output) else leaf for leaf in self.leaves
@@ -104,7 +104,7 @@ def trace(call: Call) -> Trace:
         raise
 
 
-def _traced(call: Call, inputs: Mapping[int, Any]) -> Trace:
+def _traced(call: Call, inputs: Mapping[int, Value]) -> Trace:
     """Returns the trace of a call.
 
     Args:

@@ -208,7 +208,7 @@ def _flattened(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     dropout_key: jax.Array | None,
-) -> tuple[Call, dict[int, Factored], dict[int, Any]]:
+) -> tuple[Call, dict[int, Factored], dict[int, Leaf]]:
     """Returns a call as its function is traced, and its weights and nodes by place."""
     treedef: Any
     keyed, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_leaf)
@@ -237,7 +237,7 @@ def _flattened(
     return Call(fn, leaves, treedef, stand_ins), weights, nodes
 
 
-def _plain(leaf: Leaf, path: str) -> Any:
+def _plain(leaf: Leaf, path: str) -> Leaf:
     """Returns a leaf as the function is traced with it."""
     if not is_node(leaf):
         return leaf

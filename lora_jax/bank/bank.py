@@ -20,7 +20,7 @@ from lora_jax.bank.mixing import Choice, choose
 from lora_jax.bank.one_base import OneBase
 from lora_jax.bank.slots import WeightSlots, empty_slots, map_slots, slots_of
 from lora_jax.bank.stored import Adapter, BankError, compile_variant, stored, values_of
-from lora_jax.core.types import Leaf, Model, Tree
+from lora_jax.core.types import Leaf, Model, Parts, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of
 from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.peft.config import FILE as PEFT_CONFIG
@@ -333,8 +333,11 @@ def _beside(array: jax.Array, axis: int, value: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
 def _written(
-    arrays: Any, values: Any, slot: jax.typing.ArrayLike, axes: tuple[tuple[str, int], ...]
-) -> Any:
+    arrays: dict[str, Parts],
+    values: dict[str, Parts],
+    slot: jax.typing.ArrayLike,
+    axes: tuple[tuple[str, int], ...],
+) -> dict[str, Parts]:
     """Returns arrays, by path and name, with other values in a slot; in the arrays' own memory."""
     put = lax.dynamic_update_index_in_dim
     return {

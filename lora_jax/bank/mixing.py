@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,7 +45,7 @@ class Choice:
         return map_slots(lambda _, slots: slots.of_batch(self.ids), self.tree)  # type: ignore[union-attr]
 
 
-def choose(tree: Tree, ids: Any) -> Choice:
+def choose(tree: Tree, ids: jax.typing.ArrayLike | Sequence[int]) -> Choice:
     """Returns a bank's tree for a batch, to be passed in the place of a tree of parameters.
 
     Where slots are many, it copies each example's factors: call it once a batch, before a loop.

@@ -231,12 +231,12 @@ def _no_slot(ids: jax.Array, n_slots: int) -> jax.Array:
     return jnp.where((ids >= 0) & (ids < n_slots), 0.0, jnp.nan).astype(jnp.float32)
 
 
-def is_slots(value: Any) -> bool:
+def is_slots(value: Leaf) -> bool:
     """Returns whether a value is a node of a bank."""
     return isinstance(value, Slots)
 
 
-def is_bank_leaf(value: Any) -> bool:
+def is_bank_leaf(value: Leaf) -> bool:
     """Returns whether a value is one leaf to a walk over a bank's tree."""
     return is_slots(value) or is_leaf(value)
 
@@ -251,7 +251,7 @@ def slots_of(tree: Tree) -> dict[str, Slots]:
     return {path: leaf for path, leaf in bank_leaves_of(tree)[0] if is_slots(leaf)}
 
 
-def map_slots(visit: Callable[[str, Slots], Any], tree: Tree) -> Tree:
+def map_slots(visit: Callable[[str, Slots], Leaf], tree: Tree) -> Tree:
     """Returns a bank's tree with ``visit(path, node)`` in place of each node."""
     leaves, treedef = bank_leaves_of(tree)
     return treedef.unflatten(visit(p, leaf) if is_slots(leaf) else leaf for p, leaf in leaves)

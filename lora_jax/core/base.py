@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lora_jax.core.parts import STATIC, Axes
-from lora_jax.core.types import BaseLike, Shaped
+from lora_jax.core.types import BaseLike, Leaf, Shaped
 
 # move(array, axes) returns the moved array; the array's axis i holds the weight's axis axes[i].
 Move = Callable[[Any, Axes], Any]
@@ -91,7 +91,7 @@ class _View:
         return None if source is None else dataclasses.replace(self, source=source)
 
 
-def is_base(value: Any) -> bool:
+def is_base(value: Leaf) -> bool:
     """Returns whether a value is a `Base` rather than an array."""
     kind = type(value)
     return hasattr(kind, "as_array") and hasattr(kind, "along")

@@ -298,14 +298,14 @@ class LoraWeight(_Node):
 class Trained(_Node):
     """A leaf that trains in full. `value` is None in the base half of a tree."""
 
-    value: Any
+    value: Leaf
 
     @property
-    def base(self) -> Any:
+    def base(self) -> Leaf:
         """The value: no copy of the earlier one is kept."""
         return self.value
 
-    def merged(self) -> Any:
+    def merged(self) -> Leaf:
         """Returns the value."""
         return self.value
 
@@ -324,7 +324,7 @@ class TrainedRows(_Node):
     """
 
     base: BaseLike
-    value: Any
+    value: Leaf
     rows: tuple[int, ...] = field(metadata=STATIC)
     is_table: bool = field(metadata=STATIC)
 
@@ -369,7 +369,7 @@ def is_node(leaf: Leaf) -> bool:
     return isinstance(leaf, Node)
 
 
-def is_leaf(value: Any) -> bool:
+def is_leaf(value: Leaf) -> bool:
     """Returns whether `value` is one leaf to a walk over an adapted tree: a node, or a base."""
     return isinstance(value, Node) or is_base(value)
 

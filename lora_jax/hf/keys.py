@@ -199,7 +199,7 @@ def nested(leaves: Iterable[tuple[str, Leaf]]) -> dict[str, Any]:
     return tree
 
 
-def checked_leaves(params: Tree, table: Sequence[Row]) -> dict[str, Any]:
+def checked_leaves(params: Tree, table: Sequence[Row]) -> dict[str, Leaf]:
     """Returns the arrays of a parameter tree, by path.
 
     Raises:

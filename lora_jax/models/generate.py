@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -324,7 +324,7 @@ def decode(
 
 
 def _forward(
-    run: Callable[..., Any],
+    run: Forward,
     params: Tree,
     ids: jax.Array,
     mask: jax.Array,

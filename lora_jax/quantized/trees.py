@@ -188,7 +188,7 @@ def quantize(
     return treedef.unflatten(coded(path, leaf) for path, leaf in leaves)
 
 
-def is_coded(value: Any) -> bool:
+def is_coded(value: Leaf) -> bool:
     """Returns whether a leaf is in codes.
 
     >>> lj.quantized.is_coded(lj.quantized.encode(jnp.ones((64, 3))))

@@ -43,7 +43,7 @@ from lora_jax.training.errors import TrainingError, as_argument
 from lora_jax.training.held_out import held_out_loss
 from lora_jax.training.layout import Layout, one_device
 from lora_jax.training.loop import train
-from lora_jax.training.losses import HELD_OUT, Loss
+from lora_jax.training.losses import HELD_OUT, Loss, Sums
 from lora_jax.training.optimizer import make_optimizer, takes_from_base
 from lora_jax.training.optimizers.schedules import ScheduleKind, warmed_up
 from lora_jax.training.processes import is_first
@@ -105,7 +105,7 @@ def finetune(
     rules: Sequence[lj.LoraRule | lj.TrainRule] | None = None,
     *,
     lr: float | optax.Schedule,
-    loss: Loss | Callable[..., Any] | None = None,
+    loss: Loss | Callable[..., Sums] | None = None,
     steps: int | None = None,
     epochs: float | None = None,
     batch_size: int = 8,
@@ -128,7 +128,7 @@ def finetune(
     max_skipped: int = 3,
     seed: int = 0,
     layout: Layout | None = None,
-) -> tuple[Any, Report]:
+) -> tuple[Tree, Report]:
     """Fine-tunes a model.
 
     With a folder, the adapter is saved in ``folder/adapter`` at the end, and checkpoints on the

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 import lora_jax as lj
-from lora_jax.core.types import Forward
+from lora_jax.core.types import Adapter, Forward, Tree
 from lora_jax.training.batches import Examples
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import Measure
@@ -60,7 +60,7 @@ def held_out_loss(
         forward = formed.forward
     evaluate = evaluation or compiled_evaluation(layout, forward, loss)
 
-    def halves(state: State) -> tuple[Any, Any]:
+    def halves(state: State) -> tuple[Adapter, Tree]:
         adapter = averaged(state.opt_state, state.adapter)
         if formed is None:
             return adapter, ready.base

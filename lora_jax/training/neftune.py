@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.paths import fold_in_path
-from lora_jax.core.types import Forward
+from lora_jax.core.types import Forward, Tree
 from lora_jax.models.layers.noise import EmbeddingNoise
 
 _KEY = "neftune"  # so that the noise is drawn with none of dropout's keys
@@ -47,7 +47,11 @@ def neftune(forward: Forward, alpha: float) -> Forward:
         raise ValueError(f"alpha={alpha!r}: the size of the noise, a positive number")
 
     def noisy(
-        variables: Any, ids: jax.Array, *args: Any, dropout_key: Any = None, **options: Any
+        variables: Tree,
+        ids: jax.Array,
+        *args: Any,
+        dropout_key: jax.Array | None = None,
+        **options: Any,
     ) -> Any:
         # A call of another method has no tokens to embed.
         if dropout_key is not None and options.get("method") is None:

@@ -129,7 +129,7 @@ def averaged(opt_state: optax.OptState, adapter: Adapter) -> Adapter:
     return contrib.schedule_free_eval_params(found[0], adapter) if found else adapter
 
 
-def decays(adapter: dict[str, dict[str, Any]]) -> dict[str, dict[str, bool]]:
+def decays(adapter: Adapter) -> dict[str, dict[str, bool]]:
     """Returns which arrays of an adapter decay: matrices such as A and B, kernels, embeddings."""
     matrices = {"a", "b", *(n for n, part in PARTS.items() if part.axes.count("rank") == 2)}
 

@@ -259,7 +259,7 @@ def tree_of(ready: Ready, state: State) -> Tree:
     return lj.join(averaged(state.opt_state, state.adapter), ready.base)
 
 
-def _on_mesh(ready: Ready, loaded: Any) -> Tree:
+def _on_mesh(ready: Ready, loaded: Tree) -> Tree:
     """Returns an adapted tree with its adapter, read from a folder, on the mesh."""
     host = jax.tree.map(np.asarray, lj.split(loaded)[0])  # which many processes may give to a jit
     adapter = jax.jit(lambda adapter: adapter, out_shardings=ready.setup.where.adapter)(host)

@@ -129,7 +129,7 @@ def make_gradient(
         key = jax.random.fold_in(state.key, state.step)
         working = gathered(state.adapter)
 
-        def of_part(part: Batch, index: Any) -> tuple[Sums, Adapter]:
+        def of_part(part: Batch, index: jax.typing.ArrayLike) -> tuple[Sums, Adapter]:
             part_key = jax.random.fold_in(key, index) if dropout else None
             (_, sums), grads = value_and_grad(working, base, part, part_key)
             return sums, grads

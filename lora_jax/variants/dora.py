@@ -5,8 +5,6 @@ gain of the products is the whole quotient, and the part that trains is m. `lora
 has the algebra.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -29,7 +27,7 @@ def _norms(node: LoraWeight, a: jax.Array, b: jax.Array) -> jax.Array:
     axis = node.labels.index("batch")
     labels = (*node.labels[:axis], *node.labels[axis + 1 :])
 
-    def of_layer(layer: Any) -> jax.Array:
+    def of_layer(layer: tuple[jax.Array, ...]) -> jax.Array:
         index, a, b, scale = layer
 
         def picked(array: jax.Array, axes: Axes) -> jax.Array:

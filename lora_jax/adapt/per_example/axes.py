@@ -14,7 +14,7 @@ from lora_jax.adapt.per_example.walk import followed
 from lora_jax.adapt.traces import Call, Trace
 from lora_jax.adapt.user_code import place_of_call
 from lora_jax.core.factored import ExamplesError, Factored
-from lora_jax.core.types import Tree
+from lora_jax.core.types import Tree, Value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Axes:
     of_result: Any = "found"
 
 
-def mapped(call: Call, nodes: Mapping[int, Any], axes: Axes) -> dict[int, int]:
+def mapped(call: Call, nodes: Mapping[int, Value], axes: Axes) -> dict[int, int]:
     """Returns, by the place of each leaf that holds examples, the axis that does.
 
     Args:
@@ -62,7 +62,7 @@ def mapped(call: Call, nodes: Mapping[int, Any], axes: Axes) -> dict[int, int]:
     return found
 
 
-def _holds(tree: Tree, nodes: Mapping[int, Any]) -> bool:
+def _holds(tree: Tree, nodes: Mapping[int, Value]) -> bool:
     return any(place in nodes for place in jax.tree.leaves(tree))
 
 

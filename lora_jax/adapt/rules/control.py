@@ -94,7 +94,7 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
     body = interpreter.function(scan.body, None if all(live) else live)
     steps = jnp.arange(scan.length) if _has_keys(use.values) else None
 
-    def step(carry: dict[int, Value], xs: Any) -> tuple[dict[int, Any], list[Any]]:
+    def step(carry: dict[int, Value], xs: Any) -> tuple[dict[int, Value], list[Value]]:
         parts, index = xs
         known = {place: at_site(value, index) for place, value in constant.items()} | carry
         slices = [rebuild(part) for rebuild, part in zip(rebuilders, parts, strict=True)]

@@ -15,7 +15,7 @@ from lora_jax.core.base import along, as_array
 from lora_jax.core.factored import Factored
 from lora_jax.core.parts import Axes
 from lora_jax.core.product import combined
-from lora_jax.core.types import BaseLike, Outcome, Value
+from lora_jax.core.types import BaseLike, Forward, Outcome, Parts, Value
 
 
 def _gather(_: Interpreter, use: Use) -> Outcome:
@@ -136,7 +136,7 @@ def _looked_up_by_member(
     at = {n: weight.layout(n).index(axis) for n in weight.parts if axis in weight.layout(n)}
     labels = weight.labels[:axis] + weight.labels[axis + 1 :]
 
-    def one(base: jax.Array, parts: dict[str, Any], indices: jax.Array) -> jax.Array | None:
+    def one(base: jax.Array, parts: Parts, indices: jax.Array) -> jax.Array | None:
         member = dataclasses.replace(weight, base=base, parts=parts, labels=labels)
         rows = _looked_up(member, indices, each, sizes[:axis] + sizes[axis + 1 :], use)
         return None if isinstance(rows, Factored) else rows
@@ -176,7 +176,7 @@ def _of_stack(
     axis: int,
     indices: jax.Array,
     offsets: Sequence[int],
-    look_up: Any,
+    look_up: Forward,
 ) -> Factored:
     """Returns the weights of some indices of a stack; the places are batch axes."""
     others = [a for a in range(len(weight.labels)) if a != axis]

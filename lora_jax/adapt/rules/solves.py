@@ -12,7 +12,7 @@ from jax import lax
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.core.factored import Factored
-from lora_jax.core.types import Outcome, Value
+from lora_jax.core.types import Forward, Outcome, Value
 
 
 def _linear_solve(interpreter: Interpreter, use: Use) -> Outcome:
@@ -31,17 +31,17 @@ def _linear_solve(interpreter: Interpreter, use: Use) -> Outcome:
             return value
         return interpreter.merged(value, use.eqn.primitive.name, use.eqn)
 
-    def called(part: eqns.Part) -> Callable[[Sequence[Any]], list[Any]]:
+    def called(part: eqns.Part) -> Callable[[Sequence[Value]], list[Value]]:
         body, consts = interpreter.function(part.jaxpr), use.values[part.consts]
         return lambda vector: list(map(plain, body(*consts, *vector)))
 
     right = list(map(plain, use.values[solve.right]))
     n, has_aux = len(right), len(use.eqn.outvars) > len(right)
 
-    def solver(part: eqns.Part) -> Callable[..., Any]:
+    def solver(part: eqns.Part) -> Forward:
         run = called(part)
 
-        def solved(_: Any, vector: Sequence[Any]) -> Any:
+        def solved(_: Any, vector: Sequence[Value]) -> Any:
             outputs = run(vector)
             return (outputs[:n], outputs[n:]) if has_aux else outputs
 

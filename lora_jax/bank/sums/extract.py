@@ -164,7 +164,7 @@ def _of_rank_one(rule: Rule) -> Rule:
     return dataclasses.replace(rule, rank=1)
 
 
-def _leaves(before: Tree, after: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
+def _leaves(before: Tree, after: Tree) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
     """Returns the arrays of both trees by path, after a check that they belong together."""
     for name, tree in (("before", before), ("after", after)):
         if nodes := nodes_of(tree):

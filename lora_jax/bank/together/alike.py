@@ -57,7 +57,7 @@ def alike(batches: Mapping[str, HostBatch]) -> Mapping[str, HostBatch]:
         for name in batches[first]
     }
 
-    def filled(array: Any, shape: Any) -> np.ndarray:
+    def filled(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return np.pad(array, [(0, more) for more in np.subtract(shape, np.shape(array))])
 
     return {

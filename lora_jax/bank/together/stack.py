@@ -24,7 +24,7 @@ from lora_jax.bank.together.stacked import (
     tree_of,
 )
 from lora_jax.bank.together.tenants import Kind, Tenant
-from lora_jax.core.types import BaseLike, Tree
+from lora_jax.core.types import BaseLike, Shaped, Tree
 from lora_jax.core.weight import LoraWeight, Trained, leaves_of
 from lora_jax.training.batches import HostBatch
 from lora_jax.training.losses import Logits
@@ -85,7 +85,7 @@ class Stack:
         """Drops the free slots; the next step compiles anew."""
         kept = np.array([slot for slot, name in enumerate(self.names) if name is not None])
 
-        def fewer(array: Any, axis: int) -> Any:
+        def fewer(array: jax.Array, axis: int) -> jax.Array:
             return array[(slice(None),) * axis + (kept,)]
 
         content = jax.tree.map(fewer, (self.state, self.fixed), self._axes)
@@ -94,7 +94,7 @@ class Stack:
         self._numbers = Numbers(*(x[kept] for x in self._numbers))
         self.names = [self.names[slot] for slot in kept.tolist()]
 
-    def _empty(self, n: int, shapes: Any) -> Tree:
+    def _empty(self, n: int, shapes: Tree) -> Tree:
         """Returns n free slots, from the shapes of one."""
         return self._placed(jax.tree.map(functools.partial(_empty, n), shapes, self._axes))
 
@@ -240,12 +240,12 @@ def _taken(stacked: Tree, slot: jax.typing.ArrayLike, axes: _Axes) -> Tree:
     return indexed(stacked, slot, axes.tree)
 
 
-def _without(array: Any, axis: int) -> jax.ShapeDtypeStruct:
+def _without(array: Shaped, axis: int) -> jax.ShapeDtypeStruct:
     """Returns the shape of one slot."""
     return jax.ShapeDtypeStruct((*array.shape[:axis], *array.shape[axis + 1 :]), array.dtype)
 
 
-def _empty(n: int, one: Any, axis: int) -> jax.Array:
+def _empty(n: int, one: Shaped, axis: int) -> jax.Array:
     """Returns n free slots."""
     shape = (*one.shape[:axis], n, *one.shape[axis:])
     if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):

@@ -6,10 +6,10 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from lora_jax.core.types import Adapter, Shaped
+from lora_jax.core.types import Adapter, Shaped, Tree
 
 
-def state_shardings(opt_state: optax.OptState, adapter: Adapter, whole: NamedSharding) -> Any:
+def state_shardings(opt_state: optax.OptState, adapter: Adapter, whole: NamedSharding) -> Tree:
     """Returns the sharding of each array of an optimiser's state.
 
     An optimiser keeps its arrays in trees like the adapter's, so the last two keys of an array's

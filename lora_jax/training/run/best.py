@@ -99,7 +99,7 @@ class Best:
             return {}
         return {"step": self.standing.step, self.metric: self.standing.value}
 
-    def judge(self, step: int, tree: Callable[[], Any], measured: Mapping[str, float]) -> bool:
+    def judge(self, step: int, tree: Callable[[], Tree], measured: Mapping[str, float]) -> bool:
         """Saves the adapter if it is the best so far; all processes have to call this.
 
         Args:
