@@ -183,5 +183,5 @@ def splittable(base: BaseLike, parts: Sequence[int]) -> BaseLike:
 
 def _bound(primitive: Any, params: dict[str, Any], array: jax.Array) -> jax.Array:
     out = primitive.bind(array, **primitive.get_bind_params(params))
-    (array,) = out if primitive.multiple_results else (out,)
+    array = out[0] if primitive.multiple_results else out
     return array

@@ -28,8 +28,9 @@ def with_base(use: Use, place: int) -> Any:
         others[0] = x
 
         def bind(w: jax.Array, *others: Any) -> jax.Array:
-            out: list[jax.Array] = use.bind([*others[:place], w, *others[place:]])
-            return out[0]
+            out: jax.Array
+            (out,) = use.bind([*others[:place], w, *others[place:]])
+            return out
 
         return product(bind, use.values[place].base, *others)
 
