@@ -29,7 +29,7 @@ from lora_jax.lorafy import trainable_mask as trainable_mask
 from lora_jax.rules import LoraRule as LoraRule
 from lora_jax.rules import TrainRule as TrainRule
 from lora_jax.saving import exported as exported
-from lora_jax.saving.checkpoint import AdapterError as AdapterError
 from lora_jax.saving.checkpoint import adapter_info as adapter_info
 from lora_jax.saving.checkpoint import load_adapter as load_adapter
 from lora_jax.saving.checkpoint import save_adapter as save_adapter
+from lora_jax.saving.errors import AdapterError as AdapterError

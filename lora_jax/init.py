@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Initialiser(Protocol):
     [batch…, in, out] in fp32 (or wider), and `scale`, s as [batch…].
     """
 
-    def __call__(self, key: jax.Array, shape: FactorShape, dtype: Any) -> Factors: ...
+    def __call__(self, key: jax.Array, shape: FactorShape, dtype: DTypeLike) -> Factors: ...
 
 
 def from_base(init: Callable[..., Factors]) -> Any:
@@ -92,7 +93,7 @@ def takes_from_base(init: Initialiser) -> bool:
     return getattr(init, "takes_from_base", False)
 
 
-def kaiming(key: jax.Array, shape: FactorShape, dtype: Any) -> Factors:
+def kaiming(key: jax.Array, shape: FactorShape, dtype: DTypeLike) -> Factors:
     """Draws A ~ U(±1/√d_in), B = 0: the default of PEFT and of *LoRA Without Regret*.
 
     (`flax.linen.initializers.he_uniform` is √6 times wider.)
@@ -107,7 +108,7 @@ def kaiming(key: jax.Array, shape: FactorShape, dtype: Any) -> Factors:
     return a, jnp.zeros(shape.b, dtype)
 
 
-def gaussian(key: jax.Array, shape: FactorShape, dtype: Any) -> Factors:
+def gaussian(key: jax.Array, shape: FactorShape, dtype: DTypeLike) -> Factors:
     """Draws A ~ N(0, 1/r²), B = 0: PEFT's ``init_lora_weights="gaussian"``.
 
     >>> params = {"kernel": jax.random.normal(jax.random.key(1), (4, 3))}
@@ -118,7 +119,7 @@ def gaussian(key: jax.Array, shape: FactorShape, dtype: Any) -> Factors:
     return jax.random.normal(key, shape.a, dtype) / shape.rank, jnp.zeros(shape.b, dtype)
 
 
-def orthogonal(key: jax.Array, shape: FactorShape, dtype: Any) -> Factors:
+def orthogonal(key: jax.Array, shape: FactorShape, dtype: DTypeLike) -> Factors:
     """Draws A in the span of the even rows of an orthogonal matrix, B of the odd ones: AB = 0.
 
     PEFT's ``init_lora_weights="orthogonal"``: neither factor starts at zero.
@@ -144,7 +145,7 @@ def orthogonal(key: jax.Array, shape: FactorShape, dtype: Any) -> Factors:
 
 @from_base
 def pissa(
-    key: jax.Array, shape: FactorShape, dtype: Any, *, kernel: jax.Array, scale: jax.Array
+    key: jax.Array, shape: FactorShape, dtype: DTypeLike, *, kernel: jax.Array, scale: jax.Array
 ) -> Factors:
     """Returns A = U√(S/s), B = √(S/s)Vᵀ of the r largest singular values of W = USVᵀ.
 
@@ -179,7 +180,7 @@ def fast_pissa(iterations: int = 4, oversampling: int = 8) -> Any:
 
     @from_base
     def init(
-        key: jax.Array, shape: FactorShape, dtype: Any, *, kernel: jax.Array, scale: jax.Array
+        key: jax.Array, shape: FactorShape, dtype: DTypeLike, *, kernel: jax.Array, scale: jax.Array
     ) -> Factors:
         width = min(shape.rank + oversampling, shape.fan_in, shape.fan_out)
         probe = jax.random.normal(key, (*shape.batch, shape.fan_out, width), kernel.dtype)
@@ -255,7 +256,7 @@ def _singular(u: jax.Array, s: jax.Array, vt: jax.Array, rank: int, scale: jax.A
 
 @from_base
 def olora(
-    key: jax.Array, shape: FactorShape, dtype: Any, *, kernel: jax.Array, scale: jax.Array
+    key: jax.Array, shape: FactorShape, dtype: DTypeLike, *, kernel: jax.Array, scale: jax.Array
 ) -> Factors:
     """Returns A = (the first r rows of R)ᵀ, B = (the first r columns of Q)ᵀ of Wᵀ = QR.
 

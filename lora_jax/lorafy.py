@@ -9,13 +9,11 @@ import jax
 from lora_jax.adapt.roles import infer_roles
 from lora_jax.core.magnitude import wide
 from lora_jax.core.paths import nearest, path_string
+from lora_jax.core.types import Adapter, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained, is_leaf, is_node, leaves_of
 from lora_jax.rules import Rule
 from lora_jax.select.build import node_of, starts_of
 from lora_jax.select.resolve import Known, beside, resolve
-
-Tree = Any
-Adapter = dict[str, dict[str, Any]]
 
 
 def lorafy(
@@ -91,16 +89,16 @@ def _nodes_for(what: str, params: Tree) -> dict[str, Node]:
     raise ValueError(f"{what} needs an adapted tree, and this one is plain: call lorafy first")
 
 
-def map_nodes(visit: Callable[[str, Any], Any], tree: Tree) -> Tree:
+def map_nodes(visit: Callable[[str, Any], Leaf], tree: Tree) -> Tree:
     """Returns a tree with ``visit(path, node)`` in place of each node."""
 
-    def visited(keys: tuple[Any, ...], leaf: Any) -> Any:
+    def visited(keys: tuple[Any, ...], leaf: Leaf) -> Leaf:
         return visit(path_string(keys), leaf) if is_node(leaf) else leaf
 
     return jax.tree.map_with_path(visited, tree, is_leaf=is_leaf)
 
 
-def map_parts(visit: Callable[[str, str, Any], Any], tree: Any) -> Any:
+def map_parts(visit: Callable[[str, str, Any], Any], tree: Tree) -> Tree:
     """Returns the tree with ``visit(path, name, array)`` in place of each part of a node.
 
     `tree` is an adapter, or a whole adapted tree, of which only the nodes' parts are visited.
@@ -166,7 +164,7 @@ def join(adapter: Mapping[str, Mapping[str, Any]], base: Tree) -> Tree:
         return base
     _check_same_paths("join", adapter, nodes_of(base))
 
-    def filled(path: str, node: Any) -> Node:
+    def filled(path: str, node: Node) -> Node:
         given, wanted = sorted(adapter[path]), sorted(node.part_names())
         if given != wanted:
             raise ValueError(
@@ -238,7 +236,7 @@ def merge(params: Tree) -> Tree:
     return treedef.unflatten(merged[path] for path, _ in leaves)
 
 
-def _merged(leaf: Any) -> Any:
+def _merged(leaf: Leaf) -> Leaf:
     if not is_node(leaf):
         return leaf
     return leaf.merged() if leaf.is_on else leaf.base
@@ -270,7 +268,7 @@ def swap(params: Tree, other: Tree) -> Tree:
         if a != b:
             raise ValueError(f"swap: {path!r} is {a} in one tree and {b} in the other")
 
-    def swapped(path: str, node: Any) -> Any:
+    def swapped(path: str, node: Node) -> Leaf:
         if isinstance(node, Trained):
             return theirs[path]
         kept = {"dropout": node.dropout} if isinstance(node, LoraWeight) else {}
@@ -314,7 +312,8 @@ def trainable_mask(params: Tree) -> Tree:
     """
 
     def mask(node: Node) -> Node:
-        return jax.tree.map(lambda _: False, node).with_parts(dict.fromkeys(node.parts(), True))
+        untrained: Node = jax.tree.map(lambda _: False, node)
+        return untrained.with_parts(dict.fromkeys(node.parts(), True))
 
     return jax.tree.map(lambda x: mask(x) if is_node(x) else False, params, is_leaf=is_node)
 

@@ -17,6 +17,7 @@ from jax import lax
 from lora_jax.core.axes import EMBEDDING_NAMES
 from lora_jax.core.base import is_abstract
 from lora_jax.core.paths import leaf_name
+from lora_jax.core.types import Tree
 from lora_jax.core.weight import LoraWeight
 from lora_jax.lorafy import map_parts, nodes_of, trainable_mask
 
@@ -41,7 +42,7 @@ def freeze_base(optimizer: optax.GradientTransformation) -> optax.GradientTransf
     0.0
     """
 
-    def labels(params: Any) -> Any:
+    def labels(params: Tree) -> Tree:
         return jax.tree.map(lambda trains: "train" if trains else "freeze", trainable_mask(params))
 
     return optax.partition({"train": optimizer, "freeze": optax.set_to_zero()}, labels)
@@ -106,7 +107,7 @@ class ProjectionState(NamedTuple):
     inverse: dict[str, jax.Array]
 
 
-def project_b(params: Any, *, damping: float = 1e-8) -> optax.GradientTransformation:
+def project_b(params: Tree, *, damping: float = 1e-8) -> optax.GradientTransformation:
     """Projects the gradient of B as LoRA-FA does: g ← (AᵀA + δI)⁺ g / s².
 
     Chain it before an optimiser. With A fixed, B's step then changes W as closely as possible to
@@ -134,7 +135,7 @@ def project_b(params: Any, *, damping: float = 1e-8) -> optax.GradientTransforma
     if not inverse:
         raise ValueError("project_b needs weights whose A is frozen: LoraRule(freeze_a=True, …)")
 
-    def update(updates: Any, state: ProjectionState, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: ProjectionState, params: Tree = None) -> tuple[Any, Any]:
         del params
 
         def projected(path: str, name: str, gradient: jax.Array) -> jax.Array:
@@ -195,7 +196,8 @@ def learning_rate(
     if hidden_size < 1 or (steps is not None and steps < 1):
         raise ValueError(f"hidden_size={hidden_size}, steps={steps}: numbers of at least 1")
     times = 1.0 if full else 15.0 if steps is not None and steps < 100 else 10.0
-    return 5e-5 * times * (2000 / hidden_size) ** exponents[family]
+    wider: float = (2000 / hidden_size) ** exponents[family]
+    return 5e-5 * times * wider
 
 
 def expert_rank(rank: int, active: int) -> int:

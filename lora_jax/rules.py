@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lora_jax import init as initialisers
 from lora_jax.core.parts import AXES
@@ -87,7 +88,7 @@ class LoraRule(Variants):
     extras: Sequence[Part] = ()
     train_bias: bool = False
     uses: Literal["all", "lookup", "product", "each"] = "all"
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     in_axes: Sequence[int] | None = None
     out_axes: Sequence[int] | None = None
 

@@ -27,8 +27,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.core.base import along
+from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained, is_node, leaves_of
-from lora_jax.lorafy import Tree
 
 Table = Sequence[tuple[str, PartitionSpec]]
 _Axes = tuple[Any, ...]  # an entry for each axis of an array: None, a name, or several
@@ -58,7 +58,7 @@ def shardings(params: Tree, table: Table, mesh: Mesh) -> Tree:
     """
     leaves, treedef = leaves_of(params)
 
-    def of(path: str, leaf: Any) -> Any:
+    def of(path: str, leaf: Leaf) -> Leaf:
         if is_node(leaf):
             return _of_node(path, leaf, table, mesh)
         if not hasattr(leaf, "shape"):

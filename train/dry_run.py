@@ -7,7 +7,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from lora_jax.training.batches import Batch
+from lora_jax.training.batches import HostBatch
 from lora_jax.training.data.order import Batches, Feed
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
@@ -99,7 +99,7 @@ class _Say:
         self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _print_steps(say: _Say, config: Options, feed: Batches, steps: int, first: Batch) -> None:
+def _print_steps(say: _Say, config: Options, feed: Batches, steps: int, first: HostBatch) -> None:
     optim, run = config.optim, config.run
     of_step = f"{optim.batch_size * optim.grad_accum} sequences a step" + (
         f" ({optim.grad_accum} batches of {optim.batch_size})" if optim.grad_accum > 1 else ""

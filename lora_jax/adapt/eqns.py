@@ -9,6 +9,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.sharding import Sharding
 
 from lora_jax.adapt.user_code import user_context
+from lora_jax.core.types import Forward, Leaf, Value
 
 AnyJaxpr = ClosedJaxpr | Jaxpr
 
@@ -30,14 +31,14 @@ def type_of(atom: Any) -> Any:
 
 
 def trace_with(
-    fn: Callable[..., Any], leaves: Sequence[Any], treedef: Any, places: Sequence[int]
-) -> Callable[..., list[Any]]:
+    fn: Forward, leaves: Sequence[Leaf], treedef: jax.tree_util.PyTreeDef, places: Sequence[int]
+) -> Callable[..., list[Value]]:
     """Returns a function of the leaves at `places` alone, the others being closed over.
 
     It calls ``fn(*args)`` with all leaves as `treedef` has them, and returns the traced outputs.
     """
 
-    def traced(*values: Any) -> list[Any]:
+    def traced(*values: Any) -> list[Value]:
         given = dict(zip(places, values, strict=True))
         args = treedef.unflatten(given.get(place, leaf) for place, leaf in enumerate(leaves))
         return [out for out in jax.tree.leaves(fn(*args)) if isinstance(out, jax.core.Tracer)]
@@ -45,7 +46,7 @@ def trace_with(
     return traced
 
 
-def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+def bind(eqn: JaxprEqn, values: Sequence[Value]) -> list[Value]:
     """Applies the equation as it stands to plain arrays."""
     params = eqn.primitive.get_bind_params(eqn.params)
     with user_context(eqn):
@@ -214,7 +215,8 @@ def _params(eqn: JaxprEqn, *names: str) -> list[Any]:
 def function_name(eqn: JaxprEqn) -> str | None:
     """Returns the name of the function that a jit, custom_vjp or custom_jvp equation calls."""
     if "name" in eqn.params and "jaxpr" in eqn.params:
-        return eqn.params["name"]
+        name: str = eqn.params["name"]
+        return name
     if "call_jaxpr" in eqn.params:
         inner, _ = opened(eqn.params["call_jaxpr"])
         return inner.debug_info.func_name

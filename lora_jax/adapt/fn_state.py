@@ -56,7 +56,7 @@ class State:
     def __hash__(self) -> int:
         return self._hash
 
-    def arrays(self) -> list[Any]:
+    def arrays(self) -> list[jax.Array | np.ndarray]:
         """Returns the arrays that the values refer to."""
         return [v for v in self._seen.values() if isinstance(v, (jax.Array, np.ndarray))]
 
@@ -114,7 +114,8 @@ class State:
     def _object(self, value: Any) -> Iterator[Hashable]:
         kind = type(value)
         yield from self._class(kind)
-        if kind.__hash__ not in (None, object.__hash__) and _is_hashable(value):
+        by_identity: Any = object.__hash__
+        if kind.__hash__ not in (None, by_identity) and _is_hashable(value):
             yield _ByEquality(value)
             return
         slots = [name for base in kind.__mro__ for name in vars(base).get("__slots__", ())]

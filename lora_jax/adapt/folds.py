@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.factored import Factored
+from lora_jax.core.types import Outcome, Value
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +50,7 @@ def _is_vector(pieces: Sequence[Any]) -> bool:
     return len(pieces) == 1 and not isinstance(pieces[0], Factored)
 
 
-def moved(name: str, params: dict[str, Any], values: Sequence[Any]) -> list[Any] | None:
+def moved(name: str, params: dict[str, Any], values: Sequence[Value]) -> Outcome:
     """Returns the outputs of an equation that lays vectors together or takes them apart.
 
     Args:
@@ -76,5 +77,5 @@ def moved(name: str, params: dict[str, Any], values: Sequence[Any]) -> list[Any]
     return None
 
 
-def _pieces(value: Any) -> tuple[Any, ...]:
+def _pieces(value: Value) -> tuple[Any, ...]:
     return value.pieces if isinstance(value, Folded) else (value,)

@@ -21,6 +21,7 @@ from lora_jax.adapt.user_code import Place, place_of, place_of_call, user_contex
 from lora_jax.core.base import rearranged
 from lora_jax.core.factored import ExamplesError, Factored
 from lora_jax.core.product import is_on_mesh
+from lora_jax.core.types import Forward, Outcome, Value
 
 Live = tuple[bool, ...]
 
@@ -30,7 +31,7 @@ class Use:
     """An equation that meets an adapted weight: its operands, and which outputs are wanted."""
 
     eqn: JaxprEqn
-    values: list[Any]  # arrays, at least one `Factored` among them
+    values: list[Value]  # arrays, at least one `Factored` among them
     live: Live
     factor_inputs: dict[int, tuple[Any, Any]]  # by id: an array, and that array for factors
     jaxpr: Jaxpr  # that the equation is part of
@@ -41,11 +42,11 @@ class Use:
         """The equation's parameters."""
         return self.eqn.params
 
-    def bind(self, values: Sequence[Any]) -> list[Any]:
+    def bind(self, values: Sequence[Value]) -> list[Value]:
         """Applies the equation to plain arrays."""
         return eqns.bind(self.eqn, values)
 
-    def rearranged(self, weight: Factored) -> Any:
+    def rearranged(self, weight: Factored) -> Value:
         """Returns W after the equation, whose one operand is the weight."""
         out = self.eqn.outvars[0].aval
         return rearranged(weight.base, self.eqn.primitive, self.params, out)
@@ -65,7 +66,7 @@ class Use:
         held = zip(source.params["broadcast_dimensions"], before, strict=True)
         return [axis for axis, n in held if n != 1]
 
-    def for_factors(self, x: Any) -> Any:
+    def for_factors(self, x: jax.Array) -> Value:
         """Returns the x that factors multiply: on a mesh, in traced functions, a copy.
 
         Where W's out axes are sharded, x's cotangent from each product with W is an all-reduce. XLA
@@ -90,7 +91,7 @@ class Record(NamedTuple):
 
 
 # A rule returns the equation's outputs, or None to have its operands merged.
-Rule = Callable[["Interpreter", Use], list[Any] | None]
+Rule = Callable[["Interpreter", Use], Outcome]
 
 
 class RoleError(ValueError):
@@ -122,10 +123,10 @@ class Interpreter:
     def evaluate(
         self,
         jaxpr: eqns.AnyJaxpr,
-        args: Sequence[Any],
+        args: Sequence[Value],
         live: Live | None = None,
         steps: Steps | None = None,
-    ) -> list[Any]:
+    ) -> list[Value]:
         """Returns the outputs of `jaxpr`, `Factored` where a weight leaves as it came or moved.
 
         Args:
@@ -140,10 +141,10 @@ class Interpreter:
         environment: dict[Any, Any] = dict(zip(inner.constvars, consts, strict=True))
         environment |= dict(zip(inner.invars, args, strict=True))
 
-        def read(atom: Any) -> Any:
+        def read(atom: Any) -> Value:
             return atom.val if eqns.is_literal(atom) else environment[atom]
 
-        def result(atom: Any) -> Any:
+        def result(atom: Any) -> Value:
             value = read(atom)
             if isinstance(value, folds.Folded):
                 return self._unfolded(value, "output", place_of_call())
@@ -166,15 +167,17 @@ class Interpreter:
         wanted_atoms = zip(inner.outvars, live, strict=True)
         return [result(atom) if wanted else None for atom, wanted in wanted_atoms]
 
-    def function(self, jaxpr: eqns.AnyJaxpr, live: Live | None = None) -> Callable[..., list[Any]]:
+    def function(
+        self, jaxpr: eqns.AnyJaxpr, live: Live | None = None
+    ) -> Callable[..., list[Value]]:
         """Returns `evaluate` of an inner jaxpr as a function, always the same object."""
         reference = weakref.ref(jaxpr)  # the cache must not keep its own key alive
         within = self
         if self.examples is not None:
             within = dataclasses.replace(self, examples=self.examples.inner.get(id(jaxpr)))
 
-        def make() -> Callable[..., list[Any]]:
-            def call(*args: Any) -> list[Any]:
+        def make() -> Callable[..., list[Value]]:
+            def call(*args: Any) -> list[Value]:
                 alive = reference()
                 assert alive is not None, "an equation holds its jaxpr while it is evaluated"
                 return within.evaluate(alive, args, live)
@@ -183,9 +186,7 @@ class Interpreter:
 
         return within.memoised(jaxpr, ("function", live), make)
 
-    def memoised(
-        self, jaxpr: eqns.AnyJaxpr, key: Hashable, make: Callable[[], Callable[..., Any]]
-    ) -> Callable[..., Any]:
+    def memoised(self, jaxpr: eqns.AnyJaxpr, key: Hashable, make: Callable[[], Forward]) -> Forward:
         """Returns what `make` returned the first time for this jaxpr and key."""
         functions = _FUNCTIONS.setdefault(jaxpr, {})
         known = functions.get((self, key))
@@ -214,12 +215,12 @@ class Interpreter:
         self,
         site: int,
         eqn: JaxprEqn,
-        values: list[Any],
+        values: list[Value],
         live: Live,
         factor_inputs: dict[int, tuple[Any, Any]],
         jaxpr: Jaxpr,
         steps: Steps | None,
-    ) -> list[Any]:
+    ) -> list[Value]:
         name = eqn.primitive.name
         if any(isinstance(value, folds.Folded) for value in values):
             outputs = folds.moved(name, eqn.params, values)
@@ -255,7 +256,7 @@ class Interpreter:
         plain = [self.merged(v, name, eqn) if isinstance(v, Factored) else v for v in values]
         return eqns.bind(eqn, plain)
 
-    def _by_rule(self, rule: Rule, use: Use, steps: Steps | None) -> list[Any] | None:
+    def _by_rule(self, rule: Rule, use: Use, steps: Steps | None) -> Outcome:
         """Returns what a rule makes of an equation, compiled where the call is eager."""
         eqn, name = use.eqn, use.eqn.primitive.name
         if steps is None or name in ("jit", "pjit"):  # compiled by itself
@@ -265,14 +266,15 @@ class Interpreter:
         # A step outlives the call's arrays.
         bare = dataclasses.replace(use, values=[], factor_inputs={})
 
-        def call(values: list[Any]) -> list[Any] | None:
+        def call(values: list[Value]) -> Outcome:
             with user_context(eqn):
                 return rule(self, dataclasses.replace(bare, values=values, factor_inputs={}))
 
         how = (use.live, id(eqn) if name in _READ_AROUND else 0, self.examples, use.at)
-        return steps.compiled(eqn, how, call)(use.values)
+        outputs: Outcome = steps.compiled(eqn, how, call)(use.values)
+        return outputs
 
-    def _examples_in(self, eqn: JaxprEqn, values: Sequence[Any]) -> At | None:
+    def _examples_in(self, eqn: JaxprEqn, values: Sequence[Value]) -> At | None:
         """Returns where the examples lie in an equation's plain operand, if each has its adapter.
 
         Raises:
@@ -283,7 +285,7 @@ class Interpreter:
             _refuse_rows(eqn, values)
         return known.get(id(eqn))
 
-    def _unfolded(self, value: Any, primitive: str, where: JaxprEqn | Place) -> Any:
+    def _unfolded(self, value: Value, primitive: str, where: JaxprEqn | Place) -> Value:
         """Returns the value as an array, where it is a vector of weights laid end to end."""
         if not isinstance(value, folds.Folded):
             return value
@@ -299,17 +301,17 @@ class Interpreter:
                 self.record(Record(str(value.path), name, place, "factored", why))
 
 
-def _refuse_rows(eqn: JaxprEqn, values: Sequence[Any]) -> None:
+def _refuse_rows(eqn: JaxprEqn, values: Sequence[Value]) -> None:
     """Raises ExamplesError if a weight has an adapter for each example."""
     for value in values:
         if isinstance(value, Factored) and value.rows is not None:
             raise ExamplesError(merging.of_each_example(value, eqn.primitive.name, place_of(eqn)))
 
 
-def _cuts_shifted(values: Sequence[Any], outputs: Sequence[Any]) -> bool:
+def _cuts_shifted(values: Sequence[Value], outputs: Sequence[Value]) -> bool:
     """Returns whether a weight with a bias on B lost part of its in axes: it would add it twice."""
 
-    def sizes(among: Sequence[Any]) -> set[int]:
+    def sizes(among: Sequence[Value]) -> set[int]:
         shifted = (v for v in among if isinstance(v, Factored) and v.shift is not None)
         return {math.prod(v.sizes("in")) for v in shifted}
 
@@ -327,14 +329,14 @@ _JOINS = frozenset({"add", "add_any", "sub", "concatenate", "stack", "select_n",
 _READ_AROUND = ("select_n",)
 
 
-def _seen(value: Any, primitive: str) -> Any:
+def _seen(value: Value, primitive: str) -> Value:
     """Returns a weight with the adapter that is for this kind of use, or without any."""
     if primitive not in _USES or not isinstance(value, Factored):
         return value
     return value.seen_by(_USES[primitive])
 
 
-def at_site(value: Any, index: int | jax.Array) -> Any:
+def at_site(value: Value, index: int | jax.Array) -> Value:
     """Returns the value with a dropout key of its own for one equation or one iteration."""
     if not isinstance(value, Factored) or value.key is None:
         return value

@@ -11,24 +11,26 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, KeyPath, SequenceKey
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
+from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import Trained, is_node
 
 _VALUE = "value of the Variable"  # in the place of an attribute's name
 _DELETED = object()  # in the place of a value
+_Path = tuple[Any, ...]  # of keys, as `jax.tree_util` has them
 # The path of each object, and its attributes' new values: a pytree.
-Writes = list[tuple[KeyPath, dict[str, Any]]]
+Writes = list[tuple[_Path, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
     """The NNX objects in a tree of arguments, each with its path and its attributes."""
 
-    objects: list[tuple[KeyPath, Any, dict[str, Any]]]
+    objects: list[tuple[_Path, Any, dict[str, Any]]]
 
     @classmethod
-    def of(cls, tree: Any) -> "Snapshot":
+    def of(cls, tree: Tree) -> "Snapshot":
         """Returns the snapshot of a tree, before a function changes the objects in it."""
         return cls([(path, each, _attributes(each)) for path, each in _objects(tree)])
 
@@ -64,7 +66,7 @@ class Output:
     origin: int | None
 
 
-def changes(tree: Any, writes: Writes) -> tuple[Writes, dict[int, Any]]:
+def changes(tree: Tree, writes: Writes) -> tuple[Writes, dict[int, Leaf]]:
     """Returns the writes that change something, and what they put in the place of leaves.
 
     NNX's transforms write all that they are given back, mostly as it was.
@@ -92,7 +94,7 @@ def changes(tree: Any, writes: Writes) -> tuple[Writes, dict[int, Any]]:
     return kept, assigned
 
 
-def write(tree: Any, writes: Writes) -> None:
+def write(tree: Tree, writes: Writes) -> None:
     """Makes the changes in the objects of a tree of arguments."""
     for path, attributes in writes:
         each = _at(tree, path)
@@ -109,12 +111,15 @@ def write(tree: Any, writes: Writes) -> None:
                 each.set_raw_value(value)
 
 
-def _objects(tree: Any) -> Iterator[tuple[KeyPath, Any]]:
+def _objects(tree: Tree) -> Iterator[tuple[_Path, Any]]:
     """Returns each module, stream and Variable in a tree, with its path."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:  # nobody has made one, and NNX is slow to import
         return
-    is_object = lambda value: isinstance(value, (nnx.Pytree, nnx.Variable))  # noqa: E731
+
+    def is_object(value: Leaf) -> bool:
+        return isinstance(value, (nnx.Pytree, nnx.Variable))
+
     for path, value in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_object):
         if not is_object(value):
             continue
@@ -132,7 +137,7 @@ def _attributes(each: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(each).items() if not name.startswith("_pytree__")}
 
 
-def _at(tree: Any, path: KeyPath) -> Any:
+def _at(tree: Tree, path: _Path) -> Any:
     for key in path:
         match key:
             case GetAttrKey(name):

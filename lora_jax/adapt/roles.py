@@ -10,7 +10,7 @@ is added to a leaf is an activation only where it is computed from something els
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,10 +38,11 @@ from lora_jax.adapt.user_code import place_of
 from lora_jax.core.axes import AxisRoles, Seen
 from lora_jax.core.base import as_array, is_abstract, is_base, stand_in
 from lora_jax.core.factored import Factored
+from lora_jax.core.types import Forward, Value
 
 
 def infer_roles(
-    fn: Callable[..., Any], args: Sequence[Any], paths: Mapping[int, str]
+    fn: Forward, args: Sequence[Any], paths: Mapping[int, str]
 ) -> dict[str, Seen | str]:
     """Returns the roles of the leaves of `args` whose identities are the keys of `paths`.
 
@@ -59,13 +60,13 @@ def infer_roles(
     leaves, treedef = jax.tree.flatten(tuple(args), is_leaf=is_base)
     places = [i for i, leaf in enumerate(leaves) if id(leaf) in paths or is_abstract(leaf)]
 
-    def followed(place: int, array: jax.Array) -> Any:
+    def followed(place: int, array: jax.Array) -> Value:
         path = paths.get(id(leaves[place]))
         if path is None:
             return array
         return labelled(array, [frozenset({Axis(path, axis)}) for axis in range(array.ndim)])
 
-    def walk(arrays: list[Any]) -> None:
+    def walk(arrays: list[Value]) -> None:
         traced = eqns.trace_with(lambda *args: fn(*args), leaves, treedef, places)
         jaxpr = jax.make_jaxpr(traced)(*arrays)
         interpreter.evaluate(jaxpr, list(map(followed, places, arrays)))
@@ -143,7 +144,7 @@ class _Log:
         for path in paths:
             self.lost.setdefault(path, f"{primitive!r} at {place} loses its axes")
 
-    def _kept(self, use: Use, outputs: list[Any]) -> list[Any]:
+    def _kept(self, use: Use, outputs: list[Value]) -> list[Value]:
         """Returns the outputs; notes the leaves among the operands that none of them holds."""
         there = {
             path for v in use.values if isinstance(v, Factored) for path in v.path.splitlines()
@@ -155,7 +156,7 @@ class _Log:
             self._lose(lost, use.eqn.primitive.name, str(place_of(use.eqn)))
         return outputs
 
-    def _product(self, _: Interpreter, use: Use) -> list[Any]:
+    def _product(self, _: Interpreter, use: Use) -> list[Value]:
         name, pair = use.eqn.primitive.name, use.values[:2]
         is_leaf = [isinstance(v, Factored) and bool(paths_of(v.labels, "")) for v in pair]
         seen = []
@@ -179,7 +180,7 @@ class _Log:
             return [labelled(out, composed(use))]
         return [labelled(out, [NOTHING] * out.ndim)]
 
-    def _moved(self, _: Interpreter, use: Use) -> list[Any]:
+    def _moved(self, _: Interpreter, use: Use) -> list[Value]:
         """Moves axes as the axis map says; one that is stretched is lost."""
         (out,), weights = use.bind(_plain(use)), [v for v in use.values if isinstance(v, Factored)]
         places = axis_map(use.eqn)
@@ -193,7 +194,7 @@ class _Log:
         moved = [[union(held[a] for a in axes) for axes in places] for held in of_each]
         return [labelled(out, _joined(moved, _mixing(use)))]
 
-    def other(self, interpreter: Interpreter, use: Use) -> list[Any]:
+    def other(self, interpreter: Interpreter, use: Use) -> list[Value]:
         """Enters functions; keeps axes in place in element-wise operations, else drops them."""
         body = use.params.get("jaxpr", use.params.get("call_jaxpr"))
         if body is not None and len(eqns.opened(body)[0].invars) == len(use.values):
@@ -201,7 +202,7 @@ class _Log:
         name, outputs = use.eqn.primitive.name, use.bind(_plain(use))
         mixed = _mixing(use)
 
-        def stayed(place: int, value: Any, out: Any) -> list[Held] | None:
+        def stayed(place: int, value: Value, out: Value) -> list[Held] | None:
             if not isinstance(value, Factored) or len(value.labels) != out.ndim:
                 return None
             if len(outputs) > 1 and name != "split" and place:
@@ -225,7 +226,7 @@ class _Log:
         return self._kept(use, followed)
 
 
-def _plain(use: Use) -> list[Any]:
+def _plain(use: Use) -> list[Value]:
     return [as_array(v.base) if isinstance(v, Factored) else v for v in use.values]
 
 
@@ -235,7 +236,7 @@ _ADDS = ("add", "sub", "add_any", "concatenate", "stack")
 def _mixing(use: Use) -> str:
     """Returns how an equation mixes leaves with arrays that are computed from other things."""
 
-    def is_pure(value: Any) -> bool:
+    def is_pure(value: Value) -> bool:
         if not isinstance(value, Factored):
             return math.prod(jnp.shape(value)) == 1
         return not paths_of(value.labels, "scaled", "added")
@@ -256,7 +257,7 @@ def _joined(labels: Sequence[Sequence[Held]], mixed: str) -> list[Held]:
     ]
 
 
-def _gathered(use: Use) -> list[Any]:
+def _gathered(use: Use) -> list[Value]:
     """Returns the rest of a weight whose stack is indexed, or a looked-up row without labels."""
     weight, numbers = use.values[0], use.params["dimension_numbers"]
     (out,) = use.bind(_plain(use))

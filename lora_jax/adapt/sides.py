@@ -8,7 +8,7 @@ magnitude, LoRA+, LoRA-FA, PiSSA, OLoRA) acts on the wrong side.
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from jax.extend.core import jaxpr_as_fun
@@ -19,6 +19,7 @@ from lora_jax.adapt.user_code import Place, warn
 from lora_jax.core.axes import EMBEDDING_NAMES, AxisRoles, Seen
 from lora_jax.core.factored import Factored
 from lora_jax.core.paths import leaf_name
+from lora_jax.core.types import Shaped, Value
 
 Side = Literal["in", "out"]  # the axes that a product contracts
 # By the path of a weight, and the side: the place of the first such use, where it is to be told.
@@ -54,7 +55,7 @@ def noted() -> Iterator[Noted]:
         _SEEN.reset(token)
 
 
-def warn_of_swapped(seen: Noted, jaxpr: eqns.AnyJaxpr, inputs: Sequence[Any]) -> None:
+def warn_of_swapped(seen: Noted, jaxpr: eqns.AnyJaxpr, inputs: Sequence[Value]) -> None:
     """Warns of weights whose out axes are contracted, and never their in axes.
 
     Args:
@@ -83,7 +84,7 @@ def warn_of_swapped(seen: Noted, jaxpr: eqns.AnyJaxpr, inputs: Sequence[Any]) ->
             _warn(path, AxisRoles(ins, outs), place)
 
 
-def _shape(array: Any) -> jax.ShapeDtypeStruct:
+def _shape(array: Shaped) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 

@@ -11,6 +11,7 @@ import jax
 from jax.extend.core import JaxprEqn
 
 from lora_jax.adapt import eqns
+from lora_jax.core.types import Value
 
 _MOVED = ("device_put",)  # where an array lies is no part of a program
 
@@ -22,16 +23,19 @@ class Steps:
         self._of_equation: dict[tuple[int, Any], Callable[..., Any]] = {}
         self._shared: dict[Hashable, Callable[..., Any]] = {}
 
-    def bind(self, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+    def bind(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         """Applies an equation to plain arrays."""
         is_traced = any(isinstance(value, jax.core.Tracer) for value in values)
         if is_traced or eqn.effects or eqn.primitive.name in _MOVED:
             return eqns.bind(eqn, values)
-        return self.compiled(eqn, None, lambda values: eqns.bind(eqn, values))(values)
+        outputs: list[Value] = self.compiled(eqn, None, lambda values: eqns.bind(eqn, values))(
+            values
+        )
+        return outputs
 
     def compiled(
-        self, eqn: JaxprEqn, how: Hashable, call: Callable[[list[Any]], Any]
-    ) -> Callable[[list[Any]], Any]:
+        self, eqn: JaxprEqn, how: Hashable, call: Callable[[list[Value]], Any]
+    ) -> Callable[[list[Value]], Any]:
         """Returns `call`, compiled, which applies the equation; `how` tells its variants apart."""
         known = self._of_equation.get((id(eqn), how))
         if known is None:

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -21,6 +21,7 @@ from lora_jax.adapt.fn_state import State, UnknownStateError
 from lora_jax.adapt.nnx_writes import Argument, Output, Snapshot, Writes, changes
 from lora_jax.adapt.rules.flow import sources_among
 from lora_jax.adapt.steps import Steps
+from lora_jax.core.types import Forward, Leaf, Value
 
 _TRACED = object()  # in the place of a traced array
 _MOST_TRACES = 256  # of one function
@@ -40,9 +41,9 @@ class Call:
       others: likewise, arrays that are inputs of the jaxpr beside the weights in any case.
     """
 
-    fn: Callable[..., Any]
-    leaves: Sequence[Any]
-    treedef: Any
+    fn: Forward
+    leaves: Sequence[Leaf]
+    treedef: jax.tree_util.PyTreeDef
     weights: Mapping[int, Any]
     others: Mapping[int, Any] = field(default_factory=dict)
 
@@ -57,19 +58,20 @@ class Outputs:
     """
 
     leaves: list[Any]
-    treedef: Any
-    assigned: dict[int, Any]
+    treedef: jax.tree_util.PyTreeDef
+    assigned: dict[int, Value]
 
     @functools.cached_property
     def origins(self) -> dict[int, int | None]:
         """Returns the outputs of the jaxpr that are needed, each with the argument that it is."""
         return {leaf.number: leaf.origin for leaf in self.leaves if isinstance(leaf, Output)}
 
-    def filled(self, arrays: Sequence[Any]) -> tuple[Any, Writes]:
+    def filled(self, arrays: Sequence[Value]) -> tuple[Any, Writes]:
         """Returns the function's result and its writes, for the outputs of the jaxpr."""
-        return self.treedef.unflatten(
+        result: tuple[Any, Writes] = self.treedef.unflatten(
             arrays[leaf.number] if isinstance(leaf, Output) else leaf for leaf in self.leaves
         )
+        return result
 
 
 @dataclasses.dataclass
@@ -102,7 +104,7 @@ def trace(call: Call) -> Trace:
         raise
 
 
-def _traced(call: Call, inputs: Mapping[int, Any]) -> Trace:
+def _traced(call: Call, inputs: Mapping[int, Value]) -> Trace:
     """Returns the trace of a call.
 
     Args:
@@ -133,7 +135,9 @@ def _origins(jaxpr: eqns.AnyJaxpr, inputs: Iterable[int], call: Call) -> list[in
     return list(sources_among(jaxpr, places))
 
 
-def _outputs(leaves: list[Any], treedef: Any, origins: list[int | None], call: Call) -> Outputs:
+def _outputs(
+    leaves: list[Any], treedef: jax.tree_util.PyTreeDef, origins: list[int | None], call: Call
+) -> Outputs:
     """Returns what leaves a function, without writes that change nothing.
 
     Args:
@@ -240,14 +244,15 @@ def _nothing() -> None:
 
 def _settings() -> Hashable:
     """Returns a value that changes with any of JAX's settings: promotion, precision, a mesh, …"""
-    return _nothing.trace().jaxpr
+    settings: Hashable = _nothing.trace().jaxpr
+    return settings
 
 
-def _type_of(value: Any) -> Hashable:
+def _type_of(value: Value) -> Hashable:
     return value if isinstance(value, jax.ShapeDtypeStruct) else jax.typeof(value)
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: Leaf) -> bool:
     return isinstance(leaf, jax.Array) or (
         isinstance(leaf, np.ndarray) and jnp.issubdtype(leaf.dtype, np.number)
     )

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,15 +22,16 @@ from lora_jax.adapt.user_code import place_of_call
 from lora_jax.core.base import is_base, stand_in
 from lora_jax.core.factored import Factored
 from lora_jax.core.paths import fold_in_path, path_string
+from lora_jax.core.types import Forward, Leaf
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, is_leaf, is_node
 
 
 def adapt(
-    fn: Callable[..., Any],
+    fn: Forward,
     *,
     strict: bool = False,
-    primitives: Mapping[str, Callable[..., Any]] | None = None,
-) -> Callable[..., Any]:
+    primitives: Mapping[str, Forward] | None = None,
+) -> Forward:
     """Returns `fn` for adapted trees: each product with an adapted W is xW + s·(xA)B.
 
     W + s·AB is never formed, nor a gradient of W where the derivative is taken with respect to
@@ -88,7 +89,7 @@ def adapt(
 
 
 def run(
-    fn: Callable[..., Any],
+    fn: Forward,
     interpreter: Interpreter,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -166,7 +167,7 @@ def _say_assigned(
         interpreter.say_merged(weight, "assignment", place_of_call())
 
 
-def follow(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Any, axes: Axes) -> Any:
+def follow(fn: Forward, args: tuple[Any, ...], kwargs: Any, axes: Axes) -> Any:
     """Returns the axes of ``fn(*args, **kwargs)`` that hold the examples, without running it.
 
     Args:
@@ -203,11 +204,11 @@ def _is_traced() -> bool:
 
 
 def _flattened(
-    fn: Callable[..., Any],
+    fn: Forward,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     dropout_key: jax.Array | None,
-) -> tuple[Call, dict[int, Factored], dict[int, Any]]:
+) -> tuple[Call, dict[int, Factored], dict[int, Leaf]]:
     """Returns a call as its function is traced, and its weights and nodes by place."""
     treedef: Any
     keyed, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_leaf)
@@ -236,7 +237,7 @@ def _flattened(
     return Call(fn, leaves, treedef, stand_ins), weights, nodes
 
 
-def _plain(leaf: Any, path: str) -> Any:
+def _plain(leaf: Leaf, path: str) -> Leaf:
     """Returns a leaf as the function is traced with it."""
     if not is_node(leaf):
         return leaf

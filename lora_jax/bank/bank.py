@@ -20,6 +20,7 @@ from lora_jax.bank.mixing import Choice, choose
 from lora_jax.bank.one_base import OneBase
 from lora_jax.bank.slots import WeightSlots, empty_slots, map_slots, slots_of
 from lora_jax.bank.stored import Adapter, BankError, compile_variant, stored, values_of
+from lora_jax.core.types import Leaf, Model, Parts, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of
 from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.peft.config import FILE as PEFT_CONFIG
@@ -51,7 +52,7 @@ class Bank:
     """
 
     def __init__(
-        self, params: Any, rules: Sequence[Rule], *, slots: int, model: Any = None
+        self, params: Tree, rules: Sequence[Rule], *, slots: int, model: Model | None = None
     ) -> None:
         """Makes an empty bank.
 
@@ -79,7 +80,7 @@ class Bank:
 
     @property
     @locked
-    def tree(self) -> Any:
+    def tree(self) -> Tree:
         """The base with slots in place of each adapted leaf: an argument for `choose`.
 
         It holds the base's own arrays, and the slots' as they are now: while it is held, adapters
@@ -164,7 +165,7 @@ class Bank:
         if (slot := self._slot_of(name)) is not None:
             self._touch(slot, None)
 
-    def get(self, name: str) -> Any:
+    def get(self, name: str) -> Tree:
         """Returns an adapter as an adapted tree over the bank's base, as it was added.
 
         Raises:
@@ -175,7 +176,7 @@ class Bank:
             adapter = self._kept[name]
         leaves, treedef = leaves_of(self._params)
 
-        def node(path: str, leaf: Any) -> Any:
+        def node(path: str, leaf: Leaf) -> Leaf:
             if path not in adapter:
                 return leaf
             mine = jax.tree.map(jnp.asarray, adapter[path])
@@ -244,7 +245,7 @@ class Bank:
             self._base.check(f"bank: {name!r}", tree)
         return found
 
-    def _loaded(self, folder: Path, allow_base_mismatch: bool) -> Any:
+    def _loaded(self, folder: Path, allow_base_mismatch: bool) -> Tree:
         if not (folder / PEFT_CONFIG).exists():
             return load_adapter(folder, self._params, allow_base_mismatch=allow_base_mismatch)
         if self._model is None:
@@ -300,13 +301,13 @@ class Bank:
             raise BankError(f"bank: there is no adapter {name!r}; there are {there}")
 
 
-def _with_slots(params: Any, rules: Sequence[Rule], n_slots: int) -> Any:
+def _with_slots(params: Tree, rules: Sequence[Rule], n_slots: int) -> Tree:
     """Returns the base with empty slots in place of each leaf that the rules select."""
     leaves, treedef = leaves_of(params)
     shapes = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), x) for _, x in leaves]
     nodes = nodes_of(lorafy(treedef.unflatten(shapes), rules))
 
-    def slots(path: str, leaf: Any) -> Any:
+    def slots(path: str, leaf: Leaf) -> Tree:
         node = nodes.get(path)
         if isinstance(node, TrainedRows):
             raise BankError(f"bank: a rule trains some rows of {path!r}, which no slot can hold")
@@ -331,7 +332,12 @@ def _beside(array: jax.Array, axis: int, value: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _written(arrays: Any, values: Any, slot: Any, axes: tuple[tuple[str, int], ...]) -> Any:
+def _written(
+    arrays: dict[str, Parts],
+    values: dict[str, Parts],
+    slot: jax.typing.ArrayLike,
+    axes: tuple[tuple[str, int], ...],
+) -> dict[str, Parts]:
     """Returns arrays, by path and name, with other values in a slot; in the arrays' own memory."""
     put = lax.dynamic_update_index_in_dim
     return {

@@ -1,11 +1,11 @@
 """Arrays that are handed out without a copy, and stay as they are while someone holds them."""
 
 import weakref
-from typing import Any
 
 import jax
 
 from lora_jax.bank.slots import Slots, slots_of
+from lora_jax.core.types import Adapter, Tree
 
 
 class Held:
@@ -17,11 +17,11 @@ class Held:
     def __init__(self) -> None:
         self._nodes: weakref.WeakSet[Slots] = weakref.WeakSet()
 
-    def watch(self, tree: Any) -> None:
+    def watch(self, tree: Tree) -> None:
         """Begins to watch the nodes of a tree that is handed out, and kept nowhere else."""
         self._nodes.update(slots_of(tree).values())
 
-    def writable(self, arrays: Any) -> Any:
+    def writable(self, arrays: Adapter) -> Adapter:
         """Returns the arrays of those nodes where no one holds these, else a copy, to be donated.
 
         The holders keep the arrays that they have, so the nodes are watched no longer.
@@ -29,4 +29,6 @@ class Held:
         if not len(self._nodes):
             return arrays
         self._nodes = weakref.WeakSet()
-        return jax.device_put(arrays, may_alias=False)  # as it lies, and without a compilation
+        # The copy lies as the arrays do, and nothing is compiled for it.
+        copy: Adapter = jax.device_put(arrays, may_alias=False)
+        return copy

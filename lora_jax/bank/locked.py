@@ -3,7 +3,7 @@
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 
 class _HasLock(Protocol):
@@ -21,7 +21,7 @@ def locked(
     """Returns a method that runs while no other thread runs one of the same object."""
 
     @functools.wraps(method)
-    def alone(self: _Self, *args: _Args.args, **kwargs: _Args.kwargs) -> Any:
+    def alone(self: _Self, /, *args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
         with self._lock:
             return method(self, *args, **kwargs)
 

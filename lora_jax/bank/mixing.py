@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from lora_jax.adapt.transform import run
 from lora_jax.adapt.user_code import place_of_call, warn
 from lora_jax.bank.slots import WeightSlots, bank_leaves_of, is_slots, map_slots, slots_of
 from lora_jax.core.factored import ExamplesError
+from lora_jax.core.types import Forward, Leaf, Tree
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +31,7 @@ class Choice:
       ids: [examples] int32.
     """
 
-    tree: Any
+    tree: Tree
     ids: jax.Array
 
     @property
@@ -39,12 +40,12 @@ class Choice:
         slots = slots_of(self.tree).values()
         return all(isinstance(s, WeightSlots) and s.is_side_by_side for s in slots)
 
-    def at_once(self) -> Any:
+    def at_once(self) -> Tree:
         """Returns the adapted tree of all examples; see `lora_jax.adapt.per_example`."""
         return map_slots(lambda _, slots: slots.of_batch(self.ids), self.tree)  # type: ignore[union-attr]
 
 
-def choose(tree: Any, ids: Any) -> Choice:
+def choose(tree: Tree, ids: jax.typing.ArrayLike | Sequence[int]) -> Choice:
     """Returns a bank's tree for a batch, to be passed in the place of a tree of parameters.
 
     Where slots are many, it copies each example's factors: call it once a batch, before a loop.
@@ -73,15 +74,15 @@ def choose(tree: Any, ids: Any) -> Choice:
 
 
 def mixed(
-    fn: Callable[..., Any],
+    fn: Forward,
     *,
     in_axes: Any = 0,
     out_axes: Any = 0,
     kwarg_axes: Mapping[str, Any] | None = None,
     one_by_one: bool = False,
     strict: bool = False,
-    primitives: Mapping[str, Callable[..., Any]] | None = None,
-) -> Callable[..., Any]:
+    primitives: Mapping[str, Forward] | None = None,
+) -> Forward:
     """Returns `fn` for batches of which each example has an adapter of its own.
 
     Pass `Bank.choose(names)` where `fn` takes a tree of parameters. Each example gets what `fn`
@@ -188,7 +189,7 @@ class _Call:
 
     leaves: list[Any]
     axes: list[int | None]
-    treedef: Any
+    treedef: jax.tree_util.PyTreeDef
     out_axes: Any
     choice: Choice
 
@@ -229,7 +230,7 @@ class _Call:
         return _axes_of_leaves(self.out_axes, result)
 
 
-def _run_at_once(fn: Callable[..., Any], interpreter: Interpreter, call: _Call) -> Any:
+def _run_at_once(fn: Forward, interpreter: Interpreter, call: _Call) -> Any:
     """Runs a function on the whole batch.
 
     Raises:
@@ -247,7 +248,7 @@ def _run_at_once(fn: Callable[..., Any], interpreter: Interpreter, call: _Call) 
     return run(whole, interpreter, call.treedef.unflatten(leaves), {}, None, axes=axes)
 
 
-def _run_one_by_one(adapted: Callable[..., Any], call: _Call) -> Any:
+def _run_one_by_one(adapted: Forward, call: _Call) -> Any:
     """Runs an adapted function on batches of one example each: several under `jax.vmap`."""
     split = _Split()
     pairs = zip(call.leaves, call.axes, strict=True)
@@ -291,7 +292,7 @@ def _is_choice(value: Any) -> bool:
     return isinstance(value, Choice)
 
 
-def _axes_of_leaves(prefix: Any, tree: Any) -> list[int | None]:
+def _axes_of_leaves(prefix: Any, tree: Tree) -> list[int | None]:
     """Returns the examples' axis in each leaf of a tree, a `Choice` being one leaf.
 
     Args:
@@ -324,7 +325,7 @@ def _is_none(value: Any) -> bool:
     return value is None
 
 
-def _axis(leaf: Any, axis: int | None, n: int) -> int | None:
+def _axis(leaf: Leaf, axis: int | None, n: int) -> int | None:
     """Returns the axis of the examples in an argument, None where it is the same for all."""
     if axis is None or not hasattr(leaf, "dtype") or not np.ndim(leaf):
         return None
@@ -336,7 +337,7 @@ def _axis(leaf: Any, axis: int | None, n: int) -> int | None:
     return axis
 
 
-def _leaf(leaf: Any, axis: int | None, split: _Split) -> _Leaf:
+def _leaf(leaf: Leaf, axis: int | None, split: _Split) -> _Leaf:
     """Returns a leaf of the arguments as a function of the example; see `_Leaf`.
 
     Args:
@@ -358,7 +359,7 @@ def _tree(choice: Choice, split: _Split) -> _Leaf:
     """Returns the adapted tree of an example as a function of the example."""
     leaves, treedef = bank_leaves_of(choice.tree)
 
-    def node(leaf: Any) -> _Leaf:
+    def node(leaf: Leaf) -> _Leaf:
         if not is_slots(leaf):
             return lambda index, mine: leaf
         if not leaf.per_example:

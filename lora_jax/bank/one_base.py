@@ -6,6 +6,7 @@ import jax
 
 from lora_jax.bank.stored import BankError
 from lora_jax.core.base import is_abstract
+from lora_jax.core.types import Tree
 from lora_jax.core.weight import Trained, is_node, leaves_of
 from lora_jax.saving.fingerprint import base_fingerprint, differing
 
@@ -17,11 +18,11 @@ class OneBase:
       leaves: the base's arrays, by path.
     """
 
-    def __init__(self, params: Any) -> None:
+    def __init__(self, params: Tree) -> None:
         self.leaves: dict[str, Any] = dict(leaves_of(params)[0])
         self._sums: dict[str, dict[str, str]] = {}
 
-    def check(self, what: str, tree: Any) -> None:
+    def check(self, what: str, tree: Tree) -> None:
         """Checks that the frozen leaves of an adapted tree are the base's.
 
         Leaves that are the same objects are equal; of others, checksums are compared (see

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lora_jax.core.axes import AxisRoles
 from lora_jax.core.parts import NEUTRAL, RANK, STATIC
 from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.types import BaseLike, Leaf, Parts, Tree
 from lora_jax.core.weight import LoraWeight, Trained, is_leaf
 
 # A product with all slots' factors at once reads each of them and multiplies by slots·r columns;
@@ -58,8 +59,8 @@ class WeightSlots(_Slots):
       has_base: whether slot 0 is here, empty; else the first slot here is slot 1.
     """
 
-    base: Any
-    arrays: dict[str, Any]
+    base: BaseLike
+    arrays: Parts
     roles: AxisRoles = field(metadata=STATIC)
     uses: str = field(default="all", metadata=STATIC)
     per_example: bool = field(default=False, metadata=STATIC)
@@ -117,7 +118,7 @@ class WeightSlots(_Slots):
     def _all_ranks(self) -> int:
         return self.n_here * self.rank
 
-    def _side_by_side(self, scales: jax.Array) -> dict[str, Any]:
+    def _side_by_side(self, scales: jax.Array) -> Parts:
         """Returns the factors of all slots as one pair, and what their columns are scaled by.
 
         Args:
@@ -125,7 +126,7 @@ class WeightSlots(_Slots):
         """
         n, arrays = self.slot_axis, self.arrays
 
-        def joined(array: Any) -> Any:
+        def joined(array: jax.Array) -> jax.Array:
             return array.reshape(*array.shape[:n], self._all_ranks, *array.shape[n + 2 :])
 
         scale = jnp.ones(scales.shape[:n], jnp.float32)
@@ -148,7 +149,7 @@ class WeightSlots(_Slots):
         taken["scale"] = scale + _no_slot(ids, self.n_slots)
         return self.replace(arrays=taken, per_example=True)
 
-    def of_example(self, arrays: dict[str, Any], index: jax.Array) -> LoraWeight:
+    def of_example(self, arrays: Parts, index: jax.Array) -> LoraWeight:
         """Returns the adapted weight of one example.
 
         Args:
@@ -181,8 +182,8 @@ class ValueSlots(_Slots):
       per_example: whether the slots are the examples of a batch, in order.
     """
 
-    arrays: dict[str, Any]
-    base: Any = None
+    arrays: Parts
+    base: BaseLike = None
     per_example: bool = field(default=False, metadata=STATIC)
     slot_axis = 0
 
@@ -206,7 +207,7 @@ class ValueSlots(_Slots):
         value += jnp.expand_dims(_no_slot(ids, self.n_slots), each).astype(value.dtype)
         return ValueSlots({"value": value}, per_example=True)
 
-    def of_example(self, arrays: dict[str, Any], index: jax.Array) -> Trained:
+    def of_example(self, arrays: Parts, index: jax.Array) -> Trained:
         """Returns the leaf of one example; see `WeightSlots.of_example`."""
         return Trained(arrays["value"])
 
@@ -217,7 +218,7 @@ class ValueSlots(_Slots):
 Slots = WeightSlots | ValueSlots
 
 
-def _taken(arrays: dict[str, Any], ids: jax.Array, axis: int) -> dict[str, Any]:
+def _taken(arrays: Parts, ids: jax.Array, axis: int) -> Parts:
     """Returns the arrays with the slot of each example in the place of the slots."""
     return {name: jnp.take(x, ids, axis=axis, mode="clip") for name, x in arrays.items()}
 
@@ -230,27 +231,27 @@ def _no_slot(ids: jax.Array, n_slots: int) -> jax.Array:
     return jnp.where((ids >= 0) & (ids < n_slots), 0.0, jnp.nan).astype(jnp.float32)
 
 
-def is_slots(value: Any) -> bool:
+def is_slots(value: Leaf) -> bool:
     """Returns whether a value is a node of a bank."""
     return isinstance(value, Slots)
 
 
-def is_bank_leaf(value: Any) -> bool:
+def is_bank_leaf(value: Leaf) -> bool:
     """Returns whether a value is one leaf to a walk over a bank's tree."""
     return is_slots(value) or is_leaf(value)
 
 
-def bank_leaves_of(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+def bank_leaves_of(tree: Tree) -> tuple[list[tuple[str, Leaf]], jax.tree_util.PyTreeDef]:
     """Returns the leaves of a bank's tree with their paths, nodes whole, and its treedef."""
     return flatten_with_paths(tree, is_leaf=is_bank_leaf)
 
 
-def slots_of(tree: Any) -> dict[str, Slots]:
+def slots_of(tree: Tree) -> dict[str, Slots]:
     """Returns the nodes of a bank's tree by path."""
     return {path: leaf for path, leaf in bank_leaves_of(tree)[0] if is_slots(leaf)}
 
 
-def map_slots(visit: Callable[[str, Slots], Any], tree: Any) -> Any:
+def map_slots(visit: Callable[[str, Slots], Leaf], tree: Tree) -> Tree:
     """Returns a bank's tree with ``visit(path, node)`` in place of each node."""
     leaves, treedef = bank_leaves_of(tree)
     return treedef.unflatten(visit(p, leaf) if is_slots(leaf) else leaf for p, leaf in leaves)

@@ -10,7 +10,8 @@ import numpy as np
 from lora_jax.bank.slots import Slots, ValueSlots, WeightSlots
 from lora_jax.core.parts import NEUTRAL, rank_axis
 from lora_jax.core.paths import nearest
-from lora_jax.core.weight import LoraWeight, Trained
+from lora_jax.core.types import BaseLike, Tree
+from lora_jax.core.weight import LoraWeight, Node, Trained
 from lora_jax.lorafy import nodes_of
 from lora_jax.variants import variant_of
 
@@ -21,7 +22,7 @@ class BankError(ValueError):
     """Says why an adapter does not fit into a bank, or is not there."""
 
 
-def stored(name: str, tree: Any, slots: Mapping[str, Slots]) -> Adapter:
+def stored(name: str, tree: Tree, slots: Mapping[str, Slots]) -> Adapter:
     """Returns an adapter as a bank keeps it, once it fits.
 
     Args:
@@ -38,10 +39,11 @@ def stored(name: str, tree: Any, slots: Mapping[str, Slots]) -> Adapter:
     for path, node in nodes.items():
         _check_fits(name, path, node, slots)
     alone = {p: n.replace(base=None) if isinstance(n, LoraWeight) else n for p, n in nodes.items()}
-    return jax.tree.map(np.array, alone)  # copies: callers may write into theirs
+    copies: Adapter = jax.tree.map(np.array, alone)  # callers may write into theirs
+    return copies
 
 
-def _check_fits(name: str, path: str, node: Any, slots: Mapping[str, Slots]) -> None:
+def _check_fits(name: str, path: str, node: Node, slots: Mapping[str, Slots]) -> None:
     if path not in slots:
         raise BankError(
             f"bank: {name!r} adapts {path!r}, which the bank has no slots for; the nearest that "
@@ -88,7 +90,7 @@ def _check_fits(name: str, path: str, node: Any, slots: Mapping[str, Slots]) -> 
 
 
 def values_of(
-    adapter: Adapter, slots: Mapping[str, Slots], base: Mapping[str, Any]
+    adapter: Adapter, slots: Mapping[str, Slots], base: Mapping[str, BaseLike]
 ) -> dict[str, dict[str, Any]]:
     """Returns the arrays of a slot that holds an adapter, by path and name.
 
@@ -102,7 +104,7 @@ def values_of(
     return {path: _values(adapter.get(path), slots[path], base[path]) for path in slots}
 
 
-def _values(node: Any, slots: Slots, base: Any) -> dict[str, Any]:
+def _values(node: Any, slots: Slots, base: BaseLike) -> dict[str, Any]:
     if isinstance(slots, ValueSlots):
         return {"value": base if node is None else node.value}
     n = slots.slot_axis
@@ -134,14 +136,15 @@ def _parts_of_variant(node: LoraWeight, slots: WeightSlots) -> dict[str, Any]:
     Factors are first filled up to the bank's rank, so that adapters of all ranks run the same
     compiled function.
     """
-    most, arrays = slots.rank // (2 if node.start is not None else 1), {}
+    most = slots.rank // (2 if node.start is not None else 1)
+    arrays: dict[str, Any] = {}
     for name, array in node.arrays.items():
         axis = rank_axis(node.axes_of(name), node.roles.labels(len(slots.shape)))
+        arrays[name] = array
         if axis >= 0:
             more = [(0, 0)] * array.ndim
             more[axis] = (0, most - array.shape[axis])
-            array = np.pad(array, more)
-        arrays[name] = array
+            arrays[name] = np.pad(array, more)
     parts = {k: np.array(v) for k, v in _factored_parts(_alike(node, slots, arrays, most)).items()}
     for layer, rank in enumerate(node.ranks if len(node.ranks) > 1 else ()):
         if not rank:  # not adapted

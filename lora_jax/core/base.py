@@ -12,8 +12,11 @@ from dataclasses import field
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lora_jax.core.parts import STATIC, Axes
+from lora_jax.core.types import BaseLike, Leaf, Shaped
 
 # move(array, axes) returns the moved array; the array's axis i holds the weight's axis axes[i].
 Move = Callable[[Any, Axes], Any]
@@ -31,7 +34,7 @@ class Base(Protocol):
         """The shape of W."""
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """The dtype of W."""
 
     def as_array(self) -> jax.Array:
@@ -68,7 +71,7 @@ class _View:
 
     source: Any
     moves: tuple[tuple[Any, tuple[tuple[str, Any], ...]], ...] = field(metadata=STATIC)
-    dtype: Any = field(metadata=STATIC)
+    dtype: DTypeLike = field(metadata=STATIC)
     rearranged: tuple[int, ...] | None = field(metadata=STATIC)
 
     @property
@@ -81,50 +84,53 @@ class _View:
             array = _bound(primitive, dict(params), array)
         return array
 
-    def along(self, move: Move, touched: frozenset[int]) -> Any:
+    def along(self, move: Move, touched: frozenset[int]) -> BaseLike:
         if self.rearranged is not None:
             return None
         source = self.source.along(move, touched)
         return None if source is None else dataclasses.replace(self, source=source)
 
 
-def is_base(value: Any) -> bool:
+def is_base(value: Leaf) -> bool:
     """Returns whether a value is a `Base` rather than an array."""
     kind = type(value)
     return hasattr(kind, "as_array") and hasattr(kind, "along")
 
 
-def is_of_4_bits(array: Any) -> bool:
+def is_of_4_bits(array: Shaped) -> bool:
     """Returns whether two numbers of an array share a byte, on accelerators."""
     return array.dtype.name in ("int4", "uint4", "float4_e2m1fn")
 
 
-def as_array(base: Any) -> Any:
+def as_array(base: BaseLike) -> jax.Array:
     """Returns W as an array, of its own dtype."""
-    return base.as_array() if is_base(base) else base
+    array: jax.Array = base.as_array() if is_base(base) else base
+    return array
 
 
-def stand_in(base: Any) -> Any:
+def stand_in(base: BaseLike) -> BaseLike:
     """Returns the array, or the shape, that a function is traced with in place of W."""
     return jax.eval_shape(as_array, base) if is_base(base) else base
 
 
-def is_abstract(base: Any) -> bool:
+def is_abstract(base: BaseLike) -> bool:
     """Returns whether a base has shapes only (`jax.ShapeDtypeStruct`)."""
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(base))
 
 
-def product(fn: Callable[..., Any], base: Any, *operands: Any) -> Any:
+def product(fn: Callable[..., jax.Array], base: BaseLike, *operands: Any) -> jax.Array:
     """Returns ``fn(W, *operands)``: a product with W, in either orientation.
 
     Where the base is no array, the backward pass forms W again rather than keep it.
     """
     if not is_base(base):
         return fn(base, *operands)
-    return jax.checkpoint(lambda base, *operands: fn(as_array(base), *operands))(base, *operands)
+    formed = jax.checkpoint(lambda base, *operands: fn(as_array(base), *operands))
+    result: jax.Array = formed(base, *operands)
+    return result
 
 
-def rearranged(base: Any, primitive: Any, params: dict[str, Any], out: Any) -> Any:
+def rearranged(base: BaseLike, primitive: Any, params: dict[str, Any], out: Any) -> BaseLike:
     """Returns the base after an equation whose only operand it is.
 
     Args:
@@ -145,7 +151,7 @@ def rearranged(base: Any, primitive: Any, params: dict[str, Any], out: Any) -> A
     return _View(view.source, (*view.moves, move), out.dtype, shape)
 
 
-def along(base: Any, move: Move, touched: Sequence[int] = ()) -> Any:
+def along(base: BaseLike, move: Move, touched: Sequence[int] = ()) -> BaseLike:
     """Returns the base after a move of the axes `touched`, each by itself; see `Base.along`."""
     if is_base(base):
         moved = base.along(move, frozenset(touched))
@@ -155,7 +161,7 @@ def along(base: Any, move: Move, touched: Sequence[int] = ()) -> Any:
     return move(base, tuple(range(len(base.shape))))
 
 
-def splittable(base: Any, parts: Sequence[int]) -> Any:
+def splittable(base: BaseLike, parts: Sequence[int]) -> BaseLike:
     """Returns the base if it can be cut into pieces that are bases, else W as an array.
 
     Args:
@@ -175,6 +181,7 @@ def splittable(base: Any, parts: Sequence[int]) -> Any:
     return as_array(base) if moved is None or not all(is_even) else base
 
 
-def _bound(primitive: Any, params: dict[str, Any], array: Any) -> Any:
+def _bound(primitive: Any, params: dict[str, Any], array: jax.Array) -> jax.Array:
     out = primitive.bind(array, **primitive.get_bind_params(params))
-    return out[0] if primitive.multiple_results else out
+    array = out[0] if primitive.multiple_results else out
+    return array

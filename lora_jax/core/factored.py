@@ -2,18 +2,20 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from lora_jax.core.axes import AxisRoles, Label
-from lora_jax.core.base import as_array, is_base
+from lora_jax.core.base import Move, as_array, is_base
 from lora_jax.core.magnitude import wide
 from lora_jax.core.parts import AXES, EXAMPLE, STATIC, Axes, layout, sizes, spread
+from lora_jax.core.types import BaseLike, Leaf, Parts
 
 # Parts that `Factored.formed` folds into a and b.
 _COMPACT = ("shared_a", "shared_b", "latent", "lambda_b")
@@ -55,8 +57,8 @@ class Factored:
         "each": look-ups see the first half of the rank, products the second.
     """
 
-    base: Any
-    parts: dict[str, Any]
+    base: BaseLike
+    parts: Parts
     labels: tuple[Label, ...] = field(metadata=STATIC)
     dropout: float = field(default=0.0, metadata=STATIC)
     path: str = field(default="", metadata=STATIC)
@@ -73,12 +75,12 @@ class Factored:
     shift = property(lambda self: self.parts.get("shift"))
 
     @property
-    def a(self) -> Any:
+    def a(self) -> jax.Array:
         """A, [batch…, r, in…]; one that a stack shares is repeated for each of its members."""
         return self.parts["a"] if "a" in self.parts else self._repeated("a")
 
     @property
-    def b(self) -> Any:
+    def b(self) -> jax.Array:
         """B, [batch…, r, out…], with what stands around it: latent and lambda_b."""
         b = self.parts["b"] if "b" in self.parts else self._repeated("b")
         if (latent := self.parts.get("latent")) is not None:
@@ -104,7 +106,7 @@ class Factored:
             return self
         return self.replace(a=self.a, b=self.b, **dict.fromkeys(_COMPACT))
 
-    def replace(self, base: Any = None, labels: Any = None, **parts: Any) -> "Factored":
+    def replace(self, base: BaseLike = None, labels: Any = None, **parts: Any) -> "Factored":
         """Returns the weight with another base, other labels or parts; None takes a part away."""
         both = {name: array for name, array in {**self.parts, **parts}.items() if array is not None}
         return dataclasses.replace(
@@ -114,11 +116,11 @@ class Factored:
             parts=both,
         )
 
-    def alone(self) -> Any:
+    def alone(self) -> BaseLike:
         """Returns W without the adapter: an array, or a weight without parts."""
         return dataclasses.replace(self, parts={}) if is_base(self.base) else self.base
 
-    def seen_by(self, use: str) -> Any:
+    def seen_by(self, use: str) -> BaseLike:
         """Returns the weight as a "lookup" or a "product" of it sees it; see `alone`."""
         if not self.parts or self.uses in ("all", use):
             return self
@@ -149,26 +151,27 @@ class Factored:
     @property
     def scales(self) -> jax.Array:
         """The factors of xA, [batch…, 1], or [batch…, r] where columns differ."""
-        scale = jnp.expand_dims(self.scale, self.scale.ndim)
+        scale: jax.Array = jnp.expand_dims(self.scale, self.scale.ndim)
         if self.lambda_d is None:
             return scale
         dtype = wide(self.lambda_d.dtype)
-        return scale.astype(dtype) * self.lambda_d.astype(dtype)
+        scales: jax.Array = scale.astype(dtype) * self.lambda_d.astype(dtype)
+        return scales
 
     def layout(self, name: str) -> Axes:
         """Returns the base's axis for each axis of a part; see `lora_jax.core.parts.layout`."""
         return layout(AXES[name], self.labels)
 
-    def shape_of(self, name: str, shape: Any, labels: Any) -> tuple[int, ...]:
+    def shape_of(self, name: str, shape: Sequence[int], labels: Sequence[Label]) -> tuple[int, ...]:
         """Returns the shape of a part for a base of another shape, with other labels."""
         return sizes(AXES[name], shape, labels, self.rank)
 
-    def along(self, base: Any, move: Callable[[Any, Axes], Any]) -> "Factored":
+    def along(self, base: BaseLike, move: Move) -> "Factored":
         """Returns the weight on another base, with ``move(array, layout)`` for each part."""
         parts = {name: move(array, self.layout(name)) for name, array in self.parts.items()}
         return dataclasses.replace(self, base=base, parts=parts)
 
-    def relabelled(self, base: Any, labels: Any, narrow: Any = None) -> "Factored":
+    def relabelled(self, base: BaseLike, labels: Sequence[Label], narrow: Any = None) -> "Factored":
         """Returns the weight on a base of another shape whose axes keep the order in each role.
 
         Args:
@@ -180,7 +183,7 @@ class Factored:
             return dataclasses.replace(self, base=base, labels=tuple(labels))
         before = base.shape if narrow is None else narrow
 
-        def moved(name: str, array: Any) -> Any:
+        def moved(name: str, array: jax.Array) -> jax.Array:
             if EXAMPLE in self.layout(name):
                 return array
             array = array.reshape(self.shape_of(name, before, labels))
@@ -205,7 +208,7 @@ class Factored:
         ndim = len(self.labels)
         return spread(vector, self.layout("gain"), dict(enumerate(range(ndim))), ndim)
 
-    def delta(self, dtype: Any) -> jax.Array:
+    def delta(self, dtype: DTypeLike) -> jax.Array:
         """Returns s·AB in the base's layout.
 
         Raises:
@@ -227,7 +230,7 @@ class Factored:
         return lax.transpose(ab, tuple(order.index(axis) for axis in range(len(order))))
 
 
-def matrices_of(leaf: Any, roles: AxisRoles) -> jax.Array:
+def matrices_of(leaf: Leaf, roles: AxisRoles) -> jax.Array:
     """Returns W as [batch…, in, out], in fp32 (or wider)."""
     order = layout(("batch", "in", "out"), roles.labels(len(leaf.shape)))
     sizes = {label: roles.sizes(leaf.shape, label) for label in ("batch", "in", "out")}

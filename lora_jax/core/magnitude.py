@@ -10,21 +10,22 @@ so that nothing of W's shape is formed, and they count as constants of the deriv
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from lora_jax.core.axes import Label
 from lora_jax.core.parts import layout
 
 
-def wide(dtype: Any) -> Any:
+def wide(dtype: DTypeLike) -> DTypeLike:
     """Returns the dtype to accumulate in: fp32, or the operands' own where they are wider."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return dtype
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+    widest: DTypeLike = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    return widest
 
 
 def column_norms(
@@ -59,7 +60,7 @@ def column_norms(
     return jnp.sqrt(jnp.maximum(squares + change, jnp.finfo(dtype).tiny))
 
 
-def _in_parts(a: jax.Array, dtype: Any) -> list[jax.Array]:
+def _in_parts(a: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
     """Returns arrays of W's dtype whose sum is A, so that W need not be cast for the product."""
     if jnp.dtype(dtype).itemsize >= a.dtype.itemsize:
         return [a]

@@ -4,8 +4,9 @@ Everything that moves, slices, shards, joins or saves the arrays of a weight rea
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -60,7 +61,7 @@ def sizes(axes: Sequence[Role], shape: Sequence[int], labels: Sequence[Label], r
     return tuple(rank if axis == RANK else shape[axis] for axis in layout(axes, labels))
 
 
-def spread(array: Any, axes: Axes, where: Mapping[int, int], ndim: int) -> Any:
+def spread(array: jax.Array, axes: Axes, where: Mapping[int, int], ndim: int) -> jax.Array:
     """Returns an array in the layout of another one, of size one along axes that it lacks.
 
     Args:
@@ -81,7 +82,7 @@ def rank_axis(axes: Sequence[Role], labels: Sequence[Label]) -> int:
     return places.index(RANK) if RANK in places else -1
 
 
-def unpadded(array: Any, ranks: Sequence[int], axis: int) -> Any:
+def unpadded(array: jax.Array, ranks: Sequence[int], axis: int) -> jax.Array:
     """Returns the layers of a stack one after the other along the rank, without padding.
 
     Args:
@@ -93,7 +94,7 @@ def unpadded(array: Any, ranks: Sequence[int], axis: int) -> Any:
     return jnp.concatenate([array[i][(*at, slice(r))] for i, r in enumerate(ranks)], axis - 1)
 
 
-def cleared(array: Any, ranks: Sequence[int], axis: int) -> Any:
+def cleared(array: jax.Array, ranks: Sequence[int], axis: int) -> jax.Array:
     """Returns an array with zeros in its padding, beyond each layer's own rank along an axis."""
     if len(set(ranks)) == 1:
         return array
@@ -101,7 +102,7 @@ def cleared(array: Any, ranks: Sequence[int], axis: int) -> Any:
     return jnp.where(lax.broadcasted_iota(jnp.int32, array.shape, axis) < own, array, 0)
 
 
-def padded(array: Any, ranks: Sequence[int], axis: int) -> Any:
+def padded(array: jax.Array, ranks: Sequence[int], axis: int) -> jax.Array:
     """Returns the inverse of `unpadded`: each layer's rank is filled up with zeros."""
     layers, start = [], 0
     for rank in ranks:

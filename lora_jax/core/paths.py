@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from jax.tree_util import GetAttrKey, keystr
 
+from lora_jax.core.types import Leaf, Tree
+
 # A box (a Flax NNX Variable, `nn.Partitioned`) holds its array under one of these attributes.
 # They say nothing to a reader, so a path ends at the box.
 _BOX_ATTRIBUTES = frozenset({"value", "raw_value"})
@@ -23,8 +25,8 @@ def path_string(key_path: tuple[Any, ...]) -> str:
 
 
 def flatten_with_paths(
-    tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> tuple[list[tuple[str, Any]], Any]:
+    tree: Tree, is_leaf: Callable[[Leaf], bool] | None = None
+) -> tuple[list[tuple[str, Leaf]], jax.tree_util.PyTreeDef]:
     """Returns the leaves of a tree with their paths, and its treedef.
 
     Args:

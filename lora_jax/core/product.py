@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from lora_jax.core.base import product
 from lora_jax.core.factored import Factored
@@ -176,7 +177,7 @@ def combined(
     def taken(again: Any, weight: Factored, seen: jax.Array) -> jax.Array:
         return seen + with_factors(dropped(again, weight), weight, seen)
 
-    def columns_rescaled(x: Any, again: Any, weight: Factored) -> jax.Array:
+    def columns_rescaled(x: jax.Array, again: Any, weight: Factored) -> jax.Array:
         return rescaled(taken(again, weight, with_base(x)), placed(weight.gain))
 
     if weight.gain is None:
@@ -231,7 +232,7 @@ def _delta(
     batch: Dims,
     weight_first: bool,
     rows: Rows | None,
-    dtype: Any,
+    dtype: DTypeLike,
     params: dict[str, Any],
 ) -> jax.Array:
     """Returns s·(xA)B in another shape: the free axes of x may be flattened to one."""

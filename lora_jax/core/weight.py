@@ -20,6 +20,7 @@ from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import wide
 from lora_jax.core.parts import AXES, STATIC, Axes, Role, layout, sizes
 from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.types import BaseLike, Leaf, Parts, Tree
 
 _HOW_TO_USE = (
     "is a node of an adapted tree, not an array. Call the function that uses it through "
@@ -34,7 +35,7 @@ _NOT_IN_PRODUCTS = ("start_a", "start_b", "seed")  # of `lora_jax.core.parts.AXE
 class _Node:
     """The parts of a node by name, and a message where one is taken for an array."""
 
-    base: Any
+    base: BaseLike
     n_frozen = 0  # the adapter's parameters that do not train; W is not among them
     is_factored = False  # whether functions run on it as W with factors, rather than on one array
 
@@ -46,7 +47,7 @@ class _Node:
         """Returns the names of the arrays that train, also of those that this half lacks."""
         return ("value",)
 
-    def parts(self) -> dict[str, Any]:
+    def parts(self) -> Parts:
         """Returns the arrays that train, by name; none in the base half of a tree."""
         found = {name: getattr(self, name) for name in self.part_names()}
         return {name: array for name, array in found.items() if array is not None}
@@ -71,9 +72,10 @@ class _Node:
         return len(self.base.shape)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """The dtype of W."""
-        return self.base.dtype
+        dtype: jnp.dtype = self.base.dtype
+        return dtype
 
     @property
     def n_trainable(self) -> int:
@@ -149,8 +151,8 @@ class LoraWeight(_Node):
         its own half of the rank.
     """
 
-    base: Any
-    arrays: dict[str, Any]
+    base: BaseLike
+    arrays: Parts
     roles: AxisRoles = field(metadata=STATIC)
     ranks: tuple[int, ...] = field(metadata=STATIC)
     dropout: float = field(default=0.0, metadata=STATIC)
@@ -175,7 +177,7 @@ class LoraWeight(_Node):
         return dataclasses.replace(self, **own)
 
     @property
-    def start(self) -> tuple[Any, Any] | None:
+    def start(self) -> tuple[jax.Array, jax.Array] | None:
         """(A₀, B₀), or None."""
         arrays = self.arrays
         return (arrays["start_a"], arrays["start_b"]) if "start_a" in arrays else None
@@ -223,8 +225,8 @@ class LoraWeight(_Node):
     def _count(self, name: str) -> int:
         """Returns the number of parameters of an array, padding not counted."""
         n = self.axes_of(name).count("rank")
-        used = [r**n for r in self.ranks if r]
-        whole = len(self.ranks) * self.rank**n
+        used: list[int] = [r**n for r in self.ranks if r]
+        whole: int = len(self.ranks) * self.rank**n
         return math.prod(self.shape_of(name)) // whole * sum(used)
 
     @property
@@ -242,7 +244,7 @@ class LoraWeight(_Node):
 
     is_factored = is_on
 
-    def factored(self, path: str = "", key: Any = None) -> Factored:
+    def factored(self, path: str = "", key: jax.Array | None = None) -> Factored:
         """Returns the weight as what the products work on; see `lora_jax.core.product`."""
         used = AXES.keys() - _NOT_IN_PRODUCTS
         parts = {name: array for name, array in self.arrays.items() if name in used}
@@ -296,14 +298,14 @@ class LoraWeight(_Node):
 class Trained(_Node):
     """A leaf that trains in full. `value` is None in the base half of a tree."""
 
-    value: Any
+    value: Leaf
 
     @property
-    def base(self) -> Any:
+    def base(self) -> Leaf:
         """The value: no copy of the earlier one is kept."""
         return self.value
 
-    def merged(self) -> Any:
+    def merged(self) -> Leaf:
         """Returns the value."""
         return self.value
 
@@ -321,8 +323,8 @@ class TrainedRows(_Node):
         layers of a stack.
     """
 
-    base: Any
-    value: Any
+    base: BaseLike
+    value: Leaf
     rows: tuple[int, ...] = field(metadata=STATIC)
     is_table: bool = field(metadata=STATIC)
 
@@ -335,7 +337,7 @@ class TrainedRows(_Node):
         base = as_array(self.base)
         return base.at[jnp.asarray(self.rows)].set(self.value.astype(base.dtype))
 
-    def factored(self, path: str = "", key: Any = None) -> Factored:
+    def factored(self, path: str = "", key: jax.Array | None = None) -> Factored:
         """Returns the table as W + AB: each column of A picks one row, B holds their changes.
 
         A look-up then adds a row's change to the row, and a tied head multiplies by the changes
@@ -343,7 +345,7 @@ class TrainedRows(_Node):
         """
         dtype, rows = wide(self.dtype), jnp.asarray(self.rows)
 
-        def picked(array: Any, axes: Axes) -> Any:
+        def picked(array: jax.Array, axes: Axes) -> jax.Array:
             return jnp.take(array, rows, axis=axes.index(0))
 
         a = (rows[:, None] == jnp.arange(self.shape[0])).astype(dtype)
@@ -356,7 +358,7 @@ class TrainedRows(_Node):
 Node = LoraWeight | Trained | TrainedRows
 
 
-def is_node(leaf: Any) -> bool:
+def is_node(leaf: Leaf) -> bool:
     """Returns whether `leaf` is a node of an adapted tree.
 
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
@@ -367,11 +369,11 @@ def is_node(leaf: Any) -> bool:
     return isinstance(leaf, Node)
 
 
-def is_leaf(value: Any) -> bool:
+def is_leaf(value: Leaf) -> bool:
     """Returns whether `value` is one leaf to a walk over an adapted tree: a node, or a base."""
     return isinstance(value, Node) or is_base(value)
 
 
-def leaves_of(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+def leaves_of(tree: Tree) -> tuple[list[tuple[str, Leaf]], jax.tree_util.PyTreeDef]:
     """Returns the leaves of an adapted tree with their paths, nodes whole, and its treedef."""
     return flatten_with_paths(tree, is_leaf=is_leaf)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, Sharding
+from jax.typing import DTypeLike
 
 from lora_jax.hf.keys import Row
 from lora_jax.hf.sources import Source
@@ -22,7 +23,7 @@ STORED = "stored"
 def encoded(
     row: Row,
     coding: Coding,
-    dtype: Any,
+    dtype: DTypeLike,
     place: Sharding | None,
     read: Callable[[range | None], jax.Array],
 ) -> Coded:
@@ -51,7 +52,7 @@ def encoded(
     if isinstance(place, NamedSharding):
         shape = jax.ShapeDtypeStruct(row.stacked_shape, jnp.float32)
         where = shardings_of(encode(shape, coding, dtype=dtype), place)
-    whole = jax.block_until_ready(_joined(where)(layers))
+    whole: Coded = jax.block_until_ready(_joined(where)(layers))
     warn_of_lost(lost, whole, row.path)
     return whole
 
@@ -61,12 +62,13 @@ def _joined(where: Any) -> Callable[[Sequence[Coded]], Coded]:
         return jnp.concatenate(arrays)
 
     def joined(layers: Sequence[Coded]) -> Coded:
-        return jax.tree.map(join, *layers)
+        whole: Coded = jax.tree.map(join, *layers)
+        return whole
 
     return jax.jit(joined, **({} if where is None else {"out_shardings": where}))
 
 
-def shapes_as_stored(source: Source, row: Row, dtype: Any) -> Coded | None:
+def shapes_as_stored(source: Source, row: Row, dtype: DTypeLike) -> Coded | None:
     """Returns the shapes of what `as_stored` returns."""
     parts = _alike([source.code_shapes(name, dtype) for name in row.hf_names])
     if parts is None:
@@ -76,7 +78,8 @@ def shapes_as_stored(source: Source, row: Row, dtype: Any) -> Coded | None:
         shape = array.shape[::-1] if row.transpose else array.shape
         return jax.ShapeDtypeStruct((*row.stack, *shape), array.dtype)
 
-    return jax.tree.map(stacked, parts[0])
+    shapes: Coded = jax.tree.map(stacked, parts[0])
+    return shapes
 
 
 def _alike(parts: Sequence[Coded | None]) -> list[Coded] | None:
@@ -86,7 +89,7 @@ def _alike(parts: Sequence[Coded | None]) -> list[Coded] | None:
     return whole if same else None
 
 
-def as_stored(source: Source, row: Row, dtype: Any, place: Sharding | None) -> Coded | None:
+def as_stored(source: Source, row: Row, dtype: DTypeLike, place: Sharding | None) -> Coded | None:
     """Returns a kernel in the codes of the file; None if not all of it is in codes of one format.
 
     Args:
@@ -103,11 +106,13 @@ def as_stored(source: Source, row: Row, dtype: Any, place: Sharding | None) -> C
         members = [array.T if row.transpose else array for array in arrays]
         return np.stack(members).reshape(*row.stack, *members[0].shape)
 
-    coded = jax.tree.map(stacked, *whole)
+    coded: Coded = jax.tree.map(stacked, *whole)
     if not isinstance(place, NamedSharding):
-        return jax.block_until_ready(jax.device_put(coded, place))
-    return jax.tree.map(
+        coded = jax.block_until_ready(jax.device_put(coded, place))
+        return coded
+    coded = jax.tree.map(
         lambda array, where: jax.make_array_from_callback(array.shape, where, array.__getitem__),
         coded,
         shardings_of(coded, place),
     )
+    return coded

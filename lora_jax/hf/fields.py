@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Set
 from typing import Any
 
+from lora_jax.core.types import Fields
+
 # Known fields without an effect on the logits.
 HARMLESS = frozenset(
     """
@@ -35,7 +37,7 @@ def check_known(name: str, value: Any, known: Collection[str]) -> None:
 
 
 def refuse_unknown(
-    config: Mapping[str, Any], family: str, known: Set[str], unsupported: Mapping[str, Any]
+    config: Fields, family: str, known: Set[str], unsupported: Mapping[str, Any]
 ) -> None:
     """Refuses fields that are not read, and values that are not supported.
 

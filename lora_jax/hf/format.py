@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known
 from lora_jax.hf.keys import Part, Row
 
@@ -95,7 +96,7 @@ class Formats:
         check_known("GGUF architecture", architecture, known)
         return known[architecture]
 
-    def read_config(self, fields: Mapping[str, Any], **options: Any) -> Any:
+    def read_config(self, fields: Fields, **options: Any) -> Any:
         """Reads a configuration from a parsed config.json.
 
         Args:

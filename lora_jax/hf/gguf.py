@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.format import Formats
@@ -56,23 +57,27 @@ class GGUFFile:
         rows = np.asarray(array, np.float32).reshape(self.shapes[name])
         return self._layout.in_order(rows, name, self.config)
 
-    def codes(self, name: str, dtype: Any) -> Coded | None:
+    def codes(self, name: str, dtype: DTypeLike) -> Coded | None:
         tensor = self._tensors[name]
         kind = tensor.tensor_type.name
         if kind not in TYPES:
             return None
         coded = from_gguf(tensor.data, kind, self.shapes[name], dtype)
-        return jax.tree.map(lambda rows: self._layout.in_order(rows, name, self.config), coded)
+        in_order: Coded = jax.tree.map(
+            lambda rows: self._layout.in_order(rows, name, self.config), coded
+        )
+        return in_order
 
-    def code_shapes(self, name: str, dtype: Any) -> Coded | None:
+    def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
         tensor, shape = self._tensors[name], self.shapes[name]
         if tensor.tensor_type.name not in TYPES:
             return None
         row = np.zeros(tensor.data.nbytes // math.prod(shape[:-1]), np.uint8)
         one = from_gguf(row, tensor.tensor_type.name, (1, shape[-1]), dtype)
-        return jax.tree.map(
+        shapes: Coded = jax.tree.map(
             lambda array: jax.ShapeDtypeStruct((*shape[:-1], array.shape[-1]), array.dtype), one
         )
+        return shapes
 
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
         convert(self.read(name)[index], out, f"{self.where}: {name}")

@@ -17,6 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from lora_jax.core.types import Leaf, Tree
+
 # "embedding" is the table of tokens, "positions" those of positions and of token types; "pooler" is
 # the dense layer behind BERT's, "transform" that inside a masked language model's head; "head"
 # turns hidden states into logits of tokens, "classifier" into logits of classes.
@@ -185,7 +187,7 @@ def convert(values: np.ndarray, out: np.ndarray, where: str) -> None:
             )
 
 
-def nested(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def nested(leaves: Iterable[tuple[str, Leaf]]) -> dict[str, Any]:
     """Returns a nested dict, from "/"-joined paths and their values."""
     tree: dict[str, Any] = {}
     for path, value in leaves:
@@ -197,7 +199,7 @@ def nested(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
-def checked_leaves(params: Mapping[str, Any], table: Sequence[Row]) -> dict[str, Any]:
+def checked_leaves(params: Tree, table: Sequence[Row]) -> dict[str, Leaf]:
     """Returns the arrays of a parameter tree, by path.
 
     Raises:
@@ -220,7 +222,7 @@ def checked_leaves(params: Mapping[str, Any], table: Sequence[Row]) -> dict[str,
     return leaves
 
 
-def _problem(leaf: Any, shape: tuple[int, ...]) -> str | None:
+def _problem(leaf: Leaf, shape: tuple[int, ...]) -> str | None:
     if not isinstance(leaf, np.ndarray | jax.Array):
         return (
             f"is a {type(leaf).__name__}, not an array (an adapted tree has to be merged first: "
@@ -236,7 +238,7 @@ def _problem(leaf: Any, shape: tuple[int, ...]) -> str | None:
     return None
 
 
-def hf_tensors(params: Mapping[str, Any], table: Sequence[Row]) -> Iterator[tuple[str, np.ndarray]]:
+def hf_tensors(params: Tree, table: Sequence[Row]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields Hugging Face's tensors of a parameter tree, one at a time.
 
     Args:
@@ -266,7 +268,7 @@ def hf_tensors(params: Mapping[str, Any], table: Sequence[Row]) -> Iterator[tupl
             yield name, np.ascontiguousarray(array.T if row.transpose else array)
 
 
-def _member(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
+def _member(leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
     """Returns leaf[index] on the host, and copies nothing else of the leaf.
 
     Shard by shard: JAX refuses to index an array on a mesh with explicit axes, and would keep a
@@ -285,7 +287,7 @@ def _member(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
     return out
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{name}/")

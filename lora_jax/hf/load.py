@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
+from jax.typing import DTypeLike
 
 from lora_jax.hf.coded import STORED, as_stored, encoded, shapes_as_stored
 from lora_jax.hf.fields import ConfigError
@@ -50,7 +51,7 @@ def open_source(path: Path, formats: Formats, **options: Any) -> Source:
 
 def load_params(
     source: Source,
-    param_dtype: Any = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     sharding: ShardingOf | None = None,
     key: jax.Array | None = None,
     quantize: str | Codes | Sequence[QuantRule] | None = None,
@@ -123,7 +124,7 @@ def load_params(
 
 def shapes_of(
     table: Sequence[Row],
-    dtype: Any,
+    dtype: DTypeLike,
     quantize: str | Codes | Sequence[QuantRule] | None = None,
     source: Source | None = None,
 ) -> dict[str, Any]:
@@ -147,7 +148,7 @@ def shapes_of(
 
 
 def codings_of(
-    table: Sequence[Row], dtype: Any, quantize: str | Codes | Sequence[QuantRule] | None
+    table: Sequence[Row], dtype: DTypeLike, quantize: str | Codes | Sequence[QuantRule] | None
 ) -> dict[str, Coding | None]:
     """Returns how each kernel that ``quantize`` selects is stored, by path; see `quantized.plan`.
 
@@ -222,7 +223,8 @@ def _placed(
         whole = (layers, *whole[1:])
     shape = tuple(map(len, whole))
     if place is None:
-        return jax.block_until_ready(jax.device_put(_part(source, row, whole, dtype)))
+        array: jax.Array = jax.block_until_ready(jax.device_put(_part(source, row, whole, dtype)))
+        return array
     try:
         indices = place.addressable_devices_indices_map(shape)
     except ValueError as error:

@@ -10,13 +10,14 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from lora_jax.core.types import Fields, Leaf, Tokenizer, Tree
 from lora_jax.folders import partial_of, put_in_place
 from lora_jax.hf.format import Config
 from lora_jax.hf.hub import resolve
@@ -40,11 +41,11 @@ def save_model(
     folder: str | os.PathLike[str],
     config: Config,
     table: Sequence[Row],
-    params: Mapping[str, Any],
+    params: Tree,
     *,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer = None,
     max_shard_size: int = 5_000_000_000,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     readme: str | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -97,7 +98,7 @@ def _check_target(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _file_dtypes(leaves: Mapping[str, Any], dtype: Any) -> dict[str, np.dtype]:
+def _file_dtypes(leaves: Mapping[str, Leaf], dtype: DTypeLike | None) -> dict[str, np.dtype]:
     """Returns path -> dtype in the file."""
     asked = {
         path: jnp.dtype(leaf.dtype if dtype is None else dtype) for path, leaf in leaves.items()
@@ -120,7 +121,7 @@ def _main_dtype(table: Sequence[Row], dtypes: Mapping[str, np.dtype]) -> str:
 
 def _write_weights(
     folder: Path,
-    params: Mapping[str, Any],
+    params: Tree,
     table: Sequence[Row],
     dtypes: Mapping[str, np.dtype],
     max_shard_size: int,
@@ -187,7 +188,7 @@ def _converted(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return out
 
 
-def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     if not isinstance(tokenizer, str | os.PathLike):
         tokenizer.save_pretrained(folder)
         return
@@ -207,5 +208,5 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return sorted({p for name in _TOKENIZER_FILES for p in folder.glob(name) if p.is_file()})
 
 
-def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+def _write_json(path: Path, fields: Fields) -> None:
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

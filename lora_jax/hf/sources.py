@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors asks for
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from lora_jax.hf.fields import ConfigError
@@ -48,7 +49,7 @@ class Source(Protocol):
         """Writes ``tensor[index]`` into ``out``, in its dtype."""
         ...
 
-    def codes(self, name: str, dtype: Any) -> Coded | None:
+    def codes(self, name: str, dtype: DTypeLike) -> Coded | None:
         """Returns a tensor in the codes of its file, of NumPy arrays; None if it is in no codes.
 
         Args:
@@ -57,7 +58,7 @@ class Source(Protocol):
         """
         ...
 
-    def code_shapes(self, name: str, dtype: Any) -> Coded | None:
+    def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
         """Returns the shapes of what `codes` returns."""
         ...
 
@@ -133,10 +134,10 @@ class SafetensorsFolder:
             values = self._slice(name, (block, *rest))
             convert(values, out[at:stop], f"{self.locate(name)}: {name}")
 
-    def codes(self, name: str, dtype: Any) -> Coded | None:
+    def codes(self, name: str, dtype: DTypeLike) -> Coded | None:
         return None
 
-    def code_shapes(self, name: str, dtype: Any) -> Coded | None:
+    def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
         return None
 
     def locate(self, name: str) -> str:
@@ -145,7 +146,8 @@ class SafetensorsFolder:
     def _slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         path, part = self._paths[name], self._parts.get(name, Part(name, ()))
         try:
-            return self._files[path].get_slice(part.name)[part.inside(index)]
+            part_of_file: np.ndarray = self._files[path].get_slice(part.name)[part.inside(index)]
+            return part_of_file
         except (SafetensorError, OSError, TypeError, AttributeError) as error:
             raise WeightsError(f"{path}: cannot read {name}: {error}") from None
 
@@ -193,7 +195,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
     try:
         text = index.read_text(encoding="utf-8")
-        listed = json.loads(text, object_pairs_hook=unique)["weight_map"]
+        listed: dict[str, str] = json.loads(text, object_pairs_hook=unique)["weight_map"]
         strange = [n for n, shard in listed.items() if Path(shard).name != shard or not shard]
     except WeightsError:
         raise
@@ -227,10 +229,10 @@ class Renamed:
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
         self._source.read_into(out, self.names[name], index)
 
-    def codes(self, name: str, dtype: Any) -> Coded | None:
+    def codes(self, name: str, dtype: DTypeLike) -> Coded | None:
         return self._source.codes(self.names[name], dtype)
 
-    def code_shapes(self, name: str, dtype: Any) -> Coded | None:
+    def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
         return self._source.code_shapes(self.names[name], dtype)
 
     def locate(self, name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lora_jax.models.layers.attend import Attend, Chosen, chosen
 from lora_jax.models.layers.call import Call
@@ -15,7 +16,7 @@ def chosen_attention(
     config: Any,
     seq: int,
     *,
-    dtype: Any,
+    dtype: DTypeLike,
     attention: str | Attend = "auto",
     platform: str = "cpu",
     split: Split | None = None,

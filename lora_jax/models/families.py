@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from flax import linen as nn
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
+from lora_jax.core.types import Fields
 from lora_jax.hf.format import Config, Format, Formats
 from lora_jax.hf.keys import Kind, Row
 from lora_jax.models.decoder.config import DecoderConfig
@@ -78,8 +79,8 @@ def family_of(model_type: Any) -> Family:
 
 def module_of(
     config: Any,
-    dtype: Any,
-    param_dtype: Any,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
     *,
     remat: bool | str = False,
     attention: str | Attend = "auto",
@@ -100,7 +101,7 @@ def module_of(
     return module(config, dtype, param_dtype, remat=remat, attention=attention, **more)
 
 
-def read_config(fields: Mapping[str, Any], **options: Any) -> Any:
+def read_config(fields: Fields, **options: Any) -> Any:
     """Reads a configuration from a parsed config.json.
 
     Args:

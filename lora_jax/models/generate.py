@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.models.causal import CausalLM
 from lora_jax.models.layers.cache import Cache, Shared, init_cache
 
 
 def generate(
     model: CausalLM,
-    params: Any,
+    params: Tree,
     input_ids: jax.typing.ArrayLike,
     attention_mask: jax.typing.ArrayLike | None = None,
     *,
@@ -27,7 +28,7 @@ def generate(
     top_p: float = 1.0,
     top_k: int | None = None,
     key: jax.Array | None = None,
-    apply: Callable[..., Any] | None = None,
+    apply: Forward | None = None,
     shared: Shared | None = None,
 ) -> jax.Array:
     """Continues each prompt, greedily or by sampling.
@@ -83,7 +84,7 @@ def generate(
         top_k=top_k,
         key=key,
     )
-    return _generate(
+    tokens: jax.Array = _generate(
         params,
         ids,
         mask,
@@ -93,6 +94,7 @@ def generate(
         apply=apply,
         max_new_tokens=max_new_tokens,
     )
+    return tokens
 
 
 def arguments(
@@ -150,11 +152,11 @@ def arguments(
 
 def share(
     model: CausalLM,
-    params: Any,
+    params: Tree,
     ids: jax.typing.ArrayLike,
     *,
     more_tokens: int = 0,
-    apply: Callable[..., Any] | None = None,
+    apply: Forward | None = None,
 ) -> Shared:
     """Runs the tokens that many prompts begin with through the model, once.
 
@@ -183,12 +185,13 @@ def share(
     tokens = jnp.asarray(ids, jnp.int32)
     if tokens.ndim != 1 or not tokens.size:
         raise ValueError(f"ids has the shape {tokens.shape}: one axis of tokens is needed")
-    return _share(params, tokens, model=model, more_tokens=more_tokens, apply=apply)
+    shared: Shared = _share(params, tokens, model=model, more_tokens=more_tokens, apply=apply)
+    return shared
 
 
 @functools.partial(jax.jit, static_argnames=("model", "more_tokens", "apply"))
 def _share(
-    params: Any, ids: jax.Array, *, model: Any, more_tokens: int, apply: Callable[..., Any] | None
+    params: Tree, ids: jax.Array, *, model: Model, more_tokens: int, apply: Forward | None
 ) -> Shared:
     run: Any = model.apply if apply is None else apply
     n = ids.shape[0]
@@ -243,14 +246,14 @@ class Loop(NamedTuple):
 # Static arguments are compared: equal models share what was compiled.
 @functools.partial(jax.jit, static_argnames=("model", "apply", "max_new_tokens"))
 def _generate(
-    params: Any,
+    params: Tree,
     ids: jax.Array,
     mask: jax.Array,
     choice: Choice,
     shared: Shared | None,
     *,
     model: CausalLM,
-    apply: Callable[..., Any] | None,
+    apply: Forward | None,
     max_new_tokens: int,
 ) -> jax.Array:
     static: dict[str, Any] = {"model": model, "apply": apply}
@@ -261,14 +264,14 @@ def _generate(
 
 
 def prefill(
-    params: Any,
+    params: Tree,
     ids: jax.Array,
     mask: jax.Array,
     choice: Choice,
     shared: Shared | None,
     *,
     model: CausalLM,
-    apply: Callable[..., Any] | None,
+    apply: Forward | None,
     cache_len: int,
     n: int,
 ) -> Loop:
@@ -297,13 +300,13 @@ def prefill(
 
 
 def decode(
-    params: Any,
+    params: Tree,
     state: Loop,
     choice: Choice,
     until: jax.typing.ArrayLike,
     *,
     model: CausalLM,
-    apply: Callable[..., Any] | None,
+    apply: Forward | None,
 ) -> Loop:
     """Decodes up to `until` tokens of each answer, or until all have ended."""
     run: Any = model.apply if apply is None else apply
@@ -321,7 +324,12 @@ def decode(
 
 
 def _forward(
-    run: Callable[..., Any], params: Any, ids: jax.Array, mask: jax.Array, old: Cache, at: jax.Array
+    run: Forward,
+    params: Tree,
+    ids: jax.Array,
+    mask: jax.Array,
+    old: Cache,
+    at: jax.Array,
 ) -> tuple[jax.Array, Cache]:
     """Returns the logits, [batch, vocab], of one token of each row, and the longer cache."""
     logits, new = run(
@@ -369,4 +377,5 @@ def _choose(logits: jax.Array, sampling: _Sampling, key: jax.Array) -> jax.Array
             draw = jax.vmap(draw)
         return draw(key, scores).astype(jnp.int32)
 
-    return lax.cond(sampling.temperature > 0, sample, greedy, logits)
+    chosen: jax.Array = lax.cond(sampling.temperature > 0, sample, greedy, logits)
+    return chosen

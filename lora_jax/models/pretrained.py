@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from lora_jax.core.types import Model, Tokenizer, Tree
 from lora_jax.hf import load, sources
 from lora_jax.hf.hub import resolve
 from lora_jax.hf.load import ShardingOf, load_params
@@ -27,8 +29,8 @@ from lora_jax.quantized import QuantRule
 def from_pretrained(
     name_or_path: str | Path,
     *,
-    dtype: Any = jnp.float32,
-    param_dtype: Any = None,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
     remat: bool | str = False,
     attention: str | Attend = "auto",
     experts: str | Experts = "auto",
@@ -40,7 +42,7 @@ def from_pretrained(
     rope_scaling: Mapping[str, Any] | None = None,
     quantize: str | Codes | Sequence[QuantRule] | None = None,
     key: jax.Array | None = None,
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[Model, dict[str, Any]]:
     """Loads a pretrained model, and its parameters as a plain nested dict.
 
     Reads a folder (config.json with model.safetensors, or shards and their index), a GGUF file, or
@@ -113,12 +115,12 @@ def from_pretrained(
 
 def save_pretrained(
     folder: str | os.PathLike[str],
-    model: Any,
-    params: Mapping[str, Any],
+    model: Model,
+    params: Tree,
     *,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer = None,
     max_shard_size: int = 5_000_000_000,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     readme: str | None = None,
     overwrite: bool = False,
 ) -> None:

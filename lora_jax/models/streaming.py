@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from lora_jax.core.types import Forward, Tree
 from lora_jax.models.causal import CausalLM
 from lora_jax.models.generate import Choice, Loop, arguments, decode, prefill
 from lora_jax.models.layers.cache import Cache, Shared
@@ -16,7 +17,7 @@ from lora_jax.models.layers.cache import Cache, Shared
 
 def stream(
     model: CausalLM,
-    params: Any,
+    params: Tree,
     input_ids: jax.typing.ArrayLike,
     attention_mask: jax.typing.ArrayLike | None = None,
     *,
@@ -29,7 +30,7 @@ def stream(
     top_p: float = 1.0,
     top_k: int | None = None,
     key: jax.Array | None = None,
-    apply: Callable[..., Any] | None = None,
+    apply: Forward | None = None,
     shared: Shared | None = None,
 ) -> Iterator[np.ndarray]:
     """Continues each prompt, and yields the tokens as they are chosen.
@@ -110,7 +111,7 @@ def _begin(*args: Any, **static: Any) -> Loop:
 
 @functools.partial(jax.jit, static_argnames=("model", "apply"), donate_argnames="cache")
 def _more(
-    params: Any,
+    params: Tree,
     cache: Cache,
     rest: Loop,
     choice: Choice,

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_jax.core.types import Fields
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.forms import FORMS
 from lora_jax.variants import VARIANTS
@@ -130,7 +131,7 @@ def fields_of(source: Any) -> tuple[dict[str, Any], str]:
     return fields, str(path)
 
 
-def _check_values(config: Mapping[str, Any], where: str) -> None:
+def _check_values(config: Fields, where: str) -> None:
     """Raises a PeftError that names each field with a value of the wrong kind."""
 
     def number(value: Any, least: float) -> bool:

@@ -13,11 +13,11 @@ either: it is a parameter, ``gate.weight``, packed as one expert.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
+from lora_jax.core.types import Fields, Model
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.modules import Module, ends_with
 from lora_jax.peft.names import PREFIX
@@ -40,7 +40,7 @@ class Expert(Module):
     n: int
 
 
-def experts_of(model: Any) -> list[Expert]:
+def experts_of(model: Model) -> list[Expert]:
     """Lists every kernel of a model's experts and routers, layer by layer; [] without experts."""
     config = getattr(model, "config", None)
     n = getattr(config, "num_experts", None)
@@ -73,7 +73,7 @@ def end_of(name: str) -> str:
     return ".".join(name.split(".")[-2:])
 
 
-def targeted_experts(config: Mapping[str, Any], model: Any) -> list[Expert]:
+def targeted_experts(config: Fields, model: Model) -> list[Expert]:
     """Lists the kernels of experts and routers that target_parameters selects.
 
     Args:

@@ -5,12 +5,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lora_jax.core.types import Fields, Leaf
 from lora_jax.core.weight import LoraWeight
 from lora_jax.peft import vera
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.modules import Module
 from lora_jax.peft.names import VECTORS
-from lora_jax.variants import Variant, variants_of
+from lora_jax.variants import variants_of
+from lora_jax.variants.variant import Variant
 
 
 class OfFile(Protocol):
@@ -41,12 +43,10 @@ class Form(Protocol):
           nodes: the adapted weights.
         """
 
-    def as_lora_fields(
-        self, fields: Mapping[str, Any], where: str
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def as_lora_fields(self, fields: Fields, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns the fields of a LoraConfig for the same modules, and those of the kind alone."""
 
-    def fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def fields(self, config: Fields) -> dict[str, Any]:
         """Returns the configuration for the modules that fields of a LoraConfig adapt."""
 
     def tensors_of(self, module: Module, node: LoraWeight) -> dict[str, np.ndarray]:
@@ -59,13 +59,13 @@ class Form(Protocol):
 FORMS: dict[str, Form] = {"VERA": vera}
 
 
-def form_of(node: Any) -> Form | None:
+def form_of(node: Leaf) -> Form | None:
     """Returns the form of a node of an adapted tree; None for a LoRA or a leaf trained in full."""
     variants = variants_of(node) if isinstance(node, LoraWeight) else []
     return next((form for form in FORMS.values() if form.VARIANT in variants), None)
 
 
-def as_in_peft(path: str, node: Any) -> Any:
+def as_in_peft(path: str, node: Leaf) -> Leaf:
     """Returns a node as PEFT has it: a compact one that PEFT lacks as plain LoRA.
 
     Args:

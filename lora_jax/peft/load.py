@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 
 from lora_jax.core.base import as_array, is_abstract
 from lora_jax.core.magnitude import wide
+from lora_jax.core.types import BaseLike, Fields, Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, is_node, leaves_of
 from lora_jax.hf.keys import Row
-from lora_jax.lorafy import Tree, lorafy
+from lora_jax.lorafy import lorafy
 from lora_jax.peft import config as configuration
 from lora_jax.peft.copies import without_copies
 from lora_jax.peft.errors import PeftError
@@ -48,7 +48,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def load(
-    folder: str | os.PathLike[str], model: Any, params: Tree, *, adapter: str | None = None
+    folder: str | os.PathLike[str], model: Model, params: Tree, *, adapter: str | None = None
 ) -> Tree:
     """Loads an adapter that PEFT wrote: the adapted tree gives PEFT's logits.
 
@@ -197,7 +197,7 @@ def _with_file_bases(
     params: Tree,
     chosen: Sequence[Module],
     table: Sequence[Row],
-    config: Mapping[str, Any],
+    config: Fields,
     reader: _Reader,
 ) -> Tree:
     """Returns the tree with the base weights that the file holds.
@@ -244,12 +244,12 @@ class _Files:
 
     reader: _Reader
     table: Sequence[Row]
-    config: Mapping[str, Any]
+    config: Fields
     chosen: Sequence[Module]
     available: Sequence[Module]
     own: OfFile | None  # of a kind other than LORA
 
-    def node(self, path: str, leaf: Any, base: Any) -> Any:
+    def node(self, path: str, leaf: Leaf, base: BaseLike) -> Leaf:
         """Returns the leaf at a path: a node filled from the file, or the base."""
         if isinstance(leaf, LoraWeight):
             return self._adapted(path, leaf.replace(base=base))
@@ -335,7 +335,7 @@ class _Files:
             value = np.stack([self._tensor(name) for name in self._names(path, node.rows)])
         return node.replace(value=jnp.asarray(value).astype(wide(node.dtype)))
 
-    def _whole(self, path: str, base: Any) -> Trained:
+    def _whole(self, path: str, base: BaseLike) -> Trained:
         row = next(row for row in self.table if row.path == path)
         arrays = [self._tensor(name) for name in row.hf_names]
         value = np.stack(arrays).reshape(row.stacked_shape) if row.stack else arrays[0]

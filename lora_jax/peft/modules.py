@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lora_jax.core.types import Fields, Model
 from lora_jax.hf.keys import Kind, Row
 from lora_jax.models.families import FAMILIES, key_table
 from lora_jax.peft.errors import PeftError
@@ -54,7 +55,7 @@ class Place:
     transpose: bool
 
 
-def table_of(model: Any) -> Sequence[Row]:
+def table_of(model: Model) -> Sequence[Row]:
     """Returns the key table of one of our models, or a table given in its place.
 
     Raises:
@@ -107,7 +108,7 @@ def modules(table: Sequence[Row], *, experts: bool = False, tied: bool = False) 
     return found
 
 
-def is_tied(config: Mapping[str, Any]) -> bool:
+def is_tied(config: Fields) -> bool:
     """Returns True if PEFT gives both uses of a tied table one adapter, or one saved copy.
 
     Source: PEFT's ``_check_tied_modules``, which goes by names.
@@ -141,9 +142,7 @@ def _has_module(row: Row) -> bool:
     return row.path.rsplit("/", 1)[-1] in ("kernel", "embedding", "w")
 
 
-def targeted(
-    config: Mapping[str, Any], available: Sequence[Module], model_type: str | None
-) -> list[Module]:
+def targeted(config: Fields, available: Sequence[Module], model_type: str | None) -> list[Module]:
     """Lists the modules that PEFT would adapt, in their order.
 
     Args:
@@ -173,7 +172,7 @@ def targeted(
     return chosen
 
 
-def _is_targeted(module: Module, targets: str | list[str], config: Mapping[str, Any]) -> bool:
+def _is_targeted(module: Module, targets: str | list[str], config: Fields) -> bool:
     name = module.name
     if _is_excluded(name, config):
         return False
@@ -188,7 +187,7 @@ def _is_targeted(module: Module, targets: str | list[str], config: Mapping[str, 
     return ends_with(name, targets) and _is_chosen_layer(name, config)
 
 
-def _is_excluded(name: str, config: Mapping[str, Any]) -> bool:
+def _is_excluded(name: str, config: Fields) -> bool:
     exclude = config["exclude_modules"]
     if isinstance(exclude, str) and exclude and re.fullmatch(exclude, name):
         return True
@@ -198,7 +197,7 @@ def _is_excluded(name: str, config: Mapping[str, Any]) -> bool:
     return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved)
 
 
-def _is_chosen_layer(name: str, config: Mapping[str, Any]) -> bool:
+def _is_chosen_layer(name: str, config: Fields) -> bool:
     layers, patterns = config["layers_to_transform"], config["layers_pattern"]
     if layers is None or layers == []:
         return True

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 from lora_jax import init
+from lora_jax.core.types import Fields, Model
 from lora_jax.hf.keys import Row
 from lora_jax.peft.config import DECOMPOSING_INITS, KIND, SWITCHES, read_config
 from lora_jax.peft.errors import PeftError
@@ -55,12 +56,12 @@ def rules(config: Any, model: Any = None) -> list[Rule]:
     return rules_for(fields, table_of(model), model)
 
 
-def model_type_of(model: Any) -> str | None:
+def model_type_of(model: Model) -> str | None:
     """Returns Hugging Face's name of the model's family, if it says one."""
     return getattr(getattr(model, "config", None), "model_type", None)
 
 
-def _translated(config: Mapping[str, Any]) -> list[Rule]:
+def _translated(config: Fields) -> list[Rule]:
     targets = config["target_modules"]
     # Only the model's own names can settle these.
     settled_by_model = {
@@ -93,9 +94,9 @@ def _translated(config: Mapping[str, Any]) -> list[Rule]:
 
 
 def rules_for(
-    config: Mapping[str, Any],
+    config: Fields,
     table: Sequence[Row],
-    model: Any,
+    model: Model,
     *,
     experts: bool = False,
 ) -> list[Rule]:
@@ -143,7 +144,7 @@ def rules_for(
 
 
 def _lora_rule(
-    config: Mapping[str, Any],
+    config: Fields,
     targets: Any,
     rank: int,
     alpha: float,
@@ -181,7 +182,7 @@ def _by_path(chosen: Sequence[Module]) -> dict[str, list[Module]]:
     return paths
 
 
-def _check_two_uses(config: Mapping[str, Any], chosen: Sequence[Module]) -> None:
+def _check_two_uses(config: Fields, chosen: Sequence[Module]) -> None:
     """Raises a PeftError where the two uses of a table are adapted in different ways."""
     for path, members in _by_path(chosen).items():
         if len({module.uses for module in members}) == 1:
@@ -196,9 +197,7 @@ def _check_two_uses(config: Mapping[str, Any], chosen: Sequence[Module]) -> None
                 )
 
 
-def _check_tied_alphas(
-    config: Mapping[str, Any], table: Sequence[Row], chosen: Sequence[Module]
-) -> None:
+def _check_tied_alphas(config: Fields, table: Sequence[Row], chosen: Sequence[Module]) -> None:
     """Raises a PeftError where a head that shares its table's A and B has another alpha."""
     adapted = {module.path: module.name for module in chosen}
     for row in table:
@@ -213,7 +212,7 @@ def _check_tied_alphas(
                 )
 
 
-def saved_modules(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def saved_modules(config: Fields, names: Sequence[str]) -> list[str]:
     """Lists the tensors among `names` that belong to modules_to_save.
 
     As in PEFT, an entry matches the end of a module's name, even within a word: "norm" matches
@@ -229,9 +228,7 @@ def saved_modules(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [name for name in names if is_saved(name)]
 
 
-def _saved(
-    config: Mapping[str, Any], table: Sequence[Row], chosen: Sequence[Module]
-) -> list[TrainRule]:
+def _saved(config: Fields, table: Sequence[Row], chosen: Sequence[Module]) -> list[TrainRule]:
     """Makes rules for modules that are saved whole: they train in full, layer by layer."""
     if not config["modules_to_save"]:
         return []
@@ -262,7 +259,7 @@ def _saved(
     return [TrainRule(targets=_either(paths), layers=at) for at, paths in grouped.items()]
 
 
-def token_rows(config: Mapping[str, Any], available: Sequence[Module]) -> dict[str, list[int]]:
+def token_rows(config: Fields, available: Sequence[Module]) -> dict[str, list[int]]:
     """Returns trainable_token_indices by the name of the embedding."""
     tokens = config["trainable_token_indices"]
     if tokens is None:
@@ -303,9 +300,7 @@ def _repeats_table(key: str, tokens: Mapping[str, list[int]], available: Sequenc
     return bool(of_table)
 
 
-def _tokens(
-    config: Mapping[str, Any], table: Sequence[Row], available: Sequence[Module]
-) -> list[TrainRule]:
+def _tokens(config: Fields, table: Sequence[Row], available: Sequence[Module]) -> list[TrainRule]:
     paths = {module.name: module.path for module in available if module.is_embedding}
     return [
         TrainRule(targets=re.escape(paths[name]), rows=rows)
@@ -313,6 +308,6 @@ def _tokens(
     ]
 
 
-def takes_from_base(config: Mapping[str, Any]) -> bool:
+def takes_from_base(config: Fields) -> bool:
     """Returns True if PEFT subtracts the initial factors from the base, again at each load."""
     return config["init_lora_weights"] in DECOMPOSING_INITS

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.base import as_array
+from lora_jax.core.types import Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, is_node, leaves_of
 from lora_jax.folders import partial_of, put_in_place
 from lora_jax.hf.keys import Row
 from lora_jax.hf.save import write_tensors
-from lora_jax.lorafy import Tree
 from lora_jax.peft import config as configuration
 from lora_jax.peft.copies import tied_heads, with_head_names, with_heads
 from lora_jax.peft.errors import PeftError
@@ -29,7 +29,7 @@ PEFT_VERSION = "0.21.2"  # files have the format of this version
 
 def save(
     folder: str | os.PathLike[str],
-    model: Any,
+    model: Model,
     params: Tree,
     *,
     base_model: str | None = None,
@@ -98,7 +98,7 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{folder} is not an adapter's folder: name another folder")
 
 
-def contents(model: Any, params: Tree) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def contents(model: Model, params: Tree) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Returns the fields of adapter_config.json and the tensors of an adapted tree.
 
     Args:
@@ -128,7 +128,7 @@ class _Contents:
     def __init__(
         self,
         table: Sequence[Row],
-        leaves: Mapping[str, Any],
+        leaves: Mapping[str, Leaf],
         nodes: Mapping[str, Any],
         experts: Sequence[Expert],
     ) -> None:
@@ -385,7 +385,9 @@ class _Contents:
         """Returns one of PyTorch's tensors, as it has been trained."""
         row = next(row for row in self._rows.values() if name in row.hf_names)
         leaf = self._leaves[row.path]
-        array = np.asarray(leaf.merged() if isinstance(leaf, Trained | TrainedRows) else leaf)
+        array: np.ndarray = np.asarray(
+            leaf.merged() if isinstance(leaf, Trained | TrainedRows) else leaf
+        )
         index = row.members[row.hf_names.index(name)]
         array = array[index]
         return array.T if row.transpose else array

@@ -8,8 +8,8 @@ experts, depends on its version and is not checked.
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
+from lora_jax.core.types import Fields, Shaped
 from lora_jax.peft.config import FILE as CONFIG_FILE
 from lora_jax.peft.config import REFUSED, fields_of
 from lora_jax.peft.hub import adapter_folder
@@ -51,7 +51,7 @@ def serving_problems(
 
 
 def problems_of(
-    fields: Mapping[str, Any], tensors: Mapping[str, Any], *, max_rank: int = MAX_RANK
+    fields: Fields, tensors: Mapping[str, Shaped], *, max_rank: int = MAX_RANK
 ) -> list[str]:
     """Lists the problems as `serving_problems` does, from parsed fields and tensors by name.
 
@@ -71,7 +71,7 @@ def problems_of(
     return found
 
 
-def _ranks(tensors: Mapping[str, Any]) -> dict[str, int]:
+def _ranks(tensors: Mapping[str, Shaped]) -> dict[str, int]:
     """Returns r by the name of the module."""
     ranks = {}
     for key, tensor in tensors.items():
@@ -81,7 +81,7 @@ def _ranks(tensors: Mapping[str, Any]) -> dict[str, int]:
     return ranks
 
 
-def _of_kind(fields: Mapping[str, Any]) -> list[str]:
+def _of_kind(fields: Fields) -> list[str]:
     """Lists fields with which the adapter is something other than W + s·BA."""
     found = []
     for variant in VARIANTS:
@@ -102,7 +102,7 @@ def _of_kind(fields: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _of_start(fields: Mapping[str, Any]) -> list[str]:
+def _of_start(fields: Fields) -> list[str]:
     """Lists initialisers for which PEFT changes the base at each load."""
     init = str(fields.get("init_lora_weights")).lower()
     why = f"init_lora_weights={init}: PEFT changes the base at each load, and engines do not"
@@ -114,7 +114,7 @@ def _of_start(fields: Mapping[str, Any]) -> list[str]:
     return [f"{why}; {_BY_PEFT}"] if init.startswith("loftq") else []
 
 
-def _of_what_else_trains(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
+def _of_what_else_trains(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str]:
     found = []
     if (bias := fields.get("bias") or "none") != "none":
         found.append(f"bias={bias}: trained biases are refused; {_MERGE}")
@@ -126,7 +126,7 @@ def _of_what_else_trains(fields: Mapping[str, Any], tensors: Mapping[str, Any]) 
     return found
 
 
-def _of_tables(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
+def _of_tables(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str]:
     """Lists adapted embeddings: vLLM has them for embed_tokens (and a head called lm_head).
 
     (PEFT saves these tables' own weights beside, a file that older versions of vLLM refuse.)
@@ -145,7 +145,7 @@ def _of_tables(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[st
     return found
 
 
-def _of_ranks(fields: Mapping[str, Any], ranks: Mapping[str, int], max_rank: int) -> list[str]:
+def _of_ranks(fields: Fields, ranks: Mapping[str, int], max_rank: int) -> list[str]:
     found = []
     r, alpha = fields.get("r", 8), fields.get("lora_alpha", 8)
     if (highest := max([r, *ranks.values()])) > max_rank:

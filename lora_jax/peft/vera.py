@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.magnitude import wide
+from lora_jax.core.types import Fields
 from lora_jax.core.weight import LoraWeight
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.modules import Module
@@ -39,7 +40,7 @@ _OWN = {"projection_prng_key": 0, "save_projection": True}
 _WITHOUT_EFFECT = ("d_initial", "init_weights")  # on an adapter that is loaded
 
 
-def as_lora_fields(fields: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def as_lora_fields(fields: Fields, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the fields of a LoraConfig that adapts the same modules, and those of VeRA alone.
 
     Args:
@@ -68,7 +69,7 @@ def as_lora_fields(fields: Mapping[str, Any], where: str) -> tuple[dict[str, Any
     return others | found, own
 
 
-def fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def fields(config: Fields) -> dict[str, Any]:
     """Returns a VeraConfig for the modules that fields of a LoraConfig adapt.
 
     Raises:

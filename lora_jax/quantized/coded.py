@@ -21,9 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
+from jax.typing import DTypeLike
 
 from lora_jax.core.base import Move, is_of_4_bits
 from lora_jax.core.parts import STATIC
+from lora_jax.core.types import Shaped
 from lora_jax.quantized.formats import FORMATS, Format
 
 
@@ -46,7 +48,7 @@ class Coded:
 
     arrays: dict[str, Any]
     format: Format = field(metadata=STATIC)
-    dtype: Any = field(metadata=STATIC)
+    dtype: DTypeLike = field(metadata=STATIC)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,13 +73,14 @@ class Coded:
 
     def as_array(self) -> jax.Array:
         """Returns W."""
-        return _decoded(self.arrays, self.format, self.dtype)
+        whole: jax.Array = _decoded(self.arrays, self.format, self.dtype)
+        return whole
 
     def along(self, move: Move, touched: frozenset[int]) -> "Coded | None":
         """Returns the codes after a move of all arrays; see `lora_jax.core.base.Base.along`."""
         whole = self.shape
 
-        def stands_for_blocks(array: Any) -> bool:
+        def stands_for_blocks(array: Shaped) -> bool:
             return any(1 != array.shape[axis] != whole[axis] for axis in touched)
 
         def moved(array: Any) -> Any:
@@ -102,14 +105,15 @@ class Coded:
         return f"Coded({self.format.name!r}, shape={shape}, dtype={np.dtype(self.dtype).name})"
 
 
-def bytes_of(array: Any) -> int:
+def bytes_of(array: Shaped) -> int:
     """Returns the bytes of an array, two numbers of 4 bits in one."""
-    bits = 4 if is_of_4_bits(array) else 8 * array.dtype.itemsize
-    return -(-array.size * bits // 8)
+    bits: int = 4 if is_of_4_bits(array) else 8 * array.dtype.itemsize
+    size: int = array.size
+    return -(-size * bits // 8)
 
 
 @functools.partial(jax.jit, static_argnames=("format", "dtype"), inline=True)
-def _decoded(arrays: Mapping[str, Any], format: Format, dtype: Any) -> jax.Array:
+def _decoded(arrays: Mapping[str, jax.Array], format: Format, dtype: DTypeLike) -> jax.Array:
     codes = arrays["codes"]
     values = format.values(codes) * stretched(scales_of(arrays), codes.shape)
     if "mins" in arrays:
@@ -117,7 +121,7 @@ def _decoded(arrays: Mapping[str, Any], format: Format, dtype: Any) -> jax.Array
     return values.astype(dtype)
 
 
-def scales_of(arrays: Mapping[str, Any]) -> jax.Array:
+def scales_of(arrays: Mapping[str, jax.Array]) -> jax.Array:
     """Returns the scales of a `Coded`'s blocks, fp32, from its arrays."""
     scales = arrays["scales"].astype(jnp.float32)
     if "scale_steps" in arrays:

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 
 from lora_jax.core.axes import AxisRoles
 from lora_jax.core.base import along
+from lora_jax.core.types import Shaped
 from lora_jax.quantized.coded import Coded, scales_of, stretched
 from lora_jax.quantized.formats import Format, format_of
 from lora_jax.sharding import sharding_for
@@ -75,11 +77,11 @@ def _block_of(size: int, wanted: int) -> int | None:
 
 
 def encode(
-    array: Any,
+    array: Shaped,
     format: str | Format | Coding = "nf4",
     roles: AxisRoles | None = None,
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     name: str = "the array",
 ) -> Coded:
     """Returns an array in codes. For readers of files, tensor by tensor; see also `quantize`.
@@ -166,18 +168,19 @@ def warn_of_lost(n_lost: int, coded: Coded, name: str) -> None:
         )
 
 
-def _abstract(array: Any, coding: Coding, dtype: Any) -> Coded:
+def _abstract(array: Shaped, coding: Coding, dtype: DTypeLike) -> Coded:
     """Returns the shapes of an array's codes, with shardings if the array lies on a mesh."""
     shape = jax.ShapeDtypeStruct(array.shape, array.dtype)
-    result: Coded = jax.eval_shape(lambda array: _encoded(array, coding, dtype)[0], shape)
+    coded: Coded = jax.eval_shape(lambda array: _encoded(array, coding, dtype)[0], shape)
     sharding = getattr(array, "sharding", None)
     if not isinstance(sharding, NamedSharding):
-        return result
-    return jax.tree.map(
+        return coded
+    placed: Coded = jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-        result,
-        shardings_of(result, sharding),
+        coded,
+        shardings_of(coded, sharding),
     )
+    return placed
 
 
 def shardings_of(coded: Coded, of_array: NamedSharding) -> Coded:
@@ -190,20 +193,21 @@ def shardings_of(coded: Coded, of_array: NamedSharding) -> Coded:
     spec = [*of_array.spec, *[None] * (coded.ndim - len(of_array.spec))]
     mesh: Any = of_array.mesh
 
-    def place(array: Any, axes: Sequence[int]) -> NamedSharding:
+    def place(array: Shaped, axes: Sequence[int]) -> NamedSharding:
         picked = tuple(None if axis < 0 else spec[axis] for axis in axes)
         return sharding_for(picked, array.shape, mesh)
 
-    return along(coded, place)
+    shardings: Coded = along(coded, place)
+    return shardings
 
 
 @functools.lru_cache(maxsize=256)
-def _encoder(coding: Coding, dtype: Any, treedef: Any, places: Any) -> Any:
+def _encoder(coding: Coding, dtype: Any, treedef: jax.tree_util.PyTreeDef, places: Any) -> Any:
     where = None if places is None else (treedef.unflatten(places), None)
     return jax.jit(lambda array: _encoded(array, coding, dtype), out_shardings=where)
 
 
-def _encoded(array: jax.Array, coding: Coding, dtype: Any) -> tuple[Coded, jax.Array]:
+def _encoded(array: jax.Array, coding: Coding, dtype: DTypeLike) -> tuple[Coded, jax.Array]:
     """Returns an array in codes, and the numbers of blocks not finite and lost: int32 [2]."""
     format, axis = coding.format, coding.axis % array.ndim
     n = array.shape[axis]

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 # NormalFloat of 4 bits (Dettmers et al., arXiv 2305.14314, appendix E), as bitsandbytes has it.
 NF4_VALUES = (
@@ -48,7 +49,8 @@ def from_nf4(codes: jax.Array) -> jax.Array:
         is_set = (bits >> jnp.int8(place)) & jnp.int8(1) == jnp.int8(1)
         pairs = zip(values[::2], values[1::2], strict=True)
         values = [jnp.where(is_set, high, low) for low, high in pairs]
-    return values[0]
+    whole: jax.Array = values[0]
+    return whole
 
 
 def from_unsigned(codes: jax.Array) -> jax.Array:
@@ -75,13 +77,13 @@ class Format:
     """
 
     name: str
-    code_dtype: Any
+    code_dtype: DTypeLike
     block: int = 64
     top: float = 1.0
     to_codes: Callable[[jax.Array], jax.Array] | None = None
     to_values: Callable[[jax.Array], jax.Array] | None = None
     scale_of: Callable[[jax.Array], jax.Array] | None = None
-    scale_dtype: Any = jnp.float32
+    scale_dtype: DTypeLike = jnp.float32
     double: bool = False
 
     def codes(self, scaled: jax.Array) -> jax.Array:

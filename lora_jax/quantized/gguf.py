@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 
 from lora_jax.quantized.coded import Coded
 from lora_jax.quantized.formats import Q4_0, Q4_1, Q4_K, Q6_K, Q8_0
@@ -82,7 +83,9 @@ _TYPES: dict[str, _Reader] = {
 TYPES = tuple(_TYPES)
 
 
-def from_gguf(data: np.ndarray, kind: str, shape: Sequence[int], dtype: Any = jnp.float32) -> Coded:
+def from_gguf(
+    data: np.ndarray, kind: str, shape: Sequence[int], dtype: DTypeLike = jnp.float32
+) -> Coded:
     """Returns a tensor of a GGUF file as codes, of NumPy arrays, in the file's order of axes.
 
     What a loader does to the axes of an array it does to each of these: ``jax.tree.map(lambda

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import is_node, leaves_of
 from lora_jax.quantized.coded import bytes_of
 from lora_jax.quantized.trees import error_of, is_coded
@@ -62,7 +63,7 @@ def _line(row: Row, width: int) -> str:
     return f"{row.path:{width}}  {row.format or '-':10}  {sizes}{error}"
 
 
-def report(params: Any, of: Any = None) -> Report:
+def report(params: Tree, of: Any = None) -> Report:
     """Returns the bytes of a tree before and after `quantize`, and the error of each leaf.
 
     Args:
@@ -78,7 +79,7 @@ def report(params: Any, of: Any = None) -> Report:
     """
     exact = {} if of is None else dict(leaves_of(of)[0])
 
-    def row(path: str, leaf: Any) -> Row:
+    def row(path: str, leaf: Leaf) -> Row:
         if not is_coded(leaf):
             size = bytes_of(leaf)
             return Row(path, "", size, size)

@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 
 from lora_jax.adapt.roles import infer_roles
 from lora_jax.core.axes import EMBEDDING_NAMES, AxisRoles
 from lora_jax.core.base import as_array, is_abstract, is_base
 from lora_jax.core.paths import leaf_name
+from lora_jax.core.types import BaseLike, Leaf, Tree
 from lora_jax.core.weight import is_node, leaves_of
 from lora_jax.quantized.coded import Coded
 from lora_jax.quantized.encode import Coding, QuantizeWarning, coding_of, encode
@@ -21,7 +23,6 @@ from lora_jax.quantized.formats import Format, format_of
 from lora_jax.rules import ALL_LINEAR, LoraRule, Targets
 from lora_jax.select.resolve import Adapted, Known, matches, resolve
 
-Tree = Any
 ROUTERS = ("router", "gate")  # modules that choose experts
 
 
@@ -126,7 +127,7 @@ def quantize(
     rules: Sequence[QuantRule] | None = None,
     trace: Sequence[Any] | None = None,
     kinds: Mapping[str, str] | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     donate: bool = False,
 ) -> Tree:
     """Returns `params` with codes in the place of kernels: a frozen base in 8 or 4 bits.
@@ -174,7 +175,7 @@ def quantize(
             stacklevel=2,
         )
 
-    def coded(path: str, leaf: Any) -> Any:
+    def coded(path: str, leaf: Leaf) -> Leaf:
         coding = codings.get(path)
         if coding is None:
             return leaf
@@ -187,7 +188,7 @@ def quantize(
     return treedef.unflatten(coded(path, leaf) for path, leaf in leaves)
 
 
-def is_coded(value: Any) -> bool:
+def is_coded(value: Leaf) -> bool:
     """Returns whether a leaf is in codes.
 
     >>> lj.quantized.is_coded(lj.quantized.encode(jnp.ones((64, 3))))
@@ -206,7 +207,7 @@ def dequantize(params: Tree) -> Tree:
     return jax.tree.map(lambda x: _decoded(x) if is_base(x) else x, params, is_leaf=is_base)
 
 
-def _decoded(base: Any) -> Any:
+def _decoded(base: BaseLike) -> Leaf:
     """Returns W, compiled as one, on a mesh as the codes lie."""
     if is_abstract(base):
         return jax.eval_shape(as_array, base)
@@ -253,7 +254,7 @@ def requantize(params: Tree, like: Tree) -> tuple[Tree, dict[str, float]]:
         )
     errors: dict[str, float] = {}
 
-    def coded(path: str, leaf: Any) -> Any:
+    def coded(path: str, leaf: Leaf) -> Leaf:
         model = wanted[path]
         if not is_coded(model) or is_base(leaf):
             return leaf
@@ -267,7 +268,7 @@ def requantize(params: Tree, like: Tree) -> tuple[Tree, dict[str, float]]:
     return treedef.unflatten(coded(path, leaf) for path, leaf in leaves), errors
 
 
-def error_of(coded: Any, array: Any) -> float:
+def error_of(coded: Any, array: jax.Array) -> float:
     """Returns ‖Ŵ − W‖/‖W‖, W an array and Ŵ what its codes stand for.
 
     >>> kernel = jax.random.normal(jax.random.key(1), (4096, 16))

@@ -20,9 +20,10 @@ import numpy as np
 from lora_jax.core.axes import AxisRoles
 from lora_jax.core.parts import AXES, padded, rank_axis, unpadded
 from lora_jax.core.paths import nearest
+from lora_jax.core.types import BaseLike, Fields, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Part, Trained, TrainedRows, leaves_of
 from lora_jax.folders import partial_of, put_in_place
-from lora_jax.lorafy import Tree, nodes_of, strip, swap
+from lora_jax.lorafy import nodes_of, strip, swap
 from lora_jax.saving.derived import Remaker, without_derived
 from lora_jax.saving.errors import AdapterError
 from lora_jax.saving.fingerprint import base_fingerprint, checksum, differing
@@ -37,7 +38,7 @@ def save_adapter(
     folder: str | os.PathLike[str],
     params: Tree,
     *,
-    about: Mapping[str, Any] | None = None,
+    about: Fields | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes the adapter of an adapted tree to `folder`, which appears whole or not at all.
@@ -106,7 +107,8 @@ def adapter_info(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     See the example of `save_adapter`.
     """
-    return _read_metadata(Path(folder).absolute())["about"]
+    about: dict[str, Any] = _read_metadata(Path(folder).absolute())["about"]
+    return about
 
 
 def load_adapter(
@@ -151,7 +153,7 @@ def load_adapter(
     arrays, weights, rows = _read_arrays(folder, metadata), metadata["weights"], metadata["rows"]
     complete = Remaker(folder, weights, arrays, nodes_of(params))
 
-    def adapted(path: str, base: Any) -> Any:
+    def adapted(path: str, base: BaseLike) -> Leaf:
         if path in weights:
             return complete(path, _weight(base, arrays[path], weights[path], known))
         if path in rows:
@@ -209,7 +211,7 @@ def _arrays(path: str, node: Node) -> dict[str, Any]:
 
 
 def _weight(
-    base: Any, filed: Mapping[str, Any], settings: Mapping[str, Any], known: Mapping[str, Part]
+    base: BaseLike, filed: Mapping[str, Any], settings: Fields, known: Mapping[str, Part]
 ) -> LoraWeight:
     """Returns the inverse of `_settings` and `_arrays`."""
     weight = LoraWeight(
@@ -253,7 +255,7 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
     return metadata
 
 
-def _check_parts(folder: Path, metadata: Mapping[str, Any], known: Mapping[str, Part]) -> None:
+def _check_parts(folder: Path, metadata: Fields, known: Mapping[str, Part]) -> None:
     names = {name for path in metadata["weights"] for name in metadata["arrays"][path]}
     if unknown := sorted(names - {*AXES, *known}):
         raise AdapterError(
@@ -262,7 +264,7 @@ def _check_parts(folder: Path, metadata: Mapping[str, Any], known: Mapping[str, 
         )
 
 
-def _check_shapes(folder: Path, metadata: Mapping[str, Any], leaves: list[tuple[str, Any]]) -> None:
+def _check_shapes(folder: Path, metadata: Fields, leaves: list[tuple[str, Leaf]]) -> None:
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
     settings = {**metadata["weights"], **metadata["rows"]}
     wanted = {path: tuple(each["shape"]) for path, each in settings.items()}
@@ -287,7 +289,7 @@ def _type(described: str) -> tuple[tuple[int, ...], str]:
     return tuple(int(size) for size in sizes.split("x") if size), dtype
 
 
-def _check_base(folder: Path, metadata: Mapping[str, Any], params: Tree) -> None:
+def _check_base(folder: Path, metadata: Fields, params: Tree) -> None:
     saved, trained = metadata["base"], set(metadata["trained"])
     if wrong := [p for p in differing(saved, base_fingerprint(params)) if p not in trained]:
         raise AdapterError(
@@ -297,7 +299,7 @@ def _check_base(folder: Path, metadata: Mapping[str, Any], params: Tree) -> None
         )
 
 
-def _read_arrays(folder: Path, metadata: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _read_arrays(folder: Path, metadata: Fields) -> dict[str, dict[str, Any]]:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
         lambda described: jax.ShapeDtypeStruct(*_type(described), sharding=device),
@@ -319,4 +321,5 @@ def _read_arrays(folder: Path, metadata: Mapping[str, Any]) -> dict[str, dict[st
                 )
     # Through the host: Orbax commits arrays to a device, and a function compiled for arrays that
     # are not committed would compile again.
-    return jax.tree.map(np.asarray, restored)
+    arrays: dict[str, dict[str, Any]] = jax.tree.map(np.asarray, restored)
+    return arrays

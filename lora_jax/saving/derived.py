@@ -24,6 +24,7 @@ from jax import lax
 
 from lora_jax.core.base import is_abstract
 from lora_jax.core.parts import rank_axis
+from lora_jax.core.types import Fields
 from lora_jax.core.weight import LoraWeight, Node
 from lora_jax.saving.errors import AdapterError
 from lora_jax.saving.fingerprint import checksum, mixed
@@ -72,7 +73,7 @@ class Remaker:
     def __init__(
         self,
         folder: Path,
-        settings: Mapping[str, Any],
+        settings: Fields,
         arrays: Mapping[str, Mapping[str, Any]],
         nodes: Mapping[str, Node],
     ) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from jax import export
 
 from lora_jax.core.axes import AxisRoles
+from lora_jax.core.types import Leaf
 from lora_jax.core.weight import LoraWeight, Node, Part, Trained, TrainedRows
 from lora_jax.variants import PARTS
 
@@ -30,7 +31,7 @@ def register() -> None:
 
 
 def _register(kind: type[Node], static: Sequence[str], arrays: Sequence[str]) -> None:
-    def written(values: Sequence[Any]) -> bytes:
+    def written(values: Sequence[Leaf]) -> bytes:
         named = dict(zip(static, values, strict=True))
         return json.dumps({name: _plain(name, value) for name, value in named.items()}).encode()
 

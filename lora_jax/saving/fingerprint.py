@@ -5,7 +5,6 @@ not depend on the mesh.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from lora_jax.core.base import is_base
+from lora_jax.core.types import Tree
 from lora_jax.core.weight import Trained, is_node, leaves_of
 
 _MULTIPLIERS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3A2646D)
@@ -40,7 +40,7 @@ def _sums(x: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(each), jnp.sum(mixed(each ^ jnp.uint32(0xA5A5A5A5)))])
 
 
-def checksum(array: Any) -> str:
+def checksum(array: jax.Array) -> str:
     """Returns an array's dtype and shape, and 16 hexadecimal digits that change with any bit of it.
 
     For example ``float32[3x5]:0123456789abcdef``.
@@ -50,7 +50,7 @@ def checksum(array: Any) -> str:
     return f"{np.dtype(array.dtype).name}[{shape}]:{high:08x}{low:08x}"
 
 
-def base_fingerprint(params: Any) -> dict[str, str]:
+def base_fingerprint(params: Tree) -> dict[str, str]:
     """Returns the checksum of each frozen leaf of a tree, adapted or plain, by path.
 
     Floating-point values are rounded to bfloat16 first, so that a base has one fingerprint whether

@@ -1,7 +1,7 @@
 """Makes the node of one leaf by its rule: draws its factors, adds its variants' arrays."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,16 +12,16 @@ from lora_jax.core.base import as_array, is_abstract
 from lora_jax.core.factored import factor_shapes, matrices_of
 from lora_jax.core.magnitude import wide
 from lora_jax.core.paths import fold_in_path
+from lora_jax.core.types import Leaf
 from lora_jax.core.weight import LoraWeight, Node, Part, Trained, TrainedRows
 from lora_jax.init import Factors, FactorShape, takes_from_base
 from lora_jax.select.resolve import Adapted, Choice, InFull
-from lora_jax.variants import Variant
-from lora_jax.variants.variant import Kernel, MakeFactors
+from lora_jax.variants.variant import Kernel, MakeFactors, Variant
 
 Starts = Mapping[Variant, MakeFactors]
 
 
-def starts_of(leaves: Mapping[str, Any], chosen: Mapping[str, Choice], key: jax.Array) -> Starts:
+def starts_of(leaves: Mapping[str, Leaf], chosen: Mapping[str, Choice], key: jax.Array) -> Starts:
     """Returns what makes the A and B of a tree's weights, for variants that do not draw them.
 
     Args:
@@ -44,12 +44,12 @@ def _starting(choice: Adapted) -> Variant | None:
     return next((variant for variant in choice.rule.variants if variant.start), None)
 
 
-def _kernel(leaf: Any, path: str, choice: Adapted) -> Kernel:
+def _kernel(leaf: Leaf, path: str, choice: Adapted) -> Kernel:
     dtype = np.dtype(choice.rule.dtype)
     return Kernel(path, tuple(leaf.shape), choice.roles, choice.ranks, dtype)
 
 
-def node_of(leaf: Any, path: str, choice: Choice, key: jax.Array, starts: Starts) -> Node:
+def node_of(leaf: Leaf, path: str, choice: Choice, key: jax.Array, starts: Starts) -> Node:
     """Returns the node for a leaf; its arrays are `jax.ShapeDtypeStruct`\\ s where the leaf's are.
 
     Args:
@@ -59,7 +59,7 @@ def node_of(leaf: Any, path: str, choice: Choice, key: jax.Array, starts: Starts
       key: a PRNG key.
       starts: see `starts_of`.
     """
-    make: Any = _trained if isinstance(choice, InFull) else _adapted
+    make: Callable[..., Node] = _trained if isinstance(choice, InFull) else _adapted
     if is_abstract(leaf):
         key = jax.random.key(0)
         node = jax.eval_shape(lambda leaf: make(leaf, path, choice, key, starts), leaf)
@@ -67,7 +67,7 @@ def node_of(leaf: Any, path: str, choice: Choice, key: jax.Array, starts: Starts
     return make(leaf, path, choice, key, starts)
 
 
-def _trained(leaf: Any, path: str, choice: InFull, *_: Any) -> Node:
+def _trained(leaf: Leaf, path: str, choice: InFull, *_: Any) -> Node:
     """Returns the node with a copy of what trains, so that donating it spares the leaf."""
     array = as_array(leaf)
     if choice.rows is None:
@@ -76,7 +76,7 @@ def _trained(leaf: Any, path: str, choice: InFull, *_: Any) -> Node:
     return TrainedRows(leaf, value, rows=choice.rows, is_table=choice.is_table)
 
 
-def _adapted(leaf: Any, path: str, choice: Adapted, key: jax.Array, starts: Starts) -> Node:
+def _adapted(leaf: Leaf, path: str, choice: Adapted, key: jax.Array, starts: Starts) -> Node:
     rule, scales = choice.rule, np.asarray(choice.scales, np.float32)
     a_shape, b_shape, scale_shape = factor_shapes(leaf.shape, choice.roles, max(choice.ranks))
     n_batch = len(scale_shape)
@@ -112,7 +112,7 @@ def _adapted(leaf: Any, path: str, choice: Adapted, key: jax.Array, starts: Star
     return node.replace(**{extra.name: first(extra) for extra in rule.parts})
 
 
-def _draw(leaf: Any, path: str, choice: Adapted, scale: jax.Array, key: jax.Array) -> Factors:
+def _draw(leaf: Leaf, path: str, choice: Adapted, scale: jax.Array, key: jax.Array) -> Factors:
     """Returns A [batch…, in, r] and B [batch…, r, out].
 
     Where ranks differ, the factors are drawn layer by layer and filled up with zeros, which

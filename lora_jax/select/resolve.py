@@ -11,6 +11,7 @@ from lora_jax.adapt.sides import RoleWarning
 from lora_jax.adapt.user_code import place_of_call, warn
 from lora_jax.core.axes import EMBEDDING_NAMES, AxisRoles, Seen, default_roles
 from lora_jax.core.paths import has_run, leaf_name, nearest, numbered_layer
+from lora_jax.core.types import Leaf
 from lora_jax.rules import ALL_LINEAR, PRESETS, LoraRule, Rule, Targets, TrainRule
 
 # Without kinds, "all-linear" leaves these modules alone: embeddings (also by the name of the leaf)
@@ -142,7 +143,7 @@ def resolve(
     return resolved
 
 
-def _train(rule: TrainRule, path: str, leaf: Any) -> InFull | None:
+def _train(rule: TrainRule, path: str, leaf: Leaf) -> InFull | None:
     """Returns the decision for a leaf that a rule selects; None if it is in none of its layers."""
     is_table = rule.rows is not None
     indices = rule.rows if is_table else rule.layers
@@ -185,7 +186,7 @@ def beside(path: str, paths: Container[str]) -> str | None:
 
 
 def _adapt(
-    rules: Mapping[int, LoraRule], path: str, leaf: Any, known: Known
+    rules: Mapping[int, LoraRule], path: str, leaf: Leaf, known: Known
 ) -> tuple[Adapted | None, set[int]]:
     """Returns the decision for a kernel and the indices of the rules that take part in it.
 
@@ -238,7 +239,7 @@ def _selects(rule: Rule, path: str, tree: Mapping[str, Any], known: Known) -> bo
     return _is_matrix(leaf) and not _is_side_leaf(rule, path, tree, known)
 
 
-def _is_named(rule: Rule, path: str, leaf: Any, known: Known) -> bool:
+def _is_named(rule: Rule, path: str, leaf: Leaf, known: Known) -> bool:
     if isinstance(rule.targets, str) and rule.targets not in PRESETS:
         return matches(rule.targets, path)
     names = [rule.targets] if isinstance(rule.targets, str) else rule.targets
@@ -257,7 +258,7 @@ def is_table_or_head(path: str) -> bool:
     return leaf_name(path) in EMBEDDING_NAMES or _NOT_LINEAR.fullmatch(path) is not None
 
 
-def _is_linear(path: str, leaf: Any, known: Known) -> bool:
+def _is_linear(path: str, leaf: Leaf, known: Known) -> bool:
     """Returns whether a leaf is known as a kernel: by what was seen of it, or else by its name."""
     if known.roles is None:
         return default_roles(leaf_name(path), len(leaf.shape)) is not None
@@ -272,7 +273,7 @@ def matches(targets: Targets, path: str) -> bool:
     return any(has_run(path, name) for name in targets)
 
 
-def _is_matrix(leaf: Any) -> bool:
+def _is_matrix(leaf: Leaf) -> bool:
     return len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 

@@ -123,7 +123,7 @@ def _normals(key: jax.Array, blocks: int, n: int) -> jax.Array:
     if n <= _PIECE:
         return jax.random.normal(key, (blocks, n), jnp.float32)
     piece = _PIECE
-    pieces = jax.lax.map(
+    pieces: jax.Array = jax.lax.map(
         lambda key: jax.random.normal(key, (blocks, piece), jnp.float32),
         jax.random.split(key, n // piece),
         batch_size=_PIECES,

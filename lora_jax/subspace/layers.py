@@ -9,9 +9,9 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lora_jax.core.paths import has_run
+from lora_jax.core.types import Leaf
 
 # The modules that hold scanned layers in `lora_jax.models`, and by custom elsewhere.
 STACKS = ("layers", "encoder/layer", "transformer/h")
@@ -42,7 +42,7 @@ class Tensor:
 
 
 def tensors_of(
-    leaves: Mapping[str, Any], stacks: Sequence[str]
+    leaves: Mapping[str, Leaf], stacks: Sequence[str]
 ) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
     """Returns the tensors of a tree, and the names of their layers.
 
@@ -100,7 +100,7 @@ def _ends_with(path: str, name: str) -> bool:
     return has_run(path, name) and f"/{path}".endswith(f"/{name}")
 
 
-def _names(path: str, leaf: Any, stacks: Sequence[str]) -> tuple[str, ...]:
+def _names(path: str, leaf: Leaf, stacks: Sequence[str]) -> tuple[str, ...]:
     stack = _stack_of(path, stacks)
     if stack is None:
         return (_logical(path),)
@@ -116,7 +116,7 @@ def _logical(path: str) -> str:
 
 
 def _check_stacks(
-    leaves: Mapping[str, Any], named: Mapping[str, Sequence[str]], stacks: Sequence[str]
+    leaves: Mapping[str, Leaf], named: Mapping[str, Sequence[str]], stacks: Sequence[str]
 ) -> None:
     lengths: dict[str, tuple[str, int]] = {}
     for path in leaves:

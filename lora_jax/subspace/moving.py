@@ -20,9 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
 
 from lora_jax.core.magnitude import wide
 from lora_jax.core.paths import fold_in_path
+from lora_jax.core.types import Leaf
 from lora_jax.subspace.fastfood import project
 from lora_jax.subspace.layers import Tensor
 
@@ -44,7 +47,7 @@ def keys_of(seed: int, tensors: Sequence[Tensor]) -> jax.Array:
 def moved(
     keys: jax.Array,
     tensors: Sequence[Tensor],
-    leaves: Mapping[str, Any],
+    leaves: Mapping[str, Leaf],
     theta: jax.Array,
     scale: jax.Array | None,
 ) -> dict[str, jax.Array]:
@@ -84,15 +87,16 @@ def moved(
     return found
 
 
-def placed(array: jax.Array, leaf: Any, sharding: Any = None) -> jax.Array:
+def placed(array: jax.Array, leaf: Leaf, sharding: Sharding | None = None) -> jax.Array:
     """Returns a moved leaf with a sharding; by default its own, where it is known."""
     if sharding is None and isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
         sharding = leaf.sharding if len(leaf.sharding.device_set) > 1 else None
     if sharding is None:
         return array
-    if isinstance(array, jax.core.Tracer):
-        return jax.lax.with_sharding_constraint(array, sharding)
-    return jax.device_put(array, sharding)
+    traced = isinstance(array, jax.core.Tracer)
+    put: Any = jax.lax.with_sharding_constraint if traced else jax.device_put
+    moved: jax.Array = put(array, sharding)
+    return moved
 
 
 def draws_of(seed: int) -> jax.Array:
@@ -101,7 +105,7 @@ def draws_of(seed: int) -> jax.Array:
 
 
 def _scales(
-    scale: jax.Array | None, tensors: Sequence[Tensor], total: int, dtype: Any
+    scale: jax.Array | None, tensors: Sequence[Tensor], total: int, dtype: DTypeLike
 ) -> jax.Array:
     """Returns λ·√(n/D) of each tensor of some leaves.
 
@@ -126,9 +130,10 @@ def _change(theta: jax.Array, key: jax.Array, scale: jax.Array, shape: Any) -> j
     return project(x, key, math.prod(shape)).reshape(shape)
 
 
-def _sum(leaf: Any, change: jax.Array) -> jax.Array:
+def _sum(leaf: Leaf, change: jax.Array) -> jax.Array:
     dtype = jnp.promote_types(change.dtype, wide(leaf.dtype))
-    return (leaf.astype(dtype) + change.astype(dtype)).astype(leaf.dtype)
+    total: jax.Array = leaf.astype(dtype) + change.astype(dtype)
+    return total.astype(leaf.dtype)
 
 
 # Keeps θ_d and a key for the backward pass, rather than the draws.
@@ -136,13 +141,13 @@ _drawn_again = jax.checkpoint(_change, static_argnums=3)
 
 
 @jax.jit  # tensors of one shape share one compiled function
-def _of_tensor(leaf: Any, theta: jax.Array, key: jax.Array, scale: jax.Array) -> jax.Array:
+def _of_tensor(leaf: Leaf, theta: jax.Array, key: jax.Array, scale: jax.Array) -> jax.Array:
     """Returns θ₀ + λP(θ_d) of one tensor."""
     return _sum(leaf, _drawn_again(theta, key, scale, leaf.shape))
 
 
 @jax.custom_jvp
-def _layer_by_layer(leaf: Any, theta: jax.Array, keys: jax.Array, scales: jax.Array) -> jax.Array:
+def _layer_by_layer(leaf: Leaf, theta: jax.Array, keys: jax.Array, scales: jax.Array) -> jax.Array:
     """Returns θ₀ + λP(θ_d) of a stack, each layer in its place.
 
     (`jax.lax.map` begins with a stack of zeros, of which two loops of one shape make a copy.)
@@ -152,7 +157,8 @@ def _layer_by_layer(leaf: Any, theta: jax.Array, keys: jax.Array, scales: jax.Ar
         change = _change(theta, keys[i], scales[i], leaf.shape[1:])
         return total.at[i].set(_sum(total[i], change))
 
-    return jax.lax.fori_loop(0, leaf.shape[0], layer, leaf)
+    total: jax.Array = jax.lax.fori_loop(0, leaf.shape[0], layer, leaf)
+    return total
 
 
 @functools.partial(_layer_by_layer.defjvp, symbolic_zeros=True)
@@ -183,8 +189,9 @@ def _together(theta: jax.Array, keys: jax.Array, scales: jax.Array, size: int) -
     """Returns λP(θ_d) of n tensors of one size, [n, size], some at a time."""
     n = len(keys)
     at_once = max(k for k in range(1, n + 1) if n % k == 0 and k * size <= max(size, _SMALL))
-    return jax.lax.map(
+    changes: jax.Array = jax.lax.map(
         lambda one: _drawn_again(theta, one[0], one[1], (size,)),
         (keys, scales),
         batch_size=at_once,
     )
+    return changes

@@ -8,11 +8,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from lora_jax.core.types import Fields, Tree
 from lora_jax.core.weight import Trained
-from lora_jax.lorafy import Tree
-from lora_jax.saving.checkpoint import AdapterError, adapter_info, load_adapter, save_adapter
+from lora_jax.saving.checkpoint import adapter_info, load_adapter, save_adapter
+from lora_jax.saving.errors import AdapterError
 from lora_jax.saving.fingerprint import checksum
 from lora_jax.subspace.moving import draws_of
 from lora_jax.subspace.space import Subspace, Theta, make
@@ -21,7 +23,7 @@ FACTS = "subspace"  # its name among the facts about an adapter
 _BESIDE, _BASE, _KEYS = "subspace", "base", "keys"
 
 
-def tree_of(space: Subspace, base: Tree, theta: Mapping[str, Any] | None = None) -> Tree:
+def tree_of(space: Subspace, base: Tree, theta: Mapping[str, jax.Array] | None = None) -> Tree:
     """Returns an adapted tree: the base, and beside it θ_d (and λ), which train.
 
     The keys of the projections are frozen leaves of it: a function of the tree is compiled once for
@@ -114,10 +116,10 @@ def facts_of(space: Subspace) -> dict[str, Any]:
 def save(
     folder: str | os.PathLike[str],
     space: Subspace,
-    theta: Mapping[str, Any],
+    theta: Mapping[str, jax.Array],
     base: Tree,
     *,
-    about: Mapping[str, Any] | None = None,
+    about: Fields | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a subspace to `folder`: θ_d, λ, the seed, the selection, the base's fingerprint.
@@ -184,7 +186,7 @@ def load(
     return found, theta_of(tree)
 
 
-def _check_same(folder: Any, saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def _check_same(folder: Any, saved: Fields, found: Mapping[str, Any]) -> None:
     if saved["draws"] != found["draws"] and saved["seed"] == found["seed"]:
         raise AdapterError(
             f"the subspace {folder} was trained where JAX drew other random numbers from the seed "

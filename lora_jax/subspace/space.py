@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lora_jax.core.base import is_base
+from lora_jax.core.types import Leaf, Tree
 from lora_jax.core.weight import is_node, leaves_of
-from lora_jax.lorafy import Tree
 from lora_jax.rules import Targets, TrainRule
 from lora_jax.select.resolve import resolve
 from lora_jax.subspace.fastfood import MOST
@@ -57,7 +58,7 @@ class Subspace:
         """D, the number of parameters that move."""
         return sum(tensor.size for tensor in self.tensors)
 
-    def zeros(self, dtype: Any = jnp.float32) -> Theta:
+    def zeros(self, dtype: DTypeLike = jnp.float32) -> Theta:
         """Returns the start: θ_d = 0, and each λ = 1.
 
         Args:
@@ -77,7 +78,7 @@ class Subspace:
 
     def params_of(
         self,
-        theta: Mapping[str, Any],
+        theta: Mapping[str, jax.Array],
         base: Tree,
         shardings: Tree = None,
         keys: jax.Array | None = None,
@@ -110,7 +111,7 @@ class Subspace:
             for (path, leaf), sharding in zip(leaves, where, strict=True)
         )
 
-    def _check(self, theta: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
+    def _check(self, theta: Mapping[str, jax.Array], leaves: Mapping[str, Leaf]) -> None:
         wanted = {name: array.shape for name, array in jax.eval_shape(self.zeros).items()}
         found = {name: tuple(array.shape) for name, array in theta.items()}
         if found != wanted:

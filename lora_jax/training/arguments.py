@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.core.types import Forward, Model
 from lora_jax.models import Decoder
 from lora_jax.training.batches import Arrays, Examples, Packs
 from lora_jax.training.data.labelled import Labelled
@@ -138,7 +139,7 @@ def clear(path: Path) -> None:
     wait_for_all("the folder is cleared")
 
 
-def check_positions(model: Any, examples: Examples) -> None:
+def check_positions(model: Model | Forward, examples: Examples) -> None:
     """Raises a TrainingError for sequences that are longer than a decoder's positions."""
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if most is None or not isinstance(model, Decoder) or not isinstance(examples, Packs):
@@ -151,7 +152,7 @@ def check_positions(model: Any, examples: Examples) -> None:
         )
 
 
-def check_optimizer(optimizer: Any, weight_decay: float) -> None:
+def check_optimizer(optimizer: object, weight_decay: float) -> None:
     """Raises a TrainingError for an unknown optimiser, or a weight decay that it would not use."""
     if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
         raise TrainingError(f"optimizer={optimizer!r}: give {', '.join(OPTIMIZERS)}, or your own")

@@ -12,7 +12,7 @@ from lora_jax.training.data.mixture import Shares, shares_of
 from lora_jax.training.data.packing import few_lengths, first_fit
 from lora_jax.training.data.sequences import Sequences, Tokens
 
-Batch = dict[str, np.ndarray]
+HostBatch = dict[str, np.ndarray]
 
 _MULTIPLE = 8  # lengths are rounded up to it: odd ones are slower on every device
 _LONG, _MULTIPLE_OF_LONG = 1024, 128  # long rows are cut into blocks, and over devices
@@ -23,7 +23,7 @@ class Examples:
 
     unit = "token"  # what `tokens` counts
 
-    def by_name(self) -> Batch:
+    def by_name(self) -> HostBatch:
         """Returns the arrays, [n, …], by name."""
         raise NotImplementedError
 
@@ -46,16 +46,16 @@ class Examples:
         """Returns how many rows an epoch draws of each data set; None for each row once."""
         return None
 
-    def take(self, rows: np.ndarray) -> Batch:
+    def take(self, rows: np.ndarray) -> HostBatch:
         """Returns the rows at the indices `rows`, of any shape: arrays [*rows.shape, …]."""
         return {name: array[rows] for name, array in self.by_name().items()}
 
-    def parts(self, batch_size: int) -> Iterator[Batch]:
+    def parts(self, batch_size: int) -> Iterator[HostBatch]:
         """Yields all rows in order, in batches; the last one may be shorter."""
         for first in range(0, len(self), batch_size):
             yield self.take(np.arange(first, min(first + batch_size, len(self))))
 
-    def tokens(self, batch: Batch) -> int:
+    def tokens(self, batch: HostBatch) -> int:
         """Returns how much is in a batch, without padding; see `unit`."""
         raise NotImplementedError
 
@@ -79,14 +79,14 @@ class Arrays(Examples):
       arrays: [n, …], by the names that the loss knows them by.
     """
 
-    arrays: Batch
+    arrays: HostBatch
     unit = "example"
 
-    def by_name(self) -> Batch:
+    def by_name(self) -> HostBatch:
         """Returns the arrays."""
         return self.arrays
 
-    def tokens(self, batch: Batch) -> int:
+    def tokens(self, batch: HostBatch) -> int:
         """Returns the number of examples in a batch, [accumulate, batch, …]."""
         return int(np.prod(next(iter(batch.values())).shape[:2]))
 
@@ -102,12 +102,12 @@ class Weighted(Examples):
 
     weights: np.ndarray
 
-    def by_name(self) -> Batch:
+    def by_name(self) -> HostBatch:
         """Returns the fields that are arrays."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
 
-    def parts(self, batch_size: int) -> Iterator[Batch]:
+    def parts(self, batch_size: int) -> Iterator[HostBatch]:
         """Yields all rows, by length, in batches of few shapes; weights of 0 fill up the last."""
         order = self.by_length
         for first in range(0, len(self), batch_size):
@@ -163,7 +163,7 @@ class Packs(Examples):
     @functools.cached_property
     def groups(self) -> np.ndarray:
         """Returns for each row the index of the smallest of `lengths` that holds it: [n]."""
-        return np.searchsorted(self.lengths, np.diff(self.starts[self.firsts]))
+        return np.asarray(np.searchsorted(self.lengths, np.diff(self.starts[self.firsts])))
 
     @property
     def filled(self) -> float:
@@ -172,13 +172,13 @@ class Packs(Examples):
         sizes = np.diff(self.starts[self.firsts])
         return float(often @ sizes / (often @ np.asarray(self.lengths)[self.groups]))
 
-    def take(self, rows: np.ndarray) -> Batch:
+    def take(self, rows: np.ndarray) -> HostBatch:
         """Returns the rows at the indices `rows`, of any shape: arrays [*rows.shape, …]."""
         batch = self.batch_of([(self, rows.ravel())])
         return {name: array.reshape(*rows.shape, -1) for name, array in batch.items()}
 
     @staticmethod
-    def batch_of(parts: Sequence[tuple["Packs", np.ndarray]]) -> Batch:
+    def batch_of(parts: Sequence[tuple["Packs", np.ndarray]]) -> HostBatch:
         """Returns rows of several tables of the same lengths as one batch: arrays [rows, …].
 
         Args:
@@ -192,7 +192,7 @@ class Packs(Examples):
             packs._fill({name: array[at] for name, array in batch.items()}, row)
         return batch
 
-    def blank(self, n: int, group: int = -1, counted: int = 0) -> Batch:
+    def blank(self, n: int, group: int = -1, counted: int = 0) -> HostBatch:
         """Returns `n` rows of padding, as long as the longest, or as those of a group.
 
         Where more tokens count than `predicted` says, arrays of them are as long as the row.
@@ -211,7 +211,7 @@ class Packs(Examples):
         counts[begins[:-1] - begins[0]] = False  # the first token of a sequence is never predicted
         return self.tokens_of_all[here], counts
 
-    def _fill(self, arrays: Batch, row: int) -> None:
+    def _fill(self, arrays: HostBatch, row: int) -> None:
         begins = self.starts[self.firsts[row] : self.firsts[row + 1] + 1]
         lengths, offsets = np.diff(begins), begins - begins[0]
         ids, counts = self._counted(row)
@@ -223,7 +223,7 @@ class Packs(Examples):
         arrays["targets"][: len(counted)] = ids[counted]
         arrays["weights"][: len(counted)] = 1
 
-    def parts(self, batch_size: int) -> Iterator[Batch]:
+    def parts(self, batch_size: int) -> Iterator[HostBatch]:
         """Yields all rows, by length, in batches of few shapes; weights of 0 fill up the last."""
         rows = self.by_length
         for first in range(0, len(self), batch_size):
@@ -231,7 +231,7 @@ class Packs(Examples):
             part["weights"][len(self) - first :] = 0
             yield part
 
-    def tokens(self, batch: Batch) -> int:
+    def tokens(self, batch: HostBatch) -> int:
         """Returns the number of tokens in a batch, without padding."""
         return int((batch["segment_ids"] > 0).sum())
 
@@ -256,7 +256,7 @@ class Packs(Examples):
             sha.update(repr(self.mixture).encode())
         return sha.hexdigest()
 
-    def by_name(self) -> Batch:
+    def by_name(self) -> HostBatch:
         """Returns all rows as one batch."""
         return self.take(np.arange(len(self)))
 

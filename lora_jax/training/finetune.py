@@ -19,6 +19,7 @@ import optax
 import lora_jax as lj
 from lora_jax import models
 from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.core.weight import is_node
 from lora_jax.training.arguments import (
     ADAPTER,
@@ -42,7 +43,7 @@ from lora_jax.training.errors import TrainingError, as_argument
 from lora_jax.training.held_out import held_out_loss
 from lora_jax.training.layout import Layout, one_device
 from lora_jax.training.loop import train
-from lora_jax.training.losses import HELD_OUT, Loss
+from lora_jax.training.losses import HELD_OUT, Loss, Sums
 from lora_jax.training.optimizer import make_optimizer, takes_from_base
 from lora_jax.training.optimizers.schedules import ScheduleKind, warmed_up
 from lora_jax.training.processes import is_first
@@ -98,13 +99,13 @@ class _Pace:
 
 
 def finetune(
-    model: Any,
-    params: Any,
+    model: Model | Forward,
+    params: Tree,
     examples: Examples | Mapping[str, Any],
     rules: Sequence[lj.LoraRule | lj.TrainRule] | None = None,
     *,
     lr: float | optax.Schedule,
-    loss: Loss | Callable[..., Any] | None = None,
+    loss: Loss | Callable[..., Sums] | None = None,
     steps: int | None = None,
     epochs: float | None = None,
     batch_size: int = 8,
@@ -127,7 +128,7 @@ def finetune(
     max_skipped: int = 3,
     seed: int = 0,
     layout: Layout | None = None,
-) -> tuple[Any, Report]:
+) -> tuple[Tree, Report]:
     """Fine-tunes a model.
 
     With a folder, the adapter is saved in ``folder/adapter`` at the end, and checkpoints on the
@@ -302,7 +303,7 @@ def finetune(
         )
 
 
-def _adapted(params: Any, rules: Any, kinds: Any, key: jax.Array, start: Path | None) -> Any:
+def _adapted(params: Tree, rules: Any, kinds: Any, key: jax.Array, start: Path | None) -> Tree:
     """Returns the adapted tree, whose trained arrays are this run's own.
 
     Args:
@@ -326,7 +327,7 @@ def _adapted(params: Any, rules: Any, kinds: Any, key: jax.Array, start: Path | 
     return lj.join(jax.tree.map(jnp.copy, adapter), base)  # the step donates them
 
 
-def _forward(model: Any, ready: Ready) -> Callable[..., Any]:
+def _forward(model: Any, ready: Ready) -> Forward:
     """Returns the function that the loss calls: adapted, a model's activations on the mesh."""
     if hasattr(model, "placement"):
         return ready.setup.forward(model)

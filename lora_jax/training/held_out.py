@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 import lora_jax as lj
+from lora_jax.core.types import Adapter, Forward, Tree
 from lora_jax.training.batches import Examples
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import Measure
@@ -28,12 +29,12 @@ class Formed(NamedTuple):
     """
 
     form: Callable[[Any], Any]
-    forward: Callable[..., Any]
+    forward: Forward
 
 
 def held_out_loss(
     ready: Ready,
-    forward: Callable[..., Any],
+    forward: Forward,
     loss: Loss,
     examples: Examples,
     *,
@@ -59,7 +60,7 @@ def held_out_loss(
         forward = formed.forward
     evaluate = evaluation or compiled_evaluation(layout, forward, loss)
 
-    def halves(state: State) -> tuple[Any, Any]:
+    def halves(state: State) -> tuple[Adapter, Tree]:
         adapter = averaged(state.opt_state, state.adapter)
         if formed is None:
             return adapter, ready.base
@@ -78,9 +79,7 @@ def held_out_loss(
     return Measure(every=every, prefix=HELD_OUT, take=take)
 
 
-def compiled_evaluation(
-    layout: Layout, forward: Callable[..., Any], loss: Loss
-) -> Callable[..., Sums]:
+def compiled_evaluation(layout: Layout, forward: Forward, loss: Loss) -> Callable[..., Sums]:
     """Returns ``(adapter, base, batch) -> sums``, compiled for each kind of adapter and shape.
 
     The sums are those of the loss's `held_out`.
@@ -93,7 +92,8 @@ def compiled_evaluation(
 
 
 def _added(one: Sums, other: Sums) -> Sums:
-    return jax.tree.map(operator.add, one, other)
+    total: Sums = jax.tree.map(operator.add, one, other)
+    return total
 
 
 def means(loss: Loss, sums: Sums) -> dict[str, float]:

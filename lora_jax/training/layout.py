@@ -9,6 +9,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lora_jax.core.types import Model, Tree
 from lora_jax.lorafy import split
 from lora_jax.models import compiler_options, partition_specs
 from lora_jax.models.layers.masks import Split
@@ -16,7 +17,7 @@ from lora_jax.models.layers.placement import Activation, Attention, Mixture, Pla
 from lora_jax.models.specs import AXES, BATCH, SHARDS
 from lora_jax.sharding import Table, place, sharding_for, sharding_of, shardings
 from lora_jax.training import context
-from lora_jax.training.batches import Batch
+from lora_jax.training.batches import HostBatch
 from lora_jax.training.errors import TrainingError
 
 _ACTIVATIONS: dict[str, tuple[Any, ...]] = {
@@ -96,7 +97,8 @@ class Layout(Placement):
     @property
     def platform(self) -> str:
         """Returns the platform of the mesh's devices, which may be descriptions."""
-        return self.mesh.devices.flat[0].platform
+        platform: str = self.mesh.devices.flat[0].platform
+        return platform
 
     @property
     def kernels(self) -> bool:
@@ -116,7 +118,8 @@ class Layout(Placement):
     @property
     def sequence_parts(self) -> int:
         """Returns the number of parts that a long row is split into."""
-        return self.mesh.shape["sequence"]
+        parts: int = self.mesh.shape["sequence"]
+        return parts
 
     @property
     def token_parts(self) -> int:
@@ -149,11 +152,11 @@ class Layout(Placement):
         """Returns where to load a parameter to; see `lora_jax.models.from_pretrained`."""
         return sharding_of(path, shape, self.table, self.mesh)
 
-    def placed(self, params: Any) -> Any:
+    def placed(self, params: Tree) -> Tree:
         """Returns an adapted tree on the mesh, the adapter sharded like its base."""
         return place(params, self.table, self.mesh)
 
-    def step_shardings(self, params: Any) -> Any:
+    def step_shardings(self, params: Tree) -> Tree:
         """Returns an adapter's shardings within a step: A and B gathered over fsdp and sequence.
 
         They are small, so they are gathered once a step; layer by layer it would be three times:
@@ -179,14 +182,17 @@ class Layout(Placement):
         """Returns the sharding of a replicated array."""
         return NamedSharding(self.mesh, P())
 
-    def constrained(self, model: Any, *, dropout: bool = False) -> Any:
+    def constrained(self, model: Model, *, dropout: bool = False) -> Model:
         """Returns the model with its activations on the mesh.
 
         Dropout on experts depends on the order of the tokens that are sorted for them. To get the
         result of one device, all tokens are then sorted together, which takes more memory.
         """
         sorts_apart = self.mesh.size == 1 or not dropout
-        return model.clone(placement=dataclasses.replace(self, sorts_apart=sorts_apart))
+        constrained: Model = model.clone(
+            placement=dataclasses.replace(self, sorts_apart=sorts_apart)
+        )
+        return constrained
 
     def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
         """Returns an activation on the mesh; see `lora_jax.models.layers.placement.Placement`.
@@ -198,7 +204,10 @@ class Layout(Placement):
         """
         if self.mesh.size == 1:
             return x
-        return jax.lax.with_sharding_constraint(x, self._fitting(x.shape, _ACTIVATIONS[kind]))
+        placed: jax.Array = jax.lax.with_sharding_constraint(
+            x, self._fitting(x.shape, _ACTIVATIONS[kind])
+        )
+        return placed
 
     def mixture(self, mixed: Mixture) -> Mixture:
         """Returns a mixture: each device computes its tokens, with its features of all experts.
@@ -211,7 +220,8 @@ class Layout(Placement):
         specs = (tokens, tokens, tokens, inner, inner, outer)
 
         def apart(*args: jax.Array) -> jax.Array:
-            return jax.lax.psum(mixed(*args), "tensor")
+            total: jax.Array = jax.lax.psum(mixed(*args), "tensor")
+            return total
 
         def called(*args: jax.Array) -> jax.Array:
             fit = all(
@@ -230,7 +240,7 @@ class Layout(Placement):
         """Returns attention that each device computes for its batch, heads and queries."""
         return local if self.mesh.size == 1 else context.shared_out(local, self.mesh)
 
-    def batch(self, batch: Batch, *, parts: bool) -> dict[str, jax.Array]:
+    def batch(self, batch: HostBatch, *, parts: bool) -> dict[str, jax.Array]:
         """Returns a batch on the mesh: all processes have it, each gives what its devices need.
 
         Args:

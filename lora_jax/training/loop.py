@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import jax
 
+from lora_jax.core.types import Tree
 from lora_jax.training.errors import Diverged, Interrupted
 from lora_jax.training.losses import OWN_METRICS, Reduction
 from lora_jax.training.processes import Agreement, from_first
@@ -154,7 +155,7 @@ class _Window:
 def train(
     step: Step,
     state: State,
-    base: Any,
+    base: Tree,
     steps: int,
     run: Pace,
     hooks: Hooks,

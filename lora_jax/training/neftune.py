@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.core.paths import fold_in_path
+from lora_jax.core.types import Forward, Tree
 from lora_jax.models.layers.noise import EmbeddingNoise
 
 _KEY = "neftune"  # so that the noise is drawn with none of dropout's keys
 
 
-def neftune(forward: Callable[..., Any], alpha: float) -> Callable[..., Any]:
+def neftune(forward: Forward, alpha: float) -> Forward:
     """Returns a model's adapted function that adds noise wherever it is called with a dropout key.
 
     Each element of a token's embedding gets a number between ± alpha / sqrt(L d): L counts the
@@ -47,7 +47,11 @@ def neftune(forward: Callable[..., Any], alpha: float) -> Callable[..., Any]:
         raise ValueError(f"alpha={alpha!r}: the size of the noise, a positive number")
 
     def noisy(
-        variables: Any, ids: jax.Array, *args: Any, dropout_key: Any = None, **options: Any
+        variables: Tree,
+        ids: jax.Array,
+        *args: Any,
+        dropout_key: jax.Array | None = None,
+        **options: Any,
     ) -> Any:
         # A call of another method has no tokens to embed.
         if dropout_key is not None and options.get("method") is None:

@@ -10,6 +10,7 @@ from optax import contrib
 
 import lora_jax as lj
 from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.types import Adapter, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, is_node
 from lora_jax.training.optimizers.named import optimizer_named, settings
 from lora_jax.variants import PARTS
@@ -18,7 +19,7 @@ from lora_jax.variants import PARTS
 def make_optimizer(
     name: str,
     schedule: optax.Schedule,
-    params: Any = None,
+    params: Tree = None,
     *,
     weight_decay: float | jax.Array = 0.0,
     grad_clip: float | jax.Array = 1.0,
@@ -75,7 +76,7 @@ def make_optimizer(
 
 def adamw(
     schedule: optax.Schedule,
-    params: Any = None,
+    params: Tree = None,
     *,
     b2: float = 0.999,
     weight_decay: float = 0.0,
@@ -107,7 +108,7 @@ def adamw(
     )
 
 
-def averaged(opt_state: optax.OptState, adapter: Any) -> Any:
+def averaged(opt_state: optax.OptState, adapter: Adapter) -> Adapter:
     """Returns the adapter to evaluate and to keep: an average, or the adapter itself.
 
     Args:
@@ -121,14 +122,14 @@ def averaged(opt_state: optax.OptState, adapter: Any) -> Any:
     Array([1., 1., 1.], dtype=float32)
     """
 
-    def is_free(node: Any) -> bool:
+    def is_free(node: Leaf) -> bool:
         return isinstance(node, contrib.ScheduleFreeState)
 
     found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_free) if is_free(node)]
     return contrib.schedule_free_eval_params(found[0], adapter) if found else adapter
 
 
-def decays(adapter: dict[str, dict[str, Any]]) -> dict[str, dict[str, bool]]:
+def decays(adapter: Adapter) -> dict[str, dict[str, bool]]:
     """Returns which arrays of an adapter decay: matrices such as A and B, kernels, embeddings."""
     matrices = {"a", "b", *(n for n, part in PARTS.items() if part.axes.count("rank") == 2)}
 
@@ -140,16 +141,16 @@ def decays(adapter: dict[str, dict[str, Any]]) -> dict[str, dict[str, bool]]:
     return {path: {name: is_matrix(path, name) for name in p} for path, p in adapter.items()}
 
 
-def takes_from_base(params: Any) -> bool:
+def takes_from_base(params: Tree) -> bool:
     """Returns whether an adapter started from factors of the base (PiSSA, OLoRA)."""
     return any(weight.start is not None for weight in _adapted(params))
 
 
-def has_dropout(params: Any) -> bool:
+def has_dropout(params: Tree) -> bool:
     """Returns whether an adapter's input is dropped in training."""
     return any(weight.dropout > 0 for weight in _adapted(params))
 
 
-def _adapted(params: Any) -> list[LoraWeight]:
+def _adapted(params: Tree) -> list[LoraWeight]:
     leaves, _ = flatten_with_paths(params, is_leaf=is_node)
     return [leaf for _, leaf in leaves if isinstance(leaf, LoraWeight)]

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 import lora_jax as lj
+from lora_jax.core.types import Fields, Forward, Leaf, Tree
 from lora_jax.core.weight import leaves_of
 from lora_jax.saving.fingerprint import base_fingerprint, differing
 from lora_jax.training.data.order import Batches
@@ -45,7 +46,7 @@ class Ready:
     feed: Batches
     setup: Setup
     state: State
-    base: Any
+    base: Tree
     checkpoints: Checkpoints | None
     facts: dict[str, Any]
     owed: tuple[str, ...] = ()
@@ -53,7 +54,7 @@ class Ready:
 
 
 def make_ready(
-    params: Any,
+    params: Tree,
     feed: Batches,
     *,
     layout: Layout,
@@ -133,7 +134,7 @@ def resumed(ready: Ready, steps: int) -> Ready:
     return dataclasses.replace(ready, state=state, owed=tuple(saved.get("owed", ())))
 
 
-def _check_settings(saved: Mapping[str, Any], ready: Ready) -> None:
+def _check_settings(saved: Fields, ready: Ready) -> None:
     was, now = saved.get("settings", {}), ready.facts.get("settings", {})
     if changed := [name for name in now if was.get(name) != now[name]]:
         differing_settings = "; ".join(f"{n} was {was.get(n)} and is now {now[n]}" for n in changed)
@@ -144,13 +145,13 @@ def _check_settings(saved: Mapping[str, Any], ready: Ready) -> None:
         )
 
 
-def not_finite(params: Any) -> list[str]:
+def not_finite(params: Tree) -> list[str]:
     """Returns the paths of a plain tree whose arrays hold a NaN or an infinity.
 
     Of codes, the scales are looked at: nothing is decoded.
     """
 
-    def is_finite(leaf: Any) -> bool:
+    def is_finite(leaf: Leaf) -> bool:
         arrays = [x for x in jax.tree.leaves(leaf) if jnp.issubdtype(x.dtype, jnp.floating)]
         return all(bool(_all_finite(array)) for array in arrays)
 
@@ -163,7 +164,7 @@ def _all_finite(array: jax.Array) -> jax.Array:
     return jnp.isfinite(array).all()
 
 
-def compile_step(ready: Ready, forward: Callable[..., Any], loss: Loss) -> CompiledStep:
+def compile_step(ready: Ready, forward: Forward, loss: Loss) -> CompiledStep:
     """Returns the step, compiled for the first batch, which is of the largest shape.
 
     Batches of another shape are compiled when they come: a run has few shapes.
@@ -242,7 +243,7 @@ def opened(log: Log, ready: Ready) -> Iterator[None]:
         raise
 
 
-def result_of(ready: Ready, state: State) -> Any:
+def result_of(ready: Ready, state: State) -> Tree:
     """Returns the adapted tree of a run that is over.
 
     It is that of the last step or the best one (see `Best`), averaged where the optimiser averages.
@@ -253,12 +254,12 @@ def result_of(ready: Ready, state: State) -> Any:
     return last if ready.best is None else _on_mesh(ready, ready.best.load(last))
 
 
-def tree_of(ready: Ready, state: State) -> Any:
+def tree_of(ready: Ready, state: State) -> Tree:
     """Returns the adapted tree of a state, its adapter averaged where the optimiser averages."""
     return lj.join(averaged(state.opt_state, state.adapter), ready.base)
 
 
-def _on_mesh(ready: Ready, loaded: Any) -> Any:
+def _on_mesh(ready: Ready, loaded: Tree) -> Tree:
     """Returns an adapted tree with its adapter, read from a folder, on the mesh."""
     host = jax.tree.map(np.asarray, lj.split(loaded)[0])  # which many processes may give to a jit
     adapter = jax.jit(lambda adapter: adapter, out_shardings=ready.setup.where.adapter)(host)

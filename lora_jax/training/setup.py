@@ -12,6 +12,7 @@ import optax
 
 import lora_jax as lj
 from lora_jax.core.base import is_of_4_bits
+from lora_jax.core.types import Adapter, Batch, Forward, Model, Shaped, Tree
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
 from lora_jax.training.neftune import neftune
@@ -44,7 +45,7 @@ class Setup:
     def of(
         cls,
         layout: Layout,
-        params: Any,
+        params: Tree,
         optimizer: optax.GradientTransformation,
         schedule: optax.Schedule,
         *,
@@ -62,7 +63,7 @@ class Setup:
             noise=noise,
         )
 
-    def forward(self, model: Any) -> Callable[..., Any]:
+    def forward(self, model: Model) -> Forward:
         """Returns a model as the function that the loss calls, its activations on the mesh.
 
         Compile its caller with the layout's `compiler_options`, as `trace` does: on a TPU, the
@@ -71,29 +72,31 @@ class Setup:
         forward = lj.adapt(self.layout.constrained(model, dropout=self.dropout).apply)
         return neftune(forward, self.noise) if self.noise else forward
 
-    def state(self, adapter: Any, key: jax.Array) -> State:
+    def state(self, adapter: Adapter, key: jax.Array) -> State:
         """Returns the state before the first step, on the mesh."""
 
-        def make(adapter: Any) -> State:
+        def make(adapter: Adapter) -> State:
             return init_state(adapter, self.optimizer, key)
 
-        return jax.jit(make, out_shardings=self.where)(adapter)
+        state: State = jax.jit(make, out_shardings=self.where)(adapter)
+        return state
 
-    def abstract_state(self, adapter: Any) -> State:
+    def abstract_state(self, adapter: Adapter) -> State:
         """Returns the shapes of that state, with their shardings."""
-        return jax.tree.map(
+        shapes: State = jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
             _shapes(adapter, self.optimizer),
             self.where,
         )
+        return shapes
 
     def trace(
         self,
-        forward: Callable[..., Any],
+        forward: Forward,
         loss: Loss,
         state: State,
-        base: Any,
-        batch: Mapping[str, Any],
+        base: Tree,
+        batch: Mapping[str, Shaped],
     ) -> jax.stages.Traced:
         """Traces the step for arrays such as these; the step donates the state.
 
@@ -106,25 +109,26 @@ class Setup:
           The traced step, which has its jaxpr. It compiles with the layout's compiler options.
         """
         with jax.set_mesh(self.layout.mesh):
-            return self._jitted(forward, loss).trace(state, base, batch)
+            traced: jax.stages.Traced = self._jitted(forward, loss).trace(state, base, batch)
+        return traced
 
     def compile(
         self,
-        forward: Callable[..., Any],
+        forward: Forward,
         loss: Loss,
         state: State,
-        base: Any,
-        batch: Mapping[str, Any],
+        base: Tree,
+        batch: Mapping[str, Shaped],
     ) -> "jax.stages.Compiled | _Jitted":
         """Compiles the step for arrays such as these; see `trace`."""
         jitted = self._jitted(forward, loss)
         with jax.set_mesh(self.layout.mesh):
-            compiled = jitted.lower(state, base, batch).compile()
+            compiled: jax.stages.Compiled = jitted.lower(state, base, batch).compile()
         if self.layout.platform == "cpu" and any(map(is_of_4_bits, jax.tree.leaves(base))):
             return _Jitted(jitted, compiled, self.layout.mesh)
         return compiled
 
-    def _jitted(self, forward: Callable[..., Any], loss: Loss) -> Any:
+    def _jitted(self, forward: Forward, loss: Loss) -> Any:
         step = make_step(
             forward,
             self.optimizer,
@@ -166,7 +170,7 @@ class _Jitted:
 class CompiledStep:
     """Runs a step that is compiled once for each shape of a batch."""
 
-    def __init__(self, compiled: Callable[[State, Any, dict[str, Any]], Any]) -> None:
+    def __init__(self, compiled: Callable[[State, Tree, Batch], Any]) -> None:
         self._compiled = compiled
         self._by_shape: dict[tuple[tuple[int, ...], ...], Any] = {}
 
@@ -174,11 +178,12 @@ class CompiledStep:
         """Returns the number of compiled shapes."""
         return len(self._by_shape)
 
-    def __call__(self, state: State, base: Any, batch: dict[str, Any]) -> tuple[State, Metrics]:
+    def __call__(self, state: State, base: Tree, batch: Batch) -> tuple[State, Metrics]:
         """Takes the step, which donates the state."""
-        return self.of(state, base, batch)(state, base, batch)
+        taken: tuple[State, Metrics] = self.of(state, base, batch)(state, base, batch)
+        return taken
 
-    def of(self, state: State, base: Any, batch: dict[str, Any]) -> Any:
+    def of(self, state: State, base: Tree, batch: Batch) -> Any:
         """Returns the compiled step for such a batch; compiles it if it is the first."""
         shape = tuple(array.shape for array in batch.values())
         if shape not in self._by_shape:
@@ -190,7 +195,9 @@ class CompiledStep:
         return next(iter(self._by_shape.values())).memory_analysis()
 
 
-def state_shardings(layout: Layout, adapter: Any, optimizer: optax.GradientTransformation) -> Any:
+def state_shardings(
+    layout: Layout, adapter: Adapter, optimizer: optax.GradientTransformation
+) -> State:
     """Returns the sharding of each array of a state."""
     of_adapter = jax.tree.map(lambda array: array.sharding, adapter)
     opt_state = _shapes(adapter, optimizer).opt_state
@@ -198,5 +205,6 @@ def state_shardings(layout: Layout, adapter: Any, optimizer: optax.GradientTrans
     return State(of_adapter, shardings.state_shardings(opt_state, adapter, whole), whole, whole)
 
 
-def _shapes(adapter: Any, optimizer: optax.GradientTransformation) -> State:
-    return jax.eval_shape(lambda a: init_state(a, optimizer, jax.random.key(0)), adapter)
+def _shapes(adapter: Adapter, optimizer: optax.GradientTransformation) -> State:
+    shapes: State = jax.eval_shape(lambda a: init_state(a, optimizer, jax.random.key(0)), adapter)
+    return shapes

@@ -1,17 +1,18 @@
 """One optimiser step, as one pure function: ``(state, base, batch) -> (state, metrics)``."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 import lora_jax as lj
+from lora_jax.core.types import Adapter, Batch, Tree
 from lora_jax.training.losses import CROSS_ENTROPY, Logits, Loss, Sums
 
-Adapter = dict[str, dict[str, Any]]
 Metrics = dict[str, jax.Array]
+_Sum = TypeVar("_Sum")
 
 
 class State(NamedTuple):
@@ -23,8 +24,8 @@ class State(NamedTuple):
     key: jax.Array  # a PRNG key that never changes; dropout folds the step into it
 
 
-Step = Callable[[State, Any, dict[str, Any]], tuple[State, Metrics]]
-Evaluation = Callable[[Adapter, Any, dict[str, Any]], Sums]
+Step = Callable[[State, Tree, Batch], tuple[State, Metrics]]
+Evaluation = Callable[[Adapter, Tree, Batch], Sums]
 
 
 def init_state(adapter: Adapter, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
@@ -97,7 +98,7 @@ def make_step(
     gradient = make_gradient(forward, dropout=dropout, loss=loss, gathered=gathered)
     update = make_update(optimizer, schedule, loss)
 
-    def step(state: State, base: Any, batch: dict[str, Any]) -> tuple[State, Metrics]:
+    def step(state: State, base: Tree, batch: Batch) -> tuple[State, Metrics]:
         return update(state, *gradient(state, base, batch))
 
     return step
@@ -109,14 +110,14 @@ def make_gradient(
     dropout: bool,
     loss: Loss = CROSS_ENTROPY,
     gathered: Callable[[Adapter], Adapter] = lambda adapter: adapter,
-) -> Callable[[State, Any, dict[str, Any]], tuple[Sums, Adapter]]:
+) -> Callable[[State, Tree, Batch], tuple[Sums, Adapter]]:
     """Returns the first half of a step: ``(state, base, batch) -> (sums, gradient of the total)``.
 
     Both are sums over the parts of the batch, not divided; see `make_step`.
     """
 
     def of_adapter(
-        adapter: Adapter, base: Any, batch: Any, key: jax.Array | None
+        adapter: Adapter, base: Tree, batch: Batch, key: jax.Array | None
     ) -> tuple[jax.Array, Sums]:
         sums = loss(forward, lj.join(adapter, base), batch, key)
         return sums.total, sums
@@ -124,11 +125,11 @@ def make_gradient(
     # Of the adapter: no gradient of the base exists.
     value_and_grad = jax.value_and_grad(of_adapter, has_aux=True)
 
-    def gradient(state: State, base: Any, batch: dict[str, Any]) -> tuple[Sums, Adapter]:
+    def gradient(state: State, base: Tree, batch: Batch) -> tuple[Sums, Adapter]:
         key = jax.random.fold_in(state.key, state.step)
         working = gathered(state.adapter)
 
-        def of_part(part: dict[str, Any], index: Any) -> tuple[Sums, Adapter]:
+        def of_part(part: Batch, index: jax.typing.ArrayLike) -> tuple[Sums, Adapter]:
             part_key = jax.random.fold_in(key, index) if dropout else None
             (_, sums), grads = value_and_grad(working, base, part, part_key)
             return sums, grads
@@ -183,18 +184,18 @@ def make_update(
     return updated
 
 
-def _accumulated(of_part: Callable[..., Any], batch: dict[str, Any]) -> Any:
+def _accumulated(of_part: Callable[..., _Sum], batch: Batch) -> _Sum:
     """Returns the sum of ``of_part(part, index)``, a tree of arrays, over the parts of a batch."""
     first = jax.tree.map(lambda array: array[0], batch)
     n_parts = jax.tree.leaves(batch)[0].shape[0]
     if n_parts == 1:
         return of_part(first, 0)
 
-    def add(total: Any, xs: Any) -> tuple[Any, None]:
+    def add(total: _Sum, xs: tuple[Batch, jax.Array]) -> tuple[_Sum, None]:
         return jax.tree.map(jnp.add, total, of_part(*xs)), None
 
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, first, 0))
-    total, _ = jax.lax.scan(add, zeros, (batch, jnp.arange(n_parts)))
+    total: _Sum = jax.lax.scan(add, zeros, (batch, jnp.arange(n_parts)))[0]
     return total
 
 
@@ -214,7 +215,7 @@ def make_evaluation(forward: Logits, loss: Loss = CROSS_ENTROPY) -> Evaluation:
     See the example of `make_step`.
     """
 
-    def evaluate(adapter: Adapter, base: Any, batch: dict[str, Any]) -> Sums:
+    def evaluate(adapter: Adapter, base: Tree, batch: Batch) -> Sums:
         return loss(forward, lj.join(adapter, base), batch)
 
     return evaluate

@@ -3,8 +3,7 @@
 The shift of the products is s·c, and the part that trains is c.
 """
 
-from typing import Any
-
+import jax
 import jax.numpy as jnp
 
 from lora_jax.core.factored import Factored
@@ -12,11 +11,11 @@ from lora_jax.core.weight import LoraWeight, Part
 from lora_jax.variants.variant import InPeft, Variant
 
 
-def _first_bias(node: LoraWeight) -> Any:
+def _first_bias(node: LoraWeight) -> jax.Array:
     return jnp.zeros(node.shape_of("bias"), node.b.dtype)
 
 
-def _shifted(weight: Factored, node: LoraWeight, bias: Any) -> Factored:
+def _shifted(weight: Factored, node: LoraWeight, bias: jax.Array) -> Factored:
     scale = jnp.expand_dims(weight.scale, range(node.n_batch, bias.ndim)).astype(bias.dtype)
     return weight.replace(shift=scale * bias)
 

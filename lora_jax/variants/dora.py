@@ -5,8 +5,6 @@ gain of the products is the whole quotient, and the part that trains is m. `lora
 has the algebra.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,7 +17,7 @@ from lora_jax.core.weight import LoraWeight, Part
 from lora_jax.variants.variant import InPeft, Variant
 
 
-def _norms(node: LoraWeight, a: Any, b: Any) -> jax.Array:
+def _norms(node: LoraWeight, a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns ‖W + s·AB‖ of each column, [batch…, out…].
 
     Of a stack that is no array, one layer's W is formed at a time.
@@ -29,18 +27,22 @@ def _norms(node: LoraWeight, a: Any, b: Any) -> jax.Array:
     axis = node.labels.index("batch")
     labels = (*node.labels[:axis], *node.labels[axis + 1 :])
 
-    def of_layer(layer: Any) -> jax.Array:
+    def of_layer(layer: tuple[jax.Array, ...]) -> jax.Array:
         index, a, b, scale = layer
 
-        def picked(array: Any, axes: Axes) -> Any:
+        def picked(array: jax.Array, axes: Axes) -> jax.Array:
             if axis not in axes:
                 return array
-            return lax.dynamic_index_in_dim(array, index, axes.index(axis), keepdims=False)
+            one: jax.Array = lax.dynamic_index_in_dim(
+                array, index, axes.index(axis), keepdims=False
+            )
+            return one
 
         w = as_array(along(node.base, picked, [axis]))
         return column_norms(w, a, b, scale, labels)
 
-    return lax.map(of_layer, (jnp.arange(node.shape[axis]), a, b, node.scale))
+    norms: jax.Array = lax.map(of_layer, (jnp.arange(node.shape[axis]), a, b, node.scale))
+    return norms
 
 
 def _first_magnitude(node: LoraWeight) -> jax.Array:
@@ -49,7 +51,7 @@ def _first_magnitude(node: LoraWeight) -> jax.Array:
     return _norms(node, a, node.b)
 
 
-def _rescaled(weight: Factored, node: LoraWeight, magnitude: Any) -> Factored:
+def _rescaled(weight: Factored, node: LoraWeight, magnitude: jax.Array) -> Factored:
     norms = jax.lax.stop_gradient(_norms(node, weight.a, weight.b))
     return weight.replace(gain=node.where_adapted(magnitude / norms, 1))
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.typing import DTypeLike
 
 from lora_jax.core.axes import AxisRoles
 from lora_jax.core.weight import LoraWeight, Part
@@ -25,7 +26,7 @@ class Kernel(NamedTuple):
     shape: tuple[int, ...]
     roles: AxisRoles
     ranks: tuple[int, ...]
-    dtype: Any
+    dtype: DTypeLike
 
     @property
     def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

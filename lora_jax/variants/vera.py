@@ -9,15 +9,17 @@ uniform distribution for a matrix of its own shape: U(±√(6/in)) for A, U(±�
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from lora_jax.core.parts import AXES, cleared
 from lora_jax.core.paths import fold_in_path
+from lora_jax.core.types import Leaf, Parts
 from lora_jax.core.weight import LoraWeight, Part
 from lora_jax.variants.variant import Derived, Kernel, Remake, Variant
 
@@ -35,7 +37,7 @@ class Projections:
         self.seed, self.widths = seed, widths
         self._drawn: dict[Any, jax.Array] = {}
 
-    def __call__(self, leaf: Any, kernel: Kernel) -> dict[str, Any]:
+    def __call__(self, leaf: Leaf, kernel: Kernel) -> Parts:
         """Returns the arrays of a weight: shared_a [r, in…], shared_b [r, out…] and the seed."""
         del leaf
         rank, (ins, outs) = max(kernel.ranks), kernel.sides
@@ -48,7 +50,14 @@ class Projections:
         }
 
     def _first_columns(
-        self, name: str, *, sizes: tuple[int, ...], width: int, fan: int, rank: int, dtype: Any
+        self,
+        name: str,
+        *,
+        sizes: tuple[int, ...],
+        width: int,
+        fan: int,
+        rank: int,
+        dtype: DTypeLike,
     ) -> jax.Array:
         """Returns the columns of a matrix that a weight sees, in the shape of its axes."""
 
@@ -59,7 +68,7 @@ class Projections:
 
         return self._once((name, rank, dtype, sizes), first)
 
-    def _once(self, key: Any, make: Callable[[], jax.Array]) -> jax.Array:
+    def _once(self, key: Hashable, make: Callable[[], jax.Array]) -> jax.Array:
         if key in self._drawn:
             return self._drawn[key]
         array = make()
@@ -96,7 +105,7 @@ def _widest(shapes: Iterable[Widths]) -> Widths:
     return max(ins), max(outs)
 
 
-def _kernel(node: LoraWeight, dtype: Any, path: str = "") -> Kernel:
+def _kernel(node: LoraWeight, dtype: DTypeLike, path: str = "") -> Kernel:
     return Kernel(path, node.shape, node.roles, node.ranks, np.dtype(dtype))
 
 
@@ -115,7 +124,7 @@ def _again(there: Mapping[str, Any]) -> Remake:
     del there
     drawn: dict[Any, Projections] = {}
 
-    def pair(path: str, weight: LoraWeight, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    def pair(path: str, weight: LoraWeight, recipe: Mapping[str, Any]) -> Parts:
         ins, outs = recipe["widths"]
         key = (recipe["seed"], ins, outs, weight.rank)
         if key not in drawn:

@@ -11,11 +11,13 @@ from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lora_jax.core.axes import AxisRoles
 from lora_jax.core.base import is_abstract
 from lora_jax.core.factored import factor_shapes, matrices_of
 from lora_jax.core.parts import AXES, cleared
+from lora_jax.core.types import BaseLike, Leaf, Parts
 from lora_jax.core.weight import LoraWeight, Part
 from lora_jax.init import truncated
 from lora_jax.variants.variant import Derived, Kernel, MakeFactors, Remake, Variant
@@ -27,9 +29,7 @@ def _first_latent(node: LoraWeight, key: jax.Array) -> jax.Array:
     return cleared(cleared(r, node.ranks, r.ndim - 1), node.ranks, r.ndim - 2)
 
 
-def singular_factors(
-    leaf: Any, roles: AxisRoles, ranks: Sequence[int], dtype: Any
-) -> dict[str, Any]:
+def singular_factors(leaf: Leaf, roles: AxisRoles, ranks: Sequence[int], dtype: DTypeLike) -> Parts:
     """Returns a and b: UΣ and Vᵀ of the largest singular values of W, by layer.
 
     Args:
@@ -63,12 +63,13 @@ def _start(kernels: Sequence[Kernel], key: jax.Array) -> MakeFactors:
 def _again(there: Mapping[str, Any]) -> Remake:
     """Returns a function that decomposes W, or takes the factors of the node that is there."""
 
-    def factors(path: str, weight: LoraWeight, _: Mapping[str, Any]) -> dict[str, Any]:
-        def of(base: Any) -> dict[str, Any]:
+    def factors(path: str, weight: LoraWeight, _: Mapping[str, Any]) -> Parts:
+        def of(base: BaseLike) -> Parts:
             return singular_factors(base, weight.roles, weight.ranks, weight.latent.dtype)
 
         if is_abstract(weight.base):
-            return jax.eval_shape(of, weight.base)
+            shapes: Parts = jax.eval_shape(of, weight.base)
+            return shapes
         node = there.get(path)
         if _decomposes_alike(node, weight):
             return {name: node.arrays[name] for name in ("a", "b")}
@@ -77,7 +78,7 @@ def _again(there: Mapping[str, Any]) -> Remake:
     return factors
 
 
-def _decomposes_alike(node: Any, weight: LoraWeight) -> TypeGuard[LoraWeight]:
+def _decomposes_alike(node: Leaf, weight: LoraWeight) -> TypeGuard[LoraWeight]:
     """Returns whether a node has the factors that decomposing a weight's base would give."""
     return (
         isinstance(node, LoraWeight)

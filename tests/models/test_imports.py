@@ -11,14 +11,14 @@ from lora_jax import hf, models
 
 OPTIONAL = {"transformers", "tokenizers", "datasets", "torch", "huggingface_hub", "gguf"}
 # What the files of a folder may import, of this package: what lies below it, and itself.
-SHARED = ("hf", "models.layers", "models.causal", "models.rows", "models.specs")
+SHARED = ("core.types", "hf", "models.layers", "models.causal", "models.rows", "models.specs")
 BELOW = {
-    "hf": ("hf", "folders", "quantized"),
-    "models/layers": ("models.layers",),
+    "hf": ("core.types", "folders", "hf", "quantized"),
+    "models/layers": ("core.types", "models.layers"),
     "models/decoder": (*SHARED, "models.decoder"),
     "models/encoder": (*SHARED, "models.encoder"),
     "models/gpt2": (*SHARED, "models.gpt2"),
-    "models": ("hf", "models", "quantized"),
+    "models": ("core.types", "hf", "models", "quantized"),
 }
 
 

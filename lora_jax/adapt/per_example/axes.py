@@ -14,6 +14,7 @@ from lora_jax.adapt.per_example.walk import followed
 from lora_jax.adapt.traces import Call, Trace
 from lora_jax.adapt.user_code import place_of_call
 from lora_jax.core.factored import ExamplesError, Factored
+from lora_jax.core.types import Tree, Value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Axes:
     of_result: Any = "found"
 
 
-def mapped(call: Call, nodes: Mapping[int, Any], axes: Axes) -> dict[int, int]:
+def mapped(call: Call, nodes: Mapping[int, Value], axes: Axes) -> dict[int, int]:
     """Returns, by the place of each leaf that holds examples, the axis that does.
 
     Args:
@@ -61,11 +62,11 @@ def mapped(call: Call, nodes: Mapping[int, Any], axes: Axes) -> dict[int, int]:
     return found
 
 
-def _holds(tree: Any, nodes: Mapping[int, Any]) -> bool:
+def _holds(tree: Tree, nodes: Mapping[int, Value]) -> bool:
     return any(place in nodes for place in jax.tree.leaves(tree))
 
 
-def _pairs(prefix: Any, tree: Any) -> Iterator[tuple[Any, Any]]:
+def _pairs(prefix: Any, tree: Tree) -> Iterator[tuple[Any, Any]]:
     """Returns each leaf of a tree with that of its prefix, where None is a leaf, too."""
     boxed = jax.tree.map(_Leaf, prefix, is_leaf=lambda axis: axis is None)
     axes = (leaf.axis for leaf in jax.tree.leaves(jax.tree.broadcast(boxed, tree)))

@@ -7,11 +7,11 @@ copy of it for each row of such vectors; add other arrays and weights; and join 
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
@@ -19,25 +19,26 @@ from lora_jax.core.axes import Label
 from lora_jax.core.base import as_array
 from lora_jax.core.factored import Factored
 from lora_jax.core.parts import AXES, NEUTRAL, RANK, Axes, sizes
+from lora_jax.core.types import Outcome, Value
 
 
-def _mul(_: Interpreter, use: Use) -> list[Any] | None:
+def _mul(_: Interpreter, use: Use) -> Outcome:
     weight, factor = sorted(use.values, key=lambda value: not isinstance(value, Factored))
     return None if isinstance(factor, Factored) else _scaled(use, weight, factor)
 
 
-def _div(_: Interpreter, use: Use) -> list[Any] | None:
+def _div(_: Interpreter, use: Use) -> Outcome:
     weight, divisor = use.values
     return None if isinstance(divisor, Factored) else _scaled(use, weight, 1 / divisor)
 
 
-def _neg(_: Interpreter, use: Use) -> list[Any] | None:
+def _neg(_: Interpreter, use: Use) -> Outcome:
     (weight,) = use.values
     turned = {name: -weight.parts[name] for name in ("scale", "shift") if name in weight.parts}
     return [weight.replace(base=_bases(use)[0], **turned)]
 
 
-def _bases(use: Use) -> list[Any]:
+def _bases(use: Use) -> list[Value]:
     """Returns the equation's outputs for W alone."""
     return use.bind([as_array(v.base) if isinstance(v, Factored) else v for v in use.values])
 
@@ -51,7 +52,7 @@ _SCALED: dict[Label, tuple[str, ...]] = {
 }
 
 
-def _scaled(use: Use, weight: Factored, factor: Any) -> list[Any] | None:
+def _scaled(use: Use, weight: Factored, factor: jax.Array) -> Outcome:
     """Scales a weight by a number, or by what varies along batch axes and one other role."""
     factor = jnp.asarray(factor)
     if not jnp.issubdtype(factor.dtype, jnp.floating):
@@ -82,7 +83,7 @@ def _each(weight: Factored, shape: Sequence[int]) -> Iterable[tuple[Label, int, 
     return zip(weight.labels, weight.base.shape, shape, strict=True)
 
 
-def _laid_out(array: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
+def _laid_out(array: jax.Array, axes: Axes, dtype: DTypeLike) -> jax.Array:
     """Returns an array with the weight's axes, those not in `axes` of size one, in that layout."""
     kept = [axis for axis in axes if axis != RANK]
     others = [axis for axis in range(array.ndim) if axis not in kept]
@@ -90,7 +91,7 @@ def _laid_out(array: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
     return moved.reshape([1 if axis == RANK else array.shape[axis] for axis in axes]).astype(dtype)
 
 
-def _sum(_: Interpreter, use: Use, sign: int = 1) -> list[Any] | None:
+def _sum(_: Interpreter, use: Use, sign: int = 1) -> Outcome:
     """Adds: W + s·AB + C keeps the factors of W; those of two weights are joined along the rank."""
     values = use.values
     shape = eqns.type_of(use.eqn.outvars[0]).shape
@@ -111,7 +112,7 @@ def _sum(_: Interpreter, use: Use, sign: int = 1) -> list[Any] | None:
     return [folded[0].replace(base=base, **both)]
 
 
-def _aligned(values: Sequence[Any]) -> list[Any] | None:
+def _aligned(values: Sequence[Value]) -> Outcome:
     """Returns the values with all weights' axes in the same roles; None where they cannot be.
 
     A weight that comes transposed to the others (a tied table) is read as (BᵀAᵀ)ᵀ: the names of
@@ -152,16 +153,16 @@ def scale_in_a(weight: Factored) -> Factored:
     return weight.replace(a=a, scale=jnp.ones_like(weight.scale), lambda_d=None)
 
 
-def _concatenate(_: Interpreter, use: Use) -> list[Any] | None:
+def _concatenate(_: Interpreter, use: Use) -> Outcome:
     """Joins kernels end to end: along an in or out axis, each keeps its own columns of rank."""
     return _joined(use, use.values, use.params["dimension"])
 
 
-def _stack(_: Interpreter, use: Use) -> list[Any] | None:
+def _stack(_: Interpreter, use: Use) -> Outcome:
     """Stacks kernels under a new axis, which is a batch axis."""
     axis = use.params["axis"]
 
-    def under(value: Any) -> Any:
+    def under(value: Value) -> Value:
         if not isinstance(value, Factored):
             return jnp.expand_dims(value, axis)
         labels = (*value.labels[:axis], "batch", *value.labels[axis:])
@@ -170,7 +171,7 @@ def _stack(_: Interpreter, use: Use) -> list[Any] | None:
     return _joined(use, [under(value) for value in use.values], axis)
 
 
-def _joined(use: Use, values: Sequence[Any], dimension: int) -> list[Any] | None:
+def _joined(use: Use, values: Sequence[Value], dimension: int) -> Outcome:
     """Joins weights, and plain arrays among them, along an axis."""
     values = [v.formed() if isinstance(v, Factored) else v for v in values]
     aligned = _aligned(values)
@@ -193,12 +194,12 @@ def _joined(use: Use, values: Sequence[Any], dimension: int) -> list[Any] | None
     return [dataclasses.replace(first, base=base, parts=joined)]
 
 
-def _end_to_end(name: str, values: Sequence[Any], first: Factored, dimension: int) -> Any:
+def _end_to_end(name: str, values: Sequence[Value], first: Factored, dimension: int) -> jax.Array:
     """Returns a part of all values, joined along the axis; ranks are filled up to the largest."""
     axes = first.layout(name)
     rank = max(v.rank for v in values if isinstance(v, Factored))
 
-    def part(value: Any) -> Any:
+    def part(value: Value) -> jax.Array:
         if not isinstance(value, Factored) or name not in value.parts:
             return _neutral(name, value, values, first, rank)
         array = value.parts[name]
@@ -210,7 +211,9 @@ def _end_to_end(name: str, values: Sequence[Any], first: Factored, dimension: in
     return jnp.concatenate([part(value) for value in values], axis=axes.index(dimension))
 
 
-def _neutral(name: str, value: Any, values: Sequence[Any], first: Factored, rank: int) -> Any:
+def _neutral(
+    name: str, value: Value, values: Sequence[Value], first: Factored, rank: int
+) -> jax.Array:
     """Returns a part that changes nothing, for a value that lacks it."""
     like = next(v.parts[name] for v in values if isinstance(v, Factored) and name in v.parts)
     shape = (value.base if isinstance(value, Factored) else value).shape
@@ -220,7 +223,7 @@ def _neutral(name: str, value: Any, values: Sequence[Any], first: Factored, rank
     return jnp.full(shape, NEUTRAL.get(name, 0), like.dtype)
 
 
-def _side_by_side(name: str, values: Sequence[Any], first: Factored, dimension: int) -> Any:
+def _side_by_side(name: str, values: Sequence[Value], first: Factored, dimension: int) -> jax.Array:
     """Returns a part of values that are joined along an in or an out axis; s is in A.
 
     Along that axis each weight's long factor stands at its own place, with zeros around; the other
@@ -245,14 +248,15 @@ def _side_by_side(name: str, values: Sequence[Any], first: Factored, dimension: 
     return jnp.concatenate(arrays, axis=axes.index(RANK))
 
 
-def _size(value: Any, axis: int) -> int:
-    return (value.base if isinstance(value, Factored) else value).shape[axis]
+def _size(value: Value, axis: int) -> int:
+    size: int = (value.base if isinstance(value, Factored) else value).shape[axis]
+    return size
 
 
 def _of_factors(rule: Rule) -> Rule:
     """Returns the rule for weights with factors; it declines a base alone that is no array."""
 
-    def apply(interpreter: Interpreter, use: Use) -> list[Any] | None:
+    def apply(interpreter: Interpreter, use: Use) -> Outcome:
         if all(value.parts for value in use.values if isinstance(value, Factored)):
             return rule(interpreter, use)
         return None

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
@@ -26,11 +27,12 @@ from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import wide
 from lora_jax.core.parts import RANK
 from lora_jax.core.product import is_dropped, is_sharded
+from lora_jax.core.types import Outcome
 
 _SIDES: tuple[Label, Label] = ("out", "in")  # what a product contracts of the left, of the right
 
 
-def _dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
+def _dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     """Multiplies two weights to a weight; where that has no form, merges one of the two."""
     if not all(isinstance(value, Factored) for value in use.values):
         return dot_general(interpreter, use)
@@ -111,7 +113,7 @@ def _chained(use: Use, left: Factored, right: Factored) -> Factored:
         for role in ("in", "out")
     )
 
-    def times(one: Any, two: Any, out: Sequence[str], dtype: Any) -> tuple[Any, list[str]]:
+    def times(one: Any, two: Any, out: Sequence[str], dtype: DTypeLike) -> tuple[Any, list[str]]:
         """Returns the product of two arrays, each with the letters of its axes, cast to a dtype."""
         spec = f"{''.join(one[1])},{''.join(two[1])}->{''.join(out)}"
         precision = use.params["precision"]
@@ -123,7 +125,7 @@ def _chained(use: Use, left: Factored, right: Factored) -> Factored:
         places = weight.layout(name)
         return weight.parts[name], [rank if axis == RANK else held[axis] for axis in places]
 
-    def all_over(array: Any, held: Sequence[str], out: Sequence[str]) -> jax.Array:
+    def all_over(array: jax.Array, held: Sequence[str], out: Sequence[str]) -> jax.Array:
         """Returns an array as [stack…, rank, …], repeated along the stack's axes that it lacks."""
         order = [name for name in out if name in held]
         array = lax.transpose(array, [held.index(name) for name in order])

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.arithmetic import has_more, mirrored
@@ -15,6 +16,7 @@ from lora_jax.core.axes import Label
 from lora_jax.core.base import as_array
 from lora_jax.core.factored import Factored
 from lora_jax.core.parts import AXES, NEUTRAL, rank_axis, sizes
+from lora_jax.core.types import Outcome
 
 
 class Form(NamedTuple):
@@ -54,7 +56,7 @@ def common_form(weights: Sequence[Factored]) -> Form | None:
     return Form(first.labels, dtypes, max(weight.rank for weight in weights))
 
 
-def _wider(a: Any, b: Any) -> Any:
+def _wider(a: DTypeLike, b: DTypeLike) -> DTypeLike:
     return a if a == b else jnp.promote_types(a, b)
 
 
@@ -67,7 +69,7 @@ def in_form(weight: Factored, form: Form) -> Factored:
     if weight.labels != form.labels:
         weight = mirrored(weight)
 
-    def part(name: str, dtype: Any) -> Any:
+    def part(name: str, dtype: DTypeLike) -> jax.Array:
         if name not in weight.parts:
             shape = sizes(AXES[name], weight.base.shape, form.labels, form.rank)
             return jnp.full(shape, NEUTRAL.get(name, 0), dtype)
@@ -84,7 +86,7 @@ def in_form(weight: Factored, form: Form) -> Factored:
     return dataclasses.replace(weight, base=as_array(weight.base), parts=parts)
 
 
-def _select_n(_: Interpreter, use: Use) -> list[Any] | None:
+def _select_n(_: Interpreter, use: Use) -> Outcome:
     """Chooses between whole weights, or for each index of their stack; the parts follow alike."""
     which, *cases = use.values
     if isinstance(which, Factored) or not all(isinstance(case, Factored) for case in cases):
@@ -99,7 +101,7 @@ def _select_n(_: Interpreter, use: Use) -> list[Any] | None:
     whole = [axis for axis, label in enumerate(form.labels) if label != "batch"]
     narrow = which[tuple(0 if axis in whole else slice(None) for axis in range(which.ndim))]
 
-    def chosen(name: str) -> Any:
+    def chosen(name: str) -> jax.Array:
         arrays = [case.parts[name] for case in cases]
         if not narrow.ndim:
             return lax.select_n(narrow, *arrays)

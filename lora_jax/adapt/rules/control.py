@@ -17,16 +17,19 @@ from lora_jax.adapt.rules.layout import moved
 from lora_jax.core.base import is_base, splittable
 from lora_jax.core.factored import Factored
 from lora_jax.core.parts import Axes
+from lora_jax.core.types import Outcome, Value
+
+_State = tuple[Any, dict[int, Value]]  # of a loop: the iteration, if keys need it, and the carry
 
 
-def _jit(interpreter: Interpreter, use: Use) -> list[Any]:
+def _jit(interpreter: Interpreter, use: Use) -> list[Value]:
     jit = eqns.jit_of(use.eqn)
     body = called = interpreter.function(jit.jaxpr, use.live)
     values = [_constrained(v, s) for v, s in zip(use.values, jit.in_shardings, strict=True)]
     if not jit.inline and interpreter.record is None:
 
         def make() -> Any:
-            def call(*args: Any) -> list[Any]:
+            def call(*args: Any) -> list[Value]:
                 return body(*args)
 
             call.__name__ = call.__qualname__ = jit.name
@@ -37,7 +40,7 @@ def _jit(interpreter: Interpreter, use: Use) -> list[Any]:
     return [_constrained(v, s) for v, s in zip(outputs, jit.out_shardings, strict=True)]
 
 
-def _constrained(value: Any, sharding: Any) -> Any:
+def _constrained(value: Value, sharding: Any) -> Value:
     if sharding is None or value is None:
         return value
     if not isinstance(value, Factored):
@@ -47,7 +50,7 @@ def _constrained(value: Any, sharding: Any) -> Any:
     return value.replace(base=lax.with_sharding_constraint(value.base, sharding))
 
 
-def _remat(interpreter: Interpreter, use: Use) -> list[Any]:
+def _remat(interpreter: Interpreter, use: Use) -> list[Value]:
     body = interpreter.function(use.params["jaxpr"], use.live)
     if interpreter.record is None:
         how = {name: use.params[name] for name in ("prevent_cse", "policy")}
@@ -56,8 +59,8 @@ def _remat(interpreter: Interpreter, use: Use) -> list[Any]:
 
 
 def _constants(
-    interpreter: Interpreter, use: Use, body: eqns.AnyJaxpr, carries: dict[int, Any], first: int
-) -> dict[int, Any]:
+    interpreter: Interpreter, use: Use, body: eqns.AnyJaxpr, carries: dict[int, Value], first: int
+) -> dict[int, Value]:
     """Takes the weights that a loop carries unchanged out of `carries`; others are merged there.
 
     Args:
@@ -74,7 +77,7 @@ def _constants(
     return {place: carries.pop(place) for place in same}
 
 
-def _scan(interpreter: Interpreter, use: Use) -> list[Any]:
+def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
     """Slices stacks with their factors; treats a weight that is carried unchanged as a constant.
 
     A stack of a weight's own slices is that weight.
@@ -91,7 +94,7 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Any]:
     body = interpreter.function(scan.body, None if all(live) else live)
     steps = jnp.arange(scan.length) if _has_keys(use.values) else None
 
-    def step(carry: dict[int, Any], xs: Any) -> tuple[dict[int, Any], list[Any]]:
+    def step(carry: dict[int, Value], xs: Any) -> tuple[dict[int, Value], list[Value]]:
         parts, index = xs
         known = {place: at_site(value, index) for place, value in constant.items()} | carry
         slices = [rebuild(part) for rebuild, part in zip(rebuilders, parts, strict=True)]
@@ -119,7 +122,7 @@ def _restacked(use: Use, scan: eqns.Scan) -> dict[int, Factored]:
     return {place: value for place, value in found.items() if isinstance(value, Factored)}
 
 
-def _sliced(value: Any) -> tuple[Callable[[Any], Any], Any]:
+def _sliced(value: Value) -> tuple[Callable[[Any], Any], Any]:
     """Returns how a slice of an operand is made, and the parts that a scan slices for it.
 
     Of a weight: its base, and each part that has the axis; the others stay whole.
@@ -135,7 +138,7 @@ def _sliced(value: Any) -> tuple[Callable[[Any], Any], Any]:
 
     moved(value, collect, [0])
 
-    def rebuild(slices: list[Any]) -> Factored:
+    def rebuild(slices: list[Value]) -> Factored:
         left = iter(slices)
         put = lambda array, axes: next(left) if 0 in axes else array  # noqa: E731
         return moved(value, put, [0]).replace(labels=value.labels[1:])
@@ -143,7 +146,7 @@ def _sliced(value: Any) -> tuple[Callable[[Any], Any], Any]:
     return rebuild, stacked
 
 
-def _while(interpreter: Interpreter, use: Use) -> list[Any]:
+def _while(interpreter: Interpreter, use: Use) -> list[Value]:
     """Keeps the factors of constants, and of weights that are carried unchanged.
 
     Under `jax.vmap`, a condition has one value for each example: the loop goes on while one of them
@@ -159,17 +162,17 @@ def _while(interpreter: Interpreter, use: Use) -> list[Any]:
     condition, body = map(interpreter.function, (loop.condition, loop.body))
     n_axes = eqns.type_of(eqns.opened(loop.condition)[0].outvars[0]).ndim
 
-    def arguments(consts: list[Any], state: tuple[Any, dict[int, Any]]) -> list[Any]:
+    def arguments(consts: list[Value], state: _State) -> list[Value]:
         index, carry = state
         known = {place: at_site(value, index) for place, value in constant.items()} | carry
         ordered = [known[place] for place in range(n_carry)]
         return [*(at_site(value, index) for value in consts), *ordered]
 
-    def go_on(state: tuple[Any, dict[int, Any]]) -> jax.Array:
-        goes_on = condition(*arguments(of_condition, state))[0]
+    def go_on(state: _State) -> jax.Array:
+        goes_on: jax.Array = condition(*arguments(of_condition, state))[0]
         return goes_on.any() if n_axes else goes_on
 
-    def step(state: tuple[Any, dict[int, Any]]) -> tuple[Any, dict[int, Any]]:
+    def step(state: _State) -> _State:
         outputs, (index, before) = body(*arguments(of_body, state)), state
         kept = {p: _plain(interpreter, outputs[p], use, "as a carry") for p in before}
         if n_axes:
@@ -185,7 +188,7 @@ def _while(interpreter: Interpreter, use: Use) -> list[Any]:
     return [final[place] for place in range(n_carry)]
 
 
-def _cond(interpreter: Interpreter, use: Use) -> list[Any] | None:
+def _cond(interpreter: Interpreter, use: Use) -> Outcome:
     """Enters the branches; returns a weight where each branch returns one, all of one form."""
     index, *operands = use.values
     if isinstance(index, Factored):
@@ -199,8 +202,8 @@ def _cond(interpreter: Interpreter, use: Use) -> list[Any] | None:
     bodies = [interpreter.function(jaxpr, live) for jaxpr in use.params["branches"]]
     forms = _forms(use, bodies, operands, live)
 
-    def branch(body: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-        def leave(place: int, value: Any) -> Any:
+    def branch(body: Callable[..., list[Value]]) -> Callable[..., list[Value]]:
+        def leave(place: int, value: Value) -> Value:
             if place in forms:
                 return in_form(value, forms[place])
             return _plain(interpreter, value, use, "as an output")
@@ -213,8 +216,8 @@ def _cond(interpreter: Interpreter, use: Use) -> list[Any] | None:
 
 def _forms(
     use: Use,
-    bodies: Sequence[Callable[..., list[Any]]],
-    operands: Sequence[Any],
+    bodies: Sequence[Callable[..., list[Value]]],
+    operands: Sequence[Value],
     live: Sequence[bool],
 ) -> dict[int, Form]:
     """Returns, by the place of an output, the form of the weights that the branches return."""
@@ -232,25 +235,25 @@ def _forms(
     return forms
 
 
-def _plain(interpreter: Interpreter, value: Any, use: Use, how: str) -> Any:
+def _plain(interpreter: Interpreter, value: Value, use: Use, how: str) -> Value:
     """Returns a value as an array: a weight that would leave a loop or a branch is merged."""
     if not isinstance(value, Factored):
         return value
     return interpreter.merged(value, f"{use.eqn.primitive.name} ({how})", use.eqn)
 
 
-def _has_keys(values: Sequence[Any]) -> bool:
+def _has_keys(values: Sequence[Value]) -> bool:
     return any(isinstance(v, Factored) and v.key is not None for v in values)
 
 
-def _shard_map(interpreter: Interpreter, use: Use) -> list[Any]:
+def _shard_map(interpreter: Interpreter, use: Use) -> list[Value]:
     """Shards A's in axes and B's out axes as the weight's are; the rank is replicated."""
     there = eqns.shard_map_of(use.eqn)
     body = interpreter.function(there.body)
     pairs = zip(use.values, there.in_specs, strict=True)
     operands = [_splittable(value, spec, there.mesh) for value, spec in pairs]
 
-    def run(*values: Any) -> list[Any]:
+    def run(*values: Any) -> list[Value]:
         return [_plain(interpreter, output, use, "as an output") for output in body(*values)]
 
     return jax.shard_map(
@@ -263,7 +266,7 @@ def _shard_map(interpreter: Interpreter, use: Use) -> list[Any]:
     )(*operands)
 
 
-def _splittable(value: Any, spec: PartitionSpec, mesh: Any) -> Any:
+def _splittable(value: Value, spec: PartitionSpec, mesh: Any) -> Value:
     """Returns a weight with a base that each device can have a piece of."""
     if not isinstance(value, Factored):
         return value
@@ -276,7 +279,7 @@ def _axis_names(value: Factored, spec: PartitionSpec) -> list[Any]:
     return [*spec, *[None] * (len(value.labels) - len(spec))]
 
 
-def _specs(value: Any, spec: PartitionSpec) -> Any:
+def _specs(value: Value, spec: PartitionSpec) -> Any:
     if not isinstance(value, Factored):
         return spec
     names = _axis_names(value, spec)

@@ -160,4 +160,5 @@ _ENDS |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 
 def _called(eqn: JaxprEqn) -> eqns.AnyJaxpr:
     names = ("jaxpr", "call_jaxpr")
-    return next(eqn.params[name] for name in names if name in eqn.params)
+    called: eqns.AnyJaxpr = next(eqn.params[name] for name in names if name in eqn.params)
+    return called

@@ -2,8 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +13,10 @@ from lora_jax.adapt.folds import Folded
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.axis_maps import AxisMap, axis_map
 from lora_jax.core.axes import Label
-from lora_jax.core.base import along, as_array, is_base
+from lora_jax.core.base import Move, along, as_array, is_base
 from lora_jax.core.factored import Factored
 from lora_jax.core.parts import EXAMPLE, RANK, Axes
+from lora_jax.core.types import Outcome, Value
 
 _BLOCKS = {"batch": 0, "rank": 1, "in": 2, "out": 2}  # how the axes of each part are ordered
 
@@ -29,7 +29,7 @@ def _only_weight(use: Use) -> Factored | None:
     return first
 
 
-def _rearrange(_: Interpreter, use: Use) -> list[Any] | None:
+def _rearrange(_: Interpreter, use: Use) -> Outcome:
     """Permutes, merges, splits, drops or adds axes; declines where one would mix two roles.
 
     A vector mixes all roles of a weight: it becomes a `Folded`, which may be taken apart again.
@@ -43,7 +43,7 @@ def _rearrange(_: Interpreter, use: Use) -> list[Any] | None:
         return [Folded((weight,))] if len(base.shape) == 1 and weight.parts else None
     first = {axis: i for i, held in reversed(list(enumerate(places))) for axis in held}
 
-    def permuted(array: Any, axes: Axes) -> Any:
+    def permuted(array: jax.Array, axes: Axes) -> jax.Array:
         """Orders the axes of each role as they come first."""
         if EXAMPLE in axes:
             return array
@@ -74,7 +74,7 @@ def labels_after(
     return result
 
 
-def _convert(_: Interpreter, use: Use) -> list[Any] | None:
+def _convert(_: Interpreter, use: Use) -> Outcome:
     """Casts the base alone: the factors, which are real, are cast where they are used."""
     weight, out = _only_weight(use), eqns.type_of(use.eqn.outvars[0])
     if weight is None or not jnp.issubdtype(out.dtype, jnp.inexact):
@@ -84,7 +84,7 @@ def _convert(_: Interpreter, use: Use) -> list[Any] | None:
     return [weight.replace(base=use.rearranged(weight))]
 
 
-def _same(_: Interpreter, use: Use) -> list[Any] | None:
+def _same(_: Interpreter, use: Use) -> Outcome:
     """Applies the equation to the base alone: a name, a copy, a barrier, a placement."""
     if len(use.values) == 1:
         return [use.values[0].replace(base=use.rearranged(use.values[0]))]
@@ -97,22 +97,23 @@ def _same(_: Interpreter, use: Use) -> list[Any] | None:
     ]
 
 
-def _stop_gradient(_: Interpreter, use: Use) -> list[Any] | None:
+def _stop_gradient(_: Interpreter, use: Use) -> Outcome:
     return [jax.tree.map(lax.stop_gradient, use.values[0])]
 
 
-def _everywhere(_: Interpreter, use: Use) -> list[Any] | None:
+def _everywhere(_: Interpreter, use: Use) -> Outcome:
     """Applies a `pcast` or a `ppermute` inside shard_map to each of the weight's arrays."""
     if not all(isinstance(value, Factored) for value in use.values):
         return None
 
     def each(weight: Factored) -> Factored:
-        return jax.tree.map(lambda array: use.bind([_varying(array, weight)])[0], weight)
+        moved: Factored = jax.tree.map(lambda array: use.bind([_varying(array, weight)])[0], weight)
+        return moved
 
     return [each(weight) for weight in use.values]
 
 
-def _varying(array: Any, weight: Factored) -> Any:
+def _varying(array: jax.Array, weight: Factored) -> jax.Array:
     """Returns an array of a weight, inside shard_map: typed to vary over the devices that W does.
 
     A collective takes no array that is the same on all devices, as B is if W's in axes are sharded.
@@ -122,9 +123,7 @@ def _varying(array: Any, weight: Factored) -> Any:
     return lax.pcast(array, missing, to="varying") if missing else array
 
 
-def moved(
-    weight: Factored, move: Callable[[Any, Axes], Any], touched: Sequence[int] = ()
-) -> Factored:
+def moved(weight: Factored, move: Move, touched: Sequence[int] = ()) -> Factored:
     """Returns the weight after a move of single axes, alike in its base and its parts."""
     return weight.along(along(weight.base, move, touched), move)
 
@@ -132,14 +131,14 @@ def moved(
 def _part(weight: Factored, slices: dict[int, tuple[int, int, int]]) -> Factored:
     """Returns a part of a weight, by (start, limit, stride) of the axes that are cut."""
 
-    def cut(array: Any, axes: Axes) -> Any:
+    def cut(array: jax.Array, axes: Axes) -> jax.Array:
         three = [slices.get(axis, (0, n, 1)) for axis, n in zip(axes, array.shape, strict=True)]
         return lax.slice(array, *zip(*three, strict=True)) if three else array
 
     return moved(weight, cut, list(slices))
 
 
-def _slice(_: Interpreter, use: Use) -> list[Any] | None:
+def _slice(_: Interpreter, use: Use) -> Outcome:
     weight, start = use.values[0], use.params["start_indices"]
     strides = use.params["strides"] or (1,) * len(start)
     three = list(zip(start, use.params["limit_indices"], strides, strict=True))
@@ -153,7 +152,7 @@ def _cut_axes(use: Use, weight: Factored) -> list[int]:
     return [axis for axis, n in enumerate(weight.base.shape) if out[axis] != n]
 
 
-def _row_or_part(weight: Factored, part: Factored) -> Any:
+def _row_or_part(weight: Factored, part: Factored) -> Value:
     """Returns a part of a weight; one row of it as a look-up: W's row + s·(A's row)B."""
     before, after = (math.prod(w.sizes("in")) for w in (weight, part))
     if not after == 1 < before:
@@ -162,13 +161,13 @@ def _row_or_part(weight: Factored, part: Factored) -> Any:
     return row if part.shift is None else row + part.of_columns(part.shift).astype(row.dtype)
 
 
-def _dynamic_slice(_: Interpreter, use: Use) -> list[Any] | None:
+def _dynamic_slice(_: Interpreter, use: Use) -> Outcome:
     weight = _only_weight(use)
     if weight is None:
         return None
     starts, sizes = use.values[1:], use.params["slice_sizes"]
 
-    def cut(array: Any, axes: Axes) -> Any:
+    def cut(array: jax.Array, axes: Axes) -> jax.Array:
         if not axes:
             return array
         begin = [jnp.zeros_like(starts[0]) if axis < 0 else starts[axis] for axis in axes]
@@ -178,22 +177,23 @@ def _dynamic_slice(_: Interpreter, use: Use) -> list[Any] | None:
     return [_row_or_part(weight, moved(weight, cut, _cut_axes(use, weight)))]
 
 
-def _split(_: Interpreter, use: Use) -> list[Any] | None:
+def _split(_: Interpreter, use: Use) -> Outcome:
     axis, ends = use.params["axis"], [0, *itertools.accumulate(use.params["sizes"])]
     return [_part(use.values[0], {axis: (*pair, 1)}) for pair in itertools.pairwise(ends)]
 
 
-def _gathered_over_devices(_: Interpreter, use: Use) -> list[Any] | None:
+def _gathered_over_devices(_: Interpreter, use: Use) -> Outcome:
     """Puts the parts of an axis together inside shard_map, or stacks them under a new axis."""
     (weight,) = use.values
     dimension, params = use.params["all_gather_dimension"], use.params
 
-    def gather(array: Any, axis: int) -> Any:
+    def gather(array: jax.Array, axis: int) -> jax.Array:
         names, groups = params["axis_name"], params["axis_index_groups"]
         how = {"axis_index_groups": groups, "tiled": params["tiled"]}
-        return lax.all_gather(array, names, axis=axis, **how)
+        gathered: jax.Array = lax.all_gather(array, names, axis=axis, **how)
+        return gathered
 
-    def together(array: Any, axes: Axes) -> Any:
+    def together(array: jax.Array, axes: Axes) -> jax.Array:
         return gather(array, axis=axes.index(dimension)) if dimension in axes else array
 
     if params["tiled"]:
@@ -206,16 +206,16 @@ def _gathered_over_devices(_: Interpreter, use: Use) -> list[Any] | None:
     return [stacked.replace(labels=labels)]
 
 
-def _rev(_: Interpreter, use: Use) -> list[Any] | None:
+def _rev(_: Interpreter, use: Use) -> Outcome:
     turned = use.params["dimensions"]
 
-    def turn(array: Any, axes: Axes) -> Any:
+    def turn(array: jax.Array, axes: Axes) -> jax.Array:
         return lax.rev(array, [place for place, axis in enumerate(axes) if axis in turned])
 
     return [moved(use.values[0], turn, turned)]
 
 
-def _pad(_: Interpreter, use: Use) -> list[Any] | None:
+def _pad(_: Interpreter, use: Use) -> Outcome:
     """Factors are padded with zeros, whatever W is padded with."""
     weight = _only_weight(use)
     if weight is None or weight.key is not None or weight.gain is not None:
@@ -223,7 +223,7 @@ def _pad(_: Interpreter, use: Use) -> list[Any] | None:
     (base,) = use.bind([as_array(weight.base), use.values[1]])
     widths = use.params["padding_config"]
 
-    def pad(array: Any, axes: Axes) -> Any:
+    def pad(array: jax.Array, axes: Axes) -> jax.Array:
         config = [(0, 0, 0) if axis < 0 else widths[axis] for axis in axes]
         return lax.pad(array, jnp.zeros((), array.dtype), config)
 

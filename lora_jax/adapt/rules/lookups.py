@@ -15,9 +15,10 @@ from lora_jax.core.base import along, as_array
 from lora_jax.core.factored import Factored
 from lora_jax.core.parts import Axes
 from lora_jax.core.product import combined
+from lora_jax.core.types import BaseLike, Forward, Outcome, Parts, Value
 
 
-def _gather(_: Interpreter, use: Use) -> list[Any] | None:
+def _gather(_: Interpreter, use: Use) -> Outcome:
     """Looks up rows of A along an in axis; along a batch axis, takes whole factors."""
     weight, indices = use.values
     if isinstance(indices, Factored):
@@ -33,7 +34,7 @@ def _looked_up(
     numbers: lax.GatherDimensionNumbers,
     sizes: tuple[int, ...],
     use: Use,
-) -> Any:
+) -> Value:
     """Returns the rows, or the members of a stack; None if the look-up has no factored form.
 
     Where the axis is kept with size one (as vmap does for `table[i]`), it is put back at the end.
@@ -135,7 +136,7 @@ def _looked_up_by_member(
     at = {n: weight.layout(n).index(axis) for n in weight.parts if axis in weight.layout(n)}
     labels = weight.labels[:axis] + weight.labels[axis + 1 :]
 
-    def one(base: jax.Array, parts: dict[str, Any], indices: jax.Array) -> jax.Array | None:
+    def one(base: jax.Array, parts: Parts, indices: jax.Array) -> jax.Array | None:
         member = dataclasses.replace(weight, base=base, parts=parts, labels=labels)
         rows = _looked_up(member, indices, each, sizes[:axis] + sizes[axis + 1 :], use)
         return None if isinstance(rows, Factored) else rows
@@ -170,7 +171,12 @@ def _take(
 
 
 def _of_stack(
-    weight: Factored, base: Any, axis: int, indices: jax.Array, offsets: Sequence[int], look_up: Any
+    weight: Factored,
+    base: BaseLike,
+    axis: int,
+    indices: jax.Array,
+    offsets: Sequence[int],
+    look_up: Forward,
 ) -> Factored:
     """Returns the weights of some indices of a stack; the places are batch axes."""
     others = [a for a in range(len(weight.labels)) if a != axis]
@@ -185,7 +191,7 @@ def _of_stack(
     have = [*stack[:at], *[("place", i) for i in range(n_places)], *stack[at + 1 :]]
     order = [have.index(source[a]) for a in sorted(source) if labels[a] == "batch"]
 
-    def taken(array: Any, axes: Axes) -> Any:
+    def taken(array: jax.Array, axes: Axes) -> jax.Array:
         if axis not in axes:
             return array
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):

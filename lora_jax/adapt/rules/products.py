@@ -17,16 +17,18 @@ from lora_jax.core.base import product
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import wide
 from lora_jax.core.product import Rows, combined, dot, is_sharded
+from lora_jax.core.types import Outcome
 
 
 def with_base(use: Use, place: int) -> Any:
     """Returns a function of x: the equation with W at a place, and x at the first other one."""
 
-    def apply(x: Any) -> jax.Array:
+    def apply(x: jax.Array) -> jax.Array:
         others = [v for i, v in enumerate(use.values) if i != place]
         others[0] = x
 
         def bind(w: jax.Array, *others: Any) -> jax.Array:
+            out: jax.Array
             (out,) = use.bind([*others[:place], w, *others[place:]])
             return out
 
@@ -35,7 +37,7 @@ def with_base(use: Use, place: int) -> Any:
     return apply
 
 
-def dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
+def dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     """Returns the product of x with a weight, in either order; None if it has no factored form."""
     weight_first = isinstance(use.values[0], Factored)
     x, weight = use.values[::-1] if weight_first else use.values
@@ -142,7 +144,7 @@ def check_bias(interpreter: Interpreter, weight: Factored, use: Use) -> None:
     )
 
 
-def _conv_general_dilated(_: Interpreter, use: Use) -> list[Any] | None:
+def _conv_general_dilated(_: Interpreter, use: Use) -> Outcome:
     """Convolves with A, then multiplies by B at each place. In axes: space and input features."""
     x, weight = use.values
     params = use.params

@@ -5,12 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.adapt.rules.products import check_bias, check_roles, note_side, with_base
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import wide
 from lora_jax.core.product import combined
+from lora_jax.core.types import Outcome
 
 _UNIT = 256  # columns that two passes of a TPU's matrix unit take, 128 each
 
@@ -22,7 +24,7 @@ def _through_factors(
     scales: jax.Array,
     sizes: jax.Array,
     precision: Any,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> jax.Array:
     """Returns s·(xA)B of each row, with its group's A, B and s.
 
@@ -65,7 +67,7 @@ def of_each_row(vectors: jax.Array, sizes: jax.Array, n: int) -> jax.Array:
     return jnp.take(vectors, group, axis=0, mode="clip")
 
 
-def _ragged_dot_general(interpreter: Interpreter, use: Use) -> list[Any] | None:
+def _ragged_dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     """Multiplies tokens that are sorted by expert: each group has its own A, B and s."""
     x, weight, sizes = use.values
     numbers = use.params["ragged_dot_dimension_numbers"]

@@ -6,7 +6,6 @@ axes (see `lora_jax.adapt.rules.arithmetic`), and then sums over these.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,10 @@ from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import wide
 from lora_jax.core.parts import RANK, Axes
 from lora_jax.core.product import dropped, is_dropped
+from lora_jax.core.types import Outcome
 
 
-def _reduce_sum(_: Interpreter, use: Use) -> list[Any] | None:
+def _reduce_sum(_: Interpreter, use: Use) -> Outcome:
     """Sums A over in axes and B over out axes; where no axis of a role is left, forms AB.
 
     AB is then a product by broadcasting, or a row or column of sums: no larger than the output.
@@ -50,9 +50,7 @@ def _reduce_sum(_: Interpreter, use: Use) -> list[Any] | None:
     return [whole.replace(base=base)]
 
 
-def _contracted(
-    use: Use, weight: Factored, axes: Sequence[int], stack: Sequence[int]
-) -> list[Any] | None:
+def _contracted(use: Use, weight: Factored, axes: Sequence[int], stack: Sequence[int]) -> Outcome:
     """Returns the sum of W + s·AB over all axes of a role, and over axes of its stack."""
     if stack and weight.gain is not None:
         return None
@@ -71,7 +69,7 @@ def _contracted(
 def _without(weight: Factored, axes: Sequence[int]) -> Factored:
     """Returns the weight, A and B summed over in and out axes; its base is not changed."""
 
-    def summed(array: Any, held: Axes) -> Any:
+    def summed(array: jax.Array, held: Axes) -> jax.Array:
         places = tuple(place for place, axis in enumerate(held) if axis in axes)
         return jnp.sum(array, axis=places) if places else array
 
@@ -88,7 +86,7 @@ def _ranks_together(weight: Factored, stack: Sequence[int]) -> Factored:
     weight = scale_in_a(weight)
     first = len(weight.axes("batch")) - len(stack)
 
-    def together(array: Any, held: Axes) -> Any:
+    def together(array: jax.Array, held: Axes) -> jax.Array:
         places = [held.index(axis) for axis in stack]
         if RANK not in held:  # the scales, which are one
             return array[tuple(0 if i in places else slice(None) for i in range(array.ndim))]

@@ -12,9 +12,10 @@ from jax import lax
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use
 from lora_jax.core.factored import Factored
+from lora_jax.core.types import Forward, Outcome, Value
 
 
-def _linear_solve(interpreter: Interpreter, use: Use) -> list[Any] | None:
+def _linear_solve(interpreter: Interpreter, use: Use) -> Outcome:
     """Keeps the factors of weights that the operator multiplies by; merges a right-hand side.
 
     None where the operator would not be linear (a bias on B), or not the same in each step
@@ -25,22 +26,22 @@ def _linear_solve(interpreter: Interpreter, use: Use) -> list[Any] | None:
         return None
     solve = eqns.linear_solve_of(use.eqn)
 
-    def plain(value: Any) -> Any:
+    def plain(value: Value) -> Value:
         if not isinstance(value, Factored):
             return value
         return interpreter.merged(value, use.eqn.primitive.name, use.eqn)
 
-    def called(part: eqns.Part) -> Callable[[Sequence[Any]], list[Any]]:
+    def called(part: eqns.Part) -> Callable[[Sequence[Value]], list[Value]]:
         body, consts = interpreter.function(part.jaxpr), use.values[part.consts]
         return lambda vector: list(map(plain, body(*consts, *vector)))
 
     right = list(map(plain, use.values[solve.right]))
     n, has_aux = len(right), len(use.eqn.outvars) > len(right)
 
-    def solver(part: eqns.Part) -> Callable[..., Any]:
+    def solver(part: eqns.Part) -> Forward:
         run = called(part)
 
-        def solved(_: Any, vector: Sequence[Any]) -> Any:
+        def solved(_: Any, vector: Sequence[Value]) -> Any:
             outputs = run(vector)
             return (outputs[:n], outputs[n:]) if has_aux else outputs
 

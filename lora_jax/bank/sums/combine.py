@@ -15,8 +15,9 @@ from lora_jax.bank.sums.terms import ARRAYS, rank_of_sum, ranks_by_layer, summed
 from lora_jax.core.base import as_array
 from lora_jax.core.magnitude import wide
 from lora_jax.core.paths import fold_in_path
+from lora_jax.core.types import BaseLike, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows, leaves_of
-from lora_jax.lorafy import Tree, nodes_of
+from lora_jax.lorafy import nodes_of
 
 _Terms = Mapping[int, Any]  # nodes of one path, by the index of their tree
 
@@ -272,17 +273,18 @@ def _weight(
     return node.replace(extras=extras)
 
 
-def _is_kept(values: Sequence[Any], weights: Sequence[float]) -> bool:
+def _is_kept(values: Sequence[jax.Array], weights: Sequence[float]) -> bool:
     """Returns whether a sum is the common value of all, whatever it was before training."""
     same = all(v is values[0] or bool(jnp.array_equal(v, values[0])) for v in values[1:])
     return same and math.isclose(sum(weights), 1.0, abs_tol=1e-9)
 
 
-def _in_full(nodes: Sequence[Any], weights: np.ndarray, before: Any) -> Node:
+def _in_full(nodes: Sequence[Any], weights: np.ndarray, before: BaseLike) -> Node:
     """Returns the sum of leaves that train in full or in some rows: v₀ + Σ wᵢ(vᵢ − v₀)."""
-    first = nodes[0]
+    first: Any = nodes[0]
     if before is None:
-        return first.replace(value=jnp.array(first.value, copy=True))
+        copied: Node = first.replace(value=jnp.array(first.value, copy=True))
+        return copied
     if not all(isinstance(n, TrainedRows) and n.is_table == first.is_table for n in nodes):
         total = _moved(before, [node.merged() for node in nodes], weights)
         return Trained(total.astype(before.dtype))
@@ -293,11 +295,14 @@ def _in_full(nodes: Sequence[Any], weights: np.ndarray, before: Any) -> Node:
         places = np.asarray([rows.index(row) for row in node.rows])
         values.append(start.astype(node.value.dtype).at[places].set(node.value))
     total = _moved(start, values, weights).astype(first.value.dtype)
-    return first.replace(value=total, rows=rows)
+    summed: Node = first.replace(value=total, rows=rows)
+    return summed
 
 
-def _moved(before: Any, values: Sequence[Any], weights: np.ndarray) -> jax.Array:
+def _moved(before: BaseLike, values: Sequence[jax.Array], weights: np.ndarray) -> jax.Array:
     dtype = wide(before.dtype)
     start = as_array(before).astype(dtype)
-    changes = [(v.astype(dtype) - start) * float(w) for v, w in zip(values, weights, strict=True)]
+    changes: list[jax.Array] = [
+        (v.astype(dtype) - start) * float(w) for v, w in zip(values, weights, strict=True)
+    ]
     return start + sum(changes[1:], changes[0])

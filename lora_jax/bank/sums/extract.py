@@ -17,8 +17,9 @@ from lora_jax.core.axes import Label
 from lora_jax.core.base import along, as_array
 from lora_jax.core.magnitude import wide
 from lora_jax.core.parts import Axes, layout
+from lora_jax.core.types import BaseLike, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows, leaves_of
-from lora_jax.lorafy import Tree, lorafy, nodes_of
+from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.rules import LoraRule, Rule
 
 # Fields of a LoraRule that say which kernels are adapted and how they train on.
@@ -163,7 +164,7 @@ def _of_rank_one(rule: Rule) -> Rule:
     return dataclasses.replace(rule, rank=1)
 
 
-def _leaves(before: Tree, after: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
+def _leaves(before: Tree, after: Tree) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
     """Returns the arrays of both trees by path, after a check that they belong together."""
     for name, tree in (("before", before), ("after", after)):
         if nodes := nodes_of(tree):
@@ -187,7 +188,7 @@ def _leaves(before: Tree, after: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _weight(
-    node: LoraWeight, after: Any, rank: int | None, energy: float | None
+    node: LoraWeight, after: BaseLike, rank: int | None, energy: float | None
 ) -> tuple[LoraWeight, float] | None:
     """Returns the weight with factors of its change, and their relative error.
 
@@ -231,7 +232,7 @@ def _rank(energies: np.ndarray, rank: int | None, energy: float | None) -> int:
 
 @functools.partial(jax.jit, static_argnames="labels")
 def _decomposed(
-    before: Any, after: Any, layer: Any, labels: tuple[Label, ...]
+    before: BaseLike, after: BaseLike, layer: Any, labels: tuple[Label, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns A [batch…, k, in], B [batch…, k, out] and singular values S [batch…, k] of a change.
 
@@ -243,16 +244,19 @@ def _decomposed(
     dtype = max(wide(before.dtype), wide(after.dtype), key=lambda kind: np.dtype(kind).itemsize)
     order: tuple[Label, ...] = ("batch", "in", "out")
 
-    def matrix(leaf: Any) -> jax.Array:
+    def matrix(leaf: Leaf) -> jax.Array:
         own = labels
         if "batch" in labels:
             axis = labels.index("batch")
             own = (*labels[:axis], *labels[axis + 1 :])
 
-            def picked(array: Any, axes: Axes) -> Any:
+            def picked(array: jax.Array, axes: Axes) -> jax.Array:
                 if axis not in axes:
                     return array
-                return lax.dynamic_index_in_dim(array, layer, axes.index(axis), keepdims=False)
+                one: jax.Array = lax.dynamic_index_in_dim(
+                    array, layer, axes.index(axis), keepdims=False
+                )
+                return one
 
             leaf = along(leaf, picked, [axis])
         array = as_array(leaf)
@@ -267,29 +271,34 @@ def _decomposed(
     return *with_roots(u, s, vt, s.shape[-1]), s
 
 
-def _change(before: Any, after: Any) -> float:
+def _change(before: BaseLike, after: BaseLike) -> float:
     """Returns ‖after − before‖; 1 for leaves of no floats that differ."""
     return 0.0 if before is after else float(_distance(before, after))
 
 
 @jax.jit
-def _distance(before: Any, after: Any) -> jax.Array:
+def _distance(before: BaseLike, after: BaseLike) -> jax.Array:
     old, new = as_array(before), as_array(after)
     if not _is_float(old):
         return jnp.any(old != new).astype(jnp.float32)
     dtype = max(wide(old.dtype), wide(new.dtype), key=lambda kind: np.dtype(kind).itemsize)
-    return jnp.linalg.norm((new.astype(dtype) - old.astype(dtype)).reshape(-1))
+    return _length(new.astype(dtype) - old.astype(dtype))
 
 
 @jax.jit
-def _norm(leaf: Any) -> jax.Array:
+def _norm(leaf: Leaf) -> jax.Array:
     array = as_array(leaf)
     if not _is_float(array):
-        return jnp.float32(1)
-    return jnp.linalg.norm(array.astype(wide(array.dtype)).reshape(-1))
+        return jnp.ones((), jnp.float32)
+    return _length(array.astype(wide(array.dtype)))
 
 
-def _is_float(array: Any) -> bool:
+def _length(array: jax.Array) -> jax.Array:
+    length: jax.Array = jnp.linalg.norm(array.reshape(-1))
+    return length
+
+
+def _is_float(array: jax.Array) -> bool:
     return jnp.issubdtype(array.dtype, jnp.inexact)
 
 

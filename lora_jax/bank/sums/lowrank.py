@@ -37,7 +37,7 @@ def nearest_product(a: jax.Array, b: jax.Array, rank: int) -> Factors:
     return map_batch(of_one, (a, b), a.ndim - 2)
 
 
-def map_batch(fn: Callable[[Any], Any], arrays: Any, n_batch: int) -> Any:
+def map_batch(fn: Callable[[Any], Factors], arrays: Any, n_batch: int) -> Factors:
     """Returns what a function returns for each index of the batch axes, one after the other.
 
     Args:
@@ -47,7 +47,8 @@ def map_batch(fn: Callable[[Any], Any], arrays: Any, n_batch: int) -> Any:
     """
     batch = jax.tree.leaves(arrays)[0].shape[:n_batch]
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[n_batch:]), arrays)
-    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), lax.map(fn, flat))
+    a, b = lax.map(fn, flat)
+    return a.reshape(*batch, *a.shape[1:]), b.reshape(*batch, *b.shape[1:])
 
 
 def nearest_factors(change: jax.Array, rank: int) -> Factors:

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax.core.base import is_abstract
+from lora_jax.core.types import BaseLike, Leaf, Tree
 from lora_jax.core.weight import Trained, is_node, leaves_of
-from lora_jax.lorafy import Tree
 from lora_jax.saving.fingerprint import base_fingerprint, differing
 
 
-def shared_base(what: str, trees: Mapping[str, Tree]) -> dict[str, Any]:
+def shared_base(what: str, trees: Mapping[str, Tree]) -> dict[str, Leaf]:
     """Returns the frozen leaves of trees over one base by path: W, or the leaf itself.
 
     A leaf that trains in full has its earlier value from a tree that leaves it frozen; where there
@@ -57,8 +57,8 @@ def shared_base(what: str, trees: Mapping[str, Tree]) -> dict[str, Any]:
 def _check_equal(
     what: str,
     name: str,
-    theirs: Mapping[str, Any],
-    base: Mapping[str, Any],
+    theirs: Mapping[str, BaseLike],
+    base: Mapping[str, BaseLike],
     owner: Mapping[str, str],
 ) -> None:
     """Raises a ValueError where leaves that are not the same objects have other values."""

@@ -3,11 +3,11 @@
 import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from lora_jax.bank.sums.arithmetic import How, Sign, combined
 from lora_jax.bank.sums.lowrank import Factors, stacked
@@ -53,7 +53,7 @@ def rank_of_sum(ranks: Ranks, sizes: tuple[int, int], how: How, rank: int | None
     static_argnames=("by_layer", "ranks", "n_batch", "uses", "how", "density", "sign", "dtype"),
 )
 def summed(
-    arrays: Sequence[Mapping[str, Any]],
+    arrays: Sequence[Mapping[str, jax.Array]],
     weights: jax.Array,
     key: jax.Array,
     *,
@@ -64,7 +64,7 @@ def summed(
     how: How,
     density: float,
     sign: Sign,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> Factors:
     """Returns A [batch…, r, in] and B [batch…, r, out] of a sum; ranks are filled up with zeros.
 
@@ -114,13 +114,13 @@ def summed(
 
 
 def _taken(
-    arrays: Mapping[str, Any],
+    arrays: Mapping[str, jax.Array],
     rank: int,
     at: np.ndarray | None,
     lane: int,
     n_lanes: int,
     n_batch: int,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> tuple[Factors, jax.Array]:
     """Returns A [batch…, r, in], B [batch…, r, out] and s [batch…] of some layers of an adapter.
 

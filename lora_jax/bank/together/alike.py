@@ -7,9 +7,10 @@ import jax
 import numpy as np
 
 from lora_jax.bank.stored import BankError
+from lora_jax.training.batches import HostBatch
 
 
-def calls_of(batches: Mapping[str, Any], *, draws: bool) -> Sequence[Mapping[str, Any]]:
+def calls_of(batches: Mapping[str, HostBatch], *, draws: bool) -> Sequence[Mapping[str, HostBatch]]:
     """Returns the calls that take a step with each batch: one for all, or one for each.
 
     Batches of other shapes are filled up and share a call; see `alike`. Where the loss draws random
@@ -29,7 +30,7 @@ def calls_of(batches: Mapping[str, Any], *, draws: bool) -> Sequence[Mapping[str
     return [alike(batches)]
 
 
-def alike(batches: Mapping[str, Any]) -> Mapping[str, Any]:
+def alike(batches: Mapping[str, HostBatch]) -> Mapping[str, HostBatch]:
     """Returns batches in the same shapes: filled up to the largest with zeros.
 
     Args:
@@ -56,7 +57,7 @@ def alike(batches: Mapping[str, Any]) -> Mapping[str, Any]:
         for name in batches[first]
     }
 
-    def filled(array: Any, shape: Any) -> np.ndarray:
+    def filled(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return np.pad(array, [(0, more) for more in np.subtract(shape, np.shape(array))])
 
     return {

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
-from lora_jax.training.batches import Batch
+from lora_jax.training.batches import HostBatch
 from lora_jax.training.loop import Stopped
 
 Metrics = Mapping[str, Any]
@@ -26,8 +26,8 @@ class Running:
     """
 
     turns: Generator[int, tuple[Metrics, int], Any]
-    batch: Callable[[int], Batch]
-    tokens: Callable[[Batch], int]
+    batch: Callable[[int], HostBatch]
+    tokens: Callable[[HostBatch], int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Ending:
 
 
 def side_by_side(
-    step: Callable[[Mapping[str, Batch]], Mapping[str, Metrics]],
+    step: Callable[[Mapping[str, HostBatch]], Mapping[str, Metrics]],
     runs: Mapping[str, Running],
     *,
     ended: Callable[[str, Ending], object] = lambda name, ending: None,
@@ -82,7 +82,7 @@ def side_by_side(
             if number is not None:
                 numbers[name] = number
         while numbers:
-            batches: dict[str, Batch] = {}
+            batches: dict[str, HostBatch] = {}
             for name, number in [*numbers.items()]:
                 batch = advance(name, lambda n=name, i=number: runs[n].batch(i))  # type: ignore[misc]
                 if batch is not None:

@@ -24,7 +24,9 @@ from lora_jax.bank.together.stacked import (
     tree_of,
 )
 from lora_jax.bank.together.tenants import Kind, Tenant
+from lora_jax.core.types import BaseLike, Shaped, Tree
 from lora_jax.core.weight import LoraWeight, Trained, leaves_of
+from lora_jax.training.batches import HostBatch
 from lora_jax.training.losses import Logits
 from lora_jax.training.step import State
 
@@ -83,7 +85,7 @@ class Stack:
         """Drops the free slots; the next step compiles anew."""
         kept = np.array([slot for slot, name in enumerate(self.names) if name is not None])
 
-        def fewer(array: Any, axis: int) -> Any:
+        def fewer(array: jax.Array, axis: int) -> jax.Array:
             return array[(slice(None),) * axis + (kept,)]
 
         content = jax.tree.map(fewer, (self.state, self.fixed), self._axes)
@@ -92,11 +94,11 @@ class Stack:
         self._numbers = Numbers(*(x[kept] for x in self._numbers))
         self.names = [self.names[slot] for slot in kept.tolist()]
 
-    def _empty(self, n: int, shapes: Any) -> Any:
+    def _empty(self, n: int, shapes: Tree) -> Tree:
         """Returns n free slots, from the shapes of one."""
         return self._placed(jax.tree.map(functools.partial(_empty, n), shapes, self._axes))
 
-    def _placed(self, content: Any) -> Any:
+    def _placed(self, content: Tree) -> Tree:
         return content if self._where is None else jax.device_put(content, self._where)
 
     def _forget_choices(self) -> None:
@@ -105,7 +107,8 @@ class Stack:
 
     def _writable_state(self) -> State:
         """Returns the state, whose memory may be taken; choices that are held keep their arrays."""
-        return self.state._replace(adapter=self._held.writable(self.state.adapter))
+        state: State = self.state._replace(adapter=self._held.writable(self.state.adapter))
+        return state
 
     def put(self, name: str, tenant: Tenant) -> None:
         """Puts an adapter into a free slot."""
@@ -127,19 +130,22 @@ class Stack:
     def take(self, name: str) -> State:
         """Returns a copy of the state of one adapter."""
         slot = self.names.index(name)
-        return _taken(self.state, np.int32(slot), _Axes(self._axes[0]))
+        state: State = _taken(self.state, np.int32(slot), _Axes(self._axes[0]))
+        return state
 
     def free(self, name: str) -> None:
         """Frees the slot of an adapter."""
         self.names[self.names.index(name)] = None
 
-    def tree(self, name: str, base: Any) -> Any:
+    def tree(self, name: str, base: Tree) -> Tree:
         """Returns a copy of one adapter as an adapted tree over the base."""
         slot = np.int32(self.names.index(name))
         state, fixed = _taken((self.state, self.fixed), slot, _Axes(self._axes))
         return tree_of(self.kind, base, state.adapter, fixed)
 
-    def step(self, base: Any, calls: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    def step(
+        self, base: Tree, calls: Sequence[Mapping[str, HostBatch]]
+    ) -> dict[str, dict[str, float]]:
         """Takes a step with each adapter that has a batch; the others stay as they are.
 
         Args:
@@ -169,7 +175,7 @@ class Stack:
             for name, metrics in jax.device_get(found).items()
         }
 
-    def compiled_bytes(self, base: Any, batch: Any) -> int:
+    def compiled_bytes(self, base: Tree, batch: HostBatch) -> int:
         """Returns the bytes that a step needs beside the base: its state and what it computes with.
 
         Args:
@@ -179,10 +185,11 @@ class Stack:
         names = [name for name in self.names if name is not None]
         arguments = self._arguments(base, dict.fromkeys(names, batch))
         memory: Any = self._steps.of_all.lower(self.state, *arguments).compile().memory_analysis()
-        state = sum(x.nbytes for x in jax.tree.leaves(self.state))
-        return state + memory.temp_size_in_bytes
+        state: int = sum(x.nbytes for x in jax.tree.leaves(self.state))
+        temporaries: int = memory.temp_size_in_bytes
+        return state + temporaries
 
-    def _arguments(self, base: Any, batches: Mapping[str, Any]) -> tuple[Any, ...]:
+    def _arguments(self, base: Tree, batches: Mapping[str, HostBatch]) -> tuple[Any, ...]:
         """Returns the arguments of the step of all slots after the state."""
         active = np.array([name in batches for name in self.names])
         blank = jax.tree.map(np.zeros_like, next(iter(batches.values())))
@@ -190,7 +197,7 @@ class Stack:
         batch = jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
         return self.fixed, self._numbers, base, active, batch
 
-    def slots(self, base: Any) -> Any:
+    def slots(self, base: Tree) -> Tree:
         """Returns the arrays that train as a bank's tree, whose slot 0 is the base; no copies.
 
         While the tree is held, no step changes it.
@@ -211,7 +218,7 @@ class Stack:
 class _Axes:
     """Axes of arrays in a tree, as an argument that a compiled function is chosen by."""
 
-    def __init__(self, tree: Any) -> None:
+    def __init__(self, tree: Tree) -> None:
         self.tree = tree
         leaves, treedef = jax.tree.flatten(tree)
         self._key = (tuple(leaves), treedef)
@@ -224,21 +231,21 @@ class _Axes:
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _put(stacked: Any, one: Any, slot: Any, axes: _Axes) -> Any:
+def _put(stacked: Tree, one: Tree, slot: jax.typing.ArrayLike, axes: _Axes) -> Tree:
     return replaced(stacked, one, slot, axes.tree)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _taken(stacked: Any, slot: Any, axes: _Axes) -> Any:
+def _taken(stacked: Tree, slot: jax.typing.ArrayLike, axes: _Axes) -> Tree:
     return indexed(stacked, slot, axes.tree)
 
 
-def _without(array: Any, axis: int) -> jax.ShapeDtypeStruct:
+def _without(array: Shaped, axis: int) -> jax.ShapeDtypeStruct:
     """Returns the shape of one slot."""
     return jax.ShapeDtypeStruct((*array.shape[:axis], *array.shape[axis + 1 :]), array.dtype)
 
 
-def _empty(n: int, one: Any, axis: int) -> jax.Array:
+def _empty(n: int, one: Shaped, axis: int) -> jax.Array:
     """Returns n free slots."""
     shape = (*one.shape[:axis], n, *one.shape[axis:])
     if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
@@ -246,7 +253,7 @@ def _empty(n: int, one: Any, axis: int) -> jax.Array:
     return jnp.zeros(shape, one.dtype)
 
 
-def _slots(shell: Any, base: Any, arrays: Mapping[str, Any], axis: int) -> Any:
+def _slots(shell: Any, base: BaseLike, arrays: Mapping[str, jax.Array], axis: int) -> Tree:
     """Returns the slots of one weight, less the base's."""
     if isinstance(shell, Trained):
         return ValueSlots({"value": arrays["value"]}, base=base)

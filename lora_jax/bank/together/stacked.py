@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.bank.together.tenants import Arrays, Kind, Tenant, arrays_of, with_arrays
+from lora_jax.core.types import Adapter, Batch, Leaf, Tree
 from lora_jax.core.weight import leaves_of
 from lora_jax.lorafy import nodes_of, split, strip
 from lora_jax.training.losses import Logits, Sums
@@ -43,7 +44,7 @@ def traced_step(
     forward: Logits,
     like: Tenant,
     slots: int,
-    batch: Any,
+    batch: Batch,
     compiler_options: Mapping[str, str] | None = None,
 ) -> tuple[jax.stages.Traced, State]:
     """Traces the step of a stack that need not be there.
@@ -76,7 +77,7 @@ def traced_step(
     return steps.of_all.trace(state, fixed, numbers, strip(like.params), active, batch), state
 
 
-def tree_of(kind: Kind, base: Any, adapter: Arrays, fixed: Arrays) -> Any:
+def tree_of(kind: Kind, base: Tree, adapter: Arrays, fixed: Arrays) -> Tree:
     """Returns an adapted tree of a kind.
 
     Args:
@@ -87,7 +88,7 @@ def tree_of(kind: Kind, base: Any, adapter: Arrays, fixed: Arrays) -> Any:
     """
     leaves, treedef = leaves_of(base)
 
-    def node(path: str, leaf: Any) -> Any:
+    def node(path: str, leaf: Leaf) -> Leaf:
         if path not in kind.shells:
             return leaf
         return with_arrays(kind.shells[path], leaf, {**adapter[path], **fixed[path]})
@@ -118,10 +119,10 @@ def content_of(kind: Kind, tenant: Tenant) -> tuple[State, Arrays]:
     return tenant.state, fixed
 
 
-def form_of(kind: Kind, like: Tenant) -> tuple[Any, Any, Any]:
+def form_of(kind: Kind, like: Tenant) -> tuple[Tree, Tree, Tree]:
     """Returns shapes, axes of the slots and stacked shardings of (state, fixed arrays)."""
 
-    def content(params: Any, key: Any) -> tuple[State, Arrays]:
+    def content(params: Tree, key: jax.Array) -> tuple[State, Arrays]:
         return content_of(kind, dataclasses.replace(like, params=params, key=key))
 
     shapes: Any = jax.eval_shape(content, like.params, like.key)
@@ -129,7 +130,7 @@ def form_of(kind: Kind, like: Tenant) -> tuple[Any, Any, Any]:
     return shapes, axes, _shardings(shapes, axes, like)
 
 
-def _axes(kind: Kind, state: State) -> Any:
+def _axes(kind: Kind, state: State) -> Tree:
     """Returns the axis of the slots in each array of a stacked state.
 
     An optimiser's arrays have it where the adapter's have it, if they have their shapes.
@@ -145,13 +146,13 @@ def _axes(kind: Kind, state: State) -> Any:
     return jax.tree_util.tree_map_with_path(of, state)
 
 
-def _axes_of_arrays(kind: Kind, arrays: Arrays) -> Any:
+def _axes_of_arrays(kind: Kind, arrays: Arrays) -> Tree:
     return {
         path: {name: kind.slot_axis(path, name) for name in own} for path, own in arrays.items()
     }
 
 
-def _shardings(shapes: Any, axes: Any, like: Tenant) -> Any:
+def _shardings(shapes: Tree, axes: Tree, like: Tenant) -> Tree:
     """Returns the sharding of each stacked array; None where the adapter lies on no mesh.
 
     Slots are not split: each array lies as the adapter's, an optimiser's as its parameter's.
@@ -196,8 +197,8 @@ class Steps(NamedTuple):
 def compiled_steps(
     kind: Kind,
     forward: Logits,
-    both_axes: tuple[Any, Any],
-    where: tuple[Any, Any] | None,
+    both_axes: tuple[Tree, Tree],
+    where: tuple[Tree, Tree] | None,
     compiler_options: Mapping[str, str] | None,
 ) -> Steps:
     """Returns a stack's steps.
@@ -209,7 +210,9 @@ def compiled_steps(
     noisy = neftune(forward, kind.noise) if kind.noise else forward
     gradient = make_gradient(noisy, dropout=kind.dropout, loss=kind.loss)
 
-    def gradient_of_one(state: State, fixed: Arrays, base: Any, batch: Any) -> tuple[Sums, Any]:
+    def gradient_of_one(
+        state: State, fixed: Arrays, base: Tree, batch: Batch
+    ) -> tuple[Sums, Adapter]:
         whole = tree_of(kind, base, state.adapter, fixed)
         return gradient(state, split(whole)[1], batch)
 
@@ -218,24 +221,32 @@ def compiled_steps(
     )
 
     def updated(
-        one: State, own: Arrays, numbers: Numbers, base: Any, active: Any, sums: Sums, grads: Any
+        one: State,
+        own: Arrays,
+        numbers: Numbers,
+        base: Tree,
+        active: jax.Array | bool,
+        sums: Sums,
+        grads: Adapter,
     ) -> tuple[State, Metrics]:
         """Updates one adapter, if it is active."""
 
-        def schedule(count: Any) -> Any:
+        def schedule(count: jax.Array) -> Any:
             return numbers.rates[jnp.minimum(count, numbers.rates.shape[0] - 1)]
 
         whole = tree_of(kind, base, one.adapter, own)
         optimizer = kind.make_optimizer(schedule, whole, numbers.weight_decay, numbers.grad_clip)
 
-        def either(is_good: Any, update: Callable[[], Any], skip: Callable[[], Any]) -> Any:
+        def either(
+            is_good: jax.Array, update: Callable[[], Tree], skip: Callable[[], Tree]
+        ) -> Tree:
             return lax.cond(is_good & active, update, skip)
 
         update = make_update(optimizer, schedule, kind.loss, either=either)
         new, metrics = update(one, sums, grads)
         return new._replace(step=jnp.where(active, new.step, one.step)), metrics
 
-    def visit(xs: Any, state: State, slot: Any) -> tuple[State, Metrics]:
+    def visit(xs: Any, state: State, slot: jax.typing.ArrayLike) -> tuple[State, Metrics]:
         """Updates the adapter in one slot, in the memory of the stack."""
         fixed, numbers, base, active, sums, grads = xs
         one, own = indexed(state, slot, axes), indexed(fixed, slot, axes_of_fixed)
@@ -245,14 +256,19 @@ def compiled_steps(
         return replaced(state, new, slot, axes), metrics
 
     def of_all(
-        state: State, fixed: Arrays, numbers: Numbers, base: Any, active: Any, batch: Any
+        state: State, fixed: Arrays, numbers: Numbers, base: Tree, active: jax.Array, batch: Batch
     ) -> tuple[State, Metrics]:
         sums, grads = gradients(state, fixed, base, batch)
         xs = (fixed, numbers, base, active, sums, grads)
         return lax.scan(functools.partial(visit, xs), state, jnp.arange(active.shape[0]))
 
     def of_one(
-        state: State, fixed: Arrays, numbers: Numbers, base: Any, slot: Any, batch: Any
+        state: State,
+        fixed: Arrays,
+        numbers: Numbers,
+        base: Tree,
+        slot: jax.typing.ArrayLike,
+        batch: Batch,
     ) -> tuple[State, Metrics]:
         one, own = indexed(state, slot, axes), indexed(fixed, slot, axes_of_fixed)
         mine = jax.tree.map(lambda x: x[slot], numbers)
@@ -267,13 +283,13 @@ def compiled_steps(
     return Steps(jitted(of_all), jitted(of_one))
 
 
-def indexed(stacked: Any, slot: Any, axes: Any) -> Any:
+def indexed(stacked: Tree, slot: jax.typing.ArrayLike, axes: Tree) -> Tree:
     """Returns what one slot holds."""
     take = functools.partial(lax.dynamic_index_in_dim, keepdims=False)
     return jax.tree.map(lambda x, axis: take(x, slot, axis), stacked, axes)
 
 
-def replaced(stacked: Any, one: Any, slot: Any, axes: Any) -> Any:
+def replaced(stacked: Tree, one: Tree, slot: jax.typing.ArrayLike, axes: Tree) -> Tree:
     """Returns stacked arrays with others in one slot."""
     put = lax.dynamic_update_index_in_dim
     return jax.tree.map(lambda x, new, axis: put(x, new, slot, axis), stacked, one, axes)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 
+from lora_jax.core.types import BaseLike, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows
 from lora_jax.lorafy import nodes_of
 from lora_jax.training.losses import CROSS_ENTROPY, Loss
@@ -34,7 +35,7 @@ class Tenant:
         it; the beginning by default.
     """
 
-    params: Any
+    params: Tree
     schedule: optax.Schedule
     steps: int
     loss: Loss = CROSS_ENTROPY
@@ -104,7 +105,7 @@ class Kind:
         )
 
     def make_optimizer(
-        self, schedule: optax.Schedule, params: Any, weight_decay: Any, grad_clip: Any
+        self, schedule: optax.Schedule, params: Tree, weight_decay: Any, grad_clip: Any
     ) -> optax.GradientTransformation:
         """Returns the optimiser of one adapter; its numbers may be tracers."""
         return make_optimizer(
@@ -127,7 +128,7 @@ class Kind:
         shell = self.shells[path]
         if not isinstance(shell, LoraWeight) or (name and "batch" not in shell.axes_of(name)):
             return 0
-        ndim = next(ndim for at, _, _, ndim, _ in self.shapes if at == path)
+        ndim: int = next(ndim for at, _, _, ndim, _ in self.shapes if at == path)
         return ndim - len(shell.roles.in_axes) - len(shell.roles.out_axes)
 
 
@@ -136,7 +137,7 @@ def arrays_of(node: Node) -> dict[str, Any]:
     return node.arrays if isinstance(node, LoraWeight) else node.parts()
 
 
-def with_arrays(node: Node, base: Any, arrays: Mapping[str, Any]) -> Node:
+def with_arrays(node: Node, base: BaseLike, arrays: Mapping[str, jax.Array]) -> Node:
     """Returns a node of the same structure over another base, with other arrays."""
     if isinstance(node, LoraWeight):
         return node.replace(base=base, arrays=dict(arrays))

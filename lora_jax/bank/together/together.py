@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Mapping
-from typing import Any
 
 from lora_jax.bank.locked import locked
 from lora_jax.bank.mixing import Choice, choose
@@ -11,7 +10,9 @@ from lora_jax.bank.stored import BankError
 from lora_jax.bank.together.alike import calls_of
 from lora_jax.bank.together.stack import Stack
 from lora_jax.bank.together.tenants import Kind, Tenant
+from lora_jax.core.types import Tree
 from lora_jax.lorafy import nodes_of
+from lora_jax.training.batches import HostBatch
 from lora_jax.training.losses import Logits
 from lora_jax.training.step import State
 
@@ -48,7 +49,7 @@ class Together:
     """
 
     def __init__(
-        self, forward: Logits, base: Any, *, compiler_options: Mapping[str, str] | None = None
+        self, forward: Logits, base: Tree, *, compiler_options: Mapping[str, str] | None = None
     ) -> None:
         """Begins without adapters.
 
@@ -118,7 +119,7 @@ class Together:
                 self._steps[name], self._done[name] = tenants[name].steps, tenants[name].done
 
     @locked
-    def step(self, batches: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    def step(self, batches: Mapping[str, HostBatch]) -> dict[str, dict[str, float]]:
         """Takes one step with each adapter that has a batch; the others stay as they are.
 
         Args:
@@ -151,7 +152,7 @@ class Together:
         return {name: metrics[name] for name in batches}
 
     @locked
-    def tree(self, name: str) -> Any:
+    def tree(self, name: str) -> Tree:
         """Returns an adapter as an adapted tree over the base; its arrays are copies.
 
         Raises:
@@ -171,7 +172,7 @@ class Together:
         return self._stack_of[name].take(name)
 
     @locked
-    def remove(self, name: str) -> Any:
+    def remove(self, name: str) -> Tree:
         """Removes an adapter, whose slot is free, and returns it as `tree` does.
 
         Raises:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.typing import DTypeLike
 
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.layers.activations import activated
@@ -22,8 +23,8 @@ class RMSNorm(nn.Module):
     """
 
     eps: float
-    dtype: Any
-    param_dtype: Any
+    dtype: DTypeLike
+    param_dtype: DTypeLike
     adds_one: bool = False
 
     @nn.compact

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
+from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known
 from lora_jax.models.decoder.families.family import DecoderFamily
 from lora_jax.models.decoder.families.registry import FAMILIES
@@ -136,7 +136,7 @@ class DecoderConfig:
         return FAMILIES[self.model_type]
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:
+    def from_hf(cls, config: Fields) -> DecoderConfig:
         """Reads the dict of a config.json, as transformers 4 and 5 write it.
 
         Every field that changes the forward pass is honoured, or refused by name. An unknown field

@@ -79,7 +79,8 @@ def by_blocks(
     kept = jax.checkpoint_policies.dots_saveable
     body = jax.checkpoint(through, policy=kept, prevent_cse=False)
     _, out = lax.scan(body, None, (filled, blocks.experts))
-    return out.reshape(-1, out.shape[-1]).at[blocks.slots].get(unique_indices=True)
+    out = jnp.reshape(out, (-1, out.shape[-1]))
+    return out.at[blocks.slots].get(unique_indices=True)
 
 
 class Blocks(NamedTuple):

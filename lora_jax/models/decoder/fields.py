@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
 from lora_jax.models.decoder.families.family import DecoderFamily, Get
 from lora_jax.models.decoder.families.registry import FAMILIES
@@ -61,7 +61,7 @@ _UNSUPPORTED: dict[str, Any] = {
 }
 
 
-def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_fields(config: Fields) -> dict[str, Any]:
     """Reads the fields of ``DecoderConfig`` from a parsed config.json.
 
     Args:
@@ -109,7 +109,7 @@ def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+def write_fields(fields: Fields) -> dict[str, Any]:
     """Writes the fields of ``DecoderConfig`` as a config.json for transformers 4 and 5.
 
     Args:
@@ -152,7 +152,7 @@ def _read_activation(family: DecoderFamily, get: Get) -> str:
     plain = get("hidden_act")
     if "hidden_activation" not in family.reads:
         return plain or "silu"
-    chosen = get("hidden_activation")
+    chosen: str = get("hidden_activation")
     if plain not in (None, chosen):
         raise ConfigError(
             f"hidden_act={plain!r} contradicts hidden_activation={chosen!r}, which "

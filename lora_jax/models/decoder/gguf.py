@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.format import GGUF
 from lora_jax.hf.keys import WeightsError
@@ -60,7 +61,7 @@ def _in_order(rows: np.ndarray, name: str, config: DecoderConfig) -> np.ndarray:
 
 
 def _read(
-    family: DecoderFamily, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+    family: DecoderFamily, metadata: Fields, shapes: Mapping[str, tuple[int, ...]]
 ) -> DecoderConfig:
     """Reads a configuration from GGUF metadata.
 

@@ -116,4 +116,6 @@ def _kept(config: DecoderConfig, scaling: RopeScaling, plain: np.ndarray) -> np.
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, dim - 1)
     last = last if last != first else last + 0.001
-    return 1.0 - np.clip((np.arange(dim // 2, dtype=np.float32) - first) / (last - first), 0.0, 1.0)
+    slow = (np.arange(dim // 2, dtype=np.float32) - first) / (last - first)
+    kept: np.ndarray = 1.0 - np.clip(slow, 0.0, 1.0)
+    return kept

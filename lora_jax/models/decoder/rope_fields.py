@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError
 from lora_jax.models.decoder.families.family import DecoderFamily, Get
 
@@ -61,7 +62,7 @@ class RopeScaling:
     long_factor: tuple[float, ...] = ()
 
 
-def read_rope(family: DecoderFamily, config: Mapping[str, Any], get: Get) -> dict[str, Any]:
+def read_rope(family: DecoderFamily, config: Fields, get: Get) -> dict[str, Any]:
     """Reads the configuration's fields on RoPE, from transformers 4's or transformers 5's.
 
     Args:
@@ -116,9 +117,7 @@ def read_rope(family: DecoderFamily, config: Mapping[str, Any], get: Get) -> dic
     }
 
 
-def _read_scaling(
-    kind: str, fields: Mapping[str, Any], context: int, original: int | None
-) -> RopeScaling:
+def _read_scaling(kind: str, fields: Fields, context: int, original: int | None) -> RopeScaling:
     """Reads a scaling; `original` outweighs the field original_max_position_embeddings."""
     fields = {name: value for name, value in fields.items() if value is not None}
     needed, optional = _KINDS[kind]
@@ -144,7 +143,7 @@ def _read_scaling(
     return RopeScaling(kind=kind, **kept)
 
 
-def _attention_factor(kind: str, fields: Mapping[str, Any], context: int) -> float:
+def _attention_factor(kind: str, fields: Fields, context: int) -> float:
     """Returns the factor of queries and keys: as given, or by YaRN's and LongRoPE's papers."""
     if "attention_factor" in fields:
         return float(fields["attention_factor"])
@@ -160,7 +159,7 @@ def _attention_factor(kind: str, fields: Mapping[str, Any], context: int) -> flo
     return (0.1 * above * math.log(factor) + 1) / (0.1 * below * math.log(factor) + 1)
 
 
-def write_rope(family: DecoderFamily, fields: Mapping[str, Any]) -> dict[str, Any]:
+def write_rope(family: DecoderFamily, fields: Fields) -> dict[str, Any]:
     """Writes config.json's fields on RoPE for transformers 4 and 5; see ``read_rope``."""
     out: dict[str, Any] = {"rope_theta": fields["rope_theta"]}
     if fields["rope_local_theta"] is not None:

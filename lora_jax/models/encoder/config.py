@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
 from lora_jax.models.encoder.families import FAMILIES, EncoderFamily
 from lora_jax.models.layers.activations import ACTIVATION
@@ -137,7 +138,7 @@ class EncoderConfig:
         return self.max_position_embeddings - self.pad_token_id - 1
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], **options: Any) -> EncoderConfig:
+    def from_hf(cls, config: Fields, **options: Any) -> EncoderConfig:
         """Reads the dict of a config.json, as transformers 4 and 5 write it.
 
         Args:
@@ -212,7 +213,7 @@ def _numbered(n: int) -> tuple[str, ...]:
     return tuple(f"LABEL_{i}" for i in range(n))
 
 
-def _head_of(config: Mapping[str, Any]) -> str:
+def _head_of(config: Fields) -> str:
     """Returns the head that a config.json names."""
     if config.get("sentence_pooling") is not None:
         return "embedding"

@@ -128,7 +128,8 @@ class Encoder(Part):
 
     @property
     def _trunk(self) -> _Trunk:
-        return getattr(self, self.config.prefix)
+        trunk: _Trunk = getattr(self, self.config.prefix)
+        return trunk
 
 
 class _Part(Part):
@@ -161,7 +162,8 @@ class _Trunk(_Part):
         if attention_mask is not None:
             present = attention_mask.astype(bool)
         x = self.embeddings(input_ids, token_type_ids, positions, embedding_noise)
-        return self.encoder(x, bidirectional(present))
+        hidden: jax.Array = self.encoder(x, bidirectional(present))
+        return hidden
 
     def pool(self, hidden: jax.Array) -> jax.Array:
         """Returns [batch, d_model]: the first token's state, through a layer and tanh."""
@@ -173,7 +175,8 @@ class _Layers(_Part):
     def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
         x = self.placement.constrain(x, "residual")
         scanned = scan(_Layer, self.remat, self.config.num_hidden_layers, nn.broadcast)
-        return scanned(*self.options, name="layer")(x, mask)[0]
+        x, _ = scanned(*self.options, name="layer")(x, mask)
+        return x
 
 
 class _Layer(_Part):
@@ -194,7 +197,8 @@ class _Attention(_Part):
     def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
         attention = _SelfAttention(*self.options, name="self")
         seen = attention(self.placement.constrain(x, "inputs"), mask)
-        return _AddNorm(*self.options, name="output")(seen, x)
+        out: jax.Array = _AddNorm(*self.options, name="output")(seen, x)
+        return out
 
 
 class _SelfAttention(_Part):
@@ -235,7 +239,8 @@ class _BertHead(_Part):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, table: jax.Array) -> jax.Array:
-        return _BertPredictions(*self.options, name="predictions")(hidden, table)
+        logits: jax.Array = _BertPredictions(*self.options, name="predictions")(hidden, table)
+        return logits
 
 
 class _BertPredictions(_Part):
@@ -278,6 +283,6 @@ def _classes(module: Any, **kwargs: Any) -> nn.Dense:
 def _tied_logits(module: Any, x: jax.Array, table: jax.Array) -> jax.Array:
     """Returns x Eᵀ + bias, at least fp32; E is the table of words, [vocab, d_model]."""
     shape = (module.config.vocab_size,)
-    bias = module.param("bias", nn.initializers.zeros, shape, module.param_dtype)
+    bias: jax.Array = module.param("bias", nn.initializers.zeros, shape, module.param_dtype)
     logits = dot_wide(x, table.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
     return logits + bias.astype(logits.dtype)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
+from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
 from lora_jax.models.layers.activations import ACTIVATION
 
@@ -95,7 +95,7 @@ class GPT2Config:
         return self.num_attention_heads
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> GPT2Config:
+    def from_hf(cls, config: Fields) -> GPT2Config:
         """Reads the dict of a config.json; an absent field has transformers' default.
 
         Args:

@@ -47,4 +47,5 @@ def activated(name: str, x: jax.Array, up: jax.Array | None = None) -> jax.Array
         return y if up is None else y * up
 
     # Layers are scanned: nothing can be merged with the forward pass, and a barrier would cost.
-    return jax.checkpoint(act, prevent_cse=False)(x, up)
+    y: jax.Array = jax.checkpoint(act, prevent_cse=False)(x, up)
+    return y

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from lora_jax.models.layers.cache import Shared
 from lora_jax.models.layers.masks import Mask
 
 
-def wide(dtype: Any) -> Any:
+def wide(dtype: DTypeLike) -> DTypeLike:
     """Returns fp32, or the dtype itself if it is wider."""
     return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.typing import DTypeLike
 
 from lora_jax.models.layers.attend import Attend
 from lora_jax.models.layers.attention import wide
@@ -24,8 +25,8 @@ class Part(nn.Module):
     """
 
     config: Any
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     remat: bool | str = False
     placement: Placement = UNPLACED
     attention: str | Attend = "auto"
@@ -37,7 +38,7 @@ class Part(nn.Module):
         return (self.config, *dtypes, self.remat, self.placement, self.attention)
 
 
-def dense(module: Any, features: int, *, dtype: Any = None, **kwargs: Any) -> nn.Dense:
+def dense(module: Any, features: int, *, dtype: DTypeLike | None = None, **kwargs: Any) -> nn.Dense:
     """Makes xW + b, W drawn with the configuration's initializer_range."""
     return nn.Dense(
         features,
@@ -52,8 +53,8 @@ class LayerNorm(nn.Module):
     """(x - mean) / std * scale + bias, in fp32 (Ba et al. 2016)."""
 
     eps: float
-    dtype: Any
-    param_dtype: Any
+    dtype: DTypeLike
+    param_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

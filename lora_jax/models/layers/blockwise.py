@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.types import Tree
 from lora_jax.models.layers.attention import score_scale, soft_cap
 from lora_jax.models.layers.masks import Mask, Split, Tokens
 from lora_jax.models.layers.paired import KEEPS_SUMS, kept, pair_of_blocks, seen_by
@@ -168,7 +169,7 @@ def _pairs(
       As q.
     """
 
-    def tiles(tree: Any, axis: int) -> Any:
+    def tiles(tree: Tree, axis: int) -> Tree:
         return jax.tree.map(lambda x: x.reshape(_cut(x.shape, axis, tile)), tree)
 
     all_keys, all_values, tokens = tiles(keys, 2), tiles(values, 2), tiles(mask.keys, -1)
@@ -233,7 +234,7 @@ def _block(
     return out.transpose(0, 3, 1, 2, 4)
 
 
-def _blocks(tree: Any, axis: int, size: int) -> Any:
+def _blocks(tree: Tree, axis: int, size: int) -> Tree:
     """Cuts an axis of each leaf into blocks, and lets them lead."""
 
     def cut(x: jax.Array) -> jax.Array:

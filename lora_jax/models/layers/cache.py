@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 
 class Cached(Protocol):
@@ -105,7 +106,7 @@ def init_cache(
     config: Cached,
     batch: int,
     max_len: int,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     *,
     shared: Shared | None = None,
 ) -> Cache:

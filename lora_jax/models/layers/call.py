@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lora_jax.models.layers.masks import Mask, Split
 
@@ -26,7 +26,7 @@ class Call:
 
     queries: int
     head_dim: int
-    dtype: Any
+    dtype: DTypeLike
     capped: bool = False
     cached: bool = False
     split: Split | None = None

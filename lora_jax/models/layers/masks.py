@@ -30,7 +30,8 @@ class Tokens(NamedTuple):
 
     def take(self, start: jax.Array | int, size: int) -> Tokens:
         """Returns ``size`` tokens from ``start`` on."""
-        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, -1), self)
+        taken: Tokens = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, -1), self)
+        return taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Split:
         first, last = (
             tokens.take(chunk * size, size) for chunk in (index, 2 * self.parts - 1 - index)
         )
-        return jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), first, last)
+        both: Tokens = jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), first, last)
+        return both
 
 
 @functools.partial(

@@ -26,7 +26,8 @@ KEEPS_SUMS = jax.checkpoint_policies.save_only_these_names(_SUMS)
 
 def kept(sums: jax.Array) -> jax.Array:
     """Returns the sums of values, by the name under which ``KEEPS_SUMS`` keeps them."""
-    return checkpoint_name(sums, _SUMS)
+    named: jax.Array = checkpoint_name(sums, _SUMS)
+    return named
 
 
 class Seen(NamedTuple):

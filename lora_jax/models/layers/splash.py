@@ -108,10 +108,12 @@ class Splash:
         def one(row: tuple[jax.Array, ...]) -> jax.Array:
             q, k, v = (x.transpose(1, 0, 2) for x in row[:3])
             with jax.named_scope(visits):
-                return kernel(q, k, v, kernels.SegmentIds(*row[3:])).transpose(1, 0, 2)
+                out: jax.Array = kernel(q, k, v, kernels.SegmentIds(*row[3:]))
+            return out.transpose(1, 0, 2)
 
         # Row by row: the kernel writes 128 fp32 copies of each query's logsumexp.
-        return lax.map(one, (q, k, v, *segments))[:, :seq]
+        rows: jax.Array = lax.map(one, (q, k, v, *segments))
+        return rows[:, :seq]
 
     def _kernel(
         self, heads: int, queries: int, keys: int, mask: Mask, cap: float | None
@@ -232,7 +234,8 @@ class _Band(kernels.Mask):
         if empty or full:
             return _uniform(bool(full), (len(slots), last - first))
         keys = np.arange(first, last, dtype=np.int32)
-        return self.mask_function(self.q_sequence[rows][:, None], keys[None])
+        block: np.ndarray = self.mask_function(self.q_sequence[rows][:, None], keys[None])
+        return block
 
     def visits(self, size: int, key_size: int) -> tuple[int, int]:
         """Returns how many blocks the kernel visits, and how many there are."""

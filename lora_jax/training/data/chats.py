@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.core.types import Tokenizer
 from lora_jax.training.batches import Packs, pack
 from lora_jax.training.data.drafts import Draft, TrainOn, drafts_of
 from lora_jax.training.data.rows import Row, check_rows, name_of
@@ -28,7 +29,7 @@ BLOCK = 1_000  # rows that are tokenised at once
 
 def chats(
     rows: Sequence[Row],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     seq_len: int,
     packing: bool = False,
@@ -78,7 +79,7 @@ def one_by_one(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
 
 def tokenize(
     rows: Sequence[Row],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     source: str,
     *,
     numbers: Sequence[int] | None = None,
@@ -144,7 +145,7 @@ def _on_left_out(counts: Mapping[str, int], source: str) -> list[str]:
     return lines
 
 
-def _encoded(drafts: Sequence[Draft], tokenizer: Any) -> list[Tokens]:
+def _encoded(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[Tokens]:
     """Returns drafts as tokens; the tokenizer sees all texts at once."""
     encoded: dict[bool, list[tuple[list[int], list[tuple[int, int]]]]] = {}
     for special in (False, True):

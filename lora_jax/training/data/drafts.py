@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from lora_jax.core.types import Tokenizer
 from lora_jax.training.data.rows import Conversation, Row, check_text, conversation, shown
 from lora_jax.training.data.sequences import Tokens
 from lora_jax.training.data.templates import (
@@ -48,7 +49,7 @@ class Drafts(NamedTuple):
     left_out: Mapping[str, LeftOut] = {}
 
 
-def drafts_of(row: Row, number: int, tokenizer: Any, name: str, train_on: TrainOn) -> Drafts:
+def drafts_of(row: Row, number: int, tokenizer: Tokenizer, name: str, train_on: TrainOn) -> Drafts:
     """Returns the sequences of a row; see `lora_jax.training.data.chats.tokenize`.
 
     Raises:
@@ -95,7 +96,7 @@ class _Answer(NamedTuple):
     span: tuple[int, int]
 
 
-def _found_by_text(chat: Conversation, tokenizer: Any, row: int, train_on: TrainOn) -> Drafts:
+def _found_by_text(chat: Conversation, tokenizer: Tokenizer, row: int, train_on: TrainOn) -> Drafts:
     """Returns a chat whose answers are found by rendering the turns up to each."""
     answers = _answers(chat, tokenizer)
     learned = [answer for answer in answers if _is_learned(chat, answer.turn)]
@@ -130,7 +131,7 @@ def _is_learned(chat: Conversation, index: int) -> bool:
     return chat.messages[index].get("weight") != 0
 
 
-def _answers(chat: Conversation, tokenizer: Any) -> list[_Answer]:
+def _answers(chat: Conversation, tokenizer: Tokenizer) -> list[_Answer]:
     """Returns each assistant turn with the text up to its end."""
     found = []
     for index, turn in enumerate(chat.messages):
@@ -166,7 +167,9 @@ def _all_but(answers: Sequence[_Answer], chat: Conversation) -> list[tuple[int, 
     return [*spans, (begin, len(whole))]
 
 
-def _marked_by_template(chat: Conversation, tokenizer: Any, row: int, train_on: TrainOn) -> Drafts:
+def _marked_by_template(
+    chat: Conversation, tokenizer: Tokenizer, row: int, train_on: TrainOn
+) -> Drafts:
     """Returns a chat as tokens, of which those count that the template marks as generated."""
     turns, left_out = chat.messages, {}
     if needs_a_look(chat):

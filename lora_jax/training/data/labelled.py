@@ -4,12 +4,12 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
-from lora_jax.training.batches import Batch, Weighted, round_up
+from lora_jax.core.types import Batch, Forward, Model, Tokenizer, Tree
+from lora_jax.training.batches import HostBatch, Weighted, round_up
 from lora_jax.training.data.chats import Mapped, one_by_one
 from lora_jax.training.data.packing import few_lengths
 from lora_jax.training.data.rows import Row, check_text, field_names, name_of, shown
@@ -47,7 +47,7 @@ class Labelled(Weighted):
     @functools.cached_property
     def groups(self) -> np.ndarray:
         """Returns for each text the index of the smallest of `lengths` that holds it: [n]."""
-        return np.searchsorted(self.lengths, self._sizes)
+        return np.asarray(np.searchsorted(self.lengths, self._sizes))
 
     @functools.cached_property
     def _sizes(self) -> np.ndarray:
@@ -61,7 +61,7 @@ class Labelled(Weighted):
         """Returns the share of tokens in the padded texts that are no padding."""
         return float(self._sizes.sum() / np.asarray(self.lengths)[self.groups].sum())
 
-    def take(self, rows: np.ndarray) -> Batch:
+    def take(self, rows: np.ndarray) -> HostBatch:
         """Returns the texts at the indices `rows`, of any shape, as long as the longest needs."""
         length = self.lengths[self.groups[rows].max()]
         return {
@@ -69,7 +69,7 @@ class Labelled(Weighted):
             for name, array in super().take(rows).items()
         }
 
-    def tokens(self, batch: Batch) -> int:
+    def tokens(self, batch: HostBatch) -> int:
         """Returns the number of tokens in a batch, without padding."""
         return int(batch["attention_mask"].sum())
 
@@ -89,7 +89,7 @@ class Fields:
 
 def texts(
     rows: Sequence[Row],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     names: Sequence[str] | None = None,
     fields: Fields = Fields(),
@@ -176,7 +176,7 @@ def label_names(rows: Sequence[Row], label: str = "label") -> tuple[str, ...]:
 def encode(
     rows: Sequence[Row],
     names: Sequence[str],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     fields: Fields,
     seq_len: int,
@@ -235,7 +235,9 @@ def encode(
     )
 
 
-def predict(model: Any, params: Any, examples: Labelled, batch_size: int) -> np.ndarray:
+def predict(
+    model: Model | Forward, params: Tree, examples: Labelled, batch_size: int
+) -> np.ndarray:
     """Returns the probability of each class for each text: [n, classes].
 
     See the example of `texts`.
@@ -255,7 +257,5 @@ def predict(model: Any, params: Any, examples: Labelled, batch_size: int) -> np.
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _probabilities(
-    forward: Callable[..., jax.Array], params: Any, batch: dict[str, Any]
-) -> jax.Array:
+def _probabilities(forward: Callable[..., jax.Array], params: Tree, batch: Batch) -> jax.Array:
     return jax.nn.softmax(logits_of(forward, params, batch))

@@ -49,7 +49,7 @@ class Shares:
 
     def rows(self, seed: int, epoch: int) -> np.ndarray:
         """Returns the rows of an epoch, in a drawn order: [n_rows]."""
-        found = []
+        found: list[np.ndarray] = []
         begins = (0, *self.ends[:-1])
         parts = zip(begins, self.sizes, self.drawn, strict=True)
         for part, (begin, size, drawn) in enumerate(parts):
@@ -58,7 +58,8 @@ class Shares:
             orders = [self._of_pass(seed, part, number, size) for number in passes]
             offset = passes.start * size
             found.append(begin + np.concatenate(orders)[first - offset : last - offset])
-        return np.concatenate(found)[order(seed, epoch, self.n_rows)]
+        drawn_rows: np.ndarray = np.concatenate(found)[order(seed, epoch, self.n_rows)]
+        return drawn_rows
 
     def _of_pass(self, seed: int, part: int, number: int, size: int) -> np.ndarray:
         stream = [seed, number, _OF_PARTS, part]

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from lora_jax.training.batches import Batch, Examples
+from lora_jax.training.batches import Examples, HostBatch
 from lora_jax.training.data.mixture import Shares, order
 
 _SHOWN = 32  # rows of a batch that are named
@@ -144,16 +144,16 @@ class Batches(Protocol):
     def n_examples(self) -> int | None:
         """Returns how many examples there are; None where that is not known."""
 
-    def batch(self, number: int) -> Batch:
+    def batch(self, number: int) -> HostBatch:
         """Returns the batch of the step that has `number` steps before it, in this process."""
 
-    def first(self) -> Batch:
+    def first(self) -> HostBatch:
         """Returns a batch to compile the step for: one of the largest, where there are several."""
 
     def named(self, number: int) -> str:
         """Returns the names of what is in that batch."""
 
-    def tokens(self, batch: Batch) -> int:
+    def tokens(self, batch: HostBatch) -> int:
         """Returns how much is in a batch, without padding."""
 
     def digest(self) -> str:
@@ -192,11 +192,11 @@ class Feed:
         """Returns how many examples there are."""
         return len(self.examples)
 
-    def batch(self, number: int) -> Batch:
+    def batch(self, number: int) -> HostBatch:
         """Returns the batch of the step that has `number` steps before it, in this process."""
         return self.examples.take(self.order.rows(number))
 
-    def first(self) -> Batch:
+    def first(self) -> HostBatch:
         """Returns the first batch, whose rows are the longest."""
         return self.batch(0)
 
@@ -207,7 +207,7 @@ class Feed:
         of_source = f" of {self.source}" if self.source else ""
         return f"{', '.join(map(self.name, rows[:_SHOWN]))}{left_out}{of_source}"
 
-    def tokens(self, batch: Batch) -> int:
+    def tokens(self, batch: HostBatch) -> int:
         """Returns how much is in a batch, without padding."""
         return self.examples.tokens(batch)
 

@@ -172,9 +172,10 @@ def _pair(prompt: str, completion: str) -> list[dict[str, Any]]:
 
 
 def _text(row: Row, field: str, name: str) -> str:
-    if not isinstance(row[field], str) or not row[field]:
-        raise TrainingError(f"{name}: `{field}` is {shown(row[field])}; {NEEDED}")
-    return row[field]
+    text = row[field]
+    if not isinstance(text, str) or not text:
+        raise TrainingError(f"{name}: `{field}` is {shown(text)}; {NEEDED}")
+    return text
 
 
 def _parsed(value: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.training.batches import Batch, Packs, pack
+from lora_jax.training.batches import HostBatch, Packs, pack
 from lora_jax.training.data.mixture import order
 from lora_jax.training.data.order import by_group
 from lora_jax.training.data.sequences import Sequences
@@ -142,18 +142,18 @@ class Stream:
         """Returns a fingerprint of the data."""
         return self._digest
 
-    def tokens(self, batch: Batch) -> int:
+    def tokens(self, batch: HostBatch) -> int:
         """Returns the number of tokens in a batch, without padding."""
         return self._like.tokens(batch)
 
-    def first(self) -> Batch:
+    def first(self) -> HostBatch:
         """Returns a batch of the largest shape, of padding alone; has the first rows read."""
         if self._coming is None and not self._loaded:
             self._read_ahead()
         batch = self._like.blank(self._batch_size * self._accumulate)
         return {name: self._in_parts(array) for name, array in batch.items()}
 
-    def batch(self, number: int) -> Batch:
+    def batch(self, number: int) -> HostBatch:
         """Returns the batch of the step that has `number` steps before it, in this process.
 
         Raises:

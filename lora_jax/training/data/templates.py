@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jinja2
 from jinja2 import meta
 
+from lora_jax.core.types import Tokenizer
 from lora_jax.training.data.rows import Conversation, Message, shown
 from lora_jax.training.errors import TrainingError
 
@@ -40,11 +41,12 @@ class LeftOut(NamedTuple):
     never: int
 
 
-def template_of(tokenizer: Any, chat: Conversation) -> str:
+def template_of(tokenizer: Tokenizer, chat: Conversation) -> str:
     """Returns the chat template that renders a conversation; some models have one for tools."""
     if isinstance(tokenizer.chat_template, str):
         return tokenizer.chat_template
-    return tokenizer.get_chat_template(None, chat.tools)
+    template: str = tokenizer.get_chat_template(None, chat.tools)
+    return template
 
 
 def marks_answers(template: str) -> bool:
@@ -52,7 +54,9 @@ def marks_answers(template: str) -> bool:
     return _GENERATION.search(template) is not None
 
 
-def render(chat: Conversation, n: int, tokenizer: Any, *, ask: bool = False, **how: Any) -> Any:
+def render(
+    chat: Conversation, n: int, tokenizer: Tokenizer, *, ask: bool = False, **how: Any
+) -> Any:
     """Returns the first `n` turns as the template renders them.
 
     Args:
@@ -70,7 +74,7 @@ def render(chat: Conversation, n: int, tokenizer: Any, *, ask: bool = False, **h
     )
 
 
-def asked(chat: Conversation, tokenizer: Any) -> str:
+def asked(chat: Conversation, tokenizer: Tokenizer) -> str:
     """Returns the turns of a chat up to the beginning of the answer to the last.
 
     Raises:
@@ -78,7 +82,7 @@ def asked(chat: Conversation, tokenizer: Any) -> str:
     """
     n = len(chat.messages)
     check_variables(chat, template_of(tokenizer, chat))
-    text = render(chat, n, tokenizer, ask=True)
+    text: str = render(chat, n, tokenizer, ask=True)
     if needs_a_look(chat):
         rendered = Rendered(chat, n, text, tokenizer, ask=True)
         rendered.check(n)
@@ -140,7 +144,7 @@ class Rendered(NamedTuple):
     chat: Conversation
     end: int
     text: str
-    tokenizer: Any
+    tokenizer: Tokenizer
     ask: bool = False
 
     def check(self, n: int) -> None:
@@ -252,7 +256,7 @@ class Rendered(NamedTuple):
         messages = [dict(turns.get(i, turn)) for i, turn in enumerate(self.chat.messages)]
         chat = self.chat._replace(messages=messages)
         try:
-            text = render(chat, self.end, self.tokenizer, ask=self.ask)
+            text: str = render(chat, self.end, self.tokenizer, ask=self.ask)
         except Exception:  # what a template refuses, it has read
             return True
         return text.rstrip() != self.text.rstrip()

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.core.types import Batch, Tree
 from lora_jax.training.losses.contract import Loss, Sums, number_of_units
 
 
 def logits_of(
-    forward: Callable[..., jax.Array], params: Any, batch: dict[str, Any], **options: Any
+    forward: Callable[..., jax.Array], params: Tree, batch: Batch, **options: Any
 ) -> jax.Array:
     """Returns the logits of a batch's classes: [batch, classes], fp32."""
     return forward(
@@ -25,8 +26,8 @@ def logits_of(
 
 def classification_loss(
     forward: Callable[..., jax.Array],
-    params: Any,
-    batch: dict[str, Any],
+    params: Tree,
+    batch: Batch,
     dropout_key: jax.Array | None = None,
 ) -> Sums:
     """Sums the cross entropy of a batch's classes, in nats, over the texts that count.

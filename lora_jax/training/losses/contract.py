@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from lora_jax.core.types import Batch, Tree
 
 Logits = Callable[..., jax.Array]
 Reduction = Literal["mean", "sum"]
@@ -46,7 +48,7 @@ class Loss:
       measured: the loss to measure on held-out examples; None for this one.
     """
 
-    sums: Callable[[Logits, Any, dict[str, Any], jax.Array | None], Sums]
+    sums: Callable[[Logits, Tree, Batch, jax.Array | None], Sums]
     reduction: Reduction = "mean"
     unit: str = "token"
     measured: "Loss | None" = None
@@ -58,8 +60,8 @@ class Loss:
     def __call__(
         self,
         forward: Logits,
-        params: Any,
-        batch: dict[str, Any],
+        params: Tree,
+        batch: Batch,
         dropout_key: jax.Array | None = None,
     ) -> Sums:
         """Returns the sums of a batch, in fp32.
@@ -79,7 +81,8 @@ class Loss:
         if shaped := [name for name, value in named.items() if jnp.shape(value)]:
             shape = jnp.shape(named[shaped[0]])
             raise ValueError(f"{shaped[0]!r} has the shape {shape}: sum it over the batch")
-        return jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), sums)
+        in_fp32: Sums = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), sums)
+        return in_fp32
 
     @property
     def held_out(self) -> "Loss":

@@ -15,7 +15,8 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
       logits: fp32 [..., vocab].
       targets: int32 [...].
     """
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    nll: jax.Array = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return nll
 
 
 summed_loss = functools.partial(sum_over_tokens, cross_entropy)

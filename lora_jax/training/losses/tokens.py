@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.core.types import Batch, Tree
 from lora_jax.training.losses.contract import Logits, Sums, number_of_units
 
 # Maps logits, fp32 [..., vocab], and targets, int32 [...], to the loss of each: fp32 [...].
@@ -29,8 +30,8 @@ class TokenLoss:
 def sum_over_tokens(
     each: Each,
     forward: Logits,
-    params: Any,
-    batch: dict[str, Any],
+    params: Tree,
+    batch: Batch,
     dropout_key: jax.Array | None = None,
     *,
     chunk: int = 0,

@@ -1,12 +1,11 @@
 """Adafactor's direction: second moments as a row and a column of each large matrix."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from lora_jax.core.parts import RANK
+from lora_jax.core.types import Shaped, Tree
 from lora_jax.core.weight import LoraWeight
 from lora_jax.lorafy import map_parts, nodes_of
 
@@ -14,7 +13,7 @@ _NARROW = 128  # matrices narrower than this keep all second moments: a row woul
 _CLIP = 1.0  # the largest root mean square of a matrix's update
 
 
-def factored_rms(params: Any = None) -> optax.GradientTransformation:
+def factored_rms(params: Tree = None) -> optax.GradientTransformation:
     """Returns Adafactor's direction, without its scaling by the parameters' size.
 
     As transformers' Trainer uses it: the learning rate is the size of a step, as Adam's is. Second
@@ -30,7 +29,7 @@ def factored_rms(params: Any = None) -> optax.GradientTransformation:
     """
     stacked = {} if params is None else _batch_axes(params)
 
-    def label(path: str, name: str, array: Any) -> str:
+    def label(path: str, name: str, array: Shaped) -> str:
         largest = sorted(range(array.ndim), key=lambda axis: array.shape[axis])[-2:]
         return "whole" if set(largest) & stacked.get((path, name), set()) else "factored"
 
@@ -50,7 +49,7 @@ def factored_rms(params: Any = None) -> optax.GradientTransformation:
     return optax.chain(factored, optax.stateless(lambda updates, _: map_parts(clipped, updates)))
 
 
-def _batch_axes(params: Any) -> dict[tuple[str, str], set[int]]:
+def _batch_axes(params: Tree) -> dict[tuple[str, str], set[int]]:
     """Returns the axes of each trained array that count layers or experts."""
     axes: dict[tuple[str, str], set[int]] = {}
     for path, node in nodes_of(params).items():

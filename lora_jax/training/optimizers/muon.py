@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from optax import contrib
@@ -11,6 +12,7 @@ from optax.contrib import MuonDimensionNumbers
 from lora_jax.core.axes import KERNEL_NAMES
 from lora_jax.core.parts import RANK
 from lora_jax.core.paths import leaf_name
+from lora_jax.core.types import Shaped, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained
 from lora_jax.lorafy import map_parts, nodes_of
 from lora_jax.select.resolve import is_table_or_head
@@ -18,7 +20,7 @@ from lora_jax.select.resolve import is_table_or_head
 _RMS = 0.2  # of AdamW's updates, as Liu et al. measured it
 
 
-def orthogonalised(params: Any, *, momentum: float) -> optax.GradientTransformation:
+def orthogonalised(params: Tree, *, momentum: float) -> optax.GradientTransformation:
     """Returns Muon's direction for matrices, and AdamW's for all else that trains.
 
     A and B of each layer and expert are matrices, [rank, in] and [rank, out]; so are kernels that
@@ -40,7 +42,7 @@ def orthogonalised(params: Any, *, momentum: float) -> optax.GradientTransformat
     def of_matrix(path: str, name: str, array: Any) -> Any:
         return array if isinstance(array, optax.MaskedNode) else numbers[path, name]
 
-    def sized(path: str, name: str, array: Any) -> Any:
+    def sized(path: str, name: str, array: jax.Array) -> Any:
         found = numbers[path, name]
         if found is None or isinstance(array, optax.MaskedNode):
             return array
@@ -59,7 +61,7 @@ def orthogonalised(params: Any, *, momentum: float) -> optax.GradientTransformat
     )
 
 
-def dimension_numbers(params: Any) -> dict[tuple[str, str], MuonDimensionNumbers | None]:
+def dimension_numbers(params: Tree) -> dict[tuple[str, str], MuonDimensionNumbers | None]:
     """Returns the axes of each trained array that make its matrix; None where it is none.
 
     Args:
@@ -75,7 +77,7 @@ def dimension_numbers(params: Any) -> dict[tuple[str, str], MuonDimensionNumbers
     }
 
 
-def _numbers(path: str, node: Node, name: str, array: Any) -> MuonDimensionNumbers | None:
+def _numbers(path: str, node: Node, name: str, array: Shaped) -> MuonDimensionNumbers | None:
     if isinstance(node, LoraWeight) and node.axes_of(name).count("rank") == 2:
         return MuonDimensionNumbers((array.ndim - 2,), (array.ndim - 1,))
     if isinstance(node, LoraWeight) and name in ("a", "b"):
@@ -93,7 +95,7 @@ def _numbers(path: str, node: Node, name: str, array: Any) -> MuonDimensionNumbe
     )  # Flax's convention; the rest batch
 
 
-def described(params: Any) -> str:
+def described(params: Tree) -> str:
     """Returns how many arrays are treated as matrices, and which go to AdamW, in words."""
     numbers = dimension_numbers(params)
     others = sorted({path for (path, _), found in numbers.items() if found is None})

@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import optax
 
+from lora_jax.core.types import Tree
 from lora_jax.training.optimizers.adafactor import factored_rms
 from lora_jax.training.optimizers.muon import orthogonalised
 
@@ -31,20 +32,20 @@ class Named:
     averages: bool = False
 
 
-def _adam(params: Any, *, beta1: float, beta2: float, eps: float) -> optax.GradientTransformation:
+def _adam(params: Tree, *, beta1: float, beta2: float, eps: float) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps)
 
 
-def _lion(params: Any, *, beta1: float, beta2: float) -> optax.GradientTransformation:
+def _lion(params: Tree, *, beta1: float, beta2: float) -> optax.GradientTransformation:
     return optax.scale_by_lion(b1=beta1, b2=beta2)
 
 
-def _sgd(params: Any, *, momentum: float) -> optax.GradientTransformation:
+def _sgd(params: Tree, *, momentum: float) -> optax.GradientTransformation:
     return optax.trace(momentum) if momentum else optax.identity()
 
 
 def _without_momentum(
-    params: Any, *, beta1: float, beta2: float, eps: float
+    params: Tree, *, beta1: float, beta2: float, eps: float
 ) -> optax.GradientTransformation:
     """Returns Adam's direction without its first moment, which averaging replaces."""
     return optax.scale_by_rms(decay=beta2, eps=eps, eps_in_sqrt=False, bias_correction=True)

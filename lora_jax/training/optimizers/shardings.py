@@ -3,10 +3,13 @@
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+import optax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from lora_jax.core.types import Adapter, Shaped, Tree
 
 
-def state_shardings(opt_state: Any, adapter: Any, whole: NamedSharding) -> Any:
+def state_shardings(opt_state: optax.OptState, adapter: Adapter, whole: NamedSharding) -> Tree:
     """Returns the sharding of each array of an optimiser's state.
 
     An optimiser keeps its arrays in trees like the adapter's, so the last two keys of an array's
@@ -20,16 +23,16 @@ def state_shardings(opt_state: Any, adapter: Any, whole: NamedSharding) -> Any:
       whole: the sharding of a replicated array.
     """
 
-    def of(keys: Any, array: Any) -> NamedSharding:
-        path, name = (getattr(key, "key", None) for key in (None, None, *keys)[-2:])
+    def of(keys: Any, array: Shaped) -> Sharding:
+        path, name = (getattr(key, "key", "") for key in ("", "", *keys)[-2:])
         parameter = adapter.get(path, {}).get(name) if isinstance(path, str) else None
         return whole if parameter is None else _like(parameter, array.shape, whole)
 
     return jax.tree_util.tree_map_with_path(of, opt_state)
 
 
-def _like(parameter: Any, shape: tuple[int, ...], whole: NamedSharding) -> NamedSharding:
-    where = parameter.sharding
+def _like(parameter: jax.Array, shape: tuple[int, ...], whole: NamedSharding) -> Sharding:
+    where: Sharding = parameter.sharding
     if shape == parameter.shape:
         return where
     if not isinstance(where, NamedSharding):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lora_jax as lj
+from lora_jax.core.types import Fields, Tree
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.processes import is_first, wait_for_all
 
@@ -65,7 +66,7 @@ class Best:
         *,
         goal: Literal["min", "max"] = "min",
         patience: int | None = None,
-        about: Mapping[str, Any] | None = None,
+        about: Fields | None = None,
     ) -> None:
         """Keeps the best in a folder.
 
@@ -98,7 +99,7 @@ class Best:
             return {}
         return {"step": self.standing.step, self.metric: self.standing.value}
 
-    def judge(self, step: int, tree: Callable[[], Any], measured: Mapping[str, float]) -> bool:
+    def judge(self, step: int, tree: Callable[[], Tree], measured: Mapping[str, float]) -> bool:
         """Saves the adapter if it is the best so far; all processes have to call this.
 
         Args:
@@ -128,7 +129,7 @@ class Best:
             kept |= {max((s for s in self._steps() if s <= step), default=0)}
         self._delete_all_but(kept)
 
-    def go_on_from(self, step: int, saved: Mapping[str, Any] | None) -> None:
+    def go_on_from(self, step: int, saved: Fields | None) -> None:
         """Goes back to the standing at a checkpoint.
 
         Args:
@@ -165,7 +166,7 @@ class Best:
         """Returns the standing, for a checkpoint to keep."""
         return {"metric": self.metric, **dataclasses.asdict(self.standing)}
 
-    def load(self, params: Any) -> Any:
+    def load(self, params: Tree) -> Tree:
         """Returns an adapted tree with the best adapter; as it is, if nothing was measured."""
         if self.standing.value is None:
             return params

@@ -13,13 +13,13 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from lora_jax.core.types import Fields
 from lora_jax.training.errors import DamagedCheckpoint, Written
 from lora_jax.training.processes import is_first, wait_for_all, write_json
 from lora_jax.training.step import State
@@ -65,7 +65,7 @@ class Checkpoints:
         recorded = self._recorded()
         return sorted(step for step in self._open().all_steps() if str(step) in recorded)
 
-    def save(self, state: State, run: Mapping[str, Any]) -> None:
+    def save(self, state: State, run: Fields) -> None:
         """Saves the state; all processes have to call this.
 
         Does nothing where there is a complete checkpoint of the step.
@@ -106,7 +106,8 @@ class Checkpoints:
         try:
             self._check_files(newest)
             args = ocp.args.Composite(run=ocp.args.JsonRestore())
-            return self._open().restore(newest, args=args)["run"]
+            run: dict[str, Any] = self._open().restore(newest, args=args)["run"]
+            return run
         except Exception:
             return None
 
@@ -170,7 +171,8 @@ class Checkpoints:
     def _recorded(self) -> dict[str, Digests]:
         """Returns the digests of each complete checkpoint, by step."""
         try:
-            return json.loads(self._record.read_text())
+            recorded: dict[str, Digests] = json.loads(self._record.read_text())
+            return recorded
         except (OSError, ValueError) as error:
             if isinstance(error, FileNotFoundError) and not self._open().all_steps():
                 return {}

@@ -1,0 +1,32 @@
+"""Names of types that have no class of their own."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeAlias
+
+import jax
+import numpy as np
+
+Tree: TypeAlias = Any  # a pytree: of parameters, plain or adapted, or of what belongs to them
+Leaf: TypeAlias = Any  # of a tree of parameters: an array or its shape, a box, a base, a node
+BaseLike: TypeAlias = Any  # W: an array, its shape, or a `lora_jax.core.base.Base`
+Value: TypeAlias = Any  # in a jaxpr: an array, or a weight with its factors
+Tokenizer: TypeAlias = Any  # one of transformers', which is not imported with this package
+Outcome = list[Value] | None  # what a rule makes of an equation; None to have its operands merged
+
+Shaped = jax.Array | np.ndarray | jax.ShapeDtypeStruct  # an array, or the shape of one
+Parts = dict[str, jax.Array]  # the arrays of one weight, by name
+Adapter = dict[str, Parts]  # what trains, by path: the first half of `lora_jax.split`
+Batch = Mapping[str, jax.Array]  # the arrays that a step or a loss sees, by name
+Forward = Callable[..., Any]  # a function of a tree, such as a Flax module's `apply`
+Fields = Mapping[str, Any]  # of a parsed JSON object: a config.json, a file's metadata
+
+
+class Model(Protocol):
+    """A Flax module of a family, as `lora_jax.models.from_pretrained` returns it."""
+
+    config: Any
+    dtype: Any
+
+    def apply(self, variables: Tree, /, *args: Any, **kwargs: Any) -> Any: ...
+
+    def clone(self, **changes: Any) -> Any: ...
