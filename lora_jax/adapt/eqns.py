@@ -152,7 +152,7 @@ def shard_map_of(eqn: JaxprEqn) -> ShardMap:
     return ShardMap(*_params(eqn, *names))
 
 
-class Part(NamedTuple):
+class SolverFunction(NamedTuple):
     """A function in a `custom_linear_solve`, and its operands that come before the vector."""
 
     jaxpr: AnyJaxpr
@@ -162,9 +162,9 @@ class Part(NamedTuple):
 class LinearSolve(NamedTuple):
     """A `custom_linear_solve` equation; its last operands are the right-hand side."""
 
-    matvec: Part
-    solve: Part
-    transpose_solve: Part | None
+    matvec: SolverFunction
+    solve: SolverFunction
+    transpose_solve: SolverFunction | None
     right: slice
     is_symmetric: bool
 
@@ -175,8 +175,8 @@ def linear_solve_of(eqn: JaxprEqn) -> LinearSolve:
     ends = list(itertools.accumulate(lengths, initial=0))
     consts = {name: slice(*ends[n : n + 2]) for n, name in enumerate(lengths._fields)}
 
-    def part(name: str) -> Part:
-        return Part(getattr(jaxprs, name), consts[name])
+    def part(name: str) -> SolverFunction:
+        return SolverFunction(getattr(jaxprs, name), consts[name])
 
     back = None if jaxprs.transpose_solve is None else part("transpose_solve")
     right, is_symmetric = slice(ends[-1], None), jaxprs.vecmat is jaxprs.matvec

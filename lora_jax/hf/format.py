@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, check_known
-from lora_jax.hf.keys import Part, Row
+from lora_jax.hf.keys import Row, SubTensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -64,7 +64,7 @@ class Format:
 
     read: Callable[..., Any]
     table: Callable[[Any], list[Row]]
-    parts: Callable[[Any, Shapes], dict[str, Part]] = lambda *_: {}
+    parts: Callable[[Any, Shapes], dict[str, SubTensor]] = lambda *_: {}
     options: frozenset[str] = frozenset()
     name: Callable[[str, Any], str] = lambda name, config: name
     ignored: re.Pattern[str] | None = None

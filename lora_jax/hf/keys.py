@@ -95,7 +95,7 @@ class Row:
         return index[::-1] if self.transpose else index
 
 
-class Part(NamedTuple):
+class SubTensor(NamedTuple):
     """A tensor that a file holds within another one."""
 
     name: str  # in the file

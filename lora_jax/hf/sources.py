@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.format import Format, Formats
-from lora_jax.hf.keys import Part, WeightsError, convert
+from lora_jax.hf.keys import SubTensor, WeightsError, convert
 from lora_jax.quantized import Coded
 
 # The dtypes of weights, by safetensors' names.
@@ -144,7 +144,7 @@ class SafetensorsFolder:
         return str(self._paths[name])
 
     def _slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        path, part = self._paths[name], self._parts.get(name, Part(name, ()))
+        path, part = self._paths[name], self._parts.get(name, SubTensor(name, ()))
         try:
             part_of_file: np.ndarray = self._files[path].get_slice(part.name)[part.inside(index)]
             return part_of_file

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lora_jax.models.layers.attention import dot_wide, soft_cap
-from lora_jax.models.layers.blocks import Part, dense
+from lora_jax.models.layers.blocks import ModelPart, dense
 from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.noise import EmbeddingNoise
 
 
-class CausalLM(Part):
+class CausalLM(ModelPart):
     """Predicts each next token. A family's module makes the trunk in its ``setup``."""
 
     @property

@@ -14,7 +14,7 @@ from lora_jax.quantized.trees import error_of, is_coded
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class LeafReport:
     """One leaf.
 
     Attributes:
@@ -36,7 +36,7 @@ class Row:
 class Report:
     """A row for each leaf; printed, a table."""
 
-    rows: Sequence[Row]
+    rows: Sequence[LeafReport]
 
     @property
     def before(self) -> int:
@@ -53,11 +53,11 @@ class Report:
         lines = [_line(row, width) for row in (*self.rows, self._total())]
         return "\n".join(line.rstrip() for line in lines)
 
-    def _total(self) -> Row:
-        return Row("total", "", self.before, self.after)
+    def _total(self) -> LeafReport:
+        return LeafReport("total", "", self.before, self.after)
 
 
-def _line(row: Row, width: int) -> str:
+def _line(row: LeafReport, width: int) -> str:
     error = "" if row.error is None else f"  error {row.error:.4f}"
     sizes = f"{row.before:>15,d} -> {row.after:>14,d} bytes"
     return f"{row.path:{width}}  {row.format or '-':10}  {sizes}{error}"
@@ -79,13 +79,13 @@ def report(params: Tree, of: Any = None) -> Report:
     """
     exact = {} if of is None else dict(leaves_of(of)[0])
 
-    def row(path: str, leaf: Leaf) -> Row:
+    def row(path: str, leaf: Leaf) -> LeafReport:
         if not is_coded(leaf):
             size = bytes_of(leaf)
-            return Row(path, "", size, size)
+            return LeafReport(path, "", size, size)
         before = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
         error = error_of(leaf, exact[path]) if path in exact else None
-        return Row(path, leaf.format.name, before, leaf.nbytes, error)
+        return LeafReport(path, leaf.format.name, before, leaf.nbytes, error)
 
     bases = [(p, leaf.base if is_node(leaf) else leaf) for p, leaf in leaves_of(params)[0]]
     return Report([row(path, leaf) for path, leaf in bases if hasattr(leaf, "shape")])

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.layers.activations import activated
 from lora_jax.models.layers.attention import wide
-from lora_jax.models.layers.blocks import Part, dense
+from lora_jax.models.layers.blocks import ModelPart, dense
 
 
 class RMSNorm(nn.Module):
@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
         return y.astype(self.dtype) * scale.astype(self.dtype)
 
 
-class MLP(Part):
+class MLP(ModelPart):
     """down(act(gate(x)) * up(x)) (Shazeer 2020)."""
 
     config: DecoderConfig

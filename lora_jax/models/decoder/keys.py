@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from jax.sharding import PartitionSpec
 
-from lora_jax.hf.keys import Part, Row
+from lora_jax.hf.keys import Row, SubTensor
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.rows import Rows
 from lora_jax.models.specs import COLUMNS, ROUTER, ROWS
@@ -69,7 +69,9 @@ _FUSED = re.compile(
 )
 
 
-def decoder_parts(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Part]:
+def decoder_parts(
+    config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, SubTensor]:
     """Finds the table's tensors in a file that holds a layer's experts in two.
 
     transformers 5 runs experts as gate_up_proj, [experts, 2 * inner, d_model], and down_proj,
@@ -83,7 +85,7 @@ def decoder_parts(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) 
     Returns:
       The table's name of each tensor -> its place in the file; {} for a file of another layout.
     """
-    parts: dict[str, Part] = {}
+    parts: dict[str, SubTensor] = {}
     if not any(name.endswith(".mlp.experts.gate_up_proj") for name in shapes):
         return parts
     gate, up, down = config.family.expert_names
@@ -94,13 +96,13 @@ def decoder_parts(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) 
             continue
         mlp = f"{match[1]}.{config.family.mlp_name}"
         if match[2] == "gate.weight":
-            parts[f"{mlp}.gate.weight"] = Part(name, ())
+            parts[f"{mlp}.gate.weight"] = SubTensor(name, ())
             continue
         for expert in range(shape[0]):
             hf = f"{mlp}.experts.{expert}"
             if match[2] == "experts.down_proj":
-                parts[f"{hf}.{down}.weight"] = Part(name, (expert,))
+                parts[f"{hf}.{down}.weight"] = SubTensor(name, (expert,))
             else:
                 for kernel, half in halves.items():
-                    parts[f"{hf}.{kernel}.weight"] = Part(name, (expert, half))
+                    parts[f"{hf}.{kernel}.weight"] = SubTensor(name, (expert, half))
     return parts

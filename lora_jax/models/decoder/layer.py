@@ -14,7 +14,7 @@ from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.decoder.moe import SparseMLP
 from lora_jax.models.decoder.rope import Rotation, rotate
 from lora_jax.models.layers.attend import attend
-from lora_jax.models.layers.blocks import Part, dense
+from lora_jax.models.layers.blocks import ModelPart, dense
 from lora_jax.models.layers.cache import LayerCache, with_slots
 from lora_jax.models.layers.masks import Mask
 
@@ -47,7 +47,7 @@ class PerLayer(NamedTuple):
     cache: LayerCache | None
 
 
-class Attention(Part):
+class Attention(ModelPart):
     """Causal self-attention with grouped key/value heads (Ainslie et al. 2023) and RoPE."""
 
     config: DecoderConfig
@@ -114,7 +114,7 @@ class Attention(Part):
         ]
 
 
-class DecoderLayer(Part):
+class DecoderLayer(ModelPart):
     """Attention and MLP, each after a norm (and before one, in Gemma), added to the stream."""
 
     config: DecoderConfig

@@ -13,7 +13,7 @@ from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts, check_experts
 from lora_jax.models.decoder.layer import DecoderLayer, PerLayer, Step
 from lora_jax.models.decoder.rope import rotations
-from lora_jax.models.layers.blocks import Part, embed
+from lora_jax.models.layers.blocks import ModelPart, embed
 from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.noise import EmbeddingNoise, with_noise
 from lora_jax.models.layers.trunk import causal_mask, extend, place, scan
@@ -54,7 +54,7 @@ class Decoder(CausalLM):
         return self.model
 
 
-class _Trunk(Part):
+class _Trunk(ModelPart):
     """Embedding, scanned layers and the final norm: everything but the head."""
 
     config: DecoderConfig

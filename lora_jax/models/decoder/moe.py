@@ -23,10 +23,10 @@ from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts, implementation
 from lora_jax.models.layers.activations import ACTIVATION
 from lora_jax.models.layers.attention import dot_wide
-from lora_jax.models.layers.blocks import Part, dense
+from lora_jax.models.layers.blocks import ModelPart, dense
 
 
-class SparseMLP(Part):
+class SparseMLP(ModelPart):
     """The weighted sum of each token's k most likely experts (Jiang et al. 2024, Mixtral).
 
     The router's logits and probabilities, and the sum over experts, are in fp32.
@@ -86,7 +86,7 @@ def _mixed(
     return out.sum(axis=0).reshape(x.shape).astype(x.dtype)
 
 
-class _Experts(Part):
+class _Experts(ModelPart):
     """The kernels of all experts: [experts, d_model, d_ff] twice, and [experts, d_ff, d_model]."""
 
     config: DecoderConfig
@@ -105,7 +105,7 @@ class _Experts(Part):
         ]
 
 
-class _Kernel(Part):
+class _Kernel(ModelPart):
     """The parameter ``kernel``."""
 
     config: DecoderConfig

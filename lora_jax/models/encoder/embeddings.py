@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 from lora_jax.models.encoder.config import EncoderConfig
 from lora_jax.models.layers.attention import wide
-from lora_jax.models.layers.blocks import Part, embed, layer_norm
+from lora_jax.models.layers.blocks import ModelPart, embed, layer_norm
 from lora_jax.models.layers.noise import EmbeddingNoise, with_noise
 
 
-class Embeddings(Part):
+class Embeddings(ModelPart):
     """LayerNorm(word + token type + position)."""
 
     config: EncoderConfig

@@ -13,7 +13,7 @@ from lora_jax.models.encoder.embeddings import Embeddings, default_positions, po
 from lora_jax.models.layers.activations import ACTIVATION, activated
 from lora_jax.models.layers.attend import attend
 from lora_jax.models.layers.attention import dot_wide, wide
-from lora_jax.models.layers.blocks import Part, dense, layer_norm
+from lora_jax.models.layers.blocks import ModelPart, dense, layer_norm
 from lora_jax.models.layers.masks import Mask, bidirectional
 from lora_jax.models.layers.noise import EmbeddingNoise
 from lora_jax.models.layers.trunk import scan
@@ -31,7 +31,7 @@ class EncoderOutput(NamedTuple):
     pooled: jax.Array
 
 
-class Encoder(Part):
+class Encoder(ModelPart):
     """A bidirectional encoder with its head. Layers are scanned.
 
     Parameters are a plain nested dict under Hugging Face's module names, less the layer number:
@@ -132,7 +132,7 @@ class Encoder(Part):
         return trunk
 
 
-class _Part(Part):
+class _Part(ModelPart):
     config: EncoderConfig
 
 

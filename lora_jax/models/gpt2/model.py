@@ -12,7 +12,7 @@ from lora_jax.models.causal import CausalLM, output_head
 from lora_jax.models.gpt2.config import GPT2Config
 from lora_jax.models.layers.activations import activated
 from lora_jax.models.layers.attend import attend
-from lora_jax.models.layers.blocks import Part, dense, embed, layer_norm
+from lora_jax.models.layers.blocks import ModelPart, dense, embed, layer_norm
 from lora_jax.models.layers.cache import Cache, LayerCache, with_slots
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.noise import EmbeddingNoise, with_noise
@@ -57,7 +57,7 @@ class _PerLayer(NamedTuple):
     cache: LayerCache | None
 
 
-class _Attention(Part):
+class _Attention(ModelPart):
     config: GPT2Config
 
     @nn.compact
@@ -83,7 +83,7 @@ class _Attention(Part):
         return dense(self, cfg.hidden_size, name="c_proj")(out), (k, v)
 
 
-class _MLP(Part):
+class _MLP(ModelPart):
     config: GPT2Config
 
     @nn.compact
@@ -93,7 +93,7 @@ class _MLP(Part):
         return dense(self, self.config.hidden_size, name="c_proj")(hidden)
 
 
-class _Block(Part):
+class _Block(ModelPart):
     """Attention and MLP, each after a norm and added to the residual stream: a scan's body."""
 
     config: GPT2Config
@@ -113,7 +113,7 @@ class _Block(Part):
         return x, None if layer.cache is None else cached
 
 
-class _Trunk(Part):
+class _Trunk(ModelPart):
     """Embeddings, scanned layers and the final norm: everything but the head."""
 
     config: GPT2Config

@@ -27,7 +27,7 @@ def dot_wide(x: jax.Array, y: jax.Array, contract: Any, precision: Any = None) -
     )
 
 
-class Part(NamedTuple):
+class KeysAndValues(NamedTuple):
     """Some of the keys and values, and the names of their axes: with a batch ("b") or without."""
 
     axes: str
@@ -54,13 +54,16 @@ def dense(
     batch, seq, _, head_dim = q.shape
     dtype = wide(q.dtype)
     grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim).transpose(0, 2, 3, 1, 4)
-    own = Part("bntd", k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+    own = KeysAndValues("bntd", k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
     parts = [own]
     if shared is not None:
-        parts = [Part("ntd", shared.key.astype(k.dtype), shared.value.astype(v.dtype)), own]
+        parts = [
+            KeysAndValues("ntd", shared.key.astype(k.dtype), shared.value.astype(v.dtype)),
+            own,
+        ]
     factor, lowest = score_scale(q, scale), jnp.finfo(dtype).min
 
-    def scores_of(part: Part, seen: jax.Array) -> jax.Array:
+    def scores_of(part: KeysAndValues, seen: jax.Array) -> jax.Array:
         scores = jnp.einsum(
             f"bngsd,{part.axes}->bngst", grouped, part.keys, preferred_element_type=dtype
         )
@@ -74,7 +77,7 @@ def dense(
     weights = [jnp.exp(s - lax.stop_gradient(largest)) for s in scores]
     total = functools.reduce(jnp.add, (jnp.sum(w, axis=-1, keepdims=True) for w in weights))
 
-    def sum_of(part: Part, weights: jax.Array) -> jax.Array:
+    def sum_of(part: KeysAndValues, weights: jax.Array) -> jax.Array:
         weights = weights.astype(v.dtype)
         return jnp.einsum(
             f"bngst,{part.axes}->bngsd", weights, part.values, preferred_element_type=dtype

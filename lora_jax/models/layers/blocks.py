@@ -18,7 +18,7 @@ from lora_jax.models.layers.attention import wide
 from lora_jax.models.layers.placement import UNPLACED, Placement
 
 
-class Part(nn.Module):
+class ModelPart(nn.Module):
     """A model or a part of one.
 
     Attributes: see ``Decoder``.

@@ -25,7 +25,7 @@ from lora_jax.training.errors import TrainingError
 TrainOn = Literal["all", "assistant", "last"]
 
 
-class Part(NamedTuple):
+class CountedText(NamedTuple):
     """A text to be tokenised; tokens that begin within one of `spans` count."""
 
     text: str
@@ -37,7 +37,7 @@ class Draft(NamedTuple):
     """A sequence before its texts are tokenised, or already tokenised by the template's marks."""
 
     row: int
-    parts: Sequence[Part]
+    parts: Sequence[CountedText]
     end: bool = False  # whether the token of a text's end follows
     marked: Tokens | None = None
 
@@ -58,7 +58,7 @@ def drafts_of(row: Row, number: int, tokenizer: Tokenizer, name: str, train_on: 
     chat = conversation(row, name)
     check_text(json.dumps(chat, ensure_ascii=False, default=repr), name)
     if chat.text is not None:
-        part = Part(chat.text, [(0, len(chat.text))], special=True)
+        part = CountedText(chat.text, [(0, len(chat.text))], special=True)
         return Drafts([Draft(number, [part], end=True)])
     if tokenizer.chat_template is None:
         return Drafts([Draft(number, _plain(chat, name, train_on), end=True)])
@@ -74,7 +74,7 @@ def drafts_of(row: Row, number: int, tokenizer: Tokenizer, name: str, train_on: 
         raise TrainingError(f"{name}: the model's chat template refuses it: {error}") from error
 
 
-def _plain(chat: Conversation, name: str, train_on: TrainOn) -> list[Part]:
+def _plain(chat: Conversation, name: str, train_on: TrainOn) -> list[CountedText]:
     """Returns a prompt and its completion in a row, for a model without a chat template."""
     turns = chat.messages
     if [turn["role"] for turn in turns] != ["user", "assistant"] or "tool_calls" in turns[1]:
@@ -85,7 +85,7 @@ def _plain(chat: Conversation, name: str, train_on: TrainOn) -> list[Part]:
     check_without_template(chat, name)
     prompt, completion = (turn["content"] for turn in turns)
     asked = [(0, len(prompt))] if train_on == "all" else []
-    return [Part(prompt, asked, special=True), Part(completion, [(0, len(completion))])]
+    return [CountedText(prompt, asked, special=True), CountedText(completion, [(0, len(completion))])]
 
 
 class _Answer(NamedTuple):
@@ -107,15 +107,15 @@ def _found_by_text(chat: Conversation, tokenizer: Tokenizer, row: int, train_on:
     rendered.check(end)
     left_out = rendered.left_out(end, {answer.turn: answer.text for answer in answers})
     if train_on == "all":
-        return Drafts([Draft(row, [Part(whole, _all_but(answers, chat))])], _lost(left_out))
+        return Drafts([Draft(row, [CountedText(whole, _all_but(answers, chat))])], _lost(left_out))
     if train_on == "last":
-        return Drafts([Draft(row, [Part(whole, [learned[-1].span])])], _lost(left_out))
+        return Drafts([Draft(row, [CountedText(whole, [learned[-1].span])])], _lost(left_out))
     if all(whole.startswith(answer.text) for answer in learned):
         spans = [answer.span for answer in learned]
-        return Drafts([Draft(row, [Part(whole, spans)])], _lost(left_out))
+        return Drafts([Draft(row, [CountedText(whole, spans)])], _lost(left_out))
     # Some templates drop parts of a turn once others follow (a model's thoughts). Each turn is then
     # learned as it was said, after what the model saw at that point.
-    drafts = [Draft(row, [Part(answer.text, [answer.span])]) for answer in learned]
+    drafts = [Draft(row, [CountedText(answer.text, [answer.span])]) for answer in learned]
     return Drafts(drafts, left_out)
 
 
