@@ -31,14 +31,14 @@ def _linear_solve(interpreter: Interpreter, use: Use) -> Outcome:
             return value
         return interpreter.merged(value, use.eqn.primitive.name, use.eqn)
 
-    def called(part: eqns.Part) -> Callable[[Sequence[Value]], list[Value]]:
+    def called(part: eqns.SolverFunction) -> Callable[[Sequence[Value]], list[Value]]:
         body, consts = interpreter.function(part.jaxpr), use.values[part.consts]
         return lambda vector: list(map(plain, body(*consts, *vector)))
 
     right = list(map(plain, use.values[solve.right]))
     n, has_aux = len(right), len(use.eqn.outvars) > len(right)
 
-    def solver(part: eqns.Part) -> Forward:
+    def solver(part: eqns.SolverFunction) -> Forward:
         run = called(part)
 
         def solved(_: Any, vector: Sequence[Value]) -> Any:

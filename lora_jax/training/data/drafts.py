@@ -85,7 +85,10 @@ def _plain(chat: Conversation, name: str, train_on: TrainOn) -> list[CountedText
     check_without_template(chat, name)
     prompt, completion = (turn["content"] for turn in turns)
     asked = [(0, len(prompt))] if train_on == "all" else []
-    return [CountedText(prompt, asked, special=True), CountedText(completion, [(0, len(completion))])]
+    return [
+        CountedText(prompt, asked, special=True),
+        CountedText(completion, [(0, len(completion))]),
+    ]
 
 
 class _Answer(NamedTuple):
