@@ -25,10 +25,10 @@ def print_plans(
 
     Args:
       console: the console to print to.
-      facts: the facts that all plans share; see `train.plan.described`.
+      facts: the facts that all plans share; see `train.plan.__main__.described`.
       plans: one per variant, the requested one first.
       estimates: for each plan, the seconds of a step, the chip-hours and the cost; see
-        `train.plan.estimate`.
+        `train.plan.__main__.estimate`.
     """
     mesh = ", ".join(f"{axis} {size}" for axis, size in facts["mesh"].items())
     codes = "" if facts["quantize"] == "none" else f" with {facts['quantize']} kernels"
