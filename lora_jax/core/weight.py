@@ -169,9 +169,8 @@ class LoraWeight(_Node):
     def replace(self, **changes: Any) -> Self:
         """Returns a copy with other attributes or arrays; None takes an array away."""
         fields = {one.name for one in dataclasses.fields(self)} & changes.keys()
-        arrays = changes.get("arrays", self.arrays) | {
-            n: changes[n] for n in changes.keys() - fields
-        }
+        others = {name: value for name, value in changes.items() if name not in fields}
+        arrays = changes.get("arrays", self.arrays) | others
         own: dict[str, Any] = {name: changes[name] for name in fields}
         own["arrays"] = {name: array for name, array in arrays.items() if array is not None}
         return dataclasses.replace(self, **own)
@@ -246,8 +245,9 @@ class LoraWeight(_Node):
 
     def factored(self, path: str = "", key: jax.Array | None = None) -> Factored:
         """Returns the weight as what the products work on; see `lora_jax.core.product`."""
-        used = AXES.keys() - _NOT_IN_PRODUCTS
-        parts = {name: array for name, array in self.arrays.items() if name in used}
+        # In one order, so that the same weight makes the same program in every process.
+        used = [name for name in AXES if name in self.arrays and name not in _NOT_IN_PRODUCTS]
+        parts = {name: self.arrays[name] for name in used}
         if self.start is not None:
             (a0, b0), n = self.start, self.n_batch
             parts["a"] = jnp.concatenate([self.a, a0], axis=n)

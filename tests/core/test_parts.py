@@ -174,3 +174,12 @@ def test_names_that_are_taken_are_refused(name):
         lj.LoraRule(targets=["up"], extras=[part])
     with pytest.raises(ValueError, match="'core', which is taken"):
         lj.LoraRule(targets=["up"], extras=[CORE, CORE])
+
+
+def test_arrays_reach_products_in_one_order():
+    """Programs, and so their names in a cache, do not depend on the order of a dictionary."""
+    params = {"up": {"kernel": jnp.ones((3, 5))}}
+    node = lj.lorafy(params, [lj.LoraRule(targets=["up"], rank=2, alpha=3)])["up"]["kernel"]
+    arrays = dict(reversed(node.arrays.items()))
+    assert list(arrays) != list(node.arrays)
+    assert [*node.replace(arrays=arrays).factored().parts] == [*node.factored().parts]

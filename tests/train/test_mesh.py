@@ -309,7 +309,8 @@ def test_where_one_of_two_processes_is_killed_both_end_and_go_on_bitwise(tmp_pat
     whole, folder = (tmp_path / name for name in ("whole", "killed"))
     processes = start(shared, [["--output", folder]], devices=1, processes=2)
     while max([line["step"] for line in read_metrics(folder)], default=0) < 5:
-        assert all(process.poll() is None for process in processes)
+        ended = [process for process in processes if process.poll() is not None]
+        assert not ended, ended[0].communicate()
         time.sleep(0.05)
     processes[0].kill()
     said = [process.communicate(timeout=60) for process in processes]
