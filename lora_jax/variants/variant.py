@@ -95,8 +95,8 @@ class Variant:
       start: (the kernels of a tree that have the variant, a PRNG key) -> a function of W and its
         kernel that returns the arrays in the place of a drawn A and B. None: A and B are drawn.
       derived: the arrays that follow from W or a seed.
-      alone: for a variant that freezes both A and B, and goes with no other: where it takes them
-        from, as a part of a sentence.
+      alone: source of A and B, as a part of a sentence, in a variant that freezes both and goes
+        with no other; "" in others.
       alone_in_scripts: the same, for the scripts' options.
       not_with: other variants that it does not go with, by option, and why.
       in_peft: the form in a LoraConfig. None: PEFT has a configuration of its own for it

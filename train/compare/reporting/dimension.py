@@ -25,7 +25,7 @@ class Dimension(NamedTuple):
       whole: the mean score of full fine-tuning at its best.
       target: the score to reach.
       smallest: the smallest dimension tried whose mean score reaches it; None if none does.
-      of_seeds: for each seed, the dimension at which its score crosses the target, between two
+      of_seeds: dimension of each seed at which its score crosses the target, between two
         dimensions by a straight line over log d; infinite for a seed that never does. A seed that
         reaches it at the smallest dimension tried may need fewer.
     """
