@@ -13,7 +13,8 @@ from lora_jax.core.types import Adapter, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained, is_leaf, is_node, leaves_of
 from lora_jax.rules import Rule
 from lora_jax.select.build import node_of, starts_of
-from lora_jax.select.resolve import Known, beside, resolve
+from lora_jax.select.matching import Known
+from lora_jax.select.resolve import beside, resolve
 
 
 def lorafy(

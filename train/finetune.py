@@ -160,9 +160,11 @@ def finetune(
             compiling = time.perf_counter()
             step = compile_step(ready, forward, loss)
             compile_seconds = time.perf_counter() - compiling
-        taken = measures(run, inputs, evaluation, model, tree_of_state, measured, held_out, log)
+        to_measure = measures(
+            run, inputs, evaluation, model, tree_of_state, measured, held_out, log
+        )
         run.stop.remedy = run.hint
-        hooks = hooks_of(ready, loss, [*taken], run.hint)
+        hooks = hooks_of(ready, loss, [*to_measure], run.hint)
         with opened(log, ready):
             state, step_seconds = train(
                 step, ready.state, ready.base, run.last, config.run, hooks, log, run.stop
@@ -188,7 +190,7 @@ def finetune(
     if evaluation:
         # Codes stay codes: merged, they would be the float model.
         tree = trained if is_quantized else merged(space, trained)
-        del trained, ready, state, hooks, held_out, taken, tree_of_state
+        del trained, ready, state, hooks, held_out, to_measure, tree_of_state
         scores = evaluation.after(model, tree, evaluated)
     print_costs(console, report)
     console.print(report["summary"], highlight=False, soft_wrap=True)

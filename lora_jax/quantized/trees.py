@@ -21,7 +21,8 @@ from lora_jax.quantized.coded import Coded
 from lora_jax.quantized.encode import Coding, QuantizeWarning, coding_of, encode
 from lora_jax.quantized.formats import Format, format_of
 from lora_jax.rules import ALL_LINEAR, LoraRule, Targets
-from lora_jax.select.resolve import Adapted, Known, matches, resolve
+from lora_jax.select.matching import Known, matches
+from lora_jax.select.resolve import Adapted, resolve
 
 ROUTERS = ("router", "gate")  # modules that choose experts
 

@@ -235,8 +235,10 @@ def _train(
         )
         held_out = functools.partial(held_out_loss, ready, forward, loss, evaluation=evaluation)
         with open_run_log(run, ready, int(now().step)) as own:
-            taken = measures(run, one.inputs, one.evaluation, model, tree, answering, held_out, own)
-            hooks = hooks_of(ready, loss, [*taken], run.hint)
+            to_measure = measures(
+                run, one.inputs, one.evaluation, model, tree, answering, held_out, own
+            )
+            hooks = hooks_of(ready, loss, [*to_measure], run.hint)
             log = TeeLog(own, board, name)
             with opened(log, ready):
                 step_seconds = yield from training_steps(
