@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
 from lora_jax.core.parts import STATIC, Axes
@@ -159,6 +160,24 @@ def along(base: BaseLike, move: Move, touched: Sequence[int] = ()) -> BaseLike:
             return moved
         base = as_array(base)
     return move(base, tuple(range(len(base.shape))))
+
+
+def member(base: BaseLike, axis: int, index: jax.Array | int) -> BaseLike:
+    """Returns one member of a stack, without the stack's axis.
+
+    Args:
+      base: base of a weight.
+      axis: the axis of the stack.
+      index: index of the member; it may be traced.
+    """
+
+    def picked(array: jax.Array, axes: Axes) -> jax.Array:
+        if axis not in axes:
+            return array
+        one: jax.Array = lax.dynamic_index_in_dim(array, index, axes.index(axis), keepdims=False)
+        return one
+
+    return along(base, picked, [axis])
 
 
 def splittable(base: BaseLike, parts: Sequence[int]) -> BaseLike:

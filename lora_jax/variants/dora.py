@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.base import along, as_array, is_base
+from lora_jax.core.base import as_array, is_base, member
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import column_norms
-from lora_jax.core.parts import Axes
 from lora_jax.core.weight import LoraWeight, Part
 from lora_jax.variants.variant import InPeft, Variant
 
@@ -29,16 +28,7 @@ def _norms(node: LoraWeight, a: jax.Array, b: jax.Array) -> jax.Array:
 
     def of_layer(layer: tuple[jax.Array, ...]) -> jax.Array:
         index, a, b, scale = layer
-
-        def picked(array: jax.Array, axes: Axes) -> jax.Array:
-            if axis not in axes:
-                return array
-            one: jax.Array = lax.dynamic_index_in_dim(
-                array, index, axes.index(axis), keepdims=False
-            )
-            return one
-
-        w = as_array(along(node.base, picked, [axis]))
+        w = as_array(member(node.base, axis, index))
         return column_norms(w, a, b, scale, labels)
 
     norms: jax.Array = lax.map(of_layer, (jnp.arange(node.shape[axis]), a, b, node.scale))

@@ -10,13 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from lora_jax.bank.sums.lowrank import Factors, stacked, with_roots
 from lora_jax.core.axes import Label
-from lora_jax.core.base import along, as_array
+from lora_jax.core.base import as_array, member
 from lora_jax.core.magnitude import wide
-from lora_jax.core.parts import Axes, layout
+from lora_jax.core.parts import layout
 from lora_jax.core.types import BaseLike, Leaf, Tree
 from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows, leaves_of
 from lora_jax.lorafy import lorafy, nodes_of
@@ -249,16 +248,7 @@ def _decomposed(
         if "batch" in labels:
             axis = labels.index("batch")
             own = (*labels[:axis], *labels[axis + 1 :])
-
-            def picked(array: jax.Array, axes: Axes) -> jax.Array:
-                if axis not in axes:
-                    return array
-                one: jax.Array = lax.dynamic_index_in_dim(
-                    array, layer, axes.index(axis), keepdims=False
-                )
-                return one
-
-            leaf = along(leaf, picked, [axis])
+            leaf = member(leaf, axis, layer)
         array = as_array(leaf)
         batch, rows, columns = (
             [array.shape[axis] for axis in layout((label,), own)] for label in order
