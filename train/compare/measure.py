@@ -181,10 +181,11 @@ def _of_run(trial: Trial, sweep: Sweep, before: float | None) -> Measured:
 def _best(found: Comparison, trials: Sequence[Trial]) -> list[Trial]:
     """Returns the best run of the best arm of each method."""
     by_name = {trial.name: trial for trial in trials}
-    measure, chosen = tables.measure_of(found), []
-    for row in tables.best_of_each(tables.rows(found), lambda arm: arm.method, measure):
-        values = {run.name: value for run in row.runs if (value := measure.of(run)) is not None}
-        best = (max if measure.larger else min)(values, key=values.__getitem__)
+    chosen = []
+    for row in tables.best_of_each(tables.rows(found), lambda arm: arm.method):
+        of = row.measure.of
+        values = {run.name: value for run in row.runs if (value := of(run)) is not None}
+        best = (max if row.measure.larger else min)(values, key=values.__getitem__)
         chosen.append(by_name[best])
     return chosen
 

@@ -104,6 +104,16 @@ class Measured:
     forgetting: Forgetting | None = None
     intruders: float | None = None
 
+    @property
+    def training_loss(self) -> float | None:
+        """The last loss in training; None where none was recorded."""
+        return self.losses[-1].value if self.losses else None
+
+    @property
+    def forgotten(self) -> float | None:
+        """How much the loss on text outside the task rose; None where it was not measured."""
+        return self.forgetting and self.forgetting.after - self.forgetting.before
+
 
 class Latency(NamedTuple):
     """The time of one answer: a decoding step, or the forward pass of a batch of an encoder.

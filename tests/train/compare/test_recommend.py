@@ -147,15 +147,12 @@ def test_storage_counts_one_base_for_all_adapters():
     adapter, model, base = every[0].saved_bytes, every[1].saved_bytes, FACTS.base_bytes
     assert [one.tasks for one in stored] == [1, 10, 100, 1000]
     assert (stored[2].full, stored[2].adapters) == (100 * model, base + 100 * adapter)
-    assert tables.rate_ratio(tables.rows(Comparison(facts=FACTS, runs=every)), tables.measure_of(
-        Comparison(facts=FACTS, runs=every))) == pytest.approx(10)  # fmt: skip
+    assert tables.rate_ratio(tables.rows(Comparison(facts=FACTS, runs=every))) == pytest.approx(10)
 
 
 def test_a_seed_that_diverged_keeps_an_arm_from_being_the_best():
     every = (*runs(lora(), 0.5, float("nan")), *runs(lora(32), 1.0, 1.1), *runs(full(), 1.2, 1.3))
-    comparison = Comparison(facts=FACTS, runs=every)
-    measure, rows = tables.measure_of(comparison), tables.rows(comparison)
-    top = tables.best(rows, measure)
+    top = tables.best(tables.rows(Comparison(facts=FACTS, runs=every)))
     assert top.arm == lora(32)
     assert (top.quality.mean, top.quality.low, top.quality.high) == pytest.approx((1.05, 1.0, 1.1))
     assert top.quality.deviation == pytest.approx(0.005**0.5)

@@ -43,30 +43,24 @@ def dimensions(comparison: Comparison) -> tuple[Dimension, ...]:
 
     Empty where there is no score, or full fine-tuning was not run to compare with.
     """
-    measure, rows = tables.measure_of(comparison), tables.rows(comparison)
-    whole = tables.best((row for row in rows if row.is_full), measure)
-    if measure.kind != "score" or whole is None or whole.quality is None:
+    rows = tables.rows(comparison)
+    _, whole = tables.best_sides(rows)
+    if whole is None or whole.quality is None or whole.measure.kind != "score":
         return ()
+    target = SHARE * whole.quality.mean
     found = []
     for method in OF_SUBSPACE:
         own = [row for row in rows if row.arm.method == method and row.quality]
-        by_size = tables.best_of_each(own, lambda arm: arm.dimension, measure)
+        by_size = tables.best_of_each(own, lambda arm: arm.dimension)
         curve = tuple(sorted(by_size, key=_size))
         if not curve:
             continue
-        target = SHARE * whole.quality.mean
         reach = (_size(row) for row in curve if row.quality and row.quality.mean >= target)
         seeds = sorted({run.seed for row in curve for run in row.runs})
         crossings = (_crossing(_points(curve, seed), target) for seed in seeds)
+        of_seeds = tuple(one for one in crossings if one is not None)
         found.append(
-            Dimension(
-                method,
-                curve,
-                whole.quality.mean,
-                target,
-                next(reach, None),
-                tuple(one for one in crossings if one is not None),
-            )
+            Dimension(method, curve, whole.quality.mean, target, next(reach, None), of_seeds)
         )
     return tuple(found)
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from train.compare.reporting import dimension, tables, words
-from train.compare.reporting.tables import ArmRow
+from train.compare.reporting.tables import ArmRow, Figures, Spread
 from train.compare.result import Arm, Comparison, Point
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart.
@@ -47,16 +47,12 @@ class Picture(NamedTuple):
     said: str
 
 
-class _Drawing:
+class _Drawing(Figures):
     """Shares, among all pictures of one comparison, its rows, and a style for each of them."""
 
     def __init__(self, comparison: Comparison) -> None:
-        self.comparison = comparison
-        self.measure = tables.measure_of(comparison)
-        self.rows = tables.rows(comparison)
-        self.series = tables.series(self.rows, self.measure)
-        self.arms = [row.arm for row in self.rows]
-        shown = tables.with_stopped(self.rows, self.measure)
+        super().__init__(comparison)
+        shown = tables.with_stopped(self.rows)
         # Other alphas and batch sizes stand in one picture alone: they come last.
         kinds = dict.fromkeys(row.arm.at_any_rate() for row in (*shown, *self.rows))
         methods = dict.fromkeys(kind.method for kind in kinds if kind.method != "full")
@@ -79,7 +75,7 @@ class _Drawing:
 
     def name(self, row: ArmRow) -> str:
         """Returns the name of a row's method, size and targets."""
-        return "\n".join(textwrap.wrap(_plain(words.adapter(row.arm, self.arms)), 26))
+        return "\n".join(textwrap.wrap(_plain(self.adapter(row.arm)), 26))
 
 
 def draw(comparison: Comparison, folder: Path) -> tuple[Picture, ...]:
@@ -98,9 +94,8 @@ def draw(comparison: Comparison, folder: Path) -> tuple[Picture, ...]:
     found = []
     with rc_context(STYLE):
         for file, drawer in _PICTURES.items():
-            figure = Figure(
-                figsize=(WIDTH, 3.9), layout="constrained"
-            )  # no pyplot: no global state
+            # Without pyplot there is no global state.
+            figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
             if said := drawer(drawing, figure):
                 figure.savefig(folder / file)
                 found.append(Picture(file, *said))
@@ -112,7 +107,7 @@ Drawer = Callable[[_Drawing, Figure], tuple[str, str] | None]
 
 def _curves(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     """Draws the held-out loss, else that in training, against the step; a band over seeds."""
-    chosen = _few(tables.with_stopped(drawing.rows, drawing.measure))
+    chosen = _few(tables.with_stopped(drawing.rows))
     held_out = any(len(run.held_out) > 1 for row in chosen for run in row.runs)
     axes, lines = figure.subplots(), 0
     for row in chosen:
@@ -129,8 +124,7 @@ def _curves(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     if not lines:
         return None
     where = "held-out" if held_out else "training"
-    axes.set(xlabel="step", ylabel=_plain(f"{where} {drawing.comparison.facts.loss}"))
-    _legend(figure, axes)
+    _label(figure, axes, "step", f"{where} {drawing.comparison.facts.loss}")
     return (
         f"{words.capital(where)} loss by step",
         "Each adapter and full fine-tuning at its best learning rate. Lines are means over seeds, "
@@ -146,16 +140,15 @@ def _rates(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     if drawing.comparison.rungs:
         return _first_rung(drawing, figure)
     axes, lines = figure.subplots(), 0
-    for rates in tables.rates(drawing.rows, drawing.measure):
+    for rates in tables.rates(drawing.rows):
         ended = [row for row in rates.tried if row.quality]
         if len(ended) > 1:
-            _points(axes, ended, [row.arm.learning_rate for row in ended], drawing, join=True)
+            _points(axes, ended, [row.arm.learning_rate for row in ended], drawing)
             lines += 1
     if not lines:
         return None
     axes.set_xscale("log")
-    axes.set(xlabel="peak learning rate", ylabel=_plain(drawing.measure.name))
-    _legend(figure, axes)
+    _label(figure, axes, "peak learning rate", drawing.measure.name)
     return (
         f"{words.capital(drawing.measure.name)} by learning rate",
         "Marks are means over seeds, bars run from the lowest to the highest seed. A line whose "
@@ -167,7 +160,7 @@ def _first_rung(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     rung = drawing.comparison.rungs[0]
     losses = {arm: loss for arm, loss in (*rung.kept, *rung.stopped) if math.isfinite(loss)}
     axes = figure.subplots()
-    for first in tables.with_stopped(drawing.rows, drawing.measure):
+    for first in tables.with_stopped(drawing.rows):
         alike = first.arm.at_any_rate()
         line = [arm for arm in losses if arm.at_any_rate() == alike]
         line.sort(key=lambda arm: arm.learning_rate)
@@ -178,8 +171,7 @@ def _first_rung(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
         return None
     axes.set_xscale("log")
     loss = drawing.comparison.facts.loss
-    axes.set(xlabel="peak learning rate", ylabel=_plain(f"held-out {loss}"))
-    _legend(figure, axes)
+    _label(figure, axes, "peak learning rate", f"held-out {loss}")
     return (
         "Held-out loss by learning rate, early",
         f"After {rung.share:.1%} of the steps, when all settings were compared and most of them "
@@ -199,10 +191,9 @@ def _sizes(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     for group in groups.values():
         at = [row.trained_parameters or 0 for row in group]
         name = words.family(group[0].arm, drawing.arms)
-        _points(axes, group, at, drawing, join=len(group) > 1, name=name)
+        _points(axes, group, at, drawing, name)
     _scale_of_counts(axes, [row.trained_parameters or 0 for row in ended])
-    axes.set(xlabel="trained parameters", ylabel=_plain(drawing.measure.name))
-    _legend(figure, axes)
+    _label(figure, axes, "trained parameters", drawing.measure.name)
     return (
         f"{words.capital(drawing.measure.name)} by trained parameters",
         "Each adapter and full fine-tuning at its best learning rate; bars run from the lowest to "
@@ -218,14 +209,12 @@ def _dimension(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     axes = figure.subplots()
     for one in found:
         sizes = [row.arm.dimension or 0 for row in one.rows]
-        name = words.method(one.method)
-        _points(axes, one.rows, sizes, drawing, join=True, name=name)
+        _points(axes, one.rows, sizes, drawing, words.method(one.method))
     _scale_of_counts(axes, [row.arm.dimension or 0 for one in found for row in one.rows])
     axes.axhline(found[0].whole, color=FULL, label=words.method("full"))
     share = f"{dimension.SHARE:.0%} of it"
     axes.axhline(found[0].target, color=FULL, linestyle="--", label=share)
-    axes.set(xlabel="trained numbers d", ylabel=_plain(drawing.measure.name))
-    _legend(figure, axes)
+    _label(figure, axes, "trained numbers d", drawing.measure.name)
     return (
         f"{words.capital(drawing.measure.name)} in random subspaces",
         "Each dimension at its best learning rate; marks are means over seeds, bars run from the "
@@ -235,20 +224,22 @@ def _dimension(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
 
 def _costs(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     """Draws bars of time, memory and files, a panel each."""
-    panels: list[tuple[str, Callable[[ArmRow], float | None], Callable[[float | None], str]]] = [
-        ("step time", lambda row: row.step_seconds, words.seconds),
-        ("step memory", lambda row: row.compiled_bytes, words.size),
-        ("files of a task", lambda row: row.saved_bytes, words.size),
-    ]
     chosen = _few(drawing.series)
-    panels = [panel for panel in panels if sum(bool(panel[1](row)) for row in chosen) > 1]
+    panels: list[tuple[str, list[float], Callable[[float | None], str]]] = []
+    for title, field, show in (
+        ("step time", "step_seconds", words.seconds),
+        ("step memory", "compiled_bytes", words.size),
+        ("files of a task", "saved_bytes", words.size),
+    ):
+        values = [row.mean(field) or 0.0 for row in chosen]
+        if sum(map(bool, values)) > 1:
+            panels.append((title, values, show))
     if not panels:
         return None
     figure.set_size_inches(WIDTH, len(panels) * (0.6 + 0.32 * len(chosen)))
-    for axes, (title, of, show) in zip(
-        figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True
-    ):
-        _bars(axes, chosen, of, show, drawing)
+    every = figure.subplots(len(panels), squeeze=False)[:, 0]
+    for axes, (title, values, shown) in zip(every, panels, strict=True):
+        _bars(axes, chosen, values, shown, drawing)
         axes.set_title(title, loc="left", fontsize=11.5)
     return (
         "Costs",
@@ -262,34 +253,30 @@ def _storage(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     stored = tables.storage(drawing.comparison)
     if not stored:
         return None
-    axes, tasks = figure.subplots(), [one.tasks for one in stored]
-    axes.loglog(tasks, [one.full for one in stored], "s-", color=FULL, label="full models")
-    adapters = [one.adapters for one in stored]
-    top = tables.best((row for row in drawing.rows if row.is_adapter), drawing.measure)
+    axes, (tasks, models, adapters) = figure.subplots(), zip(*stored, strict=True)
+    axes.loglog(tasks, models, "s-", color=FULL, label="full models")
+    top, _ = tables.best_sides(drawing.rows)
     assert top
-    of_adapters = {"color": drawing.colour(top.arm.method), "label": "one base and adapters"}
-    axes.loglog(tasks, adapters, "o-", **of_adapters)
-    axes.set(xlabel="tasks", ylabel="bytes on disk")
+    colour = drawing.colour(top.arm.method)
+    axes.loglog(tasks, adapters, "o-", color=colour, label="one base and adapters")
     axes.set_xticks(tasks, [f"{n:,}" for n in tasks])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: words.size(value)))
-    _legend(figure, axes)
+    _label(figure, axes, "tasks", "bytes on disk")
     return "Storage by number of tasks", "Both axes are logarithmic."
 
 
 def _forgetting(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     """Draws how much the loss outside the task rose."""
-    measured = [row for row in drawing.series if row.forgetting]
+    every = [(row, row.spread_of("forgotten")) for row in drawing.series]
+    measured = [(row, found) for row, found in every if found]
     if not measured:
         return None
     figure.set_size_inches(WIDTH, 1.1 + 0.32 * len(measured))
     axes = figure.subplots()
-    for at, row in enumerate(measured):
-        found = row.forgetting
-        assert found
-        error = [[found.mean - found.low], [found.high - found.mean]]
-        axes.errorbar(found.mean, at, xerr=error, **_mark(drawing.style(row)))
-    axes.set_yticks(range(len(measured)), [drawing.name(row) for row in measured])
+    for at, (row, found) in enumerate(measured):
+        axes.errorbar(found.mean, at, xerr=errors([found]), **_mark(drawing.style(row)))
+    axes.set_yticks(range(len(measured)), [drawing.name(row) for row, _ in measured])
     axes.set_ylim(len(measured) - 0.5, -0.5)
     axes.axvline(0, color="black", linewidth=1)
     axes.set_xlabel("rise of the loss\n(nats a token)")
@@ -311,6 +298,11 @@ _PICTURES: dict[str, Drawer] = {
 }
 
 
+def errors(found: Sequence[Spread]) -> list[list[float]]:
+    """Returns the lengths of error bars, from the lowest to the highest seed: [2, n]."""
+    return [[one.mean - one.low for one in found], [one.high - one.mean for one in found]]
+
+
 def _few(series: Sequence[ArmRow]) -> Sequence[ArmRow]:
     """Returns few enough rows to tell apart: the smallest, the largest, and some between."""
     whole = [row for row in series if row.is_full]
@@ -319,7 +311,9 @@ def _few(series: Sequence[ArmRow]) -> Sequence[ArmRow]:
     return [*(others[i] for i in kept.round().astype(int)), *whole]
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def _label(figure: Figure, axes: Axes, horizontal: str, vertical: str) -> None:
+    """Names the axes, and the lines in a legend below them."""
+    axes.set(xlabel=horizontal, ylabel=_plain(vertical))
     names = axes.get_legend_handles_labels()[1]
     columns = 1 if max(map(len, names)) > 24 else 2
     lines = sum(name.count("\n") + 1 for name in names)
@@ -334,15 +328,13 @@ def _plain(text: str) -> str:
 
 def _over_seeds(curves: Iterable[Sequence[Point]]) -> tuple[list[int], Any, Any, Any]:
     """Returns steps that all seeds measured, and lowest, mean and highest value at each."""
-    of_seed = [
+    of_seed: list[dict[int, float]] = [
         {one.step: one.value for one in curve if math.isfinite(one.value)}
         for curve in curves
         if curve
     ]
-    steps = sorted(set.intersection(*map(set, of_seed))) if of_seed else []
-    values = np.array([[seed[step] for step in steps] for seed in of_seed])
-    if not steps:
-        return [], values, values, values
+    steps = sorted(set[int]().union(*of_seed).intersection(*of_seed))
+    values = np.array([[seed[step] for step in steps] for seed in of_seed or [{}]])
     return steps, values.min(0), values.mean(0), values.max(0)
 
 
@@ -351,16 +343,13 @@ def _points(
     ended: Sequence[ArmRow],
     at: Sequence[float],
     drawing: _Drawing,
-    *,
-    join: bool,
     name: str | None = None,
 ) -> None:
     found = [row.quality for row in ended if row.quality]
-    error = [[one.mean - one.low for one in found], [one.high - one.mean for one in found]]
     style = drawing.style(ended[0])
-    line = {**style, "capsize": 3} if join else _mark(style)
+    line = {**style, "capsize": 3} if len(at) > 1 else _mark(style)
     name = name or drawing.name(ended[0])
-    axes.errorbar(at, [one.mean for one in found], yerr=error, label=name, **line)
+    axes.errorbar(at, [one.mean for one in found], yerr=errors(found), label=name, **line)
 
 
 def _scale_of_counts(axes: Axes, counts: Sequence[float]) -> None:
@@ -379,15 +368,14 @@ def _mark(style: dict[str, Any]) -> dict[str, Any]:
 def _bars(
     axes: Axes,
     chosen: Sequence[ArmRow],
-    of: Callable[[ArmRow], float | None],
+    values: Sequence[float],
     show: Callable[[float | None], str],
     drawing: _Drawing,
 ) -> None:
-    values = [of(row) or 0.0 for row in chosen]
     colours = [drawing.colour(row.arm.method) for row in chosen]
     axes.barh(range(len(chosen)), values, color=colours, height=0.7)
-    for at, row in enumerate(chosen):
-        axes.text(values[at], at, f" {show(of(row))}", va="center", fontsize=10.5)
+    for at, value in enumerate(values):
+        axes.text(value, at, f" {show(value or None)}", va="center", fontsize=10.5)
     axes.set_yticks(range(len(chosen)), [drawing.name(row) for row in chosen])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.3 * max(values))

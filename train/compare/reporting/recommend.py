@@ -10,7 +10,7 @@ from scipy import stats
 
 from train.compare.options import WITH_OWN_RATE
 from train.compare.reporting import tables, words
-from train.compare.reporting.tables import ArmRow, Measure, Spread
+from train.compare.reporting.tables import ArmRow, Figures, Spread
 from train.compare.result import Arm, Comparison
 
 UNKNOWN_SPREAD = 0.1  # the gap that decides where the spread over seeds is not known
@@ -89,7 +89,6 @@ class Recommendation:
       reasons: sentences with their figures.
       undecided: what is not decided, and what would decide it.
       command: the command that would decide it, on one line; None where no option would.
-      unseen: what no such measurements can tell.
     """
 
     verdict: Literal["lora", "full", "undecided"]
@@ -98,29 +97,26 @@ class Recommendation:
     reasons: tuple[str, ...]
     undecided: tuple[str, ...] = ()
     command: str | None = None
-    unseen: tuple[str, ...] = UNSEEN
 
 
 def recommend(comparison: Comparison) -> Recommendation:
     """Returns what to use, by `RULE`; a pure function of the measurements."""
-    measure, rows = tables.measure_of(comparison), tables.rows(comparison)
-    lora = tables.best((row for row in rows if row.is_adapter), measure)
-    full = tables.best((row for row in rows if row.is_full), measure)
+    figures = Figures(comparison)
+    lora, full = tables.best_sides(figures.rows)
     if lora is None or full is None:
-        return _one_sided(lora, full, rows)
-    names = _Names(rows)
-    gap = gap_of(lora, full, measure)
+        return _one_sided(lora, full, figures.rows)
+    gap = gap_of(lora, full)
     better = lora if gap.value >= 0 else full
     cheaper, costs = _costs(lora, full)
-    reasons = _quality(lora, full, gap, measure, names)
-    if gap.decides and better is full:
-        chosen, doubts = full, _doubts(lora, rows, measure, names)
+    reasons = _quality(lora, full, gap, figures)
+    chosen, other = (full, lora) if gap.decides and better is full else (lora, full)
+    doubts = _doubts(other, figures)
+    if chosen is full:
         reasons += ["This is the price of the better quality:", *costs] if costs else []
     else:
-        chosen, doubts = lora, _doubts(full, rows, measure, names)
-        doubts += _of_the_spread(gap, better is full, bool(cheaper), rows)
-        reasons += [*costs, *_smaller(lora, rows, measure, names)]
-    if measure.kind == "training":
+        doubts += _of_the_spread(gap, better is full, bool(cheaper), figures.rows)
+        reasons += [*costs, *_smaller(lora, figures)]
+    if figures.measure.kind == "training":
         lacks = "No score and no held-out loss was measured for both methods, and the training loss"
         lacks += " does not show what a model has learned: hold out rows, and measure their loss."
         chosen, doubts = better, [Doubt("no loss on held-out rows was measured", lacks)]
@@ -128,9 +124,10 @@ def recommend(comparison: Comparison) -> Recommendation:
     if cheaper:
         clauses.append(f"{words.method(lora.arm.method)} is cheaper")
     verdict: Literal["lora", "full", "undecided"] = "full" if chosen is full else "lora"
-    headline = f"Use {names(chosen)}"
+    headline = f"Use {figures.label(chosen.arm)}"
     if doubts:
-        verdict, headline = "undecided", f"Not decided between {names(lora)} and {names(full)}"
+        verdict = "undecided"
+        headline = f"Not decided between {figures.label(lora.arm)} and {figures.label(full.arm)}"
         clauses += dict.fromkeys(doubt.short for doubt in doubts)
     return Recommendation(
         verdict=verdict,
@@ -190,11 +187,11 @@ def _further(command: str, doubts: Sequence[Doubt]) -> str | None:
     return shlex.join(given)
 
 
-def gap_of(lora: ArmRow, full: ArmRow, measure: Measure) -> Gap:
+def gap_of(lora: ArmRow, full: ArmRow) -> Gap:
     """Returns by how much an adapter's arm is better than one of full fine-tuning."""
     one, other = lora.quality, full.quality
     assert one and other
-    value = one.mean - other.mean if measure.larger else other.mean - one.mean
+    value = one.mean - other.mean if lora.measure.larger else other.mean - one.mean
     largest = max(abs(one.mean), abs(other.mean))
     return Gap(value, _half_width(one, other), value / largest if largest else 0.0)
 
@@ -203,22 +200,11 @@ def _half_width(one: Spread, other: Spread) -> float | None:
     """Returns half the width of the interval of a difference of means (Welch, 1947)."""
     if one.deviation is None or other.deviation is None:
         return None
-    parts = [side.deviation**2 / side.n for side in (one, other) if side.deviation is not None]
-    if not sum(parts):
+    first, second = one.deviation**2 / one.n, other.deviation**2 / other.n
+    if not first + second:
         return 0.0
-    weights = sum(part**2 / (side.n - 1) for part, side in zip(parts, (one, other), strict=True))
-    freedom = sum(parts) ** 2 / weights
-    return float(stats.t.ppf(0.5 + _LEVEL / 2, freedom)) * math.sqrt(sum(parts))
-
-
-class _Names:
-    """Names arms as far as they differ."""
-
-    def __init__(self, rows: Sequence[ArmRow]) -> None:
-        self._arms = [row.arm for row in rows]
-
-    def __call__(self, row: ArmRow) -> str:
-        return words.label(row.arm, self._arms)
+    freedom = (first + second) ** 2 / (first**2 / (one.n - 1) + second**2 / (other.n - 1))
+    return float(stats.t.ppf(0.5 + _LEVEL / 2, freedom)) * math.sqrt(first + second)
 
 
 def _one_sided(lora: ArmRow | None, full: ArmRow | None, rows: Sequence[ArmRow]) -> Recommendation:
@@ -244,14 +230,14 @@ def _one_sided(lora: ArmRow | None, full: ArmRow | None, rows: Sequence[ArmRow])
     )
 
 
-def _quality(lora: ArmRow, full: ArmRow, gap: Gap, measure: Measure, names: _Names) -> list[str]:
+def _quality(lora: ArmRow, full: ArmRow, gap: Gap, figures: Figures) -> list[str]:
     """Returns sentences: both qualities, and whether they differ."""
     one, other = lora.quality, full.quality
     assert one and other
     values = [words.beside(side.mean, gap.error or side.deviation) for side in (one, other)]
     found = (
-        f"{words.capital(measure.name)}: {values[0]} with {names(lora)} ({_seeds(one)}), "
-        f"{values[1]} with {names(full)} ({_seeds(other)})."
+        f"{words.capital(figures.measure.name)}: {values[0]} with {figures.label(lora.arm)} "
+        f"({_seeds(one)}), {values[1]} with {figures.label(full.arm)} ({_seeds(other)})."
     )
     by = f"{words.rough(abs(gap.value))}, {100 * abs(gap.share):.2g}% of the larger"
     who = words.method((lora if gap.value >= 0 else full).arm.method)
@@ -282,7 +268,7 @@ def _costs(lora: ArmRow, full: ArmRow) -> tuple[int, list[str]]:
     )
     cheaper, said, who = 0, [], words.method(lora.arm.method)
     for name, field, show in costs:
-        one, other = getattr(lora, field), getattr(full, field)
+        one, other = lora.mean(field), full.mean(field)
         if not one or not other:
             continue
         cheaper += one < other
@@ -290,8 +276,8 @@ def _costs(lora: ArmRow, full: ArmRow) -> tuple[int, list[str]]:
         if one > other:
             ratio = f"{who} takes {words.times(one / other)} as much"
         said.append(f"{name}: {show(one)} with {who}, {show(other)} in full; {ratio}.")
-    if lora.forgetting and full.forgetting:
-        one, other = lora.forgetting.mean, full.forgetting.mean
+    one, other = lora.mean("forgotten"), full.mean("forgotten")
+    if one is not None and other is not None:
         cheaper += one < other
         said.append(
             f"Forgetting: the loss outside the task changes by {one:+.2g} with {who} and by "
@@ -300,54 +286,49 @@ def _costs(lora: ArmRow, full: ArmRow) -> tuple[int, list[str]]:
     return cheaper, said
 
 
-def _smaller(lora: ArmRow, rows: Sequence[ArmRow], measure: Measure, names: _Names) -> list[str]:
+def _smaller(lora: ArmRow, figures: Figures) -> list[str]:
     """Names the smallest adapter that is within the spread of the best one."""
-    size = lora.trained_parameters
-    for row in sorted(rows, key=lambda row: row.trained_parameters or 0):
-        if not row.is_adapter or not row.is_whole or not size or not row.trained_parameters:
+    size = lora.trained_parameters or 0
+    for row in sorted(figures.rows, key=lambda row: row.trained_parameters or 0):
+        n = row.trained_parameters
+        if not row.is_adapter or not row.is_whole or not n or n >= size:
             continue
-        gap = gap_of(row, lora, measure)
-        if row.trained_parameters < size and gap.error is not None and not gap.decides:
+        gap = gap_of(row, lora)
+        if gap.error is not None and not gap.decides:
             return [
-                f"{names(row)} is within the spread of {names(lora)}, and trains "
-                f"{row.trained_parameters / size:.2g} as many parameters."
+                f"{figures.label(row.arm)} is within the spread of {figures.label(lora.arm)}, and "
+                f"trains {n / size:.2g} as many parameters."
             ]
     return []
 
 
-def _doubts(side: ArmRow, rows: Sequence[ArmRow], measure: Measure, names: _Names) -> list[Doubt]:
+def _doubts(side: ArmRow, figures: Figures) -> list[Doubt]:
     """Returns why a method may do better than its best row here, and what would show it."""
     found = []
-    tried = tables.rates_of(side, rows, measure)
+    tried = tables.rates_of(side, figures.rows)
     rate, who = side.arm.learning_rate, words.method(side.arm.method)
     option = "--full-lrs" if side.is_full else "--lrs"
-    values = tuple(row.arm.learning_rate for row in tried.tried)
-    if side.arm.method in WITH_OWN_RATE:  # their rates are multiples of those that --lrs names
-        values = ()
     if tried.edge:
         lower, higher = (float(f"{x:.2g}") for x in (rate / 3, rate * 3))
         beyond = {"smallest": (lower,), "largest": (higher,)}.get(tried.edge, (lower, higher))
         said = f"try {' and '.join(f'{x:g}' for x in beyond)} too ({option})."
         if tried.edge == "only":
-            said = f"{names(side)}: one learning rate alone was tried; {said}"
+            said = f"{figures.label(side.arm)}: one learning rate alone was tried; {said}"
         else:
             said = f"The best learning rate of {who}, {rate:g}, is the {tried.edge} tried: {said}"
-        found.append(
-            Doubt(
-                f"the best rate of {who} is at the edge of what was tried",
-                said,
-                option if values else "",
-                tuple(sorted({*values, *beyond})),
-            )
-        )
+        if side.arm.method in WITH_OWN_RATE:  # its rates are multiples of those that --lrs names
+            option = ""
+        values = sorted({*beyond, *(row.arm.learning_rate for row in tried.tried)})
+        short = f"the best rate of {who} is at the edge of what was tried"
+        found.append(Doubt(short, said, option, tuple(values)))
     if side.arm.rank is None:
         return found
     ranks = {
         row.arm.rank
-        for row in rows
+        for row in figures.rows
         if row.arm.method == side.arm.method and row.arm.rank and tables.is_tried(row)
     }
-    whole = max((row.trained_parameters or 0 for row in rows if row.is_full), default=0)
+    whole = max((row.trained_parameters or 0 for row in figures.rows if row.is_full), default=0)
     is_half = bool(whole) and 2 * (side.trained_parameters or 0) >= whole
     if side.arm.rank >= max(ranks) and not is_half:
         more = 4 * side.arm.rank

@@ -1,5 +1,6 @@
 """The report of a comparison: report.md and report.html, with its pictures beside them."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,40 +20,19 @@ from train.compare.reporting.document import (
     page,
 )
 from train.compare.reporting.pictures import Picture, draw
-from train.compare.reporting.recommend import RULE, Recommendation, recommend
-from train.compare.reporting.tables import ArmRow, Spread
+from train.compare.reporting.recommend import RULE, UNSEEN, Recommendation, recommend
+from train.compare.reporting.tables import ArmRow, Figures, Spread
 from train.compare.result import Arm, Comparison, Facts
 
 MARKDOWN, HTML = "report.md", "report.html"
 PICTURES = "pictures"  # the folder of the PNGs
-_SPREAD = ("Mean", "Deviation", "Lowest", "Highest")  # over seeds
+_SPREAD = ("Mean", "Deviation", "Lowest", "Highest", "Seeds")
 _ENDINGS = {"failed": "failed", "stopped early": "stopped early", "waiting": "not run yet"}
-
-
 _OF_MEMORY = (
     "The memory of the step is what its compiled program needs: weights, optimiser state, "
     "gradients and activations. The peak of its process is what the operating system saw while "
     "the step ran alone, Python, the compiler and the reading of the model included."
 )
-
-
-class _Figures:
-    """The figures of a comparison that several sections show."""
-
-    def __init__(self, comparison: Comparison) -> None:
-        self.comparison = comparison
-        self.measure = tables.measure_of(comparison)
-        self.rows = tables.rows(comparison)
-        self.series = tables.series(self.rows, self.measure)
-        self._arms = [row.arm for row in self.rows]
-
-    def label(self, arm: Arm) -> str:
-        """Names an arm as far as it differs from others."""
-        return words.label(arm, self._arms)
-
-    def adapter(self, arm: Arm) -> str:
-        """Names an arm without its learning rate."""
-        return words.adapter(arm, self._arms)
 
 
 def write_report(comparison: Comparison, folder: Path) -> Recommendation:
@@ -81,12 +61,11 @@ def report_of(
     comparison: Comparison, recommendation: Recommendation, pictures: Sequence[Picture]
 ) -> list[Block]:
     """Returns the report: what to use and why, then all that was measured."""
-    figures = _Figures(comparison)
-    facts = comparison.facts
+    figures = Figures(comparison)
     blocks: list[Block] = [
         Heading("LoRA or full fine-tuning?", 1),
-        Text(_task(facts), is_note=True),
-        *_recommended(recommendation, figures),
+        Text(_task(comparison.facts), is_note=True),
+        *_recommended(recommendation),
         *_quality(figures, recommendation),
     ]
     if pictures:
@@ -105,7 +84,7 @@ def _task(facts: Facts) -> str:
     return f"{text} Without training, {facts.score} is {', '.join(said)}."
 
 
-def _recommended(recommendation: Recommendation, figures: _Figures) -> list[Block]:
+def _recommended(recommendation: Recommendation) -> list[Block]:
     blocks: list[Block] = [Verdict(recommendation.headline), Lines(recommendation.reasons)]
     if recommendation.undecided:
         blocks += [Heading("What would decide it", 3), Lines(recommendation.undecided)]
@@ -114,23 +93,28 @@ def _recommended(recommendation: Recommendation, figures: _Figures) -> list[Bloc
     return [
         *blocks,
         Heading("What these measurements cannot see", 3),
-        Lines(recommendation.unseen),
+        Lines(UNSEEN),
         Text(f"The rule. {RULE}", is_note=True),
     ]
 
 
-def _quality(figures: _Figures, recommendation: Recommendation) -> list[Block]:
+def _table(
+    heading: Heading, header: Sequence[str], body: Sequence[Sequence[str]], text: str = ""
+) -> list[Block]:
+    """Returns a heading, a sentence if there is one, and a table; nothing without rows."""
+    if not body:
+        return []
+    return [heading, *([Text(text)] if text else []), Grid(header, body)]
+
+
+def _quality(figures: Figures, recommendation: Recommendation) -> list[Block]:
     measure, rows = figures.measure, figures.rows
-    loss = measure.kind == "score" and any(row.held_out_loss for row in rows)
-    header = ["Arm", *_SPREAD, "Seeds"]
-    header += ["Held-out loss"] * loss
-    header += ["Trained parameters", "Other runs"]
+    losses = [row.spread_of("held_out_loss") for row in rows]
+    loss = measure.kind == "score" and any(losses)
+    header = ["Arm", *_SPREAD, *["Held-out loss"] * loss, "Trained parameters", "Other runs"]
     body = []
-    for row in rows:
-        seeds = f"{row.quality.n if row.quality else 0}"
-        cells = [figures.label(row.arm), *_spread(row.quality), seeds]
-        of_loss = row.held_out_loss
-        cells += [words.beside(of_loss and of_loss.mean, of_loss and of_loss.deviation)] * loss
+    for row, of_loss in zip(rows, losses, strict=True):
+        cells = [figures.label(row.arm), *_spread(row.quality), *[_mean(of_loss)] * loss]
         body.append([*cells, words.count(row.trained_parameters), _others(row)])
     marked = next((i for i, row in enumerate(rows) if row.arm == recommendation.arm), None)
     better = "larger" if measure.larger else "smaller"
@@ -148,7 +132,7 @@ def _quality(figures: _Figures, recommendation: Recommendation) -> list[Block]:
     return [*blocks, *_best(figures), *_rates(figures)]
 
 
-def _best(figures: _Figures) -> list[Block]:
+def _best(figures: Figures) -> list[Block]:
     body = []
     groups: tuple[tuple[str, Callable[[Arm], str | None]], ...] = (
         ("method", lambda arm: words.method(arm.method)),
@@ -158,65 +142,49 @@ def _best(figures: _Figures) -> list[Block]:
     )
     for what, key in groups:
         among = [row for row in figures.rows if key(row.arm) is not None]
-        if len({key(row.arm) for row in among}) < 2:
-            continue
-        for row in tables.best_of_each(among, key, figures.measure):
-            name = f"{what}: {key(row.arm)}"
-            quality = row.quality
-            mean = words.beside(quality and quality.mean, quality and quality.deviation)
-            body.append([name, figures.label(row.arm), mean])
-    if not body:
-        return []
-    header = ["Of each", "Best arm", figures.measure.name]
-    return [Heading("The best of each method, rank and targets", 3), Grid(header, body)]
+        if len({key(row.arm) for row in among}) > 1:
+            body += [
+                [f"{what}: {key(row.arm)}", figures.label(row.arm), _mean(row.quality)]
+                for row in tables.best_of_each(among, key)
+            ]
+    heading = Heading("The best of each method, rank and targets", 3)
+    return _table(heading, ["Of each", "Best arm", figures.measure.name], body)
 
 
-def _rates(figures: _Figures) -> list[Block]:
+def _rates(figures: Figures) -> list[Block]:
     body = []
-    for found in tables.rates(figures.rows, figures.measure):
+    for found in tables.rates(figures.rows):
         cells = [figures.adapter(found.tried[0].arm)]
         for at in (found.best - 1, found.best, found.best + 1):
             if not 0 <= at < len(found.tried):
                 cells.append("not tried")
                 continue
             row = found.tried[at]
-            value: str = row.runs[0].status
-            if row.quality:
-                value = words.beside(row.quality.mean, row.quality.deviation)
+            value = _mean(row.quality) if row.quality else row.runs[0].status
             cells.append(f"{row.arm.learning_rate:g}: {value}")
         body.append(cells)
-    if not body:
-        return []
-    blocks: list[Block] = [
-        Heading("Learning rates", 3),
-        Grid(["", "Next smaller", "Best", "Next larger"], body),
-    ]
-    ratio = tables.rate_ratio(figures.rows, figures.measure)
-    if ratio is not None:
+    heading = Heading("Learning rates", 3)
+    blocks = _table(heading, ["", "Next smaller", "Best", "Next larger"], body)
+    if blocks and (ratio := tables.rate_ratio(figures.rows)) is not None:
         blocks.append(Text(f"The best adapter's rate is {words.times(ratio)} full fine-tuning's."))
     return blocks
 
 
-def _dimensions(figures: _Figures) -> list[Block]:
+def _dimensions(figures: Figures) -> list[Block]:
     found = dimension.dimensions(figures.comparison)
-    if not found:
-        return []
     said = [dimension.sentence(one, figures.measure.name) for one in found]
-    return [Heading("Intrinsic dimension"), Lines(said)]
+    return [Heading("Intrinsic dimension"), Lines(said)] if said else []
 
 
-def _costs(figures: _Figures) -> list[Block]:
+def _costs(figures: Figures) -> list[Block]:
     header = ["Arm", "Trained parameters", "Files of a task", "Memory of the step"]
     header += ["Peak of its process", "Time of a step", "Time of a run"]
     body = [
         [
             figures.label(row.arm),
             words.count(row.trained_parameters),
-            words.size(row.saved_bytes),
-            words.size(row.compiled_bytes),
-            words.size(row.peak_bytes),
-            words.seconds(row.step_seconds),
-            words.seconds(row.seconds),
+            *(words.size(row.mean(f"{name}_bytes")) for name in ("saved", "compiled", "peak")),
+            *(words.seconds(row.mean(name)) for name in ("step_seconds", "seconds")),
         ]
         for row in figures.series
     ]
@@ -230,10 +198,7 @@ def _costs(figures: _Figures) -> list[Block]:
     return [*blocks, *_planned(figures)]
 
 
-def _planned(figures: _Figures) -> list[Block]:
-    planned = figures.comparison.planned
-    if not planned:
-        return []
+def _planned(figures: Figures) -> list[Block]:
     header = ["Arm", "Memory of a device", "Time of a step", "Device hours", "Cost"]
     body = [
         [
@@ -243,31 +208,26 @@ def _planned(figures: _Figures) -> list[Block]:
             words.rough(one.device_hours),
             words.rough(one.cost),
         ]
-        for one in planned
+        for one in figures.comparison.planned
     ]
     on = figures.comparison.facts.planned_on or "another machine"
-    return [Heading(f"Computed, not measured: {on}", 3), Grid(header, body)]
+    return _table(Heading(f"Computed, not measured: {on}", 3), header, body)
 
 
-def _rungs(figures: _Figures) -> list[Block]:
-    rungs, rule = figures.comparison.rungs, figures.comparison.facts.rule
-    if not rungs:
-        return []
-    body = []
-    for rung in rungs:
-        for went, arms in (("goes on", rung.kept), ("stopped", rung.stopped)):
-            body += [
-                [figures.label(arm), f"{rung.share:.1%}", words.figure(loss), went]
-                for arm, loss in arms
-            ]
-    header = ["Arm", "After", f"Held-out {figures.comparison.facts.loss}", "Decision"]
-    stopped: list[Block] = [Text(f"The rule: {rule}.")] if rule else []
-    return [Heading("Early stopping"), *stopped, Grid(header, body)]
+def _rungs(figures: Figures) -> list[Block]:
+    facts = figures.comparison.facts
+    body = [
+        [figures.label(arm), f"{rung.share:.1%}", words.figure(loss), went]
+        for rung in figures.comparison.rungs
+        for went, arms in (("goes on", rung.kept), ("stopped", rung.stopped))
+        for arm, loss in arms
+    ]
+    header = ["Arm", "After", f"Held-out {facts.loss}", "Decision"]
+    rule = f"The rule: {facts.rule}." if facts.rule else ""
+    return _table(Heading("Early stopping"), header, body, rule)
 
 
-def _latencies(figures: _Figures) -> list[Block]:
-    if not figures.comparison.latencies:
-        return []
+def _latencies(figures: Figures) -> list[Block]:
     body = [
         [
             figures.label(one.arm),
@@ -278,48 +238,41 @@ def _latencies(figures: _Figures) -> list[Block]:
         for one in figures.comparison.latencies
     ]
     header = ["Arm", "What", "Base alone", "Merged", "Beside the base", "Beside ÷ base"]
-    return [Heading("Latency of inference"), Grid(header, body)]
+    return _table(Heading("Latency of inference"), header, body)
 
 
-def _storage(figures: _Figures) -> list[Block]:
-    stored = tables.storage(figures.comparison)
-    if not stored:
-        return []
+def _storage(figures: Figures) -> list[Block]:
     body = [
-        [f"{one.tasks:,}", words.size(one.full), words.size(one.adapters)]
-        + [words.rough(one.full / one.adapters)]
-        for one in stored
+        [f"{tasks:,}", words.size(full), words.size(adapters), words.rough(full / adapters)]
+        for tasks, full, adapters in tables.storage(figures.comparison)
     ]
     header = ["Tasks", "Full models", "One base and adapters", "Full ÷ adapters"]
-    return [Heading("Storage"), Grid(header, body)]
+    return _table(Heading("Storage"), header, body)
 
 
-def _forgetting(figures: _Figures) -> list[Block]:
-    measured = [(row, row.forgetting) for row in figures.rows if row.forgetting]
-    if not measured:
-        return []
+def _forgetting(figures: Figures) -> list[Block]:
     outside = figures.comparison.facts.outside or "text outside the task"
-    body = [[figures.label(row.arm), *_spread(found), f"{found.n}"] for row, found in measured]
-    header = ["Arm", *_SPREAD, "Seeds"]
     text = f"How much the loss (nats a token) on {outside} rose in training; smaller is better."
-    return [Heading("Forgetting"), Text(text), Grid(header, body)]
+    return _over_seeds(figures, "forgotten", "Forgetting", text)
 
 
-def _intruders(figures: _Figures) -> list[Block]:
-    counted = [(row, row.intruders) for row in figures.rows if row.intruders]
-    if not counted:
-        return []
-    body = [[figures.label(row.arm), *_spread(found), f"{found.n}"] for row, found in counted]
+def _intruders(figures: Figures) -> list[Block]:
     text = (
         f"Of the {FIRST} strongest singular vectors of a trained matrix, those that have a cosine "
         f"below {ALIKE:g} with each of the base's (Shuttleworth et al., arXiv 2410.21228); a mean "
         "over matrices of all layers."
     )
-    header = ["Arm", *_SPREAD, "Seeds"]
-    return [Heading("Intruder dimensions"), Text(text), Grid(header, body)]
+    return _over_seeds(figures, "intruders", "Intruder dimensions", text)
 
 
-def _failed(figures: _Figures) -> list[Block]:
+def _over_seeds(figures: Figures, field: str, heading: str, text: str) -> list[Block]:
+    """Returns a table of a field of `Measured`, with a row for each arm that has it."""
+    measured = ((row.arm, row.spread_of(field)) for row in figures.rows)
+    body = [[figures.label(arm), *_spread(found)] for arm, found in measured if found]
+    return _table(Heading(heading), ["Arm", *_SPREAD], body, text)
+
+
+def _failed(figures: Figures) -> list[Block]:
     failed = [run for run in figures.comparison.runs if run.status == "failed"]
     blocks: list[Block] = [Heading("Failed runs")] if failed else []
     for run in failed:
@@ -328,52 +281,45 @@ def _failed(figures: _Figures) -> list[Block]:
     return blocks
 
 
-def _facts(figures: _Figures) -> list[Block]:
+def _facts(figures: Figures) -> list[Block]:
     facts = figures.comparison.facts
-    versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
-    body = [
-        ["Model", facts.model],
-        ["Data", facts.dataset],
-        ["Script", facts.script],
-        ["Steps of a run", f"{facts.steps:,}"],
-        ["Base in memory", words.size(facts.base_bytes)],
-        ["Machine", facts.machine],
-        ["Date", facts.date],
-        ["Versions", versions],
-    ]
-    lines = [f"{name}: {value}" for name, value in body]
-    return [Heading("Facts"), Code(facts.command), Lines(lines)]
+    lines = {
+        "Model": facts.model,
+        "Data": facts.dataset,
+        "Script": facts.script,
+        "Steps of a run": f"{facts.steps:,}",
+        "Base in memory": words.size(facts.base_bytes),
+        "Machine": facts.machine,
+        "Date": facts.date,
+        "Versions": ", ".join(f"{name} {version}" for name, version in facts.versions.items()),
+    }
+    said = [f"{name}: {value}" for name, value in lines.items()]
+    return [Heading("Facts"), Code(facts.command), Lines(said)]
 
 
 _SECTIONS = (
-    _dimensions,
-    _costs,
-    _rungs,
-    _latencies,
-    _storage,
-    _forgetting,
-    _intruders,
-    _failed,
-    _facts,
+    *(_dimensions, _costs, _rungs, _latencies, _storage, _forgetting, _intruders, _failed, _facts),
 )
 
 
 def _others(row: ArmRow) -> str:
     """Returns how the runs of a row ended that have no value."""
-    said = []
-    for status, name in _ENDINGS.items():
-        if n := sum(run.status == status for run in row.runs):
-            said.append(f"{n} {name}")
-    done = sum(run.status == "done" for run in row.runs)
-    if n := done - (row.quality.n if row.quality else 0):
+    counts: Counter[str] = Counter(run.status for run in row.runs)
+    said = [f"{counts[status]} {name}" for status, name in _ENDINGS.items() if counts[status]]
+    if n := counts["done"] - (row.quality.n if row.quality else 0):
         said.append(f"{n} without a finite value")
     return ", ".join(said) or words.NOTHING
 
 
 def _spread(values: Spread | None) -> list[str]:
+    """Returns the cells of `_SPREAD`."""
     if values is None:
-        return [words.NOTHING] * 4
+        return [*[words.NOTHING] * 4, "0"]
     mean, low, high = (
         words.beside(one, values.deviation) for one in (values.mean, values.low, values.high)
     )
-    return [mean, words.rough(values.deviation), low, high]
+    return [mean, words.rough(values.deviation), low, high, f"{values.n}"]
+
+
+def _mean(values: Spread | None) -> str:
+    return words.NOTHING if values is None else words.beside(values.mean, values.deviation)

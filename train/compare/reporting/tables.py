@@ -1,12 +1,15 @@
 """The measurements of a comparison, aggregated over seeds and arms."""
 
 import dataclasses
+import functools
 import math
+import operator
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
-from train.compare.result import Arm, Comparison, Measured
+from train.compare.reporting import words
+from train.compare.result import Arm, Comparison, Facts, Measured
 
 TASKS = (1, 10, 100, 1000)  # how many tasks are stored
 
@@ -26,18 +29,17 @@ class Measure(NamedTuple):
 
     def of(self, run: Measured) -> float | None:
         """Returns the value of a run that ended; None for others, and where it is not finite."""
-        if run.status != "done":
-            return None
-        last = run.losses[-1].value if run.losses else None
-        of = {"score": run.score, "held out": run.held_out_loss, "training": last}
-        lost = run.forgetting
-        of |= {"forgetting": lost and lost.after - lost.before, "intruders": run.intruders}
-        value = of[self.kind]
+        value = getattr(run, _FIELDS[self.kind]) if run.status == "done" else None
         return value if value is not None and math.isfinite(value) else None
 
-    def is_better(self, one: float, other: float) -> bool:
-        """Returns whether one value is better than the other."""
-        return one > other if self.larger else one < other
+
+_FIELDS = {
+    "score": "score",
+    "held out": "held_out_loss",
+    "training": "training_loss",
+    "forgetting": "forgotten",
+    "intruders": "intruders",
+}
 
 
 class Spread(NamedTuple):
@@ -56,49 +58,87 @@ class Spread(NamedTuple):
     deviation: float | None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class ArmRow:
-    """An arm over its seeds; None is what was not measured.
+    """An arm over its seeds.
 
     Attributes:
       arm: the arm.
       runs: its runs.
-      quality: by the comparison's measure; runs that ended count alone.
-      score, held_out_loss: values of runs that ended.
-      forgetting: how much the loss on text outside the task rose.
-      intruders: intruder dimensions of a matrix.
-      trained_parameters: a run's.
-      saved_bytes, compiled_bytes, peak_bytes, step_seconds, seconds: means over runs that ended.
+      measure: the value of a run that says how good it is.
     """
 
     arm: Arm
     runs: tuple[Measured, ...]
-    quality: Spread | None
-    score: Spread | None
-    held_out_loss: Spread | None
-    forgetting: Spread | None
-    intruders: Spread | None
-    trained_parameters: int | None
-    saved_bytes: float | None
-    compiled_bytes: float | None
-    peak_bytes: float | None
-    step_seconds: float | None
-    seconds: float | None
+    measure: Measure
+
+    @functools.cached_property
+    def quality(self) -> Spread | None:
+        """The spread of the measure; runs that ended count alone."""
+        return spread(map(self.measure.of, self.runs))
+
+    @property
+    def trained_parameters(self) -> int | None:
+        """The number of parameters that a run trained; None if no run says so."""
+        return next((n for run in self.runs if (n := run.trained_parameters)), None)
+
+    def spread_of(self, field: str) -> Spread | None:
+        """Returns the spread of a field of `Measured` over the runs that ended."""
+        return spread(getattr(run, field) for run in self.runs if run.status == "done")
+
+    def mean(self, field: str) -> float | None:
+        """Returns the mean of a field of `Measured` over the runs that ended."""
+        found = self.spread_of(field)
+        return found and found.mean
+
+    @property
+    def order(self) -> tuple[bool, float, int]:
+        """A key that sorts the best row first; of equals, that with fewer parameters."""
+        value = 0.0 if self.quality is None else self.quality.mean
+        sign = -1 if self.measure.larger else 1
+        return self.quality is None, sign * value, self.trained_parameters or 0
 
     @property
     def is_whole(self) -> bool:
-        """Returns whether every run ended with a finite value."""
+        """Whether every run ended with a finite value."""
         return self.quality is not None and self.quality.n == len(self.runs)
 
     @property
     def is_full(self) -> bool:
-        """Returns whether the arm is full fine-tuning."""
+        """Whether the arm is full fine-tuning."""
         return self.arm.method == "full"
 
     @property
     def is_adapter(self) -> bool:
-        """Returns whether the arm has an adapter. One that trains a head alone has none."""
+        """Whether the arm has an adapter. One that trains a head alone has none."""
         return self.arm.rank is not None
+
+
+class Figures:
+    """The figures of a comparison, and names of its arms that tell as much as differs.
+
+    Attributes:
+      comparison: the measurements.
+      measure: what arms are compared by.
+      rows: the arms, the best first.
+      series: the best of each method and size.
+      arms: the arms of the rows.
+    """
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        self.measure = measure_of(comparison)
+        self.rows = rows(comparison)
+        self.series = series(self.rows)
+        self.arms = [row.arm for row in self.rows]
+
+    def label(self, arm: Arm) -> str:
+        """Names an arm."""
+        return words.label(arm, self.arms)
+
+    def adapter(self, arm: Arm) -> str:
+        """Names an arm without its learning rate."""
+        return words.adapter(arm, self.arms)
 
 
 class Rates(NamedTuple):
@@ -139,22 +179,31 @@ def spread(values: Iterable[float | None]) -> Spread | None:
     return Spread(len(found), mean, low, high, deviation)
 
 
+def measures(facts: Facts) -> dict[str, Measure]:
+    """Returns all measures by their kinds, named as the facts of a comparison name them."""
+    every = (
+        Measure("score", facts.score or "score", True),
+        Measure("held out", f"held-out {facts.loss}", False),
+        Measure("training", f"training {facts.loss}", False),
+        Measure("forgetting", "rise of the loss on other text (nats a token)", False),
+        Measure("intruders", "intruder dimensions of a matrix", False),
+    )
+    return {measure.kind: measure for measure in every}
+
+
 def measure_of(comparison: Comparison) -> Measure:
     """Returns what arms are compared by.
 
     The task's score if each method has a run with one; else the held-out loss if each method has a
     run with one; else the loss in training.
     """
-    facts = comparison.facts
-    score = Measure("score", facts.score or "score", True)
-    held_out = Measure("held out", f"held-out {facts.loss}", False)
+    known = measures(comparison.facts)
     done = [run for run in comparison.runs if run.status == "done"]
     sides = {run.arm.method for run in done}
-    for measure in (score, held_out):
-        measured = {run.arm.method for run in done if measure.of(run) is not None}
-        if sides and measured == sides:
+    for measure in (known["score"], known["held out"]):
+        if sides and sides == {run.arm.method for run in done if measure.of(run) is not None}:
             return measure
-    return Measure("training", f"training {facts.loss}", False)
+    return known["training"]
 
 
 def rows(comparison: Comparison, measure: Measure | None = None) -> tuple[ArmRow, ...]:
@@ -162,67 +211,63 @@ def rows(comparison: Comparison, measure: Measure | None = None) -> tuple[ArmRow
 
     Args:
       comparison: the measurements.
-      measure: its rows' quality; by default `measure_of` the comparison.
+      measure: what its rows are sorted by; by default `measure_of` the comparison.
     """
     measure = measure or measure_of(comparison)
     of_arm: dict[Arm, list[Measured]] = {}
     for run in comparison.runs:
         of_arm.setdefault(run.arm, []).append(run)
-    return tuple(sorted((_row(arm, of_arm[arm], measure) for arm in of_arm), key=_order(measure)))
+    found = (ArmRow(arm, tuple(runs), measure) for arm, runs in of_arm.items())
+    return tuple(sorted(found, key=_order))
 
 
-def best(among: Iterable[ArmRow], measure: Measure) -> ArmRow | None:
+def best(among: Iterable[ArmRow]) -> ArmRow | None:
     """Returns the best row: of those whose every seed ended, if there are any."""
     found = [row for row in among if row.quality]
-    return min([row for row in found if row.is_whole] or found, key=_order(measure), default=None)
+    return min([row for row in found if row.is_whole] or found, key=_order, default=None)
 
 
-def best_of_each(
-    among: Iterable[ArmRow], key: Callable[[Arm], Hashable], measure: Measure
-) -> tuple[ArmRow, ...]:
+def best_sides(among: Iterable[ArmRow]) -> tuple[ArmRow | None, ArmRow | None]:
+    """Returns the best row of an adapter, and the best of full fine-tuning."""
+    among = list(among)
+    return best(row for row in among if row.is_adapter), best(row for row in among if row.is_full)
+
+
+def best_of_each(among: Iterable[ArmRow], key: Callable[[Arm], Hashable]) -> tuple[ArmRow, ...]:
     """Returns the best row of each group, in the order of the groups' first rows.
 
     Args:
       among: the rows.
       key: the group of an arm: by method, by method and rank, by targets.
-      measure: what is compared.
     """
-    groups: dict[Hashable, list[ArmRow]] = {}
-    for row in among:
-        groups.setdefault(key(row.arm), []).append(row)
-    chosen = (best(group, measure) for group in groups.values())
+    chosen = map(best, _groups(among, key))
     return tuple(row for row in chosen if row is not None)
 
 
-def series(among: Iterable[ArmRow], measure: Measure) -> tuple[ArmRow, ...]:
+def series(among: Iterable[ArmRow]) -> tuple[ArmRow, ...]:
     """Returns the best row of each method and size; by rank or dimension, full last."""
-    return tuple(sorted(best_of_each(among, _kind, measure), key=_place))
+    return tuple(sorted(best_of_each(among, _kind), key=_place))
 
 
-def with_stopped(among: Sequence[ArmRow], measure: Measure) -> tuple[ArmRow, ...]:
+def with_stopped(among: Sequence[ArmRow]) -> tuple[ArmRow, ...]:
     """Returns `series`, and where no run of a kind ended, the arm that got furthest and lowest."""
-    found = {_kind(row.arm): row for row in series(among, measure)}
+    found = {_kind(row.arm): row for row in series(among)}
     for row in sorted(among, key=_last):
         if any(run.held_out or run.losses for run in row.runs):
             found.setdefault(_kind(row.arm), row)
     return tuple(sorted(found.values(), key=_place))
 
 
-def rates(among: Iterable[ArmRow], measure: Measure) -> tuple[Rates, ...]:
+def rates(among: Iterable[ArmRow]) -> tuple[Rates, ...]:
     """Returns the rates of arms that differ in nothing else; adapters by rank, full last.
 
     Runs that were stopped early or diverged count as tried, and are never the best.
     """
-    groups: dict[Arm, list[ArmRow]] = {}
-    for row in among:
-        groups.setdefault(row.arm.at_any_rate(), []).append(row)
     found = []
-    for group in groups.values():
-        tried = sorted(group, key=lambda row: row.arm.learning_rate)
-        tried = [row for row in tried if is_tried(row)]
-        top = best(tried, measure)
-        if top is not None:
-            found.append(Rates(tuple(tried), tried.index(top)))
+    for group in _groups(filter(is_tried, among), Arm.at_any_rate):
+        tried = tuple(sorted(group, key=lambda row: row.arm.learning_rate))
+        if (top := best(tried)) is not None:
+            found.append(Rates(tried, tried.index(top)))
     return tuple(sorted(found, key=lambda one: _place(one.tried[0])))
 
 
@@ -234,60 +279,39 @@ def is_tried(row: ArmRow) -> bool:
     )
 
 
-def rates_of(row: ArmRow, among: Iterable[ArmRow], measure: Measure) -> Rates:
+def rates_of(row: ArmRow, among: Iterable[ArmRow]) -> Rates:
     """Returns the rates that were tried where a row's arm is the best."""
     alike = row.arm.at_any_rate()
-    group = [one for one in among if one.arm.at_any_rate() == alike]
-    (found,) = rates(group, measure)
+    (found,) = rates(one for one in among if one.arm.at_any_rate() == alike)
     return found
 
 
-def rate_ratio(among: Sequence[ArmRow], measure: Measure) -> float | None:
+def rate_ratio(among: Iterable[ArmRow]) -> float | None:
     """Returns how many times full fine-tuning's best learning rate the best adapter's is."""
-    top_full = best((row for row in among if row.is_full), measure)
-    top = best((row for row in among if row.is_adapter), measure)
-    if top is None or top_full is None:
+    adapter, full = best_sides(among)
+    if adapter is None or full is None:
         return None
-    return top.arm.learning_rate / top_full.arm.learning_rate
+    return adapter.arm.learning_rate / full.arm.learning_rate
 
 
-def storage(comparison: Comparison, tasks: Sequence[int] = TASKS) -> tuple[Stored, ...]:
+def storage(comparison: Comparison) -> tuple[Stored, ...]:
     """Returns what tasks take on disk: N full models, or one base and N of the best adapter.
 
     Empty if the bytes of either were not measured.
     """
-    measure, found = measure_of(comparison), rows(comparison)
-    top = best((row for row in found if row.is_adapter and row.saved_bytes), measure)
-    whole = best((row for row in found if row.is_full and row.saved_bytes), measure)
-    if top is None or whole is None:
+    adapter, full = best_sides(row for row in rows(comparison) if row.mean("saved_bytes"))
+    if adapter is None or full is None:
         return ()
-    adapter, model = top.saved_bytes or 0.0, whole.saved_bytes or 0.0
-    return tuple(Stored(n, n * model, comparison.facts.base_bytes + n * adapter) for n in tasks)
+    small, large = adapter.mean("saved_bytes") or 0.0, full.mean("saved_bytes") or 0.0
+    return tuple(Stored(n, n * large, comparison.facts.base_bytes + n * small) for n in TASKS)
 
 
-def _row(arm: Arm, runs: Sequence[Measured], measure: Measure) -> ArmRow:
-    done = [run for run in runs if run.status == "done"]
-
-    def mean(of: Callable[[Measured], float | None]) -> float | None:
-        found = spread(map(of, done))
-        return found and found.mean
-
-    forgotten = (run.forgetting for run in done)
-    return ArmRow(
-        arm=arm,
-        runs=tuple(runs),
-        quality=spread(map(measure.of, runs)),
-        score=spread(run.score for run in done),
-        held_out_loss=spread(run.held_out_loss for run in done),
-        forgetting=spread(one.after - one.before for one in forgotten if one),
-        intruders=spread(run.intruders for run in done),
-        trained_parameters=next((n for run in runs if (n := run.trained_parameters)), None),
-        saved_bytes=mean(lambda run: run.saved_bytes),
-        compiled_bytes=mean(lambda run: run.compiled_bytes),
-        peak_bytes=mean(lambda run: run.peak_bytes),
-        step_seconds=mean(lambda run: run.step_seconds),
-        seconds=mean(lambda run: run.seconds),
-    )
+def _groups(among: Iterable[ArmRow], key: Callable[[Arm], Hashable]) -> Iterable[list[ArmRow]]:
+    """Returns rows in groups, in the order of the groups' first rows."""
+    groups: dict[Hashable, list[ArmRow]] = {}
+    for row in among:
+        groups.setdefault(key(row.arm), []).append(row)
+    return groups.values()
 
 
 def _kind(arm: Arm) -> tuple[Hashable, ...]:
@@ -300,20 +324,12 @@ def _place(row: ArmRow) -> tuple[bool, bool, int]:
 
 def _last(row: ArmRow) -> tuple[float, float]:
     """Returns the negative number of steps, and the last held-out loss; means over seeds."""
-    steps = spread(run.steps for run in row.runs)
     loss = spread(run.held_out_loss for run in row.runs)
-    return -steps.mean if steps else 0.0, loss.mean if loss else math.inf
+    return -statistics.fmean(run.steps for run in row.runs), loss.mean if loss else math.inf
 
 
 def _diverged(run: Measured) -> bool:
     return "finite" in (run.error or "") or any(not math.isfinite(one.value) for one in run.losses)
 
 
-def _order(measure: Measure) -> Callable[[ArmRow], tuple[bool, float, int]]:
-    """Returns a key by which the best row comes first; of equals, that with fewer parameters."""
-
-    def key(row: ArmRow) -> tuple[bool, float, int]:
-        value = 0.0 if row.quality is None else row.quality.mean
-        return row.quality is None, -value if measure.larger else value, row.trained_parameters or 0
-
-    return key
+_order = operator.attrgetter("order")

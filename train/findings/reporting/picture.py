@@ -10,7 +10,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from train.compare.reporting.pictures import ADAPTERS, DASHES, FULL, MARKERS, STYLE, WIDTH
+from train.compare.reporting.pictures import ADAPTERS, DASHES, FULL, MARKERS, STYLE, WIDTH, errors
 from train.findings.reporting.pivot import Block, Key, Pivot, headed, shown
 
 PICTURE = "finding.png"
@@ -70,18 +70,13 @@ def _draw(axes: Axes, block: Block, pivot: Pivot, columns: list[Key]) -> None:
         found = [(at, cell.value) for at, cell in pairs if cell and cell.value]
         if not found:
             continue
-        means = [value.mean for _, value in found]
-        bars = [
-            [value.mean - value.low for _, value in found],
-            [value.high - value.mean for _, value in found],
-        ]
         joined = all(not isinstance(block.rows[at], str) for at, _ in found)
         shift = _APART * (block.columns.index(column) - (len(block.columns) - 1) / 2)
         is_full = column == "full"
         axes.errorbar(
             [at + shift for at, _ in found],
-            means,
-            yerr=bars,
+            [value.mean for _, value in found],
+            yerr=errors([value for _, value in found]),
             label=headed(pivot.columns, column),
             color=FULL if is_full else ADAPTERS[i % len(ADAPTERS)],
             marker="s" if is_full else MARKERS[i % len(MARKERS)],

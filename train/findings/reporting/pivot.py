@@ -153,17 +153,12 @@ def axis_of(name: str) -> Axis:
 
 def measures_of(comparison: Comparison) -> dict[str, Measure]:
     """Returns the measures that some run ended with, by the names of `MEASURES`."""
-    facts = comparison.facts
-    known = {
-        "score": Measure("score", facts.score or "score", True),
-        "loss": Measure("held out", f"held-out {facts.loss}", False),
-        "forgetting": Measure("forgetting", "rise of the loss on other text (nats a token)", False),
-        "intruders": Measure("intruders", "intruder dimensions of a matrix", False),
-    }
+    known = tables.measures(comparison.facts)
+    kinds = {name: "held out" if name == "loss" else name for name in MEASURES}
     return {
-        name: measure
-        for name, measure in known.items()
-        if any(measure.of(run) is not None for run in comparison.runs)
+        name: known[kind]
+        for name, kind in kinds.items()
+        if any(known[kind].of(run) is not None for run in comparison.runs)
     }
 
 
@@ -182,7 +177,7 @@ def pivot_of(comparison: Comparison, layout: Layout, measure: Measure) -> Pivot:
     for run in comparison.runs:
         of_arm.setdefault(run.arm, []).append(run)
     if layout.at_best_rate:
-        best = tables.best_of_each(tables.rows(comparison, measure), Arm.at_any_rate, measure)
+        best = tables.best_of_each(tables.rows(comparison, measure), Arm.at_any_rate)
         kept = {row.arm for row in best}
         of_arm = {arm: runs for arm, runs in of_arm.items() if arm in kept}
     firsts = [runs[0] for runs in of_arm.values()]
