@@ -6,23 +6,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from train.compare.options import COMPARED, OF_SUBSPACE, CompareConfig, has_adapter
+from train.compare.options import COMPARED, METHODS, OF_SUBSPACE, CompareConfig, has_adapter
 from train.compare.result import Arm
 from train.options.classify import rate_of_dimension
 
-# What a method sets. Variants are LoRA but for one thing.
-METHODS: dict[str, dict[str, Any]] = {
-    "lora": {},
-    "rslora": {"scaling": "alpha/sqrt(rank)"},
-    "pissa": {"init": "pissa"},
-    "olora": {"init": "olora"},
-    "lora-plus": {"lora_plus": 16.0},
-    **{method: {variant.option: True} for method, variant in COMPARED.items()},
-    "full": {"full": True},
-    "head-only": {"head_only": True},
-    "said": {"intrinsic_kind": "said"},
-    "did": {"intrinsic_kind": "did"},
-}
 _RANKS = (4, 16, 64)
 _QUICK_RANKS = (8,)
 # Around the script's learning rate. Neighbours are a factor of three apart, about the distance at
@@ -62,39 +49,28 @@ def arms_of(compare: CompareConfig, basis: Basis) -> list[Arm]:
     for method in compare.methods:
         if has_adapter(method):
             times = basis.rates.get(method, basis.rates["lora"]) / basis.rates["lora"]
-            rates = _times(times, compare.lrs) or _around(times * basis.rates["lora"])
+            rates = _times(times, compare.lrs) or _times(times * basis.rates["lora"])
             ranks = compare.ranks or _ranks(method, compare.quick)
             for rank, targets, size, rate in itertools.product(ranks, sets, batch_sizes, rates):
                 alphas = compare.alphas or (_alpha(method, basis) * rank,)
                 arms += [Arm(method, rank, targets, alpha, rate, size) for alpha in alphas]
-            continue
-        if method in OF_SUBSPACE:
-            arms += _of_subspace(method, compare, basis, batch_sizes)
-            continue
-        given = compare.full_lrs if method == "full" else compare.lrs
-        factors = basis.quick_full if compare.quick else _AROUND_FULL
-        rates = given or _around(basis.rates[method], factors)
-        arms += [
-            Arm(method, None, None, None, rate, size)
-            for size, rate in itertools.product(batch_sizes, rates)
-        ]
+        elif method in OF_SUBSPACE:
+            lrs = compare.subspace_lrs or _times(basis.rates[method])
+            sizes = itertools.product(compare.dimensions or _DIMENSIONS, batch_sizes, lrs)
+            for dimension, size, lr in sizes:
+                rate = float(f"{rate_of_dimension(dimension, lr):.3g}")
+                arms.append(Arm(method, None, None, None, rate, size, dimension))
+        else:
+            factors = basis.quick_full if compare.quick else _AROUND_FULL
+            lrs = compare.full_lrs if method == "full" else compare.lrs
+            lrs = lrs or _times(basis.rates[method], factors)
+            arms += [Arm(method, None, None, None, lr, size) for size in batch_sizes for lr in lrs]
     return arms
-
-
-def _of_subspace(
-    method: str, compare: CompareConfig, basis: Basis, batch_sizes: Sequence[int]
-) -> Iterator[Arm]:
-    rates = compare.subspace_lrs or _around(basis.rates[method])
-    for dimension, size, given in itertools.product(
-        compare.dimensions or _DIMENSIONS, batch_sizes, rates
-    ):
-        rate = float(f"{rate_of_dimension(dimension, given):.3g}")
-        yield Arm(method, None, None, None, rate, size, dimension)
 
 
 def settings(arm: Arm, seed: int) -> dict[str, Any]:
     """Returns the options of a run, by the names of their fields."""
-    given = {**METHODS[arm.method], "lr": arm.learning_rate, "batch_size": arm.batch_size}
+    given = {**METHODS[arm.method].sets, "lr": arm.learning_rate, "batch_size": arm.batch_size}
     if has_adapter(arm.method):
         given |= {"rank": arm.rank, "targets": arm.targets, "alpha": arm.alpha}
     if arm.dimension is not None:
@@ -139,9 +115,5 @@ def _ranks(method: str, quick: bool) -> tuple[int, ...]:
     return own[-1:] if quick else own
 
 
-def _around(rate: float, factors: Sequence[float] = _AROUND) -> tuple[float, ...]:
-    return _times(rate, factors)
-
-
-def _times(rate: float, factors: Sequence[float]) -> tuple[float, ...]:
+def _times(rate: float, factors: Sequence[float] = _AROUND) -> tuple[float, ...]:
     return tuple(float(f"{factor * rate:.2g}") for factor in factors)

@@ -4,6 +4,8 @@ A step is timed by the script itself, in a process of its own: what other runs l
 not count, and neither does what trains beside them.
 """
 
+import functools
+import itertools
 import json
 import os
 import statistics
@@ -148,25 +150,19 @@ def answer_latency(
     rng = np.random.default_rng(0)
     length = _PROMPT if decodes else _LENGTH
     ids = rng.integers(1, min(vocabulary, 1000), (_ROWS, length), dtype=np.int32)
-    live: Any = lj.adapt(model.apply)
-    ways: dict[str, tuple[Any, Any]] = {
-        "base": (model.apply, plain),
-        "merged": (model.apply, lj.merge(adapted)),
-        "live": (live, adapted),
-    }
-    timed: dict[str, Callable[[], list[float]]] = {}
-    for name, (apply, params) in ways.items():
-        timed[name] = (
-            _decoding(model, params, ids, apply) if decodes else _reading(params, ids, apply)
-        )
-        timed[name]()  # compiles
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(_ROUNDS):
-        for name, run in timed.items():
-            seconds[name] += run()
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    ways: list[tuple[Any, Any]] = [
+        (model.apply, plain),
+        (model.apply, lj.merge(adapted)),
+        (lj.adapt(model.apply), adapted),
+    ]
+    answering = functools.partial(_decoding, model) if decodes else _reading
+    timed = [answering(params, ids, apply) for apply, params in ways]
+    for run in timed:
+        run()  # compiles
+    rounds = [[run() for run in timed] for _ in range(_ROUNDS)]
+    base, merged, live = (statistics.median(sum(found, [])) for found in zip(*rounds, strict=True))
     what = f"a decoding step of {_ROWS} rows" if decodes else f"{_ROWS} texts of {length} tokens"
-    return Latency(arm, medians["base"], medians["merged"], medians["live"], what)
+    return Latency(arm, base, merged, live, what)
 
 
 def _decoding(model: Any, params: Any, ids: np.ndarray, apply: Any) -> Callable[[], list[float]]:
@@ -174,30 +170,21 @@ def _decoding(model: Any, params: Any, ids: np.ndarray, apply: Any) -> Callable[
         tokens: Iterator[Any] = models.stream(
             model, params, ids, max_new_tokens=_TOKENS, eos_token_id=None, apply=apply
         )
-        next(tokens)
-        return list(_gaps(tokens))
+        times = [time.perf_counter() for _ in tokens]
+        return [after - before for before, after in itertools.pairwise(times)]
 
     return run
-
-
-def _gaps(tokens: Iterator[Any]) -> Iterator[float]:
-    began = time.perf_counter()
-    for _ in tokens:
-        now = time.perf_counter()
-        yield now - began
-        began = now
 
 
 def _reading(params: Any, ids: np.ndarray, apply: Any) -> Callable[[], list[float]]:
     forward = jax.jit(lambda params, ids: apply({"params": params}, ids))
 
     def run() -> list[float]:
-        found = []
+        times = [time.perf_counter()]
         for _ in range(5):
-            began = time.perf_counter()
             jax.block_until_ready(forward(params, jnp.asarray(ids)))
-            found.append(time.perf_counter() - began)
-        return found
+            times.append(time.perf_counter())
+        return [after - before for before, after in itertools.pairwise(times)]
 
     return run
 

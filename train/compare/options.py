@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from tyro.conf import arg
 
@@ -17,11 +17,41 @@ COMPARED = {variant.method: variant for variant in VARIANTS if variant.is_compar
 WITH_OWN_RATE = tuple(method for method, variant in COMPARED.items() if variant.rate)
 OF_SUBSPACE = ("said", "did")
 OF_CLASSIFIER = ("head-only", *OF_SUBSPACE)  # methods that train.sft has not
-_BY_OTHERS = ("rslora", "pissa", "olora", "lora-plus")  # by options that are not theirs alone
+
+
+class Way(NamedTuple):
+    """A way to train.
+
+    Attributes:
+      name: the method, as people write it.
+      sets: the options of a script that it sets. Variants are LoRA but for one thing.
+      in_peft: what it sets in a LoraConfig of PEFT's; None where no LoraConfig says it.
+    """
+
+    name: str
+    sets: dict[str, Any]
+    in_peft: dict[str, Any] | None = None
+
+
+METHODS = {
+    "lora": Way("LoRA", {}, {}),
+    "rslora": Way("rsLoRA", {"scaling": "alpha/sqrt(rank)"}, {"use_rslora": True}),
+    "pissa": Way("PiSSA", {"init": "pissa"}, {"init_lora_weights": "pissa"}),
+    "olora": Way("OLoRA", {"init": "olora"}, {"init_lora_weights": "olora"}),
+    "lora-plus": Way("LoRA+", {"lora_plus": 16.0}, {}),
+    **{
+        method: Way(one.name, {one.option: True}, one.in_peft and one.in_peft.fields)
+        for method, one in COMPARED.items()
+    },
+    "full": Way("full fine-tuning", {"full": True}),
+    "head-only": Way("head alone", {"head_only": True}),
+    "said": Way("SAID", {"intrinsic_kind": "said"}),
+    "did": Way("DID", {"intrinsic_kind": "did"}),
+}
 if TYPE_CHECKING:
     Method = str
 else:
-    Method = Literal[("lora", *_BY_OTHERS, *COMPARED, "full", *OF_CLASSIFIER)]
+    Method = Literal[tuple(METHODS)]
 
 
 def has_adapter(method: str) -> bool:
@@ -112,10 +142,9 @@ class CompareConfig:
     wherever they were not given."""
 
 
-_OF_GRID = (
-    *("methods", "ranks", "target_sets", "alphas", "lrs", "full_lrs", "batch_sizes", "quick"),
-    *("dimensions", "subspace_lrs"),
-)
+_RATES = ("alphas", "lrs", "full_lrs", "subspace_lrs")
+_COUNTS = ("ranks", "batch_sizes", "dimensions")
+_OF_GRID = ("methods", "target_sets", *_RATES, *_COUNTS)
 
 
 def check(compare: CompareConfig, options: Options, given: Collection[str]) -> None:
@@ -134,55 +163,48 @@ def check(compare: CompareConfig, options: Options, given: Collection[str]) -> N
     for field in ("methods", "target_sets", "seeds"):
         if not getattr(compare, field):
             raise UserError(f"{flag(field)}: at least one is needed")
-    for field in _OF_GRID:
-        if field != "quick":
-            _check_once(field, getattr(compare, field))
-    _check_once("seeds", compare.seeds)
-    for field in ("alphas", "lrs", "full_lrs", "subspace_lrs"):
-        _check_each(field, getattr(compare, field), lambda v: math.isfinite(v) and v > 0, "above 0")
-    for field in ("ranks", "batch_sizes", "dimensions"):
-        _check_each(field, getattr(compare, field), lambda v: v >= 1, "from 1 on")
-    _check_each("at_once", (compare.at_once,), lambda v: v >= 1, "from 1 on")
+    for field in (*_OF_GRID, "seeds"):
+        values = getattr(compare, field)
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise UserError(f"{flag(field, *values)}: {twice[0]} stands there twice")
+    for fields, fits, what in (
+        ((*_RATES, "price"), lambda v: 0 < v < math.inf, "above 0"),
+        ((*_COUNTS, "at_once"), lambda v: v >= 1, "from 1 on"),
+    ):
+        for field in fields:
+            values = getattr(compare, field)
+            for value in values if isinstance(values, tuple) else (values,):
+                if value is not None and not fits(value):
+                    raise UserError(f"{flag(field)} {value}: a number {what} is needed")
     if compare.peft_experiments:
-        if set_by_hand := [name for name in _OF_GRID if name in given]:
+        if set_by_hand := [name for name in (*_OF_GRID, "quick") if name in given]:
             raise UserError(
                 f"--peft-experiments are the settings to compare: leave out {flag(set_by_hand[0])}"
             )
     else:
         _check_methods(compare, given)
-    if compare.price is not None:
-        _check_each("price", (compare.price,), lambda v: math.isfinite(v) and v > 0, "above 0")
-        if compare.topology is None:
-            raise UserError("--price: the price of what? Name a machine with --topology")
+    if compare.price is not None and compare.topology is None:
+        raise UserError("--price: the price of what? Name a machine with --topology")
     check_many(options.run.report_to, "a comparison")
 
 
 def _check_methods(compare: CompareConfig, given: Collection[str]) -> None:
     """Raises a UserError for settings of methods that are not compared."""
-    subspaces = [method for method in compare.methods if method in OF_SUBSPACE]
-    adapters = [method for method in compare.methods if has_adapter(method)]
-    for field in ("ranks", "target_sets", "alphas", "lrs", "at_once"):
-        if (
-            field in given
-            and not adapters
-            and not (field == "lrs" and "head-only" in compare.methods)
-        ):
-            raise UserError(f"{flag(field)} is about adapters, and --methods names none of them")
-    for field in ("dimensions", "subspace_lrs"):
-        if field in given and not subspaces:
-            raise UserError(f"{flag(field)} is about said and did, and --methods names neither")
-    for field in ("full_lrs", "keep_weights"):
-        if field in given and "full" not in compare.methods:
-            raise UserError(f"{flag(field)} is about full, which --methods leaves out")
-
-
-def _check_once(field: str, values: tuple[Any, ...]) -> None:
-    for value in values:
-        if values.count(value) > 1:
-            raise UserError(f"{flag(field, *map(str, values))}: {value} stands there twice")
-
-
-def _check_each(field: str, values: tuple[Any, ...], fits: Any, what: str) -> None:
-    for value in values:
-        if not fits(value):
-            raise UserError(f"{flag(field)} {value}: a number {what} is needed")
+    adapters = any(map(has_adapter, compare.methods))
+    no_adapters = "is about adapters, and --methods names none of them"
+    for fields, is_compared, why in (
+        (("ranks", "target_sets", "alphas", "at_once"), adapters, no_adapters),
+        (("lrs",), adapters or "head-only" in compare.methods, no_adapters),
+        (
+            ("dimensions", "subspace_lrs"),
+            {*OF_SUBSPACE} & {*compare.methods},
+            "is about said and did, and --methods names neither",
+        ),
+        (
+            ("full_lrs", "keep_weights"),
+            "full" in compare.methods,
+            "is about full, which --methods leaves out",
+        ),
+    ):
+        if not is_compared and (idle := [field for field in fields if field in given]):
+            raise UserError(f"{flag(idle[0])} {why}")

@@ -13,7 +13,7 @@ from lora_jax.models.families import FAMILIES
 from lora_jax.peft.config import read_config
 from lora_jax.peft.errors import PeftError
 from train.compare.result import Arm
-from train.console.errors import UserError
+from train.console.errors import UserError, as_user_errors
 
 CONFIG, PARAMS = "adapter_config.json", "training_params.json"
 DEFAULTS = "default_training_params.json"
@@ -90,10 +90,8 @@ def read_experiment(folder: Path, model_type: str | None = None) -> Experiment:
         if variant is not None:
             raise params.error("optimizer_type", "trains adapters alone, and none is configured")
         return Experiment(Arm("full", None, None, None, rate, batch_size), seed, options)
-    try:
+    with as_user_errors(PeftError):
         config = read_config(folder)
-    except PeftError as error:
-        raise UserError(str(error)) from error
     where = folder / CONFIG
     method = _method(config, variant, where)
     if config["lora_dropout"]:
@@ -209,18 +207,15 @@ def _training(params: _Params) -> tuple[dict[str, Any], float, str | None]:
 
 
 def _method(config: Mapping[str, Any], variant: str | None, where: Path) -> str:
-    if beyond := [name for name in _BEYOND if config[name]]:
+    beyond = [name for name in _BEYOND if config[name]]
+    beyond += ["bias"] * (config["bias"] != "none")
+    init = config["init_lora_weights"]
+    beyond += ["init_lora_weights"] * (init not in (True, "pissa", "olora"))
+    if beyond:
         said = ", ".join(f"{name}={config[name]!r}" for name in beyond)
         raise UserError(f"{where}: {said}: train.compare has no such arms")
-    if config["bias"] != "none":
-        raise UserError(f"{where}: bias={config['bias']!r}: train.compare has no such arms")
-    init = config["init_lora_weights"]
-    if init not in (True, "pissa", "olora"):
-        raise UserError(f"{where}: init_lora_weights={init!r}: train.compare has no such arms")
-    chosen = [name for name, on in (("use_dora", "dora"), ("use_rslora", "rslora")) if config[name]]
-    methods = [*(name.removeprefix("use_") for name in chosen)]
-    methods += [init] if init in ("pissa", "olora") else []
-    methods += [variant] if variant else []
+    methods = [name for name in ("dora", "rslora") if config[f"use_{name}"]]
+    methods += [name for name in (init, variant) if isinstance(name, str)]
     if len(methods) > 1:
         raise UserError(f"{where}: {' and '.join(methods)} together: an arm has one of them")
     return methods[0] if methods else "lora"

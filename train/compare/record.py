@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from train.compare.result import Rung, read_record, write_record
+from train.compare.result import Rung, read_record
 
 FILE = "sweep.json"
 
@@ -62,8 +62,3 @@ def read(folder: Path, date: str) -> Record:
     """
     path = folder / FILE
     return read_record(Record, path) if path.exists() else Record(date)
-
-
-def write(record: Record, folder: Path) -> None:
-    """Writes the record; the file is replaced as a whole."""
-    write_record(record, folder / FILE)

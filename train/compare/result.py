@@ -1,6 +1,8 @@
 """The measurements of a comparison, as `compare.json` holds them: all that the report shows."""
 
 import dataclasses
+import functools
+import inspect
 import json
 import math
 import types
@@ -265,6 +267,7 @@ def read_record(kind: type[Kind], path: Path) -> Kind:
         raise UserError(f"{path}: {error}; only train.compare writes this file") from error
 
 
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 _WANTED = {int: "an integer", str: "a string", bool: "true or false"}
 
 
@@ -281,7 +284,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(one) for one in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return json.dumps(value)
     return value
 
 
@@ -292,66 +295,50 @@ def _parsed(value: Any, kind: Any, field: str) -> Any:
         one = next(one for one in arguments if one is not types.NoneType)
         return None if value is None else _parsed(value, one, field)
     if origin is Literal:
-        if value not in arguments:
-            raise _mismatch(field, " or ".join(map(repr, arguments)), value)
+        _need(value in arguments, field, " or ".join(map(repr, arguments)), value)
         return value
     if origin is tuple:
-        return _tuple(value, arguments, field)
+        _need(isinstance(value, list), field, "a list", value)
+        kinds = (arguments[0],) * len(value) if arguments[-1] is Ellipsis else arguments
+        _need(len(kinds) == len(value), field, f"a list of {len(kinds)}", value)
+        pairs = enumerate(zip(value, kinds, strict=True))
+        return tuple(_parsed(one, kind, f"{field}[{index}]") for index, (one, kind) in pairs)
     if origin is not None:  # Mapping[str, X]
-        if not isinstance(value, dict):
-            raise _mismatch(field, "an object", value)
+        _need(isinstance(value, dict), field, "an object", value)
         return {key: _parsed(one, arguments[1], f"{field}[{key!r}]") for key, one in value.items()}
-    if _fields(kind):
-        return _record(value, kind, field)
+    if fields := _fields(kind):
+        _need(isinstance(value, dict), field, "an object", value)
+        return _record(value, kind, fields, f"{field}." if field else "")
     if kind is float:
-        if value in ("NaN", "Infinity", "-Infinity"):
-            return float(value)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        raise _mismatch(field, "a number", value)
-    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-        raise _mismatch(field, _WANTED[kind], value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        _need(is_number or value in _NOT_FINITE, field, "a number", value)
+        return float(value)
+    fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+    _need(fits, field, _WANTED[kind], value)
     return value
 
 
-def _tuple(value: Any, kinds: tuple[Any, ...], field: str) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise _mismatch(field, "a list", value)
-    if kinds[-1] is Ellipsis:
-        kinds = (kinds[0],) * len(value)
-    if len(kinds) != len(value):
-        raise _mismatch(field, f"a list of {len(kinds)}", value)
-    pairs = enumerate(zip(value, kinds, strict=True))
-    return tuple(_parsed(one, kind, f"{field}[{index}]") for index, (one, kind) in pairs)
-
-
-def _record(value: Any, kind: Any, field: str) -> Any:
-    if not isinstance(value, dict):
-        raise _mismatch(field, "an object", value)
-    fields, dot = _fields(kind), "." if field else ""
+def _record(value: Mapping[str, Any], kind: Any, fields: Mapping[str, bool], path: str) -> Any:
     if unknown := [name for name in value if name not in fields]:
-        raise _Mismatch(f"{field}{dot}{unknown[0]} is no field of {kind.__name__}")
+        raise _Mismatch(f"{path}{unknown[0]} is no field of {kind.__name__}")
     if missing := [name for name, needed in fields.items() if needed and name not in value]:
-        raise _Mismatch(f"{field}{dot}{missing[0]} is missing")
+        raise _Mismatch(f"{path}{missing[0]} is missing")
     kinds = typing.get_type_hints(kind)
-    return kind(
-        **{name: _parsed(one, kinds[name], f"{field}{dot}{name}") for name, one in value.items()}
-    )
+    return kind(**{name: _parsed(one, kinds[name], path + name) for name, one in value.items()})
 
 
-def _fields(kind: type) -> dict[str, bool]:
+@functools.cache
+def _fields(kind: Any) -> dict[str, bool]:
     """Returns the field names of a record's type, and whether each has no default."""
-    if dataclasses.is_dataclass(kind):
-        missing = dataclasses.MISSING
-        return {
-            one.name: one.default is missing and one.default_factory is missing
-            for one in dataclasses.fields(kind)
-        }
-    defaults = getattr(kind, "_field_defaults", {})
-    return {name: name not in defaults for name in getattr(kind, "_fields", ())}
+    if not dataclasses.is_dataclass(kind) and not hasattr(kind, "_fields"):
+        return {}
+    parameters = inspect.signature(kind).parameters
+    return {name: one.default is one.empty for name, one in parameters.items()}
 
 
-def _mismatch(field: str, wanted: str, value: Any) -> _Mismatch:
-    found = json.dumps(value)
-    found = found if len(found) <= 60 else f"{found[:57]}..."
-    return _Mismatch(f"{field or 'the whole'} must be {wanted}, and is {found}")
+def _need(fits: bool, field: str, wanted: str, value: Any) -> None:
+    """Raises a `_Mismatch` where a value is not what its field takes."""
+    if not fits:
+        found = json.dumps(value)
+        found = found if len(found) <= 60 else f"{found[:57]}..."
+        raise _Mismatch(f"{field or 'the whole'} must be {wanted}, and is {found}")

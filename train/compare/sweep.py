@@ -20,10 +20,10 @@ from rich.console import Console
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.losses import HELD_OUT
 from lora_jax.training.processes import write_text
-from train.compare import record, rungs
+from train.compare import rungs
 from train.compare.options import has_adapter
-from train.compare.record import Record
-from train.compare.result import Arm
+from train.compare.record import FILE, Record
+from train.compare.result import Arm, write_record
 from train.compare.rungs import Stage
 from train.compare.trials import Trial, groups_of
 from train.console.errors import flag
@@ -162,7 +162,7 @@ class Sweep:
         for trial in through:
             done = self.record.of(trial.name)
             done.stages, done.finished = number + 1, until is None
-        record.write(self.record, self.folder)
+        write_record(self.record, self.folder / FILE)
         for trial in through:
             if until is None:
                 self._tidy(trial)
@@ -201,7 +201,7 @@ class Sweep:
         means = {arm: sum(found) / len(found) for arm, found in losses.items()}
         rung = rungs.decide(stage, means, _share(stage, self.trials))
         self.record.rungs = (*self.record.rungs, rung)
-        record.write(self.record, self.folder)
+        write_record(self.record, self.folder / FILE)
         self.console.print(
             f"after {rung.share:.1%} of the steps, {len(rung.kept)} settings go on, and "
             f"{len(rung.stopped)} stop",

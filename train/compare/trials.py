@@ -9,6 +9,7 @@ import lora_jax as lj
 from lora_jax.training.errors import TrainingError
 from train.compare import arms
 from train.compare.options import (
+    METHODS,
     OF_CLASSIFIER,
     OF_SUBSPACE,
     WITH_OWN_RATE,
@@ -71,7 +72,7 @@ def basis_of(script: Script, options: Any) -> arms.Basis:
     if hasattr(options.adapter, "head_only"):
         names += OF_CLASSIFIER
     for name in names:
-        given = dict(arms.METHODS[name])
+        given = dict(METHODS[name].sets)
         if name in OF_SUBSPACE:
             given["intrinsic"] = 10_000  # for which rates are given; see `rate_of_dimension`
         completed = script.completed(options, **given)

@@ -10,20 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.training.processes import write_json
-from train.compare.options import COMPARED
+from train.compare.options import METHODS
 from train.compare.result import Arm, Comparison, Measured
 
 FOLDER = "peft"
 
 _STATUS = {"done": "success", "failed": "failed", "stopped early": "canceled"}
-_IN_PEFT: dict[str, dict[str, Any]] = {  # what a method sets in a LoraConfig
-    "lora": {},
-    "lora-plus": {},
-    "rslora": {"use_rslora": True},
-    **{method: v.in_peft.fields for method, v in COMPARED.items() if v.in_peft},
-    "pissa": {"init_lora_weights": "pissa"},
-    "olora": {"init_lora_weights": "olora"},
-}
 _OPTIMIZERS = {"lora-fa": "lora-fa", "lora-plus": "lora+"}
 _PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
 _UNKNOWN_CONFIG = (
@@ -31,6 +23,19 @@ _UNKNOWN_CONFIG = (
     *("grad_norm_clip", "lr_scheduler", "use_amp", "autocast_adapter_dtype"),
     *("generation_kwargs", "attn_implementation", "init_kv_cache_prefix"),
 )
+# Fields of a LoraConfig that are null here, off, or empty.
+_NULL = (
+    *("task_type", "auto_mapping", "peft_version", "revision", "exclude_modules", "lora_dropout"),
+    *("bias", "modules_to_save", "layers_to_transform", "layers_pattern", "megatron_config"),
+    *("trainable_token_indices", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
+    *("alora_invocation_tokens", "monteclora_config", "layer_replication", "target_parameters"),
+    *("use_bdlora", "arrow_config"),
+)
+_OFF = (
+    *("inference_mode", "fan_in_fan_out", "use_rslora", "use_dora", "use_qalora", "lora_bias"),
+    "ensure_weight_tying",
+)
+_EMPTY = ("rank_pattern", "alpha_pattern", "loftq_config")
 _UNKNOWN_METRICS = (
     *("valid accuracy", "train time", "eval time", "tokens / sec"),
     *("mem allocated avg", "mem reserved avg", "elapsed time"),
@@ -56,7 +61,8 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
     total = next((count for count in whole if count is not None), None)
     files = []
     for run in comparison.runs:
-        if run.status == "waiting" or run.arm.method not in (*_IN_PEFT, "full"):
+        method = run.arm.method
+        if run.status == "waiting" or (method != "full" and METHODS[method].in_peft is None):
             continue
         content = _result(comparison, run, total)
         name = content["run_info"]["experiment_name"].replace("/", "--")
@@ -69,7 +75,7 @@ def _result(comparison: Comparison, run: Measured, total: int | None) -> dict[st
     facts, arm = comparison.facts, run.arm
     last = _metrics(run, run.steps)
     last |= {"test accuracy": _number(run.score), "train total tokens": None}
-    last["forgetting"] = run.forgetting and _number(run.forgetting.after - run.forgetting.before)
+    last["forgetting"] = _number(run.forgotten)
     on_the_way = [
         _metrics(run, point.step) | dict.fromkeys(_UNKNOWN_METRICS) for point in run.held_out
     ]
@@ -140,45 +146,16 @@ def _peft_config(arm: Arm, model: str) -> dict[str, Any]:
     """Returns the fields of PEFT's LoraConfig."""
     targets: Any = list(arm.targets or ())
     return {
-        "task_type": None,
+        **dict.fromkeys(_NULL),
+        **dict.fromkeys(_OFF, False),
+        **{name: {} for name in _EMPTY},
         "peft_type": "LORA",
-        "auto_mapping": None,
-        "peft_version": None,
         "base_model_name_or_path": model,
-        "revision": None,
-        "inference_mode": False,
         "r": arm.rank,
         "target_modules": "all-linear" if targets == ["all-linear"] else targets,
-        "exclude_modules": None,
         "lora_alpha": arm.alpha,
-        "lora_dropout": None,
-        "fan_in_fan_out": False,
-        "bias": None,
-        "use_rslora": False,
-        "modules_to_save": None,
         "init_lora_weights": True,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "megatron_config": None,
         "megatron_core": "megatron.core",
-        "trainable_token_indices": None,
-        "loftq_config": {},
-        "eva_config": None,
-        "corda_config": None,
-        "lora_ga_config": None,
-        "use_dora": False,
-        "velora_config": None,
-        "alora_invocation_tokens": None,
-        "use_qalora": False,
         "qalora_group_size": 16,
-        "monteclora_config": None,
-        "layer_replication": None,
-        "lora_bias": False,
-        "target_parameters": None,
-        "use_bdlora": None,
-        "arrow_config": None,
-        "ensure_weight_tying": False,
-        **_IN_PEFT[arm.method],
+        **(METHODS[arm.method].in_peft or {}),
     }

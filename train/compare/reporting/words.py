@@ -3,28 +3,16 @@
 import math
 from collections.abc import Iterable
 
-from train.compare.options import COMPARED
+from train.compare.options import METHODS
 from train.compare.result import Arm
 
 NOTHING = "–"  # in the place of a figure that was not measured
-_METHODS = {
-    "lora": "LoRA",
-    "rslora": "rsLoRA",
-    "pissa": "PiSSA",
-    "olora": "OLoRA",
-    "lora-plus": "LoRA+",
-    **{method: variant.name for method, variant in COMPARED.items()},
-    "full": "full fine-tuning",
-    "head-only": "head alone",
-    "said": "SAID",
-    "did": "DID",
-}
 _SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def method(name: str) -> str:
     """Returns a method's name as people write it."""
-    return _METHODS.get(name, name)
+    return METHODS[name].name if name in METHODS else name
 
 
 def family(arm: Arm, others: Iterable[Arm] = ()) -> str:
