@@ -35,6 +35,7 @@ from train.compare.script import Script
 from train.compare.sweep import Sweep
 from train.compare.trials import RUNS, trials_of
 from train.console.errors import UserError, flag
+from train.console.output import print_line
 from train.finetune import RunPart, weights_of
 from train.inputs import Inputs, Reader
 from train.options import classify as classify_options
@@ -73,38 +74,35 @@ class ClassifyCompare(classify_options.Config):
     run: classify_options.ClassifyRunConfig = classify_options.ClassifyRunConfig(output=_OUTPUT)
 
 
-SCRIPTS: dict[str, tuple[Any, Script]] = {
-    "sft": (
-        SftCompare(),
-        Script(
-            name="train.sft",
-            plain=sft_options.Config(run=sft_options.SftRunConfig(eval_questions=64)),
-            task_of=sft.task_of,
-            check=sft.check,
-            with_defaults=sft.with_defaults,
-            quick={
-                "steps": 8,
-                "warmup": 2,
-                "batch_size": 2,
-                "seeds": (0, 1),
-                "eval_every": 2,
-                "eval_questions": 8,
-            },
-            quick_full=(1.0, 3.0),
-        ),
+SCRIPTS = {
+    "sft": Script(
+        name="train.sft",
+        compared=SftCompare(),
+        plain=sft_options.Config(run=sft_options.SftRunConfig(eval_questions=64)),
+        task_of=sft.task_of,
+        check=sft.check,
+        with_defaults=sft.with_defaults,
+        quick={
+            **{"steps": 8, "warmup": 2, "batch_size": 2, "seeds": (0, 1)},
+            **{"eval_every": 2, "eval_questions": 8},
+        },
+        quick_full=(1.0, 3.0),
     ),
-    "classify": (
-        ClassifyCompare(),
-        Script(
-            name="train.classify",
-            plain=classify_options.Config(),
-            task_of=classify.task_of,
-            check=classify.check,
-            with_defaults=classify_options.with_defaults,
-            quick={"epochs": 1.0, "seeds": (0, 1)},
-            quick_full=(1.0, 3.0, 9.0),
-        ),
+    "classify": Script(
+        name="train.classify",
+        compared=ClassifyCompare(),
+        plain=classify_options.Config(),
+        task_of=classify.task_of,
+        check=classify.check,
+        with_defaults=classify_options.with_defaults,
+        quick={"epochs": 1.0, "seeds": (0, 1)},
+        quick_full=(1.0, 3.0, 9.0),
     ),
+}
+_OF_SFT = {  # options of a comparison that only language models take
+    "outside": "a classifier has no loss on text, so that nothing tells what it forgets",
+    "peft_experiments": "PEFT's experiments train language models: compare sft",
+    "topology": "train.plan plans language models, not classifiers",
 }
 
 
@@ -133,12 +131,12 @@ def parse(args: Sequence[str]) -> tuple[Script, Any, frozenset[str]]:
             sys.exit(0)
         found = f"not {args[0]!r}" if args else "and nothing was given"
         raise UserError(f"the script to compare runs of is needed first: sft or classify, {found}")
-    plain, script = SCRIPTS[args[0]]
-    config, on_line, in_file = read_line(plain, args[1:], f"{_PROG} {args[0]}")
+    script = SCRIPTS[args[0]]
+    line: Any = read_line(script.compared, args[1:], f"{_PROG} {args[0]}")
+    config, on_line, in_file = line
     given = {*on_line, *in_file}
     check(config.compare, config, given)
-    options = script.options_of(config)
-    check_effects(options, on_line, in_file)
+    check_effects(script.options_of(config), on_line, in_file)
     if config.compare.quick:
         length = {"steps", "epochs"}  # either says how long to train
         kept = given | length if given & length else given
@@ -148,14 +146,9 @@ def parse(args: Sequence[str]) -> tuple[Script, Any, frozenset[str]]:
         raise UserError(
             f"{flag('methods', wrong[0])} is a way to train a classifier: compare classify"
         )
-    if "outside" in given and script.kind != "sft":
-        raise UserError(
-            "--outside: a classifier has no loss on text, so that nothing tells what it forgets"
-        )
-    if config.compare.peft_experiments and script.kind != "sft":
-        raise UserError("--peft-experiments: PEFT's experiments train language models: compare sft")
-    if config.compare.topology is not None and script.kind != "sft":
-        raise UserError("--topology: train.plan plans language models, not classifiers")
+    for option, why in _OF_SFT.items():
+        if option in given and script.kind != "sft":
+            raise UserError(f"{flag(option)}: {why}")
     return script, config, frozenset(given)
 
 
@@ -191,64 +184,46 @@ def compare(
     text = outside.read_text(asked.outside) if script.kind == "sft" else None
     reader = Reader()
     trials, inputs = trials_of(script, options, asked, given, folder, reader)
-    outline = inputs.read.outline
-    rows = None
+    on_text = None
     if text is not None:
-        rows = outside.rows_of(text[0], outline.tokenizer, text[1])
+        rows = outside.rows_of(text[0], inputs.read.outline.tokenizer, text[1])
+        on_text = functools.partial(outside.loss_on, rows)
     _begin(folder, config, script)
     done = record.read(folder, datetime.now().astimezone().isoformat(timespec="seconds"))
-    console.print(
-        f"{len(trials)} runs of {len({trial.arm for trial in trials})} settings; what they come to "
-        f"will be in {folder}",
-        highlight=False,
-        soft_wrap=True,
+    settings = len({trial.arm for trial in trials})
+    print_line(
+        console,
+        f"{len(trials)} runs of {settings} settings; what they come to will be in {folder}",
     )
     session.stop.remedy = resume_hint(prog)
-    part = RunPart(reader=reader, hint=session.stop.remedy)
-    counting = functools.partial(_intruders, inputs, {}) if asked.intruders else None
     sweep = Sweep(
         script=script.name,
         folder=folder,
         trials=trials,
         record=done,
-        part=part,
-        at_once=asked.at_once,
-        early=asked.early_stopping,
-        keep_weights=asked.keep_weights,
-        outside=None if rows is None else functools.partial(outside.loss_on, rows),
-        intruders=counting,
+        part=RunPart(reader=reader, hint=session.stop.remedy),
+        asked=asked,
+        outside=on_text,
+        intruders=functools.partial(_intruders, inputs, {}) if asked.intruders else None,
         session=session,
         console=console,
     )
     sweep.run()
-    about = measure.About(
-        command=command,
-        script=script.name,
-        loss=trials[0].task.loss(trials[0].config, inputs.layout).label,
-        outside=None if text is None else text[1],
-        rows=rows,
-    )
-    found = measure.measured(asked, sweep, inputs, about, console)
+    found = measure.measured(sweep, inputs, command, None if text is None else text[1])
     result.write(found, folder)
     said = report.write_report(found, folder)
     if asked.peft_json:
         peft_json.write(found, folder / peft_json.FOLDER)
-    sizes = [
-        dimension.sentence(one, found.facts.score or "score") for one in dimension.dimensions(found)
-    ]
-    further = [said.command] if said.command else []
+    name = found.facts.score or "score"
     for line in (
         f"verdict: {said.verdict}. {said.headline}",
-        *(*said.reasons, *said.undecided, *further, *sizes),
-    ):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
-    console.print(
+        *(*said.reasons, *said.undecided, *([said.command] if said.command else [])),
+        *(dimension.sentence(one, name) for one in dimension.dimensions(found)),
         f"this call took {duration(time.monotonic() - began)}, and all runs so far "
         f"{duration(sum(one.seconds for one in done.runs.values()))}; the report is "
         f"{folder / report.HTML}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    ):
+        print_line(console, line)
     return found
 
 

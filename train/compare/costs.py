@@ -134,9 +134,7 @@ def planned(
     return plan, words if price is None else f"{words}, {price:g} a chip-hour"
 
 
-def answer_latency(
-    arm: Arm, model: Any, plain: Any, adapted: Any, *, vocabulary: int, decodes: bool
-) -> Latency:
+def answer_latency(arm: Arm, model: Any, plain: Any, adapted: Any, decodes: bool) -> Latency:
     """Times an answer of the base, of the merged adapter, and of the adapter beside the base.
 
     Args:
@@ -144,12 +142,11 @@ def answer_latency(
       model: the model.
       plain: its parameters without an adapter.
       adapted: its parameters with the adapter.
-      vocabulary: the number of tokens.
       decodes: whether the model answers token by token; else it reads texts.
     """
     rng = np.random.default_rng(0)
     length = _PROMPT if decodes else _LENGTH
-    ids = rng.integers(1, min(vocabulary, 1000), (_ROWS, length), dtype=np.int32)
+    ids = rng.integers(1, min(model.config.vocab_size, 1000), (_ROWS, length), dtype=np.int32)
     ways: list[tuple[Any, Any]] = [
         (model.apply, plain),
         (model.apply, lj.merge(adapted)),

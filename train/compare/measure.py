@@ -4,23 +4,22 @@ import dataclasses
 import os
 import platform
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
-from rich.console import Console
 
 import lora_jax as lj
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.losses import HELD_OUT
-from train.compare import costs, outside
-from train.compare.options import CompareConfig, has_adapter
+from train.compare import costs
+from train.compare.options import has_adapter
 from train.compare.reporting import tables
 from train.compare.result import Comparison, Facts, Forgetting, Latency, Measured, Planned, Point
 from train.compare.rungs import RULE
 from train.compare.sweep import Sweep
 from train.compare.trials import Trial
 from train.console.errors import UserError, flag
+from train.console.output import print_line
 from train.finetune import weights_of
 from train.inputs import Inputs
 from train.reporters.files import read_json
@@ -31,63 +30,45 @@ from train.run.report import tree_bytes, versions
 COSTS = "costs"
 
 
-class About(NamedTuple):
-    """The subject of the measurements.
-
-    Attributes:
-      command: the command line.
-      script: "train.sft".
-      loss: the name of the loss, with its unit.
-      outside: the text outside the task, in words; None for none.
-      rows: its tokens, int32 [rows, length].
-    """
-
-    command: str
-    script: str
-    loss: str
-    outside: str | None
-    rows: np.ndarray | None
-
-
-def measured(
-    asked: CompareConfig, sweep: Sweep, inputs: Inputs, about: About, console: Console
-) -> Comparison:
+def measured(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Comparison:
     """Returns all measurements; takes those that are left for the end.
 
     Args:
-      asked: what is compared.
       sweep: the runs, each trained as far as it goes.
       inputs: inputs of one of the runs.
-      about: what the measurements are of.
-      console: console to print to.
+      command: the command line.
+      text: the text outside the task, in words; None for none.
     """
-    outline, config = inputs.read.outline, _config(sweep)
+    asked, console, outline = sweep.asked, sweep.console, inputs.read.outline
+    first = sweep.trials[0]
+    # The options of an adapter's run, if there is one: over the base as it is.
+    config = min(sweep.trials, key=lambda trial: not has_adapter(trial.arm.method)).config
     with doing(console, f"reading the weights of {outline.name}"):
         model, plain = weights_of(config, outline, inputs.layout)
     forward = model.apply if config.optim.quantize == "none" else lj.adapt(model.apply)
     before = None
-    if about.rows is not None:
+    if sweep.outside is not None:
         with doing(console, "measuring the base on text outside the task"):
-            before = outside.loss_on(about.rows, plain, forward)
-    runs = tuple(_of_run(trial, sweep, before) for trial in sweep.trials)
+            before = sweep.outside(plain, forward)
+    given = config.data.dataset
     found = Comparison(
         facts=Facts(
-            command=about.command,
-            script=about.script,
+            command=command,
+            script=sweep.script,
             model=outline.name,
-            dataset=_dataset(config),
+            dataset=given if isinstance(given, str) else " ".join(given),
             steps=max(trial.steps for trial in sweep.trials),
-            loss=about.loss,
-            score=sweep.trials[0].task.score,
+            loss=first.task.loss(first.config, inputs.layout).label,
+            score=first.task.score,
             base_bytes=tree_bytes(plain),
             machine=_machine(),
             date=sweep.record.date,
             versions=versions(),
-            outside=about.outside,
-            rule=RULE if sweep.early else None,
+            outside=text,
+            rule=RULE if asked.early_stopping else None,
             baselines=_baselines(sweep),
         ),
-        runs=runs,
+        runs=tuple(_of_run(trial, sweep, before) for trial in sweep.trials),
         rungs=sweep.record.rungs,
     )
     best = _best(found, sweep.trials)
@@ -95,22 +76,17 @@ def measured(
     for trial in best:
         if asked.costs and has_adapter(trial.arm.method):
             with doing(console, f"timing an answer with {trial.name}"):
-                vocabulary = outline.config.vocab_size
-                latencies.append(_latency(trial, model, plain, vocabulary, about.script))
+                adapted = lj.load_adapter(trial.folder / ADAPTER, plain)
+                decodes = sweep.script == "train.sft"
+                latencies.append(costs.answer_latency(trial.arm, model, plain, adapted, decodes))
     del plain, model
     if asked.costs:
-        found = dataclasses.replace(
-            found, runs=_with_costs(found.runs, best, sweep, console), latencies=tuple(latencies)
-        )
+        runs = _with_costs(found.runs, best, sweep)
+        found = dataclasses.replace(found, runs=runs, latencies=tuple(latencies))
     if asked.topology is not None:
-        found = _planned(found, asked, best, inputs, console)
+        length = inputs.read.data.facts["sequence_length"]
+        found = _planned(found, asked.topology, best, sweep, length)
     return found
-
-
-def _config(sweep: Sweep) -> Any:
-    """Returns the options of a run over the base as it is: an adapter's, if there is one."""
-    trials = sorted(sweep.trials, key=lambda trial: not has_adapter(trial.arm.method))
-    return trials[0].config
 
 
 def _baselines(sweep: Sweep) -> dict[str, float]:
@@ -121,23 +97,14 @@ def _baselines(sweep: Sweep) -> dict[str, float]:
     return {}
 
 
-def _dataset(config: Any) -> str:
-    given = config.data.dataset
-    return given if isinstance(given, str) else " ".join(given)
-
-
 def _machine() -> str:
     devices = jax.devices()
-    kind = devices[0].device_kind
     if devices[0].platform != "cpu":
-        return f"{len(devices)} × {kind}"
-    cores = _cores()
+        return f"{len(devices)} × {devices[0].device_kind}"
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     plural = "" if cores == 1 else "s"
     return f"{platform.machine()} CPU, {cores} core{plural} ({platform.system()})"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _of_run(trial: Trial, sweep: Sweep, before: float | None) -> Measured:
@@ -190,26 +157,16 @@ def _best(found: Comparison, trials: Sequence[Trial]) -> list[Trial]:
     return chosen
 
 
-def _latency(trial: Trial, model: Any, plain: Any, vocabulary: int, script: str) -> Latency:
-    adapted = lj.load_adapter(trial.folder / ADAPTER, plain)
-    decodes = script == "train.sft"
-    return costs.answer_latency(
-        trial.arm, model, plain, adapted, vocabulary=vocabulary, decodes=decodes
-    )
-
-
 def _with_costs(
-    runs: tuple[Measured, ...], best: list[Trial], sweep: Sweep, console: Console
+    runs: tuple[Measured, ...], best: list[Trial], sweep: Sweep
 ) -> tuple[Measured, ...]:
     """Returns the runs, those of the best arms with the memory and time of a step."""
-    folder = sweep.folder / COSTS
     for trial in best:
         try:
-            with doing(console, f"timing {costs.STEPS} steps of {trial.name} alone"):
-                cost = costs.step_cost(sweep.script, trial, folder, sweep.session)
+            with doing(sweep.console, f"timing {costs.STEPS} steps of {trial.name} alone"):
+                cost = costs.step_cost(sweep.script, trial, sweep.folder / COSTS, sweep.session)
         except TrainingError as error:
-            said = f"warning: {error.said(flag)}"
-            console.print(said, highlight=False, soft_wrap=True, markup=False)
+            print_line(sweep.console, f"warning: {error.said(flag)}")
             continue
         runs = tuple(
             dataclasses.replace(run, **cost._asdict()) if run.arm == trial.arm else run
@@ -219,19 +176,17 @@ def _with_costs(
 
 
 def _planned(
-    found: Comparison, asked: CompareConfig, best: list[Trial], inputs: Inputs, console: Console
+    found: Comparison, topology: str, best: list[Trial], sweep: Sweep, length: int
 ) -> Comparison:
     """Returns the comparison with plans of the best arms for another machine."""
-    assert asked.topology is not None
     plans: list[Planned] = []
-    words = asked.topology
-    length = inputs.read.data.facts["sequence_length"]
+    words = topology
     for trial in best:
         try:
-            with doing(console, f"planning {trial.name} for {asked.topology}"):
-                plan, words = costs.planned(trial, asked.topology, asked.price, length)
+            with doing(sweep.console, f"planning {trial.name} for {topology}"):
+                plan, words = costs.planned(trial, topology, sweep.asked.price, length)
         except UserError as error:
-            console.print(f"warning: {error}", highlight=False, soft_wrap=True, markup=False)
+            print_line(sweep.console, f"warning: {error}")
             continue
         plans.append(plan)
     facts = dataclasses.replace(found.facts, planned_on=words)

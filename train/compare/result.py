@@ -277,7 +277,7 @@ class _Mismatch(Exception):
 
 def _plain(value: Any) -> Any:
     """Returns a value as JSON has it; the inverse of `_parsed`."""
-    if fields := _fields(type(value)):
+    if fields := _fields(value.__class__):
         return {name: _plain(getattr(value, name)) for name in fields}
     if isinstance(value, Mapping):
         return {key: _plain(one) for key, one in value.items()}

@@ -15,7 +15,8 @@ class Script(NamedTuple):
 
     Attributes:
       name: name of its module: "train.sft".
-      plain: its options, none of them given.
+      compared: the options of a comparison of its runs, none of them given.
+      plain: its own options, none of them given.
       task_of, check: see `train.sft`.
       with_defaults: fills in a task's defaults.
       quick: options of a first look, where they are not given.
@@ -24,6 +25,7 @@ class Script(NamedTuple):
     """
 
     name: str
+    compared: Options
     plain: Options
     task_of: Callable[[Any], Task]
     check: Callable[[Any], None]

@@ -21,14 +21,15 @@ from lora_jax.training.errors import TrainingError
 from lora_jax.training.losses import HELD_OUT
 from lora_jax.training.processes import write_text
 from train.compare import rungs
-from train.compare.options import has_adapter
+from train.compare.options import CompareConfig, has_adapter
 from train.compare.record import FILE, Record
 from train.compare.result import Arm, write_record
 from train.compare.rungs import Stage
 from train.compare.trials import Trial, groups_of
 from train.console.errors import flag
+from train.console.output import print_line
 from train.finetune import RunPart, finetune
-from train.many.one import Asked, One
+from train.many.one import Asked
 from train.many.runs import train_rows
 from train.options.file import replaced
 from train.options.optim import warmup_steps
@@ -50,9 +51,7 @@ class Sweep:
       trials: all runs.
       record: what was done.
       part: what the runs share; its `hint` tells an interrupted user how to go on.
-      at_once: the adapters that train side by side.
-      early: whether hopeless arms are stopped.
-      keep_weights: whether the weights of full fine-tuning stay.
+      asked: what is compared, and how.
       outside: returns the loss on text outside the task, of an adapted tree and the function that
         runs it; None measures nothing.
       intruders: returns the intruder dimensions of a run's tree; None counts none.
@@ -65,9 +64,7 @@ class Sweep:
     trials: Sequence[Trial]
     record: Record
     part: RunPart
-    at_once: int
-    early: bool
-    keep_weights: bool
+    asked: CompareConfig
     outside: Callable[[Any, Callable[..., Any]], float] | None
     intruders: Callable[[Run, Any], float] | None
     session: Session
@@ -79,7 +76,7 @@ class Sweep:
         Raises:
           Interrupted: after a signal, once what is on its way is saved.
         """
-        stages = [*rungs.STAGES, rungs.LAST] if self.early else [rungs.LAST]
+        stages = [*rungs.STAGES, rungs.LAST] if self.asked.early_stopping else [rungs.LAST]
         for number, stage in enumerate(stages):
             going = [trial for trial in self.trials if not self.is_over(trial)]
             waiting = [trial for trial in going if self.record.of(trial.name).stages <= number]
@@ -94,7 +91,7 @@ class Sweep:
             waiting = [trial for trial in waiting if trial not in there]
             if waiting:
                 self._say(number, len(stages), stage, waiting)
-            for group in groups_of(waiting, self.at_once):
+            for group in groups_of(waiting, self.asked.at_once):
                 self._train(group, number, stage)
             if chooses and number == len(self.record.rungs):
                 self._decide(stage)
@@ -116,11 +113,10 @@ class Sweep:
         part = "to the end" if n == 1 else f"stage {number + 1} of {n}"
         side_by_side = sum(has_adapter(trial.arm.method) for trial in waiting)
         share = _share(stage, waiting)
-        self.console.print(
+        print_line(
+            self.console,
             f"{part}: {len(waiting)} runs to {share:.1%} of their steps, {side_by_side} of "
-            f"them side by side ({self.at_once} at once), the others one after another",
-            highlight=False,
-            soft_wrap=True,
+            f"them side by side ({self.asked.at_once} at once), the others one after another",
         )
 
     def _train(self, group: Sequence[Trial], number: int, stage: Stage) -> None:
@@ -140,9 +136,8 @@ class Sweep:
         first = group[0]
         with self.session.part():
             if has_adapter(first.arm.method):
-                ones = self._side_by_side(group, part)
+                self._side_by_side(group, part)
             else:
-                ones = []
                 self._alone(first, part)
         gc.collect()
         seconds = (time.monotonic() - began) / len(group)
@@ -150,12 +145,6 @@ class Sweep:
             done = self.record.of(trial.name)
             done.seconds += seconds
             done.side_by_side = len(group)
-        for one in ones:
-            done = self.record.of(one.row.name)
-            if one.state == "failed":
-                done.error = one.why
-            if one.score is not None:
-                done.score = one.score
         # A signal in the last step cuts off the measurement after it, which is then still to do.
         through = [] if self.session.stop.signal else group
         through = [trial for trial in through if self.record.of(trial.name).error is None]
@@ -163,31 +152,32 @@ class Sweep:
             done = self.record.of(trial.name)
             done.stages, done.finished = number + 1, until is None
         write_record(self.record, self.folder / FILE)
-        for trial in through:
-            if until is None:
-                self._tidy(trial)
+        for trial in through if until is None else ():
+            self._tidy(trial)
         self.session.stop.remedy = self.part.hint or ""
         self.session.stop.check()
 
-    def _side_by_side(self, group: Sequence[Trial], part: RunPart) -> list[One]:
-        asked = [
-            Asked(
-                TableRow(trial.name, f"run {trial.name}", frozenset(), _going_on(trial)),
-                trial.task,
-            )
-            for trial in group
-        ]
-        return train_rows(self.script, asked, self.session, self.console, part)
+    def _side_by_side(self, group: Sequence[Trial], part: RunPart) -> None:
+        asked = []
+        for trial in group:
+            row = TableRow(trial.name, f"run {trial.name}", frozenset(), _going_on(trial))
+            asked.append(Asked(row, trial.task))
+        for one in train_rows(self.script, asked, self.session, self.console, part):
+            done = self.record.of(one.row.name)
+            if one.state == "failed":
+                done.error = one.why
+            if one.score is not None:
+                done.score = one.score
 
     def _alone(self, trial: Trial, part: RunPart) -> None:
         done = self.record.of(trial.name)
-        self.console.print(f"run {trial.name}", highlight=False)
+        print_line(self.console, f"run {trial.name}")
         try:
             scores = finetune(self.script, _going_on(trial), trial.task, self.session, part)
         except TrainingError as error:
             done.error = error.said(flag).strip().splitlines()[0]
             write_text(trial.folder / ERROR, f"{error.said(flag).rstrip()}\n")
-            self.console.print(f"error: {done.error}", highlight=False, soft_wrap=True)
+            print_line(self.console, f"error: {done.error}")
             return
         done.score = scores.get(trial.task.score or "", done.score)
 
@@ -202,12 +192,12 @@ class Sweep:
         rung = rungs.decide(stage, means, _share(stage, self.trials))
         self.record.rungs = (*self.record.rungs, rung)
         write_record(self.record, self.folder / FILE)
-        self.console.print(
+        print_line(
+            self.console,
             f"after {rung.share:.1%} of the steps, {len(rung.kept)} settings go on, and "
             f"{len(rung.stopped)} stop",
-            highlight=False,
         )
-        stopped = {arm for arm, _ in rung.stopped}
+        stopped = dict(rung.stopped)
         for trial in self.trials:
             if trial.arm in stopped:
                 self._tidy(trial)
@@ -224,7 +214,7 @@ class Sweep:
         """Deletes what a run that is over needs no more: checkpoints, and a full model."""
         for name in (CHECKPOINTS, START):
             shutil.rmtree(trial.folder / name, ignore_errors=True)
-        if trial.arm.method == "full" and not self.keep_weights:
+        if trial.arm.method == "full" and not self.asked.keep_weights:
             shutil.rmtree(trial.folder / ADAPTER, ignore_errors=True)
 
 

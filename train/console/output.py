@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from rich.console import Console
+
 from train.console.errors import UserError
 
 
@@ -58,6 +60,11 @@ def closed_pipe() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
         sys.exit(1)
+
+
+def print_line(console: Console, text: str) -> None:
+    """Prints a line as it is: without markup and colours, and whole where it is long."""
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def say(text: str) -> None:

@@ -82,7 +82,7 @@ def test_subspaces_have_a_dimension_and_a_rate_for_it():
 
 def test_a_comparison_takes_the_rates_of_the_script():
     """A subspace's is that of 10,000 dimensions, from which those of the others follow."""
-    basis = basis_of(SCRIPTS["classify"][1], classify.Config())
+    basis = basis_of(SCRIPTS["classify"], classify.Config())
     assert basis.rates["said"] == basis.rates["did"] == parse(["--intrinsic", "10000"]).optim.lr
     assert basis.rates["lora"] == parse([]).optim.lr
     assert basis.rates["full"] == parse(["--full"]).optim.lr
