@@ -12,17 +12,18 @@ train.compare, and holds the finding's finding.md and finding.png beside its rep
 
 import argparse
 import contextlib
-import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from lora_jax.training.processes import write_json
+from lora_jax.training.processes import write_json, write_text
 from train.compare import __main__ as compare
 from train.compare import result
 from train.compare.result import Comparison
 from train.console.errors import UserError, flag
+from train.console.output import print_line
 from train.findings import catalog
 from train.findings.catalog import FINDINGS, Finding
 from train.findings.making.made import Made
@@ -39,8 +40,7 @@ _PROG = "train.findings"
 MADE, _NOTES = "made", "notes.json"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked:
+class Asked(NamedTuple):
     """A command line.
 
     Attributes:
@@ -106,14 +106,7 @@ def parse(args: Sequence[str]) -> Asked:
         )
     source = None if known.source is None else Path(known.source).expanduser()
     output = Path(known.output or known.source or f"runs/{name}").expanduser()
-    return Asked(
-        name=name,
-        finding=finding,
-        output=output,
-        source=source,
-        measure=known.measure,
-        rest=tuple(rest),
-    )
+    return Asked(name, finding, output, source, known.measure, tuple(rest))
 
 
 def run(asked: Asked, session: Session, command: str) -> None:
@@ -159,21 +152,19 @@ def show(asked: Asked, found: Comparison, notes: Sequence[str]) -> None:
     Raises:
       UserError: no run has ended, or none has the measure that was asked for.
     """
-    known = measures_of(found)
-    chosen = asked.finding.measures if asked.measure is None else (asked.measure,)
-    pivots = [
-        pivot_of(found, asked.finding.layout, known[name]) for name in chosen if name in known
-    ]
+    known, finding = measures_of(found), asked.finding
+    chosen = finding.measures if asked.measure is None else (asked.measure,)
+    pivots = [pivot_of(found, finding.layout, known[name]) for name in chosen if name in known]
     if not pivots:
         has = f"only {' and '.join(known)}" if known else "none: no run ended"
         raise UserError(f"a {' or a '.join(chosen)} is needed for the table, and there is {has}")
     asked.output.mkdir(parents=True, exist_ok=True)
     drawn = picture.write(pivots[0], asked.output)
-    text = document.document(asked.finding.title, asked.finding.said, notes, found, pivots, drawn)
-    document.write(text, asked.output)
+    text = document.document(finding.title, finding.said, notes, found, pivots, drawn)
+    write_text(asked.output / document.MARKDOWN, text)
     console = hosts.console()
     for line in (text.rstrip(), "", f"written to {asked.output / document.MARKDOWN}"):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        print_line(console, line)
 
 
 def _made(asked: Asked, session: Session) -> Made:

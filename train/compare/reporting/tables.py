@@ -213,12 +213,15 @@ def rows(comparison: Comparison, measure: Measure | None = None) -> tuple[ArmRow
       comparison: the measurements.
       measure: what its rows are sorted by; by default `measure_of` the comparison.
     """
-    measure = measure or measure_of(comparison)
+    return tuple(sorted(in_order(comparison, measure or measure_of(comparison)), key=_order))
+
+
+def in_order(comparison: Comparison, measure: Measure) -> tuple[ArmRow, ...]:
+    """Returns a row for each arm, in the order of their first runs."""
     of_arm: dict[Arm, list[Measured]] = {}
     for run in comparison.runs:
         of_arm.setdefault(run.arm, []).append(run)
-    found = (ArmRow(arm, tuple(runs), measure) for arm, runs in of_arm.items())
-    return tuple(sorted(found, key=_order))
+    return tuple(ArmRow(arm, tuple(runs), measure) for arm, runs in of_arm.items())
 
 
 def best(among: Iterable[ArmRow]) -> ArmRow | None:

@@ -1,12 +1,11 @@
 """The table of a finding, as Markdown."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from lora_jax.training.processes import write_text
 from train.compare.reporting import dimension, words
+from train.compare.reporting.tables import ArmRow
 from train.compare.result import Comparison
-from train.findings.reporting.pivot import Block, Cell, Pivot, headed, shown
+from train.findings.reporting.pivot import Block, Pivot, headed, shown
 
 MARKDOWN = "finding.md"
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -45,11 +44,6 @@ def document(
     return "\n\n".join(parts) + "\n"
 
 
-def write(text: str, folder: Path) -> None:
-    """Writes the document into a folder; the file appears whole or not at all."""
-    write_text(folder / MARKDOWN, text)
-
-
 def table(pivot: Pivot, block: Block) -> str:
     """Returns a table in GitHub's Markdown; the best cell of each column is bold."""
     best = {column: block.best(column, pivot.measure) for column in block.columns}
@@ -64,24 +58,23 @@ def table(pivot: Pivot, block: Block) -> str:
     return "\n".join(lines)
 
 
-def cell_text(cell: Cell | None, *, is_best: bool) -> str:
+def cell_text(cell: ArmRow | None, *, is_best: bool) -> str:
     """Returns a cell: "**0.887** (0.879–0.896)"; empty where nothing was run.
 
     Args:
-      cell: the runs.
+      cell: the arm.
       is_best: whether its mean is bold.
     """
     if cell is None:
         return ""
-    if cell.value is None:
+    value = cell.quality
+    if value is None:
         return ", ".join(dict.fromkeys(run.status for run in cell.runs))
-    mean, low, high = (f"{one:.3f}" for one in (cell.value.mean, cell.value.low, cell.value.high))
+    mean, low, high = (f"{one:.3f}" for one in (value.mean, value.low, value.high))
     text = f"**{mean}**" if is_best else mean
     if not low == mean == high:
         text += f" ({low}–{high})"
-    if cell.value.n < len(cell.runs):
-        text += f", {cell.value.n} of {len(cell.runs)} runs"
-    return text
+    return text if cell.is_whole else f"{text}, {value.n} of {len(cell.runs)} runs"
 
 
 def measured(comparison: Comparison) -> str:
@@ -89,8 +82,8 @@ def measured(comparison: Comparison) -> str:
     facts = comparison.facts
     took = sum(run.seconds or 0.0 for run in comparison.runs)
     minutes = f"{took / 60:.0f} minutes" if took >= 90 else f"{took:.0f} seconds"
-    found = {"Python": facts.versions.get("python"), "JAX": facts.versions.get("jax")}
-    versions = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    named = (("Python", "python"), ("JAX", "jax"))
+    versions = ", ".join(f"{a} {facts.versions[b]}" for a, b in named if b in facts.versions)
     return (
         f"Measured on {facts.date[:10]}, {facts.machine}, {minutes} for {len(comparison.runs)} "
         f"runs; {versions}."
@@ -102,9 +95,8 @@ def _conditions(comparison: Comparison) -> str:
     seeds = len({run.seed for run in comparison.runs})
     steps = [run.steps for run in comparison.runs if run.status == "done"]
     sizes = [run.arm.batch_size for run in comparison.runs]
-    over = f"mean of {_NUMBERS[seeds] if seeds < len(_NUMBERS) else seeds} seeds" + (
-        " (lowest to highest)"
-    )
+    count = _NUMBERS[seeds] if seeds < len(_NUMBERS) else seeds
+    over = f"mean of {count} seeds (lowest to highest)"
     if seeds == 1:
         over = f"seed {comparison.runs[0].seed}"
     return f"{over}; {_range(steps or [comparison.facts.steps])} steps of {_range(sizes)} rows"

@@ -38,7 +38,7 @@ def figure_of(pivot: Pivot) -> Figure | None:
     Rows stand at equal distances, as in the table, which a learning rate's usual steps nearly are
     on a logarithmic axis.
     """
-    blocks = [block for block in pivot.blocks if any(cell.value for cell in block.cells.values())]
+    blocks = [block for block in pivot.blocks if any(cell.quality for cell in block.cells.values())]
     if not blocks:
         return None
     columns = list(dict.fromkeys(column for block in blocks for column in block.columns))
@@ -67,7 +67,7 @@ def _draw(axes: Axes, block: Block, pivot: Pivot, columns: list[Key]) -> None:
     for column in block.columns:
         i = columns.index(column)
         pairs = [(at, block.cells.get((row, column))) for at, row in enumerate(block.rows)]
-        found = [(at, cell.value) for at, cell in pairs if cell and cell.value]
+        found = [(at, cell.quality) for at, cell in pairs if cell and cell.quality]
         if not found:
             continue
         joined = all(not isinstance(block.rows[at], str) for at, _ in found)

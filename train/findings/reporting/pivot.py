@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from train.compare.reporting import tables, words
-from train.compare.reporting.tables import Measure, Spread, spread
-from train.compare.result import Arm, Comparison, Measured
+from train.compare.reporting.tables import ArmRow, Measure
+from train.compare.result import Arm, Comparison
 from train.console.errors import UserError
 
 MEASURES = ("score", "loss", "forgetting", "intruders")
@@ -18,12 +18,12 @@ class Axis(NamedTuple):
 
     Attributes:
       name: for people.
-      of: returns the value of an arm, of which it gets a run.
+      of: returns the value of an arm.
       short: stands before a number in the head of a column: "rank" for "rank 8".
     """
 
     name: str
-    of: Callable[[Measured], Key]
+    of: Callable[[ArmRow], Key]
     short: str
 
 
@@ -45,18 +45,6 @@ class Layout:
     at_best_rate: bool = False
 
 
-class Cell(NamedTuple):
-    """The runs of an arm, aggregated.
-
-    Attributes:
-      runs: one for each seed.
-      value: their spread by the table's measure; None if none ended with a finite value.
-    """
-
-    runs: tuple[Measured, ...]
-    value: Spread | None
-
-
 @dataclasses.dataclass(frozen=True)
 class Block:
     """A table.
@@ -64,20 +52,20 @@ class Block:
     Attributes:
       title: what its arms have in common, in words; "" for the only table.
       rows, columns: the values along both axes, numbers upwards, then names.
-      cells: cells that were run, by (row, column).
+      cells: the arms that were run, by (row, column).
     """
 
     title: str
     rows: tuple[Key, ...]
     columns: tuple[Key, ...]
-    cells: dict[tuple[Key, Key], Cell]
+    cells: dict[tuple[Key, Key], ArmRow]
 
     def best(self, column: Key, measure: Measure) -> set[Key]:
         """Returns the rows in which a column's mean is the best; several if they are equal."""
         found = {
-            row: cell.value.mean
+            row: cell.quality.mean
             for row in self.rows
-            if (cell := self.cells.get((row, column))) and cell.value
+            if (cell := self.cells.get((row, column))) and cell.quality
         }
         if not found:
             return set()
@@ -106,10 +94,10 @@ def short_method(name: str) -> str:
     return "full" if name == "full" else words.method(name)
 
 
-def _or_method(of: Callable[[Arm], Key | None]) -> Callable[[Measured], Key]:
-    def value(run: Measured) -> Key:
-        found = of(run.arm)
-        return short_method(run.arm.method) if found is None else found
+def _or_method(of: Callable[[Arm], Key | None]) -> Callable[[ArmRow], Key]:
+    def value(row: ArmRow) -> Key:
+        found = of(row.arm)
+        return short_method(row.arm.method) if found is None else found
 
     return value
 
@@ -117,16 +105,14 @@ def _or_method(of: Callable[[Arm], Key | None]) -> Callable[[Measured], Key]:
 AXES = {
     axis.name: axis
     for axis in (
-        Axis("method", lambda run: short_method(run.arm.method), ""),
-        Axis(
-            "targets", _or_method(lambda arm: " + ".join(arm.targets) if arm.targets else None), ""
-        ),
+        Axis("method", _or_method(lambda arm: None), ""),
+        Axis("targets", _or_method(lambda arm: " + ".join(arm.targets or ()) or None), ""),
         Axis("rank", _or_method(lambda arm: arm.rank), "rank"),
         Axis("alpha", _or_method(lambda arm: arm.alpha), "alpha"),
         Axis("dimension", _or_method(lambda arm: arm.dimension), "dimension"),
-        Axis("batch size", lambda run: run.arm.batch_size, "batch"),
-        Axis("learning rate", lambda run: run.arm.learning_rate, "rate"),
-        Axis("trained parameters", lambda run: run.trained_parameters or 0, ""),
+        Axis("batch size", lambda row: row.arm.batch_size, "batch"),
+        Axis("learning rate", lambda row: row.arm.learning_rate, "rate"),
+        Axis("trained parameters", lambda row: row.trained_parameters or 0, ""),
     )
 }
 
@@ -141,12 +127,12 @@ def axis_of(name: str) -> Axis:
     for one in names:
         if one not in AXES:
             raise UserError(f"{one!r} is no axis of a table: choose of {', '.join(AXES)}")
-    if len(names) == 1:
-        return AXES[name]
     axes = [AXES[one] for one in names]
+    if len(axes) == 1:
+        return axes[0]
 
-    def of(run: Measured) -> str:
-        return ", ".join(dict.fromkeys(headed(axis, axis.of(run)) for axis in axes))
+    def of(row: ArmRow) -> str:
+        return ", ".join(dict.fromkeys(headed(axis, axis.of(row)) for axis in axes))
 
     return Axis(", ".join(names), of, "")
 
@@ -173,35 +159,24 @@ def pivot_of(comparison: Comparison, layout: Layout, measure: Measure) -> Pivot:
     Raises:
       UserError: the layout names no axis.
     """
-    of_arm: dict[Arm, list[Measured]] = {}
-    for run in comparison.runs:
-        of_arm.setdefault(run.arm, []).append(run)
+    arms = tables.in_order(comparison, measure)
     if layout.at_best_rate:
-        best = tables.best_of_each(tables.rows(comparison, measure), Arm.at_any_rate)
-        kept = {row.arm for row in best}
-        of_arm = {arm: runs for arm, runs in of_arm.items() if arm in kept}
-    firsts = [runs[0] for runs in of_arm.values()]
+        best = tables.best_of_each(arms, Arm.at_any_rate)
+        arms = tuple(row for row in arms if row in best)
     rows, columns = axis_of(layout.rows), axis_of(layout.columns)
-    apart = _blocks_of(firsts, layout)
-    keys = list(dict.fromkeys(tuple(axis.of(run) for axis in apart) for run in firsts))
-    blocks = []
-    for key in keys:
-        inside = [run for run in firsts if tuple(axis.of(run) for axis in apart) == key]
-        cells = {}
-        for first in inside:
-            runs = tuple(sorted(of_arm[first.arm], key=lambda run: run.seed))
-            value = spread(map(measure.of, runs))
-            cells[rows.of(first), columns.of(first)] = Cell(runs, value)
-        blocks.append(
-            Block(
-                title=", ".join(
-                    headed(axis, value) for axis, value in zip(apart, key, strict=True)
-                ),
-                rows=_ordered(map(rows.of, inside)),
-                columns=_ordered(map(columns.of, inside)),
-                cells=cells,
-            )
+    apart = _blocks_of(arms, layout)
+    inside: dict[tuple[Key, ...], list[ArmRow]] = {}
+    for row in arms:
+        inside.setdefault(tuple(axis.of(row) for axis in apart), []).append(row)
+    blocks = (
+        Block(
+            title=", ".join(headed(axis, value) for axis, value in zip(apart, key, strict=True)),
+            rows=_ordered(map(rows.of, group)),
+            columns=_ordered(map(columns.of, group)),
+            cells={(rows.of(row), columns.of(row)): row for row in group},
         )
+        for key, group in inside.items()
+    )
     return Pivot(measure, rows, columns, tuple(blocks))
 
 
@@ -220,23 +195,16 @@ def headed(axis: Axis, key: Key) -> str:
     return shown(key) if isinstance(key, str) or not axis.short else f"{axis.short} {shown(key)}"
 
 
-def _blocks_of(firsts: Sequence[Measured], layout: Layout) -> list[Axis]:
-    """Returns the axes of the blocks: those asked for, and those that keep arms apart.
-
-    Args:
-      firsts: a run of each arm.
-      layout: what was asked for.
-    """
+def _blocks_of(arms: Sequence[ArmRow], layout: Layout) -> list[Axis]:
+    """Returns the axes of the blocks: those asked for, and those that keep arms apart."""
     inside = [axis_of(layout.rows), axis_of(layout.columns)]
     chosen = [axis_of(name) for name in layout.blocks]
 
-    def places(axes: Sequence[Axis]) -> int:
-        return len({tuple(axis.of(run) for axis in axes) for run in firsts})
+    def places(*more: Axis) -> int:
+        return len({tuple(axis.of(row) for axis in (*inside, *chosen, *more)) for row in arms})
 
     for axis in AXES.values():
-        if places([*inside, *chosen]) == len(firsts):
-            break
-        if places([*inside, *chosen, axis]) > places([*inside, *chosen]):
+        if places() < len(arms) and places(axis) > places():
             chosen.append(axis)
     return chosen
 
