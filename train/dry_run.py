@@ -1,5 +1,7 @@
 """Shows a run without running it: `--dry-run` of `train.sft` and `train.classify`."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -13,6 +15,7 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
 from lora_jax.training.run.log import duration
 from train.console.errors import as_user_errors
+from train.console.output import print_line
 from train.data.shown import Shown, lengths, shown
 from train.options.common import Options
 from train.plan.local import Needs, measured_rate, needs
@@ -27,6 +30,7 @@ _PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 _UTILISATION = 0.5  # the share of a matrix product's FLOP/s that a whole step is assumed to reach
 _REFUSAL = jax.errors.JaxRuntimeError
 _REFUSED = "the compiler refuses the step (--remat or a smaller --batch-size need less memory): "
+Say = Callable[[str], None]
 OPEN, CLOSE = "[[", "]]"  # around what the loss counts, where there are no colours
 
 
@@ -52,13 +56,13 @@ def rehearse(
       steps: the number of steps.
       console: console to print to.
     """
-    say = _Say(console)
+    say = functools.partial(print_line, console)
     say("")
     coloured = console.is_terminal and not console.no_color
-    marked = "in green" if coloured else f"in {OPEN} {CLOSE}"
     labels = data.facts.get("labels", ())
-    counts = not labels
-    say(f"the first rows, as the model sees them{f'; the loss counts what is {marked}' * counts}:")
+    marked = "in green" if coloured else f"in {OPEN} {CLOSE}"
+    counted = "" if labels else f"; the loss counts what is {marked}"
+    say(f"the first rows, as the model sees them{counted}:")
     for one in shown(data.train, outline.tokenizer, _ROWS, labels, data.row):
         say(f"--- {one.title}")
         console.print(as_text(one, coloured=coloured), soft_wrap=True)
@@ -80,26 +84,12 @@ def rehearse(
 
 def as_text(one: Shown, *, coloured: bool) -> Text:
     """Returns a sequence with what the loss counts in green, or in brackets."""
-    text = Text()
-    for span in one.spans:
-        if coloured:
-            text.append(span.text, style="green" if span.counted else None)
-        else:
-            text.append(f"{OPEN}{span.text}{CLOSE}" if span.counted else span.text)
-    return text
+    if coloured:
+        return Text.assemble(*((one.text, "green" if one.counted else "") for one in one.spans))
+    return Text("".join(f"{OPEN}{s.text}{CLOSE}" if s.counted else s.text for s in one.spans))
 
 
-class _Say:
-    """Prints a line, as it is."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    def __call__(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-def _print_steps(say: _Say, config: Options, feed: Batches, steps: int, first: HostBatch) -> None:
+def _print_steps(say: Say, config: Options, feed: Batches, steps: int, first: HostBatch) -> None:
     optim, run = config.optim, config.run
     of_step = f"{optim.batch_size * optim.grad_accum} sequences a step" + (
         f" ({optim.grad_accum} batches of {optim.batch_size})" if optim.grad_accum > 1 else ""
@@ -119,7 +109,7 @@ def _print_steps(say: _Say, config: Options, feed: Batches, steps: int, first: H
         say(f"held-out loss: {steps // run.eval_every + bool(steps % run.eval_every)} times")
 
 
-def _print_memory(say: _Say, needed: Needs) -> None:
+def _print_memory(say: Say, needed: Needs) -> None:
     parts = {
         "base": needed.base,
         "adapter": needed.adapter,
@@ -141,7 +131,7 @@ def _print_memory(say: _Say, needed: Needs) -> None:
     say(f"a checkpoint on disk: {megabytes(needed.checkpoint)}")
 
 
-def _print_time(say: _Say, config: Options, layout: Layout, needed: Needs, steps: int) -> None:
+def _print_time(say: Say, config: Options, layout: Layout, needed: Needs, steps: int) -> None:
     if needed.flops is None:
         return
     rate = measured_rate(config.optim.dtype, list(layout.mesh.devices.flat))

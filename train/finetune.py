@@ -22,6 +22,7 @@ from lora_jax.training.ready import compile_step, hooks_of, opened, result_of, t
 from lora_jax.training.run.log import duration
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State
+from train.console.output import print_line
 from train.dry_run import rehearse
 from train.inputs import Inputs, Reader, inputs_of
 from train.processes import hosts
@@ -113,7 +114,7 @@ def finetune(
         inputs = inputs_of(config, mesh, part.reader(config, task))
     (rows, outline, data), feed, layout = inputs.read, inputs.feed, inputs.layout
     for line in [*([cached] if cached else []), *inputs.lines]:
-        console.print(line, highlight=False, soft_wrap=True)
+        print_line(console, line)
     if folder is None:
         loss = task.loss(config, layout)
         rehearse(config, outline, data, feed, layout, loss, inputs.steps, console)
@@ -173,7 +174,7 @@ def finetune(
         if not run.pauses:
             keep_adapter(run, ready, trained)
     if run.pauses:
-        console.print(f"paused after step {run.last} of {run.steps}", highlight=False)
+        print_line(console, f"paused after step {run.last} of {run.steps}")
         return {}
     report = report_of(run, ready, trained, loss, step_seconds)
     report |= {"compile_seconds": compile_seconds, "compiled_bytes": compiled_bytes(step)}
@@ -193,10 +194,9 @@ def finetune(
         del trained, ready, state, hooks, held_out, to_measure, tree_of_state
         scores = evaluation.after(model, tree, evaluated)
     print_costs(console, report)
-    console.print(report["summary"], highlight=False, soft_wrap=True)
-    console.print(
-        f"the whole run took {duration(time.monotonic() - began)}; its files are in {folder}"
-    )
+    print_line(console, report["summary"])
+    took = duration(time.monotonic() - began)
+    console.print(f"the whole run took {took}; its files are in {folder}")
     return scores
 
 

@@ -13,7 +13,7 @@ from lora_jax.training.layout import Layout
 from train.adapters.source import find_adapter
 from train.console.errors import as_user_errors
 from train.data.mixture import used
-from train.options.common import OptimConfig, Options, as_json
+from train.options.common import Options, as_json
 from train.options.field import traits_of
 from train.options.written import alike
 from train.processes import hosts
@@ -106,7 +106,7 @@ def inputs_of(config: Any, mesh: Mesh, found: Read) -> Inputs:
     asked = getattr(config.run, "sample_prompts", ())
     prompts = Prompts(config.run, outline) if asked else None
     order = Order.of(data.train, optim.seed, optim.batch_size, optim.grad_accum)
-    steps = _number_of_steps(optim, order)
+    steps = order.steps(optim.epochs) if optim.steps is None else optim.steps
     feed: Batches = Feed(data.train, order, data.name, data.source)
     if data.feed is not None:
         feed = data.feed(steps)
@@ -124,14 +124,6 @@ def inputs_of(config: Any, mesh: Mesh, found: Read) -> Inputs:
         layout=layout,
         lines=(*data.lines, *used(data.train, order, steps), attention),
     )
-
-
-def _number_of_steps(optim: OptimConfig, order: Order) -> int:
-    """Returns --steps, or what --epochs comes to."""
-    if optim.steps is not None:
-        return optim.steps
-    assert optim.epochs is not None, "the options have no defaults yet"
-    return order.steps(optim.epochs)
 
 
 def _learning_rate(config: Options, outline: Outline, steps: int) -> float:

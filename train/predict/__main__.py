@@ -94,20 +94,13 @@ def run(options: PredictOptions) -> None:
     classifier = find_classifier(
         options.adapter, options.model, options.labels, allow_base_mismatch=mismatch
     )
-    outline, texts = classifier.outline, read_texts(options)
-    tokens = tokenize(texts, outline, options.seq_len, options.truncate)
+    texts = read_texts(options)
+    tokens = tokenize(texts, classifier.outline, options.seq_len, options.truncate)
     with opened(options.out, options.overwrite) as file:
         apply, params = classifier.load(allow_base_mismatch=mismatch)
         with progress_of(len(texts), "classifying", "classified", "texts") as progress:
-            found = probabilities(
-                apply,
-                params,
-                tokens,
-                batch_size=options.batch_size,
-                most=options.seq_len or outline.max_tokens,
-                pad=outline.tokenizer.pad_token_id or 0,
-                progress=progress,
-            )
+            size = options.batch_size
+            found = probabilities(apply, params, tokens, batch_size=size, progress=progress)
         write(file, format_of(options.format, options.out), texts, found, classifier.labels)
 
 

@@ -1,5 +1,6 @@
 """Probabilities of many texts, in batches of few shapes: each shape is compiled once."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,12 +15,8 @@ _SHORTEST = 16
 
 def lengths_up_to(most: int) -> tuple[int, ...]:
     """Returns the lengths that texts are padded to: doubling, up to the most tokens of a text."""
-    found = []
-    length = _SHORTEST
-    while length < most:
-        found.append(length)
-        length *= 2
-    return (*found, most)
+    doubling = (_SHORTEST << i for i in itertools.count())
+    return (*itertools.takewhile(lambda length: length < most, doubling), most)
 
 
 def batches(
@@ -39,14 +36,12 @@ def batches(
       The indices of a batch's texts, its rows, and its length.
     """
     rows = min(batch_size, 1 << max(0, len(lengths) - 1).bit_length())
-    shorter = 0
-    groups = []
-    for length in lengths_up_to(most):
-        groups.append((length, np.flatnonzero((shorter < lengths) & (lengths <= length))))
-        shorter = length
-    for length, group in reversed(groups):
+    padded = lengths_up_to(most)
+    groups = np.searchsorted(padded, lengths)
+    for i in reversed(range(len(padded))):
+        group = np.flatnonzero(groups == i)
         for at in range(0, len(group), rows):
-            yield group[at : at + rows], rows, length
+            yield group[at : at + rows], rows, padded[i]
 
 
 def probabilities(
@@ -55,8 +50,6 @@ def probabilities(
     tokens: Tokens,
     *,
     batch_size: int,
-    most: int,
-    pad: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
     """Returns the probability of each class for each text: [n, classes], fp32.
@@ -66,18 +59,12 @@ def probabilities(
       params: its parameters.
       tokens: the texts.
       batch_size: texts in memory at once.
-      most: the most tokens of a text.
-      pad: the token of padding.
       progress: is called with the number of texts that are done.
     """
-
-    def of_batch(params: Any, batch: dict[str, Any]) -> jax.Array:
-        return jax.nn.softmax(logits_of(apply, params, batch))
-
-    run = jax.jit(of_batch)
+    run = jax.jit(lambda params, batch: jax.nn.softmax(logits_of(apply, params, batch)))
     done, out = 0, None
-    for texts, rows, length in batches(tokens.lengths, batch_size, most):
-        found = np.asarray(run(params, _batch(tokens, texts, rows, length, pad)))
+    for texts, rows, length in batches(tokens.lengths, batch_size, tokens.most):
+        found = np.asarray(run(params, _batch(tokens, texts, rows, length)))
         if out is None:
             out = np.empty((len(tokens.ids), found.shape[-1]), np.float32)
         out[texts] = found[: len(texts)]
@@ -87,11 +74,9 @@ def probabilities(
     return out
 
 
-def _batch(
-    tokens: Tokens, texts: np.ndarray, rows: int, length: int, pad: int
-) -> dict[str, np.ndarray]:
+def _batch(tokens: Tokens, texts: np.ndarray, rows: int, length: int) -> dict[str, np.ndarray]:
     """Returns texts as arrays [rows, length], padded on the right; spare rows repeat the first."""
-    ids = np.full((rows, length), pad, np.int32)
+    ids = np.full((rows, length), tokens.pad, np.int32)
     types, mask = np.zeros((2, rows, length), np.int32)
     for row in range(rows):
         text = texts[row if row < len(texts) else 0]

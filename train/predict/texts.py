@@ -38,10 +38,18 @@ class Texts:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Tokenised texts: [n] arrays of [length] int32 each."""
+    """Tokenised texts.
+
+    Attributes:
+      ids, types: [n] arrays of [length] int32 each.
+      most: the most tokens that a text may have.
+      pad: the token of padding.
+    """
 
     ids: list[np.ndarray]
     types: list[np.ndarray]
+    most: int
+    pad: int
 
     @property
     def lengths(self) -> np.ndarray:
@@ -94,13 +102,12 @@ def of_file(path: str, field: str, field_pair: str | None) -> Texts:
     if not rows:
         raise UserError(f"--input {path} has no rows")
     names = [name_of(row, path, n) for n, row in enumerate(rows, start=1)]
-    first = [_text(row, name, "--field", field) for row, name in zip(rows, names, strict=True)]
-    if field_pair is None:
-        return Texts(first, None, names)
-    second = [
-        _text(row, name, "--field-pair", field_pair) for row, name in zip(rows, names, strict=True)
-    ]
-    return Texts(first, second, names)
+
+    def texts(option: str, field: str) -> list[str]:
+        return [_text(row, name, option, field) for row, name in zip(rows, names, strict=True)]
+
+    second = None if field_pair is None else texts("--field-pair", field_pair)
+    return Texts(texts("--field", field), second, names)
 
 
 def of_standard_input() -> Texts:
@@ -153,7 +160,7 @@ def tokenize(texts: Texts, outline: Outline, seq_len: int | None, truncate: bool
         )
         ids += [np.array(one, np.int32) for one in made["input_ids"]]
         types += [np.array(one, np.int32) for one in made["token_type_ids"]]
-    tokens = Tokens(ids, types)
+    tokens = Tokens(ids, types, most, outline.tokenizer.pad_token_id or 0)
     longer = np.flatnonzero(tokens.lengths > most)
     if len(longer):
         whose = "--seq-len" if seq_len is not None else "the model"

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-PROJECT = (
-    "lora_jax"  # the default, where neither an option nor the package's own variable names one
-)
+PROJECT = "lora_jax"  # where neither an option nor the package's own variable names one
 
 Ending = Literal["finished", "stopped", "failed"]  # stopped: by a signal, to be resumed
 
@@ -23,8 +21,7 @@ class Sample(NamedTuple):
     answer: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Start:
+class Start(NamedTuple):
     """Says what a reporter reports on.
 
     Attributes:

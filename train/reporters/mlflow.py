@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from train.reporters.contract import PROJECT, Ending, Sample, Start, Tracker
 
@@ -12,17 +11,12 @@ _LONGEST = 6000  # characters of one
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
-def _package() -> Any:
-    import mlflow
-
-    return mlflow
-
-
 class MLflow:
     """Logs to one run of MLflow through a client, which leaves the process's active run alone."""
 
     def __init__(self, start: Start) -> None:
-        mlflow = _package()
+        import mlflow
+
         self._client = mlflow.MlflowClient()
         self._metric = mlflow.entities.Metric
         if start.run_id is not None:

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from lora_jax.training.errors import Interrupted
@@ -56,18 +55,12 @@ class Reporting:
         ledger = read_json(self._path)
         was = {name: _settled(entry, lines, samples) for name, entry in ledger.items()}
         self._others = {name: entry for name, entry in was.items() if name not in reporters}
-        self._channels: list[_Channel] = []
+        self._channels = []
         self._is_open = True
         self._writing = threading.Lock()
         for name, make in reporters.items():
             entry = was.get(name, {"run": None, "reported": {}})
-            start = Start(
-                name=folder.name,
-                folder=folder,
-                project=project,
-                config=config,
-                run_id=entry["run"],
-            )
+            start = Start(folder.name, folder, project, config, entry["run"])
             self._channels.append(_Channel(name, make, start, entry["reported"], warn))
         for channel in self._channels:
             channel.open(self._keep)
@@ -78,15 +71,9 @@ class Reporting:
     def __enter__(self) -> "Reporting":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            how: Ending = "finished"
-        else:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        how: Ending = "finished"
+        if kind is not None:
             how = "stopped" if issubclass(kind, Interrupted | KeyboardInterrupt) else "failed"
         for channel in self._channels:
             channel.close(how)
@@ -134,8 +121,7 @@ class _Channel:
         self.run_id = start.run_id
         self.reported = dict(reported)
         self.failed = False
-        self._make, self._start = make, start
-        self._warn = warn
+        self._make, self._start, self._warn = make, start, warn
         self._waiting: queue.SimpleQueue[Line | Ending] = queue.SimpleQueue()
         self._ready = threading.Event()
 

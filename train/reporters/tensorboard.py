@@ -2,17 +2,10 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from train.reporters.contract import Ending, Sample, Start, Tracker
 
 EVENTS = "tensorboard"
-
-
-def _package() -> Any:
-    import tensorboardX
-
-    return tensorboardX
 
 
 class TensorBoard:
@@ -21,8 +14,10 @@ class TensorBoard:
     run_id: str | None = None
 
     def __init__(self, start: Start) -> None:
+        import tensorboardX
+
         shutil.rmtree(start.folder / EVENTS, ignore_errors=True)
-        self._writer = _package().SummaryWriter(str(start.folder / EVENTS))
+        self._writer = tensorboardX.SummaryWriter(str(start.folder / EVENTS))
 
     def report(self, step: int, values: Mapping[str, float], at: float) -> None:
         """Writes a scalar each."""

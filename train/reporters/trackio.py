@@ -2,23 +2,17 @@
 
 import os
 import secrets
-from typing import Any
 
 from train.reporters.contract import PROJECT, Ending, Start, Tracker
 from train.reporters.tables import LogsTables
-
-
-def _package() -> Any:
-    import trackio
-
-    return trackio
 
 
 class Trackio(LogsTables):
     """Logs to one run of trackio, which knows runs by their names."""
 
     def __init__(self, start: Start) -> None:
-        trackio = _package()
+        import trackio
+
         self.run_id = start.run_id or f"{start.name}-{secrets.token_hex(3)}"
         run = trackio.init(
             project=start.project or os.environ.get("TRACKIO_PROJECT") or PROJECT,

@@ -1,23 +1,17 @@
 """Weights & Biases; its own environment variables count (WANDB_MODE, WANDB_PROJECT, WANDB_DIR)."""
 
 import os
-from typing import Any
 
 from train.reporters.contract import PROJECT, Ending, Start, Tracker
 from train.reporters.tables import LogsTables
-
-
-def _package() -> Any:
-    import wandb
-
-    return wandb
 
 
 class Wandb(LogsTables):
     """Logs to one run of Weights & Biases."""
 
     def __init__(self, start: Start) -> None:
-        wandb = _package()
+        import wandb
+
         run = wandb.init(
             project=start.project or os.environ.get("WANDB_PROJECT") or PROJECT,
             name=start.name,

@@ -168,8 +168,8 @@ def test_more_texts_compile_nothing_more(monkeypatch):
     def run(n):
         traced.clear()
         ids = [np.full(1 + 5 * i % 28, 1 + i % 3, np.int32) for i in range(n)]
-        tokens = Tokens(ids, [np.zeros_like(one) for one in ids])
-        found = batches.probabilities(toy, {}, tokens, batch_size=4, most=29, pad=7)
+        tokens = Tokens(ids, [np.zeros_like(one) for one in ids], 29, 7)
+        found = batches.probabilities(toy, {}, tokens, batch_size=4)
         sums = np.array([one.sum() for one in ids])
         want = jax.nn.softmax(sums[:, None] * np.array([1.0, 0.1, 0.0]))
         assert np.abs(found - want).max() < 1e-6

@@ -76,17 +76,9 @@ def accuracy(model: Path, rows: Sequence[Labelled]) -> float:
       UserError: the folder holds no classifier.
     """
     classifier = find_classifier(None, str(model))
-    outline = classifier.outline
-    tokens = tokenize(of_arguments([text for text, _ in rows]), outline, None, False)
-    apply, params = classifier.load()
-    found = probabilities(
-        apply,
-        params,
-        tokens,
-        batch_size=_ROWS,
-        most=outline.max_tokens,
-        pad=outline.tokenizer.pad_token_id or 0,
-    )
+    texts = of_arguments([text for text, _ in rows])
+    tokens = tokenize(texts, classifier.outline, None, False)
+    found = probabilities(*classifier.load(), tokens, batch_size=_ROWS)
     said = [classifier.labels[i] for i in found.argmax(-1)]
     return sum(a == b for a, (_, b) in zip(said, rows, strict=True)) / len(rows)
 
