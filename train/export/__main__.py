@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import lora_jax as lj
 import lora_jax.peft as lp
@@ -29,12 +29,11 @@ from lora_jax.peft.save import contents
 from lora_jax.peft.serving import MAX_RANK, problems_of, serving_problems
 from train.adapters.source import AdapterSource, find_adapter
 from train.console.errors import UserError, as_user_errors, reported
+from train.console.output import print_line
 from train.export.card import Export, card
-from train.export.codes import of_adapter, of_merged
 from train.export.hub import README, Repository, find_repository, push
-from train.export.kinds import auto_class, task_type
 from train.export.marked import is_generated
-from train.export.scaled import rope_problem, scaled_fields
+from train.export.terms import auto_class, rope_problem, said_of_codes, scaled_fields, task_type
 from train.processes.cache import keep_compiled
 from train.reporters.files import read_json
 from train.run.output import folder_bytes
@@ -105,6 +104,10 @@ class Work:
         assert self.options.output is not None
         return Path(self.options.output).expanduser()
 
+    def say(self, text: str) -> None:
+        """Prints a line as it is."""
+        print_line(self.console, text)
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line."""
@@ -135,11 +138,9 @@ def run(options: ExportOptions) -> None:
 
     name = options.model or adapter.base()
     check_apart(options.output, adapter.folder, name)
-    repository = None
-    if options.push_to_hub is not None:
-        repository = repository_of(options, options.push_to_hub, name)
+    repository = repository_of(options, name)
     if said := keep_compiled(options.compilation_cache):
-        console.print(said, highlight=False, soft_wrap=True)
+        print_line(console, said)
     with console.status(f"loading {name} and {adapter.folder}"):
         model, params = load(options, adapter, name)
     with tempfile.TemporaryDirectory() as folder:
@@ -151,15 +152,18 @@ def run(options: ExportOptions) -> None:
         else:
             write_adapter(work, model, params)
         if repository:
-            upload(console, repository, work.output, Path(folder))
+            upload(work, repository, Path(folder))
 
 
-def repository_of(options: ExportOptions, name: str, base: str) -> Repository:
+def repository_of(options: ExportOptions, base: str) -> Repository | None:
     """Returns the repository to upload to, after checking that an upload would succeed.
 
     Raises:
       UserError: the export would name no base, or the hub refuses the name.
     """
+    name = options.push_to_hub
+    if name is None:
+        return None
     if not options.merged and not options.base_name and name_for_others(base) is None:
         raise UserError(
             f"--push-to-hub {name}: nobody else could load the adapter, because it would name no "
@@ -168,15 +172,15 @@ def repository_of(options: ExportOptions, name: str, base: str) -> Repository:
     return find_repository(name, private=options.private, overwrite=options.overwrite)
 
 
-def upload(console: Console, repository: Repository, output: Path, temporary: Path) -> None:
+def upload(work: Work, repository: Repository, temporary: Path) -> None:
     """Uploads the export, and prints where it is."""
+    output = work.output
     remedy = f"The export is in {output}: `hf upload {repository.name} {output}` sends it"
     if output.is_relative_to(temporary):
         remedy = "Run the same command again with --overwrite, and --output to keep the export"
     if repository.has_own_card:
         print(f"{repository.name} keeps its {README}, which was not generated", file=sys.stderr)
-    url = push(repository, output, remedy)
-    console.print(f"uploaded to {url}", highlight=False, soft_wrap=True, markup=False)
+    work.say(f"uploaded to {push(repository, output, remedy)}")
 
 
 def readme_of(work: Work, model: Any, fields: Mapping[str, Any] | None = None) -> str:
@@ -185,17 +189,9 @@ def readme_of(work: Work, model: Any, fields: Mapping[str, Any] | None = None) -
     if there.is_file() and not is_generated(text := there.read_text(encoding="utf-8")):
         print(f"{there} was not generated, and is kept", file=sys.stderr)
         return text
-    return card(
-        Export(
-            name=work.hub.name if work.hub else f"path/to/{work.output.name}",
-            base=work.options.base_name or name_for_others(work.base),
-            config=model.config,
-            fields=fields,
-            auto_class=auto_class(model),
-            source=work.adapter,
-            scaled={} if fields is None else scaled_fields(work.adapter, model),
-        )
-    )
+    name = work.hub.name if work.hub else f"path/to/{work.output.name}"
+    base = work.options.base_name or name_for_others(work.base)
+    return card(Export(name, base, model, fields, work.adapter))
 
 
 def write_merged(work: Work, model: Any, params: Any, shard: int) -> None:
@@ -217,8 +213,11 @@ def write_merged(work: Work, model: Any, params: Any, shard: int) -> None:
         )
     print_files(work, f"{work.options.adapter} merged into {work.base}, in {dtype}")
     if codes := work.adapter.quantize:
-        work.console.print(of_merged(codes), highlight=False, soft_wrap=True)
-    hint(work.console, f'{auto_class(model)}.from_pretrained("{work.output}")')
+        work.say(
+            f"its kernels are the values of the base's {codes} codes, plus the update: a server "
+            "sees the model that was trained"
+        )
+    work.say(f'load it with: {auto_class(model)[0]}.from_pretrained("{work.output}")')
 
 
 def write_adapter(work: Work, model: Any, params: Any) -> None:
@@ -245,17 +244,15 @@ def write_adapter(work: Work, model: Any, params: Any) -> None:
         )
     print_files(work, f"{options.adapter} as a PEFT adapter of {base}")
     if codes := work.adapter.quantize:
-        work.console.print(of_adapter(codes, base), highlight=False, soft_wrap=True)
+        work.say(said_of_codes(codes, base))
     if not options.base_name and name_for_others(base) is None:
-        work.console.print(
+        work.say(
             "adapter_config.json names no base, because the base is a local folder: give its name "
-            "on the hub with --base-name",
-            highlight=False,
-            soft_wrap=True,
+            "on the hub with --base-name"
         )
     how = "".join(f", {key}={value!r}" for key, value in scaled.items())
-    loaded = f'{auto_class(model)}.from_pretrained("{base}"{how})'
-    hint(work.console, f'PeftModel.from_pretrained({loaded}, "{work.output}")')
+    loaded = f'{auto_class(model)[0]}.from_pretrained("{base}"{how})'
+    print_line(work.console, f'load it with: PeftModel.from_pretrained({loaded}, "{work.output}")')
 
 
 def check(options: ExportOptions) -> int:
@@ -307,11 +304,11 @@ def check_output(options: ExportOptions, output: Path) -> None:
         raise UserError(
             f"--output {output} exists: name another folder, or replace it with --overwrite"
         )
-    kind = MODEL_CONFIG if options.merged else PEFT_CONFIG
-    known = "model_type" if options.merged else "peft_type"
-    if output.is_dir() and (not any(output.iterdir()) or known in read_json(output / kind)):
+    file, known, what = PEFT_CONFIG, "peft_type", "PEFT adapter"
+    if options.merged:
+        file, known, what = MODEL_CONFIG, "model_type", "model"
+    if output.is_dir() and (not any(output.iterdir()) or known in read_json(output / file)):
         return
-    what = "model" if options.merged else "PEFT adapter"
     raise UserError(
         f"--output {output} holds something other than a {what}, and --overwrite would "
         "delete it: name another folder"
@@ -333,11 +330,9 @@ def load(options: ExportOptions, adapter: AdapterSource, name: str) -> tuple[Any
     """Returns the model, and its parameters with the adapter, all in float32."""
     names = adapter.about.get("labels", ())
     num_labels = options.num_labels or adapter.num_labels
-    head: dict[str, Any] = {}
-    if num_labels:
-        head = {"head": "classification", "num_labels": num_labels}
+    head: dict[str, Any] = {"head": "classification", "num_labels": num_labels}
     mismatch = options.allow_base_mismatch
-    outline = read_untokenized(name, **head).scaled(adapter.rope_scaling)
+    outline = read_untokenized(name, **(head if num_labels else {})).scaled(adapter.rope_scaling)
     outline = outline.quantized(adapter.quantize)
     adapter.check(outline, allow_base_mismatch=mismatch)
     model, params = read_model(name, dtype="float32", **outline.head)
@@ -372,9 +367,8 @@ def report_problems(problems: Sequence[str]) -> None:
 
 def print_files(work: Work, what: str) -> None:
     """Prints a table of the files in the output folder."""
-    work.console.print(f"{what}: {work.output}", highlight=False, soft_wrap=True, markup=False)
-    table = Table("file", "size")
-    table.columns[1].justify = "right"
+    work.say(f"{what}: {work.output}")
+    table = Table("file", Column("size", justify="right"))
     for path in sorted(work.output.iterdir()):
         table.add_row(path.name, size(path.stat().st_size))
     table.add_section()
@@ -385,11 +379,6 @@ def print_files(work: Work, what: str) -> None:
 def size(n: int) -> str:
     """Formats a number of bytes: "19.6 MB", or "3.2 kB" below a megabyte."""
     return megabytes(n) if n >= 1e6 else f"{n / 1e3:.1f} kB"
-
-
-def hint(console: Console, code: str) -> None:
-    """Prints the code that loads the written files."""
-    console.print(f"load it with: {code}", highlight=False, soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,27 @@
 """The model card of an export: the facts of its run, and the code that loads it."""
 
-import dataclasses
 import json
 import re
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import ModelCardData
 
-from lora_jax.models import EncoderConfig
 from lora_jax.training.run.best import BEST
 from train.adapters.source import AdapterSource
 from train.console.markdown import escape_markdown
 from train.data.files import FILE_KINDS
 from train.data.named import named
-from train.export.codes import loading_config
 from train.export.marked import marked
+from train.export.terms import auto_class, loading_config, scaled_fields
 from train.options import classify, sft
 from train.options.field import Card, traits_of
 from train.reporters.files import read_json
 from train.run.log import read_metrics
-from train.run.output import CONFIG, FACTS, REPORT, SCORES
+from train.run.output import CONFIG, FACTS, SCORES
 from train.run.report import versions
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -44,27 +42,22 @@ _OF_PEFT = (
 _LEFT_OUT = ("confusion", "classes", "answers")  # of scores.json
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Export:
+class Export(NamedTuple):
     """Says what a card is about.
 
     Attributes:
       name: the name on the hub, or a stand-in for the folder.
       base: the base's name on the hub; None if it has none.
-      config: the model's configuration.
+      model: the model.
       fields: fields of adapter_config.json; None for a merged model.
-      auto_class: transformers' class for the model.
       source: the adapter.
-      scaled: fields of config.json that differ from the base's; see `scaled_fields`.
     """
 
     name: str
     base: str | None
-    config: Any
+    model: Any
     fields: Mapping[str, Any] | None
-    auto_class: str
     source: AdapterSource
-    scaled: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def card(export: Export) -> str:
@@ -75,14 +68,13 @@ def card(export: Export) -> str:
     if export.base:
         address = urllib.parse.quote(export.base)
         base = f"[{escape_markdown(export.base)}](https://huggingface.co/{address})"
-    kind = export.config.model_type
+    config = export.model.config
+    what = f"A LoRA adapter of {base} ({config.model_type})."
     if export.fields is None:
-        what = f"{base} ({kind}) with a LoRA adapter merged into it."
-    else:
-        what = f"A LoRA adapter of {base} ({kind})."
+        what = f"{base} ({config.model_type}) with a LoRA adapter merged into it."
     title = escape_markdown(export.name.rsplit("/", 1)[-1])
     parts = [f"# {title}", f"{what} Trained and exported with lora_jax."]
-    if labels := getattr(export.config, "label_names", ()):
+    if labels := getattr(config, "label_names", ()):
         parts.append(f"Its classes: {', '.join(map(_cell, labels))}.")
     parts += ["## Load it", *_code(export)]
     parts += ["## Training", *_training(export, run, options)]
@@ -94,17 +86,12 @@ def card(export: Export) -> str:
 
 def _front_matter(export: Export, options: Mapping[str, Any]) -> str:
     is_adapter = export.fields is not None
-    from_hub = [name for name in _datasets(options) if _is_of_hub(name)]
-    task = "text-generation"
-    if isinstance(export.config, EncoderConfig):
-        tasks = {"classification": "text-classification", "masked_lm": "fill-mask"}
-        task = tasks.get(export.config.head, "feature-extraction")
     data = ModelCardData(
         base_model=export.base,
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag=task,
+        pipeline_tag=auto_class(export.model)[1],
         tags=["lora", "lora_jax", "jax"],
-        datasets=from_hub or None,
+        datasets=[name for name in _datasets(options) if _is_of_hub(name)] or None,
     )
     if export.base:
         data["base_model_relation"] = "adapter" if is_adapter else "finetune"
@@ -133,36 +120,35 @@ def _shown(name: str) -> str:
 def _code(export: Export) -> Iterator[str]:
     """Yields the code that loads the export, with a line before each."""
     base, name = (json.dumps(x) for x in (export.base or "path/to/the/base", export.name))
-    auto = export.auto_class
-    is_classifier = getattr(export.config, "head", None) == "classification"
-    number = f", num_labels={export.config.num_labels}" if is_classifier else ""
-    head = f', head="classification"{number}' if is_classifier else ""
-    if export.scaled:
-        number += "".join(f", {key}={value!r}" for key, value in export.scaled.items())
-        head += f", rope_scaling={export.source.rope_scaling!r}"
-    codes = export.source.quantize
+    auto, _ = auto_class(export.model)
     if export.fields is None:
+        loaded = f"model = {auto}.from_pretrained({name})"
         yield "With transformers:"
-        yield _python(
-            f"from transformers import {auto}", "", f"model = {auto}.from_pretrained({name})"
-        )
+        yield _python(f"from transformers import {auto}", "", loaded)
+        loaded = f"model, params = models.from_pretrained({name})"
         yield "With lora_jax:"
-        yield _python(
-            "from lora_jax import models", "", f"model, params = models.from_pretrained({name})"
-        )
+        yield _python("from lora_jax import models", "", loaded)
         return
-    if codes:
-        head += f', quantize="{codes}"'
-    config = loading_config(codes)
-    imports = f"{auto}, BitsAndBytesConfig" if config else auto
-    if config:
-        number += f", quantization_config={config}"
+    config, source = export.model.config, export.source
+    of_torch = of_ours = ""
+    if getattr(config, "head", None) == "classification":
+        of_torch = f", num_labels={config.num_labels}"
+        of_ours = f', head="classification"{of_torch}'
+    if scaled := scaled_fields(source, export.model):
+        of_torch += "".join(f", {key}={value!r}" for key, value in scaled.items())
+        of_ours += f", rope_scaling={source.rope_scaling!r}"
+    imports = auto
+    if source.quantize:
+        of_ours += f', quantize="{source.quantize}"'
+    if quantization := loading_config(source.quantize):
+        imports += ", BitsAndBytesConfig"
+        of_torch += f", quantization_config={quantization}"
     yield "With PEFT:"
     yield _python(
         "from peft import PeftModel",
         f"from transformers import {imports}",
         "",
-        f"base = {auto}.from_pretrained({base}{number})",
+        f"base = {auto}.from_pretrained({base}{of_torch})",
         f"model = PeftModel.from_pretrained(base, {name})",
     )
     yield "With lora_jax:"
@@ -171,7 +157,7 @@ def _code(export: Export) -> Iterator[str]:
         "import lora_jax.peft as lp",
         "from lora_jax import models",
         "",
-        f"model, params = models.from_pretrained({base}{head})",
+        f"model, params = models.from_pretrained({base}{of_ours})",
         f"params = lp.load({name}, model, params)",
         "forward = lj.adapt(model.apply)  # with the arguments of model.apply",
     )
@@ -190,12 +176,12 @@ def _training(export: Export, run: Mapping[str, Any], options: Mapping[str, Any]
     if run.get("summary"):
         yield f"`{run['summary']}`"
     facts: dict[str, Any] = {}
-    begun_anew = not (options.get("init_adapter") or options.get("peft_config"))
+    is_new = not any(options.get(name) for name in ("init_adapter", "peft_config", "full"))
     if export.fields is not None:
         facts |= {name: export.fields.get(name) for name in _OF_PEFT}
-    elif begun_anew and not options.get("full"):
+    elif is_new:
         facts |= {name: options.get(name) for name in _OF_ADAPTER}
-    if begun_anew and not options.get("full"):
+    if is_new:
         facts["init"] = options.get("init")
     facts |= {name: resolved.get(name) for name in ("steps", "lr")}
     facts |= {name: options.get(name) for name in _OF_TRAINING}
@@ -211,13 +197,12 @@ def _training(export: Export, run: Mapping[str, Any], options: Mapping[str, Any]
 
 
 def _losses(source: AdapterSource) -> Iterator[tuple[str, str]]:
-    lines = read_metrics(_folder_of_run(source)) if _is_of_run(source) else []
+    folder = _folder_of_run(source)
+    lines = read_metrics(folder) if folder else []
     for name, what in (("loss", "training"), ("eval_loss", "held-out rows")):
         found = [line for line in lines if name in line]
-        if found:
-            yield f"{what}, step {found[0]['step']}", f"{found[0][name]:.4f}"
-        if len(found) > 1:
-            yield f"{what}, step {found[-1]['step']}", f"{found[-1][name]:.4f}"
+        for line in found if len(found) < 2 else (found[0], found[-1]):
+            yield f"{what}, step {line['step']}", f"{line[name]:.4f}"
 
 
 def _scores(scores: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -230,33 +215,28 @@ def _scores(scores: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, f"{scores:.4f}" if isinstance(scores, float) else str(scores)
 
 
-def _is_of_run(source: AdapterSource) -> bool:
-    return (_folder_of_run(source) / CONFIG).is_file()
-
-
-def _folder_of_run(source: AdapterSource) -> Path:
-    """Returns the folder that an adapter of a run lies in, or a best one of a run on its way."""
+def _folder_of_run(source: AdapterSource) -> Path | None:
+    """Returns the folder of the run that an adapter lies in, or a best one of a run on its way."""
     parent = source.folder.parent
-    return parent.parent if parent.name == BEST else parent
+    folder = parent.parent if parent.name == BEST else parent
+    return folder if (folder / CONFIG).is_file() else None
 
 
 def _run_of(source: AdapterSource) -> dict[str, Any]:
     """Returns the facts of the run whose folder holds the adapter; {} if none does."""
-    if not _is_of_run(source):
-        return {}
     folder = _folder_of_run(source)
+    if folder is None:
+        return {}
     try:
         options = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         options = {}
     run = read_json(folder / FACTS) | {"options": options if isinstance(options, dict) else {}}
-    return run | {"report": read_json(folder / REPORT), "scores": read_json(folder / SCORES)}
+    return run | {"scores": read_json(folder / SCORES)}
 
 
 def _is_in_use(value: Any) -> bool:
-    return value not in (None, False, "", "none", [], (), {}) and not (
-        isinstance(value, int | float) and not isinstance(value, bool) and value == 0
-    )
+    return value not in (None, False, "", "none", [], (), {})  # 0 and 0.0 equal False
 
 
 def _table(header: Sequence[str], rows: Sequence[tuple[str, Any]]) -> str:

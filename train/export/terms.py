@@ -1,0 +1,83 @@
+"""An export in the terms of transformers, PEFT and servers."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.models import EncoderConfig
+from train.adapters.source import AdapterSource
+
+# The quantization_config of transformers that makes the same codes.
+_CONFIGS = {"nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")'}
+_HEADS = {
+    "classification": ("AutoModelForSequenceClassification", "text-classification"),
+    "masked_lm": ("AutoModelForMaskedLM", "fill-mask"),
+}
+
+
+def task_type(model: Any, fields: Mapping[str, Any]) -> str | None:
+    """Returns PEFT's task type of the model; None if it has none.
+
+    A classifier that does not train has none: with SEQ_CLS, PEFT would look for a trained head in
+    the adapter's file.
+    """
+    config = model.config
+    if not isinstance(config, EncoderConfig):
+        return "CAUSAL_LM"
+    if config.head == "classification":
+        return "SEQ_CLS" if "classifier" in (fields["modules_to_save"] or ()) else None
+    return None if config.head == "masked_lm" else "FEATURE_EXTRACTION"
+
+
+def auto_class(model: Any) -> tuple[str, str]:
+    """Returns the names of the transformers class that loads the model, and of its pipeline."""
+    if not isinstance(model.config, EncoderConfig):
+        return "AutoModelForCausalLM", "text-generation"
+    return _HEADS.get(model.config.head, ("AutoModel", "feature-extraction"))
+
+
+def loading_config(codes: str | None) -> str | None:
+    """Returns the Python code that has transformers load a base in these codes; None for none.
+
+    Args:
+      codes: the value of --quantize that the adapter was trained with.
+    """
+    return _CONFIGS.get(codes) if codes else None
+
+
+def said_of_codes(codes: str, base: str) -> str:
+    """Returns what a server sees of an adapter that was trained over a base in codes.
+
+    Args:
+      codes: the value of --quantize that it was trained with.
+      base: the name of the base.
+    """
+    config = loading_config(codes)
+    remedy = f"load it with quantization_config={config}, or " if config else ""
+    return (
+        f"it was trained over {codes} codes, and a server that loads {base} in floats sees other "
+        f"kernels beneath it: {remedy}write the whole model with --merged"
+    )
+
+
+def scaled_fields(adapter: AdapterSource, model: Any) -> dict[str, Any]:
+    """Returns the fields of config.json that differ from the base's if the run scaled RoPE.
+
+    PEFT's files have no field for it.
+    """
+    if adapter.rope_scaling is None:
+        return {}
+    written = model.config.to_hf()
+    theta = {"rope_theta": written["rope_theta"]}
+    return {
+        "rope_parameters": written["rope_scaling"] | theta,
+        "max_position_embeddings": written["max_position_embeddings"],
+    }
+
+
+def rope_problem(scaled: dict[str, Any]) -> str:
+    """Returns the line of --check-serving about a scaled RoPE."""
+    return (
+        "the adapter was trained with a scaled RoPE, and the base's config.json has another: "
+        f"serve it with --hf-overrides '{json.dumps(scaled)}', or write a whole model with --merged"
+    )
