@@ -17,13 +17,12 @@ from lora_jax.training.run.log import duration
 from train.console.errors import as_user_errors
 from train.console.output import print_line
 from train.data.shown import Shown, lengths, shown
+from train.inputs import Inputs
 from train.options.common import Options
 from train.plan.local import Needs, measured_rate, needs
 from train.run.log import doing
 from train.run.output import state_of
-from train.run.pretrained import Outline
 from train.run.report import megabytes
-from train.tasks.task import Data
 
 _ROWS = 3  # that are shown
 _PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
@@ -34,28 +33,17 @@ Say = Callable[[str], None]
 OPEN, CLOSE = "[[", "]]"  # around what the loss counts, where there are no colours
 
 
-def rehearse(
-    config: Options,
-    outline: Outline,
-    data: Data,
-    feed: Batches,
-    layout: Layout,
-    loss: Loss,
-    steps: int,
-    console: Console,
-) -> None:
+def rehearse(config: Options, inputs: Inputs, loss: Loss, console: Console) -> None:
     """Prints the first rows, the lengths, and the steps, memory and time of a run.
 
     Args:
       config: the options of the run, checked.
-      outline: the model, without its weights.
-      data: the examples.
-      feed: their batches.
-      layout: the devices, and where everything lies on them.
+      inputs: its rows, examples and batches, and the model without its weights.
       loss: the function to minimise.
-      steps: the number of steps.
       console: console to print to.
     """
+    _, outline, data = inputs.read
+    feed, layout, steps = inputs.feed, inputs.layout, inputs.steps
     say = functools.partial(print_line, console)
     say("")
     coloured = console.is_terminal and not console.no_color

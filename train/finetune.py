@@ -112,12 +112,12 @@ def finetune(
         rules(config.adapter)
         folder = None if dry else locked_output(config, session.release, console)
         inputs = inputs_of(config, mesh, part.reader(config, task))
-    (rows, outline, data), feed, layout = inputs.read, inputs.feed, inputs.layout
+    outline, data, layout = inputs.read.outline, inputs.read.data, inputs.layout
     for line in [*([cached] if cached else []), *inputs.lines]:
         print_line(console, line)
     if folder is None:
         loss = task.loss(config, layout)
-        rehearse(config, outline, data, feed, layout, loss, inputs.steps, console)
+        rehearse(config, inputs, loss, console)
         return {}
     run = run_of(script, config, task, session.stop, folder, console, inputs, part)
     space = space_of(config, outline.params)
@@ -136,10 +136,7 @@ def finetune(
     running = running_in(space, model)
     answering = lj.adapt(running.apply)  # as the model itself answers, not laid out for a step
     evaluated = answering if is_quantized else model.apply
-    context = Context(
-        config=config, folder=folder, console=console, rows=rows, data=data, outline=outline
-    )
-    evaluation = task.evaluation(context)
+    evaluation = evaluation_of(run, inputs, task)
     if evaluation and not run.pauses:
         evaluate_base(evaluation, part.measured, model, plain, evaluated)
     del plain
@@ -230,6 +227,20 @@ def run_of(
         hint=part.hint or resume_hint(script),
         score=task.score,
     )
+
+
+def evaluation_of(run: Run, inputs: Inputs, task: Task) -> Evaluation | None:
+    """Returns the task's evaluation of a run; None for none."""
+    rows, outline, data = inputs.read
+    context = Context(
+        config=run.config,
+        folder=run.folder,
+        console=run.console,
+        rows=rows,
+        data=data,
+        outline=outline,
+    )
+    return task.evaluation(context)
 
 
 def weights_of(config: Any, outline: Outline, layout: Layout) -> tuple[Any, Any]:

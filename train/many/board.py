@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from lora_jax.training.run.log import Line
+from train.console.output import print_line
 from train.reporters.files import LOG
 from train.run.log import Log, QuietLog
 
@@ -55,7 +56,7 @@ class Board:
         self._said[name] = how
         self._is_new = True
         if self._live is None:
-            self._console.print(f"{name}: {how}", highlight=False, soft_wrap=True, markup=False)
+            print_line(self._console, f"{name}: {how}")
 
     def show(self) -> None:
         """Shows the runs, if anything is new and the last table is old enough."""

@@ -32,7 +32,8 @@ from lora_jax.training.optimizer import has_dropout
 from lora_jax.training.processes import write_json, write_text
 from lora_jax.training.ready import hooks_of, opened, result_of, tree_of
 from lora_jax.training.run.log import duration
-from train.finetune import RunPart, evaluate_base, measures, run_of, weights_of
+from train.console.output import print_line
+from train.finetune import RunPart, evaluate_base, evaluation_of, measures, run_of, weights_of
 from train.inputs import inputs_of
 from train.many.board import Board, Paper, TeeLog, print_results
 from train.many.one import Asked, One
@@ -50,7 +51,6 @@ from train.run.log import doing
 from train.run.output import ADAPTER, CONFIG, REPORT, locked_output
 from train.run.report import print_adapter, tree_bytes
 from train.run.rules import rules
-from train.tasks.task import Context
 
 FAILED = 1  # the exit code where some runs failed
 # Where runs are over, the others' step is compiled anew for fewer if it has as many to take.
@@ -100,7 +100,7 @@ def train_rows(
     part = part or RunPart()
     first = asked[0].row.options
     if cached := keep_compiled(first.run.compilation_cache):
-        console.print(cached, highlight=False, soft_wrap=True)
+        print_line(console, cached)
     rows_at_once = math.gcd(*(row.options.optim.batch_size for row, _ in asked))
     mesh = make_mesh(first.run.mesh, rows_at_once)
 
@@ -114,7 +114,7 @@ def train_rows(
     outline, layout = ones[0].inputs.read.outline, ones[0].inputs.layout
     with doing(console, f"reading the weights of {outline.name}"):
         model, plain = weights_of(ones[0].config, outline, layout)
-    console.print(f"{len(ones)} runs train side by side over {outline.name}", highlight=False)
+    print_line(console, f"{len(ones)} runs train side by side over {outline.name}")
 
     # The adapters, and the base for comparison.
     tenants = {}
@@ -158,13 +158,7 @@ def train_rows(
     return ones
 
 
-def _opened(
-    script: str,
-    asked: Asked,
-    mesh: Any,
-    session: Session,
-    part: RunPart,
-) -> One:
+def _opened(script: str, asked: Asked, mesh: Any, session: Session, part: RunPart) -> One:
     """Returns a run, its options checked, its folder locked and its rows read."""
     row, task = asked
     config, paper = task.completed(row.options), Paper()
@@ -176,31 +170,22 @@ def _opened(
     folder = locked_output(config, session.release, paper.console)
     inputs = inputs_of(config, mesh, part.reader(config, task))
     for line in inputs.lines:
-        paper.console.print(line, highlight=False, soft_wrap=True)
+        print_line(paper.console, line)
     run = run_of(script, config, task, session.stop, folder, paper.console, inputs, part)
     return One(row, task, paper, run, inputs, task.loss(config, inputs.layout))
 
 
 def _begun(one: One, plain: Any, held: ExitStack) -> Tenant:
     """Adapts the base for a run, new or resumed; returns what trains beside others."""
-    config, run, data = one.config, one.run, one.inputs.read.data
-    optim = config.optim
+    config, run, optim = one.config, one.run, one.config.optim
+    outline, data = one.inputs.read.outline, one.inputs.read.data
     key = jax.random.key(optim.seed)
-    outline = one.inputs.read.outline
     params = adapt_base(config, outline, plain, run.folder, jax.random.fold_in(key, 0))
     params = run.layout.placed(params)
     ready = begin_run(run, params, jax.random.fold_in(key, 1), data.facts)
     one.paper.keep_in(run.folder, held)
     (run.folder / ERROR).unlink(missing_ok=True)
-    context = Context(
-        config=config,
-        folder=run.folder,
-        console=run.console,
-        rows=one.inputs.read.rows,
-        data=data,
-        outline=outline,
-    )
-    one.evaluation = one.task.evaluation(context)
+    one.evaluation = evaluation_of(run, one.inputs, one.task)
     one.ready = dataclasses.replace(ready, state=jax.eval_shape(lambda: ready.state))
     tenant = make_tenant(
         optim, params, ready.setup.schedule, run.steps, loss=one.loss, key=ready.state.key
@@ -250,10 +235,6 @@ def _train(
             keep_adapter(run, ready, trained)
         return trained, report_of(run, ready, trained, loss, step_seconds)
 
-    def running(one: One) -> Running:
-        feed = one.inputs.feed
-        return Running(turns=turns(one), batch=feed.batch, tokens=feed.tokens)
-
     def ended(name: str, ending: Ending) -> None:
         one = by_name[name]
         one.ending = ending
@@ -266,8 +247,10 @@ def _train(
         with doing(console, "placing the adapters"):
             together.add(tenants)
             tenants.clear()
-        runs = {name: running(one) for name, one in by_name.items()}
-        for name in by_name:
+        runs = {}
+        for name, one in by_name.items():
+            feed = one.inputs.feed
+            runs[name] = Running(turns=turns(one), batch=feed.batch, tokens=feed.tokens)
             board.note(name, {"step": together.done(name)})
         session.stop.remedy = ones[0].run.hint
 
@@ -294,12 +277,8 @@ def _finish(ones: Sequence[One], console: Console, session: Session, began: floa
     for one in failed:
         where = one.run.folder / ERROR
         print(f"error: {one.row.name} failed: {one.why} ({where})", file=sys.stderr, flush=True)
-    console.print(
-        f"the whole table took {duration(time.monotonic() - began)}; its results are in "
-        f"{parent / RESULTS}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    took = duration(time.monotonic() - began)
+    print_line(console, f"the whole table took {took}; its results are in {parent / RESULTS}")
     hint = session.stop.remedy
     if n := sum(one.state == "stopped" for one in ones):
         raise Interrupted(f"stopped {n} of {len(ones)} runs, each saved. {hint}", session.stop.code)
