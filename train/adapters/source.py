@@ -140,10 +140,7 @@ class AdapterSource:
             if self.is_subspace:
                 space, _ = subspace.load(self.folder, outline.params, allow_base_mismatch=True)
                 return self._check_head(outline, {tensor.path for tensor in space.tensors})
-            if self.from_peft:
-                tree = lp.load(self.folder, outline, outline.params)
-            else:
-                tree = lj.load_adapter(self.folder, outline.params, allow_base_mismatch=True)
+        tree = self.load(outline, outline.params, outline.name, allow_base_mismatch=True)
         self._check_head(outline, set(nodes_of(tree)))
 
     def load(self, model: Any, params: Any, name: str, *, allow_base_mismatch: bool = False) -> Any:

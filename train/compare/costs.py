@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,21 +38,7 @@ _ROUNDS = 2
 _ROOT = Path(__file__).parents[2]  # of the scripts
 
 
-class Cost(NamedTuple):
-    """A step of a run alone.
-
-    Attributes:
-      step_seconds: the median.
-      compiled_bytes: arguments and temporaries of the compiled step; None if not reported.
-      peak_bytes: peak bytes of the process.
-    """
-
-    step_seconds: float
-    compiled_bytes: int | None
-    peak_bytes: int
-
-
-def step_cost(script: str, trial: Trial, folder: Path, session: Session) -> Cost:
+def step_cost(script: str, trial: Trial, folder: Path, session: Session) -> dict[str, Any]:
     """Trains a few steps of a run in a process of its own.
 
     An accelerator belongs to this process: there, the run is trained in it.
@@ -62,6 +48,9 @@ def step_cost(script: str, trial: Trial, folder: Path, session: Session) -> Cost
       trial: the run.
       folder: for the run's files, and what it printed.
       session: tells of signals.
+
+    Returns:
+      The fields of `Measured` about a step: "step_seconds", "compiled_bytes" and "peak_bytes".
 
     Raises:
       UserError: the process failed.
@@ -81,11 +70,11 @@ def step_cost(script: str, trial: Trial, folder: Path, session: Session) -> Cost
             finetune(script, replaced(config, {"overwrite": True}), trial.task, session)
     report = read_json(output / REPORT)
     memory = report["compiled_bytes"]
-    return Cost(
-        report["median_step_seconds"],
-        memory["arguments"] + memory["temporaries"] if memory else None,
-        report["peak_bytes"],
-    )
+    return {
+        "step_seconds": report["median_step_seconds"],
+        "compiled_bytes": memory["arguments"] + memory["temporaries"] if memory else None,
+        "peak_bytes": report["peak_bytes"],
+    }
 
 
 def planned(
@@ -123,13 +112,8 @@ def planned(
     made = json.loads(_output_of([str(word) for word in command]))
     if not made["fits"]:
         raise UserError(f"{topology} does not hold {trial.name}: {made['refused']}")
-    plan = Planned(
-        trial.arm,
-        made["per_chip_bytes"]["total"],
-        made["step_seconds"],
-        made["chip_hours"],
-        made["cost"],
-    )
+    bytes_of_chip = made["per_chip_bytes"]["total"]
+    plan = Planned(trial.arm, bytes_of_chip, made["step_seconds"], made["chip_hours"], made["cost"])
     words = f"{topology} ({made['chips']} chips), at {made['utilisation']:.0%} of its peak"
     return plan, words if price is None else f"{words}, {price:g} a chip-hour"
 

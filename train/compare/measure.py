@@ -4,7 +4,6 @@ import dataclasses
 import os
 import platform
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
@@ -14,7 +13,16 @@ from lora_jax.training.losses import HELD_OUT
 from train.compare import costs
 from train.compare.options import has_adapter
 from train.compare.reporting import tables
-from train.compare.result import Comparison, Facts, Forgetting, Latency, Measured, Planned, Point
+from train.compare.result import (
+    Comparison,
+    Facts,
+    Forgetting,
+    Latency,
+    Measured,
+    Planned,
+    Point,
+    Status,
+)
 from train.compare.rungs import RULE
 from train.compare.sweep import Sweep
 from train.compare.trials import Trial
@@ -116,15 +124,10 @@ def _of_run(trial: Trial, sweep: Sweep, before: float | None) -> Measured:
         return tuple(Point(line["step"], line[name]) for line in lines if name in line)
 
     held_out = points(f"{HELD_OUT}loss")
-    if done.error is not None:
-        status: Any = "failed"
-    elif done.finished:
-        status = "done"
-    else:
-        status = "stopped early" if sweep.is_over(trial) else "waiting"
-    forgetting = None
-    if before is not None and done.outside is not None:
-        forgetting = Forgetting(before, done.outside)
+    status: Status = "stopped early" if sweep.is_over(trial) else "waiting"
+    if done.finished or done.error is not None:
+        status = "done" if done.error is None else "failed"
+    lost = None if before is None or done.outside is None else Forgetting(before, done.outside)
     return Measured(
         name=trial.name,
         arm=trial.arm,
@@ -140,7 +143,7 @@ def _of_run(trial: Trial, sweep: Sweep, before: float | None) -> Measured:
         saved_bytes=done.saved_bytes,
         side_by_side=done.side_by_side,
         seconds=done.seconds or None,
-        forgetting=forgetting,
+        forgetting=lost,
         intruders=done.intruders,
     )
 
@@ -169,8 +172,7 @@ def _with_costs(
             print_line(sweep.console, f"warning: {error.said(flag)}")
             continue
         runs = tuple(
-            dataclasses.replace(run, **cost._asdict()) if run.arm == trial.arm else run
-            for run in runs
+            dataclasses.replace(run, **cost) if run.arm == trial.arm else run for run in runs
         )
     return runs
 

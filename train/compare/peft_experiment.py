@@ -51,7 +51,7 @@ _BEYOND = (
 
 
 class Experiment(NamedTuple):
-    """An experiment of PEFT's, as `train.sft` runs it.
+    """A run to make: of the grid of settings, or an experiment of PEFT's, as `train.sft` runs it.
 
     Attributes:
       arm: its configuration.

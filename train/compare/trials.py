@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lora_jax as lj
 from lora_jax.training.errors import TrainingError
@@ -16,7 +16,7 @@ from train.compare.options import (
     CompareConfig,
     has_adapter,
 )
-from train.compare.peft_experiment import read_experiment
+from train.compare.peft_experiment import Experiment, read_experiment
 from train.compare.result import Arm
 from train.compare.rungs import MEASUREMENTS
 from train.compare.script import Script
@@ -26,7 +26,6 @@ from train.options.field import Shared, traits_of
 from train.options.file import replaced
 from train.options.ignored import idle_options
 from train.processes.mesh import make_mesh
-from train.run.intrinsic import space_of
 from train.run.rules import rules
 from train.tasks.task import Task
 
@@ -34,7 +33,7 @@ RUNS = "runs"
 _EVAL_ROWS = 512  # of a classifier's test rows, to measure the loss on while training
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Trial:
     """A run to come.
 
@@ -109,14 +108,12 @@ def trials_of(
     """
     trials: list[Trial] = []
     inputs: Inputs | None = None
-    counted: dict[Any, int] = {}
     asked = _asked(script, options, compare, given)
-    first_seed = asked[0].seed
-    for arm, seed, own in asked:
-        name = arms.name_of(arm, seed)
+    for one in asked:
+        name = arms.name_of(one.arm, one.seed)
         try:
-            changed = replaced(options, own)
-            trial, inputs = _trial(script, changed, arm, seed, first_seed, folder, reader, counted)
+            place = folder / RUNS / name
+            trial, inputs = _trial(script, options, one, asked[0].seed, place, reader)
         except TrainingError as error:
             raise UserError(f"run {name}: {error.said(flag)}") from error
         trials.append(trial)
@@ -145,30 +142,22 @@ def _likeness(trial: Trial) -> tuple[Any, ...]:
     return arm.rank or 0, arm.method, arm.targets or (), arm.batch_size
 
 
-class _Asked(NamedTuple):
-    """A run, and options of its own beside its arm's."""
-
-    arm: Arm
-    seed: int
-    own: dict[str, Any]
-
-
 def _asked(
     script: Script, options: Any, compare: CompareConfig, given: Collection[str]
-) -> list[_Asked]:
+) -> list[Experiment]:
     """Returns all runs that are asked for."""
     if not compare.peft_experiments:
         grid = arms.arms_of(compare, basis_of(script, options))
-        return [_Asked(arm, seed, {}) for arm in grid for seed in compare.seeds]
+        return [Experiment(arm, seed, {}) for arm in grid for seed in compare.seeds]
     found = [read_experiment(Path(folder).expanduser()) for folder in compare.peft_experiments]
-    runs: list[_Asked] = []
+    runs: list[Experiment] = []
     for one in found:
         seeds = compare.seeds if "seeds" in given else (one.seed,)
         own = {name: value for name, value in one.options.items() if name not in given}
-        runs += [_Asked(one.arm, seed, own) for seed in seeds]
+        runs += [Experiment(one.arm, seed, own) for seed in seeds]
     of_base = [k for k, traits in traits_of(options).items() if traits.shared is Shared.BASE]
     for name in of_base:
-        values = {run.own[name]: run for run in runs if name in run.own}
+        values = {run.options[name]: run for run in runs if name in run.options}
         if len(values) > 1:
             raise UserError(
                 f"--peft-experiments: their {name} is {' and '.join(map(str, values))}, and all "
@@ -178,19 +167,11 @@ def _asked(
 
 
 def _trial(
-    script: Script,
-    options: Any,
-    arm: Arm,
-    seed: int,
-    first_seed: int,
-    folder: Path,
-    reader: Reader,
-    counted: dict[Any, int],
+    script: Script, options: Any, one: Experiment, first_seed: int, folder: Path, reader: Reader
 ) -> tuple[Trial, Inputs]:
-    name = arms.name_of(arm, seed)
-    run_folder = folder / RUNS / name
-    changes = arms.settings(arm, seed) | {
-        "output": str(run_folder),
+    options = replaced(options, one.options)
+    changes = arms.settings(one.arm, one.seed) | {
+        "output": str(folder),
         "overwrite": False,
         "resume": False,
         "eval_every": options.run.eval_every or 1,  # so that rows are held out
@@ -214,25 +195,11 @@ def _trial(
             "more than 0 --eval-questions"
         )
     changed = {"eval_every": options.run.eval_every or -(-steps // MEASUREMENTS)}
-    if arm.method == "full" and options.run.save_every == script.plain.run.save_every:
+    if one.arm.method == "full" and options.run.save_every == script.plain.run.save_every:
         changed["save_every"] = steps  # a checkpoint holds the model three times
-    config = replaced(config, changed)
-    kind = dataclasses.replace(config.adapter, alpha=None)
-    if arm.dimension is not None:
-        space_of(config, inputs.read.outline.params)  # raises if there is none
-        counted[kind] = arm.dimension
-    if kind not in counted:
-        outline = inputs.read.outline
-        chosen = rules(config.adapter, outline)
-        tree = lj.lorafy(outline.params, chosen, kinds=outline.kinds)
-        counted[kind] = lj.count_params(tree)[0]
-    trial = Trial(
-        name=name,
-        arm=arm,
-        seed=seed,
-        config=config,
-        task=task,
-        steps=steps,
-        trained_parameters=counted[kind],
-    )
-    return trial, inputs
+    config, outline = replaced(config, changed), inputs.read.outline
+    trained = one.arm.dimension
+    if trained is None:
+        tree = lj.lorafy(outline.params, rules(config.adapter, outline), kinds=outline.kinds)
+        trained, _ = lj.count_params(tree)
+    return Trial(folder.name, one.arm, one.seed, config, task, steps, trained), inputs

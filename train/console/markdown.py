@@ -1,9 +1,17 @@
 """Writes names and data into Markdown as plain text."""
 
 import re
+from collections.abc import Iterable, Sequence
 
 # An underscore within a word, as in lora_alpha, is no markup.
 _MARKUP = re.compile(r"([\\`*{}\[\]<>#|~$&]|(?<![^\W_])_|_(?![^\W_]))")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a table in GitHub's Markdown; the cells are Markdown already."""
+    lines = [header, *rows]
+    head, *body = ("".join(f"| {cell} " if cell else "| " for cell in line) for line in lines)
+    return "\n".join(f"{line}|" for line in (head, "|---" * len(header), *body))
 
 
 def escape_markdown(text: str) -> str:

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 
 from lora_jax.training.run.best import BEST
 from train.adapters.source import AdapterSource
-from train.console.markdown import escape_markdown
+from train.console.markdown import escape_markdown, table
 from train.data.files import FILE_KINDS
 from train.data.named import named
 from train.export.marked import marked
@@ -186,12 +186,12 @@ def _training(export: Export, run: Mapping[str, Any], options: Mapping[str, Any]
     facts |= {name: resolved.get(name) for name in ("steps", "lr")}
     facts |= {name: options.get(name) for name in _OF_TRAINING}
     if rows := [(name, value) for name, value in facts.items() if _is_in_use(value)]:
-        yield _table(("option", "value"), rows)
+        yield _table("option", rows)
     if losses := list(_losses(export.source)):
-        yield _table(("loss", "value"), losses)
+        yield _table("loss", losses)
     if scores := list(_scores(run.get("scores", {}))):
         yield "Scores on data that it was not trained on:"
-        yield _table(("score", "value"), scores)
+        yield _table("score", scores)
     if not run:
         yield "No facts of its training lay beside the adapter."
 
@@ -239,10 +239,8 @@ def _is_in_use(value: Any) -> bool:
     return value not in (None, False, "", "none", [], (), {})  # 0 and 0.0 equal False
 
 
-def _table(header: Sequence[str], rows: Sequence[tuple[str, Any]]) -> str:
-    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
-    return "\n".join(lines)
+def _table(header: str, rows: Sequence[tuple[str, Any]]) -> str:
+    return table((header, "value"), ([_cell(name), _cell(value)] for name, value in rows))
 
 
 def _cell(value: Any) -> str:

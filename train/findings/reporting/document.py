@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from train.compare.reporting import dimension, words
 from train.compare.reporting.tables import ArmRow
 from train.compare.result import Comparison
+from train.console import markdown
 from train.findings.reporting.pivot import Block, Pivot, headed, shown
 
 MARKDOWN = "finding.md"
@@ -48,14 +49,14 @@ def table(pivot: Pivot, block: Block) -> str:
     """Returns a table in GitHub's Markdown; the best cell of each column is bold."""
     best = {column: block.best(column, pivot.measure) for column in block.columns}
     head = [pivot.rows.name, *(headed(pivot.columns, column) for column in block.columns)]
-    lines = [_line(head), "|" + "---|" * len(head)]
+    body = []
     for row in block.rows:
-        cells = [
+        cells = (
             cell_text(block.cells.get((row, column)), is_best=row in best[column])
             for column in block.columns
-        ]
-        lines.append(_line([shown(row), *cells]))
-    return "\n".join(lines)
+        )
+        body.append([shown(row), *cells])
+    return markdown.table(head, body)
 
 
 def cell_text(cell: ArmRow | None, *, is_best: bool) -> str:
@@ -105,7 +106,3 @@ def _conditions(comparison: Comparison) -> str:
 def _range(values: Sequence[int]) -> str:
     low, high = min(values), max(values)
     return str(low) if low == high else f"{low} to {high}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "".join(f"| {cell} " if cell else "| " for cell in cells) + "|"
