@@ -188,7 +188,9 @@ def compare(
     if text is not None:
         rows = outside.rows_of(text[0], inputs.read.outline.tokenizer, text[1])
         on_text = functools.partial(outside.loss_on, rows)
-    _begin(folder, config, script)
+    if not config.run.resume:
+        clear(folder, _OURS)
+    write_text(folder / CONFIG, as_file(config, f"train.compare {script.kind}"))
     done = record.read(folder, datetime.now().astimezone().isoformat(timespec="seconds"))
     settings = len({trial.arm for trial in trials})
     print_line(
@@ -265,13 +267,6 @@ def _locked(config: Any, session: Session, console: Console) -> Path:
             "--overwrite, or name another folder with --output"
         )
     return folder
-
-
-def _begin(folder: Path, config: Any, script: Script) -> None:
-    """Writes the options; without --resume, deletes what an earlier comparison left."""
-    if not config.run.resume:
-        clear(folder, _OURS)
-    write_text(folder / CONFIG, as_file(config, f"train.compare {script.kind}"))
 
 
 if __name__ == "__main__":

@@ -58,11 +58,14 @@ class _Drawing(Figures):
         methods = dict.fromkeys(kind.method for kind in kinds if kind.method != "full")
         self._colours = {m: ADAPTERS[i % len(ADAPTERS)] for i, m in enumerate(methods)}
         self._colours["full"] = FULL
-        self._styles: dict[Arm, tuple[str, str]] = {}
+        self._styles: dict[Arm, dict[str, Any]] = {}
         for kind in kinds:
             i = sum(other.method == kind.method for other in self._styles)
-            marker = "s" if kind.method == "full" else MARKERS[i % 8]
-            self._styles[kind] = marker, DASHES[(i + i // 8) % 4]
+            self._styles[kind] = {
+                "color": self.colour(kind.method),
+                "marker": "s" if kind.method == "full" else MARKERS[i % 8],
+                "linestyle": DASHES[(i + i // 8) % 4],
+            }
 
     def colour(self, method: str) -> str:
         """Returns a method's colour, the same in all pictures."""
@@ -70,8 +73,7 @@ class _Drawing(Figures):
 
     def style(self, row: ArmRow) -> dict[str, Any]:
         """Returns colour, marker and dashes of a row: alike where the rate alone differs."""
-        marker, dashes = self._styles[row.arm.at_any_rate()]
-        return {"color": self.colour(row.arm.method), "marker": marker, "linestyle": dashes}
+        return self._styles[row.arm.at_any_rate()]
 
     def name(self, row: ArmRow) -> str:
         """Returns the name of a row's method, size and targets."""
@@ -93,7 +95,8 @@ def draw(comparison: Comparison, folder: Path) -> tuple[Picture, ...]:
         return ()
     found = []
     with rc_context(STYLE):
-        for file, drawer in _PICTURES.items():
+        for drawer in _DRAWERS:
+            file = f"{drawer.__name__.lstrip('_')}.png"
             # Without pyplot there is no global state.
             figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
             if said := drawer(drawing, figure):
@@ -102,14 +105,11 @@ def draw(comparison: Comparison, folder: Path) -> tuple[Picture, ...]:
     return tuple(found)
 
 
-Drawer = Callable[[_Drawing, Figure], tuple[str, str] | None]
-
-
 def _curves(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     """Draws the held-out loss, else that in training, against the step; a band over seeds."""
     chosen = _few(tables.with_stopped(drawing.rows))
     held_out = any(len(run.held_out) > 1 for row in chosen for run in row.runs)
-    axes, lines = figure.subplots(), 0
+    axes = figure.subplots()
     for row in chosen:
         ended = [run for run in row.runs if run.status == "done"] or row.runs
         curves = [run.held_out if held_out else run.losses for run in ended]
@@ -120,8 +120,7 @@ def _curves(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
         marks: dict[str, Any] = {"markersize": 4, "markevery": max(1, len(steps) // 8)}
         axes.plot(steps, mean, label=drawing.name(row), linewidth=1.6, **style, **marks)
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.18, linewidth=0)
-        lines += 1
-    if not lines:
+    if not axes.lines:
         return None
     where = "held-out" if held_out else "training"
     _label(figure, axes, "step", f"{where} {drawing.comparison.facts.loss}")
@@ -139,13 +138,12 @@ def _rates(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     """
     if drawing.comparison.rungs:
         return _first_rung(drawing, figure)
-    axes, lines = figure.subplots(), 0
+    axes = figure.subplots()
     for rates in tables.rates(drawing.rows):
         ended = [row for row in rates.tried if row.quality]
         if len(ended) > 1:
             _points(axes, ended, [row.arm.learning_rate for row in ended], drawing)
-            lines += 1
-    if not lines:
+    if not axes.lines:
         return None
     axes.set_xscale("log")
     _label(figure, axes, "peak learning rate", drawing.measure.name)
@@ -184,15 +182,12 @@ def _sizes(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     ended = [row for row in drawing.series if row.quality and row.trained_parameters]
     if len(ended) < 2:
         return None
-    groups: dict[Any, list[ArmRow]] = {}
-    for row in sorted(ended, key=lambda row: row.trained_parameters or 0):
-        groups.setdefault((row.arm.method, row.arm.targets), []).append(row)
-    axes = figure.subplots()
-    for group in groups.values():
-        at = [row.trained_parameters or 0 for row in group]
+    axes, counts = figure.subplots(), {row.arm: row.trained_parameters or 0 for row in ended}
+    ended.sort(key=lambda row: counts[row.arm])
+    for group in tables.groups(ended, lambda arm: (arm.method, arm.targets)):
         name = words.family(group[0].arm, drawing.arms)
-        _points(axes, group, at, drawing, name)
-    _scale_of_counts(axes, [row.trained_parameters or 0 for row in ended])
+        _points(axes, group, [counts[row.arm] for row in group], drawing, name)
+    _scale_of_counts(axes, list(counts.values()))
     _label(figure, axes, "trained parameters", drawing.measure.name)
     return (
         f"{words.capital(drawing.measure.name)} by trained parameters",
@@ -287,15 +282,8 @@ def _forgetting(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     )
 
 
-_PICTURES: dict[str, Drawer] = {
-    "curves.png": _curves,
-    "rates.png": _rates,
-    "sizes.png": _sizes,
-    "dimension.png": _dimension,
-    "costs.png": _costs,
-    "storage.png": _storage,
-    "forgetting.png": _forgetting,
-}
+# Each draws the PNG that is called as it is: curves.png.
+_DRAWERS = (_curves, _rates, _sizes, _dimension, _costs, _storage, _forgetting)
 
 
 def errors(found: Sequence[Spread]) -> list[list[float]]:

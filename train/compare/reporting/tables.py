@@ -243,7 +243,7 @@ def best_of_each(among: Iterable[ArmRow], key: Callable[[Arm], Hashable]) -> tup
       among: the rows.
       key: the group of an arm: by method, by method and rank, by targets.
     """
-    chosen = map(best, _groups(among, key))
+    chosen = map(best, groups(among, key))
     return tuple(row for row in chosen if row is not None)
 
 
@@ -267,7 +267,7 @@ def rates(among: Iterable[ArmRow]) -> tuple[Rates, ...]:
     Runs that were stopped early or diverged count as tried, and are never the best.
     """
     found = []
-    for group in _groups(filter(is_tried, among), Arm.at_any_rate):
+    for group in groups(filter(is_tried, among), Arm.at_any_rate):
         tried = tuple(sorted(group, key=lambda row: row.arm.learning_rate))
         if (top := best(tried)) is not None:
             found.append(Rates(tried, tried.index(top)))
@@ -309,12 +309,12 @@ def storage(comparison: Comparison) -> tuple[Stored, ...]:
     return tuple(Stored(n, n * large, comparison.facts.base_bytes + n * small) for n in TASKS)
 
 
-def _groups(among: Iterable[ArmRow], key: Callable[[Arm], Hashable]) -> Iterable[list[ArmRow]]:
+def groups(among: Iterable[ArmRow], key: Callable[[Arm], Hashable]) -> Iterable[list[ArmRow]]:
     """Returns rows in groups, in the order of the groups' first rows."""
-    groups: dict[Hashable, list[ArmRow]] = {}
+    found: dict[Hashable, list[ArmRow]] = {}
     for row in among:
-        groups.setdefault(key(row.arm), []).append(row)
-    return groups.values()
+        found.setdefault(key(row.arm), []).append(row)
+    return found.values()
 
 
 def _kind(arm: Arm) -> tuple[Hashable, ...]:
