@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class AdapterSource:
         Raises:
           UserError: they cannot be read.
         """
-        with as_user_errors(ValueError, prefix=f"{self.given}: "):
+        with self._readable():
             if not self.from_peft:
                 return lj.adapter_info(self.folder)
             name = fields_of(self.folder)[0].get("base_model_name_or_path")
@@ -83,7 +83,7 @@ class AdapterSource:
         """
         if not self.from_peft:
             return len(self.about.get("labels", ())) or None
-        with as_user_errors(ValueError, prefix=f"{self.given}: "):
+        with self._readable():
             tensors = read_tensors(self.folder / PEFT_WEIGHTS)
         return next((len(t) for name, t in tensors.items() if _CLASSES.fullmatch(name)), None)
 
@@ -108,20 +108,18 @@ class AdapterSource:
         if not self.from_peft:
             _ = self.about
             return
-        with as_user_errors(
-            ValueError,
-            prefix=f"{self.given}: ",
-            suffix=". PEFT itself can merge such an adapter into its base (merge_and_unload, then "
-            "save_pretrained): give that folder with --model",
-        ):
+        instead = ". PEFT itself can merge such an adapter into its base (merge_and_unload, then "
+        instead += "save_pretrained): give that folder with --model"
+        with self._readable(instead):
             read_config(self.folder)
-        with as_user_errors(
-            ValueError,
-            prefix=f"{self.given}: ",
-            suffix=". Copy the folder anew, or save the adapter again, "
-            "save_pretrained(…, safe_serialization=True)",
-        ):
+        anew = ". Copy the folder anew, or save the adapter again, "
+        anew += "save_pretrained(…, safe_serialization=True)"
+        with self._readable(anew):
             read_tensors(self.folder / PEFT_WEIGHTS)
+
+    def _readable(self, remedy: str = "") -> AbstractContextManager[None]:
+        """Turns errors of its files within into UserErrors."""
+        return as_user_errors(ValueError, prefix=f"{self.given}: ", suffix=remedy)
 
     def check(self, outline: Any, *, allow_base_mismatch: bool = False) -> None:
         """Checks the adapter against a model without reading the model's weights.

@@ -5,11 +5,12 @@ each metric was reported for. A resumed run continues the same runs there, and r
 twice; a reporter that joins later gets all steps from the beginning.
 """
 
-import queue
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from lora_jax.training.errors import Interrupted
@@ -61,7 +62,8 @@ class Reporting:
         for name, make in reporters.items():
             entry = was.get(name, {"run": None, "reported": {}})
             start = Start(folder.name, folder, project, config, entry["run"])
-            self._channels.append(_Channel(name, make, start, entry["reported"], warn))
+            channel = _Channel(name, make, start, entry["reported"], warn, start.run_id)
+            self._channels.append(channel)
         for channel in self._channels:
             channel.open(self._keep)
         until = time.monotonic() + _OPENING
@@ -106,36 +108,40 @@ class Reporting:
                 write_json(self._path, ledger)
 
 
+@dataclasses.dataclass(eq=False)
 class _Channel:
-    """Reports by one reporter, in a thread."""
+    """Reports by one reporter, in a thread.
 
-    def __init__(
-        self,
-        name: str,
-        make: Callable[[Start], Reporter],
-        start: Start,
-        reported: Steps,
-        warn: Callable[[str], object],
-    ) -> None:
-        self.name = name
-        self.run_id = start.run_id
-        self.reported = dict(reported)
-        self.failed = False
-        self._make, self._start, self._warn = make, start, warn
-        self._waiting: queue.SimpleQueue[Line | Ending] = queue.SimpleQueue()
-        self._ready = threading.Event()
+    Attributes:
+      name: the reporter's.
+      make: makes it.
+      start: what it is made with.
+      reported: the last step of each metric that it was told.
+      warn: is called once with a message if it fails.
+      run_id: its run there, once it is known.
+      failed: whether nothing more is reported.
+    """
+
+    name: str
+    make: Callable[[Start], Reporter]
+    start: Start
+    reported: Steps
+    warn: Callable[[str], object]
+    run_id: str | None
+    failed: bool = False
+    _waiting: SimpleQueue[Line | Ending] = dataclasses.field(default_factory=SimpleQueue)
+    _ready: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def open(self, opened: Callable[[], object]) -> None:
         """Starts the thread; `opened` is called in it, once the run there is known."""
-        self._thread = threading.Thread(
-            target=self._work, args=(opened,), name=f"report to {self.name}", daemon=True
-        )
+        name = f"report to {self.name}"
+        self._thread = threading.Thread(target=self._work, args=(opened,), name=name, daemon=True)
         self._thread.start()
 
     def wait_until_open(self, seconds: float) -> None:
         """Waits until the report has begun or failed, but not for long."""
         if not self._ready.wait(max(0.0, seconds)):
-            self._warn(
+            self.warn(
                 f"warning: --report-to {self.name}: it has not begun after {_OPENING:.0f} s; the "
                 "run goes on meanwhile"
             )
@@ -153,14 +159,14 @@ class _Channel:
         self._thread.join(_CLOSING)
         if self._thread.is_alive():
             self.failed = True
-            self._warn(
+            self.warn(
                 f"warning: --report-to {self.name}: it is still busy after {_CLOSING:.0f} s; what "
                 "it has not sent is missing there"
             )
 
     def _work(self, opened: Callable[[], object]) -> None:
         try:
-            reporter = self._make(self._start)
+            reporter = self.make(self.start)
             self.run_id = reporter.run_id
             opened()
             self._ready.set()
@@ -179,18 +185,16 @@ class _Channel:
             for name, value in line.items()
             if name not in _NOT_METRICS and step > self.reported.get(name, -1)
         }
-        if not new:
-            return
         if _SAMPLES in new:
             reporter.show(step, new[_SAMPLES], at)
-        else:
+        elif new:
             reporter.report(step, new, at)
         self.reported.update({name: step for name in new})
 
     def _fail(self, error: BaseException) -> None:
         self.failed = True
         reason = " ".join(str(error).split())[:300]
-        self._warn(
+        self.warn(
             f"warning: --report-to {self.name} fails, and nothing more is reported there: "
             f"{type(error).__name__}: {reason}. Training goes on, and its record is metrics.jsonl"
         )
@@ -200,9 +204,7 @@ def _settled(entry: Mapping[str, Any], lines: Sequence[Line], samples: Sequence[
     """Returns an entry of the ledger. One that a kill left open counts as having reported all."""
     reported = dict(entry["reported"])
     if entry["open"]:
-        for line in lines:
-            for name in {*line} - {*_NOT_METRICS}:
-                reported[name] = max(reported.get(name, -1), line["step"])
-        for line in samples:
-            reported[_SAMPLES] = max(reported.get(_SAMPLES, -1), line["step"])
+        told = [(name, line["step"]) for line in lines for name in {*line} - {*_NOT_METRICS}]
+        for name, step in (*told, *((_SAMPLES, line["step"]) for line in samples)):
+            reported[name] = max(reported.get(name, -1), step)
     return {"run": entry["run"], "reported": reported, "open": False}

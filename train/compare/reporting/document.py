@@ -79,11 +79,12 @@ def page(title: str, blocks: Sequence[Block], folder: Path) -> str:
       blocks: the document.
       folder: where the pictures' files lie; the page holds their content.
     """
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     body = "\n".join(_as_html(block, folder) for block in blocks)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<title>{html.escape(title)}</title>\n<style>\n{style}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
@@ -113,16 +114,15 @@ def _as_markdown(block: Block) -> str:
 
 
 def _as_html(block: Block, folder: Path) -> str:
-    safe = _safe
     match block:
         case Heading(text, level):
-            return f"<h{level}>{safe(text)}</h{level}>"
+            return f"<h{level}>{_safe(text)}</h{level}>"
         case Text(text, is_note):
-            return f'<p class="note">{safe(text)}</p>' if is_note else f"<p>{safe(text)}</p>"
+            return f'<p class="note">{_safe(text)}</p>' if is_note else f"<p>{_safe(text)}</p>"
         case Verdict(text):
-            return f'<p class="verdict">{safe(text)}</p>'
+            return f'<p class="verdict">{_safe(text)}</p>'
         case Lines(items):
-            return "<ul>" + "".join(f"<li>{safe(item)}</li>" for item in items) + "</ul>"
+            return "<ul>" + "".join(f"<li>{_safe(item)}</li>" for item in items) + "</ul>"
         case Code(text):
             return f'<pre tabindex="0">{html.escape(text)}</pre>'
         case Gallery(pictures):
@@ -160,50 +160,3 @@ def _grid(grid: Grid) -> str:
         f"<thead><tr>{header}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
-
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --paper: #ffffff;
-  --line: #d5dae0; --shade: #f3f5f8; --accent: #0072b2; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --soft: #a0a9b4; --paper: #14171b;
-  --line: #353c45; --shade: #1e232a; --accent: #56b4e9; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 1rem 1rem 4rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; padding-bottom: .2rem;
-  border-bottom: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
-p, ul { margin: .5rem 0; max-width: 44rem; }
-ul { padding-left: 1.2rem; }
-li { margin: .25rem 0; }
-.whole { white-space: nowrap; }
-.note, figcaption { color: var(--soft); font-size: .875rem; }
-.verdict { font-size: 1.15rem; font-weight: 600; padding: .7rem .9rem; background: var(--shade);
-  border-left: 4px solid var(--accent); border-radius: 4px; }
-.cue { display: none; margin: .6rem 0 -.3rem; color: var(--soft); font-size: .8125rem; }
-@media (max-width: 50rem) { .cue { display: block; } }
-.table { overflow-x: auto; max-width: 100%; margin: .6rem 0; border: 1px solid var(--line);
-  border-radius: 6px; }
-table { border-collapse: collapse; width: 100%; font-size: .875rem;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .6rem; text-align: right; white-space: nowrap;
-  overflow-wrap: normal; border-bottom: 1px solid var(--line); }
-th:first-child { text-align: left; font-weight: 600; }
-tbody th:first-child { white-space: normal; min-width: 8.5rem; max-width: 22rem;
-  position: sticky; left: 0; background: var(--paper); }
-thead th { background: var(--shade); vertical-align: bottom; white-space: normal; }
-thead th:first-child { position: sticky; left: 0; }
-tbody tr:last-child > * { border-bottom: 0; }
-tr.best > *, tr.best > th:first-child { background: var(--shade); font-weight: 600; }
-@media (min-width: 50rem) { tbody th:first-child { min-width: 13rem; } }
-.gallery { display: grid; gap: 1.2rem; align-items: start;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-figure { margin: 0; max-width: 36rem; }
-img { display: block; width: 100%; height: auto; background: #fff; border-radius: 6px;
-  border: 1px solid var(--line); padding: 4px; }
-figcaption { margin-top: .4rem; }
-pre { overflow-x: auto; max-width: 100%; background: var(--shade); padding: .6rem .8rem;
-  border-radius: 6px; font-size: .8125rem; white-space: pre-wrap; }
-"""
