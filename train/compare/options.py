@@ -59,24 +59,17 @@ def has_adapter(method: str) -> bool:
     return method not in ("full", *OF_CLASSIFIER)
 
 
-def _about_ranks() -> Any:
-    own = (f"of {m} {' '.join(map(str, v.ranks))}" for m, v in COMPARED.items() if v.ranks)
-    return arg(help=", ".join(("Ranks of the adapters. By default 4 16 64", *own)) + ".")
-
-
-def _about_alphas() -> Any:
-    names = " and ".join(method for method, v in COMPARED.items() if v.alpha_is_rank)
-    said = "Alphas of the adapters. By default the script's: a multiple of the rank"
-    return arg(help=f"{said}, of {names} the rank itself.")
-
-
-def _about_rates() -> Any:
-    options = " and ".join(flag(COMPARED[method].option) for method in WITH_OWN_RATE)
-    return arg(
-        help="Learning rates of the adapters. By default the script's, a third of it and three "
-        f"times it. Those of {' and '.join(WITH_OWN_RATE)} are as many times these as the "
-        f"script's are with {options}."
-    )
+_OWN_RANKS = [f"of {m} {' '.join(map(str, v.ranks))}" for m, v in COMPARED.items() if v.ranks]
+_ABOUT_RANKS = arg(help=f"{', '.join(['Ranks of the adapters. By default 4 16 64', *_OWN_RANKS])}.")
+_ABOUT_ALPHAS = arg(
+    help="Alphas of the adapters. By default the script's: a multiple of the rank, of "
+    f"{' and '.join(m for m, v in COMPARED.items() if v.alpha_is_rank)} the rank itself."
+)
+_ABOUT_RATES = arg(
+    help="Learning rates of the adapters. By default the script's, a third of it and three times "
+    f"it. Those of {' and '.join(WITH_OWN_RATE)} are as many times these as the script's are with "
+    f"{' and '.join(flag(COMPARED[method].option) for method in WITH_OWN_RATE)}."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,12 +82,12 @@ class CompareConfig:
     """Ways to train: lora, and variants of it; full for all weights; of a classifier, head-only for
     the head on the frozen encoder, said and did for a random subspace of all weights, of few
     dimensions (--intrinsic)."""
-    ranks: Annotated[tuple[int, ...], _about_ranks()] = ()
+    ranks: Annotated[tuple[int, ...], _ABOUT_RANKS] = ()
     target_sets: tuple[str, ...] = ("all-linear",)
     """Sets of modules to adapt, each as --targets takes it, with commas: all-linear
     attention q_proj,v_proj."""
-    alphas: Annotated[tuple[float, ...], _about_alphas()] = ()
-    lrs: Annotated[tuple[float, ...], _about_rates()] = ()
+    alphas: Annotated[tuple[float, ...], _ABOUT_ALPHAS] = ()
+    lrs: Annotated[tuple[float, ...], _ABOUT_RATES] = ()
     full_lrs: tuple[float, ...] = ()
     """Learning rates of full fine-tuning. By default the script's with --full, a third of it, and
     three and nine times it."""

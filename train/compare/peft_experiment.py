@@ -64,7 +64,7 @@ class Experiment(NamedTuple):
     options: dict[str, Any]
 
 
-def read_experiment(folder: Path, model_type: str | None = None) -> Experiment:
+def read_experiment(folder: Path) -> Experiment:
     """Reads an experiment of PEFT's method_comparison.
 
     Its parameters are those of training_params.json, over those of default_training_params.json in
@@ -72,8 +72,6 @@ def read_experiment(folder: Path, model_type: str | None = None) -> Experiment:
 
     Args:
       folder: with adapter_config.json; without it, the experiment trains in full.
-      model_type: the model's family, which tells the default targets. By default it is looked for
-        in the model's name.
 
     Raises:
       UserError: a file is missing or damaged, or a field, which is named, cannot be honoured.
@@ -96,7 +94,7 @@ def read_experiment(folder: Path, model_type: str | None = None) -> Experiment:
     method = _method(config, variant, where)
     if config["lora_dropout"]:
         options["dropout"] = float(config["lora_dropout"])
-    targets = _targets(config["target_modules"], model_type or options["model"], where)
+    targets = _targets(config["target_modules"], options["model"], where)
     arm = Arm(method, config["r"], targets, float(config["lora_alpha"]), rate, batch_size)
     for name, value in (("r", arm.rank), ("lora_alpha", arm.alpha)):
         if params.fields["optimizer_kwargs"].get(name, value) != value:

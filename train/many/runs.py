@@ -5,10 +5,8 @@ run has what it has alone: folder, lock, options, log, checkpoints, best adapter
 go on alone, too. One that fails leaves the others alone.
 """
 
-import csv
 import dataclasses
 import functools
-import io
 import math
 import sys
 import time
@@ -29,7 +27,7 @@ from lora_jax.training.held_out import compiled_evaluation, held_out_loss
 from lora_jax.training.loop import Stopped, training_steps
 from lora_jax.training.losses import Loss, Sums
 from lora_jax.training.optimizer import has_dropout
-from lora_jax.training.processes import write_json, write_text
+from lora_jax.training.processes import write_json
 from lora_jax.training.ready import hooks_of, opened, result_of, tree_of
 from lora_jax.training.run.log import duration
 from train.console.output import print_line
@@ -44,7 +42,7 @@ from train.processes import hosts
 from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
 from train.processes.session import Session
-from train.reporters.files import ERROR
+from train.reporters.files import ERROR, write_csv
 from train.reporters.registry import check_packages
 from train.run.lifecycle import adapt_base, begin_run, keep_adapter, open_run_log, report_of
 from train.run.log import doing
@@ -267,11 +265,7 @@ def _finish(ones: Sequence[One], console: Console, session: Session, began: floa
     """Writes and prints the results; ends with the exit code."""
     results = [one.result() for one in ones]
     parent = ones[0].run.folder.parent
-    text = io.StringIO()
-    table = csv.DictWriter(text, results[0], lineterminator="\n")
-    table.writeheader()
-    table.writerows(results)
-    write_text(parent / RESULTS, text.getvalue())
+    write_csv(parent / RESULTS, [results[0], *(one.values() for one in results)])
     print_results(console, [{k: v for k, v in r.items() if k != "error"} for r in results])
     failed = [one for one in ones if one.state == "failed"]
     for one in failed:

@@ -1,8 +1,13 @@
 """The files of a run's folder that several modules read: JSON, whole or line by line."""
 
+import csv
+import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from lora_jax.training.processes import write_text
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -34,6 +39,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     """Writes a file of JSON lines, which is there whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
-    partial.replace(path)
+    write_text(path, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Writes rows, the header among them, as CSV, which is there whole or not at all."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())

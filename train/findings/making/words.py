@@ -1,11 +1,9 @@
 """The words that findings are made of: those of VADER, with their ratings."""
 
-import csv
-import io
 from collections.abc import Iterable
 from pathlib import Path
 
-from lora_jax.training.processes import write_text
+from train.reporters.files import write_csv
 from train.tasks import vader
 
 Labelled = tuple[str, str]  # a text and its label
@@ -27,7 +25,4 @@ def label_of(rating: float) -> str:
 
 def write_rows(path: Path, rows: Iterable[Labelled]) -> None:
     """Writes rows as CSV with the columns text and label; the file appears whole or not at all."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([("text", "label"), *rows])
-    write_text(path, text.getvalue())
+    write_csv(path, [("text", "label"), *rows])
