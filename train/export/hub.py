@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -146,32 +147,31 @@ def _asked(given: str, ask: Callable[[], _T]) -> _T:
       UserError: there is no answer in time, or the token is refused.
       RepositoryNotFoundError: there is no such repository.
     """
-    answers: list[_T] = []
-    errors: list[Exception] = []
+    answer: Future[_T] = Future()
 
     def run() -> None:
         try:
-            answers.append(ask())
+            answer.set_result(ask())
         except Exception as error:
-            errors.append(error)
+            answer.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(_SECONDS)
-    if answers:
-        return answers[0]
-    error = errors[0] if errors else None
-    if isinstance(error, RepositoryNotFoundError) and error.response.status_code == 404:
-        raise error
-    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return answer.result(_SECONDS)
+    except Exception as error:
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if isinstance(error, RepositoryNotFoundError) and status == 404:
+            raise
+        if status in (401, 403):
+            raise UserError(
+                f"{given}: the hub does not accept the token ({_line(error)}): {_LOG_IN}"
+            ) from error
+        said = _line(error) if answer.done() else f"no answer within {_SECONDS:g} seconds"
         raise UserError(
-            f"{given}: the hub does not accept the token ({_line(error)}): {_LOG_IN}"
+            f"{given}: the hub, {huggingface_hub.constants.ENDPOINT}, cannot be reached ({said}). "
+            "Without --push-to-hub, the export is written all the same, and `hf upload` sends it "
+            "later"
         ) from error
-    said = _line(error) if error else f"no answer within {_SECONDS:g} seconds"
-    raise UserError(
-        f"{given}: the hub, {huggingface_hub.constants.ENDPOINT}, cannot be reached ({said}). "
-        "Without --push-to-hub, the export is written all the same, and `hf upload` sends it later"
-    ) from error
 
 
 def _line(error: Exception) -> str:

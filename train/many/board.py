@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 
 from lora_jax.training.run.log import Line
 from train.console.output import print_line
@@ -70,9 +70,9 @@ class Board:
             self._console.print(self._table())
 
     def _table(self) -> Table:
-        table = Table(box=None, pad_edge=False)
-        for title in ("run", "step", "loss", "held-out", "tokens/s", ""):
-            table.add_column(title, justify="left" if title in ("run", "") else "right")
+        titles = ("step", "loss", "held-out", "tokens/s")
+        figures = (Column(title, justify="right") for title in titles)
+        table = Table("run", *figures, "", box=None, pad_edge=False)
         for name, steps in self._steps.items():
             line = self._lines.get(name, {})
             table.add_row(
@@ -137,11 +137,9 @@ class Paper:
 
 def print_results(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """Prints the results of all runs, a row each."""
-    table = Table(title="Runs")
-    for column in rows[0]:
-        table.add_column(column, overflow="fold")
+    table = Table(*(Column(name, overflow="fold") for name in rows[0]), title="Runs")
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*map(_cell, row.values()))
     console.print(table)
 
 

@@ -108,7 +108,7 @@ def recommend(comparison: Comparison) -> Recommendation:
     gap = gap_of(lora, full)
     better = lora if gap.value >= 0 else full
     cheaper, costs = _costs(lora, full)
-    reasons = _quality(lora, full, gap, figures)
+    in_short, reasons = _quality(lora, full, gap, figures)
     chosen, other = (full, lora) if gap.decides and better is full else (lora, full)
     doubts = _doubts(other, figures)
     if chosen is full:
@@ -120,9 +120,7 @@ def recommend(comparison: Comparison) -> Recommendation:
         lacks = "No score and no held-out loss was measured for both methods, and the training loss"
         lacks += " does not show what a model has learned: hold out rows, and measure their loss."
         chosen, doubts = better, [Doubt("no loss on held-out rows was measured", lacks)]
-    clauses = [_in_short(lora, full, gap)]
-    if cheaper:
-        clauses.append(f"{words.method(lora.arm.method)} is cheaper")
+    clauses = [in_short, *[f"{words.method(lora.arm.method)} is cheaper"] * bool(cheaper)]
     verdict: Literal["lora", "full", "undecided"] = "full" if chosen is full else "lora"
     headline = f"Use {figures.label(chosen.arm)}"
     if doubts:
@@ -137,16 +135,6 @@ def recommend(comparison: Comparison) -> Recommendation:
         undecided=tuple(doubt.said for doubt in doubts),
         command=_further(comparison.facts.command, doubts),
     )
-
-
-def _in_short(lora: ArmRow, full: ArmRow, gap: Gap) -> str:
-    """Returns how the qualities compare, as a clause of a headline."""
-    if not gap.decides:
-        if gap.error is None:
-            return "quality not told apart by one seed"
-        return "quality not told apart by these seeds" if gap.is_hidden else "quality tied"
-    better = lora if gap.value > 0 else full
-    return f"{words.method(better.arm.method)} is better"
 
 
 def _of_the_spread(
@@ -230,8 +218,8 @@ def _one_sided(lora: ArmRow | None, full: ArmRow | None, rows: Sequence[ArmRow])
     )
 
 
-def _quality(lora: ArmRow, full: ArmRow, gap: Gap, figures: Figures) -> list[str]:
-    """Returns sentences: both qualities, and whether they differ."""
+def _quality(lora: ArmRow, full: ArmRow, gap: Gap, figures: Figures) -> tuple[str, list[str]]:
+    """Returns how the qualities compare, as a clause of a headline, and sentences with both."""
     one, other = lora.quality, full.quality
     assert one and other
     values = [words.beside(side.mean, gap.error or side.deviation) for side in (one, other)]
@@ -241,18 +229,20 @@ def _quality(lora: ArmRow, full: ArmRow, gap: Gap, figures: Figures) -> list[str
     )
     by = f"{words.rough(abs(gap.value))}, {100 * abs(gap.share):.2g}% of the larger"
     who = words.method((lora if gap.value >= 0 else full).arm.method)
+    in_short = f"{who} is better"
     if gap.error is None:
         side = "more" if gap.decides else "no more"
-        return [
-            found,
-            f"The gap is {by}, {side} than {UNKNOWN_SPREAD:.0%}; the spread over seeds is not "
-            "known, since a side has a single seed.",
-        ]
+        in_short = in_short if gap.decides else "quality not told apart by one seed"
+        said = f"The gap is {by}, {side} than {UNKNOWN_SPREAD:.0%}; the spread over seeds is not "
+        return in_short, [found, f"{said}known, since a side has a single seed."]
     spread = f"± {words.rough(gap.error)}, its {_LEVEL:.0%} interval over seeds"
     if gap.decides:
-        return [found, f"{words.capital(who)} is better by {by}: beyond the spread ({spread})."]
-    tied = "" if gap.is_hidden else " Quality is tied; cost decides."
-    return [found, f"The gap is {by}: within the spread ({spread}).{tied}"]
+        said = f"{words.capital(who)} is better by {by}: beyond the spread ({spread})."
+        return in_short, [found, said]
+    said = f"The gap is {by}: within the spread ({spread})."
+    if gap.is_hidden:
+        return "quality not told apart by these seeds", [found, said]
+    return "quality tied", [found, f"{said} Quality is tied; cost decides."]
 
 
 def _seeds(values: Spread) -> str:
