@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from train.compare.options import COMPARED, METHODS, OF_SUBSPACE, CompareConfig, has_adapter
@@ -50,9 +50,13 @@ def arms_of(compare: CompareConfig, basis: Basis) -> list[Arm]:
         if has_adapter(method):
             times = basis.rates.get(method, basis.rates["lora"]) / basis.rates["lora"]
             rates = _times(times, compare.lrs) or _times(times * basis.rates["lora"])
-            ranks = compare.ranks or _ranks(method, compare.quick)
+            variant = COMPARED.get(method)
+            own = variant.ranks if variant else None
+            usual = (own or _QUICK_RANKS)[-1:] if compare.quick else own or _RANKS
+            ranks = compare.ranks or usual
+            times_rank = 1.0 if variant and variant.alpha_is_rank else basis.alpha
             for rank, targets, size, rate in itertools.product(ranks, sets, batch_sizes, rates):
-                alphas = compare.alphas or (_alpha(method, basis) * rank,)
+                alphas = compare.alphas or (times_rank * rank,)
                 arms += [Arm(method, rank, targets, alpha, rate, size) for alpha in alphas]
         elif method in OF_SUBSPACE:
             lrs = compare.subspace_lrs or _times(basis.rates[method])
@@ -80,20 +84,12 @@ def settings(arm: Arm, seed: int) -> dict[str, Any]:
 
 def name_of(arm: Arm, seed: int) -> str:
     """Returns the name of a run's folder, which tells all settings."""
-    return "-".join(_parts(arm, seed))
-
-
-def _parts(arm: Arm, seed: int) -> Iterator[str]:
-    yield arm.method
+    parts = [arm.method]
     if arm.rank is not None:
-        yield f"r{arm.rank}"
-        yield f"a{arm.alpha:g}"
-        yield _word("+".join(arm.targets or ()))
+        parts += [f"r{arm.rank}", f"a{arm.alpha:g}", _word("+".join(arm.targets or ()))]
     if arm.dimension is not None:
-        yield f"d{arm.dimension}"
-    yield f"lr{arm.learning_rate:.3g}"
-    yield f"b{arm.batch_size}"
-    yield f"s{seed}"
+        parts.append(f"d{arm.dimension}")
+    return "-".join([*parts, f"lr{arm.learning_rate:.3g}", f"b{arm.batch_size}", f"s{seed}"])
 
 
 def _word(targets: str) -> str:
@@ -101,18 +97,6 @@ def _word(targets: str) -> str:
     if re.fullmatch(r"[\w+.-]{1,40}", targets):
         return targets.replace("-", "_")
     return "targets" + hashlib.sha256(targets.encode()).hexdigest()[:8]
-
-
-def _alpha(method: str, basis: Basis) -> float:
-    """Returns the default alpha as a multiple of the rank."""
-    return 1.0 if method in COMPARED and COMPARED[method].alpha_is_rank else basis.alpha
-
-
-def _ranks(method: str, quick: bool) -> tuple[int, ...]:
-    own = COMPARED[method].ranks if method in COMPARED else None
-    if own is None:
-        return _QUICK_RANKS if quick else _RANKS
-    return own[-1:] if quick else own
 
 
 def _times(rate: float, factors: Sequence[float] = _AROUND) -> tuple[float, ...]:

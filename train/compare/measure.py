@@ -74,7 +74,7 @@ def measured(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Co
             versions=versions(),
             outside=text,
             rule=RULE if asked.early_stopping else None,
-            baselines=_baselines(sweep),
+            baselines=next(filter(None, map(_baselines, sweep.trials)), {}),
         ),
         runs=tuple(_of_run(trial, sweep, before) for trial in sweep.trials),
         rungs=sweep.record.rungs,
@@ -97,12 +97,10 @@ def measured(sweep: Sweep, inputs: Inputs, command: str, text: str | None) -> Co
     return found
 
 
-def _baselines(sweep: Sweep) -> dict[str, float]:
-    """Returns the scores that need no training, of the first run that has them."""
-    for trial in sweep.trials:
-        if scores := read_json(trial.folder / SCORES):
-            return trial.task.baselines(scores)
-    return {}
+def _baselines(trial: Trial) -> dict[str, float]:
+    """Returns the scores that need no training; {} where a run has none."""
+    scores = read_json(trial.folder / SCORES)
+    return trial.task.baselines(scores) if scores else {}
 
 
 def _machine() -> str:

@@ -5,7 +5,7 @@ with an adapter_config.json and a training_params.json. Fields that cannot be ho
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +28,19 @@ _OPTIMIZERS: dict[str, tuple[float, str | None]] = {
     "lora+": (0.0, "lora-plus"),
     "lora-fa": (0.0, "lora-fa"),
 }
+# Options of training: the field in PEFT's script, its kind, and the values that can be honoured.
+_OPTIONS: dict[str, tuple[str, type, tuple[str, ...]]] = {
+    "steps": ("max_steps", int, ()),
+    "model": ("model_id", str, ()),
+    "dtype": ("dtype", str, ("float32", "bfloat16")),
+    "seq_len": ("max_seq_length", int, ()),
+    "eval_every": ("eval_steps", int, ()),
+    "grad_clip": ("grad_norm_clip", float, ()),
+}
+_WANTED = {str: "a string", int: "an integer", float: "a number"}
 _HONOURED = (
-    *("model_id", "dtype", "max_seq_length", "batch_size", "max_steps", "eval_steps", "seed"),
-    *("grad_norm_clip", "optimizer_type", "optimizer_kwargs", "lr_scheduler", "use_gc"),
+    *(field for field, _, _ in _OPTIONS.values()),
+    *("batch_size", "seed", "optimizer_type", "optimizer_kwargs", "lr_scheduler", "use_gc"),
 )
 # Fields without an effect on training, and the data's template.
 _UNREAD = frozenset(
@@ -83,7 +93,7 @@ def read_experiment(folder: Path) -> Experiment:
         )
     params = _Params(folder)
     options, rate, variant = _training(params)
-    batch_size, seed = params.number("batch_size", int), params.number("seed", int)
+    batch_size, seed = params.value("batch_size", int), params.value("seed", int)
     if not (folder / CONFIG).exists():
         if variant is not None:
             raise params.error("optimizer_type", "trains adapters alone, and none is configured")
@@ -130,28 +140,19 @@ class _Params:
         """Returns an error that names a field."""
         return UserError(f"{self._where}: {name}={self.fields.get(name)!r}: {why}")
 
-    def text(self, name: str, *allowed: str) -> str:
-        """Returns a field that is a string."""
-        value = self._needed(name)
-        if not isinstance(value, str) or (allowed and value not in allowed):
-            raise self.error(name, f"{' or '.join(allowed) or 'a string'} is needed")
-        return value
-
-    def number(self, name: str, kind: type) -> Any:
-        """Returns a field that is a number from 0 on."""
-        value = self._needed(name)
-        fits = isinstance(value, int) or (kind is float and isinstance(value, float))
-        if not fits or isinstance(value, bool) or value < 0:
-            raise self.error(name, f"{'an integer' if kind is int else 'a number'} is needed")
-        return kind(value)
-
-    def _needed(self, name: str) -> Any:
+    def value(self, name: str, kind: type, allowed: Collection[str] = ()) -> Any:
+        """Returns a field that is a string, or a number from 0 on."""
         if name not in self.fields:
             raise UserError(
                 f"{self._where}: {name} is missing, and no folder above has a {DEFAULTS} with it: "
                 "give a copy of PEFT's, or the field"
             )
-        return self.fields[name]
+        value = self.fields[name]
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        fits = fits and (not allowed or value in allowed) and (kind is str or value >= 0)
+        if not fits or isinstance(value, bool):
+            raise self.error(name, f"{' or '.join(allowed) or _WANTED[kind]} is needed")
+        return kind(value)
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -166,23 +167,14 @@ def _object(path: Path) -> dict[str, Any]:
 
 def _training(params: _Params) -> tuple[dict[str, Any], float, str | None]:
     """Returns options of training, the learning rate, and the method that the optimiser means."""
-    steps = params.number("max_steps", int)
-    options: dict[str, Any] = {
-        "model": params.text("model_id"),
-        "dtype": params.text("dtype", "float32", "bfloat16"),
-        "seq_len": params.number("max_seq_length", int),
-        "steps": steps,
-        "eval_every": params.number("eval_steps", int),
-        "grad_clip": params.number("grad_norm_clip", float),
-        "schedule": "constant",
-        "warmup": 0,
-    }
+    options = {name: params.value(*of) for name, of in _OPTIONS.items()}
+    options |= {"schedule": "constant", "warmup": 0}
     if params.fields.get("lr_scheduler") is not None:
-        options["schedule"] = params.text("lr_scheduler", "cosine")
-        options["warmup"] = int(_WARMUP * steps)
+        options["schedule"] = params.value("lr_scheduler", str, ("cosine",))
+        options["warmup"] = int(_WARMUP * options["steps"])
     if params.fields.get("use_gc"):
         options["remat"] = "full"
-    decay, variant = _OPTIMIZERS[params.text("optimizer_type", *_OPTIMIZERS)]
+    decay, variant = _OPTIMIZERS[params.value("optimizer_type", str, _OPTIMIZERS)]
     given = dict(params.fields["optimizer_kwargs"])
     ratio = _RATIO
     if variant == "lora-plus":  # PEFT's function takes torch's options apart

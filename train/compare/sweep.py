@@ -83,7 +83,8 @@ class Sweep:
             before = stages[number - 1] if number and stage is not rungs.LAST else None
             # After a long warmup, two stages may end at one step.
             there = [one for one in waiting if before and _end(before, one) == _end(stage, one)]
-            chooses = rungs.chooses(stage, self._alive())
+            alive = {trial.arm for trial in self.trials} - self.stopped_arms()
+            chooses = rungs.chooses(stage, alive)
             if stage is not rungs.LAST and not chooses:
                 there = waiting  # on to the next one: to end here would cost time for nothing
             for trial in there:
@@ -99,10 +100,6 @@ class Sweep:
     def stopped_arms(self) -> set[Arm]:
         """Returns the arms that the rule has stopped."""
         return {arm for rung in self.record.rungs for arm, _ in rung.stopped}
-
-    def _alive(self) -> set[Arm]:
-        """Returns the arms that the rule has not stopped."""
-        return {trial.arm for trial in self.trials} - self.stopped_arms()
 
     def is_over(self, trial: Trial) -> bool:
         """Returns whether a run needs no more training."""

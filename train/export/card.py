@@ -185,7 +185,8 @@ def _training(export: Export, run: Mapping[str, Any], options: Mapping[str, Any]
         facts["init"] = options.get("init")
     facts |= {name: resolved.get(name) for name in ("steps", "lr")}
     facts |= {name: options.get(name) for name in _OF_TRAINING}
-    if rows := [(name, value) for name, value in facts.items() if _is_in_use(value)]:
+    unset: Any = (None, False, "", "none", [], (), {})  # 0 and 0.0 equal False
+    if rows := [(name, value) for name, value in facts.items() if value not in unset]:
         yield _table("option", rows)
     if losses := list(_losses(export.source)):
         yield _table("loss", losses)
@@ -233,10 +234,6 @@ def _run_of(source: AdapterSource) -> dict[str, Any]:
         options = {}
     run = read_json(folder / FACTS) | {"options": options if isinstance(options, dict) else {}}
     return run | {"scores": read_json(folder / SCORES)}
-
-
-def _is_in_use(value: Any) -> bool:
-    return value not in (None, False, "", "none", [], (), {})  # 0 and 0.0 equal False
 
 
 def _table(header: str, rows: Sequence[tuple[str, Any]]) -> str:

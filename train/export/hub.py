@@ -37,11 +37,6 @@ class Repository:
     exists: bool = False
     has_own_card: bool = False
 
-    @property
-    def url(self) -> str:
-        """The address of its page."""
-        return f"{huggingface_hub.constants.ENDPOINT}/{self.name}"
-
 
 def find_repository(name: str, *, private: bool = False, overwrite: bool = False) -> Repository:
     """Returns the repository of a name, once the hub has said that it may be written.
@@ -122,7 +117,7 @@ def push(repository: Repository, folder: Path, remedy: str) -> str:
         raise UserError(
             f"--push-to-hub {repository.name}: the upload failed ({_line(error)}). {remedy}"
         ) from error
-    return repository.url
+    return f"{api.endpoint}/{repository.name}"
 
 
 def _check_owner(given: str, owner: str, me: dict[str, Any]) -> None:

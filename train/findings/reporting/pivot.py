@@ -89,15 +89,14 @@ class Pivot:
     blocks: tuple[Block, ...]
 
 
-def short_method(name: str) -> str:
-    """Returns a method's name for the head of a column."""
-    return "full" if name == "full" else words.method(name)
-
-
 def _or_method(of: Callable[[Arm], Key | None]) -> Callable[[ArmRow], Key]:
+    """Returns the key of an axis: what `of` returns, or a short name of the method."""
+
     def value(row: ArmRow) -> Key:
         found = of(row.arm)
-        return short_method(row.arm.method) if found is None else found
+        if found is None:
+            return "full" if row.is_full else words.method(row.arm.method)
+        return found
 
     return value
 
