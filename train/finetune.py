@@ -29,8 +29,7 @@ from train.processes import hosts
 from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
 from train.processes.session import Session
-from train.progress.samples import sampling
-from train.progress.score import scoring
+from train.progress import sampling, scoring
 from train.reporters.registry import check_packages
 from train.run.intrinsic import about_space, merged, moves_weights, running_in, space_of
 from train.run.lifecycle import (

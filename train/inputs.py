@@ -17,7 +17,7 @@ from train.options.common import Options, as_json
 from train.options.field import traits_of
 from train.options.written import alike
 from train.processes import hosts
-from train.progress.samples import Prompts
+from train.progress import Prompts
 from train.run.intrinsic import space_of
 from train.run.output import saved_options
 from train.run.pretrained import Outline

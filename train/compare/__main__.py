@@ -27,12 +27,12 @@ from lora_jax.training.processes import write_text
 from lora_jax.training.run.lock import FolderLock
 from lora_jax.training.run.log import duration
 from train import classify, sft
-from train.compare import measure, outside, record, result
+from train.compare import measure, outside, result
 from train.compare.intruders import mean_intruders
 from train.compare.options import OF_CLASSIFIER, CompareConfig, check
 from train.compare.reporting import dimension, peft_json, report
 from train.compare.script import Script
-from train.compare.sweep import Sweep
+from train.compare.sweep import PROGRESS, Sweep, read_progress
 from train.compare.trials import RUNS, trials_of
 from train.console.errors import UserError, flag
 from train.console.output import print_line
@@ -53,7 +53,7 @@ from train.run.output import CONFIG, clear
 _PROG = "python -m train.compare"
 _OUTPUT = "runs/compare"
 _OURS = (
-    *(CONFIG, record.FILE, result.JSON, RUNS, measure.COSTS, peft_json.FOLDER),
+    *(CONFIG, PROGRESS, result.JSON, RUNS, measure.COSTS, peft_json.FOLDER),
     *(report.HTML, report.MARKDOWN, report.PICTURES),
 )
 
@@ -191,7 +191,7 @@ def compare(
     if not config.run.resume:
         clear(folder, _OURS)
     write_text(folder / CONFIG, as_file(config, f"train.compare {script.kind}"))
-    done = record.read(folder, datetime.now().astimezone().isoformat(timespec="seconds"))
+    done = read_progress(folder, datetime.now().astimezone().isoformat(timespec="seconds"))
     settings = len({trial.arm for trial in trials})
     print_line(
         console,

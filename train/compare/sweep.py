@@ -22,8 +22,7 @@ from lora_jax.training.losses import HELD_OUT
 from lora_jax.training.processes import write_text
 from train.compare import rungs
 from train.compare.options import CompareConfig, has_adapter
-from train.compare.record import FILE, Record
-from train.compare.result import Arm, write_record
+from train.compare.result import Arm, Rung, read_record, write_record
 from train.compare.rungs import Stage
 from train.compare.trials import Trial, groups_of
 from train.console.errors import flag
@@ -39,6 +38,64 @@ from train.reporters.files import ERROR
 from train.run.lifecycle import Run
 from train.run.log import read_metrics
 from train.run.output import ADAPTER, CHECKPOINTS, CONFIG, START, folder_bytes
+
+PROGRESS = "sweep.json"
+
+
+@dataclasses.dataclass
+class Done:
+    """The progress of a run.
+
+    Attributes:
+      stages: the stages that are over.
+      seconds: the time they took; of runs side by side, an even share.
+      side_by_side: the runs that shared the last stage's steps.
+      finished: whether it was trained to the end and measured.
+      error: what ended it early.
+      score: the task's own, at the end.
+      saved_bytes: bytes of what it leaves to ship.
+      outside: the loss on text outside the task, at the end.
+      intruders: intruder dimensions of a matrix, on average, at the end.
+    """
+
+    stages: int = 0
+    seconds: float = 0.0
+    side_by_side: int = 1
+    finished: bool = False
+    error: str | None = None
+    score: float | None = None
+    saved_bytes: int | None = None
+    outside: float | None = None
+    intruders: float | None = None
+
+
+@dataclasses.dataclass
+class Record:
+    """The progress of all runs.
+
+    Attributes:
+      date: when the comparison began, as ISO 8601 has it.
+      runs: what was done of each run, by name.
+      rungs: the decisions, stage by stage.
+    """
+
+    date: str
+    runs: dict[str, Done] = dataclasses.field(default_factory=dict)
+    rungs: tuple[Rung, ...] = ()
+
+    def of(self, name: str) -> Done:
+        """Returns what was done of a run."""
+        return self.runs.setdefault(name, Done())
+
+
+def read_progress(folder: Path, date: str) -> Record:
+    """Returns the record of a folder, or a new one that begins now.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = folder / PROGRESS
+    return read_record(Record, path) if path.exists() else Record(date)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -148,7 +205,7 @@ class Sweep:
         for trial in through:
             done = self.record.of(trial.name)
             done.stages, done.finished = number + 1, until is None
-        write_record(self.record, self.folder / FILE)
+        write_record(self.record, self.folder / PROGRESS)
         for trial in through if until is None else ():
             self._tidy(trial)
         self.session.stop.remedy = self.part.hint or ""
@@ -188,7 +245,7 @@ class Sweep:
         means = {arm: sum(found) / len(found) for arm, found in losses.items()}
         rung = rungs.decide(stage, means, _share(stage, self.trials))
         self.record.rungs = (*self.record.rungs, rung)
-        write_record(self.record, self.folder / FILE)
+        write_record(self.record, self.folder / PROGRESS)
         print_line(
             self.console,
             f"after {rung.share:.1%} of the steps, {len(rung.kept)} settings go on, and "

@@ -11,7 +11,7 @@ from tests.train.tiny import CHATML, tokenizer, write_jsonl
 from train.console.errors import UserError
 from train.generate import prompts
 from train.predict.texts import holds_rows, of_arguments, of_file, of_standard_input, tokenize
-from train.progress.samples import Prompts
+from train.progress import Prompts
 
 USER = {"role": "user", "content": "a"}
 HALF = "one half of a surrogate pair"

@@ -5,7 +5,7 @@ import html
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from train.compare.reporting.pictures import Picture
 from train.console.markdown import escape_markdown
@@ -19,22 +19,16 @@ class Heading(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A paragraph."""
+    """A paragraph: plain, a note in small print, or the verdict that the document is about."""
 
     text: str
-    is_note: bool = False
+    kind: Literal["", "note", "verdict"] = ""
 
 
 class Lines(NamedTuple):
     """A list of sentences."""
 
     items: Sequence[str]
-
-
-class Verdict(NamedTuple):
-    """The sentence that the document is about."""
-
-    text: str
 
 
 class Grid(NamedTuple):
@@ -63,7 +57,7 @@ class Gallery(NamedTuple):
     pictures: Sequence[Picture]
 
 
-Block = Heading | Text | Lines | Verdict | Grid | Code | Gallery
+Block = Heading | Text | Lines | Grid | Code | Gallery
 
 
 def markdown(blocks: Sequence[Block]) -> str:
@@ -93,10 +87,8 @@ def _as_markdown(block: Block) -> str:
     match block:
         case Heading(text, level):
             return f"{'#' * level} {escape_markdown(text)}"
-        case Text(text):
-            return escape_markdown(text)
-        case Verdict(text):
-            return f"**{escape_markdown(text)}**"
+        case Text(text, kind):
+            return f"**{escape_markdown(text)}**" if kind == "verdict" else escape_markdown(text)
         case Lines(items):
             return "\n".join(f"- {escape_markdown(item)}" for item in items)
         case Code(text):
@@ -117,10 +109,9 @@ def _as_html(block: Block, folder: Path) -> str:
     match block:
         case Heading(text, level):
             return f"<h{level}>{_safe(text)}</h{level}>"
-        case Text(text, is_note):
-            return f'<p class="note">{_safe(text)}</p>' if is_note else f"<p>{_safe(text)}</p>"
-        case Verdict(text):
-            return f'<p class="verdict">{_safe(text)}</p>'
+        case Text(text, kind):
+            opening = f'<p class="{kind}">' if kind else "<p>"
+            return f"{opening}{_safe(text)}</p>"
         case Lines(items):
             return "<ul>" + "".join(f"<li>{_safe(item)}</li>" for item in items) + "</ul>"
         case Code(text):

@@ -15,7 +15,6 @@ from train.compare.reporting.document import (
     Heading,
     Lines,
     Text,
-    Verdict,
     markdown,
     page,
 )
@@ -64,7 +63,7 @@ def report_of(
     figures = Figures(comparison)
     blocks: list[Block] = [
         Heading("LoRA or full fine-tuning?", 1),
-        Text(_task(comparison.facts), is_note=True),
+        Text(_task(comparison.facts), "note"),
         *_recommended(recommendation),
         *_quality(figures, recommendation),
     ]
@@ -85,7 +84,7 @@ def _task(facts: Facts) -> str:
 
 
 def _recommended(recommendation: Recommendation) -> list[Block]:
-    blocks: list[Block] = [Verdict(recommendation.headline), Lines(recommendation.reasons)]
+    blocks: list[Block] = [Text(recommendation.headline, "verdict"), Lines(recommendation.reasons)]
     if recommendation.undecided:
         blocks += [Heading("What would decide it", 3), Lines(recommendation.undecided)]
     if recommendation.command:
@@ -94,7 +93,7 @@ def _recommended(recommendation: Recommendation) -> list[Block]:
         *blocks,
         Heading("What these measurements cannot see", 3),
         Lines(UNSEEN),
-        Text(f"The rule. {RULE}", is_note=True),
+        Text(f"The rule. {RULE}", "note"),
     ]
 
 
@@ -190,11 +189,11 @@ def _costs(figures: Figures) -> list[Block]:
     ]
     if not body:
         return []
-    blocks: list[Block] = [Heading("Costs"), Grid(header, body), Text(_OF_MEMORY, is_note=True)]
+    blocks: list[Block] = [Heading("Costs"), Grid(header, body), Text(_OF_MEMORY, "note")]
     together = max(run.side_by_side for row in figures.series for run in row.runs)
     if together > 1:
         share = f"Up to {together} runs shared their steps; the time of such a run is its even "
-        blocks.append(Text(f"{share}share of theirs.", is_note=True))
+        blocks.append(Text(f"{share}share of theirs.", "note"))
     return [*blocks, *_planned(figures)]
 
 

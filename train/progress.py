@@ -1,4 +1,4 @@
-"""Answers to a few fixed prompts while a run trains."""
+"""What a run measures of itself while it trains: the task's score, and answers to prompts."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,6 +6,9 @@ from typing import Any
 
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.loop import Measure
+from lora_jax.training.losses import SCORE
+from lora_jax.training.processes import Agreement
+from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State
 from train.console.errors import UserError, as_user_errors
 from train.data.text_files import parsed
@@ -14,8 +17,48 @@ from train.reporters.contract import Sample
 from train.run.complete import Chat, answered, tokenized
 from train.run.log import SAMPLED, Log, QuietLog
 from train.run.pretrained import Outline
+from train.tasks.task import Evaluation
 
 _SUFFIXES = (".txt", ".jsonl")
+
+
+class _Cut(Exception):
+    """A signal came."""
+
+
+def scoring(
+    evaluation: Evaluation,
+    model: Any,
+    tree_of: Callable[[State], Any],
+    forward: Callable[..., Any],
+    *,
+    every: int,
+    stop: Stop,
+) -> Measure:
+    """Returns the measure of a task's score.
+
+    Args:
+      evaluation: scores the model.
+      model: the model.
+      tree_of: returns the adapted tree of a state.
+      forward: the model's ``apply`` on an adapted tree.
+      every: steps between two measurements.
+      stop: tells of a signal, which cuts a measurement short.
+    """
+
+    def take(state: State) -> dict[str, float] | None:
+        agreement = Agreement()
+
+        def progress(done: int, total: int) -> None:
+            if stop.agreed(agreement):
+                raise _Cut
+
+        try:
+            return evaluation.score(model, tree_of(state), forward, progress)
+        except _Cut:
+            return None
+
+    return Measure(every=every, prefix=SCORE, take=take)
 
 
 class Prompts:
