@@ -36,27 +36,26 @@ def read_text(asked: str | None) -> tuple[str, str] | None:
         raise UserError(f"--outside {asked}: the file cannot be read as text: {error}") from error
 
 
-def rows_of(text: str, tokenizer: Any, asked: str, length: int = _LENGTH) -> np.ndarray:
+def rows_of(text: str, tokenizer: Any, asked: str) -> np.ndarray:
     """Returns rows of tokens from all over a text, int32 [rows, length].
 
     Args:
       text: the text.
       tokenizer: the model's.
       asked: the text's name, for messages.
-      length: tokens a row.
 
     Raises:
       UserError: the text is shorter than one row.
     """
     ids = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
-    n = len(ids) // length
+    n = len(ids) // _LENGTH
     if not n:
         raise UserError(
-            f"{asked}: {len(ids)} tokens of text, and {length} at least are needed to measure "
+            f"{asked}: {len(ids)} tokens of text, and {_LENGTH} at least are needed to measure "
             "forgetting: name a longer text with --outside, or off"
         )
     chosen = np.unique(np.linspace(0, n - 1, min(n, _ROWS)).astype(int))
-    return ids[: n * length].reshape(n, length)[chosen]
+    return ids[: n * _LENGTH].reshape(n, _LENGTH)[chosen]
 
 
 def loss_on(rows: np.ndarray, params: Any, forward: Callable[..., Any]) -> float:
@@ -69,27 +68,21 @@ def loss_on(rows: np.ndarray, params: Any, forward: Callable[..., Any]) -> float
     """
     total = count = 0.0
     for at in range(0, len(rows), _AT_ONCE):
-        few = rows[at : at + _AT_ONCE]
-        missing = _AT_ONCE - len(few)
-        ids = np.concatenate([few, np.zeros((missing, few.shape[1]), few.dtype)])
-        weights = np.ones((_AT_ONCE, few.shape[1] - 1), np.float32)
-        weights[len(few) :] = 0.0
-        found = _summed(forward, params, ids, weights)
+        found = _summed(forward, params, rows[at : at + _AT_ONCE])
         total, count = total + float(found[0]), count + float(found[1])
     return total / count
 
 
 @jax.jit(static_argnums=0)
-def _summed(forward: Any, params: Any, ids: jax.Array, weights: jax.Array) -> Any:
-    rows, length = ids.shape
-    places = jnp.broadcast_to(jnp.arange(length), ids.shape)
+def _summed(forward: Any, params: Any, ids: jax.Array) -> Any:
+    places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     batch = {
         "ids": ids,
         "positions": places,
         "segment_ids": jnp.ones_like(ids),
         "predict_at": places[:, :-1],
         "targets": ids[:, 1:],
-        "weights": weights,
+        "weights": jnp.ones(ids[:, 1:].shape),
     }
     return summed_loss(forward, params, batch, chunk=_CHUNK)[:2]
 
