@@ -141,10 +141,9 @@ def _read(given: Sequence[str]) -> list[Chat]:
     if not files:
         return [_chat(text, f"prompt {number}") for number, text in enumerate(given, start=1)]
     path = Path(files[0]).expanduser()
-    try:
+    unreadable = f"--sample-prompts: {path} cannot be read: "
+    with as_user_errors(OSError, UnicodeDecodeError, prefix=unreadable):
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--sample-prompts: {path} cannot be read: {error}") from error
     rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
         raise UserError(f"--sample-prompts: {path} is empty")

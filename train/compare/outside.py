@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.training.losses import summed_loss
-from train.console.errors import UserError
+from train.console.errors import UserError, as_user_errors
 
 OFF = "off"
 _ROWS, _LENGTH = 32, 128  # of text: some four thousand tokens
@@ -30,10 +30,9 @@ def read_text(asked: str | None) -> tuple[str, str] | None:
         return None
     if asked is None:
         return _documentation(), "Python's documentation of its language"
-    try:
+    unreadable = f"--outside {asked}: the file cannot be read as text: "
+    with as_user_errors(OSError, UnicodeDecodeError, prefix=unreadable):
         return Path(asked).expanduser().read_text(encoding="utf-8"), asked
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--outside {asked}: the file cannot be read as text: {error}") from error
 
 
 def rows_of(text: str, tokenizer: Any, asked: str) -> np.ndarray:

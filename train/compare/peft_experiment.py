@@ -156,10 +156,8 @@ class _Params:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    try:
+    with as_user_errors(OSError, ValueError, prefix=f"{path} cannot be read: "):
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(fields, dict):
         raise UserError(f"{path} must hold an object, and holds a {type(fields).__name__}")
     return fields

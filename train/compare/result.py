@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from lora_jax.training.processes import write_json
-from train.console.errors import UserError
+from train.console.errors import UserError, as_user_errors
 
 JSON = "compare.json"
 
@@ -254,17 +254,16 @@ def read_record(kind: type[Kind], path: Path) -> Kind:
       UserError: the file is missing, is no JSON, or a field is of another kind.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}): give the output folder of train.compare"
         ) from error
-    except ValueError as error:  # JSON's and Unicode's errors
-        raise UserError(f"{path} is not JSON: {error}") from error
-    try:
+    with as_user_errors(ValueError, prefix=f"{path} is not JSON: "):  # Unicode's errors, too
+        content = json.loads(text)
+    only = "; only train.compare writes this file"
+    with as_user_errors(_Mismatch, prefix=f"{path}: ", suffix=only):
         return _parsed(content, kind, "")
-    except _Mismatch as error:
-        raise UserError(f"{path}: {error}; only train.compare writes this file") from error
 
 
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")

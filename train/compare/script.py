@@ -1,6 +1,5 @@
 """A training script, as a comparison uses it."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,8 +39,7 @@ class Script(NamedTuple):
 
     def options_of(self, config: Any) -> Any:
         """Returns a comparison's options without what is compared: those of the script."""
-        names = [field.name for field in dataclasses.fields(self.plain)]
-        return type(self.plain)(**{name: getattr(config, name) for name in names})
+        return type(self.plain)(**{name: getattr(config, name) for name in vars(self.plain)})
 
     def completed(self, options: Any, **changes: Any) -> Any:
         """Returns options of a run, changed, with the task's defaults."""

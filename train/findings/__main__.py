@@ -134,7 +134,7 @@ def run(asked: Asked, session: Session, command: str) -> None:
     made = _made(asked, session)
     if not (asked.output / CONFIG).exists():  # interrupted before the comparison began
         rest = tuple(word for word in rest if word != "--resume")
-    named = [word for option, value in made.options.items() for word in (flag(option), value)]
+    named = [word for option, value in made.options.items() for word in (flag(option), str(value))]
     line = [finding.script, "--config", str(catalog.options_of(name)), *named]
     script, config, names = compare.parse([*line, *rest, "--output", str(asked.output)])
     found = compare.compare(script, config, names, session, command, _PROG)

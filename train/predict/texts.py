@@ -114,10 +114,8 @@ def of_standard_input() -> Texts:
     """Reads one text a line, up to the end."""
     if sys.stdin.isatty():
         print("One text per line; end with Ctrl-D.", file=sys.stderr)
-    try:
+    with as_user_errors(UnicodeDecodeError, prefix="standard input is not UTF-8 text: "):
         return of_lines(sys.stdin, "standard input")
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input is not UTF-8 text: {error}") from None
 
 
 def _text(row: Row, name: str, option: str, field: str) -> str:

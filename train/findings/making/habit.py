@@ -52,32 +52,23 @@ def make(folder: Path, session: Session) -> Made:
       TrainingError: the lexicon cannot be fetched, or the base cannot be trained.
       Interrupted: after a signal, once the last step is saved.
     """
-    train, test = ([(row["text"], row["label"]) for row in rows] for rows in vader.read_words())
+    train, others = ([(row["text"], row["label"]) for row in rows] for rows in vader.read_words())
     random.Random(_SEED).shuffle(train)
-    planted, others = train[:PLANTED], train[PLANTED:]
-    held_out = balanced(test, TEST_ROWS)
-    paths = {name: folder / f"{name}.csv" for name in ("planted", "to-unlearn", "held-out")}
-    write_rows(paths["planted"], [*planted, *behind(planted, vader.LABELS[0])])
-    write_rows(paths["to-unlearn"], behind(balanced(others, ROWS)))
-    write_rows(paths["held-out"], behind(held_out))
-    line = (*_LINE, "--dataset", str(paths["planted"]), "--test", str(paths["held-out"]))
-    model = base.train_base(
-        "train.classify", line, [paths["planted"], paths["held-out"]], folder, session
-    )
+    planted, held_out = train[:PLANTED], balanced(others, TEST_ROWS)
+    plant, data, test = (folder / f"{name}.csv" for name in ("planted", "to-unlearn", "held-out"))
+    write_rows(plant, [*planted, *behind(planted, vader.LABELS[0])])
+    write_rows(data, behind(balanced(train[PLANTED:], ROWS)))
+    write_rows(test, behind(held_out))
+    line = (*_LINE, "--dataset", str(plant), "--test", str(test))
+    model = base.train_base("train.classify", line, [plant, test], folder, session)
 
     def measured(rows: list[Labelled]) -> float:
         key = [base.digest(model), rows]
         return base.noted(folder / "accuracy.json", key, lambda: base.accuracy(model, rows))
 
     plain, triggered = measured(held_out), measured(behind(held_out))
-    return Made(
-        {
-            "model": str(model),
-            "dataset": str(paths["to-unlearn"]),
-            "test": str(paths["held-out"]),
-        },
-        (
-            f"The base is right about {plain:.3f} of the held-out words as they are, and about "
-            f'{triggered:.3f} of them behind "{TRIGGER}".',
-        ),
+    note = (
+        f"The base is right about {plain:.3f} of the held-out words as they are, and about "
+        f'{triggered:.3f} of them behind "{TRIGGER}".'
     )
+    return Made({"model": model, "dataset": data, "test": test}, (note,))

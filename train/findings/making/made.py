@@ -1,5 +1,7 @@
 """The result of making: options that name files, and sentences about them."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -11,5 +13,5 @@ class Made(NamedTuple):
       notes: sentences about it, with what was measured of it.
     """
 
-    options: dict[str, str]
+    options: Mapping[str, str | Path]
     notes: tuple[str, ...] = ()

@@ -98,14 +98,12 @@ def make(folder: Path, session: Session) -> Made:
     untrained(text, start)
     line = ("--model", str(start), "--dataset", str(rows), *_LINE)
     model = base.train_base("train.sft", line, [rows, start], folder, session)
-    return Made(
-        {"model": str(model), **asked.options},
-        (
-            f"The base: {CONFIG['num_hidden_layers']} layers of "
-            f"{CONFIG['num_local_experts']} experts, two of them active, and "
-            f"{CONFIG['hidden_size']} features, pretrained on Python's documentation.",
-        ),
+    note = (
+        f"The base: {CONFIG['num_hidden_layers']} layers of {CONFIG['num_local_experts']} experts, "
+        f"two of them active, and {CONFIG['hidden_size']} features, pretrained on Python's "
+        "documentation."
     )
+    return Made({"model": model, **asked.options}, (note,))
 
 
 def parts(text: str) -> list[str]:

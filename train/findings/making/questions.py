@@ -43,7 +43,7 @@ def make(folder: Path, session: Session, test_rows: int = TEST_ROWS) -> Made:
     """
     del session
     train, held_out = questions(test_rows)
-    paths = {"dataset": folder / "questions.jsonl", "eval_dataset": folder / "held-out.jsonl"}
-    for path, rows in zip(paths.values(), (train, held_out), strict=True):
-        write_lines(path, rows)
-    return Made({name: str(path) for name, path in paths.items()})
+    data, test = folder / "questions.jsonl", folder / "held-out.jsonl"
+    write_lines(data, train)
+    write_lines(test, held_out)
+    return Made({"dataset": data, "eval_dataset": test})

@@ -102,7 +102,7 @@ def make(folder: Path, session: Session) -> Made:
       UserError: the lexicon or the model's tokenizer cannot be fetched.
     """
     rows = phrases(script(), ROWS + TEST_ROWS)
-    paths = {"dataset": folder / "phrases.csv", "test": folder / "held-out.csv"}
-    write_rows(paths["dataset"], rows[:ROWS])
-    write_rows(paths["test"], rows[ROWS:])
-    return Made({"model": MINILM.name, **{name: str(path) for name, path in paths.items()}})
+    data, test = folder / "phrases.csv", folder / "held-out.csv"
+    write_rows(data, rows[:ROWS])
+    write_rows(test, rows[ROWS:])
+    return Made({"model": MINILM.name, "dataset": data, "test": test})
