@@ -255,9 +255,7 @@ def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:
 def _best_in(folder: Path) -> list[Path]:
     """Returns the newest of the best adapters that a run keeps; see `training.run.best`."""
     best = folder if folder.name == BEST else folder / BEST
-    if not best.is_dir():
-        return []
-    steps = [path for path in best.iterdir() if path.name.isdecimal()]
+    steps = [path for path in best.glob("*") if path.name.isdecimal()]
     return sorted(steps, key=lambda path: int(path.name))[-1:]
 
 

@@ -31,9 +31,8 @@ from train.compare import measure, outside, result
 from train.compare.intruders import mean_intruders
 from train.compare.options import OF_CLASSIFIER, CompareConfig, check
 from train.compare.reporting import dimension, peft_json, report
-from train.compare.script import Script
 from train.compare.sweep import PROGRESS, Sweep, read_progress
-from train.compare.trials import RUNS, trials_of
+from train.compare.trials import RUNS, Script, trials_of
 from train.console.errors import UserError, flag
 from train.console.output import print_line
 from train.finetune import RunPart, weights_of

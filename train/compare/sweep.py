@@ -199,15 +199,13 @@ class Sweep:
             done = self.record.of(trial.name)
             done.seconds += seconds
             done.side_by_side = len(group)
-        # A signal in the last step cuts off the measurement after it, which is then still to do.
-        through = [] if self.session.stop.signal else group
-        through = [trial for trial in through if self.record.of(trial.name).error is None]
-        for trial in through:
-            done = self.record.of(trial.name)
-            done.stages, done.finished = number + 1, until is None
+            # A signal in the last step cuts off the measurement after it, still to do then.
+            if done.error is None and not self.session.stop.signal:
+                done.stages, done.finished = number + 1, until is None
         write_record(self.record, self.folder / PROGRESS)
-        for trial in through if until is None else ():
-            self._tidy(trial)
+        for trial in group:
+            if self.record.of(trial.name).finished:
+                self._tidy(trial)
         self.session.stop.remedy = self.part.hint or ""
         self.session.stop.check()
 

@@ -1,9 +1,9 @@
 """The runs of a comparison, checked against model and data before anything is trained."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lora_jax as lj
 from lora_jax.training.errors import TrainingError
@@ -19,9 +19,10 @@ from train.compare.options import (
 from train.compare.peft_experiment import Experiment, read_experiment
 from train.compare.result import Arm
 from train.compare.rungs import MEASUREMENTS
-from train.compare.script import Script
 from train.console.errors import UserError, flag
 from train.inputs import Inputs, Reader, inputs_of
+from train.options.common import Options
+from train.options.defaults import Defaults
 from train.options.field import Shared, traits_of
 from train.options.file import replaced
 from train.options.ignored import idle_options
@@ -31,6 +32,44 @@ from train.tasks.task import Task
 
 RUNS = "runs"
 _EVAL_ROWS = 512  # of a classifier's test rows, to measure the loss on while training
+
+
+class Script(NamedTuple):
+    """A training script, as a comparison uses it.
+
+    Attributes:
+      name: name of its module: "train.sft".
+      compared: the options of a comparison of its runs, none of them given.
+      plain: its own options, none of them given.
+      task_of, check: see `train.sft`.
+      with_defaults: fills in a task's defaults.
+      quick: options of a first look, where they are not given.
+      quick_full: the multiples of the script's learning rate that it then tries in full
+        fine-tuning.
+    """
+
+    name: str
+    compared: Options
+    plain: Options
+    task_of: Callable[[Any], Task]
+    check: Callable[[Any], None]
+    with_defaults: Callable[[Any, Defaults], Any]
+    quick: dict[str, Any]
+    quick_full: tuple[float, ...]
+
+    @property
+    def kind(self) -> str:
+        """Returns the word on the command line: "sft"."""
+        return self.name.removeprefix("train.")
+
+    def options_of(self, config: Any) -> Any:
+        """Returns a comparison's options without what is compared: those of the script."""
+        return type(self.plain)(**{name: getattr(config, name) for name in vars(self.plain)})
+
+    def completed(self, options: Any, **changes: Any) -> Any:
+        """Returns options of a run, changed, with the task's defaults."""
+        changed = replaced(options, changes)
+        return self.with_defaults(changed, self.task_of(changed).defaults)
 
 
 @dataclasses.dataclass(frozen=True)
