@@ -1,4 +1,4 @@
-"""What a run measures of itself while it trains: the task's score, and answers to prompts."""
+"""Measures of a run on its way: the score of its task, and answers to a few fixed prompts."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -113,7 +113,7 @@ class Measured:
 
     @property
     def forgotten(self) -> float | None:
-        """How much the loss on text outside the task rose; None where it was not measured."""
+        """The rise of the loss on text outside the task; None where it was not measured."""
         return self.forgetting and self.forgetting.after - self.forgetting.before
 
 

@@ -100,17 +100,17 @@ class ArmRow:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every run ended with a finite value."""
+        """Returns whether every run ended with a finite value."""
         return self.quality is not None and self.quality.n == len(self.runs)
 
     @property
     def is_full(self) -> bool:
-        """Whether the arm is full fine-tuning."""
+        """Returns whether the arm is full fine-tuning."""
         return self.arm.method == "full"
 
     @property
     def is_adapter(self) -> bool:
-        """Whether the arm has an adapter. One that trains a head alone has none."""
+        """Returns whether the arm has an adapter. One that trains a head alone has none."""
         return self.arm.rank is not None
 
 
