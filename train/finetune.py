@@ -17,6 +17,7 @@ import lora_jax as lj
 from lora_jax.training.held_out import Formed, held_out_loss
 from lora_jax.training.layout import Layout
 from lora_jax.training.loop import Measure, train
+from lora_jax.training.losses import SCORE
 from lora_jax.training.processes import is_first, write_json
 from lora_jax.training.ready import compile_step, hooks_of, opened, result_of, tree_of
 from lora_jax.training.run.log import duration
@@ -29,7 +30,7 @@ from train.processes import hosts
 from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
 from train.processes.session import Session
-from train.progress import sampling, scoring
+from train.progress import sample, score
 from train.reporters.registry import check_packages
 from train.run.intrinsic import about_space, merged, moves_weights, running_in, space_of
 from train.run.lifecycle import (
@@ -41,7 +42,7 @@ from train.run.lifecycle import (
     report_of,
     resume_hint,
 )
-from train.run.log import Log, QuietLog, doing
+from train.run.log import SAMPLED, Log, QuietLog, doing
 from train.run.output import ADAPTER, REPORT, locked_output
 from train.run.pretrained import Outline, check_weights, read_model
 from train.run.report import compiled_bytes, print_adapter, print_costs, tree_bytes
@@ -301,9 +302,19 @@ def measures(
     if asked.eval_every and inputs.read.data.on_the_way is not None:
         examples = inputs.read.data.on_the_way
         yield held_out(examples, every=asked.eval_every, stop=run.stop)
+
     if asked.score_every and evaluation:
-        every = asked.score_every
-        yield scoring(evaluation, model, tree_of, forward, every=every, stop=run.stop)
-    if inputs.prompts:
-        outline = inputs.read.outline
-        yield sampling(inputs.prompts, asked, outline, model, tree_of, forward, log)
+
+        def scored(state: State) -> dict[str, float] | None:
+            return score(evaluation, model, tree_of(state), forward, run.stop)
+
+        yield Measure(every=asked.score_every, prefix=SCORE, take=scored)
+    if prompts := inputs.prompts:
+        tokens, outline = asked.sample_tokens, inputs.read.outline
+
+        def sampled(state: State) -> dict[str, float]:
+            answers = sample(prompts, tokens, outline, model, tree_of(state), forward)
+            log.sampled(int(state.step), answers)
+            return {}
+
+        yield Measure(every=asked.sample_every, prefix=SAMPLED, take=sampled)

@@ -5,17 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.training.errors import TrainingError
-from lora_jax.training.loop import Measure
-from lora_jax.training.losses import SCORE
 from lora_jax.training.processes import Agreement
 from lora_jax.training.run.stop import Stop
-from lora_jax.training.step import State
 from train.console.errors import UserError, as_user_errors
 from train.data.text_files import parsed
 from train.options.sft import SftRunConfig
 from train.reporters.contract import Sample
 from train.run.complete import Chat, answered, tokenized
-from train.run.log import SAMPLED, Log, QuietLog
 from train.run.pretrained import Outline
 from train.tasks.task import Evaluation
 
@@ -26,39 +22,28 @@ class _Cut(Exception):
     """A signal came."""
 
 
-def scoring(
-    evaluation: Evaluation,
-    model: Any,
-    tree_of: Callable[[State], Any],
-    forward: Callable[..., Any],
-    *,
-    every: int,
-    stop: Stop,
-) -> Measure:
-    """Returns the measure of a task's score.
+def score(
+    evaluation: Evaluation, model: Any, tree: Any, forward: Callable[..., Any], stop: Stop
+) -> dict[str, float] | None:
+    """Returns a task's score; None after a signal, which cuts the measurement short.
 
     Args:
       evaluation: scores the model.
       model: the model.
-      tree_of: returns the adapted tree of a state.
+      tree: the adapted tree.
       forward: the model's ``apply`` on an adapted tree.
-      every: steps between two measurements.
-      stop: tells of a signal, which cuts a measurement short.
+      stop: tells of a signal.
     """
+    agreement = Agreement()
 
-    def take(state: State) -> dict[str, float] | None:
-        agreement = Agreement()
+    def progress(done: int, total: int) -> None:
+        if stop.agreed(agreement):
+            raise _Cut
 
-        def progress(done: int, total: int) -> None:
-            if stop.agreed(agreement):
-                raise _Cut
-
-        try:
-            return evaluation.score(model, tree_of(state), forward, progress)
-        except _Cut:
-            return None
-
-    return Measure(every=every, prefix=SCORE, take=take)
+    try:
+        return evaluation.score(model, tree, forward, progress)
+    except _Cut:
+        return None
 
 
 class Prompts:
@@ -94,41 +79,21 @@ class Prompts:
         )
 
 
-def sampling(
-    prompts: Prompts,
-    run: SftRunConfig,
-    outline: Outline,
-    model: Any,
-    tree_of: Callable[[State], Any],
-    forward: Callable[..., Any],
-    log: Log | QuietLog,
-) -> Measure:
-    """Returns a measure that logs the model's answers; it yields no figures.
+def sample(
+    prompts: Prompts, new_tokens: int, outline: Outline, model: Any, tree: Any, forward: Any
+) -> list[Sample]:
+    """Returns the model's greedy answers to prompts.
 
     Args:
-      prompts: are answered greedily.
-      run: says how often, and how long the answers are.
+      prompts: the prompts.
+      new_tokens: the most tokens of an answer.
       outline: the model's outline.
       model: a decoder.
-      tree_of: returns the adapted tree of a state.
+      tree: the adapted tree.
       forward: the model's ``apply`` on an adapted tree; see `complete.answered`.
-      log: gets the answers.
     """
-
-    def take(state: State) -> dict[str, float]:
-        answers = answered(
-            model,
-            tree_of(state),
-            outline,
-            prompts.tokens,
-            new_tokens=run.sample_tokens,
-            forward=forward,
-        )
-        samples = [Sample(*pair) for pair in zip(prompts.texts, answers, strict=True)]
-        log.sampled(int(state.step), samples)
-        return {}
-
-    return Measure(every=run.sample_every, prefix=SAMPLED, take=take)
+    answers = answered(model, tree, outline, prompts.tokens, new_tokens=new_tokens, forward=forward)
+    return [Sample(*pair) for pair in zip(prompts.texts, answers, strict=True)]
 
 
 def _read(given: Sequence[str]) -> list[Chat]:
