@@ -71,6 +71,12 @@ class RunPart:
     measured: list[Evaluation] = dataclasses.field(default_factory=list)
     reader: Reader = dataclasses.field(default_factory=Reader)
 
+    def evaluate_base(self, evaluation: Evaluation, model: Any, plain: Any, forward: Any) -> None:
+        """Measures the base, unless an earlier evaluation has; notes the one that measures."""
+        if not any(map(evaluation.reuse_base_scores, self.measured)):
+            evaluation.before(model, plain, forward)
+            self.measured.append(evaluation)
+
 
 def finetune(
     script: str, config: Any, task: Task, session: Session, part: RunPart | None = None
@@ -138,7 +144,7 @@ def finetune(
     evaluated = answering if is_quantized else model.apply
     evaluation = evaluation_of(run, inputs, task)
     if evaluation and not run.pauses:
-        evaluate_base(evaluation, part.measured, model, plain, evaluated)
+        part.evaluate_base(evaluation, model, plain, evaluated)
     del plain
 
     # Training. It leaves the adapter on its own, the loss curve, and a report of its costs.
@@ -261,19 +267,6 @@ def weights_of(config: Any, outline: Outline, layout: Layout) -> tuple[Any, Any]
     )
     check_weights(outline, plain)
     return model, plain
-
-
-def evaluate_base(
-    evaluation: Evaluation,
-    measured: list[Evaluation],
-    model: Any,
-    plain: Any,
-    forward: Callable[..., Any],
-) -> None:
-    """Measures the base, unless another evaluation has; adds it to `measured` if it measures."""
-    if not any(map(evaluation.reuse_base_scores, measured)):
-        evaluation.before(model, plain, forward)
-        measured.append(evaluation)
 
 
 def measures(

@@ -179,10 +179,10 @@ def compare(
     began = time.monotonic()
     console = hosts.console()
     folder = _locked(config, session, console)
-    asked, options = config.compare, script.options_of(config)
+    asked = config.compare
     text = outside.read_text(asked.outside) if script.kind == "sft" else None
     reader = Reader()
-    trials, inputs = trials_of(script, options, asked, given, folder, reader)
+    trials, inputs = trials_of(script, config, given, folder, reader)
     on_text = None
     if text is not None:
         rows = outside.rows_of(text[0], inputs.read.outline.tokenizer, text[1])
@@ -193,8 +193,7 @@ def compare(
     done = read_progress(folder, datetime.now().astimezone().isoformat(timespec="seconds"))
     settings = len({trial.arm for trial in trials})
     print_line(
-        console,
-        f"{len(trials)} runs of {settings} settings; what they come to will be in {folder}",
+        console, f"{len(trials)} runs of {settings} settings; what they come to will be in {folder}"
     )
     session.stop.remedy = resume_hint(prog)
     sweep = Sweep(

@@ -125,19 +125,13 @@ def basis_of(script: Script, options: Any) -> arms.Basis:
 
 
 def trials_of(
-    script: Script,
-    options: Any,
-    compare: CompareConfig,
-    given: Collection[str],
-    folder: Path,
-    reader: Reader,
+    script: Script, config: Any, given: Collection[str], folder: Path, reader: Reader
 ) -> tuple[list[Trial], Inputs]:
     """Returns all runs, checked, and the inputs of one of them.
 
     Args:
       script: the training script.
-      options: its options, none of those that the comparison sets.
-      compare: what to compare.
+      config: its options, none of those that the comparison sets, and what to compare.
       given: the names of the options that were given.
       folder: the comparison's.
       reader: reads rows once.
@@ -147,7 +141,8 @@ def trials_of(
     """
     trials: list[Trial] = []
     inputs: Inputs | None = None
-    asked = _asked(script, options, compare, given)
+    options = script.options_of(config)
+    asked = _asked(script, options, config.compare, given)
     for one in asked:
         name = arms.name_of(one.arm, one.seed)
         try:

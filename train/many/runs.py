@@ -31,7 +31,7 @@ from lora_jax.training.processes import write_json
 from lora_jax.training.ready import hooks_of, opened, result_of, tree_of
 from lora_jax.training.run.log import duration
 from train.console.output import print_line
-from train.finetune import RunPart, evaluate_base, evaluation_of, measures, run_of, weights_of
+from train.finetune import RunPart, evaluation_of, measures, run_of, weights_of
 from train.inputs import inputs_of
 from train.many.board import Board, Paper, TeeLog, print_results
 from train.many.one import Asked, One
@@ -124,7 +124,7 @@ def train_rows(
     evaluated = answering if is_quantized else model.apply
     for one in ones:
         if one.row.name in tenants and one.evaluation and not one.run.pauses:
-            evaluate_base(one.evaluation, part.measured, model, plain, evaluated)
+            part.evaluate_base(one.evaluation, model, plain, evaluated)
 
     # Training.
     dropped = any(has_dropout(tenant.params) for tenant in tenants.values())

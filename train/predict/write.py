@@ -19,11 +19,7 @@ def format_of(asked: Format | None, out: str | None) -> Format:
 
 
 def write(
-    file: TextIO,
-    format: Format,
-    texts: Texts,
-    probabilities: np.ndarray,
-    labels: Sequence[str],
+    file: TextIO, format: Format, texts: Texts, probabilities: np.ndarray, labels: Sequence[str]
 ) -> None:
     """Writes a line for each text, in their order.
 

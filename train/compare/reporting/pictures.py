@@ -79,6 +79,16 @@ class _Drawing(Figures):
         """Returns the name of a row's method, size and targets."""
         return "\n".join(textwrap.wrap(_plain(self.adapter(row.arm)), 26))
 
+    def draw_line(
+        self, axes: Axes, rows: Sequence[ArmRow], at: Sequence[float], name: str | None = None
+    ) -> None:
+        """Draws the quality of rows, a line with bars; of a single one, a mark."""
+        found = [row.quality for row in rows if row.quality]
+        style = self.style(rows[0])
+        line = {**style, "capsize": 3} if len(at) > 1 else _mark(style)
+        name = name or self.name(rows[0])
+        axes.errorbar(at, [one.mean for one in found], yerr=errors(found), label=name, **line)
+
 
 def draw(comparison: Comparison, folder: Path) -> tuple[Picture, ...]:
     """Draws the pictures whose data was measured.
@@ -142,7 +152,7 @@ def _rates(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     for rates in tables.rates(drawing.rows):
         ended = [row for row in rates.tried if row.quality]
         if len(ended) > 1:
-            _points(axes, ended, [row.arm.learning_rate for row in ended], drawing)
+            drawing.draw_line(axes, ended, [row.arm.learning_rate for row in ended])
     if not axes.lines:
         return None
     axes.set_xscale("log")
@@ -186,7 +196,7 @@ def _sizes(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     ended.sort(key=lambda row: counts[row.arm])
     for group in tables.groups(ended, lambda arm: (arm.method, arm.targets)):
         name = words.family(group[0].arm, drawing.arms)
-        _points(axes, group, [counts[row.arm] for row in group], drawing, name)
+        drawing.draw_line(axes, group, [counts[row.arm] for row in group], name)
     _scale_of_counts(axes, list(counts.values()))
     _label(figure, axes, "trained parameters", drawing.measure.name)
     return (
@@ -204,7 +214,7 @@ def _dimension(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     axes = figure.subplots()
     for one in found:
         sizes = [row.arm.dimension or 0 for row in one.rows]
-        _points(axes, one.rows, sizes, drawing, words.method(one.method))
+        drawing.draw_line(axes, one.rows, sizes, words.method(one.method))
     _scale_of_counts(axes, [row.arm.dimension or 0 for one in found for row in one.rows])
     axes.axhline(found[0].whole, color=FULL, label=words.method("full"))
     share = f"{dimension.SHARE:.0%} of it"
@@ -234,7 +244,18 @@ def _costs(drawing: _Drawing, figure: Figure) -> tuple[str, str] | None:
     figure.set_size_inches(WIDTH, len(panels) * (0.6 + 0.32 * len(chosen)))
     every = figure.subplots(len(panels), squeeze=False)[:, 0]
     for axes, (title, values, shown) in zip(every, panels, strict=True):
-        _bars(axes, chosen, values, shown, drawing)
+        places = range(len(chosen))
+        colours = [drawing.colour(row.arm.method) for row in chosen]
+        axes.barh(places, values, color=colours, height=0.7)
+        for at, value in zip(places, values, strict=True):
+            axes.text(value, at, f" {shown(value or None)}", va="center", fontsize=10.5)
+        axes.set_yticks(places, [drawing.name(row) for row in chosen])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.3 * max(values))
+        axes.xaxis.set_major_locator(NullLocator())
+        axes.spines[["bottom", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(False)
         axes.set_title(title, loc="left", fontsize=11.5)
     return (
         "Costs",
@@ -326,20 +347,6 @@ def _over_seeds(curves: Iterable[Sequence[Point]]) -> tuple[list[int], Any, Any,
     return steps, values.min(0), values.mean(0), values.max(0)
 
 
-def _points(
-    axes: Axes,
-    ended: Sequence[ArmRow],
-    at: Sequence[float],
-    drawing: _Drawing,
-    name: str | None = None,
-) -> None:
-    found = [row.quality for row in ended if row.quality]
-    style = drawing.style(ended[0])
-    line = {**style, "capsize": 3} if len(at) > 1 else _mark(style)
-    name = name or drawing.name(ended[0])
-    axes.errorbar(at, [one.mean for one in found], yerr=errors(found), label=name, **line)
-
-
 def _scale_of_counts(axes: Axes, counts: Sequence[float]) -> None:
     """Makes the horizontal axis logarithmic, with ticks such as 200, 10k and 5M."""
     axes.set_xscale("log")
@@ -351,23 +358,3 @@ def _scale_of_counts(axes: Axes, counts: Sequence[float]) -> None:
 
 def _mark(style: dict[str, Any]) -> dict[str, Any]:
     return {**style, "linestyle": "none", "capsize": 3, "markersize": 7}
-
-
-def _bars(
-    axes: Axes,
-    chosen: Sequence[ArmRow],
-    values: Sequence[float],
-    show: Callable[[float | None], str],
-    drawing: _Drawing,
-) -> None:
-    colours = [drawing.colour(row.arm.method) for row in chosen]
-    axes.barh(range(len(chosen)), values, color=colours, height=0.7)
-    for at, value in enumerate(values):
-        axes.text(value, at, f" {show(value or None)}", va="center", fontsize=10.5)
-    axes.set_yticks(range(len(chosen)), [drawing.name(row) for row in chosen])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.3 * max(values))
-    axes.xaxis.set_major_locator(NullLocator())
-    axes.spines[["bottom", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(False)

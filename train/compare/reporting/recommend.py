@@ -311,24 +311,17 @@ def _doubts(side: ArmRow, figures: Figures) -> list[Doubt]:
         values = sorted({*beyond, *(row.arm.learning_rate for row in tried.tried)})
         short = f"the best rate of {who} is at the edge of what was tried"
         found.append(Doubt(short, said, option, tuple(values)))
-    if side.arm.rank is None:
+    rank = side.arm.rank
+    if rank is None:
         return found
-    ranks = {
-        row.arm.rank
-        for row in figures.rows
-        if row.arm.method == side.arm.method and row.arm.rank and tables.is_tried(row)
-    }
+    alike = [row for row in figures.rows if row.arm.method == side.arm.method]
+    ranks = {row.arm.rank for row in alike if row.arm.rank and tables.is_tried(row)}
     whole = max((row.trained_parameters or 0 for row in figures.rows if row.is_full), default=0)
     is_half = bool(whole) and 2 * (side.trained_parameters or 0) >= whole
-    if side.arm.rank >= max(ranks) and not is_half:
-        more = 4 * side.arm.rank
-        found.append(
-            Doubt(
-                f"the best rank of {who} is the largest tried",
-                f"The best rank of {who}, {side.arm.rank}, is the largest tried: try {more} too "
-                "(--ranks).",
-                "--ranks",
-                tuple(sorted({*ranks, more})),
-            )
+    if rank >= max(ranks) and not is_half:
+        short = f"the best rank of {who} is the largest tried"
+        said = (
+            f"The best rank of {who}, {rank}, is the largest tried: try {4 * rank} too (--ranks)."
         )
+        found.append(Doubt(short, said, "--ranks", tuple(sorted({*ranks, 4 * rank}))))
     return found
