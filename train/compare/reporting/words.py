@@ -51,25 +51,8 @@ def label(arm: Arm, others: Iterable[Arm] = ()) -> str:
     return f"{adapter(arm, others)}, lr {arm.learning_rate:g}"
 
 
-def figure(value: float | None) -> str:
-    """Returns a number with three significant digits."""
-    return _significant(value, 3)
-
-
-def rough(value: float | None) -> str:
-    """Returns a spread or a ratio: a number with two significant digits."""
-    return _significant(value, 2)
-
-
-def beside(value: float | None, spread: float | None) -> str:
-    """Returns a number as far as its spread, shown by `rough`, leaves digits that mean anything."""
-    if value is None or not math.isfinite(value) or not spread or not math.isfinite(spread):
-        return figure(value)
-    decimals = len(rough(spread).partition(".")[2])
-    return f"{value:.{decimals}f}"
-
-
-def _significant(value: float | None, digits: int) -> str:
+def figure(value: float | None, digits: int = 3) -> str:
+    """Returns a number with so many significant digits."""
     if value is None:
         return NOTHING
     if not math.isfinite(value):
@@ -78,6 +61,19 @@ def _significant(value: float | None, digits: int) -> str:
     if not -5 <= exponent < 7:
         return f"{value:.{digits - 1}e}"
     return f"{value:.{max(0, digits - 1 - exponent)}f}"
+
+
+def rough(value: float | None) -> str:
+    """Returns a spread or a ratio: a number with two significant digits."""
+    return figure(value, 2)
+
+
+def beside(value: float | None, spread: float | None) -> str:
+    """Returns a number as far as its spread, shown by `rough`, leaves digits that mean anything."""
+    if value is None or not math.isfinite(value) or not spread or not math.isfinite(spread):
+        return figure(value)
+    decimals = len(rough(spread).partition(".")[2])
+    return f"{value:.{decimals}f}"
 
 
 def count(value: float | None) -> str:

@@ -6,7 +6,7 @@ from train.compare.reporting import dimension, words
 from train.compare.reporting.tables import ArmRow
 from train.compare.result import Comparison
 from train.console import markdown
-from train.findings.reporting.pivot import Block, Pivot, headed, shown
+from train.findings.reporting.pivot import Block, Key, Pivot, headed, shown
 
 MARKDOWN = "finding.md"
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -49,14 +49,12 @@ def table(pivot: Pivot, block: Block) -> str:
     """Returns a table in GitHub's Markdown; the best cell of each column is bold."""
     best = {column: block.best(column, pivot.measure) for column in block.columns}
     head = [pivot.rows.name, *(headed(pivot.columns, column) for column in block.columns)]
-    body = []
-    for row in block.rows:
-        cells = (
-            cell_text(block.cells.get((row, column)), is_best=row in best[column])
-            for column in block.columns
-        )
-        body.append([shown(row), *cells])
-    return markdown.table(head, body)
+
+    def cells(row: Key) -> list[str]:
+        found = ((block.cells.get((row, one)), row in best[one]) for one in block.columns)
+        return [shown(row), *(cell_text(cell, is_best=is_best) for cell, is_best in found)]
+
+    return markdown.table(head, map(cells, block.rows))
 
 
 def cell_text(cell: ArmRow | None, *, is_best: bool) -> str:
