@@ -3,7 +3,8 @@
     python -m train.plan --model config.json --topology v5e:4x4 --mesh fsdp=16 --batch-size 16
 
 Compiles the very step of `train.sft` from a config.json alone, for a machine that need not be
-there: a TPU slice, with its own compiler (the extra `tpu`), or virtual CPU devices.
+there: a TPU slice or NVIDIA GPUs, with their own compilers (the extras `tpu` and `gpu-plan`), or
+virtual CPU devices.
 """
 
 import dataclasses
@@ -44,8 +45,8 @@ class PlanConfig:
     rope_scaling: str | None = None
     """Scale the model's RoPE; see train.sft."""
     topology: str = "cpu:1"
-    """A TPU slice, such as v5e:4x4, v5p:2x2x2, v6e:8x8 or tpu7x:2x2x1, or cpu:8 for eight virtual
-    devices of this CPU."""
+    """A TPU slice, such as v5e:4x4, v5p:2x2x2, v6e:8x8 or tpu7x:2x2x1; GPUs, such as rtx4090:1,
+    h100:8, or h100:2x8 for two hosts; or cpu:8 for eight virtual devices of this CPU."""
     mesh: str | None = None
     """The mesh, as in train.sft: fsdp=4,tensor=4. By default fsdp gets as many devices as can share
     the batch, and tensor gets the rest."""
@@ -82,6 +83,9 @@ class PlanConfig:
     """The price of one chip-hour, in any currency, to compute the cost."""
     capacity_gib: float | None = None
     """The memory of a device in GiB, to override the topology's."""
+    mem_fraction: float | None = None
+    """The share of a GPU's memory that JAX reserves (XLA_PYTHON_CLIENT_MEM_FRACTION), by default
+    0.75: a plan fits if it needs no more."""
     peak_tflops: float | None = None
     """The peak TFLOP/s of a device, to override the topology's."""
     alone: bool = False
@@ -152,7 +156,9 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
     outline = outline.quantized(asked.quantize)
     outline.check_length(asked.seq_len, f"--seq-len {asked.seq_len}")
     outline.check_experts(asked.experts)
-    machine = find_machine(asked.topology, asked.capacity_gib, asked.peak_tflops)
+    machine = find_machine(
+        asked.topology, asked.capacity_gib, asked.peak_tflops, asked.mem_fraction
+    )
     mesh = make_mesh(asked.mesh, asked.batch_size, machine.devices)
     layout = Layout.of(mesh, outline.config)
     layout.check_lengths([asked.seq_len])
@@ -189,6 +195,10 @@ def check(options: PlanOptions) -> None:
     if not 0 < asked.utilisation <= 1:
         raise UserError(
             f"--utilisation {asked.utilisation}: a share of the peak, above 0 and at most 1"
+        )
+    if asked.mem_fraction is not None and not 0 < asked.mem_fraction <= 1:
+        raise UserError(
+            f"--mem-fraction {asked.mem_fraction}: a share of a GPU's memory, above 0 and at most 1"
         )
     for name in ("tokens", "price", "capacity_gib", "peak_tflops"):
         value = getattr(asked, name)
@@ -240,7 +250,7 @@ def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
         "topology": machine.name,
         "devices": len(machine.devices),
         "chips": machine.n_chips,
-        "compiler": "tpu" if machine.is_tpu else "cpu",
+        "compiler": machine.platform,
         "mesh": {axis: size for axis, size in mesh.items() if size > 1},
         "batch_size": asked.batch_size,
         "grad_accum": asked.grad_accum,
@@ -251,6 +261,9 @@ def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
         "experts": asked.experts,
         "optimizer": asked.optimizer,
         "peak_flops_per_device": machine.flops,
+        "memory_bytes_per_second": machine.bandwidth,
+        "memory_shares": machine.shares,
+        "remarks": machine.remarks,
         "utilisation": asked.utilisation,
         "tokens": asked.tokens,
         "price": asked.price,

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -120,7 +121,8 @@ class Plan:
 
     Attributes:
       name: the variant in words.
-      fits: whether the step compiles within the memory of a device.
+      fits: whether the step compiles within the first share of a device's memory.
+      fits_share: each share of the memory -> whether the step compiles within it.
       refused: the compiler's message if it refused the step.
       per_chip_bytes: memory of one device: base (frozen), adapter (trained), optimizer,
         temporaries, other (the batch, padding, the program), total, capacity.
@@ -138,6 +140,7 @@ class Plan:
 
     name: str
     fits: bool
+    fits_share: dict[str, bool]
     refused: str | None
     per_chip_bytes: dict[str, int | None]
     flops_per_step: int | None
@@ -237,14 +240,16 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
         "checkpoint_bytes": tree_bytes(step.state.adapter) + tree_bytes(step.state.opt_state),
     }
     counted = count_traced(step.traced.jaxpr)
+    machine = job.machine
     began = time.perf_counter()
     try:
-        compiled = step.lowered.compile()
+        compiled, sizes = _largest(step.lowered, machine.compilations)
     except jax.errors.JaxRuntimeError as error:
         return Plan(
             fits=False,
+            fits_share={f"{share:g}": False for share in machine.shares},
             refused=_reason(error),
-            per_chip_bytes=of_refusal(str(error), held, job.machine.capacity),
+            per_chip_bytes=of_refusal(str(error), held, machine.capacity),
             flops_per_step=None,
             flops_per_chip=None,
             flops_source=None,
@@ -256,10 +261,13 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
             **known,
         )
     seconds = time.perf_counter() - began
-    memory = _of_compiled(compiled_bytes(compiled), held, job.machine.capacity)
-    work = step_work(compiled.as_text(), counted, len(job.machine.devices))
+    memory = _of_compiled(sizes, held, machine.capacity)
+    products_in_hlo = machine.platform != "gpu"  # there, they are calls of cuBLAS and of Triton
+    work = step_work(compiled.as_text(), counted, len(machine.devices), products_in_hlo)
+    fits = {f"{share:g}": memory["total"] <= share * machine.capacity for share in machine.shares}
     return Plan(
-        fits=memory["total"] <= memory["capacity"],
+        fits=next(iter(fits.values())),
+        fits_share=fits,
         refused=None,
         per_chip_bytes=dict(memory),
         flops_per_step=work.per_step,
@@ -271,6 +279,17 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
         compile_seconds=seconds,
         notes=work.notes,
         **known,
+    )
+
+
+def _largest(
+    lowered: jax.stages.Lowered, compilations: Sequence[dict[str, Any]]
+) -> tuple[jax.stages.Compiled, dict[str, int]]:
+    """Compiles a step with each of several options; returns the one with the most temporaries."""
+    made = [lowered.compile(compiler_options=options or None) for options in compilations]
+    return max(
+        ((compiled, compiled_bytes(compiled)) for compiled in made),
+        key=lambda one: one[1].get("temporaries", 0),
     )
 
 

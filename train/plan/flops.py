@@ -8,6 +8,7 @@ from lora_jax.core.weight import LoraWeight, Trained, leaves_of
 from lora_jax.models import kinds
 from lora_jax.models.layers.attend import Attend
 from lora_jax.models.layers.blockwise import Blockwise
+from lora_jax.models.layers.flash import Flash
 from lora_jax.models.layers.masks import Split
 from lora_jax.models.layers.splash import Splash
 
@@ -16,8 +17,8 @@ _KEEPS_ONLY_DENSE = "dots_with_no_batch_dims_saveable"  # attention scores are n
 # are computed again, and all of it once more where its layer is; a policy that keeps products keeps
 # a block's.
 _OF_BLOCKS = {"none": 3.5, "dots_saveable": 3, _KEEPS_ONLY_DENSE: 4.5, "full": 4.5}
-# Of the kernel's products: two forward, once more with rematerialisation, and seven backward.
-_OF_SPLASH = {"none": 4.5, "dots_saveable": 5.5, _KEEPS_ONLY_DENSE: 5.5, "full": 5.5}
+# Of a kernel's products: two forward, once more with rematerialisation, and seven backward.
+_OF_KERNELS = {"none": 4.5, "dots_saveable": 5.5, _KEEPS_ONLY_DENSE: 5.5, "full": 5.5}
 
 
 def step_flops(
@@ -75,10 +76,10 @@ def step_flops(
     pair = 4 * batch * heads * config.num_hidden_layers  # of a query and a key, forward
     if isinstance(attention, Blockwise):
         return total + pair * attention.pairs(seq, split) * _OF_BLOCKS[remat]
-    if isinstance(attention, Splash):
+    if isinstance(attention, Splash | Flash):
         pairs = float(attention.pairs(seq, split))
         if windowed := len(getattr(config, "windowed_layers", ())):
             near = attention.pairs(seq, split, window=config.sliding_window)
             pairs += (near - pairs) * windowed / config.num_hidden_layers
-        return total + pair * pairs * _OF_SPLASH[remat]
+        return total + pair * pairs * _OF_KERNELS[remat]
     return total + pair * seq**2 * (3 + (remat in ("full", _KEEPS_ONLY_DENSE)))

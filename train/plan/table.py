@@ -45,12 +45,15 @@ def print_plans(
     capacity = _gib(plans[0].per_chip_bytes["capacity"])
     memory = Table(title=f"Memory per device, in GiB (of {capacity})")
     memory.add_column("")
-    memory.add_column("fits")
+    shares = [share for share in facts["memory_shares"] if share < 1]
+    for column in [f"fits {share:g}" for share in shares] or ["fits"]:
+        memory.add_column(column)
     for part in _PARTS:
         memory.add_column(part, justify="right")
     for made in plans:
         sizes = [_gib(made.per_chip_bytes[part]) for part in _PARTS]
-        memory.add_row(made.name, "yes" if made.fits else "no", *sizes)
+        fits = ["yes" if one else "no" for one in made.fits_share.values()]
+        memory.add_row(made.name, *fits, *sizes)
     console.print(memory)
 
     work = Table(title="Work and time")
@@ -83,7 +86,8 @@ def print_plans(
             console.print(f"{made.name}: kernels: {kernels}", highlight=False, soft_wrap=True)
         for note in made.notes:
             console.print(f"{_mark(made)}{made.name}: {note}", highlight=False, soft_wrap=True)
-    console.print(_notes(facts), highlight=False, soft_wrap=True)
+    for note in (*facts["remarks"], _notes(facts)):
+        console.print(note, highlight=False, soft_wrap=True)
 
 
 def _mark(made: Plan) -> str:
@@ -92,11 +96,19 @@ def _mark(made: Plan) -> str:
 
 
 def _notes(facts: Mapping[str, Any]) -> str:
+    of = "as traced" if facts["compiler"] == "gpu" else "from the optimised HLO"
     notes = (
         "base: frozen parameters; adapter: trained parameters; other: the batch, padding, the "
-        "program. TFLOP: per step on all devices, from the optimised HLO; by hand: in closed form. "
+        f"program. TFLOP: per step on all devices, {of}; by hand: in closed form. "
         "GB sent: per device and step."
     )
+    if facts["compiler"] == "gpu":
+        notes += (
+            f" fits {facts['memory_shares'][0]:g}: within that share of the memory, which JAX "
+            "reserves (XLA_PYTHON_CLIENT_MEM_FRACTION). Temporaries are the larger of those with "
+            "Triton's products and with cuBLAS's. A plan does not see what lies outside of XLA's "
+            "buffers: CUDA's context, NCCL's buffers, cuDNN's workspaces."
+        )
     if facts["peak_flops_per_device"] is not None:
         peak = facts["peak_flops_per_device"] / 1e12
         notes += (
