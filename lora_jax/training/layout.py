@@ -111,6 +111,11 @@ class Layout(Placement):
         return True
 
     @property
+    def splits_rows(self) -> bool:
+        """Returns whether the tokens of a row lie on several devices."""
+        return self.sequence_parts > 1
+
+    @property
     def ragged_kernels(self) -> bool:
         """Returns whether experts can count on kernels; see `compiler_options` and `mixture`."""
         return self.platform == "tpu" and self.sorts_apart

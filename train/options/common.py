@@ -39,7 +39,9 @@ from train.options.variants import VariantOptions
 from train.reporters.registry import TRACKERS
 
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
-_REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")}
+_REMAT |= {
+    name: name for name in ("offload", "dots_saveable", "dots_with_no_batch_dims_saveable")
+}
 
 _MOST_SEED = 2**32 - 1  # JAX takes a larger one by its last 32 bits
 
@@ -179,7 +181,8 @@ class OptimConfig:
     """Seed of the adapter's initialisation, data order, dropout, and noise."""
     remat: Remat = option("none", OF_BASE)
     """Activations to recompute in the backward pass. full, or --remat without a name: all those of
-    each layer, for much less memory and some more time. Two policies of JAX keep more:
+    each layer, for much less memory and some more time. offload: so, and the layers' inputs go to
+    the host's memory until they are needed (GPUs and TPUs), for very long rows. Two policies of JAX keep more:
     dots_saveable the results of all matrix products, dots_with_no_batch_dims_saveable of those
     with weights."""
     attention: Attention = option("auto", OF_BASE)

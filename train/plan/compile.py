@@ -33,7 +33,7 @@ from train.run.report import compiled_bytes, tree_bytes
 from train.run.rules import rules
 
 _REMAT = {"none": "no remat", "full": "remat", "dots_saveable": "remat but products"}
-_REMAT |= {"dots_with_no_batch_dims_saveable": "remat but dense"}
+_REMAT |= {"offload": "remat to the host", "dots_with_no_batch_dims_saveable": "remat but dense"}
 _STEPS, _RATE = 1000, 1e-4  # of the schedule; a plan takes no step
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

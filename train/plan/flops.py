@@ -16,9 +16,9 @@ _KEEPS_ONLY_DENSE = "dots_with_no_batch_dims_saveable"  # attention scores are n
 # How often both products of a block, or their like in its gradients, are computed. A block's scores
 # are computed again, and all of it once more where its layer is; a policy that keeps products keeps
 # a block's.
-_OF_BLOCKS = {"none": 3.5, "dots_saveable": 3, _KEEPS_ONLY_DENSE: 4.5, "full": 4.5}
+_OF_BLOCKS = {"none": 3.5, "dots_saveable": 3, _KEEPS_ONLY_DENSE: 4.5, "full": 4.5, "offload": 4.5}
 # Of a kernel's products: two forward, once more with rematerialisation, and seven backward.
-_OF_KERNELS = {"none": 4.5, "dots_saveable": 5.5, _KEEPS_ONLY_DENSE: 5.5, "full": 5.5}
+_OF_KERNELS = {"none": 4.5, "dots_saveable": 5.5, _KEEPS_ONLY_DENSE: 5.5, "full": 5.5, "offload": 5.5}
 
 
 def step_flops(
@@ -51,7 +51,7 @@ def step_flops(
     tokens = batch * seq
     kind_of, total = kinds(config), 0.0
     heads_of = ("head", "embedding") if config.tie_word_embeddings else ("head",)
-    layers_again = remat == "full"
+    layers_again = remat in ("full", "offload")
     for path, leaf in leaves_of(params)[0]:
         kind = kind_of[path]
         is_head = kind in heads_of
@@ -82,4 +82,4 @@ def step_flops(
             near = attention.pairs(seq, split, window=config.sliding_window)
             pairs += (near - pairs) * windowed / config.num_hidden_layers
         return total + pair * pairs * _OF_KERNELS[remat]
-    return total + pair * seq**2 * (3 + (remat in ("full", _KEEPS_ONLY_DENSE)))
+    return total + pair * seq**2 * (3 + (remat in ("full", "offload", _KEEPS_ONLY_DENSE)))

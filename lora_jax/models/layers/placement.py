@@ -49,6 +49,11 @@ class Placement:
         return jax.device_count() == 1
 
     @property
+    def splits_rows(self) -> bool:
+        """Returns whether the tokens of a row lie on several devices."""
+        return False
+
+    @property
     def ragged_kernels(self) -> bool:
         """Returns whether ragged products are kernels, and each device sorts its own tokens.
 
