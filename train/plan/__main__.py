@@ -8,6 +8,7 @@ virtual CPU devices.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -26,12 +27,15 @@ from train.options.common import AdapterConfig, Attention, Experts, OptimConfig,
 from train.options.optim import with_optimizer_defaults
 from train.options.rope import parse_rope_scaling
 from train.plan.compile import Job, Plan, Variant, plan
+from train.plan.largest import largest_fit
 from train.plan.machines import Machine, find_machine
 from train.plan.table import print_plans
 from train.processes.mesh import make_mesh
 from train.run.pretrained import read_shapes
 from train.run.rules import rules
 
+_ROW_UNIT = 256  # --longest counts rows in multiples of it
+_MOST_ROWS = 2**16  # of a batch that --largest-batch tries
 # No weights are read, so the codes of a file are not known.
 PlannedCodes = Literal["none", "int8", "int4", "nf4", "nf4-double"]
 
@@ -73,6 +77,10 @@ class PlanConfig:
     adapters: tuple[int, ...] = ()
     """Numbers of adapters to plan for, such as 1 8 64: adapters that train side by side in one step
     over one base, sharing the --batch-size sequences evenly."""
+    longest: bool = False
+    """Find the longest row that fits, up to the model's own limit, beginning with --seq-len."""
+    largest_batch: bool = False
+    """Find the largest --batch-size that fits, beginning with that one."""
     optimizer: Name = "adamw"
     """The optimiser, whose state takes memory; see train.sft."""
     tokens: float | None = None
@@ -93,6 +101,8 @@ class PlanConfig:
     full fine-tuning are planned for comparison."""
     json: bool = False
     """Print JSON instead of a table."""
+    found: tyro.conf.Suppress[dict[str, int | None]] = dataclasses.field(default_factory=dict)
+    """The largest sizes found by --longest or --largest-batch, by the share of the memory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +130,9 @@ def run(options: PlanOptions) -> None:
     asked = options.plan
     jax.config.update("jax_platforms", "cpu")  # leave accelerators to other processes
     check(options)
+    if asked.longest or asked.largest_batch:
+        asked = search(options)
+        options = dataclasses.replace(options, plan=asked)
     job, optim = make_job(asked)
     facts = described(asked, job)
     plans: list[Plan] = []
@@ -133,6 +146,49 @@ def run(options: PlanOptions) -> None:
     finally:  # after Ctrl-C, the plans so far
         if plans:
             show(asked, job, facts, plans)
+
+
+def search(options: PlanOptions) -> PlanConfig:
+    """Finds the largest size that fits, and says so; returns the options with it.
+
+    Raises:
+      UserError: not even the smallest fits.
+    """
+    asked = options.plan
+    name, what = ("seq_len", "tokens a row") if asked.longest else ("batch_size", "rows a batch")
+    job, optim = make_job(asked)
+    machine, (variant,) = job.machine, variants(options)
+    parts = job.layout.sequence_parts if asked.longest else job.layout.batch_parts
+    unit = math.lcm(_ROW_UNIT, 2 * parts) if asked.longest else parts
+    limit = job.outline.max_tokens if asked.longest else _MOST_ROWS
+    progress = Console(stderr=True, highlight=False)
+
+    @functools.cache
+    def of(size: int) -> Plan:
+        with progress.status(f"compiling {variant.name}, {size:,} {what}"):
+            made = plan(make_job(dataclasses.replace(asked, **{name: size}))[0], variant, optim)
+        total, took = made.per_chip_bytes["total"], duration(made.compile_seconds)
+        needs = "refused" if total is None else f"{total / 2**30:.2f} GiB"
+        progress.print(f"{size:,} {what}: {needs} ({took})")
+        return made
+
+    found = {
+        f"{share:g}": largest_fit(of, getattr(asked, name), unit, limit, share)
+        for share in machine.shares
+    }
+    for share, size in found.items():
+        within = f" within {share} of the memory" if len(found) > 1 else ""
+        most = f"{size:,} {what}" + (" (the model's limit)" if size == limit else "")
+        progress.print(
+            f"the most that fits{within}: {most if size else 'nothing'}", soft_wrap=True
+        )
+    size = next((size for size in found.values() if size), None)
+    if size is None:
+        raise UserError(
+            f"not even {unit} {what} fit into {machine.name}: give --quantize, --remat, a smaller "
+            f"{'--batch-size' if asked.longest else '--seq-len'}, or more devices"
+        )
+    return dataclasses.replace(asked, **{name: size}, found=found)
 
 
 def show(asked: PlanConfig, job: Job, facts: dict[str, Any], plans: list[Plan]) -> None:
@@ -214,6 +270,10 @@ def check(options: PlanOptions) -> None:
         )
     if adapter.full and adapter.peft_config:
         raise UserError("--full trains without an adapter, and --peft-config describes one")
+    if asked.longest and asked.largest_batch:
+        raise UserError("--longest and --largest-batch: one of them at a time")
+    if asked.adapters and (asked.longest or asked.largest_batch):
+        raise UserError("--longest and --largest-batch plan one run, and --adapters plans several")
     if asked.adapters and (adapter.full or asked.alone):
         other = "--full" if adapter.full else "--alone"
         raise UserError(f"--adapters and {other} do not go together: it plans adapters alone")
@@ -229,6 +289,7 @@ def check(options: PlanOptions) -> None:
 def variants(options: PlanOptions) -> list[Variant]:
     """Returns the requested variant and, without --alone, others to compare it with."""
     lora = dataclasses.replace(options.adapter, full=False)
+    asked_alone = options.plan.alone or options.plan.longest or options.plan.largest_batch
     if options.plan.adapters:
         return [Variant(lora, options.plan.remat, n) for n in options.plan.adapters]
     full = AdapterConfig(full=True)
@@ -239,7 +300,7 @@ def variants(options: PlanOptions) -> list[Variant]:
         Variant(lora, "none"),
         Variant(full, "full"),
     ]
-    return [asked] if options.plan.alone else [asked, *(one for one in others if one != asked)]
+    return [asked] if asked_alone else [asked, *(one for one in others if one != asked)]
 
 
 def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
@@ -255,6 +316,7 @@ def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
         "batch_size": asked.batch_size,
         "grad_accum": asked.grad_accum,
         "seq_len": asked.seq_len,
+        "found": asked.found,
         "dtype": asked.dtype,
         "quantize": asked.quantize,
         "attention": str(job.chosen),

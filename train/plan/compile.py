@@ -125,7 +125,8 @@ class Plan:
       fits_share: each share of the memory -> whether the step compiles within it.
       refused: the compiler's message if it refused the step.
       per_chip_bytes: memory of one device: base (frozen), adapter (trained), optimizer,
-        temporaries, other (the batch, padding, the program), total, capacity.
+        temporaries, other (the batch, padding, the program), total, capacity; and host, the memory
+        of its host that it needs (`--remat offload`).
       flops_per_step, flops_per_chip: FLOPs of matrix products, on all devices and on one.
       flops_source: their source: "hlo" (the optimised HLO) or "jaxpr" (the step as traced, if the
         HLO is not understood); see `train.plan.plan_flops`.
@@ -262,6 +263,7 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
         )
     seconds = time.perf_counter() - began
     memory = _of_compiled(sizes, held, machine.capacity)
+    memory["host"] = compiled.memory_analysis().host_temp_size_in_bytes
     products_in_hlo = machine.platform != "gpu"  # there, they are calls of cuBLAS and of Triton
     work = step_work(compiled.as_text(), counted, len(machine.devices), products_in_hlo)
     fits = {f"{share:g}": memory["total"] <= share * machine.capacity for share in machine.shares}
@@ -390,6 +392,7 @@ def of_refusal(message: str, held: dict[str, int], capacity: int) -> dict[str, i
         "other": None,
         "total": total,
         "capacity": capacity,
+        "host": None,
     }
 
 

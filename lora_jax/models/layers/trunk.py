@@ -28,7 +28,7 @@ REMAT_POLICIES = (
 
 OFFLOAD = "offload"
 _INPUT = "layer_input"  # what "offload" moves
-# From twice as many tokens of a row on, an MLP that is recomputed takes so many at a time.
+# From twice as many tokens of a row on, an MLP that is recomputed takes so many at most at a time.
 CHUNK = 4096
 
 
@@ -186,11 +186,14 @@ def by_chunks(module: nn.Module, body: Callable[..., jax.Array], x: jax.Array) -
       body: computes [batch, seq, features] of x, each token by itself.
       x: [batch, seq, d_model].
     """
-    seq = x.shape[1]
-    chunks = seq // CHUNK
+    batch, seq, _ = x.shape
     whole = module.remat not in (True, OFFLOAD) or module.placement.splits_rows
-    if whole or chunks < 2 or module.is_initializing():
+    if whole or seq < 2 * CHUNK or module.is_initializing():
         return body(module, x)
+    least = -(-seq // CHUNK)
+    chunks = next((n for n in range(least, 4 * least) if seq % n == 0), seq // CHUNK)
+    size = seq // chunks if seq % chunks == 0 else CHUNK
+    looped = chunks * size
 
     def through(module: nn.Module, _: None, x: jax.Array) -> tuple[None, jax.Array]:
         return None, body(module, x)
@@ -202,9 +205,8 @@ def by_chunks(module: nn.Module, body: Callable[..., jax.Array], x: jax.Array) -
         in_axes=1,
         out_axes=1,
     )
-    looped = chunks * CHUNK
-    parts = x[:, :looped].reshape(x.shape[0], chunks, CHUNK, -1)
-    out: jax.Array = scanned(module, None, parts)[1].reshape(x.shape[0], looped, -1)
+    parts = x[:, :looped].reshape(batch, chunks, size, -1)
+    out: jax.Array = scanned(module, None, parts)[1].reshape(batch, looped, -1)
     if looped == seq:
         return out
     return jnp.concatenate([out, body(module, x[:, looped:])], axis=1)
