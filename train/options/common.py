@@ -39,9 +39,7 @@ from train.options.variants import VariantOptions
 from train.reporters.registry import TRACKERS
 
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
-_REMAT |= {
-    name: name for name in ("offload", "dots_saveable", "dots_with_no_batch_dims_saveable")
-}
+_REMAT |= {name: name for name in ("offload", "dots_saveable", "dots_with_no_batch_dims_saveable")}
 
 _MOST_SEED = 2**32 - 1  # JAX takes a larger one by its last 32 bits
 
@@ -182,9 +180,9 @@ class OptimConfig:
     remat: Remat = option("none", OF_BASE)
     """Activations to recompute in the backward pass. full, or --remat without a name: all those of
     each layer, for much less memory and some more time. offload: so, and the layers' inputs go to
-    the host's memory until they are needed (GPUs and TPUs), for very long rows. Two policies of JAX keep more:
-    dots_saveable the results of all matrix products, dots_with_no_batch_dims_saveable of those
-    with weights."""
+    the host's memory until they are needed (GPUs and TPUs), for very long rows. Two policies of JAX
+    keep more: dots_saveable the results of all matrix products, dots_with_no_batch_dims_saveable of
+    those with weights."""
     attention: Attention = option("auto", OF_BASE)
     """Computation of attention. dense: all scores of a layer at once, in memory quadratic in the
     length. blockwise: a block of queries at a time, in memory linear in the length. splash: a

@@ -101,8 +101,6 @@ class PlanConfig:
     full fine-tuning are planned for comparison."""
     json: bool = False
     """Print JSON instead of a table."""
-    found: tyro.conf.Suppress[dict[str, int | None]] = dataclasses.field(default_factory=dict)
-    """The largest sizes found by --longest or --largest-batch, by the share of the memory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,11 +128,12 @@ def run(options: PlanOptions) -> None:
     asked = options.plan
     jax.config.update("jax_platforms", "cpu")  # leave accelerators to other processes
     check(options)
-    if asked.longest or asked.largest_batch:
-        asked = search(options)
+    found = search(options) if asked.longest or asked.largest_batch else {}
+    if found:
+        asked = _resized(asked, next(size for size in found.values() if size))
         options = dataclasses.replace(options, plan=asked)
     job, optim = make_job(asked)
-    facts = described(asked, job)
+    facts = {**described(asked, job), "largest": found}
     plans: list[Plan] = []
     progress = Console(stderr=True)
     try:
@@ -148,15 +147,21 @@ def run(options: PlanOptions) -> None:
             show(asked, job, facts, plans)
 
 
-def search(options: PlanOptions) -> PlanConfig:
-    """Finds the largest size that fits, and says so; returns the options with it.
+def search(options: PlanOptions) -> dict[str, int | None]:
+    """Finds the largest size that fits, for each share of the memory, and says so.
+
+    Returns:
+      The size by share; None for a share into which not even the smallest fits.
 
     Raises:
       UserError: not even the smallest fits.
     """
     asked = options.plan
-    name, what = ("seq_len", "tokens a row") if asked.longest else ("batch_size", "rows a batch")
-    job, optim = make_job(asked)
+    first, what = asked.seq_len, "tokens a row"
+    if asked.largest_batch:
+        first, what = asked.batch_size, "rows a batch"
+    # The rows to begin with may be longer than the model allows.
+    job, optim = make_job(_resized(asked, _ROW_UNIT) if asked.longest else asked)
     machine, (variant,) = job.machine, variants(options)
     parts = job.layout.sequence_parts if asked.longest else job.layout.batch_parts
     unit = math.lcm(_ROW_UNIT, 2 * parts) if asked.longest else parts
@@ -166,29 +171,30 @@ def search(options: PlanOptions) -> PlanConfig:
     @functools.cache
     def of(size: int) -> Plan:
         with progress.status(f"compiling {variant.name}, {size:,} {what}"):
-            made = plan(make_job(dataclasses.replace(asked, **{name: size}))[0], variant, optim)
+            made = plan(make_job(_resized(asked, size))[0], variant, optim)
         total, took = made.per_chip_bytes["total"], duration(made.compile_seconds)
         needs = "refused" if total is None else f"{total / 2**30:.2f} GiB"
         progress.print(f"{size:,} {what}: {needs} ({took})")
         return made
 
-    found = {
-        f"{share:g}": largest_fit(of, getattr(asked, name), unit, limit, share)
-        for share in machine.shares
-    }
+    found = {f"{share:g}": largest_fit(of, first, unit, limit, share) for share in machine.shares}
     for share, size in found.items():
         within = f" within {share} of the memory" if len(found) > 1 else ""
-        most = f"{size:,} {what}" + (" (the model's limit)" if size == limit else "")
-        progress.print(
-            f"the most that fits{within}: {most if size else 'nothing'}", soft_wrap=True
-        )
-    size = next((size for size in found.values() if size), None)
-    if size is None:
+        most = f"{size:,} {what}" if size else "nothing"
+        most += " (the model's limit)" * (asked.longest and size == limit - limit % unit)
+        progress.print(f"the most that fits{within}: {most}", soft_wrap=True)
+    if not any(found.values()):
         raise UserError(
             f"not even {unit} {what} fit into {machine.name}: give --quantize, --remat, a smaller "
             f"{'--batch-size' if asked.longest else '--seq-len'}, or more devices"
         )
-    return dataclasses.replace(asked, **{name: size}, found=found)
+    return found
+
+
+def _resized(asked: PlanConfig, size: int) -> PlanConfig:
+    if asked.longest:
+        return dataclasses.replace(asked, seq_len=size)
+    return dataclasses.replace(asked, batch_size=size)
 
 
 def show(asked: PlanConfig, job: Job, facts: dict[str, Any], plans: list[Plan]) -> None:
@@ -316,7 +322,6 @@ def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
         "batch_size": asked.batch_size,
         "grad_accum": asked.grad_accum,
         "seq_len": asked.seq_len,
-        "found": asked.found,
         "dtype": asked.dtype,
         "quantize": asked.quantize,
         "attention": str(job.chosen),

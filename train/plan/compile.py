@@ -1,7 +1,6 @@
 """Compiles one variant of training for a machine, and reads what it needs."""
 
 import dataclasses
-import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +27,7 @@ from train.options.optim import make_optimizer, make_schedule, make_tenant
 from train.plan.flops import step_flops
 from train.plan.machines import Machine
 from train.plan.plan_flops import count_traced, step_work
+from train.plan.refusals import of_refusal, reason_of
 from train.run.pretrained import Outline
 from train.run.report import compiled_bytes, tree_bytes
 from train.run.rules import rules
@@ -35,7 +35,6 @@ from train.run.rules import rules
 _REMAT = {"none": "no remat", "full": "remat", "dots_saveable": "remat but products"}
 _REMAT |= {"offload": "remat to the host", "dots_with_no_batch_dims_saveable": "remat but dense"}
 _STEPS, _RATE = 1000, 1e-4  # of the schedule; a plan takes no step
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,12 +243,12 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
     machine = job.machine
     began = time.perf_counter()
     try:
-        compiled, sizes = _largest(step.lowered, machine.compilations)
+        compiled, sizes, on_host = _largest(step.lowered, machine.compilations)
     except jax.errors.JaxRuntimeError as error:
         return Plan(
             fits=False,
             fits_share={f"{share:g}": False for share in machine.shares},
-            refused=_reason(error),
+            refused=reason_of(error),
             per_chip_bytes=of_refusal(str(error), held, machine.capacity),
             flops_per_step=None,
             flops_per_chip=None,
@@ -263,7 +262,7 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
         )
     seconds = time.perf_counter() - began
     memory = _of_compiled(sizes, held, machine.capacity)
-    memory["host"] = compiled.memory_analysis().host_temp_size_in_bytes
+    memory["host"] = on_host
     products_in_hlo = machine.platform != "gpu"  # there, they are calls of cuBLAS and of Triton
     work = step_work(compiled.as_text(), counted, len(machine.devices), products_in_hlo)
     fits = {f"{share:g}": memory["total"] <= share * machine.capacity for share in machine.shares}
@@ -286,13 +285,16 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
 
 def _largest(
     lowered: jax.stages.Lowered, compilations: Sequence[dict[str, Any]]
-) -> tuple[jax.stages.Compiled, dict[str, int]]:
-    """Compiles a step with each of several options; returns the one with the most temporaries."""
+) -> tuple[jax.stages.Compiled, dict[str, int], int]:
+    """Compiles a step with each of several options; returns the one with the most temporaries.
+
+    Returns:
+      The compiled step, its bytes on a device, and those on its host.
+    """
     made = [lowered.compile(compiler_options=options or None) for options in compilations]
-    return max(
-        ((compiled, compiled_bytes(compiled)) for compiled in made),
-        key=lambda one: one[1].get("temporaries", 0),
-    )
+    most = max(made, key=lambda one: compiled_bytes(one).get("temporaries", 0))
+    memory: Any = most.memory_analysis()
+    return most, compiled_bytes(most), getattr(memory, "host_temp_size_in_bytes", 0)
 
 
 def abstract_params(job: Job, variant: Variant) -> Any:
@@ -375,34 +377,3 @@ def _of_compiled(sizes: dict[str, int], held: dict[str, int], capacity: int) -> 
         "total": total,
         "capacity": capacity,
     }
-
-
-def of_refusal(message: str, held: dict[str, int], capacity: int) -> dict[str, int | None]:
-    """Returns the memory that the compiler's refusal names, with the bytes `held` by arguments."""
-    temporaries = total = None
-    if found := re.search(r"HLO temporaries \((\d[\d.]*[KMGT]?)\)", message):
-        temporaries = _bytes(found[1])
-        total = temporaries + sum(held.values())
-    elif found := re.search(r"[Uu]sed (\d[\d.]*[KMGT]?) of \d[\d.]*[KMGT]? hbm", message):
-        total = _bytes(found[1])
-        temporaries = total - sum(held.values())
-    return {
-        **held,
-        "temporaries": temporaries,
-        "other": None,
-        "total": total,
-        "capacity": capacity,
-        "host": None,
-    }
-
-
-def _bytes(text: str) -> int:
-    """Parses a size such as "48.3G" into bytes."""
-    number = text.rstrip("KMGT")
-    return round(float(number) * _UNITS[text[len(number) :]])
-
-
-def _reason(error: Exception) -> str:
-    """Returns the compiler's message, without its links."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return " ".join(line for line in lines[:2] if line and not line.startswith("See "))[:500]

@@ -8,9 +8,9 @@ from lora_jax.core.weight import LoraWeight, Trained, leaves_of
 from lora_jax.models import kinds
 from lora_jax.models.layers.attend import Attend
 from lora_jax.models.layers.blockwise import Blockwise
-from lora_jax.models.layers.flash import Flash
+from lora_jax.models.layers.kernels.flash import Flash
+from lora_jax.models.layers.kernels.splash import Splash
 from lora_jax.models.layers.masks import Split
-from lora_jax.models.layers.splash import Splash
 
 _KEEPS_ONLY_DENSE = "dots_with_no_batch_dims_saveable"  # attention scores are not kept
 # How often both products of a block, or their like in its gradients, are computed. A block's scores
@@ -18,7 +18,13 @@ _KEEPS_ONLY_DENSE = "dots_with_no_batch_dims_saveable"  # attention scores are n
 # a block's.
 _OF_BLOCKS = {"none": 3.5, "dots_saveable": 3, _KEEPS_ONLY_DENSE: 4.5, "full": 4.5, "offload": 4.5}
 # Of a kernel's products: two forward, once more with rematerialisation, and seven backward.
-_OF_KERNELS = {"none": 4.5, "dots_saveable": 5.5, _KEEPS_ONLY_DENSE: 5.5, "full": 5.5, "offload": 5.5}
+_OF_KERNELS = {
+    "none": 4.5,
+    "dots_saveable": 5.5,
+    _KEEPS_ONLY_DENSE: 5.5,
+    "full": 5.5,
+    "offload": 5.5,
+}
 
 
 def step_flops(

@@ -20,7 +20,7 @@ _MIB = 2**20
 
 
 class _Architecture(NamedTuple):
-    """What all cards of one compute capability share; bytes are of shared memory."""
+    """The facts that all cards of one compute capability share; bytes are of shared memory."""
 
     fpus_per_core: int
     threads_per_core: int
@@ -70,7 +70,7 @@ class Card:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What a plan has to say of the card, in sentences."""
+        """Remarks of a plan on the card, in sentences."""
         ours = f"XLA does not describe the {self.name}: its data are from NVIDIA's data sheet"
         emulated = f"the {self.name} computes no bf16: XLA emulates it in fp32, whose peak this is"
         return (ours,) * self.from_data_sheet + (emulated,) * (self.compute < (8, 0))
@@ -144,8 +144,8 @@ CARDS = {
 # Shares of a card's memory that JAX reserves: by default, and with
 # XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, which leaves room for CUDA's context and little else.
 DEFAULT_SHARE, LARGEST_SHARE = 0.75, 0.95
-# A real GPU tries several kernels for each product, and keeps the fastest. Without one, all products
-# are Triton's, or else all are cuBLAS's: a plan compiles both, and shows the larger memory.
+# On a GPU, the compiler tries several kernels for each product, and keeps the fastest. Without one,
+# all are Triton's, or else all are cuBLAS's: a plan compiles both, and shows the larger memory.
 PRODUCTS: tuple[dict[str, Any], ...] = ({}, {"xla_gpu_enable_triton_gemm": False})
 
 

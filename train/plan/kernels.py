@@ -89,8 +89,9 @@ def _attention(products: int, tokens: int = -2) -> Callable[[Call], int]:
     """Returns the count of a kernel that does so many products of each block of scores.
 
     Its first two floating operands are queries and keys, with their tokens on the axis `tokens`.
-    The scope says how many of all blocks the mask leaves (see `lora_jax.models.layers.splash`).
-    Where that depends on the layer, a call counts as the mean of all layers.
+    The scope says how many of all blocks the mask leaves (see
+    `lora_jax.models.layers.kernels.splash`). Where that depends on the layer, a call counts as the
+    mean of all layers.
     """
 
     def flops(call: Call) -> int:

@@ -3,7 +3,6 @@
 What a step needs grows about linearly with either, so that two plans tell where the next should be.
 """
 
-import math
 from collections.abc import Callable
 
 from train.plan.compile import Plan
@@ -32,6 +31,7 @@ def largest_fit(
         return None
     fit, over = 0, limit + unit  # the largest that fits, the smallest that does not
     totals: dict[int, int] = {}
+    over_before = False
     while True:
         made = plan_of(size)
         total = made.per_chip_bytes["total"]
@@ -46,10 +46,11 @@ def largest_fit(
             return fit or None
         capacity = share * (made.per_chip_bytes["capacity"] or 0)
         guess = _where(totals, capacity) if len(totals) > 1 else None
-        if guess is None or not math.isfinite(guess):
+        if guess is None or (over_before and size == over):  # a curve leads the line astray
             guess = 2 * fit if over > limit else (fit + over) // 2
         elif size == fit and guess < fit + step:
             guess = fit + step  # the one before it fits: does the next?
+        over_before = size == over
         size = min(over - unit, max(fit + unit, int(guess) // unit * unit))
 
 

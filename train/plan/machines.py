@@ -37,8 +37,8 @@ KINDS = {
     "tpu7x": Kind(int(94.74 * _GIB), 2307e12 / 2, devices_a_chip=2),
 }
 _NAMED = (
-    f"one of {', '.join(f'{kind}:…' for kind in KINDS)} (such as v5e:4x4), a number of GPUs or hosts "
-    f"and GPUs a host (h100:8, h100:2x8) of {', '.join(CARDS)}, or cpu:8"
+    f"one of {', '.join(f'{kind}:…' for kind in KINDS)} (such as v5e:4x4), a number of GPUs or "
+    f"hosts and GPUs a host (h100:8, h100:2x8) of {', '.join(CARDS)}, or cpu:8"
 )
 
 

@@ -82,7 +82,7 @@ def _from_jaxpr(counted: Count | None, n_devices: int, why: str | None) -> StepW
     if why is not None:
         note = f"the HLO was not understood ({why}), so the traffic between devices is not known; "
     if counted is None:
-        note += "the FLOPs are not known: the jaxpr was not understood"
+        note += "the FLOPs are not known: the jaxpr was not understood either"
     else:
         note += "the FLOPs are those of the step as traced, without work added by the partitioner"
         if not counted.exact:

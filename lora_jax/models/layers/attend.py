@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.models.layers.attention import dense
-from lora_jax.models.layers.blockwise import Blockwise
+from lora_jax.models.layers.blockwise import ON_GPU, Blockwise
 from lora_jax.models.layers.cache import Shared
 from lora_jax.models.layers.call import Call
-from lora_jax.models.layers.cudnn import Cudnn
-from lora_jax.models.layers.flash import Flash
+from lora_jax.models.layers.kernels.cudnn import Cudnn
+from lora_jax.models.layers.kernels.flash import Flash
+from lora_jax.models.layers.kernels.splash import Splash
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.placement import UNPLACED, Placement
-from lora_jax.models.layers.splash import Splash
 
 # From this many queries on, "auto" never holds all scores: see tests/benchmarks/attention.py.
 LONG = 512
@@ -134,6 +134,8 @@ def implementation(
             f"attention {attention!r} runs on a {needed}, and this is for a {platform}: "
             "'auto' takes what runs there"
         )
+    if attention == "blockwise" and platform.startswith("gpu"):
+        return ON_GPU
     return IMPLEMENTATIONS[attention]
 
 

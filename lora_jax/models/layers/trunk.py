@@ -175,7 +175,7 @@ def layer_input(x: jax.Array, remat: bool | str) -> jax.Array:
 
 
 def by_chunks(module: nn.Module, body: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
-    """Computes ``body(module, x)`` of a long row a chunk of tokens at a time, where it is recomputed.
+    """Computes ``body(module, x)``, in a long row that is recomputed a chunk of tokens at a time.
 
     A layer that is recomputed keeps its input alone; its MLP is several times as wide as that, and
     would be there whole in the backward pass. Its parameters are those of ``module``, as without

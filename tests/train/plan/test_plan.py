@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from train.plan.refusals import of_refusal
 
 import lora_jax as lj
 from lora_jax.training.step import State
@@ -424,9 +425,9 @@ def test_a_refusal_is_a_result(model, monkeypatch):
 
 def test_other_words_of_the_compiler():
     held = {"base": 3, "adapter": 1, "optimizer": 2}
-    of = planned.of_refusal("Used 48.50G of 15.75G hbm. Exceeded", held, 7)
+    of = of_refusal("Used 48.50G of 15.75G hbm. Exceeded", held, 7)
     assert of["total"] == round(48.5 * 2**30) and of["temporaries"] == of["total"] - 6
-    unknown = planned.of_refusal("Ran out of memory in memory space vmem", held, 7)
+    unknown = of_refusal("Ran out of memory in memory space vmem", held, 7)
     assert unknown["total"] is None and unknown["base"] == 3
 
 

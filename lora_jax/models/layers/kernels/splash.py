@@ -43,7 +43,7 @@ class Splash:
       interpret: run the kernel in Python on any device, for tests.
       otherwise: computes what the kernel refuses.
 
-    >>> from lora_jax.models.layers.splash import Splash
+    >>> from lora_jax.models.layers.kernels.splash import Splash
     >>> Splash(block=256).pairs(512) / 512**2  # causal: three of four blocks
     0.75
     """
