@@ -19,7 +19,7 @@ from train.plan.compile import Job, Prepared, prepare
 # No two sizes of a layer are equal, nor equal to a row's length.
 DENSE = {
     "model_type": "llama",
-    "vocab_size": 1024,
+    "vocab_size": 1000,
     "hidden_size": 256,
     "intermediate_size": 896,
     "num_hidden_layers": 3,

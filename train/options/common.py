@@ -50,6 +50,15 @@ def _remat(given: list[str]) -> str:
     return given[0] if given else "full"
 
 
+def check_offload(remat: str, platform: str) -> None:
+    """Raises a UserError for --remat offload on a CPU, where it would have no effect."""
+    if remat == "offload" and platform == "cpu":
+        raise UserError(
+            "--remat offload moves the layers' inputs from a device to its host, and here the "
+            "device is the host's CPU: give --remat full"
+        )
+
+
 # One of the names; --remat without a name means "full".
 Remat = Annotated[
     str,

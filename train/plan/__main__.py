@@ -23,7 +23,15 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.optimizers.named import Name
 from lora_jax.training.run.log import duration
 from train.console.errors import UserError, reported
-from train.options.common import AdapterConfig, Attention, Experts, OptimConfig, Remat, at_least
+from train.options.common import (
+    AdapterConfig,
+    Attention,
+    Experts,
+    OptimConfig,
+    Remat,
+    at_least,
+    check_offload,
+)
 from train.options.optim import with_optimizer_defaults
 from train.options.rope import parse_rope_scaling
 from train.plan.compile import Job, Plan, Variant, plan
@@ -223,6 +231,7 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
     )
     mesh = make_mesh(asked.mesh, asked.batch_size, machine.devices)
     layout = Layout.of(mesh, outline.config)
+    check_offload(asked.remat, layout.platform)
     layout.check_lengths([asked.seq_len])
     for n in asked.adapters:
         if (asked.batch_size // n) % layout.batch_parts:

@@ -227,7 +227,15 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
     Raises:
       UserError: the rules do not fit the model, or the compiler reports no memory use.
     """
-    step = prepare(job, variant, optim)
+    try:
+        step = prepare(job, variant, optim)
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        raise UserError(
+            f"--attention {job.attention}: JAX asks the library for its version, and it is not "
+            "here (pip install --no-deps nvidia-cudnn-cu12): install it, or give flash"
+        ) from None
     held = {
         "base": per_device(step.base),
         "adapter": per_device(step.state.adapter),
