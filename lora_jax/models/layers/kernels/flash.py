@@ -281,7 +281,7 @@ class _Call:
     def __init__(self, how: How, q: jax.Array, k: jax.Array) -> None:
         batch, queries, heads, head_dim = q.shape
         keys, kv_heads = k.shape[1:3]
-        group, width = heads // kv_heads, pl.next_power_of_2(head_dim)
+        group, width = heads // kv_heads, max(16, pl.next_power_of_2(head_dim))
         self.how, self.queries, self.keys = how, queries, keys
         self.head_dim, self.width = head_dim, width
         self.of_queries = (queries // how.queries, heads, batch)
