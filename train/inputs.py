@@ -13,7 +13,7 @@ from lora_jax.training.layout import Layout
 from train.adapters.source import find_adapter
 from train.console.errors import as_user_errors
 from train.data.mixture import used
-from train.options.common import Options, as_json
+from train.options.common import Options, as_json, check_offload
 from train.options.field import traits_of
 from train.options.written import alike
 from train.processes import hosts
@@ -154,8 +154,9 @@ def _attention_line(config: Options, outline: Outline, layout: Layout, seq: int)
     """Returns a line that tells how attention is computed: "attention: blockwise".
 
     Raises:
-      UserError: what was asked for does not run on these devices.
+      UserError: what was asked for does not run on these devices, or does nothing there.
     """
+    check_offload(config.optim.remat, layout.platform)
     with as_user_errors(ValueError):
         chosen = chosen_attention(
             outline.config,

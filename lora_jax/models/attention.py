@@ -35,7 +35,7 @@ def chosen_attention(
       seq: tokens per row.
       dtype: dtype of the computation.
       attention: the name that was asked for; see ``Decoder``.
-      platform: "cpu", "gpu" or "tpu"; see ``Placement.platform``.
+      platform: the kind of device; see ``lora_jax.models.layers.placement.platform_of``.
       split: how the queries of a row are split over devices; None where they are not.
 
     Raises:

@@ -13,7 +13,13 @@ from lora_jax.core.types import Model, Tree
 from lora_jax.lorafy import split
 from lora_jax.models import compiler_options, partition_specs
 from lora_jax.models.layers.masks import Split
-from lora_jax.models.layers.placement import Activation, Attention, Mixture, Placement
+from lora_jax.models.layers.placement import (
+    Activation,
+    Attention,
+    Mixture,
+    Placement,
+    platform_of,
+)
 from lora_jax.models.specs import AXES, BATCH, SHARDS
 from lora_jax.sharding import Table, place, sharding_for, sharding_of, shardings
 from lora_jax.training import context
@@ -97,13 +103,17 @@ class Layout(Placement):
     @property
     def platform(self) -> str:
         """Returns the platform of the mesh's devices, which may be descriptions."""
-        platform: str = self.mesh.devices.flat[0].platform
-        return platform
+        return platform_of(self.mesh.devices.flat[0])
 
     @property
     def kernels(self) -> bool:
         """Returns True: `attention` gives each device its part."""
         return True
+
+    @property
+    def splits_rows(self) -> bool:
+        """Returns whether the tokens of a row lie on several devices."""
+        return self.sequence_parts > 1
 
     @property
     def ragged_kernels(self) -> bool:

@@ -23,9 +23,9 @@ from lora_jax.models.layers.attention import dense
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.call import Call
+from lora_jax.models.layers.kernels.splash import Splash
 from lora_jax.models.layers.masks import Mask, Split, Tokens, bidirectional
-from lora_jax.models.layers.placement import UNPLACED
-from lora_jax.models.layers.splash import Splash
+from lora_jax.models.layers.placement import OLD_GPU, UNPLACED
 from lora_jax.models.layers.trunk import causal_mask, place
 from tests.support import assert_close, draw, over
 
@@ -295,12 +295,16 @@ def test_memory_grows_with_the_length_and_not_its_square(causal: bool) -> None:
 
 def test_the_choice() -> None:
     """By length and platform; what a kernel does not serve goes to blocks, by name."""
-    assert ATTENTION == ("auto", "dense", "blockwise", "splash", "cudnn")
-    for platform, best in {"cpu": "blockwise", "tpu": "splash", "gpu": "blockwise"}.items():
+    assert ATTENTION == ("auto", "dense", "blockwise", "splash", "flash", "cudnn")
+    bests = {"cpu": "blockwise", "tpu": "splash", "gpu": "flash", OLD_GPU: "blockwise"}
+    for platform, best in bests.items():
+        known = dict(IMPLEMENTATIONS)
+        if platform.startswith("gpu"):
+            known["blockwise"] = Blockwise(spans=2)
         for seq, name in {1: "dense", LONG - 1: "dense", LONG: best}.items():
-            assert implementation("auto", seq, platform) is IMPLEMENTATIONS[name]
+            assert implementation("auto", seq, platform) == known[name]
             for asked in ("dense", "blockwise", best):
-                assert implementation(asked, seq, platform) is IMPLEMENTATIONS[asked]
+                assert implementation(asked, seq, platform) == known[asked]
     own = Blockwise(block=3)
     assert implementation(own, 1, "cpu") is own
     assert not UNPLACED.kernels, "here are four devices"
@@ -317,6 +321,11 @@ def test_the_choice() -> None:
     for queries, paired, fits in ((256, True, True), (128, True, False), (128, False, True)):
         told = served("auto", "tpu", queries=queries, split=Split("sequence", 4, paired))
         assert told == "splash" if fits else "64 tokens of a row at a time, no multiple" in told
+    assert served("auto", "gpu") == served("flash", "gpu", capped=True, head_dim=96) == "flash"
+    assert served("auto", "gpu", cached=True) == "blockwise (flash: keys lie in a cache)"
+    assert "has 300 tokens of a row, no multiple of 128" in served(
+        "auto", "gpu", queries=300, split=Split("sequence", 2, True)
+    )
     assert served("cudnn", "gpu") == served("cudnn", "gpu", dtype=jnp.float16) == "cudnn"
     for facts, why in (
         ({"dtype": jnp.float32}, "cuDNN has no float32"),
@@ -332,8 +341,8 @@ def test_the_choice() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="'flash' is not one of auto, dense, blockwise, splash"):
-        implementation("flash", 1, "cpu")
+    with pytest.raises(ValueError, match="'flesh' is not one of auto, dense, blockwise, splash"):
+        implementation("flesh", 1, "cpu")
     with pytest.raises(ValueError, match="'splash' runs on a tpu, and this is for a cpu: 'auto'"):
         implementation("splash", 2048, "cpu")
     with pytest.raises(ValueError, match="block=100.*multiple of 128"):

@@ -12,9 +12,9 @@ import pytest
 
 from lora_jax.models.layers.attend import attend
 from lora_jax.models.layers.attention import dense
-from lora_jax.models.layers.cudnn import Cudnn
+from lora_jax.models.layers.kernels.cudnn import Cudnn
+from lora_jax.models.layers.kernels.splash import Splash, _Band
 from lora_jax.models.layers.masks import Mask, Split
-from lora_jax.models.layers.splash import Splash, _Band
 from lora_jax.training.layout import Layout
 from tests.models.test_attention import Case
 from tests.support import assert_close, draw, over

@@ -63,8 +63,8 @@ class GenerateOptions:
     attention: Attention = "auto"
     """Computation of attention to the prompt. dense: all scores of a layer at once, in memory
     quadratic in the length. blockwise: a block of queries at a time, in memory linear in the
-    length. auto: dense below 512 tokens, blockwise from there on. splash and cudnn are refused:
-    these kernels read no KV cache."""
+    length. auto: dense below 512 tokens, blockwise from there on. splash, flash and cudnn are
+    refused: these kernels read no KV cache."""
     allow_base_mismatch: bool = False
     """Accept an adapter that was trained on another base."""
     compilation_cache: str | None = None
@@ -151,7 +151,7 @@ def _check_values(options: GenerateOptions) -> None:
         out, source = (Path(one).expanduser() for one in (options.output, options.prompts))
         if out.exists() and source.exists() and out.samefile(source):
             raise UserError(f"--output {options.output} is the file of --prompts: name another")
-    if options.attention in ("splash", "cudnn"):
+    if options.attention in ("splash", "flash", "cudnn"):
         raise UserError(
             f"--attention {options.attention}: the kernel does not read keys from a cache, and "
             "generation has one: give blockwise, dense or auto"

@@ -39,7 +39,7 @@ from train.options.variants import VariantOptions
 from train.reporters.registry import TRACKERS
 
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
-_REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")}
+_REMAT |= {name: name for name in ("offload", "dots_saveable", "dots_with_no_batch_dims_saveable")}
 
 _MOST_SEED = 2**32 - 1  # JAX takes a larger one by its last 32 bits
 
@@ -48,6 +48,15 @@ def _remat(given: list[str]) -> str:
     if len(given) > 1:
         raise ValueError(f"one policy is needed, not {' '.join(given)}")
     return given[0] if given else "full"
+
+
+def check_offload(remat: str, platform: str) -> None:
+    """Raises a UserError for --remat offload on a CPU, where it would have no effect."""
+    if remat == "offload" and platform == "cpu":
+        raise UserError(
+            "--remat offload moves the layers' inputs from a device to its host, and here the "
+            "device is the host's CPU: give --remat full"
+        )
 
 
 # One of the names; --remat without a name means "full".
@@ -63,7 +72,7 @@ Remat = Annotated[
     ),
 ]
 
-Attention = Literal["auto", "dense", "blockwise", "splash", "cudnn"]
+Attention = Literal["auto", "dense", "blockwise", "splash", "flash", "cudnn"]
 Experts = Literal["auto", "blocks", "ragged"]
 Quantize = Literal["none", "int8", "int4", "nf4", "nf4-double", "stored"]
 ReportTo = Literal["none", *TRACKERS]  # type: ignore[valid-type]
@@ -179,14 +188,16 @@ class OptimConfig:
     """Seed of the adapter's initialisation, data order, dropout, and noise."""
     remat: Remat = option("none", OF_BASE)
     """Activations to recompute in the backward pass. full, or --remat without a name: all those of
-    each layer, for much less memory and some more time. Two policies of JAX keep more:
-    dots_saveable the results of all matrix products, dots_with_no_batch_dims_saveable of those
-    with weights."""
+    each layer, for much less memory and some more time. offload: so, and the layers' inputs go to
+    the host's memory until they are needed (GPUs and TPUs), for very long rows. Two policies of JAX
+    keep more: dots_saveable the results of all matrix products, dots_with_no_batch_dims_saveable of
+    those with weights."""
     attention: Attention = option("auto", OF_BASE)
     """Computation of attention. dense: all scores of a layer at once, in memory quadratic in the
     length. blockwise: a block of queries at a time, in memory linear in the length. splash: a
-    kernel for TPUs. cudnn: a kernel for GPUs from Hopper on, in half precision, up to 4,096 tokens.
-    auto: dense below 512 tokens; from there on splash on a TPU, and blockwise elsewhere."""
+    kernel for TPUs. flash: a kernel for GPUs from Ampere on. cudnn: a kernel for GPUs from Hopper
+    on, in half precision, up to 4,096 tokens. auto: dense below 512 tokens; from there on splash on
+    a TPU, flash on a GPU that has it, and blockwise elsewhere."""
     experts: Experts = option("auto", OF_BASE)
     """Computation of a mixture of experts. blocks: a loop over blocks of tokens of one expert.
     ragged: all tokens of a device, sorted by expert, in a kernel that only the TPU's compiler has.

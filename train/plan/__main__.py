@@ -3,10 +3,12 @@
     python -m train.plan --model config.json --topology v5e:4x4 --mesh fsdp=16 --batch-size 16
 
 Compiles the very step of `train.sft` from a config.json alone, for a machine that need not be
-there: a TPU slice, with its own compiler (the extra `tpu`), or virtual CPU devices.
+there: a TPU slice or NVIDIA GPUs, with their own compilers (the extras `tpu` and `gpu-plan`), or
+virtual CPU devices.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -21,16 +23,27 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.optimizers.named import Name
 from lora_jax.training.run.log import duration
 from train.console.errors import UserError, reported
-from train.options.common import AdapterConfig, Attention, Experts, OptimConfig, Remat, at_least
+from train.options.common import (
+    AdapterConfig,
+    Attention,
+    Experts,
+    OptimConfig,
+    Remat,
+    at_least,
+    check_offload,
+)
 from train.options.optim import with_optimizer_defaults
 from train.options.rope import parse_rope_scaling
 from train.plan.compile import Job, Plan, Variant, plan
+from train.plan.largest import largest_fit
 from train.plan.machines import Machine, find_machine
 from train.plan.table import print_plans
 from train.processes.mesh import make_mesh
 from train.run.pretrained import read_shapes
 from train.run.rules import rules
 
+_ROW_UNIT = 256  # --longest counts rows in multiples of it
+_MOST_ROWS = 2**16  # of a batch that --largest-batch tries
 # No weights are read, so the codes of a file are not known.
 PlannedCodes = Literal["none", "int8", "int4", "nf4", "nf4-double"]
 
@@ -44,8 +57,8 @@ class PlanConfig:
     rope_scaling: str | None = None
     """Scale the model's RoPE; see train.sft."""
     topology: str = "cpu:1"
-    """A TPU slice, such as v5e:4x4, v5p:2x2x2, v6e:8x8 or tpu7x:2x2x1, or cpu:8 for eight virtual
-    devices of this CPU."""
+    """A TPU slice, such as v5e:4x4, v5p:2x2x2, v6e:8x8 or tpu7x:2x2x1; GPUs, such as rtx4090:1,
+    h100:8, or h100:2x8 for two hosts; or cpu:8 for eight virtual devices of this CPU."""
     mesh: str | None = None
     """The mesh, as in train.sft: fsdp=4,tensor=4. By default fsdp gets as many devices as can share
     the batch, and tensor gets the rest."""
@@ -72,6 +85,10 @@ class PlanConfig:
     adapters: tuple[int, ...] = ()
     """Numbers of adapters to plan for, such as 1 8 64: adapters that train side by side in one step
     over one base, sharing the --batch-size sequences evenly."""
+    longest: bool = False
+    """Find the longest row that fits, up to the model's own limit, beginning with --seq-len."""
+    largest_batch: bool = False
+    """Find the largest --batch-size that fits, beginning with that one."""
     optimizer: Name = "adamw"
     """The optimiser, whose state takes memory; see train.sft."""
     tokens: float | None = None
@@ -82,6 +99,9 @@ class PlanConfig:
     """The price of one chip-hour, in any currency, to compute the cost."""
     capacity_gib: float | None = None
     """The memory of a device in GiB, to override the topology's."""
+    mem_fraction: float | None = None
+    """The share of a GPU's memory that JAX reserves (XLA_PYTHON_CLIENT_MEM_FRACTION), by default
+    0.75: a plan fits if it needs no more."""
     peak_tflops: float | None = None
     """The peak TFLOP/s of a device, to override the topology's."""
     alone: bool = False
@@ -116,8 +136,12 @@ def run(options: PlanOptions) -> None:
     asked = options.plan
     jax.config.update("jax_platforms", "cpu")  # leave accelerators to other processes
     check(options)
+    found = search(options) if asked.longest or asked.largest_batch else {}
+    if found:
+        asked = _resized(asked, next(size for size in found.values() if size))
+        options = dataclasses.replace(options, plan=asked)
     job, optim = make_job(asked)
-    facts = described(asked, job)
+    facts = {**described(asked, job), "largest": found}
     plans: list[Plan] = []
     progress = Console(stderr=True)
     try:
@@ -129,6 +153,56 @@ def run(options: PlanOptions) -> None:
     finally:  # after Ctrl-C, the plans so far
         if plans:
             show(asked, job, facts, plans)
+
+
+def search(options: PlanOptions) -> dict[str, int | None]:
+    """Finds the largest size that fits, for each share of the memory, and says so.
+
+    Returns:
+      The size by share; None for a share into which not even the smallest fits.
+
+    Raises:
+      UserError: not even the smallest fits.
+    """
+    asked = options.plan
+    first, what = asked.seq_len, "tokens a row"
+    if asked.largest_batch:
+        first, what = asked.batch_size, "rows a batch"
+    # The rows to begin with may be longer than the model allows.
+    job, optim = make_job(_resized(asked, _ROW_UNIT) if asked.longest else asked)
+    machine, (variant,) = job.machine, variants(options)
+    parts = job.layout.sequence_parts if asked.longest else job.layout.batch_parts
+    unit = math.lcm(_ROW_UNIT, 2 * parts) if asked.longest else parts
+    limit = job.outline.max_tokens if asked.longest else _MOST_ROWS
+    progress = Console(stderr=True, highlight=False)
+
+    @functools.cache
+    def of(size: int) -> Plan:
+        with progress.status(f"compiling {variant.name}, {size:,} {what}"):
+            made = plan(make_job(_resized(asked, size))[0], variant, optim)
+        total, took = made.per_chip_bytes["total"], duration(made.compile_seconds)
+        needs = "refused" if total is None else f"{total / 2**30:.2f} GiB"
+        progress.print(f"{size:,} {what}: {needs} ({took})")
+        return made
+
+    found = {f"{share:g}": largest_fit(of, first, unit, limit, share) for share in machine.shares}
+    for share, size in found.items():
+        within = f" within {share} of the memory" if len(found) > 1 else ""
+        most = f"{size:,} {what}" if size else "nothing"
+        most += " (the model's limit)" * (asked.longest and size == limit - limit % unit)
+        progress.print(f"the most that fits{within}: {most}", soft_wrap=True)
+    if not any(found.values()):
+        raise UserError(
+            f"not even {unit} {what} fit into {machine.name}: give --quantize, --remat, a smaller "
+            f"{'--batch-size' if asked.longest else '--seq-len'}, or more devices"
+        )
+    return found
+
+
+def _resized(asked: PlanConfig, size: int) -> PlanConfig:
+    if asked.longest:
+        return dataclasses.replace(asked, seq_len=size)
+    return dataclasses.replace(asked, batch_size=size)
 
 
 def show(asked: PlanConfig, job: Job, facts: dict[str, Any], plans: list[Plan]) -> None:
@@ -152,9 +226,12 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
     outline = outline.quantized(asked.quantize)
     outline.check_length(asked.seq_len, f"--seq-len {asked.seq_len}")
     outline.check_experts(asked.experts)
-    machine = find_machine(asked.topology, asked.capacity_gib, asked.peak_tflops)
+    machine = find_machine(
+        asked.topology, asked.capacity_gib, asked.peak_tflops, asked.mem_fraction
+    )
     mesh = make_mesh(asked.mesh, asked.batch_size, machine.devices)
     layout = Layout.of(mesh, outline.config)
+    check_offload(asked.remat, layout.platform)
     layout.check_lengths([asked.seq_len])
     for n in asked.adapters:
         if (asked.batch_size // n) % layout.batch_parts:
@@ -190,6 +267,10 @@ def check(options: PlanOptions) -> None:
         raise UserError(
             f"--utilisation {asked.utilisation}: a share of the peak, above 0 and at most 1"
         )
+    if asked.mem_fraction is not None and not 0 < asked.mem_fraction <= 1:
+        raise UserError(
+            f"--mem-fraction {asked.mem_fraction}: a share of a GPU's memory, above 0 and at most 1"
+        )
     for name in ("tokens", "price", "capacity_gib", "peak_tflops"):
         value = getattr(asked, name)
         if value is not None and not (math.isfinite(value) and value > 0):
@@ -204,6 +285,10 @@ def check(options: PlanOptions) -> None:
         )
     if adapter.full and adapter.peft_config:
         raise UserError("--full trains without an adapter, and --peft-config describes one")
+    if asked.longest and asked.largest_batch:
+        raise UserError("--longest and --largest-batch: one of them at a time")
+    if asked.adapters and (asked.longest or asked.largest_batch):
+        raise UserError("--longest and --largest-batch plan one run, and --adapters plans several")
     if asked.adapters and (adapter.full or asked.alone):
         other = "--full" if adapter.full else "--alone"
         raise UserError(f"--adapters and {other} do not go together: it plans adapters alone")
@@ -219,6 +304,7 @@ def check(options: PlanOptions) -> None:
 def variants(options: PlanOptions) -> list[Variant]:
     """Returns the requested variant and, without --alone, others to compare it with."""
     lora = dataclasses.replace(options.adapter, full=False)
+    asked_alone = options.plan.alone or options.plan.longest or options.plan.largest_batch
     if options.plan.adapters:
         return [Variant(lora, options.plan.remat, n) for n in options.plan.adapters]
     full = AdapterConfig(full=True)
@@ -229,7 +315,7 @@ def variants(options: PlanOptions) -> list[Variant]:
         Variant(lora, "none"),
         Variant(full, "full"),
     ]
-    return [asked] if options.plan.alone else [asked, *(one for one in others if one != asked)]
+    return [asked] if asked_alone else [asked, *(one for one in others if one != asked)]
 
 
 def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
@@ -240,7 +326,7 @@ def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
         "topology": machine.name,
         "devices": len(machine.devices),
         "chips": machine.n_chips,
-        "compiler": "tpu" if machine.is_tpu else "cpu",
+        "compiler": machine.platform,
         "mesh": {axis: size for axis, size in mesh.items() if size > 1},
         "batch_size": asked.batch_size,
         "grad_accum": asked.grad_accum,
@@ -251,6 +337,9 @@ def described(asked: PlanConfig, job: Job) -> dict[str, Any]:
         "experts": asked.experts,
         "optimizer": asked.optimizer,
         "peak_flops_per_device": machine.flops,
+        "memory_bytes_per_second": machine.bandwidth,
+        "memory_shares": machine.shares,
+        "remarks": machine.remarks,
         "utilisation": asked.utilisation,
         "tokens": asked.tokens,
         "price": asked.price,

@@ -1,8 +1,8 @@
 """Compiles one variant of training for a machine, and reads what it needs."""
 
 import dataclasses
-import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,14 +27,14 @@ from train.options.optim import make_optimizer, make_schedule, make_tenant
 from train.plan.flops import step_flops
 from train.plan.machines import Machine
 from train.plan.plan_flops import count_traced, step_work
+from train.plan.refusals import of_refusal, reason_of
 from train.run.pretrained import Outline
 from train.run.report import compiled_bytes, tree_bytes
 from train.run.rules import rules
 
 _REMAT = {"none": "no remat", "full": "remat", "dots_saveable": "remat but products"}
-_REMAT |= {"dots_with_no_batch_dims_saveable": "remat but dense"}
+_REMAT |= {"offload": "remat to the host", "dots_with_no_batch_dims_saveable": "remat but dense"}
 _STEPS, _RATE = 1000, 1e-4  # of the schedule; a plan takes no step
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,10 +120,12 @@ class Plan:
 
     Attributes:
       name: the variant in words.
-      fits: whether the step compiles within the memory of a device.
+      fits: whether the step compiles within the first share of a device's memory.
+      fits_share: each share of the memory -> whether the step compiles within it.
       refused: the compiler's message if it refused the step.
       per_chip_bytes: memory of one device: base (frozen), adapter (trained), optimizer,
-        temporaries, other (the batch, padding, the program), total, capacity.
+        temporaries, other (the batch, padding, the program), total, capacity; and host, the memory
+        of its host that it needs (`--remat offload`).
       flops_per_step, flops_per_chip: FLOPs of matrix products, on all devices and on one.
       flops_source: their source: "hlo" (the optimised HLO) or "jaxpr" (the step as traced, if the
         HLO is not understood); see `train.plan.plan_flops`.
@@ -138,6 +140,7 @@ class Plan:
 
     name: str
     fits: bool
+    fits_share: dict[str, bool]
     refused: str | None
     per_chip_bytes: dict[str, int | None]
     flops_per_step: int | None
@@ -224,7 +227,15 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
     Raises:
       UserError: the rules do not fit the model, or the compiler reports no memory use.
     """
-    step = prepare(job, variant, optim)
+    try:
+        step = prepare(job, variant, optim)
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        raise UserError(
+            f"--attention {job.attention}: JAX asks the library for its version, and it is not "
+            "here (pip install --no-deps nvidia-cudnn-cu12): install it, or give flash"
+        ) from None
     held = {
         "base": per_device(step.base),
         "adapter": per_device(step.state.adapter),
@@ -237,14 +248,16 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
         "checkpoint_bytes": tree_bytes(step.state.adapter) + tree_bytes(step.state.opt_state),
     }
     counted = count_traced(step.traced.jaxpr)
+    machine = job.machine
     began = time.perf_counter()
     try:
-        compiled = step.lowered.compile()
+        compiled, sizes, on_host = _largest(step.lowered, machine.compilations)
     except jax.errors.JaxRuntimeError as error:
         return Plan(
             fits=False,
-            refused=_reason(error),
-            per_chip_bytes=of_refusal(str(error), held, job.machine.capacity),
+            fits_share={f"{share:g}": False for share in machine.shares},
+            refused=reason_of(error),
+            per_chip_bytes=of_refusal(str(error), held, machine.capacity),
             flops_per_step=None,
             flops_per_chip=None,
             flops_source=None,
@@ -256,10 +269,14 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
             **known,
         )
     seconds = time.perf_counter() - began
-    memory = _of_compiled(compiled_bytes(compiled), held, job.machine.capacity)
-    work = step_work(compiled.as_text(), counted, len(job.machine.devices))
+    memory = _of_compiled(sizes, held, machine.capacity)
+    memory["host"] = on_host
+    products_in_hlo = machine.platform != "gpu"  # there, they are calls of cuBLAS and of Triton
+    work = step_work(compiled.as_text(), counted, len(machine.devices), products_in_hlo)
+    fits = {f"{share:g}": memory["total"] <= share * machine.capacity for share in machine.shares}
     return Plan(
-        fits=memory["total"] <= memory["capacity"],
+        fits=next(iter(fits.values())),
+        fits_share=fits,
         refused=None,
         per_chip_bytes=dict(memory),
         flops_per_step=work.per_step,
@@ -272,6 +289,20 @@ def plan(job: Job, variant: Variant, optim: OptimConfig) -> Plan:
         notes=work.notes,
         **known,
     )
+
+
+def _largest(
+    lowered: jax.stages.Lowered, compilations: Sequence[dict[str, Any]]
+) -> tuple[jax.stages.Compiled, dict[str, int], int]:
+    """Compiles a step with each of several options; returns the one with the most temporaries.
+
+    Returns:
+      The compiled step, its bytes on a device, and those on its host.
+    """
+    made = [lowered.compile(compiler_options=options or None) for options in compilations]
+    most = max(made, key=lambda one: compiled_bytes(one).get("temporaries", 0))
+    memory: Any = most.memory_analysis()
+    return most, compiled_bytes(most), getattr(memory, "host_temp_size_in_bytes", 0)
 
 
 def abstract_params(job: Job, variant: Variant) -> Any:
@@ -354,33 +385,3 @@ def _of_compiled(sizes: dict[str, int], held: dict[str, int], capacity: int) -> 
         "total": total,
         "capacity": capacity,
     }
-
-
-def of_refusal(message: str, held: dict[str, int], capacity: int) -> dict[str, int | None]:
-    """Returns the memory that the compiler's refusal names, with the bytes `held` by arguments."""
-    temporaries = total = None
-    if found := re.search(r"HLO temporaries \((\d[\d.]*[KMGT]?)\)", message):
-        temporaries = _bytes(found[1])
-        total = temporaries + sum(held.values())
-    elif found := re.search(r"[Uu]sed (\d[\d.]*[KMGT]?) of \d[\d.]*[KMGT]? hbm", message):
-        total = _bytes(found[1])
-        temporaries = total - sum(held.values())
-    return {
-        **held,
-        "temporaries": temporaries,
-        "other": None,
-        "total": total,
-        "capacity": capacity,
-    }
-
-
-def _bytes(text: str) -> int:
-    """Parses a size such as "48.3G" into bytes."""
-    number = text.rstrip("KMGT")
-    return round(float(number) * _UNITS[text[len(number) :]])
-
-
-def _reason(error: Exception) -> str:
-    """Returns the compiler's message, without its links."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return " ".join(line for line in lines[:2] if line and not line.startswith("See "))[:500]

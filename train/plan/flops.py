@@ -8,16 +8,23 @@ from lora_jax.core.weight import LoraWeight, Trained, leaves_of
 from lora_jax.models import kinds
 from lora_jax.models.layers.attend import Attend
 from lora_jax.models.layers.blockwise import Blockwise
+from lora_jax.models.layers.kernels.flash import Flash
+from lora_jax.models.layers.kernels.splash import Splash
 from lora_jax.models.layers.masks import Split
-from lora_jax.models.layers.splash import Splash
 
 _KEEPS_ONLY_DENSE = "dots_with_no_batch_dims_saveable"  # attention scores are not kept
 # How often both products of a block, or their like in its gradients, are computed. A block's scores
 # are computed again, and all of it once more where its layer is; a policy that keeps products keeps
 # a block's.
-_OF_BLOCKS = {"none": 3.5, "dots_saveable": 3, _KEEPS_ONLY_DENSE: 4.5, "full": 4.5}
-# Of the kernel's products: two forward, once more with rematerialisation, and seven backward.
-_OF_SPLASH = {"none": 4.5, "dots_saveable": 5.5, _KEEPS_ONLY_DENSE: 5.5, "full": 5.5}
+_OF_BLOCKS = {"none": 3.5, "dots_saveable": 3, _KEEPS_ONLY_DENSE: 4.5, "full": 4.5, "offload": 4.5}
+# Of a kernel's products: two forward, once more with rematerialisation, and seven backward.
+_OF_KERNELS = {
+    "none": 4.5,
+    "dots_saveable": 5.5,
+    _KEEPS_ONLY_DENSE: 5.5,
+    "full": 5.5,
+    "offload": 5.5,
+}
 
 
 def step_flops(
@@ -50,7 +57,7 @@ def step_flops(
     tokens = batch * seq
     kind_of, total = kinds(config), 0.0
     heads_of = ("head", "embedding") if config.tie_word_embeddings else ("head",)
-    layers_again = remat == "full"
+    layers_again = remat in ("full", "offload")
     for path, leaf in leaves_of(params)[0]:
         kind = kind_of[path]
         is_head = kind in heads_of
@@ -75,10 +82,10 @@ def step_flops(
     pair = 4 * batch * heads * config.num_hidden_layers  # of a query and a key, forward
     if isinstance(attention, Blockwise):
         return total + pair * attention.pairs(seq, split) * _OF_BLOCKS[remat]
-    if isinstance(attention, Splash):
+    if isinstance(attention, Splash | Flash):
         pairs = float(attention.pairs(seq, split))
         if windowed := len(getattr(config, "windowed_layers", ())):
             near = attention.pairs(seq, split, window=config.sliding_window)
             pairs += (near - pairs) * windowed / config.num_hidden_layers
-        return total + pair * pairs * _OF_SPLASH[remat]
-    return total + pair * seq**2 * (3 + (remat in ("full", _KEEPS_ONLY_DENSE)))
+        return total + pair * pairs * _OF_KERNELS[remat]
+    return total + pair * seq**2 * (3 + (remat in ("full", "offload", _KEEPS_ONLY_DENSE)))

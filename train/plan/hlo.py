@@ -29,6 +29,7 @@ _CALLED = re.compile(
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_KERNEL = re.compile(r'\bname = "([^"]*)"')  # of Triton's; the TPU's name their instructions
 _OP_NAME = re.compile(r'\bop_name="([^"]*)"')
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 # The TPU compiler spreads a collective over fusions that overlap it with other work, beginning with
@@ -276,7 +277,8 @@ def _kernel_call(one: Instruction, instructions: Mapping[str, Instruction]) -> C
         return None
     scope = _OP_NAME.search(one.text)
     operands = tuple(shape for name in one.operands for shape in instructions[name].shapes)
-    return Call(one.name, scope[1] if scope else "", operands)
+    name = _KERNEL.search(one.text)
+    return Call(name[1] if name else one.name, scope[1] if scope else "", operands)
 
 
 def _product_flops(one: Instruction, instructions: Mapping[str, Instruction]) -> int:

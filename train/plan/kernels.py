@@ -85,17 +85,18 @@ _VISITED = re.compile(r"blocks_(\d+)(?:_or_(\d+))?_of_(\d+)")
 _WINDOWED = re.compile(r"windowed_(\d+)_of_(\d+)")
 
 
-def _attention(products: int) -> Callable[[Call], int]:
+def _attention(products: int, tokens: int = -2) -> Callable[[Call], int]:
     """Returns the count of a kernel that does so many products of each block of scores.
 
-    Its first two floating operands are queries and keys, [..., heads, n, head_dim]. The scope says
-    how many of all blocks the mask leaves (see `lora_jax.models.layers.splash`). Where that depends
-    on the layer, a call counts as the mean of all layers.
+    Its first two floating operands are queries and keys, with their tokens on the axis `tokens`.
+    The scope says how many of all blocks the mask leaves (see
+    `lora_jax.models.layers.kernels.splash`). Where that depends on the layer, a call counts as the
+    mean of all layers.
     """
 
     def flops(call: Call) -> int:
         queries, keys, *_ = _floating(call.operands)
-        return round(2 * products * math.prod(queries) * keys[-2] * _share(call.scope))
+        return round(2 * products * math.prod(queries) * keys[tokens] * _share(call.scope))
 
     return flops
 
@@ -136,6 +137,9 @@ KERNELS: dict[str, Kernel] = {
     "splash_mha_fwd": Kernel("splash attention", "fwd", _attention(2)),
     "splash_mha_dq": Kernel("splash attention", "dq", _attention(3)),
     "splash_mha_dkv": Kernel("splash attention", "dkv", _attention(4)),
+    "flash_fwd": Kernel("flash attention", "fwd", _attention(2, -3)),
+    "flash_dq": Kernel("flash attention", "dq", _attention(3, -3)),
+    "flash_dkv": Kernel("flash attention", "dkv", _attention(4, -3)),
     "ragged-dot": Kernel("ragged products", "rows", _ragged_dot),
     "ragged-dot-metadata": Kernel("ragged products", "groups", lambda _: 0),
 }

@@ -1,4 +1,4 @@
-"""Machines to plan for: TPU slices that their compiler knows, or virtual devices of this CPU."""
+"""Machines to plan for: TPU slices, NVIDIA GPUs, or virtual devices of this CPU."""
 
 import dataclasses
 import os
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from train.console.errors import UserError
+from train.plan.gpus import CARDS, DEFAULT_SHARE, LARGEST_SHARE, PRODUCTS, find_gpus
 
 _GIB = 2**30
 
@@ -35,7 +36,10 @@ KINDS = {
     "v6e": Kind(int(31.24 * _GIB), 918e12),
     "tpu7x": Kind(int(94.74 * _GIB), 2307e12 / 2, devices_a_chip=2),
 }
-_NAMED = f"one of {', '.join(f'{kind}:…' for kind in KINDS)} (such as v5e:4x4), or cpu:8"
+_NAMED = (
+    f"one of {', '.join(f'{kind}:…' for kind in KINDS)} (such as v5e:4x4), a number of GPUs or "
+    f"hosts and GPUs a host (h100:8, h100:2x8) of {', '.join(CARDS)}, or cpu:8"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,11 @@ class Machine:
       capacity: bytes of memory of a device.
       flops: peak FLOP/s of a device; None if it is not known.
       devices_a_chip: JAX devices per chip.
+      shares: the shares of the capacity that a program may have: the first decides what fits, and
+        others are shown beside it.
+      bandwidth: bytes/s of a device's memory; None if it is not known.
+      compilations: options of the compiler; a plan compiles with each, and takes the most memory.
+      remarks: what a plan has to say of the machine, in sentences.
     """
 
     name: str
@@ -55,6 +64,10 @@ class Machine:
     capacity: int
     flops: float | None
     devices_a_chip: int = 1
+    shares: tuple[float, ...] = (1.0,)
+    bandwidth: float | None = None
+    compilations: tuple[dict[str, Any], ...] = ({},)
+    remarks: tuple[str, ...] = ()
 
     @property
     def n_chips(self) -> int:
@@ -62,29 +75,43 @@ class Machine:
         return len(self.devices) // self.devices_a_chip
 
     @property
-    def is_tpu(self) -> bool:
-        """True if the plan uses the TPU compiler."""
-        return self.devices[0].platform == "tpu"
+    def platform(self) -> str:
+        """The kind of device, whose compiler makes the plan: "cpu", "gpu" or "tpu"."""
+        platform: str = self.devices[0].platform
+        return platform
 
 
 def find_machine(
-    topology: str, capacity_gib: float | None = None, peak_tflops: float | None = None
+    topology: str,
+    capacity_gib: float | None = None,
+    peak_tflops: float | None = None,
+    mem_fraction: float | None = None,
 ) -> Machine:
     """Returns the machine that a topology names.
 
     Args:
-      topology: a TPU slice such as "v5e:4x4", or "cpu:8" for eight virtual devices.
+      topology: a TPU slice such as "v5e:4x4", GPUs such as "h100:8", or "cpu:8" for eight virtual
+        devices.
       capacity_gib: memory of a device in GiB, to override the known one.
       peak_tflops: peak TFLOP/s of a device, to override the known one.
+      mem_fraction: share of a GPU's memory that JAX reserves, to override its default.
 
     Raises:
-      UserError: the topology does not exist, or the TPU's compiler is not installed.
+      UserError: the topology does not exist, its compiler is not installed, or a share is given for
+        what is no GPU.
     """
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology.strip())
-    if found is None or found[1] not in (*KINDS, "cpu"):
+    found = re.fullmatch(r"([\w-]+):(\d+(?:x\d+)*)", topology.strip())
+    if found is None or found[1] not in (*KINDS, *CARDS, "cpu"):
         raise UserError(f"--topology {topology}: there is no such machine; give {_NAMED}")
+    if mem_fraction is not None and found[1] not in CARDS:
+        raise UserError(
+            f"--mem-fraction {mem_fraction}: JAX reserves a share of memory on GPUs alone, and "
+            f"--topology is {topology}"
+        )
     if found[1] == "cpu":
         machine = _of_cpu(topology, found[2])
+    elif found[1] in CARDS:
+        machine = _of_gpus(topology, found[1], found[2], mem_fraction)
     else:
         machine = _of_tpu(topology, KINDS[found[1]])
     if capacity_gib is not None:
@@ -110,6 +137,20 @@ def _of_cpu(topology: str, size: str) -> Machine:
         )
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Machine(topology, devices[:n], memory // n, None)
+
+
+def _of_gpus(topology: str, kind: str, size: str, mem_fraction: float | None) -> Machine:
+    card = CARDS[kind]
+    return Machine(
+        topology,
+        find_gpus(topology, kind, size),
+        card.memory,
+        card.flops,
+        shares=tuple(dict.fromkeys((mem_fraction or DEFAULT_SHARE, LARGEST_SHARE))),
+        bandwidth=card.bandwidth,
+        compilations=PRODUCTS,
+        remarks=card.remarks,
+    )
 
 
 def _of_tpu(topology: str, kind: Kind) -> Machine:

@@ -39,18 +39,24 @@ class StepWork:
     notes: tuple[str, ...]
 
 
-def step_work(text: str | None, counted: Count | None, n_devices: int) -> StepWork:
+def step_work(
+    text: str | None, counted: Count | None, n_devices: int, products_in_hlo: bool = True
+) -> StepWork:
     """Returns the work of a step, from its HLO if it is understood.
 
     Args:
       text: the optimised HLO; None if the compiler gives none.
       counted: the count of the step's jaxpr; None if it was not understood.
       n_devices: the number of devices that share the step.
+      products_in_hlo: whether the HLO shows products; if not, their FLOPs are the jaxpr's.
     """
     try:
         work = work_of(text or "")
     except NotUnderstood as error:
         return _from_jaxpr(counted, n_devices, str(error))
+    if not products_in_hlo:
+        traced = _from_jaxpr(counted, n_devices, None)
+        return dataclasses.replace(traced, sent=work.sent, kernels=named(work.kernels))
     return StepWork(
         source=HLO,
         per_step=work.flops * n_devices,
@@ -70,14 +76,18 @@ def count_traced(jaxpr: Any) -> Count | None:
         return None
 
 
-def _from_jaxpr(counted: Count | None, n_devices: int, why: str) -> StepWork:
-    note = f"the HLO was not understood ({why}), so the traffic between devices is not known"
+def _from_jaxpr(counted: Count | None, n_devices: int, why: str | None) -> StepWork:
+    """Returns the work as traced, and why it is not the HLO's: None if it never is on a machine."""
+    note = ""
+    if why is not None:
+        note = f"the HLO was not understood ({why}), so the traffic between devices is not known; "
     if counted is None:
-        note += ", nor are the FLOPs: the jaxpr was not understood either"
+        note += "the FLOPs are not known: the jaxpr was not understood either"
     else:
-        note += "; the FLOPs are those of the step as traced, without work added by the partitioner"
+        note += "the FLOPs are those of the step as traced, without work added by the partitioner"
         if not counted.exact:
             note += ", and loops of unknown length are counted once"
+    remarkable = why is not None or counted is None or not counted.exact
     return StepWork(
         source=counted and JAXPR,
         per_step=counted and counted.flops,
@@ -85,7 +95,7 @@ def _from_jaxpr(counted: Count | None, n_devices: int, why: str) -> StepWork:
         traced=counted and counted.flops,
         sent=None,
         kernels=None,
-        notes=(note,),
+        notes=(note,) * remarkable,
     )
 
 

@@ -45,12 +45,17 @@ def print_plans(
     capacity = _gib(plans[0].per_chip_bytes["capacity"])
     memory = Table(title=f"Memory per device, in GiB (of {capacity})")
     memory.add_column("")
-    memory.add_column("fits")
-    for part in _PARTS:
+    shares = [share for share in facts["memory_shares"] if share < 1]
+    for column in [f"fits {share:g}" for share in shares] or ["fits"]:
+        memory.add_column(column)
+    to_host = any(made.per_chip_bytes["host"] for made in plans)
+    parts = (*_PARTS, "host") if to_host else _PARTS
+    for part in parts:
         memory.add_column(part, justify="right")
     for made in plans:
-        sizes = [_gib(made.per_chip_bytes[part]) for part in _PARTS]
-        memory.add_row(made.name, "yes" if made.fits else "no", *sizes)
+        sizes = [_gib(made.per_chip_bytes[part]) for part in parts]
+        fits = ["yes" if one else "no" for one in made.fits_share.values()]
+        memory.add_row(made.name, *fits, *sizes)
     console.print(memory)
 
     work = Table(title="Work and time")
@@ -83,7 +88,8 @@ def print_plans(
             console.print(f"{made.name}: kernels: {kernels}", highlight=False, soft_wrap=True)
         for note in made.notes:
             console.print(f"{_mark(made)}{made.name}: {note}", highlight=False, soft_wrap=True)
-    console.print(_notes(facts), highlight=False, soft_wrap=True)
+    for note in (*facts["remarks"], _notes(facts, to_host)):
+        console.print(note, highlight=False, soft_wrap=True)
 
 
 def _mark(made: Plan) -> str:
@@ -91,12 +97,22 @@ def _mark(made: Plan) -> str:
     return _TRACED if made.flops_source == JAXPR else ""
 
 
-def _notes(facts: Mapping[str, Any]) -> str:
+def _notes(facts: Mapping[str, Any], to_host: bool) -> str:
+    of = "as traced" if facts["compiler"] == "gpu" else "from the optimised HLO"
     notes = (
         "base: frozen parameters; adapter: trained parameters; other: the batch, padding, the "
-        "program. TFLOP: per step on all devices, from the optimised HLO; by hand: in closed form. "
+        f"program. TFLOP: per step on all devices, {of}; by hand: in closed form. "
         "GB sent: per device and step."
     )
+    if to_host:
+        notes += " host: memory of a device's host that the layers' inputs take, not in the total."
+    if facts["compiler"] == "gpu":
+        notes += (
+            f" fits {facts['memory_shares'][0]:g}: within that share of the memory, which JAX "
+            "reserves (XLA_PYTHON_CLIENT_MEM_FRACTION). Temporaries are the larger of those with "
+            "Triton's products and with cuBLAS's. A plan does not see what lies outside of XLA's "
+            "buffers: CUDA's context, NCCL's buffers, cuDNN's workspaces."
+        )
     if facts["peak_flops_per_device"] is not None:
         peak = facts["peak_flops_per_device"] / 1e12
         notes += (

@@ -14,6 +14,7 @@ from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.layers.activations import activated
 from lora_jax.models.layers.attention import wide
 from lora_jax.models.layers.blocks import ModelPart, dense
+from lora_jax.models.layers.trunk import by_chunks
 
 
 class RMSNorm(nn.Module):
@@ -45,16 +46,20 @@ class MLP(ModelPart):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        cfg = self.config
-        size, bias = cfg.intermediate_size, cfg.mlp_bias
-        if cfg.fused_projections:
-            fused = dense(self, 2 * size, use_bias=bias, name="gate_up_proj")(x)
-            gate, up = jnp.split(fused, 2, axis=-1)
-        else:
-            gate = dense(self, size, use_bias=bias, name="gate_proj")(x)
-            up = dense(self, size, use_bias=bias, name="up_proj")(x)
-        hidden = self.placement.constrain(activated(cfg.hidden_act, gate, up), "features")
-        return dense(self, cfg.hidden_size, use_bias=bias, name="down_proj")(hidden)
+        return by_chunks(self, _gated, x)
+
+
+def _gated(module: MLP, x: jax.Array) -> jax.Array:
+    cfg = module.config
+    size, bias = cfg.intermediate_size, cfg.mlp_bias
+    if cfg.fused_projections:
+        fused = dense(module, 2 * size, use_bias=bias, name="gate_up_proj")(x)
+        gate, up = jnp.split(fused, 2, axis=-1)
+    else:
+        gate = dense(module, size, use_bias=bias, name="gate_proj")(x)
+        up = dense(module, size, use_bias=bias, name="up_proj")(x)
+    hidden = module.placement.constrain(activated(cfg.hidden_act, gate, up), "features")
+    return dense(module, cfg.hidden_size, use_bias=bias, name="down_proj")(hidden)
 
 
 def norm(module: Any, name: str | None = None) -> RMSNorm:

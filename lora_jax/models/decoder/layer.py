@@ -17,6 +17,7 @@ from lora_jax.models.layers.attend import attend
 from lora_jax.models.layers.blocks import ModelPart, dense
 from lora_jax.models.layers.cache import LayerCache, with_slots
 from lora_jax.models.layers.masks import Mask
+from lora_jax.models.layers.trunk import layer_input
 
 
 class Step(NamedTuple):
@@ -125,7 +126,7 @@ class DecoderLayer(ModelPart):
         self, x: jax.Array, step: Step, layer: PerLayer
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Runs a scan's body: x is the carry, [batch, seq, d_model]; see ``Attention``."""
-        cfg = self.config
+        cfg, x = self.config, layer_input(x, self.remat)
         if cfg.num_experts:
             mlp: nn.Module = SparseMLP(
                 *self.options, products=self.experts, name=cfg.family.mlp_name

@@ -16,7 +16,7 @@ from lora_jax.models.layers.attention import dot_wide, wide
 from lora_jax.models.layers.blocks import ModelPart, dense, layer_norm
 from lora_jax.models.layers.masks import Mask, bidirectional
 from lora_jax.models.layers.noise import EmbeddingNoise
-from lora_jax.models.layers.trunk import scan
+from lora_jax.models.layers.trunk import layer_input, scan
 
 
 class EncoderOutput(NamedTuple):
@@ -184,7 +184,7 @@ class _Layer(_Part):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> tuple[jax.Array, None]:
-        cfg, args = self.config, self.options
+        cfg, args, x = self.config, self.options, layer_input(x, self.remat)
         x = _Attention(*args, name="attention")(x, mask)
         intermediate = _Dense(*args, features=cfg.intermediate_size, name="intermediate")
         inner = activated(cfg.hidden_act, intermediate(self.placement.constrain(x, "inputs")))

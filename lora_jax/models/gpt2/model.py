@@ -16,7 +16,7 @@ from lora_jax.models.layers.blocks import ModelPart, dense, embed, layer_norm
 from lora_jax.models.layers.cache import Cache, LayerCache, with_slots
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.noise import EmbeddingNoise, with_noise
-from lora_jax.models.layers.trunk import causal_mask, extend, place, scan
+from lora_jax.models.layers.trunk import causal_mask, extend, layer_input, place, scan
 
 
 class GPT2(CausalLM):
@@ -105,6 +105,7 @@ class _Block(ModelPart):
         def inputs(norm_name: str, x: jax.Array) -> jax.Array:
             return self.placement.constrain(layer_norm(self, name=norm_name)(x), "inputs")
 
+        x = layer_input(x, self.remat)
         attention = _Attention(*self.options, name="attn")
         hidden, cached = attention(inputs("ln_1", x), step, layer)
         x = x + hidden

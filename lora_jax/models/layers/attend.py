@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.models.layers.attention import dense
-from lora_jax.models.layers.blockwise import Blockwise
+from lora_jax.models.layers.blockwise import ON_GPU, Blockwise
 from lora_jax.models.layers.cache import Shared
 from lora_jax.models.layers.call import Call
-from lora_jax.models.layers.cudnn import Cudnn
+from lora_jax.models.layers.kernels.cudnn import Cudnn
+from lora_jax.models.layers.kernels.flash import Flash
+from lora_jax.models.layers.kernels.splash import Splash
 from lora_jax.models.layers.masks import Mask
 from lora_jax.models.layers.placement import UNPLACED, Placement
-from lora_jax.models.layers.splash import Splash
 
 # From this many queries on, "auto" never holds all scores: see tests/benchmarks/attention.py.
 LONG = 512
@@ -39,17 +40,18 @@ class Attend(Protocol):
     ) -> jax.Array: ...
 
 
-Kernel = Splash | Cudnn  # each has `refusal`, and `otherwise` for the calls that it refuses
+Kernel = Splash | Flash | Cudnn  # each has `refusal`, and `otherwise` for the calls that it refuses
 
 IMPLEMENTATIONS: dict[str, Attend] = {
     "dense": dense,
     "blockwise": Blockwise(),
     "splash": Splash(),
+    "flash": Flash(),
     "cudnn": Cudnn(),
 }
 ATTENTION = ("auto", *IMPLEMENTATIONS)
-_RUNS_ON = {"splash": "tpu", "cudnn": "gpu"}
-_BEST_ON = {"tpu": "splash"}  # cuDNN depends on a GPU's kind, which a trace does not know
+_RUNS_ON = {"splash": "tpu", "flash": "gpu", "cudnn": "gpu"}
+_BEST_ON = {"tpu": "splash", "gpu": "flash"}
 
 
 def attend(
@@ -102,9 +104,11 @@ def implementation(
     - "dense" holds all scores, [batch, heads, seq, keys] in fp32.
     - "blockwise" holds those of a block of queries; see ``Blockwise``.
     - "splash" is a kernel for TPUs that holds none; see ``Splash``.
+    - "flash" is a kernel for GPUs from Ampere on that holds none; see ``Flash``.
     - "cudnn" is cuDNN's kernel for GPUs; see ``Cudnn``.
-    - "auto" is "dense" for fewer than 512 queries. From 512 on it is "splash" on a TPU, and
-      "blockwise" elsewhere, or where there are several devices and no placement.
+    - "auto" is "dense" for fewer than 512 queries. From 512 on it is "splash" on a TPU, "flash" on
+      a GPU from Ampere on, and "blockwise" elsewhere, or where there are several devices and no
+      placement.
 
     A call that a kernel does not support (keys in a cache, say) goes to "blockwise"; ``chosen``
     tells.
@@ -112,7 +116,7 @@ def implementation(
     Args:
       attention: a name, or a function with the arguments of ``Attend``.
       seq: the number of queries, on all devices together.
-      platform: the kind of device, "cpu", "gpu" or "tpu"; see ``Placement.platform``.
+      platform: the kind of device; see ``platform_of``.
       kernels: whether "auto" may be a kernel; see ``Placement.kernels``.
 
     Raises:
@@ -130,6 +134,8 @@ def implementation(
             f"attention {attention!r} runs on a {needed}, and this is for a {platform}: "
             "'auto' takes what runs there"
         )
+    if attention == "blockwise" and platform.startswith("gpu"):
+        return ON_GPU
     return IMPLEMENTATIONS[attention]
 
 

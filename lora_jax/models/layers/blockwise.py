@@ -36,7 +36,8 @@ class Blockwise:
       block: queries per block. Scores are [batch, heads, block, keys] at a time, in fp32 (in the
         backward pass, too, unless a policy of rematerialisation keeps the results of all products).
       spans: spans of a causal sequence. More of them save products, and take memory and time to
-        compile. A sequence that is split over n devices has n at least.
+        compile: on a GPU seconds each, so that ``ON_GPU`` has two. A sequence that is split over n
+        devices has n at least.
 
     >>> from lora_jax.models.layers.blockwise import Blockwise
     >>> Blockwise(block=32)
@@ -109,6 +110,9 @@ class Blockwise:
         """
         parts = max(1, min(self.spans // split.parts, chunk // self.block))
         return chunk // max(n for n in range(1, parts + 1) if chunk % n == 0)
+
+
+ON_GPU = Blockwise(spans=2)
 
 
 def _span(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +146,27 @@ class Mask:
         segments = jnp.int32(0) if self.keys.segments is None else self.keys.segments
         keys = jnp.where(self.keys.positions >= 0, segments, _PADDING)
         return keys if self.aligned else jnp.take(keys, self.queries.slots, axis=1), keys
+
+
+def extremes(
+    low: Any, high: Any, first: Any, last: Any, *, causal: bool, window: Any = None
+) -> tuple[Any, Any]:
+    """Returns whether no query of slots low to high sees a key first to last; whether all do.
+
+    Distances in a block are a range, and so are those that are seen. Arrays broadcast.
+
+    Args:
+      low, high: the extreme slots of queries.
+      first, last: the extreme slots of keys.
+      causal, window: the mask's.
+    """
+    nearest, farthest = low - last, high - first
+    empty, full = nearest > farthest, nearest <= farthest  # of all slots: False, True
+    if causal:
+        empty, full = empty | (farthest < 0), full & (nearest >= 0)
+    if window is not None:
+        empty, full = empty | (nearest >= window), full & (farthest < window)
+    return empty, full
 
 
 def bidirectional(present: jax.Array) -> Mask:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -15,6 +15,20 @@ Mixture = Callable[..., jax.Array]
 Attention = Callable[..., jax.Array]
 
 
+OLD_GPU = "gpu before sm_80"  # no kernel is compiled for one
+
+
+def platform_of(device: Any) -> str:
+    """Returns the kind of a device, which may be a description: "cpu", "gpu", `OLD_GPU` or "tpu".
+
+    A GPU's kernels need compute capability 8.0: Ampere, Ada, Hopper or later.
+    """
+    platform: str = device.platform
+    if platform == "gpu" and float(getattr(device, "compute_capability", 8)) < 8:
+        return OLD_GPU
+    return platform
+
+
 class Placement:
     """Places a model's activations on devices; this one leaves everything as it is.
 
@@ -23,8 +37,8 @@ class Placement:
 
     @property
     def platform(self) -> str:
-        """Returns the kind of device that the model is compiled for: "cpu", "gpu" or "tpu"."""
-        return jax.default_backend()
+        """Returns the kind of device that the model is compiled for; see ``platform_of``."""
+        return platform_of(jax.devices()[0])
 
     @property
     def kernels(self) -> bool:
@@ -33,6 +47,11 @@ class Placement:
         Without a placement, nothing says on which devices the arrays will be.
         """
         return jax.device_count() == 1
+
+    @property
+    def splits_rows(self) -> bool:
+        """Returns whether the tokens of a row lie on several devices."""
+        return False
 
     @property
     def ragged_kernels(self) -> bool:

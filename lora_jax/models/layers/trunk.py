@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.masks import Mask, Tokens
@@ -22,6 +24,12 @@ REMAT_POLICIES = (
     "checkpoint_dots",
     "checkpoint_dots_with_no_batch_dims",
 )
+
+
+OFFLOAD = "offload"
+_INPUT = "layer_input"  # what "offload" moves
+# From twice as many tokens of a row on, an MLP that is recomputed takes so many at most at a time.
+CHUNK = 4096
 
 
 class Placed(NamedTuple):
@@ -127,19 +135,27 @@ def scan(
 
     Args:
       layer: the scan's body.
-      remat: what is recomputed in the backward pass; see ``Decoder``.
+      remat: what is recomputed in the backward pass; see ``Decoder``. With "offload", the body
+        starts with ``layer_input``.
       n: the number of layers.
       in_axes: the axes of the body's inputs after the first; by default one input that all layers
         share, and one with an entry for each.
 
     Raises:
-      ValueError: for a policy that is none of ``REMAT_POLICIES``.
+      ValueError: for a policy that is neither "offload" nor one of ``REMAT_POLICIES``.
     """
     if remat is not False:
         policy = None
-        if isinstance(remat, str):
+        if remat == OFFLOAD:
+            policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=(),
+                names_which_can_be_offloaded=(_INPUT,),
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+        elif isinstance(remat, str):
             if remat not in REMAT_POLICIES:
-                known = ", ".join(REMAT_POLICIES)
+                known = ", ".join((OFFLOAD, *REMAT_POLICIES))
                 raise ValueError(f"remat policy {remat!r} is not one of {known}")
             policy = _of_name(remat)
         # Inside a scan, nothing can be merged with the forward pass: the barrier would only cost.
@@ -151,6 +167,49 @@ def scan(
         in_axes=in_axes,
         length=n,
     )
+
+
+def layer_input(x: jax.Array, remat: bool | str) -> jax.Array:
+    """Returns a layer's input, under the name by which "offload" moves it to the host."""
+    return checkpoint_name(x, _INPUT) if remat == OFFLOAD else x
+
+
+def by_chunks(module: nn.Module, body: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+    """Computes ``body(module, x)``, in a long row that is recomputed a chunk of tokens at a time.
+
+    A layer that is recomputed keeps its input alone; its MLP is several times as wide as that, and
+    would be there whole in the backward pass. Its parameters are those of ``module``, as without
+    chunks.
+
+    Args:
+      module: a ``ModelPart``, in its compact method.
+      body: computes [batch, seq, features] of x, each token by itself.
+      x: [batch, seq, d_model].
+    """
+    batch, seq, _ = x.shape
+    whole = module.remat not in (True, OFFLOAD) or module.placement.splits_rows
+    if whole or seq < 2 * CHUNK or module.is_initializing():
+        return body(module, x)
+    least = -(-seq // CHUNK)
+    chunks = next((n for n in range(least, 4 * least) if seq % n == 0), seq // CHUNK)
+    size = seq // chunks if seq % chunks == 0 else CHUNK
+    looped = chunks * size
+
+    def through(module: nn.Module, _: None, x: jax.Array) -> tuple[None, jax.Array]:
+        return None, body(module, x)
+
+    scanned = nn.scan(
+        nn.remat(through, prevent_cse=False),
+        variable_broadcast="params",
+        split_rngs={"params": False},
+        in_axes=1,
+        out_axes=1,
+    )
+    parts = x[:, :looped].reshape(batch, chunks, size, -1)
+    out: jax.Array = scanned(module, None, parts)[1].reshape(batch, looped, -1)
+    if looped == seq:
+        return out
+    return jnp.concatenate([out, body(module, x[:, looped:])], axis=1)
 
 
 @functools.cache

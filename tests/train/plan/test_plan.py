@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from train.plan.refusals import of_refusal
 
 import lora_jax as lj
 from lora_jax.training.step import State
@@ -363,6 +364,11 @@ BAD = [
     (["--model", "missing.json"], "neither a file or folder here nor a hub name"),
     (["--model", "."], "config.json is missing"),
     (["--experts", "ragged"], "--experts ragged: the model .* is no mixture of experts"),
+    (["--mem-fraction", "0.9"], "JAX reserves a share of memory on GPUs alone"),
+    (["--mem-fraction", "90"], "a share of a GPU's memory, above 0"),
+    (["--longest", "--largest-batch"], "one of them at a time"),
+    (["--longest", "--adapters", "2"], "plan one run, and --adapters plans several"),
+    (["--remat", "offload"], "the device is the host's CPU: give --remat full"),
     (["--init-adapter", "x"], "an adapter's shapes come from options here"),
     (["--adapters", "1", "3"], "--adapters 3: a number that divides --batch-size 4"),
     (["--adapters", "2", "--full"], "--adapters and --full do not go together"),
@@ -424,9 +430,9 @@ def test_a_refusal_is_a_result(model, monkeypatch):
 
 def test_other_words_of_the_compiler():
     held = {"base": 3, "adapter": 1, "optimizer": 2}
-    of = planned.of_refusal("Used 48.50G of 15.75G hbm. Exceeded", held, 7)
+    of = of_refusal("Used 48.50G of 15.75G hbm. Exceeded", held, 7)
     assert of["total"] == round(48.5 * 2**30) and of["temporaries"] == of["total"] - 6
-    unknown = planned.of_refusal("Ran out of memory in memory space vmem", held, 7)
+    unknown = of_refusal("Ran out of memory in memory space vmem", held, 7)
     assert unknown["total"] is None and unknown["base"] == 3
 
 

@@ -40,7 +40,8 @@ class CompiledOnce:
     def compiled(self):
         return self.lowered.compile()
 
-    def compile(self):
+    def compile(self, compiler_options=None):
+        assert not compiler_options
         return self.compiled
 
 

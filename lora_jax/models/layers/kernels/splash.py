@@ -21,7 +21,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 from lora_jax.models.layers.attention import scaled
 from lora_jax.models.layers.blockwise import Blockwise
 from lora_jax.models.layers.call import Call
-from lora_jax.models.layers.masks import Mask, Split, padded
+from lora_jax.models.layers.masks import Mask, Split, extremes, padded
 
 LANES = 128  # of a TPU: the kernel's blocks are multiples of it
 _WINDOWED = 1 << 30  # a bit of a query's slot: its layer has the window
@@ -43,7 +43,7 @@ class Splash:
       interpret: run the kernel in Python on any device, for tests.
       otherwise: computes what the kernel refuses.
 
-    >>> from lora_jax.models.layers.splash import Splash
+    >>> from lora_jax.models.layers.kernels.splash import Splash
     >>> Splash(block=256).pairs(512) / 512**2  # causal: three of four blocks
     0.75
     """
@@ -248,17 +248,8 @@ class _Band(kernels.Mask):
         return int(np.sum(~np.broadcast_to(empty, shape))), shape[0] * shape[1]
 
     def _extremes(self, low: Any, high: Any, first: Any, last: Any) -> tuple[Any, Any]:
-        """Returns whether no query of slots low to high sees a key first to last; whether all do.
-
-        Distances in a block are a range, and so are those that are seen.
-        """
-        nearest, farthest = low - last, high - first
-        empty, full = nearest > farthest, nearest <= farthest  # of all slots: False, True
-        if self.causal:
-            empty, full = empty | (farthest < 0), full & (nearest >= 0)
-        if self.window is not None and self.some is not False:
-            empty, full = empty | (nearest >= self.window), full & (farthest < self.window)
-        return empty, full
+        window = None if self.some is False else self.window
+        return extremes(low, high, first, last, causal=self.causal, window=window)
 
 
 @dataclasses.dataclass(frozen=True)

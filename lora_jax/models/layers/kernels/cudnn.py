@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.models.layers.attention import scaled
-from lora_jax.models.layers.blockwise import Blockwise
+from lora_jax.models.layers.blockwise import ON_GPU, Blockwise
 from lora_jax.models.layers.call import Call
 from lora_jax.models.layers.masks import Mask
 
@@ -33,7 +33,7 @@ class Cudnn:
     """
 
     backend: str = "cudnn"
-    otherwise: Blockwise = Blockwise()
+    otherwise: Blockwise = ON_GPU
 
     def refusal(self, call: Call) -> str | None:
         """Returns why cuDNN cannot serve a call; None if it can."""

@@ -1,0 +1,319 @@
+"""Attention by a kernel for NVIDIA's GPUs: no scores in memory, forward or backward.
+
+FlashAttention-2 (Dao 2023) in Pallas, compiled by Triton, under the masks of this package: a kernel
+visits blocks of queries and keys, and leaves out those in front of the first and behind the last
+that sees anything. Which these are follows from the slots and the segments of the blocks, so that
+packed rows cost what their texts cost. Within a block, the mask is computed from slots and
+segments. Padding is a segment of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from lora_jax.models.layers.attention import scaled
+from lora_jax.models.layers.blockwise import ON_GPU, Blockwise
+from lora_jax.models.layers.call import Call
+from lora_jax.models.layers.kernels import flash_programs as programs
+from lora_jax.models.layers.kernels.flash_programs import How
+from lora_jax.models.layers.masks import Mask, Split, extremes, padded
+
+_EVER = 1 << 30  # a window that hides nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Flash:
+    """Computes attention by the kernel; see ``attend`` for the arguments.
+
+    A row whose length is no multiple of a block is padded. Calls that the kernel does not support
+    (see ``refusal``) go block by block in plain JAX. Scores and softmax are fp32. There is no
+    forward mode.
+
+    Attributes:
+      queries: queries per block, forward and in the gradient of queries; a power of 2.
+      keys: keys per block, and queries per block in the gradient of keys; a power of 2.
+      interpret: run the kernel in Python on any device, for tests.
+      otherwise: computes what the kernel refuses.
+
+    >>> from lora_jax.models.layers.kernels.flash import Flash
+    >>> Flash(queries=64, keys=64).pairs(128) / 128**2  # causal: three of four blocks
+    0.75
+    """
+
+    queries: int = 128
+    keys: int = 64
+    interpret: bool = False
+    otherwise: Blockwise = ON_GPU
+
+    def __post_init__(self) -> None:
+        if any(n < 16 or n & (n - 1) for n in (self.queries, self.keys)):
+            raise ValueError(f"{self}: blocks must be powers of 2, 16 at least")
+
+    def refusal(self, call: Call) -> str | None:
+        """Returns why the kernel cannot serve a call; None if it can."""
+        if call.cached:
+            return "keys lie in a cache"
+        if call.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+            return f"the kernel has no {jnp.dtype(call.dtype)}"
+        if call.head_dim > 256:
+            return f"the kernel's heads have 256 numbers at most, not {call.head_dim}"
+        block = max(self.queries, self.keys)
+        if call.split and call.queries % block:
+            return f"a device has {call.queries} tokens of a row, no multiple of {block}"
+        return None
+
+    def pairs(
+        self,
+        seq: int,
+        split: Split | None = None,
+        *,
+        causal: bool = True,
+        window: int | None = None,
+    ) -> int:
+        """Returns the number of scores that a head computes for a row of one text.
+
+        Args:
+          seq: the number of tokens.
+          split: how they are split over devices; the number counts all devices together.
+          causal, window: the mask's.
+        """
+        seq += -seq % max(self.queries, self.keys)
+        slots = np.arange(seq) if split is None else split.slots(seq).reshape(-1)
+        sizes = (self.queries, self.keys)
+        visits = _visits(slots, np.arange(seq), causal, window, sizes)
+        return int(np.sum(visits)) * math.prod(sizes)
+
+    def __call__(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: Mask,
+        scale: float | jax.Array | None = None,
+        cap: float | None = None,
+    ) -> jax.Array:
+        if self.refusal(Call.of(q, mask, cap)):
+            return self.otherwise(q, k, v, mask, scale, cap)
+        batch, seq, _, head_dim = q.shape
+        if isinstance(scale, jax.Array):
+            q, scale = scaled(q, scale), 1.0
+        segments = [jnp.broadcast_to(x, (batch, x.shape[1])) for x in mask.segments()]
+        query_slots = mask.queries.slots
+        if mask.split is None:
+            block = max(self.queries, self.keys)
+            q, k, v = (padded(x, block) for x in (q, k, v))
+            segments = [padded(x, block) for x in segments]
+            query_slots = jnp.arange(q.shape[1], dtype=jnp.int32)
+        window = _EVER if mask.window is None else mask.window
+        tokens = _Tokens(
+            query_slots,
+            segments[0],
+            segments[1],
+            jnp.where(True if mask.windowed is None else mask.windowed, window, _EVER)[None],
+        )
+        # Shared memory is small: 99 KiB on Ada. Wide heads and fp32 take smaller blocks.
+        width = pl.next_power_of_2(head_dim)
+        smaller = 1 if width * q.dtype.itemsize <= 256 else 2 if width <= 128 else 4
+        how = How(
+            causal=mask.causal,
+            scale=head_dim**-0.5 if scale is None else float(scale),
+            cap=cap,
+            queries=max(16, self.queries // smaller),
+            keys=max(16, self.keys // smaller),
+            interpret=self.interpret,
+        )
+        with jax.named_scope(self._visited(q.shape[1], k.shape[1], mask)):
+            return _attention(how, q, k, v, tokens)[:, :seq]
+
+    def _visited(self, queries: int, keys: int, mask: Mask) -> str:
+        """Returns the number of blocks that rows of one text visit, for plans; see ``Splash``."""
+        parts = mask.split.parts if mask.split else 1
+
+        def of(window: int | None) -> int:
+            pairs = self.pairs(keys, mask.split, causal=mask.causal, window=window)
+            return pairs // (self.queries * self.keys)
+
+        blocks = parts * queries * keys // (self.queries * self.keys)
+        if mask.windowed is None or mask.window is None:
+            return f"blocks_{of(mask.window)}_of_{blocks}"
+        return f"blocks_{of(None)}_or_{of(mask.window)}_of_{blocks}"
+
+
+class _Tokens(NamedTuple):
+    """The mask's arrays: slots [queries], segments [batch, n], and the window, [1] int32."""
+
+    slots: jax.Array
+    queries: jax.Array
+    keys: jax.Array
+    window: jax.Array
+
+
+def _visits(
+    slots: Any, keys: Any, causal: bool, window: Any, sizes: tuple[int, int], numbers: Any = np
+) -> Any:
+    """Returns [blocks of queries, blocks of keys] bool: False where no slot sees another."""
+    of_queries, of_keys = slots.reshape(-1, sizes[0]), keys.reshape(-1, sizes[1])
+    empty, _ = extremes(
+        of_queries.min(1)[:, None],
+        of_queries.max(1)[:, None],
+        of_keys.min(1),
+        of_keys.max(1),
+        causal=causal,
+        window=window,
+    )
+    visits: Any = ~numbers.broadcast_to(empty, (of_queries.shape[0], of_keys.shape[0]))
+    return visits
+
+
+def _bounds(
+    how: How, tokens: _Tokens, sizes: tuple[int, int], axis: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the first block to visit and the one behind the last, [batch, blocks] int32.
+
+    Args:
+      how: the mask's facts.
+      tokens: the mask's tokens.
+      sizes: queries and keys per block.
+      axis: 1 for the keys that a block of queries visits, 0 for the opposite.
+    """
+    key_slots = jnp.arange(tokens.keys.shape[1], dtype=jnp.int32)
+    visits = _visits(tokens.slots, key_slots, how.causal, tokens.window[0], sizes, jnp)
+    blocks = [
+        x.reshape(x.shape[0], -1, size)
+        for x, size in zip((tokens.queries, tokens.keys), sizes, strict=True)
+    ]
+    (low, high), (first, last) = ((x.min(2), x.max(2)) for x in blocks)
+    near = (low[:, :, None] <= last[:, None]) & (first[:, None] <= high[:, :, None])
+    visits = visits & near
+    if axis == 0:
+        visits = visits.swapaxes(1, 2)
+    count = visits.shape[2]
+    start = jnp.argmax(visits, axis=2)
+    stop = count - jnp.argmax(visits[..., ::-1], axis=2)
+    none = ~visits.any(2)
+    return start.astype(jnp.int32), jnp.where(none, start, stop).astype(jnp.int32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(how: How, q: jax.Array, k: jax.Array, v: jax.Array, tokens: _Tokens) -> jax.Array:
+    return _forward(how, q, k, v, tokens)[0]
+
+
+def _forward(
+    how: How, q: jax.Array, k: jax.Array, v: jax.Array, tokens: _Tokens
+) -> tuple[jax.Array, Any]:
+    call = _Call(how, q, k)
+    out, lse = call.run(
+        programs.forward,
+        "flash_fwd",
+        call.of_queries,
+        _bounds(how, tokens, (how.queries, how.keys), 1),
+        tokens,
+        [(q, call.block), (k, call.row), (v, call.row)],
+        [(q, call.block), (call.statistics, call.block_statistics)],
+    )
+    return out, (q, k, v, tokens, out, lse)
+
+
+def _backward(how: How, kept: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+    q, k, v, tokens, out, lse = kept
+    mean = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)
+    mean = mean.transpose(0, 2, 1)
+    call = _Call(how, q, k)
+    (dq,) = call.run(
+        programs.dq_of,
+        "flash_dq",
+        call.of_queries,
+        _bounds(how, tokens, (how.queries, how.keys), 1),
+        tokens,
+        [
+            (q, call.block),
+            (k, call.row),
+            (v, call.row),
+            (cotangent, call.block),
+            (lse, call.block_statistics),
+            (mean, call.block_statistics),
+        ],
+        [(q, call.block)],
+    )
+    dk, dv = call.run(
+        programs.dkv_of,
+        "flash_dkv",
+        call.of_keys,
+        _bounds(how, tokens, (how.keys, how.keys), 0),
+        tokens,
+        [
+            (q, call.group),
+            (k, call.key_block),
+            (v, call.key_block),
+            (cotangent, call.group),
+            (lse, call.group_statistics),
+            (mean, call.group_statistics),
+        ],
+        [(k, call.key_block), (v, call.key_block)],
+    )
+    return dq, dk, dv, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+class _Call:
+    """The grids and the blocks of a call: programs are (block, head, row of the batch).
+
+    Attributes:
+      of_queries, of_keys: the grids over blocks of queries of a head, and over blocks of keys.
+      block: a block of queries of a head; block_statistics: their numbers in fp32.
+      row: all keys of the head that a head of queries looks at.
+      key_block: a block of keys of a head.
+      group: all queries of the heads that look at a head of keys; group_statistics: their numbers.
+    """
+
+    def __init__(self, how: How, q: jax.Array, k: jax.Array) -> None:
+        batch, queries, heads, head_dim = q.shape
+        keys, kv_heads = k.shape[1:3]
+        group, width = heads // kv_heads, max(16, pl.next_power_of_2(head_dim))
+        self.how, self.queries, self.keys = how, queries, keys
+        self.head_dim, self.width = head_dim, width
+        self.of_queries = (queries // how.queries, heads, batch)
+        self.of_keys = (keys // how.keys, kv_heads, batch)
+        self.statistics = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
+        self.block = pl.BlockSpec((None, how.queries, None, width), lambda i, h, b: (b, i, h, 0))
+        self.row = pl.BlockSpec((None, keys, None, width), lambda i, h, b: (b, 0, h // group, 0))
+        self.key_block = pl.BlockSpec((None, how.keys, None, width), lambda i, h, b: (b, i, h, 0))
+        self.group = pl.BlockSpec((None, queries, group, width), lambda i, h, b: (b, 0, h, 0))
+        self.block_statistics = pl.BlockSpec((None, None, how.queries), lambda i, h, b: (b, h, i))
+        self.group_statistics = pl.BlockSpec((None, group, queries), lambda i, h, b: (b, h, 0))
+
+    def run(
+        self, kernel: Any, name: str, grid: Any, bounds: Any, tokens: _Tokens, ins: Any, outs: Any
+    ) -> Any:
+        """Runs a kernel: on its bounds and tokens, then on the arrays with their blocks."""
+        one = pl.BlockSpec((None, None), lambda i, h, b: (b, i))
+        whole = [
+            pl.BlockSpec((self.queries,), lambda i, h, b: (0,)),
+            pl.BlockSpec((None, self.queries), lambda i, h, b: (b, 0)),
+            pl.BlockSpec((None, self.keys), lambda i, h, b: (b, 0)),
+            pl.BlockSpec((1,), lambda i, h, b: (0,)),
+        ]
+        return pl.pallas_call(
+            functools.partial(kernel, self.how, self.head_dim),
+            grid=grid,
+            in_specs=[one, one, *whole, *(spec for _, spec in ins)],
+            out_specs=[spec for _, spec in outs],
+            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outs],
+            compiler_params=triton.CompilerParams(
+                num_warps=4 if self.width <= 64 else 8, num_stages=2
+            ),
+            interpret=self.how.interpret,
+            name=name,
+        )(*bounds, *tokens, *(x for x, _ in ins))

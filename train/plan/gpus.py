@@ -1,0 +1,185 @@
+"""NVIDIA's GPUs as their compiler describes them, so that it compiles for cards that are not here.
+
+XLA compiles for a GPU from a description of the card: its cores, its memories, its clock. Those of
+the cards of data centres are XLA's own (xla/backends/gpu/target_config/specs); those of the others
+are written from NVIDIA's data sheets and the architecture's tuning guides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from train.console.errors import UserError
+
+_MIB = 2**20
+
+
+class _Architecture(NamedTuple):
+    """The facts that all cards of one compute capability share; bytes are of shared memory."""
+
+    fpus_per_core: int
+    threads_per_core: int
+    shared_per_core: int
+    shared_per_block: int
+    accelerated: bool = False
+
+
+# Compute capability -> its architecture: Turing, Ampere, Ada, Hopper, Blackwell.
+_ARCHITECTURES = {
+    (7, 5): _Architecture(64, 1024, 65_536, 65_536),
+    (8, 0): _Architecture(64, 2048, 167_936, 166_912),
+    (8, 6): _Architecture(128, 1536, 102_400, 101_376),
+    (8, 9): _Architecture(128, 1536, 102_400, 101_376),
+    (9, 0): _Architecture(128, 2048, 233_472, 232_448, accelerated=True),
+    (10, 0): _Architecture(128, 2048, 233_472, 232_448, accelerated=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """A kind of GPU.
+
+    Attributes:
+      name: the name that its driver reports.
+      compute: the compute capability.
+      cores: the number of streaming multiprocessors.
+      clock: GHz, boosted.
+      memory: bytes that a program can have: less than the data sheet says, by what ECC and the
+        driver keep.
+      bandwidth: bytes/s of device memory.
+      l2: bytes of its cache.
+      flops: published peak FLOP/s in bf16 with sums in fp32, without sparsity; in fp32 where the
+        card computes no bf16.
+      from_data_sheet: whether XLA has no description of the card, so that this one is ours.
+    """
+
+    name: str
+    compute: tuple[int, int]
+    cores: int
+    clock: float
+    memory: int
+    bandwidth: float
+    l2: int
+    flops: float
+    from_data_sheet: bool = False
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Remarks of a plan on the card, in sentences."""
+        ours = f"XLA does not describe the {self.name}: its data are from NVIDIA's data sheet"
+        emulated = f"the {self.name} computes no bf16: XLA emulates it in fp32, whose peak this is"
+        return (ours,) * self.from_data_sheet + (emulated,) * (self.compute < (8, 0))
+
+    @property
+    def description(self) -> str:
+        """The card in the text form of XLA's GpuTargetConfigProto."""
+        major, minor = self.compute
+        of = _ARCHITECTURES[self.compute]
+        feature = "ACCELERATED_FEATURES" if of.accelerated else "NONE"
+        return f"""
+            gpu_device_info {{
+              name: "{self.name}" device_vendor: "NVIDIA Corporation"
+              cuda_compute_capability {{
+                major: {major} minor: {minor} feature_extension: {feature}
+              }}
+              platform_version: "Compute Capability {major}.{minor}{"a" if of.accelerated else ""}"
+              core_count: {self.cores} fpus_per_core: {of.fpus_per_core}
+              clock_rate_ghz: {self.clock}
+              device_memory_size: {self.memory} memory_bandwidth: {self.bandwidth:.0f}
+              l2_cache_size: {self.l2}
+              shared_memory_per_block: 49152 shared_memory_per_core: {of.shared_per_core}
+              shared_memory_per_block_optin: {of.shared_per_block}
+              threads_per_block_limit: 1024 threads_per_warp: 32
+              threads_per_core_limit: {of.threads_per_core}
+              block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+              thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+              registers_per_core_limit: 65536 registers_per_block_limit: 65536
+              device_address_bits: 64 pcie_bandwidth: 34359738368
+              driver_version: "13.0.0" runtime_version: "12.9.0"
+              compile_time_toolkit_version: "12.9.0" dnn_version: "9.10.0"
+            }}
+            platform_name: "CUDA"
+            dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+            device_description_str: "{self.name}"
+        """
+
+
+def _gib(number: float) -> int:
+    return int(number * 2**30)
+
+
+# Peaks: NVIDIA's data sheets. Memory of the cards that XLA does not describe: what drivers report.
+CARDS = {
+    "a100-40gb": Card(
+        "NVIDIA A100-SXM4-40GB", (8, 0), 108, 1.41, 42_331_013_120, 1555.2e9, 40 * _MIB, 312e12
+    ),
+    "a100-80gb": Card(
+        "NVIDIA A100-SXM4-80GB", (8, 0), 108, 1.41, 85_100_068_864, 2039.04e9, 40 * _MIB, 312e12
+    ),
+    "h100": Card(
+        "NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 84_942_979_072, 3352.32e9, 50 * _MIB, 989.4e12
+    ),
+    "h200": Card(
+        "NVIDIA H200 141GB HBM3e", (9, 0), 132, 1.98, 151_397_597_184, 4800e9, 50 * _MIB, 989.4e12
+    ),
+    "b200": Card(
+        "NVIDIA B200", (10, 0), 148, 1.965, 191_514_411_008, 7672.32e9, 132_644_864, 2250e12
+    ),
+    "rtx4090": Card(
+        "NVIDIA GeForce RTX 4090", (8, 9), 128, 2.52, _gib(23.64), 1008e9, 72 * _MIB, 165.2e12, True
+    ),
+    "rtx3090": Card(
+        "NVIDIA GeForce RTX 3090", (8, 6), 82, 1.695, _gib(23.69), 936e9, 6 * _MIB, 71e12, True
+    ),
+    "l4": Card("NVIDIA L4", (8, 9), 58, 2.04, _gib(22.03), 300e9, 48 * _MIB, 121e12, True),
+    "l40s": Card("NVIDIA L40S", (8, 9), 142, 2.52, _gib(44.4), 864e9, 96 * _MIB, 362e12, True),
+    "t4": Card("Tesla T4", (7, 5), 40, 1.59, _gib(14.56), 320e9, 4 * _MIB, 8.1e12, True),
+}
+
+# Shares of a card's memory that JAX reserves: by default, and with
+# XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, which leaves room for CUDA's context and little else.
+DEFAULT_SHARE, LARGEST_SHARE = 0.75, 0.95
+# On a GPU, the compiler tries several kernels for each product, and keeps the fastest. Without one,
+# all are Triton's, or else all are cuBLAS's: a plan compiles both, and shows the larger memory.
+PRODUCTS: tuple[dict[str, Any], ...] = ({}, {"xla_gpu_enable_triton_gemm": False})
+
+
+def find_gpus(topology: str, kind: str, size: str) -> Sequence[Any]:
+    """Returns descriptions of the devices of a topology, which need not be there.
+
+    Args:
+      topology: the topology as given, for errors.
+      kind: a card of `CARDS`.
+      size: the number of GPUs, "8"; or hosts and GPUs a host, "2x8".
+
+    Raises:
+      UserError: the size has another form, or the GPU's compiler is not installed.
+    """
+    from jax.experimental import topologies
+
+    hosts, _, per_host = size.rpartition("x")
+    if not all(0 < int(n) <= 4096 for n in (hosts or "1", per_host) if n.isdigit()) or "x" in hosts:
+        raise UserError(
+            f"--topology {topology}: a number of GPUs is needed, such as {kind}:8, or hosts and "
+            f"GPUs a host, such as {kind}:2x8"
+        )
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda",
+            target_config=CARDS[kind].description,
+            topology=f"1x{hosts or 1}x{per_host}",
+        )
+    except Exception as error:  # any error here is about the plugin
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"--topology {topology}: the GPU's compiler is not installed, or not with JAX "
+            f"{jax.__version__} ({reason}). It needs no GPU: pip install -e '.[gpu-plan]', or pip "
+            "install jax-cuda12-plugin jax-cuda12-pjrt of JAX's own version"
+        ) from None
+    return found.devices
