@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from train.plan.refusals import of_refusal
 
 import lora_jax as lj
 from lora_jax.training.step import State
@@ -34,6 +33,7 @@ from train.plan.hlo import Work
 from train.plan.jaxpr_flops import Count
 from train.plan.machines import find_machine
 from train.plan.plan_flops import step_work
+from train.plan.refusals import of_refusal
 from train.run.output import folder_bytes
 
 
