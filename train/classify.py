@@ -11,8 +11,8 @@ from train.finetune import finetune
 from train.options import classify as classify_options
 from train.options.classify import Config, with_defaults
 from train.options.command import read_command
+from train.options.tasks import TEXTS, find_task
 from train.processes.session import Session
-from train.tasks.registry import TEXTS, find_task
 from train.tasks.task import Task
 
 

@@ -17,8 +17,8 @@ from train.options.defaults import with_defaults
 from train.options.ignored import check_effects
 from train.options.sft import Config
 from train.options.table import TableRow, check_one_base, placed_error, read_table
+from train.options.tasks import CHATS, STREAMED, find_task
 from train.processes.session import Session
-from train.tasks.registry import CHATS, STREAMED, find_task
 from train.tasks.task import Task
 
 _PROG = "python -m train.sft"

@@ -22,8 +22,7 @@ from train.options.sft import Config
 from train.processes import hosts
 from train.run.output import saved_options
 from train.run.pretrained import Outline, read_outline
-from train.tasks.lengths import padding_line
-from train.tasks.task import Data, Rows, Task
+from train.tasks.task import Data, Rows, Task, padding_line
 
 _LARGE = 2**30  # bytes of files that are better streamed
 _HELD_OUT_STREAM = 2**32 + 1  # no epoch's number: the draw is none of the data's orders

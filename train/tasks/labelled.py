@@ -6,15 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from sklearn.model_selection import train_test_split
 
 from lora_jax.hf.bundled import MINILM
-from lora_jax.training.data.labelled import Labelled, label_names, predict
+from lora_jax.training.data import labelled
+from lora_jax.training.data.labelled import Fields, Labelled, label_names, predict
 from lora_jax.training.data.rows import Row
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import CLASSES, Loss
 from lora_jax.training.processes import is_first, write_json
-from train.options.classify import HEAD, Config
+from train.console.errors import UserError
+from train.data.files import kind_of, read_rows
+from train.options.classify import HEAD, Config, DataConfig
 from train.options.defaults import Defaults
+from train.processes.hosts import map_over_processes
 from train.run.log import doing
 from train.run.output import CONFUSION, SCORES
 from train.run.pretrained import Outline, read_classifier_outline
@@ -26,17 +31,12 @@ from train.tasks.classes import (
     print_scores,
     scores_of,
 )
-from train.tasks.labelled_rows import encode, read_labelled
-from train.tasks.lengths import padding_line
-from train.tasks.task import Context, Data, Evaluation, Progress, Rows, Task
+from train.tasks.task import Context, Data, Evaluation, Progress, Rows, Task, padding_line
 
+_SEED = 0  # of the held-out rows: the same for every run, so that runs are comparable
 # Maps (rows to train on, texts) to (the baseline's name, a label for each text).
 Baseline = Callable[[Sequence[Row], Sequence[str]], tuple[str, Sequence[str]]]
 ADAPTED = "fine-tuned"  # among the names of the baselines, in scores.json
-
-
-def check(config: Config) -> None:
-    """Accepts all options."""
 
 
 def completed(config: Config) -> Config:
@@ -52,9 +52,53 @@ def completed(config: Config) -> Config:
     return dataclasses.replace(config, adapter=adapter)
 
 
-def read_rows(config: Config) -> Rows:
-    """Reads the rows to train on and the rows to test on."""
-    return Rows(*read_labelled(config.data))
+def read_labelled(data: DataConfig) -> tuple[list[Row], list[Row]]:
+    """Returns (rows to train on, rows to test on), each with a text and a label.
+
+    Raises:
+      TrainingError: the rows cannot be read, lack a field, or are too few to hold out a share.
+    """
+    rows = read_rows(data.dataset, split=data.split, subset=data.subset)[: data.rows]
+    labelled.check_rows(rows, data.dataset, fields_of(data))
+    if data.test is None:
+        names = [str(row[data.label]) for row in rows]
+        try:
+            split = train_test_split(
+                rows, test_size=data.test_share, random_state=_SEED, stratify=names
+            )
+        except ValueError as error:
+            raise UserError(
+                f"--test-share {data.test_share:g} of the {len(rows)} rows cannot be held out: "
+                f"{error} Name other rows with --test"
+            ) from None
+        return split[0], split[1]
+    if kind_of(data.test):
+        test = read_rows(data.test)
+    else:
+        test = read_rows(data.dataset, split=data.test, subset=data.subset)
+    labelled.check_rows(test, data.test, fields_of(data))
+    return rows, test
+
+
+def fields_of(data: DataConfig) -> Fields:
+    """Returns the names of the fields, from the options."""
+    return Fields(text=data.text, text_pair=data.text_pair, label=data.label)
+
+
+def encode(
+    data: DataConfig, rows: Sequence[Row], names: Sequence[str], tokenizer: Any, source: str
+) -> Labelled:
+    """Returns rows as arrays; each process encodes its part. See `lora_jax.training.texts`."""
+    return labelled.encode(
+        rows,
+        names,
+        tokenizer,
+        fields=fields_of(data),
+        seq_len=data.seq_len,
+        truncate=data.truncate,
+        source=source,
+        mapped=map_over_processes,
+    )
 
 
 def outline(config: Config, rows: Rows) -> Outline:
@@ -185,9 +229,8 @@ def baselines(scores: Mapping[str, Any]) -> dict[str, float]:
 
 TASK = Task(
     defaults=Defaults(model=MINILM.name, alpha=2.0, lr=1e-3, full_lr=3e-5, epochs=3.0),
-    check=check,
     completed=completed,
-    rows=read_rows,
+    rows=lambda config: Rows(*read_labelled(config.data)),
     outline=outline,
     examples=examples,
     loss=loss,

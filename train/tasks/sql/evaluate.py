@@ -6,8 +6,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from train.run.complete import Chat, complete, tokenized
+from train.run.complete import Chat, answered, tokenized
 from train.run.pretrained import Outline
 from train.tasks.sql.examples import (
     SqlExample,
@@ -59,15 +60,9 @@ def answer(
       forward: the model's ``apply``, or that on an adapted tree.
       progress: is called with the number of answers so far, and of all.
     """
-    chats = _chats(questions, few_shot)
-    made = complete(
-        model,
-        params,
-        outline,
-        chats,
-        new_tokens=NEW_TOKENS,
-        forward=forward,
-        progress=progress,
+    prompts = tokenized(outline, _chats(questions, few_shot))
+    made = answered(
+        model, params, outline, prompts, new_tokens=NEW_TOKENS, forward=forward, progress=progress
     )
     texts = iter(made)
     return {kind: [next(texts) for _ in examples] for kind, examples in questions.items()}
@@ -89,10 +84,6 @@ class Scores:
     def n(self) -> int:
         """The number of questions of each kind."""
         return len(self.questions[UNSEEN_SCHEMAS])
-
-    def add(self, way: str, answers: Answers) -> None:
-        """Adds the answers of one prompting method."""
-        self.answers[way] = answers
 
     def accuracies(self) -> dict[str, dict[str, float]]:
         """Computes the execution accuracy, by kind of question and prompting method."""
@@ -183,9 +174,5 @@ def print_examples(console: Console, examples: Sequence[Mapping[str, str]]) -> N
     for name in examples[0]:
         table.add_column(name, overflow="fold", ratio=1)
     for example in examples:
-        table.add_row(*(_escaped(text) for text in example.values()))
+        table.add_row(*map(Text, example.values()))
     console.print(table)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -17,7 +17,7 @@ chance, and differs in its result from every query one mistake away (`trust.py`)
 import sqlite3
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 
@@ -27,9 +27,9 @@ from train.tasks.sql.execute import GUARDED, open_databases, same_rows
 from train.tasks.sql.fill import filled_tables
 from train.tasks.sql.forms import FORMS
 from train.tasks.sql.guard import Row, run
-from train.tasks.sql.phrasings import PHRASINGS, ask
+from train.tasks.sql.phrasings import N_TRAINED, PHRASINGS, ask
 from train.tasks.sql.query import write
-from train.tasks.sql.scene import DoesNotFit, Scene
+from train.tasks.sql.scene import DoesNotFit, Scene, table_words
 from train.tasks.sql.schemas import SCHEMAS, TEST_SCHEMAS, TRAINING_SCHEMAS
 from train.tasks.sql.tables import Schema
 from train.tasks.sql.trust import can_be_trusted
@@ -117,28 +117,12 @@ def score(example: SqlExample, text: str) -> bool:
     query = find_query(text)
     if query is None:
         return False
-    schema = SCHEMAS[example.schema]
-    ordered = _is_ordered(example.sql)
+    schema, ordered = SCHEMAS[example.schema], " ORDER BY " in example.sql
     for database, gold in enumerate(_gold_results(schema, example.sql)):
         rows = GUARDED.run(schema, database, query)
         if rows is None or not same_rows(gold, rows, ordered=ordered):
             return False
     return True
-
-
-def statistics() -> dict[str, int]:
-    """Counts the schemas, forms and phrasings (the fewest phrasings of any form)."""
-    return {
-        "training_schemas": len(TRAINING_SCHEMAS),
-        "test_schemas": len(TEST_SCHEMAS),
-        "forms": len(FORMS),
-        "training_phrasings": min(len(p.training) for p in PHRASINGS.values()),
-        "held_out_phrasings": min(len(p.held_out) for p in PHRASINGS.values()),
-    }
-
-
-def _is_ordered(sql: str) -> bool:
-    return " ORDER BY " in sql
 
 
 @cache
@@ -157,14 +141,7 @@ def _example(shown: Schema, of: SqlExample) -> SqlExample:
         {"role": "user", "content": f"{shown.describe()}\n{of.question}"},
         {"role": "assistant", "content": of.sql},
     )
-    return SqlExample(
-        messages=messages,
-        schema=of.schema,
-        question=of.question,
-        sql=of.sql,
-        form=of.form,
-        phrasing=of.phrasing,
-    )
+    return replace(of, messages=messages)
 
 
 def _stream(
@@ -181,9 +158,10 @@ def _stream(
             made = len(seen)
             for form in draw.shuffled(list(FORMS)):
                 if not phrasings[form]:
-                    training = len(PHRASINGS[form].training)
-                    both = range(training), range(training, len(PHRASINGS[form].all))
-                    phrasings[form] = draw.shuffled(both[held_out])
+                    numbers = range(len(PHRASINGS[form]))
+                    phrasings[form] = draw.shuffled(
+                        numbers[N_TRAINED:] if held_out else numbers[:N_TRAINED]
+                    )
                 if len(waiting) < len(schemas):
                     waiting += draw.shuffled(schemas)
                 phrasing = phrasings[form].pop()
@@ -213,18 +191,16 @@ def _draw_example(
             query, words = FORMS[form](scene)
         except DoesNotFit:
             return None  # try another schema, rather than another column
-        question = ask(form, phrasing, words)
+        question = ask(form, phrasing, table_words(schema.table(query.table)) | words)
         if (schema.name, question) in seen or not can_be_trusted(query, schema, databases):
             continue
-        return _example(
-            schema,
-            SqlExample(
-                messages=(),
-                schema=schema.name,
-                question=question,
-                sql=write(query),
-                form=form,
-                phrasing=phrasing,
-            ),
+        asked = SqlExample(
+            messages=(),
+            schema=schema.name,
+            question=question,
+            sql=write(query),
+            form=form,
+            phrasing=phrasing,
         )
+        return _example(schema, asked)
     return None

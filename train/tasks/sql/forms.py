@@ -1,7 +1,7 @@
 """The query forms: each draws a query on a schema, and the words of its question.
 
 A form draws its table, columns and values from a `Scene`. It need not check that the query has a
-result on every database: `trust.py` runs it.
+result on every database: `trust.py` runs it. The words of the query's table are added to its own.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,7 @@ from train.tasks.sql.scene import (
     Words,
     category_words,
     number_words,
-    owned_words,
-    table_words,
+    owner_words,
 )
 from train.tasks.sql.tables import Column, Table
 
@@ -48,7 +47,7 @@ def _two_columns(scene: Scene) -> tuple[Query, Words]:
     table = scene.table()
     other = scene.column(table, "text", "number", "year")
     select = (Term(path=table.title.path), Term(path=other.path))
-    return replace(_titles(table), select=select), table_words(table) | {"other": other.wording}
+    return replace(_titles(table), select=select), {"other": other.wording}
 
 
 def _lookup(scene: Scene) -> tuple[Query, Words]:
@@ -56,13 +55,13 @@ def _lookup(scene: Scene) -> tuple[Query, Words]:
     other = scene.column(table, "text", "number", "year")
     [value] = scene.values(table.title)
     query = replace(_titles(table, _is(table.title, value)), select=(Term(path=other.path),))
-    return query, table_words(table) | {"other": other.wording, "value": str(value)}
+    return query, {"other": other.wording, "value": str(value)}
 
 
 def _equals(scene: Scene) -> tuple[Query, Words]:
     table = scene.table("text")
     condition, words = _filter(scene, table)
-    return _titles(table, condition), table_words(table) | words
+    return _titles(table, condition), words
 
 
 def _compared(operator: str) -> Form:
@@ -70,7 +69,7 @@ def _compared(operator: str) -> Form:
         table = scene.table()
         number = scene.number(table)
         [value] = scene.values(number)
-        words = table_words(table) | number_words(number) | {"value": str(value)}
+        words = number_words(number) | {"value": str(value)}
         return _titles(table, _is(number, value, operator)), words
 
     return form
@@ -81,7 +80,7 @@ def _between(scene: Scene) -> tuple[Query, Words]:
     number = scene.number(table)
     low, high = sorted(scene.values(number, 2), key=float)
     condition = Condition(path=number.path, operator="BETWEEN", value=f"{low} AND {high}")
-    words = table_words(table) | number_words(number) | {"low": str(low), "high": str(high)}
+    words = number_words(number) | {"low": str(low), "high": str(high)}
     return _titles(table, condition), words
 
 
@@ -92,8 +91,7 @@ def _contains(scene: Scene) -> tuple[Query, Words]:
     if len(words) < 2:
         raise DoesNotFit(f"{table.title.path} holds single words")
     word = scene.draw.pick(words)
-    query = _titles(table, _is(table.title, f"%{word}%", "LIKE"))
-    return query, table_words(table) | {"value": word}
+    return _titles(table, _is(table.title, f"%{word}%", "LIKE")), {"value": word}
 
 
 def _one_of(scene: Scene) -> tuple[Query, Words]:
@@ -102,8 +100,7 @@ def _one_of(scene: Scene) -> tuple[Query, Words]:
     one, two = scene.values(category, 2)
     texts = f"({literal(one)}, {literal(two)})"
     query = _titles(table, Condition(path=category.path, operator="IN", value=texts))
-    words = table_words(table) | category_words(category)
-    return query, words | {"value": str(one), "value2": str(two)}
+    return query, category_words(category) | {"value": str(one), "value2": str(two)}
 
 
 def _both_filters(scene: Scene) -> tuple[Query, Words]:
@@ -111,7 +108,7 @@ def _both_filters(scene: Scene) -> tuple[Query, Words]:
     condition, words = _filter(scene, table)
     number = scene.number(table)
     [bound] = scene.values(number)
-    words |= table_words(table) | number_words(number) | {"bound": str(bound)}
+    words |= number_words(number) | {"bound": str(bound)}
     return _titles(table, condition, _is(number, bound, ">")), words
 
 
@@ -124,7 +121,7 @@ def _count_distinct(scene: Scene) -> tuple[Query, Words]:
     table = scene.table("text")
     category = scene.column(table, "text")
     term = Term(path=category.path, function="COUNT", distinct=True)
-    return replace(_titles(table), select=(term,)), table_words(table) | category_words(category)
+    return replace(_titles(table), select=(term,)), category_words(category)
 
 
 def _aggregate(function: str) -> Form:
@@ -133,8 +130,7 @@ def _aggregate(function: str) -> Form:
         condition, words = _filter(scene, table)
         number = scene.column(table, "number", summable=function == "SUM")
         term = Term(path=number.path, function=function)
-        words |= table_words(table) | number_words(number)
-        return replace(_titles(table, condition), select=(term,)), words
+        return replace(_titles(table, condition), select=(term,)), words | number_words(number)
 
     return form
 
@@ -144,7 +140,7 @@ def _ordered(scene: Scene) -> tuple[Query, Words]:
     number = scene.number(table)
     descending = scene.draw.pick((False, True))
     query = replace(_titles(table), order=Term(path=number.path), descending=descending)
-    return query, table_words(table) | number_words(number, descending=descending)
+    return query, number_words(number, descending=descending)
 
 
 def _top(scene: Scene) -> tuple[Query, Words]:
@@ -158,7 +154,7 @@ def _group_count(scene: Scene) -> tuple[Query, Words]:
     category = scene.column(table, "text")
     select = (Term(path=category.path), Term(path="*", function="COUNT"))
     query = replace(_titles(table), select=select, group=category.path)
-    return query, table_words(table) | category_words(category)
+    return query, category_words(category)
 
 
 def _group_having(scene: Scene) -> tuple[Query, Words]:
@@ -171,14 +167,14 @@ def _group_having(scene: Scene) -> tuple[Query, Words]:
 def _join_columns(scene: Scene) -> tuple[Query, Words]:
     child, parent = scene.schema.child, scene.schema.parent
     query = _joined(scene, Term(path=child.title.path), Term(path=parent.title.path))
-    return query, owned_words(scene.schema)
+    return query, owner_words(scene.schema.parent)
 
 
 def _join_filter(scene: Scene) -> tuple[Query, Words]:
     child = scene.schema.child
     condition, words = _filter(scene, scene.schema.parent, "owner_")
     query = _joined(scene, Term(path=child.title.path), where=(condition,))
-    return query, owned_words(scene.schema) | words
+    return query, owner_words(scene.schema.parent) | words
 
 
 def _above_average(scene: Scene) -> tuple[Query, Words]:
@@ -186,7 +182,7 @@ def _above_average(scene: Scene) -> tuple[Query, Words]:
     number = scene.column(table, "number")
     average = Query(table=table.name, select=(Term(path=number.path, function="AVG"),))
     condition = Condition(path=number.path, operator=">", value=average)
-    return _titles(table, condition), table_words(table) | number_words(number)
+    return _titles(table, condition), number_words(number)
 
 
 def _at_extreme(scene: Scene) -> tuple[Query, Words]:
@@ -195,8 +191,7 @@ def _at_extreme(scene: Scene) -> tuple[Query, Words]:
     function = scene.draw.pick(("MIN", "MAX"))
     extreme = Query(table=table.name, select=(Term(path=number.path, function=function),))
     condition = Condition(path=number.path, operator="=", value=extreme)
-    words = table_words(table) | number_words(number, descending=function == "MAX")
-    return _titles(table, condition), words
+    return _titles(table, condition), number_words(number, descending=function == "MAX")
 
 
 FORMS: dict[str, Form] = {

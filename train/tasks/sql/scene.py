@@ -42,7 +42,7 @@ class Scene:
 
     def values(self, column: Column, count: int = 1) -> list[Value]:
         """Draws distinct values of the column."""
-        table = next(table for table in self.schema.tables if table.name == column.table)
+        table = self.schema.table(column.table)
         index = table.columns.index(column)
         held = list(dict.fromkeys(row[index] for row in self.rows[table.name]))
         if len(held) < count:
@@ -60,10 +60,9 @@ def table_words(table: Table) -> Words:
     return {"thing": table.singular, "things": table.plural} | _title_words(table)
 
 
-def owned_words(schema: Schema) -> Words:
-    """Returns words for the rows of both tables."""
-    owner = {"owner": schema.parent.singular, "owners": schema.parent.plural}
-    return table_words(schema.child) | owner | _title_words(schema.parent, "owner_")
+def owner_words(table: Table) -> Words:
+    """Returns words for the rows of the parent table."""
+    return {"owner": table.singular, "owners": table.plural} | _title_words(table, "owner_")
 
 
 def category_words(column: Column, prefix: str = "") -> Words:
