@@ -33,7 +33,7 @@ from train.reporters.files import SAMPLES, read_json, read_lines
 from train.reporters.registry import trackers
 from train.reporters.reporting import Reporting
 from train.run.intrinsic import space_of
-from train.run.log import Log, QuietLog, draw_curve, open_log, read_metrics
+from train.run.log import Log, QuietLog, draw_curve, read_metrics
 from train.run.output import (
     ADAPTER,
     CHECKPOINTS,
@@ -181,9 +181,21 @@ def open_run_log(run: Run, ready: Ready, done: int) -> Iterator[Log | QuietLog]:
       ready: the state that it begins with.
       done: the number of steps before.
     """
-    with contextlib.ExitStack() as held:
-        reporting = held.enter_context(_reporting(run)) if is_first() else None
-        yield open_log(
+    if not is_first():
+        yield QuietLog()
+        return
+    facts = read_json(run.folder / FACTS)
+    reporting = Reporting(
+        run.folder,
+        {name: one.reporter for name, one in trackers(run.config.run.report_to).items()},
+        config=effective(run.config) | {"summary": facts.get("summary")},
+        project=run.config.run.report_project,
+        lines=read_metrics(run.folder),
+        samples=read_lines(run.folder / SAMPLES),
+        warn=lambda text: run.console.print(text, highlight=False, soft_wrap=True, markup=False),
+    )
+    with reporting:
+        yield Log(
             run.folder,
             run.console,
             first=done,
@@ -218,20 +230,6 @@ def report_of(
         print_best(run.console, ready.best, run.config.run.patience)
         report |= {"best": ready.best.about, "ended_early": ready.best.is_over}
     return report
-
-
-def _reporting(run: Run) -> Reporting:
-    """Opens the reporters of --report-to."""
-    facts = read_json(run.folder / FACTS)
-    return Reporting(
-        run.folder,
-        {name: one.reporter for name, one in trackers(run.config.run.report_to).items()},
-        config=effective(run.config) | {"summary": facts.get("summary")},
-        project=run.config.run.report_project,
-        lines=read_metrics(run.folder),
-        samples=read_lines(run.folder / SAMPLES),
-        warn=lambda text: run.console.print(text, highlight=False, soft_wrap=True, markup=False),
-    )
 
 
 def resume_hint(script: str) -> str:

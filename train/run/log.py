@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_jax.training.losses import HELD_OUT, SCORE
-from lora_jax.training.processes import is_first
 from lora_jax.training.run.log import Line, NullLog, duration, losses_of
 from train.reporters.contract import Sample
 from train.reporters.files import METRICS, SAMPLES, read_lines, write_lines
@@ -152,21 +151,6 @@ class QuietLog(NullLog):
 
     def sampled(self, step: int, samples: Sequence[Sample]) -> None:
         """Keeps nothing."""
-
-
-def open_log(
-    folder: Path,
-    console: Console,
-    *,
-    first: int,
-    last: int,
-    owed: Sequence[str] = (),
-    reporting: Reporting | None = None,
-) -> Log | QuietLog:
-    """Returns the log of this process; only the first one writes. See `Log`."""
-    if not is_first():
-        return QuietLog()
-    return Log(folder, console, first=first, last=last, owed=owed, reporting=reporting)
 
 
 def _replay(reporting: Reporting, lines: Sequence[Line], answered: Sequence[Line]) -> None:
