@@ -5,7 +5,6 @@ It runs the same loop and step as the scripts, which add options, a progress bar
 
 import contextlib
 import dataclasses
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,11 +26,11 @@ from lora_jax.training.arguments import (
     START,
     as_examples,
     check_best,
-    check_counts,
     check_folder,
-    check_length,
+    check_numbers,
     check_optimizer,
     check_positions,
+    check_together,
     clear,
     like,
     loss_of,
@@ -192,18 +191,14 @@ def finetune(
     >>> report.summary
     'trainable params: 14 || all params: 26 || trainable%: 53.8462'
     """
+    given = {**locals()}  # the arguments, by name
+
     # What can be wrong is found first.
     examples = as_examples(examples, "examples")
     measured = None if held_out is None else like(as_examples(held_out, "held_out"), examples)
-    check_length(steps, epochs)
-    check_counts(batch_size=batch_size, grad_accum=grad_accum, steps=steps, keep=keep)
-    check_counts(log_every=log_every, eval_every=eval_every, save_every=save_every)
-    check_counts(max_skipped=max_skipped, patience=patience)
-    check_best(keep_best, patience, held_out=held_out is not None, folder=folder is not None)
-    if not callable(lr) and not (math.isfinite(lr) and lr > 0):
-        raise TrainingError(f"lr={lr}: a learning rate is a positive number")
-    if not 0 <= seed < 2**32:
-        raise TrainingError(f"seed={seed}: a number from 0 to {2**32 - 1} is needed")
+    check_numbers(given | {"lr": None if callable(lr) else lr})
+    check_together(given)
+    check_best(keep_best, held_out=held_out is not None, folder=folder is not None)
     check_optimizer(optimizer, weight_decay)
     layout = layout or one_device()
     for rows in (examples, *([] if measured is None else [measured])):

@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 
 import lora_jax as lj
+from lora_jax.training.arguments import clear
 from lora_jax.training.processes import write_text
 from lora_jax.training.run.lock import FolderLock
 from lora_jax.training.run.log import duration
@@ -47,7 +48,7 @@ from train.processes import hosts
 from train.processes.session import Session
 from train.run.intrinsic import merged, moves_weights, space_of
 from train.run.lifecycle import Run, resume_hint
-from train.run.output import CONFIG, clear
+from train.run.output import CONFIG
 
 _PROG = "python -m train.compare"
 _OUTPUT = "runs/compare"

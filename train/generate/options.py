@@ -1,17 +1,24 @@
 """The options of `train.generate`, and which of them make no sense together."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import tyro
 
-from train.console.errors import UserError, flag
-from train.options.common import Attention, check_seed
+from lora_jax.training.arguments import NOT_NEGATIVE, SEED, Numbers, at_least, check_numbers
+from lora_jax.training.errors import TrainingError
+from train.console.errors import UserError, as_user_errors, flag
+from train.options.common import Attention
 
 BASE = "base"  # the name of the base alone among the adapters
+_NUMBERS = {
+    "seed": SEED,
+    **dict.fromkeys(("max_new_tokens", "batch_size", "num_samples", "top_k"), at_least(1)),
+    "temperature": NOT_NEGATIVE,
+    "top_p": Numbers(lambda x: 0 < x <= 1, "a probability above 0 and at most 1"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +96,6 @@ class _Case(NamedTuple):
 
 def check(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:
     """Raises a UserError for options that make no sense, or that were given to no effect."""
-    check_seed(options.seed)
     for name in ("adapter", "prompt", "stop"):
         if name in given and not getattr(options, name):
             raise UserError(f"{flag(name)} has no value: give one, or leave it out")
@@ -135,14 +141,8 @@ def _cases(options: GenerateOptions) -> list[_Case]:
 
 def _check_values(options: GenerateOptions) -> None:
     """Raises a UserError for a value that makes no sense by itself."""
-    for name in ("max_new_tokens", "batch_size", "num_samples", "top_k"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"{flag(name, value)}: at least 1 is needed")
-    if not 0 <= options.temperature < math.inf:
-        raise UserError(f"--temperature {options.temperature}: a number from 0 on is needed")
-    if not 0 < options.top_p <= 1:
-        raise UserError(f"--top-p {options.top_p}: a probability above 0 and at most 1")
+    with as_user_errors(TrainingError):
+        check_numbers(vars(options), _NUMBERS)
     if "" in options.stop:
         raise UserError("--stop '': an empty text would end every answer before it begins")
     if any(not prompt.strip() for prompt in options.prompt):

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from lora_jax.training.arguments import at_least
 from train.console.errors import UserError
 from train.data.files import kind_of
 from train.options.common import (
@@ -10,7 +11,6 @@ from train.options.common import (
     OptimConfig,
     Options,
     RunConfig,
-    at_least,
     check_shared,
     flag,
 )
@@ -170,10 +170,7 @@ def check(config: Config) -> None:
             raise UserError(
                 f"--intrinsic trains a subspace of all parameters: leave out {flag(name)}"
             )
-    at_least(1, config.adapter, "intrinsic")
     if config.optim.lr_rule is not None:
         raise UserError("--lr-rule was fitted to language models: give --lr instead")
-    check_shared(config)
-    at_least(1, data, "rows")
-    at_least(1, config.run, "eval_rows")
-    at_least(3, data, "seq_len")
+    one = at_least(1)
+    check_shared(config, intrinsic=one, rows=one, eval_rows=one, seq_len=at_least(3))

@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
-import math
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from lora_jax.training import arguments
+from lora_jax.training.arguments import Numbers, at_least
+from lora_jax.training.errors import TrainingError
 from lora_jax.training.optimizers.named import Name
 from lora_jax.training.optimizers.schedules import DECAY, ScheduleKind
 from train.adapters.source import find_adapter
-from train.console.errors import UserError, flag
+from train.console.errors import UserError, as_user_errors, flag
 from train.options.conditions import Idle
 from train.options.field import (
     BEST,
@@ -41,7 +43,15 @@ from train.reporters.registry import TRACKERS
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
 _REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")}
 
-_MOST_SEED = 2**32 - 1  # JAX takes a larger one by its last 32 bits
+# The numbers that the options of all scripts take.
+_NUMBERS = arguments.NUMBERS | {
+    **dict.fromkeys(("eval_every", "score_every"), at_least(0)),
+    "num_processes": at_least(1),
+    "warmup_ratio": Numbers(lambda x: 0 <= x < 1, "a share of the steps, from 0 to below 1"),
+    "min_lr": Numbers(lambda x: 0 <= x <= 1, "a share of the peak learning rate, from 0 to 1"),
+    "decay": Numbers(lambda x: 0 < x <= 1, "a share of the steps, above 0 and at most 1"),
+    "neftune": arguments.NOT_NEGATIVE,
+}
 
 
 def _remat(given: list[str]) -> str:
@@ -279,37 +289,31 @@ class Options:
     run: RunConfig
 
 
-def check_shared(options: Options) -> None:
-    """Raises a UserError if options, with their defaults, make no sense for any data."""
+def check_shared(options: Options, **numbers: Numbers) -> None:
+    """Raises a UserError if options, with their defaults, make no sense for any data.
+
+    Args:
+      options: the options.
+      **numbers: the numbers that the script's own options take.
+    """
     adapter, optim, run = options.adapter, options.optim, options.run
-    at_least(1, optim, "batch_size", "grad_accum", "steps")
-    at_least(1, run, "log_every", "save_every", "keep", "max_skipped")
-    at_least(0, optim, "warmup", "weight_decay", "grad_clip")
-    check_seed(optim.seed)
-    if math.isinf(optim.weight_decay) or math.isinf(optim.grad_clip):
+    values = {name: value for part in vars(options).values() for name, value in vars(part).items()}
+    with as_user_errors(TrainingError):
+        arguments.check_numbers(values, _NUMBERS | numbers)
+        arguments.check_together(values)
+    needed = {"loss": "eval_every", "score": "score_every"}.get(run.keep_best or "")
+    if needed and not getattr(run, needed):
         raise UserError(
-            f"--weight-decay {optim.weight_decay}, --grad-clip {optim.grad_clip}: finite numbers "
-            "are needed (--grad-clip 0 does not clip)"
+            f"--keep-best {run.keep_best} goes by what {flag(needed)} measures: give it, too"
         )
-    at_least(0, run, "eval_every", "score_every")
-    at_least(1, run, "patience")
-    _check_best(run)
     if len(run.report_to) > 1 and "none" in run.report_to or not run.report_to:
         raise UserError(
             f"--report-to {' '.join(run.report_to)}: names of reporters are needed, or none alone"
         )
     check_optim(optim)
-    if optim.lora_plus is not None and not (math.isfinite(optim.lora_plus) and optim.lora_plus > 0):
-        raise UserError(f"--lora-plus {optim.lora_plus}: a positive number is needed")
     if optim.lora_plus is not None and adapter.freeze_a:
         raise UserError(
             "--lora-plus sets the rates of A and B, but --freeze-a trains B alone: give one"
-        )
-    if optim.steps is not None and optim.epochs is not None:
-        raise UserError("--steps and --epochs both say how long to train: give one of them")
-    if optim.epochs is not None and not (math.isfinite(optim.epochs) and optim.epochs > 0):
-        raise UserError(
-            f"--epochs {optim.epochs}: a positive number of passes over the data is needed"
         )
     if adapter.full and adapter.init_adapter:
         raise UserError("--full trains without an adapter, and --init-adapter starts from one")
@@ -324,36 +328,6 @@ def check_shared(options: Options) -> None:
     of_coordinator = (run.coordinator, run.num_processes, run.process_id)
     if len({value is None for value in of_coordinator}) > 1:
         raise UserError("--coordinator, --num-processes and --process-id go together")
-    at_least(1, run, "num_processes")
-    if run.resume and run.overwrite:
-        raise UserError("--resume continues a run and --overwrite deletes it: give one of them")
-
-
-def _check_best(run: RunConfig) -> None:
-    if run.patience is not None and run.keep_best is None:
-        raise UserError(
-            f"--patience {run.patience} ends a run that no longer improves, and leaves its best "
-            "adapter: choose loss or score with --keep-best"
-        )
-    needed = {"loss": "eval_every", "score": "score_every"}.get(run.keep_best or "")
-    if needed and not getattr(run, needed):
-        raise UserError(
-            f"--keep-best {run.keep_best} goes by what {flag(needed)} measures: give it, too"
-        )
-
-
-def check_seed(seed: int, option: str = "seed") -> None:
-    """Raises a UserError for a seed that JAX or NumPy does not take."""
-    if not 0 <= seed <= _MOST_SEED:
-        raise UserError(f"{flag(option)} {seed}: a number from 0 to {_MOST_SEED} is needed")
-
-
-def at_least(least: int, part: Any, *names: str) -> None:
-    """Raises a UserError if one of the named options of `part` is given and below `least`."""
-    for name in names:
-        value = getattr(part, name)
-        if value is not None and not value >= least:
-            raise UserError(f"{flag(name)} {value}: at least {least} is needed")
 
 
 def as_json(options: Options) -> dict[str, Any]:

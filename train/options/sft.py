@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from lora_jax.hf.bundled import SMOLLM2
+from lora_jax.training.arguments import SEED, at_least
 from lora_jax.training.losses import DEFAULT, TOKEN_LOSSES
 from train.console.errors import UserError
 from train.options.common import (
@@ -13,8 +14,6 @@ from train.options.common import (
     OptimConfig,
     Options,
     RunConfig,
-    at_least,
-    check_seed,
     check_shared,
 )
 from train.options.conditions import Idle
@@ -167,16 +166,12 @@ class Config(Options):
 
 def check(config: Config) -> None:
     """Raises a UserError if options, with their defaults, make no sense for any task."""
-    check_shared(config)
-    at_least(1, config.data, "seq_len", "rows")
-    at_least(0, config.run, "eval_questions", "sample_every")
-    at_least(1, config.run, "sample_tokens")
+    counted = dict.fromkeys(("seq_len", "rows", "sample_tokens"), at_least(1))
+    counted |= dict.fromkeys(("eval_questions", "sample_every", "loss_chunk"), at_least(0))
+    check_shared(config, held_out_seed=SEED, **counted)
     if bool(config.run.sample_prompts) != bool(config.run.sample_every):
         raise UserError(
             "--sample-prompts says what to ask, and --sample-every how often: give both"
         )
-    at_least(0, config.optim, "loss_chunk")
-    if config.data.held_out_seed is not None:
-        check_seed(config.data.held_out_seed, "held_out_seed")
     if config.data.seq_len < 2:
         raise UserError("--seq-len 1 leaves no token to predict")

@@ -1,14 +1,13 @@
 """The output folder of a run: its files, the check before a run, and its clearing."""
 
-import shutil
 import tempfile
-from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from lora_jax.training.arguments import clear
 from lora_jax.training.processes import is_first, write_json, write_text
 from lora_jax.training.run.best import BEST
 from lora_jax.training.run.checkpoints import RECORD
@@ -134,16 +133,6 @@ def begin(folder: Path, config: Options, script: str, facts: dict[str, Any]) -> 
         clear(folder, _OURS)
     write_json(folder / FACTS, facts)
     write_text(folder / CONFIG, as_file(config, script))
-
-
-def clear(folder: Path, names: Iterable[str]) -> None:
-    """Deletes files and folders of these names in a folder, those that are there."""
-    for name in names:
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -53,7 +53,7 @@ def decoder_outline():
         ("--eval-questions -1", "--eval-questions -1: at least 0"),
         ("--seed -1", "--seed -1: a number from 0 to 4294967295"),
         ("--seed 4294967296", "--seed 4294967296: a number from 0 to 4294967295"),
-        ("--weight-decay inf", "--weight-decay inf, .* finite numbers are needed"),
+        ("--weight-decay inf", "--weight-decay inf: at least 0 is needed, and a finite number"),
         ("--lr 0", "--lr 0.0: a learning rate is a positive number"),
         ("--lr nan", "--lr nan: a learning rate"),
         ("--grad-clip nan", "--grad-clip nan: at least 0"),
