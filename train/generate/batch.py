@@ -7,35 +7,26 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from train.console.errors import UserError
 from train.console.output import opened, say
 from train.console.progress import progress_of
-from train.generate.answers import Speaker, answers, spoken
-from train.generate.options import GenerateOptions
+from train.generate.answers import answers, spoken
 from train.generate.prompts import Prompt, check_lengths, tokenize
 from train.generate.shared_base import Served
 from train.generate.show import Place, Shown, heading, json_lines
 from train.generate.text import Answer
-from train.run.pretrained import Outline
 
 
-def answer_all(
-    served: Served,
-    outline: Outline,
-    options: GenerateOptions,
-    prompts: Sequence[Prompt],
-    tokens: Sequence[list[int]],
-) -> None:
+def answer_all(served: Served, prompts: Sequence[Prompt], tokens: Sequence[list[int]]) -> None:
     """Answers prompts in batches, with one adapter after the other.
 
     Args:
       served: the model and the adapters.
-      outline: the model's.
-      options: the options.
       prompts: the prompts.
       tokens: the tokens of each.
 
     Raises:
       UserError: the file of --output is there, or cannot be written.
     """
-    n, found = options.num_samples, dict[Place, Answer]()
+    options, found = served.options, dict[Place, Answer]()
+    n = options.num_samples
     rows = [one for one in tokens for _ in range(n)]
     total = len(rows) * len(served.names)
     shown = None if options.output else Shown(prompts, served.names, n)
@@ -47,7 +38,7 @@ def answer_all(
         try:
             hidden = shown is not None and sys.stdout.isatty()
             with progress_of(total, "answering", "made", "answers", hidden=hidden) as progress:
-                for name, row, answer in _answers(served, outline, options, rows, progress):
+                for name, row, answer in _answers(served, rows, progress):
                     found[Place(row // n, name, row % n)] = answer
                     if shown:
                         shown.ready(found)
@@ -67,11 +58,7 @@ def answer_all(
 
 
 def _answers(
-    served: Served,
-    outline: Outline,
-    options: GenerateOptions,
-    rows: Sequence[list[int]],
-    progress: Callable[[int], None],
+    served: Served, rows: Sequence[list[int]], progress: Callable[[int], None]
 ) -> Iterator[tuple[str, int, Answer]]:
     """Yields adapter, row and answer, as they are ready."""
     before = 0
@@ -80,21 +67,16 @@ def _answers(
         progress(before + done)
 
     for name in served.names:
-        speaker = Speaker(served.model, *served.use(name), outline, options)
-        for row, answer in answers(speaker, rows, progress=tell):
+        for row, answer in answers(served.speaker(name), rows, progress=tell):
             yield name, row, answer
         before += len(rows)
 
 
-def answer_aloud(
-    served: Served, outline: Outline, options: GenerateOptions, prompts: Iterable[Prompt]
-) -> int:
+def answer_aloud(served: Served, prompts: Iterable[Prompt]) -> int:
     """Answers each prompt as it comes, and prints the text as it is generated.
 
     Args:
       served: the model and the adapters.
-      outline: the model's.
-      options: the options.
       prompts: the prompts.
 
     Returns:
@@ -103,8 +85,8 @@ def answer_aloud(
     refused = 0
     for number, prompt in enumerate(prompts):
         try:
-            (tokens,) = tokenize([prompt], outline, options.system)
-            check_lengths([prompt], [tokens], outline, options)
+            (tokens,) = tokenize([prompt], served.outline, served.options.system)
+            check_lengths([prompt], [tokens], served.outline, served.options)
         except UserError as error:
             say(f"{prompt.name} is left out: {error}")
             refused += 1
@@ -112,7 +94,7 @@ def answer_aloud(
         for name in served.names:
             if len(served.names) > 1:
                 print(heading(name, 1))
-            speaker = Speaker(served.model, *served.use(name), outline, options)
+            speaker = served.speaker(name)
             answer = speaker.answer()
             spoken(speaker, answer, tokens, number, lambda text: print(text, end="", flush=True))
             print(flush=True)

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import tyro
 
@@ -86,55 +85,47 @@ def parse(args: Sequence[str]) -> GenerateOptions:
     )
 
 
-class _Case(NamedTuple):
-    """Says which options have no effect, and why."""
-
-    holds: bool
-    why: str
-    without_effect: tuple[str, ...]
-
-
 def check(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:
     """Raises a UserError for options that make no sense, or that were given to no effect."""
     for name in ("adapter", "prompt", "stop"):
         if name in given and not getattr(options, name):
             raise UserError(f"{flag(name)} has no value: give one, or leave it out")
     _check_values(options)
-    for case in _cases(options):
-        if case.holds and (named := [one for one in case.without_effect if one in given]):
-            raise UserError(f"{flag(named[0])} {case.why}")
+    for holds, names, why in _without_effect(options):
+        if holds and (named := [name for name in names if name in given]):
+            raise UserError(f"{flag(named[0])} {why}")
 
 
-def _cases(options: GenerateOptions) -> list[_Case]:
-    no_adapter = not [one for one in options.adapter if one != BASE]
+def _without_effect(options: GenerateOptions) -> list[tuple[bool, tuple[str, ...], str]]:
+    """Returns cases in which options have no effect: whether each holds, and why."""
     return [
-        _Case(
+        (
             options.temperature == 0,
+            ("num_samples", "seed", "top_k", "top_p"),
             "is about sampling, and --temperature 0 (the default) always takes the most likely "
             "token: give a temperature above 0, or leave it out",
-            ("num_samples", "seed", "top_k", "top_p"),
         ),
-        _Case(
-            no_adapter,
-            "is about an adapter: name one with --adapter",
+        (
+            not {*options.adapter} - {BASE},
             ("allow_base_mismatch", "merge", "no_merge"),
+            "is about an adapter: name one with --adapter",
         ),
-        _Case(options.no_merge, "contradicts --no-merge: give one of them", ("merge",)),
-        _Case(
+        (options.no_merge, ("merge",), "contradicts --no-merge: give one of them"),
+        (
             options.interactive,
-            "has no effect on a chat: leave it out, or leave out --interactive",
             ("prompt", "prompts", "output", "overwrite", "batch_size", "num_samples"),
+            "has no effect on a chat: leave it out, or leave out --interactive",
         ),
-        _Case(bool(options.prompt), "and --prompt both name prompts: give one", ("prompts",)),
-        _Case(
+        (bool(options.prompt), ("prompts",), "and --prompt both name prompts: give one"),
+        (
             options.output is None,
-            "replaces the file of --output: name one, or leave it out",
             ("overwrite",),
+            "replaces the file of --output: name one, or leave it out",
         ),
-        _Case(
+        (
             len(options.prompt) * options.num_samples == 1,
-            "is about several answers, and one is asked for: leave it out",
             ("batch_size",),
+            "is about several answers, and one is asked for: leave it out",
         ),
     ]
 
