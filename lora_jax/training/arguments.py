@@ -205,7 +205,7 @@ def check_positions(model: Model | Forward, examples: Examples) -> None:
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if most is None or not isinstance(model, Decoder) or not isinstance(examples, Packs):
         return
-    if (longest := int(np.diff(examples.starts).max())) > most:
+    if (longest := int(examples.table.lengths.max())) > most:
         raise TrainingError(
             f"a sequence has {longest} tokens, and the model {most} positions: "
             "give a smaller seq_len, or load it with from_pretrained(…, rope_scaling="

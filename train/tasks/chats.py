@@ -182,7 +182,7 @@ def described(packs: Packs, *, packing: bool) -> str:
     """Returns how full the padded or packed sequences are, in words."""
     if packing:
         return (
-            f"{len(packs.numbers):,} rows are packed into {len(packs):,} sequences of "
+            f"{len(packs.table):,} rows are packed into {len(packs):,} sequences of "
             f"{packs.lengths[-1]} tokens, {100 * packs.filled:.1f}% filled"
         )
     return padding_line(len(packs), "rows", packs.lengths, packs.filled)

@@ -6,7 +6,6 @@ marks the assistant's words itself (``{% generation %}``), those marks count.
 """
 
 import base64
-import dataclasses
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -196,13 +195,13 @@ def as_json(sequences: Sequence[Tokens], origin: int = 0) -> dict[str, Any]:
 
 def from_json(block: Mapping[str, Any]) -> Sequences:
     """Returns the sequences that `as_json` wrote, all of one origin."""
-    table = Sequences.of_arrays(
+    return Sequences.of_arrays(
         ids=np.frombuffer(base64.b64decode(block["ids"]), "<i4"),
         counts=np.frombuffer(base64.b64decode(block["counts"]), bool),
         lengths=block["lengths"],
         rows=block["rows"],
+        origins=block["origin"],
     )
-    return dataclasses.replace(table, origins=np.full_like(table.origins, block["origin"]))
 
 
 def check_lengths(sequences: Sequence[Tokens], seq_len: int, *, truncate: bool) -> Sequences:
