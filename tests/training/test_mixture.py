@@ -43,8 +43,6 @@ def test_weights_are_about_rows_also_where_they_are_packed(packing):
     units = np.concatenate([order.rows(step).ravel() for step in range(order.n_rows)])
     slices = [slice(packs.firsts[u], packs.firsts[u + 1]) for u in units]
     rows = np.concatenate([packs.table.origins[here] for here in slices])
-        [packs.table.origins[packs.firsts[u] : packs.firsts[u + 1]] for u in units]
-    )
     assert np.bincount(rows) / len(rows) == pytest.approx([0.75, 0.25], abs=0.01)
     assert 300 <= len(rows) / 4 <= 500  # of an epoch: as many rows as there are
     of_units = np.split(packs.table.origins, packs.firsts[1:-1])
