@@ -40,10 +40,8 @@ def test_a_table_from_a_spreadsheet(model, tmp_path, capsys, monkeypatch):
     assert f"24 rows are batched by length: 2 lengths, {short}, {long}, 9" in said
     assert f"the tokens of {table} are kept in {tmp_path / 'tokens'}" in said
     assert data.facts["lengths"] == (short, long) and len(data.held_out) == 3
-    # The prompts do not count.
-    assert (
-        data.train.by_name()["weights"].sum() < data.train.table.ids.size - 24 * 20
-    )  # the prompts
+    learned = data.train.by_name()["weights"].sum()
+    assert learned < data.train.table.ids.size - 24 * 20  # the prompts
     data, said = read("--packing")
     assert f"the tokens of {table} are those of an earlier run" in said
     assert f"24 rows are packed into {len(data.train)} sequences of 120 tokens, 99." in said

@@ -1,21 +1,18 @@
 """Tokenises chats, or finds their tokens of an earlier run; each process does its part."""
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_jax.training.data import chats
 from lora_jax.training.data.drafts import TrainOn
 from lora_jax.training.data.sequences import Sequences
+from train.console.progress import progress_of
 from train.data import cache
 from train.data.dataset import Dataset
 from train.processes import hosts
-
-_SECONDS_A_LINE = 10.0  # between lines on progress, where there is no terminal to draw a bar
 
 
 def tokenize(
@@ -68,28 +65,13 @@ def _with_progress(console: Console, n: int) -> chats.Mapped:
     """Returns `map_over_processes`, with a bar or lines on the progress over `n` rows."""
 
     def mapped(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        columns = (TextColumn("tokenising"), MofNCompleteColumn(), BarColumn())
-        bar = Progress(
-            *columns,
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        task = bar.add_task("", total=n)
-        said = time.monotonic()
+        with progress_of(n, "tokenising", "tokenised", "rows", console=console) as progress:
 
-        def counted(item: Any) -> Any:
-            nonlocal said
-            result = work(item)
-            done = min(n, item + chats.BLOCK)  # the other processes are about as far
-            bar.update(task, completed=done)
-            if not console.is_terminal and time.monotonic() - said > _SECONDS_A_LINE:
-                said = time.monotonic()
-                _say(console, f"tokenised {done:,} of {n:,} rows")
-            return result
+            def counted(item: Any) -> Any:
+                result = work(item)
+                progress(min(n, item + chats.BLOCK))  # the other processes are about as far
+                return result
 
-        with bar:
             return hosts.map_over_processes(counted, items)
 
     return mapped
