@@ -20,22 +20,7 @@ from lora_jax import models
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.core.weight import is_node
-from lora_jax.training.arguments import (
-    ADAPTER,
-    CHECKPOINTS,
-    START,
-    as_examples,
-    check_best,
-    check_folder,
-    check_numbers,
-    check_optimizer,
-    check_positions,
-    check_together,
-    clear,
-    like,
-    loss_of,
-    settings_of,
-)
+from lora_jax.training import arguments
 from lora_jax.training.batches import Examples
 from lora_jax.training.data.order import Feed, Order
 from lora_jax.training.errors import TrainingError, as_argument
@@ -194,29 +179,37 @@ def finetune(
     given = {**locals()}  # the arguments, by name
 
     # What can be wrong is found first.
-    examples = as_examples(examples, "examples")
-    measured = None if held_out is None else like(as_examples(held_out, "held_out"), examples)
-    check_numbers(given | {"lr": None if callable(lr) else lr})
-    check_together(given)
-    check_best(keep_best, held_out=held_out is not None, folder=folder is not None)
-    check_optimizer(optimizer, weight_decay)
+    examples = arguments.as_examples(examples, "examples")
+    measured = (
+        None
+        if held_out is None
+        else arguments.like(arguments.as_examples(held_out, "held_out"), examples)
+    )
+    arguments.check_numbers(given | {"lr": None if callable(lr) else lr})
+    arguments.check_together(given)
+    arguments.check_best(keep_best, held_out=held_out is not None, folder=folder is not None)
+    arguments.check_optimizer(optimizer, weight_decay)
     layout = layout or one_device()
     for rows in (examples, *([] if measured is None else [measured])):
-        check_positions(model, rows)
-    loss = loss_of(loss, examples, layout)
+        arguments.check_positions(model, rows)
+    loss = arguments.loss_of(loss, examples, layout)
     order = Order.of(examples, seed, batch_size, grad_accum)
     steps = steps or order.steps(epochs or 1)
-    path = check_folder(folder, resume, overwrite)
+    path = arguments.check_folder(folder, resume, overwrite)
 
     with contextlib.ExitStack() as held:
         if path is not None and is_first():
             held.enter_context(FolderLock(path))
-            check_folder(path, resume, overwrite)  # another run may just have ended
+            arguments.check_folder(path, resume, overwrite)  # another run may just have ended
 
         # The adapted tree and the state before the first step, or after the last checkpoint.
         rate = lr if callable(lr) else warmed_up(lr, steps, kind=schedule, warmup=warmup)
         key = jax.random.key(seed)
-        first = path / START if path is not None and resume and (path / START).exists() else None
+        first = (
+            path / arguments.START
+            if path is not None and resume and (path / arguments.START).exists()
+            else None
+        )
         kinds = models.kinds(model.config) if isinstance(model, _OUR_MODELS) else None
         params = layout.placed(_adapted(params, rules, kinds, jax.random.fold_in(key, 0), first))
         ready = make_ready(
@@ -228,12 +221,12 @@ def finetune(
             else optimizer,
             schedule=rate,
             key=jax.random.fold_in(key, 1),
-            checkpoints=None if path is None else Checkpoints(path / CHECKPOINTS, keep),
+            checkpoints=None if path is None else Checkpoints(path / arguments.CHECKPOINTS, keep),
             best=None
             if path is None or not keep_best
             else Best(path / BEST, f"{HELD_OUT}loss", patience=patience),
         )
-        settings = settings_of(
+        settings = arguments.settings_of(
             lr=lr,
             schedule=schedule,
             warmup=warmup,
@@ -247,7 +240,7 @@ def finetune(
         if resume:
             ready = resumed(ready, steps)
         elif overwrite and path is not None:
-            clear(path)
+            arguments.clear(path)
         keeps_start = path is not None and rules is not None and takes_from_base(params)
         summary = lj.summary(params)
         del params
@@ -259,7 +252,7 @@ def finetune(
         compile_seconds = time.perf_counter() - began
         if path is not None and keeps_start and first is None:
             # So that a resumed run decomposes nothing again.
-            lj.save_adapter(path / START, lj.join(ready.state.adapter, ready.base))
+            lj.save_adapter(path / arguments.START, lj.join(ready.state.adapter, ready.base))
         a_tenth = max(1, steps // 10)
         pace = _Pace(
             log_every=log_every or a_tenth,
@@ -282,8 +275,8 @@ def finetune(
                 )
         trained = result_of(ready, state)
         if path is not None:
-            lj.save_adapter(path / ADAPTER, trained, overwrite=True)
-            stop.remedy = f"The adapter is in {path / ADAPTER}"
+            lj.save_adapter(path / arguments.ADAPTER, trained, overwrite=True)
+            stop.remedy = f"The adapter is in {path / arguments.ADAPTER}"
             stop.check()  # a signal in the last step
         found: Line = next((m for m in reversed(recorder.lines) if f"{HELD_OUT}loss" in m), {})
         return trained, Report(
@@ -293,7 +286,7 @@ def finetune(
             held_out={k.removeprefix(HELD_OUT): v for k, v in found.items() if k != "step"},
             compile_seconds=compile_seconds,
             step_seconds=step_seconds,
-            adapter=None if path is None else path / ADAPTER,
+            adapter=None if path is None else path / arguments.ADAPTER,
             best=None if ready.best is None else ready.best.about,
         )
 

@@ -97,8 +97,7 @@ class Layout(Placement):
     @property
     def platform(self) -> str:
         """Returns the platform of the mesh's devices, which may be descriptions."""
-        platform: str = self.mesh.devices.flat[0].platform
-        return platform
+        return str(self.mesh.devices.flat[0].platform)
 
     @property
     def kernels(self) -> bool:
@@ -118,8 +117,7 @@ class Layout(Placement):
     @property
     def sequence_parts(self) -> int:
         """Returns the number of parts that a long row is split into."""
-        parts: int = self.mesh.shape["sequence"]
-        return parts
+        return int(self.mesh.shape["sequence"])
 
     @property
     def token_parts(self) -> int:

@@ -81,15 +81,7 @@ def make_optimizer(
     optim: Any, schedule: optax.Schedule, params: Any = None
 ) -> optax.GradientTransformation:
     """Returns the optimiser that the options describe; see `lora_jax.training.make_optimizer`."""
-    return training.make_optimizer(
-        optim.optimizer,
-        schedule,
-        params,
-        weight_decay=optim.weight_decay,
-        grad_clip=optim.grad_clip,
-        lora_plus=optim.lora_plus,
-        options=_options(optim),
-    )
+    return training.make_optimizer(optim.optimizer, schedule, params, **_settings(optim))
 
 
 def make_tenant(
@@ -102,10 +94,7 @@ def make_tenant(
         steps=steps,
         loss=loss,
         optimizer=optim.optimizer,
-        weight_decay=optim.weight_decay,
-        grad_clip=optim.grad_clip,
-        lora_plus=optim.lora_plus,
-        options=_options(optim),
+        **_settings(optim),
         noise=optim.neftune,
         key=key,
     )
@@ -116,6 +105,12 @@ def optimizer_line(optim: Any, params: Any) -> str:
     options = ", ".join(f"{name} {value:g}" for name, value in _options(optim).items())
     said = f"optimizer: {optim.optimizer}" + f" ({options})" * bool(options)
     return f"{said}; {described(params)}" if optim.optimizer == "muon" else said
+
+
+def _settings(optim: Any) -> dict[str, Any]:
+    """Returns what an optimiser is made with beside its name, schedule and parameters."""
+    shared = {name: getattr(optim, name) for name in ("weight_decay", "grad_clip", "lora_plus")}
+    return {**shared, "options": _options(optim)}
 
 
 def _options(optim: Any) -> dict[str, float]:

@@ -32,16 +32,9 @@ from train.options.written import effective
 from train.reporters.files import SAMPLES, read_json, read_lines
 from train.reporters.registry import trackers
 from train.reporters.reporting import Reporting
+from train.run import output
 from train.run.intrinsic import space_of
 from train.run.log import Log, QuietLog, draw_curve, read_metrics
-from train.run.output import (
-    ADAPTER,
-    CHECKPOINTS,
-    FACTS,
-    START,
-    begin,
-    folder_bytes,
-)
 from train.run.pretrained import Outline
 from train.run.report import peak_bytes, print_best, versions
 from train.run.rules import rules
@@ -83,8 +76,8 @@ def adapt_base(config: Options, outline: Outline, plain: Any, folder: Path, key:
         source = find_adapter(config.adapter.init_adapter, "--init-adapter")
         return source.load(outline, plain, outline.name, allow_base_mismatch=mismatch)
     with as_user_errors(ValueError):
-        if config.run.resume and (folder / START).exists():
-            return lj.load_adapter(folder / START, plain, allow_base_mismatch=mismatch)
+        if config.run.resume and (folder / output.START).exists():
+            return lj.load_adapter(folder / output.START, plain, allow_base_mismatch=mismatch)
         chosen = rules(config.adapter, outline)
         return lj.lorafy(plain, chosen, key=key, kinds=outline.kinds)
 
@@ -114,7 +107,7 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> R
         optimizer=make_optimizer(optim, schedule, params),
         schedule=schedule,
         key=key,
-        checkpoints=Checkpoints(run.folder / CHECKPOINTS, run.config.run.keep),
+        checkpoints=Checkpoints(run.folder / output.CHECKPOINTS, run.config.run.keep),
         best=_best(run),
         noise=optim.neftune,
     )
@@ -131,17 +124,17 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> R
     facts = {"resolved": resolved, **facts, "summary": summary, "versions": versions()}
     wait_for_all("the options of all processes are checked")
     if is_first():
-        begin(run.folder, run.config, run.script, facts)
+        output.begin(run.folder, run.config, run.script, facts)
     wait_for_all("the run has begun")
-    if takes_from_base(params) and not (run.folder / START).exists():
+    if takes_from_base(params) and not (run.folder / output.START).exists():
         # So that --resume decomposes nothing again.
-        lj.save_adapter(run.folder / START, params, about=run.about)
+        lj.save_adapter(run.folder / output.START, params, about=run.about)
     return ready
 
 
 def _moved(run: Run, schedule: optax.Schedule, done: int) -> str | None:
     """Returns a warning if a new number of steps changes the learning rate from here on."""
-    began = read_json(run.folder / FACTS).get("resolved", {})
+    began = read_json(run.folder / output.FACTS).get("resolved", {})
     optim = run.config.optim
     if not done or not {"steps", "lr"} <= began.keys():
         return None
@@ -184,7 +177,7 @@ def open_run_log(run: Run, ready: Ready, done: int) -> Iterator[Log | QuietLog]:
     if not is_first():
         yield QuietLog()
         return
-    facts = read_json(run.folder / FACTS)
+    facts = read_json(run.folder / output.FACTS)
     reporting = Reporting(
         run.folder,
         {name: one.reporter for name, one in trackers(run.config.run.report_to).items()},
@@ -208,7 +201,7 @@ def open_run_log(run: Run, ready: Ready, done: int) -> Iterator[Log | QuietLog]:
 def keep_adapter(run: Run, ready: Ready, trained: Any) -> None:
     """Saves the adapter of a run that is over."""
     best = {} if ready.best is None else ready.best.about
-    lj.save_adapter(run.folder / ADAPTER, trained, about=run.about | best, overwrite=True)
+    lj.save_adapter(run.folder / output.ADAPTER, trained, about=run.about | best, overwrite=True)
 
 
 def report_of(
@@ -224,7 +217,7 @@ def report_of(
         "skipped_steps": [line["step"] for line in metrics if "skipped" in line],
         "median_step_seconds": step_seconds,
         "peak_bytes": peak_bytes(),
-        "adapter_bytes": folder_bytes(run.folder / ADAPTER),
+        "adapter_bytes": output.folder_bytes(run.folder / output.ADAPTER),
     }
     if ready.best is not None:
         print_best(run.console, ready.best, run.config.run.patience)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lora_jax.training.arguments import clear
+from lora_jax.training.arguments import CHECKPOINTS, START, clear
 from lora_jax.training.processes import is_first, write_json, write_text
 from lora_jax.training.run.best import BEST
 from lora_jax.training.run.checkpoints import RECORD
@@ -25,8 +25,6 @@ FACTS = "facts.json"  # what came of them: steps, sizes, versions
 SCORES = "scores.json"
 CONFUSION = "confusion.png"
 REPORT = "report.json"
-START = "start"
-CHECKPOINTS = "checkpoints"
 _RESULTS = (CONFIG, FACTS, SCORES, REPORT, ADAPTER, BEST, METRICS, SAMPLES, CURVE, CONFUSION)
 _REPORTS = (LEDGER, LOG, ERROR, *(one.files for one in TRACKERS.values() if one.files))
 _OURS = (*_RESULTS, *_REPORTS, START, CHECKPOINTS, RECORD)

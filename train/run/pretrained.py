@@ -9,23 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax import models
 from lora_jax.hf.bundled import BUNDLES
 from lora_jax.hf.coded import STORED
 from lora_jax.hf.hub import resolve, resolve_config, revision_of
 from lora_jax.hf.load import absent_rows, shapes_of
 from lora_jax.hf.tokenizer import load_tokenizer
-from lora_jax.models import (
-    ConfigError,
-    DecoderConfig,
-    EncoderConfig,
-    GPT2Config,
-    ModelNotFound,
-    WeightsError,
-    fetch,
-    key_table,
-    kinds,
-    with_rope_scaling,
-)
 from lora_jax.models.encoder.families import FAMILIES as ENCODERS
 from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
 from lora_jax.quantized import is_coded
@@ -42,7 +31,7 @@ class Outline:
 
     name: str
     tokenizer: Any
-    config: DecoderConfig | GPT2Config | EncoderConfig
+    config: models.DecoderConfig | models.GPT2Config | models.EncoderConfig
     params: dict[str, Any]  # jax.ShapeDtypeStruct leaves
     # An encoder's head, a decoder's scaled RoPE, codes: keywords of `from_pretrained`.
     head: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -51,7 +40,7 @@ class Outline:
     @property
     def kinds(self) -> dict[str, Any]:
         """The kind of each parameter, by path; see `lora_jax.models.kinds`."""
-        return dict(kinds(self.config))
+        return dict(models.kinds(self.config))
 
     def paths(self, kind: str) -> list[str]:
         """Returns the paths of the parameters of a kind."""
@@ -76,7 +65,7 @@ class Outline:
     @property
     def max_tokens(self) -> int:
         """The most tokens of a row."""
-        if isinstance(self.config, EncoderConfig):
+        if isinstance(self.config, models.EncoderConfig):
             return self.config.max_tokens
         return self.config.max_position_embeddings
 
@@ -95,8 +84,8 @@ class Outline:
         """
         if scaling is None:
             return self
-        with as_user_errors(ConfigError, prefix=f"--rope-scaling {as_text(scaling)}: "):
-            config = with_rope_scaling(self.config, scaling)
+        with as_user_errors(models.ConfigError, prefix=f"--rope-scaling {as_text(scaling)}: "):
+            config = models.with_rope_scaling(self.config, scaling)
         head = {**self.head, "rope_scaling": dict(scaling)}
         return dataclasses.replace(self, config=config, head=head)
 
@@ -113,11 +102,15 @@ class Outline:
             return self
         head = {**self.head, "quantize": quantize}
         given = f"--quantize {quantize}: "
-        with as_user_errors(ConfigError, WeightsError, ModelNotFound, ValueError, prefix=given):
+        with as_user_errors(
+            models.ConfigError, models.WeightsError, models.ModelNotFound, ValueError, prefix=given
+        ):
             if quantize == STORED and resolve_config(self.name).suffix != ".gguf":
-                raise ConfigError(f"{self.name} is no GGUF file: choose a format, such as nf4")
+                raise models.ConfigError(
+                    f"{self.name} is no GGUF file: choose a format, such as nf4"
+                )
             source = open_source(resolve(self.name).path) if quantize == STORED else None
-            params = shapes_of(key_table(self.config), jnp.float32, quantize, source)
+            params = shapes_of(models.key_table(self.config), jnp.float32, quantize, source)
         return dataclasses.replace(self, head=head, params=params)
 
     def shapes(self, dtype: Any, *, arrays: bool = False) -> dict[str, Any]:
@@ -138,7 +131,9 @@ class Outline:
 
 @contextmanager
 def _model_errors(name: str) -> Iterator[None]:
-    with as_user_errors(ConfigError, WeightsError, ModelNotFound, prefix=f"--model {name}: "):
+    with as_user_errors(
+        models.ConfigError, models.WeightsError, models.ModelNotFound, prefix=f"--model {name}: "
+    ):
         yield
 
 
@@ -151,7 +146,7 @@ def read_outline(name: str) -> Outline:
       UserError: the model cannot be read, or does not continue texts.
     """
     outline = _outline(name)
-    if isinstance(outline.config, EncoderConfig):
+    if isinstance(outline.config, models.EncoderConfig):
         raise UserError(
             f"--model {name}: a {outline.config.model_type} model does not continue texts"
         )
@@ -165,7 +160,7 @@ def read_fields(name: str) -> dict[str, Any]:
       UserError: the model cannot be found.
     """
     with _model_errors(name):
-        path = fetch(name)
+        path = models.fetch(name)
     try:
         fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -186,7 +181,7 @@ def read_classifier_outline(name: str, num_labels: int | None) -> Outline:
     kind = read_fields(name).get("model_type")
     if kind is None:
         with _model_errors(name):
-            kind = open_source(fetch(name)).config.model_type
+            kind = open_source(models.fetch(name)).config.model_type
     if kind not in ENCODERS:
         raise UserError(
             f"--model {name}: a {kind} model has no head for classes here; a BERT, "
@@ -207,10 +202,10 @@ def read_shapes(name: str) -> Outline:
     """
     with _model_errors(name):
         if name in BUNDLES:
-            fetch(name)  # for other models, the configuration is enough
+            models.fetch(name)  # for other models, the configuration is enough
         path = resolve_config(name)
         config = open_source(path).config if path.suffix == ".gguf" else read_config_file(path)
-    if isinstance(config, EncoderConfig):
+    if isinstance(config, models.EncoderConfig):
         raise UserError(f"--model {name}: a {config.model_type} model does not continue texts")
     return Outline(name, None, config, _abstract(config))
 
@@ -226,7 +221,7 @@ def read_untokenized(name: str, **head: Any) -> Outline:
       UserError: the model cannot be read.
     """
     with _model_errors(name):
-        source = open_source(fetch(name), **head)
+        source = open_source(models.fetch(name), **head)
         absent = tuple(row.path for row in absent_rows(source))
     return Outline(name, None, source.config, _abstract(source.config), head, absent)
 
@@ -241,7 +236,7 @@ def _outline(name: str, **head: Any) -> Outline:
 
 
 def _abstract(config: Any) -> dict[str, Any]:
-    return shapes_of(key_table(config), jnp.float32)
+    return shapes_of(models.key_table(config), jnp.float32)
 
 
 def read_model(
@@ -256,7 +251,7 @@ def read_model(
 ) -> tuple[Any, dict[str, Any]]:
     """Reads a model with its weights; fetches files if need be. See `models.from_pretrained`."""
     with _model_errors(name):
-        fetch(name)
+        models.fetch(name)
         return from_pretrained(
             name,
             dtype=jnp.dtype(dtype),

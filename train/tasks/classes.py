@@ -9,13 +9,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from sklearn.metrics import (
-    ConfusionMatrixDisplay,
-    accuracy_score,
-    confusion_matrix,
-    f1_score,
-    precision_recall_fscore_support,
-)
+from sklearn import metrics
 
 _MISTAKES = 8
 
@@ -28,25 +22,19 @@ def scores_of(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -
       names: the classes.
     """
     classes = range(len(names))
-    precision, recall, f1, support = precision_recall_fscore_support(
+    found = metrics.precision_recall_fscore_support(
         labels, predicted, labels=classes, zero_division=0.0
     )
-    of_class = {
-        name: {
-            "precision": float(precision[i]),
-            "recall": float(recall[i]),
-            "f1": float(f1[i]),
-            "texts": int(support[i]),
-        }
-        for i, name in enumerate(names)
-    }
+    columns = ("precision", "recall", "f1", "texts")
+    rows = zip(*(array.tolist() for array in found), strict=True)
     return {
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "macro_f1": float(
-            f1_score(labels, predicted, labels=classes, average="macro", zero_division=0.0)
-        ),
-        "classes": of_class,
-        "confusion": confusion_matrix(labels, predicted, labels=classes).tolist(),
+        "accuracy": float(metrics.accuracy_score(labels, predicted)),
+        "macro_f1": float(found[2].mean()),
+        "classes": {
+            name: dict(zip(columns, row, strict=True))
+            for name, row in zip(names, rows, strict=True)
+        },
+        "confusion": metrics.confusion_matrix(labels, predicted, labels=classes).tolist(),
     }
 
 
@@ -56,7 +44,7 @@ def draw_confusion(path: Path, confusion: Sequence[Sequence[int]], names: Sequen
     size = 3.2 + 0.6 * len(names)
     figure = Figure(figsize=(size + 0.8, size))  # without pyplot: no window, no global state
     axes = figure.subplots()
-    shown = ConfusionMatrixDisplay(matrix, display_labels=list(names))
+    shown = metrics.ConfusionMatrixDisplay(matrix, display_labels=list(names))
     rotation = "horizontal" if len(names) < 6 else "vertical"
     shown.plot(ax=axes, cmap="Blues", colorbar=False, values_format="d", xticks_rotation=rotation)
     axes.set(xlabel="predicted", ylabel="label")

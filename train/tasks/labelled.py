@@ -24,13 +24,7 @@ from train.run.log import doing
 from train.run.output import CONFUSION, SCORES
 from train.run.pretrained import Outline, read_classifier_outline
 from train.run.rules import peft_fields
-from train.tasks.classes import (
-    draw_confusion,
-    print_classes,
-    print_mistakes,
-    print_scores,
-    scores_of,
-)
+from train.tasks import classes
 from train.tasks.task import Context, Data, Evaluation, Progress, Rows, Task, padding_line
 
 _SEED = 0  # of the held-out rows: the same for every run, so that runs are comparable
@@ -187,7 +181,7 @@ class Telling:
         test: Any = self.context.data.held_out
         rows = 4 * self.context.config.optim.batch_size
         predicted = predict(forward, params, test, rows).argmax(-1)
-        scores = scores_of(test.labels, predicted, self.context.data.facts["labels"])
+        scores = classes.scores_of(test.labels, predicted, self.context.data.facts["labels"])
         return {name: scores[name] for name in ("accuracy", "macro_f1")}
 
     def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
@@ -199,14 +193,14 @@ class Telling:
             probabilities = predict(forward, params, test, 4 * context.config.optim.batch_size)
         texts = [row[data.text] for row in context.rows.held_out]
         ways = self._without_model(test, texts, names)
-        scores = scores_of(test.labels, probabilities.argmax(-1), names)
+        scores = classes.scores_of(test.labels, probabilities.argmax(-1), names)
         ways[ADAPTED] = scores
         write_json(context.folder / SCORES, ways)
         if is_first():
-            draw_confusion(context.folder / CONFUSION, scores["confusion"], names)
-        print_mistakes(context.console, texts, test.labels, probabilities, names)
-        print_classes(context.console, scores)
-        print_scores(context.console, ways, len(test))
+            classes.draw_confusion(context.folder / CONFUSION, scores["confusion"], names)
+        classes.print_mistakes(context.console, texts, test.labels, probabilities, names)
+        classes.print_classes(context.console, scores)
+        classes.print_scores(context.console, ways, len(test))
         return {name: scores[name] for name in ("accuracy", "macro_f1")}
 
     def _without_model(
@@ -217,7 +211,7 @@ class Telling:
         index = {name: i for i, name in enumerate(names)}
         made = [commonest(rows, texts, label), *(make(rows, texts) for make in self.baselines)]
         return {
-            way: scores_of(test.labels, np.array([index[name] for name in labels]), names)
+            way: classes.scores_of(test.labels, np.array([index[name] for name in labels]), names)
             for way, labels in made
         }
 

@@ -1,13 +1,15 @@
 """The order of examples: which ones a step takes, as a function of the seed and the step."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from lora_jax.training.batches import Examples, HostBatch
 from lora_jax.training.data.mixture import Shares, order
+
+Item = TypeVar("Item")
 
 _SHOWN = 32  # rows of a batch that are named
 
@@ -133,6 +135,12 @@ class Order:
         return max(1, -(-int(np.ceil(epochs * self.n_rows)) // self.rows_a_step))
 
 
+def listed(rows: Sequence[Item], name: Callable[[Item], str]) -> str:
+    """Returns the names of a batch's rows, the first of many."""
+    left_out = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+    return ", ".join(map(name, rows[:_SHOWN])) + left_out
+
+
 class Batches(Protocol):
     """The batches of a run, each a function of the data, the seed, and the number of its step."""
 
@@ -203,9 +211,7 @@ class Feed:
     def named(self, number: int) -> str:
         """Returns the names of what is in that batch."""
         rows = self.order.rows(number).ravel().tolist()
-        left_out = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
-        of_source = f" of {self.source}" if self.source else ""
-        return f"{', '.join(map(self.name, rows[:_SHOWN]))}{left_out}{of_source}"
+        return listed(rows, self.name) + (f" of {self.source}" if self.source else "")
 
     def tokens(self, batch: HostBatch) -> int:
         """Returns how much is in a batch, without padding."""

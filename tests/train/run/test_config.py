@@ -240,7 +240,7 @@ def test_implementations_reach_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "train.run.pretrained.from_pretrained", lambda *args, **options: given.append(options)
     )
-    monkeypatch.setattr("train.run.pretrained.fetch", lambda name: None)
+    monkeypatch.setattr("train.run.pretrained.models.fetch", lambda name: None)
     asked = {"attention": "blockwise", "experts": "ragged"}
     read_model("a model", dtype="float32", **asked)
     assert given[0].items() >= asked.items()

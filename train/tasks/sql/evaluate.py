@@ -10,27 +10,21 @@ from rich.text import Text
 
 from train.run.complete import Chat, answered, tokenized
 from train.run.pretrained import Outline
-from train.tasks.sql.examples import (
-    SqlExample,
-    evaluation_examples,
-    few_shot_messages,
-    score,
-    training_examples,
-)
+from train.tasks.sql import examples as sql
 
 ZERO_SHOT, FEW_SHOT, ADAPTED = "base, zero-shot", "base, 4 examples", "fine-tuned"
 UNSEEN_SCHEMAS, UNSEEN_BOTH = "unseen schemas", "unseen schemas, unseen phrasings"
 N_SHOTS = 4
 NEW_TOKENS = 80  # the longest gold query has about fifty
-Questions = dict[str, list[SqlExample]]
+Questions = dict[str, list[sql.SqlExample]]
 Answers = dict[str, list[str]]  # by kind of question, in the order of the questions
 
 
 def draw_questions(n: int) -> Questions:
     """Returns `n` questions of each kind; the same for every run, so that runs are comparable."""
     return {
-        UNSEEN_SCHEMAS: evaluation_examples(n),
-        UNSEEN_BOTH: evaluation_examples(n, unseen_phrasings=True),
+        UNSEEN_SCHEMAS: sql.evaluation_examples(n),
+        UNSEEN_BOTH: sql.evaluation_examples(n, unseen_phrasings=True),
     }
 
 
@@ -69,8 +63,8 @@ def answer(
 
 
 def _chats(questions: Questions, few_shot: bool) -> list[Chat]:
-    shots = training_examples(N_SHOTS) if few_shot else []
-    return [few_shot_messages(e, shots) for examples in questions.values() for e in examples]
+    shots = sql.training_examples(N_SHOTS) if few_shot else []
+    return [sql.few_shot_messages(e, shots) for examples in questions.values() for e in examples]
 
 
 @dataclasses.dataclass
@@ -89,7 +83,7 @@ class Scores:
         """Computes the execution accuracy, by kind of question and prompting method."""
         return {
             kind: {
-                way: sum(map(score, examples, answers[kind])) / len(examples)
+                way: sum(map(sql.score, examples, answers[kind])) / len(examples)
                 for way, answers in self.answers.items()
             }
             for kind, examples in self.questions.items()
@@ -141,7 +135,7 @@ class Scores:
                 row = {"question": example.question, "gold": example.sql}
                 for name, way in (("before", ZERO_SHOT), ("after", ADAPTED)):
                     text = self.answers[way][kind][i]
-                    row[name] = f"{'✓' if score(example, text) else '✗'} {_short(text)}"
+                    row[name] = f"{'✓' if sql.score(example, text) else '✗'} {_short(text)}"
                 shown.append(row)
         return shown
 
