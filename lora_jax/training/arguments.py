@@ -51,8 +51,11 @@ def as_examples(given: Examples | Mapping[str, Any], name: str) -> Examples:
     return given
 
 
-def like(held_out: Examples, examples: Examples) -> Examples:
-    """Returns the held-out examples; raises a TrainingError unless they have the same arrays."""
+def like(given: Examples | Mapping[str, Any] | None, examples: Examples) -> Examples | None:
+    """Returns held-out examples, if there are any; they must have the same arrays as others."""
+    if given is None:
+        return None
+    held_out = as_examples(given, "held_out")
     one = np.zeros(1, int)
     names = {*held_out.take(one)}, {*examples.take(one)}
     if names[0] != names[1]:

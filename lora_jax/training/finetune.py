@@ -180,17 +180,13 @@ def finetune(
 
     # What can be wrong is found first.
     examples = arguments.as_examples(examples, "examples")
-    measured = (
-        None
-        if held_out is None
-        else arguments.like(arguments.as_examples(held_out, "held_out"), examples)
-    )
+    measured = arguments.like(held_out, examples)
     arguments.check_numbers(given | {"lr": None if callable(lr) else lr})
     arguments.check_together(given)
     arguments.check_best(keep_best, held_out=held_out is not None, folder=folder is not None)
     arguments.check_optimizer(optimizer, weight_decay)
     layout = layout or one_device()
-    for rows in (examples, *([] if measured is None else [measured])):
+    for rows in filter(None, (examples, measured)):
         arguments.check_positions(model, rows)
     loss = arguments.loss_of(loss, examples, layout)
     order = Order.of(examples, seed, batch_size, grad_accum)
@@ -205,11 +201,8 @@ def finetune(
         # The adapted tree and the state before the first step, or after the last checkpoint.
         rate = lr if callable(lr) else warmed_up(lr, steps, kind=schedule, warmup=warmup)
         key = jax.random.key(seed)
-        first = (
-            path / arguments.START
-            if path is not None and resume and (path / arguments.START).exists()
-            else None
-        )
+        start = None if path is None else path / arguments.START
+        first = start if start is not None and resume and start.exists() else None
         kinds = models.kinds(model.config) if isinstance(model, _OUR_MODELS) else None
         params = layout.placed(_adapted(params, rules, kinds, jax.random.fold_in(key, 0), first))
         ready = make_ready(
@@ -241,7 +234,7 @@ def finetune(
             ready = resumed(ready, steps)
         elif overwrite and path is not None:
             arguments.clear(path)
-        keeps_start = path is not None and rules is not None and takes_from_base(params)
+        keeps_start = rules is not None and takes_from_base(params)
         summary = lj.summary(params)
         del params
 
@@ -250,9 +243,9 @@ def finetune(
         forward = _forward(model, ready)
         step = compile_step(ready, forward, loss)
         compile_seconds = time.perf_counter() - began
-        if path is not None and keeps_start and first is None:
+        if start is not None and keeps_start and first is None:
             # So that a resumed run decomposes nothing again.
-            lj.save_adapter(path / arguments.START, lj.join(ready.state.adapter, ready.base))
+            lj.save_adapter(start, lj.join(ready.state.adapter, ready.base))
         a_tenth = max(1, steps // 10)
         pace = _Pace(
             log_every=log_every or a_tenth,

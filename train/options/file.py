@@ -11,7 +11,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -36,7 +36,7 @@ _ZEROS = re.compile(r"(?<![0-9])0+(?=[0-9])")
 _MOST_SHOWN = 80  # characters of a value in messages
 
 
-class Unfit(Exception):
+class _Unfit(Exception):
     """A value does not fit its option; the message says what is needed."""
 
 
@@ -53,21 +53,22 @@ def read_options(path: str, config: Config) -> tuple[Config, dict[str, int]]:
     kinds = kinds_of(config)
     values: dict[str, Any] = {}
     lines: dict[str, int] = {}
-    for key, value in _entries(path):
-        line = key.start_mark.line + 1
-        name = str(key.value).replace("-", "_")
-        where = f"--config {path}, line {line}"
+    asked = f"--config {path}"
+    root = composed(Path(path).expanduser(), asked) or yaml.MappingNode(f"{_TAG}map", [])
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(
+            f"{asked}: options by their names are needed, a line each, such as 'rank: 8'"
+        )
+    for key, value, line in entries(root, asked):
+        name, where = key.replace("-", "_"), f"{asked}, line {line}"
         if name not in kinds:
-            raise UserError(f"{where}: {_unknown(key.value, value, kinds, config)}")
+            raise UserError(f"{where}: {_unknown(key, value, kinds, config)}")
         if name in lines:
             raise UserError(
-                f"{where}: {key.value} is given twice, in line {lines[name]}, too: leave out one"
+                f"{where}: {key} is given twice, in line {lines[name]}, too: leave out one"
             )
         lines[name] = line
-        try:
-            values[name] = converted(value, kinds[name])
-        except Unfit as error:
-            raise UserError(f"{where}: {key.value} is {shown(value)}: {error}") from None
+        values[name] = read_value(key, value, kinds[name], where)
     given = {name: line for name, line in lines.items() if values[name] is not None}
     return replaced(config, values), given
 
@@ -107,20 +108,17 @@ def as_yaml(config: Options, values: Mapping[str, Any], heading: str) -> str:
     return "\n".join(block for block in blocks if block)
 
 
-def _entries(path: str) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
-    """Returns the keys and values of a file's mapping, with their places."""
-    root = composed(Path(path).expanduser(), f"--config {path}")
-    if root is None:
-        return []
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError(
-            f"--config {path}: options by their names are needed, a line each, such as 'rank: 8'"
-        )
-    for key, _ in root.value:
+def entries(node: yaml.MappingNode, where: str) -> Iterator[tuple[str, yaml.Node, int]]:
+    """Yields the keys, values and lines of a mapping.
+
+    Raises:
+      UserError: a key is no name.
+    """
+    for key, value in node.value:
+        line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
-            line = key.start_mark.line + 1
-            raise UserError(f"--config {path}, line {line}: the name of an option is needed")
-    return root.value
+            raise UserError(f"{where}, line {line}: the name of an option is needed")
+        yield key.value, value, line
 
 
 def composed(file: Path, asked: str) -> yaml.Node | None:
@@ -180,11 +178,19 @@ def _unknown(key: str, value: yaml.Node, kinds: Mapping[str, Any], config: Optio
     return f"there is no option {key}; the nearest is {likely}"
 
 
-def converted(node: yaml.Node, kind: Any) -> Any:
+def read_value(key: str, node: yaml.Node, kind: Any, where: str) -> Any:
+    """Returns the value of an option, of its type; raises a UserError for another one."""
+    try:
+        return _converted(node, kind)
+    except _Unfit as error:
+        raise UserError(f"{where}: {key} is {_shown(node)}: {error}") from None
+
+
+def _converted(node: yaml.Node, kind: Any) -> Any:
     """Returns the value of a node, of the type that an option has.
 
     Raises:
-      Unfit: it is of another type.
+      _Unfit: it is of another type.
     """
     extras: tuple[Any, ...] = ()
     if typing.get_origin(kind) is typing.Annotated:
@@ -195,13 +201,13 @@ def converted(node: yaml.Node, kind: Any) -> Any:
         if node.tag == f"{_TAG}null":
             return None
         (kind,) = (argument for argument in arguments if argument is not type(None))
-        return converted(node, kind)
+        return _converted(node, kind)
     if origin is tuple:
         # One value is a list of one, as on the command line.
         if isinstance(node, yaml.ScalarNode) and len(words := node.value.split()) > 1:
-            raise Unfit(f"a list is needed, [{', '.join(words)}] or [{json.dumps(node.value)}]")
+            raise _Unfit(f"a list is needed, [{', '.join(words)}] or [{json.dumps(node.value)}]")
         nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        return tuple(converted(one, arguments[0]) for one in nodes)
+        return tuple(_converted(one, arguments[0]) for one in nodes)
     if origin is Literal:
         return _one_of(node, arguments)
     if choices := next((c for c in (getattr(x, "choices", None) for x in extras) if c), None):
@@ -212,20 +218,20 @@ def converted(node: yaml.Node, kind: Any) -> Any:
 def _one_of(node: yaml.Node, choices: tuple[str, ...]) -> str:
     text = _plain(node, str)
     if text not in choices:
-        raise Unfit(f"one of {', '.join(choices)} is needed")
+        raise _Unfit(f"one of {', '.join(choices)} is needed")
     return text
 
 
 def _plain(node: yaml.Node, kind: type) -> Any:
     if not isinstance(node, yaml.ScalarNode) or node.tag == f"{_TAG}null":
-        raise Unfit(_NEEDED[kind])
+        raise _Unfit(_NEEDED[kind])
     if kind is str:
         return node.value
     is_plain = node.style is None  # text in quotes is not a number
     if kind in (int, float) and is_plain:
         # YAML 1.1 takes 1e-3 for a text, .inf for a number, 010 for 8, and 1:30 for 90.
         if _LEADING_ZERO.fullmatch(node.value):
-            raise Unfit(
+            raise _Unfit(
                 f"{_NEEDED[kind]} that does not begin with 0, which some take for the octal "
                 f"system: write {_ZEROS.sub('', node.value)}"
             )
@@ -234,13 +240,13 @@ def _plain(node: yaml.Node, kind: type) -> Any:
                 return int(node.value, 0)
             return float(node.value.replace(".inf", "inf").replace(".nan", "nan"))
         except ValueError:
-            raise Unfit(_NEEDED[kind]) from None
+            raise _Unfit(_NEEDED[kind]) from None
     if kind in (int, bool) and node.tag == f"{_TAG}{kind.__name__}":
         return yaml.SafeLoader("").construct_object(node)
-    raise Unfit(_NEEDED[kind])
+    raise _Unfit(_NEEDED[kind])
 
 
-def shown(node: yaml.Node) -> str:
+def _shown(node: yaml.Node) -> str:
     """Returns a value as it stands in a file, for messages."""
     if isinstance(node, yaml.ScalarNode):
         text = repr(node.value) if node.style else node.value or "nothing"
