@@ -48,7 +48,7 @@ def tokenize(
         train_on=train_on,
         say=lambda lines: _say(console, *lines),
     )
-    if path is not None and write and cache.worth(dataset.kept_in, len(rows)):
+    if path and write and (dataset.kept_in is not None or len(rows) >= cache.FEW):
         try:
             cache.write(path, tokens)
             _say(console, f"the tokens of {source} are kept in {path}")

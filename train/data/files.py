@@ -59,7 +59,8 @@ def files_of(dataset: str, split: str = "train") -> list[Path] | None:
     """
     path = Path(dataset).expanduser()
     if path.is_dir():
-        return None if _is_saved(path) else _files_in(path, split)
+        is_saved = any((path / f"{name}.json").is_file() for name in ("state", "dataset_dict"))
+        return None if is_saved else _files_in(path, split)
     if kind_of(dataset):
         if not path.is_file():
             raise UserError(f"--dataset {dataset}: there is no such file")
@@ -98,10 +99,6 @@ def _read_parquet(path: Path) -> list[Row]:
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error
     return [placed(rows_of_arrow(row), path, f"row {n}") for n, row in enumerate(rows, start=1)]
-
-
-def _is_saved(folder: Path) -> bool:
-    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def _files_in(folder: Path, split: str) -> list[Path]:

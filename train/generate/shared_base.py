@@ -12,7 +12,7 @@ import jax
 
 import lora_jax as lj
 from train.adapters.source import ADAPTER, AdapterSource, find_adapter, merged
-from train.console.errors import UserError
+from train.console.errors import UserError, as_user_errors
 from train.console.output import say
 from train.generate.answers import Speaker
 from train.generate.options import BASE, GenerateOptions
@@ -141,9 +141,9 @@ class Served:
                 tree = source.load(model, params, outline.name, allow_base_mismatch=mismatch)
                 self._trees[name] = self._alike(tree)
         names = list(self._trees)
-        if options.merge:
-            for name in names:
-                _check_merge(name, self._trees[name])
+        for name in names if options.merge else ():
+            with as_user_errors(UserError, prefix=f"--merge: {name} cannot be merged: "):
+                jax.eval_shape(merged, self._trees[name])  # merges nothing yet
         how = "merged into" if options.merge else "beside"
         if len(names) == len(self.names) == 1 and not options.interactive and not options.no_merge:
             how = self._serve_merged(names[0])
@@ -188,11 +188,3 @@ class Served:
             with contextlib.suppress(ValueError):
                 return lj.swap(other, tree)
         return tree
-
-
-def _check_merge(name: str, tree: Any) -> None:
-    """Raises a UserError if an adapter cannot be merged; merges nothing."""
-    try:
-        jax.eval_shape(merged, tree)
-    except UserError as error:
-        raise UserError(f"--merge: {name} cannot be merged: {error}") from error

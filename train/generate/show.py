@@ -63,7 +63,8 @@ class Shown:
             return
         for place, answer in here.items():
             if not alone:
-                print(heading(_labelled(place, len(self._samples)), 1))
+                sample = f", {place.sample + 1}" if len(self._samples) > 1 else ""
+                print(heading(f"{place.adapter}{sample}", 1))
             print(answer.text)
         print(flush=True)
 
@@ -89,10 +90,6 @@ def first_line(text: str) -> str:
     """Returns the beginning of a text, in one line."""
     line = " ".join(text.split())
     return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 1]}…"
-
-
-def _labelled(place: Place, n_samples: int) -> str:
-    return f"{place.adapter}, {place.sample + 1}" if n_samples > 1 else place.adapter
 
 
 def json_lines(prompts: Sequence[Prompt], found: Found, names: Sequence[str]) -> list[str]:

@@ -146,11 +146,13 @@ def read_outline(name: str) -> Outline:
       UserError: the model cannot be read, or does not continue texts.
     """
     outline = _outline(name)
-    if isinstance(outline.config, models.EncoderConfig):
-        raise UserError(
-            f"--model {name}: a {outline.config.model_type} model does not continue texts"
-        )
+    _check_continues(name, outline.config)
     return outline
+
+
+def _check_continues(name: str, config: Any) -> None:
+    if isinstance(config, models.EncoderConfig):
+        raise UserError(f"--model {name}: a {config.model_type} model does not continue texts")
 
 
 def read_fields(name: str) -> dict[str, Any]:
@@ -205,8 +207,7 @@ def read_shapes(name: str) -> Outline:
             models.fetch(name)  # for other models, the configuration is enough
         path = resolve_config(name)
         config = open_source(path).config if path.suffix == ".gguf" else read_config_file(path)
-    if isinstance(config, models.EncoderConfig):
-        raise UserError(f"--model {name}: a {config.model_type} model does not continue texts")
+    _check_continues(name, config)
     return Outline(name, None, config, _abstract(config))
 
 

@@ -7,6 +7,8 @@ from typing import Any, overload
 
 import numpy as np
 
+_KINDS = ("<i8", "<i8", "<i4", "?")  # as bytes: lengths, rows, tokens, and which ones count
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tokens:
@@ -81,6 +83,23 @@ class Sequences(Sequence[Tokens]):
 
         names = ("ids", "counts", "lengths", "rows", "origins")
         return cls.of_arrays(**{name: all_of(name) for name in names})
+
+    @classmethod
+    def from_bytes(cls, data: Any, origin: int = 0) -> "Sequences":
+        """Returns the sequences that `as_bytes` wrote; their arrays are views of `data`."""
+        n, total = np.frombuffer(data, "<i8", 2).tolist()
+        arrays, at = [], 16
+        for kind, size in zip(_KINDS, (n, n, total, total), strict=True):
+            arrays.append(np.frombuffer(data, kind, size, at))
+            at += arrays[-1].nbytes
+        lengths, rows, ids, counts = arrays
+        return cls.of_arrays(ids=ids, counts=counts, lengths=lengths, rows=rows, origins=origin)
+
+    def as_bytes(self) -> list[memoryview]:
+        """Returns the sequences, but for their origins, as bytes in several parts."""
+        arrays = (self.lengths, self.rows, self.ids, self.counts)
+        kept = [a.astype(kind, copy=False) for a, kind in zip(arrays, _KINDS, strict=True)]
+        return [array.data for array in (np.array([len(self), len(self.ids)], "<i8"), *kept)]
 
     def __len__(self) -> int:
         return len(self.rows)
