@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,8 +75,7 @@ class Report:
     best: dict[str, Any] | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Pace:
+class _Pace(NamedTuple):
     log_every: int
     save_every: int
     max_skipped: int

@@ -4,6 +4,7 @@ A run gives it arrays, a plan of the run their shapes: the step is the same.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -74,10 +75,7 @@ class Setup:
 
     def state(self, adapter: Adapter, key: jax.Array) -> State:
         """Returns the state before the first step, on the mesh."""
-
-        def make(adapter: Adapter) -> State:
-            return init_state(adapter, self.optimizer, key)
-
+        make = functools.partial(init_state, optimizer=self.optimizer, key=key)
         state: State = jax.jit(make, out_shardings=self.where)(adapter)
         return state
 

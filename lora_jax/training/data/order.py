@@ -1,6 +1,7 @@
 """The order of examples: which ones a step takes, as a function of the seed and the step."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
@@ -86,9 +87,6 @@ class Order:
     accumulate: int = 1
     groups: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
     mixture: Shares | None = None
-    _orders: dict[int, np.ndarray] = dataclasses.field(
-        default_factory=dict, init=False, compare=False, repr=False
-    )
 
     @classmethod
     def of(cls, examples: Examples, seed: int, batch_size: int, accumulate: int = 1) -> "Order":
@@ -115,15 +113,17 @@ class Order:
         epochs, rest = divmod(steps * self.rows_a_step, self.n_rows)
         return epochs, self._order(epochs)[:rest]
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            if len(self._orders) > 1:  # an epoch and its neighbour
-                self._orders.pop(next(iter(self._orders)))
-            drawn = None if self.mixture is None else self.mixture.rows(self.seed, epoch)
+    @functools.cached_property
+    def _order(self) -> Callable[[int], np.ndarray]:
+        """Returns the rows of an epoch; remembers two epochs, which may share a step."""
+
+        def drawn(epoch: int) -> np.ndarray:
+            rows = None if self.mixture is None else self.mixture.rows(self.seed, epoch)
             if self.groups is not None:
-                drawn = order_by_group(self.seed, epoch, self.groups, self.rows_a_step, drawn)
-            self._orders[epoch] = order(self.seed, epoch, self.n_rows) if drawn is None else drawn
-        return self._orders[epoch]
+                return order_by_group(self.seed, epoch, self.groups, self.rows_a_step, rows)
+            return order(self.seed, epoch, self.n_rows) if rows is None else rows
+
+        return functools.lru_cache(maxsize=2)(drawn)
 
     def cursor(self, step: int) -> dict[str, int]:
         """Returns where the data stand after `step` steps."""
