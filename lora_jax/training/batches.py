@@ -91,8 +91,24 @@ class Arrays(Examples):
         return int(np.prod(next(iter(batch.values())).shape[:2]))
 
 
-class Filled(Examples):
-    """Holds arrays of which `weights`, [n] or [n, m], is 0 for a unit that does not count."""
+class Padded(Examples):
+    """Holds rows that batches pad to the smallest of a few lengths that holds them."""
+
+    def _padding(self) -> tuple[tuple[int, ...], np.ndarray]:
+        """Returns those lengths, ascending, and the number of places that each row needs: [n]."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def groups(self) -> np.ndarray:
+        """Returns for each row the index of the smallest of `lengths` that holds it: [n]."""
+        return np.asarray(np.searchsorted(*self._padding()))
+
+    @property
+    def filled(self) -> float:
+        """Returns the share of tokens in the padded rows that are no padding, over an epoch."""
+        often = np.ones(len(self)) if self.mixture is None else self.mixture.often
+        lengths, sizes = self._padding()
+        return float(often @ sizes / (often @ np.asarray(lengths)[self.groups]))
 
     def parts(self, batch_size: int) -> Iterator[HostBatch]:
         """Yields all rows, by length, in batches of few shapes; weights of 0 fill up the last."""
@@ -103,25 +119,8 @@ class Filled(Examples):
             yield part
 
 
-@dataclasses.dataclass(frozen=True)
-class Weighted(Filled):
-    """Holds arrays with weights as its fields.
-
-    Attributes:
-      weights: [n] or [n, m], the factor of each unit of the loss; 0 for one that does not count,
-        perhaps negative.
-    """
-
-    weights: np.ndarray
-
-    def by_name(self) -> HostBatch:
-        """Returns the fields that are arrays."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class Packs(Filled):
+class Packs(Padded):
     """Holds sequences ready to be batched, without padding; a row is one or several of them.
 
     A batch is padded to the smallest of `lengths` that holds its rows, so that a step has few
@@ -154,21 +153,8 @@ class Packs(Filled):
     def __len__(self) -> int:
         return len(self.firsts) - 1
 
-    @functools.cached_property
-    def groups(self) -> np.ndarray:
-        """Returns for each row the index of the smallest of `lengths` that holds it: [n]."""
-        return np.asarray(np.searchsorted(self.lengths, self._sizes))
-
-    @property
-    def _sizes(self) -> np.ndarray:
-        """Returns the number of tokens of each row: [n]."""
-        return np.diff(self.table.starts[self.firsts])
-
-    @property
-    def filled(self) -> float:
-        """Returns the share of tokens in the padded rows that are no padding, over an epoch."""
-        often = np.ones(len(self)) if self.mixture is None else self.mixture.often
-        return float(often @ self._sizes / (often @ np.asarray(self.lengths)[self.groups]))
+    def _padding(self) -> tuple[tuple[int, ...], np.ndarray]:
+        return self.lengths, np.diff(self.table.starts[self.firsts])
 
     def take(self, rows: np.ndarray) -> HostBatch:
         """Returns the rows at the indices `rows`, of any shape: arrays [*rows.shape, …]."""

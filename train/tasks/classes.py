@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from sklearn import metrics
 
+from train.tasks.task import print_figures
+
 _MISTAKES = 8
 
 
@@ -54,25 +56,22 @@ def draw_confusion(path: Path, confusion: Sequence[Sequence[int]], names: Sequen
 
 def print_scores(console: Console, ways: Mapping[str, Mapping[str, Any]], n: int) -> None:
     """Prints a table of accuracy and macro F1 in %, with a row per classifier."""
-    table = Table(title=f"{n} held-out texts, in %")
-    table.add_column("by")
-    table.add_column("accuracy", justify="right")
-    table.add_column("macro F1", justify="right")
-    for way, scores in ways.items():
-        table.add_row(way, f"{100 * scores['accuracy']:.1f}", f"{100 * scores['macro_f1']:.1f}")
-    console.print(table)
+    rows = [(way, *_percents(scores, "accuracy", "macro_f1")) for way, scores in ways.items()]
+    print_figures(console, f"{n} held-out texts, in %", ("by", "accuracy", "macro F1"), rows)
 
 
 def print_classes(console: Console, scores: Mapping[str, Any]) -> None:
     """Prints a table of precision, recall and F1 in %, with a row per class."""
-    columns = ("precision", "recall", "f1")
-    table = Table("class", title="The fine-tuned model, in %")
-    for column in ("precision", "recall", "F1", "texts"):
-        table.add_column(column, justify="right")
-    for name, row in scores["classes"].items():
-        figures = [f"{100 * row[column]:.1f}" for column in columns]
-        table.add_row(escape(name), *figures, str(row["texts"]))
-    console.print(table)
+    rows = [
+        (escape(name), *_percents(row, "precision", "recall", "f1"), str(row["texts"]))
+        for name, row in scores["classes"].items()
+    ]
+    columns = ("class", "precision", "recall", "F1", "texts")
+    print_figures(console, "The fine-tuned model, in %", columns, rows)
+
+
+def _percents(scores: Mapping[str, Any], *names: str) -> list[str]:
+    return [f"{100 * scores[name]:.1f}" for name in names]
 
 
 def print_mistakes(

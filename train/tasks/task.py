@@ -5,11 +5,12 @@ task that differs from another in some of its functions is made by ``dataclasses
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from rich.console import Console
+from rich.table import Column, Table
 
 from lora_jax.training.batches import Examples
 from lora_jax.training.data.order import Batches
@@ -143,6 +144,16 @@ def padding_line(n: int, rows: str, lengths: Sequence[int], filled: float) -> st
         f"{n:,} {rows} are batched by length: {len(lengths)} lengths, "
         f"{', '.join(map(str, lengths))}, {share}; the step is compiled for each when it comes"
     )
+
+
+def print_figures(
+    console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
+) -> None:
+    """Prints a table whose first column names its rows."""
+    table = Table(columns[0], *(Column(name, justify="right") for name in columns[1:]), title=title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from lora_jax.core.types import Batch, Forward, Model, Tokenizer, Tree
-from lora_jax.training.batches import HostBatch, Weighted, round_up
+from lora_jax.training.batches import HostBatch, Padded, round_up
 from lora_jax.training.data.chats import Mapped, one_by_one
 from lora_jax.training.data.packing import few_lengths
 from lora_jax.training.data.rows import Row, check_text, field_names, name_of, shown
@@ -21,7 +21,7 @@ _MOST_LENGTHS = 4  # steps, losses and predictions are compiled for each
 
 
 @dataclasses.dataclass(frozen=True)
-class Labelled(Weighted):
+class Labelled(Padded):
     """Holds texts ready to be batched, int32.
 
     A batch is cut to the smallest of `lengths` that holds its texts, so that a step has few shapes.
@@ -31,9 +31,10 @@ class Labelled(Weighted):
       attention_mask: [n, seq], 0 for padding.
       token_type_ids: [n, seq], 1 in the second text of a pair, for models that tell them apart.
       labels: [n], indices of classes.
-      weights: [n].
+      weights: [n], the factor of each text in the loss; 0 for one that does not count.
     """
 
+    weights: np.ndarray
     ids: np.ndarray
     attention_mask: np.ndarray
     token_type_ids: np.ndarray
@@ -44,10 +45,8 @@ class Labelled(Weighted):
         """Returns the lengths that batches have, ascending."""
         return few_lengths(round_up(self._sizes, self.ids.shape[-1]), _MOST_LENGTHS)
 
-    @functools.cached_property
-    def groups(self) -> np.ndarray:
-        """Returns for each text the index of the smallest of `lengths` that holds it: [n]."""
-        return np.asarray(np.searchsorted(self.lengths, self._sizes))
+    def _padding(self) -> tuple[tuple[int, ...], np.ndarray]:
+        return self.lengths, self._sizes
 
     @functools.cached_property
     def _sizes(self) -> np.ndarray:
@@ -56,10 +55,9 @@ class Labelled(Weighted):
         after_last = there.shape[-1] - there[:, ::-1].argmax(axis=-1)
         return np.where(there.any(axis=-1), after_last, 0)
 
-    @property
-    def filled(self) -> float:
-        """Returns the share of tokens in the padded texts that are no padding."""
-        return float(self._sizes.sum() / np.asarray(self.lengths)[self.groups].sum())
+    def by_name(self) -> HostBatch:
+        """Returns the arrays."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def take(self, rows: np.ndarray) -> HostBatch:
         """Returns the texts at the indices `rows`, of any shape, as long as the longest needs."""

@@ -11,6 +11,7 @@ from rich.text import Text
 from train.run.complete import Chat, answered, tokenized
 from train.run.pretrained import Outline
 from train.tasks.sql import examples as sql
+from train.tasks.task import print_figures
 
 ZERO_SHOT, FEW_SHOT, ADAPTED = "base, zero-shot", "base, 4 examples", "fine-tuned"
 UNSEEN_SCHEMAS, UNSEEN_BOTH = "unseen schemas", "unseen schemas, unseen phrasings"
@@ -146,14 +147,10 @@ def _short(text: str) -> str:
 
 def print_scores(console: Console, scores: Mapping[str, Mapping[str, float | None]]) -> None:
     """Prints a table of accuracies: a row per kind of question, a column per prompting method."""
-    table = Table(title="Execution accuracy: answers that return the right rows, in %")
-    table.add_column("questions")
     ways = list(next(iter(scores.values())))
-    for way in ways:
-        table.add_column(way, justify="right")
-    for kind, row in scores.items():
-        table.add_row(kind, *(_percent(row[way]) for way in ways))
-    console.print(table)
+    rows = [(kind, *(_percent(row[way]) for way in ways)) for kind, row in scores.items()]
+    title = "Execution accuracy: answers that return the right rows, in %"
+    print_figures(console, title, ("questions", *ways), rows)
 
 
 def _percent(share: float | None) -> str:
