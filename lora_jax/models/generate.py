@@ -311,12 +311,7 @@ def decode(
 
 
 def _forward(
-    run: Forward,
-    params: Tree,
-    ids: jax.Array,
-    mask: jax.Array,
-    old: Cache,
-    at: jax.Array,
+    run: Forward, params: Tree, ids: jax.Array, mask: jax.Array, old: Cache, at: jax.Array
 ) -> tuple[jax.Array, Cache]:
     """Returns the logits, [batch, vocab], of one token of each row, and the longer cache."""
     logits, new = run(

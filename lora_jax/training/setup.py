@@ -89,12 +89,7 @@ class Setup:
         return shapes
 
     def trace(
-        self,
-        forward: Forward,
-        loss: Loss,
-        state: State,
-        base: Tree,
-        batch: Mapping[str, Shaped],
+        self, forward: Forward, loss: Loss, state: State, base: Tree, batch: Mapping[str, Shaped]
     ) -> jax.stages.Traced:
         """Traces the step for arrays such as these; the step donates the state.
 
@@ -111,12 +106,7 @@ class Setup:
         return traced
 
     def compile(
-        self,
-        forward: Forward,
-        loss: Loss,
-        state: State,
-        base: Tree,
-        batch: Mapping[str, Shaped],
+        self, forward: Forward, loss: Loss, state: State, base: Tree, batch: Mapping[str, Shaped]
     ) -> "jax.stages.Compiled | _Jitted":
         """Compiles the step for arrays such as these; see `trace`."""
         jitted = self._jitted(forward, loss)

@@ -7,14 +7,7 @@ from lora_jax.training.arguments import at_least
 from train.console.errors import UserError
 from train.data.files import kind_of
 from train.options import field
-from train.options.common import (
-    AdapterConfig,
-    OptimConfig,
-    Options,
-    RunConfig,
-    check_shared,
-    flag,
-)
+from train.options.common import AdapterConfig, OptimConfig, Options, RunConfig, check_shared, flag
 from train.options.conditions import NO_ADAPTER, Idle
 from train.options.defaults import Defaults
 from train.options.defaults import with_defaults as with_shared_defaults

@@ -146,8 +146,7 @@ BEST = Traits(card=Card.BEST, of_inputs=False, uncompared=Uncompared.LAST_STEP)
 TRAINED = Traits(card=Card.TRAINED, of_inputs=False)
 OPTIMISATION = Traits(card=Card.OPTIMISATION, of_inputs=False)
 LORA_PLUS = dataclasses.replace(
-    OPTIMISATION,
-    idle=(Idle.FULL, Idle.INTRINSIC, Idle.HEAD_ONLY, Idle.NO_TARGETS, Idle.ALONE),
+    OPTIMISATION, idle=(Idle.FULL, Idle.INTRINSIC, Idle.HEAD_ONLY, Idle.NO_TARGETS, Idle.ALONE)
 )
 OF_CALL = Traits(card=Card.NOWHERE, shared=Shared.TABLE, of="call")
 # With --dry-run, other options may stand, so that it can be added to any command of one process.

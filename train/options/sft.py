@@ -10,13 +10,7 @@ from lora_jax.training.arguments import SEED, at_least
 from lora_jax.training.losses import DEFAULT, TOKEN_LOSSES
 from train.console.errors import UserError
 from train.options import field
-from train.options.common import (
-    AdapterConfig,
-    OptimConfig,
-    Options,
-    RunConfig,
-    check_shared,
-)
+from train.options.common import AdapterConfig, OptimConfig, Options, RunConfig, check_shared
 from train.options.conditions import Idle
 from train.options.field import Card, Uncompared, option
 

@@ -115,11 +115,7 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
         measured=spread(test, config.run.eval_rows),
         name=lambda row: repr(rows.train[row][data.text]),
         source=data.dataset,
-        facts={
-            "labels": names,
-            "sequence_length": train.lengths[-1],
-            "lengths": train.lengths,
-        },
+        facts={"labels": names, "sequence_length": train.lengths[-1], "lengths": train.lengths},
         lines=(
             *(
                 f"{len(part)} texts {what}: {_shares(part, data.label)}"
