@@ -241,27 +241,13 @@ def _abstract(config: Any) -> dict[str, Any]:
 
 
 def read_model(
-    name: str,
-    *,
-    dtype: str,
-    param_dtype: str | None = None,
-    remat: bool | str = False,
-    attention: str = "auto",
-    experts: str = "auto",
-    **options: Any,
+    name: str, *, dtype: str, param_dtype: str | None = None, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Reads a model with its weights; fetches files if need be. See `models.from_pretrained`."""
+    of_params = None if param_dtype is None else jnp.dtype(param_dtype)
     with _model_errors(name):
         models.fetch(name)
-        return from_pretrained(
-            name,
-            dtype=jnp.dtype(dtype),
-            param_dtype=None if param_dtype is None else jnp.dtype(param_dtype),
-            remat=remat,
-            attention=attention,
-            experts=experts,
-            **options,
-        )
+        return from_pretrained(name, dtype=jnp.dtype(dtype), param_dtype=of_params, **options)
 
 
 def check_weights(outline: Outline, params: Any) -> None:
