@@ -5,6 +5,7 @@ curve are fed from them. A resumed run drops the lines after its checkpoint, so 
 step appears twice.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -155,12 +156,14 @@ class QuietLog(NullLog):
 
 def _replay(reporting: Reporting, lines: Sequence[Line], answered: Sequence[Line]) -> None:
     """Reports the record of an earlier process; reporters skip what they already have."""
-    for step in sorted({line["step"] for line in (*lines, *answered)}):
-        for line in lines:
-            if line["step"] == step:
+    both = sorted([*lines, *answered], key=lambda line: line["step"])
+    for step, group in itertools.groupby(both, key=lambda line: line["step"]):
+        of_step = [*group]
+        for line in of_step:
+            if "answer" not in line:
                 reporting.line(line)
-        if of_step := [line for line in answered if line["step"] == step]:
-            samples = [Sample(line["prompt"], line["answer"]) for line in of_step]
+        samples = [Sample(line["prompt"], line["answer"]) for line in of_step if "answer" in line]
+        if samples:
             reporting.samples(step, samples, of_step[-1]["time"])
 
 
