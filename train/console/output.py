@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from rich.console import Console
+
 from train.console.errors import UserError
 
 
@@ -58,6 +60,12 @@ def closed_pipe() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
         sys.exit(1)
+
+
+def tell(console: Console, *lines: str) -> None:
+    """Prints lines on a console as they are: without markup or colours, and however long."""
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def say(text: str) -> None:

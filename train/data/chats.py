@@ -9,6 +9,7 @@ from rich.console import Console
 from lora_jax.training.data import chats
 from lora_jax.training.data.drafts import TrainOn
 from lora_jax.training.data.sequences import Sequences
+from train.console.output import tell
 from train.console.progress import progress_of
 from train.data import cache
 from train.data.dataset import Dataset
@@ -34,10 +35,10 @@ def tokenize(
     # All processes tokenise together, or none does.
     everywhere = hosts.map_over_processes(lambda _: found is not None, range(jax.process_count()))
     if found is not None and all(everywhere):
-        _say(console, f"the tokens of {source} are those of an earlier run, in {path}")
+        tell(console, f"the tokens of {source} are those of an earlier run, in {path}")
         return found
     if path is not None and path.exists() and found is None:
-        _say(console, f"warning: {path} is damaged; tokenising {source} anew")
+        tell(console, f"warning: {path} is damaged; tokenising {source} anew")
     rows = dataset.rows()
     mapped = _with_progress(console, len(rows))
     tokens = chats.tokenize(
@@ -46,14 +47,14 @@ def tokenize(
         source,
         mapped=mapped,
         train_on=train_on,
-        say=lambda lines: _say(console, *lines),
+        say=lambda lines: tell(console, *lines),
     )
     if path and write and (dataset.kept_in is not None or len(rows) >= cache.FEW):
         try:
             cache.write(path, tokens)
-            _say(console, f"the tokens of {source} are kept in {path}")
+            tell(console, f"the tokens of {source} are kept in {path}")
         except OSError as error:
-            _say(
+            tell(
                 console,
                 f"warning: the tokens of {source} are not kept: {path.parent} cannot be written "
                 f"({error.strerror or error}); name another folder with --token-cache, or off",
@@ -75,8 +76,3 @@ def _with_progress(console: Console, n: int) -> chats.Mapped:
             return hosts.map_over_processes(counted, items)
 
     return mapped
-
-
-def _say(console: Console, *lines: str) -> None:
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)

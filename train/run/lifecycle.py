@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import shlex
 import sys
@@ -26,6 +27,7 @@ from lora_jax.training.run.checkpoints import Checkpoints
 from lora_jax.training.run.stop import Stop
 from train.adapters.source import find_adapter
 from train.console.errors import as_user_errors, flag
+from train.console.output import tell
 from train.options.common import Options
 from train.options.optim import make_optimizer, make_schedule, optimizer_line
 from train.options.written import effective
@@ -96,9 +98,8 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> R
     """
     optim = run.config.optim
     summary = lj.summary(params)
-    run.console.print(summary, highlight=False, soft_wrap=True)
     params = run.layout.placed(params)
-    run.console.print(optimizer_line(optim, params), highlight=False, soft_wrap=True)
+    tell(run.console, summary, optimizer_line(optim, params))
     schedule = make_schedule(optim, run.rate, run.steps)
     ready = make_ready(
         params,
@@ -117,9 +118,7 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> R
         ready = resumed(ready, run.steps)
         done = int(ready.state.step)
         said = f"going on after step {done}" if done else "no checkpoint yet: beginning at step 0"
-        run.console.print(said, highlight=False)
-        if warning := _moved(run, schedule, done):
-            run.console.print(warning, highlight=False, soft_wrap=True)
+        tell(run.console, said, *_moved(run, schedule, done))
     resolved = {"steps": run.steps, "examples": run.feed.n_examples, "lr": run.rate}
     facts = {"resolved": resolved, **facts, "summary": summary, "versions": versions()}
     wait_for_all("the options of all processes are checked")
@@ -132,21 +131,21 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> R
     return ready
 
 
-def _moved(run: Run, schedule: optax.Schedule, done: int) -> str | None:
-    """Returns a warning if a new number of steps changes the learning rate from here on."""
+def _moved(run: Run, schedule: optax.Schedule, done: int) -> tuple[str, ...]:
+    """Returns a line of warning if a new number of steps changes the learning rate from here on."""
     began = read_json(run.folder / output.FACTS).get("resolved", {})
     optim = run.config.optim
     if not done or not {"steps", "lr"} <= began.keys():
-        return None
+        return ()
     was = make_schedule(optim, began["lr"], began["steps"])
     here, there = float(was(done)), float(schedule(done))
     if began["steps"] == run.steps or math.isclose(here, there, rel_tol=1e-6):
-        return None
+        return ()
     return (
         f"warning: the run began with {began['steps']} steps and now has {run.steps}, so its "
         f"{optim.schedule} schedule is another one: the learning rate goes on at {there:.2e}, not "
         f"at {here:.2e}. To go on without this jump, give {flag('steps', began['steps'])}; for a "
-        "length that may change, begin a run with --schedule constant or wsd"
+        "length that may change, begin a run with --schedule constant or wsd",
     )
 
 
@@ -185,7 +184,7 @@ def open_run_log(run: Run, ready: Ready, done: int) -> Iterator[Log | QuietLog]:
         project=run.config.run.report_project,
         lines=read_metrics(run.folder),
         samples=read_lines(run.folder / SAMPLES),
-        warn=lambda text: run.console.print(text, highlight=False, soft_wrap=True, markup=False),
+        warn=functools.partial(tell, run.console),
     )
     with reporting:
         yield Log(

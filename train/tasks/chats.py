@@ -12,6 +12,7 @@ from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, token_loss
 from train.console.errors import UserError, flag
+from train.console.output import tell
 from train.data.chats import tokenize
 from train.data.dataset import Dataset, find
 from train.data.fields import pairs_of
@@ -52,11 +53,10 @@ def read_rows(config: Config) -> Rows:
     used: set[str] | None = set() if data.fields and len(names) > 1 else None
     train = [found(config, name, data.split, data.rows, used) for name in names]
     if (n_bytes := sum(dataset.n_bytes for dataset in train)) > _LARGE:
-        hosts.console().print(
+        tell(
+            hosts.console(),
             f"{n_bytes / 1e9:,.1f} GB are read into memory, where they take several times as much; "
             "--stream reads them while training",
-            highlight=False,
-            soft_wrap=True,
         )
     for dataset in train:
         dataset.check(again=used is not None)

@@ -14,6 +14,7 @@ from lora_jax.training.data import chats as tokenising
 from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.data.stream import Chunks, Stream
 from train.console.errors import UserError
+from train.console.output import tell
 from train.data.blocks import Blocks, find_blocks
 from train.data.fields import pairs_of, renamed
 from train.data.named import named
@@ -136,9 +137,7 @@ class _Once:
 
     def __call__(self, lines: Sequence[str]) -> None:
         if not self.told:
-            for line in lines:
-                text = f"among the first rows of {line}"
-                hosts.console().print(text, highlight=False, soft_wrap=True)
+            tell(hosts.console(), *(f"among the first rows of {line}" for line in lines))
         self.told = True
 
 
