@@ -15,7 +15,7 @@ from train.console.errors import as_user_errors
 from train.data.mixture import used
 from train.options.common import OptimConfig, Options, as_json
 from train.options.field import traits_of
-from train.options.written import alike
+from train.options.file import alike
 from train.processes import hosts
 from train.progress.samples import Prompts
 from train.run.intrinsic import space_of

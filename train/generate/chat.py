@@ -9,10 +9,9 @@ from typing import Any
 
 from lora_jax.training.data.rows import Conversation
 from train.console.errors import UserError
-from train.generate.answers import spoken
+from train.generate.answers import Answer, spoken
 from train.generate.prompts import Prompt, tokenize
 from train.generate.shared_base import Served
-from train.generate.text import Answer
 
 with contextlib.suppress(ImportError):  # not on Windows
     import readline  # noqa: F401  (gives `input` a history, and keys to edit a line)

@@ -29,8 +29,8 @@ from train.adapters.source import find_adapter
 from train.console.errors import as_user_errors, flag
 from train.console.output import tell
 from train.options.common import Options
+from train.options.file import effective
 from train.options.optim import make_optimizer, make_schedule, optimizer_line
-from train.options.written import effective
 from train.reporters.files import SAMPLES, read_json, read_lines
 from train.reporters.registry import trackers
 from train.reporters.reporting import Reporting

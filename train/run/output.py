@@ -15,7 +15,7 @@ from lora_jax.training.run.lock import FolderLock
 from train.adapters.source import ADAPTER
 from train.console.errors import UserError
 from train.options.common import Options
-from train.options.written import as_file, check_same_run, from_file
+from train.options.file import as_file, check_same_run, from_file
 from train.reporters.files import ERROR, LEDGER, LOG, METRICS, SAMPLES
 from train.reporters.registry import TRACKERS
 from train.run.log import CURVE, read_metrics

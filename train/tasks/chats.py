@@ -14,8 +14,7 @@ from lora_jax.training.losses import Loss, token_loss
 from train.console.errors import UserError, flag
 from train.console.output import tell
 from train.data.chats import tokenize
-from train.data.dataset import Dataset, find
-from train.data.fields import pairs_of
+from train.data.dataset import Dataset, find, pairs_of
 from train.data.named import named
 from train.options.defaults import Defaults
 from train.options.rope import parse_rope_scaling

@@ -16,7 +16,7 @@ from lora_jax.training.data.stream import Chunks, Stream
 from train.console.errors import UserError
 from train.console.output import tell
 from train.data.blocks import Blocks, find_blocks
-from train.data.fields import pairs_of, renamed
+from train.data.dataset import pairs_of, renamed
 from train.data.named import named
 from train.options.sft import Config
 from train.options.tasks import SFT

@@ -20,7 +20,7 @@ from tests.train.tiny import CONFIG
 from train import classify, sft
 from train.console.errors import UserError
 from train.options.common import Attention, Experts
-from train.options.written import check_same_run, effective
+from train.options.file import check_same_run, effective
 from train.reporters.files import read_json
 from train.run.output import begin, check_output
 from train.run.pretrained import Outline, read_model

@@ -11,7 +11,7 @@ three databases:
     accuracy = sum(score(e, generate(e.messages[:-1])) for e in held_out) / len(held_out)
 
 The gold queries can be trusted: each returns a result on all three databases, leaves no ties to
-chance, and differs in its result from every query one mistake away (`trust.py`).
+chance, and differs in its result from every query one mistake away (`can_be_trusted`).
 """
 
 import sqlite3
@@ -23,16 +23,14 @@ from itertools import islice
 
 from train.tasks.sql.answer import find_query
 from train.tasks.sql.draw import Draw
-from train.tasks.sql.execute import GUARDED, open_databases, same_rows
+from train.tasks.sql.execute import GUARDED, is_empty, open_databases, same_rows
 from train.tasks.sql.fill import filled_tables
-from train.tasks.sql.forms import FORMS
+from train.tasks.sql.forms import FORMS, DoesNotFit, Scene, table_words
 from train.tasks.sql.guard import Row, run
 from train.tasks.sql.phrasings import N_TRAINED, PHRASINGS, ask
-from train.tasks.sql.query import write
-from train.tasks.sql.scene import DoesNotFit, Scene, table_words
+from train.tasks.sql.query import Query, mutations, order_keys, write
 from train.tasks.sql.schemas import SCHEMAS, TEST_SCHEMAS, TRAINING_SCHEMAS
 from train.tasks.sql.tables import Schema
-from train.tasks.sql.trust import can_be_trusted
 
 SYSTEM_PROMPT = "Answer in SQL."
 
@@ -204,3 +202,40 @@ def _draw_example(
         )
         return _example(schema, asked)
     return None
+
+
+def can_be_trusted(query: Query, schema: Schema, databases: Sequence[sqlite3.Connection]) -> bool:
+    """Returns whether a query has results without ties, and its mutations have others.
+
+    It must have a non-trivial result on every database, no two rows may tie in its order or for its
+    extreme, and each query one mistake away must differ in its result on at least one database.
+    """
+    results = [run(database, write(query)) for database in databases]
+    golds = [rows for rows in results if rows is not None and not is_empty(rows)]
+    if len(golds) < len(databases):
+        return False
+    keys = order_keys(query)
+    for database in databases:
+        held = run(database, write(keys)) or [] if keys else []
+        if len(set(held)) < len(held):
+            return False
+    # The rows equal to a MIN or MAX: one row, without ties.
+    for_extreme = any(c.operator == "=" and isinstance(c.value, Query) for c in query.where)
+    if for_extreme and any(len(gold) > 1 for gold in golds):
+        return False
+    for _, mutation in mutations(query, schema):
+        sql = write(mutation)
+        if not any(
+            differs(gold, database, sql, ordered=query.order is not None)
+            for database, gold in zip(databases, golds, strict=True)
+        ):
+            return False
+    return True
+
+
+def differs(
+    gold: Sequence[tuple[object, ...]], database: sqlite3.Connection, sql: str, *, ordered: bool
+) -> bool:
+    """Returns whether the result of `sql` differs from the gold rows; SQL that fails differs."""
+    rows = run(database, sql)
+    return rows is None or not same_rows(gold, rows, ordered=ordered)

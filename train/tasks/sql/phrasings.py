@@ -2,7 +2,7 @@
 
 `{things}` and `{thing}` are the rows of a table, `{owner}` and `{owners}` the rows of its parent
 table, and `{name}` is the column that names a row; the other words in braces come from the form
-(see `scene.py`). Words such as `{above}` fit the column: "above" a price, "after" a year.
+(see `forms.py`). Words such as `{above}` fit the column: "above" a price, "after" a year.
 """
 
 import re
