@@ -11,7 +11,7 @@ from train.finetune import finetune
 from train.options import classify as classify_options
 from train.options.classify import Config, with_defaults
 from train.options.command import read_line
-from train.options.ignored import check_effects
+from train.options.field import check_effects
 from train.options.tasks import TEXTS, find_task
 from train.processes.session import Session
 from train.tasks.task import Task

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from lora_jax.training.errors import TrainingError
-from train.data.named import named
+from train.data.files import named
 from train.finetune import finetune
 from train.many.one import Asked
 from train.many.runs import train_many
 from train.options import sft as sft_options
 from train.options.command import read_line
 from train.options.defaults import with_defaults
-from train.options.ignored import check_effects
+from train.options.field import check_effects
 from train.options.sft import Config
 from train.options.table import TableRow, check_one_base, placed_error, read_table
 from train.options.tasks import CHATS, STREAMED, find_task

@@ -21,9 +21,8 @@ from train.compare.rungs import MEASUREMENTS
 from train.compare.script import Script
 from train.console.errors import UserError, flag
 from train.inputs import Inputs, Reader, inputs_of
-from train.options.field import Shared, traits_of
+from train.options.field import Shared, idle_options, traits_of
 from train.options.file import replaced
-from train.options.ignored import idle_options
 from train.processes.mesh import make_mesh
 from train.run.intrinsic import space_of
 from train.run.rules import rules

@@ -15,8 +15,7 @@ from lora_jax.models import EncoderConfig
 from lora_jax.training.run.best import BEST
 from train.adapters.source import AdapterSource
 from train.console.markdown import escape_markdown
-from train.data.files import FILE_KINDS
-from train.data.named import named
+from train.data.files import FILE_KINDS, named
 from train.export.codes import loading_config
 from train.export.marked import marked
 from train.options import classify, sft

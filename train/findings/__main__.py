@@ -28,7 +28,7 @@ from train.findings.catalog import FINDINGS, Finding
 from train.findings.making.made import Made
 from train.findings.reporting import document, picture
 from train.findings.reporting.pivot import MEASURES, measures_of, pivot_of
-from train.options.ignored import given_options
+from train.options.field import given_options
 from train.processes import hosts
 from train.processes.session import Session
 from train.reporters.files import read_json

@@ -22,7 +22,7 @@ from train.generate.prompts import (
     typed,
 )
 from train.generate.shared_base import Served, base_of, find_adapters, outlined
-from train.options.ignored import given_options
+from train.options.field import given_options
 from train.processes.cache import keep_compiled
 from train.run.pretrained import read_model, read_outline
 

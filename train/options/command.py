@@ -7,9 +7,8 @@ from typing import TypeVar
 import tyro
 
 from train.options.common import Options
-from train.options.field import outdone
+from train.options.field import given_options, outdone
 from train.options.file import read_options, replaced
-from train.options.ignored import given_options
 
 Config = TypeVar("Config", bound=Options)
 

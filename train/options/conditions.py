@@ -7,8 +7,7 @@ from typing import Any
 from lora_jax.training.optimizers.named import OPTIMIZERS
 from lora_jax.variants import VARIANTS
 from train.console.errors import flag
-from train.data.files import kind_of
-from train.data.named import named
+from train.data.files import kind_of, named
 from train.options.tasks import CLASSIFY, SFT
 from train.reporters.registry import trackers
 

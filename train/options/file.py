@@ -20,8 +20,7 @@ import yaml
 from lora_jax.core.paths import nearest
 from train.console.errors import UserError, flag
 from train.options.common import Options, as_json
-from train.options.field import traits_of
-from train.options.ignored import idle_options
+from train.options.field import idle_options, traits_of
 
 Config = TypeVar("Config", bound=Options)
 

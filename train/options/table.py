@@ -16,9 +16,8 @@ from train.console.errors import UserError, flag
 from train.data.text_files import read_csv, read_json
 from train.options.command import value_of
 from train.options.common import Options
-from train.options.field import Shared, Traits, outdone, traits_of
+from train.options.field import Shared, Traits, check_effects, idle_options, outdone, traits_of
 from train.options.file import composed, entries, kinds_of, read_value, replaced
-from train.options.ignored import check_effects, idle_options
 from train.reporters.registry import check_many
 
 Config = TypeVar("Config", bound=Options)

@@ -15,7 +15,7 @@ from train.console.errors import UserError, flag
 from train.console.output import tell
 from train.data.chats import tokenize
 from train.data.dataset import Dataset, find, pairs_of
-from train.data.named import named
+from train.data.files import named
 from train.options.defaults import Defaults
 from train.options.rope import parse_rope_scaling
 from train.options.sft import Config
