@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from lora_jax.hf.hub import probe
 from lora_jax.training.data.rows import Row
-from train.console.errors import UserError
+from train.console.errors import UserError, as_user_errors
 from train.data.text_files import placed, read_csv, read_json
 
 _TEXTS: dict[str, Callable[[Path], list[Any]]] = {
@@ -18,6 +18,7 @@ _TEXTS: dict[str, Callable[[Path], list[Any]]] = {
     ".csv": read_csv,
     ".tsv": read_csv,
 }
+NO_PARQUET = "cannot be read as Parquet: "  # before what pyarrow says
 FILE_KINDS = (*_TEXTS, ".parquet", *(f"{kind}.gz" for kind in _TEXTS))
 # The splits that files are named after, by the word in their name.
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -96,10 +97,8 @@ def _read_parquet(path: Path) -> list[Row]:
     import pyarrow
     import pyarrow.parquet
 
-    try:
+    with as_user_errors(pyarrow.ArrowException, OSError, prefix=f"{path} {NO_PARQUET}"):
         rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {error}") from error
     return [placed(rows_of_arrow(row), path, f"row {n}") for n, row in enumerate(rows, start=1)]
 
 
@@ -129,15 +128,14 @@ def _split_of(path: Path) -> str:
 def _load_saved(folder: Path, split: str) -> Any:
     import datasets
 
-    try:
+    said = f"--dataset {folder} cannot be read as a saved dataset: "
+    with as_user_errors(Exception, prefix=said):  # of a damaged folder, anything
         saved = datasets.load_from_disk(str(folder))
-    except Exception as error:  # of a damaged folder, anything
-        raise UserError(f"--dataset {folder} cannot be read as a saved dataset: {error}") from error
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise UserError(f"--split {split}: {folder} has the splits {', '.join(saved)}")
-        return saved[split]
-    return saved
+    if not isinstance(saved, datasets.DatasetDict):
+        return saved
+    if split not in saved:
+        raise UserError(f"--split {split}: {folder} has the splits {', '.join(saved)}")
+    return saved[split]
 
 
 def _load_hub(name: str, split: str, subset: str | None) -> Any:

@@ -224,6 +224,14 @@ def _undecodable(file: Iterable[bytes]) -> tuple[int, UnicodeDecodeError]:
     raise AssertionError("the text has been decoded")
 
 
+def not_utf_8(path: Path, where: object, error: UnicodeDecodeError) -> UserError:
+    """Returns the error of a text in another encoding."""
+    return UserError(
+        f"{path}, {where} is not UTF-8 text: {error}. Save the file as UTF-8, or convert it (iconv "
+        "-t UTF-8)"
+    )
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
     """Opens a text, without the mark that some programs begin it with (BOM)."""
@@ -234,9 +242,6 @@ def _opened(path: Path) -> Iterator[TextIO]:
     except UnicodeDecodeError:
         with opened(path, "rb") as file:
             line, error = _undecodable(file)
-        raise UserError(
-            f"{path}, line {line} is not UTF-8 text: {error}. Save the file as UTF-8, or convert "
-            "it (iconv -t UTF-8)"
-        ) from None
+        raise not_utf_8(path, f"line {line}", error) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be unpacked: {error}") from error

@@ -13,7 +13,7 @@ from lora_jax.training.run.best import BEST
 from lora_jax.training.run.checkpoints import RECORD
 from lora_jax.training.run.lock import FolderLock
 from train.adapters.source import ADAPTER
-from train.console.errors import UserError
+from train.console.errors import UserError, as_user_errors
 from train.options.common import Options
 from train.options.file import as_file, check_same_run, from_file
 from train.reporters.files import ERROR, LEDGER, LOG, METRICS, SAMPLES
@@ -116,13 +116,10 @@ def _saved_options(config: Options, folder: Path) -> dict[str, Any]:
             f"--resume: there is no run in {folder} ({CONFIG} is missing); start one without "
             "--resume"
         )
-    try:
+    said = f"--resume: {path} is damaged, or of another script ("
+    remedy = "); put it right, or begin again with --overwrite"
+    with as_user_errors(UserError, prefix=said, suffix=remedy):
         return from_file(path, config)
-    except UserError as error:
-        raise UserError(
-            f"--resume: {path} is damaged, or of another script ({error}); put it right, or begin "
-            "again with --overwrite"
-        ) from None
 
 
 def begin(folder: Path, config: Options, script: str, facts: dict[str, Any]) -> None:

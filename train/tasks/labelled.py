@@ -12,10 +12,9 @@ from lora_jax.hf.bundled import MINILM
 from lora_jax.training.data import labelled
 from lora_jax.training.data.labelled import Fields, Labelled, label_names, predict
 from lora_jax.training.data.rows import Row
-from lora_jax.training.layout import Layout
-from lora_jax.training.losses import CLASSES, Loss
+from lora_jax.training.losses import CLASSES
 from lora_jax.training.processes import is_first, write_json
-from train.console.errors import UserError
+from train.console.errors import as_user_errors
 from train.data.files import kind_of, read_rows
 from train.options.classify import HEAD, Config, DataConfig
 from train.options.defaults import Defaults
@@ -56,16 +55,13 @@ def read_labelled(data: DataConfig) -> tuple[list[Row], list[Row]]:
     labelled.check_rows(rows, data.dataset, fields_of(data))
     if data.test is None:
         names = [str(row[data.label]) for row in rows]
-        try:
-            split = train_test_split(
-                rows, test_size=data.test_share, random_state=_SEED, stratify=names
+        share = data.test_share
+        said = f"--test-share {share:g} of the {len(rows)} rows cannot be held out: "
+        with as_user_errors(ValueError, prefix=said, suffix=" Name other rows with --test"):
+            train, test = train_test_split(
+                rows, test_size=share, random_state=_SEED, stratify=names
             )
-        except ValueError as error:
-            raise UserError(
-                f"--test-share {data.test_share:g} of the {len(rows)} rows cannot be held out: "
-                f"{error} Name other rows with --test"
-            ) from None
-        return split[0], split[1]
+        return train, test
     if kind_of(data.test):
         test = read_rows(data.test)
     else:
@@ -83,10 +79,10 @@ def encode(
     data: DataConfig, rows: Sequence[Row], names: Sequence[str], tokenizer: Any, source: str
 ) -> Labelled:
     """Returns rows as arrays; each process encodes its part. See `lora_jax.training.texts`."""
-    return labelled.encode(
+    return labelled.texts(
         rows,
-        names,
         tokenizer,
+        names=names,
         fields=fields_of(data),
         seq_len=data.seq_len,
         truncate=data.truncate,
@@ -138,11 +134,6 @@ def _shares(rows: Sequence[Row], label: str) -> str:
     """Describes the number of texts per label: "3 negative, 5 positive"."""
     counts = Counter(str(row[label]) for row in rows)
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-
-
-def loss(config: Config, layout: Layout) -> Loss:
-    """Returns the cross entropy of the classes, in units of texts."""
-    return CLASSES
 
 
 def commonest(rows: Sequence[Row], texts: Sequence[str], label: str) -> tuple[str, list[str]]:
@@ -223,7 +214,7 @@ TASK = Task(
     rows=lambda config: Rows(*read_labelled(config.data)),
     outline=outline,
     examples=examples,
-    loss=loss,
+    loss=lambda config, layout: CLASSES,
     evaluation=Telling,
     score="accuracy",
     baselines=baselines,

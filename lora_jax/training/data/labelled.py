@@ -94,6 +94,7 @@ def texts(
     seq_len: int = 128,
     truncate: bool = False,
     source: str = "the rows",
+    mapped: Mapped = one_by_one,
 ) -> Labelled:
     """Returns rows with texts and labels as examples for a classifier.
 
@@ -105,6 +106,8 @@ def texts(
       seq_len: the most tokens of a text.
       truncate: cuts longer texts off, which are an error otherwise.
       source: the name of the rows in errors.
+      mapped: applies a function to each of a list of items, in several processes, say; see
+        `lora_jax.training.data.chats.tokenize`.
 
     Raises:
       TrainingError: a row lacks a field, is too long, or has a label that is not among `names`.
@@ -118,8 +121,50 @@ def texts(
     """
     check_rows(rows, source, fields)
     names = names or label_names(rows, fields.label)
-    return encode(
-        rows, names, tokenizer, fields=fields, seq_len=seq_len, truncate=truncate, source=source
+    firsts = [row[fields.text] for row in rows]
+    seconds = [row[fields.text_pair] for row in rows] if fields.text_pair else None
+    limit = {"truncation": True, "max_length": seq_len} if truncate else {}
+
+    def encoded_block(first: int) -> dict[str, list[list[int]]]:
+        block = slice(first, first + _BLOCK)
+        second = seconds[block] if seconds else None
+        return dict(
+            tokenizer(firsts[block], second, return_token_type_ids=True, verbose=False, **limit)
+        )
+
+    blocks = mapped(encoded_block, range(0, len(rows), _BLOCK))
+    ids, types = (
+        [one for block in blocks for one in block[name]] for name in ("input_ids", "token_type_ids")
+    )
+    lengths = [len(one) for one in ids]
+    if longer := sum(length > seq_len for length in lengths):
+        raise TrainingError(
+            lambda option: (
+                f"{source}: {longer} of {len(rows)} texts are longer than "
+                f"{option('seq_len', seq_len)}, the longest has {max(lengths)} tokens. Raise "
+                f"{option('seq_len')}, take those rows out, or cut them off at the end with "
+                f"{option('truncate', True)}"
+            )
+        )
+    index = {name: i for i, name in enumerate(names)}
+    for number, row in enumerate(rows, start=1):
+        if str(row[fields.label]) not in index:
+            raise TrainingError(
+                f"{name_of(row, source, number)}: the label {row[fields.label]!r} is none of "
+                f"those to train on: {', '.join(names)}"
+            )
+    length = round_up(max(lengths), seq_len)
+    padding = tokenizer.pad_token_id or 0
+
+    def padded(lists: Sequence[Sequence[int]], fill: int) -> np.ndarray:
+        return np.array([[*ids, *[fill] * (length - len(ids))] for ids in lists], np.int32)
+
+    return Labelled(
+        ids=padded(ids, padding),
+        attention_mask=padded([[1] * n for n in lengths], 0),
+        token_type_ids=padded(types, 0),
+        labels=np.array([index[str(row[fields.label])] for row in rows], np.int32),
+        weights=np.ones(len(rows), np.int32),
     )
 
 
@@ -169,68 +214,6 @@ def label_names(rows: Sequence[Row], label: str = "label") -> tuple[str, ...]:
         )
     numbers = all(name.lstrip("-").isdigit() for name in names)
     return tuple(sorted(names, key=int) if numbers else sorted(names))
-
-
-def encode(
-    rows: Sequence[Row],
-    names: Sequence[str],
-    tokenizer: Tokenizer,
-    *,
-    fields: Fields,
-    seq_len: int,
-    truncate: bool,
-    source: str,
-    mapped: Mapped = one_by_one,
-) -> Labelled:
-    """Returns checked rows as arrays, as long as the longest text; see `texts`.
-
-    `mapped` applies a function to each of a list of items; see `lora_jax.training.data.chats`.
-    """
-    firsts = [row[fields.text] for row in rows]
-    seconds = [row[fields.text_pair] for row in rows] if fields.text_pair else None
-    limit = {"truncation": True, "max_length": seq_len} if truncate else {}
-
-    def encoded_block(first: int) -> dict[str, list[list[int]]]:
-        block = slice(first, first + _BLOCK)
-        second = seconds[block] if seconds else None
-        return dict(
-            tokenizer(firsts[block], second, return_token_type_ids=True, verbose=False, **limit)
-        )
-
-    blocks = mapped(encoded_block, range(0, len(rows), _BLOCK))
-    ids, types = (
-        [one for block in blocks for one in block[name]] for name in ("input_ids", "token_type_ids")
-    )
-    lengths = [len(one) for one in ids]
-    if longer := sum(length > seq_len for length in lengths):
-        raise TrainingError(
-            lambda option: (
-                f"{source}: {longer} of {len(rows)} texts are longer than "
-                f"{option('seq_len', seq_len)}, the longest has {max(lengths)} tokens. Raise "
-                f"{option('seq_len')}, take those rows out, or cut them off at the end with "
-                f"{option('truncate', True)}"
-            )
-        )
-    index = {name: i for i, name in enumerate(names)}
-    for number, row in enumerate(rows, start=1):
-        if str(row[fields.label]) not in index:
-            raise TrainingError(
-                f"{name_of(row, source, number)}: the label {row[fields.label]!r} is none of "
-                f"those to train on: {', '.join(names)}"
-            )
-    length = round_up(max(lengths), seq_len)
-    padding = tokenizer.pad_token_id or 0
-
-    def padded(lists: Sequence[Sequence[int]], fill: int) -> np.ndarray:
-        return np.array([[*ids, *[fill] * (length - len(ids))] for ids in lists], np.int32)
-
-    return Labelled(
-        ids=padded(ids, padding),
-        attention_mask=padded([[1] * n for n in lengths], 0),
-        token_type_ids=padded(types, 0),
-        labels=np.array([index[str(row[fields.label])] for row in rows], np.int32),
-        weights=np.ones(len(rows), np.int32),
-    )
 
 
 def predict(
