@@ -69,7 +69,7 @@ def renamed(rows: list[Row], pairs: Pairs, source: str) -> list[Row]:
     return found
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Dataset:
     """Holds where rows come from, and a hash of them that needs no parsing.
 
@@ -86,12 +86,12 @@ class Dataset:
     hashed: str | None = None
     kept_in: str | None = cache.OFF
     n_bytes: int = 0
+    _rows: list[Row] | None = dataclasses.field(default=None, init=False)
 
     def rows(self) -> list[Row]:
         """Returns the rows, read once more unless `check` just has."""
-        if "_rows" in self.__dict__:
-            return self.__dict__.pop("_rows")  # many rows take much memory: they are not kept
-        return self.read()
+        rows, self._rows = self._rows, None  # many rows take much memory: they are not kept
+        return self.read() if rows is None else rows
 
     def check(self, *, again: bool = False) -> None:
         """Reads and checks the rows, unless an earlier run did; with `again` in any case.
@@ -100,7 +100,7 @@ class Dataset:
           TrainingError: a row cannot be read or used; names it.
         """
         if again or self.hashed is None or not cache.knows(self.kept_in, self.hashed):
-            self.__dict__["_rows"] = self.read()
+            self._rows = self.read()
             _ = self.key
 
     @functools.cached_property
@@ -108,9 +108,10 @@ class Dataset:
         """Returns a hash of the rows."""
         if self.hashed is not None:
             return self.hashed
-        self.__dict__.setdefault("_rows", self.read())
+        if self._rows is None:
+            self._rows = self.read()
         made = hashlib.sha256()
-        for row in self.__dict__["_rows"]:
+        for row in self._rows:
             made.update(json.dumps(row, default=repr).encode() + b"\n")
         return made.hexdigest()
 

@@ -94,8 +94,5 @@ def _spans(ids: np.ndarray, counted: np.ndarray, tokenizer: Any) -> list[Span]:
 def _runs(ids: np.ndarray, counted: np.ndarray, tokenizer: Any) -> list[Span]:
     at = np.flatnonzero(np.diff(counted.astype(np.int8))) + 1
     parts = zip(np.split(ids, at), np.split(counted, at), strict=True)
-    return [Span(_decoded(part.tolist(), tokenizer), bool(c[0])) for part, c in parts]
-
-
-def _decoded(ids: list[int], tokenizer: Any) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    how = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    return [Span(tokenizer.decode(part.tolist(), **how), bool(c[0])) for part, c in parts]

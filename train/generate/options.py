@@ -90,7 +90,21 @@ def check(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None
     for name in ("adapter", "prompt", "stop"):
         if name in given and not getattr(options, name):
             raise UserError(f"{flag(name)} has no value: give one, or leave it out")
-    _check_values(options)
+    with as_user_errors(TrainingError):
+        check_numbers(vars(options), _NUMBERS)
+    if "" in options.stop:
+        raise UserError("--stop '': an empty text would end every answer before it begins")
+    if any(not prompt.strip() for prompt in options.prompt):
+        raise UserError("--prompt: one of the prompts is empty: leave it out")
+    if options.output is not None and options.prompts is not None:
+        out, source = (Path(one).expanduser() for one in (options.output, options.prompts))
+        if out.exists() and source.exists() and out.samefile(source):
+            raise UserError(f"--output {options.output} is the file of --prompts: name another")
+    if options.attention in ("splash", "cudnn"):
+        raise UserError(
+            f"--attention {options.attention}: the kernel does not read keys from a cache, and "
+            "generation has one: give blockwise, dense or auto"
+        )
     for holds, names, why in _without_effect(options):
         if holds and (named := [name for name in names if name in given]):
             raise UserError(f"{flag(named[0])} {why}")
@@ -128,22 +142,3 @@ def _without_effect(options: GenerateOptions) -> list[tuple[bool, tuple[str, ...
             "is about several answers, and one is asked for: leave it out",
         ),
     ]
-
-
-def _check_values(options: GenerateOptions) -> None:
-    """Raises a UserError for a value that makes no sense by itself."""
-    with as_user_errors(TrainingError):
-        check_numbers(vars(options), _NUMBERS)
-    if "" in options.stop:
-        raise UserError("--stop '': an empty text would end every answer before it begins")
-    if any(not prompt.strip() for prompt in options.prompt):
-        raise UserError("--prompt: one of the prompts is empty: leave it out")
-    if options.output is not None and options.prompts is not None:
-        out, source = (Path(one).expanduser() for one in (options.output, options.prompts))
-        if out.exists() and source.exists() and out.samefile(source):
-            raise UserError(f"--output {options.output} is the file of --prompts: name another")
-    if options.attention in ("splash", "cudnn"):
-        raise UserError(
-            f"--attention {options.attention}: the kernel does not read keys from a cache, and "
-            "generation has one: give blockwise, dense or auto"
-        )

@@ -92,11 +92,6 @@ GUARDED = Guarded()
 atexit.register(GUARDED.close)
 
 
-def is_empty(rows: Sequence[Row]) -> bool:
-    """Returns whether a result is trivial: no rows, or one row of NULLs and zeros."""
-    return not rows or (len(rows) == 1 and not any(rows[0]))
-
-
 def _sort_key(row: Row) -> list[tuple[str, object]]:
     return [
         ("number", round(float(v), 6)) if isinstance(v, int | float) else (type(v).__name__, str(v))
