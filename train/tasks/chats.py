@@ -1,6 +1,7 @@
 """The task of fine-tuning on a user's chats, or pairs of prompt and completion."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,8 @@ def read_rows(config: Config) -> Rows:
     data = config.data
     names = [dataset.name for dataset in named(data.dataset)]
     used: set[str] | None = set() if data.fields and len(names) > 1 else None
-    train = [found(config, name, data.split, data.rows, used) for name in names]
+    look = _finder(config, used)
+    train = [look(name, split=data.split, rows=data.rows) for name in names]
     if (n_bytes := sum(dataset.n_bytes for dataset in train)) > _LARGE:
         tell(
             hosts.console(),
@@ -64,26 +66,24 @@ def read_rows(config: Config) -> Rows:
             f"{flag('fields', *data.fields)}: none of {', '.join(names)} has `{unused[0]}` in its "
             "first row"
         )
-    if data.eval_dataset is None:
-        return Rows(train, [])
-    held_out = found(config, data.eval_dataset, data.eval_split, None, used)
-    held_out.check()
-    return Rows(train, [held_out])
+    return Rows(train, to_measure(config, used))
 
 
-def found(
-    config: Config, name: str, split: str, rows: int | None, used: set[str] | None
-) -> Dataset:
-    """Returns a data set, read as the options say; see `find`."""
+def to_measure(config: Config, used: set[str] | None = None) -> list[Dataset]:
+    """Returns the data set of --eval-dataset, checked, if there is one; see `find`."""
     data = config.data
-    return find(
-        name,
-        split=split,
-        subset=data.subset,
-        fields=data.fields,
-        used=used,
-        rows=rows,
-        kept_in=data.token_cache,
+    if data.eval_dataset is None:
+        return []
+    held_out = _finder(config, used)(data.eval_dataset, split=data.eval_split)
+    held_out.check()
+    return [held_out]
+
+
+def _finder(config: Config, used: set[str] | None) -> Callable[..., Dataset]:
+    """Returns `find` as the options say."""
+    data = config.data
+    return functools.partial(
+        find, subset=data.subset, fields=data.fields, used=used, kept_in=data.token_cache
     )
 
 

@@ -61,11 +61,7 @@ def read_rows(config: Config) -> Rows:
     data = config.data
     names = [dataset.name for dataset in named(data.dataset)]
     blocks = find_blocks(names, split=data.split, subset=data.subset)
-    if data.eval_dataset is None:
-        return Rows([blocks], [])
-    held_out = chats.found(config, data.eval_dataset, data.eval_split, None, None)
-    held_out.check()
-    return Rows([blocks], [held_out])
+    return Rows([blocks], chats.to_measure(config))
 
 
 def examples(config: Config, rows: Rows, outline: Outline) -> Data:

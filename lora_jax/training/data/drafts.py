@@ -100,16 +100,17 @@ def _found_by_text(chat: Conversation, tokenizer: Tokenizer, row: int, train_on:
     rendered.check(end)
     left_out = rendered.left_out(end, {answer.turn: answer.text for answer in answers})
     if train_on == "all":
-        return Drafts([Draft(row, [CountedText(whole, _all_but(answers, chat))])], _lost(left_out))
-    if train_on == "last":
-        return Drafts([Draft(row, [CountedText(whole, [learned[-1].span])])], _lost(left_out))
-    if all(whole.startswith(answer.text) for answer in learned):
+        spans = _all_but(answers, chat)
+    elif train_on == "last":
+        spans = [learned[-1].span]
+    elif all(whole.startswith(answer.text) for answer in learned):
         spans = [answer.span for answer in learned]
-        return Drafts([Draft(row, [CountedText(whole, spans)])], _lost(left_out))
-    # Some templates drop parts of a turn once others follow (a model's thoughts). Each turn is then
-    # learned as it was said, after what the model saw at that point.
-    drafts = [Draft(row, [CountedText(answer.text, [answer.span])]) for answer in learned]
-    return Drafts(drafts, left_out)
+    else:
+        # Some templates drop parts of a turn once others follow (a model's thoughts). Each turn is
+        # then learned as it was said, after what the model saw at that point.
+        drafts = [Draft(row, [CountedText(answer.text, [answer.span])]) for answer in learned]
+        return Drafts(drafts, left_out)
+    return Drafts([Draft(row, [CountedText(whole, spans)])], _lost(left_out))
 
 
 def _lost(left_out: Mapping[str, templates.LeftOut]) -> dict[str, templates.LeftOut]:
