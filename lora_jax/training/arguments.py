@@ -21,7 +21,6 @@ from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import CLASSES, Loss, token_loss
 from lora_jax.training.optimizers.named import OPTIMIZERS
-from lora_jax.training.processes import is_first, wait_for_all
 from lora_jax.training.run.best import BEST
 from lora_jax.training.run.checkpoints import RECORD
 
@@ -194,13 +193,11 @@ def check_folder(folder: str | Path | None, resume: bool, overwrite: bool) -> Pa
 
 def clear(folder: Path, names: Iterable[str] = _OURS) -> None:
     """Deletes files and folders in a folder, those that are there: by default a run."""
-    if is_first():
-        for path in (folder / name for name in names):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    wait_for_all("the folder is cleared")
+    for path in (folder / name for name in names):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def check_positions(model: Model | Forward, examples: Examples) -> None:

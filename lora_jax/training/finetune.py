@@ -30,7 +30,7 @@ from lora_jax.training.loop import train
 from lora_jax.training.losses import HELD_OUT, Loss, Sums
 from lora_jax.training.optimizer import make_optimizer, takes_from_base
 from lora_jax.training.optimizers.schedules import ScheduleKind, warmed_up
-from lora_jax.training.processes import is_first
+from lora_jax.training.processes import is_first, wait_for_all
 from lora_jax.training.ready import (
     Ready,
     compile_step,
@@ -232,7 +232,9 @@ def finetune(
         if resume:
             ready = resumed(ready, steps)
         elif overwrite and path is not None:
-            arguments.clear(path)
+            if is_first():
+                arguments.clear(path)
+            wait_for_all("the folder is cleared")
         keeps_start = rules is not None and takes_from_base(params)
         summary = lj.summary(params)
         del params
