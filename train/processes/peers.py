@@ -67,7 +67,7 @@ class Peers:
         """Has process 0 wait until the others have ended: JAX kills processes that lose it."""
         until = time.monotonic() + seconds
         for thread in self._threads if self.index == 0 else ():
-            if thread is not threading.current_thread():
+            if thread is not threading.current_thread():  # which was told of an end
                 thread.join(max(0.0, until - time.monotonic()))
 
     def _send(self, message: dict[str, Any], besides: int | None = None) -> None:
@@ -173,16 +173,15 @@ def _reached(offer: dict[str, Any]) -> socket.socket | None:
 
 def _accept(server: socket.socket, token: str, connections: dict[int, socket.socket]) -> None:
     """Adds the connection of each other process, until all are there or the server is closed."""
-    server.settimeout(0.05)
-    while len(connections) < jax.process_count() - 1:
-        try:
-            connection, _ = server.accept()
-        except TimeoutError:
-            continue
-        except OSError:  # it is closed
-            return
-        args = (connection, token, connections)  # no connection has to wait for another
-        threading.Thread(target=_greet, args=args, name="greet", daemon=True).start()
+    with contextlib.suppress(OSError):  # the server is closed
+        server.settimeout(0.05)
+        while len(connections) < jax.process_count() - 1:
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                continue
+            args = (connection, token, connections)  # no connection has to wait for another
+            threading.Thread(target=_greet, args=args, name="greet", daemon=True).start()
 
 
 def _greet(connection: socket.socket, token: str, connections: dict[int, socket.socket]) -> None:
