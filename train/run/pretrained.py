@@ -22,6 +22,7 @@ from lora_jax.training.ready import not_finite
 from train.console.errors import UserError, as_user_errors
 from train.options.rope import as_text
 
+_OF_MODEL = (models.ConfigError, models.WeightsError, models.ModelNotFound)
 _OF_BASE = ("rope_scaling", "quantize")  # what an adapter says of its base, beside its name
 
 
@@ -102,9 +103,7 @@ class Outline:
             return self
         head = {**self.head, "quantize": quantize}
         given = f"--quantize {quantize}: "
-        with as_user_errors(
-            models.ConfigError, models.WeightsError, models.ModelNotFound, ValueError, prefix=given
-        ):
+        with as_user_errors(*_OF_MODEL, ValueError, prefix=given):
             if quantize == STORED and resolve_config(self.name).suffix != ".gguf":
                 raise models.ConfigError(
                     f"{self.name} is no GGUF file: choose a format, such as nf4"
@@ -131,9 +130,7 @@ class Outline:
 
 @contextmanager
 def _model_errors(name: str) -> Iterator[None]:
-    with as_user_errors(
-        models.ConfigError, models.WeightsError, models.ModelNotFound, prefix=f"--model {name}: "
-    ):
+    with as_user_errors(*_OF_MODEL, prefix=f"--model {name}: "):
         yield
 
 
