@@ -32,13 +32,14 @@ from lora_jax.training.optimizer import has_dropout
 from lora_jax.training.processes import write_json, write_text
 from lora_jax.training.ready import hooks_of, opened, result_of, tree_of
 from lora_jax.training.run.log import duration
+from train.console.errors import as_user_errors
 from train.finetune import RunPart, evaluate_base, measures, run_of, weights_of
 from train.inputs import inputs_of
 from train.many.board import Board, Paper, TeeLog, print_results
 from train.many.one import Asked, One
 from train.options.file import replaced
 from train.options.optim import make_tenant
-from train.options.table import RESULTS, placed_error
+from train.options.table import RESULTS
 from train.processes import hosts
 from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
@@ -107,10 +108,8 @@ def train_rows(
     # Cheap checks come first, of all rows. Only then are weights read, once.
     ones: list[One] = []
     for wanted in asked:
-        try:
+        with as_user_errors(TrainingError, prefix=f"{wanted.row.where}: "):
             ones.append(_opened(script, wanted, mesh, session, part))
-        except TrainingError as error:
-            raise placed_error(wanted.row.where, error) from error
     outline, layout = ones[0].inputs.read.outline, ones[0].inputs.layout
     with doing(console, f"reading the weights of {outline.name}"):
         model, plain = weights_of(ones[0].config, outline, layout)

@@ -12,7 +12,7 @@ import yaml
 
 from lora_jax.core.paths import nearest
 from lora_jax.training.errors import TrainingError
-from train.console.errors import UserError, flag
+from train.console.errors import UserError, as_user_errors, flag
 from train.data.text_files import read_csv, read_json
 from train.options.command import value_of
 from train.options.common import Options
@@ -75,11 +75,6 @@ def read_table(config: Config, plain: Config, on_line: Collection[str]) -> list[
     return rows
 
 
-def placed_error(where: str, error: TrainingError) -> UserError:
-    """Returns an error of one run that names its row."""
-    return UserError(f"{where}: {error.said(flag)}")
-
-
 def check_one_base(rows: Sequence[TableRow[Any]]) -> None:
     """Raises a UserError for a row whose adapter begins on another base than the first row's.
 
@@ -121,11 +116,9 @@ def _row(
             f"{where}: --full trains the base itself, which the runs of a table share: run it "
             "alone, without --many"
         )
-    try:
+    with as_user_errors(TrainingError, prefix=f"{where}: "):
         check_many(changed.run.report_to, "a table of runs")
         check_effects(changed, given)
-    except TrainingError as error:
-        raise placed_error(where, error) from error
     return TableRow(name, where, given, changed)
 
 
