@@ -17,6 +17,7 @@ first column that is no key names the row, uniquely.
 import re
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 _WORDS = {
     "person": "Anna Boris Clara David Elena Felix Grace Hugo Irene Jonas Karin Liam*"
@@ -170,6 +171,13 @@ def _table(text: str, suffix: str) -> Table:
     return Table(
         name=noun + suffix, singular=singular, plural=plural(singular), columns=tuple(columns)
     )
+
+
+def read_blocks(name: str) -> dict[str, str]:
+    """Returns the blocks of a text file beside this one, by the line that heads each."""
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    blocks = (block.partition("\n") for block in text.strip().split("\n\n"))
+    return {head: body for head, _, body in blocks}
 
 
 def parse_schema(name: str, text: str, suffix: str) -> Schema:
