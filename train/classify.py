@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from train.finetune import finetune
 from train.options import classify as classify_options
 from train.options.classify import Config, with_defaults
-from train.options.command import read_command
+from train.options.command import read_line
+from train.options.field import check_effects
+from train.options.tasks import TEXTS, find_task
 from train.processes.session import Session
-from train.tasks.registry import TEXTS, find_task
 from train.tasks.task import Task
 
 
@@ -24,7 +25,8 @@ def parse(args: Sequence[str] | None = None) -> Config:
         --config names.
     """
     given = sys.argv[1:] if args is None else args
-    config = read_command(Config(), given, "python -m train.classify")
+    config, on_line, in_file = read_line(Config(), given, "python -m train.classify")
+    check_effects(config, on_line, in_file)
     return with_defaults(config, task_of(config).defaults)
 
 

@@ -15,7 +15,7 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
 from lora_jax.training.run.log import duration
 from train.console.errors import as_user_errors
-from train.console.output import print_line
+from train.console.output import tell
 from train.data.shown import Shown, lengths, shown
 from train.inputs import Inputs
 from train.options.common import Options
@@ -44,7 +44,7 @@ def rehearse(config: Options, inputs: Inputs, loss: Loss, console: Console) -> N
     """
     _, outline, data = inputs.read
     feed, layout, steps = inputs.feed, inputs.layout, inputs.steps
-    say = functools.partial(print_line, console)
+    say = functools.partial(tell, console)
     say("")
     coloured = console.is_terminal and not console.no_color
     labels = data.facts.get("labels", ())

@@ -23,7 +23,7 @@ from lora_jax.training.ready import compile_step, hooks_of, opened, result_of, t
 from lora_jax.training.run.log import duration
 from lora_jax.training.run.stop import Stop
 from lora_jax.training.step import State
-from train.console.output import print_line
+from train.console.output import tell
 from train.dry_run import rehearse
 from train.inputs import Inputs, Reader, inputs_of
 from train.processes import hosts
@@ -120,7 +120,7 @@ def finetune(
         inputs = inputs_of(config, mesh, part.reader(config, task))
     outline, data, layout = inputs.read.outline, inputs.read.data, inputs.layout
     for line in [*([cached] if cached else []), *inputs.lines]:
-        print_line(console, line)
+        tell(console, line)
     if folder is None:
         loss = task.loss(config, layout)
         rehearse(config, inputs, loss, console)
@@ -177,7 +177,7 @@ def finetune(
         if not run.pauses:
             keep_adapter(run, ready, trained)
     if run.pauses:
-        print_line(console, f"paused after step {run.last} of {run.steps}")
+        tell(console, f"paused after step {run.last} of {run.steps}")
         return {}
     report = report_of(run, ready, trained, loss, step_seconds)
     report |= {"compile_seconds": compile_seconds, "compiled_bytes": compiled_bytes(step)}
@@ -197,7 +197,7 @@ def finetune(
         del trained, ready, state, hooks, held_out, to_measure, tree_of_state
         scores = evaluation.after(model, tree, evaluated)
     print_costs(console, report)
-    print_line(console, report["summary"])
+    tell(console, report["summary"])
     took = duration(time.monotonic() - began)
     console.print(f"the whole run took {took}; its files are in {folder}")
     return scores

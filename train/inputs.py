@@ -15,7 +15,7 @@ from train.console.errors import as_user_errors
 from train.data.mixture import used
 from train.options.common import Options, as_json, check_offload
 from train.options.field import traits_of
-from train.options.written import alike
+from train.options.file import alike
 from train.processes import hosts
 from train.progress import Prompts
 from train.run.intrinsic import space_of

@@ -7,18 +7,19 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from lora_jax.training.errors import TrainingError
-from train.data.named import named
+from train.console.errors import as_user_errors
+from train.data.files import named
 from train.finetune import finetune
 from train.many.one import Asked
 from train.many.runs import train_many
 from train.options import sft as sft_options
 from train.options.command import read_line
 from train.options.defaults import with_defaults
-from train.options.ignored import check_effects
+from train.options.field import check_effects
 from train.options.sft import Config
-from train.options.table import TableRow, check_one_base, placed_error, read_table
+from train.options.table import TableRow, check_one_base, read_table
+from train.options.tasks import CHATS, STREAMED, find_task
 from train.processes.session import Session
-from train.tasks.registry import CHATS, STREAMED, find_task
 from train.tasks.task import Task
 
 _PROG = "python -m train.sft"
@@ -75,12 +76,10 @@ def asked_for(rows: Sequence[TableRow[Config]]) -> list[Asked]:
     """
     asked: list[Asked] = []
     for row in rows:
-        try:
+        with as_user_errors(TrainingError, prefix=f"{row.where}: "):
             task = task_of(row.options)
             config = with_defaults(row.options, task.defaults)
             check(config)
-        except TrainingError as error:
-            raise placed_error(row.where, error) from error
         asked.append(Asked(row._replace(options=config), task))
     check_one_base([one.row for one in asked])
     return asked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -84,16 +84,8 @@ def generate(
         top_k=top_k,
         key=key,
     )
-    tokens: jax.Array = _generate(
-        params,
-        ids,
-        mask,
-        choice,
-        shared,
-        model=model,
-        apply=apply,
-        max_new_tokens=max_new_tokens,
-    )
+    static: dict[str, Any] = {"model": model, "apply": apply, "max_new_tokens": max_new_tokens}
+    tokens: jax.Array = _generate(params, ids, mask, choice, shared, **static)
     return tokens
 
 
@@ -103,12 +95,12 @@ def arguments(
     attention_mask: jax.typing.ArrayLike | None,
     *,
     max_new_tokens: int,
-    eos_token_id: int | Sequence[int] | None,
-    pad_token_id: int | None,
-    temperature: float,
-    top_p: float,
-    top_k: int | None,
-    key: jax.Array | None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Choice]:
     """Returns ids, mask and choice as arrays, with the configuration's defaults; see ``generate``.
 
@@ -128,26 +120,29 @@ def arguments(
     if pad_token_id is None:
         pad_token_id = eos[0] if eos else 0
     ids = jnp.asarray(input_ids, jnp.int32)
-    mask = (
-        jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
-    )
+    mask = jnp.ones_like(ids, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
     if key is not None and _is_a_row_each(key) and key.shape != ids.shape[:1]:
         raise ValueError(f"{key.shape} keys for {ids.shape[0]} rows: one key, or one a row")
-    sampling = _Sampling(
+    choice = Choice(
+        eos=jnp.asarray(eos, jnp.int32),
+        pad=jnp.asarray(pad_token_id, jnp.int32),
         temperature=jnp.asarray(temperature, jnp.float32),
         top_p=jnp.asarray(top_p, jnp.float32),
         top_k=jnp.asarray(config.vocab_size if top_k is None else top_k, jnp.int32),
+        key=jax.random.key(0) if key is None else key,
     )
-    return (
-        ids,
-        mask,
-        Choice(
-            eos=jnp.asarray(eos, jnp.int32),
-            pad=jnp.asarray(pad_token_id, jnp.int32),
-            sampling=sampling,
-            key=jax.random.key(0) if key is None else key,
-        ),
-    )
+    return ids, mask, choice
+
+
+class Choosing(TypedDict, total=False):
+    """The keywords of ``generate`` that choose the next tokens."""
+
+    eos_token_id: int | Sequence[int] | None
+    pad_token_id: int | None
+    temperature: float
+    top_p: float
+    top_k: int | None
+    key: jax.Array | None
 
 
 def share(
@@ -201,27 +196,19 @@ def _share(
     return Shared(cache.key[:, 0, :, :n], cache.value[:, 0, :, :n])
 
 
-class _Sampling(NamedTuple):
-    """The options of sampling, [] each; see ``generate``."""
-
-    temperature: jax.Array
-    top_p: jax.Array
-    top_k: jax.Array
-
-
 class Choice(NamedTuple):
-    """The options that choose the next tokens; see ``generate``.
+    """The options that choose the next tokens, [] each but for ``eos``; see ``generate``.
 
     Attributes:
       eos: [n] int32.
-      pad: [] int32.
-      sampling: the options of sampling.
       key: [] or [batch] keys.
     """
 
     eos: jax.Array
     pad: jax.Array
-    sampling: _Sampling
+    temperature: jax.Array
+    top_p: jax.Array
+    top_k: jax.Array
     key: jax.Array
 
 
@@ -324,12 +311,7 @@ def decode(
 
 
 def _forward(
-    run: Forward,
-    params: Tree,
-    ids: jax.Array,
-    mask: jax.Array,
-    old: Cache,
-    at: jax.Array,
+    run: Forward, params: Tree, ids: jax.Array, mask: jax.Array, old: Cache, at: jax.Array
 ) -> tuple[jax.Array, Cache]:
     """Returns the logits, [batch, vocab], of one token of each row, and the longer cache."""
     logits, new = run(
@@ -343,7 +325,7 @@ def _written(state: Loop, choice: Choice, logits: jax.Array, cache: Cache) -> Lo
     fold = jax.random.fold_in
     if _is_a_row_each(choice.key):
         fold = jax.vmap(fold, (0, None))
-    new = _choose(logits, choice.sampling, fold(choice.key, state.step))
+    new = _choose(logits, choice, fold(choice.key, state.step))
     new = jnp.where(state.done, choice.pad, new)
     column = state.step % state.tokens.shape[1]
     tokens = lax.dynamic_update_slice(state.tokens, new[:, None], (0, column))
@@ -356,20 +338,20 @@ def _is_a_row_each(key: jax.Array) -> bool:
     return jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim > 0
 
 
-def _choose(logits: jax.Array, sampling: _Sampling, key: jax.Array) -> jax.Array:
+def _choose(logits: jax.Array, choice: Choice, key: jax.Array) -> jax.Array:
     """Chooses the next tokens, [batch] int32, by logits, [batch, vocab]; sorts only to sample."""
 
     def greedy(logits: jax.Array) -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def sample(logits: jax.Array) -> jax.Array:
-        scores = logits / sampling.temperature
+        scores = logits / choice.temperature
         ranked = -jnp.sort(-scores, axis=-1)
         rank = jnp.arange(scores.shape[-1], dtype=jnp.int32)
-        ranked = jnp.where(rank < sampling.top_k, ranked, -jnp.inf)
+        ranked = jnp.where(rank < choice.top_k, ranked, -jnp.inf)
         probs = jax.nn.softmax(ranked, axis=-1)
         before = jnp.cumsum(probs, axis=-1) - probs  # mass of the more likely tokens
-        kept = (rank == 0) | ((rank < sampling.top_k) & (before < sampling.top_p))
+        kept = (rank == 0) | ((rank < choice.top_k) & (before < choice.top_p))
         least = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
         scores = jnp.where(scores >= least, scores, -jnp.inf)
         draw = jax.random.categorical
@@ -377,5 +359,5 @@ def _choose(logits: jax.Array, sampling: _Sampling, key: jax.Array) -> jax.Array
             draw = jax.vmap(draw)
         return draw(key, scores).astype(jnp.int32)
 
-    chosen: jax.Array = lax.cond(sampling.temperature > 0, sample, greedy, logits)
+    chosen: jax.Array = lax.cond(choice.temperature > 0, sample, greedy, logits)
     return chosen

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Unpack
 
 import jax
 import numpy as np
 
 from lora_jax.core.types import Forward, Tree
 from lora_jax.models.causal import CausalLM
-from lora_jax.models.generate import Choice, Loop, arguments, decode, prefill
+from lora_jax.models.generate import Choice, Choosing, Loop, arguments, decode, prefill
 from lora_jax.models.layers.cache import Cache, Shared
 
 
@@ -24,14 +24,9 @@ def stream(
     max_new_tokens: int,
     tokens_per_call: int = 1,
     cache_len: int | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int | None = None,
-    key: jax.Array | None = None,
     apply: Forward | None = None,
     shared: Shared | None = None,
+    **choosing: Unpack[Choosing],
 ) -> Iterator[np.ndarray]:
     """Continues each prompt, and yields the tokens as they are chosen.
 
@@ -40,13 +35,13 @@ def stream(
     number of rows and ``cache_len``. The latter writes to the cache in place.
 
     Args:
-      model, params, input_ids, attention_mask, eos_token_id, pad_token_id, temperature, top_p,
-        top_k, key, apply, shared: see ``generate``.
+      model, params, input_ids, attention_mask, apply, shared: see ``generate``.
       max_new_tokens: the number of tokens to add at most. It is not compiled in where ``cache_len``
         is given.
       tokens_per_call: the tokens that are decoded between two looks at them. More of them cost
         fewer calls.
       cache_len: the slots of the cache; by default those that are needed, seq + max_new_tokens - 1.
+      **choosing: eos_token_id, pad_token_id, temperature, top_p, top_k and key; see ``generate``.
 
     Yields:
       [batch], int32: the next token of each row, EOS included, then padding; until all rows have
@@ -66,16 +61,7 @@ def stream(
     True
     """
     ids, mask, choice = arguments(
-        model,
-        input_ids,
-        attention_mask,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        key=key,
+        model, input_ids, attention_mask, max_new_tokens=max_new_tokens, **choosing
     )
     needed = ids.shape[1] + max_new_tokens - 1  # the last token is never fed
     cache_len = needed if cache_len is None else cache_len

@@ -1,11 +1,15 @@
-"""Checks the arguments of `finetune` before any work: examples, numbers, the loss, the folder."""
+"""Checks the arguments of `finetune` before any work: examples, numbers, the loss, the folder.
+
+The scripts give their options the names of the arguments, and have numbers and contradictions
+checked here, too.
+"""
 
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +21,6 @@ from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import CLASSES, Loss, token_loss
 from lora_jax.training.optimizers.named import OPTIMIZERS
-from lora_jax.training.processes import is_first, wait_for_all
 from lora_jax.training.run.best import BEST
 from lora_jax.training.run.checkpoints import RECORD
 
@@ -47,8 +50,11 @@ def as_examples(given: Examples | Mapping[str, Any], name: str) -> Examples:
     return given
 
 
-def like(held_out: Examples, examples: Examples) -> Examples:
-    """Returns the held-out examples; raises a TrainingError unless they have the same arrays."""
+def like(given: Examples | Mapping[str, Any] | None, examples: Examples) -> Examples | None:
+    """Returns held-out examples, if there are any; they must have the same arrays as others."""
+    if given is None:
+        return None
+    held_out = as_examples(given, "held_out")
     one = np.zeros(1, int)
     names = {*held_out.take(one)}, {*examples.take(one)}
     if names[0] != names[1]:
@@ -57,28 +63,87 @@ def like(held_out: Examples, examples: Examples) -> Examples:
     return held_out
 
 
-def check_length(steps: int | None, epochs: float | None) -> None:
-    """Raises a TrainingError where the length of a run makes no sense."""
-    if steps is not None and epochs is not None:
-        raise TrainingError("steps and epochs both say how long to train: give one of them")
-    if epochs is not None and not (math.isfinite(epochs) and epochs > 0):
-        raise TrainingError(f"epochs={epochs}: a positive number of passes over the examples")
+class Numbers(NamedTuple):
+    """The numbers that an option takes, and what to tell who gives another."""
+
+    hold: Callable[[float], bool]
+    needed: str
 
 
-def check_counts(**counts: int | None) -> None:
-    """Raises a TrainingError for a number below 1, by the name of its argument."""
-    for name, value in counts.items():
-        if value is not None and not value >= 1:
-            raise TrainingError(f"{name}={value}: at least 1 is needed")
+def at_least(least: int) -> Numbers:
+    """Returns the numbers from `least` on."""
+    return Numbers(lambda x: x >= least, f"at least {least} is needed")
 
 
-def check_best(keep_best: bool, patience: int | None, *, held_out: bool, folder: bool) -> None:
-    """Raises a TrainingError where the best adapter cannot be measured or kept."""
-    if patience is not None and not keep_best:
+POSITIVE = Numbers(lambda x: 0 < x < math.inf, "a positive number is needed")
+NOT_NEGATIVE = Numbers(lambda x: 0 <= x < math.inf, "a number from 0 on is needed")
+# JAX takes a larger seed by its last 32 bits.
+SEED = Numbers(lambda x: 0 <= x < 2**32, f"a number from 0 to {2**32 - 1} is needed")
+_RATE_OF_DECAY = Numbers(lambda x: 0 <= x < 1, "a number from 0 to below 1 is needed")
+_FINITE = "at least 0 is needed, and a finite number"
+
+# What the library and the scripts take, by the names of arguments and options.
+NUMBERS = {
+    **dict.fromkeys(("steps", "batch_size", "grad_accum", "keep", "patience"), at_least(1)),
+    **dict.fromkeys(("log_every", "eval_every", "save_every", "max_skipped"), at_least(1)),
+    "epochs": POSITIVE._replace(needed="a positive number of passes over the data is needed"),
+    "lr": POSITIVE._replace(needed="a learning rate is a positive number"),
+    "warmup": at_least(0),
+    "weight_decay": NOT_NEGATIVE._replace(needed=_FINITE),
+    "grad_clip": NOT_NEGATIVE._replace(needed=f"{_FINITE} (0 does not clip)"),
+    **dict.fromkeys(("lora_plus", "eps"), POSITIVE),
+    **dict.fromkeys(("beta1", "beta2", "momentum"), _RATE_OF_DECAY),
+    "seed": SEED,
+}
+
+
+def check_numbers(values: Mapping[str, Any], numbers: Mapping[str, Numbers] = NUMBERS) -> None:
+    """Raises a TrainingError for a number that is none of those that its option takes.
+
+    Args:
+      values: the options by name; None for one that is not given.
+      numbers: the numbers that options take; those without an entry are not looked at.
+    """
+    for name, taken in numbers.items():
+        if values.get(name) is not None and not taken.hold(values[name]):
+            raise _refused(name, values[name], taken)
+
+
+def _refused(name: str, value: Any, taken: Numbers) -> TrainingError:
+    return TrainingError(lambda option: f"{option(name, value)}: {taken.needed}")
+
+
+def check_together(values: Mapping[str, Any]) -> None:
+    """Raises a TrainingError for options that contradict each other, or lack one another.
+
+    Args:
+      values: `steps`, `epochs`, `resume`, `overwrite`, `keep_best` and `patience`, among others.
+    """
+    if values["steps"] is not None and values["epochs"] is not None:
         raise TrainingError(
-            f"patience={patience} ends a run that no longer improves, and leaves its best adapter: "
-            "give keep_best=True, too"
+            lambda option: (
+                f"{option('steps')} and {option('epochs')} both say how long to train: give one of "
+                "them"
+            )
         )
+    if values["resume"] and values["overwrite"]:
+        raise TrainingError(
+            lambda option: (
+                f"{option('resume')} goes on with a run and {option('overwrite')} deletes it: give "
+                "one of them"
+            )
+        )
+    if values["patience"] is not None and not values["keep_best"]:
+        raise TrainingError(
+            lambda option: (
+                f"{option('patience', values['patience'])} ends a run that no longer improves, and "
+                f"leaves its best adapter: say which it is with {option('keep_best', True)}, too"
+            )
+        )
+
+
+def check_best(keep_best: bool, *, held_out: bool, folder: bool) -> None:
+    """Raises a TrainingError where the best adapter cannot be measured or kept."""
     if keep_best and not held_out:
         raise TrainingError("keep_best=True goes by the loss on held-out examples: give held_out")
     if keep_best and not folder:
@@ -105,8 +170,6 @@ def loss_of(given: Any, examples: Examples, layout: Layout) -> Loss:
 
 def check_folder(folder: str | Path | None, resume: bool, overwrite: bool) -> Path | None:
     """Returns the run's folder, created if it does not exist; changes nothing in it."""
-    if resume and overwrite:
-        raise TrainingError("resume goes on with a run and overwrite deletes it: give one of them")
     if folder is None:
         if resume or overwrite:
             name = "resume" if resume else "overwrite"
@@ -128,15 +191,13 @@ def check_folder(folder: str | Path | None, resume: bool, overwrite: bool) -> Pa
     return path
 
 
-def clear(path: Path) -> None:
-    """Deletes the run that the folder holds, and nothing else."""
-    if is_first():
-        for name in _OURS:
-            if (path / name).is_dir():
-                shutil.rmtree(path / name)
-            else:
-                (path / name).unlink(missing_ok=True)
-    wait_for_all("the folder is cleared")
+def clear(folder: Path, names: Iterable[str] = _OURS) -> None:
+    """Deletes files and folders in a folder, those that are there: by default a run."""
+    for path in (folder / name for name in names):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def check_positions(model: Model | Forward, examples: Examples) -> None:
@@ -144,7 +205,7 @@ def check_positions(model: Model | Forward, examples: Examples) -> None:
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if most is None or not isinstance(model, Decoder) or not isinstance(examples, Packs):
         return
-    if (longest := int(np.diff(examples.starts).max())) > most:
+    if (longest := int(examples.table.lengths.max())) > most:
         raise TrainingError(
             f"a sequence has {longest} tokens, and the model {most} positions: "
             "give a smaller seq_len, or load it with from_pretrained(…, rope_scaling="

@@ -91,35 +91,36 @@ class Arrays(Examples):
         return int(np.prod(next(iter(batch.values())).shape[:2]))
 
 
-@dataclasses.dataclass(frozen=True)
-class Weighted(Examples):
-    """Holds arrays with weights as its fields.
+class Padded(Examples):
+    """Holds rows that batches pad to the smallest of a few lengths that holds them."""
 
-    Attributes:
-      weights: [n] or [n, m], the factor of each unit of the loss; 0 for one that does not count,
-        perhaps negative.
-    """
+    def _padding(self) -> tuple[tuple[int, ...], np.ndarray]:
+        """Returns those lengths, ascending, and the number of places that each row needs: [n]."""
+        raise NotImplementedError
 
-    weights: np.ndarray
+    @functools.cached_property
+    def groups(self) -> np.ndarray:
+        """Returns for each row the index of the smallest of `lengths` that holds it: [n]."""
+        return np.asarray(np.searchsorted(*self._padding()))
 
-    def by_name(self) -> HostBatch:
-        """Returns the fields that are arrays."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
+    @property
+    def filled(self) -> float:
+        """Returns the share of tokens in the padded rows that are no padding, over an epoch."""
+        often = np.ones(len(self)) if self.mixture is None else self.mixture.often
+        lengths, sizes = self._padding()
+        return float(often @ sizes / (often @ np.asarray(lengths)[self.groups]))
 
     def parts(self, batch_size: int) -> Iterator[HostBatch]:
         """Yields all rows, by length, in batches of few shapes; weights of 0 fill up the last."""
         order = self.by_length
         for first in range(0, len(self), batch_size):
-            rows = np.arange(first, first + batch_size)
-            part = self.take(order[rows % len(self)])
-            real = rows < len(self)
-            part["weights"] = part["weights"] * real.reshape(-1, *[1] * (self.weights.ndim - 1))
+            part = self.take(np.resize(order[first : first + batch_size], batch_size))
+            part["weights"][len(self) - first :] = 0
             yield part
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Packs(Examples):
+class Packs(Padded):
     """Holds sequences ready to be batched, without padding; a row is one or several of them.
 
     A batch is padded to the smallest of `lengths` that holds its rows, so that a step has few
@@ -134,24 +135,16 @@ class Packs(Examples):
     - weights: 1, or 0 where a row has fewer than m such tokens.
 
     Attributes:
-      tokens_of_all: [total], of all sequences in the order of the rows.
-      counts_of_all: [total] bool, True where the loss counts.
-      starts: [sequences + 1], where each sequence begins in those.
+      table: the sequences in the order of the rows.
       firsts: [n + 1], the first sequence of each row.
-      numbers: [sequences], the row of the data that each sequence comes from, counted from 1.
-      origins: [sequences], the data set that each sequence comes from.
       lengths: ascending, the lengths that batches are padded to.
       predicted: m, for each of the lengths.
       sources: the names of the data sets, where there are several.
       mixture: what an epoch draws of each data set; None where it has each row once.
     """
 
-    tokens_of_all: np.ndarray
-    counts_of_all: np.ndarray
-    starts: np.ndarray
+    table: Sequences
     firsts: np.ndarray
-    numbers: np.ndarray
-    origins: np.ndarray
     lengths: tuple[int, ...]
     predicted: tuple[int, ...]
     sources: tuple[str, ...] = ()
@@ -160,17 +153,8 @@ class Packs(Examples):
     def __len__(self) -> int:
         return len(self.firsts) - 1
 
-    @functools.cached_property
-    def groups(self) -> np.ndarray:
-        """Returns for each row the index of the smallest of `lengths` that holds it: [n]."""
-        return np.asarray(np.searchsorted(self.lengths, np.diff(self.starts[self.firsts])))
-
-    @property
-    def filled(self) -> float:
-        """Returns the share of tokens in the padded rows that are no padding, over an epoch."""
-        often = np.ones(len(self)) if self.mixture is None else self.mixture.often
-        sizes = np.diff(self.starts[self.firsts])
-        return float(often @ sizes / (often @ np.asarray(self.lengths)[self.groups]))
+    def _padding(self) -> tuple[tuple[int, ...], np.ndarray]:
+        return self.lengths, np.diff(self.table.starts[self.firsts])
 
     def take(self, rows: np.ndarray) -> HostBatch:
         """Returns the rows at the indices `rows`, of any shape: arrays [*rows.shape, …]."""
@@ -205,14 +189,18 @@ class Packs(Examples):
 
     def _counted(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns a row's tokens, and which of them are predicted and count in the loss: [m]."""
-        begins = self.starts[self.firsts[row] : self.firsts[row + 1] + 1]
+        begins = self._begins(row)
         here = slice(begins[0], begins[-1])
-        counts = self.counts_of_all[here].copy()
+        counts = self.table.counts[here].copy()
         counts[begins[:-1] - begins[0]] = False  # the first token of a sequence is never predicted
-        return self.tokens_of_all[here], counts
+        return self.table.ids[here], counts
+
+    def _begins(self, row: int) -> np.ndarray:
+        """Returns where each sequence of a row begins in the table, and the last one ends."""
+        return self.table.starts[self.firsts[row] : self.firsts[row + 1] + 1]
 
     def _fill(self, arrays: HostBatch, row: int) -> None:
-        begins = self.starts[self.firsts[row] : self.firsts[row + 1] + 1]
+        begins = self._begins(row)
         lengths, offsets = np.diff(begins), begins - begins[0]
         ids, counts = self._counted(row)
         (counted,) = np.nonzero(counts)
@@ -222,14 +210,6 @@ class Packs(Examples):
         arrays["predict_at"][: len(counted)] = counted - 1
         arrays["targets"][: len(counted)] = ids[counted]
         arrays["weights"][: len(counted)] = 1
-
-    def parts(self, batch_size: int) -> Iterator[HostBatch]:
-        """Yields all rows, by length, in batches of few shapes; weights of 0 fill up the last."""
-        rows = self.by_length
-        for first in range(0, len(self), batch_size):
-            part = self.take(np.resize(rows[first : first + batch_size], batch_size))
-            part["weights"][len(self) - first :] = 0
-            yield part
 
     def tokens(self, batch: HostBatch) -> int:
         """Returns the number of tokens in a batch, without padding."""
@@ -245,12 +225,13 @@ class Packs(Examples):
     def origins_of(self, row: int) -> list[tuple[int, int]]:
         """Returns the data set and the row there of each sequence in a row."""
         here = slice(self.firsts[row], self.firsts[row + 1])
-        return list(zip(self.origins[here].tolist(), self.numbers[here].tolist(), strict=True))
+        table = self.table
+        return list(zip(table.origins[here].tolist(), table.rows[here].tolist(), strict=True))
 
     def digest(self) -> str:
         """Returns a fingerprint of all rows: a resumed run must go on with the same."""
         sha = hashlib.sha256(f"{self.lengths}{self.predicted}".encode())
-        for array in (self.tokens_of_all, self.counts_of_all, self.starts, self.firsts):
+        for array in (self.table.ids, self.table.counts, self.table.starts, self.firsts):
             sha.update(f"{array.shape}".encode() + array.tobytes())
         if self.mixture is not None:
             sha.update(repr(self.mixture).encode())
@@ -259,14 +240,6 @@ class Packs(Examples):
     def by_name(self) -> HostBatch:
         """Returns all rows as one batch."""
         return self.take(np.arange(len(self)))
-
-    # All rows, padded alike, for inspection.
-    ids = property(lambda self: self.by_name()["ids"])
-    segment_ids = property(lambda self: self.by_name()["segment_ids"])
-    positions = property(lambda self: self.by_name()["positions"])
-    predict_at = property(lambda self: self.by_name()["predict_at"])
-    targets = property(lambda self: self.by_name()["targets"])
-    weights = property(lambda self: self.by_name()["weights"])
 
 
 def pack(
@@ -278,19 +251,11 @@ def pack(
     have one of a few lengths; see `few_lengths`. With `like`, they have its lengths.
     """
     table = Sequences.of(sequences)
-    rows = _rows_of(table, seq_len, packing)
+    members, counts = rows = _rows_of(table, seq_len, packing)
     if like is None:
         return _packs(table, rows, seq_len, packing=packing)
-    table = table.select(rows[0])
-    return dataclasses.replace(
-        like,
-        tokens_of_all=table.ids,
-        counts_of_all=table.counts,
-        starts=table.starts,
-        firsts=np.concatenate([[0], np.cumsum(rows[1])]),
-        numbers=table.rows,
-        origins=table.origins,
-    )
+    firsts = np.concatenate([[0], np.cumsum(counts)])
+    return dataclasses.replace(like, table=table.select(members), firsts=firsts)
 
 
 def pack_mixture(
@@ -354,16 +319,8 @@ def _packs(
     predicted = np.diff(np.concatenate([[0], np.cumsum(table.predicted)])[firsts])
     groups = np.searchsorted(lengths, sizes)
     most = [int(predicted[groups <= group].max(initial=1)) for group in range(len(lengths))]
-    return Packs(
-        tokens_of_all=table.ids,
-        counts_of_all=table.counts,
-        starts=table.starts,
-        firsts=firsts,
-        numbers=table.rows,
-        origins=table.origins,
-        lengths=lengths,
-        predicted=tuple(int(round_up(m, length)) for m, length in zip(most, lengths, strict=True)),
-    )
+    places = (int(round_up(m, length)) for m, length in zip(most, lengths, strict=True))
+    return Packs(table=table, firsts=firsts, lengths=lengths, predicted=tuple(places))
 
 
 def round_up(lengths: Any, most: int) -> Any:

@@ -138,9 +138,7 @@ def _ordered(one: jax.Array, other: jax.Array, split: Split) -> jax.Array:
     """Joins two chunks, the other first on odd devices: the first chunk of those is an odd one."""
     swapped = lax.axis_index(split.axis) % 2 == 1
     return jnp.where(
-        swapped,
-        jnp.concatenate([other, one], axis=1),
-        jnp.concatenate([one, other], axis=1),
+        swapped, jnp.concatenate([other, one], axis=1), jnp.concatenate([one, other], axis=1)
     )
 
 

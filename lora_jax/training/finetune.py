@@ -5,12 +5,11 @@ It runs the same loop and step as the scripts, which add options, a progress bar
 
 import contextlib
 import dataclasses
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,22 +20,7 @@ from lora_jax import models
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.core.weight import is_node
-from lora_jax.training.arguments import (
-    ADAPTER,
-    CHECKPOINTS,
-    START,
-    as_examples,
-    check_best,
-    check_counts,
-    check_folder,
-    check_length,
-    check_optimizer,
-    check_positions,
-    clear,
-    like,
-    loss_of,
-    settings_of,
-)
+from lora_jax.training import arguments
 from lora_jax.training.batches import Examples
 from lora_jax.training.data.order import Feed, Order
 from lora_jax.training.errors import TrainingError, as_argument
@@ -46,7 +30,7 @@ from lora_jax.training.loop import train
 from lora_jax.training.losses import HELD_OUT, Loss, Sums
 from lora_jax.training.optimizer import make_optimizer, takes_from_base
 from lora_jax.training.optimizers.schedules import ScheduleKind, warmed_up
-from lora_jax.training.processes import is_first
+from lora_jax.training.processes import is_first, wait_for_all
 from lora_jax.training.ready import (
     Ready,
     compile_step,
@@ -91,8 +75,7 @@ class Report:
     best: dict[str, Any] | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Pace:
+class _Pace(NamedTuple):
     log_every: int
     save_every: int
     max_skipped: int
@@ -192,36 +175,33 @@ def finetune(
     >>> report.summary
     'trainable params: 14 || all params: 26 || trainable%: 53.8462'
     """
+    given = {**locals()}  # the arguments, by name
+
     # What can be wrong is found first.
-    examples = as_examples(examples, "examples")
-    measured = None if held_out is None else like(as_examples(held_out, "held_out"), examples)
-    check_length(steps, epochs)
-    check_counts(batch_size=batch_size, grad_accum=grad_accum, steps=steps, keep=keep)
-    check_counts(log_every=log_every, eval_every=eval_every, save_every=save_every)
-    check_counts(max_skipped=max_skipped, patience=patience)
-    check_best(keep_best, patience, held_out=held_out is not None, folder=folder is not None)
-    if not callable(lr) and not (math.isfinite(lr) and lr > 0):
-        raise TrainingError(f"lr={lr}: a learning rate is a positive number")
-    if not 0 <= seed < 2**32:
-        raise TrainingError(f"seed={seed}: a number from 0 to {2**32 - 1} is needed")
-    check_optimizer(optimizer, weight_decay)
+    examples = arguments.as_examples(examples, "examples")
+    measured = arguments.like(held_out, examples)
+    arguments.check_numbers(given | {"lr": None if callable(lr) else lr})
+    arguments.check_together(given)
+    arguments.check_best(keep_best, held_out=held_out is not None, folder=folder is not None)
+    arguments.check_optimizer(optimizer, weight_decay)
     layout = layout or one_device()
-    for rows in (examples, *([] if measured is None else [measured])):
-        check_positions(model, rows)
-    loss = loss_of(loss, examples, layout)
+    for rows in filter(None, (examples, measured)):
+        arguments.check_positions(model, rows)
+    loss = arguments.loss_of(loss, examples, layout)
     order = Order.of(examples, seed, batch_size, grad_accum)
     steps = steps or order.steps(epochs or 1)
-    path = check_folder(folder, resume, overwrite)
+    path = arguments.check_folder(folder, resume, overwrite)
 
     with contextlib.ExitStack() as held:
         if path is not None and is_first():
             held.enter_context(FolderLock(path))
-            check_folder(path, resume, overwrite)  # another run may just have ended
+            arguments.check_folder(path, resume, overwrite)  # another run may just have ended
 
         # The adapted tree and the state before the first step, or after the last checkpoint.
         rate = lr if callable(lr) else warmed_up(lr, steps, kind=schedule, warmup=warmup)
         key = jax.random.key(seed)
-        first = path / START if path is not None and resume and (path / START).exists() else None
+        start = None if path is None else path / arguments.START
+        first = start if start is not None and resume and start.exists() else None
         kinds = models.kinds(model.config) if isinstance(model, _OUR_MODELS) else None
         params = layout.placed(_adapted(params, rules, kinds, jax.random.fold_in(key, 0), first))
         ready = make_ready(
@@ -233,12 +213,12 @@ def finetune(
             else optimizer,
             schedule=rate,
             key=jax.random.fold_in(key, 1),
-            checkpoints=None if path is None else Checkpoints(path / CHECKPOINTS, keep),
+            checkpoints=None if path is None else Checkpoints(path / arguments.CHECKPOINTS, keep),
             best=None
             if path is None or not keep_best
             else Best(path / BEST, f"{HELD_OUT}loss", patience=patience),
         )
-        settings = settings_of(
+        settings = arguments.settings_of(
             lr=lr,
             schedule=schedule,
             warmup=warmup,
@@ -252,8 +232,10 @@ def finetune(
         if resume:
             ready = resumed(ready, steps)
         elif overwrite and path is not None:
-            clear(path)
-        keeps_start = path is not None and rules is not None and takes_from_base(params)
+            if is_first():
+                arguments.clear(path)
+            wait_for_all("the folder is cleared")
+        keeps_start = rules is not None and takes_from_base(params)
         summary = lj.summary(params)
         del params
 
@@ -262,9 +244,9 @@ def finetune(
         forward = _forward(model, ready)
         step = compile_step(ready, forward, loss)
         compile_seconds = time.perf_counter() - began
-        if path is not None and keeps_start and first is None:
+        if start is not None and keeps_start and first is None:
             # So that a resumed run decomposes nothing again.
-            lj.save_adapter(path / START, lj.join(ready.state.adapter, ready.base))
+            lj.save_adapter(start, lj.join(ready.state.adapter, ready.base))
         a_tenth = max(1, steps // 10)
         pace = _Pace(
             log_every=log_every or a_tenth,
@@ -287,8 +269,8 @@ def finetune(
                 )
         trained = result_of(ready, state)
         if path is not None:
-            lj.save_adapter(path / ADAPTER, trained, overwrite=True)
-            stop.remedy = f"The adapter is in {path / ADAPTER}"
+            lj.save_adapter(path / arguments.ADAPTER, trained, overwrite=True)
+            stop.remedy = f"The adapter is in {path / arguments.ADAPTER}"
             stop.check()  # a signal in the last step
         found: Line = next((m for m in reversed(recorder.lines) if f"{HELD_OUT}loss" in m), {})
         return trained, Report(
@@ -298,7 +280,7 @@ def finetune(
             held_out={k.removeprefix(HELD_OUT): v for k, v in found.items() if k != "step"},
             compile_seconds=compile_seconds,
             step_seconds=step_seconds,
-            adapter=None if path is None else path / ADAPTER,
+            adapter=None if path is None else path / arguments.ADAPTER,
             best=None if ready.best is None else ready.best.about,
         )
 

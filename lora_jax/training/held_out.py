@@ -1,7 +1,5 @@
 """The loss on held-out examples, as a measure of a run."""
 
-import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,7 +72,7 @@ def held_out_loss(
                 parts.append(jax.tree.map(float, evaluate(adapter, base, batch)))
             if stop.agreed(agreement):
                 return None
-        return means(loss, functools.reduce(_added, parts))
+        return means(loss, jax.tree.map(lambda *sums: sum(sums), *parts))
 
     return Measure(every=every, prefix=HELD_OUT, take=take)
 
@@ -89,11 +87,6 @@ def compiled_evaluation(layout: Layout, forward: Forward, loss: Loss) -> Callabl
         out_shardings=layout.whole,
         compiler_options=layout.compiler_options,
     )
-
-
-def _added(one: Sums, other: Sums) -> Sums:
-    total: Sums = jax.tree.map(operator.add, one, other)
-    return total
 
 
 def means(loss: Loss, sums: Sums) -> dict[str, float]:

@@ -128,8 +128,7 @@ class Layout(Placement):
     @property
     def sequence_parts(self) -> int:
         """Returns the number of parts that a long row is split into."""
-        parts: int = self.mesh.shape["sequence"]
-        return parts
+        return int(self.mesh.shape["sequence"])
 
     @property
     def token_parts(self) -> int:

@@ -64,10 +64,6 @@ class Measure:
         return bool(self.every) and (done % self.every == 0 or done == steps)
 
 
-def _never(state: State, measured: dict[str, float]) -> bool:
-    return False
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hooks:
     """Connects the loop with its data, its folder and its user.
@@ -97,7 +93,7 @@ class Hooks:
     reduction: Reduction = "mean"
     measures: Sequence[Measure] = ()
     owed: Sequence[str] = ()
-    judge: Callable[[State, dict[str, float]], bool] = _never
+    judge: Callable[[State, dict[str, float]], bool] = lambda state, measured: False
 
 
 class _Window:

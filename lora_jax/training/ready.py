@@ -110,25 +110,15 @@ def resumed(ready: Ready, steps: int) -> Ready:
         raise
     done = int(state.step)
     if saved["data"] != ready.facts["data"] or not ready.feed.seek(saved["cursor"], done):
-        raise TrainingError(
-            lambda option: (
-                f"{option('resume', True)}: the training data are not those that the run began with"
-            )
-        )
+        raise _not_resumed("the training data are not those that the run began with")
     if wrong := differing(saved["base"], ready.facts["base"]):
-        raise TrainingError(
-            lambda option: (
-                f"{option('resume', True)}: the base is not the one that the run began with; "
-                f"{len(wrong)} of its weights differ, {wrong[0]} among them"
-            )
+        raise _not_resumed(
+            f"the base is not the one that the run began with; {len(wrong)} of its weights differ, "
+            f"{wrong[0]} among them"
         )
     _check_settings(saved, ready)
     if done > steps:
-        raise TrainingError(
-            lambda option: (
-                f"{option('resume', True)}: {done} steps are done, more than the {steps} asked for"
-            )
-        )
+        raise _not_resumed(f"{done} steps are done, more than the {steps} asked for")
     if ready.best is not None:
         ready.best.go_on_from(done, saved.get("best"))
     return dataclasses.replace(ready, state=state, owed=tuple(saved.get("owed", ())))
@@ -137,12 +127,12 @@ def resumed(ready: Ready, steps: int) -> Ready:
 def _check_settings(saved: Fields, ready: Ready) -> None:
     was, now = saved.get("settings", {}), ready.facts.get("settings", {})
     if changed := [name for name in now if was.get(name) != now[name]]:
-        differing_settings = "; ".join(f"{n} was {was.get(n)} and is now {now[n]}" for n in changed)
-        raise TrainingError(
-            lambda option: (
-                f"{option('resume', True)}: the run began with other settings: {differing_settings}"
-            )
-        )
+        said = "; ".join(f"{name} was {was.get(name)} and is now {now[name]}" for name in changed)
+        raise _not_resumed(f"the run began with other settings: {said}")
+
+
+def _not_resumed(why: str) -> TrainingError:
+    return TrainingError(lambda option: f"{option('resume', True)}: {why}")
 
 
 def not_finite(params: Tree) -> list[str]:

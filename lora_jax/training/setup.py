@@ -4,11 +4,13 @@ A run gives it arrays, a plan of the run their shapes: the step is the same.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import optax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 import lora_jax as lj
 from lora_jax.core.base import is_of_4_bits
@@ -17,7 +19,6 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss
 from lora_jax.training.neftune import neftune
 from lora_jax.training.optimizer import has_dropout
-from lora_jax.training.optimizers import shardings
 from lora_jax.training.step import Metrics, State, init_state, make_step
 
 
@@ -74,10 +75,7 @@ class Setup:
 
     def state(self, adapter: Adapter, key: jax.Array) -> State:
         """Returns the state before the first step, on the mesh."""
-
-        def make(adapter: Adapter) -> State:
-            return init_state(adapter, self.optimizer, key)
-
+        make = functools.partial(init_state, optimizer=self.optimizer, key=key)
         state: State = jax.jit(make, out_shardings=self.where)(adapter)
         return state
 
@@ -91,12 +89,7 @@ class Setup:
         return shapes
 
     def trace(
-        self,
-        forward: Forward,
-        loss: Loss,
-        state: State,
-        base: Tree,
-        batch: Mapping[str, Shaped],
+        self, forward: Forward, loss: Loss, state: State, base: Tree, batch: Mapping[str, Shaped]
     ) -> jax.stages.Traced:
         """Traces the step for arrays such as these; the step donates the state.
 
@@ -113,12 +106,7 @@ class Setup:
         return traced
 
     def compile(
-        self,
-        forward: Forward,
-        loss: Loss,
-        state: State,
-        base: Tree,
-        batch: Mapping[str, Shaped],
+        self, forward: Forward, loss: Loss, state: State, base: Tree, batch: Mapping[str, Shaped]
     ) -> "jax.stages.Compiled | _Jitted":
         """Compiles the step for arrays such as these; see `trace`."""
         jitted = self._jitted(forward, loss)
@@ -202,9 +190,46 @@ def state_shardings(
     of_adapter = jax.tree.map(lambda array: array.sharding, adapter)
     opt_state = _shapes(adapter, optimizer).opt_state
     whole: Any = layout.whole
-    return State(of_adapter, shardings.state_shardings(opt_state, adapter, whole), whole, whole)
+    return State(of_adapter, _of_opt_state(opt_state, adapter, whole), whole, whole)
 
 
 def _shapes(adapter: Adapter, optimizer: optax.GradientTransformation) -> State:
     shapes: State = jax.eval_shape(lambda a: init_state(a, optimizer, jax.random.key(0)), adapter)
     return shapes
+
+
+def _of_opt_state(opt_state: optax.OptState, adapter: Adapter, whole: NamedSharding) -> Tree:
+    """Returns the sharding of each array of an optimiser's state.
+
+    An optimiser keeps its arrays in trees like the adapter's, so the last two keys of an array's
+    path name the parameter. An array of the parameter's shape is sharded like it; one that lacks an
+    axis of it (a row or a column of Adafactor's), like the axes that are left. All others, and rows
+    where it is unclear which of two equal axes is gone, are replicated.
+
+    Args:
+      opt_state: the state's shapes.
+      adapter: the parameters, or their shapes with shardings.
+      whole: the sharding of a replicated array.
+    """
+
+    def of(keys: Any, array: Shaped) -> Sharding:
+        path, name = (getattr(key, "key", "") for key in ("", "", *keys)[-2:])
+        parameter = adapter.get(path, {}).get(name) if isinstance(path, str) else None
+        return whole if parameter is None else _like(parameter, array.shape, whole)
+
+    return jax.tree_util.tree_map_with_path(of, opt_state)
+
+
+def _like(parameter: jax.Array, shape: tuple[int, ...], whole: NamedSharding) -> Sharding:
+    where: Sharding = parameter.sharding
+    if shape == parameter.shape:
+        return where
+    if not isinstance(where, NamedSharding):
+        return whole
+    axes = [*where.spec, *[None] * (parameter.ndim - len(where.spec))]
+    found = {
+        PartitionSpec(*axes[:axis], *axes[axis + 1 :])
+        for axis in range(parameter.ndim)
+        if parameter.shape[:axis] + parameter.shape[axis + 1 :] == shape
+    }
+    return NamedSharding(where.mesh, found.pop()) if len(found) == 1 else whole

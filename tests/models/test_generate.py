@@ -100,7 +100,9 @@ def test_weights_are_arguments_not_constants(tiny_model: Any) -> None:
         MODULE.Choice(
             jnp.zeros((2,), jnp.int32),
             jnp.zeros((), jnp.int32),
-            MODULE._Sampling(jnp.zeros(()), jnp.ones(()), jnp.zeros((), jnp.int32)),
+            jnp.zeros(()),
+            jnp.ones(()),
+            jnp.zeros((), jnp.int32),
             jax.random.key(0),
         ),
         None,
@@ -141,8 +143,8 @@ def test_samples_follow_the_distribution(
 ) -> None:
     n = 20_000
     logits = np.tile(LOGITS, (n, 1))
-    sampling = MODULE._Sampling(jnp.float32(temperature), jnp.float32(top_p), jnp.int32(top_k))
-    drawn = choose(logits, sampling, jax.random.key(0))
+    limits = jnp.float32(temperature), jnp.float32(top_p), jnp.int32(top_k)
+    drawn = choose(logits, MODULE.Choice(None, None, *limits, None), jax.random.key(0))
     shares = np.bincount(drawn, minlength=5) / n
     np.testing.assert_allclose(shares, expected, atol=0.015)
     assert all(share == 0 for share, p in zip(shares, expected, strict=True) if p == 0)

@@ -92,12 +92,6 @@ def test_the_cache_is_written_in_place(tiny_model: Any) -> None:
         jnp.zeros((2, 3), jnp.int32),
         None,
         max_new_tokens=4,
-        eos_token_id=None,
-        pad_token_id=None,
-        temperature=0.0,
-        top_p=1.0,
-        top_k=None,
-        key=None,
     )[2]
     args = (params, cache, state, choice, jnp.int32(2), None)
 
@@ -125,7 +119,8 @@ def test_with_a_key_a_row_rows_do_not_depend_on_each_other(tiny_model: Any) -> N
 
 def test_a_row_alone_draws_what_it_does_among_others() -> None:
     logits = np.random.default_rng(0).standard_normal((3, 61)).astype(np.float32)
-    sampling = GENERATE._Sampling(np.float32(1.3), np.float32(0.9), np.int32(40))
+    limits = np.float32(1.3), np.float32(0.9), np.int32(40)
+    sampling = GENERATE.Choice(None, None, *limits, None)
     keys, choose = jax.random.split(jax.random.key(1), 3), jax.jit(GENERATE._choose)
     together = choose(logits, sampling, keys)
     alone = [choose(logits[i : i + 1], sampling, keys[i])[0] for i in range(3)]

@@ -31,8 +31,7 @@ from train.console.errors import UserError
 from train.export import __main__ as export
 from train.run.log import read_metrics
 from train.tasks.classes import scores_of
-from train.tasks.labelled import spread
-from train.tasks.labelled_rows import encode, read_labelled
+from train.tasks.labelled import encode, read_labelled, spread
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

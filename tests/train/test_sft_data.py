@@ -40,13 +40,14 @@ def test_a_table_from_a_spreadsheet(model, tmp_path, capsys, monkeypatch):
     assert f"24 rows are batched by length: 2 lengths, {short}, {long}, 9" in said
     assert f"the tokens of {table} are kept in {tmp_path / 'tokens'}" in said
     assert data.facts["lengths"] == (short, long) and len(data.held_out) == 3
-    assert data.train.weights.sum() < data.train.tokens_of_all.size - 24 * 20  # the prompts
+    learned = data.train.by_name()["weights"].sum()
+    assert learned < data.train.table.ids.size - 24 * 20  # the prompts
     data, said = read("--packing")
     assert f"the tokens of {table} are those of an earlier run" in said
     assert f"24 rows are packed into {len(data.train)} sequences of 120 tokens, 99." in said
     assert len(data.train) < 20
     data, said = read("--train-on", "all")
-    assert data.train.weights.sum() == data.train.tokens_of_all.size - 24
+    assert data.train.by_name()["weights"].sum() == data.train.table.ids.size - 24
 
 
 def test_data_sets_in_proportions(model, tmp_path, capsys):

@@ -210,7 +210,7 @@ def test_what_is_not_known_any_more_is_refused(whole, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patience": 2, "keep_best": False}, "patience=2 .* give keep_best=True, too"),
+        ({"patience": 2, "keep_best": False}, "patience=2 .* with keep_best=True, too"),
         ({"patience": 0}, "patience=0: at least 1"),
         ({"folder": None}, "keeps adapters in the run's folder: name it by folder"),
     ],

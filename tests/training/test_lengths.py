@@ -104,7 +104,7 @@ def test_padding_changes_nothing_in_a_batch():
         assert not whole[name][:, array.shape[1] :].any()
     parts = [part for part in packs.parts(7)]
     assert {part["ids"].shape for part in parts} == {(7, 8), (7, 24), (7, 40)}
-    assert sum(part["weights"].sum() for part in parts) == packs.weights.sum()
+    assert sum(part["weights"].sum() for part in parts) == packs.by_name()["weights"].sum()
 
 
 @pytest.mark.slow

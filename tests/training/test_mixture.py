@@ -41,10 +41,11 @@ def test_weights_are_about_rows_also_where_they_are_packed(packing):
     packs = pack_mixture(parts, [3, 1], 32, packing=packing)
     order = Order.of(packs, 1, batch_size=4)
     units = np.concatenate([order.rows(step).ravel() for step in range(order.n_rows)])
-    rows = np.concatenate([packs.origins[packs.firsts[u] : packs.firsts[u + 1]] for u in units])
+    slices = [slice(packs.firsts[u], packs.firsts[u + 1]) for u in units]
+    rows = np.concatenate([packs.table.origins[here] for here in slices])
     assert np.bincount(rows) / len(rows) == pytest.approx([0.75, 0.25], abs=0.01)
     assert 300 <= len(rows) / 4 <= 500  # of an epoch: as many rows as there are
-    of_units = np.split(packs.origins, packs.firsts[1:-1])
+    of_units = np.split(packs.table.origins, packs.firsts[1:-1])
     assert {len({*origins}) for origins in of_units} == {1}  # a sequence has rows of one data set
     last = len(packs) - 1
     assert packs.name(last).split(", ")[0].endswith(" of b")

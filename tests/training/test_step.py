@@ -92,7 +92,7 @@ def test_accumulation_equals_the_large_batch_whatever_the_lengths(model, halves)
             for name, value in parts.items():
                 assert not np.array_equal(value, adapter[path][name])
     (large, gradient), (parts, accumulated) = results
-    assert float(large["count"]) == float(parts["count"]) == rows.weights.sum()
+    assert float(large["count"]) == float(parts["count"]) == rows.by_name()["weights"].sum()
     for name in large:
         assert float(large[name]) == pytest.approx(float(parts[name]), rel=1e-5)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(accumulated), strict=True):

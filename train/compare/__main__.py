@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 
 import lora_jax as lj
+from lora_jax.training.arguments import clear
 from lora_jax.training.processes import write_text
 from lora_jax.training.run.lock import FolderLock
 from lora_jax.training.run.log import duration
@@ -34,20 +35,19 @@ from train.compare.reporting import dimension, peft_json, report
 from train.compare.sweep import PROGRESS, Sweep, read_progress
 from train.compare.trials import RUNS, Script, trials_of
 from train.console.errors import UserError, flag
-from train.console.output import print_line
+from train.console.output import tell
 from train.finetune import RunPart, weights_of
 from train.inputs import Inputs, Reader
 from train.options import classify as classify_options
 from train.options import sft as sft_options
 from train.options.command import read_line
-from train.options.file import replaced
-from train.options.ignored import check_effects
-from train.options.written import as_file, check_same_run, from_file
+from train.options.field import check_effects
+from train.options.file import as_file, check_same_run, from_file, replaced
 from train.processes import hosts
 from train.processes.session import Session
 from train.run.intrinsic import merged, moves_weights, space_of
 from train.run.lifecycle import Run, resume_hint
-from train.run.output import CONFIG, clear
+from train.run.output import CONFIG
 
 _PROG = "python -m train.compare"
 _OUTPUT = "runs/compare"
@@ -192,7 +192,7 @@ def compare(
     write_text(folder / CONFIG, as_file(config, f"train.compare {script.kind}"))
     done = read_progress(folder, datetime.now().astimezone().isoformat(timespec="seconds"))
     settings = len({trial.arm for trial in trials})
-    print_line(
+    tell(
         console, f"{len(trials)} runs of {settings} settings; what they come to will be in {folder}"
     )
     session.stop.remedy = resume_hint(prog)
@@ -223,7 +223,7 @@ def compare(
         f"{duration(sum(one.seconds for one in done.runs.values()))}; the report is "
         f"{folder / report.HTML}",
     ):
-        print_line(console, line)
+        tell(console, line)
     return found
 
 

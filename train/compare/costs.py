@@ -26,8 +26,7 @@ from train.compare.result import Arm, Latency, Planned
 from train.compare.trials import Trial
 from train.console.errors import UserError, flag
 from train.finetune import finetune
-from train.options.file import replaced
-from train.options.written import as_file
+from train.options.file import as_file, replaced
 from train.processes.session import Session
 from train.reporters.files import read_json
 from train.run.output import REPORT

@@ -27,7 +27,7 @@ from train.compare.rungs import RULE
 from train.compare.sweep import Sweep
 from train.compare.trials import Trial
 from train.console.errors import UserError, flag
-from train.console.output import print_line
+from train.console.output import tell
 from train.finetune import weights_of
 from train.inputs import Inputs
 from train.reporters.files import read_json
@@ -167,7 +167,7 @@ def _with_costs(
             with doing(sweep.console, f"timing {costs.STEPS} steps of {trial.name} alone"):
                 cost = costs.step_cost(sweep.script, trial, sweep.folder / COSTS, sweep.session)
         except TrainingError as error:
-            print_line(sweep.console, f"warning: {error.said(flag)}")
+            tell(sweep.console, f"warning: {error.said(flag)}")
             continue
         runs = tuple(
             dataclasses.replace(run, **cost) if run.arm == trial.arm else run for run in runs
@@ -186,7 +186,7 @@ def _planned(
             with doing(sweep.console, f"planning {trial.name} for {topology}"):
                 plan, words = costs.planned(trial, topology, sweep.asked.price, length)
         except UserError as error:
-            print_line(sweep.console, f"warning: {error}")
+            tell(sweep.console, f"warning: {error}")
             continue
         plans.append(plan)
     facts = dataclasses.replace(found.facts, planned_on=words)

@@ -26,7 +26,7 @@ from train.compare.result import Arm, Rung, read_record, write_record
 from train.compare.rungs import Stage
 from train.compare.trials import Trial, groups_of
 from train.console.errors import flag
-from train.console.output import print_line
+from train.console.output import tell
 from train.finetune import RunPart, finetune
 from train.many.one import Asked
 from train.many.runs import train_rows
@@ -167,7 +167,7 @@ class Sweep:
         part = "to the end" if n == 1 else f"stage {number + 1} of {n}"
         side_by_side = sum(has_adapter(trial.arm.method) for trial in waiting)
         share = _share(stage, waiting)
-        print_line(
+        tell(
             self.console,
             f"{part}: {len(waiting)} runs to {share:.1%} of their steps, {side_by_side} of "
             f"them side by side ({self.asked.at_once} at once), the others one after another",
@@ -223,13 +223,13 @@ class Sweep:
 
     def _alone(self, trial: Trial, part: RunPart) -> None:
         done = self.record.of(trial.name)
-        print_line(self.console, f"run {trial.name}")
+        tell(self.console, f"run {trial.name}")
         try:
             scores = finetune(self.script, _going_on(trial), trial.task, self.session, part)
         except TrainingError as error:
             done.error = error.said(flag).strip().splitlines()[0]
             write_text(trial.folder / ERROR, f"{error.said(flag).rstrip()}\n")
-            print_line(self.console, f"error: {done.error}")
+            tell(self.console, f"error: {done.error}")
             return
         done.score = scores.get(trial.task.score or "", done.score)
 
@@ -244,7 +244,7 @@ class Sweep:
         rung = rungs.decide(stage, means, _share(stage, self.trials))
         self.record.rungs = (*self.record.rungs, rung)
         write_record(self.record, self.folder / PROGRESS)
-        print_line(
+        tell(
             self.console,
             f"after {rung.share:.1%} of the steps, {len(rung.kept)} settings go on, and "
             f"{len(rung.stopped)} stop",

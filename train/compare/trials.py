@@ -23,9 +23,8 @@ from train.console.errors import UserError, flag
 from train.inputs import Inputs, Reader, inputs_of
 from train.options.common import Options
 from train.options.defaults import Defaults
-from train.options.field import Shared, traits_of
+from train.options.field import Shared, idle_options, traits_of
 from train.options.file import replaced
-from train.options.ignored import idle_options
 from train.processes.mesh import make_mesh
 from train.run.rules import rules
 from train.tasks.task import Task

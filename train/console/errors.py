@@ -24,7 +24,8 @@ def as_user_errors(*kinds: type[Exception], prefix: str = "", suffix: str = "") 
     try:
         yield
     except kinds as error:
-        raise UserError(f"{prefix}{error}{suffix}") from error
+        said = error.said(flag) if isinstance(error, TrainingError) else error
+        raise UserError(f"{prefix}{said}{suffix}") from error
 
 
 @contextmanager

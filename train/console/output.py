@@ -62,9 +62,10 @@ def closed_pipe() -> Iterator[None]:
         sys.exit(1)
 
 
-def print_line(console: Console, text: str) -> None:
-    """Prints a line as it is: without markup and colours, and whole where it is long."""
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+def tell(console: Console, *lines: str) -> None:
+    """Prints lines on a console as they are: without markup or colours, and however long."""
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def say(text: str) -> None:

@@ -1,6 +1,5 @@
-"""A bar on stderr; where that is no terminal, a line now and then."""
+"""A bar; where there is no terminal to draw it, a line now and then."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,13 @@ _SECONDS_A_LINE = 10.0  # between lines, where there is no terminal to draw a ba
 
 @contextmanager
 def progress_of(
-    n: int, doing: str, done: str, things: str, *, hidden: bool = False
+    n: int,
+    doing: str,
+    done: str,
+    things: str,
+    *,
+    hidden: bool = False,
+    console: Console | None = None,
 ) -> Iterator[Callable[[int], None]]:
     """Shows the progress of a long work; yields a function that takes the number done so far.
 
@@ -25,8 +30,9 @@ def progress_of(
       done: the work, in a line: "classified".
       things: what the number counts: "texts".
       hidden: draws no bar, such as over an output to the same terminal.
+      console: the console to show it on; by default stderr.
     """
-    console = Console(stderr=True)
+    console = console or Console(stderr=True)
     bar = Progress(
         TextColumn(doing),
         MofNCompleteColumn(),
@@ -47,7 +53,7 @@ def progress_of(
             said = now
             left = duration((now - began) * (n - finished) / finished)
             line = f"{done} {finished:,} of {n:,} {things}, {left} to go"
-            print(line, file=sys.stderr, flush=True)
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     with bar:
         yield progress

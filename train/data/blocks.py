@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.training.data.rows import Row
-from train.console.errors import UserError
-from train.data.files import files_of, load, rows_of, rows_of_arrow
-from train.data.text_files import parsed, placed
+from train.console.errors import UserError, as_user_errors
+from train.data.files import NO_PARQUET, files_of, load, rows_of, rows_of_arrow
+from train.data.text_files import not_utf_8, parsed, placed
 
 BLOCK = 2**18  # bytes of a block of lines
 _ROWS = 1_000  # of a block, for data that `datasets` loads
@@ -132,10 +132,7 @@ def _read_lines(path: Path, size: int, block: int) -> list[NumberedRow]:
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}, {where} is not UTF-8 text: {error}. Save the file as UTF-8, or convert "
-                "it (iconv -t UTF-8)"
-            ) from None
+            raise not_utf_8(path, where, error) from None
         row = parsed(text, path, where)
         found.append((at, placed(row, path, where)))
     return found
@@ -166,13 +163,13 @@ def _of_parquet(path: Path) -> FilePart:
     import pyarrow
     import pyarrow.parquet
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-            sizes = np.array([group.total_byte_size for group in groups], np.int64)
-            starts = np.cumsum([0, *(group.num_rows for group in groups)])
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {error}") from error
+    with (
+        as_user_errors(pyarrow.ArrowException, OSError, prefix=f"{path} {NO_PARQUET}"),
+        pyarrow.parquet.ParquetFile(path) as file,
+    ):
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        sizes = np.array([group.total_byte_size for group in groups], np.int64)
+        starts = np.cumsum([0, *(group.num_rows for group in groups)])
 
     def read(block: int) -> list[NumberedRow]:
         with pyarrow.parquet.ParquetFile(path) as file:

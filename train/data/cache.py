@@ -9,17 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lora_jax.hf.packaged import cache_folder
 from lora_jax.training.data.sequences import Sequences
 
 OFF = "off"
 _FORMAT = b"lora_jax tokens 3\n"
-_KINDS = ("<i8", "<i8", "<i4", "?")  # of lengths, rows, tokens, and which ones count
 _DIGITS = 24  # of a hash in a file's name
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
-_FEW = 1_000  # fewer rows are tokenised as fast as they are found: kept only in a named folder
+FEW = 1_000  # fewer rows are tokenised as fast as they are found: kept only in a named folder
 _MOST_BYTES = 4 * 2**30  # the files unused for longest make room
 
 
@@ -63,11 +60,6 @@ def _short(key: str) -> str:
     return hashlib.sha256(_FORMAT + key.encode()).hexdigest()[:_DIGITS]
 
 
-def worth(asked: str | None, n_rows: int) -> bool:
-    """Returns whether the tokens of so many rows are to be kept."""
-    return asked is not None or n_rows >= _FEW
-
-
 def read_tokens(path: Path) -> Sequences | None:
     """Returns the tokens that a file keeps; None if there is none, or it is damaged."""
     try:
@@ -79,13 +71,7 @@ def read_tokens(path: Path) -> Sequences | None:
     body = memoryview(data)[start:]
     if data[:start] != _FORMAT + hashlib.sha256(body).digest():
         return None
-    n, total = np.frombuffer(body, "<i8", 2).tolist()
-    arrays, at = [], 16
-    for kind, size in zip(_KINDS, (n, n, total, total), strict=True):  # views: nothing is copied
-        arrays.append(np.frombuffer(body, kind, size, at))
-        at += arrays[-1].nbytes
-    lengths, rows, ids, counts = arrays
-    return Sequences.of_arrays(ids=ids, counts=counts, lengths=lengths, rows=rows)
+    return Sequences.from_bytes(body)
 
 
 def write(path: Path, sequences: Sequences) -> None:
@@ -94,11 +80,7 @@ def write(path: Path, sequences: Sequences) -> None:
     Raises:
       OSError: the folder cannot be written.
     """
-    arrays = (sequences.lengths, sequences.rows, sequences.ids, sequences.counts)
-    parts = [np.array([len(sequences), len(sequences.ids)], "<i8").data]
-    parts += [
-        array.astype(kind, copy=False).data for array, kind in zip(arrays, _KINDS, strict=True)
-    ]
+    parts = sequences.as_bytes()
     made = hashlib.sha256()
     for part in parts:
         made.update(part)

@@ -1,21 +1,19 @@
 """Tokenises chats, or finds their tokens of an earlier run; each process does its part."""
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_jax.training.data import chats
 from lora_jax.training.data.drafts import TrainOn
 from lora_jax.training.data.sequences import Sequences
+from train.console.output import tell
+from train.console.progress import progress_of
 from train.data import cache
 from train.data.dataset import Dataset
 from train.processes import hosts
-
-_SECONDS_A_LINE = 10.0  # between lines on progress, where there is no terminal to draw a bar
 
 
 def tokenize(
@@ -37,10 +35,10 @@ def tokenize(
     # All processes tokenise together, or none does.
     everywhere = hosts.map_over_processes(lambda _: found is not None, range(jax.process_count()))
     if found is not None and all(everywhere):
-        _say(console, f"the tokens of {source} are those of an earlier run, in {path}")
+        tell(console, f"the tokens of {source} are those of an earlier run, in {path}")
         return found
     if path is not None and path.exists() and found is None:
-        _say(console, f"warning: {path} is damaged; tokenising {source} anew")
+        tell(console, f"warning: {path} is damaged; tokenising {source} anew")
     rows = dataset.rows()
     mapped = _with_progress(console, len(rows))
     tokens = chats.tokenize(
@@ -49,14 +47,14 @@ def tokenize(
         source,
         mapped=mapped,
         train_on=train_on,
-        say=lambda lines: _say(console, *lines),
+        say=lambda lines: tell(console, *lines),
     )
-    if path is not None and write and cache.worth(dataset.kept_in, len(rows)):
+    if path and write and (dataset.kept_in is not None or len(rows) >= cache.FEW):
         try:
             cache.write(path, tokens)
-            _say(console, f"the tokens of {source} are kept in {path}")
+            tell(console, f"the tokens of {source} are kept in {path}")
         except OSError as error:
-            _say(
+            tell(
                 console,
                 f"warning: the tokens of {source} are not kept: {path.parent} cannot be written "
                 f"({error.strerror or error}); name another folder with --token-cache, or off",
@@ -68,33 +66,13 @@ def _with_progress(console: Console, n: int) -> chats.Mapped:
     """Returns `map_over_processes`, with a bar or lines on the progress over `n` rows."""
 
     def mapped(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        columns = (TextColumn("tokenising"), MofNCompleteColumn(), BarColumn())
-        bar = Progress(
-            *columns,
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        task = bar.add_task("", total=n)
-        said = time.monotonic()
+        with progress_of(n, "tokenising", "tokenised", "rows", console=console) as progress:
 
-        def counted(item: Any) -> Any:
-            nonlocal said
-            result = work(item)
-            done = min(n, item + chats.BLOCK)  # the other processes are about as far
-            bar.update(task, completed=done)
-            if not console.is_terminal and time.monotonic() - said > _SECONDS_A_LINE:
-                said = time.monotonic()
-                _say(console, f"tokenised {done:,} of {n:,} rows")
-            return result
+            def counted(item: Any) -> Any:
+                result = work(item)
+                progress(min(n, item + chats.BLOCK))  # the other processes are about as far
+                return result
 
-        with bar:
             return hosts.map_over_processes(counted, items)
 
     return mapped
-
-
-def _say(console: Console, *lines: str) -> None:
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -1,4 +1,4 @@
-"""The rows of a data set, read only if no earlier run kept their tokens."""
+"""The rows of a data set, with their fields renamed; read only if their tokens are not kept."""
 
 import dataclasses
 import functools
@@ -6,13 +6,70 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 
-from lora_jax.training.data.rows import Row, check_rows
+from lora_jax.training.data.rows import FORMS, Row, check_rows, field_names, moved, name_of
+from train.console.errors import UserError, flag
 from train.data import cache
-from train.data.fields import found_in, pairs_of, renamed
 from train.data.files import files_of, read_rows
 
+_KNOWN = sorted({name for form in FORMS for name in form} | {"input", "tools"})
 
-@dataclasses.dataclass(frozen=True, eq=False)
+Pairs = list[tuple[str, str]]
+
+
+def pairs_of(fields: Sequence[str]) -> Pairs:
+    """Returns (name, the name in the rows) of each field in --fields.
+
+    Args:
+      fields: the option: `prompt=question`, one or several, also parted by commas.
+
+    Raises:
+      UserError: a name is not that of a known field.
+    """
+    pairs = [pair.partition("=")[::2] for field in fields for pair in field.split(",")]
+    for name, own in pairs:
+        if name not in _KNOWN or not own:
+            raise UserError(
+                f"{flag('fields', *fields)}: give name=field, where name is one of "
+                f"{', '.join(_KNOWN)}"
+            )
+    return pairs
+
+
+def found_in(rows: Sequence[Row], pairs: Pairs) -> Pairs:
+    """Returns the pairs whose fields the first row has."""
+    return [(name, own) for name, own in pairs if rows and own in rows[0]]
+
+
+def renamed(rows: list[Row], pairs: Pairs, source: str) -> list[Row]:
+    """Returns rows with their fields renamed.
+
+    Args:
+      rows: the rows, as they were read.
+      pairs: the names; see `pairs_of`.
+      source: the name of the rows in messages.
+
+    Raises:
+      UserError: a row lacks a field, or two fields would have one name.
+    """
+    if not pairs:
+        return rows
+    given = flag("fields", *(f"{name}={own}" for name, own in pairs))
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{given}: {source} has two fields for `{twice[0]}`")
+    own_names = {own for _, own in pairs}
+    found = []
+    for number, row in enumerate(rows, start=1):
+        for own in own_names - {*row}:
+            raise UserError(
+                f"{given}: {name_of(row, source, number)} has {field_names(row)}, and no `{own}`"
+            )
+        others = {name: value for name, value in row.items() if name not in own_names}
+        found.append(moved(row, others | {name: row[own] for name, own in pairs}))
+    return found
+
+
+@dataclasses.dataclass(eq=False)
 class Dataset:
     """Holds where rows come from, and a hash of them that needs no parsing.
 
@@ -29,12 +86,12 @@ class Dataset:
     hashed: str | None = None
     kept_in: str | None = cache.OFF
     n_bytes: int = 0
+    _rows: list[Row] | None = dataclasses.field(default=None, init=False)
 
     def rows(self) -> list[Row]:
         """Returns the rows, read once more unless `check` just has."""
-        if "_rows" in self.__dict__:
-            return self.__dict__.pop("_rows")  # many rows take much memory: they are not kept
-        return self.read()
+        rows, self._rows = self._rows, None  # many rows take much memory: they are not kept
+        return self.read() if rows is None else rows
 
     def check(self, *, again: bool = False) -> None:
         """Reads and checks the rows, unless an earlier run did; with `again` in any case.
@@ -43,7 +100,7 @@ class Dataset:
           TrainingError: a row cannot be read or used; names it.
         """
         if again or self.hashed is None or not cache.knows(self.kept_in, self.hashed):
-            self.__dict__["_rows"] = self.read()
+            self._rows = self.read()
             _ = self.key
 
     @functools.cached_property
@@ -51,9 +108,10 @@ class Dataset:
         """Returns a hash of the rows."""
         if self.hashed is not None:
             return self.hashed
-        self.__dict__.setdefault("_rows", self.read())
+        if self._rows is None:
+            self._rows = self.read()
         made = hashlib.sha256()
-        for row in self.__dict__["_rows"]:
+        for row in self._rows:
             made.update(json.dumps(row, default=repr).encode() + b"\n")
         return made.hexdigest()
 

@@ -1,13 +1,14 @@
-"""Reads the rows of a dataset: from files, from a folder, or from the hub."""
+"""Reads the rows of a dataset: from files, from a folder, or from the hub; parses --dataset."""
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_jax.hf.hub import probe
 from lora_jax.training.data.rows import Row
-from train.console.errors import UserError
+from train.console.errors import UserError, as_user_errors
 from train.data.text_files import placed, read_csv, read_json
 
 _TEXTS: dict[str, Callable[[Path], list[Any]]] = {
@@ -17,10 +18,12 @@ _TEXTS: dict[str, Callable[[Path], list[Any]]] = {
     ".csv": read_csv,
     ".tsv": read_csv,
 }
+NO_PARQUET = "cannot be read as Parquet: "  # before what pyarrow says
 FILE_KINDS = (*_TEXTS, ".parquet", *(f"{kind}.gz" for kind in _TEXTS))
 # The splits that files are named after, by the word in their name.
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= {name: "validation" for name in ("validation", "valid", "val", "dev", "eval")}
+_NEEDED = "a weight is a positive number, such as a.jsonl:3 b.jsonl:1"
 _OF_CHATS = ("messages", "conversations", "prompt", "completion", "tools", "documents")
 
 
@@ -59,7 +62,8 @@ def files_of(dataset: str, split: str = "train") -> list[Path] | None:
     """
     path = Path(dataset).expanduser()
     if path.is_dir():
-        return None if _is_saved(path) else _files_in(path, split)
+        is_saved = any((path / f"{name}.json").is_file() for name in ("state", "dataset_dict"))
+        return None if is_saved else _files_in(path, split)
     if kind_of(dataset):
         if not path.is_file():
             raise UserError(f"--dataset {dataset}: there is no such file")
@@ -93,15 +97,9 @@ def _read_parquet(path: Path) -> list[Row]:
     import pyarrow
     import pyarrow.parquet
 
-    try:
+    with as_user_errors(pyarrow.ArrowException, OSError, prefix=f"{path} {NO_PARQUET}"):
         rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {error}") from error
     return [placed(rows_of_arrow(row), path, f"row {n}") for n, row in enumerate(rows, start=1)]
-
-
-def _is_saved(folder: Path) -> bool:
-    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def _files_in(folder: Path, split: str) -> list[Path]:
@@ -130,15 +128,14 @@ def _split_of(path: Path) -> str:
 def _load_saved(folder: Path, split: str) -> Any:
     import datasets
 
-    try:
+    said = f"--dataset {folder} cannot be read as a saved dataset: "
+    with as_user_errors(Exception, prefix=said):  # of a damaged folder, anything
         saved = datasets.load_from_disk(str(folder))
-    except Exception as error:  # of a damaged folder, anything
-        raise UserError(f"--dataset {folder} cannot be read as a saved dataset: {error}") from error
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise UserError(f"--split {split}: {folder} has the splits {', '.join(saved)}")
-        return saved[split]
-    return saved
+    if not isinstance(saved, datasets.DatasetDict):
+        return saved
+    if split not in saved:
+        raise UserError(f"--split {split}: {folder} has the splits {', '.join(saved)}")
+    return saved[split]
 
 
 def _load_hub(name: str, split: str, subset: str | None) -> Any:
@@ -167,10 +164,10 @@ def rows_of(dataset: Any) -> list[Row]:
 
     kinds = dataset.features or {}
     classes = {n: kind for n, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
-    return [{**rows_of_arrow(row), **_named(row, classes)} for row in dataset]
+    return [{**rows_of_arrow(row), **_class_names(row, classes)} for row in dataset]
 
 
-def _named(row: Row, classes: Mapping[str, Any]) -> dict[str, Any]:
+def _class_names(row: Row, classes: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the row's class numbers as the dataset's class names; leaves out -1 (no class)."""
     numbers = {name: row[name] for name in classes}
     known = {name: n for name, n in numbers.items() if n is not None and n >= 0}
@@ -189,3 +186,62 @@ def _without_nulls(value: Any) -> Any:
         kept = ((k, v) for k, v in value.items() if v is not None or k == "content")
         return {name: _without_nulls(one) for name, one in kept}
     return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
+class Named(NamedTuple):
+    """A data set's name or path, and its weight; None where none was given."""
+
+    name: str
+    weight: float | None
+
+
+def named(given: Sequence[str]) -> list[Named]:
+    """Returns the data sets that --dataset names: `a.jsonl`, or `a.jsonl:3 b.jsonl:1`.
+
+    A colon belongs to the name if a file or a folder has that name, or if part of a path follows
+    it rather than a number.
+
+    Raises:
+      UserError: none is named, one is named twice, a weight is not a positive number, or only
+        some have weights.
+    """
+    found = [_named(text) for text in given]
+    names = [one.name for one in found]
+    if not found:
+        raise UserError("--dataset names no data set: give a file, a folder, or a name on the hub")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(
+            f"--dataset names {twice[0]} twice: give it once, with a larger weight if it is to be "
+            "seen more often"
+        )
+    without = [one.name for one in found if one.weight is None]
+    if len(found) == 1 and not without:
+        raise UserError(
+            f"--dataset {given[0]}: a weight has no effect on a single data set; name "
+            f"{names[0]} alone, or others beside it"
+        )
+    if without and len(without) < len(found):
+        raise UserError(
+            f"--dataset {' '.join(given)}: {', '.join(without)} has no weight, and others have: "
+            "give all of them a weight, or none (each row then comes once an epoch)"
+        )
+    return found
+
+
+def _named(text: str) -> Named:
+    name, colon, weight = text.rpartition(":")
+    if not colon or Path(text).expanduser().exists():
+        return Named(text, None)
+    try:
+        number = float(weight)
+    except ValueError:
+        if kind_of(weight) or "/" in weight or "\\" in weight:
+            return Named(text, None)
+        raise UserError(
+            f"--dataset {text}: {weight!r} is not a weight of {name}; {_NEEDED}"
+        ) from None
+    if not (math.isfinite(number) and number > 0):
+        raise UserError(f"--dataset {text}: {_NEEDED}, not {weight}")
+    if not name:
+        raise UserError(f"--dataset {text} has a weight and no name")
+    return Named(name, number)

@@ -13,7 +13,7 @@ def used(examples: Examples, order: Order, steps: int) -> tuple[str, ...]:
     n = len(examples.sources)
     of_units = np.zeros((len(examples), n), np.int64)  # rows of each data set in each sequence
     units = np.repeat(np.arange(len(examples)), np.diff(examples.firsts))
-    np.add.at(of_units, (units, examples.origins), 1)
+    np.add.at(of_units, (units, examples.table.origins), 1)
     often = np.ones(len(examples)) if order.mixture is None else order.mixture.often
     epochs, rest = order.seen(steps)
     seen = np.rint(epochs * (often @ of_units)).astype(int) + of_units[rest].sum(0)

@@ -42,7 +42,7 @@ def shown(
       named: returns the name of a row, from its data set and its number there.
     """
     if isinstance(examples, Packs):
-        known = range(min(n, len(examples.numbers)))
+        known = range(min(n, len(examples.table)))
         return [_of_pack(examples, tokenizer, at, named) for at in known]
     if isinstance(examples, Labelled):
         return [_of_label(examples, tokenizer, at, labels) for at in range(min(n, len(examples)))]
@@ -52,7 +52,7 @@ def shown(
 def lengths(examples: Examples) -> np.ndarray:
     """Returns the number of tokens of each sequence: [n]."""
     if isinstance(examples, Packs):
-        return np.diff(examples.starts)
+        return examples.table.lengths
     if isinstance(examples, Labelled):
         return examples.attention_mask.sum(axis=1)
     return np.empty(0, np.int64)
@@ -61,14 +61,13 @@ def lengths(examples: Examples) -> np.ndarray:
 def _of_pack(
     packs: Packs, tokenizer: Any, at: int, named: Callable[[int, int], str] | None
 ) -> Shown:
-    here = slice(packs.starts[at], packs.starts[at + 1])
-    ids, counted = packs.tokens_of_all[here], packs.counts_of_all[here].copy()
+    tokens, origin = packs.table[at], int(packs.table.origins[at])
+    ids, counted = tokens.ids, tokens.counts.copy()
     counted[:1] = False  # the first token of a sequence is never predicted
     unit = int(np.searchsorted(packs.firsts, at, side="right")) - 1
     of_unit = packs.firsts[unit + 1] - packs.firsts[unit]
-    origin, number = int(packs.origins[at]), int(packs.numbers[at])
     source = f" of {packs.sources[origin]}" if packs.sources else ""
-    name = f"row {number}{source}" if named is None else named(origin, number)
+    name = f"row {tokens.row}{source}" if named is None else named(origin, tokens.row)
     title = f"{name}: {len(ids)} tokens, {counted.sum()} of them count"
     if of_unit > 1:
         place = f"{at - packs.firsts[unit] + 1} of {of_unit}"
@@ -95,8 +94,5 @@ def _spans(ids: np.ndarray, counted: np.ndarray, tokenizer: Any) -> list[Span]:
 def _runs(ids: np.ndarray, counted: np.ndarray, tokenizer: Any) -> list[Span]:
     at = np.flatnonzero(np.diff(counted.astype(np.int8))) + 1
     parts = zip(np.split(ids, at), np.split(counted, at), strict=True)
-    return [Span(_decoded(part.tolist(), tokenizer), bool(c[0])) for part, c in parts]
-
-
-def _decoded(ids: list[int], tokenizer: Any) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    how = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    return [Span(tokenizer.decode(part.tolist(), **how), bool(c[0])) for part, c in parts]

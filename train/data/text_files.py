@@ -1,5 +1,6 @@
 """Reads rows from files of text: JSON lines, JSON arrays, CSV and TSV, plain or gzipped."""
 
+import bisect
 import csv
 import gzip
 import json
@@ -18,6 +19,7 @@ from train.console.errors import UserError, as_user_errors
 
 _SEPARATORS = ",;\t"
 _MOST_LEVELS = 200  # of lists and objects in each other; Python's own recursion ends at a thousand
+_SPACE = re.compile(r"\s*")
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -109,14 +111,14 @@ def _depth(value: Any) -> int:
 
 def _array(path: Path, text: str) -> list[PlacedRow] | None:
     """Returns the objects of a JSON array; None if the text has one array a line."""
-    decoder = json.JSONDecoder()
+    decoder, breaks = json.JSONDecoder(), [found.start() for found in re.finditer("\n", text)]
     found: list[tuple[int, dict[str, Any]]] = []  # rows, and the line in which each begins
-    at, line, counted = text.index("[") + 1, 1, 0
+    at = text.index("[") + 1
     while True:
         at = _after_space(text, at)
         if text[at : at + 1] == "]" and not found:
             return []
-        line, counted = line + text.count("\n", counted, at), at
+        line = bisect.bisect_left(breaks, at) + 1
         where = f"line {line}"
         if found and found[-1][0] == line:
             where += f", row {len(found) + 1}"
@@ -133,10 +135,9 @@ def _array(path: Path, text: str) -> list[PlacedRow] | None:
         if text[at : at + 1] == "]":
             break
         if text[at : at + 1] != ",":
-            line += text.count("\n", counted, at)
             raise UserError(
-                f"{path}, line {line}: a comma or the array's end is missing before "
-                f"{shown(text[at : at + 40])}"
+                f"{path}, line {bisect.bisect_left(breaks, at) + 1}: a comma or the array's end is "
+                f"missing before {shown(text[at : at + 40])}"
             )
         at += 1
     if rest := text[at + 1 :].strip():
@@ -149,9 +150,8 @@ def _array(path: Path, text: str) -> list[PlacedRow] | None:
 
 
 def _after_space(text: str, at: int) -> int:
-    while text[at : at + 1].isspace():
-        at += 1
-    return at
+    space = _SPACE.match(text, at)
+    return space.end() if space else at
 
 
 def placed(row: dict[str, Any], path: Path, where: object) -> PlacedRow:
@@ -224,6 +224,14 @@ def _undecodable(file: Iterable[bytes]) -> tuple[int, UnicodeDecodeError]:
     raise AssertionError("the text has been decoded")
 
 
+def not_utf_8(path: Path, where: object, error: UnicodeDecodeError) -> UserError:
+    """Returns the error of a text in another encoding."""
+    return UserError(
+        f"{path}, {where} is not UTF-8 text: {error}. Save the file as UTF-8, or convert it (iconv "
+        "-t UTF-8)"
+    )
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
     """Opens a text, without the mark that some programs begin it with (BOM)."""
@@ -234,9 +242,6 @@ def _opened(path: Path) -> Iterator[TextIO]:
     except UnicodeDecodeError:
         with opened(path, "rb") as file:
             line, error = _undecodable(file)
-        raise UserError(
-            f"{path}, line {line} is not UTF-8 text: {error}. Save the file as UTF-8, or convert "
-            "it (iconv -t UTF-8)"
-        ) from None
+        raise not_utf_8(path, f"line {line}", error) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be unpacked: {error}") from error

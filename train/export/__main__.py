@@ -29,7 +29,7 @@ from lora_jax.peft.save import contents
 from lora_jax.peft.serving import MAX_RANK, problems_of, serving_problems
 from train.adapters.source import AdapterSource, find_adapter
 from train.console.errors import UserError, as_user_errors, reported
-from train.console.output import print_line
+from train.console.output import tell
 from train.export.card import Export, card
 from train.export.hub import README, Repository, find_repository, push
 from train.export.marked import is_generated
@@ -106,7 +106,7 @@ class Work:
 
     def say(self, text: str) -> None:
         """Prints a line as it is."""
-        print_line(self.console, text)
+        tell(self.console, text)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -140,7 +140,7 @@ def run(options: ExportOptions) -> None:
     check_apart(options.output, adapter.folder, name)
     repository = repository_of(options, name)
     if said := keep_compiled(options.compilation_cache):
-        print_line(console, said)
+        tell(console, said)
     with console.status(f"loading {name} and {adapter.folder}"):
         model, params = load(options, adapter, name)
     with tempfile.TemporaryDirectory() as folder:
@@ -252,7 +252,7 @@ def write_adapter(work: Work, model: Any, params: Any) -> None:
         )
     how = "".join(f", {key}={value!r}" for key, value in scaled.items())
     loaded = f'{auto_class(model)[0]}.from_pretrained("{base}"{how})'
-    print_line(work.console, f'load it with: PeftModel.from_pretrained({loaded}, "{work.output}")')
+    tell(work.console, f'load it with: PeftModel.from_pretrained({loaded}, "{work.output}")')
 
 
 def check(options: ExportOptions) -> int:

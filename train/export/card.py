@@ -13,8 +13,7 @@ from huggingface_hub import ModelCardData
 from lora_jax.training.run.best import BEST
 from train.adapters.source import AdapterSource
 from train.console.markdown import escape_markdown, table
-from train.data.files import FILE_KINDS
-from train.data.named import named
+from train.data.files import FILE_KINDS, named
 from train.export.marked import marked
 from train.export.terms import auto_class, loading_config, scaled_fields
 from train.options import classify, sft

@@ -23,13 +23,13 @@ from train.compare import __main__ as compare
 from train.compare import result
 from train.compare.result import Comparison
 from train.console.errors import UserError, flag
-from train.console.output import print_line
+from train.console.output import tell
 from train.findings import catalog
 from train.findings.catalog import FINDINGS, Finding
 from train.findings.making.made import Made
 from train.findings.reporting import document, picture
 from train.findings.reporting.pivot import MEASURES, measures_of, pivot_of
-from train.options.ignored import given_options
+from train.options.field import given_options
 from train.processes import hosts
 from train.processes.session import Session
 from train.reporters.files import read_json
@@ -164,7 +164,7 @@ def show(asked: Asked, found: Comparison, notes: Sequence[str]) -> None:
     write_text(asked.output / document.MARKDOWN, text)
     console = hosts.console()
     for line in (text.rstrip(), "", f"written to {asked.output / document.MARKDOWN}"):
-        print_line(console, line)
+        tell(console, line)
 
 
 def _made(asked: Asked, session: Session) -> Made:

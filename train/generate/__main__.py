@@ -22,7 +22,7 @@ from train.generate.prompts import (
     typed,
 )
 from train.generate.shared_base import Served, base_of, find_adapters, outlined
-from train.options.ignored import given_options
+from train.options.field import given_options
 from train.processes.cache import keep_compiled
 from train.run.pretrained import read_model, read_outline
 
@@ -68,15 +68,16 @@ def run(options: GenerateOptions) -> None:
         refused = n - len(prompts)
 
     how = {"attention": options.attention, **outline.head}
-    served = Served(*read_model(outline.name, dtype="float32", **how), adapters, options)
+    model, params = read_model(outline.name, dtype="float32", **how)
+    served = Served(model, params, adapters, outline, options)
     if options.interactive:
-        talk(served, outline, options)
+        talk(served)
     elif prompts is None:
-        refused = answer_aloud(served, outline, options, typed())
+        refused = answer_aloud(served, typed())
     elif sys.stdout.isatty() and len(prompts) * options.num_samples == 1 and not options.output:
-        answer_aloud(served, outline, options, prompts)
+        answer_aloud(served, prompts)
     elif prompts:
-        answer_all(served, outline, options, prompts, tokens)
+        answer_all(served, prompts, tokens)
     if refused:
         raise UserError(f"{refused} prompts got no answer; the reasons are above")
 

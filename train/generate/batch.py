@@ -1,41 +1,133 @@
-"""Answers all prompts with all adapters, and shows or writes them; keeps them when interrupted."""
+"""Answers all prompts with all adapters; keeps the answers when interrupted.
+
+They are shown in the order of their prompts, or written as JSON lines.
+"""
 
 import contextlib
+import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from train.console.errors import UserError
 from train.console.output import opened, say
 from train.console.progress import progress_of
-from train.generate.answers import Speaker, answers, spoken
-from train.generate.options import GenerateOptions
+from train.generate.answers import Answer, answers, spoken
 from train.generate.prompts import Prompt, check_lengths, tokenize
 from train.generate.shared_base import Served
-from train.generate.show import Place, Shown, heading, json_lines
-from train.generate.text import Answer
-from train.run.pretrained import Outline
+
+_COLUMN = 30  # the least characters of an answer that stands beside others
+_SHOWN = 72  # characters of a prompt above its answers
 
 
-def answer_all(
-    served: Served,
-    outline: Outline,
-    options: GenerateOptions,
-    prompts: Sequence[Prompt],
-    tokens: Sequence[list[int]],
-) -> None:
+class Place(NamedTuple):
+    """The place of an answer: its prompt, its adapter, and which of several samples it is."""
+
+    prompt: int
+    adapter: str
+    sample: int
+
+
+Found = Mapping[Place, Answer]
+
+
+class Shown:
+    """Prints the answers to each prompt once they and those to the prompts before it are there."""
+
+    def __init__(self, prompts: Sequence[Prompt], names: Sequence[str], n_samples: int) -> None:
+        self._prompts, self._names, self._samples = prompts, names, range(n_samples)
+        self._next = 0
+
+    def ready(self, found: Found, *, all_that_is_there: bool = False) -> None:
+        """Prints the prompts whose turn has come.
+
+        Args:
+          found: the answers so far.
+          all_that_is_there: prints those of a prompt with some answers missing, too.
+        """
+        while self._next < len(self._prompts):
+            places = [Place(self._next, n, i) for n in self._names for i in self._samples]
+            if not all_that_is_there and not all(place in found for place in places):
+                return
+            here = {place: found[place] for place in places if place in found}
+            if here:
+                self._print(self._prompts[self._next], self._next + 1, here)
+            self._next += 1
+
+    def _print(self, prompt: Prompt, number: int, here: Found) -> None:
+        on_terminal, alone = sys.stdout.isatty(), len(self._names) * len(self._samples) == 1
+        if alone and (not on_terminal or len(self._prompts) == 1):
+            print("".join(answer.text for answer in here.values()), flush=True)
+            return
+        console = Console(file=sys.stdout, highlight=False)
+        title = f"{prompt.name}: {first_line(prompt.text)}"
+        print(heading(title, 0))
+        if on_terminal and 1 < len(self._names) <= console.width // _COLUMN:
+            console.print(self._table(here))
+            return
+        for place, answer in here.items():
+            if not alone:
+                sample = f", {place.sample + 1}" if len(self._samples) > 1 else ""
+                print(heading(f"{place.adapter}{sample}", 1))
+            print(answer.text)
+        print(flush=True)
+
+    def _table(self, here: Found) -> Table:
+        """Returns a table with a column an adapter, and a row a sample."""
+        table = Table(expand=True, show_lines=len(self._samples) > 1)
+        prompt = next(iter(here)).prompt
+        for name in self._names:
+            table.add_column(Text(name), ratio=1)
+        for sample in self._samples:
+            answers = (here.get(Place(prompt, name, sample)) for name in self._names)
+            table.add_row(*(Text(answer.text if answer else "") for answer in answers))
+        return table
+
+
+def heading(text: str, level: int) -> str:
+    """Returns a line above a prompt's answers (level 0), or above one of them (1)."""
+    line = f"{'##' if level == 0 else '--'} {text}"
+    return f"\x1b[1m{line}\x1b[0m" if sys.stdout.isatty() else line
+
+
+def first_line(text: str) -> str:
+    """Returns the beginning of a text, in one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 1]}…"
+
+
+def json_lines(prompts: Sequence[Prompt], found: Found, names: Sequence[str]) -> list[str]:
+    """Returns a line for each answer: by prompt, then by adapter, then by sample."""
+    several = any(place.sample for place in found)
+    order = sorted(found, key=lambda place: (place.prompt, names.index(place.adapter), place))
+    lines = []
+    for place in order:
+        answer = found[place]
+        fields: dict[str, Any] = {**prompts[place.prompt].fields, "adapter": place.adapter}
+        if several:
+            fields["sample"] = place.sample
+        fields |= {"answer": answer.text, "tokens": len(answer.tokens), "ended": answer.ended}
+        lines.append(json.dumps(fields, ensure_ascii=False))
+    return lines
+
+
+def answer_all(served: Served, prompts: Sequence[Prompt], tokens: Sequence[list[int]]) -> None:
     """Answers prompts in batches, with one adapter after the other.
 
     Args:
       served: the model and the adapters.
-      outline: the model's.
-      options: the options.
       prompts: the prompts.
       tokens: the tokens of each.
 
     Raises:
       UserError: the file of --output is there, or cannot be written.
     """
-    n, found = options.num_samples, dict[Place, Answer]()
+    options, found = served.options, dict[Place, Answer]()
+    n = options.num_samples
     rows = [one for one in tokens for _ in range(n)]
     total = len(rows) * len(served.names)
     shown = None if options.output else Shown(prompts, served.names, n)
@@ -47,7 +139,7 @@ def answer_all(
         try:
             hidden = shown is not None and sys.stdout.isatty()
             with progress_of(total, "answering", "made", "answers", hidden=hidden) as progress:
-                for name, row, answer in _answers(served, outline, options, rows, progress):
+                for name, row, answer in _answers(served, rows, progress):
                     found[Place(row // n, name, row % n)] = answer
                     if shown:
                         shown.ready(found)
@@ -67,11 +159,7 @@ def answer_all(
 
 
 def _answers(
-    served: Served,
-    outline: Outline,
-    options: GenerateOptions,
-    rows: Sequence[list[int]],
-    progress: Callable[[int], None],
+    served: Served, rows: Sequence[list[int]], progress: Callable[[int], None]
 ) -> Iterator[tuple[str, int, Answer]]:
     """Yields adapter, row and answer, as they are ready."""
     before = 0
@@ -80,21 +168,16 @@ def _answers(
         progress(before + done)
 
     for name in served.names:
-        speaker = Speaker(served.model, *served.use(name), outline, options)
-        for row, answer in answers(speaker, rows, progress=tell):
+        for row, answer in answers(served.speaker(name), rows, progress=tell):
             yield name, row, answer
         before += len(rows)
 
 
-def answer_aloud(
-    served: Served, outline: Outline, options: GenerateOptions, prompts: Iterable[Prompt]
-) -> int:
+def answer_aloud(served: Served, prompts: Iterable[Prompt]) -> int:
     """Answers each prompt as it comes, and prints the text as it is generated.
 
     Args:
       served: the model and the adapters.
-      outline: the model's.
-      options: the options.
       prompts: the prompts.
 
     Returns:
@@ -103,8 +186,8 @@ def answer_aloud(
     refused = 0
     for number, prompt in enumerate(prompts):
         try:
-            (tokens,) = tokenize([prompt], outline, options.system)
-            check_lengths([prompt], [tokens], outline, options)
+            (tokens,) = tokenize([prompt], served.outline, served.options.system)
+            check_lengths([prompt], [tokens], served.outline, served.options)
         except UserError as error:
             say(f"{prompt.name} is left out: {error}")
             refused += 1
@@ -112,7 +195,7 @@ def answer_aloud(
         for name in served.names:
             if len(served.names) > 1:
                 print(heading(name, 1))
-            speaker = Speaker(served.model, *served.use(name), outline, options)
+            speaker = served.speaker(name)
             answer = speaker.answer()
             spoken(speaker, answer, tokens, number, lambda text: print(text, end="", flush=True))
             print(flush=True)

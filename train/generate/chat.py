@@ -9,12 +9,9 @@ from typing import Any
 
 from lora_jax.training.data.rows import Conversation
 from train.console.errors import UserError
-from train.generate.answers import Speaker, spoken
-from train.generate.options import GenerateOptions
+from train.generate.answers import Answer, spoken
 from train.generate.prompts import Prompt, tokenize
 from train.generate.shared_base import Served
-from train.generate.text import Answer
-from train.run.pretrained import Outline
 
 with contextlib.suppress(ImportError):  # not on Windows
     import readline  # noqa: F401  (gives `input` a history, and keys to edit a line)
@@ -37,8 +34,6 @@ class Chat:
 
     Attributes:
       served: the model and the adapters.
-      outline: the model's.
-      options: the options.
       name: the adapter that answers.
       system: the system prompt; None for the chat template's own.
       turns: what user and assistant have said.
@@ -46,17 +41,15 @@ class Chat:
     """
 
     served: Served
-    outline: Outline
-    options: GenerateOptions
     name: str
     system: str | None = None
     turns: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     number: int = 0
 
 
-def talk(served: Served, outline: Outline, options: GenerateOptions) -> None:
+def talk(served: Served) -> None:
     """Chats until /quit or the end of standard input."""
-    chat = Chat(served, outline, options, served.names[0], options.system)
+    chat = Chat(served, served.names[0], served.options.system)
     say(f"{_adapters(chat)}. /help lists the commands.")
     while True:
         try:
@@ -108,20 +101,21 @@ def ask(chat: Chat, text: str, pressed: Callable[[], bool]) -> None:
       pressed: tells of Ctrl-C.
     """
     chat.turns.append({"role": "user", "content": text})
+    outline, longest = chat.served.outline, chat.served.options.max_new_tokens
     try:
         prompt = Prompt("the conversation", {}, Conversation(chat.turns))
-        (tokens,) = tokenize([prompt], chat.outline, chat.system)
-        room = chat.outline.max_tokens - len(tokens)
+        (tokens,) = tokenize([prompt], outline, chat.system)
+        room = outline.max_tokens - len(tokens)
         if room < 1:
             raise UserError(
                 f"the conversation has {len(tokens):,} tokens with this turn, and "
-                f"{chat.outline.name} allows {chat.outline.max_tokens:,}: /reset begins a new one"
+                f"{outline.name} allows {outline.max_tokens:,}: /reset begins a new one"
             )
     except UserError as error:
         chat.turns.pop()
         say(str(error))
         return
-    answer = _answered(chat, tokens, min(room, chat.options.max_new_tokens), pressed)
+    answer = _answered(chat, tokens, min(room, longest), pressed)
     stopped = answer.ended is None
     if not answer.said and stopped:
         chat.turns.pop()
@@ -130,17 +124,15 @@ def ask(chat: Chat, text: str, pressed: Callable[[], bool]) -> None:
     chat.turns.append({"role": "assistant", "content": answer.said})
     if stopped:
         say("(stopped; the conversation keeps what was said)")
-    elif answer.ended == "length" and room <= chat.options.max_new_tokens:
-        say(f"(the model allows {chat.outline.max_tokens:,} tokens: /reset begins a new one)")
+    elif answer.ended == "length" and room <= longest:
+        say(f"(the model allows {outline.max_tokens:,} tokens: /reset begins a new one)")
     elif answer.ended == "length":
-        say(f"(cut off at --max-new-tokens {chat.options.max_new_tokens})")
+        say(f"(cut off at --max-new-tokens {longest})")
 
 
 def _answered(chat: Chat, tokens: list[int], most: int, pressed: Callable[[], bool]) -> Answer:
     """Prints an answer of at most so many tokens as it is generated, and returns it."""
-    params, apply = chat.served.use(chat.name)
-    speaker = Speaker(chat.served.model, params, apply, chat.outline, chat.options)
-    waiting = sys.stdout.isatty()
+    speaker, waiting = chat.served.speaker(chat.name), sys.stdout.isatty()
 
     def tell(text: str) -> None:
         nonlocal waiting

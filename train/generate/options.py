@@ -1,17 +1,23 @@
 """The options of `train.generate`, and which of them make no sense together."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import tyro
 
-from train.console.errors import UserError, flag
-from train.options.common import Attention, check_seed
+from lora_jax.training.arguments import NOT_NEGATIVE, SEED, Numbers, at_least, check_numbers
+from lora_jax.training.errors import TrainingError
+from train.console.errors import UserError, as_user_errors, flag
+from train.options.common import Attention
 
 BASE = "base"  # the name of the base alone among the adapters
+_NUMBERS = {
+    "seed": SEED,
+    **dict.fromkeys(("max_new_tokens", "batch_size", "num_samples", "top_k"), at_least(1)),
+    "temperature": NOT_NEGATIVE,
+    "top_p": Numbers(lambda x: 0 < x <= 1, "a probability above 0 and at most 1"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,70 +85,13 @@ def parse(args: Sequence[str]) -> GenerateOptions:
     )
 
 
-class _Case(NamedTuple):
-    """Says which options have no effect, and why."""
-
-    holds: bool
-    why: str
-    without_effect: tuple[str, ...]
-
-
 def check(options: GenerateOptions, given: frozenset[str] = frozenset()) -> None:
     """Raises a UserError for options that make no sense, or that were given to no effect."""
-    check_seed(options.seed)
     for name in ("adapter", "prompt", "stop"):
         if name in given and not getattr(options, name):
             raise UserError(f"{flag(name)} has no value: give one, or leave it out")
-    _check_values(options)
-    for case in _cases(options):
-        if case.holds and (named := [one for one in case.without_effect if one in given]):
-            raise UserError(f"{flag(named[0])} {case.why}")
-
-
-def _cases(options: GenerateOptions) -> list[_Case]:
-    no_adapter = not [one for one in options.adapter if one != BASE]
-    return [
-        _Case(
-            options.temperature == 0,
-            "is about sampling, and --temperature 0 (the default) always takes the most likely "
-            "token: give a temperature above 0, or leave it out",
-            ("num_samples", "seed", "top_k", "top_p"),
-        ),
-        _Case(
-            no_adapter,
-            "is about an adapter: name one with --adapter",
-            ("allow_base_mismatch", "merge", "no_merge"),
-        ),
-        _Case(options.no_merge, "contradicts --no-merge: give one of them", ("merge",)),
-        _Case(
-            options.interactive,
-            "has no effect on a chat: leave it out, or leave out --interactive",
-            ("prompt", "prompts", "output", "overwrite", "batch_size", "num_samples"),
-        ),
-        _Case(bool(options.prompt), "and --prompt both name prompts: give one", ("prompts",)),
-        _Case(
-            options.output is None,
-            "replaces the file of --output: name one, or leave it out",
-            ("overwrite",),
-        ),
-        _Case(
-            len(options.prompt) * options.num_samples == 1,
-            "is about several answers, and one is asked for: leave it out",
-            ("batch_size",),
-        ),
-    ]
-
-
-def _check_values(options: GenerateOptions) -> None:
-    """Raises a UserError for a value that makes no sense by itself."""
-    for name in ("max_new_tokens", "batch_size", "num_samples", "top_k"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"{flag(name, value)}: at least 1 is needed")
-    if not 0 <= options.temperature < math.inf:
-        raise UserError(f"--temperature {options.temperature}: a number from 0 on is needed")
-    if not 0 < options.top_p <= 1:
-        raise UserError(f"--top-p {options.top_p}: a probability above 0 and at most 1")
+    with as_user_errors(TrainingError):
+        check_numbers(vars(options), _NUMBERS)
     if "" in options.stop:
         raise UserError("--stop '': an empty text would end every answer before it begins")
     if any(not prompt.strip() for prompt in options.prompt):
@@ -156,3 +105,40 @@ def _check_values(options: GenerateOptions) -> None:
             f"--attention {options.attention}: the kernel does not read keys from a cache, and "
             "generation has one: give blockwise, dense or auto"
         )
+    for holds, names, why in _without_effect(options):
+        if holds and (named := [name for name in names if name in given]):
+            raise UserError(f"{flag(named[0])} {why}")
+
+
+def _without_effect(options: GenerateOptions) -> list[tuple[bool, tuple[str, ...], str]]:
+    """Returns cases in which options have no effect: whether each holds, and why."""
+    return [
+        (
+            options.temperature == 0,
+            ("num_samples", "seed", "top_k", "top_p"),
+            "is about sampling, and --temperature 0 (the default) always takes the most likely "
+            "token: give a temperature above 0, or leave it out",
+        ),
+        (
+            not {*options.adapter} - {BASE},
+            ("allow_base_mismatch", "merge", "no_merge"),
+            "is about an adapter: name one with --adapter",
+        ),
+        (options.no_merge, ("merge",), "contradicts --no-merge: give one of them"),
+        (
+            options.interactive,
+            ("prompt", "prompts", "output", "overwrite", "batch_size", "num_samples"),
+            "has no effect on a chat: leave it out, or leave out --interactive",
+        ),
+        (bool(options.prompt), ("prompts",), "and --prompt both name prompts: give one"),
+        (
+            options.output is None,
+            ("overwrite",),
+            "replaces the file of --output: name one, or leave it out",
+        ),
+        (
+            len(options.prompt) * options.num_samples == 1,
+            ("batch_size",),
+            "is about several answers, and one is asked for: leave it out",
+        ),
+    ]

@@ -70,10 +70,8 @@ def of_standard_input() -> list[Prompt]:
     Raises:
       UserError: there is none, or the text is not UTF-8.
     """
-    try:
+    with as_user_errors(UnicodeDecodeError, prefix="standard input is not UTF-8 text: "):
         prompts = list(typed())
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input is not UTF-8 text: {error}") from None
     if not prompts:
         raise UserError("standard input has no prompt: give one a line, or name one with --prompt")
     return prompts

@@ -1,20 +1,20 @@
 """Several adapters over one base: named, checked, and run on the same arrays."""
 
 import contextlib
-import dataclasses
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 import lora_jax as lj
 from train.adapters.source import ADAPTER, AdapterSource, find_adapter, merged
-from train.console.errors import UserError
+from train.console.errors import UserError, as_user_errors
 from train.console.output import say
+from train.generate.answers import Speaker
 from train.generate.options import BASE, GenerateOptions
 from train.options.sft import DEFAULT_MODEL
 from train.run.pretrained import Outline
@@ -22,8 +22,7 @@ from train.run.pretrained import Outline
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 
 
-@dataclasses.dataclass(frozen=True)
-class Named:
+class Named(NamedTuple):
     """An adapter under its name; `source` is None for the base alone."""
 
     name: str
@@ -112,34 +111,39 @@ class Served:
     """One base in memory, and the adapters over its arrays.
 
     Attributes:
-      model: the model.
+      model, outline: the model, and its outline with the tokenizer.
+      options: the options.
       names: the names of the adapters; the first one answers first.
     """
 
     def __init__(
-        self, model: Any, params: Any, adapters: Sequence[Named], options: GenerateOptions
+        self,
+        model: Any,
+        params: Any,
+        adapters: Sequence[Named],
+        outline: Outline,
+        options: GenerateOptions,
     ):
         """Reads the adapters, and says how they run; see `GenerateOptions.merge`.
 
         Raises:
           UserError: an adapter is damaged or of another base, or cannot be merged as asked.
         """
-        self.model = model
+        self.model, self.outline, self.options = model, outline, options
         self.names = [one.name for one in adapters]
         self._merge = options.merge
         self._forward = lj.adapt(model.apply)  # one for all: each new function compiles
         self._merged: tuple[str, Any] = (BASE, None)  # the adapter whose merged tree is kept
-        base = base_of(adapters, options.model)
         mismatch = options.allow_base_mismatch
         self._trees: dict[str, Any] = {}
-        for name, source in ((one.name, one.source) for one in adapters):
+        for name, source in adapters:
             if source is not None:
-                tree = source.load(model, params, base, allow_base_mismatch=mismatch)
+                tree = source.load(model, params, outline.name, allow_base_mismatch=mismatch)
                 self._trees[name] = self._alike(tree)
         names = list(self._trees)
-        if options.merge:
-            for name in names:
-                _check_merge(name, self._trees[name])
+        for name in names if options.merge else ():
+            with as_user_errors(UserError, prefix=f"--merge: {name} cannot be merged: "):
+                jax.eval_shape(merged, self._trees[name])  # merges nothing yet
         how = "merged into" if options.merge else "beside"
         if len(names) == len(self.names) == 1 and not options.interactive and not options.no_merge:
             how = self._serve_merged(names[0])
@@ -149,6 +153,10 @@ class Served:
             self.names.append(BASE)
         if BASE in self.names:
             self._trees[BASE] = params
+
+    def speaker(self, name: str) -> Speaker:
+        """Returns what answers with an adapter."""
+        return Speaker(self.model, *self.use(name), self.outline, self.options)
 
     def use(self, name: str) -> tuple[Any, Callable[..., Any] | None]:
         """Returns the parameters of an adapter, and the function in the place of `model.apply`."""
@@ -180,11 +188,3 @@ class Served:
             with contextlib.suppress(ValueError):
                 return lj.swap(other, tree)
         return tree
-
-
-def _check_merge(name: str, tree: Any) -> None:
-    """Raises a UserError if an adapter cannot be merged; merges nothing."""
-    try:
-        jax.eval_shape(merged, tree)
-    except UserError as error:
-        raise UserError(f"--merge: {name} cannot be merged: {error}") from error

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Column, Table
 
 from lora_jax.training.run.log import Line
-from train.console.output import print_line
+from train.console.output import tell
 from train.reporters.files import LOG
 from train.run.log import Log, QuietLog
 
@@ -56,7 +56,7 @@ class Board:
         self._said[name] = how
         self._is_new = True
         if self._live is None:
-            print_line(self._console, f"{name}: {how}")
+            tell(self._console, f"{name}: {how}")
 
     def show(self) -> None:
         """Shows the runs, if anything is new and the last table is old enough."""

@@ -13,7 +13,7 @@ from lora_jax.training.losses import HELD_OUT, SCORE, Loss
 from lora_jax.training.processes import write_text
 from lora_jax.training.ready import Ready
 from train.console.errors import flag
-from train.console.output import print_line
+from train.console.output import tell
 from train.inputs import Inputs
 from train.many.board import Paper
 from train.options.table import TableRow
@@ -99,7 +99,7 @@ class One:
         whole = "".join(traceback.format_exception(error))
         if isinstance(error, TrainingError):
             whole = error.said(flag)
-        print_line(self.run.console, f"error: {whole}")
+        tell(self.run.console, f"error: {whole}")
         write_text(self.run.folder / ERROR, f"{whole.rstrip()}\n")
 
     def result(self) -> dict[str, Any]:

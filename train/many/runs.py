@@ -30,14 +30,15 @@ from lora_jax.training.optimizer import has_dropout
 from lora_jax.training.processes import write_json
 from lora_jax.training.ready import hooks_of, opened, result_of, tree_of
 from lora_jax.training.run.log import duration
-from train.console.output import print_line
+from train.console.errors import as_user_errors
+from train.console.output import tell
 from train.finetune import RunPart, evaluation_of, measures, run_of, weights_of
 from train.inputs import inputs_of
 from train.many.board import Board, Paper, TeeLog, print_results
 from train.many.one import Asked, One
 from train.options.file import replaced
 from train.options.optim import make_tenant
-from train.options.table import RESULTS, placed_error
+from train.options.table import RESULTS
 from train.processes import hosts
 from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
@@ -98,21 +99,19 @@ def train_rows(
     part = part or RunPart()
     first = asked[0].row.options
     if cached := keep_compiled(first.run.compilation_cache):
-        print_line(console, cached)
+        tell(console, cached)
     rows_at_once = math.gcd(*(row.options.optim.batch_size for row, _ in asked))
     mesh = make_mesh(first.run.mesh, rows_at_once)
 
     # Cheap checks come first, of all rows. Only then are weights read, once.
     ones: list[One] = []
     for wanted in asked:
-        try:
+        with as_user_errors(TrainingError, prefix=f"{wanted.row.where}: "):
             ones.append(_opened(script, wanted, mesh, session, part))
-        except TrainingError as error:
-            raise placed_error(wanted.row.where, error) from error
     outline, layout = ones[0].inputs.read.outline, ones[0].inputs.layout
     with doing(console, f"reading the weights of {outline.name}"):
         model, plain = weights_of(ones[0].config, outline, layout)
-    print_line(console, f"{len(ones)} runs train side by side over {outline.name}")
+    tell(console, f"{len(ones)} runs train side by side over {outline.name}")
 
     # The adapters, and the base for comparison.
     tenants = {}
@@ -168,7 +167,7 @@ def _opened(script: str, asked: Asked, mesh: Any, session: Session, part: RunPar
     folder = locked_output(config, session.release, paper.console)
     inputs = inputs_of(config, mesh, part.reader(config, task))
     for line in inputs.lines:
-        print_line(paper.console, line)
+        tell(paper.console, line)
     run = run_of(script, config, task, session.stop, folder, paper.console, inputs, part)
     return One(row, task, paper, run, inputs, task.loss(config, inputs.layout))
 
@@ -272,7 +271,7 @@ def _finish(ones: Sequence[One], console: Console, session: Session, began: floa
         where = one.run.folder / ERROR
         print(f"error: {one.row.name} failed: {one.why} ({where})", file=sys.stderr, flush=True)
     took = duration(time.monotonic() - began)
-    print_line(console, f"the whole table took {took}; its results are in {parent / RESULTS}")
+    tell(console, f"the whole table took {took}; its results are in {parent / RESULTS}")
     hint = session.stop.remedy
     if n := sum(one.state == "stopped" for one in ones):
         raise Interrupted(f"stopped {n} of {len(ones)} runs, each saved. {hint}", session.stop.code)

@@ -3,31 +3,15 @@
 import dataclasses
 from typing import Literal
 
+from lora_jax.training.arguments import at_least
 from train.console.errors import UserError
 from train.data.files import kind_of
-from train.options.common import (
-    AdapterConfig,
-    OptimConfig,
-    Options,
-    RunConfig,
-    at_least,
-    check_shared,
-    flag,
-)
+from train.options import field
+from train.options.common import AdapterConfig, OptimConfig, Options, RunConfig, check_shared, flag
 from train.options.conditions import NO_ADAPTER, Idle
 from train.options.defaults import Defaults
 from train.options.defaults import with_defaults as with_shared_defaults
-from train.options.field import (
-    CHANGEABLE,
-    HIDDEN,
-    OF_BASE,
-    OF_FIELD,
-    OF_HUB,
-    ROWS,
-    TRAINED,
-    Card,
-    option,
-)
+from train.options.field import Card, option
 
 DEFAULT_TASK = "vader"  # of train/options/tasks.py
 HEAD = "classifier"
@@ -39,33 +23,33 @@ INTRINSIC_RATE = 3e-2  # with --intrinsic 10000; see `rate_of_dimension`
 class DataConfig:
     """Model and data."""
 
-    model: str | None = option(None, OF_BASE)
+    model: str | None = option(None, field.OF_BASE)
     """A BERT, RoBERTa or XLM-RoBERTa model: a name on the hub, or a folder. By default the base of
     --init-adapter, or else all-MiniLM-L6-v2."""
-    dataset: str = option(DEFAULT_TASK, HIDDEN)
+    dataset: str = option(DEFAULT_TASK, field.HIDDEN)
     """"vader" (the default task: words rated by people), a file (JSONL, JSON, CSV, TSV, also
     gzipped, or Parquet), a folder of them, a folder that `datasets` saved, or a dataset on the
     hub."""
-    split: str = option("train", OF_HUB)
+    split: str = option("train", field.OF_HUB)
     """The split to train on, for a folder or a dataset on the hub."""
-    subset: str | None = option(None, OF_HUB)
+    subset: str | None = option(None, field.OF_HUB)
     """The subset (configuration) to load, for a dataset on the hub."""
-    text: str = option("text", OF_FIELD)
+    text: str = option("text", field.OF_FIELD)
     """The field that holds the text."""
-    text_pair: str | None = option(None, OF_FIELD)
+    text_pair: str | None = option(None, field.OF_FIELD)
     """The field that holds a second text, for pairs (a premise and a hypothesis)."""
-    label: str = option("label", OF_FIELD)
+    label: str = option("label", field.OF_FIELD)
     """The field that holds the label: a name or a number."""
-    test: str | None = option(None, HIDDEN)
+    test: str | None = option(None, field.HIDDEN)
     """The test rows: a file, or another split of the folder or of the dataset on the hub. By
     default --test-share of the rows is held out."""
-    test_share: float = option(0.2, OF_FIELD, Idle.TEST)
+    test_share: float = option(0.2, field.OF_FIELD, Idle.TEST)
     """The share of the rows to hold out for the test, stratified by label."""
-    rows: int | None = option(None, ROWS)
+    rows: int | None = option(None, field.ROWS)
     """Use only this many rows, from the beginning."""
-    seq_len: int = option(128, HIDDEN, card=Card.LENGTH)
+    seq_len: int = option(128, field.HIDDEN, card=Card.LENGTH)
     """The maximum number of tokens of a text."""
-    truncate: bool = option(False, HIDDEN, card=Card.LOSS)
+    truncate: bool = option(False, field.HIDDEN, card=Card.LOSS)
     """Truncate texts longer than --seq-len; without this option, they are an error."""
 
 
@@ -73,13 +57,13 @@ class DataConfig:
 class ClassifyAdapterConfig(AdapterConfig):
     """Parameters that train."""
 
-    head_only: bool = option(False, TRAINED, compared_by="methods")
+    head_only: bool = option(False, field.TRAINED, compared_by="methods")
     """Train only the head, on the frozen encoder."""
-    intrinsic: int | None = option(None, TRAINED, compared_by="dimensions")
+    intrinsic: int | None = option(None, field.TRAINED, compared_by="dimensions")
     """Train this many numbers, which a random projection turns into changes of every parameter, the
     head's too: the intrinsic dimension (Aghajanyan et al. 2020). --seed draws the projection."""
     intrinsic_kind: Literal["did", "said"] = option(
-        "said", TRAINED, Idle.NO_INTRINSIC, compared_by="methods"
+        "said", field.TRAINED, Idle.NO_INTRINSIC, compared_by="methods"
     )
     """The kind of --intrinsic. did: one projection for all. said: with a trained scale for each
     layer, which is one of the numbers."""
@@ -115,7 +99,7 @@ class ClassifyRunConfig(RunConfig):
     """Steps between checkpoints; the last step always has one."""
     eval_every: int = 0
     """Steps between evaluations of the loss on the test rows; 0 for none."""
-    eval_rows: int | None = option(None, CHANGEABLE, Idle.NONE_MEASURED)
+    eval_rows: int | None = option(None, field.CHANGEABLE, Idle.NONE_MEASURED)
     """Test rows to measure that loss on, spread over all of them; by default all."""
 
 
@@ -170,10 +154,7 @@ def check(config: Config) -> None:
             raise UserError(
                 f"--intrinsic trains a subspace of all parameters: leave out {flag(name)}"
             )
-    at_least(1, config.adapter, "intrinsic")
     if config.optim.lr_rule is not None:
         raise UserError("--lr-rule was fitted to language models: give --lr instead")
-    check_shared(config)
-    at_least(1, data, "rows")
-    at_least(1, config.run, "eval_rows")
-    at_least(3, data, "seq_len")
+    one = at_least(1)
+    check_shared(config, intrinsic=one, rows=one, eval_rows=one, seq_len=at_least(3))

@@ -7,38 +7,28 @@ from typing import TypeVar
 import tyro
 
 from train.options.common import Options
-from train.options.field import outdone
+from train.options.field import given_options, outdone
 from train.options.file import read_options, replaced
-from train.options.ignored import check_effects, given_options
 
 Config = TypeVar("Config", bound=Options)
 
 
-def read_command(plain: Config, args: Sequence[str], prog: str) -> Config:
-    """Returns the options of a command line, without a task's defaults.
+def read_line(
+    plain: Config, args: Sequence[str], prog: str
+) -> tuple[Config, frozenset[str], dict[str, int]]:
+    """Reads a command line, whether or not its options have an effect.
 
     Args:
       plain: the options of the script, none of them given.
       args: the command line.
       prog: how the script is called.
 
-    Raises:
-      UserError: an option has no effect beside the others; the file of --config cannot be read, or
-        has a key or a value that no option takes.
-    """
-    config, on_line, in_file = read_line(plain, args, prog)
-    check_effects(config, on_line, in_file)
-    return config
-
-
-def read_line(
-    plain: Config, args: Sequence[str], prog: str
-) -> tuple[Config, frozenset[str], dict[str, int]]:
-    """Reads a command line as `read_command` does, whether or not its options have an effect.
-
     Returns:
-      The options; the names of those on the command line; and those of the file of --config that
-      count, with the line of each.
+      The options, without a task's defaults; the names of those on the command line; and those of
+      the file of --config that count, with the line of each. `check_effects` takes all three.
+
+    Raises:
+      UserError: the file of --config cannot be read, or has a key or a value that no option takes.
     """
     path = _named_file(args)
     on_line = given_options(args)

@@ -2,38 +2,20 @@
 
 import dataclasses
 import json
-import math
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from lora_jax.training import arguments
+from lora_jax.training.arguments import Numbers, at_least
+from lora_jax.training.errors import TrainingError
 from lora_jax.training.optimizers.named import Name
 from lora_jax.training.optimizers.schedules import DECAY, ScheduleKind
 from train.adapters.source import find_adapter
-from train.console.errors import UserError, flag
+from train.console.errors import UserError, as_user_errors, flag
+from train.options import field
 from train.options.conditions import Idle
-from train.options.field import (
-    BEST,
-    CHANGEABLE,
-    COURSE,
-    FACTORS,
-    HIDDEN,
-    LORA_PLUS,
-    OF_BASE,
-    OF_CALL,
-    OF_PROCESSES,
-    OPTIMISATION,
-    PLAIN,
-    REQUIRED,
-    RULES,
-    START,
-    TARGETS,
-    TRAINED,
-    Card,
-    Shared,
-    Uncompared,
-    option,
-)
+from train.options.field import Card, Shared, Uncompared, option
 from train.options.optim import check_optim
 from train.options.variants import VariantOptions
 from train.reporters.registry import TRACKERS
@@ -41,7 +23,15 @@ from train.reporters.registry import TRACKERS
 _REMAT: dict[str, bool | str] = {"none": False, "full": True}
 _REMAT |= {name: name for name in ("offload", "dots_saveable", "dots_with_no_batch_dims_saveable")}
 
-_MOST_SEED = 2**32 - 1  # JAX takes a larger one by its last 32 bits
+# The numbers that the options of all scripts take.
+_NUMBERS = arguments.NUMBERS | {
+    **dict.fromkeys(("eval_every", "score_every"), at_least(0)),
+    "num_processes": at_least(1),
+    "warmup_ratio": Numbers(lambda x: 0 <= x < 1, "a share of the steps, from 0 to below 1"),
+    "min_lr": Numbers(lambda x: 0 <= x <= 1, "a share of the peak learning rate, from 0 to 1"),
+    "decay": Numbers(lambda x: 0 < x <= 1, "a share of the steps, above 0 and at most 1"),
+    "neftune": arguments.NOT_NEGATIVE,
+}
 
 
 def _remat(given: list[str]) -> str:
@@ -82,25 +72,25 @@ ReportTo = Literal["none", *TRACKERS]  # type: ignore[valid-type]
 class _FactorOptions:
     """The kernels that are adapted, and their A and B."""
 
-    targets: tuple[str, ...] = option(("all-linear",), TARGETS, compared_by="target_sets")
+    targets: tuple[str, ...] = option(("all-linear",), field.TARGETS, compared_by="target_sets")
     """Modules to adapt: names (q_proj v_proj), presets (attention, mlp, experts, all-linear), one
     regular expression that matches whole paths, or none. With none, only --train, --bias and
     --train-tokens select parameters."""
-    layers: tuple[int, ...] = option((), FACTORS)
+    layers: tuple[int, ...] = option((), field.FACTORS)
     """Adapt only these layers, counted from 0."""
-    rank: int = option(16, FACTORS, compared_by="ranks")
+    rank: int = option(16, field.FACTORS, compared_by="ranks")
     """The rank r of the adapter."""
-    alpha: float | None = option(None, FACTORS, compared_by="alphas")
+    alpha: float | None = option(None, field.FACTORS, compared_by="alphas")
     """The alpha of the adapter's scale; see --scaling. By default twice the rank; a variant may
     have another default."""
-    dropout: float = option(0.0, FACTORS)
+    dropout: float = option(0.0, field.FACTORS)
     """Dropout probability of the adapter's input."""
     scaling: Literal["alpha/rank", "alpha/sqrt(rank)"] = option(
-        "alpha/rank", FACTORS, compared_by="methods"
+        "alpha/rank", field.FACTORS, compared_by="methods"
     )
     """The scale of the adapter's product. alpha/sqrt(rank) is rsLoRA."""
     init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "fast-pissa", "olora"] = option(
-        "kaiming", PLAIN, compared_by="methods"
+        "kaiming", field.PLAIN, compared_by="methods"
     )
     """Initialisation of A and B."""
 
@@ -109,24 +99,29 @@ class _FactorOptions:
 class AdapterConfig(VariantOptions, _FactorOptions):
     """Parameters that train."""
 
-    bias: Literal["none", "adapted", "all"] = option("none", RULES)
+    bias: Literal["none", "adapted", "all"] = option("none", field.RULES)
     """Biases of the model to train: none, those of adapted layers, or all."""
-    train: tuple[str, ...] = option((), RULES)
+    train: tuple[str, ...] = option((), field.RULES)
     """Modules that train in full besides the adapter, such as lm_head and norm."""
-    train_tokens: tuple[int, ...] = option((), RULES)
+    train_tokens: tuple[int, ...] = option((), field.RULES)
     """Token ids whose embedding rows train."""
-    divide_rank: bool = option(False, FACTORS)
+    divide_rank: bool = option(False, field.FACTORS)
     """Divide the rank of each expert by the number of active experts (mixtures of experts)."""
     peft_config: str | None = option(
-        None, HIDDEN, Idle.FULL, Idle.INIT_ADAPTER, of_inputs=False, uncompared=Uncompared.ADAPTER
+        None,
+        field.HIDDEN,
+        Idle.FULL,
+        Idle.INIT_ADAPTER,
+        of_inputs=False,
+        uncompared=Uncompared.ADAPTER,
     )
     """Take all options above from a PEFT configuration: an adapter_config.json or its folder."""
-    full: bool = option(False, TRAINED, compared_by="methods")
+    full: bool = option(False, field.TRAINED, compared_by="methods")
     """Train every parameter, without an adapter."""
-    init_adapter: str | None = option(None, START)
+    init_adapter: str | None = option(None, field.START)
     """Start from this adapter, with its own targets, rank and alpha: the folder of a run, of this
     library or of PEFT, or the hub name of a PEFT adapter."""
-    allow_base_mismatch: bool = option(False, START, Idle.NO_INIT_ADAPTER, changeable=True)
+    allow_base_mismatch: bool = option(False, field.START, Idle.NO_INIT_ADAPTER, changeable=True)
     """Accept an adapter that was trained on another base."""
 
 
@@ -134,79 +129,81 @@ class AdapterConfig(VariantOptions, _FactorOptions):
 class OptimConfig:
     """Optimisation."""
 
-    steps: int | None = option(None, COURSE, excludes="epochs")
+    steps: int | None = option(None, field.COURSE, excludes="epochs")
     """Optimiser steps."""
-    epochs: float | None = option(None, COURSE, Idle.STREAM)
+    epochs: float | None = option(None, field.COURSE, Idle.STREAM)
     """Passes over the data, as an alternative to --steps."""
-    batch_size: int = option(8, OPTIMISATION, compared_by="batch_sizes")
+    batch_size: int = option(8, field.OPTIMISATION, compared_by="batch_sizes")
     """Sequences in memory at once, on all devices together."""
-    grad_accum: int = option(1, OPTIMISATION)
+    grad_accum: int = option(1, field.OPTIMISATION)
     """Batches to accumulate per step. The gradient equals that of one large batch."""
-    optimizer: Name = option("adamw", OPTIMISATION)
+    optimizer: Name = option("adamw", field.OPTIMISATION)
     """The optimiser. muon orthogonalises the updates of matrices, A and B among them, and leaves
     the rest to adamw. schedule-free is AdamW with averaging instead of a schedule; the average is
     evaluated and saved."""
-    lr: float | None = option(None, HIDDEN, of_inputs=False, compared_by="lrs")
+    lr: float | None = option(None, field.HIDDEN, of_inputs=False, compared_by="lrs")
     """The peak learning rate. Its default is AdamW's; a third of that for lion, and none for
     sgd. A variant of the adapter may have another default."""
     lr_rule: Literal["llama", "qwen"] | None = option(
-        None, OPTIMISATION, Idle.ALONE, excludes="lr", uncompared=Uncompared.RATES
+        None, field.OPTIMISATION, Idle.ALONE, excludes="lr", uncompared=Uncompared.RATES
     )
     """Compute the learning rate from the model's width and the number of steps, as fitted for this
     model family in *LoRA Without Regret*; an alternative to --lr."""
-    lora_plus: float | None = option(None, LORA_PLUS, compared_by="methods")
+    lora_plus: float | None = option(None, field.LORA_PLUS, compared_by="methods")
     """Ratio of B's learning rate to A's (LoRA+; the paper uses 16). By default 1."""
-    beta1: float | None = option(None, OPTIMISATION)
+    beta1: float | None = option(None, field.OPTIMISATION)
     """Decay rate of the mean gradient (adamw, lion). schedule-free takes its gradients at a point
     in which the average has this share. By default 0.9."""
-    beta2: float | None = option(None, OPTIMISATION)
+    beta2: float | None = option(None, field.OPTIMISATION)
     """Decay rate of the squared gradients (adamw, schedule-free): by default 0.999. For lion, the
     decay rate of the mean gradient: by default 0.99."""
-    eps: float | None = option(None, OPTIMISATION)
+    eps: float | None = option(None, field.OPTIMISATION)
     """Added to the root of the mean squared gradient (adamw, schedule-free). By default 1e-8."""
-    momentum: float | None = option(None, OPTIMISATION)
+    momentum: float | None = option(None, field.OPTIMISATION)
     """Momentum of sgd (by default 0.9) and of muon (by default 0.95)."""
-    schedule: ScheduleKind = option("cosine", OPTIMISATION, Idle.AVERAGES)
+    schedule: ScheduleKind = option("cosine", field.OPTIMISATION, Idle.AVERAGES)
     """Schedule of the learning rate after the warmup. linear and cosine fall to --min-lr over all
     steps, wsd over the last ones (see --decay); inverse-sqrt falls as 1 / sqrt(step)."""
-    warmup: int = option(3, OPTIMISATION, Idle.WARMUP_RATIO, excludes="warmup_ratio")
+    warmup: int = option(3, field.OPTIMISATION, Idle.WARMUP_RATIO, excludes="warmup_ratio")
     """Steps of linear warmup of the learning rate."""
-    warmup_ratio: float | None = option(None, OPTIMISATION)
+    warmup_ratio: float | None = option(None, field.OPTIMISATION)
     """Steps of warmup as a share of all steps; an alternative to --warmup."""
-    min_lr: float = option(0.0, OPTIMISATION, Idle.AVERAGES, Idle.FLAT)
+    min_lr: float = option(0.0, field.OPTIMISATION, Idle.AVERAGES, Idle.FLAT)
     """The final learning rate of linear, cosine and wsd, as a share of the peak."""
-    decay: float = option(DECAY, OPTIMISATION, Idle.AVERAGES, Idle.NEVER_STABLE)
+    decay: float = option(DECAY, field.OPTIMISATION, Idle.AVERAGES, Idle.NEVER_STABLE)
     """The share of the steps over which --schedule wsd falls."""
-    weight_decay: float = option(0.0, OPTIMISATION)
+    weight_decay: float = option(0.0, field.OPTIMISATION)
     """Weight decay of A, B, kernels and embeddings. Norms and biases never decay."""
-    grad_clip: float = option(1.0, OPTIMISATION)
+    grad_clip: float = option(1.0, field.OPTIMISATION)
     """Maximum norm of the whole gradient; 0 for no clipping."""
-    neftune: float = option(0.0, OPTIMISATION)
+    neftune: float = option(0.0, field.OPTIMISATION)
     """NEFTune's alpha: adds noise of at most alpha / sqrt(length * width) to the embeddings of
     training tokens (the paper uses 5 to 15); 0 for none."""
-    seed: int = option(0, OPTIMISATION, compared_by="seeds")
+    seed: int = option(0, field.OPTIMISATION, compared_by="seeds")
     """Seed of the adapter's initialisation, data order, dropout, and noise."""
-    remat: Remat = option("none", OF_BASE)
+    remat: Remat = option("none", field.OF_BASE)
     """Activations to recompute in the backward pass. full, or --remat without a name: all those of
     each layer, for much less memory and some more time. offload: so, and the layers' inputs go to
     the host's memory until they are needed (GPUs and TPUs), for very long rows. Two policies of JAX
     keep more: dots_saveable the results of all matrix products, dots_with_no_batch_dims_saveable of
     those with weights."""
-    attention: Attention = option("auto", OF_BASE)
+    attention: Attention = option("auto", field.OF_BASE)
     """Computation of attention. dense: all scores of a layer at once, in memory quadratic in the
     length. blockwise: a block of queries at a time, in memory linear in the length. splash: a
     kernel for TPUs. flash: a kernel for GPUs from Ampere on. cudnn: a kernel for GPUs from Hopper
     on, in half precision, up to 4,096 tokens. auto: dense below 512 tokens; from there on splash on
     a TPU, flash on a GPU that has it, and blockwise elsewhere."""
-    experts: Experts = option("auto", OF_BASE)
+    experts: Experts = option("auto", field.OF_BASE)
     """Computation of a mixture of experts. blocks: a loop over blocks of tokens of one expert.
     ragged: all tokens of a device, sorted by expert, in a kernel that only the TPU's compiler has.
     auto: ragged on a TPU (but blocks for --dropout on several chips), and blocks elsewhere."""
-    dtype: Literal["float32", "bfloat16"] = option("float32", OF_BASE, card=Card.OPTIMISATION)
+    dtype: Literal["float32", "bfloat16"] = option("float32", field.OF_BASE, card=Card.OPTIMISATION)
     """The dtype of the base and its activations. Adapters are always float32, and so are the
     weights with --full."""
 
-    quantize: Quantize | None = option(None, OF_BASE, Idle.FULL, Idle.INTRINSIC, card=Card.CODES)
+    quantize: Quantize | None = option(
+        None, field.OF_BASE, Idle.FULL, Idle.INTRINSIC, card=Card.CODES
+    )
     """Codes to keep the base's kernels in, under a float32 adapter (QLoRA): nf4, int4 or int8, in
     blocks of 64 with a scale each; nf4-double has its scales in 8 bits too; stored keeps the codes
     of a GGUF file. Each kernel is encoded as it is read. Embeddings, norms, routers and the output
@@ -222,60 +219,62 @@ class OptimConfig:
 class RunConfig:
     """Evaluation and output."""
 
-    config: str | None = option(None, OF_CALL)
+    config: str | None = option(None, field.OF_CALL)
     """A YAML file of options, by their names here; the command line overrides it. A run writes its
     own options to its folder as config.yaml, and that file repeats the run."""
-    output: str = option(REQUIRED, COURSE, shared=Shared.TABLE)
+    output: str = option(field.REQUIRED, field.COURSE, shared=Shared.TABLE)
     """The output folder of the run."""
-    mesh: str | None = option(None, CHANGEABLE, shared=Shared.PROCESS)
+    mesh: str | None = option(None, field.CHANGEABLE, shared=Shared.PROCESS)
     """The device mesh, such as data=2,fsdp=4,tensor=2 (also expert= and sequence=; -1 takes the
     remaining devices). The batch is sharded over data, fsdp and expert, each row's tokens over
     sequence, and the base over all axes but data. By default fsdp gets as many devices as can share
     the batch, and tensor gets the rest."""
-    distributed: bool = option(False, OF_PROCESSES, single=True)
+    distributed: bool = option(False, field.OF_PROCESSES, single=True)
     """Run as one process of many; SLURM, a TPU pod, GKE or Open MPI tells which one."""
-    coordinator: str | None = option(None, OF_PROCESSES, single=True, of="process")
+    coordinator: str | None = option(None, field.OF_PROCESSES, single=True, of="process")
     """Address of process 0, as host:port; the same in all processes."""
-    num_processes: int | None = option(None, OF_PROCESSES)
+    num_processes: int | None = option(None, field.OF_PROCESSES)
     """Number of processes, with --coordinator."""
-    process_id: int | None = option(None, OF_PROCESSES, of="process")
+    process_id: int | None = option(None, field.OF_PROCESSES, of="process")
     """Number of this process, from 0, with --coordinator."""
-    dry_run: bool = option(False, OF_CALL, single=True, uncompared=Uncompared.MANY_RUNS)
+    dry_run: bool = option(False, field.OF_CALL, single=True, uncompared=Uncompared.MANY_RUNS)
     """Train nothing and write nothing: show the first rows as the model sees them, the lengths of
     all, and the steps, memory and time of the run."""
-    resume: bool = option(False, OF_CALL, Idle.DRY_RUN, of_inputs=False)
+    resume: bool = option(False, field.OF_CALL, Idle.DRY_RUN, of_inputs=False)
     """Resume from the last checkpoint in the output folder."""
-    overwrite: bool = option(False, OF_CALL, excludes="resume", of_inputs=False)
+    overwrite: bool = option(False, field.OF_CALL, excludes="resume", of_inputs=False)
     """Delete the run in the output folder and start a new one."""
-    log_every: int = option(1, COURSE)
+    log_every: int = option(1, field.COURSE)
     """Steps between lines of metrics."""
-    save_every: int = option(10, COURSE)
+    save_every: int = option(10, field.COURSE)
     """Steps between checkpoints; the last step always has one."""
-    keep: int = option(2, COURSE)
+    keep: int = option(2, field.COURSE)
     """Number of checkpoints to keep."""
-    eval_every: int = option(0, CHANGEABLE)
+    eval_every: int = option(0, field.CHANGEABLE)
     """Steps between evaluations of the loss on held-out data; 0 for none."""
-    score_every: int = option(0, COURSE)
+    score_every: int = option(0, field.COURSE)
     """Steps between the task's own scores: execution accuracy on the questions of the SQL task,
     accuracy on the test rows of a classifier; 0 for none. Each score answers or classifies all
     of them."""
-    keep_best: Literal["loss", "score"] | None = option(None, BEST)
+    keep_best: Literal["loss", "score"] | None = option(None, field.BEST)
     """Keep the adapter with the lowest loss of --eval-every, or with the highest score of
     --score-every. At the end it is the run's adapter, instead of the last one."""
-    patience: int | None = option(None, BEST, changeable=True, uncompared=Uncompared.EARLY_STOPPING)
+    patience: int | None = option(
+        None, field.BEST, changeable=True, uncompared=Uncompared.EARLY_STOPPING
+    )
     """End the run after this many measurements of --keep-best in a row without improvement."""
-    report_to: tuple[ReportTo, ...] = option(("tensorboard",), COURSE)
+    report_to: tuple[ReportTo, ...] = option(("tensorboard",), field.COURSE)
     """Services that get the metrics, beside metrics.jsonl; or none. tensorboard writes files to the
     output folder; each of the others needs the extra of its name. A resumed run continues its runs
     there."""
-    report_project: str | None = option(None, COURSE, Idle.NO_PROJECT)
+    report_project: str | None = option(None, field.COURSE, Idle.NO_PROJECT)
     """The run's project in the service (MLflow calls it an experiment). By default the one that the
     service's own environment variable names, or lora_jax."""
-    compilation_cache: str | None = option(None, CHANGEABLE, shared=Shared.PROCESS)
+    compilation_cache: str | None = option(None, field.CHANGEABLE, shared=Shared.PROCESS)
     """The folder where JAX keeps compiled programs for later runs, or off. By default
     lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR. Many processes have no
     default: name a folder that all of them reach."""
-    max_skipped: int = option(3, COURSE, card=Card.SKIPPED)
+    max_skipped: int = option(3, field.COURSE, card=Card.SKIPPED)
     """Stop the run after this many skipped steps in a row. A step is skipped if its loss or its
     gradient is not finite."""
 
@@ -290,37 +289,31 @@ class Options:
     run: RunConfig
 
 
-def check_shared(options: Options) -> None:
-    """Raises a UserError if options, with their defaults, make no sense for any data."""
+def check_shared(options: Options, **numbers: Numbers) -> None:
+    """Raises a UserError if options, with their defaults, make no sense for any data.
+
+    Args:
+      options: the options.
+      **numbers: the numbers that the script's own options take.
+    """
     adapter, optim, run = options.adapter, options.optim, options.run
-    at_least(1, optim, "batch_size", "grad_accum", "steps")
-    at_least(1, run, "log_every", "save_every", "keep", "max_skipped")
-    at_least(0, optim, "warmup", "weight_decay", "grad_clip")
-    check_seed(optim.seed)
-    if math.isinf(optim.weight_decay) or math.isinf(optim.grad_clip):
+    values = {name: value for part in vars(options).values() for name, value in vars(part).items()}
+    with as_user_errors(TrainingError):
+        arguments.check_numbers(values, _NUMBERS | numbers)
+        arguments.check_together(values)
+    needed = {"loss": "eval_every", "score": "score_every"}.get(run.keep_best or "")
+    if needed and not getattr(run, needed):
         raise UserError(
-            f"--weight-decay {optim.weight_decay}, --grad-clip {optim.grad_clip}: finite numbers "
-            "are needed (--grad-clip 0 does not clip)"
+            f"--keep-best {run.keep_best} goes by what {flag(needed)} measures: give it, too"
         )
-    at_least(0, run, "eval_every", "score_every")
-    at_least(1, run, "patience")
-    _check_best(run)
     if len(run.report_to) > 1 and "none" in run.report_to or not run.report_to:
         raise UserError(
             f"--report-to {' '.join(run.report_to)}: names of reporters are needed, or none alone"
         )
     check_optim(optim)
-    if optim.lora_plus is not None and not (math.isfinite(optim.lora_plus) and optim.lora_plus > 0):
-        raise UserError(f"--lora-plus {optim.lora_plus}: a positive number is needed")
     if optim.lora_plus is not None and adapter.freeze_a:
         raise UserError(
             "--lora-plus sets the rates of A and B, but --freeze-a trains B alone: give one"
-        )
-    if optim.steps is not None and optim.epochs is not None:
-        raise UserError("--steps and --epochs both say how long to train: give one of them")
-    if optim.epochs is not None and not (math.isfinite(optim.epochs) and optim.epochs > 0):
-        raise UserError(
-            f"--epochs {optim.epochs}: a positive number of passes over the data is needed"
         )
     if adapter.full and adapter.init_adapter:
         raise UserError("--full trains without an adapter, and --init-adapter starts from one")
@@ -335,36 +328,6 @@ def check_shared(options: Options) -> None:
     of_coordinator = (run.coordinator, run.num_processes, run.process_id)
     if len({value is None for value in of_coordinator}) > 1:
         raise UserError("--coordinator, --num-processes and --process-id go together")
-    at_least(1, run, "num_processes")
-    if run.resume and run.overwrite:
-        raise UserError("--resume continues a run and --overwrite deletes it: give one of them")
-
-
-def _check_best(run: RunConfig) -> None:
-    if run.patience is not None and run.keep_best is None:
-        raise UserError(
-            f"--patience {run.patience} ends a run that no longer improves, and leaves its best "
-            "adapter: choose loss or score with --keep-best"
-        )
-    needed = {"loss": "eval_every", "score": "score_every"}.get(run.keep_best or "")
-    if needed and not getattr(run, needed):
-        raise UserError(
-            f"--keep-best {run.keep_best} goes by what {flag(needed)} measures: give it, too"
-        )
-
-
-def check_seed(seed: int, option: str = "seed") -> None:
-    """Raises a UserError for a seed that JAX or NumPy does not take."""
-    if not 0 <= seed <= _MOST_SEED:
-        raise UserError(f"{flag(option)} {seed}: a number from 0 to {_MOST_SEED} is needed")
-
-
-def at_least(least: int, part: Any, *names: str) -> None:
-    """Raises a UserError if one of the named options of `part` is given and below `least`."""
-    for name in names:
-        value = getattr(part, name)
-        if value is not None and not value >= least:
-            raise UserError(f"{flag(name)} {value}: at least {least} is needed")
 
 
 def as_json(options: Options) -> dict[str, Any]:

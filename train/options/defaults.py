@@ -4,8 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from train.adapters.source import AdapterSource, find_adapter
-from train.options.common import AdapterConfig
+from train.adapters.source import find_adapter
 from train.options.optim import with_optimizer_defaults
 from train.options.rope import as_text
 
@@ -40,14 +39,18 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
         is_rank = any(variant.alpha_is_rank for variant in adapter.variants)
         times = 1.0 if is_rank else defaults.alpha
         adapter = dataclasses.replace(adapter, alpha=times * adapter.rank)
-    rate = defaults.full_lr if adapter.full else _rate(adapter, defaults)
+    of_variants = [variant.rate(defaults.lr) for variant in adapter.variants if variant.rate]
+    rate = defaults.full_lr if adapter.full else [*of_variants, defaults.lr][0]
     optim = with_optimizer_defaults(optim, lr=rate, beta2=defaults.beta2)
     if optim.epochs is None and optim.steps is None:
         epochs = defaults.epochs or (1.0 if defaults.steps is None else None)
         optim = dataclasses.replace(optim, steps=defaults.steps, epochs=epochs)
-    data, source = options.data, _init_adapter(adapter)
+    data, source = options.data, None
+    if adapter.init_adapter is not None and not adapter.full:  # both together are an error later
+        source = find_adapter(adapter.init_adapter, "--init-adapter")
     if data.model is None:
-        data = dataclasses.replace(data, model=_stated_base(source) or defaults.model)
+        stated = source.base() if source and source.about.get("model") else None
+        data = dataclasses.replace(data, model=stated or defaults.model)
     if source and source.rope_scaling and getattr(data, "rope_scaling", "") is None:
         data = dataclasses.replace(data, rope_scaling=as_text(source.rope_scaling))
     if (path := Path(data.model).expanduser()).exists():  # found from any folder, later
@@ -59,21 +62,3 @@ def with_defaults(options: Any, defaults: Defaults) -> Any:
     if getattr(run, "eval_questions", 0) is None:
         run = dataclasses.replace(run, eval_questions=defaults.eval_questions)
     return dataclasses.replace(options, adapter=adapter, optim=optim, data=data, run=run)
-
-
-def _rate(adapter: AdapterConfig, defaults: Defaults) -> float:
-    """Returns AdamW's learning rate of an adapter."""
-    of_variants = (variant.rate for variant in adapter.variants if variant.rate)
-    return next((rate(defaults.lr) for rate in of_variants), defaults.lr)
-
-
-def _init_adapter(adapter: AdapterConfig) -> AdapterSource | None:
-    """Returns the adapter that --init-adapter names; None without one."""
-    if adapter.init_adapter is None or adapter.full:
-        return None  # both together are an error later
-    return find_adapter(adapter.init_adapter, "--init-adapter")
-
-
-def _stated_base(source: AdapterSource | None) -> str | None:
-    """Returns the base that an adapter states, if it does."""
-    return source.base() if source and source.about.get("model") else None

@@ -2,15 +2,18 @@
 
 A part of a script's options declares each of its fields by `option`. A field that overrides another
 only to have another default or help keeps what that one says. A part may declare all of its fields
-at once, by `TRAITS`.
+at once, by `TRAITS`. Options that have no effect beside others are refused: a run does all that it
+is asked to do.
 """
 
 import dataclasses
 import enum
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-from train.options.conditions import Idle
+from lora_jax.training.optimizers.named import OPTIMIZERS
+from train.console.errors import UserError, flag
+from train.options.conditions import Idle, reasons
 
 Value = TypeVar("Value")
 
@@ -146,8 +149,7 @@ BEST = Traits(card=Card.BEST, of_inputs=False, uncompared=Uncompared.LAST_STEP)
 TRAINED = Traits(card=Card.TRAINED, of_inputs=False)
 OPTIMISATION = Traits(card=Card.OPTIMISATION, of_inputs=False)
 LORA_PLUS = dataclasses.replace(
-    OPTIMISATION,
-    idle=(Idle.FULL, Idle.INTRINSIC, Idle.HEAD_ONLY, Idle.NO_TARGETS, Idle.ALONE),
+    OPTIMISATION, idle=(Idle.FULL, Idle.INTRINSIC, Idle.HEAD_ONLY, Idle.NO_TARGETS, Idle.ALONE)
 )
 OF_CALL = Traits(card=Card.NOWHERE, shared=Shared.TABLE, of="call")
 # With --dry-run, other options may stand, so that it can be added to any command of one process.
@@ -158,3 +160,49 @@ OF_PROCESSES = Traits(
     of="call",
     uncompared=Uncompared.PROCESS,
 )
+
+
+def check_effects(
+    options: Any, given: Collection[str], lines: Mapping[str, int] | None = None
+) -> None:
+    """Raises a UserError for an option that was given and has no effect beside the others.
+
+    Args:
+      options: the options as they were given, without a task's defaults.
+      given: the options of the command line, by the names of their fields.
+      lines: the lines of the file of --config, with the line of each.
+    """
+    lines = lines or {}
+    for why, idle in _reasons(options).items():
+        if named := [name for name in idle if name in given or name in lines]:
+            parts = [flag(name) for name in named if name in given]
+            if of_file := [name for name in named if name not in given]:
+                where = f"line {min(lines[name] for name in of_file)} of {options.run.config}"
+                parts.append(f"{', '.join(of_file)} ({where}{' on' * (len(of_file) > 1)})")
+            raise UserError(f"{why}: leave out {' and '.join(parts)}")
+
+
+def idle_options(options: Any) -> frozenset[str]:
+    """Returns the names of all options that have no effect beside the others."""
+    return frozenset(name for idle in _reasons(options).values() for name in idle)
+
+
+def given_options(args: Sequence[str]) -> frozenset[str]:
+    """Returns the names of the fields that a command line sets."""
+    flags = (arg.partition("=")[0] for arg in args if arg.startswith("--"))
+    return frozenset(name.removeprefix("--").replace("-", "_") for name in flags)
+
+
+def _reasons(options: Any) -> dict[str, list[str]]:
+    """Returns the options that have no effect, by the reason why; the first to tell first."""
+    traits = traits_of(options)
+    optimizer = options.optim.optimizer
+    read = OPTIMIZERS[optimizer].options
+    unread = {name for one in OPTIMIZERS.values() for name in one.options if name not in read}
+    found = {
+        f"--optimizer {optimizer} does not read it": [name for name in traits if name in unread]
+    }
+    for case, why in reasons(options).items():
+        idle = [name for name, one in traits.items() if case in one.idle]
+        found.setdefault(why, []).extend(idle)
+    return found

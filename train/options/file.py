@@ -11,7 +11,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -19,7 +19,8 @@ import yaml
 
 from lora_jax.core.paths import nearest
 from train.console.errors import UserError, flag
-from train.options.common import Options
+from train.options.common import Options, as_json
+from train.options.field import idle_options, traits_of
 
 Config = TypeVar("Config", bound=Options)
 
@@ -36,7 +37,7 @@ _ZEROS = re.compile(r"(?<![0-9])0+(?=[0-9])")
 _MOST_SHOWN = 80  # characters of a value in messages
 
 
-class Unfit(Exception):
+class _Unfit(Exception):
     """A value does not fit its option; the message says what is needed."""
 
 
@@ -53,21 +54,22 @@ def read_options(path: str, config: Config) -> tuple[Config, dict[str, int]]:
     kinds = kinds_of(config)
     values: dict[str, Any] = {}
     lines: dict[str, int] = {}
-    for key, value in _entries(path):
-        line = key.start_mark.line + 1
-        name = str(key.value).replace("-", "_")
-        where = f"--config {path}, line {line}"
+    asked = f"--config {path}"
+    root = composed(Path(path).expanduser(), asked) or yaml.MappingNode(f"{_TAG}map", [])
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(
+            f"{asked}: options by their names are needed, a line each, such as 'rank: 8'"
+        )
+    for key, value, line in entries(root, asked):
+        name, where = key.replace("-", "_"), f"{asked}, line {line}"
         if name not in kinds:
-            raise UserError(f"{where}: {_unknown(key.value, value, kinds, config)}")
+            raise UserError(f"{where}: {_unknown(key, value, kinds, config)}")
         if name in lines:
             raise UserError(
-                f"{where}: {key.value} is given twice, in line {lines[name]}, too: leave out one"
+                f"{where}: {key} is given twice, in line {lines[name]}, too: leave out one"
             )
         lines[name] = line
-        try:
-            values[name] = converted(value, kinds[name])
-        except Unfit as error:
-            raise UserError(f"{where}: {key.value} is {shown(value)}: {error}") from None
+        values[name] = read_value(key, value, kinds[name], where)
     given = {name: line for name, line in lines.items() if values[name] is not None}
     return replaced(config, values), given
 
@@ -107,20 +109,17 @@ def as_yaml(config: Options, values: Mapping[str, Any], heading: str) -> str:
     return "\n".join(block for block in blocks if block)
 
 
-def _entries(path: str) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
-    """Returns the keys and values of a file's mapping, with their places."""
-    root = composed(Path(path).expanduser(), f"--config {path}")
-    if root is None:
-        return []
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError(
-            f"--config {path}: options by their names are needed, a line each, such as 'rank: 8'"
-        )
-    for key, _ in root.value:
+def entries(node: yaml.MappingNode, where: str) -> Iterator[tuple[str, yaml.Node, int]]:
+    """Yields the keys, values and lines of a mapping.
+
+    Raises:
+      UserError: a key is no name.
+    """
+    for key, value in node.value:
+        line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
-            line = key.start_mark.line + 1
-            raise UserError(f"--config {path}, line {line}: the name of an option is needed")
-    return root.value
+            raise UserError(f"{where}, line {line}: the name of an option is needed")
+        yield key.value, value, line
 
 
 def composed(file: Path, asked: str) -> yaml.Node | None:
@@ -180,11 +179,19 @@ def _unknown(key: str, value: yaml.Node, kinds: Mapping[str, Any], config: Optio
     return f"there is no option {key}; the nearest is {likely}"
 
 
-def converted(node: yaml.Node, kind: Any) -> Any:
+def read_value(key: str, node: yaml.Node, kind: Any, where: str) -> Any:
+    """Returns the value of an option, of its type; raises a UserError for another one."""
+    try:
+        return _converted(node, kind)
+    except _Unfit as error:
+        raise UserError(f"{where}: {key} is {_shown(node)}: {error}") from None
+
+
+def _converted(node: yaml.Node, kind: Any) -> Any:
     """Returns the value of a node, of the type that an option has.
 
     Raises:
-      Unfit: it is of another type.
+      _Unfit: it is of another type.
     """
     extras: tuple[Any, ...] = ()
     if typing.get_origin(kind) is typing.Annotated:
@@ -195,13 +202,13 @@ def converted(node: yaml.Node, kind: Any) -> Any:
         if node.tag == f"{_TAG}null":
             return None
         (kind,) = (argument for argument in arguments if argument is not type(None))
-        return converted(node, kind)
+        return _converted(node, kind)
     if origin is tuple:
         # One value is a list of one, as on the command line.
         if isinstance(node, yaml.ScalarNode) and len(words := node.value.split()) > 1:
-            raise Unfit(f"a list is needed, [{', '.join(words)}] or [{json.dumps(node.value)}]")
+            raise _Unfit(f"a list is needed, [{', '.join(words)}] or [{json.dumps(node.value)}]")
         nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        return tuple(converted(one, arguments[0]) for one in nodes)
+        return tuple(_converted(one, arguments[0]) for one in nodes)
     if origin is Literal:
         return _one_of(node, arguments)
     if choices := next((c for c in (getattr(x, "choices", None) for x in extras) if c), None):
@@ -212,20 +219,20 @@ def converted(node: yaml.Node, kind: Any) -> Any:
 def _one_of(node: yaml.Node, choices: tuple[str, ...]) -> str:
     text = _plain(node, str)
     if text not in choices:
-        raise Unfit(f"one of {', '.join(choices)} is needed")
+        raise _Unfit(f"one of {', '.join(choices)} is needed")
     return text
 
 
 def _plain(node: yaml.Node, kind: type) -> Any:
     if not isinstance(node, yaml.ScalarNode) or node.tag == f"{_TAG}null":
-        raise Unfit(_NEEDED[kind])
+        raise _Unfit(_NEEDED[kind])
     if kind is str:
         return node.value
     is_plain = node.style is None  # text in quotes is not a number
     if kind in (int, float) and is_plain:
         # YAML 1.1 takes 1e-3 for a text, .inf for a number, 010 for 8, and 1:30 for 90.
         if _LEADING_ZERO.fullmatch(node.value):
-            raise Unfit(
+            raise _Unfit(
                 f"{_NEEDED[kind]} that does not begin with 0, which some take for the octal "
                 f"system: write {_ZEROS.sub('', node.value)}"
             )
@@ -234,15 +241,80 @@ def _plain(node: yaml.Node, kind: type) -> Any:
                 return int(node.value, 0)
             return float(node.value.replace(".inf", "inf").replace(".nan", "nan"))
         except ValueError:
-            raise Unfit(_NEEDED[kind]) from None
+            raise _Unfit(_NEEDED[kind]) from None
     if kind in (int, bool) and node.tag == f"{_TAG}{kind.__name__}":
         return yaml.SafeLoader("").construct_object(node)
-    raise Unfit(_NEEDED[kind])
+    raise _Unfit(_NEEDED[kind])
 
 
-def shown(node: yaml.Node) -> str:
+def _shown(node: yaml.Node) -> str:
     """Returns a value as it stands in a file, for messages."""
     if isinstance(node, yaml.ScalarNode):
         text = repr(node.value) if node.style else node.value or "nothing"
         return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
     return "a list" if isinstance(node, yaml.SequenceNode) else "a group of keys"
+
+
+def effective(options: Options) -> dict[str, Any]:
+    """Returns the options that say what a run is, as one flat JSON object.
+
+    Those that have no effect beside the others are left out, and so are those without a value.
+    """
+    as_begun = dataclasses.replace(options.run, resume=False, overwrite=False)
+    idle = idle_options(dataclasses.replace(options, run=as_begun))
+    of_run = {name for name, traits in traits_of(options).items() if traits.of == "run"} - idle
+    given = as_json(options).items()
+    return {name: value for name, value in given if value is not None and name in of_run}
+
+
+def alike(options: Options) -> dict[str, Any]:
+    """Returns the options that all processes of a run share, as one flat JSON object."""
+    traits = traits_of(options)
+    return {k: value for k, value in as_json(options).items() if traits[k].of != "process"}
+
+
+def as_file(options: Options, script: str) -> str:
+    """Returns the effective options as a YAML file that repeats the run."""
+    heading = (
+        "The options of this run, with defaults. Paths are as they were given. To repeat it:\n"
+        f"  python -m {script} --config FILE --output FOLDER"
+    )
+    return as_yaml(options, effective(options), heading)
+
+
+def from_file(path: Path, plain: Options) -> dict[str, Any]:
+    """Returns the effective options that `as_file` wrote.
+
+    Args:
+      path: the file.
+      plain: the options of the script; those that the file leaves out are not looked at.
+
+    Raises:
+      UserError: the file cannot be read, or is damaged.
+    """
+    kept, given = read_options(str(path), plain)
+    return {name: value for name, value in as_json(kept).items() if name in given}
+
+
+def check_same_run(options: Options, saved: dict[str, Any], folder: Path) -> None:
+    """Raises a UserError if a resumed run's options differ from those it began with.
+
+    An option that a run's file lacks had its default: the run may be older than the option.
+    """
+    now, traits = effective(options), traits_of(options)
+    plain: Any = type(options)
+    saved = {**{k: v for k, v in as_json(plain()).items() if k in now}, **saved}
+    differing = [
+        f"{flag(name)} was {_option(saved.get(name))} and is now {_option(now.get(name))}"
+        for name in {**saved, **now}
+        if not traits[name].changeable and saved.get(name) != now.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"--resume: the run in {folder} began with other options: {'; '.join(differing)}. "
+            "Give the same options, or start another run in another --output"
+        )
+
+
+def _option(value: Any) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

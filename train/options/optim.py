@@ -12,7 +12,7 @@ from lora_jax.training.losses import Loss
 from lora_jax.training.optimizers.muon import described
 from lora_jax.training.optimizers.named import OPTIMIZERS
 from lora_jax.training.optimizers.schedules import warmed_up
-from train.console.errors import UserError, flag
+from train.console.errors import UserError
 
 
 def with_optimizer_defaults(optim: Any, *, lr: float, beta2: float) -> Any:
@@ -53,28 +53,10 @@ def check_optim(optim: Any) -> None:
             f"--optimizer {optim.optimizer} has no default learning rate, since its steps scale "
             "with the gradient: give --lr"
         )
-    if optim.lr is not None and not (math.isfinite(optim.lr) and optim.lr > 0):
-        raise UserError(f"--lr {optim.lr}: a learning rate is a positive number")
     if optim.lr is not None and optim.lr_rule is not None:
         raise UserError("--lr and --lr-rule both give a learning rate: give one of them")
-    for name in ("beta1", "beta2", "momentum"):
-        value = getattr(optim, name)
-        if value is not None and not 0 <= value < 1:
-            raise UserError(f"{flag(name)} {value}: a number from 0 to below 1 is needed")
     if OPTIMIZERS[optim.optimizer].averages and not optim.beta1:
         raise UserError(f"--beta1 0: --optimizer {optim.optimizer} needs a positive number")
-    if optim.eps is not None and not (math.isfinite(optim.eps) and optim.eps > 0):
-        raise UserError(f"--eps {optim.eps}: a positive number is needed")
-    if optim.warmup_ratio is not None and not 0 <= optim.warmup_ratio < 1:
-        raise UserError(
-            f"--warmup-ratio {optim.warmup_ratio}: a share of the steps, from 0 to below 1"
-        )
-    if not 0 <= optim.min_lr <= 1:
-        raise UserError(f"--min-lr {optim.min_lr}: a share of the peak learning rate, from 0 to 1")
-    if not 0 < optim.decay <= 1:
-        raise UserError(f"--decay {optim.decay}: a share of the steps, above 0 and at most 1")
-    if not 0 <= optim.neftune < math.inf:
-        raise UserError(f"--neftune {optim.neftune}: a number from 0 on is needed")
 
 
 def make_schedule(optim: Any, rate: float, steps: int) -> optax.Schedule:
@@ -99,15 +81,7 @@ def make_optimizer(
     optim: Any, schedule: optax.Schedule, params: Any = None
 ) -> optax.GradientTransformation:
     """Returns the optimiser that the options describe; see `lora_jax.training.make_optimizer`."""
-    return training.make_optimizer(
-        optim.optimizer,
-        schedule,
-        params,
-        weight_decay=optim.weight_decay,
-        grad_clip=optim.grad_clip,
-        lora_plus=optim.lora_plus,
-        options=_options(optim),
-    )
+    return training.make_optimizer(optim.optimizer, schedule, params, **_settings(optim))
 
 
 def make_tenant(
@@ -120,10 +94,7 @@ def make_tenant(
         steps=steps,
         loss=loss,
         optimizer=optim.optimizer,
-        weight_decay=optim.weight_decay,
-        grad_clip=optim.grad_clip,
-        lora_plus=optim.lora_plus,
-        options=_options(optim),
+        **_settings(optim),
         noise=optim.neftune,
         key=key,
     )
@@ -134,6 +105,12 @@ def optimizer_line(optim: Any, params: Any) -> str:
     options = ", ".join(f"{name} {value:g}" for name, value in _options(optim).items())
     said = f"optimizer: {optim.optimizer}" + f" ({options})" * bool(options)
     return f"{said}; {described(params)}" if optim.optimizer == "muon" else said
+
+
+def _settings(optim: Any) -> dict[str, Any]:
+    """Returns what an optimiser is made with beside its name, schedule and parameters."""
+    shared = {name: getattr(optim, name) for name in ("weight_decay", "grad_clip", "lora_plus")}
+    return {**shared, "options": _options(optim)}
 
 
 def _options(optim: Any) -> dict[str, float]:

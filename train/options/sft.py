@@ -6,31 +6,13 @@ from typing import Annotated, Literal
 import tyro
 
 from lora_jax.hf.bundled import SMOLLM2
+from lora_jax.training.arguments import SEED, at_least
 from lora_jax.training.losses import DEFAULT, TOKEN_LOSSES
 from train.console.errors import UserError
-from train.options.common import (
-    AdapterConfig,
-    OptimConfig,
-    Options,
-    RunConfig,
-    at_least,
-    check_seed,
-    check_shared,
-)
+from train.options import field
+from train.options.common import AdapterConfig, OptimConfig, Options, RunConfig, check_shared
 from train.options.conditions import Idle
-from train.options.field import (
-    CHANGEABLE,
-    COURSE,
-    HIDDEN,
-    OF_BASE,
-    OF_CALL,
-    OF_HUB,
-    OPTIMISATION,
-    ROWS,
-    Card,
-    Uncompared,
-    option,
-)
+from train.options.field import Card, Uncompared, option
 
 DEFAULT_MODEL = SMOLLM2.name
 LossName = Literal[*TOKEN_LOSSES]  # type: ignore[valid-type]
@@ -46,55 +28,57 @@ DEFAULT_TASK = "sql"  # of train/options/tasks.py
 class DataConfig:
     """Model and data."""
 
-    model: str | None = option(None, OF_BASE)
+    model: str | None = option(None, field.OF_BASE)
     """The language model: a name on the hub, a folder, or a GGUF file. By default the base of
     --init-adapter, or else SmolLM2-135M-Instruct."""
-    rope_scaling: str | None = option(None, OF_BASE, card=Card.ROPE)
+    rope_scaling: str | None = option(None, field.OF_BASE, card=Card.ROPE)
     """Scale the model's RoPE, for rows longer than the model allows. A kind and the factor by which
     they may be longer: linear:2, yarn:4 or llama3:8; then further fields of config.json's
     rope_parameters (yarn:4,beta_fast=16). The adapter stores the scaling, and train.generate and
     train.export apply it. By default the scaling of --init-adapter."""
-    dataset: tuple[str, ...] = option((DEFAULT_TASK,), HIDDEN)
+    dataset: tuple[str, ...] = option((DEFAULT_TASK,), field.HIDDEN)
     """"sql" (the default task), a file (JSONL, JSON, CSV, TSV, also gzipped, or Parquet), a folder
     of them, a folder that `datasets` saved, or a dataset on the hub. Each row has `messages` (and
     `tools`), `prompt` and `completion`, `conversations` (ShareGPT), `instruction` and `output`
     (Alpaca), or `text`. Several data sets may be named; an epoch has as many rows as all of them.
     Without weights each row comes once an epoch. With weights, as in a.jsonl:3 b.jsonl:1, three of
     four rows come from the first; a data set too small for its share starts over, reshuffled."""
-    fields: tuple[str, ...] = option((), HIDDEN)
+    fields: tuple[str, ...] = option((), field.HIDDEN)
     """Names that your fields have instead: prompt=question completion=answer. Of several data sets,
     each takes the names that its first row has."""
-    split: str = option("train", OF_HUB)
+    split: str = option("train", field.OF_HUB)
     """The split to train on, for a folder or a dataset on the hub."""
-    subset: str | None = option(None, OF_HUB)
+    subset: str | None = option(None, field.OF_HUB)
     """The subset (configuration) to load, for a dataset on the hub."""
-    eval_dataset: str | None = option(None, CHANGEABLE)
+    eval_dataset: str | None = option(None, field.CHANGEABLE)
     """Data to measure the loss on every --eval-every steps, instead of held-out rows: one file,
     folder or dataset on the hub, as for --dataset."""
-    eval_split: str = option("train", CHANGEABLE)
+    eval_split: str = option("train", field.CHANGEABLE)
     """The split of --eval-dataset, for a folder or a dataset on the hub."""
-    held_out_seed: int | None = option(None, ROWS, Idle.NONE_DRAWN)
+    held_out_seed: int | None = option(None, field.ROWS, Idle.NONE_DRAWN)
     """Seed that draws the rows to hold out; by default --seed. Give it to compare runs of several
     seeds on the same rows."""
-    rows: int | None = option(None, ROWS, Idle.STREAM)
+    rows: int | None = option(None, field.ROWS, Idle.STREAM)
     """Use only this many rows of each data set, from the beginning. The SQL task generates as many
     as requested, by default as many as 35 steps see, balanced over its query forms."""
-    shuffle_schemas: bool = option(False, ROWS)
+    shuffle_schemas: bool = option(False, field.ROWS)
     """Pair each question of the SQL task with the tables of another database, as a control."""
-    stream: bool = option(False, HIDDEN, card=Card.STREAM)
+    stream: bool = option(False, field.HIDDEN, card=Card.STREAM)
     """Read the data while training, in memory that does not grow with their size: lines of JSON,
     Parquet (by row groups), or what `datasets` loads. Rows are shuffled within a buffer of blocks
     drawn from all over the data. Needs --steps and --truncate."""
-    seq_len: int = option(128, HIDDEN, card=Card.LENGTH)
+    seq_len: int = option(128, field.HIDDEN, card=Card.LENGTH)
     """The maximum number of tokens of a sequence."""
-    truncate: bool = option(False, HIDDEN, card=Card.LOSS)
+    truncate: bool = option(False, field.HIDDEN, card=Card.LOSS)
     """Truncate rows longer than --seq-len; without this option, they are an error."""
-    packing: bool = option(False, HIDDEN, card=Card.PACKING)
+    packing: bool = option(False, field.HIDDEN, card=Card.PACKING)
     """Pack several rows into one sequence; no row attends to another. Without this option, rows of
     about one length share a batch."""
-    train_on: Literal["all", "assistant", "last"] = option("assistant", HIDDEN, card=Card.LOSS)
+    train_on: Literal["all", "assistant", "last"] = option(
+        "assistant", field.HIDDEN, card=Card.LOSS
+    )
     """The tokens that the loss counts: all, the assistant's, or those of its last turn."""
-    token_cache: str | None = option(None, CHANGEABLE, Idle.ONLY_STREAM)
+    token_cache: str | None = option(None, field.CHANGEABLE, Idle.ONLY_STREAM)
     """The folder where tokenised rows are kept for later runs, or off. By default lora_jax/tokens
     in the user's cache folder, for a thousand rows and more."""
 
@@ -125,8 +109,8 @@ class SftOptimConfig(OptimConfig):
     seed: int = 0
     """Seed of the adapter's initialisation, data order, held-out rows, dropout and noise, and of
     the SQL task's training questions."""
-    loss: Annotated[LossName, tyro.conf.arg(help=_LOSS)] = option(DEFAULT, OPTIMISATION)
-    loss_chunk: int = option(256, HIDDEN, of_inputs=False)
+    loss: Annotated[LossName, tyro.conf.arg(help=_LOSS)] = option(DEFAULT, field.OPTIMISATION)
+    loss_chunk: int = option(256, field.HIDDEN, of_inputs=False)
     """Predictions whose logits are in memory at once, for each part of the batch on the mesh. Fewer
     take less memory; the head is recomputed in the backward pass. 0 for all at once."""
 
@@ -137,19 +121,19 @@ class SftRunConfig(RunConfig):
 
     output: str = f"runs/{DEFAULT_TASK}"
     """The output folder of the run; with --many, of the folders of all runs."""
-    many: str | None = option(None, OF_CALL, uncompared=Uncompared.TABLE)
+    many: str | None = option(None, field.OF_CALL, uncompared=Uncompared.TABLE)
     """Train a table of runs over one base side by side: a file (.csv, .tsv, .jsonl, .json or .yaml)
     with a row a run. `name` is its folder in --output; other columns are options, by their names
     here, that override the command line for this run."""
-    sample_prompts: tuple[str, ...] = option((), COURSE)
+    sample_prompts: tuple[str, ...] = option((), field.COURSE)
     """Prompts for the model to answer (greedily) while it trains, for the log and samples.jsonl:
     texts, or one file: .txt with a prompt per line, or .jsonl with rows that have a `prompt`, or
     `messages` that end with a user's."""
-    sample_every: int = option(0, COURSE)
+    sample_every: int = option(0, field.COURSE)
     """Steps between answers to --sample-prompts; 0 for none."""
-    sample_tokens: int = option(64, COURSE, Idle.NO_PROMPTS)
+    sample_tokens: int = option(64, field.COURSE, Idle.NO_PROMPTS)
     """The maximum number of tokens of an answer to --sample-prompts."""
-    eval_questions: int | None = option(None, CHANGEABLE, Idle.NONE_HELD_OUT, Idle.STREAM)
+    eval_questions: int | None = option(None, field.CHANGEABLE, Idle.NONE_HELD_OUT, Idle.STREAM)
     """SQL task: questions of each kind to answer before and after training; by default 16, 0 for
     none. Other data, with --eval-every: rows to hold out, by default 64, at most a tenth of all,
     drawn by --seed; several data sets give their share."""
@@ -167,16 +151,12 @@ class Config(Options):
 
 def check(config: Config) -> None:
     """Raises a UserError if options, with their defaults, make no sense for any task."""
-    check_shared(config)
-    at_least(1, config.data, "seq_len", "rows")
-    at_least(0, config.run, "eval_questions", "sample_every")
-    at_least(1, config.run, "sample_tokens")
+    counted = dict.fromkeys(("seq_len", "rows", "sample_tokens"), at_least(1))
+    counted |= dict.fromkeys(("eval_questions", "sample_every", "loss_chunk"), at_least(0))
+    check_shared(config, held_out_seed=SEED, **counted)
     if bool(config.run.sample_prompts) != bool(config.run.sample_every):
         raise UserError(
             "--sample-prompts says what to ask, and --sample-every how often: give both"
         )
-    at_least(0, config.optim, "loss_chunk")
-    if config.data.held_out_seed is not None:
-        check_seed(config.data.held_out_seed, "held_out_seed")
     if config.data.seq_len < 2:
         raise UserError("--seq-len 1 leaves no token to predict")

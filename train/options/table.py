@@ -12,13 +12,12 @@ import yaml
 
 from lora_jax.core.paths import nearest
 from lora_jax.training.errors import TrainingError
-from train.console.errors import UserError, flag
+from train.console.errors import UserError, as_user_errors, flag
 from train.data.text_files import read_csv, read_json
 from train.options.command import value_of
 from train.options.common import Options
-from train.options.field import Shared, Traits, outdone, traits_of
-from train.options.file import Unfit, composed, converted, kinds_of, replaced, shown
-from train.options.ignored import check_effects, idle_options
+from train.options.field import Shared, Traits, check_effects, idle_options, outdone, traits_of
+from train.options.file import composed, entries, kinds_of, read_value, replaced
 from train.reporters.registry import check_many
 
 Config = TypeVar("Config", bound=Options)
@@ -76,11 +75,6 @@ def read_table(config: Config, plain: Config, on_line: Collection[str]) -> list[
     return rows
 
 
-def placed_error(where: str, error: TrainingError) -> UserError:
-    """Returns an error of one run that names its row."""
-    return UserError(f"{where}: {error.said(flag)}")
-
-
 def check_one_base(rows: Sequence[TableRow[Any]]) -> None:
     """Raises a UserError for a row whose adapter begins on another base than the first row's.
 
@@ -112,10 +106,7 @@ def _row(
             _check_column(column, option, where, traits)
         if option in values:
             raise UserError(f"{where}: {column} is given twice: leave out one")
-        try:
-            values[option] = converted(node, str if option == NAME else kinds[option])
-        except Unfit as error:
-            raise UserError(f"{where}: {column} is {shown(node)}: {error}") from None
+        values[option] = read_value(column, node, str if option == NAME else kinds[option], where)
     name = _checked_name(values.pop(NAME, None), where)
     given = frozenset(option for option, value in values.items() if value is not None)
     values |= {option: value_of(plain, option) for option in outdone(config, given)}
@@ -125,11 +116,9 @@ def _row(
             f"{where}: --full trains the base itself, which the runs of a table share: run it "
             "alone, without --many"
         )
-    try:
+    with as_user_errors(TrainingError, prefix=f"{where}: "):
         check_many(changed.run.report_to, "a table of runs")
         check_effects(changed, given)
-    except TrainingError as error:
-        raise placed_error(where, error) from error
     return TableRow(name, where, given, changed)
 
 
@@ -219,13 +208,11 @@ def _of_yaml(file: Path, asked: str) -> Iterator[tuple[str, dict[str, yaml.Node]
         if not isinstance(row, yaml.MappingNode):
             raise UserError(f"{where}: a run needs options by their names, such as 'rank: 8'")
         cells: dict[str, yaml.Node] = {}
-        for key, value in row.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise UserError(f"{where}: the name of an option is needed")
-            if key.value in cells:
-                raise UserError(f"{where}: {key.value} is given twice: leave out one")
+        for key, value, _ in entries(row, asked):
+            if key in cells:
+                raise UserError(f"{where}: {key} is given twice: leave out one")
             if value.tag != f"{_TAG}null":
-                cells[key.value] = value
+                cells[key] = value
         yield where, cells
 
 

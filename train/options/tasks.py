@@ -1,14 +1,35 @@
-"""The tasks that `--dataset` names, each with rows and a test of its own."""
+"""Tasks by the data that they train on; a module is imported only where its task is asked for."""
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
-# The modules of the tasks, by their names; one is imported only where its task is asked for.
+from train.console.errors import UserError
+
+# The tasks that --dataset names, each with rows and a test of its own.
 SFT = {"sql": "train.tasks.sql.task"}
 CLASSIFY = {"vader": "train.tasks.vader"}
 
+CHATS = "train.tasks.chats"  # fine-tunes on a user's chats
+STREAMED = "train.tasks.streamed"  # the same, of data larger than memory
+TEXTS = "train.tasks.labelled"  # classifies a user's texts
+_NAMED = {CHATS: SFT, TEXTS: CLASSIFY}
 
-def named_task(name: str) -> Any | None:
-    """Returns the `train.tasks.task.Task` of a name; None where it is that of other data."""
-    module = {**SFT, **CLASSIFY}.get(name)
-    return importlib.import_module(module).TASK if module else None
+
+def find_task(datasets: Sequence[str], kind: str) -> Any:
+    """Returns the `train.tasks.task.Task` of a name, or the one on a user's own rows.
+
+    Args:
+      datasets: the names of the data sets.
+      kind: `CHATS`, `STREAMED` or `TEXTS`.
+
+    Raises:
+      UserError: a task is named beside other data.
+    """
+    tasks = _NAMED.get(kind, {})
+    if len(datasets) > 1 and (alone := [name for name in datasets if name in tasks]):
+        raise UserError(
+            f"--dataset {alone[0]} is a task with rows and a test of its own: leave out "
+            f"{' '.join(name for name in datasets if name != alone[0])}"
+        )
+    return importlib.import_module(tasks.get(datasets[0], kind)).TASK

@@ -19,17 +19,18 @@ import jax
 import tyro
 from rich.console import Console
 
+from lora_jax.training.arguments import POSITIVE, at_least, check_numbers
+from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout
 from lora_jax.training.optimizers.named import Name
 from lora_jax.training.run.log import duration
-from train.console.errors import UserError, reported
+from train.console.errors import UserError, as_user_errors, reported
 from train.options.common import (
     AdapterConfig,
     Attention,
     Experts,
     OptimConfig,
     Remat,
-    at_least,
     check_offload,
 )
 from train.options.optim import with_optimizer_defaults
@@ -259,8 +260,10 @@ def make_job(asked: PlanConfig) -> tuple[Job, OptimConfig]:
 def check(options: PlanOptions) -> None:
     """Raises a UserError for options that are wrong for any model and machine."""
     asked, adapter = options.plan, options.adapter
-    at_least(1, asked, "batch_size", "grad_accum", "seq_len")
-    at_least(0, asked, "loss_chunk")
+    numbers = dict.fromkeys(("batch_size", "grad_accum", "seq_len"), at_least(1))
+    numbers |= dict.fromkeys(("tokens", "price", "capacity_gib", "peak_tflops"), POSITIVE)
+    with as_user_errors(TrainingError):
+        check_numbers(vars(asked), numbers | {"loss_chunk": at_least(0)})
     if asked.dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {asked.dtype}: float32 or bfloat16")
     if not 0 < asked.utilisation <= 1:
@@ -271,10 +274,6 @@ def check(options: PlanOptions) -> None:
         raise UserError(
             f"--mem-fraction {asked.mem_fraction}: a share of a GPU's memory, above 0 and at most 1"
         )
-    for name in ("tokens", "price", "capacity_gib", "peak_tflops"):
-        value = getattr(asked, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise UserError(f"--{name.replace('_', '-')} {value}: a positive number is needed")
     if adapter.init_adapter:
         raise UserError(
             "--init-adapter: an adapter's shapes come from options here, not from a folder"

@@ -14,7 +14,7 @@ import tyro
 from train.console.errors import UserError, flag, reported
 from train.console.output import closed_pipe, opened
 from train.console.progress import progress_of
-from train.options.ignored import given_options
+from train.options.field import given_options
 from train.predict.batches import probabilities
 from train.predict.classifier import find_classifier
 from train.predict.texts import (

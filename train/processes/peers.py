@@ -10,10 +10,10 @@ import contextlib
 import ipaddress
 import json
 import secrets
-import selectors
 import socket
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ import jax
 from train.processes.hosts import gathered
 
 LOST = "ended without a word: it was killed, ran out of memory, or its host is gone"
-_SECONDS = 5.0  # to reach process 0
+_SECONDS = 5.0  # to reach process 0, and to greet it
 _LONGEST = 2**16  # bytes of a message
 _MALFORMED = (ValueError, TypeError, KeyError, RecursionError)
 _KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # a host that is gone
@@ -40,9 +40,13 @@ class Peers:
         self._sending = threading.Lock()
         self._closed = False  # this process has said its last
         self._ended: set[int] = set()  # the processes that have
-        self._done = threading.Event()  # all connections are closed
-        self._thread = threading.Thread(target=self._listen, name="peers", daemon=True)
-        self._thread.start()
+        self._hearing = threading.Lock()  # `told` is called of one process at a time
+        self._threads = [
+            threading.Thread(target=self._listen, args=each, name="peers", daemon=True)
+            for each in connections.items()
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def tell(self, reason: str, code: int) -> None:
         """Tells the others that this process ends, and why."""
@@ -61,8 +65,10 @@ class Peers:
 
     def wait_for_the_others(self, seconds: float) -> None:
         """Has process 0 wait until the others have ended: JAX kills processes that lose it."""
-        if self.index == 0:
-            self._done.wait(seconds)
+        until = time.monotonic() + seconds
+        for thread in self._threads if self.index == 0 else ():
+            if thread is not threading.current_thread():  # which was told of an end
+                thread.join(max(0.0, until - time.monotonic()))
 
     def _send(self, message: dict[str, Any], besides: int | None = None) -> None:
         line = f"{json.dumps(message)}\n".encode()
@@ -72,43 +78,29 @@ class Peers:
                     with contextlib.suppress(OSError):  # it ended already
                         connection.sendall(line)
 
-    def _listen(self) -> None:
-        """Passes on the messages of the others, until all have ended."""
-        waiting = selectors.DefaultSelector()
-        for process, connection in self._connections.items():
-            waiting.register(connection, selectors.EVENT_READ, (process, bytearray()))
-        ending: set[int] = set()  # whose connection may break
-        while waiting.get_map():
-            for key, _ in waiting.select():
-                process, received = key.data
-                try:
-                    data = key.fileobj.recv(4096)  # type: ignore[union-attr]
-                except OSError:
-                    data = b""
-                received += data
-                try:
-                    for message in _messages(received):
-                        ending.add(message["process"])
-                        self._hear(message, process)
-                except _MALFORMED:  # the connection is at fault, not this process
-                    data = b""
-                if not data:
-                    waiting.unregister(key.fileobj)
-                    with self._sending:  # who has ended is still told that this process has, too
-                        self._ended.add(process)
-                        if self._closed:
-                            self._connections.pop(process).close()
-                    if process not in ending:
-                        self._hear({"process": process, "reason": LOST, "code": 1}, process)
-        waiting.close()
-        self._done.set()
+    def _listen(self, process: int, connection: socket.socket) -> None:
+        """Passes on the messages of another process, until it has ended."""
+        ending = False  # whether the connection may break
+        # Of a malformed message, the connection is at fault, not this process.
+        with contextlib.suppress(OSError, *_MALFORMED), connection.makefile("rb") as lines:
+            while line := lines.readline(_LONGEST):
+                message = dict(json.loads(line))
+                ending = ending or message["process"] == process
+                self._hear(message, process)
+        with self._sending:  # who has ended is still told that this process has, too
+            self._ended.add(process)
+            if self._closed:
+                self._connections.pop(process).close()
+        if not ending:
+            self._hear({"process": process, "reason": LOST, "code": 1}, process)
 
     def _hear(self, message: dict[str, Any], sender: int) -> None:
         if message["reason"] is None:
             return
         if self.index == 0:
             self._send(message, besides=sender)
-        self._told(message["process"], message["reason"], message["code"])
+        with self._hearing:
+            self._told(message["process"], message["reason"], message["code"])
 
 
 def connect(coordinator: str | None, told: Told) -> Peers | str:
@@ -141,26 +133,12 @@ def connect(coordinator: str | None, told: Told) -> Peers | str:
                 accepting.join()
     if all(reached):
         return Peers(connections, told)
-    for connection in connections.values():
+    for connection in [*connections.values()]:
         connection.close()
     return (
         f"process {reached.index(False)} does not reach process 0 at "
         f"{offer['host']}:{offer['port']}"
     )
-
-
-def _messages(received: bytearray) -> Iterator[dict[str, Any]]:
-    """Yields the messages that have arrived whole, and takes them away.
-
-    Raises:
-      ValueError, TypeError, KeyError, RecursionError: a line is no message.
-    """
-    while b"\n" in received:
-        line, _, rest = bytes(received).partition(b"\n")
-        received[:] = rest
-        yield dict(json.loads(line))
-    if len(received) > _LONGEST:
-        raise ValueError("a message without an end")
 
 
 def _server(coordinator: str | None) -> tuple[socket.socket, str]:
@@ -194,41 +172,30 @@ def _reached(offer: dict[str, Any]) -> socket.socket | None:
 
 
 def _accept(server: socket.socket, token: str, connections: dict[int, socket.socket]) -> None:
-    """Adds the connection of each other process; closes those that do not know the token.
+    """Adds the connection of each other process, until all are there or the server is closed."""
+    with contextlib.suppress(OSError):  # the server is closed
+        server.settimeout(0.05)
+        while len(connections) < jax.process_count() - 1:
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                continue
+            args = (connection, token, connections)  # no connection has to wait for another
+            threading.Thread(target=_greet, args=args, name="greet", daemon=True).start()
 
-    Ends when all are there or the server is closed. No connection has to wait for another.
-    """
-    server.setblocking(False)
-    with selectors.DefaultSelector() as waiting:
-        waiting.register(server, selectors.EVENT_READ)
-        while len(connections) < jax.process_count() - 1 and server.fileno() >= 0:
-            for key, _ in waiting.select(timeout=0.2):
-                if key.fileobj is server:
-                    with contextlib.suppress(OSError):
-                        connection, _ = server.accept()
-                        connection.setblocking(False)
-                        waiting.register(connection, selectors.EVENT_READ, bytearray())
-                    continue
-                connection, received = key.fileobj, key.data  # type: ignore[assignment]
-                try:
-                    received += (data := connection.recv(1024))
-                    hello = next(_messages(received), None)
-                    if hello is None and data:
-                        continue
-                    known = hello is not None and hello["token"] == token
-                    process = int(hello["process"]) if hello is not None else -1
-                except (OSError, *_MALFORMED):
-                    known = False
-                waiting.unregister(connection)
-                if not known:
-                    connection.close()
-                    continue
-                with contextlib.suppress(OSError):  # it is gone already
-                    connection.setblocking(True)
-                    connection.sendall(b"\n")
-                    connections[process] = _kept_alive(connection)
-        for key in [key for key in waiting.get_map().values() if key.fileobj is not server]:
-            key.fileobj.close()  # type: ignore[union-attr]
+
+def _greet(connection: socket.socket, token: str, connections: dict[int, socket.socket]) -> None:
+    """Adds a connection that knows the token; closes another one."""
+    with contextlib.suppress(OSError, *_MALFORMED):
+        connection.settimeout(_SECONDS)
+        with connection.makefile("rb") as lines:
+            hello = json.loads(lines.readline(_LONGEST))
+        if hello["token"] == token:
+            process = int(hello["process"])
+            connection.sendall(b"\n")
+            connections[process] = _kept_alive(connection)
+            return
+    connection.close()
 
 
 def _kept_alive(connection: socket.socket) -> socket.socket:

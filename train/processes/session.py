@@ -23,6 +23,7 @@ from rich.console import Console
 from lora_jax.training.errors import Interrupted, TrainingError
 from lora_jax.training.run.stop import Stop
 from train.console.errors import BAD_INPUT, file_problem, flag
+from train.console.output import tell
 from train.processes.peers import LOST, Peers, connect
 
 _PATIENCE = 5.0  # seconds for the main thread to end by itself
@@ -92,12 +93,11 @@ class Session:
         if isinstance(peers, Peers):
             self._peers = peers
         else:
-            console.print(
+            tell(
+                console,
                 f"warning: {peers}: if a process ends early, the others end only once JAX misses "
                 "its heartbeat, after 100 seconds. To end at once, allow connections between the "
                 "hosts on all ports",
-                highlight=False,
-                soft_wrap=True,
             )
 
     def _hear(self, process: int, why: str, code: int) -> None:

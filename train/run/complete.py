@@ -29,33 +29,6 @@ def tokenized(outline: Outline, chats: Sequence[Chat]) -> list[list[int]]:
     return outline.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def complete(
-    model: Any,
-    params: Any,
-    outline: Outline,
-    chats: Sequence[Chat],
-    *,
-    new_tokens: int,
-    forward: Callable[..., Any] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[str]:
-    """Returns the assistant's next turn in each chat; see `answered`.
-
-    Args:
-      model, params, outline, new_tokens, forward, progress: see `answered`.
-      chats: the turns so far; the last one is the user's.
-    """
-    return answered(
-        model,
-        params,
-        outline,
-        tokenized(outline, chats),
-        new_tokens=new_tokens,
-        forward=forward,
-        progress=progress,
-    )
-
-
 def answered(
     model: Any,
     params: Any,

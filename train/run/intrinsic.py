@@ -26,10 +26,7 @@ def space_of(config: Options, params: Any) -> Subspace | None:
         return None
     with as_user_errors(ValueError, prefix=f"--intrinsic {adapter.intrinsic}: "):
         return subspace.make(
-            params,
-            dimension=adapter.intrinsic,
-            kind=adapter.intrinsic_kind,
-            seed=config.optim.seed,
+            params, dimension=adapter.intrinsic, kind=adapter.intrinsic_kind, seed=config.optim.seed
         )
 
 

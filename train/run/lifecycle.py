@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import shlex
 import sys
@@ -26,22 +27,16 @@ from lora_jax.training.run.checkpoints import Checkpoints
 from lora_jax.training.run.stop import Stop
 from train.adapters.source import find_adapter
 from train.console.errors import as_user_errors, flag
+from train.console.output import tell
 from train.options.common import Options
+from train.options.file import effective
 from train.options.optim import make_optimizer, make_schedule, optimizer_line
-from train.options.written import effective
 from train.reporters.files import SAMPLES, read_json, read_lines
 from train.reporters.registry import trackers
 from train.reporters.reporting import Reporting
+from train.run import output
 from train.run.intrinsic import space_of
-from train.run.log import Log, QuietLog, draw_curve, open_log, read_metrics
-from train.run.output import (
-    ADAPTER,
-    CHECKPOINTS,
-    FACTS,
-    START,
-    begin,
-    folder_bytes,
-)
+from train.run.log import Log, QuietLog, draw_curve, read_metrics
 from train.run.pretrained import Outline
 from train.run.report import peak_bytes, print_best, versions
 from train.run.rules import rules
@@ -83,8 +78,8 @@ def adapt_base(config: Options, outline: Outline, plain: Any, folder: Path, key:
         source = find_adapter(config.adapter.init_adapter, "--init-adapter")
         return source.load(outline, plain, outline.name, allow_base_mismatch=mismatch)
     with as_user_errors(ValueError):
-        if config.run.resume and (folder / START).exists():
-            return lj.load_adapter(folder / START, plain, allow_base_mismatch=mismatch)
+        if config.run.resume and (folder / output.START).exists():
+            return lj.load_adapter(folder / output.START, plain, allow_base_mismatch=mismatch)
         chosen = rules(config.adapter, outline)
         return lj.lorafy(plain, chosen, key=key, kinds=outline.kinds)
 
@@ -103,9 +98,8 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> R
     """
     optim = run.config.optim
     summary = lj.summary(params)
-    run.console.print(summary, highlight=False, soft_wrap=True)
     params = run.layout.placed(params)
-    run.console.print(optimizer_line(optim, params), highlight=False, soft_wrap=True)
+    tell(run.console, summary, optimizer_line(optim, params))
     schedule = make_schedule(optim, run.rate, run.steps)
     ready = make_ready(
         params,
@@ -114,7 +108,7 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> R
         optimizer=make_optimizer(optim, schedule, params),
         schedule=schedule,
         key=key,
-        checkpoints=Checkpoints(run.folder / CHECKPOINTS, run.config.run.keep),
+        checkpoints=Checkpoints(run.folder / output.CHECKPOINTS, run.config.run.keep),
         best=_best(run),
         noise=optim.neftune,
     )
@@ -124,36 +118,34 @@ def begin_run(run: Run, params: Any, key: jax.Array, facts: dict[str, Any]) -> R
         ready = resumed(ready, run.steps)
         done = int(ready.state.step)
         said = f"going on after step {done}" if done else "no checkpoint yet: beginning at step 0"
-        run.console.print(said, highlight=False)
-        if warning := _moved(run, schedule, done):
-            run.console.print(warning, highlight=False, soft_wrap=True)
+        tell(run.console, said, *_moved(run, schedule, done))
     resolved = {"steps": run.steps, "examples": run.feed.n_examples, "lr": run.rate}
     facts = {"resolved": resolved, **facts, "summary": summary, "versions": versions()}
     wait_for_all("the options of all processes are checked")
     if is_first():
-        begin(run.folder, run.config, run.script, facts)
+        output.begin(run.folder, run.config, run.script, facts)
     wait_for_all("the run has begun")
-    if takes_from_base(params) and not (run.folder / START).exists():
+    if takes_from_base(params) and not (run.folder / output.START).exists():
         # So that --resume decomposes nothing again.
-        lj.save_adapter(run.folder / START, params, about=run.about)
+        lj.save_adapter(run.folder / output.START, params, about=run.about)
     return ready
 
 
-def _moved(run: Run, schedule: optax.Schedule, done: int) -> str | None:
-    """Returns a warning if a new number of steps changes the learning rate from here on."""
-    began = read_json(run.folder / FACTS).get("resolved", {})
+def _moved(run: Run, schedule: optax.Schedule, done: int) -> tuple[str, ...]:
+    """Returns a line of warning if a new number of steps changes the learning rate from here on."""
+    began = read_json(run.folder / output.FACTS).get("resolved", {})
     optim = run.config.optim
     if not done or not {"steps", "lr"} <= began.keys():
-        return None
+        return ()
     was = make_schedule(optim, began["lr"], began["steps"])
     here, there = float(was(done)), float(schedule(done))
     if began["steps"] == run.steps or math.isclose(here, there, rel_tol=1e-6):
-        return None
+        return ()
     return (
         f"warning: the run began with {began['steps']} steps and now has {run.steps}, so its "
         f"{optim.schedule} schedule is another one: the learning rate goes on at {there:.2e}, not "
         f"at {here:.2e}. To go on without this jump, give {flag('steps', began['steps'])}; for a "
-        "length that may change, begin a run with --schedule constant or wsd"
+        "length that may change, begin a run with --schedule constant or wsd",
     )
 
 
@@ -181,9 +173,21 @@ def open_run_log(run: Run, ready: Ready, done: int) -> Iterator[Log | QuietLog]:
       ready: the state that it begins with.
       done: the number of steps before.
     """
-    with contextlib.ExitStack() as held:
-        reporting = held.enter_context(_reporting(run)) if is_first() else None
-        yield open_log(
+    if not is_first():
+        yield QuietLog()
+        return
+    facts = read_json(run.folder / output.FACTS)
+    reporting = Reporting(
+        run.folder,
+        {name: one.reporter for name, one in trackers(run.config.run.report_to).items()},
+        config=effective(run.config) | {"summary": facts.get("summary")},
+        project=run.config.run.report_project,
+        lines=read_metrics(run.folder),
+        samples=read_lines(run.folder / SAMPLES),
+        warn=functools.partial(tell, run.console),
+    )
+    with reporting:
+        yield Log(
             run.folder,
             run.console,
             first=done,
@@ -196,7 +200,7 @@ def open_run_log(run: Run, ready: Ready, done: int) -> Iterator[Log | QuietLog]:
 def keep_adapter(run: Run, ready: Ready, trained: Any) -> None:
     """Saves the adapter of a run that is over."""
     best = {} if ready.best is None else ready.best.about
-    lj.save_adapter(run.folder / ADAPTER, trained, about=run.about | best, overwrite=True)
+    lj.save_adapter(run.folder / output.ADAPTER, trained, about=run.about | best, overwrite=True)
 
 
 def report_of(
@@ -212,26 +216,12 @@ def report_of(
         "skipped_steps": [line["step"] for line in metrics if "skipped" in line],
         "median_step_seconds": step_seconds,
         "peak_bytes": peak_bytes(),
-        "adapter_bytes": folder_bytes(run.folder / ADAPTER),
+        "adapter_bytes": output.folder_bytes(run.folder / output.ADAPTER),
     }
     if ready.best is not None:
         print_best(run.console, ready.best, run.config.run.patience)
         report |= {"best": ready.best.about, "ended_early": ready.best.is_over}
     return report
-
-
-def _reporting(run: Run) -> Reporting:
-    """Opens the reporters of --report-to."""
-    facts = read_json(run.folder / FACTS)
-    return Reporting(
-        run.folder,
-        {name: one.reporter for name, one in trackers(run.config.run.report_to).items()},
-        config=effective(run.config) | {"summary": facts.get("summary")},
-        project=run.config.run.report_project,
-        lines=read_metrics(run.folder),
-        samples=read_lines(run.folder / SAMPLES),
-        warn=lambda text: run.console.print(text, highlight=False, soft_wrap=True, markup=False),
-    )
 
 
 def resume_hint(script: str) -> str:

@@ -5,6 +5,7 @@ curve are fed from them. A resumed run drops the lines after its checkpoint, so 
 step appears twice.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_jax.training.losses import HELD_OUT, SCORE
-from lora_jax.training.processes import is_first
 from lora_jax.training.run.log import Line, NullLog, duration, losses_of
+from train.console.output import tell
 from train.reporters.contract import Sample
 from train.reporters.files import METRICS, SAMPLES, read_lines, write_lines
 from train.reporters.reporting import Reporting
@@ -95,9 +96,10 @@ class Log:
     def skipped(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records that a step was skipped, and prints why."""
         self._record({"step": step, "skipped": 1.0})
-        self._print(
+        tell(
+            self._console,
             f"step {step} skipped: its loss is {metrics['loss']}, its count {metrics['count']}, "
-            f"its gradient's norm {metrics['grad_norm']}"
+            f"its gradient's norm {metrics['grad_norm']}",
         )
 
     def add(self, line: Line) -> None:
@@ -107,11 +109,11 @@ class Log:
             self._show(line)
         elif f"{HELD_OUT}loss" in line:
             held_out = {k.removeprefix(HELD_OUT): v for k, v in line.items()}
-            self._print(f"step {line['step']}: held-out {losses_of(held_out)}")
+            tell(self._console, f"step {line['step']}: held-out {losses_of(held_out)}")
         else:
             found = {k: v for k, v in line.items() if k.startswith(SCORE)}
             scores = (f"{k.removeprefix(SCORE)} {v:.4g}" for k, v in found.items())
-            self._print(f"step {line['step']}: score {'  '.join(scores)}")
+            tell(self._console, f"step {line['step']}: score {'  '.join(scores)}")
 
     def sampled(self, step: int, samples: Sequence[Sample]) -> None:
         """Records what the model answered after a step, and prints it."""
@@ -122,9 +124,12 @@ class Log:
                 file.write(f"{json.dumps(line, ensure_ascii=False)}\n")
         if self._reporting is not None:
             self._reporting.samples(step, samples, at)
-        self._print(f"step {step}: sampled answers")
+        tell(self._console, f"step {step}: sampled answers")
         for sample in samples:
-            self._print(f"  > {_in_one_line(sample.prompt)}\n    {_in_one_line(sample.answer)}")
+            tell(
+                self._console,
+                f"  > {_in_one_line(sample.prompt)}\n    {_in_one_line(sample.answer)}",
+            )
 
     def _record(self, line: Line) -> Line:
         line = {**line, "time": round(time.time(), 3)}
@@ -141,10 +146,7 @@ class Log:
             return
         done = line["step"] - self._first
         left = (time.monotonic() - self._began) / max(done, 1) * (self._last - line["step"])
-        self._print(f"step {line['step']}/{self._last}  {text}  {duration(left)} left")
-
-    def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+        tell(self._console, f"step {line['step']}/{self._last}  {text}  {duration(left)} left")
 
 
 class QuietLog(NullLog):
@@ -154,29 +156,16 @@ class QuietLog(NullLog):
         """Keeps nothing."""
 
 
-def open_log(
-    folder: Path,
-    console: Console,
-    *,
-    first: int,
-    last: int,
-    owed: Sequence[str] = (),
-    reporting: Reporting | None = None,
-) -> Log | QuietLog:
-    """Returns the log of this process; only the first one writes. See `Log`."""
-    if not is_first():
-        return QuietLog()
-    return Log(folder, console, first=first, last=last, owed=owed, reporting=reporting)
-
-
 def _replay(reporting: Reporting, lines: Sequence[Line], answered: Sequence[Line]) -> None:
     """Reports the record of an earlier process; reporters skip what they already have."""
-    for step in sorted({line["step"] for line in (*lines, *answered)}):
-        for line in lines:
-            if line["step"] == step:
+    both = sorted([*lines, *answered], key=lambda line: line["step"])
+    for step, group in itertools.groupby(both, key=lambda line: line["step"]):
+        of_step = [*group]
+        for line in of_step:
+            if "answer" not in line:
                 reporting.line(line)
-        if of_step := [line for line in answered if line["step"] == step]:
-            samples = [Sample(line["prompt"], line["answer"]) for line in of_step]
+        samples = [Sample(line["prompt"], line["answer"]) for line in of_step if "answer" in line]
+        if samples:
             reporting.samples(step, samples, of_step[-1]["time"])
 
 
@@ -202,13 +191,13 @@ def doing(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
             status.update(f"{what}: {done} of {total}")
         elif time.monotonic() - shown >= _LINE_SECONDS and done < total:
             shown = time.monotonic()
-            console.print(f"{what}: {done} of {total}", highlight=False, soft_wrap=True)
+            tell(console, f"{what}: {done} of {total}")
 
     if not console.is_terminal:
-        console.print(f"{what} …", highlight=False, soft_wrap=True)
+        tell(console, f"{what} …")
     with console.status(what) as status:
         yield progress
-    console.print(f"{what}: {duration(time.monotonic() - began)}", highlight=False)
+    tell(console, f"{what}: {duration(time.monotonic() - began)}")
 
 
 def read_metrics(folder: Path) -> list[Line]:

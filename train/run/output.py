@@ -1,22 +1,21 @@
 """The output folder of a run: its files, the check before a run, and its clearing."""
 
-import shutil
 import tempfile
-from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from lora_jax.training.arguments import CHECKPOINTS, START, clear
 from lora_jax.training.processes import is_first, write_json, write_text
 from lora_jax.training.run.best import BEST
 from lora_jax.training.run.checkpoints import RECORD
 from lora_jax.training.run.lock import FolderLock
 from train.adapters.source import ADAPTER
-from train.console.errors import UserError
+from train.console.errors import UserError, as_user_errors
 from train.options.common import Options
-from train.options.written import as_file, check_same_run, from_file
+from train.options.file import as_file, check_same_run, from_file
 from train.reporters.files import ERROR, LEDGER, LOG, METRICS, SAMPLES
 from train.reporters.registry import TRACKERS
 from train.run.log import CURVE, read_metrics
@@ -26,8 +25,6 @@ FACTS = "facts.json"  # what came of them: steps, sizes, versions
 SCORES = "scores.json"
 CONFUSION = "confusion.png"
 REPORT = "report.json"
-START = "start"
-CHECKPOINTS = "checkpoints"
 _RESULTS = (CONFIG, FACTS, SCORES, REPORT, ADAPTER, BEST, METRICS, SAMPLES, CURVE, CONFUSION)
 _REPORTS = (LEDGER, LOG, ERROR, *(one.files for one in TRACKERS.values() if one.files))
 _OURS = (*_RESULTS, *_REPORTS, START, CHECKPOINTS, RECORD)
@@ -119,13 +116,10 @@ def _saved_options(config: Options, folder: Path) -> dict[str, Any]:
             f"--resume: there is no run in {folder} ({CONFIG} is missing); start one without "
             "--resume"
         )
-    try:
+    said = f"--resume: {path} is damaged, or of another script ("
+    remedy = "); put it right, or begin again with --overwrite"
+    with as_user_errors(UserError, prefix=said, suffix=remedy):
         return from_file(path, config)
-    except UserError as error:
-        raise UserError(
-            f"--resume: {path} is damaged, or of another script ({error}); put it right, or begin "
-            "again with --overwrite"
-        ) from None
 
 
 def begin(folder: Path, config: Options, script: str, facts: dict[str, Any]) -> None:
@@ -134,16 +128,6 @@ def begin(folder: Path, config: Options, script: str, facts: dict[str, Any]) -> 
         clear(folder, _OURS)
     write_json(folder / FACTS, facts)
     write_text(folder / CONFIG, as_file(config, script))
-
-
-def clear(folder: Path, names: Iterable[str]) -> None:
-    """Deletes files and folders of these names in a folder, those that are there."""
-    for name in names:
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -9,23 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax import models
 from lora_jax.hf.bundled import BUNDLES
 from lora_jax.hf.coded import STORED
 from lora_jax.hf.hub import resolve, resolve_config, revision_of
 from lora_jax.hf.load import absent_rows, shapes_of
 from lora_jax.hf.tokenizer import load_tokenizer
-from lora_jax.models import (
-    ConfigError,
-    DecoderConfig,
-    EncoderConfig,
-    GPT2Config,
-    ModelNotFound,
-    WeightsError,
-    fetch,
-    key_table,
-    kinds,
-    with_rope_scaling,
-)
 from lora_jax.models.encoder.families import FAMILIES as ENCODERS
 from lora_jax.models.pretrained import from_pretrained, open_source, read_config_file
 from lora_jax.quantized import is_coded
@@ -33,6 +22,7 @@ from lora_jax.training.ready import not_finite
 from train.console.errors import UserError, as_user_errors
 from train.options.rope import as_text
 
+_OF_MODEL = (models.ConfigError, models.WeightsError, models.ModelNotFound)
 _OF_BASE = ("rope_scaling", "quantize")  # what an adapter says of its base, beside its name
 
 
@@ -42,7 +32,7 @@ class Outline:
 
     name: str
     tokenizer: Any
-    config: DecoderConfig | GPT2Config | EncoderConfig
+    config: models.DecoderConfig | models.GPT2Config | models.EncoderConfig
     params: dict[str, Any]  # jax.ShapeDtypeStruct leaves
     # An encoder's head, a decoder's scaled RoPE, codes: keywords of `from_pretrained`.
     head: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -51,7 +41,7 @@ class Outline:
     @property
     def kinds(self) -> dict[str, Any]:
         """The kind of each parameter, by path; see `lora_jax.models.kinds`."""
-        return dict(kinds(self.config))
+        return dict(models.kinds(self.config))
 
     def paths(self, kind: str) -> list[str]:
         """Returns the paths of the parameters of a kind."""
@@ -76,7 +66,7 @@ class Outline:
     @property
     def max_tokens(self) -> int:
         """The most tokens of a row."""
-        if isinstance(self.config, EncoderConfig):
+        if isinstance(self.config, models.EncoderConfig):
             return self.config.max_tokens
         return self.config.max_position_embeddings
 
@@ -95,8 +85,8 @@ class Outline:
         """
         if scaling is None:
             return self
-        with as_user_errors(ConfigError, prefix=f"--rope-scaling {as_text(scaling)}: "):
-            config = with_rope_scaling(self.config, scaling)
+        with as_user_errors(models.ConfigError, prefix=f"--rope-scaling {as_text(scaling)}: "):
+            config = models.with_rope_scaling(self.config, scaling)
         head = {**self.head, "rope_scaling": dict(scaling)}
         return dataclasses.replace(self, config=config, head=head)
 
@@ -113,11 +103,13 @@ class Outline:
             return self
         head = {**self.head, "quantize": quantize}
         given = f"--quantize {quantize}: "
-        with as_user_errors(ConfigError, WeightsError, ModelNotFound, ValueError, prefix=given):
+        with as_user_errors(*_OF_MODEL, ValueError, prefix=given):
             if quantize == STORED and resolve_config(self.name).suffix != ".gguf":
-                raise ConfigError(f"{self.name} is no GGUF file: choose a format, such as nf4")
+                raise models.ConfigError(
+                    f"{self.name} is no GGUF file: choose a format, such as nf4"
+                )
             source = open_source(resolve(self.name).path) if quantize == STORED else None
-            params = shapes_of(key_table(self.config), jnp.float32, quantize, source)
+            params = shapes_of(models.key_table(self.config), jnp.float32, quantize, source)
         return dataclasses.replace(self, head=head, params=params)
 
     def shapes(self, dtype: Any, *, arrays: bool = False) -> dict[str, Any]:
@@ -138,7 +130,7 @@ class Outline:
 
 @contextmanager
 def _model_errors(name: str) -> Iterator[None]:
-    with as_user_errors(ConfigError, WeightsError, ModelNotFound, prefix=f"--model {name}: "):
+    with as_user_errors(*_OF_MODEL, prefix=f"--model {name}: "):
         yield
 
 
@@ -151,11 +143,13 @@ def read_outline(name: str) -> Outline:
       UserError: the model cannot be read, or does not continue texts.
     """
     outline = _outline(name)
-    if isinstance(outline.config, EncoderConfig):
-        raise UserError(
-            f"--model {name}: a {outline.config.model_type} model does not continue texts"
-        )
+    _check_continues(name, outline.config)
     return outline
+
+
+def _check_continues(name: str, config: Any) -> None:
+    if isinstance(config, models.EncoderConfig):
+        raise UserError(f"--model {name}: a {config.model_type} model does not continue texts")
 
 
 def read_fields(name: str) -> dict[str, Any]:
@@ -165,7 +159,7 @@ def read_fields(name: str) -> dict[str, Any]:
       UserError: the model cannot be found.
     """
     with _model_errors(name):
-        path = fetch(name)
+        path = models.fetch(name)
     try:
         fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -186,7 +180,7 @@ def read_classifier_outline(name: str, num_labels: int | None) -> Outline:
     kind = read_fields(name).get("model_type")
     if kind is None:
         with _model_errors(name):
-            kind = open_source(fetch(name)).config.model_type
+            kind = open_source(models.fetch(name)).config.model_type
     if kind not in ENCODERS:
         raise UserError(
             f"--model {name}: a {kind} model has no head for classes here; a BERT, "
@@ -207,11 +201,10 @@ def read_shapes(name: str) -> Outline:
     """
     with _model_errors(name):
         if name in BUNDLES:
-            fetch(name)  # for other models, the configuration is enough
+            models.fetch(name)  # for other models, the configuration is enough
         path = resolve_config(name)
         config = open_source(path).config if path.suffix == ".gguf" else read_config_file(path)
-    if isinstance(config, EncoderConfig):
-        raise UserError(f"--model {name}: a {config.model_type} model does not continue texts")
+    _check_continues(name, config)
     return Outline(name, None, config, _abstract(config))
 
 
@@ -226,7 +219,7 @@ def read_untokenized(name: str, **head: Any) -> Outline:
       UserError: the model cannot be read.
     """
     with _model_errors(name):
-        source = open_source(fetch(name), **head)
+        source = open_source(models.fetch(name), **head)
         absent = tuple(row.path for row in absent_rows(source))
     return Outline(name, None, source.config, _abstract(source.config), head, absent)
 
@@ -241,31 +234,17 @@ def _outline(name: str, **head: Any) -> Outline:
 
 
 def _abstract(config: Any) -> dict[str, Any]:
-    return shapes_of(key_table(config), jnp.float32)
+    return shapes_of(models.key_table(config), jnp.float32)
 
 
 def read_model(
-    name: str,
-    *,
-    dtype: str,
-    param_dtype: str | None = None,
-    remat: bool | str = False,
-    attention: str = "auto",
-    experts: str = "auto",
-    **options: Any,
+    name: str, *, dtype: str, param_dtype: str | None = None, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Reads a model with its weights; fetches files if need be. See `models.from_pretrained`."""
+    of_params = None if param_dtype is None else jnp.dtype(param_dtype)
     with _model_errors(name):
-        fetch(name)
-        return from_pretrained(
-            name,
-            dtype=jnp.dtype(dtype),
-            param_dtype=None if param_dtype is None else jnp.dtype(param_dtype),
-            remat=remat,
-            attention=attention,
-            experts=experts,
-            **options,
-        )
+        models.fetch(name)
+        return from_pretrained(name, dtype=jnp.dtype(dtype), param_dtype=of_params, **options)
 
 
 def check_weights(outline: Outline, params: Any) -> None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from lora_jax.quantized import bytes_of
 from lora_jax.training.run.best import Best
 from train.console.errors import flag
+from train.console.output import tell
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "lora_jax")
 
@@ -93,14 +94,13 @@ def print_best(console: Console, best: Best, patience: int | None) -> None:
             f"ended early: no better {best.metric} for {standing.waited} measurements "
             f"({flag('patience', patience)}); {said}"
         )
-    console.print(said, highlight=False, soft_wrap=True)
+    tell(console, said)
 
 
 def print_adapter(console: Console, adapter: Path, report: Mapping[str, Any]) -> None:
     """Prints an adapter's folder and size, and the base's size."""
-    console.print(
+    tell(
+        console,
         f"adapter saved in {adapter}: {megabytes(report['adapter_bytes'])} beside "
         f"the base's {megabytes(report['base_bytes'])}",
-        highlight=False,
-        soft_wrap=True,
     )

@@ -1,6 +1,7 @@
 """The task of fine-tuning on a user's chats, or pairs of prompt and completion."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,17 @@ from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, token_loss
 from train.console.errors import UserError, flag
+from train.console.output import tell
 from train.data.chats import tokenize
-from train.data.dataset import Dataset, find
-from train.data.fields import pairs_of
-from train.data.named import named
+from train.data.dataset import Dataset, find, pairs_of
+from train.data.files import named
 from train.options.defaults import Defaults
 from train.options.rope import parse_rope_scaling
 from train.options.sft import Config
 from train.processes import hosts
 from train.run.output import saved_options
 from train.run.pretrained import Outline, read_outline
-from train.tasks.lengths import padding_line
-from train.tasks.task import Data, Rows, Task
+from train.tasks.task import Data, Rows, Task, padding_line
 
 _LARGE = 2**30  # bytes of files that are better streamed
 _HELD_OUT_STREAM = 2**32 + 1  # no epoch's number: the draw is none of the data's orders
@@ -51,13 +51,13 @@ def read_rows(config: Config) -> Rows:
     data = config.data
     names = [dataset.name for dataset in named(data.dataset)]
     used: set[str] | None = set() if data.fields and len(names) > 1 else None
-    train = [found(config, name, data.split, data.rows, used) for name in names]
+    look = _finder(config, used)
+    train = [look(name, split=data.split, rows=data.rows) for name in names]
     if (n_bytes := sum(dataset.n_bytes for dataset in train)) > _LARGE:
-        hosts.console().print(
+        tell(
+            hosts.console(),
             f"{n_bytes / 1e9:,.1f} GB are read into memory, where they take several times as much; "
             "--stream reads them while training",
-            highlight=False,
-            soft_wrap=True,
         )
     for dataset in train:
         dataset.check(again=used is not None)
@@ -66,26 +66,24 @@ def read_rows(config: Config) -> Rows:
             f"{flag('fields', *data.fields)}: none of {', '.join(names)} has `{unused[0]}` in its "
             "first row"
         )
-    if data.eval_dataset is None:
-        return Rows(train, [])
-    held_out = found(config, data.eval_dataset, data.eval_split, None, used)
-    held_out.check()
-    return Rows(train, [held_out])
+    return Rows(train, to_measure(config, used))
 
 
-def found(
-    config: Config, name: str, split: str, rows: int | None, used: set[str] | None
-) -> Dataset:
-    """Returns a data set, read as the options say; see `find`."""
+def to_measure(config: Config, used: set[str] | None = None) -> list[Dataset]:
+    """Returns the data set of --eval-dataset, checked, if there is one; see `find`."""
     data = config.data
-    return find(
-        name,
-        split=split,
-        subset=data.subset,
-        fields=data.fields,
-        used=used,
-        rows=rows,
-        kept_in=data.token_cache,
+    if data.eval_dataset is None:
+        return []
+    held_out = _finder(config, used)(data.eval_dataset, split=data.eval_split)
+    held_out.check()
+    return [held_out]
+
+
+def _finder(config: Config, used: set[str] | None) -> Callable[..., Dataset]:
+    """Returns `find` as the options say."""
+    data = config.data
+    return functools.partial(
+        find, subset=data.subset, fields=data.fields, used=used, kept_in=data.token_cache
     )
 
 
@@ -183,7 +181,7 @@ def described(packs: Packs, *, packing: bool) -> str:
     """Returns how full the padded or packed sequences are, in words."""
     if packing:
         return (
-            f"{len(packs.numbers):,} rows are packed into {len(packs):,} sequences of "
+            f"{len(packs.table):,} rows are packed into {len(packs):,} sequences of "
             f"{packs.lengths[-1]} tokens, {100 * packs.filled:.1f}% filled"
         )
     return padding_line(len(packs), "rows", packs.lengths, packs.filled)

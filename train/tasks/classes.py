@@ -9,13 +9,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from sklearn.metrics import (
-    ConfusionMatrixDisplay,
-    accuracy_score,
-    confusion_matrix,
-    f1_score,
-    precision_recall_fscore_support,
-)
+from sklearn import metrics
+
+from train.tasks.task import print_figures
 
 _MISTAKES = 8
 
@@ -28,25 +24,19 @@ def scores_of(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -
       names: the classes.
     """
     classes = range(len(names))
-    precision, recall, f1, support = precision_recall_fscore_support(
+    found = metrics.precision_recall_fscore_support(
         labels, predicted, labels=classes, zero_division=0.0
     )
-    of_class = {
-        name: {
-            "precision": float(precision[i]),
-            "recall": float(recall[i]),
-            "f1": float(f1[i]),
-            "texts": int(support[i]),
-        }
-        for i, name in enumerate(names)
-    }
+    columns = ("precision", "recall", "f1", "texts")
+    rows = zip(*(array.tolist() for array in found), strict=True)
     return {
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "macro_f1": float(
-            f1_score(labels, predicted, labels=classes, average="macro", zero_division=0.0)
-        ),
-        "classes": of_class,
-        "confusion": confusion_matrix(labels, predicted, labels=classes).tolist(),
+        "accuracy": float(metrics.accuracy_score(labels, predicted)),
+        "macro_f1": float(found[2].mean()),
+        "classes": {
+            name: dict(zip(columns, row, strict=True))
+            for name, row in zip(names, rows, strict=True)
+        },
+        "confusion": metrics.confusion_matrix(labels, predicted, labels=classes).tolist(),
     }
 
 
@@ -56,7 +46,7 @@ def draw_confusion(path: Path, confusion: Sequence[Sequence[int]], names: Sequen
     size = 3.2 + 0.6 * len(names)
     figure = Figure(figsize=(size + 0.8, size))  # without pyplot: no window, no global state
     axes = figure.subplots()
-    shown = ConfusionMatrixDisplay(matrix, display_labels=list(names))
+    shown = metrics.ConfusionMatrixDisplay(matrix, display_labels=list(names))
     rotation = "horizontal" if len(names) < 6 else "vertical"
     shown.plot(ax=axes, cmap="Blues", colorbar=False, values_format="d", xticks_rotation=rotation)
     axes.set(xlabel="predicted", ylabel="label")
@@ -66,25 +56,22 @@ def draw_confusion(path: Path, confusion: Sequence[Sequence[int]], names: Sequen
 
 def print_scores(console: Console, ways: Mapping[str, Mapping[str, Any]], n: int) -> None:
     """Prints a table of accuracy and macro F1 in %, with a row per classifier."""
-    table = Table(title=f"{n} held-out texts, in %")
-    table.add_column("by")
-    table.add_column("accuracy", justify="right")
-    table.add_column("macro F1", justify="right")
-    for way, scores in ways.items():
-        table.add_row(way, f"{100 * scores['accuracy']:.1f}", f"{100 * scores['macro_f1']:.1f}")
-    console.print(table)
+    rows = [(way, *_percents(scores, "accuracy", "macro_f1")) for way, scores in ways.items()]
+    print_figures(console, f"{n} held-out texts, in %", ("by", "accuracy", "macro F1"), rows)
 
 
 def print_classes(console: Console, scores: Mapping[str, Any]) -> None:
     """Prints a table of precision, recall and F1 in %, with a row per class."""
-    columns = ("precision", "recall", "f1")
-    table = Table("class", title="The fine-tuned model, in %")
-    for column in ("precision", "recall", "F1", "texts"):
-        table.add_column(column, justify="right")
-    for name, row in scores["classes"].items():
-        figures = [f"{100 * row[column]:.1f}" for column in columns]
-        table.add_row(escape(name), *figures, str(row["texts"]))
-    console.print(table)
+    rows = [
+        (escape(name), *_percents(row, "precision", "recall", "f1"), str(row["texts"]))
+        for name, row in scores["classes"].items()
+    ]
+    columns = ("class", "precision", "recall", "F1", "texts")
+    print_figures(console, "The fine-tuned model, in %", columns, rows)
+
+
+def _percents(scores: Mapping[str, Any], *names: str) -> list[str]:
+    return [f"{100 * scores[name]:.1f}" for name in names]
 
 
 def print_mistakes(

@@ -6,37 +6,30 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from sklearn.model_selection import train_test_split
 
 from lora_jax.hf.bundled import MINILM
-from lora_jax.training.data.labelled import Labelled, label_names, predict
+from lora_jax.training.data import labelled
+from lora_jax.training.data.labelled import Fields, Labelled, label_names, predict
 from lora_jax.training.data.rows import Row
-from lora_jax.training.layout import Layout
-from lora_jax.training.losses import CLASSES, Loss
+from lora_jax.training.losses import CLASSES
 from lora_jax.training.processes import is_first, write_json
-from train.options.classify import HEAD, Config
+from train.console.errors import as_user_errors
+from train.data.files import kind_of, read_rows
+from train.options.classify import HEAD, Config, DataConfig
 from train.options.defaults import Defaults
+from train.processes.hosts import map_over_processes
 from train.run.log import doing
 from train.run.output import CONFUSION, SCORES
 from train.run.pretrained import Outline, read_classifier_outline
 from train.run.rules import peft_fields
-from train.tasks.classes import (
-    draw_confusion,
-    print_classes,
-    print_mistakes,
-    print_scores,
-    scores_of,
-)
-from train.tasks.labelled_rows import encode, read_labelled
-from train.tasks.lengths import padding_line
-from train.tasks.task import Context, Data, Evaluation, Progress, Rows, Task
+from train.tasks import classes
+from train.tasks.task import Context, Data, Evaluation, Progress, Rows, Task, padding_line
 
+_SEED = 0  # of the held-out rows: the same for every run, so that runs are comparable
 # Maps (rows to train on, texts) to (the baseline's name, a label for each text).
 Baseline = Callable[[Sequence[Row], Sequence[str]], tuple[str, Sequence[str]]]
 ADAPTED = "fine-tuned"  # among the names of the baselines, in scores.json
-
-
-def check(config: Config) -> None:
-    """Accepts all options."""
 
 
 def completed(config: Config) -> Config:
@@ -52,9 +45,50 @@ def completed(config: Config) -> Config:
     return dataclasses.replace(config, adapter=adapter)
 
 
-def read_rows(config: Config) -> Rows:
-    """Reads the rows to train on and the rows to test on."""
-    return Rows(*read_labelled(config.data))
+def read_labelled(data: DataConfig) -> tuple[list[Row], list[Row]]:
+    """Returns (rows to train on, rows to test on), each with a text and a label.
+
+    Raises:
+      TrainingError: the rows cannot be read, lack a field, or are too few to hold out a share.
+    """
+    rows = read_rows(data.dataset, split=data.split, subset=data.subset)[: data.rows]
+    labelled.check_rows(rows, data.dataset, fields_of(data))
+    if data.test is None:
+        names = [str(row[data.label]) for row in rows]
+        share = data.test_share
+        said = f"--test-share {share:g} of the {len(rows)} rows cannot be held out: "
+        with as_user_errors(ValueError, prefix=said, suffix=" Name other rows with --test"):
+            train, test = train_test_split(
+                rows, test_size=share, random_state=_SEED, stratify=names
+            )
+        return train, test
+    if kind_of(data.test):
+        test = read_rows(data.test)
+    else:
+        test = read_rows(data.dataset, split=data.test, subset=data.subset)
+    labelled.check_rows(test, data.test, fields_of(data))
+    return rows, test
+
+
+def fields_of(data: DataConfig) -> Fields:
+    """Returns the names of the fields, from the options."""
+    return Fields(text=data.text, text_pair=data.text_pair, label=data.label)
+
+
+def encode(
+    data: DataConfig, rows: Sequence[Row], names: Sequence[str], tokenizer: Any, source: str
+) -> Labelled:
+    """Returns rows as arrays; each process encodes its part. See `lora_jax.training.texts`."""
+    return labelled.texts(
+        rows,
+        tokenizer,
+        names=names,
+        fields=fields_of(data),
+        seq_len=data.seq_len,
+        truncate=data.truncate,
+        source=source,
+        mapped=map_over_processes,
+    )
 
 
 def outline(config: Config, rows: Rows) -> Outline:
@@ -77,11 +111,7 @@ def examples(config: Config, rows: Rows, outline: Outline) -> Data:
         measured=spread(test, config.run.eval_rows),
         name=lambda row: repr(rows.train[row][data.text]),
         source=data.dataset,
-        facts={
-            "labels": names,
-            "sequence_length": train.lengths[-1],
-            "lengths": train.lengths,
-        },
+        facts={"labels": names, "sequence_length": train.lengths[-1], "lengths": train.lengths},
         lines=(
             *(
                 f"{len(part)} texts {what}: {_shares(part, data.label)}"
@@ -104,11 +134,6 @@ def _shares(rows: Sequence[Row], label: str) -> str:
     """Describes the number of texts per label: "3 negative, 5 positive"."""
     counts = Counter(str(row[label]) for row in rows)
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-
-
-def loss(config: Config, layout: Layout) -> Loss:
-    """Returns the cross entropy of the classes, in units of texts."""
-    return CLASSES
 
 
 def commonest(rows: Sequence[Row], texts: Sequence[str], label: str) -> tuple[str, list[str]]:
@@ -143,7 +168,7 @@ class Telling:
         test: Any = self.context.data.held_out
         rows = 4 * self.context.config.optim.batch_size
         predicted = predict(forward, params, test, rows).argmax(-1)
-        scores = scores_of(test.labels, predicted, self.context.data.facts["labels"])
+        scores = classes.scores_of(test.labels, predicted, self.context.data.facts["labels"])
         return {name: scores[name] for name in ("accuracy", "macro_f1")}
 
     def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
@@ -155,14 +180,14 @@ class Telling:
             probabilities = predict(forward, params, test, 4 * context.config.optim.batch_size)
         texts = [row[data.text] for row in context.rows.held_out]
         ways = self._without_model(test, texts, names)
-        scores = scores_of(test.labels, probabilities.argmax(-1), names)
+        scores = classes.scores_of(test.labels, probabilities.argmax(-1), names)
         ways[ADAPTED] = scores
         write_json(context.folder / SCORES, ways)
         if is_first():
-            draw_confusion(context.folder / CONFUSION, scores["confusion"], names)
-        print_mistakes(context.console, texts, test.labels, probabilities, names)
-        print_classes(context.console, scores)
-        print_scores(context.console, ways, len(test))
+            classes.draw_confusion(context.folder / CONFUSION, scores["confusion"], names)
+        classes.print_mistakes(context.console, texts, test.labels, probabilities, names)
+        classes.print_classes(context.console, scores)
+        classes.print_scores(context.console, ways, len(test))
         return {name: scores[name] for name in ("accuracy", "macro_f1")}
 
     def _without_model(
@@ -173,7 +198,7 @@ class Telling:
         index = {name: i for i, name in enumerate(names)}
         made = [commonest(rows, texts, label), *(make(rows, texts) for make in self.baselines)]
         return {
-            way: scores_of(test.labels, np.array([index[name] for name in labels]), names)
+            way: classes.scores_of(test.labels, np.array([index[name] for name in labels]), names)
             for way, labels in made
         }
 
@@ -185,12 +210,11 @@ def baselines(scores: Mapping[str, Any]) -> dict[str, float]:
 
 TASK = Task(
     defaults=Defaults(model=MINILM.name, alpha=2.0, lr=1e-3, full_lr=3e-5, epochs=3.0),
-    check=check,
     completed=completed,
-    rows=read_rows,
+    rows=lambda config: Rows(*read_labelled(config.data)),
     outline=outline,
     examples=examples,
-    loss=loss,
+    loss=lambda config, layout: CLASSES,
     evaluation=Telling,
     score="accuracy",
     baselines=baselines,

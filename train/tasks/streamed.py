@@ -14,9 +14,10 @@ from lora_jax.training.data import chats as tokenising
 from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.data.stream import Chunks, Stream
 from train.console.errors import UserError
+from train.console.output import tell
 from train.data.blocks import Blocks, find_blocks
-from train.data.fields import pairs_of, renamed
-from train.data.named import named
+from train.data.dataset import pairs_of, renamed
+from train.data.files import named
 from train.options.sft import Config
 from train.options.tasks import SFT
 from train.processes import hosts
@@ -60,11 +61,7 @@ def read_rows(config: Config) -> Rows:
     data = config.data
     names = [dataset.name for dataset in named(data.dataset)]
     blocks = find_blocks(names, split=data.split, subset=data.subset)
-    if data.eval_dataset is None:
-        return Rows([blocks], [])
-    held_out = chats.found(config, data.eval_dataset, data.eval_split, None, None)
-    held_out.check()
-    return Rows([blocks], [held_out])
+    return Rows([blocks], chats.to_measure(config))
 
 
 def examples(config: Config, rows: Rows, outline: Outline) -> Data:
@@ -136,9 +133,7 @@ class _Once:
 
     def __call__(self, lines: Sequence[str]) -> None:
         if not self.told:
-            for line in lines:
-                text = f"among the first rows of {line}"
-                hosts.console().print(text, highlight=False, soft_wrap=True)
+            tell(hosts.console(), *(f"among the first rows of {line}" for line in lines))
         self.told = True
 
 

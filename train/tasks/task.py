@@ -5,11 +5,12 @@ task that differs from another in some of its functions is made by ``dataclasses
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from rich.console import Console
+from rich.table import Column, Table
 
 from lora_jax.training.batches import Examples
 from lora_jax.training.data.order import Batches
@@ -122,20 +123,37 @@ class Evaluation(Protocol):
         """
 
 
-def _unchanged(config: Any) -> Any:
-    return config
-
-
-def _all(config: Any) -> tuple[str, ...]:
+def reads_all(config: Any) -> tuple[str, ...]:
+    """Returns that rows and examples depend on --seed, --batch-size and --grad-accum."""
     return ("seed", "batch_size", "grad_accum")
 
 
-def _no_evaluation(context: Context) -> Evaluation | None:
-    return None
+def padding_line(n: int, rows: str, lengths: Sequence[int], filled: float) -> str:
+    """Returns the lengths of batches, and how full they are, in words.
+
+    Args:
+      n: the number of rows.
+      rows: what they are called: "texts".
+      lengths: the lengths that batches are padded to, ascending.
+      filled: the share that is no padding.
+    """
+    share = f"{100 * filled:.1f}% filled"
+    if len(lengths) == 1:
+        return f"{n:,} {rows} are padded to {lengths[0]} tokens, {share}"
+    return (
+        f"{n:,} {rows} are batched by length: {len(lengths)} lengths, "
+        f"{', '.join(map(str, lengths))}, {share}; the step is compiled for each when it comes"
+    )
 
 
-def _no_baselines(scores: Mapping[str, Any]) -> dict[str, float]:
-    return {}
+def print_figures(
+    console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
+) -> None:
+    """Prints a table whose first column names its rows."""
+    table = Table(columns[0], *(Column(name, justify="right") for name in columns[1:]), title=title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,16 +179,16 @@ class Task:
     """
 
     defaults: Defaults
-    check: Callable[[Any], None]
-    completed: Callable[[Any], Any] = _unchanged
+    check: Callable[[Any], None] = lambda config: None
+    completed: Callable[[Any], Any] = lambda config: config
     rows: Callable[[Any], Rows]
     outline: Callable[[Any, Rows], Outline]
     examples: Callable[[Any, Rows, Outline], Data]
     loss: Callable[[Any, Layout], Loss]
-    evaluation: Callable[[Context], Evaluation | None] = _no_evaluation
-    reads: Callable[[Any], tuple[str, ...]] = _all
+    evaluation: Callable[[Context], Evaluation | None] = lambda context: None
+    reads: Callable[[Any], tuple[str, ...]] = reads_all
     score: str | None = None
-    baselines: Callable[[Mapping[str, Any]], dict[str, float]] = _no_baselines
+    baselines: Callable[[Mapping[str, Any]], dict[str, float]] = lambda scores: {}
 
     def check_options(self, config: Any) -> None:
         """Raises a UserError for options that make no sense for this task."""

@@ -6,7 +6,6 @@ marks the assistant's words itself (``{% generation %}``), those marks count.
 """
 
 import base64
-import dataclasses
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -184,25 +183,13 @@ def _encoded(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[Tokens]:
 
 def as_json(sequences: Sequence[Tokens], origin: int = 0) -> dict[str, Any]:
     """Returns sequences as JSON, their arrays as text: a number a token would be slow to send."""
-    table = Sequences.of(sequences)
-    return {
-        "lengths": table.lengths.tolist(),
-        "rows": table.rows.tolist(),
-        "origin": origin,
-        "ids": base64.b64encode(table.ids.astype("<i4").tobytes()).decode(),
-        "counts": base64.b64encode(table.counts.tobytes()).decode(),
-    }
+    content = b"".join(Sequences.of(sequences).as_bytes())
+    return {"origin": origin, "sequences": base64.b64encode(content).decode()}
 
 
 def from_json(block: Mapping[str, Any]) -> Sequences:
     """Returns the sequences that `as_json` wrote, all of one origin."""
-    table = Sequences.of_arrays(
-        ids=np.frombuffer(base64.b64decode(block["ids"]), "<i4"),
-        counts=np.frombuffer(base64.b64decode(block["counts"]), bool),
-        lengths=block["lengths"],
-        rows=block["rows"],
-    )
-    return dataclasses.replace(table, origins=np.full_like(table.origins, block["origin"]))
+    return Sequences.from_bytes(base64.b64decode(block["sequences"]), block["origin"])
 
 
 def check_lengths(sequences: Sequence[Tokens], seq_len: int, *, truncate: bool) -> Sequences:

@@ -7,19 +7,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lora_jax.core.types import Tokenizer
+from lora_jax.training.data import templates
 from lora_jax.training.data.rows import Conversation, Row, check_text, conversation, shown
 from lora_jax.training.data.sequences import Tokens
-from lora_jax.training.data.templates import (
-    LeftOut,
-    Rendered,
-    check_calls,
-    check_variables,
-    check_without_template,
-    marks_answers,
-    needs_a_look,
-    render,
-    template_of,
-)
 from lora_jax.training.errors import TrainingError
 
 TrainOn = Literal["all", "assistant", "last"]
@@ -46,7 +36,7 @@ class Drafts(NamedTuple):
     """The sequences of a row, and the fields that the template shows in some turns only."""
 
     sequences: Sequence[Draft]
-    left_out: Mapping[str, LeftOut] = {}
+    left_out: Mapping[str, templates.LeftOut] = {}
 
 
 def drafts_of(row: Row, number: int, tokenizer: Tokenizer, name: str, train_on: TrainOn) -> Drafts:
@@ -63,9 +53,9 @@ def drafts_of(row: Row, number: int, tokenizer: Tokenizer, name: str, train_on: 
     if tokenizer.chat_template is None:
         return Drafts([Draft(number, _plain(chat, name, train_on), end=True)])
     try:
-        template = template_of(tokenizer, chat)
-        check_variables(chat, template)
-        if marks_answers(template):
+        template = templates.template_of(tokenizer, chat)
+        templates.check_variables(chat, template)
+        if templates.marks_answers(template):
             return _marked_by_template(chat, tokenizer, number, train_on)
         return _found_by_text(chat, tokenizer, number, train_on)
     except TrainingError as error:
@@ -82,7 +72,7 @@ def _plain(chat: Conversation, name: str, train_on: TrainOn) -> list[CountedText
             f"{name} is a chat, and the model has no chat template: give rows with `prompt` and "
             "`completion`, or a model that was made for chats"
         )
-    check_without_template(chat, name)
+    templates.check_without_template(chat, name)
     prompt, completion = (turn["content"] for turn in turns)
     asked = [(0, len(prompt))] if train_on == "all" else []
     return [
@@ -106,26 +96,27 @@ def _found_by_text(chat: Conversation, tokenizer: Tokenizer, row: int, train_on:
     if train_on != "all":  # then the turns after the last that is learned are left out
         answers = [answer for answer in answers if answer.turn <= learned[-1].turn]
     end, whole = answers[-1].turn + 1, answers[-1].text
-    rendered = Rendered(chat, end, whole, tokenizer)
+    rendered = templates.Rendered(chat, end, whole, tokenizer)
     rendered.check(end)
     left_out = rendered.left_out(end, {answer.turn: answer.text for answer in answers})
     if train_on == "all":
-        return Drafts([Draft(row, [CountedText(whole, _all_but(answers, chat))])], _lost(left_out))
-    if train_on == "last":
-        return Drafts([Draft(row, [CountedText(whole, [learned[-1].span])])], _lost(left_out))
-    if all(whole.startswith(answer.text) for answer in learned):
+        spans = _all_but(answers, chat)
+    elif train_on == "last":
+        spans = [learned[-1].span]
+    elif all(whole.startswith(answer.text) for answer in learned):
         spans = [answer.span for answer in learned]
-        return Drafts([Draft(row, [CountedText(whole, spans)])], _lost(left_out))
-    # Some templates drop parts of a turn once others follow (a model's thoughts). Each turn is then
-    # learned as it was said, after what the model saw at that point.
-    drafts = [Draft(row, [CountedText(answer.text, [answer.span])]) for answer in learned]
-    return Drafts(drafts, left_out)
+    else:
+        # Some templates drop parts of a turn once others follow (a model's thoughts). Each turn is
+        # then learned as it was said, after what the model saw at that point.
+        drafts = [Draft(row, [CountedText(answer.text, [answer.span])]) for answer in learned]
+        return Drafts(drafts, left_out)
+    return Drafts([Draft(row, [CountedText(whole, spans)])], _lost(left_out))
 
 
-def _lost(left_out: Mapping[str, LeftOut]) -> dict[str, LeftOut]:
+def _lost(left_out: Mapping[str, templates.LeftOut]) -> dict[str, templates.LeftOut]:
     """Returns counts for one sequence a row, where no turn is learned as it was said."""
     return {
-        field: LeftOut(found.turns, 0, found.later + found.never)
+        field: templates.LeftOut(found.turns, 0, found.later + found.never)
         for field, found in left_out.items()
     }
 
@@ -140,15 +131,15 @@ def _answers(chat: Conversation, tokenizer: Tokenizer) -> list[_Answer]:
     for index, turn in enumerate(chat.messages):
         if turn["role"] != "assistant":
             continue
-        asked = render(chat, index, tokenizer, ask=True)
-        answered = render(chat, index + 1, tokenizer).rstrip()
+        asked = templates.render(chat, index, tokenizer, ask=True)
+        answered = templates.render(chat, index + 1, tokenizer).rstrip()
         if not answered.startswith(asked):
             raise TrainingError(
                 "the model's chat template renders an answer otherwise than its prompt announces, "
                 f"so that the answer cannot be found in it: {shown(asked[-60:])} is no part of "
                 f"{shown(answered[-120:])}"
             )
-        check_calls(turn, answered[len(asked) :])
+        templates.check_calls(turn, answered[len(asked) :])
         found.append(_Answer(index, answered, (len(asked), len(answered))))
     return found
 
@@ -175,13 +166,13 @@ def _marked_by_template(
 ) -> Drafts:
     """Returns a chat as tokens, of which those count that the template marks as generated."""
     turns, left_out = chat.messages, {}
-    if needs_a_look(chat):
-        text = render(chat, len(turns), tokenizer)
+    if templates.needs_a_look(chat):
+        text = templates.render(chat, len(turns), tokenizer)
         last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-        rendered = Rendered(chat, len(turns), text, tokenizer)
+        rendered = templates.Rendered(chat, len(turns), text, tokenizer)
         rendered.check(last + 1)
         left_out = _lost(rendered.left_out(last + 1, {}))
-    made = render(
+    made = templates.render(
         chat,
         len(turns),
         tokenizer,

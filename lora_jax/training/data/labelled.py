@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from lora_jax.core.types import Batch, Forward, Model, Tokenizer, Tree
-from lora_jax.training.batches import HostBatch, Weighted, round_up
+from lora_jax.training.batches import HostBatch, Padded, round_up
 from lora_jax.training.data.chats import Mapped, one_by_one
 from lora_jax.training.data.packing import few_lengths
 from lora_jax.training.data.rows import Row, check_text, field_names, name_of, shown
@@ -21,7 +21,7 @@ _MOST_LENGTHS = 4  # steps, losses and predictions are compiled for each
 
 
 @dataclasses.dataclass(frozen=True)
-class Labelled(Weighted):
+class Labelled(Padded):
     """Holds texts ready to be batched, int32.
 
     A batch is cut to the smallest of `lengths` that holds its texts, so that a step has few shapes.
@@ -31,9 +31,10 @@ class Labelled(Weighted):
       attention_mask: [n, seq], 0 for padding.
       token_type_ids: [n, seq], 1 in the second text of a pair, for models that tell them apart.
       labels: [n], indices of classes.
-      weights: [n].
+      weights: [n], the factor of each text in the loss; 0 for one that does not count.
     """
 
+    weights: np.ndarray
     ids: np.ndarray
     attention_mask: np.ndarray
     token_type_ids: np.ndarray
@@ -44,10 +45,8 @@ class Labelled(Weighted):
         """Returns the lengths that batches have, ascending."""
         return few_lengths(round_up(self._sizes, self.ids.shape[-1]), _MOST_LENGTHS)
 
-    @functools.cached_property
-    def groups(self) -> np.ndarray:
-        """Returns for each text the index of the smallest of `lengths` that holds it: [n]."""
-        return np.asarray(np.searchsorted(self.lengths, self._sizes))
+    def _padding(self) -> tuple[tuple[int, ...], np.ndarray]:
+        return self.lengths, self._sizes
 
     @functools.cached_property
     def _sizes(self) -> np.ndarray:
@@ -56,10 +55,9 @@ class Labelled(Weighted):
         after_last = there.shape[-1] - there[:, ::-1].argmax(axis=-1)
         return np.where(there.any(axis=-1), after_last, 0)
 
-    @property
-    def filled(self) -> float:
-        """Returns the share of tokens in the padded texts that are no padding."""
-        return float(self._sizes.sum() / np.asarray(self.lengths)[self.groups].sum())
+    def by_name(self) -> HostBatch:
+        """Returns the arrays."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def take(self, rows: np.ndarray) -> HostBatch:
         """Returns the texts at the indices `rows`, of any shape, as long as the longest needs."""
@@ -96,6 +94,7 @@ def texts(
     seq_len: int = 128,
     truncate: bool = False,
     source: str = "the rows",
+    mapped: Mapped = one_by_one,
 ) -> Labelled:
     """Returns rows with texts and labels as examples for a classifier.
 
@@ -107,6 +106,8 @@ def texts(
       seq_len: the most tokens of a text.
       truncate: cuts longer texts off, which are an error otherwise.
       source: the name of the rows in errors.
+      mapped: applies a function to each of a list of items, in several processes, say; see
+        `lora_jax.training.data.chats.tokenize`.
 
     Raises:
       TrainingError: a row lacks a field, is too long, or has a label that is not among `names`.
@@ -120,8 +121,50 @@ def texts(
     """
     check_rows(rows, source, fields)
     names = names or label_names(rows, fields.label)
-    return encode(
-        rows, names, tokenizer, fields=fields, seq_len=seq_len, truncate=truncate, source=source
+    firsts = [row[fields.text] for row in rows]
+    seconds = [row[fields.text_pair] for row in rows] if fields.text_pair else None
+    limit = {"truncation": True, "max_length": seq_len} if truncate else {}
+
+    def encoded_block(first: int) -> dict[str, list[list[int]]]:
+        block = slice(first, first + _BLOCK)
+        second = seconds[block] if seconds else None
+        return dict(
+            tokenizer(firsts[block], second, return_token_type_ids=True, verbose=False, **limit)
+        )
+
+    blocks = mapped(encoded_block, range(0, len(rows), _BLOCK))
+    ids, types = (
+        [one for block in blocks for one in block[name]] for name in ("input_ids", "token_type_ids")
+    )
+    lengths = [len(one) for one in ids]
+    if longer := sum(length > seq_len for length in lengths):
+        raise TrainingError(
+            lambda option: (
+                f"{source}: {longer} of {len(rows)} texts are longer than "
+                f"{option('seq_len', seq_len)}, the longest has {max(lengths)} tokens. Raise "
+                f"{option('seq_len')}, take those rows out, or cut them off at the end with "
+                f"{option('truncate', True)}"
+            )
+        )
+    index = {name: i for i, name in enumerate(names)}
+    for number, row in enumerate(rows, start=1):
+        if str(row[fields.label]) not in index:
+            raise TrainingError(
+                f"{name_of(row, source, number)}: the label {row[fields.label]!r} is none of "
+                f"those to train on: {', '.join(names)}"
+            )
+    length = round_up(max(lengths), seq_len)
+    padding = tokenizer.pad_token_id or 0
+
+    def padded(lists: Sequence[Sequence[int]], fill: int) -> np.ndarray:
+        return np.array([[*ids, *[fill] * (length - len(ids))] for ids in lists], np.int32)
+
+    return Labelled(
+        ids=padded(ids, padding),
+        attention_mask=padded([[1] * n for n in lengths], 0),
+        token_type_ids=padded(types, 0),
+        labels=np.array([index[str(row[fields.label])] for row in rows], np.int32),
+        weights=np.ones(len(rows), np.int32),
     )
 
 
@@ -171,68 +214,6 @@ def label_names(rows: Sequence[Row], label: str = "label") -> tuple[str, ...]:
         )
     numbers = all(name.lstrip("-").isdigit() for name in names)
     return tuple(sorted(names, key=int) if numbers else sorted(names))
-
-
-def encode(
-    rows: Sequence[Row],
-    names: Sequence[str],
-    tokenizer: Tokenizer,
-    *,
-    fields: Fields,
-    seq_len: int,
-    truncate: bool,
-    source: str,
-    mapped: Mapped = one_by_one,
-) -> Labelled:
-    """Returns checked rows as arrays, as long as the longest text; see `texts`.
-
-    `mapped` applies a function to each of a list of items; see `lora_jax.training.data.chats`.
-    """
-    firsts = [row[fields.text] for row in rows]
-    seconds = [row[fields.text_pair] for row in rows] if fields.text_pair else None
-    limit = {"truncation": True, "max_length": seq_len} if truncate else {}
-
-    def encoded_block(first: int) -> dict[str, list[list[int]]]:
-        block = slice(first, first + _BLOCK)
-        second = seconds[block] if seconds else None
-        return dict(
-            tokenizer(firsts[block], second, return_token_type_ids=True, verbose=False, **limit)
-        )
-
-    blocks = mapped(encoded_block, range(0, len(rows), _BLOCK))
-    ids, types = (
-        [one for block in blocks for one in block[name]] for name in ("input_ids", "token_type_ids")
-    )
-    lengths = [len(one) for one in ids]
-    if longer := sum(length > seq_len for length in lengths):
-        raise TrainingError(
-            lambda option: (
-                f"{source}: {longer} of {len(rows)} texts are longer than "
-                f"{option('seq_len', seq_len)}, the longest has {max(lengths)} tokens. Raise "
-                f"{option('seq_len')}, take those rows out, or cut them off at the end with "
-                f"{option('truncate', True)}"
-            )
-        )
-    index = {name: i for i, name in enumerate(names)}
-    for number, row in enumerate(rows, start=1):
-        if str(row[fields.label]) not in index:
-            raise TrainingError(
-                f"{name_of(row, source, number)}: the label {row[fields.label]!r} is none of "
-                f"those to train on: {', '.join(names)}"
-            )
-    length = round_up(max(lengths), seq_len)
-    padding = tokenizer.pad_token_id or 0
-
-    def padded(lists: Sequence[Sequence[int]], fill: int) -> np.ndarray:
-        return np.array([[*ids, *[fill] * (length - len(ids))] for ids in lists], np.int32)
-
-    return Labelled(
-        ids=padded(ids, padding),
-        attention_mask=padded([[1] * n for n in lengths], 0),
-        token_type_ids=padded(types, 0),
-        labels=np.array([index[str(row[fields.label])] for row in rows], np.int32),
-        weights=np.ones(len(rows), np.int32),
-    )
 
 
 def predict(

@@ -10,9 +10,9 @@ from lora_jax.training.errors import TrainingError
 _OF_PARTS = 2  # the stream of draws within a data set; others draw orders of an epoch
 
 
-def order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """Returns the order of `n` rows in an epoch: [n], a permutation."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
+def order(seed: int, epoch: int, n: int, *stream: int) -> np.ndarray:
+    """Returns the order of `n` rows in an epoch: [n], a permutation; another in another stream."""
+    return np.random.Generator(np.random.PCG64([seed, epoch, *stream])).permutation(n)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +55,11 @@ class Shares:
         for part, (begin, size, drawn) in enumerate(parts):
             first, last = epoch * drawn, (epoch + 1) * drawn
             passes = range(first // size, -(-last // size))
-            orders = [self._of_pass(seed, part, number, size) for number in passes]
+            orders = [order(seed, number, size, _OF_PARTS, part) for number in passes]
             offset = passes.start * size
             found.append(begin + np.concatenate(orders)[first - offset : last - offset])
         drawn_rows: np.ndarray = np.concatenate(found)[order(seed, epoch, self.n_rows)]
         return drawn_rows
-
-    def _of_pass(self, seed: int, part: int, number: int, size: int) -> np.ndarray:
-        stream = [seed, number, _OF_PARTS, part]
-        return np.random.Generator(np.random.PCG64(stream)).permutation(size)
 
 
 def shares_of(

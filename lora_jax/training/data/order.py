@@ -1,13 +1,16 @@
 """The order of examples: which ones a step takes, as a function of the seed and the step."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Protocol
+import functools
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from lora_jax.training.batches import Examples, HostBatch
 from lora_jax.training.data.mixture import Shares, order
+
+Item = TypeVar("Item")
 
 _SHOWN = 32  # rows of a batch that are named
 
@@ -84,9 +87,6 @@ class Order:
     accumulate: int = 1
     groups: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
     mixture: Shares | None = None
-    _orders: dict[int, np.ndarray] = dataclasses.field(
-        default_factory=dict, init=False, compare=False, repr=False
-    )
 
     @classmethod
     def of(cls, examples: Examples, seed: int, batch_size: int, accumulate: int = 1) -> "Order":
@@ -113,15 +113,17 @@ class Order:
         epochs, rest = divmod(steps * self.rows_a_step, self.n_rows)
         return epochs, self._order(epochs)[:rest]
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            if len(self._orders) > 1:  # an epoch and its neighbour
-                self._orders.pop(next(iter(self._orders)))
-            drawn = None if self.mixture is None else self.mixture.rows(self.seed, epoch)
+    @functools.cached_property
+    def _order(self) -> Callable[[int], np.ndarray]:
+        """Returns the rows of an epoch; remembers two epochs, which may share a step."""
+
+        def drawn(epoch: int) -> np.ndarray:
+            rows = None if self.mixture is None else self.mixture.rows(self.seed, epoch)
             if self.groups is not None:
-                drawn = order_by_group(self.seed, epoch, self.groups, self.rows_a_step, drawn)
-            self._orders[epoch] = order(self.seed, epoch, self.n_rows) if drawn is None else drawn
-        return self._orders[epoch]
+                return order_by_group(self.seed, epoch, self.groups, self.rows_a_step, rows)
+            return order(self.seed, epoch, self.n_rows) if rows is None else rows
+
+        return functools.lru_cache(maxsize=2)(drawn)
 
     def cursor(self, step: int) -> dict[str, int]:
         """Returns where the data stand after `step` steps."""
@@ -131,6 +133,12 @@ class Order:
     def steps(self, epochs: float) -> int:
         """Returns the number of steps that see every row `epochs` times."""
         return max(1, -(-int(np.ceil(epochs * self.n_rows)) // self.rows_a_step))
+
+
+def listed(rows: Sequence[Item], name: Callable[[Item], str]) -> str:
+    """Returns the names of a batch's rows, the first of many."""
+    left_out = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+    return ", ".join(map(name, rows[:_SHOWN])) + left_out
 
 
 class Batches(Protocol):
@@ -203,9 +211,7 @@ class Feed:
     def named(self, number: int) -> str:
         """Returns the names of what is in that batch."""
         rows = self.order.rows(number).ravel().tolist()
-        left_out = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
-        of_source = f" of {self.source}" if self.source else ""
-        return f"{', '.join(map(self.name, rows[:_SHOWN]))}{left_out}{of_source}"
+        return listed(rows, self.name) + (f" of {self.source}" if self.source else "")
 
     def tokens(self, batch: HostBatch) -> int:
         """Returns how much is in a batch, without padding."""

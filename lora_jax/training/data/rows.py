@@ -117,7 +117,7 @@ def conversation(row: Row, name: str) -> Conversation:
     else:  # both are lists of turns
         both = (_listed(row[field], field, name) for field in form)
         messages = _turns([turn for turns in both for turn in turns], "prompt", name)
-    return Conversation(messages, _tools(row.get("tools"), name), _options(row, name))
+    return Conversation(messages, _objects(row, "tools", name), _options(row, name))
 
 
 def question(row: Row, name: str) -> Conversation:
@@ -148,7 +148,7 @@ def question(row: Row, name: str) -> Conversation:
             f"{name} ends with an assistant's turn, and nothing is left to answer: leave that turn "
             "out"
         )
-    return Conversation(turns, _tools(row.get("tools"), name), _options(row, name))
+    return Conversation(turns, _objects(row, "tools", name), _options(row, name))
 
 
 def _options(row: Row, name: str) -> Mapping[str, Any]:
@@ -156,14 +156,9 @@ def _options(row: Row, name: str) -> Mapping[str, Any]:
     if not isinstance(options, Mapping):
         raise TrainingError(f"{name}: `chat_template_kwargs` is {shown(options)}, not an object")
     found = {option: value for option, value in options.items() if value is not None}
-    if documents := _parsed(row.get("documents")):
-        listed = isinstance(documents, Sequence) and not isinstance(documents, str)
-        if not listed or not all(isinstance(one, Mapping) for one in documents):
-            raise TrainingError(
-                f"{name}: `documents` is {shown(documents)}; a list of objects is needed, or "
-                "another name if it is not for the model"
-            )
-        found["documents"] = list(documents)
+    another = ", or another name if it is not for the model"
+    if documents := _objects(row, "documents", name, another):
+        found["documents"] = documents
     return found
 
 
@@ -280,13 +275,16 @@ def _calls(calls: Any, role: str, what: str) -> list[dict[str, Any]]:
     return found
 
 
-def _tools(value: Any, name: str) -> list[Any] | None:
-    tools = _parsed(value)
-    if not tools:
+def _objects(row: Row, field: str, name: str, remedy: str = "") -> list[Any] | None:
+    """Returns a field that holds a list of objects; None where it is empty or missing."""
+    found = _parsed(row.get(field))
+    if not found:
         return None
-    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise TrainingError(f"{name}: `tools` is {shown(value)}; a list of objects is needed")
-    return list(tools)
+    if not isinstance(found, Sequence) or not all(isinstance(one, Mapping) for one in found):
+        raise TrainingError(
+            f"{name}: `{field}` is {shown(row[field])}; a list of objects is needed{remedy}"
+        )
+    return list(found)
 
 
 def _of_sharegpt(turn: Any, index: int, name: str) -> Any:

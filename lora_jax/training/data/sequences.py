@@ -7,6 +7,8 @@ from typing import Any, overload
 
 import numpy as np
 
+_KINDS = ("<i8", "<i8", "<i4", "?")  # as bytes: lengths, rows, tokens, and which ones count
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tokens:
@@ -52,40 +54,52 @@ class Sequences(Sequence[Tokens]):
         )
 
     @classmethod
-    def of_arrays(cls, *, ids: Any, counts: Any, lengths: Any, rows: Any) -> "Sequences":
+    def of_arrays(
+        cls, *, ids: Any, counts: Any, lengths: Any, rows: Any, origins: Any = 0
+    ) -> "Sequences":
         """Returns a table of sequences, from arrays as `Sequences` has them and their lengths."""
-        starts = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
         numbers = np.asarray(rows, np.int64)
         return cls(
             ids=np.asarray(ids, np.int32),
             counts=np.asarray(counts, bool),
-            starts=starts,
+            starts=np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))]),
             rows=numbers,
-            origins=np.zeros(len(numbers), np.int32),
+            origins=np.broadcast_to(np.asarray(origins, np.int32), numbers.shape),
         )
 
     @classmethod
     def joined(cls, parts: Sequence["Sequences"]) -> "Sequences":
         """Returns the sequences of several data sets, one after the other, with their origins."""
-        numbered = enumerate(parts)
-        return dataclasses.replace(
-            cls.concatenated(parts),
-            origins=np.concatenate([np.full(len(part), i, np.int32) for i, part in numbered]),
-        )
+        origins = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
+        return dataclasses.replace(cls.concatenated(parts), origins=origins)
 
     @classmethod
     def concatenated(cls, parts: Iterable["Sequences"]) -> "Sequences":
         """Returns the sequences of several tables, one after the other, with their origins."""
-        parts = list(parts)
-        lengths = np.concatenate([np.empty(0, np.int64), *(part.lengths for part in parts)])
-        table = cls.of_arrays(
-            ids=np.concatenate([np.empty(0, np.int32), *(part.ids for part in parts)]),
-            counts=np.concatenate([np.empty(0, bool), *(part.counts for part in parts)]),
-            lengths=lengths,
-            rows=np.concatenate([np.empty(0, np.int64), *(part.rows for part in parts)]),
-        )
-        origins = np.concatenate([np.empty(0, np.int32), *(part.origins for part in parts)])
-        return dataclasses.replace(table, origins=origins)
+        tables = [cls.of([]), *parts]
+
+        def all_of(name: str) -> np.ndarray:
+            return np.concatenate([getattr(table, name) for table in tables])
+
+        names = ("ids", "counts", "lengths", "rows", "origins")
+        return cls.of_arrays(**{name: all_of(name) for name in names})
+
+    @classmethod
+    def from_bytes(cls, data: Any, origin: int = 0) -> "Sequences":
+        """Returns the sequences that `as_bytes` wrote; their arrays are views of `data`."""
+        n, total = np.frombuffer(data, "<i8", 2).tolist()
+        arrays, at = [], 16
+        for kind, size in zip(_KINDS, (n, n, total, total), strict=True):
+            arrays.append(np.frombuffer(data, kind, size, at))
+            at += arrays[-1].nbytes
+        lengths, rows, ids, counts = arrays
+        return cls.of_arrays(ids=ids, counts=counts, lengths=lengths, rows=rows, origins=origin)
+
+    def as_bytes(self) -> list[memoryview]:
+        """Returns the sequences, but for their origins, as bytes in several parts."""
+        arrays = (self.lengths, self.rows, self.ids, self.counts)
+        kept = [a.astype(kind, copy=False) for a, kind in zip(arrays, _KINDS, strict=True)]
+        return [array.data for array in (np.array([len(self), len(self.ids)], "<i8"), *kept)]
 
     def __len__(self) -> int:
         return len(self.rows)

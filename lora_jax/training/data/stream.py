@@ -17,13 +17,12 @@ import numpy as np
 
 from lora_jax.training.batches import HostBatch, Packs, pack
 from lora_jax.training.data.mixture import order
-from lora_jax.training.data.order import by_group
+from lora_jax.training.data.order import by_group, listed
 from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.errors import TrainingError
 
 _OF_CHUNK = 3  # the stream of draws within a chunk
 _REMEMBERED = 512  # steps whose rows can be named
-_SHOWN = 32  # rows of a step that are named
 
 
 class Position(NamedTuple):
@@ -222,8 +221,7 @@ class Stream:
         names = next((names for step, names in self._taken if step == number), None)
         if names is None:
             return f"that of step {number + 1}, which is gone from memory"
-        left_out = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        return ", ".join(self._name(*one) for one in names[:_SHOWN]) + left_out
+        return listed(names, lambda row: self._name(*row))
 
     def cursor(self, step: int) -> dict[str, int]:
         """Returns where the data stand after `step` steps: the chunk that goes on there."""

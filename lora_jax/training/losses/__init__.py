@@ -1,8 +1,4 @@
-"""Losses: their contract, and a file for each.
-
-A loss of tokens with a name is a `TokenLoss` called LOSS in a file of its own, and a line in
-registry.py.
-"""
+"""Losses: their contract, those of tokens by their names (`TOKEN_LOSSES`), and of classes."""
 
 from lora_jax.training.losses.classes import CLASSES, classification_loss, logits_of
 from lora_jax.training.losses.contract import (
@@ -15,9 +11,14 @@ from lora_jax.training.losses.contract import (
     Sums,
     number_of_units,
 )
-from lora_jax.training.losses.cross_entropy import summed_loss
-from lora_jax.training.losses.registry import CROSS_ENTROPY, DEFAULT, TOKEN_LOSSES, token_loss
-from lora_jax.training.losses.tokens import number_of_chunks
+from lora_jax.training.losses.tokens import (
+    CROSS_ENTROPY,
+    DEFAULT,
+    TOKEN_LOSSES,
+    number_of_chunks,
+    summed_loss,
+    token_loss,
+)
 
 __all__ = [
     "CLASSES",

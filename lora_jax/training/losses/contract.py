@@ -58,11 +58,7 @@ class Loss:
             raise ValueError(f'reduction is "mean" or "sum", not {self.reduction!r}')
 
     def __call__(
-        self,
-        forward: Logits,
-        params: Tree,
-        batch: Batch,
-        dropout_key: jax.Array | None = None,
+        self, forward: Logits, params: Tree, batch: Batch, dropout_key: jax.Array | None = None
     ) -> Sums:
         """Returns the sums of a batch, in fp32.
 

@@ -1,21 +1,46 @@
 """Losses of language models, which are sums over tokens, at once or over chunks of them."""
 
-import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lora_jax.core.types import Batch, Tree
-from lora_jax.training.losses.contract import Logits, Sums, number_of_units
+from lora_jax.training.losses.contract import Logits, Loss, Sums, number_of_units
 
 # Maps logits, fp32 [..., vocab], and targets, int32 [...], to the loss of each: fp32 [...].
 Each = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenLoss:
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Returns -log p of each target p, fp32 [...].
+
+    Args:
+      logits: fp32 [..., vocab].
+      targets: int32 [...].
+    """
+    nll: jax.Array = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return nll
+
+
+def dft(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Returns -sg(p) log p of each target with probability p, fp32 [...].
+
+    sg stops the gradient: it is p times the gradient of the cross entropy, and small where a target
+    is unlikely (Wu et al., "On the Generalization of SFT", arXiv 2508.05629).
+
+    Args:
+      logits: fp32 [..., vocab].
+      targets: int32 [...].
+    """
+    losses = cross_entropy(logits, targets)
+    return losses * jax.lax.stop_gradient(jnp.exp(-losses))
+
+
+class TokenLoss(NamedTuple):
     """A loss of tokens that has a name.
 
     Attributes:
@@ -25,6 +50,17 @@ class TokenLoss:
 
     each: Each
     about: str
+
+
+DEFAULT = "cross-entropy"
+TOKEN_LOSSES = {  # by the names of `train.sft --loss`
+    DEFAULT: TokenLoss(cross_entropy, "minus the log of the token's probability"),
+    "dft": TokenLoss(
+        dft,
+        "cross-entropy times the token's probability, a constant to the gradient, so that "
+        "unlikely targets do not dominate (Dynamic Fine-Tuning)",
+    ),
+}
 
 
 def sum_over_tokens(
@@ -128,3 +164,27 @@ def _in_chunks(array: jax.Array, n: int, parts: int) -> jax.Array:
     filled = jnp.pad(array, [(0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)])
     chunks = jnp.moveaxis(filled.reshape(batch, parts, n, size, *array.shape[2:]), 2, 0)
     return chunks.reshape(n, batch, parts * size, *array.shape[2:])
+
+
+summed_loss = functools.partial(sum_over_tokens, cross_entropy)
+
+
+def token_loss(name: str = DEFAULT, *, chunk: int = 0, parts: int = 1) -> Loss:
+    """Returns a loss of tokens; equal arguments give the same object.
+
+    Held-out examples are measured by the cross entropy, whatever the loss, so that runs compare.
+
+    Args:
+      name: name of `TOKEN_LOSSES`.
+      chunk, parts: see `sum_over_tokens`.
+    """
+    return _token_loss(name, chunk, parts)
+
+
+@functools.cache
+def _token_loss(name: str, chunk: int, parts: int) -> Loss:
+    sums = functools.partial(sum_over_tokens, TOKEN_LOSSES[name].each, chunk=chunk, parts=parts)
+    return Loss(sums, measured=None if name == DEFAULT else _token_loss(DEFAULT, chunk, parts))
+
+
+CROSS_ENTROPY = token_loss()

@@ -1,1 +1,1 @@
-"""Optimisers by name, their schedules, and the sharding of their state."""
+"""Optimisers by name, and their schedules."""

@@ -7,6 +7,7 @@ next save removes. Older ones are removed afterwards, so that there is a complet
 """
 
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -42,17 +43,13 @@ class Checkpoints:
         self.folder = folder.absolute()
         self._record = self.folder.with_name(RECORD)
         self._keep = keep
-        self._manager: ocp.CheckpointManager | None = None
 
-    def _open(self) -> ocp.CheckpointManager:
-        if self._manager is None:
-            self._manager = ocp.CheckpointManager(
-                self.folder,
-                options=ocp.CheckpointManagerOptions(
-                    max_to_keep=None, create=True, enable_async_checkpointing=False
-                ),
-            )
-        return self._manager
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None, create=True, enable_async_checkpointing=False
+        )
+        return ocp.CheckpointManager(self.folder, options=options)
 
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, in order.
@@ -63,7 +60,7 @@ class Checkpoints:
         if not self.folder.is_dir():
             return []
         recorded = self._recorded()
-        return sorted(step for step in self._open().all_steps() if str(step) in recorded)
+        return sorted(step for step in self._manager.all_steps() if str(step) in recorded)
 
     def save(self, state: State, run: Fields) -> None:
         """Saves the state; all processes have to call this.
@@ -86,7 +83,7 @@ class Checkpoints:
             write_json(self._record, {})  # from here on, one that is missing was lost
         self._remove_all_but(before)
         _check_room(self.folder.parent, state)
-        self._open().save(
+        self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(_as_arrays(state)), run=ocp.args.JsonSave(dict(run))
@@ -106,7 +103,7 @@ class Checkpoints:
         try:
             self._check_files(newest)
             args = ocp.args.Composite(run=ocp.args.JsonRestore())
-            run: dict[str, Any] = self._open().restore(newest, args=args)["run"]
+            run: dict[str, Any] = self._manager.restore(newest, args=args)["run"]
             return run
         except Exception:
             return None
@@ -149,7 +146,7 @@ class Checkpoints:
         self._check_files(step)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_arrays(like))
         try:
-            restored = self._open().restore(
+            restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(abstract), run=ocp.args.JsonRestore()
@@ -174,7 +171,7 @@ class Checkpoints:
             recorded: dict[str, Digests] = json.loads(self._record.read_text())
             return recorded
         except (OSError, ValueError) as error:
-            if isinstance(error, FileNotFoundError) and not self._open().all_steps():
+            if isinstance(error, FileNotFoundError) and not self._manager.all_steps():
                 return {}
             raise DamagedCheckpoint(
                 lambda option: (
@@ -193,14 +190,14 @@ class Checkpoints:
 
     def _remove_all_but(self, kept: list[int]) -> None:
         """Removes checkpoints that are too old, or that a kill left incomplete."""
-        for step in sorted(set(self._open().all_steps()) - set(kept)):
-            self._open().delete(step)
+        for step in sorted(set(self._manager.all_steps()) - set(kept)):
+            self._manager.delete(step)
 
     def close(self) -> None:
         """Releases the folder."""
-        if self._manager is not None:
+        if "_manager" in vars(self):
             self._manager.close()
-            self._manager = None
+            del self._manager
 
 
 def _check_room(folder: Path, state: State) -> None:

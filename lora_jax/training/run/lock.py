@@ -47,7 +47,10 @@ class FolderLock:
             if holder is None:
                 continue  # it was released in the meantime
             if not self._is_stale(holder):
-                raise _refused(self._path, holder)
+                raise TrainingError(
+                    f"another run, {_named(holder)}, is writing to the folder "
+                    f"{self._path.parent}: let it end, or choose another folder"
+                )
             self._remove(holder)
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
         return self
@@ -170,10 +173,3 @@ def _here() -> dict[str, Any]:
 
 def _named(holder: dict[str, Any]) -> str:
     return f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown host')}"
-
-
-def _refused(path: Path, holder: dict[str, Any]) -> TrainingError:
-    return TrainingError(
-        f"another run, {_named(holder)}, is writing to the folder {path.parent}: let it end, or "
-        "choose another folder"
-    )

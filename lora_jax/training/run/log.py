@@ -1,7 +1,7 @@
 """The log of a run, as the loop uses it."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from lora_jax.training.losses import HELD_OUT, OWN_METRICS
 from lora_jax.training.processes import is_first
@@ -26,7 +26,7 @@ class Log(Protocol):
 class NullLog:
     """Keeps nothing: the log of all processes but the first, which keeps it for all."""
 
-    def __enter__(self) -> "NullLog":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,7 +71,7 @@ def show(line: Line) -> None:
         print(f"{step}  {losses_of(line)}  lr {line['lr']:.2e}", flush=True)
 
 
-class Recorder:
+class Recorder(NullLog):
     """Keeps all lines, and hands each on.
 
     Attributes:
@@ -81,12 +81,6 @@ class Recorder:
     def __init__(self, heard: Callable[[Line], object] | None) -> None:
         self.lines: list[Line] = []
         self._heard = heard
-
-    def __enter__(self) -> "Recorder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def add(self, line: Line) -> None:
         """Keeps a line, and hands it on in the first process."""

@@ -86,7 +86,7 @@ def test_a_damaged_file_is_made_anew(tokenised, tmp_path, at):
 def test_where_tokens_are_kept(tokenised, tmp_path, monkeypatch):
     folder = tmp_path / "user" / "lora_jax" / "tokens"
     assert tokenised(kept_in=None)[2] == ""  # few rows
-    monkeypatch.setattr(cache, "_FEW", 3)
+    monkeypatch.setattr(cache, "FEW", 3)
     assert str(folder) in tokenised(kept_in=None)[2] and len(list(folder.iterdir())) == 1
     assert tokenised(kept_in="off")[1]
     (tmp_path / "file").write_text("")

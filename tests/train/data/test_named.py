@@ -3,7 +3,7 @@
 import pytest
 
 from train.console.errors import UserError
-from train.data.named import named
+from train.data.files import named
 
 
 def test_names_and_weights(tmp_path, monkeypatch):

@@ -18,8 +18,9 @@ from tests.train.tiny import CHATML, write_jsonl, write_model
 from train.generate import __main__ as generate
 from train.generate import answers, batch
 from train.generate.options import parse
-from train.generate.shared_base import Served, find_adapters
+from train.generate.shared_base import Served, base_of, find_adapters
 from train.run import pretrained
+from train.run.pretrained import read_outline
 
 # Orbax leaves coroutines behind where a file cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -140,7 +141,9 @@ def test_one_base_is_in_memory_and_adapters_of_one_structure_share_what_is_compi
     folder, model, trees = made
     options = parse(["--adapter", f"a={folder / 'runs/sql'}", str(folder / "runs/sql/adapter")])
     options = parse([*["--adapter", *options.adapter, str(folder / "peft"), "base"]])
-    served = Served(model, trees["base"], find_adapters(options.adapter), options)
+    adapters = find_adapters(options.adapter)
+    outline = read_outline(base_of(adapters, options.model))
+    served = Served(model, trees["base"], adapters, outline, options)
     used = {name: served.use(name) for name in served.names}
     assert list(used) == ["a", "sql", "peft", "base"]
     for name in ("a", "sql", "peft"):

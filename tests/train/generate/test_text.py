@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train.tiny import SPECIAL, tokenizer
-from train.generate.text import Answer
+from train.generate.answers import Answer
 
 TOKENIZER = tokenizer()
 END = TOKENIZER.convert_tokens_to_ids(SPECIAL[2])

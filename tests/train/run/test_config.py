@@ -20,7 +20,7 @@ from tests.train.tiny import CONFIG
 from train import classify, sft
 from train.console.errors import UserError
 from train.options.common import Attention, Experts
-from train.options.written import check_same_run, effective
+from train.options.file import check_same_run, effective
 from train.reporters.files import read_json
 from train.run.output import begin, check_output
 from train.run.pretrained import Outline, read_model
@@ -53,7 +53,7 @@ def decoder_outline():
         ("--eval-questions -1", "--eval-questions -1: at least 0"),
         ("--seed -1", "--seed -1: a number from 0 to 4294967295"),
         ("--seed 4294967296", "--seed 4294967296: a number from 0 to 4294967295"),
-        ("--weight-decay inf", "--weight-decay inf, .* finite numbers are needed"),
+        ("--weight-decay inf", "--weight-decay inf: at least 0 is needed, and a finite number"),
         ("--lr 0", "--lr 0.0: a learning rate is a positive number"),
         ("--lr nan", "--lr nan: a learning rate"),
         ("--grad-clip nan", "--grad-clip nan: at least 0"),
@@ -240,7 +240,7 @@ def test_implementations_reach_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "train.run.pretrained.from_pretrained", lambda *args, **options: given.append(options)
     )
-    monkeypatch.setattr("train.run.pretrained.fetch", lambda name: None)
+    monkeypatch.setattr("train.run.pretrained.models.fetch", lambda name: None)
     asked = {"attention": "blockwise", "experts": "ragged"}
     read_model("a model", dtype="float32", **asked)
     assert given[0].items() >= asked.items()

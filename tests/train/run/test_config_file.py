@@ -7,7 +7,7 @@ import pytest
 from tests.train.tiny import write_model, write_rows
 from train import classify, sft
 from train.console.errors import UserError
-from train.options.written import as_file, effective
+from train.options.file import as_file, effective
 from train.run.log import read_metrics
 from train.sft import parse
 

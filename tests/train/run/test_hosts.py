@@ -17,8 +17,8 @@ from tests.train.tiny import FORGETFUL, tokenizer, write_jsonl
 from train.console.errors import UserError
 from train.data.chats import tokenize
 from train.data.dataset import Dataset, of_rows
+from train.options.file import alike
 from train.options.sft import Config, SftOptimConfig, SftRunConfig
-from train.options.written import alike
 from train.processes import hosts, peers
 from train.processes.hosts import check_alike, map_over_processes, together
 from train.run.pretrained import Outline
@@ -270,7 +270,7 @@ def test_the_others_are_told_why_a_process_ends(who, processes):
     assert told[who] == []
     for line in lines:
         line.close()
-    eventually(lambda: all(line._done.is_set() for line in lines))
+    eventually(lambda: not any(t.is_alive() for line in lines for t in line._threads))
 
 
 @pytest.mark.parametrize("who", [0, 2])
@@ -283,7 +283,7 @@ def test_the_others_are_told_of_a_process_that_was_killed(who, processes):
     eventually(lambda: told[left] == [(who, peers.LOST, 1)])
     for line in lines:
         line.close()
-    eventually(lambda: all(line._done.is_set() for line in lines))
+    eventually(lambda: not any(t.is_alive() for line in lines for t in line._threads))
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -293,8 +293,28 @@ def test_who_has_done_all_first_hears_that_the_others_have_too(first, processes)
     lines[first].close()
     eventually(lambda: lines[1 - first]._ended == {first})
     lines[1 - first].close()
-    eventually(lambda: all(line._done.is_set() for line in lines))
+    eventually(lambda: not any(t.is_alive() for line in lines for t in line._threads))
     assert told == [[], []] and not any(line._connections for line in lines)
+
+
+def test_process_0_waits_for_the_others_also_while_it_is_told_that_one_was_killed(processes):
+    waited = []
+
+    def connect():
+        first = jax.process_index() == 0
+        return peers.connect("localhost:0", wait if first else lambda *what: None)
+
+    def wait(*what):
+        began = time.monotonic()
+        lines[0].wait_for_the_others(0.3)
+        waited.append((what[0], time.monotonic() - began))
+
+    lines = processes(3, connect)
+    lines[2]._connections[0].shutdown(socket.SHUT_RDWR)
+    eventually(lambda: waited)
+    assert waited[0][0] == 2 and 0.2 < waited[0][1] < 5, "process 1 still runs"
+    for line in lines:
+        line.close()
 
 
 def test_strangers_do_not_keep_the_processes_apart(processes, monkeypatch):

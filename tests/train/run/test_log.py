@@ -95,3 +95,29 @@ def test_a_log_file_says_what_is_done_before_it_is_done(monkeypatch):
         progress(1, 2)
         progress(2, 2)
     assert said.getvalue().splitlines()[1:] == ["answering: 1 of 2", "answering: 0 s"]
+
+
+def test_a_long_record_is_reported_again_in_order_and_in_one_pass(tmp_path):
+    class Looked(dict):
+        looks = 0
+
+        def __getitem__(self, name):
+            Looked.looks += 1
+            return super().__getitem__(name)
+
+    class Told:
+        def __init__(self):
+            self.steps = []
+
+        def line(self, line):
+            self.steps.append(dict.__getitem__(line, "step"))
+
+        def samples(self, step, samples, at):
+            self.steps.append((step, [sample.answer for sample in samples], at))
+
+    n, told = 500, Told()
+    lines = [Looked(step=step, loss=1.0) for step in range(1, n + 1)]
+    answers = [Looked(step=2, prompt="a", answer=text, time=9.0) for text in ("b", "c")]
+    run_log._replay(told, lines, answers)
+    assert told.steps == [1, 2, (2, ["b", "c"], 9.0), *range(3, n + 1)]
+    assert Looked.looks < 4 * n, "a look at each line for each step would be quadratic"

@@ -6,7 +6,7 @@ import pytest
 from lora_jax import models
 from tests.support import over
 from tests.train.tiny import decoder, tokenizer
-from train.run.complete import complete, left_padded, tokenized
+from train.run.complete import answered, left_padded, tokenized
 from train.run.pretrained import Outline
 from train.tasks.sql.evaluate import (
     ADAPTED,
@@ -41,7 +41,7 @@ def test_a_batch_with_a_shared_beginning_answers_as_each_chat_alone(outline, sys
     model, params = decoder()
     questions = ["one", "another, longer one", "one"]
     chats = [[*system, {"role": "user", "content": text}] for text in questions]
-    texts = complete(model, params, outline, chats, new_tokens=6)
+    texts = answered(model, params, outline, tokenized(outline, chats), new_tokens=6)
     assert texts == [alone(outline, chat, 6) for chat in chats]
     assert texts[0] != texts[1]
 
@@ -60,7 +60,7 @@ def test_more_chats_than_a_batch_keep_their_order(outline, monkeypatch):
     model, params = decoder()
     asked = ["b", "cc", "d", "ee", "f"]
     chats = [[{"role": "user", "content": text}] for text in asked]
-    texts = complete(model, params, outline, chats, new_tokens=4)
+    texts = answered(model, params, outline, tokenized(outline, chats), new_tokens=4)
     assert [text.split("\n")[0] for text in texts] == asked
     assert len(batches) == 3 and len({*batches}) == 1
 
@@ -76,9 +76,9 @@ def scores():
     """Two questions of each kind; the base knows nothing, the fine-tuned model all but one."""
     scores = Scores(draw_questions(2))
     gold = {kind: [e.sql for e in examples] for kind, examples in scores.questions.items()}
-    scores.add(ZERO_SHOT, {kind: ["no", "idea"] for kind in gold})
-    scores.add(FEW_SHOT, {kind: ["SELECT 1", "[x]"] for kind in gold})
-    scores.add(ADAPTED, {**gold, UNSEEN_BOTH: [gold[UNSEEN_BOTH][0], ""]})
+    scores.answers[ZERO_SHOT] = {kind: ["no", "idea"] for kind in gold}
+    scores.answers[FEW_SHOT] = {kind: ["SELECT 1", "[x]"] for kind in gold}
+    scores.answers[ADAPTED] = {**gold, UNSEEN_BOTH: [gold[UNSEEN_BOTH][0], ""]}
     return scores
 
 

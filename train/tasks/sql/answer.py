@@ -18,11 +18,6 @@ _OTHER = re.compile(
 )
 
 
-def _blank_quotes(text: str) -> str:
-    """Blanks quoted strings and comments; keeps all positions."""
-    return _QUOTED.sub(lambda match: " " * len(match[0]), text)
-
-
 def find_query(text: str) -> str | None:
     """Returns the SELECT (or WITH) statement in a model's answer, without the text around it.
 
@@ -49,7 +44,8 @@ def find_query(text: str) -> str | None:
     if text[:start].endswith("`"):
         query = query.partition("`")[0]
     # Quoted text neither ends nor begins a statement.
-    bare, _, after = _blank_quotes(query).partition(";")
+    blanked = _QUOTED.sub(lambda match: " " * len(match[0]), query)  # at the same positions
+    bare, _, after = blanked.partition(";")
     blank_line = _BLANK_LINE.search(bare)
     if blank_line and not fenced and found[1][:1] in "Ss":  # a WITH may go on after one
         bare, after = bare[: blank_line.start()], ""

@@ -6,30 +6,26 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from train.run.complete import Chat, complete, tokenized
+from train.run.complete import Chat, answered, tokenized
 from train.run.pretrained import Outline
-from train.tasks.sql.examples import (
-    SqlExample,
-    evaluation_examples,
-    few_shot_messages,
-    score,
-    training_examples,
-)
+from train.tasks.sql import examples as sql
+from train.tasks.task import print_figures
 
 ZERO_SHOT, FEW_SHOT, ADAPTED = "base, zero-shot", "base, 4 examples", "fine-tuned"
 UNSEEN_SCHEMAS, UNSEEN_BOTH = "unseen schemas", "unseen schemas, unseen phrasings"
 N_SHOTS = 4
 NEW_TOKENS = 80  # the longest gold query has about fifty
-Questions = dict[str, list[SqlExample]]
+Questions = dict[str, list[sql.SqlExample]]
 Answers = dict[str, list[str]]  # by kind of question, in the order of the questions
 
 
 def draw_questions(n: int) -> Questions:
     """Returns `n` questions of each kind; the same for every run, so that runs are comparable."""
     return {
-        UNSEEN_SCHEMAS: evaluation_examples(n),
-        UNSEEN_BOTH: evaluation_examples(n, unseen_phrasings=True),
+        UNSEEN_SCHEMAS: sql.evaluation_examples(n),
+        UNSEEN_BOTH: sql.evaluation_examples(n, unseen_phrasings=True),
     }
 
 
@@ -59,23 +55,17 @@ def answer(
       forward: the model's ``apply``, or that on an adapted tree.
       progress: is called with the number of answers so far, and of all.
     """
-    chats = _chats(questions, few_shot)
-    made = complete(
-        model,
-        params,
-        outline,
-        chats,
-        new_tokens=NEW_TOKENS,
-        forward=forward,
-        progress=progress,
+    prompts = tokenized(outline, _chats(questions, few_shot))
+    made = answered(
+        model, params, outline, prompts, new_tokens=NEW_TOKENS, forward=forward, progress=progress
     )
     texts = iter(made)
     return {kind: [next(texts) for _ in examples] for kind, examples in questions.items()}
 
 
 def _chats(questions: Questions, few_shot: bool) -> list[Chat]:
-    shots = training_examples(N_SHOTS) if few_shot else []
-    return [few_shot_messages(e, shots) for examples in questions.values() for e in examples]
+    shots = sql.training_examples(N_SHOTS) if few_shot else []
+    return [sql.few_shot_messages(e, shots) for examples in questions.values() for e in examples]
 
 
 @dataclasses.dataclass
@@ -90,15 +80,11 @@ class Scores:
         """The number of questions of each kind."""
         return len(self.questions[UNSEEN_SCHEMAS])
 
-    def add(self, way: str, answers: Answers) -> None:
-        """Adds the answers of one prompting method."""
-        self.answers[way] = answers
-
     def accuracies(self) -> dict[str, dict[str, float]]:
         """Computes the execution accuracy, by kind of question and prompting method."""
         return {
             kind: {
-                way: sum(map(score, examples, answers[kind])) / len(examples)
+                way: sum(map(sql.score, examples, answers[kind])) / len(examples)
                 for way, answers in self.answers.items()
             }
             for kind, examples in self.questions.items()
@@ -150,7 +136,7 @@ class Scores:
                 row = {"question": example.question, "gold": example.sql}
                 for name, way in (("before", ZERO_SHOT), ("after", ADAPTED)):
                     text = self.answers[way][kind][i]
-                    row[name] = f"{'✓' if score(example, text) else '✗'} {_short(text)}"
+                    row[name] = f"{'✓' if sql.score(example, text) else '✗'} {_short(text)}"
                 shown.append(row)
         return shown
 
@@ -161,14 +147,10 @@ def _short(text: str) -> str:
 
 def print_scores(console: Console, scores: Mapping[str, Mapping[str, float | None]]) -> None:
     """Prints a table of accuracies: a row per kind of question, a column per prompting method."""
-    table = Table(title="Execution accuracy: answers that return the right rows, in %")
-    table.add_column("questions")
     ways = list(next(iter(scores.values())))
-    for way in ways:
-        table.add_column(way, justify="right")
-    for kind, row in scores.items():
-        table.add_row(kind, *(_percent(row[way]) for way in ways))
-    console.print(table)
+    rows = [(kind, *(_percent(row[way]) for way in ways)) for kind, row in scores.items()]
+    title = "Execution accuracy: answers that return the right rows, in %"
+    print_figures(console, title, ("questions", *ways), rows)
 
 
 def _percent(share: float | None) -> str:
@@ -183,9 +165,5 @@ def print_examples(console: Console, examples: Sequence[Mapping[str, str]]) -> N
     for name in examples[0]:
         table.add_column(name, overflow="fold", ratio=1)
     for example in examples:
-        table.add_row(*(_escaped(text) for text in example.values()))
+        table.add_row(*map(Text, example.values()))
     console.print(table)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -11,13 +11,13 @@ three databases:
     accuracy = sum(score(e, generate(e.messages[:-1])) for e in held_out) / len(held_out)
 
 The gold queries can be trusted: each returns a result on all three databases, leaves no ties to
-chance, and differs in its result from every query one mistake away (`trust.py`).
+chance, and differs in its result from every query one mistake away (`can_be_trusted`).
 """
 
 import sqlite3
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 
@@ -25,14 +25,12 @@ from train.tasks.sql.answer import find_query
 from train.tasks.sql.draw import Draw
 from train.tasks.sql.execute import GUARDED, open_databases, same_rows
 from train.tasks.sql.fill import filled_tables
-from train.tasks.sql.forms import FORMS
+from train.tasks.sql.forms import FORMS, DoesNotFit, Scene, table_words
 from train.tasks.sql.guard import Row, run
-from train.tasks.sql.phrasings import PHRASINGS, ask
-from train.tasks.sql.query import write
-from train.tasks.sql.scene import DoesNotFit, Scene
+from train.tasks.sql.phrasings import N_TRAINED, PHRASINGS, ask
+from train.tasks.sql.query import Query, mutations, order_keys, write
 from train.tasks.sql.schemas import SCHEMAS, TEST_SCHEMAS, TRAINING_SCHEMAS
 from train.tasks.sql.tables import Schema
-from train.tasks.sql.trust import can_be_trusted
 
 SYSTEM_PROMPT = "Answer in SQL."
 
@@ -117,28 +115,12 @@ def score(example: SqlExample, text: str) -> bool:
     query = find_query(text)
     if query is None:
         return False
-    schema = SCHEMAS[example.schema]
-    ordered = _is_ordered(example.sql)
+    schema, ordered = SCHEMAS[example.schema], " ORDER BY " in example.sql
     for database, gold in enumerate(_gold_results(schema, example.sql)):
         rows = GUARDED.run(schema, database, query)
         if rows is None or not same_rows(gold, rows, ordered=ordered):
             return False
     return True
-
-
-def statistics() -> dict[str, int]:
-    """Counts the schemas, forms and phrasings (the fewest phrasings of any form)."""
-    return {
-        "training_schemas": len(TRAINING_SCHEMAS),
-        "test_schemas": len(TEST_SCHEMAS),
-        "forms": len(FORMS),
-        "training_phrasings": min(len(p.training) for p in PHRASINGS.values()),
-        "held_out_phrasings": min(len(p.held_out) for p in PHRASINGS.values()),
-    }
-
-
-def _is_ordered(sql: str) -> bool:
-    return " ORDER BY " in sql
 
 
 @cache
@@ -157,14 +139,7 @@ def _example(shown: Schema, of: SqlExample) -> SqlExample:
         {"role": "user", "content": f"{shown.describe()}\n{of.question}"},
         {"role": "assistant", "content": of.sql},
     )
-    return SqlExample(
-        messages=messages,
-        schema=of.schema,
-        question=of.question,
-        sql=of.sql,
-        form=of.form,
-        phrasing=of.phrasing,
-    )
+    return replace(of, messages=messages)
 
 
 def _stream(
@@ -181,9 +156,10 @@ def _stream(
             made = len(seen)
             for form in draw.shuffled(list(FORMS)):
                 if not phrasings[form]:
-                    training = len(PHRASINGS[form].training)
-                    both = range(training), range(training, len(PHRASINGS[form].all))
-                    phrasings[form] = draw.shuffled(both[held_out])
+                    numbers = range(len(PHRASINGS[form]))
+                    phrasings[form] = draw.shuffled(
+                        numbers[N_TRAINED:] if held_out else numbers[:N_TRAINED]
+                    )
                 if len(waiting) < len(schemas):
                     waiting += draw.shuffled(schemas)
                 phrasing = phrasings[form].pop()
@@ -213,18 +189,53 @@ def _draw_example(
             query, words = FORMS[form](scene)
         except DoesNotFit:
             return None  # try another schema, rather than another column
-        question = ask(form, phrasing, words)
+        question = ask(form, phrasing, table_words(schema.table(query.table)) | words)
         if (schema.name, question) in seen or not can_be_trusted(query, schema, databases):
             continue
-        return _example(
-            schema,
-            SqlExample(
-                messages=(),
-                schema=schema.name,
-                question=question,
-                sql=write(query),
-                form=form,
-                phrasing=phrasing,
-            ),
+        asked = SqlExample(
+            messages=(),
+            schema=schema.name,
+            question=question,
+            sql=write(query),
+            form=form,
+            phrasing=phrasing,
         )
+        return _example(schema, asked)
     return None
+
+
+def can_be_trusted(query: Query, schema: Schema, databases: Sequence[sqlite3.Connection]) -> bool:
+    """Returns whether a query has results without ties, and its mutations have others.
+
+    It must have a non-trivial result on every database, no two rows may tie in its order or for its
+    extreme, and each query one mistake away must differ in its result on at least one database.
+    """
+    results = [run(database, write(query)) for database in databases]
+    golds = [rows for rows in results if rows and (len(rows) > 1 or any(rows[0]))]  # not trivial
+    if len(golds) < len(databases):
+        return False
+    keys = order_keys(query)
+    for database in databases:
+        held = run(database, write(keys)) or [] if keys else []
+        if len(set(held)) < len(held):
+            return False
+    # The rows equal to a MIN or MAX: one row, without ties.
+    for_extreme = any(c.operator == "=" and isinstance(c.value, Query) for c in query.where)
+    if for_extreme and any(len(gold) > 1 for gold in golds):
+        return False
+    for _, mutation in mutations(query, schema):
+        sql = write(mutation)
+        if not any(
+            differs(gold, database, sql, ordered=query.order is not None)
+            for database, gold in zip(databases, golds, strict=True)
+        ):
+            return False
+    return True
+
+
+def differs(
+    gold: Sequence[tuple[object, ...]], database: sqlite3.Connection, sql: str, *, ordered: bool
+) -> bool:
+    """Returns whether the result of `sql` differs from the gold rows; SQL that fails differs."""
+    rows = run(database, sql)
+    return rows is None or not same_rows(gold, rows, ordered=ordered)

@@ -65,7 +65,12 @@ class Guarded:
         process = self._process
         if process is None or process.poll() is not None:
             self.close()
-            process = self._process = _started()
+            # Without this process's environment and packages.
+            command = [sys.executable, "-I", "-S", str(Path(guard.__file__))]
+            pipe, null = subprocess.PIPE, subprocess.DEVNULL
+            process = self._process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=null, text=True, env={}
+            )
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(request + "\n")
@@ -83,20 +88,8 @@ class Guarded:
         return json.loads(line)
 
 
-def _started() -> "subprocess.Popen[str]":
-    """Starts `guard.py`, without this process's environment and packages."""
-    command = [sys.executable, "-I", "-S", str(Path(guard.__file__))]
-    pipe, null = subprocess.PIPE, subprocess.DEVNULL
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, text=True, env={})
-
-
 GUARDED = Guarded()
 atexit.register(GUARDED.close)
-
-
-def is_empty(rows: Sequence[Row]) -> bool:
-    """Returns whether a result is trivial: no rows, or one row of NULLs and zeros."""
-    return not rows or (len(rows) == 1 and not any(rows[0]))
 
 
 def _sort_key(row: Row) -> list[tuple[str, object]]:

@@ -1,23 +1,104 @@
 """The query forms: each draws a query on a schema, and the words of its question.
 
 A form draws its table, columns and values from a `Scene`. It need not check that the query has a
-result on every database: `trust.py` runs it.
+result on every database: `examples.py` runs it, and adds the words of its table to its own.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from train.tasks.sql.draw import Draw
+from train.tasks.sql.fill import FilledRow, Value
 from train.tasks.sql.query import Condition, Query, Term, literal
-from train.tasks.sql.scene import (
-    DoesNotFit,
-    Scene,
-    Words,
-    category_words,
-    number_words,
-    owned_words,
-    table_words,
-)
-from train.tasks.sql.tables import Column, Table
+from train.tasks.sql.tables import Column, Schema, Table, plural
+
+Words = dict[str, str]
+
+
+class DoesNotFit(Exception):
+    """The schema has no column of the kind that the form needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """A schema, the rows of one of its databases, and a random stream to draw from them."""
+
+    schema: Schema
+    rows: dict[str, list[FilledRow]]
+    draw: Draw
+
+    def table(self, *kinds: str) -> Table:
+        """Draws a table with columns of these kinds; mostly the child, which has more rows."""
+        tables = [self.schema.child, self.schema.child, self.schema.parent]
+        fit = [table for table in tables if all(table.of_kind(kind) for kind in kinds)]
+        if not fit:
+            raise DoesNotFit(f"{self.schema.name}: {kinds}")
+        return self.draw.pick(fit)
+
+    def column(self, table: Table, *kinds: str, summable: bool = False) -> Column:
+        """Draws a column of one of these kinds; if `summable`, one whose sum makes sense."""
+        fit = [c for c in table.of_kind(*kinds) if c.summable or not summable]
+        if not fit:
+            raise DoesNotFit(f"{table.name}: {kinds}")
+        return self.draw.pick(fit)
+
+    def number(self, table: Table) -> Column:
+        """Draws a column of numbers or years."""
+        return self.column(table, "number", "year")
+
+    def values(self, column: Column, count: int = 1) -> list[Value]:
+        """Draws distinct values of the column."""
+        table = self.schema.table(column.table)
+        index = table.columns.index(column)
+        held = list(dict.fromkeys(row[index] for row in self.rows[table.name]))
+        if len(held) < count:
+            raise DoesNotFit(f"{column.path}: {count} values")
+        return self.draw.sample(held, count)
+
+
+def _title_words(table: Table, prefix: str = "") -> Words:
+    wording = table.title.wording
+    return {f"{prefix}name": wording, f"{prefix}names": plural(wording)}
+
+
+def table_words(table: Table) -> Words:
+    """Returns words for the table's rows and for the column that names them."""
+    return {"thing": table.singular, "things": table.plural} | _title_words(table)
+
+
+def owner_words(table: Table) -> Words:
+    """Returns words for the rows of the parent table."""
+    return {"owner": table.singular, "owners": table.plural} | _title_words(table, "owner_")
+
+
+def category_words(column: Column, prefix: str = "") -> Words:
+    """Returns words for a column of texts that several rows share."""
+    return {f"{prefix}category": column.wording, f"{prefix}categories": plural(column.wording)}
+
+
+_COMPARATIVES = {  # (for numbers, for years)
+    "above": ("above", "after"),
+    "over": ("more than", "later than"),
+    "below": ("below", "before"),
+    "under": ("less than", "earlier than"),
+    "higher": ("higher", "later"),
+    "lower": ("lower", "earlier"),
+    "lowest": ("lowest", "earliest"),
+    "highest": ("highest", "latest"),
+}
+
+
+def number_words(column: Column, *, descending: bool = False) -> Words:
+    """Returns words for a column of numbers; `first` and `last` depend on the sorting order."""
+    words = {key: pair[column.kind == "year"] for key, pair in _COMPARATIVES.items()}
+    first, last = ("highest", "lowest") if descending else ("lowest", "highest")
+    return words | {
+        "number": column.wording,
+        "ascending": "descending" if descending else "ascending",
+        "first": words[first],
+        "last": words[last],
+    }
+
 
 Form = Callable[[Scene], tuple[Query, Words]]
 
@@ -48,7 +129,7 @@ def _two_columns(scene: Scene) -> tuple[Query, Words]:
     table = scene.table()
     other = scene.column(table, "text", "number", "year")
     select = (Term(path=table.title.path), Term(path=other.path))
-    return replace(_titles(table), select=select), table_words(table) | {"other": other.wording}
+    return replace(_titles(table), select=select), {"other": other.wording}
 
 
 def _lookup(scene: Scene) -> tuple[Query, Words]:
@@ -56,13 +137,13 @@ def _lookup(scene: Scene) -> tuple[Query, Words]:
     other = scene.column(table, "text", "number", "year")
     [value] = scene.values(table.title)
     query = replace(_titles(table, _is(table.title, value)), select=(Term(path=other.path),))
-    return query, table_words(table) | {"other": other.wording, "value": str(value)}
+    return query, {"other": other.wording, "value": str(value)}
 
 
 def _equals(scene: Scene) -> tuple[Query, Words]:
     table = scene.table("text")
     condition, words = _filter(scene, table)
-    return _titles(table, condition), table_words(table) | words
+    return _titles(table, condition), words
 
 
 def _compared(operator: str) -> Form:
@@ -70,7 +151,7 @@ def _compared(operator: str) -> Form:
         table = scene.table()
         number = scene.number(table)
         [value] = scene.values(number)
-        words = table_words(table) | number_words(number) | {"value": str(value)}
+        words = number_words(number) | {"value": str(value)}
         return _titles(table, _is(number, value, operator)), words
 
     return form
@@ -81,7 +162,7 @@ def _between(scene: Scene) -> tuple[Query, Words]:
     number = scene.number(table)
     low, high = sorted(scene.values(number, 2), key=float)
     condition = Condition(path=number.path, operator="BETWEEN", value=f"{low} AND {high}")
-    words = table_words(table) | number_words(number) | {"low": str(low), "high": str(high)}
+    words = number_words(number) | {"low": str(low), "high": str(high)}
     return _titles(table, condition), words
 
 
@@ -92,8 +173,7 @@ def _contains(scene: Scene) -> tuple[Query, Words]:
     if len(words) < 2:
         raise DoesNotFit(f"{table.title.path} holds single words")
     word = scene.draw.pick(words)
-    query = _titles(table, _is(table.title, f"%{word}%", "LIKE"))
-    return query, table_words(table) | {"value": word}
+    return _titles(table, _is(table.title, f"%{word}%", "LIKE")), {"value": word}
 
 
 def _one_of(scene: Scene) -> tuple[Query, Words]:
@@ -102,8 +182,7 @@ def _one_of(scene: Scene) -> tuple[Query, Words]:
     one, two = scene.values(category, 2)
     texts = f"({literal(one)}, {literal(two)})"
     query = _titles(table, Condition(path=category.path, operator="IN", value=texts))
-    words = table_words(table) | category_words(category)
-    return query, words | {"value": str(one), "value2": str(two)}
+    return query, category_words(category) | {"value": str(one), "value2": str(two)}
 
 
 def _both_filters(scene: Scene) -> tuple[Query, Words]:
@@ -111,7 +190,7 @@ def _both_filters(scene: Scene) -> tuple[Query, Words]:
     condition, words = _filter(scene, table)
     number = scene.number(table)
     [bound] = scene.values(number)
-    words |= table_words(table) | number_words(number) | {"bound": str(bound)}
+    words |= number_words(number) | {"bound": str(bound)}
     return _titles(table, condition, _is(number, bound, ">")), words
 
 
@@ -124,7 +203,7 @@ def _count_distinct(scene: Scene) -> tuple[Query, Words]:
     table = scene.table("text")
     category = scene.column(table, "text")
     term = Term(path=category.path, function="COUNT", distinct=True)
-    return replace(_titles(table), select=(term,)), table_words(table) | category_words(category)
+    return replace(_titles(table), select=(term,)), category_words(category)
 
 
 def _aggregate(function: str) -> Form:
@@ -133,8 +212,7 @@ def _aggregate(function: str) -> Form:
         condition, words = _filter(scene, table)
         number = scene.column(table, "number", summable=function == "SUM")
         term = Term(path=number.path, function=function)
-        words |= table_words(table) | number_words(number)
-        return replace(_titles(table, condition), select=(term,)), words
+        return replace(_titles(table, condition), select=(term,)), words | number_words(number)
 
     return form
 
@@ -144,7 +222,7 @@ def _ordered(scene: Scene) -> tuple[Query, Words]:
     number = scene.number(table)
     descending = scene.draw.pick((False, True))
     query = replace(_titles(table), order=Term(path=number.path), descending=descending)
-    return query, table_words(table) | number_words(number, descending=descending)
+    return query, number_words(number, descending=descending)
 
 
 def _top(scene: Scene) -> tuple[Query, Words]:
@@ -158,7 +236,7 @@ def _group_count(scene: Scene) -> tuple[Query, Words]:
     category = scene.column(table, "text")
     select = (Term(path=category.path), Term(path="*", function="COUNT"))
     query = replace(_titles(table), select=select, group=category.path)
-    return query, table_words(table) | category_words(category)
+    return query, category_words(category)
 
 
 def _group_having(scene: Scene) -> tuple[Query, Words]:
@@ -171,14 +249,14 @@ def _group_having(scene: Scene) -> tuple[Query, Words]:
 def _join_columns(scene: Scene) -> tuple[Query, Words]:
     child, parent = scene.schema.child, scene.schema.parent
     query = _joined(scene, Term(path=child.title.path), Term(path=parent.title.path))
-    return query, owned_words(scene.schema)
+    return query, owner_words(scene.schema.parent)
 
 
 def _join_filter(scene: Scene) -> tuple[Query, Words]:
     child = scene.schema.child
     condition, words = _filter(scene, scene.schema.parent, "owner_")
     query = _joined(scene, Term(path=child.title.path), where=(condition,))
-    return query, owned_words(scene.schema) | words
+    return query, owner_words(scene.schema.parent) | words
 
 
 def _above_average(scene: Scene) -> tuple[Query, Words]:
@@ -186,7 +264,7 @@ def _above_average(scene: Scene) -> tuple[Query, Words]:
     number = scene.column(table, "number")
     average = Query(table=table.name, select=(Term(path=number.path, function="AVG"),))
     condition = Condition(path=number.path, operator=">", value=average)
-    return _titles(table, condition), table_words(table) | number_words(number)
+    return _titles(table, condition), number_words(number)
 
 
 def _at_extreme(scene: Scene) -> tuple[Query, Words]:
@@ -195,8 +273,7 @@ def _at_extreme(scene: Scene) -> tuple[Query, Words]:
     function = scene.draw.pick(("MIN", "MAX"))
     extreme = Query(table=table.name, select=(Term(path=number.path, function=function),))
     condition = Condition(path=number.path, operator="=", value=extreme)
-    words = table_words(table) | number_words(number, descending=function == "MAX")
-    return _titles(table, condition), words
+    return _titles(table, condition), number_words(number, descending=function == "MAX")
 
 
 FORMS: dict[str, Form] = {

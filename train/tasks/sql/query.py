@@ -94,8 +94,7 @@ def _other_columns(schema: Schema, path: str, *, alike: bool) -> list[str]:
     column = schema.column(path)
     if column.kind in ("key", "link"):
         return []
-    table = next(table for table in schema.tables if table.name == column.table)
-    others = table.of_kind("name", "text", "number", "year")
+    others = schema.table(column.table).of_kind("name", "text", "number", "year")
     return [
         other.path
         for other in others

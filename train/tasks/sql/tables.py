@@ -16,6 +16,8 @@ first column that is no key names the row, uniquely.
 
 import re
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 _WORDS = {
     "person": "Anna Boris Clara David Elena Felix Grace Hugo Irene Jonas Karin Liam*"
@@ -124,6 +126,10 @@ class Schema:
         parent = self.parent.name
         return f"JOIN {parent} ON {self.link.path} = {parent}.id"
 
+    def table(self, name: str) -> Table:
+        """Returns the table of this name."""
+        return next(table for table in self.tables if table.name == name)
+
     def column(self, path: str) -> Column:
         """Returns the column at `table.column`."""
         return next(c for table in self.tables for c in table.columns if c.path == path)
@@ -143,21 +149,16 @@ class Schema:
 def _column(table: str, text: str, named: bool) -> Column:
     head, _, values = text.partition("=")
     name, values = head.strip(), values.strip()
-    wording = name.replace("_", " ")
+    column = partial(Column, table=table, name=name, wording=name.replace("_", " "))
     if not values:
-        kind = "key" if name == "id" else "link"
-        return Column(table=table, name=name, wording=wording, kind=kind)
+        return column(kind="key" if name == "id" else "link")
     if span := re.fullmatch(r"([\d.]+)\.\.([\d.]+)(\+?)", values):
         scale = 10 if "." in span[1] else 1
         low, high = (round(float(end) * scale) for end in (span[1], span[2]))
         kind = "year" if scale == 1 and low >= 1000 and high < 2030 and not span[3] else "number"
-        return Column(
-            table=table, name=name, wording=wording, kind=kind,
-            low=low, high=high, scale=scale, summable=bool(span[3]),
-        )  # fmt: skip
+        return column(kind=kind, low=low, high=high, scale=scale, summable=bool(span[3]))
     texts = POOLS[values[1:]] if values.startswith("@") else _combinations(values, "|")
-    kind = "text" if named else "name"
-    return Column(table=table, name=name, wording=wording, kind=kind, values=texts)
+    return column(kind="text" if named else "name", values=texts)
 
 
 def _table(text: str, suffix: str) -> Table:
@@ -170,6 +171,13 @@ def _table(text: str, suffix: str) -> Table:
     return Table(
         name=noun + suffix, singular=singular, plural=plural(singular), columns=tuple(columns)
     )
+
+
+def read_blocks(name: str) -> dict[str, str]:
+    """Returns the blocks of a text file beside this one, by the line that heads each."""
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    blocks = (block.partition("\n") for block in text.strip().split("\n\n"))
+    return {head: body for head, _, body in blocks}
 
 
 def parse_schema(name: str, text: str, suffix: str) -> Schema:

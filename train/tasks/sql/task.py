@@ -17,22 +17,9 @@ from train.run.log import doing
 from train.run.output import SCORES
 from train.run.pretrained import Outline
 from train.tasks import chats
-from train.tasks.sql.evaluate import (
-    ADAPTED,
-    FEW_SHOT,
-    UNSEEN_BOTH,
-    UNSEEN_SCHEMAS,
-    ZERO_SHOT,
-    Questions,
-    Scores,
-    answer,
-    draw_questions,
-    longest_prompt,
-    print_examples,
-    print_scores,
-)
+from train.tasks.sql import evaluate
 from train.tasks.sql.examples import training_examples
-from train.tasks.task import Context, Data, Evaluation, Progress, Rows
+from train.tasks.task import Context, Data, Evaluation, Progress, Rows, reads_all
 
 STEPS = 35
 
@@ -65,7 +52,7 @@ def read_rows(config: Config) -> Rows:
 def examples(config: Config, rows: Rows, outline: Outline) -> Data:
     """Returns the rows as sequences; checks that few-shot prompts and answers fit the model."""
     if questions := _questions(config):
-        outline.check_length(longest_prompt(outline, questions), "--eval-questions")
+        outline.check_length(evaluate.longest_prompt(outline, questions), "--eval-questions")
     return chats.examples(config, rows, outline)
 
 
@@ -74,14 +61,14 @@ class Answering:
     """Evaluation by questions before and after training."""
 
     context: Context
-    scores: Scores
+    scores: evaluate.Scores
 
     def before(self, model: Any, params: Any, forward: Callable[..., Any]) -> None:
         """Asks the base, without and with solved examples, unless an interrupted run did."""
         path, scores = self.context.folder / SCORES, self.scores
         if scores.reuse_base_scores(read_json(path)):
             return
-        for way, few_shot in ((ZERO_SHOT, False), (FEW_SHOT, True)):
+        for way, few_shot in ((evaluate.ZERO_SHOT, False), (evaluate.FEW_SHOT, True)):
             self._ask(way, model, params, forward, few_shot)
         write_json(path, scores.as_json())
 
@@ -98,19 +85,19 @@ class Answering:
         self, model: Any, params: Any, forward: Callable[..., Any], progress: Progress
     ) -> dict[str, float]:
         """Asks the adapted model; returns the execution accuracies."""
-        scores, outline = Scores(self.scores.questions), self.context.outline
-        answers = answer(
+        scores, outline = evaluate.Scores(self.scores.questions), self.context.outline
+        answers = evaluate.answer(
             model, params, outline, scores.questions, forward=forward, progress=progress
         )
-        scores.add(ADAPTED, answers)
+        scores.answers[evaluate.ADAPTED] = answers
         return _accuracies(scores)
 
     def after(self, model: Any, params: Any, forward: Callable[..., Any]) -> dict[str, float]:
         """Asks the trained model; writes its answers; prints examples, and returns accuracies."""
-        self._ask(ADAPTED, model, params, forward, few_shot=False)
+        self._ask(evaluate.ADAPTED, model, params, forward, few_shot=False)
         write_json(self.context.folder / SCORES, self.scores.as_json())
-        print_examples(self.context.console, self.scores.examples())
-        print_scores(self.context.console, self.scores.accuracies())
+        evaluate.print_examples(self.context.console, self.scores.examples())
+        evaluate.print_scores(self.context.console, self.scores.accuracies())
         return _accuracies(self.scores)
 
     def _ask(
@@ -120,7 +107,7 @@ class Answering:
         with doing(
             self.context.console, f"{way}: answering {2 * self.scores.n} questions"
         ) as progress:
-            answers = answer(
+            self.scores.answers[way] = evaluate.answer(
                 model,
                 params,
                 outline,
@@ -129,35 +116,29 @@ class Answering:
                 few_shot=few_shot,
                 progress=progress,
             )
-            self.scores.add(way, answers)
 
 
-def _accuracies(scores: Scores) -> dict[str, float]:
+def _accuracies(scores: evaluate.Scores) -> dict[str, float]:
     """Returns the execution accuracies of the trained model."""
-    of_kind = {kind: ways[ADAPTED] for kind, ways in scores.accuracies().items()}
+    of_kind = {kind: ways[evaluate.ADAPTED] for kind, ways in scores.accuracies().items()}
     return {
         "accuracy": sum(of_kind.values()) / len(of_kind),
-        "unseen_schemas": of_kind[UNSEEN_SCHEMAS],
-        "unseen_phrasings": of_kind[UNSEEN_BOTH],
+        "unseen_schemas": of_kind[evaluate.UNSEEN_SCHEMAS],
+        "unseen_phrasings": of_kind[evaluate.UNSEEN_BOTH],
     }
 
 
 def evaluation(context: Context) -> Answering | None:
     """Returns the evaluation by questions; None if --eval-questions is 0."""
     questions = _questions(context.config)
-    return Answering(context, Scores(questions)) if questions else None
+    return Answering(context, evaluate.Scores(questions)) if questions else None
 
 
-def reads(config: Config) -> tuple[str, ...]:
-    """Returns that the questions are drawn by --seed, as many as 35 steps see."""
-    return ("seed", "batch_size", "grad_accum")
-
-
-def _questions(config: Config) -> Questions | None:
+def _questions(config: Config) -> evaluate.Questions | None:
     return _drawn(config.run.eval_questions) if config.run.eval_questions else None
 
 
-_drawn = functools.cache(draw_questions)
+_drawn = functools.cache(evaluate.draw_questions)
 
 
 def _as_rows(made: Any) -> list[Row]:
@@ -167,7 +148,8 @@ def _as_rows(made: Any) -> list[Row]:
 def baselines(scores: Mapping[str, Any]) -> dict[str, float]:
     """Returns the base's accuracies, means of both kinds of questions, from a run's scores.json."""
     of_kind = scores.get("accuracy", {}).values()
-    found = {way: [ways[way] for ways in of_kind if way in ways] for way in (ZERO_SHOT, FEW_SHOT)}
+    base = (evaluate.ZERO_SHOT, evaluate.FEW_SHOT)
+    found = {way: [ways[way] for ways in of_kind if way in ways] for way in base}
     return {way: sum(values) / len(values) for way, values in found.items() if values}
 
 
@@ -186,7 +168,7 @@ TASK = dataclasses.replace(
     rows=read_rows,
     examples=examples,
     evaluation=evaluation,
-    reads=reads,
+    reads=reads_all,  # the questions are drawn by --seed, as many as 35 steps see
     score="accuracy",
     baselines=baselines,
 )
