@@ -1,4 +1,8 @@
-"""Losses: their contract, those of tokens by their names (`TOKEN_LOSSES`), and of classes."""
+"""Losses: their contract; of tokens, by their names (`TOKEN_LOSSES`), and of classes.
+
+Those of preferences (`PREFERENCES`) and of rollouts (`ONLINE`) take log-probabilities: for loops of
+your own.
+"""
 
 from lora_jax.training.losses.classes import CLASSES, classification_loss, logits_of
 from lora_jax.training.losses.contract import (
@@ -10,6 +14,25 @@ from lora_jax.training.losses.contract import (
     Reduction,
     Sums,
     number_of_units,
+)
+from lora_jax.training.losses.online import (
+    ONLINE,
+    Online,
+    advantages_of,
+    distillation_loss,
+    dr_grpo,
+    leave_one_out,
+    online_loss,
+    rloo_loss,
+)
+from lora_jax.training.losses.preference import (
+    PREFERENCES,
+    Completions,
+    PreferenceOptions,
+    completions,
+    kto_loss,
+    mismatched_kl,
+    preference_loss,
 )
 from lora_jax.training.losses.tokens import (
     CROSS_ENTROPY,
@@ -25,17 +48,32 @@ __all__ = [
     "CROSS_ENTROPY",
     "DEFAULT",
     "HELD_OUT",
+    "ONLINE",
     "OWN_METRICS",
+    "PREFERENCES",
     "SCORE",
     "TOKEN_LOSSES",
+    "Completions",
     "Logits",
     "Loss",
+    "Online",
+    "PreferenceOptions",
     "Reduction",
     "Sums",
+    "advantages_of",
     "classification_loss",
+    "completions",
+    "distillation_loss",
+    "dr_grpo",
+    "kto_loss",
+    "leave_one_out",
     "logits_of",
+    "mismatched_kl",
     "number_of_chunks",
     "number_of_units",
+    "online_loss",
+    "preference_loss",
+    "rloo_loss",
     "summed_loss",
     "token_loss",
 ]

@@ -1,0 +1,343 @@
+"""Losses of preferences, as functions of log-probabilities: DPO and its kin, KTO, ORPO, CPO, SimPO.
+
+They differ in one function of a pair; `PREFERENCES` is the table. Write c and r for the sums of the
+log-probabilities of the chosen and of the rejected completion, a and d for these less the
+reference's, and n for numbers of tokens. Values and defaults are those of TRL, whose trainers the
+tests run beside these functions.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.training.losses.contract import Sums
+
+
+class Completions(NamedTuple):
+    """Log-probabilities of completions, each the sum over its tokens in fp32.
+
+    Attributes:
+      policy: [n], under the parameters that train.
+      tokens: [n], the number of tokens of each; at least 1.
+      reference: [n], under the reference, a constant; None for losses without one.
+    """
+
+    policy: jax.Array
+    tokens: jax.Array
+    reference: jax.Array | None = None
+
+    @property
+    def ratio(self) -> jax.Array:
+        """Returns log π / π_ref of each completion, [n]."""
+        if self.reference is None:
+            raise ValueError("this loss compares with a reference: give its log-probabilities")
+        return self.policy - jax.lax.stop_gradient(self.reference)
+
+    @property
+    def mean(self) -> jax.Array:
+        """Returns the mean log-probability of a completion's tokens, [n]."""
+        return self.policy / self.tokens
+
+
+def completions(
+    logps: jax.Array,
+    mask: jax.Array,
+    reference: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    n: int = 0,
+) -> Completions:
+    """Sums log-probabilities of tokens over completions, in fp32.
+
+    Args:
+      logps: [batch, seq], log-probabilities of tokens.
+      mask: [batch, seq], true at the tokens of completions.
+      reference: log-probabilities of the same tokens under the reference.
+      segments: [batch, seq] int32, the completion of each token in packed rows, from 0; by default
+        a row is one.
+      n: the number of segments a row at most.
+
+    Returns:
+      [batch] completions, or [batch * n] in packed rows.
+
+    >>> import jax.numpy as jnp
+    >>> from lora_jax.training.losses import completions
+    >>> logps = jnp.array([[-1.0, -2.0, -4.0]])
+    >>> completions(logps, jnp.array([[0, 1, 1]])).policy.tolist()
+    [-6.0]
+    >>> completions(logps, logps < 0, segments=jnp.array([[0, 0, 1]]), n=2).policy.tolist()
+    [-3.0, -4.0]
+    """
+    counted = mask.astype(bool)
+
+    def sums(x: jax.Array) -> jax.Array:
+        x = jnp.where(counted, x.astype(jnp.float32), 0.0)
+        if segments is None:
+            return jnp.sum(x, axis=1)
+        row = jnp.arange(x.shape[0])[:, None]
+        return jnp.zeros((x.shape[0], n), jnp.float32).at[row, segments].add(x).reshape(-1)
+
+    tokens = jnp.maximum(sums(jnp.ones_like(logps, jnp.float32)), 1.0)
+    return Completions(sums(logps), tokens, None if reference is None else sums(reference))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceOptions:
+    """Options of the losses.
+
+    Attributes:
+      beta: strength of the reference; of ipo τ.
+      smoothing: ε, the share of labels that are wrong; 0 for none. Losses without it refuse it.
+      margin: SimPO's γ.
+      temperature: DiscoPOP's τ.
+    """
+
+    beta: float = 0.1
+    smoothing: float = 0.0
+    margin: float = 0.5
+    temperature: float = 0.05
+
+
+class Preference(NamedTuple):
+    """A loss of pairs that has a name.
+
+    Attributes:
+      each: computes the loss of each pair, [pairs], of (chosen, rejected, options).
+      about: says what it is, for a list of such losses.
+      smooths: whether it takes label smoothing.
+      coupled: whether a pair's loss depends on the others of its batch, so that a batch cannot be
+        accumulated in parts.
+    """
+
+    each: Callable[[Completions, Completions, PreferenceOptions], jax.Array]
+    about: str
+    smooths: bool = False
+    coupled: bool = False
+
+
+def _log_sigmoid(x: jax.Array) -> jax.Array:
+    y: jax.Array = jax.nn.log_sigmoid(x)
+    return y
+
+
+def _smoothed(logits: jax.Array, smoothing: float) -> jax.Array:
+    """Returns -(1 - ε) log σ(x) - ε log σ(-x)."""
+    return -(1 - smoothing) * _log_sigmoid(logits) - smoothing * _log_sigmoid(-logits)
+
+
+def _delta(chosen: Completions, rejected: Completions) -> jax.Array:
+    return chosen.ratio - rejected.ratio
+
+
+def _sigmoid(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
+    return _smoothed(o.beta * _delta(w, r), o.smoothing)
+
+
+def _robust(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
+    logits, smoothing = o.beta * _delta(w, r), o.smoothing
+    biased = -(1 - smoothing) * _log_sigmoid(logits) + smoothing * _log_sigmoid(-logits)
+    return biased / (1 - 2 * smoothing)
+
+
+def _exo_pair(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
+    logits = o.beta * _delta(w, r)
+    right, wrong = jax.nn.sigmoid(logits), jax.nn.sigmoid(-logits)
+    of_right = _log_sigmoid(logits) - jnp.log1p(-o.smoothing)
+    return right * of_right + wrong * (_log_sigmoid(-logits) - jnp.log(o.smoothing))
+
+
+def _discopop(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
+    logits = o.beta * _delta(w, r)
+    mixed = jax.nn.sigmoid(logits / o.temperature)
+    return -_log_sigmoid(logits) * (1 - mixed) + jnp.exp(-logits) * mixed
+
+
+def _nca_pair(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
+    a, d = o.beta * w.ratio, o.beta * r.ratio
+    return -_log_sigmoid(a) - 0.5 * _log_sigmoid(-a) - 0.5 * _log_sigmoid(-d)
+
+
+def _aot(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
+    if w.reference is None or r.reference is None:
+        raise ValueError("aot compares with a reference: give its log-probabilities")
+    gains = jnp.sort(w.policy - r.policy) - jnp.sort(w.reference - r.reference)
+    return _smoothed(o.beta * gains, o.smoothing)
+
+
+def _aot_unpaired(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
+    return _smoothed(o.beta * (jnp.sort(w.ratio) - jnp.sort(r.ratio)), o.smoothing)
+
+
+def _orpo(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
+    odds = w.mean - r.mean - (_log1mexp(w.mean) - _log1mexp(r.mean))
+    return -o.beta * _log_sigmoid(odds)
+
+
+def _log1mexp(x: jax.Array) -> jax.Array:
+    """Returns log(1 - e^x) of x < 0; both branches have finite gradients."""
+    small = x > -jnp.log(2.0)
+    near = jnp.log(-jnp.expm1(jnp.where(small, x, -1.0)))
+    return jnp.where(small, near, jnp.log1p(-jnp.exp(jnp.where(small, -1.0, x))))
+
+
+# By the names of TRL's loss_type; each line is the loss of a pair.
+PREFERENCES: dict[str, Preference] = {
+    "sigmoid": Preference(_sigmoid, "DPO (arXiv 2305.18290); smoothed, cDPO", smooths=True),
+    "robust": Preference(_robust, "DPO for labels of which ε are wrong (2403.00409)", smooths=True),
+    "hinge": Preference(
+        lambda w, r, o: jax.nn.relu(1 - o.beta * _delta(w, r)), "SLiC's hinge (2305.10425)"
+    ),
+    "ipo": Preference(
+        lambda w, r, o: (w.ratio / w.tokens - r.ratio / r.tokens - 1 / (2 * o.beta)) ** 2,
+        "IPO, on means over tokens (2310.12036)",
+    ),
+    "exo_pair": Preference(
+        _exo_pair, "EXO for pairs; smoothing above 0 (2402.00856)", smooths=True
+    ),
+    "nca_pair": Preference(_nca_pair, "NCA for pairs (2402.05369)"),
+    "bco_pair": Preference(
+        lambda w, r, o: -_log_sigmoid(o.beta * w.ratio) - _log_sigmoid(-o.beta * r.ratio),
+        "BCO for pairs, without a running mean (2404.04656)",
+    ),
+    "sppo_hard": Preference(
+        lambda w, r, o: (w.ratio - 0.5 / o.beta) ** 2 + (r.ratio + 0.5 / o.beta) ** 2,
+        "SPPO with hard labels (2405.00675)",
+    ),
+    "apo_zero": Preference(
+        lambda w, r, o: 1 - jax.nn.sigmoid(o.beta * w.ratio) + jax.nn.sigmoid(o.beta * r.ratio),
+        "APO where chosen answers are better than the model's (2408.06266)",
+    ),
+    "apo_down": Preference(
+        lambda w, r, o: (
+            jax.nn.sigmoid(o.beta * w.ratio) + 1 - jax.nn.sigmoid(o.beta * _delta(w, r))
+        ),
+        "APO where they are worse (2408.06266)",
+    ),
+    "discopop": Preference(_discopop, "DiscoPOP (2406.08414)"),
+    "sigmoid_norm": Preference(
+        lambda w, r, o: -_log_sigmoid(o.beta * (w.ratio / w.tokens - r.ratio / r.tokens)),
+        "DPO on means over tokens",
+    ),
+    "aot": Preference(_aot, "AOT, of sorted pairs (2406.05882)", smooths=True, coupled=True),
+    "aot_unpaired": Preference(
+        _aot_unpaired, "AOT, of sorted completions", smooths=True, coupled=True
+    ),
+    "cpo": Preference(
+        lambda w, r, o: _smoothed(o.beta * (w.policy - r.policy), o.smoothing),
+        "CPO without a reference; add sft (2401.08417)",
+        smooths=True,
+    ),
+    "simpo": Preference(
+        lambda w, r, o: _smoothed(o.beta * (w.mean - r.mean) - o.margin, o.smoothing),
+        "SimPO without a reference, on means over tokens (2405.14734)",
+        smooths=True,
+    ),
+    "orpo": Preference(
+        _orpo, "ORPO's odds ratio without a reference; add the prompt's sft (2403.07691)"
+    ),
+}
+
+
+def preference_loss(
+    terms: str | Mapping[str, float],
+    chosen: Completions,
+    rejected: Completions,
+    options: PreferenceOptions = PreferenceOptions(),  # noqa: B008
+    *,
+    sft: Completions | None = None,
+    sft_tokens: jax.Array | float | None = None,
+) -> Sums:
+    """Sums a loss of preferences over pairs.
+
+    >>> import jax.numpy as jnp
+    >>> from lora_jax.training.losses import Completions, preference_loss
+    >>> zero = jnp.zeros(3)
+    >>> pair = Completions(zero, zero + 5, reference=zero)  # the policy is its reference
+    >>> sums = preference_loss("sigmoid", pair, pair)
+    >>> round(float(sums.total / sums.count), 6)  # ln 2
+    0.693147
+
+    Args:
+      terms: the name of a loss of `PREFERENCES`, or weights by name, in which "sft" stands for the
+        cross-entropy of the chosen completions.
+      chosen, rejected: the completions of each pair, [pairs]; see `completions`.
+      options: β and the like.
+      sft: the completions whose cross-entropy "sft" is; by default the chosen ones. ORPO's are
+        prompt and chosen answer together.
+      sft_tokens: mean number of tokens of these; by default this batch's. Where a batch is
+        accumulated in parts, give that of the whole batch.
+
+    Returns:
+      The sums; pairs are counted. `logs` has, with a reference, the rewards βa and βd ("chosen",
+      "rejected"), their differences ("margin") and the pairs that are right ("accuracy").
+
+    Raises:
+      ValueError: for an unknown name, a reference that is missing, or smoothing that the loss does
+        not know or that it needs.
+    """
+    weights = {terms: 1.0} if isinstance(terms, str) else dict(terms)
+    count = jnp.float32(chosen.policy.shape[0])
+    total = jnp.float32(0)
+    for name, weight in weights.items():
+        if name == "sft":
+            of = chosen if sft is None else sft
+            tokens = jnp.mean(of.tokens) if sft_tokens is None else sft_tokens
+            total += weight * -jnp.sum(of.policy) / tokens
+        else:
+            known = _known(name, options)
+            total += weight * jnp.sum(known.each(chosen, rejected, options))
+    if chosen.reference is None or rejected.reference is None:
+        return Sums(total, count, {})
+    a, d = (options.beta * jax.lax.stop_gradient(x.ratio) for x in (chosen, rejected))
+    logs = {"chosen": a, "rejected": d, "margin": a - d, "accuracy": (a > d).astype(jnp.float32)}
+    return Sums(total, count, {name: jnp.sum(x) for name, x in logs.items()})
+
+
+def _known(name: str, options: PreferenceOptions) -> Preference:
+    if name not in PREFERENCES:
+        raise ValueError(f"loss {name!r} is not one of sft, {', '.join(PREFERENCES)}")
+    known = PREFERENCES[name]
+    if options.smoothing and not known.smooths:
+        raise ValueError(f"loss {name!r} has no label smoothing: give smoothing=0")
+    if not 0 <= options.smoothing < 0.5 or (name == "exo_pair" and not options.smoothing):
+        raise ValueError(
+            f"smoothing is {options.smoothing}: a share from 0, of exo_pair above 0, up to 0.5"
+        )
+    return known
+
+
+def kto_loss(
+    rows: Completions,
+    desirable: jax.Array,
+    kl: jax.Array | float,
+    *,
+    beta: float = 0.1,
+    weights: tuple[float, float] = (1.0, 1.0),
+) -> Sums:
+    """Sums KTO over rows that are desirable or not (Ethayarajh et al., arXiv 2402.01306).
+
+    Args:
+      rows: the completions, with a reference.
+      desirable: [n] bool.
+      kl: [], the policy's distance from the reference: `mismatched_kl` over the whole batch.
+      beta: strength of the reference.
+      weights: of desirable and of undesirable rows.
+
+    Returns:
+      The sums; rows are counted.
+    """
+    gain = jnp.where(desirable, rows.ratio - kl, kl - rows.ratio)
+    losses = jnp.where(desirable, *weights) * (1 - jax.nn.sigmoid(beta * gain))
+    count = jnp.float32(losses.shape[0])
+    return Sums(jnp.sum(losses), count, {"reward": jnp.sum(beta * rows.ratio)})
+
+
+def mismatched_kl(mismatched: Completions) -> jax.Array:
+    """Returns KTO's estimate of a KL divergence, [], a constant to the gradient.
+
+    Args:
+      mismatched: prompts with the completions of other rows of the batch.
+    """
+    return jax.lax.stop_gradient(jnp.maximum(jnp.mean(mismatched.ratio), 0.0))

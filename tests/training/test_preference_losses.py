@@ -1,0 +1,208 @@
+"""Losses of preferences and rollouts: published values, invariances, gradients at the edges."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.training import losses
+from lora_jax.training.losses import Completions, Online, PreferenceOptions, preference_loss
+from tests.support import assert_close, draw
+
+# One pair: sums of 4 and 5 tokens, and the reference's.
+CHOSEN = Completions(jnp.array([-12.0]), jnp.array([4.0]), jnp.array([-13.0]))
+REJECTED = Completions(jnp.array([-15.0]), jnp.array([5.0]), jnp.array([-14.5]))
+# Loss -> options, its value where policy and reference are equal, and of the pair above.
+VALUES = {
+    "sigmoid": ({}, 0.693147, 0.620957),
+    "hinge": ({}, 1, 0.85),
+    "ipo": ({}, 25, 21.6225),
+    "robust": ({"smoothing": 0.1}, 0.693147, 0.602207),
+    "exo_pair": ({"smoothing": 1e-3}, 2.761231, 2.505517),
+    "nca_pair": ({}, 1.386294, 1.350825),
+    "bco_pair": ({}, 1.386294, 1.312856),
+    "sppo_hard": ({}, 50, 36.25),
+    "apo_zero": ({}, 1, 0.962523),
+    "apo_down": ({}, 1, 0.987549),
+    "discopop": ({}, 0.846574, 0.849338),
+    "sigmoid_norm": ({}, 0.693147, 0.6758),
+}
+
+
+def value(terms, chosen, rejected, **options):
+    sums = preference_loss(terms, chosen, rejected, PreferenceOptions(**options))
+    return float(sums.total / sums.count)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_the_published_values(name):
+    options, at_first, example = VALUES[name]
+    same = [x._replace(policy=x.reference) for x in (CHOSEN, REJECTED)]
+    assert value(name, *same, **options) == pytest.approx(at_first, abs=1e-5)
+    assert value(name, CHOSEN, REJECTED, **options) == pytest.approx(example, abs=1e-5)
+
+
+def test_losses_of_a_whole_batch():
+    more = Completions(jnp.array([-9.0]), jnp.array([3.0]), jnp.array([-9.5]))
+    less = Completions(jnp.array([-8.0]), jnp.array([2.0]), jnp.array([-8.25]))
+    pairs = [
+        jax.tree.map(lambda *x: jnp.concatenate(x), *both)
+        for both in ((CHOSEN, more), (REJECTED, less))
+    ]
+    assert value("aot", *pairs) == pytest.approx(0.650841, abs=1e-6)
+    assert value("aot_unpaired", *pairs) == pytest.approx(0.650373, abs=1e-6)
+    assert {name for name, loss in losses.PREFERENCES.items() if loss.coupled} == {
+        "aot",
+        "aot_unpaired",
+    }
+
+
+def test_losses_without_a_reference():
+    chosen = Completions(jnp.array([-2.0]), jnp.array([4.0]))  # -0.5 a token
+    rejected = Completions(jnp.array([-4.5]), jnp.array([5.0]))  # -0.9
+    assert value("orpo", chosen, rejected) == pytest.approx(0.036773, abs=1e-6)
+    assert value("simpo", chosen, rejected, beta=2.0, margin=1.0) == pytest.approx(
+        0.798139, abs=1e-6
+    )
+    assert value("cpo", chosen, rejected) == pytest.approx(math.log(1 + math.exp(-0.25)), abs=1e-6)
+    mixed = value({"cpo": 1.0, "sft": 0.5}, chosen, rejected)
+    assert mixed == pytest.approx(value("cpo", chosen, rejected) + 0.5 * 0.5, abs=1e-6)
+
+
+def test_kto():
+    rows = Completions(jnp.array([1.0, -0.5]), jnp.ones(2), jnp.zeros(2))
+    kl = losses.mismatched_kl(Completions(jnp.array([0.3, 0.1]), jnp.ones(2), jnp.zeros(2)))
+    each = [
+        losses.kto_loss(jax.tree.map(lambda x, i=i: x[i : i + 1], rows), jnp.array([i == 0]), kl)
+        for i in range(2)
+    ]
+    assert_close([x.total for x in each], [0.480011, 0.482507], 1e-6)
+    whole = losses.kto_loss(rows, jnp.array([True, False]), kl)
+    assert whole.total == pytest.approx(0.480011 + 0.482507, abs=1e-6) and whole.count == 2
+
+
+def test_rewards_are_logged_and_differentiated_nowhere():
+    sums = preference_loss("sigmoid", CHOSEN, REJECTED)
+    assert_close([sums.logs[x] for x in ("chosen", "rejected", "margin")], [0.1, -0.05, 0.15], 1e-6)
+    assert sums.logs["accuracy"] == 1
+    reference = jax.grad(
+        lambda x: preference_loss("sigmoid", CHOSEN._replace(reference=x), REJECTED).total
+    )
+    assert not reference(CHOSEN.reference).any()
+
+
+@pytest.mark.parametrize("name", sorted(set(losses.PREFERENCES) - {"aot", "aot_unpaired"}))
+def test_parts_of_a_batch_add_up(name):
+    """Sums and gradients of 8 pairs at once, and of 2 × 4: the count divides once."""
+    policy, reference = -jnp.abs(draw(1, (2, 8))) * 9 - 1, -jnp.abs(draw(2, (2, 8))) * 9 - 1
+    tokens = jnp.arange(1.0, 17.0).reshape(2, 8)
+    options = PreferenceOptions(smoothing=0.1 if losses.PREFERENCES[name].smooths else 0.0)
+
+    def total(policy, at):
+        pair = [Completions(policy[i, at], tokens[i, at], reference[i, at]) for i in (0, 1)]
+        return preference_loss(name, *pair, options).total
+
+    whole = jax.value_and_grad(total)(policy, np.s_[:])
+    parts = [jax.value_and_grad(total)(policy, np.s_[i : i + 4]) for i in (0, 4)]
+    assert_close(jax.tree.map(lambda *x: sum(x), *parts), whole, 1e-6)
+    assert np.abs(whole[1]).max() > 1e-3
+
+
+def test_tokens_of_packed_rows_are_those_of_rows_of_their_own():
+    logps, mask = draw(3, (2, 7)), np.array([[0, 1, 1, 0, 1, 1, 1], [1, 1, 0, 1, 0, 0, 0]])
+    segments = jnp.array([[0, 0, 0, 1, 1, 1, 2], [0, 0, 0, 1, 1, 1, 1]])
+    packed = losses.completions(logps, mask, 2 * logps, segments, 3)
+    want = [[logps[0, 1:3].sum(), logps[0, 4:6].sum(), logps[0, 6]]]
+    want += [[logps[1, :2].sum(), logps[1, 3], 0]]
+    assert_close(packed.policy, np.ravel(want), 1e-6)
+    assert_close(packed.reference, 2 * np.ravel(want), 1e-6)
+    assert packed.tokens.tolist() == [2, 2, 1, 2, 1, 1]
+
+
+BAD = {
+    "dpo": ({}, "loss 'dpo' is not one of sft, sigmoid"),
+    "hinge": ({"smoothing": 0.1}, "'hinge' has no label smoothing"),
+    "exo_pair": ({}, "of exo_pair above 0"),
+    "robust": ({"smoothing": 0.5}, "up to 0.5"),
+    "ipo": ({}, "compares with a reference"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    options, said = BAD[name]
+    chosen = CHOSEN._replace(reference=None) if name == "ipo" else CHOSEN
+    with pytest.raises(ValueError, match=said):
+        value(name, chosen, REJECTED, **options)
+
+
+# Rollouts of two and of three tokens.
+LOGPS = jnp.array([[-1.0, -0.5, -2.0], [-0.2, -1.5, -7.0]])
+OLD = jnp.array([[-1.3, -0.5, -1.6], [-0.1, -1.0, 9.0]])
+REFERENCE = jnp.array([[-1.1, -0.7, -1.9], [-0.3, -1.4, 5.0]])
+MASK = jnp.array([[1, 1, 1], [1, 1, 0]], bool)
+GAINS = jnp.array([1.0, -1.0])
+ROLLOUTS = {
+    "grpo": (losses.ONLINE["grpo"], -0.052177),
+    "dapo": (losses.ONLINE["dapo"], -0.233097),
+    "dr_grpo": (losses.dr_grpo(4), -0.145685),
+    "dapo, clipped higher": (Online(high=0.28), -0.249097),
+    "grpo with a divergence": (Online(over="sequences", beta=0.04), -0.051911),
+    "dapo with a divergence": (Online(beta=0.04), -0.232807),
+    "grpo with k3": (Online(over="sequences", beta=0.04, divergence="k3"), -0.051886),
+    "dapo with k3": (Online(beta=0.04, divergence="k3"), -0.232787),
+    "gspo": (Online(over="sequences", level="sequence"), -0.083608),
+    "cispo": (losses.ONLINE["cispo"], 0.419947),
+}
+
+
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_the_published_values_of_rollouts(name):
+    """And what is masked, whatever it holds, changes nothing."""
+    options, want = ROLLOUTS[name]
+    reference = REFERENCE if options.beta else None
+
+    def loss(logps):
+        sums = losses.online_loss(options, logps, MASK, GAINS, OLD, reference)
+        return sums.total / sums.count
+
+    value, gradient = jax.value_and_grad(loss)(LOGPS)
+    assert value == pytest.approx(want, abs=1e-6)
+    assert np.isfinite(gradient).all() and gradient[1, 2] == 0 and np.abs(gradient).max() > 1e-3
+
+
+def test_rloo_and_advantages():
+    sums = losses.rloo_loss(LOGPS, MASK, GAINS, OLD)
+    assert sums.total / sums.count == pytest.approx(-0.052419, abs=1e-6)
+    one_of_eight = jnp.array([1.0] + [0.0] * 7)
+    assert_close(losses.leave_one_out(one_of_eight, 8)[:2], jnp.array([1, -0.142857]), 1e-6)
+    assert_close(losses.advantages_of(one_of_eight, 8)[:2], jnp.array([2.474174, -0.353453]), 1e-6)
+    rewards = jnp.array([1.0, 2.0, jnp.nan, jnp.nan, 3.0, 3.0])
+    assert_close(losses.advantages_of(rewards, 2, "none"), jnp.array([-0.5, 0.5, 0, 0, 0, 0]), 1e-6)
+    batch = losses.advantages_of(rewards, 2, "batch")
+    assert batch[1] == pytest.approx(0.5 / (np.std([1, 2, 3, 3], ddof=1) + 1e-4), abs=1e-6)
+
+
+def test_on_policy_the_ratio_is_one():
+    """Without old log-probabilities the value is minus the mean advantage, with a gradient."""
+    value, gradient = jax.value_and_grad(
+        lambda x: losses.online_loss(losses.ONLINE["grpo"], x, MASK, GAINS).total
+    )(LOGPS)
+    assert value == 0 and np.abs(gradient).max() > 0.1
+    nothing = losses.online_loss(losses.ONLINE["dapo"], LOGPS, jnp.zeros_like(MASK), GAINS)
+    assert nothing.total == 0 and nothing.count == 0
+    with pytest.raises(ValueError, match="beta and a reference go together"):
+        losses.online_loss(Online(beta=0.1), LOGPS, MASK, GAINS)
+
+
+def test_distillation():
+    student, teacher = (
+        jnp.log(jnp.array([[[0.7, 0.2, 0.1]]])),
+        jnp.log(jnp.array([[[0.5, 0.3, 0.2]]])),
+    )
+    values = {0.0: 0.092033, 1.0: 0.085123, 0.1: 0.008185, 0.5: 0.021901, 0.9: 0.007695}
+    for beta, want in values.items():
+        sums = losses.distillation_loss(student, teacher, jnp.ones((1, 1), bool), beta=beta)
+        assert sums.total == pytest.approx(want, abs=1e-6) and sums.count == 1
