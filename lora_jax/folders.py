@@ -1,7 +1,26 @@
 """Folders that appear whole or not at all."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write to, which takes the place of `folder` at the end.
+
+    After an error `folder` is as it was, and what was written is gone.
+    """
+    partial = partial_of(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        put_in_place(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def partial_of(folder: Path) -> Path:

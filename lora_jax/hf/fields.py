@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Set
+from pathlib import Path
 from typing import Any
 
 from lora_jax.core.types import Fields
@@ -28,6 +30,28 @@ HARMLESS = frozenset(
 
 class ConfigError(ValueError):
     """A model configuration that is not supported, or not complete."""
+
+
+def read_file(path: Path, kind: str, error: type[ValueError]) -> dict[str, Any]:
+    """Reads a JSON file of fields.
+
+    Args:
+      path: the file.
+      kind: the thing that it belongs to, for messages: "a model".
+      error: the class of errors.
+
+    Raises:
+      ValueError: of the class `error`, if the file is missing, or holds no fields.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} is missing: the folder of {kind} holds {path.name}") from None
+    except (OSError, ValueError, RecursionError) as why:
+        raise error(f"{path} cannot be read: {why}") from None
+    if not isinstance(fields, dict):
+        raise error(f"{path} holds a {type(fields).__name__}, not the fields of {kind}")
+    return fields
 
 
 def check_known(name: str, value: Any, known: Collection[str]) -> None:

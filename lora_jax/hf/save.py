@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lora_jax.core.types import Fields, Leaf, Tokenizer, Tree
-from lora_jax.folders import partial_of, put_in_place
+from lora_jax.folders import new_folder
 from lora_jax.hf.format import Config
 from lora_jax.hf.hub import resolve
 from lora_jax.hf.keys import Row, WeightsError, checked_leaves, convert, hf_tensors
@@ -66,11 +66,7 @@ def save_model(
     folder = Path(folder).absolute()
     _check_target(folder, overwrite)
     dtypes = _file_dtypes(checked_leaves(params, table), dtype)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_of(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
+    with new_folder(folder) as partial:
         _write_weights(partial, params, table, dtypes, max_shard_size)
         main_dtype = _main_dtype(table, dtypes)
         _write_json(partial / "config.json", {**config.to_hf(), "dtype": main_dtype})
@@ -78,10 +74,6 @@ def save_model(
             _write_tokenizer(partial, tokenizer)
         if readme is not None:
             (partial / "README.md").write_text(readme, encoding="utf-8")
-        put_in_place(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:
@@ -103,8 +95,7 @@ def _file_dtypes(leaves: Mapping[str, Leaf], dtype: DTypeLike | None) -> dict[st
     asked = {
         path: jnp.dtype(leaf.dtype if dtype is None else dtype) for path, leaf in leaves.items()
     }
-    wrong = [f"{path}: {got.name}" for path, got in asked.items() if got.name not in _DTYPES]
-    if wrong:
+    if wrong := [f"{path}: {got.name}" for path, got in asked.items() if got.name not in _DTYPES]:
         raise WeightsError(
             f"weights are saved as {', '.join(_DTYPES)}, and not as\n  " + "\n  ".join(wrong)
         )
@@ -126,20 +117,17 @@ def _write_weights(
     dtypes: Mapping[str, np.dtype],
     max_shard_size: int,
 ) -> None:
-    out = {name: dtypes[row.path] for row in table for name in row.hf_names}
-    sizes = {
-        name: math.prod(row.shape) * out[name].itemsize for row in table for name in row.hf_names
-    }
+    rows = {name: row for row in table for name in row.hf_names}
+    out = {name: dtypes[row.path] for name, row in rows.items()}
+    sizes = {name: math.prod(row.shape) * out[name].itemsize for name, row in rows.items()}
     shards = _shards(sizes, max_shard_size)
     tensors = hf_tensors(params, table)
     weight_map = {}
     for i, names in enumerate(shards, 1):
         many = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         path = folder / ("model.safetensors" if len(shards) == 1 else many)
-        shard = {}
-        for name, array in itertools.islice(tensors, len(names)):
-            shard[name] = _converted(array, out[name], name)
-        write_tensors(path, shard)
+        some = itertools.islice(tensors, len(names))
+        write_tensors(path, {name: _converted(array, out[name], name) for name, array in some})
         weight_map.update(dict.fromkeys(names, path.name))
     if len(shards) > 1:
         total = sum(math.prod(row.stacked_shape) for row in table)

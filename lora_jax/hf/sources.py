@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.fields import ConfigError, read_file
 from lora_jax.hf.format import Format, Formats
 from lora_jax.hf.keys import SubTensor, WeightsError, convert
 from lora_jax.quantized import Coded
@@ -158,14 +158,7 @@ def read_config_file(path: Path, formats: Formats, **options: Any) -> Any:
     Raises:
       ConfigError: names the file, and what is wrong with it.
     """
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing: a model folder holds config.json") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{path} holds a {type(fields).__name__}, not the fields of a model")
+    fields = read_file(path, "a model", ConfigError)
     try:
         return formats.read_config(fields, **options)
     except ConfigError as error:

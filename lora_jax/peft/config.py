@@ -1,11 +1,11 @@
 """PEFT's adapter_config.json: fields that are honoured, and fields that are refused by name."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_jax.core.types import Fields
+from lora_jax.hf.fields import read_file
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.forms import FORMS
 from lora_jax.variants import VARIANTS
@@ -120,15 +120,7 @@ def fields_of(source: Any) -> tuple[dict[str, Any], str]:
         return dict(source.to_dict()), type(source).__name__
     path = Path(source)
     path = path / FILE if path.is_dir() else path
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PeftError(f"{path} is missing: a PEFT adapter's folder holds it") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise PeftError(f"{path} cannot be read: {error}") from None
-    if not isinstance(fields, dict):
-        raise PeftError(f"{path} holds no fields, but a {type(fields).__name__}")
-    return fields, str(path)
+    return read_file(path, "a PEFT adapter", PeftError), str(path)
 
 
 def _check_values(config: Fields, where: str) -> None:
