@@ -60,15 +60,13 @@ def problems_of(
       tensors: key -> tensor; only shapes count.
       max_rank: the engine's limit.
     """
-    ranks = _ranks(tensors)
-    found = [
+    return [
         *_of_kind(fields),
         *_of_start(fields),
         *_of_what_else_trains(fields, tensors),
         *_of_tables(fields, tensors),
-        *_of_ranks(fields, ranks, max_rank),
+        *_of_ranks(fields, _ranks(tensors), max_rank),
     ]
-    return found
 
 
 def _ranks(tensors: Mapping[str, Shaped]) -> dict[str, int]:
