@@ -87,7 +87,7 @@ def union(held: Iterable[frozenset[Any]]) -> frozenset[Any]:
 
 def contracts(use: Use, side: int, labels: Sequence[Held]) -> tuple[Sequence[int], set[int]] | None:
     """Returns the axes that a product contracts of one operand, and those that do not come out."""
-    name, params = use.eqn.primitive.name, use.params
+    name, params = use.name, use.params
     if name == "dot_general":
         contract, batch = params["dimension_numbers"]
         return contract[side], {*contract[side], *batch[side]}
@@ -116,7 +116,7 @@ def contractions(
       axes: see `contracts`.
       with_leaf: whether the other operand is a leaf, too.
     """
-    name, weight = use.eqn.primitive.name, use.values[side]
+    name, weight = use.name, use.values[side]
     contracted = union(weight.labels[axis] for axis in axes[0])
     free = union(held for axis, held in enumerate(weight.labels) if axis not in axes[1])
     batch = axes[1].difference(axes[0])

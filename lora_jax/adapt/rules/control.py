@@ -72,8 +72,7 @@ def _constants(
     origins = sources(body) if weights else ()
     same = [place for place in weights if origins[place] == first + place]
     for place in weights.keys() - same:
-        name = f"{use.eqn.primitive.name} (as a carry)"
-        carries[place] = interpreter.merged(weights[place], name, use.eqn)
+        carries[place] = interpreter.plain(weights[place], use, "as a carry")
     return {place: carries.pop(place) for place in same}
 
 
@@ -101,7 +100,7 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
         ordered = [known[place] for place in range(scan.n_carry)]
         outputs = body(*(at_site(value, index) for value in consts), *ordered, *slices)
         outputs = [
-            output if place in constant else _plain(interpreter, output, use, "as an output")
+            output if place in constant else interpreter.plain(output, use, "as an output")
             for place, output in enumerate(outputs)
         ]
         return {place: outputs[place] for place in carry}, outputs[scan.n_carry :]
@@ -174,7 +173,7 @@ def _while(interpreter: Interpreter, use: Use) -> list[Value]:
 
     def step(state: _State) -> _State:
         outputs, (index, before) = body(*arguments(of_body, state)), state
-        kept = {p: _plain(interpreter, outputs[p], use, "as a carry") for p in before}
+        kept = {p: interpreter.plain(outputs[p], use, "as a carry") for p in before}
         if n_axes:
             goes_on = condition(*arguments(of_condition, state))[0]
             for p, after in kept.items():
@@ -206,7 +205,7 @@ def _cond(interpreter: Interpreter, use: Use) -> Outcome:
         def leave(place: int, value: Value) -> Value:
             if place in forms:
                 return in_form(value, forms[place])
-            return _plain(interpreter, value, use, "as an output")
+            return interpreter.plain(value, use, "as an output")
 
         return lambda *args: list(map(leave, range(len(live)), body(*args)))
 
@@ -235,13 +234,6 @@ def _forms(
     return forms
 
 
-def _plain(interpreter: Interpreter, value: Value, use: Use, how: str) -> Value:
-    """Returns a value as an array: a weight that would leave a loop or a branch is merged."""
-    if not isinstance(value, Factored):
-        return value
-    return interpreter.merged(value, f"{use.eqn.primitive.name} ({how})", use.eqn)
-
-
 def _has_keys(values: Sequence[Value]) -> bool:
     return any(isinstance(v, Factored) and v.key is not None for v in values)
 
@@ -254,7 +246,7 @@ def _shard_map(interpreter: Interpreter, use: Use) -> list[Value]:
     operands = [_splittable(value, spec, there.mesh) for value, spec in pairs]
 
     def run(*values: Any) -> list[Value]:
-        return [_plain(interpreter, output, use, "as an output") for output in body(*values)]
+        return [interpreter.plain(output, use, "as an output") for output in body(*values)]
 
     return jax.shard_map(
         run,

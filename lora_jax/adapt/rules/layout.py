@@ -88,7 +88,7 @@ def _same(_: Interpreter, use: Use) -> Outcome:
     """Applies the equation to the base alone: a name, a copy, a barrier, a placement."""
     if len(use.values) == 1:
         return [use.values[0].replace(base=use.rearranged(use.values[0]))]
-    outputs = use.bind([as_array(v.base) if isinstance(v, Factored) else v for v in use.values])
+    outputs = use.bind(use.bases)
     return [
         (value if is_base(value.base) else value.replace(base=output))
         if isinstance(value, Factored)
@@ -220,7 +220,7 @@ def _pad(_: Interpreter, use: Use) -> Outcome:
     weight = _only_weight(use)
     if weight is None or weight.key is not None or weight.gain is not None:
         return None
-    (base,) = use.bind([as_array(weight.base), use.values[1]])
+    (base,) = use.bind(use.bases)
     widths = use.params["padding_config"]
 
     def pad(array: jax.Array, axes: Axes) -> jax.Array:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lora_jax.core.parts import filled
+
 Factors = tuple[jax.Array, jax.Array]  # A [batch…, r, in] and B [batch…, r, out]
 
 
@@ -89,7 +91,7 @@ def stacked(
 
     def whole(parts: list[jax.Array]) -> jax.Array:
         *batch, _, width = parts[0].shape
-        parts = [_filled(part, largest) for part in parts]
+        parts = [filled(part, -2, largest) for part in parts]
         if absent:
             shape = (len(absent), *batch[1:], largest, width)
             parts.append(jnp.zeros(shape, parts[0].dtype))
@@ -97,8 +99,3 @@ def stacked(
 
     a, b = (whole([factors[which] for _, factors in found]) for which in (0, 1))
     return (a, b), tuple(ranks) if len(set(ranks)) > 1 else (largest,)
-
-
-def _filled(factor: jax.Array, rank: int) -> jax.Array:
-    more = [(0, 0)] * (factor.ndim - 2) + [(0, rank - factor.shape[-2]), (0, 0)]
-    return jnp.pad(factor, more)
