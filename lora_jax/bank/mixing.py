@@ -58,19 +58,17 @@ def choose(tree: Tree, ids: jax.typing.ArrayLike | Sequence[int]) -> Choice:
     Raises:
       ValueError: `ids` has another number of axes, or names a slot that there is none of.
     """
-    leaves, treedef = bank_leaves_of(tree)
-    slots = [leaf for _, leaf in leaves if is_slots(leaf)]
+    slots = slots_of(tree).values()
     if not slots:
         raise ValueError("choose: the tree is not a bank's; see lora_jax.bank.Bank")
     if np.ndim(ids) != 1:
         raise ValueError(f"choose: ids has the shape {np.shape(ids)}; a slot for each example")
     if not isinstance(ids, jax.core.Tracer):
-        n = min(leaf.n_slots for leaf in slots)
+        n = min(each.n_slots for each in slots)
         if wrong := sorted({int(i) for i in np.asarray(ids) if not 0 <= i < n}):
             raise ValueError(f"choose: the bank has the slots 0 to {n - 1}, not {wrong[0]}")
     ids = jnp.asarray(ids, jnp.int32)
-    chosen = [leaf.chosen(ids) if is_slots(leaf) else leaf for _, leaf in leaves]
-    return Choice(treedef.unflatten(chosen), ids)
+    return Choice(map_slots(lambda _, each: each.chosen(ids), tree), ids)
 
 
 def mixed(

@@ -374,6 +374,12 @@ def is_leaf(value: Leaf) -> bool:
     return isinstance(value, Node) or is_base(value)
 
 
+def map_leaves(visit: Callable[[str, Leaf], Leaf], tree: Tree) -> Tree:
+    """Returns a tree with ``visit(path, leaf)`` in place of each leaf, nodes whole."""
+    leaves, treedef = leaves_of(tree)
+    return treedef.unflatten(visit(path, leaf) for path, leaf in leaves)
+
+
 def leaves_of(tree: Tree) -> tuple[list[tuple[str, Leaf]], jax.tree_util.PyTreeDef]:
     """Returns the leaves of an adapted tree with their paths, nodes whole, and its treedef."""
     return flatten_with_paths(tree, is_leaf=is_leaf)

@@ -16,7 +16,7 @@ from lora_jax.core.axes import EMBEDDING_NAMES, AxisRoles
 from lora_jax.core.base import as_array, is_abstract, is_base
 from lora_jax.core.paths import leaf_name
 from lora_jax.core.types import BaseLike, Leaf, Tree
-from lora_jax.core.weight import is_node, leaves_of
+from lora_jax.core.weight import is_node, leaves_of, map_leaves
 from lora_jax.quantized.coded import Coded
 from lora_jax.quantized.encode import Coding, QuantizeWarning, coding_of, encode
 from lora_jax.quantized.formats import Format, format_of
@@ -167,7 +167,6 @@ def quantize(
     6912
     """
     codings = plan(params, format, keep=keep, rules=rules, trace=trace, kinds=kinds)
-    leaves, treedef = leaves_of(params)
     if unfit := [path for path, coding in codings.items() if coding is None]:
         warnings.warn(
             f"quantize: no blocks fit {unfit[0]!r} (and {len(unfit) - 1} more), whose in axes have "
@@ -186,7 +185,7 @@ def quantize(
             leaf.delete()
         return result
 
-    return treedef.unflatten(coded(path, leaf) for path, leaf in leaves)
+    return map_leaves(coded, params)
 
 
 def is_coded(value: Leaf) -> bool:
@@ -247,9 +246,8 @@ def requantize(params: Tree, like: Tree) -> tuple[Tree, dict[str, float]]:
     >>> errors
     {'dense/kernel': 0.0}
     """
-    leaves, treedef = leaves_of(params)
     wanted = {p: leaf.base if is_node(leaf) else leaf for p, leaf in leaves_of(like)[0]}
-    if differ := sorted(wanted.keys() ^ {path for path, _ in leaves}):
+    if differ := sorted(wanted.keys() ^ {path for path, _ in leaves_of(params)[0]}):
         raise ValueError(
             f"requantize: the trees differ at {differ[0]!r} (and {len(differ) - 1} more)"
         )
@@ -266,7 +264,7 @@ def requantize(params: Tree, like: Tree) -> tuple[Tree, dict[str, float]]:
         errors[path] = error_of(result, leaf)
         return result
 
-    return treedef.unflatten(coded(path, leaf) for path, leaf in leaves), errors
+    return map_leaves(coded, params), errors
 
 
 def error_of(coded: Any, array: jax.Array) -> float:

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.bank.sums.arithmetic import HOWS, How, Sign
+from lora_jax.bank.sums.lowrank import with_factors
 from lora_jax.bank.sums.same_base import names_of, shared_base
 from lora_jax.bank.sums.terms import ARRAYS, rank_of_sum, ranks_by_layer, summed, summed_biases
 from lora_jax.core.base import as_array
 from lora_jax.core.magnitude import wide
 from lora_jax.core.paths import fold_in_path
 from lora_jax.core.types import BaseLike, Tree
-from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows, leaves_of
+from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows, map_leaves
 from lora_jax.lorafy import nodes_of
 
 _Terms = Mapping[int, Any]  # nodes of one path, by the index of their tree
@@ -115,8 +116,7 @@ def combine(
             return _weight(nodes, used, chosen, rank, fold_in_path(key, path), options)
         return _in_full(list(of_path.values()), used, earlier.get(path))
 
-    leaves, treedef = leaves_of(trees[0])
-    return treedef.unflatten(result(path) if path in terms else leaf for path, leaf in leaves)
+    return map_leaves(lambda path, leaf: result(path) if path in terms else leaf, trees[0])
 
 
 def _checked(
@@ -238,7 +238,7 @@ def _weight(
     n_lanes = 2 if first.uses == "each" else 1
     each = [tuple(rank // n_lanes for rank in ranks) for ranks in by_layer]
     ranks = tuple(n_lanes * rank_of_sum(r, (sizes[0], sizes[1]), how, rank) for r in each)
-    a, b = summed(
+    factors = summed(
         [{name: n.arrays[name] for name in ARRAYS if name in n.arrays} for n in nodes],
         jnp.asarray(weights, wide(dtype)),
         key,
@@ -250,19 +250,8 @@ def _weight(
         dtype=dtype,
         **options,
     )
-    node = first.replace(
-        ranks=ranks if len(set(ranks)) > 1 else ranks[:1],
-        extras=(),
-        frozen=first.frozen if all(n.frozen == first.frozen for n in nodes) else (),
-        arrays={},
-    )
-    on = np.asarray([rank > 0 for rank in node.ranks], np.float32)
-    on = on.reshape(-1, *[1] * (node.n_batch - 1)) if node.n_batch else on[0]
-    node = node.replace(
-        a=a.reshape(node.shape_of("a")),
-        b=b.reshape(node.shape_of("b")),
-        scale=jnp.asarray(np.broadcast_to(on, first.scale.shape)),
-    )
+    frozen = first.frozen if all(n.frozen == first.frozen for n in nodes) else ()
+    node = with_factors(first.replace(extras=(), frozen=frozen), factors, ranks)
     extras = tuple(dict.fromkeys(part for n in nodes for part in n.extras))
     for part in extras:  # whose shift is s times its array
         has = [part in n.extras for n in nodes]

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.bank.sums.lowrank import Factors, stacked, with_roots
+from lora_jax.bank.sums.lowrank import Factors, stacked, with_factors, with_roots
 from lora_jax.core.axes import Label
 from lora_jax.core.base import as_array, member
 from lora_jax.core.magnitude import wide
 from lora_jax.core.parts import layout
 from lora_jax.core.types import BaseLike, Leaf, Tree
-from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows, leaves_of
+from lora_jax.core.weight import LoraWeight, Node, Trained, TrainedRows, leaves_of, map_leaves
 from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.rules import LoraRule, Rule
 
@@ -147,8 +147,7 @@ def extract(
     if lost:
         warnings.warn(_warning(lost), ExtractWarning, stacklevel=2)
     in_full = tuple(path for path, node in found.items() if isinstance(node, Trained))
-    leaves, treedef = leaves_of(before)
-    tree = treedef.unflatten(found.get(path, leaf) for path, leaf in leaves)
+    tree = map_leaves(found.get, before)
     return tree, Extraction(ranks, errors, in_full, lost)
 
 
@@ -208,15 +207,7 @@ def _weight(
             groups.append(([layer], (a[None], b[None]) if depth > 1 else (a, b)))
     if not groups:
         return None
-    (a, b), ranks = stacked(groups, depth)
-    weight = node.replace(ranks=ranks)
-    on = np.asarray([r > 0 for r in ranks], np.float32)
-    on = on.reshape(-1, *[1] * (n - 1)) if n else on[0]
-    return weight.replace(
-        a=a.reshape(weight.shape_of("a")),
-        b=b.reshape(weight.shape_of("b")),
-        scale=jnp.asarray(np.broadcast_to(on, node.scale.shape)),
-    ), math.sqrt(left / whole)
+    return with_factors(node, *stacked(groups, depth)), math.sqrt(left / whole)
 
 
 def _rank(energies: np.ndarray, rank: int | None, energy: float | None) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from lora_jax.core.parts import filled
+from lora_jax.core.weight import LoraWeight
 
 Factors = tuple[jax.Array, jax.Array]  # A [batch…, r, in] and B [batch…, r, out]
 
@@ -63,6 +64,14 @@ def with_roots(u: jax.Array, s: jax.Array, vt: jax.Array, rank: int) -> Factors:
     """Returns the factors of the largest singular values, whose roots each of the two gets."""
     root = jnp.sqrt(s[..., :rank, None])
     return root * u[..., :rank].mT, root * vt[..., :rank, :]
+
+
+def with_factors(node: LoraWeight, factors: Factors, ranks: tuple[int, ...]) -> LoraWeight:
+    """Returns a weight with other factors, and a scale of 1; of 0 in layers of rank 0."""
+    node = node.replace(arrays={}, ranks=ranks if len(set(ranks)) > 1 else ranks[:1])
+    a, b = (f.reshape(node.shape_of(name)) for f, name in zip(factors, "ab", strict=True))
+    scale = node.where_adapted(jnp.ones(node.shape_of("scale"), jnp.float32), 0)
+    return node.replace(a=a, b=b, scale=scale)
 
 
 def stacked(

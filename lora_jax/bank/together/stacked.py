@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.bank.together.tenants import Arrays, Kind, Tenant, arrays_of, with_arrays
 from lora_jax.core.types import Adapter, Batch, Leaf, Tree
-from lora_jax.core.weight import leaves_of
+from lora_jax.core.weight import map_leaves
 from lora_jax.lorafy import nodes_of, split, strip
 from lora_jax.training.losses import Logits, Sums
 from lora_jax.training.neftune import neftune
@@ -86,14 +86,13 @@ def tree_of(kind: Kind, base: Tree, adapter: Arrays, fixed: Arrays) -> Tree:
       adapter: the arrays that train.
       fixed: the others beside W.
     """
-    leaves, treedef = leaves_of(base)
 
     def node(path: str, leaf: Leaf) -> Leaf:
         if path not in kind.shells:
             return leaf
         return with_arrays(kind.shells[path], leaf, {**adapter[path], **fixed[path]})
 
-    return treedef.unflatten(node(path, leaf) for path, leaf in leaves)
+    return map_leaves(node, base)
 
 
 def content_of(kind: Kind, tenant: Tenant) -> tuple[State, Arrays]:
