@@ -60,6 +60,17 @@ def check_known(name: str, value: Any, known: Collection[str]) -> None:
         raise ConfigError(f"{name} {value!r} is not supported; supported are {', '.join(known)}")
 
 
+def read_eos(config: Fields) -> tuple[int, ...]:
+    """Returns the tokens that end a text: config.json has one, several or none."""
+    eos = config.get("eos_token_id")
+    return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+
+
+def written_eos(tokens: tuple[int, ...]) -> list[int] | int | None:
+    """Returns the inverse of `read_eos`, the field."""
+    return list(tokens) if len(tokens) > 1 else tokens[0] if tokens else None
+
+
 def refuse_unknown(
     config: Fields, family: str, known: Set[str], unsupported: Mapping[str, Any]
 ) -> None:

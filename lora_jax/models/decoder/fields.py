@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError, check_known, refuse_unknown
+from lora_jax.hf.fields import ConfigError, check_known, read_eos, refuse_unknown, written_eos
 from lora_jax.models.decoder.families.family import DecoderFamily, Get
 from lora_jax.models.decoder.families.registry import FAMILIES
 from lora_jax.models.decoder.rope_fields import read_rope, write_rope
@@ -87,7 +87,6 @@ def read_fields(config: Fields) -> dict[str, Any]:
     heads = config["num_attention_heads"]
     window, windowed = _read_window(family, config["num_hidden_layers"], get)
     attention_bias = bool(get("attention_bias", False))
-    eos = config.get("eos_token_id")
     same = {name: get(name, default) for name, default in (_SAME | _SAME_WHERE_READ).items()}
     return {
         "model_type": family.model_type,
@@ -104,7 +103,7 @@ def read_fields(config: Fields) -> dict[str, Any]:
         "sliding_window": window,
         "windowed_layers": windowed,
         **_read_experts(family, get),
-        "eos_token_ids": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        "eos_token_ids": read_eos(config),
         **family.traits,
     }
 
@@ -133,8 +132,7 @@ def write_fields(fields: Fields) -> dict[str, Any]:
     out |= {theirs: fields[ours] for theirs, ours in family.writes.items()}
     out["architectures"] = [family.architecture]
     out["hidden_activation" if "hidden_activation" in own else "hidden_act"] = fields["hidden_act"]
-    eos = fields["eos_token_ids"]
-    out["eos_token_id"] = list(eos) if len(eos) > 1 else eos[0] if eos else None
+    out["eos_token_id"] = written_eos(fields["eos_token_ids"])
     if "attention_bias" in own:
         out["attention_bias"] = fields["o_bias"]
     if "use_sliding_window" in own:
