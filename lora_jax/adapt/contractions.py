@@ -129,31 +129,29 @@ def contractions(
         mixed, inner = {axis.mixed for axis in mine}, union(axis.inner for axis in mine)
         a, b = (axes_of(path, held) for held in (contracted, free))
         a, b = (a, b | inner - a) if a else (inner - b, b)
+        held = all(axes_of(path, weight.labels[axis]) for axis in long)
         one = Contraction(
             a,
             b,
             name,
             str(place_of(use.eqn)),
             is_lookup=name == "gather",
+            added="added" in mixed,
+            stretched=not (held or inner or name == "gather"),
             with_leaf=with_leaf,
             with_vector=one_vector,
         )
-        added = "added" in mixed
-        held = all(axes_of(path, weight.labels[axis]) for axis in long)
-        stretched = not (held or inner or one.is_lookup)
         if one.is_lookup:
             reason = "it is looked up"
-        elif added:
+        elif one.added:
             reason = "it is added to an activation or a constant, and the sum is multiplied"
-        elif stretched:
+        elif one.stretched:
             reason = "it is stretched along an axis of the product, as a gain is"
         elif with_leaf and (side == 0 or "scaled" in mixed):
             reason = "it stands in the place of an activation"
         else:
             reason = ""
-        reason = reason and f"{reason}: {one}"
-        one = dataclasses.replace(one, added=added, stretched=stretched, not_kernel_reason=reason)
-        uses[path] = one
+        uses[path] = dataclasses.replace(one, not_kernel_reason=reason and f"{reason}: {one}")
     return uses
 
 

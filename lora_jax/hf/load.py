@@ -82,7 +82,8 @@ def load_params(
         print(f"{view.where} holds no {', '.join(absent)}: freshly initialised", file=sys.stderr)
     key = jax.random.key(0) if key is None else key
     codings = codings_of(table, param_dtype, quantize)
-    if quantize == STORED and not _has_codes(view, codings, held):
+    coded = (view.code_shapes(row.hf_names[0], param_dtype) for row in held if row.path in codings)
+    if quantize == STORED and all(shapes is None for shapes in coded):
         raise ConfigError(
             f"{view.where}: quantize='stored' keeps the codes of a GGUF file, and no kernel here "
             "is in codes: choose a format, such as quantize='nf4'"
@@ -164,11 +165,6 @@ def codings_of(
     if not isinstance(quantize, str | Codes):
         return plan(shapes, rules=quantize, kinds=kinds)
     return plan(shapes, "nf4" if quantize == STORED else quantize, kinds=kinds)
-
-
-def _has_codes(source: Source, paths: Any, table: Sequence[Row]) -> bool:
-    names = (row.hf_names[0] for row in table if row.path in paths)
-    return any(source.code_shapes(name, np.float32) is not None for name in names)
 
 
 def absent_rows(source: Source) -> list[Row]:
@@ -272,9 +268,10 @@ def _check_aliases(source: Renamed, table: list[Row]) -> None:
     """Raises WeightsError if a file's second tensor of a tied pair differs from the first."""
     for row in table:
         for alias in row.aliases:
-            if source.names.get(alias) in (None, source.names[row.hf]):
-                continue
-            if not np.array_equal(source.read(alias), source.read(row.hf), equal_nan=True):
+            is_own = source.names.get(alias) not in (None, source.names[row.hf])
+            if is_own and not np.array_equal(
+                source.read(alias), source.read(row.hf), equal_nan=True
+            ):
                 raise WeightsError(
                     f"{source.where}: {alias} differs from {row.hf}, but the configuration ties "
                     "them (tie_word_embeddings)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -146,8 +147,7 @@ class SafetensorsFolder:
     def _slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         path, part = self._paths[name], self._parts.get(name, SubTensor(name, ()))
         try:
-            part_of_file: np.ndarray = self._files[path].get_slice(part.name)[part.inside(index)]
-            return part_of_file
+            return np.asarray(self._files[path].get_slice(part.name)[part.inside(index)])
         except (SafetensorError, OSError, TypeError, AttributeError) as error:
             raise WeightsError(f"{path}: cannot read {name}: {error}") from None
 
@@ -179,12 +179,10 @@ def _weight_map(folder: Path) -> dict[str, str]:
         return {"": _SINGLE}
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = sorted(name for name in fields if names.count(name) > 1)
+        times = Counter(name for name, _ in pairs)
+        if twice := sorted(name for name, n in times.items() if n > 1):
             raise WeightsError(f"{index} lists more than once: {', '.join(twice)}")
-        return fields
+        return dict(pairs)
 
     try:
         text = index.read_text(encoding="utf-8")

@@ -218,7 +218,7 @@ def _decoded(base: BaseLike) -> Leaf:
 
 @functools.lru_cache(maxsize=256)
 def _decoder(sharding: Any) -> Any:
-    return jax.jit(as_array, **({} if sharding is None else {"out_shardings": sharding}))
+    return jax.jit(as_array, out_shardings=sharding)
 
 
 def requantize(params: Tree, like: Tree) -> tuple[Tree, dict[str, float]]:

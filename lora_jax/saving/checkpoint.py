@@ -269,11 +269,10 @@ def _check_shapes(folder: Path, metadata: Fields, leaves: list[tuple[str, Leaf]]
     settings = {**metadata["weights"], **metadata["rows"]}
     wanted = {path: tuple(each["shape"]) for path, each in settings.items()}
     wanted |= {path: _type(metadata["arrays"][path]["value"])[0] for path in metadata["trained"]}
-    wrong = [path for path, shape in wanted.items() if shapes.get(path) != shape]
-    if wrong:
-        here = {path: f"{list(shape)} in the tree" for path, shape in shapes.items()}
+    if wrong := [path for path, shape in wanted.items() if shapes.get(path) != shape]:
+        here = {path: f"{list(shape)}" for path, shape in shapes.items()}
         shown = [
-            f"{path}: {list(wanted[path])} in the adapter, {here.get(path, 'missing in the tree')}"
+            f"{path}: {list(wanted[path])} in the adapter, {here.get(path, 'missing')} in the tree"
             for path in wrong[:5]
         ]
         raise AdapterError(
@@ -311,14 +310,13 @@ def _read_arrays(folder: Path, metadata: Fields) -> dict[str, dict[str, Any]]:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(folder, items)["adapter"]
     except Exception as error:  # whatever the storage layers raise for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise AdapterError(f"the adapter {folder} is damaged: {reason[:300]}") from None
     for path, parts in metadata["arrays"].items():
-        for name, described in parts.items():
-            if checksum(restored[path][name]) != described:
-                raise AdapterError(
-                    f"the adapter {folder} is damaged: {path}/{name} is not what was saved"
-                )
+        found = {name: checksum(array) for name, array in restored[path].items()}
+        if wrong := differing(parts, found):
+            name = f"{path}/{wrong[0]}"
+            raise AdapterError(f"the adapter {folder} is damaged: {name} is not what was saved")
     # Through the host: Orbax commits arrays to a device, and a function compiled for arrays that
     # are not committed would compile again.
     arrays: dict[str, dict[str, Any]] = jax.tree.map(np.asarray, restored)
