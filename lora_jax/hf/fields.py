@@ -28,6 +28,14 @@ HARMLESS = frozenset(
 )
 
 
+# Known fields that would change the forward pass, and the only value that is supported.
+_UNSUPPORTED = {
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "quantization_config": None,
+}
+
+
 class ConfigError(ValueError):
     """A model configuration that is not supported, or not complete."""
 
@@ -72,7 +80,7 @@ def written_eos(tokens: tuple[int, ...]) -> list[int] | int | None:
 
 
 def refuse_unknown(
-    config: Fields, family: str, known: Set[str], unsupported: Mapping[str, Any]
+    config: Fields, family: str, known: Set[str], unsupported: Mapping[str, Any] | None = None
 ) -> None:
     """Refuses fields that are not read, and values that are not supported.
 
@@ -80,13 +88,14 @@ def refuse_unknown(
       config: the parsed config.json.
       family: its model_type.
       known: the fields that the family's configuration reads.
-      unsupported: known fields that would change the forward pass, each with the only value that
+      unsupported: further fields that would change the forward pass, each with the only value that
         is supported (None is allowed as well).
 
     Raises:
       ConfigError: there are such fields; names each of them.
     """
     problems = []
+    unsupported = {**_UNSUPPORTED, **(unsupported or {})}
     for name, value in config.items():
         if name in unsupported:
             if value is not None and value != unsupported[name]:

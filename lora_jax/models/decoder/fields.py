@@ -11,12 +11,8 @@ from lora_jax.models.decoder.families.registry import FAMILIES
 from lora_jax.models.decoder.rope_fields import read_rope, write_rope
 
 _REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
+).split()
 
 # Fields that ``DecoderConfig`` has under the same name, and Llama's defaults: of all families, and
 # of those that read them.
@@ -35,17 +31,12 @@ _SAME_WHERE_READ: dict[str, Any] = {
     "final_logit_softcapping": None,
 }
 
-_COMMON = {*_REQUIRED, *_SAME} | {
-    "model_type",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "partial_rotary_factor",
-    "eos_token_id",
-}
+_COMMON = frozenset(
+    """
+    model_type num_key_value_heads head_dim hidden_act rope_theta rope_scaling rope_parameters
+    partial_rotary_factor eos_token_id
+    """.split()
+).union(_REQUIRED, _SAME)
 
 # Known options that would change the forward pass, and the only value that is supported.
 _UNSUPPORTED: dict[str, Any] = {
@@ -55,9 +46,6 @@ _UNSUPPORTED: dict[str, Any] = {
     "router_jitter_noise": 0.0,
     "rope_interleaved": False,
     "use_bidirectional_attention": False,
-    "is_encoder_decoder": False,
-    "add_cross_attention": False,
-    "quantization_config": None,
 }
 
 

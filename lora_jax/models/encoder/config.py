@@ -41,10 +41,7 @@ _NO_EFFECT = frozenset(
 _UNSUPPORTED: dict[str, Any] = {
     "position_embedding_type": "absolute",
     "is_decoder": False,
-    "add_cross_attention": False,
-    "is_encoder_decoder": False,
     "tie_word_embeddings": True,
-    "quantization_config": None,
 }
 
 

@@ -30,13 +30,6 @@ _NO_EFFECT = frozenset(
     """.split()
 )
 
-# Known options that would change the forward pass, and the only value that is supported.
-_UNSUPPORTED: dict[str, Any] = {
-    "add_cross_attention": False,
-    "is_encoder_decoder": False,
-    "quantization_config": None,
-}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPT2Config:
@@ -101,7 +94,7 @@ class GPT2Config:
           ConfigError: names the fields that are unsupported or unknown.
         """
         names = cls._names()
-        refuse_unknown(config, "gpt2", _NO_EFFECT | {*names.values()}, _UNSUPPORTED)
+        refuse_unknown(config, "gpt2", _NO_EFFECT | {*names.values()})
         values = {ours: config[name] for ours, name in names.items() if name in config}
         if values.get("intermediate_size") is None:
             values["intermediate_size"] = 4 * values.get("hidden_size", cls.hidden_size)

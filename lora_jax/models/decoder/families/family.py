@@ -57,4 +57,4 @@ class DecoderFamily:
     rope_aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     gguf: str | None = None
     gguf_pairs_rows: bool = False
-    default_targets: tuple[str, ...] | None = None
+    default_targets: tuple[str, ...] | None = ("q_proj", "v_proj")

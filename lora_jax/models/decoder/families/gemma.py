@@ -45,7 +45,6 @@ GEMMA2 = DecoderFamily(
     },
     traits=_TRAITS,
     windowed=_gemma2_windowed,
-    default_targets=("q_proj", "v_proj"),
 )
 
 GEMMA3 = DecoderFamily(
@@ -55,5 +54,4 @@ GEMMA3 = DecoderFamily(
     defaults={**_DEFAULTS, "max_position_embeddings": 131072, "rope_theta": 1e6},
     traits={**_TRAITS, "qk_norm": True},
     windowed=_gemma3_windowed,
-    default_targets=("q_proj", "v_proj"),
 )

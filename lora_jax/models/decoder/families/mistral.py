@@ -11,7 +11,6 @@ MISTRAL = DecoderFamily(
         "sliding_window": 4096,
         "max_position_embeddings": 131072,
     },
-    default_targets=("q_proj", "v_proj"),
 )
 
 
@@ -36,5 +35,4 @@ MIXTRAL = DecoderFamily(
     writes={"num_local_experts": "num_experts"},
     mlp_name="block_sparse_moe",
     expert_names=("w1", "w3", "w2"),
-    default_targets=("q_proj", "v_proj"),
 )
