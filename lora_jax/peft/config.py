@@ -44,18 +44,12 @@ _HARMLESS = frozenset(
     lora_ga_config megatron_core peft_type peft_version qalora_group_size revision runtime_config
     """.split()
 )
-# Fields that are not supported, with the values that mean that the field is not in use.
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "layer_replication": (None,),
-    "megatron_config": (None,),
-    "monteclora_config": (None,),
-    "use_bdlora": (None, False),
-    "use_qalora": (False, None),
-    "velora_config": (None,),
-}
+# Fields that are not supported, unless their value says that they are not in use.
+REFUSED = (
+    "alora_invocation_tokens arrow_config kasa_config layer_replication megatron_config "
+    "monteclora_config use_bdlora use_qalora velora_config"
+).split()
+UNUSED: tuple[Any, ...] = (None, False)
 # On loading, an initialiser matters only if PEFT computes factors from the base again.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica", "lora_ga")
 DECOMPOSING_INITS = ("pissa", "olora")
@@ -87,7 +81,7 @@ def read_config(source: Any) -> dict[str, Any]:
     problems = []
     for name, value in fields.items():
         if name in REFUSED:
-            if value not in REFUSED[name]:
+            if value not in UNUSED:
                 problems.append(f"{name}={value!r} is not supported")
         elif name not in _HONOURED and name not in _HARMLESS and value not in (None, False, {}, []):
             problems.append(f"{name}={value!r} is not known")
