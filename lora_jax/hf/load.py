@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 import zlib
@@ -20,7 +21,7 @@ from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.format import Formats
 from lora_jax.hf.gguf import GGUFFile
 from lora_jax.hf.keys import Row, WeightsError, absent_parts, check, nested
-from lora_jax.hf.sources import FLOATS, Renamed, SafetensorsFolder, Source
+from lora_jax.hf.sources import FLOATS, SafetensorsFolder, Source
 from lora_jax.quantized import Coded, Coding, QuantizeWarning, QuantRule, encode, plan
 from lora_jax.quantized import Format as Codes
 
@@ -72,20 +73,19 @@ def load_params(
       WeightsError: for tensors that cannot be read or do not fit; one error lists all of them.
     """
     table = source.format.table(source.config)
-    view = Renamed(source, _file_names(source, table))
-    absent = absent_parts(view.shapes, table)
+    absent = absent_parts(source.shapes, table)
     held = [row for row in table if row.part not in absent]
-    check(view.shapes, held, view.where, view.format.ignored)
-    _check_dtypes(view, held)
-    _check_aliases(view, held)
+    check(source.shapes, held, source.where, source.format.ignored)
+    _check_dtypes(source, held)
+    _check_aliases(source, held)
     if absent:
-        print(f"{view.where} holds no {', '.join(absent)}: freshly initialised", file=sys.stderr)
+        print(f"{source.where} holds no {', '.join(absent)}: freshly initialised", file=sys.stderr)
     key = jax.random.key(0) if key is None else key
     codings = codings_of(table, param_dtype, quantize)
-    coded = (view.code_shapes(row.hf_names[0], param_dtype) for row in held if row.path in codings)
-    if quantize == STORED and all(shapes is None for shapes in coded):
+    kernels = (row.hf_names[0] for row in held if row.path in codings)
+    if quantize == STORED and not any(source.code_shapes(name, param_dtype) for name in kernels):
         raise ConfigError(
-            f"{view.where}: quantize='stored' keeps the codes of a GGUF file, and no kernel here "
+            f"{source.where}: quantize='stored' keeps the codes of a GGUF file, and no kernel here "
             "is in codes: choose a format, such as quantize='nf4'"
         )
 
@@ -96,26 +96,24 @@ def load_params(
                 return coded
             unfit.append(row.path)
         if row.part in absent:
-            fresh = _fresh(row, view.config.initializer_range, key)
+            fresh = _fresh(row, source.config.initializer_range, key)
             return jax.device_put(fresh.astype(param_dtype), place)
-        return _placed(view, row, np.dtype(param_dtype), place)
+        return _placed(source, row, np.dtype(param_dtype), place)
 
     def read_codes(row: Row, coding: Coding | None, place: Any) -> Coded | None:
         if quantize == STORED:
-            return as_stored(view, row, param_dtype, place)
+            return as_stored(source, row, param_dtype, place)
         if coding is None:
             return None
-        exact = np.dtype(np.float32)
-        return encoded(
-            row, coding, param_dtype, place, lambda layers: _placed(view, row, exact, place, layers)
-        )
+        exact = functools.partial(_placed, source, row, np.dtype(np.float32), place)
+        return encoded(row, coding, param_dtype, place, exact)
 
     unfit: list[str] = []
     params = nested((row.path, read(row)) for row in table)
     if unfit:
         why = "is not in the codes of one known format" if quantize == STORED else "fits no blocks"
         warnings.warn(
-            f"{view.where}: {unfit[0]} {why}, nor do {len(unfit) - 1} other kernels of "
+            f"{source.where}: {unfit[0]} {why}, nor do {len(unfit) - 1} other kernels of "
             f"{len(codings)}: they stay as they are",
             QuantizeWarning,
             stacklevel=3,
@@ -170,24 +168,8 @@ def codings_of(
 def absent_rows(source: Source) -> list[Row]:
     """Returns the parameters of optional parts, such as heads, that a source lacks entirely."""
     table = source.format.table(source.config)
-    absent = absent_parts(_file_names(source, table), table)
+    absent = absent_parts(source.shapes, table)
     return [row for row in table if row.part in absent]
-
-
-def _file_names(source: Source, table: list[Row]) -> dict[str, str]:
-    """Returns each tensor's name in the table -> its name in the file."""
-    rename = source.format.name
-    names: dict[str, str] = {}
-    for held in source.shapes:
-        name = rename(held, source.config)
-        if name in names:
-            raise WeightsError(f"{source.where} holds both {names[name]} and {held}")
-        names[name] = held
-    for row in table:
-        for alias in row.aliases:
-            if row.hf not in names and alias in names:
-                names[row.hf] = names[alias]
-    return names
 
 
 def _fresh(row: Row, std: float, key: jax.Array) -> jax.Array:
@@ -264,12 +246,11 @@ def _check_dtypes(source: Source, table: list[Row]) -> None:
         )
 
 
-def _check_aliases(source: Renamed, table: list[Row]) -> None:
+def _check_aliases(source: Source, table: list[Row]) -> None:
     """Raises WeightsError if a file's second tensor of a tied pair differs from the first."""
     for row in table:
         for alias in row.aliases:
-            is_own = source.names.get(alias) not in (None, source.names[row.hf])
-            if is_own and not np.array_equal(
+            if alias in source.shapes and not np.array_equal(
                 source.read(alias), source.read(row.hf), equal_nan=True
             ):
                 raise WeightsError(
