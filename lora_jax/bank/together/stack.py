@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.bank.held import Held
-from lora_jax.bank.slots import ValueSlots, WeightSlots
+from lora_jax.bank.slots import ValueSlots, WeightSlots, of_one_slot
 from lora_jax.bank.together.stacked import (
     UPDATES,
     Numbers,
@@ -72,7 +72,7 @@ class Stack:
         """Adds free slots; the next step compiles anew."""
 
         old = (self.state, self.fixed)
-        new = self._empty(more, jax.tree.map(_without, old, self._axes))
+        new = self._empty(more, jax.tree.map(of_one_slot, old, self._axes))
         longer = lambda *both: jnp.concatenate(both[:2], both[2])  # noqa: E731
         self.state, self.fixed = self._placed(jax.tree.map(longer, old, new, self._axes))
         self._forget_choices()
@@ -228,11 +228,6 @@ def _taken(stacked: Tree, slot: jax.typing.ArrayLike, axes: tuple[int, ...]) -> 
 def _flat(axes: Tree) -> tuple[int, ...]:
     """Returns the axes of a tree's arrays, as an argument that a compiled function is chosen by."""
     return tuple(jax.tree.leaves(axes))
-
-
-def _without(array: Shaped, axis: int) -> jax.ShapeDtypeStruct:
-    """Returns the shape of one slot."""
-    return jax.ShapeDtypeStruct((*array.shape[:axis], *array.shape[axis + 1 :]), array.dtype)
 
 
 def _empty(n: int, one: Shaped, axis: int) -> jax.Array:
