@@ -246,7 +246,10 @@ class Interpreter:
                 if outputs is not None:
                     self._note(use, f"by the rule given for {called!r}")
                     return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
-        seen = [_seen(value, name) for value in values]
+        seen = values
+        if name in _USES:
+            kind = _USES[name]
+            seen = [v.seen_by(kind) if isinstance(v, Factored) else v for v in values]
         if any(a is not b for a, b in zip(seen, values, strict=True)):
             if not any(isinstance(value, Factored) and value.parts for value in seen):
                 self._note(use, "W alone: the adapter is for other uses of it")
@@ -332,13 +335,6 @@ _PRODUCTS = frozenset({*_USES, "slice", "dynamic_slice", "reduce_sum"})
 _JOINS = frozenset({"add", "add_any", "sub", "concatenate", "stack", "select_n", "dot_general"})
 # Primitives whose rule looks at the equations around theirs.
 _READ_AROUND = ("select_n",)
-
-
-def _seen(value: Value, primitive: str) -> Value:
-    """Returns a weight with the adapter that is for this kind of use, or without any."""
-    if primitive not in _USES or not isinstance(value, Factored):
-        return value
-    return value.seen_by(_USES[primitive])
 
 
 def at_site(value: Value, index: int | jax.Array) -> Value:

@@ -92,10 +92,6 @@ class Row:
         """Our shape, with the axes of the stack in front."""
         return (*self.stack, *self.shape)
 
-    def hf_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
-        """Returns an index of our shape, without the stack, as one of Hugging Face's shape."""
-        return index[::-1] if self.transpose else index
-
 
 class SubTensor(NamedTuple):
     """A tensor that a file holds within another one."""

@@ -224,12 +224,13 @@ def _part(source: Source, row: Row, box: tuple[range, ...], dtype: np.dtype) -> 
     n = len(row.stack)
     out = np.empty([len(axis) for axis in box], dtype)
     within = tuple(slice(axis.start, axis.stop) for axis in box[n:])
+    within = within[::-1] if row.transpose else within
     for member, name in zip(row.members, row.hf_names, strict=True):
         if all(i in axis for i, axis in zip(member, box, strict=False)):
             local = (i - axis.start for i, axis in zip(member, box, strict=False))
             at: tuple[Any, ...] = (*local, ...)
             view = out[at]
-            source.read_into(view.T if row.transpose else view, name, row.hf_index(within))
+            source.read_into(view.T if row.transpose else view, name, within)
     return out
 
 

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from lora_jax.core.types import Fields
+from lora_jax.hf.fields import check_known
 from lora_jax.hf.format import Config, Format, Formats
 from lora_jax.hf.keys import Kind, Row
 from lora_jax.models.decoder.config import DecoderConfig
@@ -73,7 +74,7 @@ def family_of(model_type: Any) -> Family:
     Raises:
       ConfigError: for an unknown model_type; lists the known ones.
     """
-    FORMATS.of(model_type)  # raises
+    check_known("model_type", model_type, FAMILIES)
     return FAMILIES[model_type]
 
 

@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from lora_jax.core.base import as_array, is_abstract
 from lora_jax.core.magnitude import wide
 from lora_jax.core.types import BaseLike, Fields, Leaf, Model, Tree
-from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, is_node, leaves_of
+from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of, map_leaves
 from lora_jax.hf.keys import Row
 from lora_jax.hf.sources import FLOATS
-from lora_jax.lorafy import lorafy
+from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.peft import config as configuration
 from lora_jax.peft.copies import without_copies
 from lora_jax.peft.errors import PeftError
@@ -73,16 +73,15 @@ def load(
             tree = lorafy(params, rules)
     except ValueError as error:
         raise PeftError(f"{found / configuration.FILE}: {error}") from None
-    leaves, treedef = leaves_of(tree)
     own = None
     if (form := FORMS.get(config[configuration.KIND])) is not None:
-        nodes = [leaf for _, leaf in leaves if isinstance(leaf, LoraWeight)]
+        nodes = [node for node in nodes_of(tree).values() if isinstance(node, LoraWeight)]
         own = form.of_file(reader, config[configuration.OWN], nodes)
     files = _Files(reader, table, config, chosen, available, own)
     bases = dict(leaves_of(params)[0])
-    loaded = [files.node(path, leaf, bases[path]) for path, leaf in leaves]
+    loaded = map_leaves(lambda path, leaf: files.node(path, leaf, bases[path]), tree)
     reader.finish()
-    return treedef.unflatten(loaded)
+    return loaded
 
 
 def _abstract(params: Tree) -> Tree:
@@ -90,10 +89,9 @@ def _abstract(params: Tree) -> Tree:
 
 
 def _check_tree(params: Tree, table: Sequence[Row]) -> None:
-    leaves, _ = leaves_of(params)
-    if any(is_node(leaf) for _, leaf in leaves):
+    if nodes_of(params):
         raise PeftError("the tree is adapted already: give the plain one, lora_jax.strip(params)")
-    shapes = {path: tuple(leaf.shape) for path, leaf in leaves}
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves_of(params)[0]}
     wrong = [row.path for row in table if shapes.get(row.path) != row.stacked_shape]
     if wrong:
         raise PeftError(
@@ -185,8 +183,7 @@ def _with_file_bases(
     PEFT writes them for adapted tables, and for embeddings and heads if it was told to, or found
     the vocabulary resized.
     """
-    leaves, treedef = leaves_of(params)
-    changed = dict(leaves)
+    changed = dict(leaves_of(params)[0])
     found = [
         (keys_of(module).base_weight, module.path, module.index, not _is_table(module))
         for module in chosen
@@ -211,7 +208,7 @@ def _with_file_bases(
         value = jnp.asarray(tensor.T if transpose else tensor).astype(leaf.dtype)
         if not np.array_equal(value, here, equal_nan=True):
             changed[path] = leaf.at[index].set(value) if index else value
-    return treedef.unflatten(changed[path] for path, _ in leaves)
+    return map_leaves(lambda path, _: changed[path], params)
 
 
 def _is_table(module: Module) -> bool:
@@ -238,8 +235,9 @@ class _Files:
         return self._whole(path, base) if isinstance(leaf, Trained) else base
 
     def _adapted(self, path: str, node: LoraWeight) -> LoraWeight:
-        batch = node.roles.sizes(node.shape, "batch")
-        rows, columns = (node.roles.sizes(node.shape, role) for role in ("in", "out"))
+        batch, rows, columns = (
+            node.roles.sizes(node.shape, role) for role in ("batch", "in", "out")
+        )
         sizes = {"a": math.prod(rows), "b": math.prod(columns)}
         members = [module for module in self.chosen if module.path == path]
         if self.own is not None:

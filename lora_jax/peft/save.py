@@ -11,10 +11,11 @@ import numpy as np
 
 from lora_jax.core.base import as_array
 from lora_jax.core.types import Leaf, Model, Tree
-from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, is_node, leaves_of
+from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of
 from lora_jax.folders import new_folder
 from lora_jax.hf.keys import Row
 from lora_jax.hf.save import write_tensors
+from lora_jax.lorafy import nodes_of
 from lora_jax.peft import config as configuration
 from lora_jax.peft.copies import tied_heads, with_head_names, with_heads
 from lora_jax.peft.errors import PeftError
@@ -109,8 +110,7 @@ def contents(model: Model, params: Tree) -> tuple[dict[str, Any], dict[str, np.n
       PeftError: names the part of the adapter that PEFT cannot hold.
     """
     table = table_of(model)
-    leaves, _ = leaves_of(params)
-    nodes = {path: leaf for path, leaf in leaves if is_node(leaf)}
+    nodes = nodes_of(params)
     if not nodes:
         raise PeftError("peft.save needs an adapted tree, and this one is plain")
     if off := [path for path, node in nodes.items() if not node.is_on]:
@@ -119,7 +119,7 @@ def contents(model: Model, params: Tree) -> tuple[dict[str, Any], dict[str, np.n
     rows = {row.path: row for row in table}
     if unknown := [path for path in nodes if path not in rows]:
         raise PeftError(f"{unknown[0]!r} is in no row of the model's key table")
-    return _Contents(table, dict(leaves), nodes, experts_of(model)).collect()
+    return _Contents(table, dict(leaves_of(params)[0]), nodes, experts_of(model)).collect()
 
 
 class _Contents:
@@ -136,19 +136,17 @@ class _Contents:
         self._leaves = leaves
         self._lora = {p: n for p, n in nodes.items() if isinstance(n, LoraWeight)}
         self._trained = {p: n for p, n in nodes.items() if not isinstance(n, LoraWeight)}
-        tied = {row.path for row in table if row.aliases}
-        uses = {n.uses for p, n in self._lora.items() if p in tied}
-        uses |= {"all" for p in self._trained if p in tied}
-        self._tied = "all" in uses
+        tied = [row for row in table if row.aliases]
+        whole = (nodes[row.path] for row in tied if row.path in nodes)
+        self._tied = any(not isinstance(n, LoraWeight) or n.uses == "all" for n in whole)
         self._all = modules(table, tied=self._tied)
-        self._heads = tied_heads(nodes, [row for row in table if row.aliases]) if self._tied else {}
+        self._heads = tied_heads(nodes, tied) if self._tied else {}
         self._adapted = [m for m in self._all if self._rank(m)]
         self._experts = [e for e in experts if self._rank(e)]
         written = {m.path for m in [*self._adapted, *self._experts]}
         if lost := sorted(set(self._lora) - written):
             raise PeftError(f"{lost[0]!r} is adapted, and transformers has no such module")
-        nodes_of_forms = (form_of(node) for node in self._lora.values())
-        self._form = next((form for form in nodes_of_forms if form), None)
+        self._form = next(filter(None, map(form_of, self._lora.values())), None)
         self._tensors: dict[str, np.ndarray] = {}
 
     def _rank(self, module: Module) -> int:

@@ -84,9 +84,9 @@ class Coded:
     def along(self, move: Move, touched: frozenset[int]) -> "Coded | None":
         """Returns the codes after a move of all arrays; see `lora_jax.core.base.Base.along`."""
         whole = self.shape
-
-        def stands_for_blocks(array: Shaped) -> bool:
-            return any(1 != array.shape[axis] != whole[axis] for axis in touched)
+        touched_sizes = ((x.shape[a], whole[a]) for x in self.arrays.values() for a in touched)
+        if any(1 != n != size for n, size in touched_sizes):
+            return None  # an element stands for a block along a touched axis
 
         def moved(array: Any) -> Any:
             sizes = array.shape
@@ -97,8 +97,6 @@ class Coded:
             held = [n == whole[a] or (not touched and n != 1) for a, n in enumerate(sizes)]
             return move(array, tuple(a if is_held else -1 for a, is_held in enumerate(held)))
 
-        if any(map(stands_for_blocks, self.arrays.values())):
-            return None
         return self.map(moved)
 
     def __repr__(self) -> str:

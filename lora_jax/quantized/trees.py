@@ -107,17 +107,12 @@ def plan(
     shapes = {path: leaf.shape for path, leaf in arrays}
 
     def coding(path: str, choice: Adapted) -> Coding | None:
-        format = selecting[choice.rule].format
-        return coding_of(shapes[path], format, _roles_of_blocks(path, choice.roles))
+        format, roles = selecting[choice.rule].format, choice.roles
+        if leaf_name(path) in EMBEDDING_NAMES:  # a row of a table is what a look-up reads
+            roles = AxisRoles(roles.out_axes, roles.in_axes)
+        return coding_of(shapes[path], format, roles)
 
     return {p: coding(p, choice) for p, choice in found.items() if isinstance(choice, Adapted)}
-
-
-def _roles_of_blocks(path: str, roles: AxisRoles) -> AxisRoles:
-    """Returns the roles that blocks lie by: a row of a table is what a look-up reads."""
-    if leaf_name(path) in EMBEDDING_NAMES:
-        return AxisRoles(roles.out_axes, roles.in_axes)
-    return roles
 
 
 def quantize(

@@ -97,10 +97,6 @@ def _same(_: Interpreter, use: Use) -> Outcome:
     ]
 
 
-def _stop_gradient(_: Interpreter, use: Use) -> Outcome:
-    return [jax.tree.map(lax.stop_gradient, use.values[0])]
-
-
 def _everywhere(_: Interpreter, use: Use) -> Outcome:
     """Applies a `pcast` or a `ppermute` inside shard_map to each of the weight's arrays."""
     if not all(isinstance(value, Factored) for value in use.values):
@@ -233,7 +229,7 @@ def _pad(_: Interpreter, use: Use) -> Outcome:
 LAYOUT_RULES: dict[str, Rule] = {
     **dict.fromkeys(("transpose", "squeeze", "broadcast_in_dim", "reshape"), _rearrange),
     **dict.fromkeys(("convert_element_type", "real"), _convert),
-    "stop_gradient": _stop_gradient,
+    "stop_gradient": lambda _, use: [jax.tree.map(lax.stop_gradient, use.values[0])],
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "rev": _rev,

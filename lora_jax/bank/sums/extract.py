@@ -145,7 +145,13 @@ def extract(
             + (f"; {next(iter(lost))!r} does, among {len(lost)}" if lost else "")
         )
     if lost:
-        warnings.warn(_warning(lost), ExtractWarning, stacklevel=2)
+        some = ", ".join(list(lost)[:5]) + (", …" if len(lost) > 5 else "")
+        warnings.warn(
+            f"{len(lost)} leaves have changed and are no part of the adapter: {some}. Keep them "
+            "whole by a TrainRule(targets=[…]) among the rules, or all by keep_rest=True",
+            ExtractWarning,
+            stacklevel=2,
+        )
     in_full = tuple(path for path, node in found.items() if isinstance(node, Trained))
     tree = map_leaves(found.get, before)
     return tree, Extraction(ranks, errors, in_full, lost)
@@ -281,11 +287,3 @@ def _length(array: jax.Array) -> jax.Array:
 
 def _is_float(array: jax.Array) -> bool:
     return jnp.issubdtype(array.dtype, jnp.inexact)
-
-
-def _warning(lost: Mapping[str, float]) -> str:
-    some = ", ".join(list(lost)[:5]) + (", …" if len(lost) > 5 else "")
-    return (
-        f"{len(lost)} leaves have changed and are no part of the adapter: {some}. Keep them whole "
-        "by a TrainRule(targets=[…]) among the rules, or all by keep_rest=True"
-    )

@@ -10,10 +10,6 @@ from typing import Any
 Get = Callable[..., Any]
 
 
-def _all_layers(get: Get, n_layers: int) -> range:
-    return range(n_layers)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderFamily:
     """The facts of one family.
@@ -48,7 +44,7 @@ class DecoderFamily:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     refuses: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     traits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    windowed: Callable[[Get, int], range | tuple[int, ...]] = _all_layers
+    windowed: Callable[[Get, int], range | tuple[int, ...]] = lambda get, n_layers: range(n_layers)
     experts: Callable[[Get], tuple[int, int]] | None = None
     writes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     mlp_name: str = "mlp"

@@ -1,6 +1,6 @@
 """Mistral and Mixtral."""
 
-from lora_jax.models.decoder.families.family import DecoderFamily, Get
+from lora_jax.models.decoder.families.family import DecoderFamily
 
 MISTRAL = DecoderFamily(
     model_type="mistral",
@@ -12,10 +12,6 @@ MISTRAL = DecoderFamily(
         "max_position_embeddings": 131072,
     },
 )
-
-
-def _experts(get: Get) -> tuple[int, int]:
-    return get("num_local_experts"), get("intermediate_size")
 
 
 MIXTRAL = DecoderFamily(
@@ -31,7 +27,7 @@ MIXTRAL = DecoderFamily(
         "num_experts_per_tok": 2,
     },
     traits={"norm_topk_prob": True},
-    experts=_experts,
+    experts=lambda get: (get("num_local_experts"), get("intermediate_size")),
     writes={"num_local_experts": "num_experts"},
     mlp_name="block_sparse_moe",
     expert_names=("w1", "w3", "w2"),
