@@ -7,6 +7,7 @@ of each array, and the fingerprint of the base. Factors that follow from the bas
 made again on loading, and compared: see `lora_jax.saving.derived`.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -82,7 +83,11 @@ def save_adapter(
             if isinstance(n, LoraWeight)
         },
         "trained": sorted(path for path, n in nodes.items() if isinstance(n, Trained)),
-        "rows": {path: _rows(n) for path, n in nodes.items() if isinstance(n, TrainedRows)},
+        "rows": {
+            path: {"shape": n.shape, "rows": n.rows, "is_table": n.is_table}
+            for path, n in nodes.items()
+            if isinstance(n, TrainedRows)
+        },
         "arrays": jax.tree.map(checksum, arrays),
         "base": base_fingerprint(params),
         "about": dict(about or {}),
@@ -173,21 +178,11 @@ def _orbax() -> Any:
     return orbax.checkpoint
 
 
-def _rows(node: TrainedRows) -> dict[str, Any]:
-    return {"shape": list(node.shape), "rows": list(node.rows), "is_table": node.is_table}
-
-
 def _settings(weight: LoraWeight) -> dict[str, Any]:
-    return {
-        "shape": list(weight.shape),
-        "in_axes": list(weight.roles.in_axes),
-        "out_axes": list(weight.roles.out_axes),
-        "ranks": list(weight.ranks),
-        "scale": np.asarray(weight.scale).tolist(),
-        "dropout": weight.dropout,
-        "frozen": list(weight.frozen),
-        "uses": weight.uses,
-    }
+    names = ("shape", "ranks", "dropout", "frozen", "uses")
+    settings = {name: getattr(weight, name) for name in names}
+    scale = np.asarray(weight.scale).tolist()
+    return {**settings, **dataclasses.asdict(weight.roles), "scale": scale}
 
 
 def _arrays(path: str, node: Node) -> dict[str, Any]:

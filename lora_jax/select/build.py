@@ -95,14 +95,7 @@ def _adapted(leaf: Leaf, path: str, choice: Adapted, key: jax.Array, starts: Sta
         copies = {"a": jnp.array(a, copy=True), "b": jnp.array(b, copy=True)}
         arrays |= {"start_a": a, "start_b": b, **copies}
     node = LoraWeight(
-        leaf,
-        arrays,
-        roles=choice.roles,
-        ranks=choice.ranks,
-        dropout=rule.dropout,
-        extras=rule.parts,
-        frozen=rule.frozen,
-        uses=rule.uses,
+        leaf, arrays, choice.roles, choice.ranks, rule.dropout, rule.parts, rule.frozen, rule.uses
     )
     key = fold_in_path(key, path)
 
