@@ -23,6 +23,31 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
+def check_free(folder: Path, overwrite: bool, marker: str, kind: str) -> None:
+    """Checks that a folder may be written, or replaced.
+
+    Args:
+      folder: the folder.
+      overwrite: whether one that is there may be replaced.
+      marker: the file that every folder of this kind has; one without it is not replaced.
+      kind: "model's" or "adapter's", for messages.
+
+    Raises:
+      FileExistsError: the folder exists, or is of another kind.
+    """
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{folder} exists; name another folder, or give overwrite=True to replace it"
+        )
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / marker).exists()):
+        raise FileExistsError(
+            f"{folder} holds no {marker}, so it is no {kind} folder, and overwrite=True would "
+            "delete what is there; name another folder"
+        )
+
+
 def partial_of(folder: Path) -> Path:
     """Returns the path that a folder is written to before it is renamed: hidden, beside it."""
     return folder.with_name(f".{folder.name}.partial")

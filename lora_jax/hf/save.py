@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lora_jax.core.types import Fields, Leaf, Tokenizer, Tree
-from lora_jax.folders import new_folder
+from lora_jax.folders import check_free, new_folder
 from lora_jax.hf.format import Config
 from lora_jax.hf.hub import resolve
 from lora_jax.hf.keys import Row, WeightsError, checked_leaves, convert, hf_tensors
@@ -64,7 +64,7 @@ def save_model(
         values that fp16 cannot hold.
     """
     folder = Path(folder).absolute()
-    _check_target(folder, overwrite)
+    check_free(folder, overwrite, "config.json", "model's")
     dtypes = _file_dtypes(checked_leaves(params, table), dtype)
     with new_folder(folder) as partial:
         _write_weights(partial, params, table, dtypes, max_shard_size)
@@ -74,20 +74,6 @@ def save_model(
             _write_tokenizer(partial, tokenizer)
         if readme is not None:
             (partial / "README.md").write_text(readme, encoding="utf-8")
-
-
-def _check_target(folder: Path, overwrite: bool) -> None:
-    if not folder.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(
-            f"{folder} exists; name another folder, or give overwrite=True to replace it"
-        )
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists()):
-        raise FileExistsError(
-            f"{folder} holds no config.json, so it is no model's folder, and overwrite=True would "
-            "delete what is there; name another folder"
-        )
 
 
 def _file_dtypes(leaves: Mapping[str, Leaf], dtype: DTypeLike | None) -> dict[str, np.dtype]:

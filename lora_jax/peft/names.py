@@ -24,7 +24,6 @@ class Keys:
     b: str
     parts: dict[str, str]
     base_weight: str
-    base_bias: str
 
 
 def keys_of(module: Module) -> Keys:
@@ -36,7 +35,6 @@ def keys_of(module: Module) -> Keys:
         b=f"{stem}.lora_embedding_B" if looked_up else f"{stem}.lora_B.weight",
         parts={name: f"{stem}.{vector.tensor}" for name, vector in VECTORS.items()},
         base_weight=f"{stem}.base_layer.weight",
-        base_bias=f"{stem}.base_layer.bias",
     )
 
 

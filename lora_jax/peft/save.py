@@ -12,7 +12,7 @@ import numpy as np
 from lora_jax.core.base import as_array
 from lora_jax.core.types import Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of
-from lora_jax.folders import new_folder
+from lora_jax.folders import check_free, new_folder
 from lora_jax.hf.keys import Row
 from lora_jax.hf.save import write_tensors
 from lora_jax.lorafy import nodes_of
@@ -79,7 +79,7 @@ def save(
     []
     """
     folder = Path(folder).absolute()
-    _check_free(folder, overwrite)
+    check_free(folder, overwrite, configuration.FILE, "adapter's")
     config, tensors = contents(model, params)
     config |= {"base_model_name_or_path": base_model, "task_type": task_type}
     with new_folder(folder) as partial:
@@ -88,15 +88,6 @@ def save(
         (partial / configuration.FILE).write_text(text + "\n", encoding="utf-8")
         if readme is not None:
             (partial / "README.md").write_text(readme, encoding="utf-8")
-
-
-def _check_free(folder: Path, overwrite: bool) -> None:
-    if not folder.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(f"{folder} exists: name another folder, or give overwrite=True")
-    if not (folder / configuration.FILE).is_file() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not an adapter's folder: name another folder")
 
 
 def contents(model: Model, params: Tree) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -95,10 +95,8 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
 
     def step(carry: dict[int, Value], xs: Any) -> tuple[dict[int, Value], list[Value]]:
         parts, index = xs
-        known = {place: at_site(value, index) for place, value in constant.items()} | carry
         slices = [rebuild(part) for rebuild, part in zip(rebuilders, parts, strict=True)]
-        ordered = [known[place] for place in range(scan.n_carry)]
-        outputs = body(*(at_site(value, index) for value in consts), *ordered, *slices)
+        outputs = body(*_arguments(consts, constant, carry, index), *slices)
         outputs = [
             output if place in constant else interpreter.plain(output, use, "as an output")
             for place, output in enumerate(outputs)
@@ -109,6 +107,14 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
     carry, ys = lax.scan(step, carries, (sliced, steps), **how)
     final = constant | carry | dict(enumerate(ys, scan.n_carry)) | same
     return [final[place] for place in range(len(live))]
+
+
+def _arguments(
+    consts: Sequence[Value], constant: dict[int, Value], carry: dict[int, Value], index: Any
+) -> list[Value]:
+    """Returns what a loop's body takes first in an iteration: consts, then all that it carries."""
+    known = {place: at_site(value, index) for place, value in constant.items()} | carry
+    return [*(at_site(value, index) for value in consts), *map(known.get, range(len(known)))]
 
 
 def _restacked(use: Use, scan: eqns.Scan) -> dict[int, Factored]:
@@ -161,28 +167,25 @@ def _while(interpreter: Interpreter, use: Use) -> list[Value]:
     condition, body = map(interpreter.function, (loop.condition, loop.body))
     n_axes = eqns.type_of(eqns.opened(loop.condition)[0].outvars[0]).ndim
 
-    def arguments(consts: list[Value], state: _State) -> list[Value]:
+    def goes_on(state: _State) -> jax.Array:
         index, carry = state
-        known = {place: at_site(value, index) for place, value in constant.items()} | carry
-        ordered = [known[place] for place in range(n_carry)]
-        return [*(at_site(value, index) for value in consts), *ordered]
-
-    def go_on(state: _State) -> jax.Array:
-        goes_on: jax.Array = condition(*arguments(of_condition, state))[0]
-        return goes_on.any() if n_axes else goes_on
+        wanted: jax.Array = condition(*_arguments(of_condition, constant, carry, index))[0]
+        return wanted
 
     def step(state: _State) -> _State:
-        outputs, (index, before) = body(*arguments(of_body, state)), state
+        index, before = state
+        outputs = body(*_arguments(of_body, constant, before, index))
         kept = {p: interpreter.plain(outputs[p], use, "as a carry") for p in before}
         if n_axes:
-            goes_on = condition(*arguments(of_condition, state))[0]
+            wanted = goes_on(state)
             for p, after in kept.items():
                 axes = range(n_axes, after.ndim)
-                kept[p] = jnp.where(lax.expand_dims(goes_on, axes), after, before[p])
+                kept[p] = jnp.where(lax.expand_dims(wanted, axes), after, before[p])
         return (None if index is None else index + 1), kept
 
     start = jnp.int32(0) if _has_keys(use.values) else None
-    _, carry = lax.while_loop(go_on, step, (start, init))
+    any_goes_on = (lambda state: goes_on(state).any()) if n_axes else goes_on
+    _, carry = lax.while_loop(any_goes_on, step, (start, init))
     final = constant | carry
     return [final[place] for place in range(n_carry)]
 
