@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.adapt.roles import infer_roles
+from lora_jax.adapt.roles import traced_roles
 from lora_jax.core.magnitude import wide
 from lora_jax.core.paths import nearest
 from lora_jax.core.types import Adapter, Leaf, Tree
@@ -65,12 +65,7 @@ def lorafy(
             "lora_jax.strip(params), or lora_jax.merge(params) to build on what was learned"
         )
     arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
-    roles = None
-    if trace is not None:
-        if not isinstance(trace, Sequence) or not trace or not callable(trace[0]):
-            raise TypeError(f"trace is a tuple of a function and its arguments, not {trace!r}")
-        roles = infer_roles(trace[0], trace[1:], {id(leaf): path for path, leaf in arrays})
-    chosen = resolve(arrays, rules, Known(roles, kinds))
+    chosen = resolve(arrays, rules, Known(traced_roles(trace, arrays), kinds))
     key = jax.random.key(0) if key is None else key
     starts = starts_of(dict(arrays), chosen, key)
     return treedef.unflatten(

@@ -41,6 +41,25 @@ from lora_jax.core.factored import Factored
 from lora_jax.core.types import Forward, Value
 
 
+def traced_roles(
+    trace: Sequence[Any] | None, leaves: Iterable[tuple[str, Any]]
+) -> dict[str, Seen | str] | None:
+    """Returns the roles of a tree's leaves, by path, as a function uses them; see `infer_roles`.
+
+    Args:
+      trace: ``(fn, *args)``; see `lora_jax.lorafy`. None: nothing is known.
+      leaves: leaves of the tree with their paths.
+
+    Raises:
+      TypeError: `trace` is no tuple of a function and its arguments.
+    """
+    if trace is None:
+        return None
+    if not isinstance(trace, Sequence) or not trace or not callable(trace[0]):
+        raise TypeError(f"trace is a tuple of a function and its arguments, not {trace!r}")
+    return infer_roles(trace[0], trace[1:], {id(leaf): path for path, leaf in leaves})
+
+
 def infer_roles(
     fn: Forward, args: Sequence[Any], paths: Mapping[int, str]
 ) -> dict[str, Seen | str]:

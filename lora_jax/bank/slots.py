@@ -9,7 +9,6 @@ the slot axis runs each adapter by itself.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import field
-from typing import Any, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,28 +18,20 @@ from lora_jax.core.axes import AxisRoles
 from lora_jax.core.parts import NEUTRAL, RANK, STATIC
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.types import BaseLike, Leaf, Parts, Shaped, Tree
-from lora_jax.core.weight import LoraWeight, Trained, is_leaf
+from lora_jax.core.weight import LoraWeight, NoArray, Trained, is_leaf
 
 # A product with all slots' factors at once reads each of them and multiplies by slots·r columns;
 # above this number, each example gets a copy of its own adapter's factors instead.
 WIDEST = 256
 
 
-class _Slots:
-    """Holds what the two kinds of slots share: a message where one is taken for an array."""
+class _Slots(NoArray):
+    """Holds what the two kinds of slots share."""
 
-    def replace(self, **changes: Any) -> Self:
-        """Returns a copy with other values in some of the attributes."""
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
-
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(
-            "a node of a bank is not an array: call the function that uses it through "
-            "lora_jax.bank.mixed, on bank.choose(names)"
-        )
-
-    __jax_array__ = __array__ = __getitem__ = __iter__ = __len__ = _refuse
-    __add__ = __radd__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _refuse
+    how_to_use = (
+        "is a node of a bank, not an array: call the function that uses it through "
+        "lora_jax.bank.mixed, on bank.choose(names)"
+    )
 
 
 @jax.tree_util.register_dataclass

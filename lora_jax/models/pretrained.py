@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lora_jax.core.types import Model, Tokenizer, Tree
+from lora_jax.folders import check_free, new_folder
 from lora_jax.hf import load, sources
 from lora_jax.hf.hub import resolve
 from lora_jax.hf.load import ShardingOf, load_params
-from lora_jax.hf.save import save_model
+from lora_jax.hf.save import file_dtypes, write_model, write_tokenizer
 from lora_jax.hf.sources import Source
 from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.families import FORMATS, key_table, module_of
@@ -154,17 +155,16 @@ def save_pretrained(
 
     See the example of `from_pretrained`.
     """
-    save_model(
-        folder,
-        model.config,
-        key_table(model.config),
-        params,
-        tokenizer=tokenizer,
-        max_shard_size=max_shard_size,
-        dtype=dtype,
-        readme=readme,
-        overwrite=overwrite,
-    )
+    folder = Path(folder).absolute()
+    check_free(folder, overwrite, "config.json", "model's")
+    table = key_table(model.config)
+    dtypes = file_dtypes(params, table, dtype)
+    with new_folder(folder) as partial:
+        write_model(partial, model.config, table, params, dtypes, max_shard_size)
+        if tokenizer is not None:
+            write_tokenizer(partial, tokenizer)
+        if readme is not None:
+            (partial / "README.md").write_text(readme, encoding="utf-8")
 
 
 def open_source(path: Path, **options: Any) -> Source:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
-from lora_jax.adapt.roles import infer_roles
+from lora_jax.adapt.roles import traced_roles
 from lora_jax.core.axes import EMBEDDING_NAMES, AxisRoles
 from lora_jax.core.base import as_array, is_abstract, is_base
 from lora_jax.core.paths import leaf_name
@@ -87,10 +87,8 @@ def plan(
     chosen = (QuantRule(format=format),) if rules is None else tuple(rules)
     if wrong := [rule for rule in chosen if not isinstance(rule, QuantRule)]:
         raise TypeError(f"quantize: a rule is a QuantRule, not {wrong[0]!r}")
-    roles = None
     arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
-    if trace is not None:
-        roles = infer_roles(trace[0], trace[1:], {id(leaf): path for path, leaf in arrays})
+    roles = traced_roles(trace, arrays)
     is_router = {path for path, kind in (kinds or {}).items() if rules is None and kind == "router"}
     arrays = [
         (path, leaf)

@@ -124,7 +124,9 @@ def form_of(kind: Kind, like: Tenant) -> tuple[Tree, Tree, Tree]:
         return content_of(kind, dataclasses.replace(like, params=params, key=key))
 
     shapes: Any = jax.eval_shape(content, like.params, like.key)
-    axes = _axes(kind, shapes[0]), _axes_of_arrays(kind, shapes[1])
+    state, fixed = shapes
+    of_fixed = {p: {name: kind.slot_axis(p, name) for name in own} for p, own in fixed.items()}
+    axes = _axes(kind, state), of_fixed
     return shapes, axes, _shardings(shapes, axes, like)
 
 
@@ -135,8 +137,7 @@ def _axes(kind: Kind, state: State) -> Tree:
     """
 
     def of(keys: Any, array: Any) -> int:
-        path, name = (getattr(key, "key", "") for key in (None, None, *keys)[-2:])
-        parameter = state.adapter.get(path, {}).get(name)
+        path, parameter = _array_at(state.adapter, keys)
         if parameter is None or parameter.shape != array.shape:
             return 0
         return kind.slot_axis(path)
@@ -144,10 +145,10 @@ def _axes(kind: Kind, state: State) -> Tree:
     return jax.tree_util.tree_map_with_path(of, state)
 
 
-def _axes_of_arrays(kind: Kind, arrays: Arrays) -> Tree:
-    return {
-        path: {name: kind.slot_axis(path, name) for name in own} for path, own in arrays.items()
-    }
+def _array_at(arrays: Mapping[str, Mapping[str, Any]], keys: Any) -> tuple[str, Any]:
+    """Returns the path that a key path ends with, and the array there: a weight's, or None."""
+    path, name = (getattr(key, "key", "") for key in (None, None, *keys)[-2:])
+    return path, arrays.get(path, {}).get(name)
 
 
 def _shardings(shapes: Tree, axes: Tree, like: Tenant) -> Tree:
@@ -167,8 +168,7 @@ def _shardings(shapes: Tree, axes: Tree, like: Tenant) -> Tree:
         return None
 
     def of(keys: Any, shape: Any, axis: int) -> NamedSharding:
-        path, name = (getattr(key, "key", "") for key in (None, None, *keys)[-2:])
-        array = arrays.get(path, {}).get(name)
+        _, array = _array_at(arrays, keys)
         spec: list[Any] = []
         if array is not None and array.shape == shape.shape:
             spec = [*array.sharding.spec, *[None] * (array.ndim - len(array.sharding.spec))]
