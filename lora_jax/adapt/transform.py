@@ -27,10 +27,7 @@ from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, is_leaf, is_n
 
 
 def adapt(
-    fn: Forward,
-    *,
-    strict: bool = False,
-    primitives: Mapping[str, Forward] | None = None,
+    fn: Forward, *, strict: bool = False, primitives: Mapping[str, Forward] | None = None
 ) -> Forward:
     """Returns `fn` for adapted trees: each product with an adapted W is xW + s·(xA)B.
 
@@ -204,10 +201,7 @@ def _is_traced() -> bool:
 
 
 def _flattened(
-    fn: Forward,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dropout_key: jax.Array | None,
+    fn: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], dropout_key: jax.Array | None
 ) -> tuple[Call, dict[int, Factored], dict[int, Leaf]]:
     """Returns a call as its function is traced, and its weights and nodes by place."""
     treedef: Any

@@ -7,7 +7,6 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,36 +17,12 @@ from jax.typing import DTypeLike
 
 from lora_jax.hf.coded import STORED, as_stored, encoded, shapes_as_stored
 from lora_jax.hf.fields import ConfigError
-from lora_jax.hf.format import Formats
-from lora_jax.hf.gguf import GGUFFile
 from lora_jax.hf.keys import Row, WeightsError, absent_parts, check, nested
-from lora_jax.hf.sources import FLOATS, SafetensorsFolder, Source
+from lora_jax.hf.sources import FLOATS, Source
 from lora_jax.quantized import Coded, Coding, QuantizeWarning, QuantRule, encode, plan
 from lora_jax.quantized import Format as Codes
 
 ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
-
-
-def open_source(path: Path, formats: Formats, **options: Any) -> Source:
-    """Opens a folder or a GGUF file. Reads its configuration and headers only.
-
-    Args:
-      path: a folder with config.json and safetensors, or a GGUF file.
-      formats: the formats of all families.
-      **options: see ``Formats.read_config``.
-
-    Returns:
-      The source of the model's configuration and tensors.
-
-    Raises:
-      ConfigError: for an unsupported model or option; names it.
-      WeightsError: for a file that is missing, damaged or cut short.
-    """
-    if path.is_dir():
-        return SafetensorsFolder(path, formats, **options)
-    if options:
-        raise ConfigError(f"{path}: a model in a GGUF file has no option {', '.join(options)}")
-    return GGUFFile(path, formats)
 
 
 def load_params(

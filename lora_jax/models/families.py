@@ -45,11 +45,7 @@ class Family:
 
 
 _ENCODER = Format(
-    EncoderConfig.from_hf,
-    encoder_table,
-    options=OPTIONS,
-    name=encoder_name,
-    ignored=OTHER_HEADS,
+    EncoderConfig.from_hf, encoder_table, options=OPTIONS, name=encoder_name, ignored=OTHER_HEADS
 )
 
 FAMILIES: dict[str, Family] = {

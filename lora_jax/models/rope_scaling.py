@@ -73,7 +73,5 @@ def with_rope_scaling(config: Any, scaling: Mapping[str, Any]) -> Any:
     }
     read = DecoderConfig.from_hf(written)
     return dataclasses.replace(
-        config,
-        rope_scaling=read.rope_scaling,
-        max_position_embeddings=read.max_position_embeddings,
+        config, rope_scaling=read.rope_scaling, max_position_embeddings=read.max_position_embeddings
     )

@@ -172,11 +172,7 @@ class _Reader:
 
 
 def _with_file_bases(
-    params: Tree,
-    chosen: Sequence[Module],
-    table: Sequence[Row],
-    config: Fields,
-    reader: _Reader,
+    params: Tree, chosen: Sequence[Module], table: Sequence[Row], config: Fields, reader: _Reader
 ) -> Tree:
     """Returns the tree with the base weights that the file holds.
 

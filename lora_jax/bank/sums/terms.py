@@ -49,8 +49,7 @@ def rank_of_sum(ranks: Ranks, sizes: tuple[int, int], how: How, rank: int | None
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("by_layer", "ranks", "n_batch", "uses", "how", "dtype"),
+    jax.jit, static_argnames=("by_layer", "ranks", "n_batch", "uses", "how", "dtype")
 )
 def summed(
     arrays: Sequence[Mapping[str, jax.Array]],

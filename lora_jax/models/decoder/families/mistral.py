@@ -6,11 +6,7 @@ MISTRAL = DecoderFamily(
     model_type="mistral",
     architecture="MistralForCausalLM",
     reads=frozenset({"sliding_window"}),
-    defaults={
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-        "max_position_embeddings": 131072,
-    },
+    defaults={"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
 )
 
 

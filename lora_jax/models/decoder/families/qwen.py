@@ -4,11 +4,7 @@ from lora_jax.hf.fields import ConfigError
 from lora_jax.models.decoder.families.family import DecoderFamily, Get
 
 _WINDOW = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
-_DEFAULTS = {
-    "num_key_value_heads": 32,
-    "sliding_window": 4096,
-    "max_position_embeddings": 32768,
-}
+_DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768}
 
 
 def _upper_layers(get: Get, n_layers: int) -> range:
