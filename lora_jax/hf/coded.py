@@ -1,7 +1,5 @@
 """Kernels of a file as codes, a layer at a time: the float kernel is never in memory whole."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import jax

@@ -1,7 +1,5 @@
 """The fields of Hugging Face's config.json; one that is neither read nor harmless is an error."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Mapping, Set
 from pathlib import Path

@@ -1,7 +1,5 @@
 """GGUF files: quantised tensors, to fp32 or as their codes, under Hugging Face's names."""
 
-from __future__ import annotations
-
 import functools
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Resolves a name or a path to local files: the hub, its cache, or a model in a package."""
 
-from __future__ import annotations
-
 import json
 import threading
 from pathlib import Path

@@ -5,8 +5,6 @@ A table is a list of rows, one for each parameter, made from a configuration alo
 with it: nothing may be missing, left over, or of another shape.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import re

@@ -1,7 +1,5 @@
 """Reads weights from a file or a folder into a plain parameter tree."""
 
-from __future__ import annotations
-
 import functools
 import sys
 import warnings

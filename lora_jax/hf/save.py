@@ -1,7 +1,5 @@
 """Writes a parameter tree as a folder that transformers and ``from_pretrained`` read."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

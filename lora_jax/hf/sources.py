@@ -1,7 +1,5 @@
 """Sources of weights: a folder of safetensors or a GGUF file, read one tensor at a time."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter
@@ -44,11 +42,9 @@ class Source(Protocol):
 
     def read(self, name: str) -> np.ndarray:
         """Reads a tensor, as it is stored or in fp32."""
-        ...
 
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
         """Writes ``tensor[index]`` into ``out``, in its dtype."""
-        ...
 
     def codes(self, name: str, dtype: DTypeLike) -> Coded | None:
         """Returns a tensor in the codes of its file, of NumPy arrays; None if it is in no codes.
@@ -57,15 +53,12 @@ class Source(Protocol):
           name: the tensor.
           dtype: dtype of the array that the codes stand for.
         """
-        ...
 
     def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
         """Returns the shapes of what `codes` returns."""
-        ...
 
     def locate(self, name: str) -> str:
         """Returns the file that holds a tensor."""
-        ...
 
 
 class SafetensorsFolder:

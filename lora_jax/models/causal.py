@@ -1,7 +1,5 @@
 """Causal language models: the call, and the head, that decoders and GPT-2 have in common."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

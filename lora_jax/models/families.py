@@ -1,7 +1,5 @@
 """The families of models, by ``model_type``: module, file format, PEFT's default targets."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Loads a pretrained module and its parameters by name, folder or file, and saves them."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Scales RoPE for rows longer than those that a model was trained on."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

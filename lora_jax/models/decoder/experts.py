@@ -11,8 +11,6 @@ A token costs k products, however many experts there are. Two implementations ac
   masks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 

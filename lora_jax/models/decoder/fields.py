@@ -1,7 +1,5 @@
 """A decoder's fields in Hugging Face's config.json: see ``families`` for what each family reads."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lora_jax.core.types import Fields

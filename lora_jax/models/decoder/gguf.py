@@ -1,7 +1,5 @@
 """A decoder in a GGUF file: the names of its tensors, and its configuration in the metadata."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """One decoder layer: norms, grouped-query attention, and an MLP or experts."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

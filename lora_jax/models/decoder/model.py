@@ -1,7 +1,5 @@
 """Decoder-only language models in Flax Linen, from Llama to Phi-3: see ``DecoderConfig``."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax
@@ -53,7 +51,7 @@ class Decoder(CausalLM):
         self.lm_head = output_head(self)
 
     @property
-    def trunk(self) -> _Trunk:
+    def trunk(self) -> "_Trunk":
         return self.model
 
 

@@ -9,8 +9,6 @@ transformers 4, whose names these are, both are ``nn.Linear`` layers, and PEFT's
 them. ``LoraRule(exclude=["gate"])`` leaves the router as it is.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

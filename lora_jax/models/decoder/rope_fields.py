@@ -1,7 +1,5 @@
 """RoPE's fields in Hugging Face's config.json: its base, and the scalings for long contexts."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping

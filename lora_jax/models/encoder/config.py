@@ -1,7 +1,5 @@
 """An encoder's configuration: the options of its forward pass, and its config.json."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -124,7 +122,7 @@ class EncoderConfig:
         return self.max_position_embeddings - self.pad_token_id - 1
 
     @classmethod
-    def from_hf(cls, config: Fields, **options: Any) -> EncoderConfig:
+    def from_hf(cls, config: Fields, **options: Any) -> "EncoderConfig":
         """Reads the dict of a config.json, as transformers 4 and 5 write it.
 
         Args:

@@ -1,7 +1,5 @@
 """GPT-2's configuration: the options of its forward pass, and its config.json."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -81,7 +79,7 @@ class GPT2Config:
         return self.num_attention_heads
 
     @classmethod
-    def from_hf(cls, config: Fields) -> GPT2Config:
+    def from_hf(cls, config: Fields) -> "GPT2Config":
         """Reads the dict of a config.json; an absent field has transformers' default.
 
         Args:

@@ -1,7 +1,5 @@
 """GPT-2 in Flax Linen (Radford et al. 2019)."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +36,7 @@ class GPT2(CausalLM):
         self.lm_head = output_head(self)
 
     @property
-    def trunk(self) -> _Trunk:
+    def trunk(self) -> "_Trunk":
         return self.transformer
 
 

@@ -1,7 +1,5 @@
 """A family of decoders: the facts by which its models and their files differ from Llama's."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
