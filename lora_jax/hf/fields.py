@@ -47,7 +47,7 @@ def read_file(path: Path, kind: str, error: type[ValueError]) -> dict[str, Any]:
       error: the class of errors.
 
     Raises:
-      ValueError: of the class `error`, if the file is missing, or holds no fields.
+      ValueError: the file is missing, or holds no fields; its class is `error`.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
