@@ -133,10 +133,10 @@ def run(
     assigned = {v.number for v in traced.outputs.assigned.values() if isinstance(v, Output)}
     results = [same.get(n, value) for n, value in enumerate(values)]
     for n, value in enumerate(results):
-        if isinstance(value, Factored) and n in assigned:
-            results[n] = value.merged()  # it has been said
-        elif isinstance(value, Factored):
-            results[n] = interpreter.merged(value, "output", place_of_call())
+        if isinstance(value, Factored):
+            if n not in assigned:  # of which it has been said
+                interpreter.say_merged(value, "output", place_of_call())
+            results[n] = value.merged()
     result, writes = traced.outputs.filled(results)
     write((args, kwargs), writes)
     return result

@@ -175,11 +175,11 @@ def convert(values: np.ndarray, out: np.ndarray, where: str) -> None:
     """
     with np.errstate(over="ignore"):
         out[...] = values
-    if out.dtype == np.float16 != values.dtype:
-        if np.count_nonzero(np.isinf(out)) != np.count_nonzero(np.isinf(values)):
-            raise WeightsError(
-                f"{where} has values beyond the range of float16 (65504); choose bfloat16"
-            )
+    infinities = (np.count_nonzero(np.isinf(array)) for array in (out, values))
+    if out.dtype == np.float16 != values.dtype and len(set(infinities)) > 1:
+        raise WeightsError(
+            f"{where} has values beyond the range of float16 (65504); choose bfloat16"
+        )
 
 
 def nested(leaves: Iterable[tuple[str, Leaf]]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Causal language models: the call, and the head, that decoders and GPT-2 have in common."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from lora_jax.models.layers.trunk import causal_mask, extend, place
 class CausalLM(ModelPart):
     """Predicts each next token. A family's module makes the trunk in its ``setup``."""
 
+    TRUNK: ClassVar[str]  # the trunk's name, as in Hugging Face's files
+
     @property
     def trunk(self) -> Any:
         """The module with everything but the head.
@@ -26,7 +28,7 @@ class CausalLM(ModelPart):
         positions, None without one. It takes the tokens, their places, the mask, the cache and the
         noise, and returns final hidden states, and the new keys and values of all layers.
         """
-        raise NotImplementedError
+        return getattr(self, self.TRUNK)
 
     def __call__(
         self,

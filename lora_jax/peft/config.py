@@ -157,15 +157,13 @@ def _check_values(config: Fields, where: str) -> None:
         or (isinstance(tokens, Mapping) and all(map(indices, tokens.values()))),
         "init_lora_weights": init in (*_PLAIN_INITS, *DECOMPOSING_INITS),
     }
-    for name in ("target_modules", "exclude_modules"):
-        value = config[name]
-        right[name] = value is None or isinstance(value, str) or names(value)
-    for name in ("modules_to_save", "target_parameters"):
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         right[name] = config[name] is None or names(config[name])
+    for name in ("target_modules", "exclude_modules"):
+        right[name] |= isinstance(config[name], str)
     for name in ("use_rslora", *SWITCHES, "ensure_weight_tying"):
         right[name] = type(config[name]) is bool
-    wrong = [f"{name}={config[name]!r}" for name, fits in right.items() if not fits]
-    if wrong:
+    if wrong := [f"{name}={config[name]!r}" for name, fits in right.items() if not fits]:
         raise PeftError(
             f"{where}: {', '.join(wrong)}: not supported, or not a value that PEFT would write"
         )

@@ -181,7 +181,7 @@ def _with_file_bases(
     """
     changed = dict(leaves_of(params)[0])
     found = [
-        (keys_of(module).base_weight, module.path, module.index, not _is_table(module))
+        (keys_of(module).base_weight, module.path, module.index, not module.is_table)
         for module in chosen
         if not isinstance(module, Expert)
     ]
@@ -205,10 +205,6 @@ def _with_file_bases(
         if not np.array_equal(value, here, equal_nan=True):
             changed[path] = leaf.at[index].set(value) if index else value
     return map_leaves(lambda path, _: changed[path], params)
-
-
-def _is_table(module: Module) -> bool:
-    return module.is_embedding or module.uses == "product"
 
 
 @dataclasses.dataclass(frozen=True)

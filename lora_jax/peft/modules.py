@@ -45,6 +45,11 @@ class Module:
         """True for an embedding table."""
         return self.kind in ("embedding", "positions")
 
+    @property
+    def is_table(self) -> bool:
+        """True for an embedding table, and for the head that is tied to one."""
+        return self.is_embedding or self.uses == "product"
+
 
 def table_of(model: Model) -> Sequence[Row]:
     """Returns the key table of one of our models, or a table given in its place.

@@ -219,8 +219,7 @@ class _Contents:
         ends = {adapted.name.split(".")[-1] for adapted in self._adapted}
         if module.kind in ("embedding", "head") and ends & {*EMBEDDING_NAMES}:
             base = np.asarray(as_array(node.base)[at])
-            as_rows = module.is_embedding or module.uses == "product"
-            self._put(keys.base_weight, base if as_rows else base.T)
+            self._put(keys.base_weight, base if module.is_table else base.T)
         scale = float(node.scale[at] if at else node.scale)
         return len(a), scale * len(a)
 

@@ -86,7 +86,7 @@ def tensors_of(module: Module, node: LoraWeight) -> dict[str, np.ndarray]:
     Raises:
       PeftError: the module is no linear layer.
     """
-    if module.is_embedding or module.uses == "product":
+    if module.is_table:
         raise PeftError(
             f"{module.name} is a table, and PEFT's VeRA adapts linear layers alone: leave it out"
         )

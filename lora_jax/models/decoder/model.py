@@ -44,15 +44,12 @@ class Decoder(CausalLM):
 
     config: DecoderConfig
     experts: str | Experts = "auto"
+    TRUNK = "model"
 
     def setup(self) -> None:
         check_experts(self.config, self.experts)
         self.model = _Trunk(*self.options, experts=self.experts)
         self.lm_head = output_head(self)
-
-    @property
-    def trunk(self) -> "_Trunk":
-        return self.model
 
 
 class _Trunk(ModelPart):

@@ -30,14 +30,11 @@ class GPT2(CausalLM):
     """
 
     config: GPT2Config
+    TRUNK = "transformer"
 
     def setup(self) -> None:
         self.transformer = _Trunk(*self.options)
         self.lm_head = output_head(self)
-
-    @property
-    def trunk(self) -> "_Trunk":
-        return self.transformer
 
 
 class _Step(NamedTuple):
