@@ -13,8 +13,7 @@ from jax import lax
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter
 from lora_jax.adapt.nnx_writes import Output, write
-from lora_jax.adapt.per_example.axes import Axes, axes_of_result, follow_trace, mapped
-from lora_jax.adapt.per_example.labels import Followed
+from lora_jax.adapt.per_example.axes import Axes, follow_trace, mapped
 from lora_jax.adapt.rules.table import RULES
 from lora_jax.adapt.sides import noted, warn_of_swapped
 from lora_jax.adapt.traces import Call, EagerTraces, Trace, trace
@@ -120,7 +119,7 @@ def run(
     traced = trace(call) if found is None else found
     _say_assigned(interpreter, traced, weights, (args, kwargs))
     if axes is not None:
-        followed, _ = _followed(call, traced, weights, where, axes)
+        followed = follow_trace(traced, weights, call, where, axes.of_result)
         interpreter = dataclasses.replace(interpreter, examples=followed)
     inputs = [weights.get(place, call.leaves[place]) for place in traced.places]
     inner, _ = eqns.opened(traced.jaxpr)
@@ -162,37 +161,6 @@ def _say_assigned(
             labels: Any = ("batch",) * len(node.shape)
             weight = Factored(node.base, {}, labels, path=path_string(key_path[2:]))
         interpreter.say_merged(weight, "assignment", place_of_call())
-
-
-def follow(fn: Forward, args: tuple[Any, ...], kwargs: Any, axes: Axes) -> Any:
-    """Returns the axes of ``fn(*args, **kwargs)`` that hold the examples, without running it.
-
-    Args:
-      fn: traced once.
-      args, kwargs: arguments of the function. Their weights have `rows`; arrays may be abstract.
-      axes: axes of the examples.
-
-    Returns:
-      A tree like the result: an axis for each array, None where it is the same for all examples.
-
-    Raises:
-      ExamplesError: the examples cannot be told apart; it says which primitive mixes them, where.
-    """
-    call, weights, nodes = _flattened(fn, args, kwargs, None)
-    where = mapped(call, nodes, axes)
-    abstract = {p for p, leaf in enumerate(call.leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
-    call = dataclasses.replace(call, others={p: call.leaves[p] for p in abstract.union(where)})
-    return _followed(call, trace(call), weights, where, axes)[1]
-
-
-def _followed(
-    call: Call, traced: Trace, weights: dict[int, Factored], where: dict[int, int], axes: Axes
-) -> tuple[Followed, Any]:
-    """Returns where the examples lie in a call's values, and in its result."""
-    found = follow_trace(traced, weights, call, where)
-    place, axis = next(iter(where.items()))
-    n = call.leaves[place].shape[axis]
-    return found, axes_of_result(traced, found, n, axes.of_result)
 
 
 def _is_traced() -> bool:

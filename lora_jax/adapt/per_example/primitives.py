@@ -55,7 +55,8 @@ def _moved(
 def _axes(eqn: JaxprEqn, name: str) -> list[int]:
     """Returns the axes that a parameter names: one or several, counted from either end."""
     axes = eqn.params[name]
-    return [axis % len(shape_of(eqn)) for axis in ([axes] if isinstance(axes, int) else axes)]
+    axes = axes if isinstance(axes, Sequence) else [axes]
+    return [axis % len(shape_of(eqn)) for axis in axes]
 
 
 def _along(name: str, problem: str) -> Rule:
